@@ -1,0 +1,1 @@
+//! Shared parts of the runnable examples: command-line helpers, tables, figures and the HTML report.
