@@ -1,0 +1,266 @@
+//! Importance scores of units or experts, with what a user of them must know, and their file.
+
+use std::path::Path;
+
+use safetensors::tensor::Dtype;
+use serde::{Deserialize, Serialize};
+
+use crate::artefact_file::{Kind, OutTensor, TensorFile, Tensors, write_tensors};
+use crate::{Error, MoeLayerShape, MoeShape, Provenance, Result};
+
+const SCORES: Kind = Kind { name: "scores", key: "moe.scores", version: 1 };
+
+/// Whether there is a value for every unit or for every expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Granularity {
+    /// One value per FFN intermediate dimension of every expert.
+    Unit,
+    /// One value per expert.
+    Expert,
+}
+
+/// The widest pool over which values may be compared. Ordered from narrow to wide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pool {
+    /// Only units of the same expert.
+    Expert,
+    /// Anything in the same layer.
+    Layer,
+    /// Anything in the model.
+    Global,
+}
+
+impl Pool {
+    /// Whether values of this pool may be compared over `wanted`.
+    pub fn supports(self, wanted: Pool) -> bool {
+        self >= wanted
+    }
+}
+
+/// What sums were divided by to become scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Denominator {
+    /// All tokens of the calibration data, routed to the expert or not.
+    AllTokens,
+    /// The tokens routed to the expert.
+    RoutedTokens,
+    /// Sequences of the calibration data.
+    Sequences,
+    /// Nothing.
+    None,
+}
+
+/// Scores of the units or experts of a model. Higher is always more important.
+///
+/// ```
+/// use moe_checkpoint::{Denominator, Granularity, LayerScores, Pool, Provenance, Reduction, ScoreTable};
+///
+/// let table = ScoreTable {
+///     scorer: r#"{"type":"magnitude"}"#.into(),
+///     granularity: Granularity::Unit,
+///     pool: Pool::Global,
+///     denominator: Denominator::None,
+///     layers: vec![LayerScores { layer: 0, scores: vec![vec![1.0, 2.0], vec![4.0]], routed: None }],
+///     provenance: Provenance::new("model", "", "{}"),
+/// };
+/// table.validate()?;
+/// assert_eq!(table.to_experts(Reduction::Sum)?.layers[0].scores, [[3.0], [4.0]]);
+/// # Ok::<(), moe_checkpoint::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScoreTable {
+    /// Recipe of the scorer, as JSON.
+    pub scorer: String,
+    /// What a value belongs to.
+    pub granularity: Granularity,
+    /// Over what values may be compared.
+    pub pool: Pool,
+    /// What sums were divided by.
+    pub denominator: Denominator,
+    /// MoE layers in ascending decoder layer order.
+    pub layers: Vec<LayerScores>,
+    /// Model, data and recipe.
+    pub provenance: Provenance,
+}
+
+/// Scores of one MoE layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerScores {
+    /// Decoder layer index.
+    pub layer: usize,
+    /// `[experts][units]`; one value per expert with [`Granularity::Expert`].
+    pub scores: Vec<Vec<f32>>,
+    /// Tokens routed to each expert, if the model was run.
+    pub routed: Option<Vec<u64>>,
+}
+
+impl ScoreTable {
+    /// Checks the table by itself: layers strictly ascending, one value per expert where that is the granularity, one
+    /// routed count per expert, and every score finite.
+    ///
+    /// # Errors
+    /// [`Error::InvalidScores`], [`Error::NonFinite`] naming layer, expert and unit.
+    pub fn validate(&self) -> Result<()> {
+        let invalid = |reason: String| Err(Error::InvalidScores { reason });
+        for pair in self.layers.windows(2) {
+            if pair[0].layer >= pair[1].layer {
+                return invalid(format!(
+                    "layer {} stands before layer {}, expected ascending",
+                    pair[0].layer, pair[1].layer
+                ));
+            }
+        }
+        for LayerScores { layer, scores, routed } in &self.layers {
+            if let Some(routed) = routed.as_ref().filter(|routed| routed.len() != scores.len()) {
+                return invalid(format!("layer {layer}: {} routed counts for {} experts", routed.len(), scores.len()));
+            }
+            for (expert, values) in scores.iter().enumerate() {
+                if self.granularity == Granularity::Expert && values.len() != 1 {
+                    return invalid(format!(
+                        "layer {layer}, expert {expert}: {} values, expected one per expert",
+                        values.len()
+                    ));
+                }
+                if let Some(unit) = values.iter().position(|value| !value.is_finite()) {
+                    return Err(Error::NonFinite {
+                        what: "score".into(),
+                        layer: *layer,
+                        expert,
+                        unit: (self.granularity == Granularity::Unit).then_some(unit),
+                        value: f64::from(values[unit]),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// [`ScoreTable::validate`], and that the table is of a model of this shape.
+    ///
+    /// # Errors
+    /// Those of [`ScoreTable::validate`]; [`Error::InvalidScores`] names the first layer or expert that differs.
+    pub fn validate_for(&self, shape: &MoeShape) -> Result<()> {
+        self.validate()?;
+        let invalid = |reason: String| Err(Error::InvalidScores { reason });
+        let (found, expected): (Vec<_>, Vec<_>) =
+            (self.layers.iter().map(|l| l.layer).collect(), shape.layers.iter().map(|l| l.layer).collect());
+        if found != expected {
+            return invalid(format!("scores of MoE layers {found:?}, but the model has {expected:?}"));
+        }
+        for (scores, MoeLayerShape { layer, widths }) in self.layers.iter().zip(&shape.layers) {
+            let found = scores.scores.len();
+            if found != widths.len() {
+                return invalid(format!(
+                    "layer {layer}: scores of {found} experts, but the model has {}",
+                    widths.len()
+                ));
+            }
+            if self.granularity == Granularity::Expert {
+                continue;
+            }
+            for (expert, (values, width)) in scores.scores.iter().zip(widths).enumerate() {
+                if values.len() != *width {
+                    return invalid(format!(
+                        "layer {layer}, expert {expert}: scores of {} units, but the expert has {width}",
+                        values.len()
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Scores of the MoE layer with this decoder layer index.
+    pub fn layer(&self, layer: usize) -> Option<&LayerScores> {
+        self.layers.binary_search_by_key(&layer, |l| l.layer).ok().map(|position| &self.layers[position])
+    }
+
+    /// Writes a safetensors file: `layer.{i}` `[experts, units]` f32 per MoE layer, `i` the decoder layer index (experts
+    /// narrower than the widest of their layer are padded with NaN; the metadata has the widths), `routed.{i}`
+    /// `[experts]` i64, everything else as JSON under the metadata key `moe.scores`. Atomic.
+    ///
+    /// # Errors
+    /// Those of [`ScoreTable::validate`], [`Error::Io`].
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.validate()?;
+        let mut tensors: Vec<OutTensor> = Vec::new();
+        for LayerScores { layer, scores, routed } in &self.layers {
+            let units = scores.iter().map(Vec::len).max().unwrap_or(0);
+            let padded = scores
+                .iter()
+                .flat_map(|values| values.iter().copied().chain(std::iter::repeat_n(f32::NAN, units - values.len())));
+            let bytes = padded.flat_map(f32::to_le_bytes).collect();
+            tensors.push((format!("layer.{layer}"), Dtype::F32, vec![scores.len(), units], bytes));
+            if let Some(routed) = routed {
+                let bytes = routed.iter().flat_map(|count| count.to_le_bytes()).collect();
+                tensors.push((format!("routed.{layer}"), Dtype::I64, vec![routed.len()], bytes));
+            }
+        }
+        let meta = Meta {
+            version: SCORES.version,
+            scorer: self.scorer.clone(),
+            granularity: self.granularity,
+            pool: self.pool,
+            denominator: self.denominator,
+            provenance: self.provenance.clone(),
+            layers: self
+                .layers
+                .iter()
+                .map(|l| MoeLayerShape { layer: l.layer, widths: l.scores.iter().map(Vec::len).collect() })
+                .collect(),
+        };
+        write_tensors(path.as_ref(), SCORES, &meta, &tensors)
+    }
+
+    /// Reads a file of [`ScoreTable::save`].
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::ArtefactVersion`] for a file of a newer version, [`Error::MalformedArtefact`] for
+    /// anything else that is not such a file, and those of [`ScoreTable::validate`].
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let file = TensorFile::read(path.as_ref(), SCORES)?;
+        let (meta, tensors): (Meta, Tensors<'_>) = file.parse()?;
+        let mut layers = Vec::with_capacity(meta.layers.len());
+        let mut expected = meta.layers.len();
+        for MoeLayerShape { layer, widths } in meta.layers {
+            let units = widths.iter().copied().max().unwrap_or(0);
+            let values = tensors.f32(&format!("layer.{layer}"), &[widths.len(), units])?;
+            let scores = widths.iter().enumerate().map(|(e, width)| values[e * units..][..*width].to_vec()).collect();
+            let name = format!("routed.{layer}");
+            let routed = if tensors.contains(&name) {
+                expected += 1;
+                let counts = tensors.i64(&name, &[widths.len()])?;
+                let counts: Option<Vec<u64>> = counts.into_iter().map(|count| count.try_into().ok()).collect();
+                Some(counts.ok_or_else(|| tensors.malformed(format!("tensor `{name}` has a negative count")))?)
+            } else {
+                None
+            };
+            layers.push(LayerScores { layer, scores, routed });
+        }
+        if tensors.len() != expected {
+            return Err(tensors.malformed(format!("{} tensors, expected {expected}", tensors.len())));
+        }
+        let Meta { scorer, granularity, pool, denominator, provenance, .. } = meta;
+        let table = Self { scorer, granularity, pool, denominator, layers, provenance };
+        table.validate().map_err(|error| match error {
+            Error::InvalidScores { reason } => tensors.malformed(reason),
+            other => other,
+        })?;
+        Ok(table)
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Meta {
+    version: u64,
+    scorer: String,
+    granularity: Granularity,
+    pool: Pool,
+    denominator: Denominator,
+    provenance: Provenance,
+    layers: Vec<MoeLayerShape>,
+}

@@ -1,0 +1,396 @@
+//! Named accumulators over the routed experts of a model, and their file.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use safetensors::tensor::Dtype;
+use serde::{Deserialize, Serialize};
+
+use crate::artefact_file::{Kind, OutTensor, TensorFile, Tensors, write_tensors};
+use crate::scores::Granularity;
+use crate::{Error, MoeLayerShape, MoeShape, Provenance, Result};
+
+pub(crate) const STATISTICS: Kind = Kind { name: "statistics", key: "moe.statistics", version: 1 };
+
+/// How the values of two waves become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Fold {
+    /// Added.
+    Sum,
+    /// The larger one is kept. For magnitudes: arrays start at 0.
+    Max,
+}
+
+impl Fold {
+    fn combine(self, into: &mut [f64], from: &[f64]) {
+        for (a, b) in into.iter_mut().zip(from) {
+            match self {
+                Fold::Sum => *a += b,
+                Fold::Max => *a = a.max(*b),
+            }
+        }
+    }
+}
+
+/// How much data statistics have seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Tokens, without padding.
+    pub tokens: u64,
+    /// Sequences.
+    pub sequences: u64,
+    /// Tokens whose prediction enters the loss.
+    pub loss_tokens: u64,
+}
+
+/// One named array: for each MoE layer all its units expert after expert, or one value per expert.
+#[derive(Clone, Debug, PartialEq)]
+struct Array {
+    granularity: Granularity,
+    fold: Fold,
+    layers: Vec<Vec<f64>>,
+}
+
+/// Named arrays with a value per unit or per expert, the waves they hold, how much data that was, and where it came from.
+///
+/// Values are kept in f64. Sums of floats depend on their order; [`StatisticsStore`](crate::StatisticsStore) fixes the
+/// order to ascending wave ids, which makes sharded, resumed and uninterrupted collections equal bit for bit.
+///
+/// ```
+/// use moe_checkpoint::{Fold, MoeLayerShape, MoeShape, Provenance, Statistics};
+///
+/// let shape = MoeShape { hidden_size: 4, top_k: 1, layers: vec![MoeLayerShape { layer: 0, widths: vec![3, 2] }] };
+/// let mut statistics = Statistics::new(&shape, Provenance::new("model", "data", "{}"));
+/// statistics.begin(0);
+/// statistics.unit_mut("fisher", Fold::Sum, 0, 1)?[0] += 0.5;
+/// statistics.expert_mut("routed", Fold::Sum, 0)?[1] += 1.0;
+/// statistics.add_counts(7, 1, 6);
+/// assert_eq!(statistics.unit("fisher", 0, 1)?, [0.5, 0.0]);
+/// # Ok::<(), moe_checkpoint::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct Statistics {
+    shape: MoeShape,
+    /// Per MoE layer, the start of every expert's units.
+    offsets: Vec<Vec<usize>>,
+    provenance: Provenance,
+    waves: BTreeSet<u64>,
+    counts: Counts,
+    arrays: BTreeMap<String, Array>,
+}
+
+impl Statistics {
+    /// Empty statistics of a model of this shape.
+    pub fn new(shape: &MoeShape, provenance: Provenance) -> Self {
+        Self {
+            shape: shape.clone(),
+            offsets: shape.layers.iter().map(MoeLayerShape::offsets).collect(),
+            provenance,
+            waves: BTreeSet::new(),
+            counts: Counts::default(),
+            arrays: BTreeMap::new(),
+        }
+    }
+
+    /// Names the wave that the following additions belong to.
+    pub fn begin(&mut self, wave: u64) {
+        self.waves.insert(wave);
+    }
+
+    /// Shape of the model.
+    pub fn shape(&self) -> &MoeShape {
+        &self.shape
+    }
+
+    /// Where the values come from.
+    pub fn provenance(&self) -> &Provenance {
+        &self.provenance
+    }
+
+    /// Ids of the waves held.
+    pub fn waves(&self) -> &BTreeSet<u64> {
+        &self.waves
+    }
+
+    /// How much data the values were collected on.
+    pub fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// Tokens seen, without padding.
+    pub fn tokens(&self) -> u64 {
+        self.counts.tokens
+    }
+
+    /// Sequences seen.
+    pub fn sequences(&self) -> u64 {
+        self.counts.sequences
+    }
+
+    /// Tokens whose prediction entered the loss.
+    pub fn loss_tokens(&self) -> u64 {
+        self.counts.loss_tokens
+    }
+
+    /// Adds to the counters.
+    pub fn add_counts(&mut self, tokens: u64, sequences: u64, loss_tokens: u64) {
+        self.counts.tokens += tokens;
+        self.counts.sequences += sequences;
+        self.counts.loss_tokens += loss_tokens;
+    }
+
+    /// Names of the arrays, sorted.
+    pub fn ids(&self) -> impl Iterator<Item = &str> {
+        self.arrays.keys().map(String::as_str)
+    }
+
+    /// Whether there is an array of this name.
+    pub fn contains(&self, id: &str) -> bool {
+        self.arrays.contains_key(id)
+    }
+
+    /// Whether an array holds a value per unit or per expert.
+    ///
+    /// # Errors
+    /// [`Error::UnknownStatistic`].
+    pub fn granularity(&self, id: &str) -> Result<Granularity> {
+        Ok(self.array(id)?.granularity)
+    }
+
+    /// The values of one expert's units, `[width]`, for adding to. `layer` is the decoder layer index. The array is
+    /// allocated for the whole model, with zeros, on its first use.
+    ///
+    /// # Errors
+    /// An unknown layer or expert, or an array of this name with another granularity or fold.
+    pub fn unit_mut(&mut self, id: &str, fold: Fold, layer: usize, expert: usize) -> Result<&mut [f64]> {
+        let (position, range) = self.unit_range(layer, expert)?;
+        let array = self.array_mut(id, Granularity::Unit, fold)?;
+        Ok(&mut array.layers[position][range])
+    }
+
+    /// The values of one layer's experts, `[num_experts]`, for adding to. As [`Statistics::unit_mut`] otherwise.
+    ///
+    /// # Errors
+    /// An unknown layer, or an array of this name with another granularity or fold.
+    pub fn expert_mut(&mut self, id: &str, fold: Fold, layer: usize) -> Result<&mut [f64]> {
+        let position = self.position(layer)?;
+        let array = self.array_mut(id, Granularity::Expert, fold)?;
+        Ok(&mut array.layers[position])
+    }
+
+    /// The values of one expert's units, `[width]`.
+    ///
+    /// # Errors
+    /// An unknown id, layer or expert, or an array with a value per expert.
+    pub fn unit(&self, id: &str, layer: usize, expert: usize) -> Result<&[f64]> {
+        let (position, range) = self.unit_range(layer, expert)?;
+        Ok(&self.array_of(id, Granularity::Unit)?.layers[position][range])
+    }
+
+    /// The values of one layer's experts, `[num_experts]`.
+    ///
+    /// # Errors
+    /// An unknown id or layer, or an array with a value per unit.
+    pub fn expert(&self, id: &str, layer: usize) -> Result<&[f64]> {
+        let position = self.position(layer)?;
+        Ok(&self.array_of(id, Granularity::Expert)?.layers[position])
+    }
+
+    /// Combines other statistics into these, array by array as their [`Fold`] says. Empty statistics take whatever
+    /// arrays the other has.
+    ///
+    /// # Errors
+    /// Another shape or provenance, a wave that both hold, or other arrays; nothing is changed then.
+    pub fn fold(&mut self, other: &Statistics) -> Result<()> {
+        self.provenance.expect(&other.provenance, "the statistics to fold in")?;
+        if self.shape != other.shape {
+            return Err(Error::InvalidShape {
+                field: "shape of the statistics to fold in".into(),
+                found: format!("{} MoE layers, {} units", other.shape.layers.len(), other.shape.units()),
+                expected: format!("that of {} MoE layers, {} units", self.shape.layers.len(), self.shape.units()),
+            });
+        }
+        let both: Vec<u64> = self.waves.intersection(&other.waves).copied().collect();
+        if !both.is_empty() {
+            return Err(Error::WaveOverlap { what: "the statistics to fold in".into(), waves: both });
+        }
+        if self.waves.is_empty() && self.arrays.is_empty() {
+            self.arrays = other.arrays.clone();
+        } else {
+            let signature = |s: &Statistics| -> Vec<(String, Granularity, Fold)> {
+                s.arrays.iter().map(|(id, array)| (id.clone(), array.granularity, array.fold)).collect()
+            };
+            let (ours, theirs) = (signature(self), signature(other));
+            if ours != theirs {
+                return Err(Error::StatisticsDiffer { found: format!("{theirs:?}"), expected: format!("{ours:?}") });
+            }
+            for (array, from) in self.arrays.values_mut().zip(other.arrays.values()) {
+                for (into, from) in array.layers.iter_mut().zip(&from.layers) {
+                    array.fold.combine(into, from);
+                }
+            }
+        }
+        self.waves.extend(&other.waves);
+        self.add_counts(other.counts.tokens, other.counts.sequences, other.counts.loss_tokens);
+        Ok(())
+    }
+
+    /// Writes a file that [`Statistics::load`] reads back to the same bits, atomically.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::NonFinite`] for a NaN or infinite value.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.write(path.as_ref(), Dtype::F64)
+    }
+
+    /// Writes the values as f32 or f64.
+    pub(crate) fn write(&self, path: &Path, dtype: Dtype) -> Result<()> {
+        let mut tensors: Vec<OutTensor> = Vec::new();
+        for (id, array) in &self.arrays {
+            for (layer, values) in self.shape.layers.iter().zip(&array.layers) {
+                // Finiteness is judged on what is written: an f64 can be too large for f32.
+                let finite = |v: &f64| if dtype == Dtype::F32 { (*v as f32).is_finite() } else { v.is_finite() };
+                if let Some(index) = values.iter().position(|v| !finite(v)) {
+                    return Err(self.non_finite(id, array.granularity, layer, index, values[index]));
+                }
+                let bytes = match dtype {
+                    Dtype::F32 => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
+                    _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+                };
+                tensors.push((tensor_name(id, layer.layer), dtype, vec![values.len()], bytes));
+            }
+        }
+        let meta = Meta {
+            version: STATISTICS.version,
+            shape: self.shape.clone(),
+            provenance: self.provenance.clone(),
+            waves: self.waves.clone(),
+            counts: self.counts,
+            arrays: self
+                .arrays
+                .iter()
+                .map(|(id, a)| (id.clone(), ArrayMeta { granularity: a.granularity, fold: a.fold }))
+                .collect(),
+        };
+        write_tensors(path, STATISTICS, &meta, &tensors)
+    }
+
+    /// Reads a file of [`Statistics::save`] or a wave file of a store.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::ArtefactVersion`] for a file of a newer version, [`Error::MalformedArtefact`] for
+    /// anything else that is not such a file, [`Error::NonFinite`] for a NaN or infinite value.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let file = TensorFile::read(path.as_ref(), STATISTICS)?;
+        let (meta, tensors): (Meta, Tensors<'_>) = file.parse()?;
+        meta.shape.validate().map_err(|error| tensors.malformed(error.to_string()))?;
+        let mut statistics = Self::new(&meta.shape, meta.provenance);
+        statistics.waves = meta.waves;
+        statistics.counts = meta.counts;
+        for (id, ArrayMeta { granularity, fold }) in meta.arrays {
+            let mut layers = Vec::with_capacity(meta.shape.layers.len());
+            for layer in &meta.shape.layers {
+                let values = tensors.f64(&tensor_name(&id, layer.layer), &[length(layer, granularity)])?;
+                if let Some(index) = values.iter().position(|v| !v.is_finite()) {
+                    return Err(statistics.non_finite(&id, granularity, layer, index, values[index]));
+                }
+                layers.push(values);
+            }
+            statistics.arrays.insert(id, Array { granularity, fold, layers });
+        }
+        let expected = statistics.arrays.len() * meta.shape.layers.len();
+        if tensors.len() != expected {
+            return Err(tensors.malformed(format!("{} tensors, expected {expected}", tensors.len())));
+        }
+        Ok(statistics)
+    }
+
+    fn position(&self, layer: usize) -> Result<usize> {
+        self.shape
+            .position(layer)
+            .ok_or_else(|| Error::UnknownLayer { layer, known: self.shape.layers.iter().map(|l| l.layer).collect() })
+    }
+
+    fn unit_range(&self, layer: usize, expert: usize) -> Result<(usize, std::ops::Range<usize>)> {
+        let position = self.position(layer)?;
+        match self.offsets[position].get(expert..expert.saturating_add(2)) {
+            Some([start, end]) => Ok((position, *start..*end)),
+            _ => Err(Error::UnknownExpert { layer, expert, count: self.shape.layers[position].num_experts() }),
+        }
+    }
+
+    fn array(&self, id: &str) -> Result<&Array> {
+        self.arrays
+            .get(id)
+            .ok_or_else(|| Error::UnknownStatistic { id: id.to_string(), known: self.arrays.keys().cloned().collect() })
+    }
+
+    fn array_of(&self, id: &str, granularity: Granularity) -> Result<&Array> {
+        let array = self.array(id)?;
+        if array.granularity != granularity {
+            return Err(Error::StatisticKind {
+                id: id.to_string(),
+                found: format!("{granularity:?}"),
+                expected: format!("{:?}", array.granularity),
+            });
+        }
+        Ok(array)
+    }
+
+    fn array_mut(&mut self, id: &str, granularity: Granularity, fold: Fold) -> Result<&mut Array> {
+        // Looked up twice so that the usual case, an array in use, does not allocate the key.
+        if !self.arrays.contains_key(id) {
+            let layers = self.shape.layers.iter().map(|layer| vec![0.0; length(layer, granularity)]).collect();
+            self.arrays.insert(id.to_string(), Array { granularity, fold, layers });
+        }
+        match self.arrays.get_mut(id) {
+            Some(array) if array.granularity == granularity && array.fold == fold => Ok(array),
+            other => Err(Error::StatisticKind {
+                id: id.to_string(),
+                found: format!("{granularity:?} {fold:?}"),
+                expected: other.map(|a| format!("{:?} {:?}", a.granularity, a.fold)).unwrap_or_default(),
+            }),
+        }
+    }
+
+    fn non_finite(&self, id: &str, granularity: Granularity, layer: &MoeLayerShape, index: usize, value: f64) -> Error {
+        let (expert, unit) = match granularity {
+            Granularity::Expert => (index, None),
+            Granularity::Unit => {
+                let offsets = layer.offsets();
+                let expert = offsets.partition_point(|start| *start <= index).saturating_sub(1);
+                (expert, Some(index - offsets[expert]))
+            }
+        };
+        Error::NonFinite { what: format!("statistic `{id}`"), layer: layer.layer, expert, unit, value }
+    }
+}
+
+fn tensor_name(id: &str, layer: usize) -> String {
+    format!("{id}.layer.{layer}")
+}
+
+fn length(layer: &MoeLayerShape, granularity: Granularity) -> usize {
+    match granularity {
+        Granularity::Unit => layer.units(),
+        Granularity::Expert => layer.num_experts(),
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Meta {
+    version: u64,
+    shape: MoeShape,
+    provenance: Provenance,
+    waves: BTreeSet<u64>,
+    counts: Counts,
+    arrays: BTreeMap<String, ArrayMeta>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ArrayMeta {
+    granularity: Granularity,
+    fold: Fold,
+}
