@@ -1,0 +1,129 @@
+//! One row to one sequence.
+
+use serde::{Deserialize, Serialize};
+
+use super::chat::Conversation;
+use super::{DataError, Row, Sequence, Tokenizer};
+
+/// Which tokens count in the loss.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LossOver {
+    /// Every predicted token, prompts included.
+    #[default]
+    All,
+    /// Tokens of the completion of `{"prompt", "completion"}` rows, and of the assistant's turns of `{"messages"}` rows with what ends
+    /// them. A token that begins in the prompt and reaches into the completion does not count.
+    Completions,
+}
+
+/// What turns rows into token ids: a tokenizer, unless every row has ids already, and the vocabulary they must be in.
+#[derive(Clone, Copy)]
+pub struct RowEncoder<'a> {
+    tokenizer: Option<&'a Tokenizer>,
+    vocab_size: usize,
+    loss: LossOver,
+}
+
+impl<'a> RowEncoder<'a> {
+    /// An encoder for a model of `vocab_size` embeddings.
+    pub fn new(tokenizer: Option<&'a Tokenizer>, vocab_size: usize, loss: LossOver) -> Self {
+        Self { tokenizer, vocab_size, loss }
+    }
+
+    /// The whole row as one sequence, not truncated.
+    ///
+    /// # Errors
+    /// No tokenizer or chat template where one is needed, a text or conversation it refuses, an id outside the vocabulary, or a loss over
+    /// completions asked of a row that has none.
+    pub fn sequence(&self, row: &Row) -> Result<Sequence, DataError> {
+        let sequence = match (row, self.loss) {
+            (Row::Text(_) | Row::Ids(_), LossOver::Completions) => {
+                return Err(DataError::NoCompletion { found: row.form() });
+            }
+            (Row::Ids(ids), LossOver::All) => Sequence::new(ids.clone()),
+            (Row::Text(text), LossOver::All) => self.text(text, None, true)?,
+            (Row::Completion { prompt, completion }, loss) => {
+                let span = (prompt.len(), prompt.len() + completion.len());
+                let spans = (loss == LossOver::Completions).then_some(vec![span]);
+                self.text(&format!("{prompt}{completion}"), spans, true)?
+            }
+            (Row::Messages { messages, tools }, loss) => {
+                let chat = self.tokenizer()?.chat()?;
+                let conversation = Conversation { messages, tools: tools.as_ref() };
+                let (text, spans) = match loss {
+                    LossOver::All => (chat.render(conversation, false)?, None),
+                    LossOver::Completions => {
+                        let (text, spans) = chat.render_turns(conversation)?;
+                        (text, Some(spans))
+                    }
+                };
+                // The template has written the special tokens already; a second beginning-of-sequence token is a common mistake.
+                self.text(&text, spans, false)?
+            }
+        };
+        self.check(&sequence.ids)?;
+        Ok(sequence)
+    }
+
+    /// Ids of plain text, every token of which counts.
+    pub(super) fn plain(&self, text: &str) -> Result<Sequence, DataError> {
+        if self.loss == LossOver::Completions {
+            return Err(DataError::NoCompletion { found: "plain text" });
+        }
+        let sequence = self.text(text, None, true)?;
+        self.check(&sequence.ids)?;
+        Ok(sequence)
+    }
+
+    pub(super) fn tokenizer(&self) -> Result<&'a Tokenizer, DataError> {
+        self.tokenizer.ok_or(DataError::NoTokenizer)
+    }
+
+    fn text(&self, text: &str, counted: Option<Vec<(usize, usize)>>, special: bool) -> Result<Sequence, DataError> {
+        let encoded = self.tokenizer()?.encode_spans(text, special)?;
+        let loss = counted.map(|counted| mask(&encoded.spans, &counted));
+        Ok(Sequence { ids: encoded.ids, loss })
+    }
+
+    pub(super) fn check(&self, ids: &[u32]) -> Result<(), DataError> {
+        match ids.iter().position(|id| *id as usize >= self.vocab_size) {
+            None => Ok(()),
+            Some(position) => {
+                Err(DataError::TokenId { id: ids[position].into(), position, vocab_size: self.vocab_size })
+            }
+        }
+    }
+}
+
+/// Which tokens lie in one of the ascending `counted` byte ranges. A token of no bytes (added by the tokenizer, or white space that it
+/// trimmed away) follows the token before it when its place does not decide: the end of a sequence belongs to the completion it ends, the
+/// beginning to nobody.
+fn mask(spans: &[(usize, usize)], counted: &[(usize, usize)]) -> Vec<bool> {
+    let mut previous = false;
+    spans
+        .iter()
+        .map(|&(start, end)| {
+            let inside = counted.iter().any(|&(from, to)| from <= start && end > from && end <= to);
+            previous = if start == end { inside || previous } else { inside };
+            previous
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_count_by_the_bytes_they_stand_for() {
+        // prompt "ab ", completion "cd": a token over the boundary, inside, at the end, and one of no bytes at each end.
+        let spans = [(0, 0), (0, 2), (2, 4), (3, 4), (4, 5), (0, 0)];
+        assert_eq!(mask(&spans, &[(3, 5)]), [false, false, false, true, true, true]);
+        // Two turns: what follows a turn does not count.
+        assert_eq!(mask(&[(0, 1), (1, 2), (2, 3), (3, 4)], &[(1, 2), (3, 4)]), [false, true, false, true]);
+        // White space of which nothing is left, at the end of the prompt and at the start of the completion.
+        assert_eq!(mask(&[(0, 2), (3, 3), (3, 5)], &[(3, 5)]), [false, false, true]);
+        assert_eq!(mask(&[(0, 2), (4, 4), (4, 5)], &[(2, 5)]), [false, true, true]);
+    }
+}
