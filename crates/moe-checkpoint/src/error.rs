@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use safetensors::Dtype;
+
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -133,9 +135,396 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+
+    /// The model path is not a directory.
+    #[error("{}: not a directory; expected a model directory with config.json and safetensors weights", path.display())]
+    NotADirectory {
+        /// What was given.
+        path: PathBuf,
+    },
+    /// A file that should hold JSON does not.
+    #[error("{}: not valid JSON: {source}", path.display())]
+    InvalidJson {
+        /// The file.
+        path: PathBuf,
+        /// Cause, with line and column.
+        source: serde_json::Error,
+    },
+
+    /// A required field is absent.
+    #[error("{file}: field `{field}` is missing; expected {expected}")]
+    MissingField {
+        /// The file, `config.json` where its directory is not known.
+        file: String,
+        /// Dotted path of the field.
+        field: String,
+        /// What it should hold.
+        expected: String,
+    },
+    /// A field holds something else than it should.
+    #[error("{file}: field `{field}` is {found}; expected {expected}")]
+    InvalidField {
+        /// The file, `config.json` where its directory is not known.
+        file: String,
+        /// Dotted path of the field.
+        field: String,
+        /// The value found, shortened.
+        found: String,
+        /// What it should hold.
+        expected: String,
+    },
+    /// Two fields that say the same thing differ.
+    #[error("{file}: fields `{first}` = {first_value} and `{second}` = {second_value} contradict each other")]
+    ConflictingFields {
+        /// The file, `config.json` where its directory is not known.
+        file: String,
+        /// One field.
+        first: String,
+        /// Its value.
+        first_value: String,
+        /// The other field.
+        second: String,
+        /// Its value.
+        second_value: String,
+    },
+    /// No family of this name is known.
+    #[error("{file}: model_type `{found}` is not supported; known families: {known}")]
+    UnknownFamily {
+        /// The file, `config.json` where its directory is not known.
+        file: String,
+        /// The `model_type` found.
+        found: String,
+        /// Families that are known, comma separated.
+        known: String,
+    },
+    /// The model has no routed experts.
+    #[error("{file}: not a Mixture-of-Experts model: {reason}")]
+    NotMoe {
+        /// The file, `config.json` where its directory is not known.
+        file: String,
+        /// What shows it.
+        reason: String,
+    },
+    /// The config announces quantised weights.
+    #[error("{file}: quantised weights ({method}) are not yet read; expected f32, f16 or bf16 weights")]
+    Quantised {
+        /// The file, `config.json` where its directory is not known.
+        file: String,
+        /// The quantisation method of `quantization_config`.
+        method: String,
+    },
+
+    /// The directory holds no weights that are read.
+    #[error("{}: no weights: neither model.safetensors nor model.safetensors.index.json exists", dir.display())]
+    NoWeights {
+        /// The model directory.
+        dir: PathBuf,
+    },
+    /// The index names a shard outside the model directory.
+    #[error("{}: tensor `{tensor}` is mapped to `{shard}`; expected a path inside the model directory", index.display())]
+    ShardOutsideDirectory {
+        /// The index file.
+        index: PathBuf,
+        /// The tensor mapped there.
+        tensor: String,
+        /// The path found.
+        shard: String,
+    },
+    /// A shard that the index names does not exist.
+    #[error("{}: shard {} of tensor `{tensor}` does not exist", index.display(), shard.display())]
+    MissingShard {
+        /// The index file.
+        index: PathBuf,
+        /// The missing file.
+        shard: PathBuf,
+        /// A tensor it should hold.
+        tensor: String,
+    },
+    /// The index names a tensor that its shard does not hold.
+    #[error("{}: tensor `{tensor}` is not in its shard {}", index.display(), shard.display())]
+    IndexTensorAbsent {
+        /// The index file.
+        index: PathBuf,
+        /// The shard it should be in.
+        shard: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
+    /// Two shards hold a tensor of the same name.
+    #[error("tensor `{tensor}` is in two shards: {} and {}", first.display(), second.display())]
+    TensorInTwoShards {
+        /// The tensor.
+        tensor: String,
+        /// One shard.
+        first: PathBuf,
+        /// Another shard.
+        second: PathBuf,
+    },
+
+    /// The file is too short to be safetensors.
+    #[error("{}: truncated: {found} bytes, expected at least the 8 bytes of the header length", path.display())]
+    NoHeader {
+        /// The file.
+        path: PathBuf,
+        /// Its length in bytes.
+        found: u64,
+    },
+    /// The header would end past the end of the file.
+    #[error("{}: the header of {claimed} bytes ends past the end of the file; expected at most {available} bytes", path.display())]
+    HeaderPastEnd {
+        /// The file.
+        path: PathBuf,
+        /// Header length that the file claims.
+        claimed: u64,
+        /// Bytes after the header length.
+        available: u64,
+    },
+    /// The header is longer than any real one.
+    #[error("{}: the header has {claimed} bytes; expected at most {limit}", path.display())]
+    HeaderTooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Header length.
+        claimed: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// The header is not a safetensors header.
+    #[error("{}: invalid safetensors header: {reason}", path.display())]
+    InvalidHeader {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A tensor has a dtype that safetensors does not define.
+    #[error("{}: tensor `{tensor}` has unknown dtype `{dtype}`", path.display())]
+    UnknownDtype {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The dtype found.
+        dtype: String,
+    },
+    /// Offsets of a tensor do not span what its dtype and shape need.
+    #[error("{}: tensor `{tensor}` has data offsets [{begin}, {end}]; expected {expected}", path.display())]
+    TensorOffsets {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// First byte, relative to the end of the header.
+        begin: u64,
+        /// End, relative to the end of the header.
+        end: u64,
+        /// What was expected of them.
+        expected: String,
+    },
+    /// Two tensors share bytes.
+    #[error("{}: tensors `{first}` and `{second}` overlap: the second starts at byte {begin}; expected {expected}", path.display())]
+    TensorOverlap {
+        /// The file.
+        path: PathBuf,
+        /// The earlier tensor.
+        first: String,
+        /// The later tensor.
+        second: String,
+        /// Where the later one starts, relative to the end of the header.
+        begin: u64,
+        /// Where the earlier one ends.
+        expected: u64,
+    },
+    /// Bytes between two tensors belong to none.
+    #[error("{}: tensor `{tensor}` starts at byte {begin} of the data; expected {expected}, where the one before it ends", path.display())]
+    TensorGap {
+        /// The file.
+        path: PathBuf,
+        /// The tensor after the gap.
+        tensor: String,
+        /// Where it starts, relative to the end of the header.
+        begin: u64,
+        /// Where it should start.
+        expected: u64,
+    },
+    /// The file ends before its tensors do.
+    #[error("{}: truncated: the file has {found} bytes; expected {expected}, where tensor `{tensor}` ends", path.display())]
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// Its length in bytes.
+        found: u64,
+        /// The length that the header asks for.
+        expected: u64,
+        /// The last tensor.
+        tensor: String,
+    },
+    /// The file goes on after its tensors.
+    #[error("{}: the file has {found} bytes; expected {expected}, where the last tensor ends", path.display())]
+    TrailingBytes {
+        /// The file.
+        path: PathBuf,
+        /// Its length in bytes.
+        found: u64,
+        /// The length that the header asks for.
+        expected: u64,
+    },
+
+    /// A tensor that the config calls for does not exist.
+    #[error("{}: tensor `{tensor}` is missing; {reason}", dir.display())]
+    MissingTensor {
+        /// The model directory.
+        dir: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Why it is expected: shape, and the config fields that ask for it.
+        reason: String,
+    },
+    /// A tensor exists that the config has no place for.
+    #[error("{}: tensor `{tensor}` is in the weights, but {reason}", file.display())]
+    UnexpectedTensor {
+        /// The shard that holds it.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Why it is not expected.
+        reason: String,
+    },
+    /// A tensor has another shape than the config asks for.
+    #[error("{}: tensor `{tensor}` has shape {found:?}; expected {expected:?} from {fields} in config.json", file.display())]
+    UnexpectedShape {
+        /// The shard.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Shape found.
+        found: Vec<usize>,
+        /// Shape expected.
+        expected: Vec<usize>,
+        /// The config fields that give the expected shape.
+        fields: String,
+    },
+    /// A tensor has a dtype that is not read as weights.
+    #[error("{}: tensor `{tensor}` has dtype {found:?}; expected {expected}", file.display())]
+    UnsupportedDtype {
+        /// The shard.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Dtype found.
+        found: Dtype,
+        /// Dtypes expected.
+        expected: String,
+    },
+    /// A tensor holds FP8 or smaller weights.
+    #[error("{}: tensor `{tensor}` has dtype {found:?}: FP8 and smaller weights are not yet read; expected F32, F16 or BF16", file.display())]
+    QuantisedTensor {
+        /// The shard.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Dtype found.
+        found: Dtype,
+    },
+    /// The routed experts of a layer are stored in no layout that is known, or in two at once.
+    #[error("{}: routed experts of layer {layer} are in {found}; expected {expected}", dir.display())]
+    ExpertLayout {
+        /// The model directory.
+        dir: PathBuf,
+        /// Decoder layer index.
+        layer: usize,
+        /// Layouts found.
+        found: String,
+        /// Names that were expected.
+        expected: String,
+    },
+    /// A layer, expert, row range or role was asked for that the model does not have.
+    #[error("{what} {found} does not exist; expected {expected}")]
+    OutOfRange {
+        /// What was asked for.
+        what: String,
+        /// The value asked for.
+        found: String,
+        /// What exists.
+        expected: String,
+    },
+    /// A tensor was asked for that the checkpoint does not have.
+    #[error("{}: the checkpoint has no tensor `{tensor}`", dir.display())]
+    NoSuchTensor {
+        /// The model directory.
+        dir: PathBuf,
+        /// The name asked for.
+        tensor: String,
+    },
+
+    /// A planned output cannot be laid out.
+    #[error("cannot write tensor `{tensor}`: {reason}")]
+    InvalidTensorSpec {
+        /// The tensor.
+        tensor: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Another number of bytes was written for a tensor than its dtype and shape need.
+    #[error("tensor `{tensor}`: {found} bytes were written; expected {expected}")]
+    WrittenLength {
+        /// The tensor.
+        tensor: String,
+        /// Bytes given so far.
+        found: u64,
+        /// Bytes of the tensor.
+        expected: u64,
+    },
+    /// The output directory exists.
+    #[error("{}: the output exists; remove it, choose another, or force", path.display())]
+    OutputExists {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// An interrupted earlier run left its work.
+    #[error("{}: an earlier run left this unfinished; resume it, or force to start over", path.display())]
+    OutputUnfinished {
+        /// The partial directory.
+        path: PathBuf,
+    },
+    /// Another process is writing the output.
+    #[error("{}: another process is writing this output", path.display())]
+    OutputBusy {
+        /// The partial directory.
+        path: PathBuf,
+    },
+    /// The unfinished output was made by another plan.
+    #[error("{}: the unfinished output was made from another plan or recipe ({found}); expected {expected}; force to start over", path.display())]
+    ResumeMismatch {
+        /// The resume record.
+        path: PathBuf,
+        /// Digest found.
+        found: String,
+        /// Digest of this run.
+        expected: String,
+    },
 }
 
 impl Error {
+    /// An [`Error::Io`] about `path`.
+    pub(crate) fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
+        Self::Io { path: path.as_ref().to_path_buf(), source }
+    }
+
+    /// Replaces the bare file name of a config error by where the file is.
+    pub(crate) fn in_file(mut self, path: &Path) -> Self {
+        match &mut self {
+            Self::MissingField { file, .. }
+            | Self::InvalidField { file, .. }
+            | Self::ConflictingFields { file, .. }
+            | Self::UnknownFamily { file, .. }
+            | Self::NotMoe { file, .. }
+            | Self::Quantised { file, .. } => *file = path.display().to_string(),
+            _ => {}
+        }
+        self
+    }
+
     pub(crate) fn malformed(path: &Path, kind: &'static str, reason: impl Into<String>) -> Self {
         Error::MalformedArtefact { path: path.to_path_buf(), kind, reason: reason.into() }
     }

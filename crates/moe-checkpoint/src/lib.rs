@@ -1,17 +1,62 @@
 //! Mixture-of-Experts checkpoints on disk.
+//!
+//! This crate owns everything that is kept in files, and knows the tensors of no framework:
+//!
+//! - [`Checkpoint`] opens a Hugging Face model directory: it verifies config, index, headers and lengths before any weight
+//!   is read, then reads lazily from a memory map. [`ModelConfig`] is the typed view of `config.json`; the JSON itself is
+//!   kept, so that unknown keys survive an edit.
+//! - [`Family`] says how the config of a model family reads and what its tensors are called.
+//! - Routed experts have one canonical form, [`ExpertWeights`], whatever their [`ExpertLayout`] on disk.
+//! - The writer writes checkpoints as streams, atomically and resumably.
+//! - [`Statistics`], [`ScoreTable`] and [`MoeShape`] are the artefacts that scoring and pruning exchange.
+//!
+//! ```no_run
+//! use moe_checkpoint::{Checkpoint, Role};
+//!
+//! let checkpoint = Checkpoint::open("models/Qwen1.5-MoE-A2.7B")?;
+//! println!("{} parameters in {} bytes", checkpoint.parameters(), checkpoint.bytes_on_disk());
+//! let expert = checkpoint.expert(0, 3)?; // gate and up [I, H], down [H, I], as f32
+//! let rows = checkpoint.read_f32_rows(Role::LmHead, 0..1024)?; // [1024, H]
+//! # Ok::<(), moe_checkpoint::Error>(())
+//! ```
+
+#![deny(missing_docs)]
 
 mod artefact_file;
+mod checkpoint;
+mod config;
+mod convert;
 mod error;
+mod experts;
+mod families;
+mod family;
+mod fingerprint;
+mod header;
+mod index;
+mod json;
 mod provenance;
+mod ragged;
 mod score_conversion;
 mod scores;
 mod shape;
+mod shard;
 mod statistics;
 mod statistics_store;
+mod verify;
 
 pub use artefact_file::write_atomic;
+pub use checkpoint::{Checkpoint, TensorInfo};
+pub use config::{
+    Activation, AttentionConfig, Ffn, Groups, LayerConfig, ModelConfig, MoeConfig, RopeConfig, RopeScaling, Routing,
+    RoutingKind, SharedExpert,
+};
+pub use convert::encode;
 pub use error::{Error, Result};
+pub use experts::{ExpertBytes, ExpertLayout, ExpertPart, ExpertTensor, ExpertTensorLayout, ExpertWeights, RawMatrix};
+pub use family::{Family, LayerRole, Role, families, family, family_of};
 pub use provenance::Provenance;
+pub use ragged::{ragged_config, uniform_config};
+pub use safetensors::Dtype;
 pub use score_conversion::Reduction;
 pub use scores::{Denominator, Granularity, LayerScores, Pool, ScoreTable};
 pub use shape::{MoeLayerShape, MoeShape};

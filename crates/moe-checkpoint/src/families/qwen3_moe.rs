@@ -1,0 +1,81 @@
+//! Qwen3-MoE: RMSNorm on every query and key head, no shared expert.
+
+use serde_json::Value;
+
+use crate::Result;
+use crate::config::{AttentionConfig, ModelConfig, Routing, RoutingKind};
+use crate::experts::ExpertTensor;
+use crate::family::{CONFIG, Family, Role};
+use crate::json::Fields;
+
+use super::{names, read, rope};
+
+/// The family `qwen3_moe`.
+pub(crate) struct Qwen3Moe;
+
+impl Family for Qwen3Moe {
+    fn model_type(&self) -> &'static str {
+        "qwen3_moe"
+    }
+
+    fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
+        let config = Fields::new(config, CONFIG)?;
+        read::refuse_quantised(&config)?;
+        let hidden_size = read::size(&config, "hidden_size")?;
+        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
+        let max_position_embeddings = read::size(&config, "max_position_embeddings")?;
+        // One mask for all layers in transformers 4 and 5 alike; `layer_types` is not a field of this family.
+        let windows = vec![read::window(&config)?; read::num_layers(&config)?];
+        let layers =
+            read::SparseLayers { expert_count_keys: self.expert_count_keys(), windows: &windows, shared: None };
+        let (layers, top_k) = layers.read(&config)?;
+        let attention_bias = config.bool("attention_bias")?.unwrap_or(false);
+        let renormalise = config.bool("norm_topk_prob")?.unwrap_or(false);
+        Ok(ModelConfig {
+            model_type: self.model_type().to_string(),
+            hidden_size,
+            vocab_size: read::size(&config, "vocab_size")?,
+            norm_eps: read::norm_eps(&config)?,
+            tie_word_embeddings: config.bool("tie_word_embeddings")?.unwrap_or(false),
+            max_position_embeddings,
+            hidden_act: read::activation(&config)?,
+            attention: AttentionConfig {
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                qkv_bias: attention_bias,
+                output_bias: attention_bias,
+                qk_norm: true,
+            },
+            rope: rope::read(&config, max_position_embeddings)?,
+            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalise }, scale: 1.0 },
+            layers,
+            eos_token_ids: read::eos_token_ids(&config, generation)?,
+            dtype: read::dtype(&config)?,
+        })
+    }
+
+    fn tensor_name(&self, role: Role) -> String {
+        names::tensor_name(role)
+    }
+
+    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
+        names::expert_tensor_name(layer, tensor)
+    }
+
+    fn layer_of(&self, name: &str) -> Option<usize> {
+        names::layer_of(name)
+    }
+
+    fn width_key(&self) -> &'static str {
+        "moe_intermediate_size"
+    }
+
+    fn expert_count_keys(&self) -> &'static [&'static str] {
+        &["num_experts", "num_local_experts"]
+    }
+
+    fn size_keys(&self, role: Role) -> &'static str {
+        names::size_keys(role)
+    }
+}

@@ -1,0 +1,178 @@
+//! Readers of config fields that several families share.
+
+use serde_json::Value;
+
+use crate::config::{Activation, Ffn, LayerConfig, MoeConfig, SharedExpert};
+use crate::json::{Fields, integer_in};
+use crate::{Error, Result};
+
+/// Largest size of one dimension. Products of two stay far from overflow.
+pub(crate) const MAX_SIZE: usize = 1 << 28;
+/// Most decoder layers. With [`MAX_EXPERTS`] it bounds what a config can make us allocate.
+const MAX_LAYERS: usize = 1 << 12;
+/// Most routed experts of one layer.
+const MAX_EXPERTS: usize = 1 << 16;
+/// Most routed experts of all layers together.
+const MAX_ALL_EXPERTS: usize = 1 << 22;
+
+/// A size of at least 1 that must be there.
+pub(super) fn size(config: &Fields<'_>, key: &str) -> Result<usize> {
+    config.required_integer(key, 1, MAX_SIZE)
+}
+
+/// The number of decoder layers.
+pub(super) fn num_layers(config: &Fields<'_>) -> Result<usize> {
+    config.required_integer("num_hidden_layers", 1, MAX_LAYERS)
+}
+
+/// The number of routed experts, from whichever of `keys` the config has; they must agree.
+pub(super) fn num_experts(config: &Fields<'_>, keys: &'static [&'static str]) -> Result<usize> {
+    let mut found: Option<(&str, usize)> = None;
+    for key in keys {
+        let Some(count) = config.integer(key, 0, MAX_EXPERTS)? else { continue };
+        match found {
+            Some((first, other)) if other != count => return Err(config.conflict(first, key)),
+            _ => found = Some((key, count)),
+        }
+    }
+    let expected = || format!("an integer from 1 to {MAX_EXPERTS} (or `{}`)", keys[1..].join("`, `"));
+    found.map(|(_, count)| count).ok_or_else(|| config.missing(keys[0], expected()))
+}
+
+/// Heads of queries, heads of keys and values, and the width of a head.
+pub(super) fn heads(config: &Fields<'_>, hidden_size: usize) -> Result<(usize, usize, usize)> {
+    let num_heads = size(config, "num_attention_heads")?;
+    let num_kv_heads = config.integer("num_key_value_heads", 1, MAX_SIZE)?.unwrap_or(num_heads);
+    if num_heads % num_kv_heads != 0 {
+        return Err(config.invalid("num_key_value_heads", format!("a divisor of `num_attention_heads` = {num_heads}")));
+    }
+    let head_dim = match config.integer("head_dim", 1, MAX_SIZE)? {
+        Some(head_dim) => head_dim,
+        None if hidden_size >= num_heads => hidden_size / num_heads,
+        None => return Err(config.invalid("num_attention_heads", format!("at most `hidden_size` = {hidden_size}"))),
+    };
+    if head_dim % 2 != 0 {
+        let expected = "an even width of a head, which the rotary embedding needs";
+        return Err(match config.value("head_dim") {
+            Some(_) => config.invalid("head_dim", expected),
+            None => {
+                config.invalid("hidden_size", format!("{expected}: `hidden_size / num_attention_heads` is {head_dim}"))
+            }
+        });
+    }
+    Ok((num_heads, num_kv_heads, head_dim))
+}
+
+/// The activation; `silu` is the default of transformers.
+pub(super) fn activation(config: &Fields<'_>) -> Result<Activation> {
+    match config.string("hidden_act")?.unwrap_or("silu") {
+        "silu" | "swish" => Ok(Activation::Silu),
+        _ => Err(config.invalid("hidden_act", "\"silu\"")),
+    }
+}
+
+/// `rms_norm_eps`.
+pub(super) fn norm_eps(config: &Fields<'_>) -> Result<f64> {
+    Ok(config.positive_float("rms_norm_eps")?.unwrap_or(1e-6))
+}
+
+/// `dtype` (transformers 5) or `torch_dtype` (4); they must agree.
+pub(super) fn dtype(config: &Fields<'_>) -> Result<Option<String>> {
+    let (new, old) = (config.string("dtype")?, config.string("torch_dtype")?);
+    match (new, old) {
+        (Some(new), Some(old)) if new != old => Err(config.conflict("dtype", "torch_dtype")),
+        _ => Ok(new.or(old).map(str::to_string)),
+    }
+}
+
+/// Refuses quantised weights.
+pub(super) fn refuse_quantised(config: &Fields<'_>) -> Result<()> {
+    let Some(quantisation) = config.object("quantization_config")? else { return Ok(()) };
+    let method = match quantisation.string("quant_method")? {
+        Some(method) => {
+            format!("`quantization_config.quant_method` = \"{}\"", method.chars().take(80).collect::<String>())
+        }
+        None => "`quantization_config`".to_string(),
+    };
+    Err(Error::Quantised { file: crate::family::CONFIG.to_string(), method })
+}
+
+/// Ids of the tokens that end a text, from `generation_config.json` where it names them, else from the config.
+pub(super) fn eos_token_ids(config: &Fields<'_>, generation: Option<&Value>) -> Result<Vec<u32>> {
+    if let Some(generation) = generation {
+        let fields = Fields::new(generation, "generation_config.json")?;
+        if fields.value("eos_token_id").is_some() {
+            return token_ids(&fields, "eos_token_id");
+        }
+    }
+    token_ids(config, "eos_token_id")
+}
+
+fn token_ids(fields: &Fields<'_>, key: &str) -> Result<Vec<u32>> {
+    let read = |value: &Value| {
+        let id = integer_in(value, 0, MAX_SIZE).and_then(|id| u32::try_from(id).ok());
+        id.ok_or_else(|| fields.invalid(key, format!("a token id from 0 to {MAX_SIZE}, or a list of them")))
+    };
+    match fields.value(key) {
+        None => Ok(Vec::new()),
+        Some(Value::Array(items)) => items.iter().map(read).collect(),
+        Some(value) => Ok(vec![read(value)?]),
+    }
+}
+
+/// Layers of a family whose layer `i` is an MoE layer iff it is not in `mlp_only_layers` and `decoder_sparse_step`
+/// divides `i + 1`.
+pub(super) struct SparseLayers<'a> {
+    /// Config keys of the number of experts.
+    pub expert_count_keys: &'static [&'static str],
+    /// Window of every layer.
+    pub windows: &'a [Option<usize>],
+    /// Expert for all tokens.
+    pub shared: Option<SharedExpert>,
+}
+
+impl SparseLayers<'_> {
+    /// Reads the layers and the number of experts per token.
+    pub fn read(self, config: &Fields<'_>) -> Result<(Vec<LayerConfig>, usize)> {
+        let layers = self.windows.len();
+        let num_experts = num_experts(config, self.expert_count_keys)?;
+        let step = config.integer("decoder_sparse_step", 1, MAX_SIZE)?.unwrap_or(1);
+        let dense = config.integers("mlp_only_layers", 0, MAX_SIZE)?.unwrap_or_default();
+        let is_moe: Vec<bool> =
+            (0..layers).map(|i| num_experts > 0 && (i + 1) % step == 0 && !dense.contains(&i)).collect();
+        let moe_layers = is_moe.iter().filter(|moe| **moe).count();
+        if moe_layers == 0 {
+            let reason = format!(
+                "all {layers} layers are dense (number of experts {num_experts}, `decoder_sparse_step` {step}, \
+                 `mlp_only_layers` lists {} layers)",
+                dense.len()
+            );
+            return Err(Error::NotMoe { file: crate::family::CONFIG.to_string(), reason });
+        }
+        if num_experts.saturating_mul(moe_layers) > MAX_ALL_EXPERTS {
+            let expected = format!("at most {MAX_ALL_EXPERTS} experts in all {moe_layers} MoE layers together");
+            let key = self.expert_count_keys.iter().find(|key| config.value(key).is_some());
+            return Err(config.invalid(key.unwrap_or(&self.expert_count_keys[0]), expected));
+        }
+        let top_k = config.required_integer("num_experts_per_tok", 1, num_experts)?;
+        let moe = MoeConfig { widths: vec![size(config, "moe_intermediate_size")?; num_experts], shared: self.shared };
+        let intermediate_size = match moe_layers == layers {
+            true => 0,
+            false => size(config, "intermediate_size")?,
+        };
+        let layer = |(is_moe, window): (bool, &Option<usize>)| LayerConfig {
+            sliding_window: *window,
+            ffn: if is_moe { Ffn::Moe(moe.clone()) } else { Ffn::Dense { intermediate_size } },
+        };
+        Ok((is_moe.into_iter().zip(self.windows).map(layer).collect(), top_k))
+    }
+}
+
+/// The window of a config that slides, `None` if it does not: `use_sliding_window` (default false) switches
+/// `sliding_window` (default 4096); a window of 0 is none.
+pub(super) fn window(config: &Fields<'_>) -> Result<Option<usize>> {
+    // Read before the switch is looked at, so that a malformed window is an error either way.
+    let window = config.integer("sliding_window", 0, MAX_SIZE)?.unwrap_or(4096);
+    let used = config.bool("use_sliding_window")?.unwrap_or(false);
+    Ok((used && window > 0).then_some(window))
+}

@@ -1,0 +1,149 @@
+//! What a model family is: how its `config.json` reads and what its tensors are called.
+//!
+//! A family is one file in `families/` and one line in its registry.
+
+use serde_json::Value;
+
+use crate::config::ModelConfig;
+use crate::experts::ExpertTensor;
+use crate::families::FAMILIES;
+use crate::json::Fields;
+use crate::{Error, Result};
+
+/// File name in error messages about a config whose directory is not known.
+pub(crate) const CONFIG: &str = "config.json";
+
+/// A tensor by what it does, whatever a family calls it. Shapes: `H` hidden size, `V` vocabulary, `E` experts,
+/// `D` head dimension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Role {
+    /// Token embedding `[V, H]`.
+    Embedding,
+    /// Norm before the head `[H]`.
+    FinalNorm,
+    /// Head `[V, H]`; the embedding in a model with tied embeddings.
+    LmHead,
+    /// A tensor of a decoder layer.
+    Layer(usize, LayerRole),
+}
+
+/// A tensor of a decoder layer other than its routed experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum LayerRole {
+    /// Norm before the attention `[H]`.
+    AttentionNorm,
+    /// Norm before the FFN `[H]`.
+    FfnNorm,
+    /// Query projection `[heads * D, H]`.
+    Query,
+    /// Key projection `[kv_heads * D, H]`.
+    Key,
+    /// Value projection `[kv_heads * D, H]`.
+    Value,
+    /// Output projection `[H, heads * D]`.
+    Output,
+    /// Bias of the query projection `[heads * D]`.
+    QueryBias,
+    /// Bias of the key projection `[kv_heads * D]`.
+    KeyBias,
+    /// Bias of the value projection `[kv_heads * D]`.
+    ValueBias,
+    /// Bias of the output projection `[H]`.
+    OutputBias,
+    /// Norm of each query head `[D]`.
+    QueryNorm,
+    /// Norm of each key head `[D]`.
+    KeyNorm,
+    /// Router `[E, H]`.
+    Router,
+    /// Gate projection of the shared expert `[I, H]`.
+    SharedGate,
+    /// Up projection of the shared expert `[I, H]`.
+    SharedUp,
+    /// Down projection of the shared expert `[H, I]`.
+    SharedDown,
+    /// Gate on the output of the shared expert `[1, H]`.
+    SharedExpertGate,
+    /// Gate projection of a dense layer `[I, H]`.
+    DenseGate,
+    /// Up projection of a dense layer `[I, H]`.
+    DenseUp,
+    /// Down projection of a dense layer `[H, I]`.
+    DenseDown,
+}
+
+/// Reads the configs and names the tensors of one model family.
+pub trait Family: Send + Sync {
+    /// `model_type` of its configs.
+    fn model_type(&self) -> &'static str;
+
+    /// Reads `config.json`, with the end-of-text ids of `generation_config.json` where there is one.
+    ///
+    /// # Errors
+    /// A missing, malformed or contradictory field, named.
+    fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig>;
+
+    /// Name of a tensor in the checkpoint.
+    fn tensor_name(&self, role: Role) -> String;
+
+    /// Name of a tensor that holds routed experts, in any of the layouts. The layout of a checkpoint is told by which
+    /// of these names it has.
+    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String;
+
+    /// Decoder layer that a tensor belongs to, by its name.
+    fn layer_of(&self, name: &str) -> Option<usize>;
+
+    /// Config key of the width of all routed experts.
+    fn width_key(&self) -> &'static str;
+
+    /// Config keys of the number of routed experts. A config has one of them, or several that agree.
+    fn expert_count_keys(&self) -> &'static [&'static str];
+
+    /// Config keys that give the size of a tensor, for error messages.
+    fn size_keys(&self, role: Role) -> &'static str;
+}
+
+/// Every family that is known.
+pub fn families() -> &'static [&'static dyn Family] {
+    FAMILIES
+}
+
+/// The family of this `model_type`.
+///
+/// # Errors
+/// [`Error::UnknownFamily`], listing the known ones.
+pub fn family(model_type: &str) -> Result<&'static dyn Family> {
+    let found = families().iter().copied().find(|family| family.model_type() == model_type);
+    found.ok_or_else(|| Error::UnknownFamily {
+        file: CONFIG.to_string(),
+        found: model_type.chars().take(80).collect(),
+        known: known(),
+    })
+}
+
+/// The family of a parsed `config.json`; that of the original model for a ragged checkpoint.
+///
+/// # Errors
+/// [`Error::MissingField`] without `model_type`, [`Error::NotMoe`] for a model without routed experts,
+/// [`Error::UnknownFamily`] for another unknown `model_type`.
+pub fn family_of(config: &Value) -> Result<&'static dyn Family> {
+    let fields = Fields::new(config, CONFIG)?;
+    let expected = || format!("one of the known families: {}", known());
+    let model_type = fields.string("model_type")?.ok_or_else(|| fields.missing("model_type", expected()))?;
+    family(model_type).map_err(|error| {
+        // Experts have been called by one of these words in every MoE config so far.
+        if fields.keys().any(|key| key.contains("expert") || key.contains("moe")) {
+            return error;
+        }
+        let reason = format!(
+            "config has model_type `{}` and no field about experts; known families: {}",
+            model_type.chars().take(80).collect::<String>(),
+            known()
+        );
+        Error::NotMoe { file: CONFIG.to_string(), reason }
+    })
+}
+
+fn known() -> String {
+    families().iter().map(|family| family.model_type()).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,204 @@
+//! The config of a ragged checkpoint, whose experts differ in width: `docs/ragged-format.md`.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value, json};
+
+use crate::config::{Ffn, ModelConfig};
+use crate::families::MAX_SIZE;
+use crate::family::{CONFIG, family_of};
+use crate::json::Fields;
+use crate::{Error, Result};
+
+/// Suffix of `model_type`, so that a stock loader refuses the directory.
+const SUFFIX: &str = "_ragged";
+/// Key of the object with what was there before and the widths.
+const KEY: &str = "moe_ragged";
+/// Version of that object.
+const VERSION: usize = 1;
+
+/// What a ragged config says beyond the original one.
+pub(crate) struct Ragged {
+    /// The config of the original model.
+    pub original: Value,
+    /// Width of every routed expert, by decoder layer.
+    widths: BTreeMap<usize, Vec<usize>>,
+}
+
+impl Ragged {
+    /// Reads the ragged part of a config; `None` for a config of a stock model.
+    pub fn read(config: &Value) -> Result<Option<Self>> {
+        let fields = Fields::new(config, CONFIG)?;
+        let original_type = fields.string("model_type")?.and_then(|name| name.strip_suffix(SUFFIX));
+        let (ragged, original_type) = match (fields.object(KEY)?, original_type) {
+            (None, None) => return Ok(None),
+            (Some(_), None) => return Err(fields.conflict("model_type", KEY)),
+            (None, Some(_)) => {
+                return Err(fields.missing(KEY, format!("an object, since `model_type` ends in `{SUFFIX}`")));
+            }
+            (Some(ragged), Some(original_type)) => (ragged, original_type),
+        };
+        if ragged.required_integer("version", 1, usize::MAX)? != VERSION {
+            return Err(ragged.invalid("version", format!("{VERSION}, the version this crate reads")));
+        }
+        if ragged.string("model_type")? != Some(original_type) {
+            return Err(
+                ragged.invalid("model_type", format!("\"{original_type}\", as in `model_type` less `{SUFFIX}`"))
+            );
+        }
+        let layers = ragged.object("expert_widths")?;
+        let layers = layers.ok_or_else(|| ragged.missing("expert_widths", "an object from layer to list of widths"))?;
+        let mut widths = BTreeMap::new();
+        for key in layers.keys() {
+            // A canonical number, so that two keys never mean one layer.
+            let layer = key.parse::<usize>().ok().filter(|layer| layer.to_string() == key);
+            let layer = layer.ok_or_else(|| layers.invalid(key, "decoder layer indices as keys"))?;
+            let list = layers.integers(key, 0, MAX_SIZE)?;
+            widths.insert(layer, list.ok_or_else(|| layers.invalid(key, "a list of widths"))?);
+        }
+        let mut original = config.clone();
+        if let Value::Object(map) = &mut original {
+            map.insert("model_type".to_string(), Value::String(original_type.to_string()));
+            match ragged.value("architectures") {
+                Some(architectures) => drop(map.insert("architectures".to_string(), architectures.clone())),
+                None => drop(map.shift_remove("architectures")),
+            }
+            map.shift_remove(KEY);
+        }
+        Ok(Some(Self { original, widths }))
+    }
+
+    /// Puts the widths into the parsed original config.
+    pub fn apply(mut self, config: &mut ModelConfig) -> Result<()> {
+        let field = |layer: usize| format!("{KEY}.expert_widths.{layer}");
+        let top_k = config.routing.top_k;
+        for (layer, layer_config) in config.layers.iter_mut().enumerate() {
+            let Ffn::Moe(moe) = &mut layer_config.ffn else { continue };
+            let widths = self.widths.remove(&layer).ok_or_else(|| Error::MissingField {
+                file: CONFIG.to_string(),
+                field: field(layer),
+                expected: "the widths of the experts of this MoE layer".to_string(),
+            })?;
+            if widths.len() < top_k {
+                return Err(Error::InvalidField {
+                    file: CONFIG.to_string(),
+                    field: field(layer),
+                    found: format!("a list of {} widths", widths.len()),
+                    expected: format!("at least `num_experts_per_tok` = {top_k}"),
+                });
+            }
+            moe.widths = widths;
+        }
+        match self.widths.pop_first() {
+            None => Ok(()),
+            Some((layer, widths)) => Err(Error::InvalidField {
+                file: CONFIG.to_string(),
+                field: field(layer),
+                found: format!("a list of {} widths", widths.len()),
+                expected: "widths of MoE layers only".to_string(),
+            }),
+        }
+    }
+}
+
+/// The config of a ragged checkpoint with these expert widths per decoder layer, made from the config of a stock model or
+/// of another ragged checkpoint. All other keys stay as they are.
+///
+/// # Errors
+/// Those of [`ModelConfig::from_json`] for `config`, and the same for the result: widths for every MoE layer and for no
+/// other, at least `top_k` experts each.
+pub fn ragged_config(config: &Value, widths: &BTreeMap<usize, Vec<usize>>) -> Result<Value> {
+    let mut result = match Ragged::read(config)? {
+        Some(ragged) => ragged.original,
+        None => config.clone(),
+    };
+    let model_type = family_of(&result)?.model_type();
+    let architectures = result.get("architectures").cloned().unwrap_or(json!([]));
+    let renamed = architectures.as_array().into_iter().flatten().filter_map(Value::as_str).map(|name| {
+        Value::String(match name.strip_suffix("ForCausalLM") {
+            Some(stem) => format!("{stem}RaggedForCausalLM"),
+            None => format!("{name}Ragged"),
+        })
+    });
+    let renamed = renamed.collect();
+    let expert_widths: Map<String, Value> =
+        widths.iter().map(|(layer, list)| (layer.to_string(), json!(list))).collect();
+    if let Value::Object(map) = &mut result {
+        map.insert("model_type".to_string(), Value::String(format!("{model_type}{SUFFIX}")));
+        map.insert("architectures".to_string(), Value::Array(renamed));
+        let ragged = json!({
+            "version": VERSION, "model_type": model_type, "architectures": architectures, "expert_widths": expert_widths,
+        });
+        map.insert(KEY.to_string(), ragged);
+    }
+    ModelConfig::from_json(&result, None)?;
+    Ok(result)
+}
+
+/// The config of a stock model whose routed experts all have this width, made from the config of a stock model or of a
+/// ragged checkpoint. All other keys stay as they are.
+///
+/// # Errors
+/// Those of [`ModelConfig::from_json`] for `config` and for the result.
+pub fn uniform_config(config: &Value, width: usize) -> Result<Value> {
+    let mut result = match Ragged::read(config)? {
+        Some(ragged) => ragged.original,
+        None => config.clone(),
+    };
+    let key = family_of(&result)?.width_key();
+    if let Value::Object(map) = &mut result {
+        map.insert(key.to_string(), json!(width));
+    }
+    ModelConfig::from_json(&result, None)?;
+    Ok(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stock() -> Value {
+        json!({
+            "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 8, "vocab_size": 9,
+            "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 16, "num_experts": 3,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 4, "mlp_only_layers": [0], "intermediate_size": 8,
+            "my_key": {"kept": true},
+        })
+    }
+
+    #[test]
+    fn a_ragged_config_reads_back_and_keeps_unknown_keys() {
+        let widths = BTreeMap::from([(1, vec![4, 0, 2])]);
+        let ragged = ragged_config(&stock(), &widths).unwrap();
+        assert_eq!(ragged["model_type"], "qwen3_moe_ragged");
+        assert_eq!(ragged["architectures"], json!(["Qwen3MoeRaggedForCausalLM"]));
+        assert_eq!(ragged["my_key"], json!({"kept": true}));
+        let config = ModelConfig::from_json(&ragged, None).unwrap();
+        assert_eq!(config.moe(1).unwrap().widths, [4, 0, 2]);
+        assert_eq!(config.model_type, "qwen3_moe");
+        // Again from the ragged one, and back to a stock one.
+        assert_eq!(ragged_config(&ragged, &widths).unwrap(), ragged);
+        let uniform = uniform_config(&ragged, 2).unwrap();
+        assert_eq!((&uniform["moe_intermediate_size"], &uniform["model_type"]), (&json!(2), &json!("qwen3_moe")));
+        assert_eq!(uniform["architectures"], stock()["architectures"]);
+    }
+
+    #[test]
+    fn contradictions_are_named() {
+        let message = |edit: &dyn Fn(&mut Value)| {
+            let mut config = ragged_config(&stock(), &BTreeMap::from([(1, vec![4, 0, 2])])).unwrap();
+            edit(&mut config);
+            ModelConfig::from_json(&config, None).unwrap_err().to_string()
+        };
+        assert!(message(&|c| c["moe_ragged"]["version"] = json!(2)).contains("moe_ragged.version"));
+        assert!(message(&|c| c["moe_ragged"]["model_type"] = json!("x")).contains("moe_ragged.model_type"));
+        assert!(message(&|c| c["model_type"] = json!("qwen3_moe")).contains("`moe_ragged`"));
+        assert!(message(&|c| c["moe_ragged"] = Value::Null).contains("`moe_ragged` is missing"));
+        let widths = |value: Value| message(&move |c| c["moe_ragged"]["expert_widths"] = value.clone());
+        assert!(widths(json!({})).contains("moe_ragged.expert_widths.1` is missing"));
+        assert!(widths(json!({"1": [1, 2, 3], "0": [1, 2, 3]})).contains("MoE layers only"));
+        assert!(widths(json!({"1": [1]})).contains("num_experts_per_tok"));
+        assert!(widths(json!({"01": [1, 2]})).contains("decoder layer indices"));
+        assert!(widths(json!({"1": [1, -2]})).contains("list of integers"));
+    }
+}

@@ -1,0 +1,73 @@
+//! One memory-mapped safetensors file.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use memmap2::{Advice, Mmap, UncheckedAdvice};
+
+use crate::header::{self, HeaderTensor};
+use crate::{Error, Result};
+
+/// Linux maps up to this many cached bytes around every page that is touched.
+const FAULT_AROUND: usize = 64 << 10;
+
+/// A mapped file whose header has been checked against its length.
+pub(crate) struct Shard {
+    path: PathBuf,
+    map: Mmap,
+}
+
+impl Shard {
+    /// Maps the file and reads its header; the data is not touched.
+    pub fn open(path: &Path) -> Result<(Self, Vec<HeaderTensor>)> {
+        let io = |source| Error::io(path, source);
+        let file = File::open(path).map_err(io)?;
+        let length = file.metadata().map_err(io)?.len();
+        if length < header::LENGTH_BYTES as u64 {
+            return Err(Error::NoHeader { path: path.to_path_buf(), found: length });
+        }
+        // SAFETY: the map is read-only. Like every reader that maps files, this one relies on nobody shortening or
+        // rewriting a checkpoint while it is open; our own writers replace files by rename, which leaves maps valid.
+        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        let tensors = header::parse(path, &map)?;
+        let shard = Self { path: path.to_path_buf(), map };
+        shard.release_all();
+        Ok((shard, tensors))
+    }
+
+    /// Bytes of the file; the range comes from its header, which was checked.
+    pub fn bytes(&self, range: Range<usize>) -> &[u8] {
+        &self.map[range]
+    }
+
+    /// Gives the pages of a range back to the system, so that they no longer count as resident.
+    ///
+    /// The range is widened to what the kernel may have mapped around it. Dropping the page of a neighbour costs that
+    /// neighbour a fault on its next read and nothing else.
+    pub fn release(&self, range: Range<usize>) {
+        let start = (range.start / FAULT_AROUND) * FAULT_AROUND;
+        let end = range.end.div_ceil(FAULT_AROUND).saturating_mul(FAULT_AROUND).min(self.map.len());
+        if start >= end {
+            return;
+        }
+        // SAFETY: `DontNeed` on a read-only map of a file drops cached page table entries; a later read, through a slice
+        // that is alive now or not, faults the same bytes in from the file again.
+        let advised = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+        if let Err(error) = advised {
+            // Only the resident size is worse for it.
+            tracing::debug!(path = %self.path.display(), %error, "pages were not released");
+        }
+    }
+
+    /// Gives all pages of the file back.
+    pub fn release_all(&self) {
+        self.release(0..self.map.len());
+    }
+
+    /// Switches read-ahead off (for samples all over the file) or back on.
+    pub fn set_random(&self, random: bool) {
+        // Only speed depends on it.
+        let _ = self.map.advise(if random { Advice::Random } else { Advice::Normal });
+    }
+}

@@ -1,0 +1,202 @@
+//! Checks that the weights are those the config describes.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
+
+use safetensors::Dtype;
+
+use crate::checkpoint::TensorInfo;
+use crate::config::{Ffn, ModelConfig, MoeConfig};
+use crate::convert::float_bytes;
+use crate::experts::{ExpertLayout, ExpertTensor};
+use crate::family::{Family, LayerRole, Role};
+use crate::{Error, Result};
+
+/// Dtypes that weights are read from, for messages.
+pub(crate) const FLOATS: &str = "F32, F16 or BF16";
+
+/// What is checked.
+pub(crate) struct Weights<'a> {
+    pub dir: &'a Path,
+    pub config: &'a ModelConfig,
+    pub family: &'static dyn Family,
+    pub ragged: bool,
+    pub tensors: &'a BTreeMap<String, TensorInfo>,
+}
+
+/// Checks every tensor that the config calls for, and that no others are in the decoder layers. Returns the expert layout
+/// of every MoE layer.
+pub(crate) fn verify(weights: &Weights<'_>) -> Result<BTreeMap<usize, ExpertLayout>> {
+    weights.tensors.values().try_for_each(refuse_quantised)?;
+    let mut expected = HashSet::with_capacity(weights.tensors.len());
+    for (role, shape) in roles(weights.config) {
+        expected.insert(weights.check_role(role, shape)?);
+    }
+    let mut layouts = BTreeMap::new();
+    for (layer, config) in weights.config.layers.iter().enumerate() {
+        if let Ffn::Moe(moe) = &config.ffn {
+            layouts.insert(layer, weights.check_experts(layer, moe, &mut expected)?);
+        }
+    }
+    weights.tensors.values().try_for_each(|info| weights.check_expected(info, &expected))?;
+    Ok(layouts)
+}
+
+/// Every tensor of the config other than routed experts, with its shape.
+fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>)> + '_ {
+    let (hidden, vocabulary) = (config.hidden_size, config.vocab_size);
+    let head = (!config.tie_word_embeddings).then_some((Role::LmHead, vec![vocabulary, hidden]));
+    let outer = [(Role::Embedding, vec![vocabulary, hidden]), (Role::FinalNorm, vec![hidden])];
+    let layers = config.layers.iter().enumerate().flat_map(move |(layer, layer_config)| {
+        let mut roles = attention_roles(config);
+        roles.extend(ffn_roles(hidden, &layer_config.ffn));
+        roles.into_iter().map(move |(role, shape)| (Role::Layer(layer, role), shape))
+    });
+    outer.into_iter().chain(head).chain(layers)
+}
+
+fn attention_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
+    let (hidden, attention) = (config.hidden_size, &config.attention);
+    // Each factor is below 2^28, so that products of two fit.
+    let queries = attention.num_heads * attention.head_dim;
+    let keys = attention.num_kv_heads * attention.head_dim;
+    let mut roles = vec![
+        (LayerRole::AttentionNorm, vec![hidden]),
+        (LayerRole::FfnNorm, vec![hidden]),
+        (LayerRole::Query, vec![queries, hidden]),
+        (LayerRole::Key, vec![keys, hidden]),
+        (LayerRole::Value, vec![keys, hidden]),
+        (LayerRole::Output, vec![hidden, queries]),
+    ];
+    if attention.qkv_bias {
+        roles.push((LayerRole::QueryBias, vec![queries]));
+        roles.push((LayerRole::KeyBias, vec![keys]));
+        roles.push((LayerRole::ValueBias, vec![keys]));
+    }
+    if attention.output_bias {
+        roles.push((LayerRole::OutputBias, vec![hidden]));
+    }
+    if attention.qk_norm {
+        roles.push((LayerRole::QueryNorm, vec![attention.head_dim]));
+        roles.push((LayerRole::KeyNorm, vec![attention.head_dim]));
+    }
+    roles
+}
+
+fn ffn_roles(hidden: usize, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
+    match ffn {
+        Ffn::Dense { intermediate_size } => vec![
+            (LayerRole::DenseGate, vec![*intermediate_size, hidden]),
+            (LayerRole::DenseUp, vec![*intermediate_size, hidden]),
+            (LayerRole::DenseDown, vec![hidden, *intermediate_size]),
+        ],
+        Ffn::Moe(moe) => {
+            let mut roles = vec![(LayerRole::Router, vec![moe.num_experts(), hidden])];
+            if let Some(shared) = &moe.shared {
+                roles.push((LayerRole::SharedGate, vec![shared.intermediate_size, hidden]));
+                roles.push((LayerRole::SharedUp, vec![shared.intermediate_size, hidden]));
+                roles.push((LayerRole::SharedDown, vec![hidden, shared.intermediate_size]));
+                if shared.gated {
+                    roles.push((LayerRole::SharedExpertGate, vec![1, hidden]));
+                }
+            }
+            roles
+        }
+    }
+}
+
+fn refuse_quantised(info: &TensorInfo) -> Result<()> {
+    match info.dtype {
+        Dtype::F4 | Dtype::F6_E2M3 | Dtype::F6_E3M2 | Dtype::F8_E5M2 | Dtype::F8_E4M3 | Dtype::F8_E8M0 => {}
+        Dtype::F8_E4M3FNUZ | Dtype::F8_E5M2FNUZ => {}
+        _ => return Ok(()),
+    }
+    Err(Error::QuantisedTensor { file: info.file.to_path_buf(), tensor: info.name.clone(), found: info.dtype })
+}
+
+impl Weights<'_> {
+    fn check_role(&self, role: Role, shape: Vec<usize>) -> Result<String> {
+        let name = self.family.tensor_name(role);
+        self.check(&name, shape, self.family.size_keys(role))?;
+        Ok(name)
+    }
+
+    fn check(&self, name: &str, expected: Vec<usize>, fields: &str) -> Result<()> {
+        let Some(info) = self.tensors.get(name) else {
+            let reason = format!("config.json calls for it, with shape {expected:?} from {fields}");
+            return Err(Error::MissingTensor { dir: self.dir.to_path_buf(), tensor: name.to_string(), reason });
+        };
+        let (file, tensor) = (info.file.to_path_buf(), info.name.clone());
+        if info.shape != expected {
+            let (found, fields) = (info.shape.clone(), fields.to_string());
+            return Err(Error::UnexpectedShape { file, tensor, found, expected, fields });
+        }
+        if float_bytes(info.dtype).is_none() {
+            return Err(Error::UnsupportedDtype { file, tensor, found: info.dtype, expected: FLOATS.to_string() });
+        }
+        Ok(())
+    }
+
+    fn check_experts(&self, layer: usize, moe: &MoeConfig, expected: &mut HashSet<String>) -> Result<ExpertLayout> {
+        let layout = self.expert_layout(layer)?;
+        let width = match self.ragged {
+            true => "`moe_ragged.expert_widths`".to_string(),
+            false => format!("`{}`", self.family.width_key()),
+        };
+        let fields = format!("{width}, the number of experts and `hidden_size`");
+        let tensors = layout.tensors(self.config.hidden_size, &moe.widths).ok_or_else(|| Error::ExpertLayout {
+            dir: self.dir.to_path_buf(),
+            layer,
+            found: format!("the layout {layout:?}"),
+            expected: format!("one that holds the different widths of {width}"),
+        })?;
+        for tensor in tensors {
+            let name = self.family.expert_tensor_name(layer, tensor.tensor);
+            self.check(&name, tensor.shape, &fields)?;
+            expected.insert(name);
+        }
+        Ok(layout)
+    }
+
+    /// The layout of a layer, told by which names exist.
+    fn expert_layout(&self, layer: usize) -> Result<ExpertLayout> {
+        let layouts: [(ExpertLayout, &[ExpertTensor]); 3] = [
+            (ExpertLayout::PerExpert, &[ExpertTensor::Gate(0), ExpertTensor::Up(0), ExpertTensor::Down(0)]),
+            (ExpertLayout::Fused, &[ExpertTensor::FusedGateUp, ExpertTensor::FusedDown]),
+            (ExpertLayout::Ragged, &[ExpertTensor::RaggedGateUp, ExpertTensor::RaggedDown]),
+        ];
+        // Ragged tensors count only if the config says so too: a stock loader would take random experts instead.
+        let usable = || layouts.iter().filter(|(layout, _)| self.ragged || *layout != ExpertLayout::Ragged);
+        let name = |tensor: &ExpertTensor| self.family.expert_tensor_name(layer, *tensor);
+        let found: Vec<_> =
+            usable().filter(|(_, names)| names.iter().any(|t| self.tensors.contains_key(&name(t)))).collect();
+        if let [(layout, _)] = found[..] {
+            return Ok(*layout);
+        }
+        let list = |layouts: Vec<&(ExpertLayout, &[ExpertTensor])>| {
+            let names = layouts.iter().map(|(_, tensors)| format!("`{}`", name(&tensors[0])));
+            names.collect::<Vec<_>>().join(" or ")
+        };
+        Err(Error::ExpertLayout {
+            dir: self.dir.to_path_buf(),
+            layer,
+            expected: format!("exactly one layout, with {}", list(usable().collect())),
+            found: if found.is_empty() { "no known layout".to_string() } else { list(found).replace(" or ", " and ") },
+        })
+    }
+
+    /// Refuses tensors of decoder layers that would silently go unused. Tensors elsewhere are carried along.
+    fn check_expected(&self, info: &TensorInfo, expected: &HashSet<String>) -> Result<()> {
+        let Some(layer) = self.family.layer_of(&info.name) else { return Ok(()) };
+        // A constant that old files store.
+        if expected.contains(&info.name) || info.name.ends_with(".rotary_emb.inv_freq") {
+            return Ok(());
+        }
+        let layers = self.config.layers.len();
+        let reason = match layer < layers {
+            true => format!("config.json has no place for it in layer {layer}"),
+            false => format!("`num_hidden_layers` in config.json is {layers}"),
+        };
+        Err(Error::UnexpectedTensor { file: info.file.to_path_buf(), tensor: info.name.clone(), reason })
+    }
+}
