@@ -1,0 +1,118 @@
+//! How much of a model is kept.
+
+use moe_checkpoint::MoeShape;
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// How much of the routed experts is kept. Everything else of a model (attention, router, shared experts, embeddings)
+/// is outside the budget.
+///
+/// ```
+/// use moe_prune::Budget;
+///
+/// let budget: Budget = serde_json::from_str(r#"{"ratio": 0.5}"#).unwrap();
+/// assert_eq!(budget, Budget::Ratio(0.5));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Budget {
+    /// Fraction of the units to drop, in (0, 1). A pool of `N` units drops `floor(N * ratio)`, never more.
+    Ratio(f64),
+    /// Parameters of routed experts to keep at most. `3 * hidden_size` parameters are one unit.
+    KeepParameters(u64),
+    /// Parameters of routed experts to drop at least.
+    DropParameters(u64),
+}
+
+impl Budget {
+    /// Checks the budget by itself and against what the model has.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParameter`] for a ratio outside (0, 1), or a parameter count that is not between 0 and that of
+    /// the model, both excluded.
+    pub fn validate(&self, shape: &MoeShape) -> Result<()> {
+        let invalid = |field, found: String, expected: String| Err(Error::InvalidParameter { field, found, expected });
+        let total = shape.parameters();
+        match *self {
+            Budget::Ratio(ratio) if !(ratio > 0.0 && ratio < 1.0) => {
+                invalid("ratio", ratio.to_string(), "a number in (0, 1), both ends excluded".into())
+            }
+            Budget::KeepParameters(count) | Budget::DropParameters(count) if count == 0 || count >= total => {
+                let field = match self {
+                    Budget::KeepParameters(_) => "keep_parameters",
+                    _ => "drop_parameters",
+                };
+                let expected = format!("between 1 and {}: the model has {total} in routed experts", total.max(1) - 1);
+                invalid(field, count.to_string(), expected)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Units kept in a pool of `units` units where `ratio` applies to each pool by itself: `units - floor(units * ratio)`.
+    /// `None` for a parameter budget, which belongs to the whole model.
+    pub(crate) fn kept_of_pool(&self, units: usize) -> Option<usize> {
+        match *self {
+            // The product is rounded to f64 before the floor, as in the released code.
+            Budget::Ratio(ratio) => Some(units - ((units as f64 * ratio).floor() as usize).min(units)),
+            _ => None,
+        }
+    }
+
+    /// Units kept in the whole model.
+    pub(crate) fn kept_units(&self, shape: &MoeShape) -> usize {
+        let (units, per_unit) = (shape.units(), shape.parameters_per_unit() as u64);
+        match *self {
+            Budget::Ratio(_) => self.kept_of_pool(units).unwrap_or(units),
+            // Fits: validated to be less than what the model has.
+            Budget::KeepParameters(count) => (count / per_unit) as usize,
+            Budget::DropParameters(count) => units.saturating_sub(count.div_ceil(per_unit) as usize),
+        }
+    }
+
+    /// Whether widths that must be multiples are rounded up (drop no more than the ratio) or down (keep no more than
+    /// the parameters).
+    pub(crate) fn rounds_up(&self) -> bool {
+        matches!(self, Budget::Ratio(_))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use moe_checkpoint::MoeLayerShape;
+
+    use super::*;
+
+    fn shape() -> MoeShape {
+        let layers = vec![MoeLayerShape { layer: 0, widths: vec![10, 11] }];
+        MoeShape { hidden_size: 2, top_k: 1, layers }
+    }
+
+    #[test]
+    fn the_ratio_excludes_its_ends() {
+        for bad in [0.0, 1.0, -0.5, 1.5, f64::NAN, f64::INFINITY] {
+            let message = Budget::Ratio(bad).validate(&shape()).unwrap_err().to_string();
+            assert!(message.contains("ratio") && message.contains("(0, 1)"), "{message}");
+        }
+        Budget::Ratio(1e-9).validate(&shape()).unwrap();
+    }
+
+    #[test]
+    fn counts_are_floored_in_favour_of_the_bound() {
+        // 21 units of 6 parameters.
+        assert_eq!(Budget::Ratio(0.5).kept_units(&shape()), 11);
+        assert_eq!(Budget::KeepParameters(65).kept_units(&shape()), 10);
+        assert_eq!(Budget::DropParameters(61).kept_units(&shape()), 10);
+        assert_eq!(Budget::DropParameters(60).kept_units(&shape()), 11);
+    }
+
+    #[test]
+    fn parameter_budgets_stay_inside_the_model() {
+        for bad in [0, 126, 1000] {
+            assert!(Budget::KeepParameters(bad).validate(&shape()).is_err());
+            assert!(Budget::DropParameters(bad).validate(&shape()).unwrap_err().to_string().contains("125"));
+        }
+    }
+}

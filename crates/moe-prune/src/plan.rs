@@ -1,0 +1,209 @@
+//! The plan: which units of a model stay.
+
+use std::fs;
+use std::path::Path;
+
+use moe_checkpoint::{MoeShape, write_atomic};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::allocators::ExpertId;
+use crate::{Error, Result};
+
+/// Version of the plan format that is written, and the newest that is read.
+pub const PLAN_VERSION: u64 = 1;
+
+/// Which units of a model stay, in the indices of that model. A versioned JSON file.
+///
+/// A plan belongs to one checkpoint, by fingerprint. It is made once and applied to that checkpoint in any export mode.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PrunePlan {
+    /// Version of the format.
+    pub version: u64,
+    /// Fingerprint of the checkpoint.
+    pub model: String,
+    /// Shape of the checkpoint.
+    pub shape: MoeShape,
+    /// Fraction of routed-expert units dropped.
+    pub ratio: Ratio,
+    /// How the plan was made: pruner, budget, scorer, calibration.
+    pub recipe: Value,
+    /// Experts that no calibration token was routed to, so that their scores say nothing.
+    #[serde(default)]
+    pub never_routed: Vec<ExpertId>,
+    /// What stays, MoE layers in ascending order.
+    pub kept: Vec<LayerKept>,
+}
+
+/// Fraction of routed-expert units dropped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Ratio {
+    /// As the budget has it.
+    pub asked: f64,
+    /// As the plan has it: floors and width multiples may differ.
+    pub achieved: f64,
+}
+
+/// What stays of one MoE layer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerKept {
+    /// Decoder layer index.
+    pub layer: usize,
+    /// Kept unit ids of every expert, strictly ascending; an empty list leaves an expert without units.
+    pub experts: Vec<Vec<u32>>,
+}
+
+impl PrunePlan {
+    /// The plan that drops nothing of the model with this fingerprint.
+    pub fn keep_all(shape: &MoeShape, model: impl Into<String>) -> Self {
+        let all = |width: &usize| (0..*width as u32).collect();
+        let layers = shape.layers.iter();
+        Self {
+            version: PLAN_VERSION,
+            model: model.into(),
+            shape: shape.clone(),
+            ratio: Ratio::default(),
+            recipe: json!({ "pruner": { "type": "keep_all" } }),
+            never_routed: Vec::new(),
+            kept: layers
+                .map(|layer| LayerKept { layer: layer.layer, experts: layer.widths.iter().map(all).collect() })
+                .collect(),
+        }
+    }
+
+    /// Units that stay.
+    pub fn units_kept(&self) -> usize {
+        self.kept.iter().flat_map(|layer| &layer.experts).map(Vec::len).sum()
+    }
+
+    /// Shape of the model after the plan.
+    pub fn pruned_shape(&self) -> MoeShape {
+        let mut shape = self.shape.clone();
+        for (layer, kept) in shape.layers.iter_mut().zip(&self.kept) {
+            layer.widths = kept.experts.iter().map(Vec::len).collect();
+        }
+        shape
+    }
+
+    /// What stays of the MoE layer with this decoder layer index.
+    pub fn layer(&self, layer: usize) -> Option<&LayerKept> {
+        self.kept.binary_search_by_key(&layer, |kept| kept.layer).ok().map(|position| &self.kept[position])
+    }
+
+    /// Checks the plan by itself and that it is for a model of this shape.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPlan`] names the layer, expert and unit; [`Error::PlanVersion`].
+    pub fn validate(&self, shape: &MoeShape) -> Result<()> {
+        self.validate_alone()?;
+        if self.shape == *shape {
+            return Ok(());
+        }
+        let (ours, theirs) = (&self.shape, shape);
+        let differs = if ours.hidden_size != theirs.hidden_size {
+            format!("hidden_size {}, but the model has {}", ours.hidden_size, theirs.hidden_size)
+        } else if ours.top_k != theirs.top_k {
+            format!("top_k {}, but the model has {}", ours.top_k, theirs.top_k)
+        } else {
+            let pair = ours.layers.iter().zip(&theirs.layers).find(|(a, b)| a != b);
+            match pair {
+                Some((a, b)) if a.layer != b.layer => format!("MoE layer {}, but the model has {}", a.layer, b.layer),
+                Some((a, b)) if a.num_experts() != b.num_experts() => {
+                    format!("{} experts in layer {}, but the model has {}", a.num_experts(), a.layer, b.num_experts())
+                }
+                Some((a, b)) => {
+                    format!("widths {:?} in layer {}, but the model has {:?}", a.widths, a.layer, b.widths)
+                }
+                None => format!("{} MoE layers, but the model has {}", ours.layers.len(), theirs.layers.len()),
+            }
+        };
+        Err(Error::invalid_plan(format!("it is for {differs}")))
+    }
+
+    fn validate_alone(&self) -> Result<()> {
+        if self.version == 0 || self.version > PLAN_VERSION {
+            return Err(Error::PlanVersion { path: None, found: self.version, supported: PLAN_VERSION });
+        }
+        let invalid = |reason: String| Err(Error::invalid_plan(reason));
+        self.shape.validate().map_err(|error| Error::invalid_plan(format!("shape: {error}")))?;
+        let (found, expected): (Vec<_>, Vec<_>) =
+            (self.kept.iter().map(|l| l.layer).collect(), self.shape.layers.iter().map(|l| l.layer).collect());
+        if found != expected {
+            return invalid(format!("kept units of MoE layers {found:?}, but its shape has {expected:?}"));
+        }
+        for (LayerKept { layer, experts }, shape) in self.kept.iter().zip(&self.shape.layers) {
+            if experts.len() != shape.num_experts() {
+                let (found, expected) = (experts.len(), shape.num_experts());
+                return invalid(format!("layer {layer}: kept units of {found} experts, but its shape has {expected}"));
+            }
+            for (expert, (kept, width)) in experts.iter().zip(&shape.widths).enumerate() {
+                if let Some(pair) = kept.windows(2).find(|pair| pair[0] >= pair[1]) {
+                    return invalid(format!(
+                        "layer {layer}, expert {expert}: unit {} stands before {}, expected strictly ascending",
+                        pair[0], pair[1]
+                    ));
+                }
+                if let Some(last) = kept.last().filter(|last| **last as usize >= *width) {
+                    return invalid(format!("layer {layer}, expert {expert}: unit {last}, but it has {width} units"));
+                }
+            }
+        }
+        let units = self.shape.units();
+        let achieved = (units - self.units_kept()) as f64 / units.max(1) as f64;
+        // Text and back may cost the last bits.
+        if !((self.ratio.achieved - achieved).abs() < 1e-9) {
+            return invalid(format!("ratio.achieved is {}, but {achieved} of its units go", self.ratio.achieved));
+        }
+        if !(0.0..=1.0).contains(&self.ratio.asked) {
+            return invalid(format!("ratio.asked is {}, expected a number in [0, 1]", self.ratio.asked));
+        }
+        Ok(())
+    }
+
+    /// The plan as compact JSON, and as [`PrunePlan::save`] writes it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPlan`] if it cannot be written as JSON.
+    pub fn to_json(&self) -> Result<String> {
+        serde_json::to_string(self).map_err(|error| Error::invalid_plan(error.to_string()))
+    }
+
+    /// Reads a plan from JSON and validates it by itself.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPlan`], [`Error::PlanVersion`].
+    pub fn from_json(json: &str) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u64,
+        }
+        let malformed = |error: serde_json::Error| Error::invalid_plan(error.to_string());
+        // The version first: a newer format may lack fields of this one.
+        let Versioned { version: found } = serde_json::from_str(json).map_err(malformed)?;
+        if found == 0 || found > PLAN_VERSION {
+            return Err(Error::PlanVersion { path: None, found, supported: PLAN_VERSION });
+        }
+        let plan: Self = serde_json::from_str(json).map_err(malformed)?;
+        plan.validate_alone()?;
+        Ok(plan)
+    }
+
+    /// Writes the plan as JSON, atomically.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPlan`] if it contradicts itself, [`Error::Checkpoint`] for the file system.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.validate_alone()?;
+        Ok(write_atomic(path, self.to_json()?.as_bytes())?)
+    }
+
+    /// Reads a plan and validates it by itself.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::InvalidPlan`], [`Error::PlanVersion`], naming the file.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let json = fs::read_to_string(path).map_err(|source| Error::Io { path: path.into(), source })?;
+        Self::from_json(&json).map_err(|error| error.in_file(path))
+    }
+}
