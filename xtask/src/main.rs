@@ -1,2 +1,91 @@
 //! `cargo xtask <verb>`: the checks and reports people and CI run.
-fn main() {}
+
+mod bench_report;
+mod ci;
+mod fixtures;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Errors of a verb: printed, and the process fails.
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "The checks and reports of this workspace")]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Format, fixtures, clippy, tests and documentation, as CI checks them (.ci/run)
+    Ci {
+        /// Steps to run; all, if none is named
+        steps: Vec<String>,
+    },
+    /// Check the committed fixtures against their blake3 sums (xtask/fixtures.b3)
+    Fixtures {
+        /// Write the sums of the files as they are
+        #[arg(long)]
+        write: bool,
+    },
+    /// Mean, standard deviation and throughput of the last benchmark runs
+    BenchReport {
+        /// Run the benchmarks first
+        #[arg(long)]
+        run: bool,
+        /// One JSON object instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().verb {
+        Verb::Ci { steps } => ci::run(&steps),
+        Verb::Fixtures { write } => fixtures::run(write),
+        Verb::BenchReport { run, json } => bench_report::run(run, json),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The root of the workspace.
+fn root() -> PathBuf {
+    // xtask is a folder of the root, whatever directory cargo was called from.
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), Path::to_owned)
+}
+
+/// Adds the path to an error of the file system.
+fn at<E: std::fmt::Display>(path: &Path) -> impl FnOnce(E) -> String {
+    move |error| format!("{}: {error}", path.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+        let arguments = Arguments::try_parse_from(["cargo xtask", "ci", "fmt", "test"]).unwrap();
+        assert!(matches!(arguments.verb, Verb::Ci { steps } if steps == ["fmt", "test"]));
+        assert!(Arguments::try_parse_from(["cargo xtask", "deploy"]).is_err());
+    }
+
+    #[test]
+    fn the_root_is_the_workspace() {
+        let manifest = std::fs::read_to_string(root().join("Cargo.toml")).unwrap();
+        assert!(manifest.contains("[workspace]"));
+    }
+}
