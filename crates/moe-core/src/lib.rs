@@ -1,1 +1,30 @@
-//! Mixture-of-Experts decoder models on Burn.
+//! Mixture-of-Experts decoder models on [Burn](burn), run wave by wave and layer by layer.
+//!
+//! What this crate owns: the decoder of every supported family, routing ([`router`]), expert compute ([`experts`], [`kernels`]), the
+//! [`engine`] with its forward and backward sweeps under a memory limit ([`memory`]), what a sweep shows to observers ([`trace`]),
+//! tokenised [`data`], generation and evaluation. It knows nothing of scores and plans.
+//!
+//! Weights stay in the checkpoint in their stored dtype; they are converted to f32 when used, and what stays in memory is decided
+//! by a limit that never changes results. Experts see only the tokens routed to them.
+
+pub mod data;
+pub mod device;
+pub mod engine;
+pub mod error;
+pub mod evaluate;
+pub mod experts;
+pub mod generate;
+pub mod host;
+pub mod kernels;
+pub mod layers;
+pub mod memory;
+pub mod model;
+pub mod overlay;
+pub mod router;
+mod store;
+pub mod trace;
+
+pub use engine::{Engine, EngineOptions, LayerTransform, WaveReport};
+pub use error::{Error, Result};
+pub use model::Model;
+pub use overlay::{ExpertOverlay, KeepUnits};

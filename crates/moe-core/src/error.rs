@@ -1,0 +1,81 @@
+//! What can go wrong while a model is loaded, run or evaluated.
+
+use std::path::PathBuf;
+
+/// Result with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Everything that can fail in this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The checkpoint could not be read.
+    #[error(transparent)]
+    Checkpoint(#[from] moe_checkpoint::Error),
+    /// A data set, tokenizer or evaluation file could not be used.
+    #[error(transparent)]
+    Data(#[from] crate::data::DataError),
+    /// The device name is unknown, or its backend is not compiled in.
+    #[error("device `{name}`: {reason}; compiled in: {available}")]
+    Device {
+        /// What was asked for.
+        name: String,
+        /// Why it cannot be had.
+        reason: String,
+        /// Comma-separated device names that this build accepts.
+        available: String,
+    },
+    /// The memory limit cannot hold what must be in memory at once.
+    #[error("max_memory of {limit} bytes is too small: {what} needs at least {needed} bytes")]
+    Memory {
+        /// The limit asked for, in bytes.
+        limit: u64,
+        /// The least that would do, in bytes.
+        needed: u64,
+        /// Which part of the job sets that minimum.
+        what: String,
+    },
+    /// An input (wave, prompt, option) does not fit the model.
+    #[error("{field}: found {found}, expected {expected}")]
+    Input {
+        /// Name of the argument or field.
+        field: String,
+        /// What was given.
+        found: String,
+        /// What would have been accepted.
+        expected: String,
+    },
+    /// The model does something this crate has no implementation for.
+    #[error("{0} is not implemented in moe-core")]
+    Unsupported(String),
+    /// A number that must be finite is not: a diverged or corrupt model.
+    #[error("{what} of wave {wave} is not finite")]
+    NotFinite {
+        /// Which quantity.
+        what: String,
+        /// The wave it was computed on.
+        wave: u64,
+    },
+    /// The spill file could not be written or read back.
+    #[error("spill file in {dir}: {source}")]
+    Spill {
+        /// Directory of the spill file.
+        dir: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// An observer refused what it saw.
+    #[error("observer: {0}")]
+    Observer(Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl Error {
+    /// Wraps the error of an [`Observer`](crate::trace::Observer).
+    pub fn observer(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Observer(error.into())
+    }
+
+    pub(crate) fn input(field: impl Into<String>, found: impl ToString, expected: impl ToString) -> Self {
+        Self::Input { field: field.into(), found: found.to_string(), expected: expected.to_string() }
+    }
+}

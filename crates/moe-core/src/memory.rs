@@ -1,0 +1,187 @@
+//! How much memory a job uses and what it may keep.
+
+use moe_checkpoint::{Ffn, ModelConfig};
+
+use crate::{
+    error::{Error, Result},
+    layers::DENSE_ROWS,
+};
+
+/// Memory of this process as the kernel reports it, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProcessMemory {
+    /// Largest resident size so far.
+    pub peak: u64,
+    /// Resident size now.
+    pub resident: u64,
+    /// Resident anonymous memory now: what the process allocated.
+    pub anonymous: u64,
+    /// Resident pages of mapped files now: the kernel can drop them at any time.
+    pub mapped: u64,
+}
+
+/// Reads `/proc/self/status`; `None` where there is none.
+pub fn process_memory() -> Option<ProcessMemory> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let field = |name: &str| -> Option<u64> {
+        let line = status.lines().find(|l| l.starts_with(name))?;
+        Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+    };
+    Some(ProcessMemory {
+        peak: field("VmHWM:")?,
+        resident: field("VmRSS:")?,
+        anonymous: field("RssAnon:")?,
+        mapped: field("RssFile:")?,
+    })
+}
+
+/// Memory the machine could still give out, in bytes; `None` where `/proc/meminfo` does not tell.
+pub fn available_memory() -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find(|l| l.starts_with("MemAvailable:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}
+
+/// Bytes of f32 tensors made of `elements`.
+const fn f32s(elements: usize) -> u64 {
+    4 * elements as u64
+}
+
+/// Most vocabulary rows of the output head converted at once.
+pub(crate) fn head_block_rows(hidden: usize) -> usize {
+    ((64 << 20) / (4 * hidden.max(1))).max(64).next_multiple_of(64)
+}
+
+/// What of the weights stays in memory, converted to f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Residency {
+    /// The output head.
+    pub head: bool,
+    /// Attention, norms, router, shared and dense blocks of the first so many layers.
+    pub layers: usize,
+    /// The first so many routed experts, counted layer by layer.
+    pub experts: usize,
+}
+
+/// Activations of a layer kept from the forward for the backward sweep, instead of being computed again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Keep {
+    /// Queries, keys and values.
+    pub attention: bool,
+    /// Pre-activations of the dense or shared block.
+    pub dense: bool,
+    /// Pre-activations of the routed experts.
+    pub experts: bool,
+}
+
+/// How one kind of wave uses memory. Never changes results, only time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Weights that stay.
+    pub residency: Residency,
+    /// Kept activations of each decoder layer.
+    pub keep: Vec<Keep>,
+    /// Whether layer inputs wait for the backward sweep in a file instead of in memory.
+    pub spill: bool,
+    /// Expected peak, in bytes.
+    pub expected: u64,
+}
+
+/// What a wave looks like, as far as memory goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WaveSize {
+    /// Its tokens.
+    pub tokens: usize,
+    /// Whether there is a backward sweep.
+    pub gradients: bool,
+    /// Whether logits are computed.
+    pub head: bool,
+    /// Tokens per piece of the head.
+    pub head_tokens: usize,
+}
+
+/// Code, stacks, allocator slack and the tokenizer.
+const BASE: u64 = 64 << 20;
+
+/// Plans a wave within `limit` bytes.
+///
+/// # Errors
+/// [`Error::Memory`] if not even the streamed pieces fit.
+pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPlan> {
+    let (h, t) = (config.hidden_size, size.tokens);
+    let a = &config.attention;
+    let (q, kv) = (a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim);
+    let hidden = f32s(t * h);
+    let attention_weights = f32s(h * (2 * q + 2 * kv));
+    let tape = f32s(t * (q + 2 * kv + if a.qk_norm { q + kv } else { 0 }));
+
+    let mut phases: Vec<(String, u64)> = Vec::new();
+    let attention_work = attention_weights + tape + f32s(t * (q + h)) + if size.gradients { tape + hidden } else { 0 };
+    phases.push(("an attention layer".into(), attention_work));
+    if size.head {
+        let block = f32s(head_block_rows(h).min(config.vocab_size) * h);
+        let logits = f32s(size.head_tokens.min(t) * config.vocab_size);
+        phases.push(("the output head".into(), 2 * block + logits + f32s(4 * size.head_tokens.min(t) * h)));
+    }
+    let mut layer_weights = Vec::new();
+    let mut expert_bytes = Vec::new();
+    let mut kept = Vec::new(); // bytes of [attention, dense, experts] activations per layer
+    for (i, layer) in config.layers.iter().enumerate() {
+        let (dense_width, moe) = match &layer.ffn {
+            Ffn::Dense { intermediate_size } => (*intermediate_size, None),
+            Ffn::Moe(moe) => (moe.shared.as_ref().map_or(0, |s| s.intermediate_size), Some(moe)),
+        };
+        let rows = t.min(DENSE_ROWS);
+        let dense_weights = f32s(3 * dense_width * h);
+        let mut work = dense_weights + f32s(rows * (2 * h + 6 * dense_width)) + 3 * hidden;
+        let mut experts_kept = 0;
+        if let Some(moe) = moe {
+            let (experts, widest) = (moe.num_experts().max(1), moe.widths.iter().copied().max().unwrap_or(0));
+            let k = config.routing.top_k.min(experts);
+            // an expert rarely gets more than four times its fair share
+            let routed = t.min(4 * t * k / experts + 64);
+            let expert = 2 * f32s(3 * widest * h) + f32s(routed * (2 * h + 7 * widest));
+            work = work.max(dense_weights + expert + 3 * hidden + f32s(t * (experts + 4 * k)));
+            experts_kept = f32s(t * k * 2 * moe.widths.iter().sum::<usize>() / experts);
+            expert_bytes.extend(moe.widths.iter().map(|w| f32s(3 * w * h)));
+        }
+        phases.push((format!("the feed-forward part of layer {i}"), work));
+        layer_weights.push(attention_weights + dense_weights + f32s(h * moe.map_or(0, |m| m.num_experts())));
+        kept.push([tape, f32s(t * 2 * dense_width), experts_kept]);
+    }
+    let (what, largest) = phases.into_iter().max_by_key(|(_, bytes)| *bytes).unwrap_or_default();
+    let needed = BASE + largest + hidden;
+    if needed > limit {
+        return Err(Error::Memory { limit, needed, what: format!("{what}, with a wave of {t} tokens,") });
+    }
+    let mut free = limit - needed;
+    let mut take = |bytes: u64| {
+        let fits = bytes <= free;
+        if fits {
+            free -= bytes;
+        }
+        fits
+    };
+    let layers = config.layers.len();
+    let spill = size.gradients && !take(2 * layers as u64 * hidden);
+    let mut residency = Residency { head: size.head && take(f32s(config.vocab_size * h)), ..Residency::default() };
+    let mut keep = vec![Keep::default(); layers];
+    if size.gradients {
+        // Every kept number saves the same work, 2H operations; later layers first, since their activations live shorter.
+        for (keep, [attention, dense, experts]) in keep.iter_mut().zip(kept).rev() {
+            *keep = Keep { experts: take(experts), dense: take(dense), attention: take(attention) };
+        }
+    }
+    while residency.layers < layers && take(layer_weights[residency.layers]) {
+        residency.layers += 1;
+    }
+    while residency.experts < expert_bytes.len() && take(expert_bytes[residency.experts]) {
+        residency.experts += 1;
+    }
+    Ok(MemoryPlan { residency, keep, spill, expected: limit - free })
+}
+
+/// The limit to plan for: `max_memory`, or six tenths of what the machine has left.
+pub fn limit(max_memory: Option<u64>) -> u64 {
+    max_memory.or_else(|| available_memory().map(|bytes| bytes / 10 * 6)).unwrap_or(u64::MAX / 2)
+}

@@ -1,0 +1,217 @@
+//! What a sweep shows to the code that watches it.
+//!
+//! An [`Observer`] says which [`Signals`] it needs; the engine computes nothing nobody asked for. It then sees every
+//! MoE layer once ([`LayerTrace`], routing) and every expert that received tokens once ([`ExpertTrace`]) per wave.
+//! With gradients asked for, layers come from the last to the first MoE layer; without, from the first to the last.
+//! Never-routed experts produce no [`ExpertTrace`]. Waves hold no padding, so no statistic can see any.
+
+use std::ops::{BitOr, Range};
+
+use burn::tensor::Tensor;
+
+use crate::{error::Result, experts::ExpertTensors, host::HostView};
+
+/// Which quantities an [`Observer`] needs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Signals {
+    /// Router logits, selected experts and routing weights of every token.
+    pub routing: bool,
+    /// Unit activations `u = act(gate x) * (up x)` of the routed tokens.
+    pub units: bool,
+    /// Expert outputs `f(x) = down u`, before the routing weight.
+    pub outputs: bool,
+    /// Gradients at the expert's output, units and pre-activations: costs a backward sweep.
+    pub gradients: bool,
+    /// The input of every decoder layer.
+    pub hidden: bool,
+    /// The logits of every token.
+    pub logits: bool,
+}
+
+impl Signals {
+    /// Nothing.
+    pub const NONE: Self =
+        Self { routing: false, units: false, outputs: false, gradients: false, hidden: false, logits: false };
+    /// Routing only.
+    pub const ROUTING: Self = Self { routing: true, ..Self::NONE };
+    /// Unit activations.
+    pub const UNITS: Self = Self { units: true, ..Self::NONE };
+    /// Expert outputs.
+    pub const OUTPUTS: Self = Self { outputs: true, ..Self::NONE };
+    /// Gradients.
+    pub const GRADIENTS: Self = Self { gradients: true, ..Self::NONE };
+
+    /// Whether experts must be visited at all.
+    pub fn experts(&self) -> bool {
+        self.units || self.outputs || self.gradients
+    }
+}
+
+impl BitOr for Signals {
+    type Output = Self;
+
+    fn bitor(self, other: Self) -> Self {
+        Self {
+            routing: self.routing || other.routing,
+            units: self.units || other.units,
+            outputs: self.outputs || other.outputs,
+            gradients: self.gradients || other.gradients,
+            hidden: self.hidden || other.hidden,
+            logits: self.logits || other.logits,
+        }
+    }
+}
+
+/// The wave a trace belongs to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WaveInfo {
+    /// Wave id.
+    pub id: u64,
+    /// Tokens in the wave, T.
+    pub tokens: usize,
+    /// Token range and number of predicted tokens of each sequence, in order.
+    pub sequences: Vec<SequenceInfo>,
+}
+
+/// One sequence of a wave.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SequenceInfo {
+    /// Its rows among the wave's tokens.
+    pub tokens: Range<usize>,
+    /// How many of its tokens are predicted, that is, count in the loss.
+    pub loss_tokens: usize,
+}
+
+impl WaveInfo {
+    /// Predicted tokens of the whole wave.
+    pub fn loss_tokens(&self) -> usize {
+        self.sequences.iter().map(|s| s.loss_tokens).sum()
+    }
+}
+
+/// Routing of one MoE layer for all tokens of a wave.
+#[derive(Debug)]
+pub struct LayerTrace<'a> {
+    /// Decoder layer index.
+    pub layer: usize,
+    /// The wave.
+    pub wave: &'a WaveInfo,
+    /// Number of experts, E.
+    pub experts: usize,
+    /// Experts per token, k.
+    pub top_k: usize,
+    /// Router logits `[T, E]`, before any normalisation.
+    pub logits: &'a [f32],
+    /// Selected experts `[T, k]`, best first.
+    pub selected: &'a [u32],
+    /// Routing weights of the selected experts `[T, k]`, as the model applies them.
+    pub weights: &'a [f32],
+}
+
+/// Rows of an expert that belong to one sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Index of the sequence in the wave.
+    pub sequence: usize,
+    /// Rows of the expert's matrices, `0..n_e`.
+    pub rows: Range<usize>,
+    /// Predicted tokens of that sequence (of all of it, not of the rows).
+    pub loss_tokens: usize,
+}
+
+/// One expert and the n tokens of a wave routed to it. H is the hidden size, I the expert's width.
+#[derive(Debug)]
+pub struct ExpertTrace<'a> {
+    /// Decoder layer index.
+    pub layer: usize,
+    /// Expert index in its layer.
+    pub expert: usize,
+    /// Wave token of each row, ascending `[n]`.
+    pub rows: &'a [u32],
+    /// Routing weight of each row `[n]`.
+    pub routing_weights: &'a [f32],
+    /// The rows grouped by sequence, in order; sequences without a row are absent.
+    pub segments: &'a [Segment],
+    /// Expert inputs `[n, H]`.
+    pub input: &'a Tensor<2>,
+    /// Unit activations `[n, I]`, if [`Signals::units`] or [`Signals::gradients`] was asked for.
+    pub units: Option<&'a Tensor<2>>,
+    /// Expert outputs before the routing weight `[n, H]`, if [`Signals::outputs`] was asked for.
+    pub output: Option<&'a Tensor<2>>,
+    /// Gradients, if [`Signals::gradients`] was asked for.
+    pub backward: Option<ExpertGradients<'a>>,
+    /// The expert's weights.
+    pub expert_weights: &'a ExpertTensors,
+}
+
+/// Gradients of the summed cross-entropy (unit weight per predicted token) at one expert.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertGradients<'a> {
+    /// d loss / d (layer output), *without* the routing weight `[n, H]`. The gradient at the expert's output is row t of
+    /// this times `routing_weights[t]`.
+    pub upstream: &'a Tensor<2>,
+    /// d loss / d units, routing weight included `[n, I]`.
+    pub units: &'a Tensor<2>,
+    /// d loss / d pre-activations, routing weight included `[n, 2I]`: columns `0..I` of gate, `I..2I` of up.
+    pub gate_up: &'a Tensor<2>,
+}
+
+/// Watches a sweep.
+pub trait Observer {
+    /// What it needs; asked once before a sweep.
+    fn needs(&self) -> Signals;
+
+    /// A wave begins.
+    ///
+    /// # Errors
+    /// Whatever the observer refuses; wrapped by [`Error::observer`](crate::Error::observer).
+    fn begin_wave(&mut self, wave: &WaveInfo) -> Result<()> {
+        let _ = wave;
+        Ok(())
+    }
+
+    /// Routing of an MoE layer ([`Signals::routing`]); always in the forward sweep, first layer first.
+    ///
+    /// # Errors
+    /// Whatever the observer refuses.
+    fn layer(&mut self, trace: &LayerTrace<'_>) -> Result<()> {
+        let _ = trace;
+        Ok(())
+    }
+
+    /// An expert and its tokens ([`Signals::units`], [`Signals::outputs`], [`Signals::gradients`]).
+    ///
+    /// # Errors
+    /// Whatever the observer refuses.
+    fn expert(&mut self, trace: &ExpertTrace<'_>) -> Result<()> {
+        let _ = trace;
+        Ok(())
+    }
+
+    /// The input of decoder layer `layer` `[T, H]` ([`Signals::hidden`]).
+    ///
+    /// # Errors
+    /// Whatever the observer refuses.
+    fn hidden(&mut self, layer: usize, hidden: &Tensor<2>) -> Result<()> {
+        let _ = (layer, hidden);
+        Ok(())
+    }
+
+    /// Logits of consecutive tokens starting at wave token `first`, `[chunk, V]` row-major ([`Signals::logits`]).
+    ///
+    /// # Errors
+    /// Whatever the observer refuses.
+    fn logits(&mut self, first: usize, logits: &HostView, vocab: usize) -> Result<()> {
+        let _ = (first, logits, vocab);
+        Ok(())
+    }
+
+    /// The wave is complete: every layer and expert has been seen.
+    ///
+    /// # Errors
+    /// Whatever the observer refuses.
+    fn end_wave(&mut self, wave: &WaveInfo) -> Result<()> {
+        let _ = wave;
+        Ok(())
+    }
+}
