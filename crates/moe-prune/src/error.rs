@@ -13,7 +13,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     /// A checkpoint, statistics or score file.
     #[error(transparent)]
-    Checkpoint(#[from] moe_checkpoint::Error),
+    Checkpoint(Box<moe_checkpoint::Error>),
     /// A parameter outside its range.
     #[error("{field} is {found}, expected {expected}")]
     InvalidParameter {
@@ -114,6 +114,12 @@ pub enum Error {
     /// The progress callback stopped the work; what is written so far can be resumed.
     #[error("interrupted: {0}")]
     Interrupted(Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl From<moe_checkpoint::Error> for Error {
+    fn from(error: moe_checkpoint::Error) -> Self {
+        Self::Checkpoint(Box::new(error))
+    }
 }
 
 impl Error {

@@ -1,19 +1,48 @@
-//! Pruning plans.
+//! Pruning Mixture-of-Experts checkpoints, from scores to a smaller checkpoint, without running the model.
+//!
+//! This crate owns what happens between a score table and a pruned checkpoint:
+//!
+//! - A [`Budget`] says how much of the routed experts is kept, a [`ProtectionMask`] what stays whatever it scores.
+//! - An [`Allocator`] distributes the budget over layers and experts; a [`Pruner`] says what goes: [`UnitPruner`] drops FFN
+//!   intermediate dimensions inside experts, by expert, layer or model ([`Scope`]).
+//! - A [`PrunePlan`] is the result: a versioned JSON file in original indices, made once, applied as often as wanted.
+//! - [`PrunePlan::apply`] streams checkpoint to checkpoint in one of the [`Export`] modes and gives a [`Report`].
+//!
+//! How scores are made is none of its business: any unit [`ScoreTable`](moe_checkpoint::ScoreTable) will do.
+//!
+//! ```no_run
+//! use moe_checkpoint::{Checkpoint, ScoreTable};
+//! use moe_prune::{ApplyOptions, Budget, Export, ProtectionMask, Pruner, Scope, UnitPruner};
+//!
+//! let model = Checkpoint::open("models/Qwen1.5-MoE-A2.7B")?;
+//! let scores = ScoreTable::load("scores.safetensors")?;
+//! let pruner = UnitPruner::new(Scope::Global).min_width(8);
+//! let plan = pruner.prune(&scores, model.shape(), Budget::Ratio(0.5), &ProtectionMask::none())?.plan;
+//! plan.save("plan.json")?;
+//! println!("{}", plan.apply(&model, "out/pruned".as_ref(), &ApplyOptions::new(Export::Ragged))?);
+//! # Ok::<(), moe_prune::Error>(())
+//! ```
+
+#![deny(missing_docs)]
 
 mod allocators;
+mod apply;
 mod budget;
 mod error;
 mod plan;
 mod protection;
 mod pruners;
 mod ranking;
+mod report;
 
 pub use allocators::{
     Allocation, AllocationRequest, Allocator, AllocatorConfig, ExpertId, Global, LayerAllocation, PerLayer, Uniform,
     WidthLimits,
 };
+pub use apply::{APPLIED_FILE, Applied, ApplyOptions, Export, OnProgress, Progress, plan_from_masked};
 pub use budget::Budget;
 pub use error::{Error, Result};
 pub use plan::{LayerKept, PLAN_VERSION, PrunePlan, Ratio};
 pub use protection::{Protected, ProtectionMask};
 pub use pruners::{Pruned, Pruner, PrunerConfig, Scope, UnitPruner};
+pub use report::{BeforeAfter, LayerReport, Report};

@@ -151,7 +151,7 @@ impl PrunePlan {
         let units = self.shape.units();
         let achieved = (units - self.units_kept()) as f64 / units.max(1) as f64;
         // Text and back may cost the last bits.
-        if !((self.ratio.achieved - achieved).abs() < 1e-9) {
+        if self.ratio.achieved.is_nan() || (self.ratio.achieved - achieved).abs() > 1e-9 {
             return invalid(format!("ratio.achieved is {}, but {achieved} of its units go", self.ratio.achieved));
         }
         if !(0.0..=1.0).contains(&self.ratio.asked) {

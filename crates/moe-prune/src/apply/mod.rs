@@ -1,0 +1,271 @@
+//! Carrying out a plan: checkpoint to checkpoint, as a stream of raw bytes.
+
+mod masked;
+mod ragged;
+mod select;
+mod stream;
+mod uniform;
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+use std::str::FromStr;
+
+use moe_checkpoint::{
+    Checkpoint, Existing, ExpertLayout, OutputDir, ShardedWriter, WriterOptions, copy_side_files, write_atomic,
+    write_json,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+pub use masked::plan_from_masked;
+
+use crate::{Error, PrunePlan, Report, Result};
+
+/// Name of the file in an output directory that tells what was done; see [`Applied`]. Stock loaders ignore it.
+pub const APPLIED_FILE: &str = "moe_prune.json";
+
+/// Version of that file.
+const APPLIED_VERSION: u64 = 1;
+
+/// How a pruned checkpoint is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Export {
+    /// One width for all experts, in the layout that was read: loads in stock runtimes. Refused for plans whose widths
+    /// differ.
+    Uniform,
+    /// A width per expert, in the format of this project; stock runtimes refuse it.
+    Ragged,
+    /// Shapes as they were, dropped units zeroed: loads in stock runtimes, saves nothing.
+    Masked,
+}
+
+impl Export {
+    /// The name used in recipes and on command lines.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Uniform => "uniform",
+            Self::Ragged => "ragged",
+            Self::Masked => "masked",
+        }
+    }
+}
+
+impl fmt::Display for Export {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Export {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        [Self::Uniform, Self::Ragged, Self::Masked].into_iter().find(|mode| mode.name() == text).ok_or_else(|| {
+            Error::InvalidParameter {
+                field: "export",
+                found: format!("`{text}`"),
+                expected: "`uniform`, `ragged` or `masked`".into(),
+            }
+        })
+    }
+}
+
+/// How far the writing is.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
+    /// The tensor that was worked on.
+    pub tensor: &'a str,
+    /// Bytes of weights done, those of an earlier run included.
+    pub done: u64,
+    /// Bytes of weights in all.
+    pub total: u64,
+}
+
+/// Called after every tensor, and after every expert of a tensor that holds several. An error stops the work with
+/// [`Error::Interrupted`]; the output can be resumed.
+pub type OnProgress<'a> = &'a dyn Fn(&Progress<'_>) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
+
+/// How a plan is applied.
+#[derive(Clone, Copy)]
+pub struct ApplyOptions<'a> {
+    /// What is written.
+    pub mode: Export,
+    /// Most bytes of tensor data per file; a larger tensor gets its own file.
+    pub max_shard_bytes: u64,
+    /// Continue what an interrupted run left in `OUT.partial`.
+    pub resume: bool,
+    /// Replace an output that exists, once the new one is complete, and start over what an interrupted run left. Wins
+    /// over `resume`.
+    pub force: bool,
+    /// Write uniform widths that are no multiple of 8, which stock loaders may fail on in a forward pass.
+    pub allow_unaligned: bool,
+    /// Told how far it is.
+    pub progress: Option<OnProgress<'a>>,
+}
+
+impl ApplyOptions<'_> {
+    /// Options of this export: shards of 5 GB, nothing replaced or resumed.
+    pub fn new(mode: Export) -> Self {
+        Self {
+            mode,
+            max_shard_bytes: WriterOptions::default().max_shard_bytes,
+            resume: false,
+            force: false,
+            allow_unaligned: false,
+            progress: None,
+        }
+    }
+}
+
+impl fmt::Debug for ApplyOptions<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { mode, max_shard_bytes, resume, force, allow_unaligned, progress } = self;
+        f.debug_struct("ApplyOptions")
+            .field("mode", mode)
+            .field("max_shard_bytes", max_shard_bytes)
+            .field("resume", resume)
+            .field("force", force)
+            .field("allow_unaligned", allow_unaligned)
+            .field("progress", &progress.is_some())
+            .finish()
+    }
+}
+
+/// What [`APPLIED_FILE`] of an output directory holds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Applied {
+    /// Version of the file.
+    pub version: u64,
+    /// Version of this crate.
+    pub crate_version: String,
+    /// How the plan was applied.
+    pub export: Export,
+    /// What it did.
+    pub report: Report,
+    /// The plan, in the indices of the checkpoint it was applied to, with its recipe.
+    pub plan: PrunePlan,
+}
+
+impl Applied {
+    /// Reads what was done to make this checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::InvalidPlan`], naming the file.
+    pub fn load(directory: impl AsRef<Path>) -> Result<Self> {
+        let path = directory.as_ref().join(APPLIED_FILE);
+        let json = fs::read_to_string(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
+        let applied: Self =
+            serde_json::from_str(&json).map_err(|error| Error::invalid_plan(error.to_string()).in_file(&path))?;
+        if applied.version != APPLIED_VERSION {
+            let (found, supported) = (applied.version, APPLIED_VERSION);
+            return Err(Error::PlanVersion { path: Some(path), found, supported });
+        }
+        applied.plan.validate(&applied.plan.shape).map_err(|error| error.in_file(&path))?;
+        Ok(applied)
+    }
+}
+
+/// What an export mode makes of a plan.
+pub(crate) struct Target {
+    /// The new config.json.
+    pub config: Value,
+    /// MoE layers in ascending order.
+    pub layers: Vec<TargetLayer>,
+}
+
+/// One MoE layer of a [`Target`].
+pub(crate) struct TargetLayer {
+    pub layer: usize,
+    pub layout: ExpertLayout,
+    pub widths: Vec<usize>,
+    /// Dropped units are zeroed instead of taken out.
+    pub zero: bool,
+}
+
+impl PrunePlan {
+    /// Writes the pruned checkpoint to `to`, which appears whole or not at all: work happens in `TO.partial`.
+    ///
+    /// Tensors outside the routed experts are copied; rows and columns of the experts are selected on raw bytes, one
+    /// expert at a time, without conversion. So a plan that keeps everything reproduces every tensor byte for byte, and
+    /// memory stays at that of a few matrices of one expert. Side files (tokenizer, generation config) are copied too, and
+    /// [`APPLIED_FILE`] tells what was done.
+    ///
+    /// ```no_run
+    /// use moe_checkpoint::Checkpoint;
+    /// use moe_prune::{ApplyOptions, Export, PrunePlan};
+    ///
+    /// let model = Checkpoint::open("models/Qwen1.5-MoE-A2.7B")?;
+    /// let plan = PrunePlan::load("plan.json")?;
+    /// let report = plan.apply(&model, "out/pruned".as_ref(), &ApplyOptions::new(Export::Ragged))?;
+    /// println!("{report}");
+    /// # Ok::<(), moe_prune::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Before anything is written: [`Error::OtherModel`], [`Error::InvalidPlan`], [`Error::Export`] with the reason why
+    /// this mode is impossible, an output that exists. Later: [`Error::Checkpoint`] for the file system and
+    /// [`Error::Interrupted`]; the input and an earlier output stay as they were.
+    pub fn apply(&self, from: &Checkpoint, to: &Path, options: &ApplyOptions<'_>) -> Result<Report> {
+        let fingerprint = from.fingerprint();
+        if fingerprint != self.model {
+            let (path, expected) = (from.dir().to_path_buf(), self.model.clone());
+            return Err(Error::OtherModel { path, found: fingerprint, expected });
+        }
+        self.validate(from.shape())?;
+        if same_directory(from.dir(), to) {
+            let reason = format!("{} is the checkpoint itself; choose another directory", to.display());
+            return Err(Error::Export { mode: options.mode.name(), reason });
+        }
+        let target = match options.mode {
+            Export::Uniform => uniform::target(self, from, options)?,
+            Export::Ragged => ragged::target(self, from)?,
+            Export::Masked => masked::target(self, from)?,
+        };
+        let report = Report::new(self, from, options.mode)?;
+        let tensors = stream::tensors(from, &target, options.mode)?;
+
+        let existing = match (options.force, options.resume) {
+            (true, _) => Existing::Force,
+            (false, true) => Existing::Resume,
+            (false, false) => Existing::Refuse,
+        };
+        let output = OutputDir::create(to, existing)?;
+        let recipe = format!("{} {fingerprint} {}", options.mode, self.to_json()?);
+        let writer_options = WriterOptions { max_shard_bytes: options.max_shard_bytes, recipe };
+        let specs = tensors.iter().map(|tensor| tensor.spec.clone()).collect();
+        let writer = ShardedWriter::new(output.path(), writer_options, specs)?;
+        let written = stream::write(self, from, &tensors, &target, writer, options.progress)?;
+        debug_assert_eq!(written.bytes, report.bytes.after);
+
+        copy_side_files(from.dir(), output.path())?;
+        let config_path = output.path().join("config.json");
+        if target.config == *from.raw_config() {
+            // Nothing changed: not even its spaces.
+            let original = from.dir().join("config.json");
+            let bytes = fs::read(&original).map_err(|source| Error::Io { path: original, source })?;
+            write_atomic(&config_path, &bytes)?;
+        } else {
+            write_json(&config_path, &target.config)?;
+        }
+        let applied = Applied {
+            version: APPLIED_VERSION,
+            crate_version: env!("CARGO_PKG_VERSION").to_string(),
+            export: options.mode,
+            report,
+            plan: self.clone(),
+        };
+        let json = serde_json::to_vec(&applied).map_err(|error| Error::invalid_plan(error.to_string()))?;
+        write_atomic(output.path().join(APPLIED_FILE), &json)?;
+        // Config, headers and lengths are checked before the output gets its name.
+        Checkpoint::open(output.path())?;
+        output.commit()?;
+        Ok(applied.report)
+    }
+}
+
+fn same_directory(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}

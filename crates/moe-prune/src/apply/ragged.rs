@@ -1,0 +1,24 @@
+//! Structural export with a width per expert, in the documented format of this project.
+
+use moe_checkpoint::{Checkpoint, ExpertLayout, ragged_config};
+
+use super::{Target, TargetLayer};
+use crate::{PrunePlan, Result};
+
+/// The target of a ragged export: two tensors per MoE layer, widths in the config, a `model_type` that stock loaders
+/// refuse instead of loading random experts. Width 0 is legal.
+pub(crate) fn target(plan: &PrunePlan, from: &Checkpoint) -> Result<Target> {
+    let layers: Vec<TargetLayer> = plan
+        .pruned_shape()
+        .layers
+        .into_iter()
+        .map(|layer| TargetLayer {
+            layer: layer.layer,
+            layout: ExpertLayout::Ragged,
+            widths: layer.widths,
+            zero: false,
+        })
+        .collect();
+    let widths = layers.iter().map(|layer| (layer.layer, layer.widths.clone())).collect();
+    Ok(Target { config: ragged_config(from.raw_config(), &widths)?, layers })
+}

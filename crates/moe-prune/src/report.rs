@@ -1,0 +1,186 @@
+//! What a plan does to a checkpoint, for people and machines.
+
+use std::fmt;
+
+use moe_checkpoint::Checkpoint;
+use serde::{Deserialize, Serialize};
+
+use crate::allocators::ExpertId;
+use crate::apply::Export;
+use crate::{PrunePlan, Ratio, Result};
+
+/// What a plan does to a checkpoint. [`Display`](fmt::Display) gives a plain-text table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// How the result is written.
+    pub export: Export,
+    /// Fraction of routed-expert units dropped.
+    pub ratio: Ratio,
+    /// Units of all routed experts.
+    pub units: BeforeAfter,
+    /// Elements of all tensors.
+    pub parameters: BeforeAfter,
+    /// Bytes of all tensors as written; a masked export stays as large as it was.
+    pub bytes: BeforeAfter,
+    /// MoE layers in ascending order.
+    pub layers: Vec<LayerReport>,
+    /// Experts that no calibration token was routed to.
+    pub never_routed: Vec<ExpertId>,
+}
+
+/// A number before and after the plan.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BeforeAfter {
+    /// Of the checkpoint.
+    pub before: u64,
+    /// Of the result.
+    pub after: u64,
+}
+
+/// One MoE layer of a [`Report`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LayerReport {
+    /// Decoder layer index.
+    pub layer: usize,
+    /// Routed experts.
+    pub experts: usize,
+    /// Experts left without units.
+    pub emptied: usize,
+    /// Units.
+    pub units: BeforeAfter,
+    /// Narrowest expert after the plan.
+    pub min_width: usize,
+    /// Mean width after the plan.
+    pub mean_width: f64,
+    /// Widest expert after the plan.
+    pub max_width: usize,
+    /// Bytes of the routed experts as written.
+    pub bytes: BeforeAfter,
+}
+
+impl Report {
+    /// The report of applying `plan` to `checkpoint`, without doing it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPlan`](crate::Error::InvalidPlan) for a plan of another shape.
+    pub fn new(plan: &PrunePlan, checkpoint: &Checkpoint, export: Export) -> Result<Self> {
+        plan.validate(checkpoint.shape())?;
+        let mut report = Self {
+            export,
+            ratio: plan.ratio,
+            units: BeforeAfter { before: plan.shape.units() as u64, after: plan.units_kept() as u64 },
+            parameters: BeforeAfter { before: checkpoint.parameters(), after: checkpoint.parameters() },
+            bytes: BeforeAfter { before: checkpoint.bytes_on_disk(), after: checkpoint.bytes_on_disk() },
+            layers: Vec::with_capacity(plan.kept.len()),
+            never_routed: plan.never_routed.clone(),
+        };
+        for (kept, shape) in plan.kept.iter().zip(&plan.shape.layers) {
+            let widths: Vec<usize> = kept.experts.iter().map(Vec::len).collect();
+            let mut bytes = BeforeAfter::default();
+            for (expert, (before, after)) in shape.widths.iter().zip(&widths).enumerate() {
+                let matrices = checkpoint.expert_bytes(kept.layer, expert)?;
+                let per_unit: usize = [matrices.gate, matrices.up, matrices.down]
+                    .iter()
+                    .map(|matrix| plan.shape.hidden_size * matrix.element_bytes())
+                    .sum();
+                bytes.before += (before * per_unit) as u64;
+                bytes.after += (if export == Export::Masked { before } else { after } * per_unit) as u64;
+            }
+            let (before, after) = (shape.units(), widths.iter().sum::<usize>());
+            report.bytes.after -= bytes.before - bytes.after;
+            if export != Export::Masked {
+                report.parameters.after -= ((before - after) * plan.shape.parameters_per_unit()) as u64;
+            }
+            report.layers.push(LayerReport {
+                layer: kept.layer,
+                experts: widths.len(),
+                emptied: widths.iter().filter(|width| **width == 0).count(),
+                units: BeforeAfter { before: before as u64, after: after as u64 },
+                min_width: widths.iter().copied().min().unwrap_or(0),
+                mean_width: after as f64 / widths.len().max(1) as f64,
+                max_width: widths.iter().copied().max().unwrap_or(0),
+                bytes,
+            });
+        }
+        Ok(report)
+    }
+}
+
+/// Experts listed by name in the table; the rest are counted.
+const LISTED: usize = 12;
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{:>5} {:>8} {:>9} {:>9} {:>8} {:>6} {:>8} {:>6} {:>6} {:>12} {:>12}",
+            "layer",
+            "experts",
+            "units",
+            "kept",
+            "dropped",
+            "min",
+            "mean",
+            "max",
+            "empty",
+            "bytes before",
+            "bytes after"
+        )?;
+        for layer in &self.layers {
+            writeln!(
+                f,
+                "{:>5} {:>8} {:>9} {:>9} {:>8} {:>6} {:>8.1} {:>6} {:>6} {:>12} {:>12}",
+                layer.layer,
+                layer.experts,
+                layer.units.before,
+                layer.units.after,
+                layer.units.before - layer.units.after,
+                layer.min_width,
+                layer.mean_width,
+                layer.max_width,
+                layer.emptied,
+                size(layer.bytes.before),
+                size(layer.bytes.after)
+            )?;
+        }
+        let Self { units, parameters, bytes, ratio, .. } = self;
+        let dropped = units.before - units.after;
+        writeln!(
+            f,
+            "{dropped} of {} routed-expert units dropped: {:.4}% ({:.4}% asked)",
+            units.before,
+            100.0 * ratio.achieved,
+            100.0 * ratio.asked
+        )?;
+        writeln!(f, "parameters: {} -> {}", parameters.before, parameters.after)?;
+        write!(f, "weights, {} export: {} -> {}", self.export, size(bytes.before), size(bytes.after))?;
+        if !self.never_routed.is_empty() {
+            let names: Vec<_> = self.never_routed.iter().take(LISTED).map(|id| format!("({id})")).collect();
+            let rest = self.never_routed.len() - names.len();
+            let rest = if rest > 0 { format!(" and {rest} more") } else { String::new() };
+            let count = self.never_routed.len();
+            write!(f, "\nnever routed to by the calibration data: {count} experts, {}{rest}", names.join(", "))?;
+        }
+        Ok(())
+    }
+}
+
+/// Bytes with a binary unit.
+fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let step = (bytes.max(1).ilog2() / 10).min(4);
+    if step == 0 {
+        return format!("{bytes} B");
+    }
+    format!("{:.2} {}", bytes as f64 / (1u64 << (10 * step)) as f64, UNITS[step as usize])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!([size(0), size(1023), size(1024), size(3 << 29)], ["0 B", "1023 B", "1.00 KiB", "1.50 GiB"]);
+    }
+}
