@@ -134,7 +134,7 @@ proptest! {
             let asked = pruned.plan.shape.units() - pruned.allocation.asked_dropped;
             prop_assert_eq!(shape.units(), asked.next_multiple_of(multiple), "scope {}", scope);
             let exact = prune(&pruner.clone().exact(true), &layers, Budget::Ratio(ratio));
-            if asked % multiple == 0 {
+            if asked.is_multiple_of(multiple) {
                 prop_assert_eq!(exact.unwrap().plan.kept, pruned.plan.kept);
             } else {
                 prop_assert!(matches!(exact, Err(Error::Inexact { .. })), "expected a refusal");
