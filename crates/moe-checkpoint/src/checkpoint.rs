@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 
-use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::config::ModelConfig;
@@ -13,46 +12,13 @@ use crate::convert;
 use crate::experts::{ExpertBytes, ExpertLayout, ExpertPart, ExpertTensor, ExpertWeights, RawMatrix};
 use crate::family::{Family, Role, family};
 use crate::fingerprint;
-use crate::index::{WeightFiles, read_json};
+use crate::index::read_json;
 use crate::ragged::Ragged;
 use crate::shape::MoeShape;
 use crate::shard::Shard;
 use crate::verify;
+use crate::weights::{self, TensorInfo};
 use crate::{Error, Result};
-
-/// A tensor of a checkpoint.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TensorInfo {
-    /// Its name.
-    pub name: String,
-    /// Dtype of its elements.
-    pub dtype: Dtype,
-    /// Its shape.
-    pub shape: Vec<usize>,
-    /// The file that holds it.
-    pub file: Arc<Path>,
-    /// Its size in bytes.
-    pub bytes: u64,
-    /// Position of the file among the shards.
-    shard: usize,
-    /// Where it starts in the file.
-    begin: usize,
-}
-
-impl TensorInfo {
-    /// Number of elements.
-    pub fn elements(&self) -> u64 {
-        self.shape.iter().map(|size| *size as u64).product()
-    }
-
-    pub(crate) fn shard(&self) -> usize {
-        self.shard
-    }
-
-    pub(crate) fn range(&self) -> Range<usize> {
-        self.begin..self.begin + self.bytes as usize
-    }
-}
 
 /// A model directory, read-only, shareable between threads.
 ///
@@ -107,7 +73,7 @@ impl Checkpoint {
         };
         let (family, ragged, config) = parse().map_err(|error| error.in_file(&config_path))?;
 
-        let (shards, tensors) = open_weights(dir)?;
+        let (shards, tensors) = weights::open(dir)?;
         let layouts = verify::verify(&verify::Weights { dir, config: &config, family, ragged, tensors: &tensors })?;
         let shape = config.moe_shape();
         Ok(Self {
@@ -223,7 +189,7 @@ impl Checkpoint {
     /// [`Error::NoSuchTensor`], and those of `f`.
     pub fn stream(&self, name: &str, max_bytes: usize, mut f: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let info = self.info(name)?;
-        let shard = &self.shards[info.shard];
+        let shard = &self.shards[info.shard()];
         let range = info.range();
         for start in range.clone().step_by(max_bytes.max(1)) {
             let slice = start..range.end.min(start.saturating_add(max_bytes.max(1)));
@@ -308,7 +274,7 @@ impl Checkpoint {
         let hidden = self.config.hidden_size;
         let [gate, up, down] = self.locate(layer, expert)?.map(|(info, elements)| {
             let width = elements.len() / hidden;
-            let bytes = &self.view(info)[byte_range(info, &elements)];
+            let bytes = &self.view(info)[info.byte_range(&elements)];
             RawMatrix { bytes, dtype: info.dtype, rows: width, cols: hidden }
         });
         let down = RawMatrix { rows: hidden, cols: down.rows, ..down };
@@ -321,8 +287,8 @@ impl Checkpoint {
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
     pub fn release_expert(&self, layer: usize, expert: usize) -> Result<()> {
         for (info, elements) in self.locate(layer, expert)? {
-            let bytes = byte_range(info, &elements);
-            self.shards[info.shard].release(info.begin + bytes.start..info.begin + bytes.end);
+            let bytes = info.byte_range(&elements);
+            self.shards[info.shard()].release(info.begin() + bytes.start..info.begin() + bytes.end);
         }
         Ok(())
     }
@@ -347,7 +313,7 @@ impl Checkpoint {
     }
 
     fn view(&self, info: &TensorInfo) -> &[u8] {
-        self.shards[info.shard].bytes(info.range())
+        self.shards[info.shard()].bytes(info.range())
     }
 
     fn read_part(&self, info: &TensorInfo, elements: Range<usize>) -> Result<Vec<f32>> {
@@ -366,9 +332,9 @@ impl Checkpoint {
             });
         }
         out.resize(elements.len(), 0.0);
-        let bytes = byte_range(info, &elements);
-        let shard = &self.shards[info.shard];
-        let start = info.begin + bytes.start;
+        let bytes = info.byte_range(&elements);
+        let shard = &self.shards[info.shard()];
+        let start = info.begin() + bytes.start;
         convert::decode(info.dtype, &self.view(info)[bytes], out, |done| {
             shard.release(start + done.start..start + done.end)
         });
@@ -382,50 +348,4 @@ impl Checkpoint {
     fn unknown_layer(&self, layer: usize) -> Error {
         Error::UnknownLayer { layer, known: self.shape.layers.iter().map(|l| l.layer).collect() }
     }
-}
-
-/// Bytes, within a tensor of a whole number of bytes per element, of a range of its elements.
-fn byte_range(info: &TensorInfo, elements: &Range<usize>) -> Range<usize> {
-    let size = info.dtype.bitsize() / 8;
-    elements.start * size..elements.end * size
-}
-
-/// Opens the weight files and checks them against the index.
-fn open_weights(dir: &Path) -> Result<(Vec<Shard>, BTreeMap<String, TensorInfo>)> {
-    let (index, files) = match WeightFiles::find(dir)? {
-        WeightFiles::Single(path) => (None, BTreeMap::from([(path, Vec::new())])),
-        WeightFiles::Sharded { index, shards } => (Some(index), shards),
-    };
-    let mut shards = Vec::with_capacity(files.len());
-    let mut tensors: BTreeMap<String, TensorInfo> = BTreeMap::new();
-    for (path, indexed) in files {
-        let (shard, header) = Shard::open(&path)?;
-        let file: Arc<Path> = Arc::from(path.as_path());
-        for tensor in header {
-            let info = TensorInfo {
-                bytes: (tensor.end - tensor.begin) as u64,
-                dtype: tensor.dtype,
-                shape: tensor.shape,
-                file: file.clone(),
-                shard: shards.len(),
-                begin: tensor.begin,
-                name: tensor.name,
-            };
-            if let Some(first) = tensors.get(&info.name) {
-                let (first, second) = (first.file.to_path_buf(), path);
-                return Err(Error::TensorInTwoShards { tensor: info.name, first, second });
-            }
-            tensors.insert(info.name.clone(), info);
-        }
-        if let Some(index) = &index {
-            for tensor in indexed {
-                if tensors.get(&tensor).is_none_or(|info| info.shard != shards.len()) {
-                    // A later shard may hold it, but the index says this one.
-                    return Err(Error::IndexTensorAbsent { index: index.clone(), shard: path, tensor });
-                }
-            }
-        }
-        shards.push(shard);
-    }
-    Ok((shards, tensors))
 }

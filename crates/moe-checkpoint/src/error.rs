@@ -174,18 +174,14 @@ pub enum Error {
         expected: String,
     },
     /// Two fields that say the same thing differ.
-    #[error("{file}: fields `{first}` = {first_value} and `{second}` = {second_value} contradict each other")]
+    #[error("{file}: fields {first} and {second} contradict each other")]
     ConflictingFields {
         /// The file, `config.json` where its directory is not known.
         file: String,
-        /// One field.
+        /// One field and its value.
         first: String,
-        /// Its value.
-        first_value: String,
-        /// The other field.
+        /// The other field and its value.
         second: String,
-        /// Its value.
-        second_value: String,
     },
     /// No family of this name is known.
     #[error("{file}: model_type `{found}` is not supported; known families: {known}")]
@@ -402,7 +398,7 @@ pub enum Error {
         /// Shape expected.
         expected: Vec<usize>,
         /// The config fields that give the expected shape.
-        fields: String,
+        fields: Box<str>,
     },
     /// A tensor has a dtype that is not read as weights.
     #[error("{}: tensor `{tensor}` has dtype {found:?}; expected {expected}", file.display())]

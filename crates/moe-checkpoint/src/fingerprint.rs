@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use crate::checkpoint::TensorInfo;
 use crate::shard::Shard;
+use crate::weights::TensorInfo;
 
 /// Bytes of one sample.
 const SAMPLE: usize = 4096;
@@ -22,15 +22,14 @@ pub(crate) fn compute(config: &Value, shards: &[Shard], tensors: &BTreeMap<Strin
     shards.iter().for_each(|shard| shard.set_random(true));
     for info in tensors.values() {
         add(format!("{} {:?} {:?}", info.name, info.dtype, info.shape).as_bytes());
-        let bytes = shards[info.shard()].bytes(info.range());
+        let shard = &shards[info.shard()];
+        let bytes = shard.bytes(info.range());
         let sample = SAMPLE.min(bytes.len());
         for start in [0, (bytes.len() - sample) / 2, bytes.len() - sample] {
             add(&bytes[start..start + sample]);
         }
+        shard.release(info.range());
     }
-    shards.iter().for_each(|shard| {
-        shard.set_random(false);
-        shard.release_all();
-    });
+    shards.iter().for_each(|shard| shard.set_random(false));
     hasher.finalize().to_hex().to_string()
 }

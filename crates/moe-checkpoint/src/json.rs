@@ -61,14 +61,11 @@ impl<'a> Fields<'a> {
 
     /// An error about two fields that differ.
     pub fn conflict(&self, first: &str, second: &str) -> Error {
-        let value = |key: &str| self.map.get(key).map_or_else(|| "absent".to_string(), shown);
-        Error::ConflictingFields {
-            file: self.file.to_string(),
-            first: self.path(first),
-            first_value: value(first),
-            second: self.path(second),
-            second_value: value(second),
-        }
+        let field = |key: &str| {
+            let value = self.map.get(key).map_or_else(|| "absent".to_string(), shown);
+            format!("`{}` = {value}", self.path(key))
+        };
+        Error::ConflictingFields { file: self.file.to_string(), first: field(first), second: field(second) }
     }
 
     /// A nested object.

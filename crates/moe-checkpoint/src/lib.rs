@@ -7,7 +7,7 @@
 //!   kept, so that unknown keys survive an edit.
 //! - [`Family`] says how the config of a model family reads and what its tensors are called.
 //! - Routed experts have one canonical form, [`ExpertWeights`], whatever their [`ExpertLayout`] on disk.
-//! - The writer writes checkpoints as streams, atomically and resumably.
+//! - [`ShardedWriter`] and [`OutputDir`] write checkpoints as streams, atomically and resumably.
 //! - [`Statistics`], [`ScoreTable`] and [`MoeShape`] are the artefacts that scoring and pruning exchange.
 //!
 //! ```no_run
@@ -34,18 +34,23 @@ mod fingerprint;
 mod header;
 mod index;
 mod json;
+mod output_dir;
 mod provenance;
 mod ragged;
 mod score_conversion;
 mod scores;
 mod shape;
 mod shard;
+mod shard_layout;
+mod side_files;
 mod statistics;
 mod statistics_store;
 mod verify;
+mod weights;
+mod writer;
 
 pub use artefact_file::write_atomic;
-pub use checkpoint::{Checkpoint, TensorInfo};
+pub use checkpoint::Checkpoint;
 pub use config::{
     Activation, AttentionConfig, Ffn, Groups, LayerConfig, ModelConfig, MoeConfig, RopeConfig, RopeScaling, Routing,
     RoutingKind, SharedExpert,
@@ -54,11 +59,16 @@ pub use convert::encode;
 pub use error::{Error, Result};
 pub use experts::{ExpertBytes, ExpertLayout, ExpertPart, ExpertTensor, ExpertTensorLayout, ExpertWeights, RawMatrix};
 pub use family::{Family, LayerRole, Role, families, family, family_of};
+pub use output_dir::{Existing, OutputDir};
 pub use provenance::Provenance;
 pub use ragged::{ragged_config, uniform_config};
 pub use safetensors::Dtype;
 pub use score_conversion::Reduction;
 pub use scores::{Denominator, Granularity, LayerScores, Pool, ScoreTable};
 pub use shape::{MoeLayerShape, MoeShape};
+pub use shard_layout::TensorSpec;
+pub use side_files::copy_side_files;
 pub use statistics::{Counts, Fold, Statistics};
 pub use statistics_store::StatisticsStore;
+pub use weights::TensorInfo;
+pub use writer::{ShardedWriter, WriterOptions, Written, write_json};

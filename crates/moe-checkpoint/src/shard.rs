@@ -9,8 +9,8 @@ use memmap2::{Advice, Mmap, UncheckedAdvice};
 use crate::header::{self, HeaderTensor};
 use crate::{Error, Result};
 
-/// Linux maps up to this many cached bytes around every page that is touched.
-const FAULT_AROUND: usize = 64 << 10;
+/// Linux maps cached bytes around every page that is touched: 64 KiB, and since 6.18 the whole folio, up to this many.
+const FAULT_AROUND: usize = 2 << 20;
 
 /// A mapped file whose header has been checked against its length.
 pub(crate) struct Shard {
@@ -46,8 +46,8 @@ impl Shard {
     /// The range is widened to what the kernel may have mapped around it. Dropping the page of a neighbour costs that
     /// neighbour a fault on its next read and nothing else.
     pub fn release(&self, range: Range<usize>) {
-        let start = (range.start / FAULT_AROUND) * FAULT_AROUND;
-        let end = range.end.div_ceil(FAULT_AROUND).saturating_mul(FAULT_AROUND).min(self.map.len());
+        let start = range.start.saturating_sub(FAULT_AROUND);
+        let end = range.end.saturating_add(FAULT_AROUND).min(self.map.len());
         if start >= end {
             return;
         }

@@ -5,11 +5,11 @@ use std::path::Path;
 
 use safetensors::Dtype;
 
-use crate::checkpoint::TensorInfo;
 use crate::config::{Ffn, ModelConfig, MoeConfig};
 use crate::convert::float_bytes;
 use crate::experts::{ExpertLayout, ExpertTensor};
 use crate::family::{Family, LayerRole, Role};
+use crate::weights::TensorInfo;
 use crate::{Error, Result};
 
 /// Dtypes that weights are read from, for messages.
@@ -128,7 +128,7 @@ impl Weights<'_> {
         };
         let (file, tensor) = (info.file.to_path_buf(), info.name.clone());
         if info.shape != expected {
-            let (found, fields) = (info.shape.clone(), fields.to_string());
+            let (found, fields) = (info.shape.clone(), fields.into());
             return Err(Error::UnexpectedShape { file, tensor, found, expected, fields });
         }
         if float_bytes(info.dtype).is_none() {

@@ -1,0 +1,96 @@
+//! The tensors of a model directory: which file holds each, and where.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use safetensors::Dtype;
+
+use crate::index::WeightFiles;
+use crate::shard::Shard;
+use crate::{Error, Result};
+
+/// A tensor of a checkpoint.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorInfo {
+    /// Its name.
+    pub name: String,
+    /// Dtype of its elements.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// The file that holds it.
+    pub file: Arc<Path>,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// Position of the file among the shards.
+    shard: usize,
+    /// Where it starts in the file.
+    begin: usize,
+}
+
+impl TensorInfo {
+    /// Number of elements.
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().map(|size| *size as u64).product()
+    }
+
+    pub(crate) fn shard(&self) -> usize {
+        self.shard
+    }
+
+    pub(crate) fn range(&self) -> Range<usize> {
+        self.begin..self.begin + self.bytes as usize
+    }
+
+    pub(crate) fn begin(&self) -> usize {
+        self.begin
+    }
+
+    /// Bytes, within a tensor of a whole number of bytes per element, of a range of its elements.
+    pub(crate) fn byte_range(&self, elements: &Range<usize>) -> Range<usize> {
+        let size = self.dtype.bitsize() / 8;
+        elements.start * size..elements.end * size
+    }
+}
+
+/// Opens the weight files and checks them against the index.
+pub(crate) fn open(dir: &Path) -> Result<(Vec<Shard>, BTreeMap<String, TensorInfo>)> {
+    let (index, files) = match WeightFiles::find(dir)? {
+        WeightFiles::Single(path) => (None, BTreeMap::from([(path, Vec::new())])),
+        WeightFiles::Sharded { index, shards } => (Some(index), shards),
+    };
+    let mut shards = Vec::with_capacity(files.len());
+    let mut tensors: BTreeMap<String, TensorInfo> = BTreeMap::new();
+    for (path, indexed) in files {
+        let (shard, header) = Shard::open(&path)?;
+        let file: Arc<Path> = Arc::from(path.as_path());
+        for tensor in header {
+            let info = TensorInfo {
+                bytes: (tensor.end - tensor.begin) as u64,
+                dtype: tensor.dtype,
+                shape: tensor.shape,
+                file: file.clone(),
+                shard: shards.len(),
+                begin: tensor.begin,
+                name: tensor.name,
+            };
+            if let Some(first) = tensors.get(&info.name) {
+                let (first, second) = (first.file.to_path_buf(), path);
+                return Err(Error::TensorInTwoShards { tensor: info.name, first, second });
+            }
+            tensors.insert(info.name.clone(), info);
+        }
+        if let Some(index) = &index {
+            for tensor in indexed {
+                if tensors.get(&tensor).is_none_or(|info| info.shard != shards.len()) {
+                    // A later shard may hold it, but the index says this one.
+                    return Err(Error::IndexTensorAbsent { index: index.clone(), shard: path, tensor });
+                }
+            }
+        }
+        shards.push(shard);
+    }
+    Ok((shards, tensors))
+}
