@@ -71,7 +71,7 @@ impl Checkpoint {
             let config = ModelConfig::from_json(&raw_config, raw_generation.as_ref())?;
             Ok((family(&config.model_type)?, ragged, config))
         };
-        let (family, ragged, config) = parse().map_err(|error| error.in_file(&config_path))?;
+        let (family, ragged, config) = parse().map_err(|error| error.in_dir(dir))?;
 
         let (shards, tensors) = weights::open(dir)?;
         let layouts = verify::verify(&verify::Weights { dir, config: &config, family, ragged, tensors: &tensors })?;

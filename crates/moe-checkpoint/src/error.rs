@@ -507,15 +507,15 @@ impl Error {
         Self::Io { path: path.as_ref().to_path_buf(), source }
     }
 
-    /// Replaces the bare file name of a config error by where the file is.
-    pub(crate) fn in_file(mut self, path: &Path) -> Self {
+    /// Puts the directory before the bare file name of a config error.
+    pub(crate) fn in_dir(mut self, dir: &Path) -> Self {
         match &mut self {
             Self::MissingField { file, .. }
             | Self::InvalidField { file, .. }
             | Self::ConflictingFields { file, .. }
             | Self::UnknownFamily { file, .. }
             | Self::NotMoe { file, .. }
-            | Self::Quantised { file, .. } => *file = path.display().to_string(),
+            | Self::Quantised { file, .. } => *file = dir.join(&*file).display().to_string(),
             _ => {}
         }
         self

@@ -4,12 +4,13 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::{Advice, Mmap, UncheckedAdvice};
+use memmap2::Mmap;
 
 use crate::header::{self, HeaderTensor};
 use crate::{Error, Result};
 
 /// Linux maps cached bytes around every page that is touched: 64 KiB, and since 6.18 the whole folio, up to this many.
+#[cfg(unix)]
 const FAULT_AROUND: usize = 2 << 20;
 
 /// A mapped file whose header has been checked against its length.
@@ -45,20 +46,26 @@ impl Shard {
     ///
     /// The range is widened to what the kernel may have mapped around it. Dropping the page of a neighbour costs that
     /// neighbour a fault on its next read and nothing else.
+    #[cfg(unix)]
     pub fn release(&self, range: Range<usize>) {
         let start = range.start.saturating_sub(FAULT_AROUND);
         let end = range.end.saturating_add(FAULT_AROUND).min(self.map.len());
         if start >= end {
             return;
         }
+        let advice = memmap2::UncheckedAdvice::DontNeed;
         // SAFETY: `DontNeed` on a read-only map of a file drops cached page table entries; a later read, through a slice
         // that is alive now or not, faults the same bytes in from the file again.
-        let advised = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+        let advised = unsafe { self.map.unchecked_advise_range(advice, start, end - start) };
         if let Err(error) = advised {
             // Only the resident size is worse for it.
             tracing::debug!(path = %self.path.display(), %error, "pages were not released");
         }
     }
+
+    /// Elsewhere the system takes pages back when it needs them.
+    #[cfg(not(unix))]
+    pub fn release(&self, _range: Range<usize>) {}
 
     /// Gives all pages of the file back.
     pub fn release_all(&self) {
@@ -68,6 +75,9 @@ impl Shard {
     /// Switches read-ahead off (for samples all over the file) or back on.
     pub fn set_random(&self, random: bool) {
         // Only speed depends on it.
-        let _ = self.map.advise(if random { Advice::Random } else { Advice::Normal });
+        #[cfg(unix)]
+        let _ = self.map.advise(if random { memmap2::Advice::Random } else { memmap2::Advice::Normal });
+        #[cfg(not(unix))]
+        let _ = random;
     }
 }

@@ -54,6 +54,20 @@ fn families() {
     );
 }
 
+#[test]
+fn generation_configs() {
+    let dir = tempfile::tempdir().unwrap();
+    qwen2().save(dir.path());
+    for (text, parts) in [
+        (r#"{"eos_token_id": "x"}"#, &["generation_config.json: field `eos_token_id` is \"x\""][..]),
+        ("[1]", &["generation_config.json", "a JSON object"]),
+        ("{", &["generation_config.json", "not valid JSON"]),
+    ] {
+        fs::write(dir.path().join("generation_config.json"), text).unwrap();
+        assert_parts(&message(Checkpoint::open(dir.path())), parts);
+    }
+}
+
 struct ModelConfigOf(Value);
 
 impl ModelConfigOf {
