@@ -1,0 +1,253 @@
+//! The collectors of one run, as one observer.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use moe_checkpoint::{Granularity, MoeShape, Provenance, Statistics};
+use moe_core::trace::{ExpertTrace, LayerTrace, Observer, Signals, WaveInfo};
+
+use super::{Collector, StatisticId, StatisticSpec, collectors_for};
+use crate::{Error, Result, Scorer};
+
+/// The collectors that a list of scorers needs, each once: watches a run as one [`Observer`] and holds the statistics
+/// of the wave in progress.
+///
+/// Memory is that of one wave's statistics, 8 bytes per statistic and unit of the model. [`Collection::take`] hands a
+/// finished wave out.
+pub struct Collection {
+    collectors: Vec<Box<dyn Collector>>,
+    /// What each collector needs; asked once.
+    needs: Vec<Signals>,
+    shape: MoeShape,
+    provenance: Provenance,
+    current: Option<Statistics>,
+    finished: Option<Statistics>,
+}
+
+impl fmt::Debug for Collection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Collection").field("statistics", &self.ids()).field("provenance", &self.provenance).finish()
+    }
+}
+
+impl Collection {
+    /// The collectors of this crate that provide `ids`.
+    ///
+    /// # Errors
+    /// [`Error::UnknownStatistic`], or a shape that makes no sense.
+    pub fn new(shape: &MoeShape, provenance: Provenance, ids: &[StatisticId]) -> Result<Self> {
+        Self::with_collectors(shape, provenance, collectors_for(ids)?)
+    }
+
+    /// The collectors that all of `scorers` need together.
+    ///
+    /// # Errors
+    /// As [`Collection::new`].
+    pub fn for_scorers(shape: &MoeShape, provenance: Provenance, scorers: &[Box<dyn Scorer>]) -> Result<Self> {
+        let ids: BTreeSet<StatisticId> = scorers.iter().flat_map(|scorer| scorer.needs()).collect();
+        Self::new(shape, provenance, &Vec::from_iter(ids))
+    }
+
+    /// Any collectors, those of other crates included.
+    ///
+    /// # Errors
+    /// [`Error::DuplicateStatistic`] if two provide the same statistic, or a shape that makes no sense.
+    pub fn with_collectors(
+        shape: &MoeShape,
+        provenance: Provenance,
+        collectors: Vec<Box<dyn Collector>>,
+    ) -> Result<Self> {
+        shape.validate()?;
+        let mut seen = BTreeSet::new();
+        for spec in collectors.iter().flat_map(|c| c.statistics()) {
+            if !seen.insert(&spec.id) {
+                return Err(Error::DuplicateStatistic { id: spec.id.to_string() });
+            }
+        }
+        let needs = collectors.iter().map(|c| c.needs()).collect();
+        Ok(Self { collectors, needs, shape: shape.clone(), provenance, current: None, finished: None })
+    }
+
+    /// Statistics that this collection makes, sorted.
+    pub fn ids(&self) -> Vec<StatisticId> {
+        let ids: BTreeSet<_> = self.specs().map(|spec| spec.id.clone()).collect();
+        ids.into_iter().collect()
+    }
+
+    /// Shape of the model.
+    pub fn shape(&self) -> &MoeShape {
+        &self.shape
+    }
+
+    /// Provenance that the statistics will carry.
+    pub fn provenance(&self) -> &Provenance {
+        &self.provenance
+    }
+
+    /// Takes the statistics of the wave that has been finished last, if they have not been taken.
+    pub fn take(&mut self) -> Option<Statistics> {
+        self.finished.take()
+    }
+
+    /// Statistics with every array allocated: waves must hold the same arrays, whatever was routed where.
+    pub(crate) fn empty(&self) -> Result<Statistics> {
+        let mut statistics = Statistics::new(&self.shape, self.provenance.clone());
+        for StatisticSpec { id, granularity, fold } in self.specs() {
+            // The first touch allocates an array for the whole model.
+            if let Some(layer) = self.shape.layers.first() {
+                match granularity {
+                    Granularity::Unit => statistics.unit_mut(id.as_str(), *fold, layer.layer, 0).map(drop)?,
+                    Granularity::Expert => statistics.expert_mut(id.as_str(), *fold, layer.layer).map(drop)?,
+                }
+            }
+        }
+        Ok(statistics)
+    }
+
+    pub(crate) fn specs(&self) -> impl Iterator<Item = &StatisticSpec> {
+        self.collectors.iter().flat_map(|c| c.statistics())
+    }
+
+    fn begin(&mut self, wave: &WaveInfo) -> Result<()> {
+        // A wave that failed half-way leaves its part behind, which must not leak into the next.
+        let mut statistics = self.empty()?;
+        statistics.begin(wave.id);
+        statistics.add_counts(wave.tokens as u64, wave.sequences.len() as u64, wave.loss_tokens() as u64);
+        self.finished = None;
+        self.current = Some(statistics);
+        Ok(())
+    }
+
+    fn end(&mut self, wave: &WaveInfo) -> Result<()> {
+        match self.current.take() {
+            Some(statistics) if statistics.waves().contains(&wave.id) => {
+                self.finished = Some(statistics);
+                Ok(())
+            }
+            current => Err(Error::WaveOrder {
+                what: "end of a wave",
+                found: format!("wave {}", wave.id),
+                expected: current.map_or("none: no wave has begun".into(), |s| format!("wave {:?}", s.waves())),
+            }),
+        }
+    }
+
+    fn see_layer(&mut self, trace: &LayerTrace<'_>) -> Result<()> {
+        check_layer(trace, &self.shape)?;
+        let current = in_progress(&mut self.current, "routing of a layer")?;
+        for (collector, needs) in self.collectors.iter_mut().zip(&self.needs) {
+            if needs.routing {
+                collector.layer(trace, current)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn see_expert(&mut self, trace: &ExpertTrace<'_>) -> Result<()> {
+        check_expert(trace, &self.shape)?;
+        let current = in_progress(&mut self.current, "trace of an expert")?;
+        for (collector, needs) in self.collectors.iter_mut().zip(&self.needs) {
+            if needs.experts() {
+                collector.expert(trace, current)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Observer for Collection {
+    fn needs(&self) -> Signals {
+        self.needs.iter().fold(Signals::NONE, |all, needs| all | *needs)
+    }
+
+    fn begin_wave(&mut self, wave: &WaveInfo) -> moe_core::Result<()> {
+        self.begin(wave).map_err(moe_core::Error::observer)
+    }
+
+    fn layer(&mut self, trace: &LayerTrace<'_>) -> moe_core::Result<()> {
+        self.see_layer(trace).map_err(moe_core::Error::observer)
+    }
+
+    fn expert(&mut self, trace: &ExpertTrace<'_>) -> moe_core::Result<()> {
+        self.see_expert(trace).map_err(moe_core::Error::observer)
+    }
+
+    fn end_wave(&mut self, wave: &WaveInfo) -> moe_core::Result<()> {
+        self.end(wave).map_err(moe_core::Error::observer)
+    }
+}
+
+fn in_progress<'a>(current: &'a mut Option<Statistics>, what: &'static str) -> Result<&'a mut Statistics> {
+    current.as_mut().ok_or_else(|| Error::WaveOrder {
+        what,
+        found: "no wave".into(),
+        expected: "a wave in progress".into(),
+    })
+}
+
+/// Collectors index by what a trace says, so that a wrong trace is refused here, once for all of them.
+fn check_layer(trace: &LayerTrace<'_>, shape: &MoeShape) -> Result<()> {
+    let fail = |field, found: String, expected: String| Error::Trace {
+        layer: trace.layer,
+        expert: None,
+        field,
+        found,
+        expected,
+    };
+    let experts = shape.layer(trace.layer).map(|l| l.num_experts());
+    if experts != Some(trace.experts) {
+        return Err(fail(
+            "experts",
+            trace.experts.to_string(),
+            experts.map_or("no MoE layer".into(), |n| n.to_string()),
+        ));
+    }
+    let tokens = trace.wave.tokens;
+    for (field, found, expected) in [
+        ("logits", trace.logits.len(), tokens * trace.experts),
+        ("selected", trace.selected.len(), tokens * trace.top_k),
+        ("weights", trace.weights.len(), tokens * trace.top_k),
+    ] {
+        if found != expected {
+            return Err(fail(field, format!("{found} values"), expected.to_string()));
+        }
+    }
+    match trace.selected.iter().find(|expert| **expert as usize >= trace.experts) {
+        Some(expert) => Err(fail("selected", format!("expert {expert}"), format!("below {}", trace.experts))),
+        None => Ok(()),
+    }
+}
+
+fn check_expert(trace: &ExpertTrace<'_>, shape: &MoeShape) -> Result<()> {
+    let fail = |field, found: String, expected: String| {
+        Err(Error::Trace { layer: trace.layer, expert: Some(trace.expert), field, found, expected })
+    };
+    let Some(width) = shape.layer(trace.layer).and_then(|l| l.widths.get(trace.expert)).copied() else {
+        return fail("expert", "an expert that the model does not have".into(), "one of its shape".into());
+    };
+    let (n, hidden) = (trace.rows.len(), shape.hidden_size);
+    let gradients = trace.backward.as_ref();
+    for (field, tensor, expected) in [
+        ("input", Some(trace.input), [n, hidden]),
+        ("units", trace.units, [n, width]),
+        ("output", trace.output, [n, hidden]),
+        ("backward.upstream", gradients.map(|g| g.upstream), [n, hidden]),
+        ("backward.units", gradients.map(|g| g.units), [n, width]),
+        ("backward.gate_up", gradients.map(|g| g.gate_up), [n, 2 * width]),
+    ] {
+        if let Some(found) = tensor.map(|t| t.dims()).filter(|dims| *dims != expected) {
+            return fail(field, format!("shape {found:?}"), format!("{expected:?}"));
+        }
+    }
+    if trace.routing_weights.len() != n {
+        return fail("routing_weights", trace.routing_weights.len().to_string(), n.to_string());
+    }
+    let mut end = 0;
+    for segment in trace.segments {
+        if segment.rows.start != end || segment.rows.end < end {
+            return fail("segments", format!("rows {:?} after row {end}", segment.rows), "consecutive rows".into());
+        }
+        end = segment.rows.end;
+    }
+    if end != n { fail("segments", format!("{end} rows"), n.to_string()) } else { Ok(()) }
+}
