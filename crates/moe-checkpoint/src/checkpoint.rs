@@ -204,6 +204,16 @@ impl Checkpoint {
         self.shards.iter().for_each(Shard::release_all);
     }
 
+    /// Gives the mapped pages of one tensor back to the system.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchTensor`].
+    pub fn release_tensor(&self, name: &str) -> Result<()> {
+        let info = self.info(name)?;
+        self.shards[info.shard()].release(info.range());
+        Ok(())
+    }
+
     /// A whole tensor as f32.
     ///
     /// # Errors

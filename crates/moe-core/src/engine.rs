@@ -14,7 +14,6 @@ use crate::{
     experts::ExpertTensors,
     host::{self, HostView},
     kernels::{
-        linear::{linear, linear_backward},
         loss::cross_entropy,
         norm::{rms_norm, rms_norm_backward},
         rope::RotaryTable,
@@ -283,7 +282,7 @@ impl<'m> Engine<'m> {
         let z = ffn.normed(middle);
         let mut out = RowAccumulator::from_tensor(middle.clone());
         if let Some(router) = &ffn.router {
-            let logits = HostView::new(&linear(&z, router, None));
+            let logits = HostView::new(&router.forward(&z, None));
             let experts = router.dims()[0];
             let routed = self.model.router().route(logits.as_slice(), experts);
             if needs.routing {
@@ -348,7 +347,7 @@ impl<'m> Engine<'m> {
         let (input, gate_up) = expert_gate_up(z, tokens.rows, &weights);
         let units = swiglu(&gate_up);
         let want_output = out.is_some() || observe.as_ref().is_some_and(|(needs, _)| needs.outputs);
-        let output = want_output.then(|| linear(&units, &weights.down, None));
+        let output = want_output.then(|| weights.down.forward(&units, None));
         if let (Some(out), Some(y)) = (out, &output) {
             out.add_rows(tokens.rows, Some(tokens.weights), y);
         }
@@ -389,7 +388,7 @@ impl<'m> Engine<'m> {
             let weights = overlay.apply(layer, e, self.model.checkpoint().expert(layer, e)?)?;
             let weights = ExpertTensors::new(weights, self.model.device());
             let (_, gate_up) = expert_gate_up(z, tokens.rows, &weights);
-            out.add_rows(tokens.rows, Some(tokens.weights), &linear(&swiglu(&gate_up), &weights.down, None));
+            out.add_rows(tokens.rows, Some(tokens.weights), &weights.down.forward(&swiglu(&gate_up), None));
         }
         if let Some(dense) = &ffn.dense {
             dense.forward(z, &mut out, None);
@@ -417,7 +416,7 @@ impl<'m> Engine<'m> {
             let h = rms_norm(&x, &norm, eps); // [chunk, H]
             let mut blocks = Vec::with_capacity(self.model.head_blocks());
             for block in 0..self.model.head_blocks() {
-                blocks.push(linear(&h, &self.model.head_block(block)?, None)); // [chunk, V_b]
+                blocks.push(self.model.head_block(block)?.forward(&h, None)); // [chunk, V_b]
             }
             if needs.logits {
                 let logits = HostView::new(&Tensor::cat(blocks.clone(), 1));
@@ -431,7 +430,7 @@ impl<'m> Engine<'m> {
             if let Some(dx) = &mut dx {
                 let mut dh = RowAccumulator::zeros(rows.len(), h.dims()[1], self.model.device());
                 for (block, d_logits) in result.d_logits.into_iter().enumerate() {
-                    dh.add(&linear_backward(&d_logits, &self.model.head_block(block)?));
+                    dh.add(&self.model.head_block(block)?.backward(&d_logits));
                 }
                 dx.add_rows(rows, None, &rms_norm_backward(&x, &norm, eps, &dh.into_tensor()));
             }
@@ -494,10 +493,10 @@ impl<'m> Engine<'m> {
                 self.expert_backward(layer, e, &z, &dy, kept, &dispatch, prepared, &mut d_weights, dz.as_mut(), needs, observer)?;
             }
             if let Some(dz) = &mut dz {
-                let logits = HostView::new(&linear(&z, router, None));
+                let logits = HostView::new(&router.forward(&z, None));
                 let d_logits = self.model.router().backward(logits.as_slice(), routed, &d_weights);
                 let d_logits = host::from_vec(d_logits, [tokens, routed.experts], self.model.device());
-                dz.add(&linear_backward(&d_logits, router));
+                dz.add(&router.backward(&d_logits));
             }
         }
         let Some(mut dz) = dz else { return Ok(None) };
@@ -528,11 +527,11 @@ impl<'m> Engine<'m> {
         }
         let weights = self.model.expert(layer, expert)?;
         let input = gather_rows(z, tokens.rows);
-        let gate_up = kept.unwrap_or_else(|| linear(&input, &weights.gate_up, None));
+        let gate_up = kept.unwrap_or_else(|| weights.gate_up.forward(&input, None));
         let upstream = gather_rows(dy, tokens.rows); // [n, H], without the routing weight
-        let du = linear_backward(&upstream, &weights.down); // [n, I]
+        let du = weights.down.backward(&upstream); // [n, I]
         let gradients = swiglu_backward(&gate_up, du, Some(tokens.weights), true);
-        let output = needs.outputs.then(|| linear(&gradients.units, &weights.down, None));
+        let output = needs.outputs.then(|| weights.down.forward(&gradients.units, None));
         let d_units = gradients.d_units.as_ref().expect("asked for");
         observer.expert(&ExpertTrace {
             layer,
@@ -547,7 +546,7 @@ impl<'m> Engine<'m> {
             expert_weights: &weights,
         })?;
         if let Some(dz) = dz {
-            dz.add_rows(tokens.rows, None, &linear_backward(&gradients.d_gate_up, &weights.gate_up));
+            dz.add_rows(tokens.rows, None, &weights.gate_up.backward(&gradients.d_gate_up));
             for (&slot, d) in tokens.slots.iter().zip(gradients.d_row_weights) {
                 d_weights[slot as usize] = d;
             }

@@ -8,7 +8,7 @@ use crate::{
     engine::{Engine, EngineOptions, LayerTape},
     error::{Error, Result},
     host::{self, HostView},
-    kernels::{attention::AttentionShape, linear::linear, norm::rms_norm, rows::gather_rows},
+    kernels::{attention::AttentionShape, norm::rms_norm, rows::gather_rows},
     memory::{self, Keep, WaveSize},
     model::Model,
     trace::{Observer, Signals, WaveInfo},
@@ -256,7 +256,7 @@ impl<'m> Decoder<'m> {
         let norm = model.final_norm()?;
         let h = rms_norm(&gather_rows(&x, &last), &norm, model.config().norm_eps as f32);
         let blocks = (0..model.head_blocks())
-            .map(|block| Ok(linear(&h, &model.head_block(block)?, None)))
+            .map(|block| Ok(model.head_block(block)?.forward(&h, None)))
             .collect::<Result<Vec<_>>>()?;
         Ok(Tensor::cat(blocks, 1))
     }

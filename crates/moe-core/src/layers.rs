@@ -11,12 +11,12 @@ use crate::{
     experts::ExpertTensors,
     kernels::{
         attention::{AttentionShape, attention, attention_backward},
-        linear::{linear, linear_backward},
         math,
         norm::{rms_norm, rms_norm_backward},
         rope::RotaryTable,
         rows::{RowAccumulator, gather_rows},
         swiglu::{swiglu, swiglu_backward},
+        weight::Weight,
     },
 };
 use crate::host;
@@ -31,9 +31,9 @@ pub struct AttentionLayer {
     /// Input norm `[H]`.
     pub norm: Tensor<1>,
     /// Query, key and value projections `[heads * D, H]`, with biases.
-    pub qkv: [(Tensor<2>, Option<Tensor<1>>); 3],
+    pub qkv: [(Weight, Option<Tensor<1>>); 3],
     /// Output projection `[H, heads * D]`, with bias.
-    pub output: (Tensor<2>, Option<Tensor<1>>),
+    pub output: (Weight, Option<Tensor<1>>),
     /// Norms of each query and key head `[D]`.
     pub qk_norm: Option<(Tensor<1>, Tensor<1>)>,
     /// Heads, scale and window.
@@ -59,7 +59,7 @@ impl AttentionLayer {
     /// Queries, keys and values of `x [T, H]`, rotated by `table`.
     pub fn project(&self, x: &Tensor<2>, table: &RotaryTable) -> AttentionTape {
         let z = rms_norm(x, &self.norm, self.eps);
-        let [mut q, mut k, v] = [0, 1, 2].map(|i| linear(&z, &self.qkv[i].0, self.qkv[i].1.as_ref()));
+        let [mut q, mut k, v] = [0, 1, 2].map(|i| self.qkv[i].0.forward(&z, self.qkv[i].1.as_ref()));
         let mut before_norm = None;
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             let normed = (self.head_norm(&q, q_norm), self.head_norm(&k, k_norm));
@@ -82,7 +82,7 @@ impl AttentionLayer {
 
     /// `x + output(heads)`.
     pub fn residual(&self, x: &Tensor<2>, heads: &Tensor<2>) -> Tensor<2> {
-        let mut sum = RowAccumulator::from_tensor(linear(heads, &self.output.0, self.output.1.as_ref()));
+        let mut sum = RowAccumulator::from_tensor(self.output.0.forward(heads, self.output.1.as_ref()));
         sum.add(x);
         sum.into_tensor()
     }
@@ -96,7 +96,7 @@ impl AttentionLayer {
         table: &RotaryTable,
         dy: Tensor<2>,
     ) -> Tensor<2> {
-        let d_heads = linear_backward(&dy, &self.output.0);
+        let d_heads = self.output.0.backward(&dy);
         let (dq, dk, dv) = attention_backward(&tape.q, &tape.k, &tape.v, sequences, &self.shape, &d_heads);
         drop(d_heads);
         let mut dq = table.rotate(dq, self.shape.heads, true);
@@ -105,9 +105,9 @@ impl AttentionLayer {
             dq = self.head_norm_backward(q, q_norm, dq);
             dk = self.head_norm_backward(k, k_norm, dk);
         }
-        let mut dz = RowAccumulator::from_tensor(linear_backward(&dq, &self.qkv[0].0));
-        dz.add(&linear_backward(&dk, &self.qkv[1].0));
-        dz.add(&linear_backward(&dv, &self.qkv[2].0));
+        let mut dz = RowAccumulator::from_tensor(self.qkv[0].0.backward(&dq));
+        dz.add(&self.qkv[1].0.backward(&dk));
+        dz.add(&self.qkv[2].0.backward(&dv));
         let mut dx = RowAccumulator::from_tensor(rms_norm_backward(x, &self.norm, self.eps, &dz.into_tensor()));
         dx.add(&dy);
         dx.into_tensor()
@@ -143,7 +143,7 @@ pub struct DenseBlock {
     /// Its weights.
     pub weights: ExpertTensors,
     /// Row `[1, H]` of a sigmoid gate on the output.
-    pub gate: Option<Tensor<2>>,
+    pub gate: Option<Weight>,
 }
 
 impl DenseBlock {
@@ -151,8 +151,8 @@ impl DenseBlock {
     pub fn forward(&self, z: &Tensor<2>, out: &mut RowAccumulator, mut keep: Option<&mut Vec<Tensor<2>>>) {
         for_chunks(z.dims()[0], |rows| {
             let z = slice_rows(z, &rows);
-            let gate_up = linear(&z, &self.weights.gate_up, None);
-            let y = linear(&swiglu(&gate_up), &self.weights.down, None);
+            let gate_up = self.weights.gate_up.forward(&z, None);
+            let y = self.weights.down.forward(&swiglu(&gate_up), None);
             let ids: Vec<u32> = (rows.start as u32..rows.end as u32).collect();
             out.add_rows(&ids, self.gate_values(&z).as_deref(), &y);
             if let Some(keep) = keep.as_deref_mut() {
@@ -168,25 +168,25 @@ impl DenseBlock {
             let (z, dy) = (slice_rows(z, &rows), slice_rows(dy, &rows));
             let gate_up = match kept.as_mut().and_then(Iterator::next) {
                 Some(kept) => kept,
-                None => linear(&z, &self.weights.gate_up, None),
+                None => self.weights.gate_up.forward(&z, None),
             };
             let gate = self.gate_values(&z);
-            let du = linear_backward(&dy, &self.weights.down);
+            let du = self.weights.down.backward(&dy);
             let gradients = swiglu_backward(&gate_up, du, gate.as_deref(), false);
             let ids: Vec<u32> = (rows.start as u32..rows.end as u32).collect();
-            dz.add_rows(&ids, None, &linear_backward(&gradients.d_gate_up, &self.weights.gate_up));
+            dz.add_rows(&ids, None, &self.weights.gate_up.backward(&gradients.d_gate_up));
             if let (Some(gate), Some(row)) = (gate, &self.gate) {
                 let d_logit: Vec<f32> =
                     gate.iter().zip(&gradients.d_row_weights).map(|(s, d)| d * s * (1.0 - s)).collect();
                 let d_logit = host::from_vec(d_logit, [rows.len(), 1], &z.device());
-                dz.add_rows(&ids, None, &linear_backward(&d_logit, row));
+                dz.add_rows(&ids, None, &row.backward(&d_logit));
             }
         });
     }
 
     /// `sigmoid(z . gate)` per row.
     fn gate_values(&self, z: &Tensor<2>) -> Option<Vec<f32>> {
-        let logits = host::into_vec(linear(z, self.gate.as_ref()?, None));
+        let logits = host::into_vec(self.gate.as_ref()?.forward(z, None));
         Some(logits.into_iter().map(math::sigmoid).collect())
     }
 }
@@ -211,7 +211,7 @@ pub struct FfnLayer {
     /// Dense block of a dense layer, shared expert of an MoE layer.
     pub dense: Option<DenseBlock>,
     /// Router rows `[E, H]` of an MoE layer.
-    pub router: Option<Tensor<2>>,
+    pub router: Option<Weight>,
 }
 
 impl FfnLayer {
@@ -231,6 +231,6 @@ impl FfnLayer {
 /// Pre-activations `[n, 2I]` of an expert on some rows of `z`.
 pub(crate) fn expert_gate_up(z: &Tensor<2>, rows: &[u32], weights: &ExpertTensors) -> (Tensor<2>, Tensor<2>) {
     let x = gather_rows(z, rows);
-    let gate_up = linear(&x, &weights.gate_up, None);
+    let gate_up = weights.gate_up.forward(&x, None);
     (x, gate_up)
 }

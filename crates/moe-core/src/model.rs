@@ -6,13 +6,17 @@ use std::{
 };
 
 use burn::tensor::{Device, Tensor};
-use moe_checkpoint::{Checkpoint, Ffn, LayerRole, ModelConfig, Role};
+use moe_checkpoint::{Checkpoint, Dtype, Ffn, LayerRole, ModelConfig, RawMatrix, Role};
 
 use crate::{
     error::{Error, Result},
     experts::ExpertTensors,
     host,
-    kernels::{attention::AttentionShape, rope::RotaryEmbedding},
+    kernels::{
+        attention::AttentionShape,
+        rope::RotaryEmbedding,
+        weight::{Bf16Source, Weight},
+    },
     layers::{AttentionLayer, DenseBlock, FfnLayer},
     memory::{self, Residency},
     overlay::ExpertOverlay,
@@ -38,7 +42,7 @@ struct Cache {
     attention: Vec<Option<AttentionLayer>>,
     ffn: Vec<Option<FfnLayer>>,
     experts: Vec<Option<ExpertTensors>>,
-    head: Option<Vec<Tensor<2>>>,
+    head: Option<Vec<Weight>>,
     final_norm: Option<Tensor<1>>,
 }
 
@@ -150,11 +154,11 @@ impl Model {
         let loaded = AttentionLayer {
             norm: self.vector(role(LayerRole::AttentionNorm), h)?,
             qkv: [
-                (self.matrix(role(LayerRole::Query), [q, h])?, bias(a.qkv_bias, LayerRole::QueryBias, q)?),
-                (self.matrix(role(LayerRole::Key), [kv, h])?, bias(a.qkv_bias, LayerRole::KeyBias, kv)?),
-                (self.matrix(role(LayerRole::Value), [kv, h])?, bias(a.qkv_bias, LayerRole::ValueBias, kv)?),
+                (self.weight(&[role(LayerRole::Query)], [q, h])?, bias(a.qkv_bias, LayerRole::QueryBias, q)?),
+                (self.weight(&[role(LayerRole::Key)], [kv, h])?, bias(a.qkv_bias, LayerRole::KeyBias, kv)?),
+                (self.weight(&[role(LayerRole::Value)], [kv, h])?, bias(a.qkv_bias, LayerRole::ValueBias, kv)?),
             ],
-            output: (self.matrix(role(LayerRole::Output), [h, q])?, bias(a.output_bias, LayerRole::OutputBias, h)?),
+            output: (self.weight(&[role(LayerRole::Output)], [h, q])?, bias(a.output_bias, LayerRole::OutputBias, h)?),
             qk_norm: match a.qk_norm {
                 true => Some((
                     self.vector(role(LayerRole::QueryNorm), a.head_dim)?,
@@ -187,11 +191,9 @@ impl Model {
         let h = config.hidden_size;
         let role = |r| Role::Layer(layer, r);
         let block = |gate, up, down, width: usize| -> Result<ExpertTensors> {
-            let mut stacked = self.checkpoint.read_f32(role(gate))?;
-            stacked.extend(self.checkpoint.read_f32(role(up))?);
             Ok(ExpertTensors {
-                gate_up: host::from_vec(stacked, [2 * width, h], &self.device),
-                down: self.matrix(role(down), [h, width])?,
+                gate_up: self.weight(&[role(gate), role(up)], [2 * width, h])?,
+                down: self.weight(&[role(down)], [h, width])?,
             })
         };
         let (dense, router) = match &config.layers[layer].ffn {
@@ -206,14 +208,14 @@ impl Model {
                         let width = shared.intermediate_size;
                         let weights = block(LayerRole::SharedGate, LayerRole::SharedUp, LayerRole::SharedDown, width)?;
                         let gate = match shared.gated {
-                            true => Some(self.matrix(role(LayerRole::SharedExpertGate), [1, h])?),
+                            true => Some(self.weight(&[role(LayerRole::SharedExpertGate)], [1, h])?),
                             false => None,
                         };
                         Some(DenseBlock { weights, gate })
                     }
                     None => None,
                 };
-                (shared, Some(self.matrix(role(LayerRole::Router), [moe.num_experts(), h])?))
+                (shared, Some(self.weight(&[role(LayerRole::Router)], [moe.num_experts(), h])?))
             }
         };
         let norm = self.vector(role(LayerRole::FfnNorm), h)?;
@@ -234,16 +236,42 @@ impl Model {
         if let Some(found) = &self.lock().experts[index] {
             return Ok(found.clone());
         }
-        let mut weights = self.checkpoint.expert(layer, expert)?;
-        if let Some(overlay) = &self.overlay {
-            weights = overlay.apply(layer, expert, weights)?;
-        }
-        let loaded = ExpertTensors::new(weights, &self.device);
+        let loaded = match &self.overlay {
+            Some(overlay) => {
+                ExpertTensors::new(overlay.apply(layer, expert, self.checkpoint.expert(layer, expert)?)?, &self.device)
+            }
+            None => self.load_expert(layer, expert)?,
+        };
         let mut cache = self.lock();
         if index < cache.residency.experts {
             cache.experts[index] = Some(loaded.clone());
         }
         Ok(loaded)
+    }
+
+    fn load_expert(&self, layer: usize, expert: usize) -> Result<ExpertTensors> {
+        let bytes = self.checkpoint.expert_bytes(layer, expert)?;
+        let bf16 = [&bytes.gate, &bytes.up, &bytes.down].iter().all(|m| m.dtype == Dtype::BF16);
+        if !(bf16 && Weight::prefers_bf16(&self.device)) {
+            return Ok(ExpertTensors::new(self.checkpoint.expert(layer, expert)?, &self.device));
+        }
+        let (width, hidden) = (bytes.gate.rows, bytes.gate.cols);
+        let source = |down: bool| -> Bf16Source {
+            let checkpoint = self.checkpoint.clone();
+            Box::new(move |f| {
+                let bytes = checkpoint.expert_bytes(layer, expert).expect("found when the weight was made");
+                if down {
+                    f(&rows(&bytes.down));
+                } else {
+                    f(&[rows(&bytes.gate), rows(&bytes.up)].concat());
+                }
+                checkpoint.release_expert(layer, expert).expect("found when the weight was made");
+            })
+        };
+        Ok(ExpertTensors {
+            gate_up: Weight::from_bf16(2 * width, hidden, &self.device, source(false)),
+            down: Weight::from_bf16(hidden, width, &self.device, source(true)),
+        })
     }
 
     fn expert_index(&self, layer: usize, expert: usize) -> Result<usize> {
@@ -290,16 +318,20 @@ impl Model {
     }
 
     /// Block `block` of the output head `[V_b, H]`.
-    pub(crate) fn head_block(&self, block: usize) -> Result<Tensor<2>> {
+    pub(crate) fn head_block(&self, block: usize) -> Result<Weight> {
         if let Some(found) = &self.lock().head {
             return Ok(found[block].clone());
         }
-        let load = |block: usize| -> Result<Tensor<2>> {
+        let load = |block: usize| -> Result<Weight> {
             let config = self.config();
             let (rows, h) = (memory::head_block_rows(config.hidden_size), config.hidden_size);
             let range = block * rows..((block + 1) * rows).min(config.vocab_size);
             let n = range.len();
-            Ok(host::from_vec(self.checkpoint.read_f32_rows(Role::LmHead, range)?, [n, h], &self.device))
+            if let Some(weight) = self.bf16_weight(&[Role::LmHead], Some(range.clone()), [n, h])? {
+                return Ok(weight);
+            }
+            let values = self.checkpoint.read_f32_rows(Role::LmHead, range)?;
+            Ok(Weight::dense(host::from_vec(values, [n, h], &self.device)))
         };
         if self.lock().residency.head {
             let all = (0..self.head_blocks()).map(load).collect::<Result<Vec<_>>>()?;
@@ -310,11 +342,51 @@ impl Model {
         load(block)
     }
 
-    fn matrix(&self, role: Role, shape: [usize; 2]) -> Result<Tensor<2>> {
-        Ok(host::from_vec(self.checkpoint.read_f32(role)?, shape, &self.device))
+    /// The rows of some tensors, one after the other, as one weight.
+    fn weight(&self, roles: &[Role], shape: [usize; 2]) -> Result<Weight> {
+        if let Some(weight) = self.bf16_weight(roles, None, shape)? {
+            return Ok(weight);
+        }
+        let mut stacked = self.checkpoint.read_f32(roles[0])?;
+        for role in &roles[1..] {
+            stacked.extend(self.checkpoint.read_f32(*role)?);
+        }
+        Ok(Weight::dense(host::from_vec(stacked, shape, &self.device)))
+    }
+
+    /// The same straight from bf16 storage, where the device multiplies that best; `rows` of the first tensor only, if given.
+    fn bf16_weight(
+        &self,
+        roles: &[Role],
+        rows: Option<std::ops::Range<usize>>,
+        [outputs, inputs]: [usize; 2],
+    ) -> Result<Option<Weight>> {
+        let infos = roles.iter().map(|&role| Ok(self.checkpoint.role(role)?)).collect::<Result<Vec<_>>>()?;
+        if !(Weight::prefers_bf16(&self.device) && infos.iter().all(|info| info.dtype == Dtype::BF16)) {
+            return Ok(None);
+        }
+        let names: Vec<String> = infos.iter().map(|info| info.name.clone()).collect();
+        let checkpoint = self.checkpoint.clone();
+        let source: Bf16Source = Box::new(move |f| {
+            let mut all = Vec::with_capacity(outputs);
+            for name in &names {
+                let bytes = checkpoint.bytes(name).expect("found when the weight was made");
+                let (start, count) = rows.as_ref().map_or((0, usize::MAX), |r| (r.start, r.len()));
+                all.extend(bytes.chunks_exact(2 * inputs).skip(start).take(count));
+            }
+            f(&all);
+            for name in &names {
+                checkpoint.release_tensor(name).expect("found when the weight was made");
+            }
+        });
+        Ok(Some(Weight::from_bf16(outputs, inputs, &self.device, source)))
     }
 
     fn vector(&self, role: Role, len: usize) -> Result<Tensor<1>> {
         Ok(host::from_vec(self.checkpoint.read_f32(role)?, [len], &self.device))
     }
+}
+
+fn rows<'a>(matrix: &RawMatrix<'a>) -> Vec<&'a [u8]> {
+    (0..matrix.rows).filter_map(|i| matrix.row(i)).collect()
 }

@@ -49,7 +49,7 @@ impl Observer for Recorder {
         let upstream = backward.upstream.clone() * weights;
         let down = upstream.transpose().matmul(trace.units.expect("asked for").clone());
         // the output signal is f(x): check it against its definition on the way
-        let output = trace.units.unwrap().clone().matmul(trace.expert_weights.down.clone().transpose());
+        let output = trace.units.unwrap().clone().matmul(trace.expert_weights.down.to_tensor().transpose());
         let (a, b) = (HostView::new(&output), HostView::new(trace.output.expect("asked for")));
         assert!(a.as_slice().iter().zip(b.as_slice()).all(|(a, b)| (a - b).abs() < 1e-5));
         let values = |x: &Tensor<2>| HostView::new(x).as_slice().to_vec();

@@ -4,8 +4,9 @@
 //! own memory, see [`crate::host`]), where Burn's element-wise kernels are the bottleneck, and a body of Burn tensor
 //! operations for every other device. Tests run both bodies on the CPU backend and compare them.
 
+#[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), path = "amx_absent.rs")]
+pub(crate) mod amx;
 pub mod attention;
-pub mod linear;
 pub mod loss;
 pub mod math;
 pub mod norm;
@@ -13,6 +14,7 @@ pub mod reduce;
 pub mod rope;
 pub mod rows;
 pub mod swiglu;
+pub mod weight;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use rayon::prelude::*;

@@ -1,0 +1,422 @@
+//! Products of f32 activations with bf16 weights on the matrix units (AMX) of recent x86 processors, exact to f32.
+//!
+//! An f32 number is the sum of three bf16 numbers (8 + 8 + 8 bits of mantissa). Checkpoints store weights as bf16, so
+//! `x w = hi w + mid w + lo w` holds exactly, product by product, and three bf16 tile products with f32 accumulation replace one f32
+//! product: the result differs from an f32 matrix product only by the order of summation, at several times its speed. Weights are
+//! read from the checkpoint in half the memory, without a conversion.
+//!
+//! Operands are packed into tiles of 1 KiB, 16 rows of 64 bytes, that follow each other in the order in which they are used:
+//!
+//! | operand | tile row | tile column | order of tiles |
+//! |---|---|---|---|
+//! | activations `[M, K]` | 16 rows of M | 32 of K | `[M / 16][K / 32][hi, mid, lo]` |
+//! | weights `[K, N]` | 16 pairs of K | 16 of N, each a pair | `[N / 16][K / 32]` |
+//!
+//! Available on Linux where the processor has AMX and the kernel grants its use; `MOE_AMX=0` in the environment turns it off.
+
+use std::{arch::asm, sync::OnceLock};
+
+use multiversion::multiversion;
+use rayon::prelude::*;
+
+/// One cache line, one row of a tile.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub struct Line([u16; 32]);
+
+const ZERO: Line = Line([0; 32]);
+/// Rows of a tile; also columns of a result tile.
+const TILE: usize = 16;
+/// Depth of a tile: elements of K.
+const DEPTH: usize = 32;
+/// Pieces of an f32 number.
+const PIECES: usize = 3;
+
+/// Whether this process may use the matrix units.
+pub fn available() -> bool {
+    static AVAILABLE: OnceLock<bool> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| {
+        if std::env::var_os("MOE_AMX").is_some_and(|v| v == "0") {
+            return false;
+        }
+        // cpuid leaf 7: edx bit 22 AMX-BF16, bit 24 AMX-TILE
+        let leaf = std::arch::x86_64::__cpuid_count(7, 0);
+        let wanted = (1 << 22) | (1 << 24);
+        const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+        const XFEATURE_XTILEDATA: libc::c_long = 18;
+        // SAFETY: asks the kernel for permission to use tile data in this process; touches no memory.
+        leaf.edx & wanted == wanted
+            && unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) } == 0
+    })
+}
+
+/// A `[K, N]` operand of bf16 weights in tiles.
+#[derive(Clone, Debug)]
+pub struct PackedWeights {
+    k: usize,
+    n: usize,
+    tiles: Vec<Line>,
+}
+
+impl PackedWeights {
+    /// Packs the transpose of a row-major matrix: `rows[o]` holds the K weights of output o (N of them).
+    pub fn transposed(rows: &[&[u8]], k: usize) -> Self {
+        let n = rows.len();
+        let depth = k.div_ceil(DEPTH);
+        let mut tiles = vec![ZERO; n.div_ceil(TILE) * depth * TILE];
+        tiles.par_chunks_mut((depth * TILE).max(1)).zip(rows.par_chunks(TILE)).for_each(|(tiles, rows)| {
+            for (column, row) in rows.iter().enumerate() {
+                scatter_pairs(row, column, tiles);
+            }
+        });
+        Self { k, n, tiles }
+    }
+
+    /// Packs a row-major matrix as it is: `rows[o]` holds row o of K, N weights each.
+    pub fn straight(rows: &[&[u8]], n: usize) -> Self {
+        let k = rows.len();
+        let depth = k.div_ceil(DEPTH);
+        let mut tiles = vec![ZERO; n.div_ceil(TILE) * depth * TILE];
+        tiles.par_chunks_mut((depth * TILE).max(1)).enumerate().for_each(|(block, tiles)| {
+            let first = 2 * block * TILE;
+            let bytes = first..2 * n.min((block + 1) * TILE);
+            for (pair, line) in rows.chunks(2).zip(tiles) {
+                interleave(&pair[0][bytes.clone()], pair.get(1).map(|row| &row[bytes.clone()]), line);
+            }
+        });
+        Self { k, n, tiles }
+    }
+}
+
+/// Writes the pairs of one row into column `column` of consecutive lines.
+fn scatter_pairs(row: &[u8], column: usize, lines: &mut [Line]) {
+    let (pairs, last) = row.as_chunks::<4>();
+    for (pair, line) in pairs.iter().zip(lines.iter_mut()) {
+        line.0[2 * column] = u16::from_le_bytes([pair[0], pair[1]]);
+        line.0[2 * column + 1] = u16::from_le_bytes([pair[2], pair[3]]);
+    }
+    if let [low, high] = last {
+        lines[pairs.len()].0[2 * column] = u16::from_le_bytes([*low, *high]);
+    }
+}
+
+/// Up to 16 elements of two rows, alternating.
+fn interleave(even: &[u8], odd: Option<&[u8]>, line: &mut Line) {
+    for (i, e) in even.as_chunks::<2>().0.iter().enumerate() {
+        line.0[2 * i] = u16::from_le_bytes(*e);
+    }
+    for (i, o) in odd.unwrap_or_default().as_chunks::<2>().0.iter().enumerate() {
+        line.0[2 * i + 1] = u16::from_le_bytes(*o);
+    }
+}
+
+/// `[M, K]` activations in tiles, each number in three pieces.
+fn pack_activations(x: &[f32], m: usize, k: usize) -> Vec<Line> {
+    let depth = k.div_ceil(DEPTH);
+    let per_block = depth * PIECES * TILE;
+    let mut tiles = vec![ZERO; m.div_ceil(TILE) * per_block];
+    if k > 0 {
+        tiles.par_chunks_mut(per_block).zip(x.par_chunks(TILE * k)).for_each(|(tiles, rows)| {
+            for (row, x) in rows.chunks_exact(k).enumerate() {
+                split_row(x, row, tiles);
+            }
+        });
+    }
+    tiles
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
+fn split_row(x: &[f32], row: usize, tiles: &mut [Line]) {
+    const HIGH: u32 = 0xFFFF_0000;
+    let (blocks, tail) = x.as_chunks::<DEPTH>();
+    let mut padded = [0.0f32; DEPTH];
+    padded[..tail.len()].copy_from_slice(tail);
+    let last = (!tail.is_empty()).then_some(&padded);
+    for (block, tiles) in blocks.iter().chain(last).zip(tiles.chunks_exact_mut(PIECES * TILE)) {
+        let mut pieces = [[0u16; DEPTH]; PIECES];
+        for i in 0..DEPTH {
+            // Cutting off low bits leaves an exact remainder each time.
+            let high = block[i].to_bits() & HIGH;
+            let rest = block[i] - f32::from_bits(high);
+            let middle = rest.to_bits() & HIGH;
+            let low = rest - f32::from_bits(middle);
+            pieces[0][i] = (high >> 16) as u16;
+            pieces[1][i] = (middle >> 16) as u16;
+            pieces[2][i] = (low.to_bits() >> 16) as u16;
+        }
+        for (piece, values) in pieces.into_iter().enumerate() {
+            tiles[piece * TILE + row] = Line(values);
+        }
+    }
+}
+
+/// Output columns of one task.
+const TASK_COLUMNS: usize = 256;
+/// Bytes of packed activations that a task goes through for every 32 columns: half of a second-level cache.
+const ACTIVATION_BYTES: usize = 1 << 20;
+
+/// `x w` for `x [m, k]` row-major and `w [k, n]`: `[m, n]` row-major.
+///
+/// The sum over k goes in the same order for every row, whatever m is.
+pub fn multiply(x: &[f32], m: usize, w: &PackedWeights) -> Vec<f32> {
+    assert_eq!(x.len(), m * w.k, "activations [m, k]");
+    let n = w.n;
+    if m == 0 || n == 0 || w.k == 0 {
+        return vec![0.0; m * n];
+    }
+    let depth = w.k.div_ceil(DEPTH);
+    let activations = pack_activations(x, m, w.k);
+    let per_block = depth * PIECES * TILE;
+    // an even number of 16-row blocks
+    let task_blocks = (ACTIVATION_BYTES / (per_block * 64)).next_multiple_of(2).max(2);
+    let row_blocks = m.div_ceil(TILE);
+    let tasks: Vec<(usize, usize)> = (0..row_blocks)
+        .step_by(task_blocks)
+        .flat_map(|row| (0..n).step_by(TASK_COLUMNS).map(move |column| (row, column)))
+        .collect();
+    let mut out: Vec<f32> = Vec::with_capacity(m * n);
+    let target = Target(out.as_mut_ptr());
+    tasks.par_iter().for_each(|&(first_block, first_column)| {
+        let target = &target;
+        let tiles = Tiles::configure();
+        let mut scratch = [0.0f32; 4 * TILE * TILE];
+        for column in (first_column..n.min(first_column + TASK_COLUMNS)).step_by(2 * TILE) {
+            let panel = |column: usize| {
+                let block = column / TILE;
+                &w.tiles[block * depth * TILE..(block + 1) * depth * TILE]
+            };
+            let columns = (n - column).min(2 * TILE);
+            let left = panel(column);
+            // a missing second half repeats the first; its result is not copied out
+            let right = if columns > TILE { panel(column + TILE) } else { left };
+            for block in (first_block..row_blocks.min(first_block + task_blocks)).step_by(2) {
+                let row = block * TILE;
+                let rows = (m - row).min(2 * TILE);
+                let top = &activations[block * per_block..(block + 1) * per_block];
+                let bottom = if rows > TILE { &activations[(block + 1) * per_block..(block + 2) * per_block] } else { top };
+                // SAFETY: panels hold `depth` tiles and row blocks `3 depth`; `out` has room for m x n, and the 32 x 32 block at
+                // (row, column) belongs to this task alone. A block that reaches past the edge goes through the scratch.
+                unsafe {
+                    let out = target.0.add(row * n + column);
+                    let whole = rows == 2 * TILE && columns == 2 * TILE;
+                    let (to, stride) = if whole { (out, n) } else { (scratch.as_mut_ptr(), 2 * TILE) };
+                    if rows > TILE {
+                        tiles.block(top, bottom, left, right, depth, to, stride);
+                    } else {
+                        tiles.half_block(top, left, right, depth, to, stride);
+                    }
+                    if !whole {
+                        for r in 0..rows {
+                            std::ptr::copy_nonoverlapping(scratch.as_ptr().add(r * 2 * TILE), out.add(r * n), columns);
+                        }
+                    }
+                }
+            }
+        }
+    });
+    // SAFETY: the tasks cover all rows and columns, so every element has been written.
+    unsafe { out.set_len(m * n) };
+    out
+}
+
+struct Target(*mut f32);
+
+// SAFETY: tasks write disjoint blocks.
+unsafe impl Sync for Target {}
+
+/// The tile registers of this thread, configured as eight tiles of 16 rows of 64 bytes until dropped.
+struct Tiles;
+
+#[repr(C, align(64))]
+struct TileConfig {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+impl Tiles {
+    /// Only called where [`available`] has been true: a [`PackedWeights`] is made nowhere else.
+    fn configure() -> Self {
+        let mut config = TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+        config.row_bytes[..8].fill(64);
+        config.rows[..8].fill(TILE as u8);
+        // SAFETY: a valid configuration of palette 1.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) };
+        Self
+    }
+
+    /// A 32 x 32 block of the product. `stride` is in elements.
+    ///
+    /// # Safety
+    /// `a*` hold `3 depth` tiles, `b*` hold `depth`, `out` has 32 rows of 32 elements `stride` apart.
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn block(&self, a0: &[Line], a1: &[Line], b0: &[Line], b1: &[Line], depth: usize, out: *mut f32, stride: usize) {
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "2:",
+                "tileloadd tmm6, [{b0} + {line}]",
+                "tileloadd tmm7, [{b1} + {line}]",
+                "tileloadd tmm4, [{a0} + {line}]",
+                "tileloadd tmm5, [{a1} + {line}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "tileloadd tmm4, [{a0} + {line} + 1024]",
+                "tileloadd tmm5, [{a1} + {line} + 1024]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "tileloadd tmm4, [{a0} + {line} + 2048]",
+                "tileloadd tmm5, [{a1} + {line} + 2048]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {a0}, 3072",
+                "add {a1}, 3072",
+                "add {b0}, 1024",
+                "add {b1}, 1024",
+                "dec {depth}",
+                "jnz 2b",
+                "tilestored [{out} + {stride}], tmm0",
+                "tilestored [{out} + {stride} + 64], tmm1",
+                "tilestored [{lower} + {stride}], tmm2",
+                "tilestored [{lower} + {stride} + 64], tmm3",
+                a0 = inout(reg) a0.as_ptr() => _,
+                a1 = inout(reg) a1.as_ptr() => _,
+                b0 = inout(reg) b0.as_ptr() => _,
+                b1 = inout(reg) b1.as_ptr() => _,
+                depth = inout(reg) depth => _,
+                out = in(reg) out,
+                lower = in(reg) out.add(TILE * stride),
+                stride = in(reg) 4 * stride,
+                line = in(reg) 64usize,
+                options(nostack),
+            );
+        }
+    }
+
+    /// The upper 16 x 32 of [`block`](Self::block).
+    ///
+    /// # Safety
+    /// As [`block`](Self::block), with 16 rows.
+    unsafe fn half_block(&self, a0: &[Line], b0: &[Line], b1: &[Line], depth: usize, out: *mut f32, stride: usize) {
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "2:",
+                "tileloadd tmm6, [{b0} + {line}]",
+                "tileloadd tmm7, [{b1} + {line}]",
+                "tileloadd tmm4, [{a0} + {line}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm4, [{a0} + {line} + 1024]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm4, [{a0} + {line} + 2048]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "add {a0}, 3072",
+                "add {b0}, 1024",
+                "add {b1}, 1024",
+                "dec {depth}",
+                "jnz 2b",
+                "tilestored [{out} + {stride}], tmm0",
+                "tilestored [{out} + {stride} + 64], tmm1",
+                a0 = inout(reg) a0.as_ptr() => _,
+                b0 = inout(reg) b0.as_ptr() => _,
+                b1 = inout(reg) b1.as_ptr() => _,
+                depth = inout(reg) depth => _,
+                out = in(reg) out,
+                stride = in(reg) 4 * stride,
+                line = in(reg) 64usize,
+                options(nostack),
+            );
+        }
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: gives the tile state back; nothing is kept in it.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(n: usize, seed: u32) -> Vec<f32> {
+        (0..n as u32)
+            .map(|i| {
+                let x = (i ^ seed.wrapping_mul(0x9E37_79B9)).wrapping_mul(0x85EB_CA6B);
+                ((x ^ (x >> 13)).wrapping_mul(0xC2B2_AE35) >> 8) as f32 / (1 << 23) as f32 - 1.0
+            })
+            .collect()
+    }
+
+    fn bf16(values: &[f32]) -> Vec<u8> {
+        values.iter().flat_map(|v| ((v.to_bits() >> 16) as u16).to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn three_pieces_make_up_an_f32_exactly() {
+        for x in values(1000, 7).into_iter().chain([0.0, -0.0, 1.0, 3.4e38, 1.1754944e-30, -2.5]) {
+            let mut tiles = [ZERO; 48];
+            split_row(&[x], 3, &mut tiles);
+            let piece = |p: usize| f32::from_bits(u32::from(tiles[p * 16 + 3].0[0]) << 16) as f64;
+            assert_eq!(piece(0) + piece(1) + piece(2), x as f64);
+        }
+    }
+
+    #[test]
+    fn products_are_as_accurate_as_f32_in_both_orientations_and_at_every_edge() {
+        if !available() {
+            return;
+        }
+        for (m, k, n) in [(1, 1, 1), (16, 32, 16), (17, 33, 31), (40, 70, 300), (33, 64, 32), (128, 257, 65)] {
+            let x = values(m * k, 1);
+            let matrix = bf16(&values(k * n, 2)); // [n, k] for transposed, [k, n] for straight
+            let at = |i: usize| f32::from_bits(u32::from(u16::from_le_bytes([matrix[2 * i], matrix[2 * i + 1]])) << 16);
+            let check = |packed: &PackedWeights, weight: &dyn Fn(usize, usize) -> f32| {
+                let found = multiply(&x, m, packed);
+                for t in 0..m {
+                    for j in 0..n {
+                        let terms = (0..k).map(|i| x[t * k + i] as f64 * weight(i, j) as f64);
+                        let (sum, size) = terms.fold((0.0, 0.0), |(s, a), v| (s + v, a + v.abs()));
+                        let error = (found[t * n + j] as f64 - sum).abs();
+                        assert!(error <= 1e-6 * size + 1e-30, "{m} {k} {n} at {t},{j}: {} for {sum}", found[t * n + j]);
+                    }
+                }
+            };
+            let rows: Vec<&[u8]> = matrix.chunks(2 * k).collect();
+            check(&PackedWeights::transposed(&rows, k), &|i, j| at(j * k + i));
+            let rows: Vec<&[u8]> = matrix.chunks(2 * n).collect();
+            check(&PackedWeights::straight(&rows, n), &|i, j| at(i * n + j));
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_the_others() {
+        if !available() {
+            return;
+        }
+        let (m, k, n) = (50, 96, 48);
+        let (x, matrix) = (values(m * k, 3), bf16(&values(k * n, 4)));
+        let packed = PackedWeights::straight(&matrix.chunks(2 * n).collect::<Vec<_>>(), n);
+        let all = multiply(&x, m, &packed);
+        for t in [0, 17, 49] {
+            assert_eq!(multiply(&x[t * k..(t + 1) * k], 1, &packed), all[t * n..(t + 1) * n]);
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! Weights of linear maps, stored as `[out, in]`, in the form that multiplies fastest on their device.
+
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+};
+
+use burn::tensor::{Device, Tensor};
+
+use super::{
+    amx::{self, PackedWeights},
+    for_rows_mut,
+};
+use crate::host::{self, HostView};
+
+/// A weight matrix `[out, in]`. Cloning shares it.
+#[derive(Clone, Debug)]
+pub struct Weight(Form);
+
+#[derive(Clone, Debug)]
+enum Form {
+    /// f32 on the device.
+    Dense(Tensor<2>),
+    /// bf16 in the checkpoint, packed for the matrix units of the CPU when a direction is first used.
+    Packed(Arc<Packed>),
+}
+
+/// Rows of a matrix of little-endian bf16, valid during a call.
+pub type Bf16Rows<'a> = &'a [&'a [u8]];
+
+/// Shows the rows of a matrix to a function.
+pub type Bf16Source = Box<dyn Fn(&mut dyn FnMut(Bf16Rows<'_>)) + Send + Sync>;
+
+struct Packed {
+    outputs: usize,
+    inputs: usize,
+    device: Device,
+    source: Bf16Source,
+    forward: OnceLock<PackedWeights>,
+    backward: OnceLock<PackedWeights>,
+}
+
+impl fmt::Debug for Packed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Packed[{}, {}]", self.outputs, self.inputs)
+    }
+}
+
+impl Weight {
+    /// A matrix `[out, in]` on its device.
+    pub fn dense(matrix: Tensor<2>) -> Self {
+        Self(Form::Dense(matrix))
+    }
+
+    /// Whether bf16 weights on `device` should come through [`from_bf16`](Self::from_bf16).
+    pub fn prefers_bf16(device: &Device) -> bool {
+        host::is_host(device) && amx::available()
+    }
+
+    /// A matrix `[outputs, inputs]` of bf16 that `source` shows, `outputs` rows of `2 * inputs` bytes. Only where
+    /// [`prefers_bf16`](Self::prefers_bf16).
+    pub fn from_bf16(outputs: usize, inputs: usize, device: &Device, source: Bf16Source) -> Self {
+        Self(Form::Packed(Arc::new(Packed {
+            outputs,
+            inputs,
+            device: device.clone(),
+            source,
+            forward: OnceLock::new(),
+            backward: OnceLock::new(),
+        })))
+    }
+
+    /// `[out, in]`.
+    pub fn dims(&self) -> [usize; 2] {
+        match &self.0 {
+            Form::Dense(matrix) => matrix.dims(),
+            Form::Packed(packed) => [packed.outputs, packed.inputs],
+        }
+    }
+
+    /// The matrix as an f32 tensor; a copy where it is packed.
+    pub fn to_tensor(&self) -> Tensor<2> {
+        match &self.0 {
+            Form::Dense(matrix) => matrix.clone(),
+            Form::Packed(packed) => {
+                let mut values = Vec::with_capacity(packed.outputs * packed.inputs);
+                (packed.source)(&mut |rows| {
+                    for row in rows {
+                        let (numbers, _) = row.as_chunks::<2>();
+                        values.extend(numbers.iter().map(|b| f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16)));
+                    }
+                });
+                host::from_vec(values, self.dims(), &packed.device)
+            }
+        }
+    }
+
+    /// `x w^T + bias` for `x [n, in]`, `bias [out]`.
+    pub fn forward(&self, x: &Tensor<2>, bias: Option<&Tensor<1>>) -> Tensor<2> {
+        let y = match &self.0 {
+            Form::Dense(matrix) => x.clone().matmul(matrix.clone().transpose()), // [n, out]
+            Form::Packed(packed) => packed.multiply(x, packed.outputs, packed.forward()),
+        };
+        match bias {
+            Some(bias) => add_bias(y, bias),
+            None => y,
+        }
+    }
+
+    /// `dy w`: the gradient of [`forward`](Self::forward) with respect to `x`, for `dy [n, out]`.
+    pub fn backward(&self, dy: &Tensor<2>) -> Tensor<2> {
+        match &self.0 {
+            Form::Dense(matrix) => dy.clone().matmul(matrix.clone()), // [n, in]
+            Form::Packed(packed) => packed.multiply(dy, packed.inputs, packed.backward()),
+        }
+    }
+}
+
+impl Packed {
+    fn forward(&self) -> &PackedWeights {
+        self.forward.get_or_init(|| self.pack(|rows| PackedWeights::transposed(rows, self.inputs)))
+    }
+
+    fn backward(&self) -> &PackedWeights {
+        self.backward.get_or_init(|| self.pack(|rows| PackedWeights::straight(rows, self.inputs)))
+    }
+
+    fn pack(&self, f: impl Fn(Bf16Rows<'_>) -> PackedWeights) -> PackedWeights {
+        let mut packed = None;
+        (self.source)(&mut |rows| {
+            debug_assert_eq!(rows.len(), self.outputs);
+            packed = Some(f(rows));
+        });
+        packed.expect("a source calls back")
+    }
+
+    fn multiply(&self, x: &Tensor<2>, columns: usize, weights: &PackedWeights) -> Tensor<2> {
+        let n = x.dims()[0];
+        let view = HostView::new(x);
+        host::from_vec(amx::multiply(view.as_slice(), n, weights), [n, columns], &self.device)
+    }
+}
+
+fn add_bias(y: Tensor<2>, bias: &Tensor<1>) -> Tensor<2> {
+    let device = y.device();
+    if !host::is_host(&device) {
+        return y + bias.clone().unsqueeze::<2>();
+    }
+    let shape = y.dims();
+    let view = HostView::new(bias);
+    let bias = view.as_slice();
+    let mut values = host::into_vec(y);
+    for_rows_mut(&mut values, shape[1], |_, row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+    host::from_vec(values, shape, &device)
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::{assert_close, device, pattern};
+
+    #[test]
+    fn packed_and_dense_weights_agree() {
+        if !Weight::prefers_bf16(&device()) {
+            return;
+        }
+        let (outputs, inputs) = (37, 50);
+        let bytes: Vec<u8> = host::into_vec(pattern([outputs, inputs], 1))
+            .into_iter()
+            .flat_map(|v| ((v.to_bits() >> 16) as u16).to_le_bytes())
+            .collect();
+        let source: Bf16Source = Box::new(move |f| f(&bytes.chunks(2 * inputs).collect::<Vec<_>>()));
+        let packed = Weight::from_bf16(outputs, inputs, &device(), source);
+        let dense = Weight::dense(packed.to_tensor());
+        assert_eq!(packed.dims(), dense.dims());
+        let (x, dy, bias) = (pattern([21, inputs], 2), pattern([21, outputs], 3), pattern([1, outputs], 4));
+        let bias = bias.reshape([outputs]);
+        assert_close(&packed.forward(&x, Some(&bias)), &dense.forward(&x, Some(&bias)), 1e-5);
+        assert_close(&packed.backward(&dy), &dense.backward(&dy), 1e-5);
+    }
+}
