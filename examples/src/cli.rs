@@ -1,0 +1,135 @@
+//! What the command lines of all programs share: values of options, errors, output.
+
+use std::io::{ErrorKind, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind as ClapError;
+use tracing_subscriber::EnvFilter;
+
+use crate::{Error, Result};
+
+/// Runs a program: parses its arguments, logs warnings to stderr (`RUST_LOG` changes what is logged), prints what `main`
+/// returns to stdout, and turns an error into one line on stderr and an exit code: 2 for usage, 1 for anything else.
+pub fn run<A: Parser>(main: impl FnOnce(A) -> Result<String>) -> ExitCode {
+    let arguments = match A::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) if matches!(error.kind(), ClapError::DisplayHelp | ClapError::DisplayVersion) => error.exit(),
+        Err(error) => {
+            eprintln!("{}", one_line(&error.to_string()));
+            return ExitCode::from(2);
+        }
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    match main(arguments).and_then(|text| print(&text)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// Prints to stdout. A reader that has gone away, as `head` does, is no error.
+fn print(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Error::io("stdout")(error)),
+        _ => Ok(()),
+    }
+}
+
+/// A usage error without the usage: its lines as one.
+fn one_line(message: &str) -> String {
+    let kept = message.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with("Usage:"));
+    kept.map(|line| line.trim_end_matches('.')).collect::<Vec<_>>().join("; ").replace(":;", ":")
+}
+
+/// A number of bytes: `2GiB`, `500 MB`, `1.5G` (binary, as `GiB`), `1048576`.
+///
+/// # Errors
+/// A message that says what a size looks like.
+///
+/// ```
+/// assert_eq!(moe_examples::cli::bytes("1.5GiB"), Ok(3 << 29));
+/// assert!(moe_examples::cli::bytes("-1").is_err());
+/// ```
+pub fn bytes(text: &str) -> Result<u64, String> {
+    let bad = || format!("found `{text}`, expected a size above 0 such as 2GiB, 500MB or a number of bytes");
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let number: f64 = text[..digits].parse().map_err(|_| bad())?;
+    let unit: f64 = match text[digits..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kib" => 1024.0,
+        "m" | "mib" => 1024f64.powi(2),
+        "g" | "gib" => 1024f64.powi(3),
+        "t" | "tib" => 1024f64.powi(4),
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "tb" => 1e12,
+        _ => return Err(bad()),
+    };
+    let bytes = number * unit;
+    if bytes >= 1.0 && bytes < u64::MAX as f64 { Ok(bytes as u64) } else { Err(bad()) }
+}
+
+/// A fraction in (0, 1), both ends excluded.
+///
+/// # Errors
+/// A message that says so.
+pub fn ratio(text: &str) -> Result<f64, String> {
+    match text.trim().parse::<f64>() {
+        Ok(ratio) if ratio > 0.0 && ratio < 1.0 => Ok(ratio),
+        _ => Err(format!("found `{text}`, expected a number in (0, 1), both ends excluded")),
+    }
+}
+
+/// A count of at least `minimum`.
+///
+/// # Errors
+/// A message that says so.
+pub fn at_least(minimum: usize) -> impl Fn(&str) -> Result<usize, String> + Clone {
+    move |text| match text.trim().parse::<usize>() {
+        Ok(count) if count >= minimum => Ok(count),
+        _ => Err(format!("found `{text}`, expected a whole number of at least {minimum}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_binary_and_decimal_units() {
+        for (text, expected) in [
+            ("7", 7),
+            ("2GiB", 2 << 30),
+            ("2 g", 2 << 30),
+            ("500MB", 500_000_000),
+            ("0.5KiB", 512),
+            ("3tb", 3_000_000_000_000),
+        ] {
+            assert_eq!(bytes(text), Ok(expected), "{text}");
+        }
+        for bad in ["", "GiB", "0", "-1", "1x", "1.2.3", "1e99999", "inf", "99999999999TiB"] {
+            assert!(bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn ratios_exclude_both_ends() {
+        assert_eq!(ratio("0.5"), Ok(0.5));
+        for bad in ["0", "1", "1.5", "-0.1", "NaN", "half", ""] {
+            assert!(ratio(bad).unwrap_err().contains("(0, 1)"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn usage_errors_become_one_line() {
+        let message = "error: invalid value '2'\n\nUsage: x [OPTIONS]\n\nFor more information, try '--help'.\n";
+        assert_eq!(one_line(message), "error: invalid value '2'; For more information, try '--help'");
+    }
+}

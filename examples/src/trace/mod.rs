@@ -1,0 +1,124 @@
+//! Writing what a model computes on given tokens: logits, loss, layer inputs, router logits, gradients of experts.
+//!
+//! With it anyone can compare this implementation with another one, number by number.
+
+mod output;
+mod recorder;
+mod tokens;
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use moe_core::data::{Sequence, WaveOptions, waves};
+use moe_core::{Engine, EngineOptions, Model};
+
+pub use output::TensorOutput;
+pub use tokens::Tokens;
+
+use crate::{Error, Result, cli};
+use recorder::{Recorder, gradient_name};
+
+/// Runs a model on given tokens and writes every number to a safetensors file: `logits [B,S,V]`, `loss []`,
+/// `hidden.{i} [B,S,H]` (the input of each decoder layer), `router_logits.{n} [B*S,E]` (n counts MoE layers) and,
+/// if asked for, `grad.layer.{i}.expert.{e}.{gate,up,down}`, all f32.
+///
+/// The loss is the mean cross-entropy over all predicted tokens. Positions whose attention_mask is 0 are not run: they are zeros in
+/// the output and predict nothing.
+#[derive(Clone, Debug, clap::Parser)]
+#[command(name = "trace")]
+pub struct Arguments {
+    /// Hugging Face model directory
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// .safetensors with `input_ids [B,S]` and perhaps `attention_mask`, or .jsonl rows
+    #[arg(long, value_name = "FILE")]
+    pub tokens: PathBuf,
+    /// Safetensors file to write
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Memory to stay within, such as 2GiB; does not change results
+    #[arg(long, value_name = "SIZE", value_parser = cli::bytes)]
+    pub max_memory: Option<u64>,
+    /// Write gradients of the loss at the weights of the routed experts, zeros for experts that got no token
+    #[arg(long)]
+    pub grads: bool,
+    /// flex (CPU), wgpu, vulkan, cuda, or default: the fastest that is compiled in
+    #[arg(long, default_value = "default")]
+    pub device: String,
+    /// Tokens run together; a longer row is run by itself
+    #[arg(long, default_value_t = NonZeroUsize::new(16384).expect("not zero"))]
+    pub wave_tokens: NonZeroUsize,
+}
+
+/// What was run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Summary {
+    /// Mean cross-entropy, in nats.
+    pub loss: f64,
+    /// Tokens run.
+    pub tokens: usize,
+    /// Tokens predicted.
+    pub loss_tokens: usize,
+    /// Tensors written.
+    pub tensors: usize,
+}
+
+/// Runs the model and writes the file.
+///
+/// # Errors
+/// Everything that can be wrong with the arguments, before the model is run; then whatever stops it.
+pub fn trace(arguments: &Arguments) -> Result<Summary> {
+    let device = moe_core::device::device(&arguments.device)?;
+    let model = Model::open(&arguments.model, &device, arguments.max_memory)?;
+    let config = model.config();
+    let tokens = Tokens::load(&arguments.tokens, &arguments.model, config.vocab_size)?;
+    let (sequences, mut positions): (Vec<Sequence>, Vec<Vec<usize>>) = tokens.sequences().into_iter().unzip();
+    let loss_tokens: usize = sequences.iter().map(Sequence::loss_tokens).sum();
+    if loss_tokens == 0 {
+        let path = arguments.tokens.display();
+        return Err(Error::Invalid(format!("{path}: nothing is predicted: every row has fewer than two tokens")));
+    }
+
+    let layout = layout(&model, &tokens, arguments.grads);
+    let waves = waves(&sequences, WaveOptions::Tokens(arguments.wave_tokens));
+    let engine = Engine::new(&model, EngineOptions::default());
+    let signals = Recorder::signals(arguments.grads);
+    for wave in &waves {
+        engine.plan(wave.tokens(), signals)?;
+    }
+    let mut recorder = Recorder {
+        output: TensorOutput::create(&arguments.out, &layout)?,
+        positions: Vec::new(),
+        moe_layers: model.checkpoint().shape().layers.iter().map(|layer| layer.layer).collect(),
+        gradients_over: arguments.grads.then_some(loss_tokens),
+    };
+    let mut loss = 0.0;
+    for wave in &waves {
+        recorder.positions = positions.drain(..wave.sequences.len()).flatten().collect();
+        loss += engine.run(wave, &mut recorder)?.loss.unwrap_or_default();
+    }
+    let loss = loss / loss_tokens as f64;
+    recorder.output.write("loss", 0, &[loss as f32])?;
+    recorder.output.finish()?;
+    let run = sequences.iter().map(Sequence::len).sum();
+    Ok(Summary { loss, tokens: run, loss_tokens, tensors: layout.len() })
+}
+
+/// Names and shapes of all tensors of the output.
+fn layout(model: &Model, tokens: &Tokens, gradients: bool) -> Vec<(String, Vec<usize>)> {
+    let (config, shape) = (model.config(), model.checkpoint().shape());
+    let (b, s, h) = (tokens.rows, tokens.length, config.hidden_size);
+    let mut layout = vec![("logits".into(), vec![b, s, config.vocab_size]), ("loss".into(), vec![])];
+    layout.extend((0..config.layers.len()).map(|layer| (format!("hidden.{layer}"), vec![b, s, h])));
+    for (n, layer) in shape.layers.iter().enumerate() {
+        layout.push((format!("router_logits.{n}"), vec![b * s, layer.num_experts()]));
+    }
+    for layer in shape.layers.iter().filter(|_| gradients) {
+        for (expert, width) in layer.widths.iter().enumerate() {
+            for (part, shape) in [("gate", [*width, h]), ("up", [*width, h]), ("down", [h, *width])] {
+                layout.push((gradient_name(layer.layer, expert, part), shape.to_vec()));
+            }
+        }
+    }
+    layout
+}
