@@ -57,17 +57,19 @@ impl Weight {
         host::is_host(device) && amx::available()
     }
 
-    /// A matrix `[outputs, inputs]` of bf16 that `source` shows, `outputs` rows of `2 * inputs` bytes. Only where
-    /// [`prefers_bf16`](Self::prefers_bf16).
+    /// A matrix `[outputs, inputs]` of bf16 that `source` shows, `outputs` rows of `2 * inputs` bytes. Becomes f32 at once where
+    /// the device does not [prefer](Self::prefers_bf16) bf16.
     pub fn from_bf16(outputs: usize, inputs: usize, device: &Device, source: Bf16Source) -> Self {
-        Self(Form::Packed(Arc::new(Packed {
+        let packed = Packed {
             outputs,
             inputs,
             device: device.clone(),
             source,
             forward: OnceLock::new(),
             backward: OnceLock::new(),
-        })))
+        };
+        // Asking also obtains the right to use the matrix units, without which they fault.
+        if Self::prefers_bf16(device) { Self(Form::Packed(Arc::new(packed))) } else { Self::dense(packed.to_tensor()) }
     }
 
     /// `[out, in]`.
@@ -82,16 +84,7 @@ impl Weight {
     pub fn to_tensor(&self) -> Tensor<2> {
         match &self.0 {
             Form::Dense(matrix) => matrix.clone(),
-            Form::Packed(packed) => {
-                let mut values = Vec::with_capacity(packed.outputs * packed.inputs);
-                (packed.source)(&mut |rows| {
-                    for row in rows {
-                        let (numbers, _) = row.as_chunks::<2>();
-                        values.extend(numbers.iter().map(|b| f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16)));
-                    }
-                });
-                host::from_vec(values, self.dims(), &packed.device)
-            }
+            Form::Packed(packed) => packed.to_tensor(),
         }
     }
 
@@ -132,6 +125,17 @@ impl Packed {
             packed = Some(f(rows));
         });
         packed.expect("a source calls back")
+    }
+
+    fn to_tensor(&self) -> Tensor<2> {
+        let mut values = Vec::with_capacity(self.outputs * self.inputs);
+        (self.source)(&mut |rows| {
+            for row in rows {
+                let (numbers, _) = row.as_chunks::<2>();
+                values.extend(numbers.iter().map(|b| f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16)));
+            }
+        });
+        host::from_vec(values, [self.outputs, self.inputs], &self.device)
     }
 
     fn multiply(&self, x: &Tensor<2>, columns: usize, weights: &PackedWeights) -> Tensor<2> {
