@@ -225,6 +225,26 @@ impl<'m> Engine<'m> {
         Ok(report)
     }
 
+    /// Output of the feed-forward half of decoder layer `layer` on `x [T, H]`: `x + ffn(norm(x))`, shown to `observer` (forward
+    /// signals only). The T tokens are one sequence of which nothing is predicted.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the observer needs gradients or there is no such layer, and whatever it refuses.
+    pub fn feed_forward(&self, layer: usize, x: &Tensor<2>, observer: &mut dyn Observer) -> Result<Tensor<2>> {
+        let needs = observer.needs();
+        if needs.gradients {
+            return Err(Error::input("observer needs", "gradients", "forward signals only"));
+        }
+        let layers = self.model.config().layers.len();
+        if layer >= layers {
+            return Err(Error::input("layer", layer, format!("below {layers}")));
+        }
+        let tokens = x.dims()[0];
+        let sequences = vec![SequenceInfo { tokens: 0..tokens, loss_tokens: 0 }];
+        let info = WaveInfo { id: 0, tokens, sequences };
+        self.ffn_forward(layer, x, &info, &mut LayerTape::default(), Keep::default(), needs, false, observer)
+    }
+
     fn prepare(&self, wave: &Wave) -> Result<Prepared> {
         let mut info = WaveInfo { id: wave.id, tokens: 0, sequences: Vec::new() };
         let (mut ids, mut targets, mut spans) = (Vec::new(), Vec::new(), Vec::new());

@@ -1,0 +1,47 @@
+//! A collection sweep over a small model: forward only (activations), token Fisher, and all criteria in one pass.
+
+use std::{hint::black_box, time::Duration};
+
+use burn::tensor::Device;
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use moe_benches::{SMALL, wave, write_checkpoint};
+use moe_checkpoint::Provenance;
+use moe_core::{Engine, EngineOptions, Model};
+use moe_importance::{Collection, ScorerConfig, collect};
+
+fn benches(c: &mut Criterion) {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    write_checkpoint(dir.path(), SMALL);
+    let model = Model::open(dir.path(), &Device::flex(), None).expect("the checkpoint just written");
+    let shape = model.checkpoint().shape().clone();
+    let wave = wave(8, 256, SMALL.vocab);
+    let sets = [
+        ("activation", r#"[{"scorer": "activation"}]"#),
+        ("fisher_token", r#"[{"scorer": "fisher", "criterion": "token"}]"#),
+        ("fisher_sequence", r#"[{"scorer": "fisher", "criterion": "sequence"}]"#),
+        ("fisher_abs", r#"[{"scorer": "fisher", "criterion": "abs"}]"#),
+        (
+            "all",
+            r#"[{"scorer": "activation"}, {"scorer": "router_score"}, {"scorer": "fisher", "criterion": "token"},
+                {"scorer": "fisher", "criterion": "sequence"}, {"scorer": "fisher", "criterion": "abs"}]"#,
+        ),
+    ];
+    let mut group = c.benchmark_group("sweep");
+    group.sample_size(10).measurement_time(Duration::from_secs(5)).throughput(Throughput::Elements(wave.tokens() as u64));
+    for (name, json) in sets {
+        let configs: Vec<ScorerConfig> = serde_json::from_str(json).expect("valid scorers");
+        let scorers: Vec<_> = configs.iter().map(|config| config.build().expect("valid scorer")).collect();
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                let provenance = Provenance::new("bench", "bench", "{}");
+                let mut collection = Collection::for_scorers(&shape, provenance, &scorers).expect("a collection");
+                let mut engine = Engine::new(&model, EngineOptions::default());
+                black_box(collect(&mut engine, &mut collection, [&wave], None, &mut |_| ()).expect("a sweep"))
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(sweep, benches);
+criterion_main!(sweep);
