@@ -2,6 +2,12 @@
 
 pub mod cli;
 pub mod error;
+pub mod figures;
+pub mod fisher_prune;
+pub mod format;
+pub mod progress;
+pub mod report;
+pub mod table;
 pub mod trace;
 
 pub use error::{Error, Result};

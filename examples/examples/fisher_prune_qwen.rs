@@ -1,0 +1,14 @@
+//! Scores, prunes and measures a Qwen MoE model: `cargo run --release --example fisher_prune_qwen`, or with `-- --help`.
+
+use std::process::ExitCode;
+
+use moe_examples::progress::Progress;
+use moe_examples::{cli, fisher_prune};
+
+fn main() -> ExitCode {
+    cli::run(|arguments: fisher_prune::Arguments| {
+        let json = arguments.json;
+        let finished = fisher_prune::run(arguments, Progress::stderr())?;
+        Ok(if json { format!("{}\n", finished.results.to_json()) } else { finished.text })
+    })
+}

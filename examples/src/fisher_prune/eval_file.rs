@@ -1,0 +1,174 @@
+//! What is measured on a model.
+
+use std::path::{Path, PathBuf};
+
+use moe_checkpoint::ModelConfig;
+use moe_core::data::{Dataset, DatasetOptions, EvalRows, EvalSet, LossOver, Sequence, Tokenizer, WaveOptions};
+use moe_core::evaluate::{EvaluateOptions, Metric, cross_entropy, evaluate};
+use moe_core::memory::{self, WaveSize};
+use moe_core::trace::Signals;
+use moe_core::{Engine, EngineOptions, Model};
+use serde_json::{Value, json};
+
+use super::arguments::Arguments;
+use crate::{Error, Result};
+
+/// An evaluation file, tokenised.
+#[derive(Clone, Debug)]
+pub struct EvalFile {
+    /// NAME of `NAME_test.jsonl`.
+    pub name: String,
+    path: PathBuf,
+    rows: Rows,
+    /// Tokens per window of a perplexity over text.
+    length: usize,
+}
+
+#[derive(Clone, Debug)]
+enum Rows {
+    /// Answers to generate, or text in windows.
+    Set(EvalSet),
+    /// Completions to predict from their prompts.
+    Completions(Dataset),
+}
+
+impl EvalFile {
+    /// Reads all files. Rows of text are for a perplexity. So are rows with answers, of the completions given their prompts,
+    /// unless answers are to be generated.
+    ///
+    /// # Errors
+    /// A file that cannot be read as that, two files of the same name, no tokenizer.
+    pub fn load_all(arguments: &Arguments, tokenizer: Option<&Tokenizer>, config: &ModelConfig) -> Result<Vec<Self>> {
+        let mut files: Vec<Self> = Vec::with_capacity(arguments.eval.len());
+        for path in &arguments.eval {
+            let Some(tokenizer) = tokenizer else {
+                let dir = arguments.model_dir();
+                return Err(Error::Invalid(format!("{}: no tokenizer.json, which --eval needs", dir.display())));
+            };
+            let file = Self::load(path, arguments, tokenizer, config)?;
+            if let Some(other) = files.iter().find(|other| other.name == file.name) {
+                let (a, b) = (other.path.display(), path.display());
+                return Err(Error::Invalid(format!("{a} and {b}: two evaluation files named {}", file.name)));
+            }
+            files.push(file);
+        }
+        Ok(files)
+    }
+
+    fn load(path: &Path, arguments: &Arguments, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Self> {
+        let set = EvalSet::load(path, tokenizer, config.vocab_size, Some(arguments.eval_rows))?;
+        let name = set.name.clone();
+        let rows = match set.rows {
+            EvalRows::Exact(_) if !arguments.generate => {
+                let options = DatasetOptions {
+                    samples: Some(arguments.eval_rows),
+                    length: config.max_position_embeddings.max(Sequence::MIN_LEN),
+                    loss: LossOver::Completions,
+                    ..DatasetOptions::default()
+                };
+                let completions =
+                    Dataset::load(path, Some(tokenizer), config.vocab_size, &options).map_err(|error| {
+                        let hint = "the perplexity of answers needs a \"completion\" in every row; --generate does not";
+                        Error::Invalid(format!("{error} ({hint})"))
+                    })?;
+                Rows::Completions(completions)
+            }
+            _ => Rows::Set(set),
+        };
+        Ok(Self { name, path: path.to_path_buf(), rows, length: arguments.eval_length })
+    }
+
+    /// `NAME_exact` or `NAME_ppl`: what [`EvalFile::measure`] gives.
+    pub fn key(&self) -> String {
+        let metric = if self.is_exact() { "exact" } else { "ppl" };
+        format!("{}_{metric}", self.name)
+    }
+
+    /// Whether the metric is a share of right answers, rather than a perplexity.
+    pub fn is_exact(&self) -> bool {
+        self.prompts().is_some()
+    }
+
+    /// Prompts whose answers are generated.
+    pub fn prompts(&self) -> Option<Vec<Vec<u32>>> {
+        match &self.rows {
+            Rows::Set(EvalSet { rows: EvalRows::Exact(questions), .. }) => {
+                Some(questions.iter().map(|question| question.ids.clone()).collect())
+            }
+            _ => None,
+        }
+    }
+
+    /// What is measured, for people.
+    pub fn description(&self) -> String {
+        let rows = match &self.rows {
+            Rows::Set(set) => set.len(),
+            Rows::Completions(data) => data.sequences.len(),
+        };
+        match &self.rows {
+            Rows::Set(EvalSet { rows: EvalRows::Exact(_), .. }) => format!("exact match of {rows} generated answers"),
+            Rows::Set(_) => format!("perplexity of {rows} rows of text in windows of {} tokens", self.length),
+            Rows::Completions(_) => format!("perplexity of {rows} completions given their prompts"),
+        }
+    }
+
+    /// The measurement as JSON: equal for equal tokens.
+    pub fn recipe(&self) -> Value {
+        let sequences = match &self.rows {
+            Rows::Completions(data) => data.sequences.clone(),
+            Rows::Set(EvalSet { rows: EvalRows::Perplexity(text), .. }) => vec![Sequence::new(text.ids.clone())],
+            Rows::Set(EvalSet { rows: EvalRows::Exact(questions), .. }) => {
+                questions.iter().map(|question| Sequence::new(question.ids.clone())).collect()
+            }
+        };
+        let mut hasher = blake3::Hasher::new();
+        for id in sequences.iter().flat_map(|sequence| sequence.ids.iter().chain([&u32::MAX])) {
+            hasher.update(&id.to_le_bytes());
+        }
+        let hash = hasher.finalize().to_hex().to_string();
+        json!({ "file": self.path, "key": self.key(), "what": self.description(), "hash": hash })
+    }
+
+    /// Checks that the memory limit of `model` can hold the measurement.
+    ///
+    /// # Errors
+    /// [`moe_core::Error::Memory`].
+    pub fn check_memory(&self, model: &Model, waves: WaveOptions) -> Result<()> {
+        let (sequences, prompts) = match &self.rows {
+            Rows::Completions(data) => (data.sequences.clone(), None),
+            Rows::Set(EvalSet { rows: EvalRows::Perplexity(text), .. }) => (text.windows(self.length), None),
+            Rows::Set(_) => (Vec::new(), self.prompts()),
+        };
+        let engine = Engine::new(model, EngineOptions { loss: true, ..EngineOptions::default() });
+        for wave in moe_core::data::waves(&sequences, waves) {
+            engine.plan(wave.tokens(), Signals::NONE)?;
+        }
+        if let Some(prompts) = prompts {
+            let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+            let all: usize = prompts.iter().map(Vec::len).sum();
+            let tokens = all.min(moe_core::generate::GenerateOptions::default().batch_tokens).max(longest);
+            let size = WaveSize { tokens, gradients: false, head: true, head_tokens: prompts.len() };
+            memory::plan(model.config(), size, memory::limit(model.max_memory()))?;
+        }
+        Ok(())
+    }
+
+    /// The figure of merit of a model, and the tokens predicted or generated for it.
+    ///
+    /// # Errors
+    /// Whatever stops the model.
+    pub fn measure(&self, model: &Model, tokenizer: &Tokenizer, waves: WaveOptions) -> Result<(f64, usize)> {
+        match &self.rows {
+            Rows::Set(set) => {
+                let options = EvaluateOptions { length: self.length, waves, ..EvaluateOptions::default() };
+                let found = evaluate(model, tokenizer, set, &options)?;
+                let (Metric::ExactMatch(value) | Metric::Perplexity(value)) = found.metric;
+                Ok((value, found.tokens))
+            }
+            Rows::Completions(data) => {
+                let (loss, tokens) = cross_entropy(model, &data.sequences, waves)?;
+                Ok(((loss / tokens.max(1) as f64).exp(), tokens))
+            }
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! The output directory of a run, and what to do if it is there already.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use moe_checkpoint::write_atomic;
+
+use crate::{Error, Result};
+
+/// Tells that a directory belongs to this program; holds the recipe of the run.
+const RECIPE: &str = "recipe.json";
+/// Written last: tells that a run is complete.
+const RESULTS: &str = "results.json";
+
+/// What to do about an output directory that exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    /// An error.
+    Refuse,
+    /// Go on with it.
+    Resume,
+    /// Begin anew. A complete output is kept as `OUT.replaced` until the new one is complete.
+    Replace,
+}
+
+/// Paths of everything a run writes.
+#[derive(Clone, Debug)]
+pub struct OutDir {
+    root: PathBuf,
+}
+
+impl OutDir {
+    /// Checks that a run may write to `root`. Changes nothing.
+    ///
+    /// # Errors
+    /// A directory that exists although `existing` refuses it, or that is not an output of this program.
+    pub fn check(root: &Path, existing: Existing) -> Result<Self> {
+        let root = std::path::absolute(root).map_err(Error::io(root))?;
+        let path = root.display();
+        if root.file_name().is_none() {
+            return Err(Error::Invalid(format!("{path}: an output directory needs a name")));
+        }
+        if root.symlink_metadata().is_ok() {
+            if !root.is_dir() {
+                return Err(Error::Invalid(format!("{path}: exists and is not a directory; choose another --out")));
+            }
+            if existing == Existing::Refuse {
+                let advice = "choose another --out, --resume to go on with it, or --force to replace it";
+                return Err(Error::Invalid(format!("{path}: the output directory exists already; {advice}")));
+            }
+            let empty = fs::read_dir(&root).map_err(Error::io(&root))?.next().is_none();
+            if !empty && !root.join(RECIPE).is_file() {
+                let reason = format!("not an output of this program (it has no {RECIPE}), so it is left as it is");
+                return Err(Error::Invalid(format!("{path}: {reason}; choose another --out")));
+            }
+        }
+        Ok(Self { root })
+    }
+
+    /// Makes the directory and writes the recipe into it.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Checkpoint`].
+    pub fn open(&self, existing: Existing, recipe: &serde_json::Value) -> Result<()> {
+        if existing == Existing::Replace && self.root.exists() {
+            if self.root.join(RESULTS).is_file() {
+                let replaced = self.replaced();
+                remove(&replaced)?;
+                fs::rename(&self.root, &replaced).map_err(Error::io(&self.root))?;
+            } else {
+                remove(&self.root)?;
+            }
+        }
+        fs::create_dir_all(&self.root).map_err(Error::io(&self.root))?;
+        self.write_json(RECIPE, recipe)
+    }
+
+    /// Writes the results, last of all, and drops the output that was replaced.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Checkpoint`].
+    pub fn finish(&self, results: &serde_json::Value) -> Result<()> {
+        self.write_json(RESULTS, results)?;
+        match self.replaced().join(RECIPE).is_file() {
+            true => remove(&self.replaced()),
+            false => Ok(()),
+        }
+    }
+
+    /// The directory itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Statistics, a file per wave.
+    pub fn statistics(&self) -> PathBuf {
+        self.root.join("statistics")
+    }
+
+    /// Scores of Fisher.
+    pub fn scores(&self) -> PathBuf {
+        self.root.join("scores.safetensors")
+    }
+
+    /// Plan of Fisher for the first ratio; every checkpoint also holds its own.
+    pub fn plan(&self) -> PathBuf {
+        self.root.join("plan.json")
+    }
+
+    /// A pruned checkpoint.
+    pub fn checkpoint(&self, method: &str, ratio: f64) -> PathBuf {
+        self.root.join(format!("{method}-{ratio}"))
+    }
+
+    /// What has been measured so far.
+    pub fn measured(&self) -> PathBuf {
+        self.root.join("measured.json")
+    }
+
+    /// The report for people.
+    pub fn report(&self) -> PathBuf {
+        self.root.join("report.html")
+    }
+
+    /// The results for programs.
+    pub fn results(&self) -> PathBuf {
+        self.root.join(RESULTS)
+    }
+
+    fn replaced(&self) -> PathBuf {
+        let mut name = self.root.file_name().unwrap_or_default().to_owned();
+        name.push(".replaced");
+        self.root.with_file_name(name)
+    }
+
+    fn write_json(&self, name: &str, value: &serde_json::Value) -> Result<()> {
+        let json = serde_json::to_vec_pretty(value).map_err(|error| Error::Invalid(error.to_string()))?;
+        Ok(write_atomic(self.root.join(name), &json)?)
+    }
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match path.exists() {
+        true => fs::remove_dir_all(path).map_err(Error::io(path)),
+        false => Ok(()),
+    }
+}

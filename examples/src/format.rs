@@ -1,0 +1,73 @@
+//! Numbers for people.
+
+/// Bytes with a binary unit: `6.30 MiB`.
+pub fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let step = (bytes.max(1).ilog2() / 10).min(4);
+    match step {
+        0 => format!("{bytes} B"),
+        _ => format!("{:.2} {}", bytes as f64 / (1u64 << (10 * step)) as f64, UNITS[step as usize]),
+    }
+}
+
+/// A count with separators: `3,301,504`.
+pub fn count(count: u64) -> String {
+    let digits = count.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// A fraction as percents, with a decimal where it needs one: `50%`, `66.7%`.
+pub fn percent(fraction: f64) -> String {
+    format!("{}%", trimmed(&format!("{:.1}", 100.0 * fraction)))
+}
+
+/// A number of about three digits, whatever its size: `0.985`, `23.2`, `4.1e6`.
+pub fn short(value: f64) -> String {
+    match value.abs() {
+        magnitude if !magnitude.is_finite() => value.to_string(),
+        magnitude if magnitude >= 1e5 => format!("{value:.1e}"),
+        magnitude if magnitude >= 100.0 => format!("{value:.0}"),
+        magnitude if magnitude >= 10.0 => format!("{value:.1}"),
+        0.0 => "0".into(),
+        magnitude if magnitude < 1e-3 => format!("{value:.1e}"),
+        magnitude if magnitude < 1.0 => format!("{value:.3}"),
+        _ => format!("{value:.2}"),
+    }
+}
+
+/// [`short`] without zeros that say nothing, for axes: `0.5`, `20`, `1e-6`.
+pub fn tick(value: f64) -> String {
+    let text = short(value);
+    match text.split_once('e') {
+        Some((digits, exponent)) => format!("{}e{exponent}", trimmed(digits)),
+        None => trimmed(&text).to_string(),
+    }
+}
+
+/// Without zeros at the end of its decimals.
+fn trimmed(text: &str) -> &str {
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_readable() {
+        assert_eq!([size(0), size(1023), size(6_603_800)], ["0 B", "1023 B", "6.30 MiB"]);
+        assert_eq!([count(0), count(999), count(1000), count(3301504)], ["0", "999", "1,000", "3,301,504"]);
+        assert_eq!([percent(0.5), percent(2.0 / 3.0), percent(0.125)], ["50%", "66.7%", "12.5%"]);
+        assert_eq!(
+            [0.0, 0.985, 23.19, 1234.5, 4.1e6, 2e-7].map(short),
+            ["0", "0.98", "23.2", "1234", "4.1e6", "2.0e-7"]
+        );
+    }
+}

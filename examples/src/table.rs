@@ -1,0 +1,54 @@
+//! Tables, as text and as HTML.
+
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+use comfy_table::{CellAlignment, Table as TextTable};
+
+use crate::report::escape;
+
+/// A table whose columns after the first `left` hold numbers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// Names of the columns.
+    pub header: Vec<String>,
+    /// Columns that are text.
+    pub left: usize,
+    /// Cells.
+    pub rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// A table without rows.
+    pub fn new(header: impl IntoIterator<Item = impl Into<String>>, left: usize) -> Self {
+        Self { header: header.into_iter().map(Into::into).collect(), left, rows: Vec::new() }
+    }
+
+    /// Adds a row.
+    pub fn row(&mut self, cells: impl IntoIterator<Item = impl Into<String>>) {
+        self.rows.push(cells.into_iter().map(Into::into).collect());
+    }
+
+    /// For a terminal.
+    pub fn to_text(&self) -> String {
+        let mut table = TextTable::new();
+        table.load_style(UTF8_FULL_CONDENSED).set_header(&self.header).add_rows(&self.rows);
+        for column in table.column_iter_mut().skip(self.left) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        table.to_string()
+    }
+
+    /// For a report.
+    pub fn to_html(&self) -> String {
+        let cell = |tag: &str, column: usize, text: &str| {
+            let class = if column < self.left { "" } else { " class=\"number\"" };
+            format!("<{tag}{class}>{}</{tag}>", escape(text))
+        };
+        let line = |tag: &str, cells: &[String]| {
+            let cells: String = cells.iter().enumerate().map(|(column, text)| cell(tag, column, text)).collect();
+            format!("<tr>{cells}</tr>\n")
+        };
+        let rows: String = self.rows.iter().map(|row| line("td", row)).collect();
+        let header = line("th", &self.header);
+        format!("<div class=\"scroll\"><table>\n<thead>{header}</thead>\n<tbody>\n{rows}</tbody></table></div>\n")
+    }
+}
