@@ -18,7 +18,10 @@ fn benches(c: &mut Criterion) {
         expert.retain(|unit| unit % 2 == 0);
     }
     let mut group = c.benchmark_group("apply");
-    group.sample_size(10).measurement_time(Duration::from_secs(8)).throughput(Throughput::Bytes(checkpoint.bytes_on_disk()));
+    group
+        .sample_size(10)
+        .measurement_time(Duration::from_secs(8))
+        .throughput(Throughput::Bytes(checkpoint.bytes_on_disk()));
     for mode in [Export::Uniform, Export::Ragged, Export::Masked] {
         group.bench_function(mode.to_string(), |b| {
             b.iter_batched(

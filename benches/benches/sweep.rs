@@ -27,7 +27,10 @@ fn benches(c: &mut Criterion) {
         ),
     ];
     let mut group = c.benchmark_group("sweep");
-    group.sample_size(10).measurement_time(Duration::from_secs(5)).throughput(Throughput::Elements(wave.tokens() as u64));
+    group
+        .sample_size(10)
+        .measurement_time(Duration::from_secs(5))
+        .throughput(Throughput::Elements(wave.tokens() as u64));
     for (name, json) in sets {
         let configs: Vec<ScorerConfig> = serde_json::from_str(json).expect("valid scorers");
         let scorers: Vec<_> = configs.iter().map(|config| config.build().expect("valid scorer")).collect();

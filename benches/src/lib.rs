@@ -47,7 +47,8 @@ pub fn write_checkpoint(dir: &Path, size: Size) {
     });
     write_json(&dir.join("config.json"), &config).expect("config.json");
     let mut specs = Vec::new();
-    let mut add = |name: String, shape: &[usize]| specs.push(TensorSpec { name, dtype: Dtype::BF16, shape: shape.to_vec() });
+    let mut add =
+        |name: String, shape: &[usize]| specs.push(TensorSpec { name, dtype: Dtype::BF16, shape: shape.to_vec() });
     add("model.embed_tokens.weight".into(), &[vocab, h]);
     for l in 0..layers {
         let p = format!("model.layers.{l}");
@@ -60,7 +61,8 @@ pub fn write_checkpoint(dir: &Path, size: Size) {
         add(format!("{p}.self_attn.o_proj.weight"), &[h, h]);
         add(format!("{p}.mlp.gate.weight"), &[experts, h]);
         add(format!("{p}.mlp.shared_expert_gate.weight"), &[1, h]);
-        let blocks = (0..experts).map(|e| (format!("experts.{e}"), width)).chain([("shared_expert".to_owned(), shared)]);
+        let blocks =
+            (0..experts).map(|e| (format!("experts.{e}"), width)).chain([("shared_expert".to_owned(), shared)]);
         for (block, width) in blocks {
             add(format!("{p}.mlp.{block}.gate_proj.weight"), &[width, h]);
             add(format!("{p}.mlp.{block}.up_proj.weight"), &[width, h]);

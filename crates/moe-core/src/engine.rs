@@ -182,23 +182,23 @@ impl<'m> Engine<'m> {
         let mut tapes: Vec<LayerTape> = (0..layers.len()).map(|_| LayerTape::default()).collect();
 
         let mut x = self.model.embed(&prepared.ids)?;
-        for layer in 0..stop {
+        for (layer, tape) in tapes.iter_mut().enumerate().take(stop) {
             if needs.hidden {
                 observer.hidden(layer, &x)?;
             }
             let backward = needs.gradients && layer >= first_moe;
             let keep = if backward { plan.keep[layer] } else { Keep::default() };
-            let middle = self.attention_forward(layer, &x, &prepared, &mut tapes[layer], keep.attention && layer > first_moe)?;
+            let middle = self.attention_forward(layer, &x, &prepared, tape, keep.attention && layer > first_moe)?;
             if backward && layer > first_moe {
                 store.put(input_slot(layer), x)?;
             }
             let skip_output = !head && !needs.hidden && Some(layer) == last_moe && transform.is_none();
-            x = self.ffn_forward(layer, &middle, &prepared.info, &mut tapes[layer], keep, needs, skip_output, observer)?;
+            x = self.ffn_forward(layer, &middle, &prepared.info, tape, keep, needs, skip_output, observer)?;
             if let Some(transform) = transform.as_deref_mut().filter(|_| self.model.config().moe(layer).is_some()) {
                 let ffn = self.model.ffn(layer)?;
                 let z = ffn.normed(&middle);
                 if let Some(overlay) = transform.transform(layer, &z, &x)? {
-                    x = self.transformed_output(layer, &ffn, &middle, &z, &overlay, &tapes[layer])?;
+                    x = self.transformed_output(layer, &ffn, &middle, &z, &overlay, tape)?;
                 }
             }
             if backward {
@@ -206,8 +206,12 @@ impl<'m> Engine<'m> {
             }
         }
 
-        let mut report =
-            WaveReport { tokens: prepared.ids.len(), loss_tokens: prepared.info.loss_tokens(), loss: None, sequence_losses: None };
+        let mut report = WaveReport {
+            tokens: prepared.ids.len(),
+            loss_tokens: prepared.info.loss_tokens(),
+            loss: None,
+            sequence_losses: None,
+        };
         if head {
             let (losses, dx) = self.head(x, &prepared, needs, observer)?;
             let sums: Vec<f64> = prepared.spans.iter().map(|s| losses[s.clone()].iter().sum()).collect();
@@ -510,7 +514,19 @@ impl<'m> Engine<'m> {
             let dispatch = routed.dispatch();
             for e in 0..routed.experts {
                 let kept = kept_experts.get_mut(e).and_then(Option::take);
-                self.expert_backward(layer, e, &z, &dy, kept, &dispatch, prepared, &mut d_weights, dz.as_mut(), needs, observer)?;
+                self.expert_backward(
+                    layer,
+                    e,
+                    &z,
+                    &dy,
+                    kept,
+                    &dispatch,
+                    prepared,
+                    &mut d_weights,
+                    dz.as_mut(),
+                    needs,
+                    observer,
+                )?;
             }
             if let Some(dz) = &mut dz {
                 let logits = HostView::new(&router.forward(&z, None));

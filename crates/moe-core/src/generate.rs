@@ -276,11 +276,7 @@ impl<'m> Decoder<'m> {
             let cached: Vec<Cached<'_>> = active
                 .iter()
                 .zip(spans)
-                .map(|(&s, span)| Cached {
-                    queries: span.clone(),
-                    keys: &cache[s].host.0,
-                    values: &cache[s].host.1,
-                })
+                .map(|(&s, span)| Cached { queries: span.clone(), keys: &cache[s].host.0, values: &cache[s].host.1 })
                 .collect();
             return forward_spans(q, &cached, shape);
         }

@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 
+use crate::host;
 use crate::{
     experts::ExpertTensors,
     kernels::{
@@ -19,7 +20,6 @@ use crate::{
         weight::Weight,
     },
 };
-use crate::host;
 
 /// Rows of a dense or shared feed-forward block computed at a time: bounds its temporaries. Part of the numerics, since
 /// another chunking may round differently.

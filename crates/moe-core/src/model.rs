@@ -77,7 +77,15 @@ impl Model {
             experts: (0..experts).map(|_| None).collect(),
             ..Cache::default()
         };
-        Ok(Self { device: device.clone(), max_memory, overlay: None, rope, router, cache: Mutex::new(cache), checkpoint })
+        Ok(Self {
+            device: device.clone(),
+            max_memory,
+            overlay: None,
+            rope,
+            router,
+            cache: Mutex::new(cache),
+            checkpoint,
+        })
     }
 
     /// The same checkpoint seen through `overlay`, with a cache of its own.

@@ -101,7 +101,8 @@ fn pick(values: &[f32], rows: &[usize], count: usize) -> Vec<f32> {
 fn run(dir: &Path, wave: &Wave, max_memory: Option<u64>) -> Result<(Recorder, f64)> {
     let model = Model::open(dir, &Device::flex(), max_memory)?;
     let mut recorder = Recorder::default();
-    let report = Engine::new(&model, EngineOptions { head_tokens: 16, ..Default::default() }).run(wave, &mut recorder)?;
+    let report =
+        Engine::new(&model, EngineOptions { head_tokens: 16, ..Default::default() }).run(wave, &mut recorder)?;
     assert_eq!(report.loss_tokens, wave.loss_tokens());
     Ok((recorder, report.loss.expect("asked for") / report.loss_tokens as f64))
 }

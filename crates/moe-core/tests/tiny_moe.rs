@@ -149,9 +149,8 @@ fn an_overlay_that_permutes_units_changes_nothing_and_one_that_drops_them_does()
         let shape = base.checkpoint().shape();
         shape.layers.iter().flat_map(|l| (0..l.widths.len()).map(|e| (l.layer, e))).collect()
     };
-    let overlay = |units: Vec<u32>| {
-        all().into_iter().fold(KeepUnits::new(), |overlay, (l, e)| overlay.keep(l, e, units.clone()))
-    };
+    let overlay =
+        |units: Vec<u32>| all().into_iter().fold(KeepUnits::new(), |overlay, (l, e)| overlay.keep(l, e, units.clone()));
     let permuted = base.with_overlay(std::sync::Arc::new(overlay((0..width).rev().collect()))).unwrap();
     let halved = base.with_overlay(std::sync::Arc::new(overlay((0..width / 2).collect()))).unwrap();
     let empty = base.with_overlay(std::sync::Arc::new(overlay(Vec::new()))).unwrap();

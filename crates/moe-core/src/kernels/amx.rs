@@ -209,7 +209,8 @@ fn multiply_packed(activations: &[Line], m: usize, w: &PackedWeights) -> Vec<f32
                 let row = block * TILE;
                 let rows = (m - row).min(2 * TILE);
                 let top = &activations[block * per_block..(block + 1) * per_block];
-                let bottom = if rows > TILE { &activations[(block + 1) * per_block..(block + 2) * per_block] } else { top };
+                let bottom =
+                    if rows > TILE { &activations[(block + 1) * per_block..(block + 2) * per_block] } else { top };
                 // SAFETY: panels hold `depth` tiles and row blocks `3 depth`; `out` has room for m x n, and the 32 x 32 block at
                 // (row, column) belongs to this task alone. A block that reaches past the edge goes through the scratch.
                 unsafe {
@@ -268,7 +269,16 @@ impl Tiles {
     /// # Safety
     /// `a*` hold `3 depth` tiles, `b*` hold `depth`, `out` has 32 rows of 32 elements `stride` apart.
     #[allow(clippy::too_many_arguments)]
-    unsafe fn block(&self, a0: &[Line], a1: &[Line], b0: &[Line], b1: &[Line], depth: usize, out: *mut f32, stride: usize) {
+    unsafe fn block(
+        &self,
+        a0: &[Line],
+        a1: &[Line],
+        b0: &[Line],
+        b1: &[Line],
+        depth: usize,
+        out: *mut f32,
+        stride: usize,
+    ) {
         unsafe {
             asm!(
                 "tilezero tmm0",

@@ -421,8 +421,11 @@ pub(crate) mod cpu {
         let groups = shape.heads / shape.kv_heads;
         let (n, device) = (q.dims()[0], q.device());
         let views = [HostView::new(q), HostView::new(k), HostView::new(v), HostView::new(d_out)];
-        let [qs, ks, vs, dos] =
-            [0, 1, 2, 3].map(|i| Matrix { data: views[i].as_slice().as_ptr().cast_mut(), row_stride: 0, column_stride: 1 });
+        let [qs, ks, vs, dos] = [0, 1, 2, 3].map(|i| Matrix {
+            data: views[i].as_slice().as_ptr().cast_mut(),
+            row_stride: 0,
+            column_stride: 1,
+        });
         let (mut dq, mut dk, mut dv) = (zeros(n * columns), zeros(n * kv_columns), zeros(n * kv_columns));
         let (dqs, dks, dvs) =
             (Matrix::block(&mut dq, columns), Matrix::block(&mut dk, kv_columns), Matrix::block(&mut dv, kv_columns));
@@ -431,7 +434,8 @@ pub(crate) mod cpu {
         tasks.par_iter().for_each(|&(sequence, kv)| {
             let start = sequence.start;
             let ([qs, ks, vs, dos], dqs, dks, dvs) = ([qs, ks, vs, dos], dqs, dks, dvs);
-            let (k, v) = (Matrix::head(ks.data, kv_columns, start, kv, d), Matrix::head(vs.data, kv_columns, start, kv, d));
+            let (k, v) =
+                (Matrix::head(ks.data, kv_columns, start, kv, d), Matrix::head(vs.data, kv_columns, start, kv, d));
             let (dk, dv) =
                 (Matrix::head(dks.data, kv_columns, start, kv, d), Matrix::head(dvs.data, kv_columns, start, kv, d));
             let blocks = blocks(0, sequence.len(), shape);
@@ -491,10 +495,8 @@ mod tests {
                 .collect();
             let (q, k, v, d) = (pattern([n, 24], 1), pattern([n, 12], 2), pattern([n, 12], 3), pattern([n, 24], 4));
             let host = attention(&q, &k, &v, &sequences, &shape);
-            let device: Vec<_> = sequences
-                .iter()
-                .map(|s| device::forward(&rows(&q, s), &rows(&k, s), &rows(&v, s), &shape))
-                .collect();
+            let device: Vec<_> =
+                sequences.iter().map(|s| device::forward(&rows(&q, s), &rows(&k, s), &rows(&v, s), &shape)).collect();
             assert_close(&host, &Tensor::cat(device, 0), 1e-5);
             let (dq, dk, dv) = attention_backward(&q, &k, &v, &sequences, &shape, &d);
             let parts: Vec<_> = sequences
@@ -511,7 +513,7 @@ mod tests {
     fn cached_queries_see_what_full_attention_sees() {
         let shape = AttentionShape { heads: 2, kv_heads: 1, head_dim: 4, scale: 0.5, window: Some(4) };
         let (q, k, v) = (pattern([9, 8], 1), pattern([9, 4], 2), pattern([9, 4], 3));
-        let full = attention(&q, &k, &v, &[0..9], &shape);
+        let full = attention(&q, &k, &v, std::slice::from_ref(&(0..9)), &shape);
         let last = rows(&q, &(7..9));
         assert_close(&attention_cached(&last, &k, &v, &shape), &rows(&full, &(7..9)), 1e-6);
         let (ks, vs) = (host::HostView::new(&k), host::HostView::new(&v));
@@ -523,9 +525,12 @@ mod tests {
     fn gradient_matches_a_difference_quotient() {
         let shape = AttentionShape { heads: 2, kv_heads: 1, head_dim: 2, scale: 0.7, window: None };
         let (q, k, v, d) = (pattern([3, 4], 1), pattern([3, 2], 2), pattern([3, 2], 3), pattern([3, 4], 4));
-        let (dq, dk, dv) = attention_backward(&q, &k, &v, &[0..3], &shape, &d);
+        let (dq, dk, dv) = attention_backward(&q, &k, &v, std::slice::from_ref(&(0..3)), &shape, &d);
         let loss = |q: &Tensor<2>, k: &Tensor<2>, v: &Tensor<2>| -> f64 {
-            host::into_vec(attention(q, k, v, &[0..3], &shape) * d.clone()).iter().map(|x| *x as f64).sum()
+            host::into_vec(attention(q, k, v, std::slice::from_ref(&(0..3)), &shape) * d.clone())
+                .iter()
+                .map(|x| *x as f64)
+                .sum()
         };
         let moved = |x: &Tensor<2>, i: usize, h: f32| {
             let mut values = host::HostView::new(x).as_slice().to_vec();

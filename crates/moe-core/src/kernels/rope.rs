@@ -68,7 +68,9 @@ impl RotaryEmbedding {
                     .collect();
                 let magnitude = |scale: f64, m: f64| if scale <= 1.0 { 1.0 } else { 0.1 * m * scale.ln() + 1.0 };
                 let attention = attention_factor.unwrap_or_else(|| match (mscale, mscale_all_dim) {
-                    (Some(m), Some(all)) if *m != 0.0 && *all != 0.0 => magnitude(*factor, *m) / magnitude(*factor, *all),
+                    (Some(m), Some(all)) if *m != 0.0 && *all != 0.0 => {
+                        magnitude(*factor, *m) / magnitude(*factor, *all)
+                    }
                     _ => magnitude(*factor, 1.0),
                 });
                 (frequencies, attention)
