@@ -7,6 +7,7 @@ pub mod fisher_prune;
 pub mod format;
 pub mod progress;
 pub mod report;
+pub mod score;
 pub mod table;
 pub mod trace;
 

@@ -1,0 +1,14 @@
+//! Scores the experts or units of a model ten ways from one pass: `cargo run --release --example score -- --help`.
+
+use std::process::ExitCode;
+
+use moe_examples::progress::Progress;
+use moe_examples::{cli, score};
+
+fn main() -> ExitCode {
+    cli::run(|arguments: score::Arguments| {
+        let json = arguments.json;
+        let report = score::run(&arguments, Progress::stderr())?;
+        Ok(if json { format!("{}\n", serde_json::to_string(&report).unwrap_or_default()) } else { report.to_string() })
+    })
+}

@@ -1,0 +1,211 @@
+//! One pass over calibration data, score files for any number of scorers, and what it cost.
+
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use clap::Parser;
+use moe_checkpoint::{Checkpoint, Provenance, StatisticsStore};
+use moe_core::data::{Dataset, DatasetOptions, Tokenizer, WaveOptions, shard};
+use moe_core::memory::process_memory;
+use moe_core::{Engine, EngineOptions, Model};
+use moe_importance::{Collection, ScorerConfig, StatisticId, collect};
+use serde::Serialize;
+
+use crate::progress::{Progress, Unit};
+use crate::{Error, Result, cli, format};
+
+/// Scores the routed experts or units of a checkpoint.
+#[derive(Clone, Debug, Parser)]
+pub struct Arguments {
+    /// Directory of a Hugging Face checkpoint
+    #[arg(long)]
+    pub model: PathBuf,
+    /// Rows to calibrate on: .jsonl or .txt
+    #[arg(long)]
+    pub calibration: PathBuf,
+    /// Scorer as JSON, such as {"scorer":"fisher","criterion":"abs"}, or just its name; repeatable
+    #[arg(long = "scorer", required = true, value_parser = scorer)]
+    pub scorers: Vec<ScorerConfig>,
+    /// New directory for the score files and the statistics
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Continue an interrupted run in --out
+    #[arg(long)]
+    pub resume: bool,
+    /// Collect only shard I of N, as I/N, and score nothing
+    #[arg(long, value_parser = part)]
+    pub shard: Option<(usize, usize)>,
+    /// Take over the waves of another run of the same job, a shard's --out; repeatable
+    #[arg(long)]
+    pub absorb: Vec<PathBuf>,
+    /// Sequences to use, at most
+    #[arg(long, default_value_t = 128, value_parser = cli::at_least(1))]
+    pub samples: usize,
+    /// Tokens per sequence, at most
+    #[arg(long, default_value_t = 2048, value_parser = cli::at_least(2))]
+    pub length: usize,
+    /// Shuffle rows with this seed; without it, the first rows
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Tokens that go through the model together
+    #[arg(long, default_value = "16384", value_parser = cli::non_zero)]
+    pub wave_tokens: NonZeroUsize,
+    /// Memory to stay within, such as 8GiB; never changes results
+    #[arg(long, value_parser = cli::bytes)]
+    pub max_memory: Option<u64>,
+    /// flex (CPU), wgpu, vulkan or cuda, as far as compiled in
+    #[arg(long, default_value = "default")]
+    pub device: String,
+    /// One JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What a run did.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Score files written; none for a shard.
+    pub scores: Vec<PathBuf>,
+    /// Sequences of the whole data set.
+    pub sequences: usize,
+    /// Tokens collected in this run.
+    pub tokens: u64,
+    /// Seconds of collecting.
+    pub seconds: f64,
+    /// Tokens per second.
+    pub tokens_per_s: f64,
+    /// Mean cross-entropy per predicted token, in nats, if the scorers needed a loss.
+    pub loss: Option<f64>,
+    /// Largest resident size of the process, in MiB.
+    pub peak_rss_mib: Option<f64>,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} tokens in {:.1} s, {:.1} tokens/s", self.tokens, self.seconds, self.tokens_per_s)?;
+        if let Some(loss) = self.loss {
+            writeln!(f, "loss {loss:.4} nats per token")?;
+        }
+        if let Some(peak) = self.peak_rss_mib {
+            writeln!(f, "peak memory {}", format::size((peak * 1024.0 * 1024.0) as u64))?;
+        }
+        self.scores.iter().try_for_each(|path| writeln!(f, "{}", path.display()))
+    }
+}
+
+/// Checks everything, collects and scores.
+///
+/// # Errors
+/// Whatever is wrong with the arguments or the files they name, and whatever stops the run.
+pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
+    let device = moe_core::device::device(&arguments.device)?;
+    let checkpoint = Arc::new(Checkpoint::open(&arguments.model)?);
+    if checkpoint.shape().units() == 0 {
+        return Err(Error::Invalid(format!("{}: no routed experts to score", arguments.model.display())));
+    }
+    if arguments.out.exists() && !arguments.resume {
+        return Err(Error::Invalid(format!("{}: exists; --resume continues in it", arguments.out.display())));
+    }
+    let scorers = arguments.scorers.iter().map(ScorerConfig::build).collect::<moe_importance::Result<Vec<_>>>()?;
+    let tokenizer = match arguments.model.join("tokenizer.json").exists() {
+        true => Some(Tokenizer::from_dir(&arguments.model)?),
+        false => None,
+    };
+    let options = DatasetOptions {
+        samples: Some(arguments.samples),
+        length: arguments.length,
+        seed: arguments.seed,
+        ..DatasetOptions::default()
+    };
+    let vocab = checkpoint.config().vocab_size;
+    let data = Dataset::load(&arguments.calibration, tokenizer.as_ref(), vocab, &options)?;
+    let wave_options = WaveOptions::Tokens(arguments.wave_tokens);
+    let mut waves = data.waves(wave_options);
+    if let Some((index, count)) = arguments.shard {
+        waves = shard(waves, index, count)?;
+    }
+    let ids: Vec<StatisticId> = scorers.iter().flat_map(|scorer| scorer.needs()).collect();
+    let recipe = moe_importance::recipe(&ids, &wave_options)?;
+    let provenance = Provenance::new(checkpoint.fingerprint(), data.hash.clone(), recipe);
+    let mut collection = Collection::new(checkpoint.shape(), provenance, &ids)?;
+    let model = Model::new(checkpoint, &device, arguments.max_memory)?;
+    let mut engine = Engine::new(&model, EngineOptions::default());
+    let shape = model.checkpoint().shape();
+    let mut store = StatisticsStore::create_or_resume(arguments.out.join("statistics"), shape, collection.provenance())?;
+    for other in &arguments.absorb {
+        store.absorb(other.join("statistics"))?;
+    }
+
+    let total = waves.iter().map(|wave| wave.tokens() as u64).sum();
+    let bar = progress.bar("collecting", total, Unit::Count("tokens"));
+    let (mut loss, mut done, mut resumed) = (None, 0, None);
+    let start = Instant::now();
+    let statistics = collect(&mut engine, &mut collection, &waves, Some(&mut store), &mut |at| {
+        resumed.get_or_insert(at.tokens_done);
+        (loss, done) = (at.loss, at.tokens_done);
+        bar.at(done);
+    })?;
+    let seconds = start.elapsed().as_secs_f64();
+    drop(bar);
+    let mut scores = Vec::new();
+    if arguments.shard.is_none() {
+        for (i, scorer) in scorers.iter().enumerate() {
+            let name = scorer.name();
+            let repeated = scorers.iter().filter(|other| other.name() == name).count() > 1;
+            let file = if repeated { format!("{name}-{i}.safetensors") } else { format!("{name}.safetensors") };
+            let path = arguments.out.join(file);
+            scorer.score(&statistics, model.checkpoint().as_ref())?.save(&path)?;
+            scores.push(path);
+        }
+    }
+    let tokens = done - resumed.unwrap_or_default();
+    Ok(Report {
+        scores,
+        sequences: data.sequences.len(),
+        tokens,
+        seconds,
+        tokens_per_s: tokens as f64 / seconds.max(1e-9),
+        loss,
+        peak_rss_mib: process_memory().map(|memory| memory.peak as f64 / (1 << 20) as f64),
+    })
+}
+
+/// A scorer by name or as JSON.
+fn scorer(text: &str) -> Result<ScorerConfig, String> {
+    let json = match text.trim_start().starts_with('{') {
+        true => text.to_owned(),
+        false => serde_json::json!({ "scorer": text }).to_string(),
+    };
+    serde_json::from_str(&json).map_err(|error| error.to_string())
+}
+
+/// `I/N`.
+fn part(text: &str) -> Result<(usize, usize), String> {
+    let bad = || format!("found `{text}`, expected a shard such as 0/4");
+    let (index, count) = text.split_once('/').ok_or_else(bad)?;
+    match (index.trim().parse(), count.trim().parse()) {
+        (Ok(index), Ok(count)) if index < count => Ok((index, count)),
+        _ => Err(bad()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scorers_are_named_or_spelt_out() {
+        assert_eq!(scorer("magnitude").unwrap().build().unwrap().name(), "magnitude");
+        assert!(scorer(r#"{"scorer":"fisher","criterion":"abs"}"#).is_ok());
+        assert!(scorer("fishing").unwrap_err().contains("fishing"));
+    }
+
+    #[test]
+    fn shards_are_counted_from_zero() {
+        assert_eq!(part("1/4"), Ok((1, 4)));
+        assert!(part("4/4").is_err() && part("x").is_err());
+    }
+}
