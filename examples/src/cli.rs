@@ -1,6 +1,7 @@
 //! What the command lines of all programs share: values of options, errors, output.
 
 use std::io::{ErrorKind, Write};
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -22,6 +23,7 @@ pub fn run<A: Parser>(main: impl FnOnce(A) -> Result<String>) -> ExitCode {
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    moe_core::memory::keep_freed_memory();
     match main(arguments).and_then(|text| print(&text)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -96,6 +98,14 @@ pub fn at_least(minimum: usize) -> impl Fn(&str) -> Result<usize, String> + Clon
         Ok(count) if count >= minimum => Ok(count),
         _ => Err(format!("found `{text}`, expected a whole number of at least {minimum}")),
     }
+}
+
+/// A count above 0.
+///
+/// # Errors
+/// A message that says so.
+pub fn non_zero(text: &str) -> Result<NonZeroUsize, String> {
+    at_least(1)(text).map(|count| NonZeroUsize::new(count).unwrap_or(NonZeroUsize::MIN))
 }
 
 #[cfg(test)]
