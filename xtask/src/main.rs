@@ -3,6 +3,7 @@
 mod bench_report;
 mod ci;
 mod fixtures;
+mod gpu;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -32,6 +33,12 @@ enum Verb {
         #[arg(long)]
         write: bool,
     },
+    /// Whole models on a GPU backend against the CPU (Mesa's software Vulkan will do)
+    Gpu {
+        /// wgpu, vulkan or cuda
+        #[arg(default_value = "wgpu", value_parser = ["wgpu", "vulkan", "cuda"])]
+        device: String,
+    },
     /// Mean, standard deviation and throughput of the last benchmark runs
     BenchReport {
         /// Run the benchmarks first
@@ -47,6 +54,7 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().verb {
         Verb::Ci { steps } => ci::run(&steps),
         Verb::Fixtures { write } => fixtures::run(write),
+        Verb::Gpu { device } => gpu::run(&device),
         Verb::BenchReport { run, json } => bench_report::run(run, json),
     };
     match outcome {
