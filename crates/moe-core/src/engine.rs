@@ -4,9 +4,14 @@
 //! gradient in pieces of tokens and vocabulary. Backward, from the last to the first MoE layer: what was not kept is computed again
 //! by the same kernels on the same shapes, so memory limits never change a bit of the result. See [`crate::memory`].
 
-use std::{ops::Range, path::PathBuf, sync::Arc};
+use std::{
+    ops::Range,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use burn::tensor::Tensor;
+use rayon::prelude::*;
 
 use crate::{
     data::Wave,
@@ -18,7 +23,7 @@ use crate::{
         norm::{rms_norm, rms_norm_backward},
         rope::RotaryTable,
         rows::{RowAccumulator, gather_rows},
-        swiglu::{swiglu, swiglu_backward},
+        swiglu::{SwigluGradients, swiglu, swiglu_backward},
     },
     layers::{AttentionTape, FfnLayer, expert_gate_up},
     memory::{self, Keep, MemoryPlan, WaveSize},
@@ -126,6 +131,7 @@ impl<'m> Engine<'m> {
             gradients: needs.gradients,
             head: self.needs_head(needs),
             head_tokens: self.options.head_tokens,
+            experts_together: memory::experts_together(self.model.device()),
         };
         memory::plan(self.model.config(), size, memory::limit(self.model.max_memory()))
     }
@@ -323,18 +329,32 @@ impl<'m> Engine<'m> {
             let dispatch = routed.dispatch();
             let observe = needs.experts() && !needs.gradients;
             if observe || !skip_output {
-                for e in 0..experts {
-                    let kept = self.expert_forward(
-                        layer,
-                        e,
-                        &z,
-                        &dispatch,
-                        wave,
-                        (!skip_output).then_some(&mut out),
-                        observe.then_some((needs, &mut *observer)),
-                    )?;
-                    tape.experts.push(kept.filter(|_| keep.experts));
-                }
+                tape.experts = vec![None; experts];
+                let run = |e: usize| self.expert_forward(layer, e, &z, &dispatch, !skip_output || needs.outputs);
+                self.for_experts(experts, run, |e, run: ExpertRun| {
+                    let tokens = dispatch.expert(e);
+                    if observe {
+                        observer.expert(&ExpertTrace {
+                            layer,
+                            expert: e,
+                            rows: tokens.rows,
+                            routing_weights: tokens.weights,
+                            segments: &segments(tokens.rows, wave),
+                            input: &run.input,
+                            units: Some(&run.units),
+                            output: run.output.as_ref().filter(|_| needs.outputs),
+                            backward: None,
+                            expert_weights: &run.weights,
+                        })?;
+                    }
+                    if let Some(y) = run.output.as_ref().filter(|_| !skip_output) {
+                        out.add_rows(tokens.rows, Some(tokens.weights), y);
+                    }
+                    if keep.experts {
+                        tape.experts[e] = Some(run.gate_up);
+                    }
+                    Ok(())
+                })?;
             }
             tape.routed = Some(routed);
         }
@@ -348,48 +368,48 @@ impl<'m> Engine<'m> {
         Ok(out.into_tensor())
     }
 
-    /// Runs one expert on its tokens; returns its pre-activations.
-    #[allow(clippy::too_many_arguments)]
+    /// Calls `compute` for each expert and `then` with its result, if it has one, in ascending order. On the host a few experts are
+    /// computed at a time, each mostly by one thread, which wastes less than sharing out every small product.
+    fn for_experts<R: Send>(
+        &self,
+        experts: usize,
+        compute: impl Fn(usize) -> Result<Option<R>> + Sync,
+        mut then: impl FnMut(usize, R) -> Result<()>,
+    ) -> Result<()> {
+        let together = memory::experts_together(self.model.device());
+        let all: Vec<usize> = (0..experts).collect();
+        for chunk in all.chunks(together) {
+            let results: Vec<Result<Option<R>>> = match chunk {
+                [e] => vec![compute(*e)],
+                _ => chunk.par_iter().map(|&e| compute(e)).collect(),
+            };
+            for (&e, result) in chunk.iter().zip(results) {
+                if let Some(result) = result? {
+                    then(e, result)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs one expert on its tokens; nothing for an expert without any.
     fn expert_forward(
         &self,
         layer: usize,
         expert: usize,
         z: &Tensor<2>,
         dispatch: &Dispatch,
-        wave: &WaveInfo,
-        out: Option<&mut RowAccumulator>,
-        observe: Option<(Signals, &mut dyn Observer)>,
-    ) -> Result<Option<Tensor<2>>> {
+        want_output: bool,
+    ) -> Result<Option<ExpertRun>> {
         let tokens = dispatch.expert(expert);
         if tokens.rows.is_empty() {
             return Ok(None);
         }
         let weights = self.model.expert(layer, expert)?;
-        if weights.width() == 0 && observe.is_none() {
-            return Ok(None);
-        }
         let (input, gate_up) = expert_gate_up(z, tokens.rows, &weights);
         let units = swiglu(&gate_up);
-        let want_output = out.is_some() || observe.as_ref().is_some_and(|(needs, _)| needs.outputs);
         let output = want_output.then(|| weights.down.forward(&units, None));
-        if let (Some(out), Some(y)) = (out, &output) {
-            out.add_rows(tokens.rows, Some(tokens.weights), y);
-        }
-        if let Some((needs, observer)) = observe {
-            observer.expert(&ExpertTrace {
-                layer,
-                expert,
-                rows: tokens.rows,
-                routing_weights: tokens.weights,
-                segments: &segments(tokens.rows, wave),
-                input: &input,
-                units: Some(&units),
-                output: output.as_ref().filter(|_| needs.outputs),
-                backward: None,
-                expert_weights: &weights,
-            })?;
-        }
-        Ok(Some(gate_up))
+        Ok(Some(ExpertRun { weights, input, gate_up, units, output }))
     }
 
     /// Output of a layer whose experts are replaced by an overlay.
@@ -499,7 +519,7 @@ impl<'m> Engine<'m> {
         dy: Tensor<2>,
         routed: Option<Routed>,
         kept_dense: Option<Vec<Tensor<2>>>,
-        mut kept_experts: Vec<Option<Tensor<2>>>,
+        kept_experts: Vec<Option<Tensor<2>>>,
         prepared: &Prepared,
         want_input: bool,
         needs: Signals,
@@ -512,22 +532,35 @@ impl<'m> Engine<'m> {
         if let (Some(routed), Some(router)) = (&routed, &ffn.router) {
             let mut d_weights = vec![0.0f32; routed.weights.len()];
             let dispatch = routed.dispatch();
-            for e in 0..routed.experts {
-                let kept = kept_experts.get_mut(e).and_then(Option::take);
-                self.expert_backward(
+            let kept = kept_experts.into_iter().map(Mutex::new).collect::<Vec<_>>();
+            let run = |e: usize| {
+                let kept = kept.get(e).and_then(|kept| lock(kept).take());
+                self.expert_backward(layer, e, &z, &dy, kept, &dispatch, want_input, needs.outputs)
+            };
+            self.for_experts(routed.experts, run, |e, run: ExpertBackwardRun| {
+                let tokens = dispatch.expert(e);
+                let ExpertBackwardRun { weights, input, upstream, gradients, output, d_input } = run;
+                let units = gradients.d_units.as_ref().expect("asked for");
+                observer.expert(&ExpertTrace {
                     layer,
-                    e,
-                    &z,
-                    &dy,
-                    kept,
-                    &dispatch,
-                    prepared,
-                    &mut d_weights,
-                    dz.as_mut(),
-                    needs,
-                    observer,
-                )?;
-            }
+                    expert: e,
+                    rows: tokens.rows,
+                    routing_weights: tokens.weights,
+                    segments: &segments(tokens.rows, &prepared.info),
+                    input: &input,
+                    units: Some(&gradients.units),
+                    output: output.as_ref(),
+                    backward: Some(ExpertGradients { upstream: &upstream, units, gate_up: &gradients.d_gate_up }),
+                    expert_weights: &weights,
+                })?;
+                if let (Some(dz), Some(d_input)) = (&mut dz, d_input) {
+                    dz.add_rows(tokens.rows, None, &d_input);
+                    for (&slot, d) in tokens.slots.iter().zip(gradients.d_row_weights) {
+                        d_weights[slot as usize] = d;
+                    }
+                }
+                Ok(())
+            })?;
             if let Some(dz) = &mut dz {
                 let logits = HostView::new(&router.forward(&z, None));
                 let d_logits = self.model.router().backward(logits.as_slice(), routed, &d_weights);
@@ -542,6 +575,7 @@ impl<'m> Engine<'m> {
         Ok(Some(ffn.input_gradient(middle, dz, &dy)))
     }
 
+    /// Gradients of one expert on its tokens; nothing for an expert without any.
     #[allow(clippy::too_many_arguments)]
     fn expert_backward(
         &self,
@@ -551,15 +585,12 @@ impl<'m> Engine<'m> {
         dy: &Tensor<2>,
         kept: Option<Tensor<2>>,
         dispatch: &Dispatch,
-        prepared: &Prepared,
-        d_weights: &mut [f32],
-        dz: Option<&mut RowAccumulator>,
-        needs: Signals,
-        observer: &mut dyn Observer,
-    ) -> Result<()> {
+        want_input: bool,
+        want_output: bool,
+    ) -> Result<Option<ExpertBackwardRun>> {
         let tokens = dispatch.expert(expert);
         if tokens.rows.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
         let weights = self.model.expert(layer, expert)?;
         let input = gather_rows(z, tokens.rows);
@@ -567,28 +598,33 @@ impl<'m> Engine<'m> {
         let upstream = gather_rows(dy, tokens.rows); // [n, H], without the routing weight
         let du = weights.down.backward(&upstream); // [n, I]
         let gradients = swiglu_backward(&gate_up, du, Some(tokens.weights), true);
-        let output = needs.outputs.then(|| weights.down.forward(&gradients.units, None));
-        let d_units = gradients.d_units.as_ref().expect("asked for");
-        observer.expert(&ExpertTrace {
-            layer,
-            expert,
-            rows: tokens.rows,
-            routing_weights: tokens.weights,
-            segments: &segments(tokens.rows, &prepared.info),
-            input: &input,
-            units: Some(&gradients.units),
-            output: output.as_ref(),
-            backward: Some(ExpertGradients { upstream: &upstream, units: d_units, gate_up: &gradients.d_gate_up }),
-            expert_weights: &weights,
-        })?;
-        if let Some(dz) = dz {
-            dz.add_rows(tokens.rows, None, &weights.gate_up.backward(&gradients.d_gate_up));
-            for (&slot, d) in tokens.slots.iter().zip(gradients.d_row_weights) {
-                d_weights[slot as usize] = d;
-            }
-        }
-        Ok(())
+        let output = want_output.then(|| weights.down.forward(&gradients.units, None));
+        let d_input = want_input.then(|| weights.gate_up.backward(&gradients.d_gate_up));
+        Ok(Some(ExpertBackwardRun { weights, input, upstream, gradients, output, d_input }))
     }
+}
+
+/// An expert's forward pass on its tokens.
+struct ExpertRun {
+    weights: ExpertTensors,
+    input: Tensor<2>,
+    gate_up: Tensor<2>,
+    units: Tensor<2>,
+    output: Option<Tensor<2>>,
+}
+
+/// An expert's backward pass on its tokens.
+struct ExpertBackwardRun {
+    weights: ExpertTensors,
+    input: Tensor<2>,
+    upstream: Tensor<2>,
+    gradients: SwigluGradients,
+    output: Option<Tensor<2>>,
+    d_input: Option<Tensor<2>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Groups an expert's rows, ascending wave tokens, by sequence.

@@ -1,5 +1,7 @@
 //! Generation with a key/value cache, many prompts at a time, without padding.
 
+use std::ops::Range;
+
 use burn::tensor::{Device, Tensor};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -9,7 +11,7 @@ use crate::{
     error::{Error, Result},
     host::{self, HostView},
     kernels::{attention::AttentionShape, norm::rms_norm, rows::gather_rows},
-    memory::{self, Keep, WaveSize},
+    memory::{self, Keep, MemoryPlan, WaveSize},
     model::Model,
     trace::{Observer, Signals, WaveInfo},
 };
@@ -71,18 +73,48 @@ pub fn generate(
     if let Some(i) = prompts.iter().position(Vec::is_empty) {
         return Err(Error::input(format!("prompt {i}"), "no tokens", "at least one"));
     }
+    check_memory(model, prompts, options)?;
     let mut completions = Vec::with_capacity(prompts.len());
-    let mut start = 0;
-    while start < prompts.len() {
-        let (mut end, mut tokens) = (start, 0);
-        while end < prompts.len() && (end == start || tokens + prompts[end].len() <= options.batch_tokens) {
-            tokens += prompts[end].len();
-            end += 1;
-        }
-        completions.extend(generate_batch(model, &prompts[start..end], start, options, &mut ended)?);
-        start = end;
+    for batch in batches(prompts, options.batch_tokens) {
+        completions.extend(generate_batch(model, &prompts[batch.clone()], batch.start, options, &mut ended)?);
     }
     Ok(completions)
+}
+
+/// Checks that the memory limit of `model` can hold every batch.
+///
+/// # Errors
+/// [`Error::Memory`].
+pub fn check_memory(model: &Model, prompts: &[Vec<u32>], options: &GenerateOptions) -> Result<()> {
+    batches(prompts, options.batch_tokens).into_iter().try_for_each(|batch| plan(model, &prompts[batch]).map(drop))
+}
+
+/// Consecutive prompts of about `tokens` tokens.
+fn batches(prompts: &[Vec<u32>], tokens: usize) -> Vec<Range<usize>> {
+    let mut batches: Vec<Range<usize>> = Vec::new();
+    let mut filled = 0;
+    for (i, prompt) in prompts.iter().enumerate() {
+        match batches.last_mut().filter(|_| filled + prompt.len() <= tokens) {
+            Some(batch) => batch.end = i + 1,
+            None => {
+                batches.push(i..i + 1);
+                filled = 0;
+            }
+        }
+        filled += prompt.len();
+    }
+    batches
+}
+
+fn plan(model: &Model, prompts: &[Vec<u32>]) -> Result<MemoryPlan> {
+    let size = WaveSize {
+        tokens: prompts.iter().map(Vec::len).sum(),
+        gradients: false,
+        head: true,
+        head_tokens: prompts.len(),
+        experts_together: memory::experts_together(model.device()),
+    };
+    memory::plan(model.config(), size, memory::limit(model.max_memory()))
 }
 
 fn generate_batch(
@@ -92,9 +124,7 @@ fn generate_batch(
     options: &GenerateOptions,
     ended: &mut impl FnMut(&[u32]) -> bool,
 ) -> Result<Vec<Vec<u32>>> {
-    let tokens: usize = prompts.iter().map(Vec::len).sum();
-    let size = WaveSize { tokens, gradients: false, head: true, head_tokens: prompts.len() };
-    let plan = memory::plan(model.config(), size, memory::limit(model.max_memory()))?;
+    let plan = plan(model, prompts)?;
     model.set_residency(plan.residency);
 
     let mut decoder = Decoder::new(model, prompts.len());
@@ -266,7 +296,7 @@ impl<'m> Decoder<'m> {
         layer: usize,
         q: &Tensor<2>,
         active: &[usize],
-        spans: &[std::ops::Range<usize>],
+        spans: &[Range<usize>],
         shape: &AttentionShape,
     ) -> Tensor<2> {
         let cache = &self.cache[layer];

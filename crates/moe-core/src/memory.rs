@@ -1,9 +1,11 @@
 //! How much memory a job uses and what it may keep.
 
+use burn::tensor::Device;
 use moe_checkpoint::{Ffn, ModelConfig};
 
 use crate::{
     error::{Error, Result},
+    host,
     layers::DENSE_ROWS,
 };
 
@@ -64,6 +66,11 @@ pub(crate) fn head_block_rows(hidden: usize) -> usize {
     ((64 << 20) / (4 * hidden.max(1))).max(64).next_multiple_of(64)
 }
 
+/// Routed experts computed side by side on `device`.
+pub(crate) fn experts_together(device: &Device) -> usize {
+    if host::is_host(device) { rayon::current_num_threads().clamp(1, 4) } else { 1 }
+}
+
 /// What of the weights stays in memory, converted to f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Residency {
@@ -110,6 +117,8 @@ pub struct WaveSize {
     pub head: bool,
     /// Tokens per piece of the head.
     pub head_tokens: usize,
+    /// Routed experts computed side by side.
+    pub experts_together: usize,
 }
 
 /// Code, stacks, allocator slack and the tokenizer.
@@ -152,7 +161,8 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
             let k = config.routing.top_k.min(experts);
             // an expert rarely gets more than four times its fair share
             let routed = t.min(4 * t * k / experts + 64);
-            let expert = 2 * f32s(3 * widest * h) + f32s(routed * (2 * h + 7 * widest));
+            let expert =
+                size.experts_together as u64 * (2 * f32s(3 * widest * h) + f32s(routed * (4 * h + 8 * widest)));
             work = work.max(dense_weights + expert + 3 * hidden + f32s(t * (experts + 4 * k)));
             experts_kept = f32s(t * k * 2 * moe.widths.iter().sum::<usize>() / experts);
             expert_bytes.extend(moe.widths.iter().map(|w| f32s(3 * w * h)));

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use moe_checkpoint::ModelConfig;
 use moe_core::data::{Dataset, DatasetOptions, EvalRows, EvalSet, LossOver, Sequence, Tokenizer, WaveOptions};
 use moe_core::evaluate::{EvaluateOptions, Metric, cross_entropy, evaluate};
-use moe_core::memory::{self, WaveSize};
 use moe_core::trace::Signals;
 use moe_core::{Engine, EngineOptions, Model};
 use serde_json::{Value, json};
@@ -144,11 +143,7 @@ impl EvalFile {
             engine.plan(wave.tokens(), Signals::NONE)?;
         }
         if let Some(prompts) = prompts {
-            let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-            let all: usize = prompts.iter().map(Vec::len).sum();
-            let tokens = all.min(moe_core::generate::GenerateOptions::default().batch_tokens).max(longest);
-            let size = WaveSize { tokens, gradients: false, head: true, head_tokens: prompts.len() };
-            memory::plan(model.config(), size, memory::limit(model.max_memory()))?;
+            moe_core::generate::check_memory(model, &prompts, &moe_core::generate::GenerateOptions::default())?;
         }
         Ok(())
     }

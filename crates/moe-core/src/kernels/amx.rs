@@ -253,6 +253,14 @@ struct TileConfig {
     rows: [u8; 16],
 }
 
+/// Fetches lines of the activation tiles of the next step into the first-level cache: they stream from the second level, and a tile
+/// load that misses stalls the product behind it.
+macro_rules! fetch_ahead {
+    ($($offset:literal)*) => {
+        concat!($("prefetcht0 [{a0} + ", $offset, "]\nprefetcht0 [{a1} + ", $offset, "]\n"),*)
+    };
+}
+
 impl Tiles {
     /// Only called where [`available`] has been true: a [`PackedWeights`] is made nowhere else.
     fn configure() -> Self {
@@ -291,21 +299,33 @@ impl Tiles {
                 "tileloadd tmm4, [{a0} + {line}]",
                 "tileloadd tmm5, [{a1} + {line}]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
+                fetch_ahead!(3072 3136 3200 3264),
                 "tdpbf16ps tmm1, tmm4, tmm7",
+                fetch_ahead!(3328 3392 3456 3520),
                 "tdpbf16ps tmm2, tmm5, tmm6",
+                fetch_ahead!(3584 3648 3712 3776),
                 "tdpbf16ps tmm3, tmm5, tmm7",
+                fetch_ahead!(3840 3904 3968 4032),
                 "tileloadd tmm4, [{a0} + {line} + 1024]",
                 "tileloadd tmm5, [{a1} + {line} + 1024]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
+                fetch_ahead!(4096 4160 4224 4288),
                 "tdpbf16ps tmm1, tmm4, tmm7",
+                fetch_ahead!(4352 4416 4480 4544),
                 "tdpbf16ps tmm2, tmm5, tmm6",
+                fetch_ahead!(4608 4672 4736 4800),
                 "tdpbf16ps tmm3, tmm5, tmm7",
+                fetch_ahead!(4864 4928 4992 5056),
                 "tileloadd tmm4, [{a0} + {line} + 2048]",
                 "tileloadd tmm5, [{a1} + {line} + 2048]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
+                fetch_ahead!(5120 5184 5248 5312),
                 "tdpbf16ps tmm1, tmm4, tmm7",
+                fetch_ahead!(5376 5440 5504 5568),
                 "tdpbf16ps tmm2, tmm5, tmm6",
+                fetch_ahead!(5632 5696 5760 5824),
                 "tdpbf16ps tmm3, tmm5, tmm7",
+                fetch_ahead!(5888 5952 6016 6080),
                 "add {a0}, 3072",
                 "add {a1}, 3072",
                 "add {b0}, 1024",
