@@ -134,7 +134,8 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     let model = Model::new(checkpoint, &device, arguments.max_memory)?;
     let mut engine = Engine::new(&model, EngineOptions::default());
     let shape = model.checkpoint().shape();
-    let mut store = StatisticsStore::create_or_resume(arguments.out.join("statistics"), shape, collection.provenance())?;
+    let mut store =
+        StatisticsStore::create_or_resume(arguments.out.join("statistics"), shape, collection.provenance())?;
     for other in &arguments.absorb {
         store.absorb(other.join("statistics"))?;
     }

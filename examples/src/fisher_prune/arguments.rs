@@ -6,10 +6,8 @@ use std::path::PathBuf;
 use moe_importance::scorers::Criterion;
 use moe_prune::{Export, Scope};
 
-use crate::{Error, Result, cli};
+use crate::{Error, Result, TINY_MOE, cli};
 
-/// The bundled checkpoint, trained on three capabilities, and its data.
-pub const TINY_MOE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tiny-moe");
 /// Where results go if nothing is said: replaced by the next run that says nothing.
 pub const DEFAULT_OUT: &str = "out/fisher_prune_qwen";
 
@@ -61,7 +59,7 @@ pub struct Arguments {
     #[arg(long)]
     pub seed: Option<u64>,
     /// Tokens run together; part of the recipe, since sums are rounded per wave
-    #[arg(long, value_name = "TOKENS", default_value_t = NonZeroUsize::new(16384).expect("not zero"))]
+    #[arg(long, value_name = "TOKENS", default_value = "16384", value_parser = cli::non_zero)]
     pub wave_tokens: NonZeroUsize,
     /// Rows per evaluation file, at most
     #[arg(long, value_name = "ROWS", default_value_t = 200, value_parser = cli::at_least(1))]

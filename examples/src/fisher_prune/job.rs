@@ -105,7 +105,12 @@ impl Job {
             eval.check_memory(&model, wave_options)?;
         }
         let export = arguments.export.unwrap_or(Export::Ragged);
-        Ok(Self { export, model, tokenizer, calibration, waves, evals, methods, collection, out, existing, arguments })
+        let job =
+            Self { export, model, tokenizer, calibration, waves, evals, methods, collection, out, existing, arguments };
+        if existing == Existing::Resume {
+            job.out.check_resumable(&job.recipe())?;
+        }
+        Ok(job)
     }
 
     /// What the run is, for the output directory and the report.

@@ -15,7 +15,7 @@ use std::time::Instant;
 use moe_checkpoint::write_atomic;
 use moe_core::memory::process_memory;
 
-pub use arguments::{Arguments, DEFAULT_OUT, TINY_MOE};
+pub use arguments::{Arguments, DEFAULT_OUT};
 pub use eval_file::EvalFile;
 pub use job::{Job, Method};
 pub use out_dir::{Existing, OutDir};

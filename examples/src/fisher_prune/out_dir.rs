@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use moe_checkpoint::write_atomic;
+use serde_json::Value;
 
 use crate::{Error, Result};
 
@@ -57,11 +58,41 @@ impl OutDir {
         Ok(Self { root })
     }
 
+    /// Checks that what is there was made by the recipe of this run. Ratios and evaluation files may differ: nothing that
+    /// is kept depends on them.
+    ///
+    /// # Errors
+    /// The first part of the recipe that differs.
+    pub fn check_resumable(&self, recipe: &Value) -> Result<()> {
+        let path = self.root.join(RECIPE);
+        if !path.is_file() {
+            return Ok(());
+        }
+        let json = fs::read(&path).map_err(Error::io(&path))?;
+        let earlier: Value = serde_json::from_slice(&json)
+            .map_err(|error| Error::Invalid(format!("{}: not a recipe: {error}", path.display())))?;
+        let parts =
+            ["/model_fingerprint", "/calibration/hash", "/calibration/wave_tokens", "/scorers", "/scope", "/export"];
+        for part in parts {
+            let (was, is) =
+                (earlier.pointer(part).unwrap_or(&Value::Null), recipe.pointer(part).unwrap_or(&Value::Null));
+            if was != is {
+                let what = part.trim_start_matches('/').replace('/', " ").replace('_', " ");
+                return Err(Error::Invalid(format!(
+                    "{}: --resume goes on with the same run, but its {what} was {was} and is {is} now; repeat its arguments, \
+                     choose another --out, or --force",
+                    path.display()
+                )));
+            }
+        }
+        Ok(())
+    }
+
     /// Makes the directory and writes the recipe into it.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Checkpoint`].
-    pub fn open(&self, existing: Existing, recipe: &serde_json::Value) -> Result<()> {
+    pub fn open(&self, existing: Existing, recipe: &Value) -> Result<()> {
         if existing == Existing::Replace && self.root.exists() {
             if self.root.join(RESULTS).is_file() {
                 let replaced = self.replaced();
@@ -79,7 +110,7 @@ impl OutDir {
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Checkpoint`].
-    pub fn finish(&self, results: &serde_json::Value) -> Result<()> {
+    pub fn finish(&self, results: &Value) -> Result<()> {
         self.write_json(RESULTS, results)?;
         match self.replaced().join(RECIPE).is_file() {
             true => remove(&self.replaced()),
@@ -133,7 +164,7 @@ impl OutDir {
         self.root.with_file_name(name)
     }
 
-    fn write_json(&self, name: &str, value: &serde_json::Value) -> Result<()> {
+    fn write_json(&self, name: &str, value: &Value) -> Result<()> {
         let json = serde_json::to_vec_pretty(value).map_err(|error| Error::Invalid(error.to_string()))?;
         Ok(write_atomic(self.root.join(name), &json)?)
     }

@@ -13,6 +13,7 @@ use crate::table::Table;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Eval {
     /// `NAME_exact` or `NAME_ppl` and its value, per evaluation file.
+    #[serde(with = "exact")]
     pub metrics: Vec<(String, f64)>,
     /// Elements of all tensors.
     pub parameters: u64,
@@ -95,5 +96,33 @@ impl Results {
             table.row(cells(result.method, percent(result.dropped), &result.eval));
         }
         table
+    }
+}
+
+/// Numbers as text: reading JSON numbers costs their last bit, and what is taken over must not change.
+mod exact {
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::ser::Serializer;
+
+    pub fn serialize<S: Serializer>(metrics: &[(String, f64)], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(metrics.iter().map(|(key, value)| (key, value.to_string())))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<(String, f64)>, D::Error> {
+        let metrics = Vec::<(String, String)>::deserialize(deserializer)?;
+        metrics.into_iter().map(|(key, value)| Ok((key, value.parse().map_err(D::Error::custom)?))).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_keep_every_bit() {
+        let metrics = vec![("a_ppl".to_string(), 127.08235264586352), ("b_exact".to_string(), f64::INFINITY)];
+        let eval = Eval { metrics, parameters: 1, bytes: 2, tokens_per_s: None, export_dir: "x".into() };
+        let json = serde_json::to_string(&eval).unwrap();
+        assert_eq!(serde_json::from_str::<Eval>(&json).unwrap(), eval);
     }
 }

@@ -46,7 +46,7 @@ pub struct Arguments {
     #[arg(long, default_value = "default")]
     pub device: String,
     /// Tokens run together; a longer row is run by itself
-    #[arg(long, default_value_t = NonZeroUsize::new(16384).expect("not zero"))]
+    #[arg(long, value_name = "TOKENS", default_value = "16384", value_parser = cli::non_zero)]
     pub wave_tokens: NonZeroUsize,
 }
 
