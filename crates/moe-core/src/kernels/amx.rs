@@ -142,19 +142,19 @@ fn split_row(x: &[f32], row: usize, tiles: &mut [Line]) {
     padded[..tail.len()].copy_from_slice(tail);
     let last = (!tail.is_empty()).then_some(&padded);
     for (block, tiles) in blocks.iter().chain(last).zip(tiles.chunks_exact_mut(PIECES * TILE)) {
-        let mut pieces = [[0u16; DEPTH]; PIECES];
+        // Written in place: going through an array on the stack would stall on loads wider than the stores before them.
+        let (high_tile, rest) = tiles.split_at_mut(TILE);
+        let (middle_tile, low_tile) = rest.split_at_mut(TILE);
+        let (high_line, middle_line, low_line) = (&mut high_tile[row].0, &mut middle_tile[row].0, &mut low_tile[row].0);
         for i in 0..DEPTH {
             // Cutting off low bits leaves an exact remainder each time.
             let high = block[i].to_bits() & HIGH;
             let rest = block[i] - f32::from_bits(high);
             let middle = rest.to_bits() & HIGH;
             let low = rest - f32::from_bits(middle);
-            pieces[0][i] = (high >> 16) as u16;
-            pieces[1][i] = (middle >> 16) as u16;
-            pieces[2][i] = (low.to_bits() >> 16) as u16;
-        }
-        for (piece, values) in pieces.into_iter().enumerate() {
-            tiles[piece * TILE + row] = Line(values);
+            high_line[i] = (high >> 16) as u16;
+            middle_line[i] = (middle >> 16) as u16;
+            low_line[i] = (low.to_bits() >> 16) as u16;
         }
     }
 }
