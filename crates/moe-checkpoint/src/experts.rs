@@ -142,6 +142,12 @@ pub struct ExpertWeights {
     pub up: Vec<f32>,
     /// Down projection `[hidden, width]`.
     pub down: Vec<f32>,
+    /// Bias of the gate projection `[width]`; the three biases are all there or none.
+    pub gate_bias: Option<Vec<f32>>,
+    /// Bias of the up projection `[width]`.
+    pub up_bias: Option<Vec<f32>>,
+    /// Bias of the down projection `[hidden]`.
+    pub down_bias: Option<Vec<f32>>,
     /// Intermediate width `I`: the number of units.
     pub width: usize,
     /// Hidden size `H`.

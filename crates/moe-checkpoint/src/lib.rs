@@ -52,8 +52,8 @@ mod writer;
 pub use artefact_file::write_atomic;
 pub use checkpoint::Checkpoint;
 pub use config::{
-    Activation, AttentionConfig, Ffn, Groups, LayerConfig, ModelConfig, MoeConfig, RopeConfig, RopeScaling, Routing,
-    RoutingKind, SharedExpert,
+    Activation, AttentionConfig, AttentionKind, Ffn, GroupScore, Groups, LatentAttention, LayerConfig, ModelConfig,
+    MoeConfig, Multipliers, NormKind, QkNorm, RopeConfig, RopeScaling, Routing, RoutingKind, SharedExpert,
 };
 pub use convert::encode;
 pub use error::{Error, Result};

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use safetensors::Dtype;
 
-use crate::config::{Ffn, ModelConfig, MoeConfig};
+use crate::config::{AttentionKind, Ffn, LatentAttention, ModelConfig, MoeConfig, NormKind, QkNorm};
 use crate::convert::float_bytes;
 use crate::experts::{ExpertLayout, ExpertTensor};
 use crate::family::{Family, LayerRole, Role};
@@ -45,14 +45,31 @@ pub(crate) fn verify(weights: &Weights<'_>) -> Result<BTreeMap<usize, ExpertLayo
 /// Every tensor of the config other than routed experts, with its shape.
 fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>)> + '_ {
     let (hidden, vocabulary) = (config.hidden_size, config.vocab_size);
-    let head = (!config.tie_word_embeddings).then_some((Role::LmHead, vec![vocabulary, hidden]));
-    let outer = [(Role::Embedding, vec![vocabulary, hidden]), (Role::FinalNorm, vec![hidden])];
+    let mut outer = vec![(Role::Embedding, vec![vocabulary, hidden]), (Role::FinalNorm, vec![hidden])];
+    if config.norm == NormKind::Layer {
+        outer.push((Role::FinalNormBias, vec![hidden]));
+    }
+    if !config.tie_word_embeddings {
+        outer.push((Role::LmHead, vec![vocabulary, hidden]));
+    }
+    if config.head_bias {
+        outer.push((Role::LmHeadBias, vec![vocabulary]));
+    }
     let layers = config.layers.iter().enumerate().flat_map(move |(layer, layer_config)| {
-        let mut roles = attention_roles(config);
-        roles.extend(ffn_roles(hidden, &layer_config.ffn));
+        let mut roles = norm_roles(config);
+        roles.extend(attention_roles(config));
+        roles.extend(ffn_roles(config, &layer_config.ffn));
         roles.into_iter().map(move |(role, shape)| (Role::Layer(layer, role), shape))
     });
-    outer.into_iter().chain(head).chain(layers)
+    outer.into_iter().chain(layers)
+}
+
+fn norm_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
+    let mut roles = vec![LayerRole::AttentionNorm, LayerRole::FfnNorm];
+    if config.norm == NormKind::Layer {
+        roles.extend([LayerRole::AttentionNormBias, LayerRole::FfnNormBias]);
+    }
+    roles.into_iter().map(|role| (role, vec![config.hidden_size])).collect()
 }
 
 fn attention_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
@@ -60,30 +77,68 @@ fn attention_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
     // Each factor is below 2^28, so that products of two fit.
     let queries = attention.num_heads * attention.head_dim;
     let keys = attention.num_kv_heads * attention.head_dim;
-    let mut roles = vec![
-        (LayerRole::AttentionNorm, vec![hidden]),
-        (LayerRole::FfnNorm, vec![hidden]),
-        (LayerRole::Query, vec![queries, hidden]),
-        (LayerRole::Key, vec![keys, hidden]),
-        (LayerRole::Value, vec![keys, hidden]),
-        (LayerRole::Output, vec![hidden, queries]),
-    ];
-    if attention.qkv_bias {
-        roles.push((LayerRole::QueryBias, vec![queries]));
-        roles.push((LayerRole::KeyBias, vec![keys]));
-        roles.push((LayerRole::ValueBias, vec![keys]));
+    let values = attention.num_heads * attention.value_head_dim();
+    let mut roles = vec![(LayerRole::Output, vec![hidden, values])];
+    match &attention.kind {
+        AttentionKind::Grouped => {
+            roles.push((LayerRole::Query, vec![queries, hidden]));
+            roles.push((LayerRole::Key, vec![keys, hidden]));
+            roles.push((LayerRole::Value, vec![keys, hidden]));
+            if attention.qkv_bias {
+                roles.push((LayerRole::QueryBias, vec![queries]));
+                roles.push((LayerRole::KeyBias, vec![keys]));
+                roles.push((LayerRole::ValueBias, vec![keys]));
+            }
+        }
+        AttentionKind::Latent(latent) => roles.extend(latent_roles(config, latent)),
     }
     if attention.output_bias {
         roles.push((LayerRole::OutputBias, vec![hidden]));
     }
-    if attention.qk_norm {
-        roles.push((LayerRole::QueryNorm, vec![attention.head_dim]));
-        roles.push((LayerRole::KeyNorm, vec![attention.head_dim]));
+    let norms = match attention.qk_norm {
+        QkNorm::None => None,
+        QkNorm::Head => Some((attention.head_dim, attention.head_dim)),
+        QkNorm::Projection => Some((queries, keys)),
+    };
+    if let Some((query, key)) = norms {
+        roles.push((LayerRole::QueryNorm, vec![query]));
+        roles.push((LayerRole::KeyNorm, vec![key]));
+    }
+    if attention.sinks {
+        roles.push((LayerRole::Sinks, vec![attention.num_heads]));
     }
     roles
 }
 
-fn ffn_roles(hidden: usize, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
+fn latent_roles(config: &ModelConfig, latent: &LatentAttention) -> Vec<(LayerRole, Vec<usize>)> {
+    let (hidden, attention) = (config.hidden_size, &config.attention);
+    let queries = attention.num_heads * attention.head_dim;
+    let keys_values = attention.num_heads * (latent.qk_nope_head_dim + latent.v_head_dim);
+    let down = latent.kv_lora_rank + latent.qk_rope_head_dim;
+    let mut roles = vec![
+        (LayerRole::LatentKvDown, vec![down, hidden]),
+        (LayerRole::LatentKvNorm, vec![latent.kv_lora_rank]),
+        (LayerRole::LatentKvUp, vec![keys_values, latent.kv_lora_rank]),
+    ];
+    if attention.qkv_bias {
+        roles.push((LayerRole::LatentKvDownBias, vec![down]));
+    }
+    match latent.q_lora_rank {
+        None => roles.push((LayerRole::Query, vec![queries, hidden])),
+        Some(rank) => {
+            roles.push((LayerRole::LatentQueryDown, vec![rank, hidden]));
+            roles.push((LayerRole::LatentQueryNorm, vec![rank]));
+            roles.push((LayerRole::LatentQueryUp, vec![queries, rank]));
+            if attention.qkv_bias {
+                roles.push((LayerRole::LatentQueryDownBias, vec![rank]));
+            }
+        }
+    }
+    roles
+}
+
+fn ffn_roles(config: &ModelConfig, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
+    let hidden = config.hidden_size;
     match ffn {
         Ffn::Dense { intermediate_size } => vec![
             (LayerRole::DenseGate, vec![*intermediate_size, hidden]),
@@ -92,6 +147,12 @@ fn ffn_roles(hidden: usize, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
         ],
         Ffn::Moe(moe) => {
             let mut roles = vec![(LayerRole::Router, vec![moe.num_experts(), hidden])];
+            if config.routing.bias {
+                roles.push((LayerRole::RouterBias, vec![moe.num_experts()]));
+            }
+            if config.routing.correction_bias() {
+                roles.push((LayerRole::CorrectionBias, vec![moe.num_experts()]));
+            }
             if let Some(shared) = &moe.shared {
                 roles.push((LayerRole::SharedGate, vec![shared.intermediate_size, hidden]));
                 roles.push((LayerRole::SharedUp, vec![shared.intermediate_size, hidden]));
@@ -117,6 +178,10 @@ fn refuse_quantised(info: &TensorInfo) -> Result<()> {
 impl Weights<'_> {
     fn check_role(&self, role: Role, shape: Vec<usize>) -> Result<String> {
         let name = self.family.tensor_name(role);
+        // Ernie stores its correction bias as one row.
+        let row = matches!(role, Role::Layer(_, LayerRole::CorrectionBias))
+            && self.tensors.get(&name).is_some_and(|info| info.shape.len() == 2);
+        let shape = if row { [vec![1], shape].concat() } else { shape };
         self.check(&name, shape, self.family.size_keys(role))?;
         Ok(name)
     }

@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 
 use common::{Model, Tensor, assert_parts, fixture, fixtures, message};
 use moe_checkpoint::{
-    Checkpoint, Dtype, ExpertLayout, ExpertWeights, Ffn, LayerRole, ModelConfig, Role, RopeScaling, RoutingKind,
-    ragged_config,
+    Checkpoint, Dtype, ExpertLayout, ExpertWeights, Ffn, LayerRole, ModelConfig, QkNorm, Role, RopeScaling,
+    RoutingKind, ragged_config,
 };
 use serde_json::json;
 
@@ -222,14 +222,17 @@ fn configs_of_both_dialects() {
     assert_eq!(config.routing.kind, RoutingKind::SoftmaxTopK { renormalise: false });
     assert_eq!((config.rope.theta, &config.rope.scaling), (10_000.0, &RopeScaling::Default));
     assert_eq!((config.eos_token_ids.as_slice(), config.dtype.as_deref()), (&[2][..], Some("float32")));
-    assert!(config.attention.qkv_bias && !config.attention.output_bias && !config.attention.qk_norm);
+    assert!(config.attention.qkv_bias && !config.attention.output_bias && config.attention.qk_norm == QkNorm::None);
     assert!(
         config.moe(0).unwrap().shared.as_ref().is_some_and(|shared| shared.gated && shared.intermediate_size == 48)
     );
 
     assert_eq!(open("tf4/qwen3_moe"), open("tf5/qwen3_moe"));
     let config = open("tf5/qwen3_moe");
-    assert_eq!((config.attention.head_dim, config.attention.qk_norm, config.attention.qkv_bias), (12, true, false));
+    assert_eq!(
+        (config.attention.head_dim, config.attention.qk_norm, config.attention.qkv_bias),
+        (12, QkNorm::Head, false)
+    );
     assert_eq!(config.routing.kind, RoutingKind::SoftmaxTopK { renormalise: true });
     assert_eq!(config.moe(2).unwrap().shared, None);
     assert_eq!(open("tf5/qwen3_moe_long").attention.head_dim, 8);

@@ -18,7 +18,7 @@ pub struct ExpertTensors {
 impl ExpertTensors {
     /// Moves canonical host weights to `device`, as f32.
     pub fn new(weights: ExpertWeights, device: &Device) -> Self {
-        let ExpertWeights { mut gate, up, down, width, hidden } = weights;
+        let ExpertWeights { mut gate, up, down, width, hidden, .. } = weights;
         gate.extend_from_slice(&up);
         Self {
             gate_up: Weight::dense(host::from_vec(gate, [2 * width, hidden], device)),

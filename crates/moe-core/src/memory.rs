@@ -1,6 +1,6 @@
 //! How much memory a job uses and what it may keep.
 
-use moe_checkpoint::{Ffn, ModelConfig};
+use moe_checkpoint::{Ffn, ModelConfig, QkNorm};
 
 use crate::{
     error::{Error, Result},
@@ -113,7 +113,7 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
     let (q, kv) = (a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim);
     let hidden = f32s(t * h);
     let attention_weights = f32s(h * (2 * q + 2 * kv));
-    let tape = f32s(t * (q + 2 * kv + if a.qk_norm { q + kv } else { 0 }));
+    let tape = f32s(t * (q + 2 * kv + if a.qk_norm != QkNorm::None { q + kv } else { 0 }));
 
     let mut phases: Vec<(String, u64)> = Vec::new();
     let attention_work = attention_weights + tape + f32s(t * (q + h)) + if size.gradients { tape + hidden } else { 0 };

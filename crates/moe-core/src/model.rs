@@ -6,7 +6,7 @@ use std::{
 };
 
 use burn::tensor::{Device, Tensor};
-use moe_checkpoint::{Checkpoint, Dtype, Ffn, LayerRole, ModelConfig, RawMatrix, Role};
+use moe_checkpoint::{Checkpoint, Dtype, Ffn, LayerRole, ModelConfig, QkNorm, RawMatrix, Role};
 
 use crate::{
     error::{Error, Result},
@@ -160,11 +160,11 @@ impl Model {
             ],
             output: (self.weight(&[role(LayerRole::Output)], [h, q])?, bias(a.output_bias, LayerRole::OutputBias, h)?),
             qk_norm: match a.qk_norm {
-                true => Some((
+                QkNorm::None => None,
+                _ => Some((
                     self.vector(role(LayerRole::QueryNorm), a.head_dim)?,
                     self.vector(role(LayerRole::KeyNorm), a.head_dim)?,
                 )),
-                false => None,
             },
             shape: AttentionShape {
                 heads: a.num_heads,

@@ -8,12 +8,16 @@ pub(super) fn tensor_name(role: Role) -> String {
     let (layer, role) = match role {
         Role::Embedding => return "model.embed_tokens.weight".to_string(),
         Role::FinalNorm => return "model.norm.weight".to_string(),
+        Role::FinalNormBias => return "model.norm.bias".to_string(),
         Role::LmHead => return "lm_head.weight".to_string(),
+        Role::LmHeadBias => return "lm_head.bias".to_string(),
         Role::Layer(layer, role) => (layer, role),
     };
     let name = match role {
         LayerRole::AttentionNorm => "input_layernorm.weight",
+        LayerRole::AttentionNormBias => "input_layernorm.bias",
         LayerRole::FfnNorm => "post_attention_layernorm.weight",
+        LayerRole::FfnNormBias => "post_attention_layernorm.bias",
         LayerRole::Query => "self_attn.q_proj.weight",
         LayerRole::Key => "self_attn.k_proj.weight",
         LayerRole::Value => "self_attn.v_proj.weight",
@@ -24,7 +28,18 @@ pub(super) fn tensor_name(role: Role) -> String {
         LayerRole::OutputBias => "self_attn.o_proj.bias",
         LayerRole::QueryNorm => "self_attn.q_norm.weight",
         LayerRole::KeyNorm => "self_attn.k_norm.weight",
+        LayerRole::Sinks => "self_attn.sinks",
+        LayerRole::LatentQueryDown => "self_attn.q_a_proj.weight",
+        LayerRole::LatentQueryDownBias => "self_attn.q_a_proj.bias",
+        LayerRole::LatentQueryNorm => "self_attn.q_a_layernorm.weight",
+        LayerRole::LatentQueryUp => "self_attn.q_b_proj.weight",
+        LayerRole::LatentKvDown => "self_attn.kv_a_proj_with_mqa.weight",
+        LayerRole::LatentKvDownBias => "self_attn.kv_a_proj_with_mqa.bias",
+        LayerRole::LatentKvNorm => "self_attn.kv_a_layernorm.weight",
+        LayerRole::LatentKvUp => "self_attn.kv_b_proj.weight",
         LayerRole::Router => "mlp.gate.weight",
+        LayerRole::RouterBias => "mlp.gate.bias",
+        LayerRole::CorrectionBias => "mlp.gate.e_score_correction_bias",
         LayerRole::SharedGate => "mlp.shared_expert.gate_proj.weight",
         LayerRole::SharedUp => "mlp.shared_expert.up_proj.weight",
         LayerRole::SharedDown => "mlp.shared_expert.down_proj.weight",
@@ -57,21 +72,36 @@ pub(super) fn layer_of(name: &str) -> Option<usize> {
 
 /// Config keys that give the size of a tensor.
 pub(super) fn size_keys(role: Role) -> &'static str {
-    let Role::Layer(_, role) = role else {
-        return if role == Role::FinalNorm { "`hidden_size`" } else { "`vocab_size` and `hidden_size`" };
+    let role = match role {
+        Role::Embedding | Role::LmHead => return "`vocab_size` and `hidden_size`",
+        Role::FinalNorm | Role::FinalNormBias => return "`hidden_size`",
+        Role::LmHeadBias => return "`vocab_size`",
+        Role::Layer(_, role) => role,
     };
     match role {
-        LayerRole::AttentionNorm | LayerRole::FfnNorm | LayerRole::OutputBias | LayerRole::SharedExpertGate => {
-            "`hidden_size`"
-        }
-        LayerRole::Query | LayerRole::Output => "`num_attention_heads`, `head_dim` and `hidden_size`",
+        LayerRole::AttentionNorm
+        | LayerRole::AttentionNormBias
+        | LayerRole::FfnNorm
+        | LayerRole::FfnNormBias
+        | LayerRole::OutputBias
+        | LayerRole::SharedExpertGate => "`hidden_size`",
+        LayerRole::Query | LayerRole::Output => "`num_attention_heads`, the width of a head and `hidden_size`",
         LayerRole::QueryBias => "`num_attention_heads` and `head_dim`",
         LayerRole::Key | LayerRole::Value => "`num_key_value_heads`, `head_dim` and `hidden_size`",
         LayerRole::KeyBias | LayerRole::ValueBias => "`num_key_value_heads` and `head_dim`",
-        LayerRole::QueryNorm | LayerRole::KeyNorm => "`head_dim`",
-        LayerRole::Router => "the number of experts (`num_experts` or `num_local_experts`) and `hidden_size`",
+        LayerRole::QueryNorm | LayerRole::KeyNorm => "the width of a head",
+        LayerRole::Sinks => "`num_attention_heads`",
+        LayerRole::LatentQueryDown => "`q_lora_rank` and `hidden_size`",
+        LayerRole::LatentQueryDownBias | LayerRole::LatentQueryNorm => "`q_lora_rank`",
+        LayerRole::LatentQueryUp => "`num_attention_heads`, `qk_nope_head_dim`, `qk_rope_head_dim` and `q_lora_rank`",
+        LayerRole::LatentKvDown => "`kv_lora_rank`, `qk_rope_head_dim` and `hidden_size`",
+        LayerRole::LatentKvDownBias => "`kv_lora_rank` and `qk_rope_head_dim`",
+        LayerRole::LatentKvNorm => "`kv_lora_rank`",
+        LayerRole::LatentKvUp => "`num_attention_heads`, `qk_nope_head_dim`, `v_head_dim` and `kv_lora_rank`",
+        LayerRole::Router => "the number of experts and `hidden_size`",
+        LayerRole::RouterBias | LayerRole::CorrectionBias => "the number of experts",
         LayerRole::SharedGate | LayerRole::SharedUp | LayerRole::SharedDown => {
-            "`shared_expert_intermediate_size` and `hidden_size`"
+            "the width of the shared experts and `hidden_size`"
         }
         LayerRole::DenseGate | LayerRole::DenseUp | LayerRole::DenseDown => "`intermediate_size` and `hidden_size`",
     }

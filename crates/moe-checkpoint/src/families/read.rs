@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::config::{Activation, Ffn, LayerConfig, MoeConfig, SharedExpert};
+use crate::config::{Activation, AttentionConfig, AttentionKind, Ffn, LayerConfig, MoeConfig, QkNorm, SharedExpert};
 use crate::json::{Fields, integer_in};
 use crate::{Error, Result};
 
@@ -61,6 +61,23 @@ pub(super) fn heads(config: &Fields<'_>, hidden_size: usize) -> Result<(usize, u
         });
     }
     Ok((num_heads, num_kv_heads, head_dim))
+}
+
+/// Grouped-query attention without biases, norms and other extras, the whole head rotated.
+pub(super) fn grouped_attention(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> AttentionConfig {
+    AttentionConfig {
+        kind: AttentionKind::Grouped,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        rotary_dim: head_dim,
+        qkv_bias: false,
+        output_bias: false,
+        qk_norm: QkNorm::None,
+        qkv_clip: None,
+        sinks: false,
+        scale: None,
+    }
 }
 
 /// The activation; `silu` is the default of transformers.
@@ -155,7 +172,11 @@ impl SparseLayers<'_> {
             return Err(config.invalid(key.unwrap_or(&self.expert_count_keys[0]), expected));
         }
         let top_k = config.required_integer("num_experts_per_tok", 1, num_experts)?;
-        let moe = MoeConfig { widths: vec![size(config, "moe_intermediate_size")?; num_experts], shared: self.shared };
+        let moe = MoeConfig {
+            widths: vec![size(config, "moe_intermediate_size")?; num_experts],
+            bias: false,
+            shared: self.shared,
+        };
         let intermediate_size = match moe_layers == layers {
             true => 0,
             false => size(config, "intermediate_size")?,

@@ -17,7 +17,7 @@ pub(super) fn read(config: &Fields<'_>, max_position: usize) -> Result<RopeConfi
             Some(fields) => read_scaling(&fields, max_position)?,
             None => RopeScaling::Default,
         };
-        return Ok(RopeConfig { theta: outer_theta.unwrap_or(DEFAULT_THETA), scaling });
+        return Ok(RopeConfig { theta: outer_theta.unwrap_or(DEFAULT_THETA), interleaved: false, scaling });
     };
     let inner_theta = parameters.positive_float("rope_theta")?;
     let scaling = read_scaling(&parameters, max_position)?;
@@ -32,7 +32,7 @@ pub(super) fn read(config: &Fields<'_>, max_position: usize) -> Result<RopeConfi
     {
         return Err(config.conflict("rope_parameters", "rope_scaling"));
     }
-    Ok(RopeConfig { theta: inner_theta.or(outer_theta).unwrap_or(DEFAULT_THETA), scaling })
+    Ok(RopeConfig { theta: inner_theta.or(outer_theta).unwrap_or(DEFAULT_THETA), interleaved: false, scaling })
 }
 
 fn read_scaling(fields: &Fields<'_>, max_position: usize) -> Result<RopeScaling> {
