@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::Result;
 use crate::family::family_of;
+use crate::quantised::Quantisation;
 use crate::ragged::Ragged;
 use crate::shape::{MoeLayerShape, MoeShape};
 
@@ -44,6 +45,8 @@ pub struct ModelConfig {
     /// Layers after the last decoder layer that predict further tokens (multi-token prediction), as the config declares
     /// them. The weights may lack them: transformers drops them on saving. They are no part of `layers`.
     pub mtp_layers: usize,
+    /// How the weights are quantised.
+    pub quantisation: Option<Quantisation>,
     /// Token ids that end a text: from `generation_config.json`, else `config.json`; empty if neither names one.
     pub eos_token_ids: Vec<u32>,
     /// `dtype` (transformers 5) or `torch_dtype` (transformers 4), as written. The dtypes of the tensors are what counts.
@@ -92,8 +95,6 @@ impl ModelConfig {
 pub enum Activation {
     /// `silu(g) * u` with `silu(x) = x * sigmoid(x)`.
     Silu,
-    /// `gelu(g) * u` with the exact `gelu(x) = x * Phi(x)`.
-    Gelu,
     /// `g' * sigmoid(alpha * g') * (u' + 1)` with `g' = min(g, limit)` and `u' = clamp(u, -limit, limit)`, as in gpt-oss.
     /// A unit whose gate and up are zero still gives zero.
     ClampedSwiglu {
@@ -170,7 +171,7 @@ impl AttentionConfig {
     /// Width of one value head.
     pub fn value_head_dim(&self) -> usize {
         match &self.kind {
-            AttentionKind::Grouped => self.head_dim,
+            AttentionKind::Grouped | AttentionKind::Other => self.head_dim,
             AttentionKind::Latent(latent) => latent.v_head_dim,
         }
     }
@@ -184,6 +185,8 @@ pub enum AttentionKind {
     Grouped,
     /// Multi-head latent attention (arXiv 2405.04434, section 2.1): keys and values come from a low-rank latent.
     Latent(LatentAttention),
+    /// Something that this view does not describe. The checkpoint can be read, pruned and written; the model cannot run.
+    Other,
 }
 
 /// Multi-head latent attention. `kv_a_proj_with_mqa` gives `[kv_lora_rank latent | qk_rope_head_dim rotary key]`; the

@@ -5,7 +5,7 @@
 use serde_json::Value;
 
 use crate::config::ModelConfig;
-use crate::experts::ExpertTensor;
+use crate::experts::{ExpertLayout, ExpertTensor};
 use crate::families::FAMILIES;
 use crate::json::Fields;
 use crate::{Error, Result};
@@ -119,6 +119,27 @@ pub trait Family: Send + Sync {
     /// Name of a tensor that holds routed experts, in any of the layouts. The layout of a checkpoint is told by which
     /// of these names it has.
     fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String;
+
+    /// Layouts that routed experts of this family may have on disk.
+    fn layouts(&self) -> &'static [ExpertLayout] {
+        &[ExpertLayout::PerExpert, ExpertLayout::Fused, ExpertLayout::Ragged]
+    }
+
+    /// The layout that stock loaders read when nothing else is known: where a ragged checkpoint goes back to one width.
+    fn stock_layout(&self) -> ExpertLayout {
+        ExpertLayout::PerExpert
+    }
+
+    /// Config key of the number of shared experts in families whose shared experts have together that many times the
+    /// width of a routed one.
+    fn shared_count_key(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// The object with the text model's fields: the config itself, or a part of it in models with other modalities.
+    fn text_key(&self) -> Option<&'static str> {
+        None
+    }
 
     /// Decoder layer that a tensor belongs to, by its name.
     fn layer_of(&self, name: &str) -> Option<usize>;

@@ -61,7 +61,45 @@ pub(super) fn expert_tensor_name(layer: usize, tensor: ExpertTensor) -> String {
         ExpertTensor::FusedGateUp => format!("{experts}.gate_up_proj"),
         ExpertTensor::FusedDown => format!("{experts}.down_proj"),
         ExpertTensor::RaggedGateUp => format!("{experts}.ragged_gate_up"),
+        ExpertTensor::FusedGateUpBias => format!("{experts}.gate_up_proj_bias"),
+        ExpertTensor::FusedDownBias => format!("{experts}.down_proj_bias"),
+        ExpertTensor::GateUpBlocks => format!("{experts}.gate_up_proj_blocks"),
+        ExpertTensor::GateUpScales => format!("{experts}.gate_up_proj_scales"),
+        ExpertTensor::DownBlocks => format!("{experts}.down_proj_blocks"),
+        ExpertTensor::DownScales => format!("{experts}.down_proj_scales"),
         ExpertTensor::RaggedDown => format!("{experts}.ragged_down"),
+        ExpertTensor::RaggedGateUpBias => format!("{experts}.ragged_gate_up_bias"),
+        ExpertTensor::RaggedDownBias => format!("{experts}.ragged_down_bias"),
+    }
+}
+
+/// Name of a tensor in families that call shared experts by their plural.
+pub(super) fn shared_experts(role: Role) -> String {
+    let (layer, name) = match role {
+        Role::Layer(layer, LayerRole::SharedGate) => (layer, "gate_proj"),
+        Role::Layer(layer, LayerRole::SharedUp) => (layer, "up_proj"),
+        Role::Layer(layer, LayerRole::SharedDown) => (layer, "down_proj"),
+        role => return tensor_name(role),
+    };
+    format!("model.layers.{layer}.mlp.shared_experts.{name}.weight")
+}
+
+/// Name of a tensor in families whose MoE block is called `block_sparse_moe`.
+pub(super) fn block_sparse(role: Role) -> String {
+    match role {
+        Role::Layer(layer, LayerRole::Router) => format!("model.layers.{layer}.block_sparse_moe.gate.weight"),
+        role => tensor_name(role),
+    }
+}
+
+/// Name of a tensor that holds routed experts in those families.
+pub(super) fn block_sparse_expert(layer: usize, tensor: ExpertTensor) -> String {
+    let experts = format!("model.layers.{layer}.block_sparse_moe.experts");
+    match tensor {
+        ExpertTensor::Gate(expert) => format!("{experts}.{expert}.w1.weight"),
+        ExpertTensor::Up(expert) => format!("{experts}.{expert}.w3.weight"),
+        ExpertTensor::Down(expert) => format!("{experts}.{expert}.w2.weight"),
+        tensor => expert_tensor_name(layer, tensor).replace(".mlp.", ".block_sparse_moe."),
     }
 }
 
@@ -98,10 +136,12 @@ pub(super) fn size_keys(role: Role) -> &'static str {
         LayerRole::LatentKvDownBias => "`kv_lora_rank` and `qk_rope_head_dim`",
         LayerRole::LatentKvNorm => "`kv_lora_rank`",
         LayerRole::LatentKvUp => "`num_attention_heads`, `qk_nope_head_dim`, `v_head_dim` and `kv_lora_rank`",
-        LayerRole::Router => "the number of experts and `hidden_size`",
+        LayerRole::Router => {
+            "the number of experts (`num_experts`, `num_local_experts` or `n_routed_experts`) and `hidden_size`"
+        }
         LayerRole::RouterBias | LayerRole::CorrectionBias => "the number of experts",
         LayerRole::SharedGate | LayerRole::SharedUp | LayerRole::SharedDown => {
-            "the width of the shared experts and `hidden_size`"
+            "the width of the shared experts (`shared_expert_intermediate_size`, or their number times that of a routed one) and `hidden_size`"
         }
         LayerRole::DenseGate | LayerRole::DenseUp | LayerRole::DenseDown => "`intermediate_size` and `hidden_size`",
     }

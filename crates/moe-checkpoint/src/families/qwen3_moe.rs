@@ -20,7 +20,6 @@ impl Family for Qwen3Moe {
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
         let config = Fields::new(config, CONFIG)?;
-        read::refuse_quantised(&config)?;
         let hidden_size = read::size(&config, "hidden_size")?;
         let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
         let max_position_embeddings = read::size(&config, "max_position_embeddings")?;
@@ -49,9 +48,10 @@ impl Family for Qwen3Moe {
                 qk_norm: QkNorm::Head,
                 ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
             },
-            rope: rope::read(&config, max_position_embeddings)?,
+            rope: rope::read(&config, &rope::Dialect::new(max_position_embeddings))?,
             routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalise }, scale: 1.0, bias: false },
             layers,
+            quantisation: read::quantisation(&config)?,
             eos_token_ids: read::eos_token_ids(&config, generation)?,
             dtype: read::dtype(&config)?,
         })
