@@ -99,3 +99,46 @@ impl ExpertTensors {
         gradients
     }
 }
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::{device, pattern};
+
+    #[test]
+    fn the_gradient_of_a_row_weight_is_the_product_of_upstream_and_output() {
+        let values = |shape, seed| host::into_vec(pattern(shape, seed));
+        let weights = |bias: bool| ExpertWeights {
+            gate: values([3, 4], 1),
+            up: values([3, 4], 2),
+            down: values([4, 3], 3),
+            gate_bias: bias.then(|| values([1, 3], 4)),
+            up_bias: bias.then(|| values([1, 3], 5)),
+            down_bias: bias.then(|| values([1, 4], 6)),
+            width: 3,
+            hidden: 4,
+        };
+        for bias in [false, true] {
+            let expert = ExpertTensors::new(weights(bias), &device())
+                .with_activation(Swiglu::Clamped { alpha: 1.7, limit: 0.8 });
+            let (x, upstream) = (pattern([5, 4], 7), pattern([5, 4], 8));
+            let gate_up = expert.pre_activations(&x);
+            let output = expert.output(&expert.units(&gate_up));
+            let found = expert.backward(&gate_up, &upstream, Some(&[0.3; 5]), false).d_row_weights;
+            let expected = host::into_vec((output * upstream).sum_dim(1));
+            assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5), "{found:?} {expected:?}");
+        }
+    }
+
+    #[test]
+    fn an_expert_without_units_still_has_its_bias() {
+        let mut weights = ExpertWeights { hidden: 2, ..ExpertWeights::default() };
+        assert!(ExpertTensors::new(weights.clone(), &device()).is_zero());
+        (weights.gate_bias, weights.up_bias) = (Some(vec![]), Some(vec![]));
+        weights.down_bias = Some(vec![1.0, -2.0]);
+        let expert = ExpertTensors::new(weights, &device());
+        assert!(!expert.is_zero());
+        let output = expert.output(&expert.units(&expert.pre_activations(&pattern([2, 2], 1))));
+        assert_eq!(host::into_vec(output), [1.0, -2.0, 1.0, -2.0]);
+    }
+}

@@ -9,6 +9,8 @@ mod ffn;
 mod grouped;
 mod latent;
 mod norm;
+#[cfg(all(test, feature = "flex"))]
+mod tests;
 
 use std::ops::Range;
 

@@ -193,11 +193,17 @@ impl Model {
     }
 
     fn load_expert(&self, layer: usize, expert: usize) -> Result<ExpertTensors> {
-        let bytes = self.checkpoint.expert_bytes(layer, expert)?;
-        let bf16 = [&bytes.gate, &bytes.up, &bytes.down].iter().all(|m| m.dtype == Dtype::BF16);
-        if !(bf16 && Weight::prefers_bf16(&self.device)) {
+        let plain = || -> Result<ExpertTensors> {
             let weights = ExpertTensors::new(self.checkpoint.expert(layer, expert)?, &self.device);
-            return Ok(weights.with_activation(self.activation));
+            Ok(weights.with_activation(self.activation))
+        };
+        let biased = self.config().moe(layer).is_some_and(|moe| moe.bias);
+        if biased || !Weight::prefers_bf16(&self.device) {
+            return plain();
+        }
+        let bytes = self.checkpoint.expert_bytes(layer, expert)?;
+        if [&bytes.gate, &bytes.up, &bytes.down].iter().any(|m| m.dtype != Dtype::BF16) {
+            return plain();
         }
         let (width, hidden) = (bytes.gate.rows, bytes.gate.cols);
         let source = |down: bool| -> Bf16Source {
