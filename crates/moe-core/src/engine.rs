@@ -179,33 +179,23 @@ impl<'m> Engine<'m> {
         let mut tapes: Vec<LayerTape> = (0..layers.len()).map(|_| LayerTape::default()).collect();
 
         let mut x = self.model.embed(&prepared.ids)?;
-        for layer in 0..stop {
+        for (layer, tape) in tapes.iter_mut().enumerate().take(stop) {
             if needs.hidden {
                 observer.hidden(layer, &x)?;
             }
             let backward = needs.gradients && layer >= first_moe;
             let keep = if backward { plan.keep[layer] } else { Keep::default() };
-            let middle =
-                self.attention_forward(layer, &x, &prepared, &mut tapes[layer], keep.attention && layer > first_moe)?;
+            let middle = self.attention_forward(layer, &x, &prepared, tape, keep.attention && layer > first_moe)?;
             if backward && layer > first_moe {
                 store.put(input_slot(layer), x)?;
             }
             let skip_output = !head && !needs.hidden && Some(layer) == last_moe && transform.is_none();
-            x = self.ffn_forward(
-                layer,
-                &middle,
-                &prepared.info,
-                &mut tapes[layer],
-                keep,
-                needs,
-                skip_output,
-                observer,
-            )?;
+            x = self.ffn_forward(layer, &middle, &prepared.info, tape, keep, needs, skip_output, observer)?;
             if let Some(transform) = transform.as_deref_mut().filter(|_| self.model.config().moe(layer).is_some()) {
                 let ffn = self.model.ffn(layer)?;
                 let z = ffn.normed(&middle);
                 if let Some(overlay) = transform.transform(layer, &z, &x)? {
-                    x = self.transformed_output(layer, &ffn, &middle, &z, &overlay, &tapes[layer])?;
+                    x = self.transformed_output(layer, &ffn, &middle, &z, &overlay, tape)?;
                 }
             }
             if backward {
@@ -234,6 +224,26 @@ impl<'m> Engine<'m> {
         observer.end_wave(&prepared.info)?;
         self.model.checkpoint().release();
         Ok(report)
+    }
+
+    /// Output of the feed-forward half of decoder layer `layer` on `x [T, H]`: `x + ffn(norm(x))`, shown to `observer` (forward
+    /// signals only). The T tokens are one sequence of which nothing is predicted.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the observer needs gradients or there is no such layer, and whatever it refuses.
+    pub fn feed_forward(&self, layer: usize, x: &Tensor<2>, observer: &mut dyn Observer) -> Result<Tensor<2>> {
+        let needs = observer.needs();
+        if needs.gradients {
+            return Err(Error::input("observer needs", "gradients", "forward signals only"));
+        }
+        let layers = self.model.config().layers.len();
+        if layer >= layers {
+            return Err(Error::input("layer", layer, format!("below {layers}")));
+        }
+        let tokens = x.dims()[0];
+        let sequences = vec![SequenceInfo { tokens: 0..tokens, loss_tokens: 0 }];
+        let info = WaveInfo { id: 0, tokens, sequences };
+        self.ffn_forward(layer, x, &info, &mut LayerTape::default(), Keep::default(), needs, false, observer)
     }
 
     fn prepare(&self, wave: &Wave) -> Result<Prepared> {

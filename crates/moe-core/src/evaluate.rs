@@ -76,12 +76,7 @@ impl Evaluation {
 ///
 /// # Errors
 /// Those of [`generate`] and [`Engine::run`].
-pub fn evaluate(
-    model: &Model,
-    tokenizer: &Tokenizer,
-    set: &EvalSet,
-    options: &EvaluateOptions,
-) -> Result<Evaluation> {
+pub fn evaluate(model: &Model, tokenizer: &Tokenizer, set: &EvalSet, options: &EvaluateOptions) -> Result<Evaluation> {
     let start = Instant::now();
     let (metric, tokens) = match &set.rows {
         EvalRows::Exact(questions) => {
@@ -117,11 +112,7 @@ pub fn evaluate(
 ///
 /// # Errors
 /// Those of [`Engine::run`].
-pub fn cross_entropy(
-    model: &Model,
-    sequences: &[crate::data::Sequence],
-    options: WaveOptions,
-) -> Result<(f64, usize)> {
+pub fn cross_entropy(model: &Model, sequences: &[crate::data::Sequence], options: WaveOptions) -> Result<(f64, usize)> {
     struct LossOnly;
     impl Observer for LossOnly {
         fn needs(&self) -> Signals {

@@ -29,7 +29,7 @@ struct Spill {
 
 #[derive(Debug)]
 enum Slot {
-    Memory(Tensor<2>),
+    Memory(Box<Tensor<2>>),
     File { at: u64, shape: [usize; 2], device: Device },
 }
 
@@ -49,7 +49,7 @@ impl HiddenStore {
 
     pub fn put(&mut self, slot: usize, tensor: Tensor<2>) -> Result<()> {
         self.slots[slot] = Some(match &mut self.file {
-            None => Slot::Memory(tensor),
+            None => Slot::Memory(Box::new(tensor)),
             Some(spill) => {
                 let view = HostView::new(&tensor);
                 let bytes: &[u8] = bytemuck::cast_slice(view.as_slice());
@@ -68,7 +68,7 @@ impl HiddenStore {
 
     pub fn take(&mut self, slot: usize) -> Result<Tensor<2>> {
         match self.slots[slot].take().expect("each slot is put before it is taken, once") {
-            Slot::Memory(tensor) => Ok(tensor),
+            Slot::Memory(tensor) => Ok(*tensor),
             Slot::File { at, shape, device } => {
                 let spill = self.file.as_mut().expect("file slots come from a file");
                 let mut values = vec![0.0f32; shape[0] * shape[1]];

@@ -14,7 +14,7 @@
 //!
 //! Available on Linux where the processor has AMX and the kernel grants its use; `MOE_AMX=0` in the environment turns it off.
 
-use std::{arch::asm, sync::OnceLock};
+use std::{arch::asm, cell::RefCell, sync::OnceLock};
 
 use multiversion::multiversion;
 use rayon::prelude::*;
@@ -110,18 +110,27 @@ fn interleave(even: &[u8], odd: Option<&[u8]>, line: &mut Line) {
     }
 }
 
-/// `[M, K]` activations in tiles, each number in three pieces.
-fn pack_activations(x: &[f32], m: usize, k: usize) -> Vec<Line> {
-    let depth = k.div_ceil(DEPTH);
-    let per_block = depth * PIECES * TILE;
-    let mut tiles = vec![ZERO; m.div_ceil(TILE) * per_block];
-    if k > 0 {
-        tiles.par_chunks_mut(per_block).zip(x.par_chunks(TILE * k)).for_each(|(tiles, rows)| {
-            for (row, x) in rows.chunks_exact(k).enumerate() {
-                split_row(x, row, tiles);
-            }
-        });
+thread_local! {
+    /// Packed activations of the calls of one thread: as large as its largest call, kept for the next.
+    static ACTIVATIONS: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Packs `x [m, k]`, k > 0, into tiles, each number in three pieces. Every line of the tiles is written.
+fn pack_activations<'a>(x: &[f32], m: usize, k: usize, buffer: &'a mut Vec<Line>) -> &'a [Line] {
+    let per_block = k.div_ceil(DEPTH) * PIECES * TILE;
+    let lines = m.div_ceil(TILE) * per_block;
+    if buffer.len() < lines {
+        buffer.resize(lines, ZERO);
     }
+    let tiles = &mut buffer[..lines];
+    tiles.par_chunks_mut(per_block).zip(x.par_chunks(TILE * k)).for_each(|(tiles, rows)| {
+        for (row, x) in rows.chunks_exact(k).enumerate() {
+            split_row(x, row, tiles);
+        }
+        for tile in tiles.chunks_exact_mut(TILE) {
+            tile[rows.len() / k..].fill(ZERO);
+        }
+    });
     tiles
 }
 
@@ -160,12 +169,19 @@ const ACTIVATION_BYTES: usize = 1 << 20;
 /// The sum over k goes in the same order for every row, whatever m is.
 pub fn multiply(x: &[f32], m: usize, w: &PackedWeights) -> Vec<f32> {
     assert_eq!(x.len(), m * w.k, "activations [m, k]");
-    let n = w.n;
-    if m == 0 || n == 0 || w.k == 0 {
-        return vec![0.0; m * n];
+    if m == 0 || w.n == 0 || w.k == 0 {
+        return vec![0.0; m * w.n];
     }
+    // Taken out while in use: a nested call on this thread (rayon may steal one) finds an empty buffer, not a borrowed one.
+    let mut buffer = ACTIVATIONS.take();
+    let out = multiply_packed(pack_activations(x, m, w.k, &mut buffer), m, w);
+    ACTIVATIONS.set(buffer);
+    out
+}
+
+fn multiply_packed(activations: &[Line], m: usize, w: &PackedWeights) -> Vec<f32> {
+    let n = w.n;
     let depth = w.k.div_ceil(DEPTH);
-    let activations = pack_activations(x, m, w.k);
     let per_block = depth * PIECES * TILE;
     // an even number of 16-row blocks
     let task_blocks = (ACTIVATION_BYTES / (per_block * 64)).next_multiple_of(2).max(2);
@@ -193,7 +209,8 @@ pub fn multiply(x: &[f32], m: usize, w: &PackedWeights) -> Vec<f32> {
                 let row = block * TILE;
                 let rows = (m - row).min(2 * TILE);
                 let top = &activations[block * per_block..(block + 1) * per_block];
-                let bottom = if rows > TILE { &activations[(block + 1) * per_block..(block + 2) * per_block] } else { top };
+                let bottom =
+                    if rows > TILE { &activations[(block + 1) * per_block..(block + 2) * per_block] } else { top };
                 // SAFETY: panels hold `depth` tiles and row blocks `3 depth`; `out` has room for m x n, and the 32 x 32 block at
                 // (row, column) belongs to this task alone. A block that reaches past the edge goes through the scratch.
                 unsafe {
@@ -252,7 +269,16 @@ impl Tiles {
     /// # Safety
     /// `a*` hold `3 depth` tiles, `b*` hold `depth`, `out` has 32 rows of 32 elements `stride` apart.
     #[allow(clippy::too_many_arguments)]
-    unsafe fn block(&self, a0: &[Line], a1: &[Line], b0: &[Line], b1: &[Line], depth: usize, out: *mut f32, stride: usize) {
+    unsafe fn block(
+        &self,
+        a0: &[Line],
+        a1: &[Line],
+        b0: &[Line],
+        b1: &[Line],
+        depth: usize,
+        out: *mut f32,
+        stride: usize,
+    ) {
         unsafe {
             asm!(
                 "tilezero tmm0",

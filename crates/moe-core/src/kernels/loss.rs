@@ -77,16 +77,18 @@ fn on_host(blocks: Vec<Tensor<2>>, targets: &[Option<u32>], gradient: bool) -> C
             .into_iter()
             .map(|mut block| {
                 let (first, width) = (block.first, block.width);
-                block.values.par_chunks_mut(width).zip(&sum).zip(targets).for_each(|((row, sum), target)| match target {
-                    Some(target) => {
-                        let inverse = (1.0 / sum) as f32;
-                        row.iter_mut().for_each(|x| *x *= inverse);
-                        if let Some(x) = (*target as usize).checked_sub(first).and_then(|i| row.get_mut(i)) {
-                            *x -= 1.0;
+                block.values.par_chunks_mut(width).zip(&sum).zip(targets).for_each(
+                    |((row, sum), target)| match target {
+                        Some(target) => {
+                            let inverse = (1.0 / sum) as f32;
+                            row.iter_mut().for_each(|x| *x *= inverse);
+                            if let Some(x) = (*target as usize).checked_sub(first).and_then(|i| row.get_mut(i)) {
+                                *x -= 1.0;
+                            }
                         }
-                    }
-                    None => row.fill(0.0),
-                });
+                        None => row.fill(0.0),
+                    },
+                );
                 host::from_vec(block.values, [n, width], &device)
             })
             .collect()

@@ -50,14 +50,7 @@ fn add_columns(
 
 /// Adds one block of columns: f32 partial sums over 32 rows, carried in f64.
 #[inline(always)]
-fn column_block(
-    a: &[f32],
-    m: usize,
-    first: usize,
-    weights: &[f32],
-    out: &mut [f64],
-    f: impl Fn(f32) -> f32 + Copy,
-) {
+fn column_block(a: &[f32], m: usize, first: usize, weights: &[f32], out: &mut [f64], f: impl Fn(f32) -> f32 + Copy) {
     let width = out.len();
     for (block, weights) in weights.chunks(32).enumerate() {
         let mut partial = [0.0f32; COLUMN_BLOCK];

@@ -36,7 +36,7 @@ pub struct RowAccumulator {
 enum Sum {
     Host(Vec<f32>),
     // Option: taken and put back around an operation, so that the tensor is never shared while it is updated
-    Device(Option<Tensor<2>>),
+    Device(Option<Box<Tensor<2>>>),
 }
 
 impl RowAccumulator {
@@ -45,7 +45,7 @@ impl RowAccumulator {
         let sum = if host::is_host(device) {
             Sum::Host(zeros(tokens * columns))
         } else {
-            Sum::Device(Some(Tensor::zeros([tokens, columns], device)))
+            Sum::Device(Some(Box::new(Tensor::zeros([tokens, columns], device))))
         };
         Self { tokens, columns, device: device.clone(), sum }
     }
@@ -53,8 +53,11 @@ impl RowAccumulator {
     /// Starts from an existing tensor.
     pub fn from_tensor(tensor: Tensor<2>) -> Self {
         let ([tokens, columns], device) = (tensor.dims(), tensor.device());
-        let sum =
-            if host::is_host(&device) { Sum::Host(host::into_vec(tensor)) } else { Sum::Device(Some(tensor)) };
+        let sum = if host::is_host(&device) {
+            Sum::Host(host::into_vec(tensor))
+        } else {
+            Sum::Device(Some(Box::new(tensor)))
+        };
         Self { tokens, columns, device, sum }
     }
 
@@ -83,12 +86,12 @@ impl RowAccumulator {
                     None => y.clone(),
                 };
                 let taken = sum.take().expect("put back below");
-                *sum = Some(taken.select_assign(
+                *sum = Some(Box::new(taken.select_assign(
                     0,
                     index_tensor(rows, &self.device),
                     y,
                     burn::tensor::IndexingUpdateOp::Add,
-                ));
+                )));
             }
         }
     }
@@ -102,7 +105,7 @@ impl RowAccumulator {
                 let columns = self.columns;
                 for_rows_mut(sum, columns, |t, out| add_scaled(out, 1.0, &y[t * columns..(t + 1) * columns]));
             }
-            Sum::Device(sum) => *sum = sum.take().map(|s| s + y.clone()),
+            Sum::Device(sum) => *sum = sum.take().map(|s| Box::new(*s + y.clone())),
         }
     }
 
@@ -110,7 +113,7 @@ impl RowAccumulator {
     pub fn into_tensor(self) -> Tensor<2> {
         match self.sum {
             Sum::Host(sum) => host::from_vec(sum, [self.tokens, self.columns], &self.device),
-            Sum::Device(sum) => sum.expect("always put back"),
+            Sum::Device(sum) => *sum.expect("always put back"),
         }
     }
 }

@@ -20,7 +20,7 @@ pub struct Weight(Form);
 #[derive(Clone, Debug)]
 enum Form {
     /// f32 on the device.
-    Dense(Tensor<2>),
+    Dense(Box<Tensor<2>>),
     /// bf16 in the checkpoint, packed for the matrix units of the CPU when a direction is first used.
     Packed(Arc<Packed>),
 }
@@ -49,7 +49,7 @@ impl fmt::Debug for Packed {
 impl Weight {
     /// A matrix `[out, in]` on its device.
     pub fn dense(matrix: Tensor<2>) -> Self {
-        Self(Form::Dense(matrix))
+        Self(Form::Dense(Box::new(matrix)))
     }
 
     /// Whether bf16 weights on `device` should come through [`from_bf16`](Self::from_bf16).
@@ -83,7 +83,7 @@ impl Weight {
     /// The matrix as an f32 tensor; a copy where it is packed.
     pub fn to_tensor(&self) -> Tensor<2> {
         match &self.0 {
-            Form::Dense(matrix) => matrix.clone(),
+            Form::Dense(matrix) => Tensor::clone(matrix),
             Form::Packed(packed) => packed.to_tensor(),
         }
     }
@@ -91,7 +91,7 @@ impl Weight {
     /// `x w^T + bias` for `x [n, in]`, `bias [out]`.
     pub fn forward(&self, x: &Tensor<2>, bias: Option<&Tensor<1>>) -> Tensor<2> {
         let y = match &self.0 {
-            Form::Dense(matrix) => x.clone().matmul(matrix.clone().transpose()), // [n, out]
+            Form::Dense(matrix) => x.clone().matmul(Tensor::clone(matrix).transpose()), // [n, out]
             Form::Packed(packed) => packed.multiply(x, packed.outputs, packed.forward()),
         };
         match bias {
@@ -103,7 +103,7 @@ impl Weight {
     /// `dy w`: the gradient of [`forward`](Self::forward) with respect to `x`, for `dy [n, out]`.
     pub fn backward(&self, dy: &Tensor<2>) -> Tensor<2> {
         match &self.0 {
-            Form::Dense(matrix) => dy.clone().matmul(matrix.clone()), // [n, in]
+            Form::Dense(matrix) => dy.clone().matmul(Tensor::clone(matrix)), // [n, in]
             Form::Packed(packed) => packed.multiply(dy, packed.inputs, packed.backward()),
         }
     }

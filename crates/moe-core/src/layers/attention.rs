@@ -30,7 +30,7 @@ pub struct AttentionLayer {
 #[derive(Clone, Debug)]
 pub enum Projections {
     /// One projection each.
-    Grouped(GroupedProjections),
+    Grouped(Box<GroupedProjections>),
     /// Through low-rank latents.
     Latent(Box<LatentProjections>),
 }

@@ -30,15 +30,19 @@ pub struct LatentProjections {
 pub enum QueryProjection {
     /// `[heads * (nope + rope), H]`.
     Full(Weight),
-    /// Through a latent of rank R_q.
-    LowRank {
-        /// `[R_q, H]`.
-        down: Linear,
-        /// `[R_q]`.
-        norm: Norm,
-        /// `[heads * (nope + rope), R_q]`.
-        up: Weight,
-    },
+    /// Through a latent.
+    LowRank(Box<LowRankQuery>),
+}
+
+/// Projection to the queries through a latent of rank R_q.
+#[derive(Clone, Debug)]
+pub struct LowRankQuery {
+    /// `[R_q, H]`.
+    pub down: Linear,
+    /// `[R_q]`.
+    pub norm: Norm,
+    /// `[heads * (nope + rope), R_q]`.
+    pub up: Weight,
 }
 
 /// Latents before their norms.
@@ -52,18 +56,20 @@ impl QueryProjection {
     fn forward(&self, z: &Tensor<2>) -> (Tensor<2>, Option<Tensor<2>>) {
         match self {
             Self::Full(weight) => (weight.forward(z, None), None),
-            Self::LowRank { down, norm, up } => {
-                let latent = down.forward(z);
-                (up.forward(&norm.forward(&latent), None), Some(latent))
+            Self::LowRank(query) => {
+                let latent = query.down.forward(z);
+                (query.up.forward(&query.norm.forward(&latent), None), Some(latent))
             }
         }
     }
 
     fn backward(&self, latent: Option<&Tensor<2>>, dq: &Tensor<2>) -> Tensor<2> {
         match (self, latent) {
-            (Self::LowRank { down, norm, up }, Some(latent)) => down.backward(&norm.backward(latent, &up.backward(dq))),
+            (Self::LowRank(query), Some(latent)) => {
+                query.down.backward(&query.norm.backward(latent, &query.up.backward(dq)))
+            }
             (Self::Full(weight), _) => weight.backward(dq),
-            (Self::LowRank { .. }, None) => unreachable!("the forward pass saves the latent"),
+            (Self::LowRank(_), None) => unreachable!("the forward pass saves the latent"),
         }
     }
 }

@@ -20,7 +20,7 @@ pub use attention::{AttentionLayer, AttentionTape, CacheEntry, Projections};
 pub use dense::{DENSE_ROWS, DenseBlock};
 pub use ffn::{FfnLayer, RouterLayer};
 pub use grouped::{GroupedProjections, HeadNorms};
-pub use latent::{LatentProjections, QueryProjection};
+pub use latent::{LatentProjections, LowRankQuery, QueryProjection};
 pub use norm::Norm;
 
 use crate::kernels::weight::Weight;

@@ -45,11 +45,11 @@ fn grouped(per_head: bool, clip: Option<f32>) -> AttentionLayer {
     let norms = HeadNorms { query: norm(if per_head { 4 } else { 8 }, 4, false), key: norm(4, 5, false), per_head };
     AttentionLayer {
         norm: norm(HIDDEN, 6, true),
-        projections: Projections::Grouped(GroupedProjections {
+        projections: Projections::Grouped(Box::new(GroupedProjections {
             qkv: [linear([8, HIDDEN], 1), linear([4, HIDDEN], 2), linear([4, HIDDEN], 3)],
             norms: Some(norms),
             clip,
-        }),
+        })),
         output: linear([HIDDEN, 8], 7),
         shape: shape(1, 4, 4),
         residual: 0.7,
@@ -59,9 +59,11 @@ fn grouped(per_head: bool, clip: Option<f32>) -> AttentionLayer {
 fn latent(low_rank: bool) -> AttentionLayer {
     let heads = LatentHeads { heads: 2, nope: 3, rope: 2, value: 4 };
     let query = match low_rank {
-        true => {
-            QueryProjection::LowRank { down: linear([5, HIDDEN], 1), norm: norm(5, 2, false), up: weight([10, 5], 3) }
-        }
+        true => QueryProjection::LowRank(Box::new(LowRankQuery {
+            down: linear([5, HIDDEN], 1),
+            norm: norm(5, 2, false),
+            up: weight([10, 5], 3),
+        })),
         false => QueryProjection::Full(weight([10, HIDDEN], 4)),
     };
     AttentionLayer {
@@ -126,7 +128,7 @@ fn absorbed_latent_attention_equals_the_expanded_one() {
     for low_rank in [false, true] {
         let (layer, table) = (latent(low_rank), table(2, true));
         let x = pattern([TOKENS, HIDDEN], 20);
-        let expanded = layer.mix(&x, &layer.project(&x, &table), &[0..TOKENS]);
+        let expanded = layer.mix(&x, &layer.project(&x, &table), std::slice::from_ref(&(0..TOKENS)));
         let entry = layer.cache_entry(&x, &table);
         assert_eq!((entry.k.dims(), entry.v.is_none()), ([TOKENS, 5], true));
         let heads = attention_cached(&entry.q, &entry.k, &entry.k, &layer.cached_shape());

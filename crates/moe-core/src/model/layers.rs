@@ -8,8 +8,8 @@ use crate::{
     experts::ExpertTensors,
     kernels::{attention::AttentionShape, latent::LatentHeads},
     layers::{
-        AttentionLayer, DenseBlock, FfnLayer, GroupedProjections, HeadNorms, LatentProjections, Linear, Norm,
-        Projections, QueryProjection, RouterLayer,
+        AttentionLayer, DenseBlock, FfnLayer, GroupedProjections, HeadNorms, LatentProjections, Linear, LowRankQuery,
+        Norm, Projections, QueryProjection, RouterLayer,
     },
 };
 
@@ -30,7 +30,7 @@ impl Model {
         let loaded = AttentionLayer {
             norm: self.norm(role(LayerRole::AttentionNorm), role(LayerRole::AttentionNormBias))?,
             projections: match &a.kind {
-                AttentionKind::Grouped => Projections::Grouped(self.grouped(layer)?),
+                AttentionKind::Grouped => Projections::Grouped(Box::new(self.grouped(layer)?)),
                 AttentionKind::Latent(latent) => Projections::Latent(Box::new(self.latent(layer, latent)?)),
                 other => return Err(Error::Unsupported(format!("attention {other:?}"))),
             },
@@ -99,11 +99,11 @@ impl Model {
         Ok(LatentProjections {
             query: match latent.q_lora_rank {
                 None => QueryProjection::Full(self.weight(&[role(LayerRole::Query)], [q, h])?),
-                Some(rank) => QueryProjection::LowRank {
+                Some(rank) => QueryProjection::LowRank(Box::new(LowRankQuery {
                     down: down(LayerRole::LatentQueryDown, LayerRole::LatentQueryDownBias, rank)?,
                     norm: self.rms_norm(role(LayerRole::LatentQueryNorm), rank, latent.norm_eps)?,
                     up: self.weight(&[role(LayerRole::LatentQueryUp)], [q, rank])?,
-                },
+                })),
             },
             kv_down: down(LayerRole::LatentKvDown, LayerRole::LatentKvDownBias, rank + heads.rope)?,
             kv_norm: self.rms_norm(role(LayerRole::LatentKvNorm), rank, latent.norm_eps)?,

@@ -7,7 +7,7 @@ use std::{
 };
 
 use burn::tensor::{Device, Tensor};
-use moe_checkpoint::{Activation, Checkpoint, Dtype, ModelConfig, RawMatrix, Role};
+use moe_checkpoint::{Activation, Checkpoint, Dtype, ExpertPart, ModelConfig, RawMatrix, Role};
 
 mod head;
 mod layers;
@@ -193,19 +193,17 @@ impl Model {
     }
 
     fn load_expert(&self, layer: usize, expert: usize) -> Result<ExpertTensors> {
-        let plain = || -> Result<ExpertTensors> {
+        let config = self.config();
+        let (width, biased) = config.moe(layer).map_or((0, false), |moe| (moe.widths[expert], moe.bias));
+        let mut packed = !biased && Weight::prefers_bf16(&self.device);
+        for part in [ExpertPart::Gate, ExpertPart::Up, ExpertPart::Down] {
+            packed = packed && self.checkpoint.expert_dtype(layer, expert, part)? == Some(Dtype::BF16);
+        }
+        if !packed {
             let weights = ExpertTensors::new(self.checkpoint.expert(layer, expert)?, &self.device);
-            Ok(weights.with_activation(self.activation))
-        };
-        let biased = self.config().moe(layer).is_some_and(|moe| moe.bias);
-        if biased || !Weight::prefers_bf16(&self.device) {
-            return plain();
+            return Ok(weights.with_activation(self.activation));
         }
-        let bytes = self.checkpoint.expert_bytes(layer, expert)?;
-        if [&bytes.gate, &bytes.up, &bytes.down].iter().any(|m| m.dtype != Dtype::BF16) {
-            return plain();
-        }
-        let (width, hidden) = (bytes.gate.rows, bytes.gate.cols);
+        let hidden = config.hidden_size;
         let source = |down: bool| -> Bf16Source {
             let checkpoint = self.checkpoint.clone();
             Box::new(move |f| {

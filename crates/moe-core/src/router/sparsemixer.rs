@@ -7,9 +7,8 @@ use crate::kernels::math;
 
 /// Whether expert `e` shares the softmax of the expert with the largest remaining logit `max`.
 fn competes(logit: f32, max: f32, jitter: f32) -> bool {
-    // written so that 0 / 0 competes
     let distance = (max - logit) / logit.abs().max(max);
-    !(distance > 2.0 * jitter)
+    distance <= 2.0 * jitter || distance.is_nan() // 0 / 0
 }
 
 /// Calls `f(e, p_e)` for the experts in the softmax of slot `slot`.

@@ -80,14 +80,15 @@ fn sparsemixer_weighs_against_close_competitors() {
 
 #[test]
 fn backward_matches_a_difference_quotient() {
-    let groups = Some(GroupLimit { count: 2, top: 1, rank: GroupRank::TwoLargest });
+    let limit = GroupLimit { count: 2, top: 1, rank: GroupRank::TwoLargest };
+    let (groups, by_largest) = (Some(limit), Some(GroupLimit { rank: GroupRank::Largest, ..limit }));
     let soft = |floor| Score::Softmax { floor };
     let cases = [
         (softmax(false), None),
         (softmax(true), None),
         (scores(soft(1e-12), true, None), Some([0.4, 0.0, 0.0, 0.0, -0.3, 0.2])),
         (scores(soft(0.9), true, None), Some([0.4, 0.0, -2.0, 0.0, -0.3, 0.2])),
-        (scores(soft(0.0), false, Some(GroupLimit { rank: GroupRank::Largest, ..groups.unwrap() })), None),
+        (scores(soft(0.0), false, by_largest), None),
         (scores(Score::Sigmoid, false, groups), Some([0.4, 0.0, 0.0, 0.0, -0.3, 0.2])),
         (scores(Score::Sigmoid, true, groups), Some([0.4, 0.0, 0.0, 0.0, -0.3, 0.2])),
         (Router { top_k: 2, scale: 1.5, rule: Rule::Sparsemixer { jitter: 0.25 } }, None),
