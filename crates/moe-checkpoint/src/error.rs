@@ -136,6 +136,14 @@ pub enum Error {
         reason: String,
     },
 
+    /// A model that could not be fetched from the Hub.
+    #[error("model `{model}`: {reason}")]
+    Hub {
+        /// The id.
+        model: String,
+        /// What went wrong.
+        reason: String,
+    },
     /// The model path is not a directory.
     #[error("{}: not a directory; expected a model directory with config.json and safetensors weights", path.display())]
     NotADirectory {

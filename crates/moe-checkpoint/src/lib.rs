@@ -8,6 +8,7 @@
 //! - [`Family`] says how the config of a model family reads and what its tensors are called.
 //! - Routed experts have one canonical form, [`ExpertWeights`], whatever their [`ExpertLayout`] on disk.
 //! - [`ShardedWriter`] and [`OutputDir`] write checkpoints as streams, atomically and resumably.
+//! - Feature `hub` adds `hub::fetch`: a model id in place of a directory.
 //! - [`Statistics`], [`ScoreTable`] and [`MoeShape`] are the artefacts that scoring and pruning exchange.
 //!
 //! ```no_run
@@ -33,6 +34,8 @@ mod families;
 mod family;
 mod fingerprint;
 mod header;
+#[cfg(feature = "hub")]
+pub mod hub;
 mod index;
 mod json;
 mod output_dir;

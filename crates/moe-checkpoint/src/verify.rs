@@ -95,7 +95,7 @@ fn attention_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
     let queries = attention.num_heads * attention.head_dim;
     let keys = attention.num_kv_heads * attention.head_dim;
     let values = attention.num_heads * attention.value_head_dim();
-    let mut roles = vec![(LayerRole::Output, vec![hidden, values])];
+    let mut roles = Vec::new();
     match &attention.kind {
         AttentionKind::Other => return Vec::new(),
         AttentionKind::Grouped => {
@@ -110,6 +110,7 @@ fn attention_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
         }
         AttentionKind::Latent(latent) => roles.extend(latent_roles(config, latent)),
     }
+    roles.push((LayerRole::Output, vec![hidden, values]));
     if attention.output_bias {
         roles.push((LayerRole::OutputBias, vec![hidden]));
     }

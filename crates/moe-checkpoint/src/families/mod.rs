@@ -34,11 +34,11 @@ pub(crate) static FAMILIES: &[&dyn Family] = &[
     &olmoe::Olmoe,
     &phimoe::Phimoe,
     &qwen2_moe::Qwen2Moe,
+    &qwen3_moe::Qwen3Moe,
     &qwen3_5_moe::Qwen35Moe {
         model_type: "qwen3_5_moe",
         prefix: "model.language_model",
         text_key: Some("text_config"),
     },
     &qwen3_5_moe::Qwen35Moe { model_type: "qwen3_5_moe_text", prefix: "model", text_key: None },
-    &qwen3_moe::Qwen3Moe,
 ];

@@ -123,7 +123,9 @@ pub(super) fn size_keys(role: Role) -> &'static str {
         | LayerRole::FfnNormBias
         | LayerRole::OutputBias
         | LayerRole::SharedExpertGate => "`hidden_size`",
-        LayerRole::Query | LayerRole::Output => "`num_attention_heads`, the width of a head and `hidden_size`",
+        LayerRole::Query | LayerRole::Output => {
+            "`num_attention_heads`, the width of a head (`head_dim`, or `v_head_dim` of latent attention) and `hidden_size`"
+        }
         LayerRole::QueryBias => "`num_attention_heads` and `head_dim`",
         LayerRole::Key | LayerRole::Value => "`num_key_value_heads`, `head_dim` and `hidden_size`",
         LayerRole::KeyBias | LayerRole::ValueBias => "`num_key_value_heads` and `head_dim`",
