@@ -98,7 +98,7 @@ impl RotaryEmbedding {
                 });
                 (frequencies, attention)
             }
-            // As in the paper and Microsoft's own code, long sequences have frequencies of their own. transformers 5.23 keeps the
+            // As in the paper, long sequences have frequencies of their own. transformers 5.23 keeps the
             // short ones for phimoe and changes the factor only: there, logits of long sequences differ.
             RopeScaling::LongRope { short_factor, long_factor, short_mscale, long_mscale, original_max_position } => {
                 let divided = |factors: &[f64]| -> Result<Vec<f64>> {
