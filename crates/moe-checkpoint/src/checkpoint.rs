@@ -1,18 +1,22 @@
 //! A model directory: opened once, verified wholly, read lazily.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::config::ModelConfig;
 use crate::convert;
-use crate::experts::{ExpertBytes, ExpertLayout, ExpertPart, ExpertTensor, ExpertWeights, RawMatrix};
+use crate::expert_bytes::{ExpertBytes, ExpertWeights, RawMatrix};
+use crate::experts::{ExpertLayout, ExpertPart, ExpertTensor, MXFP4_BLOCK, Placement};
 use crate::family::{Family, Role, family};
 use crate::fingerprint;
 use crate::index::read_json;
+use crate::quantised::{self, Quantisation, SCALE_SUFFIX};
 use crate::ragged::Ragged;
 use crate::shape::MoeShape;
 use crate::shard::Shard;
@@ -38,6 +42,8 @@ pub struct Checkpoint {
     shards: Vec<Shard>,
     tensors: BTreeMap<String, TensorInfo>,
     layouts: BTreeMap<usize, ExpertLayout>,
+    /// Tensors that only serve to dequantise others.
+    scales: BTreeSet<String>,
     fingerprint: OnceLock<String>,
 }
 
@@ -56,7 +62,7 @@ impl Checkpoint {
     /// # Errors
     /// Every problem that the config and the headers can show, before any weight is read: see the variants of
     /// [`enum@Error`]. A checkpoint that opens has every tensor its config calls for, with the shape it calls for, as F32,
-    /// F16 or BF16, and no tensor in its decoder layers that the config has no place for.
+    /// F16, BF16 or in a quantisation that is read, and no tensor in its decoder layers that the config has no place for.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         if !dir.is_dir() {
@@ -74,7 +80,8 @@ impl Checkpoint {
         let (family, ragged, config) = parse().map_err(|error| error.in_dir(dir))?;
 
         let (shards, tensors) = weights::open(dir)?;
-        let layouts = verify::verify(&verify::Weights { dir, config: &config, family, ragged, tensors: &tensors })?;
+        let verify::Verified { layouts, scales } =
+            verify::verify(&verify::Weights { dir, config: &config, family, ragged, tensors: &tensors })?;
         let shape = config.moe_shape();
         Ok(Self {
             dir: dir.to_path_buf(),
@@ -87,6 +94,7 @@ impl Checkpoint {
             shards,
             tensors,
             layouts,
+            scales,
             fingerprint: OnceLock::new(),
         })
     }
@@ -167,11 +175,58 @@ impl Checkpoint {
         self.tensors.values().map(|tensor| tensor.bytes).sum()
     }
 
-    /// Elements of all tensors; a head that is tied to the embedding counts once, even if the file has both.
+    /// Dtype of a part of a routed expert as it is read, without reading it; `None` for a bias that does not exist.
+    ///
+    /// # Errors
+    /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
+    pub fn expert_dtype(&self, layer: usize, expert: usize, part: ExpertPart) -> Result<Option<Dtype>> {
+        let (layout, bias) = self.located_layer(layer, expert)?;
+        if !bias && ExpertPart::BIASES.contains(&part) {
+            return Ok(None);
+        }
+        let (info, _) = self.place(layer, expert, part)?;
+        let quantised = layout == ExpertLayout::Mxfp4 && ExpertPart::ALL.contains(&part);
+        Ok(Some(if quantised { Dtype::BF16 } else { self.plain_dtype(&info.name)? }))
+    }
+
+    /// Bytes of the routed experts of an MoE layer as the files hold them.
+    ///
+    /// # Errors
+    /// [`Error::UnknownLayer`].
+    pub fn expert_bytes_on_disk(&self, layer: usize) -> Result<u64> {
+        let moe = self.config.moe(layer).ok_or_else(|| self.unknown_layer(layer))?;
+        let tensors = self.expert_layout(layer)?.tensors(self.config.hidden_size, &moe.widths, moe.bias);
+        let mut bytes = 0;
+        for tensor in tensors.into_iter().flatten() {
+            let info = self.info(&self.family.expert_tensor_name(layer, tensor.tensor))?;
+            bytes += info.bytes + self.scale_of(info).map_or(0, |scale| scale.bytes);
+        }
+        Ok(bytes)
+    }
+
+    /// Tensors of multi-token prediction: those of the layers after the decoder layers and those under `mtp.`. They are
+    /// carried along, not interpreted.
+    pub fn mtp_tensors(&self) -> impl Iterator<Item = &TensorInfo> {
+        self.tensors.values().filter(|info| self.is_mtp(&info.name))
+    }
+
+    /// Whether a tensor is one of [`Checkpoint::mtp_tensors`].
+    pub fn is_mtp(&self, name: &str) -> bool {
+        name.starts_with("mtp.")
+            || name.starts_with("model.mtp_")
+            || self.family.layer_of(name).is_some_and(|layer| layer >= self.config.layers.len())
+    }
+
+    /// Elements of all tensors; a head that is tied to the embedding counts once, even if the file has both. Factors of
+    /// quantised tensors do not count.
     pub fn parameters(&self) -> u64 {
         let tied_head = self.config.tie_word_embeddings.then(|| self.family.tensor_name(Role::LmHead));
         let counted = self.tensors.values().filter(|tensor| Some(&tensor.name) != tied_head.as_ref());
-        counted.map(TensorInfo::elements).sum()
+        let counted = counted.filter(|tensor| !self.is_scale(&tensor.name));
+        let fp4 = |tensor: &TensorInfo| {
+            self.config.quantisation == Some(Quantisation::Mxfp4) && tensor.name.ends_with("_blocks")
+        };
+        counted.map(|tensor| tensor.elements() * if fp4(tensor) { 2 } else { 1 }).sum()
     }
 
     /// The bytes of a tensor, mapped; nothing is copied. They stay resident until [`Checkpoint::release`].
@@ -195,6 +250,40 @@ impl Checkpoint {
             let slice = start..range.end.min(start.saturating_add(max_bytes.max(1)));
             f(shard.bytes(slice.clone()))?;
             shard.release(slice);
+        }
+        Ok(())
+    }
+
+    /// Whether the weights are quantised. They are read as BF16 then.
+    pub fn quantisation(&self) -> Option<Quantisation> {
+        self.config.quantisation
+    }
+
+    /// Whether a tensor only holds the factors or exponents of another, quantised one, so that a checkpoint without
+    /// quantisation does not have it.
+    pub fn is_scale(&self, name: &str) -> bool {
+        self.scales.contains(name)
+    }
+
+    /// Dtype of a tensor as it is read: BF16 for a quantised one.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchTensor`].
+    pub fn plain_dtype(&self, name: &str) -> Result<Dtype> {
+        self.info(name).map(|info| if self.scale_of(info).is_some() { Dtype::BF16 } else { info.dtype })
+    }
+
+    /// Like [`Checkpoint::stream`], with the elements of an FP8 tensor as BF16.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchTensor`], and those of `f`.
+    pub fn stream_plain(&self, name: &str, max_bytes: usize, mut f: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let info = self.info(name)?;
+        let Some(scale) = self.scale_of(info) else { return self.stream(name, max_bytes, f) };
+        let rows = info.shape[0];
+        let step = (max_bytes / (2 * info.shape[1]).max(1)).max(1);
+        for start in (0..rows).step_by(step) {
+            f(&self.dequantise(info, scale, start..rows.min(start + step))?)?;
         }
         Ok(())
     }
@@ -265,30 +354,43 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
     pub fn expert_into(&self, layer: usize, expert: usize, weights: &mut ExpertWeights) -> Result<()> {
-        let located = self.locate(layer, expert)?;
-        let buffers = [&mut weights.gate, &mut weights.up, &mut weights.down];
-        for ((info, elements), buffer) in located.into_iter().zip(buffers) {
-            self.read_part_into(info, elements, buffer)?;
+        let bias = self.located_layer(layer, expert)?.1;
+        if !bias {
+            (weights.gate_bias, weights.up_bias, weights.down_bias) = (None, None, None);
+        }
+        for part in parts(bias) {
+            let (info, place) = self.place(layer, expert, *part)?;
+            let buffer = weights.buffer(*part);
+            if place.is_contiguous() && convert::float_bytes(info.dtype).is_some() {
+                self.read_part_into(info, place.range(), buffer)?;
+            } else {
+                let matrix = self.matrix(info, &place)?;
+                buffer.resize(place.rows * place.cols, 0.0);
+                convert::decode(matrix.dtype, &matrix.bytes, buffer, |_| {});
+                self.release_place(info, &place);
+            }
         }
         weights.hidden = self.config.hidden_size;
         weights.width = weights.gate.len() / weights.hidden;
         Ok(())
     }
 
-    /// The weights of a routed expert as the file holds them, mapped, from whatever layout. They stay resident until
-    /// [`Checkpoint::release_expert`] or [`Checkpoint::release`].
+    /// The weights of a routed expert in their canonical orientation without a cast, from whatever layout: views of the file
+    /// where it holds them so, which stay resident until [`Checkpoint::release_expert`] or [`Checkpoint::release`], else
+    /// copies. Quantised weights are BF16.
     ///
     /// # Errors
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
     pub fn expert_bytes(&self, layer: usize, expert: usize) -> Result<ExpertBytes<'_>> {
-        let hidden = self.config.hidden_size;
-        let [gate, up, down] = self.locate(layer, expert)?.map(|(info, elements)| {
-            let width = elements.len() / hidden;
-            let bytes = &self.view(info)[info.byte_range(&elements)];
-            RawMatrix { bytes, dtype: info.dtype, rows: width, cols: hidden }
-        });
-        let down = RawMatrix { rows: hidden, cols: down.rows, ..down };
-        Ok(ExpertBytes { gate, up, down })
+        let bias = self.located_layer(layer, expert)?.1;
+        let read = |part: ExpertPart| {
+            let (info, place) = self.place(layer, expert, part)?;
+            self.matrix(info, &place)
+        };
+        let three = |[a, b, c]: [ExpertPart; 3]| Ok([read(a)?, read(b)?, read(c)?]);
+        let [gate, up, down] = three(ExpertPart::ALL)?;
+        let biases = bias.then(|| three(ExpertPart::BIASES)).transpose()?;
+        Ok(ExpertBytes { gate, up, down, biases })
     }
 
     /// Gives the mapped pages of a routed expert back to the system.
@@ -296,9 +398,9 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
     pub fn release_expert(&self, layer: usize, expert: usize) -> Result<()> {
-        for (info, elements) in self.locate(layer, expert)? {
-            let bytes = info.byte_range(&elements);
-            self.shards[info.shard()].release(info.begin() + bytes.start..info.begin() + bytes.end);
+        for part in parts(self.located_layer(layer, expert)?.1) {
+            let (info, place) = self.place(layer, expert, *part)?;
+            self.release_place(info, &place);
         }
         Ok(())
     }
@@ -308,18 +410,79 @@ impl Checkpoint {
         self.family.expert_tensor_name(layer, tensor)
     }
 
-    /// Tensor and elements of gate, up and down of an expert.
-    fn locate(&self, layer: usize, expert: usize) -> Result<[(&TensorInfo, Range<usize>); 3]> {
+    /// Layout of the layer of an expert, and whether its experts have biases.
+    fn located_layer(&self, layer: usize, expert: usize) -> Result<(ExpertLayout, bool)> {
         let moe = self.config.moe(layer).ok_or_else(|| self.unknown_layer(layer))?;
-        let layout = self.expert_layout(layer)?;
         if expert >= moe.num_experts() {
             return Err(Error::UnknownExpert { layer, expert, count: moe.num_experts() });
         }
-        let find = |part: ExpertPart| {
-            let (tensor, elements) = layout.locate(self.config.hidden_size, &moe.widths, expert, part);
-            Ok((self.info(&self.family.expert_tensor_name(layer, tensor))?, elements))
+        Ok((self.expert_layout(layer)?, moe.bias))
+    }
+
+    /// Where a part of an expert is.
+    fn place(&self, layer: usize, expert: usize, part: ExpertPart) -> Result<(&TensorInfo, Placement)> {
+        let moe = self.config.moe(layer).ok_or_else(|| self.unknown_layer(layer))?;
+        let (layout, _) = self.located_layer(layer, expert)?;
+        let place = layout.place(self.config.hidden_size, &moe.widths, expert, part);
+        Ok((self.info(&self.family.expert_tensor_name(layer, place.tensor))?, place))
+    }
+
+    /// A part of an expert, row-major.
+    fn matrix(&self, info: &TensorInfo, place: &Placement) -> Result<RawMatrix<'_>> {
+        let matrix = |bytes, dtype| RawMatrix { bytes, dtype, rows: place.rows, cols: place.cols };
+        if matches!(place.tensor, ExpertTensor::GateUpBlocks | ExpertTensor::DownBlocks) {
+            return Ok(matrix(Cow::Owned(self.mxfp4(info, place)?), Dtype::BF16));
+        }
+        if let Some(scale) = self.scale_of(info) {
+            return Ok(matrix(Cow::Owned(self.dequantise(info, scale, 0..place.rows)?), Dtype::BF16));
+        }
+        let bytes = &self.view(info)[info.byte_range(&place.range())];
+        let bytes = match place.is_contiguous() {
+            true => Cow::Borrowed(bytes),
+            false => Cow::Owned(convert::gather(bytes, place, info.dtype.bitsize() / 8)),
         };
-        Ok([find(ExpertPart::Gate)?, find(ExpertPart::Up)?, find(ExpertPart::Down)?])
+        Ok(matrix(bytes, info.dtype))
+    }
+
+    fn release_place(&self, info: &TensorInfo, place: &Placement) {
+        // Places in FP4 tensors count elements of half a byte.
+        let shift = if matches!(place.tensor, ExpertTensor::GateUpBlocks | ExpertTensor::DownBlocks) { 2 } else { 1 };
+        let range = place.range();
+        let bytes = info.byte_range(&(range.start / shift..range.end / shift));
+        self.shards[info.shard()].release(info.begin() + bytes.start..info.begin() + bytes.end);
+    }
+
+    /// Rows of MXFP4 experts as BF16.
+    fn mxfp4(&self, info: &TensorInfo, place: &Placement) -> Result<Vec<u8>> {
+        let scales = self.info(&info.name.replace("_blocks", "_scales"))?;
+        let (blocks, exponents) = (self.view(info), self.view(scales));
+        let per_row = place.cols / MXFP4_BLOCK;
+        Ok(quantised::mxfp4_rows(place.rows, place.cols, |row| {
+            let block = (place.start + row * place.row_stride) / MXFP4_BLOCK;
+            (&blocks[16 * block..16 * (block + per_row)], &exponents[block..block + per_row])
+        }))
+    }
+
+    /// The factors of a quantised tensor.
+    fn scale_of(&self, info: &TensorInfo) -> Option<&TensorInfo> {
+        if info.dtype != Dtype::F8_E4M3 {
+            return None;
+        }
+        self.tensors.get(&format!("{}{SCALE_SUFFIX}", info.name)).filter(|scale| self.scales.contains(&scale.name))
+    }
+
+    /// Rows of an FP8 tensor as BF16.
+    fn dequantise(&self, info: &TensorInfo, scale: &TensorInfo, rows: Range<usize>) -> Result<Vec<u8>> {
+        let Some(Quantisation::Fp8Blocks { rows: block_rows, cols: block_cols }) = self.config.quantisation else {
+            return Err(verify::quantised_tensor(info, "`quantization_config` with a `weight_block_size`"));
+        };
+        let scales = self.read_part(scale, 0..scale.elements() as usize)?;
+        let cols = info.shape[1];
+        let bytes = &self.view(info)[rows.start * cols..rows.end * cols];
+        let out = quantised::fp8_rows(bytes, rows.start, cols, &scales, (block_rows, block_cols));
+        let begin = info.begin();
+        self.shards[info.shard()].release(begin + rows.start * cols..begin + rows.end * cols);
+        Ok(out)
     }
 
     fn view(&self, info: &TensorInfo) -> &[u8] {
@@ -333,6 +496,14 @@ impl Checkpoint {
     }
 
     fn read_part_into(&self, info: &TensorInfo, elements: Range<usize>, out: &mut Vec<f32>) -> Result<()> {
+        if let Some(scale) = self.scale_of(info) {
+            // Whole rows: parts of a row of a quantised matrix are never asked for.
+            let cols = info.shape[1].max(1);
+            let bytes = self.dequantise(info, scale, elements.start / cols..elements.end / cols)?;
+            out.resize(bytes.len() / 2, 0.0);
+            convert::decode(Dtype::BF16, &bytes, out, |_| {});
+            return Ok(());
+        }
         if convert::float_bytes(info.dtype).is_none() {
             return Err(Error::UnsupportedDtype {
                 file: info.file.to_path_buf(),
@@ -358,4 +529,17 @@ impl Checkpoint {
     fn unknown_layer(&self, layer: usize) -> Error {
         Error::UnknownLayer { layer, known: self.shape.layers.iter().map(|l| l.layer).collect() }
     }
+}
+
+/// The parts that an expert has.
+fn parts(bias: bool) -> &'static [ExpertPart] {
+    const ALL: [ExpertPart; 6] = [
+        ExpertPart::Gate,
+        ExpertPart::Up,
+        ExpertPart::Down,
+        ExpertPart::GateBias,
+        ExpertPart::UpBias,
+        ExpertPart::DownBias,
+    ];
+    if bias { &ALL } else { &ALL[..3] }
 }

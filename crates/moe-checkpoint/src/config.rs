@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::Result;
 use crate::family::family_of;
+use crate::quantised::Quantisation;
 use crate::ragged::Ragged;
 use crate::shape::{MoeLayerShape, MoeShape};
 
@@ -19,10 +20,16 @@ pub struct ModelConfig {
     pub hidden_size: usize,
     /// Rows of the embedding and of the head, `V`.
     pub vocab_size: usize,
-    /// Epsilon of every RMSNorm.
+    /// Norms before attention, before the FFN and before the head.
+    pub norm: NormKind,
+    /// Epsilon of those norms, and of the norms of queries and keys of [`AttentionKind::Grouped`].
     pub norm_eps: f64,
     /// Whether the head is the embedding.
     pub tie_word_embeddings: bool,
+    /// Whether the head has a bias `[V]`.
+    pub head_bias: bool,
+    /// Constant factors on the residual stream; all 1 in most families.
+    pub multipliers: Multipliers,
     /// Longest sequence the model is meant for, in tokens.
     pub max_position_embeddings: usize,
     /// Activation of the gate of every FFN.
@@ -35,6 +42,11 @@ pub struct ModelConfig {
     pub routing: Routing,
     /// Decoder layers in order.
     pub layers: Vec<LayerConfig>,
+    /// Layers after the last decoder layer that predict further tokens (multi-token prediction), as the config declares
+    /// them. The weights may lack them: transformers drops them on saving. They are no part of `layers`.
+    pub mtp_layers: usize,
+    /// How the weights are quantised.
+    pub quantisation: Option<Quantisation>,
     /// Token ids that end a text: from `generation_config.json`, else `config.json`; empty if neither names one.
     pub eos_token_ids: Vec<u32>,
     /// `dtype` (transformers 5) or `torch_dtype` (transformers 4), as written. The dtypes of the tensors are what counts.
@@ -77,29 +89,135 @@ impl ModelConfig {
     }
 }
 
-/// Activation of a gated FFN.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Activation of a gated FFN: how gate `g` and up `u` become a unit's value.
+#[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Activation {
-    /// `x * sigmoid(x)`.
+    /// `silu(g) * u` with `silu(x) = x * sigmoid(x)`.
     Silu,
+    /// `g' * sigmoid(alpha * g') * (u' + 1)` with `g' = min(g, limit)` and `u' = clamp(u, -limit, limit)`, as in gpt-oss.
+    /// A unit whose gate and up are zero still gives zero.
+    ClampedSwiglu {
+        /// Slope inside the sigmoid.
+        alpha: f64,
+        /// Bound of gate and up.
+        limit: f64,
+    },
 }
 
-/// Grouped-query attention.
+/// Kind of the norms around attention, FFN and head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum NormKind {
+    /// Division by the root mean square, a weight.
+    Rms,
+    /// Mean taken out, division by the standard deviation, a weight and a bias.
+    Layer,
+}
+
+/// Constant factors on the residual stream.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Multipliers {
+    /// Factor on the embedding of every token.
+    pub embedding: f64,
+    /// Factor on the output of attention and of the FFN before it is added to the residual stream.
+    pub residual: f64,
+    /// Divisor of the logits.
+    pub logits_divisor: f64,
+}
+
+impl Default for Multipliers {
+    fn default() -> Self {
+        Self { embedding: 1.0, residual: 1.0, logits_divisor: 1.0 }
+    }
+}
+
+/// Causal attention.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AttentionConfig {
+    /// What the projections are.
+    pub kind: AttentionKind,
     /// Query heads.
     pub num_heads: usize,
-    /// Key and value heads; divides `num_heads`.
+    /// Key and value heads; divides `num_heads`. Equal to it for [`AttentionKind::Latent`].
     pub num_kv_heads: usize,
-    /// Width of one head.
+    /// Width of one query and key head; `qk_nope_head_dim + qk_rope_head_dim` for [`AttentionKind::Latent`].
     pub head_dim: usize,
-    /// Whether query, key and value projections have a bias.
+    /// Dimensions of a head that the rotary embedding turns. The first ones for [`AttentionKind::Grouped`], the last ones
+    /// (`qk_rope_head_dim`) for [`AttentionKind::Latent`].
+    pub rotary_dim: usize,
+    /// Whether query, key and value projections have a bias; for [`AttentionKind::Latent`], the two projections down to the
+    /// latents.
     pub qkv_bias: bool,
     /// Whether the output projection has a bias.
     pub output_bias: bool,
-    /// Whether queries and keys go through an RMSNorm over `head_dim` before the rotary embedding.
-    pub qk_norm: bool,
+    /// RMSNorm on queries and keys before the rotary embedding.
+    pub qk_norm: QkNorm,
+    /// Bound that queries, keys and values are clamped to, after the norm and before the rotary embedding.
+    pub qkv_clip: Option<f64>,
+    /// Whether every head has a learnt logit that takes part in the softmax and has no value.
+    pub sinks: bool,
+    /// Factor on the dot products before the softmax where it is not `1 / sqrt(head_dim)`. The square of YaRN's `mscale` in
+    /// DeepSeek models is part of it.
+    pub scale: Option<f64>,
+}
+
+impl AttentionConfig {
+    /// Factor on the dot products before the softmax.
+    pub fn softmax_scale(&self) -> f64 {
+        self.scale.unwrap_or_else(|| (self.head_dim as f64).powf(-0.5))
+    }
+
+    /// Width of one value head.
+    pub fn value_head_dim(&self) -> usize {
+        match &self.kind {
+            AttentionKind::Grouped | AttentionKind::Other => self.head_dim,
+            AttentionKind::Latent(latent) => latent.v_head_dim,
+        }
+    }
+}
+
+/// What the attention projections are.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum AttentionKind {
+    /// Grouped-query attention: one projection each for queries, keys and values.
+    Grouped,
+    /// Multi-head latent attention (arXiv 2405.04434, section 2.1): keys and values come from a low-rank latent.
+    Latent(LatentAttention),
+    /// Something that this view does not describe. The checkpoint can be read, pruned and written; the model cannot run.
+    Other,
+}
+
+/// Multi-head latent attention. `kv_a_proj_with_mqa` gives `[kv_lora_rank latent | qk_rope_head_dim rotary key]`; the
+/// normed latent goes through `kv_b_proj`, whose rows are per head `[qk_nope_head_dim key | v_head_dim value]`. A query head
+/// is `[qk_nope_head_dim | qk_rope_head_dim]`. The rotary key is shared by all heads.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LatentAttention {
+    /// Rank of the latent of queries; `None` for a plain query projection.
+    pub q_lora_rank: Option<usize>,
+    /// Rank of the latent of keys and values.
+    pub kv_lora_rank: usize,
+    /// Part of a query or key head without position.
+    pub qk_nope_head_dim: usize,
+    /// Part of a query or key head that is rotated.
+    pub qk_rope_head_dim: usize,
+    /// Width of a value head.
+    pub v_head_dim: usize,
+    /// Epsilon of the norms of both latents: transformers leaves it at 1e-6 whatever `rms_norm_eps` says.
+    pub norm_eps: f64,
+}
+
+/// RMSNorm on queries and keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum QkNorm {
+    /// None.
+    None,
+    /// Over `head_dim`, one weight `[head_dim]` for all heads.
+    Head,
+    /// Over the whole projection, weights `[heads * head_dim]` and `[kv_heads * head_dim]`.
+    Projection,
 }
 
 /// Rotary position embedding.
@@ -107,6 +225,8 @@ pub struct AttentionConfig {
 pub struct RopeConfig {
     /// Base of the wavelengths.
     pub theta: f64,
+    /// Whether dimensions `2i` and `2i + 1` are turned together; otherwise `i` and `i + rotary_dim / 2`.
+    pub interleaved: bool,
     /// How positions past the trained length are handled.
     pub scaling: RopeScaling,
 }
@@ -141,6 +261,20 @@ pub enum RopeScaling {
         /// Whether the bounds of the ramp are rounded to whole dimensions.
         truncate: bool,
     },
+    /// LongRoPE (arXiv 2402.13753) as phimoe uses it: frequencies divided by one list or the other, cosine and sine
+    /// multiplied by one number or the other, by whether the sequence is longer than `original_max_position`.
+    LongRope {
+        /// Divisors of the frequencies of short sequences, `[rotary_dim / 2]`.
+        short_factor: Vec<f64>,
+        /// Divisors of the frequencies of long sequences, `[rotary_dim / 2]`.
+        long_factor: Vec<f64>,
+        /// Factor on cosine and sine of short sequences.
+        short_mscale: f64,
+        /// Factor on cosine and sine of long sequences.
+        long_mscale: f64,
+        /// Longest sequence that counts as short.
+        original_max_position: usize,
+    },
 }
 
 /// One decoder layer.
@@ -169,6 +303,8 @@ pub enum Ffn {
 pub struct MoeConfig {
     /// Intermediate width of every routed expert, `[E]`. Widths differ in a ragged checkpoint only.
     pub widths: Vec<usize>,
+    /// Whether gate, up and down of every routed expert have a bias.
+    pub bias: bool,
     /// Expert that every token goes through.
     pub shared: Option<SharedExpert>,
 }
@@ -180,10 +316,10 @@ impl MoeConfig {
     }
 }
 
-/// Expert that every token goes through.
+/// Expert that every token goes through. Families with several shared experts store them as one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SharedExpert {
-    /// Its width.
+    /// Its width; that of all shared experts together where there are several.
     pub intermediate_size: usize,
     /// Whether its output is multiplied by `sigmoid(x · gate)`.
     pub gated: bool,
@@ -198,9 +334,31 @@ pub struct Routing {
     pub kind: RoutingKind,
     /// Factor on all weights.
     pub scale: f32,
+    /// Whether a bias `[E]` is added to the router logits.
+    pub bias: bool,
 }
 
-/// From router logits to selected experts and their weights.
+impl Routing {
+    /// Whether a learnt bias `[E]` takes part in the selection of experts, but not in their weights.
+    pub fn correction_bias(&self) -> bool {
+        match self.kind {
+            RoutingKind::Sigmoid { correction_bias, .. } => correction_bias,
+            RoutingKind::SoftmaxCorrected { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// Groups that experts are selected from, if there are any.
+    pub fn groups(&self) -> Option<Groups> {
+        match self.kind {
+            RoutingKind::Sigmoid { groups, .. } => groups,
+            RoutingKind::SoftmaxGroupTopK { groups } => Some(groups),
+            _ => None,
+        }
+    }
+}
+
+/// From router logits to selected experts and their weights. [`Routing::scale`] multiplies the weights at the end.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum RoutingKind {
@@ -211,22 +369,54 @@ pub enum RoutingKind {
     },
     /// The `top_k` largest logits, then softmax over those.
     TopKSoftmax,
-    /// Sigmoid of every logit, then the `top_k` largest.
+    /// Softmax over all experts, groups selected by [`Groups`], then the `top_k` largest within them (others count as 0).
+    /// Weights are not divided by their sum. DeepSeek-V2's `group_limited_greedy`.
+    SoftmaxGroupTopK {
+        /// Groups that experts are selected from.
+        groups: Groups,
+    },
+    /// Softmax over all experts; the `top_k` largest of softmax plus correction bias are selected; their softmax values are
+    /// divided by `max(sum, norm_min)`. Ernie 4.5.
+    SoftmaxCorrected {
+        /// Smallest divisor.
+        norm_min: f64,
+    },
+    /// Sigmoid of every logit; selection by sigmoid plus correction bias, if there is one, within the selected groups, if
+    /// there are any (experts of other groups are never selected).
     Sigmoid {
-        /// Whether the selected weights are divided by their sum.
+        /// Whether the selected weights are divided by `sum + 1e-20`.
         renormalise: bool,
         /// Whether a learnt bias is added for the selection (not for the weights).
         correction_bias: bool,
         /// Whether whole groups of experts are selected first.
         groups: Option<Groups>,
     },
+    /// Two experts, one after the other (arXiv 2409.12136, at inference): the expert of the largest logit `m` first, weighted
+    /// by the softmax over the experts with `(m - s) / max(|s|, m) <= 2 * jitter_eps`; then the same with that expert
+    /// taken out of the maximum and the softmax.
+    Sparsemixer {
+        /// Half the relative distance from the maximum within which logits take part in the softmax.
+        jitter_eps: f64,
+    },
 }
 
-/// Group-limited selection of experts.
+/// Group-limited selection: neighbouring experts form `count` groups of equal size, of which the best `top` take part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Groups {
     /// Groups of equal size.
     pub count: usize,
     /// Groups that experts are selected from.
     pub top: usize,
+    /// What a group is ranked by.
+    pub score: GroupScore,
+}
+
+/// What a group of experts is ranked by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GroupScore {
+    /// Its largest value.
+    Max,
+    /// The sum of its two largest values.
+    TopTwoSum,
 }

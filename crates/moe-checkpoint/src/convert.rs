@@ -5,6 +5,8 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
+use crate::experts::Placement;
+
 /// Elements converted at a time: enough to pay for a task, little enough that the pages behind it can be given back early.
 pub(crate) const CHUNK: usize = 256 << 10;
 
@@ -64,6 +66,30 @@ fn decode_chunk(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
             }
         }
     }
+}
+
+/// The elements of a part, row-major, from the bytes between its first and its last element.
+pub(crate) fn gather(bytes: &[u8], place: &Placement, size: usize) -> Vec<u8> {
+    /// Rows and columns of a tile, so that both sides stay in cache.
+    const TILE: usize = 64;
+    let (rows, cols) = (place.rows, place.cols);
+    let mut out = vec![0u8; rows * cols * size];
+    if out.is_empty() {
+        return out;
+    }
+    out.par_chunks_mut(TILE * cols * size).enumerate().for_each(|(band, out)| {
+        let first = band * TILE;
+        for tile in (0..cols).step_by(TILE) {
+            for col in tile..cols.min(tile + TILE) {
+                for row in 0..out.len() / (cols * size) {
+                    let from = ((first + row) * place.row_stride + col * place.col_stride) * size;
+                    let into = (row * cols + col) * size;
+                    out[into..into + size].copy_from_slice(&bytes[from..from + size]);
+                }
+            }
+        }
+    });
+    out
 }
 
 /// Appends `values` as little-endian F32, F16 or BF16, rounded to nearest even.

@@ -136,6 +136,14 @@ pub enum Error {
         reason: String,
     },
 
+    /// A model that could not be fetched from the Hub.
+    #[error("model `{model}`: {reason}")]
+    Hub {
+        /// The id.
+        model: String,
+        /// What went wrong.
+        reason: String,
+    },
     /// The model path is not a directory.
     #[error("{}: not a directory; expected a model directory with config.json and safetensors weights", path.display())]
     NotADirectory {
@@ -202,12 +210,14 @@ pub enum Error {
         reason: String,
     },
     /// The config announces quantised weights.
-    #[error("{file}: quantised weights ({method}) are not yet read; expected f32, f16 or bf16 weights")]
+    #[error("{file}: quantised weights ({method}) are not read; expected f32, f16 or bf16 weights{also}")]
     Quantised {
         /// The file, `config.json` where its directory is not known.
         file: String,
         /// The quantisation method of `quantization_config`.
         method: String,
+        /// Quantisations that are read.
+        also: &'static str,
     },
 
     /// The directory holds no weights that are read.
@@ -413,7 +423,7 @@ pub enum Error {
         expected: String,
     },
     /// A tensor holds FP8 or smaller weights.
-    #[error("{}: tensor `{tensor}` has dtype {found:?}: FP8 and smaller weights are not yet read; expected F32, F16 or BF16", file.display())]
+    #[error("{}: tensor `{tensor}` has dtype {found:?}, a quantised weight that is not read so; expected {expected}", file.display())]
     QuantisedTensor {
         /// The shard.
         file: PathBuf,
@@ -421,6 +431,8 @@ pub enum Error {
         tensor: String,
         /// Dtype found.
         found: Dtype,
+        /// What would be read.
+        expected: String,
     },
     /// The routed experts of a layer are stored in no layout that is known, or in two at once.
     #[error("{}: routed experts of layer {layer} are in {found}; expected {expected}", dir.display())]

@@ -1,11 +1,12 @@
-//! Routed experts: how files store them and the one canonical form in memory.
+//! Routed experts: how files store them.
 
+use crate::expert_bytes::ExpertBytes;
+use std::borrow::Cow;
 use std::ops::Range;
-
-use safetensors::Dtype;
 
 /// Which tensor of a layer's routed experts, in one of the layouts. `E` experts of width `I` (or `I_e`), hidden size `H`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum ExpertTensor {
     /// Gate projection of one expert `[I, H]`.
     Gate(usize),
@@ -13,18 +14,35 @@ pub enum ExpertTensor {
     Up(usize),
     /// Down projection of one expert `[H, I]`.
     Down(usize),
-    /// Gate and up of all experts `[E, 2I, H]`: per expert its gate rows, then its up rows.
+    /// Gate and up of all experts: `[E, 2I, H]` in [`ExpertLayout::Fused`], `[E, H, 2I]` in [`ExpertLayout::Interleaved`].
     FusedGateUp,
-    /// Down of all experts `[E, H, I]`.
+    /// Down of all experts: `[E, H, I]` in [`ExpertLayout::Fused`], `[E, I, H]` in [`ExpertLayout::Interleaved`].
     FusedDown,
+    /// Biases of gate and up of all experts, alternating `[E, 2I]`.
+    FusedGateUpBias,
+    /// Biases of down of all experts `[E, H]`.
+    FusedDownBias,
+    /// FP4 elements of gate and up `[E, 2I, H / 32, 16]`, rows of gate and up alternating.
+    GateUpBlocks,
+    /// Exponents of those `[E, 2I, H / 32]`.
+    GateUpScales,
+    /// FP4 elements of down `[E, H, I / 32, 16]`.
+    DownBlocks,
+    /// Exponents of those `[E, H, I / 32]`.
+    DownScales,
     /// Gate and up of all experts `[sum 2 I_e, H]`: per expert its gate rows, then its up rows.
     RaggedGateUp,
     /// Down of all experts, flat `[H * sum I_e]`: per expert its `[H, I_e]` block.
     RaggedDown,
+    /// Biases of gate and up of all experts `[sum 2 I_e]`: per expert those of gate, then those of up.
+    RaggedGateUpBias,
+    /// Biases of down of all experts `[E, H]`.
+    RaggedDownBias,
 }
 
-/// One of the three matrices of an expert.
+/// One of the matrices of an expert, or one of its biases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum ExpertPart {
     /// `[I, H]`, goes through the activation.
     Gate,
@@ -32,15 +50,95 @@ pub enum ExpertPart {
     Up,
     /// `[H, I]`, back to the residual stream.
     Down,
+    /// `[I]`, added to the gate.
+    GateBias,
+    /// `[I]`, added to up.
+    UpBias,
+    /// `[H]`, added to the output.
+    DownBias,
 }
 
 impl ExpertPart {
-    /// The three parts, in the order in which this crate lists them.
+    /// The three matrices, in the order in which this crate lists them.
     pub const ALL: [ExpertPart; 3] = [ExpertPart::Gate, ExpertPart::Up, ExpertPart::Down];
+    /// The three biases of experts that have them.
+    pub const BIASES: [ExpertPart; 3] = [ExpertPart::GateBias, ExpertPart::UpBias, ExpertPart::DownBias];
+
+    /// Rows and columns, in an expert of this width; a bias is one column.
+    pub fn dims(self, hidden_size: usize, width: usize) -> (usize, usize) {
+        match self {
+            Self::Gate | Self::Up => (width, hidden_size),
+            Self::Down => (hidden_size, width),
+            Self::GateBias | Self::UpBias => (width, 1),
+            Self::DownBias => (hidden_size, 1),
+        }
+    }
 }
 
-/// How the routed experts of one layer are stored. Every layout holds each part of each expert as one row-major block, so
-/// that raw bytes can be taken from any of them and written to any other.
+/// What a contiguous run of one expert's elements in a tensor holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum ExpertBlock {
+    /// One part, row-major.
+    Part(ExpertPart),
+    /// `[H, 2I]`: column `2j` is gate row `j`, column `2j + 1` is up row `j`.
+    GateUpColumns,
+    /// `[I, H]`: the transpose of down.
+    DownColumns,
+    /// `[2I]`: biases of gate and up, alternating.
+    GateUpBias,
+}
+
+impl ExpertBlock {
+    /// The parts it holds.
+    pub fn parts(self) -> &'static [ExpertPart] {
+        match self {
+            Self::Part(ExpertPart::Gate) => &[ExpertPart::Gate],
+            Self::Part(ExpertPart::Up) => &[ExpertPart::Up],
+            Self::Part(ExpertPart::Down) | Self::DownColumns => &[ExpertPart::Down],
+            Self::Part(ExpertPart::GateBias) => &[ExpertPart::GateBias],
+            Self::Part(ExpertPart::UpBias) => &[ExpertPart::UpBias],
+            Self::Part(ExpertPart::DownBias) => &[ExpertPart::DownBias],
+            Self::GateUpColumns => &[ExpertPart::Gate, ExpertPart::Up],
+            Self::GateUpBias => &[ExpertPart::GateBias, ExpertPart::UpBias],
+        }
+    }
+
+    /// The bytes of this block, made from the canonical parts of an expert; `None` if a part is missing or parts that share
+    /// the block differ in dtype.
+    pub fn bytes<'a>(self, expert: &'a ExpertBytes<'_>) -> Option<Cow<'a, [u8]>> {
+        match self {
+            Self::Part(part) => expert.part(part).map(|matrix| Cow::Borrowed(&*matrix.bytes)),
+            Self::DownColumns => {
+                let down = expert.part(ExpertPart::Down)?;
+                Some(Cow::Owned(interleave(&[&down.bytes], down.rows, down.cols, down.element_bytes())))
+            }
+            Self::GateUpColumns | Self::GateUpBias => {
+                let [gate, up] = [expert.part(self.parts()[0])?, expert.part(self.parts()[1])?];
+                let same = (gate.dtype, gate.rows, gate.cols) == (up.dtype, up.rows, up.cols);
+                same.then(|| {
+                    Cow::Owned(interleave(&[&gate.bytes, &up.bytes], gate.rows, gate.cols, gate.element_bytes()))
+                })
+            }
+        }
+    }
+}
+
+/// The transpose of matrices `[rows, cols]` of elements of `size` bytes, their rows alternating: `[cols, n * rows]`.
+fn interleave(matrices: &[&[u8]], rows: usize, cols: usize, size: usize) -> Vec<u8> {
+    let count = matrices.len();
+    let mut out = vec![0; count * rows * cols * size];
+    for (which, matrix) in matrices.iter().enumerate() {
+        for (index, element) in matrix.chunks_exact(size).enumerate() {
+            let (row, col) = (index / cols.max(1), index % cols.max(1));
+            let start = (col * rows * count + row * count + which) * size;
+            out[start..start + size].copy_from_slice(element);
+        }
+    }
+    out
+}
+
+/// How the routed experts of one layer are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum ExpertLayout {
@@ -48,9 +146,19 @@ pub enum ExpertLayout {
     PerExpert,
     /// Two 3-D tensors per layer; all widths are equal.
     Fused,
-    /// Two tensors per layer with experts of any width (`docs/ragged-format.md`).
+    /// Two 3-D tensors per layer, transposed, gate and up alternating, and two tensors of biases: gpt-oss. All widths are
+    /// equal.
+    Interleaved,
+    /// Blocks of 32 FP4 elements with one exponent each (MXFP4), and biases: gpt-oss as released. Read only; what is read
+    /// is BF16.
+    Mxfp4,
+    /// Two tensors per layer with experts of any width, and two of biases if the experts have them
+    /// (`docs/ragged-format.md`).
     Ragged,
 }
+
+/// Elements of an MXFP4 block.
+pub(crate) const MXFP4_BLOCK: usize = 32;
 
 /// One tensor of a layer's routed experts: its shape, and the blocks it is made of in file order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,130 +167,187 @@ pub struct ExpertTensorLayout {
     pub tensor: ExpertTensor,
     /// Its shape.
     pub shape: Vec<usize>,
-    /// Expert and part of every block. A block has `I_e * H` elements.
-    pub blocks: Vec<(usize, ExpertPart)>,
+    /// Expert and content of every block; empty for the quantised tensors of [`ExpertLayout::Mxfp4`].
+    pub blocks: Vec<(usize, ExpertBlock)>,
 }
 
-impl ExpertLayout {
-    /// The tensors of a layer with experts of these widths, or `None` where the layout cannot hold them: unequal widths
-    /// in [`ExpertLayout::Fused`], or sizes that cannot be counted.
-    pub fn tensors(self, hidden_size: usize, widths: &[usize]) -> Option<Vec<ExpertTensorLayout>> {
-        let experts = widths.len();
-        let gate_up = || (0..experts).flat_map(|e| [(e, ExpertPart::Gate), (e, ExpertPart::Up)]).collect();
-        let down = || (0..experts).map(|e| (e, ExpertPart::Down)).collect();
-        let tensor = |tensor, shape, blocks| ExpertTensorLayout { tensor, shape, blocks };
-        Some(match self {
-            Self::PerExpert => {
-                let parts = widths.iter().enumerate().flat_map(|(e, width)| {
-                    [
-                        tensor(ExpertTensor::Gate(e), vec![*width, hidden_size], vec![(e, ExpertPart::Gate)]),
-                        tensor(ExpertTensor::Up(e), vec![*width, hidden_size], vec![(e, ExpertPart::Up)]),
-                        tensor(ExpertTensor::Down(e), vec![hidden_size, *width], vec![(e, ExpertPart::Down)]),
-                    ]
-                });
-                parts.collect()
-            }
-            Self::Fused => {
-                let width = *widths.first()?;
-                if widths.iter().any(|other| *other != width) {
-                    return None;
-                }
-                let gate_up_rows = width.checked_mul(2)?;
-                vec![
-                    tensor(ExpertTensor::FusedGateUp, vec![experts, gate_up_rows, hidden_size], gate_up()),
-                    tensor(ExpertTensor::FusedDown, vec![experts, hidden_size, width], down()),
-                ]
-            }
-            Self::Ragged => {
-                let units = widths.iter().try_fold(0usize, |sum, width| sum.checked_add(*width))?;
-                let (rows, flat) = (units.checked_mul(2)?, units.checked_mul(hidden_size)?);
-                vec![
-                    tensor(ExpertTensor::RaggedGateUp, vec![rows, hidden_size], gate_up()),
-                    tensor(ExpertTensor::RaggedDown, vec![flat], down()),
-                ]
-            }
-        })
-    }
-
-    /// Where one part of one expert is: its tensor, and its elements within that tensor. Sizes must be those of a layer
-    /// that exists in memory or in a file.
-    pub fn locate(
-        self,
-        hidden_size: usize,
-        widths: &[usize],
-        expert: usize,
-        part: ExpertPart,
-    ) -> (ExpertTensor, Range<usize>) {
-        let block = widths[expert] * hidden_size;
-        let before = || widths[..expert].iter().sum::<usize>() * hidden_size;
-        let (single, fused, ragged) = match part {
-            ExpertPart::Gate => (ExpertTensor::Gate(expert), ExpertTensor::FusedGateUp, ExpertTensor::RaggedGateUp),
-            ExpertPart::Up => (ExpertTensor::Up(expert), ExpertTensor::FusedGateUp, ExpertTensor::RaggedGateUp),
-            ExpertPart::Down => (ExpertTensor::Down(expert), ExpertTensor::FusedDown, ExpertTensor::RaggedDown),
-        };
-        let start = || match part {
-            ExpertPart::Gate => 2 * before(),
-            ExpertPart::Up => 2 * before() + block,
-            ExpertPart::Down => before(),
-        };
-        match self {
-            Self::PerExpert => (single, 0..block),
-            Self::Fused => (fused, start()..start() + block),
-            Self::Ragged => (ragged, start()..start() + block),
-        }
-    }
-}
-
-/// The weights of one routed expert: `down · (silu(gate · x) * (up · x))`. All matrices are row-major.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct ExpertWeights {
-    /// Gate projection `[width, hidden]`.
-    pub gate: Vec<f32>,
-    /// Up projection `[width, hidden]`.
-    pub up: Vec<f32>,
-    /// Down projection `[hidden, width]`.
-    pub down: Vec<f32>,
-    /// Intermediate width `I`: the number of units.
-    pub width: usize,
-    /// Hidden size `H`.
-    pub hidden: usize,
-}
-
-/// One matrix of an expert as the file holds it: row-major little-endian elements without alignment.
-#[derive(Clone, Copy, Debug)]
-pub struct RawMatrix<'a> {
-    /// The elements.
-    pub bytes: &'a [u8],
-    /// Their dtype: F32, F16 or BF16.
-    pub dtype: Dtype,
+/// Where one part of one expert is within a tensor: element `(row, col)` is at `start + row * row_stride + col * col_stride`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// The tensor.
+    pub tensor: ExpertTensor,
+    /// Its element `(0, 0)`.
+    pub start: usize,
     /// Rows.
     pub rows: usize,
     /// Columns.
     pub cols: usize,
+    /// Elements from row to row.
+    pub row_stride: usize,
+    /// Elements from column to column.
+    pub col_stride: usize,
 }
 
-impl<'a> RawMatrix<'a> {
-    /// Bytes of one element.
-    pub fn element_bytes(&self) -> usize {
-        self.dtype.bitsize() / 8
+impl Placement {
+    /// Whether the part is one row-major run.
+    pub fn is_contiguous(&self) -> bool {
+        (self.col_stride == 1 || self.cols <= 1) && (self.row_stride == self.cols || self.rows <= 1)
     }
 
-    /// Bytes of one row, `None` if there is no such row.
-    pub fn row(&self, row: usize) -> Option<&'a [u8]> {
-        let length = self.cols * self.element_bytes();
-        (row < self.rows).then(|| &self.bytes[row * length..(row + 1) * length])
+    /// The elements from the first to the last one of the part.
+    pub fn range(&self) -> Range<usize> {
+        if self.rows == 0 || self.cols == 0 {
+            return self.start..self.start;
+        }
+        self.start..self.start + (self.rows - 1) * self.row_stride + (self.cols - 1) * self.col_stride + 1
     }
 }
 
-/// The matrices of one routed expert as the file holds them, whatever its layout.
-#[derive(Clone, Copy, Debug)]
-pub struct ExpertBytes<'a> {
-    /// Gate projection `[I, H]`.
-    pub gate: RawMatrix<'a>,
-    /// Up projection `[I, H]`.
-    pub up: RawMatrix<'a>,
-    /// Down projection `[H, I]`.
-    pub down: RawMatrix<'a>,
+impl ExpertLayout {
+    /// The tensors that tell this layout by their names.
+    pub(crate) fn signature(self) -> &'static [ExpertTensor] {
+        match self {
+            Self::PerExpert => &[ExpertTensor::Gate(0), ExpertTensor::Up(0), ExpertTensor::Down(0)],
+            Self::Fused | Self::Interleaved => &[ExpertTensor::FusedGateUp, ExpertTensor::FusedDown],
+            Self::Mxfp4 => &[ExpertTensor::GateUpBlocks, ExpertTensor::DownBlocks],
+            Self::Ragged => &[ExpertTensor::RaggedGateUp, ExpertTensor::RaggedDown],
+        }
+    }
+
+    /// The tensors of a layer with experts of these widths, or `None` where the layout cannot hold them: unequal widths
+    /// in a layout of one width, biases or none where the layout has it otherwise, or sizes that cannot be counted.
+    pub fn tensors(self, hidden_size: usize, widths: &[usize], bias: bool) -> Option<Vec<ExpertTensorLayout>> {
+        use ExpertPart::{Down, DownBias, Gate, GateBias, Up, UpBias};
+        let experts = widths.len();
+        let each = |blocks: &[ExpertBlock]| {
+            (0..experts).flat_map(|expert| blocks.iter().map(move |block| (expert, *block))).collect::<Vec<_>>()
+        };
+        let part = |part| ExpertBlock::Part(part);
+        let tensor = |tensor, shape, blocks| ExpertTensorLayout { tensor, shape, blocks };
+        let uniform = || widths.first().copied().filter(|width| widths.iter().all(|other| other == width));
+        match self {
+            Self::PerExpert | Self::Fused if bias => None,
+            Self::Interleaved | Self::Mxfp4 if !bias => None,
+            Self::PerExpert => {
+                let parts = widths.iter().enumerate().flat_map(|(e, width)| {
+                    [
+                        tensor(ExpertTensor::Gate(e), vec![*width, hidden_size], vec![(e, part(Gate))]),
+                        tensor(ExpertTensor::Up(e), vec![*width, hidden_size], vec![(e, part(Up))]),
+                        tensor(ExpertTensor::Down(e), vec![hidden_size, *width], vec![(e, part(Down))]),
+                    ]
+                });
+                Some(parts.collect())
+            }
+            Self::Fused => {
+                let width = uniform()?;
+                Some(vec![
+                    tensor(
+                        ExpertTensor::FusedGateUp,
+                        vec![experts, width.checked_mul(2)?, hidden_size],
+                        each(&[part(Gate), part(Up)]),
+                    ),
+                    tensor(ExpertTensor::FusedDown, vec![experts, hidden_size, width], each(&[part(Down)])),
+                ])
+            }
+            Self::Interleaved => {
+                let width = uniform()?;
+                let both = width.checked_mul(2)?;
+                Some(vec![
+                    tensor(
+                        ExpertTensor::FusedGateUp,
+                        vec![experts, hidden_size, both],
+                        each(&[ExpertBlock::GateUpColumns]),
+                    ),
+                    tensor(ExpertTensor::FusedGateUpBias, vec![experts, both], each(&[ExpertBlock::GateUpBias])),
+                    tensor(
+                        ExpertTensor::FusedDown,
+                        vec![experts, width, hidden_size],
+                        each(&[ExpertBlock::DownColumns]),
+                    ),
+                    tensor(ExpertTensor::FusedDownBias, vec![experts, hidden_size], each(&[part(DownBias)])),
+                ])
+            }
+            Self::Mxfp4 => {
+                let width = uniform()?;
+                let both = width.checked_mul(2)?;
+                if !width.is_multiple_of(MXFP4_BLOCK) || !hidden_size.is_multiple_of(MXFP4_BLOCK) {
+                    return None;
+                }
+                let (across, along) = (hidden_size / MXFP4_BLOCK, width / MXFP4_BLOCK);
+                let half = MXFP4_BLOCK / 2;
+                Some(vec![
+                    tensor(ExpertTensor::GateUpBlocks, vec![experts, both, across, half], vec![]),
+                    tensor(ExpertTensor::GateUpScales, vec![experts, both, across], vec![]),
+                    tensor(ExpertTensor::FusedGateUpBias, vec![experts, both], each(&[ExpertBlock::GateUpBias])),
+                    tensor(ExpertTensor::DownBlocks, vec![experts, hidden_size, along, half], vec![]),
+                    tensor(ExpertTensor::DownScales, vec![experts, hidden_size, along], vec![]),
+                    tensor(ExpertTensor::FusedDownBias, vec![experts, hidden_size], each(&[part(DownBias)])),
+                ])
+            }
+            Self::Ragged => {
+                let units = widths.iter().try_fold(0usize, |sum, width| sum.checked_add(*width))?;
+                let (rows, flat) = (units.checked_mul(2)?, units.checked_mul(hidden_size)?);
+                let mut tensors = vec![
+                    tensor(ExpertTensor::RaggedGateUp, vec![rows, hidden_size], each(&[part(Gate), part(Up)])),
+                    tensor(ExpertTensor::RaggedDown, vec![flat], each(&[part(Down)])),
+                ];
+                if bias {
+                    tensors.push(tensor(
+                        ExpertTensor::RaggedGateUpBias,
+                        vec![rows],
+                        each(&[part(GateBias), part(UpBias)]),
+                    ));
+                    tensors.push(tensor(
+                        ExpertTensor::RaggedDownBias,
+                        vec![experts, hidden_size],
+                        each(&[part(DownBias)]),
+                    ));
+                }
+                Some(tensors)
+            }
+        }
+    }
+
+    /// Where one part of one expert is. Sizes must be those of a layer that exists in memory or in a file. Matrices of
+    /// [`ExpertLayout::Mxfp4`] are placed in the tensor of blocks as if its elements were one each.
+    pub fn place(self, hidden_size: usize, widths: &[usize], expert: usize, part: ExpertPart) -> Placement {
+        use ExpertPart::{Down, DownBias, Gate, GateBias, Up, UpBias};
+        let width = widths[expert];
+        let before = widths[..expert].iter().sum::<usize>();
+        let (rows, cols) = part.dims(hidden_size, width);
+        let dense = |tensor, start| Placement { tensor, start, rows, cols, row_stride: cols, col_stride: 1 };
+        let strided =
+            |tensor, start, row_stride, col_stride| Placement { tensor, start, rows, cols, row_stride, col_stride };
+        match (self, part) {
+            (Self::PerExpert, Gate) => dense(ExpertTensor::Gate(expert), 0),
+            (Self::PerExpert, Up) => dense(ExpertTensor::Up(expert), 0),
+            (Self::PerExpert, _) => dense(ExpertTensor::Down(expert), 0),
+
+            (Self::Fused, Gate) => dense(ExpertTensor::FusedGateUp, 2 * before * hidden_size),
+            (Self::Fused, Up) => dense(ExpertTensor::FusedGateUp, (2 * before + width) * hidden_size),
+            (Self::Fused, _) => dense(ExpertTensor::FusedDown, before * hidden_size),
+
+            (Self::Interleaved, Gate) => strided(ExpertTensor::FusedGateUp, 2 * before * hidden_size, 2, 2 * width),
+            (Self::Interleaved, Up) => strided(ExpertTensor::FusedGateUp, 2 * before * hidden_size + 1, 2, 2 * width),
+            (Self::Interleaved, Down) => strided(ExpertTensor::FusedDown, before * hidden_size, 1, hidden_size),
+            (Self::Interleaved | Self::Mxfp4, GateBias) => strided(ExpertTensor::FusedGateUpBias, 2 * before, 2, 1),
+            (Self::Interleaved | Self::Mxfp4, UpBias) => strided(ExpertTensor::FusedGateUpBias, 2 * before + 1, 2, 1),
+            (Self::Interleaved | Self::Mxfp4, DownBias) => dense(ExpertTensor::FusedDownBias, expert * hidden_size),
+
+            (Self::Mxfp4, Gate) => strided(ExpertTensor::GateUpBlocks, 2 * before * hidden_size, 2 * hidden_size, 1),
+            (Self::Mxfp4, Up) => {
+                strided(ExpertTensor::GateUpBlocks, (2 * before + 1) * hidden_size, 2 * hidden_size, 1)
+            }
+            (Self::Mxfp4, Down) => dense(ExpertTensor::DownBlocks, before * hidden_size),
+
+            (Self::Ragged, Gate) => dense(ExpertTensor::RaggedGateUp, 2 * before * hidden_size),
+            (Self::Ragged, Up) => dense(ExpertTensor::RaggedGateUp, (2 * before + width) * hidden_size),
+            (Self::Ragged, Down) => dense(ExpertTensor::RaggedDown, before * hidden_size),
+            (Self::Ragged, GateBias) => dense(ExpertTensor::RaggedGateUpBias, 2 * before),
+            (Self::Ragged, UpBias) => dense(ExpertTensor::RaggedGateUpBias, 2 * before + width),
+            (Self::Ragged, DownBias) => dense(ExpertTensor::RaggedDownBias, expert * hidden_size),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -190,24 +355,43 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_tile_every_tensor_and_locate_finds_them() {
+    fn blocks_tile_every_tensor_and_placements_cover_them() {
         let hidden = 3;
-        for (layout, widths) in [
-            (ExpertLayout::PerExpert, vec![2, 0, 5]),
-            (ExpertLayout::Fused, vec![4, 4]),
-            (ExpertLayout::Ragged, vec![2, 0, 5, 1]),
+        for (layout, widths, bias) in [
+            (ExpertLayout::PerExpert, vec![2, 0, 5], false),
+            (ExpertLayout::Fused, vec![4, 4], false),
+            (ExpertLayout::Interleaved, vec![4, 4], true),
+            (ExpertLayout::Ragged, vec![2, 0, 5, 1], false),
+            (ExpertLayout::Ragged, vec![2, 0, 5, 1], true),
         ] {
-            for tensor in layout.tensors(hidden, &widths).unwrap() {
+            for tensor in layout.tensors(hidden, &widths, bias).unwrap() {
+                let elements = tensor.shape.iter().product::<usize>();
+                let mut seen = vec![0; elements];
                 let mut end = 0;
-                for (expert, part) in &tensor.blocks {
-                    let (found, range) = layout.locate(hidden, &widths, *expert, *part);
-                    assert_eq!((found, range.start), (tensor.tensor, end));
-                    end = range.end;
+                for (expert, block) in &tensor.blocks {
+                    let start = end;
+                    for part in block.parts() {
+                        let place = layout.place(hidden, &widths, *expert, *part);
+                        assert_eq!((place.rows, place.cols), part.dims(hidden, widths[*expert]));
+                        assert_eq!(place.tensor, tensor.tensor);
+                        assert!(place.range().end <= elements);
+                        for row in 0..place.rows {
+                            for col in 0..place.cols {
+                                let at = place.start + row * place.row_stride + col * place.col_stride;
+                                assert!(at >= start);
+                                seen[at] += 1;
+                                end = end.max(at + 1);
+                            }
+                        }
+                    }
                 }
-                assert_eq!(end, tensor.shape.iter().product::<usize>());
+                assert_eq!(seen, vec![1; elements], "{layout:?} {:?}", tensor.tensor);
             }
         }
-        assert_eq!(ExpertLayout::Fused.tensors(hidden, &[2, 3]), None);
-        assert_eq!(ExpertLayout::Ragged.tensors(usize::MAX, &[2, 3]), None);
+        assert_eq!(ExpertLayout::Fused.tensors(hidden, &[1, 2], false), None);
+        assert_eq!(ExpertLayout::Fused.tensors(hidden, &[2, 2], true), None);
+        assert_eq!(ExpertLayout::Interleaved.tensors(hidden, &[2, 2], false), None);
+        assert_eq!(ExpertLayout::Mxfp4.tensors(hidden, &[32, 32], true), None);
+        assert_eq!(ExpertLayout::Ragged.tensors(hidden, &[usize::MAX, 2], false), None);
     }
 }

@@ -5,7 +5,7 @@
 use serde_json::Value;
 
 use crate::config::ModelConfig;
-use crate::experts::ExpertTensor;
+use crate::experts::{ExpertLayout, ExpertTensor};
 use crate::families::FAMILIES;
 use crate::json::Fields;
 use crate::{Error, Result};
@@ -21,8 +21,12 @@ pub enum Role {
     Embedding,
     /// Norm before the head `[H]`.
     FinalNorm,
+    /// Bias of the norm before the head `[H]`.
+    FinalNormBias,
     /// Head `[V, H]`; the embedding in a model with tied embeddings.
     LmHead,
+    /// Bias of the head `[V]`.
+    LmHeadBias,
     /// A tensor of a decoder layer.
     Layer(usize, LayerRole),
 }
@@ -32,15 +36,19 @@ pub enum Role {
 pub enum LayerRole {
     /// Norm before the attention `[H]`.
     AttentionNorm,
+    /// Bias of the norm before the attention `[H]`.
+    AttentionNormBias,
     /// Norm before the FFN `[H]`.
     FfnNorm,
-    /// Query projection `[heads * D, H]`.
+    /// Bias of the norm before the FFN `[H]`.
+    FfnNormBias,
+    /// Query projection `[heads * D, H]`; in latent attention, where queries have no latent.
     Query,
     /// Key projection `[kv_heads * D, H]`.
     Key,
     /// Value projection `[kv_heads * D, H]`.
     Value,
-    /// Output projection `[H, heads * D]`.
+    /// Output projection `[H, heads * D]`, `D` that of the values.
     Output,
     /// Bias of the query projection `[heads * D]`.
     QueryBias,
@@ -50,12 +58,34 @@ pub enum LayerRole {
     ValueBias,
     /// Bias of the output projection `[H]`.
     OutputBias,
-    /// Norm of each query head `[D]`.
+    /// Norm of each query head `[D]` or of all `[heads * D]`.
     QueryNorm,
-    /// Norm of each key head `[D]`.
+    /// Norm of each key head `[D]` or of all `[kv_heads * D]`.
     KeyNorm,
+    /// Logit per head that takes part in the softmax without a value `[heads]`.
+    Sinks,
+    /// Projection down to the latent of queries `[q_lora_rank, H]`.
+    LatentQueryDown,
+    /// Its bias `[q_lora_rank]`.
+    LatentQueryDownBias,
+    /// Norm of the latent of queries `[q_lora_rank]`.
+    LatentQueryNorm,
+    /// Projection from the latent to the queries `[heads * D, q_lora_rank]`.
+    LatentQueryUp,
+    /// Projection down to the latent of keys and values, and to the rotary key `[kv_lora_rank + qk_rope_head_dim, H]`.
+    LatentKvDown,
+    /// Its bias `[kv_lora_rank + qk_rope_head_dim]`.
+    LatentKvDownBias,
+    /// Norm of the latent of keys and values `[kv_lora_rank]`.
+    LatentKvNorm,
+    /// Projection from the latent `[heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank]`.
+    LatentKvUp,
     /// Router `[E, H]`.
     Router,
+    /// Bias on the router logits `[E]`.
+    RouterBias,
+    /// Bias on the selection of experts, not on their weights; `E` elements.
+    CorrectionBias,
     /// Gate projection of the shared expert `[I, H]`.
     SharedGate,
     /// Up projection of the shared expert `[I, H]`.
@@ -89,6 +119,27 @@ pub trait Family: Send + Sync {
     /// Name of a tensor that holds routed experts, in any of the layouts. The layout of a checkpoint is told by which
     /// of these names it has.
     fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String;
+
+    /// Layouts that routed experts of this family may have on disk.
+    fn layouts(&self) -> &'static [ExpertLayout] {
+        &[ExpertLayout::PerExpert, ExpertLayout::Fused, ExpertLayout::Ragged]
+    }
+
+    /// The layout that stock loaders read when nothing else is known: where a ragged checkpoint goes back to one width.
+    fn stock_layout(&self) -> ExpertLayout {
+        ExpertLayout::PerExpert
+    }
+
+    /// Config key of the number of shared experts in families whose shared experts have together that many times the
+    /// width of a routed one.
+    fn shared_count_key(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// The object with the text model's fields: the config itself, or a part of it in models with other modalities.
+    fn text_key(&self) -> Option<&'static str> {
+        None
+    }
 
     /// Decoder layer that a tensor belongs to, by its name.
     fn layer_of(&self, name: &str) -> Option<usize>;

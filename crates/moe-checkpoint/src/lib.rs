@@ -8,6 +8,7 @@
 //! - [`Family`] says how the config of a model family reads and what its tensors are called.
 //! - Routed experts have one canonical form, [`ExpertWeights`], whatever their [`ExpertLayout`] on disk.
 //! - [`ShardedWriter`] and [`OutputDir`] write checkpoints as streams, atomically and resumably.
+//! - Feature `hub` adds `hub::fetch`: a model id in place of a directory.
 //! - [`Statistics`], [`ScoreTable`] and [`MoeShape`] are the artefacts that scoring and pruning exchange.
 //!
 //! ```no_run
@@ -27,15 +28,19 @@ mod checkpoint;
 mod config;
 mod convert;
 mod error;
+mod expert_bytes;
 mod experts;
 mod families;
 mod family;
 mod fingerprint;
 mod header;
+#[cfg(feature = "hub")]
+pub mod hub;
 mod index;
 mod json;
 mod output_dir;
 mod provenance;
+mod quantised;
 mod ragged;
 mod score_conversion;
 mod scores;
@@ -52,16 +57,18 @@ mod writer;
 pub use artefact_file::write_atomic;
 pub use checkpoint::Checkpoint;
 pub use config::{
-    Activation, AttentionConfig, Ffn, Groups, LayerConfig, ModelConfig, MoeConfig, RopeConfig, RopeScaling, Routing,
-    RoutingKind, SharedExpert,
+    Activation, AttentionConfig, AttentionKind, Ffn, GroupScore, Groups, LatentAttention, LayerConfig, ModelConfig,
+    MoeConfig, Multipliers, NormKind, QkNorm, RopeConfig, RopeScaling, Routing, RoutingKind, SharedExpert,
 };
 pub use convert::encode;
 pub use error::{Error, Result};
-pub use experts::{ExpertBytes, ExpertLayout, ExpertPart, ExpertTensor, ExpertTensorLayout, ExpertWeights, RawMatrix};
+pub use expert_bytes::{ExpertBytes, ExpertWeights, RawMatrix};
+pub use experts::{ExpertBlock, ExpertLayout, ExpertPart, ExpertTensor, ExpertTensorLayout, Placement};
 pub use family::{Family, LayerRole, Role, families, family, family_of};
 pub use output_dir::{Existing, OutputDir};
 pub use provenance::Provenance;
-pub use ragged::{ragged_config, uniform_config};
+pub use quantised::Quantisation;
+pub use ragged::{UniformShape, dequantised_config, ragged_config, uniform_config, uniform_shape_config};
 pub use safetensors::Dtype;
 pub use score_conversion::Reduction;
 pub use scores::{Denominator, Granularity, LayerScores, Pool, ScoreTable};

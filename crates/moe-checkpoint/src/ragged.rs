@@ -71,7 +71,7 @@ impl Ragged {
     /// Puts the widths into the parsed original config.
     pub fn apply(mut self, config: &mut ModelConfig) -> Result<()> {
         let field = |layer: usize| format!("{KEY}.expert_widths.{layer}");
-        let top_k = config.routing.top_k;
+        let (top_k, groups) = (config.routing.top_k, config.routing.groups());
         for (layer, layer_config) in config.layers.iter_mut().enumerate() {
             let Ffn::Moe(moe) = &mut layer_config.ffn else { continue };
             let widths = self.widths.remove(&layer).ok_or_else(|| Error::MissingField {
@@ -85,6 +85,14 @@ impl Ragged {
                     field: field(layer),
                     found: format!("a list of {} widths", widths.len()),
                     expected: format!("at least `num_experts_per_tok` = {top_k}"),
+                });
+            }
+            if let Some(groups) = groups.filter(|groups| widths.len() % groups.count != 0) {
+                return Err(Error::InvalidField {
+                    file: CONFIG.to_string(),
+                    field: field(layer),
+                    found: format!("a list of {} widths", widths.len()),
+                    expected: format!("a multiple of the {} groups of experts", groups.count),
                 });
             }
             moe.widths = widths;
@@ -135,22 +143,68 @@ pub fn ragged_config(config: &Value, widths: &BTreeMap<usize, Vec<usize>>) -> Re
     Ok(result)
 }
 
+/// What a stock config says about routed experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UniformShape {
+    /// Width of every routed expert.
+    pub width: usize,
+    /// Routed experts of every MoE layer; `None` leaves the config's.
+    pub experts: Option<usize>,
+    /// Shared experts in families that count them in widths of a routed one; `None` leaves the config's.
+    pub shared_experts: Option<usize>,
+}
+
 /// The config of a stock model whose routed experts all have this width, made from the config of a stock model or of a
 /// ragged checkpoint. All other keys stay as they are.
 ///
 /// # Errors
 /// Those of [`ModelConfig::from_json`] for `config` and for the result.
 pub fn uniform_config(config: &Value, width: usize) -> Result<Value> {
+    uniform_shape_config(config, UniformShape { width, experts: None, shared_experts: None })
+}
+
+/// Like [`uniform_config`], with another number of experts.
+///
+/// # Errors
+/// Those of [`ModelConfig::from_json`] for `config` and for the result, e.g. fewer experts than `num_experts_per_tok`.
+pub fn uniform_shape_config(config: &Value, shape: UniformShape) -> Result<Value> {
     let mut result = match Ragged::read(config)? {
         Some(ragged) => ragged.original,
         None => config.clone(),
     };
-    let key = family_of(&result)?.width_key();
-    if let Value::Object(map) = &mut result {
-        map.insert(key.to_string(), json!(width));
+    let family = family_of(&result)?;
+    let text = match family.text_key().filter(|key| result.get(key).is_some()) {
+        Some(key) => result.get_mut(key),
+        None => Some(&mut result),
+    };
+    if let Some(Value::Object(map)) = text {
+        map.insert(family.width_key().to_string(), json!(shape.width));
+        if let Some(experts) = shape.experts {
+            // Every key that is there: they must agree.
+            for key in family.expert_count_keys().iter().filter(|key| map.contains_key(**key)).collect::<Vec<_>>() {
+                map.insert(key.to_string(), json!(experts));
+            }
+        }
+        if let (Some(key), Some(count)) = (family.shared_count_key(), shape.shared_experts) {
+            map.insert(key.to_string(), json!(count));
+        }
     }
     ModelConfig::from_json(&result, None)?;
     Ok(result)
+}
+
+/// The config without its quantisation, for weights that were dequantised.
+pub fn dequantised_config(config: &Value) -> Value {
+    let mut result = config.clone();
+    if let Value::Object(map) = &mut result {
+        map.shift_remove("quantization_config");
+        for key in ["dtype", "torch_dtype"] {
+            if map.get(key).is_some_and(|dtype| dtype.as_str().is_some_and(|name| name.contains("float8"))) {
+                map.insert(key.to_string(), json!("bfloat16"));
+            }
+        }
+    }
+    result
 }
 
 #[cfg(test)]

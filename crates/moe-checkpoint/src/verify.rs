@@ -1,14 +1,15 @@
 //! Checks that the weights are those the config describes.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
 
 use safetensors::Dtype;
 
-use crate::config::{Ffn, ModelConfig, MoeConfig};
+use crate::config::{AttentionKind, Ffn, LatentAttention, ModelConfig, MoeConfig, NormKind, QkNorm};
 use crate::convert::float_bytes;
 use crate::experts::{ExpertLayout, ExpertTensor};
 use crate::family::{Family, LayerRole, Role};
+use crate::quantised::{Quantisation, SCALE_SUFFIX};
 use crate::weights::TensorInfo;
 use crate::{Error, Result};
 
@@ -24,10 +25,16 @@ pub(crate) struct Weights<'a> {
     pub tensors: &'a BTreeMap<String, TensorInfo>,
 }
 
-/// Checks every tensor that the config calls for, and that no others are in the decoder layers. Returns the expert layout
-/// of every MoE layer.
-pub(crate) fn verify(weights: &Weights<'_>) -> Result<BTreeMap<usize, ExpertLayout>> {
-    weights.tensors.values().try_for_each(refuse_quantised)?;
+/// What the check found.
+pub(crate) struct Verified {
+    /// The expert layout of every MoE layer.
+    pub layouts: BTreeMap<usize, ExpertLayout>,
+    /// Tensors that only serve to dequantise others.
+    pub scales: BTreeSet<String>,
+}
+
+/// Checks every tensor that the config calls for, and that no others are in the decoder layers.
+pub(crate) fn verify(weights: &Weights<'_>) -> Result<Verified> {
     let mut expected = HashSet::with_capacity(weights.tensors.len());
     for (role, shape) in roles(weights.config) {
         expected.insert(weights.check_role(role, shape)?);
@@ -38,21 +45,48 @@ pub(crate) fn verify(weights: &Weights<'_>) -> Result<BTreeMap<usize, ExpertLayo
             layouts.insert(layer, weights.check_experts(layer, moe, &mut expected)?);
         }
     }
+    let mut scales = BTreeSet::new();
+    for info in weights.tensors.values() {
+        if info.name.ends_with("_scales") && expected.contains(&info.name) {
+            scales.insert(info.name.clone());
+        }
+        if let Some(scale) = weights.check_quantised(info)? {
+            expected.insert(scale.clone());
+            scales.insert(scale);
+        }
+    }
     weights.tensors.values().try_for_each(|info| weights.check_expected(info, &expected))?;
-    Ok(layouts)
+    Ok(Verified { layouts, scales })
 }
 
 /// Every tensor of the config other than routed experts, with its shape.
 fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>)> + '_ {
     let (hidden, vocabulary) = (config.hidden_size, config.vocab_size);
-    let head = (!config.tie_word_embeddings).then_some((Role::LmHead, vec![vocabulary, hidden]));
-    let outer = [(Role::Embedding, vec![vocabulary, hidden]), (Role::FinalNorm, vec![hidden])];
+    let mut outer = vec![(Role::Embedding, vec![vocabulary, hidden]), (Role::FinalNorm, vec![hidden])];
+    if config.norm == NormKind::Layer {
+        outer.push((Role::FinalNormBias, vec![hidden]));
+    }
+    if !config.tie_word_embeddings {
+        outer.push((Role::LmHead, vec![vocabulary, hidden]));
+    }
+    if config.head_bias {
+        outer.push((Role::LmHeadBias, vec![vocabulary]));
+    }
     let layers = config.layers.iter().enumerate().flat_map(move |(layer, layer_config)| {
-        let mut roles = attention_roles(config);
-        roles.extend(ffn_roles(hidden, &layer_config.ffn));
+        let mut roles = norm_roles(config);
+        roles.extend(attention_roles(config));
+        roles.extend(ffn_roles(config, &layer_config.ffn));
         roles.into_iter().map(move |(role, shape)| (Role::Layer(layer, role), shape))
     });
-    outer.into_iter().chain(head).chain(layers)
+    outer.into_iter().chain(layers)
+}
+
+fn norm_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
+    let mut roles = vec![LayerRole::AttentionNorm, LayerRole::FfnNorm];
+    if config.norm == NormKind::Layer {
+        roles.extend([LayerRole::AttentionNormBias, LayerRole::FfnNormBias]);
+    }
+    roles.into_iter().map(|role| (role, vec![config.hidden_size])).collect()
 }
 
 fn attention_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
@@ -60,30 +94,70 @@ fn attention_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
     // Each factor is below 2^28, so that products of two fit.
     let queries = attention.num_heads * attention.head_dim;
     let keys = attention.num_kv_heads * attention.head_dim;
-    let mut roles = vec![
-        (LayerRole::AttentionNorm, vec![hidden]),
-        (LayerRole::FfnNorm, vec![hidden]),
-        (LayerRole::Query, vec![queries, hidden]),
-        (LayerRole::Key, vec![keys, hidden]),
-        (LayerRole::Value, vec![keys, hidden]),
-        (LayerRole::Output, vec![hidden, queries]),
-    ];
-    if attention.qkv_bias {
-        roles.push((LayerRole::QueryBias, vec![queries]));
-        roles.push((LayerRole::KeyBias, vec![keys]));
-        roles.push((LayerRole::ValueBias, vec![keys]));
+    let values = attention.num_heads * attention.value_head_dim();
+    let mut roles = Vec::new();
+    match &attention.kind {
+        AttentionKind::Other => return Vec::new(),
+        AttentionKind::Grouped => {
+            roles.push((LayerRole::Query, vec![queries, hidden]));
+            roles.push((LayerRole::Key, vec![keys, hidden]));
+            roles.push((LayerRole::Value, vec![keys, hidden]));
+            if attention.qkv_bias {
+                roles.push((LayerRole::QueryBias, vec![queries]));
+                roles.push((LayerRole::KeyBias, vec![keys]));
+                roles.push((LayerRole::ValueBias, vec![keys]));
+            }
+        }
+        AttentionKind::Latent(latent) => roles.extend(latent_roles(config, latent)),
     }
+    roles.push((LayerRole::Output, vec![hidden, values]));
     if attention.output_bias {
         roles.push((LayerRole::OutputBias, vec![hidden]));
     }
-    if attention.qk_norm {
-        roles.push((LayerRole::QueryNorm, vec![attention.head_dim]));
-        roles.push((LayerRole::KeyNorm, vec![attention.head_dim]));
+    let norms = match attention.qk_norm {
+        QkNorm::None => None,
+        QkNorm::Head => Some((attention.head_dim, attention.head_dim)),
+        QkNorm::Projection => Some((queries, keys)),
+    };
+    if let Some((query, key)) = norms {
+        roles.push((LayerRole::QueryNorm, vec![query]));
+        roles.push((LayerRole::KeyNorm, vec![key]));
+    }
+    if attention.sinks {
+        roles.push((LayerRole::Sinks, vec![attention.num_heads]));
     }
     roles
 }
 
-fn ffn_roles(hidden: usize, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
+fn latent_roles(config: &ModelConfig, latent: &LatentAttention) -> Vec<(LayerRole, Vec<usize>)> {
+    let (hidden, attention) = (config.hidden_size, &config.attention);
+    let queries = attention.num_heads * attention.head_dim;
+    let keys_values = attention.num_heads * (latent.qk_nope_head_dim + latent.v_head_dim);
+    let down = latent.kv_lora_rank + latent.qk_rope_head_dim;
+    let mut roles = vec![
+        (LayerRole::LatentKvDown, vec![down, hidden]),
+        (LayerRole::LatentKvNorm, vec![latent.kv_lora_rank]),
+        (LayerRole::LatentKvUp, vec![keys_values, latent.kv_lora_rank]),
+    ];
+    if attention.qkv_bias {
+        roles.push((LayerRole::LatentKvDownBias, vec![down]));
+    }
+    match latent.q_lora_rank {
+        None => roles.push((LayerRole::Query, vec![queries, hidden])),
+        Some(rank) => {
+            roles.push((LayerRole::LatentQueryDown, vec![rank, hidden]));
+            roles.push((LayerRole::LatentQueryNorm, vec![rank]));
+            roles.push((LayerRole::LatentQueryUp, vec![queries, rank]));
+            if attention.qkv_bias {
+                roles.push((LayerRole::LatentQueryDownBias, vec![rank]));
+            }
+        }
+    }
+    roles
+}
+
+fn ffn_roles(config: &ModelConfig, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
+    let hidden = config.hidden_size;
     match ffn {
         Ffn::Dense { intermediate_size } => vec![
             (LayerRole::DenseGate, vec![*intermediate_size, hidden]),
@@ -92,6 +166,12 @@ fn ffn_roles(hidden: usize, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
         ],
         Ffn::Moe(moe) => {
             let mut roles = vec![(LayerRole::Router, vec![moe.num_experts(), hidden])];
+            if config.routing.bias {
+                roles.push((LayerRole::RouterBias, vec![moe.num_experts()]));
+            }
+            if config.routing.correction_bias() {
+                roles.push((LayerRole::CorrectionBias, vec![moe.num_experts()]));
+            }
             if let Some(shared) = &moe.shared {
                 roles.push((LayerRole::SharedGate, vec![shared.intermediate_size, hidden]));
                 roles.push((LayerRole::SharedUp, vec![shared.intermediate_size, hidden]));
@@ -105,18 +185,37 @@ fn ffn_roles(hidden: usize, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
     }
 }
 
-fn refuse_quantised(info: &TensorInfo) -> Result<()> {
-    match info.dtype {
-        Dtype::F4 | Dtype::F6_E2M3 | Dtype::F6_E3M2 | Dtype::F8_E5M2 | Dtype::F8_E4M3 | Dtype::F8_E8M0 => {}
-        Dtype::F8_E4M3FNUZ | Dtype::F8_E5M2FNUZ => {}
-        _ => return Ok(()),
+fn is_quantised(dtype: Dtype) -> bool {
+    matches!(
+        dtype,
+        Dtype::F4
+            | Dtype::F6_E2M3
+            | Dtype::F6_E3M2
+            | Dtype::F8_E5M2
+            | Dtype::F8_E4M3
+            | Dtype::F8_E8M0
+            | Dtype::F8_E4M3FNUZ
+            | Dtype::F8_E5M2FNUZ
+    )
+}
+
+/// The refusal of a quantised tensor.
+pub(crate) fn quantised_tensor(info: &TensorInfo, expected: &str) -> Error {
+    Error::QuantisedTensor {
+        file: info.file.to_path_buf(),
+        tensor: info.name.clone(),
+        found: info.dtype,
+        expected: expected.to_string(),
     }
-    Err(Error::QuantisedTensor { file: info.file.to_path_buf(), tensor: info.name.clone(), found: info.dtype })
 }
 
 impl Weights<'_> {
     fn check_role(&self, role: Role, shape: Vec<usize>) -> Result<String> {
         let name = self.family.tensor_name(role);
+        // Ernie stores its correction bias as one row.
+        let row = matches!(role, Role::Layer(_, LayerRole::CorrectionBias))
+            && self.tensors.get(&name).is_some_and(|info| info.shape.len() == 2);
+        let shape = if row { [vec![1], shape].concat() } else { shape };
         self.check(&name, shape, self.family.size_keys(role))?;
         Ok(name)
     }
@@ -131,10 +230,51 @@ impl Weights<'_> {
             let (found, fields) = (info.shape.clone(), fields.into());
             return Err(Error::UnexpectedShape { file, tensor, found, expected, fields });
         }
-        if float_bytes(info.dtype).is_none() {
+        // Quantised ones have a check of their own.
+        if float_bytes(info.dtype).is_none() && !is_quantised(info.dtype) {
             return Err(Error::UnsupportedDtype { file, tensor, found: info.dtype, expected: FLOATS.to_string() });
         }
         Ok(())
+    }
+
+    /// Checks that a quantised tensor can be read, and names the tensor of its factors.
+    fn check_quantised(&self, info: &TensorInfo) -> Result<Option<String>> {
+        if !is_quantised(info.dtype) {
+            return Ok(None);
+        }
+        let Some(Quantisation::Fp8Blocks { rows, cols }) = self.config.quantisation else {
+            return Err(quantised_tensor(info, FLOATS));
+        };
+        let [height, width] = info.shape[..] else {
+            return Err(quantised_tensor(info, "two dimensions of a tensor quantised by blocks"));
+        };
+        if info.dtype != Dtype::F8_E4M3 {
+            return Err(quantised_tensor(info, "F8_E4M3, F32, F16 or BF16"));
+        }
+        let scale = format!("{}{SCALE_SUFFIX}", info.name);
+        self.check(
+            &scale,
+            vec![height.div_ceil(rows), width.div_ceil(cols)],
+            "`quantization_config.weight_block_size`",
+        )?;
+        match self.tensors.get(&scale) {
+            Some(scale) if float_bytes(scale.dtype).is_none() => Err(quantised_tensor(scale, FLOATS)),
+            _ => Ok(Some(scale)),
+        }
+    }
+
+    /// Checks the bytes of FP4 experts.
+    fn check_bytes(&self, name: &str, expected: Vec<usize>, fields: &str) -> Result<()> {
+        match self.tensors.get(name) {
+            Some(info) if info.dtype == Dtype::U8 && info.shape == expected => Ok(()),
+            Some(info) if info.dtype != Dtype::U8 => Err(Error::UnsupportedDtype {
+                file: info.file.to_path_buf(),
+                tensor: info.name.clone(),
+                found: info.dtype,
+                expected: "U8".to_string(),
+            }),
+            _ => self.check(name, expected, fields),
+        }
     }
 
     fn check_experts(&self, layer: usize, moe: &MoeConfig, expected: &mut HashSet<String>) -> Result<ExpertLayout> {
@@ -144,15 +284,19 @@ impl Weights<'_> {
             false => format!("`{}`", self.family.width_key()),
         };
         let fields = format!("{width}, the number of experts and `hidden_size`");
-        let tensors = layout.tensors(self.config.hidden_size, &moe.widths).ok_or_else(|| Error::ExpertLayout {
-            dir: self.dir.to_path_buf(),
-            layer,
-            found: format!("the layout {layout:?}"),
-            expected: format!("one that holds the different widths of {width}"),
-        })?;
+        let tensors =
+            layout.tensors(self.config.hidden_size, &moe.widths, moe.bias).ok_or_else(|| Error::ExpertLayout {
+                dir: self.dir.to_path_buf(),
+                layer,
+                found: format!("the layout {layout:?}"),
+                expected: format!("one that holds the different widths of {width}"),
+            })?;
         for tensor in tensors {
             let name = self.family.expert_tensor_name(layer, tensor.tensor);
-            self.check(&name, tensor.shape, &fields)?;
+            match tensor.blocks.is_empty() && layout == ExpertLayout::Mxfp4 {
+                true => self.check_bytes(&name, tensor.shape, &fields)?,
+                false => self.check(&name, tensor.shape, &fields)?,
+            }
             expected.insert(name);
         }
         Ok(layout)
@@ -160,13 +304,11 @@ impl Weights<'_> {
 
     /// The layout of a layer, told by which names exist.
     fn expert_layout(&self, layer: usize) -> Result<ExpertLayout> {
-        let layouts: [(ExpertLayout, &[ExpertTensor]); 3] = [
-            (ExpertLayout::PerExpert, &[ExpertTensor::Gate(0), ExpertTensor::Up(0), ExpertTensor::Down(0)]),
-            (ExpertLayout::Fused, &[ExpertTensor::FusedGateUp, ExpertTensor::FusedDown]),
-            (ExpertLayout::Ragged, &[ExpertTensor::RaggedGateUp, ExpertTensor::RaggedDown]),
-        ];
         // Ragged tensors count only if the config says so too: a stock loader would take random experts instead.
-        let usable = || layouts.iter().filter(|(layout, _)| self.ragged || *layout != ExpertLayout::Ragged);
+        let layouts = self.family.layouts().iter().map(|layout| (*layout, layout.signature()));
+        let layouts: Vec<(ExpertLayout, &[ExpertTensor])> =
+            layouts.filter(|(layout, _)| self.ragged || *layout != ExpertLayout::Ragged).collect();
+        let usable = || layouts.iter();
         let name = |tensor: &ExpertTensor| self.family.expert_tensor_name(layer, *tensor);
         let found: Vec<_> =
             usable().filter(|(_, names)| names.iter().any(|t| self.tensors.contains_key(&name(t)))).collect();
@@ -188,11 +330,18 @@ impl Weights<'_> {
     /// Refuses tensors of decoder layers that would silently go unused. Tensors elsewhere are carried along.
     fn check_expected(&self, info: &TensorInfo, expected: &HashSet<String>) -> Result<()> {
         let Some(layer) = self.family.layer_of(&info.name) else { return Ok(()) };
+        if self.config.attention.kind == AttentionKind::Other && info.name.contains("attn.") {
+            return Ok(());
+        }
         // A constant that old files store.
         if expected.contains(&info.name) || info.name.ends_with(".rotary_emb.inv_freq") {
             return Ok(());
         }
         let layers = self.config.layers.len();
+        // Layers of multi-token prediction come after the decoder layers.
+        if (layers..layers + self.config.mtp_layers).contains(&layer) {
+            return Ok(());
+        }
         let reason = match layer < layers {
             true => format!("config.json has no place for it in layer {layer}"),
             false => format!("`num_hidden_layers` in config.json is {layers}"),

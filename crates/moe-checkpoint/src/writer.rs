@@ -192,17 +192,18 @@ impl ShardedWriter {
     pub fn copy(&mut self, from: &Checkpoint, name: &str) -> Result<()> {
         let (number, place) = self.place(name)?;
         let (info, spec) = (from.info(name)?, &self.specs[place.spec]);
-        if (info.dtype, &info.shape) != (spec.dtype, &spec.shape) {
+        let dtype = from.plain_dtype(name)?;
+        if (dtype, &info.shape) != (spec.dtype, &spec.shape) {
             let reason = format!(
                 "the copy would be {:?} {:?}, the plan says {:?} {:?}",
-                info.dtype, info.shape, spec.dtype, spec.shape
+                dtype, info.shape, spec.dtype, spec.shape
             );
             return Err(Error::InvalidTensorSpec { tensor: name.to_string(), reason });
         }
         if self.finished[number] {
             return Ok(());
         }
-        from.stream(name, COPY_BYTES, |bytes| self.append(name, bytes))
+        from.stream_plain(name, COPY_BYTES, |bytes| self.append(name, bytes))
     }
 
     /// Checks that every tensor is complete, and writes the index if there are several shards.

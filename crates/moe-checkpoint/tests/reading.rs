@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 
 use common::{Model, Tensor, assert_parts, fixture, fixtures, message};
 use moe_checkpoint::{
-    Checkpoint, Dtype, ExpertLayout, ExpertWeights, Ffn, LayerRole, ModelConfig, Role, RopeScaling, RoutingKind,
-    ragged_config,
+    Checkpoint, Dtype, ExpertLayout, ExpertWeights, Ffn, LayerRole, ModelConfig, QkNorm, Role, RopeScaling,
+    RoutingKind, ragged_config,
 };
 use serde_json::json;
 
@@ -34,23 +34,47 @@ fn every_fixture_reads_as_the_safetensors_crate_reads_it() {
         }
         checkpoint.release();
         for layer in &checkpoint.shape().layers {
-            assert_eq!(checkpoint.expert_layout(layer.layer).unwrap(), ExpertLayout::PerExpert);
             for (expert, width) in layer.widths.iter().enumerate() {
                 let weights = checkpoint.expert(layer.layer, expert).unwrap();
-                let part = |part: &str| {
-                    f32s(
-                        &model.tensors
-                            [&format!("model.layers.{}.mlp.experts.{expert}.{part}_proj.weight", layer.layer)],
-                    )
-                };
+                let (gate, up, down) = canonical(&model, layer.layer, expert);
                 assert_eq!((weights.width, weights.hidden), (*width, checkpoint.config().hidden_size));
-                assert_eq!((&weights.gate, &weights.up, &weights.down), (&part("gate"), &part("up"), &part("down")));
+                assert_eq!((&weights.gate, &weights.up, &weights.down), (&gate, &up, &down), "{}", dir.display());
             }
         }
         assert_eq!(checkpoint.bytes_on_disk(), model.tensors.values().map(|t| t.bytes.len() as u64).sum::<u64>());
         assert_eq!(checkpoint.raw_config(), &model.config);
         assert!(!checkpoint.ragged());
     }
+}
+
+/// Gate, up and down of an expert, found by the names and shapes that each family documents.
+fn canonical(model: &Model, layer: usize, expert: usize) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    let tensor = |name: String| model.tensors.get(&format!("model.layers.{layer}.{name}"));
+    for (block, [gate, up, down]) in
+        [("mlp", ["gate_proj", "up_proj", "down_proj"]), ("block_sparse_moe", ["w1", "w3", "w2"])]
+    {
+        let part = |part: &str| tensor(format!("{block}.experts.{expert}.{part}.weight")).map(f32s);
+        if let (Some(gate), Some(up), Some(down)) = (part(gate), part(up), part(down)) {
+            return (gate, up, down);
+        }
+    }
+    if let Some(fused) = tensor("block_sparse_moe.input_linear.weight".into()) {
+        let [_, both, hidden] = fused.shape[..] else { panic!() };
+        let values = f32s(fused);
+        let ours = &values[expert * both * hidden..][..both * hidden];
+        let down = f32s(tensor("block_sparse_moe.output_linear.weight".into()).unwrap());
+        let size = both / 2 * hidden;
+        return (ours[..size].to_vec(), ours[size..].to_vec(), down[expert * size..][..size].to_vec());
+    }
+    let fused = tensor("mlp.experts.gate_up_proj".into()).unwrap();
+    let [_, hidden, both] = fused.shape[..] else { panic!() };
+    let (values, width) = (f32s(fused), both / 2);
+    let at = |unit: usize, h: usize, which: usize| values[(expert * hidden + h) * both + 2 * unit + which];
+    let part = |which| (0..width).flat_map(move |unit| (0..hidden).map(move |h| (unit, h, which)));
+    let [gate, up] = [0, 1].map(|which| part(which).map(|(unit, h, which)| at(unit, h, which)).collect());
+    let down = (0..hidden).flat_map(|h| (0..width).map(move |unit| (unit, h)));
+    let values = f32s(tensor("mlp.experts.down_proj".into()).unwrap());
+    (gate, up, down.map(|(unit, h)| values[(expert * width + unit) * hidden + h]).collect())
 }
 
 #[test]
@@ -76,7 +100,7 @@ fn fused_and_per_expert_layouts_give_the_same_experts_in_every_dtype() {
                         fused.expert_bytes(layer.layer, expert).unwrap(),
                     );
                     for (a, b) in [(a.gate, b.gate), (a.up, b.up), (a.down, b.down)] {
-                        assert_eq!((a.bytes, a.dtype, a.rows, a.cols), (b.bytes, dtype, b.rows, b.cols));
+                        assert_eq!((&a.bytes, a.dtype, a.rows, a.cols), (&b.bytes, dtype, b.rows, b.cols));
                         assert_eq!(a.row(a.rows - 1), b.row(b.rows - 1));
                         assert_eq!(a.row(a.rows), None);
                     }
@@ -222,14 +246,17 @@ fn configs_of_both_dialects() {
     assert_eq!(config.routing.kind, RoutingKind::SoftmaxTopK { renormalise: false });
     assert_eq!((config.rope.theta, &config.rope.scaling), (10_000.0, &RopeScaling::Default));
     assert_eq!((config.eos_token_ids.as_slice(), config.dtype.as_deref()), (&[2][..], Some("float32")));
-    assert!(config.attention.qkv_bias && !config.attention.output_bias && !config.attention.qk_norm);
+    assert!(config.attention.qkv_bias && !config.attention.output_bias && config.attention.qk_norm == QkNorm::None);
     assert!(
         config.moe(0).unwrap().shared.as_ref().is_some_and(|shared| shared.gated && shared.intermediate_size == 48)
     );
 
     assert_eq!(open("tf4/qwen3_moe"), open("tf5/qwen3_moe"));
     let config = open("tf5/qwen3_moe");
-    assert_eq!((config.attention.head_dim, config.attention.qk_norm, config.attention.qkv_bias), (12, true, false));
+    assert_eq!(
+        (config.attention.head_dim, config.attention.qk_norm, config.attention.qkv_bias),
+        (12, QkNorm::Head, false)
+    );
     assert_eq!(config.routing.kind, RoutingKind::SoftmaxTopK { renormalise: true });
     assert_eq!(config.moe(2).unwrap().shared, None);
     assert_eq!(open("tf5/qwen3_moe_long").attention.head_dim, 8);

@@ -39,7 +39,7 @@ fn directories() {
 #[test]
 fn families() {
     let known = "qwen2_moe, qwen3_moe";
-    assert_parts(&refused(|c| c["model_type"] = json!("mixtral")), &["config.json", "`mixtral`", known]);
+    assert_parts(&refused(|c| c["model_type"] = json!("jetmoe")), &["config.json", "`jetmoe`", known]);
     assert_parts(&refused(|c| c["model_type"] = Value::Null), &["`model_type` is missing", known]);
     let llama = ModelConfigOf(json!({"model_type": "llama", "hidden_size": 32}));
     assert_parts(&llama.refusal(), &["not a Mixture-of-Experts model", "`llama`", known]);
@@ -100,7 +100,11 @@ fn config_fields() {
         ("layer_types", json!(vec!["sliding_attention"; 3]), &["`sliding_window`", "use_sliding_window"]),
         ("eos_token_id", json!("</s>"), &["`eos_token_id`", "token id"]),
         ("mlp_only_layers", json!([0, "x"]), &["`mlp_only_layers`", "list of integers"]),
-        ("quantization_config", json!({"quant_method": "fp8"}), &["quantised weights", "\"fp8\"", "not yet read"]),
+        (
+            "quantization_config",
+            json!({"quant_method": "fp8"}),
+            &["quantised weights", "\"fp8\"", "not read", "weight_block_size"],
+        ),
     ];
     for (field, value, parts) in cases {
         let text = refused(|c| c[*field] = value.clone());
@@ -170,7 +174,7 @@ fn tensors() {
     assert_parts(&model.refusal(), &[expert, "I32", "F32, F16 or BF16"]);
     let mut model = qwen2();
     *model.tensor(expert) = Tensor { dtype: Dtype::F8_E4M3, shape: vec![24, 32], bytes: vec![0; 24 * 32] };
-    assert_parts(&model.refusal(), &[expert, "F8_E4M3", "not yet read"]);
+    assert_parts(&model.refusal(), &[expert, "F8_E4M3", "not read"]);
     let mut model = qwen2();
     let surplus = model.tensor(expert).clone();
     model.tensors.insert("model.layers.1.mlp.experts.8.up_proj.weight".to_string(), surplus.clone());

@@ -8,8 +8,8 @@ use std::path::Path;
 
 use common::{assert_parts, fixture, fixtures, message};
 use moe_checkpoint::{
-    Checkpoint, Dtype, Error, Existing, ExpertPart, OutputDir, ShardedWriter, TensorSpec, WriterOptions,
-    copy_side_files, ragged_config, write_json,
+    Checkpoint, Dtype, Error, Existing, OutputDir, ShardedWriter, TensorSpec, WriterOptions, copy_side_files,
+    ragged_config, write_json,
 };
 
 fn specs(checkpoint: &Checkpoint) -> Vec<TensorSpec> {
@@ -214,7 +214,7 @@ fn a_ragged_export_of_whole_experts_reads_back_bit_for_bit() {
     let mut widths = BTreeMap::new();
     for layer in &from.shape().layers {
         widths.insert(layer.layer, layer.widths.clone());
-        for tensor in layout.tensors(hidden, &layer.widths).unwrap() {
+        for tensor in layout.tensors(hidden, &layer.widths, false).unwrap() {
             let name = from.expert_tensor_name(layer.layer, tensor.tensor);
             specs.push(TensorSpec { name, dtype: Dtype::BF16, shape: tensor.shape });
         }
@@ -223,16 +223,11 @@ fn a_ragged_export_of_whole_experts_reads_back_bit_for_bit() {
     let mut writer = ShardedWriter::new(out.path(), options(20_000), specs).unwrap();
     outside.iter().for_each(|name| writer.copy(&from, name).unwrap());
     for layer in &from.shape().layers {
-        for tensor in layout.tensors(hidden, &layer.widths).unwrap() {
+        for tensor in layout.tensors(hidden, &layer.widths, false).unwrap() {
             let name = from.expert_tensor_name(layer.layer, tensor.tensor);
-            for (expert, part) in tensor.blocks {
+            for (expert, block) in tensor.blocks {
                 let bytes = from.expert_bytes(layer.layer, expert).unwrap();
-                let matrix = match part {
-                    ExpertPart::Gate => bytes.gate,
-                    ExpertPart::Up => bytes.up,
-                    ExpertPart::Down => bytes.down,
-                };
-                writer.append(&name, matrix.bytes).unwrap();
+                writer.append(&name, &block.bytes(&bytes).unwrap()).unwrap();
             }
         }
     }

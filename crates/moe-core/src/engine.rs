@@ -20,12 +20,11 @@ use crate::{
     host::{self, HostView},
     kernels::{
         loss::cross_entropy,
-        norm::{rms_norm, rms_norm_backward},
-        rope::RotaryTable,
+        rope::{Positions, RotaryTable},
         rows::{RowAccumulator, gather_rows},
-        swiglu::{SwigluGradients, swiglu, swiglu_backward},
+        swiglu::SwigluGradients,
     },
-    layers::{AttentionTape, FfnLayer, expert_gate_up},
+    layers::{AttentionTape, FfnLayer},
     memory::{self, Keep, MemoryPlan, WaveSize},
     model::Model,
     overlay::ExpertOverlay,
@@ -274,8 +273,8 @@ impl<'m> Engine<'m> {
             return Err(Error::input(format!("wave {}", wave.id), "no sequences", "at least one"));
         }
         info.tokens = ids.len();
-        let positions: Vec<usize> = spans.iter().flat_map(|s| 0..s.len()).collect();
-        let table = self.model.rope().table(positions.into_iter());
+        let positions: Vec<_> = spans.iter().map(|s| Positions { range: 0..s.len(), length: s.len() }).collect();
+        let table = self.model.rope().table(&positions);
         Ok(Prepared { info, ids, targets, spans, table })
     }
 
@@ -310,11 +309,11 @@ impl<'m> Engine<'m> {
     ) -> Result<Tensor<2>> {
         let ffn = self.model.ffn(layer)?;
         let z = ffn.normed(middle);
-        let mut out = RowAccumulator::from_tensor(middle.clone());
+        let mut out = ffn.accumulator(middle);
         if let Some(router) = &ffn.router {
-            let logits = HostView::new(&router.forward(&z, None));
-            let experts = router.dims()[0];
-            let routed = self.model.router().route(logits.as_slice(), experts);
+            let logits = HostView::new(&router.linear.forward(&z));
+            let experts = router.linear.weight.dims()[0];
+            let routed = self.model.router().route(logits.as_slice(), experts, router.selection_bias.as_deref());
             if needs.routing {
                 observer.layer(&LayerTrace {
                     layer,
@@ -330,7 +329,8 @@ impl<'m> Engine<'m> {
             let observe = needs.experts() && !needs.gradients;
             if observe || !skip_output {
                 tape.experts = vec![None; experts];
-                let run = |e: usize| self.expert_forward(layer, e, &z, &dispatch, !skip_output || needs.outputs);
+                let run =
+                    |e: usize| self.expert_forward(layer, e, &z, &dispatch, !skip_output || needs.outputs, observe);
                 self.for_experts(experts, run, |e, run: ExpertRun| {
                     let tokens = dispatch.expert(e);
                     if observe {
@@ -365,7 +365,7 @@ impl<'m> Engine<'m> {
                 dense.forward(&z, &mut out, None);
             }
         }
-        Ok(out.into_tensor())
+        Ok(ffn.output(middle, out))
     }
 
     /// Calls `compute` for each expert and `then` with its result, if it has one, in ascending order. On the host a few experts are
@@ -400,15 +400,20 @@ impl<'m> Engine<'m> {
         z: &Tensor<2>,
         dispatch: &Dispatch,
         want_output: bool,
+        observed: bool,
     ) -> Result<Option<ExpertRun>> {
         let tokens = dispatch.expert(expert);
         if tokens.rows.is_empty() {
             return Ok(None);
         }
         let weights = self.model.expert(layer, expert)?;
-        let (input, gate_up) = expert_gate_up(z, tokens.rows, &weights);
-        let units = swiglu(&gate_up);
-        let output = want_output.then(|| weights.down.forward(&units, None));
+        if weights.is_zero() && !observed {
+            return Ok(None);
+        }
+        let input = gather_rows(z, tokens.rows);
+        let gate_up = weights.pre_activations(&input);
+        let units = weights.units(&gate_up);
+        let output = want_output.then(|| weights.output(&units));
         Ok(Some(ExpertRun { weights, input, gate_up, units, output }))
     }
 
@@ -422,22 +427,21 @@ impl<'m> Engine<'m> {
         overlay: &Arc<dyn ExpertOverlay>,
         tape: &LayerTape,
     ) -> Result<Tensor<2>> {
-        let mut out = RowAccumulator::from_tensor(middle.clone());
+        let mut out = ffn.accumulator(middle);
         let dispatch = tape.routed.as_ref().expect("an MoE layer was routed").dispatch();
         for e in 0..tape.routed.as_ref().map_or(0, |r| r.experts) {
             let tokens = dispatch.expert(e);
             if tokens.rows.is_empty() {
                 continue;
             }
-            let weights = overlay.apply(layer, e, self.model.checkpoint().expert(layer, e)?)?;
-            let weights = ExpertTensors::new(weights, self.model.device());
-            let (_, gate_up) = expert_gate_up(z, tokens.rows, &weights);
-            out.add_rows(tokens.rows, Some(tokens.weights), &weights.down.forward(&swiglu(&gate_up), None));
+            let weights = self.model.replaced_expert(&**overlay, layer, e)?;
+            let gate_up = weights.pre_activations(&gather_rows(z, tokens.rows));
+            out.add_rows(tokens.rows, Some(tokens.weights), &weights.output(&weights.units(&gate_up)));
         }
         if let Some(dense) = &ffn.dense {
             dense.forward(z, &mut out, None);
         }
-        Ok(out.into_tensor())
+        Ok(ffn.output(middle, out))
     }
 
     /// Loss of every position, and the gradient of their sum at the last layer's output.
@@ -448,7 +452,7 @@ impl<'m> Engine<'m> {
         needs: Signals,
         observer: &mut dyn Observer,
     ) -> Result<(Vec<f64>, Option<Tensor<2>>)> {
-        let (norm, eps) = (self.model.final_norm()?, self.model.config().norm_eps as f32);
+        let norm = self.model.final_norm()?;
         let tokens = prepared.targets.len();
         // logits of positions without a target are computed only if someone looks at them
         let rows: Vec<u32> =
@@ -457,11 +461,7 @@ impl<'m> Engine<'m> {
         let mut dx = needs.gradients.then(|| RowAccumulator::zeros(tokens, x.dims()[1], self.model.device()));
         for rows in rows.chunks(self.options.head_tokens) {
             let x = gather_rows(&x, rows);
-            let h = rms_norm(&x, &norm, eps); // [chunk, H]
-            let mut blocks = Vec::with_capacity(self.model.head_blocks());
-            for block in 0..self.model.head_blocks() {
-                blocks.push(self.model.head_block(block)?.forward(&h, None)); // [chunk, V_b]
-            }
+            let blocks = self.model.head_forward(&norm.forward(&x))?; // [chunk, V_b] each
             if needs.logits {
                 let logits = HostView::new(&Tensor::cat(blocks.clone(), 1));
                 observer.logits(rows[0] as usize, &logits, self.model.config().vocab_size)?;
@@ -472,11 +472,8 @@ impl<'m> Engine<'m> {
                 losses[t as usize] = loss;
             }
             if let Some(dx) = &mut dx {
-                let mut dh = RowAccumulator::zeros(rows.len(), h.dims()[1], self.model.device());
-                for (block, d_logits) in result.d_logits.into_iter().enumerate() {
-                    dh.add(&self.model.head_block(block)?.backward(&d_logits));
-                }
-                dx.add_rows(rows, None, &rms_norm_backward(&x, &norm, eps, &dh.into_tensor()));
+                let dh = self.model.head_backward(result.d_logits)?;
+                dx.add_rows(rows, None, &norm.backward(&x, &dh));
             }
         }
         Ok((losses, dx.map(RowAccumulator::into_tensor)))
@@ -527,6 +524,7 @@ impl<'m> Engine<'m> {
     ) -> Result<Option<Tensor<2>>> {
         let ffn = self.model.ffn(layer)?;
         let z = ffn.normed(middle);
+        let d_blocks = ffn.block_gradient(&dy);
         let [tokens, hidden] = z.dims();
         let mut dz = want_input.then(|| RowAccumulator::zeros(tokens, hidden, self.model.device()));
         if let (Some(routed), Some(router)) = (&routed, &ffn.router) {
@@ -535,7 +533,7 @@ impl<'m> Engine<'m> {
             let kept = kept_experts.into_iter().map(Mutex::new).collect::<Vec<_>>();
             let run = |e: usize| {
                 let kept = kept.get(e).and_then(|kept| lock(kept).take());
-                self.expert_backward(layer, e, &z, &dy, kept, &dispatch, want_input, needs.outputs)
+                self.expert_backward(layer, e, &z, &d_blocks, kept, &dispatch, want_input, needs.outputs)
             };
             self.for_experts(routed.experts, run, |e, run: ExpertBackwardRun| {
                 let tokens = dispatch.expert(e);
@@ -562,15 +560,15 @@ impl<'m> Engine<'m> {
                 Ok(())
             })?;
             if let Some(dz) = &mut dz {
-                let logits = HostView::new(&router.forward(&z, None));
+                let logits = HostView::new(&router.linear.forward(&z));
                 let d_logits = self.model.router().backward(logits.as_slice(), routed, &d_weights);
                 let d_logits = host::from_vec(d_logits, [tokens, routed.experts], self.model.device());
-                dz.add(&router.backward(&d_logits));
+                dz.add(&router.linear.backward(&d_logits));
             }
         }
         let Some(mut dz) = dz else { return Ok(None) };
         if let Some(dense) = &ffn.dense {
-            dense.backward(&z, &dy, kept_dense, &mut dz);
+            dense.backward(&z, &d_blocks, kept_dense, &mut dz);
         }
         Ok(Some(ffn.input_gradient(middle, dz, &dy)))
     }
@@ -594,11 +592,10 @@ impl<'m> Engine<'m> {
         }
         let weights = self.model.expert(layer, expert)?;
         let input = gather_rows(z, tokens.rows);
-        let gate_up = kept.unwrap_or_else(|| weights.gate_up.forward(&input, None));
+        let gate_up = kept.unwrap_or_else(|| weights.pre_activations(&input));
         let upstream = gather_rows(dy, tokens.rows); // [n, H], without the routing weight
-        let du = weights.down.backward(&upstream); // [n, I]
-        let gradients = swiglu_backward(&gate_up, du, Some(tokens.weights), true);
-        let output = want_output.then(|| weights.down.forward(&gradients.units, None));
+        let gradients = weights.backward(&gate_up, &upstream, Some(tokens.weights), true);
+        let output = want_output.then(|| weights.output(&gradients.units));
         let d_input = want_input.then(|| weights.gate_up.backward(&gradients.d_gate_up));
         Ok(Some(ExpertBackwardRun { weights, input, upstream, gradients, output, d_input }))
     }

@@ -1,33 +1,144 @@
 //! Expert weights on a device.
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use moe_checkpoint::ExpertWeights;
 
-use crate::{host, kernels::weight::Weight};
+use crate::{
+    host::{self, HostView},
+    kernels::{
+        math,
+        swiglu::{Swiglu, SwigluGradients, swiglu, swiglu_backward},
+        weight::Weight,
+    },
+};
 
-/// One gated feed-forward block `f(x) = down (act(gate x) * (up x))` on a device: a routed expert, a shared expert or a
+/// One gated feed-forward block `f(x) = down unit(gate x, up x)` on a device: a routed expert, a shared expert or a
 /// dense layer. Gate and up are stacked so that both are one matrix product.
 #[derive(Clone, Debug)]
 pub struct ExpertTensors {
     /// Gate rows, then up rows: `[2I, H]`.
     pub gate_up: Weight,
+    /// Biases of the gate rows, then of the up rows `[2I]`.
+    pub gate_up_bias: Option<Tensor<1>>,
     /// `[H, I]`.
     pub down: Weight,
+    /// `[H]`.
+    pub down_bias: Option<Tensor<1>>,
+    /// How gate and up become a unit.
+    pub activation: Swiglu,
 }
 
 impl ExpertTensors {
-    /// Moves canonical host weights to `device`, as f32.
+    /// Moves canonical host weights to `device`, as f32, with the plain activation.
     pub fn new(weights: ExpertWeights, device: &Device) -> Self {
-        let ExpertWeights { mut gate, up, down, width, hidden } = weights;
+        let ExpertWeights { mut gate, up, down, gate_bias, up_bias, down_bias, width, hidden } = weights;
         gate.extend_from_slice(&up);
+        let gate_up_bias = gate_bias.zip(up_bias).map(|(gate, up)| [gate, up].concat());
+        let vector = |values: Vec<f32>| {
+            let len = values.len();
+            host::from_vec(values, [len], device)
+        };
         Self {
             gate_up: Weight::dense(host::from_vec(gate, [2 * width, hidden], device)),
+            gate_up_bias: gate_up_bias.map(vector),
             down: Weight::dense(host::from_vec(down, [hidden, width], device)),
+            down_bias: down_bias.map(vector),
+            activation: Swiglu::Plain,
         }
+    }
+
+    /// The same with another activation.
+    pub fn with_activation(self, activation: Swiglu) -> Self {
+        Self { activation, ..self }
     }
 
     /// Number of units, I. May be 0.
     pub fn width(&self) -> usize {
         self.down.dims()[1]
+    }
+
+    /// Whether the output is zero for every input.
+    pub fn is_zero(&self) -> bool {
+        self.width() == 0 && self.down_bias.is_none()
+    }
+
+    /// Gate and up `[n, 2I]` of `x [n, H]`.
+    pub fn pre_activations(&self, x: &Tensor<2>) -> Tensor<2> {
+        self.gate_up.forward(x, self.gate_up_bias.as_ref())
+    }
+
+    /// Units `[n, I]` of gate and up.
+    pub fn units(&self, gate_up: &Tensor<2>) -> Tensor<2> {
+        swiglu(gate_up, self.activation)
+    }
+
+    /// `f(x) [n, H]` of the units.
+    pub fn output(&self, units: &Tensor<2>) -> Tensor<2> {
+        self.down.forward(units, self.down_bias.as_ref())
+    }
+
+    /// Backward of `row_weights[t] * f(x[t])` down to the pre-activations, from `upstream [n, H]`, the gradient at the
+    /// *weighted* output.
+    pub fn backward(
+        &self,
+        gate_up: &Tensor<2>,
+        upstream: &Tensor<2>,
+        row_weights: Option<&[f32]>,
+        want_d_units: bool,
+    ) -> SwigluGradients {
+        let du = self.down.backward(upstream); // [n, I]
+        let mut gradients = swiglu_backward(gate_up, self.activation, du, row_weights, want_d_units);
+        if let Some(bias) = &self.down_bias {
+            // the weight of a row multiplies the bias, too
+            let (bias, upstream) = (HostView::new(bias), HostView::new(upstream));
+            let rows = upstream.as_slice().chunks_exact(bias.as_slice().len());
+            for (d, row) in gradients.d_row_weights.iter_mut().zip(rows) {
+                *d += math::dot(row, bias.as_slice());
+            }
+        }
+        gradients
+    }
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::{device, pattern};
+
+    #[test]
+    fn the_gradient_of_a_row_weight_is_the_product_of_upstream_and_output() {
+        let values = |shape, seed| host::into_vec(pattern(shape, seed));
+        let weights = |bias: bool| ExpertWeights {
+            gate: values([3, 4], 1),
+            up: values([3, 4], 2),
+            down: values([4, 3], 3),
+            gate_bias: bias.then(|| values([1, 3], 4)),
+            up_bias: bias.then(|| values([1, 3], 5)),
+            down_bias: bias.then(|| values([1, 4], 6)),
+            width: 3,
+            hidden: 4,
+        };
+        for bias in [false, true] {
+            let expert = ExpertTensors::new(weights(bias), &device())
+                .with_activation(Swiglu::Clamped { alpha: 1.7, limit: 0.8 });
+            let (x, upstream) = (pattern([5, 4], 7), pattern([5, 4], 8));
+            let gate_up = expert.pre_activations(&x);
+            let output = expert.output(&expert.units(&gate_up));
+            let found = expert.backward(&gate_up, &upstream, Some(&[0.3; 5]), false).d_row_weights;
+            let expected = host::into_vec((output * upstream).sum_dim(1));
+            assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5), "{found:?} {expected:?}");
+        }
+    }
+
+    #[test]
+    fn an_expert_without_units_still_has_its_bias() {
+        let mut weights = ExpertWeights { hidden: 2, ..ExpertWeights::default() };
+        assert!(ExpertTensors::new(weights.clone(), &device()).is_zero());
+        (weights.gate_bias, weights.up_bias) = (Some(vec![]), Some(vec![]));
+        weights.down_bias = Some(vec![1.0, -2.0]);
+        let expert = ExpertTensors::new(weights, &device());
+        assert!(!expert.is_zero());
+        let output = expert.output(&expert.units(&expert.pre_activations(&pattern([2, 2], 1))));
+        assert_eq!(host::into_vec(output), [1.0, -2.0, 1.0, -2.0]);
     }
 }

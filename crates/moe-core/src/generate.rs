@@ -10,7 +10,8 @@ use crate::{
     engine::{Engine, EngineOptions, LayerTape},
     error::{Error, Result},
     host::{self, HostView},
-    kernels::{attention::AttentionShape, norm::rms_norm, rows::gather_rows},
+    kernels::{attention::AttentionShape, rope::Positions, rows::gather_rows},
+    layers::slice_rows,
     memory::{self, Keep, MemoryPlan, WaveSize},
     model::Model,
     trace::{Observer, Signals, WaveInfo},
@@ -127,7 +128,8 @@ fn generate_batch(
     let plan = plan(model, prompts)?;
     model.set_residency(plan.residency);
 
-    let mut decoder = Decoder::new(model, prompts.len());
+    let lengths = prompts.iter().map(|prompt| prompt.len() + options.max_new_tokens).collect();
+    let mut decoder = Decoder::new(model, lengths);
     let mut completions = vec![Vec::new(); prompts.len()];
     let mut random: Vec<ChaCha8Rng> = match options.sampling {
         Sampling::TopP { seed, .. } => (first..first + prompts.len())
@@ -206,24 +208,43 @@ fn sample(logits: &[f32], temperature: f32, top_p: f32, random: f32) -> u32 {
     candidates[nucleus - 1].0
 }
 
-/// Keys and values of one sequence in one layer, `[length, kv_heads * D]` each.
+/// Keys and values of one sequence in one layer, `[length, kv_heads * D]` each. Values of latent attention are its keys.
 #[derive(Default)]
 struct KeyValues {
     length: usize,
-    host: (Vec<f32>, Vec<f32>),
-    device: Option<(Tensor<2>, Tensor<2>)>,
+    keys: Growing,
+    values: Option<Growing>,
+}
+
+/// Rows that accumulate on their device.
+#[derive(Default)]
+struct Growing {
+    host: Vec<f32>,
+    device: Option<Tensor<2>>,
 }
 
 impl KeyValues {
-    fn push(&mut self, k: Tensor<2>, v: Tensor<2>, device: &Device) {
+    fn push(&mut self, k: Tensor<2>, v: Option<Tensor<2>>, device: &Device) {
         self.length += k.dims()[0];
+        self.keys.push(k, device);
+        if let Some(v) = v {
+            self.values.get_or_insert_default().push(v, device);
+        }
+    }
+
+    fn values(&self) -> &Growing {
+        self.values.as_ref().unwrap_or(&self.keys)
+    }
+}
+
+impl Growing {
+    fn push(&mut self, rows: Tensor<2>, device: &Device) {
         if host::is_host(device) {
-            self.host.0.extend_from_slice(HostView::new(&k).as_slice());
-            self.host.1.extend_from_slice(HostView::new(&v).as_slice());
+            self.host.extend_from_slice(HostView::new(&rows).as_slice());
         } else {
             self.device = Some(match self.device.take() {
-                Some((ks, vs)) => (Tensor::cat(vec![ks, k], 0), Tensor::cat(vec![vs, v], 0)),
-                None => (k, v),
+                Some(all) => Tensor::cat(vec![all, rows], 0),
+                None => rows,
             });
         }
     }
@@ -234,6 +255,8 @@ struct Decoder<'m> {
     engine: Engine<'m>,
     /// `[layer][sequence]`.
     cache: Vec<Vec<KeyValues>>,
+    /// Tokens each sequence may have in the end.
+    lengths: Vec<usize>,
 }
 
 struct Nobody;
@@ -245,9 +268,10 @@ impl Observer for Nobody {
 }
 
 impl<'m> Decoder<'m> {
-    fn new(model: &'m Model, sequences: usize) -> Self {
-        let cache = model.config().layers.iter().map(|_| (0..sequences).map(|_| KeyValues::default()).collect());
-        Self { model, engine: Engine::new(model, EngineOptions::default()), cache: cache.collect() }
+    fn new(model: &'m Model, lengths: Vec<usize>) -> Self {
+        let layers = model.config().layers.iter();
+        let cache = layers.map(|_| lengths.iter().map(|_| KeyValues::default()).collect()).collect();
+        Self { model, engine: Engine::new(model, EngineOptions::default()), cache, lengths }
     }
 
     /// Feeds new tokens of the sequences `active`; logits after the last token of each, `[active, V]`.
@@ -260,35 +284,34 @@ impl<'m> Decoder<'m> {
             spans.push(start..start + tokens.len());
             start += tokens.len();
         }
-        let positions: Vec<usize> = active
+        let positions: Vec<Positions> = active
             .iter()
             .zip(&spans)
-            .flat_map(|(&s, span)| (0..span.len()).map(move |i| (s, i)))
-            .map(|(s, i)| self.cache[0][s].length + i)
+            .map(|(&s, span)| {
+                let start = self.cache[0][s].length;
+                Positions { range: start..start + span.len(), length: self.lengths[s] }
+            })
             .collect();
-        let table = model.rope().table(positions.into_iter());
+        let table = model.rope().table(&positions);
         let info = WaveInfo { id: 0, tokens: ids.len(), sequences: Vec::new() };
         let mut x = model.embed(&ids)?;
         for layer in 0..model.config().layers.len() {
             let attention = model.attention(layer)?;
-            let tape = attention.project(&x, &table);
+            let entry = attention.cache_entry(&x, &table);
             for (&sequence, span) in active.iter().zip(&spans) {
-                let rows = |t: &Tensor<2>| crate::layers::slice_rows(t, span);
-                self.cache[layer][sequence].push(rows(&tape.k), rows(&tape.v), device);
+                let rows = |t: &Tensor<2>| slice_rows(t, span);
+                self.cache[layer][sequence].push(rows(&entry.k), entry.v.as_ref().map(rows), device);
             }
-            let heads = self.attend(layer, &tape.q, active, &spans, &attention.shape);
-            let middle = attention.residual(&x, &heads);
+            let heads = self.attend(layer, &entry.q, active, &spans, &attention.cached_shape());
+            let middle = attention.residual(&x, &attention.cached_heads(heads));
             let mut tape = LayerTape::default();
             let (keep, needs) = (Keep::default(), Signals::NONE);
             x = self.engine.ffn_forward(layer, &middle, &info, &mut tape, keep, needs, false, &mut Nobody)?;
         }
         let last: Vec<u32> = spans.iter().map(|s| s.end as u32 - 1).collect();
         let norm = model.final_norm()?;
-        let h = rms_norm(&gather_rows(&x, &last), &norm, model.config().norm_eps as f32);
-        let blocks = (0..model.head_blocks())
-            .map(|block| Ok(model.head_block(block)?.forward(&h, None)))
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::cat(blocks, 1))
+        let h = norm.forward(&gather_rows(&x, &last));
+        Ok(Tensor::cat(model.head_forward(&h)?, 1))
     }
 
     fn attend(
@@ -306,7 +329,11 @@ impl<'m> Decoder<'m> {
             let cached: Vec<Cached<'_>> = active
                 .iter()
                 .zip(spans)
-                .map(|(&s, span)| Cached { queries: span.clone(), keys: &cache[s].host.0, values: &cache[s].host.1 })
+                .map(|(&s, span)| Cached {
+                    queries: span.clone(),
+                    keys: &cache[s].keys.host,
+                    values: &cache[s].values().host,
+                })
                 .collect();
             return forward_spans(q, &cached, shape);
         }
@@ -314,8 +341,9 @@ impl<'m> Decoder<'m> {
             .iter()
             .zip(spans)
             .map(|(&s, span)| {
-                let (k, v) = cache[s].device.as_ref().expect("pushed above");
-                crate::kernels::attention::attention_cached(&crate::layers::slice_rows(q, span), k, v, shape)
+                let rows = |x: &Growing| x.device.clone().expect("pushed above");
+                let (k, v) = (rows(&cache[s].keys), rows(cache[s].values()));
+                crate::kernels::attention::attention_cached(&slice_rows(q, span), &k, &v, shape)
             })
             .collect();
         Tensor::cat(outputs, 0)

@@ -1,7 +1,7 @@
 //! How much memory a job uses and what it may keep.
 
 use burn::tensor::Device;
-use moe_checkpoint::{Ffn, ModelConfig};
+use moe_checkpoint::{AttentionKind, Ffn, ModelConfig, QkNorm};
 
 use crate::{
     error::{Error, Result},
@@ -124,20 +124,55 @@ pub struct WaveSize {
 /// Code, stacks, allocator slack and the tokenizer.
 const BASE: u64 = 64 << 20;
 
+/// Elements that an attention layer needs.
+struct AttentionSize {
+    /// Of its weights.
+    weights: usize,
+    /// Per token, to keep for the backward pass.
+    tape: usize,
+    /// Per token, while it runs.
+    work: usize,
+}
+
+impl AttentionSize {
+    fn new(config: &ModelConfig) -> Self {
+        let (h, a) = (config.hidden_size, &config.attention);
+        let q = a.num_heads * a.head_dim;
+        let values = a.num_heads * a.value_head_dim();
+        match &a.kind {
+            AttentionKind::Latent(latent) => {
+                let down = latent.kv_lora_rank + latent.qk_rope_head_dim;
+                let up = a.num_heads * (latent.qk_nope_head_dim + latent.v_head_dim);
+                let (query, rank) = latent.q_lora_rank.map_or((h * q, 0), |rank| (rank * (h + q), rank));
+                Self {
+                    weights: query + h * down + latent.kv_lora_rank * up + h * values,
+                    tape: 2 * q + values + down + rank,
+                    work: up + values + rank + down,
+                }
+            }
+            _ => {
+                let kv = a.num_kv_heads * a.head_dim;
+                let saved = a.qk_norm != QkNorm::None || a.qkv_clip.is_some();
+                Self { weights: h * (2 * q + 2 * kv), tape: q + 2 * kv + if saved { q + kv } else { 0 }, work: q }
+            }
+        }
+    }
+}
+
 /// Plans a wave within `limit` bytes.
 ///
 /// # Errors
 /// [`Error::Memory`] if not even the streamed pieces fit.
 pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPlan> {
     let (h, t) = (config.hidden_size, size.tokens);
-    let a = &config.attention;
-    let (q, kv) = (a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim);
     let hidden = f32s(t * h);
-    let attention_weights = f32s(h * (2 * q + 2 * kv));
-    let tape = f32s(t * (q + 2 * kv + if a.qk_norm { q + kv } else { 0 }));
+    let attention = AttentionSize::new(config);
+    let attention_weights = f32s(attention.weights);
+    let tape = f32s(t * attention.tape);
 
     let mut phases: Vec<(String, u64)> = Vec::new();
-    let attention_work = attention_weights + tape + f32s(t * (q + h)) + if size.gradients { tape + hidden } else { 0 };
+    let attention_work =
+        attention_weights + tape + f32s(t * (attention.work + h)) + if size.gradients { tape + hidden } else { 0 };
     phases.push(("an attention layer".into(), attention_work));
     if size.head {
         let block = f32s(head_block_rows(h).min(config.vocab_size) * h);

@@ -57,7 +57,17 @@ impl ExpertOverlay for KeepUnits {
             .take(hidden)
             .flat_map(|row| units.iter().map(move |&u| row[u as usize]))
             .collect();
-        Ok(ExpertWeights { gate: rows(&weights.gate), up: rows(&weights.up), down, width: units.len(), hidden })
+        let bias = |bias: &Option<Vec<f32>>| bias.as_ref().map(|b| units.iter().map(|&u| b[u as usize]).collect());
+        Ok(ExpertWeights {
+            gate: rows(&weights.gate),
+            up: rows(&weights.up),
+            down,
+            gate_bias: bias(&weights.gate_bias),
+            up_bias: bias(&weights.up_bias),
+            down_bias: weights.down_bias.clone(),
+            width: units.len(),
+            hidden,
+        })
     }
 }
 
@@ -73,6 +83,7 @@ mod tests {
             down: vec![20.0, 21.0, 22.0, 23.0, 24.0, 25.0],
             width: 3,
             hidden: 2,
+            ..Default::default()
         };
         let overlay = KeepUnits::new().keep(1, 2, vec![0, 2]).keep(1, 3, vec![]).keep(1, 4, vec![3]);
         let kept = overlay.apply(1, 2, weights.clone()).unwrap();

@@ -1,5 +1,6 @@
 //! What transformers computes for tiny checkpoints of each family, compared with what we compute: logits, layer inputs, router
-//! logits, loss and expert gradients, to 1e-4 absolute; and the same bits whether weights are resident or streamed.
+//! logits, loss and expert gradients, to 1e-4 absolute; the same bits whether weights are resident or streamed; and what generation
+//! with its cache continues with against the logits of a whole sweep.
 #![cfg(feature = "flex")]
 
 use std::{
@@ -11,6 +12,7 @@ use burn::tensor::{Device, Tensor};
 use moe_core::{
     Engine, EngineOptions, Error, Model, Result,
     data::{Sequence, Wave},
+    generate::{GenerateOptions, generate},
     host::HostView,
     trace::{ExpertTrace, LayerTrace, Observer, Signals},
 };
@@ -27,9 +29,35 @@ fn fixtures() -> PathBuf {
 struct Recorder {
     hidden: BTreeMap<usize, Vec<f32>>,
     router_logits: Vec<Vec<f32>>,
+    /// Routing weights `[T, E]`, zero for experts not selected.
+    routing: Vec<Vec<f32>>,
     logits: Vec<f32>,
-    /// (layer, expert) -> gradients of gate_up `[2I, H]` and down `[H, I]`.
-    gradients: BTreeMap<(usize, usize), (Vec<f32>, Vec<f32>)>,
+    /// (layer, expert) -> gradients of its weights.
+    gradients: BTreeMap<(usize, usize), Gradients>,
+}
+
+/// Gradients of one expert's weights.
+#[derive(Default)]
+struct Gradients {
+    /// `[2I, H]`.
+    gate_up: Vec<f32>,
+    /// `[H, I]`.
+    down: Vec<f32>,
+    /// `[2I]`.
+    gate_up_bias: Vec<f32>,
+    /// `[H]`.
+    down_bias: Vec<f32>,
+}
+
+impl Gradients {
+    fn parts(&self) -> [(&'static str, &[f32]); 4] {
+        [
+            ("gate_up", &self.gate_up),
+            ("down", &self.down),
+            ("gate_up bias", &self.gate_up_bias),
+            ("down bias", &self.down_bias),
+        ]
+    }
 }
 
 impl Observer for Recorder {
@@ -39,6 +67,11 @@ impl Observer for Recorder {
 
     fn layer(&mut self, trace: &LayerTrace<'_>) -> Result<()> {
         self.router_logits.push(trace.logits.to_vec());
+        let mut routing = vec![0.0; trace.logits.len()];
+        for (slot, (&expert, &weight)) in trace.selected.iter().zip(trace.weights).enumerate() {
+            routing[slot / trace.top_k * trace.experts + expert as usize] = weight;
+        }
+        self.routing.push(routing);
         Ok(())
     }
 
@@ -47,13 +80,19 @@ impl Observer for Recorder {
         let weights = Tensor::<1>::from_floats(trace.routing_weights, &trace.input.device()).unsqueeze_dim::<2>(1);
         let gate_up = backward.gate_up.clone().transpose().matmul(trace.input.clone());
         let upstream = backward.upstream.clone() * weights;
-        let down = upstream.transpose().matmul(trace.units.expect("asked for").clone());
+        let down = upstream.clone().transpose().matmul(trace.units.expect("asked for").clone());
         // the output signal is f(x): check it against its definition on the way
-        let output = trace.units.unwrap().clone().matmul(trace.expert_weights.down.to_tensor().transpose());
+        let output = trace.expert_weights.output(trace.units.unwrap());
         let (a, b) = (HostView::new(&output), HostView::new(trace.output.expect("asked for")));
         assert!(a.as_slice().iter().zip(b.as_slice()).all(|(a, b)| (a - b).abs() < 1e-5));
-        let values = |x: &Tensor<2>| HostView::new(x).as_slice().to_vec();
-        self.gradients.insert((trace.layer, trace.expert), (values(&gate_up), values(&down)));
+        let values = |x: Tensor<2>| HostView::new(&x).as_slice().to_vec();
+        let gradients = Gradients {
+            gate_up: values(gate_up),
+            down: values(down),
+            gate_up_bias: values(backward.gate_up.clone().sum_dim(0)),
+            down_bias: values(upstream.sum_dim(0)),
+        };
+        self.gradients.insert((trace.layer, trace.expert), gradients);
         Ok(())
     }
 
@@ -84,12 +123,14 @@ impl Expected<'_> {
     }
 }
 
+/// Largest difference; fails above the tolerance.
 #[track_caller]
-fn assert_close(what: &str, found: &[f32], expected: &[f32]) {
+fn assert_close(what: &str, found: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(found.len(), expected.len(), "{what}: length");
     let worst = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(worst <= TOLERANCE, "{what}: differs by {worst}");
     assert!(found.iter().all(|x| x.is_finite()), "{what}: not finite");
+    worst
 }
 
 /// Rows of a `[rows, ..]` array.
@@ -125,17 +166,28 @@ fn check(name: &str) {
 
     let (found, loss) = run(&dir, &wave, None).unwrap();
     assert_close(&format!("{name} loss"), &[loss as f32], &expected.floats("loss").unwrap());
-    assert_close(&format!("{name} logits"), &found.logits, &pick(&expected.floats("logits").unwrap(), &valid, count));
-    for (layer, hidden) in &found.hidden {
+    let logits = pick(&expected.floats("logits").unwrap(), &valid, count);
+    let logits = assert_close(&format!("{name} logits"), &found.logits, &logits);
+    let mut hidden = 0.0f32;
+    for (layer, values) in &found.hidden {
         let all = expected.floats(&format!("hidden.{layer}")).unwrap();
-        assert_close(&format!("{name} hidden.{layer}"), hidden, &pick(&all, &valid, count));
+        hidden = hidden.max(assert_close(&format!("{name} hidden.{layer}"), values, &pick(&all, &valid, count)));
     }
+    let mut router = None;
     assert!(!found.router_logits.is_empty());
-    for (n, logits) in found.router_logits.iter().enumerate() {
-        let all = expected.floats(&format!("router_logits.{n}")).unwrap();
-        assert_close(&format!("{name} router_logits.{n}"), logits, &pick(&all, &valid, count));
+    // what transformers 4 reports for gpt-oss are the routing weights
+    let reported = if name == "tf4/gpt_oss" { &found.routing } else { &found.router_logits };
+    for (n, values) in reported.iter().enumerate() {
+        // transformers 4 does not report them for all families
+        let Some(all) = expected.floats(&format!("router_logits.{n}")) else { continue };
+        let worst = assert_close(&format!("{name} router_logits.{n}"), values, &pick(&all, &valid, count));
+        router = Some(router.unwrap_or(0.0f32).max(worst));
     }
-    check_gradients(name, &dir, &found, &expected, wave.loss_tokens() as f32);
+    assert!(router.is_some() || name.starts_with("tf4/"), "{name}: no router logits");
+    let gradients = check_gradients(name, &dir, &found, &expected, wave.loss_tokens() as f32);
+    let router = router.map_or("      -".into(), |r| format!("{r:.1e}"));
+    println!("{name:<28} logits {logits:.1e} hidden {hidden:.1e} router {router} gradients {gradients:.1e}");
+    check_generation(name, &dir, &wave);
 
     // Streamed: the least memory that works, so nothing is resident or kept and layer inputs go to a file.
     let Error::Memory { needed, .. } = run(&dir, &wave, Some(1)).err().expect("one byte is too little") else {
@@ -145,43 +197,91 @@ fn check(name: &str) {
     assert_eq!(loss.to_bits(), streamed_loss.to_bits(), "{name}: streamed loss");
     let bits = |x: &[f32]| x.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
     assert_eq!(bits(&found.logits), bits(&streamed.logits), "{name}: streamed logits");
-    for (key, (gate_up, down)) in &found.gradients {
-        assert_eq!(bits(gate_up), bits(&streamed.gradients[key].0), "{name}: streamed gate_up gradient of {key:?}");
-        assert_eq!(bits(down), bits(&streamed.gradients[key].1), "{name}: streamed down gradient of {key:?}");
+    for (key, gradients) in &found.gradients {
+        for ((part, a), (_, b)) in gradients.parts().into_iter().zip(streamed.gradients[key].parts()) {
+            assert_eq!(bits(a), bits(b), "{name}: streamed {part} gradient of {key:?}");
+        }
     }
 }
 
-fn check_gradients(name: &str, dir: &Path, found: &Recorder, expected: &Expected<'_>, loss_tokens: f32) {
+/// Greedy continuations, whose keys and values are cached, are the most likely tokens of a sweep over the whole text.
+fn check_generation(name: &str, dir: &Path, wave: &Wave) {
+    let model = Model::open(dir, &Device::flex(), None).unwrap();
+    let vocab = model.config().vocab_size;
+    let prompts: Vec<Vec<u32>> =
+        wave.sequences.iter().zip([11, 4]).map(|(s, n)| s.ids[..n.min(s.ids.len())].to_vec()).collect();
+    let options = GenerateOptions { max_new_tokens: 9, ..Default::default() };
+    let completions = generate(&model, &prompts, &options, |_| false).unwrap();
+    for (prompt, completion) in prompts.iter().zip(completions) {
+        assert_eq!(completion.len(), 9);
+        let sequences = vec![Sequence::new([prompt.as_slice(), &completion].concat())];
+        let (swept, _) = run(dir, &Wave { id: 0, sequences }, None).unwrap();
+        for (i, &token) in completion.iter().enumerate() {
+            let logits = &swept.logits[(prompt.len() - 1 + i) * vocab..][..vocab];
+            let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            assert!(best - logits[token as usize] < 1e-4, "{name}: token {i} of the continuation");
+        }
+    }
+}
+
+/// Gradients of an expert's weights under any of the names and layouts that transformers gives them.
+fn expected_gradients(expected: &Expected<'_>, layer: usize, expert: usize, width: usize, h: usize) -> Gradients {
+    let block = |x: Vec<f32>, size: usize| x[expert * size..(expert + 1) * size].to_vec();
+    for module in ["mlp", "block_sparse_moe"] {
+        let prefix = format!("grad.model.layers.{layer}.{module}.experts");
+        let tensor = |name: &str| expected.floats(&format!("{prefix}.{name}"));
+        if let (Some(gate_up), Some(down)) = (tensor("gate_up_proj"), tensor("down_proj")) {
+            let (gate_up, down) = (block(gate_up, 2 * width * h), block(down, width * h));
+            let Some(gate_up_bias) = tensor("gate_up_proj_bias") else {
+                return Gradients { gate_up, down, ..Default::default() };
+            };
+            // gpt-oss: transposed, gate and up columns alternate
+            let column = |row: usize| if row < width { 2 * row } else { 2 * (row - width) + 1 };
+            let gate_up_bias = block(gate_up_bias, 2 * width);
+            return Gradients {
+                gate_up: (0..2 * width * h).map(|i| gate_up[i % h * 2 * width + column(i / h)]).collect(),
+                down: (0..h * width).map(|i| down[i % width * h + i / width]).collect(),
+                gate_up_bias: (0..2 * width).map(|row| gate_up_bias[column(row)]).collect(),
+                down_bias: block(tensor("down_proj_bias").unwrap(), h),
+            };
+        }
+        for [gate, up, down] in [["gate_proj", "up_proj", "down_proj"], ["w1", "w3", "w2"]] {
+            if (0..64).all(|e| tensor(&format!("{e}.{down}.weight")).is_none()) {
+                continue;
+            }
+            // an expert without tokens has no gradient in the per-expert layout
+            let part = |p: &str| tensor(&format!("{expert}.{p}.weight")).unwrap_or_else(|| vec![0.0; width * h]);
+            return Gradients { gate_up: [part(gate), part(up)].concat(), down: part(down), ..Default::default() };
+        }
+    }
+    panic!("no gradients of layer {layer}");
+}
+
+/// Largest difference of all gradients.
+fn check_gradients(name: &str, dir: &Path, found: &Recorder, expected: &Expected<'_>, loss_tokens: f32) -> f32 {
     let config = moe_checkpoint::Checkpoint::open(dir).unwrap().config().clone();
-    let h = config.hidden_size;
-    let mut checked = 0;
+    let (mut checked, mut worst) = (0, 0.0f32);
     for (layer, _) in config.layers.iter().enumerate() {
         let Some(moe) = config.moe(layer) else { continue };
         for (e, &width) in moe.widths.iter().enumerate() {
-            let prefix = format!("grad.model.layers.{layer}.mlp.experts");
-            let (gate_up, down) = match expected.floats(&format!("{prefix}.gate_up_proj")) {
-                Some(fused) => {
-                    let n = 2 * width * h;
-                    let down = expected.floats(&format!("{prefix}.down_proj")).unwrap();
-                    (fused[e * n..(e + 1) * n].to_vec(), down[e * n / 2..(e + 1) * n / 2].to_vec())
+            let gradients = expected_gradients(expected, layer, e, width, config.hidden_size);
+            assert_eq!(moe.bias, !gradients.down_bias.is_empty(), "{name}: biases");
+            for (i, (part, expected)) in gradients.parts().into_iter().enumerate() {
+                if expected.is_empty() {
+                    continue;
                 }
-                None => {
-                    // an expert without tokens has no gradient in the per-expert layout
-                    let part = |p: &str| {
-                        expected.floats(&format!("{prefix}.{e}.{p}.weight")).unwrap_or_else(|| vec![0.0; width * h])
-                    };
-                    ([part("gate_proj"), part("up_proj")].concat(), part("down_proj"))
-                }
-            };
-            let zero = (vec![0.0; 2 * width * h], vec![0.0; width * h]);
-            let ours = found.gradients.get(&(layer, e)).unwrap_or(&zero);
-            let mean = |x: &[f32]| x.iter().map(|v| v / loss_tokens).collect::<Vec<_>>();
-            assert_close(&format!("{name} layer {layer} expert {e} gate_up gradient"), &mean(&ours.0), &gate_up);
-            assert_close(&format!("{name} layer {layer} expert {e} down gradient"), &mean(&ours.1), &down);
-            checked += 1;
+                let mean = match found.gradients.get(&(layer, e)) {
+                    Some(found) => found.parts()[i].1.iter().map(|v| v / loss_tokens).collect(),
+                    None => vec![0.0; expected.len()],
+                };
+                let what = format!("{name} layer {layer} expert {e} {part} gradient");
+                worst = worst.max(assert_close(&what, &mean, expected));
+                checked += 1;
+            }
         }
     }
     assert!(checked > 0);
+    worst
 }
 
 macro_rules! parity {
@@ -206,10 +306,27 @@ macro_rules! parity {
 }
 
 parity! {
+    tf4_deepseek_v2: "tf4/deepseek_v2",
+    tf4_deepseek_v3: "tf4/deepseek_v3",
+    tf4_glm4_moe: "tf4/glm4_moe",
+    tf4_gpt_oss: "tf4/gpt_oss",
+    tf4_mixtral: "tf4/mixtral",
+    tf4_olmoe: "tf4/olmoe",
+    tf4_phimoe: "tf4/phimoe",
     tf4_qwen2_moe: "tf4/qwen2_moe",
     tf4_qwen2_moe_padded: "tf4/qwen2_moe_padded",
     tf4_qwen2_moe_sliding: "tf4/qwen2_moe_sliding",
     tf4_qwen3_moe: "tf4/qwen3_moe",
+    tf5_deepseek_v2: "tf5/deepseek_v2",
+    tf5_deepseek_v2_group: "tf5/deepseek_v2_group",
+    tf5_deepseek_v3: "tf5/deepseek_v3",
+    tf5_ernie4_5_moe: "tf5/ernie4_5_moe",
+    tf5_glm4_moe: "tf5/glm4_moe",
+    tf5_gpt_oss: "tf5/gpt_oss",
+    tf5_granitemoe: "tf5/granitemoe",
+    tf5_mixtral: "tf5/mixtral",
+    tf5_olmoe: "tf5/olmoe",
+    tf5_phimoe: "tf5/phimoe",
     tf5_qwen2_moe: "tf5/qwen2_moe",
     tf5_qwen2_moe_bf16: "tf5/qwen2_moe_bf16",
     tf5_qwen2_moe_linear: "tf5/qwen2_moe_linear",

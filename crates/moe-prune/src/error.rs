@@ -59,6 +59,9 @@ pub enum Error {
         "the table scores experts, so that all units of an expert tie; combine it with a unit tie-breaker first (ScoreTable::broadcast)"
     )]
     NeedsUnitScores,
+    /// Unit scores where expert scores are needed.
+    #[error("the table scores units; reduce it to experts first (ScoreTable::to_experts)")]
+    NeedsExpertScores,
     /// A protected expert or unit that does not exist.
     #[error("protected {what} does not exist: {expected}")]
     UnknownProtected {

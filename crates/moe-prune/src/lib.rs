@@ -4,7 +4,7 @@
 //!
 //! - A [`Budget`] says how much of the routed experts is kept, a [`ProtectionMask`] what stays whatever it scores.
 //! - An [`Allocator`] distributes the budget over layers and experts; a [`Pruner`] says what goes: [`UnitPruner`] drops FFN
-//!   intermediate dimensions inside experts, by expert, layer or model ([`Scope`]).
+//!   intermediate dimensions inside experts, by expert, layer or model ([`Scope`]); [`ExpertPruner`] drops whole experts.
 //! - A [`PrunePlan`] is the result: a versioned JSON file in original indices, made once, applied as often as wanted.
 //! - [`PrunePlan::apply`] streams checkpoint to checkpoint in one of the [`Export`] modes and gives a [`Report`].
 //!
@@ -39,10 +39,10 @@ pub use allocators::{
     Allocation, AllocationRequest, Allocator, AllocatorConfig, ExpertId, Global, LayerAllocation, PerLayer, Uniform,
     WidthLimits,
 };
-pub use apply::{APPLIED_FILE, Applied, ApplyOptions, Export, OnProgress, Progress, plan_from_masked};
+pub use apply::{APPLIED_FILE, Applied, ApplyOptions, Export, Mtp, OnProgress, Progress, plan_from_masked};
 pub use budget::Budget;
 pub use error::{Error, Result};
 pub use plan::{LayerKept, PLAN_VERSION, PrunePlan, Ratio};
 pub use protection::{Protected, ProtectionMask};
-pub use pruners::{Pruned, Pruner, PrunerConfig, Scope, UnitPruner};
+pub use pruners::{ExpertPruner, Pruned, Pruner, PrunerConfig, Scope, UnitPruner};
 pub use report::{BeforeAfter, LayerReport, Report};

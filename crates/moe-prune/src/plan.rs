@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use moe_checkpoint::{MoeShape, write_atomic};
+use moe_checkpoint::{GroupScore, ModelConfig, MoeShape, write_atomic};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -11,7 +11,7 @@ use crate::allocators::ExpertId;
 use crate::{Error, Result};
 
 /// Version of the plan format that is written, and the newest that is read.
-pub const PLAN_VERSION: u64 = 1;
+pub const PLAN_VERSION: u64 = 2;
 
 /// Which units of a model stay, in the indices of that model. A versioned JSON file.
 ///
@@ -51,6 +51,17 @@ pub struct LayerKept {
     pub layer: usize,
     /// Kept unit ids of every expert, strictly ascending; an empty list leaves an expert without units.
     pub experts: Vec<Vec<u32>>,
+    /// Experts that go wholly, with their rows of the router: strictly ascending, none of their units kept. An expert
+    /// without units that is not listed is still chosen by the router, and gives nothing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub removed: Vec<u32>,
+}
+
+impl LayerKept {
+    /// Experts that stay, in the indices of the checkpoint.
+    pub fn experts_kept(&self) -> Vec<usize> {
+        (0..self.experts.len()).filter(|expert| self.removed.binary_search(&(*expert as u32)).is_err()).collect()
+    }
 }
 
 impl PrunePlan {
@@ -66,7 +77,11 @@ impl PrunePlan {
             recipe: json!({ "pruner": { "type": "keep_all" } }),
             never_routed: Vec::new(),
             kept: layers
-                .map(|layer| LayerKept { layer: layer.layer, experts: layer.widths.iter().map(all).collect() })
+                .map(|layer| LayerKept {
+                    layer: layer.layer,
+                    experts: layer.widths.iter().map(all).collect(),
+                    removed: Vec::new(),
+                })
                 .collect(),
         }
     }
@@ -80,7 +95,7 @@ impl PrunePlan {
     pub fn pruned_shape(&self) -> MoeShape {
         let mut shape = self.shape.clone();
         for (layer, kept) in shape.layers.iter_mut().zip(&self.kept) {
-            layer.widths = kept.experts.iter().map(Vec::len).collect();
+            layer.widths = kept.experts_kept().into_iter().map(|expert| kept.experts[expert].len()).collect();
         }
         shape
     }
@@ -131,10 +146,29 @@ impl PrunePlan {
         if found != expected {
             return invalid(format!("kept units of MoE layers {found:?}, but its shape has {expected:?}"));
         }
-        for (LayerKept { layer, experts }, shape) in self.kept.iter().zip(&self.shape.layers) {
+        for (LayerKept { layer, experts, removed }, shape) in self.kept.iter().zip(&self.shape.layers) {
             if experts.len() != shape.num_experts() {
                 let (found, expected) = (experts.len(), shape.num_experts());
                 return invalid(format!("layer {layer}: kept units of {found} experts, but its shape has {expected}"));
+            }
+            if let Some(pair) = removed.windows(2).find(|pair| pair[0] >= pair[1]) {
+                return invalid(format!(
+                    "layer {layer}: removed expert {} stands before {}, expected strictly ascending",
+                    pair[0], pair[1]
+                ));
+            }
+            for expert in removed {
+                match experts.get(*expert as usize) {
+                    None => return invalid(format!("layer {layer}: removed expert {expert} does not exist")),
+                    Some(kept) if !kept.is_empty() => {
+                        return invalid(format!("layer {layer}: removed expert {expert} keeps {} units", kept.len()));
+                    }
+                    Some(_) => {}
+                }
+            }
+            if experts.len() - removed.len() < self.shape.top_k {
+                let (left, top_k) = (experts.len() - removed.len(), self.shape.top_k);
+                return invalid(format!("layer {layer}: {left} experts are left, but the router selects {top_k}"));
             }
             for (expert, (kept, width)) in experts.iter().zip(&shape.widths).enumerate() {
                 if let Some(pair) = kept.windows(2).find(|pair| pair[0] >= pair[1]) {
@@ -156,6 +190,43 @@ impl PrunePlan {
         }
         if !(0.0..=1.0).contains(&self.ratio.asked) {
             return invalid(format!("ratio.asked is {}, expected a number in [0, 1]", self.ratio.asked));
+        }
+        Ok(())
+    }
+
+    /// Checks that routing by groups still works: as many experts left in every group of a layer, and enough of them in the
+    /// selected groups.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPlan`] names the layer.
+    pub fn validate_routing(&self, config: &ModelConfig) -> Result<()> {
+        let Some(groups) = config.routing.groups() else { return Ok(()) };
+        for kept in self.kept.iter().filter(|kept| !kept.removed.is_empty()) {
+            let size = (kept.experts.len() / groups.count).max(1);
+            let mut left = vec![0; groups.count];
+            for expert in kept.experts_kept() {
+                left[(expert / size).min(groups.count - 1)] += 1;
+            }
+            let layer = kept.layer;
+            let (first, top_k) = (left[0], config.routing.top_k);
+            if left.iter().any(|count| *count != first) {
+                return Err(Error::invalid_plan(format!(
+                    "layer {layer}: its {} groups of experts would be left with {left:?}; routing by groups needs as many \
+                     in each",
+                    groups.count
+                )));
+            }
+            if groups.score == GroupScore::TopTwoSum && first < 2 {
+                return Err(Error::invalid_plan(format!(
+                    "layer {layer}: {first} expert of every group would be left, but groups are ranked by their two best"
+                )));
+            }
+            if groups.top * first < top_k {
+                return Err(Error::invalid_plan(format!(
+                    "layer {layer}: {} selected groups of {first} experts cannot give {top_k} per token",
+                    groups.top
+                )));
+            }
         }
         Ok(())
     }

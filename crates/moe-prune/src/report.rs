@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use moe_checkpoint::Checkpoint;
+use moe_checkpoint::{Checkpoint, ExpertPart};
 use serde::{Deserialize, Serialize};
 
 use crate::allocators::ExpertId;
@@ -44,7 +44,10 @@ pub struct LayerReport {
     pub layer: usize,
     /// Routed experts.
     pub experts: usize,
-    /// Experts left without units.
+    /// Experts that go wholly, with their rows of the router.
+    #[serde(default)]
+    pub removed: usize,
+    /// Experts left without units, which the router still chooses.
     pub emptied: usize,
     /// Units.
     pub units: BeforeAfter,
@@ -76,28 +79,33 @@ impl Report {
         };
         for (kept, shape) in plan.kept.iter().zip(&plan.shape.layers) {
             let widths: Vec<usize> = kept.experts.iter().map(Vec::len).collect();
-            let mut bytes = BeforeAfter::default();
+            let on_disk = checkpoint.expert_bytes_on_disk(kept.layer)?;
+            let mut bytes = BeforeAfter { before: on_disk, after: 0 };
             for (expert, (before, after)) in shape.widths.iter().zip(&widths).enumerate() {
-                let matrices = checkpoint.expert_bytes(kept.layer, expert)?;
-                let per_unit: usize = [matrices.gate, matrices.up, matrices.down]
-                    .iter()
-                    .map(|matrix| plan.shape.hidden_size * matrix.element_bytes())
-                    .sum();
-                bytes.before += (before * per_unit) as u64;
-                bytes.after += (if export == Export::Masked { before } else { after } * per_unit) as u64;
+                let removed = kept.removed.binary_search(&(expert as u32)).is_ok();
+                if removed {
+                    continue;
+                }
+                let width = if export == Export::Masked { *before } else { *after };
+                for part in ExpertPart::ALL.into_iter().chain(ExpertPart::BIASES) {
+                    let Some(dtype) = checkpoint.expert_dtype(kept.layer, expert, part)? else { continue };
+                    let (rows, cols) = part.dims(plan.shape.hidden_size, width);
+                    bytes.after += (rows * cols * dtype.bitsize() / 8) as u64;
+                }
             }
             let (before, after) = (shape.units(), widths.iter().sum::<usize>());
-            report.bytes.after -= bytes.before - bytes.after;
+            report.bytes.after = report.bytes.after + bytes.after - bytes.before;
             if export != Export::Masked {
                 report.parameters.after -= ((before - after) * plan.shape.parameters_per_unit()) as u64;
             }
             report.layers.push(LayerReport {
                 layer: kept.layer,
                 experts: widths.len(),
-                emptied: widths.iter().filter(|width| **width == 0).count(),
+                removed: kept.removed.len(),
+                emptied: widths.iter().filter(|width| **width == 0).count() - kept.removed.len(),
                 units: BeforeAfter { before: before as u64, after: after as u64 },
-                min_width: widths.iter().copied().min().unwrap_or(0),
-                mean_width: after as f64 / widths.len().max(1) as f64,
+                min_width: kept.experts_kept().into_iter().map(|expert| widths[expert]).min().unwrap_or(0),
+                mean_width: after as f64 / (widths.len() - kept.removed.len()).max(1) as f64,
                 max_width: widths.iter().copied().max().unwrap_or(0),
                 bytes,
             });

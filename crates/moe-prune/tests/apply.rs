@@ -13,9 +13,26 @@ use moe_prune::{
 };
 use tempfile::tempdir;
 
-const FIXTURES: [&str; 8] = [
+const FIXTURES: [&str; 25] = [
+    "tf4/deepseek_v2",
+    "tf4/deepseek_v3",
+    "tf4/glm4_moe",
+    "tf4/gpt_oss",
+    "tf4/mixtral",
+    "tf4/olmoe",
+    "tf4/phimoe",
     "tf4/qwen2_moe",
     "tf4/qwen3_moe",
+    "tf5/deepseek_v2",
+    "tf5/deepseek_v2_group",
+    "tf5/deepseek_v3",
+    "tf5/ernie4_5_moe",
+    "tf5/glm4_moe",
+    "tf5/gpt_oss",
+    "tf5/granitemoe",
+    "tf5/mixtral",
+    "tf5/olmoe",
+    "tf5/phimoe",
     "tf5/qwen2_moe",
     "tf5/qwen2_moe_bf16",
     "tf5/qwen2_moe_mixed",
@@ -36,7 +53,7 @@ fn rows(matrix: &[f32], hidden: usize, kept: &[u32]) -> Vec<f32> {
 
 /// `down · (silu(gate · x) * (up · x))` in f64.
 fn forward(expert: &ExpertWeights, x: &[f64]) -> Vec<f64> {
-    let ExpertWeights { gate, up, down, width, hidden } = expert;
+    let ExpertWeights { gate, up, down, width, hidden, .. } = expert;
     let dot = |matrix: &[f32], j: usize| -> f64 {
         matrix[j * hidden..(j + 1) * hidden].iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum()
     };
@@ -82,7 +99,7 @@ fn keep_all_reproduces_every_tensor() {
         let back = Checkpoint::open(&back_dir).unwrap();
         assert_eq!(back.raw_config(), model.raw_config());
         let layer = model.shape().layers[0].layer;
-        if model.expert_layout(layer).unwrap() == ExpertLayout::PerExpert {
+        if model.expert_layout(layer).unwrap() == model.family().stock_layout() {
             assert_eq!(contents(&back), contents(&model), "{}", source.display());
         }
     }

@@ -85,7 +85,7 @@ fn malformed_plans_say_what_is_wrong() {
 #[test]
 fn newer_plans_are_told_apart() {
     let json = json!({ "version": PLAN_VERSION + 1, "other": "fields" }).to_string();
-    assert!(matches!(PrunePlan::from_json(&json), Err(Error::PlanVersion { found: 2, supported: 1, .. })));
+    assert!(matches!(PrunePlan::from_json(&json), Err(Error::PlanVersion { found: 3, supported: 2, .. })));
     assert!(matches!(PrunePlan::load("/nonexistent/plan.json"), Err(Error::Io { .. })));
 }
 

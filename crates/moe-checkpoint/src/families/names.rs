@@ -8,12 +8,16 @@ pub(super) fn tensor_name(role: Role) -> String {
     let (layer, role) = match role {
         Role::Embedding => return "model.embed_tokens.weight".to_string(),
         Role::FinalNorm => return "model.norm.weight".to_string(),
+        Role::FinalNormBias => return "model.norm.bias".to_string(),
         Role::LmHead => return "lm_head.weight".to_string(),
+        Role::LmHeadBias => return "lm_head.bias".to_string(),
         Role::Layer(layer, role) => (layer, role),
     };
     let name = match role {
         LayerRole::AttentionNorm => "input_layernorm.weight",
+        LayerRole::AttentionNormBias => "input_layernorm.bias",
         LayerRole::FfnNorm => "post_attention_layernorm.weight",
+        LayerRole::FfnNormBias => "post_attention_layernorm.bias",
         LayerRole::Query => "self_attn.q_proj.weight",
         LayerRole::Key => "self_attn.k_proj.weight",
         LayerRole::Value => "self_attn.v_proj.weight",
@@ -24,7 +28,18 @@ pub(super) fn tensor_name(role: Role) -> String {
         LayerRole::OutputBias => "self_attn.o_proj.bias",
         LayerRole::QueryNorm => "self_attn.q_norm.weight",
         LayerRole::KeyNorm => "self_attn.k_norm.weight",
+        LayerRole::Sinks => "self_attn.sinks",
+        LayerRole::LatentQueryDown => "self_attn.q_a_proj.weight",
+        LayerRole::LatentQueryDownBias => "self_attn.q_a_proj.bias",
+        LayerRole::LatentQueryNorm => "self_attn.q_a_layernorm.weight",
+        LayerRole::LatentQueryUp => "self_attn.q_b_proj.weight",
+        LayerRole::LatentKvDown => "self_attn.kv_a_proj_with_mqa.weight",
+        LayerRole::LatentKvDownBias => "self_attn.kv_a_proj_with_mqa.bias",
+        LayerRole::LatentKvNorm => "self_attn.kv_a_layernorm.weight",
+        LayerRole::LatentKvUp => "self_attn.kv_b_proj.weight",
         LayerRole::Router => "mlp.gate.weight",
+        LayerRole::RouterBias => "mlp.gate.bias",
+        LayerRole::CorrectionBias => "mlp.gate.e_score_correction_bias",
         LayerRole::SharedGate => "mlp.shared_expert.gate_proj.weight",
         LayerRole::SharedUp => "mlp.shared_expert.up_proj.weight",
         LayerRole::SharedDown => "mlp.shared_expert.down_proj.weight",
@@ -46,7 +61,45 @@ pub(super) fn expert_tensor_name(layer: usize, tensor: ExpertTensor) -> String {
         ExpertTensor::FusedGateUp => format!("{experts}.gate_up_proj"),
         ExpertTensor::FusedDown => format!("{experts}.down_proj"),
         ExpertTensor::RaggedGateUp => format!("{experts}.ragged_gate_up"),
+        ExpertTensor::FusedGateUpBias => format!("{experts}.gate_up_proj_bias"),
+        ExpertTensor::FusedDownBias => format!("{experts}.down_proj_bias"),
+        ExpertTensor::GateUpBlocks => format!("{experts}.gate_up_proj_blocks"),
+        ExpertTensor::GateUpScales => format!("{experts}.gate_up_proj_scales"),
+        ExpertTensor::DownBlocks => format!("{experts}.down_proj_blocks"),
+        ExpertTensor::DownScales => format!("{experts}.down_proj_scales"),
         ExpertTensor::RaggedDown => format!("{experts}.ragged_down"),
+        ExpertTensor::RaggedGateUpBias => format!("{experts}.ragged_gate_up_bias"),
+        ExpertTensor::RaggedDownBias => format!("{experts}.ragged_down_bias"),
+    }
+}
+
+/// Name of a tensor in families that call shared experts by their plural.
+pub(super) fn shared_experts(role: Role) -> String {
+    let (layer, name) = match role {
+        Role::Layer(layer, LayerRole::SharedGate) => (layer, "gate_proj"),
+        Role::Layer(layer, LayerRole::SharedUp) => (layer, "up_proj"),
+        Role::Layer(layer, LayerRole::SharedDown) => (layer, "down_proj"),
+        role => return tensor_name(role),
+    };
+    format!("model.layers.{layer}.mlp.shared_experts.{name}.weight")
+}
+
+/// Name of a tensor in families whose MoE block is called `block_sparse_moe`.
+pub(super) fn block_sparse(role: Role) -> String {
+    match role {
+        Role::Layer(layer, LayerRole::Router) => format!("model.layers.{layer}.block_sparse_moe.gate.weight"),
+        role => tensor_name(role),
+    }
+}
+
+/// Name of a tensor that holds routed experts in those families.
+pub(super) fn block_sparse_expert(layer: usize, tensor: ExpertTensor) -> String {
+    let experts = format!("model.layers.{layer}.block_sparse_moe.experts");
+    match tensor {
+        ExpertTensor::Gate(expert) => format!("{experts}.{expert}.w1.weight"),
+        ExpertTensor::Up(expert) => format!("{experts}.{expert}.w3.weight"),
+        ExpertTensor::Down(expert) => format!("{experts}.{expert}.w2.weight"),
+        tensor => expert_tensor_name(layer, tensor).replace(".mlp.", ".block_sparse_moe."),
     }
 }
 
@@ -57,21 +110,40 @@ pub(super) fn layer_of(name: &str) -> Option<usize> {
 
 /// Config keys that give the size of a tensor.
 pub(super) fn size_keys(role: Role) -> &'static str {
-    let Role::Layer(_, role) = role else {
-        return if role == Role::FinalNorm { "`hidden_size`" } else { "`vocab_size` and `hidden_size`" };
+    let role = match role {
+        Role::Embedding | Role::LmHead => return "`vocab_size` and `hidden_size`",
+        Role::FinalNorm | Role::FinalNormBias => return "`hidden_size`",
+        Role::LmHeadBias => return "`vocab_size`",
+        Role::Layer(_, role) => role,
     };
     match role {
-        LayerRole::AttentionNorm | LayerRole::FfnNorm | LayerRole::OutputBias | LayerRole::SharedExpertGate => {
-            "`hidden_size`"
+        LayerRole::AttentionNorm
+        | LayerRole::AttentionNormBias
+        | LayerRole::FfnNorm
+        | LayerRole::FfnNormBias
+        | LayerRole::OutputBias
+        | LayerRole::SharedExpertGate => "`hidden_size`",
+        LayerRole::Query | LayerRole::Output => {
+            "`num_attention_heads`, the width of a head (`head_dim`, or `v_head_dim` of latent attention) and `hidden_size`"
         }
-        LayerRole::Query | LayerRole::Output => "`num_attention_heads`, `head_dim` and `hidden_size`",
         LayerRole::QueryBias => "`num_attention_heads` and `head_dim`",
         LayerRole::Key | LayerRole::Value => "`num_key_value_heads`, `head_dim` and `hidden_size`",
         LayerRole::KeyBias | LayerRole::ValueBias => "`num_key_value_heads` and `head_dim`",
-        LayerRole::QueryNorm | LayerRole::KeyNorm => "`head_dim`",
-        LayerRole::Router => "the number of experts (`num_experts` or `num_local_experts`) and `hidden_size`",
+        LayerRole::QueryNorm | LayerRole::KeyNorm => "the width of a head",
+        LayerRole::Sinks => "`num_attention_heads`",
+        LayerRole::LatentQueryDown => "`q_lora_rank` and `hidden_size`",
+        LayerRole::LatentQueryDownBias | LayerRole::LatentQueryNorm => "`q_lora_rank`",
+        LayerRole::LatentQueryUp => "`num_attention_heads`, `qk_nope_head_dim`, `qk_rope_head_dim` and `q_lora_rank`",
+        LayerRole::LatentKvDown => "`kv_lora_rank`, `qk_rope_head_dim` and `hidden_size`",
+        LayerRole::LatentKvDownBias => "`kv_lora_rank` and `qk_rope_head_dim`",
+        LayerRole::LatentKvNorm => "`kv_lora_rank`",
+        LayerRole::LatentKvUp => "`num_attention_heads`, `qk_nope_head_dim`, `v_head_dim` and `kv_lora_rank`",
+        LayerRole::Router => {
+            "the number of experts (`num_experts`, `num_local_experts` or `n_routed_experts`) and `hidden_size`"
+        }
+        LayerRole::RouterBias | LayerRole::CorrectionBias => "the number of experts",
         LayerRole::SharedGate | LayerRole::SharedUp | LayerRole::SharedDown => {
-            "`shared_expert_intermediate_size` and `hidden_size`"
+            "the width of the shared experts (`shared_expert_intermediate_size`, or their number times that of a routed one) and `hidden_size`"
         }
         LayerRole::DenseGate | LayerRole::DenseUp | LayerRole::DenseDown => "`intermediate_size` and `hidden_size`",
     }

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::Result;
-use crate::config::{AttentionConfig, ModelConfig, Routing, RoutingKind};
+use crate::config::{AttentionConfig, ModelConfig, Multipliers, NormKind, QkNorm, Routing, RoutingKind};
 use crate::experts::ExpertTensor;
 use crate::family::{CONFIG, Family, Role};
 use crate::json::Fields;
@@ -20,7 +20,6 @@ impl Family for Qwen3Moe {
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
         let config = Fields::new(config, CONFIG)?;
-        read::refuse_quantised(&config)?;
         let hidden_size = read::size(&config, "hidden_size")?;
         let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
         let max_position_embeddings = read::size(&config, "max_position_embeddings")?;
@@ -35,21 +34,24 @@ impl Family for Qwen3Moe {
             model_type: self.model_type().to_string(),
             hidden_size,
             vocab_size: read::size(&config, "vocab_size")?,
+            norm: NormKind::Rms,
             norm_eps: read::norm_eps(&config)?,
             tie_word_embeddings: config.bool("tie_word_embeddings")?.unwrap_or(false),
             max_position_embeddings,
+            head_bias: false,
+            multipliers: Multipliers::default(),
+            mtp_layers: 0,
             hidden_act: read::activation(&config)?,
             attention: AttentionConfig {
-                num_heads,
-                num_kv_heads,
-                head_dim,
                 qkv_bias: attention_bias,
                 output_bias: attention_bias,
-                qk_norm: true,
+                qk_norm: QkNorm::Head,
+                ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
             },
-            rope: rope::read(&config, max_position_embeddings)?,
-            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalise }, scale: 1.0 },
+            rope: rope::read(&config, &rope::Dialect::new(max_position_embeddings))?,
+            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalise }, scale: 1.0, bias: false },
             layers,
+            quantisation: read::quantisation(&config)?,
             eos_token_ids: read::eos_token_ids(&config, generation)?,
             dtype: read::dtype(&config)?,
         })

@@ -2,8 +2,12 @@
 
 use serde_json::Value;
 
-use crate::config::{Activation, Ffn, LayerConfig, MoeConfig, SharedExpert};
+use crate::config::{
+    Activation, AttentionConfig, AttentionKind, Ffn, GroupScore, Groups, LayerConfig, ModelConfig, MoeConfig,
+    Multipliers, NormKind, QkNorm, RopeConfig, Routing, SharedExpert,
+};
 use crate::json::{Fields, integer_in};
+use crate::quantised::Quantisation;
 use crate::{Error, Result};
 
 /// Largest size of one dimension. Products of two stay far from overflow.
@@ -63,6 +67,23 @@ pub(super) fn heads(config: &Fields<'_>, hidden_size: usize) -> Result<(usize, u
     Ok((num_heads, num_kv_heads, head_dim))
 }
 
+/// Grouped-query attention without biases, norms and other extras, the whole head rotated.
+pub(super) fn grouped_attention(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> AttentionConfig {
+    AttentionConfig {
+        kind: AttentionKind::Grouped,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        rotary_dim: head_dim,
+        qkv_bias: false,
+        output_bias: false,
+        qk_norm: QkNorm::None,
+        qkv_clip: None,
+        sinks: false,
+        scale: None,
+    }
+}
+
 /// The activation; `silu` is the default of transformers.
 pub(super) fn activation(config: &Fields<'_>) -> Result<Activation> {
     match config.string("hidden_act")?.unwrap_or("silu") {
@@ -85,16 +106,26 @@ pub(super) fn dtype(config: &Fields<'_>) -> Result<Option<String>> {
     }
 }
 
-/// Refuses quantised weights.
-pub(super) fn refuse_quantised(config: &Fields<'_>) -> Result<()> {
-    let Some(quantisation) = config.object("quantization_config")? else { return Ok(()) };
-    let method = match quantisation.string("quant_method")? {
+/// Quantised weights that are read, for messages.
+const READ_QUANTISED: &str = ", or quant_method `fp8` with a `weight_block_size`, or `mxfp4` of gpt_oss";
+
+/// The quantisation of the weights; one that is not read is refused.
+pub(super) fn quantisation(config: &Fields<'_>) -> Result<Option<Quantisation>> {
+    let Some(quantisation) = config.object("quantization_config")? else { return Ok(None) };
+    let method = quantisation.string("quant_method")?;
+    let block = quantisation.integers("weight_block_size", 1, MAX_SIZE)?;
+    match (method, block.as_deref()) {
+        (Some("fp8"), Some([rows, cols])) => return Ok(Some(Quantisation::Fp8Blocks { rows: *rows, cols: *cols })),
+        (Some("mxfp4"), _) if config.string("model_type")? == Some("gpt_oss") => return Ok(Some(Quantisation::Mxfp4)),
+        _ => {}
+    }
+    let method = match method {
         Some(method) => {
             format!("`quantization_config.quant_method` = \"{}\"", method.chars().take(80).collect::<String>())
         }
         None => "`quantization_config`".to_string(),
     };
-    Err(Error::Quantised { file: crate::family::CONFIG.to_string(), method })
+    Err(Error::Quantised { file: crate::family::CONFIG.to_string(), method, also: READ_QUANTISED })
 }
 
 /// Ids of the tokens that end a text, from `generation_config.json` where it names them, else from the config.
@@ -120,6 +151,58 @@ fn token_ids(fields: &Fields<'_>, key: &str) -> Result<Vec<u32>> {
     }
 }
 
+/// Which layers are MoE layers, and what those hold.
+pub(super) struct MoeLayers<'a> {
+    /// Config keys of the number of experts.
+    pub expert_count_keys: &'static [&'static str],
+    /// Config key of the experts per token.
+    pub top_k_key: &'static str,
+    /// Config key of the width of an expert.
+    pub width_key: &'static str,
+    /// Whether experts have biases.
+    pub bias: bool,
+    /// Expert for all tokens.
+    pub shared: Option<SharedExpert>,
+    /// Whether each layer is an MoE layer.
+    pub is_moe: Vec<bool>,
+    /// What decides that, for messages.
+    pub why: String,
+    /// Window of every layer.
+    pub windows: &'a [Option<usize>],
+}
+
+impl MoeLayers<'_> {
+    /// Reads the layers and the number of experts per token.
+    pub fn read(self, config: &Fields<'_>) -> Result<(Vec<LayerConfig>, usize)> {
+        let layers = self.windows.len();
+        let num_experts = num_experts(config, self.expert_count_keys)?;
+        let is_moe = self.is_moe.into_iter().map(|moe| moe && num_experts > 0);
+        let is_moe: Vec<bool> = is_moe.collect();
+        let moe_layers = is_moe.iter().filter(|moe| **moe).count();
+        if moe_layers == 0 {
+            let reason = format!("all {layers} layers are dense (number of experts {num_experts}, {})", self.why);
+            return Err(Error::NotMoe { file: crate::family::CONFIG.to_string(), reason });
+        }
+        if num_experts.saturating_mul(moe_layers) > MAX_ALL_EXPERTS {
+            let expected = format!("at most {MAX_ALL_EXPERTS} experts in all {moe_layers} MoE layers together");
+            let key = self.expert_count_keys.iter().find(|key| config.value(key).is_some());
+            return Err(config.invalid(key.unwrap_or(&self.expert_count_keys[0]), expected));
+        }
+        let top_k = config.required_integer(self.top_k_key, 1, num_experts)?;
+        let widths = vec![size(config, self.width_key)?; num_experts];
+        let moe = MoeConfig { widths, bias: self.bias, shared: self.shared };
+        let intermediate_size = match moe_layers == layers {
+            true => 0,
+            false => size(config, "intermediate_size")?,
+        };
+        let layer = |(is_moe, window): (bool, &Option<usize>)| LayerConfig {
+            sliding_window: *window,
+            ffn: if is_moe { Ffn::Moe(moe.clone()) } else { Ffn::Dense { intermediate_size } },
+        };
+        Ok((is_moe.into_iter().zip(self.windows).map(layer).collect(), top_k))
+    }
+}
+
 /// Layers of a family whose layer `i` is an MoE layer iff it is not in `mlp_only_layers` and `decoder_sparse_step`
 /// divides `i + 1`.
 pub(super) struct SparseLayers<'a> {
@@ -135,37 +218,156 @@ impl SparseLayers<'_> {
     /// Reads the layers and the number of experts per token.
     pub fn read(self, config: &Fields<'_>) -> Result<(Vec<LayerConfig>, usize)> {
         let layers = self.windows.len();
-        let num_experts = num_experts(config, self.expert_count_keys)?;
         let step = config.integer("decoder_sparse_step", 1, MAX_SIZE)?.unwrap_or(1);
         let dense = config.integers("mlp_only_layers", 0, MAX_SIZE)?.unwrap_or_default();
-        let is_moe: Vec<bool> =
-            (0..layers).map(|i| num_experts > 0 && (i + 1) % step == 0 && !dense.contains(&i)).collect();
-        let moe_layers = is_moe.iter().filter(|moe| **moe).count();
-        if moe_layers == 0 {
-            let reason = format!(
-                "all {layers} layers are dense (number of experts {num_experts}, `decoder_sparse_step` {step}, \
-                 `mlp_only_layers` lists {} layers)",
-                dense.len()
-            );
-            return Err(Error::NotMoe { file: crate::family::CONFIG.to_string(), reason });
-        }
-        if num_experts.saturating_mul(moe_layers) > MAX_ALL_EXPERTS {
-            let expected = format!("at most {MAX_ALL_EXPERTS} experts in all {moe_layers} MoE layers together");
-            let key = self.expert_count_keys.iter().find(|key| config.value(key).is_some());
-            return Err(config.invalid(key.unwrap_or(&self.expert_count_keys[0]), expected));
-        }
-        let top_k = config.required_integer("num_experts_per_tok", 1, num_experts)?;
-        let moe = MoeConfig { widths: vec![size(config, "moe_intermediate_size")?; num_experts], shared: self.shared };
-        let intermediate_size = match moe_layers == layers {
-            true => 0,
-            false => size(config, "intermediate_size")?,
+        let layers = MoeLayers {
+            expert_count_keys: self.expert_count_keys,
+            top_k_key: "num_experts_per_tok",
+            width_key: "moe_intermediate_size",
+            bias: false,
+            shared: self.shared,
+            is_moe: (0..layers).map(|i| (i + 1) % step == 0 && !dense.contains(&i)).collect(),
+            why: format!("`decoder_sparse_step` {step}, `mlp_only_layers` lists {} layers", dense.len()),
+            windows: self.windows,
         };
-        let layer = |(is_moe, window): (bool, &Option<usize>)| LayerConfig {
-            sliding_window: *window,
-            ffn: if is_moe { Ffn::Moe(moe.clone()) } else { Ffn::Dense { intermediate_size } },
-        };
-        Ok((is_moe.into_iter().zip(self.windows).map(layer).collect(), top_k))
+        layers.read(config)
     }
+}
+
+/// Layers of a family without dense ones and without shared experts, whose experts have the width `intermediate_size`.
+pub(super) fn all_moe(
+    config: &Fields<'_>,
+    expert_count_keys: &'static [&'static str],
+    bias: bool,
+    windows: &[Option<usize>],
+) -> Result<(Vec<LayerConfig>, usize)> {
+    let layers = MoeLayers {
+        expert_count_keys,
+        top_k_key: "num_experts_per_tok",
+        width_key: "intermediate_size",
+        bias,
+        shared: None,
+        is_moe: vec![true; windows.len()],
+        why: "no expert".to_string(),
+        windows,
+    };
+    layers.read(config)
+}
+
+/// Layers of a family with `first_k_dense_replace` dense ones, then MoE layers with shared experts, every
+/// `moe_layer_freq` layers where that is said.
+pub(super) fn first_dense(
+    config: &Fields<'_>,
+    expert_count_keys: &'static [&'static str],
+    shared_count_key: &str,
+) -> Result<(Vec<LayerConfig>, usize)> {
+    let layers = num_layers(config)?;
+    let dense = config.integer("first_k_dense_replace", 0, MAX_SIZE)?.unwrap_or(0);
+    if config.integer("moe_layer_freq", 1, MAX_SIZE)?.is_some_and(|every| every != 1) {
+        return Err(config.invalid("moe_layer_freq", "1, as in all released models"));
+    }
+    let moe = MoeLayers {
+        expert_count_keys,
+        top_k_key: "num_experts_per_tok",
+        width_key: "moe_intermediate_size",
+        bias: false,
+        shared: shared_experts(config, shared_count_key)?,
+        is_moe: (0..layers).map(|layer| layer >= dense).collect(),
+        why: format!("`first_k_dense_replace` {dense}"),
+        windows: &vec![None; layers],
+    };
+    moe.read(config)
+}
+
+/// Layers of multi-token prediction.
+pub(super) fn mtp_layers(config: &Fields<'_>) -> Result<usize> {
+    let layers = config.integer("num_nextn_predict_layers", 0, MAX_LAYERS)?;
+    Ok(layers.or(config.integer("num_mtp_layers", 0, MAX_LAYERS)?).unwrap_or(0))
+}
+
+/// Shared experts of the width of a routed one each, stored as one.
+pub(super) fn shared_experts(config: &Fields<'_>, key: &str) -> Result<Option<SharedExpert>> {
+    let count = config.integer(key, 0, MAX_EXPERTS)?.unwrap_or(0);
+    let width = size(config, "moe_intermediate_size")?;
+    let intermediate_size = count.checked_mul(width).filter(|size| *size <= MAX_SIZE);
+    let intermediate_size = intermediate_size
+        .ok_or_else(|| config.invalid(key, format!("a product with `moe_intermediate_size` of at most {MAX_SIZE}")))?;
+    Ok((count > 0).then_some(SharedExpert { intermediate_size, gated: false }))
+}
+
+/// Groups of experts from `n_group` and `topk_group`; `None` where there is one group or no such field.
+pub(super) fn groups(
+    config: &Fields<'_>,
+    num_experts: usize,
+    top_k: usize,
+    score: GroupScore,
+) -> Result<Option<Groups>> {
+    let count = config.integer("n_group", 0, MAX_EXPERTS)?.unwrap_or(1).max(1);
+    let top = config.integer("topk_group", 0, MAX_EXPERTS)?.unwrap_or(1).max(1);
+    if !num_experts.is_multiple_of(count) {
+        return Err(config.invalid("n_group", format!("a divisor of the number of experts {num_experts}")));
+    }
+    if top > count {
+        return Err(config.invalid("topk_group", format!("at most `n_group` = {count}")));
+    }
+    let size = num_experts / count;
+    if count > 1 && score == GroupScore::TopTwoSum && size < 2 {
+        return Err(config.invalid("n_group", "groups of at least two experts, whose two best rank a group"));
+    }
+    if top * size < top_k {
+        let expected = format!("enough groups of {size} experts for `num_experts_per_tok` = {top_k}");
+        return Err(config.invalid("topk_group", expected));
+    }
+    Ok((count > 1).then_some(Groups { count, top, score }))
+}
+
+/// The number of experts of the MoE layers.
+pub(super) fn experts_of(layers: &[LayerConfig]) -> usize {
+    let counts = layers.iter().filter_map(|layer| match &layer.ffn {
+        Ffn::Moe(moe) => Some(moe.num_experts()),
+        Ffn::Dense { .. } => None,
+    });
+    counts.max().unwrap_or(0)
+}
+
+/// What differs between families in a [`ModelConfig`]; [`Model::read`] adds what they share.
+pub(super) struct Model {
+    pub model_type: &'static str,
+    pub attention: AttentionConfig,
+    pub rope: RopeConfig,
+    pub routing: Routing,
+    pub layers: Vec<LayerConfig>,
+}
+
+impl Model {
+    /// The config with RMSNorm, SiLU and no extras.
+    pub fn read(self, config: &Fields<'_>, generation: Option<&Value>) -> Result<ModelConfig> {
+        Ok(ModelConfig {
+            model_type: self.model_type.to_string(),
+            hidden_size: size(config, "hidden_size")?,
+            vocab_size: size(config, "vocab_size")?,
+            norm: NormKind::Rms,
+            norm_eps: norm_eps(config)?,
+            tie_word_embeddings: config.bool("tie_word_embeddings")?.unwrap_or(false),
+            head_bias: false,
+            multipliers: Multipliers::default(),
+            max_position_embeddings: size(config, "max_position_embeddings")?,
+            hidden_act: activation(config)?,
+            attention: self.attention,
+            rope: self.rope,
+            routing: self.routing,
+            layers: self.layers,
+            mtp_layers: 0,
+            quantisation: quantisation(config)?,
+            eos_token_ids: eos_token_ids(config, generation)?,
+            dtype: dtype(config)?,
+        })
+    }
+}
+
+/// `sliding_window` of a family where a number switches it on by itself.
+pub(super) fn plain_window(config: &Fields<'_>) -> Result<Option<usize>> {
+    Ok(config.integer("sliding_window", 0, MAX_SIZE)?.filter(|window| *window > 0))
 }
 
 /// The window of a config that slides, `None` if it does not: `use_sliding_window` (default false) switches

@@ -9,18 +9,40 @@ use super::read::MAX_SIZE;
 /// `rope_theta` of transformers where a config has none.
 const DEFAULT_THETA: f64 = 10_000.0;
 
-/// Reads the rotary embedding. `max_position` is `max_position_embeddings`.
-pub(super) fn read(config: &Fields<'_>, max_position: usize) -> Result<RopeConfig> {
+/// What differs between families.
+pub(super) struct Dialect {
+    /// `max_position_embeddings`.
+    pub max_position: usize,
+    /// `rope_theta` where a config has none.
+    pub theta: f64,
+    /// Whether neighbouring dimensions are turned together.
+    pub interleaved: bool,
+    /// Whether LongRoPE with factors of its own on cosine and sine may be used.
+    pub longrope: bool,
+    /// Whether a part of the head may be rotated; read it with [`rotary_dim`].
+    pub partial: bool,
+}
+
+impl Dialect {
+    /// That of most families.
+    pub fn new(max_position: usize) -> Self {
+        Self { max_position, theta: DEFAULT_THETA, interleaved: false, longrope: false, partial: false }
+    }
+}
+
+/// Reads the rotary embedding.
+pub(super) fn read(config: &Fields<'_>, dialect: &Dialect) -> Result<RopeConfig> {
+    let interleaved = dialect.interleaved;
     let outer_theta = config.positive_float("rope_theta")?;
     let Some(parameters) = config.object("rope_parameters")? else {
         let scaling = match config.object("rope_scaling")? {
-            Some(fields) => read_scaling(&fields, max_position)?,
+            Some(fields) => read_scaling(config, &fields, dialect)?,
             None => RopeScaling::Default,
         };
-        return Ok(RopeConfig { theta: outer_theta.unwrap_or(DEFAULT_THETA), scaling });
+        return Ok(RopeConfig { theta: outer_theta.unwrap_or(dialect.theta), interleaved, scaling });
     };
     let inner_theta = parameters.positive_float("rope_theta")?;
-    let scaling = read_scaling(&parameters, max_position)?;
+    let scaling = read_scaling(config, &parameters, dialect)?;
     // Configs written for both dialects are read if they say the same in both.
     if let (Some(inner), Some(outer)) = (inner_theta, outer_theta)
         && inner != outer
@@ -28,16 +50,45 @@ pub(super) fn read(config: &Fields<'_>, max_position: usize) -> Result<RopeConfi
         return Err(config.conflict("rope_parameters", "rope_theta"));
     }
     if let Some(legacy) = config.object("rope_scaling")?
-        && read_scaling(&legacy, max_position)? != scaling
+        && read_scaling(config, &legacy, dialect)? != scaling
     {
         return Err(config.conflict("rope_parameters", "rope_scaling"));
     }
-    Ok(RopeConfig { theta: inner_theta.or(outer_theta).unwrap_or(DEFAULT_THETA), scaling })
+    Ok(RopeConfig { theta: inner_theta.or(outer_theta).unwrap_or(dialect.theta), interleaved, scaling })
 }
 
-fn read_scaling(fields: &Fields<'_>, max_position: usize) -> Result<RopeScaling> {
-    if fields.float("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
-        return Err(fields.invalid("partial_rotary_factor", "1, since rotation of a part of the head is not supported"));
+/// Dimensions of a head that are rotated: `partial_rotary_factor`, in `rope_parameters` or beside it, of `head_dim`.
+pub(super) fn rotary_dim(config: &Fields<'_>, head_dim: usize, default: f64) -> Result<usize> {
+    let inner = match config.object("rope_parameters")? {
+        Some(parameters) => parameters.positive_float("partial_rotary_factor")?,
+        None => None,
+    };
+    let outer = config.positive_float("partial_rotary_factor")?;
+    if let (Some(inner), Some(outer)) = (inner, outer)
+        && inner != outer
+    {
+        return Err(config.conflict("rope_parameters", "partial_rotary_factor"));
+    }
+    let rotary = (inner.or(outer).unwrap_or(default) * head_dim as f64) as usize;
+    if rotary == 0 || rotary > head_dim || !rotary.is_multiple_of(2) {
+        let expected = format!("a fraction of `head_dim` = {head_dim} that gives an even number of dimensions");
+        let key = if inner.is_some() { "rope_parameters" } else { "partial_rotary_factor" };
+        return Err(config.invalid(key, expected));
+    }
+    Ok(rotary)
+}
+
+/// Factor on the dot products of attention where YaRN has an `mscale_all_dim`: DeepSeek multiplies `1 / sqrt(head_dim)` by
+/// the square of `0.1 * mscale_all_dim * ln(factor) + 1`.
+pub(super) fn deepseek_scale(rope: &RopeConfig, head_dim: usize) -> Option<f64> {
+    let RopeScaling::Yarn { factor, mscale_all_dim: Some(mscale), .. } = rope.scaling else { return None };
+    let mscale = if mscale == 0.0 || factor <= 1.0 { return None } else { 0.1 * mscale * factor.ln() + 1.0 };
+    Some(mscale * mscale / (head_dim as f64).sqrt())
+}
+
+fn read_scaling(config: &Fields<'_>, fields: &Fields<'_>, dialect: &Dialect) -> Result<RopeScaling> {
+    if !dialect.partial && fields.float("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
+        return Err(fields.invalid("partial_rotary_factor", "1, since models of this family rotate the whole head"));
     }
     for key in ["full_attention", "sliding_attention"] {
         if fields.value(key).is_some() {
@@ -50,9 +101,33 @@ fn read_scaling(fields: &Fields<'_>, max_position: usize) -> Result<RopeScaling>
         "linear" => Ok(RopeScaling::Linear {
             factor: fields.positive_float("factor")?.ok_or_else(|| fields.missing("factor", "a number above 0"))?,
         }),
-        "yarn" => read_yarn(fields, max_position),
+        "yarn" => read_yarn(fields, dialect.max_position),
+        "longrope" if dialect.longrope => read_longrope(config, fields),
+        _ if dialect.longrope => Err(fields.invalid(key, "\"default\", \"linear\", \"yarn\" or \"longrope\"")),
         _ => Err(fields.invalid(key, "\"default\", \"linear\" or \"yarn\"")),
     }
+}
+
+fn read_longrope(config: &Fields<'_>, fields: &Fields<'_>) -> Result<RopeScaling> {
+    let list = |key: &str| {
+        let expected = "a list of numbers above 0, one for two rotated dimensions";
+        let found = fields.value(key).ok_or_else(|| fields.missing(key, expected))?;
+        let items = found.as_array().into_iter().flatten().map(|item| item.as_f64().filter(|v| *v > 0.0));
+        let items: Option<Vec<f64>> = items.collect();
+        items.filter(|items| !items.is_empty()).ok_or_else(|| fields.invalid(key, expected))
+    };
+    let number = |key: &str| fields.positive_float(key)?.ok_or_else(|| fields.missing(key, "a number above 0"));
+    let original = match fields.integer("original_max_position_embeddings", 1, MAX_SIZE)? {
+        Some(original) => original,
+        None => config.required_integer("original_max_position_embeddings", 1, MAX_SIZE)?,
+    };
+    Ok(RopeScaling::LongRope {
+        short_factor: list("short_factor")?,
+        long_factor: list("long_factor")?,
+        short_mscale: number("short_mscale")?,
+        long_mscale: number("long_mscale")?,
+        original_max_position: original,
+    })
 }
 
 /// Fields and defaults of `_compute_yarn_parameters` in transformers 5.

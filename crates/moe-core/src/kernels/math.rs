@@ -55,6 +55,16 @@ pub fn dot_inline(a: &[f32], b: &[f32]) -> f32 {
     acc.iter().sum::<f32>() + tail
 }
 
+/// Sum with 16 partial sums, for use inside functions compiled for several instruction sets.
+#[inline(always)]
+pub fn sum_inline(values: impl ExactSizeIterator<Item = f32>) -> f32 {
+    let mut acc = [0.0f32; 16];
+    for (i, x) in values.enumerate() {
+        acc[i % 16] += x;
+    }
+    acc.iter().sum()
+}
+
 /// Dot product with 16 partial sums.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {

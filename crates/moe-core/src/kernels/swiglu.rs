@@ -1,4 +1,4 @@
-//! The gated unit `u = silu(g) * v` on stacked pre-activations, forward and backward.
+//! The gated unit on stacked pre-activations, `u = silu(g) * v` or the clamped form of gpt-oss, forward and backward.
 
 use burn::tensor::{Tensor, activation};
 use multiversion::multiversion;
@@ -6,9 +6,25 @@ use multiversion::multiversion;
 use super::{for_rows_mut, math, zeros};
 use crate::host::{self, HostView};
 
-/// `u [n, I] = silu(g) * v` for `gate_up [n, 2I] = [g | v]`.
-pub fn swiglu(gate_up: &Tensor<2>) -> Tensor<2> {
-    if host::is_host(&gate_up.device()) { on_host(gate_up) } else { on_device(gate_up) }
+/// How gate and up become a unit.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Swiglu {
+    /// `silu(g) * v`.
+    #[default]
+    Plain,
+    /// `g' sigmoid(alpha g') (v' + 1)` with `g' = min(g, limit)` and `v'` clamped to `[-limit, limit]`; gradients of clamped
+    /// values are zero.
+    Clamped {
+        /// Slope inside the sigmoid.
+        alpha: f32,
+        /// Bound of gate and up.
+        limit: f32,
+    },
+}
+
+/// Units `[n, I]` of `gate_up [n, 2I] = [g | v]`.
+pub fn swiglu(gate_up: &Tensor<2>, kind: Swiglu) -> Tensor<2> {
+    if host::is_host(&gate_up.device()) { on_host(gate_up, kind) } else { on_device(gate_up, kind) }
 }
 
 /// Gradients of [`swiglu`].
@@ -28,18 +44,19 @@ pub struct SwigluGradients {
 /// output. `row_weights` of `None` are ones.
 pub fn swiglu_backward(
     gate_up: &Tensor<2>,
+    kind: Swiglu,
     du: Tensor<2>,
     row_weights: Option<&[f32]>,
     want_d_units: bool,
 ) -> SwigluGradients {
     if host::is_host(&gate_up.device()) {
-        backward_on_host(gate_up, du, row_weights, want_d_units)
+        backward_on_host(gate_up, kind, du, row_weights, want_d_units)
     } else {
-        backward_on_device(gate_up, du, row_weights, want_d_units)
+        backward_on_device(gate_up, kind, du, row_weights, want_d_units)
     }
 }
 
-fn on_host(gate_up: &Tensor<2>) -> Tensor<2> {
+fn on_host(gate_up: &Tensor<2>, kind: Swiglu) -> Tensor<2> {
     let [n, double] = gate_up.dims();
     let width = double / 2;
     let view = HostView::new(gate_up);
@@ -47,19 +64,26 @@ fn on_host(gate_up: &Tensor<2>) -> Tensor<2> {
     let mut out = zeros(n * width);
     for_rows_mut(&mut out, width, |t, u| {
         let (g, v) = values[t * double..(t + 1) * double].split_at(width);
-        swiglu_row(g, v, u);
+        kind.row(g, v, u);
     });
     host::from_vec(out, [n, width], &gate_up.device())
 }
 
-fn on_device(gate_up: &Tensor<2>) -> Tensor<2> {
+fn on_device(gate_up: &Tensor<2>, kind: Swiglu) -> Tensor<2> {
     let width = gate_up.dims()[1] / 2;
     let (g, v) = (gate_up.clone().narrow(1, 0, width), gate_up.clone().narrow(1, width, width));
-    activation::silu(g) * v
+    match kind {
+        Swiglu::Plain => activation::silu(g) * v,
+        Swiglu::Clamped { alpha, limit } => {
+            let g = g.clamp_max(limit);
+            g.clone() * activation::sigmoid(g.mul_scalar(alpha)) * v.clamp(-limit, limit).add_scalar(1.0)
+        }
+    }
 }
 
 fn backward_on_host(
     gate_up: &Tensor<2>,
+    kind: Swiglu,
     du: Tensor<2>,
     row_weights: Option<&[f32]>,
     want_d_units: bool,
@@ -90,9 +114,9 @@ fn backward_on_host(
                     let columns = i * width..(i + 1) * width;
                     let u = &mut units[columns.clone()];
                     let du = &mut d_units[columns];
-                    swiglu_row(g, v, u);
+                    kind.row(g, v, u);
                     *dw = math::dot(du, u);
-                    swiglu_row_backward(g, v, weight, du, dg, dv);
+                    kind.row_backward(g, v, weight, du, dg, dv);
                 }
             });
     }
@@ -106,6 +130,7 @@ fn backward_on_host(
 
 fn backward_on_device(
     gate_up: &Tensor<2>,
+    kind: Swiglu,
     du: Tensor<2>,
     row_weights: Option<&[f32]>,
     want_d_units: bool,
@@ -113,18 +138,51 @@ fn backward_on_device(
     let [n, double] = gate_up.dims();
     let width = double / 2;
     let (g, v) = (gate_up.clone().narrow(1, 0, width), gate_up.clone().narrow(1, width, width)); // [n, I]
-    let s = activation::sigmoid(g.clone());
-    let silu = g.clone() * s.clone();
-    let units = silu.clone() * v.clone();
+    // The unit is h(g) w(v) in both forms: h with its derivative, w, and where clamping stops gradients.
+    let (alpha, clamped) = match kind {
+        Swiglu::Plain => (1.0, None),
+        Swiglu::Clamped { alpha, limit } => {
+            let outside = v.clone().abs().greater_elem(limit);
+            (alpha, Some((g.clone().greater_elem(limit), outside, limit)))
+        }
+    };
+    let (g, v) = match &clamped {
+        None => (g, v),
+        Some((_, _, limit)) => (g.clamp_max(*limit), v.clamp(-limit, *limit).add_scalar(1.0)),
+    };
+    let s = activation::sigmoid(g.clone().mul_scalar(alpha));
+    let h = g.clone() * s.clone();
+    let units = h.clone() * v.clone();
     let d_row_weights = host::into_vec((du.clone() * units.clone()).sum_dim(1).reshape([n]));
     let du = match row_weights {
         Some(w) => du * host::from_vec(w.to_vec(), [n, 1], &gate_up.device()),
         None => du,
     };
-    // d silu = s (1 + g (1 - s))
-    let derivative = s.clone() * (g * (s.neg().add_scalar(1.0))).add_scalar(1.0);
-    let d_gate_up = Tensor::cat(vec![du.clone() * v * derivative, du.clone() * silu], 1); // [n, 2I]
+    // d h = s (1 + alpha g (1 - s))
+    let derivative = s.clone() * (g.mul_scalar(alpha) * (s.neg().add_scalar(1.0))).add_scalar(1.0);
+    let (mut dg, mut dv) = (du.clone() * v * derivative, du.clone() * h);
+    if let Some((above, outside, _)) = clamped {
+        (dg, dv) = (dg.mask_fill(above, 0.0), dv.mask_fill(outside, 0.0));
+    }
+    let d_gate_up = Tensor::cat(vec![dg, dv], 1); // [n, 2I]
     SwigluGradients { units, d_units: want_d_units.then_some(du), d_gate_up, d_row_weights }
+}
+
+impl Swiglu {
+    fn row(self, g: &[f32], v: &[f32], u: &mut [f32]) {
+        match self {
+            Self::Plain => swiglu_row(g, v, u),
+            Self::Clamped { alpha, limit } => clamped_row(g, v, alpha, limit, u),
+        }
+    }
+
+    fn row_backward(self, g: &[f32], v: &[f32], weight: f32, du: &mut [f32], dg: &mut [f32], dv: &mut [f32]) {
+        du.iter_mut().for_each(|d| *d *= weight);
+        match self {
+            Self::Plain => swiglu_row_backward(g, v, du, dg, dv),
+            Self::Clamped { alpha, limit } => clamped_row_backward(g, v, alpha, limit, du, dg, dv),
+        }
+    }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
@@ -135,43 +193,85 @@ fn swiglu_row(g: &[f32], v: &[f32], u: &mut [f32]) {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
-fn swiglu_row_backward(g: &[f32], v: &[f32], weight: f32, du: &mut [f32], dg: &mut [f32], dv: &mut [f32]) {
-    for ((((g, v), du), dg), dv) in g.iter().zip(v).zip(du).zip(dg).zip(dv) {
+fn swiglu_row_backward(g: &[f32], v: &[f32], du: &[f32], dg: &mut [f32], dv: &mut [f32]) {
+    for ((((g, v), d), dg), dv) in g.iter().zip(v).zip(du).zip(dg).zip(dv) {
         let s = math::sigmoid(*g);
-        let d = *du * weight;
-        *du = d;
         *dg = d * v * math::silu_derivative(*g, s);
         *dv = d * g * s;
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
+fn clamped_row(g: &[f32], v: &[f32], alpha: f32, limit: f32, u: &mut [f32]) {
+    for ((u, g), v) in u.iter_mut().zip(g).zip(v) {
+        let g = g.min(limit);
+        *u = g * math::sigmoid(alpha * g) * (v.clamp(-limit, limit) + 1.0);
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
+fn clamped_row_backward(g: &[f32], v: &[f32], alpha: f32, limit: f32, du: &[f32], dg: &mut [f32], dv: &mut [f32]) {
+    for ((((g, v), d), dg), dv) in g.iter().zip(v).zip(du).zip(dg).zip(dv) {
+        let (inside_g, inside_v) = (*g <= limit, v.abs() <= limit);
+        let (g, v) = (g.min(limit), v.clamp(-limit, limit) + 1.0);
+        let s = math::sigmoid(alpha * g);
+        *dg = if inside_g { d * v * math::silu_derivative(alpha * g, s) } else { 0.0 };
+        *dv = if inside_v { d * g * s } else { 0.0 };
     }
 }
 
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;
-    use crate::kernels::testing::{assert_close, pattern};
+    use crate::kernels::testing::{assert_close, device, pattern};
+
+    /// The limit is inside the range of the patterns, so that clamping happens.
+    const KINDS: [Swiglu; 2] = [Swiglu::Plain, Swiglu::Clamped { alpha: 1.7, limit: 0.6 }];
 
     #[test]
     fn host_and_device_bodies_agree() {
-        for (n, width) in [(1, 1), (5, 7), (40, 33)] {
-            let (gate_up, du) = (pattern([n, 2 * width], 1), pattern([n, width], 2));
-            assert_close(&on_host(&gate_up), &on_device(&gate_up), 1e-5);
-            let weights: Vec<f32> = (0..n).map(|i| 0.1 + i as f32 * 0.05).collect();
-            let a = backward_on_host(&gate_up, du.clone(), Some(&weights), true);
-            let b = backward_on_device(&gate_up, du.clone(), Some(&weights), true);
-            assert_close(&a.units, &b.units, 1e-5);
-            assert_close(&a.d_gate_up, &b.d_gate_up, 1e-5);
-            assert_close(&a.d_units.unwrap(), &b.d_units.unwrap(), 1e-5);
-            for (x, y) in a.d_row_weights.iter().zip(&b.d_row_weights) {
-                assert!((x - y).abs() < 1e-4, "{x} {y}");
+        for kind in KINDS {
+            for (n, width) in [(1, 1), (5, 7), (40, 33)] {
+                let (gate_up, du) = (pattern([n, 2 * width], 1), pattern([n, width], 2));
+                assert_close(&on_host(&gate_up, kind), &on_device(&gate_up, kind), 1e-5);
+                let weights: Vec<f32> = (0..n).map(|i| 0.1 + i as f32 * 0.05).collect();
+                let a = backward_on_host(&gate_up, kind, du.clone(), Some(&weights), true);
+                let b = backward_on_device(&gate_up, kind, du.clone(), Some(&weights), true);
+                assert_close(&a.units, &b.units, 1e-5);
+                assert_close(&a.d_gate_up, &b.d_gate_up, 1e-5);
+                assert_close(&a.d_units.unwrap(), &b.d_units.unwrap(), 1e-5);
+                for (x, y) in a.d_row_weights.iter().zip(&b.d_row_weights) {
+                    assert!((x - y).abs() < 1e-4, "{x} {y}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn backward_matches_a_difference_quotient() {
+        for kind in KINDS {
+            let (gate_up, du) = (pattern([2, 12], 5), pattern([2, 6], 6));
+            let found = host::into_vec(swiglu_backward(&gate_up, kind, du.clone(), Some(&[1.0, 2.0]), false).d_gate_up);
+            let values = host::into_vec(gate_up);
+            let weighted = du * host::from_vec(vec![1.0, 2.0], [2, 1], &device());
+            let at = |i: usize, h: f32| -> f64 {
+                let mut moved = values.clone();
+                moved[i] += h;
+                let units = swiglu(&host::from_vec(moved, [2, 12], &device()), kind);
+                host::into_vec(units * weighted.clone()).iter().map(|x| f64::from(*x)).sum()
+            };
+            for (i, found) in found.into_iter().enumerate() {
+                let numeric = (at(i, 1e-3) - at(i, -1e-3)) / 2e-3;
+                assert!((numeric - f64::from(found)).abs() < 1e-3, "{kind:?} {i}: {found} and {numeric}");
             }
         }
     }
 
     #[test]
     fn width_zero_is_empty() {
-        let gate_up = Tensor::<2>::zeros([3, 0], &crate::kernels::testing::device());
-        assert_eq!(swiglu(&gate_up).dims(), [3, 0]);
-        let gradients = swiglu_backward(&gate_up, gate_up.clone(), None, true);
+        let gate_up = Tensor::<2>::zeros([3, 0], &device());
+        assert_eq!(swiglu(&gate_up, Swiglu::Plain).dims(), [3, 0]);
+        let gradients = swiglu_backward(&gate_up, Swiglu::Plain, gate_up.clone(), None, true);
         assert_eq!(gradients.d_gate_up.dims(), [3, 0]);
         assert_eq!(gradients.d_row_weights, vec![0.0; 3]);
     }

@@ -194,6 +194,7 @@ impl Case {
             down: f32s(&self.down),
             width: self.width(),
             hidden: self.hidden(),
+            ..Default::default()
         }
     }
 

@@ -29,6 +29,19 @@ pub struct ExpertId {
     pub expert: usize,
 }
 
+impl ExpertId {
+    /// Experts that no calibration token was routed to.
+    pub(crate) fn never_routed(scores: &ScoreTable) -> Vec<Self> {
+        let mut found = Vec::new();
+        for layer in &scores.layers {
+            for (expert, _) in layer.routed.iter().flatten().enumerate().filter(|(_, count)| **count == 0) {
+                found.push(Self { layer: layer.layer, expert });
+            }
+        }
+        found
+    }
+}
+
 impl fmt::Display for ExpertId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "layer {}, expert {}", self.layer, self.expert)

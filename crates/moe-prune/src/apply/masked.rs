@@ -1,19 +1,34 @@
 //! Export with unchanged shapes and zeroed units, and the way back from zeros to a plan.
 
-use moe_checkpoint::{Checkpoint, Dtype, RawMatrix};
+use std::collections::BTreeSet;
+
+use moe_checkpoint::{Checkpoint, Dtype, ExpertLayout, RawMatrix};
 use serde_json::json;
 
-use super::{Target, TargetLayer};
-use crate::Result;
+use super::{Export, Target, TargetLayer};
 use crate::plan::{LayerKept, PrunePlan, Ratio};
+use crate::{Error, Result};
 
 /// The target of a masked export: everything as it was, gate rows, up rows and down columns of dropped units zeroed.
 pub(crate) fn target(plan: &PrunePlan, from: &Checkpoint) -> Result<Target> {
+    if let Some(layer) = plan.kept.iter().find(|layer| !layer.removed.is_empty()) {
+        let reason = format!(
+            "layer {} loses whole experts, which zeros cannot do: the router would still choose them; export as uniform \
+             or ragged",
+            layer.layer
+        );
+        return Err(Error::Export { mode: Export::Masked.name(), reason });
+    }
     let layers = plan.shape.layers.iter().map(|layer| {
-        let layout = from.expert_layout(layer.layer)?;
-        Ok(TargetLayer { layer: layer.layer, layout, widths: layer.widths.clone(), zero: true })
+        let layout = match from.expert_layout(layer.layer)? {
+            ExpertLayout::Mxfp4 => from.family().stock_layout(),
+            other => other,
+        };
+        let experts = (0..layer.num_experts()).collect();
+        Ok(TargetLayer { layer: layer.layer, layout, widths: layer.widths.clone(), experts, zero: true })
     });
-    Ok(Target { config: from.raw_config().clone(), layers: layers.collect::<Result<_>>()? })
+    let layers = layers.collect::<Result<_>>()?;
+    Ok(Target { config: from.raw_config().clone(), layers, shared_width: None, dropped: BTreeSet::new() })
 }
 
 /// The plan that a masked checkpoint carries out: a unit counts as dropped when its whole gate row is zero. The plan is
@@ -23,7 +38,7 @@ pub(crate) fn target(plan: &PrunePlan, from: &Checkpoint) -> Result<Target> {
 /// [`Error::Checkpoint`](crate::Error::Checkpoint) for experts that cannot be read.
 pub fn plan_from_masked(checkpoint: &Checkpoint) -> Result<PrunePlan> {
     let mut plan = PrunePlan::keep_all(checkpoint.shape(), checkpoint.fingerprint());
-    for LayerKept { layer, experts } in &mut plan.kept {
+    for LayerKept { layer, experts, .. } in &mut plan.kept {
         for (expert, kept) in experts.iter_mut().enumerate() {
             let gate = checkpoint.expert_bytes(*layer, expert)?.gate;
             kept.retain(|unit| !gate.row(*unit as usize).is_some_and(|row| is_zero(&gate, row)));

@@ -1,19 +1,21 @@
 //! Carrying out a plan: checkpoint to checkpoint, as a stream of raw bytes.
 
 mod masked;
+mod mtp;
 mod ragged;
 mod select;
 mod stream;
 mod uniform;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::path::Path;
 use std::str::FromStr;
 
 use moe_checkpoint::{
-    Checkpoint, Existing, ExpertLayout, OutputDir, ShardedWriter, WriterOptions, copy_side_files, write_atomic,
-    write_json,
+    Checkpoint, Existing, ExpertLayout, OutputDir, Role, ShardedWriter, TensorSpec, WriterOptions, copy_side_files,
+    dequantised_config, write_atomic, write_json,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -102,8 +104,22 @@ pub struct ApplyOptions<'a> {
     pub force: bool,
     /// Write uniform widths that are no multiple of 8, which stock loaders may fail on in a forward pass.
     pub allow_unaligned: bool,
+    /// What becomes of layers that predict further tokens. Needed where a checkpoint has them.
+    pub mtp: Option<Mtp>,
     /// Told how far it is.
     pub progress: Option<OnProgress<'a>>,
+}
+
+/// What becomes of multi-token prediction: layers after the decoder layers that predict further tokens, with experts of
+/// their own that no plan covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Mtp {
+    /// They stay as they are. Refused where the config would give their experts another width or number.
+    Keep,
+    /// They are left out, and the config says that there are none. Loaders that do not use them read the same model.
+    Drop,
 }
 
 impl ApplyOptions<'_> {
@@ -115,6 +131,7 @@ impl ApplyOptions<'_> {
             resume: false,
             force: false,
             allow_unaligned: false,
+            mtp: None,
             progress: None,
         }
     }
@@ -122,13 +139,14 @@ impl ApplyOptions<'_> {
 
 impl fmt::Debug for ApplyOptions<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { mode, max_shard_bytes, resume, force, allow_unaligned, progress } = self;
+        let Self { mode, max_shard_bytes, resume, force, allow_unaligned, mtp, progress } = self;
         f.debug_struct("ApplyOptions")
             .field("mode", mode)
             .field("max_shard_bytes", max_shard_bytes)
             .field("resume", resume)
             .field("force", force)
             .field("allow_unaligned", allow_unaligned)
+            .field("mtp", mtp)
             .field("progress", &progress.is_some())
             .finish()
     }
@@ -174,13 +192,20 @@ pub(crate) struct Target {
     pub config: Value,
     /// MoE layers in ascending order.
     pub layers: Vec<TargetLayer>,
+    /// Width of the shared experts, where it grows by units of zeros.
+    pub shared_width: Option<usize>,
+    /// Tensors that are left out.
+    pub dropped: BTreeSet<String>,
 }
 
 /// One MoE layer of a [`Target`].
 pub(crate) struct TargetLayer {
     pub layer: usize,
     pub layout: ExpertLayout,
+    /// Width of every expert that is left.
     pub widths: Vec<usize>,
+    /// Those experts, in the indices of the checkpoint.
+    pub experts: Vec<usize>,
     /// Dropped units are zeroed instead of taken out.
     pub zero: bool,
 }
@@ -219,13 +244,21 @@ impl PrunePlan {
             let reason = format!("{} is the checkpoint itself; choose another directory", to.display());
             return Err(Error::Export { mode: options.mode.name(), reason });
         }
-        let target = match options.mode {
+        self.validate_routing(from.config())?;
+        let mut target = match options.mode {
             Export::Uniform => uniform::target(self, from, options)?,
             Export::Ragged => ragged::target(self, from)?,
             Export::Masked => masked::target(self, from)?,
         };
-        let report = Report::new(self, from, options.mode)?;
+        mtp::settle(from, options, &mut target)?;
+        if from.quantisation().is_some() {
+            target.config = dequantised_config(&target.config);
+        }
         let tensors = stream::tensors(from, &target, options.mode)?;
+        let specs: Vec<_> = tensors.iter().map(|tensor| tensor.spec.clone()).collect();
+        let mut report = Report::new(self, from, options.mode)?;
+        report.bytes.after = specs.iter().map(stream::bytes).sum();
+        report.parameters.after = parameters(from, &specs);
 
         let existing = match (options.force, options.resume) {
             (true, _) => Existing::Force,
@@ -233,9 +266,8 @@ impl PrunePlan {
             (false, false) => Existing::Refuse,
         };
         let output = OutputDir::create(to, existing)?;
-        let recipe = format!("{} {fingerprint} {}", options.mode, self.to_json()?);
+        let recipe = format!("{} {:?} {fingerprint} {}", options.mode, options.mtp, self.to_json()?);
         let writer_options = WriterOptions { max_shard_bytes: options.max_shard_bytes, recipe };
-        let specs = tensors.iter().map(|tensor| tensor.spec.clone()).collect();
         let writer = ShardedWriter::new(output.path(), writer_options, specs)?;
         let written = stream::write(self, from, &tensors, &target, writer, options.progress)?;
         debug_assert_eq!(written.bytes, report.bytes.after);
@@ -264,6 +296,13 @@ impl PrunePlan {
         output.commit()?;
         Ok(applied.report)
     }
+}
+
+/// Elements of the tensors; a tied head counts once.
+fn parameters(from: &Checkpoint, specs: &[TensorSpec]) -> u64 {
+    let tied_head = from.config().tie_word_embeddings.then(|| from.family().tensor_name(Role::LmHead));
+    let counted = specs.iter().filter(|spec| Some(&spec.name) != tied_head.as_ref());
+    counted.map(|spec| spec.shape.iter().map(|size| *size as u64).product::<u64>()).sum()
 }
 
 fn same_directory(a: &Path, b: &Path) -> bool {

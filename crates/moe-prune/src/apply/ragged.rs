@@ -1,5 +1,7 @@
 //! Structural export with a width per expert, in the documented format of this project.
 
+use std::collections::BTreeSet;
+
 use moe_checkpoint::{Checkpoint, ExpertLayout, ragged_config};
 
 use super::{Target, TargetLayer};
@@ -8,17 +10,18 @@ use crate::{PrunePlan, Result};
 /// The target of a ragged export: two tensors per MoE layer, widths in the config, a `model_type` that stock loaders
 /// refuse instead of loading random experts. Width 0 is legal.
 pub(crate) fn target(plan: &PrunePlan, from: &Checkpoint) -> Result<Target> {
-    let layers: Vec<TargetLayer> = plan
-        .pruned_shape()
-        .layers
-        .into_iter()
-        .map(|layer| TargetLayer {
+    let pruned = plan.pruned_shape().layers.into_iter();
+    let layers: Vec<TargetLayer> = pruned
+        .zip(&plan.kept)
+        .map(|(layer, kept)| TargetLayer {
             layer: layer.layer,
             layout: ExpertLayout::Ragged,
             widths: layer.widths,
+            experts: kept.experts_kept(),
             zero: false,
         })
         .collect();
     let widths = layers.iter().map(|layer| (layer.layer, layer.widths.clone())).collect();
-    Ok(Target { config: ragged_config(from.raw_config(), &widths)?, layers })
+    let config = ragged_config(from.raw_config(), &widths)?;
+    Ok(Target { config, layers, shared_width: None, dropped: BTreeSet::new() })
 }

@@ -1,6 +1,8 @@
 //! Rows and columns of a matrix, as raw bytes: no element is converted.
 
-use moe_checkpoint::{ExpertBytes, ExpertPart, RawMatrix};
+use std::borrow::Cow;
+
+use moe_checkpoint::{ExpertBlock, ExpertBytes, ExpertPart, RawMatrix};
 use rayon::prelude::*;
 
 /// What becomes of one expert.
@@ -15,16 +17,60 @@ pub(crate) enum Selection<'a> {
 /// Bytes that one thread works on: enough to pay for handing it over.
 const PIECE: usize = 1 << 18;
 
-/// The bytes of one matrix of an expert after the selection, into a buffer that is reused.
-pub(crate) fn select(expert: &ExpertBytes<'_>, part: ExpertPart, selection: Selection<'_>, out: &mut Vec<u8>) {
-    match (part, selection) {
-        (ExpertPart::Gate, Selection::Keep(kept)) => keep_rows(&expert.gate, kept, out),
-        (ExpertPart::Up, Selection::Keep(kept)) => keep_rows(&expert.up, kept, out),
-        (ExpertPart::Down, Selection::Keep(kept)) => keep_columns(&expert.down, kept, out),
-        (ExpertPart::Gate, Selection::Zero(kept)) => zero_rows(&expert.gate, kept, out),
-        (ExpertPart::Up, Selection::Zero(kept)) => zero_rows(&expert.up, kept, out),
-        (ExpertPart::Down, Selection::Zero(kept)) => zero_columns(&expert.down, kept, out),
+/// The bytes of one block of an expert after the selection, into a buffer that is reused. `None` if the expert lacks a part
+/// of the block, or its parts differ in dtype.
+pub(crate) fn select_block(
+    expert: &ExpertBytes<'_>,
+    block: ExpertBlock,
+    selection: Selection<'_>,
+    out: &mut Vec<u8>,
+) -> Option<()> {
+    if let ExpertBlock::Part(part) = block {
+        return select(expert.part(part)?, part, selection, out);
     }
+    let pick = |part: ExpertPart| {
+        let matrix = expert.part(part)?;
+        let mut bytes = Vec::new();
+        // Parts that the block does not need stay empty.
+        if block.parts().contains(&part) {
+            select(matrix, part, selection, &mut bytes)?;
+        }
+        let width = match selection {
+            Selection::Keep(kept) => kept.len(),
+            Selection::Zero(_) => expert.gate.rows,
+        };
+        let (rows, cols) = part.dims(expert.gate.cols, width);
+        Some(RawMatrix { bytes: Cow::Owned(bytes), dtype: matrix.dtype, rows, cols })
+    };
+    let biases = match &expert.biases {
+        None => None,
+        Some(_) => {
+            let [gate, up, down] = ExpertPart::BIASES;
+            Some([pick(gate)?, pick(up)?, pick(down)?])
+        }
+    };
+    let [gate, up, down] = ExpertPart::ALL;
+    let picked = ExpertBytes { gate: pick(gate)?, up: pick(up)?, down: pick(down)?, biases };
+    out.clear();
+    out.extend_from_slice(&block.bytes(&picked)?);
+    Some(())
+}
+
+/// One part after the selection. A bias of down belongs to no unit.
+fn select(matrix: &RawMatrix<'_>, part: ExpertPart, selection: Selection<'_>, out: &mut Vec<u8>) -> Option<()> {
+    use ExpertPart::{Down, DownBias, Gate, GateBias, Up, UpBias};
+    match (part, selection) {
+        (Gate | Up | GateBias | UpBias, Selection::Keep(kept)) => keep_rows(matrix, kept, out),
+        (Gate | Up | GateBias | UpBias, Selection::Zero(kept)) => zero_rows(matrix, kept, out),
+        (Down, Selection::Keep(kept)) => keep_columns(matrix, kept, out),
+        (Down, Selection::Zero(kept)) => zero_columns(matrix, kept, out),
+        (DownBias, _) => {
+            out.clear();
+            out.extend_from_slice(&matrix.bytes);
+        }
+        _ => return None,
+    }
+    Some(())
 }
 
 fn row_bytes(matrix: &RawMatrix<'_>) -> usize {
@@ -48,7 +94,7 @@ fn keep_rows(matrix: &RawMatrix<'_>, kept: &[u32], out: &mut Vec<u8>) {
 fn keep_columns(matrix: &RawMatrix<'_>, kept: &[u32], out: &mut Vec<u8>) {
     out.clear();
     if kept.len() == matrix.cols {
-        out.extend_from_slice(matrix.bytes);
+        out.extend_from_slice(&matrix.bytes);
         return;
     }
     out.resize(matrix.rows * kept.len() * matrix.element_bytes(), 0);
@@ -77,7 +123,7 @@ fn gather<const N: usize>(matrix: &RawMatrix<'_>, kept: &[u32], out: &mut [u8]) 
 fn zero_rows(matrix: &RawMatrix<'_>, kept: &[u32], out: &mut Vec<u8>) {
     let length = row_bytes(matrix);
     out.clear();
-    out.extend_from_slice(matrix.bytes);
+    out.extend_from_slice(&matrix.bytes);
     for unit in dropped(kept, matrix.rows) {
         out[unit * length..(unit + 1) * length].fill(0);
     }
@@ -85,7 +131,7 @@ fn zero_rows(matrix: &RawMatrix<'_>, kept: &[u32], out: &mut Vec<u8>) {
 
 fn zero_columns(matrix: &RawMatrix<'_>, kept: &[u32], out: &mut Vec<u8>) {
     out.clear();
-    out.extend_from_slice(matrix.bytes);
+    out.extend_from_slice(&matrix.bytes);
     let (length, size) = (row_bytes(matrix), matrix.element_bytes());
     let gone: Vec<usize> = dropped(kept, matrix.cols).collect();
     if gone.is_empty() {
@@ -110,7 +156,7 @@ mod tests {
     use super::*;
 
     fn matrix(bytes: &[u8], rows: usize, cols: usize) -> RawMatrix<'_> {
-        RawMatrix { bytes, dtype: Dtype::BF16, rows, cols }
+        RawMatrix { bytes: bytes.into(), dtype: Dtype::BF16, rows, cols }
     }
 
     fn selected(part: ExpertPart, selection: Selection<'_>) -> Vec<u8> {
@@ -118,7 +164,8 @@ mod tests {
         let bytes: Vec<u8> = (0..6).flat_map(|k| [k, 100 + k]).collect();
         let (wide, tall) = (matrix(&bytes, 3, 2), matrix(&bytes, 2, 3));
         let mut out = vec![9; 50];
-        select(&ExpertBytes { gate: wide, up: wide, down: tall }, part, selection, &mut out);
+        let expert = ExpertBytes { gate: wide.clone(), up: wide, down: tall, biases: None };
+        select_block(&expert, ExpertBlock::Part(part), selection, &mut out).unwrap();
         assert!(out.as_chunks::<2>().0.iter().all(|[low, high]| *high == low + 100 || (*low, *high) == (0, 0)));
         out.as_chunks::<2>().0.iter().map(|[low, high]| if *high == 0 { 99 } else { *low }).collect()
     }

@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use moe_checkpoint::{Checkpoint, Dtype, ExpertPart, ShardedWriter, TensorSpec, Written};
+use moe_checkpoint::{Checkpoint, Dtype, ExpertBlock, LayerRole, Role, ShardedWriter, TensorInfo, TensorSpec, Written};
 
-use super::select::{Selection, select};
+use super::select::{Selection, select_block};
 use super::{Export, OnProgress, Progress, Target, TargetLayer};
 use crate::{Error, PrunePlan, Result};
 
@@ -17,59 +17,97 @@ pub(crate) struct OutTensor {
 enum Source {
     /// The tensor of the same name, as it is.
     Copy,
-    /// Matrices of experts of one MoE layer, by position among the MoE layers, in file order.
-    Experts(usize, Vec<(usize, ExpertPart)>),
+    /// One row per kept expert of the tensor of the same name, by position among the MoE layers.
+    Rows(usize),
+    /// The tensor of the same name with zeros after its rows (of shape before) or after its columns.
+    Pad,
+    /// Blocks of experts of one MoE layer, by position among the MoE layers, in file order; experts in new indices.
+    Experts(usize, Vec<(usize, ExpertBlock)>),
 }
 
 /// The tensors of the output in the order in which they are written: that of the input's names, with the routed experts of
 /// a layer where the first of them was.
 pub(crate) fn tensors(from: &Checkpoint, target: &Target, mode: Export) -> Result<Vec<OutTensor>> {
     let mut layer_of: BTreeMap<String, usize> = BTreeMap::new();
+    let mut rows_of: BTreeMap<String, usize> = BTreeMap::new();
+    let mut pads: BTreeSet<String> = BTreeSet::new();
     for (position, (old, new)) in from.shape().layers.iter().zip(&target.layers).enumerate() {
         let layout = from.expert_layout(new.layer)?;
-        for tensor in layout.tensors(from.shape().hidden_size, &old.widths).into_iter().flatten() {
+        let bias = from.config().moe(new.layer).is_some_and(|moe| moe.bias);
+        for tensor in layout.tensors(from.shape().hidden_size, &old.widths, bias).into_iter().flatten() {
             layer_of.insert(from.expert_tensor_name(new.layer, tensor.tensor), position);
+        }
+        let name = |role| from.family().tensor_name(Role::Layer(new.layer, role));
+        if new.experts.len() != old.num_experts() {
+            for role in [LayerRole::Router, LayerRole::RouterBias, LayerRole::CorrectionBias] {
+                rows_of.insert(name(role), position);
+            }
+        }
+        if target.shared_width.is_some() {
+            pads.extend([LayerRole::SharedGate, LayerRole::SharedUp, LayerRole::SharedDown].map(name));
         }
     }
     let (mut tensors, mut done) = (Vec::new(), BTreeSet::new());
     for info in from.tensors() {
-        match layer_of.get(&info.name) {
-            None => {
-                let spec = TensorSpec { name: info.name.clone(), dtype: info.dtype, shape: info.shape.clone() };
-                tensors.push(OutTensor { spec, source: Source::Copy });
+        if target.dropped.contains(&info.name) || (from.is_scale(&info.name) && !layer_of.contains_key(&info.name)) {
+            continue;
+        }
+        let mut push = |shape: Vec<usize>, source: Source| -> Result<()> {
+            let dtype = from.plain_dtype(&info.name)?;
+            tensors.push(OutTensor { spec: TensorSpec { name: info.name.clone(), dtype, shape }, source });
+            Ok(())
+        };
+        if let Some(position) = layer_of.get(&info.name) {
+            if done.insert(*position) {
+                tensors.extend(expert_tensors(from, &target.layers[*position], *position, mode)?);
             }
-            Some(position) => {
-                if done.insert(*position) {
-                    tensors.extend(expert_tensors(from, &target.layers[*position], *position, mode)?);
-                }
-            }
+        } else if let Some(position) = rows_of.get(&info.name) {
+            let layer = &target.layers[*position];
+            push(
+                kept_shape(info, from.shape().layers[*position].num_experts(), layer.experts.len()),
+                Source::Rows(*position),
+            )?;
+        } else if let Some(width) = target.shared_width.filter(|_| pads.contains(&info.name)) {
+            let hidden = from.shape().hidden_size;
+            let shape = if info.name.contains("down") { vec![hidden, width] } else { vec![width, hidden] };
+            push(shape, Source::Pad)?;
+        } else {
+            push(info.shape.clone(), Source::Copy)?;
         }
     }
     Ok(tensors)
 }
 
+/// The shape of a tensor with one row per expert (or one row of all, `[1, E]`) after the selection.
+fn kept_shape(info: &TensorInfo, before: usize, after: usize) -> Vec<usize> {
+    let mut shape = info.shape.clone();
+    if let Some(size) = shape.iter_mut().find(|size| **size == before) {
+        *size = after;
+    }
+    shape
+}
+
 fn expert_tensors(from: &Checkpoint, layer: &TargetLayer, position: usize, mode: Export) -> Result<Vec<OutTensor>> {
     let refuse = |reason: String| Error::Export { mode: mode.name(), reason };
-    let TargetLayer { layer: number, layout, widths, .. } = layer;
+    let TargetLayer { layer: number, layout, widths, experts, .. } = layer;
+    let bias = from.config().moe(*number).is_some_and(|moe| moe.bias);
     let tensors = layout
-        .tensors(from.shape().hidden_size, widths)
+        .tensors(from.shape().hidden_size, widths, bias)
         .ok_or_else(|| refuse(format!("layer {number}: {layout:?} experts cannot have widths {widths:?}")))?;
     let mut out = Vec::with_capacity(tensors.len());
     for tensor in tensors {
         let name = from.expert_tensor_name(*number, tensor.tensor);
         let mut dtype: Option<Dtype> = None;
-        for (expert, part) in &tensor.blocks {
-            let matrices = from.expert_bytes(*number, *expert)?;
-            let found = match part {
-                ExpertPart::Gate => matrices.gate,
-                ExpertPart::Up => matrices.up,
-                ExpertPart::Down => matrices.down,
-            }
-            .dtype;
-            if let Some(other) = dtype.replace(found).filter(|other| *other != found) {
-                return Err(refuse(format!(
-                    "tensor `{name}` would hold experts of dtypes {other:?} and {found:?}; they must agree"
-                )));
+        for (expert, block) in &tensor.blocks {
+            for part in block.parts() {
+                let found = from.expert_dtype(*number, experts[*expert], *part)?;
+                let found =
+                    found.ok_or_else(|| refuse(format!("tensor `{name}` would hold biases, but there are none")))?;
+                if let Some(other) = dtype.replace(found).filter(|other| *other != found) {
+                    return Err(refuse(format!(
+                        "tensor `{name}` would hold experts of dtypes {other:?} and {found:?}; they must agree"
+                    )));
+                }
             }
         }
         let dtype = dtype.ok_or_else(|| refuse(format!("tensor `{name}` would hold no expert")))?;
@@ -79,11 +117,13 @@ fn expert_tensors(from: &Checkpoint, layer: &TargetLayer, position: usize, mode:
     Ok(out)
 }
 
-/// One piece of work: a tensor to copy, or one matrix of one expert.
+/// One piece of work: a tensor to copy, to take rows of or to pad, or one block of one expert.
 #[derive(Clone, Copy)]
 enum Job<'a> {
     Copy(&'a TensorSpec),
-    Matrix { spec: &'a TensorSpec, position: usize, expert: usize, part: ExpertPart },
+    Rows(&'a TensorSpec, usize),
+    Pad(&'a TensorSpec),
+    Block { spec: &'a TensorSpec, position: usize, expert: usize, block: ExpertBlock },
 }
 
 /// Writes all tensors. While one matrix is written, the next is selected: two matrices are in memory.
@@ -106,25 +146,42 @@ pub(crate) fn write(
         }
         match source {
             Source::Copy => jobs.push(Job::Copy(spec)),
+            Source::Rows(position) => jobs.push(Job::Rows(spec, *position)),
+            Source::Pad => jobs.push(Job::Pad(spec)),
             Source::Experts(position, blocks) => {
-                let matrix = |(expert, part): &(usize, ExpertPart)| Job::Matrix {
+                let block = |(expert, block): &(usize, ExpertBlock)| Job::Block {
                     spec,
                     position: *position,
                     expert: *expert,
-                    part: *part,
+                    block: *block,
                 };
-                jobs.extend(blocks.iter().map(matrix));
+                jobs.extend(blocks.iter().map(block));
             }
         }
     }
 
     let make = |job: Option<&Job<'_>>, out: &mut Vec<u8>| -> Result<()> {
-        let Some(&Job::Matrix { position, expert, part, .. }) = job else { return Ok(()) };
-        let layer = &target.layers[position];
-        let kept = &plan.kept[position].experts[expert];
-        let selection = if layer.zero { Selection::Zero(kept) } else { Selection::Keep(kept) };
-        select(&from.expert_bytes(layer.layer, expert)?, part, selection, out);
-        Ok(from.release_expert(layer.layer, expert)?)
+        match job {
+            None | Some(Job::Copy(_)) => Ok(()),
+            Some(Job::Rows(spec, position)) => take_rows(
+                from,
+                &spec.name,
+                from.shape().layers[*position].num_experts(),
+                &target.layers[*position],
+                out,
+            ),
+            Some(Job::Pad(spec)) => pad(from, spec, out),
+            Some(&Job::Block { spec, position, expert, block }) => {
+                let layer = &target.layers[position];
+                let old = layer.experts[expert];
+                let kept = &plan.kept[position].experts[old];
+                let selection = if layer.zero { Selection::Zero(kept) } else { Selection::Keep(kept) };
+                select_block(&from.expert_bytes(layer.layer, old)?, block, selection, out).ok_or_else(|| {
+                    Error::Export { mode: "any mode", reason: format!("tensor `{}` lacks a part", spec.name) }
+                })?;
+                Ok(from.release_expert(layer.layer, old)?)
+            }
+        }
     };
     let (mut current, mut next) = (Vec::new(), Vec::new());
     make(jobs.first(), &mut current)?;
@@ -136,7 +193,7 @@ pub(crate) fn write(
                         writer.copy(from, &spec.name)?;
                         Ok((&spec.name, bytes(spec)))
                     }
-                    Job::Matrix { spec, .. } => {
+                    Job::Rows(spec, _) | Job::Pad(spec) | Job::Block { spec, .. } => {
                         writer.append(&spec.name, &current)?;
                         Ok((&spec.name, current.len() as u64))
                     }
@@ -155,7 +212,40 @@ pub(crate) fn write(
     Ok(writer.finish()?)
 }
 
+/// The bytes of a tensor as it is read.
+fn whole(from: &Checkpoint, name: &str) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    from.stream_plain(name, 1 << 24, |part| {
+        bytes.extend_from_slice(part);
+        Ok(())
+    })?;
+    Ok(bytes)
+}
+
+/// The rows of a tensor that belong to kept experts.
+fn take_rows(from: &Checkpoint, name: &str, experts: usize, layer: &TargetLayer, out: &mut Vec<u8>) -> Result<()> {
+    let bytes = whole(from, name)?;
+    let row = bytes.len() / experts.max(1);
+    out.clear();
+    layer.experts.iter().for_each(|expert| out.extend_from_slice(&bytes[expert * row..(expert + 1) * row]));
+    Ok(())
+}
+
+/// A matrix with zeros after its rows or columns, up to the shape of `spec`.
+fn pad(from: &Checkpoint, spec: &TensorSpec, out: &mut Vec<u8>) -> Result<()> {
+    let bytes = whole(from, &spec.name)?;
+    let size = spec.dtype.bitsize() / 8;
+    let (before, after) = (from.info(&spec.name)?.shape[1] * size, spec.shape[1] * size);
+    out.clear();
+    for row in bytes.chunks_exact(before.max(1)) {
+        out.extend_from_slice(row);
+        out.resize(out.len() + after - before, 0);
+    }
+    out.resize(spec.shape[0] * after, 0);
+    Ok(())
+}
+
 /// Bytes of a tensor, whose size was checked when the writer laid it out.
-fn bytes(spec: &TensorSpec) -> u64 {
+pub(crate) fn bytes(spec: &TensorSpec) -> u64 {
     spec.shape.iter().map(|size| *size as u64).product::<u64>() * spec.dtype.bitsize() as u64 / 8
 }

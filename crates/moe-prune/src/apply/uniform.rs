@@ -1,6 +1,8 @@
 //! Structural export with one width for all experts: what stock loaders read.
 
-use moe_checkpoint::{Checkpoint, ExpertLayout, uniform_config};
+use std::collections::BTreeSet;
+
+use moe_checkpoint::{Checkpoint, ExpertLayout, Ffn, UniformShape, uniform_shape_config};
 
 use super::{ApplyOptions, Export, Target, TargetLayer};
 use crate::{Error, PrunePlan, Result};
@@ -8,8 +10,9 @@ use crate::{Error, PrunePlan, Result};
 /// Width multiple that the grouped matrix products of stock loaders need: 16 bytes of a 16-bit type.
 const ALIGNMENT: usize = 8;
 
-/// The target of an export whose widths all agree. The layout that was read is kept; a ragged checkpoint becomes one with
-/// three tensors per expert.
+/// The target of an export whose widths all agree. The layout that was read is kept; a ragged or quantised checkpoint gets
+/// the stock layout of its family. Where a config says how many times the width of a routed expert the shared experts have,
+/// that number follows the width, and the shared experts grow by units of zeros if it has to be rounded up.
 pub(crate) fn target(plan: &PrunePlan, from: &Checkpoint, options: &ApplyOptions<'_>) -> Result<Target> {
     let refuse = |reason: String| Err(Error::Export { mode: Export::Uniform.name(), reason });
     let shape = plan.pruned_shape();
@@ -38,12 +41,42 @@ pub(crate) fn target(plan: &PrunePlan, from: &Checkpoint, options: &ApplyOptions
         }
         tracing::warn!("{reason}");
     }
-    let layers = shape.layers.into_iter().map(|layer| {
+    let experts = shape.layers[0].num_experts();
+    if let Some(other) = shape.layers.iter().find(|layer| layer.num_experts() != experts) {
+        return refuse(format!(
+            "stock loaders read one number of experts for all layers, but layer {first_layer} keeps {experts} and layer {} \
+             keeps {}; export as ragged",
+            other.layer,
+            other.num_experts()
+        ));
+    }
+    let layers = plan.kept.iter().zip(shape.layers).map(|(kept, layer)| {
         let layout = match from.expert_layout(layer.layer)? {
-            ExpertLayout::Ragged => ExpertLayout::PerExpert,
+            ExpertLayout::Ragged | ExpertLayout::Mxfp4 => from.family().stock_layout(),
             other => other,
         };
-        Ok(TargetLayer { layer: layer.layer, layout, widths: layer.widths, zero: false })
+        Ok(TargetLayer { layer: layer.layer, layout, widths: layer.widths, experts: kept.experts_kept(), zero: false })
     });
-    Ok(Target { config: uniform_config(from.raw_config(), width)?, layers: layers.collect::<Result<_>>()? })
+    let layers = layers.collect::<Result<Vec<_>>>()?;
+    let removed = plan.kept.iter().any(|layer| !layer.removed.is_empty());
+    let (shared_experts, shared_width) = shared(from, width);
+    let shape = UniformShape { width, experts: (removed || from.ragged()).then_some(experts), shared_experts };
+    let config = uniform_shape_config(from.raw_config(), shape)?;
+    Ok(Target { config, layers, shared_width, dropped: BTreeSet::new() })
+}
+
+/// The number of shared experts that a config must say, in families that count them in widths of a routed expert, and
+/// their width together where it has to grow to a multiple of `width`.
+fn shared(from: &Checkpoint, width: usize) -> (Option<usize>, Option<usize>) {
+    if from.family().shared_count_key().is_none() {
+        return (None, None);
+    }
+    let shared = from.config().layers.iter().find_map(|layer| match &layer.ffn {
+        Ffn::Moe(moe) => moe.shared.as_ref(),
+        Ffn::Dense { .. } => None,
+    });
+    let Some(shared) = shared else { return (None, None) };
+    let count = shared.intermediate_size.div_ceil(width);
+    let grown = count * width;
+    (Some(count), (grown != shared.intermediate_size).then_some(grown))
 }

@@ -1,10 +1,13 @@
 //! What goes: from scores and a budget to a [`PrunePlan`].
 
+mod expert;
 mod unit;
 
 use moe_checkpoint::{MoeShape, ScoreTable};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
+pub use expert::ExpertPruner;
 pub use unit::{Scope, UnitPruner};
 
 use crate::{Allocation, Budget, ProtectionMask, PrunePlan, Result};
@@ -56,6 +59,8 @@ pub struct Pruned {
 pub enum PrunerConfig {
     /// FFN intermediate dimensions inside experts.
     Unit(UnitPruner),
+    /// Whole experts.
+    Expert(ExpertPruner),
 }
 
 impl Pruner for PrunerConfig {
@@ -68,12 +73,27 @@ impl Pruner for PrunerConfig {
     ) -> Result<Allocation> {
         match self {
             Self::Unit(pruner) => pruner.allocate(scores, shape, budget, protect),
+            Self::Expert(pruner) => pruner.allocate(scores, shape, budget, protect),
         }
     }
 
     fn plan(&self, scores: &ScoreTable, allocation: &Allocation, shape: &MoeShape) -> Result<PrunePlan> {
         match self {
             Self::Unit(pruner) => pruner.plan(scores, allocation, shape),
+            Self::Expert(pruner) => pruner.plan(scores, allocation, shape),
         }
     }
+}
+
+/// What a plan records of how it was made.
+fn recipe(pruner: &PrunerConfig, allocation: &Allocation, scores: &ScoreTable) -> Value {
+    // A recipe as JSON; text that is none stays a string.
+    let parsed = |recipe: &str| serde_json::from_str(recipe).unwrap_or_else(|_| Value::String(recipe.to_string()));
+    json!({
+        "pruner": pruner,
+        "budget": allocation.budget,
+        "protected": allocation.protected,
+        "scorer": parsed(&scores.scorer),
+        "calibration": { "data": scores.provenance.data, "recipe": parsed(&scores.provenance.recipe) },
+    })
 }

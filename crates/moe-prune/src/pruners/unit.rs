@@ -5,9 +5,8 @@ use std::str::FromStr;
 
 use moe_checkpoint::{MoeShape, ScoreTable};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 
-use super::Pruner;
+use super::{Pruner, recipe};
 use crate::allocators::{
     AllocationRequest, Allocator, AllocatorConfig, ExpertId, Global, PerLayer, Uniform, WidthLimits,
 };
@@ -136,37 +135,20 @@ impl Pruner for UnitPruner {
             Budget::Ratio(ratio) => ratio,
             _ => allocation.asked_dropped as f64 / units,
         };
-        let mut never_routed = Vec::new();
-        for layer in &scores.layers {
-            for (expert, _) in layer.routed.iter().flatten().enumerate().filter(|(_, count)| **count == 0) {
-                never_routed.push(ExpertId { layer: layer.layer, expert });
-            }
-        }
         let plan = PrunePlan {
             version: PLAN_VERSION,
             model: scores.provenance.model.clone(),
             shape: shape.clone(),
             ratio: Ratio { asked, achieved: allocation.dropped as f64 / units },
-            recipe: json!({
-                "pruner": super::PrunerConfig::Unit(self.clone()),
-                "budget": allocation.budget,
-                "protected": allocation.protected,
-                "scorer": parsed(&scores.scorer),
-                "calibration": { "data": scores.provenance.data, "recipe": parsed(&scores.provenance.recipe) },
-            }),
-            never_routed,
+            recipe: recipe(&super::PrunerConfig::Unit(self.clone()), allocation, scores),
+            never_routed: ExpertId::never_routed(scores),
             kept: allocation
                 .layers
                 .iter()
-                .map(|layer| LayerKept { layer: layer.layer, experts: layer.kept.clone() })
+                .map(|layer| LayerKept { layer: layer.layer, experts: layer.kept.clone(), removed: Vec::new() })
                 .collect(),
         };
         plan.validate(shape)?;
         Ok(plan)
     }
-}
-
-/// A recipe as JSON; text that is none stays a string.
-fn parsed(recipe: &str) -> Value {
-    serde_json::from_str(recipe).unwrap_or_else(|_| Value::String(recipe.to_string()))
 }

@@ -38,7 +38,7 @@ pub fn magnitude(checkpoint: &Checkpoint) -> ScoreTable {
 }
 
 fn norms(expert: &ExpertWeights) -> Vec<f32> {
-    let ExpertWeights { gate, up, down, width, hidden } = expert;
+    let ExpertWeights { gate, up, down, width, hidden, .. } = expert;
     let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>();
     (0..*width)
         .map(|j| {

@@ -1,24 +1,28 @@
 //! A decoder model whose weights are read from a checkpoint piece by piece.
 
 use std::{
+    ops::Range,
     path::Path,
     sync::{Arc, Mutex},
 };
 
 use burn::tensor::{Device, Tensor};
-use moe_checkpoint::{Checkpoint, Dtype, Ffn, LayerRole, ModelConfig, RawMatrix, Role};
+use moe_checkpoint::{Activation, Checkpoint, Dtype, ExpertPart, ModelConfig, RawMatrix, Role};
+
+mod head;
+mod layers;
 
 use crate::{
     error::{Error, Result},
     experts::ExpertTensors,
     host,
     kernels::{
-        attention::AttentionShape,
         rope::RotaryEmbedding,
+        swiglu::Swiglu,
         weight::{Bf16Source, Weight},
     },
-    layers::{AttentionLayer, DenseBlock, FfnLayer},
-    memory::{self, Residency},
+    layers::{AttentionLayer, FfnLayer, Linear, Norm},
+    memory::Residency,
     overlay::ExpertOverlay,
     router::Router,
 };
@@ -33,6 +37,7 @@ pub struct Model {
     overlay: Option<Arc<dyn ExpertOverlay>>,
     rope: RotaryEmbedding,
     router: Router,
+    activation: Swiglu,
     cache: Mutex<Cache>,
 }
 
@@ -42,8 +47,8 @@ struct Cache {
     attention: Vec<Option<AttentionLayer>>,
     ffn: Vec<Option<FfnLayer>>,
     experts: Vec<Option<ExpertTensors>>,
-    head: Option<Vec<Weight>>,
-    final_norm: Option<Tensor<1>>,
+    head: Option<Vec<Linear>>,
+    final_norm: Option<Norm>,
 }
 
 impl std::fmt::Debug for Model {
@@ -57,7 +62,8 @@ impl Model {
     /// without it, six tenths of the machine's free memory. It never changes results.
     ///
     /// # Errors
-    /// Those of [`Checkpoint::open`], and [`Error::Unsupported`] for routing or rope rules without an implementation.
+    /// Those of [`Checkpoint::open`], [`Error::Unsupported`] for a rule without an implementation (routing, rope, attention,
+    /// norm, activation), and [`Error::Input`] for routing by groups that do not fit the number of experts.
     pub fn open(dir: impl AsRef<Path>, device: &Device, max_memory: Option<u64>) -> Result<Self> {
         Self::new(Arc::new(Checkpoint::open(dir)?), device, max_memory)
     }
@@ -68,8 +74,16 @@ impl Model {
     /// As [`open`](Self::open).
     pub fn new(checkpoint: Arc<Checkpoint>, device: &Device, max_memory: Option<u64>) -> Result<Self> {
         let config = checkpoint.config();
-        let rope = RotaryEmbedding::new(&config.rope, config.attention.head_dim)?;
+        let rope = RotaryEmbedding::new(&config.rope, config.attention.rotary_dim)?;
         let router = Router::new(&config.routing)?;
+        for moe in (0..config.layers.len()).filter_map(|layer| config.moe(layer)) {
+            router.check(moe.num_experts())?;
+        }
+        let activation = match config.hidden_act {
+            Activation::Silu => Swiglu::Plain,
+            Activation::ClampedSwiglu { alpha, limit } => Swiglu::Clamped { alpha: alpha as f32, limit: limit as f32 },
+            other => return Err(Error::Unsupported(format!("activation {other:?}"))),
+        };
         let (layers, experts) = (config.layers.len(), checkpoint.shape().layers.iter().map(|l| l.widths.len()).sum());
         let cache = Cache {
             attention: (0..layers).map(|_| None).collect(),
@@ -77,15 +91,8 @@ impl Model {
             experts: (0..experts).map(|_| None).collect(),
             ..Cache::default()
         };
-        Ok(Self {
-            device: device.clone(),
-            max_memory,
-            overlay: None,
-            rope,
-            router,
-            cache: Mutex::new(cache),
-            checkpoint,
-        })
+        let cache = Mutex::new(cache);
+        Ok(Self { device: device.clone(), max_memory, overlay: None, rope, router, activation, cache, checkpoint })
     }
 
     /// The same checkpoint seen through `overlay`, with a cache of its own.
@@ -128,6 +135,11 @@ impl Model {
         &self.router
     }
 
+    /// How gate and up become a unit.
+    pub fn activation(&self) -> Swiglu {
+        self.activation
+    }
+
     /// Decides what stays in memory from now on and drops what does not.
     pub(crate) fn set_residency(&self, residency: Residency) {
         let mut cache = self.lock();
@@ -149,92 +161,6 @@ impl Model {
         self.cache.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Attention of decoder layer `layer`.
-    pub(crate) fn attention(&self, layer: usize) -> Result<AttentionLayer> {
-        if let Some(found) = &self.lock().attention[layer] {
-            return Ok(found.clone());
-        }
-        let config = self.config();
-        let a = &config.attention;
-        let role = |r| Role::Layer(layer, r);
-        let (h, q, kv) = (config.hidden_size, a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim);
-        let bias = |present: bool, r, len| present.then(|| self.vector(role(r), len)).transpose();
-        let loaded = AttentionLayer {
-            norm: self.vector(role(LayerRole::AttentionNorm), h)?,
-            qkv: [
-                (self.weight(&[role(LayerRole::Query)], [q, h])?, bias(a.qkv_bias, LayerRole::QueryBias, q)?),
-                (self.weight(&[role(LayerRole::Key)], [kv, h])?, bias(a.qkv_bias, LayerRole::KeyBias, kv)?),
-                (self.weight(&[role(LayerRole::Value)], [kv, h])?, bias(a.qkv_bias, LayerRole::ValueBias, kv)?),
-            ],
-            output: (self.weight(&[role(LayerRole::Output)], [h, q])?, bias(a.output_bias, LayerRole::OutputBias, h)?),
-            qk_norm: match a.qk_norm {
-                true => Some((
-                    self.vector(role(LayerRole::QueryNorm), a.head_dim)?,
-                    self.vector(role(LayerRole::KeyNorm), a.head_dim)?,
-                )),
-                false => None,
-            },
-            shape: AttentionShape {
-                heads: a.num_heads,
-                kv_heads: a.num_kv_heads,
-                head_dim: a.head_dim,
-                scale: 1.0 / (a.head_dim as f32).sqrt(),
-                window: config.layers[layer].sliding_window,
-            },
-            eps: config.norm_eps as f32,
-        };
-        let mut cache = self.lock();
-        if layer < cache.residency.layers {
-            cache.attention[layer] = Some(loaded.clone());
-        }
-        Ok(loaded)
-    }
-
-    /// Norm, router, and dense or shared block of decoder layer `layer`.
-    pub(crate) fn ffn(&self, layer: usize) -> Result<FfnLayer> {
-        if let Some(found) = &self.lock().ffn[layer] {
-            return Ok(found.clone());
-        }
-        let config = self.config();
-        let h = config.hidden_size;
-        let role = |r| Role::Layer(layer, r);
-        let block = |gate, up, down, width: usize| -> Result<ExpertTensors> {
-            Ok(ExpertTensors {
-                gate_up: self.weight(&[role(gate), role(up)], [2 * width, h])?,
-                down: self.weight(&[role(down)], [h, width])?,
-            })
-        };
-        let (dense, router) = match &config.layers[layer].ffn {
-            Ffn::Dense { intermediate_size } => {
-                let weights =
-                    block(LayerRole::DenseGate, LayerRole::DenseUp, LayerRole::DenseDown, *intermediate_size)?;
-                (Some(DenseBlock { weights, gate: None }), None)
-            }
-            Ffn::Moe(moe) => {
-                let shared = match &moe.shared {
-                    Some(shared) => {
-                        let width = shared.intermediate_size;
-                        let weights = block(LayerRole::SharedGate, LayerRole::SharedUp, LayerRole::SharedDown, width)?;
-                        let gate = match shared.gated {
-                            true => Some(self.weight(&[role(LayerRole::SharedExpertGate)], [1, h])?),
-                            false => None,
-                        };
-                        Some(DenseBlock { weights, gate })
-                    }
-                    None => None,
-                };
-                (shared, Some(self.weight(&[role(LayerRole::Router)], [moe.num_experts(), h])?))
-            }
-        };
-        let norm = self.vector(role(LayerRole::FfnNorm), h)?;
-        let loaded = FfnLayer { norm, eps: config.norm_eps as f32, dense, router };
-        let mut cache = self.lock();
-        if layer < cache.residency.layers {
-            cache.ffn[layer] = Some(loaded.clone());
-        }
-        Ok(loaded)
-    }
-
     /// Routed expert `expert` of decoder layer `layer`, through the overlay.
     ///
     /// # Errors
@@ -245,9 +171,7 @@ impl Model {
             return Ok(found.clone());
         }
         let loaded = match &self.overlay {
-            Some(overlay) => {
-                ExpertTensors::new(overlay.apply(layer, expert, self.checkpoint.expert(layer, expert)?)?, &self.device)
-            }
+            Some(overlay) => self.replaced_expert(&**overlay, layer, expert)?,
             None => self.load_expert(layer, expert)?,
         };
         let mut cache = self.lock();
@@ -257,13 +181,29 @@ impl Model {
         Ok(loaded)
     }
 
+    /// An expert as `overlay` changes it.
+    pub(crate) fn replaced_expert(
+        &self,
+        overlay: &dyn ExpertOverlay,
+        layer: usize,
+        expert: usize,
+    ) -> Result<ExpertTensors> {
+        let weights = overlay.apply(layer, expert, self.checkpoint.expert(layer, expert)?)?;
+        Ok(ExpertTensors::new(weights, &self.device).with_activation(self.activation))
+    }
+
     fn load_expert(&self, layer: usize, expert: usize) -> Result<ExpertTensors> {
-        let bytes = self.checkpoint.expert_bytes(layer, expert)?;
-        let bf16 = [&bytes.gate, &bytes.up, &bytes.down].iter().all(|m| m.dtype == Dtype::BF16);
-        if !(bf16 && Weight::prefers_bf16(&self.device)) {
-            return Ok(ExpertTensors::new(self.checkpoint.expert(layer, expert)?, &self.device));
+        let config = self.config();
+        let (width, biased) = config.moe(layer).map_or((0, false), |moe| (moe.widths[expert], moe.bias));
+        let mut packed = !biased && Weight::prefers_bf16(&self.device);
+        for part in [ExpertPart::Gate, ExpertPart::Up, ExpertPart::Down] {
+            packed = packed && self.checkpoint.expert_dtype(layer, expert, part)? == Some(Dtype::BF16);
         }
-        let (width, hidden) = (bytes.gate.rows, bytes.gate.cols);
+        if !packed {
+            let weights = ExpertTensors::new(self.checkpoint.expert(layer, expert)?, &self.device);
+            return Ok(weights.with_activation(self.activation));
+        }
+        let hidden = config.hidden_size;
         let source = |down: bool| -> Bf16Source {
             let checkpoint = self.checkpoint.clone();
             Box::new(move |f| {
@@ -278,7 +218,10 @@ impl Model {
         };
         Ok(ExpertTensors {
             gate_up: Weight::from_bf16(2 * width, hidden, &self.device, source(false)),
+            gate_up_bias: None,
             down: Weight::from_bf16(hidden, width, &self.device, source(true)),
+            down_bias: None,
+            activation: self.activation,
         })
     }
 
@@ -306,41 +249,28 @@ impl Model {
         for &id in ids {
             values.extend(self.checkpoint.read_f32_rows(Role::Embedding, id as usize..id as usize + 1)?);
         }
+        let factor = self.config().multipliers.embedding as f32;
+        if factor != 1.0 {
+            values.iter_mut().for_each(|x| *x *= factor);
+        }
         Ok(host::from_vec(values, [ids.len(), h], &self.device))
     }
 
-    /// Weight of the final norm `[H]`.
-    pub(crate) fn final_norm(&self) -> Result<Tensor<1>> {
+    /// The norm before the head.
+    pub(crate) fn final_norm(&self) -> Result<Norm> {
         if let Some(found) = &self.lock().final_norm {
             return Ok(found.clone());
         }
-        let loaded = self.vector(Role::FinalNorm, self.config().hidden_size)?;
+        let loaded = self.norm(Role::FinalNorm, Role::FinalNormBias)?;
         self.lock().final_norm = Some(loaded.clone());
         Ok(loaded)
     }
 
-    /// Number of vocabulary blocks of the output head.
-    pub(crate) fn head_blocks(&self) -> usize {
-        let config = self.config();
-        config.vocab_size.div_ceil(memory::head_block_rows(config.hidden_size))
-    }
-
-    /// Block `block` of the output head `[V_b, H]`.
-    pub(crate) fn head_block(&self, block: usize) -> Result<Weight> {
+    /// Block `block` of the output head, from memory if it stays there.
+    fn cached_head_block(&self, block: usize, load: impl Fn(usize) -> Result<Linear>) -> Result<Linear> {
         if let Some(found) = &self.lock().head {
             return Ok(found[block].clone());
         }
-        let load = |block: usize| -> Result<Weight> {
-            let config = self.config();
-            let (rows, h) = (memory::head_block_rows(config.hidden_size), config.hidden_size);
-            let range = block * rows..((block + 1) * rows).min(config.vocab_size);
-            let n = range.len();
-            if let Some(weight) = self.bf16_weight(&[Role::LmHead], Some(range.clone()), [n, h])? {
-                return Ok(weight);
-            }
-            let values = self.checkpoint.read_f32_rows(Role::LmHead, range)?;
-            Ok(Weight::dense(host::from_vec(values, [n, h], &self.device)))
-        };
         if self.lock().residency.head {
             let all = (0..self.head_blocks()).map(load).collect::<Result<Vec<_>>>()?;
             let found = all[block].clone();
@@ -350,8 +280,16 @@ impl Model {
         load(block)
     }
 
+    /// Some rows of a matrix.
+    fn row_weight(&self, role: Role, rows: Range<usize>, shape: [usize; 2]) -> Result<Weight> {
+        if let Some(weight) = self.bf16_weight(&[role], Some(rows.clone()), shape)? {
+            return Ok(weight);
+        }
+        Ok(Weight::dense(host::from_vec(self.checkpoint.read_f32_rows(role, rows)?, shape, &self.device)))
+    }
+
     /// The rows of some tensors, one after the other, as one weight.
-    fn weight(&self, roles: &[Role], shape: [usize; 2]) -> Result<Weight> {
+    pub(super) fn weight(&self, roles: &[Role], shape: [usize; 2]) -> Result<Weight> {
         if let Some(weight) = self.bf16_weight(roles, None, shape)? {
             return Ok(weight);
         }
@@ -366,7 +304,7 @@ impl Model {
     fn bf16_weight(
         &self,
         roles: &[Role],
-        rows: Option<std::ops::Range<usize>>,
+        rows: Option<Range<usize>>,
         [outputs, inputs]: [usize; 2],
     ) -> Result<Option<Weight>> {
         let infos = roles.iter().map(|&role| Ok(self.checkpoint.role(role)?)).collect::<Result<Vec<_>>>()?;
@@ -390,11 +328,11 @@ impl Model {
         Ok(Some(Weight::from_bf16(outputs, inputs, &self.device, source)))
     }
 
-    fn vector(&self, role: Role, len: usize) -> Result<Tensor<1>> {
+    pub(super) fn vector(&self, role: Role, len: usize) -> Result<Tensor<1>> {
         Ok(host::from_vec(self.checkpoint.read_f32(role)?, [len], &self.device))
     }
 }
 
-fn rows<'a>(matrix: &RawMatrix<'a>) -> Vec<&'a [u8]> {
+fn rows<'a>(matrix: &'a RawMatrix<'_>) -> Vec<&'a [u8]> {
     (0..matrix.rows).filter_map(|i| matrix.row(i)).collect()
 }

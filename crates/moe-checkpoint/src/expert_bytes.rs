@@ -1,0 +1,102 @@
+//! The weights of one routed expert: the one canonical form, as f32 and as raw elements.
+
+use std::borrow::Cow;
+
+use safetensors::Dtype;
+
+use crate::experts::ExpertPart;
+
+/// The weights of one routed expert: `down · (silu(gate · x) * (up · x))`. All matrices are row-major.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ExpertWeights {
+    /// Gate projection `[width, hidden]`.
+    pub gate: Vec<f32>,
+    /// Up projection `[width, hidden]`.
+    pub up: Vec<f32>,
+    /// Down projection `[hidden, width]`.
+    pub down: Vec<f32>,
+    /// Bias of the gate projection `[width]`; the three biases are all there or none.
+    pub gate_bias: Option<Vec<f32>>,
+    /// Bias of the up projection `[width]`.
+    pub up_bias: Option<Vec<f32>>,
+    /// Bias of the down projection `[hidden]`.
+    pub down_bias: Option<Vec<f32>>,
+    /// Intermediate width `I`: the number of units.
+    pub width: usize,
+    /// Hidden size `H`.
+    pub hidden: usize,
+}
+
+impl ExpertWeights {
+    /// The buffer of a part, made if there is none.
+    pub(crate) fn buffer(&mut self, part: ExpertPart) -> &mut Vec<f32> {
+        match part {
+            ExpertPart::Gate => &mut self.gate,
+            ExpertPart::Up => &mut self.up,
+            ExpertPart::Down => &mut self.down,
+            ExpertPart::GateBias => self.gate_bias.get_or_insert_default(),
+            ExpertPart::UpBias => self.up_bias.get_or_insert_default(),
+            ExpertPart::DownBias => self.down_bias.get_or_insert_default(),
+        }
+    }
+}
+
+/// One matrix of an expert: row-major little-endian elements without alignment. A view of the file where the file holds it
+/// so, else a copy.
+#[derive(Clone, Debug)]
+pub struct RawMatrix<'a> {
+    /// The elements.
+    pub bytes: Cow<'a, [u8]>,
+    /// Their dtype: F32, F16 or BF16.
+    pub dtype: Dtype,
+    /// Rows.
+    pub rows: usize,
+    /// Columns; 1 for a bias.
+    pub cols: usize,
+}
+
+impl RawMatrix<'_> {
+    /// Bytes of one element.
+    pub fn element_bytes(&self) -> usize {
+        self.dtype.bitsize() / 8
+    }
+
+    /// Bytes of one row, `None` if there is no such row.
+    pub fn row(&self, row: usize) -> Option<&[u8]> {
+        let length = self.cols * self.element_bytes();
+        (row < self.rows).then(|| &self.bytes[row * length..(row + 1) * length])
+    }
+}
+
+/// The matrices of one routed expert in their canonical orientation, whatever the layout of the file.
+#[derive(Clone, Debug)]
+pub struct ExpertBytes<'a> {
+    /// Gate projection `[I, H]`.
+    pub gate: RawMatrix<'a>,
+    /// Up projection `[I, H]`.
+    pub up: RawMatrix<'a>,
+    /// Down projection `[H, I]`.
+    pub down: RawMatrix<'a>,
+    /// Biases of gate `[I, 1]`, up `[I, 1]` and down `[H, 1]`, if the experts have them.
+    pub biases: Option<[RawMatrix<'a>; 3]>,
+}
+
+impl<'a> ExpertBytes<'a> {
+    /// One part; `None` for a bias that does not exist.
+    pub fn part(&self, part: ExpertPart) -> Option<&RawMatrix<'a>> {
+        let bias = |index: usize| self.biases.as_ref().map(|biases| &biases[index]);
+        match part {
+            ExpertPart::Gate => Some(&self.gate),
+            ExpertPart::Up => Some(&self.up),
+            ExpertPart::Down => Some(&self.down),
+            ExpertPart::GateBias => bias(0),
+            ExpertPart::UpBias => bias(1),
+            ExpertPart::DownBias => bias(2),
+        }
+    }
+
+    /// All parts.
+    pub fn parts(&self) -> impl Iterator<Item = &RawMatrix<'a>> {
+        [&self.gate, &self.up, &self.down].into_iter().chain(self.biases.iter().flatten())
+    }
+}

@@ -1,0 +1,79 @@
+//! DeepSeek-V3, and Kimi-K2 and Moonlight, which are the same: latent attention, sigmoid routing with correction bias.
+
+use serde_json::Value;
+
+use crate::Result;
+use crate::config::{GroupScore, ModelConfig, Routing, RoutingKind};
+use crate::experts::ExpertTensor;
+use crate::family::{CONFIG, Family, Role};
+use crate::json::Fields;
+
+use super::{latent, names, read, rope};
+
+/// The family `deepseek_v3`, under any of its names.
+pub(crate) struct DeepseekV3 {
+    /// `model_type` of its configs.
+    pub model_type: &'static str,
+}
+
+impl Family for DeepseekV3 {
+    fn model_type(&self) -> &'static str {
+        self.model_type
+    }
+
+    fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
+        let config = Fields::new(config, CONFIG)?;
+        let max_position = read::size(&config, "max_position_embeddings")?;
+        let interleaved = config.bool("rope_interleave")?.unwrap_or(true);
+        let rope = rope::read(&config, &rope::Dialect { interleaved, ..rope::Dialect::new(max_position) })?;
+        let (layers, top_k) = read::first_dense(&config, self.expert_count_keys(), "n_shared_experts")?;
+        for (key, only) in [("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")] {
+            if config.string(key)?.is_some_and(|found| found != only) {
+                return Err(config.invalid(key, format!("\"{only}\"")));
+            }
+        }
+        let groups = read::groups(&config, read::experts_of(&layers), top_k, GroupScore::TopTwoSum)?;
+        let renormalise = config.bool("norm_topk_prob")?.unwrap_or(true);
+        let model = read::Model {
+            model_type: self.model_type(),
+            attention: latent::read(&config, &rope)?,
+            rope,
+            routing: Routing {
+                top_k,
+                kind: RoutingKind::Sigmoid { renormalise, correction_bias: true, groups },
+                scale: config.positive_float("routed_scaling_factor")?.unwrap_or(1.0) as f32,
+                bias: false,
+            },
+            layers,
+        };
+        Ok(ModelConfig { mtp_layers: read::mtp_layers(&config)?, ..model.read(&config, generation)? })
+    }
+
+    fn tensor_name(&self, role: Role) -> String {
+        names::shared_experts(role)
+    }
+
+    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
+        names::expert_tensor_name(layer, tensor)
+    }
+
+    fn shared_count_key(&self) -> Option<&'static str> {
+        Some("n_shared_experts")
+    }
+
+    fn layer_of(&self, name: &str) -> Option<usize> {
+        names::layer_of(name)
+    }
+
+    fn width_key(&self) -> &'static str {
+        "moe_intermediate_size"
+    }
+
+    fn expert_count_keys(&self) -> &'static [&'static str] {
+        &["n_routed_experts", "num_local_experts"]
+    }
+
+    fn size_keys(&self, role: Role) -> &'static str {
+        names::size_keys(role)
+    }
+}

@@ -1,0 +1,91 @@
+//! GraniteMoE: constant multipliers on embedding, residual stream, attention and logits; fused experts.
+
+use serde_json::Value;
+
+use crate::Result;
+use crate::config::{AttentionConfig, ModelConfig, Multipliers, Routing, RoutingKind};
+use crate::experts::{ExpertLayout, ExpertTensor};
+use crate::family::{CONFIG, Family, LayerRole, Role};
+use crate::json::Fields;
+
+use super::{names, read, rope};
+
+/// The family `granitemoe`.
+pub(crate) struct GraniteMoe;
+
+impl Family for GraniteMoe {
+    fn model_type(&self) -> &'static str {
+        "granitemoe"
+    }
+
+    fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
+        let config = Fields::new(config, CONFIG)?;
+        let hidden_size = read::size(&config, "hidden_size")?;
+        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
+        let max_position = read::size(&config, "max_position_embeddings")?;
+        let windows = vec![None; read::num_layers(&config)?];
+        let (layers, top_k) = read::all_moe(&config, self.expert_count_keys(), false, &windows)?;
+        let attention_bias = config.bool("attention_bias")?.unwrap_or(false);
+        let factor = |key: &str| Ok::<_, crate::Error>(config.positive_float(key)?.unwrap_or(1.0));
+        let attention = AttentionConfig {
+            qkv_bias: attention_bias,
+            output_bias: attention_bias,
+            scale: Some(factor("attention_multiplier")?),
+            ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
+        };
+        let model = read::Model {
+            model_type: self.model_type(),
+            attention,
+            rope: rope::read(&config, &rope::Dialect::new(max_position))?,
+            routing: Routing { top_k, kind: RoutingKind::TopKSoftmax, scale: 1.0, bias: false },
+            layers,
+        };
+        let multipliers = Multipliers {
+            embedding: factor("embedding_multiplier")?,
+            residual: factor("residual_multiplier")?,
+            logits_divisor: factor("logits_scaling")?,
+        };
+        Ok(ModelConfig { multipliers, ..model.read(&config, generation)? })
+    }
+
+    fn tensor_name(&self, role: Role) -> String {
+        match role {
+            Role::Layer(layer, LayerRole::Router) => {
+                format!("model.layers.{layer}.block_sparse_moe.router.layer.weight")
+            }
+            role => names::tensor_name(role),
+        }
+    }
+
+    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
+        match tensor {
+            ExpertTensor::FusedGateUp => format!("model.layers.{layer}.block_sparse_moe.input_linear.weight"),
+            ExpertTensor::FusedDown => format!("model.layers.{layer}.block_sparse_moe.output_linear.weight"),
+            tensor => names::block_sparse_expert(layer, tensor),
+        }
+    }
+
+    fn layouts(&self) -> &'static [ExpertLayout] {
+        &[ExpertLayout::Fused, ExpertLayout::Ragged]
+    }
+
+    fn stock_layout(&self) -> ExpertLayout {
+        ExpertLayout::Fused
+    }
+
+    fn layer_of(&self, name: &str) -> Option<usize> {
+        names::layer_of(name)
+    }
+
+    fn width_key(&self) -> &'static str {
+        "intermediate_size"
+    }
+
+    fn expert_count_keys(&self) -> &'static [&'static str] {
+        &["num_local_experts", "num_experts"]
+    }
+
+    fn size_keys(&self, role: Role) -> &'static str {
+        names::size_keys(role)
+    }
+}

@@ -1,0 +1,61 @@
+//! Mixtral: experts `w1` (gate), `w3` (up), `w2` (down) under `block_sparse_moe`, weights renormalised.
+
+use serde_json::Value;
+
+use crate::Result;
+use crate::config::{ModelConfig, Routing, RoutingKind};
+use crate::experts::ExpertTensor;
+use crate::family::{CONFIG, Family, Role};
+use crate::json::Fields;
+
+use super::{names, read, rope};
+
+/// The family `mixtral`.
+pub(crate) struct Mixtral;
+
+impl Family for Mixtral {
+    fn model_type(&self) -> &'static str {
+        "mixtral"
+    }
+
+    fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
+        let config = Fields::new(config, CONFIG)?;
+        let hidden_size = read::size(&config, "hidden_size")?;
+        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
+        let max_position = read::size(&config, "max_position_embeddings")?;
+        let windows = vec![read::plain_window(&config)?; read::num_layers(&config)?];
+        let (layers, top_k) = read::all_moe(&config, self.expert_count_keys(), false, &windows)?;
+        let model = read::Model {
+            model_type: self.model_type(),
+            attention: read::grouped_attention(num_heads, num_kv_heads, head_dim),
+            rope: rope::read(&config, &rope::Dialect { theta: 1_000_000.0, ..rope::Dialect::new(max_position) })?,
+            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalise: true }, scale: 1.0, bias: false },
+            layers,
+        };
+        model.read(&config, generation)
+    }
+
+    fn tensor_name(&self, role: Role) -> String {
+        names::block_sparse(role)
+    }
+
+    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
+        names::block_sparse_expert(layer, tensor)
+    }
+
+    fn layer_of(&self, name: &str) -> Option<usize> {
+        names::layer_of(name)
+    }
+
+    fn width_key(&self) -> &'static str {
+        "intermediate_size"
+    }
+
+    fn expert_count_keys(&self) -> &'static [&'static str] {
+        &["num_local_experts", "num_experts"]
+    }
+
+    fn size_keys(&self, role: Role) -> &'static str {
+        names::size_keys(role)
+    }
+}

@@ -1,0 +1,70 @@
+//! OLMoE: RMSNorm over the whole query and key projections, optional clamp of queries, keys and values.
+
+use serde_json::Value;
+
+use crate::Result;
+use crate::config::{AttentionConfig, ModelConfig, QkNorm, Routing, RoutingKind};
+use crate::experts::ExpertTensor;
+use crate::family::{CONFIG, Family, Role};
+use crate::json::Fields;
+
+use super::{names, read, rope};
+
+/// The family `olmoe`.
+pub(crate) struct Olmoe;
+
+impl Family for Olmoe {
+    fn model_type(&self) -> &'static str {
+        "olmoe"
+    }
+
+    fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
+        let config = Fields::new(config, CONFIG)?;
+        let hidden_size = read::size(&config, "hidden_size")?;
+        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
+        let max_position = read::size(&config, "max_position_embeddings")?;
+        let windows = vec![None; read::num_layers(&config)?];
+        let (layers, top_k) = read::all_moe(&config, self.expert_count_keys(), false, &windows)?;
+        let attention_bias = config.bool("attention_bias")?.unwrap_or(false);
+        let renormalise = config.bool("norm_topk_prob")?.unwrap_or(false);
+        let attention = AttentionConfig {
+            qkv_bias: attention_bias,
+            output_bias: attention_bias,
+            qk_norm: QkNorm::Projection,
+            qkv_clip: config.positive_float("clip_qkv")?,
+            ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
+        };
+        let model = read::Model {
+            model_type: self.model_type(),
+            attention,
+            rope: rope::read(&config, &rope::Dialect::new(max_position))?,
+            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalise }, scale: 1.0, bias: false },
+            layers,
+        };
+        model.read(&config, generation)
+    }
+
+    fn tensor_name(&self, role: Role) -> String {
+        names::tensor_name(role)
+    }
+
+    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
+        names::expert_tensor_name(layer, tensor)
+    }
+
+    fn layer_of(&self, name: &str) -> Option<usize> {
+        names::layer_of(name)
+    }
+
+    fn width_key(&self) -> &'static str {
+        "intermediate_size"
+    }
+
+    fn expert_count_keys(&self) -> &'static [&'static str] {
+        &["num_experts", "num_local_experts"]
+    }
+
+    fn size_keys(&self, role: Role) -> &'static str {
+        names::size_keys(role)
+    }
+}

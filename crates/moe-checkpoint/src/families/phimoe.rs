@@ -1,0 +1,75 @@
+//! Phi-3.5-MoE: LayerNorm with biases, biases in attention and head, sparsemixer routing.
+
+use serde_json::Value;
+
+use crate::Result;
+use crate::config::{AttentionConfig, ModelConfig, NormKind, Routing, RoutingKind};
+use crate::experts::ExpertTensor;
+use crate::family::{CONFIG, Family, Role};
+use crate::json::Fields;
+
+use super::{names, read, rope};
+
+/// The family `phimoe`.
+pub(crate) struct Phimoe;
+
+impl Family for Phimoe {
+    fn model_type(&self) -> &'static str {
+        "phimoe"
+    }
+
+    fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
+        let config = Fields::new(config, CONFIG)?;
+        let hidden_size = read::size(&config, "hidden_size")?;
+        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
+        let max_position = read::size(&config, "max_position_embeddings")?;
+        let windows = vec![read::plain_window(&config)?; read::num_layers(&config)?];
+        let (layers, top_k) = read::all_moe(&config, self.expert_count_keys(), false, &windows)?;
+        if top_k != 2 {
+            return Err(config.invalid("num_experts_per_tok", "2, the number of experts that sparsemixer selects"));
+        }
+        let attention_bias = config.bool("attention_bias")?.unwrap_or(false);
+        let jitter_eps = config.float("router_jitter_noise")?.unwrap_or(0.01);
+        let attention = AttentionConfig {
+            qkv_bias: attention_bias,
+            output_bias: attention_bias,
+            ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
+        };
+        let model = read::Model {
+            model_type: self.model_type(),
+            attention,
+            rope: rope::read(
+                &config,
+                &rope::Dialect { theta: 1_000_000.0, longrope: true, ..rope::Dialect::new(max_position) },
+            )?,
+            routing: Routing { top_k, kind: RoutingKind::Sparsemixer { jitter_eps }, scale: 1.0, bias: false },
+            layers,
+        };
+        let head_bias = config.bool("lm_head_bias")?.unwrap_or(false);
+        Ok(ModelConfig { norm: NormKind::Layer, head_bias, ..model.read(&config, generation)? })
+    }
+
+    fn tensor_name(&self, role: Role) -> String {
+        names::block_sparse(role)
+    }
+
+    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
+        names::block_sparse_expert(layer, tensor)
+    }
+
+    fn layer_of(&self, name: &str) -> Option<usize> {
+        names::layer_of(name)
+    }
+
+    fn width_key(&self) -> &'static str {
+        "intermediate_size"
+    }
+
+    fn expert_count_keys(&self) -> &'static [&'static str] {
+        &["num_local_experts", "num_experts"]
+    }
+
+    fn size_keys(&self, role: Role) -> &'static str {
+        names::size_keys(role)
+    }
+}

@@ -1,0 +1,150 @@
+//! Self-attention with its norm and residual, whatever makes queries, keys and values.
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+
+use super::{GroupedProjections, LatentProjections, Linear, Norm, grouped, latent, scaled};
+use crate::kernels::{
+    attention::{AttentionShape, attention, attention_backward},
+    rope::RotaryTable,
+    rows::RowAccumulator,
+};
+
+/// Self-attention with its norm.
+#[derive(Clone, Debug)]
+pub struct AttentionLayer {
+    /// Input norm.
+    pub norm: Norm,
+    /// What makes queries, keys and values.
+    pub projections: Projections,
+    /// Output projection `[H, heads * D_v]`.
+    pub output: Linear,
+    /// Heads, scale, window and sinks.
+    pub shape: AttentionShape,
+    /// Factor on the output before it is added to the input.
+    pub residual: f32,
+}
+
+/// What makes queries, keys and values of the normed input.
+#[derive(Clone, Debug)]
+pub enum Projections {
+    /// One projection each.
+    Grouped(Box<GroupedProjections>),
+    /// Through low-rank latents.
+    Latent(Box<LatentProjections>),
+}
+
+/// What the backward pass of [`AttentionLayer`] needs of the forward pass.
+#[derive(Clone, Debug)]
+pub struct AttentionTape {
+    /// Rotated queries `[T, heads * D]`.
+    pub q: Tensor<2>,
+    /// Rotated keys `[T, kv_heads * D]`.
+    pub k: Tensor<2>,
+    /// Values `[T, kv_heads * D_v]`.
+    pub v: Tensor<2>,
+    saved: Saved,
+}
+
+#[derive(Clone, Debug)]
+enum Saved {
+    Grouped(grouped::Saved),
+    Latent(latent::Saved),
+}
+
+/// What generation keeps of some tokens, and their queries.
+#[derive(Clone, Debug)]
+pub struct CacheEntry {
+    /// Queries `[n, heads * D]` in the form that fits the cached keys.
+    pub q: Tensor<2>,
+    /// Keys `[n, kv_heads * D]` to cache.
+    pub k: Tensor<2>,
+    /// Values `[n, kv_heads * D_v]` to cache; `None` where the keys serve as values.
+    pub v: Option<Tensor<2>>,
+}
+
+impl AttentionLayer {
+    /// Queries, keys and values of `x [T, H]`, rotated by `table`.
+    pub fn project(&self, x: &Tensor<2>, table: &RotaryTable) -> AttentionTape {
+        let z = self.norm.forward(x);
+        match &self.projections {
+            Projections::Grouped(grouped) => {
+                let ([q, k, v], saved) = grouped.project(&z, table, &self.shape);
+                AttentionTape { q, k, v, saved: Saved::Grouped(saved) }
+            }
+            Projections::Latent(latent) => {
+                let ([q, k, v], saved) = latent.project(&z, table);
+                AttentionTape { q, k, v, saved: Saved::Latent(saved) }
+            }
+        }
+    }
+
+    /// `x + attention(norm(x))`, given the projections of `x`.
+    pub fn mix(&self, x: &Tensor<2>, tape: &AttentionTape, sequences: &[Range<usize>]) -> Tensor<2> {
+        let heads = attention(&tape.q, &tape.k, &tape.v, sequences, &self.shape);
+        self.residual(x, &heads)
+    }
+
+    /// `x + output(heads)`, times the residual factor.
+    pub fn residual(&self, x: &Tensor<2>, heads: &Tensor<2>) -> Tensor<2> {
+        let mut sum = RowAccumulator::from_tensor(scaled(self.output.forward(heads), self.residual));
+        sum.add(x);
+        sum.into_tensor()
+    }
+
+    /// Gradient with respect to `x` from the gradient of [`mix`](Self::mix)'s result.
+    pub fn backward(
+        &self,
+        x: &Tensor<2>,
+        tape: &AttentionTape,
+        sequences: &[Range<usize>],
+        table: &RotaryTable,
+        dy: Tensor<2>,
+    ) -> Tensor<2> {
+        let d_heads = self.output.backward(&scaled(dy.clone(), self.residual));
+        let (dq, dk, dv) = attention_backward(&tape.q, &tape.k, &tape.v, sequences, &self.shape, &d_heads);
+        drop(d_heads);
+        let dz = match (&self.projections, &tape.saved) {
+            (Projections::Grouped(grouped), Saved::Grouped(saved)) => {
+                grouped.backward(saved, &tape.v, table, &self.shape, [dq, dk, dv])
+            }
+            (Projections::Latent(latent), Saved::Latent(saved)) => latent.backward(saved, table, [dq, dk, dv]),
+            _ => unreachable!("a tape belongs to the layer that wrote it"),
+        };
+        let mut dx = RowAccumulator::from_tensor(self.norm.backward(x, &dz));
+        dx.add(&dy);
+        dx.into_tensor()
+    }
+
+    /// What generation keeps of the tokens `x [n, H]`.
+    pub fn cache_entry(&self, x: &Tensor<2>, table: &RotaryTable) -> CacheEntry {
+        let z = self.norm.forward(x);
+        match &self.projections {
+            Projections::Grouped(grouped) => {
+                let ([q, k, v], _) = grouped.project(&z, table, &self.shape);
+                CacheEntry { q, k, v: Some(v) }
+            }
+            Projections::Latent(latent) => {
+                let (q, k) = latent.absorbed(&z, table);
+                CacheEntry { q, k, v: None }
+            }
+        }
+    }
+
+    /// Shape of attention over cached keys.
+    pub fn cached_shape(&self) -> AttentionShape {
+        match &self.projections {
+            Projections::Grouped(_) => self.shape.clone(),
+            Projections::Latent(latent) => latent.absorbed_shape(&self.shape),
+        }
+    }
+
+    /// Outputs of the heads from those of attention over cached keys.
+    pub fn cached_heads(&self, heads: Tensor<2>) -> Tensor<2> {
+        match &self.projections {
+            Projections::Grouped(_) => heads,
+            Projections::Latent(latent) => latent.expand_absorbed(heads),
+        }
+    }
+}

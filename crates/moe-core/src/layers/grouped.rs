@@ -1,0 +1,104 @@
+//! Queries, keys and values by one projection each, with their norms, clipping and rotation.
+
+use burn::tensor::Tensor;
+
+use super::{Linear, Norm};
+use crate::kernels::{attention::AttentionShape, rope::RotaryTable, rows::RowAccumulator};
+
+/// Query, key and value projections.
+#[derive(Clone, Debug)]
+pub struct GroupedProjections {
+    /// Query `[heads * D, H]`, key and value `[kv_heads * D, H]`.
+    pub qkv: [Linear; 3],
+    /// Norms of queries and keys.
+    pub norms: Option<HeadNorms>,
+    /// Bound that queries, keys and values are clamped to before the rotation.
+    pub clip: Option<f32>,
+}
+
+/// Norms of queries and keys before the rotation.
+#[derive(Clone, Debug)]
+pub struct HeadNorms {
+    /// Norm of queries.
+    pub query: Norm,
+    /// Norm of keys.
+    pub key: Norm,
+    /// Whether the norms are over each head `[D]` rather than over the whole projection.
+    pub per_head: bool,
+}
+
+/// Queries and keys before norm and clipping, where there is either.
+#[derive(Clone, Debug)]
+pub(super) struct Saved(Option<(Tensor<2>, Tensor<2>)>);
+
+impl GroupedProjections {
+    pub(super) fn project(
+        &self,
+        z: &Tensor<2>,
+        table: &RotaryTable,
+        shape: &AttentionShape,
+    ) -> ([Tensor<2>; 3], Saved) {
+        let [q, k, v] = [0, 1, 2].map(|i| self.qkv[i].forward(z));
+        let saved = (self.norms.is_some() || self.clip.is_some()).then(|| (q.clone(), k.clone()));
+        let [q, k, v] = match &self.norms {
+            Some(norms) => [norms.forward(&norms.query, q, shape), norms.forward(&norms.key, k, shape), v],
+            None => [q, k, v],
+        };
+        let [q, k, v] = match self.clip {
+            Some(bound) => [q, k, v].map(|x| x.clamp(-bound, bound)),
+            None => [q, k, v],
+        };
+        let (q, k) = (table.rotate(q, shape.heads, 0, false), table.rotate(k, shape.kv_heads, 0, false));
+        ([q, k, v], Saved(saved))
+    }
+
+    /// Gradient with respect to `z`; `v` as [`project`](Self::project) returned it.
+    pub(super) fn backward(
+        &self,
+        saved: &Saved,
+        v: &Tensor<2>,
+        table: &RotaryTable,
+        shape: &AttentionShape,
+        [dq, dk, mut dv]: [Tensor<2>; 3],
+    ) -> Tensor<2> {
+        let mut dq = table.rotate(dq, shape.heads, 0, true);
+        let mut dk = table.rotate(dk, shape.kv_heads, 0, true);
+        if let Some((q, k)) = &saved.0 {
+            if let Some(bound) = self.clip {
+                let normed = |x: &Tensor<2>, query: bool| match &self.norms {
+                    Some(norms) => norms.forward(if query { &norms.query } else { &norms.key }, x.clone(), shape),
+                    None => x.clone(),
+                };
+                dq = dq.mask_fill(normed(q, true).abs().greater_elem(bound), 0.0);
+                dk = dk.mask_fill(normed(k, false).abs().greater_elem(bound), 0.0);
+                // a value on the bound was clamped to it
+                dv = dv.mask_fill(v.clone().abs().greater_equal_elem(bound), 0.0);
+            }
+            if let Some(norms) = &self.norms {
+                dq = norms.backward(&norms.query, q, dq, shape);
+                dk = norms.backward(&norms.key, k, dk, shape);
+            }
+        }
+        let mut dz = RowAccumulator::from_tensor(self.qkv[0].backward(&dq));
+        dz.add(&self.qkv[1].backward(&dk));
+        dz.add(&self.qkv[2].backward(&dv));
+        dz.into_tensor()
+    }
+}
+
+impl HeadNorms {
+    /// Rows that a norm is over.
+    fn rows(&self, [n, columns]: [usize; 2], shape: &AttentionShape) -> [usize; 2] {
+        if self.per_head { [n * columns / shape.head_dim, shape.head_dim] } else { [n, columns] }
+    }
+
+    fn forward(&self, norm: &Norm, x: Tensor<2>, shape: &AttentionShape) -> Tensor<2> {
+        let dims = x.dims();
+        norm.forward(&x.reshape(self.rows(dims, shape))).reshape(dims)
+    }
+
+    fn backward(&self, norm: &Norm, x: &Tensor<2>, dy: Tensor<2>, shape: &AttentionShape) -> Tensor<2> {
+        let (dims, rows) = (x.dims(), self.rows(x.dims(), shape));
+        norm.backward(&x.clone().reshape(rows), &dy.reshape(rows)).reshape(dims)
+    }
+}

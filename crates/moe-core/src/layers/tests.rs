@@ -1,0 +1,137 @@
+//! Whole attention layers against difference quotients, and expanded against absorbed latent attention.
+
+use moe_checkpoint::{RopeConfig, RopeScaling};
+
+use super::*;
+use crate::{
+    host,
+    kernels::{
+        attention::{AttentionShape, attention_cached},
+        latent::LatentHeads,
+        rope::{Positions, RotaryEmbedding, RotaryTable},
+        testing::{assert_close, pattern},
+    },
+};
+
+const HIDDEN: usize = 6;
+const TOKENS: usize = 5;
+
+fn weight(shape: [usize; 2], seed: u32) -> Weight {
+    Weight::dense(pattern(shape, seed))
+}
+
+fn vector(len: usize, seed: u32) -> Tensor<1> {
+    pattern([1, len], seed).reshape([len])
+}
+
+fn linear(shape: [usize; 2], seed: u32) -> Linear {
+    Linear { weight: weight(shape, seed), bias: Some(vector(shape[0], seed + 100)) }
+}
+
+fn norm(len: usize, seed: u32, bias: bool) -> Norm {
+    Norm { weight: vector(len, seed).add_scalar(1.5), bias: bias.then(|| vector(len, seed + 100)), eps: 1e-5 }
+}
+
+fn table(rotary_dim: usize, interleaved: bool) -> RotaryTable {
+    let rope = RopeConfig { theta: 100.0, interleaved, scaling: RopeScaling::Default };
+    RotaryEmbedding::new(&rope, rotary_dim).unwrap().table(&[Positions { range: 0..TOKENS, length: TOKENS }])
+}
+
+fn shape(kv_heads: usize, head_dim: usize, value_dim: usize) -> AttentionShape {
+    AttentionShape { heads: 2, kv_heads, head_dim, value_dim, scale: 0.5, window: None, sinks: None }
+}
+
+fn grouped(per_head: bool, clip: Option<f32>) -> AttentionLayer {
+    let norms = HeadNorms { query: norm(if per_head { 4 } else { 8 }, 4, false), key: norm(4, 5, false), per_head };
+    AttentionLayer {
+        norm: norm(HIDDEN, 6, true),
+        projections: Projections::Grouped(Box::new(GroupedProjections {
+            qkv: [linear([8, HIDDEN], 1), linear([4, HIDDEN], 2), linear([4, HIDDEN], 3)],
+            norms: Some(norms),
+            clip,
+        })),
+        output: linear([HIDDEN, 8], 7),
+        shape: shape(1, 4, 4),
+        residual: 0.7,
+    }
+}
+
+fn latent(low_rank: bool) -> AttentionLayer {
+    let heads = LatentHeads { heads: 2, nope: 3, rope: 2, value: 4 };
+    let query = match low_rank {
+        true => QueryProjection::LowRank(Box::new(LowRankQuery {
+            down: linear([5, HIDDEN], 1),
+            norm: norm(5, 2, false),
+            up: weight([10, 5], 3),
+        })),
+        false => QueryProjection::Full(weight([10, HIDDEN], 4)),
+    };
+    AttentionLayer {
+        norm: norm(HIDDEN, 5, false),
+        projections: Projections::Latent(Box::new(LatentProjections {
+            query,
+            kv_down: linear([3 + 2, HIDDEN], 6),
+            kv_norm: norm(3, 7, false),
+            kv_up: weight([2 * (3 + 4), 3], 8),
+            heads,
+        })),
+        output: linear([HIDDEN, 8], 9),
+        shape: shape(2, 5, 4),
+        residual: 1.0,
+    }
+}
+
+fn check_gradient(layer: &AttentionLayer, table: &RotaryTable) {
+    let (x, dy) = (pattern([TOKENS, HIDDEN], 20), pattern([TOKENS, HIDDEN], 21));
+    let sequences = [0..2, 2..TOKENS];
+    let tape = layer.project(&x, table);
+    let found = host::into_vec(layer.backward(&x, &tape, &sequences, table, dy.clone()));
+    let values = host::into_vec(x);
+    for (i, found) in found.into_iter().enumerate() {
+        let at = |h: f32| -> f64 {
+            let mut moved = values.clone();
+            moved[i] += h;
+            let x = host::from_vec(moved, [TOKENS, HIDDEN], &dy.device());
+            let y = layer.mix(&x, &layer.project(&x, table), &sequences);
+            host::into_vec(y * dy.clone()).into_iter().map(f64::from).sum()
+        };
+        let numeric = (at(2e-3) - at(-2e-3)) / 4e-3;
+        let close = (numeric - f64::from(found)).abs() < 4e-3 * (1.0 + numeric.abs());
+        assert!(close, "{i}: {found} and {numeric}");
+    }
+}
+
+#[test]
+fn grouped_attention_has_the_gradient_of_a_difference_quotient() {
+    check_gradient(&grouped(true, None), &table(4, false));
+    check_gradient(&grouped(false, None), &table(2, true));
+    check_gradient(&grouped(false, Some(0.9)), &table(4, false));
+}
+
+#[test]
+fn clipping_bounds_queries_keys_and_values_and_stops_gradients() {
+    let layer = grouped(false, Some(0.9));
+    let tape = layer.project(&pattern([TOKENS, HIDDEN], 20), &table(4, false));
+    let largest = |x: &Tensor<2>| host::into_vec(x.clone()).into_iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    assert_eq!(largest(&tape.v), 0.9); // some values do reach the bound
+    assert!(largest(&tape.q) <= 0.9 * 2f32.sqrt() + 1e-6);
+}
+
+#[test]
+fn latent_attention_has_the_gradient_of_a_difference_quotient() {
+    check_gradient(&latent(false), &table(2, true));
+    check_gradient(&latent(true), &table(2, false));
+}
+
+#[test]
+fn absorbed_latent_attention_equals_the_expanded_one() {
+    for low_rank in [false, true] {
+        let (layer, table) = (latent(low_rank), table(2, true));
+        let x = pattern([TOKENS, HIDDEN], 20);
+        let expanded = layer.mix(&x, &layer.project(&x, &table), std::slice::from_ref(&(0..TOKENS)));
+        let entry = layer.cache_entry(&x, &table);
+        assert_eq!((entry.k.dims(), entry.v.is_none()), ([TOKENS, 5], true));
+        let heads = attention_cached(&entry.q, &entry.k, &entry.k, &layer.cached_shape());
+        assert_close(&layer.residual(&x, &layer.cached_heads(heads)), &expanded, 1e-5);
+    }
+}

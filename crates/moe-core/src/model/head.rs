@@ -1,0 +1,63 @@
+//! The output head: from the last layer's output to logits, block of the vocabulary by block, and back.
+
+use burn::tensor::Tensor;
+use moe_checkpoint::Role;
+
+use super::Model;
+use crate::{
+    error::Result,
+    host,
+    kernels::rows::RowAccumulator,
+    layers::{Linear, scaled},
+    memory,
+};
+
+impl Model {
+    /// Number of vocabulary blocks of the output head.
+    pub(crate) fn head_blocks(&self) -> usize {
+        let config = self.config();
+        config.vocab_size.div_ceil(memory::head_block_rows(config.hidden_size))
+    }
+
+    /// Logits of the normed hidden states `h [n, H]`, `[n, V_b]` per block of the vocabulary.
+    pub(crate) fn head_forward(&self, h: &Tensor<2>) -> Result<Vec<Tensor<2>>> {
+        let h = scaled(h.clone(), self.logits_factor());
+        (0..self.head_blocks()).map(|block| Ok(self.head_block(block)?.forward(&h))).collect()
+    }
+
+    /// Gradient with respect to `h`, from those of the logits.
+    pub(crate) fn head_backward(&self, d_logits: Vec<Tensor<2>>) -> Result<Tensor<2>> {
+        let rows = d_logits.first().map_or(0, |block| block.dims()[0]);
+        let mut dh = RowAccumulator::zeros(rows, self.config().hidden_size, self.device());
+        for (block, d_logits) in d_logits.into_iter().enumerate() {
+            dh.add(&self.head_block(block)?.backward(&d_logits));
+        }
+        Ok(scaled(dh.into_tensor(), self.logits_factor()))
+    }
+
+    /// Factor on the logits. Applied to what is multiplied with the head, which has fewer columns.
+    fn logits_factor(&self) -> f32 {
+        (1.0 / self.config().multipliers.logits_divisor) as f32
+    }
+
+    /// Block `block` of the output head `[V_b, H]`.
+    fn head_block(&self, block: usize) -> Result<Linear> {
+        let load = |block: usize| -> Result<Linear> {
+            let config = self.config();
+            let (rows, h) = (memory::head_block_rows(config.hidden_size), config.hidden_size);
+            let range = block * rows..((block + 1) * rows).min(config.vocab_size);
+            let n = range.len();
+            let weight = self.row_weight(Role::LmHead, range.clone(), [n, h])?;
+            let bias = match config.head_bias {
+                true => {
+                    let all = self.checkpoint().read_f32(Role::LmHeadBias)?;
+                    let values = all[range].iter().map(|b| b * self.logits_factor()).collect();
+                    Some(host::from_vec(values, [n], self.device()))
+                }
+                false => None,
+            };
+            Ok(Linear { weight, bias })
+        };
+        self.cached_head_block(block, load)
+    }
+}

@@ -1,0 +1,188 @@
+//! Weights of a decoder layer, read from the checkpoint.
+
+use moe_checkpoint::{AttentionKind, Ffn, LatentAttention, LayerRole, NormKind, QkNorm, Role};
+
+use super::Model;
+use crate::{
+    error::{Error, Result},
+    experts::ExpertTensors,
+    kernels::{attention::AttentionShape, latent::LatentHeads},
+    layers::{
+        AttentionLayer, DenseBlock, FfnLayer, GroupedProjections, HeadNorms, LatentProjections, Linear, LowRankQuery,
+        Norm, Projections, QueryProjection, RouterLayer,
+    },
+};
+
+impl Model {
+    /// Attention of decoder layer `layer`.
+    pub(crate) fn attention(&self, layer: usize) -> Result<AttentionLayer> {
+        if let Some(found) = &self.lock().attention[layer] {
+            return Ok(found.clone());
+        }
+        let config = self.config();
+        let a = &config.attention;
+        let role = |r| Role::Layer(layer, r);
+        let values = a.num_heads * a.value_head_dim();
+        let sinks = match a.sinks {
+            true => Some(self.checkpoint.read_f32(role(LayerRole::Sinks))?.into()),
+            false => None,
+        };
+        let loaded = AttentionLayer {
+            norm: self.norm(role(LayerRole::AttentionNorm), role(LayerRole::AttentionNormBias))?,
+            projections: match &a.kind {
+                AttentionKind::Grouped => Projections::Grouped(Box::new(self.grouped(layer)?)),
+                AttentionKind::Latent(latent) => Projections::Latent(Box::new(self.latent(layer, latent)?)),
+                other => return Err(Error::Unsupported(format!("attention {other:?}"))),
+            },
+            output: self.linear(
+                role(LayerRole::Output),
+                a.output_bias.then_some(role(LayerRole::OutputBias)),
+                [config.hidden_size, values],
+            )?,
+            shape: AttentionShape {
+                heads: a.num_heads,
+                kv_heads: a.num_kv_heads,
+                head_dim: a.head_dim,
+                value_dim: a.value_head_dim(),
+                scale: a.softmax_scale() as f32,
+                window: config.layers[layer].sliding_window,
+                sinks,
+            },
+            residual: config.multipliers.residual as f32,
+        };
+        let mut cache = self.lock();
+        if layer < cache.residency.layers {
+            cache.attention[layer] = Some(loaded.clone());
+        }
+        Ok(loaded)
+    }
+
+    fn grouped(&self, layer: usize) -> Result<GroupedProjections> {
+        let config = self.config();
+        let a = &config.attention;
+        let role = |r| Role::Layer(layer, r);
+        let (h, q, kv) = (config.hidden_size, a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim);
+        let linear = |weight, bias, rows| self.linear(role(weight), a.qkv_bias.then_some(role(bias)), [rows, h]);
+        let norms = |per_head, query, key| -> Result<Option<HeadNorms>> {
+            let norm = |r, len| self.rms_norm(role(r), len, config.norm_eps);
+            let (query, key) = (norm(LayerRole::QueryNorm, query)?, norm(LayerRole::KeyNorm, key)?);
+            Ok(Some(HeadNorms { query, key, per_head }))
+        };
+        Ok(GroupedProjections {
+            qkv: [
+                linear(LayerRole::Query, LayerRole::QueryBias, q)?,
+                linear(LayerRole::Key, LayerRole::KeyBias, kv)?,
+                linear(LayerRole::Value, LayerRole::ValueBias, kv)?,
+            ],
+            norms: match a.qk_norm {
+                QkNorm::None => None,
+                QkNorm::Head => norms(true, a.head_dim, a.head_dim)?,
+                QkNorm::Projection => norms(false, q, kv)?,
+                other => return Err(Error::Unsupported(format!("norm of queries and keys {other:?}"))),
+            },
+            clip: a.qkv_clip.map(|bound| bound as f32),
+        })
+    }
+
+    fn latent(&self, layer: usize, latent: &LatentAttention) -> Result<LatentProjections> {
+        let config = self.config();
+        let a = &config.attention;
+        let role = |r| Role::Layer(layer, r);
+        let (h, q, rank) = (config.hidden_size, a.num_heads * a.head_dim, latent.kv_lora_rank);
+        let down = |weight, bias, rows| self.linear(role(weight), a.qkv_bias.then_some(role(bias)), [rows, h]);
+        let heads = LatentHeads {
+            heads: a.num_heads,
+            nope: latent.qk_nope_head_dim,
+            rope: latent.qk_rope_head_dim,
+            value: latent.v_head_dim,
+        };
+        Ok(LatentProjections {
+            query: match latent.q_lora_rank {
+                None => QueryProjection::Full(self.weight(&[role(LayerRole::Query)], [q, h])?),
+                Some(rank) => QueryProjection::LowRank(Box::new(LowRankQuery {
+                    down: down(LayerRole::LatentQueryDown, LayerRole::LatentQueryDownBias, rank)?,
+                    norm: self.rms_norm(role(LayerRole::LatentQueryNorm), rank, latent.norm_eps)?,
+                    up: self.weight(&[role(LayerRole::LatentQueryUp)], [q, rank])?,
+                })),
+            },
+            kv_down: down(LayerRole::LatentKvDown, LayerRole::LatentKvDownBias, rank + heads.rope)?,
+            kv_norm: self.rms_norm(role(LayerRole::LatentKvNorm), rank, latent.norm_eps)?,
+            kv_up: self.weight(&[role(LayerRole::LatentKvUp)], [heads.heads * (heads.nope + heads.value), rank])?,
+            heads,
+        })
+    }
+
+    /// Norm, router, and dense or shared block of decoder layer `layer`.
+    pub(crate) fn ffn(&self, layer: usize) -> Result<FfnLayer> {
+        if let Some(found) = &self.lock().ffn[layer] {
+            return Ok(found.clone());
+        }
+        let config = self.config();
+        let h = config.hidden_size;
+        let role = |r| Role::Layer(layer, r);
+        let block = |gate, up, down, width: usize| -> Result<ExpertTensors> {
+            Ok(ExpertTensors {
+                gate_up: self.weight(&[role(gate), role(up)], [2 * width, h])?,
+                gate_up_bias: None,
+                down: self.weight(&[role(down)], [h, width])?,
+                down_bias: None,
+                activation: self.activation,
+            })
+        };
+        let (dense, router) = match &config.layers[layer].ffn {
+            Ffn::Dense { intermediate_size } => {
+                let weights =
+                    block(LayerRole::DenseGate, LayerRole::DenseUp, LayerRole::DenseDown, *intermediate_size)?;
+                (Some(DenseBlock { weights, gate: None }), None)
+            }
+            Ffn::Moe(moe) => {
+                let shared = match &moe.shared {
+                    Some(shared) => {
+                        let width = shared.intermediate_size;
+                        let weights = block(LayerRole::SharedGate, LayerRole::SharedUp, LayerRole::SharedDown, width)?;
+                        let gate = match shared.gated {
+                            true => Some(self.weight(&[role(LayerRole::SharedExpertGate)], [1, h])?),
+                            false => None,
+                        };
+                        Some(DenseBlock { weights, gate })
+                    }
+                    None => None,
+                };
+                let bias = config.routing.bias.then_some(role(LayerRole::RouterBias));
+                let linear = self.linear(role(LayerRole::Router), bias, [moe.num_experts(), h])?;
+                let selection_bias = match config.routing.correction_bias() {
+                    true => Some(self.checkpoint.read_f32(role(LayerRole::CorrectionBias))?.into()),
+                    false => None,
+                };
+                (shared, Some(RouterLayer { linear, selection_bias }))
+            }
+        };
+        let norm = self.norm(role(LayerRole::FfnNorm), role(LayerRole::FfnNormBias))?;
+        let loaded = FfnLayer { norm, dense, router, residual: config.multipliers.residual as f32 };
+        let mut cache = self.lock();
+        if layer < cache.residency.layers {
+            cache.ffn[layer] = Some(loaded.clone());
+        }
+        Ok(loaded)
+    }
+
+    fn linear(&self, weight: Role, bias: Option<Role>, shape: [usize; 2]) -> Result<Linear> {
+        let bias = bias.map(|role| self.vector(role, shape[0])).transpose()?;
+        Ok(Linear { weight: self.weight(&[weight], shape)?, bias })
+    }
+
+    /// A norm of the residual stream.
+    pub(super) fn norm(&self, weight: Role, bias: Role) -> Result<Norm> {
+        let config = self.config();
+        let bias = match config.norm {
+            NormKind::Rms => None,
+            NormKind::Layer => Some(self.vector(bias, config.hidden_size)?),
+            other => return Err(Error::Unsupported(format!("norm {other:?}"))),
+        };
+        Ok(Norm { bias, ..self.rms_norm(weight, config.hidden_size, config.norm_eps)? })
+    }
+
+    fn rms_norm(&self, weight: Role, len: usize, eps: f64) -> Result<Norm> {
+        Ok(Norm { weight: self.vector(weight, len)?, bias: None, eps: eps as f32 })
+    }
+}

@@ -1,0 +1,114 @@
+use super::*;
+
+fn softmax(renormalise: bool) -> Router {
+    scores(Score::Softmax { floor: 0.0 }, renormalise, None)
+}
+
+fn scores(score: Score, renormalise: bool, groups: Option<GroupLimit>) -> Router {
+    Router { top_k: 2, scale: 1.5, rule: Rule::Scores { score, renormalise, groups } }
+}
+
+#[test]
+fn selects_the_largest_and_breaks_ties_by_index() {
+    let routed = softmax(false).route(&[0.0, 2.0, 2.0, -1.0, 5.0, 5.0, 5.0, 5.0], 4, None);
+    assert_eq!(routed.selected, [1, 2, 0, 1]);
+    let p = 1.0 / (2.0 + (-2.0f32).exp() + (-3.0f32).exp());
+    assert!((routed.weights[0] - 1.5 * p).abs() < 1e-6);
+    let renormalised = softmax(true).route(&[0.0, 2.0, 2.0, -1.0], 4, None);
+    assert!((renormalised.weights[0] - 0.75).abs() < 1e-6);
+}
+
+#[test]
+fn top_k_larger_than_the_number_of_experts_takes_all() {
+    let routed = Router { top_k: 5, ..softmax(true) }.route(&[1.0, 0.0], 2, None);
+    assert_eq!((routed.top_k, routed.selected), (2, vec![0, 1]));
+}
+
+#[test]
+fn a_selection_bias_changes_the_choice_and_not_the_weights() {
+    let (logits, bias) = ([0.5f32, 1.0, -1.0, 0.0], [0.0, -2.0, 2.0, 0.0]);
+    let sigmoid = |z: f32| 1.0 / (1.0 + (-z).exp());
+    let routed = scores(Score::Sigmoid, false, None).route(&logits, 4, Some(&bias));
+    assert_eq!(routed.selected, [2, 0]);
+    assert!((routed.weights[0] - 1.5 * sigmoid(-1.0)).abs() < 1e-6);
+    let routed = scores(Score::Sigmoid, true, None).route(&logits, 4, Some(&bias));
+    let sum = sigmoid(-1.0) + sigmoid(0.5);
+    assert!((routed.weights[1] - 1.5 * sigmoid(0.5) / sum).abs() < 1e-6);
+    let routed = softmax(true).route(&logits, 4, Some(&bias));
+    assert_eq!(routed.selected, [2, 0]);
+    assert!((routed.weights[1] - 1.5 / (1.0 + (-1.5f32).exp())).abs() < 1e-6);
+}
+
+#[test]
+fn a_small_sum_of_selected_scores_counts_as_the_floor() {
+    let bias = [-2.0, 0.0, 0.0];
+    let routed = scores(Score::Softmax { floor: 0.5 }, true, None).route(&[5.0, 1.0, 0.0], 3, Some(&bias));
+    let p = 1f32.exp() / (5f32.exp() + 1f32.exp() + 1.0);
+    assert_eq!(routed.selected, [1, 2]);
+    assert!((routed.weights[0] - 1.5 * p / 0.5).abs() < 1e-6);
+}
+
+#[test]
+fn groups_limit_the_choice() {
+    let logits = [0.9f32, 0.0, 0.6, 0.5, -1.0, 0.2];
+    let by = |rank, score| {
+        scores(score, false, Some(GroupLimit { count: 3, top: 1, rank })).route(&logits, 6, None).selected
+    };
+    assert_eq!(by(GroupRank::Largest, Score::Softmax { floor: 0.0 }), [0, 1]);
+    assert_eq!(by(GroupRank::TwoLargest, Score::Sigmoid), [2, 3]);
+    assert_eq!(by(GroupRank::TwoLargest, Score::Softmax { floor: 0.0 }), [2, 3]);
+}
+
+#[test]
+fn groups_that_do_not_fit_are_refused() {
+    let router = scores(Score::Sigmoid, false, Some(GroupLimit { count: 4, top: 1, rank: GroupRank::TwoLargest }));
+    assert!(router.check(8).is_ok());
+    assert!(router.check(10).unwrap_err().to_string().contains("multiple of its 4 groups"));
+    assert!(router.check(4).unwrap_err().to_string().contains("at least the 2 experts"));
+    assert!(softmax(true).check(1).is_ok());
+}
+
+#[test]
+fn sparsemixer_weighs_against_close_competitors() {
+    let router = Router { top_k: 2, scale: 1.0, rule: Rule::Sparsemixer { jitter: 0.1 } };
+    // 1.0 and 0.9 are within 20%, 0.5 is not; once 1.0 is taken, 0.9 is alone
+    let routed = router.route(&[0.5, 1.0, 0.9, -3.0], 4, None);
+    assert_eq!(routed.selected, [1, 2]);
+    assert!((routed.weights[0] - 1.0 / (1.0 + (-0.1f32).exp())).abs() < 1e-6);
+    assert!((routed.weights[1] - 1.0).abs() < 1e-6);
+}
+
+#[test]
+fn backward_matches_a_difference_quotient() {
+    let limit = GroupLimit { count: 2, top: 1, rank: GroupRank::TwoLargest };
+    let (groups, by_largest) = (Some(limit), Some(GroupLimit { rank: GroupRank::Largest, ..limit }));
+    let soft = |floor| Score::Softmax { floor };
+    let cases = [
+        (softmax(false), None),
+        (softmax(true), None),
+        (scores(soft(1e-12), true, None), Some([0.4, 0.0, 0.0, 0.0, -0.3, 0.2])),
+        (scores(soft(0.9), true, None), Some([0.4, 0.0, -2.0, 0.0, -0.3, 0.2])),
+        (scores(soft(0.0), false, by_largest), None),
+        (scores(Score::Sigmoid, false, groups), Some([0.4, 0.0, 0.0, 0.0, -0.3, 0.2])),
+        (scores(Score::Sigmoid, true, groups), Some([0.4, 0.0, 0.0, 0.0, -0.3, 0.2])),
+        (Router { top_k: 2, scale: 1.5, rule: Rule::Sparsemixer { jitter: 0.25 } }, None),
+    ];
+    let logits = [0.3f32, -0.2, 1.1, 0.8, -0.5, 0.7];
+    let d = [0.7f32, -1.3];
+    for (case, (router, bias)) in cases.into_iter().enumerate() {
+        let bias = bias.as_ref().map(|b| b.as_slice());
+        let routed = router.route(&logits, 6, bias);
+        let gradient = router.backward(&logits, &routed, &d);
+        for i in 0..6 {
+            let at = |h: f32| {
+                let mut moved = logits;
+                moved[i] += h;
+                let r = router.route(&moved, 6, bias);
+                assert_eq!(r.selected, routed.selected);
+                r.weights.iter().zip(d).map(|(w, d)| *w as f64 * d as f64).sum::<f64>()
+            };
+            let numeric = (at(1e-2) - at(-1e-2)) / 2e-2;
+            assert!((numeric - gradient[i] as f64).abs() < 1e-3, "{case} {i}: {numeric} {}", gradient[i]);
+        }
+    }
+}

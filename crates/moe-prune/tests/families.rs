@@ -1,0 +1,339 @@
+//! Every family and layout: units, whole experts, quantised weights and further layers.
+
+#[allow(dead_code)]
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use common::{magnitude, parity, plan};
+use moe_checkpoint::{Checkpoint, Dtype, ExpertWeights, LayerRole, Reduction, Role};
+use moe_prune::{ApplyOptions, Budget, ExpertPruner, Export, Mtp, ProtectionMask, PrunePlan, Pruner, Scope};
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use serde_json::{Value, json};
+use tempfile::tempdir;
+
+const FAMILIES: [&str; 17] = [
+    "tf4/deepseek_v2",
+    "tf4/deepseek_v3",
+    "tf4/glm4_moe",
+    "tf4/gpt_oss",
+    "tf4/mixtral",
+    "tf4/olmoe",
+    "tf4/phimoe",
+    "tf5/deepseek_v2",
+    "tf5/deepseek_v2_group",
+    "tf5/deepseek_v3",
+    "tf5/ernie4_5_moe",
+    "tf5/glm4_moe",
+    "tf5/gpt_oss",
+    "tf5/granitemoe",
+    "tf5/mixtral",
+    "tf5/olmoe",
+    "tf5/phimoe",
+];
+
+fn expert_plan(model: &Checkpoint, ratio: f64) -> moe_prune::Result<PrunePlan> {
+    let scores = magnitude(model).to_experts(Reduction::Sum).unwrap();
+    let groups = model.config().routing.groups().map_or(1, |groups| groups.count);
+    let pruner = ExpertPruner::new().groups(groups);
+    Ok(pruner.prune(&scores, model.shape(), Budget::Ratio(ratio), &ProtectionMask::none())?.plan)
+}
+
+/// The units of an expert that are kept, from its full weights.
+fn kept_of(full: &ExpertWeights, kept: &[u32]) -> ExpertWeights {
+    let rows = |matrix: &[f32]| -> Vec<f32> {
+        kept.iter().flat_map(|unit| matrix[*unit as usize * full.hidden..][..full.hidden].to_vec()).collect()
+    };
+    let few = |bias: &Option<Vec<f32>>| bias.as_ref().map(|b| kept.iter().map(|unit| b[*unit as usize]).collect());
+    ExpertWeights {
+        gate: rows(&full.gate),
+        up: rows(&full.up),
+        down: full.down.chunks(full.width).flat_map(|row| kept.iter().map(|unit| row[*unit as usize])).collect(),
+        gate_bias: few(&full.gate_bias),
+        up_bias: few(&full.up_bias),
+        down_bias: full.down_bias.clone(),
+        width: kept.len(),
+        hidden: full.hidden,
+    }
+}
+
+#[test]
+fn units_go_alike_in_every_layout_and_export() {
+    let directory = tempdir().unwrap();
+    for name in FAMILIES {
+        let model = Checkpoint::open(parity(name)).unwrap();
+        let plan = plan(&model, Scope::Expert, 0.4);
+        let [uniform, ragged, masked] = [Export::Uniform, Export::Ragged, Export::Masked].map(|mode| {
+            let out = directory.path().join(format!("{}-{mode}", name.replace('/', "-")));
+            let report = plan.apply(&model, &out, &ApplyOptions::new(mode)).unwrap();
+            let result = Checkpoint::open(&out).unwrap();
+            assert_eq!(report.bytes.after, result.bytes_on_disk(), "{name} {mode}");
+            assert_eq!(report.parameters.after, result.parameters(), "{name} {mode}");
+            result
+        });
+        for layer in &plan.kept {
+            for (expert, kept) in layer.experts.iter().enumerate() {
+                let full = model.expert(layer.layer, expert).unwrap();
+                let expected = kept_of(&full, kept);
+                assert_eq!(uniform.expert(layer.layer, expert).unwrap(), expected, "{name}");
+                assert_eq!(ragged.expert(layer.layer, expert).unwrap(), expected, "{name}");
+                let masked = masked.expert(layer.layer, expert).unwrap();
+                assert_eq!(kept_of(&masked, kept), expected, "{name}");
+                let gone: Vec<u32> = (0..full.width as u32).filter(|unit| !kept.contains(unit)).collect();
+                let zeros = kept_of(&masked, &gone);
+                assert_eq!(zeros.down_bias, full.down_bias);
+                let parts = [Some(zeros.gate), Some(zeros.up), Some(zeros.down), zeros.gate_bias, zeros.up_bias];
+                assert!(parts.into_iter().flatten().flatten().all(|value| value == 0.0), "{name}");
+            }
+        }
+        // Back from ragged to one width.
+        let back = directory.path().join(format!("{}-back", name.replace('/', "-")));
+        let keep = PrunePlan::keep_all(ragged.shape(), ragged.fingerprint());
+        keep.apply(&ragged, &back, &ApplyOptions::new(Export::Uniform)).unwrap();
+        let back = Checkpoint::open(back).unwrap();
+        assert_eq!(back.raw_config(), uniform.raw_config(), "{name}");
+        assert_eq!(back.expert(1, 0).unwrap(), uniform.expert(1, 0).unwrap());
+        assert_eq!(back.tensors().count(), uniform.tensors().count());
+    }
+}
+
+#[test]
+fn shared_experts_follow_the_width_and_grow_by_zeros() {
+    let directory = tempdir().unwrap();
+    for (name, count_key, before, after, width) in [
+        ("tf5/deepseek_v3", "n_shared_experts", 1, 2, 32),
+        ("tf5/deepseek_v2", "n_shared_experts", 2, 3, 48),
+        ("tf5/ernie4_5_moe", "moe_num_shared_experts", 1, 2, 32),
+    ] {
+        let model = Checkpoint::open(parity(name)).unwrap();
+        assert_eq!(model.raw_config()[count_key], before);
+        let out = directory.path().join(name.replace('/', "-"));
+        plan(&model, Scope::Expert, 0.4).apply(&model, &out, &ApplyOptions::new(Export::Uniform)).unwrap();
+        let out = Checkpoint::open(out).unwrap();
+        assert_eq!(out.raw_config()["moe_intermediate_size"], 16);
+        let shared = out.config().moe(1).unwrap().shared.as_ref().unwrap().intermediate_size;
+        assert_eq!((&out.raw_config()[count_key], shared), (&json!(after), width));
+        for role in [LayerRole::SharedGate, LayerRole::SharedUp, LayerRole::SharedDown] {
+            let (old, new) = (model.role(Role::Layer(1, role)).unwrap(), out.role(Role::Layer(1, role)).unwrap());
+            let values = out.read_f32(Role::Layer(1, role)).unwrap();
+            let original = model.read_f32(Role::Layer(1, role)).unwrap();
+            let (old_cols, new_cols) = (old.shape[1], new.shape[1]);
+            for (row, found) in values.chunks(new_cols).enumerate() {
+                let expected = original.chunks(old_cols).nth(row).unwrap_or(&[]);
+                assert_eq!(&found[..expected.len()], expected);
+                assert!(found[expected.len()..].iter().all(|value| *value == 0.0));
+            }
+        }
+    }
+}
+
+#[test]
+fn experts_go_with_their_router_rows_and_biases() {
+    let directory = tempdir().unwrap();
+    for name in FAMILIES {
+        let model = Checkpoint::open(parity(name)).unwrap();
+        // Where the router selects groups of two first, none can go: the ratio is rounded down to that.
+        let plan = expert_plan(&model, 0.25).unwrap();
+        assert_eq!(plan.kept[0].removed.is_empty(), model.config().routing.groups().is_some(), "{name}");
+        for mode in [Export::Uniform, Export::Ragged] {
+            let out = directory.path().join(format!("{}-{mode}", name.replace('/', "-")));
+            let report = plan.apply(&model, &out, &ApplyOptions::new(mode)).unwrap();
+            let out = Checkpoint::open(out).unwrap();
+            assert_eq!(out.shape(), &plan.pruned_shape(), "{name}");
+            assert_eq!(report.bytes.after, out.bytes_on_disk());
+            assert_eq!(report.parameters.after, out.parameters());
+            for layer in &plan.kept {
+                let experts = layer.experts_kept();
+                for (new, old) in experts.iter().enumerate() {
+                    assert_eq!(out.expert(layer.layer, new).unwrap(), model.expert(layer.layer, *old).unwrap());
+                }
+                let roles = [LayerRole::Router, LayerRole::RouterBias, LayerRole::CorrectionBias];
+                for role in roles.map(|role| Role::Layer(layer.layer, role)) {
+                    let Ok(before) = model.read_f32(role) else { continue };
+                    let row = before.len() / layer.experts.len();
+                    let expected: Vec<f32> = experts.iter().flat_map(|e| before[e * row..][..row].to_vec()).collect();
+                    assert_eq!(out.read_f32(role).unwrap(), expected, "{name}");
+                }
+            }
+        }
+        if !plan.kept[0].removed.is_empty() {
+            let error = plan.apply(&model, &directory.path().join("masked"), &ApplyOptions::new(Export::Masked));
+            assert!(error.unwrap_err().to_string().contains("the router would still choose them"));
+        }
+    }
+}
+
+#[test]
+fn groups_and_top_k_are_protected() {
+    let model = Checkpoint::open(parity("tf5/deepseek_v3")).unwrap();
+    let mut plan = PrunePlan::keep_all(model.shape(), model.fingerprint());
+    let remove = |plan: &mut PrunePlan, removed: &[u32]| {
+        for expert in removed {
+            plan.kept[0].experts[*expert as usize].clear();
+        }
+        plan.kept[0].removed = removed.to_vec();
+        let achieved = 1.0 - plan.units_kept() as f64 / plan.shape.units() as f64;
+        plan.ratio = moe_prune::Ratio { asked: achieved, achieved };
+        let out = tempdir().unwrap();
+        plan.apply(&model, &out.path().join("out"), &ApplyOptions::new(Export::Ragged)).unwrap_err().to_string()
+    };
+    let text = remove(&mut plan.clone(), &[0, 3]);
+    assert!(text.contains("layer 1") && text.contains("[1, 1, 2, 2]"), "{text}");
+    let text = remove(&mut plan.clone(), &[0, 2, 4, 6]);
+    assert!(text.contains("two best"), "{text}");
+    let text = remove(&mut plan, &[0, 1, 2, 3, 4, 5]);
+    assert!(text.contains("2 experts are left, but the router selects 3"), "{text}");
+    let half = expert_plan(&Checkpoint::open(parity("tf5/mixtral")).unwrap(), 0.8).unwrap_err().to_string();
+    assert!(half.contains("the router selects 2"), "{half}");
+}
+
+/// Tensors of a checkpoint in memory: dtype, shape, bytes.
+type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
+fn load(dir: &Path) -> (Value, Tensors) {
+    let config = serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap();
+    let bytes = fs::read(dir.join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap().tensors().into_iter();
+    (config, tensors.map(|(n, v)| (n, (v.dtype(), v.shape().to_vec(), v.data().to_vec()))).collect())
+}
+
+fn save(dir: &Path, config: &Value, tensors: &Tensors) -> Checkpoint {
+    fs::create_dir_all(dir).unwrap();
+    fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let views =
+        tensors.iter().map(|(n, (dtype, shape, bytes))| (n, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+    fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    Checkpoint::open(dir).unwrap()
+}
+
+/// Bytes without a pattern.
+fn noise(count: usize, salt: usize) -> Vec<u8> {
+    (0..count).map(|i| ((i + salt).wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+}
+
+#[test]
+fn mxfp4_experts_are_written_back_as_bf16() {
+    let directory = tempdir().unwrap();
+    let (mut config, mut tensors) = load(&parity("tf5/gpt_oss"));
+    config["intermediate_size"] = json!(32);
+    config["quantization_config"] = json!({"quant_method": "mxfp4"});
+    for layer in 0..3 {
+        let name = |part: &str| format!("model.layers.{layer}.mlp.experts.{part}");
+        tensors.remove(&name("gate_up_proj"));
+        tensors.remove(&name("down_proj"));
+        let mut add = |part: &str, dtype, shape: Vec<usize>, bytes| tensors.insert(name(part), (dtype, shape, bytes));
+        add("gate_up_proj_blocks", Dtype::U8, vec![4, 64, 1, 16], noise(4 * 64 * 16, layer));
+        add("gate_up_proj_scales", Dtype::U8, vec![4, 64, 1], (0..256).map(|i| 120 + (i % 9) as u8).collect());
+        add("down_proj_blocks", Dtype::U8, vec![4, 32, 1, 16], noise(4 * 32 * 16, layer + 7));
+        add("down_proj_scales", Dtype::U8, vec![4, 32, 1], (0..128).map(|i| 122 + (i % 5) as u8).collect());
+        let bias: Vec<u8> = (0..4 * 64).flat_map(|i| half::bf16::from_f32(i as f32 / 64.0).to_le_bytes()).collect();
+        add("gate_up_proj_bias", Dtype::BF16, vec![4, 64], bias);
+        let bias: Vec<u8> = (0..4 * 32).flat_map(|i| half::bf16::from_f32(i as f32 / 32.0).to_le_bytes()).collect();
+        add("down_proj_bias", Dtype::BF16, vec![4, 32], bias);
+    }
+    let model = save(&directory.path().join("mxfp4"), &config, &tensors);
+    // Gate row j of an expert is row 2j of its blocks; the low half of a byte comes first.
+    const VALUES: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+    let blocks = &tensors["model.layers.1.mlp.experts.gate_up_proj_blocks"].2;
+    let scales = &tensors["model.layers.1.mlp.experts.gate_up_proj_scales"].2;
+    let element = |expert: usize, row: usize, col: usize| {
+        let byte = blocks[(expert * 64 + row) * 16 + col / 2];
+        let nibble = if col.is_multiple_of(2) { byte & 15 } else { byte >> 4 };
+        VALUES[nibble as usize] * 2f32.powi(scales[expert * 64 + row] as i32 - 127)
+    };
+    let expert = model.expert(1, 3).unwrap();
+    for unit in 0..32 {
+        for col in 0..32 {
+            assert_eq!(expert.gate[unit * 32 + col], element(3, 2 * unit, col));
+            assert_eq!(expert.up[unit * 32 + col], element(3, 2 * unit + 1, col));
+        }
+    }
+    assert_eq!(expert.gate_bias.as_ref().unwrap()[5], (3 * 64 + 10) as f32 / 64.0);
+    let units: u64 = 3 * 4 * 32;
+    let keep = PrunePlan::keep_all(model.shape(), model.fingerprint());
+    for mode in [Export::Uniform, Export::Masked, Export::Ragged] {
+        let out = directory.path().join(mode.name());
+        keep.apply(&model, &out, &ApplyOptions::new(mode)).unwrap();
+        let out = Checkpoint::open(out).unwrap();
+        assert_eq!(out.quantisation(), None);
+        assert_eq!(out.raw_config().get("quantization_config"), None);
+        assert_eq!(out.parameters(), model.parameters());
+        assert!(model.parameters() > units * 3 * 32);
+        for layer in 0..3 {
+            for expert in 0..4 {
+                assert_eq!(out.expert(layer, expert).unwrap(), model.expert(layer, expert).unwrap());
+            }
+        }
+    }
+}
+
+#[test]
+fn fp8_blocks_are_written_back_as_bf16() {
+    let directory = tempdir().unwrap();
+    let (mut config, mut tensors) = load(&parity("tf4/deepseek_v3"));
+    config["quantization_config"] = json!({"quant_method": "fp8", "weight_block_size": [16, 16]});
+    let names: Vec<String> = tensors.keys().filter(|name| name.contains("_proj")).cloned().collect();
+    for name in &names {
+        let shape = tensors[name].1.clone();
+        // No NaN: its byte is 0x7F or 0xFF.
+        let bytes: Vec<u8> = noise(shape[0] * shape[1], name.len()).iter().map(|byte| byte & 0xBF).collect();
+        let scale = vec![shape[0].div_ceil(16), shape[1].div_ceil(16)];
+        let scales = (0..scale[0] * scale[1]).flat_map(|i| (0.01 + i as f32 / 16.0).to_le_bytes()).collect();
+        tensors.insert(name.clone(), (Dtype::F8_E4M3, shape, bytes));
+        tensors.insert(format!("{name}_scale_inv"), (Dtype::F32, scale, scales));
+    }
+    let model = save(&directory.path().join("fp8"), &config, &tensors);
+    let keep = PrunePlan::keep_all(model.shape(), model.fingerprint());
+    let out = directory.path().join("out");
+    keep.apply(&model, &out, &ApplyOptions::new(Export::Uniform)).unwrap();
+    let out = Checkpoint::open(out).unwrap();
+    assert_eq!(out.raw_config().get("quantization_config"), None);
+    assert!(out.tensors().all(|info| !info.name.ends_with("scale_inv")));
+    assert_eq!(out.parameters(), model.parameters());
+    for name in &names {
+        assert_eq!(out.info(name).unwrap().dtype, Dtype::BF16);
+        assert_eq!(out.tensor_f32(name).unwrap(), model.tensor_f32(name).unwrap());
+    }
+    // 0x38 is 1: the factor of its block, rounded to BF16.
+    let name = "model.layers.1.mlp.experts.2.up_proj.weight";
+    let at = tensors[name].2.iter().position(|byte| *byte == 0x38).unwrap();
+    let block = (at / 32 / 16) * 2 + at % 32 / 16;
+    let expected = half::bf16::from_f32(0.01 + block as f32 / 16.0).to_f32();
+    assert_eq!(model.expert(1, 2).unwrap().up[at], expected);
+    assert_eq!(model.read_f32_rows(Role::Layer(0, LayerRole::DenseUp), 3..5).unwrap().len(), 64);
+}
+
+#[test]
+fn further_layers_are_kept_or_dropped_by_choice() {
+    let directory = tempdir().unwrap();
+    let (config, mut tensors) = load(&parity("tf5/deepseek_v3"));
+    let shared: Vec<(String, _)> = tensors
+        .iter()
+        .filter(|(name, _)| name.starts_with("model.layers.2."))
+        .map(|(name, tensor)| (name.replace("layers.2.", "layers.3."), tensor.clone()))
+        .collect();
+    tensors.extend(shared);
+    let model = save(&directory.path().join("mtp"), &config, &tensors);
+    let plan = plan(&model, Scope::Expert, 0.5);
+    let keep = PrunePlan::keep_all(model.shape(), model.fingerprint());
+    let apply = |plan: &PrunePlan, mode, mtp| {
+        let out = directory.path().join("out");
+        let options = ApplyOptions { mtp, force: true, ..ApplyOptions::new(mode) };
+        plan.apply(&model, &out, &options).map(|_| Checkpoint::open(out).unwrap())
+    };
+    let text = apply(&plan, Export::Uniform, None).unwrap_err().to_string();
+    assert!(text.contains("model.layers.3.") && text.contains("kept or dropped"), "{text}");
+    let text = apply(&plan, Export::Uniform, Some(Mtp::Keep)).unwrap_err().to_string();
+    assert!(text.contains("drop them"), "{text}");
+    for mode in [Export::Ragged, Export::Masked] {
+        let kept = apply(&plan, mode, Some(Mtp::Keep)).unwrap();
+        assert_eq!(kept.mtp_tensors().count(), model.mtp_tensors().count());
+    }
+    assert_eq!(apply(&keep, Export::Uniform, Some(Mtp::Keep)).unwrap().fingerprint(), model.fingerprint());
+    let dropped = apply(&plan, Export::Uniform, Some(Mtp::Drop)).unwrap();
+    assert_eq!(dropped.mtp_tensors().count(), 0);
+    assert_eq!(dropped.raw_config()["num_nextn_predict_layers"], 0);
+}
