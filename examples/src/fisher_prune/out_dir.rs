@@ -77,7 +77,7 @@ impl OutDir {
             let (was, is) =
                 (earlier.pointer(part).unwrap_or(&Value::Null), recipe.pointer(part).unwrap_or(&Value::Null));
             if was != is {
-                let what = part.trim_start_matches('/').replace('/', " ").replace('_', " ");
+                let what = part.trim_start_matches('/').replace(['/', '_'], " ");
                 return Err(Error::Invalid(format!(
                     "{}: --resume goes on with the same run, but its {what} was {was} and is {is} now; repeat its arguments, \
                      choose another --out, or --force",
