@@ -23,9 +23,7 @@ pub fn run<A: Parser>(main: impl FnOnce(A) -> Result<String>) -> ExitCode {
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
-    if std::env::var_os("NOKEEP").is_none() {
-        moe_core::memory::keep_freed_memory();
-    }
+    moe_core::memory::keep_freed_memory();
     match main(arguments).and_then(|text| print(&text)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
