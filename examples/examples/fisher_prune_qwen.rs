@@ -7,6 +7,7 @@ use moe_examples::{cli, fisher_prune};
 
 fn main() -> ExitCode {
     cli::run(|arguments: fisher_prune::Arguments| {
+        cli::allocator(arguments.max_memory);
         let json = arguments.json;
         let finished = fisher_prune::run(arguments, Progress::stderr())?;
         Ok(if json { format!("{}\n", finished.results.to_json()) } else { finished.text })

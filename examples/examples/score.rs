@@ -7,6 +7,7 @@ use moe_examples::{cli, score};
 
 fn main() -> ExitCode {
     cli::run(|arguments: score::Arguments| {
+        cli::allocator(arguments.max_memory);
         let json = arguments.json;
         let report = score::run(&arguments, Progress::stderr())?;
         Ok(if json { format!("{}\n", serde_json::to_string(&report).unwrap_or_default()) } else { report.to_string() })

@@ -7,6 +7,7 @@ use moe_examples::{cli, trace};
 
 fn main() -> ExitCode {
     cli::run(|arguments: trace::Arguments| {
+        cli::allocator(arguments.max_memory);
         let summary = trace::trace(&arguments)?;
         let trace::Summary { loss, tokens, loss_tokens, tensors } = summary;
         let out = arguments.out.display();

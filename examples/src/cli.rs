@@ -23,13 +23,20 @@ pub fn run<A: Parser>(main: impl FnOnce(A) -> Result<String>) -> ExitCode {
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
-    moe_core::memory::keep_freed_memory();
     match main(arguments).and_then(|text| print(&text)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::from(error.exit_code())
         }
+    }
+}
+
+/// Makes the allocator fast for a program without a memory limit; one that has a limit keeps to it instead: memory that is
+/// kept for the next allocation counts too.
+pub fn allocator(max_memory: Option<u64>) {
+    if max_memory.is_none() {
+        moe_core::memory::keep_freed_memory();
     }
 }
 

@@ -121,8 +121,8 @@ pub struct WaveSize {
     pub experts_together: usize,
 }
 
-/// Code, stacks, allocator slack and the tokenizer.
-const BASE: u64 = 64 << 20;
+/// Code, stacks, mapped pages, the tokenizer, and what the allocator keeps between blocks.
+const BASE: u64 = 160 << 20;
 
 /// Elements that an attention layer needs.
 struct AttentionSize {
