@@ -10,7 +10,9 @@ use std::{
 };
 
 use burn::tensor::{Device, Tensor};
-use moe_checkpoint::{Activation, Checkpoint, Dtype, ExpertPart, ExpertWeights, ModelConfig, RawMatrix, Role};
+use moe_checkpoint::{
+    Activation, Checkpoint, Dtype, ExpertBiases, ExpertPart, ExpertWeights, ModelConfig, RawMatrix, Role,
+};
 
 mod head;
 mod layers;
@@ -253,7 +255,8 @@ impl Model {
 
     fn load_expert(&self, layer: usize, expert: usize) -> Result<ExpertTensors> {
         let config = self.config();
-        let (width, biased) = config.moe(layer).map_or((0, false), |moe| (moe.widths[expert], moe.bias));
+        let (width, biased) =
+            config.moe(layer).map_or((0, false), |moe| (moe.widths[expert], moe.biases != ExpertBiases::None));
         let mut packed = !biased && Weight::prefers_bf16(&self.device);
         for part in [ExpertPart::Gate, ExpertPart::Up, ExpertPart::Down] {
             packed = packed && self.checkpoint.expert_dtype(layer, expert, part)? == Some(Dtype::BF16);
