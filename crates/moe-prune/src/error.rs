@@ -14,6 +14,10 @@ pub enum Error {
     /// A checkpoint, statistics or score file.
     #[error(transparent)]
     Checkpoint(Box<moe_checkpoint::Error>),
+    /// A model that could not be run.
+    #[cfg(feature = "repair")]
+    #[error(transparent)]
+    Model(Box<moe_core::Error>),
     /// A parameter outside its range.
     #[error("{field} is {found}, expected {expected}")]
     InvalidParameter {
@@ -130,6 +134,13 @@ pub enum Error {
 impl From<moe_checkpoint::Error> for Error {
     fn from(error: moe_checkpoint::Error) -> Self {
         Self::Checkpoint(Box::new(error))
+    }
+}
+
+#[cfg(feature = "repair")]
+impl From<moe_core::Error> for Error {
+    fn from(error: moe_core::Error) -> Self {
+        Self::Model(Box::new(error))
     }
 }
 

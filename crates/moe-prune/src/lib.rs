@@ -9,6 +9,8 @@
 //! - An [`EditSource`] is what a repair changes beside the plan: [`Edits`] in memory or in a file.
 //! - [`PrunePlan::apply`] streams checkpoint to checkpoint in one of the [`Export`] modes and gives a [`Report`].
 //!
+//! - With the feature `repair`, which brings Burn, [`repair`] improves what is left by running the model.
+//!
 //! How scores are made is none of its business: any unit [`ScoreTable`](moe_checkpoint::ScoreTable) will do.
 //!
 //! ```no_run
@@ -35,6 +37,8 @@ mod plan;
 mod protection;
 mod pruners;
 mod ranking;
+#[cfg(feature = "repair")]
+pub mod repair;
 mod report;
 
 pub use allocators::{
