@@ -393,6 +393,18 @@ impl Checkpoint {
         Ok(ExpertBytes { gate, up, down, biases })
     }
 
+    /// One part of a routed expert, like [`Checkpoint::expert_bytes`]; `None` for a bias that it does not have.
+    ///
+    /// # Errors
+    /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
+    pub fn expert_part(&self, layer: usize, expert: usize, part: ExpertPart) -> Result<Option<RawMatrix<'_>>> {
+        if !self.located_layer(layer, expert)?.1 && ExpertPart::BIASES.contains(&part) {
+            return Ok(None);
+        }
+        let (info, place) = self.place(layer, expert, part)?;
+        self.matrix(info, &place).map(Some)
+    }
+
     /// Gives the mapped pages of a routed expert back to the system.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use safetensors::Dtype;
 
+use crate::convert;
 use crate::experts::ExpertPart;
 
 /// The weights of one routed expert: `down · (silu(gate · x) * (up · x))`. All matrices are row-major.
@@ -59,6 +60,13 @@ impl RawMatrix<'_> {
     /// Bytes of one element.
     pub fn element_bytes(&self) -> usize {
         self.dtype.bitsize() / 8
+    }
+
+    /// The elements as f32; exact.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.rows * self.cols];
+        convert::decode(self.dtype, &self.bytes, &mut values, |_| {});
+        values
     }
 
     /// Bytes of one row, `None` if there is no such row.

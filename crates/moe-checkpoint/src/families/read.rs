@@ -88,7 +88,10 @@ pub(super) fn grouped_attention(num_heads: usize, num_kv_heads: usize, head_dim:
 pub(super) fn activation(config: &Fields<'_>) -> Result<Activation> {
     match config.string("hidden_act")?.unwrap_or("silu") {
         "silu" | "swish" => Ok(Activation::Silu),
-        _ => Err(config.invalid("hidden_act", "\"silu\"")),
+        "gelu" => Ok(Activation::Gelu),
+        // Three names of one formula in transformers.
+        "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" => Ok(Activation::GeluTanh),
+        _ => Err(config.invalid("hidden_act", "\"silu\", \"gelu\" or \"gelu_pytorch_tanh\"")),
     }
 }
 
