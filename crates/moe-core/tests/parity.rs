@@ -62,7 +62,15 @@ impl Gradients {
 
 impl Observer for Recorder {
     fn needs(&self) -> Signals {
-        Signals { routing: true, units: true, outputs: true, gradients: true, hidden: true, logits: true }
+        Signals {
+            routing: true,
+            units: true,
+            outputs: true,
+            gradients: true,
+            hidden: true,
+            logits: true,
+            ..Signals::NONE
+        }
     }
 
     fn layer(&mut self, trace: &LayerTrace<'_>) -> Result<()> {
@@ -265,7 +273,11 @@ fn check_gradients(name: &str, dir: &Path, found: &Recorder, expected: &Expected
         let Some(moe) = config.moe(layer) else { continue };
         for (e, &width) in moe.widths.iter().enumerate() {
             let gradients = expected_gradients(expected, layer, e, width, config.hidden_size);
-            assert_eq!(moe.bias, !gradients.down_bias.is_empty(), "{name}: biases");
+            assert_eq!(
+                moe.biases == moe_checkpoint::ExpertBiases::All,
+                !gradients.down_bias.is_empty(),
+                "{name}: biases"
+            );
             for (i, (part, expected)) in gradients.parts().into_iter().enumerate() {
                 if expected.is_empty() {
                     continue;
