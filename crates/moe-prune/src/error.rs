@@ -62,6 +62,10 @@ pub enum Error {
     /// Unit scores where expert scores are needed.
     #[error("the table scores units; reduce it to experts first (ScoreTable::to_experts)")]
     NeedsExpertScores,
+    /// The model could not be run.
+    #[cfg(feature = "repair")]
+    #[error(transparent)]
+    Model(Box<moe_core::Error>),
     /// An allocator or pruner that has to run the model, without one.
     #[error("{what} is only known by running the model: a probe is needed")]
     NeedsProbe {
@@ -144,6 +148,13 @@ pub enum Error {
 impl From<moe_checkpoint::Error> for Error {
     fn from(error: moe_checkpoint::Error) -> Self {
         Self::Checkpoint(Box::new(error))
+    }
+}
+
+#[cfg(feature = "repair")]
+impl From<moe_core::Error> for Error {
+    fn from(error: moe_core::Error) -> Self {
+        Self::Model(Box::new(error))
     }
 }
 

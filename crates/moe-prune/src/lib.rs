@@ -53,6 +53,8 @@ pub use error::{Error, Result};
 pub use paths::Within;
 pub use plan::{LayerKept, PLAN_VERSION, PrunePlan, Ratio};
 pub use probe::{Distortion, ModelProbe, NoProbe, Statistic};
+#[cfg(feature = "repair")]
+pub use probe::{EngineProbe, PlanOverlay, ProbeOptions};
 pub use protection::{Protected, ProtectionMask, SuperExperts};
 pub use pruners::{
     ExpertPruner, NovicePruner, Progressive, PruneRequest, Pruned, Pruner, PrunerConfig, Round, Schedule, Scope,
