@@ -86,7 +86,7 @@ fn floors(shape: &MoeShape, protect: &ProtectionMask, granularity: Granularity, 
         |layer: usize, expert: usize, width: usize| protect.count(layer, expert, width).next_multiple_of(step);
     let of_layer = |layer: &moe_checkpoint::MoeLayerShape| -> usize {
         let widths = layer.widths.iter().enumerate();
-        let sum = widths.map(|(expert, width)| protected(layer.layer, expert, *width)).sum();
+        let sum: usize = widths.map(|(expert, width)| protected(layer.layer, expert, *width)).sum();
         if granularity == Granularity::Expert { sum.max(step) } else { sum }
     };
     shape.layers.iter().map(of_layer).sum()

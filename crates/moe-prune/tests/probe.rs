@@ -133,8 +133,9 @@ fn edits_are_part_of_an_overlay() {
         assert!(found < 2e-5, "{name}: {found}");
         let plain = logits_of(&PlanOverlay::new(&plan).of(&model).unwrap());
         assert!(difference(&seen, &plain) > 1e-3, "{name}: the edits change nothing");
-        let keep = PrunePlan::keep_all(checkpoint.shape(), checkpoint.fingerprint());
-        assert!(PlanOverlay::with_edits(&keep, Arc::new(edits), &checkpoint).is_err(), "{name}: down of another width");
+        let narrower = common::plan(&checkpoint, Scope::Expert, 0.5);
+        let refused = PlanOverlay::with_edits(&narrower, Arc::new(edits), &checkpoint);
+        assert!(refused.is_err_and(|error| error.to_string().contains("down has")), "{name}");
     }
 }
 
