@@ -1,17 +1,19 @@
 //! Refit of all kept down columns of a layer together, layer after layer.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use faer::Mat;
+use moe_checkpoint::ExpertWeights;
 use moe_core::data::Wave;
 use moe_core::host::{self, HostView};
 use moe_core::trace::{ExpertTrace, Nobody, Observer, Signals, WaveInfo};
-use moe_core::{Engine, EngineOptions, LayerChange, LayerOutput, LayerSweep, LayerVisitor, Model};
+use moe_core::{Engine, EngineOptions, ExpertOverlay, LayerChange, LayerOutput, LayerSweep, LayerVisitor, Model};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::linear::{Normal, Rows, add_gram, cross, squares, subtract, to_rows};
-use super::{EditOverlay, OnLayer, check_ridge};
+use super::{OnLayer, check_ridge};
 use crate::{Edits, Error, ExpertEdit, Result};
 
 /// What a layer is fitted to.
@@ -212,13 +214,26 @@ impl LayerVisitor for Visitor<'_> {
         let before = squares(&residual) * factor * factor;
         let downs = descend(&mut residual, hidden, &experts, self.refit);
         self.fits.push(LayerFit { layer, before, after: squares(&residual) * factor * factor });
-        let mut edits = Edits::new();
+        let mut fitted = Downs::default();
         for (expert, down) in experts.iter().zip(downs) {
-            let edit = ExpertEdit { down, down_bias: None };
-            self.edits.set_expert(layer, expert.expert, edit.clone());
-            edits.set_expert(layer, expert.expert, edit);
+            let Some(down) = down else { continue };
+            self.edits.set_expert(layer, expert.expert, ExpertEdit { down: Some(down.clone()), down_bias: None });
+            fitted.0.insert(expert.expert, down);
         }
-        Ok(LayerChange { experts: Some(Arc::new(EditOverlay::new(Arc::new(edits)))), routing: None })
+        Ok(LayerChange { experts: Some(Arc::new(fitted)), routing: None })
+    }
+}
+
+/// Fitted down matrices of one layer, for the layers after it.
+#[derive(Default)]
+struct Downs(BTreeMap<usize, Vec<f32>>);
+
+impl ExpertOverlay for Downs {
+    fn apply(&self, _: usize, expert: usize, mut weights: ExpertWeights) -> moe_core::Result<ExpertWeights> {
+        if let Some(down) = self.0.get(&expert) {
+            weights.down.clone_from(down);
+        }
+        Ok(weights)
     }
 }
 

@@ -10,9 +10,9 @@
 //! | [`RouterDistillation`] | router rows, by gradient descent on the divergence from the full model | some epochs of forward and backward sweeps |
 //!
 //! All of them are deterministic. [`layer_errors`] measures what they achieve in each layer,
-//! [`moe_core::evaluate::divergence`] at the end of the model. [`EditOverlay`] runs a model under edits without writing it.
+//! [`moe_core::evaluate::divergence`] at the end of the model. [`PlanOverlay::with_edits`](crate::PlanOverlay::with_edits) runs a model under
+//! a plan and edits without writing it.
 
-mod edit_overlay;
 mod layer_refit;
 mod linear;
 mod mean_output;
@@ -20,7 +20,6 @@ mod measure;
 mod refit;
 mod router_kd;
 
-pub use edit_overlay::EditOverlay;
 pub use layer_refit::{LayerFit, LayerRefit, Refitted, Target};
 pub use mean_output::MeanOutput;
 pub use measure::{LayerError, layer_errors};
