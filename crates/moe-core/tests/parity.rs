@@ -62,7 +62,15 @@ impl Gradients {
 
 impl Observer for Recorder {
     fn needs(&self) -> Signals {
-        Signals { routing: true, units: true, outputs: true, gradients: true, hidden: true, logits: true }
+        Signals {
+            routing: true,
+            units: true,
+            outputs: true,
+            gradients: true,
+            hidden: true,
+            logits: true,
+            ..Signals::NONE
+        }
     }
 
     fn layer(&mut self, trace: &LayerTrace<'_>) -> Result<()> {
