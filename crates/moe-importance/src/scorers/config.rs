@@ -199,12 +199,12 @@ mod tests {
 
     #[test]
     fn every_scorer_survives_a_round_trip_and_has_defaults() {
-        for name in ScorerConfig::NAMES.iter().copied() {
+        for name in ScorerConfig::NAMES {
             let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"scorer": "{name}"}}"#)).unwrap();
             let json = serde_json::to_string(&config).unwrap();
             assert_eq!(serde_json::from_str::<ScorerConfig>(&json).unwrap(), config, "{json}");
             let scorer = config.build().unwrap();
-            assert_eq!(scorer.name(), name);
+            assert_eq!(scorer.name(), *name);
             assert_eq!(scorer.recipe(), json);
         }
     }
@@ -213,15 +213,9 @@ mod tests {
     fn errors_name_the_field() {
         for (json, expected) in [
             ("3", "a scorer is a JSON object with a field `scorer`, found 3"),
-            (
-                "{}",
-                "scorer `?`: field `scorer`: missing; there are fisher, heapr, coupled",
-            ),
+            ("{}", "scorer `?`: field `scorer`: missing; there are fisher, heapr, coupled"),
             (r#"{"scorer": 1}"#, "scorer `?`: field `scorer`: found 1, expected a string"),
-            (
-                r#"{"scorer": "fish"}"#,
-                "scorer `fish` is not known; there are fisher, heapr, coupled",
-            ),
+            (r#"{"scorer": "fish"}"#, "scorer `fish` is not known; there are fisher, heapr, coupled"),
             (
                 r#"{"scorer": "fisher", "criterion": "tokens"}"#,
                 "scorer `fisher`: field `criterion`: unknown variant `tokens`, expected one of `token`, `sequence`, `abs`",
@@ -274,7 +268,7 @@ mod tests {
 
     #[test]
     fn any_scorer_becomes_one_of_units_or_of_experts() {
-        for name in ScorerConfig::NAMES.iter().copied() {
+        for name in ScorerConfig::NAMES {
             let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"scorer": "{name}"}}"#)).unwrap();
             let units = config.clone().into_units(Magnitude::new()).unwrap();
             assert_eq!(units.build().unwrap().granularity(), moe_checkpoint::Granularity::Unit, "{name}");
