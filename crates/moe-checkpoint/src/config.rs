@@ -6,6 +6,7 @@
 use serde_json::Value;
 
 use crate::Result;
+use crate::experts::ExpertBiases;
 use crate::family::family_of;
 use crate::quantised::Quantisation;
 use crate::ragged::Ragged;
@@ -95,6 +96,10 @@ impl ModelConfig {
 pub enum Activation {
     /// `silu(g) * u` with `silu(x) = x * sigmoid(x)`.
     Silu,
+    /// `gelu(g) * u` with `gelu(x) = x * Phi(x)`, `Phi` the standard normal distribution (arXiv 1606.08415).
+    Gelu,
+    /// `gelu(g) * u` with the approximation `gelu(x) = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))`.
+    GeluTanh,
     /// `g' * sigmoid(alpha * g') * (u' + 1)` with `g' = min(g, limit)` and `u' = clamp(u, -limit, limit)`, as in gpt-oss.
     /// A unit whose gate and up are zero still gives zero.
     ClampedSwiglu {
@@ -303,8 +308,8 @@ pub enum Ffn {
 pub struct MoeConfig {
     /// Intermediate width of every routed expert, `[E]`. Widths differ in a ragged checkpoint only.
     pub widths: Vec<usize>,
-    /// Whether gate, up and down of every routed expert have a bias.
-    pub bias: bool,
+    /// Biases of every routed expert.
+    pub biases: ExpertBiases,
     /// Expert that every token goes through.
     pub shared: Option<SharedExpert>,
 }

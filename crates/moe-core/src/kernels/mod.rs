@@ -8,6 +8,7 @@
 pub(crate) mod amx;
 pub mod attention;
 pub mod divergence;
+mod gelu;
 pub mod latent;
 pub mod layer_norm;
 pub mod loss;

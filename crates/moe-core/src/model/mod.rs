@@ -21,7 +21,7 @@ use crate::{
     host,
     kernels::{
         rope::RotaryEmbedding,
-        swiglu::Swiglu,
+        swiglu::GatedActivation,
         weight::{Bf16Source, Weight},
     },
     layers::{AttentionLayer, FfnLayer, Linear, Norm},
@@ -42,7 +42,7 @@ pub struct Model {
     expert_rows: AtomicU64,
     rope: RotaryEmbedding,
     router: Router,
-    activation: Swiglu,
+    activation: GatedActivation,
     cache: Mutex<Cache>,
 }
 
@@ -85,8 +85,12 @@ impl Model {
             router.check(moe.num_experts())?;
         }
         let activation = match config.hidden_act {
-            Activation::Silu => Swiglu::Plain,
-            Activation::ClampedSwiglu { alpha, limit } => Swiglu::Clamped { alpha: alpha as f32, limit: limit as f32 },
+            Activation::Silu => GatedActivation::Silu,
+            Activation::ClampedSwiglu { alpha, limit } => {
+                GatedActivation::ClampedSilu { alpha: alpha as f32, limit: limit as f32 }
+            }
+            Activation::Gelu => GatedActivation::Gelu,
+            Activation::GeluTanh => GatedActivation::GeluTanh,
             other => return Err(Error::Unsupported(format!("activation {other:?}"))),
         };
         let (layers, experts) = (config.layers.len(), checkpoint.shape().layers.iter().map(|l| l.widths.len()).sum());
@@ -188,7 +192,7 @@ impl Model {
     }
 
     /// How gate and up become a unit.
-    pub fn activation(&self) -> Swiglu {
+    pub fn activation(&self) -> GatedActivation {
         self.activation
     }
 
@@ -253,32 +257,39 @@ impl Model {
 
     fn load_expert(&self, layer: usize, expert: usize) -> Result<ExpertTensors> {
         let config = self.config();
-        let (width, biased) = config.moe(layer).map_or((0, false), |moe| (moe.widths[expert], moe.bias));
-        let mut packed = !biased && Weight::prefers_bf16(&self.device);
-        for part in [ExpertPart::Gate, ExpertPart::Up, ExpertPart::Down] {
+        let mut packed = Weight::prefers_bf16(&self.device);
+        for part in ExpertPart::ALL {
             packed = packed && self.checkpoint.expert_dtype(layer, expert, part)? == Some(Dtype::BF16);
         }
         if !packed {
             return Ok(self.on_device(self.checkpoint.expert(layer, expert)?));
         }
-        let hidden = config.hidden_size;
-        let source = |down: bool| -> Bf16Source {
+        let (width, hidden) = (config.moe(layer).map_or(0, |moe| moe.widths[expert]), config.hidden_size);
+        let source = |parts: &'static [ExpertPart]| -> Bf16Source {
             let checkpoint = self.checkpoint.clone();
             Box::new(move |f| {
-                let bytes = checkpoint.expert_bytes(layer, expert).expect("found when the weight was made");
-                if down {
-                    f(&rows(&bytes.down));
-                } else {
-                    f(&[rows(&bytes.gate), rows(&bytes.up)].concat());
-                }
+                let read = |part: &ExpertPart| checkpoint.expert_part(layer, expert, *part).ok().flatten();
+                let matrices: Vec<_> = parts.iter().map(|part| read(part).expect("every expert has it")).collect();
+                f(&matrices.iter().flat_map(rows).collect::<Vec<_>>());
                 checkpoint.release_expert(layer, expert).expect("found when the weight was made");
             })
         };
+        // Biases are few: f32 beside the packed matrices.
+        let bias = |parts: &[ExpertPart]| -> Result<Option<Tensor<1>>> {
+            let mut values = Vec::new();
+            for part in parts {
+                let Some(bias) = self.checkpoint.expert_part(layer, expert, *part)? else { return Ok(None) };
+                values.extend(bias.to_f32());
+            }
+            let len = values.len();
+            Ok(Some(host::from_vec(values, [len], &self.device)))
+        };
+        const GATE_UP: [ExpertPart; 2] = [ExpertPart::Gate, ExpertPart::Up];
         Ok(ExpertTensors {
-            gate_up: Weight::from_bf16(2 * width, hidden, &self.device, source(false)),
-            gate_up_bias: None,
-            down: Weight::from_bf16(hidden, width, &self.device, source(true)),
-            down_bias: None,
+            gate_up: Weight::from_bf16(2 * width, hidden, &self.device, source(&GATE_UP)),
+            gate_up_bias: bias(&[ExpertPart::GateBias, ExpertPart::UpBias])?,
+            down: Weight::from_bf16(hidden, width, &self.device, source(&[ExpertPart::Down])),
+            down_bias: bias(&[ExpertPart::DownBias])?,
             activation: self.activation,
         })
     }
@@ -391,6 +402,6 @@ impl Model {
     }
 }
 
-fn rows<'a>(matrix: &'a RawMatrix<'_>) -> Vec<&'a [u8]> {
-    (0..matrix.rows).filter_map(|i| matrix.row(i)).collect()
+fn rows<'a>(matrix: &'a RawMatrix<'_>) -> impl Iterator<Item = &'a [u8]> {
+    (0..matrix.rows).filter_map(|i| matrix.row(i))
 }
