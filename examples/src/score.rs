@@ -29,12 +29,15 @@ pub struct Arguments {
     #[arg(long)]
     pub calibration: PathBuf,
     /// Scorer as JSON, such as {"scorer":"fisher","criterion":"abs"}, or just its name; repeatable. See the list below
-    #[arg(long = "scorer", required_unless_present = "super_experts", value_parser = scorer)]
+    #[arg(long = "scorer", required_unless_present_any = ["super_experts", "statistics"], value_parser = scorer)]
     pub scorers: Vec<ScorerConfig>,
     /// Also find super experts, as default, released or reap, or with options as JSON: writes super_experts.json and
     /// protect.json, a protection mask
     #[arg(long, value_name = "OPTIONS", value_parser = super_experts)]
     pub super_experts: Option<SuperExpertOptions>,
+    /// Also collect a statistic that no scorer needs, such as routing.logit_gram; repeatable
+    #[arg(long = "statistic", value_name = "ID")]
+    pub statistics: Vec<String>,
     /// New directory for the score files and the statistics
     #[arg(long)]
     pub out: PathBuf,
@@ -141,6 +144,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     }
     let mut ids: Vec<StatisticId> = scorers.iter().flat_map(|scorer| scorer.needs()).collect();
     ids.extend(arguments.super_experts.map(|options| options.needs()));
+    ids.extend(arguments.statistics.iter().cloned().map(StatisticId::from));
     let recipe = moe_importance::recipe(&ids, &wave_options)?;
     let provenance = Provenance::new(checkpoint.fingerprint(), data.hash.clone(), recipe);
     let mut collection = Collection::new(checkpoint.shape(), provenance, &ids)?;
@@ -206,7 +210,10 @@ fn scorer(text: &str) -> Result<ScorerConfig, String> {
 /// What scorers there are, a line each.
 fn scorers_help() -> String {
     let lines = ScorerConfig::DESCRIPTIONS.iter().map(|(name, what)| format!("  {name:<17}{}", what.trim()));
-    format!("Scorers (parameters and formulas: documentation of moe-importance):\n{}", lines.collect::<Vec<_>>().join("\n"))
+    format!(
+        "Scorers (parameters and formulas: documentation of moe-importance):\n{}",
+        lines.collect::<Vec<_>>().join("\n")
+    )
 }
 
 /// Options of super experts by name or as JSON.
