@@ -326,6 +326,16 @@ fn packed_experts_compute_what_f32_experts_do() {
     }
 }
 
+/// Checkpoints that can be pruned but not run say so before anything is read.
+#[test]
+fn models_that_are_not_run_are_refused_at_once() {
+    for name in ["qwen3_5_moe", "qwen3_5_moe_text"] {
+        let error = Model::open(fixtures().join("../unrun").join(name), &Device::flex(), None).unwrap_err();
+        assert!(matches!(error, Error::Unsupported(_)), "{error}");
+        assert!(error.to_string().contains(name) && error.to_string().contains("attention"), "{error}");
+    }
+}
+
 macro_rules! parity {
     ($($test:ident: $fixture:literal),* $(,)?) => {
         $(#[test]
