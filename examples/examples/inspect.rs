@@ -126,8 +126,11 @@ fn routing(config: &ModelConfig) -> String {
 /// Biases of routed experts.
 fn biases(config: &ModelConfig) -> u64 {
     let experts = config.layers.iter().filter_map(|layer| match &layer.ffn {
-        Ffn::Moe(moe) if moe.bias => Some(moe.widths.iter().map(|w| (2 * w + config.hidden_size) as u64).sum::<u64>()),
-        _ => None,
+        Ffn::Moe(moe) => {
+            let of = |width: &usize| moe.biases.parameters(config.hidden_size, *width) as u64;
+            Some(moe.widths.iter().map(of).sum::<u64>())
+        }
+        Ffn::Dense { .. } => None,
     });
     experts.sum()
 }
@@ -136,10 +139,9 @@ fn biases(config: &ModelConfig) -> u64 {
 fn inactive(config: &ModelConfig) -> u64 {
     let per_layer = config.layers.iter().filter_map(|layer| match &layer.ffn {
         Ffn::Moe(moe) => {
-            let bias = if moe.bias { 2 } else { 0 };
-            let units: usize = moe.widths.iter().sum();
-            let fixed = if moe.bias { moe.num_experts() * config.hidden_size } else { 0 };
-            let all = (units * (3 * config.hidden_size + bias) + fixed) as u64;
+            let hidden = config.hidden_size;
+            let of = |width: &usize| (3 * hidden * width + moe.biases.parameters(hidden, *width)) as u64;
+            let all: u64 = moe.widths.iter().map(of).sum();
             Some(all - all * config.routing.top_k as u64 / moe.num_experts() as u64)
         }
         Ffn::Dense { .. } => None,

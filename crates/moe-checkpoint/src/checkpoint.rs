@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::config::ModelConfig;
 use crate::convert;
 use crate::expert_bytes::{ExpertBytes, ExpertWeights, RawMatrix};
-use crate::experts::{ExpertLayout, ExpertPart, ExpertTensor, MXFP4_BLOCK, Placement};
+use crate::experts::{ExpertBiases, ExpertLayout, ExpertPart, ExpertTensor, MXFP4_BLOCK, Placement};
 use crate::family::{Family, Role, family};
 use crate::fingerprint;
 use crate::index::read_json;
@@ -180,8 +180,8 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
     pub fn expert_dtype(&self, layer: usize, expert: usize, part: ExpertPart) -> Result<Option<Dtype>> {
-        let (layout, bias) = self.located_layer(layer, expert)?;
-        if !bias && ExpertPart::BIASES.contains(&part) {
+        let (layout, biases) = self.located_layer(layer, expert)?;
+        if !biases.has(part) {
             return Ok(None);
         }
         let (info, _) = self.place(layer, expert, part)?;
@@ -195,7 +195,7 @@ impl Checkpoint {
     /// [`Error::UnknownLayer`].
     pub fn expert_bytes_on_disk(&self, layer: usize) -> Result<u64> {
         let moe = self.config.moe(layer).ok_or_else(|| self.unknown_layer(layer))?;
-        let tensors = self.expert_layout(layer)?.tensors(self.config.hidden_size, &moe.widths, moe.bias);
+        let tensors = self.expert_layout(layer)?.tensors(self.config.hidden_size, &moe.widths, moe.biases);
         let mut bytes = 0;
         for tensor in tensors.into_iter().flatten() {
             let info = self.info(&self.family.expert_tensor_name(layer, tensor.tensor))?;
@@ -354,13 +354,16 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
     pub fn expert_into(&self, layer: usize, expert: usize, weights: &mut ExpertWeights) -> Result<()> {
-        let bias = self.located_layer(layer, expert)?.1;
-        if !bias {
-            (weights.gate_bias, weights.up_bias, weights.down_bias) = (None, None, None);
+        let biases = self.located_layer(layer, expert)?.1;
+        if !biases.has(ExpertPart::GateBias) {
+            (weights.gate_bias, weights.up_bias) = (None, None);
         }
-        for part in parts(bias) {
-            let (info, place) = self.place(layer, expert, *part)?;
-            let buffer = weights.buffer(*part);
+        if !biases.has(ExpertPart::DownBias) {
+            weights.down_bias = None;
+        }
+        for part in parts(biases) {
+            let (info, place) = self.place(layer, expert, part)?;
+            let buffer = weights.buffer(part);
             if place.is_contiguous() && convert::float_bytes(info.dtype).is_some() {
                 self.read_part_into(info, place.range(), buffer)?;
             } else {
@@ -382,15 +385,16 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
     pub fn expert_bytes(&self, layer: usize, expert: usize) -> Result<ExpertBytes<'_>> {
-        let bias = self.located_layer(layer, expert)?.1;
+        let biases = self.located_layer(layer, expert)?.1;
         let read = |part: ExpertPart| {
             let (info, place) = self.place(layer, expert, part)?;
             self.matrix(info, &place)
         };
-        let three = |[a, b, c]: [ExpertPart; 3]| Ok([read(a)?, read(b)?, read(c)?]);
-        let [gate, up, down] = three(ExpertPart::ALL)?;
-        let biases = bias.then(|| three(ExpertPart::BIASES)).transpose()?;
-        Ok(ExpertBytes { gate, up, down, biases })
+        let bias = |part: ExpertPart| biases.has(part).then(|| read(part)).transpose();
+        let gate_up_bias = bias(ExpertPart::GateBias)?.zip(bias(ExpertPart::UpBias)?).map(<[_; 2]>::from);
+        let down_bias = bias(ExpertPart::DownBias)?;
+        let [gate, up, down] = ExpertPart::ALL;
+        Ok(ExpertBytes { gate: read(gate)?, up: read(up)?, down: read(down)?, gate_up_bias, down_bias })
     }
 
     /// One part of a routed expert, like [`Checkpoint::expert_bytes`]; `None` for a bias that it does not have.
@@ -398,7 +402,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
     pub fn expert_part(&self, layer: usize, expert: usize, part: ExpertPart) -> Result<Option<RawMatrix<'_>>> {
-        if !self.located_layer(layer, expert)?.1 && ExpertPart::BIASES.contains(&part) {
+        if !self.located_layer(layer, expert)?.1.has(part) {
             return Ok(None);
         }
         let (info, place) = self.place(layer, expert, part)?;
@@ -411,7 +415,7 @@ impl Checkpoint {
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
     pub fn release_expert(&self, layer: usize, expert: usize) -> Result<()> {
         for part in parts(self.located_layer(layer, expert)?.1) {
-            let (info, place) = self.place(layer, expert, *part)?;
+            let (info, place) = self.place(layer, expert, part)?;
             self.release_place(info, &place);
         }
         Ok(())
@@ -422,13 +426,13 @@ impl Checkpoint {
         self.family.expert_tensor_name(layer, tensor)
     }
 
-    /// Layout of the layer of an expert, and whether its experts have biases.
-    fn located_layer(&self, layer: usize, expert: usize) -> Result<(ExpertLayout, bool)> {
+    /// Layout of the layer of an expert, and the biases of its experts.
+    fn located_layer(&self, layer: usize, expert: usize) -> Result<(ExpertLayout, ExpertBiases)> {
         let moe = self.config.moe(layer).ok_or_else(|| self.unknown_layer(layer))?;
         if expert >= moe.num_experts() {
             return Err(Error::UnknownExpert { layer, expert, count: moe.num_experts() });
         }
-        Ok((self.expert_layout(layer)?, moe.bias))
+        Ok((self.expert_layout(layer)?, moe.biases))
     }
 
     /// Where a part of an expert is.
@@ -544,14 +548,6 @@ impl Checkpoint {
 }
 
 /// The parts that an expert has.
-fn parts(bias: bool) -> &'static [ExpertPart] {
-    const ALL: [ExpertPart; 6] = [
-        ExpertPart::Gate,
-        ExpertPart::Up,
-        ExpertPart::Down,
-        ExpertPart::GateBias,
-        ExpertPart::UpBias,
-        ExpertPart::DownBias,
-    ];
-    if bias { &ALL } else { &ALL[..3] }
+fn parts(biases: ExpertBiases) -> impl Iterator<Item = ExpertPart> {
+    ExpertPart::ALL.into_iter().chain(ExpertPart::BIASES).filter(move |part| biases.has(*part))
 }

@@ -6,6 +6,7 @@
 use serde_json::Value;
 
 use crate::Result;
+use crate::experts::ExpertBiases;
 use crate::family::family_of;
 use crate::quantised::Quantisation;
 use crate::ragged::Ragged;
@@ -307,8 +308,8 @@ pub enum Ffn {
 pub struct MoeConfig {
     /// Intermediate width of every routed expert, `[E]`. Widths differ in a ragged checkpoint only.
     pub widths: Vec<usize>,
-    /// Whether gate, up and down of every routed expert have a bias.
-    pub bias: bool,
+    /// Biases of every routed expert.
+    pub biases: ExpertBiases,
     /// Expert that every token goes through.
     pub shared: Option<SharedExpert>,
 }

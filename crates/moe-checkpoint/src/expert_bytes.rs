@@ -16,11 +16,11 @@ pub struct ExpertWeights {
     pub up: Vec<f32>,
     /// Down projection `[hidden, width]`.
     pub down: Vec<f32>,
-    /// Bias of the gate projection `[width]`; the three biases are all there or none.
+    /// Bias of the gate projection `[width]`; there together with that of up, and with that of down.
     pub gate_bias: Option<Vec<f32>>,
     /// Bias of the up projection `[width]`.
     pub up_bias: Option<Vec<f32>>,
-    /// Bias of the down projection `[hidden]`.
+    /// Bias of the down projection `[hidden]`; may be there alone.
     pub down_bias: Option<Vec<f32>>,
     /// Intermediate width `I`: the number of units.
     pub width: usize,
@@ -85,26 +85,29 @@ pub struct ExpertBytes<'a> {
     pub up: RawMatrix<'a>,
     /// Down projection `[H, I]`.
     pub down: RawMatrix<'a>,
-    /// Biases of gate `[I, 1]`, up `[I, 1]` and down `[H, 1]`, if the experts have them.
-    pub biases: Option<[RawMatrix<'a>; 3]>,
+    /// Biases of gate `[I, 1]` and up `[I, 1]`, if the experts have them.
+    pub gate_up_bias: Option<[RawMatrix<'a>; 2]>,
+    /// Bias of down `[H, 1]`, if the experts have one.
+    pub down_bias: Option<RawMatrix<'a>>,
 }
 
 impl<'a> ExpertBytes<'a> {
     /// One part; `None` for a bias that does not exist.
     pub fn part(&self, part: ExpertPart) -> Option<&RawMatrix<'a>> {
-        let bias = |index: usize| self.biases.as_ref().map(|biases| &biases[index]);
+        let bias = |index: usize| self.gate_up_bias.as_ref().map(|biases| &biases[index]);
         match part {
             ExpertPart::Gate => Some(&self.gate),
             ExpertPart::Up => Some(&self.up),
             ExpertPart::Down => Some(&self.down),
             ExpertPart::GateBias => bias(0),
             ExpertPart::UpBias => bias(1),
-            ExpertPart::DownBias => bias(2),
+            ExpertPart::DownBias => self.down_bias.as_ref(),
         }
     }
 
     /// All parts.
     pub fn parts(&self) -> impl Iterator<Item = &RawMatrix<'a>> {
-        [&self.gate, &self.up, &self.down].into_iter().chain(self.biases.iter().flatten())
+        let matrices = [&self.gate, &self.up, &self.down].into_iter();
+        matrices.chain(self.gate_up_bias.iter().flatten()).chain(&self.down_bias)
     }
 }

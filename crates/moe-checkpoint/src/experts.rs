@@ -75,6 +75,34 @@ impl ExpertPart {
     }
 }
 
+/// Which biases routed experts have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ExpertBiases {
+    /// None.
+    #[default]
+    None,
+    /// One on the output: what a repair adds in a ragged checkpoint.
+    Down,
+    /// Gate, up and down have one: gpt-oss.
+    All,
+}
+
+impl ExpertBiases {
+    /// Whether there is this bias; true for parts that are none.
+    pub fn has(self, part: ExpertPart) -> bool {
+        match part {
+            ExpertPart::Gate | ExpertPart::Up | ExpertPart::Down => true,
+            ExpertPart::GateBias | ExpertPart::UpBias => self == Self::All,
+            ExpertPart::DownBias => self != Self::None,
+        }
+    }
+
+    /// Parameters that the biases of one expert of this width have.
+    pub fn parameters(self, hidden_size: usize, width: usize) -> usize {
+        ExpertPart::BIASES.into_iter().filter(|part| self.has(*part)).map(|part| part.dims(hidden_size, width).0).sum()
+    }
+}
+
 /// What a contiguous run of one expert's elements in a tensor holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -152,7 +180,7 @@ pub enum ExpertLayout {
     /// Blocks of 32 FP4 elements with one exponent each (MXFP4), and biases: gpt-oss as released. Read only; what is read
     /// is BF16.
     Mxfp4,
-    /// Two tensors per layer with experts of any width, and two of biases if the experts have them
+    /// Two tensors per layer with experts of any width, and one or two of biases if the experts have them
     /// (`docs/ragged-format.md`).
     Ragged,
 }
@@ -215,8 +243,13 @@ impl ExpertLayout {
     }
 
     /// The tensors of a layer with experts of these widths, or `None` where the layout cannot hold them: unequal widths
-    /// in a layout of one width, biases or none where the layout has it otherwise, or sizes that cannot be counted.
-    pub fn tensors(self, hidden_size: usize, widths: &[usize], bias: bool) -> Option<Vec<ExpertTensorLayout>> {
+    /// in a layout of one width, other biases than the layout has, or sizes that cannot be counted.
+    pub fn tensors(
+        self,
+        hidden_size: usize,
+        widths: &[usize],
+        biases: ExpertBiases,
+    ) -> Option<Vec<ExpertTensorLayout>> {
         use ExpertPart::{Down, DownBias, Gate, GateBias, Up, UpBias};
         let experts = widths.len();
         let each = |blocks: &[ExpertBlock]| {
@@ -226,8 +259,8 @@ impl ExpertLayout {
         let tensor = |tensor, shape, blocks| ExpertTensorLayout { tensor, shape, blocks };
         let uniform = || widths.first().copied().filter(|width| widths.iter().all(|other| other == width));
         match self {
-            Self::PerExpert | Self::Fused if bias => None,
-            Self::Interleaved | Self::Mxfp4 if !bias => None,
+            Self::PerExpert | Self::Fused if biases != ExpertBiases::None => None,
+            Self::Interleaved | Self::Mxfp4 if biases != ExpertBiases::All => None,
             Self::PerExpert => {
                 let parts = widths.iter().enumerate().flat_map(|(e, width)| {
                     [
@@ -291,12 +324,14 @@ impl ExpertLayout {
                     tensor(ExpertTensor::RaggedGateUp, vec![rows, hidden_size], each(&[part(Gate), part(Up)])),
                     tensor(ExpertTensor::RaggedDown, vec![flat], each(&[part(Down)])),
                 ];
-                if bias {
+                if biases.has(GateBias) {
                     tensors.push(tensor(
                         ExpertTensor::RaggedGateUpBias,
                         vec![rows],
                         each(&[part(GateBias), part(UpBias)]),
                     ));
+                }
+                if biases.has(DownBias) {
                     tensors.push(tensor(
                         ExpertTensor::RaggedDownBias,
                         vec![experts, hidden_size],
@@ -357,14 +392,16 @@ mod tests {
     #[test]
     fn blocks_tile_every_tensor_and_placements_cover_them() {
         let hidden = 3;
-        for (layout, widths, bias) in [
-            (ExpertLayout::PerExpert, vec![2, 0, 5], false),
-            (ExpertLayout::Fused, vec![4, 4], false),
-            (ExpertLayout::Interleaved, vec![4, 4], true),
-            (ExpertLayout::Ragged, vec![2, 0, 5, 1], false),
-            (ExpertLayout::Ragged, vec![2, 0, 5, 1], true),
+        for (layout, widths, biases) in [
+            (ExpertLayout::PerExpert, vec![2, 0, 5], ExpertBiases::None),
+            (ExpertLayout::Fused, vec![4, 4], ExpertBiases::None),
+            (ExpertLayout::Interleaved, vec![4, 4], ExpertBiases::All),
+            (ExpertLayout::Ragged, vec![2, 0, 5, 1], ExpertBiases::None),
+            (ExpertLayout::Ragged, vec![2, 0, 5, 1], ExpertBiases::Down),
+            (ExpertLayout::Ragged, vec![0, 0], ExpertBiases::Down),
+            (ExpertLayout::Ragged, vec![2, 0, 5, 1], ExpertBiases::All),
         ] {
-            for tensor in layout.tensors(hidden, &widths, bias).unwrap() {
+            for tensor in layout.tensors(hidden, &widths, biases).unwrap() {
                 let elements = tensor.shape.iter().product::<usize>();
                 let mut seen = vec![0; elements];
                 let mut end = 0;
@@ -388,10 +425,16 @@ mod tests {
                 assert_eq!(seen, vec![1; elements], "{layout:?} {:?}", tensor.tensor);
             }
         }
-        assert_eq!(ExpertLayout::Fused.tensors(hidden, &[1, 2], false), None);
-        assert_eq!(ExpertLayout::Fused.tensors(hidden, &[2, 2], true), None);
-        assert_eq!(ExpertLayout::Interleaved.tensors(hidden, &[2, 2], false), None);
-        assert_eq!(ExpertLayout::Mxfp4.tensors(hidden, &[32, 32], true), None);
-        assert_eq!(ExpertLayout::Ragged.tensors(hidden, &[usize::MAX, 2], false), None);
+        assert_eq!(ExpertLayout::Fused.tensors(hidden, &[1, 2], ExpertBiases::None), None);
+        for (layout, biases) in [
+            (ExpertLayout::Fused, ExpertBiases::All),
+            (ExpertLayout::PerExpert, ExpertBiases::Down),
+            (ExpertLayout::Interleaved, ExpertBiases::None),
+            (ExpertLayout::Interleaved, ExpertBiases::Down),
+        ] {
+            assert_eq!(layout.tensors(hidden, &[2, 2], biases), None);
+        }
+        assert_eq!(ExpertLayout::Mxfp4.tensors(hidden, &[32, 32], ExpertBiases::All), None);
+        assert_eq!(ExpertLayout::Ragged.tensors(hidden, &[usize::MAX, 2], ExpertBiases::None), None);
     }
 }

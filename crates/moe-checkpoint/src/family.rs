@@ -150,6 +150,11 @@ pub trait Family: Send + Sync {
     /// Config keys of the number of routed experts. A config has one of them, or several that agree.
     fn expert_count_keys(&self) -> &'static [&'static str];
 
+    /// Config keys of the number of experts per token. A config has the first of them, and maybe others that agree.
+    fn top_k_keys(&self) -> &'static [&'static str] {
+        &["num_experts_per_tok"]
+    }
+
     /// Config keys that give the size of a tensor, for error messages.
     fn size_keys(&self, role: Role) -> &'static str;
 }

@@ -63,7 +63,7 @@ pub use config::{
 pub use convert::encode;
 pub use error::{Error, Result};
 pub use expert_bytes::{ExpertBytes, ExpertWeights, RawMatrix};
-pub use experts::{ExpertBlock, ExpertLayout, ExpertPart, ExpertTensor, ExpertTensorLayout, Placement};
+pub use experts::{ExpertBiases, ExpertBlock, ExpertLayout, ExpertPart, ExpertTensor, ExpertTensorLayout, Placement};
 pub use family::{Family, LayerRole, Role, families, family, family_of};
 pub use output_dir::{Existing, OutputDir};
 pub use provenance::Provenance;

@@ -1,10 +1,11 @@
 //! The config of a ragged checkpoint, whose experts differ in width: `docs/ragged-format.md`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value, json};
 
 use crate::config::{Ffn, ModelConfig};
+use crate::experts::ExpertBiases;
 use crate::families::MAX_SIZE;
 use crate::family::{CONFIG, family_of};
 use crate::json::Fields;
@@ -14,8 +15,12 @@ use crate::{Error, Result};
 const SUFFIX: &str = "_ragged";
 /// Key of the object with what was there before and the widths.
 const KEY: &str = "moe_ragged";
-/// Version of that object.
-const VERSION: usize = 1;
+/// Newest version of that object that is read.
+const VERSION: usize = 2;
+/// Oldest version that says the same where no layer has biases of down alone: what is written then.
+const WITHOUT_BIASES: usize = 1;
+/// Key of the layers whose experts have a bias of down alone, since version 2.
+const BIASES: &str = "down_bias_layers";
 
 /// What a ragged config says beyond the original one.
 pub(crate) struct Ragged {
@@ -23,6 +28,8 @@ pub(crate) struct Ragged {
     pub original: Value,
     /// Width of every routed expert, by decoder layer.
     widths: BTreeMap<usize, Vec<usize>>,
+    /// Decoder layers whose experts have a bias of down alone.
+    down_bias: BTreeSet<usize>,
 }
 
 impl Ragged {
@@ -38,9 +45,15 @@ impl Ragged {
             }
             (Some(ragged), Some(original_type)) => (ragged, original_type),
         };
-        if ragged.required_integer("version", 1, usize::MAX)? != VERSION {
-            return Err(ragged.invalid("version", format!("{VERSION}, the version this crate reads")));
+        let version = ragged.required_integer("version", 1, usize::MAX)?;
+        if version > VERSION {
+            return Err(ragged.invalid("version", format!("1 to {VERSION}, the versions this crate reads")));
         }
+        let biased = ragged.integers(BIASES, 0, MAX_SIZE)?;
+        if version == WITHOUT_BIASES && biased.is_some() {
+            return Err(ragged.invalid(BIASES, "no such field in version 1"));
+        }
+        let down_bias = biased.into_iter().flatten().collect();
         if ragged.string("model_type")? != Some(original_type) {
             return Err(
                 ragged.invalid("model_type", format!("\"{original_type}\", as in `model_type` less `{SUFFIX}`"))
@@ -65,7 +78,7 @@ impl Ragged {
             }
             map.shift_remove(KEY);
         }
-        Ok(Some(Self { original, widths }))
+        Ok(Some(Self { original, widths, down_bias }))
     }
 
     /// Puts the widths into the parsed original config.
@@ -96,6 +109,25 @@ impl Ragged {
                 });
             }
             moe.widths = widths;
+            if self.down_bias.remove(&layer) {
+                if moe.biases != ExpertBiases::None {
+                    return Err(Error::InvalidField {
+                        file: CONFIG.to_string(),
+                        field: format!("{KEY}.{BIASES}"),
+                        found: format!("layer {layer}"),
+                        expected: "layers of a model whose experts have no biases of their own".to_string(),
+                    });
+                }
+                moe.biases = ExpertBiases::Down;
+            }
+        }
+        if let Some(layer) = self.down_bias.first() {
+            return Err(Error::InvalidField {
+                file: CONFIG.to_string(),
+                field: format!("{KEY}.{BIASES}"),
+                found: format!("layer {layer}"),
+                expected: "MoE layers only".to_string(),
+            });
         }
         match self.widths.pop_first() {
             None => Ok(()),
@@ -110,12 +142,17 @@ impl Ragged {
 }
 
 /// The config of a ragged checkpoint with these expert widths per decoder layer, made from the config of a stock model or
-/// of another ragged checkpoint. All other keys stay as they are.
+/// of another ragged checkpoint. Experts of the layers in `down_bias` have a bias of down and no other, in a model whose
+/// experts have none of their own. All other keys stay as they are.
 ///
 /// # Errors
 /// Those of [`ModelConfig::from_json`] for `config`, and the same for the result: widths for every MoE layer and for no
 /// other, at least `top_k` experts each.
-pub fn ragged_config(config: &Value, widths: &BTreeMap<usize, Vec<usize>>) -> Result<Value> {
+pub fn ragged_config(
+    config: &Value,
+    widths: &BTreeMap<usize, Vec<usize>>,
+    down_bias: &BTreeSet<usize>,
+) -> Result<Value> {
     let mut result = match Ragged::read(config)? {
         Some(ragged) => ragged.original,
         None => config.clone(),
@@ -134,9 +171,13 @@ pub fn ragged_config(config: &Value, widths: &BTreeMap<usize, Vec<usize>>) -> Re
     if let Value::Object(map) = &mut result {
         map.insert("model_type".to_string(), Value::String(format!("{model_type}{SUFFIX}")));
         map.insert("architectures".to_string(), Value::Array(renamed));
-        let ragged = json!({
-            "version": VERSION, "model_type": model_type, "architectures": architectures, "expert_widths": expert_widths,
+        let version = if down_bias.is_empty() { WITHOUT_BIASES } else { VERSION };
+        let mut ragged = json!({
+            "version": version, "model_type": model_type, "architectures": architectures, "expert_widths": expert_widths,
         });
+        if !down_bias.is_empty() {
+            ragged[BIASES] = json!(down_bias);
+        }
         map.insert(KEY.to_string(), ragged);
     }
     ModelConfig::from_json(&result, None)?;
@@ -144,7 +185,7 @@ pub fn ragged_config(config: &Value, widths: &BTreeMap<usize, Vec<usize>>) -> Re
 }
 
 /// What a stock config says about routed experts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct UniformShape {
     /// Width of every routed expert.
     pub width: usize,
@@ -152,6 +193,10 @@ pub struct UniformShape {
     pub experts: Option<usize>,
     /// Shared experts in families that count them in widths of a routed one; `None` leaves the config's.
     pub shared_experts: Option<usize>,
+    /// Routed experts per token; `None` leaves the config's.
+    pub top_k: Option<usize>,
+    /// Number of groups of experts, and of those selected; `None` leaves the config's.
+    pub groups: Option<(usize, usize)>,
 }
 
 /// The config of a stock model whose routed experts all have this width, made from the config of a stock model or of a
@@ -160,10 +205,10 @@ pub struct UniformShape {
 /// # Errors
 /// Those of [`ModelConfig::from_json`] for `config` and for the result.
 pub fn uniform_config(config: &Value, width: usize) -> Result<Value> {
-    uniform_shape_config(config, UniformShape { width, experts: None, shared_experts: None })
+    uniform_shape_config(config, UniformShape { width, ..UniformShape::default() })
 }
 
-/// Like [`uniform_config`], with another number of experts.
+/// Like [`uniform_config`], with another number of experts, of experts per token and of groups.
 ///
 /// # Errors
 /// Those of [`ModelConfig::from_json`] for `config` and for the result, e.g. fewer experts than `num_experts_per_tok`.
@@ -179,11 +224,15 @@ pub fn uniform_shape_config(config: &Value, shape: UniformShape) -> Result<Value
     };
     if let Some(Value::Object(map)) = text {
         map.insert(family.width_key().to_string(), json!(shape.width));
-        if let Some(experts) = shape.experts {
-            // Every key that is there: they must agree.
-            for key in family.expert_count_keys().iter().filter(|key| map.contains_key(**key)).collect::<Vec<_>>() {
-                map.insert(key.to_string(), json!(experts));
+        // Every key that is there: they must agree.
+        for (keys, value) in [(family.expert_count_keys(), shape.experts), (family.top_k_keys(), shape.top_k)] {
+            for key in keys.iter().filter(|key| value.is_some() && map.contains_key(**key)).collect::<Vec<_>>() {
+                map.insert(key.to_string(), json!(value));
             }
+        }
+        if let Some((count, top)) = shape.groups {
+            map.insert("n_group".to_string(), json!(count));
+            map.insert("topk_group".to_string(), json!(top));
         }
         if let (Some(key), Some(count)) = (family.shared_count_key(), shape.shared_experts) {
             map.insert(key.to_string(), json!(count));
@@ -223,7 +272,7 @@ mod tests {
     #[test]
     fn a_ragged_config_reads_back_and_keeps_unknown_keys() {
         let widths = BTreeMap::from([(1, vec![4, 0, 2])]);
-        let ragged = ragged_config(&stock(), &widths).unwrap();
+        let ragged = ragged_config(&stock(), &widths, &BTreeSet::new()).unwrap();
         assert_eq!(ragged["model_type"], "qwen3_moe_ragged");
         assert_eq!(ragged["architectures"], json!(["Qwen3MoeRaggedForCausalLM"]));
         assert_eq!(ragged["my_key"], json!({"kept": true}));
@@ -231,7 +280,7 @@ mod tests {
         assert_eq!(config.moe(1).unwrap().widths, [4, 0, 2]);
         assert_eq!(config.model_type, "qwen3_moe");
         // Again from the ragged one, and back to a stock one.
-        assert_eq!(ragged_config(&ragged, &widths).unwrap(), ragged);
+        assert_eq!(ragged_config(&ragged, &widths, &BTreeSet::new()).unwrap(), ragged);
         let uniform = uniform_config(&ragged, 2).unwrap();
         assert_eq!((&uniform["moe_intermediate_size"], &uniform["model_type"]), (&json!(2), &json!("qwen3_moe")));
         assert_eq!(uniform["architectures"], stock()["architectures"]);
@@ -240,11 +289,11 @@ mod tests {
     #[test]
     fn contradictions_are_named() {
         let message = |edit: &dyn Fn(&mut Value)| {
-            let mut config = ragged_config(&stock(), &BTreeMap::from([(1, vec![4, 0, 2])])).unwrap();
+            let mut config = ragged_config(&stock(), &BTreeMap::from([(1, vec![4, 0, 2])]), &BTreeSet::new()).unwrap();
             edit(&mut config);
             ModelConfig::from_json(&config, None).unwrap_err().to_string()
         };
-        assert!(message(&|c| c["moe_ragged"]["version"] = json!(2)).contains("moe_ragged.version"));
+        assert!(message(&|c| c["moe_ragged"]["version"] = json!(3)).contains("moe_ragged.version"));
         assert!(message(&|c| c["moe_ragged"]["model_type"] = json!("x")).contains("moe_ragged.model_type"));
         assert!(message(&|c| c["model_type"] = json!("qwen3_moe")).contains("`moe_ragged`"));
         assert!(message(&|c| c["moe_ragged"] = Value::Null).contains("`moe_ragged` is missing"));
@@ -254,5 +303,27 @@ mod tests {
         assert!(widths(json!({"1": [1]})).contains("num_experts_per_tok"));
         assert!(widths(json!({"01": [1, 2]})).contains("decoder layer indices"));
         assert!(widths(json!({"1": [1, -2]})).contains("list of integers"));
+        let biases = |version: u64, layers: Value| {
+            message(&move |c| {
+                c["moe_ragged"]["version"] = json!(version);
+                c["moe_ragged"]["down_bias_layers"] = layers.clone();
+            })
+        };
+        assert!(biases(1, json!([1])).contains("no such field in version 1"));
+        assert!(biases(2, json!([0])).contains("MoE layers only"));
+        assert!(biases(2, json!([-1])).contains("list of integers"));
+    }
+
+    #[test]
+    fn biases_of_down_need_version_2() {
+        let widths = BTreeMap::from([(1, vec![4, 0, 2])]);
+        let plain = ragged_config(&stock(), &widths, &BTreeSet::new()).unwrap();
+        assert_eq!(plain["moe_ragged"]["version"], 1);
+        let biased = ragged_config(&stock(), &widths, &BTreeSet::from([1])).unwrap();
+        assert_eq!(biased["moe_ragged"]["version"], 2);
+        assert_eq!(biased["moe_ragged"]["down_bias_layers"], json!([1]));
+        let config = ModelConfig::from_json(&biased, None).unwrap();
+        assert_eq!(config.moe(1).unwrap().biases, ExpertBiases::Down);
+        assert!(ragged_config(&stock(), &widths, &BTreeSet::from([0])).is_err());
     }
 }

@@ -285,7 +285,7 @@ impl Weights<'_> {
         };
         let fields = format!("{width}, the number of experts and `hidden_size`");
         let tensors =
-            layout.tensors(self.config.hidden_size, &moe.widths, moe.bias).ok_or_else(|| Error::ExpertLayout {
+            layout.tensors(self.config.hidden_size, &moe.widths, moe.biases).ok_or_else(|| Error::ExpertLayout {
                 dir: self.dir.to_path_buf(),
                 layer,
                 found: format!("the layout {layout:?}"),

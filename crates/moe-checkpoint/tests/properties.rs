@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{Model, Tensor, fixture};
 use moe_checkpoint::{
-    Checkpoint, Dtype, ExpertLayout, ExpertPart, ExpertTensor, ModelConfig, Role, families, ragged_config,
+    Checkpoint, Dtype, ExpertBiases, ExpertLayout, ExpertPart, ExpertTensor, ModelConfig, Role, families, ragged_config,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -126,14 +126,15 @@ fn subjects() -> &'static [Subject] {
         let mut fused = load("tf5/qwen2_moe_mixed");
         fused.fuse();
         subjects.push(Subject::new("fused", fused));
-        subjects.push(Subject::new("ragged", ragged("tf5/qwen2_moe_mixed")));
-        subjects.push(Subject::new("ragged with biases", ragged("tf5/gpt_oss_bf16")));
+        subjects.push(Subject::new("ragged", ragged("tf5/qwen2_moe_mixed", &[])));
+        subjects.push(Subject::new("ragged with a bias of down", ragged("tf5/qwen2_moe_mixed", &[1])));
+        subjects.push(Subject::new("ragged with biases", ragged("tf5/gpt_oss_bf16", &[])));
         subjects
     })
 }
 
-/// A ragged copy whose experts keep fewer units, the later the fewer.
-fn ragged(name: &str) -> Model {
+/// A ragged copy whose experts keep fewer units, the later the fewer. Those of the layers `down_bias` get a bias of down.
+fn ragged(name: &str, down_bias: &[usize]) -> Model {
     let checkpoint = Checkpoint::open(fixture(name)).unwrap();
     let mut model = Model::load(&fixture(name));
     model.tensors.retain(|name, _| !name.contains(".experts."));
@@ -160,6 +161,9 @@ fn ragged(name: &str) -> Model {
                     }
                 }
             }
+            if tensor == ExpertTensor::RaggedDownBias && down_bias.contains(&layer.layer) {
+                values = vec![0.5; kept.len() * hidden];
+            }
             if values.is_empty() {
                 continue;
             }
@@ -171,7 +175,7 @@ fn ragged(name: &str) -> Model {
         }
         widths.insert(layer.layer, kept);
     }
-    model.config = ragged_config(&model.config, &widths).unwrap();
+    model.config = ragged_config(&model.config, &widths, &down_bias.iter().copied().collect()).unwrap();
     model
 }
 
@@ -389,19 +393,21 @@ fn unmutated_models_of_every_family_and_layout_are_exercised_wholly() {
             subject.with_weights(&subject.weights).unwrap_or_else(|error| panic!("{}: {error}", subject.name));
         seen.insert(checkpoint.config().model_type.clone());
         for layer in &checkpoint.shape().layers {
-            let bias = checkpoint.config().moe(layer.layer).unwrap().bias;
-            layouts.insert((checkpoint.expert_layout(layer.layer).unwrap(), bias, checkpoint.quantisation().is_some()));
+            let biases = checkpoint.config().moe(layer.layer).unwrap().biases;
+            let layout = checkpoint.expert_layout(layer.layer).unwrap();
+            layouts.insert((layout, biases, checkpoint.quantisation().is_some()));
         }
     }
     assert!(families().iter().all(|family| seen.contains(family.model_type())), "{seen:?}");
     let expected = [
-        (ExpertLayout::PerExpert, false, false),
-        (ExpertLayout::PerExpert, false, true),
-        (ExpertLayout::Fused, false, false),
-        (ExpertLayout::Interleaved, true, false),
-        (ExpertLayout::Mxfp4, true, true),
-        (ExpertLayout::Ragged, false, false),
-        (ExpertLayout::Ragged, true, false),
+        (ExpertLayout::PerExpert, ExpertBiases::None, false),
+        (ExpertLayout::PerExpert, ExpertBiases::None, true),
+        (ExpertLayout::Fused, ExpertBiases::None, false),
+        (ExpertLayout::Interleaved, ExpertBiases::All, false),
+        (ExpertLayout::Mxfp4, ExpertBiases::All, true),
+        (ExpertLayout::Ragged, ExpertBiases::None, false),
+        (ExpertLayout::Ragged, ExpertBiases::Down, false),
+        (ExpertLayout::Ragged, ExpertBiases::All, false),
     ];
     assert_eq!(layouts, BTreeSet::from(expected));
 }

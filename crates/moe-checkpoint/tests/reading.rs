@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use common::{Model, Tensor, assert_parts, fixture, fixtures, message};
 use moe_checkpoint::{
@@ -145,7 +145,7 @@ fn ragged(name: &str, widths: &[usize]) -> (Model, Model) {
             .insert(format!("{prefix}.ragged_down"), Tensor { dtype, shape: vec![hidden * units], bytes: down });
         by_layer.insert(layer, widths.to_vec());
     }
-    model.config = ragged_config(&model.config, &by_layer).unwrap();
+    model.config = ragged_config(&model.config, &by_layer, &BTreeSet::new()).unwrap();
     (original, model)
 }
 

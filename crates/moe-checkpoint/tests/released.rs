@@ -6,8 +6,8 @@ use std::io::Write;
 use std::path::Path;
 
 use moe_checkpoint::{
-    AttentionKind, Checkpoint, Dtype, ExpertLayout, LatentAttention, ModelConfig, Quantisation, Routing, RoutingKind,
-    SharedExpert,
+    AttentionKind, Checkpoint, Dtype, ExpertBiases, ExpertLayout, LatentAttention, ModelConfig, Quantisation, Routing,
+    RoutingKind, SharedExpert,
 };
 use serde_json::{Map, Value, json};
 
@@ -65,7 +65,7 @@ fn kimi_k2_is_deepseek_v3_with_one_group() {
     assert_eq!(config.routing, Routing { top_k: 8, kind, scale: 2.827, bias: false });
     assert!(config.moe(0).is_none());
     let moe = config.moe(60).unwrap();
-    assert_eq!((&moe.widths, moe.bias), (&vec![2048; 384], false));
+    assert_eq!((&moe.widths, moe.biases), (&vec![2048; 384], ExpertBiases::None));
     assert_eq!(moe.shared, Some(SharedExpert { intermediate_size: 2048, gated: false }));
     assert_eq!((latent(&config).q_lora_rank, latent(&config).kv_lora_rank), (Some(1536), 512));
     // (0.1 ln 32 + 1)^2 / sqrt(192)

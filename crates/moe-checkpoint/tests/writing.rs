@@ -2,14 +2,14 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
 use common::{assert_parts, fixture, fixtures, message};
 use moe_checkpoint::{
-    Checkpoint, Dtype, Error, Existing, OutputDir, ShardedWriter, TensorSpec, WriterOptions, copy_side_files,
-    ragged_config, write_json,
+    Checkpoint, Dtype, Error, Existing, ExpertBiases, OutputDir, ShardedWriter, TensorSpec, WriterOptions,
+    copy_side_files, ragged_config, write_json,
 };
 
 fn specs(checkpoint: &Checkpoint) -> Vec<TensorSpec> {
@@ -214,7 +214,7 @@ fn a_ragged_export_of_whole_experts_reads_back_bit_for_bit() {
     let mut widths = BTreeMap::new();
     for layer in &from.shape().layers {
         widths.insert(layer.layer, layer.widths.clone());
-        for tensor in layout.tensors(hidden, &layer.widths, false).unwrap() {
+        for tensor in layout.tensors(hidden, &layer.widths, ExpertBiases::None).unwrap() {
             let name = from.expert_tensor_name(layer.layer, tensor.tensor);
             specs.push(TensorSpec { name, dtype: Dtype::BF16, shape: tensor.shape });
         }
@@ -223,7 +223,7 @@ fn a_ragged_export_of_whole_experts_reads_back_bit_for_bit() {
     let mut writer = ShardedWriter::new(out.path(), options(20_000), specs).unwrap();
     outside.iter().for_each(|name| writer.copy(&from, name).unwrap());
     for layer in &from.shape().layers {
-        for tensor in layout.tensors(hidden, &layer.widths, false).unwrap() {
+        for tensor in layout.tensors(hidden, &layer.widths, ExpertBiases::None).unwrap() {
             let name = from.expert_tensor_name(layer.layer, tensor.tensor);
             for (expert, block) in tensor.blocks {
                 let bytes = from.expert_bytes(layer.layer, expert).unwrap();
@@ -232,7 +232,8 @@ fn a_ragged_export_of_whole_experts_reads_back_bit_for_bit() {
         }
     }
     writer.finish().unwrap();
-    write_json(&out.path().join("config.json"), &ragged_config(from.raw_config(), &widths).unwrap()).unwrap();
+    write_json(&out.path().join("config.json"), &ragged_config(from.raw_config(), &widths, &BTreeSet::new()).unwrap())
+        .unwrap();
     let back = Checkpoint::open(out.path()).unwrap();
     assert!(back.ragged());
     assert_eq!(back.shape(), from.shape());

@@ -10,6 +10,7 @@ use std::{
 };
 
 use burn::tensor::{Device, Tensor};
+use moe_checkpoint::ExpertPart;
 use moe_core::{
     Engine, EngineOptions, Error, Model, Result,
     data::{Sequence, Wave},
@@ -65,7 +66,15 @@ impl Gradients {
 
 impl Observer for Recorder {
     fn needs(&self) -> Signals {
-        Signals { routing: true, units: true, outputs: true, gradients: true, hidden: true, logits: true }
+        Signals {
+            routing: true,
+            units: true,
+            outputs: true,
+            gradients: true,
+            hidden: true,
+            logits: true,
+            ..Signals::NONE
+        }
     }
 
     fn layer(&mut self, trace: &LayerTrace<'_>) -> Result<()> {
@@ -274,7 +283,11 @@ fn check_gradients(name: &str, dir: &Path, found: &Recorder, expected: &Expected
         let Some(moe) = config.moe(layer) else { continue };
         for (e, &width) in moe.widths.iter().enumerate() {
             let gradients = expected_gradients(expected, layer, e, width, config.hidden_size);
-            assert_eq!(moe.bias, !gradients.down_bias.is_empty(), "{name}: biases");
+            assert_eq!(
+                moe.biases == moe_checkpoint::ExpertBiases::All,
+                !gradients.down_bias.is_empty(),
+                "{name}: biases"
+            );
             for (i, (part, expected)) in gradients.parts().into_iter().enumerate() {
                 if expected.is_empty() {
                     continue;
@@ -308,7 +321,7 @@ fn packed_experts_compute_what_f32_experts_do() {
             if Weight::prefers_bf16(&Device::flex()) { 2 } else { 0 },
             "{form}"
         );
-        assert_eq!(expert.down_bias.is_some(), packed.config().moe(1).unwrap().bias);
+        assert_eq!(expert.down_bias.is_some(), packed.config().moe(1).unwrap().biases.has(ExpertPart::DownBias));
         let ids = (0..23).map(|i| (i * 7 + 3) % packed.config().vocab_size as u32).collect();
         let wave = Wave { id: 0, sequences: vec![Sequence::new(ids)] };
         let [packed, dense] = [packed, dense].map(|model| {

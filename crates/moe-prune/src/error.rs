@@ -88,6 +88,14 @@ pub enum Error {
         /// The newest version that is read.
         supported: u64,
     },
+    /// Edits that do not fit their plan, or a file that holds none.
+    #[error("{}invalid edits: {reason}", path_prefix(.path))]
+    InvalidEdits {
+        /// The file, if they came from one.
+        path: Option<PathBuf>,
+        /// What is wrong with them.
+        reason: String,
+    },
     /// A plan of one checkpoint and another checkpoint.
     #[error("the plan was made for the model with fingerprint {expected}, but {} has fingerprint {found}", path.display())]
     OtherModel {
@@ -130,10 +138,15 @@ impl Error {
         Self::InvalidPlan { path: None, reason: reason.into() }
     }
 
+    pub(crate) fn invalid_edits(reason: impl Into<String>) -> Self {
+        Self::InvalidEdits { path: None, reason: reason.into() }
+    }
+
     /// The same error, saying which file it is about.
     pub(crate) fn in_file(self, file: &std::path::Path) -> Self {
         match self {
             Self::InvalidPlan { reason, .. } => Self::InvalidPlan { path: Some(file.into()), reason },
+            Self::InvalidEdits { reason, .. } => Self::InvalidEdits { path: Some(file.into()), reason },
             Self::PlanVersion { found, supported, .. } => {
                 Self::PlanVersion { path: Some(file.into()), found, supported }
             }

@@ -6,6 +6,7 @@
 //! - An [`Allocator`] distributes the budget over layers and experts; a [`Pruner`] says what goes: [`UnitPruner`] drops FFN
 //!   intermediate dimensions inside experts, by expert, layer or model ([`Scope`]); [`ExpertPruner`] drops whole experts.
 //! - A [`PrunePlan`] is the result: a versioned JSON file in original indices, made once, applied as often as wanted.
+//! - An [`EditSource`] is what a repair changes beside the plan: [`Edits`] in memory or in a file.
 //! - [`PrunePlan::apply`] streams checkpoint to checkpoint in one of the [`Export`] modes and gives a [`Report`].
 //!
 //! How scores are made is none of its business: any unit [`ScoreTable`](moe_checkpoint::ScoreTable) will do.
@@ -28,6 +29,7 @@
 mod allocators;
 mod apply;
 mod budget;
+mod edits;
 mod error;
 mod plan;
 mod protection;
@@ -41,6 +43,7 @@ pub use allocators::{
 };
 pub use apply::{APPLIED_FILE, Applied, ApplyOptions, Export, Mtp, OnProgress, Progress, plan_from_masked};
 pub use budget::Budget;
+pub use edits::{EditSizes, EditSource, Edits, EditsFile, ExpertEdit};
 pub use error::{Error, Result};
 pub use plan::{LayerKept, PLAN_VERSION, PrunePlan, Ratio};
 pub use protection::{Protected, ProtectionMask};

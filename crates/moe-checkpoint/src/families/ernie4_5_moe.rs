@@ -35,7 +35,7 @@ impl Family for Ernie45Moe {
         let interval = config.integer("moe_layer_interval", 1, read::MAX_SIZE)?.unwrap_or(1);
         let moe = read::MoeLayers {
             expert_count_keys: self.expert_count_keys(),
-            top_k_key: "moe_k",
+            top_k_key: self.top_k_keys()[0],
             width_key: "moe_intermediate_size",
             bias: false,
             shared: read::shared_experts(&config, "moe_num_shared_experts")?,
@@ -82,6 +82,10 @@ impl Family for Ernie45Moe {
 
     fn width_key(&self) -> &'static str {
         "moe_intermediate_size"
+    }
+
+    fn top_k_keys(&self) -> &'static [&'static str] {
+        &["moe_k"]
     }
 
     fn expert_count_keys(&self) -> &'static [&'static str] {

@@ -74,6 +74,10 @@ impl Family for GptOss {
         "intermediate_size"
     }
 
+    fn top_k_keys(&self) -> &'static [&'static str] {
+        &["num_experts_per_tok", "experts_per_token"]
+    }
+
     fn expert_count_keys(&self) -> &'static [&'static str] {
         &["num_local_experts", "num_experts"]
     }

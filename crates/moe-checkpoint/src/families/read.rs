@@ -6,6 +6,7 @@ use crate::config::{
     Activation, AttentionConfig, AttentionKind, Ffn, GroupScore, Groups, LayerConfig, ModelConfig, MoeConfig,
     Multipliers, NormKind, QkNorm, RopeConfig, Routing, SharedExpert,
 };
+use crate::experts::ExpertBiases;
 use crate::json::{Fields, integer_in};
 use crate::quantised::Quantisation;
 use crate::{Error, Result};
@@ -194,7 +195,8 @@ impl MoeLayers<'_> {
         }
         let top_k = config.required_integer(self.top_k_key, 1, num_experts)?;
         let widths = vec![size(config, self.width_key)?; num_experts];
-        let moe = MoeConfig { widths, bias: self.bias, shared: self.shared };
+        let biases = if self.bias { ExpertBiases::All } else { ExpertBiases::None };
+        let moe = MoeConfig { widths, biases, shared: self.shared };
         let intermediate_size = match moe_layers == layers {
             true => 0,
             false => size(config, "intermediate_size")?,

@@ -3,11 +3,16 @@
 use std::{
     ops::Range,
     path::Path,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use burn::tensor::{Device, Tensor};
-use moe_checkpoint::{Activation, AttentionKind, Checkpoint, Dtype, ExpertPart, ModelConfig, RawMatrix, Role};
+use moe_checkpoint::{
+    Activation, AttentionKind, Checkpoint, Dtype, ExpertPart, ExpertWeights, ModelConfig, RawMatrix, Role,
+};
 
 mod head;
 mod layers;
@@ -23,18 +28,20 @@ use crate::{
     },
     layers::{AttentionLayer, FfnLayer, Linear, Norm},
     memory::Residency,
-    overlay::ExpertOverlay,
+    overlay::{self, ExpertOverlay, RoutingOverlay},
     router::Router,
 };
 
 /// A checkpoint on a device. Weights are converted to f32 when they are used; a [`Residency`] says which stay.
 ///
-/// Cloning is cheap in memory only through [`with_overlay`](Self::with_overlay), which shares the open checkpoint.
+/// [`with_overlays`](Self::with_overlays) gives another view of the same open checkpoint.
 pub struct Model {
     checkpoint: Arc<Checkpoint>,
     device: Device,
     max_memory: Option<u64>,
-    overlay: Option<Arc<dyn ExpertOverlay>>,
+    experts: Option<Arc<dyn ExpertOverlay>>,
+    routing: Option<Arc<dyn RoutingOverlay>>,
+    expert_rows: AtomicU64,
     rope: RotaryEmbedding,
     router: Router,
     activation: GatedActivation,
@@ -99,17 +106,64 @@ impl Model {
             ..Cache::default()
         };
         let cache = Mutex::new(cache);
-        Ok(Self { device: device.clone(), max_memory, overlay: None, rope, router, activation, cache, checkpoint })
+        Ok(Self {
+            device: device.clone(),
+            max_memory,
+            experts: None,
+            routing: None,
+            expert_rows: AtomicU64::new(0),
+            rope,
+            router,
+            activation,
+            cache,
+            checkpoint,
+        })
     }
 
-    /// The same checkpoint seen through `overlay`, with a cache of its own.
+    /// The same checkpoint seen through `overlay`, with a cache of its own and without the overlays of this model.
     ///
     /// # Errors
     /// As [`new`](Self::new).
     pub fn with_overlay(&self, overlay: Arc<dyn ExpertOverlay>) -> Result<Self> {
+        self.with_overlays(Some(overlay), None)
+    }
+
+    /// The same checkpoint seen through overlays of its experts and of its routing, with a cache of its own and without the overlays of
+    /// this model. Sweeps, generation and evaluation honour them alike.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); [`Error::Input`] for a routing overlay that does not fit the model: experts that do not exist, none left in
+    /// a layer, gains or router weights of another size, groups of experts that do not lose as many each.
+    pub fn with_overlays(
+        &self,
+        experts: Option<Arc<dyn ExpertOverlay>>,
+        routing: Option<Arc<dyn RoutingOverlay>>,
+    ) -> Result<Self> {
         let mut model = Self::new(self.checkpoint.clone(), &self.device, self.max_memory)?;
-        model.overlay = Some(overlay);
+        if let Some(routing) = &routing {
+            overlay::routing::check(&**routing, model.config(), &model.router)?;
+        }
+        (model.experts, model.routing) = (experts, routing);
         Ok(model)
+    }
+
+    /// The overlay its experts are seen through.
+    pub fn expert_overlay(&self) -> Option<&Arc<dyn ExpertOverlay>> {
+        self.experts.as_ref()
+    }
+
+    /// The overlay its routing is seen through.
+    pub fn routing_overlay(&self) -> Option<&Arc<dyn RoutingOverlay>> {
+        self.routing.as_ref()
+    }
+
+    /// How many (token, routed expert) pairs this model has computed in forward passes so far, generation included.
+    pub fn expert_rows(&self) -> u64 {
+        self.expert_rows.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn count_expert_rows(&self, rows: usize) {
+        self.expert_rows.fetch_add(rows as u64, Ordering::Relaxed);
     }
 
     /// Its configuration.
@@ -177,8 +231,8 @@ impl Model {
         if let Some(found) = &self.lock().experts[index] {
             return Ok(found.clone());
         }
-        let loaded = match &self.overlay {
-            Some(overlay) => self.replaced_expert(&**overlay, layer, expert)?,
+        let loaded = match &self.experts {
+            Some(overlay) => self.on_device(overlay.apply(layer, expert, self.checkpoint.expert(layer, expert)?)?),
             None => self.load_expert(layer, expert)?,
         };
         let mut cache = self.lock();
@@ -188,15 +242,22 @@ impl Model {
         Ok(loaded)
     }
 
-    /// An expert as `overlay` changes it.
+    /// An expert as `overlay` changes what this model has.
     pub(crate) fn replaced_expert(
         &self,
         overlay: &dyn ExpertOverlay,
         layer: usize,
         expert: usize,
     ) -> Result<ExpertTensors> {
-        let weights = overlay.apply(layer, expert, self.checkpoint.expert(layer, expert)?)?;
-        Ok(ExpertTensors::new(weights, &self.device).with_activation(self.activation))
+        let mut weights = self.checkpoint.expert(layer, expert)?;
+        if let Some(own) = &self.experts {
+            weights = own.apply(layer, expert, weights)?;
+        }
+        Ok(self.on_device(overlay.apply(layer, expert, weights)?))
+    }
+
+    fn on_device(&self, weights: ExpertWeights) -> ExpertTensors {
+        ExpertTensors::new(weights, &self.device).with_activation(self.activation)
     }
 
     fn load_expert(&self, layer: usize, expert: usize) -> Result<ExpertTensors> {
@@ -206,8 +267,7 @@ impl Model {
             packed = packed && self.checkpoint.expert_dtype(layer, expert, part)? == Some(Dtype::BF16);
         }
         if !packed {
-            let weights = ExpertTensors::new(self.checkpoint.expert(layer, expert)?, &self.device);
-            return Ok(weights.with_activation(self.activation));
+            return Ok(self.on_device(self.checkpoint.expert(layer, expert)?));
         }
         let (width, hidden) = (config.moe(layer).map_or(0, |moe| moe.widths[expert]), config.hidden_size);
         let source = |parts: &'static [ExpertPart]| -> Bf16Source {

@@ -10,7 +10,7 @@ use crate::plan::{LayerKept, PrunePlan, Ratio};
 use crate::{Error, Result};
 
 /// The target of a masked export: everything as it was, gate rows, up rows and down columns of dropped units zeroed.
-pub(crate) fn target(plan: &PrunePlan, from: &Checkpoint) -> Result<Target> {
+pub(crate) fn target<'a>(plan: &'a PrunePlan, from: &Checkpoint) -> Result<Target<'a>> {
     if let Some(layer) = plan.kept.iter().find(|layer| !layer.removed.is_empty()) {
         let reason = format!(
             "layer {} loses whole experts, which zeros cannot do: the router would still choose them; export as uniform \
@@ -19,13 +19,14 @@ pub(crate) fn target(plan: &PrunePlan, from: &Checkpoint) -> Result<Target> {
         );
         return Err(Error::Export { mode: Export::Masked.name(), reason });
     }
-    let layers = plan.shape.layers.iter().map(|layer| {
-        let layout = match from.expert_layout(layer.layer)? {
+    let layers = plan.kept.iter().zip(&plan.shape.layers).map(|(kept, before)| {
+        let layout = match from.expert_layout(kept.layer)? {
             ExpertLayout::Mxfp4 => from.family().stock_layout(),
             other => other,
         };
-        let experts = (0..layer.num_experts()).collect();
-        Ok(TargetLayer { layer: layer.layer, layout, widths: layer.widths.clone(), experts, zero: true })
+        let mut layer = TargetLayer { zero: true, ..TargetLayer::kept(from, kept, layout) };
+        layer.experts.iter_mut().zip(&before.widths).for_each(|(expert, width)| expert.width = *width);
+        Ok(layer)
     });
     let layers = layers.collect::<Result<_>>()?;
     Ok(Target { config: from.raw_config().clone(), layers, shared_width: None, dropped: BTreeSet::new() })

@@ -7,6 +7,7 @@ mod select;
 mod stream;
 mod uniform;
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
@@ -14,15 +15,16 @@ use std::path::Path;
 use std::str::FromStr;
 
 use moe_checkpoint::{
-    Checkpoint, Existing, ExpertLayout, OutputDir, Role, ShardedWriter, TensorSpec, WriterOptions, copy_side_files,
-    dequantised_config, write_atomic, write_json,
+    Checkpoint, Existing, ExpertBiases, ExpertLayout, OutputDir, Role, ShardedWriter, TensorSpec, WriterOptions,
+    copy_side_files, dequantised_config, write_atomic, write_json,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use masked::plan_from_masked;
 
-use crate::{Error, PrunePlan, Report, Result};
+use crate::plan::LayerKept;
+use crate::{EditSource, Error, PrunePlan, Report, Result};
 
 /// Name of the file in an output directory that tells what was done; see [`Applied`]. Stock loaders ignore it.
 pub const APPLIED_FILE: &str = "moe_prune.json";
@@ -106,6 +108,8 @@ pub struct ApplyOptions<'a> {
     pub allow_unaligned: bool,
     /// What becomes of layers that predict further tokens. Needed where a checkpoint has them.
     pub mtp: Option<Mtp>,
+    /// Weights that a repair changed. They are converted to the dtype of the checkpoint, rounded to nearest even.
+    pub edits: Option<&'a dyn EditSource>,
     /// Told how far it is.
     pub progress: Option<OnProgress<'a>>,
 }
@@ -132,6 +136,7 @@ impl ApplyOptions<'_> {
             force: false,
             allow_unaligned: false,
             mtp: None,
+            edits: None,
             progress: None,
         }
     }
@@ -139,7 +144,7 @@ impl ApplyOptions<'_> {
 
 impl fmt::Debug for ApplyOptions<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { mode, max_shard_bytes, resume, force, allow_unaligned, mtp, progress } = self;
+        let Self { mode, max_shard_bytes, resume, force, allow_unaligned, mtp, edits, progress } = self;
         f.debug_struct("ApplyOptions")
             .field("mode", mode)
             .field("max_shard_bytes", max_shard_bytes)
@@ -147,6 +152,7 @@ impl fmt::Debug for ApplyOptions<'_> {
             .field("force", force)
             .field("allow_unaligned", allow_unaligned)
             .field("mtp", mtp)
+            .field("edits", &edits.map(|edits| edits.digest()))
             .field("progress", &progress.is_some())
             .finish()
     }
@@ -163,6 +169,9 @@ pub struct Applied {
     pub export: Export,
     /// What it did.
     pub report: Report,
+    /// Digest of the edits that were applied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub edits: Option<String>,
     /// The plan, in the indices of the checkpoint it was applied to, with its recipe.
     pub plan: PrunePlan,
 }
@@ -187,11 +196,11 @@ impl Applied {
 }
 
 /// What an export mode makes of a plan.
-pub(crate) struct Target {
+pub(crate) struct Target<'a> {
     /// The new config.json.
     pub config: Value,
     /// MoE layers in ascending order.
-    pub layers: Vec<TargetLayer>,
+    pub layers: Vec<TargetLayer<'a>>,
     /// Width of the shared experts, where it grows by units of zeros.
     pub shared_width: Option<usize>,
     /// Tensors that are left out.
@@ -199,22 +208,66 @@ pub(crate) struct Target {
 }
 
 /// One MoE layer of a [`Target`].
-pub(crate) struct TargetLayer {
+pub(crate) struct TargetLayer<'a> {
     pub layer: usize,
     pub layout: ExpertLayout,
-    /// Width of every expert that is left.
-    pub widths: Vec<usize>,
-    /// Those experts, in the indices of the checkpoint.
-    pub experts: Vec<usize>,
+    pub biases: ExpertBiases,
+    /// Experts as they are written, in the new order.
+    pub experts: Vec<TargetExpert<'a>>,
     /// Dropped units are zeroed instead of taken out.
     pub zero: bool,
+    /// Factor on the correction bias.
+    pub correction_factor: f32,
+}
+
+/// One expert as it is written.
+#[derive(Clone)]
+pub(crate) struct TargetExpert<'a> {
+    /// The expert of the checkpoint that it is made from.
+    pub source: usize,
+    /// Its units there, ascending.
+    pub units: Cow<'a, [u32]>,
+    /// Width as written.
+    pub width: usize,
+    /// Factor on its down projection.
+    pub down_factor: f32,
+    /// Factor on its bias of down.
+    pub bias_factor: f32,
+}
+
+impl<'a> TargetLayer<'a> {
+    /// The kept experts of a layer, in the layout it is written in.
+    fn kept(from: &Checkpoint, kept: &'a LayerKept, layout: ExpertLayout) -> Self {
+        let expert = |source: usize| {
+            let units = kept.experts[source].as_slice();
+            TargetExpert { source, width: units.len(), units: units.into(), down_factor: 1.0, bias_factor: 1.0 }
+        };
+        Self {
+            layer: kept.layer,
+            layout,
+            biases: from.config().moe(kept.layer).map_or(ExpertBiases::None, |moe| moe.biases),
+            experts: kept.experts_kept().into_iter().map(expert).collect(),
+            zero: false,
+            correction_factor: 1.0,
+        }
+    }
+
+    /// Width of every expert as written.
+    pub fn widths(&self) -> Vec<usize> {
+        self.experts.iter().map(|expert| expert.width).collect()
+    }
+
+    /// Whether router rows are those of the checkpoint, in its order.
+    pub fn same_experts(&self, before: usize) -> bool {
+        self.experts.len() == before && self.experts.iter().enumerate().all(|(new, expert)| new == expert.source)
+    }
 }
 
 impl PrunePlan {
     /// Writes the pruned checkpoint to `to`, which appears whole or not at all: work happens in `TO.partial`.
     ///
     /// Tensors outside the routed experts are copied; rows and columns of the experts are selected on raw bytes, one
-    /// expert at a time, without conversion. So a plan that keeps everything reproduces every tensor byte for byte, and
+    /// expert at a time, without conversion; only [`ApplyOptions::edits`] are converted. So a plan that keeps everything reproduces every tensor byte for byte, and
     /// memory stays at that of a few matrices of one expert. Side files (tokenizer, generation config) are copied too, and
     /// [`APPLIED_FILE`] tells what was done.
     ///
@@ -230,7 +283,7 @@ impl PrunePlan {
     /// ```
     ///
     /// # Errors
-    /// Before anything is written: [`Error::OtherModel`], [`Error::InvalidPlan`], [`Error::Export`] with the reason why
+    /// Before anything is written: [`Error::OtherModel`], [`Error::InvalidPlan`], [`Error::InvalidEdits`], [`Error::Export`] with the reason why
     /// this mode is impossible, an output that exists. Later: [`Error::Checkpoint`] for the file system and
     /// [`Error::Interrupted`]; the input and an earlier output stay as they were.
     pub fn apply(&self, from: &Checkpoint, to: &Path, options: &ApplyOptions<'_>) -> Result<Report> {
@@ -245,16 +298,20 @@ impl PrunePlan {
             return Err(Error::Export { mode: options.mode.name(), reason });
         }
         self.validate_routing(from.config())?;
+        if let Some(edits) = options.edits {
+            self.validate_edits(edits)?;
+            refuse_biases(self, from, options, edits)?;
+        }
         let mut target = match options.mode {
             Export::Uniform => uniform::target(self, from, options)?,
-            Export::Ragged => ragged::target(self, from)?,
+            Export::Ragged => ragged::target(self, from, options.edits)?,
             Export::Masked => masked::target(self, from)?,
         };
         mtp::settle(from, options, &mut target)?;
         if from.quantisation().is_some() {
             target.config = dequantised_config(&target.config);
         }
-        let tensors = stream::tensors(from, &target, options.mode)?;
+        let tensors = stream::tensors(from, &target, options)?;
         let specs: Vec<_> = tensors.iter().map(|tensor| tensor.spec.clone()).collect();
         let mut report = Report::new(self, from, options.mode)?;
         report.bytes.after = specs.iter().map(stream::bytes).sum();
@@ -266,10 +323,11 @@ impl PrunePlan {
             (false, false) => Existing::Refuse,
         };
         let output = OutputDir::create(to, existing)?;
-        let recipe = format!("{} {:?} {fingerprint} {}", options.mode, options.mtp, self.to_json()?);
+        let edits = options.edits.map(EditSource::digest);
+        let recipe = format!("{} {:?} {fingerprint} {edits:?} {}", options.mode, options.mtp, self.to_json()?);
         let writer_options = WriterOptions { max_shard_bytes: options.max_shard_bytes, recipe };
         let writer = ShardedWriter::new(output.path(), writer_options, specs)?;
-        let written = stream::write(self, from, &tensors, &target, writer, options.progress)?;
+        let written = stream::write(self, from, &tensors, &target, writer, options)?;
         debug_assert_eq!(written.bytes, report.bytes.after);
 
         copy_side_files(from.dir(), output.path())?;
@@ -287,6 +345,7 @@ impl PrunePlan {
             crate_version: env!("CARGO_PKG_VERSION").to_string(),
             export: options.mode,
             report,
+            edits,
             plan: self.clone(),
         };
         let json = serde_json::to_vec(&applied).map_err(|error| Error::invalid_plan(error.to_string()))?;
@@ -296,6 +355,34 @@ impl PrunePlan {
         output.commit()?;
         Ok(applied.report)
     }
+}
+
+/// Refuses biases in a format that has no place for them.
+fn refuse_biases(
+    plan: &PrunePlan,
+    from: &Checkpoint,
+    options: &ApplyOptions<'_>,
+    edits: &dyn EditSource,
+) -> Result<()> {
+    if options.mode == Export::Ragged {
+        return Ok(());
+    }
+    for kept in &plan.kept {
+        if from.config().moe(kept.layer).is_some_and(|moe| moe.biases != ExpertBiases::None) {
+            continue;
+        }
+        for expert in kept.experts_kept() {
+            if edits.sizes(kept.layer, expert)?.down_bias.is_some() {
+                let reason = format!(
+                    "the edits add a bias to expert {expert} of layer {}, but experts of `{}` have none: export as ragged",
+                    kept.layer,
+                    from.config().model_type
+                );
+                return Err(Error::Export { mode: options.mode.name(), reason });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Elements of the tensors; a tied head counts once.

@@ -13,7 +13,7 @@ const KEYS: [&str; 3] = ["num_nextn_predict_layers", "num_mtp_layers", "mtp_num_
 ///
 /// # Errors
 /// [`Error::Export`] for a checkpoint that has such tensors and no choice, or where they cannot stay.
-pub(crate) fn settle(from: &Checkpoint, options: &ApplyOptions<'_>, target: &mut Target) -> Result<()> {
+pub(crate) fn settle(from: &Checkpoint, options: &ApplyOptions<'_>, target: &mut Target<'_>) -> Result<()> {
     let names: Vec<&str> = from.mtp_tensors().map(|info| info.name.as_str()).collect();
     let Some(first) = names.first() else { return Ok(()) };
     let refuse = |reason: String| Err(Error::Export { mode: options.mode.name(), reason });
@@ -37,7 +37,7 @@ pub(crate) fn settle(from: &Checkpoint, options: &ApplyOptions<'_>, target: &mut
         Some(Mtp::Keep) => {
             let experts = names.iter().any(|name| name.contains(".experts."));
             // Ragged and masked exports leave the width and the number of experts in the config as they were.
-            let unchanged = from.shape().layers.iter().zip(&target.layers).all(|(old, new)| old.widths == new.widths);
+            let unchanged = from.shape().layers.iter().zip(&target.layers).all(|(old, new)| old.widths == new.widths());
             if options.mode == Export::Uniform && experts && !unchanged {
                 return refuse(format!(
                     "{what}; their experts keep their width and number, but the config has one for all experts: drop \

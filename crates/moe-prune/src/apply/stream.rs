@@ -2,11 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use moe_checkpoint::{Checkpoint, Dtype, ExpertBlock, LayerRole, Role, ShardedWriter, TensorInfo, TensorSpec, Written};
+use moe_checkpoint::{
+    Checkpoint, Dtype, ExpertBiases, ExpertBlock, ExpertPart, LayerRole, RawMatrix, Role, ShardedWriter, TensorInfo,
+    TensorSpec, Written,
+};
 
-use super::select::{Selection, select_block};
-use super::{Export, OnProgress, Progress, Target, TargetLayer};
-use crate::{Error, PrunePlan, Result};
+use super::select::{Selection, changed, select_block};
+use super::{ApplyOptions, Export, Progress, Target, TargetExpert, TargetLayer};
+use crate::{EditSource, Error, PrunePlan, Result};
+
+/// Parts of an expert that edits may change.
+const EDITED: [ExpertPart; 2] = [ExpertPart::Down, ExpertPart::DownBias];
 
 /// A tensor to write.
 pub(crate) struct OutTensor {
@@ -17,30 +23,45 @@ pub(crate) struct OutTensor {
 enum Source {
     /// The tensor of the same name, as it is.
     Copy,
-    /// One row per kept expert of the tensor of the same name, by position among the MoE layers.
-    Rows(usize),
+    /// A row of the tensor of the same name, or of an edited router, for every expert that is written.
+    Rows(Rows),
     /// The tensor of the same name with zeros after its rows (of shape before) or after its columns.
     Pad,
     /// Blocks of experts of one MoE layer, by position among the MoE layers, in file order; experts in new indices.
     Experts(usize, Vec<(usize, ExpertBlock)>),
 }
 
+/// Rows of a tensor with one per expert.
+#[derive(Clone, Copy)]
+struct Rows {
+    /// The layer, by position among the MoE layers.
+    position: usize,
+    /// What of the router it is.
+    role: LayerRole,
+}
+
 /// The tensors of the output in the order in which they are written: that of the input's names, with the routed experts of
 /// a layer where the first of them was.
-pub(crate) fn tensors(from: &Checkpoint, target: &Target, mode: Export) -> Result<Vec<OutTensor>> {
+pub(crate) fn tensors(from: &Checkpoint, target: &Target<'_>, options: &ApplyOptions<'_>) -> Result<Vec<OutTensor>> {
     let mut layer_of: BTreeMap<String, usize> = BTreeMap::new();
-    let mut rows_of: BTreeMap<String, usize> = BTreeMap::new();
+    let mut rows_of: BTreeMap<String, Rows> = BTreeMap::new();
     let mut pads: BTreeSet<String> = BTreeSet::new();
     for (position, (old, new)) in from.shape().layers.iter().zip(&target.layers).enumerate() {
         let layout = from.expert_layout(new.layer)?;
-        let bias = from.config().moe(new.layer).is_some_and(|moe| moe.bias);
-        for tensor in layout.tensors(from.shape().hidden_size, &old.widths, bias).into_iter().flatten() {
+        let biases = from.config().moe(new.layer).map_or(new.biases, |moe| moe.biases);
+        for tensor in layout.tensors(from.shape().hidden_size, &old.widths, biases).into_iter().flatten() {
             layer_of.insert(from.expert_tensor_name(new.layer, tensor.tensor), position);
         }
         let name = |role| from.family().tensor_name(Role::Layer(new.layer, role));
-        if new.experts.len() != old.num_experts() {
-            for role in [LayerRole::Router, LayerRole::RouterBias, LayerRole::CorrectionBias] {
-                rows_of.insert(name(role), position);
+        let moved = !new.same_experts(old.num_experts());
+        let edited = options.edits.map(|edits| edits.router(new.layer)).transpose()?.flatten().is_some();
+        for (role, changed) in [
+            (LayerRole::Router, edited),
+            (LayerRole::RouterBias, false),
+            (LayerRole::CorrectionBias, new.correction_factor != 1.0),
+        ] {
+            if moved || changed {
+                rows_of.insert(name(role), Rows { position, role });
             }
         }
         if target.shared_width.is_some() {
@@ -59,14 +80,11 @@ pub(crate) fn tensors(from: &Checkpoint, target: &Target, mode: Export) -> Resul
         };
         if let Some(position) = layer_of.get(&info.name) {
             if done.insert(*position) {
-                tensors.extend(expert_tensors(from, &target.layers[*position], *position, mode)?);
+                tensors.extend(expert_tensors(from, &target.layers[*position], *position, options.mode)?);
             }
-        } else if let Some(position) = rows_of.get(&info.name) {
-            let layer = &target.layers[*position];
-            push(
-                kept_shape(info, from.shape().layers[*position].num_experts(), layer.experts.len()),
-                Source::Rows(*position),
-            )?;
+        } else if let Some(rows) = rows_of.get(&info.name) {
+            let before = from.shape().layers[rows.position].num_experts();
+            push(kept_shape(info, before, target.layers[rows.position].experts.len()), Source::Rows(*rows))?;
         } else if let Some(width) = target.shared_width.filter(|_| pads.contains(&info.name)) {
             let hidden = from.shape().hidden_size;
             let shape = if info.name.contains("down") { vec![hidden, width] } else { vec![width, hidden] };
@@ -87,20 +105,29 @@ fn kept_shape(info: &TensorInfo, before: usize, after: usize) -> Vec<usize> {
     shape
 }
 
-fn expert_tensors(from: &Checkpoint, layer: &TargetLayer, position: usize, mode: Export) -> Result<Vec<OutTensor>> {
+fn expert_tensors(from: &Checkpoint, layer: &TargetLayer<'_>, position: usize, mode: Export) -> Result<Vec<OutTensor>> {
     let refuse = |reason: String| Error::Export { mode: mode.name(), reason };
-    let TargetLayer { layer: number, layout, widths, experts, .. } = layer;
-    let bias = from.config().moe(*number).is_some_and(|moe| moe.bias);
-    let tensors = layout
-        .tensors(from.shape().hidden_size, widths, bias)
-        .ok_or_else(|| refuse(format!("layer {number}: {layout:?} experts cannot have widths {widths:?}")))?;
+    let TargetLayer { layer: number, layout, biases, experts, .. } = layer;
+    let widths = layer.widths();
+    let tensors = layout.tensors(from.shape().hidden_size, &widths, *biases).ok_or_else(|| match biases {
+        ExpertBiases::Down => refuse(format!(
+            "experts of layer {number} have a bias on their output, which `{}` has no place for: export as ragged",
+            from.config().model_type
+        )),
+        _ => refuse(format!("layer {number}: {layout:?} experts cannot have widths {widths:?}")),
+    })?;
     let mut out = Vec::with_capacity(tensors.len());
     for tensor in tensors {
         let name = from.expert_tensor_name(*number, tensor.tensor);
         let mut dtype: Option<Dtype> = None;
         for (expert, block) in &tensor.blocks {
             for part in block.parts() {
-                let found = from.expert_dtype(*number, experts[*expert], *part)?;
+                let source = experts[*expert].source;
+                let mut found = from.expert_dtype(*number, source, *part)?;
+                if found.is_none() && *part == ExpertPart::DownBias {
+                    // One that a repair adds is stored like the projection before it.
+                    found = from.expert_dtype(*number, source, ExpertPart::Down)?;
+                }
                 let found =
                     found.ok_or_else(|| refuse(format!("tensor `{name}` would hold biases, but there are none")))?;
                 if let Some(other) = dtype.replace(found).filter(|other| *other != found) {
@@ -121,7 +148,7 @@ fn expert_tensors(from: &Checkpoint, layer: &TargetLayer, position: usize, mode:
 #[derive(Clone, Copy)]
 enum Job<'a> {
     Copy(&'a TensorSpec),
-    Rows(&'a TensorSpec, usize),
+    Rows(&'a TensorSpec, Rows),
     Pad(&'a TensorSpec),
     Block { spec: &'a TensorSpec, position: usize, expert: usize, block: ExpertBlock },
 }
@@ -131,9 +158,9 @@ pub(crate) fn write(
     plan: &PrunePlan,
     from: &Checkpoint,
     tensors: &[OutTensor],
-    target: &Target,
+    target: &Target<'_>,
     mut writer: ShardedWriter,
-    progress: Option<OnProgress<'_>>,
+    options: &ApplyOptions<'_>,
 ) -> Result<Written> {
     let mut jobs: Vec<Job<'_>> = Vec::new();
     let (mut total, mut done) = (0, 0);
@@ -146,7 +173,7 @@ pub(crate) fn write(
         }
         match source {
             Source::Copy => jobs.push(Job::Copy(spec)),
-            Source::Rows(position) => jobs.push(Job::Rows(spec, *position)),
+            Source::Rows(rows) => jobs.push(Job::Rows(spec, *rows)),
             Source::Pad => jobs.push(Job::Pad(spec)),
             Source::Experts(position, blocks) => {
                 let block = |(expert, block): &(usize, ExpertBlock)| Job::Block {
@@ -160,26 +187,38 @@ pub(crate) fn write(
         }
     }
 
+    let (mode, edits) = (options.mode, options.edits);
     let make = |job: Option<&Job<'_>>, out: &mut Vec<u8>| -> Result<()> {
         match job {
             None | Some(Job::Copy(_)) => Ok(()),
-            Some(Job::Rows(spec, position)) => take_rows(
-                from,
-                &spec.name,
-                from.shape().layers[*position].num_experts(),
-                &target.layers[*position],
-                out,
-            ),
+            Some(Job::Rows(spec, rows)) => {
+                let experts = from.shape().layers[rows.position].num_experts();
+                take_rows(from, spec, experts, &target.layers[rows.position], rows.role, (mode, edits), out)
+            }
             Some(Job::Pad(spec)) => pad(from, spec, out),
             Some(&Job::Block { spec, position, expert, block }) => {
                 let layer = &target.layers[position];
-                let old = layer.experts[expert];
-                let kept = &plan.kept[position].experts[old];
-                let selection = if layer.zero { Selection::Zero(kept) } else { Selection::Keep(kept) };
-                select_block(&from.expert_bytes(layer.layer, old)?, block, selection, out).ok_or_else(|| {
-                    Error::Export { mode: "any mode", reason: format!("tensor `{}` lacks a part", spec.name) }
+                let expert = &layer.experts[expert];
+                let source = expert.source;
+                let edit = match edits {
+                    Some(edits) if block.parts().iter().any(|part| EDITED.contains(part)) => {
+                        edits.expert(layer.layer, source)?
+                    }
+                    _ => None,
+                };
+                let selection = Selection {
+                    units: &expert.units,
+                    zero: layer.zero,
+                    down_factor: expert.down_factor,
+                    bias_factor: expert.bias_factor,
+                    edit: edit.as_ref().map(|edit| (edit, plan.kept[position].experts[source].as_slice())),
+                };
+                let selected = select_block(&from.expert_bytes(layer.layer, source)?, block, &selection, out);
+                selected.map_err(|reason| {
+                    let reason = format!("layer {}, expert {source}, tensor `{}`: {reason}", layer.layer, spec.name);
+                    Error::Export { mode: mode.name(), reason }
                 })?;
-                Ok(from.release_expert(layer.layer, old)?)
+                Ok(from.release_expert(layer.layer, source)?)
             }
         }
     };
@@ -205,7 +244,7 @@ pub(crate) fn write(
         made?;
         std::mem::swap(&mut current, &mut next);
         done += written;
-        if let Some(progress) = progress {
+        if let Some(progress) = options.progress {
             progress(&Progress { tensor, done, total }).map_err(Error::Interrupted)?;
         }
     }
@@ -222,12 +261,43 @@ fn whole(from: &Checkpoint, name: &str) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The rows of a tensor that belong to kept experts.
-fn take_rows(from: &Checkpoint, name: &str, experts: usize, layer: &TargetLayer, out: &mut Vec<u8>) -> Result<()> {
-    let bytes = whole(from, name)?;
+/// The rows of a tensor that belong to the experts that are written.
+fn take_rows(
+    from: &Checkpoint,
+    spec: &TensorSpec,
+    experts: usize,
+    layer: &TargetLayer<'_>,
+    role: LayerRole,
+    (mode, edits): (Export, Option<&dyn EditSource>),
+    out: &mut Vec<u8>,
+) -> Result<()> {
+    let refuse = |reason: String| {
+        let reason = format!("layer {}, tensor `{}`: {reason}", layer.layer, spec.name);
+        Error::Export { mode: mode.name(), reason }
+    };
+    let edited = match (role, edits) {
+        (LayerRole::Router, Some(edits)) => edits.router(layer.layer)?,
+        _ => None,
+    };
+    let factor = if role == LayerRole::CorrectionBias { layer.correction_factor } else { 1.0 };
+    let bytes = match edited {
+        None => whole(from, &spec.name)?,
+        Some(values) => {
+            let mut bytes = Vec::new();
+            changed(spec.dtype, values, 1.0, &mut bytes).map_err(refuse)?;
+            bytes
+        }
+    };
     let row = bytes.len() / experts.max(1);
     out.clear();
-    layer.experts.iter().for_each(|expert| out.extend_from_slice(&bytes[expert * row..(expert + 1) * row]));
+    for TargetExpert { source, .. } in &layer.experts {
+        out.extend_from_slice(&bytes[source * row..(source + 1) * row]);
+    }
+    if factor != 1.0 {
+        let cols = out.len() / spec.dtype.bitsize() * 8;
+        let values = RawMatrix { bytes: out.as_slice().into(), dtype: spec.dtype, rows: 1, cols }.to_f32();
+        changed(spec.dtype, values, factor, out).map_err(refuse)?;
+    }
     Ok(())
 }
 

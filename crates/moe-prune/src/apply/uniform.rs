@@ -13,7 +13,7 @@ const ALIGNMENT: usize = 8;
 /// The target of an export whose widths all agree. The layout that was read is kept; a ragged or quantised checkpoint gets
 /// the stock layout of its family. Where a config says how many times the width of a routed expert the shared experts have,
 /// that number follows the width, and the shared experts grow by units of zeros if it has to be rounded up.
-pub(crate) fn target(plan: &PrunePlan, from: &Checkpoint, options: &ApplyOptions<'_>) -> Result<Target> {
+pub(crate) fn target<'a>(plan: &'a PrunePlan, from: &Checkpoint, options: &ApplyOptions<'_>) -> Result<Target<'a>> {
     let refuse = |reason: String| Err(Error::Export { mode: Export::Uniform.name(), reason });
     let shape = plan.pruned_shape();
     let mut widths = shape.layers.iter().flat_map(|l| l.widths.iter().enumerate().map(|(e, w)| (l.layer, e, *w)));
@@ -29,18 +29,7 @@ pub(crate) fn target(plan: &PrunePlan, from: &Checkpoint, options: &ApplyOptions
     if width == 0 {
         return refuse("no expert would keep any unit".into());
     }
-    // A width that the checkpoint has already is its own affair.
-    let unchanged = from.shape().uniform_width() == Some(width);
-    if !width.is_multiple_of(ALIGNMENT) && !unchanged {
-        let reason = format!(
-            "width {width} is not a multiple of {ALIGNMENT}, which the grouped matrix products of stock loaders need in \
-             16-bit types"
-        );
-        if !options.allow_unaligned {
-            return refuse(format!("{reason}; prune with round_to {ALIGNMENT}, or allow unaligned widths"));
-        }
-        tracing::warn!("{reason}");
-    }
+    check_width(width, from, options)?;
     let experts = shape.layers[0].num_experts();
     if let Some(other) = shape.layers.iter().find(|layer| layer.num_experts() != experts) {
         return refuse(format!(
@@ -50,24 +39,44 @@ pub(crate) fn target(plan: &PrunePlan, from: &Checkpoint, options: &ApplyOptions
             other.num_experts()
         ));
     }
-    let layers = plan.kept.iter().zip(shape.layers).map(|(kept, layer)| {
-        let layout = match from.expert_layout(layer.layer)? {
-            ExpertLayout::Ragged | ExpertLayout::Mxfp4 => from.family().stock_layout(),
-            other => other,
-        };
-        Ok(TargetLayer { layer: layer.layer, layout, widths: layer.widths, experts: kept.experts_kept(), zero: false })
-    });
+    let layers = plan.kept.iter().map(|kept| Ok(TargetLayer::kept(from, kept, stock_layout(from, kept.layer)?)));
     let layers = layers.collect::<Result<Vec<_>>>()?;
     let removed = plan.kept.iter().any(|layer| !layer.removed.is_empty());
     let (shared_experts, shared_width) = shared(from, width);
-    let shape = UniformShape { width, experts: (removed || from.ragged()).then_some(experts), shared_experts };
+    let experts = (removed || from.ragged()).then_some(experts);
+    let shape = UniformShape { width, experts, shared_experts, ..UniformShape::default() };
     let config = uniform_shape_config(from.raw_config(), shape)?;
     Ok(Target { config, layers, shared_width, dropped: BTreeSet::new() })
 }
 
+/// Refuses a width that stock loaders fail on, unless it is wanted. One that the checkpoint has already is its own affair.
+pub(super) fn check_width(width: usize, from: &Checkpoint, options: &ApplyOptions<'_>) -> Result<()> {
+    if width.is_multiple_of(ALIGNMENT) || from.shape().uniform_width() == Some(width) {
+        return Ok(());
+    }
+    let reason = format!(
+        "width {width} is not a multiple of {ALIGNMENT}, which the grouped matrix products of stock loaders need in 16-bit \
+         types"
+    );
+    if options.allow_unaligned {
+        tracing::warn!("{reason}");
+        return Ok(());
+    }
+    let reason = format!("{reason}; prune with round_to {ALIGNMENT}, or allow unaligned widths");
+    Err(Error::Export { mode: options.mode.name(), reason })
+}
+
+/// The layout of a layer in a checkpoint of one width that is not quantised.
+pub(super) fn stock_layout(from: &Checkpoint, layer: usize) -> Result<ExpertLayout> {
+    Ok(match from.expert_layout(layer)? {
+        ExpertLayout::Ragged | ExpertLayout::Mxfp4 => from.family().stock_layout(),
+        other => other,
+    })
+}
+
 /// The number of shared experts that a config must say, in families that count them in widths of a routed expert, and
 /// their width together where it has to grow to a multiple of `width`.
-fn shared(from: &Checkpoint, width: usize) -> (Option<usize>, Option<usize>) {
+pub(super) fn shared(from: &Checkpoint, width: usize) -> (Option<usize>, Option<usize>) {
     if from.family().shared_count_key().is_none() {
         return (None, None);
     }
