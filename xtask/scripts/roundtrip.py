@@ -1,6 +1,7 @@
 """Loads pruned checkpoints in stock transformers and runs them.
 
     cargo run --release -p moe-prune --example export_all -- crates/moe-checkpoint/tests/fixtures/parity/tf5 out/roundtrip
+    cargo run --release -p moe-prune --example export_all -- crates/moe-checkpoint/tests/fixtures/unrun out/roundtrip
     python xtask/scripts/roundtrip.py out/roundtrip
 
 For every model: each export loads with no weight missing, unexpected or of another shape; a forward pass in float32 and in
@@ -16,18 +17,25 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import Qwen3_5MoeForConditionalGeneration
 
 TOLERANCE = 1e-4
+# Models whose class is not the one that their `model_type` gives: Kimi-K2 comes with the code of DeepSeek-V3 under another
+# name; the whole of Qwen3.5, vision included, not only its text model.
+CLASSES = {"kimi_k2": DeepseekV3ForCausalLM, "qwen3_5_moe": Qwen3_5MoeForConditionalGeneration}
+AutoConfig.register("kimi_k2", type("KimiK2Config", (DeepseekV3Config,), {"model_type": "kimi_k2"}))
 
 
 def run(directory, dtype):
-    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    model_type = json.loads((directory / "config.json").read_text())["model_type"]
+    kind = CLASSES.get(model_type, AutoModelForCausalLM)
+    model, info = kind.from_pretrained(directory, dtype=dtype, output_loading_info=True)
     model.eval()
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     wrong = {kind: sorted(map(str, info[kind]))[:3] for kind in kinds if info.get(kind)}
     generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(3, model.config.vocab_size, (2, 19), generator=generator)
+    ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, 19), generator=generator)
     with torch.no_grad():
         logits = model(input_ids=ids).logits
     return wrong, ids, logits
@@ -44,6 +52,7 @@ def main(root):
             problems = []
             # Grouped matrix products need rows of a multiple of 16 bytes, pruned or not.
             config = json.loads((directory / "config.json").read_text())
+            config = config.get("text_config", config)
             aligned = config.get("moe_intermediate_size", config.get("intermediate_size")) % 8 == 0
             for dtype in (torch.float32, torch.bfloat16) if aligned else (torch.float32,):
                 try:
