@@ -10,6 +10,7 @@
 //! - A [`PrunePlan`] is the result: a versioned JSON file in original indices, made once, applied as often as wanted.
 //! - An [`EditSource`] is what a repair changes beside the plan: [`Edits`] in memory or in a file.
 //! - [`PrunePlan::apply`] streams checkpoint to checkpoint in one of the [`Export`] modes and gives a [`Report`].
+//! - With the feature `repair`, which brings Burn, [`repair`] improves what is left by running the model.
 //!
 //! How scores are made is none of its business: any [`ScoreTable`](moe_checkpoint::ScoreTable) will do.
 //!
@@ -75,6 +76,8 @@ mod probe;
 mod protection;
 mod pruners;
 mod ranking;
+#[cfg(feature = "repair")]
+pub mod repair;
 mod report;
 
 pub use allocators::{
