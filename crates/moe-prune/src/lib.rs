@@ -41,7 +41,10 @@ pub use allocators::{
     Allocation, AllocationRequest, Allocator, AllocatorConfig, ExpertId, Global, LayerAllocation, PerLayer, Uniform,
     WidthLimits,
 };
-pub use apply::{APPLIED_FILE, Applied, ApplyOptions, Export, Mtp, OnProgress, Progress, plan_from_masked};
+pub use apply::{
+    APPLIED_FILE, Applied, ApplyOptions, Export, FineGrained, LayerPieces, Mtp, OnProgress, Piece, PieceMap, Progress,
+    plan_from_masked,
+};
 pub use budget::Budget;
 pub use edits::{EditSizes, EditSource, Edits, EditsFile, ExpertEdit};
 pub use error::{Error, Result};
