@@ -4,10 +4,13 @@ use std::process::Command;
 
 use crate::{Result, root};
 
-/// Runs the tests of moe-core that compare a GPU device with the CPU. `device` is `wgpu`, `vulkan` or `cuda`.
+/// Runs the tests that compare a GPU device with the CPU: models in moe-core, scores in moe-importance. `device` is `wgpu`,
+/// `vulkan` or `cuda`.
 pub fn run(device: &str) -> Result<()> {
     let status = Command::new("cargo")
-        .args(["test", "--release", "--package", "moe-core", "--features", device, "--test", "gpu", "--"])
+        .args(["test", "--release", "--package", "moe-core", "--package", "moe-importance", "--features"])
+        .arg(format!("moe-core/{device},moe-importance/{device}"))
+        .args(["--test", "gpu", "--"])
         // software drivers compile shaders on all cores already
         .arg("--test-threads=1")
         .current_dir(root())

@@ -397,6 +397,18 @@ impl Checkpoint {
         Ok(ExpertBytes { gate: read(gate)?, up: read(up)?, down: read(down)?, gate_up_bias, down_bias })
     }
 
+    /// One part of a routed expert, like [`Checkpoint::expert_bytes`]; `None` for a bias that it does not have.
+    ///
+    /// # Errors
+    /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
+    pub fn expert_part(&self, layer: usize, expert: usize, part: ExpertPart) -> Result<Option<RawMatrix<'_>>> {
+        if !self.located_layer(layer, expert)?.1.has(part) {
+            return Ok(None);
+        }
+        let (info, place) = self.place(layer, expert, part)?;
+        self.matrix(info, &place).map(Some)
+    }
+
     /// Gives the mapped pages of a routed expert back to the system.
     ///
     /// # Errors

@@ -96,6 +96,10 @@ impl ModelConfig {
 pub enum Activation {
     /// `silu(g) * u` with `silu(x) = x * sigmoid(x)`.
     Silu,
+    /// `gelu(g) * u` with `gelu(x) = x * Phi(x)`, `Phi` the standard normal distribution (arXiv 1606.08415).
+    Gelu,
+    /// `gelu(g) * u` with the approximation `gelu(x) = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))`.
+    GeluTanh,
     /// `g' * sigmoid(alpha * g') * (u' + 1)` with `g' = min(g, limit)` and `u' = clamp(u, -limit, limit)`, as in gpt-oss.
     /// A unit whose gate and up are zero still gives zero.
     ClampedSwiglu {

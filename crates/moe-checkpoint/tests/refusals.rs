@@ -88,7 +88,7 @@ fn config_fields() {
         ("num_key_value_heads", json!(3), &["`num_key_value_heads` is 3", "divisor"]),
         ("num_attention_heads", json!(64), &["`num_attention_heads` is 64", "at most `hidden_size` = 32"]),
         ("head_dim", json!(7), &["`head_dim` is 7", "even"]),
-        ("hidden_act", json!("gelu"), &["`hidden_act` is \"gelu\"", "silu"]),
+        ("hidden_act", json!("relu2"), &["`hidden_act` is \"relu2\"", "silu", "gelu_pytorch_tanh"]),
         ("num_experts_per_tok", json!(9), &["`num_experts_per_tok` is 9", "from 1 to 8"]),
         ("rms_norm_eps", json!(0), &["`rms_norm_eps` is 0", "above 0"]),
         ("tie_word_embeddings", json!(1), &["`tie_word_embeddings` is 1", "true or false"]),

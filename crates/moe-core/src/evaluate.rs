@@ -5,12 +5,13 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    data::{EvalRows, EvalSet, Tokenizer, WaveOptions, extract_answer, waves},
+    data::{EvalRows, EvalSet, Tokenizer, Wave, WaveOptions, extract_answer, waves},
     engine::{Engine, EngineOptions},
-    error::Result,
+    error::{Error, Result},
     generate::{GenerateOptions, Sampling, generate},
     model::Model,
-    trace::{Observer, Signals},
+    objective::{Distillation, TeacherLogits},
+    trace::Nobody,
 };
 
 /// Options of [`evaluate`].
@@ -113,20 +114,37 @@ pub fn evaluate(model: &Model, tokenizer: &Tokenizer, set: &EvalSet, options: &E
 /// # Errors
 /// Those of [`Engine::run`].
 pub fn cross_entropy(model: &Model, sequences: &[crate::data::Sequence], options: WaveOptions) -> Result<(f64, usize)> {
-    struct LossOnly;
-    impl Observer for LossOnly {
-        fn needs(&self) -> Signals {
-            Signals::NONE
-        }
-    }
     let engine = Engine::new(model, EngineOptions { loss: true, ..EngineOptions::default() });
     let (mut loss, mut tokens) = (0.0, 0);
     for wave in waves(sequences, options) {
-        let report = engine.run(&wave, &mut LossOnly)?;
+        let report = engine.run(&wave, &mut Nobody)?;
         loss += report.loss.unwrap_or(0.0);
         tokens += report.loss_tokens;
     }
     Ok((loss, tokens))
+}
+
+/// Divergence KL(teacher || model) per predicted token of `waves`, in nats: 0 for a model that predicts as its teacher does. A teacher that
+/// kept only some tokens gives a lower bound, see [`TeacherLogits`].
+///
+/// # Errors
+/// Those of [`Engine::run_with`] and [`Distillation`]; [`Error::Input`] if nothing is predicted.
+pub fn divergence<'w>(
+    model: &Model,
+    teacher: &TeacherLogits,
+    waves: impl IntoIterator<Item = &'w Wave>,
+) -> Result<f64> {
+    let engine = Engine::new(model, EngineOptions::default());
+    let (mut sum, mut tokens) = (0.0, 0);
+    for wave in waves {
+        let report = engine.run_with(wave, &mut Distillation::new(teacher), &mut Nobody)?;
+        sum += report.loss.unwrap_or(0.0);
+        tokens += report.loss_tokens;
+    }
+    match tokens {
+        0 => Err(Error::input("predicted tokens", 0, "at least one")),
+        _ => Ok(sum / tokens as f64),
+    }
 }
 
 fn elapsed(start: Instant) -> f64 {

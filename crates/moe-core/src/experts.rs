@@ -7,7 +7,7 @@ use crate::{
     host::{self, HostView},
     kernels::{
         math,
-        swiglu::{Swiglu, SwigluGradients, swiglu, swiglu_backward},
+        swiglu::{GatedActivation, SwigluGradients, swiglu, swiglu_backward},
         weight::Weight,
     },
 };
@@ -25,11 +25,11 @@ pub struct ExpertTensors {
     /// `[H]`.
     pub down_bias: Option<Tensor<1>>,
     /// How gate and up become a unit.
-    pub activation: Swiglu,
+    pub activation: GatedActivation,
 }
 
 impl ExpertTensors {
-    /// Moves canonical host weights to `device`, as f32, with the plain activation.
+    /// Moves canonical host weights to `device`, as f32, with SiLU.
     pub fn new(weights: ExpertWeights, device: &Device) -> Self {
         let ExpertWeights { mut gate, up, down, gate_bias, up_bias, down_bias, width, hidden } = weights;
         gate.extend_from_slice(&up);
@@ -43,12 +43,12 @@ impl ExpertTensors {
             gate_up_bias: gate_up_bias.map(vector),
             down: Weight::dense(host::from_vec(down, [hidden, width], device)),
             down_bias: down_bias.map(vector),
-            activation: Swiglu::Plain,
+            activation: GatedActivation::Silu,
         }
     }
 
     /// The same with another activation.
-    pub fn with_activation(self, activation: Swiglu) -> Self {
+    pub fn with_activation(self, activation: GatedActivation) -> Self {
         Self { activation, ..self }
     }
 
@@ -120,7 +120,7 @@ mod tests {
         };
         for bias in [false, true] {
             let expert = ExpertTensors::new(weights(bias), &device())
-                .with_activation(Swiglu::Clamped { alpha: 1.7, limit: 0.8 });
+                .with_activation(GatedActivation::ClampedSilu { alpha: 1.7, limit: 0.8 });
             let (x, upstream) = (pattern([5, 4], 7), pattern([5, 4], 8));
             let gate_up = expert.pre_activations(&x);
             let output = expert.output(&expert.units(&gate_up));

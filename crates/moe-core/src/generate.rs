@@ -7,14 +7,14 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::{
-    engine::{Engine, EngineOptions, LayerTape},
+    engine::{Engine, EngineOptions, FfnPass, LayerTape},
     error::{Error, Result},
     host::{self, HostView},
     kernels::{attention::AttentionShape, rope::Positions, rows::gather_rows},
     layers::slice_rows,
-    memory::{self, Keep, MemoryPlan, WaveSize},
+    memory::{self, MemoryPlan, WaveSize},
     model::Model,
-    trace::{Observer, Signals, WaveInfo},
+    trace::{Nobody, WaveInfo},
 };
 
 /// How the next token is chosen.
@@ -114,6 +114,7 @@ fn plan(model: &Model, prompts: &[Vec<u32>]) -> Result<MemoryPlan> {
         head: true,
         head_tokens: prompts.len(),
         experts_together: memory::experts_together(model.device()),
+        waiting: 0,
     };
     memory::plan(model.config(), size, memory::limit(model.max_memory()))
 }
@@ -259,14 +260,6 @@ struct Decoder<'m> {
     lengths: Vec<usize>,
 }
 
-struct Nobody;
-
-impl Observer for Nobody {
-    fn needs(&self) -> Signals {
-        Signals::NONE
-    }
-}
-
 impl<'m> Decoder<'m> {
     fn new(model: &'m Model, lengths: Vec<usize>) -> Self {
         let layers = model.config().layers.iter();
@@ -304,9 +297,7 @@ impl<'m> Decoder<'m> {
             }
             let heads = self.attend(layer, &entry.q, active, &spans, &attention.cached_shape());
             let middle = attention.residual(&x, &attention.cached_heads(heads));
-            let mut tape = LayerTape::default();
-            let (keep, needs) = (Keep::default(), Signals::NONE);
-            x = self.engine.ffn_forward(layer, &middle, &info, &mut tape, keep, needs, false, &mut Nobody)?;
+            x = self.engine.ffn_forward(FfnPass::new(layer, &info), &middle, &mut LayerTape::default(), &mut Nobody)?;
         }
         let last: Vec<u32> = spans.iter().map(|s| s.end as u32 - 1).collect();
         let norm = model.final_norm()?;

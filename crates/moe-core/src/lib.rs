@@ -19,12 +19,14 @@ pub mod kernels;
 pub mod layers;
 pub mod memory;
 pub mod model;
+pub mod objective;
 pub mod overlay;
 pub mod router;
 mod store;
 pub mod trace;
 
-pub use engine::{Engine, EngineOptions, LayerTransform, WaveReport};
+pub use engine::{Engine, EngineOptions, LayerChange, LayerOutput, LayerSweep, LayerVisitor, WaveReport};
 pub use error::{Error, Result};
 pub use model::Model;
-pub use overlay::{ExpertOverlay, KeepUnits};
+pub use objective::{CrossEntropy, Distillation, Objective, TeacherLogits};
+pub use overlay::{ExpertGains, ExpertOverlay, KeepUnits, RemoveExperts, RoutingOverlay, SkipExperts};

@@ -100,7 +100,7 @@ pub struct MemoryPlan {
     pub residency: Residency,
     /// Kept activations of each decoder layer.
     pub keep: Vec<Keep>,
-    /// Whether layer inputs wait for the backward sweep in a file instead of in memory.
+    /// Whether layer inputs and other waves wait in a file instead of in memory.
     pub spill: bool,
     /// Expected peak, in bytes.
     pub expected: u64,
@@ -119,6 +119,8 @@ pub struct WaveSize {
     pub head_tokens: usize,
     /// Routed experts computed side by side.
     pub experts_together: usize,
+    /// Bytes of other waves that wait for their turn, in memory or in a file.
+    pub waiting: u64,
 }
 
 /// Code, stacks, mapped pages, the tokenizer, and what the allocator keeps between blocks.
@@ -220,7 +222,8 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
         fits
     };
     let layers = config.layers.len();
-    let spill = size.gradients && !take(2 * layers as u64 * hidden);
+    let inputs = if size.gradients { 2 * layers as u64 * hidden } else { 0 };
+    let spill = !take(inputs + size.waiting);
     let mut residency = Residency { head: size.head && take(f32s(config.vocab_size * h)), ..Residency::default() };
     let mut keep = vec![Keep::default(); layers];
     if size.gradients {

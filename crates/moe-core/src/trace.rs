@@ -22,6 +22,8 @@ pub struct Signals {
     pub outputs: bool,
     /// Gradients at the expert's output, units and pre-activations: costs a backward sweep.
     pub gradients: bool,
+    /// Gradients of the router's logits and of the routing weights: costs a backward sweep, too.
+    pub router_gradients: bool,
     /// The input of every decoder layer.
     pub hidden: bool,
     /// The logits of every token.
@@ -30,8 +32,15 @@ pub struct Signals {
 
 impl Signals {
     /// Nothing.
-    pub const NONE: Self =
-        Self { routing: false, units: false, outputs: false, gradients: false, hidden: false, logits: false };
+    pub const NONE: Self = Self {
+        routing: false,
+        units: false,
+        outputs: false,
+        gradients: false,
+        router_gradients: false,
+        hidden: false,
+        logits: false,
+    };
     /// Routing only.
     pub const ROUTING: Self = Self { routing: true, ..Self::NONE };
     /// Unit activations.
@@ -40,10 +49,17 @@ impl Signals {
     pub const OUTPUTS: Self = Self { outputs: true, ..Self::NONE };
     /// Gradients.
     pub const GRADIENTS: Self = Self { gradients: true, ..Self::NONE };
+    /// Gradients of the router.
+    pub const ROUTER_GRADIENTS: Self = Self { router_gradients: true, ..Self::NONE };
 
     /// Whether experts must be visited at all.
     pub fn experts(&self) -> bool {
         self.units || self.outputs || self.gradients
+    }
+
+    /// Whether there must be a backward sweep.
+    pub fn backward(&self) -> bool {
+        self.gradients || self.router_gradients
     }
 }
 
@@ -56,6 +72,7 @@ impl BitOr for Signals {
             units: self.units || other.units,
             outputs: self.outputs || other.outputs,
             gradients: self.gradients || other.gradients,
+            router_gradients: self.router_gradients || other.router_gradients,
             hidden: self.hidden || other.hidden,
             logits: self.logits || other.logits,
         }
@@ -100,12 +117,40 @@ pub struct LayerTrace<'a> {
     pub experts: usize,
     /// Experts per token, k.
     pub top_k: usize,
-    /// Router logits `[T, E]`, before any normalisation.
+    /// Router logits `[T, E]`, before any normalisation; minus infinity for experts that an overlay removed.
     pub logits: &'a [f32],
     /// Selected experts `[T, k]`, best first.
     pub selected: &'a [u32],
     /// Routing weights of the selected experts `[T, k]`, as the model applies them.
     pub weights: &'a [f32],
+}
+
+/// Gradients of the summed objective at the routing of one MoE layer, for all tokens of a wave.
+#[derive(Debug)]
+pub struct RouterGradients<'a> {
+    /// Decoder layer index.
+    pub layer: usize,
+    /// The wave.
+    pub wave: &'a WaveInfo,
+    /// Number of experts, E.
+    pub experts: usize,
+    /// Experts per token, k.
+    pub top_k: usize,
+    /// What the router reads `[T, H]`. With `d_logits`, the gradient of its weight is `d_logits^T input`, that of its bias the column sums.
+    pub input: &'a Tensor<2>,
+    /// Router logits `[T, E]`; minus infinity for experts that an overlay removed.
+    pub logits: &'a [f32],
+    /// Selected experts `[T, k]`, best first.
+    pub selected: &'a [u32],
+    /// Routing weights as the model applies them `[T, k]`.
+    pub weights: &'a [f32],
+    /// d loss / d `weights`; 0 where the token skips the expert.
+    pub d_weights: &'a [f32],
+    /// d loss / d logits `[T, E]`. The choice of experts is not differentiated.
+    pub d_logits: &'a [f32],
+    /// d loss / d (a factor on the routing weights of expert e) `[E]`, summed over the tokens: at the gains of a routing overlay, 0
+    /// included, or at 1.
+    pub d_gains: &'a [f64],
 }
 
 /// Rows of an expert that belong to one sequence.
@@ -144,7 +189,7 @@ pub struct ExpertTrace<'a> {
     pub expert_weights: &'a ExpertTensors,
 }
 
-/// Gradients of the summed cross-entropy (unit weight per predicted token) at one expert.
+/// Gradients of the summed objective, usually the cross-entropy (unit weight per predicted token), at one expert.
 #[derive(Clone, Copy, Debug)]
 pub struct ExpertGradients<'a> {
     /// d loss / d (layer output), *without* the routing weight `[n, H]`. The gradient at the expert's output is row t of
@@ -188,6 +233,16 @@ pub trait Observer {
         Ok(())
     }
 
+    /// Gradients at the routing of an MoE layer ([`Signals::router_gradients`]); in the backward sweep, last layer first, after the
+    /// layer's experts.
+    ///
+    /// # Errors
+    /// Whatever the observer refuses.
+    fn router(&mut self, gradients: &RouterGradients<'_>) -> Result<()> {
+        let _ = gradients;
+        Ok(())
+    }
+
     /// The input of decoder layer `layer` `[T, H]` ([`Signals::hidden`]).
     ///
     /// # Errors
@@ -213,5 +268,15 @@ pub trait Observer {
     fn end_wave(&mut self, wave: &WaveInfo) -> Result<()> {
         let _ = wave;
         Ok(())
+    }
+}
+
+/// Watches nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Nobody;
+
+impl Observer for Nobody {
+    fn needs(&self) -> Signals {
+        Signals::NONE
     }
 }

@@ -92,29 +92,38 @@ fn qwen3_moe_with_yarn_on_a_gpu() {
 }
 
 #[test]
-fn latent_attention_and_grouped_routing_on_vulkan() {
+fn latent_attention_and_grouped_routing_on_a_gpu() {
     check("tf5/deepseek_v2_group");
     check("tf5/deepseek_v3");
+    check("tf5/moonlight");
+    check("tf5/deepseek_v2_yarn");
 }
 
 #[test]
-fn sinks_biases_and_clamped_swiglu_on_vulkan() {
+fn sinks_biases_and_clamped_swiglu_on_a_gpu() {
     check("tf5/gpt_oss");
 }
 
 #[test]
-fn layer_norm_and_sparsemixer_on_vulkan() {
+fn layer_norm_and_sparsemixer_on_a_gpu() {
     check("tf5/phimoe");
+    check("tf5/phimoe_longrope");
 }
 
 #[test]
-fn partial_and_interleaved_rotation_on_vulkan() {
+fn gelu_on_a_gpu() {
+    check("tf5/qwen3_moe_gelu");
+    check("tf5/mixtral_gelu_tanh");
+}
+
+#[test]
+fn partial_and_interleaved_rotation_on_a_gpu() {
     check("tf5/glm4_moe");
     check("tf5/ernie4_5_moe");
 }
 
 #[test]
-fn projection_norms_and_multipliers_on_vulkan() {
+fn projection_norms_and_multipliers_on_a_gpu() {
     check("tf5/olmoe");
     check("tf5/granitemoe");
 }

@@ -6,6 +6,7 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use burn::tensor::{Device, Tensor};
@@ -14,6 +15,8 @@ use moe_core::{
     data::{Sequence, Wave},
     generate::{GenerateOptions, generate},
     host::HostView,
+    kernels::weight::Weight,
+    overlay::KeepUnits,
     trace::{ExpertTrace, LayerTrace, Observer, Signals},
 };
 use safetensors::SafeTensors;
@@ -62,7 +65,15 @@ impl Gradients {
 
 impl Observer for Recorder {
     fn needs(&self) -> Signals {
-        Signals { routing: true, units: true, outputs: true, gradients: true, hidden: true, logits: true }
+        Signals {
+            routing: true,
+            units: true,
+            outputs: true,
+            gradients: true,
+            hidden: true,
+            logits: true,
+            ..Signals::NONE
+        }
     }
 
     fn layer(&mut self, trace: &LayerTrace<'_>) -> Result<()> {
@@ -123,12 +134,18 @@ impl Expected<'_> {
     }
 }
 
-/// Largest difference; fails above the tolerance.
+/// Largest difference; fails above [`TOLERANCE`].
 #[track_caller]
 fn assert_close(what: &str, found: &[f32], expected: &[f32]) -> f32 {
+    assert_near(what, found, expected, TOLERANCE)
+}
+
+/// Largest difference; fails above the tolerance.
+#[track_caller]
+fn assert_near(what: &str, found: &[f32], expected: &[f32], tolerance: f32) -> f32 {
     assert_eq!(found.len(), expected.len(), "{what}: length");
     let worst = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    assert!(worst <= TOLERANCE, "{what}: differs by {worst}");
+    assert!(worst <= tolerance, "{what}: differs by {worst}");
     assert!(found.iter().all(|x| x.is_finite()), "{what}: not finite");
     worst
 }
@@ -288,6 +305,39 @@ fn check_gradients(name: &str, dir: &Path, found: &Recorder, expected: &Expected
     worst
 }
 
+/// Where the processor has matrix units, experts stored as bf16 go there as they are, biased or not; through an overlay they are f32.
+#[test]
+fn packed_experts_compute_what_f32_experts_do() {
+    for name in
+        ["tf5/qwen2_moe_bf16", "tf5/gpt_oss_bf16", "tf5/gpt_oss_mxfp4", "tf5/deepseek_v3_bf16", "tf5/deepseek_v3_fp8"]
+    {
+        let packed = Model::open(fixtures().join(name), &Device::flex(), None).unwrap();
+        let dense = packed.with_overlay(Arc::new(KeepUnits::new())).unwrap();
+        let expert = packed.expert(1, 0).unwrap();
+        let form = format!("{:?}{:?}", expert.gate_up, expert.down);
+        assert_eq!(
+            form.matches("Packed[").count(),
+            if Weight::prefers_bf16(&Device::flex()) { 2 } else { 0 },
+            "{form}"
+        );
+        assert_eq!(expert.down_bias.is_some(), packed.config().moe(1).unwrap().bias);
+        let ids = (0..23).map(|i| (i * 7 + 3) % packed.config().vocab_size as u32).collect();
+        let wave = Wave { id: 0, sequences: vec![Sequence::new(ids)] };
+        let [packed, dense] = [packed, dense].map(|model| {
+            let mut recorder = Recorder::default();
+            Engine::new(&model, EngineOptions::default()).run(&wave, &mut recorder).unwrap();
+            recorder
+        });
+        assert_near(&format!("{name} logits"), &packed.logits, &dense.logits, 1e-5);
+        assert_eq!(packed.gradients.len(), dense.gradients.len());
+        for (key, gradients) in &packed.gradients {
+            for ((part, a), (_, b)) in gradients.parts().into_iter().zip(dense.gradients[key].parts()) {
+                assert_near(&format!("{name} {part} of {key:?}"), a, b, 1e-5);
+            }
+        }
+    }
+}
+
 macro_rules! parity {
     ($($test:ident: $fixture:literal),* $(,)?) => {
         $(#[test]
@@ -323,14 +373,24 @@ parity! {
     tf4_qwen3_moe: "tf4/qwen3_moe",
     tf5_deepseek_v2: "tf5/deepseek_v2",
     tf5_deepseek_v2_group: "tf5/deepseek_v2_group",
+    tf5_deepseek_v2_yarn: "tf5/deepseek_v2_yarn",
     tf5_deepseek_v3: "tf5/deepseek_v3",
+    tf5_deepseek_v3_bf16: "tf5/deepseek_v3_bf16",
+    tf5_deepseek_v3_fp8: "tf5/deepseek_v3_fp8",
+    tf5_deepseek_v3_yarn: "tf5/deepseek_v3_yarn",
     tf5_ernie4_5_moe: "tf5/ernie4_5_moe",
     tf5_glm4_moe: "tf5/glm4_moe",
     tf5_gpt_oss: "tf5/gpt_oss",
+    tf5_gpt_oss_bf16: "tf5/gpt_oss_bf16",
+    tf5_gpt_oss_mxfp4: "tf5/gpt_oss_mxfp4",
     tf5_granitemoe: "tf5/granitemoe",
+    tf5_kimi_k2: "tf5/kimi_k2",
     tf5_mixtral: "tf5/mixtral",
+    tf5_mixtral_gelu_tanh: "tf5/mixtral_gelu_tanh",
+    tf5_moonlight: "tf5/moonlight",
     tf5_olmoe: "tf5/olmoe",
     tf5_phimoe: "tf5/phimoe",
+    tf5_phimoe_longrope: "tf5/phimoe_longrope",
     tf5_qwen2_moe: "tf5/qwen2_moe",
     tf5_qwen2_moe_bf16: "tf5/qwen2_moe_bf16",
     tf5_qwen2_moe_linear: "tf5/qwen2_moe_linear",
@@ -338,6 +398,7 @@ parity! {
     tf5_qwen2_moe_padded: "tf5/qwen2_moe_padded",
     tf5_qwen2_moe_sliding: "tf5/qwen2_moe_sliding",
     tf5_qwen3_moe: "tf5/qwen3_moe",
+    tf5_qwen3_moe_gelu: "tf5/qwen3_moe_gelu",
     tf5_qwen3_moe_long: "tf5/qwen3_moe_long",
     tf5_qwen3_moe_sharded: "tf5/qwen3_moe_sharded",
     tf5_qwen3_moe_yarn: "tf5/qwen3_moe_yarn",

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use common::{magnitude, parity, plan};
+use common::{contents, every_checkpoint, magnitude, parity, plan, unrun};
 use moe_checkpoint::{Checkpoint, Dtype, ExpertWeights, LayerRole, Reduction, Role};
 use moe_prune::{ApplyOptions, Budget, ExpertPruner, Export, Mtp, ProtectionMask, PrunePlan, Pruner, Scope};
 use safetensors::SafeTensors;
@@ -15,25 +15,20 @@ use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
-const FAMILIES: [&str; 17] = [
-    "tf4/deepseek_v2",
-    "tf4/deepseek_v3",
-    "tf4/glm4_moe",
-    "tf4/gpt_oss",
-    "tf4/mixtral",
-    "tf4/olmoe",
-    "tf4/phimoe",
-    "tf5/deepseek_v2",
-    "tf5/deepseek_v2_group",
-    "tf5/deepseek_v3",
-    "tf5/ernie4_5_moe",
-    "tf5/glm4_moe",
-    "tf5/gpt_oss",
-    "tf5/granitemoe",
-    "tf5/mixtral",
-    "tf5/olmoe",
-    "tf5/phimoe",
-];
+/// One checkpoint of every family, of every way in which experts are on disk without quantisation, and of every routing with
+/// groups, in both generations of transformers.
+fn checkpoints() -> Vec<(String, Checkpoint)> {
+    let variants =
+        ["_padded", "_sliding", "_linear", "_long", "_yarn", "_longrope", "_fp8", "_mxfp4", "_sharded", "_tanh"];
+    every_checkpoint()
+        .into_iter()
+        .map(|dir| {
+            let names = dir.components().rev().take(2).map(|part| part.as_os_str().to_str().unwrap());
+            (names.collect::<Vec<_>>().join("-"), Checkpoint::open(dir).unwrap())
+        })
+        .filter(|(name, _)| !variants.iter().any(|variant| name.contains(variant)))
+        .collect()
+}
 
 fn expert_plan(model: &Checkpoint, ratio: f64) -> moe_prune::Result<PrunePlan> {
     let scores = magnitude(model).to_experts(Reduction::Sum).unwrap();
@@ -63,11 +58,10 @@ fn kept_of(full: &ExpertWeights, kept: &[u32]) -> ExpertWeights {
 #[test]
 fn units_go_alike_in_every_layout_and_export() {
     let directory = tempdir().unwrap();
-    for name in FAMILIES {
-        let model = Checkpoint::open(parity(name)).unwrap();
+    for (name, model) in checkpoints() {
         let plan = plan(&model, Scope::Expert, 0.4);
         let [uniform, ragged, masked] = [Export::Uniform, Export::Ragged, Export::Masked].map(|mode| {
-            let out = directory.path().join(format!("{}-{mode}", name.replace('/', "-")));
+            let out = directory.path().join(format!("{name}-{mode}"));
             let report = plan.apply(&model, &out, &ApplyOptions::new(mode)).unwrap();
             let result = Checkpoint::open(&out).unwrap();
             assert_eq!(report.bytes.after, result.bytes_on_disk(), "{name} {mode}");
@@ -90,7 +84,7 @@ fn units_go_alike_in_every_layout_and_export() {
             }
         }
         // Back from ragged to one width.
-        let back = directory.path().join(format!("{}-back", name.replace('/', "-")));
+        let back = directory.path().join(format!("{name}-back"));
         let keep = PrunePlan::keep_all(ragged.shape(), ragged.fingerprint());
         keep.apply(&ragged, &back, &ApplyOptions::new(Export::Uniform)).unwrap();
         let back = Checkpoint::open(back).unwrap();
@@ -133,13 +127,12 @@ fn shared_experts_follow_the_width_and_grow_by_zeros() {
 #[test]
 fn experts_go_with_their_router_rows_and_biases() {
     let directory = tempdir().unwrap();
-    for name in FAMILIES {
-        let model = Checkpoint::open(parity(name)).unwrap();
+    for (name, model) in checkpoints() {
         // Where the router selects groups of two first, none can go: the ratio is rounded down to that.
         let plan = expert_plan(&model, 0.25).unwrap();
         assert_eq!(plan.kept[0].removed.is_empty(), model.config().routing.groups().is_some(), "{name}");
         for mode in [Export::Uniform, Export::Ragged] {
-            let out = directory.path().join(format!("{}-{mode}", name.replace('/', "-")));
+            let out = directory.path().join(format!("{name}-{mode}"));
             let report = plan.apply(&model, &out, &ApplyOptions::new(mode)).unwrap();
             let out = Checkpoint::open(out).unwrap();
             assert_eq!(out.shape(), &plan.pruned_shape(), "{name}");
@@ -336,4 +329,52 @@ fn further_layers_are_kept_or_dropped_by_choice() {
     let dropped = apply(&plan, Export::Uniform, Some(Mtp::Drop)).unwrap();
     assert_eq!(dropped.mtp_tensors().count(), 0);
     assert_eq!(dropped.raw_config()["num_nextn_predict_layers"], 0);
+}
+
+#[test]
+fn text_models_are_pruned_inside_others_and_by_themselves() {
+    let directory = tempdir().unwrap();
+    for (name, text_config) in [("qwen3_5_moe", true), ("qwen3_5_moe_text", false)] {
+        let model = Checkpoint::open(unrun(name)).unwrap();
+        let text = |checkpoint: &Checkpoint| match text_config {
+            true => checkpoint.raw_config()["text_config"].clone(),
+            false => checkpoint.raw_config().clone(),
+        };
+        assert_eq!(model.shape().layers.len(), 4);
+        let units = plan(&model, Scope::Expert, 0.4);
+        let experts = expert_plan(&model, 0.25).unwrap();
+        let [units, experts] = [("units", units), ("experts", experts)].map(|(kind, plan)| {
+            let out = directory.path().join(format!("{name}-{kind}"));
+            plan.apply(&model, &out, &ApplyOptions::new(Export::Uniform)).unwrap();
+            Checkpoint::open(out).unwrap()
+        });
+        assert_eq!((&text(&units)["moe_intermediate_size"], &text(&units)["num_experts"]), (&json!(16), &json!(4)));
+        assert_eq!((&text(&experts)["moe_intermediate_size"], &text(&experts)["num_experts"]), (&json!(24), &json!(3)));
+        // What is not an expert is as it was: linear attention, vision, shared experts.
+        let before = contents(&model);
+        for (checkpoint, changed) in [(&units, vec![".experts."]), (&experts, vec![".experts.", ".mlp.gate."])] {
+            let after = contents(checkpoint);
+            let kept: Vec<_> = before.iter().filter(|(name, _)| !changed.iter().any(|c| name.contains(c))).collect();
+            assert_eq!(kept.iter().any(|(name, _)| name.starts_with("model.visual.")), text_config);
+            assert!(kept.iter().any(|(name, _)| name.contains(".linear_attn.conv1d.")));
+            assert!(kept.into_iter().all(|(name, value)| after[name] == *value));
+        }
+        // Layers of multi-token prediction, as released checkpoints have them.
+        let (mut config, mut tensors) = load(&unrun(name));
+        let from = if text_config { "model.language_model.layers.3." } else { "model.layers.3." };
+        let mtp: Vec<_> = tensors.iter().filter(|(tensor, _)| tensor.starts_with(from)).collect();
+        let mtp: Vec<_> = mtp.into_iter().map(|(t, v)| (t.replace(from, "mtp.layers.0."), v.clone())).collect();
+        let count = mtp.len();
+        tensors.extend(mtp);
+        let key = "mtp_num_hidden_layers";
+        let inner = if text_config { &mut config["text_config"] } else { &mut config };
+        inner[key] = json!(1);
+        let model = save(&directory.path().join(format!("{name}-mtp")), &config, &tensors);
+        assert_eq!((model.mtp_tensors().count(), model.config().mtp_layers), (count, 1));
+        let out = directory.path().join(format!("{name}-dropped"));
+        let options = ApplyOptions { mtp: Some(Mtp::Drop), ..ApplyOptions::new(Export::Uniform) };
+        plan(&model, Scope::Expert, 0.4).apply(&model, &out, &options).unwrap();
+        let dropped = Checkpoint::open(out).unwrap();
+        assert_eq!((dropped.mtp_tensors().count(), &text(&dropped)[key]), (0, &json!(0)));
+    }
 }

@@ -89,7 +89,10 @@ pub(super) fn grouped_attention(num_heads: usize, num_kv_heads: usize, head_dim:
 pub(super) fn activation(config: &Fields<'_>) -> Result<Activation> {
     match config.string("hidden_act")?.unwrap_or("silu") {
         "silu" | "swish" => Ok(Activation::Silu),
-        _ => Err(config.invalid("hidden_act", "\"silu\"")),
+        "gelu" => Ok(Activation::Gelu),
+        // Three names of one formula in transformers.
+        "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" => Ok(Activation::GeluTanh),
+        _ => Err(config.invalid("hidden_act", "\"silu\", \"gelu\" or \"gelu_pytorch_tanh\"")),
     }
 }
 
@@ -283,8 +286,11 @@ pub(super) fn first_dense(
 
 /// Layers of multi-token prediction.
 pub(super) fn mtp_layers(config: &Fields<'_>) -> Result<usize> {
-    let layers = config.integer("num_nextn_predict_layers", 0, MAX_LAYERS)?;
-    Ok(layers.or(config.integer("num_mtp_layers", 0, MAX_LAYERS)?).unwrap_or(0))
+    let mut layers = None;
+    for key in ["num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"] {
+        layers = layers.or(config.integer(key, 0, MAX_LAYERS)?);
+    }
+    Ok(layers.unwrap_or(0))
 }
 
 /// Shared experts of the width of a routed one each, stored as one.

@@ -9,17 +9,17 @@ use crate::host;
 
 /// Losses of some tokens and, in place of the logits, their gradients.
 #[derive(Debug)]
-pub struct CrossEntropy {
-    /// `-log softmax(logits[t])[target]` per row; 0 for rows without a target.
+pub struct Losses {
+    /// Loss of each row; 0 for rows that do not count.
     pub losses: Vec<f64>,
     /// Gradient of the *sum* of the losses with respect to the logits, same blocks; empty unless asked for.
     pub d_logits: Vec<Tensor<2>>,
 }
 
-/// Cross-entropy of `blocks`, consecutive vocabulary blocks of the logits, `[n, V_b]` each. `targets [n]` are token ids;
+/// Cross-entropy `-log softmax(logits[t])[target]` of `blocks`, consecutive vocabulary blocks of the logits, `[n, V_b]` each. `targets [n]` are token ids;
 /// rows without one count in neither loss nor gradient.
-pub fn cross_entropy(blocks: Vec<Tensor<2>>, targets: &[Option<u32>], gradient: bool) -> CrossEntropy {
-    let Some(first) = blocks.first() else { return CrossEntropy { losses: Vec::new(), d_logits: Vec::new() } };
+pub fn cross_entropy(blocks: Vec<Tensor<2>>, targets: &[Option<u32>], gradient: bool) -> Losses {
+    let Some(first) = blocks.first() else { return Losses { losses: Vec::new(), d_logits: Vec::new() } };
     if host::is_host(&first.device()) {
         on_host(blocks, targets, gradient)
     } else {
@@ -33,7 +33,7 @@ struct Block {
     values: Vec<f32>,
 }
 
-fn on_host(blocks: Vec<Tensor<2>>, targets: &[Option<u32>], gradient: bool) -> CrossEntropy {
+fn on_host(blocks: Vec<Tensor<2>>, targets: &[Option<u32>], gradient: bool) -> Losses {
     let (n, device) = (targets.len(), blocks[0].device());
     let mut first = 0;
     let mut blocks: Vec<Block> = blocks
@@ -95,11 +95,11 @@ fn on_host(blocks: Vec<Tensor<2>>, targets: &[Option<u32>], gradient: bool) -> C
     } else {
         Vec::new()
     };
-    CrossEntropy { losses, d_logits }
+    Losses { losses, d_logits }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
-fn row_max(row: &[f32]) -> f32 {
+pub(super) fn row_max(row: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; 16];
     let (chunks, tail) = row.as_chunks::<16>();
     for chunk in chunks {
@@ -112,7 +112,7 @@ fn row_max(row: &[f32]) -> f32 {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
-fn row_exp(row: &mut [f32], max: f32) -> f64 {
+pub(super) fn row_exp(row: &mut [f32], max: f32) -> f64 {
     let mut total = 0.0f64;
     for piece in row.chunks_mut(1024) {
         let mut sums = [0.0f32; 16];
@@ -133,7 +133,7 @@ fn row_exp(row: &mut [f32], max: f32) -> f64 {
     total
 }
 
-fn on_device(blocks: Vec<Tensor<2>>, targets: &[Option<u32>], gradient: bool) -> CrossEntropy {
+fn on_device(blocks: Vec<Tensor<2>>, targets: &[Option<u32>], gradient: bool) -> Losses {
     let (n, device) = (targets.len(), blocks[0].device());
     let keep: Vec<f32> = targets.iter().map(|t| if t.is_some() { 1.0 } else { 0.0 }).collect();
     let keep = host::from_vec(keep, [n, 1], &device);
@@ -169,7 +169,7 @@ fn on_device(blocks: Vec<Tensor<2>>, targets: &[Option<u32>], gradient: bool) ->
     } else {
         Vec::new()
     };
-    CrossEntropy { losses, d_logits }
+    Losses { losses, d_logits }
 }
 
 #[cfg(all(test, feature = "flex"))]

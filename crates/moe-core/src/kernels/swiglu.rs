@@ -1,29 +1,34 @@
-//! The gated unit on stacked pre-activations, `u = silu(g) * v` or the clamped form of gpt-oss, forward and backward.
+//! The gated unit on stacked pre-activations (arXiv 2002.05202), forward and backward: SwiGLU `u = silu(g) * v`, its clamped form in
+//! gpt-oss, and GEGLU `u = gelu(g) * v`.
 
-use burn::tensor::{Tensor, activation};
+use burn::tensor::{Bool, Tensor, activation};
 use multiversion::multiversion;
 
-use super::{for_rows_mut, math, zeros};
+use super::{for_rows_mut, gelu, math, zeros};
 use crate::host::{self, HostView};
 
 /// How gate and up become a unit.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub enum Swiglu {
+pub enum GatedActivation {
     /// `silu(g) * v`.
     #[default]
-    Plain,
+    Silu,
     /// `g' sigmoid(alpha g') (v' + 1)` with `g' = min(g, limit)` and `v'` clamped to `[-limit, limit]`; gradients of clamped
     /// values are zero.
-    Clamped {
+    ClampedSilu {
         /// Slope inside the sigmoid.
         alpha: f32,
         /// Bound of gate and up.
         limit: f32,
     },
+    /// `gelu(g) * v` with `gelu(x) = x Phi(x)`.
+    Gelu,
+    /// `gelu(g) * v` with the approximation by tanh.
+    GeluTanh,
 }
 
 /// Units `[n, I]` of `gate_up [n, 2I] = [g | v]`.
-pub fn swiglu(gate_up: &Tensor<2>, kind: Swiglu) -> Tensor<2> {
+pub fn swiglu(gate_up: &Tensor<2>, kind: GatedActivation) -> Tensor<2> {
     if host::is_host(&gate_up.device()) { on_host(gate_up, kind) } else { on_device(gate_up, kind) }
 }
 
@@ -44,7 +49,7 @@ pub struct SwigluGradients {
 /// output. `row_weights` of `None` are ones.
 pub fn swiglu_backward(
     gate_up: &Tensor<2>,
-    kind: Swiglu,
+    kind: GatedActivation,
     du: Tensor<2>,
     row_weights: Option<&[f32]>,
     want_d_units: bool,
@@ -56,7 +61,7 @@ pub fn swiglu_backward(
     }
 }
 
-fn on_host(gate_up: &Tensor<2>, kind: Swiglu) -> Tensor<2> {
+fn on_host(gate_up: &Tensor<2>, kind: GatedActivation) -> Tensor<2> {
     let [n, double] = gate_up.dims();
     let width = double / 2;
     let view = HostView::new(gate_up);
@@ -69,21 +74,14 @@ fn on_host(gate_up: &Tensor<2>, kind: Swiglu) -> Tensor<2> {
     host::from_vec(out, [n, width], &gate_up.device())
 }
 
-fn on_device(gate_up: &Tensor<2>, kind: Swiglu) -> Tensor<2> {
-    let width = gate_up.dims()[1] / 2;
-    let (g, v) = (gate_up.clone().narrow(1, 0, width), gate_up.clone().narrow(1, width, width));
-    match kind {
-        Swiglu::Plain => activation::silu(g) * v,
-        Swiglu::Clamped { alpha, limit } => {
-            let g = g.clamp_max(limit);
-            g.clone() * activation::sigmoid(g.mul_scalar(alpha)) * v.clamp(-limit, limit).add_scalar(1.0)
-        }
-    }
+fn on_device(gate_up: &Tensor<2>, kind: GatedActivation) -> Tensor<2> {
+    let DeviceUnit { h, w, .. } = kind.on_device(gate_up);
+    h * w
 }
 
 fn backward_on_host(
     gate_up: &Tensor<2>,
-    kind: Swiglu,
+    kind: GatedActivation,
     du: Tensor<2>,
     row_weights: Option<&[f32]>,
     want_d_units: bool,
@@ -130,57 +128,77 @@ fn backward_on_host(
 
 fn backward_on_device(
     gate_up: &Tensor<2>,
-    kind: Swiglu,
+    kind: GatedActivation,
     du: Tensor<2>,
     row_weights: Option<&[f32]>,
     want_d_units: bool,
 ) -> SwigluGradients {
-    let [n, double] = gate_up.dims();
-    let width = double / 2;
-    let (g, v) = (gate_up.clone().narrow(1, 0, width), gate_up.clone().narrow(1, width, width)); // [n, I]
-    // The unit is h(g) w(v) in both forms: h with its derivative, w, and where clamping stops gradients.
-    let (alpha, clamped) = match kind {
-        Swiglu::Plain => (1.0, None),
-        Swiglu::Clamped { alpha, limit } => {
-            let outside = v.clone().abs().greater_elem(limit);
-            (alpha, Some((g.clone().greater_elem(limit), outside, limit)))
-        }
-    };
-    let (g, v) = match &clamped {
-        None => (g, v),
-        Some((_, _, limit)) => (g.clamp_max(*limit), v.clamp(-limit, *limit).add_scalar(1.0)),
-    };
-    let s = activation::sigmoid(g.clone().mul_scalar(alpha));
-    let h = g.clone() * s.clone();
-    let units = h.clone() * v.clone();
+    let n = gate_up.dims()[0];
+    let DeviceUnit { h, derivative, w, clamped } = kind.on_device(gate_up);
+    let units = h.clone() * w.clone();
     let d_row_weights = host::into_vec((du.clone() * units.clone()).sum_dim(1).reshape([n]));
     let du = match row_weights {
-        Some(w) => du * host::from_vec(w.to_vec(), [n, 1], &gate_up.device()),
+        Some(weights) => du * host::from_vec(weights.to_vec(), [n, 1], &gate_up.device()),
         None => du,
     };
-    // d h = s (1 + alpha g (1 - s))
-    let derivative = s.clone() * (g.mul_scalar(alpha) * (s.neg().add_scalar(1.0))).add_scalar(1.0);
-    let (mut dg, mut dv) = (du.clone() * v * derivative, du.clone() * h);
-    if let Some((above, outside, _)) = clamped {
-        (dg, dv) = (dg.mask_fill(above, 0.0), dv.mask_fill(outside, 0.0));
+    let (mut dg, mut dv) = (du.clone() * w * derivative, du.clone() * h);
+    if let Some((gate, up)) = clamped {
+        (dg, dv) = (dg.mask_fill(gate, 0.0), dv.mask_fill(up, 0.0));
     }
     let d_gate_up = Tensor::cat(vec![dg, dv], 1); // [n, 2I]
     SwigluGradients { units, d_units: want_d_units.then_some(du), d_gate_up, d_row_weights }
 }
 
-impl Swiglu {
+/// The unit as tensor operations: every kind is `h(g) w(v)`.
+struct DeviceUnit {
+    /// `h(g) [n, I]`.
+    h: Tensor<2>,
+    /// `h'(g) [n, I]`.
+    derivative: Tensor<2>,
+    /// `w(v) [n, I]`, `v` or `v + 1`.
+    w: Tensor<2>,
+    /// Where gate and up are clamped, so that their gradient is zero `[n, I]`.
+    clamped: Option<(Tensor<2, Bool>, Tensor<2, Bool>)>,
+}
+
+impl GatedActivation {
+    fn on_device(self, gate_up: &Tensor<2>) -> DeviceUnit {
+        let width = gate_up.dims()[1] / 2;
+        let (g, v) = (gate_up.clone().narrow(1, 0, width), gate_up.clone().narrow(1, width, width)); // [n, I]
+        // x sigmoid(alpha x) and its derivative, s (1 + alpha x (1 - s))
+        let silu = |x: Tensor<2>, alpha: f32| {
+            let s = activation::sigmoid(x.clone().mul_scalar(alpha));
+            let slope = (x.clone().mul_scalar(alpha) * s.clone().neg().add_scalar(1.0)).add_scalar(1.0);
+            (x * s.clone(), s * slope)
+        };
+        let ((h, derivative), w, clamped) = match self {
+            Self::Silu => (silu(g, 1.0), v, None),
+            Self::ClampedSilu { alpha, limit } => {
+                let clamped = (g.clone().greater_elem(limit), v.clone().abs().greater_elem(limit));
+                (silu(g.clamp_max(limit), alpha), v.clamp(-limit, limit).add_scalar(1.0), Some(clamped))
+            }
+            Self::Gelu => (gelu::on_device(g), v, None),
+            Self::GeluTanh => (gelu::tanh_on_device(g), v, None),
+        };
+        DeviceUnit { h, derivative, w, clamped }
+    }
+
     fn row(self, g: &[f32], v: &[f32], u: &mut [f32]) {
         match self {
-            Self::Plain => swiglu_row(g, v, u),
-            Self::Clamped { alpha, limit } => clamped_row(g, v, alpha, limit, u),
+            Self::Silu => swiglu_row(g, v, u),
+            Self::ClampedSilu { alpha, limit } => clamped_row(g, v, alpha, limit, u),
+            Self::Gelu => gelu::row(g, v, u),
+            Self::GeluTanh => gelu::tanh_row(g, v, u),
         }
     }
 
     fn row_backward(self, g: &[f32], v: &[f32], weight: f32, du: &mut [f32], dg: &mut [f32], dv: &mut [f32]) {
         du.iter_mut().for_each(|d| *d *= weight);
         match self {
-            Self::Plain => swiglu_row_backward(g, v, du, dg, dv),
-            Self::Clamped { alpha, limit } => clamped_row_backward(g, v, alpha, limit, du, dg, dv),
+            Self::Silu => swiglu_row_backward(g, v, du, dg, dv),
+            Self::ClampedSilu { alpha, limit } => clamped_row_backward(g, v, alpha, limit, du, dg, dv),
+            Self::Gelu => gelu::row_backward(g, v, du, dg, dv),
+            Self::GeluTanh => gelu::tanh_row_backward(g, v, du, dg, dv),
         }
     }
 }
@@ -226,7 +244,12 @@ mod tests {
     use crate::kernels::testing::{assert_close, device, pattern};
 
     /// The limit is inside the range of the patterns, so that clamping happens.
-    const KINDS: [Swiglu; 2] = [Swiglu::Plain, Swiglu::Clamped { alpha: 1.7, limit: 0.6 }];
+    const KINDS: [GatedActivation; 4] = [
+        GatedActivation::Silu,
+        GatedActivation::ClampedSilu { alpha: 1.7, limit: 0.6 },
+        GatedActivation::Gelu,
+        GatedActivation::GeluTanh,
+    ];
 
     #[test]
     fn host_and_device_bodies_agree() {
@@ -270,8 +293,8 @@ mod tests {
     #[test]
     fn width_zero_is_empty() {
         let gate_up = Tensor::<2>::zeros([3, 0], &device());
-        assert_eq!(swiglu(&gate_up, Swiglu::Plain).dims(), [3, 0]);
-        let gradients = swiglu_backward(&gate_up, Swiglu::Plain, gate_up.clone(), None, true);
+        assert_eq!(swiglu(&gate_up, GatedActivation::Silu).dims(), [3, 0]);
+        let gradients = swiglu_backward(&gate_up, GatedActivation::Silu, gate_up.clone(), None, true);
         assert_eq!(gradients.d_gate_up.dims(), [3, 0]);
         assert_eq!(gradients.d_row_weights, vec![0.0; 3]);
     }

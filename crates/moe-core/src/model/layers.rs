@@ -6,11 +6,13 @@ use super::Model;
 use crate::{
     error::{Error, Result},
     experts::ExpertTensors,
-    kernels::{attention::AttentionShape, latent::LatentHeads},
+    host,
+    kernels::{attention::AttentionShape, latent::LatentHeads, weight::Weight},
     layers::{
         AttentionLayer, DenseBlock, FfnLayer, GroupedProjections, HeadNorms, LatentProjections, Linear, LowRankQuery,
         Norm, Projections, QueryProjection, RouterLayer,
     },
+    overlay::RoutingOverlay,
 };
 
 impl Model {
@@ -114,6 +116,28 @@ impl Model {
 
     /// Norm, router, and dense or shared block of decoder layer `layer`.
     pub(crate) fn ffn(&self, layer: usize) -> Result<FfnLayer> {
+        self.ffn_routed_by(layer, self.routing.as_deref())
+    }
+
+    /// The same with the router weights of `overlay` instead of those of the model's own overlay.
+    pub(crate) fn ffn_routed_by(&self, layer: usize, overlay: Option<&dyn RoutingOverlay>) -> Result<FfnLayer> {
+        let mut ffn = self.stored_ffn(layer)?;
+        // not cached: an overlay may change its weights between sweeps
+        if let Some(router) = &mut ffn.router
+            && let Some(weight) = overlay.and_then(|overlay| overlay.router(layer))
+        {
+            let shape = router.linear.weight.dims();
+            if weight.len() != shape[0] * shape[1] {
+                let expected = format!("{} by {}", shape[0], shape[1]);
+                return Err(Error::input(format!("router weights of layer {layer}"), weight.len(), expected));
+            }
+            router.linear.weight = Weight::dense(host::from_vec(weight, shape, &self.device));
+        }
+        Ok(ffn)
+    }
+
+    /// The same as the checkpoint has it.
+    fn stored_ffn(&self, layer: usize) -> Result<FfnLayer> {
         if let Some(found) = &self.lock().ffn[layer] {
             return Ok(found.clone());
         }

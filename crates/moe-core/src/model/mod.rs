@@ -3,11 +3,14 @@
 use std::{
     ops::Range,
     path::Path,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use burn::tensor::{Device, Tensor};
-use moe_checkpoint::{Activation, Checkpoint, Dtype, ExpertBiases, ExpertPart, ModelConfig, RawMatrix, Role};
+use moe_checkpoint::{Activation, Checkpoint, Dtype, ExpertPart, ExpertWeights, ModelConfig, RawMatrix, Role};
 
 mod head;
 mod layers;
@@ -18,26 +21,28 @@ use crate::{
     host,
     kernels::{
         rope::RotaryEmbedding,
-        swiglu::Swiglu,
+        swiglu::GatedActivation,
         weight::{Bf16Source, Weight},
     },
     layers::{AttentionLayer, FfnLayer, Linear, Norm},
     memory::Residency,
-    overlay::ExpertOverlay,
+    overlay::{self, ExpertOverlay, RoutingOverlay},
     router::Router,
 };
 
 /// A checkpoint on a device. Weights are converted to f32 when they are used; a [`Residency`] says which stay.
 ///
-/// Cloning is cheap in memory only through [`with_overlay`](Self::with_overlay), which shares the open checkpoint.
+/// [`with_overlays`](Self::with_overlays) gives another view of the same open checkpoint.
 pub struct Model {
     checkpoint: Arc<Checkpoint>,
     device: Device,
     max_memory: Option<u64>,
-    overlay: Option<Arc<dyn ExpertOverlay>>,
+    experts: Option<Arc<dyn ExpertOverlay>>,
+    routing: Option<Arc<dyn RoutingOverlay>>,
+    expert_rows: AtomicU64,
     rope: RotaryEmbedding,
     router: Router,
-    activation: Swiglu,
+    activation: GatedActivation,
     cache: Mutex<Cache>,
 }
 
@@ -80,8 +85,12 @@ impl Model {
             router.check(moe.num_experts())?;
         }
         let activation = match config.hidden_act {
-            Activation::Silu => Swiglu::Plain,
-            Activation::ClampedSwiglu { alpha, limit } => Swiglu::Clamped { alpha: alpha as f32, limit: limit as f32 },
+            Activation::Silu => GatedActivation::Silu,
+            Activation::ClampedSwiglu { alpha, limit } => {
+                GatedActivation::ClampedSilu { alpha: alpha as f32, limit: limit as f32 }
+            }
+            Activation::Gelu => GatedActivation::Gelu,
+            Activation::GeluTanh => GatedActivation::GeluTanh,
             other => return Err(Error::Unsupported(format!("activation {other:?}"))),
         };
         let (layers, experts) = (config.layers.len(), checkpoint.shape().layers.iter().map(|l| l.widths.len()).sum());
@@ -92,17 +101,64 @@ impl Model {
             ..Cache::default()
         };
         let cache = Mutex::new(cache);
-        Ok(Self { device: device.clone(), max_memory, overlay: None, rope, router, activation, cache, checkpoint })
+        Ok(Self {
+            device: device.clone(),
+            max_memory,
+            experts: None,
+            routing: None,
+            expert_rows: AtomicU64::new(0),
+            rope,
+            router,
+            activation,
+            cache,
+            checkpoint,
+        })
     }
 
-    /// The same checkpoint seen through `overlay`, with a cache of its own.
+    /// The same checkpoint seen through `overlay`, with a cache of its own and without the overlays of this model.
     ///
     /// # Errors
     /// As [`new`](Self::new).
     pub fn with_overlay(&self, overlay: Arc<dyn ExpertOverlay>) -> Result<Self> {
+        self.with_overlays(Some(overlay), None)
+    }
+
+    /// The same checkpoint seen through overlays of its experts and of its routing, with a cache of its own and without the overlays of
+    /// this model. Sweeps, generation and evaluation honour them alike.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); [`Error::Input`] for a routing overlay that does not fit the model: experts that do not exist, none left in
+    /// a layer, gains or router weights of another size, groups of experts that do not lose as many each.
+    pub fn with_overlays(
+        &self,
+        experts: Option<Arc<dyn ExpertOverlay>>,
+        routing: Option<Arc<dyn RoutingOverlay>>,
+    ) -> Result<Self> {
         let mut model = Self::new(self.checkpoint.clone(), &self.device, self.max_memory)?;
-        model.overlay = Some(overlay);
+        if let Some(routing) = &routing {
+            overlay::routing::check(&**routing, model.config(), &model.router)?;
+        }
+        (model.experts, model.routing) = (experts, routing);
         Ok(model)
+    }
+
+    /// The overlay its experts are seen through.
+    pub fn expert_overlay(&self) -> Option<&Arc<dyn ExpertOverlay>> {
+        self.experts.as_ref()
+    }
+
+    /// The overlay its routing is seen through.
+    pub fn routing_overlay(&self) -> Option<&Arc<dyn RoutingOverlay>> {
+        self.routing.as_ref()
+    }
+
+    /// How many (token, routed expert) pairs this model has computed in forward passes so far, generation included.
+    pub fn expert_rows(&self) -> u64 {
+        self.expert_rows.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn count_expert_rows(&self, rows: usize) {
+        self.expert_rows.fetch_add(rows as u64, Ordering::Relaxed);
     }
 
     /// Its configuration.
@@ -136,7 +192,7 @@ impl Model {
     }
 
     /// How gate and up become a unit.
-    pub fn activation(&self) -> Swiglu {
+    pub fn activation(&self) -> GatedActivation {
         self.activation
     }
 
@@ -170,8 +226,8 @@ impl Model {
         if let Some(found) = &self.lock().experts[index] {
             return Ok(found.clone());
         }
-        let loaded = match &self.overlay {
-            Some(overlay) => self.replaced_expert(&**overlay, layer, expert)?,
+        let loaded = match &self.experts {
+            Some(overlay) => self.on_device(overlay.apply(layer, expert, self.checkpoint.expert(layer, expert)?)?),
             None => self.load_expert(layer, expert)?,
         };
         let mut cache = self.lock();
@@ -181,47 +237,59 @@ impl Model {
         Ok(loaded)
     }
 
-    /// An expert as `overlay` changes it.
+    /// An expert as `overlay` changes what this model has.
     pub(crate) fn replaced_expert(
         &self,
         overlay: &dyn ExpertOverlay,
         layer: usize,
         expert: usize,
     ) -> Result<ExpertTensors> {
-        let weights = overlay.apply(layer, expert, self.checkpoint.expert(layer, expert)?)?;
-        Ok(ExpertTensors::new(weights, &self.device).with_activation(self.activation))
+        let mut weights = self.checkpoint.expert(layer, expert)?;
+        if let Some(own) = &self.experts {
+            weights = own.apply(layer, expert, weights)?;
+        }
+        Ok(self.on_device(overlay.apply(layer, expert, weights)?))
+    }
+
+    fn on_device(&self, weights: ExpertWeights) -> ExpertTensors {
+        ExpertTensors::new(weights, &self.device).with_activation(self.activation)
     }
 
     fn load_expert(&self, layer: usize, expert: usize) -> Result<ExpertTensors> {
         let config = self.config();
-        let (width, biased) =
-            config.moe(layer).map_or((0, false), |moe| (moe.widths[expert], moe.biases != ExpertBiases::None));
-        let mut packed = !biased && Weight::prefers_bf16(&self.device);
-        for part in [ExpertPart::Gate, ExpertPart::Up, ExpertPart::Down] {
+        let mut packed = Weight::prefers_bf16(&self.device);
+        for part in ExpertPart::ALL {
             packed = packed && self.checkpoint.expert_dtype(layer, expert, part)? == Some(Dtype::BF16);
         }
         if !packed {
-            let weights = ExpertTensors::new(self.checkpoint.expert(layer, expert)?, &self.device);
-            return Ok(weights.with_activation(self.activation));
+            return Ok(self.on_device(self.checkpoint.expert(layer, expert)?));
         }
-        let hidden = config.hidden_size;
-        let source = |down: bool| -> Bf16Source {
+        let (width, hidden) = (config.moe(layer).map_or(0, |moe| moe.widths[expert]), config.hidden_size);
+        let source = |parts: &'static [ExpertPart]| -> Bf16Source {
             let checkpoint = self.checkpoint.clone();
             Box::new(move |f| {
-                let bytes = checkpoint.expert_bytes(layer, expert).expect("found when the weight was made");
-                if down {
-                    f(&rows(&bytes.down));
-                } else {
-                    f(&[rows(&bytes.gate), rows(&bytes.up)].concat());
-                }
+                let read = |part: &ExpertPart| checkpoint.expert_part(layer, expert, *part).ok().flatten();
+                let matrices: Vec<_> = parts.iter().map(|part| read(part).expect("every expert has it")).collect();
+                f(&matrices.iter().flat_map(rows).collect::<Vec<_>>());
                 checkpoint.release_expert(layer, expert).expect("found when the weight was made");
             })
         };
+        // Biases are few: f32 beside the packed matrices.
+        let bias = |parts: &[ExpertPart]| -> Result<Option<Tensor<1>>> {
+            let mut values = Vec::new();
+            for part in parts {
+                let Some(bias) = self.checkpoint.expert_part(layer, expert, *part)? else { return Ok(None) };
+                values.extend(bias.to_f32());
+            }
+            let len = values.len();
+            Ok(Some(host::from_vec(values, [len], &self.device)))
+        };
+        const GATE_UP: [ExpertPart; 2] = [ExpertPart::Gate, ExpertPart::Up];
         Ok(ExpertTensors {
-            gate_up: Weight::from_bf16(2 * width, hidden, &self.device, source(false)),
-            gate_up_bias: None,
-            down: Weight::from_bf16(hidden, width, &self.device, source(true)),
-            down_bias: None,
+            gate_up: Weight::from_bf16(2 * width, hidden, &self.device, source(&GATE_UP)),
+            gate_up_bias: bias(&[ExpertPart::GateBias, ExpertPart::UpBias])?,
+            down: Weight::from_bf16(hidden, width, &self.device, source(&[ExpertPart::Down])),
+            down_bias: bias(&[ExpertPart::DownBias])?,
             activation: self.activation,
         })
     }
@@ -334,6 +402,6 @@ impl Model {
     }
 }
 
-fn rows<'a>(matrix: &'a RawMatrix<'_>) -> Vec<&'a [u8]> {
-    (0..matrix.rows).filter_map(|i| matrix.row(i)).collect()
+fn rows<'a>(matrix: &'a RawMatrix<'_>) -> impl Iterator<Item = &'a [u8]> {
+    (0..matrix.rows).filter_map(|i| matrix.row(i))
 }

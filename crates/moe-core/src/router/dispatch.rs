@@ -25,17 +25,23 @@ pub struct ExpertRows<'a> {
 impl Routed {
     /// Groups tokens by expert.
     pub fn dispatch(&self) -> Dispatch {
+        self.dispatch_where(|_| true)
+    }
+
+    /// Groups tokens by expert, without the slots of [`weights`](Self::weights) that `keep` refuses.
+    pub fn dispatch_where(&self, keep: impl Fn(usize) -> bool) -> Dispatch {
+        let kept = || self.selected.iter().enumerate().filter(|(slot, _)| keep(*slot));
         let mut offsets = vec![0usize; self.experts + 1];
-        for &e in &self.selected {
+        for (_, &e) in kept() {
             offsets[e as usize + 1] += 1;
         }
         for e in 0..self.experts {
             offsets[e + 1] += offsets[e];
         }
         let mut next = offsets.clone();
-        let n = self.selected.len();
+        let n = offsets[self.experts];
         let (mut rows, mut slots, mut weights) = (vec![0u32; n], vec![0u32; n], vec![0.0f32; n]);
-        for (slot, &e) in self.selected.iter().enumerate() {
+        for (slot, &e) in kept() {
             let at = next[e as usize];
             next[e as usize] += 1;
             rows[at] = (slot / self.top_k) as u32;
@@ -81,5 +87,14 @@ mod tests {
             }
         }
         assert!(seen.into_iter().all(|s| s));
+    }
+
+    #[test]
+    fn slots_can_be_left_out() {
+        let routed = Routed { experts: 3, top_k: 2, selected: vec![2, 0, 0, 1], weights: vec![0.5, 0.0, 0.7, 0.3] };
+        let dispatch = routed.dispatch_where(|slot| routed.weights[slot] != 0.0);
+        assert_eq!(dispatch.expert(0), ExpertRows { rows: &[1], slots: &[2], weights: &[0.7] });
+        assert_eq!((dispatch.expert(1).rows, dispatch.expert(2).rows), (&[1u32][..], &[0u32][..]));
+        assert_eq!(dispatch.largest(), 1);
     }
 }

@@ -4,6 +4,7 @@
 //! breaks ties the same way (the lower expert index wins).
 
 mod dispatch;
+mod removal;
 mod selection;
 mod sparsemixer;
 

@@ -112,3 +112,54 @@ fn backward_matches_a_difference_quotient() {
         }
     }
 }
+
+/// A router without experts is the router of a model whose rows, biases and gradients of those experts are gone.
+#[test]
+fn removing_experts_is_slicing_the_router() {
+    let limit = GroupLimit { count: 2, top: 1, rank: GroupRank::TwoLargest };
+    let soft = |floor| Score::Softmax { floor };
+    let bias = [0.4f32, 0.0, -2.0, 0.0, -0.3, 0.2, 0.1, 0.9];
+    let top_3 = |router: Router| Router { top_k: 3, ..router };
+    let cases = [
+        (softmax(false), None),
+        (softmax(true), None), // also top-k, then softmax
+        (top_3(softmax(true)), None),
+        (scores(soft(0.9), true, None), Some(bias)),
+        (scores(Score::Sigmoid, true, None), Some(bias)),
+        (scores(Score::Sigmoid, false, None), None),
+        (scores(soft(0.0), false, Some(GroupLimit { rank: GroupRank::Largest, ..limit })), None),
+        (scores(Score::Sigmoid, true, Some(limit)), Some(bias)),
+        (Router { top_k: 2, scale: 1.5, rule: Rule::Sparsemixer { jitter: 0.25 } }, None),
+    ];
+    // two of each group of four; the first two have the largest logits and the last the largest bias
+    let removed = [0u32, 3, 5, 7];
+    let left = [1u32, 2, 4, 6];
+    let logits = [1.9f32, -0.2, 1.1, 0.8, -0.5, 1.7, 0.3, 0.6, 0.0, 0.1, -0.7, 2.0, 0.45, 0.4, 0.2, 2.1];
+    let sliced = |values: &[f32]| -> Vec<f32> {
+        values.chunks(8).flat_map(|row| left.iter().map(|&e| row[e as usize])).collect()
+    };
+    for (case, (router, bias)) in cases.into_iter().enumerate() {
+        let (bias, sliced_bias) = (bias.as_ref().map(|b| &b[..]), bias.as_ref().map(|b| sliced(b)));
+        router.check_without(8, &removed).unwrap();
+        let found = router.route_without(&logits, 8, bias, &removed);
+        let expected = router.route(&sliced(&logits), 4, sliced_bias.as_deref());
+        let selected: Vec<u32> = expected.selected.iter().map(|&e| left[e as usize]).collect();
+        assert_eq!((found.experts, found.top_k), (8, expected.top_k), "case {case}");
+        assert_eq!((&found.selected, &found.weights), (&selected, &expected.weights), "case {case}");
+        let d: Vec<f32> = (0..found.weights.len()).map(|i| 0.7 - 0.4 * i as f32).collect();
+        let gradient = router.backward_without(&logits, &found, &d, &removed);
+        assert_eq!(sliced(&gradient), router.backward(&sliced(&logits), &expected, &d), "case {case}");
+        assert!(removed.iter().all(|&e| gradient[e as usize] == 0.0 && gradient[8 + e as usize] == 0.0));
+        assert_eq!(router.route_without(&logits, 8, bias, &[]), router.route(&logits, 8, bias));
+    }
+}
+
+#[test]
+fn groups_must_lose_as_many_experts_each() {
+    let groups = Some(GroupLimit { count: 2, top: 1, rank: GroupRank::TwoLargest });
+    let router = scores(Score::Sigmoid, false, groups);
+    let message = |removed: &[u32]| router.check_without(8, removed).unwrap_err().to_string();
+    assert!(message(&[0]).contains("[3, 4]"), "{}", message(&[0]));
+    assert!(message(&[0, 1, 2, 4, 5, 6]).contains("two best"));
+    assert!(softmax(true).check_without(8, &[0]).is_ok());
+}

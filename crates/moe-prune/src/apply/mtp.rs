@@ -7,7 +7,7 @@ use super::{ApplyOptions, Export, Mtp, Target};
 use crate::{Error, Result};
 
 /// Config keys of the number of those layers.
-const KEYS: [&str; 2] = ["num_nextn_predict_layers", "num_mtp_layers"];
+const KEYS: [&str; 3] = ["num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"];
 
 /// Carries out the choice for multi-token prediction.
 ///
@@ -22,7 +22,12 @@ pub(crate) fn settle(from: &Checkpoint, options: &ApplyOptions<'_>, target: &mut
         None => refuse(format!("{what}; choose whether they are kept or dropped")),
         Some(Mtp::Drop) => {
             target.dropped.extend(names.into_iter().map(String::from));
-            if let Value::Object(map) = &mut target.config {
+            let text = from.family().text_key().filter(|key| target.config.get(key).is_some());
+            let config = match text {
+                Some(key) => &mut target.config[key],
+                None => &mut target.config,
+            };
+            if let Value::Object(map) = config {
                 for key in KEYS.into_iter().filter(|key| map.contains_key(*key)).collect::<Vec<_>>() {
                     map.insert(key.to_string(), json!(0));
                 }

@@ -15,6 +15,20 @@ pub fn parity(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../moe-checkpoint/tests/fixtures/parity").join(name)
 }
 
+/// A checkpoint of a model that is not run: `qwen3_5_moe`.
+pub fn unrun(name: &str) -> PathBuf {
+    parity("../unrun").join(name)
+}
+
+/// Every bundled checkpoint: whatever is in the fixture directories, and the trained model.
+pub fn every_checkpoint() -> Vec<PathBuf> {
+    let list = |dir: PathBuf| fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let dirs = [parity("tf4"), parity("tf5"), unrun("")];
+    let mut found: Vec<PathBuf> = dirs.into_iter().flat_map(list).chain([tiny_moe()]).collect();
+    found.sort();
+    found
+}
+
 /// The bundled trained model.
 pub fn tiny_moe() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/assets/tiny-moe")

@@ -1,8 +1,14 @@
-//! Running a model under changed experts without writing a checkpoint.
+//! Running a model under changed experts ([`ExpertOverlay`]) and changed routing ([`RoutingOverlay`]) without writing a checkpoint.
+
+pub(crate) mod routing;
+mod skip;
 
 use std::{collections::BTreeMap, sync::Arc};
 
 use moe_checkpoint::ExpertWeights;
+
+pub use routing::{ExpertGains, RemoveExperts, RoutingOverlay};
+pub use skip::{SkipCalibration, SkipExperts};
 
 use crate::error::{Error, Result};
 

@@ -1,0 +1,168 @@
+//! Routed experts of a layer, each on its tokens.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use burn::tensor::Tensor;
+use rayon::prelude::*;
+
+use super::Engine;
+use crate::{
+    error::Result,
+    experts::ExpertTensors,
+    kernels::{rows::gather_rows, swiglu::SwigluGradients},
+    memory,
+    overlay::ExpertOverlay,
+    router::Dispatch,
+    trace::{Segment, WaveInfo},
+};
+
+/// An expert's forward pass on its tokens.
+pub(super) struct ExpertRun {
+    pub weights: ExpertTensors,
+    pub input: Tensor<2>,
+    pub gate_up: Tensor<2>,
+    pub units: Tensor<2>,
+    pub output: Option<Tensor<2>>,
+}
+
+/// An expert's backward pass on its tokens.
+pub(super) struct ExpertBackwardRun {
+    pub weights: ExpertTensors,
+    pub input: Tensor<2>,
+    pub upstream: Tensor<2>,
+    pub gradients: SwigluGradients,
+    pub output: Option<Tensor<2>>,
+    pub d_input: Option<Tensor<2>>,
+}
+
+/// What of an expert's backward pass is wanted.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted {
+    /// The gradient of its input.
+    pub input: bool,
+    /// The gradient of its units.
+    pub units: bool,
+    /// Its output.
+    pub output: bool,
+}
+
+impl Engine<'_> {
+    /// Calls `compute` for each expert and `then` with its result, if it has one, in ascending order. On the host a few experts are
+    /// computed at a time, each mostly by one thread, which wastes less than sharing out every small product.
+    pub(super) fn for_experts<R: Send>(
+        &self,
+        experts: usize,
+        compute: impl Fn(usize) -> Result<Option<R>> + Sync,
+        mut then: impl FnMut(usize, R) -> Result<()>,
+    ) -> Result<()> {
+        let together = memory::experts_together(self.model.device());
+        let all: Vec<usize> = (0..experts).collect();
+        for chunk in all.chunks(together) {
+            let results: Vec<Result<Option<R>>> = match chunk {
+                [e] => vec![compute(*e)],
+                _ => chunk.par_iter().map(|&e| compute(e)).collect(),
+            };
+            for (&e, result) in chunk.iter().zip(results) {
+                if let Some(result) = result? {
+                    then(e, result)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs one expert, as `overlay` changes it if there is one, on its tokens; nothing for an expert without any.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn expert_forward(
+        &self,
+        layer: usize,
+        expert: usize,
+        z: &Tensor<2>,
+        dispatch: &Dispatch,
+        overlay: Option<&dyn ExpertOverlay>,
+        want_output: bool,
+        observed: bool,
+    ) -> Result<Option<ExpertRun>> {
+        let tokens = dispatch.expert(expert);
+        if tokens.rows.is_empty() {
+            return Ok(None);
+        }
+        let weights = match overlay {
+            Some(overlay) => self.model.replaced_expert(overlay, layer, expert)?,
+            None => self.model.expert(layer, expert)?,
+        };
+        if weights.is_zero() && !observed {
+            return Ok(None);
+        }
+        self.model.count_expert_rows(tokens.rows.len());
+        let input = gather_rows(z, tokens.rows);
+        let gate_up = weights.pre_activations(&input);
+        let units = weights.units(&gate_up);
+        let output = want_output.then(|| weights.output(&units));
+        Ok(Some(ExpertRun { weights, input, gate_up, units, output }))
+    }
+
+    /// Gradients of one expert on its tokens; nothing for an expert without any.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn expert_backward(
+        &self,
+        layer: usize,
+        expert: usize,
+        z: &Tensor<2>,
+        dy: &Tensor<2>,
+        kept: Option<Tensor<2>>,
+        dispatch: &Dispatch,
+        wanted: Wanted,
+    ) -> Result<Option<ExpertBackwardRun>> {
+        let tokens = dispatch.expert(expert);
+        if tokens.rows.is_empty() {
+            return Ok(None);
+        }
+        let weights = self.model.expert(layer, expert)?;
+        let input = gather_rows(z, tokens.rows);
+        let gate_up = kept.unwrap_or_else(|| weights.pre_activations(&input));
+        let upstream = gather_rows(dy, tokens.rows); // [n, H], without the routing weight
+        let gradients = weights.backward(&gate_up, &upstream, Some(tokens.weights), wanted.units);
+        let output = wanted.output.then(|| weights.output(&gradients.units));
+        let d_input = wanted.input.then(|| weights.gate_up.backward(&gradients.d_gate_up));
+        Ok(Some(ExpertBackwardRun { weights, input, upstream, gradients, output, d_input }))
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Groups an expert's rows, ascending wave tokens, by sequence.
+pub(super) fn segments(rows: &[u32], wave: &WaveInfo) -> Vec<Segment> {
+    let mut segments = Vec::new();
+    let mut start = 0;
+    for (sequence, info) in wave.sequences.iter().enumerate() {
+        let end = start + rows[start..].partition_point(|&t| (t as usize) < info.tokens.end);
+        if end > start {
+            segments.push(Segment { sequence, rows: start..end, loss_tokens: info.loss_tokens });
+        }
+        start = end;
+    }
+    segments
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+
+    use super::*;
+    use crate::trace::SequenceInfo;
+
+    #[test]
+    fn rows_are_grouped_by_sequence() {
+        let sequence = |tokens: Range<usize>| SequenceInfo { loss_tokens: tokens.len() - 1, tokens };
+        let wave = WaveInfo { id: 0, tokens: 12, sequences: vec![sequence(0..4), sequence(4..7), sequence(7..12)] };
+        let found = segments(&[0, 3, 7, 8, 11], &wave);
+        assert_eq!(
+            found,
+            [Segment { sequence: 0, rows: 0..2, loss_tokens: 3 }, Segment { sequence: 2, rows: 2..5, loss_tokens: 4 }]
+        );
+        assert!(segments(&[], &wave).is_empty());
+    }
+}

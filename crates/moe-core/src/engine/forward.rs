@@ -1,0 +1,178 @@
+//! The two halves of a decoder layer, forward.
+
+use burn::tensor::Tensor;
+
+use super::{
+    Engine, LayerChange,
+    experts::{ExpertRun, segments},
+    prepare::Prepared,
+    routing::{LayerRouting, visible_logits},
+};
+use crate::{
+    error::{Error, Result},
+    host::HostView,
+    layers::AttentionTape,
+    memory::Keep,
+    trace::{ExpertTrace, LayerTrace, Observer, SequenceInfo, Signals, WaveInfo},
+};
+
+/// What the forward sweep leaves for the backward sweep of one layer.
+#[derive(Default)]
+pub(crate) struct LayerTape {
+    pub(super) attention: Option<AttentionTape>,
+    pub(super) dense: Option<Vec<Tensor<2>>>,
+    pub(super) experts: Vec<Option<Tensor<2>>>,
+    pub(super) routing: Option<LayerRouting>,
+}
+
+/// How the feed-forward half of a layer is run.
+#[derive(Clone, Copy)]
+pub(crate) struct FfnPass<'a> {
+    /// Decoder layer.
+    pub layer: usize,
+    /// The wave its tokens are.
+    pub wave: &'a WaveInfo,
+    /// Activations to leave on the tape.
+    pub keep: Keep,
+    /// What the observer sees.
+    pub needs: Signals,
+    /// Nobody reads the output.
+    pub skip_output: bool,
+    /// Experts and routing to use instead of the model's.
+    pub change: Option<&'a LayerChange>,
+}
+
+impl<'a> FfnPass<'a> {
+    /// A plain forward pass.
+    pub fn new(layer: usize, wave: &'a WaveInfo) -> Self {
+        Self { layer, wave, keep: Keep::default(), needs: Signals::NONE, skip_output: false, change: None }
+    }
+}
+
+impl Engine<'_> {
+    /// Output of the feed-forward half of decoder layer `layer` on `x [T, H]`: `x + ffn(norm(x))`, shown to `observer` (forward
+    /// signals only). The T tokens are one sequence of which nothing is predicted.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the observer needs gradients or there is no such layer, and whatever it refuses.
+    pub fn feed_forward(&self, layer: usize, x: &Tensor<2>, observer: &mut dyn Observer) -> Result<Tensor<2>> {
+        self.feed_forward_changed(layer, x, &LayerChange::default(), observer)
+    }
+
+    /// As [`feed_forward`](Self::feed_forward), with the layer changed.
+    ///
+    /// # Errors
+    /// As [`feed_forward`](Self::feed_forward), and those of the change.
+    pub fn feed_forward_changed(
+        &self,
+        layer: usize,
+        x: &Tensor<2>,
+        change: &LayerChange,
+        observer: &mut dyn Observer,
+    ) -> Result<Tensor<2>> {
+        let needs = observer.needs();
+        if needs.backward() {
+            return Err(Error::input("observer needs", "gradients", "forward signals only"));
+        }
+        let layers = self.model.config().layers.len();
+        if layer >= layers {
+            return Err(Error::input("layer", layer, format!("below {layers}")));
+        }
+        let tokens = x.dims()[0];
+        let sequences = vec![SequenceInfo { tokens: 0..tokens, loss_tokens: 0 }];
+        let wave = WaveInfo { id: 0, tokens, sequences };
+        let pass = FfnPass { needs, change: Some(change), ..FfnPass::new(layer, &wave) };
+        self.ffn_forward(pass, x, &mut LayerTape::default(), observer)
+    }
+
+    pub(super) fn attention_forward(
+        &self,
+        layer: usize,
+        x: &Tensor<2>,
+        prepared: &Prepared,
+        tape: &mut LayerTape,
+        keep: bool,
+    ) -> Result<Tensor<2>> {
+        let attention = self.model.attention(layer)?;
+        let projected = attention.project(x, &prepared.table);
+        let middle = attention.mix(x, &projected, &prepared.spans);
+        if keep {
+            tape.attention = Some(projected);
+        }
+        Ok(middle)
+    }
+
+    pub(crate) fn ffn_forward(
+        &self,
+        pass: FfnPass<'_>,
+        middle: &Tensor<2>,
+        tape: &mut LayerTape,
+        observer: &mut dyn Observer,
+    ) -> Result<Tensor<2>> {
+        let FfnPass { layer, wave, keep, needs, skip_output, change } = pass;
+        let routing = change.and_then(|change| change.routing.as_ref()).or(self.model.routing_overlay()).map(|r| &**r);
+        let overlay = change.and_then(|change| change.experts.as_deref());
+        let ffn = self.model.ffn_routed_by(layer, routing)?;
+        let z = ffn.normed(middle);
+        let mut out = ffn.accumulator(middle);
+        if let Some(router) = &ffn.router {
+            let logits = HostView::new(&router.linear.forward(&z));
+            let logits = logits.as_slice();
+            let experts = router.linear.weight.dims()[0];
+            let bias = router.selection_bias.as_deref();
+            let routed = LayerRouting::new(self.model.router(), layer, logits, experts, bias, routing)?;
+            if needs.routing {
+                let removed = routing.and_then(|routing| routing.removed(layer)).unwrap_or_default();
+                observer.layer(&LayerTrace {
+                    layer,
+                    wave,
+                    experts,
+                    top_k: routed.applied.top_k,
+                    logits: &visible_logits(logits, experts, removed),
+                    selected: &routed.applied.selected,
+                    weights: &routed.applied.weights,
+                })?;
+            }
+            let dispatch = routed.dispatch(needs.experts() || needs.backward());
+            let observe = needs.experts() && !needs.gradients;
+            if observe || !skip_output {
+                tape.experts = vec![None; experts];
+                let want_output = !skip_output || needs.outputs;
+                let run = |e: usize| self.expert_forward(layer, e, &z, &dispatch, overlay, want_output, observe);
+                self.for_experts(experts, run, |e, run: ExpertRun| {
+                    let tokens = dispatch.expert(e);
+                    if observe {
+                        observer.expert(&ExpertTrace {
+                            layer,
+                            expert: e,
+                            rows: tokens.rows,
+                            routing_weights: tokens.weights,
+                            segments: &segments(tokens.rows, wave),
+                            input: &run.input,
+                            units: Some(&run.units),
+                            output: run.output.as_ref().filter(|_| needs.outputs),
+                            backward: None,
+                            expert_weights: &run.weights,
+                        })?;
+                    }
+                    if let Some(y) = run.output.as_ref().filter(|_| !skip_output) {
+                        out.add_rows(tokens.rows, Some(tokens.weights), y);
+                    }
+                    if keep.experts {
+                        tape.experts[e] = Some(run.gate_up);
+                    }
+                    Ok(())
+                })?;
+            }
+            tape.routing = Some(routed);
+        }
+        if let Some(dense) = ffn.dense.as_ref().filter(|_| !skip_output) {
+            if keep.dense {
+                dense.forward(&z, &mut out, Some(tape.dense.get_or_insert_default()));
+            } else {
+                dense.forward(&z, &mut out, None);
+            }
+        }
+        Ok(ffn.output(middle, out))
+    }
+}

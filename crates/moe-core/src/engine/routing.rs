@@ -1,0 +1,141 @@
+//! Routing of a layer's tokens under a routing overlay, and its gradients.
+
+use std::borrow::Cow;
+
+use crate::{
+    error::Result,
+    overlay::{
+        RoutingOverlay,
+        routing::{check_removed, refusal},
+    },
+    router::{Dispatch, Routed, Router},
+};
+
+/// Routing of the tokens of one layer, as the model applies it.
+pub(super) struct LayerRouting {
+    /// Experts and weights as applied.
+    pub applied: Routed,
+    /// What an overlay changed.
+    changed: Option<Changed>,
+}
+
+struct Changed {
+    /// By the model's rule.
+    rule: Routed,
+    /// After the overlay saw them, before its gains.
+    seen: Routed,
+    gains: Option<Vec<f32>>,
+}
+
+/// Gradients of a layer's routing.
+pub(super) struct RoutingGradients {
+    /// With respect to the router logits `[T, E]`.
+    pub logits: Vec<f32>,
+    /// With respect to a factor on the weights of each expert `[E]`.
+    pub gains: Vec<f64>,
+}
+
+impl LayerRouting {
+    /// Routes by `logits [T, E]`.
+    ///
+    /// # Errors
+    /// [`Error::Input`](crate::Error::Input) for an overlay that does not fit the layer.
+    pub fn new(
+        router: &Router,
+        layer: usize,
+        logits: &[f32],
+        experts: usize,
+        bias: Option<&[f32]>,
+        overlay: Option<&dyn RoutingOverlay>,
+    ) -> Result<Self> {
+        let Some(overlay) = overlay else {
+            return Ok(Self { applied: router.route(logits, experts, bias), changed: None });
+        };
+        check_removed(overlay, layer, experts, router)?;
+        let rule = router.route_without(logits, experts, bias, overlay.removed(layer).unwrap_or_default());
+        let mut seen = rule.clone();
+        overlay.routed(layer, &mut seen);
+        check_routed(layer, &rule, &seen)?;
+        let gains = overlay.gains(layer);
+        if let Some(gains) = gains.as_ref().filter(|gains| gains.len() != experts) {
+            return Err(refusal("gains", layer, format!("{} numbers", gains.len()), format!("{experts} numbers")));
+        }
+        let mut applied = seen.clone();
+        if let Some(gains) = &gains {
+            applied.weights.iter_mut().zip(&applied.selected).for_each(|(w, &e)| *w *= gains[e as usize]);
+        }
+        Ok(Self { applied, changed: Some(Changed { rule, seen, gains }) })
+    }
+
+    /// Groups the tokens by expert. Skipped experts are left out, and experts whose gain is 0 unless they are `watched`.
+    pub fn dispatch(&self, watched: bool) -> Dispatch {
+        match &self.changed {
+            None => self.applied.dispatch(),
+            Some(changed) if watched => self.applied.dispatch_where(|slot| changed.seen.weights[slot] != 0.0),
+            Some(_) => self.applied.dispatch_where(|slot| self.applied.weights[slot] != 0.0),
+        }
+    }
+
+    /// From the gradient of each weight as applied `[T, k]`.
+    pub fn backward(
+        &self,
+        router: &Router,
+        layer: usize,
+        logits: &[f32],
+        d_weights: &[f32],
+        overlay: Option<&dyn RoutingOverlay>,
+    ) -> RoutingGradients {
+        let (rule, seen, gains) = match &self.changed {
+            None => (&self.applied, &self.applied, None),
+            Some(changed) => (&changed.rule, &changed.seen, changed.gains.as_ref()),
+        };
+        let mut d_gains = vec![0.0f64; self.applied.experts];
+        for ((&e, d), w) in seen.selected.iter().zip(d_weights).zip(&seen.weights) {
+            d_gains[e as usize] += f64::from(*d) * f64::from(*w);
+        }
+        let mut d = Cow::Borrowed(d_weights);
+        if let Some(gains) = gains {
+            d.to_mut().iter_mut().zip(&seen.selected).for_each(|(d, &e)| *d *= gains[e as usize]);
+        }
+        let mut removed = &[][..];
+        if let Some(overlay) = overlay {
+            if rule != seen {
+                overlay.routed_backward(layer, rule, seen, d.to_mut());
+            }
+            removed = overlay.removed(layer).unwrap_or_default();
+        }
+        RoutingGradients { logits: router.backward_without(logits, rule, &d, removed), gains: d_gains }
+    }
+}
+
+/// Checks what an overlay made of the routing: a token must not go to one expert twice.
+fn check_routed(layer: usize, before: &Routed, after: &Routed) -> Result<()> {
+    let (experts, k) = (before.experts, before.top_k);
+    let shape = |r: &Routed| (r.experts, r.top_k, r.selected.len(), r.weights.len());
+    if shape(before) != shape(after) {
+        let (found, expected) = (format!("{:?}", shape(after)), format!("{:?}", shape(before)));
+        return Err(refusal("experts, experts per token, slots and weights", layer, found, expected));
+    }
+    if before.selected == after.selected {
+        return Ok(());
+    }
+    for (t, selected) in after.selected.chunks_exact(k.max(1)).enumerate() {
+        let twice = selected.iter().enumerate().any(|(i, e)| selected[..i].contains(e));
+        if twice || selected.iter().any(|e| *e as usize >= experts) {
+            let found = format!("{selected:?} for token {t}");
+            return Err(refusal("selected experts", layer, found, format!("different ones of {experts}")));
+        }
+    }
+    Ok(())
+}
+
+/// The logits as the pruned router would give them, minus infinity for removed experts.
+pub(super) fn visible_logits<'a>(logits: &'a [f32], experts: usize, removed: &[u32]) -> Cow<'a, [f32]> {
+    let mut logits = Cow::Borrowed(logits);
+    if !removed.is_empty() {
+        for row in logits.to_mut().chunks_exact_mut(experts) {
+            removed.iter().for_each(|&e| row[e as usize] = f32::NEG_INFINITY);
+        }
+    }
+    logits
+}

@@ -1,0 +1,170 @@
+//! Running a model under changed routing.
+
+use std::collections::BTreeMap;
+
+use moe_checkpoint::ModelConfig;
+
+use crate::{
+    error::{Error, Result},
+    router::{Routed, Router},
+};
+
+/// Changes how tokens are routed: experts taken out, gains, other router weights, skipped experts.
+///
+/// Per layer the changes apply in this order: [`router`](Self::router) gives the logits, [`removed`](Self::removed) leaves out experts,
+/// the model's rule selects and weighs, [`routed`](Self::routed) changes what it found, [`gains`](Self::gains) multiply the weights. Methods
+/// are asked again whenever a layer runs, so that they may answer differently in the next sweep, but not within one.
+pub trait RoutingOverlay: Send + Sync {
+    /// Experts that no token may be routed to, strictly ascending. Equal to a router without their rows and biases.
+    fn removed(&self, layer: usize) -> Option<&[u32]> {
+        let _ = layer;
+        None
+    }
+
+    /// Factors `[E]` on the routing weights, after any normalisation.
+    fn gains(&self, layer: usize) -> Option<Vec<f32>> {
+        let _ = layer;
+        None
+    }
+
+    /// Router weight `[E, H]` used instead of the checkpoint's; its biases stay.
+    fn router(&self, layer: usize) -> Option<Vec<f32>> {
+        let _ = layer;
+        None
+    }
+
+    /// Changes the routing of each token. A weight of 0 means that the token skips the expert: it is not computed and not observed.
+    fn routed(&self, layer: usize, routed: &mut Routed) {
+        let _ = (layer, routed);
+    }
+
+    /// Turns gradients with respect to the weights after [`routed`](Self::routed), `[T, k]`, into those before it. As given, each weight
+    /// was multiplied by a constant, or belongs to another expert than before and has no gradient.
+    fn routed_backward(&self, layer: usize, before: &Routed, after: &Routed, d_weights: &mut [f32]) {
+        let _ = layer;
+        for (slot, d) in d_weights.iter_mut().enumerate() {
+            let same = before.selected[slot] == after.selected[slot] && before.weights[slot] != 0.0;
+            *d *= if same { after.weights[slot] / before.weights[slot] } else { 0.0 };
+        }
+    }
+}
+
+/// Refuses an overlay that does not fit the model.
+///
+/// # Errors
+/// [`Error::Input`] names the layer, what was found and what was expected.
+pub(crate) fn check(overlay: &dyn RoutingOverlay, config: &ModelConfig, router: &Router) -> Result<()> {
+    for (layer, moe) in (0..config.layers.len()).filter_map(|layer| Some((layer, config.moe(layer)?))) {
+        let experts = moe.num_experts();
+        check_removed(overlay, layer, experts, router)?;
+        let hidden = config.hidden_size;
+        for (what, found, expected) in [
+            ("gains", overlay.gains(layer).map(|gains| gains.len()), experts),
+            ("router weights", overlay.router(layer).map(|weights| weights.len()), experts * hidden),
+        ] {
+            if let Some(found) = found.filter(|found| *found != expected) {
+                return Err(refusal(what, layer, format!("{found} numbers"), format!("{expected} numbers")));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses removed experts that do not exist, or after which tokens cannot be routed.
+///
+/// # Errors
+/// As [`check`].
+pub(crate) fn check_removed(overlay: &dyn RoutingOverlay, layer: usize, experts: usize, router: &Router) -> Result<()> {
+    let Some(removed) = overlay.removed(layer) else { return Ok(()) };
+    let refuse = |found: String, expected: String| Err(refusal("removed experts", layer, found, expected));
+    if removed.windows(2).any(|pair| pair[0] >= pair[1]) {
+        return refuse(format!("{removed:?}"), "strictly ascending".into());
+    }
+    if let Some(expert) = removed.last().filter(|e| **e as usize >= experts) {
+        return refuse(expert.to_string(), format!("below the {experts} experts"));
+    }
+    if removed.len() == experts {
+        return refuse("all".into(), "at least one expert left".into());
+    }
+    router.check_without(experts, removed)
+}
+
+pub(crate) fn refusal(what: &str, layer: usize, found: impl ToString, expected: impl ToString) -> Error {
+    Error::input(format!("{what} of the routing overlay in layer {layer}"), found, expected)
+}
+
+/// Takes whole experts out, as pruning them with their rows of the router does.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RemoveExperts {
+    removed: BTreeMap<usize, Vec<u32>>,
+}
+
+impl RemoveExperts {
+    /// Removes nothing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Removes these experts of a layer, in any order, instead of those given for it before.
+    pub fn remove(mut self, layer: usize, experts: impl IntoIterator<Item = u32>) -> Self {
+        let mut experts: Vec<u32> = experts.into_iter().collect();
+        experts.sort_unstable();
+        experts.dedup();
+        self.removed.insert(layer, experts);
+        self
+    }
+}
+
+impl RoutingOverlay for RemoveExperts {
+    fn removed(&self, layer: usize) -> Option<&[u32]> {
+        self.removed.get(&layer).filter(|experts| !experts.is_empty()).map(Vec::as_slice)
+    }
+}
+
+/// Multiplies the routing weights of experts.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ExpertGains {
+    gains: BTreeMap<usize, Vec<f32>>,
+}
+
+impl ExpertGains {
+    /// Changes nothing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets the gains `[E]` of a layer.
+    pub fn set(mut self, layer: usize, gains: impl Into<Vec<f32>>) -> Self {
+        self.gains.insert(layer, gains.into());
+        self
+    }
+}
+
+impl RoutingOverlay for ExpertGains {
+    fn gains(&self, layer: usize) -> Option<Vec<f32>> {
+        self.gains.get(&layer).cloned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn removed_experts_are_sorted_and_counted_once() {
+        let overlay = RemoveExperts::new().remove(1, [3, 0, 3]).remove(2, []);
+        assert_eq!(overlay.removed(1), Some(&[0, 3][..]));
+        assert_eq!((overlay.removed(0), overlay.removed(2)), (None, None));
+    }
+
+    #[test]
+    fn a_gradient_passes_a_constant_factor_and_not_a_change_of_expert() {
+        struct Nothing;
+        impl RoutingOverlay for Nothing {}
+        let before = Routed { experts: 4, top_k: 2, selected: vec![0, 1, 2, 3], weights: vec![0.5, 0.25, 0.5, 0.5] };
+        let after = Routed { selected: vec![0, 1, 2, 0], weights: vec![1.0, 0.0, 0.5, 0.5], ..before.clone() };
+        let mut d = [3.0, 3.0, 3.0, 3.0];
+        Nothing.routed_backward(0, &before, &after, &mut d);
+        assert_eq!(d, [6.0, 0.0, 3.0, 0.0]);
+    }
+}

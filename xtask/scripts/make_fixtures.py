@@ -1,0 +1,223 @@
+"""Makes tiny checkpoints with what transformers computes for them, in the form that the fixtures' README describes.
+
+    python xtask/scripts/make_fixtures.py crates/moe-checkpoint/tests/fixtures [NAME ...]
+
+Without names, all of the list at the end. Another version of transformers or torch gives other bytes, so afterwards run the
+parity tests and `cargo xtask fixtures --write`. Needs torch, transformers and safetensors.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3ForCausalLM, Qwen3_5MoeForConditionalGeneration
+
+COMMON = dict(
+    vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=256, initializer_range=0.15, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    tie_word_embeddings=False,
+)
+LATENT = COMMON | dict(
+    num_key_value_heads=4, intermediate_size=48, moe_intermediate_size=16, n_routed_experts=8, n_shared_experts=1,
+    num_experts_per_tok=3, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=8,
+    qk_rope_head_dim=8, v_head_dim=8,
+)
+# The fields of the released configs, which transformers renames on saving.
+YARN = dict(type="yarn", factor=4, original_max_position_embeddings=64, beta_fast=32, beta_slow=1)
+LONGROPE = dict(
+    type="longrope", short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[1.0, 1.7, 4.0, 9.0], short_mscale=1.1, long_mscale=1.3,
+    original_max_position_embeddings=12,
+)
+
+
+def make(model_type, seed, config):
+    """A random model whose norms, biases and sinks are away from their neutral start."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **config)
+    torch.manual_seed(seed)
+    model = (
+        Qwen3_5MoeForConditionalGeneration(config)
+        if model_type == "qwen3_5_moe"
+        else AutoModelForCausalLM.from_config(config)
+    ).eval()
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if value.dim() == 1 or name.endswith("_bias"):
+                value.add_(0.1 * torch.randn(value.shape))
+    return model
+
+
+def edit(directory, changes):
+    """Changes keys of config.json; `None` takes a key away."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not ...}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def expect(model, directory, seed):
+    """Writes what `model` computes."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, model.config.vocab_size, (2, 19), generator=generator)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".experts." in name)
+    # The auxiliary loss of some families is no part of what is expected.
+    model.router_aux_loss_coef = 0.0
+    hidden = {}
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, i=i: hidden.__setitem__(i, (args[0] if args else kwargs["hidden_states"]).detach()),
+            with_kwargs=True,
+        )
+        for i, layer in enumerate(model.model.layers)
+    ]
+    out = model(input_ids=ids, labels=ids, output_router_logits=True)
+    out.loss.backward()
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        shifted = out.logits[:, :-1].reshape(-1, out.logits.shape[-1])
+        loss = torch.nn.functional.cross_entropy(shifted, ids[:, 1:].reshape(-1))
+    assert torch.allclose(loss, out.loss, atol=1e-6), "the loss has other parts"
+    expected = {"input_ids": ids, "logits": out.logits.detach(), "loss": loss}
+    expected |= {f"hidden.{i}": value for i, value in hidden.items()}
+    expected |= {f"router_logits.{n}": value.detach() for n, value in enumerate(out.router_logits)}
+    grads = {f"grad.{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert grads and all(torch.isfinite(value).all() for value in grads.values())
+    expected = {name: value.float() if value.is_floating_point() else value for name, value in expected.items()}
+    save_file({name: value.contiguous() for name, value in (expected | grads).items()}, directory / "expected.safetensors")
+    return ids, out.logits.detach()
+
+
+def write(directory, model_type, seed, config, *, released=None, computed_by=None, bf16=False, run=True):
+    """Saves a model. `released` are changes of its config.json, `computed_by` those of the config that the expected numbers
+    are computed with, where that is another one."""
+    model = make(model_type, seed, config)
+    if bf16:
+        model = model.to(torch.bfloat16)
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory)
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__, "seed": seed}
+    (directory / "made_with.json").write_text(json.dumps(versions))
+    if run:
+        edit(directory, (released or {}) | (computed_by or {}))
+        kind = DeepseekV3ForCausalLM if model_type == "deepseek_v3" else AutoModelForCausalLM
+        loaded, info = kind.from_pretrained(
+            directory, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+        )
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+        expect(loaded.eval(), directory, seed)
+    edit(directory, released or {})
+
+
+def write_quantised(directory, model_type, seed, config, quantise, quantization_config):
+    """Saves a model with the weights that `quantise` makes of the tensors of a bf16 one. What is expected is what transformers
+    computes in f32 with the bf16 weights it dequantises those to."""
+    write(directory, model_type, seed, config, bf16=True, run=False)
+    tensors = quantise(load_file(directory / "model.safetensors"))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
+    plain = AutoConfig.from_pretrained(directory)
+    edit(directory, dict(quantization_config=quantization_config))
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    reference = AutoModelForCausalLM.from_config(plain, dtype=torch.float32, attn_implementation="eager")
+    state = loaded.state_dict()
+    assert all(value.dtype in (torch.bfloat16, torch.float32) for value in state.values())
+    reference.load_state_dict(state)
+    expect(reference.eval(), directory, seed)
+
+
+def mxfp4(tensors):
+    """Experts of gpt-oss in blocks of 32 FP4 elements with an exponent each."""
+    levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    out = {}
+    for name, value in tensors.items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            out[name] = value
+            continue
+        blocks = value.float().transpose(1, 2).unflatten(-1, (-1, 32))  # [E, rows, blocks, 32]
+        exponents = torch.floor(torch.log2(blocks.abs().amax(-1))) - 2
+        scaled = blocks / torch.exp2(exponents)[..., None]
+        nearest = (scaled.abs()[..., None] - levels).abs().argmin(-1) + 8 * (scaled < 0)
+        out[f"{name}_blocks"] = (nearest[..., 0::2] + 16 * nearest[..., 1::2]).to(torch.uint8)
+        out[f"{name}_scales"] = (exponents + 127).to(torch.uint8)
+    return out
+
+
+def fp8(tensors, block=16):
+    """Projections in E4M3 with a factor per block. transformers 5.23 dequantises whole blocks only."""
+    out = {}
+    for name, value in tensors.items():
+        out[name] = value
+        if "_proj" not in name:
+            continue
+        rows, cols = (math.ceil(size / block) for size in value.shape)
+        padded = torch.zeros(rows * block, cols * block)
+        padded[: value.shape[0], : value.shape[1]] = value.float()
+        tiles = padded.unflatten(0, (rows, block)).unflatten(2, (cols, block))
+        factors = tiles.abs().amax((1, 3)) / 448.0
+        scaled = (tiles / factors[:, None, :, None]).flatten(2, 3).flatten(0, 1)[: value.shape[0], : value.shape[1]]
+        out[name] = scaled.to(torch.float8_e4m3fn)
+        out[f"{name}_scale_inv"] = factors
+    return out
+
+
+def legacy(**scaling):
+    """Rotary fields in the dialect of transformers 4, as released configs have them."""
+    return dict(rope_parameters=..., rope_scaling=scaling or None, rope_theta=10000.0)
+
+
+QWEN35 = COMMON | dict(
+    head_dim=8, num_hidden_layers=4, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+    linear_value_head_dim=8, moe_intermediate_size=24, shared_expert_intermediate_size=16, num_experts=4,
+    num_experts_per_tok=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5, mrope_section=[1, 1, 0]),
+)
+VISION = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, num_position_embeddings=16, patch_size=4)
+FIXTURES = {
+    "parity/tf5/deepseek_v2_yarn": lambda d: write(
+        d, "deepseek_v2", 21, LATENT | dict(n_shared_experts=2, q_lora_rank=None, n_group=1, topk_group=1, topk_method="greedy"),
+        released=legacy(**YARN, mscale=0.707, mscale_all_dim=1.2) | dict(qk_head_dim=..., head_dim=...)),
+    "parity/tf5/deepseek_v3_yarn": lambda d: write(
+        d, "deepseek_v3", 22, LATENT | dict(n_group=4, topk_group=2),
+        released=legacy(**YARN, mscale=1.0, mscale_all_dim=1.0) | dict(qk_head_dim=..., head_dim=...)),
+    "parity/tf5/deepseek_v3_bf16": lambda d: write(d, "deepseek_v3", 23, LATENT | dict(n_group=4, topk_group=2), bf16=True),
+    "parity/tf5/gpt_oss_bf16": lambda d: write(
+        d, "gpt_oss", 24, COMMON | dict(head_dim=8, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2, sliding_window=8), bf16=True),
+    "parity/tf5/deepseek_v3_fp8": lambda d: write_quantised(
+        d, "deepseek_v3", 32, LATENT | dict(n_group=4, topk_group=2, q_lora_rank=32, qk_rope_head_dim=16), fp8,
+        dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[16, 16])),
+    "parity/tf5/gpt_oss_mxfp4": lambda d: write_quantised(
+        d, "gpt_oss", 33, COMMON | dict(head_dim=8, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+        mxfp4, dict(quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"])),
+    "parity/tf5/kimi_k2": lambda d: write(
+        d, "deepseek_v3", 25, LATENT | dict(n_group=1, topk_group=1, routed_scaling_factor=2.827),
+        released=legacy(**(YARN | dict(beta_fast=1.0)), mscale=1.0, mscale_all_dim=1.0) | dict(
+            model_type="kimi_k2", scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1, num_nextn_predict_layers=0,
+            qk_head_dim=..., head_dim=...),
+        computed_by=dict(model_type="deepseek_v3")),
+    "parity/tf5/moonlight": lambda d: write(
+        d, "deepseek_v3", 26, LATENT | dict(q_lora_rank=None, n_shared_experts=2, n_group=1, topk_group=1, routed_scaling_factor=2.446),
+        released=dict(rope_parameters=..., rope_theta=50000.0, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1,
+            qk_head_dim=..., head_dim=...)),
+    "parity/tf5/phimoe_longrope": lambda d: write(
+        d, "phimoe", 27, COMMON | dict(intermediate_size=16, num_local_experts=4, num_experts_per_tok=2, attention_bias=True, lm_head_bias=True),
+        released=legacy(**LONGROPE),
+        computed_by=legacy(**(LONGROPE | dict(short_factor=LONGROPE["long_factor"])))),
+    "parity/tf5/qwen3_moe_gelu": lambda d: write(
+        d, "qwen3_moe", 28, COMMON | dict(head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, hidden_act="gelu")),
+    "parity/tf5/mixtral_gelu_tanh": lambda d: write(
+        d, "mixtral", 29, COMMON | dict(intermediate_size=16, num_local_experts=4, num_experts_per_tok=2, hidden_act="gelu_pytorch_tanh")),
+    "unrun/qwen3_5_moe_text": lambda d: write(d, "qwen3_5_moe_text", 30, QWEN35, run=False),
+    "unrun/qwen3_5_moe": lambda d: write(d, "qwen3_5_moe", 31, dict(text_config=QWEN35, vision_config=VISION), run=False),
+}
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    transformers.utils.logging.disable_progress_bar()
+    for name in sys.argv[2:] or FIXTURES:
+        FIXTURES[name](Path(sys.argv[1]) / name)
+        print(name)
