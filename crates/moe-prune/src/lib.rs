@@ -45,6 +45,8 @@ pub use apply::{
     APPLIED_FILE, Applied, ApplyOptions, Export, FineGrained, LayerPieces, Mtp, OnProgress, Piece, PieceMap, Progress,
     plan_from_masked,
 };
+#[cfg(feature = "repair")]
+pub use apply::{ScaleCalibration, ScaleFit, Trial, TrialOptions};
 pub use budget::Budget;
 pub use edits::{EditSizes, EditSource, Edits, EditsFile, ExpertEdit};
 pub use error::{Error, Result};

@@ -23,6 +23,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use fine_grained::{FineGrained, LayerPieces, Piece, PieceMap};
+#[cfg(feature = "repair")]
+pub use fine_grained::{ScaleCalibration, ScaleFit, Trial, TrialOptions};
 pub use masked::plan_from_masked;
 
 use crate::plan::LayerKept;

@@ -8,6 +8,8 @@
 //! number of pieces per token the routing is no longer that of the model: pieces of further experts are selected, and the
 //! weights change. [`FineGrained::top_k`] and [`FineGrained::scales`] are there to make up for it.
 
+#[cfg(feature = "repair")]
+mod calibrate;
 mod map;
 mod select;
 
@@ -18,6 +20,8 @@ use moe_checkpoint::{
     Checkpoint, Granularity, GroupScore, RoutingKind, ScoreTable, UniformShape, uniform_shape_config,
 };
 
+#[cfg(feature = "repair")]
+pub use calibrate::{ScaleCalibration, ScaleFit, Trial, TrialOptions};
 pub use map::{LayerPieces, Piece, PieceMap};
 
 use super::uniform::{check_width, shared, stock_layout};
