@@ -57,12 +57,15 @@ fn without_drops_every_factor_is_one() {
     }
 }
 
+/// A token that an expert saw: which, its routing weight, the output.
+type Seen = (usize, f64, Vec<f64>);
+
 /// Everything that the sums are made of.
 #[derive(Default)]
 struct Recorder {
     layers: BTreeMap<usize, (usize, Vec<f32>)>,
-    /// Token, routing weight and output, by layer and expert.
-    outputs: BTreeMap<(usize, usize), Vec<(usize, f64, Vec<f64>)>>,
+    /// By layer and expert.
+    outputs: BTreeMap<(usize, usize), Vec<Seen>>,
 }
 
 impl Observer for Recorder {
