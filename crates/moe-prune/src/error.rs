@@ -14,6 +14,10 @@ pub enum Error {
     /// A checkpoint, statistics or score file.
     #[error(transparent)]
     Checkpoint(Box<moe_checkpoint::Error>),
+    /// A model that could not be run.
+    #[cfg(feature = "repair")]
+    #[error(transparent)]
+    Model(Box<moe_core::Error>),
     /// A parameter outside its range.
     #[error("{field} is {found}, expected {expected}")]
     InvalidParameter {
