@@ -38,7 +38,7 @@ pub struct Arguments {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
-    /// Four tenths of the units of every expert dropped.
+    /// Half of the units of every expert dropped, or what a multiple of 8 leaves of that.
     Uniform,
     /// The same units zeroed.
     Masked,
@@ -137,7 +137,7 @@ pub fn export(from: &Checkpoint, kind: Kind, to: &Path) -> Result<bool> {
     let plain = |mode| ApplyOptions { mtp: Some(Mtp::Drop), allow_unaligned: true, ..ApplyOptions::new(mode) };
     let (plan, options) = match kind {
         Kind::Uniform | Kind::Masked => {
-            let plan = UnitPruner::new(Scope::Expert).prune(&magnitude(from)?, shape, Budget::Ratio(0.4), &none)?.plan;
+            let plan = UnitPruner::new(Scope::Expert).prune(&magnitude(from)?, shape, Budget::Ratio(0.5), &none)?.plan;
             (plan, plain(if kind == Kind::Uniform { Export::Uniform } else { Export::Masked }))
         }
         Kind::Experts => {

@@ -1,10 +1,12 @@
 """Loads pruned checkpoints in stock transformers and runs them.
 
     cargo run --release --example exports -- --out out/roundtrip
+    cargo run --release --example exports -- crates/moe-checkpoint/tests/fixtures/unrun --out out/unrun
     python xtask/scripts/roundtrip.py out/roundtrip [--golden FILE]
 
 For every model: each export loads with no weight missing, unexpected or of another shape; a forward pass in float32 and in
-bfloat16 gives finite logits; the structurally pruned model computes what the masked one does. --golden writes `input_ids [1, 8]` and the
+bfloat16 gives finite logits; the structurally pruned model computes what the masked one does. Logits are left beside each
+export in `expected.safetensors` (`input_ids`, `logits`); the ignored test of `crates/moe-core/tests/parity.rs` compares ours with them. --golden writes `input_ids [1, 8]` and the
 float32 logits of the last four positions of every export, as MODEL/EXPORT `[4, V]`: `cargo xtask goldens` calls it so.
 
 `width` stands for a model whose own width keeps stock loaders from running it in bfloat16. Needs torch, transformers and safetensors.
@@ -19,7 +21,12 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
+)
 
 TOLERANCE = 1e-4
 EXPORTS = ("masked", "uniform", "experts", "pieces", "fine_grained")
@@ -31,9 +38,11 @@ def load(directory, dtype):
     config = json.loads((directory / "config.json").read_text())
     kind, options = AutoModelForCausalLM, {}
     if config["model_type"] == "kimi_k2":
-        # Its own code, which comes with the released model, is that of DeepSeek-V3 under another name.
-        config["model_type"] = "deepseek_v3"
-        kind, options = DeepseekV3ForCausalLM, {"config": DeepseekV3Config.from_dict(config)}
+        # DeepSeek-V3 under another name, for which the released model brings code of its own.
+        kind, options = DeepseekV3ForCausalLM, {"config": DeepseekV3Config.from_dict(config | {"model_type": "deepseek_v3"})}
+    if config["model_type"] == "qwen3_5_moe":
+        # All of it, vision included, not only the text model.
+        kind = Qwen3_5MoeForConditionalGeneration
     model, info = kind.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     wrong = {kind: sorted(map(str, info[kind]))[:3] for kind in kinds if info.get(kind)}
@@ -49,15 +58,18 @@ def check(directory, golden, name):
     """Problems, whether its width can run in bfloat16, and float32 logits, if it runs."""
     problems, found = [], None
     config = json.loads((directory / "config.json").read_text())
+    config = config.get("text_config", config)
     # Grouped matrix products need rows of a multiple of 16 bytes, pruned or not.
     aligned = config.get("moe_intermediate_size", config.get("intermediate_size")) % 8 == 0
     for dtype in (torch.float32, torch.bfloat16) if aligned else (torch.float32,):
         try:
             model, wrong = load(directory, dtype)
             generator = torch.Generator().manual_seed(7)
-            logits = logits_of(model, torch.randint(3, model.config.vocab_size, (2, 19), generator=generator))
+            ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, 19), generator=generator)
+            logits = logits_of(model, ids)
             if dtype == torch.float32:
                 found = logits
+                save_file({"input_ids": ids, "logits": found.contiguous()}, directory / "expected.safetensors")
                 golden[name] = logits_of(model, torch.tensor(GOLDEN_IDS))[0, -GOLDEN_POSITIONS:].contiguous()
         except Exception as error:  # whatever a loader raises is a result here
             problems.append((dtype, f"{type(error).__name__}: {str(error)[:300]}"))
