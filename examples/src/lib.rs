@@ -5,6 +5,7 @@
 
 pub mod cli;
 pub mod error;
+pub mod exports;
 pub mod figures;
 pub mod fine_grained;
 pub mod fisher_prune;

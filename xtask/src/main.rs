@@ -3,6 +3,7 @@
 mod bench_report;
 mod ci;
 mod fixtures;
+mod goldens;
 mod gpu;
 
 use std::path::{Path, PathBuf};
@@ -39,6 +40,12 @@ enum Verb {
         #[arg(default_value = "wgpu", value_parser = ["wgpu", "vulkan", "cuda"])]
         device: String,
     },
+    /// What stock transformers computes for every export of the fixtures, for the test stock_exports
+    Goldens {
+        /// An interpreter with torch, transformers and safetensors
+        #[arg(long, default_value = "python3")]
+        python: PathBuf,
+    },
     /// Mean, standard deviation and throughput of the last benchmark runs
     BenchReport {
         /// Run the benchmarks first
@@ -54,6 +61,7 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().verb {
         Verb::Ci { steps } => ci::run(&steps),
         Verb::Fixtures { write } => fixtures::run(write),
+        Verb::Goldens { python } => goldens::run(&python),
         Verb::Gpu { device } => gpu::run(&device),
         Verb::BenchReport { run, json } => bench_report::run(run, json),
     };
