@@ -62,6 +62,20 @@ pub enum Error {
     /// Unit scores where expert scores are needed.
     #[error("the table scores units; reduce it to experts first (ScoreTable::to_experts)")]
     NeedsExpertScores,
+    /// An allocator or pruner that has to run the model, without one.
+    #[error("{what} is only known by running the model: a probe is needed")]
+    NeedsProbe {
+        /// What was asked.
+        what: &'static str,
+    },
+    /// Distortion curves that do not fit, or a file that does not hold any.
+    #[error("{}invalid distortion curves: {reason}", path_prefix(.path))]
+    InvalidCurves {
+        /// The file, if they came from one.
+        path: Option<PathBuf>,
+        /// What is wrong with them.
+        reason: String,
+    },
     /// A protected expert or unit that does not exist.
     #[error("protected {what} does not exist: {expected}")]
     UnknownProtected {
@@ -136,6 +150,10 @@ impl From<moe_checkpoint::Error> for Error {
 impl Error {
     pub(crate) fn invalid_plan(reason: impl Into<String>) -> Self {
         Self::InvalidPlan { path: None, reason: reason.into() }
+    }
+
+    pub(crate) fn invalid_curves(reason: impl Into<String>) -> Self {
+        Self::InvalidCurves { path: None, reason: reason.into() }
     }
 
     pub(crate) fn invalid_edits(reason: impl Into<String>) -> Self {

@@ -29,23 +29,33 @@
 mod allocators;
 mod apply;
 mod budget;
+mod curves;
 mod edits;
 mod error;
+mod paths;
 mod plan;
+mod probe;
 mod protection;
 mod pruners;
 mod ranking;
 mod report;
 
 pub use allocators::{
-    Allocation, AllocationRequest, Allocator, AllocatorConfig, ExpertId, Global, LayerAllocation, PerLayer, Uniform,
-    WidthLimits,
+    Allocation, AllocationRequest, Allocator, AllocatorConfig, Choice, CurveSource, DepthPrior, Evolution, ExpertId,
+    ExpertLimits, Fitness, Global, Hybrid, LayerAllocation, Limits, Normalisation, Normalised, PerLayer, Prior,
+    RateDistortion, Rco, Uniform, WidthLimits, knapsack,
 };
 pub use apply::{APPLIED_FILE, Applied, ApplyOptions, Export, Mtp, OnProgress, Progress, plan_from_masked};
 pub use budget::Budget;
+pub use curves::{CURVES_VERSION, Curve, CurvePoint, DistortionCurves};
 pub use edits::{EditSizes, EditSource, Edits, EditsFile, ExpertEdit};
 pub use error::{Error, Result};
+pub use paths::Within;
 pub use plan::{LayerKept, PLAN_VERSION, PrunePlan, Ratio};
-pub use protection::{Protected, ProtectionMask};
-pub use pruners::{ExpertPruner, Pruned, Pruner, PrunerConfig, Scope, UnitPruner};
+pub use probe::{Distortion, ModelProbe, NoProbe, Statistic};
+pub use protection::{Protected, ProtectionMask, SuperExperts};
+pub use pruners::{
+    ExpertPruner, NovicePruner, Progressive, PruneRequest, Pruned, Pruner, PrunerConfig, Round, Schedule, Scope,
+    SubsetPruner, TwoLevelPruner, UnitPruner, WideExpertPruner,
+};
 pub use report::{BeforeAfter, LayerReport, Report};
