@@ -1,5 +1,6 @@
 //! Carrying out a plan: checkpoint to checkpoint, as a stream of raw bytes.
 
+mod fine_grained;
 mod masked;
 mod mtp;
 mod ragged;
@@ -21,6 +22,7 @@ use moe_checkpoint::{
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub use fine_grained::{FineGrained, LayerPieces, Piece, PieceMap};
 pub use masked::plan_from_masked;
 
 use crate::plan::LayerKept;
@@ -44,6 +46,9 @@ pub enum Export {
     Ragged,
     /// Shapes as they were, dropped units zeroed: loads in stock runtimes, saves nothing.
     Masked,
+    /// Experts as equal pieces ([`FineGrained`]), each an expert of its own: loads in stock runtimes. Takes plans whose widths
+    /// are multiples of a piece, with as many pieces in every layer. An expert without units goes with its router row.
+    FineGrained,
 }
 
 impl Export {
@@ -53,6 +58,7 @@ impl Export {
             Self::Uniform => "uniform",
             Self::Ragged => "ragged",
             Self::Masked => "masked",
+            Self::FineGrained => "fine_grained",
         }
     }
 }
@@ -67,12 +73,11 @@ impl FromStr for Export {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        [Self::Uniform, Self::Ragged, Self::Masked].into_iter().find(|mode| mode.name() == text).ok_or_else(|| {
-            Error::InvalidParameter {
-                field: "export",
-                found: format!("`{text}`"),
-                expected: "`uniform`, `ragged` or `masked`".into(),
-            }
+        let all = [Self::Uniform, Self::Ragged, Self::Masked, Self::FineGrained];
+        all.into_iter().find(|mode| mode.name() == text).ok_or_else(|| Error::InvalidParameter {
+            field: "export",
+            found: format!("`{text}`"),
+            expected: "`uniform`, `ragged`, `masked` or `fine_grained`".into(),
         })
     }
 }
@@ -108,6 +113,8 @@ pub struct ApplyOptions<'a> {
     pub allow_unaligned: bool,
     /// What becomes of layers that predict further tokens. Needed where a checkpoint has them.
     pub mtp: Option<Mtp>,
+    /// How experts are cut; for [`Export::FineGrained`] alone.
+    pub fine_grained: Option<FineGrained<'a>>,
     /// Weights that a repair changed. They are converted to the dtype of the checkpoint, rounded to nearest even.
     pub edits: Option<&'a dyn EditSource>,
     /// Told how far it is.
@@ -136,6 +143,7 @@ impl ApplyOptions<'_> {
             force: false,
             allow_unaligned: false,
             mtp: None,
+            fine_grained: None,
             edits: None,
             progress: None,
         }
@@ -144,7 +152,7 @@ impl ApplyOptions<'_> {
 
 impl fmt::Debug for ApplyOptions<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { mode, max_shard_bytes, resume, force, allow_unaligned, mtp, edits, progress } = self;
+        let Self { mode, max_shard_bytes, resume, force, allow_unaligned, mtp, fine_grained, edits, progress } = self;
         f.debug_struct("ApplyOptions")
             .field("mode", mode)
             .field("max_shard_bytes", max_shard_bytes)
@@ -152,6 +160,7 @@ impl fmt::Debug for ApplyOptions<'_> {
             .field("force", force)
             .field("allow_unaligned", allow_unaligned)
             .field("mtp", mtp)
+            .field("fine_grained", fine_grained)
             .field("edits", &edits.map(|edits| edits.digest()))
             .field("progress", &progress.is_some())
             .finish()
@@ -205,6 +214,25 @@ pub(crate) struct Target<'a> {
     pub shared_width: Option<usize>,
     /// Tensors that are left out.
     pub dropped: BTreeSet<String>,
+}
+
+impl Target<'_> {
+    /// A hash of what the plan does not say about the content of experts.
+    fn digest(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for expert in self.layers.iter().flat_map(|layer| &layer.experts) {
+            for number in [expert.source, expert.width, expert.units.len()] {
+                hasher.update(&(number as u64).to_le_bytes());
+            }
+            for unit in expert.units.iter() {
+                hasher.update(&unit.to_le_bytes());
+            }
+            for factor in [expert.down_factor, expert.bias_factor] {
+                hasher.update(&factor.to_le_bytes());
+            }
+        }
+        hasher.finalize().to_hex().to_string()
+    }
 }
 
 /// One MoE layer of a [`Target`].
@@ -297,7 +325,9 @@ impl PrunePlan {
             let reason = format!("{} is the checkpoint itself; choose another directory", to.display());
             return Err(Error::Export { mode: options.mode.name(), reason });
         }
-        self.validate_routing(from.config())?;
+        if options.mode != Export::FineGrained {
+            self.validate_routing(from.config())?;
+        }
         if let Some(edits) = options.edits {
             self.validate_edits(edits)?;
             refuse_biases(self, from, options, edits)?;
@@ -306,6 +336,7 @@ impl PrunePlan {
             Export::Uniform => uniform::target(self, from, options)?,
             Export::Ragged => ragged::target(self, from, options.edits)?,
             Export::Masked => masked::target(self, from)?,
+            Export::FineGrained => fine_grained::target(self, from, options)?,
         };
         mtp::settle(from, options, &mut target)?;
         if from.quantisation().is_some() {
@@ -316,6 +347,15 @@ impl PrunePlan {
         let mut report = Report::new(self, from, options.mode)?;
         report.bytes.after = specs.iter().map(stream::bytes).sum();
         report.parameters.after = parameters(from, &specs);
+        for (position, (layer, target)) in report.layers.iter_mut().zip(&target.layers).enumerate() {
+            layer.written = target.experts.len();
+            let tensors = tensors.iter().filter(|tensor| tensor.layer() == Some(position));
+            layer.bytes.after = tensors.map(|tensor| stream::bytes(&tensor.spec)).sum();
+        }
+        if options.mode == Export::FineGrained {
+            let piece = target.layers.first().and_then(|layer| layer.experts.first());
+            report.notes = piece.map_or(vec![], |piece| fine_grained::notes(piece.width));
+        }
 
         let existing = match (options.force, options.resume) {
             (true, _) => Existing::Force,
@@ -324,7 +364,13 @@ impl PrunePlan {
         };
         let output = OutputDir::create(to, existing)?;
         let edits = options.edits.map(EditSource::digest);
-        let recipe = format!("{} {:?} {fingerprint} {edits:?} {}", options.mode, options.mtp, self.to_json()?);
+        let recipe = format!(
+            "{} {:?} {fingerprint} {edits:?} {} {}",
+            options.mode,
+            options.mtp,
+            target.digest(),
+            self.to_json()?
+        );
         let writer_options = WriterOptions { max_shard_bytes: options.max_shard_bytes, recipe };
         let writer = ShardedWriter::new(output.path(), writer_options, specs)?;
         let written = stream::write(self, from, &tensors, &target, writer, options)?;

@@ -20,6 +20,16 @@ pub(crate) struct OutTensor {
     source: Source,
 }
 
+impl OutTensor {
+    /// The layer whose experts it holds, by position among the MoE layers.
+    pub fn layer(&self) -> Option<usize> {
+        match self.source {
+            Source::Experts(position, _) => Some(position),
+            _ => None,
+        }
+    }
+}
+
 enum Source {
     /// The tensor of the same name, as it is.
     Copy,
