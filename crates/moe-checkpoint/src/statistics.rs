@@ -289,11 +289,7 @@ impl Statistics {
             provenance: self.provenance.clone(),
             waves: self.waves.clone(),
             counts: self.counts,
-            arrays: self
-                .arrays
-                .iter()
-                .map(|(id, a)| (id.clone(), ArrayMeta { kind: a.kind, fold: a.fold }))
-                .collect(),
+            arrays: self.arrays.iter().map(|(id, a)| (id.clone(), ArrayMeta { kind: a.kind, fold: a.fold })).collect(),
         };
         write_tensors(path, STATISTICS, &meta, &tensors)
     }

@@ -84,7 +84,9 @@ pub enum Error {
         layer: usize,
     },
     /// Router weights of another model than the statistics.
-    #[error("layer {layer}: a router weight of {found} values, but the statistics have experts times hidden size = {expected}")]
+    #[error(
+        "layer {layer}: a router weight of {found} values, but the statistics have experts times hidden size = {expected}"
+    )]
     RouterMismatch {
         /// Decoder layer index.
         layer: usize,

@@ -31,9 +31,7 @@ pub use output_sums::{
     OutputSums,
 };
 pub use projection::{PROJECTION, PROJECTION_WEIGHTED, Projection};
-pub use router_gradient::{
-    ROUTER_GRADIENT_ABS, ROUTER_GRADIENT_SQUARE, ROUTER_GRADIENT_SQUARES, RouterGradient,
-};
+pub use router_gradient::{ROUTER_GRADIENT_ABS, ROUTER_GRADIENT_SQUARE, ROUTER_GRADIENT_SQUARES, RouterGradient};
 pub use router_usage::{
     BIAS_SEQUENCE_MEAN, BIAS_SEQUENCE_MEDIAN, BIAS_WAVE_MEAN, BIAS_WAVE_MEDIAN, ROUTER_PROBABILITY, RouterUsage,
 };

@@ -59,8 +59,7 @@ impl Collector for RouterGradient {
                 let entries = || row.iter().map(|g| f64::from(*g) * scale);
                 for StatisticSpec { id, .. } in &self.statistics {
                     if *id == ROUTER_GRADIENT_SQUARES {
-                        let out =
-                            into.vector_mut(id.as_str(), Extent::Hidden, Fold::Sum, gradients.layer, expert)?;
+                        let out = into.vector_mut(id.as_str(), Extent::Hidden, Fold::Sum, gradients.layer, expert)?;
                         out.iter_mut().zip(entries()).for_each(|(out, g)| *out += g * g);
                         continue;
                     }

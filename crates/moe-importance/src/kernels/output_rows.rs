@@ -178,8 +178,7 @@ mod tests {
     use super::*;
 
     fn matrix(n: usize, hidden: usize, salt: usize) -> (Vec<f32>, Tensor<2>) {
-        let values: Vec<f32> =
-            (0..n * hidden).map(|i| ((i + salt) * 7919 % 2003) as f32 * 1e-3 - 1.0).collect();
+        let values: Vec<f32> = (0..n * hidden).map(|i| ((i + salt) * 7919 % 2003) as f32 * 1e-3 - 1.0).collect();
         (values.clone(), host::from_vec(values, [n, hidden], &Device::flex()))
     }
 

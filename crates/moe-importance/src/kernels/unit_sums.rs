@@ -166,8 +166,7 @@ mod tests {
     fn both_bodies_are_plain_sums() {
         for (n, width) in [(1, 1), (3, 5), (70, 130), (33, 64), (32, 192)] {
             let value = |i: usize, salt: usize| (((i + salt) * 7919 % 2003) as f32 - 1001.0) * 1e-3;
-            let values =
-                |columns: usize, salt: usize| (0..n * columns).map(|i| value(i, salt)).collect::<Vec<f32>>();
+            let values = |columns: usize, salt: usize| (0..n * columns).map(|i| value(i, salt)).collect::<Vec<f32>>();
             let (u, o, g) = (values(width, 1), values(width, 77), values(2 * width, 500));
             let (a, b) = (values(1, 11), values(1, 900));
             let tensor = |v: &Vec<f32>, columns| host::from_vec(v.clone(), [n, columns], &Device::flex());

@@ -213,15 +213,9 @@ mod tests {
     fn errors_name_the_field() {
         for (json, expected) in [
             ("3", "a scorer is a JSON object with a field `scorer`, found 3"),
-            (
-                "{}",
-                "scorer `?`: field `scorer`: missing; there are fisher, heapr, coupled",
-            ),
+            ("{}", "scorer `?`: field `scorer`: missing; there are fisher, heapr, coupled"),
             (r#"{"scorer": 1}"#, "scorer `?`: field `scorer`: found 1, expected a string"),
-            (
-                r#"{"scorer": "fish"}"#,
-                "scorer `fish` is not known; there are fisher, heapr, coupled",
-            ),
+            (r#"{"scorer": "fish"}"#, "scorer `fish` is not known; there are fisher, heapr, coupled"),
             (
                 r#"{"scorer": "fisher", "criterion": "tokens"}"#,
                 "scorer `fisher`: field `criterion`: unknown variant `tokens`, expected one of `token`, `sequence`, `abs`",

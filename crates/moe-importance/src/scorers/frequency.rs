@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::table::expert_means;
 use super::{Average, ExpertWeightsSource, Scorer};
-use crate::collectors::{ROUTED_TOKENS};
+use crate::collectors::ROUTED_TOKENS;
 use crate::{Result, StatisticId};
 
 /// Share of the tokens routed to an expert. The control that every expert criterion must beat.

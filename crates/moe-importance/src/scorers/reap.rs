@@ -5,7 +5,10 @@ use serde::{Deserialize, Serialize};
 
 use super::table::expert_means;
 use super::{Average, ExpertWeightsSource, Scorer};
-use crate::collectors::{Gate, OUTPUT_APPLIED, OUTPUT_APPLIED_SQUARE, OUTPUT_RENORMALISED, OUTPUT_RENORMALISED_SQUARE, OUTPUT_SOFTMAX, OUTPUT_SOFTMAX_SQUARE, ROUTED_TOKENS};
+use crate::collectors::{
+    Gate, OUTPUT_APPLIED, OUTPUT_APPLIED_SQUARE, OUTPUT_RENORMALISED, OUTPUT_RENORMALISED_SQUARE, OUTPUT_SOFTMAX,
+    OUTPUT_SOFTMAX_SQUARE, ROUTED_TOKENS,
+};
 use crate::{Error, Result, StatisticId};
 
 /// Router-weighted expert activation: `mean_t g_t |f_t|` over the tokens t routed to the expert.

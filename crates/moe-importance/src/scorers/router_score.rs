@@ -4,7 +4,7 @@ use moe_checkpoint::{Granularity, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
 
 use super::table::expert_means;
-use super::units::{combine_tables, nested, needs_of};
+use super::units::{combine_tables, needs_of, nested};
 use super::{Average, Combine, ExpertWeightsSource, Magnitude, Scorer, ScorerConfig};
 use crate::collectors::{ROUTED_TOKENS, ROUTER_PROBABILITY, ROUTING_WEIGHT};
 use crate::{Result, StatisticId};

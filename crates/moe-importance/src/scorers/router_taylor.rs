@@ -87,8 +87,7 @@ impl Scorer for RouterTaylor {
                 RouterForm::Abs => statistics.expert(ROUTER_GRADIENT_ABS.as_str(), layer)?[expert] / sequences,
                 RouterForm::Square => statistics.expert(ROUTER_GRADIENT_SQUARE.as_str(), layer)?[expert] / sequences,
                 RouterForm::Taylor => {
-                    let squares =
-                        statistics.vector(ROUTER_GRADIENT_SQUARES.as_str(), Extent::Hidden, layer, expert)?;
+                    let squares = statistics.vector(ROUTER_GRADIENT_SQUARES.as_str(), Extent::Hidden, layer, expert)?;
                     let row = &rows[&layer][expert * hidden..][..hidden];
                     let sum: f64 = row.iter().zip(squares).map(|(w, g)| f64::from(*w).powi(2) * g).sum();
                     (sum / sequences).sqrt()
