@@ -34,8 +34,10 @@ pub mod collectors;
 pub mod error;
 mod kernels;
 pub mod scorers;
+pub mod super_experts;
 
 pub use collect::{Progress, WaveRunner, collect, recipe};
 pub use collectors::{Collection, Collector, StatisticId, StatisticSpec};
 pub use error::{Error, Result};
 pub use scorers::{ExpertWeightsSource, NoWeights, Scorer, ScorerConfig};
+pub use super_experts::{SuperExpertOptions, SuperExperts};

@@ -199,12 +199,12 @@ mod tests {
 
     #[test]
     fn every_scorer_survives_a_round_trip_and_has_defaults() {
-        for name in ScorerConfig::NAMES.iter().copied() {
+        for name in ScorerConfig::NAMES {
             let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"scorer": "{name}"}}"#)).unwrap();
             let json = serde_json::to_string(&config).unwrap();
             assert_eq!(serde_json::from_str::<ScorerConfig>(&json).unwrap(), config, "{json}");
             let scorer = config.build().unwrap();
-            assert_eq!(scorer.name(), name);
+            assert_eq!(scorer.name(), *name);
             assert_eq!(scorer.recipe(), json);
         }
     }
@@ -268,7 +268,7 @@ mod tests {
 
     #[test]
     fn any_scorer_becomes_one_of_units_or_of_experts() {
-        for name in ScorerConfig::NAMES.iter().copied() {
+        for name in ScorerConfig::NAMES {
             let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"scorer": "{name}"}}"#)).unwrap();
             let units = config.clone().into_units(Magnitude::new()).unwrap();
             assert_eq!(units.build().unwrap().granularity(), moe_checkpoint::Granularity::Unit, "{name}");
