@@ -7,6 +7,7 @@ pub mod cli;
 pub mod compare;
 pub mod error;
 pub mod figures;
+pub mod fine_grained;
 pub mod fisher_prune;
 pub mod format;
 pub mod progress;

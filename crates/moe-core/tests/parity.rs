@@ -320,7 +320,10 @@ fn packed_experts_compute_what_f32_experts_do() {
             if Weight::prefers_bf16(&Device::flex()) { 2 } else { 0 },
             "{form}"
         );
-        assert_eq!(expert.down_bias.is_some(), packed.config().moe(1).unwrap().bias);
+        assert_eq!(
+            expert.down_bias.is_some(),
+            packed.config().moe(1).unwrap().biases == moe_checkpoint::ExpertBiases::All
+        );
         let ids = (0..23).map(|i| (i * 7 + 3) % packed.config().vocab_size as u32).collect();
         let wave = Wave { id: 0, sequences: vec![Sequence::new(ids)] };
         let [packed, dense] = [packed, dense].map(|model| {

@@ -136,6 +136,10 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// Running a model.
+    #[cfg(feature = "repair")]
+    #[error(transparent)]
+    Model(Box<moe_core::Error>),
     /// The progress callback stopped the work; what is written so far can be resumed.
     #[error("interrupted: {0}")]
     Interrupted(Box<dyn std::error::Error + Send + Sync>),
@@ -144,6 +148,13 @@ pub enum Error {
 impl From<moe_checkpoint::Error> for Error {
     fn from(error: moe_checkpoint::Error) -> Self {
         Self::Checkpoint(Box::new(error))
+    }
+}
+
+#[cfg(feature = "repair")]
+impl From<moe_core::Error> for Error {
+    fn from(error: moe_core::Error) -> Self {
+        Self::Model(Box::new(error))
     }
 }
 

@@ -49,6 +49,8 @@ pub use apply::{
     APPLIED_FILE, Applied, ApplyOptions, Export, FineGrained, LayerPieces, Mtp, OnProgress, Piece, PieceMap, Progress,
     plan_from_masked,
 };
+#[cfg(feature = "repair")]
+pub use apply::{ScaleCalibration, ScaleFit, Trial, TrialOptions};
 pub use budget::Budget;
 pub use curves::{CURVES_VERSION, Curve, CurvePoint, DistortionCurves};
 pub use edits::{EditSizes, EditSource, Edits, EditsFile, ExpertEdit};

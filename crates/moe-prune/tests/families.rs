@@ -318,9 +318,9 @@ fn further_layers_are_kept_or_dropped_by_choice() {
         plan.apply(&model, &out, &options).map(|_| Checkpoint::open(out).unwrap())
     };
     let text = apply(&plan, Export::Uniform, None).unwrap_err().to_string();
-    assert!(text.contains("model.layers.3.") && text.contains("kept or dropped"), "{text}");
+    assert!(text.contains("model.layers.3.") && text.contains("kept, dropped or pruned"), "{text}");
     let text = apply(&plan, Export::Uniform, Some(Mtp::Keep)).unwrap_err().to_string();
-    assert!(text.contains("drop them"), "{text}");
+    assert!(text.contains("prune or drop them"), "{text}");
     for mode in [Export::Ragged, Export::Masked] {
         let kept = apply(&plan, mode, Some(Mtp::Keep)).unwrap();
         assert_eq!(kept.mtp_tensors().count(), model.mtp_tensors().count());

@@ -3,6 +3,7 @@
 mod fine_grained;
 mod masked;
 mod mtp;
+mod origin;
 mod ragged;
 mod select;
 mod stream;
@@ -23,6 +24,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use fine_grained::{FineGrained, LayerPieces, Piece, PieceMap};
+#[cfg(feature = "repair")]
+pub use fine_grained::{ScaleCalibration, ScaleFit, Trial, TrialOptions};
 pub use masked::plan_from_masked;
 
 use crate::plan::LayerKept;
@@ -131,6 +134,10 @@ pub enum Mtp {
     Keep,
     /// They are left out, and the config says that there are none. Loaders that do not use them read the same model.
     Drop,
+    /// Their experts become as wide and as many as those of the decoder, for uniform and fine-grained exports. No activations
+    /// exist for them, so that units are ranked by magnitude: the norm of the gate row times that of the up row times that of
+    /// the down column, and experts by the sum over their units.
+    Prune,
 }
 
 impl ApplyOptions<'_> {
@@ -208,7 +215,7 @@ impl Applied {
 pub(crate) struct Target<'a> {
     /// The new config.json.
     pub config: Value,
-    /// MoE layers in ascending order.
+    /// MoE layers in ascending order, then pruned layers that predict further tokens.
     pub layers: Vec<TargetLayer<'a>>,
     /// Width of the shared experts, where it grows by units of zeros.
     pub shared_width: Option<usize>,
@@ -237,7 +244,10 @@ impl Target<'_> {
 
 /// One MoE layer of a [`Target`].
 pub(crate) struct TargetLayer<'a> {
+    /// Decoder layer index; without meaning for a further layer.
     pub layer: usize,
+    /// The layer that it is made from, if that is none of the decoder's.
+    pub further: Option<origin::FurtherLayer>,
     pub layout: ExpertLayout,
     pub biases: ExpertBiases,
     /// Experts as they are written, in the new order.
@@ -272,6 +282,7 @@ impl<'a> TargetLayer<'a> {
         };
         Self {
             layer: kept.layer,
+            further: None,
             layout,
             biases: from.config().moe(kept.layer).map_or(ExpertBiases::None, |moe| moe.biases),
             experts: kept.experts_kept().into_iter().map(expert).collect(),
@@ -338,7 +349,7 @@ impl PrunePlan {
             Export::Masked => masked::target(self, from)?,
             Export::FineGrained => fine_grained::target(self, from, options)?,
         };
-        mtp::settle(from, options, &mut target)?;
+        mtp::settle(self, from, options, &mut target)?;
         if from.quantisation().is_some() {
             target.config = dequantised_config(&target.config);
         }

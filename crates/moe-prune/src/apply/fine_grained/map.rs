@@ -66,8 +66,8 @@ impl FineGrained<'_> {
         let groups = routing.groups();
         let mut layers: Vec<LayerPieces> = Vec::with_capacity(plan.kept.len());
         for kept in &plan.kept {
-            let counts = counts(kept, width)?;
-            let total: usize = counts.iter().sum();
+            let layer = self.layer(kept, width, routing)?;
+            let total = layer.pieces.len();
             if let Some(first) = layers.first().filter(|first| first.pieces.len() != total) {
                 return Err(refused(format!(
                     "layer {} keeps {} pieces of {width} units and layer {} keeps {total}; stock loaders read one number for \
@@ -77,13 +77,7 @@ impl FineGrained<'_> {
                     kept.layer
                 )));
             }
-            let pieces = match groups {
-                None => in_order(&counts, 0..counts.len()).collect(),
-                Some(groups) => self
-                    .grouped(&counts, &groups, &routing.kind)
-                    .map_err(|reason| refused(format!("layer {}: {reason}", kept.layer)))?,
-            };
-            layers.push(LayerPieces { layer: kept.layer, pieces, counts });
+            layers.push(layer);
         }
         let pieces = layers.first().map_or(0, |layer| layer.pieces.len());
         let mut routing = Routing { top_k, ..routing.clone() };
@@ -108,6 +102,19 @@ impl FineGrained<'_> {
         }
         let correction_factor = correction_factor(&routing.kind, self.pieces);
         Ok(PieceMap { width, routing, factor, correction_factor, layers })
+    }
+
+    /// The pieces of one layer of a model with this routing.
+    pub(in crate::apply) fn layer(&self, kept: &LayerKept, width: usize, routing: &Routing) -> Result<LayerPieces> {
+        let counts = counts(kept, width)?;
+        let pieces = match routing.groups() {
+            None => in_order(&counts, 0..counts.len()).collect(),
+            Some(groups) => {
+                let pieces = self.grouped(&counts, &groups, &routing.kind);
+                pieces.map_err(|reason| refused(format!("layer {}: {reason}", kept.layer)))?
+            }
+        };
+        Ok(LayerPieces { layer: kept.layer, pieces, counts })
     }
 
     /// Pieces in the order that keeps groups together, or why there is none.

@@ -8,6 +8,8 @@
 //! number of pieces per token the routing is no longer that of the model: pieces of further experts are selected, and the
 //! weights change. [`FineGrained::top_k`] and [`FineGrained::scales`] are there to make up for it.
 
+#[cfg(feature = "repair")]
+mod calibrate;
 mod map;
 mod select;
 
@@ -18,7 +20,10 @@ use moe_checkpoint::{
     Checkpoint, Granularity, GroupScore, RoutingKind, ScoreTable, UniformShape, uniform_shape_config,
 };
 
+#[cfg(feature = "repair")]
+pub use calibrate::{ScaleCalibration, ScaleFit, Trial, TrialOptions};
 pub use map::{LayerPieces, Piece, PieceMap};
+pub(super) use select::best_blocks;
 
 use super::uniform::{check_width, shared, stock_layout};
 use super::{ApplyOptions, Export, Target, TargetExpert, TargetLayer};
@@ -95,6 +100,30 @@ impl<'a> FineGrained<'a> {
             .collect()
     }
 
+    /// The experts that the pieces of a layer become.
+    pub(super) fn experts(
+        &self,
+        kept: &LayerKept,
+        pieces: &LayerPieces,
+        map: &PieceMap,
+        scales: Option<&[f32]>,
+    ) -> Vec<TargetExpert<'static>> {
+        let dealt: Vec<Vec<Vec<u32>>> =
+            (0..kept.experts.len()).map(|expert| self.deal(kept, expert, map.width)).collect();
+        let expert = |piece: &Piece| {
+            let scale = scales.map_or(1.0, |scales| scales[piece.expert]);
+            TargetExpert {
+                source: piece.expert,
+                units: Cow::Owned(dealt[piece.expert][piece.index].clone()),
+                width: map.width,
+                down_factor: map.factor * scale,
+                // All pieces of an expert together give its bias once.
+                bias_factor: map.factor / dealt[piece.expert].len() as f32 * scale,
+            }
+        };
+        pieces.pieces.iter().map(expert).collect()
+    }
+
     fn validate(&self, plan: &PrunePlan) -> Result<()> {
         if let Some(table) = self.ranking {
             table.validate_for(&plan.shape)?;
@@ -140,20 +169,8 @@ pub(crate) fn target<'a>(plan: &'a PrunePlan, from: &Checkpoint, options: &Apply
                 )));
             }
         }
-        let dealt: Vec<Vec<Vec<u32>>> =
-            (0..kept.experts.len()).map(|expert| how.deal(kept, expert, map.width)).collect();
-        let expert = |piece: &Piece| {
-            let scale = how.scales.map_or(1.0, |scales| scales[position][piece.expert]);
-            TargetExpert {
-                source: piece.expert,
-                units: Cow::Owned(dealt[piece.expert][piece.index].clone()),
-                width: map.width,
-                down_factor: map.factor * scale,
-                // All pieces of an expert together give its bias once.
-                bias_factor: map.factor / dealt[piece.expert].len() as f32 * scale,
-            }
-        };
-        let experts = pieces.pieces.iter().map(expert).collect();
+        let scales = how.scales.map(|scales| scales[position].as_slice());
+        let experts = how.experts(kept, pieces, &map, scales);
         let layer = TargetLayer::kept(from, kept, stock_layout(from, kept.layer)?);
         layers.push(TargetLayer { experts, correction_factor: map.correction_factor, ..layer });
     }

@@ -40,32 +40,8 @@ impl FineGrained<'_> {
             }
             let units = layer.units() - (layer.units() as f64 * ratio).floor() as usize;
             let pieces = units.div_ceil(width * groups).next_multiple_of(step);
-            let mut ranked: Vec<Vec<u32>> = Vec::with_capacity(experts);
-            for scores in &scores.scores {
-                let mut order: Vec<u32> = (0..scores.len() as u32).collect();
-                order.sort_by(|a, b| compare(scores[*b as usize].into(), scores[*a as usize].into()));
-                ranked.push(order);
-            }
-            let mut counts = vec![0; experts];
-            for group in 0..groups {
-                let members = group * (experts / groups)..(group + 1) * (experts / groups);
-                let mut blocks: Vec<(f64, usize)> = Vec::new();
-                for expert in members {
-                    let sum =
-                        |block: &[u32]| block.iter().map(|unit| f64::from(scores.scores[expert][*unit as usize])).sum();
-                    blocks.extend(ranked[expert].chunks(width).map(|block| (sum(block), expert)));
-                }
-                // Stable: of equal sums the lower expert comes first. Sums of an expert descend, so that what is taken of
-                // it is a head of its ranking.
-                blocks.sort_by(|a, b| compare(b.0, a.0));
-                blocks.iter().take(pieces).for_each(|(_, expert)| counts[*expert] += 1);
-            }
-            let experts = ranked.into_iter().zip(counts).map(|(mut order, count)| {
-                order.truncate(count * width);
-                order.sort_unstable();
-                order
-            });
-            kept.push(LayerKept { layer: layer.layer, experts: experts.collect(), removed: Vec::new() });
+            let experts = best_blocks(&scores.scores, width, groups, pieces);
+            kept.push(LayerKept { layer: layer.layer, experts, removed: Vec::new() });
         }
         let parsed = |text: &str| serde_json::from_str(text).unwrap_or_else(|_| json!(text));
         let mut plan = PrunePlan {
@@ -88,6 +64,37 @@ impl FineGrained<'_> {
         self.map(&plan, from)?;
         Ok(plan)
     }
+}
+
+/// Units of every expert, ascending, in the blocks of `width` units that score highest, `blocks` in each of the groups that
+/// the experts form in order: the units of an expert, ranked, are cut into blocks, which compete by their sums.
+pub(in crate::apply) fn best_blocks(scores: &[Vec<f32>], width: usize, groups: usize, blocks: usize) -> Vec<Vec<u32>> {
+    let rank = |scores: &Vec<f32>| {
+        let mut order: Vec<u32> = (0..scores.len() as u32).collect();
+        // Stable, so that equal scores stay in the order of their ids.
+        order.sort_by(|a, b| compare(scores[*b as usize].into(), scores[*a as usize].into()));
+        order
+    };
+    let ranked: Vec<Vec<u32>> = scores.iter().map(rank).collect();
+    let mut counts = vec![0; scores.len()];
+    let size = (scores.len() / groups.max(1)).max(1);
+    for group in 0..groups {
+        let mut sums: Vec<(f64, usize)> = Vec::new();
+        for expert in group * size..(group + 1) * size {
+            let sum = |block: &[u32]| block.iter().map(|unit| f64::from(scores[expert][*unit as usize])).sum();
+            sums.extend(ranked[expert].chunks(width).map(|block| (sum(block), expert)));
+        }
+        // Stable: of equal sums the lower expert comes first. Sums of an expert descend, so that what is taken of it is
+        // a head of its ranking.
+        sums.sort_by(|a, b| compare(b.0, a.0));
+        sums.iter().take(blocks).for_each(|(_, expert)| counts[*expert] += 1);
+    }
+    let kept = ranked.into_iter().zip(counts).map(|(mut order, count)| {
+        order.truncate(count * width);
+        order.sort_unstable();
+        order
+    });
+    kept.collect()
 }
 
 /// Order of finite numbers, in which 0.0 and -0.0 are equal.
