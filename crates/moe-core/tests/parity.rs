@@ -322,7 +322,7 @@ fn packed_experts_compute_what_f32_experts_do() {
         );
         assert_eq!(
             expert.down_bias.is_some(),
-            packed.config().moe(1).unwrap().biases == moe_checkpoint::ExpertBiases::All
+            packed.config().moe(1).unwrap().biases.has(moe_checkpoint::ExpertPart::DownBias)
         );
         let ids = (0..23).map(|i| (i * 7 + 3) % packed.config().vocab_size as u32).collect();
         let wave = Wave { id: 0, sequences: vec![Sequence::new(ids)] };

@@ -141,83 +141,6 @@ impl ProtectionMask {
     }
 }
 
-/// The rule that finds super experts (arXiv 2507.23279): those few whose outputs carry the massive activations, and without
-/// which a model breaks down.
-///
-/// Of the largest absolute outputs `a_e` of all experts in the first layers, `e` is super if `a_e` exceeds a percentile of
-/// them and a fraction of the largest. Layers further up can show large outputs without being super. Never prune by
-/// frequency alone: super experts are not necessarily chosen often.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct SuperExperts {
-    /// Percentile, in [0, 100].
-    pub percentile: f64,
-    /// Fraction of the largest, in [0, 1].
-    pub fraction: f64,
-    /// Part of the decoder layers that counts, in [0, 1]: layers below `round(depth * layers)`. 1 for all.
-    pub depth: f64,
-    /// Round the fraction of the largest down to a whole number, as the released profiler does.
-    pub floor: bool,
-}
-
-impl Default for SuperExperts {
-    /// The 99.5th percentile, a tenth of the largest, the first three quarters of the layers.
-    fn default() -> Self {
-        Self { percentile: 99.5, fraction: 0.1, depth: 0.75, floor: false }
-    }
-}
-
-impl SuperExperts {
-    /// Super experts of a model with `decoder_layers` layers, dense ones included. `maxima` holds decoder layer indices and,
-    /// by expert, the largest absolute value of the output of the down projection over calibration tokens.
-    ///
-    /// # Errors
-    /// [`Error::InvalidParameter`] for a maximum that is NaN, or a parameter outside its range.
-    ///
-    /// ```
-    /// use moe_prune::SuperExperts;
-    ///
-    /// let mut maxima: Vec<(usize, Vec<f32>)> = (0..8).map(|layer| (layer, vec![1.0; 64])).collect();
-    /// (maxima[1].1[5], maxima[7].1[0]) = (100.0, 100.0);
-    /// let mask = SuperExperts::default().find(&maxima, 8)?;
-    /// assert!(mask.is_protected(1, 5, 0) && !mask.is_protected(7, 0, 0));
-    /// assert_eq!(mask.entries().len(), 1);
-    /// # Ok::<(), moe_prune::Error>(())
-    /// ```
-    pub fn find(&self, maxima: &[(usize, Vec<f32>)], decoder_layers: usize) -> Result<ProtectionMask> {
-        let ranges =
-            [("percentile", self.percentile, 100.0), ("fraction", self.fraction, 1.0), ("depth", self.depth, 1.0)];
-        for (field, value, most) in ranges {
-            if !(0.0..=most).contains(&value) {
-                let expected = format!("a number in [0, {most}]");
-                return Err(Error::InvalidParameter { field, found: value.to_string(), expected });
-            }
-        }
-        let below = (self.depth * decoder_layers as f64).round() as usize;
-        let counted = || maxima.iter().filter(|(layer, _)| *layer < below);
-        let mut all: Vec<f64> = counted().flat_map(|(_, values)| values).map(|value| f64::from(*value)).collect();
-        if all.iter().any(|value| value.is_nan()) {
-            let expected = "largest absolute outputs".into();
-            return Err(Error::InvalidParameter { field: "maxima", found: "NaN".into(), expected });
-        }
-        all.sort_by(f64::total_cmp);
-        let mut mask = ProtectionMask::none();
-        let Some(largest) = all.last() else { return Ok(mask) };
-        // Linear between the two nearest ranks, as numpy does.
-        let rank = self.percentile / 100.0 * (all.len() - 1) as f64;
-        let (low, high) = (all[rank.floor() as usize], all[rank.ceil() as usize]);
-        let percentile = low + (high - low) * rank.fract();
-        let part = self.fraction * largest;
-        let threshold = percentile.max(if self.floor { part.floor() } else { part });
-        for (layer, values) in counted() {
-            for (expert, _) in values.iter().enumerate().filter(|(_, value)| f64::from(**value) > threshold) {
-                mask.protect_expert(*layer, expert);
-            }
-        }
-        Ok(mask)
-    }
-}
-
 impl From<Vec<Protected>> for ProtectionMask {
     fn from(entries: Vec<Protected>) -> Self {
         let mut mask = Self::none();
@@ -272,21 +195,6 @@ mod tests {
         expected.protect_unit(2, 0, 1);
         expected.protect_expert(2, 1);
         assert_eq!(mask.reindex(&plan), expected);
-    }
-
-    #[test]
-    fn few_experts_are_super_without_outliers() {
-        // 99.5% lets 5 of 1,000 pass; none is ten times the others, so the second rule alone would let all pass.
-        let maxima: Vec<(usize, Vec<f32>)> =
-            (0..10).map(|layer| (layer, (0..100).map(|e| 1.0 + (layer * 100 + e) as f32 * 1e-3).collect())).collect();
-        let all = SuperExperts { depth: 1.0, ..SuperExperts::default() };
-        assert_eq!(all.find(&maxima, 10).unwrap().entries().len(), 5);
-        let mut outlier = maxima.clone();
-        outlier[3].1[7] = 50.0;
-        let found = all.find(&outlier, 10).unwrap().entries();
-        assert_eq!(found, [Protected { layer: 3, expert: 7, units: None }]);
-        assert!(SuperExperts { fraction: 2.0, ..all }.find(&maxima, 10).is_err());
-        assert!(SuperExperts::default().find(&[], 10).unwrap().is_empty());
     }
 
     #[test]

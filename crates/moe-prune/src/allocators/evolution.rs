@@ -162,6 +162,9 @@ impl Evolution {
     /// Moves budget between layers, up to three times, and meets the budget again.
     fn mutant(&self, problem: &Problem<'_>, mut genes: Genes, random: &mut ChaCha8Rng) -> Genes {
         let paths = &problem.paths;
+        if paths.is_empty() {
+            return genes;
+        }
         for _ in 0..random.random_range(1..=3) {
             let (from, to) = (random.random_range(0..paths.len()), random.random_range(0..paths.len()));
             let most = ((paths[from].end() as f64 * self.mutation) as usize).max(1);

@@ -45,8 +45,8 @@ pub enum CurveSource {
         statistic: Statistic,
     },
     /// The squared error of the layer's own output, at some points of its path, scaled so that the middle one is the
-    /// measured distortion of the model: one run of the model per layer, the rest is local. Whole experts only. Needs a
-    /// probe.
+    /// measured distortion of the model: one run of the model per layer, the rest is local. Only for whole experts that go
+    /// with their rows of the router. Needs a probe.
     LayerErrors {
         /// Points per layer.
         points: usize,
@@ -142,8 +142,15 @@ fn layer_errors(
     if points == 0 {
         return invalid("points", "0", "at least 1");
     }
-    if let Limits::Units(_) = problem.request.limits {
-        return invalid("curves", "layer_errors", "curves of another source where units go");
+    match problem.request.limits {
+        Limits::Experts(limits) if !limits.keeps_router => {}
+        _ => {
+            return invalid(
+                "curves",
+                "layer_errors",
+                "another source: a probe measures experts without their router rows",
+            );
+        }
     }
     let mut positions = vec![0; problem.paths.len()];
     let intact = problem.layers(&positions);

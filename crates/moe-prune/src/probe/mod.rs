@@ -3,8 +3,18 @@
 //! [`ModelProbe`] is what the model-in-the-loop allocators and pruners see of a model. It needs no tensors of any
 //! framework: a test can be a probe. With feature `repair`, `EngineProbe` answers from a real model.
 
+#[cfg(feature = "repair")]
+mod engine;
+#[cfg(feature = "repair")]
+mod overlay;
+
 use moe_checkpoint::MoeShape;
 use serde::{Deserialize, Serialize};
+
+#[cfg(feature = "repair")]
+pub use engine::{EngineProbe, ProbeOptions};
+#[cfg(feature = "repair")]
+pub use overlay::PlanOverlay;
 
 use crate::plan::LayerKept;
 use crate::{Error, Result};
