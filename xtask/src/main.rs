@@ -4,6 +4,7 @@ mod bench_report;
 mod ci;
 mod fixtures;
 mod gpu;
+mod study;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -39,6 +40,8 @@ enum Verb {
         #[arg(default_value = "wgpu", value_parser = ["wgpu", "vulkan", "cuda"])]
         device: String,
     },
+    /// Compare all ways to prune on the bundled model (an hour on two cores), and write the tables of docs/study.md
+    Study(study::Options),
     /// Mean, standard deviation and throughput of the last benchmark runs
     BenchReport {
         /// Run the benchmarks first
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Verb::Ci { steps } => ci::run(&steps),
         Verb::Fixtures { write } => fixtures::run(write),
         Verb::Gpu { device } => gpu::run(&device),
+        Verb::Study(options) => study::run(&options),
         Verb::BenchReport { run, json } => bench_report::run(run, json),
     };
     match outcome {

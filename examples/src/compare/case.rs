@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use moe_checkpoint::Checkpoint;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -93,6 +94,11 @@ impl Case {
     pub fn with_seed(&self, seed: u64) -> Self {
         Self { seed, ..self.clone() }
     }
+
+    /// The same with a repair.
+    pub fn repaired(self, repair: &str) -> Self {
+        Self { repair: repair.into(), ..self }
+    }
 }
 
 impl fmt::Display for Case {
@@ -127,6 +133,20 @@ pub struct Record {
 }
 
 impl Record {
+    /// Of a configuration that has not been measured.
+    pub(super) fn nothing_dropped(case: &Case, checkpoint: &Checkpoint) -> Self {
+        Self {
+            case: case.clone(),
+            units: checkpoint.shape().units(),
+            routed_parameters: checkpoint.shape().parameters(),
+            parameters: checkpoint.parameters(),
+            layers: checkpoint.shape().layers.iter().map(|layer| layer.units()).collect(),
+            metrics: BTreeMap::new(),
+            refused: None,
+            seconds: 0.0,
+        }
+    }
+
     /// A figure.
     pub fn metric(&self, capability: &str, figure: &str) -> Option<f64> {
         self.metrics.get(&format!("{capability}_{figure}")).copied()

@@ -1,18 +1,20 @@
 //! Building and measuring one configuration.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use moe_checkpoint::{LayerRole, MoeShape, Role, ScoreTable};
-use moe_core::{KeepUnits, Model, RemoveExperts};
-use moe_prune::{Budget, ProtectionMask, PrunePlan, PruneRequest, Pruner};
+use moe_checkpoint::MoeShape;
 
 use super::bench::{Bench, Figures, Metrics};
 use super::case::{Amount, Case, Record};
-use super::catalogue::{self, NO_REPAIR};
+use super::catalogue::{self, Method};
 use super::knock_out;
 use super::scored::Scored;
+use super::subject::Subject;
 use crate::{Error, Result};
 
 /// A configuration and what is to be measured of it.
@@ -30,20 +32,17 @@ pub struct Lab {
     pub bench: Bench,
     /// Calibration draws by capability and seed.
     pub scored: BTreeMap<(String, u64), Scored>,
+    /// Where exports go that are measured and deleted.
+    scratch: PathBuf,
+    exports: AtomicUsize,
     /// Figures of plans that were measured before: several scorers may say the same.
     known: Mutex<HashMap<blake3::Hash, Metrics>>,
 }
 
-/// A plan, or why there is none.
-enum Planned {
-    Plan(Box<PrunePlan>),
-    Refused(String),
-}
-
 impl Lab {
     /// A lab in which nothing has been measured.
-    pub fn new(bench: Bench, scored: BTreeMap<(String, u64), Scored>) -> Self {
-        Self { bench, scored, known: Mutex::default() }
+    pub fn new(bench: Bench, scored: BTreeMap<(String, u64), Scored>, scratch: &Path) -> Self {
+        Self { bench, scored, scratch: scratch.into(), exports: AtomicUsize::new(0), known: Mutex::default() }
     }
 
     /// Shape of the full model.
@@ -66,91 +65,58 @@ impl Lab {
     /// Whatever stops the model. Scores or budgets that a way to prune refuses are part of the record.
     pub fn run(&self, job: &Job) -> Result<Record> {
         let start = Instant::now();
-        let case = &job.case;
-        let mut record = Record {
-            case: case.clone(),
-            units: self.shape().units(),
-            routed_parameters: self.shape().parameters(),
-            parameters: self.bench.model.checkpoint().parameters(),
-            layers: Vec::new(),
-            metrics: Metrics::new(),
-            refused: None,
-            seconds: 0.0,
-        };
-        match self.plan(case)? {
-            Planned::Refused(reason) => record.refused = Some(reason),
-            Planned::Plan(plan) => {
+        let scratch = self.scratch.join(self.exports.fetch_add(1, Ordering::Relaxed).to_string());
+        let mut record = Record::nothing_dropped(&job.case, self.bench.model.checkpoint());
+        match self.subject(&job.case, &scratch) {
+            Ok(mut subject) => {
+                for step in &catalogue::repair(&job.case.repair)? {
+                    subject.repair(step, &self.calibration(&job.case)?.waves)?;
+                }
+                let plan = &subject.plan;
                 record.layers = plan.kept.iter().map(|layer| layer.experts.iter().map(Vec::len).sum()).collect();
                 record.units = plan.units_kept();
                 record.routed_parameters = plan.pruned_shape().parameters();
-                record.parameters = self.parameters(&plan)?;
-                record.metrics = self.measure(&plan, job)?;
+                record.parameters = subject.parameters()?;
+                record.metrics = self.measure(&subject, job)?;
             }
+            Err(Error::Prune(
+                error @ (moe_prune::Error::PoolTooNarrow { .. }
+                | moe_prune::Error::Infeasible { .. }
+                | moe_prune::Error::Export { .. }),
+            )) => record.refused = Some(error.to_string()),
+            Err(error) => return Err(error),
+        }
+        if scratch.exists() {
+            fs::remove_dir_all(&scratch).map_err(Error::io(&scratch))?;
         }
         record.seconds = (start.elapsed().as_secs_f64() * 1e3).round() / 1e3;
         Ok(record)
     }
 
-    fn plan(&self, case: &Case) -> Result<Planned> {
-        let scored = self.calibration(case)?;
+    fn subject(&self, case: &Case, scratch: &Path) -> Result<Subject<'_>> {
+        let (full, scored) = (&self.bench.model, self.calibration(case)?);
         let tables =
             scored.tables.get(&case.scorer).ok_or_else(|| Error::Invalid(format!("{case}: no such scorer")))?;
         if let Amount::Units(count) = case.amount {
-            return Ok(Planned::Plan(Box::new(knock_out::plan(&tables.units, self.shape(), count as usize)?)));
+            return Ok(Subject::planned(full, knock_out::plan(&tables.units, self.shape(), count as usize)?));
         }
-        let pruner = catalogue::method(&case.method)?;
-        let table: &ScoreTable = tables.of(catalogue::reads(&pruner));
-        let budget = Budget::Ratio(case.amount.fraction(self.shape().units()));
-        let protect = ProtectionMask::none();
-        let request = PruneRequest::new(table, self.shape(), budget, &protect);
-        match pruner.prune_with(&request, &mut moe_prune::NoProbe) {
-            Ok(pruned) => Ok(Planned::Plan(Box::new(pruned.plan))),
-            Err(
-                error @ (moe_prune::Error::PoolTooNarrow { .. }
-                | moe_prune::Error::Infeasible { .. }
-                | moe_prune::Error::NeedsProbe { .. }),
-            ) => Ok(Planned::Refused(error.to_string())),
-            Err(error) => Err(error.into()),
+        let method = catalogue::method(&case.method)?.for_routing(&full.config().routing);
+        let (scores, ratio) = (tables.of(method.reads()), case.amount.fraction(self.shape().units()));
+        match method {
+            Method::Pruner(pruner) => Subject::pruned(full, &pruner, scores, ratio, &scored.waves),
+            Method::Pieces(pieces) => Subject::pieces(full, pieces, scores, ratio, &scored.waves, scratch),
         }
     }
 
-    fn measure(&self, plan: &PrunePlan, job: &Job) -> Result<Metrics> {
-        if job.case.repair != NO_REPAIR {
-            return Err(Error::Invalid(format!("{}: no such repair", job.case)));
-        }
-        let json = serde_json::to_vec(&plan.kept).map_err(|error| Error::Invalid(error.to_string()))?;
-        let key = blake3::hash(&json);
+    fn measure(&self, subject: &Subject<'_>, job: &Job) -> Result<Metrics> {
+        let Some(key) = subject.key()? else { return self.bench.measure(&subject.model()?, job.figures) };
         let names = self.bench.names(job.figures);
         let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(metrics) = known().get(&key).filter(|metrics| names.iter().all(|name| metrics.contains_key(name))) {
             return Ok(metrics.clone());
         }
-        let metrics = self.bench.measure(&view(&self.bench.model, plan)?, job.figures)?;
+        let metrics = self.bench.measure(&subject.model()?, job.figures)?;
         known().insert(key, metrics.clone());
         Ok(metrics)
     }
-
-    /// Parameters of the checkpoint that a plan leaves.
-    fn parameters(&self, plan: &PrunePlan) -> Result<u64> {
-        let checkpoint = self.bench.model.checkpoint();
-        let (before, after) = (self.shape().parameters(), plan.pruned_shape().parameters());
-        let mut rows = 0;
-        for kept in plan.kept.iter().filter(|kept| !kept.removed.is_empty()) {
-            let router: usize = checkpoint.role(Role::Layer(kept.layer, LayerRole::Router))?.shape.iter().product();
-            rows += (router / kept.experts.len() * kept.removed.len()) as u64;
-        }
-        Ok(checkpoint.parameters() - (before - after) - rows)
-    }
-}
-
-/// The model as a plan leaves it, without writing a checkpoint.
-fn view(model: &Model, plan: &PrunePlan) -> Result<Model> {
-    let (mut units, mut removed) = (KeepUnits::new(), RemoveExperts::new());
-    for layer in &plan.kept {
-        for (expert, kept) in layer.experts.iter().enumerate() {
-            units = units.keep(layer.layer, expert, kept.as_slice());
-        }
-        removed = removed.remove(layer.layer, layer.removed.iter().copied());
-    }
-    Ok(model.with_overlays(Some(Arc::new(units)), Some(Arc::new(removed)))?)
 }

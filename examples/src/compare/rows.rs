@@ -21,13 +21,20 @@ pub struct Draw {
 }
 
 impl Draw {
-    /// The sequences of a draw: rows in a random order of this seed, or the first ones.
+    /// The sequences of a draw: rows in a random order of this seed, or the first ones. Which they are does not depend on
+    /// what of them counts in the loss.
     ///
     /// # Errors
     /// Those of [`Dataset::load`].
-    pub fn load(&self, seed: Option<u64>, tokenizer: Option<&Tokenizer>, config: &ModelConfig) -> Result<Dataset> {
+    pub fn load(
+        &self,
+        seed: Option<u64>,
+        loss: LossOver,
+        tokenizer: Option<&Tokenizer>,
+        config: &ModelConfig,
+    ) -> Result<Dataset> {
         let Self { samples, length, packing, .. } = *self;
-        let options = DatasetOptions { samples: Some(samples), length, packing, seed, loss: LossOver::All };
+        let options = DatasetOptions { samples: Some(samples), length, packing, seed, loss };
         Ok(Dataset::load(&self.file, tokenizer, config.vocab_size, &options)?)
     }
 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use moe_checkpoint::{Granularity, Provenance, ScoreTable, StatisticsStore};
 use moe_core::data::{Dataset, Wave, WaveOptions};
+use moe_core::trace::Observer;
 use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::{Collection, Scorer, StatisticId, collect};
 
@@ -73,6 +74,9 @@ pub fn score(
     let mut store = StatisticsStore::create_or_resume(directory, checkpoint.shape(), collection.provenance())?;
     let known = store.waves().len();
     let mut engine = Engine::new(model, EngineOptions::default());
+    for wave in &waves {
+        engine.plan(wave.tokens(), collection.needs())?;
+    }
     let start = Instant::now();
     let statistics = collect(&mut engine, &mut collection, &waves, Some(&mut store), progress)?;
     let seconds = if known < waves.len() { start.elapsed().as_secs_f64() } else { 0.0 };

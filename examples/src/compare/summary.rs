@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::bench::{Bench, Metrics};
 use super::case::{Amount, Case, Record};
 use super::catalogue::{GRID, NO_REPAIR};
-use super::study::Settings;
+use super::settings::Settings;
 
 /// A figure over draws.
 #[derive(Clone, Copy, Debug, PartialEq)]
