@@ -66,10 +66,6 @@ pub enum Error {
     /// Unit scores where expert scores are needed.
     #[error("the table scores units; reduce it to experts first (ScoreTable::to_experts)")]
     NeedsExpertScores,
-    /// The model could not be run.
-    #[cfg(feature = "repair")]
-    #[error(transparent)]
-    Model(Box<moe_core::Error>),
     /// An allocator or pruner that has to run the model, without one.
     #[error("{what} is only known by running the model: a probe is needed")]
     NeedsProbe {
@@ -144,10 +140,6 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
-    /// Running a model.
-    #[cfg(feature = "repair")]
-    #[error(transparent)]
-    Model(Box<moe_core::Error>),
     /// The progress callback stopped the work; what is written so far can be resumed.
     #[error("interrupted: {0}")]
     Interrupted(Box<dyn std::error::Error + Send + Sync>),
