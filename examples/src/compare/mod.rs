@@ -47,12 +47,17 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<String> {
         return Ok(if json { format!("{}\n", compared.to_json()?) } else { compared.to_text() });
     }
     let study = Study::new(arguments)?.run(progress)?;
-    let sections = output::write(&study)?;
-    if json {
-        return Ok(format!("{}\n", output::json(&study)?));
-    }
+    let text = print(&study)?;
+    if json { Ok(format!("{}\n", output::json(&study)?)) } else { Ok(text) }
+}
+
+/// Writes the files of a finished study, and gives its tables as text.
+///
+/// # Errors
+/// Files that cannot be written.
+pub fn print(study: &Finished) -> Result<String> {
     let mut text = String::new();
-    for Section { title, note, table, .. } in &sections {
+    for Section { title, note, table, .. } in output::write(study)? {
         text.push_str(&format!("{title}\n{note}\n{}\n\n", table.to_text()));
     }
     text.push_str(&format!("figures in {}\n", study.out.report().display()));

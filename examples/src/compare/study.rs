@@ -61,12 +61,20 @@ impl Study {
     /// # Errors
     /// What is wrong with them.
     pub fn new(arguments: Arguments) -> Result<Self> {
+        let settings = if arguments.quick { Settings::quick() } else { Settings::full() };
+        Self::with_settings(arguments, settings)
+    }
+
+    /// The same of another size.
+    ///
+    /// # Errors
+    /// As [`Study::new`].
+    pub fn with_settings(arguments: Arguments, settings: Settings) -> Result<Self> {
         let existing = match (arguments.resume, arguments.force) {
             (true, _) => Existing::Resume,
             (_, true) => Existing::Replace,
             _ => Existing::Refuse,
         };
-        let settings = if arguments.quick { Settings::quick() } else { Settings::full() };
         let out = OutDir::check(&arguments.out, existing)?;
         let device = moe_core::device::device(&arguments.device)?;
         let model = Model::open(TINY_MOE, &device, arguments.max_memory)?;

@@ -145,7 +145,7 @@ impl<'m> Subject<'m> {
                 for (index, wave) in small_waves(calibration).into_iter().enumerate() {
                     if index % 4 == 3 { evaluation.push(wave) } else { training.push(wave) }
                 }
-                distillation.fit(teacher, &student, &training, &evaluation, &mut |_| ())?.edits
+                distillation.fit(teacher, &student, &training, &evaluation, &mut |_| Ok(()))?.edits
             }
         };
         self.edits.extend(edits);

@@ -373,7 +373,7 @@ impl Tables<'_> {
                     .extend(columns.map(|column| cell(self.summary.spread(&case(column), calibrated, figure), figure)));
                 // How far the uniform export and the better repaired stock export are behind the ragged one, draw by draw.
                 let value =
-                    |column, seed: u64| self.summary.record(&case(column).with_seed(seed))?.metric(calibrated, figure);
+                    |column: (&str, &str), seed: u64| self.summary.record(&case(column).with_seed(seed))?.metric(calibrated, figure);
                 let behind = |columns: &[(&str, &str)]| {
                     let sign = if figure == "exact" { 1.0 } else { -1.0 };
                     let of_seed = |seed: &u64| {
