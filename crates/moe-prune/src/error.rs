@@ -14,6 +14,10 @@ pub enum Error {
     /// A checkpoint, statistics or score file.
     #[error(transparent)]
     Checkpoint(Box<moe_checkpoint::Error>),
+    /// A model that could not be run.
+    #[cfg(feature = "repair")]
+    #[error(transparent)]
+    Model(Box<moe_core::Error>),
     /// A parameter outside its range.
     #[error("{field} is {found}, expected {expected}")]
     InvalidParameter {
@@ -62,10 +66,6 @@ pub enum Error {
     /// Unit scores where expert scores are needed.
     #[error("the table scores units; reduce it to experts first (ScoreTable::to_experts)")]
     NeedsExpertScores,
-    /// The model could not be run.
-    #[cfg(feature = "repair")]
-    #[error(transparent)]
-    Model(Box<moe_core::Error>),
     /// An allocator or pruner that has to run the model, without one.
     #[error("{what} is only known by running the model: a probe is needed")]
     NeedsProbe {

@@ -85,7 +85,12 @@ pub use allocators::{
     ExpertLimits, Fitness, Global, Hybrid, LayerAllocation, Limits, Normalisation, Normalised, PerLayer, Prior,
     RateDistortion, Rco, Uniform, WidthLimits, knapsack,
 };
-pub use apply::{APPLIED_FILE, Applied, ApplyOptions, Export, Mtp, OnProgress, Progress, plan_from_masked};
+pub use apply::{
+    APPLIED_FILE, Applied, ApplyOptions, Export, FineGrained, LayerPieces, Mtp, OnProgress, Piece, PieceMap, Progress,
+    plan_from_masked,
+};
+#[cfg(feature = "repair")]
+pub use apply::{ScaleCalibration, ScaleFit, Trial, TrialOptions};
 pub use budget::Budget;
 pub use curves::{CURVES_VERSION, Curve, CurvePoint, DistortionCurves};
 pub use edits::{EditSizes, EditSource, Edits, EditsFile, ExpertEdit};
