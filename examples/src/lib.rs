@@ -4,6 +4,7 @@
 //! Shared parts of the runnable examples: command-line helpers, tables, figures and the HTML report.
 
 pub mod cli;
+pub mod compare;
 pub mod error;
 pub mod exports;
 pub mod figures;

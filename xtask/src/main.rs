@@ -5,6 +5,7 @@ mod ci;
 mod fixtures;
 mod goldens;
 mod gpu;
+mod study;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -46,6 +47,8 @@ enum Verb {
         #[arg(long, default_value = "python3")]
         python: PathBuf,
     },
+    /// Compare all ways to prune on the bundled model (an hour on two cores), and write the tables of docs/study.md
+    Study(study::Options),
     /// Mean, standard deviation and throughput of the last benchmark runs
     BenchReport {
         /// Run the benchmarks first
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Verb::Fixtures { write } => fixtures::run(write),
         Verb::Goldens { python } => goldens::run(&python),
         Verb::Gpu { device } => gpu::run(&device),
+        Verb::Study(options) => study::run(&options),
         Verb::BenchReport { run, json } => bench_report::run(run, json),
     };
     match outcome {

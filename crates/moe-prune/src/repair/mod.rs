@@ -19,12 +19,14 @@ mod mean_output;
 mod measure;
 mod refit;
 mod router_kd;
+mod tokens;
 
 pub use layer_refit::{LayerFit, LayerRefit, Refitted, Target};
 pub use mean_output::MeanOutput;
 pub use measure::{LayerError, layer_errors};
 pub use refit::Refit;
 pub use router_kd::{RouterDistillation, RouterDistilled};
+pub use tokens::TokenWeight;
 
 use moe_core::Model;
 
