@@ -12,8 +12,9 @@ use moe_core::{Engine, EngineOptions, ExpertOverlay, LayerChange, LayerOutput, L
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Normal, Rows, add_gram, cross, squares, subtract, to_rows};
-use super::{OnLayer, TokenWeight, check_ridge};
+use super::linear::{Normal, Rows, add_gram, cross, diagonal, squares, subtract, to_rows};
+use super::ridge::{RidgeScale, check_ridge};
+use super::{OnLayer, TokenWeight};
 use crate::{Edits, Error, ExpertEdit, Result};
 
 /// What a layer is fitted to.
@@ -40,8 +41,10 @@ pub enum Target {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LayerRefit {
-    /// `lambda_e` as a multiple of the mean of the diagonal of `sum_t s^2 g'^2 u u^T` over the expert's tokens.
+    /// `lambda_e` as a multiple of a mean of diagonals of `sum_t s^2 g'^2 u u^T` over each expert's tokens.
     pub ridge: f64,
+    /// Over which units that mean is taken.
+    pub ridge_scale: RidgeScale,
     /// Times that every expert of a layer is fitted in turn.
     pub sweeps: usize,
     /// What a layer is fitted to.
@@ -52,7 +55,13 @@ pub struct LayerRefit {
 
 impl Default for LayerRefit {
     fn default() -> Self {
-        Self { ridge: 0.1, sweeps: 4, target: Target::Same, tokens: TokenWeight::Relative }
+        Self {
+            ridge: 0.1,
+            ridge_scale: RidgeScale::Layer,
+            sweeps: 4,
+            target: Target::Same,
+            tokens: TokenWeight::Relative,
+        }
     }
 }
 
@@ -253,16 +262,19 @@ impl ExpertOverlay for Downs {
 
 /// The fitted matrices; nothing for experts whose units are all zero. The residual becomes what is left.
 fn descend(residual: &mut [f32], hidden: usize, experts: &[Expert], refit: LayerRefit) -> Vec<Option<Vec<f32>>> {
-    let normals: Vec<Option<Normal>> = experts
+    let grams: Vec<Mat<f64>> = experts
         .par_iter()
         .map(|expert| {
             let units = Rows { values: &expert.units, columns: expert.width };
             let all: Vec<u32> = (0..expert.width as u32).collect();
             let mut gram = Mat::zeros(expert.width, expert.width);
             add_gram(&mut gram, units, units, &all, |_| 1.0);
-            Normal::new(gram, refit.ridge)
+            gram
         })
         .collect();
+    let lambdas = refit.ridge_scale.lambdas(refit.ridge, &grams.iter().map(diagonal).collect::<Vec<_>>());
+    let normals: Vec<Option<Normal>> =
+        grams.into_par_iter().zip(lambdas).map(|(gram, lambda)| Normal::new(gram, lambda)).collect();
     // how far each matrix has moved: W' - W
     let mut moved: Vec<Mat<f64>> = experts.iter().map(|expert| Mat::zeros(hidden, expert.width)).collect();
     for _ in 0..refit.sweeps {

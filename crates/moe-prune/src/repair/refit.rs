@@ -11,8 +11,9 @@ use moe_core::{Engine, EngineOptions, LayerChange, LayerOutput, LayerVisitor, Mo
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Normal, Rows, add_gram, to_rows};
-use super::{OnLayer, TokenWeight, check_plan, check_ridge, edits_by};
+use super::linear::{Normal, Rows, add_gram, diagonal, to_rows};
+use super::ridge::{RidgeScale, check_ridge};
+use super::{OnLayer, TokenWeight, check_plan, edits_by};
 use crate::plan::LayerKept;
 use crate::{Edits, ExpertEdit, PrunePlan, Result};
 
@@ -32,15 +33,17 @@ use crate::{Edits, ExpertEdit, PrunePlan, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Refit {
-    /// `lambda` as a multiple of the mean of A's diagonal. Pulls towards the columns as they were, so that few tokens change little.
+    /// `lambda` as a multiple of a mean of A's diagonals. Pulls towards the columns as they were.
     pub ridge: f64,
+    /// Over which units that mean is taken.
+    pub ridge_scale: RidgeScale,
     /// How much each token counts.
     pub tokens: TokenWeight,
 }
 
 impl Default for Refit {
     fn default() -> Self {
-        Self { ridge: 0.1, tokens: TokenWeight::Relative }
+        Self { ridge: 0.1, ridge_scale: RidgeScale::Layer, tokens: TokenWeight::Relative }
     }
 }
 
@@ -155,15 +158,28 @@ fn add(grams: &mut Grams, waiting: &Waiting, kept: &[u32], factors: &[f32]) {
     }
 }
 
+/// The rows K of `cross`: A where the routing is unchanged.
+fn own_rows(cross: &Mat<f64>, kept: &[u32]) -> Mat<f64> {
+    Mat::from_fn(kept.len(), kept.len(), |i, j| cross[(kept[i] as usize, j)])
+}
+
+/// The sum of A's diagonal and its length.
+fn grams_diagonal(grams: &Grams, kept: &[u32]) -> (f64, usize) {
+    match &grams.own {
+        Some(own) => diagonal(own),
+        None => (kept.iter().enumerate().map(|(j, &unit)| grams.cross[(unit as usize, j)]).sum(), kept.len()),
+    }
+}
+
 /// `W' [H, K]` from the sums and `down [H, I]`; nothing if the sums are zero.
-fn solve(grams: Grams, kept: &[u32], down: Rows<'_>, ridge: f64) -> Option<Vec<f32>> {
+fn solve(grams: Grams, kept: &[u32], down: Rows<'_>, lambda: f64) -> Option<Vec<f32>> {
     let k = kept.len();
-    let own = grams.own.unwrap_or_else(|| Mat::from_fn(k, k, |i, j| grams.cross[(kept[i] as usize, j)]));
-    let normal = Normal::new(own, ridge)?;
+    let Grams { cross, own } = grams;
+    let normal = Normal::new(own.unwrap_or_else(|| own_rows(&cross, kept)), lambda)?;
     let down = down.to_mat(); // [H, I]
     // C + lambda W_K
     let mut c = Mat::from_fn(down.nrows(), k, |h, j| normal.lambda * down[(h, kept[j] as usize)]);
-    matmul(c.as_mut(), faer::Accum::Add, down.as_ref(), grams.cross.as_ref(), 1.0, faer::Par::Seq);
+    matmul(c.as_mut(), faer::Accum::Add, down.as_ref(), cross.as_ref(), 1.0, faer::Par::Seq);
     Some(to_rows(normal.solve(c.as_ref()).as_ref()))
 }
 
@@ -221,12 +237,15 @@ impl LayerVisitor for Visitor<'_> {
     fn end_layer(&mut self, layer: usize) -> moe_core::Result<LayerChange> {
         let kept = &self.plan.layer(layer).expect("the plan is of this model").experts;
         let checkpoint = self.engine.model().checkpoint();
-        let fitted = std::mem::take(&mut self.grams)
+        let grams = std::mem::take(&mut self.grams);
+        let diagonals: Vec<_> = grams.iter().map(|(&expert, grams)| grams_diagonal(grams, &kept[expert])).collect();
+        let lambdas = self.refit.ridge_scale.lambdas(self.refit.ridge, &diagonals);
+        let fitted = Vec::from_iter(grams.into_iter().zip(lambdas))
             .into_par_iter()
-            .map(|(expert, grams)| {
+            .map(|((expert, grams), lambda)| {
                 let weights = checkpoint.expert(layer, expert)?;
                 let down = Rows { values: &weights.down, columns: weights.width };
-                Ok((expert, solve(grams, &kept[expert], down, self.refit.ridge)))
+                Ok((expert, solve(grams, &kept[expert], down, lambda)))
             })
             .collect::<moe_core::Result<Vec<_>>>()?;
         for (expert, down) in fitted {
@@ -287,7 +306,9 @@ mod tests {
         let (g, g_pruned) = (values(n, 3), values(n, 4));
         for pruned in [None, Some(g_pruned.as_slice())] {
             let down_rows = Rows { values: &down, columns: width };
-            let fitted = solve(sums(&units, width, &kept, &g, pruned), &kept, down_rows, ridge).unwrap();
+            let found = sums(&units, width, &kept, &g, pruned);
+            let lambda = RidgeScale::Expert.lambdas(ridge, &[grams_diagonal(&found, &kept)])[0];
+            let fitted = solve(found, &kept, down_rows, lambda).unwrap();
             let after = pruned.unwrap_or(&g);
             let s = |t: usize| f64::from(factors(n)[n - 1 - t]);
             let u = |t: usize, j: usize| s(t) * f64::from(units[t * width + j]);
