@@ -6,6 +6,7 @@
 pub mod cli;
 pub mod compare;
 pub mod error;
+pub mod exports;
 pub mod figures;
 pub mod fine_grained;
 pub mod fisher_prune;

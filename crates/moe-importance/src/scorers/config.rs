@@ -15,7 +15,7 @@ use crate::{Error, Result};
 /// The one list of all scorers: what each is called, and what of it is the same for all. The name of a variant in snake
 /// case must be the name given, which a test checks.
 macro_rules! scorers {
-    ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
+    ($(#[doc = $doc:literal] $variant:ident = $name:literal,)*) => {
         /// A scorer with its parameters, as it stands in recipes: `{"scorer": "fisher", "criterion": "token"}`. Parameters that
         /// are left out have their defaults; unknown ones are refused.
         ///
@@ -37,12 +37,15 @@ macro_rules! scorers {
         #[serde(tag = "scorer", rename_all = "snake_case", try_from = "Value")]
         #[non_exhaustive]
         pub enum ScorerConfig {
-            $($(#[$doc])* $variant($variant),)*
+            $(#[doc = $doc] $variant($variant),)*
         }
 
         impl ScorerConfig {
             /// Names of all scorers.
             pub const NAMES: &'static [&'static str] = &[$($name),*];
+
+            /// Name of each scorer and what it is in a few words, for help texts.
+            pub const DESCRIPTIONS: &'static [(&'static str, &'static str)] = &[$(($name, $doc)),*];
 
             /// The scorer, its parameters checked.
             ///
