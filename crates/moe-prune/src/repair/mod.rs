@@ -1,6 +1,6 @@
 //! Repairs: better weights for what a pruner left, found by running the model on calibration waves.
 //!
-//! Each repair gives [`Edits`](crate::Edits) to apply beside the plan. From cheap to dear:
+//! Each repair gives [`Edits`] to apply beside the plan. From cheap to dear:
 //!
 //! | repair | what changes | what it needs |
 //! |---|---|---|
