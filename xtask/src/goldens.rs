@@ -17,7 +17,8 @@ pub fn run(python: &Path) -> Result<()> {
     }
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut export = Command::new(cargo);
-    export.args(["run", "--quiet", "--release", "--package", "moe-examples", "--example", "exports", "--", "--out"]);
+    // not `--package`: another set of features would build Burn anew
+    export.args(["run", "--release", "--example", "exports", "--", "--out"]);
     export.arg(&out);
     let mut load = Command::new(python);
     load.arg("xtask/scripts/roundtrip.py").arg(&out).args(["--golden", GOLDEN]);

@@ -162,6 +162,7 @@ fn pieces_hold_the_dealt_units_with_scaled_down_columns() {
     }
     let applied = Applied::load(out.dir()).unwrap();
     assert_eq!(applied.export, Export::FineGrained);
+    assert_eq!((applied.pieces, applied.scales.as_ref()), (Some(4), Some(&scales)));
     assert_eq!(applied.report.layers[0].written, 16);
     assert!(applied.report.to_string().contains("multiples of 64 or 128"), "{}", applied.report);
 }
