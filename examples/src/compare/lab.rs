@@ -1,5 +1,6 @@
 //! Building and measuring one configuration.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,10 +9,11 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use moe_checkpoint::MoeShape;
+use moe_core::data::Wave;
 
 use super::bench::{Bench, Figures, Metrics};
 use super::case::{Amount, Case, Record};
-use super::catalogue::{self, Method};
+use super::catalogue::{self, Method, RepairRows};
 use super::knock_out;
 use super::scored::Scored;
 use super::subject::Subject;
@@ -69,9 +71,9 @@ impl Lab {
         let mut record = Record::nothing_dropped(&job.case, self.bench.model.checkpoint());
         match self.subject(&job.case, &scratch) {
             Ok(mut subject) => {
-                for step in &catalogue::repair(&job.case.repair)? {
-                    subject.repair(step, &self.calibration(&job.case)?.waves)?;
-                }
+                let repair = catalogue::repair(&job.case.repair)?;
+                let rows = self.repair_rows(&job.case, repair.rows)?;
+                repair.steps.iter().try_for_each(|step| subject.repair(step, &rows))?;
                 let plan = &subject.plan;
                 record.layers = plan.kept.iter().map(|layer| layer.experts.iter().map(Vec::len).sum()).collect();
                 record.units = plan.units_kept();
@@ -91,6 +93,19 @@ impl Lab {
         }
         record.seconds = (start.elapsed().as_secs_f64() * 1e3).round() / 1e3;
         Ok(record)
+    }
+
+    fn repair_rows(&self, case: &Case, rows: RepairRows) -> Result<Cow<'_, [Wave]>> {
+        let own = self.calibration(case)?;
+        Ok(match rows {
+            RepairRows::Draw => Cow::Borrowed(&own.waves),
+            RepairRows::All => Cow::Borrowed(&own.all),
+            RepairRows::Mixed => {
+                let draws = self.scored.iter().filter(|((_, seed), _)| *seed == case.seed);
+                let waves = draws.flat_map(|(_, scored)| scored.waves.iter().cloned()).enumerate();
+                Cow::Owned(waves.map(|(id, wave)| Wave { id: id as u64, ..wave }).collect())
+            }
+        })
     }
 
     fn subject(&self, case: &Case, scratch: &Path) -> Result<Subject<'_>> {

@@ -25,6 +25,10 @@ pub fn html(study: &Finished, sections: &[Section]) -> Result<String> {
             report.figure(&svg, &caption);
         }
         report.table(&section.table);
+        if section.id == "equal-size" {
+            report.section("Where importance sits");
+            importance(study)?.iter().for_each(|(svg, caption)| report.figure(svg, caption));
+        }
     }
     report.section("How it was made");
     report.preformatted(&serde_json::to_string_pretty(&study.recipe).unwrap_or_default());
@@ -41,7 +45,6 @@ fn figures(study: &Finished, id: &str) -> Result<Vec<(String, String)>> {
     }
     match id {
         "allocators" => study.summary.calibrated.iter().map(|calibrated| layers(study, calibrated)).collect(),
-        "setup" => importance(study),
         _ => Ok(Vec::new()),
     }
 }

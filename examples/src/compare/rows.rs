@@ -42,14 +42,12 @@ impl Draw {
 /// How many rows are measured on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Questions whose completions are predicted.
-    pub predicted: usize,
+    /// Rows that are read.
+    pub rows: usize,
     /// Questions that are answered.
     pub answered: usize,
-    /// Rows of text.
-    pub text: usize,
-    /// Windows of text at most.
-    pub windows: usize,
+    /// Tokens that are run to predict: as many questions, or windows of text, as make at most this.
+    pub tokens: usize,
     /// Tokens of a window.
     pub length: usize,
 }
@@ -77,18 +75,13 @@ impl HeldOut {
         limits: Limits,
         generate: bool,
     ) -> Result<Self> {
-        let rows = limits.answered.max(limits.text);
-        let set = EvalSet::load(path, tokenizer, config.vocab_size, Some(rows))?;
+        let set = EvalSet::load(path, tokenizer, config.vocab_size, Some(limits.rows))?;
         let name = set.name.clone();
-        let (sequences, questions) = match set.rows {
-            EvalRows::Perplexity(text) => {
-                let mut windows = text.windows(limits.length);
-                windows.truncate(limits.windows);
-                (windows, None)
-            }
+        let (mut sequences, questions) = match set.rows {
+            EvalRows::Perplexity(text) => (text.windows(limits.length), None),
             EvalRows::Exact(mut questions) => {
                 let options = DatasetOptions {
-                    samples: Some(limits.predicted),
+                    samples: Some(limits.rows),
                     length: config.max_position_embeddings.max(Sequence::MIN_LEN),
                     loss: LossOver::Completions,
                     ..DatasetOptions::default()
@@ -100,6 +93,13 @@ impl HeldOut {
                 (data.sequences, generate.then_some(set))
             }
         };
+        let mut tokens = 0;
+        let fit = sequences.iter().take_while(|sequence| {
+            tokens += sequence.len();
+            tokens <= limits.tokens
+        });
+        let fit = fit.count().max(1);
+        sequences.truncate(fit);
         Ok(Self { name, sequences, questions })
     }
 

@@ -39,6 +39,8 @@ impl Tables {
 pub struct Scored {
     /// The rows.
     pub waves: Vec<Wave>,
+    /// All calibration rows of the capability, if there are more.
+    pub all: Vec<Wave>,
     /// Their number.
     pub sequences: usize,
     /// Their tokens.
@@ -86,5 +88,5 @@ pub fn score(
         let own = scoring.own;
         tables.insert(name.clone(), Tables { units: table(&**units)?, experts: table(&**experts)?, own });
     }
-    Ok(Scored { waves, sequences: data.sequences.len(), tokens: data.tokens(), tables, seconds })
+    Ok(Scored { all: waves.clone(), waves, sequences: data.sequences.len(), tokens: data.tokens(), tables, seconds })
 }

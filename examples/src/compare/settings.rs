@@ -20,6 +20,8 @@ pub struct Settings {
     pub samples: usize,
     /// Windows of a draw of text: fewer than there are rows for, so that draws differ.
     pub text_samples: usize,
+    /// Sequences that a repair on all rows takes, at most.
+    pub repair_samples: usize,
     /// Tokens of a window or row.
     pub length: usize,
     /// Fractions that are dropped.
@@ -52,6 +54,7 @@ impl Settings {
             seeds: vec![0, 1, 2],
             samples: 128,
             text_samples: 64,
+            repair_samples: usize::MAX,
             length: 128,
             ratios: vec![0.25, 0.375, 0.5, 0.625],
             half: 0.5,
@@ -62,7 +65,7 @@ impl Settings {
             stock_ratios: vec![0.5, 0.625],
             stock: STOCK.into(),
             knock_outs: vec![1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64],
-            limits: Limits { predicted: 64, answered: 200, text: 600, windows: 20, length: 128 },
+            limits: Limits { rows: 600, answered: 200, tokens: 3000, length: 128 },
         }
     }
 
@@ -73,6 +76,7 @@ impl Settings {
             seeds: vec![0],
             samples: 24,
             text_samples: 8,
+            repair_samples: 48,
             ratios: vec![0.25, 0.5],
             scorers: vec![MAIN_SCORER, "fisher_answers", "activation", "magnitude", "random", "frequency", "reap"],
             best: 2,
@@ -84,10 +88,11 @@ impl Settings {
                 (UNIFORM, "refit"),
                 ("pieces4", "none"),
                 ("pieces4", "refit"),
+                ("pieces4", "router_kd"),
                 (LAYER, "none"),
             ],
             knock_outs: vec![1, 8, 64],
-            limits: Limits { predicted: 16, answered: 16, text: 100, windows: 4, length: 64 },
+            limits: Limits { rows: 60, answered: 16, tokens: 400, length: 64 },
             ..Self::full()
         }
     }
@@ -205,7 +210,7 @@ impl Settings {
 /// Ways to prune that are repaired for the best scorers.
 pub const REPAIRED: [&str; 3] = [UNIFORM, GLOBAL, EXPERTS];
 /// Their repairs.
-pub const REPAIRS: [&str; 3] = [NO_REPAIR, "refit", "refit_router_kd"];
+pub const REPAIRS: [&str; 4] = [NO_REPAIR, "refit", "router_kd", "refit_router_kd"];
 
 /// Name of the way to prune that takes out the best.
 pub const KNOCK_OUT: &str = "knock_out";

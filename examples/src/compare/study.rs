@@ -35,6 +35,8 @@ pub struct Study {
     tokenizer: Tokenizer,
     /// By capability and seed: with the loss over all tokens, and over completions where there are any.
     draws: BTreeMap<(String, u64), [Dataset; 2]>,
+    /// All calibration rows of each capability.
+    rows: BTreeMap<String, Dataset>,
     held_out: Vec<HeldOut>,
     scorers: Vec<(String, ScorerConfig)>,
 }
@@ -85,7 +87,7 @@ impl Study {
             HeldOut::load(&data.join(format!("{name}_test.jsonl")), &tokenizer, config, settings.limits, true)
         };
         let held_out = CAPABILITIES.iter().map(held_out).collect::<Result<Vec<_>>>()?;
-        let mut draws = BTreeMap::new();
+        let (mut draws, mut rows) = (BTreeMap::new(), BTreeMap::new());
         for (name, seed) in settings.draws() {
             let text = held_out.iter().any(|rows| rows.name == name && rows.questions.is_none());
             let draw = Draw {
@@ -96,11 +98,15 @@ impl Study {
             };
             let answers = if text { LossOver::All } else { LossOver::Completions };
             let load = |loss| draw.load(Some(seed), loss, Some(&tokenizer), config);
+            if !rows.contains_key(name) {
+                let all = Draw { samples: settings.repair_samples, ..draw.clone() };
+                rows.insert(name.to_owned(), all.load(Some(seed), LossOver::All, Some(&tokenizer), config)?);
+            }
             draws.insert((name.to_owned(), seed), [load(LossOver::All)?, load(answers)?]);
         }
         let scorer = |name: &&str| Ok(((*name).to_owned(), catalogue::scorer(name)?));
         let scorers = settings.scorers.iter().map(scorer).collect::<Result<Vec<_>>>()?;
-        let study = Self { settings, arguments, out, existing, model, tokenizer, draws, held_out, scorers };
+        let study = Self { settings, arguments, out, existing, model, tokenizer, draws, rows, held_out, scorers };
         if existing == Existing::Resume {
             study.out.check_resumable(&study.recipe())?;
         }
@@ -110,7 +116,7 @@ impl Study {
     /// What the study is, for its directory and its report.
     pub fn recipe(&self) -> Value {
         let mut hasher = blake3::Hasher::new();
-        for data in self.draws.values().flatten() {
+        for data in self.draws.values().flatten().chain(self.rows.values()) {
             hasher.update(data.hash.as_bytes());
         }
         for rows in &self.held_out {
@@ -138,7 +144,7 @@ impl Study {
     /// Whatever stops it; `--resume` goes on from there.
     pub fn run(self, progress: Progress) -> Result<Finished> {
         let recipe = self.recipe();
-        let Self { settings, arguments, out, existing, model, tokenizer, draws, held_out, scorers } = self;
+        let Self { settings, arguments, out, existing, model, tokenizer, draws, rows, held_out, scorers } = self;
         out.open(existing, &recipe)?;
         let wave_options = WaveOptions::Tokens(arguments.wave_tokens);
         let bench = Bench::new(model, tokenizer, held_out, wave_options, arguments.teacher_tokens.get())?;
@@ -166,6 +172,7 @@ impl Study {
             };
             let mut found = of_loss(false)?;
             found.tables.extend(of_loss(true)?.tables);
+            found.all = rows.get(name).map_or_else(Vec::new, |data| data.waves(wave_options));
             scored.insert((name.clone(), *seed), found);
         }
         drop(bar);

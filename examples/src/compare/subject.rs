@@ -11,11 +11,13 @@ use moe_prune::{
     ProtectionMask, PrunePlan, PruneRequest, Pruner, ScaleCalibration, ScaleFit,
 };
 
-use super::catalogue::{Pieces, Repair};
+use super::catalogue::{Pieces, RepairStep};
 use crate::{Error, Result};
 
-/// Tokens of the small waves that searches and training take their steps on.
-const STEP_TOKENS: usize = 512;
+/// Tokens of a step of a search by gradients.
+const SEARCH_TOKENS: usize = 1024;
+/// Tokens of a step of training.
+const TRAINING_TOKENS: usize = 512;
 
 /// A pruned model.
 pub struct Subject<'m> {
@@ -54,7 +56,7 @@ impl<'m> Subject<'m> {
             Err(moe_prune::Error::NeedsProbe { .. }) => {
                 let engine = Engine::new(full, EngineOptions::default());
                 let options = ProbeOptions { batch_waves: 1, ..ProbeOptions::default() };
-                prune(&mut EngineProbe::new(&engine, small_waves(calibration), options)?)?
+                prune(&mut EngineProbe::new(&engine, small_waves(calibration, SEARCH_TOKENS), options)?)?
             }
             other => other?,
         };
@@ -117,11 +119,11 @@ impl<'m> Subject<'m> {
         Ok(overlay.of(base)?)
     }
 
-    /// Repairs it on the rows that it was calibrated on.
+    /// Repairs it on these rows.
     ///
     /// # Errors
     /// Whatever stops the repair; [`Error::Invalid`] for one that needs a plan of the full model where there is an export.
-    pub fn repair(&mut self, step: &Repair, calibration: &[Wave]) -> Result<()> {
+    pub fn repair(&mut self, step: &RepairStep, rows: &[Wave]) -> Result<()> {
         let student = self.model()?;
         let (base, plan) = self.base();
         let teacher = self.full;
@@ -130,19 +132,19 @@ impl<'m> Subject<'m> {
             Some(_) => Err(Error::Invalid(format!("repair {name} works on a plan, not on an export as pieces"))),
         };
         let edits = match step {
-            Repair::LayerRefit(refit) => refit.fit(teacher, &student, calibration, &mut |_, _| ())?.edits,
-            Repair::Refit(refit) => {
+            RepairStep::LayerRefit(refit) => refit.fit(teacher, &student, rows, &mut |_, _| ())?.edits,
+            RepairStep::Refit(refit) => {
                 own("refit")?;
-                refit.fit(base, plan, calibration, &mut |_, _| ())?
+                refit.fit(base, plan, rows, &mut |_, _| ())?
             }
-            Repair::MeanOutput(mean) => {
+            RepairStep::MeanOutput(mean) => {
                 own("mean_output")?;
-                mean.fit(base, plan, calibration, &mut |_, _| ())?
+                mean.fit(base, plan, rows, &mut |_, _| ())?
             }
-            Repair::RouterDistillation(distillation) => {
+            RepairStep::RouterDistillation(distillation) => {
                 // Every fourth wave says when to stop.
                 let (mut training, mut evaluation) = (Vec::new(), Vec::new());
-                for (index, wave) in small_waves(calibration).into_iter().enumerate() {
+                for (index, wave) in small_waves(rows, TRAINING_TOKENS).into_iter().enumerate() {
                     if index % 4 == 3 { evaluation.push(wave) } else { training.push(wave) }
                 }
                 distillation.fit(teacher, &student, &training, &evaluation, &mut |_| Ok(()))?.edits
@@ -185,9 +187,9 @@ impl<'m> Subject<'m> {
     }
 }
 
-/// The same sequences in waves of about [`STEP_TOKENS`] tokens.
-fn small_waves(calibration: &[Wave]) -> Vec<Wave> {
+/// The same sequences in waves of about so many tokens.
+fn small_waves(calibration: &[Wave], tokens: usize) -> Vec<Wave> {
     let sequences: Vec<Sequence> = calibration.iter().flat_map(|wave| wave.sequences.clone()).collect();
-    let tokens = std::num::NonZeroUsize::new(STEP_TOKENS).unwrap_or(std::num::NonZeroUsize::MIN);
+    let tokens = std::num::NonZeroUsize::new(tokens).unwrap_or(std::num::NonZeroUsize::MIN);
     waves(&sequences, WaveOptions::Tokens(tokens))
 }

@@ -108,10 +108,9 @@ impl Comparison {
         let draw = Draw { file: file.clone(), samples: arguments.samples, length: arguments.length, packing: false };
         let calibration = draw.load(arguments.seed, LossOver::All, Some(&tokenizer), checkpoint.config())?;
         let limits = Limits {
-            predicted: arguments.eval_rows,
+            rows: arguments.eval_rows,
             answered: arguments.eval_rows,
-            text: arguments.eval_rows,
-            windows: usize::MAX,
+            tokens: usize::MAX,
             length: arguments.eval_length,
         };
         let mut held_out: Vec<HeldOut> = Vec::new();

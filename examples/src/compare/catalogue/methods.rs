@@ -33,15 +33,15 @@ pub const METHODS: &[Line] = &[
     line("depth_rising", r#"{"type": "unit", "allocator": {"type": "depth_prior", "prior": {"linear": {"first": 0.75, "last": 1.25}}}}"#),
     line("depth_falling", r#"{"type": "unit", "allocator": {"type": "depth_prior", "prior": {"linear": {"first": 1.25, "last": 0.75}}}}"#),
     line("dp_scores", r#"{"type": "unit", "allocator": {"type": "rate_distortion"}}"#),
-    line("dp_measured", r#"{"type": "unit", "allocator": {"type": "rate_distortion", "curves": {"measured": {"points": 8}}}}"#),
-    line("evolution", r#"{"type": "unit", "allocator": {"type": "evolution", "population": 8, "generations": 8}}"#),
+    line("dp_measured", r#"{"type": "unit", "allocator": {"type": "rate_distortion", "curves": {"measured": {"points": 6}}}}"#),
+    line("evolution", r#"{"type": "unit", "allocator": {"type": "evolution", "population": 8, "generations": 6}}"#),
     line("two_level", r#"{"type": "two_level"}"#),
     line("wide", r#"{"type": "wide"}"#),
     line("experts_global", r#"{"type": "expert", "allocator": {"type": "global"}}"#),
     line("experts_dp", r#"{"type": "expert", "allocator": {"type": "rate_distortion", "curves": {"layer_errors": {"points": 6}}}}"#),
-    line("experts_evolution", r#"{"type": "expert", "allocator": {"type": "evolution", "population": 8, "generations": 8}}"#),
+    line("experts_evolution", r#"{"type": "expert", "allocator": {"type": "evolution", "population": 8, "generations": 6}}"#),
     line("experts_rco", r#"{"type": "expert", "allocator": {"type": "rco", "steps": 60, "samples": 2}}"#),
-    line("experts_subset", r#"{"type": "subset", "limit": 200}"#),
+    line("experts_subset", r#"{"type": "subset", "limit": 100}"#),
     line("pieces4", r#"{"type": "pieces", "pieces": 4, "scaled": true}"#),
     line("pieces4_k10", r#"{"type": "pieces", "pieces": 4, "top_k": 10, "scaled": true}"#),
     line("pieces4_unscaled", r#"{"type": "pieces", "pieces": 4}"#),
@@ -61,14 +61,16 @@ pub const EXPERT_ALLOCATORS: &[&str] =
 /// Exports that stock loaders read, and what they are compared with, each with a repair.
 #[rustfmt::skip]
 pub const STOCK: &[(&str, &str)] = &[
-    (UNIFORM, "none"), (UNIFORM, "refit"), (UNIFORM, "refit_0.1"), (UNIFORM, "refit_own"), (UNIFORM, "refit_router_kd"),
-    (EXPERTS, "none"), (EXPERTS, "refit"), (EXPERTS, "refit_0.1"),
-    ("pieces2", "none"), ("pieces2", "refit"),
+    (UNIFORM, "none"), (UNIFORM, "mean_output"), (UNIFORM, "refit_own"), (UNIFORM, "refit"), (UNIFORM, "refit_0.01"), (UNIFORM, "refit_all"),
+    (UNIFORM, "refit_mixed"), (UNIFORM, "router_kd"), (UNIFORM, "router_kd_all"), (UNIFORM, "refit_router_kd"), (UNIFORM, "router_kd_refit_all"),
+    (EXPERTS, "none"), (EXPERTS, "refit"), (EXPERTS, "router_kd_all"),
+    ("pieces2", "none"), ("pieces2", "router_kd_all"),
     ("pieces4_unscaled", "none"),
-    ("pieces4", "none"), ("pieces4", "refit"), ("pieces4", "refit_0.1"), ("pieces4", "refit_router_kd"),
-    ("pieces4_k10", "none"), ("pieces4_k10", "refit"),
-    (LAYER, "none"), (LAYER, "refit"), (LAYER, "refit_0.1"),
-    (GLOBAL, "none"), (GLOBAL, "refit"), (GLOBAL, "refit_0.1"),
+    ("pieces4_k10", "none"), ("pieces4_k10", "refit"), ("pieces4_k10", "router_kd_all"),
+    ("pieces4", "none"), ("pieces4", "refit"), ("pieces4", "refit_0.01"), ("pieces4", "refit_1"), ("pieces4", "refit_all"), ("pieces4", "refit_mixed"),
+    ("pieces4", "router_kd"), ("pieces4", "router_kd_all"), ("pieces4", "refit_router_kd"), ("pieces4", "router_kd_refit_all"),
+    (LAYER, "none"), (LAYER, "refit"), (LAYER, "router_kd_all"),
+    (GLOBAL, "none"), (GLOBAL, "refit"), (GLOBAL, "router_kd_all"),
 ];
 
 /// A way to prune.

@@ -7,7 +7,7 @@ mod scorers;
 pub use methods::{
     EXPERT_ALLOCATORS, EXPERTS, GLOBAL, GRID, LAYER, METHODS, Method, Pieces, STOCK, UNIFORM, UNIT_ALLOCATORS, method,
 };
-pub use repairs::{NO_REPAIR, REPAIRS, Repair, repair};
+pub use repairs::{NO_REPAIR, REPAIRS, Repair, RepairRows, RepairStep, repair};
 pub use scorers::{CONTROLS, MAIN_SCORER, SCORERS, ScorerLine, Scoring, scorer};
 
 /// A line of a list: a name in tables and files, and what it is as recipes have it.
