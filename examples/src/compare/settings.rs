@@ -208,7 +208,7 @@ impl Settings {
 }
 
 /// Ways to prune that are repaired for the best scorers.
-pub const REPAIRED: [&str; 3] = [UNIFORM, GLOBAL, EXPERTS];
+pub const REPAIRED: [&str; 2] = [UNIFORM, GLOBAL];
 /// Their repairs.
 pub const REPAIRS: [&str; 4] = [NO_REPAIR, "refit", "router_kd", "refit_router_kd"];
 

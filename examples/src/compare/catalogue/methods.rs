@@ -61,16 +61,15 @@ pub const EXPERT_ALLOCATORS: &[&str] =
 /// Exports that stock loaders read, and what they are compared with, each with a repair.
 #[rustfmt::skip]
 pub const STOCK: &[(&str, &str)] = &[
-    (UNIFORM, "none"), (UNIFORM, "mean_output"), (UNIFORM, "refit_own"), (UNIFORM, "refit"), (UNIFORM, "refit_0.01"), (UNIFORM, "refit_all"),
-    (UNIFORM, "refit_mixed"), (UNIFORM, "router_kd"), (UNIFORM, "router_kd_all"), (UNIFORM, "refit_router_kd"), (UNIFORM, "router_kd_refit_all"),
-    (EXPERTS, "none"), (EXPERTS, "refit"), (EXPERTS, "router_kd_all"),
-    ("pieces2", "none"), ("pieces2", "router_kd_all"),
+    (UNIFORM, "none"), (UNIFORM, "refit_own"), (UNIFORM, "refit"), (UNIFORM, "router_kd"),
+    (EXPERTS, "none"), (EXPERTS, "refit"),
+    ("pieces2", "none"),
     ("pieces4_unscaled", "none"),
-    ("pieces4_k10", "none"), ("pieces4_k10", "refit"), ("pieces4_k10", "router_kd_all"),
-    ("pieces4", "none"), ("pieces4", "refit"), ("pieces4", "refit_0.01"), ("pieces4", "refit_1"), ("pieces4", "refit_all"), ("pieces4", "refit_mixed"),
-    ("pieces4", "router_kd"), ("pieces4", "router_kd_all"), ("pieces4", "refit_router_kd"), ("pieces4", "router_kd_refit_all"),
-    (LAYER, "none"), (LAYER, "refit"), (LAYER, "router_kd_all"),
-    (GLOBAL, "none"), (GLOBAL, "refit"), (GLOBAL, "router_kd_all"),
+    ("pieces4_k10", "none"), ("pieces4_k10", "refit"),
+    ("pieces4", "none"), ("pieces4", "refit"), ("pieces4", "refit_0.01"), ("pieces4", "refit_mixed"),
+    ("pieces4", "router_kd"), ("pieces4", "router_kd_refit"),
+    (LAYER, "none"), (LAYER, "refit"),
+    (GLOBAL, "none"), (GLOBAL, "refit"),
 ];
 
 /// A way to prune.

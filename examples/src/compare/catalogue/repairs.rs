@@ -23,7 +23,7 @@ pub const REPAIRS: &[Line] = &[
     line("router_kd", r#"{"steps": [{"repair": "router_distillation", "train": {"epochs": 6}}]}"#),
     line("router_kd_all", r#"{"rows": "all", "steps": [{"repair": "router_distillation", "train": {"epochs": 6}}]}"#),
     line("refit_router_kd", r#"{"steps": [{"repair": "layer_refit"}, {"repair": "router_distillation", "train": {"epochs": 6}}]}"#),
-    line("router_kd_refit_all", r#"{"rows": "all", "steps": [{"repair": "router_distillation", "train": {"epochs": 6}}, {"repair": "layer_refit", "ridge": 1}]}"#),
+    line("router_kd_refit", r#"{"steps": [{"repair": "router_distillation", "train": {"epochs": 6}}, {"repair": "layer_refit"}]}"#),
 ];
 
 /// Rows that a repair runs on.
