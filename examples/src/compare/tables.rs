@@ -3,7 +3,7 @@
 use moe_checkpoint::Granularity;
 
 use super::case::{Amount, Case};
-use super::catalogue::{CONTROLS, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, SCORERS, UNIFORM};
+use super::catalogue::{CONTROLS, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, NO_REPAIR, SCORERS, UNIFORM};
 use super::settings::{KNOCK_OUT, REPAIRED, REPAIRS};
 use super::study::Finished;
 use super::summary::{Spread, Summary};
@@ -52,6 +52,18 @@ pub fn markdown(sections: &[Section]) -> String {
     sections.iter().map(section).collect::<Vec<_>>().join("\n")
 }
 
+/// What is held against [`GLOBAL`], before and after repair.
+const GAP: [(&str, &str); 8] = [
+    (LAYER, NO_REPAIR),
+    (UNIFORM, NO_REPAIR),
+    (UNIFORM, "refit"),
+    (UNIFORM, "router_kd"),
+    ("pieces4", NO_REPAIR),
+    ("pieces4", "refit"),
+    ("pieces4", "router_kd"),
+    ("pieces4", "router_kd_refit"),
+];
+
 struct Tables<'a> {
     study: &'a Finished,
     summary: &'a Summary,
@@ -61,7 +73,12 @@ struct Tables<'a> {
 /// A figure with its spread over draws.
 fn cell(spread: Option<Spread>, figure: &str) -> String {
     let Some(Spread { mean, deviation, draws, .. }) = spread else { return "–".into() };
-    let number = |value: f64| if figure == "exact" { format!("{value:.3}") } else { short(value) };
+    let number = |value: f64| match figure {
+        // no minus before a difference that rounds to nothing
+        "exact" if value.abs() < 5e-4 => "0.000".to_owned(),
+        "exact" => format!("{value:.3}"),
+        _ => short(value),
+    };
     match draws {
         1 => number(mean),
         _ => format!("{} ± {}", number(mean), number(deviation)),
@@ -346,44 +363,35 @@ impl Tables<'_> {
     }
 
     fn gap(&self) -> Section {
-        let columns = [
-            (GLOBAL, "none"),
-            (LAYER, "none"),
-            (UNIFORM, "none"),
-            (UNIFORM, "refit"),
-            (UNIFORM, "router_kd_all"),
-            ("pieces4", "none"),
-            ("pieces4", "refit"),
-            ("pieces4", "router_kd_all"),
-        ];
+        let stock = &self.study.settings.stock;
+        let columns: Vec<(&str, &str)> = GAP.into_iter().filter(|column| stock.contains(column)).collect();
         let mut header = ["calibrated on", "dropped", "figure"].map(str::to_owned).to_vec();
-        header.extend(columns.map(|(method, repair)| match repair {
-            "none" => method.to_owned(),
+        header.push(format!("{GLOBAL} (ragged)"));
+        header.extend(columns.iter().map(|(method, repair)| match *repair {
+            NO_REPAIR => (*method).to_owned(),
             repair => format!("{method} + {repair}"),
         }));
-        header.extend(["gap before", "gap after"].map(str::to_owned));
         let mut table = Table::new(header, 3);
         for calibrated in &self.summary.calibrated {
             for ratio in &self.study.settings.stock_ratios {
                 let figure = if self.figure(calibrated) == "exact" { "exact" } else { "kl" };
+                let name = if figure == "exact" { "exact match" } else { "KL" };
                 let case = |(method, repair): (&str, &str)| {
                     self.summary.case(calibrated, MAIN_SCORER, method, Amount::ratio(*ratio)).repaired(repair)
                 };
-                let name = if figure == "exact" { "exact match" } else { "KL" };
-                let mut cells = vec![calibrated.clone(), percent(*ratio), name.to_owned()];
-                cells
-                    .extend(columns.map(|column| cell(self.summary.spread(&case(column), calibrated, figure), figure)));
-                // How far the uniform export and the repaired one of pieces are behind the ragged one, draw by draw.
                 let value = |column: (&str, &str), seed: u64| {
                     self.summary.record(&case(column).with_seed(seed))?.metric(calibrated, figure)
                 };
+                // How far a column is behind the ragged export, draw by draw.
+                let ragged = (GLOBAL, NO_REPAIR);
+                let sign = if figure == "exact" { 1.0 } else { -1.0 };
                 let behind = |column: (&str, &str)| {
-                    let sign = if figure == "exact" { 1.0 } else { -1.0 };
-                    let of_seed = |seed: &u64| Some(sign * (value((GLOBAL, "none"), *seed)? - value(column, *seed)?));
+                    let of_seed = |seed: &u64| Some(sign * (value(ragged, *seed)? - value(column, *seed)?));
                     Spread::of(&self.summary.seeds.iter().map(of_seed).collect::<Option<Vec<f64>>>()?)
                 };
-                cells.push(cell(behind((UNIFORM, "none")), figure));
-                cells.push(cell(behind(("pieces4", "router_kd_all")), figure));
+                let mut cells = vec![calibrated.clone(), percent(*ratio), name.to_owned()];
+                cells.push(cell(self.summary.spread(&case(ragged), calibrated, figure), figure));
+                cells.extend(columns.iter().map(|column| cell(behind(*column), figure)));
                 table.row(cells);
             }
         }
@@ -391,8 +399,8 @@ impl Tables<'_> {
             id: "gap".into(),
             title: "Uniform against ragged".into(),
             note: format!(
-                "{MAIN_SCORER}, on the capability that was calibrated on. Gap: how far the uniform export, then that of pieces \
-                 with distilled routers, is behind {GLOBAL}; below 0 it is ahead."
+                "{MAIN_SCORER}, on the capability that was calibrated on: {GLOBAL} as it is, and how far the others are behind it, \
+                 draw by draw; below 0 they are ahead. Stock loaders read {UNIFORM} and pieces."
             ),
             table,
         }
