@@ -24,6 +24,9 @@ pub struct Options {
     /// A small part of it, in seconds
     #[arg(long)]
     quick: bool,
+    /// Draws of the calibration rows, instead of three
+    #[arg(long, value_name = "N", conflicts_with = "quick")]
+    draws: Option<u32>,
     /// Write its tables into docs/study.md
     #[arg(long, conflicts_with = "quick")]
     write: bool,
@@ -38,6 +41,9 @@ pub fn run(options: &Options) -> Result<()> {
         if given {
             command.arg(flag);
         }
+    }
+    if let Some(draws) = options.draws {
+        command.args(["--draws", &draws.to_string()]);
     }
     if !command.current_dir(root()).status()?.success() {
         return Err("the study failed; --resume goes on with it".into());

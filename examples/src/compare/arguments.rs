@@ -76,6 +76,9 @@ pub struct Arguments {
     /// A small part of the study, in seconds: one capability, one seed, two sizes, few rows
     #[arg(long, conflicts_with = "model")]
     pub quick: bool,
+    /// Draws of the calibration rows in the study, instead of three; fewer give no spread
+    #[arg(long, value_name = "N", value_parser = cli::non_zero, conflicts_with_all = ["model", "quick"])]
+    pub draws: Option<NonZeroUsize>,
     /// Configurations measured at a time; each mostly uses one core
     #[arg(long, value_name = "N", value_parser = cli::non_zero)]
     pub workers: Option<NonZeroUsize>,

@@ -63,7 +63,10 @@ impl Study {
     /// # Errors
     /// What is wrong with them.
     pub fn new(arguments: Arguments) -> Result<Self> {
-        let settings = if arguments.quick { Settings::quick() } else { Settings::full() };
+        let mut settings = if arguments.quick { Settings::quick() } else { Settings::full() };
+        if let Some(draws) = arguments.draws {
+            settings.seeds = (0..draws.get() as u64).collect();
+        }
         Self::with_settings(arguments, settings)
     }
 

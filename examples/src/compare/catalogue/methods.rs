@@ -67,7 +67,7 @@ pub const STOCK: &[(&str, &str)] = &[
     ("pieces4_unscaled", "none"),
     ("pieces4_k10", "none"), ("pieces4_k10", "refit"),
     ("pieces4", "none"), ("pieces4", "refit"), ("pieces4", "refit_0.01"), ("pieces4", "refit_mixed"),
-    ("pieces4", "router_kd"), ("pieces4", "router_kd_refit"),
+    ("pieces4", "router_kd"), ("pieces4", "router_kd_all"), ("pieces4", "router_kd_refit"),
     (LAYER, "none"), (LAYER, "refit"),
     (GLOBAL, "none"), (GLOBAL, "refit"),
 ];
