@@ -297,6 +297,10 @@ impl PrunePlan {
             let reason = format!("{} is the checkpoint itself; choose another directory", to.display());
             return Err(Error::Export { mode: options.mode.name(), reason });
         }
+        if from.grouped() {
+            let reason = "its experts share sets of weights; prune before merging".to_string();
+            return Err(Error::Export { mode: options.mode.name(), reason });
+        }
         self.validate_routing(from.config())?;
         if let Some(edits) = options.edits {
             self.validate_edits(edits)?;
