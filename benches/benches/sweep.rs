@@ -1,4 +1,5 @@
-//! A collection sweep over a small model: forward only (activations), token Fisher, and all criteria in one pass.
+//! A collection sweep over a small model: forward only (activations), token Fisher, twelve scorers of its cost, and
+//! all Fisher criteria in one pass.
 
 use std::{hint::black_box, time::Duration};
 
@@ -20,6 +21,12 @@ fn benches(c: &mut Criterion) {
         ("fisher_token", r#"[{"scorer": "fisher", "criterion": "token"}]"#),
         ("fisher_sequence", r#"[{"scorer": "fisher", "criterion": "sequence"}]"#),
         ("fisher_abs", r#"[{"scorer": "fisher", "criterion": "abs"}]"#),
+        (
+            "twelve",
+            r#"[{"scorer": "fisher"}, {"scorer": "heapr"}, {"scorer": "coupled"}, {"scorer": "taylor"}, {"scorer": "activation"},
+                {"scorer": "reap"}, {"scorer": "ean"}, {"scorer": "man"}, {"scorer": "frequency"}, {"scorer": "dern"},
+                {"scorer": "tenp"}, {"scorer": "mone"}]"#,
+        ),
         (
             "all",
             r#"[{"scorer": "activation"}, {"scorer": "router_score"}, {"scorer": "fisher", "criterion": "token"},

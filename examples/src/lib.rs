@@ -6,6 +6,7 @@
 pub mod cli;
 pub mod error;
 pub mod figures;
+pub mod fine_grained;
 pub mod fisher_prune;
 pub mod format;
 pub mod progress;

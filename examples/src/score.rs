@@ -11,7 +11,8 @@ use moe_checkpoint::{Checkpoint, Provenance, StatisticsStore};
 use moe_core::data::{Dataset, DatasetOptions, Tokenizer, WaveOptions, shard};
 use moe_core::memory::process_memory;
 use moe_core::{Engine, EngineOptions, Model};
-use moe_importance::{Collection, ScorerConfig, StatisticId, collect};
+use moe_importance::super_experts::ExpertId;
+use moe_importance::{Collection, ScorerConfig, StatisticId, SuperExpertOptions, SuperExperts, collect};
 use serde::Serialize;
 
 use crate::progress::{Progress, Unit};
@@ -19,6 +20,7 @@ use crate::{Error, Result, cli, format};
 
 /// Scores the routed experts or units of a checkpoint.
 #[derive(Clone, Debug, Parser)]
+#[command(after_help = scorers_help())]
 pub struct Arguments {
     /// Directory of a Hugging Face checkpoint
     #[arg(long)]
@@ -26,9 +28,16 @@ pub struct Arguments {
     /// Rows to calibrate on: .jsonl or .txt
     #[arg(long)]
     pub calibration: PathBuf,
-    /// Scorer as JSON, such as {"scorer":"fisher","criterion":"abs"}, or just its name; repeatable
-    #[arg(long = "scorer", required = true, value_parser = scorer)]
+    /// Scorer as JSON, such as {"scorer":"fisher","criterion":"abs"}, or just its name; repeatable. See the list below
+    #[arg(long = "scorer", required_unless_present_any = ["super_experts", "statistics"], value_parser = scorer)]
     pub scorers: Vec<ScorerConfig>,
+    /// Also find super experts, as default, released or reap, or with options as JSON: writes super_experts.json and
+    /// protect.json, a protection mask
+    #[arg(long, value_name = "OPTIONS", value_parser = super_experts)]
+    pub super_experts: Option<SuperExpertOptions>,
+    /// Also collect a statistic that no scorer needs, such as routing.logit_gram; repeatable
+    #[arg(long = "statistic", value_name = "ID")]
+    pub statistics: Vec<String>,
     /// New directory for the score files and the statistics
     #[arg(long)]
     pub out: PathBuf,
@@ -69,6 +78,9 @@ pub struct Arguments {
 pub struct Report {
     /// Score files written; none for a shard.
     pub scores: Vec<PathBuf>,
+    /// Super experts, if they were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub super_experts: Option<Vec<ExpertId>>,
     /// Sequences of the whole data set.
     pub sequences: usize,
     /// Tokens collected in this run.
@@ -91,6 +103,9 @@ impl fmt::Display for Report {
         }
         if let Some(peak) = self.peak_rss_mib {
             writeln!(f, "peak memory {}", format::size((peak * 1024.0 * 1024.0) as u64))?;
+        }
+        for ExpertId { layer, expert } in self.super_experts.iter().flatten() {
+            writeln!(f, "super expert: layer {layer}, expert {expert}")?;
         }
         self.scores.iter().try_for_each(|path| writeln!(f, "{}", path.display()))
     }
@@ -127,7 +142,9 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     if let Some((index, count)) = arguments.shard {
         waves = shard(waves, index, count)?;
     }
-    let ids: Vec<StatisticId> = scorers.iter().flat_map(|scorer| scorer.needs()).collect();
+    let mut ids: Vec<StatisticId> = scorers.iter().flat_map(|scorer| scorer.needs()).collect();
+    ids.extend(arguments.super_experts.map(|options| options.needs()));
+    ids.extend(arguments.statistics.iter().cloned().map(StatisticId::from));
     let recipe = moe_importance::recipe(&ids, &wave_options)?;
     let provenance = Provenance::new(checkpoint.fingerprint(), data.hash.clone(), recipe);
     let mut collection = Collection::new(checkpoint.shape(), provenance, &ids)?;
@@ -151,7 +168,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     })?;
     let seconds = start.elapsed().as_secs_f64();
     drop(bar);
-    let mut scores = Vec::new();
+    let (mut scores, mut super_experts) = (Vec::new(), None);
     if arguments.shard.is_none() {
         for (i, scorer) in scorers.iter().enumerate() {
             let name = scorer.name();
@@ -161,10 +178,17 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
             scorer.score(&statistics, model.checkpoint().as_ref())?.save(&path)?;
             scores.push(path);
         }
+        if let Some(options) = arguments.super_experts {
+            let found = SuperExperts::find(&statistics, options)?;
+            moe_checkpoint::write_json(&arguments.out.join("super_experts.json"), &serde_json::json!(found))?;
+            moe_checkpoint::write_json(&arguments.out.join("protect.json"), &serde_json::json!(found.protected()))?;
+            super_experts = Some(found.protected());
+        }
     }
     let tokens = done - resumed.unwrap_or_default();
     Ok(Report {
         scores,
+        super_experts,
         sequences: data.sequences.len(),
         tokens,
         seconds,
@@ -181,6 +205,26 @@ fn scorer(text: &str) -> Result<ScorerConfig, String> {
         false => serde_json::json!({ "scorer": text }).to_string(),
     };
     serde_json::from_str(&json).map_err(|error| error.to_string())
+}
+
+/// What scorers there are, a line each.
+fn scorers_help() -> String {
+    let lines = ScorerConfig::DESCRIPTIONS.iter().map(|(name, what)| format!("  {name:<17}{}", what.trim()));
+    format!(
+        "Scorers (parameters and formulas: documentation of moe-importance):\n{}",
+        lines.collect::<Vec<_>>().join("\n")
+    )
+}
+
+/// Options of super experts by name or as JSON.
+fn super_experts(text: &str) -> Result<SuperExpertOptions, String> {
+    match text.trim() {
+        "default" => Ok(SuperExpertOptions::default()),
+        "released" => Ok(SuperExpertOptions::released()),
+        "reap" => Ok(SuperExpertOptions::reap()),
+        json if json.starts_with('{') => serde_json::from_str(json).map_err(|error| error.to_string()),
+        other => Err(format!("found `{other}`, expected default, released, reap or JSON")),
+    }
 }
 
 /// `I/N`.
@@ -202,6 +246,17 @@ mod tests {
         assert_eq!(scorer("magnitude").unwrap().build().unwrap().name(), "magnitude");
         assert!(scorer(r#"{"scorer":"fisher","criterion":"abs"}"#).is_ok());
         assert!(scorer("fishing").unwrap_err().contains("fishing"));
+        for (name, what) in ScorerConfig::DESCRIPTIONS {
+            assert_eq!(scorer(name).unwrap().build().unwrap().name(), *name);
+            assert!(scorers_help().contains(&format!("  {name} ")) && scorers_help().contains(what.trim()));
+        }
+    }
+
+    #[test]
+    fn super_experts_are_named_or_spelt_out() {
+        assert_eq!(super_experts("reap").unwrap(), SuperExpertOptions::reap());
+        assert_eq!(super_experts(r#"{"percentile": 99}"#).unwrap().percentile, 99.0);
+        assert!(super_experts("most").unwrap_err().contains("most"));
     }
 
     #[test]

@@ -1,11 +1,12 @@
 """Loads pruned checkpoints in stock transformers and runs them.
 
     cargo run --release -p moe-prune --example export_all -- crates/moe-checkpoint/tests/fixtures/parity/tf5 out/roundtrip
+    cargo run --release -p moe-prune --example export_all -- crates/moe-checkpoint/tests/fixtures/unrun out/roundtrip
     python xtask/scripts/roundtrip.py out/roundtrip
 
 For every model: each export loads with no weight missing, unexpected or of another shape; a forward pass in float32 and in
 bfloat16 gives finite logits; the structurally pruned model computes what the masked one does. Logits are left beside each
-export in `expected.safetensors` (`input_ids`, `logits`), for a comparison with other engines. `width` stands for
+export in `expected.safetensors` (`input_ids`, `logits`); the ignored test of `crates/moe-core/tests/parity.rs` compares ours with them. `width` stands for
 a model whose own width keeps stock loaders from running it in bfloat16. Needs torch, transformers and safetensors. Exits with 1 if a check fails.
 """
 
@@ -16,18 +17,37 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
+)
 
 TOLERANCE = 1e-4
 
 
+def open_model(directory, dtype):
+    config = json.loads((directory / "config.json").read_text())
+    options = {"dtype": dtype, "output_loading_info": True}
+    if config["model_type"] == "kimi_k2":
+        # DeepSeek-V3 under another name, for which the released model brings code of its own.
+        return DeepseekV3ForCausalLM.from_pretrained(
+            directory, config=DeepseekV3Config.from_dict(config | {"model_type": "deepseek_v3"}), **options
+        )
+    if config["model_type"] == "qwen3_5_moe":
+        # All of it, vision included, not only the text model.
+        return Qwen3_5MoeForConditionalGeneration.from_pretrained(directory, **options)
+    return AutoModelForCausalLM.from_pretrained(directory, **options)
+
+
 def run(directory, dtype):
-    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    model, info = open_model(directory, dtype)
     model.eval()
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     wrong = {kind: sorted(map(str, info[kind]))[:3] for kind in kinds if info.get(kind)}
     generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(3, model.config.vocab_size, (2, 19), generator=generator)
+    ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, 19), generator=generator)
     with torch.no_grad():
         logits = model(input_ids=ids).logits
     return wrong, ids, logits
@@ -44,6 +64,7 @@ def main(root):
             problems = []
             # Grouped matrix products need rows of a multiple of 16 bytes, pruned or not.
             config = json.loads((directory / "config.json").read_text())
+            config = config.get("text_config", config)
             aligned = config.get("moe_intermediate_size", config.get("intermediate_size")) % 8 == 0
             for dtype in (torch.float32, torch.bfloat16) if aligned else (torch.float32,):
                 try:

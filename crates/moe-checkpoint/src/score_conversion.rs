@@ -1,5 +1,7 @@
 //! Unit scores to expert scores and back: what lets any scorer feed any pruner.
 
+use std::num::NonZeroUsize;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Granularity, LayerScores, Pool, Result, ScoreTable};
@@ -15,6 +17,8 @@ pub enum Reduction {
     Mean,
     /// The largest.
     Max,
+    /// The mean of the n largest, in f64; of all where there are fewer. As JSON `{"top": n}`.
+    Top(NonZeroUsize),
 }
 
 impl Reduction {
@@ -26,6 +30,12 @@ impl Reduction {
             Reduction::Sum => sum() as f32,
             Reduction::Mean => (sum() / values.len() as f64) as f32,
             Reduction::Max => values.iter().copied().fold(f32::NEG_INFINITY, f32::max),
+            Reduction::Top(n) => {
+                let mut values = values.to_vec();
+                values.sort_unstable_by(|a, b| b.total_cmp(a));
+                values.truncate(n.get());
+                Reduction::Mean.apply(&values)
+            }
         }
     }
 }

@@ -7,32 +7,10 @@ use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
 use crate::artefact_file::{Kind, OutTensor, TensorFile, Tensors, write_tensors};
-use crate::scores::Granularity;
-use crate::{Error, MoeLayerShape, MoeShape, Provenance, Result};
+use crate::{ArrayKind, Error, Extent, Fold, MoeLayerShape, MoeShape, Provenance, Result};
 
-pub(crate) const STATISTICS: Kind = Kind { name: "statistics", key: "moe.statistics", version: 1 };
-
-/// How the values of two waves become one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Fold {
-    /// Added.
-    Sum,
-    /// The larger one is kept. For magnitudes: arrays start at 0.
-    Max,
-}
-
-impl Fold {
-    fn combine(self, into: &mut [f64], from: &[f64]) {
-        for (a, b) in into.iter_mut().zip(from) {
-            match self {
-                Fold::Sum => *a += b,
-                Fold::Max => *a = a.max(*b),
-            }
-        }
-    }
-}
+/// Version 2 added vectors and moments; files of version 1 are read as they are.
+pub(crate) const STATISTICS: Kind = Kind { name: "statistics", key: "moe.statistics", version: 2 };
 
 /// How much data statistics have seen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,15 +23,16 @@ pub struct Counts {
     pub loss_tokens: u64,
 }
 
-/// One named array: for each MoE layer all its units expert after expert, or one value per expert.
+/// One named array, its values layer by layer.
 #[derive(Clone, Debug, PartialEq)]
 struct Array {
-    granularity: Granularity,
+    kind: ArrayKind,
     fold: Fold,
     layers: Vec<Vec<f64>>,
 }
 
-/// Named arrays with a value per unit or per expert, the waves they hold, how much data that was, and where it came from.
+/// Named arrays with a value per unit, a value per expert or a vector per expert, the waves they hold, how much data that
+/// was, and where it came from.
 ///
 /// Values are kept in f64. Sums of floats depend on their order; [`StatisticsStore`](crate::StatisticsStore) fixes the
 /// order to ascending wave ids, which makes sharded, resumed and uninterrupted collections equal bit for bit.
@@ -151,51 +130,92 @@ impl Statistics {
         self.arrays.contains_key(id)
     }
 
-    /// Whether an array holds a value per unit or per expert.
+    /// What an array holds.
     ///
     /// # Errors
     /// [`Error::UnknownStatistic`].
-    pub fn granularity(&self, id: &str) -> Result<Granularity> {
-        Ok(self.array(id)?.granularity)
+    pub fn kind(&self, id: &str) -> Result<ArrayKind> {
+        Ok(self.array(id)?.kind)
+    }
+
+    /// Allocates an array for the whole model, with zeros, unless it is there: waves of one collection must hold the same
+    /// arrays, added to or not.
+    ///
+    /// # Errors
+    /// [`Error::StatisticKind`] for an array of this name with another kind or fold, or a fold that the kind does not take.
+    pub fn allocate(&mut self, id: &str, kind: ArrayKind, fold: Fold) -> Result<()> {
+        self.array_mut(id, kind, fold).map(drop)
+    }
+
+    /// Rounds every value to f32, as a wave file does.
+    pub fn round_to_f32(&mut self) {
+        let values = self.arrays.values_mut().flat_map(|array| array.layers.iter_mut().flatten());
+        values.for_each(|value| *value = f64::from(*value as f32));
     }
 
     /// The values of one expert's units, `[width]`, for adding to. `layer` is the decoder layer index. The array is
     /// allocated for the whole model, with zeros, on its first use.
     ///
     /// # Errors
-    /// An unknown layer or expert, or an array of this name with another granularity or fold.
+    /// An unknown layer or expert, or an array of this name with another kind or fold.
     pub fn unit_mut(&mut self, id: &str, fold: Fold, layer: usize, expert: usize) -> Result<&mut [f64]> {
         let (position, range) = self.unit_range(layer, expert)?;
-        let array = self.array_mut(id, Granularity::Unit, fold)?;
+        let array = self.array_mut(id, ArrayKind::Unit, fold)?;
         Ok(&mut array.layers[position][range])
     }
 
     /// The values of one layer's experts, `[num_experts]`, for adding to. As [`Statistics::unit_mut`] otherwise.
     ///
     /// # Errors
-    /// An unknown layer, or an array of this name with another granularity or fold.
+    /// An unknown layer, or an array of this name with another kind or fold.
     pub fn expert_mut(&mut self, id: &str, fold: Fold, layer: usize) -> Result<&mut [f64]> {
         let position = self.position(layer)?;
-        let array = self.array_mut(id, Granularity::Expert, fold)?;
+        let array = self.array_mut(id, ArrayKind::Expert, fold)?;
         Ok(&mut array.layers[position])
+    }
+
+    /// The vector of one expert, of the length that `extent` says, for adding to. As [`Statistics::unit_mut`] otherwise.
+    ///
+    /// # Errors
+    /// An unknown layer or expert, or an array of this name with another kind or fold.
+    pub fn vector_mut(
+        &mut self,
+        id: &str,
+        extent: Extent,
+        fold: Fold,
+        layer: usize,
+        expert: usize,
+    ) -> Result<&mut [f64]> {
+        let (position, range) = self.vector_range(extent, layer, expert)?;
+        let array = self.array_mut(id, ArrayKind::Vector(extent), fold)?;
+        Ok(&mut array.layers[position][range])
     }
 
     /// The values of one expert's units, `[width]`.
     ///
     /// # Errors
-    /// An unknown id, layer or expert, or an array with a value per expert.
+    /// An unknown id, layer or expert, or an array of another kind.
     pub fn unit(&self, id: &str, layer: usize, expert: usize) -> Result<&[f64]> {
         let (position, range) = self.unit_range(layer, expert)?;
-        Ok(&self.array_of(id, Granularity::Unit)?.layers[position][range])
+        Ok(&self.array_of(id, ArrayKind::Unit)?.layers[position][range])
     }
 
     /// The values of one layer's experts, `[num_experts]`.
     ///
     /// # Errors
-    /// An unknown id or layer, or an array with a value per unit.
+    /// An unknown id or layer, or an array of another kind.
     pub fn expert(&self, id: &str, layer: usize) -> Result<&[f64]> {
         let position = self.position(layer)?;
-        Ok(&self.array_of(id, Granularity::Expert)?.layers[position])
+        Ok(&self.array_of(id, ArrayKind::Expert)?.layers[position])
+    }
+
+    /// The vector of one expert, of the length that `extent` says.
+    ///
+    /// # Errors
+    /// An unknown id, layer or expert, or an array of another kind.
+    pub fn vector(&self, id: &str, extent: Extent, layer: usize, expert: usize) -> Result<&[f64]> {
+        let (position, range) = self.vector_range(extent, layer, expert)?;
+        Ok(&self.array_of(id, ArrayKind::Vector(extent))?.layers[position][range])
     }
 
     /// Combines other statistics into these, array by array as their [`Fold`] says. Empty statistics take whatever
@@ -219,16 +239,17 @@ impl Statistics {
         if self.waves.is_empty() && self.arrays.is_empty() {
             self.arrays = other.arrays.clone();
         } else {
-            let signature = |s: &Statistics| -> Vec<(String, Granularity, Fold)> {
-                s.arrays.iter().map(|(id, array)| (id.clone(), array.granularity, array.fold)).collect()
+            let signature = |s: &Statistics| -> Vec<(String, ArrayKind, Fold)> {
+                s.arrays.iter().map(|(id, array)| (id.clone(), array.kind, array.fold)).collect()
             };
             let (ours, theirs) = (signature(self), signature(other));
             if ours != theirs {
                 return Err(Error::StatisticsDiffer { found: format!("{theirs:?}"), expected: format!("{ours:?}") });
             }
             for (array, from) in self.arrays.values_mut().zip(other.arrays.values()) {
-                for (into, from) in array.layers.iter_mut().zip(&from.layers) {
-                    array.fold.combine(into, from);
+                for ((into, from), layer) in array.layers.iter_mut().zip(&from.layers).zip(&self.shape.layers) {
+                    let len = array.kind.vector_len(&self.shape, layer);
+                    into.chunks_mut(len).zip(from.chunks(len)).for_each(|(into, from)| array.fold.combine(into, from));
                 }
             }
         }
@@ -253,13 +274,13 @@ impl Statistics {
                 // Finiteness is judged on what is written: an f64 can be too large for f32.
                 let finite = |v: &f64| if dtype == Dtype::F32 { (*v as f32).is_finite() } else { v.is_finite() };
                 if let Some(index) = values.iter().position(|v| !finite(v)) {
-                    return Err(self.non_finite(id, array.granularity, layer, index, values[index]));
+                    return Err(self.non_finite(id, array.kind, layer, index, values[index]));
                 }
                 let bytes = match dtype {
                     Dtype::F32 => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
                     _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
                 };
-                tensors.push((tensor_name(id, layer.layer), dtype, vec![values.len()], bytes));
+                tensors.push((tensor_name(id, layer.layer), dtype, array.kind.dims(&self.shape, layer), bytes));
             }
         }
         let meta = Meta {
@@ -268,11 +289,7 @@ impl Statistics {
             provenance: self.provenance.clone(),
             waves: self.waves.clone(),
             counts: self.counts,
-            arrays: self
-                .arrays
-                .iter()
-                .map(|(id, a)| (id.clone(), ArrayMeta { granularity: a.granularity, fold: a.fold }))
-                .collect(),
+            arrays: self.arrays.iter().map(|(id, a)| (id.clone(), ArrayMeta { kind: a.kind, fold: a.fold })).collect(),
         };
         write_tensors(path, STATISTICS, &meta, &tensors)
     }
@@ -289,16 +306,19 @@ impl Statistics {
         let mut statistics = Self::new(&meta.shape, meta.provenance);
         statistics.waves = meta.waves;
         statistics.counts = meta.counts;
-        for (id, ArrayMeta { granularity, fold }) in meta.arrays {
+        for (id, ArrayMeta { kind, fold }) in meta.arrays {
+            if !kind.takes(fold) {
+                return Err(tensors.malformed(format!("statistic `{id}`: {kind:?} cannot be folded by {fold:?}")));
+            }
             let mut layers = Vec::with_capacity(meta.shape.layers.len());
             for layer in &meta.shape.layers {
-                let values = tensors.f64(&tensor_name(&id, layer.layer), &[length(layer, granularity)])?;
+                let values = tensors.f64(&tensor_name(&id, layer.layer), &kind.dims(&meta.shape, layer))?;
                 if let Some(index) = values.iter().position(|v| !v.is_finite()) {
-                    return Err(statistics.non_finite(&id, granularity, layer, index, values[index]));
+                    return Err(statistics.non_finite(&id, kind, layer, index, values[index]));
                 }
                 layers.push(values);
             }
-            statistics.arrays.insert(id, Array { granularity, fold, layers });
+            statistics.arrays.insert(id, Array { kind, fold, layers });
         }
         let expected = statistics.arrays.len() * meta.shape.layers.len();
         if tensors.len() != expected {
@@ -327,56 +347,60 @@ impl Statistics {
             .ok_or_else(|| Error::UnknownStatistic { id: id.to_string(), known: self.arrays.keys().cloned().collect() })
     }
 
-    fn array_of(&self, id: &str, granularity: Granularity) -> Result<&Array> {
+    fn vector_range(&self, extent: Extent, layer: usize, expert: usize) -> Result<(usize, std::ops::Range<usize>)> {
+        let (position, _) = self.unit_range(layer, expert)?;
+        let len = extent.len(&self.shape, &self.shape.layers[position]);
+        Ok((position, expert * len..(expert + 1) * len))
+    }
+
+    fn array_of(&self, id: &str, kind: ArrayKind) -> Result<&Array> {
         let array = self.array(id)?;
-        if array.granularity != granularity {
+        if array.kind != kind {
             return Err(Error::StatisticKind {
                 id: id.to_string(),
-                found: format!("{granularity:?}"),
-                expected: format!("{:?}", array.granularity),
+                found: format!("{kind:?}"),
+                expected: format!("{:?}", array.kind),
             });
         }
         Ok(array)
     }
 
-    fn array_mut(&mut self, id: &str, granularity: Granularity, fold: Fold) -> Result<&mut Array> {
+    fn array_mut(&mut self, id: &str, kind: ArrayKind, fold: Fold) -> Result<&mut Array> {
         // Looked up twice so that the usual case, an array in use, does not allocate the key.
-        if !self.arrays.contains_key(id) {
-            let layers = self.shape.layers.iter().map(|layer| vec![0.0; length(layer, granularity)]).collect();
-            self.arrays.insert(id.to_string(), Array { granularity, fold, layers });
+        if !self.arrays.contains_key(id) && kind.takes(fold) {
+            let layers = self.shape.layers.iter().map(|layer| vec![0.0; kind.len(&self.shape, layer)]).collect();
+            self.arrays.insert(id.to_string(), Array { kind, fold, layers });
         }
         match self.arrays.get_mut(id) {
-            Some(array) if array.granularity == granularity && array.fold == fold => Ok(array),
+            Some(array) if array.kind == kind && array.fold == fold => Ok(array),
             other => Err(Error::StatisticKind {
                 id: id.to_string(),
-                found: format!("{granularity:?} {fold:?}"),
-                expected: other.map(|a| format!("{:?} {:?}", a.granularity, a.fold)).unwrap_or_default(),
+                found: format!("{kind:?} {fold:?}"),
+                expected: other.map_or("a fold of that kind".into(), |a| format!("{:?} {:?}", a.kind, a.fold)),
             }),
         }
     }
 
-    fn non_finite(&self, id: &str, granularity: Granularity, layer: &MoeLayerShape, index: usize, value: f64) -> Error {
-        let (expert, unit) = match granularity {
-            Granularity::Expert => (index, None),
-            Granularity::Unit => {
+    fn non_finite(&self, id: &str, kind: ArrayKind, layer: &MoeLayerShape, index: usize, value: f64) -> Error {
+        let what = format!("statistic `{id}`");
+        let (what, expert, unit) = match kind {
+            ArrayKind::Expert => (what, index, None),
+            ArrayKind::Unit => {
                 let offsets = layer.offsets();
                 let expert = offsets.partition_point(|start| *start <= index).saturating_sub(1);
-                (expert, Some(index - offsets[expert]))
+                (what, expert, Some(index - offsets[expert]))
+            }
+            ArrayKind::Vector(extent) => {
+                let len = extent.len(&self.shape, layer).max(1);
+                (format!("element {} of {what}", index % len), index / len, None)
             }
         };
-        Error::NonFinite { what: format!("statistic `{id}`"), layer: layer.layer, expert, unit, value }
+        Error::NonFinite { what, layer: layer.layer, expert, unit, value }
     }
 }
 
 fn tensor_name(id: &str, layer: usize) -> String {
     format!("{id}.layer.{layer}")
-}
-
-fn length(layer: &MoeLayerShape, granularity: Granularity) -> usize {
-    match granularity {
-        Granularity::Unit => layer.units(),
-        Granularity::Expert => layer.num_experts(),
-    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -391,6 +415,7 @@ struct Meta {
 
 #[derive(Serialize, Deserialize)]
 struct ArrayMeta {
-    granularity: Granularity,
+    #[serde(rename = "granularity")]
+    kind: ArrayKind,
     fold: Fold,
 }

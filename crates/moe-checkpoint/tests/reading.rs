@@ -30,9 +30,17 @@ fn every_fixture_reads_as_the_safetensors_crate_reads_it() {
             let info = checkpoint.info(name).unwrap();
             assert_eq!((info.dtype, &info.shape), (tensor.dtype, &tensor.shape));
             assert_eq!(checkpoint.bytes(name).unwrap(), tensor.bytes);
-            assert_eq!(checkpoint.tensor_f32(name).unwrap(), f32s(tensor));
+            if checkpoint.quantisation().is_none() {
+                assert_eq!(checkpoint.tensor_f32(name).unwrap(), f32s(tensor));
+            }
         }
         checkpoint.release();
+        assert_eq!(checkpoint.bytes_on_disk(), model.tensors.values().map(|t| t.bytes.len() as u64).sum::<u64>());
+        assert_eq!(checkpoint.raw_config(), &model.config);
+        assert!(!checkpoint.ragged());
+        if checkpoint.quantisation().is_some() {
+            continue;
+        }
         for layer in &checkpoint.shape().layers {
             for (expert, width) in layer.widths.iter().enumerate() {
                 let weights = checkpoint.expert(layer.layer, expert).unwrap();
@@ -41,9 +49,6 @@ fn every_fixture_reads_as_the_safetensors_crate_reads_it() {
                 assert_eq!((&weights.gate, &weights.up, &weights.down), (&gate, &up, &down), "{}", dir.display());
             }
         }
-        assert_eq!(checkpoint.bytes_on_disk(), model.tensors.values().map(|t| t.bytes.len() as u64).sum::<u64>());
-        assert_eq!(checkpoint.raw_config(), &model.config);
-        assert!(!checkpoint.ragged());
     }
 }
 

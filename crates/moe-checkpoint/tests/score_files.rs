@@ -139,6 +139,11 @@ fn reductions() {
     assert_eq!(values(Reduction::Sum), [9.0, 0.0, -1.0]);
     assert_eq!(values(Reduction::Mean), [3.0, 0.0, -1.0]);
     assert_eq!(values(Reduction::Max), [6.0, 0.0, -1.0]);
+    let top = |n| Reduction::Top(std::num::NonZeroUsize::new(n).unwrap());
+    assert_eq!(values(top(1)), values(Reduction::Max));
+    assert_eq!(values(top(2)), [4.0, 0.0, -1.0]);
+    assert_eq!(values(top(9)), values(Reduction::Mean));
+    assert_eq!(serde_json::to_string(&top(2)).unwrap(), r#"{"top":2}"#);
     let reduced = table.to_experts(Reduction::Sum).unwrap();
     assert_eq!((reduced.granularity, reduced.pool), (Granularity::Expert, Pool::Layer));
     assert_eq!(reduced.to_experts(Reduction::Max).unwrap(), reduced);

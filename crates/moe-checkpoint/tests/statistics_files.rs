@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use moe_checkpoint::{Error, Fold, MoeLayerShape, MoeShape, Provenance, Statistics, StatisticsStore};
+use moe_checkpoint::{
+    ArrayKind, Error, Extent, Fold, MoeLayerShape, MoeShape, Provenance, Statistics, StatisticsStore,
+};
 use proptest::prelude::*;
 use tempfile::tempdir;
 
@@ -34,6 +36,11 @@ fn wave(id: u64, seed: u64) -> Statistics {
             statistics.unit_mut("peak", Fold::Max, *layer, expert).unwrap().fill_with(&mut value);
         }
         statistics.expert_mut("routed", Fold::Sum, *layer).unwrap().fill_with(&mut value);
+        for expert in 0..widths.len() {
+            statistics.vector_mut("gram", Extent::Experts, Fold::Sum, *layer, expert).unwrap().fill_with(&mut value);
+            let moments = statistics.vector_mut("moments", Extent::Moments, Fold::Moments, *layer, expert).unwrap();
+            moments.fill_with(&mut value);
+        }
     }
     statistics.add_counts(10 + id, 2, 8 + id);
     statistics
@@ -118,6 +125,44 @@ fn folding_sums_and_takes_maxima() {
     assert_eq!((folded.tokens(), folded.sequences(), folded.loss_tokens()), (10, 2, 8));
     assert_eq!(folded.waves().iter().copied().collect::<Vec<_>>(), [0, 4]);
     assert_eq!(folded.ids().collect::<Vec<_>>(), ["max", "sum"]);
+}
+
+#[test]
+fn vectors_belong_to_their_expert() {
+    let mut statistics = Statistics::new(&shape(), provenance());
+    statistics.begin(0);
+    statistics.vector_mut("mean", Extent::Hidden, Fold::Sum, 2, 1).unwrap()[3] = 1.5;
+    statistics.allocate("gram", ArrayKind::Vector(Extent::Experts), Fold::Sum).unwrap();
+    assert_eq!(statistics.vector("mean", Extent::Hidden, 2, 1).unwrap(), [0.0, 0.0, 0.0, 1.5]);
+    assert_eq!(statistics.vector("mean", Extent::Hidden, 2, 2).unwrap(), [0.0; 4]);
+    assert_eq!(statistics.vector("gram", Extent::Experts, 0, 2).unwrap(), [0.0; 3]);
+    assert_eq!(statistics.kind("mean").unwrap(), ArrayKind::Vector(Extent::Hidden));
+    assert!(matches!(statistics.vector("mean", Extent::Experts, 2, 1), Err(Error::StatisticKind { .. })));
+    assert!(matches!(
+        statistics.vector("mean", Extent::Hidden, 2, 3),
+        Err(Error::UnknownExpert { expert: 3, count: 3, .. })
+    ));
+    assert!(matches!(statistics.allocate("m", ArrayKind::Unit, Fold::Moments), Err(Error::StatisticKind { .. })));
+    statistics.vector_mut("mean", Extent::Hidden, Fold::Sum, 2, 1).unwrap()[2] = f64::NAN;
+    let message = statistics.save(tempdir().unwrap().path().join("s")).unwrap_err().to_string();
+    assert!(message.contains("element 2 of statistic `mean` of layer 2, expert 1"), "{message}");
+}
+
+#[test]
+fn files_of_version_1_still_load() {
+    let directory = tempdir().unwrap();
+    let path = directory.path().join("statistics.safetensors");
+    let mut statistics = Statistics::new(&shape(), provenance());
+    statistics.begin(4);
+    statistics.unit_mut("fisher", Fold::Sum, 2, 1).unwrap()[0] = 0.5;
+    statistics.expert_mut("peak", Fold::Max, 0).unwrap()[1] = 2.0;
+    statistics.save(&path).unwrap();
+    // Units and experts are written as before, so that the version alone tells such a file from an old one.
+    let (new, mut old) = (br#"\"version\":2"#, fs::read(&path).unwrap());
+    let at = old.windows(new.len()).position(|w| w == new).unwrap();
+    old[at + new.len() - 1] = b'1';
+    fs::write(&path, old).unwrap();
+    assert_eq!(Statistics::load(&path).unwrap(), statistics);
 }
 
 #[test]

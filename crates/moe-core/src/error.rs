@@ -67,12 +67,20 @@ pub enum Error {
     /// An observer refused what it saw.
     #[error("observer: {0}")]
     Observer(Box<dyn std::error::Error + Send + Sync>),
+    /// An overlay could not change an expert.
+    #[error("overlay: {0}")]
+    Overlay(Box<dyn std::error::Error + Send + Sync>),
 }
 
 impl Error {
     /// Wraps the error of an [`Observer`](crate::trace::Observer).
     pub fn observer(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self::Observer(error.into())
+    }
+
+    /// Wraps the error of an [`ExpertOverlay`](crate::ExpertOverlay).
+    pub fn overlay(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Overlay(error.into())
     }
 
     pub(crate) fn input(field: impl Into<String>, found: impl ToString, expected: impl ToString) -> Self {

@@ -12,7 +12,7 @@ use crate::{
     host::{self, HostView},
     kernels::{attention::AttentionShape, rope::Positions, rows::gather_rows},
     layers::slice_rows,
-    memory::{self, MemoryPlan, WaveSize},
+    memory::{self, MemoryPlan, Residency, WaveSize},
     model::Model,
     trace::{Nobody, WaveInfo},
 };
@@ -42,7 +42,8 @@ pub struct GenerateOptions {
     pub sampling: Sampling,
     /// Token ids that end a completion (not part of it).
     pub stop: Vec<u32>,
-    /// Prompt tokens processed together, about; bounds memory.
+    /// Prompt tokens processed together, about. Batches are smaller where the memory limit of the model asks for it; that changes
+    /// the sums that make a logit in their last bits only.
     pub batch_tokens: usize,
 }
 
@@ -74,49 +75,69 @@ pub fn generate(
     if let Some(i) = prompts.iter().position(Vec::is_empty) {
         return Err(Error::input(format!("prompt {i}"), "no tokens", "at least one"));
     }
-    check_memory(model, prompts, options)?;
     let mut completions = Vec::with_capacity(prompts.len());
-    for batch in batches(prompts, options.batch_tokens) {
+    for (batch, plan) in batches(model, prompts, options)? {
+        model.set_residency(plan.residency);
         completions.extend(generate_batch(model, &prompts[batch.clone()], batch.start, options, &mut ended)?);
     }
     Ok(completions)
 }
 
-/// Checks that the memory limit of `model` can hold every batch.
+/// Checks that the memory limit of `model` can hold every prompt and its completion.
 ///
 /// # Errors
 /// [`Error::Memory`].
 pub fn check_memory(model: &Model, prompts: &[Vec<u32>], options: &GenerateOptions) -> Result<()> {
-    batches(prompts, options.batch_tokens).into_iter().try_for_each(|batch| plan(model, &prompts[batch]).map(drop))
+    batches(model, prompts, options).map(drop)
 }
 
-/// Consecutive prompts of about `tokens` tokens.
-fn batches(prompts: &[Vec<u32>], tokens: usize) -> Vec<Range<usize>> {
-    let mut batches: Vec<Range<usize>> = Vec::new();
+/// Consecutive prompts of about `batch_tokens` tokens together, and how each batch uses memory.
+fn batches(model: &Model, prompts: &[Vec<u32>], options: &GenerateOptions) -> Result<Vec<(Range<usize>, MemoryPlan)>> {
+    let limit = memory::limit(model.max_memory());
+    let mut batches: Vec<(Range<usize>, MemoryPlan)> = Vec::new();
     let mut filled = 0;
     for (i, prompt) in prompts.iter().enumerate() {
-        match batches.last_mut().filter(|_| filled + prompt.len() <= tokens) {
-            Some(batch) => batch.end = i + 1,
-            None => {
-                batches.push(i..i + 1);
-                filled = 0;
-            }
+        if let Some((batch, current)) = batches.last_mut().filter(|_| filled + prompt.len() <= options.batch_tokens)
+            && let Ok(larger) = plan(model, &prompts[batch.start..=i], options, limit)
+            // All weights in memory is worth more than a larger batch. Where they are read again for every token, it is not.
+            && (larger.residency == current.residency || !everything_stays(model, current))
+        {
+            (batch.end, *current) = (i + 1, larger);
+            filled += prompt.len();
+        } else {
+            batches.push((i..i + 1, plan(model, &prompts[i..=i], options, limit)?));
+            filled = prompt.len();
         }
-        filled += prompt.len();
     }
-    batches
+    Ok(batches)
 }
 
-fn plan(model: &Model, prompts: &[Vec<u32>]) -> Result<MemoryPlan> {
+fn everything_stays(model: &Model, plan: &MemoryPlan) -> bool {
+    let experts = model.checkpoint().shape().layers.iter().map(|layer| layer.num_experts()).sum::<usize>();
+    plan.residency == Residency { head: true, layers: model.config().layers.len(), experts }
+}
+
+/// How a batch uses `limit` bytes, the keys and values of the tokens that there may be in the end included.
+fn plan(model: &Model, prompts: &[Vec<u32>], options: &GenerateOptions, limit: u64) -> Result<MemoryPlan> {
+    let tokens = prompts.iter().map(Vec::len).sum();
     let size = WaveSize {
-        tokens: prompts.iter().map(Vec::len).sum(),
+        tokens,
         gradients: false,
         head: true,
         head_tokens: prompts.len(),
         experts_together: memory::experts_together(model.device()),
         waiting: 0,
     };
-    memory::plan(model.config(), size, memory::limit(model.max_memory()))
+    let in_the_end = tokens.saturating_add(prompts.len().saturating_mul(options.max_new_tokens)) as u64;
+    let cache = in_the_end.saturating_mul(memory::cached_token_bytes(model.config()));
+    match memory::plan(model.config(), size, limit.saturating_sub(cache)) {
+        Ok(plan) => Ok(MemoryPlan { expected: plan.expected + cache, ..plan }),
+        Err(Error::Memory { needed, what, .. }) => {
+            let what = format!("{what} and keys and values of {in_the_end} tokens");
+            Err(Error::Memory { limit, needed: needed.saturating_add(cache), what })
+        }
+        Err(other) => Err(other),
+    }
 }
 
 fn generate_batch(
@@ -126,9 +147,6 @@ fn generate_batch(
     options: &GenerateOptions,
     ended: &mut impl FnMut(&[u32]) -> bool,
 ) -> Result<Vec<Vec<u32>>> {
-    let plan = plan(model, prompts)?;
-    model.set_residency(plan.residency);
-
     let lengths = prompts.iter().map(|prompt| prompt.len() + options.max_new_tokens).collect();
     let mut decoder = Decoder::new(model, lengths);
     let mut completions = vec![Vec::new(); prompts.len()];
@@ -225,11 +243,12 @@ struct Growing {
 }
 
 impl KeyValues {
-    fn push(&mut self, k: Tensor<2>, v: Option<Tensor<2>>, device: &Device) {
+    /// Adds tokens of a sequence that has at most `length` of them in the end.
+    fn push(&mut self, k: Tensor<2>, v: Option<Tensor<2>>, length: usize, device: &Device) {
         self.length += k.dims()[0];
-        self.keys.push(k, device);
+        self.keys.push(k, length, device);
         if let Some(v) = v {
-            self.values.get_or_insert_default().push(v, device);
+            self.values.get_or_insert_default().push(v, length, device);
         }
     }
 
@@ -239,8 +258,12 @@ impl KeyValues {
 }
 
 impl Growing {
-    fn push(&mut self, rows: Tensor<2>, device: &Device) {
+    fn push(&mut self, rows: Tensor<2>, length: usize, device: &Device) {
         if host::is_host(device) {
+            if self.host.is_empty() {
+                // No more than planned for, which doubling would exceed. Pages are taken as they are written.
+                self.host.reserve_exact(length * rows.dims()[1]);
+            }
             self.host.extend_from_slice(HostView::new(&rows).as_slice());
         } else {
             self.device = Some(match self.device.take() {
@@ -293,7 +316,8 @@ impl<'m> Decoder<'m> {
             let entry = attention.cache_entry(&x, &table);
             for (&sequence, span) in active.iter().zip(&spans) {
                 let rows = |t: &Tensor<2>| slice_rows(t, span);
-                self.cache[layer][sequence].push(rows(&entry.k), entry.v.as_ref().map(rows), device);
+                let v = entry.v.as_ref().map(rows);
+                self.cache[layer][sequence].push(rows(&entry.k), v, self.lengths[sequence], device);
             }
             let heads = self.attend(layer, &entry.q, active, &spans, &attention.cached_shape());
             let middle = attention.residual(&x, &attention.cached_heads(heads));
@@ -360,5 +384,72 @@ mod tests {
         let total: f64 = logits.iter().map(|l: &f32| (*l as f64).exp()).sum();
         assert!((hits as f64 / n as f64 - 1f64.exp() / total).abs() < 1e-3);
         assert_eq!(sample(&logits, 0.01, 1.0, 0.999), 1);
+    }
+
+    #[cfg(feature = "flex")]
+    fn fixture(name: &str, max_memory: Option<u64>) -> Model {
+        let fixtures = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../moe-checkpoint/tests/fixtures/parity");
+        Model::open(fixtures.join(name), &Device::flex(), max_memory).unwrap()
+    }
+
+    #[cfg(feature = "flex")]
+    fn needed(model: &Model, prompts: &[Vec<u32>], options: &GenerateOptions) -> u64 {
+        match check_memory(model, prompts, options) {
+            Err(Error::Memory { needed, limit: 1, .. }) => needed,
+            other => panic!("expected a memory error, found {other:?}"),
+        }
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn keys_and_values_count_in_memory() {
+        let prompts = [vec![3; 5]];
+        // two heads of keys and of values of 8 numbers in each of 3 layers; a latent of 16 and 8 rotated in each of 2
+        for (name, row) in [("tf5/qwen2_moe", 3 * 2 * 2 * 8), ("tf5/deepseek_v3_yarn", 2 * (16 + 8))] {
+            let model = fixture(name, Some(1));
+            let [few, many] = [10, 1010].map(|max_new_tokens| {
+                needed(&model, &prompts, &GenerateOptions { max_new_tokens, ..Default::default() })
+            });
+            assert_eq!(many - few, 1000 * 4 * row, "{name}");
+        }
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn a_small_limit_splits_batches_and_continues_alike() {
+        let prompts: Vec<Vec<u32>> =
+            (0..5u32).map(|p| (0..p + 3).map(|i| (p * 17 + i * 5) % 90 + 3).collect()).collect();
+        let options = GenerateOptions { max_new_tokens: 12, ..Default::default() };
+        for name in ["tf5/qwen2_moe", "tf5/deepseek_v3_yarn"] {
+            let unlimited = fixture(name, None);
+            assert_eq!(batches(&unlimited, &prompts, &options).unwrap().len(), 1);
+            let alone = prompts.iter().map(|p| needed(&fixture(name, Some(1)), std::slice::from_ref(p), &options));
+            let small = fixture(name, alone.max());
+            let split = batches(&small, &prompts, &options).unwrap();
+            assert!(split.len() > 2, "{name}: {split:?}");
+            assert!(split.iter().all(|(_, plan)| plan.expected <= small.max_memory().unwrap()));
+            let covered: Vec<usize> = split.iter().flat_map(|(batch, _)| batch.clone()).collect();
+            assert_eq!(covered, [0, 1, 2, 3, 4]);
+            let [a, b] = [unlimited, small].map(|model| generate(&model, &prompts, &options, |_| false).unwrap());
+            assert_eq!(a, b, "{name}");
+        }
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn weights_that_stay_are_not_pushed_out_by_a_larger_batch() {
+        let prompts = vec![vec![5; 20]; 8];
+        let options = GenerateOptions { max_new_tokens: 200, ..Default::default() };
+        let (whole, one) = (fixture("tf5/qwen2_moe", None), fixture("tf5/qwen2_moe", Some(1)));
+        let all = plan(&whole, &prompts, &options, memory::limit(None)).unwrap();
+        assert!(everything_stays(&whole, &all));
+        // one prompt and all weights fit, and a little more
+        let alone = plan(&whole, &prompts[..1], &options, memory::limit(None)).unwrap().expected;
+        let limited = fixture("tf5/qwen2_moe", Some(alone + 1000));
+        let split = batches(&limited, &prompts, &options).unwrap();
+        assert_eq!(split.len(), 8);
+        assert!(split.iter().all(|(_, plan)| everything_stays(&limited, plan)));
+        // without them, all prompts would fit
+        assert!(needed(&one, &prompts[..2], &options) < alone);
     }
 }

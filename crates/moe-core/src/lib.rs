@@ -24,6 +24,7 @@ pub mod overlay;
 pub mod router;
 mod store;
 pub mod trace;
+pub mod train;
 
 pub use engine::{Engine, EngineOptions, LayerChange, LayerOutput, LayerSweep, LayerVisitor, WaveReport};
 pub use error::{Error, Result};

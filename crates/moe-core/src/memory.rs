@@ -161,6 +161,16 @@ impl AttentionSize {
     }
 }
 
+/// Bytes that generation keeps of one token: its keys and values in every layer, or their latents.
+pub(crate) fn cached_token_bytes(config: &ModelConfig) -> u64 {
+    let a = &config.attention;
+    let row = match &a.kind {
+        AttentionKind::Latent(latent) => latent.kv_lora_rank + latent.qk_rope_head_dim,
+        _ => a.num_kv_heads * (a.head_dim + a.value_head_dim()),
+    };
+    f32s(config.layers.len() * row)
+}
+
 /// Plans a wave within `limit` bytes.
 ///
 /// # Errors

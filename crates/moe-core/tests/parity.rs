@@ -10,6 +10,7 @@ use std::{
 };
 
 use burn::tensor::{Device, Tensor};
+use moe_checkpoint::{ExpertPart, RopeScaling};
 use moe_core::{
     Engine, EngineOptions, Error, Model, Result,
     data::{Sequence, Wave},
@@ -320,7 +321,7 @@ fn packed_experts_compute_what_f32_experts_do() {
             if Weight::prefers_bf16(&Device::flex()) { 2 } else { 0 },
             "{form}"
         );
-        assert_eq!(expert.down_bias.is_some(), packed.config().moe(1).unwrap().bias);
+        assert_eq!(expert.down_bias.is_some(), packed.config().moe(1).unwrap().biases.has(ExpertPart::DownBias));
         let ids = (0..23).map(|i| (i * 7 + 3) % packed.config().vocab_size as u32).collect();
         let wave = Wave { id: 0, sequences: vec![Sequence::new(ids)] };
         let [packed, dense] = [packed, dense].map(|model| {
@@ -335,6 +336,60 @@ fn packed_experts_compute_what_f32_experts_do() {
                 assert_near(&format!("{name} {part} of {key:?}"), a, b, 1e-5);
             }
         }
+    }
+}
+
+/// Pruned checkpoints, run by transformers and left by `xtask/scripts/roundtrip.py` with the logits that it computes:
+/// `MOE_EXPORTS=out/roundtrip cargo test --release --workspace --test parity -- --ignored --nocapture`
+#[test]
+#[ignore = "needs exports that transformers has run"]
+fn exports_compute_what_transformers_computes() {
+    let root = PathBuf::from(std::env::var("MOE_EXPORTS").expect("MOE_EXPORTS names a directory"));
+    // tests run elsewhere than the command
+    let root = if root.is_relative() { Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(root) } else { root };
+    let list = |dir: &Path| {
+        let mut found: Vec<PathBuf> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+        found.sort();
+        found
+    };
+    let (mut worst, mut compared) = (0.0f32, 0);
+    for dir in list(&root).iter().flat_map(|model| list(model)) {
+        let name = dir.strip_prefix(&root).unwrap().display().to_string();
+        let bytes = std::fs::read(dir.join("expected.safetensors")).unwrap();
+        let expected = Expected(SafeTensors::deserialize(&bytes).unwrap());
+        let (ids, shape) = expected.integers("input_ids").unwrap();
+        match moe_checkpoint::Checkpoint::open(&dir).unwrap().config().rope.scaling {
+            RopeScaling::LongRope { original_max_position, .. } if shape[1] > original_max_position => {
+                println!("{name}: transformers keeps the frequencies of short texts (docs/families.md)");
+                continue;
+            }
+            _ => {}
+        }
+        let sequences =
+            ids.chunks(shape[1]).map(|row| Sequence::new(row.iter().map(|id| *id as u32).collect())).collect();
+        match run(&dir, &Wave { id: 0, sequences }, None) {
+            Ok((found, _)) => {
+                worst = worst.max(assert_close(&name, &found.logits, &expected.floats("logits").unwrap()))
+            }
+            Err(Error::Unsupported(reason)) => {
+                println!("{name}: {reason} is not implemented");
+                continue;
+            }
+            Err(error) => panic!("{name}: {error}"),
+        }
+        compared += 1;
+    }
+    assert!(compared > 0);
+    println!("{compared} exports: logits differ by at most {worst:.1e}");
+}
+
+/// Checkpoints that can be pruned but not run say so before anything is read.
+#[test]
+fn models_that_are_not_run_are_refused_at_once() {
+    for name in ["qwen3_5_moe", "qwen3_5_moe_text"] {
+        let error = Model::open(fixtures().join("../unrun").join(name), &Device::flex(), None).unwrap_err();
+        assert!(matches!(error, Error::Unsupported(_)), "{error}");
+        assert!(error.to_string().contains(name) && error.to_string().contains("attention"), "{error}");
     }
 }
 

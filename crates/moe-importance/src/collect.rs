@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use moe_checkpoint::{Granularity, Statistics, StatisticsStore};
+use moe_checkpoint::{Statistics, StatisticsStore};
 use moe_core::data::Wave;
 use moe_core::trace::{Observer, Signals};
 use moe_core::{Engine, WaveReport};
@@ -123,7 +123,7 @@ pub fn collect<'w>(
                 found: "no finished wave".into(),
                 expected: format!("wave {}", wave.id),
             })?;
-        sink.write(collection, statistics)?;
+        sink.write(statistics)?;
         loss = loss.zip(run.loss).map(|(sum, loss)| sum + loss);
         predicted += wave.loss_tokens();
         at.waves_done += 1;
@@ -162,11 +162,12 @@ impl<'a> Sink<'a> {
         }
     }
 
-    fn write(&mut self, collection: &Collection, mut wave: Statistics) -> Result<()> {
+    fn write(&mut self, mut wave: Statistics) -> Result<()> {
         match self {
             Self::Store(store) => store.write(&wave)?,
             Self::Memory(folded) => {
-                round(collection, &mut wave)?;
+                // As a wave's file does, so that a collection without a store has the same bits.
+                wave.round_to_f32();
                 folded.fold(&wave)?;
             }
         }
@@ -179,22 +180,4 @@ impl<'a> Sink<'a> {
             Self::Memory(folded) => Ok(*folded),
         }
     }
-}
-
-/// Rounds to f32 as a wave's file does, so that a collection without a store has the same bits.
-fn round(collection: &Collection, wave: &mut Statistics) -> Result<()> {
-    for spec in collection.specs() {
-        for layer in &collection.shape().layers {
-            let round = |values: &mut [f64]| values.iter_mut().for_each(|value| *value = f64::from(*value as f32));
-            match spec.granularity {
-                Granularity::Expert => round(wave.expert_mut(spec.id.as_str(), spec.fold, layer.layer)?),
-                Granularity::Unit => {
-                    for expert in 0..layer.num_experts() {
-                        round(wave.unit_mut(spec.id.as_str(), spec.fold, layer.layer, expert)?);
-                    }
-                }
-            }
-        }
-    }
-    Ok(())
 }

@@ -77,6 +77,24 @@ pub enum Error {
         /// Expert index.
         expert: usize,
     },
+    /// A scorer reads router weights, but got none.
+    #[error("the router weight of layer {layer} is needed, but no checkpoint was given")]
+    NoRouter {
+        /// Decoder layer index.
+        layer: usize,
+    },
+    /// Router weights of another model than the statistics.
+    #[error(
+        "layer {layer}: a router weight of {found} values, but the statistics have experts times hidden size = {expected}"
+    )]
+    RouterMismatch {
+        /// Decoder layer index.
+        layer: usize,
+        /// Values of the weight.
+        found: usize,
+        /// Values expected.
+        expected: usize,
+    },
     /// Expert weights of another model than the statistics.
     #[error("layer {layer}, expert {expert}: weights of {found} units, but the statistics have {expected}")]
     WeightsMismatch {

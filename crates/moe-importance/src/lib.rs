@@ -8,8 +8,10 @@
 //! 2. [`scorers`] turn statistics and expert weights into a [`ScoreTable`](moe_checkpoint::ScoreTable). They are pure:
 //!    they never run the model, and a user can try ten of them on one statistics file.
 //!
-//! What is done with scores (budgets, plans, surgery) is the business of other crates. Reductions of unit scores to
-//! experts and back are methods of [`ScoreTable`](moe_checkpoint::ScoreTable).
+//! What is done with scores (budgets, plans, surgery) is the business of other crates. Any scorer feeds any pruner:
+//! [`ScorerConfig::into_experts`] reduces units to experts, [`ScorerConfig::into_units`] makes units of experts with a
+//! tie-breaker, and both are scorers of their own in recipes (`experts`, `units`). [`SuperExperts`] finds the experts that
+//! nothing should touch.
 //!
 //! ```
 //! use moe_importance::{Scorer, ScorerConfig};
@@ -23,10 +25,50 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # Scorers
+//! Tokens t are those routed to the expert, T all tokens, n the routed ones. Unit activations u and outputs f are before the
+//! routing weight g; gradients du and d have it. w is a unit's down column. *Cost* is what a pass over the data must compute:
+//! **none** (no data), **routing** (forward, experts unobserved), **units** or **outputs** (forward), **gradients** (forward
+//! and backward); shared by all scorers that need it.
+//!
+//! | scorer | of | formula | statistics | cost | source |
+//! |---|---|---|---|---|---|
+//! | `fisher` `token` | units | `(1/T) sum (dg^2 + dv^2) \|x\|^2 + u^2 \|d\|^2` | `fisher.token` | gradients | arXiv 2606.05538 |
+//! | `fisher` `sequence` | units | mean over sequences of squared gradients of 3H weights | `fisher.sequence` | gradients, Gram matrices | arXiv 2606.05538 |
+//! | `fisher` `abs` | units | mean over sequences and 3H weights of absolute gradients | `fisher.abs` | weight gradients | HectorHHZ/Less-is-MoE |
+//! | `heapr` | units | `mean(u^2) mean((d.w)^2)` | `activation.square`, `gradient.square` | gradients | arXiv 2509.22299 |
+//! | `coupled` | units | `mean((u du)^2)` | `taylor.square` | gradients | exact form of `heapr` |
+//! | `taylor` | units | `mean \|u du\|`, `\|mean u du\|` or `-mean u du` | `taylor.magnitude`, `taylor.sum` | gradients | arXiv 1906.10771 |
+//! | `activation` | units | `mean(g^p \|u\|) \|w\|`, p = 0, 1, 2 | `activation.magnitude…` | units | baseline of arXiv 2606.05538 |
+//! | `projection` | units | `mean(u <w, f> / \|f\|)`, also times g | `projection.…` | outputs and one product more | arXiv 2606.09885 |
+//! | `magnitude` | units | norm of the unit's 3H weights | – | none | baseline of arXiv 2606.05538 |
+//! | `router_score` | units | router probability or weight, then a unit scorer | `routing.probability`, `routing.weight` | routing | baseline of arXiv 2606.05538 |
+//! | `random` | units | seeded noise | – | none | control |
+//! | `frequency` | experts | `n / T` | `routing.tokens` | routing | control |
+//! | `routing_weight` | experts | sum or mean of g: as applied, renormalised, softmax | `routing.weight`, `routing.renormalised`, `routing.softmax` | routing | arXiv 2510.13999 |
+//! | `seer` | experts | hard or soft count per token | `routing.tokens`, `routing.weight` | routing | arXiv 2404.05089 |
+//! | `dern` | experts | `(1/T) sum g`, renormalised over the top-k | `routing.renormalised` | routing | arXiv 2509.10377 |
+//! | `esft` | experts | share in the layer's selections or weights | `routing.tokens`, `routing.weight` | routing | arXiv 2407.01906 |
+//! | `bias` | experts | step times sum of signs of usage minus its mean or median | `routing.bias_…` | routing | arXiv 2604.23036 |
+//! | `ean` | experts | sum or mean of `\|f\|` | `output.norm` | outputs | arXiv 2510.13999 |
+//! | `man` | experts | mean of `\|f\|` or `\|f\|^2` over routed tokens | `output.norm`, `output.square` | outputs | arXiv 2606.15716 |
+//! | `reap` | experts | mean or sum of `g^p \|f\|`, p = 1, 2, three gates | `output.norm_…` | outputs | arXiv 2510.13999, 2604.04356 |
+//! | `tenp` | experts | `(1/T) sum g \|f\| (1 - cos(x, f))` | `output.turn` | outputs | arXiv 2606.09885 |
+//! | `mone` | experts | `\|sd(f)\| (1/T) sum g` | `output.moments` | outputs | arXiv 2507.00390 |
+//! | `aimer` | experts | `1 - mean \|w\| / sqrt(mean w^2)` over all weights | – | none | arXiv 2603.18492 |
+//! | `expert_magnitude` | experts | norm of all weights | – | none | baseline of arXiv 2606.05538 |
+//! | `router_taylor` | experts | gradient of the router row: norm of row times gradient, mean absolute, squared | `router_gradient.…` | gradients | HectorHHZ/Less-is-MoE |
+//! | `experts` | experts | sum, mean, max or mean of the top n of a unit scorer | its own | its own | |
+//! | `units` | units | an expert scorer, then a unit scorer: as tie-breaker or factor | both | both | |
+//!
+//! Statistics kept for merging: `output.moments` (mean output), `routing.logit_gram` (inner products of logit columns),
+//! `output.max` (super experts).
+//!
 //! # Adding a method
 //! A collector is a file in `collectors/` and a line in [`collectors::registry`]; a scorer is a file in `scorers/` and
-//! a variant of [`ScorerConfig`]. Collectors of other crates go into a [`Collection`] by
-//! [`Collection::with_collectors`].
+//! a line in `scorers/config.rs`. Sums over units or outputs of an expert join the fused passes of
+//! [`collectors::UnitSums`] and [`collectors::OutputSums`] rather than walk the same matrices again. Collectors of other crates
+//! go into a [`Collection`] by [`Collection::with_collectors`].
 #![deny(missing_docs)]
 
 pub mod collect;
@@ -34,8 +76,10 @@ pub mod collectors;
 pub mod error;
 mod kernels;
 pub mod scorers;
+pub mod super_experts;
 
 pub use collect::{Progress, WaveRunner, collect, recipe};
 pub use collectors::{Collection, Collector, StatisticId, StatisticSpec};
 pub use error::{Error, Result};
 pub use scorers::{ExpertWeightsSource, NoWeights, Scorer, ScorerConfig};
+pub use super_experts::{SuperExpertOptions, SuperExperts};

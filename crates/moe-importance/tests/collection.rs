@@ -21,7 +21,7 @@ fn case(seed: u64) -> Case {
     Case::random(12, 10, &sequences, seed)
 }
 
-/// Ten scorers, all there are among them.
+/// Ten scorers that the experts of a [`Case`] suffice for.
 fn scorers() -> Vec<Box<dyn Scorer>> {
     [
         r#"{"scorer": "fisher", "criterion": "token"}"#,
@@ -85,8 +85,8 @@ fn a_collection_asks_for_no_more_than_its_collectors() {
 fn unknown_and_doubled_statistics_are_refused() {
     let shape = shape(&case(1), 2);
     let error = Collection::new(&shape, provenance(), &[StatisticId::new("fisher.tokens")]).unwrap_err().to_string();
-    assert!(error.contains("`fisher.tokens`") && error.contains("fisher.token, fisher.sequence"), "{error}");
-    let twice = || Box::new(collectors::FisherToken::new());
+    assert!(error.contains("`fisher.tokens`") && error.contains("fisher.token, activation.magnitude"), "{error}");
+    let twice = || Box::new(collectors::UnitSums::new(&[FISHER_TOKEN]));
     let error = Collection::with_collectors(&shape, provenance(), vec![twice(), twice()]).unwrap_err();
     assert!(matches!(error, Error::DuplicateStatistic { id } if id == "fisher.token"));
 }
@@ -287,8 +287,4 @@ fn router_scores_order_experts_and_then_units() {
     assert_eq!(table.layers[0].scores[0], vec![0.0; 10], "never selected");
     let halves: Vec<f32> = random.layers[0].scores[1].iter().map(|s| s / 2.0).collect();
     assert_eq!(table.layers[0].scores[1], halves);
-
-    let nested = r#"{"scorer": "router_score", "unit": {"scorer": "router_score"}}"#;
-    let nested: ScorerConfig = serde_json::from_str(nested).unwrap();
-    assert!(nested.build().err().unwrap().to_string().contains("scorer `router_score`: field `unit`"));
 }

@@ -6,12 +6,13 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use moe_checkpoint::{Provenance, StatisticsStore};
+use moe_checkpoint::{ArrayKind, Extent, Provenance, Statistics, StatisticsStore};
 use moe_core::data::{Sequence, Wave, WaveOptions, waves};
 use moe_core::trace::Observer;
 use moe_core::{Engine, EngineOptions, Model, WaveReport};
-use moe_importance::scorers::{Activation, Criterion, Fisher, RouterScore};
-use moe_importance::{Collection, NoWeights, Scorer, WaveRunner, collect};
+use moe_importance::collectors::{OUTPUT_MOMENTS, ROUTER_GRADIENT_SQUARES};
+use moe_importance::scorers::{Activation, Criterion, Fisher, RouterForm, RouterScore, RouterTaylor};
+use moe_importance::{Collection, NoWeights, Scorer, StatisticId, WaveRunner, collect};
 use safetensors::SafeTensors;
 
 fn path(relative: &str) -> PathBuf {
@@ -86,6 +87,81 @@ fn abs_and_sequence_are_those_of_autograd() {
         let routed: u64 = table.layers[0].routed.as_ref().unwrap().iter().sum();
         assert_eq!(routed, statistics.tokens() * model.checkpoint().shape().top_k as u64);
         RouterScore::default().score(&statistics, model.checkpoint().as_ref()).unwrap();
+    }
+}
+
+fn floats(tensors: &SafeTensors<'_>, name: &str) -> Vec<f32> {
+    let tensor = tensors.tensor(name).unwrap_or_else(|error| panic!("{name}: {error}"));
+    tensor.data().as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+}
+
+/// Relative to the largest value of the layer.
+fn assert_close(found: impl IntoIterator<Item = f64>, expected: &[f32], what: &str) {
+    let found: Vec<f64> = found.into_iter().collect();
+    assert_eq!(found.len(), expected.len(), "{what}");
+    let largest = expected.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+    let difference = found.iter().zip(expected).map(|(a, b)| (a - f64::from(*b)).abs()).fold(0.0, f64::max);
+    assert!(difference <= 1e-4 * f64::from(largest), "{what}: differs by {difference}, largest {largest}");
+}
+
+/// All values of a layer.
+fn values(statistics: &Statistics, id: &str, layer: usize) -> Vec<f64> {
+    let expert = |e: usize| match statistics.kind(id).unwrap() {
+        ArrayKind::Unit => statistics.unit(id, layer, e).unwrap().to_vec(),
+        ArrayKind::Expert => vec![statistics.expert(id, layer).unwrap()[e]],
+        kind => panic!("{kind:?}"),
+    };
+    (0..statistics.shape().layer(layer).unwrap().num_experts()).flat_map(expert).collect()
+}
+
+#[test]
+fn sums_over_units_outputs_and_router_rows_are_those_of_autograd() {
+    let (model, bytes) = (model(), reference());
+    let expected = std::fs::read(path("tests/fixtures/tiny_moe_statistics.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&expected).unwrap();
+    let plain = [
+        "activation.square",
+        "activation.magnitude_weighted",
+        "gradient.square",
+        "taylor.sum",
+        "taylor.magnitude",
+        "taylor.square",
+        "projection.sum",
+        "output.norm",
+        "output.norm_applied",
+        "output.max",
+        "router_gradient.abs",
+        "router_gradient.square",
+    ];
+    let ids: Vec<StatisticId> = plain
+        .iter()
+        .map(|id| StatisticId::from(id.to_string()))
+        .chain([OUTPUT_MOMENTS, ROUTER_GRADIENT_SQUARES])
+        .collect();
+    let ids = [ids, RouterTaylor::default().needs()].concat();
+    let waves = of(&sequences(&SafeTensors::deserialize(&bytes).unwrap()), 3);
+    let shape = model.checkpoint().shape();
+    let mut collection = Collection::new(shape, provenance(), &ids).unwrap();
+    let mut engine = Engine::new(&model, EngineOptions::default());
+    let statistics = collect(&mut engine, &mut collection, &waves, None, &mut |_| {}).unwrap();
+    let taylor = RouterTaylor::new(RouterForm::Taylor).score(&statistics, model.checkpoint().as_ref()).unwrap();
+    for (position, layer) in shape.layers.iter().enumerate() {
+        let name = |id: &str| format!("{id}.layer.{}", layer.layer);
+        for id in plain {
+            assert_close(values(&statistics, id, layer.layer), &floats(&expected, &name(id)), &name(id));
+        }
+        let hidden = shape.hidden_size;
+        let moments: Vec<&[f64]> = (0..layer.num_experts())
+            .map(|e| statistics.vector(OUTPUT_MOMENTS.as_str(), Extent::Moments, layer.layer, e).unwrap())
+            .collect();
+        for (id, part) in [("output.mean", 1..1 + hidden), ("output.deviations", 1 + hidden..1 + 2 * hidden)] {
+            let found = moments.iter().flat_map(|moments| moments[part.clone()].to_vec());
+            assert_close(found, &floats(&expected, &name(id)), &name(id));
+        }
+        // Root mean square over the seven sequences of the norm of row times gradient.
+        let squares = floats(&expected, &name("router_gradient.weighted_square"));
+        let roots: Vec<f32> = squares.iter().map(|sum| (sum / 7.0).sqrt()).collect();
+        assert_close(taylor.layers[position].scores.concat().into_iter().map(f64::from), &roots, &name("taylor"));
     }
 }
 

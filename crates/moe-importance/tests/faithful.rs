@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Case, SameWeights, SequenceCase, assert_close, collect_one};
-use moe_importance::scorers::{Activation, ActivationDenominator, Criterion, Fisher, Magnitude};
+use moe_importance::scorers::{Activation, Average, Criterion, Fisher, Magnitude, Weighting};
 use moe_importance::{NoWeights, Scorer};
 use proptest::prelude::*;
 
@@ -159,8 +159,8 @@ fn activation_and_magnitude_are_their_definitions() {
     let norm = |m: &common::Matrix, j: usize| (0..6).map(|h| m.at(j, h).powi(2)).sum::<f64>();
     let down = case.down.transposed();
     // 9 and 4 tokens in the wave; the layer trace routes all 13 of them to expert 1.
-    for denominator in [ActivationDenominator::AllTokens, ActivationDenominator::RoutedTokens] {
-        let scorer = Activation::new(denominator);
+    for denominator in [Average::AllTokens, Average::RoutedTokens] {
+        let scorer = Activation::new(denominator, Weighting::None);
         let table = scorer.score(&collect_one(&case, &scorer.needs()), &weights).unwrap();
         assert_eq!(table.layers[0].scores[0], vec![0.0; 4]);
         assert_eq!(table.layers[0].routed, Some(vec![0, 13]));

@@ -21,7 +21,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let checkpoint = Checkpoint::open(entry.path())?;
         let scores = magnitude(&checkpoint)?;
         let (shape, none) = (checkpoint.shape(), ProtectionMask::none());
-        let units = UnitPruner::new(Scope::Expert).prune(&scores, shape, Budget::Ratio(0.4), &none)?.plan;
+        let units = UnitPruner::new(Scope::Expert).prune(&scores, shape, Budget::Ratio(0.5), &none)?.plan;
         let groups = checkpoint.config().routing.groups().map_or(1, |groups| groups.count);
         let experts = ExpertPruner::new().groups(groups);
         let experts = experts.prune(&scores.to_experts(Reduction::Sum)?, shape, Budget::Ratio(0.25), &none)?.plan;

@@ -14,6 +14,10 @@ pub enum Error {
     /// A checkpoint, statistics or score file.
     #[error(transparent)]
     Checkpoint(Box<moe_checkpoint::Error>),
+    /// A model that could not be run.
+    #[cfg(feature = "repair")]
+    #[error(transparent)]
+    Model(Box<moe_core::Error>),
     /// A parameter outside its range.
     #[error("{field} is {found}, expected {expected}")]
     InvalidParameter {
@@ -62,6 +66,20 @@ pub enum Error {
     /// Unit scores where expert scores are needed.
     #[error("the table scores units; reduce it to experts first (ScoreTable::to_experts)")]
     NeedsExpertScores,
+    /// An allocator or pruner that has to run the model, without one.
+    #[error("{what} is only known by running the model: a probe is needed")]
+    NeedsProbe {
+        /// What was asked.
+        what: &'static str,
+    },
+    /// Distortion curves that do not fit, or a file that does not hold any.
+    #[error("{}invalid distortion curves: {reason}", path_prefix(.path))]
+    InvalidCurves {
+        /// The file, if they came from one.
+        path: Option<PathBuf>,
+        /// What is wrong with them.
+        reason: String,
+    },
     /// A protected expert or unit that does not exist.
     #[error("protected {what} does not exist: {expected}")]
     UnknownProtected {
@@ -133,9 +151,20 @@ impl From<moe_checkpoint::Error> for Error {
     }
 }
 
+#[cfg(feature = "repair")]
+impl From<moe_core::Error> for Error {
+    fn from(error: moe_core::Error) -> Self {
+        Self::Model(Box::new(error))
+    }
+}
+
 impl Error {
     pub(crate) fn invalid_plan(reason: impl Into<String>) -> Self {
         Self::InvalidPlan { path: None, reason: reason.into() }
+    }
+
+    pub(crate) fn invalid_curves(reason: impl Into<String>) -> Self {
+        Self::InvalidCurves { path: None, reason: reason.into() }
     }
 
     pub(crate) fn invalid_edits(reason: impl Into<String>) -> Self {

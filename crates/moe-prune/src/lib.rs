@@ -1,15 +1,18 @@
-//! Pruning Mixture-of-Experts checkpoints, from scores to a smaller checkpoint, without running the model.
+//! Pruning Mixture-of-Experts checkpoints, from scores to a smaller checkpoint. Nothing but feature `repair` runs the model.
 //!
 //! This crate owns what happens between a score table and a pruned checkpoint:
 //!
 //! - A [`Budget`] says how much of the routed experts is kept, a [`ProtectionMask`] what stays whatever it scores.
-//! - An [`Allocator`] distributes the budget over layers and experts; a [`Pruner`] says what goes: [`UnitPruner`] drops FFN
-//!   intermediate dimensions inside experts, by expert, layer or model ([`Scope`]); [`ExpertPruner`] drops whole experts.
+//! - An [`Allocator`] distributes the budget over layers and experts; a [`Pruner`] says what goes: units inside experts, whole
+//!   experts, or both. Every pruner takes every allocator; the tables below list them.
+//! - A [`ModelProbe`] answers what a candidate would cost. With feature `repair`, `EngineProbe` runs a model under the plan as an
+//!   overlay (`PlanOverlay`), without writing a checkpoint.
 //! - A [`PrunePlan`] is the result: a versioned JSON file in original indices, made once, applied as often as wanted.
 //! - An [`EditSource`] is what a repair changes beside the plan: [`Edits`] in memory or in a file.
 //! - [`PrunePlan::apply`] streams checkpoint to checkpoint in one of the [`Export`] modes and gives a [`Report`].
+//! - With the feature `repair`, which brings Burn, [`repair`] improves what is left by running the model.
 //!
-//! How scores are made is none of its business: any unit [`ScoreTable`](moe_checkpoint::ScoreTable) will do.
+//! How scores are made is none of its business: any [`ScoreTable`](moe_checkpoint::ScoreTable) will do.
 //!
 //! ```no_run
 //! use moe_checkpoint::{Checkpoint, ScoreTable};
@@ -23,29 +26,83 @@
 //! println!("{}", plan.apply(&model, "out/pruned".as_ref(), &ApplyOptions::new(Export::Ragged))?);
 //! # Ok::<(), moe_prune::Error>(())
 //! ```
+//!
+//! # Allocators
+//!
+//! `{"type": ...}` in recipes. All work on units inside experts and on whole experts, but for [`Rco`]. *Comparable over* is the
+//! pool that unit scores must support ([`Pool`](moe_checkpoint::Pool)); scores of whole experts are always compared within a
+//! layer.
+//!
+//! | allocator | type | what | comparable over | probe | source |
+//! |---|---|---|---|---|---|
+//! | [`Uniform`] | `uniform` | the same fraction of every expert; of whole experts, of every layer | expert | | default of most papers; scope E of arXiv 2606.05538 |
+//! | [`PerLayer`] | `layer` | the same fraction of every layer, whose experts compete | layer | | scope L |
+//! | [`Global`] | `global` | all units or experts of the model compete | model | | scope G |
+//! | [`Normalised`] | `normalised` | compete by scores normalised per layer: LAMP, sum, mean, max, coverage | layer | | arXiv 2010.07611, 2606.09886 |
+//! | [`Hybrid`] | `hybrid` | a guaranteed share per layer, the rest by global rank | model | | |
+//! | [`DepthPrior`] | `depth_prior` | shares by layer weights: a list, linear, trapezoid, ERK | by [`Within`] | | MoLA, arXiv 2606.09885 |
+//! | [`RateDistortion`] | `rate_distortion` | the least sum of distortion curves, by dynamic programming | model, or by [`Within`] | measured curves, layer errors | layer-adaptive pruning by rate and distortion |
+//! | [`Rco`] | `rco` | gradient search over expert masks | | gradients of gains | arXiv 2605.00649 |
+//! | [`Evolution`] | `evolution` | evolution of counts with a fixed order within layers | by [`Within`] | distortion | arXiv 2603.06003 |
+//!
+//! A ratio never drops more than `floor(N * ratio)` of `N` units and a parameter budget is never exceeded, both within one block
+//! (a width multiple, an expert of every group). What cannot be met together with protection, minimum sizes and the router's
+//! number of experts is an error. Ties drop the lower layer, expert and unit first. With experts of different widths, whole experts
+//! are the blocks, and the last that fits decides.
+//!
+//! # Pruners
+//!
+//! | pruner | type | what goes | scores | probe | source |
+//! |---|---|---|---|---|---|
+//! | [`UnitPruner`] | `unit` | units inside experts | units | | arXiv 2606.05538 |
+//! | [`ExpertPruner`] | `expert` | whole experts with their rows of the router; a number per layer is for ragged exports only | experts | | REAP, arXiv 2510.13999 |
+//! | [`NovicePruner`] | `novice` | all units of experts that the router goes on choosing | experts | | MoNE, arXiv 2507.00390 |
+//! | [`SubsetPruner`] | `subset` | the experts whose removal moves the layer's output least | experts, for counts | layer errors | NAEE, arXiv 2402.14800 |
+//! | [`TwoLevelPruner`] | `two_level` | whole experts, then units of the others | units | | arXiv 2409.06211 |
+//! | [`WideExpertPruner`] | `wide` | units of all but some whole experts per layer | units | | TENP, arXiv 2606.09885 |
+//! | [`Progressive`] | | any of them in rounds, scored anew after each | as its pruner | as its pruner | |
 
 #![deny(missing_docs)]
 
 mod allocators;
 mod apply;
 mod budget;
+mod curves;
 mod edits;
 mod error;
+mod paths;
 mod plan;
+mod probe;
 mod protection;
 mod pruners;
 mod ranking;
+#[cfg(feature = "repair")]
+pub mod repair;
 mod report;
 
 pub use allocators::{
-    Allocation, AllocationRequest, Allocator, AllocatorConfig, ExpertId, Global, LayerAllocation, PerLayer, Uniform,
-    WidthLimits,
+    Allocation, AllocationRequest, Allocator, AllocatorConfig, Choice, CurveSource, DepthPrior, Evolution, ExpertId,
+    ExpertLimits, Fitness, Global, Hybrid, LayerAllocation, Limits, Normalisation, Normalised, PerLayer, Prior,
+    RateDistortion, Rco, Uniform, WidthLimits, knapsack,
 };
-pub use apply::{APPLIED_FILE, Applied, ApplyOptions, Export, Mtp, OnProgress, Progress, plan_from_masked};
+pub use apply::{
+    APPLIED_FILE, Applied, ApplyOptions, Export, FineGrained, LayerPieces, Mtp, OnProgress, Piece, PieceMap, Progress,
+    plan_from_masked,
+};
+#[cfg(feature = "repair")]
+pub use apply::{ScaleCalibration, ScaleFit, Trial, TrialOptions};
 pub use budget::Budget;
+pub use curves::{CURVES_VERSION, Curve, CurvePoint, DistortionCurves};
 pub use edits::{EditSizes, EditSource, Edits, EditsFile, ExpertEdit};
 pub use error::{Error, Result};
+pub use paths::Within;
 pub use plan::{LayerKept, PLAN_VERSION, PrunePlan, Ratio};
+pub use probe::{Distortion, ModelProbe, NoProbe, Statistic};
+#[cfg(feature = "repair")]
+pub use probe::{EngineProbe, PlanOverlay, ProbeOptions};
 pub use protection::{Protected, ProtectionMask};
-pub use pruners::{ExpertPruner, Pruned, Pruner, PrunerConfig, Scope, UnitPruner};
+pub use pruners::{
+    ExpertPruner, NovicePruner, Progressive, PruneRequest, Pruned, Pruner, PrunerConfig, Round, Schedule, Scope,
+    SubsetPruner, TwoLevelPruner, UnitPruner, WideExpertPruner,
+};
 pub use report::{BeforeAfter, LayerReport, Report};

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use moe_checkpoint::{GroupScore, ModelConfig, MoeShape, write_atomic};
+use moe_checkpoint::{Granularity, GroupScore, ModelConfig, MoeShape, ScoreTable, write_atomic};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -229,6 +229,91 @@ impl PrunePlan {
             }
         }
         Ok(())
+    }
+
+    /// This plan, then `next`, which is one of what this plan leaves: one plan in the indices of this one's model.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPlan`] if `next` is for another shape than [`PrunePlan::pruned_shape`].
+    pub fn then(&self, next: &PrunePlan) -> Result<PrunePlan> {
+        next.validate(&self.pruned_shape())?;
+        let mut plan = self.clone();
+        plan.recipe = json!({ "pruner": { "type": "sequence" }, "steps": [self.recipe, next.recipe] });
+        for (kept, next) in plan.kept.iter_mut().zip(&next.kept) {
+            let experts = kept.experts_kept();
+            for (new, old) in experts.iter().enumerate() {
+                let units = &kept.experts[*old];
+                kept.experts[*old] = next.experts[new].iter().map(|unit| units[*unit as usize]).collect();
+            }
+            kept.removed.extend(next.removed.iter().map(|new| experts[*new as usize] as u32));
+            kept.removed.sort_unstable();
+        }
+        for id in &next.never_routed {
+            let experts = self.layer(id.layer).map(LayerKept::experts_kept).unwrap_or_default();
+            let found = experts.get(id.expert).map(|expert| ExpertId { layer: id.layer, expert: *expert });
+            plan.never_routed.extend(found);
+        }
+        plan.never_routed.sort_unstable();
+        plan.never_routed.dedup();
+        let units = self.shape.units();
+        plan.ratio = Ratio {
+            asked: 1.0 - (1.0 - self.ratio.asked) * (1.0 - next.ratio.asked),
+            achieved: (units - plan.units_kept()) as f64 / units.max(1) as f64,
+        };
+        plan.validate(&self.shape)?;
+        Ok(plan)
+    }
+
+    /// The part of a table of the whole model that belongs to what this plan keeps, in the indices of the pruned model.
+    ///
+    /// # Errors
+    /// Those of [`ScoreTable::validate_for`].
+    pub fn restrict(&self, scores: &ScoreTable) -> Result<ScoreTable> {
+        scores.validate_for(&self.shape)?;
+        let mut table = scores.clone();
+        for (layer, kept) in table.layers.iter_mut().zip(&self.kept) {
+            let experts = kept.experts_kept();
+            let pick = |expert: &usize| match scores.granularity {
+                Granularity::Expert => layer.scores[*expert].clone(),
+                Granularity::Unit => {
+                    kept.experts[*expert].iter().map(|unit| layer.scores[*expert][*unit as usize]).collect()
+                }
+            };
+            let picked = experts.iter().map(pick).collect();
+            layer.scores = picked;
+            if let Some(routed) = &mut layer.routed {
+                *routed = experts.iter().map(|expert| routed[*expert]).collect();
+            }
+        }
+        Ok(table)
+    }
+
+    /// A table of the pruned model in the indices of the whole one; what is gone scores 0 and counts no tokens.
+    ///
+    /// # Errors
+    /// Those of [`ScoreTable::validate_for`].
+    pub fn expand(&self, scores: &ScoreTable) -> Result<ScoreTable> {
+        scores.validate_for(&self.pruned_shape())?;
+        let mut table = scores.clone();
+        for ((layer, kept), shape) in table.layers.iter_mut().zip(&self.kept).zip(&self.shape.layers) {
+            let width = |width: usize| if scores.granularity == Granularity::Expert { 1 } else { width };
+            let mut spread: Vec<Vec<f32>> = shape.widths.iter().map(|w| vec![0.0; width(*w)]).collect();
+            let mut routed = vec![0; shape.num_experts()];
+            for (new, old) in kept.experts_kept().into_iter().enumerate() {
+                match scores.granularity {
+                    Granularity::Expert => spread[old] = layer.scores[new].clone(),
+                    Granularity::Unit => {
+                        for (unit, score) in kept.experts[old].iter().zip(&layer.scores[new]) {
+                            spread[old][*unit as usize] = *score;
+                        }
+                    }
+                }
+                routed[old] = layer.routed.as_ref().map_or(0, |counts| counts[new]);
+            }
+            layer.scores = spread;
+            layer.routed = layer.routed.as_ref().map(|_| routed);
+        }
+        Ok(table)
     }
 
     /// The plan as compact JSON, and as [`PrunePlan::save`] writes it.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use moe_checkpoint::MoeShape;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result};
+use crate::{Error, PrunePlan, Result};
 
 /// Units and whole experts that stay, whatever they score.
 ///
@@ -81,6 +81,33 @@ impl ProtectionMask {
         }
     }
 
+    /// Protects what another mask protects, too.
+    pub fn merge(&mut self, other: &ProtectionMask) {
+        for ((layer, expert), units) in &other.entries {
+            match units {
+                None => self.protect_expert(*layer, *expert),
+                Some(units) => units.iter().for_each(|unit| self.protect_unit(*layer, *expert, *unit)),
+            }
+        }
+    }
+
+    /// The mask in the indices of the model that a plan leaves. What the plan dropped is protected no more.
+    pub fn reindex(&self, plan: &PrunePlan) -> Self {
+        let mut mask = Self::none();
+        for ((layer, expert), units) in &self.entries {
+            let Some(kept) = plan.layer(*layer) else { continue };
+            let Some(new) = kept.experts_kept().iter().position(|found| found == expert) else { continue };
+            match units {
+                None => mask.protect_expert(*layer, new),
+                Some(units) => {
+                    let places = units.iter().filter_map(|unit| kept.experts[*expert].binary_search(unit).ok());
+                    places.for_each(|place| mask.protect_unit(*layer, new, place as u32));
+                }
+            }
+        }
+        mask
+    }
+
     /// What is protected, by layer and expert.
     pub fn entries(&self) -> Vec<Protected> {
         self.clone().into()
@@ -151,6 +178,23 @@ mod tests {
             }
             assert_eq!(mask.count(0, 1, 8), 8);
         }
+    }
+
+    #[test]
+    fn masks_follow_a_plan() {
+        let layers = vec![MoeLayerShape { layer: 2, widths: vec![4; 3] }];
+        let shape = MoeShape { hidden_size: 2, top_k: 1, layers };
+        let mut plan = PrunePlan::keep_all(&shape, "model");
+        plan.kept[0].experts = vec![vec![], vec![1, 3], vec![0, 1, 2, 3]];
+        plan.kept[0].removed = vec![0];
+        let mut mask = ProtectionMask::none();
+        mask.protect_unit(2, 1, 3);
+        mask.protect_expert(2, 2);
+        mask.protect_expert(2, 0);
+        let mut expected = ProtectionMask::none();
+        expected.protect_unit(2, 0, 1);
+        expected.protect_expert(2, 1);
+        assert_eq!(mask.reindex(&plan), expected);
     }
 
     #[test]

@@ -1,133 +1,303 @@
-//! The order in which units go, and how a pool of experts shares a number of kept units.
+//! The order in which units or experts go, and how a pool shares a number of kept units.
+
+use std::ops::Range;
 
 use moe_checkpoint::{LayerScores, MoeLayerShape};
 use rayon::prelude::*;
 
-use crate::allocators::{AllocationRequest, ExpertId};
-use crate::{Error, Result};
+use crate::allocators::{AllocationRequest, ExpertId, ExpertLimits, Limits, WidthLimits};
+use crate::plan::LayerKept;
+use crate::{Error, ProtectionMask, Result};
 
-/// The units of one expert in the order in which they go: unprotected before protected, lowest score first, lower
-/// index first. Kept units are always a tail of it.
-pub(crate) struct Ranking<'a> {
-    pub id: ExpertId,
+/// What may go, in the order in which it goes: the units of one expert, or the experts of one layer. Gone already before
+/// unprotected before protected, lowest score first, lower index first. What stays is always a tail, in blocks of as many
+/// items each.
+#[derive(Clone)]
+pub(crate) struct Queue {
+    /// Decoder layer index.
+    pub layer: usize,
+    /// The expert whose units these are; `None` where the items are experts.
+    pub expert: Option<usize>,
+    /// Item ids.
     order: Vec<u32>,
-    scores: &'a [f32],
-    /// Widest width allowed: the largest multiple that fits.
-    pub widest: usize,
-    /// Narrowest width allowed: what protection and the minimum width ask for, as a multiple.
+    /// Scores by position in `order`; 0 for what is gone already. Ascending among the items that are not protected.
+    values: Vec<f64>,
+    /// Units of every item by position in `order`; `None` where an item is one unit.
+    units: Option<Vec<usize>>,
+    /// Items of a block.
+    size: usize,
+    /// Items that always go: what is gone already, and the remainder that fills no block.
+    head: usize,
+    /// Items at the front of `head` that an earlier round dropped.
+    gone: usize,
+    /// Blocks that stay: what protection and minimum sizes ask for.
     pub floor: usize,
+    /// Experts that the router selects of a layer, where that is a minimum.
+    selected: usize,
 }
 
-impl<'a> Ranking<'a> {
-    fn new(request: &AllocationRequest<'_>, id: ExpertId, scores: &'a [f32]) -> Result<Self> {
+impl Queue {
+    fn of_units(
+        limits: WidthLimits,
+        protect: &ProtectionMask,
+        kept: Option<&[u32]>,
+        id: ExpertId,
+        scores: &[f32],
+    ) -> Result<Self> {
         let ExpertId { layer, expert } = id;
-        let (width, limits) = (scores.len(), request.limits);
+        let (width, size) = (scores.len(), limits.round_to);
+        let is_gone = |unit: u32| kept.is_some_and(|kept| kept.binary_search(&unit).is_err());
+        let any_protected = protect.count(layer, expert, width) > 0;
+        let is_protected = |unit: u32| any_protected && protect.is_protected(layer, expert, unit);
         let mut order: Vec<u32> = (0..width as u32).collect();
-        let protected = request.protect.count(layer, expert, width);
-        let is_protected = |unit: u32| protected > 0 && request.protect.is_protected(layer, expert, unit);
         // Stable, so that equal scores stay in index order. Scores are finite: the table was validated.
         order.sort_by(|a, b| {
-            is_protected(*a)
-                .cmp(&is_protected(*b))
-                .then(compare(scores[*a as usize].into(), scores[*b as usize].into()))
+            let score = |unit: u32| f64::from(scores[unit as usize]);
+            (!is_gone(*a), is_protected(*a))
+                .cmp(&(!is_gone(*b), is_protected(*b)))
+                .then_with(|| compare(score(*a), score(*b)))
         });
-        let widest = width - width % limits.round_to;
-        let wanted = protected.max(limits.min_width.min(width));
-        let floor = wanted.next_multiple_of(limits.round_to);
-        if floor > widest {
+        let gone = kept.map_or(0, |kept| width - kept.len());
+        let protected = order[gone..].iter().filter(|unit| is_protected(**unit)).count();
+        let blocks = (width - gone) / size;
+        let floor = protected.max(limits.min_width.min(width - gone)).div_ceil(size);
+        if floor > blocks {
             return Err(Error::Infeasible {
                 what: id.to_string(),
-                asked: widest,
+                asked: blocks * size,
                 reason: format!(
-                    "{protected} of its {width} units are protected and the minimum width is {}; the width must be a multiple of {}",
-                    limits.min_width, limits.round_to
+                    "{protected} of its {width} units are protected and the minimum width is {}; the width must be a multiple of {size}",
+                    limits.min_width
                 ),
             });
         }
-        Ok(Self { id, order, scores, widest, floor })
+        let value = |(position, unit): (usize, &u32)| match position < gone {
+            true => 0.0,
+            false => f64::from(scores[*unit as usize]),
+        };
+        let values = order.iter().enumerate().map(value).collect();
+        let head = width - blocks * size;
+        Ok(Self { layer, expert: Some(expert), order, values, units: None, size, head, gone, floor, selected: 0 })
     }
 
-    pub fn width(&self) -> usize {
-        self.order.len()
+    fn of_experts(
+        limits: ExpertLimits,
+        top_k: usize,
+        protect: &ProtectionMask,
+        gone: Option<&LayerKept>,
+        shape: &MoeLayerShape,
+        scores: &LayerScores,
+    ) -> Result<Self> {
+        let (layer, experts, groups) = (shape.layer, shape.num_experts(), limits.groups);
+        let is_gone = |expert: u32| gone.is_some_and(|kept| kept.experts[expert as usize].is_empty());
+        let is_protected = |expert: u32| protect.count(layer, expert as usize, shape.widths[expert as usize]) > 0;
+        let members = experts / groups;
+        let rank = |group: usize| {
+            let mut order: Vec<u32> = ((group * members) as u32..((group + 1) * members) as u32).collect();
+            order.sort_by(|a, b| {
+                let score = |expert: u32| f64::from(scores.scores[expert as usize][0]);
+                (!is_gone(*a), is_protected(*a))
+                    .cmp(&(!is_gone(*b), is_protected(*b)))
+                    .then_with(|| compare(score(*a), score(*b)))
+            });
+            order
+        };
+        let ranked: Vec<Vec<u32>> = (0..groups).map(rank).collect();
+        // One expert of every group is a block: groups lose as many each.
+        let order: Vec<u32> = (0..members).flat_map(|place| ranked.iter().map(move |group| group[place])).collect();
+        let gone_in = |group: &Vec<u32>| group.iter().filter(|expert| is_gone(**expert)).count();
+        let lost = ranked.iter().map(gone_in).max().unwrap_or(0);
+        let protected_in =
+            |group: &Vec<u32>| group.iter().filter(|expert| is_protected(**expert) && !is_gone(**expert)).count();
+        let protected = ranked.iter().map(protected_in).max().unwrap_or(0);
+        let selected = if limits.keeps_router { 0 } else { top_k };
+        let floor = protected.max(limits.min_experts.max(selected).div_ceil(groups));
+        if floor > members - lost {
+            let units = |expert: &u32| shape.widths[*expert as usize];
+            return Err(Error::Infeasible {
+                what: format!("layer {layer}"),
+                asked: order[lost * groups..].iter().map(units).sum(),
+                reason: format!(
+                    "{} of its {experts} experts have to stay: {protected} of a group are protected, the minimum is {} and \
+                     the router selects {selected}",
+                    floor * groups,
+                    limits.min_experts
+                ),
+            });
+        }
+        let value = |expert: &u32| if is_gone(*expert) { 0.0 } else { f64::from(scores.scores[*expert as usize][0]) };
+        let head = lost * groups;
+        Ok(Self {
+            layer,
+            expert: None,
+            values: order.iter().map(value).collect(),
+            units: Some(order.iter().map(|expert| shape.widths[*expert as usize]).collect()),
+            order,
+            size: groups,
+            head,
+            gone: head,
+            floor,
+            selected,
+        })
     }
 
-    /// Ids of the units that stay at this width, ascending.
-    pub fn kept(&self, width: usize) -> Vec<u32> {
-        let mut kept = self.order[self.order.len() - width..].to_vec();
+    /// Blocks there are.
+    pub fn blocks(&self) -> usize {
+        (self.order.len() - self.head) / self.size
+    }
+
+    fn block(&self, index: usize) -> Range<usize> {
+        let start = self.head + index * self.size;
+        start..start + self.size
+    }
+
+    /// Sum of the scores of a block; the block of index 0 goes first.
+    pub fn block_score(&self, index: usize) -> f64 {
+        self.values[self.block(index)].iter().sum()
+    }
+
+    /// Units of a block.
+    pub fn block_units(&self, index: usize) -> usize {
+        match &self.units {
+            None => self.size,
+            Some(units) => units[self.block(index)].iter().sum(),
+        }
+    }
+
+    /// Units that stay when `blocks` blocks do.
+    pub fn kept_units(&self, blocks: usize) -> usize {
+        let tail = self.order.len() - blocks * self.size..;
+        match &self.units {
+            None => blocks * self.size,
+            Some(units) => units[tail].iter().sum(),
+        }
+    }
+
+    /// Ids of the items that stay when `blocks` blocks do, ascending.
+    pub fn kept(&self, blocks: usize) -> Vec<u32> {
+        let mut kept = self.order[self.order.len() - blocks * self.size..].to_vec();
         kept.sort_unstable();
         kept
     }
 
-    /// Sum of the scores that go at this width, in the order they go.
-    pub fn dropped_score(&self, width: usize) -> f64 {
-        self.order[..self.order.len() - width].iter().map(|unit| f64::from(self.scores[*unit as usize])).sum()
+    /// Sum of the scores that go when `blocks` blocks stay, in the order in which they go.
+    pub fn dropped_score(&self, blocks: usize) -> f64 {
+        self.values[..self.order.len() - blocks * self.size].iter().sum()
     }
 
-    /// Sum of the scores of a block of units.
-    fn block_score(&self, block: std::ops::Range<usize>) -> f64 {
-        self.order[block].iter().map(|unit| f64::from(self.scores[*unit as usize])).sum()
+    /// Scores of everything that is not gone already, in the order in which it goes.
+    pub fn values_mut(&mut self) -> &mut [f64] {
+        &mut self.values[self.gone..]
+    }
+
+    /// The experts that a block belongs to.
+    fn owners(&self, index: usize) -> impl Iterator<Item = ExpertId> {
+        let experts = match self.expert {
+            Some(expert) => vec![expert],
+            None => self.order[self.block(index)].iter().map(|expert| *expert as usize).collect(),
+        };
+        let layer = self.layer;
+        experts.into_iter().map(move |expert| ExpertId { layer, expert })
     }
 }
 
-/// Rankings of every expert, `[MoE layer][expert]`.
-pub(crate) fn rank<'a>(request: &AllocationRequest<'a>) -> Result<Vec<Vec<Ranking<'a>>>> {
-    let rank_layer = |(scores, MoeLayerShape { layer, .. }): (&'a LayerScores, &MoeLayerShape)| {
-        let experts = scores.scores.par_iter().enumerate();
-        experts.map(|(expert, values)| Ranking::new(request, ExpertId { layer: *layer, expert }, values)).collect()
+/// The queues of every MoE layer: one per expert for units, one per layer for experts.
+pub(crate) fn queues(request: &AllocationRequest<'_>) -> Result<Vec<Vec<Queue>>> {
+    let layers = request.scores.layers.iter().zip(&request.shape.layers).enumerate();
+    let of_layer = |(position, (scores, shape)): (usize, (&LayerScores, &MoeLayerShape))| -> Result<Vec<Queue>> {
+        let gone = request.gone.map(|kept| &kept[position]);
+        match request.limits {
+            Limits::Units(limits) => {
+                let experts = scores.scores.par_iter().enumerate();
+                let of_expert = |(expert, values): (usize, &Vec<f32>)| {
+                    let kept = gone.map(|kept| kept.experts[expert].as_slice());
+                    let id = ExpertId { layer: shape.layer, expert };
+                    Queue::of_units(limits, request.protect, kept, id, values)
+                };
+                experts.map(of_expert).collect()
+            }
+            Limits::Experts(limits) => {
+                let top_k = request.shape.top_k;
+                Ok(vec![Queue::of_experts(limits, top_k, request.protect, gone, shape, scores)?])
+            }
+        }
     };
-    request.scores.layers.iter().zip(&request.shape.layers).map(rank_layer).collect()
+    layers.map(of_layer).collect()
 }
 
-/// Widths of a pool of experts that keep `keep` units together, dropping the lowest blocks of `round_to` units first
-/// (ties: earlier expert, then the block whose units go first). Also the experts that would have become narrower than
-/// their floor allows.
+/// What a share is counted in.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Measure {
+    Units,
+    Blocks,
+}
+
+/// Blocks that every queue of a pool keeps when they keep `keep` units (or blocks) together at most, dropping the blocks of
+/// the lowest score first (ties: earlier queue, then the block that goes first). Also the experts that would have lost
+/// more if their floor allowed it.
 ///
-/// The blocks of an expert are its ranking cut into pieces of `round_to` from the top, so their sums ascend and the
-/// greedy choice is the one with the highest kept sum. With `round_to = 1` it is the plain stable ascending sort.
+/// The scores of the blocks of a queue ascend, so the greedy choice is the one with the highest kept sum where blocks are of
+/// one size. With blocks of one unit it is the plain stable ascending sort.
 ///
 /// # Errors
 /// [`Error::Infeasible`], with `what` as the pool, if the floors need more than `keep`.
 pub(crate) fn share(
-    pool: &[&Ranking<'_>],
+    pool: &[&Queue],
     keep: usize,
-    round_to: usize,
+    measure: Measure,
     what: impl Fn() -> String,
 ) -> Result<(Vec<usize>, Vec<ExpertId>)> {
-    let floors: usize = pool.iter().map(|expert| expert.floor).sum();
+    let measured = |queue: &Queue, blocks: usize| match measure {
+        Measure::Units => queue.kept_units(blocks),
+        Measure::Blocks => blocks,
+    };
+    let floors: usize = pool.iter().map(|queue| measured(queue, queue.floor)).sum();
     if floors > keep {
-        let reason = format!("protected units and minimum widths need {floors}");
-        return Err(Error::Infeasible { what: what(), asked: keep, reason });
+        let units = |blocks: &dyn Fn(&Queue) -> usize| pool.iter().map(|queue| queue.kept_units(blocks(queue))).sum();
+        let needed: usize = units(&|queue| queue.floor);
+        let asked = match measure {
+            Measure::Units => keep,
+            Measure::Blocks => units(&|queue| keep.min(queue.blocks())),
+        };
+        let reason = match pool.first().is_some_and(|queue| queue.expert.is_none()) {
+            true => format!(
+                "protected experts and minimum numbers need {needed}; the router selects {} experts",
+                pool.iter().map(|queue| queue.selected).max().unwrap_or(0)
+            ),
+            false => format!("protected units and minimum widths need {needed}"),
+        };
+        return Err(Error::Infeasible { what: what(), asked, reason });
     }
-    let mut widths: Vec<usize> = pool.iter().map(|expert| expert.widest).collect();
-    let mut excess = widths.iter().sum::<usize>().saturating_sub(keep);
-    let mut floored = vec![false; pool.len()];
+    let mut kept: Vec<usize> = pool.iter().map(|queue| queue.blocks()).collect();
+    let mut excess = pool.iter().map(|queue| measured(queue, queue.blocks())).sum::<usize>().saturating_sub(keep);
+    let mut hits = Vec::new();
     if excess > 0 {
-        let mut blocks: Vec<(f64, u32, bool)> = Vec::with_capacity(widths.iter().sum::<usize>() / round_to);
-        for (index, expert) in pool.iter().enumerate() {
-            let (start, pinned) = (expert.width() - expert.widest, expert.width() - expert.floor);
-            for block in (start..expert.width()).step_by(round_to) {
-                blocks.push((expert.block_score(block..block + round_to), index as u32, block >= pinned));
-            }
+        let mut blocks: Vec<(f64, u32, u32)> = Vec::with_capacity(kept.iter().sum::<usize>());
+        for (index, queue) in pool.iter().enumerate() {
+            blocks.extend((0..kept[index]).map(|block| (queue.block_score(block), index as u32, block as u32)));
         }
         // Stable: blocks stand in natural order, so that ties are settled.
         blocks.par_sort_by(|a, b| compare(a.0, b.0));
-        for (_, index, pinned) in blocks {
+        for (_, index, block) in blocks {
             if excess == 0 {
                 break;
             }
-            if pinned {
-                floored[index as usize] = true;
+            let (queue, block) = (pool[index as usize], block as usize);
+            if block >= queue.blocks() - queue.floor {
+                hits.extend(queue.owners(block));
             } else {
-                widths[index as usize] -= round_to;
-                excess -= round_to.min(excess);
+                kept[index as usize] -= 1;
+                let lost = if measure == Measure::Units { queue.block_units(block) } else { 1 };
+                excess = excess.saturating_sub(lost);
             }
         }
+        hits.sort_unstable();
+        hits.dedup();
     }
-    let hits = pool.iter().zip(floored).filter(|(_, hit)| *hit).map(|(expert, _)| expert.id).collect();
-    Ok((widths, hits))
+    Ok((kept, hits))
 }
 
 /// Order of finite numbers, in which 0.0 and -0.0 are equal.
-fn compare(a: f64, b: f64) -> std::cmp::Ordering {
+pub(crate) fn compare(a: f64, b: f64) -> std::cmp::Ordering {
     a.partial_cmp(&b).unwrap_or(std::cmp::Ordering::Equal)
 }

@@ -26,6 +26,9 @@ pub struct Report {
     pub layers: Vec<LayerReport>,
     /// Experts that no calibration token was routed to.
     pub never_routed: Vec<ExpertId>,
+    /// What else a user should know of the result.
+    #[serde(default)]
+    pub notes: Vec<String>,
 }
 
 /// A number before and after the plan.
@@ -47,8 +50,12 @@ pub struct LayerReport {
     /// Experts that go wholly, with their rows of the router.
     #[serde(default)]
     pub removed: usize,
-    /// Experts left without units, which the router still chooses.
+    /// Experts left without units, which the router still chooses; in a fine-grained export they go with their rows of the
+    /// router.
     pub emptied: usize,
+    /// Experts as written: those that are left, or pieces of them.
+    #[serde(default)]
+    pub written: usize,
     /// Units.
     pub units: BeforeAfter,
     /// Narrowest expert after the plan.
@@ -76,6 +83,7 @@ impl Report {
             bytes: BeforeAfter { before: checkpoint.bytes_on_disk(), after: checkpoint.bytes_on_disk() },
             layers: Vec::with_capacity(plan.kept.len()),
             never_routed: plan.never_routed.clone(),
+            notes: Vec::new(),
         };
         for (kept, shape) in plan.kept.iter().zip(&plan.shape.layers) {
             let widths: Vec<usize> = kept.experts.iter().map(Vec::len).collect();
@@ -102,6 +110,7 @@ impl Report {
                 layer: kept.layer,
                 experts: widths.len(),
                 removed: kept.removed.len(),
+                written: widths.len() - kept.removed.len(),
                 emptied: widths.iter().filter(|width| **width == 0).count() - kept.removed.len(),
                 units: BeforeAfter { before: before as u64, after: after as u64 },
                 min_width: kept.experts_kept().into_iter().map(|expert| widths[expert]).min().unwrap_or(0),
@@ -162,6 +171,9 @@ impl fmt::Display for Report {
         )?;
         writeln!(f, "parameters: {} -> {}", parameters.before, parameters.after)?;
         write!(f, "weights, {} export: {} -> {}", self.export, size(bytes.before), size(bytes.after))?;
+        for note in &self.notes {
+            write!(f, "\nnote: {note}")?;
+        }
         if !self.never_routed.is_empty() {
             let names: Vec<_> = self.never_routed.iter().take(LISTED).map(|id| format!("({id})")).collect();
             let rest = self.never_routed.len() - names.len();

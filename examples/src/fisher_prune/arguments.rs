@@ -112,6 +112,12 @@ impl Arguments {
                 self.scope
             )));
         }
+        if export == Export::FineGrained {
+            return Err(Error::Usage(
+                "--export fine_grained takes a calibration of its own: cargo run --release --example fine_grained"
+                    .into(),
+            ));
+        }
         let mut seen = Vec::new();
         for ratio in std::mem::take(&mut self.ratio) {
             // clap checks what it parses, not what a program fills in

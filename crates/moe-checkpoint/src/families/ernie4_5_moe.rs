@@ -40,7 +40,9 @@ impl Family for Ernie45Moe {
             bias: false,
             shared: read::shared_experts(&config, "moe_num_shared_experts")?,
             is_moe: (0..layers).map(|i| (i + 1) % interval == 0 && (start..=end).contains(&i)).collect(),
-            why: format!("MoE layers from {start} to {end}, every {interval}"),
+            why: format!(
+                "`moe_layer_start_index` {start}, `moe_layer_end_index` {end}, `moe_layer_interval` {interval}"
+            ),
             windows: &vec![None; layers],
         };
         let (layers, top_k) = moe.read(&config)?;

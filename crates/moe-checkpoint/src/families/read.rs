@@ -180,17 +180,18 @@ impl MoeLayers<'_> {
     pub fn read(self, config: &Fields<'_>) -> Result<(Vec<LayerConfig>, usize)> {
         let layers = self.windows.len();
         let num_experts = num_experts(config, self.expert_count_keys)?;
+        let count_key = self.expert_count_keys.iter().find(|key| config.value(key).is_some());
+        let count_key = count_key.unwrap_or(&self.expert_count_keys[0]);
         let is_moe = self.is_moe.into_iter().map(|moe| moe && num_experts > 0);
         let is_moe: Vec<bool> = is_moe.collect();
         let moe_layers = is_moe.iter().filter(|moe| **moe).count();
         if moe_layers == 0 {
-            let reason = format!("all {layers} layers are dense (number of experts {num_experts}, {})", self.why);
+            let reason = format!("all {layers} layers are dense (`{count_key}` {num_experts}, {})", self.why);
             return Err(Error::NotMoe { file: crate::family::CONFIG.to_string(), reason });
         }
         if num_experts.saturating_mul(moe_layers) > MAX_ALL_EXPERTS {
             let expected = format!("at most {MAX_ALL_EXPERTS} experts in all {moe_layers} MoE layers together");
-            let key = self.expert_count_keys.iter().find(|key| config.value(key).is_some());
-            return Err(config.invalid(key.unwrap_or(&self.expert_count_keys[0]), expected));
+            return Err(config.invalid(count_key, expected));
         }
         let top_k = config.required_integer(self.top_k_key, 1, num_experts)?;
         let widths = vec![size(config, self.width_key)?; num_experts];

@@ -13,6 +13,8 @@ use crate::{
     host::HostView,
     layers::AttentionTape,
     memory::Keep,
+    overlay::RoutingOverlay,
+    router::Routed,
     trace::{ExpertTrace, LayerTrace, Observer, SequenceInfo, Signals, WaveInfo},
 };
 
@@ -83,6 +85,24 @@ impl Engine<'_> {
         let wave = WaveInfo { id: 0, tokens, sequences };
         let pass = FfnPass { needs, change: Some(change), ..FfnPass::new(layer, &wave) };
         self.ffn_forward(pass, x, &mut LayerTape::default(), observer)
+    }
+
+    /// Routing of tokens with these router logits `[T, E]` in MoE layer `layer`, under `overlay` instead of the model's own.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the layer has no experts, the logits are not a multiple of them, or the overlay does not fit.
+    pub fn route(&self, layer: usize, logits: &[f32], overlay: Option<&dyn RoutingOverlay>) -> Result<Routed> {
+        let experts = match self.model.config().moe(layer) {
+            Some(moe) if logits.len().is_multiple_of(moe.num_experts().max(1)) => moe.num_experts(),
+            Some(moe) => {
+                let expected = format!("a multiple of the {} experts of layer {layer}", moe.num_experts());
+                return Err(Error::input("router logits", logits.len(), expected));
+            }
+            None => return Err(Error::input("layer", layer, "one with routed experts")),
+        };
+        let ffn = self.model.ffn(layer)?;
+        let bias = ffn.router.as_ref().and_then(|router| router.selection_bias.as_deref());
+        Ok(LayerRouting::new(self.model.router(), layer, logits, experts, bias, overlay)?.applied)
     }
 
     pub(super) fn attention_forward(

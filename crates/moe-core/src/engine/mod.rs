@@ -83,6 +83,11 @@ impl<'m> Engine<'m> {
         self.model
     }
 
+    /// How it works.
+    pub fn options(&self) -> &EngineOptions {
+        &self.options
+    }
+
     /// The memory plan of waves of `tokens` tokens.
     ///
     /// # Errors

@@ -10,7 +10,9 @@ use std::{
 };
 
 use burn::tensor::{Device, Tensor};
-use moe_checkpoint::{Activation, Checkpoint, Dtype, ExpertPart, ExpertWeights, ModelConfig, RawMatrix, Role};
+use moe_checkpoint::{
+    Activation, AttentionKind, Checkpoint, Dtype, ExpertPart, ExpertWeights, ModelConfig, RawMatrix, Role,
+};
 
 mod head;
 mod layers;
@@ -79,6 +81,9 @@ impl Model {
     /// As [`open`](Self::open).
     pub fn new(checkpoint: Arc<Checkpoint>, device: &Device, max_memory: Option<u64>) -> Result<Self> {
         let config = checkpoint.config();
+        if config.attention.kind == AttentionKind::Other {
+            return Err(Error::Unsupported(format!("running `{}`: its attention", config.model_type)));
+        }
         let rope = RotaryEmbedding::new(&config.rope, config.attention.rotary_dim)?;
         let router = Router::new(&config.routing)?;
         for moe in (0..config.layers.len()).filter_map(|layer| config.moe(layer)) {

@@ -70,6 +70,14 @@ impl TeacherLogits {
         self.waves.values().map(|wave| wave.rest.len()).sum()
     }
 
+    /// The distribution at a predicted position of a wave, counted from 0.
+    pub fn distribution(&self, wave: u64, position: usize) -> Option<Distribution<'_>> {
+        let wave = self.waves.get(&wave)?;
+        let kept = position * self.top..(position + 1) * self.top;
+        let rest = *wave.rest.get(position)?;
+        Some(Distribution { ids: wave.ids.get(kept.clone()), log_probs: &wave.log_probs[kept], rest })
+    }
+
     /// Bytes that `positions` predicted tokens take.
     pub fn bytes(positions: usize, top: usize, vocab: usize) -> u64 {
         let per_position = if top < vocab { 8 * top + 4 } else { 4 * vocab + 4 };

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use moe_checkpoint::{Granularity, MoeShape, Provenance, Statistics};
-use moe_core::trace::{ExpertTrace, LayerTrace, Observer, Signals, WaveInfo};
+use moe_checkpoint::{MoeShape, Provenance, Statistics};
+use moe_core::trace::{ExpertTrace, LayerTrace, Observer, RouterGradients, Signals, WaveInfo};
 
 use super::{Collector, StatisticId, StatisticSpec, collectors_for};
 use crate::{Error, Result, Scorer};
@@ -92,19 +92,13 @@ impl Collection {
     /// Statistics with every array allocated: waves must hold the same arrays, whatever was routed where.
     pub(crate) fn empty(&self) -> Result<Statistics> {
         let mut statistics = Statistics::new(&self.shape, self.provenance.clone());
-        for StatisticSpec { id, granularity, fold } in self.specs() {
-            // The first touch allocates an array for the whole model.
-            if let Some(layer) = self.shape.layers.first() {
-                match granularity {
-                    Granularity::Unit => statistics.unit_mut(id.as_str(), *fold, layer.layer, 0).map(drop)?,
-                    Granularity::Expert => statistics.expert_mut(id.as_str(), *fold, layer.layer).map(drop)?,
-                }
-            }
+        for StatisticSpec { id, kind, fold } in self.specs() {
+            statistics.allocate(id.as_str(), *kind, *fold)?;
         }
         Ok(statistics)
     }
 
-    pub(crate) fn specs(&self) -> impl Iterator<Item = &StatisticSpec> {
+    fn specs(&self) -> impl Iterator<Item = &StatisticSpec> {
         self.collectors.iter().flat_map(|c| c.statistics())
     }
 
@@ -153,6 +147,17 @@ impl Collection {
         }
         Ok(())
     }
+
+    fn see_router(&mut self, gradients: &RouterGradients<'_>) -> Result<()> {
+        check_router(gradients, &self.shape)?;
+        let current = in_progress(&mut self.current, "gradients of a router")?;
+        for (collector, needs) in self.collectors.iter_mut().zip(&self.needs) {
+            if needs.router_gradients {
+                collector.router(gradients, current)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Observer for Collection {
@@ -170,6 +175,10 @@ impl Observer for Collection {
 
     fn expert(&mut self, trace: &ExpertTrace<'_>) -> moe_core::Result<()> {
         self.see_expert(trace).map_err(moe_core::Error::observer)
+    }
+
+    fn router(&mut self, gradients: &RouterGradients<'_>) -> moe_core::Result<()> {
+        self.see_router(gradients).map_err(moe_core::Error::observer)
     }
 
     fn end_wave(&mut self, wave: &WaveInfo) -> moe_core::Result<()> {
@@ -215,6 +224,25 @@ fn check_layer(trace: &LayerTrace<'_>, shape: &MoeShape) -> Result<()> {
     match trace.selected.iter().find(|expert| **expert as usize >= trace.experts) {
         Some(expert) => Err(fail("selected", format!("expert {expert}"), format!("below {}", trace.experts))),
         None => Ok(()),
+    }
+}
+
+fn check_router(gradients: &RouterGradients<'_>, shape: &MoeShape) -> Result<()> {
+    let fail = |field, found: String, expected: String| {
+        Err(Error::Trace { layer: gradients.layer, expert: None, field, found, expected })
+    };
+    let experts = shape.layer(gradients.layer).map(|l| l.num_experts());
+    if experts != Some(gradients.experts) {
+        let expected = experts.map_or("no MoE layer".into(), |n| n.to_string());
+        return fail("router gradients", format!("{} experts", gradients.experts), expected);
+    }
+    let (tokens, found) = (gradients.wave.tokens, gradients.input.dims());
+    if found != [tokens, shape.hidden_size] {
+        return fail("router input", format!("shape {found:?}"), format!("{:?}", [tokens, shape.hidden_size]));
+    }
+    match gradients.d_logits.len() {
+        found if found == tokens * gradients.experts => Ok(()),
+        found => fail("d_logits", format!("{found} values"), (tokens * gradients.experts).to_string()),
     }
 }
 

@@ -1,27 +1,45 @@
 //! Collectors: from what a model run shows to named statistics.
 
-mod activation;
 mod collection;
 mod fisher_abs;
 mod fisher_sequence;
-mod fisher_token;
-mod router_probability;
+mod gates;
+mod logit_gram;
+mod output_sums;
+mod projection;
+mod router_gradient;
+mod router_usage;
 mod routing;
+mod unit_sums;
 
 use std::borrow::Cow;
 use std::fmt;
 
-use moe_checkpoint::{Fold, Granularity, Statistics};
-use moe_core::trace::{ExpertGradients, ExpertTrace, LayerTrace, Signals};
+use burn::tensor::Tensor;
+use moe_checkpoint::{ArrayKind, Fold, Statistics};
+use moe_core::trace::{ExpertGradients, ExpertTrace, LayerTrace, RouterGradients, Signals};
 use serde::{Deserialize, Serialize};
 
-pub use activation::{ACTIVATION_MAGNITUDE, Activation};
 pub use collection::Collection;
 pub use fisher_abs::{FISHER_ABS, FisherAbs};
 pub use fisher_sequence::{FISHER_SEQUENCE, FisherSequence};
-pub use fisher_token::{FISHER_TOKEN, FisherToken};
-pub use router_probability::{ROUTER_PROBABILITY, RouterProbability};
-pub use routing::{ROUTED_TOKENS, ROUTING_WEIGHT, Routing};
+pub use gates::Gate;
+pub use logit_gram::{LOGIT_GRAM, LogitGram};
+pub use output_sums::{
+    OUTPUT_APPLIED, OUTPUT_APPLIED_SQUARE, OUTPUT_FIRST_MAX, OUTPUT_MAX, OUTPUT_MOMENTS, OUTPUT_NORM,
+    OUTPUT_RENORMALISED, OUTPUT_RENORMALISED_SQUARE, OUTPUT_SOFTMAX, OUTPUT_SOFTMAX_SQUARE, OUTPUT_SQUARE, OUTPUT_TURN,
+    OutputSums,
+};
+pub use projection::{PROJECTION, PROJECTION_WEIGHTED, Projection};
+pub use router_gradient::{ROUTER_GRADIENT_ABS, ROUTER_GRADIENT_SQUARE, ROUTER_GRADIENT_SQUARES, RouterGradient};
+pub use router_usage::{
+    BIAS_SEQUENCE_MEAN, BIAS_SEQUENCE_MEDIAN, BIAS_WAVE_MEAN, BIAS_WAVE_MEDIAN, ROUTER_PROBABILITY, RouterUsage,
+};
+pub use routing::{ROUTED_TOKENS, ROUTING_RENORMALISED, ROUTING_SOFTMAX, ROUTING_WEIGHT, Routing};
+pub use unit_sums::{
+    ACTIVATION_MAGNITUDE, ACTIVATION_SQUARE, ACTIVATION_SQUARE_WEIGHTED, ACTIVATION_WEIGHTED, FISHER_TOKEN,
+    GRADIENT_SQUARE, TAYLOR_MAGNITUDE, TAYLOR_SQUARE, TAYLOR_SUM, UnitSums,
+};
 
 use crate::{Error, Result};
 
@@ -59,8 +77,8 @@ impl fmt::Display for StatisticId {
 pub struct StatisticSpec {
     /// Its name.
     pub id: StatisticId,
-    /// A value per unit or per expert.
-    pub granularity: Granularity,
+    /// A value per unit, a value per expert or a vector per expert.
+    pub kind: ArrayKind,
     /// How two waves become one.
     pub fold: Fold,
 }
@@ -68,19 +86,20 @@ pub struct StatisticSpec {
 impl StatisticSpec {
     /// A sum with one value per unit.
     pub const fn unit_sum(id: StatisticId) -> Self {
-        Self { id, granularity: Granularity::Unit, fold: Fold::Sum }
+        Self { id, kind: ArrayKind::Unit, fold: Fold::Sum }
     }
 
     /// A sum with one value per expert.
     pub const fn expert_sum(id: StatisticId) -> Self {
-        Self { id, granularity: Granularity::Expert, fold: Fold::Sum }
+        Self { id, kind: ArrayKind::Expert, fold: Fold::Sum }
     }
 }
 
 /// Adds what it sees of a wave to the statistics it provides. Never-routed experts are not shown, so that their values
 /// stay 0.
 ///
-/// Implementations keep scratch memory of one expert at most: what grows with the model belongs into the statistics.
+/// Implementations keep scratch memory of one expert, and of a wave's routing, at most: what grows with the model belongs
+/// into the statistics.
 pub trait Collector: Send {
     /// The statistics it adds to. A [`Collection`] allocates them at the start of every wave, shown to the collector or
     /// not.
@@ -107,56 +126,75 @@ pub trait Collector: Send {
         let _ = (trace, into);
         Ok(())
     }
+
+    /// Gradients of the routing of one MoE layer; called if it needs [`Signals::router_gradients`].
+    ///
+    /// # Errors
+    /// Gradients that do not fit the statistics.
+    fn router(&mut self, gradients: &RouterGradients<'_>, into: &mut Statistics) -> Result<()> {
+        let _ = (gradients, into);
+        Ok(())
+    }
 }
 
-/// Makes a collector.
-pub type Make = fn() -> Box<dyn Collector>;
+/// A collector and what it can be asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Provider {
+    /// Statistics it can provide.
+    pub provides: &'static [StatisticId],
+    /// Makes a collector of some of them. It may provide more than it is asked for.
+    pub make: fn(&[StatisticId]) -> Box<dyn Collector>,
+}
 
 /// All collectors of this crate.
-pub fn registry() -> &'static [Make] {
-    const COLLECTORS: &[Make] = &[
-        || Box::new(FisherToken::new()),
-        || Box::new(FisherSequence::new()),
-        || Box::new(FisherAbs::new()),
-        || Box::new(Activation::new()),
-        || Box::new(Routing::new()),
-        || Box::new(RouterProbability::new()),
+pub fn registry() -> &'static [Provider] {
+    const PROVIDERS: &[Provider] = &[
+        Provider { provides: unit_sums::PROVIDED, make: |ids| Box::new(UnitSums::new(ids)) },
+        Provider { provides: &[FISHER_SEQUENCE], make: |_| Box::new(FisherSequence::new()) },
+        Provider { provides: &[FISHER_ABS], make: |_| Box::new(FisherAbs::new()) },
+        Provider { provides: projection::PROVIDED, make: |ids| Box::new(Projection::new(ids)) },
+        Provider { provides: output_sums::PROVIDED, make: |ids| Box::new(OutputSums::new(ids)) },
+        Provider { provides: routing::PROVIDED, make: |ids| Box::new(Routing::new(ids)) },
+        Provider { provides: router_gradient::PROVIDED, make: |ids| Box::new(RouterGradient::new(ids)) },
+        Provider { provides: router_usage::PROVIDED, make: |ids| Box::new(RouterUsage::new(ids)) },
+        Provider { provides: &[LOGIT_GRAM], make: |_| Box::new(LogitGram::new()) },
     ];
-    COLLECTORS
+    PROVIDERS
 }
 
-/// The collectors that provide `ids`, each once, in the order of the registry.
+/// The collectors that provide `ids`, in the order of the registry.
 ///
 /// # Errors
 /// [`Error::UnknownStatistic`] for an id that no collector of this crate provides.
 pub fn collectors_for(ids: &[StatisticId]) -> Result<Vec<Box<dyn Collector>>> {
-    let all: Vec<Box<dyn Collector>> = registry().iter().map(|make| make()).collect();
-    let provides = |collector: &dyn Collector, id: &StatisticId| collector.statistics().iter().any(|s| s.id == *id);
-    if let Some(id) = ids.iter().find(|id| !all.iter().any(|c| provides(c.as_ref(), id))) {
-        let known: Vec<_> = all.iter().flat_map(|c| c.statistics()).map(|s| s.id.as_str()).collect();
+    let known = || registry().iter().flat_map(|provider| provider.provides);
+    if let Some(id) = ids.iter().find(|id| !known().any(|known| known == *id)) {
+        let known: Vec<_> = known().map(StatisticId::as_str).collect();
         return Err(Error::UnknownStatistic { id: id.to_string(), known: known.join(", ") });
     }
-    Ok(all.into_iter().filter(|c| ids.iter().any(|id| provides(c.as_ref(), id))).collect())
+    let wanted = |provider: &Provider| provider.provides.iter().any(|id| ids.contains(id));
+    Ok(registry().iter().filter(|provider| wanted(provider)).map(|provider| (provider.make)(ids)).collect())
 }
 
-/// The gradients of a trace, which a collector that asked for them has been promised.
+/// A part of a trace that a collector that asked for it has been promised.
+fn promised<T>(trace: &ExpertTrace<'_>, field: &'static str, part: Option<T>) -> Result<T> {
+    part.ok_or_else(|| Error::Trace {
+        layer: trace.layer,
+        expert: Some(trace.expert),
+        field,
+        found: "nothing".into(),
+        expected: "what was asked for".into(),
+    })
+}
+
 fn gradients<'a>(trace: &ExpertTrace<'a>) -> Result<ExpertGradients<'a>> {
-    trace.backward.ok_or_else(|| Error::Trace {
-        layer: trace.layer,
-        expert: Some(trace.expert),
-        field: "backward",
-        found: "nothing".into(),
-        expected: "gradients, as asked for".into(),
-    })
+    promised(trace, "backward", trace.backward)
 }
 
-/// The unit activations of a trace, which a collector that asked for them has been promised.
-fn units<'a>(trace: &ExpertTrace<'a>) -> Result<&'a burn::tensor::Tensor<2>> {
-    trace.units.ok_or_else(|| Error::Trace {
-        layer: trace.layer,
-        expert: Some(trace.expert),
-        field: "units",
-        found: "nothing".into(),
-        expected: "unit activations, as asked for".into(),
-    })
+fn units<'a>(trace: &ExpertTrace<'a>) -> Result<&'a Tensor<2>> {
+    promised(trace, "units", trace.units)
+}
+
+fn outputs<'a>(trace: &ExpertTrace<'a>) -> Result<&'a Tensor<2>> {
+    promised(trace, "output", trace.output)
 }

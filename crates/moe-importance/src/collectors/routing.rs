@@ -3,6 +3,7 @@
 use moe_checkpoint::{Fold, Statistics};
 use moe_core::trace::{LayerTrace, Signals};
 
+use super::gates::{Gate, LayerGates};
 use super::{Collector, StatisticId, StatisticSpec};
 use crate::Result;
 
@@ -10,23 +11,31 @@ use crate::Result;
 pub const ROUTED_TOKENS: StatisticId = StatisticId::new("routing.tokens");
 /// Per expert, the sum of the routing weights, as the model applies them, over the tokens routed to it.
 pub const ROUTING_WEIGHT: StatisticId = StatisticId::new("routing.weight");
+/// Per expert, the sum of [`Gate::Renormalised`] over the tokens routed to it.
+pub const ROUTING_RENORMALISED: StatisticId = StatisticId::new("routing.renormalised");
+/// Per expert, the sum of [`Gate::Softmax`] over the tokens routed to it.
+pub const ROUTING_SOFTMAX: StatisticId = StatisticId::new("routing.softmax");
 
-/// [`ROUTED_TOKENS`] and [`ROUTING_WEIGHT`].
+pub(super) const PROVIDED: &[StatisticId] = &[ROUTED_TOKENS, ROUTING_WEIGHT, ROUTING_RENORMALISED, ROUTING_SOFTMAX];
+
+/// [`ROUTED_TOKENS`] and [`ROUTING_WEIGHT`], and [`ROUTING_RENORMALISED`] and [`ROUTING_SOFTMAX`] if asked for.
 #[derive(Debug)]
 pub struct Routing {
-    statistics: [StatisticSpec; 2],
+    statistics: Vec<StatisticSpec>,
+    softmax: bool,
+    renormalised: bool,
 }
 
 impl Routing {
-    /// A collector.
-    pub fn new() -> Self {
-        Self { statistics: [StatisticSpec::expert_sum(ROUTED_TOKENS), StatisticSpec::expert_sum(ROUTING_WEIGHT)] }
-    }
-}
-
-impl Default for Routing {
-    fn default() -> Self {
-        Self::new()
+    /// Counts and weights, and those of the others that are among `ids`.
+    pub fn new(ids: &[StatisticId]) -> Self {
+        let always = [ROUTED_TOKENS, ROUTING_WEIGHT];
+        let wanted = PROVIDED.iter().filter(|id| always.contains(id) || ids.contains(id));
+        Self {
+            statistics: wanted.cloned().map(StatisticSpec::expert_sum).collect(),
+            softmax: ids.contains(&ROUTING_SOFTMAX),
+            renormalised: ids.contains(&ROUTING_RENORMALISED),
+        }
     }
 }
 
@@ -47,6 +56,18 @@ impl Collector for Routing {
         let sums = into.expert_mut(ROUTING_WEIGHT.as_str(), Fold::Sum, trace.layer)?;
         for (expert, weight) in trace.selected.iter().zip(trace.weights) {
             sums[*expert as usize] += f64::from(*weight);
+        }
+        if self.softmax || self.renormalised {
+            let gates = LayerGates::new(trace, self.softmax);
+            let others = [
+                (self.renormalised, ROUTING_RENORMALISED, Gate::Renormalised),
+                (self.softmax, ROUTING_SOFTMAX, Gate::Softmax),
+            ];
+            for (_, id, gate) in others.into_iter().filter(|(wanted, ..)| *wanted) {
+                for (expert, out) in into.expert_mut(id.as_str(), Fold::Sum, trace.layer)?.iter_mut().enumerate() {
+                    *out += gates.rows(gate, expert).iter().copied().map(f64::from).sum::<f64>();
+                }
+            }
         }
         Ok(())
     }

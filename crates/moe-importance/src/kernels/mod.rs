@@ -6,6 +6,9 @@
 #[cfg(feature = "flex")]
 mod fused;
 pub(crate) mod gram;
+pub(crate) mod output_rows;
+pub(crate) mod softmax;
+pub(crate) mod unit_sums;
 pub(crate) mod weight_gradient;
 
 #[cfg(all(test, feature = "flex"))]

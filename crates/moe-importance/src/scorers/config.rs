@@ -1,58 +1,157 @@
 //! Scorers as JSON.
 
+use moe_checkpoint::Reduction;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{Activation, Fisher, Magnitude, Random, RouterScore, Scorer};
+use super::{
+    Activation, Aimer, Bias, Combine, Coupled, Dern, Ean, Esft, ExpertMagnitude, Experts, Fisher, Frequency, Heapr,
+    Magnitude, Man, Mone, Projection, Random, Reap, RouterScore, RouterTaylor, RoutingWeight, Scorer, Seer, Taylor,
+    Tenp, Units,
+};
 use crate::{Error, Result};
 
-/// A scorer with its parameters, as it stands in recipes: `{"scorer": "fisher", "criterion": "token"}`. Parameters that
-/// are left out have their defaults; unknown ones are refused.
-///
-/// ```
-/// use moe_importance::{Scorer, ScorerConfig};
-///
-/// let json = r#"{"scorer": "router_score", "combine": "multiply", "unit": {"scorer": "activation"}}"#;
-/// let config: ScorerConfig = serde_json::from_str(json)?;
-/// assert!(config.build()?.reads_weights());
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "scorer", rename_all = "snake_case", try_from = "Value")]
-#[non_exhaustive]
-pub enum ScorerConfig {
-    /// Squared or absolute gradients of the cross-entropy.
-    Fisher(Fisher),
-    /// Activation times norm of the down column.
-    Activation(Activation),
-    /// Norm of the unit's weights.
-    Magnitude(Magnitude),
-    /// Preference of the router, with a scorer of units below it.
-    RouterScore(RouterScore),
-    /// Seeded noise.
-    Random(Random),
+/// The one list of all scorers: what each is called, and what of it is the same for all. The name of a variant in snake
+/// case must be the name given, which a test checks.
+macro_rules! scorers {
+    ($(#[doc = $doc:literal] $variant:ident = $name:literal,)*) => {
+        /// A scorer with its parameters, as it stands in recipes: `{"scorer": "fisher", "criterion": "token"}`. Parameters that
+        /// are left out have their defaults; unknown ones are refused.
+        ///
+        /// ```
+        /// use moe_checkpoint::{Granularity, Reduction};
+        /// use moe_importance::{Scorer, ScorerConfig};
+        ///
+        /// // Experts by the sum of the Fisher importance of their units, and units by the REAP score of their expert, those of one
+        /// // expert by HEAPr's score.
+        /// let fisher: ScorerConfig = serde_json::from_str(r#"{"scorer": "fisher"}"#)?;
+        /// assert_eq!(fisher.into_experts(Reduction::Sum)?.build()?.granularity(), Granularity::Expert);
+        ///
+        /// let json = r#"{"scorer": "units", "of": {"scorer": "reap", "gate": "renormalised"}, "tie_breaker": {"scorer": "heapr"}}"#;
+        /// let units: ScorerConfig = serde_json::from_str(json)?;
+        /// assert_eq!(units.build()?.granularity(), Granularity::Unit);
+        /// # Ok::<(), Box<dyn std::error::Error>>(())
+        /// ```
+        #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+        #[serde(tag = "scorer", rename_all = "snake_case", try_from = "Value")]
+        #[non_exhaustive]
+        pub enum ScorerConfig {
+            $(#[doc = $doc] $variant($variant),)*
+        }
+
+        impl ScorerConfig {
+            /// Names of all scorers.
+            pub const NAMES: &'static [&'static str] = &[$($name),*];
+
+            /// Name of each scorer and what it is in a few words, for help texts.
+            pub const DESCRIPTIONS: &'static [(&'static str, &'static str)] = &[$(($name, $doc)),*];
+
+            /// The scorer, its parameters checked.
+            ///
+            /// # Errors
+            /// [`Error::InvalidField`] for parameters that are out of range or do not go together.
+            pub fn build(&self) -> Result<Box<dyn Scorer>> {
+                match self {
+                    $(Self::$variant(scorer) => {
+                        scorer.validate()?;
+                        Ok(Box::new(scorer.clone()))
+                    })*
+                }
+            }
+
+            fn parse(name: &str, fields: Map<String, Value>) -> Result<Self> {
+                match name {
+                    $($name => Ok(Self::$variant(parameters(name, fields)?)),)*
+                    _ => Err(Error::UnknownScorer { found: name.into(), known: Self::NAMES.join(", ") }),
+                }
+            }
+        }
+
+        $(impl From<$variant> for ScorerConfig {
+            fn from(scorer: $variant) -> Self {
+                Self::$variant(scorer)
+            }
+        })*
+    };
+}
+
+scorers! {
+    /// Units: squared or absolute gradients of the cross-entropy.
+    Fisher = "fisher",
+    /// Units: mean squared activation times mean squared gradient.
+    Heapr = "heapr",
+    /// Units: mean square of activation times gradient.
+    Coupled = "coupled",
+    /// Units: activation times gradient.
+    Taylor = "taylor",
+    /// Units: activation times norm of the down column.
+    Activation = "activation",
+    /// Units: projection of the unit's part on the expert's output.
+    Projection = "projection",
+    /// Units: norm of the unit's weights.
+    Magnitude = "magnitude",
+    /// Units: preference of the router, with a scorer of units below it.
+    RouterScore = "router_score",
+    /// Units: seeded noise.
+    Random = "random",
+    /// Experts: how often they are selected.
+    Frequency = "frequency",
+    /// Experts: routing weights, as applied, renormalised or softmax.
+    RoutingWeight = "routing_weight",
+    /// Experts: norm of the output.
+    Ean = "ean",
+    /// Experts: routing weight times norm of the output.
+    Reap = "reap",
+    /// Experts: mean norm of the output over routed tokens, or of its square.
+    Man = "man",
+    /// Experts: hard or soft counts.
+    Seer = "seer",
+    /// Experts: uniformity of the weights.
+    Aimer = "aimer",
+    /// Experts: norm of the weights.
+    ExpertMagnitude = "expert_magnitude",
+    /// Experts: gradients of the router row.
+    RouterTaylor = "router_taylor",
+    /// Experts: output that turns the hidden state.
+    Tenp = "tenp",
+    /// Experts: mean renormalised routing weight.
+    Dern = "dern",
+    /// Experts: share in the routing of the layer.
+    Esft = "esft",
+    /// Experts: spread of the output times routing score.
+    Mone = "mone",
+    /// Experts: accumulated bias.
+    Bias = "bias",
+    /// Experts: a unit scorer reduced.
+    Experts = "experts",
+    /// Units: an expert scorer with a tie-breaker of units.
+    Units = "units",
 }
 
 impl ScorerConfig {
-    /// Names of all scorers.
-    pub const NAMES: [&'static str; 5] = ["fisher", "activation", "magnitude", "router_score", "random"];
-
-    /// The scorer, its parameters checked.
+    /// As a scorer of units: itself if it is one, otherwise by the score of the expert first and `tie_breaker` second.
     ///
     /// # Errors
-    /// [`Error::InvalidField`] for parameters that do not go together.
-    pub fn build(&self) -> Result<Box<dyn Scorer>> {
-        Ok(match self {
-            Self::Fisher(scorer) => Box::new(*scorer),
-            Self::Activation(scorer) => Box::new(*scorer),
-            Self::Magnitude(scorer) => Box::new(*scorer),
-            Self::RouterScore(scorer) => {
-                scorer.validate()?;
-                Box::new(scorer.clone())
-            }
-            Self::Random(scorer) => Box::new(*scorer),
-        })
+    /// As [`ScorerConfig::build`], of both; a tie-breaker that scores experts.
+    pub fn into_units(self, tie_breaker: impl Into<ScorerConfig>) -> Result<Self> {
+        if self.build()?.granularity() == moe_checkpoint::Granularity::Unit {
+            return Ok(self);
+        }
+        let units = Units::new(self, tie_breaker, Combine::TieBreak);
+        units.validate()?;
+        Ok(units.into())
+    }
+
+    /// As a scorer of experts: itself if it is one, otherwise with the scores of an expert's units reduced to one.
+    ///
+    /// # Errors
+    /// As [`ScorerConfig::build`].
+    pub fn into_experts(self, reduction: Reduction) -> Result<Self> {
+        if self.build()?.granularity() == moe_checkpoint::Granularity::Expert {
+            return Ok(self);
+        }
+        Ok(Experts::new(self, reduction).into())
     }
 }
 
@@ -64,19 +163,11 @@ impl TryFrom<Value> for ScorerConfig {
             return Err(Error::NotAnObject { found: value.to_string() });
         };
         let invalid = |reason: String| Error::InvalidField { scorer: "?".into(), field: "scorer".into(), reason };
-        let name = match fields.remove("scorer") {
-            Some(Value::String(name)) => name,
-            Some(other) => return Err(invalid(format!("found {other}, expected a string"))),
-            None => return Err(invalid(format!("missing; there are {}", Self::NAMES.join(", ")))),
-        };
-        Ok(match name.as_str() {
-            "fisher" => Self::Fisher(parameters(&name, fields)?),
-            "activation" => Self::Activation(parameters(&name, fields)?),
-            "magnitude" => Self::Magnitude(parameters(&name, fields)?),
-            "router_score" => Self::RouterScore(parameters(&name, fields)?),
-            "random" => Self::Random(parameters(&name, fields)?),
-            _ => return Err(Error::UnknownScorer { found: name, known: Self::NAMES.join(", ") }),
-        })
+        match fields.remove("scorer") {
+            Some(Value::String(name)) => Self::parse(&name, fields),
+            Some(other) => Err(invalid(format!("found {other}, expected a string"))),
+            None => Err(invalid(format!("missing; there are {}", Self::NAMES.join(", ")))),
+        }
     }
 }
 
@@ -116,7 +207,7 @@ mod tests {
             let json = serde_json::to_string(&config).unwrap();
             assert_eq!(serde_json::from_str::<ScorerConfig>(&json).unwrap(), config, "{json}");
             let scorer = config.build().unwrap();
-            assert_eq!(scorer.name(), name);
+            assert_eq!(scorer.name(), *name);
             assert_eq!(scorer.recipe(), json);
         }
     }
@@ -125,15 +216,9 @@ mod tests {
     fn errors_name_the_field() {
         for (json, expected) in [
             ("3", "a scorer is a JSON object with a field `scorer`, found 3"),
-            (
-                "{}",
-                "scorer `?`: field `scorer`: missing; there are fisher, activation, magnitude, router_score, random",
-            ),
+            ("{}", "scorer `?`: field `scorer`: missing; there are fisher, heapr, coupled"),
             (r#"{"scorer": 1}"#, "scorer `?`: field `scorer`: found 1, expected a string"),
-            (
-                r#"{"scorer": "fish"}"#,
-                "scorer `fish` is not known; there are fisher, activation, magnitude, router_score, random",
-            ),
+            (r#"{"scorer": "fish"}"#, "scorer `fish` is not known; there are fisher, heapr, coupled"),
             (
                 r#"{"scorer": "fisher", "criterion": "tokens"}"#,
                 "scorer `fisher`: field `criterion`: unknown variant `tokens`, expected one of `token`, `sequence`, `abs`",
@@ -155,5 +240,47 @@ mod tests {
             let found = error(json);
             assert!(found.contains(expected), "{json}: {found}");
         }
+    }
+
+    #[test]
+    fn parameters_out_of_range_are_refused_when_built() {
+        for (json, expected) in [
+            (r#"{"scorer": "reap", "power": 3}"#, "scorer `reap`: field `power`: found 3, expected 1 or 2"),
+            (r#"{"scorer": "bias", "step": 0}"#, "scorer `bias`: field `step`: found 0, expected a number above 0"),
+            (r#"{"scorer": "projection", "weighting": "square"}"#, "field `weighting`: found `square`"),
+            (
+                r#"{"scorer": "units", "of": {"scorer": "fisher"}}"#,
+                "scorer `units`: field `of`: found scorer `fisher`, expected a scorer of experts",
+            ),
+            (
+                r#"{"scorer": "units", "tie_breaker": {"scorer": "reap"}}"#,
+                "scorer `units`: field `tie_breaker`: found scorer `reap`, expected a scorer of units",
+            ),
+            (
+                r#"{"scorer": "router_score", "unit": {"scorer": "reap"}}"#,
+                "scorer `router_score`: field `unit`: found scorer `reap`, expected a scorer of units",
+            ),
+            (r#"{"scorer": "experts", "of": {"scorer": "reap", "power": 0}}"#, "scorer `reap`: field `power`: found 0"),
+        ] {
+            let config: ScorerConfig = serde_json::from_str(json).unwrap();
+            let found = config.build().err().unwrap().to_string();
+            assert!(found.contains(expected), "{json}: {found}");
+        }
+        assert!(error(r#"{"scorer": "experts", "reduction": {"top": 0}}"#).contains("field `reduction`"));
+    }
+
+    #[test]
+    fn any_scorer_becomes_one_of_units_or_of_experts() {
+        for name in ScorerConfig::NAMES {
+            let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"scorer": "{name}"}}"#)).unwrap();
+            let units = config.clone().into_units(Magnitude::new()).unwrap();
+            assert_eq!(units.build().unwrap().granularity(), moe_checkpoint::Granularity::Unit, "{name}");
+            assert_eq!(units.clone().into_units(Random::new(1)).unwrap(), units);
+            let experts = config.clone().into_experts(Reduction::Max).unwrap();
+            assert_eq!(experts.build().unwrap().granularity(), moe_checkpoint::Granularity::Expert, "{name}");
+            assert!(units == config || experts == config, "{name} is one of both already");
+        }
+        let reap = ScorerConfig::from(Reap::default());
+        assert!(reap.clone().into_units(reap).is_err());
     }
 }

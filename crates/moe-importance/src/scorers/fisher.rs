@@ -4,7 +4,7 @@ use moe_checkpoint::{Denominator, Granularity, Pool, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
 
 use super::table::{check_needs, divisor, table};
-use super::{ExpertWeightsSource, Scorer, ScorerConfig};
+use super::{ExpertWeightsSource, Scorer};
 use crate::collectors::{FISHER_ABS, FISHER_SEQUENCE, FISHER_TOKEN, ROUTED_TOKENS};
 use crate::{Result, StatisticId};
 
@@ -16,7 +16,7 @@ use crate::{Result, StatisticId};
 pub enum Criterion {
     /// Squared gradients per token with unit-weight token losses, averaged over *all* tokens of the data (predicted or
     /// not, routed or not), so that a rarely routed expert scores low. Exact, and the cheapest:
-    /// [`FisherToken`](crate::collectors::FisherToken).
+    /// [`FISHER_TOKEN`].
     #[default]
     Token,
     /// Squared gradients of each sequence's mean loss, averaged over sequences:
@@ -52,12 +52,6 @@ impl Fisher {
     }
 }
 
-impl From<Fisher> for ScorerConfig {
-    fn from(scorer: Fisher) -> Self {
-        Self::Fisher(scorer)
-    }
-}
-
 impl Scorer for Fisher {
     fn name(&self) -> &'static str {
         "fisher"
@@ -65,6 +59,10 @@ impl Scorer for Fisher {
 
     fn recipe(&self) -> String {
         super::config::recipe(*self)
+    }
+
+    fn granularity(&self) -> Granularity {
+        Granularity::Unit
     }
 
     fn needs(&self) -> Vec<StatisticId> {

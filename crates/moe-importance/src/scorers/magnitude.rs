@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::norms::{down_column_squares, row_squares};
 use super::table::table;
 use super::weights::expert_of_width;
-use super::{ExpertWeightsSource, Scorer, ScorerConfig};
+use super::{ExpertWeightsSource, Scorer};
 use crate::{Result, StatisticId};
 
 /// `sqrt(||gate[j,:]||^2 + ||up[j,:]||^2 + ||down[:,j]||^2)`: the norm of a unit's weights. Needs no data.
@@ -25,12 +25,6 @@ impl Magnitude {
     }
 }
 
-impl From<Magnitude> for ScorerConfig {
-    fn from(scorer: Magnitude) -> Self {
-        Self::Magnitude(scorer)
-    }
-}
-
 impl Scorer for Magnitude {
     fn name(&self) -> &'static str {
         "magnitude"
@@ -38,6 +32,10 @@ impl Scorer for Magnitude {
 
     fn recipe(&self) -> String {
         super::config::recipe(*self)
+    }
+
+    fn granularity(&self) -> Granularity {
+        Granularity::Unit
     }
 
     fn needs(&self) -> Vec<StatisticId> {

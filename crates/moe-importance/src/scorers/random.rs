@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::table::table;
-use super::{ExpertWeightsSource, Scorer, ScorerConfig};
+use super::{ExpertWeightsSource, Scorer};
 use crate::{Result, StatisticId};
 
 /// Uniform in `[0, 1)`: the control that every comparison needs. A unit's score depends on the seed, its layer, expert
@@ -26,12 +26,6 @@ impl Random {
     }
 }
 
-impl From<Random> for ScorerConfig {
-    fn from(scorer: Random) -> Self {
-        Self::Random(scorer)
-    }
-}
-
 impl Scorer for Random {
     fn name(&self) -> &'static str {
         "random"
@@ -39,6 +33,10 @@ impl Scorer for Random {
 
     fn recipe(&self) -> String {
         super::config::recipe(*self)
+    }
+
+    fn granularity(&self) -> Granularity {
+        Granularity::Unit
     }
 
     fn needs(&self) -> Vec<StatisticId> {

@@ -3,9 +3,9 @@
 use moe_checkpoint::{Denominator, Granularity, LayerScores, Pool, ScoreTable, Statistics};
 use rayon::prelude::*;
 
-use super::Scorer;
+use super::{Average, Scorer};
 use crate::collectors::ROUTED_TOKENS;
-use crate::{Error, Result};
+use crate::{Error, Result, StatisticId};
 
 /// Checks that `statistics` hold what `scorer` needs.
 pub(super) fn check_needs(scorer: &dyn Scorer, statistics: &Statistics) -> Result<()> {
@@ -71,6 +71,47 @@ pub(super) fn table(
     };
     table.validate_for(statistics.shape())?;
     Ok(table)
+}
+
+/// A table with one score per expert.
+pub(super) fn expert_table(
+    scorer: &dyn Scorer,
+    statistics: &Statistics,
+    denominator: Denominator,
+    f: impl Fn(usize, usize) -> Result<f64> + Sync,
+) -> Result<ScoreTable> {
+    check_needs(scorer, statistics)?;
+    table(scorer, statistics, Granularity::Expert, Pool::Global, denominator, |layer, expert, _| {
+        Ok(vec![f(layer, expert)?])
+    })
+}
+
+/// Averages of a statistic with a value per expert.
+pub(super) fn expert_means(
+    scorer: &dyn Scorer,
+    statistics: &Statistics,
+    id: &StatisticId,
+    average: Average,
+) -> Result<ScoreTable> {
+    expert_table(scorer, statistics, average.denominator(), |layer, expert| {
+        let tokens = average.tokens(scorer, statistics, layer, expert)?;
+        Ok(statistics.expert(id.as_str(), layer)?[expert] / tokens)
+    })
+}
+
+/// Averages of a statistic with a value per unit, each turned into a score by `f`.
+pub(super) fn unit_means(
+    scorer: &dyn Scorer,
+    statistics: &Statistics,
+    id: &StatisticId,
+    average: Average,
+    f: impl Fn(f64) -> f64 + Sync,
+) -> Result<ScoreTable> {
+    check_needs(scorer, statistics)?;
+    table(scorer, statistics, Granularity::Unit, Pool::Global, average.denominator(), |layer, expert, _| {
+        let tokens = average.tokens(scorer, statistics, layer, expert)?;
+        Ok(statistics.unit(id.as_str(), layer, expert)?.iter().map(|sum| f(sum / tokens)).collect())
+    })
 }
 
 /// Tokens routed to each expert of a layer, if they were counted.

@@ -1,21 +1,33 @@
 //! Where scorers read expert weights.
 
-use moe_checkpoint::{Checkpoint, ExpertWeights};
+use moe_checkpoint::{Checkpoint, ExpertWeights, LayerRole, Role};
 
 use crate::{Error, Result};
 
-/// Reads the weights of one routed expert at a time. Scorers read experts in parallel and hold one per thread.
+/// Reads the weights of one routed expert or one router at a time. Scorers read experts in parallel and hold one per thread.
 pub trait ExpertWeightsSource: Sync {
     /// Weights of an expert; `layer` is the decoder layer index.
     ///
     /// # Errors
     /// No such expert, or weights that cannot be read.
     fn expert(&self, layer: usize, expert: usize) -> Result<ExpertWeights>;
+
+    /// Router weight of a layer, `[experts, hidden]` row-major; `layer` is the decoder layer index.
+    ///
+    /// # Errors
+    /// No such layer, weights that cannot be read, or, unless implemented, always.
+    fn router(&self, layer: usize) -> Result<Vec<f32>> {
+        Err(Error::NoRouter { layer })
+    }
 }
 
 impl ExpertWeightsSource for Checkpoint {
     fn expert(&self, layer: usize, expert: usize) -> Result<ExpertWeights> {
         Ok(Checkpoint::expert(self, layer, expert)?)
+    }
+
+    fn router(&self, layer: usize) -> Result<Vec<f32>> {
+        Ok(self.read_f32(Role::Layer(layer, LayerRole::Router))?)
     }
 }
 

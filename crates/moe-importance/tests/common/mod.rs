@@ -2,6 +2,9 @@
 //! brute force in f64.
 #![allow(dead_code)]
 
+pub mod catalogue;
+pub mod world;
+
 use std::ops::Range;
 
 use burn::tensor::{Device, Tensor};

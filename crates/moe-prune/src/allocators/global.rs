@@ -3,29 +3,44 @@
 use moe_checkpoint::Pool;
 use serde::{Deserialize, Serialize};
 
-use super::{Allocation, AllocationRequest, Allocator, AllocatorConfig, round_kept};
+use super::{Allocation, AllocationRequest, Allocator, AllocatorConfig, common_step, round_kept};
 use crate::Result;
-use crate::ranking::{Ranking, rank, share};
+use crate::ranking::{Measure, Queue, queues, share};
 
-/// Scope G of Fisher-MoE: the pool is every unit of every MoE layer, of which `floor(N * ratio)` go, lowest score first.
-/// Widths differ between experts and layers and may become 0.
+/// Scope G of Fisher-MoE: the pool is every unit (or every expert) of every MoE layer, of which `floor(N * ratio)` go,
+/// lowest score first. Widths differ between experts and layers and may become 0; a layer keeps as many experts as the
+/// router selects.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Global {}
 
 impl Allocator for Global {
     fn allocate(&self, request: &AllocationRequest<'_>) -> Result<Allocation> {
         request.validate(Pool::Global)?;
-        let AllocationRequest { shape, budget, limits, .. } = request;
-        let rankings = rank(request)?;
-        let pool: Vec<&Ranking<'_>> = rankings.iter().flatten().collect();
-        let keep = budget.kept_units(shape);
-        let asked = shape.units() - keep;
-        let widest = pool.iter().map(|expert| expert.widest).sum();
-        let keep = round_kept(*budget, keep, limits.round_to, widest);
-        let (shares, hits) = share(&pool, keep, limits.round_to, || "the model".to_string())?;
-        let mut shares = shares.into_iter();
-        let widths: Vec<Vec<usize>> =
-            rankings.iter().map(|experts| shares.by_ref().take(experts.len()).collect()).collect();
-        Allocation::of_widths(AllocatorConfig::Global(*self), request, &rankings, &widths, asked, hits)
+        allocate(AllocatorConfig::Global(*self), request, &queues(request)?)
     }
+}
+
+/// The allocation of queues whose scores may be compared over the model.
+pub(super) fn allocate(
+    allocator: AllocatorConfig,
+    request: &AllocationRequest<'_>,
+    queues: &[Vec<Queue>],
+) -> Result<Allocation> {
+    let keep = request.budget.kept_units(request.shape);
+    let (blocks, hits) = compete(request, queues)?;
+    Allocation::of_blocks(allocator, request, queues, &blocks, request.shape.units() - keep, hits)
+}
+
+/// Blocks that every queue keeps, `[MoE layer][queue]`, and who hit a floor.
+pub(super) fn compete(
+    request: &AllocationRequest<'_>,
+    queues: &[Vec<Queue>],
+) -> Result<(Vec<Vec<usize>>, Vec<super::ExpertId>)> {
+    let pool: Vec<&Queue> = queues.iter().flatten().collect();
+    let widest = pool.iter().map(|queue| queue.kept_units(queue.blocks())).sum();
+    let step = common_step(pool.iter().copied());
+    let keep = round_kept(request.budget, request.budget.kept_units(request.shape), step, widest);
+    let (shares, hits) = share(&pool, keep, Measure::Units, || "the model".to_string())?;
+    let mut shares = shares.into_iter();
+    Ok((queues.iter().map(|queues| shares.by_ref().take(queues.len()).collect()).collect(), hits))
 }

@@ -1,23 +1,43 @@
 //! How much every layer and expert keeps.
 //!
-//! An [`Allocator`] turns scores and a [`Budget`] into an [`Allocation`]. The fixed and score-based rules of this module
-//! compare raw scores, without normalisation, over one pool: an expert ([`Uniform`]), a layer ([`PerLayer`]) or the
-//! model ([`Global`]); see "Selection scope" of Fisher-MoE (arXiv 2606.05538 and its released code).
+//! An [`Allocator`] turns scores and a [`Budget`] into an [`Allocation`]. The same allocators distribute the units inside
+//! experts and whole experts: [`Limits`] says what goes. The rules of "Selection scope" of Fisher-MoE (arXiv 2606.05538 and
+//! its released code) compare raw scores over one pool: an expert ([`Uniform`]), a layer ([`PerLayer`]) or the model
+//! ([`Global`]). The others make layers comparable ([`Normalised`]), guarantee or prescribe them a share ([`Hybrid`],
+//! [`DepthPrior`]), minimise a sum of distortion curves ([`RateDistortion`]) or ask the model ([`Rco`], [`Evolution`]).
 
+mod depth_prior;
+mod evolution;
 mod global;
+mod hybrid;
+mod knapsack;
 mod layer;
+mod normalised;
+mod rate_distortion;
+mod rco;
+mod request;
 mod uniform;
 
 use std::fmt;
 
-use moe_checkpoint::{Granularity, MoeShape, Pool, ScoreTable};
+use moe_checkpoint::ScoreTable;
 use serde::{Deserialize, Serialize};
 
+pub use depth_prior::{DepthPrior, Prior};
+pub use evolution::{Evolution, Fitness};
 pub use global::Global;
+pub use hybrid::Hybrid;
+pub use knapsack::{Choice, knapsack};
 pub use layer::PerLayer;
+pub use normalised::{Normalisation, Normalised};
+pub use rate_distortion::{CurveSource, RateDistortion};
+pub use rco::Rco;
+pub use request::{AllocationRequest, ExpertLimits, Limits, WidthLimits};
 pub use uniform::Uniform;
 
-use crate::ranking::Ranking;
+use crate::plan::LayerKept;
+use crate::probe::{ModelProbe, NoProbe};
+use crate::ranking::Queue;
 use crate::{Budget, Error, ProtectionMask, Result};
 
 /// One expert of a model.
@@ -48,72 +68,24 @@ impl fmt::Display for ExpertId {
     }
 }
 
-/// What widths an allocation may give.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct WidthLimits {
-    /// Every width is a multiple of this.
-    pub round_to: usize,
-    /// No expert becomes narrower than this (one that was narrower keeps its width, if that is a multiple).
-    pub min_width: usize,
-    /// Refuse rather than miss the budget by the rounding.
-    pub exact: bool,
-}
-
-impl Default for WidthLimits {
-    /// Any width, 0 included.
-    fn default() -> Self {
-        Self { round_to: 1, min_width: 0, exact: false }
-    }
-}
-
-/// What an allocator works on.
-#[derive(Clone, Copy, Debug)]
-pub struct AllocationRequest<'a> {
-    /// Unit scores.
-    pub scores: &'a ScoreTable,
-    /// Shape of the model.
-    pub shape: &'a MoeShape,
-    /// How much is kept.
-    pub budget: Budget,
-    /// What is kept whatever it scores.
-    pub protect: &'a ProtectionMask,
-    /// Widths allowed.
-    pub limits: WidthLimits,
-}
-
-impl AllocationRequest<'_> {
-    /// Checks everything that does not depend on the allocator, and that scores may be compared over `pool`.
-    ///
-    /// # Errors
-    /// A parameter outside its range, a table that is not of this model, has NaN, scores experts, or supports only a
-    /// narrower pool; protected units that do not exist.
-    pub fn validate(&self, pool: Pool) -> Result<()> {
-        self.shape.validate()?;
-        self.scores.validate_for(self.shape)?;
-        if self.scores.granularity != Granularity::Unit {
-            return Err(Error::NeedsUnitScores);
-        }
-        if !self.scores.pool.supports(pool) {
-            return Err(Error::PoolTooNarrow { wanted: pool, supported: self.scores.pool });
-        }
-        if self.limits.round_to == 0 {
-            let expected = "at least 1".to_string();
-            return Err(Error::InvalidParameter { field: "round_to", found: "0".into(), expected });
-        }
-        self.budget.validate(self.shape)?;
-        self.protect.validate(self.shape)
-    }
-}
-
 /// Decides how much every expert keeps.
 pub trait Allocator {
-    /// Distributes the budget.
+    /// Distributes the budget, from scores alone.
     ///
     /// # Errors
     /// Those of [`AllocationRequest::validate`]; [`Error::Infeasible`] if floors need more than the budget leaves, never a
-    /// silent clamp; [`Error::Inexact`] if exactness was asked for and the width multiple makes it impossible.
+    /// silent clamp; [`Error::Inexact`] if exactness was asked for and the width multiple makes it impossible;
+    /// [`Error::NeedsProbe`] for an allocator that has to run the model.
     fn allocate(&self, request: &AllocationRequest<'_>) -> Result<Allocation>;
+
+    /// Distributes the budget with a model at hand. Allocators that do not ask the model ignore it.
+    ///
+    /// # Errors
+    /// As [`Allocator::allocate`], and those of the probe.
+    fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
+        let _ = probe;
+        self.allocate(request)
+    }
 }
 
 /// Every allocator, as a line of a recipe: `{"type": "global"}`.
@@ -121,21 +93,49 @@ pub trait Allocator {
 #[serde(tag = "type", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum AllocatorConfig {
-    /// Every expert drops the same fraction.
+    /// Every expert (or, of whole experts, every layer) drops the same fraction.
     Uniform(Uniform),
     /// Every layer drops the same fraction; its experts compete.
     Layer(PerLayer),
     /// All units of the model compete.
     Global(Global),
+    /// All units of the model compete by scores that are made comparable layer by layer.
+    Normalised(Normalised),
+    /// A guaranteed share for every layer, the rest by global rank.
+    Hybrid(Hybrid),
+    /// Shares by depth.
+    DepthPrior(DepthPrior),
+    /// The least sum of distortion curves.
+    RateDistortion(RateDistortion),
+    /// Gradient search over expert masks.
+    Rco(Rco),
+    /// Evolution of the counts per layer.
+    Evolution(Evolution),
+}
+
+impl AllocatorConfig {
+    fn inner(&self) -> &dyn Allocator {
+        match self {
+            Self::Uniform(allocator) => allocator,
+            Self::Layer(allocator) => allocator,
+            Self::Global(allocator) => allocator,
+            Self::Normalised(allocator) => allocator,
+            Self::Hybrid(allocator) => allocator,
+            Self::DepthPrior(allocator) => allocator,
+            Self::RateDistortion(allocator) => allocator,
+            Self::Rco(allocator) => allocator,
+            Self::Evolution(allocator) => allocator,
+        }
+    }
 }
 
 impl Allocator for AllocatorConfig {
     fn allocate(&self, request: &AllocationRequest<'_>) -> Result<Allocation> {
-        match self {
-            Self::Uniform(allocator) => allocator.allocate(request),
-            Self::Layer(allocator) => allocator.allocate(request),
-            Self::Global(allocator) => allocator.allocate(request),
-        }
+        self.inner().allocate_with(request, &mut NoProbe)
+    }
+
+    fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
+        self.inner().allocate_with(request, probe)
     }
 }
 
@@ -152,13 +152,17 @@ pub struct Allocation {
     pub asked_dropped: usize,
     /// Units that are dropped.
     pub dropped: usize,
-    /// Predicted distortion; for the rules of this module, the sum of the dropped scores.
+    /// Predicted distortion: the sum of the dropped scores, or what the curves of the allocator say.
     pub predicted: f64,
+    /// Distortion of the model as allocated, where the allocator had a probe: next to [`Allocation::predicted`] of measured
+    /// curves, how well distortions of layers add up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<f64>,
     /// Cost of what is kept, in parameters of routed experts.
     pub cost: u64,
     /// What was protected.
     pub protected: ProtectionMask,
-    /// Experts that protection or the minimum width kept from losing more.
+    /// Experts that protection or a minimum kept from losing more.
     pub floor_hits: Vec<ExpertId>,
     /// Seed of allocators that draw random numbers.
     pub seed: Option<u64>,
@@ -171,6 +175,9 @@ pub struct LayerAllocation {
     pub layer: usize,
     /// Kept unit ids of every expert, ascending.
     pub kept: Vec<Vec<u32>>,
+    /// Experts that go with their rows of the router, ascending.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub removed: Vec<u32>,
     /// Predicted distortion of this layer.
     pub predicted: f64,
 }
@@ -185,38 +192,50 @@ impl LayerAllocation {
     pub fn units(&self) -> usize {
         self.kept.iter().map(Vec::len).sum()
     }
+
+    /// Experts that keep units.
+    pub fn experts(&self) -> usize {
+        self.kept.iter().filter(|kept| !kept.is_empty()).count()
+    }
 }
 
 impl Allocation {
-    /// The allocation of given widths: every expert keeps its best units. `widths` is `[MoE layer][expert]`.
-    pub(crate) fn of_widths(
+    /// The allocation of given numbers of kept blocks `[MoE layer][queue]`: every queue keeps its best.
+    pub(crate) fn of_blocks(
         allocator: AllocatorConfig,
         request: &AllocationRequest<'_>,
-        rankings: &[Vec<Ranking<'_>>],
-        widths: &[Vec<usize>],
+        queues: &[Vec<Queue>],
+        blocks: &[Vec<usize>],
         asked_dropped: usize,
         floor_hits: Vec<ExpertId>,
     ) -> Result<Self> {
-        let layers: Vec<LayerAllocation> = rankings
-            .iter()
-            .zip(widths)
-            .zip(&request.shape.layers)
-            .map(|((experts, widths), layer)| LayerAllocation {
-                layer: layer.layer,
-                kept: experts.iter().zip(widths).map(|(expert, width)| expert.kept(*width)).collect(),
-                predicted: experts.iter().zip(widths).map(|(expert, width)| expert.dropped_score(*width)).sum(),
+        let dropped_score = |(queues, blocks): (&Vec<Queue>, &Vec<usize>)| {
+            queues.iter().zip(blocks).map(|(q, b)| q.dropped_score(*b)).sum()
+        };
+        let predicted: Vec<f64> = queues.iter().zip(blocks).map(dropped_score).collect();
+        let layers: Vec<LayerAllocation> = request
+            .layers(queues, blocks)
+            .into_iter()
+            .zip(predicted)
+            .map(|(LayerKept { layer, experts, removed }, predicted)| LayerAllocation {
+                layer,
+                kept: experts,
+                removed,
+                predicted,
             })
             .collect();
-        let kept: usize = widths.iter().flatten().sum();
+        let kept: usize = layers.iter().map(LayerAllocation::units).sum();
         let dropped = request.shape.units() - kept;
-        if request.limits.exact && dropped != asked_dropped {
-            let round_to = request.limits.round_to;
+        if let Limits::Units(WidthLimits { exact: true, round_to, .. }) = request.limits
+            && dropped != asked_dropped
+        {
             return Err(Error::Inexact { asked: asked_dropped, achieved: dropped, round_to });
         }
         Ok(Self {
             allocator,
             budget: request.budget,
             predicted: layers.iter().map(|layer| layer.predicted).sum(),
+            measured: None,
             layers,
             asked_dropped,
             dropped,
@@ -226,10 +245,82 @@ impl Allocation {
             seed: None,
         })
     }
+
+    /// What stays, as a plan has it.
+    pub fn kept(&self) -> Vec<LayerKept> {
+        let of =
+            |l: &LayerAllocation| LayerKept { layer: l.layer, experts: l.kept.clone(), removed: l.removed.clone() };
+        self.layers.iter().map(of).collect()
+    }
+
+    /// The number of experts with units, or `None` if layers differ in it.
+    pub fn uniform_experts(&self) -> Option<usize> {
+        let mut counts = self.layers.iter().map(LayerAllocation::experts);
+        let first = counts.next()?;
+        counts.all(|count| count == first).then_some(first)
+    }
 }
 
 /// Rounds a number of kept units to a multiple: up for ratios, down for parameter budgets, never above `widest`.
 pub(crate) fn round_kept(budget: Budget, kept: usize, round_to: usize, widest: usize) -> usize {
     let rounded = if budget.rounds_up() { kept.next_multiple_of(round_to) } else { kept - kept % round_to };
     rounded.min(widest)
+}
+
+/// The largest number that divides the units of every block; 1 if there are none.
+pub(crate) fn common_step<'a>(queues: impl Iterator<Item = &'a Queue>) -> usize {
+    let gcd = |mut a: usize, mut b: usize| {
+        while b > 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    let of_queue = |queue: &Queue| match queue.expert {
+        Some(_) => {
+            if queue.blocks() > 0 {
+                queue.block_units(0)
+            } else {
+                0
+            }
+        }
+        None => (0..queue.blocks()).map(|block| queue.block_units(block)).fold(0, gcd),
+    };
+    queues.map(of_queue).fold(0, gcd).max(1)
+}
+
+/// Shares `total` out so that share `i` is near `quotas[i] / divisor` and at most `caps[i]`: whole parts first, then one
+/// each by largest remainder (ties: lower index), again and again while there is something left that fits.
+pub(crate) fn apportion(quotas: &[u128], divisor: u128, total: usize, caps: &[usize]) -> Vec<usize> {
+    let mut shares: Vec<usize> =
+        quotas.iter().zip(caps).map(|(quota, cap)| ((quota / divisor) as usize).min(*cap)).collect();
+    let mut left = total.saturating_sub(shares.iter().sum());
+    let mut order: Vec<usize> = (0..quotas.len()).collect();
+    order.sort_by_key(|index| std::cmp::Reverse(quotas[*index] % divisor));
+    while left > 0 {
+        let before = left;
+        for index in &order {
+            if left > 0 && shares[*index] < caps[*index] {
+                shares[*index] += 1;
+                left -= 1;
+            }
+        }
+        if left == before {
+            break;
+        }
+    }
+    shares
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn remainders_go_to_the_largest_then_the_lowest_index() {
+        // 10/4, 7/4, 7/4: whole parts 2, 1, 1, remainders 2, 3, 3.
+        assert_eq!(apportion(&[10, 7, 7], 4, 6, &[9, 9, 9]), [2, 2, 2]);
+        assert_eq!(apportion(&[10, 7, 7], 4, 5, &[9, 9, 9]), [2, 2, 1]);
+        assert_eq!(apportion(&[10, 7, 7], 4, 8, &[9, 1, 9]), [4, 1, 3]);
+        assert_eq!(apportion(&[10, 7, 7], 4, 8, &[2, 1, 1]), [2, 1, 1]);
+    }
 }

@@ -1,17 +1,18 @@
-//! Every expert drops the same fraction of its units.
+//! The same fraction everywhere.
 
 use moe_checkpoint::Pool;
 use serde::{Deserialize, Serialize};
 
-use super::{Allocation, AllocationRequest, Allocator, AllocatorConfig, round_kept};
+use super::{Allocation, AllocationRequest, Allocator, AllocatorConfig, Limits, round_kept};
 use crate::Result;
-use crate::ranking::{rank, share};
+use crate::ranking::{Measure, Queue, queues, share};
 
 /// Scope E of Fisher-MoE: the pool is one expert, which drops `floor(I * ratio)` units, so that experts of one width
-/// stay of one width and stock runtimes load the result.
+/// stay of one width and stock runtimes load the result. Of whole experts, every layer drops `floor(E * ratio)`.
 ///
 /// A width multiple rounds the width up for a ratio (to the nearest multiple at or above `I - floor(I * ratio)`), down
-/// for a parameter budget. Floors above that width are an error: one width for all leaves nothing to redistribute.
+/// for a parameter budget; groups round the number of experts likewise. Floors above that are an error: one width for all
+/// leaves nothing to redistribute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Uniform {}
 
@@ -19,24 +20,37 @@ impl Allocator for Uniform {
     fn allocate(&self, request: &AllocationRequest<'_>) -> Result<Allocation> {
         request.validate(Pool::Expert)?;
         let AllocationRequest { shape, budget, limits, .. } = request;
-        let rankings = rank(request)?;
+        let queues = queues(request)?;
         let (units, kept_units) = (shape.units(), budget.kept_units(shape));
-        let (mut widths, mut hits, mut asked) = (Vec::new(), Vec::new(), 0);
-        for experts in &rankings {
-            let mut layer = Vec::with_capacity(experts.len());
-            for expert in experts {
-                let width = expert.width();
-                // A parameter budget is shared in proportion to width; u128 since the product may not fit.
-                let proportional = || (width as u128 * kept_units as u128 / units.max(1) as u128) as usize;
-                let keep = budget.kept_of_pool(width).unwrap_or_else(proportional);
-                asked += width - keep;
-                let keep = round_kept(*budget, keep, limits.round_to, expert.widest);
-                let (shares, floored) = share(&[expert], keep, limits.round_to, || expert.id.to_string())?;
+        // A parameter budget is shared in proportion; u128 since the product may not fit.
+        let proportional = |size: usize| (size as u128 * kept_units as u128 / units.max(1) as u128) as usize;
+        let keep_of = |size: usize| budget.kept_of_pool(size).unwrap_or_else(|| proportional(size));
+        let (mut blocks, mut hits, mut asked) = (Vec::new(), Vec::new(), 0);
+        for (queues, shape) in queues.iter().zip(&shape.layers) {
+            let mut layer = Vec::with_capacity(queues.len());
+            for (queue, width) in queues.iter().zip(&shape.widths) {
+                let pool: [&Queue; 1] = [queue];
+                let (shares, floored) = match limits {
+                    Limits::Units(limits) => {
+                        let keep = keep_of(*width);
+                        asked += width - keep;
+                        let keep = round_kept(*budget, keep, limits.round_to, queue.kept_units(queue.blocks()));
+                        let what = || format!("layer {}, expert {}", queue.layer, queue.expert.unwrap_or_default());
+                        share(&pool, keep, Measure::Units, what)?
+                    }
+                    Limits::Experts(limits) => {
+                        let keep = round_kept(*budget, keep_of(shape.num_experts()), limits.groups, usize::MAX);
+                        share(&pool, keep / limits.groups, Measure::Blocks, || format!("layer {}", queue.layer))?
+                    }
+                };
                 layer.extend(shares);
                 hits.extend(floored);
             }
-            widths.push(layer);
+            blocks.push(layer);
         }
-        Allocation::of_widths(AllocatorConfig::Uniform(*self), request, &rankings, &widths, asked, hits)
+        if let Limits::Experts(_) = limits {
+            asked = units - kept_units;
+        }
+        Allocation::of_blocks(AllocatorConfig::Uniform(*self), request, &queues, &blocks, asked, hits)
     }
 }

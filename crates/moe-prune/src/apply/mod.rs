@@ -1,7 +1,9 @@
 //! Carrying out a plan: checkpoint to checkpoint, as a stream of raw bytes.
 
+mod fine_grained;
 mod masked;
 mod mtp;
+mod origin;
 mod ragged;
 mod select;
 mod stream;
@@ -21,6 +23,9 @@ use moe_checkpoint::{
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub use fine_grained::{FineGrained, LayerPieces, Piece, PieceMap};
+#[cfg(feature = "repair")]
+pub use fine_grained::{ScaleCalibration, ScaleFit, Trial, TrialOptions};
 pub use masked::plan_from_masked;
 
 use crate::plan::LayerKept;
@@ -44,6 +49,9 @@ pub enum Export {
     Ragged,
     /// Shapes as they were, dropped units zeroed: loads in stock runtimes, saves nothing.
     Masked,
+    /// Experts as equal pieces ([`FineGrained`]), each an expert of its own: loads in stock runtimes. Takes plans whose widths
+    /// are multiples of a piece, with as many pieces in every layer. An expert without units goes with its router row.
+    FineGrained,
 }
 
 impl Export {
@@ -53,6 +61,7 @@ impl Export {
             Self::Uniform => "uniform",
             Self::Ragged => "ragged",
             Self::Masked => "masked",
+            Self::FineGrained => "fine_grained",
         }
     }
 }
@@ -67,12 +76,11 @@ impl FromStr for Export {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        [Self::Uniform, Self::Ragged, Self::Masked].into_iter().find(|mode| mode.name() == text).ok_or_else(|| {
-            Error::InvalidParameter {
-                field: "export",
-                found: format!("`{text}`"),
-                expected: "`uniform`, `ragged` or `masked`".into(),
-            }
+        let all = [Self::Uniform, Self::Ragged, Self::Masked, Self::FineGrained];
+        all.into_iter().find(|mode| mode.name() == text).ok_or_else(|| Error::InvalidParameter {
+            field: "export",
+            found: format!("`{text}`"),
+            expected: "`uniform`, `ragged`, `masked` or `fine_grained`".into(),
         })
     }
 }
@@ -108,6 +116,8 @@ pub struct ApplyOptions<'a> {
     pub allow_unaligned: bool,
     /// What becomes of layers that predict further tokens. Needed where a checkpoint has them.
     pub mtp: Option<Mtp>,
+    /// How experts are cut; for [`Export::FineGrained`] alone.
+    pub fine_grained: Option<FineGrained<'a>>,
     /// Weights that a repair changed. They are converted to the dtype of the checkpoint, rounded to nearest even.
     pub edits: Option<&'a dyn EditSource>,
     /// Told how far it is.
@@ -124,6 +134,10 @@ pub enum Mtp {
     Keep,
     /// They are left out, and the config says that there are none. Loaders that do not use them read the same model.
     Drop,
+    /// Their experts become as wide and as many as those of the decoder, for uniform and fine-grained exports. No activations
+    /// exist for them, so that units are ranked by magnitude: the norm of the gate row times that of the up row times that of
+    /// the down column, and experts by the sum over their units.
+    Prune,
 }
 
 impl ApplyOptions<'_> {
@@ -136,6 +150,7 @@ impl ApplyOptions<'_> {
             force: false,
             allow_unaligned: false,
             mtp: None,
+            fine_grained: None,
             edits: None,
             progress: None,
         }
@@ -144,7 +159,7 @@ impl ApplyOptions<'_> {
 
 impl fmt::Debug for ApplyOptions<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { mode, max_shard_bytes, resume, force, allow_unaligned, mtp, edits, progress } = self;
+        let Self { mode, max_shard_bytes, resume, force, allow_unaligned, mtp, fine_grained, edits, progress } = self;
         f.debug_struct("ApplyOptions")
             .field("mode", mode)
             .field("max_shard_bytes", max_shard_bytes)
@@ -152,6 +167,7 @@ impl fmt::Debug for ApplyOptions<'_> {
             .field("force", force)
             .field("allow_unaligned", allow_unaligned)
             .field("mtp", mtp)
+            .field("fine_grained", fine_grained)
             .field("edits", &edits.map(|edits| edits.digest()))
             .field("progress", &progress.is_some())
             .finish()
@@ -199,7 +215,7 @@ impl Applied {
 pub(crate) struct Target<'a> {
     /// The new config.json.
     pub config: Value,
-    /// MoE layers in ascending order.
+    /// MoE layers in ascending order, then pruned layers that predict further tokens.
     pub layers: Vec<TargetLayer<'a>>,
     /// Width of the shared experts, where it grows by units of zeros.
     pub shared_width: Option<usize>,
@@ -207,9 +223,31 @@ pub(crate) struct Target<'a> {
     pub dropped: BTreeSet<String>,
 }
 
+impl Target<'_> {
+    /// A hash of what the plan does not say about the content of experts.
+    fn digest(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for expert in self.layers.iter().flat_map(|layer| &layer.experts) {
+            for number in [expert.source, expert.width, expert.units.len()] {
+                hasher.update(&(number as u64).to_le_bytes());
+            }
+            for unit in expert.units.iter() {
+                hasher.update(&unit.to_le_bytes());
+            }
+            for factor in [expert.down_factor, expert.bias_factor] {
+                hasher.update(&factor.to_le_bytes());
+            }
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+}
+
 /// One MoE layer of a [`Target`].
 pub(crate) struct TargetLayer<'a> {
+    /// Decoder layer index; without meaning for a further layer.
     pub layer: usize,
+    /// The layer that it is made from, if that is none of the decoder's.
+    pub further: Option<origin::FurtherLayer>,
     pub layout: ExpertLayout,
     pub biases: ExpertBiases,
     /// Experts as they are written, in the new order.
@@ -244,6 +282,7 @@ impl<'a> TargetLayer<'a> {
         };
         Self {
             layer: kept.layer,
+            further: None,
             layout,
             biases: from.config().moe(kept.layer).map_or(ExpertBiases::None, |moe| moe.biases),
             experts: kept.experts_kept().into_iter().map(expert).collect(),
@@ -301,7 +340,9 @@ impl PrunePlan {
             let reason = "its experts share sets of weights; prune before merging".to_string();
             return Err(Error::Export { mode: options.mode.name(), reason });
         }
-        self.validate_routing(from.config())?;
+        if options.mode != Export::FineGrained {
+            self.validate_routing(from.config())?;
+        }
         if let Some(edits) = options.edits {
             self.validate_edits(edits)?;
             refuse_biases(self, from, options, edits)?;
@@ -310,8 +351,9 @@ impl PrunePlan {
             Export::Uniform => uniform::target(self, from, options)?,
             Export::Ragged => ragged::target(self, from, options.edits)?,
             Export::Masked => masked::target(self, from)?,
+            Export::FineGrained => fine_grained::target(self, from, options)?,
         };
-        mtp::settle(from, options, &mut target)?;
+        mtp::settle(self, from, options, &mut target)?;
         if from.quantisation().is_some() {
             target.config = dequantised_config(&target.config);
         }
@@ -320,6 +362,15 @@ impl PrunePlan {
         let mut report = Report::new(self, from, options.mode)?;
         report.bytes.after = specs.iter().map(stream::bytes).sum();
         report.parameters.after = parameters(from, &specs);
+        for (position, (layer, target)) in report.layers.iter_mut().zip(&target.layers).enumerate() {
+            layer.written = target.experts.len();
+            let tensors = tensors.iter().filter(|tensor| tensor.layer() == Some(position));
+            layer.bytes.after = tensors.map(|tensor| stream::bytes(&tensor.spec)).sum();
+        }
+        if options.mode == Export::FineGrained {
+            let piece = target.layers.first().and_then(|layer| layer.experts.first());
+            report.notes = piece.map_or(vec![], |piece| fine_grained::notes(piece.width));
+        }
 
         let existing = match (options.force, options.resume) {
             (true, _) => Existing::Force,
@@ -328,7 +379,13 @@ impl PrunePlan {
         };
         let output = OutputDir::create(to, existing)?;
         let edits = options.edits.map(EditSource::digest);
-        let recipe = format!("{} {:?} {fingerprint} {edits:?} {}", options.mode, options.mtp, self.to_json()?);
+        let recipe = format!(
+            "{} {:?} {fingerprint} {edits:?} {} {}",
+            options.mode,
+            options.mtp,
+            target.digest(),
+            self.to_json()?
+        );
         let writer_options = WriterOptions { max_shard_bytes: options.max_shard_bytes, recipe };
         let writer = ShardedWriter::new(output.path(), writer_options, specs)?;
         let written = stream::write(self, from, &tensors, &target, writer, options)?;

@@ -1,10 +1,16 @@
-//! Layers that predict further tokens: kept or dropped, by choice.
+//! Layers that predict further tokens: kept, dropped or pruned alike, by choice.
 
-use moe_checkpoint::Checkpoint;
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+
+use moe_checkpoint::{Checkpoint, Dtype, ExpertBiases, ExpertBytes, ExpertLayout};
 use serde_json::{Value, json};
 
-use super::{ApplyOptions, Export, Mtp, Target};
-use crate::{Error, Result};
+use super::fine_grained::best_blocks;
+use super::origin::{FurtherLayer, layer_prefix};
+use super::{ApplyOptions, Export, Mtp, Target, TargetExpert, TargetLayer};
+use crate::plan::LayerKept;
+use crate::{Error, PrunePlan, Result};
 
 /// Config keys of the number of those layers.
 const KEYS: [&str; 3] = ["num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"];
@@ -13,13 +19,18 @@ const KEYS: [&str; 3] = ["num_nextn_predict_layers", "num_mtp_layers", "mtp_num_
 ///
 /// # Errors
 /// [`Error::Export`] for a checkpoint that has such tensors and no choice, or where they cannot stay.
-pub(crate) fn settle(from: &Checkpoint, options: &ApplyOptions<'_>, target: &mut Target<'_>) -> Result<()> {
+pub(crate) fn settle(
+    plan: &PrunePlan,
+    from: &Checkpoint,
+    options: &ApplyOptions<'_>,
+    target: &mut Target<'_>,
+) -> Result<()> {
     let names: Vec<&str> = from.mtp_tensors().map(|info| info.name.as_str()).collect();
     let Some(first) = names.first() else { return Ok(()) };
     let refuse = |reason: String| Err(Error::Export { mode: options.mode.name(), reason });
     let what = format!("the checkpoint has {} tensors of multi-token prediction, e.g. `{first}`", names.len());
     match options.mtp {
-        None => refuse(format!("{what}; choose whether they are kept or dropped")),
+        None => refuse(format!("{what}; choose whether they are kept, dropped or pruned")),
         Some(Mtp::Drop) => {
             target.dropped.extend(names.into_iter().map(String::from));
             let text = from.family().text_key().filter(|key| target.config.get(key).is_some());
@@ -38,13 +49,145 @@ pub(crate) fn settle(from: &Checkpoint, options: &ApplyOptions<'_>, target: &mut
             let experts = names.iter().any(|name| name.contains(".experts."));
             // Ragged and masked exports leave the width and the number of experts in the config as they were.
             let unchanged = from.shape().layers.iter().zip(&target.layers).all(|(old, new)| old.widths == new.widths());
-            if options.mode == Export::Uniform && experts && !unchanged {
+            if matches!(options.mode, Export::Uniform | Export::FineGrained) && experts && !unchanged {
                 return refuse(format!(
-                    "{what}; their experts keep their width and number, but the config has one for all experts: drop \
-                     them, or export as ragged or masked"
+                    "{what}; their experts keep their width and number, but the config has one for all experts: \
+                     prune or drop them, or export as ragged or masked"
                 ));
             }
             Ok(())
         }
+        Some(Mtp::Prune) => {
+            let layers = further_layers(from, &names)
+                .map_err(|reason| Error::Export { mode: options.mode.name(), reason: format!("{what}; {reason}") })?;
+            if !layers.is_empty() && !matches!(options.mode, Export::Uniform | Export::FineGrained) {
+                return refuse(format!(
+                    "{what}; this export leaves the width and the number of experts in the config as they were, so that \
+                     their experts stay as they are: keep them"
+                ));
+            }
+            for further in layers {
+                let layer = prune(plan, from, options, target, further)?;
+                target.layers.push(layer);
+            }
+            Ok(())
+        }
     }
+}
+
+/// The layers among tensors of multi-token prediction that have routed experts, or why they cannot be pruned.
+fn further_layers(from: &Checkpoint, names: &[&str]) -> Result<Vec<FurtherLayer>, String> {
+    let hidden = from.shape().hidden_size;
+    let of_experts = |name: &&&str| name.contains(".experts.") && !from.is_scale(name);
+    let mut prefixes = BTreeSet::new();
+    for name in names.iter().filter(of_experts) {
+        let prefix = layer_prefix(name);
+        prefixes.insert(prefix.ok_or_else(|| format!("the layer of `{name}` cannot be told by its name"))?);
+    }
+    if prefixes.is_empty() {
+        return Ok(Vec::new());
+    }
+    let widths = match (from.shape().uniform_width(), from.shape().layers.first()) {
+        (Some(_), Some(layer)) if !from.ragged() => layer.widths.clone(),
+        _ => return Err("the experts of its decoder do not have one width, with which theirs would compare".into()),
+    };
+    let mut layers = Vec::with_capacity(prefixes.len());
+    for prefix in prefixes {
+        let readable = |layout: ExpertLayout| {
+            let layer = FurtherLayer { prefix: prefix.to_string(), layout, widths: widths.clone() };
+            let tensors = layout.tensors(hidden, &widths, ExpertBiases::None)?;
+            let found = tensors.iter().all(|tensor| {
+                let info = from.info(&layer.expert_tensor_name(from, tensor.tensor));
+                info.is_ok_and(|info| info.shape == tensor.shape)
+                    && from
+                        .plain_dtype(&layer.expert_tensor_name(from, tensor.tensor))
+                        .is_ok_and(|dtype| matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16))
+            });
+            let count = names.iter().filter(of_experts).filter(|name| name.starts_with(prefix)).count();
+            (found && count == tensors.len()).then_some(layer)
+        };
+        let layer = [ExpertLayout::PerExpert, ExpertLayout::Fused].into_iter().find_map(readable);
+        layers.push(layer.ok_or_else(|| {
+            format!(
+                "the experts of `{}` are not the {} of width {} that the decoder's layers have, one by one or fused",
+                prefix.trim_end_matches('.'),
+                widths.len(),
+                widths[0]
+            )
+        })?);
+    }
+    Ok(layers)
+}
+
+/// A further layer with as many experts of the same width as the decoder's layers get, by magnitude.
+fn prune(
+    plan: &PrunePlan,
+    from: &Checkpoint,
+    options: &ApplyOptions<'_>,
+    target: &Target<'_>,
+    further: FurtherLayer,
+) -> Result<TargetLayer<'static>> {
+    let mut scores = Vec::with_capacity(further.widths.len());
+    for expert in 0..further.widths.len() {
+        scores.push(magnitude(&further.expert(from, expert)?));
+    }
+    // All layers of these exports have the same, and there is an MoE layer.
+    let count = target.layers.first().map_or(0, |layer| layer.experts.len());
+    let width = target.layers.first().and_then(|layer| layer.experts.first()).map_or(0, |expert| expert.width);
+    let groups = from.config().routing.groups().map_or(1, |groups| groups.count);
+    let mut correction_factor = 1.0;
+    let experts = match options.fine_grained.filter(|_| options.mode == Export::FineGrained) {
+        Some(how) => {
+            // The ranking and the factors are those of the decoder's layers.
+            let how = super::FineGrained { ranking: None, scales: None, ..how };
+            let map = how.map(plan, from)?;
+            correction_factor = map.correction_factor;
+            let kept = LayerKept {
+                layer: from.config().layers.len(),
+                experts: best_blocks(&scores, width, groups, count / groups),
+                removed: Vec::new(),
+            };
+            let pieces = how.layer(&kept, width, &from.config().routing)?;
+            how.experts(&kept, &pieces, &map, None)
+        }
+        None => {
+            // Whole experts by their sums, then the best units of each.
+            let sums: Vec<Vec<f32>> = scores.iter().map(|units| vec![units.iter().sum()]).collect();
+            let whole = best_blocks(&sums, 1, groups, count / groups);
+            let kept = whole.iter().enumerate().filter(|(_, whole)| !whole.is_empty());
+            let expert = |source: usize| {
+                let units = best_blocks(&scores[source..=source], width, 1, 1).swap_remove(0);
+                TargetExpert { source, units: Cow::Owned(units), width, down_factor: 1.0, bias_factor: 1.0 }
+            };
+            kept.map(|(source, _)| expert(source)).collect()
+        }
+    };
+    let layout = further.layout;
+    Ok(TargetLayer {
+        layer: from.config().layers.len(),
+        further: Some(further),
+        layout,
+        biases: ExpertBiases::None,
+        experts,
+        zero: false,
+        correction_factor,
+    })
+}
+
+/// Product of the norms of every unit's gate row, up row and down column: what it gives is proportional to each of them, apart
+/// from the bend of the activation.
+fn magnitude(expert: &ExpertBytes<'_>) -> Vec<f32> {
+    let norm = |values: &mut dyn Iterator<Item = f32>| {
+        values.map(|value| f64::from(value) * f64::from(value)).sum::<f64>().sqrt()
+    };
+    let (hidden, width) = (expert.gate.cols, expert.gate.rows);
+    let [gate, up, down] = [&expert.gate, &expert.up, &expert.down].map(|matrix| matrix.to_f32());
+    let unit = |unit: usize| {
+        let row = unit * hidden..(unit + 1) * hidden;
+        let gate = norm(&mut gate[row.clone()].iter().copied());
+        let up = norm(&mut up[row].iter().copied());
+        let down = norm(&mut down.iter().skip(unit).step_by(width).copied());
+        (gate * up * down) as f32
+    };
+    (0..width).map(unit).collect()
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use moe_checkpoint::{
-    Checkpoint, Dtype, ExpertBiases, ExpertBlock, ExpertPart, LayerRole, RawMatrix, Role, ShardedWriter, TensorInfo,
+    Checkpoint, Dtype, ExpertBiases, ExpertBlock, ExpertPart, LayerRole, RawMatrix, ShardedWriter, TensorInfo,
     TensorSpec, Written,
 };
 
@@ -18,6 +18,16 @@ const EDITED: [ExpertPart; 2] = [ExpertPart::Down, ExpertPart::DownBias];
 pub(crate) struct OutTensor {
     pub spec: TensorSpec,
     source: Source,
+}
+
+impl OutTensor {
+    /// The layer whose experts it holds, by position among the MoE layers.
+    pub fn layer(&self) -> Option<usize> {
+        match self.source {
+            Source::Experts(position, _) => Some(position),
+            _ => None,
+        }
+    }
 }
 
 enum Source {
@@ -46,19 +56,18 @@ pub(crate) fn tensors(from: &Checkpoint, target: &Target<'_>, options: &ApplyOpt
     let mut layer_of: BTreeMap<String, usize> = BTreeMap::new();
     let mut rows_of: BTreeMap<String, Rows> = BTreeMap::new();
     let mut pads: BTreeSet<String> = BTreeSet::new();
-    for (position, (old, new)) in from.shape().layers.iter().zip(&target.layers).enumerate() {
-        let layout = from.expert_layout(new.layer)?;
-        let biases = from.config().moe(new.layer).map_or(new.biases, |moe| moe.biases);
-        for tensor in layout.tensors(from.shape().hidden_size, &old.widths, biases).into_iter().flatten() {
-            layer_of.insert(from.expert_tensor_name(new.layer, tensor.tensor), position);
+    for (position, layer) in target.layers.iter().enumerate() {
+        for tensor in layer.tensors_before(from)? {
+            layer_of.insert(layer.expert_tensor_name(from, tensor.tensor), position);
         }
-        let name = |role| from.family().tensor_name(Role::Layer(new.layer, role));
-        let moved = !new.same_experts(old.num_experts());
-        let edited = options.edits.map(|edits| edits.router(new.layer)).transpose()?.flatten().is_some();
+        let name = |role| layer.tensor_name(from, role);
+        let moved = !layer.same_experts(layer.widths_before(from).len());
+        let edits = options.edits.filter(|_| layer.further.is_none());
+        let edited = edits.map(|edits| edits.router(layer.layer)).transpose()?.flatten().is_some();
         for (role, changed) in [
             (LayerRole::Router, edited),
             (LayerRole::RouterBias, false),
-            (LayerRole::CorrectionBias, new.correction_factor != 1.0),
+            (LayerRole::CorrectionBias, layer.correction_factor != 1.0),
         ] {
             if moved || changed {
                 rows_of.insert(name(role), Rows { position, role });
@@ -83,8 +92,9 @@ pub(crate) fn tensors(from: &Checkpoint, target: &Target<'_>, options: &ApplyOpt
                 tensors.extend(expert_tensors(from, &target.layers[*position], *position, options.mode)?);
             }
         } else if let Some(rows) = rows_of.get(&info.name) {
-            let before = from.shape().layers[rows.position].num_experts();
-            push(kept_shape(info, before, target.layers[rows.position].experts.len()), Source::Rows(*rows))?;
+            let layer = &target.layers[rows.position];
+            let before = layer.widths_before(from).len();
+            push(kept_shape(info, before, layer.experts.len()), Source::Rows(*rows))?;
         } else if let Some(width) = target.shared_width.filter(|_| pads.contains(&info.name)) {
             let hidden = from.shape().hidden_size;
             let shape = if info.name.contains("down") { vec![hidden, width] } else { vec![width, hidden] };
@@ -107,26 +117,27 @@ fn kept_shape(info: &TensorInfo, before: usize, after: usize) -> Vec<usize> {
 
 fn expert_tensors(from: &Checkpoint, layer: &TargetLayer<'_>, position: usize, mode: Export) -> Result<Vec<OutTensor>> {
     let refuse = |reason: String| Error::Export { mode: mode.name(), reason };
-    let TargetLayer { layer: number, layout, biases, experts, .. } = layer;
+    let TargetLayer { layout, biases, experts, .. } = layer;
+    let label = layer.label();
     let widths = layer.widths();
     let tensors = layout.tensors(from.shape().hidden_size, &widths, *biases).ok_or_else(|| match biases {
         ExpertBiases::Down => refuse(format!(
-            "experts of layer {number} have a bias on their output, which `{}` has no place for: export as ragged",
+            "experts of {label} have a bias on their output, which `{}` has no place for: export as ragged",
             from.config().model_type
         )),
-        _ => refuse(format!("layer {number}: {layout:?} experts cannot have widths {widths:?}")),
+        _ => refuse(format!("{label}: {layout:?} experts cannot have widths {widths:?}")),
     })?;
     let mut out = Vec::with_capacity(tensors.len());
     for tensor in tensors {
-        let name = from.expert_tensor_name(*number, tensor.tensor);
+        let name = layer.expert_tensor_name(from, tensor.tensor);
         let mut dtype: Option<Dtype> = None;
         for (expert, block) in &tensor.blocks {
             for part in block.parts() {
                 let source = experts[*expert].source;
-                let mut found = from.expert_dtype(*number, source, *part)?;
+                let mut found = layer.expert_dtype(from, source, *part)?;
                 if found.is_none() && *part == ExpertPart::DownBias {
                     // One that a repair adds is stored like the projection before it.
-                    found = from.expert_dtype(*number, source, ExpertPart::Down)?;
+                    found = layer.expert_dtype(from, source, ExpertPart::Down)?;
                 }
                 let found =
                     found.ok_or_else(|| refuse(format!("tensor `{name}` would hold biases, but there are none")))?;
@@ -192,15 +203,16 @@ pub(crate) fn write(
         match job {
             None | Some(Job::Copy(_)) => Ok(()),
             Some(Job::Rows(spec, rows)) => {
-                let experts = from.shape().layers[rows.position].num_experts();
-                take_rows(from, spec, experts, &target.layers[rows.position], rows.role, (mode, edits), out)
+                let layer = &target.layers[rows.position];
+                let edits = edits.filter(|_| layer.further.is_none());
+                take_rows(from, spec, layer, rows.role, (mode, edits), out)
             }
             Some(Job::Pad(spec)) => pad(from, spec, out),
             Some(&Job::Block { spec, position, expert, block }) => {
                 let layer = &target.layers[position];
                 let expert = &layer.experts[expert];
                 let source = expert.source;
-                let edit = match edits {
+                let edit = match edits.filter(|_| layer.further.is_none()) {
                     Some(edits) if block.parts().iter().any(|part| EDITED.contains(part)) => {
                         edits.expert(layer.layer, source)?
                     }
@@ -211,14 +223,15 @@ pub(crate) fn write(
                     zero: layer.zero,
                     down_factor: expert.down_factor,
                     bias_factor: expert.bias_factor,
+                    // Edits are of decoder layers, which stand first, as in the plan.
                     edit: edit.as_ref().map(|edit| (edit, plan.kept[position].experts[source].as_slice())),
                 };
-                let selected = select_block(&from.expert_bytes(layer.layer, source)?, block, &selection, out);
+                let selected = select_block(&layer.expert_bytes(from, source)?, block, &selection, out);
                 selected.map_err(|reason| {
-                    let reason = format!("layer {}, expert {source}, tensor `{}`: {reason}", layer.layer, spec.name);
+                    let reason = format!("{}, expert {source}, tensor `{}`: {reason}", layer.label(), spec.name);
                     Error::Export { mode: mode.name(), reason }
                 })?;
-                Ok(from.release_expert(layer.layer, source)?)
+                layer.release_expert(from, source)
             }
         }
     };
@@ -252,7 +265,7 @@ pub(crate) fn write(
 }
 
 /// The bytes of a tensor as it is read.
-fn whole(from: &Checkpoint, name: &str) -> Result<Vec<u8>> {
+pub(super) fn whole(from: &Checkpoint, name: &str) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     from.stream_plain(name, 1 << 24, |part| {
         bytes.extend_from_slice(part);
@@ -265,14 +278,13 @@ fn whole(from: &Checkpoint, name: &str) -> Result<Vec<u8>> {
 fn take_rows(
     from: &Checkpoint,
     spec: &TensorSpec,
-    experts: usize,
     layer: &TargetLayer<'_>,
     role: LayerRole,
     (mode, edits): (Export, Option<&dyn EditSource>),
     out: &mut Vec<u8>,
 ) -> Result<()> {
     let refuse = |reason: String| {
-        let reason = format!("layer {}, tensor `{}`: {reason}", layer.layer, spec.name);
+        let reason = format!("{}, tensor `{}`: {reason}", layer.label(), spec.name);
         Error::Export { mode: mode.name(), reason }
     };
     let edited = match (role, edits) {
@@ -288,7 +300,7 @@ fn take_rows(
             bytes
         }
     };
-    let row = bytes.len() / experts.max(1);
+    let row = bytes.len() / layer.widths_before(from).len().max(1);
     out.clear();
     for TargetExpert { source, .. } in &layer.experts {
         out.extend_from_slice(&bytes[source * row..(source + 1) * row]);

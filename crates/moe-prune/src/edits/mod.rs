@@ -106,6 +106,25 @@ impl Edits {
         self.routers.insert(layer, weight);
     }
 
+    /// Adds other edits of the same plan, which win where both change the same matrix or bias. The recipe becomes a list of both.
+    pub fn extend(&mut self, other: Self) {
+        for (id, edit) in other.experts {
+            let own = self.experts.entry(id).or_default();
+            own.down = edit.down.or(own.down.take());
+            own.down_bias = edit.down_bias.or(own.down_bias.take());
+        }
+        self.routers.extend(other.routers);
+        let mut recipes = Vec::new();
+        for recipe in [std::mem::take(&mut self.recipe), other.recipe] {
+            match recipe {
+                Value::Null => {}
+                Value::Array(list) => recipes.extend(list),
+                one => recipes.push(one),
+            }
+        }
+        self.recipe = Value::Array(recipes);
+    }
+
     /// Whether nothing changes.
     pub fn is_empty(&self) -> bool {
         self.experts.is_empty() && self.routers.is_empty()

@@ -3,15 +3,12 @@
 use std::fmt;
 use std::str::FromStr;
 
-use moe_checkpoint::{MoeShape, ScoreTable};
 use serde::{Deserialize, Serialize};
 
-use super::{Pruner, recipe};
-use crate::allocators::{
-    AllocationRequest, Allocator, AllocatorConfig, ExpertId, Global, PerLayer, Uniform, WidthLimits,
-};
-use crate::plan::{LayerKept, PLAN_VERSION, PrunePlan, Ratio};
-use crate::{Allocation, Budget, Error, ProtectionMask, Result};
+use super::{PruneRequest, Pruner, PrunerConfig};
+use crate::allocators::{Allocator, AllocatorConfig, Global, Limits, PerLayer, Uniform, WidthLimits};
+use crate::probe::ModelProbe;
+use crate::{Allocation, Error, Result};
 
 /// The pool in which units compete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -119,36 +116,11 @@ impl UnitPruner {
 }
 
 impl Pruner for UnitPruner {
-    fn allocate(
-        &self,
-        scores: &ScoreTable,
-        shape: &MoeShape,
-        budget: Budget,
-        protect: &ProtectionMask,
-    ) -> Result<Allocation> {
-        self.allocator.allocate(&AllocationRequest { scores, shape, budget, protect, limits: self.limits })
+    fn config(&self) -> PrunerConfig {
+        PrunerConfig::Unit(self.clone())
     }
 
-    fn plan(&self, scores: &ScoreTable, allocation: &Allocation, shape: &MoeShape) -> Result<PrunePlan> {
-        let units = shape.units().max(1) as f64;
-        let asked = match allocation.budget {
-            Budget::Ratio(ratio) => ratio,
-            _ => allocation.asked_dropped as f64 / units,
-        };
-        let plan = PrunePlan {
-            version: PLAN_VERSION,
-            model: scores.provenance.model.clone(),
-            shape: shape.clone(),
-            ratio: Ratio { asked, achieved: allocation.dropped as f64 / units },
-            recipe: recipe(&super::PrunerConfig::Unit(self.clone()), allocation, scores),
-            never_routed: ExpertId::never_routed(scores),
-            kept: allocation
-                .layers
-                .iter()
-                .map(|layer| LayerKept { layer: layer.layer, experts: layer.kept.clone(), removed: Vec::new() })
-                .collect(),
-        };
-        plan.validate(shape)?;
-        Ok(plan)
+    fn allocate_with(&self, request: &PruneRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
+        self.allocator.allocate_with(&request.with_limits(Limits::Units(self.limits)), probe)
     }
 }

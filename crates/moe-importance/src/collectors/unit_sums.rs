@@ -1,0 +1,122 @@
+//! Sums over tokens with one value per unit, all that are asked for from one walk over an expert's matrices.
+
+use moe_checkpoint::{Fold, Statistics};
+use moe_core::kernels::reduce::row_square_norms;
+use moe_core::trace::{ExpertTrace, Signals};
+
+use super::{Collector, StatisticId, StatisticSpec, gradients, units};
+use crate::Result;
+use crate::kernels::unit_sums::{Term, UnitMatrices, unit_sums};
+
+/// Squared gradients of every token's contribution to a unit's 3H weights, one sample per token, exact:
+///
+/// `sum_t (dg_t[j]^2 + dv_t[j]^2) * |x_t|^2 + u_t[j]^2 * |d_t|^2`
+///
+/// with input `x_t`, gradients `dg_t`, `dv_t` at the gate and up pre-activations and `d_t` at the expert's output (routing
+/// weight included). The gradient of one token with respect to a weight matrix is an outer product, so its squares are
+/// products of squares and no weight gradient is formed.
+///
+/// Source: the squared-gradient criterion of "Less is MoE", arXiv 2606.05538, per token.
+pub const FISHER_TOKEN: StatisticId = StatisticId::new("fisher.token");
+/// `sum_t |u_t[j]|`.
+pub const ACTIVATION_MAGNITUDE: StatisticId = StatisticId::new("activation.magnitude");
+/// `sum_t g_t |u_t[j]|` with the routing weight g as the model applies it.
+pub const ACTIVATION_WEIGHTED: StatisticId = StatisticId::new("activation.magnitude_weighted");
+/// `sum_t g_t^2 |u_t[j]|`.
+pub const ACTIVATION_SQUARE_WEIGHTED: StatisticId = StatisticId::new("activation.magnitude_square_weighted");
+/// `sum_t u_t[j]^2`.
+pub const ACTIVATION_SQUARE: StatisticId = StatisticId::new("activation.square");
+/// `sum_t du_t[j]^2`.
+pub const GRADIENT_SQUARE: StatisticId = StatisticId::new("gradient.square");
+/// `sum_t u_t[j] du_t[j]`.
+pub const TAYLOR_SUM: StatisticId = StatisticId::new("taylor.sum");
+/// `sum_t |u_t[j] du_t[j]|`.
+pub const TAYLOR_MAGNITUDE: StatisticId = StatisticId::new("taylor.magnitude");
+/// `sum_t (u_t[j] du_t[j])^2`.
+pub const TAYLOR_SQUARE: StatisticId = StatisticId::new("taylor.square");
+
+/// All of them, in the order in which [`UnitSums`] forms them.
+pub(super) const PROVIDED: &[StatisticId] = &[
+    FISHER_TOKEN,
+    ACTIVATION_MAGNITUDE,
+    ACTIVATION_WEIGHTED,
+    ACTIVATION_SQUARE_WEIGHTED,
+    ACTIVATION_SQUARE,
+    GRADIENT_SQUARE,
+    TAYLOR_SUM,
+    TAYLOR_MAGNITUDE,
+    TAYLOR_SQUARE,
+];
+
+/// Any of [`FISHER_TOKEN`], [`ACTIVATION_MAGNITUDE`], [`ACTIVATION_WEIGHTED`], [`ACTIVATION_SQUARE_WEIGHTED`],
+/// [`ACTIVATION_SQUARE`], [`GRADIENT_SQUARE`], [`TAYLOR_SUM`], [`TAYLOR_MAGNITUDE`] and [`TAYLOR_SQUARE`].
+///
+/// Sums over the tokens t routed to the expert, with unit activations `u_t = act(gate x_t) * (up x_t)` (without the routing
+/// weight) and their gradients `du_t` (with it). The loss is the summed cross-entropy: every predicted token has weight 1.
+/// Asks for gradients only if one of the sums needs them.
+#[derive(Debug)]
+pub struct UnitSums {
+    statistics: Vec<StatisticSpec>,
+}
+
+impl UnitSums {
+    /// Of these statistics; others are ignored.
+    pub fn new(ids: &[StatisticId]) -> Self {
+        let statistics = PROVIDED.iter().filter(|id| ids.contains(id)).cloned().map(StatisticSpec::unit_sum);
+        Self { statistics: statistics.collect() }
+    }
+
+    fn wants(&self, id: &StatisticId) -> bool {
+        self.statistics.iter().any(|spec| spec.id == *id)
+    }
+}
+
+impl Collector for UnitSums {
+    fn statistics(&self) -> &[StatisticSpec] {
+        &self.statistics
+    }
+
+    fn needs(&self) -> Signals {
+        let forward = [ACTIVATION_MAGNITUDE, ACTIVATION_WEIGHTED, ACTIVATION_SQUARE_WEIGHTED, ACTIVATION_SQUARE];
+        match self.statistics.iter().all(|spec| forward.contains(&spec.id)) {
+            true => Signals::UNITS,
+            false => Signals::GRADIENTS,
+        }
+    }
+
+    fn expert(&mut self, trace: &ExpertTrace<'_>, into: &mut Statistics) -> Result<()> {
+        let units = units(trace)?;
+        let backward = if self.needs().gradients { Some(gradients(trace)?) } else { None };
+        let ones = vec![1.0; trace.rows.len()];
+        let weights = trace.routing_weights;
+        let squares: Vec<f32> = weights.iter().map(|weight| weight * weight).collect();
+        let (mut inputs, mut upstream) = (Vec::new(), Vec::new());
+        if let Some(backward) = backward.as_ref().filter(|_| self.wants(&FISHER_TOKEN)) {
+            inputs = row_square_norms(trace.input);
+            upstream = row_square_norms(backward.upstream);
+            upstream.iter_mut().zip(&squares).for_each(|(norm, square)| *norm *= square);
+        }
+        let term = |id: &StatisticId| match id {
+            id if *id == FISHER_TOKEN => Term::Fisher(&inputs, &upstream),
+            id if *id == ACTIVATION_MAGNITUDE => Term::Magnitude(&ones),
+            id if *id == ACTIVATION_WEIGHTED => Term::Magnitude(weights),
+            id if *id == ACTIVATION_SQUARE_WEIGHTED => Term::Magnitude(&squares),
+            id if *id == ACTIVATION_SQUARE => Term::Square,
+            id if *id == GRADIENT_SQUARE => Term::OtherSquare,
+            id if *id == TAYLOR_SUM => Term::Product(&ones),
+            id if *id == TAYLOR_MAGNITUDE => Term::ProductMagnitude,
+            _ => Term::ProductSquare,
+        };
+        let terms: Vec<Term<'_>> = self.statistics.iter().map(|spec| term(&spec.id)).collect();
+        let matrices = UnitMatrices {
+            units,
+            other: backward.as_ref().map(|backward| backward.units),
+            gate_up: backward.as_ref().map(|backward| backward.gate_up),
+        };
+        for (spec, sums) in self.statistics.iter().zip(unit_sums(matrices, &terms)) {
+            let out = into.unit_mut(spec.id.as_str(), Fold::Sum, trace.layer, trace.expert)?;
+            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+        }
+        Ok(())
+    }
+}

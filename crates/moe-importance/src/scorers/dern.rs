@@ -1,0 +1,51 @@
+//! DERN's expert importance.
+
+use moe_checkpoint::{Granularity, ScoreTable, Statistics};
+use serde::{Deserialize, Serialize};
+
+use super::table::expert_means;
+use super::{Average, ExpertWeightsSource, Scorer};
+use crate::collectors::{ROUTED_TOKENS, ROUTING_RENORMALISED};
+use crate::{Result, StatisticId};
+
+/// `s_e = (1/N) sum_t [e in the top-k of t] p_t[e]`, with the routing weights p renormalised over the token's top-k and N all
+/// tokens: what DERN drops experts by, and weighs segments with.
+///
+/// Source: arXiv 2509.10377, step 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Dern {}
+
+impl Dern {
+    /// The scorer; it has no parameters.
+    pub fn new() -> Self {
+        Self {}
+    }
+}
+
+impl Scorer for Dern {
+    fn name(&self) -> &'static str {
+        "dern"
+    }
+
+    fn recipe(&self) -> String {
+        super::config::recipe(*self)
+    }
+
+    fn granularity(&self) -> Granularity {
+        Granularity::Expert
+    }
+
+    fn needs(&self) -> Vec<StatisticId> {
+        vec![ROUTING_RENORMALISED, ROUTED_TOKENS]
+    }
+
+    fn reads_weights(&self) -> bool {
+        false
+    }
+
+    fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> Result<ScoreTable> {
+        expert_means(self, statistics, &ROUTING_RENORMALISED, Average::AllTokens)
+    }
+}

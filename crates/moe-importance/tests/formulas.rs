@@ -1,0 +1,449 @@
+//! Every criterion against its formula, computed by brute force in f64.
+#![cfg(feature = "flex")]
+
+mod common;
+
+use common::world::{World, WorldExpert, WorldLayer};
+use common::{Case, Matrix, SequenceCase};
+use moe_checkpoint::{ExpertWeights, Extent, Statistics};
+use moe_importance::collectors::{LOGIT_GRAM, OUTPUT_FIRST_MAX, OUTPUT_MAX, OUTPUT_MOMENTS};
+use moe_importance::scorers::{Aimer, Average, Coupled, Heapr, Mone};
+use moe_importance::{Error, ExpertWeightsSource, NoWeights, Result, Scorer, ScorerConfig};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const SEQUENCES: [(usize, usize); 4] = [(7, 6), (12, 11), (3, 0), (9, 8)];
+
+fn world() -> World {
+    World::random(10, &[5, 6, 3, 5, 4], 2, &SEQUENCES, 11)
+}
+
+/// What the formulas speak of, for one expert: rows t, units j.
+struct Rows<'a> {
+    world: &'a World,
+    layer: &'a WorldLayer,
+    expert: &'a WorldExpert,
+    index: usize,
+    u: Matrix,
+    du: Matrix,
+    /// Outputs.
+    f: Matrix,
+    /// Routing weights as applied, renormalised over the top-k, and softmax over all experts.
+    gates: [Vec<f64>; 3],
+}
+
+impl<'a> Rows<'a> {
+    fn new(world: &'a World, layer: &'a WorldLayer, index: usize) -> Self {
+        let expert = &layer.experts[index];
+        let (u, du, _) = expert.case.backward();
+        let renormalised = |(row, t): (usize, &usize)| expert.case.routing[row] / layer.weights[*t].iter().sum::<f64>();
+        let gates = [
+            expert.case.routing.clone(),
+            expert.tokens.iter().enumerate().map(renormalised).collect(),
+            expert.tokens.iter().map(|t| layer.softmax(*t)[index]).collect(),
+        ];
+        Self { world, layer, expert, index, u, du, f: expert.outputs(), gates }
+    }
+
+    fn n(&self) -> usize {
+        self.expert.tokens.len()
+    }
+
+    /// All tokens.
+    fn all(&self) -> f64 {
+        self.world.tokens() as f64
+    }
+
+    /// Routed tokens as a divisor.
+    fn routed(&self) -> f64 {
+        self.n().max(1) as f64
+    }
+
+    fn sum(&self, f: impl Fn(usize) -> f64) -> f64 {
+        (0..self.n()).map(f).sum()
+    }
+
+    fn units(&self, f: impl Fn(usize) -> f64) -> Vec<f64> {
+        (0..self.expert.case.width()).map(f).collect()
+    }
+
+    fn norm(&self, t: usize) -> f64 {
+        dot(&self.f, t, &self.f, t).sqrt()
+    }
+
+    /// Norm of a down column.
+    fn column(&self, j: usize) -> f64 {
+        let down = self.expert.case.down.transposed();
+        dot(&down, j, &down, j).sqrt()
+    }
+
+    /// Gradient of this expert's router row from one sequence's mean loss `[H]`, for sequences that predict something.
+    fn router_gradients(&self) -> Vec<Vec<f64>> {
+        let of = |s: usize| -> Vec<f64> {
+            let scale = 1.0 / self.world.sequences[s].1 as f64;
+            let entry = |t: usize, h: usize| self.layer.d_logits.at(t, self.index) * self.layer.input.at(t, h) * scale;
+            (0..self.world.hidden).map(|h| self.world.range(s).map(|t| entry(t, h)).sum()).collect()
+        };
+        (0..SEQUENCES.len()).filter(|s| self.world.sequences[*s].1 > 0).map(of).collect()
+    }
+}
+
+fn dot(a: &Matrix, i: usize, b: &Matrix, j: usize) -> f64 {
+    (0..a.columns).map(|h| a.at(i, h) * b.at(j, h)).sum()
+}
+
+/// Scores of all experts of a layer, `[experts][units or 1]`.
+fn score(world: &World, statistics: &Statistics, json: &str) -> Vec<Vec<Vec<f32>>> {
+    let config: ScorerConfig = serde_json::from_str(json).unwrap();
+    let table = config.build().unwrap().score(statistics, world).unwrap();
+    table.layers.into_iter().map(|layer| layer.scores).collect()
+}
+
+/// Checks one configuration against its formula.
+fn check(world: &World, json: &str, formula: impl Fn(&Rows<'_>) -> Vec<f64>) {
+    let config: ScorerConfig = serde_json::from_str(json).unwrap();
+    let statistics = world.collect(&config.build().unwrap().needs());
+    let found = score(world, &statistics, json);
+    for (layer, found) in world.layers.iter().zip(found) {
+        let expected: Vec<Vec<f64>> = (0..layer.experts.len()).map(|e| formula(&Rows::new(world, layer, e))).collect();
+        let largest = expected.iter().flatten().fold(0.0f64, |a, b| a.max(b.abs()));
+        assert!(largest > 0.0, "{json}: a formula that is 0 everywhere shows nothing");
+        for (e, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            assert_eq!(found.len(), expected.len(), "{json}");
+            for (a, b) in found.iter().zip(expected) {
+                assert!((f64::from(*a) - b).abs() <= 3e-6 * largest, "{json}, expert {e}: {a}, expected {b}");
+            }
+        }
+    }
+}
+
+#[test]
+fn unit_criteria_are_their_formulas() {
+    let world = world();
+    check(&world, r#"{"scorer":"heapr"}"#, |r| {
+        let mean = |m: &Matrix, j: usize| r.sum(|t| m.at(t, j).powi(2)) / r.routed();
+        r.units(|j| mean(&r.u, j) * mean(&r.du, j))
+    });
+    check(&world, r#"{"scorer":"heapr","denominator":"all_tokens"}"#, |r| {
+        let sum = |m: &Matrix, j: usize| r.sum(|t| m.at(t, j).powi(2));
+        r.units(|j| sum(&r.u, j) * sum(&r.du, j) / (r.routed() * r.all()))
+    });
+    let product = |r: &Rows<'_>, t: usize, j: usize| r.u.at(t, j) * r.du.at(t, j);
+    check(&world, r#"{"scorer":"coupled"}"#, |r| r.units(|j| r.sum(|t| product(r, t, j).powi(2)) / r.all()));
+    check(&world, r#"{"scorer":"coupled","denominator":"routed_tokens"}"#, |r| {
+        r.units(|j| r.sum(|t| product(r, t, j).powi(2)) / r.routed())
+    });
+    check(&world, r#"{"scorer":"taylor"}"#, |r| r.units(|j| r.sum(|t| product(r, t, j).abs()) / r.all()));
+    check(&world, r#"{"scorer":"taylor","form":"sum"}"#, |r| {
+        r.units(|j| (r.sum(|t| product(r, t, j)) / r.all()).abs())
+    });
+    check(&world, r#"{"scorer":"taylor","form":"loss_increase","denominator":"routed_tokens"}"#, |r| {
+        r.units(|j| -r.sum(|t| product(r, t, j)) / r.routed())
+    });
+    for (power, weighting) in ["none", "weight", "square"].into_iter().enumerate() {
+        check(&world, &format!(r#"{{"scorer":"activation","weighting":"{weighting}"}}"#), |r| {
+            let value = |t: usize, j: usize| r.u.at(t, j).abs() * r.gates[0][t].powi(power as i32);
+            r.units(|j| r.sum(|t| value(t, j)) / r.all() * r.column(j))
+        });
+    }
+    let along = |r: &Rows<'_>, t: usize, j: usize| {
+        let down = r.expert.case.down.transposed();
+        r.u.at(t, j) * dot(&down, j, &r.f, t) / r.norm(t)
+    };
+    check(&world, r#"{"scorer":"projection"}"#, |r| r.units(|j| r.sum(|t| along(r, t, j)) / r.routed()));
+    check(&world, r#"{"scorer":"projection","denominator":"all_tokens","weighting":"weight"}"#, |r| {
+        r.units(|j| r.sum(|t| along(r, t, j) * r.gates[0][t]) / r.all())
+    });
+}
+
+#[test]
+fn expert_criteria_are_their_formulas() {
+    let world = world();
+    check(&world, r#"{"scorer":"frequency"}"#, |r| vec![r.n() as f64 / r.all()]);
+    check(&world, r#"{"scorer":"seer","count":"hard"}"#, |r| vec![r.n() as f64 / r.all()]);
+    check(&world, r#"{"scorer":"seer"}"#, |r| vec![r.gates[0].iter().sum::<f64>() / r.all()]);
+    check(&world, r#"{"scorer":"dern"}"#, |r| vec![r.gates[1].iter().sum::<f64>() / r.all()]);
+    check(&world, r#"{"scorer":"ean"}"#, |r| vec![r.sum(|t| r.norm(t)) / r.all()]);
+    check(&world, r#"{"scorer":"ean","denominator":"routed_tokens"}"#, |r| vec![r.sum(|t| r.norm(t)) / r.routed()]);
+    check(&world, r#"{"scorer":"man"}"#, |r| vec![r.sum(|t| r.norm(t)) / r.routed()]);
+    check(&world, r#"{"scorer":"man","squared":true}"#, |r| vec![r.sum(|t| r.norm(t).powi(2)) / r.routed()]);
+    for (gate, name) in ["as_applied", "renormalised", "softmax"].into_iter().enumerate() {
+        check(&world, &format!(r#"{{"scorer":"routing_weight","gate":"{name}"}}"#), |r| {
+            vec![r.gates[gate].iter().sum::<f64>() / r.all()]
+        });
+        check(
+            &world,
+            &format!(r#"{{"scorer":"routing_weight","gate":"{name}","denominator":"routed_tokens"}}"#),
+            |r| vec![r.gates[gate].iter().sum::<f64>() / r.routed()],
+        );
+        for power in [1, 2] {
+            check(&world, &format!(r#"{{"scorer":"reap","gate":"{name}","power":{power}}}"#), |r| {
+                vec![r.sum(|t| r.gates[gate][t].powi(power) * r.norm(t)) / r.routed()]
+            });
+        }
+    }
+    check(&world, r#"{"scorer":"reap","denominator":"all_tokens"}"#, |r| {
+        vec![r.sum(|t| r.gates[0][t] * r.norm(t)) / r.all()]
+    });
+    check(&world, r#"{"scorer":"tenp"}"#, |r| {
+        let x = &r.expert.case.input;
+        let cos = |t: usize| dot(x, t, &r.f, t) / dot(x, t, x, t).sqrt() / r.norm(t);
+        vec![r.sum(|t| r.gates[0][t] * r.norm(t) * (1.0 - cos(t))) / r.all()]
+    });
+    check(&world, r#"{"scorer":"mone"}"#, |r| {
+        let mean = |h: usize| r.sum(|t| r.f.at(t, h)) / r.routed();
+        let spread: f64 = (0..10).map(|h| r.sum(|t| (r.f.at(t, h) - mean(h)).powi(2)) / r.routed()).sum();
+        vec![spread.sqrt() * r.gates[0].iter().sum::<f64>() / r.all()]
+    });
+    for (score, weighted) in [("token", false), ("gate", true)] {
+        check(&world, &format!(r#"{{"scorer":"esft","score":"{score}"}}"#), |r| {
+            let mass = |e: &WorldExpert| if weighted { e.case.routing.iter().sum() } else { e.tokens.len() as f64 };
+            vec![mass(r.expert) / r.layer.experts.iter().map(mass).sum::<f64>()]
+        });
+    }
+    let entries = |r: &Rows<'_>| -> Vec<f64> {
+        let case = &r.expert.case;
+        [&case.gate, &case.up, &case.down].into_iter().flat_map(|m| m.values.clone()).collect()
+    };
+    check(&world, r#"{"scorer":"expert_magnitude"}"#, |r| vec![entries(r).iter().map(|w| w * w).sum::<f64>().sqrt()]);
+    check(&world, r#"{"scorer":"aimer"}"#, |r| {
+        let (w, n) = (entries(r), entries(r).len() as f64);
+        let magnitude = w.iter().map(|w| w.abs()).sum::<f64>() / n;
+        vec![1.0 - magnitude / (w.iter().map(|w| w * w).sum::<f64>() / n).sqrt()]
+    });
+}
+
+#[test]
+fn router_criteria_are_their_formulas() {
+    let world = world();
+    let n = SEQUENCES.len() as f64;
+    check(&world, r#"{"scorer":"router_taylor","form":"abs"}"#, |r| {
+        vec![r.router_gradients().concat().iter().map(|g| g.abs()).sum::<f64>() / (10.0 * n)]
+    });
+    check(&world, r#"{"scorer":"router_taylor","form":"square"}"#, |r| {
+        vec![r.router_gradients().concat().iter().map(|g| g * g).sum::<f64>() / n]
+    });
+    check(&world, r#"{"scorer":"router_taylor"}"#, |r| {
+        let row = |h: usize| r.layer.router.at(r.index, h);
+        let of = |g: Vec<f64>| g.iter().enumerate().map(|(h, g)| (row(h) * g).powi(2)).sum::<f64>();
+        vec![(r.router_gradients().into_iter().map(of).sum::<f64>() / n).sqrt()]
+    });
+    // Usage of each expert, and the sign of it minus the mean or median of the layer.
+    let votes = |r: &Rows<'_>, samples: Vec<std::ops::Range<usize>>, median: bool| -> f64 {
+        let vote = |tokens: std::ops::Range<usize>| {
+            let usage: Vec<f64> = (0..5).map(|e| tokens.clone().map(|t| r.layer.softmax(t)[e]).sum::<f64>()).collect();
+            let mut sorted = usage.clone();
+            sorted.sort_by(f64::total_cmp);
+            let middle = if median { sorted[2] } else { usage.iter().sum::<f64>() / 5.0 };
+            f64::from(u8::from(usage[r.index] > middle)) - f64::from(u8::from(usage[r.index] < middle))
+        };
+        samples.into_iter().map(vote).sum()
+    };
+    let sequences = |r: &Rows<'_>| (0..SEQUENCES.len()).map(|s| r.world.range(s)).collect::<Vec<_>>();
+    check(&world, r#"{"scorer":"bias","step":0.5}"#, |r| vec![0.5 * votes(r, sequences(r), false)]);
+    check(&world, r#"{"scorer":"bias","around":"median"}"#, |r| vec![1e-3 * votes(r, sequences(r), true)]);
+    #[allow(clippy::single_range_in_vec_init)]
+    let wave = |r: &Rows<'_>| vec![0..r.world.tokens()];
+    check(&world, r#"{"scorer":"bias","sample":"wave"}"#, |r| vec![1e-3 * votes(r, wave(r), false)]);
+}
+
+#[test]
+fn the_arrays_that_merging_wants_are_their_definitions() {
+    let world = world();
+    let statistics = world.collect(&[LOGIT_GRAM, OUTPUT_MAX, OUTPUT_FIRST_MAX, OUTPUT_MOMENTS]);
+    let close = |a: f64, b: f64| assert!((a - b).abs() <= 3e-6 * b.abs().max(1.0), "{a}, expected {b}");
+    for layer in &world.layers {
+        for (e, expert) in layer.experts.iter().enumerate() {
+            let gram = statistics.vector(LOGIT_GRAM.as_str(), Extent::Experts, layer.layer, e).unwrap();
+            for (other, found) in gram.iter().enumerate() {
+                let z = |t: usize, e: usize| layer.logits.at(t, e);
+                close(*found, (0..world.tokens()).map(|t| z(t, e) * z(t, other)).sum());
+            }
+            let f = expert.outputs();
+            let max =
+                |rows: &[usize]| rows.iter().flat_map(|t| (0..10).map(|h| f.at(*t, h).abs())).fold(0.0f64, f64::max);
+            let all: Vec<usize> = (0..f.rows).collect();
+            close(statistics.expert(OUTPUT_MAX.as_str(), layer.layer).unwrap()[e], max(&all));
+            let first = |s: usize| expert.tokens.iter().position(|t| world.range(s).contains(t));
+            let first: Vec<usize> = (0..SEQUENCES.len()).filter_map(first).collect();
+            close(statistics.expert(OUTPUT_FIRST_MAX.as_str(), layer.layer).unwrap()[e], max(&first));
+            let moments = statistics.vector(OUTPUT_MOMENTS.as_str(), Extent::Moments, layer.layer, e).unwrap();
+            close(moments[0], f.rows as f64);
+            for h in 0..10 {
+                let column: Vec<f64> = (0..f.rows).map(|t| f.at(t, h)).collect();
+                let mean = column.iter().sum::<f64>() / column.len().max(1) as f64;
+                close(moments[1 + h], mean);
+                close(moments[11 + h], column.iter().map(|x| (x - mean).powi(2)).sum());
+            }
+        }
+    }
+}
+
+fn lone(case: &Case) -> Statistics {
+    let ids = [Heapr::default().needs(), Coupled::default().needs()].concat();
+    common::collect_one(case, &ids)
+}
+
+#[test]
+fn half_of_heapr_is_the_loss_of_zeroing_a_unit_at_a_quadratic_minimum() {
+    // The loss of a token is half of v^T A v, v the change of the expert's output, with A the mean outer product of the
+    // gradients: the H x H form of the paper.
+    let case = Case::random(7, 4, &[SequenceCase { rows: 9, loss_tokens: 9 }], 21);
+    let (u, _, _) = case.backward();
+    let a = |h: usize, i: usize| -> f64 {
+        let d = |t: usize, h: usize| case.routing[t] * case.upstream.at(t, h);
+        (0..9).map(|t| d(t, h) * d(t, i)).sum::<f64>() / 9.0
+    };
+    // Expert 1 gets all 10 tokens of the wave by count; give the routed mean its 9 rows.
+    let mut statistics = lone(&case);
+    statistics.expert_mut("routing.tokens", moe_checkpoint::Fold::Sum, 3).unwrap()[1] = 9.0;
+    let scores = Heapr::default().score(&statistics, &NoWeights).unwrap().layers[0].scores[1].clone();
+    for (j, score) in scores.iter().enumerate() {
+        let change = |t: usize, h: usize| -u.at(t, j) * case.down.at(h, j);
+        let loss = |t: usize| -> f64 {
+            let pairs = (0..7).flat_map(|h| (0..7).map(move |i| (h, i)));
+            pairs.map(|(h, i)| 0.5 * change(t, h) * a(h, i) * change(t, i)).sum()
+        };
+        let expected = (0..9).map(loss).sum::<f64>() / 9.0;
+        assert!((f64::from(*score) / 2.0 - expected).abs() < 1e-5 * expected, "{score} and {expected}");
+    }
+}
+
+#[test]
+fn output_space_scores_do_not_see_how_a_unit_is_scaled() {
+    let case = Case::random(6, 5, &[SequenceCase { rows: 12, loss_tokens: 12 }], 22);
+    let mut scaled = case.clone();
+    for h in 0..6 {
+        scaled.up.values[2 * 6 + h] *= 8.0;
+        scaled.down.values[h * 5 + 2] /= 8.0;
+    }
+    let (before, after) = (lone(&case), lone(&scaled));
+    let scorers: [Box<dyn Scorer>; 2] = [Box::new(Heapr::default()), Box::new(Coupled::new(Average::RoutedTokens))];
+    for scorer in scorers {
+        let [a, b] = [&before, &after].map(|s| scorer.score(s, &NoWeights).unwrap().layers[0].scores[1].clone());
+        for (a, b) in a.iter().zip(&b) {
+            assert!((a - b).abs() <= 1e-5 * a, "{a} and {b}");
+        }
+    }
+}
+
+#[test]
+fn only_the_coupled_form_sees_that_activation_and_gradient_never_meet() {
+    // Unit 0 fires at token 0 and has a gradient at token 1 only.
+    let mut case = Case::random(2, 2, &[SequenceCase { rows: 2, loss_tokens: 2 }], 1);
+    case.gate.values = vec![1.0, 0.0, 1.0, 1.0];
+    case.up.values = vec![1.0, 0.0, 1.0, 1.0];
+    case.down.values = vec![1.0, 1.0, 0.0, 1.0];
+    case.input.values = vec![1.0, 0.0, 0.0, 1.0];
+    case.upstream.values = vec![0.0, 1.0, 1.0, 0.0];
+    let statistics = lone(&case);
+    let coupled = Coupled::default().score(&statistics, &NoWeights).unwrap().layers[0].scores[1].clone();
+    let heapr = Heapr::default().score(&statistics, &NoWeights).unwrap().layers[0].scores[1].clone();
+    assert!(coupled[0] == 0.0 && coupled[1] > 0.0, "{coupled:?}");
+    assert!(heapr[0] > 0.0, "{heapr:?}");
+}
+
+#[test]
+fn frequency_norm_and_reap_order_three_experts_in_three_ways() {
+    // Many tokens with small outputs; a few with large ones at small weights; some in between at large weights.
+    let mut statistics = {
+        let world = World::random(3, &[1, 1, 1], 1, &[(16, 15)], 2);
+        let ids = ["frequency", "man", "reap"].map(|name| {
+            let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"scorer":"{name}"}}"#)).unwrap();
+            config.build().unwrap().needs()
+        });
+        world.collect(&ids.concat())
+    };
+    for layer in [1, 3] {
+        let mut set = |id: &str, values: [f64; 3]| {
+            statistics.expert_mut(id, moe_checkpoint::Fold::Sum, layer).unwrap().copy_from_slice(&values);
+        };
+        set("routing.tokens", [10.0, 2.0, 4.0]);
+        set("output.norm", [10.0, 20.0, 12.0]);
+        set("output.norm_applied", [9.0, 1.0, 10.0]);
+    }
+    let order = |name: &str| {
+        let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"scorer":"{name}"}}"#)).unwrap();
+        let scores = config.build().unwrap().score(&statistics, &NoWeights).unwrap().layers[0].scores.concat();
+        let mut order = [0, 1, 2];
+        order.sort_by(|a, b| scores[*a].total_cmp(&scores[*b]));
+        order
+    };
+    assert_eq!([order("frequency"), order("man"), order("reap")], [[1, 2, 0], [0, 2, 1], [1, 0, 2]]);
+}
+
+#[test]
+fn an_expert_of_constant_output_has_no_spread_however_large_it_is() {
+    let mut case = Case::random(6, 4, &[SequenceCase { rows: 20, loss_tokens: 20 }], 23);
+    // The same input everywhere, and outputs of a thousand.
+    for t in 1..20 {
+        let first = case.input.values[..6].to_vec();
+        case.input.values[t * 6..(t + 1) * 6].copy_from_slice(&first);
+    }
+    case.down.values.iter_mut().for_each(|w| *w *= 4096.0);
+    let shown = common::world::World {
+        hidden: 6,
+        top_k: 1,
+        sequences: vec![(8, 7), (12, 11)],
+        layers: vec![WorldLayer {
+            layer: 3,
+            input: case.input.clone(),
+            logits: Matrix { rows: 20, columns: 1, values: vec![0.0; 20] },
+            d_logits: Matrix { rows: 20, columns: 1, values: vec![0.0; 20] },
+            router: Matrix { rows: 1, columns: 6, values: vec![0.0; 6] },
+            selected: vec![vec![0]; 20],
+            weights: vec![vec![1.0]; 20],
+            experts: vec![WorldExpert { case, tokens: (0..20).collect() }],
+        }],
+    };
+    let mut folded = Statistics::new(&shown.shape(), common::provenance());
+    for wave in 0..2 {
+        let mut collection =
+            moe_importance::Collection::new(&shown.shape(), common::provenance(), &Mone::new().needs()).unwrap();
+        shown.observe(wave as u64, wave..wave + 1, &mut collection).unwrap();
+        let mut statistics = collection.take().unwrap();
+        statistics.round_to_f32();
+        folded.fold(&statistics).unwrap();
+    }
+    let mean = folded.vector(OUTPUT_MOMENTS.as_str(), Extent::Moments, 3, 0).unwrap()[1..7].to_vec();
+    let size = mean.iter().map(|m| m * m).sum::<f64>().sqrt();
+    let score = f64::from(Mone::new().score(&folded, &NoWeights).unwrap().layers[0].scores[0][0]);
+    assert!(size > 100.0 && score < 1e-6 * size, "mean {size}, score {score}");
+}
+
+/// Experts whose gate, up and down hold these numbers.
+struct Weights(Vec<Vec<f32>>);
+
+impl ExpertWeightsSource for Weights {
+    fn expert(&self, _: usize, expert: usize) -> Result<ExpertWeights, Error> {
+        let third = self.0[expert].len() / 3;
+        let part = |i: usize| self.0[expert][i * third..(i + 1) * third].to_vec();
+        Ok(ExpertWeights { gate: part(0), up: part(1), down: part(2), width: 1, hidden: third, ..Default::default() })
+    }
+}
+
+#[test]
+fn aimer_knows_tails_and_not_scale() {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let mut uniform = move || (f64::from(rng.next_u32()) + 0.5) / 4294967296.0;
+    let n = 60_000;
+    // Box-Muller, and its cube for heavy tails.
+    let gaussian: Vec<f64> =
+        (0..n).map(|_| (-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos()).collect();
+    let f32s = |values: &[f64], f: &dyn Fn(f64) -> f64| values.iter().map(|v| f(*v) as f32).collect::<Vec<f32>>();
+    let experts = Weights(vec![
+        f32s(&gaussian, &|v| v),
+        f32s(&gaussian, &|v| 1024.0 * v),
+        f32s(&gaussian, &|v| v.powi(3)),
+        f32s(&gaussian, &f64::signum),
+        vec![0.0; n],
+    ]);
+    let layers = vec![moe_checkpoint::MoeLayerShape { layer: 0, widths: vec![1; 5] }];
+    let shape = moe_checkpoint::MoeShape { hidden_size: n / 3, top_k: 1, layers };
+    let statistics = Statistics::new(&shape, common::provenance());
+    let scores = Aimer::new().score(&statistics, &experts).unwrap().layers[0].scores.concat();
+    assert!((1.0 - scores[0] - (2.0 / std::f32::consts::PI).sqrt()).abs() < 5e-3, "{scores:?}");
+    assert_eq!(scores[0], scores[1], "a power of two changes nothing");
+    assert!(scores[2] > scores[0], "heavier tails are kept");
+    assert!(scores[3].abs() < 1e-6 && scores[4] == 0.0, "{scores:?}");
+}

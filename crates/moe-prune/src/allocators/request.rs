@@ -1,0 +1,176 @@
+//! What an allocator works on.
+
+use moe_checkpoint::{Granularity, GroupScore, MoeShape, Pool, Routing, ScoreTable};
+use serde::{Deserialize, Serialize};
+
+use crate::plan::LayerKept;
+use crate::ranking::Queue;
+use crate::{Budget, Error, ProtectionMask, Result};
+
+/// What widths an allocation may give.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WidthLimits {
+    /// Every width is a multiple of this.
+    pub round_to: usize,
+    /// No expert becomes narrower than this (one that was narrower keeps its width, if that is a multiple).
+    pub min_width: usize,
+    /// Refuse rather than miss the budget by the rounding.
+    pub exact: bool,
+}
+
+impl Default for WidthLimits {
+    /// Any width, 0 included.
+    fn default() -> Self {
+        Self { round_to: 1, min_width: 0, exact: false }
+    }
+}
+
+/// How many experts an allocation may leave in a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExpertLimits {
+    /// Groups of neighbouring experts that lose as many each; 1 unless the router selects groups first
+    /// ([`Routing::groups`]).
+    pub groups: usize,
+    /// No layer keeps fewer. It never keeps fewer than the router selects either.
+    pub min_experts: usize,
+    /// Dropped experts keep their rows of the router, so that it may select as many as ever: a layer may lose all.
+    pub keeps_router: bool,
+}
+
+impl Default for ExpertLimits {
+    /// No groups, no minimum.
+    fn default() -> Self {
+        Self { groups: 1, min_experts: 0, keeps_router: false }
+    }
+}
+
+impl ExpertLimits {
+    /// The limits under which this routing still works: as many experts left in every group, two where groups are ranked
+    /// by their two best, and enough in the groups that are selected.
+    ///
+    /// ```
+    /// use moe_checkpoint::{GroupScore, Groups, Routing, RoutingKind};
+    /// use moe_prune::ExpertLimits;
+    ///
+    /// let groups = Groups { count: 4, top: 2, score: GroupScore::Max };
+    /// let kind = RoutingKind::SoftmaxGroupTopK { groups };
+    /// let limits = ExpertLimits::for_routing(&Routing { kind, top_k: 3, scale: 1.0, bias: false });
+    /// assert_eq!((limits.groups, limits.min_experts), (4, 8)); // two of each, so that two groups hold three
+    /// ```
+    pub fn for_routing(routing: &Routing) -> Self {
+        let Some(groups) = routing.groups() else { return Self::default() };
+        let per_group = routing.top_k.div_ceil(groups.top.max(1)).max(match groups.score {
+            GroupScore::TopTwoSum => 2,
+            _ => 1,
+        });
+        Self { groups: groups.count, min_experts: per_group * groups.count, keeps_router: false }
+    }
+}
+
+/// What goes, and what of it has to stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Limits {
+    /// Units inside experts; the scores are of units.
+    Units(WidthLimits),
+    /// Whole experts; the scores are of experts.
+    Experts(ExpertLimits),
+}
+
+/// What an allocator works on.
+#[derive(Clone, Copy, Debug)]
+pub struct AllocationRequest<'a> {
+    /// Scores of units or of experts, as [`AllocationRequest::limits`] has it.
+    pub scores: &'a ScoreTable,
+    /// Shape of the model.
+    pub shape: &'a MoeShape,
+    /// How much is kept.
+    pub budget: Budget,
+    /// What is kept whatever it scores.
+    pub protect: &'a ProtectionMask,
+    /// What goes.
+    pub limits: Limits,
+    /// What an earlier round left, all layers in order: the rest is gone already, whatever it scores now, and counts as
+    /// dropped. See [`Progressive`](crate::Progressive).
+    pub gone: Option<&'a [LayerKept]>,
+}
+
+impl AllocationRequest<'_> {
+    /// Checks everything that does not depend on the allocator, and that scores may be compared over `pool`. Whole experts
+    /// are always compared within their layer.
+    ///
+    /// # Errors
+    /// A parameter outside its range, a table that is not of this model, has NaN, is of the other granularity, or supports
+    /// only a narrower pool; protected units that do not exist.
+    pub fn validate(&self, pool: Pool) -> Result<()> {
+        self.shape.validate()?;
+        self.scores.validate_for(self.shape)?;
+        let pool = match (self.limits, self.scores.granularity) {
+            (Limits::Units(_), Granularity::Expert) => return Err(Error::NeedsUnitScores),
+            (Limits::Experts(_), Granularity::Unit) => return Err(Error::NeedsExpertScores),
+            (Limits::Units(_), _) => pool,
+            (Limits::Experts(_), _) => pool.max(Pool::Layer),
+        };
+        if !self.scores.pool.supports(pool) {
+            return Err(Error::PoolTooNarrow { wanted: pool, supported: self.scores.pool });
+        }
+        self.validate_limits()?;
+        self.budget.validate(self.shape)?;
+        self.protect.validate(self.shape)?;
+        let sizes = |gone: &[LayerKept]| gone.iter().map(|l| (l.layer, l.experts.len())).collect::<Vec<_>>();
+        if let Some(gone) = self.gone.map(sizes) {
+            let expected: Vec<_> = self.shape.layers.iter().map(|l| (l.layer, l.num_experts())).collect();
+            if gone != expected {
+                return Err(Error::invalid_plan(format!(
+                    "what an earlier round left is of (layer, experts) {gone:?}, but the model has {expected:?}"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_limits(&self) -> Result<()> {
+        let invalid = |field, found: String, expected: String| Err(Error::InvalidParameter { field, found, expected });
+        match self.limits {
+            Limits::Units(limits) if limits.round_to == 0 => invalid("round_to", "0".into(), "at least 1".into()),
+            Limits::Units(_) => Ok(()),
+            Limits::Experts(ExpertLimits { groups, .. }) => {
+                for layer in &self.shape.layers {
+                    let (number, experts) = (layer.layer, layer.num_experts());
+                    if groups == 0 || experts % groups != 0 {
+                        let expected = format!("a divisor of the {experts} experts of layer {number}");
+                        return invalid("groups", groups.to_string(), expected);
+                    }
+                    if let Some(expert) = layer.widths.iter().position(|width| *width == 0) {
+                        let found = format!("an expert without units (layer {number}, expert {expert})");
+                        return invalid("shape", found, "experts with units".into());
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// What stays with these numbers of kept blocks `[MoE layer][queue]`.
+    pub(crate) fn layers(&self, queues: &[Vec<Queue>], blocks: &[Vec<usize>]) -> Vec<LayerKept> {
+        let layers = queues.iter().zip(blocks).zip(&self.shape.layers);
+        let of_layer = |((queues, blocks), shape): ((&Vec<Queue>, &Vec<usize>), &moe_checkpoint::MoeLayerShape)| {
+            let layer = shape.layer;
+            let Limits::Experts(limits) = self.limits else {
+                let experts = queues.iter().zip(blocks).map(|(queue, blocks)| queue.kept(*blocks)).collect();
+                return LayerKept { layer, experts, removed: Vec::new() };
+            };
+            let mut experts = vec![Vec::new(); shape.num_experts()];
+            for expert in queues.iter().zip(blocks).flat_map(|(queue, blocks)| queue.kept(*blocks)) {
+                experts[expert as usize] = (0..shape.widths[expert as usize] as u32).collect();
+            }
+            let emptied = |(expert, kept): (usize, &Vec<u32>)| kept.is_empty().then_some(expert as u32);
+            let removed =
+                if limits.keeps_router { vec![] } else { experts.iter().enumerate().filter_map(emptied).collect() };
+            LayerKept { layer, experts, removed }
+        };
+        layers.map(of_layer).collect()
+    }
+}

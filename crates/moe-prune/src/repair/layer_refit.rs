@@ -1,0 +1,339 @@
+//! Refit of all kept down columns of a layer together, layer after layer.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use faer::Mat;
+use moe_checkpoint::ExpertWeights;
+use moe_core::data::Wave;
+use moe_core::host::{self, HostView};
+use moe_core::trace::{ExpertTrace, Nobody, Observer, Signals, WaveInfo};
+use moe_core::{Engine, EngineOptions, ExpertOverlay, LayerChange, LayerOutput, LayerSweep, LayerVisitor, Model};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::linear::{Normal, Rows, add_gram, cross, squares, subtract, to_rows};
+use super::{OnLayer, check_ridge};
+use crate::{Edits, Error, ExpertEdit, Result};
+
+/// What a layer is fitted to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Target {
+    /// The residual stream of the full model after the layer, so that what earlier layers got wrong is made good, too.
+    #[default]
+    Layer,
+    /// What the full model's layer makes of the changed model's own stream.
+    Same,
+}
+
+/// Refits the down matrices of a changed model so that each of its layers gives what the full model's gives:
+///
+/// minimise over all `W'_e` of a layer together: `sum_t |y_t - sum_e g'_te W'_e u_te|^2 + sum_e lambda_e |W'_e - W_e|^2`, where y is the
+/// [`Target`] less everything but the routed experts, and u and g' are the changed model's own. Changed routing and removed experts
+/// are compensated by the experts that are left. By block-coordinate descent on the residual, expert after expert, from the matrices as they
+/// are; layer after layer, each on the streams that the refitted layers before it give.
+///
+/// Works after any pruner: the changed model is a view through overlays or a checkpoint of its own. Memory for one layer, T tokens in all,
+/// k experts of K units per token: `4 T (k K + H)` bytes, and `8 E K K` of factors, besides the streams of both models, `8 T H` each, which go
+/// to a file where their `max_memory` is short.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LayerRefit {
+    /// `lambda_e` as a multiple of the mean of the diagonal of `sum_t g'^2 u u^T` over the expert's tokens.
+    pub ridge: f64,
+    /// Times that every expert of a layer is fitted in turn.
+    pub sweeps: usize,
+    /// What a layer is fitted to.
+    pub target: Target,
+}
+
+impl Default for LayerRefit {
+    fn default() -> Self {
+        Self { ridge: 0.01, sweeps: 4, target: Target::Layer }
+    }
+}
+
+/// Result of a [`LayerRefit`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Refitted {
+    /// Down matrices, in the indices of the changed model's checkpoint, with the columns that the changed model has.
+    pub edits: Edits,
+    /// What was achieved.
+    pub layers: Vec<LayerFit>,
+}
+
+/// How well a layer was fitted.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LayerFit {
+    /// Decoder layer index.
+    pub layer: usize,
+    /// `sum_t |target - stream|^2` after the layer, before it was fitted.
+    pub before: f64,
+    /// The same afterwards.
+    pub after: f64,
+}
+
+impl LayerRefit {
+    /// Runs both models on `waves` and fits `student` to `teacher`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParameter`] for parameters out of range and models that are not of the same layers; those of
+    /// [`Engine::run_layerwise`].
+    pub fn fit(&self, teacher: &Model, student: &Model, waves: &[Wave], on_layer: OnLayer<'_>) -> Result<Refitted> {
+        check_ridge(self.ridge)?;
+        if self.sweeps == 0 {
+            return Err(Error::InvalidParameter { field: "sweeps", found: "0".into(), expected: "at least 1".into() });
+        }
+        let shape = |model: &Model| {
+            let config = model.config();
+            let moe: Vec<usize> = (0..config.layers.len()).filter(|&l| config.moe(l).is_some()).collect();
+            (config.hidden_size, config.layers.len(), moe)
+        };
+        if shape(teacher) != shape(student) {
+            return Err(Error::InvalidParameter {
+                field: "student (hidden size, layers, MoE layers)",
+                found: format!("{:?}", shape(student)),
+                expected: format!("the teacher's {:?}", shape(teacher)),
+            });
+        }
+        let layers = shape(student).2.len();
+        let teacher = Engine::new(teacher, EngineOptions::default());
+        let student = Engine::new(student, EngineOptions::default());
+        let mut sweep = student.layer_sweep(waves)?;
+        let source = match self.target {
+            Target::Layer => Source::Stream(Box::new(teacher.layer_sweep(waves)?)),
+            Target::Same => Source::Layer(&teacher),
+        };
+        let mut visitor =
+            Visitor { refit: *self, source, layer: Layer::default(), fits: Vec::new(), edits: Edits::new() };
+        loop {
+            if let Source::Stream(teacher) = &mut visitor.source {
+                teacher.step(&mut Unchanged)?;
+            }
+            if sweep.step(&mut visitor)?.is_none() {
+                break;
+            }
+            on_layer(visitor.fits.len(), layers);
+        }
+        let mut edits = visitor.edits;
+        edits.recipe = serde_json::json!({ "repair": "layer_refit", "options": self });
+        Ok(Refitted { edits, layers: visitor.fits })
+    }
+}
+
+/// Where targets come from.
+enum Source<'a> {
+    /// The teacher's own sweep, one layer ahead of the student's.
+    Stream(Box<LayerSweep<'a>>),
+    Layer(&'a Engine<'a>),
+}
+
+/// The tokens of one layer.
+#[derive(Default)]
+struct Layer {
+    /// Tokens of the waves before the one at hand.
+    offset: usize,
+    /// `(target - stream) / residual factor` of all tokens `[T, H]`.
+    residual: Vec<f32>,
+    /// Its factor.
+    factor: f64,
+    experts: Vec<Expert>,
+}
+
+/// One expert and all its tokens.
+struct Expert {
+    expert: usize,
+    /// Tokens, over all waves.
+    rows: Vec<u32>,
+    /// Routing weight times units of each `[n, K]`.
+    units: Vec<f32>,
+    /// `[H, K]`.
+    down: Vec<f32>,
+    width: usize,
+}
+
+struct Visitor<'a> {
+    refit: LayerRefit,
+    source: Source<'a>,
+    layer: Layer,
+    fits: Vec<LayerFit>,
+    edits: Edits,
+}
+
+impl Observer for Visitor<'_> {
+    fn needs(&self) -> Signals {
+        Signals::UNITS
+    }
+
+    fn expert(&mut self, trace: &ExpertTrace<'_>) -> moe_core::Result<()> {
+        let units = trace.units.expect("asked for");
+        let width = units.dims()[1];
+        if width == 0 {
+            return Ok(());
+        }
+        let experts = &mut self.layer.experts;
+        let at = match experts.binary_search_by_key(&trace.expert, |expert| expert.expert) {
+            Ok(at) => at,
+            Err(at) => {
+                let down = host::into_vec(trace.expert_weights.down.to_tensor());
+                let (rows, units) = (Vec::new(), Vec::new());
+                experts.insert(at, Expert { expert: trace.expert, rows, units, down, width });
+                at
+            }
+        };
+        let expert = &mut experts[at];
+        expert.rows.extend(trace.rows.iter().map(|t| self.layer.offset as u32 + t));
+        let view = HostView::new(units);
+        let rows = view.as_slice().chunks_exact(width).zip(trace.routing_weights);
+        expert.units.extend(rows.flat_map(|(row, g)| row.iter().map(move |u| g * u)));
+        Ok(())
+    }
+
+    fn end_wave(&mut self, wave: &WaveInfo) -> moe_core::Result<()> {
+        self.layer.offset += wave.tokens;
+        Ok(())
+    }
+}
+
+impl LayerVisitor for Visitor<'_> {
+    fn output(&mut self, output: &LayerOutput<'_>) -> moe_core::Result<()> {
+        let target = match &mut self.source {
+            Source::Stream(teacher) => teacher.stream(output.position)?,
+            Source::Layer(teacher) => teacher.feed_forward(output.layer, output.input, &mut Nobody)?,
+        };
+        let residual = (target - output.output.clone()).mul_scalar(1.0 / output.residual_factor);
+        self.layer.residual.extend_from_slice(HostView::new(&residual).as_slice());
+        self.layer.factor = f64::from(output.residual_factor);
+        Ok(())
+    }
+
+    fn end_layer(&mut self, layer: usize) -> moe_core::Result<LayerChange> {
+        let Layer { offset, mut residual, factor, experts } = std::mem::take(&mut self.layer);
+        let hidden = residual.len() / offset.max(1);
+        let before = squares(&residual) * factor * factor;
+        let downs = descend(&mut residual, hidden, &experts, self.refit);
+        self.fits.push(LayerFit { layer, before, after: squares(&residual) * factor * factor });
+        let mut fitted = Downs::default();
+        for (expert, down) in experts.iter().zip(downs) {
+            let Some(down) = down else { continue };
+            self.edits.set_expert(layer, expert.expert, ExpertEdit { down: Some(down.clone()), down_bias: None });
+            fitted.0.insert(expert.expert, down);
+        }
+        Ok(LayerChange { experts: Some(Arc::new(fitted)), routing: None })
+    }
+}
+
+/// Fitted down matrices of one layer, for the layers after it.
+#[derive(Default)]
+struct Downs(BTreeMap<usize, Vec<f32>>);
+
+impl ExpertOverlay for Downs {
+    fn apply(&self, _: usize, expert: usize, mut weights: ExpertWeights) -> moe_core::Result<ExpertWeights> {
+        if let Some(down) = self.0.get(&expert) {
+            weights.down.clone_from(down);
+        }
+        Ok(weights)
+    }
+}
+
+/// The fitted matrices; nothing for experts whose units are all zero. The residual becomes what is left.
+fn descend(residual: &mut [f32], hidden: usize, experts: &[Expert], refit: LayerRefit) -> Vec<Option<Vec<f32>>> {
+    let normals: Vec<Option<Normal>> = experts
+        .par_iter()
+        .map(|expert| {
+            let units = Rows { values: &expert.units, columns: expert.width };
+            let all: Vec<u32> = (0..expert.width as u32).collect();
+            let mut gram = Mat::zeros(expert.width, expert.width);
+            add_gram(&mut gram, units, units, &all, |_| 1.0);
+            Normal::new(gram, refit.ridge)
+        })
+        .collect();
+    // how far each matrix has moved: W' - W
+    let mut moved: Vec<Mat<f64>> = experts.iter().map(|expert| Mat::zeros(hidden, expert.width)).collect();
+    for _ in 0..refit.sweeps {
+        for ((expert, normal), moved) in experts.iter().zip(&normals).zip(&mut moved) {
+            let Some(normal) = normal else { continue };
+            let units = Rows { values: &expert.units, columns: expert.width };
+            // step (A + lambda I) = R^T U - lambda (W' - W)
+            let mut c = cross(Rows { values: residual, columns: hidden }, &expert.rows, units);
+            c -= faer::Scale(normal.lambda) * &*moved;
+            let step = normal.solve(c.as_ref());
+            subtract(residual, hidden, &expert.rows, units, step.as_ref());
+            *moved += step;
+        }
+    }
+    let fitted = experts.par_iter().zip(normals).zip(moved).map(|((expert, normal), moved)| {
+        normal?;
+        let down = Rows { values: &expert.down, columns: expert.width }.to_mat();
+        Some(to_rows((down + moved).as_ref()))
+    });
+    fitted.collect()
+}
+
+/// Lets the teacher pass.
+struct Unchanged;
+
+impl Observer for Unchanged {
+    fn needs(&self) -> Signals {
+        Signals::NONE
+    }
+}
+
+impl LayerVisitor for Unchanged {
+    fn end_layer(&mut self, _: usize) -> moe_core::Result<LayerChange> {
+        Ok(LayerChange::default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(n: usize, seed: usize) -> Vec<f32> {
+        let hash = |i: usize| ((i + 1) * (seed + 7) * 2_654_435_761usize) >> 7;
+        (0..n).map(|i| (hash(i) % 2000) as f32 / 1000.0 - 1.0).collect()
+    }
+
+    fn expert(index: usize, rows: Vec<u32>, width: usize, hidden: usize) -> Expert {
+        let units = values(rows.len() * width, 10 + index);
+        Expert { expert: index, rows, units, down: values(hidden * width, 20 + index), width }
+    }
+
+    /// Two experts that share tokens find the matrices that made the residual, and stay where there is nothing to make good.
+    #[test]
+    fn descent_finds_what_was_taken_away() {
+        let (tokens, hidden) = (200u32, 4);
+        let experts = [
+            expert(0, (0..150).collect(), 3, hidden),
+            expert(1, (100..tokens).collect(), 5, hidden),
+            Expert { units: vec![0.0; 2], ..expert(2, vec![7], 2, hidden) },
+        ];
+        let wanted: Vec<Vec<f32>> = (0..2).map(|e| values(hidden * experts[e].width, 40 + e)).collect();
+        let mut residual = vec![0.0; tokens as usize * hidden];
+        for (expert, wanted) in experts.iter().zip(&wanted) {
+            let change = Mat::from_fn(hidden, expert.width, |h, j| {
+                f64::from(expert.down[h * expert.width + j]) - f64::from(wanted[h * expert.width + j])
+            });
+            let units = Rows { values: &expert.units, columns: expert.width };
+            subtract(&mut residual, hidden, &expert.rows, units, change.as_ref());
+        }
+        let (start, refit) = (residual.clone(), LayerRefit { ridge: 1e-9, sweeps: 12, target: Target::Layer });
+        let found = descend(&mut residual, hidden, &experts, refit);
+        for (found, wanted) in found.iter().zip(&wanted) {
+            let found = found.as_ref().unwrap();
+            assert!(found.iter().zip(wanted).all(|(a, b)| (a - b).abs() < 1e-3), "{found:?} {wanted:?}");
+        }
+        assert_eq!(found[2], None);
+        assert!(squares(&residual) < 1e-6 * squares(&start));
+
+        let mut one = start.clone();
+        let again = descend(&mut one, hidden, &experts, LayerRefit { sweeps: 1, ..refit });
+        assert!(squares(&one) > squares(&residual) && squares(&one) < squares(&start));
+        assert_eq!(again, descend(&mut start.clone(), hidden, &experts, LayerRefit { sweeps: 1, ..refit }));
+
+        let mut none = vec![0.0; tokens as usize * hidden];
+        let same = descend(&mut none, hidden, &experts, LayerRefit::default());
+        assert_eq!(same[0].as_ref(), Some(&experts[0].down));
+    }
+}

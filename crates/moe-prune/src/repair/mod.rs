@@ -1,0 +1,65 @@
+//! Repairs: better weights for what a pruner left, found by running the model on calibration waves.
+//!
+//! Each repair gives [`Edits`](crate::Edits) to apply beside the plan. From cheap to dear:
+//!
+//! | repair | what changes | what it needs |
+//! |---|---|---|
+//! | [`MeanOutput`] | a bias per expert: the mean of what the dropped units gave | one forward sweep; a format with biases |
+//! | [`Refit`] | kept down columns, each expert for itself, in closed form | one forward sweep; a Gram matrix per expert |
+//! | [`LayerRefit`] | kept down columns of a layer together, layer after layer | two forward sweeps side by side |
+//! | [`RouterDistillation`] | router rows, by gradient descent on the divergence from the full model | some epochs of forward and backward sweeps |
+//!
+//! All of them are deterministic. [`layer_errors`] measures what they achieve in each layer,
+//! [`moe_core::evaluate::divergence`] at the end of the model. [`PlanOverlay::with_edits`](crate::PlanOverlay::with_edits) runs a model under
+//! a plan and edits without writing it.
+
+mod layer_refit;
+mod linear;
+mod mean_output;
+mod measure;
+mod refit;
+mod router_kd;
+
+pub use layer_refit::{LayerFit, LayerRefit, Refitted, Target};
+pub use mean_output::MeanOutput;
+pub use measure::{LayerError, layer_errors};
+pub use refit::Refit;
+pub use router_kd::{RouterDistillation, RouterDistilled};
+
+use moe_core::Model;
+
+use crate::{Edits, Error, PrunePlan, Result};
+
+/// Told after each MoE layer: how many are done, and how many there are.
+pub type OnLayer<'a> = &'a mut dyn FnMut(usize, usize);
+
+/// No edits yet, made like this.
+fn edits_by(recipe: serde_json::Value) -> Edits {
+    let mut edits = Edits::new();
+    edits.recipe = recipe;
+    edits
+}
+
+/// Refuses a plan of another model.
+fn check_plan(plan: &PrunePlan, model: &Model) -> Result<()> {
+    let checkpoint = model.checkpoint();
+    plan.validate(checkpoint.shape())?;
+    plan.validate_routing(checkpoint.config())?;
+    if plan.model != checkpoint.fingerprint() {
+        let (path, found) = (checkpoint.dir().to_path_buf(), checkpoint.fingerprint().to_string());
+        return Err(Error::OtherModel { path, found, expected: plan.model.clone() });
+    }
+    Ok(())
+}
+
+/// Refuses a ridge that leaves the normal equations singular.
+fn check_ridge(ridge: f64) -> Result<()> {
+    match ridge > 0.0 && ridge.is_finite() {
+        true => Ok(()),
+        false => Err(Error::InvalidParameter {
+            field: "ridge",
+            found: ridge.to_string(),
+            expected: "a finite number above 0".into(),
+        }),
+    }
+}
