@@ -161,7 +161,7 @@ mod tests {
     #[test]
     fn a_global_budget_goes_to_the_most_used_experts_of_the_model() {
         // Shares 0.7 0.1 0.1 0.1, 0.4 0.3 0.2 0.1, 0.25 each.
-        let layers = [layer(0, &[7.0, 1.0, 1.0, 1.0]), layer(2, &[0.4, 0.3, 0.2, 0.1]), layer(3, &[1.0; 4])];
+        let layers = [layer(0, &[7.0, 1.0, 1.0, 1.0]), layer(2, &[4.0, 3.0, 2.0, 1.0]), layer(3, &[1.0; 4])];
         let counts = |groups| budget(Amount::Groups(groups), Scope::Model).counts(&layers).unwrap();
         // Three survivors, then 0.3, then 0.25 three times: two of them.
         assert_eq!(counts(2), [1, 2, 3]);

@@ -19,6 +19,10 @@ pub enum Error {
     #[cfg(feature = "engine")]
     #[error(transparent)]
     Engine(Box<moe_core::Error>),
+    /// Collecting statistics.
+    #[cfg(feature = "engine")]
+    #[error(transparent)]
+    Statistics(Box<moe_importance::Error>),
     /// A parameter outside its range.
     #[error("{field} is {found}, expected {expected}")]
     InvalidParameter {
@@ -135,6 +139,13 @@ impl From<moe_checkpoint::Error> for Error {
 impl From<moe_prune::Error> for Error {
     fn from(error: moe_prune::Error) -> Self {
         Self::Prune(Box::new(error))
+    }
+}
+
+#[cfg(feature = "engine")]
+impl From<moe_importance::Error> for Error {
+    fn from(error: moe_importance::Error) -> Self {
+        Self::Statistics(Box::new(error))
     }
 }
 

@@ -25,8 +25,12 @@ pub enum Gate {
 pub enum Importance {
     /// Share of all selections in the layer (M-SMoE): tokens routed to the expert over those routed to any.
     Usage,
-    /// Mean routing weight over all tokens, 0 where not selected (DERN, step 1).
-    RoutingWeight,
+    /// Mean gate over all tokens, 0 where not selected (DERN, step 1, where it is renormalised).
+    RoutingWeight {
+        /// The gate.
+        #[serde(default)]
+        gate: Gate,
+    },
     /// REAP: `1 / |X_e| * sum_{t in X_e} g_t[e]^power |f_e(x_t)|`. Power 1 is the paper's, power 2 what REAM's code computes.
     Reap {
         /// The gate.
@@ -64,7 +68,7 @@ impl Importance {
     pub fn statistics(self) -> Vec<&'static str> {
         match self {
             Self::Usage => vec![ROUTED_TOKENS],
-            Self::RoutingWeight => vec![ROUTING_WEIGHT],
+            Self::RoutingWeight { gate } => vec![weight(gate)],
             Self::Reap { gate, power } => vec![ROUTED_TOKENS, norm(gate, power)],
             Self::Score => vec![SCORE],
             Self::Equal => vec![],
@@ -83,9 +87,9 @@ impl Importance {
                 let total: f64 = counts.iter().sum();
                 counts.iter().map(|count| if total > 0.0 { count / total } else { 0.0 }).collect()
             }
-            Self::RoutingWeight => {
+            Self::RoutingWeight { gate } => {
                 let tokens = evidence.tokens.max(1) as f64;
-                sum(ROUTING_WEIGHT)?.iter().map(|weight| weight / tokens).collect()
+                sum(weight(gate))?.iter().map(|weight| weight / tokens).collect()
             }
             Self::Reap { gate, power } => {
                 let mean = |(sum, count): (&f64, &f64)| if *count > 0.0 { sum / count } else { 0.0 };
@@ -104,6 +108,14 @@ impl Importance {
             return Err(Error::invalid_evidence(reason));
         }
         Ok(values)
+    }
+}
+
+fn weight(gate: Gate) -> &'static str {
+    match gate {
+        Gate::Applied => ROUTING_WEIGHT,
+        Gate::Renormalised => "routing.renormalised",
+        Gate::Softmax => "routing.softmax",
     }
 }
 
@@ -145,10 +157,10 @@ mod tests {
         };
         let of = |importance: Importance| importance.of(&evidence, 3).unwrap();
         assert_eq!(of(Importance::Usage), [0.75, 0.25, 0.0]);
-        assert_eq!(of(Importance::RoutingWeight), [0.375, 0.5, 0.0]);
+        assert_eq!(of(Importance::RoutingWeight { gate: Gate::Applied }), [0.375, 0.5, 0.0]);
         assert_eq!(of(Importance::Reap { gate: Gate::Softmax, power: 2 }), [0.5, 4.0, 0.0]);
         assert_eq!(of(Importance::Equal), [1.0; 3]);
-        assert_eq!(ranked(&of(Importance::RoutingWeight)), [1, 0, 2]);
+        assert_eq!(ranked(&of(Importance::RoutingWeight { gate: Gate::Applied })), [1, 0, 2]);
         assert_eq!(ranked(&[1.0, 1.0, 2.0]), [2, 0, 1]);
         let missing = Importance::Score.of(&evidence, 3).unwrap_err().to_string();
         assert!(missing.contains("`score`"), "{missing}");

@@ -1,4 +1,4 @@
-//! Merging the experts of Mixture-of-Experts checkpoints, without running the model.
+//! Merging the experts of Mixture-of-Experts checkpoints. Without feature `engine`, without running the model.
 //!
 //! A merge is four exchangeable parts, each a trait with implementations that are JSON tagged by `type`:
 //!
@@ -33,6 +33,8 @@ mod budget;
 mod combination;
 mod compress;
 mod context;
+#[cfg(feature = "engine")]
+mod engine;
 mod error;
 mod evidence;
 mod experts;
@@ -51,7 +53,7 @@ mod testing;
 pub use alignment::{
     ActivationMatching, Alignment, AlignmentConfig, AlignmentContext, PcaMatching, WeightMatching, assign,
 };
-pub use apply::{ComputedExperts, MERGED_FILE, MergeApplied, MergeOptions, MergedExperts, OutputForm};
+pub use apply::{ComputedExperts, MERGED_FILE, MergeApplied, MergeOptions, MergedExperts, MergedWeights, OutputForm};
 pub use budget::{Amount, GroupBudget, Scope};
 pub use combination::{
     Average, Centres, Combination, CombinationConfig, DominantOnly, FitTarget, GroupSink, GroupWeights, LayerJob,
@@ -59,6 +61,8 @@ pub use combination::{
 };
 pub use compress::{Compression, RowScore};
 pub use context::{Gram, LayerContext};
+#[cfg(feature = "engine")]
+pub use engine::{EvidenceOptions, MergeOverlay, collect_evidence, merge_sequentially};
 pub use error::{Error, Result};
 pub use evidence::{Evidence, LayerEvidence, OutputMean, ROUTED_TOKENS, ROUTING_WEIGHT, SCORE, TokenSample};
 pub use experts::{ExpertSource, LayerExperts, expert_outputs, outputs_of_units, permute_units, unit_activations};

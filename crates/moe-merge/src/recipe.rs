@@ -1,11 +1,14 @@
 //! Recipes: the published methods as combinations of exchangeable parts.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use crate::alignment::AlignmentConfig;
 use crate::budget::{GroupBudget, Scope};
 use crate::combination::{Combination, CombinationConfig, Reference};
 use crate::compress::Compression;
+use crate::evidence::SCORE;
 use crate::grouping::{Grouping, GroupingConfig};
 use crate::importance::Importance;
 use crate::router::RouterConfig;
@@ -99,6 +102,13 @@ impl Recipe {
     pub fn with_amount(mut self, amount: crate::Amount) -> Self {
         self.budget.amount = amount;
         self
+    }
+
+    /// Names of the statistics that it reads.
+    pub fn statistics(&self) -> BTreeSet<String> {
+        let weights = self.combination.weights().importance;
+        let names = self.importance.statistics().into_iter().chain(weights.statistics());
+        names.filter(|name| *name != SCORE).map(String::from).collect()
     }
 
     /// Whether it looks at sampled tokens when it is carried out.

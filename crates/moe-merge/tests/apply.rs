@@ -162,8 +162,7 @@ fn the_same_seed_gives_the_same_bytes_and_an_interrupted_run_goes_on() {
         let recipe = Recipe::named(name).unwrap().with_amount(Amount::Ratio(0.5));
         let plan = recipe.plan(&model, &evidence, &ProtectionMask::none()).unwrap();
         let form = if recipe.router.keeps_rows() { OutputForm::Grouped } else { OutputForm::Stock };
-        let base =
-            MergeOptions { evidence: Some(&evidence), max_shard_bytes: 9_000, ..MergeOptions::new(form) };
+        let base = MergeOptions { evidence: Some(&evidence), max_shard_bytes: 9_000, ..MergeOptions::new(form) };
         let whole = directory.path().join(format!("{name}-whole"));
         let steps = Cell::new(0);
         let count = |_: &moe_prune::Progress<'_>| {
@@ -342,8 +341,7 @@ fn a_stock_export_is_the_merged_experts_behind_the_rows_that_are_left() {
         });
         let device = moe_core::device::device("flex").unwrap();
         let whole = Model::open(model.dir(), &device, None).unwrap();
-        let overlaid =
-            whole.with_overlays(Some(Arc::new(Written(stock, plan))), Some(Arc::new(removed))).unwrap();
+        let overlaid = whole.with_overlays(Some(Arc::new(Written(stock, plan))), Some(Arc::new(removed))).unwrap();
         let expected = common::run::logits_of(&overlaid);
         assert!(difference(&logits(&out), &expected) < 1e-5, "{name}");
     }

@@ -1,6 +1,7 @@
 //! Carrying out a plan: checkpoint to checkpoint, streamed.
 
 mod computed;
+pub(crate) mod merged_dir;
 mod settle;
 mod store;
 mod stream;
@@ -19,6 +20,7 @@ use moe_prune::{BeforeAfter, Mtp, OnProgress};
 use serde::{Deserialize, Serialize};
 
 pub use computed::{ComputedExperts, MergedExperts};
+pub use merged_dir::MergedWeights;
 
 use crate::evidence::Evidence;
 use crate::plan::MergePlan;

@@ -27,23 +27,29 @@ enum Stored {
 
 /// One part of an expert in the file.
 #[derive(Clone, Copy)]
-struct Slice {
-    part: ExpertPart,
-    dtype: Dtype,
-    rows: usize,
-    cols: usize,
-    start: u64,
+pub(super) struct Slice {
+    pub part: ExpertPart,
+    pub dtype: Dtype,
+    pub rows: usize,
+    pub cols: usize,
+    pub start: u64,
 }
 
 impl Slice {
-    fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         self.rows * self.cols * self.dtype.bitsize() / 8
     }
 }
 
 impl LayerStore {
     /// Merges the experts of a layer. Group `g` is stored in the dtypes of expert `like[g]`.
-    pub fn fill(from: &Checkpoint, layer: usize, like: &[usize], merged: &dyn MergedExperts, dir: &Path) -> Result<Self> {
+    pub fn fill(
+        from: &Checkpoint,
+        layer: usize,
+        like: &[usize],
+        merged: &dyn MergedExperts,
+        dir: &Path,
+    ) -> Result<Self> {
         let path = dir.to_path_buf();
         let mut file = tempfile::tempfile_in(dir).map_err(Error::io(&path))?;
         let mut groups: Vec<Option<Stored>> = like.iter().map(|_| None).collect();
@@ -114,7 +120,12 @@ impl LayerStore {
 }
 
 /// The parts of an expert in the dtypes of expert `like`, one after the other, to be written from `start`.
-fn encoded(from: &Checkpoint, (layer, like): (usize, usize), weights: &ExpertWeights, start: u64) -> Result<(Vec<u8>, Vec<Slice>)> {
+pub(super) fn encoded(
+    from: &Checkpoint,
+    (layer, like): (usize, usize),
+    weights: &ExpertWeights,
+    start: u64,
+) -> Result<(Vec<u8>, Vec<Slice>)> {
     let (mut slices, mut all) = (Vec::with_capacity(6), Vec::new());
     for part in ExpertPart::ALL.into_iter().chain(ExpertPart::BIASES) {
         let Some(dtype) = from.expert_dtype(layer, like, part)? else { continue };

@@ -212,7 +212,7 @@ fn a_fitted_down_is_never_worse_than_the_average_and_exact_where_it_can_be() {
     let average_error = error(&bench, &plain, &tokens);
     assert!(errors.windows(2).all(|pair| pair[0] <= pair[1] * (1.0 + 1e-6)), "{errors:?}");
     assert!(errors.iter().all(|e| *e <= average_error * (1.0 + 1e-6)), "{errors:?} {average_error}");
-    assert!(errors[0] < 0.7 * average_error, "{errors:?} {average_error}");
+    assert!(errors[0] < 0.8 * average_error, "{errors:?} {average_error}");
 
     // Twins with other down projections: the merged units are theirs, so the mean of their downs is exact.
     let mut twin = bench.experts[0].clone();

@@ -5,7 +5,7 @@ mod sample;
 
 use std::collections::BTreeMap;
 
-use moe_checkpoint::{Checkpoint, Granularity, MoeShape, ScoreTable, Statistics};
+use moe_checkpoint::{Checkpoint, Extent, Granularity, MoeShape, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
 
 pub use sample::TokenSample;
@@ -18,6 +18,11 @@ pub const SCORE: &str = "score";
 pub const ROUTED_TOKENS: &str = "routing.tokens";
 /// Name of the sum of routing weights as applied, in statistics and in [`LayerEvidence::sums`].
 pub const ROUTING_WEIGHT: &str = "routing.weight";
+
+/// Name of the inner products of logit columns in statistics.
+pub(crate) const LOGIT_GRAM: &str = "routing.logit_gram";
+/// Name of count, mean and spread of the outputs over routed tokens in statistics.
+pub(crate) const OUTPUT_MOMENTS: &str = "output.moments";
 
 /// Which tokens an expert's mean output is taken over, and with what weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -112,7 +117,8 @@ impl LayerEvidence {
 
 /// What is known of a model, layer by layer.
 ///
-/// Scalars and Grams come from [`Statistics`]; samples and mean outputs from the collectors of feature `engine`. Memory is that
+/// Sums, Grams and mean outputs over routed tokens come from [`Statistics`]; samples and mean outputs over all tokens from the
+/// collectors of feature `engine`. Memory is that
 /// of the samples: per layer and sampled token, `4 (H + E + 2 k)` bytes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Evidence {
@@ -130,20 +136,42 @@ impl Evidence {
         Self { model: checkpoint.fingerprint(), data: String::new(), layers: Vec::new() }
     }
 
-    /// The per-expert sums of `statistics`.
-    pub fn from_statistics(statistics: &Statistics) -> Self {
+    /// What `statistics` say: every array with a number per expert, `routing.logit_gram`, and mean outputs over routed tokens
+    /// from `output.moments`.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for one of these arrays of another kind.
+    pub fn from_statistics(statistics: &Statistics) -> Result<Self> {
         let provenance = statistics.provenance();
-        let layer = |layer: usize| LayerEvidence {
-            layer,
-            tokens: statistics.tokens(),
-            sums: statistics
-                .ids()
-                .filter_map(|id| Some((id.to_string(), statistics.expert(id, layer).ok()?.to_vec())))
-                .collect(),
-            ..LayerEvidence::default()
-        };
-        let layers = statistics.shape().layers.iter().map(|shape| layer(shape.layer)).collect();
-        Self { model: provenance.model.clone(), data: provenance.data.clone(), layers }
+        let mut layers = Vec::with_capacity(statistics.shape().layers.len());
+        for shape in &statistics.shape().layers {
+            let (layer, experts) = (shape.layer, shape.num_experts());
+            let sums = statistics.ids().filter_map(|id| {
+                let values = statistics.expert(id, layer).ok()?;
+                Some((id.to_string(), values.to_vec()))
+            });
+            let mut evidence =
+                LayerEvidence { layer, tokens: statistics.tokens(), sums: sums.collect(), ..LayerEvidence::default() };
+            if statistics.contains(LOGIT_GRAM) {
+                let mut gram = Vec::with_capacity(experts * experts);
+                for expert in 0..experts {
+                    gram.extend_from_slice(statistics.vector(LOGIT_GRAM, Extent::Experts, layer, expert)?);
+                }
+                evidence.logit_gram = Some(gram);
+            }
+            if statistics.contains(OUTPUT_MOMENTS) {
+                let hidden = statistics.shape().hidden_size;
+                let mut means = Vec::with_capacity(experts * hidden);
+                for expert in 0..experts {
+                    // Count, means, squared deviations.
+                    let moments = statistics.vector(OUTPUT_MOMENTS, Extent::Moments, layer, expert)?;
+                    means.extend_from_slice(&moments[1..=hidden]);
+                }
+                evidence.outputs.insert(OutputMean::Routed, means);
+            }
+            layers.push(evidence);
+        }
+        Ok(Self { model: provenance.model.clone(), data: provenance.data.clone(), layers })
     }
 
     /// Adds the scores of a table of experts as the sums called [`SCORE`].

@@ -19,6 +19,7 @@ pub use spectral::Spectral;
 
 use crate::context::LayerContext;
 use crate::importance::ranked;
+use crate::similarity::{Features, Similarity};
 use crate::{Error, Result};
 
 /// The groups of one layer, in the indices of its experts.
@@ -96,6 +97,19 @@ pub enum GroupingConfig {
 }
 
 impl GroupingConfig {
+    /// The spaces that experts are compared in.
+    pub fn features(&self) -> Vec<Features> {
+        let of = |similarity: &Similarity| similarity.0.iter().map(|term| term.features).collect();
+        match self {
+            Self::Dominant(grouping) => of(&grouping.similarity),
+            Self::CappedCentroids(grouping) => of(&grouping.similarity),
+            Self::Spectral(grouping) => of(&grouping.similarity),
+            Self::Hierarchical(grouping) => vec![grouping.features],
+            Self::KMeans(grouping) => vec![grouping.features],
+            Self::Retain(_) => vec![],
+        }
+    }
+
     fn grouping(&self) -> &dyn Grouping {
         match self {
             Self::Dominant(grouping) => grouping,

@@ -4,7 +4,7 @@ use moe_checkpoint::{Activation, ExpertWeights};
 
 use super::*;
 use crate::evidence::{LayerEvidence, OutputMean, TokenSample};
-use crate::similarity::{Features, Metric};
+use crate::similarity::Metric;
 use crate::testing::{expert, noise, shuffled};
 
 const HIDDEN: usize = 6;
@@ -106,8 +106,6 @@ fn every_grouping() -> Vec<GroupingConfig> {
     all_of_them
 }
 
-use crate::similarity::Similarity;
-
 #[test]
 fn every_grouping_makes_exactly_the_groups_asked_for_and_follows_the_experts() {
     let layer = Layer::new(11);
@@ -125,6 +123,12 @@ fn every_grouping_makes_exactly_the_groups_asked_for_and_follows_the_experts() {
             assert!(groups.groups.iter().all(|g| g.members.contains(&g.dominant)));
             assert!(groups.groups.windows(2).all(|pair| pair[0].dominant < pair[1].dominant));
             assert_eq!(groups, layer.group(&grouping, count).unwrap());
+            if matches!(grouping, GroupingConfig::Dominant(_) | GroupingConfig::CappedCentroids(_)) {
+                // What pruning by the same importance keeps.
+                let mut kept = ranked(&layer.importance)[..count].to_vec();
+                kept.sort_unstable();
+                assert_eq!(groups.groups.iter().map(|g| g.dominant).collect::<Vec<_>>(), kept, "{grouping:?}");
+            }
 
             let back = |e: &usize| order[*e] as usize;
             let found = permuted.group(&grouping, count).unwrap();

@@ -8,7 +8,8 @@ pub mod run;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-pub use files::{contents, every_checkpoint, files, parity, tiny_moe};
+use files::every_checkpoint;
+pub use files::{contents, files, parity};
 use moe_checkpoint::{Checkpoint, ExpertLayout};
 use moe_merge::{
     Amount, Evidence, Features, Gram, LayerEvidence, MergeOptions, MergePlan, Metric, OutputForm, Recipe, Similarity,
@@ -45,6 +46,7 @@ pub fn evidence(model: &Checkpoint) -> Evidence {
         let sums: BTreeMap<String, Vec<f64>> = [
             "routing.tokens",
             "routing.weight",
+            "routing.renormalised",
             "output.norm_applied",
             "output.norm_softmax",
             "output.norm_softmax_square",
