@@ -1,6 +1,6 @@
 //! The experts of one layer as merging sees them: whole weights, units, outputs on the host.
 
-use moe_checkpoint::{Activation, Checkpoint, ExpertWeights};
+use moe_checkpoint::{Activation, Checkpoint, ExpertPart, ExpertWeights};
 use rayon::prelude::*;
 
 use crate::linalg::{product, transposed, view};
@@ -89,8 +89,13 @@ pub fn unit_activations(weights: &ExpertWeights, inputs: &[f32], activation: Act
             add_bias(values, bias);
         }
     }
+    activate(gate, &up, activation)
+}
+
+/// Units of gate and up.
+pub(crate) fn activate(mut gate: Vec<f32>, up: &[f32], activation: Activation) -> Result<Vec<f32>> {
     let act = activation_function(activation)?;
-    gate.par_iter_mut().zip(&up).with_min_len(1 << 12).for_each(|(gate, up)| *gate = act(*gate, *up));
+    gate.par_iter_mut().zip(up).with_min_len(1 << 12).for_each(|(gate, up)| *gate = act(*gate, *up));
     Ok(gate)
 }
 
@@ -117,7 +122,8 @@ pub fn expert_outputs(weights: &ExpertWeights, inputs: &[f32], activation: Activ
     Ok(outputs_of_units(weights, &unit_activations(weights, inputs, activation)?))
 }
 
-fn add_bias(values: &mut [f32], bias: &[f32]) {
+/// Adds a bias to every row; an empty one is none.
+pub(crate) fn add_bias(values: &mut [f32], bias: &[f32]) {
     if !bias.is_empty() {
         values.par_chunks_mut(bias.len()).for_each(|row| row.iter_mut().zip(bias).for_each(|(v, b)| *v += b));
     }
@@ -203,6 +209,32 @@ pub(crate) fn from_unit_vectors(vectors: &[f32], like: &ExpertWeights) -> Expert
         down_bias: like.down_bias.clone(),
         width,
         hidden,
+    }
+}
+
+/// The values of a part of an expert; `None` for a bias that it does not have.
+pub(crate) fn part(weights: &ExpertWeights, part: ExpertPart) -> Option<&[f32]> {
+    match part {
+        ExpertPart::Gate => Some(&weights.gate),
+        ExpertPart::Up => Some(&weights.up),
+        ExpertPart::Down => Some(&weights.down),
+        ExpertPart::GateBias => weights.gate_bias.as_deref(),
+        ExpertPart::UpBias => weights.up_bias.as_deref(),
+        ExpertPart::DownBias => weights.down_bias.as_deref(),
+        _ => None,
+    }
+}
+
+/// The same, for changing.
+pub(crate) fn part_mut(weights: &mut ExpertWeights, part: ExpertPart) -> Option<&mut [f32]> {
+    match part {
+        ExpertPart::Gate => Some(&mut weights.gate),
+        ExpertPart::Up => Some(&mut weights.up),
+        ExpertPart::Down => Some(&mut weights.down),
+        ExpertPart::GateBias => weights.gate_bias.as_deref_mut(),
+        ExpertPart::UpBias => weights.up_bias.as_deref_mut(),
+        ExpertPart::DownBias => weights.down_bias.as_deref_mut(),
+        _ => None,
     }
 }
 

@@ -47,6 +47,7 @@ mod recipe;
 mod report;
 mod router;
 mod similarity;
+mod tasks;
 #[cfg(test)]
 mod testing;
 
@@ -59,7 +60,7 @@ pub use combination::{
     Average, Centres, Combination, CombinationConfig, DominantOnly, FitTarget, GroupSink, GroupWeights, LayerJob,
     LeastSquaresDown, Merged, Reference, Scale, SegmentSimilarity, Segments, Subspace, SubspaceRank, Zeros,
 };
-pub use compress::{Compression, RowScore};
+pub use compress::{COMPACT_FILE, CompactExpert, CompactModel, CompactReport, Compression, LowRankSparse, RowScore};
 pub use context::{Gram, LayerContext};
 #[cfg(feature = "engine")]
 pub use engine::{EvidenceOptions, MergeOverlay, collect_evidence, merge_sequentially};
@@ -76,3 +77,6 @@ pub use recipe::Recipe;
 pub use report::{LayerMergeReport, MergeReport};
 pub use router::{Delete, Keep, MergeRows, RouterAddition, RouterConfig, RouterMix, RouterRule};
 pub use similarity::{Features, Metric, Similarity, Term, WeightParts};
+pub use tasks::{
+    Dare, DareThen, TaskArithmetic, TaskExperts, TaskRule, TaskRuleConfig, TensorPlace, Ties, merge_tasks,
+};

@@ -85,6 +85,56 @@ pub(crate) fn cross_gram(x: &[f32], n: usize, y: &[f32], m: usize) -> Mat<f64> {
     Mat::from_fn(n, m, |i, j| sum[i * m + j])
 }
 
+/// Rounds of the subspace iteration of [`truncated_svd`].
+const ROUNDS: usize = 6;
+/// Directions beyond those that are kept, for the iteration to converge.
+const EXTRA: usize = 8;
+
+/// Leading part of a singular value decomposition `A = U S V^T`.
+pub(crate) struct TruncatedSvd {
+    /// `U S`, row-major `[n, rank]`.
+    pub scores: Vec<f32>,
+    /// `V`, row-major `[length, rank]`.
+    pub directions: Vec<f32>,
+    /// `S`, largest first.
+    pub values: Vec<f64>,
+}
+
+/// The leading singular triples of a row-major matrix `[n, length]`, at most `rank`, by subspace iteration from a fixed start in
+/// the space of the columns: the order of the rows does not matter, and exact triples come out exactly where `rank` is full.
+pub(crate) fn truncated_svd(matrix: &[f32], length: usize, rank: usize) -> Result<TruncatedSvd> {
+    let n = matrix.len() / length.max(1);
+    let kept = rank.min(n).min(length);
+    let directions = (kept + EXTRA).min(n).min(length);
+    let a = view(matrix, n, length);
+    // A start without structure: multiples of an irrational number, folded.
+    let start = |i: usize| ((i as f64 * 0.618_033_988_749_895).fract() - 0.5) as f32;
+    let mut basis: Vec<f32> =
+        (0..length * directions).map(|i| start(i + 1) * start(i / directions.max(1) + 7)).collect();
+    for _ in 0..ROUNDS {
+        let image = product(a, view(&basis, length, directions)); // [n, d]
+        let back = product(a.transpose(), view(&image, n, directions)); // [length, d]
+        basis = orthonormal(&back, length, directions);
+    }
+    // Rotate to principal axes: the right singular vectors of A V.
+    let image = product(a, view(&basis, length, directions));
+    let (axes, squares) = leading_eigenvectors(&gram_of_rows(&image, directions), kept)?;
+    let axes: Vec<f32> = (0..directions * kept).map(|k| axes[(k / kept, k % kept)] as f32).collect();
+    let axes = view(&axes, directions, kept);
+    Ok(TruncatedSvd {
+        scores: product(view(&image, n, directions), axes),
+        directions: product(view(&basis, length, directions), axes),
+        values: squares.iter().map(|square| square.max(0.0).sqrt()).collect(),
+    })
+}
+
+/// An orthonormal basis `[rows, cols]` of the columns.
+fn orthonormal(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    let matrix = Mat::from_fn(rows, cols, |i, j| f64::from(values[i * cols + j]));
+    let q = matrix.qr().compute_thin_Q();
+    (0..rows * cols).map(|k| q[(k / cols, k % cols)] as f32).collect()
+}
+
 /// Sum of products in f64.
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f64 {
     const LANES: usize = 8;

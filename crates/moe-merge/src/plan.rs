@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use moe_checkpoint::{ModelConfig, MoeShape, write_atomic};
+use moe_checkpoint::{Checkpoint, ModelConfig, MoeShape, write_atomic};
 use moe_prune::{ExpertId, PrunePlan, Ratio};
 use serde::{Deserialize, Serialize};
 
@@ -52,9 +52,9 @@ pub struct LayerPlan {
     /// Experts that neither absorb nor are absorbed, ascending: they are alone in their groups.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub protected: Vec<u32>,
-    /// Importance that the groups were made by `[E]`; empty if there was none.
+    /// Importance that the groups were made by `[E]`; empty if there was none. As f32, so that text and back change nothing.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub importance: Vec<f64>,
+    pub importance: Vec<f32>,
 }
 
 /// Experts that become one.
@@ -64,15 +64,23 @@ pub struct Group {
     pub dominant: u32,
     /// All of them, the dominant included, strictly ascending.
     pub members: Vec<u32>,
-    /// Weight of each member; they sum to 1.
-    pub weights: Vec<f64>,
+    /// Weight of each member; they sum to 1, but for their rounding to f32, which [`Group::shares`] takes out.
+    pub weights: Vec<f32>,
 }
 
 impl Group {
-    /// Members and weights by falling weight, ties by index.
+    /// Weights of the members, which sum to 1.
+    pub fn shares(&self) -> Vec<f64> {
+        // In an order that the numbering of the members does not enter.
+        let mut ordered: Vec<f64> = self.weights.iter().copied().map(f64::from).collect();
+        ordered.sort_by(f64::total_cmp);
+        let total: f64 = ordered.iter().sum();
+        self.weights.iter().map(|w| f64::from(*w) / total).collect()
+    }
+
+    /// Members and shares by falling share, ties by index.
     pub(crate) fn by_weight(&self) -> Vec<(usize, f64)> {
-        let mut order: Vec<(usize, f64)> =
-            self.members.iter().map(|e| *e as usize).zip(self.weights.iter().copied()).collect();
+        let mut order: Vec<(usize, f64)> = self.members.iter().map(|e| *e as usize).zip(self.shares()).collect();
         order.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         order
     }
@@ -144,8 +152,8 @@ impl LayerPlan {
             if weights.len() != members.len() {
                 return invalid(format!("{} weights for the {} members of {dominant}", weights.len(), members.len()));
             }
-            let sum: f64 = weights.iter().sum();
-            if !((sum - 1.0).abs() < 1e-9 && weights.iter().all(|w| (0.0..=1.0).contains(w))) {
+            let sum: f32 = weights.iter().sum();
+            if !((sum - 1.0).abs() < 1e-4 && weights.iter().all(|w| (0.0..=1.0).contains(w))) {
                 return invalid(format!("weights {weights:?} of the group of {dominant} are not shares of 1"));
             }
         }
@@ -166,6 +174,22 @@ impl LayerPlan {
 }
 
 impl MergePlan {
+    /// The plan in which every expert is a group of its own, under this name: what experts that were changed in place are
+    /// written with.
+    pub fn keep_all(checkpoint: &Checkpoint, name: &str) -> Self {
+        let shape = checkpoint.shape();
+        Self {
+            version: MERGE_PLAN_VERSION,
+            model: checkpoint.fingerprint(),
+            shape: shape.clone(),
+            ratio: Ratio::default(),
+            recipe: Recipe::keep_all(name),
+            evidence: String::new(),
+            never_used: Vec::new(),
+            layers: shape.layers.iter().map(|l| LayerPlan::keep_all(l.layer, l.num_experts())).collect(),
+        }
+    }
+
     /// Groups in all layers.
     pub fn groups(&self) -> usize {
         self.layers.iter().map(|layer| layer.groups.len()).sum()

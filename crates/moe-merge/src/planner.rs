@@ -107,7 +107,7 @@ impl Recipe {
         let groups = groups.into_iter().map(|group| {
             Ok(Group {
                 dominant: group.dominant as u32,
-                weights: weights.of(&group.members, context.evidence, experts)?,
+                weights: rounded(&weights.of(&group.members, context.evidence, experts)?),
                 members: group.members.iter().map(|e| *e as u32).collect(),
             })
         });
@@ -117,7 +117,7 @@ impl Recipe {
             groups: groups.collect::<Result<_>>()?,
             dissolved: dissolved.iter().map(|e| *e as u32).collect(),
             protected: indices(context.protected),
-            importance: context.importance.to_vec(),
+            importance: rounded(context.importance),
         };
         Ok(plan)
     }
@@ -131,6 +131,10 @@ impl Recipe {
         let of_all = |gone: usize| gone as f64 / experts.max(1) as f64;
         Ratio { asked: of_all(asked.sum()), achieved: of_all(experts - kept) }
     }
+}
+
+fn rounded(values: &[f64]) -> Vec<f32> {
+    values.iter().map(|v| *v as f32).collect()
 }
 
 /// Which experts of a layer a mask protects, wholly or in part.

@@ -98,6 +98,22 @@ impl Recipe {
         Ok(recipe)
     }
 
+    /// The recipe that merges nothing, under this name.
+    pub fn keep_all(name: &str) -> Self {
+        Self {
+            name: name.to_string(),
+            budget: GroupBudget::new(crate::Amount::Ratio(0.0), Scope::Layer),
+            importance: Importance::Equal,
+            grouping: GroupingConfig::Retain(Default::default()),
+            alignment: AlignmentConfig::None,
+            reference: Reference::Dominant,
+            combination: CombinationConfig::DominantOnly(Default::default()),
+            router: RouterConfig::Delete,
+            sequential: false,
+            compression: None,
+        }
+    }
+
     /// The same at another budget.
     pub fn with_amount(mut self, amount: crate::Amount) -> Self {
         self.budget.amount = amount;

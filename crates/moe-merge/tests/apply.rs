@@ -71,9 +71,14 @@ fn dominants_alone_are_expert_pruning_to_the_byte() {
             let out = directory.path().join(format!("{name}-{which}"));
             let report = plan.apply(&model, &out, &options(OutputForm::Stock, &model)).unwrap();
             let result = Checkpoint::open(&out).unwrap();
-            assert!(contents(&result) == contents(&pruned), "{name} {which}");
+            let (found, expected) = (contents(&result), contents(&pruned));
+            assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{name} {which}");
+            for (tensor, found) in &found {
+                assert!(*found == expected[tensor], "{name} {which} {tensor}");
+            }
             assert_eq!(result.raw_config(), pruned.raw_config(), "{name} {which}");
-            assert!(report.bytes.after < report.bytes.before, "{name}");
+            // FP4 becomes BF16, which is more than half the experts save.
+            assert!(report.bytes.after < report.bytes.before || name.contains("mxfp4"), "{name}");
         }
     }
 }
@@ -239,7 +244,7 @@ fn merged_router_rows_are_means_and_biases_count() {
         for (at, group) in layer.groups.iter().enumerate() {
             let mean = |values: &[f32], stride: usize, offset: usize| -> f64 {
                 let members = group.members.iter().zip(&group.weights);
-                members.map(|(e, w)| w * f64::from(values[*e as usize * stride + offset])).sum()
+                members.map(|(e, w)| f64::from(*w) * f64::from(values[*e as usize * stride + offset])).sum()
             };
             for h in 0..hidden {
                 assert!((f64::from(rows[at * hidden + h]) - mean(&old, hidden, h)).abs() < 1e-6);

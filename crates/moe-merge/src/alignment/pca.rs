@@ -1,18 +1,12 @@
 //! Matching by weights in few dimensions.
 
-use faer::Mat;
 use moe_checkpoint::ExpertWeights;
 use serde::{Deserialize, Serialize};
 
 use super::{Alignment, AlignmentContext};
 use crate::experts::{UnitParts, unit_vectors};
-use crate::linalg::{normalise_rows, product, view};
+use crate::linalg::{normalise_rows, truncated_svd};
 use crate::{Error, Result};
-
-/// Rounds of the subspace iteration.
-const ROUNDS: usize = 4;
-/// Directions beyond those that are kept, for the iteration to converge.
-const EXTRA: usize = 8;
 
 /// The match with the smallest summed distance of the units' weight vectors `[gate | up | down]`, each divided by its length,
 /// after a principal component analysis of the units of both experts together.
@@ -43,7 +37,7 @@ impl Alignment for PcaMatching {
         points.extend(unit_vectors(expert, UnitParts::ALL).0);
         normalise_rows(&mut points, length);
         centre(&mut points, length);
-        let scores = principal_scores(&points, length, self.components)?;
+        let scores = truncated_svd(&points, length, self.components)?.scores;
         let kept = scores.len() / (2 * reference.width).max(1);
         let (a, b) = scores.split_at(reference.width * kept);
         Ok(distances(a, b, kept))
@@ -69,35 +63,6 @@ fn centre(points: &mut [f32], length: usize) {
     }
 }
 
-/// Coordinates `[n, kept]` of rows `[n, length]` along their leading directions.
-fn principal_scores(points: &[f32], length: usize, components: usize) -> Result<Vec<f32>> {
-    let n = points.len() / length.max(1);
-    let kept = components.min(n).min(length);
-    let directions = (kept + EXTRA).min(n).min(length);
-    let a = view(points, n, length);
-    // A fixed start without structure: multiples of an irrational number, folded.
-    let start = |i: usize| ((i as f64 * 0.618_033_988_749_895).fract() - 0.5) as f32;
-    let mut basis: Vec<f32> = (0..length * directions).map(|i| start(i + 1) * start(i / directions + 7)).collect();
-    for _ in 0..ROUNDS {
-        let image = product(a, view(&basis, length, directions)); // [n, d]
-        let back = product(a.transpose(), view(&image, n, directions)); // [length, d]
-        basis = orthonormal(&back, length, directions);
-    }
-    // Rotate to principal axes: the leading right singular vectors of A V.
-    let image = product(a, view(&basis, length, directions));
-    let gram = crate::linalg::gram_of_rows(&image, directions);
-    let (axes, _) = crate::linalg::leading_eigenvectors(&gram, kept)?;
-    let axes: Vec<f32> = (0..directions * kept).map(|k| axes[(k / kept, k % kept)] as f32).collect();
-    Ok(product(view(&image, n, directions), view(&axes, directions, kept)))
-}
-
-/// An orthonormal basis `[rows, cols]` of the columns.
-fn orthonormal(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    let matrix = Mat::from_fn(rows, cols, |i, j| f64::from(values[i * cols + j]));
-    let q = matrix.qr().compute_thin_Q();
-    (0..rows * cols).map(|k| q[(k / cols, k % cols)] as f32).collect()
-}
-
 /// Euclidean distances of rows `[n, k]` and `[n, k]`.
 fn distances(a: &[f32], b: &[f32], k: usize) -> Vec<f32> {
     let squares = |rows: &[f32]| -> Vec<f32> {
@@ -121,7 +86,7 @@ mod tests {
         let (n, length) = (12, 5);
         let mut points = noise(n * length, 3);
         centre(&mut points, length);
-        let scores = principal_scores(&points, length, 64).unwrap();
+        let scores = truncated_svd(&points, length, 64).unwrap().scores;
         let found = distances(&scores, &scores, length);
         let expected = distances(&points, &points, length);
         for (k, (found, expected)) in found.iter().zip(&expected).enumerate() {
@@ -136,7 +101,7 @@ mod tests {
         let mut points: Vec<f32> = noise(20 * length, 2).iter().map(|v| v * 0.01).collect();
         points.chunks_exact_mut(length).zip(&along).for_each(|(row, a)| row[2] += 3.0 * a);
         centre(&mut points, length);
-        let scores = principal_scores(&points, length, 1).unwrap();
+        let scores = truncated_svd(&points, length, 1).unwrap().scores;
         let sign = (scores[0] * points[2]).signum();
         for (score, row) in scores.iter().zip(points.chunks_exact(length)) {
             assert!((sign * score - row[2]).abs() < 0.05);

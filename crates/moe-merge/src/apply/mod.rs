@@ -141,6 +141,8 @@ pub struct MergeApplied {
     pub report: MergeReport,
     /// What became of the router: that of the recipe, unless the form needs another.
     pub router: RouterConfig,
+    /// Where merged experts came from: [`MergedExperts::digest`].
+    pub experts: String,
     /// The plan, in the indices of the checkpoint it was applied to, with its recipe.
     pub plan: MergePlan,
 }
@@ -239,6 +241,7 @@ impl MergePlan {
             crate_version: env!("CARGO_PKG_VERSION").to_string(),
             report,
             router: target.router,
+            experts: merged.digest(),
             plan: self.clone(),
         };
         let json = serde_json::to_vec(&applied).map_err(|error| Error::invalid_plan(error.to_string()))?;

@@ -129,15 +129,7 @@ pub(super) fn encoded(
     let (mut slices, mut all) = (Vec::with_capacity(6), Vec::new());
     for part in ExpertPart::ALL.into_iter().chain(ExpertPart::BIASES) {
         let Some(dtype) = from.expert_dtype(layer, like, part)? else { continue };
-        let values = match part {
-            ExpertPart::Gate => Some(&weights.gate),
-            ExpertPart::Up => Some(&weights.up),
-            ExpertPart::Down => Some(&weights.down),
-            ExpertPart::GateBias => weights.gate_bias.as_ref(),
-            ExpertPart::UpBias => weights.up_bias.as_ref(),
-            ExpertPart::DownBias => weights.down_bias.as_ref(),
-            _ => None,
-        };
+        let values = crate::experts::part(weights, part);
         let (rows, cols) = part.dims(weights.hidden, weights.width);
         let incompatible = |reason: String| Error::Incompatible { layer, experts: vec![like], reason };
         let values = values.filter(|values| values.len() == rows * cols);

@@ -134,12 +134,12 @@ impl LeastSquaresDown {
         let inputs: Vec<f32> =
             tokens.iter().flat_map(|t| &sample.inputs[t * hidden..(t + 1) * hidden]).copied().collect();
         let mut target = vec![0.0f64; inputs.len()];
-        for ((expert, weight), gate) in group.members.iter().zip(&group.weights).zip(&gates) {
+        for ((expert, weight), gate) in group.members.iter().zip(group.shares()).zip(&gates) {
             let outputs = expert_outputs(&job.experts.expert(*expert as usize)?, &inputs, job.activation)?;
             let rows = target.chunks_exact_mut(hidden).zip(outputs.chunks_exact(hidden));
             for ((target, output), token) in rows.zip(&tokens) {
                 let weight = match self.target {
-                    FitTarget::Weighted => *weight,
+                    FitTarget::Weighted => weight,
                     FitTarget::Routed => f64::from(gate[*token]),
                 };
                 target.iter_mut().zip(output).for_each(|(y, f)| *y += weight * f64::from(*f));

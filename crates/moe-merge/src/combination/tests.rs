@@ -23,8 +23,11 @@ impl Bench {
         let dominant = self.weights.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
         LayerPlan {
             layer: 2,
-            groups: vec![Group { dominant: dominant.unwrap().0 as u32, members, weights: self.weights.clone() }],
-            importance: self.weights.clone(),
+            groups: vec![Group {
+                dominant: dominant.unwrap().0 as u32,
+                members,
+                weights: self.weights.iter().map(|w| *w as f32).collect(),
+            }],
             ..LayerPlan::default()
         }
     }

@@ -31,7 +31,7 @@ impl RouterRule for MergeRows {
     fn mix(&self, plan: &LayerPlan) -> Option<RouterMix> {
         let rows = plan.groups.iter().map(|group| match group.members[..] {
             [alone] => vec![(alone as usize, 1.0)],
-            _ => group.members.iter().map(|e| *e as usize).zip(group.weights.iter().copied()).collect(),
+            _ => group.members.iter().map(|e| *e as usize).zip(group.shares()).collect(),
         });
         let bias = |members: usize| if self.count_bias { (members as f64).ln() } else { 0.0 };
         let biases = plan.groups.iter().map(|group| bias(group.members.len())).collect();

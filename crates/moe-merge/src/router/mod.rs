@@ -87,7 +87,7 @@ mod tests {
     use crate::plan::Group;
 
     fn plan() -> LayerPlan {
-        let group = |dominant, members: &[u32], weights: &[f64]| Group {
+        let group = |dominant, members: &[u32], weights: &[f32]| Group {
             dominant,
             members: members.to_vec(),
             weights: weights.to_vec(),

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use files::every_checkpoint;
+#[allow(unused_imports)]
 pub use files::{contents, files, parity};
 use moe_checkpoint::{Checkpoint, ExpertLayout};
 use moe_merge::{

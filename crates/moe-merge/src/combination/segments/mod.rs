@@ -153,7 +153,7 @@ impl Segments {
     fn recombine(&self, job: &LayerJob<'_>, dominant: usize, moved: &[Moved]) -> Result<Merged> {
         let own = job.experts.expert(dominant)?;
         let (mut vectors, length) = unit_vectors(&own, UnitParts::ALL);
-        let weight = |expert: usize| job.plan.importance.get(expert).copied().unwrap_or(1.0);
+        let weight = |expert: usize| job.plan.importance.get(expert).map_or(1.0, |v| f64::from(*v));
         let mut weights = vec![weight(dominant); own.width];
         // Moved segments ascend by expert: each is read once.
         for run in moved.chunk_by(|a, b| a.expert == b.expert) {

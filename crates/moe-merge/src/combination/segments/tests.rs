@@ -15,7 +15,7 @@ fn plan(experts: usize, kept: &[u32], importance: &[f64]) -> LayerPlan {
         groups: kept.iter().map(|e| Group { dominant: *e, members: vec![*e], weights: vec![1.0] }).collect(),
         dissolved: (0..experts as u32).filter(|e| !kept.contains(e)).collect(),
         protected: vec![],
-        importance: importance.to_vec(),
+        importance: importance.iter().map(|v| *v as f32).collect(),
     }
 }
 
