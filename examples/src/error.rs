@@ -35,6 +35,9 @@ pub enum Error {
     /// Collecting statistics or scoring.
     #[error(transparent)]
     Importance(#[from] moe_importance::Error),
+    /// Merging experts.
+    #[error(transparent)]
+    Merge(#[from] moe_merge::Error),
     /// Planning or applying.
     #[error(transparent)]
     Prune(#[from] moe_prune::Error),

@@ -11,6 +11,7 @@ pub mod figures;
 pub mod fine_grained;
 pub mod fisher_prune;
 pub mod format;
+pub mod merge;
 pub mod progress;
 pub mod report;
 pub mod score;

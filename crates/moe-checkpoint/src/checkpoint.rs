@@ -9,12 +9,13 @@ use std::sync::OnceLock;
 use safetensors::Dtype;
 use serde_json::Value;
 
-use crate::config::ModelConfig;
+use crate::config::{Ffn, ModelConfig};
 use crate::convert;
 use crate::expert_bytes::{ExpertBytes, ExpertWeights, RawMatrix};
 use crate::experts::{ExpertBiases, ExpertLayout, ExpertPart, ExpertTensor, MXFP4_BLOCK, Placement};
 use crate::family::{Family, Role, family};
 use crate::fingerprint;
+use crate::grouped::Grouped;
 use crate::index::read_json;
 use crate::quantised::{self, Quantisation, SCALE_SUFFIX};
 use crate::ragged::Ragged;
@@ -73,7 +74,8 @@ impl Checkpoint {
         let generation_path = dir.join("generation_config.json");
         let raw_generation = generation_path.exists().then(|| read_json(&generation_path)).transpose()?;
         let parse = || -> Result<_> {
-            let ragged = Ragged::read(&raw_config)?.is_some();
+            let original = Grouped::read(&raw_config)?.map(|grouped| grouped.original);
+            let ragged = Ragged::read(original.as_ref().unwrap_or(&raw_config))?.is_some();
             let config = ModelConfig::from_json(&raw_config, raw_generation.as_ref())?;
             Ok((family(&config.model_type)?, ragged, config))
         };
@@ -132,6 +134,11 @@ impl Checkpoint {
     /// Whether the experts are of different widths, in the format of `docs/ragged-format.md`.
     pub fn ragged(&self) -> bool {
         self.ragged
+    }
+
+    /// Whether experts share sets of weights, in the format of `docs/grouped-format.md`.
+    pub fn grouped(&self) -> bool {
+        self.config.layers.iter().any(|layer| matches!(&layer.ffn, Ffn::Moe(moe) if moe.sets.is_some()))
     }
 
     /// How the routed experts of an MoE layer are stored.
@@ -195,7 +202,7 @@ impl Checkpoint {
     /// [`Error::UnknownLayer`].
     pub fn expert_bytes_on_disk(&self, layer: usize) -> Result<u64> {
         let moe = self.config.moe(layer).ok_or_else(|| self.unknown_layer(layer))?;
-        let tensors = self.expert_layout(layer)?.tensors(self.config.hidden_size, &moe.widths, moe.biases);
+        let tensors = self.expert_layout(layer)?.tensors(self.config.hidden_size, &moe.stored_widths(), moe.biases);
         let mut bytes = 0;
         for tensor in tensors.into_iter().flatten() {
             let info = self.info(&self.family.expert_tensor_name(layer, tensor.tensor))?;
@@ -439,7 +446,7 @@ impl Checkpoint {
     fn place(&self, layer: usize, expert: usize, part: ExpertPart) -> Result<(&TensorInfo, Placement)> {
         let moe = self.config.moe(layer).ok_or_else(|| self.unknown_layer(layer))?;
         let (layout, _) = self.located_layer(layer, expert)?;
-        let place = layout.place(self.config.hidden_size, &moe.widths, expert, part);
+        let place = layout.place(self.config.hidden_size, &moe.stored_widths(), moe.stored(expert), part);
         Ok((self.info(&self.family.expert_tensor_name(layer, place.tensor))?, place))
     }
 

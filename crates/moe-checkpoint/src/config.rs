@@ -3,11 +3,14 @@
 //! The raw JSON is kept beside it ([`Checkpoint::raw_config`](crate::Checkpoint::raw_config)), so that keys unknown to
 //! this view survive an edit.
 
+use std::borrow::Cow;
+
 use serde_json::Value;
 
 use crate::Result;
 use crate::experts::ExpertBiases;
 use crate::family::family_of;
+use crate::grouped::Grouped;
 use crate::quantised::Quantisation;
 use crate::ragged::Ragged;
 use crate::shape::{MoeLayerShape, MoeShape};
@@ -55,13 +58,18 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Reads a `config.json`, of a stock model or a ragged one, with the end-of-text ids of `generation_config.json`
+    /// Reads a `config.json`, of a stock model, a ragged or a grouped one, with the end-of-text ids of `generation_config.json`
     /// where there is one.
     ///
     /// # Errors
     /// An unknown family, a model without routed experts, quantised weights, or a field that is missing, malformed,
     /// unsupported or contradicts another: one variant each, naming the field.
     pub fn from_json(config: &Value, generation: Option<&Value>) -> Result<Self> {
+        if let Some(grouped) = Grouped::read(config)? {
+            let mut parsed = Self::from_json(&grouped.original, generation)?;
+            grouped.apply(&mut parsed)?;
+            return Ok(parsed);
+        }
         match Ragged::read(config)? {
             None => family_of(config)?.parse(config, generation),
             Some(ragged) => {
@@ -310,6 +318,9 @@ pub struct MoeConfig {
     pub widths: Vec<usize>,
     /// Biases of every routed expert.
     pub biases: ExpertBiases,
+    /// The stored set of weights of every routed expert, `[E]`, in a grouped checkpoint: experts of one set share weights.
+    /// Otherwise every expert has its own.
+    pub sets: Option<Vec<u32>>,
     /// Expert that every token goes through.
     pub shared: Option<SharedExpert>,
 }
@@ -318,6 +329,19 @@ impl MoeConfig {
     /// Number of routed experts, `E`.
     pub fn num_experts(&self) -> usize {
         self.widths.len()
+    }
+
+    /// The stored set of weights of an expert; the expert itself outside grouped checkpoints.
+    pub fn stored(&self, expert: usize) -> usize {
+        self.sets.as_ref().and_then(|sets| sets.get(expert)).map_or(expert, |set| *set as usize)
+    }
+
+    /// Width of every stored set of weights: of every expert, or of fewer where experts share.
+    pub fn stored_widths(&self) -> Cow<'_, [usize]> {
+        let Some(sets) = &self.sets else { return Cow::Borrowed(&self.widths) };
+        let mut widths = vec![0; sets.iter().max().map_or(0, |set| *set as usize + 1)];
+        sets.iter().zip(&self.widths).for_each(|(set, width)| widths[*set as usize] = *width);
+        Cow::Owned(widths)
     }
 }
 

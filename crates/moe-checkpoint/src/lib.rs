@@ -33,6 +33,7 @@ mod experts;
 mod families;
 mod family;
 mod fingerprint;
+mod grouped;
 mod header;
 #[cfg(feature = "hub")]
 pub mod hub;
@@ -66,6 +67,7 @@ pub use error::{Error, Result};
 pub use expert_bytes::{ExpertBytes, ExpertWeights, RawMatrix};
 pub use experts::{ExpertBiases, ExpertBlock, ExpertLayout, ExpertPart, ExpertTensor, ExpertTensorLayout, Placement};
 pub use family::{Family, LayerRole, Role, families, family, family_of};
+pub use grouped::grouped_config;
 pub use output_dir::{Existing, OutputDir};
 pub use provenance::Provenance;
 pub use quantised::Quantisation;

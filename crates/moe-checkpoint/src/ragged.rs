@@ -159,18 +159,11 @@ pub fn ragged_config(
     };
     let model_type = family_of(&result)?.model_type();
     let architectures = result.get("architectures").cloned().unwrap_or(json!([]));
-    let renamed = architectures.as_array().into_iter().flatten().filter_map(Value::as_str).map(|name| {
-        Value::String(match name.strip_suffix("ForCausalLM") {
-            Some(stem) => format!("{stem}RaggedForCausalLM"),
-            None => format!("{name}Ragged"),
-        })
-    });
-    let renamed = renamed.collect();
     let expert_widths: Map<String, Value> =
         widths.iter().map(|(layer, list)| (layer.to_string(), json!(list))).collect();
     if let Value::Object(map) = &mut result {
         map.insert("model_type".to_string(), Value::String(format!("{model_type}{SUFFIX}")));
-        map.insert("architectures".to_string(), Value::Array(renamed));
+        map.insert("architectures".to_string(), renamed_architectures(&architectures, "Ragged"));
         let version = if down_bias.is_empty() { WITHOUT_BIASES } else { VERSION };
         let mut ragged = json!({
             "version": version, "model_type": model_type, "architectures": architectures, "expert_widths": expert_widths,
@@ -182,6 +175,18 @@ pub fn ragged_config(
     }
     ModelConfig::from_json(&result, None)?;
     Ok(result)
+}
+
+/// Names of architectures with `word` before `ForCausalLM`.
+pub(crate) fn renamed_architectures(architectures: &Value, word: &str) -> Value {
+    let names = architectures.as_array().into_iter().flatten().filter_map(Value::as_str);
+    let renamed = names.map(|name| {
+        Value::String(match name.strip_suffix("ForCausalLM") {
+            Some(stem) => format!("{stem}{word}ForCausalLM"),
+            None => format!("{name}{word}"),
+        })
+    });
+    Value::Array(renamed.collect())
 }
 
 /// What a stock config says about routed experts.

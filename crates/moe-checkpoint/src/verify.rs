@@ -284,13 +284,14 @@ impl Weights<'_> {
             false => format!("`{}`", self.family.width_key()),
         };
         let fields = format!("{width}, the number of experts and `hidden_size`");
-        let tensors =
-            layout.tensors(self.config.hidden_size, &moe.widths, moe.biases).ok_or_else(|| Error::ExpertLayout {
+        let tensors = layout.tensors(self.config.hidden_size, &moe.stored_widths(), moe.biases).ok_or_else(|| {
+            Error::ExpertLayout {
                 dir: self.dir.to_path_buf(),
                 layer,
                 found: format!("the layout {layout:?}"),
                 expected: format!("one that holds the different widths of {width}"),
-            })?;
+            }
+        })?;
         for tensor in tensors {
             let name = self.family.expert_tensor_name(layer, tensor.tensor);
             match tensor.blocks.is_empty() && layout == ExpertLayout::Mxfp4 {

@@ -212,7 +212,7 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
                 size.experts_together as u64 * (2 * f32s(3 * widest * h) + f32s(routed * (4 * h + 8 * widest)));
             work = work.max(dense_weights + expert + 3 * hidden + f32s(t * (experts + 4 * k)));
             experts_kept = f32s(t * k * 2 * moe.widths.iter().sum::<usize>() / experts);
-            expert_bytes.extend(moe.widths.iter().map(|w| f32s(3 * w * h)));
+            expert_bytes.extend(moe.stored_widths().iter().map(|w| f32s(3 * w * h)));
         }
         phases.push((format!("the feed-forward part of layer {i}"), work));
         layer_weights.push(attention_weights + dense_weights + f32s(h * moe.map_or(0, |m| m.num_experts())));

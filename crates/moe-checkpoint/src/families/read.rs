@@ -196,7 +196,7 @@ impl MoeLayers<'_> {
         let top_k = config.required_integer(self.top_k_key, 1, num_experts)?;
         let widths = vec![size(config, self.width_key)?; num_experts];
         let biases = if self.bias { ExpertBiases::All } else { ExpertBiases::None };
-        let moe = MoeConfig { widths, biases, shared: self.shared };
+        let moe = MoeConfig { widths, biases, sets: None, shared: self.shared };
         let intermediate_size = match moe_layers == layers {
             true => 0,
             false => size(config, "intermediate_size")?,

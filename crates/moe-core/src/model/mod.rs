@@ -228,15 +228,15 @@ impl Model {
     /// [`Error::Checkpoint`] if it cannot be read, or the overlay's error.
     pub fn expert(&self, layer: usize, expert: usize) -> Result<ExpertTensors> {
         let index = self.expert_index(layer, expert)?;
-        if let Some(found) = &self.lock().experts[index] {
-            return Ok(found.clone());
+        if let Some(found) = index.and_then(|index| self.lock().experts[index].clone()) {
+            return Ok(found);
         }
         let loaded = match &self.experts {
             Some(overlay) => self.on_device(overlay.apply(layer, expert, self.checkpoint.expert(layer, expert)?)?),
             None => self.load_expert(layer, expert)?,
         };
         let mut cache = self.lock();
-        if index < cache.residency.experts {
+        if let Some(index) = index.filter(|index| *index < cache.residency.experts) {
             cache.experts[index] = Some(loaded.clone());
         }
         Ok(loaded)
@@ -299,13 +299,17 @@ impl Model {
         })
     }
 
-    fn expert_index(&self, layer: usize, expert: usize) -> Result<usize> {
+    /// Where an expert is cached: experts that share weights share the place. `None` where an overlay may make such experts differ.
+    fn expert_index(&self, layer: usize, expert: usize) -> Result<Option<usize>> {
+        let config = self.config();
         let mut index = 0;
         for l in &self.checkpoint.shape().layers {
-            if l.layer == layer && expert < l.widths.len() {
-                return Ok(index + expert);
+            let Some(moe) = config.moe(l.layer) else { continue };
+            if l.layer == layer && expert < moe.num_experts() {
+                let differ = moe.sets.is_some() && self.experts.is_some();
+                return Ok((!differ).then_some(index + moe.stored(expert)));
             }
-            index += l.widths.len();
+            index += moe.stored_widths().len();
         }
         Err(Error::input("routed expert", format!("layer {layer}, expert {expert}"), "one of the model's"))
     }

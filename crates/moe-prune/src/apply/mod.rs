@@ -342,6 +342,10 @@ impl PrunePlan {
             let reason = format!("{} is the checkpoint itself; choose another directory", to.display());
             return Err(Error::Export { mode: options.mode.name(), reason });
         }
+        if from.grouped() {
+            let reason = "its experts share sets of weights; prune before merging".to_string();
+            return Err(Error::Export { mode: options.mode.name(), reason });
+        }
         if options.mode != Export::FineGrained {
             self.validate_routing(from.config())?;
         }

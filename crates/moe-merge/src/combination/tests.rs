@@ -1,0 +1,273 @@
+use super::*;
+use crate::alignment::WeightMatching;
+use crate::experts::expert_outputs;
+use crate::testing::{biased_expert, expert, noise, shuffled};
+
+const HIDDEN: usize = 6;
+
+/// Merges experts 0.. into one group with these weights.
+struct Bench {
+    experts: Vec<ExpertWeights>,
+    weights: Vec<f64>,
+    alignment: AlignmentConfig,
+    sample: Option<TokenSample>,
+}
+
+impl Bench {
+    fn new(experts: Vec<ExpertWeights>, weights: &[f64]) -> Self {
+        Self { experts, weights: weights.to_vec(), alignment: AlignmentConfig::None, sample: None }
+    }
+
+    fn plan(&self) -> LayerPlan {
+        let members: Vec<u32> = (0..self.experts.len() as u32).collect();
+        let dominant = self.weights.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
+        LayerPlan {
+            layer: 2,
+            groups: vec![Group {
+                dominant: dominant.unwrap().0 as u32,
+                members,
+                weights: self.weights.iter().map(|w| *w as f32).collect(),
+            }],
+            ..LayerPlan::default()
+        }
+    }
+
+    fn merge(&self, combination: &dyn Combination) -> Result<ExpertWeights> {
+        let plan = self.plan();
+        let job = LayerJob {
+            plan: &plan,
+            experts: &self.experts,
+            sample: self.sample.as_ref(),
+            activation: Activation::Silu,
+            alignment: &self.alignment,
+            reference: Reference::Dominant,
+        };
+        let mut merged = None;
+        combination.combine(&job, &mut |group, found| {
+            assert_eq!(group, 0);
+            merged = Some(match found {
+                Merged::Changed(weights) => *weights,
+                Merged::Unchanged(expert) => self.experts[expert].clone(),
+            });
+            Ok(())
+        })?;
+        Ok(merged.unwrap())
+    }
+}
+
+fn sample(tokens: usize, experts: usize) -> TokenSample {
+    // Each token is routed to two experts in turn.
+    let selected: Vec<u32> = (0..2 * tokens).map(|slot| (slot % experts) as u32).collect();
+    TokenSample {
+        inputs: noise(tokens * HIDDEN, 91),
+        logits: vec![0.0; tokens * experts],
+        weights: noise(2 * tokens, 92).iter().map(|w| w.abs() + 0.1).collect(),
+        selected,
+        hidden: HIDDEN,
+        experts,
+        top_k: 2,
+    }
+}
+
+fn by(importance: Importance) -> GroupWeights {
+    GroupWeights::by(importance)
+}
+
+fn average() -> Average {
+    Average { weights: by(Importance::Usage) }
+}
+
+fn close(a: &[f32], b: &[f32], tolerance: f32) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() <= tolerance)
+}
+
+/// Root mean square difference of two experts' outputs from what a group should give.
+fn error(bench: &Bench, merged: &ExpertWeights, tokens: &TokenSample) -> f64 {
+    let found = expert_outputs(merged, &tokens.inputs, Activation::Silu).unwrap();
+    let mut expected = vec![0.0f64; found.len()];
+    for (expert, weight) in bench.experts.iter().zip(&bench.weights) {
+        let outputs = expert_outputs(expert, &tokens.inputs, Activation::Silu).unwrap();
+        expected.iter_mut().zip(outputs).for_each(|(e, y)| *e += weight * f64::from(y));
+    }
+    let squares = found.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
+    (squares / found.len() as f64).sqrt()
+}
+
+#[test]
+fn an_average_is_the_hand_computed_one() {
+    for make in [expert, biased_expert] {
+        let bench = Bench::new(vec![make(HIDDEN, 4, 1), make(HIDDEN, 4, 2)], &[0.75, 0.25]);
+        let merged = bench.merge(&average()).unwrap();
+        let mean = |part: fn(&ExpertWeights) -> Vec<f32>| -> Vec<f32> {
+            let [a, b] = [part(&bench.experts[0]), part(&bench.experts[1])];
+            a.iter().zip(&b).map(|(a, b)| (0.75 * f64::from(*a) + 0.25 * f64::from(*b)) as f32).collect()
+        };
+        assert_eq!(merged.gate, mean(|w| w.gate.clone()));
+        assert_eq!(merged.up, mean(|w| w.up.clone()));
+        assert_eq!(merged.down, mean(|w| w.down.clone()));
+        assert_eq!(merged.gate_bias.unwrap_or_default(), mean(|w| w.gate_bias.clone().unwrap_or_default()));
+        assert_eq!(merged.down_bias.unwrap_or_default(), mean(|w| w.down_bias.clone().unwrap_or_default()));
+    }
+}
+
+#[test]
+fn permuted_copies_merge_to_the_expert_with_alignment_and_not_without() {
+    let original = expert(HIDDEN, 9, 3);
+    let copies: Vec<ExpertWeights> = [10, 11].map(|seed| permute_units(&original, &shuffled(9, seed))).into();
+    let mut bench = Bench::new([vec![original.clone()], copies].concat(), &[0.5, 0.3, 0.2]);
+    let unaligned = bench.merge(&average()).unwrap();
+    assert!(!close(&unaligned.gate, &original.gate, 1e-3));
+    bench.alignment = AlignmentConfig::Weights(WeightMatching::default());
+    assert_eq!(bench.merge(&average()).unwrap(), original);
+}
+
+#[test]
+fn the_numbering_of_members_does_not_matter() {
+    let experts: Vec<ExpertWeights> = (0..4).map(|seed| expert(HIDDEN, 7, seed + 20)).collect();
+    let weights = [0.4, 0.3, 0.2, 0.1];
+    let order = [2, 0, 3, 1];
+    let mut bench = Bench::new(experts.clone(), &weights);
+    let mut moved = Bench::new(order.map(|e: usize| experts[e].clone()).to_vec(), &order.map(|e: usize| weights[e]));
+    let tokens = sample(80, 4);
+    let mut to = [0; 4];
+    order.iter().enumerate().for_each(|(at, e)| to[*e] = at as u32);
+    moved.sample = Some(tokens.renamed(&to));
+    bench.sample = Some(tokens);
+    let least_squares =
+        LeastSquaresDown { weights: by(Importance::Usage), target: FitTarget::Routed, ridge: 1e-3, min_tokens: 36 };
+    let subspace = Subspace { weights: by(Importance::Usage), rank: SubspaceRank::Rank(3) };
+    for alignment in [AlignmentConfig::None, AlignmentConfig::Weights(WeightMatching::default())] {
+        (bench.alignment, moved.alignment) = (alignment.clone(), alignment);
+        assert_eq!(bench.merge(&average()).unwrap(), moved.merge(&average()).unwrap());
+        for combination in [&subspace as &dyn Combination, &least_squares] {
+            let (a, b) = (bench.merge(combination).unwrap(), moved.merge(combination).unwrap());
+            assert!(close(&a.down, &b.down, 1e-4) && close(&a.gate, &b.gate, 1e-5));
+        }
+    }
+}
+
+#[test]
+fn zero_weights_become_a_mean_or_a_floor() {
+    let evidence = |usage: &[f64]| LayerEvidence {
+        tokens: 8,
+        sums: [("routing.tokens".to_string(), usage.to_vec())].into(),
+        ..LayerEvidence::default()
+    };
+    let weights = |zeros, usage: &[f64], members: &[usize]| {
+        let weights = GroupWeights { importance: Importance::Usage, zeros };
+        weights.of(members, &evidence(usage), usage.len()).unwrap()
+    };
+    assert_eq!(weights(Zeros::Mean, &[6.0, 2.0, 0.0], &[0, 1]), [0.75, 0.25]);
+    assert_eq!(weights(Zeros::Mean, &[8.0, 0.0, 0.0], &[0, 2]), [1.0, 0.0]);
+    assert_eq!(weights(Zeros::Mean, &[8.0, 0.0, 0.0], &[1, 2]), [0.5, 0.5]);
+    assert_eq!(weights(Zeros::Floor, &[3.0, 0.0, 1.0], &[0, 1, 2]), [0.6, 0.2, 0.2]);
+    assert_eq!(weights(Zeros::Floor, &[8.0, 0.0, 0.0], &[0, 2]), [1.0 / 1.5, 0.5 / 1.5]);
+    assert_eq!(weights(Zeros::Floor, &[8.0, 0.0, 0.0], &[1, 2]), [0.5, 0.5]);
+    assert_eq!(weights(Zeros::Mean, &[0.0, 1.0], &[0]), [1.0]);
+}
+
+#[test]
+fn a_subspace_of_full_rank_is_the_average_and_a_smaller_one_its_projection() {
+    let bench = Bench::new((0..3).map(|seed| expert(HIDDEN, 5, seed + 30)).collect(), &[0.5, 0.3, 0.2]);
+    let average = bench.merge(&average()).unwrap();
+    let of = |rank| bench.merge(&Subspace { weights: by(Importance::Usage), rank }).unwrap();
+    assert_eq!(of(SubspaceRank::Full), average);
+    for rank in [SubspaceRank::Rank(6), SubspaceRank::Energy(1.0)] {
+        let full = of(rank);
+        assert!(close(&full.gate, &average.gate, 1e-5) && close(&full.down, &average.down, 1e-5), "{rank:?}");
+    }
+    // The definition: U S sum_e w_e V_e from the SVD of the matrices side by side.
+    let rank = 2;
+    let found = of(SubspaceRank::Rank(rank));
+    let side =
+        faer::Mat::from_fn(5, 3 * HIDDEN, |i, j| f64::from(bench.experts[j / HIDDEN].gate[i * HIDDEN + j % HIDDEN]));
+    let svd = side.thin_svd().unwrap();
+    let (u, s, v) = (svd.U(), svd.S().column_vector(), svd.V());
+    for i in 0..5 {
+        for h in 0..HIDDEN {
+            let expected: f64 = (0..rank)
+                .map(|r| {
+                    let merged: f64 = (0..3).map(|e| bench.weights[e] * v[(e * HIDDEN + h, r)]).sum();
+                    u[(i, r)] * s[r] * merged
+                })
+                .sum();
+            assert!((f64::from(found.gate[i * HIDDEN + h]) - expected).abs() < 1e-5);
+        }
+    }
+    assert!(Subspace { weights: by(Importance::Equal), rank: SubspaceRank::Energy(0.0) }.validate().is_err());
+}
+
+#[test]
+fn a_fitted_down_is_never_worse_than_the_average_and_exact_where_it_can_be() {
+    let mut bench = Bench::new((0..3).map(|seed| expert(HIDDEN, 8, seed + 40)).collect(), &[0.5, 0.3, 0.2]);
+    let tokens = sample(200, 3);
+    bench.sample = Some(tokens.clone());
+    let fit =
+        |ridge| LeastSquaresDown { weights: by(Importance::Usage), target: FitTarget::Weighted, ridge, min_tokens: 36 };
+    let plain = bench.merge(&average()).unwrap();
+    let errors: Vec<f64> = [1e-9, 1e-3, 1.0, 1e6]
+        .map(|ridge| {
+            let merged = bench.merge(&fit(ridge)).unwrap();
+            assert_eq!((&merged.gate, &merged.up), (&plain.gate, &plain.up));
+            error(&bench, &merged, &tokens)
+        })
+        .into();
+    let average_error = error(&bench, &plain, &tokens);
+    assert!(errors.windows(2).all(|pair| pair[0] <= pair[1] * (1.0 + 1e-6)), "{errors:?}");
+    assert!(errors.iter().all(|e| *e <= average_error * (1.0 + 1e-6)), "{errors:?} {average_error}");
+    assert!(errors[0] < 0.8 * average_error, "{errors:?} {average_error}");
+
+    // Twins with other down projections: the merged units are theirs, so the mean of their downs is exact.
+    let mut twin = bench.experts[0].clone();
+    twin.down = noise(HIDDEN * 8, 77);
+    bench = Bench { experts: vec![bench.experts[0].clone(), twin], weights: vec![0.5, 0.5], ..bench };
+    bench.sample = Some(sample(200, 2));
+    let merged = bench.merge(&fit(1e-6)).unwrap();
+    assert!(close(&merged.down, &bench.merge(&average()).unwrap().down, 1e-4));
+}
+
+#[test]
+fn a_routed_fit_minimises_what_tokens_lose() {
+    let mut bench = Bench::new((0..2).map(|seed| expert(HIDDEN, 8, seed + 50)).collect(), &[0.6, 0.4]);
+    let tokens = sample(300, 2);
+    bench.sample = Some(tokens.clone());
+    let loss = |merged: &ExpertWeights| -> f64 {
+        let outputs = expert_outputs(merged, &tokens.inputs, Activation::Silu).unwrap();
+        let of: Vec<Vec<f32>> =
+            bench.experts.iter().map(|e| expert_outputs(e, &tokens.inputs, Activation::Silu).unwrap()).collect();
+        let gates: Vec<Vec<f32>> = (0..2).map(|e| tokens.weights_of(e)).collect();
+        let squares = (0..outputs.len()).map(|k| {
+            let t = k / HIDDEN;
+            let expected = gates[0][t] * of[0][k] + gates[1][t] * of[1][k];
+            f64::from((gates[0][t] + gates[1][t]) * outputs[k] - expected).powi(2)
+        });
+        squares.sum()
+    };
+    let of = |target| LeastSquaresDown { weights: by(Importance::Usage), target, ridge: 1e-9, min_tokens: 36 };
+    let routed = loss(&bench.merge(&of(FitTarget::Routed)).unwrap());
+    let weighted = loss(&bench.merge(&of(FitTarget::Weighted)).unwrap());
+    let plain = loss(&bench.merge(&average()).unwrap());
+    assert!(routed < weighted && routed < plain, "{routed} {weighted} {plain}");
+    // Too few tokens: the average stays.
+    bench.sample = Some(sample(30, 2));
+    let merged = bench.merge(&of(FitTarget::Routed)).unwrap();
+    assert_eq!(merged, bench.merge(&average()).unwrap());
+    bench.sample = None;
+    let message = bench.merge(&of(FitTarget::Routed)).unwrap_err().to_string();
+    assert!(message.contains("layer 2") && message.contains("sample"), "{message}");
+}
+
+#[test]
+fn experts_of_different_widths_are_refused() {
+    let bench = Bench::new(vec![expert(HIDDEN, 4, 1), expert(HIDDEN, 5, 2)], &[0.5, 0.5]);
+    let message = bench.merge(&average()).unwrap_err().to_string();
+    assert!(message.contains("layer 2") && message.contains("4 and 5"), "{message}");
+    let mixed = Bench::new(vec![expert(HIDDEN, 4, 1), biased_expert(HIDDEN, 4, 2)], &[0.5, 0.5]);
+    assert!(mixed.merge(&average()).unwrap_err().to_string().contains("biases"));
+}
+
+#[test]
+fn the_dominant_alone_is_untouched() {
+    let bench = Bench::new((0..3).map(|seed| expert(HIDDEN, 4, seed + 60)).collect(), &[0.2, 0.5, 0.3]);
+    assert_eq!(bench.merge(&DominantOnly {}).unwrap(), bench.experts[1]);
+}

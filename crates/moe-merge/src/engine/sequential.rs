@@ -1,0 +1,197 @@
+//! Layers merged one after the other, each on what the merged layers before it give.
+
+use std::path::Path;
+
+use moe_checkpoint::{LayerRole, Role, Statistics};
+use moe_core::data::Wave;
+use moe_core::trace::{ExpertTrace, LayerTrace, Observer, Signals, WaveInfo};
+use moe_core::{Engine, EngineOptions, LayerChange, LayerVisitor, Model};
+use moe_prune::{ExpertId, ProtectionMask, Ratio};
+
+use super::collect::data_hash;
+use super::overlay::MergeOverlay;
+use super::{EvidenceCollector, EvidenceOptions};
+use crate::apply::merged_dir::{MergedWeights, MergedWriter};
+use crate::combination::{Combination, LayerJob};
+use crate::context::LayerContext;
+use crate::evidence::{Evidence, LayerEvidence};
+use crate::experts::LayerExperts;
+use crate::plan::{LayerPlan, MERGE_PLAN_VERSION, MergePlan};
+use crate::planner::protected_experts;
+use crate::recipe::Recipe;
+use crate::{Error, Result, Scope};
+
+/// Merges a model layer by layer: all waves run through a layer, the layer is merged on what they showed, and the next layer
+/// sees the merged one's outputs (REAM, arXiv 2604.04356, step 7). Merged experts go to `dir`, from which the result is
+/// [applied](MergePlan::apply) or [shown](MergeOverlay). A run that was interrupted goes on with the layers that `dir` has.
+///
+/// ```no_run
+/// use moe_core::{Model, device::device};
+/// use moe_merge::{EvidenceOptions, MergeOptions, OutputForm, Recipe, merge_sequentially};
+/// use moe_prune::ProtectionMask;
+///
+/// # let waves = vec![];
+/// let model = Model::open("models/Qwen1.5-MoE-A2.7B", &device("default")?, None)?;
+/// let recipe = Recipe::named("ream")?;
+/// let options = EvidenceOptions::for_recipe(&recipe, 4096);
+/// let merged = merge_sequentially(&model, &waves, &recipe, &ProtectionMask::none(), &options, "work".as_ref())?;
+/// let options = MergeOptions { merged: Some(&merged), ..MergeOptions::new(OutputForm::Stock) };
+/// merged.plan().apply(model.checkpoint(), "out/merged".as_ref(), &options)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// [`Error::InvalidParameter`] for a budget that layers share, [`Error::Engine`] with what went wrong in a layer,
+/// [`Error::InvalidPlan`] for a directory of another run.
+pub fn merge_sequentially(
+    model: &Model,
+    waves: &[Wave],
+    recipe: &Recipe,
+    protect: &ProtectionMask,
+    options: &EvidenceOptions,
+    dir: &Path,
+) -> Result<MergedWeights> {
+    recipe.validate()?;
+    if recipe.budget.scope != Scope::Layer {
+        let found = format!("{:?}", recipe.budget.scope);
+        return Err(Error::parameter("budget.scope", found, "`layer`, to merge one layer after the other"));
+    }
+    let checkpoint = model.checkpoint();
+    if checkpoint.grouped() {
+        let reason = "the experts of the checkpoint share sets of weights already";
+        return Err(Error::infeasible(checkpoint.dir().display().to_string(), reason));
+    }
+    protect.validate(checkpoint.shape())?;
+    let data = data_hash(waves);
+    let what = serde_json::json!({
+        "model": checkpoint.fingerprint(), "data": data, "recipe": recipe, "protect": protect,
+        "statistics": options.statistics, "dense": options.dense_outputs, "sample": options.sample, "seed": options.seed,
+    });
+    let digest = blake3::hash(what.to_string().as_bytes()).to_hex().to_string();
+    let mut visitor = Sequential {
+        model,
+        recipe,
+        protect,
+        collector: EvidenceCollector::new(model, options, data)?,
+        statistics: None,
+        writer: MergedWriter::create_or_resume(dir, &digest)?,
+        layers: Vec::new(),
+        never_used: Vec::new(),
+    };
+    Engine::new(model, EngineOptions::default()).run_layerwise(waves, &mut visitor)?;
+    let Sequential { writer, layers, never_used, .. } = visitor;
+    let shape = checkpoint.shape();
+    let experts: usize = shape.layers.iter().map(|layer| layer.num_experts()).sum();
+    let kept: usize = layers.iter().map(|layer| layer.groups.len()).sum();
+    let gone = (experts - kept) as f64 / experts.max(1) as f64;
+    let plan = MergePlan {
+        version: MERGE_PLAN_VERSION,
+        model: checkpoint.fingerprint(),
+        shape: shape.clone(),
+        ratio: Ratio { asked: gone, achieved: gone },
+        recipe: recipe.clone(),
+        evidence: digest,
+        never_used,
+        layers,
+    };
+    plan.validate(shape)?;
+    writer.finish(plan)
+}
+
+struct Sequential<'a> {
+    model: &'a Model,
+    recipe: &'a Recipe,
+    protect: &'a ProtectionMask,
+    collector: EvidenceCollector<'a>,
+    /// Of the layer in progress.
+    statistics: Option<Statistics>,
+    writer: MergedWriter,
+    layers: Vec<LayerPlan>,
+    never_used: Vec<ExpertId>,
+}
+
+impl Observer for Sequential<'_> {
+    fn needs(&self) -> Signals {
+        self.collector.needs()
+    }
+
+    fn begin_wave(&mut self, wave: &WaveInfo) -> moe_core::Result<()> {
+        self.collector.begin_wave(wave)
+    }
+
+    fn layer(&mut self, trace: &LayerTrace<'_>) -> moe_core::Result<()> {
+        self.collector.layer(trace)
+    }
+
+    fn expert(&mut self, trace: &ExpertTrace<'_>) -> moe_core::Result<()> {
+        self.collector.expert(trace)
+    }
+
+    fn end_wave(&mut self, wave: &WaveInfo) -> moe_core::Result<()> {
+        self.collector.end_wave(wave)?;
+        self.collector.fold_into(&mut self.statistics).map_err(moe_core::Error::observer)
+    }
+}
+
+impl LayerVisitor for Sequential<'_> {
+    fn end_layer(&mut self, layer: usize) -> moe_core::Result<LayerChange> {
+        self.merge(layer).map_err(moe_core::Error::observer)
+    }
+}
+
+impl Sequential<'_> {
+    fn merge(&mut self, layer: usize) -> Result<LayerChange> {
+        let checkpoint = self.model.checkpoint();
+        let statistics = self.statistics.take();
+        let evidence = match statistics {
+            Some(statistics) => Evidence::from_statistics(&statistics)?.layers.into_iter().find(|l| l.layer == layer),
+            None => None,
+        };
+        let mut evidence = evidence.unwrap_or(LayerEvidence { layer, ..LayerEvidence::default() });
+        self.collector.add_to(&mut evidence);
+        let never_used = evidence.never_used().into_iter();
+        self.never_used.extend(never_used.map(|expert| ExpertId { layer, expert: expert as usize }));
+        let record = match self.writer.finished(layer)? {
+            Some(record) => record,
+            None => {
+                let experts = LayerExperts { checkpoint, layer };
+                let count = checkpoint.config().moe(layer).map_or(0, |moe| moe.num_experts());
+                let excluded = self.recipe.budget.exclude.contains(&layer);
+                let groups = if excluded { count } else { self.recipe.budget.of_layer(count) };
+                let importance = match excluded {
+                    true => vec![0.0; count],
+                    false => self.recipe.importance.of(&evidence, count)?,
+                };
+                let router = checkpoint.read_f32(Role::Layer(layer, LayerRole::Router))?;
+                let context = LayerContext {
+                    layer,
+                    experts: &experts,
+                    router: Some(&router),
+                    evidence: &evidence,
+                    activation: checkpoint.config().hidden_act,
+                    importance: &importance,
+                    protected: &protected_experts(self.protect, layer, count),
+                };
+                let plan = self.recipe.plan_layer(&context, groups)?;
+                self.writer.write(checkpoint, plan, |plan, sink| {
+                    let job = LayerJob {
+                        plan,
+                        experts: &experts,
+                        sample: evidence.sample.as_ref(),
+                        activation: checkpoint.config().hidden_act,
+                        alignment: &self.recipe.alignment,
+                        reference: self.recipe.reference,
+                    };
+                    self.recipe.combination.combine(&job, sink)
+                })?
+            }
+        };
+        self.layers.push(record.plan.clone());
+        if record.plan.is_identity() {
+            return Ok(LayerChange::default());
+        }
+        let mut overlay = MergeOverlay::empty(self.writer.dir(), checkpoint);
+        overlay.add(record, self.recipe.router)?;
+        Ok(overlay.change())
+    }
+}

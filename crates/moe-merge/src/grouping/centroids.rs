@@ -1,0 +1,63 @@
+//! Centroids that take what they can hold.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Dominant, Grouping, Groups, Members, dominants};
+use crate::Result;
+use crate::context::LayerContext;
+use crate::similarity::Similarity;
+
+/// The most important experts are centroids. From the most to the least important, each takes the experts nearest to it that
+/// are left until it has `capacity` members, itself included. So many centroids stay alone.
+///
+/// Source: REAM (arXiv 2604.04356). Capacity 0 is its other mode: every expert goes to the centroid it is nearest to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CappedCentroids {
+    /// What makes experts alike.
+    pub similarity: Similarity,
+    /// Most members of a group, the centroid included.
+    #[serde(default = "sixteen")]
+    pub capacity: usize,
+}
+
+fn sixteen() -> usize {
+    16
+}
+
+impl Grouping for CappedCentroids {
+    fn group(&self, context: &LayerContext<'_>, count: usize) -> Result<Groups> {
+        if self.capacity == 0 {
+            return Dominant { similarity: self.similarity.clone(), capacity: None }.group(context, count);
+        }
+        let experts = context.count();
+        let centroids = dominants(context, count)?;
+        let similarity = self.similarity.matrix(context)?;
+        let mut left: Vec<usize> = context.ranked().into_iter().filter(|e| !centroids.contains(e)).collect();
+        let mut groups = Vec::with_capacity(count);
+        for centroid in centroids {
+            let mut members = vec![centroid];
+            if !context.protected[centroid] {
+                let likeness = |expert: usize| similarity[centroid * experts + expert];
+                // Stable: of equally near ones, the more important is taken.
+                left.sort_by(|a, b| likeness(*b).total_cmp(&likeness(*a)));
+                members.extend(left.drain(..left.len().min(self.capacity - 1)));
+                left.sort_by(|a, b| context.importance[*b].total_cmp(&context.importance[*a]).then(a.cmp(b)));
+            }
+            groups.push(Members { dominant: centroid, members });
+        }
+        if !left.is_empty() {
+            let reason = format!(
+                "{experts} experts do not fit into {count} groups of at most {}: {} are left over",
+                self.capacity,
+                left.len()
+            );
+            return Err(context.infeasible(reason));
+        }
+        Ok(Groups::sorted(groups, Vec::new()))
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.similarity.validate()
+    }
+}

@@ -1,0 +1,82 @@
+//! Merging the experts of Mixture-of-Experts checkpoints. Without feature `engine`, without running the model.
+//!
+//! A merge is four exchangeable parts, each a trait with implementations that are JSON tagged by `type`:
+//!
+//! - [`Grouping`]: which experts become one, within a [`GroupBudget`];
+//! - [`Alignment`]: which unit of one expert stands for which of another;
+//! - [`Combination`]: how the experts of a group become one;
+//! - [`RouterRule`]: what becomes of the router.
+//!
+//! A [`Recipe`] puts them together; the published methods have [names](Recipe::named). With [`Evidence`] of a model, what statistics and
+//! sampled tokens say, a recipe gives a [`MergePlan`]: a versioned JSON file in original indices, made once, applied as often as wanted.
+//! [`MergePlan::apply`] streams checkpoint to checkpoint in one of the [`OutputForm`]s and gives a [`MergeReport`].
+//!
+//! ```no_run
+//! use moe_checkpoint::Checkpoint;
+//! use moe_merge::{Amount, Evidence, MergeOptions, OutputForm, Recipe};
+//! use moe_prune::ProtectionMask;
+//!
+//! let model = Checkpoint::open("models/Qwen1.5-MoE-A2.7B")?;
+//! let evidence = Evidence::load("evidence.safetensors")?;
+//! let recipe = Recipe::named("hc-smoe")?.with_amount(Amount::Ratio(0.25));
+//! let plan = recipe.plan(&model, &evidence, &ProtectionMask::none())?;
+//! let options = MergeOptions { evidence: Some(&evidence), ..MergeOptions::new(OutputForm::Grouped) };
+//! println!("{}", plan.apply(&model, "out/merged".as_ref(), &options)?);
+//! # Ok::<(), moe_merge::Error>(())
+//! ```
+
+#![deny(missing_docs)]
+
+mod alignment;
+mod apply;
+mod budget;
+mod combination;
+mod compress;
+mod context;
+#[cfg(feature = "engine")]
+mod engine;
+mod error;
+mod evidence;
+mod experts;
+mod grouping;
+mod importance;
+mod linalg;
+mod plan;
+mod planner;
+mod recipe;
+mod report;
+mod router;
+mod similarity;
+mod tasks;
+#[cfg(test)]
+mod testing;
+
+pub use alignment::{
+    ActivationMatching, Alignment, AlignmentConfig, AlignmentContext, PcaMatching, WeightMatching, assign,
+};
+pub use apply::{ComputedExperts, MERGED_FILE, MergeApplied, MergeOptions, MergedExperts, MergedWeights, OutputForm};
+pub use budget::{Amount, GroupBudget, Scope};
+pub use combination::{
+    Average, Centres, Combination, CombinationConfig, DominantOnly, FitTarget, GroupSink, GroupWeights, LayerJob,
+    LeastSquaresDown, Merged, Reference, Scale, SegmentSimilarity, Segments, Subspace, SubspaceRank, Zeros,
+};
+pub use compress::{COMPACT_FILE, CompactExpert, CompactModel, CompactReport, Compression, LowRankSparse, RowScore};
+pub use context::{Gram, LayerContext};
+#[cfg(feature = "engine")]
+pub use engine::{EvidenceOptions, MergeOverlay, collect_evidence, merge_sequentially};
+pub use error::{Error, Result};
+pub use evidence::{Evidence, LayerEvidence, OutputMean, ROUTED_TOKENS, ROUTING_WEIGHT, SCORE, TokenSample};
+pub use experts::{ExpertSource, LayerExperts, expert_outputs, outputs_of_units, permute_units, unit_activations};
+pub use grouping::{
+    CappedCentroids, Dominant, Grouping, GroupingConfig, Groups, Hierarchical, KMeans, Linkage, Members, Retain,
+    Spectral,
+};
+pub use importance::{Gate, Importance};
+pub use plan::{Group, LayerPlan, MERGE_PLAN_VERSION, MergePlan};
+pub use recipe::Recipe;
+pub use report::{LayerMergeReport, MergeReport};
+pub use router::{Delete, Keep, MergeRows, RouterAddition, RouterConfig, RouterMix, RouterRule};
+pub use similarity::{Features, Metric, Similarity, Term, WeightParts};
+pub use tasks::{
+    Dare, DareThen, TaskArithmetic, TaskExperts, TaskRule, TaskRuleConfig, TensorPlace, Ties, merge_tasks,
+};

@@ -1,0 +1,108 @@
+//! Fixtures and helpers of the tests that read and write checkpoints.
+
+#[path = "../../../moe-prune/tests/common/mod.rs"]
+mod files;
+#[path = "../../../moe-prune/tests/common/run.rs"]
+pub mod run;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use files::every_checkpoint;
+#[allow(unused_imports)]
+pub use files::{contents, files, parity};
+use moe_checkpoint::{Checkpoint, ExpertLayout};
+use moe_merge::{
+    Amount, Evidence, Features, Gram, LayerEvidence, MergeOptions, MergePlan, Metric, OutputForm, Recipe, Similarity,
+    TokenSample,
+};
+use moe_prune::{Mtp, ProtectionMask};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Numbers in [-1, 1).
+pub fn noise(len: usize, seed: u64) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
+}
+
+/// One checkpoint of every family, layout, dtype and routing, by name.
+pub fn checkpoints() -> Vec<(String, Checkpoint)> {
+    let variants = ["_padded", "_sliding", "_linear", "_long", "_yarn", "_longrope", "_sharded", "_tanh"];
+    let name = |dir: &PathBuf| {
+        let names = dir.components().rev().take(2).map(|part| part.as_os_str().to_str().unwrap().to_string());
+        names.collect::<Vec<_>>().join("-")
+    };
+    let all = every_checkpoint().into_iter().map(|dir| (name(&dir), dir));
+    let some = all.filter(|(name, _)| !variants.iter().any(|variant| name.contains(variant)));
+    some.map(|(name, dir)| (name, Checkpoint::open(dir).unwrap())).collect()
+}
+
+/// Evidence that no run of the model gave: every kind that recipes read, without a pattern.
+pub fn evidence(model: &Checkpoint) -> Evidence {
+    let shape = model.shape();
+    let layers = shape.layers.iter().map(|layer| {
+        let (experts, seed) = (layer.num_experts(), 100 * layer.layer as u64);
+        let positive = |salt: u64| noise(experts, seed + salt).iter().map(|v| f64::from(v.abs()) + 0.01).collect();
+        let sums: BTreeMap<String, Vec<f64>> = [
+            "routing.tokens",
+            "routing.weight",
+            "routing.renormalised",
+            "output.norm_applied",
+            "output.norm_softmax",
+            "output.norm_softmax_square",
+        ]
+        .iter()
+        .enumerate()
+        .map(|(salt, name)| (name.to_string(), positive(salt as u64)))
+        .collect();
+        let columns: Vec<f64> = noise(experts * 20, seed + 7).iter().map(|v| f64::from(*v)).collect();
+        let (tokens, hidden, top_k) = (60, shape.hidden_size, shape.top_k);
+        let selected = (0..tokens).flat_map(|t| (0..top_k).map(move |k| ((t * 5 + k) % experts) as u32));
+        LayerEvidence {
+            layer: layer.layer,
+            tokens: tokens as u64,
+            sums,
+            logit_gram: Some(Gram::of_vectors(&columns, experts).values),
+            outputs: BTreeMap::new(),
+            sample: Some(TokenSample {
+                inputs: noise(tokens * hidden, seed + 8),
+                logits: noise(tokens * experts, seed + 9),
+                selected: selected.collect(),
+                weights: vec![1.0 / top_k as f32; tokens * top_k],
+                hidden,
+                experts,
+                top_k,
+            }),
+        }
+    });
+    Evidence { model: model.fingerprint(), data: "noise".into(), layers: layers.collect() }
+}
+
+/// A recipe that needs no evidence but routed counts: usage, router rows, aligned averages, uniform.
+pub fn plain(ratio: f64) -> Recipe {
+    let mut recipe = Recipe::named("uncurl").unwrap().with_amount(Amount::Ratio(ratio));
+    recipe.grouping = moe_merge::GroupingConfig::Dominant(moe_merge::Dominant {
+        similarity: Similarity::of(Features::RouterRows, Metric::Cosine),
+        capacity: None,
+    });
+    recipe.router = moe_merge::RouterConfig::Keep;
+    recipe
+}
+
+/// The plan of a recipe on made-up evidence.
+pub fn plan(recipe: &Recipe, model: &Checkpoint) -> MergePlan {
+    recipe.plan(model, &evidence(model), &ProtectionMask::none()).unwrap()
+}
+
+/// Options that drop further layers where there are any.
+pub fn options(form: OutputForm, model: &Checkpoint) -> MergeOptions<'static> {
+    let mtp = model.mtp_tensors().next().map(|_| Mtp::Drop);
+    MergeOptions { mtp, ..MergeOptions::new(form) }
+}
+
+/// Whether the weights are copied without being dequantised.
+pub fn plain_bytes(model: &Checkpoint) -> bool {
+    let layouts = model.shape().layers.iter().map(|layer| model.expert_layout(layer.layer).unwrap());
+    model.quantisation().is_none() && layouts.into_iter().all(|layout| layout != ExpertLayout::Mxfp4)
+}

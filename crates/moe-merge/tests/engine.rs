@@ -1,0 +1,211 @@
+//! Evidence from runs, merges as overlays, layers merged one after the other.
+
+#[allow(dead_code)]
+mod common;
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use common::run::{difference, logits, logits_of};
+use common::{files, options, parity};
+use moe_checkpoint::Checkpoint;
+use moe_core::Model;
+use moe_core::data::{Sequence, Wave};
+use moe_core::device::device;
+use moe_merge::{
+    Amount, Evidence, EvidenceOptions, LayerContext, LayerExperts, MergeOptions, MergeOverlay, OutputForm, OutputMean,
+    ROUTED_TOKENS, Recipe, RouterConfig, collect_evidence, merge_sequentially,
+};
+use moe_prune::ProtectionMask;
+use tempfile::tempdir;
+
+fn model(name: &str) -> Model {
+    Model::open(parity(name), &device("flex").unwrap(), None).unwrap()
+}
+
+fn waves() -> Vec<Wave> {
+    let sequence =
+        |seed: usize, n: usize| Sequence::new((0..n).map(|i| ((i * i * 7 + i * 3 + seed * 11) % 90) as u32).collect());
+    vec![
+        Wave { id: 3, sequences: vec![sequence(1, 33), sequence(2, 15)] },
+        Wave { id: 1, sequences: vec![sequence(3, 40)] },
+    ]
+}
+
+fn everything(sample: usize) -> EvidenceOptions {
+    let recipes: Vec<Recipe> = Recipe::names().map(|name| Recipe::named(name).unwrap()).collect();
+    EvidenceOptions::for_recipes(&recipes, sample)
+}
+
+fn collect(model: &Model, options: &EvidenceOptions) -> Evidence {
+    collect_evidence(model, &waves(), options, &mut |_, _| {}).unwrap()
+}
+
+#[test]
+fn a_sample_is_what_the_layers_saw() {
+    let model = model("tf5/qwen2_moe");
+    let whole = collect(&model, &everything(1000));
+    for layer in &whole.layers {
+        let sample = layer.sample.as_ref().unwrap();
+        assert_eq!((sample.tokens(), layer.tokens), (88, 88));
+        let experts = model.config().moe(layer.layer).unwrap().num_experts();
+        for expert in 0..experts {
+            let routed = sample.weights_of(expert).iter().filter(|w| **w != 0.0).count();
+            assert_eq!(layer.sums[ROUTED_TOKENS][expert], routed as f64);
+        }
+        // The Gram matrix of the sampled logits is that of all tokens.
+        let gram = layer.logit_gram.as_ref().unwrap();
+        for (k, found) in gram.iter().enumerate() {
+            let (i, j) = (k / experts, k % experts);
+            let expected: f64 = sample.logits.chunks_exact(experts).map(|z| f64::from(z[i]) * f64::from(z[j])).sum();
+            assert!((found - expected).abs() < 1e-4 * (1.0 + expected.abs()));
+        }
+        // Exact mean outputs are those of all tokens, run on the host.
+        let checkpoint = model.checkpoint();
+        let without = moe_merge::LayerEvidence { outputs: Default::default(), ..layer.clone() };
+        let context = LayerContext {
+            layer: layer.layer,
+            experts: &LayerExperts { checkpoint, layer: layer.layer },
+            router: None,
+            evidence: &without,
+            activation: checkpoint.config().hidden_act,
+            importance: &vec![1.0; experts],
+            protected: &vec![false; experts],
+        };
+        for over in [OutputMean::All, OutputMean::Gated] {
+            let (found, expected) = (&layer.outputs[&over], context.mean_outputs(over).unwrap());
+            let largest = expected.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+            assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5 * largest), "{over:?}");
+        }
+    }
+}
+
+#[test]
+fn a_small_sample_is_a_part_of_a_large_one_whatever_the_order_of_the_waves() {
+    let model = model("tf5/qwen2_moe");
+    let of = |sample, seed| {
+        let options = EvidenceOptions { seed, sample, ..everything(0) };
+        collect(&model, &options).layers.into_iter().map(|layer| layer.sample.unwrap()).collect::<Vec<_>>()
+    };
+    let (large, small, again, other) = (of(40, 0), of(12, 0), of(12, 0), of(12, 1));
+    assert_eq!(small, again);
+    assert_ne!(small[0], other[0]);
+    let rows = |sample: &moe_merge::TokenSample| -> BTreeSet<Vec<u32>> {
+        sample.inputs.chunks_exact(sample.hidden).map(|x| x.iter().map(|v| v.to_bits()).collect()).collect()
+    };
+    for (small, large) in small.iter().zip(&large) {
+        assert_eq!((small.tokens(), large.tokens()), (12, 40));
+        assert!(rows(small).is_subset(&rows(large)));
+    }
+    let mut turned = waves();
+    turned.reverse();
+    let options = EvidenceOptions { sample: 12, ..everything(0) };
+    let turned = collect_evidence(&model, &turned, &options, &mut |_, _| {}).unwrap();
+    assert_eq!(turned.layers[0].sample.as_ref().unwrap(), &small[0]);
+}
+
+#[test]
+fn every_recipe_merges_a_model_on_its_own_evidence() {
+    let directory = tempdir().unwrap();
+    let model = model("tf5/qwen2_moe");
+    let evidence = collect(&model, &everything(60));
+    let file = directory.path().join("evidence.safetensors");
+    evidence.save(&file).unwrap();
+    let evidence = Evidence::load(&file).unwrap();
+    for recipe in Recipe::names().map(|name| Recipe::named(name).unwrap().with_amount(Amount::Ratio(0.5))) {
+        let plan = recipe.plan(model.checkpoint(), &evidence, &ProtectionMask::none()).unwrap();
+        let out = directory.path().join(&recipe.name);
+        let options = MergeOptions { evidence: Some(&evidence), ..options(OutputForm::Grouped, model.checkpoint()) };
+        let report = plan.apply(model.checkpoint(), &out, &options).unwrap();
+        assert!(report.bytes.after < report.bytes.before);
+        assert!(logits(&out).iter().all(|v| v.is_finite()), "{}", recipe.name);
+    }
+}
+
+#[test]
+fn a_sequential_merge_is_the_checkpoint_it_is_applied_to() {
+    for name in ["tf5/qwen2_moe", "tf5/mixtral", "tf5/qwen2_moe_bf16"] {
+        let directory = tempdir().unwrap();
+        let model = model(name);
+        for recipe in ["ream", "hc-smoe", "dern", "uncurl"] {
+            let recipe = Recipe::named(recipe).unwrap().with_amount(Amount::Ratio(0.5));
+            let (work, out) =
+                (directory.path().join(format!("{}-work", recipe.name)), directory.path().join(&recipe.name));
+            let options = EvidenceOptions::for_recipe(&recipe, 64);
+            let none = ProtectionMask::none();
+            let merged = merge_sequentially(&model, &waves(), &recipe, &none, &options, &work).unwrap();
+            let groups = model.checkpoint().shape().layers.iter().map(|l| l.num_experts() - l.num_experts() / 2);
+            assert_eq!(merged.plan().groups(), groups.sum::<usize>());
+            let form = if recipe.router.keeps_rows() { OutputForm::Grouped } else { OutputForm::Stock };
+            let apply = MergeOptions { merged: Some(&merged), ..MergeOptions::new(form) };
+            merged.plan().apply(model.checkpoint(), &out, &apply).unwrap();
+            let overlaid = MergeOverlay::new(&merged, model.checkpoint()).unwrap().of(&model).unwrap();
+            let (found, expected) = (logits_of(&overlaid), logits(&out));
+            assert!(difference(&found, &expected) < 1e-5, "{name} {}: {}", recipe.name, difference(&found, &expected));
+
+            // The first layer saw the model as it was, the last one did not.
+            let evidence = collect(&model, &options);
+            let at_once = recipe.plan(model.checkpoint(), &evidence, &none).unwrap();
+            assert_eq!(at_once.layers[0].groups.len(), merged.plan().layers[0].groups.len());
+            assert_eq!(at_once.layers[0], merged.plan().layers[0]);
+            if recipe.name != "dern" {
+                let last = at_once.layers.len() - 1;
+                assert_ne!(at_once.layers[last].importance, merged.plan().layers[last].importance, "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_sequential_merge_goes_on_where_it_stopped() {
+    let directory = tempdir().unwrap();
+    let model = model("tf5/qwen2_moe");
+    let recipe = Recipe::named("ream").unwrap().with_amount(Amount::Ratio(0.5));
+    let options = EvidenceOptions::for_recipe(&recipe, 64);
+    let run = |dir: &str, recipe: &Recipe| {
+        let none = ProtectionMask::none();
+        merge_sequentially(&model, &waves(), recipe, &none, &options, &directory.path().join(dir))
+    };
+    let whole = files(run("whole", &recipe).unwrap().dir());
+    let again = run("again", &recipe).unwrap();
+    assert!(files(again.dir()) == whole);
+    for file in ["plan.json", "layer-001.json"] {
+        fs::remove_file(again.dir().join(file)).unwrap();
+    }
+    assert!(moe_merge::MergedWeights::open(again.dir()).is_err());
+    assert!(files(run("again", &recipe).unwrap().dir()) == whole);
+    let error = run("again", &recipe.clone().with_amount(Amount::Ratio(0.25))).unwrap_err().to_string();
+    assert!(error.contains("run.json") && error.contains("digest"), "{error}");
+    let opened = moe_merge::MergedWeights::open(again.dir()).unwrap();
+    assert_eq!(opened.plan(), again.plan());
+}
+
+#[test]
+fn merging_nothing_sequentially_changes_nothing() {
+    let directory = tempdir().unwrap();
+    let model = model("tf5/gpt_oss");
+    for router in [RouterConfig::Keep, RouterConfig::Delete] {
+        let mut recipe = Recipe::named("ream").unwrap().with_amount(Amount::Ratio(0.0));
+        recipe.router = router;
+        let work = directory.path().join(format!("{router:?}"));
+        let options = EvidenceOptions::for_recipe(&recipe, 8);
+        let merged = merge_sequentially(&model, &waves(), &recipe, &ProtectionMask::none(), &options, &work).unwrap();
+        assert!(merged.plan().is_identity());
+        let overlaid = MergeOverlay::new(&merged, model.checkpoint()).unwrap().of(&model).unwrap();
+        assert_eq!(logits_of(&overlaid), logits_of(&model));
+        let out = directory.path().join(format!("{router:?}-out"));
+        let apply = MergeOptions { merged: Some(&merged), ..MergeOptions::new(OutputForm::Grouped) };
+        merged.plan().apply(model.checkpoint(), &out, &apply).unwrap();
+        assert!(common::contents(&Checkpoint::open(&out).unwrap()) == common::contents(model.checkpoint()));
+    }
+}
+
+#[test]
+fn a_budget_that_layers_share_cannot_be_spent_one_after_the_other() {
+    let directory = tempdir().unwrap();
+    let model = model("tf5/qwen2_moe");
+    let recipe = Recipe::named("m-smoe").unwrap();
+    let options = EvidenceOptions::for_recipe(&recipe, 8);
+    let error = merge_sequentially(&model, &waves(), &recipe, &ProtectionMask::none(), &options, directory.path());
+    assert!(error.unwrap_err().to_string().contains("budget.scope"));
+}

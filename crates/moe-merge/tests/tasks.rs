@@ -1,0 +1,118 @@
+//! Several checkpoints of one base in one; compressed experts.
+
+#[allow(dead_code)]
+mod common;
+
+use std::path::Path;
+
+use common::{contents, noise, parity, plain, plan};
+use moe_checkpoint::{Checkpoint, Dtype, ExpertTensor, encode};
+use moe_merge::{
+    CompactModel, Compression, MergeOptions, OutputForm, RowScore, TaskArithmetic, TaskRuleConfig, Ties, merge_tasks,
+};
+use tempfile::tempdir;
+
+/// The base with noise on the gate of one expert per layer, written in place of the original.
+fn tuned(base: &Checkpoint, to: &Path, expert: usize, seed: u64) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(base.dir()).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+    }
+    let file = to.join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    for layer in &base.shape().layers {
+        let name = base.expert_tensor_name(layer.layer, ExpertTensor::Gate(expert));
+        let old = base.bytes(&name).unwrap().to_vec();
+        let values = base.tensor_f32(&name).unwrap();
+        let moved: Vec<f32> = values.iter().zip(noise(values.len(), seed)).map(|(v, n)| v + 0.1 * n).collect();
+        let mut new = Vec::new();
+        assert!(encode(Dtype::F32, &moved, &mut new));
+        let at = bytes.windows(old.len()).position(|window| window == old).unwrap();
+        bytes[at..at + old.len()].copy_from_slice(&new);
+    }
+    std::fs::write(file, bytes).unwrap();
+}
+
+#[test]
+fn tasks_are_added_to_the_experts_they_changed() {
+    let directory = tempdir().unwrap();
+    let base = Checkpoint::open(parity("tf4/qwen2_moe")).unwrap();
+    let dirs = [1usize, 2].map(|expert| {
+        let dir = directory.path().join(format!("tuned-{expert}"));
+        tuned(&base, &dir, expert, expert as u64);
+        Checkpoint::open(dir).unwrap()
+    });
+    let tuned: Vec<&Checkpoint> = dirs.iter().collect();
+    let sum = TaskRuleConfig::TaskArithmetic(TaskArithmetic { scales: vec![1.0] });
+    let run = |rule: &TaskRuleConfig, tuned: &[&Checkpoint], name: &str| {
+        let out = directory.path().join(name);
+        merge_tasks(&base, tuned, rule, &out, &MergeOptions::new(OutputForm::Stock)).unwrap();
+        Checkpoint::open(out).unwrap()
+    };
+    // One task with factor 1 is that model; none of it is the base.
+    let one = run(&sum, &tuned[..1], "one");
+    for (name, (.., found)) in contents(&one) {
+        let values =
+            |bytes: &[u8]| -> Vec<f32> { bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect() };
+        let expected = values(tuned[0].bytes(&name).unwrap());
+        assert!(values(&found).iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-6), "{name}");
+    }
+    let none = TaskRuleConfig::TaskArithmetic(TaskArithmetic { scales: vec![0.0] });
+    assert!(contents(&run(&none, &tuned, "none")) == contents(&base));
+    // Disjoint tasks add up, by any rule that does not trim.
+    let both = run(&sum, &tuned, "both");
+    let ties = run(&TaskRuleConfig::Ties(Ties { density: 1.0, scale: 1.0 }), &tuned, "ties");
+    for layer in &base.shape().layers {
+        for expert in 0..layer.num_experts() {
+            let of = |model: &Checkpoint| model.expert(layer.layer, expert).unwrap();
+            let expected = if expert == 2 { of(tuned[1]) } else { of(tuned[0]) };
+            let (found, elected) = (of(&both), of(&ties));
+            assert!(found.gate.iter().zip(&expected.gate).all(|(a, b)| (a - b).abs() < 1e-6));
+            assert!(elected.gate.iter().zip(&expected.gate).all(|(a, b)| (a - b).abs() < 1e-6));
+            if expert != 1 && expert != 2 {
+                assert_eq!(found, of(&base));
+            }
+        }
+    }
+    let other = Checkpoint::open(parity("tf4/mixtral")).unwrap();
+    let out = directory.path().join("x");
+    let error = merge_tasks(&base, &[&other], &sum, &out, &MergeOptions::new(OutputForm::Stock)).unwrap_err();
+    assert!(error.to_string().contains("mixtral") && !out.exists());
+}
+
+#[test]
+fn a_merged_checkpoint_is_compressed_once_per_set() {
+    let directory = tempdir().unwrap();
+    let model = Checkpoint::open(parity("tf5/qwen2_moe")).unwrap();
+    let merged = directory.path().join("merged");
+    plan(&plain(0.5), &model).apply(&model, &merged, &MergeOptions::new(OutputForm::Grouped)).unwrap();
+    let merged = Checkpoint::open(merged).unwrap();
+    let how = Compression { rank: 4, keep_rows: 0.25, rows: RowScore::Magnitude };
+    let out = directory.path().join("compact");
+    let report = how.compress(&merged, &out, None, false).unwrap();
+    let compact = CompactModel::open(&out).unwrap();
+    assert_eq!((compact.report(), compact.compression(), compact.model()), (&report, &how, &*merged.fingerprint()));
+    assert_eq!(report.rows_kept, report.rows / 4);
+    assert!(report.bytes_after < report.bytes_before && report.parameters_after < report.parameters_before);
+    let (mut parameters, mut kept) = (0, 0);
+    for layer in &merged.shape().layers {
+        let moe = merged.config().moe(layer.layer).unwrap();
+        for set in 0..moe.stored_widths().len() {
+            let expert = compact.expert(layer.layer, set).unwrap();
+            parameters += expert.parameters() as u64;
+            kept += [&expert.gate, &expert.up, &expert.down].iter().map(|m| m.kept.len() as u64).sum::<u64>();
+            assert_eq!(expert.gate.rank, 4);
+        }
+    }
+    assert_eq!((parameters, kept), (report.parameters_after, report.rows_kept));
+    // Everything kept: the expert itself.
+    let whole = directory.path().join("whole");
+    Compression { keep_rows: 1.0, ..how }.compress(&merged, &whole, None, false).unwrap();
+    let whole = CompactModel::open(&whole).unwrap();
+    let layer = merged.shape().layers[0].layer;
+    let (found, expected) = (whole.expert(layer, 0).unwrap().dense(), merged.expert(layer, 0).unwrap());
+    assert!(found.gate.iter().zip(&expected.gate).all(|(a, b)| (a - b).abs() < 1e-5));
+    let fisher = Compression { rows: RowScore::Fisher, ..how };
+    assert!(fisher.compress(&merged, &directory.path().join("y"), None, false).is_err());
+}
