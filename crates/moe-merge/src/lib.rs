@@ -63,7 +63,9 @@ pub use combination::{
 pub use compress::{COMPACT_FILE, CompactExpert, CompactModel, CompactReport, Compression, LowRankSparse, RowScore};
 pub use context::{Gram, LayerContext};
 #[cfg(feature = "engine")]
-pub use engine::{EvidenceOptions, MergeOverlay, collect_evidence, merge_sequentially};
+pub use engine::{
+    Coefficients, EvidenceOptions, ExpertMerging, Granularity, MergeOverlay, Task, collect_evidence, merge_sequentially,
+};
 pub use error::{Error, Result};
 pub use evidence::{Evidence, LayerEvidence, OutputMean, ROUTED_TOKENS, ROUTING_WEIGHT, SCORE, TokenSample};
 pub use experts::{ExpertSource, LayerExperts, expert_outputs, outputs_of_units, permute_units, unit_activations};

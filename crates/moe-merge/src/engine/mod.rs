@@ -2,11 +2,13 @@
 
 mod collect;
 mod dense;
+mod expert_merging;
 mod overlay;
 mod sampler;
 mod sequential;
 
 pub use collect::{EvidenceOptions, collect_evidence};
+pub use expert_merging::{Coefficients, ExpertMerging, Granularity, Task};
 pub use overlay::MergeOverlay;
 pub use sequential::merge_sequentially;
 
