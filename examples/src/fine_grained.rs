@@ -47,7 +47,7 @@ pub struct Arguments {
     #[arg(long, value_delimiter = ',', default_values_t = [0.5, 0.625, 0.75, 1.0])]
     pub per_token: Vec<f64>,
     /// Factors of experts: a number for all, or whole or kept (fitted to what they give, as a whole or by what is kept); a list
-    #[arg(long, value_delimiter = ',', default_values_t = [Factors::Kept])]
+    #[arg(long, value_delimiter = ',', default_values_t = [Factors::Whole, Factors::Constant(0.75)])]
     pub factors: Vec<Factors>,
     /// Also measure the plain exports: one width for all, and ragged
     #[arg(long)]

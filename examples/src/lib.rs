@@ -4,7 +4,9 @@
 //! Shared parts of the runnable examples: command-line helpers, tables, figures and the HTML report.
 
 pub mod cli;
+pub mod compare;
 pub mod error;
+pub mod exports;
 pub mod figures;
 pub mod fine_grained;
 pub mod fisher_prune;

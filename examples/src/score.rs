@@ -253,6 +253,14 @@ mod tests {
     }
 
     #[test]
+    fn protected_super_experts_are_a_mask_of_a_plan() {
+        let experts = [ExpertId { layer: 1, expert: 68 }, ExpertId { layer: 2, expert: 92 }];
+        let mask: moe_prune::ProtectionMask = serde_json::from_value(serde_json::json!(experts)).unwrap();
+        assert!(mask.is_protected(1, 68, 0) && mask.is_protected(2, 92, 5) && !mask.is_protected(1, 92, 0));
+        assert_eq!(serde_json::json!(mask), serde_json::json!(experts));
+    }
+
+    #[test]
     fn super_experts_are_named_or_spelt_out() {
         assert_eq!(super_experts("reap").unwrap(), SuperExpertOptions::reap());
         assert_eq!(super_experts(r#"{"percentile": 99}"#).unwrap().percentile, 99.0);

@@ -37,6 +37,16 @@ impl Table {
         table.to_string()
     }
 
+    /// For a page of documentation.
+    pub fn to_markdown(&self) -> String {
+        let cell = |text: &String| text.replace('|', "\\|");
+        let line = |cells: &[String]| format!("| {} |\n", cells.iter().map(cell).collect::<Vec<_>>().join(" | "));
+        let rule = |column: usize| if column < self.left { "---|" } else { "--:|" };
+        let rules: String = (0..self.header.len()).map(rule).collect();
+        let rows: String = self.rows.iter().map(|row| line(row)).collect();
+        format!("{}|{rules}\n{rows}", line(&self.header))
+    }
+
     /// For a report.
     pub fn to_html(&self) -> String {
         let cell = |tag: &str, column: usize, text: &str| {
@@ -50,5 +60,17 @@ impl Table {
         let rows: String = self.rows.iter().map(|row| line("td", row)).collect();
         let header = line("th", &self.header);
         format!("<div class=\"scroll\"><table>\n<thead>{header}</thead>\n<tbody>\n{rows}</tbody></table></div>\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn markdown_aligns_numbers() {
+        let mut table = Table::new(["name", "a|b"], 1);
+        table.row(["x", "1"]);
+        assert_eq!(table.to_markdown(), "| name | a\\|b |\n|---|--:|\n| x | 1 |\n");
     }
 }

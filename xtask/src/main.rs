@@ -3,7 +3,9 @@
 mod bench_report;
 mod ci;
 mod fixtures;
+mod goldens;
 mod gpu;
+mod study;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -39,6 +41,14 @@ enum Verb {
         #[arg(default_value = "wgpu", value_parser = ["wgpu", "vulkan", "cuda"])]
         device: String,
     },
+    /// What stock transformers computes for every export of the fixtures, for the test stock_exports
+    Goldens {
+        /// An interpreter with torch, transformers and safetensors
+        #[arg(long, default_value = "python3")]
+        python: PathBuf,
+    },
+    /// Compare all ways to prune on the bundled model (an hour on two cores), and write the tables of docs/study.md
+    Study(study::Options),
     /// Mean, standard deviation and throughput of the last benchmark runs
     BenchReport {
         /// Run the benchmarks first
@@ -54,7 +64,9 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().verb {
         Verb::Ci { steps } => ci::run(&steps),
         Verb::Fixtures { write } => fixtures::run(write),
+        Verb::Goldens { python } => goldens::run(&python),
         Verb::Gpu { device } => gpu::run(&device),
+        Verb::Study(options) => study::run(&options),
         Verb::BenchReport { run, json } => bench_report::run(run, json),
     };
     match outcome {

@@ -162,6 +162,7 @@ fn pieces_hold_the_dealt_units_with_scaled_down_columns() {
     }
     let applied = Applied::load(out.dir()).unwrap();
     assert_eq!(applied.export, Export::FineGrained);
+    assert_eq!((applied.pieces, applied.scales.as_ref()), (Some(4), Some(&scales)));
     assert_eq!(applied.report.layers[0].written, 16);
     assert!(applied.report.to_string().contains("multiples of 64 or 128"), "{}", applied.report);
 }
@@ -327,4 +328,21 @@ fn experts_without_pieces_go_with_their_router_rows() {
     assert!(map.layers.iter().all(|layer| layer.pieces.iter().all(|piece| piece.expert != 2)));
     let out = export(&plan, &model, &directory.path().join("out"), how, None).unwrap();
     assert_eq!(out.shape().layers[0].num_experts(), map.layers[0].pieces.len());
+}
+
+#[test]
+fn a_correction_bias_on_a_softmax_shrinks_with_it() {
+    let directory = tempdir().unwrap();
+    let model = Checkpoint::open(parity("tf5/ernie4_5_moe")).unwrap();
+    let how = FineGrained { top_k: Some(4), ..FineGrained::new(2) };
+    let plan = how.prune(&magnitude(&model), &model, 0.3).unwrap();
+    let map = how.map(&plan, &model).unwrap();
+    let out = export(&plan, &model, &directory.path().join("out"), how, None).unwrap();
+    for layer in &map.layers {
+        assert_eq!(layer.pieces.len(), 12, "not a multiple of 8");
+        let role = Role::Layer(layer.layer, LayerRole::CorrectionBias);
+        let before = model.read_f32(role).unwrap();
+        let expected: Vec<f32> = layer.pieces.iter().map(|piece| before[piece.expert] / 2.0).collect();
+        assert_eq!(out.read_f32(role).unwrap(), expected);
+    }
 }

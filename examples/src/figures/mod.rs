@@ -2,6 +2,7 @@
 
 mod bars;
 mod heat_map;
+mod lines;
 mod tail;
 
 use plotters::coord::Shift;
@@ -10,6 +11,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 pub use bars::{Bars, bars};
 pub use heat_map::heat_map;
+pub use lines::{Lines, Point, lines};
 pub use tail::tail;
 
 use crate::report::escape;
@@ -22,12 +24,15 @@ const INK: RGBColor = RGBColor(1, 2, 3);
 /// Grids and what is not important.
 const FAINT: RGBColor = RGBColor(4, 5, 6);
 /// Series, legible on light and on dark ground.
-const SERIES: [RGBColor; 5] = [
+const SERIES: [RGBColor; 8] = [
     RGBColor(76, 120, 168),
     RGBColor(228, 135, 43),
     RGBColor(84, 162, 75),
     RGBColor(183, 105, 163),
     RGBColor(158, 118, 95),
+    RGBColor(214, 86, 89),
+    RGBColor(66, 158, 155),
+    RGBColor(128, 132, 140),
 ];
 
 /// Rules for the page that shows the figures: they use its variables `--ink` and `--faint`.

@@ -10,7 +10,7 @@ use moe_core::trace::{
     ExpertGradients, ExpertTrace, LayerTrace, Observer, RouterGradients, Segment, SequenceInfo, WaveInfo,
 };
 use moe_importance::{Collection, Error, ExpertWeightsSource, Result, StatisticId};
-use rand::{Rng, SeedableRng};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::{Case, Matrix, provenance};
@@ -101,8 +101,6 @@ impl World {
             route(layer, input, logits, router, &upstream, &weights, top_k)
         };
         let layers = vec![layer(1), layer(3)];
-        // Routing weights that f32 holds exactly are not needed: both sides round them alike.
-        let _ = rng.next_u32();
         Self { hidden, top_k, sequences: sequences.to_vec(), layers }
     }
 

@@ -20,7 +20,7 @@ pub struct Choice {
 /// use moe_prune::{Choice, knapsack};
 ///
 /// let group = |options: &[(usize, f64)]| options.iter().map(|(cost, distortion)| Choice { cost: *cost, distortion: *distortion }).collect();
-/// let groups: Vec<Vec<Choice>> = vec![group(&[(2, 0.0), (1, 5.0), (0, 6.0)]), group(&[(2, 0.0), (1, 1.0), (0, 9.0)])];
+/// let groups: Vec<Vec<Choice>> = vec![group(&[(2, 0.0), (1, 5.0), (0, 8.0)]), group(&[(2, 0.0), (1, 1.0), (0, 9.0)])];
 /// assert_eq!(knapsack(&groups, 3), Some(vec![0, 1]));
 /// assert_eq!(knapsack(&groups, 2), Some(vec![1, 1]));
 /// ```

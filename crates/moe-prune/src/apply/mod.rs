@@ -188,6 +188,12 @@ pub struct Applied {
     /// Digest of the edits that were applied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub edits: Option<String>,
+    /// Pieces of every expert, in a fine-grained export.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pieces: Option<usize>,
+    /// Factors of experts in a fine-grained export, as in [`FineGrained::scales`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scales: Option<Vec<Vec<f32>>>,
     /// The plan, in the indices of the checkpoint it was applied to, with its recipe.
     pub plan: PrunePlan,
 }
@@ -401,12 +407,15 @@ impl PrunePlan {
         } else {
             write_json(&config_path, &target.config)?;
         }
+        let fine_grained = options.fine_grained.filter(|_| options.mode == Export::FineGrained);
         let applied = Applied {
             version: APPLIED_VERSION,
             crate_version: env!("CARGO_PKG_VERSION").to_string(),
             export: options.mode,
             report,
             edits,
+            pieces: fine_grained.map(|how| how.pieces),
+            scales: fine_grained.and_then(|how| how.scales).map(<[_]>::to_vec),
             plan: self.clone(),
         };
         let json = serde_json::to_vec(&applied).map_err(|error| Error::invalid_plan(error.to_string()))?;

@@ -306,7 +306,7 @@ fn take_rows(
         out.extend_from_slice(&bytes[source * row..(source + 1) * row]);
     }
     if factor != 1.0 {
-        let cols = out.len() / spec.dtype.bitsize() * 8;
+        let cols = out.len() * 8 / spec.dtype.bitsize();
         let values = RawMatrix { bytes: out.as_slice().into(), dtype: spec.dtype, rows: 1, cols }.to_f32();
         changed(spec.dtype, values, factor, out).map_err(refuse)?;
     }

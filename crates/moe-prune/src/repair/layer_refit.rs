@@ -12,8 +12,9 @@ use moe_core::{Engine, EngineOptions, ExpertOverlay, LayerChange, LayerOutput, L
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Normal, Rows, add_gram, cross, squares, subtract, to_rows};
-use super::{OnLayer, check_ridge};
+use super::linear::{Normal, Rows, add_gram, cross, diagonal, squares, subtract, to_rows};
+use super::ridge::{RidgeScale, check_ridge};
+use super::{OnLayer, TokenWeight};
 use crate::{Edits, Error, ExpertEdit, Result};
 
 /// What a layer is fitted to.
@@ -21,16 +22,16 @@ use crate::{Edits, Error, ExpertEdit, Result};
 #[serde(rename_all = "snake_case")]
 pub enum Target {
     /// The residual stream of the full model after the layer, so that what earlier layers got wrong is made good, too.
-    #[default]
     Layer,
     /// What the full model's layer makes of the changed model's own stream.
+    #[default]
     Same,
 }
 
 /// Refits the down matrices of a changed model so that each of its layers gives what the full model's gives:
 ///
-/// minimise over all `W'_e` of a layer together: `sum_t |y_t - sum_e g'_te W'_e u_te|^2 + sum_e lambda_e |W'_e - W_e|^2`, where y is the
-/// [`Target`] less everything but the routed experts, and u and g' are the changed model's own. Changed routing and removed experts
+/// minimise over all `W'_e` of a layer together: `sum_t s_t^2 |y_t - sum_e g'_te W'_e u_te|^2 + sum_e lambda_e |W'_e - W_e|^2`, where y is
+/// the [`Target`] less everything but the routed experts, u and g' are the changed model's own, and s is the token's [weight](TokenWeight). Changed routing and removed experts
 /// are compensated by the experts that are left. By block-coordinate descent on the residual, expert after expert, from the matrices as they
 /// are; layer after layer, each on the streams that the refitted layers before it give.
 ///
@@ -40,17 +41,27 @@ pub enum Target {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LayerRefit {
-    /// `lambda_e` as a multiple of the mean of the diagonal of `sum_t g'^2 u u^T` over the expert's tokens.
+    /// `lambda_e` as a multiple of a mean of diagonals of `sum_t s^2 g'^2 u u^T` over each expert's tokens.
     pub ridge: f64,
+    /// Over which units that mean is taken.
+    pub ridge_scale: RidgeScale,
     /// Times that every expert of a layer is fitted in turn.
     pub sweeps: usize,
     /// What a layer is fitted to.
     pub target: Target,
+    /// How much each token counts, by the changed model's stream.
+    pub tokens: TokenWeight,
 }
 
 impl Default for LayerRefit {
     fn default() -> Self {
-        Self { ridge: 0.01, sweeps: 4, target: Target::Layer }
+        Self {
+            ridge: 0.1,
+            ridge_scale: RidgeScale::Layer,
+            sweeps: 4,
+            target: Target::Same,
+            tokens: TokenWeight::Relative,
+        }
     }
 }
 
@@ -68,7 +79,7 @@ pub struct Refitted {
 pub struct LayerFit {
     /// Decoder layer index.
     pub layer: usize,
-    /// `sum_t |target - stream|^2` after the layer, before it was fitted.
+    /// `sum_t s_t^2 |target - stream|^2` after the layer, before it was fitted.
     pub before: f64,
     /// The same afterwards.
     pub after: f64,
@@ -134,7 +145,7 @@ enum Source<'a> {
 struct Layer {
     /// Tokens of the waves before the one at hand.
     offset: usize,
-    /// `(target - stream) / residual factor` of all tokens `[T, H]`.
+    /// `s (target - stream) / residual factor` of all tokens `[T, H]`.
     residual: Vec<f32>,
     /// Its factor.
     factor: f64,
@@ -146,7 +157,7 @@ struct Expert {
     expert: usize,
     /// Tokens, over all waves.
     rows: Vec<u32>,
-    /// Routing weight times units of each `[n, K]`.
+    /// `s` times routing weight times units of each `[n, K]`.
     units: Vec<f32>,
     /// `[H, K]`.
     down: Vec<f32>,
@@ -203,8 +214,20 @@ impl LayerVisitor for Visitor<'_> {
             Source::Layer(teacher) => teacher.feed_forward(output.layer, output.input, &mut Nobody)?,
         };
         let residual = (target - output.output.clone()).mul_scalar(1.0 / output.residual_factor);
-        self.layer.residual.extend_from_slice(HostView::new(&residual).as_slice());
-        self.layer.factor = f64::from(output.residual_factor);
+        let factors = self.refit.tokens.factors(output);
+        let layer = &mut self.layer;
+        let (view, hidden) = (HostView::new(&residual), residual.dims()[1]);
+        let rows = view.as_slice().chunks_exact(hidden).zip(&factors);
+        layer.residual.extend(rows.flat_map(|(row, s)| row.iter().map(move |r| s * r)));
+        layer.factor = f64::from(output.residual_factor);
+        for expert in &mut layer.experts {
+            let first = expert.rows.partition_point(|row| (*row as usize) < layer.offset);
+            let units = expert.units[first * expert.width..].chunks_exact_mut(expert.width);
+            for (row, units) in expert.rows[first..].iter().zip(units) {
+                let factor = factors[*row as usize - layer.offset];
+                units.iter_mut().for_each(|u| *u *= factor);
+            }
+        }
         Ok(())
     }
 
@@ -239,16 +262,19 @@ impl ExpertOverlay for Downs {
 
 /// The fitted matrices; nothing for experts whose units are all zero. The residual becomes what is left.
 fn descend(residual: &mut [f32], hidden: usize, experts: &[Expert], refit: LayerRefit) -> Vec<Option<Vec<f32>>> {
-    let normals: Vec<Option<Normal>> = experts
+    let grams: Vec<Mat<f64>> = experts
         .par_iter()
         .map(|expert| {
             let units = Rows { values: &expert.units, columns: expert.width };
             let all: Vec<u32> = (0..expert.width as u32).collect();
             let mut gram = Mat::zeros(expert.width, expert.width);
             add_gram(&mut gram, units, units, &all, |_| 1.0);
-            Normal::new(gram, refit.ridge)
+            gram
         })
         .collect();
+    let lambdas = refit.ridge_scale.lambdas(refit.ridge, &grams.iter().map(diagonal).collect::<Vec<_>>());
+    let normals: Vec<Option<Normal>> =
+        grams.into_par_iter().zip(lambdas).map(|(gram, lambda)| Normal::new(gram, lambda)).collect();
     // how far each matrix has moved: W' - W
     let mut moved: Vec<Mat<f64>> = experts.iter().map(|expert| Mat::zeros(hidden, expert.width)).collect();
     for _ in 0..refit.sweeps {
@@ -318,7 +344,7 @@ mod tests {
             let units = Rows { values: &expert.units, columns: expert.width };
             subtract(&mut residual, hidden, &expert.rows, units, change.as_ref());
         }
-        let (start, refit) = (residual.clone(), LayerRefit { ridge: 1e-9, sweeps: 12, target: Target::Layer });
+        let (start, refit) = (residual.clone(), LayerRefit { ridge: 1e-9, sweeps: 12, ..LayerRefit::default() });
         let found = descend(&mut residual, hidden, &experts, refit);
         for (found, wanted) in found.iter().zip(&wanted) {
             let found = found.as_ref().unwrap();

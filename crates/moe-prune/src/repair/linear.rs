@@ -45,6 +45,11 @@ pub(super) fn add_gram(sum: &mut Mat<f64>, a: Rows<'_>, b: Rows<'_>, columns: &[
     }
 }
 
+/// The sum of the diagonal and its length.
+pub(super) fn diagonal(a: &Mat<f64>) -> (f64, usize) {
+    ((0..a.nrows()).map(|i| a[(i, i)]).sum(), a.nrows())
+}
+
 /// The normal equations of one expert: `A + lambda I`, factored.
 pub(super) struct Normal {
     factor: Llt<f64>,
@@ -52,11 +57,10 @@ pub(super) struct Normal {
 }
 
 impl Normal {
-    /// With `lambda = ridge * mean(diag(A))`; nothing if A is zero or has no Cholesky factor.
-    pub fn new(mut a: Mat<f64>, ridge: f64) -> Option<Self> {
-        let n = a.nrows();
-        let lambda = ridge * (0..n).map(|i| a[(i, i)]).sum::<f64>() / n.max(1) as f64;
-        if n == 0 || !(lambda > 0.0 && lambda.is_finite()) {
+    /// Nothing if A is zero or has no Cholesky factor.
+    pub fn new(mut a: Mat<f64>, lambda: f64) -> Option<Self> {
+        let (sum, n) = diagonal(&a);
+        if !(sum > 0.0 && lambda > 0.0 && lambda.is_finite()) {
             return None;
         }
         (0..n).for_each(|i| a[(i, i)] += lambda);
@@ -161,10 +165,10 @@ mod tests {
     }
 
     #[test]
-    fn the_ridge_is_relative_and_a_zero_matrix_has_no_solution() {
+    fn a_zero_matrix_has_no_solution() {
         let a = Mat::from_fn(2, 2, |i, j| if i == j { 2.0 } else { 1.0 });
-        let normal = Normal::new(a, 0.5).unwrap();
-        assert_eq!(normal.lambda, 1.0);
+        assert_eq!(diagonal(&a), (4.0, 2));
+        let normal = Normal::new(a, 1.0).unwrap();
         let x = normal.solve(Mat::from_fn(1, 2, |_, j| j as f64).as_ref());
         // x (3 1; 1 3) = (0 1)
         assert!((x[(0, 0)] + 0.125).abs() < 1e-12 && (x[(0, 1)] - 0.375).abs() < 1e-12);

@@ -5,47 +5,40 @@ use std::collections::BTreeMap;
 use moe_core::data::Wave;
 use moe_core::host::HostView;
 use moe_core::trace::{ExpertTrace, Observer, Signals};
-use moe_core::{Engine, EngineOptions, Model};
+use moe_core::{Engine, EngineOptions, LayerChange, LayerOutput, LayerVisitor, Model};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::{check_plan, edits_by};
+use super::{OnLayer, TokenWeight, check_plan, edits_by};
 use crate::{Edits, ExpertEdit, PrunePlan, Result};
 
 /// Gives each expert a down bias: the mean over its routed tokens of what its dropped units gave, `W_D mean_t(u_D,t)`, added to the bias it
 /// has. An expert of which no unit stays becomes a constant vector, the *novice* of MoNE (arXiv 2507.00390). Removed experts get none: the
 /// router never picks them.
 ///
-/// An expert without tokens stays as it is. Biases need a format that has them: a ragged export, or gpt-oss. Memory: 8 bytes per unit.
+/// An expert without tokens stays as it is. Biases need a format that has them: a ragged export, or gpt-oss. Memory: 8 bytes per unit, and `4 T k I` for
+/// the units of a wave of T tokens with k experts of I units each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MeanOutput {
     /// Weigh each token by the square of its routing weight, which makes the bias the best constant for the layer's output, instead of
     /// equally as MoNE does.
     pub by_routing_weight: bool,
+    /// How much each token counts, besides. MoNE counts them equally.
+    pub tokens: TokenWeight,
 }
 
 impl MeanOutput {
-    /// Runs the full model on `waves`, in one sweep each, and gives the biases. `on_wave` is told after each: how many are done, and how
-    /// many there are.
+    /// Runs the full model on `waves` and gives the biases.
     ///
     /// # Errors
     /// [`Error::OtherModel`](crate::Error::OtherModel) and [`Error::InvalidPlan`](crate::Error::InvalidPlan) before anything is run; then
-    /// those of [`Engine::run`].
-    pub fn fit(
-        &self,
-        model: &Model,
-        plan: &PrunePlan,
-        waves: &[Wave],
-        on_wave: &mut dyn FnMut(usize, usize),
-    ) -> Result<Edits> {
+    /// those of [`Engine::run_layerwise`].
+    pub fn fit(&self, model: &Model, plan: &PrunePlan, waves: &[Wave], on_layer: OnLayer<'_>) -> Result<Edits> {
         check_plan(plan, model)?;
         let engine = Engine::new(model, EngineOptions::default());
-        let mut sums = Sums { plan, by_routing_weight: self.by_routing_weight, experts: BTreeMap::new() };
-        for (done, wave) in waves.iter().enumerate() {
-            engine.run(wave, &mut sums)?;
-            on_wave(done + 1, waves.len());
-        }
+        let mut sums = Sums { plan, options: *self, waiting: Vec::new(), experts: BTreeMap::new(), done: 0, on_layer };
+        engine.run_layerwise(waves, &mut sums)?;
         let biases = sums
             .experts
             .into_par_iter()
@@ -63,7 +56,7 @@ impl MeanOutput {
                 Ok(((layer, expert), bias.collect::<Vec<f32>>()))
             })
             .collect::<Result<Vec<_>>>()?;
-        let recipe = serde_json::json!({ "repair": "mean_output", "by_routing_weight": self.by_routing_weight });
+        let recipe = serde_json::json!({ "repair": "mean_output", "options": self });
         let mut edits = edits_by(recipe);
         for ((layer, expert), bias) in biases {
             edits.set_expert(layer, expert, ExpertEdit { down: None, down_bias: Some(bias) });
@@ -78,10 +71,22 @@ struct Mean {
     weight: f64,
 }
 
+/// An expert's tokens of a wave, not yet added.
+struct Waiting {
+    expert: usize,
+    rows: Vec<u32>,
+    weights: Vec<f32>,
+    units: HostView,
+    width: usize,
+}
+
 struct Sums<'a> {
     plan: &'a PrunePlan,
-    by_routing_weight: bool,
+    options: MeanOutput,
+    waiting: Vec<Waiting>,
     experts: BTreeMap<(usize, usize), Mean>,
+    done: usize,
+    on_layer: OnLayer<'a>,
 }
 
 impl Observer for Sums<'_> {
@@ -94,19 +99,35 @@ impl Observer for Sums<'_> {
         let width = units.dims()[1];
         let kept = self.plan.layer(trace.layer).expect("the plan is of this model");
         let removed = kept.removed.binary_search(&(trace.expert as u32)).is_ok();
-        if removed || width == 0 || kept.experts[trace.expert].len() == width {
-            return Ok(());
-        }
-        let mean = self
-            .experts
-            .entry((trace.layer, trace.expert))
-            .or_insert_with(|| Mean { sums: vec![0.0; width], weight: 0.0 });
-        let view = HostView::new(units);
-        for (row, g) in view.as_slice().chunks_exact(width).zip(trace.routing_weights) {
-            let weight = if self.by_routing_weight { f64::from(*g).powi(2) } else { 1.0 };
-            mean.weight += weight;
-            mean.sums.iter_mut().zip(row).for_each(|(sum, u)| *sum += weight * f64::from(*u));
+        if !removed && width > 0 && kept.experts[trace.expert].len() < width {
+            let (rows, weights) = (trace.rows.to_vec(), trace.routing_weights.to_vec());
+            self.waiting.push(Waiting { expert: trace.expert, rows, weights, units: HostView::new(units), width });
         }
         Ok(())
+    }
+}
+
+impl LayerVisitor for Sums<'_> {
+    fn output(&mut self, output: &LayerOutput<'_>) -> moe_core::Result<()> {
+        let factors = self.options.tokens.factors(output);
+        for Waiting { expert, rows, weights, units, width } in std::mem::take(&mut self.waiting) {
+            let mean = self
+                .experts
+                .entry((output.layer, expert))
+                .or_insert_with(|| Mean { sums: vec![0.0; width], weight: 0.0 });
+            for ((units, g), row) in units.as_slice().chunks_exact(width).zip(weights).zip(rows) {
+                let g = if self.options.by_routing_weight { f64::from(g).powi(2) } else { 1.0 };
+                let weight = g * f64::from(factors[row as usize]).powi(2);
+                mean.weight += weight;
+                mean.sums.iter_mut().zip(units).for_each(|(sum, u)| *sum += weight * f64::from(*u));
+            }
+        }
+        Ok(())
+    }
+
+    fn end_layer(&mut self, _: usize) -> moe_core::Result<LayerChange> {
+        self.done += 1;
+        (self.on_layer)(self.done, self.plan.kept.len());
+        Ok(LayerChange::default())
     }
 }

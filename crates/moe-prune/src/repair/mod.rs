@@ -1,6 +1,6 @@
 //! Repairs: better weights for what a pruner left, found by running the model on calibration waves.
 //!
-//! Each repair gives [`Edits`](crate::Edits) to apply beside the plan. From cheap to dear:
+//! Each repair gives [`Edits`] to apply beside the plan. From cheap to dear:
 //!
 //! | repair | what changes | what it needs |
 //! |---|---|---|
@@ -18,13 +18,17 @@ mod linear;
 mod mean_output;
 mod measure;
 mod refit;
+mod ridge;
 mod router_kd;
+mod tokens;
 
 pub use layer_refit::{LayerFit, LayerRefit, Refitted, Target};
 pub use mean_output::MeanOutput;
 pub use measure::{LayerError, layer_errors};
 pub use refit::Refit;
+pub use ridge::RidgeScale;
 pub use router_kd::{RouterDistillation, RouterDistilled};
+pub use tokens::TokenWeight;
 
 use moe_core::Model;
 
@@ -50,16 +54,4 @@ fn check_plan(plan: &PrunePlan, model: &Model) -> Result<()> {
         return Err(Error::OtherModel { path, found, expected: plan.model.clone() });
     }
     Ok(())
-}
-
-/// Refuses a ridge that leaves the normal equations singular.
-fn check_ridge(ridge: f64) -> Result<()> {
-    match ridge > 0.0 && ridge.is_finite() {
-        true => Ok(()),
-        false => Err(Error::InvalidParameter {
-            field: "ridge",
-            found: ridge.to_string(),
-            expected: "a finite number above 0".into(),
-        }),
-    }
 }

@@ -6,38 +6,44 @@ use faer::Mat;
 use faer::linalg::matmul::matmul;
 use moe_core::data::Wave;
 use moe_core::host::HostView;
-use moe_core::trace::{ExpertTrace, LayerTrace, Observer, Signals, WaveInfo};
-use moe_core::{Engine, EngineOptions, LayerChange, LayerVisitor, Model, RemoveExperts};
+use moe_core::trace::{ExpertTrace, LayerTrace, Observer, Signals};
+use moe_core::{Engine, EngineOptions, LayerChange, LayerOutput, LayerVisitor, Model, RemoveExperts};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Normal, Rows, add_gram, to_rows};
-use super::{OnLayer, check_plan, check_ridge, edits_by};
+use super::linear::{Normal, Rows, add_gram, diagonal, to_rows};
+use super::ridge::{RidgeScale, check_ridge};
+use super::{OnLayer, TokenWeight, check_plan, edits_by};
 use crate::plan::LayerKept;
 use crate::{Edits, ExpertEdit, PrunePlan, Result};
 
 /// Refits the kept down columns of each expert so that they give what all its columns gave, in the least squares over the tokens that the
 /// full model routes to it:
 ///
-/// minimise over W': `sum_t |g_t W u_t - g'_t W' u_K,t|^2 + lambda |W' - W_K|^2`, so `W' (A + lambda I) = C + lambda W_K` with
-/// `A = sum g'^2 u_K u_K^T` and `C = W sum g g' u u_K^T`.
+/// minimise over W': `sum_t s_t^2 |g_t W u_t - g'_t W' u_K,t|^2 + lambda |W' - W_K|^2`, so `W' (A + lambda I) = C + lambda W_K` with
+/// `A = sum s^2 g'^2 u_K u_K^T` and `C = W sum s^2 g g' u u_K^T`; s is the token's [weight](TokenWeight).
 ///
 /// `u` are the unit activations, `u_K` the kept ones, `g` the routing weight in the full model and `g'` that of the plan, which differ where
 /// it removes experts. Tokens that come to an expert only because others were removed do not count: it never gave them anything to
 /// imitate. After MergeMoE's fit of merged experts (arXiv 2510.14436), here for dropped units.
 ///
 /// An expert that loses no units and whose routing is unchanged stays as it is, and so does one without tokens. One layer is done at a
-/// time, in memory `8 E I K` bytes for E experts of I units of which K stay, twice `8 E K K` more where experts were removed.
+/// time, in memory `8 E I K` bytes for E experts of I units of which K stay, `8 E K K` more where experts were removed, and
+/// `4 T k I` for the units of a wave of T tokens with k experts each.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Refit {
-    /// `lambda` as a multiple of the mean of A's diagonal. Pulls towards the columns as they were, so that few tokens change little.
+    /// `lambda` as a multiple of a mean of A's diagonals. Pulls towards the columns as they were.
     pub ridge: f64,
+    /// Over which units that mean is taken.
+    pub ridge_scale: RidgeScale,
+    /// How much each token counts.
+    pub tokens: TokenWeight,
 }
 
 impl Default for Refit {
     fn default() -> Self {
-        Self { ridge: 0.01 }
+        Self { ridge: 0.1, ridge_scale: RidgeScale::Layer, tokens: TokenWeight::Relative }
     }
 }
 
@@ -52,9 +58,9 @@ impl Refit {
         check_ridge(self.ridge)?;
         check_plan(plan, model)?;
         let engine = Engine::new(model, EngineOptions::default());
-        let recipe = serde_json::json!({ "repair": "refit", "ridge": self.ridge });
+        let recipe = serde_json::json!({ "repair": "refit", "options": self });
         let mut visitor = Visitor {
-            ridge: self.ridge,
+            refit: *self,
             engine: &engine,
             plan,
             tables: BTreeMap::new(),
@@ -71,15 +77,16 @@ impl Refit {
 
 /// Sums over the tokens of one expert.
 struct Grams {
-    /// `sum g g' u u_K^T`, `[I, K]`.
+    /// `sum s^2 g g' u u_K^T`, `[I, K]`.
     cross: Mat<f64>,
-    /// `sum g'^2 u_K u_K^T`, `[K, K]`, where it is not the rows K of `cross`.
+    /// `sum s^2 g'^2 u_K u_K^T`, `[K, K]`, where it is not the rows K of `cross`.
     own: Option<Mat<f64>>,
 }
 
 /// An expert's tokens of a wave, not yet added.
 struct Waiting {
     expert: usize,
+    rows: Vec<u32>,
     units: HostView,
     width: usize,
     /// Routing weights in the full model.
@@ -89,7 +96,7 @@ struct Waiting {
 }
 
 struct Visitor<'a> {
-    ridge: f64,
+    refit: Refit,
     engine: &'a Engine<'a>,
     plan: &'a PrunePlan,
     /// Routing weights `[T, E]` of the pruned model in layers that lose experts, for the wave at hand.
@@ -106,8 +113,10 @@ impl Visitor<'_> {
         self.plan.layer(layer).expect("the plan is of this model")
     }
 
-    fn flush(&mut self, layer: usize) {
-        let kept = &self.plan.layer(layer).expect("the plan is of this model").experts;
+    /// Adds the tokens of a wave.
+    fn flush(&mut self, output: &LayerOutput<'_>) {
+        let factors = self.refit.tokens.factors(output);
+        let kept = &self.plan.layer(output.layer).expect("the plan is of this model").experts;
         let waiting: Vec<(Waiting, Grams)> = std::mem::take(&mut self.waiting)
             .into_iter()
             .map(|waiting| {
@@ -122,7 +131,7 @@ impl Visitor<'_> {
         let added: Vec<(usize, Grams)> = waiting
             .into_par_iter()
             .map(|(waiting, mut grams)| {
-                add(&mut grams, &waiting, &kept[waiting.expert]);
+                add(&mut grams, &waiting, &kept[waiting.expert], &factors);
                 (waiting.expert, grams)
             })
             .collect();
@@ -130,33 +139,47 @@ impl Visitor<'_> {
     }
 }
 
-fn add(grams: &mut Grams, waiting: &Waiting, kept: &[u32]) {
+fn add(grams: &mut Grams, waiting: &Waiting, kept: &[u32], factors: &[f32]) {
     let units = Rows { values: waiting.units.as_slice(), columns: waiting.width };
+    let token = |t: usize| f64::from(factors[waiting.rows[t] as usize]).powi(2);
     let full = |t: usize| f64::from(waiting.full[t]);
     match (&waiting.pruned, &mut grams.own) {
         (Some(pruned), Some(own)) => {
             let pruned = |t: usize| f64::from(pruned[t]);
-            add_gram(&mut grams.cross, units, units, kept, |t| full(t) * pruned(t));
+            add_gram(&mut grams.cross, units, units, kept, |t| token(t) * full(t) * pruned(t));
             let only: Vec<f32> = (0..units.rows())
                 .flat_map(|t| kept.iter().map(move |&u| units.values[t * units.columns + u as usize]))
                 .collect();
             let all: Vec<u32> = (0..kept.len() as u32).collect();
             let only = Rows { values: &only, columns: kept.len() };
-            add_gram(own, only, only, &all, |t| pruned(t).powi(2));
+            add_gram(own, only, only, &all, |t| token(t) * pruned(t).powi(2));
         }
-        _ => add_gram(&mut grams.cross, units, units, kept, |t| full(t).powi(2)),
+        _ => add_gram(&mut grams.cross, units, units, kept, |t| token(t) * full(t).powi(2)),
+    }
+}
+
+/// The rows K of `cross`: A where the routing is unchanged.
+fn own_rows(cross: &Mat<f64>, kept: &[u32]) -> Mat<f64> {
+    Mat::from_fn(kept.len(), kept.len(), |i, j| cross[(kept[i] as usize, j)])
+}
+
+/// The sum of A's diagonal and its length.
+fn grams_diagonal(grams: &Grams, kept: &[u32]) -> (f64, usize) {
+    match &grams.own {
+        Some(own) => diagonal(own),
+        None => (kept.iter().enumerate().map(|(j, &unit)| grams.cross[(unit as usize, j)]).sum(), kept.len()),
     }
 }
 
 /// `W' [H, K]` from the sums and `down [H, I]`; nothing if the sums are zero.
-fn solve(grams: Grams, kept: &[u32], down: Rows<'_>, ridge: f64) -> Option<Vec<f32>> {
+fn solve(grams: Grams, kept: &[u32], down: Rows<'_>, lambda: f64) -> Option<Vec<f32>> {
     let k = kept.len();
-    let own = grams.own.unwrap_or_else(|| Mat::from_fn(k, k, |i, j| grams.cross[(kept[i] as usize, j)]));
-    let normal = Normal::new(own, ridge)?;
+    let Grams { cross, own } = grams;
+    let normal = Normal::new(own.unwrap_or_else(|| own_rows(&cross, kept)), lambda)?;
     let down = down.to_mat(); // [H, I]
     // C + lambda W_K
     let mut c = Mat::from_fn(down.nrows(), k, |h, j| normal.lambda * down[(h, kept[j] as usize)]);
-    matmul(c.as_mut(), faer::Accum::Add, down.as_ref(), grams.cross.as_ref(), 1.0, faer::Par::Seq);
+    matmul(c.as_mut(), faer::Accum::Add, down.as_ref(), cross.as_ref(), 1.0, faer::Par::Seq);
     Some(to_rows(normal.solve(c.as_ref()).as_ref()))
 }
 
@@ -194,36 +217,35 @@ impl Observer for Visitor<'_> {
             |table: &Vec<f32>| trace.rows.iter().map(|&t| table[t as usize * experts + trace.expert]).collect();
         self.waiting.push(Waiting {
             expert: trace.expert,
+            rows: trace.rows.to_vec(),
             units: HostView::new(units),
             width,
             full: trace.routing_weights.to_vec(),
             pruned: table.map(pruned),
         });
-        if self.waiting.len() >= rayon::current_num_threads() {
-            self.flush(trace.layer);
-        }
-        Ok(())
-    }
-
-    fn end_wave(&mut self, _: &WaveInfo) -> moe_core::Result<()> {
-        if let Some(layer) = self.plan.kept.get(self.done).map(|kept| kept.layer) {
-            self.flush(layer);
-        }
-        self.tables.clear();
         Ok(())
     }
 }
 
 impl LayerVisitor for Visitor<'_> {
+    fn output(&mut self, output: &LayerOutput<'_>) -> moe_core::Result<()> {
+        self.flush(output);
+        self.tables.clear();
+        Ok(())
+    }
+
     fn end_layer(&mut self, layer: usize) -> moe_core::Result<LayerChange> {
         let kept = &self.plan.layer(layer).expect("the plan is of this model").experts;
         let checkpoint = self.engine.model().checkpoint();
-        let fitted = std::mem::take(&mut self.grams)
+        let grams = std::mem::take(&mut self.grams);
+        let diagonals: Vec<_> = grams.iter().map(|(&expert, grams)| grams_diagonal(grams, &kept[expert])).collect();
+        let lambdas = self.refit.ridge_scale.lambdas(self.refit.ridge, &diagonals);
+        let fitted = Vec::from_iter(grams.into_iter().zip(lambdas))
             .into_par_iter()
-            .map(|(expert, grams)| {
+            .map(|((expert, grams), lambda)| {
                 let weights = checkpoint.expert(layer, expert)?;
                 let down = Rows { values: &weights.down, columns: weights.width };
-                Ok((expert, solve(grams, &kept[expert], down, self.ridge)))
+                Ok((expert, solve(grams, &kept[expert], down, lambda)))
             })
             .collect::<moe_core::Result<Vec<_>>>()?;
         for (expert, down) in fitted {
@@ -251,13 +273,19 @@ mod tests {
         let tensor = moe_core::host::from_vec(units.to_vec(), [units.len() / width, width], &device);
         let waiting = Waiting {
             expert: 0,
+            rows: (0..full.len() as u32).rev().collect(),
             units: HostView::new(&tensor),
             width,
             full: full.to_vec(),
             pruned: pruned.map(<[f32]>::to_vec),
         };
-        add(&mut grams, &waiting, kept);
+        add(&mut grams, &waiting, kept, &factors(full.len()));
         grams
+    }
+
+    /// By token; token t is row n - 1 - t.
+    fn factors(n: usize) -> Vec<f32> {
+        (0..n).map(|t| 0.5 + (t % 4) as f32 * 0.3).collect()
     }
 
     #[test]
@@ -278,9 +306,12 @@ mod tests {
         let (g, g_pruned) = (values(n, 3), values(n, 4));
         for pruned in [None, Some(g_pruned.as_slice())] {
             let down_rows = Rows { values: &down, columns: width };
-            let fitted = solve(sums(&units, width, &kept, &g, pruned), &kept, down_rows, ridge).unwrap();
+            let found = sums(&units, width, &kept, &g, pruned);
+            let lambda = RidgeScale::Expert.lambdas(ridge, &[grams_diagonal(&found, &kept)])[0];
+            let fitted = solve(found, &kept, down_rows, lambda).unwrap();
             let after = pruned.unwrap_or(&g);
-            let u = |t: usize, j: usize| f64::from(units[t * width + j]);
+            let s = |t: usize| f64::from(factors(n)[n - 1 - t]);
+            let u = |t: usize, j: usize| s(t) * f64::from(units[t * width + j]);
             let diagonal: f64 = kept
                 .iter()
                 .map(|&j| (0..n).map(|t| (f64::from(after[t]) * u(t, j as usize)).powi(2)).sum::<f64>())

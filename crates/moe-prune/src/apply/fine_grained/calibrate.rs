@@ -19,10 +19,10 @@ use crate::{ApplyOptions, EditSource, Error, Export, PrunePlan, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ScaleFit {
     /// What the expert gives, as if its pieces together gave the same: `sum g g' |f|^2 / sum g'^2 |f|^2`.
+    #[default]
     Whole,
     /// What the expert gives, by what is left of it: `sum g g' f . f' / sum g'^2 |f'|^2` with `f'` the output of its kept
     /// units (edited ones, if there are edits).
-    #[default]
     Kept,
 }
 

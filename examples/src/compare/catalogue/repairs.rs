@@ -1,0 +1,92 @@
+//! Repairs.
+
+use moe_prune::repair::{LayerRefit, MeanOutput, Refit, RouterDistillation};
+use serde::Deserialize;
+
+use super::{Line, line, names};
+use crate::{Error, Result};
+
+/// The repair of configurations that are measured as pruned.
+pub const NO_REPAIR: &str = "none";
+
+/// All repairs: on which rows, and steps that follow each other.
+#[rustfmt::skip]
+pub const REPAIRS: &[Line] = &[
+    line(NO_REPAIR, r#"{"steps": []}"#),
+    line("mean_output", r#"{"steps": [{"repair": "mean_output"}]}"#),
+    line("refit_own", r#"{"steps": [{"repair": "refit"}]}"#),
+    line("refit", r#"{"steps": [{"repair": "layer_refit"}]}"#),
+    line("refit_0.01", r#"{"steps": [{"repair": "layer_refit", "ridge": 0.01}]}"#),
+    line("refit_1", r#"{"steps": [{"repair": "layer_refit", "ridge": 1}]}"#),
+    line("refit_all", r#"{"rows": "all", "steps": [{"repair": "layer_refit"}]}"#),
+    line("refit_mixed", r#"{"rows": "mixed", "steps": [{"repair": "layer_refit"}]}"#),
+    line("router_kd", r#"{"steps": [{"repair": "router_distillation", "train": {"epochs": 6}}]}"#),
+    line("router_kd_all", r#"{"rows": "all", "steps": [{"repair": "router_distillation", "train": {"epochs": 6}}]}"#),
+    line("refit_router_kd", r#"{"steps": [{"repair": "layer_refit"}, {"repair": "router_distillation", "train": {"epochs": 6}}]}"#),
+    line("router_kd_refit", r#"{"steps": [{"repair": "router_distillation", "train": {"epochs": 6}}, {"repair": "layer_refit"}]}"#),
+];
+
+/// Rows that a repair runs on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RepairRows {
+    /// Those that were scored on.
+    #[default]
+    Draw,
+    /// All calibration rows of the capability.
+    All,
+    /// Those that were scored on for each capability, together.
+    Mixed,
+}
+
+/// A repair.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Repair {
+    /// The rows.
+    #[serde(default)]
+    pub rows: RepairRows,
+    /// What is done, one after the other.
+    pub steps: Vec<RepairStep>,
+}
+
+/// A step of a repair.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(tag = "repair", rename_all = "snake_case")]
+pub enum RepairStep {
+    /// Kept down columns of a layer together, so that the layer gives what the full model's gives.
+    LayerRefit(LayerRefit),
+    /// Kept down columns of every expert for itself.
+    Refit(Refit),
+    /// A bias per expert.
+    MeanOutput(MeanOutput),
+    /// The routers, by gradient descent.
+    RouterDistillation(RouterDistillation),
+}
+
+/// Reads a repair: its name in [`REPAIRS`], or as JSON.
+///
+/// # Errors
+/// [`Error::Usage`] that says what there is.
+pub fn repair(text: &str) -> Result<Repair> {
+    let json = REPAIRS.iter().find(|line| line.name == text).map_or(text, |line| line.json);
+    serde_json::from_str(json).map_err(|error| {
+        let known = names(REPAIRS.iter().map(|line| line.name));
+        Error::Usage(format!("repair {text}: {error}; the study has {known}"))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_repair_can_be_read() {
+        let steps: Vec<usize> = REPAIRS.iter().map(|line| repair(line.name).unwrap().steps.len()).collect();
+        assert_eq!(steps, [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2]);
+        let RepairStep::LayerRefit(refit) = repair("refit_0.01").unwrap().steps[0] else { panic!("another repair") };
+        assert_eq!((refit.ridge, refit.sweeps), (0.01, LayerRefit::default().sweeps));
+        assert_eq!(repair("refit_mixed").unwrap().rows, RepairRows::Mixed);
+        assert!(repair("prayer").unwrap_err().to_string().contains("none, mean_output, refit_own"));
+    }
+}

@@ -1,0 +1,195 @@
+//! A pruned model: a plan, seen through an overlay or exported as pieces, and what repairs changed.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use moe_checkpoint::{LayerRole, Role, ScoreTable};
+use moe_core::data::{Sequence, Wave, WaveOptions, waves};
+use moe_core::{Engine, EngineOptions, Model};
+use moe_prune::{
+    ApplyOptions, Edits, EngineProbe, Export, FineGrained, ModelProbe, NoProbe, PlanOverlay, ProbeOptions,
+    ProtectionMask, PrunePlan, PruneRequest, Pruner, ScaleCalibration, ScaleFit,
+};
+
+use super::catalogue::{Pieces, RepairStep};
+use crate::{Error, Result};
+
+/// Tokens of a step of a search by gradients.
+const SEARCH_TOKENS: usize = 1024;
+/// Tokens of a step of training.
+const TRAINING_TOKENS: usize = 512;
+
+/// A pruned model.
+pub struct Subject<'m> {
+    full: &'m Model,
+    /// The model as pieces, where it was exported.
+    exported: Option<Model>,
+    /// What is kept of the full model.
+    pub plan: PrunePlan,
+    /// What is kept of the exported one: everything.
+    whole: Option<PrunePlan>,
+    edits: Edits,
+}
+
+impl<'m> Subject<'m> {
+    /// By a plan.
+    pub fn planned(full: &'m Model, plan: PrunePlan) -> Self {
+        Self { full, exported: None, plan, whole: None, edits: Edits::new() }
+    }
+
+    /// Prunes by a pruner. Pruners that ask the model are answered on `calibration`.
+    ///
+    /// # Errors
+    /// Scores or a budget that it refuses; whatever stops the model.
+    pub fn pruned(
+        full: &'m Model,
+        pruner: &dyn Pruner,
+        scores: &ScoreTable,
+        ratio: f64,
+        calibration: &[Wave],
+    ) -> Result<Self> {
+        let shape = full.checkpoint().shape();
+        let protect = ProtectionMask::none();
+        let request = PruneRequest::new(scores, shape, moe_prune::Budget::Ratio(ratio), &protect);
+        let prune = |probe: &mut dyn ModelProbe| pruner.prune_with(&request, probe);
+        let pruned = match prune(&mut NoProbe) {
+            Err(moe_prune::Error::NeedsProbe { .. }) => {
+                let engine = Engine::new(full, EngineOptions::default());
+                let options = ProbeOptions { batch_waves: 1, ..ProbeOptions::default() };
+                prune(&mut EngineProbe::new(&engine, small_waves(calibration, SEARCH_TOKENS), options)?)?
+            }
+            other => other?,
+        };
+        Ok(Self::planned(full, pruned.plan))
+    }
+
+    /// Cuts experts into pieces, keeps the best of every layer, and exports that to `scratch`, which may go once this is
+    /// dropped.
+    ///
+    /// # Errors
+    /// Scores, a budget or a model that cannot be cut so; whatever stops the model or the export.
+    pub fn pieces(
+        full: &'m Model,
+        pieces: Pieces,
+        scores: &ScoreTable,
+        ratio: f64,
+        calibration: &[Wave],
+        scratch: &Path,
+    ) -> Result<Self> {
+        let from = full.checkpoint();
+        let how = FineGrained { top_k: pieces.top_k, ranking: Some(scores), ..FineGrained::new(pieces.pieces) };
+        let plan = how.prune(scores, from, ratio)?;
+        let scales = match pieces.scaled {
+            false => None,
+            true => {
+                let mut sums = ScaleCalibration::new(from, &plan, None, ScaleFit::default(), &[how])?;
+                let engine = Engine::new(full, EngineOptions::default());
+                calibration.iter().try_for_each(|wave| engine.run(wave, &mut sums).map(drop))?;
+                Some(sums.scales(0))
+            }
+        };
+        let how = FineGrained { scales: scales.as_deref(), ..how };
+        let options = ApplyOptions {
+            fine_grained: Some(how),
+            allow_unaligned: true,
+            force: true,
+            ..ApplyOptions::new(Export::FineGrained)
+        };
+        plan.apply(from, scratch, &options)?;
+        let exported = Model::open(scratch, full.device(), full.max_memory())?;
+        let whole = PrunePlan::keep_all(exported.checkpoint().shape(), exported.checkpoint().fingerprint());
+        Ok(Self { full, exported: Some(exported), plan, whole: Some(whole), edits: Edits::new() })
+    }
+
+    /// The checkpoint that the model is seen through, and what is kept of it.
+    fn base(&self) -> (&Model, &PrunePlan) {
+        (self.exported.as_ref().unwrap_or(self.full), self.whole.as_ref().unwrap_or(&self.plan))
+    }
+
+    /// The model, with what repairs changed in the precision of its checkpoint.
+    ///
+    /// # Errors
+    /// Those of [`PlanOverlay`].
+    pub fn model(&self) -> Result<Model> {
+        let (base, plan) = self.base();
+        let overlay = match self.edits.is_empty() {
+            true => PlanOverlay::new(plan),
+            false => PlanOverlay::with_edits(plan, Arc::new(self.edits.clone()), base.checkpoint())?,
+        };
+        Ok(overlay.of(base)?)
+    }
+
+    /// Repairs it on these rows.
+    ///
+    /// # Errors
+    /// Whatever stops the repair; [`Error::Invalid`] for one that needs a plan of the full model where there is an export.
+    pub fn repair(&mut self, step: &RepairStep, rows: &[Wave]) -> Result<()> {
+        let student = self.model()?;
+        let (base, plan) = self.base();
+        let teacher = self.full;
+        let own = |name: &str| match self.exported {
+            None => Ok(()),
+            Some(_) => Err(Error::Invalid(format!("repair {name} works on a plan, not on an export as pieces"))),
+        };
+        let edits = match step {
+            RepairStep::LayerRefit(refit) => refit.fit(teacher, &student, rows, &mut |_, _| ())?.edits,
+            RepairStep::Refit(refit) => {
+                own("refit")?;
+                refit.fit(base, plan, rows, &mut |_, _| ())?
+            }
+            RepairStep::MeanOutput(mean) => {
+                own("mean_output")?;
+                mean.fit(base, plan, rows, &mut |_, _| ())?
+            }
+            RepairStep::RouterDistillation(distillation) => {
+                // Every fourth wave says when to stop.
+                let (mut training, mut evaluation) = (Vec::new(), Vec::new());
+                for (index, wave) in small_waves(rows, TRAINING_TOKENS).into_iter().enumerate() {
+                    if index % 4 == 3 { evaluation.push(wave) } else { training.push(wave) }
+                }
+                distillation.fit(teacher, &student, &training, &evaluation, &mut |_| Ok(()))?.edits
+            }
+        };
+        self.edits.extend(edits);
+        Ok(())
+    }
+
+    /// What tells one plan from another, unless there is more than the plan.
+    ///
+    /// # Errors
+    /// A plan that cannot be written.
+    pub fn key(&self) -> Result<Option<blake3::Hash>> {
+        if self.exported.is_some() || !self.edits.is_empty() {
+            return Ok(None);
+        }
+        let json = serde_json::to_vec(&self.plan.kept).map_err(|error| Error::Invalid(error.to_string()))?;
+        Ok(Some(blake3::hash(&json)))
+    }
+
+    /// Parameters of the checkpoint.
+    ///
+    /// # Errors
+    /// A model without routers.
+    pub fn parameters(&self) -> Result<u64> {
+        if let Some(exported) = &self.exported {
+            return Ok(exported.checkpoint().parameters());
+        }
+        let checkpoint = self.full.checkpoint();
+        let dropped = self.plan.shape.parameters() - self.plan.pruned_shape().parameters();
+        let mut rows = 0;
+        for kept in self.plan.kept.iter().filter(|kept| !kept.removed.is_empty()) {
+            let router = &checkpoint.role(Role::Layer(kept.layer, LayerRole::Router))?.shape;
+            rows += (router.iter().product::<usize>() / kept.experts.len() * kept.removed.len()) as u64;
+        }
+        let biases: u64 =
+            self.edits.experts().map(|(_, edit)| edit.down_bias.as_ref().map_or(0, Vec::len) as u64).sum();
+        Ok(checkpoint.parameters() - dropped - rows + biases)
+    }
+}
+
+/// The same sequences in waves of about so many tokens.
+fn small_waves(calibration: &[Wave], tokens: usize) -> Vec<Wave> {
+    let sequences: Vec<Sequence> = calibration.iter().flat_map(|wave| wave.sequences.clone()).collect();
+    let tokens = std::num::NonZeroUsize::new(tokens).unwrap_or(std::num::NonZeroUsize::MIN);
+    waves(&sequences, WaveOptions::Tokens(tokens))
+}

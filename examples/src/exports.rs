@@ -1,0 +1,179 @@
+//! Every export that stock loaders read, of every checkpoint under a directory: what `xtask/scripts/roundtrip.py` loads in
+//! transformers, and what the test of its results makes again.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use moe_checkpoint::{Checkpoint, Provenance, Reduction, ScoreTable, Statistics};
+use moe_importance::ScorerConfig;
+use moe_importance::scorers::Magnitude;
+use moe_prune::{
+    ApplyOptions, Budget, ExpertPruner, Export, FineGrained, Mtp, ProtectionMask, PrunePlan, Pruner, Scope, UnitPruner,
+};
+use serde::Serialize;
+
+use crate::{Error, Result};
+
+/// Exports every checkpoint under a directory in every way that stock loaders read, scored by weight magnitude.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "exports")]
+pub struct Arguments {
+    /// Directory of directories of checkpoints
+    #[arg(default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../crates/moe-checkpoint/tests/fixtures/parity/tf5"))]
+    pub from: PathBuf,
+    /// New directory for the exports, as MODEL/EXPORT
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Models to leave out; repeatable
+    #[arg(long, default_values_t = [String::from("qwen3_moe_long")])]
+    pub skip: Vec<String>,
+    /// One JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A way to export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// Half of the units of every expert dropped, or what a multiple of 8 leaves of that.
+    Uniform,
+    /// The same units zeroed.
+    Masked,
+    /// A quarter of the experts dropped.
+    Experts,
+    /// Every expert in two pieces (as few as give a width of a multiple of 4), nothing dropped.
+    Pieces,
+    /// Every expert in as many pieces, some dropped. All that can be selected are, since which of equal pieces a loader selects is
+    /// its own affair.
+    FineGrained,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Uniform, Self::Masked, Self::Experts, Self::Pieces, Self::FineGrained];
+
+    /// Name of its directory.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Uniform => "uniform",
+            Self::Masked => "masked",
+            Self::Experts => "experts",
+            Self::Pieces => "pieces",
+            Self::FineGrained => "fine_grained",
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What was exported.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Model and way to export.
+    pub exports: Vec<(String, Kind)>,
+    /// Where.
+    pub out: PathBuf,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}: {} exports", self.out.display(), self.exports.len())
+    }
+}
+
+/// Exports everything.
+///
+/// # Errors
+/// Whatever stops an export; an output directory that exists.
+pub fn run(arguments: &Arguments) -> Result<Report> {
+    let Arguments { from, out, skip, .. } = arguments;
+    if out.exists() {
+        return Err(Error::Invalid(format!("{}: exists", out.display())));
+    }
+    let mut exports = Vec::new();
+    for name in models(from, skip)? {
+        let checkpoint = Checkpoint::open(from.join(&name))?;
+        for kind in Kind::ALL {
+            if export(&checkpoint, kind, &out.join(&name).join(kind.name()))? {
+                exports.push((name.clone(), kind));
+            }
+        }
+    }
+    Ok(Report { exports, out: out.clone() })
+}
+
+/// Directories under a directory, sorted, but for some.
+///
+/// # Errors
+/// A directory that cannot be read.
+pub fn models(from: &Path, skip: &[String]) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(from).map_err(Error::io(from))? {
+        let entry = entry.map_err(Error::io(from))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if entry.path().is_dir() && !skip.contains(&name) {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Exports a checkpoint in one way; false if its family has no such export.
+///
+/// # Errors
+/// Whatever stops it.
+pub fn export(from: &Checkpoint, kind: Kind, to: &Path) -> Result<bool> {
+    let (shape, none) = (from.shape(), ProtectionMask::none());
+    let routing = &from.config().routing;
+    let groups = routing.groups().map_or(1, |groups| groups.count);
+    let plain = |mode| ApplyOptions { mtp: Some(Mtp::Drop), allow_unaligned: true, ..ApplyOptions::new(mode) };
+    let (plan, options) = match kind {
+        Kind::Uniform | Kind::Masked => {
+            let plan = UnitPruner::new(Scope::Expert).prune(&magnitude(from)?, shape, Budget::Ratio(0.5), &none)?.plan;
+            (plan, plain(if kind == Kind::Uniform { Export::Uniform } else { Export::Masked }))
+        }
+        Kind::Experts => {
+            let scores = magnitude(from)?.to_experts(Reduction::Sum)?;
+            let plan = ExpertPruner::new().groups(groups).prune(&scores, shape, Budget::Ratio(0.25), &none)?.plan;
+            (plan, plain(Export::Uniform))
+        }
+        Kind::Pieces | Kind::FineGrained => {
+            if matches!(routing.kind, moe_checkpoint::RoutingKind::Sparsemixer { .. }) {
+                return Ok(false);
+            }
+            // Grouped products of stock loaders need 16 bytes, four numbers of the fixtures' dtype.
+            let width = shape.uniform_width().unwrap_or(0);
+            let pieces = (2..=width).find(|m| width.is_multiple_of(*m) && (width / m).is_multiple_of(4));
+            let mut how = FineGrained::new(pieces.unwrap_or(2));
+            let keep = PrunePlan::keep_all(shape, from.fingerprint());
+            let mut plan = keep.clone();
+            if kind == Kind::FineGrained {
+                let few = FineGrained { top_k: Some(1), ..how };
+                // Groups of two experts that are ranked by their two best cannot lose a piece.
+                plan = few.prune(&magnitude(from)?, from, 0.3).or_else(|_| few.map(&keep, from).map(|_| keep))?;
+                let map = few.map(&plan, from)?;
+                let pieces = map.layers.first().map_or(0, |layer| layer.pieces.len());
+                let selectable = map.routing.groups().map_or(pieces, |groups| pieces / groups.count * groups.top);
+                how.top_k = Some(selectable);
+            }
+            (plan, ApplyOptions { fine_grained: Some(how), ..plain(Export::FineGrained) })
+        }
+    };
+    plan.apply(from, to, &options)?;
+    Ok(true)
+}
+
+/// Scores by weight magnitude: no run of the model.
+fn magnitude(checkpoint: &Checkpoint) -> Result<ScoreTable> {
+    let provenance = Provenance::new(checkpoint.fingerprint(), "", "{}");
+    let scorer = ScorerConfig::from(Magnitude::new()).build()?;
+    Ok(scorer.score(&Statistics::new(checkpoint.shape(), provenance), checkpoint)?)
+}

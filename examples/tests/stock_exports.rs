@@ -1,0 +1,87 @@
+//! Every export of every family, against what stock transformers computes for it.
+//!
+//! `cargo xtask goldens --python PYTHON` makes the numbers anew.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use moe_checkpoint::Checkpoint;
+use moe_core::data::{Sequence, Wave};
+use moe_core::device::device;
+use moe_core::host::HostView;
+use moe_core::trace::{Observer, Signals};
+use moe_core::{Engine, EngineOptions, Model};
+use moe_examples::exports::{Kind, export, models};
+use safetensors::{Dtype, SafeTensors};
+
+const TOLERANCE: f32 = 1e-4;
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/moe-checkpoint/tests/fixtures")
+}
+
+#[derive(Default)]
+struct Logits(Vec<f32>);
+
+impl Observer for Logits {
+    fn needs(&self) -> Signals {
+        Signals { logits: true, ..Signals::NONE }
+    }
+
+    fn logits(&mut self, _: usize, logits: &HostView, _: usize) -> moe_core::Result<()> {
+        self.0.extend_from_slice(logits.as_slice());
+        Ok(())
+    }
+}
+
+fn logits(directory: &Path, ids: &[u32]) -> Vec<f32> {
+    let model = Model::open(directory, &device("flex").unwrap(), None).unwrap();
+    let wave = Wave { id: 0, sequences: vec![Sequence::new(ids.to_vec())] };
+    let mut logits = Logits::default();
+    Engine::new(&model, EngineOptions::default()).run(&wave, &mut logits).unwrap();
+    logits.0
+}
+
+#[test]
+fn stock_transformers_computes_the_same() {
+    let bytes = fs::read(fixtures().join("stock_exports.safetensors")).unwrap();
+    let golden = SafeTensors::deserialize(&bytes).unwrap();
+    let ids = golden.tensor("input_ids").unwrap();
+    assert_eq!(ids.dtype(), Dtype::I64);
+    let ids: Vec<u32> = ids.data().as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as u32).collect();
+    let directory = tempfile::tempdir().unwrap();
+    let from = fixtures().join("parity/tf5");
+    let (mut compared, mut worst) = (0, 0f32);
+    for model in models(&from, &["qwen3_moe_long".into()]).unwrap() {
+        let checkpoint = Checkpoint::open(from.join(&model)).unwrap();
+        let vocabulary = checkpoint.config().vocab_size;
+        for kind in Kind::ALL {
+            let out = directory.path().join(&model).join(kind.name());
+            let name = format!("{model}/{kind}");
+            let Ok(expected) = golden.tensor(&name) else {
+                assert!(!export(&checkpoint, kind, &out).unwrap(), "{name} has no golden");
+                continue;
+            };
+            assert!(export(&checkpoint, kind, &out).unwrap(), "{name} has a golden");
+            let found = logits(&out, &ids);
+            // The goldens are of the last positions.
+            let rows = expected.shape()[0];
+            assert_eq!(expected.shape(), [rows, vocabulary], "{name}");
+            let expected = expected.data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b));
+            let differences = found[found.len() - rows * vocabulary..].iter().zip(expected).map(|(a, b)| (a - b).abs());
+            let difference = differences.fold(0f32, |max, d| if d.is_nan() { f32::INFINITY } else { max.max(d) });
+            assert!(difference < TOLERANCE, "{name}: {difference}");
+            worst = worst.max(difference);
+            compared += 1;
+            if kind == Kind::Pieces {
+                // Nothing was dropped: the model itself.
+                let original = logits(checkpoint.dir(), &ids);
+                let difference = found.iter().zip(&original).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+                assert!(difference < TOLERANCE, "{name} and the model: {difference}");
+            }
+        }
+    }
+    // One tensor is the input.
+    assert_eq!(compared, golden.len() - 1);
+    println!("{compared} exports, largest difference {worst:.1e}");
+}
