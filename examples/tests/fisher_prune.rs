@@ -206,7 +206,7 @@ fn what_is_wrong_is_said_before_anything_is_written() {
         (["--ratio", "1"], "(0, 1)"),
         (["--ratio", "0.5,nan"], "(0, 1)"),
         (["--scope", "galaxy"], "`expert`, `layer` or `global`"),
-        (["--export", "zip"], "`uniform`, `ragged` or `masked`"),
+        (["--export", "zip"], "`ragged`, `masked` or `fine_grained`"),
         (["--criterion", "taste"], "token, sequence or abs"),
         (["--samples", "0"], "at least 1"),
         (["--length", "1"], "at least 2"),
