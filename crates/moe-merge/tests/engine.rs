@@ -209,3 +209,35 @@ fn a_budget_that_layers_share_cannot_be_spent_one_after_the_other() {
     let error = merge_sequentially(&model, &waves(), &recipe, &ProtectionMask::none(), &options, directory.path());
     assert!(error.unwrap_err().to_string().contains("budget.scope"));
 }
+
+#[test]
+fn compressed_experts_are_shown_in_place_of_their_own() {
+    use moe_merge::{CompactModel, CompactOverlay, Compression, RowScore};
+    let directory = tempdir().unwrap();
+    let model = model("tf5/qwen2_moe");
+    let logits_at = |keep_rows: f64| {
+        let out = directory.path().join(keep_rows.to_string());
+        let how = Compression { rank: 6, keep_rows, rows: RowScore::Magnitude };
+        how.compress(model.checkpoint(), &out, None, false).unwrap();
+        let compact = CompactModel::open(&out).unwrap();
+        logits_of(&CompactOverlay::of(compact, &model).unwrap())
+    };
+    let expected = logits_of(&model);
+    let errors = [0.0, 0.5, 1.0].map(|keep| difference(&logits_at(keep), &expected));
+    assert!(errors[2] < 1e-4 && errors[2] < errors[1] && errors[1] < errors[0], "{errors:?}");
+    // Fisher scores of units of this very model.
+    let id = moe_importance::StatisticId::from("fisher.token".to_string());
+    let provenance = moe_checkpoint::Provenance::new(model.checkpoint().fingerprint(), "", "{}");
+    let mut collection =
+        moe_importance::Collection::new(model.checkpoint().shape(), provenance, std::slice::from_ref(&id)).unwrap();
+    let mut engine = moe_core::Engine::new(&model, moe_core::EngineOptions::default());
+    let waves = waves();
+    let statistics = moe_importance::collect(&mut engine, &mut collection, &waves, None, &mut |_| {}).unwrap();
+    let how = Compression { rank: 6, keep_rows: 0.5, rows: RowScore::Fisher };
+    let out = directory.path().join("fisher");
+    let report = how.compress(model.checkpoint(), &out, Some((&statistics, "fisher.token")), false).unwrap();
+    assert_eq!(report.rows_kept, report.rows / 2);
+    let other = moe_merge::CompactModel::open(&out).unwrap();
+    let stranger = Model::open(parity("tf5/mixtral"), &device("flex").unwrap(), None).unwrap();
+    assert!(CompactOverlay::of(other, &stranger).unwrap_err().to_string().contains("compact model was made for"));
+}
