@@ -89,8 +89,19 @@ impl ExpertTensors {
     }
 
     /// Backward of `row_weights[t] * f(x[t])` down to the pre-activations, from `upstream [n, H]`, the gradient at the
-    /// *weighted* output. With `parameters`, adds up the gradients of what is trained beside the down projection.
+    /// *weighted* output.
     pub fn backward(
+        &self,
+        gate_up: &Tensor<2>,
+        upstream: &Tensor<2>,
+        row_weights: Option<&[f32]>,
+        want_d_units: bool,
+    ) -> SwigluGradients {
+        self.backward_for(gate_up, upstream, row_weights, Tokens::WAVE, want_d_units, false)
+    }
+
+    /// The same for some tokens of a wave. With `parameters`, adds up the gradients of what is trained beside the down projection.
+    pub fn backward_for(
         &self,
         gate_up: &Tensor<2>,
         upstream: &Tensor<2>,
@@ -165,7 +176,7 @@ mod tests {
             let (x, upstream) = (pattern([5, 4], 7), pattern([5, 4], 8));
             let gate_up = expert.pre_activations(&x);
             let output = expert.output(&expert.units(&gate_up));
-            let found = expert.backward(&gate_up, &upstream, Some(&[0.3; 5]), Tokens::WAVE, false, false).d_row_weights;
+            let found = expert.backward(&gate_up, &upstream, Some(&[0.3; 5]), false).d_row_weights;
             let expected = host::into_vec((output * upstream).sum_dim(1));
             assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5), "{found:?} {expected:?}");
         }

@@ -187,7 +187,7 @@ impl BlockAdapter for Turned {
         let mut sum = self.0.gradient.lock().unwrap();
         add_transposed_product(&y, 0..self.1, dy, 0..self.1, 1.0, &mut sum);
         let d = dy.clone().matmul(self.matrix().transpose());
-        let d_gate_up = base.backward(&gate_up, &d, None, tokens, false, false).d_gate_up;
+        let d_gate_up = base.backward_for(&gate_up, &d, None, tokens, false, false).d_gate_up;
         wanted.input.then(|| base.gate_up.backward(&d_gate_up))
     }
 }

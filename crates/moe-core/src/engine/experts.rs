@@ -127,7 +127,7 @@ impl Engine<'_> {
         let (rows, factors) = (Tokens::Rows(tokens.rows), Some(tokens.weights));
         let gate_up = kept.unwrap_or_else(|| weights.pre_activations_for(&input, rows));
         let upstream = gather_rows(dy, tokens.rows); // [n, H], without the routing weight
-        let gradients = weights.backward(&gate_up, &upstream, factors, rows, wanted.units, wanted.parameters);
+        let gradients = weights.backward_for(&gate_up, &upstream, factors, rows, wanted.units, wanted.parameters);
         let output = wanted.output.then(|| weights.output_for(&gradients.units, rows));
         let through = Wanted { input: wanted.input, parameters: wanted.parameters };
         let d_input = weights.gate_up.gradient(|| input.clone(), &gradients.d_gate_up, rows, through);

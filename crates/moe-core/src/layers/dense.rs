@@ -76,7 +76,7 @@ impl DenseBlock {
                         None => self.weights.pre_activations_for(&z, tokens),
                     };
                     let gradients =
-                        self.weights.backward(&gate_up, &dy, gate.as_deref(), tokens, false, wanted.parameters);
+                        self.weights.backward_for(&gate_up, &dy, gate.as_deref(), tokens, false, wanted.parameters);
                     let dx = self.weights.gate_up.gradient(|| z.clone(), &gradients.d_gate_up, tokens, wanted);
                     (dx, gradients.d_row_weights)
                 }

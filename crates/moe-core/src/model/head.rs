@@ -1,5 +1,7 @@
 //! The output head: from the last layer's output to logits, block of the vocabulary by block, and back.
 
+use std::ops::Range;
+
 use burn::tensor::Tensor;
 use moe_checkpoint::Role;
 
@@ -18,6 +20,13 @@ impl Model {
     pub(crate) fn head_blocks(&self) -> usize {
         let config = self.config();
         config.vocab_size.div_ceil(memory::head_block_rows(config.hidden_size))
+    }
+
+    /// The rows of the output head that are computed together, block by block.
+    pub fn head_rows(&self) -> impl Iterator<Item = Range<usize>> {
+        let config = self.config();
+        let (rows, vocab) = (memory::head_block_rows(config.hidden_size), config.vocab_size);
+        (0..self.head_blocks()).map(move |block| block * rows..((block + 1) * rows).min(vocab))
     }
 
     /// Logits of the normed hidden states `h [n, H]`, `[n, V_b]` per block of the vocabulary.
