@@ -8,6 +8,8 @@
 
 mod error;
 mod live;
+pub mod own;
+pub mod places;
 mod set;
 
 pub use error::{Error, Result};

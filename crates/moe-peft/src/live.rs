@@ -4,7 +4,10 @@ use std::{
     collections::BTreeMap,
     fmt,
     ops::Range,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use burn::tensor::{Device, Tensor};
@@ -23,6 +26,7 @@ pub struct Live {
     device: Device,
     value: RwLock<Option<Tensor<2>>>,
     gradient: Mutex<Vec<f32>>,
+    trained: AtomicBool,
 }
 
 impl fmt::Debug for Live {
@@ -46,7 +50,14 @@ impl Live {
             ));
         }
         let value = RwLock::new(Some(host::from_vec(values, shape, device)));
-        Ok(Arc::new(Self { name, shape, device: device.clone(), value, gradient: Mutex::default() }))
+        Ok(Arc::new(Self {
+            name,
+            shape,
+            device: device.clone(),
+            value,
+            gradient: Mutex::default(),
+            trained: AtomicBool::new(true),
+        }))
     }
 
     /// Its name among the parameters.
@@ -71,6 +82,16 @@ impl Live {
     pub fn value(&self) -> Tensor<2> {
         let value = self.value.read().unwrap_or_else(PoisonError::into_inner);
         value.clone().unwrap_or_else(|| panic!("{} is not lent", self.name))
+    }
+
+    /// Whether it is trained at present. What is not needs no gradient.
+    pub fn is_trained(&self) -> bool {
+        self.trained.load(Ordering::Relaxed)
+    }
+
+    /// Sets whether it is trained from the next sweep on. At first it is.
+    pub fn set_trained(&self, trained: bool) {
+        self.trained.store(trained, Ordering::Relaxed);
     }
 
     /// Lets `f` add to the gradient, `rows * columns` numbers.
