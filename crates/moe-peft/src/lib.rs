@@ -7,10 +7,14 @@
 #![deny(missing_docs)]
 
 mod error;
+pub mod esft;
 mod live;
 pub mod own;
 pub mod places;
+pub mod probe;
+pub mod sampling;
 mod set;
+pub mod smt;
 
 pub use error::{Error, Result};
 pub use live::{Bank, Live};
