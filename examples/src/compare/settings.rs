@@ -3,7 +3,8 @@
 use super::bench::Figures;
 use super::case::{Amount, Case};
 use super::catalogue::{
-    self, CONTROLS, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, NO_REPAIR, STOCK, STOCK_OF_SCORERS, STOCK_SCORERS, UNIFORM,
+    self, CONTROLS, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, NO_REPAIR, STOCK, STOCK_OF_SCORERS, STOCK_SCORERS,
+    UNIFORM,
 };
 use super::lab::Job;
 use super::rows::Limits;

@@ -3,7 +3,9 @@
 use moe_checkpoint::Granularity;
 
 use super::case::{Amount, Case};
-use super::catalogue::{CONTROLS, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, NO_REPAIR, SCORERS, STOCK_OF_SCORERS, UNIFORM};
+use super::catalogue::{
+    CONTROLS, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, NO_REPAIR, SCORERS, STOCK_OF_SCORERS, UNIFORM,
+};
 use super::settings::{KNOCK_OUT, REPAIRED, REPAIRS};
 use super::study::Finished;
 use super::summary::{Spread, Summary};
