@@ -15,7 +15,9 @@ pub mod probe;
 pub mod sampling;
 mod set;
 pub mod smt;
+mod task;
 
 pub use error::{Error, Result};
 pub use live::{Bank, Live};
 pub use set::{AdapterSet, SweepListener};
+pub use task::{FineTune, Method, Plain, Target};

@@ -202,15 +202,15 @@ impl BlockScores {
     pub fn select(&self) -> Result<BlockSelection> {
         let attention = self.smt.attention.map_or(0, |budget| self.count(budget));
         let feed_forward = self.smt.feed_forward.map_or(0, |budget| self.count(budget));
-        let pools: Vec<(Box<dyn Fn(Site) -> bool>, usize)> = match self.smt.one_pool {
-            true => vec![(Box::new(|_| true), attention + feed_forward)],
-            false => {
-                vec![(Box::new(|s: Site| s.is_attention()), attention), (Box::new(|s| !s.is_attention()), feed_forward)]
-            }
+        // whether a pool has attention, whether it has the others, and its blocks
+        let pools = match self.smt.one_pool {
+            true => vec![(true, true, attention + feed_forward)],
+            false => vec![(true, false, attention), (false, true, feed_forward)],
         };
         let mut selected: BTreeMap<Site, BTreeSet<usize>> = BTreeMap::new();
-        for (belongs, count) in pools {
-            let maps: Vec<_> = self.maps.iter().filter(|(site, _)| belongs(**site)).collect();
+        for (of_attention, of_others, count) in pools {
+            let belongs = |site: &Site| if site.is_attention() { of_attention } else { of_others };
+            let maps: Vec<_> = self.maps.iter().filter(|(site, _)| belongs(site)).collect();
             let mut best: Vec<(f64, Site, usize)> = Vec::new();
             for (site, map) in &maps {
                 let scored = self.scores(map).into_iter().enumerate().filter(|(_, score)| *score > 0.0);
