@@ -151,6 +151,26 @@ impl BlockScores {
         self.maps.keys().copied()
     }
 
+    /// The sums of each map.
+    pub fn arrays(&self) -> impl Iterator<Item = (Site, &[f32])> {
+        self.maps.iter().map(|(site, map)| (*site, &map.sums[..]))
+    }
+
+    /// Takes sums back that [`arrays`](Self::arrays) gave.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a map whose sums are missing or of another number.
+    pub fn restore(&mut self, mut sums: impl FnMut(Site) -> Option<Vec<f32>>) -> Result<()> {
+        for (site, map) in &mut self.maps {
+            let found = sums(*site).unwrap_or_default();
+            if found.len() != map.sums.len() {
+                return Err(Error::input(format!("saved sums of {site}"), found.len(), map.sums.len()));
+            }
+            map.sums = found;
+        }
+        Ok(())
+    }
+
     /// Adds the gradient `[out, in]` of a step.
     pub fn add(&mut self, site: Site, gradient: &[f32]) {
         let Some(map) = self.maps.get_mut(&site) else { return };
