@@ -6,16 +6,23 @@
 
 #![deny(missing_docs)]
 
+mod array_file;
+pub mod compressed_experts;
+pub mod condenser;
+pub mod dense_mixer;
 mod error;
 pub mod esft;
 mod live;
 pub mod own;
 pub mod places;
 pub mod probe;
+pub mod router_loss;
 pub mod sampling;
 mod set;
 pub mod smt;
+mod task;
 
 pub use error::{Error, Result};
 pub use live::{Bank, Live};
 pub use set::{AdapterSet, SweepListener};
+pub use task::{FineTune, Method, Plain, Target};

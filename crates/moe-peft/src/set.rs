@@ -129,6 +129,30 @@ impl AdapterSet {
         before.map_or(Ok(()), |_| Err(twice(format!("the experts of layer {layer} together"))))
     }
 
+    /// Puts an adapter that is not trained on a linear map, so that no sweep goes deeper for it.
+    ///
+    /// # Errors
+    /// As [`add`](Self::add).
+    pub fn add_frozen(&mut self, site: Site, adapter: Arc<dyn LinearAdapter>) -> Result<()> {
+        self.linear.insert(site, adapter).map_or(Ok(()), |_| Err(twice(site)))
+    }
+
+    /// The same on a vector.
+    ///
+    /// # Errors
+    /// As [`add_vector`](Self::add_vector).
+    pub fn add_frozen_vector(&mut self, role: Role, adapter: Arc<dyn VectorAdapter>) -> Result<()> {
+        self.vectors.insert(role, adapter).map_or(Ok(()), |_| Err(twice(format!("{role:?}"))))
+    }
+
+    /// The same on the embeddings.
+    ///
+    /// # Errors
+    /// As [`add_embedding`](Self::add_embedding).
+    pub fn add_frozen_embedding(&mut self, adapter: Arc<dyn EmbeddingAdapter>) -> Result<()> {
+        self.embedding.replace(adapter).map_or(Ok(()), |_| Err(twice("the embeddings")))
+    }
+
     /// Has `listener` told of every sweep.
     pub fn add_listener(&mut self, listener: Arc<dyn SweepListener>) {
         self.listeners.push(listener);

@@ -151,6 +151,26 @@ impl BlockScores {
         self.maps.keys().copied()
     }
 
+    /// The sums of each map.
+    pub fn arrays(&self) -> impl Iterator<Item = (Site, &[f32])> {
+        self.maps.iter().map(|(site, map)| (*site, &map.sums[..]))
+    }
+
+    /// Takes sums back that [`arrays`](Self::arrays) gave.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a map whose sums are missing or of another number.
+    pub fn restore(&mut self, mut sums: impl FnMut(Site) -> Option<Vec<f32>>) -> Result<()> {
+        for (site, map) in &mut self.maps {
+            let found = sums(*site).unwrap_or_default();
+            if found.len() != map.sums.len() {
+                return Err(Error::input(format!("saved sums of {site}"), found.len(), map.sums.len()));
+            }
+            map.sums = found;
+        }
+        Ok(())
+    }
+
     /// Adds the gradient `[out, in]` of a step.
     pub fn add(&mut self, site: Site, gradient: &[f32]) {
         let Some(map) = self.maps.get_mut(&site) else { return };
@@ -202,15 +222,15 @@ impl BlockScores {
     pub fn select(&self) -> Result<BlockSelection> {
         let attention = self.smt.attention.map_or(0, |budget| self.count(budget));
         let feed_forward = self.smt.feed_forward.map_or(0, |budget| self.count(budget));
-        let pools: Vec<(Box<dyn Fn(Site) -> bool>, usize)> = match self.smt.one_pool {
-            true => vec![(Box::new(|_| true), attention + feed_forward)],
-            false => {
-                vec![(Box::new(|s: Site| s.is_attention()), attention), (Box::new(|s| !s.is_attention()), feed_forward)]
-            }
+        // whether a pool has attention, whether it has the others, and its blocks
+        let pools = match self.smt.one_pool {
+            true => vec![(true, true, attention + feed_forward)],
+            false => vec![(true, false, attention), (false, true, feed_forward)],
         };
         let mut selected: BTreeMap<Site, BTreeSet<usize>> = BTreeMap::new();
-        for (belongs, count) in pools {
-            let maps: Vec<_> = self.maps.iter().filter(|(site, _)| belongs(**site)).collect();
+        for (of_attention, of_others, count) in pools {
+            let belongs = |site: &Site| if site.is_attention() { of_attention } else { of_others };
+            let maps: Vec<_> = self.maps.iter().filter(|(site, _)| belongs(site)).collect();
             let mut best: Vec<(f64, Site, usize)> = Vec::new();
             for (site, map) in &maps {
                 let scored = self.scores(map).into_iter().enumerate().filter(|(_, score)| *score > 0.0);

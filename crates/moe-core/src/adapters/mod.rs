@@ -68,6 +68,11 @@ pub trait LinearAdapter: Debug + Send + Sync {
         true
     }
 
+    /// Number of values it trains, for tables.
+    fn trained(&self) -> usize {
+        0
+    }
+
     /// `y [n, out]` of `x [n, in]`, without the bias.
     fn forward(&self, base: &Weight, x: &Tensor<2>, tokens: Tokens<'_>) -> Tensor<2>;
 

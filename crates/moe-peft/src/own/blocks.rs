@@ -137,6 +137,10 @@ impl LinearAdapter for OwnBlocks {
         self.base.is_some()
     }
 
+    fn trained(&self) -> usize {
+        self.start.len()
+    }
+
     fn forward(&self, base: &Weight, x: &Tensor<2>, tokens: Tokens<'_>) -> Tensor<2> {
         self.add(self.base(base).forward_for(x, None, tokens), x, false)
     }

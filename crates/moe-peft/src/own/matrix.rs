@@ -24,6 +24,10 @@ impl LinearAdapter for OwnMatrix {
         true
     }
 
+    fn trained(&self) -> usize {
+        if self.0.is_trained() { self.0.shape().iter().product() } else { 0 }
+    }
+
     fn forward(&self, _: &Weight, x: &Tensor<2>, _: Tokens<'_>) -> Tensor<2> {
         x.clone().matmul(self.0.value().transpose())
     }

@@ -2,6 +2,8 @@
 
 mod blocks;
 mod matrix;
+mod sampled;
+mod selected;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,6 +19,8 @@ use serde::{Deserialize, Serialize};
 
 pub use blocks::{Block, OwnBlocks};
 pub use matrix::{OwnEmbedding, OwnMatrix, OwnVector};
+pub use sampled::SampledLayers;
+pub use selected::BlockWatch;
 
 use crate::{
     AdapterSet, Error, Live, Result,
@@ -176,7 +180,7 @@ impl OwnWeights {
 
     fn attach_vocabulary(&self, model: &Model, set: &mut AdapterSet) -> Result<bool> {
         let (checkpoint, config) = (model.checkpoint(), model.config());
-        let tied = checkpoint.role(Role::LmHead)?.name == checkpoint.role(Role::Embedding)?.name;
+        let tied = tied(checkpoint)?;
         let (embeddings, head) = match tied {
             true => (self.embeddings || self.head, self.embeddings || self.head),
             false => (self.embeddings, self.head),
@@ -208,6 +212,11 @@ impl OwnWeights {
         }
         Ok(embeddings || head)
     }
+}
+
+/// Whether embeddings and head are one tensor.
+pub(crate) fn tied(checkpoint: &Checkpoint) -> Result<bool> {
+    Ok(checkpoint.role(Role::LmHead)?.name == checkpoint.role(Role::Embedding)?.name)
 }
 
 /// Name of a vector among the parameters.
