@@ -240,7 +240,8 @@ mod tests {
             assert!((found.balance - expected).abs() < 1e-12 && found.z == 0.0, "{found:?}");
         }
         // everything to one expert: E times its share
-        let found = losses(&adapter(balance(1.0, BalanceForm::Switch), false), &wave, &[9.0, 0.0, 9.0, 0.0], 2, &[0, 0]);
+        let found =
+            losses(&adapter(balance(1.0, BalanceForm::Switch), false), &wave, &[9.0, 0.0, 9.0, 0.0], 2, &[0, 0]);
         assert!((found.balance - 2.0 / (1.0 + (-9.0f64).exp())).abs() < 1e-12);
         let z = adapter(RouterLosses { balance: None, z: Some(0.1) }, false);
         let found = losses(&z, &wave, &[0.0; 8], 4, &[0, 1, 2, 3]);
@@ -253,13 +254,23 @@ mod tests {
         let logits: Vec<f32> = (0..12).map(|i| ((i * 7 % 11) as f32 - 5.0) * 0.3).collect();
         let selected = [0, 1, 2, 0, 3, 1];
         let both = RouterLosses { z: Some(0.3), ..balance(0.7, BalanceForm::Switch) };
-        for (config, sigmoid) in
-            [(both, false), (both, true), (balance(0.7, BalanceForm::Normalised), false), (balance(1.0, BalanceForm::Switch), true)]
-        {
+        for (config, sigmoid) in [
+            (both, false),
+            (both, true),
+            (balance(0.7, BalanceForm::Normalised), false),
+            (balance(1.0, BalanceForm::Switch), true),
+        ] {
             let adapter = adapter(config, sigmoid);
             let weights = [1.0; 6];
-            let trace =
-                LayerTrace { layer: 3, wave: &wave, experts: 4, top_k: 2, logits: &logits, selected: &selected, weights: &weights };
+            let trace = LayerTrace {
+                layer: 3,
+                wave: &wave,
+                experts: 4,
+                top_k: 2,
+                logits: &logits,
+                selected: &selected,
+                weights: &weights,
+            };
             let mut found = vec![0.25; 12];
             adapter.add_gradient(&trace, &mut found);
             for i in 0..12 {

@@ -25,10 +25,11 @@
 mod file;
 mod rule;
 mod select;
-#[cfg(test)]
-mod tests;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, PoisonError, RwLock},
+};
 
 use moe_checkpoint::{ModelConfig, RoutingKind};
 use moe_core::{
@@ -105,7 +106,7 @@ impl CondenserOptions {
 #[derive(Debug)]
 pub struct Condensers {
     layers: BTreeMap<usize, Arc<LayerRule>>,
-    options: CondenserOptions,
+    options: RwLock<CondenserOptions>,
 }
 
 /// What a layer has learnt.
@@ -147,22 +148,22 @@ impl Condensers {
         if layers.is_empty() {
             return Err(Error::input("layers with routed experts", 0, "at least one"));
         }
-        Ok(Self { layers, options })
+        Ok(Self { layers, options: RwLock::new(options) })
     }
 
     /// How the bias moves and how condensers run.
-    pub fn options(&self) -> &CondenserOptions {
-        &self.options
+    pub fn options(&self) -> CondenserOptions {
+        *self.options.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Moves the bias at another speed from now on.
     ///
     /// # Errors
     /// [`Error::Input`] for one that is negative or not finite.
-    pub fn set_speed(&mut self, speed: f32) -> Result<()> {
-        let options = CondenserOptions { speed, ..self.options };
+    pub fn set_speed(&self, speed: f32) -> Result<()> {
+        let options = CondenserOptions { speed, ..self.options() };
         options.validate()?;
-        self.options = options;
+        *self.options.write().unwrap_or_else(PoisonError::into_inner) = options;
         Ok(())
     }
 
@@ -197,7 +198,8 @@ impl Condensers {
 
     /// Moves the biases by the use counted since the last step, and forgets that use. To be called once after each optimiser step.
     pub fn step(&self) {
-        self.layers.values().for_each(|rule| rule.step(&self.options));
+        let options = self.options();
+        self.layers.values().for_each(|rule| rule.step(&options));
     }
 
     /// Adds use of a layer's experts `[E]`, as another worker of the same step counted it.
@@ -207,7 +209,11 @@ impl Condensers {
     pub fn add_usage(&self, layer: usize, usage: &[f64]) -> Result<()> {
         let rule = self.rule_of(layer)?;
         if usage.len() != rule.experts() || usage.iter().any(|u| !u.is_finite()) {
-            return Err(Error::input(format!("use of the experts of layer {layer}"), format!("{usage:?}"), format!("{} finite numbers", rule.experts())));
+            return Err(Error::input(
+                format!("use of the experts of layer {layer}"),
+                format!("{usage:?}"),
+                format!("{} finite numbers", rule.experts()),
+            ));
         }
         rule.add_pending(usage);
         Ok(())
