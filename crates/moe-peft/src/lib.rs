@@ -8,6 +8,7 @@
 
 mod error;
 pub mod esft;
+pub mod fold;
 mod live;
 pub mod own;
 pub mod places;
