@@ -13,6 +13,7 @@ mod live;
 pub mod own;
 pub mod places;
 pub mod probe;
+pub mod report;
 pub mod sampling;
 mod set;
 pub mod smt;
