@@ -173,6 +173,16 @@ impl AdapterSet {
         self.linear.iter()
     }
 
+    /// The first layer whose block has an adapter as a whole.
+    pub fn first_block(&self) -> Option<usize> {
+        self.blocks.keys().next().copied()
+    }
+
+    /// Whether the output head has an adapter.
+    pub fn has_head(&self) -> bool {
+        !self.head.is_empty()
+    }
+
     /// Sets how deep something is trained, for sets of which not everything is trained all the time. At first, as deep as there is an
     /// adapter.
     pub fn set_depth(&self, depth: Depth) {

@@ -236,3 +236,35 @@ fn sites_have_paths() {
     assert_eq!(Site::Layer(3, LayerSite::SharedGateUp).path(), "layers.3.shared_gate_up");
     assert_eq!(Site::Expert { layer: 0, expert: 7, map: ExpertSite::Down }.path(), "layers.0.experts.7.down");
 }
+
+#[test]
+fn what_was_trained_is_folded_into_a_checkpoint_in_every_layout() {
+    use moe_peft::fold::{FoldOptions, fold};
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["qwen2_moe", "gpt_oss", "qwen2_moe_bf16", "deepseek_v3"] {
+        let base = model(name);
+        // nothing trained: byte for byte
+        let mut set = AdapterSet::new();
+        OwnWeights::full().attach(&base, &mut set).unwrap();
+        let same = dir.path().join(format!("{name}-same"));
+        let report = fold(&base, &set, &same, &FoldOptions::default()).unwrap();
+        assert!(report.changed.is_empty() && !report.unchanged.is_empty(), "{name}: {:?}", report.changed);
+        let copy = moe_checkpoint::Checkpoint::open(&same).unwrap();
+        for info in base.checkpoint().tensors() {
+            assert!(copy.bytes(&info.name).unwrap() == base.checkpoint().bytes(&info.name).unwrap(), "{}", info.name);
+        }
+        // trained: the same loss from disk, to the rounding of the dtype
+        let (task, parameters) = train_own(&base, &OwnWeights::full(), 3);
+        task.set().bank().settle(parameters).unwrap();
+        let out = dir.path().join(name);
+        let report = fold(&base, task.set(), &out, &FoldOptions::default()).unwrap();
+        assert!(report.changed.len() * 10 > base.checkpoint().tensors().count() * 7, "{name}");
+        let written = moe_core::Model::open(&out, &burn::tensor::Device::flex(), None).unwrap();
+        let wave = &waves(&base, 1)[0];
+        let (a, b) = (loss(task.model(), wave), loss(&written, wave));
+        let tolerance = if name.ends_with("bf16") { 0.5 } else { 1e-4 };
+        assert!((a - b).abs() < tolerance, "{name}: {a} {b}");
+        // a second time without leave
+        assert!(fold(&base, task.set(), &out, &FoldOptions::default()).is_err());
+    }
+}
