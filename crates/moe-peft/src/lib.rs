@@ -5,6 +5,7 @@
 
 #![deny(missing_docs)]
 
+pub mod codec;
 mod error;
 
 pub use error::{Error, Result};
