@@ -32,6 +32,3 @@ pub use golomb::{expected_bits, rice_parameter};
 pub use plain::PlainDelta;
 pub use report::DeltaReport;
 pub use source::TaskVector;
-
-#[cfg(test)]
-mod tests;

@@ -1,3 +1,5 @@
+//! Delta files: what they hold, what they take, and what they are added to.
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,7 +9,9 @@ use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::*;
+use moe_peft::codec::{
+    ComPeft, Delta, DeltaCoding, DeltaOptions, DeltaReport, DeltaTable, DeltaTensor, KeptValues, PlainDelta, TaskVector,
+};
 
 const BASES: [&str; 2] = ["qwen2_moe_bf16", "qwen2_moe_mixed"];
 
