@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Parser;
+use moe_checkpoint::Checkpoint;
 use moe_core::data::{Dataset, DatasetOptions, Tokenizer, Wave, WaveOptions};
 use moe_core::{Engine, EngineOptions, Model, TeacherLogits, evaluate};
 use moe_merge::{
-    Amount, Evidence, EvidenceOptions, MergeOptions, MergePlan, MergeReport, OutputForm, Recipe, collect_evidence,
-    merge_sequentially,
+    Amount, CompactModel, CompactOverlay, CompactReport, Evidence, EvidenceOptions, MergeOptions, MergePlan,
+    MergeReport, OutputForm, Recipe, collect_evidence, merge_sequentially,
 };
 use moe_prune::{Mtp, ProtectionMask};
 use serde::Serialize;
@@ -92,6 +93,9 @@ pub struct Report {
     pub collect_seconds: f64,
     /// Seconds of planning and writing, or of merging layer by layer with the runs in between.
     pub merge_seconds: f64,
+    /// What compressing the merged experts did, if the recipe does so: they are in OUT.compact.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compact: Option<CompactReport>,
     /// Cross-entropy of the test rows before and after, and the divergence KL(before || after), in nats per token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub test: Option<Loss>,
@@ -113,6 +117,10 @@ impl fmt::Display for Report {
         writeln!(f, "{}", self.merge)?;
         let Self { tokens, collect_seconds, merge_seconds, .. } = self;
         writeln!(f, "{tokens} tokens; {collect_seconds:.1} s of collecting, {merge_seconds:.1} s of merging")?;
+        if let Some(compact) = &self.compact {
+            let (before, after) = (format::size(compact.bytes_before), format::size(compact.bytes_after));
+            writeln!(f, "experts compressed: {before} -> {after}")?;
+        }
         if let Some(Loss { before, after, divergence }) = self.test {
             writeln!(f, "test: {before:.4} -> {after:.4} nats per token, KL {divergence:.4}")?;
         }
@@ -165,13 +173,20 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         let collected = start.elapsed().as_secs_f64();
         (write(arguments, &model, &recipe, &evidence, &protect, &apply)?, collected)
     };
+    let compact_dir = beside(&arguments.out, ".compact");
+    let compact = match &recipe.compression {
+        Some(how) => Some(how.compress(&Checkpoint::open(&arguments.out)?, &compact_dir, None, arguments.force)?),
+        None => None,
+    };
     let merge_seconds = start.elapsed().as_secs_f64() - collect_seconds;
+    let compact_dir = compact.is_some().then_some(compact_dir);
     Ok(Report {
+        compact,
         merge,
         tokens: calibration.iter().map(Wave::tokens).sum(),
         collect_seconds,
         merge_seconds,
-        test: test.map(|test| loss(arguments, &model, &test)).transpose()?,
+        test: test.map(|test| loss(arguments, &model, compact_dir.as_deref(), &test)).transpose()?,
     })
 }
 
@@ -206,8 +221,11 @@ fn rows(arguments: &Arguments, model: &Model, path: &Path) -> Result<Vec<Wave>> 
 }
 
 /// What the merged checkpoint lost on some waves.
-fn loss(arguments: &Arguments, model: &Model, waves: &[Wave]) -> Result<Loss> {
-    let merged = Model::open(&arguments.out, model.device(), arguments.max_memory)?;
+fn loss(arguments: &Arguments, model: &Model, compact: Option<&Path>, waves: &[Wave]) -> Result<Loss> {
+    let mut merged = Model::open(&arguments.out, model.device(), arguments.max_memory)?;
+    if let Some(compact) = compact {
+        merged = CompactOverlay::of(CompactModel::open(compact)?, &merged)?;
+    }
     let teacher = TeacherLogits::record(&Engine::new(model, EngineOptions::default()), waves, usize::MAX)?;
     let cross_entropy = |model: &Model| -> Result<f64> {
         let engine = Engine::new(model, EngineOptions { loss: true, ..EngineOptions::default() });

@@ -11,6 +11,22 @@
 //! sampled tokens say, a recipe gives a [`MergePlan`]: a versioned JSON file in original indices, made once, applied as often as wanted.
 //! [`MergePlan::apply`] streams checkpoint to checkpoint in one of the [`OutputForm`]s and gives a [`MergeReport`].
 //!
+//! | recipe | groups | units matched by | combined by | router | source |
+//! |---|---|---|---|---|---|
+//! | `m-smoe` | dominants by usage over the whole model, joined by likeness of router logits | weights | usage | kept | arXiv 2310.01334 |
+//! | `mc-smoe` | the same | weights | usage, then low rank and sparse rows ([`Compression`]) | kept | arXiv 2310.01334 |
+//! | `hc-smoe` | average linkage of mean outputs over all tokens | – | usage | kept | arXiv 2410.08589 |
+//! | `ream`, `ream-square` | at most 16 around the most salient, by gated outputs and router logits | activations and weights | saliency (gate, or gate squared) | deleted | arXiv 2604.04356 |
+//! | `sub-moe` | k-means++ of mean outputs, pairs of layers share | – | usage, in a shared subspace | kept | arXiv 2506.23266 |
+//! | `mergemoe` | dominants by usage, joined by likeness of gate and up | – | usage; down by least squares | kept | arXiv 2510.14436 |
+//! | `dern` | the most routed to stay | – | segments of the others, k-means | deleted | arXiv 2509.10377 |
+//! | `uncurl` | spectral clustering of router logits | weights | usage | merged | UNCURL |
+//!
+//! Super experts are [protected](moe_prune::ProtectionMask): they absorb nobody and nobody absorbs them.
+//!
+//! Beside that: [`Compression`] of experts into `L R + S`, several fine-tuned checkpoints of one base in one ([`merge_tasks`]: task arithmetic,
+//! TIES, DARE), and with feature `engine` coefficients of task vectors learnt on unlabelled data (`ExpertMerging`).
+//!
 //! ```no_run
 //! use moe_checkpoint::Checkpoint;
 //! use moe_merge::{Amount, Evidence, MergeOptions, OutputForm, Recipe};
@@ -63,7 +79,10 @@ pub use combination::{
 pub use compress::{COMPACT_FILE, CompactExpert, CompactModel, CompactReport, Compression, LowRankSparse, RowScore};
 pub use context::{Gram, LayerContext};
 #[cfg(feature = "engine")]
-pub use engine::{EvidenceOptions, MergeOverlay, collect_evidence, merge_sequentially};
+pub use engine::{
+    Coefficients, CompactOverlay, EvidenceOptions, ExpertMerging, Granularity, MergeOverlay, Task, collect_evidence,
+    merge_sequentially,
+};
 pub use error::{Error, Result};
 pub use evidence::{Evidence, LayerEvidence, OutputMean, ROUTED_TOKENS, ROUTING_WEIGHT, SCORE, TokenSample};
 pub use experts::{ExpertSource, LayerExperts, expert_outputs, outputs_of_units, permute_units, unit_activations};

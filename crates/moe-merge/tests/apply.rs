@@ -351,3 +351,28 @@ fn a_stock_export_is_the_merged_experts_behind_the_rows_that_are_left() {
         assert!(difference(&logits(&out), &expected) < 1e-5, "{name}");
     }
 }
+
+#[test]
+fn fewer_experts_than_a_token_gets_are_all_selected() {
+    let directory = tempdir().unwrap();
+    let model = Checkpoint::open(parity("tf5/qwen2_moe")).unwrap();
+    let recipe = Recipe::named("dern").unwrap().with_amount(Amount::Groups(2));
+    let plan = plan(&recipe, &model);
+    let out = directory.path().join("two");
+    let report = plan.apply(&model, &out, &MergeOptions::new(OutputForm::Stock)).unwrap();
+    assert!(report.notes[0].contains("all of them instead of 3"), "{:?}", report.notes);
+    let result = Checkpoint::open(&out).unwrap();
+    assert_eq!((result.shape().top_k, result.shape().layers[0].num_experts()), (2, 2));
+    // Rows of the dominants, in order.
+    let hidden = model.shape().hidden_size;
+    for layer in &plan.layers {
+        let rows = |checkpoint: &Checkpoint| checkpoint.read_f32(Role::Layer(layer.layer, LayerRole::Router)).unwrap();
+        let expected: Vec<f32> =
+            layer.groups.iter().flat_map(|g| rows(&model)[g.dominant as usize * hidden..][..hidden].to_vec()).collect();
+        assert_eq!(rows(&result), expected);
+    }
+    assert!(logits(&out).iter().all(|v| v.is_finite()));
+    // A grouped checkpoint keeps the number that a token gets.
+    let error = plan.apply(&model, &directory.path().join("x"), &MergeOptions::new(OutputForm::Grouped)).unwrap_err();
+    assert!(error.to_string().contains("num_experts_per_tok"), "{error}");
+}

@@ -140,7 +140,7 @@ fn sizes_follow_the_formula() {
         let (found, report) = coded(&values, scaled(density, 1.0));
         let (bytes, expected) = (report.payload_bytes as f64, report.expected_bytes.unwrap() as f64);
         assert!((bytes / expected - 1.0).abs() < 0.03, "{density}: {bytes} and {expected}");
-assert!(report.file_bytes - report.payload_bytes < 600, "{report:?}");
+        assert!(report.file_bytes - report.payload_bytes < 600, "{report:?}");
         let mut order: Vec<usize> = (0..values.len()).collect();
         order.sort_by(|a, b| values[*b].abs().total_cmp(&values[*a].abs()).then(a.cmp(b)));
         let scale = report.scale.unwrap();

@@ -180,6 +180,7 @@ impl Run<'_> {
             let what = format!("the loss is {multiple:.1} times its running mean, for {} steps now", explosion.steps);
             return Err(self.diverged(step, what));
         }
+        self.task.gradients(step, mean, parameters)?;
         let clip = self.options.clip.map_or(1.0, |clip| if gradient_norm > clip { clip / gradient_norm } else { 1.0 });
         let learning_rate = self.options.schedule.rate(step, self.steps);
         self.options.optimizer.step(parameters, learning_rate, mean * clip)?;

@@ -31,6 +31,15 @@ pub trait TrainingTask {
     /// Whatever stops the model.
     fn accumulate(&mut self, wave: &Wave, parameters: &mut Parameters) -> Result<BatchLoss>;
 
+    /// The gradient of step `step` is complete: `factor` times what the parameters hold is the gradient of the mean loss, not clipped yet.
+    ///
+    /// # Errors
+    /// Whatever the task finds wrong.
+    fn gradients(&mut self, step: usize, factor: f64, parameters: &Parameters) -> Result<()> {
+        let _ = (step, factor, parameters);
+        Ok(())
+    }
+
     /// After the optimizer's step, before [`update`](Self::update): for changes by rule instead of by gradient.
     ///
     /// # Errors

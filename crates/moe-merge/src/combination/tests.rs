@@ -271,3 +271,27 @@ fn the_dominant_alone_is_untouched() {
     let bench = Bench::new((0..3).map(|seed| expert(HIDDEN, 4, seed + 60)).collect(), &[0.2, 0.5, 0.3]);
     assert_eq!(bench.merge(&DominantOnly {}).unwrap(), bench.experts[1]);
 }
+
+#[test]
+fn the_order_of_units_does_not_change_what_is_merged() {
+    let experts: Vec<ExpertWeights> = (0..3).map(|seed| expert(HIDDEN, 10, seed + 80)).collect();
+    let shuffles: Vec<Vec<u32>> = (0..3).map(|seed| shuffled(10, seed + 5)).collect();
+    let moved = experts.iter().zip(&shuffles).map(|(expert, order)| permute_units(expert, order)).collect();
+    let weights = [0.5, 0.3, 0.2];
+    let (mut bench, mut moved) = (Bench::new(experts, &weights), Bench::new(moved, &weights));
+    for bench in [&mut bench, &mut moved] {
+        bench.alignment = AlignmentConfig::Weights(WeightMatching::default());
+        bench.sample = Some(sample(80, 3));
+    }
+    let target = FitTarget::Weighted;
+    let weights = by(Importance::Usage);
+    let fit = LeastSquaresDown { weights, target, ridge: 1e-2, min_tokens: 36 };
+    let subspace = Subspace { weights, rank: SubspaceRank::Rank(4) };
+    let x = noise(20 * HIDDEN, 3);
+    for combination in [&average() as &dyn Combination, &subspace, &fit] {
+        let of = |bench: &Bench| expert_outputs(&bench.merge(combination).unwrap(), &x, Activation::Silu).unwrap();
+        assert!(close(&of(&bench), &of(&moved), 1e-3));
+    }
+    // Of the average, unit by unit: the order of the reference.
+    assert_eq!(moved.merge(&average()).unwrap(), permute_units(&bench.merge(&average()).unwrap(), &shuffles[0]));
+}

@@ -1,12 +1,16 @@
 //! Merging with the model at hand: evidence from runs, plans as overlays, layers merged one after the other.
 
 mod collect;
+mod compact;
 mod dense;
+mod expert_merging;
 mod overlay;
 mod sampler;
 mod sequential;
 
 pub use collect::{EvidenceOptions, collect_evidence};
+pub use compact::CompactOverlay;
+pub use expert_merging::{Coefficients, ExpertMerging, Granularity, Task};
 pub use overlay::MergeOverlay;
 pub use sequential::merge_sequentially;
 

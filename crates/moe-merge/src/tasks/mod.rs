@@ -99,14 +99,7 @@ impl<'a> TaskExperts<'a> {
         }
         rule.validate(tuned.len())?;
         for other in tuned {
-            let biases = |model: &Checkpoint| -> Vec<_> {
-                let layers = model.shape().layers.iter();
-                layers.map(|layer| model.config().moe(layer.layer).map(|moe| (moe.biases, moe.sets.clone()))).collect()
-            };
-            if other.shape() != base.shape() || biases(other) != biases(base) {
-                let reason = format!("the experts of {} differ in shape from those of the base", other.dir().display());
-                return Err(Error::invalid_evidence(reason));
-            }
+            same_experts(base, other)?;
         }
         if base.grouped() {
             let reason = "the experts of the checkpoint share sets of weights";
@@ -159,6 +152,19 @@ impl MergedExperts for TaskExperts<'_> {
         let fingerprints: Vec<String> = self.tuned.iter().map(|tuned| tuned.fingerprint()).collect();
         serde_json::json!({ "rule": self.rule, "tuned": fingerprints }).to_string()
     }
+}
+
+/// Refuses a checkpoint whose experts differ in shape from those of the base.
+pub(crate) fn same_experts(base: &Checkpoint, other: &Checkpoint) -> Result<()> {
+    let biases = |model: &Checkpoint| -> Vec<_> {
+        let layers = model.shape().layers.iter();
+        layers.map(|layer| model.config().moe(layer.layer).map(|moe| (moe.biases, moe.sets.clone()))).collect()
+    };
+    if other.shape() != base.shape() || biases(other) != biases(base) {
+        let reason = format!("the experts of {} differ in shape from those of the base", other.dir().display());
+        return Err(Error::invalid_evidence(reason));
+    }
+    Ok(())
 }
 
 /// Writes the base with experts that hold several fine-tuned checkpoints, streamed, atomic and resumable like a

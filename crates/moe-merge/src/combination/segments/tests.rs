@@ -214,3 +214,26 @@ fn experts_may_be_of_other_widths() {
     assert_eq!(found.width, 6);
     assert!(found.gate.iter().chain(&found.up).chain(&found.down).all(|v| v.is_finite()));
 }
+
+#[test]
+fn the_order_of_units_and_experts_does_not_change_what_is_merged() {
+    let experts: Vec<ExpertWeights> = (0..4).map(|seed| expert(HIDDEN, 10, seed + 90)).collect();
+    // Expert i of the second layer is expert order[i] of the first, with its units in another order.
+    let order = [2usize, 0, 3, 1];
+    let moved: Vec<ExpertWeights> =
+        order.iter().map(|e| permute_units(&experts[*e], &shuffled(10, *e as u64))).collect();
+    let importance = [0.4, 0.1, 0.3, 0.2];
+    let (first, second) = (plan(4, &[0, 2], &importance), plan(4, &[0, 1], &order.map(|e: usize| importance[e])));
+    let segments = Segments { alpha: 0.2, ..Segments::default() };
+    let weights = |merged: &Merged, experts: &[ExpertWeights]| match merged {
+        Merged::Changed(weights) => (**weights).clone(),
+        Merged::Unchanged(expert) => experts[*expert].clone(),
+    };
+    let (a, b) = (combine(&segments, &first, &experts).0, combine(&segments, &second, &moved).0);
+    assert!(matches!(a[0], Merged::Changed(_)));
+    // Dominants 0 and 2 are the second layer's 1 and 0.
+    for (x, y) in [(0, 1), (1, 0)] {
+        let (x, y) = (weights(&a[x], &experts), weights(&b[y], &moved));
+        assert!(difference(&x, &y) < 1e-4, "{}", difference(&x, &y));
+    }
+}
