@@ -6,6 +6,7 @@
 
 #![deny(missing_docs)]
 
+pub mod codec;
 mod error;
 pub mod esft;
 pub mod fold;
