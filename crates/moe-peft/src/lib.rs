@@ -7,6 +7,7 @@
 #![deny(missing_docs)]
 
 mod array_file;
+pub mod codec;
 pub mod compressed_experts;
 pub mod condenser;
 pub mod dense_mixer;
