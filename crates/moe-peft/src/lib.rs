@@ -8,6 +8,9 @@
 
 mod error;
 mod live;
+pub mod lora;
+pub mod merge;
+pub mod peft;
 mod set;
 
 pub use error::{Error, Result};
