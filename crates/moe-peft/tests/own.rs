@@ -1,10 +1,10 @@
 //! Training the model's own weights.
 
-mod common;
+mod tuning;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use common::{loss, model, options, train, train_own, waves};
+use tuning::{loss, model, options, train, train_own, waves};
 use moe_core::{
     adapters::{ExpertSite, LayerSite, Site},
     train::{Saving, TrainEvent, train as run, train_saved},
