@@ -6,7 +6,11 @@
 
 #![deny(missing_docs)]
 
+mod array_file;
 pub mod codec;
+pub mod compressed_experts;
+pub mod condenser;
+pub mod dense_mixer;
 mod error;
 pub mod esft;
 pub mod fold;
@@ -18,6 +22,7 @@ pub mod peft;
 pub mod places;
 pub mod probe;
 pub mod report;
+pub mod router_loss;
 pub mod sampling;
 mod set;
 pub mod smt;

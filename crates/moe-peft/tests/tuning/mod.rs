@@ -6,12 +6,12 @@ use std::path::PathBuf;
 
 use burn::tensor::Device;
 use moe_core::{
-    Engine, EngineOptions, Model,
+    Engine, EngineOptions, Model, WaveReport,
     data::{Sequence, Wave},
-    trace::Nobody,
+    trace::{Nobody, Observer, Signals},
     train::{AdamW, Keep, Optimizer, Parameters, Schedule, TrainOptions},
 };
-use moe_peft::{AdapterSet, FineTune, own::OwnWeights};
+use moe_peft::{AdapterSet, Bank, FineTune, own::OwnWeights};
 
 /// A small checkpoint of a family.
 pub fn fixture(name: &str) -> PathBuf {
@@ -67,4 +67,55 @@ pub fn train(mut task: FineTune, model: &Model, steps: usize) -> (FineTune, Para
     let mut parameters = task.set().bank().parameters().unwrap();
     moe_core::train::train(&mut task, &mut parameters, &waves(model, 3), &options(steps), &mut |_| Ok(())).unwrap();
     (task, parameters)
+}
+
+/// Asks for gradients of what is trained.
+pub struct Trains;
+
+impl Observer for Trains {
+    fn needs(&self) -> Signals {
+        Signals::PARAMETERS
+    }
+}
+
+/// A sweep that adds up gradients where they are trained.
+pub fn sweep(model: &Model, wave: &Wave) -> WaveReport {
+    let options = EngineOptions { loss: true, ..EngineOptions::default() };
+    Engine::new(model, options).run(wave, &mut Trains).unwrap()
+}
+
+/// Replaces the values of a parameter, which no optimiser has, and forgets all gradients.
+pub fn put(bank: &Bank, name: &str, values: Vec<f32>) {
+    let mut parameters = bank.parameters().unwrap();
+    parameters.get_mut(name).unwrap().values = values;
+    bank.settle(parameters).unwrap();
+}
+
+/// Numbers in [-1, 1).
+pub fn noise(len: usize, seed: usize) -> Vec<f32> {
+    (0..len).map(|i| ((i * 7919 + seed * 104_729 + 17) % 1009) as f32 / 504.5 - 1.0).collect()
+}
+
+/// Compares a parameter's gradient `found` with difference quotients of `loss` along a direction near it. Steps change the loss by so much to
+/// both sides: a large one may change the choice of experts, and so may even a small one to one side; a very small one is lost in rounding.
+pub fn check_gradient(bank: &Bank, name: &str, found: &[f32], loss: impl Fn() -> f64) {
+    let start = bank.get(name).unwrap().to_vec();
+    let norm = found.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+    assert!(norm > 1e-6, "{name}: gradient of length {norm}");
+    let direction: Vec<f64> =
+        found.iter().zip(noise(found.len(), 3)).map(|(g, n)| f64::from(*g) / norm + 0.03 * f64::from(n)).collect();
+    let slope: f64 = found.iter().zip(&direction).map(|(g, d)| f64::from(*g) * d).sum();
+    let at = |h: f64| {
+        put(bank, name, start.iter().zip(&direction).map(|(v, d)| (f64::from(*v) + h * d) as f32).collect());
+        loss()
+    };
+    let here = at(0.0);
+    let quotients = [2e-2, 4e-3, 1e-3].map(|change| {
+        let h = change / slope;
+        let (more, less) = (at(h), at(-h));
+        [(more - less) / (2.0 * h), (more - here) / h, (here - less) / h]
+    });
+    at(0.0);
+    let close = quotients.iter().flatten().any(|numeric| (numeric - slope).abs() < 0.02 * slope.abs());
+    assert!(close, "{name}: gradient along a direction {slope}, difference quotients {quotients:?}");
 }
