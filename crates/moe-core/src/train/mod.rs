@@ -11,5 +11,7 @@ mod schedule;
 
 pub use adamw::AdamW;
 pub use parameters::{Parameter, Parameters};
-pub use run::{BatchLoss, Best, JsonLines, OnEvent, TrainEvent, TrainOptions, TrainReport, TrainingTask, train};
+pub use run::{
+    BatchLoss, Best, JsonLines, OnEvent, StepOf, TrainEvent, TrainOptions, TrainReport, TrainingTask, train,
+};
 pub use schedule::{Decay, Schedule};

@@ -23,6 +23,24 @@ pub trait TrainingTask {
     /// Whatever stops the model.
     fn accumulate(&mut self, wave: &Wave, parameters: &mut Parameters) -> Result<BatchLoss>;
 
+    /// A step is about to be taken; gradients are those of the mean over its predicted tokens, clipped.
+    ///
+    /// # Errors
+    /// Whatever the task refuses.
+    fn before_step(&mut self, parameters: &Parameters, at: StepOf) -> Result<()> {
+        let _ = (parameters, at);
+        Ok(())
+    }
+
+    /// A step was taken. Values that have to stay somewhere are put back there.
+    ///
+    /// # Errors
+    /// Whatever the task refuses.
+    fn after_step(&mut self, parameters: &mut Parameters, at: StepOf) -> Result<()> {
+        let _ = (parameters, at);
+        Ok(())
+    }
+
     /// Takes the parameters as they are from now on.
     ///
     /// # Errors
@@ -34,6 +52,15 @@ pub trait TrainingTask {
     /// # Errors
     /// Whatever stops the model.
     fn evaluate(&mut self) -> Result<f64>;
+}
+
+/// A step of training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepOf {
+    /// Its number, from 1.
+    pub step: usize,
+    /// Steps in all.
+    pub steps: usize,
 }
 
 /// Loss of some waves.
@@ -226,7 +253,9 @@ pub fn train(
                 parameters.scale_gradients((clip / gradient_norm) as f32);
             }
             let learning_rate = options.schedule.rate(step, steps);
+            task.before_step(parameters, StepOf { step, steps })?;
             options.adamw.step(parameters, step, learning_rate);
+            task.after_step(parameters, StepOf { step, steps })?;
             task.update(parameters)?;
             tokens += total.tokens as u64;
             let seconds = start.elapsed().max(Duration::from_nanos(1)).as_secs_f64();
@@ -298,6 +327,10 @@ mod tests {
         w: f32,
         seen: Vec<u64>,
         updates: usize,
+        /// Norm of the gradient before each step.
+        norms: Vec<f64>,
+        /// `w` is not to go beyond.
+        limit: f32,
     }
 
     impl TrainingTask for Pull {
@@ -307,6 +340,16 @@ mod tests {
             let tokens = wave.loss_tokens();
             parameters.get_mut("w").unwrap().gradient[0] += difference * tokens as f32;
             Ok(BatchLoss { loss: f64::from(difference * difference) / 2.0 * tokens as f64, tokens })
+        }
+        fn before_step(&mut self, parameters: &Parameters, at: StepOf) -> Result<()> {
+            assert_eq!((at.step, at.steps), (self.norms.len() + 1, 20));
+            self.norms.push(parameters.gradient_norm());
+            Ok(())
+        }
+        fn after_step(&mut self, parameters: &mut Parameters, _: StepOf) -> Result<()> {
+            let w = &mut parameters.get_mut("w").unwrap().values[0];
+            *w = w.min(self.limit);
+            Ok(())
         }
         fn update(&mut self, parameters: &Parameters) -> Result<()> {
             self.w = parameters.get("w").unwrap().values[0];
@@ -323,7 +366,11 @@ mod tests {
     }
 
     fn pull(options: &TrainOptions) -> (Pull, Parameters, TrainReport, Vec<TrainEvent>) {
-        let mut task = Pull { w: 0.0, seen: Vec::new(), updates: 0 };
+        pull_up_to(options, f32::INFINITY)
+    }
+
+    fn pull_up_to(options: &TrainOptions, limit: f32) -> (Pull, Parameters, TrainReport, Vec<TrainEvent>) {
+        let mut task = Pull { w: 0.0, seen: Vec::new(), updates: 0, norms: Vec::new(), limit };
         let mut parameters = Parameters::new();
         parameters.insert("w", vec![0.0]);
         let mut events = Vec::new();
@@ -380,6 +427,18 @@ mod tests {
     }
 
     #[test]
+    fn a_task_sees_gradients_before_a_step_and_may_move_values_after_it() {
+        let (task, _, report, events) = pull_up_to(&options(), 1.5);
+        assert_eq!((task.norms.len(), report.last), (20, 1.5));
+        assert!(task.norms.iter().all(|norm| *norm <= 1.0 + 1e-6), "{:?}", task.norms);
+        let clipped = events.iter().filter_map(|event| match event {
+            TrainEvent::Step { gradient_norm, .. } => Some(gradient_norm.min(1.0)),
+            TrainEvent::Evaluation { .. } => None,
+        });
+        assert!(clipped.zip(&task.norms).all(|(a, b)| (a - b).abs() < 1e-6));
+    }
+
+    #[test]
     fn events_are_lines_of_json() {
         let mut lines = JsonLines(Vec::new());
         let events = [
@@ -404,7 +463,7 @@ mod tests {
 
     #[test]
     fn bad_options_are_named_before_anything_runs() {
-        let mut task = Pull { w: 0.0, seen: Vec::new(), updates: 0 };
+        let mut task = Pull { w: 0.0, seen: Vec::new(), updates: 0, norms: Vec::new(), limit: f32::INFINITY };
         let mut message = |options: TrainOptions, waves: &[Wave], mut parameters: Parameters| {
             train(&mut task, &mut parameters, waves, &options, &mut |_| Ok(())).unwrap_err().to_string()
         };
