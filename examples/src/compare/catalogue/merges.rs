@@ -62,7 +62,7 @@ pub enum Training {
 
 impl Training {
     /// Passes over the calibration rows.
-    const EPOCHS: usize = 40;
+    const EPOCHS: usize = 20;
 
     /// The training of a compression.
     pub fn of(self, compression: Compression) -> CompactTraining {
