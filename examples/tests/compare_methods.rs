@@ -119,6 +119,7 @@ fn the_page_of_the_guide_has_a_place_for_every_table() {
         ids.extend(["divergence", "answers", "sizes", "knock-out"].map(|kind| format!("{kind}-{name}")));
         ids.extend(settings.stock_ratios.iter().map(|ratio| format!("stock-{name}-{ratio}")));
     }
+    ids.extend(settings.stock_ratios.iter().map(|ratio| format!("stock-scorers-{ratio}")));
     let unique: BTreeSet<_> = ids.iter().collect();
     assert_eq!(page.matches("<!-- study:").count(), unique.len());
     for id in &ids {

@@ -4,6 +4,7 @@ use burn::tensor::{Device, Tensor};
 use moe_checkpoint::ExpertWeights;
 
 use crate::{
+    adapters::{Tokens, Wanted},
     host::{self, HostView},
     kernels::{
         math,
@@ -64,7 +65,12 @@ impl ExpertTensors {
 
     /// Gate and up `[n, 2I]` of `x [n, H]`.
     pub fn pre_activations(&self, x: &Tensor<2>) -> Tensor<2> {
-        self.gate_up.forward(x, self.gate_up_bias.as_ref())
+        self.pre_activations_for(x, Tokens::WAVE)
+    }
+
+    /// The same of some tokens of a wave.
+    pub fn pre_activations_for(&self, x: &Tensor<2>, tokens: Tokens<'_>) -> Tensor<2> {
+        self.gate_up.forward_for(x, self.gate_up_bias.as_ref(), tokens)
     }
 
     /// Units `[n, I]` of gate and up.
@@ -74,7 +80,12 @@ impl ExpertTensors {
 
     /// `f(x) [n, H]` of the units.
     pub fn output(&self, units: &Tensor<2>) -> Tensor<2> {
-        self.down.forward(units, self.down_bias.as_ref())
+        self.output_for(units, Tokens::WAVE)
+    }
+
+    /// The same of some tokens of a wave.
+    pub fn output_for(&self, units: &Tensor<2>, tokens: Tokens<'_>) -> Tensor<2> {
+        self.down.forward_for(units, self.down_bias.as_ref(), tokens)
     }
 
     /// Backward of `row_weights[t] * f(x[t])` down to the pre-activations, from `upstream [n, H]`, the gradient at the
@@ -86,8 +97,38 @@ impl ExpertTensors {
         row_weights: Option<&[f32]>,
         want_d_units: bool,
     ) -> SwigluGradients {
-        let du = self.down.backward(upstream); // [n, I]
-        let mut gradients = swiglu_backward(gate_up, self.activation, du, row_weights, want_d_units);
+        self.backward_for(gate_up, upstream, row_weights, Tokens::WAVE, want_d_units, false)
+    }
+
+    /// The same for some tokens of a wave. With `parameters`, adds up the gradients of what is trained beside the down projection.
+    pub fn backward_for(
+        &self,
+        gate_up: &Tensor<2>,
+        upstream: &Tensor<2>,
+        row_weights: Option<&[f32]>,
+        tokens: Tokens<'_>,
+        want_d_units: bool,
+        parameters: bool,
+    ) -> SwigluGradients {
+        let wanted = Wanted { input: true, parameters };
+        let linear = self.down.adapter().is_none_or(|adapter| adapter.is_linear());
+        let mut gradients = if linear {
+            // dW = (w dy)^T u = dy^T (w u): so the gradient at the units stays without the weight
+            let weighted = || weighted_rows(self.units(gate_up), row_weights);
+            let du = self.down.gradient(weighted, upstream, tokens, wanted).expect("wanted"); // [n, I]
+            swiglu_backward(gate_up, self.activation, du, row_weights, want_d_units)
+        } else {
+            let units = self.units(gate_up);
+            let output = self.down.forward_for(&units, None, tokens);
+            let dy = weighted_rows(upstream.clone(), row_weights);
+            let du = self.down.gradient(|| units, &dy, tokens, wanted).expect("wanted");
+            let mut gradients = swiglu_backward(gate_up, self.activation, du, None, want_d_units);
+            let (upstream, output) = (HostView::new(upstream), HostView::new(&output));
+            let hidden = self.down.dims()[0];
+            let rows = upstream.as_slice().chunks_exact(hidden).zip(output.as_slice().chunks_exact(hidden));
+            gradients.d_row_weights = rows.map(|(dy, y)| math::dot(dy, y)).collect();
+            gradients
+        };
         if let Some(bias) = &self.down_bias {
             // the weight of a row multiplies the bias, too
             let (bias, upstream) = (HostView::new(bias), HostView::new(upstream));
@@ -97,6 +138,17 @@ impl ExpertTensors {
             }
         }
         gradients
+    }
+}
+
+/// `weights[t] * x[t]`.
+pub(crate) fn weighted_rows(x: Tensor<2>, weights: Option<&[f32]>) -> Tensor<2> {
+    match weights {
+        Some(weights) => {
+            let device = x.device();
+            x * host::from_vec(weights.to_vec(), [weights.len(), 1], &device)
+        }
+        None => x,
     }
 }
 

@@ -7,6 +7,7 @@
 //! Weights stay in the checkpoint in their stored dtype; they are converted to f32 when used, and what stays in memory is decided
 //! by a limit that never changes results. Experts see only the tokens routed to them.
 
+pub mod adapters;
 pub mod data;
 pub mod device;
 pub mod engine;

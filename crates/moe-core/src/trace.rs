@@ -24,6 +24,8 @@ pub struct Signals {
     pub gradients: bool,
     /// Gradients of the router's logits and of the routing weights: costs a backward sweep, too.
     pub router_gradients: bool,
+    /// Gradients of what the model's adapters train, added up in the adapters: costs a backward sweep, as deep as they are.
+    pub parameters: bool,
     /// The input of every decoder layer.
     pub hidden: bool,
     /// The logits of every token.
@@ -38,6 +40,7 @@ impl Signals {
         outputs: false,
         gradients: false,
         router_gradients: false,
+        parameters: false,
         hidden: false,
         logits: false,
     };
@@ -52,6 +55,9 @@ impl Signals {
     /// Gradients of the router.
     pub const ROUTER_GRADIENTS: Self = Self { router_gradients: true, ..Self::NONE };
 
+    /// Gradients of what is trained.
+    pub const PARAMETERS: Self = Self { parameters: true, ..Self::NONE };
+
     /// Whether experts must be visited at all.
     pub fn experts(&self) -> bool {
         self.units || self.outputs || self.gradients
@@ -59,7 +65,7 @@ impl Signals {
 
     /// Whether there must be a backward sweep.
     pub fn backward(&self) -> bool {
-        self.gradients || self.router_gradients
+        self.gradients || self.router_gradients || self.parameters
     }
 }
 
@@ -73,6 +79,7 @@ impl BitOr for Signals {
             outputs: self.outputs || other.outputs,
             gradients: self.gradients || other.gradients,
             router_gradients: self.router_gradients || other.router_gradients,
+            parameters: self.parameters || other.parameters,
             hidden: self.hidden || other.hidden,
             logits: self.logits || other.logits,
         }

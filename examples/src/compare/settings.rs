@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 
 use super::bench::Figures;
 use super::case::{Amount, Case};
-use super::catalogue::{self, CONTROLS, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, NO_REPAIR, STOCK, UNIFORM};
+use super::catalogue::{
+    self, CONTROLS, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, NO_REPAIR, STOCK, STOCK_OF_SCORERS, STOCK_SCORERS,
+    UNIFORM,
+};
 use super::lab::Job;
 use super::merging::Merging;
 use super::rows::Limits;
@@ -43,6 +46,8 @@ pub struct Settings {
     pub stock_ratios: Vec<f64>,
     /// Exports and repairs that are compared there.
     pub stock: Vec<(&'static str, &'static str)>,
+    /// Scorers that a few of the exports are compared with.
+    pub stock_scorers: Vec<&'static str>,
     /// Units that are knocked out.
     pub knock_outs: Vec<u32>,
     /// Rows that are measured on.
@@ -69,6 +74,7 @@ impl Settings {
             allocators: [catalogue::UNIT_ALLOCATORS, catalogue::EXPERT_ALLOCATORS].concat(),
             stock_ratios: vec![0.5, 0.625],
             stock: STOCK.into(),
+            stock_scorers: STOCK_SCORERS.into(),
             knock_outs: vec![1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64],
             limits: Limits { rows: 600, answered: 200, tokens: 3000, length: 128 },
             merging: None,
@@ -115,6 +121,7 @@ impl Settings {
                 ("pieces4", "router_kd"),
                 (LAYER, "none"),
             ],
+            stock_scorers: vec!["fisher_answers"],
             knock_outs: vec![1, 8, 64],
             limits: Limits { rows: 60, answered: 16, tokens: 400, length: 64 },
             ..Self::full()
@@ -186,14 +193,18 @@ impl Settings {
         jobs
     }
 
-    /// Exports for stock loaders and the ragged ones they are compared with, by the scores of one scorer.
+    /// Exports for stock loaders and the ragged ones they are compared with, all of them by the scores of one scorer, some by others.
     pub fn stock(&self) -> Vec<Job> {
         let mut jobs = Vec::new();
         for (calibrated, seed) in self.draws() {
             for ratio in &self.stock_ratios {
-                for (method, repair) in &self.stock {
-                    let case = self.case(calibrated, seed, MAIN_SCORER, method, Amount::ratio(*ratio));
+                let mut add = |scorer: &str, method: &str, repair: &str| {
+                    let case = self.case(calibrated, seed, scorer, method, Amount::ratio(*ratio));
                     jobs.push(Job { case: case.repaired(repair), figures: Figures::All });
+                };
+                self.stock.iter().for_each(|(method, repair)| add(MAIN_SCORER, method, repair));
+                for scorer in &self.stock_scorers {
+                    STOCK_OF_SCORERS.iter().for_each(|(method, repair)| add(scorer, method, repair));
                 }
             }
         }

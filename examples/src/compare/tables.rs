@@ -3,7 +3,9 @@
 use moe_checkpoint::Granularity;
 
 use super::case::{Amount, Case};
-use super::catalogue::{CONTROLS, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, NO_REPAIR, SCORERS, UNIFORM};
+use super::catalogue::{
+    CONTROLS, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, NO_REPAIR, SCORERS, STOCK_OF_SCORERS, UNIFORM,
+};
 use super::cost::Costs;
 use super::merging_tables;
 use super::settings::{KNOCK_OUT, REPAIRED, REPAIRS};
@@ -39,6 +41,7 @@ pub fn sections(study: &Finished) -> Vec<Section> {
     }
     sections.push(tables.repairs());
     sections.push(tables.gap());
+    sections.extend(study.settings.stock_ratios.iter().map(|ratio| tables.stock_scorers(*ratio)));
     for calibrated in &study.summary.calibrated {
         sections.extend(study.settings.stock_ratios.iter().map(|ratio| tables.stock(calibrated, *ratio)));
     }
@@ -58,7 +61,7 @@ pub fn markdown(sections: &[Section]) -> String {
 }
 
 /// What is held against [`GLOBAL`], before and after repair.
-const GAP: [(&str, &str); 8] = [
+const GAP: [(&str, &str); 9] = [
     (LAYER, NO_REPAIR),
     (UNIFORM, NO_REPAIR),
     (UNIFORM, "refit"),
@@ -66,6 +69,7 @@ const GAP: [(&str, &str); 8] = [
     ("pieces4", NO_REPAIR),
     ("pieces4", "refit"),
     ("pieces4", "router_kd"),
+    ("pieces4", "router_kd_all"),
     ("pieces4", "router_kd_refit"),
 ];
 
@@ -310,30 +314,10 @@ impl Tables<'_> {
     }
 
     fn repairs(&self) -> Section {
-        let mut header = ["scorer", "way to prune", "repair"].map(str::to_owned).to_vec();
-        for calibrated in &self.summary.calibrated {
-            header.push(self.quality_name(calibrated));
-            header.push(format!("{calibrated}, KL"));
-        }
-        header.push("KL elsewhere".into());
-        let mut table = Table::new(header, 3);
+        let mut rows = Vec::new();
         for scorer in self.summary.best_scorers(self.study.settings.repaired) {
             for method in REPAIRED {
-                for repair in REPAIRS {
-                    let mut cells = vec![scorer.clone(), method.to_owned(), repair.to_owned()];
-                    let case =
-                        |calibrated: &str| self.summary.case(calibrated, &scorer, method, self.half).repaired(repair);
-                    let mut elsewhere = Vec::new();
-                    for calibrated in &self.summary.calibrated {
-                        let case = case(calibrated);
-                        cells.extend([self.quality(&case, calibrated), self.kl(&case, calibrated)]);
-                        let others = self.measured().filter(|name| name != calibrated);
-                        let spreads = others.filter_map(|name| self.summary.spread(&case, name, "kl"));
-                        elsewhere.extend(spreads.map(|spread| spread.mean));
-                    }
-                    cells.push(Spread::of(&elsewhere).map_or("–".into(), |spread| short(spread.mean)));
-                    table.row(cells);
-                }
+                rows.extend(REPAIRS.map(|repair| [scorer.clone(), method.to_owned(), repair.to_owned()]));
             }
         }
         Section {
@@ -341,8 +325,50 @@ impl Tables<'_> {
             title: format!("Repairs at {}", percent(self.study.settings.half)),
             note: "Figures of the capability that was calibrated on, and the mean divergence on those that were not."
                 .into(),
-            table,
+            table: self.on_own(&rows, self.half),
         }
+    }
+
+    fn stock_scorers(&self, ratio: f64) -> Section {
+        let mut rows = Vec::new();
+        for (method, repair) in STOCK_OF_SCORERS {
+            let scorers = std::iter::once(&MAIN_SCORER).chain(&self.study.settings.stock_scorers);
+            rows.extend(scorers.map(|scorer| [*scorer, *method, *repair].map(str::to_owned)));
+        }
+        Section {
+            id: format!("stock-scorers-{}", Amount::ratio(ratio)),
+            title: format!("Exports by scorer, {} dropped", percent(ratio)),
+            note: format!(
+                "Figures of the capability that was calibrated on, and the mean divergence on those that were not. Stock loaders \
+                 read {UNIFORM} and pieces; {GLOBAL} is ragged."
+            ),
+            table: self.on_own(&rows, Amount::ratio(ratio)),
+        }
+    }
+
+    /// Scorer, way to prune and repair with the figures of each capability when it was calibrated on.
+    fn on_own(&self, rows: &[[String; 3]], amount: Amount) -> Table {
+        let mut header = ["scorer", "way to prune", "repair"].map(str::to_owned).to_vec();
+        for calibrated in &self.summary.calibrated {
+            header.push(self.quality_name(calibrated));
+            header.push(format!("{calibrated}, KL"));
+        }
+        header.push("KL elsewhere".into());
+        let mut table = Table::new(header, 3);
+        for [scorer, method, repair] in rows {
+            let mut cells = vec![scorer.clone(), method.clone(), repair.clone()];
+            let mut elsewhere = Vec::new();
+            for calibrated in &self.summary.calibrated {
+                let case = self.summary.case(calibrated, scorer, method, amount).repaired(repair);
+                cells.extend([self.quality(&case, calibrated), self.kl(&case, calibrated)]);
+                let others = self.measured().filter(|name| name != calibrated);
+                let spreads = others.filter_map(|name| self.summary.spread(&case, name, "kl"));
+                elsewhere.extend(spreads.map(|spread| spread.mean));
+            }
+            cells.push(Spread::of(&elsewhere).map_or("–".into(), |spread| short(spread.mean)));
+            table.row(cells);
+        }
+        table
     }
 
     fn stock(&self, calibrated: &str, ratio: f64) -> Section {

@@ -1,4 +1,4 @@
-//! The backward sweep: from the loss gradient at the last layer's output down to the first MoE layer.
+//! The backward sweep: from the loss gradient at the last layer's output down to the first MoE layer, or to what is trained.
 
 use std::sync::Mutex;
 
@@ -6,12 +6,13 @@ use burn::tensor::Tensor;
 
 use super::{
     Engine,
-    experts::{ExpertBackwardRun, Wanted, lock, segments},
+    experts::{ExpertBackwardRun, ExpertWanted, lock, segments},
     forward::LayerTape,
     prepare::Prepared,
     routing::visible_logits,
 };
 use crate::{
+    adapters::{Depth, Wanted},
     error::Result,
     host::{self, HostView},
     kernels::rows::RowAccumulator,
@@ -33,8 +34,8 @@ pub(super) struct Backward<'a> {
     pub prepared: &'a Prepared,
     pub store: HiddenStore,
     pub tapes: Vec<LayerTape>,
-    /// The first MoE layer; below it nobody asks for gradients.
-    pub first_moe: usize,
+    /// Below it nobody asks for gradients.
+    pub depth: Depth,
     pub needs: Signals,
 }
 
@@ -45,18 +46,30 @@ impl Engine<'_> {
         mut dy: Tensor<2>,
         observer: &mut dyn Observer,
     ) -> Result<()> {
-        for layer in (sweep.first_moe..self.model.config().layers.len()).rev() {
+        let depth = sweep.depth;
+        for layer in (0..self.model.config().layers.len()).rev() {
+            if !depth.reaches_feed_forward(layer) {
+                return Ok(());
+            }
             let mut tape = std::mem::take(&mut sweep.tapes[layer]);
             let attention = tape.attention.take();
             let middle = sweep.store.take(middle_slot(layer))?;
             let Some(d_middle) = self.ffn_backward(&sweep, layer, &middle, dy, tape, observer)? else { return Ok(()) };
             drop(middle);
+            if !depth.reaches_attention(layer) {
+                return Ok(());
+            }
             let x = sweep.store.take(input_slot(layer))?;
             let weights = self.model.attention(layer)?;
             let (table, spans) = (&sweep.prepared.table, &sweep.prepared.spans);
             let tape = attention.unwrap_or_else(|| weights.project(&x, table));
-            dy = weights.backward(&x, &tape, spans, table, d_middle);
+            let wanted = Wanted { input: depth.reaches_below(layer), parameters: sweep.needs.parameters };
+            match weights.backward(&x, &tape, spans, table, d_middle, wanted) {
+                Some(dx) => dy = dx,
+                None => return Ok(()),
+            }
         }
+        self.model.embedding_backward(&sweep.prepared.ids, &dy);
         Ok(())
     }
 
@@ -72,18 +85,22 @@ impl Engine<'_> {
     ) -> Result<Option<Tensor<2>>> {
         let needs = sweep.needs;
         let wave = &sweep.prepared.info;
-        let want_input = layer > sweep.first_moe;
+        let want_input = sweep.depth.reaches_below_feed_forward(layer);
+        let parameters = needs.parameters;
         let ffn = self.model.ffn(layer)?;
         let z = ffn.normed(middle);
         let d_blocks = ffn.block_gradient(&dy);
         let [tokens, hidden] = z.dims();
-        let mut dz = want_input.then(|| RowAccumulator::zeros(tokens, hidden, self.model.device()));
+        // a norm that is trained is behind the experts
+        let want_dz = want_input || (parameters && ffn.norm.is_trained());
+        let mut dz = want_dz.then(|| RowAccumulator::zeros(tokens, hidden, self.model.device()));
         if let (Some(routing), Some(router)) = (&tape.routing, &ffn.router) {
             let routed = &routing.applied;
             let mut d_weights = vec![0.0f32; routed.weights.len()];
             let dispatch = routing.dispatch(true);
             let kept = tape.experts.into_iter().map(Mutex::new).collect::<Vec<_>>();
-            let wanted = Wanted { input: want_input, units: needs.gradients, output: needs.gradients && needs.outputs };
+            let output = needs.gradients && needs.outputs;
+            let wanted = ExpertWanted { input: want_dz, units: needs.gradients, output, parameters };
             let run = |e: usize| {
                 let kept = kept.get(e).and_then(|kept| lock(kept).take());
                 self.expert_backward(layer, e, &z, &d_blocks, kept, &dispatch, wanted)
@@ -113,7 +130,7 @@ impl Engine<'_> {
                 }
                 Ok(())
             })?;
-            if dz.is_some() || needs.router_gradients {
+            if dz.is_some() || needs.router_gradients || (parameters && router.linear.is_trained()) {
                 let overlay = self.model.routing_overlay().map(|overlay| &**overlay);
                 let logits = HostView::new(&router.linear.forward(&z));
                 let logits = logits.as_slice();
@@ -134,17 +151,19 @@ impl Engine<'_> {
                         d_gains: &gradients.gains,
                     })?;
                 }
-                if let Some(dz) = &mut dz {
-                    let shape = [tokens, routed.experts];
-                    let d_logits = host::from_vec(gradients.logits, shape, self.model.device());
-                    dz.add(&router.linear.backward(&d_logits));
+                let d_logits = host::from_vec(gradients.logits, [tokens, routed.experts], self.model.device());
+                let wanted = Wanted { input: dz.is_some(), parameters };
+                let through = router.linear.backward(|| z.clone(), &d_logits, wanted);
+                if let (Some(dz), Some(through)) = (&mut dz, through) {
+                    dz.add(&through);
                 }
             }
         }
-        let Some(mut dz) = dz else { return Ok(None) };
-        if let Some(dense) = &ffn.dense {
-            dense.backward(&z, &d_blocks, tape.dense, &mut dz);
+        if let Some(dense) = ffn.dense.as_ref().filter(|dense| dz.is_some() || (parameters && dense.is_trained())) {
+            dense.backward(&z, &d_blocks, tape.dense, dz.as_mut(), parameters);
         }
-        Ok(Some(ffn.input_gradient(middle, dz, &dy)))
+        let Some(dz) = dz else { return Ok(None) };
+        let dx = ffn.input_gradient(middle, dz, &dy, parameters);
+        Ok(want_input.then_some(dx))
     }
 }

@@ -6,7 +6,9 @@ use super::{
     forward::{FfnPass, LayerTape},
     prepare::Prepared,
 };
-use crate::{data::Wave, error::Result, memory::Keep, objective::Objective, store::HiddenStore, trace::Observer};
+use crate::{
+    adapters::Depth, data::Wave, error::Result, memory::Keep, objective::Objective, store::HiddenStore, trace::Observer,
+};
 
 impl Engine<'_> {
     pub(super) fn sweep(
@@ -23,7 +25,14 @@ impl Engine<'_> {
 
         let config = self.model.config();
         let layers = config.layers.len();
-        let first_moe = (0..layers).find(|&l| config.moe(l).is_some()).unwrap_or(layers);
+        let first_moe = (0..layers).find(|&l| config.moe(l).is_some());
+        let observed =
+            (needs.gradients || needs.router_gradients).then_some(first_moe).flatten().map(Depth::FeedForward);
+        let trained = self.model.adapters().filter(|_| needs.parameters).map(|adapters| adapters.depth());
+        let depth = observed.into_iter().chain(trained).fold(Depth::Head, Depth::deeper);
+        if let Some(adapters) = self.model.adapters() {
+            adapters.begin_wave(&prepared.info);
+        }
         let last_moe = (0..layers).rev().find(|&l| config.moe(l).is_some());
         let to_the_end = objective.is_some() || needs.hidden;
         let stop = if to_the_end { layers } else { last_moe.map_or(0, |l| l + 1) };
@@ -36,10 +45,11 @@ impl Engine<'_> {
             if needs.hidden {
                 observer.hidden(layer, &x)?;
             }
-            let backward = needs.backward() && layer >= first_moe;
+            let backward = needs.backward() && depth.reaches_feed_forward(layer);
+            let through = backward && depth.reaches_attention(layer);
             let keep = if backward { plan.keep[layer] } else { Keep::default() };
-            let middle = self.attention_forward(layer, &x, &prepared, tape, keep.attention && layer > first_moe)?;
-            if backward && layer > first_moe {
+            let middle = self.attention_forward(layer, &x, &prepared, tape, keep.attention && through)?;
+            if through {
                 store.put(input_slot(layer), x)?;
             }
             let skip_output = !to_the_end && Some(layer) == last_moe;
@@ -54,7 +64,7 @@ impl Engine<'_> {
         if let Some(objective) = objective
             && let Some(dx) = self.head(x, &prepared, needs, objective, observer, &mut report)?
         {
-            let sweep = Backward { prepared: &prepared, store, tapes, first_moe, needs };
+            let sweep = Backward { prepared: &prepared, store, tapes, depth, needs };
             self.backward(sweep, dx, observer)?;
         }
         observer.end_wave(&prepared.info)?;

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::Engine;
 use crate::{
+    adapters::{Tokens, Wanted},
     error::Result,
     experts::ExpertTensors,
     kernels::{rows::gather_rows, swiglu::SwigluGradients},
@@ -37,13 +38,15 @@ pub(super) struct ExpertBackwardRun {
 
 /// What of an expert's backward pass is wanted.
 #[derive(Clone, Copy)]
-pub(super) struct Wanted {
+pub(super) struct ExpertWanted {
     /// The gradient of its input.
     pub input: bool,
     /// The gradient of its units.
     pub units: bool,
     /// Its output.
     pub output: bool,
+    /// The gradients of what is trained, added up where it is.
+    pub parameters: bool,
 }
 
 impl Engine<'_> {
@@ -96,9 +99,10 @@ impl Engine<'_> {
         }
         self.model.count_expert_rows(tokens.rows.len());
         let input = gather_rows(z, tokens.rows);
-        let gate_up = weights.pre_activations(&input);
+        let tokens = Tokens::Rows(tokens.rows);
+        let gate_up = weights.pre_activations_for(&input, tokens);
         let units = weights.units(&gate_up);
-        let output = want_output.then(|| weights.output(&units));
+        let output = want_output.then(|| weights.output_for(&units, tokens));
         Ok(Some(ExpertRun { weights, input, gate_up, units, output }))
     }
 
@@ -112,7 +116,7 @@ impl Engine<'_> {
         dy: &Tensor<2>,
         kept: Option<Tensor<2>>,
         dispatch: &Dispatch,
-        wanted: Wanted,
+        wanted: ExpertWanted,
     ) -> Result<Option<ExpertBackwardRun>> {
         let tokens = dispatch.expert(expert);
         if tokens.rows.is_empty() {
@@ -120,11 +124,13 @@ impl Engine<'_> {
         }
         let weights = self.model.expert(layer, expert)?;
         let input = gather_rows(z, tokens.rows);
-        let gate_up = kept.unwrap_or_else(|| weights.pre_activations(&input));
+        let (rows, factors) = (Tokens::Rows(tokens.rows), Some(tokens.weights));
+        let gate_up = kept.unwrap_or_else(|| weights.pre_activations_for(&input, rows));
         let upstream = gather_rows(dy, tokens.rows); // [n, H], without the routing weight
-        let gradients = weights.backward(&gate_up, &upstream, Some(tokens.weights), wanted.units);
-        let output = wanted.output.then(|| weights.output(&gradients.units));
-        let d_input = wanted.input.then(|| weights.gate_up.backward(&gradients.d_gate_up));
+        let gradients = weights.backward_for(&gate_up, &upstream, factors, rows, wanted.units, wanted.parameters);
+        let output = wanted.output.then(|| weights.output_for(&gradients.units, rows));
+        let through = Wanted { input: wanted.input, parameters: wanted.parameters };
+        let d_input = weights.gate_up.gradient(|| input.clone(), &gradients.d_gate_up, rows, through);
         Ok(Some(ExpertBackwardRun { weights, input, upstream, gradients, output, d_input }))
     }
 }

@@ -44,8 +44,8 @@ impl Engine<'_> {
                 losses[t as usize] = loss;
             }
             if let Some(dx) = &mut dx {
-                let dh = self.model.head_backward(result.d_logits)?;
-                dx.add_rows(rows, None, &norm.backward(&x, &dh));
+                let dh = self.model.head_backward(&norm.forward(&x), result.d_logits, needs.parameters)?;
+                dx.add_rows(rows, None, &norm.backward(&x, &dh, needs.parameters));
             }
         }
         let sums: Vec<f64> = prepared.spans.iter().map(|s| losses[s.clone()].iter().sum()).collect();

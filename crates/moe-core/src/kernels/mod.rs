@@ -14,6 +14,7 @@ pub mod layer_norm;
 pub mod loss;
 pub mod math;
 pub mod norm;
+pub mod outer;
 pub mod reduce;
 pub mod rope;
 pub mod rows;

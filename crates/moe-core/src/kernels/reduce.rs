@@ -21,6 +21,14 @@ pub fn add_weighted_column_magnitudes(a: &Tensor<2>, weights: &[f32], out: &mut 
     add_columns(a, weights, out, f32::abs, |t| t.abs())
 }
 
+/// `sum_t a[t,j]` `[m]` of `a [n, m]`.
+pub fn column_sums(a: &Tensor<2>) -> Vec<f32> {
+    let [n, m] = a.dims();
+    let mut sums = vec![0.0; m];
+    add_columns(a, &vec![1.0; n], &mut sums, |x| x, |t| t);
+    sums.into_iter().map(|sum| sum as f32).collect()
+}
+
 fn add_columns(
     a: &Tensor<2>,
     weights: &[f32],
@@ -111,6 +119,11 @@ mod tests {
                 };
                 assert!((squares[j] - 1.0 - column(|x| x * x)).abs() < 1e-4);
                 assert!((magnitudes[j] - column(f64::abs)).abs() < 1e-4);
+            }
+            let sums = column_sums(&a);
+            for j in 0..m {
+                let expected: f64 = (0..n).map(|t| f64::from(values[t * m + j])).sum();
+                assert!((f64::from(sums[j]) - expected).abs() < 1e-4);
             }
             for (t, norm) in row_square_norms(&a).into_iter().enumerate() {
                 let expected: f32 = values[t * m..(t + 1) * m].iter().map(|x| x * x).sum();

@@ -11,7 +11,10 @@ use super::{
     amx::{self, PackedWeights},
     for_rows_mut,
 };
-use crate::host::{self, HostView};
+use crate::{
+    adapters::{LinearAdapter, Tokens, Wanted},
+    host::{self, HostView},
+};
 
 /// A weight matrix `[out, in]`. Cloning shares it.
 #[derive(Clone, Debug)]
@@ -23,6 +26,10 @@ enum Form {
     Dense(Box<Tensor<2>>),
     /// bf16 in the checkpoint, packed for the matrix units of the CPU when a direction is first used.
     Packed(Arc<Packed>),
+    /// Not read, since an adapter stands in for it.
+    Absent([usize; 2]),
+    /// With something beside or instead of it.
+    Adapted(Arc<(Weight, Arc<dyn LinearAdapter>)>),
 }
 
 /// Rows of a matrix of little-endian bf16, valid during a call.
@@ -52,6 +59,24 @@ impl Weight {
         Self(Form::Dense(Box::new(matrix)))
     }
 
+    /// A matrix of this shape that an adapter stands in for.
+    pub(crate) fn absent(dims: [usize; 2]) -> Self {
+        Self(Form::Absent(dims))
+    }
+
+    /// The same with `adapter` beside or instead of it.
+    pub fn adapted(self, adapter: Arc<dyn LinearAdapter>) -> Self {
+        Self(Form::Adapted(Arc::new((self, adapter))))
+    }
+
+    /// The adapter on it.
+    pub fn adapter(&self) -> Option<&Arc<dyn LinearAdapter>> {
+        match &self.0 {
+            Form::Adapted(both) => Some(&both.1),
+            _ => None,
+        }
+    }
+
     /// Whether bf16 weights on `device` should come through [`from_bf16`](Self::from_bf16).
     pub fn prefers_bf16(device: &Device) -> bool {
         host::is_host(device) && amx::available()
@@ -77,22 +102,34 @@ impl Weight {
         match &self.0 {
             Form::Dense(matrix) => matrix.dims(),
             Form::Packed(packed) => [packed.outputs, packed.inputs],
+            Form::Absent(dims) => *dims,
+            Form::Adapted(both) => both.0.dims(),
         }
     }
 
-    /// The matrix as an f32 tensor; a copy where it is packed.
+    /// The matrix as an f32 tensor; a copy where it is packed. With an adapter, the matrix that both are together, where they are one,
+    /// and else the weight without it.
     pub fn to_tensor(&self) -> Tensor<2> {
         match &self.0 {
             Form::Dense(matrix) => Tensor::clone(matrix),
             Form::Packed(packed) => packed.to_tensor(),
+            Form::Absent(dims) => unreachable!("a weight {dims:?} that an adapter stands in for is used by it alone"),
+            Form::Adapted(both) => both.1.matrix(&both.0).unwrap_or_else(|| both.0.to_tensor()),
         }
     }
 
-    /// `x w^T + bias` for `x [n, in]`, `bias [out]`.
+    /// `x w^T + bias` for `x [n, in]`, all tokens of a wave, and `bias [out]`.
     pub fn forward(&self, x: &Tensor<2>, bias: Option<&Tensor<1>>) -> Tensor<2> {
+        self.forward_for(x, bias, Tokens::WAVE)
+    }
+
+    /// The same for some tokens of a wave.
+    pub fn forward_for(&self, x: &Tensor<2>, bias: Option<&Tensor<1>>, tokens: Tokens<'_>) -> Tensor<2> {
         let y = match &self.0 {
             Form::Dense(matrix) => x.clone().matmul(Tensor::clone(matrix).transpose()), // [n, out]
             Form::Packed(packed) => packed.multiply(x, packed.outputs, packed.forward()),
+            Form::Absent(dims) => unreachable!("a weight {dims:?} that an adapter stands in for is used by it alone"),
+            Form::Adapted(both) => both.1.forward(&both.0, x, tokens),
         };
         match bias {
             Some(bias) => add_bias(y, bias),
@@ -100,11 +137,30 @@ impl Weight {
         }
     }
 
-    /// `dy w`: the gradient of [`forward`](Self::forward) with respect to `x`, for `dy [n, out]`.
+    /// `dy w`: the gradient of [`forward`](Self::forward) with respect to `x`, for `dy [n, out]`. With an adapter that depends on its
+    /// input, that of the weight without it.
     pub fn backward(&self, dy: &Tensor<2>) -> Tensor<2> {
         match &self.0 {
             Form::Dense(matrix) => dy.clone().matmul(Tensor::clone(matrix)), // [n, in]
             Form::Packed(packed) => packed.multiply(dy, packed.inputs, packed.backward()),
+            Form::Absent(_) | Form::Adapted(_) => dy.clone().matmul(self.to_tensor()),
+        }
+    }
+
+    /// The gradient of [`forward_for`](Self::forward_for) with respect to `x`, if it is wanted, and those of what an adapter trains. Only
+    /// an adapter asks for `x`.
+    pub fn gradient(
+        &self,
+        x: impl FnOnce() -> Tensor<2>,
+        dy: &Tensor<2>,
+        tokens: Tokens<'_>,
+        wanted: Wanted,
+    ) -> Option<Tensor<2>> {
+        match &self.0 {
+            Form::Adapted(both) if wanted.input || wanted.parameters => {
+                both.1.backward(&both.0, &x(), dy, tokens, wanted)
+            }
+            _ => wanted.input.then(|| self.backward(dy)),
         }
     }
 }

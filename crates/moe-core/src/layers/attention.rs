@@ -5,10 +5,13 @@ use std::ops::Range;
 use burn::tensor::Tensor;
 
 use super::{GroupedProjections, LatentProjections, Linear, Norm, grouped, latent, scaled};
-use crate::kernels::{
-    attention::{AttentionShape, attention, attention_backward},
-    rope::RotaryTable,
-    rows::RowAccumulator,
+use crate::{
+    adapters::Wanted,
+    kernels::{
+        attention::{AttentionShape, attention, attention_backward},
+        rope::RotaryTable,
+        rows::RowAccumulator,
+    },
 };
 
 /// Self-attention with its norm.
@@ -93,7 +96,7 @@ impl AttentionLayer {
         sum.into_tensor()
     }
 
-    /// Gradient with respect to `x` from the gradient of [`mix`](Self::mix)'s result.
+    /// Gradient with respect to `x`, if it is wanted, from the gradient of [`mix`](Self::mix)'s result; and those of what is trained.
     pub fn backward(
         &self,
         x: &Tensor<2>,
@@ -101,20 +104,31 @@ impl AttentionLayer {
         sequences: &[Range<usize>],
         table: &RotaryTable,
         dy: Tensor<2>,
-    ) -> Tensor<2> {
-        let d_heads = self.output.backward(&scaled(dy.clone(), self.residual));
+        wanted: Wanted,
+    ) -> Option<Tensor<2>> {
+        let heads = || attention(&tape.q, &tape.k, &tape.v, sequences, &self.shape);
+        let through = Wanted { input: true, ..wanted };
+        let d_heads = self.output.backward(heads, &scaled(dy.clone(), self.residual), through)?;
         let (dq, dk, dv) = attention_backward(&tape.q, &tape.k, &tape.v, sequences, &self.shape, &d_heads);
         drop(d_heads);
+        let z = || self.norm.forward(x);
+        // a norm that is trained is behind the projections
+        let wanted_z = Wanted { input: wanted.input || self.norm.is_trained(), ..wanted };
         let dz = match (&self.projections, &tape.saved) {
             (Projections::Grouped(grouped), Saved::Grouped(saved)) => {
-                grouped.backward(saved, &tape.v, table, &self.shape, [dq, dk, dv])
+                grouped.backward(&z, saved, &tape.v, table, &self.shape, [dq, dk, dv], wanted_z)
             }
-            (Projections::Latent(latent), Saved::Latent(saved)) => latent.backward(saved, table, [dq, dk, dv]),
+            (Projections::Latent(latent), Saved::Latent(saved)) => {
+                latent.backward(&z, saved, table, [dq, dk, dv], wanted_z)
+            }
             _ => unreachable!("a tape belongs to the layer that wrote it"),
-        };
-        let mut dx = RowAccumulator::from_tensor(self.norm.backward(x, &dz));
-        dx.add(&dy);
-        dx.into_tensor()
+        }?;
+        let dx = self.norm.backward(x, &dz, wanted.parameters);
+        wanted.input.then(|| {
+            let mut dx = RowAccumulator::from_tensor(dx);
+            dx.add(&dy);
+            dx.into_tensor()
+        })
     }
 
     /// What generation keeps of the tokens `x [n, H]`.

@@ -59,9 +59,9 @@ impl FfnLayer {
         scaled(dy.clone(), self.residual)
     }
 
-    /// `dy + norm'(x) dz`: the gradient through the residual and the norm.
-    pub fn input_gradient(&self, x: &Tensor<2>, dz: RowAccumulator, dy: &Tensor<2>) -> Tensor<2> {
-        let mut dx = RowAccumulator::from_tensor(self.norm.backward(x, &dz.into_tensor()));
+    /// `dy + norm'(x) dz`: the gradient through the residual and the norm; with `parameters`, also those of what is trained of the norm.
+    pub fn input_gradient(&self, x: &Tensor<2>, dz: RowAccumulator, dy: &Tensor<2>, parameters: bool) -> Tensor<2> {
+        let mut dx = RowAccumulator::from_tensor(self.norm.backward(x, &dz.into_tensor(), parameters));
         dx.add(dy);
         dx.into_tensor()
     }

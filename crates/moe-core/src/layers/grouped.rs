@@ -2,8 +2,11 @@
 
 use burn::tensor::Tensor;
 
-use super::{Linear, Norm};
-use crate::kernels::{attention::AttentionShape, rope::RotaryTable, rows::RowAccumulator};
+use super::{Linear, Norm, sum_of};
+use crate::{
+    adapters::Wanted,
+    kernels::{attention::AttentionShape, rope::RotaryTable},
+};
 
 /// Query, key and value projections.
 #[derive(Clone, Debug)]
@@ -52,15 +55,18 @@ impl GroupedProjections {
         ([q, k, v], Saved(saved))
     }
 
-    /// Gradient with respect to `z`; `v` as [`project`](Self::project) returned it.
+    /// Gradient with respect to `z`, if it is wanted; `v` as [`project`](Self::project) returned it.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn backward(
         &self,
+        z: &dyn Fn() -> Tensor<2>,
         saved: &Saved,
         v: &Tensor<2>,
         table: &RotaryTable,
         shape: &AttentionShape,
         [dq, dk, mut dv]: [Tensor<2>; 3],
-    ) -> Tensor<2> {
+        wanted: Wanted,
+    ) -> Option<Tensor<2>> {
         let mut dq = table.rotate(dq, shape.heads, 0, true);
         let mut dk = table.rotate(dk, shape.kv_heads, 0, true);
         if let Some((q, k)) = &saved.0 {
@@ -75,14 +81,12 @@ impl GroupedProjections {
                 dv = dv.mask_fill(v.clone().abs().greater_equal_elem(bound), 0.0);
             }
             if let Some(norms) = &self.norms {
-                dq = norms.backward(&norms.query, q, dq, shape);
-                dk = norms.backward(&norms.key, k, dk, shape);
+                dq = norms.backward(&norms.query, q, dq, shape, wanted.parameters);
+                dk = norms.backward(&norms.key, k, dk, shape, wanted.parameters);
             }
         }
-        let mut dz = RowAccumulator::from_tensor(self.qkv[0].backward(&dq));
-        dz.add(&self.qkv[1].backward(&dk));
-        dz.add(&self.qkv[2].backward(&dv));
-        dz.into_tensor()
+        let [query, key, value] = &self.qkv;
+        sum_of([(query, dq), (key, dk), (value, dv)].map(|(linear, dy)| linear.backward(z, &dy, wanted)))
     }
 }
 
@@ -97,8 +101,15 @@ impl HeadNorms {
         norm.forward(&x.reshape(self.rows(dims, shape))).reshape(dims)
     }
 
-    fn backward(&self, norm: &Norm, x: &Tensor<2>, dy: Tensor<2>, shape: &AttentionShape) -> Tensor<2> {
+    fn backward(
+        &self,
+        norm: &Norm,
+        x: &Tensor<2>,
+        dy: Tensor<2>,
+        shape: &AttentionShape,
+        parameters: bool,
+    ) -> Tensor<2> {
         let (dims, rows) = (x.dims(), self.rows(x.dims(), shape));
-        norm.backward(&x.clone().reshape(rows), &dy.reshape(rows)).reshape(dims)
+        norm.backward(&x.clone().reshape(rows), &dy.reshape(rows), parameters).reshape(dims)
     }
 }

@@ -5,9 +5,10 @@
 
 use burn::tensor::Tensor;
 
-use super::{Linear, Norm};
-use crate::kernels::{
-    attention::AttentionShape, latent::LatentHeads, rope::RotaryTable, rows::RowAccumulator, weight::Weight,
+use super::{Linear, Norm, sum_of};
+use crate::{
+    adapters::{Tokens, Wanted},
+    kernels::{attention::AttentionShape, latent::LatentHeads, rope::RotaryTable, weight::Weight},
 };
 
 /// Projections of latent attention. R_kv is the rank of the key/value latent.
@@ -63,12 +64,20 @@ impl QueryProjection {
         }
     }
 
-    fn backward(&self, latent: Option<&Tensor<2>>, dq: &Tensor<2>) -> Tensor<2> {
+    fn backward(
+        &self,
+        z: &dyn Fn() -> Tensor<2>,
+        latent: Option<&Tensor<2>>,
+        dq: &Tensor<2>,
+        wanted: Wanted,
+    ) -> Option<Tensor<2>> {
         match (self, latent) {
             (Self::LowRank(query), Some(latent)) => {
-                query.down.backward(&query.norm.backward(latent, &query.up.backward(dq)))
+                let through = Wanted { input: true, ..wanted };
+                let d_normed = query.up.gradient(|| query.norm.forward(latent), dq, Tokens::WAVE, through)?;
+                query.down.backward(z, &query.norm.backward(latent, &d_normed, wanted.parameters), wanted)
             }
-            (Self::Full(weight), _) => weight.backward(dq),
+            (Self::Full(weight), _) => weight.gradient(z, dq, Tokens::WAVE, wanted),
             (Self::LowRank(_), None) => unreachable!("the forward pass saves the latent"),
         }
     }
@@ -95,14 +104,23 @@ impl LatentProjections {
         ([q, k, v], saved)
     }
 
-    pub(super) fn backward(&self, saved: &Saved, table: &RotaryTable, [dq, dk, dv]: [Tensor<2>; 3]) -> Tensor<2> {
+    /// Gradient with respect to `z`, if it is wanted.
+    pub(super) fn backward(
+        &self,
+        z: &dyn Fn() -> Tensor<2>,
+        saved: &Saved,
+        table: &RotaryTable,
+        [dq, dk, dv]: [Tensor<2>; 3],
+        wanted: Wanted,
+    ) -> Option<Tensor<2>> {
         let dq = table.rotate(dq, self.heads.heads, self.heads.nope, true);
-        let mut dz = RowAccumulator::from_tensor(self.query.backward(saved.query.as_ref(), &dq));
+        let from_query = self.query.backward(z, saved.query.as_ref(), &dq, wanted);
         let (d_kv, d_shared) = self.heads.join_backward(&dk, &dv);
-        let d_latent = self.kv_norm.backward(&saved.kv, &self.kv_up.backward(&d_kv));
+        let through = Wanted { input: true, ..wanted };
+        let d_normed = self.kv_up.gradient(|| self.kv_norm.forward(&saved.kv), &d_kv, Tokens::WAVE, through)?;
+        let d_latent = self.kv_norm.backward(&saved.kv, &d_normed, wanted.parameters);
         let d_both = table.rotate(Tensor::cat(vec![d_latent, d_shared], 1), 1, self.rank(), true);
-        dz.add(&self.kv_down.backward(&d_both));
-        dz.into_tensor()
+        sum_of([from_query, self.kv_down.backward(z, &d_both, wanted)])
     }
 
     /// Queries in the latent space `[n, heads * (R_kv + rope)]`, and `[latent | rotated key]` `[n, R_kv + rope]`, which is all

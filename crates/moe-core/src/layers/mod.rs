@@ -12,7 +12,7 @@ mod norm;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use burn::tensor::Tensor;
 
@@ -23,7 +23,10 @@ pub use grouped::{GroupedProjections, HeadNorms};
 pub use latent::{LatentProjections, LowRankQuery, QueryProjection};
 pub use norm::Norm;
 
-use crate::kernels::weight::Weight;
+use crate::{
+    adapters::{Tokens, VectorAdapter, Wanted},
+    kernels::{reduce::column_sums, weight::Weight},
+};
 
 /// A linear map with an optional bias `[out]`.
 #[derive(Clone, Debug)]
@@ -32,18 +35,42 @@ pub struct Linear {
     pub weight: Weight,
     /// `[out]`.
     pub bias: Option<Tensor<1>>,
+    /// What stands in for the bias, and is trained.
+    pub bias_adapter: Option<Arc<dyn VectorAdapter>>,
 }
 
 impl Linear {
-    /// `x w^T + bias`.
-    pub fn forward(&self, x: &Tensor<2>) -> Tensor<2> {
-        self.weight.forward(x, self.bias.as_ref())
+    /// A frozen linear map.
+    pub fn new(weight: Weight, bias: Option<Tensor<1>>) -> Self {
+        Self { weight, bias, bias_adapter: None }
     }
 
-    /// `dy w`: the gradient with respect to `x`.
-    pub fn backward(&self, dy: &Tensor<2>) -> Tensor<2> {
-        self.weight.backward(dy)
+    /// Whether something of it is trained.
+    pub(crate) fn is_trained(&self) -> bool {
+        self.bias_adapter.is_some() || self.weight.adapter().is_some()
     }
+
+    /// `x w^T + bias`.
+    pub fn forward(&self, x: &Tensor<2>) -> Tensor<2> {
+        let trained = self.bias_adapter.as_ref().map(|adapter| adapter.value());
+        self.weight.forward(x, trained.as_ref().or(self.bias.as_ref()))
+    }
+
+    /// The gradient with respect to `x`, if it is wanted, and those of what is trained. `x` is asked for by an adapter only.
+    pub fn backward(&self, x: impl FnOnce() -> Tensor<2>, dy: &Tensor<2>, wanted: Wanted) -> Option<Tensor<2>> {
+        if let Some(adapter) = self.bias_adapter.as_ref().filter(|_| wanted.parameters) {
+            adapter.add_gradient(&column_sums(dy));
+        }
+        self.weight.gradient(x, dy, Tokens::WAVE, wanted)
+    }
+}
+
+/// Adds some gradients that are wanted or not, all alike.
+pub(crate) fn sum_of(gradients: impl IntoIterator<Item = Option<Tensor<2>>>) -> Option<Tensor<2>> {
+    let mut gradients = gradients.into_iter().flatten();
+    let mut sum = crate::kernels::rows::RowAccumulator::from_tensor(gradients.next()?);
+    gradients.for_each(|gradient| sum.add(&gradient));
+    Some(sum.into_tensor())
 }
 
 pub(crate) fn slice_rows(x: &Tensor<2>, rows: &Range<usize>) -> Tensor<2> {

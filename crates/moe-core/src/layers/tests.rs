@@ -4,6 +4,7 @@ use moe_checkpoint::{RopeConfig, RopeScaling};
 
 use super::*;
 use crate::{
+    adapters::Wanted,
     host,
     kernels::{
         attention::{AttentionShape, attention_cached},
@@ -25,11 +26,11 @@ fn vector(len: usize, seed: u32) -> Tensor<1> {
 }
 
 fn linear(shape: [usize; 2], seed: u32) -> Linear {
-    Linear { weight: weight(shape, seed), bias: Some(vector(shape[0], seed + 100)) }
+    Linear::new(weight(shape, seed), Some(vector(shape[0], seed + 100)))
 }
 
 fn norm(len: usize, seed: u32, bias: bool) -> Norm {
-    Norm { weight: vector(len, seed).add_scalar(1.5), bias: bias.then(|| vector(len, seed + 100)), eps: 1e-5 }
+    Norm::new(vector(len, seed).add_scalar(1.5), bias.then(|| vector(len, seed + 100)), 1e-5)
 }
 
 fn table(rotary_dim: usize, interleaved: bool) -> RotaryTable {
@@ -85,7 +86,9 @@ fn check_gradient(layer: &AttentionLayer, table: &RotaryTable) {
     let (x, dy) = (pattern([TOKENS, HIDDEN], 20), pattern([TOKENS, HIDDEN], 21));
     let sequences = [0..2, 2..TOKENS];
     let tape = layer.project(&x, table);
-    let found = host::into_vec(layer.backward(&x, &tape, &sequences, table, dy.clone()));
+    let found = host::into_vec(
+        layer.backward(&x, &tape, &sequences, table, dy.clone(), Wanted { input: true, parameters: false }).unwrap(),
+    );
     let values = host::into_vec(x);
     for (i, found) in found.into_iter().enumerate() {
         let at = |h: f32| -> f64 {

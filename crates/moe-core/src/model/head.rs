@@ -1,10 +1,13 @@
 //! The output head: from the last layer's output to logits, block of the vocabulary by block, and back.
 
+use std::ops::Range;
+
 use burn::tensor::Tensor;
 use moe_checkpoint::Role;
 
 use super::Model;
 use crate::{
+    adapters::Wanted,
     error::Result,
     host,
     kernels::rows::RowAccumulator,
@@ -19,18 +22,29 @@ impl Model {
         config.vocab_size.div_ceil(memory::head_block_rows(config.hidden_size))
     }
 
+    /// The rows of the output head that are computed together, block by block.
+    pub fn head_rows(&self) -> impl Iterator<Item = Range<usize>> {
+        let config = self.config();
+        let (rows, vocab) = (memory::head_block_rows(config.hidden_size), config.vocab_size);
+        (0..self.head_blocks()).map(move |block| block * rows..((block + 1) * rows).min(vocab))
+    }
+
     /// Logits of the normed hidden states `h [n, H]`, `[n, V_b]` per block of the vocabulary.
     pub(crate) fn head_forward(&self, h: &Tensor<2>) -> Result<Vec<Tensor<2>>> {
         let h = scaled(h.clone(), self.logits_factor());
         (0..self.head_blocks()).map(|block| Ok(self.head_block(block)?.forward(&h))).collect()
     }
 
-    /// Gradient with respect to `h`, from those of the logits.
-    pub(crate) fn head_backward(&self, d_logits: Vec<Tensor<2>>) -> Result<Tensor<2>> {
+    /// Gradient with respect to `h`, from those of the logits; with `parameters`, also those of what is trained of the head.
+    pub(crate) fn head_backward(&self, h: &Tensor<2>, d_logits: Vec<Tensor<2>>, parameters: bool) -> Result<Tensor<2>> {
+        let wanted = Wanted { input: true, parameters };
+        let h = || scaled(h.clone(), self.logits_factor());
         let rows = d_logits.first().map_or(0, |block| block.dims()[0]);
         let mut dh = RowAccumulator::zeros(rows, self.config().hidden_size, self.device());
         for (block, d_logits) in d_logits.into_iter().enumerate() {
-            dh.add(&self.head_block(block)?.backward(&d_logits));
+            if let Some(d) = self.head_block(block)?.backward(h, &d_logits, wanted) {
+                dh.add(&d);
+            }
         }
         Ok(scaled(dh.into_tensor(), self.logits_factor()))
     }
@@ -47,7 +61,10 @@ impl Model {
             let (rows, h) = (memory::head_block_rows(config.hidden_size), config.hidden_size);
             let range = block * rows..((block + 1) * rows).min(config.vocab_size);
             let n = range.len();
-            let weight = self.row_weight(Role::LmHead, range.clone(), [n, h])?;
+            let adapter = self.adapters().and_then(|adapters| adapters.head(range.clone()));
+            let weight = self.adapted(&format!("output head {range:?}"), [n, h], adapter, || {
+                self.row_weight(Role::LmHead, range.clone(), [n, h])
+            })?;
             let bias = match config.head_bias {
                 true => {
                     let all = self.checkpoint().read_f32(Role::LmHeadBias)?;
@@ -56,7 +73,7 @@ impl Model {
                 }
                 false => None,
             };
-            Ok(Linear { weight, bias })
+            Ok(Linear::new(weight, bias))
         };
         self.cached_head_block(block, load)
     }

@@ -4,6 +4,7 @@ use moe_checkpoint::{AttentionKind, Ffn, LatentAttention, LayerRole, NormKind, Q
 
 use super::Model;
 use crate::{
+    adapters::LayerSite,
     error::{Error, Result},
     experts::ExpertTensors,
     host,
@@ -37,6 +38,8 @@ impl Model {
                 other => return Err(Error::Unsupported(format!("attention {other:?}"))),
             },
             output: self.linear(
+                layer,
+                LayerSite::Output,
                 role(LayerRole::Output),
                 a.output_bias.then_some(role(LayerRole::OutputBias)),
                 [config.hidden_size, values],
@@ -64,7 +67,9 @@ impl Model {
         let a = &config.attention;
         let role = |r| Role::Layer(layer, r);
         let (h, q, kv) = (config.hidden_size, a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim);
-        let linear = |weight, bias, rows| self.linear(role(weight), a.qkv_bias.then_some(role(bias)), [rows, h]);
+        let linear = |site, weight, bias, rows| {
+            self.linear(layer, site, role(weight), a.qkv_bias.then_some(role(bias)), [rows, h])
+        };
         let norms = |per_head, query, key| -> Result<Option<HeadNorms>> {
             let norm = |r, len| self.rms_norm(role(r), len, config.norm_eps);
             let (query, key) = (norm(LayerRole::QueryNorm, query)?, norm(LayerRole::KeyNorm, key)?);
@@ -72,9 +77,9 @@ impl Model {
         };
         Ok(GroupedProjections {
             qkv: [
-                linear(LayerRole::Query, LayerRole::QueryBias, q)?,
-                linear(LayerRole::Key, LayerRole::KeyBias, kv)?,
-                linear(LayerRole::Value, LayerRole::ValueBias, kv)?,
+                linear(LayerSite::Query, LayerRole::Query, LayerRole::QueryBias, q)?,
+                linear(LayerSite::Key, LayerRole::Key, LayerRole::KeyBias, kv)?,
+                linear(LayerSite::Value, LayerRole::Value, LayerRole::ValueBias, kv)?,
             ],
             norms: match a.qk_norm {
                 QkNorm::None => None,
@@ -91,7 +96,10 @@ impl Model {
         let a = &config.attention;
         let role = |r| Role::Layer(layer, r);
         let (h, q, rank) = (config.hidden_size, a.num_heads * a.head_dim, latent.kv_lora_rank);
-        let down = |weight, bias, rows| self.linear(role(weight), a.qkv_bias.then_some(role(bias)), [rows, h]);
+        let down = |site, weight, bias, rows| {
+            self.linear(layer, site, role(weight), a.qkv_bias.then_some(role(bias)), [rows, h])
+        };
+        let weight = |site, weight, dims| self.site_weight(layer, site, &[role(weight)], dims);
         let heads = LatentHeads {
             heads: a.num_heads,
             nope: latent.qk_nope_head_dim,
@@ -100,16 +108,30 @@ impl Model {
         };
         Ok(LatentProjections {
             query: match latent.q_lora_rank {
-                None => QueryProjection::Full(self.weight(&[role(LayerRole::Query)], [q, h])?),
+                None => QueryProjection::Full(weight(LayerSite::Query, LayerRole::Query, [q, h])?),
                 Some(rank) => QueryProjection::LowRank(Box::new(LowRankQuery {
-                    down: down(LayerRole::LatentQueryDown, LayerRole::LatentQueryDownBias, rank)?,
+                    down: down(
+                        LayerSite::LatentQueryDown,
+                        LayerRole::LatentQueryDown,
+                        LayerRole::LatentQueryDownBias,
+                        rank,
+                    )?,
                     norm: self.rms_norm(role(LayerRole::LatentQueryNorm), rank, latent.norm_eps)?,
-                    up: self.weight(&[role(LayerRole::LatentQueryUp)], [q, rank])?,
+                    up: weight(LayerSite::LatentQueryUp, LayerRole::LatentQueryUp, [q, rank])?,
                 })),
             },
-            kv_down: down(LayerRole::LatentKvDown, LayerRole::LatentKvDownBias, rank + heads.rope)?,
+            kv_down: down(
+                LayerSite::LatentKvDown,
+                LayerRole::LatentKvDown,
+                LayerRole::LatentKvDownBias,
+                rank + heads.rope,
+            )?,
             kv_norm: self.rms_norm(role(LayerRole::LatentKvNorm), rank, latent.norm_eps)?,
-            kv_up: self.weight(&[role(LayerRole::LatentKvUp)], [heads.heads * (heads.nope + heads.value), rank])?,
+            kv_up: weight(
+                LayerSite::LatentKvUp,
+                LayerRole::LatentKvUp,
+                [heads.heads * (heads.nope + heads.value), rank],
+            )?,
             heads,
         })
     }
@@ -144,36 +166,42 @@ impl Model {
         let config = self.config();
         let h = config.hidden_size;
         let role = |r| Role::Layer(layer, r);
-        let block = |gate, up, down, width: usize| -> Result<ExpertTensors> {
+        let block = |sites: [LayerSite; 2], gate, up, down, width: usize| -> Result<ExpertTensors> {
             Ok(ExpertTensors {
-                gate_up: self.weight(&[role(gate), role(up)], [2 * width, h])?,
+                gate_up: self.site_weight(layer, sites[0], &[role(gate), role(up)], [2 * width, h])?,
                 gate_up_bias: None,
-                down: self.weight(&[role(down)], [h, width])?,
+                down: self.site_weight(layer, sites[1], &[role(down)], [h, width])?,
                 down_bias: None,
                 activation: self.activation,
             })
         };
+        let adapter = self.adapters().and_then(|adapters| adapters.block(layer));
         let (dense, router) = match &config.layers[layer].ffn {
             Ffn::Dense { intermediate_size } => {
+                let sites = [LayerSite::DenseGateUp, LayerSite::DenseDown];
                 let weights =
-                    block(LayerRole::DenseGate, LayerRole::DenseUp, LayerRole::DenseDown, *intermediate_size)?;
-                (Some(DenseBlock { weights, gate: None }), None)
+                    block(sites, LayerRole::DenseGate, LayerRole::DenseUp, LayerRole::DenseDown, *intermediate_size)?;
+                (Some(DenseBlock { weights, gate: None, adapter }), None)
             }
             Ffn::Moe(moe) => {
                 let shared = match &moe.shared {
                     Some(shared) => {
                         let width = shared.intermediate_size;
-                        let weights = block(LayerRole::SharedGate, LayerRole::SharedUp, LayerRole::SharedDown, width)?;
+                        let sites = [LayerSite::SharedGateUp, LayerSite::SharedDown];
+                        let (gate, up) = (LayerRole::SharedGate, LayerRole::SharedUp);
+                        let weights = block(sites, gate, up, LayerRole::SharedDown, width)?;
+                        let gate_role = [role(LayerRole::SharedExpertGate)];
                         let gate = match shared.gated {
-                            true => Some(self.weight(&[role(LayerRole::SharedExpertGate)], [1, h])?),
+                            true => Some(self.site_weight(layer, LayerSite::SharedExpertGate, &gate_role, [1, h])?),
                             false => None,
                         };
-                        Some(DenseBlock { weights, gate })
+                        Some(DenseBlock { weights, gate, adapter })
                     }
                     None => None,
                 };
                 let bias = config.routing.bias.then_some(role(LayerRole::RouterBias));
-                let linear = self.linear(role(LayerRole::Router), bias, [moe.num_experts(), h])?;
+                let shape = [moe.num_experts(), h];
+                let linear = self.linear(layer, LayerSite::Router, role(LayerRole::Router), bias, shape)?;
                 let selection_bias = match config.routing.correction_bias() {
                     true => Some(self.checkpoint.read_f32(role(LayerRole::CorrectionBias))?.into()),
                     false => None,
@@ -190,23 +218,33 @@ impl Model {
         Ok(loaded)
     }
 
-    fn linear(&self, weight: Role, bias: Option<Role>, shape: [usize; 2]) -> Result<Linear> {
+    fn linear(
+        &self,
+        layer: usize,
+        site: LayerSite,
+        weight: Role,
+        bias: Option<Role>,
+        shape: [usize; 2],
+    ) -> Result<Linear> {
+        let bias_adapter = bias.and_then(|role| self.adapters()?.vector(role));
         let bias = bias.map(|role| self.vector(role, shape[0])).transpose()?;
-        Ok(Linear { weight: self.weight(&[weight], shape)?, bias })
+        Ok(Linear { weight: self.site_weight(layer, site, &[weight], shape)?, bias, bias_adapter })
     }
 
     /// A norm of the residual stream.
     pub(super) fn norm(&self, weight: Role, bias: Role) -> Result<Norm> {
         let config = self.config();
+        let bias_adapter = self.adapters().and_then(|adapters| adapters.vector(bias));
         let bias = match config.norm {
             NormKind::Rms => None,
             NormKind::Layer => Some(self.vector(bias, config.hidden_size)?),
             other => return Err(Error::Unsupported(format!("norm {other:?}"))),
         };
-        Ok(Norm { bias, ..self.rms_norm(weight, config.hidden_size, config.norm_eps)? })
+        Ok(Norm { bias, bias_adapter, ..self.rms_norm(weight, config.hidden_size, config.norm_eps)? })
     }
 
     fn rms_norm(&self, weight: Role, len: usize, eps: f64) -> Result<Norm> {
-        Ok(Norm { weight: self.vector(weight, len)?, bias: None, eps: eps as f32 })
+        let weight_adapter = self.adapters().and_then(|adapters| adapters.vector(weight));
+        Ok(Norm { weight_adapter, ..Norm::new(self.vector(weight, len)?, None, eps as f32) })
     }
 }

@@ -14,10 +14,12 @@ use moe_checkpoint::{
     Activation, AttentionKind, Checkpoint, Dtype, ExpertPart, ExpertWeights, ModelConfig, RawMatrix, Role,
 };
 
+mod adapted;
 mod head;
 mod layers;
 
 use crate::{
+    adapters::Adapters,
     error::{Error, Result},
     experts::ExpertTensors,
     host,
@@ -41,6 +43,7 @@ pub struct Model {
     max_memory: Option<u64>,
     experts: Option<Arc<dyn ExpertOverlay>>,
     routing: Option<Arc<dyn RoutingOverlay>>,
+    adapters: Option<Arc<dyn Adapters>>,
     expert_rows: AtomicU64,
     rope: RotaryEmbedding,
     router: Router,
@@ -111,6 +114,7 @@ impl Model {
             max_memory,
             experts: None,
             routing: None,
+            adapters: None,
             expert_rows: AtomicU64::new(0),
             rope,
             router,
@@ -231,10 +235,12 @@ impl Model {
         if let Some(found) = index.and_then(|index| self.lock().experts[index].clone()) {
             return Ok(found);
         }
-        let loaded = match &self.experts {
-            Some(overlay) => self.on_device(overlay.apply(layer, expert, self.checkpoint.expert(layer, expert)?)?),
-            None => self.load_expert(layer, expert)?,
-        };
+        let loaded = self.adapted_expert(layer, expert, || match &self.experts {
+            Some(overlay) => {
+                Ok(self.on_device(overlay.apply(layer, expert, self.checkpoint.expert(layer, expert)?)?))
+            }
+            None => self.load_expert(layer, expert),
+        })?;
         let mut cache = self.lock();
         if let Some(index) = index.filter(|index| *index < cache.residency.experts) {
             cache.experts[index] = Some(loaded.clone());
@@ -253,7 +259,8 @@ impl Model {
         if let Some(own) = &self.experts {
             weights = own.apply(layer, expert, weights)?;
         }
-        Ok(self.on_device(overlay.apply(layer, expert, weights)?))
+        let weights = overlay.apply(layer, expert, weights)?;
+        self.adapted_expert(layer, expert, || Ok(self.on_device(weights)))
     }
 
     fn on_device(&self, weights: ExpertWeights) -> ExpertTensors {
@@ -306,7 +313,7 @@ impl Model {
         for l in &self.checkpoint.shape().layers {
             let Some(moe) = config.moe(l.layer) else { continue };
             if l.layer == layer && expert < moe.num_experts() {
-                let differ = moe.sets.is_some() && self.experts.is_some();
+                let differ = moe.sets.is_some() && (self.experts.is_some() || self.adapters.is_some());
                 return Ok((!differ).then_some(index + moe.stored(expert)));
             }
             index += moe.stored_widths().len();
@@ -324,8 +331,13 @@ impl Model {
             return Err(Error::input("token id", id, format!("below the vocabulary size {vocab}")));
         }
         let mut values = Vec::with_capacity(ids.len() * h);
-        for &id in ids {
-            values.extend(self.checkpoint.read_f32_rows(Role::Embedding, id as usize..id as usize + 1)?);
+        match self.adapters.as_ref().and_then(|adapters| adapters.embedding()) {
+            Some(adapter) => values = adapter.rows(ids),
+            None => {
+                for &id in ids {
+                    values.extend(self.checkpoint.read_f32_rows(Role::Embedding, id as usize..id as usize + 1)?);
+                }
+            }
         }
         let factor = self.config().multipliers.embedding as f32;
         if factor != 1.0 {

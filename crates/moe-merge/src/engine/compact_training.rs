@@ -9,7 +9,7 @@ use moe_core::data::Wave;
 use moe_core::objective::{Blend, TeacherRecorder, Tempered};
 use moe_core::trace::{ExpertTrace, Nobody, Observer, Signals};
 use moe_core::train::{
-    AdamW, BatchLoss, Decay, OnEvent, Parameters, Schedule, StepOf, TrainOptions, TrainReport, TrainingTask, train,
+    AdamW, BatchLoss, Decay, OnEvent, Optimizer, Parameters, Schedule, TrainOptions, TrainReport, TrainingTask, train,
 };
 use moe_core::{CrossEntropy, Distillation, Engine, EngineOptions, ExpertOverlay, Model, Objective, TeacherLogits};
 use serde::{Deserialize, Serialize};
@@ -31,7 +31,7 @@ use crate::{Error, Result};
 /// What differs from the source: L, R and S of the routed experts are trained and nothing else of the model; importance is taken of S
 /// before a step, where its gradient belongs, not after it; the parts that are kept are those that were best on evaluation waves,
 /// where at any step only the rows are counted that would be kept in the end.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CompactTraining {
     /// Rank, and rows that are left in the end. Before the first step rows are ranked by magnitude.
@@ -57,7 +57,7 @@ pub struct CompactTraining {
 impl Default for CompactTraining {
     fn default() -> Self {
         let schedule = Schedule { peak: 1e-4, decay: Decay::Linear, final_share: 0.0, ..Schedule::default() };
-        let adamw = AdamW { beta1: 0.9, beta2: 0.98, epsilon: 1e-6, weight_decay: 0.01 };
+        let adamw = AdamW { beta1: 0.9, beta2: 0.98, epsilon: 1e-6, weight_decay: 0.01, ..AdamW::default() };
         Self {
             compression: Compression { rank: 32, keep_rows: 0.1, rows: RowScore::Magnitude },
             warm_up: 0.1,
@@ -67,7 +67,13 @@ impl Default for CompactTraining {
             distillation: 0.2,
             temperature: 2.0,
             top: usize::MAX,
-            train: TrainOptions { epochs: 10, schedule, adamw, evaluate_every: 50, ..TrainOptions::default() },
+            train: TrainOptions {
+                epochs: 10,
+                schedule,
+                optimizer: Optimizer::AdamW(adamw),
+                evaluate_every: Some(50),
+                ..TrainOptions::default()
+            },
         }
     }
 }
@@ -119,6 +125,9 @@ impl CompactTraining {
         if !(self.temperature.is_finite() && self.temperature > 0.0) {
             return Err(Error::parameter("temperature", self.temperature, "a finite number above 0"));
         }
+        if self.train.evaluate_every.is_none() {
+            return Err(Error::parameter("train.evaluate_every", "none", "a number: evaluations decide what is kept"));
+        }
         Ok(self.train.validate()?)
     }
 
@@ -159,6 +168,7 @@ impl CompactTraining {
         }
         let evaluation = if evaluation.is_empty() { training } else { evaluation };
         let (mut run, mut parameters) = Run::new(self, merged, recorder.into_inner().finish(), evaluation)?;
+        run.steps = self.train.steps(training.len());
         let report = train(&mut run, &mut parameters, training, &self.train, on_event)?;
         let Run { experts, best, .. } = run;
         let kept = best.map(|(_, kept)| kept).unwrap_or_default();
@@ -217,6 +227,8 @@ struct Run<'a> {
     best: Option<(f64, Vec<Vec<u32>>)>,
     teacher: TeacherLogits,
     evaluation: &'a [Wave],
+    /// Steps of the training.
+    steps: usize,
 }
 
 impl<'a> Run<'a> {
@@ -239,7 +251,8 @@ impl<'a> Run<'a> {
             }
         }
         let student = shown(base, &sets, &experts)?;
-        let run = Self { options, base, student, experts, sets, importance: None, best: None, teacher, evaluation };
+        let (importance, best) = (None, None);
+        let run = Self { options, base, student, experts, sets, importance, best, teacher, evaluation, steps: 0 };
         Ok((run, parameters))
     }
 
@@ -294,30 +307,31 @@ impl TrainingTask for Run<'_> {
                 let (rows, cols, rank) = (*rows, *cols, *rank);
                 let whole = view(gradient, rows, cols);
                 let set = &self.sets[at];
-                if let Some(into) = parameters.get_mut(&name(set, part, LEFT)) {
-                    product_into(&mut into.gradient, true, whole, view(right, rank, cols).transpose());
+                if let Some(into) = parameters.gradient_mut(&name(set, part, LEFT)) {
+                    product_into(into, true, whole, view(right, rank, cols).transpose());
                 }
-                if let Some(into) = parameters.get_mut(&name(set, part, RIGHT)) {
-                    product_into(&mut into.gradient, true, view(left, rows, rank).transpose(), whole);
+                if let Some(into) = parameters.gradient_mut(&name(set, part, RIGHT)) {
+                    product_into(into, true, view(left, rows, rank).transpose(), whole);
                 }
-                if let Some(into) = parameters.get_mut(&name(set, part, SPARSE)) {
-                    into.gradient.iter_mut().zip(gradient).for_each(|(sum, g)| *sum += g);
+                if let Some(into) = parameters.gradient_mut(&name(set, part, SPARSE)) {
+                    into.iter_mut().zip(gradient).for_each(|(sum, g)| *sum += g);
                 }
             }
         }
         Ok(BatchLoss { loss: report.loss.unwrap_or(0.0), tokens: report.loss_tokens })
     }
 
-    fn before_step(&mut self, parameters: &Parameters, _: StepOf) -> moe_core::Result<()> {
+    fn gradients(&mut self, _: usize, factor: f64, parameters: &Parameters) -> moe_core::Result<()> {
         let smoothing = self.options.smoothing;
         let mut found = Vec::with_capacity(3 * self.sets.len());
         for (set, expert) in self.sets.iter().zip(&self.experts) {
             for (part, matrix) in parts(expert).into_iter().enumerate() {
                 let Some(sparse) = parameters.get(&name(set, part, SPARSE)) else { continue };
                 let cols = matrix.cols.max(1);
-                let rows = sparse.values.chunks_exact(cols).zip(sparse.gradient.chunks_exact(cols));
+                let rows = sparse.values.chunks_exact(cols).zip(sparse.gradient().chunks_exact(cols));
                 let mean = |(s, g): (&[f32], &[f32])| {
-                    s.iter().zip(g).map(|(s, g)| (f64::from(*s) * f64::from(*g)).abs()).sum::<f64>() / cols as f64
+                    s.iter().zip(g).map(|(s, g)| (f64::from(*s) * f64::from(*g)).abs()).sum::<f64>() * factor
+                        / cols as f64
                 };
                 found.push(rows.map(mean).collect::<Vec<f64>>());
             }
@@ -334,10 +348,10 @@ impl TrainingTask for Run<'_> {
         Ok(())
     }
 
-    fn after_step(&mut self, parameters: &mut Parameters, at: StepOf) -> moe_core::Result<()> {
-        let (options, steps) = (self.options, at.steps as f64);
-        let of = |share: f64| (share * steps).round() as usize;
-        let keep = options.compression.keep_at(at.step, at.steps, of(options.warm_up), of(options.cool_down));
+    fn after_step(&mut self, step: usize, parameters: &mut Parameters) -> moe_core::Result<()> {
+        let (options, steps) = (self.options, self.steps);
+        let of = |share: f64| (share * steps as f64).round() as usize;
+        let keep = options.compression.keep_at(step, steps, of(options.warm_up), of(options.cool_down));
         let Some(importance) = self.importance.as_ref().filter(|_| keep < 1.0) else { return Ok(()) };
         let kept = kept_rows(importance, keep);
         for ((set, expert), kept) in self.sets.iter().zip(&self.experts).zip(kept.chunks_exact(3)) {
@@ -368,7 +382,7 @@ impl TrainingTask for Run<'_> {
         Ok(())
     }
 
-    fn evaluate(&mut self) -> moe_core::Result<f64> {
+    fn evaluate(&mut self, _: &mut Parameters) -> moe_core::Result<f64> {
         self.figure().map_err(moe_core::Error::observer)
     }
 }

@@ -72,6 +72,16 @@ pub const STOCK: &[(&str, &str)] = &[
     (GLOBAL, "none"), (GLOBAL, "refit"),
 ];
 
+/// Scorers that [`STOCK_OF_SCORERS`] are compared with, besides the main one.
+pub const STOCK_SCORERS: &[&str] =
+    &["fisher_answers", "coupled_answers", "taylor_answers", "activation_weighted", "heapr_all"];
+
+/// The exports and repairs whose scorer matters, and what they are compared with.
+#[rustfmt::skip]
+pub const STOCK_OF_SCORERS: &[(&str, &str)] = &[
+    (UNIFORM, "none"), (UNIFORM, "refit"), ("pieces4", "none"), ("pieces4", "refit"), (GLOBAL, "none"),
+];
+
 /// A way to prune.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Method {
@@ -165,7 +175,7 @@ mod tests {
         for name in GRID.iter().chain(UNIT_ALLOCATORS).chain(EXPERT_ALLOCATORS) {
             assert!(names.contains(name), "{name}");
         }
-        for (name, repair) in STOCK {
+        for (name, repair) in STOCK.iter().chain(STOCK_OF_SCORERS) {
             assert!(names.contains(name), "{name}");
             super::super::repair(repair).unwrap();
         }

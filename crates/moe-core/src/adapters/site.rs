@@ -1,0 +1,157 @@
+//! The linear maps of a model.
+
+use std::fmt;
+
+/// A linear map of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Site {
+    /// A map of decoder layer `.0`.
+    Layer(usize, LayerSite),
+    /// A map of a routed expert.
+    Expert {
+        /// Decoder layer.
+        layer: usize,
+        /// Expert in the layer.
+        expert: usize,
+        /// Which map.
+        map: ExpertSite,
+    },
+}
+
+impl Site {
+    /// Its decoder layer.
+    pub fn layer(&self) -> usize {
+        match self {
+            Self::Layer(layer, _) | Self::Expert { layer, .. } => *layer,
+        }
+    }
+
+    /// Its name in lists of parameters: `layers.3.query`, `layers.3.experts.7.gate_up`.
+    pub fn path(&self) -> String {
+        match self {
+            Self::Layer(layer, site) => format!("layers.{layer}.{}", site.name()),
+            Self::Expert { layer, expert, map } => format!("layers.{layer}.experts.{expert}.{}", map.name()),
+        }
+    }
+
+    /// Whether it is in the attention half of its layer.
+    pub fn is_attention(&self) -> bool {
+        matches!(self, Self::Layer(_, site) if site.is_attention())
+    }
+
+    /// How deep a backward sweep must go for it.
+    pub fn depth(&self) -> super::Depth {
+        match self.is_attention() {
+            true => super::Depth::Attention(self.layer()),
+            false => super::Depth::FeedForward(self.layer()),
+        }
+    }
+}
+
+/// A linear map of a decoder layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum LayerSite {
+    /// `[heads * D, H]`.
+    Query,
+    /// `[kv_heads * D, H]`.
+    Key,
+    /// `[kv_heads * D_v, H]`.
+    Value,
+    /// `[H, heads * D_v]`.
+    Output,
+    /// To the latent of queries `[R_q, H]`.
+    LatentQueryDown,
+    /// From the latent of queries `[heads * D, R_q]`.
+    LatentQueryUp,
+    /// To the latent of keys and values, and the rotary key `[R_kv + rope, H]`.
+    LatentKvDown,
+    /// From the latent to keys and values `[heads * (nope + value), R_kv]`.
+    LatentKvUp,
+    /// `[E, H]`.
+    Router,
+    /// Gate rows, then up rows, of the shared expert `[2 I, H]`.
+    SharedGateUp,
+    /// `[H, I]` of the shared expert.
+    SharedDown,
+    /// Gate on the output of the shared expert `[1, H]`.
+    SharedExpertGate,
+    /// Gate rows, then up rows, of a dense layer `[2 I, H]`.
+    DenseGateUp,
+    /// `[H, I]` of a dense layer.
+    DenseDown,
+}
+
+impl LayerSite {
+    /// All of them.
+    pub const ALL: [Self; 14] = [
+        Self::Query,
+        Self::Key,
+        Self::Value,
+        Self::Output,
+        Self::LatentQueryDown,
+        Self::LatentQueryUp,
+        Self::LatentKvDown,
+        Self::LatentKvUp,
+        Self::Router,
+        Self::SharedGateUp,
+        Self::SharedDown,
+        Self::SharedExpertGate,
+        Self::DenseGateUp,
+        Self::DenseDown,
+    ];
+
+    /// Its name in lists of parameters.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Query => "query",
+            Self::Key => "key",
+            Self::Value => "value",
+            Self::Output => "output",
+            Self::LatentQueryDown => "latent_query_down",
+            Self::LatentQueryUp => "latent_query_up",
+            Self::LatentKvDown => "latent_kv_down",
+            Self::LatentKvUp => "latent_kv_up",
+            Self::Router => "router",
+            Self::SharedGateUp => "shared_gate_up",
+            Self::SharedDown => "shared_down",
+            Self::SharedExpertGate => "shared_expert_gate",
+            Self::DenseGateUp => "dense_gate_up",
+            Self::DenseDown => "dense_down",
+        }
+    }
+
+    /// Whether it is in the attention half of the layer.
+    pub fn is_attention(self) -> bool {
+        use LayerSite::*;
+        matches!(self, Query | Key | Value | Output | LatentQueryDown | LatentQueryUp | LatentKvDown | LatentKvUp)
+    }
+}
+
+/// A linear map of a routed expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ExpertSite {
+    /// Gate rows, then up rows `[2 I, H]`.
+    GateUp,
+    /// `[H, I]`.
+    Down,
+}
+
+impl ExpertSite {
+    /// Its name in lists of parameters.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::GateUp => "gate_up",
+            Self::Down => "down",
+        }
+    }
+}
+
+impl fmt::Display for Site {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Layer(layer, site) => write!(f, "{site:?} of layer {layer}"),
+            Self::Expert { layer, expert, map } => write!(f, "{map:?} of expert {expert} of layer {layer}"),
+        }
+    }
+}
