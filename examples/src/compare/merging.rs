@@ -31,6 +31,14 @@ impl Merging {
         Self { methods: MERGES.iter().map(|line| line.name).collect(), rivals: RIVALS.into() }
     }
 
+    /// A small part of it.
+    pub fn quick() -> Self {
+        let left_out = ["ream-square", "sub-moe", "uncurl", TRAINED[1]];
+        let mut merging = Self::full();
+        merging.methods.retain(|method| !left_out.contains(method));
+        merging
+    }
+
     /// A scorer, or what merges go by, and a way to prune or merge, in the order of the tables.
     pub fn rows(&self) -> impl Iterator<Item = (&'static str, &'static str)> + '_ {
         self.rivals.iter().copied().chain(self.methods.iter().map(|method| (EVIDENCE, *method)))

@@ -96,7 +96,16 @@ impl Settings {
     /// A small part of it.
     pub fn quick_merging() -> Self {
         let Self { calibrated, seeds, samples, text_samples, limits, .. } = Self::quick();
-        Self { calibrated, seeds, samples, text_samples, limits, ratios: vec![0.25, 0.5], ..Self::merging() }
+        Self {
+            calibrated,
+            seeds,
+            samples,
+            text_samples,
+            limits,
+            ratios: vec![0.25, 0.5],
+            merging: Some(Merging::quick()),
+            ..Self::merging()
+        }
     }
 
     /// A small part of it, for a look and for tests.
