@@ -9,6 +9,7 @@ pub mod error;
 pub mod exports;
 pub mod figures;
 pub mod fine_grained;
+pub mod finetune;
 pub mod fisher_prune;
 pub mod format;
 pub mod merge;

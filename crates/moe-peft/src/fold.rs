@@ -128,7 +128,9 @@ fn digest(set: &AdapterSet, vocabulary: usize) -> String {
     let mut hasher = blake3::Hasher::new();
     let mut add = |name: &str, values: &[f32]| {
         hasher.update(name.as_bytes());
-        values.iter().for_each(|value| drop(hasher.update(&value.to_le_bytes())));
+        for value in values {
+            hasher.update(&value.to_le_bytes());
+        }
     };
     for live in set.bank().iter() {
         add(live.name(), &live.to_vec());

@@ -6,6 +6,7 @@
 
 #![deny(missing_docs)]
 
+pub mod codec;
 mod error;
 pub mod esft;
 pub mod fold;
@@ -13,6 +14,7 @@ mod live;
 pub mod own;
 pub mod places;
 pub mod probe;
+pub mod report;
 pub mod sampling;
 mod set;
 pub mod smt;

@@ -90,6 +90,11 @@ pub trait LinearAdapter: Debug + Send + Sync {
 
 /// A vector of the model that is trained: the weight of a norm, a bias.
 pub trait VectorAdapter: Debug + Send + Sync {
+    /// Number of values it trains, for tables.
+    fn trained(&self) -> usize {
+        0
+    }
+
     /// What stands in for the checkpoint's vector, as long as it.
     fn value(&self) -> Tensor<1>;
 

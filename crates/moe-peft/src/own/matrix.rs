@@ -50,6 +50,10 @@ impl LinearAdapter for OwnMatrix {
 pub struct OwnVector(pub Arc<Live>);
 
 impl VectorAdapter for OwnVector {
+    fn trained(&self) -> usize {
+        if self.0.is_trained() { self.0.shape().iter().product() } else { 0 }
+    }
+
     fn value(&self) -> Tensor<1> {
         let len = self.0.shape().iter().product::<usize>();
         self.0.value().reshape([len])

@@ -11,12 +11,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
-use moe_checkpoint::write_atomic;
+use moe_checkpoint::{SafetensorsFile, write_atomic};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
 pub(super) use signature::signature;
-use tensors::{Reader, TEMPORARY, Values};
+use tensors::{TEMPORARY, Values};
 
 use super::events::ROW;
 use super::guard::Guard;
@@ -176,9 +176,9 @@ impl StateDir {
         if bytes != file.bytes {
             return Err(Error::state(&tensors, "length", format!("{bytes} bytes"), format!("{} bytes", file.bytes)));
         }
-        let mut reader = Reader::open(&tensors)?;
-        let mut array = |name: String, shape: &Vec<usize>| -> Result<StateArray> {
-            Ok(StateArray { values: reader.f32(&name, shape)?, shape: shape.clone() })
+        let reader = SafetensorsFile::open(&tensors)?;
+        let array = |name: String, shape: &Vec<usize>| -> Result<StateArray> {
+            Ok(StateArray { values: tensors::f32(&reader, &name, shape)?, shape: shape.clone() })
         };
         let gone: Vec<String> = parameters.iter().map(|(name, _)| name.to_string()).collect();
         gone.iter().for_each(|name| drop(parameters.remove(name)));
@@ -198,7 +198,7 @@ impl StateDir {
             task.arrays.insert(name.clone(), array(format!("task/{name}"), shape)?);
         }
         let mut progress = file.progress;
-        for row in reader.f64("events", &[file.events, ROW])?.chunks(ROW) {
+        for row in tensors::f64(&reader, "events", &[file.events, ROW])?.chunks(ROW) {
             let event = TrainEvent::from_row(row);
             progress
                 .events
@@ -265,9 +265,8 @@ impl StateDir {
 
     /// Values written by [`write_best`](Self::write_best).
     pub fn read_best(&self, step: usize) -> Result<Snapshot> {
-        let mut reader = Reader::open(&self.best(step))?;
-        let names = reader.names();
-        names.into_iter().map(|(name, shape)| Ok((name.clone(), reader.f32(&name, &shape)?))).collect()
+        let file = SafetensorsFile::open(self.best(step))?;
+        file.tensors().map(|tensor| Ok((tensor.name.clone(), file.f32(&tensor.name)?))).collect()
     }
 
     /// Removes states that are too old, best values that no state that is left refers to, and what killed processes left.
