@@ -57,7 +57,7 @@ pub struct CompactTraining {
 impl Default for CompactTraining {
     fn default() -> Self {
         let schedule = Schedule { peak: 1e-4, decay: Decay::Linear, final_share: 0.0, ..Schedule::default() };
-        let adamw = AdamW { beta1: 0.9, beta2: 0.98, epsilon: 1e-6, weight_decay: 0.01, ..AdamW::default() };
+        let adamw = AdamW { beta1: 0.9, beta2: 0.98, epsilon: 1e-6, weight_decay: 0.01 };
         Self {
             compression: Compression { rank: 32, keep_rows: 0.1, rows: RowScore::Magnitude },
             warm_up: 0.1,
