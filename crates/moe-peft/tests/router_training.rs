@@ -4,7 +4,6 @@ mod tuning;
 
 use std::sync::{Arc, RwLock};
 
-use tuning::{check_gradient, loss, model, sweep, waves};
 use moe_core::{
     Model, RoutingOverlay, RoutingRule,
     adapters::{ExpertSite, LayerSite, Site},
@@ -16,6 +15,7 @@ use moe_peft::{
     own::OwnWeights,
     router_loss::{BalanceForm, BalanceLoss, RouterLosses},
 };
+use tuning::{check_gradient, loss, model, sweep, waves};
 
 fn last_router(base: &Model) -> (OwnWeights, Site) {
     let last = base.config().layers.len() - 1;
