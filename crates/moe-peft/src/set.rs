@@ -21,6 +21,11 @@ use crate::{Bank, Error, Result};
 pub trait SweepListener: std::fmt::Debug + Send + Sync {
     /// A sweep over a wave begins.
     fn begin_wave(&self, wave: &WaveInfo);
+
+    /// The sweeps that follow train, as part of this step, or do not train.
+    fn training(&self, step: Option<usize>) {
+        let _ = step;
+    }
 }
 
 /// Adapters by place, and what they train. What makes adapters puts them here; [`Model::with_adapters`](moe_core::Model::with_adapters)
@@ -156,6 +161,11 @@ impl AdapterSet {
     /// Has `listener` told of every sweep.
     pub fn add_listener(&mut self, listener: Arc<dyn SweepListener>) {
         self.listeners.push(listener);
+    }
+
+    /// Tells the listeners what the sweeps that follow are for: a step of training, or anything else.
+    pub fn tell_training(&self, step: Option<usize>) {
+        self.listeners.iter().for_each(|listener| listener.training(step));
     }
 
     /// What the adapters train.

@@ -1,13 +1,12 @@
 //! Compressed experts.
 
-mod common;
+mod tuning;
 
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex},
 };
 
-use common::{check_gradient, loss, model, noise, put, sweep, train, waves};
 use moe_checkpoint::{LayerRole, Role};
 use moe_core::{
     Engine, EngineOptions, Model, RoutingOverlay,
@@ -22,6 +21,7 @@ use moe_peft::{
     compressed_experts::{CompressedExperts, CompressedLayers},
     own::OwnWeights,
 };
+use tuning::{check_gradient, loss, model, noise, put, sweep, train, waves};
 
 /// Lets only the first experts of each token run.
 struct First(usize);

@@ -1,13 +1,12 @@
 //! Condenser experts.
 
-mod common;
+mod tuning;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
 };
 
-use common::{check_gradient, loss, model, sweep, train, waves};
 use moe_checkpoint::RoutingKind;
 use moe_core::{
     Engine, EngineOptions, Model,
@@ -21,6 +20,7 @@ use moe_peft::{
     condenser::{Centre, CondenserCounts, CondenserLayer, CondenserMode, CondenserOptions, Condensers, Starved, gini},
     own::OwnWeights,
 };
+use tuning::{check_gradient, loss, model, sweep, train, waves};
 
 fn condensers(base: &Model, options: CondenserOptions) -> Arc<Condensers> {
     Arc::new(Condensers::new(base.config(), options).unwrap())

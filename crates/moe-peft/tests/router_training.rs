@@ -1,10 +1,9 @@
 //! Losses on routers, and router gradients from all experts.
 
-mod common;
+mod tuning;
 
 use std::sync::{Arc, RwLock};
 
-use common::{check_gradient, loss, model, sweep, waves};
 use moe_core::{
     Model, RoutingOverlay, RoutingRule,
     adapters::{ExpertSite, LayerSite, Site},
@@ -16,6 +15,7 @@ use moe_peft::{
     own::OwnWeights,
     router_loss::{BalanceForm, BalanceLoss, RouterLosses},
 };
+use tuning::{check_gradient, loss, model, sweep, waves};
 
 fn last_router(base: &Model) -> (OwnWeights, Site) {
     let last = base.config().layers.len() - 1;
