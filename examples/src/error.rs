@@ -38,6 +38,9 @@ pub enum Error {
     /// Merging experts.
     #[error(transparent)]
     Merge(#[from] moe_merge::Error),
+    /// Adapters.
+    #[error(transparent)]
+    Peft(#[from] moe_peft::Error),
     /// Planning or applying.
     #[error(transparent)]
     Prune(#[from] moe_prune::Error),

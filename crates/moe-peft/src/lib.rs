@@ -10,6 +10,7 @@ mod error;
 mod live;
 pub mod lora;
 pub mod merge;
+pub mod mixture;
 pub mod peft;
 mod set;
 

@@ -137,13 +137,6 @@ impl Term {
     }
 }
 
-/// `x` with some of its elements dropped, and the factors that did it.
-fn dropped(dropout: Option<&Dropout>, x: &[f32], n: usize, tokens: Tokens<'_>) -> Option<(Vec<f32>, Vec<f32>)> {
-    let factors = dropout?.factors(n, x.len() / n.max(1), tokens)?;
-    let dropped = x.iter().zip(&factors).map(|(x, f)| x * f).collect();
-    Some((dropped, factors))
-}
-
 impl LinearAdapter for LoraLinear {
     fn dims(&self) -> [usize; 2] {
         self.dims
@@ -163,7 +156,7 @@ impl LinearAdapter for LoraLinear {
         let pristine = self.terms.iter().any(|term| term.magnitude.is_some()).then(|| y.clone());
         let mut values = host::into_vec(y);
         for term in &self.terms {
-            let dropped = dropped(term.dropout.as_ref(), view.as_slice(), n, tokens);
+            let dropped = Dropout::apply(term.dropout.as_ref(), view.as_slice(), n, tokens);
             let input = dropped.as_ref().map_or(view.as_slice(), |(x, _)| x);
             let matrix = Matrix::new(input, n, inputs);
             match (&term.magnitude, &pristine) {
@@ -199,7 +192,7 @@ impl LinearAdapter for LoraLinear {
         let (xs, dys) = (xs.as_slice(), dys.as_slice());
         let mut dx = wanted.input.then(|| host::into_vec(base.backward(dy)));
         for term in &self.terms {
-            let dropped = dropped(term.dropout.as_ref(), xs, n, tokens);
+            let dropped = Dropout::apply(term.dropout.as_ref(), xs, n, tokens);
             let input = dropped.as_ref().map_or(xs, |(x, _)| x);
             let matrix = Matrix::new(input, n, inputs);
             // what flows through dropped inputs is gathered apart
