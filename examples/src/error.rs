@@ -38,12 +38,18 @@ pub enum Error {
     /// Merging experts.
     #[error(transparent)]
     Merge(#[from] moe_merge::Error),
-    /// Adapters.
+    /// Fine-tuning.
     #[error(transparent)]
-    Peft(#[from] moe_peft::Error),
+    Peft(Box<moe_peft::Error>),
     /// Planning or applying.
     #[error(transparent)]
     Prune(#[from] moe_prune::Error),
+}
+
+impl From<moe_peft::Error> for Error {
+    fn from(error: moe_peft::Error) -> Self {
+        Self::Peft(Box::new(error))
+    }
 }
 
 impl Error {

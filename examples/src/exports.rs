@@ -9,6 +9,7 @@ use clap::Parser;
 use moe_checkpoint::{Checkpoint, Provenance, Reduction, ScoreTable, Statistics};
 use moe_importance::ScorerConfig;
 use moe_importance::scorers::Magnitude;
+use moe_merge::{Evidence, MergeOptions, OutputForm, Recipe};
 use moe_prune::{
     ApplyOptions, Budget, ExpertPruner, Export, FineGrained, Mtp, ProtectionMask, PrunePlan, Pruner, Scope, UnitPruner,
 };
@@ -49,11 +50,14 @@ pub enum Kind {
     /// Every expert in as many pieces, some dropped. All that can be selected are, since which of equal pieces a loader selects is
     /// its own affair.
     FineGrained,
+    /// A quarter of the experts merged into those whose router rows are most alike, rows with them.
+    Merged,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Uniform, Self::Masked, Self::Experts, Self::Pieces, Self::FineGrained];
+    pub const ALL: [Self; 6] =
+        [Self::Uniform, Self::Masked, Self::Experts, Self::Pieces, Self::FineGrained, Self::Merged];
 
     /// Name of its directory.
     pub fn name(self) -> &'static str {
@@ -63,6 +67,7 @@ impl Kind {
             Self::Experts => "experts",
             Self::Pieces => "pieces",
             Self::FineGrained => "fine_grained",
+            Self::Merged => "merged",
         }
     }
 }
@@ -166,8 +171,31 @@ pub fn export(from: &Checkpoint, kind: Kind, to: &Path) -> Result<bool> {
             }
             (plan, ApplyOptions { fine_grained: Some(how), ..plain(Export::FineGrained) })
         }
+        Kind::Merged => return merge(from, to),
     };
     plan.apply(from, to, &options)?;
+    Ok(true)
+}
+
+/// A merge that needs no run of the model.
+const MERGE: &str = r#"{
+    "name": "merged",
+    "budget": {"amount": {"ratio": 0.25}},
+    "importance": {"type": "equal"},
+    "grouping": {"type": "dominant", "similarity": [{"features": {"type": "router_rows"}, "metric": "cosine"}]},
+    "alignment": {"type": "weights"},
+    "combination": {"type": "average", "weights": {"by": {"type": "equal"}}},
+    "router": {"type": "merge"}
+}"#;
+
+/// Exports a merge; false for experts in groups that must stay as many as they are.
+fn merge(from: &Checkpoint, to: &Path) -> Result<bool> {
+    if from.config().routing.groups().is_some() {
+        return Ok(false);
+    }
+    let evidence = Evidence { model: from.fingerprint(), data: String::new(), layers: Vec::new() };
+    let plan = Recipe::from_json(MERGE)?.plan(from, &evidence, &ProtectionMask::none())?;
+    plan.apply(from, to, &MergeOptions { mtp: Some(Mtp::Drop), ..MergeOptions::new(OutputForm::Stock) })?;
     Ok(true)
 }
 

@@ -1,4 +1,4 @@
-"""Loads pruned checkpoints in stock transformers and runs them.
+"""Loads pruned and merged checkpoints in stock transformers and runs them.
 
     cargo run --release --example exports -- --out out/roundtrip
     cargo run --release --example exports -- crates/moe-checkpoint/tests/fixtures/unrun --out out/unrun
@@ -29,7 +29,7 @@ from transformers import (
 )
 
 TOLERANCE = 1e-4
-EXPORTS = ("masked", "uniform", "experts", "pieces", "fine_grained")
+EXPORTS = ("masked", "uniform", "experts", "pieces", "fine_grained", "merged")
 GOLDEN_IDS = [[5, 17, 90, 33, 3, 64, 21, 48]]
 GOLDEN_POSITIONS = 4
 

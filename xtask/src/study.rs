@@ -8,13 +8,18 @@ use crate::{Result, at, root};
 
 /// The page whose tables are those of the study.
 const PAGE: &str = "docs/study.md";
+/// And of that of ways to merge.
+const MERGING_PAGE: &str = "docs/merging.md";
 
 /// What to run, and what to do with it.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Directory of the study
-    #[arg(long, value_name = "DIR", default_value = "out/study")]
-    out: PathBuf,
+    /// The study of ways to merge
+    #[arg(long)]
+    merging: bool,
+    /// Directory of the study [default: out/study, or out/merging]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
     /// Go on with an interrupted study; one that is complete is only read
     #[arg(long)]
     resume: bool,
@@ -27,17 +32,28 @@ pub struct Options {
     /// Draws of the calibration rows, instead of three
     #[arg(long, value_name = "N", conflicts_with = "quick")]
     draws: Option<u32>,
-    /// Write its tables into docs/study.md
+    /// Write its tables into docs/study.md, or docs/merging.md
     #[arg(long, conflicts_with = "quick")]
     write: bool,
 }
 
 /// Runs the study, and writes its tables into the page if asked to.
 pub fn run(options: &Options) -> Result<()> {
+    let (page, out) = match options.merging {
+        true => (MERGING_PAGE, "out/merging"),
+        false => (PAGE, "out/study"),
+    };
+    let out = options.out.clone().unwrap_or_else(|| PathBuf::from(out));
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    command.args(["run", "--release", "--example", "compare_methods", "--", "--out"]).arg(&options.out);
-    for (flag, given) in [("--resume", options.resume), ("--force", options.force), ("--quick", options.quick)] {
+    command.args(["run", "--release", "--example", "compare_methods", "--", "--out"]).arg(&out);
+    let flags = [
+        ("--resume", options.resume),
+        ("--force", options.force),
+        ("--quick", options.quick),
+        ("--merging", options.merging),
+    ];
+    for (flag, given) in flags {
         if given {
             command.arg(flag);
         }
@@ -49,11 +65,11 @@ pub fn run(options: &Options) -> Result<()> {
         return Err("the study failed; --resume goes on with it".into());
     }
     if options.write {
-        let (page, tables) = (root().join(PAGE), root().join(&options.out).join("tables.md"));
+        let (name, page, tables) = (page, root().join(page), root().join(&out).join("tables.md"));
         let read = |path: &PathBuf| fs::read_to_string(path).map_err(at(path));
         let written = splice(&read(&page)?, &read(&tables)?).map_err(at(&page))?;
         fs::write(&page, written).map_err(at(&page))?;
-        println!("{PAGE}: written");
+        println!("{name}: written");
     }
     Ok(())
 }
@@ -77,11 +93,17 @@ fn blocks(text: &str) -> std::result::Result<Vec<(&str, &str)>, String> {
 
 /// The page with its tables replaced by those of the same id. Both must have the same ids.
 fn splice(page: &str, tables: &str) -> std::result::Result<String, String> {
-    let (places, tables) = (blocks(page)?, blocks(tables)?);
+    let (places, found) = (blocks(page)?, blocks(tables)?);
     let ids = |blocks: &[(&str, &str)]| blocks.iter().map(|(id, _)| (*id).to_owned()).collect::<Vec<_>>();
-    if let Some((id, _)) = places.iter().find(|(id, _)| !tables.iter().any(|(known, _)| known == id)) {
-        return Err(format!("the study has no table `{id}`; it has {}", ids(&tables).join(", ")));
+    if let Some((id, _)) = places.iter().find(|(id, _)| !found.iter().any(|(known, _)| known == id)) {
+        return Err(format!("the study has no table `{id}`; it has {}", ids(&found).join(", ")));
     }
+    replace(page, tables)
+}
+
+/// The page with those of its tables replaced that are among `tables`, all of which must have a place.
+pub(crate) fn replace(page: &str, tables: &str) -> std::result::Result<String, String> {
+    let (places, tables) = (blocks(page)?, blocks(tables)?);
     if let Some((id, _)) = tables.iter().find(|(id, _)| !places.iter().any(|(known, _)| known == id)) {
         return Err(format!("there is no place for table `{id}`: `<!-- study:{id} -->` and `<!-- /study:{id} -->`"));
     }
@@ -123,7 +145,9 @@ mod tests {
 
     #[test]
     fn the_page_is_well_formed() {
-        let page = fs::read_to_string(root().join(PAGE)).unwrap();
-        assert!(blocks(&page).unwrap().len() > 10);
+        for (page, tables) in [(PAGE, 10), (MERGING_PAGE, 8)] {
+            let page = fs::read_to_string(root().join(page)).unwrap();
+            assert!(blocks(&page).unwrap().len() > tables);
+        }
     }
 }

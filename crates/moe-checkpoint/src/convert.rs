@@ -92,6 +92,17 @@ pub(crate) fn gather(bytes: &[u8], place: &Placement, size: usize) -> Vec<u8> {
     out
 }
 
+/// Appends the elements of little-endian F32, F16 or BF16 `bytes` to `out`; every value is exact.
+///
+/// Returns false, with nothing appended, for any other dtype and for bytes that are no whole number of elements.
+pub fn decode_f32(dtype: Dtype, bytes: &[u8], out: &mut Vec<f32>) -> bool {
+    let Some(size) = float_bytes(dtype).filter(|size| bytes.len().is_multiple_of(*size)) else { return false };
+    let start = out.len();
+    out.resize(start + bytes.len() / size, 0.0);
+    decode(dtype, bytes, &mut out[start..], |_| {});
+    true
+}
+
 /// Appends `values` as little-endian F32, F16 or BF16, rounded to nearest even.
 ///
 /// Returns false, with nothing appended, for any other dtype.
@@ -146,6 +157,9 @@ mod tests {
             assert!(encode(dtype, &values, &mut bytes));
             let mut out = [0f32; 5];
             decode(dtype, &bytes, &mut out, |_| {});
+            let mut appended = vec![7.0];
+            assert!(decode_f32(dtype, &bytes, &mut appended) && !decode_f32(dtype, &bytes[1..], &mut appended));
+            assert_eq!(appended[1..].iter().map(|v| v.to_bits()).collect::<Vec<_>>(), out.map(f32::to_bits));
             assert_eq!(out.map(f32::to_bits), values.map(f32::to_bits));
         }
         assert!(!encode(Dtype::I8, &[1.0], &mut Vec::new()));

@@ -43,6 +43,7 @@ mod output_dir;
 mod provenance;
 mod quantised;
 mod ragged;
+mod safetensors_file;
 mod score_conversion;
 mod scores;
 mod shape;
@@ -62,7 +63,7 @@ pub use config::{
     Activation, AttentionConfig, AttentionKind, Ffn, GroupScore, Groups, LatentAttention, LayerConfig, ModelConfig,
     MoeConfig, Multipliers, NormKind, QkNorm, RopeConfig, RopeScaling, Routing, RoutingKind, SharedExpert,
 };
-pub use convert::encode;
+pub use convert::{decode_f32, encode};
 pub use error::{Error, Result};
 pub use expert_bytes::{ExpertBytes, ExpertWeights, RawMatrix};
 pub use experts::{ExpertBiases, ExpertBlock, ExpertLayout, ExpertPart, ExpertTensor, ExpertTensorLayout, Placement};
@@ -73,6 +74,7 @@ pub use provenance::Provenance;
 pub use quantised::Quantisation;
 pub use ragged::{UniformShape, dequantised_config, ragged_config, uniform_config, uniform_shape_config};
 pub use safetensors::Dtype;
+pub use safetensors_file::SafetensorsFile;
 pub use score_conversion::Reduction;
 pub use scores::{Denominator, Granularity, LayerScores, Pool, ScoreTable};
 pub use shape::{MoeLayerShape, MoeShape};

@@ -1,6 +1,6 @@
 //! What can go wrong while a model is loaded, run or evaluated.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Result with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
@@ -56,6 +56,36 @@ pub enum Error {
         /// The wave it was computed on.
         wave: u64,
     },
+    /// Training came to a loss, gradient or value that it cannot go on from. The parameters are the best so far, if any were evaluated.
+    #[error("training diverged at step {step}: {what}; {}", last_state(state))]
+    Diverged {
+        /// The step, which was not taken.
+        step: usize,
+        /// What was seen.
+        what: String,
+        /// The last saved state.
+        state: Option<PathBuf>,
+    },
+    /// A saved state of training that does not fit, or is not one.
+    #[error("{}: {field}: found {found}, expected {expected}", path.display())]
+    State {
+        /// The file or directory.
+        path: PathBuf,
+        /// What differs.
+        field: String,
+        /// What the state has.
+        found: String,
+        /// What it should have.
+        expected: String,
+    },
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The spill file could not be written or read back.
     #[error("spill file in {dir}: {source}")]
     Spill {
@@ -83,7 +113,22 @@ impl Error {
         Self::Overlay(error.into())
     }
 
+    /// An error about a file, for `map_err`.
+    pub(crate) fn io(path: &Path) -> impl Fn(std::io::Error) -> Self + '_ {
+        |source| Self::Io { path: path.to_path_buf(), source }
+    }
+
+    /// An error about a saved state.
+    pub(crate) fn state(path: &Path, field: impl Into<String>, found: impl ToString, expected: impl ToString) -> Self {
+        let (found, expected) = (found.to_string(), expected.to_string());
+        Self::State { path: path.to_path_buf(), field: field.into(), found, expected }
+    }
+
     pub(crate) fn input(field: impl Into<String>, found: impl ToString, expected: impl ToString) -> Self {
         Self::Input { field: field.into(), found: found.to_string(), expected: expected.to_string() }
     }
+}
+
+fn last_state(path: &Option<PathBuf>) -> String {
+    path.as_ref().map_or("no state was saved".into(), |path| format!("the last saved state is {}", path.display()))
 }

@@ -37,6 +37,11 @@ pub fn process_memory() -> Option<ProcessMemory> {
     })
 }
 
+/// Begins to count the [peak](ProcessMemory::peak) anew, from what is resident now. Whether the system did so.
+pub fn reset_peak() -> bool {
+    std::fs::write("/proc/self/clear_refs", "5").is_ok()
+}
+
 /// Memory the machine could still give out, in bytes; `None` where `/proc/meminfo` does not tell.
 pub fn available_memory() -> Option<u64> {
     let info = std::fs::read_to_string("/proc/meminfo").ok()?;

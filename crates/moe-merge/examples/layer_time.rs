@@ -1,12 +1,13 @@
-//! Seconds that one layer of random weights takes to align and to merge by DERN, by default in the shape of Qwen1.5-MoE-A2.7B:
-//! `cargo run --release -p moe-merge --example layer_time -- [EXPERTS] [WIDTH] [HIDDEN] [KEPT] [PAIRS]`.
+//! Seconds and memory that one layer of random weights takes to align and to merge by DERN, by default in the shape of Qwen1.5-MoE-A2.7B:
+//! `cargo run --release --example layer_time -- [EXPERTS] [WIDTH] [HIDDEN] [KEPT] [PAIRS]`. Seconds of all threads together are what a machine
+//! that does other work as well takes notice of: over the number of threads they are what it would take without.
 
 use std::time::Instant;
 
 use moe_checkpoint::{Activation, ExpertWeights};
 use moe_merge::{
     AlignmentConfig, AlignmentContext, Combination, ExpertSource, Group, LayerJob, LayerPlan, Merged, Reference,
-    Segments,
+    Segments, TokenSample,
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -39,6 +40,50 @@ impl ExpertSource for Random {
     }
 }
 
+/// What something took.
+struct Took {
+    wall: Instant,
+    threads: f64,
+}
+
+impl Took {
+    fn start() -> Self {
+        Self { wall: Instant::now(), threads: thread_seconds() }
+    }
+
+    /// Seconds on the clock, and of all threads.
+    fn seconds(&self) -> (f64, f64) {
+        (self.wall.elapsed().as_secs_f64(), thread_seconds() - self.threads)
+    }
+}
+
+/// Seconds that the threads of this process have run; 0 where `/proc` does not say.
+fn thread_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // After the name in brackets: state, 10 numbers, then user and system time in hundredths of a second.
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0
+}
+
+/// Most memory this process has had, in MiB.
+fn peak() -> u64 {
+    moe_core::memory::process_memory().map_or(0, |memory| memory.peak >> 20)
+}
+
+/// Inputs of a layer, without a pattern.
+fn sample(tokens: usize, experts: &Random) -> TokenSample {
+    let mut rng = ChaCha8Rng::seed_from_u64(99);
+    TokenSample {
+        inputs: (0..tokens * experts.hidden).map(|_| rng.random_range(-1.0..1.0f32)).collect(),
+        logits: vec![0.0; tokens * experts.count],
+        selected: (0..tokens).map(|token| (token % experts.count) as u32).collect(),
+        weights: vec![1.0; tokens],
+        hidden: experts.hidden,
+        experts: experts.count,
+        top_k: 1,
+    }
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments = std::env::args().skip(1).map(|text| text.parse()).collect::<Result<Vec<usize>, _>>()?;
     let number = |at: usize, default: usize| arguments.get(at).copied().unwrap_or(default);
@@ -52,17 +97,26 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         rayon::current_num_threads()
     );
 
-    let context = AlignmentContext { sample: None, activation: Activation::Silu, layer: 0 };
-    for name in [r#"{"type": "weights"}"#, r#"{"type": "pca"}"#] {
+    let sample = sample(2048, &experts);
+    let context = AlignmentContext { sample: Some(&sample), activation: Activation::Silu, layer: 0 };
+    for name in [r#"{"type": "weights"}"#, r#"{"type": "activations"}"#, r#"{"type": "pca"}"#] {
         let alignment: AlignmentConfig = serde_json::from_str(name)?;
         let reference = experts.expert(0)?;
-        let start = Instant::now();
-        for other in 1..=pairs {
-            alignment.order(&reference, &experts.expert(other)?, &context)?;
+        let others = (1..=pairs).map(|other| experts.expert(other)).collect::<Result<Vec<_>, _>>()?;
+        let took = Took::start();
+        for other in &others {
+            alignment.order(&reference, other, &context)?;
         }
-        let each = start.elapsed().as_secs_f64() / pairs.max(1) as f64;
-        let layer = each * (experts.count - kept) as f64;
-        println!("{name}: {each:.2} s a pair, {layer:.0} s for the {} of the layer", experts.count - kept);
+        let of = |seconds: f64| seconds / pairs.max(1) as f64;
+        let (wall, threads) = took.seconds();
+        let layer = of(threads) * (experts.count - kept) as f64;
+        println!(
+            "{name}: {:.2} s a pair, {:.2} s of all threads, {layer:.0} s for the {} of the layer; {} MiB at most",
+            of(wall),
+            of(threads),
+            experts.count - kept,
+            peak()
+        );
     }
 
     let group = |e: usize| Group { dominant: e as u32, members: vec![e as u32], weights: vec![1.0] };
@@ -83,16 +137,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     // Random weights are nowhere alike: everything is moved, which is the most work there can be.
     let segments = Segments { alpha: -1.0, ..Segments::default() };
-    let start = Instant::now();
+    let took = Took::start();
     let (mut first, mut changed) = (None, 0);
     segments.combine(&job, &mut |_, merged| {
-        first.get_or_insert_with(|| start.elapsed());
+        first.get_or_insert_with(|| took.seconds().1);
         changed += usize::from(matches!(merged, Merged::Changed(_)));
         Ok(())
     })?;
-    let (all, first) = (start.elapsed().as_secs_f64(), first.unwrap_or_default().as_secs_f64());
+    let ((wall, threads), first) = (took.seconds(), first.unwrap_or_default());
     println!(
-        "DERN: {all:.0} s, of which {first:.0} s for reassigning and the first expert; {changed} experts clustered"
+        "DERN: {wall:.0} s, {threads:.0} s of all threads, of which {first:.0} s for reassigning and the first expert; {changed} \
+         experts clustered; {} MiB at most",
+        peak()
     );
     Ok(())
 }

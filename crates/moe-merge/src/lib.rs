@@ -21,11 +21,13 @@
 //! | `mergemoe` | dominants by usage, joined by likeness of gate and up | – | usage; down by least squares | kept | arXiv 2510.14436 |
 //! | `dern` | the most routed to stay | – | segments of the others, k-means | deleted | arXiv 2509.10377 |
 //! | `uncurl` | spectral clustering of router logits | weights | usage | merged | UNCURL |
+//! | `dominant-only` | the most salient stay | – | nothing of the others: expert pruning by REAP, to compare with | deleted | arXiv 2510.13999 |
 //!
 //! Super experts are [protected](moe_prune::ProtectionMask): they absorb nobody and nobody absorbs them.
 //!
 //! Beside that: [`Compression`] of experts into `L R + S`, several fine-tuned checkpoints of one base in one ([`merge_tasks`]: task arithmetic,
-//! TIES, DARE), and with feature `engine` coefficients of task vectors learnt on unlabelled data (`ExpertMerging`).
+//! TIES, DARE), and with feature `engine` the parts of a compression trained (`CompactTraining`) and coefficients of task vectors learnt on
+//! unlabelled data (`ExpertMerging`).
 //!
 //! ```no_run
 //! use moe_checkpoint::Checkpoint;
@@ -80,8 +82,8 @@ pub use compress::{COMPACT_FILE, CompactExpert, CompactModel, CompactReport, Com
 pub use context::{Gram, LayerContext};
 #[cfg(feature = "engine")]
 pub use engine::{
-    Coefficients, CompactOverlay, EvidenceOptions, ExpertMerging, Granularity, MergeOverlay, Task, collect_evidence,
-    merge_sequentially,
+    Coefficients, CompactOverlay, CompactTrained, CompactTraining, EvidenceOptions, ExpertMerging, Granularity,
+    MergeOverlay, Task, collect_evidence, merge_sequentially,
 };
 pub use error::{Error, Result};
 pub use evidence::{Evidence, LayerEvidence, OutputMean, ROUTED_TOKENS, ROUTING_WEIGHT, SCORE, TokenSample};

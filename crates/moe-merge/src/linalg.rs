@@ -9,8 +9,11 @@ use rayon::prelude::*;
 
 use crate::{Error, Result};
 
-/// Rows of a block.
-const ROWS: usize = 96;
+/// Rows of a block of a product with `rows` rows: eight blocks or so, for as many threads, but not so small that packing the other matrix
+/// anew for each costs more than the block, nor so large that it does not matter any more.
+fn block_rows(rows: usize) -> usize {
+    rows.div_ceil(8).next_multiple_of(32).clamp(96, 384)
+}
 
 /// A row-major matrix `[rows, cols]`.
 pub(crate) fn view(values: &[f32], rows: usize, cols: usize) -> MatRef<'_, f32> {
@@ -24,10 +27,11 @@ pub(crate) fn product_into(out: &mut [f32], add: bool, a: MatRef<'_, f32>, b: Ma
         return;
     }
     let beta = if add { Accum::Add } else { Accum::Replace };
-    out.par_chunks_mut(ROWS * n).enumerate().for_each(|(block, out)| {
+    let block = block_rows(a.nrows());
+    out.par_chunks_mut(block * n).enumerate().for_each(|(at, out)| {
         let rows = out.len() / n;
         let into = MatMut::from_row_major_slice_mut(out, rows, n);
-        matmul(into, beta, a.subrows(block * ROWS, rows), b, 1.0, Par::Seq);
+        matmul(into, beta, a.subrows(at * block, rows), b, 1.0, Par::Seq);
     });
 }
 

@@ -56,7 +56,7 @@ pub struct Recipe {
 }
 
 /// Names and files of the published methods.
-const NAMED: [(&str, &str); 9] = [
+const NAMED: [(&str, &str); 10] = [
     ("m-smoe", include_str!("recipes/m-smoe.json")),
     ("mc-smoe", include_str!("recipes/mc-smoe.json")),
     ("hc-smoe", include_str!("recipes/hc-smoe.json")),
@@ -66,6 +66,7 @@ const NAMED: [(&str, &str); 9] = [
     ("mergemoe", include_str!("recipes/mergemoe.json")),
     ("dern", include_str!("recipes/dern.json")),
     ("uncurl", include_str!("recipes/uncurl.json")),
+    ("dominant-only", include_str!("recipes/dominant-only.json")),
 ];
 
 impl Recipe {

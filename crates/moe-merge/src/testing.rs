@@ -33,3 +33,25 @@ pub fn shuffled(len: usize, seed: u64) -> Vec<u32> {
     order.sort_by(|a, b| keys[*a as usize].total_cmp(&keys[*b as usize]));
     order
 }
+
+/// Keeps the experts that tokens select, each token's in ascending order. Where a small change moves a token from one expert to
+/// another, a loss jumps, and a difference quotient is that jump over the step.
+#[cfg(feature = "engine")]
+#[derive(Debug, Default, PartialEq)]
+pub struct Selected(pub Vec<u32>);
+
+#[cfg(feature = "engine")]
+impl moe_core::trace::Observer for Selected {
+    fn needs(&self) -> moe_core::trace::Signals {
+        moe_core::trace::Signals::ROUTING
+    }
+
+    fn layer(&mut self, trace: &moe_core::trace::LayerTrace<'_>) -> moe_core::Result<()> {
+        for token in trace.selected.chunks_exact(trace.top_k) {
+            let mut token = token.to_vec();
+            token.sort_unstable();
+            self.0.extend(token);
+        }
+        Ok(())
+    }
+}

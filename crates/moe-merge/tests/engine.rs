@@ -52,6 +52,13 @@ fn a_sample_is_what_the_layers_saw() {
         for expert in 0..experts {
             let routed = sample.weights_of(expert).iter().filter(|w| **w != 0.0).count();
             assert_eq!(layer.sums[ROUTED_TOKENS][expert], routed as f64);
+            // DERN's importance: the share of the weights of a token's experts, 0 where it is not selected.
+            let share = |token: usize| {
+                let all: f64 = (0..experts).map(|e| f64::from(sample.weights_of(e)[token])).sum();
+                f64::from(sample.weights_of(expert)[token]) / all
+            };
+            let expected: f64 = (0..88).map(share).sum();
+            assert!((layer.sums["routing.renormalised"][expert] - expected).abs() < 1e-4);
         }
         // The Gram matrix of the sampled logits is that of all tokens.
         let gram = layer.logit_gram.as_ref().unwrap();

@@ -6,14 +6,30 @@
 
 #![deny(missing_docs)]
 
+mod array_file;
+pub mod codec;
+pub mod compressed_experts;
+pub mod condenser;
+pub mod dense_mixer;
 mod error;
+pub mod esft;
+pub mod fold;
 mod live;
 pub mod lora;
 pub mod merge;
 pub mod mixture;
+pub mod own;
 pub mod peft;
+pub mod places;
+pub mod probe;
+pub mod report;
+pub mod router_loss;
+pub mod sampling;
 mod set;
+pub mod smt;
+mod task;
 
 pub use error::{Error, Result};
 pub use live::{Bank, Live};
 pub use set::{AdapterSet, SweepListener};
+pub use task::{FineTune, Method, Plain, Target};

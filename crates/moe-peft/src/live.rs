@@ -4,11 +4,18 @@ use std::{
     collections::BTreeMap,
     fmt,
     ops::Range,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use burn::tensor::{Device, Tensor};
-use moe_core::{host, kernels::outer::add_transposed_product, train::Parameters};
+use moe_core::{
+    host,
+    kernels::outer::add_transposed_product,
+    train::{Parameter, Parameters},
+};
 
 use crate::{Error, Result};
 
@@ -23,6 +30,8 @@ pub struct Live {
     device: Device,
     value: RwLock<Option<Tensor<2>>>,
     gradient: Mutex<Vec<f32>>,
+    trained: AtomicBool,
+    pieces: usize,
 }
 
 impl fmt::Debug for Live {
@@ -46,7 +55,25 @@ impl Live {
             ));
         }
         let value = RwLock::new(Some(host::from_vec(values, shape, device)));
-        Ok(Arc::new(Self { name, shape, device: device.clone(), value, gradient: Mutex::default() }))
+        Ok(Arc::new(Self {
+            name,
+            shape,
+            device: device.clone(),
+            value,
+            gradient: Mutex::default(),
+            trained: AtomicBool::new(true),
+            pieces: 1,
+        }))
+    }
+
+    /// The same as `pieces` parts of equal length, one after the other, each of which gets a trust ratio of its own from
+    /// [`Lamb`](moe_core::train::Lamb): the experts of a fused tensor. To be called before it is shared.
+    #[must_use]
+    pub fn in_pieces(mut self: Arc<Self>, pieces: usize) -> Arc<Self> {
+        if let Some(live) = Arc::get_mut(&mut self) {
+            live.pieces = pieces.max(1);
+        }
+        self
     }
 
     /// Its name among the parameters.
@@ -71,6 +98,16 @@ impl Live {
     pub fn value(&self) -> Tensor<2> {
         let value = self.value.read().unwrap_or_else(PoisonError::into_inner);
         value.clone().unwrap_or_else(|| panic!("{} is not lent", self.name))
+    }
+
+    /// Whether it is trained at present. What is not needs no gradient.
+    pub fn is_trained(&self) -> bool {
+        self.trained.load(Ordering::Relaxed)
+    }
+
+    /// Sets whether it is trained from the next sweep on. At first it is.
+    pub fn set_trained(&self, trained: bool) {
+        self.trained.store(trained, Ordering::Relaxed);
     }
 
     /// Lets `f` add to the gradient, `rows * columns` numbers.
@@ -146,39 +183,87 @@ impl Bank {
     }
 
     /// Hands all values over to an optimiser: afterwards they are lent for each sweep.
-    pub fn parameters(&self) -> Parameters {
+    ///
+    /// # Errors
+    /// [`Error::Core`] for values that have been handed over before.
+    pub fn parameters(&self) -> Result<Parameters> {
         let mut parameters = Parameters::new();
         for live in self.live.values() {
-            parameters.insert(live.name.clone(), live.put(None).map(host::into_vec).unwrap_or_default());
+            let values = live.put(None).map(host::into_vec).unwrap_or_default();
+            let mut parameter = Parameter::with_shape(values, live.shape)?;
+            if live.pieces > 1 {
+                parameter = parameter.in_groups(live.pieces)?;
+            }
+            parameters.add(live.name.clone(), parameter);
         }
-        parameters
+        Ok(parameters)
     }
 
-    /// Lends the values and gradients of `parameters` to the adapters. Names that the bank does not have stay where they are.
-    pub fn lend(&self, parameters: &mut Parameters) {
+    /// Lends the values of `parameters` to the adapters and, with `gradients`, the gradients of those that are trained. Names that only one
+    /// of both has stay where they are.
+    ///
+    /// # Errors
+    /// [`Error::Core`] for what is lent already.
+    pub fn lend(&self, parameters: &mut Parameters, gradients: bool) -> Result<()> {
         for live in self.live.values() {
-            if let Some(parameter) = parameters.get_mut(&live.name) {
-                live.put(Some(host::from_vec(std::mem::take(&mut parameter.values), live.shape, &live.device)));
-                *live.lock() = std::mem::take(&mut parameter.gradient);
+            if parameters.get(live.name()).is_none() {
+                continue;
+            }
+            live.put(Some(host::from_vec(parameters.lend_values(&live.name)?, live.shape, &live.device)));
+            if gradients && live.is_trained() {
+                *live.lock() = parameters.lend_gradient(&live.name)?.unwrap_or_default();
             }
         }
+        Ok(())
     }
 
     /// Returns what was lent.
-    pub fn take_back(&self, parameters: &mut Parameters) {
+    ///
+    /// # Errors
+    /// [`Error::Core`] for what was not lent.
+    pub fn take_back(&self, parameters: &mut Parameters, gradients: bool) -> Result<()> {
         for live in self.live.values() {
-            if let Some(parameter) = parameters.get_mut(&live.name) {
-                if let Some(value) = live.put(None) {
-                    parameter.values = host::into_vec(value);
-                }
-                parameter.gradient = std::mem::take(&mut *live.lock());
+            if parameters.get(live.name()).is_none() {
+                continue;
+            }
+            if let Some(value) = live.put(None) {
+                parameters.return_values(&live.name, host::into_vec(value))?;
+            }
+            let gradient = std::mem::take(&mut *live.lock());
+            if gradients && live.is_trained() && parameters.is_active(&live.name) {
+                parameters.return_gradient(&live.name, gradient)?;
             }
         }
+        Ok(())
     }
 
     /// Leaves the values of `parameters` with the adapters, which can then be run without an optimiser.
-    pub fn settle(&self, mut parameters: Parameters) {
-        self.lend(&mut parameters);
-        self.live.values().for_each(|live| live.lock().clear());
+    ///
+    /// # Errors
+    /// [`Error::Core`] for values that are lent elsewhere.
+    pub fn settle(&self, mut parameters: Parameters) -> Result<()> {
+        self.lend(&mut parameters, false)
+    }
+
+    /// Sets which values are trained from the next step on: those for which `trained` holds. The others keep their values, have no gradient
+    /// and, with `forget`, lose the optimiser's moments.
+    ///
+    /// # Errors
+    /// [`Error::Core`] for names that `parameters` do not have.
+    pub fn set_trained(
+        &self,
+        parameters: &mut Parameters,
+        forget: bool,
+        trained: impl Fn(&Live) -> bool,
+    ) -> Result<()> {
+        for live in self.live.values() {
+            let on = trained(live);
+            live.set_trained(on);
+            parameters.set_active(&live.name, on)?;
+            if forget && !on {
+                parameters.drop_state(&live.name)?;
+            }
+        }
+        Ok(())
     }
 }

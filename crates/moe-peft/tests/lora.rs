@@ -6,7 +6,7 @@ use std::{path::Path, sync::Arc};
 
 use common::*;
 use moe_checkpoint::{Checkpoint, LayerRole};
-use moe_core::{Engine, EngineOptions, Model, data::Wave, trace::Nobody, train::AdamW};
+use moe_core::{Engine, EngineOptions, Model, data::Wave, trace::Nobody, train::{AdamW, Optimizer}};
 use moe_peft::{
     AdapterSet,
     lora::{
@@ -83,19 +83,18 @@ fn logits_losses_and_trained_logits_are_those_of_peft() {
         let difference = distance(&logits(&adapted, &wave), &expected.values("logits"));
         assert!(difference < 1e-4, "{name}: logits differ by {difference}");
 
-        let adamw = AdamW { weight_decay: 0.01, ..AdamW::default() };
-        let mut parameters = set.bank().parameters();
+        let adamw = Optimizer::AdamW(AdamW { weight_decay: 0.01, ..AdamW::default() });
+        let mut parameters = set.bank().parameters().unwrap();
         let predicted = wave.sequences.iter().map(|s| s.loss_tokens()).sum::<usize>() as f64;
         for (step, loss) in expected.doubles("train_losses").into_iter().enumerate() {
-            set.bank().lend(&mut parameters);
+            set.bank().lend(&mut parameters, true).unwrap();
             let found = train_loss(&adapted, &wave) / predicted;
-            set.bank().take_back(&mut parameters);
+            set.bank().take_back(&mut parameters, true).unwrap();
             assert!((found - loss).abs() < 1e-4, "{name}: loss {found} instead of {loss} at step {step}");
-            parameters.scale_gradients((1.0 / predicted) as f32);
-            adamw.step(&mut parameters, step + 1, 1e-2);
+            adamw.step(&mut parameters, 1e-2, 1.0 / predicted).unwrap();
         }
         assert_eq!(lora.weights_from("default", &parameters).unwrap().maps.len(), lora_maps(&parameters));
-        set.bank().settle(parameters);
+        set.bank().settle(parameters).unwrap();
         let difference = distance(&logits(&adapted, &wave), &expected.values("logits_after"));
         assert!(difference < 1e-4, "{name}: logits after training differ by {difference}");
     }

@@ -86,11 +86,11 @@ fn recipes() -> Vec<(&'static str, MixtureConfig)> {
 fn change(set: &AdapterSet, f: impl Fn(&str, [usize; 2], &mut Vec<f32>)) {
     let shapes: BTreeMap<String, [usize; 2]> =
         set.bank().iter().map(|live| (live.name().to_string(), live.shape())).collect();
-    let mut parameters = set.bank().parameters();
+    let mut parameters = set.bank().parameters().unwrap();
     for (name, shape) in &shapes {
         f(name, *shape, &mut parameters.get_mut(name).unwrap().values);
     }
-    set.bank().settle(parameters);
+    set.bank().settle(parameters).unwrap();
 }
 
 /// Makes the experts do something.

@@ -12,7 +12,8 @@ pub const DEFAULT_OUT: &str = "out/study";
 ///
 /// Without --model: the whole study on the bundled model. Every scorer with every way to prune, calibrated on each of three
 /// capabilities in turn, at four sizes and with three draws of the calibration rows; then repairs, stock exports, allocators
-/// and knock-outs. With --model: a table for a model and data of your own.
+/// and knock-outs. With --merging: every way to merge instead, and what it is to be compared with. With --model: a table for
+/// a model and data of your own.
 #[derive(Clone, Debug, clap::Parser)]
 #[command(name = "compare_methods")]
 pub struct Arguments {
@@ -79,6 +80,9 @@ pub struct Arguments {
     /// Draws of the calibration rows in the study, instead of three; fewer give no spread
     #[arg(long, value_name = "N", value_parser = cli::non_zero, conflicts_with_all = ["model", "quick"])]
     pub draws: Option<NonZeroUsize>,
+    /// The study of ways to merge
+    #[arg(long, conflicts_with = "model")]
+    pub merging: bool,
     /// Configurations measured at a time; each mostly uses one core
     #[arg(long, value_name = "N", value_parser = cli::non_zero)]
     pub workers: Option<NonZeroUsize>,

@@ -12,11 +12,12 @@ use moe_core::trace::{Nobody, WaveInfo};
 use moe_core::{CrossEntropy, Distillation, Engine, EngineOptions, Model, TeacherLogits};
 
 use super::case::rounded;
+use super::layers::LayerErrors;
 use super::rows::HeldOut;
 use crate::Result;
 
 /// Figures by name, `CAPABILITY_FIGURE`: `ppl`, the perplexity; `kl`, the divergence from the full model in nats per predicted
-/// token; `exact`, the share of questions answered exactly.
+/// token; `exact`, the share of questions answered exactly; `layer`, what single layers get wrong.
 pub type Metrics = BTreeMap<String, f64>;
 
 /// What is measured on a model.
@@ -41,6 +42,8 @@ pub struct Bench {
     /// Sequences of each capability among all.
     spans: Vec<Range<usize>>,
     teacher: TeacherLogits,
+    /// What single layers are measured on, if they are.
+    layers: Option<LayerErrors>,
     /// Figures of the full model.
     pub base: Metrics,
 }
@@ -65,9 +68,20 @@ impl Bench {
         }
         let waves = waves(&all, wave_options);
         let teacher = TeacherLogits::record(&Engine::new(&model, EngineOptions::default()), &waves, top)?;
-        let mut bench = Self { model, tokenizer, held_out, waves, spans, teacher, base: Metrics::new() };
+        let base = Metrics::new();
+        let mut bench = Self { model, tokenizer, held_out, waves, spans, teacher, layers: None, base };
         bench.base = bench.measure(&bench.model, Figures::All)?;
         Ok(bench)
+    }
+
+    /// The same, measuring single layers as well: see [`LayerErrors`].
+    ///
+    /// # Errors
+    /// Whatever stops the model.
+    pub fn with_layer_errors(mut self) -> Result<Self> {
+        self.layers = Some(LayerErrors::record(&self.model, &self.waves)?);
+        self.base = self.measure(&self.model, Figures::All)?;
+        Ok(self)
     }
 
     /// Names of the figures.
@@ -75,6 +89,9 @@ impl Bench {
         let mut names = Vec::new();
         for rows in &self.held_out {
             names.extend(["ppl", "kl"].map(|figure| format!("{}_{figure}", rows.name)));
+            if self.layers.is_some() {
+                names.push(format!("{}_layer", rows.name));
+            }
             if figures == Figures::All && rows.questions.is_some() {
                 names.push(format!("{}_exact", rows.name));
             }
@@ -88,6 +105,11 @@ impl Bench {
     /// Whatever stops the model.
     pub fn measure(&self, model: &Model, figures: Figures) -> Result<Metrics> {
         let mut metrics = self.predictions(model)?;
+        if let Some(layers) = &self.layers {
+            for (rows, error) in self.held_out.iter().zip(layers.of(model, &self.spans)?) {
+                metrics.insert(format!("{}_layer", rows.name), rounded(error));
+            }
+        }
         if figures == Figures::All {
             for rows in &self.held_out {
                 let Some(questions) = &rows.questions else { continue };

@@ -13,8 +13,9 @@ use moe_core::data::Wave;
 
 use super::bench::{Bench, Figures, Metrics};
 use super::case::{Amount, Case, Record};
-use super::catalogue::{self, Method, RepairRows};
+use super::catalogue::{self, EVIDENCE, Method, RepairRows};
 use super::knock_out;
+use super::merged;
 use super::scored::Scored;
 use super::subject::Subject;
 use crate::{Error, Result};
@@ -77,7 +78,7 @@ impl Lab {
                 let plan = &subject.plan;
                 record.layers = plan.kept.iter().map(|layer| layer.experts.iter().map(Vec::len).sum()).collect();
                 record.units = plan.units_kept();
-                record.routed_parameters = plan.pruned_shape().parameters();
+                record.routed_parameters = subject.routed_parameters();
                 record.parameters = subject.parameters()?;
                 record.metrics = self.measure(&subject, job)?;
             }
@@ -110,6 +111,12 @@ impl Lab {
 
     fn subject(&self, case: &Case, scratch: &Path) -> Result<Subject<'_>> {
         let (full, scored) = (&self.bench.model, self.calibration(case)?);
+        if case.scorer == EVIDENCE {
+            let Method::Merge(merge) = catalogue::method(&case.method)? else {
+                return Err(Error::Invalid(format!("{case}: not a way to merge")));
+            };
+            return merged::subject(full, &merge, scored, case.amount.fraction(self.shape().units()), scratch);
+        }
         let tables =
             scored.tables.get(&case.scorer).ok_or_else(|| Error::Invalid(format!("{case}: no such scorer")))?;
         if let Amount::Units(count) = case.amount {
@@ -120,6 +127,7 @@ impl Lab {
         match method {
             Method::Pruner(pruner) => Subject::pruned(full, &pruner, scores, ratio, &scored.waves),
             Method::Pieces(pieces) => Subject::pieces(full, pieces, scores, ratio, &scored.waves, scratch),
+            Method::Merge(_) => Err(Error::Invalid(format!("{case}: merges go by `{EVIDENCE}`, not by scores"))),
         }
     }
 

@@ -62,6 +62,7 @@ pub fn json(study: &Finished) -> Result<Value> {
         "base": study.summary.base,
         "ranking": ranking,
         "costs": study.costs,
+        "forms": study.forms,
         "records": records.map_err(|error| Error::Invalid(error.to_string()))?,
     }))
 }

@@ -1,7 +1,7 @@
 //! The report of the study.
 
 use super::case::Amount;
-use super::catalogue::{GLOBAL, GRID, LAYER, MAIN_SCORER, UNIFORM};
+use super::catalogue::{EVIDENCE, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, UNIFORM};
 use super::study::Finished;
 use super::tables::{Section, curves, knock_outs};
 use crate::Result;
@@ -12,12 +12,27 @@ use crate::report::Report;
 /// Ways to distribute the budget whose layers are shown.
 const SHOWN: [&str; 6] = [UNIFORM, GLOBAL, "lamp", "depth_rising", "dp_measured", "evolution"];
 
+/// What is shown of the study of ways to merge.
+const MERGED_CURVES: [(&str, &str); 8] = [
+    (MAIN_SCORER, GLOBAL),
+    (MAIN_SCORER, UNIFORM),
+    ("reap", EXPERTS),
+    (EVIDENCE, "m-smoe"),
+    (EVIDENCE, "hc-smoe"),
+    (EVIDENCE, "ream"),
+    (EVIDENCE, "mergemoe"),
+    (EVIDENCE, "dern"),
+];
+
 /// Everything about a study in one HTML file.
 ///
 /// # Errors
 /// Those of drawing.
 pub fn html(study: &Finished, sections: &[Section]) -> Result<String> {
-    let mut report = Report::new("Ways to prune, compared at equal size");
+    let mut report = Report::new(match study.settings.merging {
+        None => "Ways to prune, compared at equal size",
+        Some(_) => "Ways to merge, compared at equal size",
+    });
     for section in sections {
         report.section(&section.title);
         report.paragraph(&section.note);
@@ -39,6 +54,9 @@ pub fn html(study: &Finished, sections: &[Section]) -> Result<String> {
 fn figures(study: &Finished, id: &str) -> Result<Vec<(String, String)>> {
     if let Some(calibrated) = id.strip_prefix("sizes-") {
         return Ok(vec![sizes(study, calibrated)?]);
+    }
+    if let Some(calibrated) = id.strip_prefix("merged-sizes-") {
+        return Ok(vec![merged_sizes(study, calibrated)?]);
     }
     if let Some(measured) = id.strip_prefix("knock-out-") {
         return Ok(vec![knock_out(study, measured)?]);
@@ -96,6 +114,32 @@ fn sizes(study: &Finished, calibrated: &str) -> Result<(String, String)> {
     let caption =
         "Each scorer by the best of four ways to prune at that size. Whiskers: from the best to the worst draw.";
     Ok((lines(&figure)?, caption.into()))
+}
+
+/// Divergence by size, of ways to merge and what they are compared with.
+fn merged_sizes(study: &Finished, calibrated: &str) -> Result<(String, String)> {
+    let summary = &study.summary;
+    let curve = |(scorer, method): (&str, &str)| {
+        let point = |ratio: &f64| {
+            let spread =
+                summary.spread(&summary.case(calibrated, scorer, method, Amount::ratio(*ratio)), calibrated, "kl")?;
+            Some(Point { x: 100.0 * ratio, y: spread.mean, low: spread.low, high: spread.high })
+        };
+        (super::merging_tables::name(scorer, method), study.settings.ratios.iter().filter_map(point).collect())
+    };
+    let figure = Lines {
+        title: format!("{calibrated}: divergence from the full model, nats per token"),
+        x: "bytes of experts dropped, %".into(),
+        series: MERGED_CURVES
+            .into_iter()
+            .map(curve)
+            .filter(|(_, points): &(_, Vec<Point>)| !points.is_empty())
+            .collect(),
+        base: None,
+        logarithmic_x: false,
+        logarithmic_y: true,
+    };
+    Ok((lines(&figure)?, "Whiskers: from the best to the worst draw.".into()))
 }
 
 /// A capability after knocking out units.

@@ -9,6 +9,7 @@ use moe_core::data::{Dataset, Wave, WaveOptions};
 use moe_core::trace::Observer;
 use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::{Collection, Scorer, StatisticId, collect};
+use moe_merge::Evidence;
 
 use super::catalogue::Scoring;
 use crate::Result;
@@ -47,6 +48,8 @@ pub struct Scored {
     pub tokens: usize,
     /// Scores by name of the scorer.
     pub tables: BTreeMap<String, Tables>,
+    /// What merges go by, if there are any.
+    pub evidence: Option<Evidence>,
     /// Seconds of running the model; 0 where everything was there already.
     pub seconds: f64,
 }
@@ -88,5 +91,6 @@ pub fn score(
         let own = scoring.own;
         tables.insert(name.clone(), Tables { units: table(&**units)?, experts: table(&**experts)?, own });
     }
-    Ok(Scored { all: waves.clone(), waves, sequences: data.sequences.len(), tokens: data.tokens(), tables, seconds })
+    let (sequences, tokens) = (data.sequences.len(), data.tokens());
+    Ok(Scored { all: waves.clone(), waves, sequences, tokens, tables, evidence: None, seconds })
 }

@@ -1,5 +1,7 @@
 //! How large the study is, and what is measured in it.
 
+use std::collections::BTreeSet;
+
 use super::bench::Figures;
 use super::case::{Amount, Case};
 use super::catalogue::{
@@ -7,6 +9,7 @@ use super::catalogue::{
     UNIFORM,
 };
 use super::lab::Job;
+use super::merging::Merging;
 use super::rows::Limits;
 
 /// Capabilities of the bundled model.
@@ -49,6 +52,8 @@ pub struct Settings {
     pub knock_outs: Vec<u32>,
     /// Rows that are measured on.
     pub limits: Limits,
+    /// Ways to merge, where they are what is studied.
+    pub merging: Option<Merging>,
 }
 
 impl Settings {
@@ -72,6 +77,34 @@ impl Settings {
             stock_scorers: STOCK_SCORERS.into(),
             knock_outs: vec![1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64],
             limits: Limits { rows: 600, answered: 200, tokens: 3000, length: 128 },
+            merging: None,
+        }
+    }
+
+    /// The study of ways to merge.
+    pub fn merging() -> Self {
+        let merging = Merging::full();
+        let scorers: BTreeSet<&str> = merging.rivals.iter().map(|(scorer, _)| *scorer).collect();
+        Self {
+            ratios: vec![0.25, 0.375, 0.5],
+            scorers: scorers.into_iter().collect(),
+            merging: Some(merging),
+            ..Self::full()
+        }
+    }
+
+    /// A small part of it.
+    pub fn quick_merging() -> Self {
+        let Self { calibrated, seeds, samples, text_samples, limits, .. } = Self::quick();
+        Self {
+            calibrated,
+            seeds,
+            samples,
+            text_samples,
+            limits,
+            ratios: vec![0.25, 0.5],
+            merging: Some(Merging::quick()),
+            ..Self::merging()
         }
     }
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use moe_core::Model;
 use moe_core::data::{Dataset, LossOver, Tokenizer, WaveOptions};
 use moe_importance::ScorerConfig;
+use moe_merge::collect_evidence;
 use serde_json::{Value, json};
 
 use super::arguments::Arguments;
@@ -15,6 +16,7 @@ use super::case::Journal;
 use super::catalogue::{self, SCORERS, Scoring};
 use super::cost::Costs;
 use super::lab::Lab;
+use super::merging::{Form, Merging};
 use super::rows::{Draw, HeldOut};
 use super::runner::{Runner, default_workers};
 use super::scored::score;
@@ -22,7 +24,7 @@ use super::settings::{CAPABILITIES, Settings};
 use super::summary::Summary;
 use crate::fisher_prune::{Existing, OutDir};
 use crate::progress::{Progress, Unit};
-use crate::{Result, TINY_MOE};
+use crate::{Error, Result, TINY_MOE};
 
 /// A study whose inputs have been checked. Nothing has been written yet.
 pub struct Study {
@@ -49,8 +51,10 @@ pub struct Finished {
     pub summary: Summary,
     /// The lab it was measured in.
     pub lab: Lab,
-    /// What collecting statistics cost.
-    pub costs: Costs,
+    /// What collecting statistics cost, in the study of ways to prune.
+    pub costs: Option<Costs>,
+    /// Sizes of what is written, in the study of ways to merge.
+    pub forms: Vec<Form>,
     /// How it was made.
     pub recipe: Value,
     /// Where it is.
@@ -63,7 +67,12 @@ impl Study {
     /// # Errors
     /// What is wrong with them.
     pub fn new(arguments: Arguments) -> Result<Self> {
-        let mut settings = if arguments.quick { Settings::quick() } else { Settings::full() };
+        let mut settings = match (arguments.merging, arguments.quick) {
+            (false, false) => Settings::full(),
+            (false, true) => Settings::quick(),
+            (true, false) => Settings::merging(),
+            (true, true) => Settings::quick_merging(),
+        };
         if let Some(draws) = arguments.draws {
             settings.seeds = (0..draws.get() as u64).collect();
         }
@@ -137,6 +146,7 @@ impl Study {
                 "wave_tokens": self.arguments.wave_tokens,
             },
             "scorers": scorers,
+            "merges": self.settings.merging.as_ref().map(|merging| &merging.methods),
             "quick": self.arguments.quick,
         })
     }
@@ -151,6 +161,8 @@ impl Study {
         out.open(existing, &recipe)?;
         let wave_options = WaveOptions::Tokens(arguments.wave_tokens);
         let bench = Bench::new(model, tokenizer, held_out, wave_options, arguments.teacher_tokens.get())?;
+        let bench = if settings.merging.is_some() { bench.with_layer_errors()? } else { bench };
+        let evidence = settings.merging.as_ref().map(Merging::evidence).transpose()?;
 
         let total = 2 * draws.values().map(|[data, _]| data.tokens() as u64).sum::<u64>();
         let bar = progress.bar("collecting", total, Unit::Count("tokens"));
@@ -176,12 +188,12 @@ impl Study {
             let mut found = of_loss(false)?;
             found.tables.extend(of_loss(true)?.tables);
             found.all = rows.get(name).map_or_else(Vec::new, |data| data.waves(wave_options));
+            if let Some(options) = &evidence {
+                found.evidence = Some(collect_evidence(&bench.model, &found.waves, options, &mut |_, _| {})?);
+            }
             scored.insert((name.clone(), *seed), found);
         }
         drop(bar);
-        let costs =
-            Costs::measure_or_load(&bench.model, &draws, wave_options, &out.root().join("costs.json"), &settings)?;
-
         let lab = Lab::new(bench, scored, &out.root().join("scratch"));
         let mut runner = Runner {
             journal: Journal::open(&out.root().join("measurements.jsonl"))?,
@@ -189,8 +201,17 @@ impl Study {
             lab: &lab,
             progress,
         };
-        runner.run("every scorer, every way", settings.grid())?;
         let summary = |runner: &Runner<'_>| Summary::new(runner.journal.records().clone(), &settings, &lab.bench);
+        if let Some(merging) = &settings.merging {
+            runner.run("every recipe", merging.jobs(&settings))?;
+            let (summary, model) = (summary(&runner), &lab.bench.model);
+            let first = lab.scored.values().next().ok_or_else(|| Error::Invalid("no calibration rows".into()))?;
+            let forms = Form::measure_or_load(model, merging, settings.half, first, out.root())?;
+            return Ok(Finished { settings, summary, lab, costs: None, forms, recipe, out });
+        }
+        let costs = out.root().join("costs.json");
+        let costs = Costs::measure_or_load(&lab.bench.model, &draws, wave_options, &costs, &settings)?;
+        runner.run("every scorer, every way", settings.grid())?;
         let best = summary(&runner).best_scorers(settings.best);
         runner.run("answers of the best", settings.answers(&best))?;
         runner.run("repairs of the best", settings.repairs(&best))?;
@@ -198,6 +219,6 @@ impl Study {
         runner.run("allocators", settings.allocators())?;
         runner.run("knock-outs", settings.knock_outs())?;
         let summary = summary(&runner);
-        Ok(Finished { settings, summary, lab, costs, recipe, out })
+        Ok(Finished { settings, summary, lab, costs: Some(costs), forms: Vec::new(), recipe, out })
     }
 }

@@ -29,12 +29,30 @@ pub struct Subject<'m> {
     /// What is kept of the exported one: everything.
     whole: Option<PrunePlan>,
     edits: Edits,
+    /// Parameters of routed experts, where they are not those of the plan, and what goes besides of the exported checkpoint.
+    compressed: Option<(u64, u64)>,
 }
 
 impl<'m> Subject<'m> {
     /// By a plan.
     pub fn planned(full: &'m Model, plan: PrunePlan) -> Self {
-        Self { full, exported: None, plan, whole: None, edits: Edits::new() }
+        Self { full, exported: None, plan, whole: None, edits: Edits::new(), compressed: None }
+    }
+
+    /// By an export of which everything is kept; `plan` says what is left of the full model.
+    pub fn exported(full: &'m Model, exported: Model, plan: PrunePlan) -> Self {
+        let whole = PrunePlan::keep_all(exported.checkpoint().shape(), exported.checkpoint().fingerprint());
+        Self { exported: Some(exported), whole: Some(whole), ..Self::planned(full, plan) }
+    }
+
+    /// The same with experts compressed from as many parameters to as many.
+    pub fn compressed(self, before: u64, after: u64) -> Self {
+        Self { compressed: Some((after, before - after)), ..self }
+    }
+
+    /// Parameters of routed experts.
+    pub fn routed_parameters(&self) -> u64 {
+        self.compressed.map_or(self.plan.pruned_shape().parameters(), |(routed, _)| routed)
     }
 
     /// Prunes by a pruner. Pruners that ask the model are answered on `calibration`.
@@ -96,9 +114,7 @@ impl<'m> Subject<'m> {
             ..ApplyOptions::new(Export::FineGrained)
         };
         plan.apply(from, scratch, &options)?;
-        let exported = Model::open(scratch, full.device(), full.max_memory())?;
-        let whole = PrunePlan::keep_all(exported.checkpoint().shape(), exported.checkpoint().fingerprint());
-        Ok(Self { full, exported: Some(exported), plan, whole: Some(whole), edits: Edits::new() })
+        Ok(Self::exported(full, Model::open(scratch, full.device(), full.max_memory())?, plan))
     }
 
     /// The checkpoint that the model is seen through, and what is kept of it.
@@ -111,6 +127,10 @@ impl<'m> Subject<'m> {
     /// # Errors
     /// Those of [`PlanOverlay`].
     pub fn model(&self) -> Result<Model> {
+        if let Some(exported) = self.exported.as_ref().filter(|_| self.edits.is_empty()) {
+            let (experts, routing) = (exported.expert_overlay(), exported.routing_overlay());
+            return Ok(exported.with_overlays(experts.cloned(), routing.cloned())?);
+        }
         let (base, plan) = self.base();
         let overlay = match self.edits.is_empty() {
             true => PlanOverlay::new(plan),
@@ -142,11 +162,7 @@ impl<'m> Subject<'m> {
                 mean.fit(base, plan, rows, &mut |_, _| ())?
             }
             RepairStep::RouterDistillation(distillation) => {
-                // Every fourth wave says when to stop.
-                let (mut training, mut evaluation) = (Vec::new(), Vec::new());
-                for (index, wave) in small_waves(rows, TRAINING_TOKENS).into_iter().enumerate() {
-                    if index % 4 == 3 { evaluation.push(wave) } else { training.push(wave) }
-                }
+                let (training, evaluation) = training_waves(rows);
                 distillation.fit(teacher, &student, &training, &evaluation, &mut |_| Ok(()))?.edits
             }
         };
@@ -172,7 +188,7 @@ impl<'m> Subject<'m> {
     /// A model without routers.
     pub fn parameters(&self) -> Result<u64> {
         if let Some(exported) = &self.exported {
-            return Ok(exported.checkpoint().parameters());
+            return Ok(exported.checkpoint().parameters() - self.compressed.map_or(0, |(_, gone)| gone));
         }
         let checkpoint = self.full.checkpoint();
         let dropped = self.plan.shape.parameters() - self.plan.pruned_shape().parameters();
@@ -185,6 +201,15 @@ impl<'m> Subject<'m> {
             self.edits.experts().map(|(_, edit)| edit.down_bias.as_ref().map_or(0, Vec::len) as u64).sum();
         Ok(checkpoint.parameters() - dropped - rows + biases)
     }
+}
+
+/// Waves to train on, and every fourth, which says when to stop.
+pub(super) fn training_waves(rows: &[Wave]) -> (Vec<Wave>, Vec<Wave>) {
+    let (mut training, mut evaluation) = (Vec::new(), Vec::new());
+    for (index, wave) in small_waves(rows, TRAINING_TOKENS).into_iter().enumerate() {
+        if index % 4 == 3 { evaluation.push(wave) } else { training.push(wave) }
+    }
+    (training, evaluation)
 }
 
 /// The same sequences in waves of about so many tokens.

@@ -6,6 +6,8 @@ use super::case::{Amount, Case};
 use super::catalogue::{
     CONTROLS, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, NO_REPAIR, SCORERS, STOCK_OF_SCORERS, UNIFORM,
 };
+use super::cost::Costs;
+use super::merging_tables;
 use super::settings::{KNOCK_OUT, REPAIRED, REPAIRS};
 use super::study::Finished;
 use super::summary::{Spread, Summary};
@@ -27,6 +29,9 @@ pub struct Section {
 
 /// All tables of a study, in the order of reading.
 pub fn sections(study: &Finished) -> Vec<Section> {
+    if let Some(merging) = &study.settings.merging {
+        return merging_tables::sections(study, merging);
+    }
     let tables = Tables { study, summary: &study.summary, half: Amount::ratio(study.settings.half) };
     let mut sections = vec![tables.setup(), tables.equal_size(), tables.ranking()];
     for calibrated in &study.summary.calibrated {
@@ -42,7 +47,7 @@ pub fn sections(study: &Finished) -> Vec<Section> {
     }
     sections.push(tables.allocators());
     sections.extend(study.summary.measured.iter().map(|(name, exact)| tables.knock_out(name, *exact)));
-    sections.push(tables.cost());
+    sections.extend(study.costs.as_ref().map(cost));
     sections
 }
 
@@ -68,14 +73,14 @@ const GAP: [(&str, &str); 9] = [
     ("pieces4", "router_kd_refit"),
 ];
 
-struct Tables<'a> {
-    study: &'a Finished,
-    summary: &'a Summary,
-    half: Amount,
+pub(super) struct Tables<'a> {
+    pub study: &'a Finished,
+    pub summary: &'a Summary,
+    pub half: Amount,
 }
 
 /// A figure with its spread over draws.
-fn cell(spread: Option<Spread>, figure: &str) -> String {
+pub(super) fn cell(spread: Option<Spread>, figure: &str) -> String {
     let Some(Spread { mean, deviation, draws, .. }) = spread else { return "–".into() };
     let number = |value: f64| match figure {
         // no minus before a difference that rounds to nothing
@@ -91,19 +96,19 @@ fn cell(spread: Option<Spread>, figure: &str) -> String {
 
 impl Tables<'_> {
     /// The figure that says how good a capability is: answers if there are any.
-    fn figure(&self, capability: &str) -> &'static str {
+    pub fn figure(&self, capability: &str) -> &'static str {
         match self.summary.measured.iter().any(|(name, exact)| name == capability && *exact) {
             true => "exact",
             false => "ppl",
         }
     }
 
-    fn quality(&self, case: &Case, capability: &str) -> String {
+    pub fn quality(&self, case: &Case, capability: &str) -> String {
         let figure = self.figure(capability);
         cell(self.summary.spread(case, capability, figure), figure)
     }
 
-    fn kl(&self, case: &Case, capability: &str) -> String {
+    pub fn kl(&self, case: &Case, capability: &str) -> String {
         cell(self.summary.spread(case, capability, "kl"), "kl")
     }
 
@@ -114,7 +119,7 @@ impl Tables<'_> {
         }
     }
 
-    fn measured(&self) -> impl Iterator<Item = &str> {
+    pub fn measured(&self) -> impl Iterator<Item = &str> {
         self.summary.measured.iter().map(|(name, _)| name.as_str())
     }
 
@@ -127,7 +132,7 @@ impl Tables<'_> {
         GRID.into_iter().filter_map(spread).min_by(|a, b| a.1.mean.total_cmp(&b.1.mean))
     }
 
-    fn setup(&self) -> Section {
+    pub fn setup(&self) -> Section {
         let header =
             ["capability", "calibration", "tokens", "tokens predicted", "questions", "perplexity", "exact match"];
         let mut table = Table::new(header, 1);
@@ -478,29 +483,25 @@ impl Tables<'_> {
             table,
         }
     }
+}
 
-    fn cost(&self) -> Section {
-        let costs = &self.study.costs;
-        let mut table = Table::new(["statistics for", "scorers", "seconds", "against one"], 1);
-        let one = costs.of.iter().find(|cost| cost.name == "Fisher").map_or(f64::NAN, |cost| cost.seconds);
-        for cost in &costs.of {
-            table.row([
-                cost.name.clone(),
-                cost.scorers.to_string(),
-                format!("{:.2}", cost.seconds),
-                format!("{:.2}", cost.seconds / one),
-            ]);
-        }
-        Section {
-            id: "cost".into(),
-            title: "What collecting statistics costs".into(),
-            note: format!(
-                "One pass over {} tokens of {}; the fastest of three.",
-                count(costs.tokens as u64),
-                costs.rows
-            ),
-            table,
-        }
+/// What collecting cost.
+fn cost(costs: &Costs) -> Section {
+    let mut table = Table::new(["statistics for", "scorers", "seconds", "against one"], 1);
+    let one = costs.of.iter().find(|cost| cost.name == "Fisher").map_or(f64::NAN, |cost| cost.seconds);
+    for cost in &costs.of {
+        table.row([
+            cost.name.clone(),
+            cost.scorers.to_string(),
+            format!("{:.2}", cost.seconds),
+            format!("{:.2}", cost.seconds / one),
+        ]);
+    }
+    Section {
+        id: "cost".into(),
+        title: "What collecting statistics costs".into(),
+        note: format!("One pass over {} tokens of {}; the fastest of three.", count(costs.tokens as u64), costs.rows),
+        table,
     }
 }
 

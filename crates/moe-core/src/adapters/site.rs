@@ -26,6 +26,14 @@ impl Site {
         }
     }
 
+    /// Its name in lists of parameters: `layers.3.query`, `layers.3.experts.7.gate_up`.
+    pub fn path(&self) -> String {
+        match self {
+            Self::Layer(layer, site) => format!("layers.{layer}.{}", site.name()),
+            Self::Expert { layer, expert, map } => format!("layers.{layer}.experts.{expert}.{}", map.name()),
+        }
+    }
+
     /// Whether it is in the attention half of its layer.
     pub fn is_attention(&self) -> bool {
         matches!(self, Self::Layer(_, site) if site.is_attention())
@@ -93,6 +101,26 @@ impl LayerSite {
         Self::DenseDown,
     ];
 
+    /// Its name in lists of parameters.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Query => "query",
+            Self::Key => "key",
+            Self::Value => "value",
+            Self::Output => "output",
+            Self::LatentQueryDown => "latent_query_down",
+            Self::LatentQueryUp => "latent_query_up",
+            Self::LatentKvDown => "latent_kv_down",
+            Self::LatentKvUp => "latent_kv_up",
+            Self::Router => "router",
+            Self::SharedGateUp => "shared_gate_up",
+            Self::SharedDown => "shared_down",
+            Self::SharedExpertGate => "shared_expert_gate",
+            Self::DenseGateUp => "dense_gate_up",
+            Self::DenseDown => "dense_down",
+        }
+    }
+
     /// Whether it is in the attention half of the layer.
     pub fn is_attention(self) -> bool {
         use LayerSite::*;
@@ -107,6 +135,16 @@ pub enum ExpertSite {
     GateUp,
     /// `[H, I]`.
     Down,
+}
+
+impl ExpertSite {
+    /// Its name in lists of parameters.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::GateUp => "gate_up",
+            Self::Down => "down",
+        }
+    }
 }
 
 impl fmt::Display for Site {

@@ -1,9 +1,10 @@
-//! Gradients of weights: products of transposed matrices, added in place.
+//! Products of blocks of matrices, added in place: gradients of weights, and maps with a few blocks of their own.
 
 use std::ops::Range;
 
 use burn::tensor::Tensor;
 
+use super::rows::RowAccumulator;
 use crate::host::{self, HostView};
 
 /// Multiply-adds from which on a product is shared between threads.
@@ -63,6 +64,58 @@ pub fn add_transposed_product(
     }
 }
 
+/// `out[t, rows.start + i] += sum_j x[t, columns.start + j] * w[i, j]` for `x [n, k]`, `w [rows.len(), columns.len()]` and `out [n, m]`: a block of the
+/// product `x w^T`. With `transposed`, `out[t, columns.start + j] += sum_i x[t, rows.start + i] * w[i, j]`: a block of `x w`.
+///
+/// # Panics
+/// If the ranges are out of bounds or `w` has another size.
+pub fn add_block_product(
+    out: &mut RowAccumulator,
+    x: &Tensor<2>,
+    w: &[f32],
+    rows: Range<usize>,
+    columns: Range<usize>,
+    transposed: bool,
+) {
+    let (from, to) = if transposed { (rows.clone(), columns.clone()) } else { (columns.clone(), rows.clone()) };
+    let [n, k] = x.dims();
+    assert_eq!(w.len(), rows.len() * columns.len(), "values of the block {rows:?} x {columns:?}");
+    assert!(from.end <= k, "columns {from:?} of {k}");
+    if n == 0 || w.is_empty() {
+        return;
+    }
+    let (row, column) = if transposed { (1, columns.len() as isize) } else { (columns.len() as isize, 1) };
+    let parallelism = if n * w.len() < SHARED { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(0) };
+    let view = HostView::new(x);
+    out.on_host(|sum, m| {
+        assert!(to.end <= m && sum.len() == n * m, "columns {to:?} of {m}, rows {n}");
+        // SAFETY: all ranges are in bounds of their matrices, checked above; `sum` is a matrix of its own.
+        unsafe {
+            gemm::gemm(
+                n,
+                to.len(),
+                from.len(),
+                sum.as_mut_ptr().add(to.start),
+                1,
+                m as isize,
+                true,
+                view.as_slice().as_ptr().add(from.start),
+                1,
+                k as isize,
+                w.as_ptr(),
+                row,
+                column,
+                1.0,
+                1.0,
+                false,
+                false,
+                false,
+                parallelism,
+            );
+        }
+    });
+}
+
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;
@@ -80,6 +133,33 @@ mod tests {
                     let sum: f32 = (0..9).map(|t| av[t * 5 + row] * bv[t * 7 + column]).sum();
                     assert!((out[i * columns.len() + j] - 1.0 - 0.5 * sum).abs() < 1e-5);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_of_products_are_added_to_their_columns() {
+        let (x, w) = (pattern([4, 6], 1), pattern([3, 2], 2));
+        let (xv, wv) = (host::into_vec(x.clone()), host::into_vec(w));
+        let mut forward = RowAccumulator::zeros(4, 5, &x.device());
+        add_block_product(&mut forward, &x, &wv, 1..4, 4..6, false);
+        let mut backward = RowAccumulator::zeros(4, 7, &x.device());
+        add_block_product(&mut backward, &x, &wv, 1..4, 4..6, true);
+        let (forward, backward) = (host::into_vec(forward.into_tensor()), host::into_vec(backward.into_tensor()));
+        for t in 0..4 {
+            for i in 0..5 {
+                let expected = match i {
+                    1..4 => (0..2).map(|j| xv[t * 6 + 4 + j] * wv[(i - 1) * 2 + j]).sum(),
+                    _ => 0.0,
+                };
+                assert!((forward[t * 5 + i] - expected).abs() < 1e-6);
+            }
+            for j in 0..7 {
+                let expected = match j {
+                    4..6 => (0..3).map(|i| xv[t * 6 + 1 + i] * wv[i * 2 + j - 4]).sum(),
+                    _ => 0.0,
+                };
+                assert!((backward[t * 7 + j] - expected).abs() < 1e-6);
             }
         }
     }

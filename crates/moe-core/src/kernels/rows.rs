@@ -109,6 +109,18 @@ impl RowAccumulator {
         }
     }
 
+    /// Lets `f` change the sum `[tokens, columns]` on the host, given the number of columns. On another device it comes and goes.
+    pub(crate) fn on_host(&mut self, f: impl FnOnce(&mut [f32], usize)) {
+        match &mut self.sum {
+            Sum::Host(sum) => f(sum, self.columns),
+            Sum::Device(sum) => {
+                let mut values = host::into_vec(*sum.take().expect("put back below"));
+                f(&mut values, self.columns);
+                *sum = Some(Box::new(host::from_vec(values, [self.tokens, self.columns], &self.device)));
+            }
+        }
+    }
+
     /// The sum.
     pub fn into_tensor(self) -> Tensor<2> {
         match self.sum {

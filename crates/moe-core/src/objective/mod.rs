@@ -1,9 +1,11 @@
 //! What a sweep minimises: the function of the logits at its end, summed over the predicted tokens.
 
+mod blend;
 mod teacher;
 
 use burn::tensor::Tensor;
 
+pub use blend::{Blend, Tempered};
 pub use teacher::{Distillation, TeacherLogits, TeacherRecorder};
 
 use crate::{

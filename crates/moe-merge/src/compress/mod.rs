@@ -9,12 +9,14 @@ use serde::{Deserialize, Serialize};
 pub use expert::CompactExpert;
 pub use matrix::LowRankSparse;
 pub use model::{COMPACT_FILE, CompactModel, CompactReport};
+#[cfg(feature = "engine")]
+pub(crate) use model::{Set, store, stored_sets};
 
 use crate::{Error, Result};
 
 /// How merged matrices are compressed: `W = L R + S` with `L R` of some rank and few rows of S that are not zero.
 ///
-/// Source: MC-SMoE (arXiv 2310.01334), stage 6, without its training: `L = U_r sqrt(S_r)`, `R = sqrt(S_r) V_r^T` from the leading
+/// Source: MC-SMoE (arXiv 2310.01334), stage 6, without its training (feature `engine` has `CompactTraining`): `L = U_r sqrt(S_r)`, `R = sqrt(S_r) V_r^T` from the leading
 /// singular triples, `S = W - L R`; instead of importance smoothed over steps of training, rows of S are ranked once, over all
 /// matrices together, by the mean over each row.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

@@ -90,40 +90,57 @@ impl Compression {
             scores.extend(split.row_scores(self.rows, importance.as_deref())?);
         }
         let kept = kept_rows(&scores, self.keep_rows);
-        let mut report = CompactReport {
-            parameters_before: 0,
-            parameters_after: 0,
-            bytes_before: 0,
-            bytes_after: 0,
-            rows: scores.iter().map(|rows| rows.len() as u64).sum(),
-            rows_kept: kept.iter().map(|rows| rows.len() as u64).sum(),
-        };
-        for layer in &from.shape().layers {
-            report.bytes_before += from.expert_bytes_on_disk(layer.layer)?;
-        }
-        let output = OutputDir::create(to, if force { Existing::Force } else { Existing::Refuse })?;
-        for (set, kept) in sets.iter().zip(kept.chunks_exact(3)) {
+        let rows = scores.iter().map(|rows| rows.len() as u64).sum();
+        store(self, from, to, force, rows, |at| {
+            let set = &sets[at];
             let expert = from.expert(set.layer, set.experts[0])?;
-            let biases = [&expert.gate_bias, &expert.up_bias, &expert.down_bias].into_iter().flatten();
-            let parameters = 3 * expert.width * expert.hidden + biases.map(Vec::len).sum::<usize>();
-            let compact = CompactExpert::split(&expert, self.rank)?.keep_rows([&kept[0], &kept[1], &kept[2]]);
-            report.parameters_before += parameters as u64;
-            report.parameters_after += compact.parameters() as u64;
-            let path = set.path(output.path());
-            report.bytes_after += write(&path, from, set, &compact)?;
-        }
-        let description = Description {
-            version: VERSION,
-            model: fingerprint,
-            shape: from.shape().clone(),
-            compression: *self,
-            report,
-        };
-        let json = serde_json::to_vec_pretty(&description).map_err(|error| Error::invalid_plan(error.to_string()))?;
-        write_atomic(output.path().join(COMPACT_FILE), &json)?;
-        output.commit()?;
-        Ok(report)
+            let kept = &kept[3 * at..3 * at + 3];
+            Ok(CompactExpert::split(&expert, self.rank)?.keep_rows([&kept[0], &kept[1], &kept[2]]))
+        })
     }
+}
+
+/// Writes the stored sets of a checkpoint, of whose S there were `rows` rows, compressed, in the order of [`stored_sets`].
+pub(crate) fn store(
+    compression: &Compression,
+    from: &Checkpoint,
+    to: &Path,
+    force: bool,
+    rows: u64,
+    mut experts: impl FnMut(usize) -> Result<CompactExpert>,
+) -> Result<CompactReport> {
+    let mut report = CompactReport {
+        parameters_before: 0,
+        parameters_after: 0,
+        bytes_before: 0,
+        bytes_after: 0,
+        rows,
+        rows_kept: 0,
+    };
+    for layer in &from.shape().layers {
+        report.bytes_before += from.expert_bytes_on_disk(layer.layer)?;
+    }
+    let output = OutputDir::create(to, if force { Existing::Force } else { Existing::Refuse })?;
+    for (at, set) in stored_sets(from).iter().enumerate() {
+        let compact = experts(at)?;
+        let biases: usize = compact.biases.iter().flatten().map(Vec::len).sum();
+        let matrices = [&compact.gate, &compact.up, &compact.down];
+        report.parameters_before += (matrices.iter().map(|m| m.rows * m.cols).sum::<usize>() + biases) as u64;
+        report.parameters_after += compact.parameters() as u64;
+        report.rows_kept += matrices.iter().map(|m| m.kept.len() as u64).sum::<u64>();
+        report.bytes_after += write(&set.path(output.path()), from, set, &compact)?;
+    }
+    let description = Description {
+        version: VERSION,
+        model: from.fingerprint(),
+        shape: from.shape().clone(),
+        compression: *compression,
+        report,
+    };
+    let json = serde_json::to_vec_pretty(&description).map_err(|error| Error::invalid_plan(error.to_string()))?;
+    write_atomic(output.path().join(COMPACT_FILE), &json)?;
+    output.commit()?;
+    Ok(report)
 }
 
 impl CompactModel {
@@ -169,11 +186,12 @@ impl CompactModel {
 }
 
 /// One stored set of weights.
-struct Set {
-    layer: usize,
-    set: usize,
+#[derive(Clone, Debug)]
+pub(crate) struct Set {
+    pub layer: usize,
+    pub set: usize,
     /// Experts that share it.
-    experts: Vec<usize>,
+    pub experts: Vec<usize>,
 }
 
 impl Set {
@@ -192,7 +210,8 @@ impl Set {
     }
 }
 
-fn stored_sets(from: &Checkpoint) -> Vec<Set> {
+/// The stored sets of weights of a checkpoint, layer by layer.
+pub(crate) fn stored_sets(from: &Checkpoint) -> Vec<Set> {
     let mut sets = Vec::new();
     for layer in &from.shape().layers {
         let Some(moe) = from.config().moe(layer.layer) else { continue };

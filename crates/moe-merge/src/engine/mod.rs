@@ -2,14 +2,17 @@
 
 mod collect;
 mod compact;
+mod compact_training;
 mod dense;
 mod expert_merging;
+mod gradients;
 mod overlay;
 mod sampler;
 mod sequential;
 
 pub use collect::{EvidenceOptions, collect_evidence};
 pub use compact::CompactOverlay;
+pub use compact_training::{CompactTrained, CompactTraining};
 pub use expert_merging::{Coefficients, ExpertMerging, Granularity, Task};
 pub use overlay::MergeOverlay;
 pub use sequential::merge_sequentially;

@@ -48,6 +48,10 @@ impl Magnitude {
         Self { m, norms: Mutex::default() }
     }
 
+    pub fn live(&self) -> &Arc<Live> {
+        &self.m
+    }
+
     /// `n [rows]`.
     fn norms(&self, term: &Term, base: &Weight) -> Arc<Vec<f32>> {
         let (a, b) = (term.a.value(), term.b.value());

@@ -51,6 +51,13 @@ impl SweepClock {
 }
 
 impl SweepListener for SweepClock {
+    fn training(&self, step: Option<usize>) {
+        match step {
+            Some(step) => self.train(step as u64),
+            None => self.evaluate(),
+        }
+    }
+
     fn begin_wave(&self, wave: &WaveInfo) {
         self.wave.store(wave.id, Ordering::Relaxed);
     }

@@ -142,6 +142,14 @@ impl LinearAdapter for LoraLinear {
         self.dims
     }
 
+    fn trained(&self) -> usize {
+        let values = |live: &Arc<Live>| live.shape()[0] * live.shape()[1];
+        let term = |term: &Term| {
+            values(&term.a) + values(&term.b) + term.magnitude.as_ref().map_or(0, |magnitude| values(magnitude.live()))
+        };
+        self.terms.iter().map(term).sum()
+    }
+
     fn forward(&self, base: &Weight, x: &Tensor<2>, tokens: Tokens<'_>) -> Tensor<2> {
         let y = base.forward(x, None);
         let ([out, inputs], n, device) = (self.dims, x.dims()[0], x.device());

@@ -181,6 +181,16 @@ impl LinearAdapter for MixtureLinear {
         false
     }
 
+    fn trained(&self) -> usize {
+        let values = |live: &Arc<Live>, trained: bool| if trained { live.shape()[0] * live.shape()[1] } else { 0 };
+        let mixture = |mixture: &Arc<Mixture>| {
+            let experts = values(&mixture.a, mixture.train_a) + values(&mixture.b, mixture.train_b);
+            let router = [&mixture.router.weight, &mixture.router.bias];
+            experts + router.into_iter().flatten().map(|live| values(live, mixture.router.trained)).sum::<usize>()
+        };
+        self.mixtures.iter().map(mixture).sum()
+    }
+
     fn forward(&self, base: &Weight, x: &Tensor<2>, tokens: Tokens<'_>) -> Tensor<2> {
         let y = base.forward(x, None);
         let ([out, inputs], n, device) = (self.dims, x.dims()[0], x.device());

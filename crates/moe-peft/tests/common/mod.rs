@@ -135,17 +135,17 @@ pub fn check_gradients_of(model: &Model, set: &Arc<AdapterSet>, wave: &Wave, nam
 
 /// Compares each trained matrix's gradient along a direction with difference quotients of the loss, and returns how many.
 pub fn check_gradients_with(set: &AdapterSet, loss: impl Fn(bool) -> f64, names: impl Fn(&str) -> bool) -> usize {
-    let mut parameters = set.bank().parameters();
+    let mut parameters = set.bank().parameters().unwrap();
     parameters.clear_gradients();
-    set.bank().lend(&mut parameters);
+    set.bank().lend(&mut parameters, true).unwrap();
     loss(true);
-    set.bank().take_back(&mut parameters);
+    set.bank().take_back(&mut parameters, true).unwrap();
     let all: Vec<String> = parameters.iter().map(|(name, _)| name.to_string()).collect();
     let mut checked = 0;
     for (i, name) in all.iter().enumerate().filter(|(_, name)| names(name)) {
         let (start, gradient) = {
             let parameter = parameters.get(name).unwrap();
-            (parameter.values.clone(), parameter.gradient.clone())
+            (parameter.values.clone(), parameter.gradient().to_vec())
         };
         let norm = gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
         if norm < 1e-3 {
@@ -157,9 +157,9 @@ pub fn check_gradients_with(set: &AdapterSet, loss: impl Fn(bool) -> f64, names:
         let mut at = |h: f64| {
             let moved = start.iter().zip(&direction).map(|(v, d)| (f64::from(*v) + h * f64::from(*d)) as f32);
             parameters.get_mut(name).unwrap().values = moved.collect();
-            set.bank().lend(&mut parameters);
+            set.bank().lend(&mut parameters, false).unwrap();
             let loss = loss(false);
-            set.bank().take_back(&mut parameters);
+            set.bank().take_back(&mut parameters, false).unwrap();
             loss
         };
         // steps that change the loss by so much, to both sides: a large one may change the choice of experts, and so may even a small
@@ -175,7 +175,7 @@ pub fn check_gradients_with(set: &AdapterSet, loss: impl Fn(bool) -> f64, names:
         assert!(close, "{name}: gradient along a direction {slope}, difference quotients {quotients:?}");
         checked += 1;
     }
-    set.bank().settle(parameters);
+    set.bank().settle(parameters).unwrap();
     checked
 }
 

@@ -21,7 +21,7 @@ use crate::{Edits, Error, Result};
 ///
 /// The full model's most likely tokens are recorded once ([`TeacherLogits`], which says what memory they take); every step is a forward and a
 /// backward sweep of the changed model. Biases of routers stay as they are.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RouterDistillation {
     /// Tokens of the full model kept per position; the others count as one.
@@ -156,7 +156,7 @@ impl TrainingTask for Task<'_> {
         Ok(())
     }
 
-    fn evaluate(&mut self) -> moe_core::Result<f64> {
+    fn evaluate(&mut self, _: &mut Parameters) -> moe_core::Result<f64> {
         divergence(self.model, self.targets, self.evaluation)
     }
 }
@@ -172,12 +172,12 @@ impl Observer for WeightGradients<'_> {
     }
 
     fn router(&mut self, gradients: &RouterGradients<'_>) -> moe_core::Result<()> {
+        let Some(gradient) = self.parameters.gradient_mut(&name(gradients.layer)) else { return Ok(()) };
         let tokens = gradients.input.dims()[0];
         let d_logits =
             host::from_vec(gradients.d_logits.to_vec(), [tokens, gradients.experts], &gradients.input.device());
         let d_weight = d_logits.transpose().matmul(gradients.input.clone()); // [E, H]
-        let parameter = self.parameters.get_mut(&name(gradients.layer)).expect("one of each layer");
-        parameter.gradient.iter_mut().zip(HostView::new(&d_weight).as_slice()).for_each(|(sum, d)| *sum += d);
+        gradient.iter_mut().zip(HostView::new(&d_weight).as_slice()).for_each(|(sum, d)| *sum += d);
         Ok(())
     }
 }

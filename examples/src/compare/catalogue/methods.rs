@@ -5,7 +5,7 @@ use moe_prune::PrunerConfig;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Line, line, names};
+use super::{Line, MERGES, Merge, line, names};
 use crate::{Error, Result};
 
 /// Every expert drops the same fraction of its units: one width, which stock loaders read.
@@ -89,6 +89,8 @@ pub enum Method {
     Pruner(PrunerConfig),
     /// As equal pieces: a checkpoint for stock loaders.
     Pieces(Pieces),
+    /// Experts that become one.
+    Merge(Merge),
 }
 
 /// Experts cut into pieces of one width, of which the best of every layer stay.
@@ -109,9 +111,8 @@ impl Method {
     /// What it reads: scores of units, or of experts.
     pub fn reads(&self) -> Granularity {
         match self {
-            Self::Pruner(PrunerConfig::Expert(_) | PrunerConfig::Novice(_) | PrunerConfig::Subset(_)) => {
-                Granularity::Expert
-            }
+            Self::Pruner(PrunerConfig::Expert(_) | PrunerConfig::Novice(_) | PrunerConfig::Subset(_))
+            | Self::Merge(_) => Granularity::Expert,
             _ => Granularity::Unit,
         }
     }
@@ -130,27 +131,32 @@ impl Method {
     }
 }
 
-/// Reads a way to prune: its name in [`METHODS`], or as JSON.
+/// Reads a way to prune or to merge: its name in [`METHODS`] or [`MERGES`], or as JSON.
 ///
 /// # Errors
 /// [`Error::Usage`] that says what there is.
 pub fn method(text: &str) -> Result<Method> {
-    let json = METHODS.iter().find(|line| line.name == text).map_or(text, |line| line.json);
+    let lines = || METHODS.iter().chain(MERGES);
+    let json = lines().find(|line| line.name == text).map_or(text, |line| line.json);
     parse(json).map_err(|error| {
-        let known = names(METHODS.iter().map(|line| line.name));
+        let known = names(lines().map(|line| line.name));
         Error::Usage(format!("--pruner {text}: {error}; the study has {known}"))
     })
 }
 
 fn parse(json: &str) -> serde_json::Result<Method> {
     let mut value: Value = serde_json::from_str(json)?;
-    if value.get("type").and_then(Value::as_str) != Some("pieces") {
+    let kind = value.get("type").and_then(Value::as_str).unwrap_or_default().to_owned();
+    if !["pieces", "merge"].contains(&kind.as_str()) {
         return Ok(Method::Pruner(serde_json::from_value(value)?));
     }
     if let Some(fields) = value.as_object_mut() {
         fields.remove("type");
     }
-    Ok(Method::Pieces(serde_json::from_value(value)?))
+    Ok(match kind.as_str() {
+        "pieces" => Method::Pieces(serde_json::from_value(value)?),
+        _ => Method::Merge(serde_json::from_value(value)?),
+    })
 }
 
 #[cfg(test)]
@@ -161,9 +167,9 @@ mod tests {
 
     #[test]
     fn every_line_can_be_read_and_has_a_name_of_its_own() {
-        let names: BTreeSet<_> = METHODS.iter().map(|line| line.name).collect();
-        assert_eq!(names.len(), METHODS.len());
-        for line in METHODS {
+        let names: BTreeSet<_> = METHODS.iter().chain(MERGES).map(|line| line.name).collect();
+        assert_eq!(names.len(), METHODS.len() + MERGES.len());
+        for line in METHODS.iter().chain(MERGES) {
             method(line.name).unwrap_or_else(|error| panic!("{}: {error}", line.name));
         }
         for name in GRID.iter().chain(UNIT_ALLOCATORS).chain(EXPERT_ALLOCATORS) {

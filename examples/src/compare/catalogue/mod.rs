@@ -1,9 +1,11 @@
 //! The lists of what is compared. A new scorer, way to prune or repair is a line here.
 
+mod merges;
 mod methods;
 mod repairs;
 mod scorers;
 
+pub use merges::{EVIDENCE, MERGES, Merge, RIVALS, TRAINED, Training};
 pub use methods::{
     EXPERT_ALLOCATORS, EXPERTS, GLOBAL, GRID, LAYER, METHODS, Method, Pieces, STOCK, STOCK_OF_SCORERS, STOCK_SCORERS,
     UNIFORM, UNIT_ALLOCATORS, method,

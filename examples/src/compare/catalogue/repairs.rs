@@ -51,7 +51,7 @@ pub struct Repair {
 }
 
 /// A step of a repair.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(tag = "repair", rename_all = "snake_case")]
 pub enum RepairStep {
     /// Kept down columns of a layer together, so that the layer gives what the full model's gives.
@@ -61,7 +61,7 @@ pub enum RepairStep {
     /// A bias per expert.
     MeanOutput(MeanOutput),
     /// The routers, by gradient descent.
-    RouterDistillation(RouterDistillation),
+    RouterDistillation(Box<RouterDistillation>),
 }
 
 /// Reads a repair: its name in [`REPAIRS`], or as JSON.

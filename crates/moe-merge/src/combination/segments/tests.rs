@@ -237,3 +237,20 @@ fn the_order_of_units_and_experts_does_not_change_what_is_merged() {
         assert!(difference(&x, &y) < 1e-4, "{}", difference(&x, &y));
     }
 }
+
+#[test]
+fn an_expert_is_the_sum_of_its_segments() {
+    let (width, x) = (9, noise(7 * HIDDEN, 31));
+    let whole = expert(HIDDEN, width, 30);
+    let mut sum = vec![0.0f64; x.len()];
+    for unit in 0..width {
+        let row = |values: &[f32]| values[unit * HIDDEN..(unit + 1) * HIDDEN].to_vec();
+        let down = (0..HIDDEN).map(|h| whole.down[h * width + unit]).collect();
+        let (gate, up) = (row(&whole.gate), row(&whole.up));
+        let one = ExpertWeights { gate, up, down, width: 1, hidden: HIDDEN, ..ExpertWeights::default() };
+        let outputs = expert_outputs(&one, &x, Activation::Silu).unwrap();
+        sum.iter_mut().zip(outputs).for_each(|(sum, y)| *sum += f64::from(y));
+    }
+    let expected = expert_outputs(&whole, &x, Activation::Silu).unwrap();
+    assert!(sum.iter().zip(expected).all(|(a, b)| (a - f64::from(b)).abs() < 1e-5));
+}

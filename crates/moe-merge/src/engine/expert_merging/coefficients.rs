@@ -125,8 +125,9 @@ impl Coefficients {
     pub(super) fn add_raw_gradients(&self, gradients: &BTreeMap<String, Vec<f64>>, into: &mut Parameters) {
         for (name, gradient) in gradients {
             let Some(parameter) = into.get_mut(name) else { continue };
-            for ((into, gradient), raw) in parameter.gradient.iter_mut().zip(gradient).zip(&parameter.values) {
-                let value = sigmoid(f64::from(*raw));
+            let values: Vec<f64> = parameter.values.iter().map(|raw| sigmoid(f64::from(*raw))).collect();
+            let Some(sum) = parameter.gradient_mut() else { continue };
+            for ((into, gradient), value) in sum.iter_mut().zip(gradient).zip(values) {
                 *into += (gradient * value * (1.0 - value)) as f32;
             }
         }

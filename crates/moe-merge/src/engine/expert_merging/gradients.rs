@@ -7,44 +7,26 @@ use moe_checkpoint::ExpertPart;
 use moe_core::host::{self, HostView};
 use moe_core::trace::{ExpertTrace, Observer, Signals, WaveInfo};
 
+use super::super::gradients::{Operands, weight_gradients, weighted};
 use super::coefficients::{Coefficients, Cover};
 use crate::experts::part;
-use crate::linalg::{product, view};
 use crate::{Error, Result};
 
 /// Gradients of coefficients by tensor, `[tasks, chunks]`.
 type Gradients = BTreeMap<String, Vec<f64>>;
 
-/// What an expert's weight gradient is made of, for its n tokens.
-struct Operands<'a> {
-    layer: usize,
-    expert: usize,
-    /// `[n, H]`
-    input: &'a [f32],
-    /// `[n, I]`
-    units: &'a [f32],
-    /// Gradient at the output, routing weight included `[n, H]`.
-    output: &'a [f32],
-    /// Gradient at gate and up, routing weight included `[n, 2I]`.
-    gate_up: &'a [f32],
-}
-
 /// Adds the inner products of an expert's weight gradient with its task vectors, times `factor`.
-fn add(coefficients: &Coefficients, operands: &Operands<'_>, factor: f64, into: &mut Gradients) -> Result<()> {
-    let Operands { layer, expert, input, units, output, gate_up } = *operands;
-    let hidden = coefficients.base().shape().hidden_size;
-    let n = input.len() / hidden.max(1);
-    let width = units.len() / n.max(1);
-    if n == 0 || width == 0 {
-        return Ok(());
-    }
-    let both = view(gate_up, n, 2 * width).transpose();
-    let gate = product(both.subrows(0, width), view(input, n, hidden)); // [I, H]
-    let up = product(both.subrows(width, width), view(input, n, hidden));
-    let down = product(view(output, n, hidden).transpose(), view(units, n, width)); // [H, I]
+fn add(
+    coefficients: &Coefficients,
+    (layer, expert): (usize, usize),
+    matrices: Option<[Vec<f32>; 3]>,
+    factor: f64,
+    into: &mut Gradients,
+) -> Result<()> {
+    let Some(matrices) = matrices else { return Ok(()) };
     for task in 0..coefficients.tasks() {
         let tau = coefficients.task_vector(task, layer, expert)?;
-        for (which, gradient) in ExpertPart::ALL.into_iter().zip([&gate, &up, &down]) {
+        for (which, gradient) in ExpertPart::ALL.into_iter().zip(&matrices) {
             let Cover { name, offset, chunk } = coefficients.cover(layer, expert, which);
             let chunks = coefficients.chunks();
             let Some(sums) = into.get_mut(&name) else { continue };
@@ -76,23 +58,8 @@ impl Observer for LogitGradients<'_> {
     }
 
     fn expert(&mut self, trace: &ExpertTrace<'_>) -> moe_core::Result<()> {
-        let (Some(backward), Some(units)) = (trace.backward, trace.units) else { return Ok(()) };
-        let mut output = HostView::new(backward.upstream).as_slice().to_vec();
-        let hidden = trace.input.dims()[1];
-        for (row, weight) in output.chunks_exact_mut(hidden).zip(trace.routing_weights) {
-            row.iter_mut().for_each(|v| *v *= weight);
-        }
-        let (input, units, gate_up) =
-            (HostView::new(trace.input), HostView::new(units), HostView::new(backward.gate_up));
-        let operands = Operands {
-            layer: trace.layer,
-            expert: trace.expert,
-            input: input.as_slice(),
-            units: units.as_slice(),
-            output: &output,
-            gate_up: gate_up.as_slice(),
-        };
-        add(self.coefficients, &operands, self.factor, self.gradients).map_err(moe_core::Error::observer)
+        let (place, matrices) = ((trace.layer, trace.expert), weight_gradients(trace));
+        add(self.coefficients, place, matrices, self.factor, self.gradients).map_err(moe_core::Error::observer)
     }
 }
 
@@ -147,21 +114,12 @@ impl<'a> HiddenGradients<'a> {
             let upstream = host::from_vec(rows.clone(), [n, hidden], &input.device());
             let gate_up = trace.pre_activations(&input);
             let backward = trace.backward(&gate_up, &upstream, Some(&weights), false);
-            let mut output = rows;
-            for (row, weight) in output.chunks_exact_mut(hidden).zip(&weights) {
-                row.iter_mut().for_each(|v| *v *= weight);
-            }
+            let output = weighted(&rows, &weights, hidden);
             let (input, units, gate_up) =
                 (HostView::new(&input), HostView::new(&backward.units), HostView::new(&backward.d_gate_up));
-            let operands = Operands {
-                layer: self.layer,
-                expert,
-                input: input.as_slice(),
-                units: units.as_slice(),
-                output: &output,
-                gate_up: gate_up.as_slice(),
-            };
-            add(self.coefficients, &operands, share, self.gradients)?;
+            let (input, units, gate_up) = (input.as_slice(), units.as_slice(), gate_up.as_slice());
+            let matrices = Operands { hidden, input, units, output: &output, gate_up }.matrices();
+            add(self.coefficients, (self.layer, expert), matrices, share, self.gradients)?;
         }
         Ok(())
     }

@@ -11,7 +11,9 @@ use burn::tensor::Tensor;
 use moe_checkpoint::Checkpoint;
 use moe_core::data::Wave;
 use moe_core::trace::{Observer, Signals};
-use moe_core::train::{BatchLoss, OnEvent, Parameters, TrainOptions, TrainReport, TrainingTask, train};
+use moe_core::train::{
+    AdamW, BatchLoss, OnEvent, Optimizer, Parameters, TrainOptions, TrainReport, TrainingTask, train,
+};
 use moe_core::{Distillation, Engine, EngineOptions, Model, TeacherLogits, evaluate};
 use serde::{Deserialize, Serialize};
 
@@ -59,7 +61,7 @@ impl Default for ExpertMerging {
     fn default() -> Self {
         let mut train = TrainOptions { epochs: 1, waves_per_step: 8, clip: Some(1.0), ..TrainOptions::default() };
         train.schedule.peak = 0.5;
-        train.adamw.weight_decay = 1e-5;
+        train.optimizer = Optimizer::AdamW(AdamW { weight_decay: 1e-5, ..AdamW::default() });
         Self {
             start: 0.3,
             granularity: Granularity::Layer,
@@ -242,7 +244,7 @@ impl TrainingTask for Run<'_> {
         Ok(())
     }
 
-    fn evaluate(&mut self) -> moe_core::Result<f64> {
+    fn evaluate(&mut self, _: &mut Parameters) -> moe_core::Result<f64> {
         let (mut sum, mut weight) = (0.0, 0.0);
         for (task, teacher) in self.teachers.iter().enumerate() {
             let waves: Vec<&Wave> =

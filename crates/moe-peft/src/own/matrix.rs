@@ -1,0 +1,106 @@
+//! Weights of the model that are trained themselves.
+
+use std::sync::Arc;
+
+use burn::tensor::Tensor;
+use moe_core::{
+    adapters::{EmbeddingAdapter, LinearAdapter, Tokens, VectorAdapter, Wanted},
+    host::HostView,
+    kernels::weight::Weight,
+};
+
+use crate::Live;
+
+/// A weight `[out, in]` in place of the checkpoint's, all of it trained: `dw = dy^T x`.
+#[derive(Debug)]
+pub struct OwnMatrix(pub Arc<Live>);
+
+impl LinearAdapter for OwnMatrix {
+    fn dims(&self) -> [usize; 2] {
+        self.0.shape()
+    }
+
+    fn replaces(&self) -> bool {
+        true
+    }
+
+    fn trained(&self) -> usize {
+        if self.0.is_trained() { self.0.shape().iter().product() } else { 0 }
+    }
+
+    fn forward(&self, _: &Weight, x: &Tensor<2>, _: Tokens<'_>) -> Tensor<2> {
+        x.clone().matmul(self.0.value().transpose())
+    }
+
+    fn backward(&self, _: &Weight, x: &Tensor<2>, dy: &Tensor<2>, _: Tokens<'_>, wanted: Wanted) -> Option<Tensor<2>> {
+        let [rows, columns] = self.0.shape();
+        if wanted.parameters && self.0.is_trained() {
+            self.0.add_product(dy, 0..rows, x, 0..columns, 1.0);
+        }
+        wanted.input.then(|| dy.clone().matmul(self.0.value()))
+    }
+
+    fn matrix(&self, _: &Weight) -> Option<Tensor<2>> {
+        Some(self.0.value())
+    }
+}
+
+/// A vector in place of the checkpoint's, trained.
+#[derive(Debug)]
+pub struct OwnVector(pub Arc<Live>);
+
+impl VectorAdapter for OwnVector {
+    fn trained(&self) -> usize {
+        if self.0.is_trained() { self.0.shape().iter().product() } else { 0 }
+    }
+
+    fn value(&self) -> Tensor<1> {
+        let len = self.0.shape().iter().product::<usize>();
+        self.0.value().reshape([len])
+    }
+
+    fn add_gradient(&self, gradient: &[f32]) {
+        if self.0.is_trained() {
+            self.0.add_gradient(|sum| sum.iter_mut().zip(gradient).for_each(|(sum, g)| *sum += g));
+        }
+    }
+}
+
+/// Embeddings `[V, H]` in blocks of rows, trained; the blocks of a tied head are the same ones.
+#[derive(Debug)]
+pub struct OwnEmbedding {
+    blocks: Vec<Arc<Live>>,
+    rows: usize,
+    hidden: usize,
+}
+
+impl OwnEmbedding {
+    /// Blocks of `rows` rows, the last maybe fewer.
+    pub fn new(blocks: Vec<Arc<Live>>, rows: usize, hidden: usize) -> Self {
+        Self { blocks, rows: rows.max(1), hidden }
+    }
+}
+
+impl EmbeddingAdapter for OwnEmbedding {
+    fn rows(&self, ids: &[u32]) -> Vec<f32> {
+        let views: Vec<HostView> = self.blocks.iter().map(|live| HostView::new(&live.value())).collect();
+        let row = |id: &u32| {
+            let start = *id as usize % self.rows * self.hidden;
+            &views[*id as usize / self.rows].as_slice()[start..start + self.hidden]
+        };
+        ids.iter().flat_map(row).copied().collect()
+    }
+
+    fn add_gradient(&self, ids: &[u32], gradient: &[f32]) {
+        for (block, live) in self.blocks.iter().enumerate().filter(|(_, live)| live.is_trained()) {
+            live.add_gradient(|sum| {
+                for (id, gradient) in ids.iter().zip(gradient.chunks_exact(self.hidden)) {
+                    if *id as usize / self.rows == block {
+                        let start = *id as usize % self.rows * self.hidden;
+                        sum[start..start + self.hidden].iter_mut().zip(gradient).for_each(|(sum, g)| *sum += g);
+                    }
+                }
+            });
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! Training the model's own weights: which of them, and where they live meanwhile.
+
+mod blocks;
+mod matrix;
+mod sampled;
+mod selected;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use moe_checkpoint::{Checkpoint, Role};
+use moe_core::{
+    Model,
+    adapters::{Depth, LayerSite, Site},
+};
+use serde::{Deserialize, Serialize};
+
+pub use blocks::{Block, OwnBlocks};
+pub use matrix::{OwnEmbedding, OwnMatrix, OwnVector};
+pub use sampled::SampledLayers;
+pub use selected::BlockWatch;
+
+use crate::{
+    AdapterSet, Error, Live, Result,
+    places::{self, Place},
+};
+
+/// Which of a model's own weights are trained. By default none are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OwnWeights {
+    /// Linear maps of attention.
+    pub attention: bool,
+    /// Routers.
+    pub router: bool,
+    /// Gate, up and down projections of routed experts.
+    pub experts: bool,
+    /// Only these experts of each layer; all if not given.
+    pub only: Option<BTreeMap<usize, BTreeSet<usize>>>,
+    /// Gate, up and down projections of shared experts.
+    pub shared: bool,
+    /// Gates on the output of shared experts.
+    pub shared_gate: bool,
+    /// Dense layers.
+    pub dense: bool,
+    /// Weights and biases of norms.
+    pub norms: bool,
+    /// Biases of linear maps.
+    pub biases: bool,
+    /// Token embeddings.
+    pub embeddings: bool,
+    /// The output head; with tied embeddings the same as `embeddings`.
+    pub head: bool,
+    /// Only these decoder layers; all if not given.
+    pub layers: Option<BTreeSet<usize>>,
+}
+
+impl OwnWeights {
+    /// Everything: full fine-tuning.
+    pub fn full() -> Self {
+        Self {
+            attention: true,
+            router: true,
+            experts: true,
+            only: None,
+            shared: true,
+            shared_gate: true,
+            dense: true,
+            norms: true,
+            biases: true,
+            embeddings: true,
+            head: true,
+            layers: None,
+        }
+    }
+
+    /// The routers alone.
+    pub fn router() -> Self {
+        Self { router: true, ..Self::default() }
+    }
+
+    /// The gates of shared experts alone.
+    pub fn shared_gate() -> Self {
+        Self { shared_gate: true, ..Self::default() }
+    }
+
+    /// These experts of each layer alone, with the other parts frozen.
+    pub fn these_experts(only: BTreeMap<usize, BTreeSet<usize>>) -> Self {
+        Self { experts: true, only: Some(only), ..Self::default() }
+    }
+
+    /// Whether this map is among them.
+    pub fn has(&self, site: Site) -> bool {
+        if self.layers.as_ref().is_some_and(|layers| !layers.contains(&site.layer())) {
+            return false;
+        }
+        match site {
+            Site::Expert { layer, expert, .. } => {
+                let listed =
+                    |only: &BTreeMap<_, BTreeSet<_>>| only.get(&layer).is_some_and(|set| set.contains(&expert));
+                self.experts && self.only.as_ref().is_none_or(listed)
+            }
+            Site::Layer(_, LayerSite::Router) => self.router,
+            Site::Layer(_, LayerSite::SharedGateUp | LayerSite::SharedDown) => self.shared,
+            Site::Layer(_, LayerSite::SharedExpertGate) => self.shared_gate,
+            Site::Layer(_, LayerSite::DenseGateUp | LayerSite::DenseDown) => self.dense,
+            Site::Layer(_, site) => self.attention && site.is_attention(),
+        }
+    }
+
+    fn has_vector(&self, depth: Depth, norm: bool) -> bool {
+        let layer = match depth {
+            Depth::Attention(layer) | Depth::FeedForward(layer) => Some(layer),
+            _ => None,
+        };
+        let layers = |layers: &BTreeSet<usize>| layer.is_none_or(|layer| layers.contains(&layer));
+        (if norm { self.norms } else { self.biases }) && self.layers.as_ref().is_none_or(layers)
+    }
+
+    /// Checks the fields against a checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for layers or experts that it does not have, and if nothing is trained.
+    pub fn validate(&self, checkpoint: &Checkpoint) -> Result<()> {
+        let config = checkpoint.config();
+        let layers = config.layers.len();
+        let listed = self.layers.iter().flatten().chain(self.only.iter().flat_map(|only| only.keys()));
+        if let Some(layer) = listed.into_iter().find(|layer| **layer >= layers) {
+            return Err(Error::input("trained layer", layer, format!("below the {layers} of the model")));
+        }
+        for (layer, experts) in self.only.iter().flatten() {
+            let Some(moe) = config.moe(*layer) else {
+                return Err(Error::input("layer of trained experts", layer, "one with routed experts"));
+            };
+            if let Some(expert) = experts.iter().find(|expert| **expert >= moe.num_experts()) {
+                let expected = format!("below its {}", moe.num_experts());
+                return Err(Error::input(format!("trained expert of layer {layer}"), expert, expected));
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the weights into a set, where they are trained.
+    ///
+    /// # Errors
+    /// As [`validate`](Self::validate), and what keeps weights from being read; [`Error::Unsupported`] where experts share weights.
+    pub fn attach(&self, model: &Model, set: &mut AdapterSet) -> Result<()> {
+        let checkpoint = model.checkpoint();
+        self.validate(checkpoint)?;
+        if self.experts && checkpoint.grouped() {
+            return Err(Error::Unsupported("training experts that share sets of weights".into()));
+        }
+        let mut any = false;
+        for Place { site, dims } in places::places(checkpoint).into_iter().filter(|place| self.has(place.site)) {
+            if dims.contains(&0) {
+                continue;
+            }
+            let live = Live::new(site.path(), dims, places::read(checkpoint, site)?, model.device())?;
+            set.bank_mut().insert(live.clone())?;
+            set.add(site, Arc::new(OwnMatrix(live)))?;
+            any = true;
+        }
+        for vector in places::vectors(checkpoint).into_iter().filter(|v| self.has_vector(v.depth, v.norm)) {
+            let values = checkpoint.read_f32(vector.role)?;
+            let live = Live::new(vector_name(vector.role), [1, vector.len], values, model.device())?;
+            set.bank_mut().insert(live.clone())?;
+            set.add_vector(vector.role, vector.depth, Arc::new(OwnVector(live)))?;
+            any = true;
+        }
+        any |= self.attach_vocabulary(model, set)?;
+        if !any {
+            let expected = "a part that the model has; nothing would be trained";
+            return Err(Error::input("trained weights", format!("{self:?}"), expected));
+        }
+        checkpoint.release();
+        Ok(())
+    }
+
+    fn attach_vocabulary(&self, model: &Model, set: &mut AdapterSet) -> Result<bool> {
+        let (checkpoint, config) = (model.checkpoint(), model.config());
+        let tied = tied(checkpoint)?;
+        let (embeddings, head) = match tied {
+            true => (self.embeddings || self.head, self.embeddings || self.head),
+            false => (self.embeddings, self.head),
+        };
+        let ranges: Vec<_> = model.head_rows().collect();
+        let mut blocks = |role: Role, name: &str| -> Result<Vec<Arc<Live>>> {
+            let mut lives = Vec::new();
+            for rows in &ranges {
+                let values = checkpoint.read_f32_rows(role, rows.clone())?;
+                let name = format!("{name}.rows_{}_{}", rows.start, rows.end);
+                let live = Live::new(name, [rows.len(), config.hidden_size], values, model.device())?;
+                set.bank_mut().insert(live.clone())?;
+                lives.push(live);
+            }
+            Ok(lives)
+        };
+        let embedding = if embeddings { blocks(Role::Embedding, "embeddings")? } else { Vec::new() };
+        let head_blocks = match (head, tied) {
+            (true, true) => embedding.clone(),
+            (true, false) => blocks(Role::LmHead, "head")?,
+            (false, _) => Vec::new(),
+        };
+        for (rows, live) in ranges.iter().zip(head_blocks) {
+            set.add_head(rows.clone(), Arc::new(OwnMatrix(live)))?;
+        }
+        if embeddings {
+            let rows = ranges.first().map_or(1, ExactSizeIterator::len);
+            set.add_embedding(Arc::new(OwnEmbedding::new(embedding, rows, config.hidden_size)))?;
+        }
+        Ok(embeddings || head)
+    }
+}
+
+/// Whether embeddings and head are one tensor.
+pub(crate) fn tied(checkpoint: &Checkpoint) -> Result<bool> {
+    Ok(checkpoint.role(Role::LmHead)?.name == checkpoint.role(Role::Embedding)?.name)
+}
+
+/// Name of a vector among the parameters.
+pub(crate) fn vector_name(role: Role) -> String {
+    match role {
+        Role::Layer(layer, role) => format!("layers.{layer}.{}", snake(&format!("{role:?}"))),
+        other => snake(&format!("{other:?}")),
+    }
+}
+
+/// `QueryBias` as `query_bias`.
+fn snake(name: &str) -> String {
+    let mut out = String::new();
+    for (i, c) in name.chars().enumerate() {
+        if c.is_ascii_uppercase() && i > 0 {
+            out.push('_');
+        }
+        out.push(c.to_ascii_lowercase());
+    }
+    out
+}

@@ -1,0 +1,144 @@
+//! The linear maps and vectors of a checkpoint that can be trained, and the tensors they are made of.
+
+use moe_checkpoint::{Checkpoint, ExpertWeights, LayerRole, Role};
+use moe_core::adapters::{Depth, ExpertSite, LayerSite, Site};
+
+use crate::Result;
+
+/// A linear map of a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Which map.
+    pub site: Site,
+    /// `[out, in]`.
+    pub dims: [usize; 2],
+}
+
+/// A vector of a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VectorPlace {
+    /// Which tensor.
+    pub role: Role,
+    /// Its length.
+    pub len: usize,
+    /// Where in the model it is.
+    pub depth: Depth,
+    /// Whether it is the weight or bias of a norm, rather than the bias of a linear map.
+    pub norm: bool,
+}
+
+/// Linear maps of a layer, and the tensors whose rows follow each other in them.
+const LINEAR: [(LayerSite, &[LayerRole]); 14] = [
+    (LayerSite::Query, &[LayerRole::Query]),
+    (LayerSite::Key, &[LayerRole::Key]),
+    (LayerSite::Value, &[LayerRole::Value]),
+    (LayerSite::Output, &[LayerRole::Output]),
+    (LayerSite::LatentQueryDown, &[LayerRole::LatentQueryDown]),
+    (LayerSite::LatentQueryUp, &[LayerRole::LatentQueryUp]),
+    (LayerSite::LatentKvDown, &[LayerRole::LatentKvDown]),
+    (LayerSite::LatentKvUp, &[LayerRole::LatentKvUp]),
+    (LayerSite::Router, &[LayerRole::Router]),
+    (LayerSite::SharedGateUp, &[LayerRole::SharedGate, LayerRole::SharedUp]),
+    (LayerSite::SharedDown, &[LayerRole::SharedDown]),
+    (LayerSite::SharedExpertGate, &[LayerRole::SharedExpertGate]),
+    (LayerSite::DenseGateUp, &[LayerRole::DenseGate, LayerRole::DenseUp]),
+    (LayerSite::DenseDown, &[LayerRole::DenseDown]),
+];
+
+/// Vectors of a layer: which, whether of a norm, whether in the attention half.
+const VECTORS: [(LayerRole, bool, bool); 15] = [
+    (LayerRole::AttentionNorm, true, true),
+    (LayerRole::AttentionNormBias, true, true),
+    (LayerRole::QueryNorm, true, true),
+    (LayerRole::KeyNorm, true, true),
+    (LayerRole::LatentQueryNorm, true, true),
+    (LayerRole::LatentKvNorm, true, true),
+    (LayerRole::QueryBias, false, true),
+    (LayerRole::KeyBias, false, true),
+    (LayerRole::ValueBias, false, true),
+    (LayerRole::OutputBias, false, true),
+    (LayerRole::LatentQueryDownBias, false, true),
+    (LayerRole::LatentKvDownBias, false, true),
+    (LayerRole::FfnNorm, true, false),
+    (LayerRole::FfnNormBias, true, false),
+    (LayerRole::RouterBias, false, false),
+];
+
+/// The tensors of a layer's map, in the order of its rows.
+pub fn roles(layer: usize, site: LayerSite) -> impl Iterator<Item = Role> {
+    let roles = LINEAR.iter().find(|(s, _)| *s == site).map_or(&[][..], |(_, roles)| roles);
+    roles.iter().map(move |role| Role::Layer(layer, *role))
+}
+
+/// All linear maps of a checkpoint but embeddings and head: layer by layer, those of routed experts last.
+pub fn places(checkpoint: &Checkpoint) -> Vec<Place> {
+    let config = checkpoint.config();
+    let mut places = Vec::new();
+    for layer in 0..config.layers.len() {
+        for (site, parts) in LINEAR {
+            let shapes: Option<Vec<[usize; 2]>> = parts
+                .iter()
+                .map(|role| <[usize; 2]>::try_from(&checkpoint.role(Role::Layer(layer, *role)).ok()?.shape[..]).ok())
+                .collect();
+            if let Some(shapes) = shapes {
+                let dims = [shapes.iter().map(|shape| shape[0]).sum(), shapes[0][1]];
+                places.push(Place { site: Site::Layer(layer, site), dims });
+            }
+        }
+        let Some(moe) = config.moe(layer) else { continue };
+        for (expert, &width) in moe.widths.iter().enumerate() {
+            for (map, dims) in
+                [(ExpertSite::GateUp, [2 * width, config.hidden_size]), (ExpertSite::Down, [config.hidden_size, width])]
+            {
+                places.push(Place { site: Site::Expert { layer, expert, map }, dims });
+            }
+        }
+    }
+    places
+}
+
+/// All vectors of a checkpoint that can be trained: weights and biases of norms, biases of linear maps. Not among them are the biases of
+/// routed experts, the sinks of attention and what is added to router scores for the selection.
+pub fn vectors(checkpoint: &Checkpoint) -> Vec<VectorPlace> {
+    let mut vectors = Vec::new();
+    let mut add = |role: Role, depth: Depth, norm: bool| {
+        if let Ok(info) = checkpoint.role(role) {
+            vectors.push(VectorPlace { role, len: info.shape.iter().product(), depth, norm });
+        }
+    };
+    for layer in 0..checkpoint.config().layers.len() {
+        for (role, norm, attention) in VECTORS {
+            let depth = if attention { Depth::Attention(layer) } else { Depth::FeedForward(layer) };
+            add(Role::Layer(layer, role), depth, norm);
+        }
+    }
+    add(Role::FinalNorm, Depth::Head, true);
+    add(Role::FinalNormBias, Depth::Head, true);
+    vectors
+}
+
+/// The weight of a linear map `[out, in]`, row-major.
+///
+/// # Errors
+/// What keeps it from being read.
+pub fn read(checkpoint: &Checkpoint, site: Site) -> Result<Vec<f32>> {
+    match site {
+        Site::Layer(layer, site) => {
+            let mut values = Vec::new();
+            for role in roles(layer, site) {
+                values.extend(checkpoint.read_f32(role)?);
+            }
+            Ok(values)
+        }
+        Site::Expert { layer, expert, map } => {
+            let ExpertWeights { mut gate, up, down, .. } = checkpoint.expert(layer, expert)?;
+            Ok(match map {
+                ExpertSite::GateUp => {
+                    gate.extend_from_slice(&up);
+                    gate
+                }
+                ExpertSite::Down => down,
+            })
+        }
+    }
+}

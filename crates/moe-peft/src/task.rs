@@ -1,0 +1,237 @@
+//! Fine-tuning a model: what the training loop runs.
+
+use std::sync::Arc;
+
+use moe_core::{
+    CrossEntropy, Distillation, Engine, EngineOptions, Model, Objective, TeacherLogits,
+    data::Wave,
+    trace::{Nobody, Observer, Signals},
+    train::{BatchLoss, Parameters, TaskState, TrainingTask},
+};
+
+use crate::{AdapterSet, Result};
+
+/// What is minimised.
+#[derive(Clone, Debug, Default)]
+pub enum Target {
+    /// The cross-entropy of the next token, over the tokens that count.
+    #[default]
+    NextToken,
+    /// The divergence from what another model predicted for the same waves.
+    Teacher(Arc<TeacherLogits>),
+}
+
+/// What a method does besides gradient descent: it may change what is trained from step to step, watch gradients, and change values by
+/// rule. Defaults do nothing.
+pub trait Method: Send {
+    /// Before the gradients of step `step` (from 1).
+    ///
+    /// # Errors
+    /// Whatever the method finds wrong.
+    fn before_step(&mut self, step: usize, set: &AdapterSet, parameters: &mut Parameters) -> Result<()> {
+        let _ = (step, set, parameters);
+        Ok(())
+    }
+
+    /// The gradient is complete: `factor` times what the parameters hold is that of the mean loss, not clipped.
+    ///
+    /// # Errors
+    /// Whatever the method finds wrong.
+    fn gradients(&mut self, step: usize, factor: f64, parameters: &Parameters) -> Result<()> {
+        let _ = (step, factor, parameters);
+        Ok(())
+    }
+
+    /// After the optimiser's step.
+    ///
+    /// # Errors
+    /// Whatever the method finds wrong.
+    fn after_step(&mut self, step: usize, set: &AdapterSet, parameters: &mut Parameters) -> Result<()> {
+        let _ = (step, set, parameters);
+        Ok(())
+    }
+
+    /// What a saved state has to hold of it.
+    ///
+    /// # Errors
+    /// Whatever the method finds wrong.
+    fn state_save(&self) -> Result<TaskState> {
+        Ok(TaskState::default())
+    }
+
+    /// Takes a saved state back.
+    ///
+    /// # Errors
+    /// Whatever the method finds wrong.
+    fn state_load(&mut self, state: TaskState, set: &AdapterSet, parameters: &mut Parameters) -> Result<()> {
+        let _ = (state, set, parameters);
+        Ok(())
+    }
+}
+
+/// Gradient descent and nothing else.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Plain;
+
+impl Method for Plain {}
+
+/// A model whose adapters are trained on waves, for [`moe_core::train::train`].
+///
+/// Between sweeps values and gradients are with the optimiser; [`with_values`](Self::with_values) lends them for anything else that runs the
+/// model.
+pub struct FineTune {
+    model: Model,
+    set: Arc<AdapterSet>,
+    method: Box<dyn Method>,
+    target: Target,
+    engine: EngineOptions,
+    evaluation: Vec<Wave>,
+    step: usize,
+}
+
+struct Trains;
+
+impl Observer for Trains {
+    fn needs(&self) -> Signals {
+        Signals::PARAMETERS
+    }
+}
+
+impl FineTune {
+    /// Trains the adapters of `set` on `base`, next-token prediction, without evaluation rows.
+    ///
+    /// # Errors
+    /// Those of [`Model::with_adapters`].
+    pub fn new(base: &Model, set: Arc<AdapterSet>) -> Result<Self> {
+        let model = base.with_adapters(set.clone())?;
+        let engine = EngineOptions { loss: true, ..EngineOptions::default() };
+        Ok(Self {
+            model,
+            set,
+            method: Box::new(Plain),
+            target: Target::NextToken,
+            engine,
+            evaluation: Vec::new(),
+            step: 0,
+        })
+    }
+
+    /// Does more than gradient descent.
+    pub fn with_method(self, method: impl Method + 'static) -> Self {
+        Self { method: Box::new(method), ..self }
+    }
+
+    /// Minimises something else.
+    pub fn with_target(self, target: Target) -> Self {
+        Self { target, ..self }
+    }
+
+    /// Evaluates the mean loss over `waves`; without any, evaluation gives 0.
+    pub fn with_evaluation(self, waves: Vec<Wave>) -> Self {
+        Self { evaluation: waves, ..self }
+    }
+
+    /// The model with its adapters. It can be run only while values are lent to it, or are [settled](crate::Bank::settle).
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The adapters.
+    pub fn set(&self) -> &Arc<AdapterSet> {
+        &self.set
+    }
+
+    /// The method.
+    pub fn method(&self) -> &dyn Method {
+        &*self.method
+    }
+
+    /// Lends the values to the model while `f` runs it.
+    ///
+    /// # Errors
+    /// What `f` returns, and [`Error::Core`](crate::Error::Core) for values that are lent elsewhere.
+    pub fn with_values<R>(&self, parameters: &mut Parameters, f: impl FnOnce(&Model) -> Result<R>) -> Result<R> {
+        let bank = self.set.bank();
+        bank.lend(parameters, false)?;
+        let result = f(&self.model);
+        bank.take_back(parameters, false)?;
+        result
+    }
+
+    fn loss(&self, wave: &Wave, observer: &mut dyn Observer) -> moe_core::Result<BatchLoss> {
+        let engine = Engine::new(&self.model, self.engine.clone());
+        let mut next = CrossEntropy;
+        let mut teacher;
+        let objective: &mut dyn Objective = match &self.target {
+            Target::NextToken => &mut next,
+            Target::Teacher(logits) => {
+                teacher = Distillation::new(logits);
+                &mut teacher
+            }
+        };
+        let report = engine.run_with(wave, objective, observer)?;
+        Ok(BatchLoss { loss: report.loss.unwrap_or(0.0), tokens: report.loss_tokens })
+    }
+}
+
+impl TrainingTask for FineTune {
+    fn before_step(&mut self, step: usize, parameters: &mut Parameters) -> moe_core::Result<()> {
+        self.step = step;
+        self.method.before_step(step, &self.set, parameters).map_err(into_core)
+    }
+
+    fn accumulate(&mut self, wave: &Wave, parameters: &mut Parameters) -> moe_core::Result<BatchLoss> {
+        let bank = self.set.bank();
+        bank.lend(parameters, true).map_err(into_core)?;
+        self.set.tell_training(Some(self.step));
+        let loss = self.loss(wave, &mut Trains);
+        self.set.tell_training(None);
+        bank.take_back(parameters, true).map_err(into_core)?;
+        loss
+    }
+
+    fn gradients(&mut self, step: usize, factor: f64, parameters: &Parameters) -> moe_core::Result<()> {
+        self.method.gradients(step, factor, parameters).map_err(into_core)
+    }
+
+    fn after_step(&mut self, step: usize, parameters: &mut Parameters) -> moe_core::Result<()> {
+        self.method.after_step(step, &self.set, parameters).map_err(into_core)
+    }
+
+    fn update(&mut self, _: &Parameters) -> moe_core::Result<()> {
+        Ok(())
+    }
+
+    fn evaluate(&mut self, parameters: &mut Parameters) -> moe_core::Result<f64> {
+        let bank = self.set.bank();
+        bank.lend(parameters, false).map_err(into_core)?;
+        let mut total = BatchLoss::default();
+        let mut result = Ok(());
+        for wave in &self.evaluation {
+            match self.loss(wave, &mut Nobody) {
+                Ok(BatchLoss { loss, tokens }) => {
+                    total = BatchLoss { loss: total.loss + loss, tokens: total.tokens + tokens };
+                }
+                Err(error) => result = Err(error),
+            }
+        }
+        bank.take_back(parameters, false).map_err(into_core)?;
+        result.map(|()| total.loss / total.tokens.max(1) as f64)
+    }
+
+    fn state_save(&self) -> moe_core::Result<TaskState> {
+        self.method.state_save().map_err(into_core)
+    }
+
+    fn state_load(&mut self, state: TaskState, parameters: &mut Parameters) -> moe_core::Result<()> {
+        self.method.state_load(state, &self.set, parameters).map_err(into_core)
+    }
+}
+
+/// An error of this crate inside the training loop.
+fn into_core(error: crate::Error) -> moe_core::Error {
+    match error {
+        crate::Error::Core(error) => error,
+        other => moe_core::Error::observer(other),
+    }
+}

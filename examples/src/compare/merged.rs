@@ -1,0 +1,100 @@
+//! A merged model, as its checkpoint is read back.
+
+use std::path::Path;
+
+use moe_checkpoint::Checkpoint;
+use moe_core::Model;
+use moe_merge::{
+    CompactModel, CompactOverlay, Compression, EvidenceOptions, MergeOptions, OutputForm, Recipe, merge_sequentially,
+};
+use moe_prune::{ProtectionMask, PrunePlan};
+
+use super::catalogue::Merge;
+use super::scored::Scored;
+use super::subject::{Subject, training_waves};
+use crate::{Error, Result};
+
+/// Tokens of each layer that alignments and fits see.
+pub(super) const SAMPLE: usize = 2048;
+
+/// Merges away a fraction of the bytes of the experts, into a checkpoint under `scratch`.
+///
+/// # Errors
+/// A budget that the recipe cannot meet; whatever stops the model or the export.
+pub(super) fn subject<'m>(
+    full: &'m Model,
+    merge: &Merge,
+    scored: &Scored,
+    ratio: f64,
+    scratch: &Path,
+) -> Result<Subject<'m>> {
+    let recipe = merge.recipe(ratio)?;
+    let checkpoint = scratch.join("merged");
+    let plan = write(full, &recipe, scored, OutputForm::Grouped, &checkpoint)?;
+    let merged = Model::open(&checkpoint, full.device(), full.max_memory())?;
+    let Some(compression) = recipe.compression else { return Ok(Subject::exported(full, merged, plan)) };
+    let allowed = (1.0 - ratio) * expert_bytes(full.checkpoint())? as f64;
+    let compression = Compression { rank: rank(merged.checkpoint(), &compression, allowed)?, ..compression };
+    let compact = scratch.join("compact");
+    let report = match merge.trained {
+        Some(on) => {
+            let (training, evaluation) = training_waves(&scored.waves);
+            let how = on.of(compression);
+            how.fit(full, &merged, &training, &evaluation, &compact, false, &mut |_| Ok(()))?.compact
+        }
+        None => compression.compress(merged.checkpoint(), &compact, None, false)?,
+    };
+    let shown = CompactOverlay::of(CompactModel::open(&compact)?, &merged)?;
+    Ok(Subject::exported(full, shown, plan).compressed(report.parameters_before, report.parameters_after))
+}
+
+/// Merges by a recipe and writes a checkpoint; gives what is left of the full model.
+///
+/// # Errors
+/// As [`subject`].
+pub(super) fn write(full: &Model, recipe: &Recipe, scored: &Scored, form: OutputForm, to: &Path) -> Result<PrunePlan> {
+    let (from, none) = (full.checkpoint(), ProtectionMask::none());
+    let options = MergeOptions::new(form);
+    if recipe.sequential {
+        let work = to.with_extension("layers");
+        let evidence = EvidenceOptions::for_recipe(recipe, SAMPLE);
+        let merged = merge_sequentially(full, &scored.waves, recipe, &none, &evidence, &work)?;
+        merged.plan().apply(from, to, &MergeOptions { merged: Some(&merged), ..options })?;
+        return Ok(merged.plan().as_pruning());
+    }
+    let evidence = scored.evidence.as_ref().ok_or_else(|| Error::Invalid("no evidence was collected".into()))?;
+    let plan = recipe.plan(from, evidence, &none)?;
+    plan.apply(from, to, &MergeOptions { evidence: Some(evidence), ..options })?;
+    Ok(plan.as_pruning())
+}
+
+/// Bytes of all routed experts.
+fn expert_bytes(checkpoint: &Checkpoint) -> Result<u64> {
+    let layers = checkpoint.shape().layers.iter();
+    Ok(layers.map(|layer| checkpoint.expert_bytes_on_disk(layer.layer)).sum::<moe_checkpoint::Result<u64>>()?)
+}
+
+/// The largest rank at which the compressed experts of a checkpoint take at most so many bytes, rows of S and their indices included.
+fn rank(checkpoint: &Checkpoint, compression: &Compression, allowed: f64) -> Result<usize> {
+    let hidden = checkpoint.shape().hidden_size;
+    // Rows of S, the length of the longest, and both dimensions of a matrix together.
+    let (mut rows, mut longest, mut factors) = (0, hidden, 0);
+    let mut parameters = 0;
+    for layer in &checkpoint.shape().layers {
+        let stored = checkpoint.config().moe(layer.layer).map(|moe| moe.stored_widths()).unwrap_or_default();
+        for width in stored.iter().copied() {
+            rows += 2 * width + hidden;
+            longest = longest.max(width);
+            factors += 3 * (width + hidden);
+            parameters += 3 * width * hidden;
+        }
+    }
+    let element = expert_bytes(checkpoint)? as f64 / parameters.max(1) as f64;
+    let kept = (rows as f64 * compression.keep_rows).floor();
+    let left = allowed - kept * (element * longest as f64 + size_of::<u32>() as f64);
+    let rank = (left / (element * factors as f64)).floor();
+    if rank < 1.0 {
+        return Err(Error::Invalid(format!("{allowed:.0} bytes are too few for rank 1 and {kept} rows")));
+    }
+    Ok(rank as usize)
+}

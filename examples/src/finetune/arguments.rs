@@ -1,0 +1,120 @@
+//! The command line.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use crate::{Error, Result, TINY_MOE, cli};
+
+/// Where results go if nothing is said: replaced by the next run that says nothing.
+pub const DEFAULT_OUT: &str = "out/finetune_qwen";
+
+/// Fine-tunes a Mixture-of-Experts model, by any method or by several side by side, and measures what it learnt and what it
+/// forgot.
+///
+/// Without arguments it teaches a small bundled model division, which it has never seen, by several methods. With --model and
+/// --data it runs one method (--method or --recipe) on them and writes the result.
+#[derive(Clone, Debug, clap::Parser)]
+#[command(name = "finetune_qwen")]
+pub struct Arguments {
+    /// Hugging Face model directory [default: the bundled tiny-moe]
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Rows to train on: .jsonl with prompt and completion, text, messages or input_ids; or .txt
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    /// Rows to measure on, in a file named NAME_test.jsonl; repeatable
+    #[arg(long, value_name = "FILE")]
+    pub eval: Vec<PathBuf>,
+    /// A method by name, or a list with commas; `list` prints them [default without --model: several]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub method: Vec<String>,
+    /// A method with its training options as JSON, as `recipe.json` of an earlier run has it
+    #[arg(long, value_name = "FILE", conflicts_with = "method")]
+    pub recipe: Option<PathBuf>,
+    /// First drop half of the units of the routed experts, then train what is left
+    #[arg(long)]
+    pub recover: bool,
+    /// Directory for everything that is written [default: out/finetune_qwen, replacing an earlier run there]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Optimiser steps, instead of those of the method's recipe
+    #[arg(long, value_name = "STEPS")]
+    pub steps: Option<NonZeroUsize>,
+    /// Highest learning rate, instead of that of the method's recipe
+    #[arg(long, value_name = "RATE")]
+    pub learning_rate: Option<f64>,
+    /// Tokens of a step, about
+    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = cli::non_zero)]
+    pub step_tokens: NonZeroUsize,
+    /// Count prompts in the loss as well, not completions alone
+    #[arg(long)]
+    pub loss_over_prompts: bool,
+    /// Training rows, at most
+    #[arg(long, default_value_t = usize::MAX, hide_default_value = true, value_parser = cli::at_least(1))]
+    pub samples: usize,
+    /// Tokens of a row, at most
+    #[arg(long, default_value_t = 2048, value_parser = cli::at_least(2))]
+    pub length: usize,
+    /// Seed of the order of rows and of new adapters
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Steps between saved states
+    #[arg(long, value_name = "STEPS", default_value = "50", value_parser = cli::non_zero)]
+    pub save_every: NonZeroUsize,
+    /// Rows per evaluation file, at most
+    #[arg(long, value_name = "ROWS", default_value_t = 200, value_parser = cli::at_least(1))]
+    pub eval_rows: usize,
+    /// Memory to stay within, such as 2GiB; does not change results
+    #[arg(long, value_name = "SIZE", value_parser = cli::bytes)]
+    pub max_memory: Option<u64>,
+    /// flex (CPU), wgpu, vulkan, cuda, or default: the fastest that is compiled in
+    #[arg(long, default_value = "default")]
+    pub device: String,
+    /// Print one JSON object instead of tables
+    #[arg(long)]
+    pub json: bool,
+    /// Go on with what an interrupted run left in the output directory
+    #[arg(long, conflicts_with = "force")]
+    pub resume: bool,
+    /// Replace the output of an earlier run
+    #[arg(long)]
+    pub force: bool,
+}
+
+impl Arguments {
+    /// The model's directory.
+    pub fn model_dir(&self) -> PathBuf {
+        self.model.clone().unwrap_or_else(|| PathBuf::from(TINY_MOE))
+    }
+
+    /// The rows to train on.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a model of one's own without any.
+    pub fn data_files(&self) -> Result<Vec<PathBuf>> {
+        let bundled = |name: &str| PathBuf::from(TINY_MOE).join("data").join(name);
+        match (&self.data, &self.model, self.recover) {
+            (Some(file), ..) => Ok(vec![file.clone()]),
+            (None, None, false) => Ok(vec![bundled("division_train.jsonl")]),
+            (None, None, true) => {
+                Ok(["arithmetic", "facts", "prose"].map(|name| bundled(&format!("{name}_calibration.jsonl"))).into())
+            }
+            (None, Some(_), _) => Err(Error::Usage("--model needs --data FILE: rows to train on".into())),
+        }
+    }
+
+    /// The rows to measure on; for the bundled model, all it can and what it is to learn.
+    pub fn eval_files(&self) -> Vec<PathBuf> {
+        let first = if self.recover { None } else { Some("division") };
+        let bundled = first.into_iter().chain(["arithmetic", "facts", "prose"]);
+        match self.eval.is_empty() && self.model.is_none() {
+            true => bundled.map(|name| PathBuf::from(TINY_MOE).join(format!("data/{name}_test.jsonl"))).collect(),
+            false => self.eval.clone(),
+        }
+    }
+
+    /// The output directory.
+    pub fn out_dir(&self) -> PathBuf {
+        self.out.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_OUT))
+    }
+}

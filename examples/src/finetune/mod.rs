@@ -1,0 +1,258 @@
+//! Fine-tuning by several methods, side by side: what `finetune_qwen` runs.
+
+mod arguments;
+mod job;
+mod recipe;
+mod report;
+
+use std::path::PathBuf;
+
+use moe_checkpoint::{Existing, Provenance, write_atomic};
+use moe_core::data::{Dataset, DatasetOptions, EvalSet, LossOver, Tokenizer, Wave, WaveOptions};
+use moe_core::evaluate::{EvaluateOptions, Evaluation, evaluate};
+use moe_core::{Engine, EngineOptions, Model};
+use moe_importance::{Collection, Scorer, collect, scorers::Fisher};
+use moe_prune::{ApplyOptions, Budget, Export, ProtectionMask, Pruner, Scope, UnitPruner};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+pub use arguments::{Arguments, DEFAULT_OUT};
+pub use job::{LossPoint, Trained, Training, Workshop};
+pub use recipe::{DEFAULT_METHODS, LayerTurns, METHODS, Method, Recipe};
+
+use crate::fisher_prune::{Existing as OutExisting, OutDir};
+use crate::progress::{Progress, Unit};
+use crate::{Error, Result};
+
+/// What a method did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MethodResult {
+    /// Its name.
+    pub name: String,
+    /// What it is.
+    pub recipe: Recipe,
+    /// What it measures afterwards.
+    pub evaluations: Vec<Evaluation>,
+    /// What it cost.
+    pub training: Training,
+}
+
+/// What came of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Results {
+    /// The model.
+    pub model: PathBuf,
+    /// Training rows, tokens in them, and tokens that count in the loss.
+    pub data: [u64; 3],
+    /// The model before training; after pruning, if it was pruned first.
+    pub before: Vec<Evaluation>,
+    /// The whole model, if it was pruned first.
+    pub whole: Option<Vec<Evaluation>>,
+    /// The methods.
+    pub methods: Vec<MethodResult>,
+}
+
+/// A finished run.
+#[derive(Debug)]
+pub struct Finished {
+    /// What was found.
+    pub results: Results,
+    /// Tables and remarks for a terminal.
+    pub text: String,
+}
+
+/// A checked command line.
+struct Job {
+    arguments: Arguments,
+    recipes: Vec<(String, Recipe)>,
+    out: OutDir,
+    existing: OutExisting,
+    tokenizer: Option<Tokenizer>,
+    data: Dataset,
+    evals: Vec<EvalSet>,
+    model: Model,
+}
+
+impl Job {
+    fn new(arguments: Arguments) -> Result<Self> {
+        let recipes = recipes(&arguments)?;
+        let existing = match (arguments.resume, arguments.force || arguments.out.is_none()) {
+            (true, _) => OutExisting::Resume,
+            (_, true) => OutExisting::Replace,
+            _ => OutExisting::Refuse,
+        };
+        let out = OutDir::check(&arguments.out_dir(), existing)?;
+        let device = moe_core::device::device(&arguments.device)?;
+        let model = Model::open(arguments.model_dir(), &device, arguments.max_memory)?;
+        let files = arguments.data_files()?;
+        let tokenizer = match arguments.model_dir().join("tokenizer.json").exists() {
+            true => Some(Tokenizer::from_dir(arguments.model_dir())?),
+            false => None,
+        };
+        let options = DatasetOptions {
+            samples: Some(arguments.samples),
+            length: arguments.length,
+            seed: Some(arguments.seed),
+            loss: if arguments.loss_over_prompts { LossOver::All } else { LossOver::Completions },
+            ..DatasetOptions::default()
+        };
+        let load = |file: &PathBuf| Dataset::load(file, tokenizer.as_ref(), model.config().vocab_size, &options);
+        let mut data = files.iter().map(load).collect::<Result<Vec<_>, _>>()?;
+        let data = match data.len() {
+            1 => data.remove(0),
+            _ => Dataset::from_sequences(data.into_iter().flat_map(|data| data.sequences).collect()),
+        };
+        let eval = |path: &PathBuf| -> Result<EvalSet> {
+            let no_tokenizer = || Error::Usage("--eval needs a model with a tokenizer.json".into());
+            let tokenizer = tokenizer.as_ref().ok_or_else(no_tokenizer)?;
+            Ok(EvalSet::load(path, tokenizer, model.config().vocab_size, Some(arguments.eval_rows))?)
+        };
+        let evals = arguments.eval_files().iter().map(eval).collect::<Result<Vec<_>>>()?;
+        let job = Self { recipes, out, existing, tokenizer, data, evals, model, arguments };
+        if existing == OutExisting::Resume {
+            job.out.check_resumable(&job.recipe())?;
+        }
+        Ok(job)
+    }
+
+    fn recipe(&self) -> serde_json::Value {
+        let methods: serde_json::Map<_, _> =
+            self.recipes.iter().map(|(name, recipe)| (name.clone(), json!(recipe))).collect();
+        json!({
+            "program": "finetune_qwen",
+            "crate_version": env!("CARGO_PKG_VERSION"),
+            "model_fingerprint": self.model.checkpoint().fingerprint(),
+            "calibration": { "hash": self.data.hash, "wave_tokens": self.arguments.step_tokens },
+            "recover": self.arguments.recover,
+            "methods": methods,
+        })
+    }
+
+    fn waves(&self) -> Vec<Wave> {
+        self.data.waves(WaveOptions::Tokens(self.arguments.step_tokens))
+    }
+
+    fn measure(&self, model: &Model, label: &str, progress: Progress) -> Result<Vec<Evaluation>> {
+        let Some(tokenizer) = &self.tokenizer else { return Ok(Vec::new()) };
+        let bar = progress.bar(format!("measuring {label}"), self.evals.len() as u64, Unit::Count("files"));
+        let mut evaluations = Vec::new();
+        for set in &self.evals {
+            evaluations.push(evaluate(model, tokenizer, set, &EvaluateOptions::default())?);
+            bar.step();
+        }
+        Ok(evaluations)
+    }
+}
+
+/// The methods of a command line, with what it changes of them.
+fn recipes(arguments: &Arguments) -> Result<Vec<(String, Recipe)>> {
+    let names: Vec<String> = match (arguments.method.is_empty(), arguments.model.is_some()) {
+        (false, _) => arguments.method.clone(),
+        (true, false) => DEFAULT_METHODS.iter().map(|name| (*name).to_owned()).collect(),
+        (true, true) => Vec::new(),
+    };
+    let mut recipes = match &arguments.recipe {
+        Some(path) => {
+            let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+            let recipe = serde_json::from_str(&text);
+            let recipe: Recipe = recipe.map_err(|error| Error::Invalid(format!("{}: {error}", path.display())))?;
+            vec![("recipe".to_owned(), recipe)]
+        }
+        None => names.into_iter().map(|name| Ok((name.clone(), Recipe::named(&name)?))).collect::<Result<_>>()?,
+    };
+    if recipes.is_empty() {
+        return Err(Error::Usage("--model needs --method NAME (`--method list` prints them) or --recipe FILE".into()));
+    }
+    for (_, recipe) in &mut recipes {
+        let train = &mut recipe.train;
+        train.max_steps = arguments.steps.map(Into::into).or(train.max_steps);
+        train.schedule.peak = arguments.learning_rate.unwrap_or(train.schedule.peak);
+        train.seed = arguments.seed;
+        train.validate()?;
+    }
+    Ok(recipes)
+}
+
+/// The methods that have a name.
+pub fn list() -> String {
+    let mut table = crate::table::Table::new(["method", "trains", "highest learning rate"], 2);
+    for line in METHODS {
+        table.row([line.name.to_owned(), line.words.to_owned(), line.rate.to_string()]);
+    }
+    table.to_text()
+}
+
+/// Runs it all. Everything that can be wrong with the arguments is found before any work is done and anything written.
+///
+/// # Errors
+/// What is wrong, or what stopped the work; `--resume` goes on from there.
+pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
+    if arguments.method.iter().any(|name| name == "list") {
+        return Err(Error::Usage(list()));
+    }
+    let mut job = Job::new(arguments)?;
+    job.out.open(job.existing, &job.recipe())?;
+    let mut before = job.measure(&job.model, "the model", progress)?;
+    let mut whole = None;
+    if job.arguments.recover {
+        job.model = halved(&job)?;
+        whole = Some(std::mem::replace(&mut before, job.measure(&job.model, "what is left", progress)?));
+    }
+    let waves = job.waves();
+    let mut methods = Vec::new();
+    for (name, recipe) in &job.recipes {
+        let dir = job.out.root().join(name);
+        let done = dir.join("result.json");
+        if let Some(result) = std::fs::read(&done).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
+            methods.push(result);
+            continue;
+        }
+        let shop = Workshop {
+            model: &job.model,
+            waves: &waves,
+            dir: &dir,
+            save_every: job.arguments.save_every.get(),
+            resume: job.existing == OutExisting::Resume,
+            progress,
+        };
+        let trained = shop.train(name, recipe, &mut |trainable| tracing::info!("{name}:\n{trainable}"))?;
+        let evaluations = job.measure(trained.task.model(), name, progress)?;
+        shop.write(&trained, Existing::Force)?;
+        let text = trained.trainable.to_string();
+        write_atomic(dir.join("trainable.txt"), text.as_bytes())?;
+        let recipe_json = serde_json::to_vec_pretty(recipe).unwrap_or_default();
+        write_atomic(dir.join("recipe.json"), &recipe_json)?;
+        let result =
+            MethodResult { name: name.clone(), recipe: recipe.clone(), evaluations, training: trained.training };
+        write_atomic(done, &serde_json::to_vec_pretty(&result).unwrap_or_default())?;
+        methods.push(result);
+    }
+    let data = [job.data.sequences.len() as u64, job.data.tokens() as u64, job.data.loss_tokens() as u64];
+    let results = Results { model: job.arguments.model_dir(), data, before, whole, methods };
+    write_atomic(job.out.report(), report::html(&results)?.as_bytes())?;
+    job.out.finish(&json!(results))?;
+    let text = report::text(&results, job.out.root());
+    Ok(Finished { results, text })
+}
+
+/// The model with half of the units of its routed experts, those with the highest Fisher scores on the training rows, at one width for all
+/// experts: what a stock loader would get.
+fn halved(job: &Job) -> Result<Model> {
+    let checkpoint = job.model.checkpoint();
+    let dir = job.out.root().join("half");
+    if !dir.exists() {
+        let scorer = Fisher::default();
+        let recipe = moe_importance::recipe(&scorer.needs(), &"recovery")?;
+        let provenance = Provenance::new(checkpoint.fingerprint(), job.data.hash.clone(), recipe);
+        let mut collection = Collection::new(checkpoint.shape(), provenance, &scorer.needs())?;
+        let mut engine = Engine::new(&job.model, EngineOptions::default());
+        let waves = job.data.waves(WaveOptions::default());
+        let statistics = collect(&mut engine, &mut collection, &waves, None, &mut |_| ())?;
+        let scores = scorer.score(&statistics, checkpoint.as_ref())?;
+        let pruner = UnitPruner::new(Scope::Expert);
+        let plan = pruner.prune(&scores, checkpoint.shape(), Budget::Ratio(0.5), &ProtectionMask::none())?.plan;
+        let options = ApplyOptions { resume: job.arguments.resume, ..ApplyOptions::new(Export::Uniform) };
+        plan.apply(checkpoint, &dir, &options)?;
+    }
+    Ok(Model::open(dir, job.model.device(), job.arguments.max_memory)?)
+}

@@ -1,0 +1,111 @@
+//! What is shown at the end.
+
+use std::path::Path;
+
+use moe_core::evaluate::{Evaluation, Metric};
+
+use super::{MethodResult, Results};
+use crate::Result;
+use crate::figures::{Lines, Point, lines};
+use crate::format::{count, size};
+use crate::report::Report;
+use crate::table::Table;
+
+fn value(evaluation: &Evaluation) -> String {
+    match evaluation.metric {
+        Metric::ExactMatch(share) => format!("{share:.3}"),
+        Metric::Perplexity(perplexity) if perplexity < 1000.0 => format!("{perplexity:.1}"),
+        Metric::Perplexity(perplexity) => format!("{perplexity:.0}"),
+    }
+}
+
+fn heading(evaluation: &Evaluation) -> String {
+    match evaluation.metric {
+        Metric::ExactMatch(_) => format!("{} exact", evaluation.name),
+        Metric::Perplexity(_) => format!("{} ppl", evaluation.name),
+    }
+}
+
+/// Method by what it learnt, what it kept and what it cost.
+pub fn table(results: &Results) -> Table {
+    let mut header = vec!["method".to_owned()];
+    header.extend(results.before.iter().map(heading));
+    header.extend(["steps", "trained values", "peak memory", "tokens/s", "last loss"].map(str::to_owned));
+    let mut table = Table::new(header, 1);
+    let none = ["", "", "", "", ""].map(str::to_owned);
+    let row = |name: &str, evaluations: &[Evaluation], rest: [String; 5]| {
+        std::iter::once(name.to_owned()).chain(evaluations.iter().map(value)).chain(rest).collect::<Vec<_>>()
+    };
+    if let Some(whole) = &results.whole {
+        table.row(row("(whole model)", whole, none.clone()));
+    }
+    table.row(row(if results.whole.is_some() { "(half of it)" } else { "(before)" }, &results.before, none));
+    for MethodResult { name, evaluations, training, .. } in &results.methods {
+        let last: Vec<f64> = training.losses.iter().rev().take(10).map(|point| point.loss).collect();
+        let rest = [
+            training.losses.len().to_string(),
+            count(training.trained),
+            training.peak_memory.map_or("–".into(), size),
+            count(training.tokens_per_second as u64),
+            format!("{:.3}", last.iter().sum::<f64>() / last.len().max(1) as f64),
+        ];
+        table.row(row(name, evaluations, rest));
+    }
+    table
+}
+
+/// What is printed.
+pub fn text(results: &Results, out: &Path) -> String {
+    let [rows, tokens, predicted] = results.data.map(count);
+    let mut text = format!(
+        "{}: trained on {rows} rows, {tokens} tokens, of which {predicted} count in the loss\n",
+        results.model.display()
+    );
+    text.push_str(&table(results).to_text());
+    text.push_str("last loss: mean of the last ten steps. Peak memory: of the process while it trained.\n");
+    text.push_str(&format!(
+        "each method's checkpoint, recipe, table of what was trained and metrics are in {0}/METHOD; figures in {0}/report.html\n",
+        out.display()
+    ));
+    text
+}
+
+/// The report with the loss curves.
+///
+/// # Errors
+/// Figures that cannot be drawn.
+pub fn html(results: &Results) -> Result<String> {
+    let mut report = Report::new("Fine-tuning");
+    let [rows, tokens, predicted] = results.data.map(count);
+    report.paragraph(&format!(
+        "{}, trained on {rows} rows with {tokens} tokens, of which {predicted} count in the loss.",
+        results.model.display()
+    ));
+    report.table(&table(results));
+    report.section("Loss");
+    let series = |method: &MethodResult| {
+        // means over ten steps: single steps are noise
+        let points = method.training.losses.chunks(10).map(|points| {
+            let values = || points.iter().map(|point| point.loss);
+            let y = values().sum::<f64>() / points.len() as f64;
+            let (low, high) = (values().fold(f64::INFINITY, f64::min), values().fold(f64::NEG_INFINITY, f64::max));
+            Point { x: points.last().map_or(0, |point| point.step) as f64, y, low, high }
+        });
+        (method.name.clone(), points.collect())
+    };
+    let figure = Lines {
+        title: "loss per predicted token".into(),
+        x: "step".into(),
+        series: results.methods.iter().map(series).collect(),
+        base: None,
+        logarithmic_x: false,
+        logarithmic_y: true,
+    };
+    report.figure(&lines(&figure)?, "Means over ten steps, with the smallest and largest loss of them.");
+    report.section("Recipes");
+    for method in &results.methods {
+        let recipe = serde_json::to_string_pretty(&method.recipe).unwrap_or_default();
+        report.preformatted(&format!("{}\n{recipe}", method.name));
+    }
+    Ok(report.to_html())
+}
