@@ -6,7 +6,12 @@ use std::{path::Path, sync::Arc};
 
 use common::*;
 use moe_checkpoint::{Checkpoint, LayerRole};
-use moe_core::{Engine, EngineOptions, Model, data::Wave, trace::Nobody, train::{AdamW, Optimizer}};
+use moe_core::{
+    Engine, EngineOptions, Model,
+    data::Wave,
+    trace::Nobody,
+    train::{AdamW, Optimizer},
+};
 use moe_peft::{
     AdapterSet,
     lora::{

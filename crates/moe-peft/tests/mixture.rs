@@ -15,9 +15,9 @@ use moe_core::{
     host,
 };
 use moe_peft::{
-    AdapterSet,
+    AdapterSet, Method,
     lora::{Lora, Maps, Targets},
-    mixture::{Allocation, Balance, Experts, Gate, MeanWeights, Mixture, MixtureConfig, Score},
+    mixture::{Allocation, Balance, Experts, Gate, KeepsSelection, MeanWeights, Mixture, MixtureConfig, Score},
 };
 
 fn installed(model: &Model, config: &MixtureConfig) -> (Arc<AdapterSet>, Mixture) {
@@ -374,6 +374,7 @@ fn biases_of_selections_move_after_waves_of_training_alone() {
         let (set, mixture) = installed(&model, &config);
         stir(&set);
         let dir = tempfile::tempdir().unwrap();
+        let mixture = Arc::new(mixture);
         let biases = || {
             mixture.save(dir.path(), None).unwrap();
             let bytes = std::fs::read(dir.path().join(moe_peft::mixture::MODEL_FILE)).unwrap();
@@ -393,6 +394,12 @@ fn biases_of_selections_move_after_waves_of_training_alone() {
         mixture.clock().evaluate();
         run(&model, &set, &wave);
         let moved = biases();
+        let state = KeepsSelection(mixture.clone()).state_save().unwrap();
+        assert_eq!(state.arrays.values().flat_map(|array| array.values.clone()).collect::<Vec<_>>(), moved);
+        let (other_set, other) = installed(&model, &config);
+        let mut other = KeepsSelection(Arc::new(other));
+        other.state_load(state, &other_set, &mut moe_core::train::Parameters::new()).unwrap();
+        assert!(other.state_save().unwrap().arrays.values().any(|array| array.values.iter().any(|b| *b != 0.0)));
         assert!(moved.iter().any(|b| *b != 0.0) && moved.iter().all(|b| b.abs() <= 0.010_001), "{name}");
         run(&model, &set, &wave);
         assert_eq!(biases(), moved, "{name}");
@@ -479,4 +486,30 @@ fn atoms_of_earlier_tasks_stay() {
     assert_eq!(run(&model, &Arc::new(again), &wave), run(&model, &next, &wave));
     assert!(loaded.next_task(1, &mut AdapterSet::new(), &maps, &device()).is_ok());
     assert!(installed(&model, &recipes()[0].1).1.next_task(1, &mut AdapterSet::new(), &maps, &device()).is_err());
+}
+
+#[test]
+fn a_mixture_learns_on_the_training_loop() {
+    use moe_core::train::{Schedule, TrainOptions, train};
+    use moe_peft::FineTune;
+    let model = model("qwen2_moe");
+    for (name, config) in recipes().into_iter().filter(|(name, _)| !name.starts_with("lora_mixer")) {
+        let (set, mixture) = installed(&model, &config);
+        labels(&mixture);
+        let wave = wave(97);
+        let mut parameters = set.bank().parameters().unwrap();
+        let mut task = FineTune::new(&model, set.clone()).unwrap().with_evaluation(vec![wave.clone()]);
+        let schedule = Schedule { peak: 1e-2, ..Schedule::default() };
+        let options = TrainOptions {
+            epochs: 12,
+            waves_per_step: 1,
+            evaluate_every: Some(12),
+            schedule,
+            ..TrainOptions::default()
+        };
+        let report = train(&mut task, &mut parameters, &[wave], &options, &mut |_| Ok(())).unwrap();
+        let (before, last) = (report.before.unwrap(), report.last.unwrap());
+        assert!(last < before - 0.05, "{name}: {before} to {last}");
+        assert!(!mixture.clock().is_training());
+    }
 }

@@ -112,12 +112,16 @@ impl Term {
                 product(dx, inputs, 0, true, 1.0, Matrix::new(&d_hidden, n, start.rank), a);
             }
         }
-        if parameters {
+        if parameters && (self.a.is_trained() || self.b.is_trained()) {
             let mut hidden = vec![0.0; n * rank];
             product(&mut hidden, rank, 0, false, 1.0, x, a.transposed());
             let hidden = Matrix::new(&hidden, n, rank);
-            self.a.add_gradient(|sum| product(sum, inputs, 0, true, 1.0, d_hidden.transposed(), x));
-            self.b.add_gradient(|sum| product(sum, rank, 0, true, self.scale, dy.transposed(), hidden));
+            if self.a.is_trained() {
+                self.a.add_gradient(|sum| product(sum, inputs, 0, true, 1.0, d_hidden.transposed(), x));
+            }
+            if self.b.is_trained() {
+                self.b.add_gradient(|sum| product(sum, rank, 0, true, self.scale, dy.transposed(), hidden));
+            }
         }
     }
 

@@ -22,10 +22,12 @@ mod gate;
 mod install;
 mod linear;
 mod router;
+mod state;
 mod store;
 
 pub use balance::{Balance, Dispersion, Scope};
 pub use config::{Allocation, Experts, MixtureConfig};
 pub use gate::{Gate, Score};
 pub use install::{MeanWeights, Mixture};
+pub use state::KeepsSelection;
 pub use store::{CONFIG_FILE, MODEL_FILE};

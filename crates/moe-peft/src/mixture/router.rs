@@ -70,6 +70,19 @@ impl Selection {
 impl SweepListener for Router {
     /// Moves the bias of the selection by what the wave before chose, if that was one of training.
     fn begin_wave(&self, _: &WaveInfo) {
+        self.settle();
+        let mut selection = self.selection.lock().unwrap_or_else(PoisonError::into_inner);
+        for (n, values) in std::mem::take(&mut selection.weights).into_values() {
+            selection.tokens += n;
+            selection.sums.resize(values.len(), 0.0);
+            selection.sums.iter_mut().zip(values).for_each(|(sum, v)| *sum += v);
+        }
+    }
+}
+
+impl Router {
+    /// Moves the bias of the selection by what a wave of training chose.
+    fn settle(&self) {
         let mut selection = self.selection.lock().unwrap_or_else(PoisonError::into_inner);
         let counts = std::mem::take(&mut selection.counts);
         if let (Some(rate), false) = (self.gate.bias_rate(), counts.is_empty()) {
@@ -87,15 +100,21 @@ impl SweepListener for Router {
                 *bias += rate * sign;
             }
         }
-        for (n, values) in std::mem::take(&mut selection.weights).into_values() {
-            selection.tokens += n;
-            selection.sums.resize(values.len(), 0.0);
-            selection.sums.iter_mut().zip(values).for_each(|(sum, v)| *sum += v);
-        }
     }
-}
 
-impl Router {
+    /// The bias of the selection after all waves so far.
+    pub fn settled_bias(&self) -> Vec<f32> {
+        self.settle();
+        self.selection.lock().unwrap_or_else(PoisonError::into_inner).bias.clone()
+    }
+
+    /// Puts another one in its place.
+    pub fn set_bias(&self, bias: Vec<f32>) {
+        let mut selection = self.selection.lock().unwrap_or_else(PoisonError::into_inner);
+        selection.counts.clear();
+        selection.bias = bias;
+    }
+
     fn gate(&self) -> Gate {
         match self.inference_gate {
             Some(gate) if !self.clock.is_training() => gate,

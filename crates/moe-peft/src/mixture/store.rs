@@ -40,9 +40,9 @@ impl Mixture {
             tensors.insert(name, (shape, values));
         }
         for (path, router) in &self.routers {
-            let selection = router.selection.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             if self.config.gate.bias_rate().is_some() {
-                tensors.insert(format!("{path}{SELECTION}"), (vec![selection.bias.len()], selection.bias.clone()));
+                let bias = router.settled_bias();
+                tensors.insert(format!("{path}{SELECTION}"), (vec![bias.len()], bias));
             }
         }
         for (path, Earlier { a, b, rank }) in &self.earlier {
