@@ -29,7 +29,9 @@ impl Spread {
         if n == 0 {
             return None;
         }
-        let mean = values.iter().sum::<f64>() / n as f64;
+        // equal values have their own mean to the bit, and no spread
+        let equal = values.iter().all(|value| *value == values[0]);
+        let mean = if equal { values[0] } else { values.iter().sum::<f64>() / n as f64 };
         let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
         let deviation = if n > 1 { (squares / (n - 1) as f64).sqrt() } else { 0.0 };
         let low = values.iter().copied().fold(f64::INFINITY, f64::min);
