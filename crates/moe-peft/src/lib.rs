@@ -17,6 +17,7 @@ pub mod fold;
 mod live;
 pub mod lora;
 pub mod merge;
+pub mod mixture;
 pub mod own;
 pub mod peft;
 pub mod places;

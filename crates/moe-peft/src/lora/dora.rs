@@ -25,7 +25,14 @@ struct Norms {
     /// `||W||^2` per row, which never changes.
     weight: Option<Arc<Vec<f64>>>,
     /// The values of `A` and `B` that `n` was computed for, and `n`.
-    last: Option<(Vec<f32>, Vec<f32>, Arc<Vec<f32>>)>,
+    last: Option<Last>,
+}
+
+#[derive(Debug)]
+struct Last {
+    a: Vec<f32>,
+    b: Vec<f32>,
+    n: Arc<Vec<f32>>,
 }
 
 /// Gradients on the two ways through an adapted map.
@@ -41,16 +48,17 @@ impl Magnitude {
         Self { m, norms: Mutex::default() }
     }
 
+    pub fn live(&self) -> &Arc<Live> {
+        &self.m
+    }
+
     /// `n [rows]`.
     fn norms(&self, term: &Term, base: &Weight) -> Arc<Vec<f32>> {
         let (a, b) = (term.a.value(), term.b.value());
         let (av, bv) = (HostView::new(&a), HostView::new(&b));
         let mut norms = self.norms.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((last_a, last_b, n)) = &norms.last
-            && last_a == av.as_slice()
-            && last_b == bv.as_slice()
-        {
-            return n.clone();
+        if let Some(last) = norms.last.as_ref().filter(|last| last.a == av.as_slice() && last.b == bv.as_slice()) {
+            return last.n.clone();
         }
         let weight = norms.weight.get_or_insert_with(|| Arc::new(squared_norms(base, term))).clone();
         let projected = base.forward(&a, None); // [r, out of the whole map]
@@ -62,7 +70,7 @@ impl Magnitude {
             term.scale,
         );
         let n = Arc::new(n);
-        norms.last = Some((av.as_slice().to_vec(), bv.as_slice().to_vec(), n.clone()));
+        norms.last = Some(Last { a: av.as_slice().to_vec(), b: bv.as_slice().to_vec(), n: n.clone() });
         n
     }
 

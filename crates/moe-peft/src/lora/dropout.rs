@@ -73,6 +73,12 @@ pub(crate) struct Dropout {
 }
 
 impl Dropout {
+    /// `x [n, columns]` with some of its elements dropped, and the factors that did it; `None` where nothing is.
+    pub fn apply(dropout: Option<&Self>, x: &[f32], n: usize, tokens: Tokens<'_>) -> Option<(Vec<f32>, Vec<f32>)> {
+        let factors = dropout?.factors(n, x.len() / n.max(1), tokens)?;
+        Some((x.iter().zip(&factors).map(|(x, f)| x * f).collect(), factors))
+    }
+
     /// The factors `[n, columns]` of rows of tokens; `None` where nothing is dropped.
     pub fn factors(&self, n: usize, columns: usize, tokens: Tokens<'_>) -> Option<Vec<f32>> {
         if self.rate <= 0.0 || !self.clock.is_training() {

@@ -25,8 +25,15 @@ pub struct Lora {
 #[derive(Debug)]
 struct Installed {
     weights: LoraWeights,
-    /// `A`, `B` and the magnitude.
-    live: BTreeMap<Map, (Arc<Live>, Arc<Live>, Option<Arc<Live>>)>,
+    live: BTreeMap<Map, Values>,
+}
+
+/// The values of one addition.
+#[derive(Clone, Debug)]
+struct Values {
+    a: Arc<Live>,
+    b: Arc<Live>,
+    magnitude: Option<Arc<Live>>,
 }
 
 impl Lora {
@@ -65,7 +72,7 @@ impl Lora {
                     Some(m) => Some(bank("lora_magnitude_vector", [1, out], m)?),
                     None => None,
                 };
-                live.insert(*map, (a.clone(), b.clone(), magnitude.clone()));
+                live.insert(*map, Values { a: a.clone(), b: b.clone(), magnitude: magnitude.clone() });
                 let dropout = (weights.dropout > 0.0).then(|| Dropout {
                     rate: weights.dropout as f32,
                     place: (index as u64) << 32 | position as u64,
@@ -113,7 +120,7 @@ impl Lora {
         let Installed { weights, live } = self.adapters.get(name)?;
         let mut weights = weights.clone();
         for (map, low) in &mut weights.maps {
-            let (a, b, magnitude) = live.get(map)?;
+            let Values { a, b, magnitude } = live.get(map)?;
             let magnitude = match magnitude {
                 Some(m) => Some(values(m)?),
                 None => None,

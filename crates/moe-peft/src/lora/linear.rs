@@ -112,12 +112,16 @@ impl Term {
                 product(dx, inputs, 0, true, 1.0, Matrix::new(&d_hidden, n, start.rank), a);
             }
         }
-        if parameters {
+        if parameters && (self.a.is_trained() || self.b.is_trained()) {
             let mut hidden = vec![0.0; n * rank];
             product(&mut hidden, rank, 0, false, 1.0, x, a.transposed());
             let hidden = Matrix::new(&hidden, n, rank);
-            self.a.add_gradient(|sum| product(sum, inputs, 0, true, 1.0, d_hidden.transposed(), x));
-            self.b.add_gradient(|sum| product(sum, rank, 0, true, self.scale, dy.transposed(), hidden));
+            if self.a.is_trained() {
+                self.a.add_gradient(|sum| product(sum, inputs, 0, true, 1.0, d_hidden.transposed(), x));
+            }
+            if self.b.is_trained() {
+                self.b.add_gradient(|sum| product(sum, rank, 0, true, self.scale, dy.transposed(), hidden));
+            }
         }
     }
 
@@ -137,16 +141,17 @@ impl Term {
     }
 }
 
-/// `x` with some of its elements dropped, and the factors that did it.
-fn dropped(dropout: Option<&Dropout>, x: &[f32], n: usize, tokens: Tokens<'_>) -> Option<(Vec<f32>, Vec<f32>)> {
-    let factors = dropout?.factors(n, x.len() / n.max(1), tokens)?;
-    let dropped = x.iter().zip(&factors).map(|(x, f)| x * f).collect();
-    Some((dropped, factors))
-}
-
 impl LinearAdapter for LoraLinear {
     fn dims(&self) -> [usize; 2] {
         self.dims
+    }
+
+    fn trained(&self) -> usize {
+        let values = |live: &Arc<Live>| live.shape()[0] * live.shape()[1];
+        let term = |term: &Term| {
+            values(&term.a) + values(&term.b) + term.magnitude.as_ref().map_or(0, |magnitude| values(magnitude.live()))
+        };
+        self.terms.iter().map(term).sum()
     }
 
     fn forward(&self, base: &Weight, x: &Tensor<2>, tokens: Tokens<'_>) -> Tensor<2> {
@@ -163,7 +168,7 @@ impl LinearAdapter for LoraLinear {
         let pristine = self.terms.iter().any(|term| term.magnitude.is_some()).then(|| y.clone());
         let mut values = host::into_vec(y);
         for term in &self.terms {
-            let dropped = dropped(term.dropout.as_ref(), view.as_slice(), n, tokens);
+            let dropped = Dropout::apply(term.dropout.as_ref(), view.as_slice(), n, tokens);
             let input = dropped.as_ref().map_or(view.as_slice(), |(x, _)| x);
             let matrix = Matrix::new(input, n, inputs);
             match (&term.magnitude, &pristine) {
@@ -199,7 +204,7 @@ impl LinearAdapter for LoraLinear {
         let (xs, dys) = (xs.as_slice(), dys.as_slice());
         let mut dx = wanted.input.then(|| host::into_vec(base.backward(dy)));
         for term in &self.terms {
-            let dropped = dropped(term.dropout.as_ref(), xs, n, tokens);
+            let dropped = Dropout::apply(term.dropout.as_ref(), xs, n, tokens);
             let input = dropped.as_ref().map_or(xs, |(x, _)| x);
             let matrix = Matrix::new(input, n, inputs);
             // what flows through dropped inputs is gathered apart

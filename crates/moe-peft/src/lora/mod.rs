@@ -23,5 +23,6 @@ pub use maps::{ExpertMap, Map, Maps, Naming};
 pub use targets::Share;
 pub use weights::{LoraWeights, LowRank};
 
-pub(crate) use init::{magnitudes, split, svd};
+pub(crate) use dropout::Dropout;
+pub(crate) use init::{kaiming, magnitudes, normal, random, split, svd};
 pub(crate) use targets::{Compiled, ends_with};

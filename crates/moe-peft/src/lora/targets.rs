@@ -103,10 +103,9 @@ impl LoraConfig {
         if found.is_empty() {
             return Err(Error::input("target_modules", "nothing to adapt", "at least one map of a rank above 0"));
         }
-        if self.init_lora_weights == super::Init::Orthogonal {
-            if let Some((map, share)) = found.iter().find(|(_, share)| !share.rank.is_multiple_of(2)) {
-                return Err(Error::input(format!("rank of {map}"), share.rank, "an even one for \"orthogonal\""));
-            }
+        let odd = found.iter().find(|(_, share)| !share.rank.is_multiple_of(2));
+        if let (super::Init::Orthogonal, Some((map, share))) = (self.init_lora_weights, odd) {
+            return Err(Error::input(format!("rank of {map}"), share.rank, "an even one for \"orthogonal\""));
         }
         Ok(found)
     }

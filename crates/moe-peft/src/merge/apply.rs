@@ -192,7 +192,7 @@ pub fn merge(
     };
     let json =
         serde_json::to_vec_pretty(&report).map_err(|error| Error::input("the report", error, "numbers and names"))?;
-    write_atomic(&output.path().join(MERGED_FILE), &json)?;
+    write_atomic(output.path().join(MERGED_FILE), &json)?;
     // Config, headers and lengths are checked before the output gets its name.
     Checkpoint::open(output.path())?;
     output.commit()?;
@@ -469,7 +469,9 @@ fn digest(adapters: &[(&str, &LoraWeights, f64)]) -> String {
             hasher.update(&low.scale().to_le_bytes());
             for values in [&low.a, &low.b].into_iter().chain(&low.magnitude) {
                 hasher.update(&(values.len() as u64).to_le_bytes());
-                values.iter().for_each(|value| drop(hasher.update(&value.to_le_bytes())));
+                for value in values {
+                    hasher.update(&value.to_le_bytes());
+                }
             }
         }
     }

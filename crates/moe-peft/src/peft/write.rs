@@ -124,7 +124,7 @@ pub fn write(dir: impl AsRef<Path>, weights: &LoraWeights, maps: &Maps<'_>, opti
     }
     let config = config(&written, weights, maps, options, rslora, dora);
     std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.to_path_buf(), source })?;
-    write_atomic(&dir.join(MODEL_FILE), &serialise(&written, dir)?)?;
+    write_atomic(dir.join(MODEL_FILE), &serialise(&written, dir)?)?;
     write_json(&dir.join(CONFIG_FILE), &config.to_json(&options.task_type))?;
     Ok(())
 }
