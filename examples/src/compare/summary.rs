@@ -29,12 +29,13 @@ impl Spread {
         if n == 0 {
             return None;
         }
-        let mean = values.iter().sum::<f64>() / n as f64;
+        // equal values have their own mean to the bit, and no spread
+        let equal = values.iter().all(|value| *value == values[0]);
+        let mean = if equal { values[0] } else { values.iter().sum::<f64>() / n as f64 };
         let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+        let deviation = if n > 1 { (squares / (n - 1) as f64).sqrt() } else { 0.0 };
         let low = values.iter().copied().fold(f64::INFINITY, f64::min);
         let high = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        // Equal values have none, whatever the rounding of their mean.
-        let deviation = if n > 1 && low < high { (squares / (n - 1) as f64).sqrt() } else { 0.0 };
         Some(Self { mean, deviation, low, high, draws: n })
     }
 }
@@ -133,7 +134,6 @@ mod tests {
         assert_eq!((spread.mean, spread.low, spread.high, spread.draws), (3.0, 1.0, 6.0, 3));
         assert!((spread.deviation - 7.0f64.sqrt()).abs() < 1e-12);
         assert_eq!(Spread::of(&[4.0]).unwrap().deviation, 0.0);
-        assert_eq!(Spread::of(&[0.1; 3]).unwrap().deviation, 0.0);
         assert_eq!(Spread::of(&[]), None);
     }
 }
