@@ -47,8 +47,10 @@ pub struct Training {
     pub trained: u64,
     /// Tokens run, prompts included, per second.
     pub tokens_per_second: f64,
-    /// Largest resident memory, in bytes.
+    /// Largest resident memory of any phase, in bytes.
     pub peak_memory: Option<u64>,
+    /// That of each phase, by name.
+    pub phases: BTreeMap<String, u64>,
 }
 
 /// A trained model.
@@ -105,7 +107,6 @@ impl Workshop<'_> {
     pub fn train(&self, name: &str, recipe: &Recipe, show: &mut dyn FnMut(&Trainable)) -> Result<Trained> {
         recipe.train.validate()?;
         let mut run = Run::new(self, name)?;
-        memory::reset_peak();
         match &recipe.method {
             Method::Smt(smt) => {
                 smt.validate()?;
@@ -232,19 +233,23 @@ struct Run<'a> {
     losses: Vec<LossPoint>,
     seconds: f64,
     tokens: u64,
+    peaks: BTreeMap<String, u64>,
 }
 
 impl<'a> Run<'a> {
     fn new(shop: &'a Workshop<'a>, name: &'a str) -> Result<Self> {
         std::fs::create_dir_all(shop.dir).map_err(Error::io(shop.dir))?;
-        Ok(Self { shop, name, losses: Vec::new(), seconds: 0.0, tokens: 0 })
+        Ok(Self { shop, name, losses: Vec::new(), seconds: 0.0, tokens: 0, peaks: BTreeMap::new() })
     }
 
     fn phase(&mut self, phase: Phase) -> Result<(FineTune, Parameters)> {
         let Phase { mut task, options, name } = phase;
         let mut parameters = task.set().bank().parameters()?;
         let saving = Saving { resume: self.shop.resume, ..Saving::new(self.shop.dir.join(name), self.shop.save_every) };
+        memory::reset_peak();
         let start = Instant::now();
+        // up to the last step: what is saved afterwards is no training
+        let mut seconds = 0.0;
         let bar = self.shop.progress.bar(self.name, options.steps(self.shop.waves.len()) as u64, Unit::Count("steps"));
         let metrics = self.shop.dir.join(format!("{name}.jsonl"));
         let log = File::options().create(true).append(true).open(&metrics).map_err(Error::io(&metrics))?;
@@ -255,11 +260,15 @@ impl<'a> Run<'a> {
                 bar.at(*step as u64);
                 bar.label(format!("{}: loss {loss:.3}", self.name));
                 steps += 1;
+                seconds = start.elapsed().as_secs_f64();
             }
             log.write(event)
         };
         train_saved(&mut task, &mut parameters, self.shop.waves, &options, Some(&saving), &mut tell)?;
-        self.seconds += start.elapsed().as_secs_f64();
+        self.seconds += seconds;
+        if let Some(memory) = memory::process_memory() {
+            self.peaks.insert(name.to_owned(), memory.peak);
+        }
         let offset = self.losses.last().map_or(0, |point| point.step);
         self.losses.extend(losses(&metrics)?.into_iter().map(|(step, loss)| LossPoint { step: offset + step, loss }));
         let per_epoch: usize = self.shop.waves.iter().map(Wave::tokens).sum();
@@ -277,7 +286,8 @@ impl<'a> Run<'a> {
             losses: self.losses,
             trained,
             tokens_per_second: self.tokens as f64 / self.seconds.max(1e-9),
-            peak_memory: memory::process_memory().map(|memory| memory.peak),
+            peak_memory: self.peaks.values().copied().max(),
+            phases: self.peaks,
         };
         Ok(Trained { task, training, trainable, beside: Beside::default() })
     }

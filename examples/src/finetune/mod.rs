@@ -231,6 +231,8 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
     let results = Results { model: job.arguments.model_dir(), data, before, whole, methods };
     write_atomic(job.out.report(), report::html(&results)?.as_bytes())?;
     job.out.finish(&json!(results))?;
+    let markdown = report::table(&results).to_markdown();
+    write_atomic(job.out.root().join("table.md"), markdown.as_bytes())?;
     let text = report::text(&results, job.out.root());
     Ok(Finished { results, text })
 }

@@ -92,20 +92,20 @@ const fn line(name: &'static str, words: &'static str, rate: f64, json: &'static
 /// All methods with a name.
 #[rustfmt::skip]
 pub const METHODS: &[Line] = &[
-    line("full", "all weights", 1e-3, r#"{"type": "full"}"#),
-    line("esft-token", "the experts that the rows go to", 3e-3, r#"{"type": "esft", "score": "token", "threshold": 0.2}"#),
-    line("esft-gate", "the same by routing weight", 3e-3, r#"{"type": "esft", "score": "gate", "threshold": 0.1}"#),
-    line("smt", "the blocks with the strongest gradients", 3e-3, r#"{"type": "smt", "block": 16, "warmup_steps": 20, "attention": {"share": 0.02}, "feed_forward": {"share": 0.06}}"#),
-    line("lisa", "two layers at a time", 1e-3, r#"{"type": "layers", "sampling": {"layers": 2, "every": 10}}"#),
+    line("full", "all weights", 3e-4, r#"{"type": "full"}"#),
+    line("esft-token", "the experts that the rows go to", 2e-3, r#"{"type": "esft", "score": "token", "threshold": 0.2}"#),
+    line("esft-gate", "the same by routing weight", 2e-3, r#"{"type": "esft", "score": "gate", "threshold": 0.1}"#),
+    line("smt", "the blocks with the strongest gradients", 5e-4, r#"{"type": "smt", "block": 16, "warmup_steps": 20, "attention": {"share": 0.02}, "feed_forward": {"share": 0.06}}"#),
+    line("lisa", "two layers at a time", 5e-4, r#"{"type": "layers", "sampling": {"layers": 2, "every": 10}}"#),
     line("owlore", "layers by their outliers, low-rank gradients", 1e-3, r#"{"type": "layers", "sampling": {"layers": 2, "every": 10, "weights": {"outliers": {"times_mean": 3}}}, "projection": {"rank": 16, "gap": 20}}"#),
-    line("lora", "rank 16 beside attention", 5e-3, r#"{"type": "lora", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}"#),
-    line("lora-experts", "rank 16 beside attention, 2 beside every expert", 5e-3, r#"{"type": "lora", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "rank_pattern": {"experts.gate_up_proj": 2, "experts.down_proj": 2}, "alpha_pattern": {"experts.gate_up_proj": 4, "experts.down_proj": 4}}"#),
-    line("dora", "the same as lora, with lengths by themselves", 5e-3, r#"{"type": "lora", "r": 16, "lora_alpha": 32, "use_dora": true, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}"#),
-    line("mola", "MoLA: four of rank 4 beside each map of attention, two per token", 5e-3, r#"{"type": "mixture", "experts": 4, "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}"#),
+    line("lora", "rank 16 beside attention", 3e-3, r#"{"type": "lora", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}"#),
+    line("lora-experts", "rank 16 beside attention, 2 beside every expert", 3e-3, r#"{"type": "lora", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "rank_pattern": {"experts.gate_up_proj": 2, "experts.down_proj": 2}, "alpha_pattern": {"experts.gate_up_proj": 4, "experts.down_proj": 4}}"#),
+    line("dora", "the same as lora, with lengths by themselves", 3e-3, r#"{"type": "lora", "r": 16, "lora_alpha": 32, "use_dora": true, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}"#),
+    line("mola", "MoLA: four of rank 4 beside each map of attention, two per token", 3e-3, r#"{"type": "mixture", "experts": 4, "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}"#),
     line("mixlora", "MixLoRA: four of rank 8 beside the shared expert, one router for gate, up and down", 5e-3, r#"{"type": "mixture", "experts": 4, "r": 8, "lora_alpha": 16, "blocks": true, "router_std": 0.02}"#),
     line("flylora", "FlyLoRA: sparse frozen projections of rank 32 beside attention, 8 ranks per token", 5e-3, r#"{"type": "mixture", "r": 32, "lora_alpha": 64, "gate": {"kind": "sparse", "k": 8, "score": "signed", "bias_rate": 0.01}, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}"#),
     line("router", "routers alone", 1e-2, r#"{"type": "own", "router": true}"#),
-    line("shared", "shared experts and their gates", 3e-3, r#"{"type": "own", "shared": true, "shared_gate": true}"#),
+    line("shared", "shared experts and their gates", 2e-3, r#"{"type": "own", "shared": true, "shared_gate": true}"#),
 ];
 
 /// Methods that the bundled model is taught by if none is named.
