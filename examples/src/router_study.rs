@@ -38,16 +38,19 @@ pub struct Arguments {
     #[arg(long)]
     pub test: Option<PathBuf>,
     /// Steps of each way to train
-    #[arg(long, default_value_t = 60, value_parser = cli::at_least(2))]
+    #[arg(long, default_value_t = 80, value_parser = cli::at_least(2))]
     pub steps: usize,
+    /// Orders of the training data, over which results are averaged
+    #[arg(long, default_value_t = 3, value_parser = cli::at_least(1))]
+    pub seeds: usize,
     /// Sequences of a step
     #[arg(long, default_value_t = 16, value_parser = cli::at_least(1))]
     pub sequences: usize,
     /// Learning rate
-    #[arg(long, default_value_t = 1e-3)]
+    #[arg(long, default_value_t = 5e-4)]
     pub rate: f64,
     /// What a step adds to or takes from the biases of phase one
-    #[arg(long, default_value_t = 0.02)]
+    #[arg(long, default_value_t = 0.01)]
     pub bias_speed: f32,
     /// File for the tables as Markdown
     #[arg(long)]
@@ -143,25 +146,29 @@ pub fn run(arguments: &Arguments) -> Result<String> {
     let study = Study::load(arguments)?;
     let mut outcomes = BTreeMap::new();
     for (i, way) in Way::ALL.into_iter().enumerate() {
-        outcomes.insert(i, study.train(way)?);
+        let runs = (0..arguments.seeds as u64).map(|seed| study.train(way, seed)).collect::<Result<Vec<_>>>()?;
+        outcomes.insert(i, runs);
     }
     let stock = study.gini(&study.base)?;
 
     let mut losses = Table::new(
-        ["trained", "values", "experts per token", "loss before", "loss after", "exact match"].map(String::from),
+        ["trained", "values", "experts per token", "loss before", "loss after", "from", "to", "exact match"],
         1,
     );
     for (i, way) in Way::ALL.into_iter().enumerate() {
-        let Outcome { values, losses: [before, after], exact, experts, .. } = &outcomes[&i];
-        let cells = [
+        let runs: &Vec<Outcome> = &outcomes[&i];
+        let mean = |of: fn(&Outcome) -> f64| runs.iter().map(of).sum::<f64>() / runs.len() as f64;
+        let after = runs.iter().map(|run| run.losses[1]);
+        losses.row([
             way.name().to_string(),
-            values.to_string(),
-            format!("{experts:.2}"),
-            format!("{before:.4}"),
-            format!("{after:.4}"),
-            format!("{exact:.3}"),
-        ];
-        losses.row(cells);
+            runs[0].values.to_string(),
+            format!("{:.2}", mean(|run| run.experts)),
+            format!("{:.4}", mean(|run| run.losses[0])),
+            format!("{:.4}", mean(|run| run.losses[1])),
+            format!("{:.4}", after.clone().fold(f64::INFINITY, f64::min)),
+            format!("{:.4}", after.fold(0.0, f64::max)),
+            format!("{:.3}", mean(|run| run.exact)),
+        ]);
     }
 
     let layers = study.layers();
@@ -174,7 +181,9 @@ pub fn run(arguments: &Arguments) -> Result<String> {
     };
     add("before training", &stock);
     for (i, way) in Way::ALL.into_iter().enumerate().filter(|(_, way)| *way != Way::Best && *way != Way::Compressed) {
-        add(way.name(), &outcomes[&i].gini);
+        let runs = &outcomes[&i];
+        let mean = |layer: usize| runs.iter().map(|run| run.gini[layer]).sum::<f64>() / runs.len() as f64;
+        add(way.name(), &(0..layers.len()).map(mean).collect::<Vec<_>>());
     }
 
     let mut reach =
@@ -233,18 +242,19 @@ impl Study {
         (0..config.layers.len()).filter(|&layer| config.moe(layer).is_some()).collect()
     }
 
-    fn options(&self, steps: usize) -> TrainOptions {
+    fn options(&self, steps: usize, seed: u64) -> TrainOptions {
         TrainOptions {
             epochs: steps,
             max_steps: Some(steps),
             schedule: Schedule::constant(self.rate),
             evaluate_every: None,
             keep: Keep::Last,
+            seed,
             ..TrainOptions::default()
         }
     }
 
-    fn train(&self, way: Way) -> Result<Outcome> {
+    fn train(&self, way: Way, seed: u64) -> Result<Outcome> {
         let half = self.base.config().routing.top_k / 2;
         let mut set = AdapterSet::new();
         OwnWeights { experts: true, router: way != Way::Frozen, ..OwnWeights::default() }
@@ -281,14 +291,14 @@ impl Study {
             // half of the steps for each phase
             Some(condensers) => {
                 let first = self.steps / 2;
-                train(&mut task, &mut parameters, &self.waves, &self.options(first), &mut ignore)?;
+                train(&mut task, &mut parameters, &self.waves, &self.options(first, seed), &mut ignore)?;
                 condensers.select(&CondenserCounts::Each(2), Starved::Lowest)?;
                 condensers.set_speed(self.bias_speed / 20.0)?;
-                let rest = self.options(self.steps - first);
+                let rest = self.options(self.steps - first, seed);
                 train(&mut task, &mut parameters, &self.waves, &rest, &mut ignore)?;
             }
             None => {
-                train(&mut task, &mut parameters, &self.waves, &self.options(self.steps), &mut ignore)?;
+                train(&mut task, &mut parameters, &self.waves, &self.options(self.steps, seed), &mut ignore)?;
             }
         }
         let after = moe_core::train::TrainingTask::evaluate(&mut task, &mut parameters)?;

@@ -109,7 +109,7 @@ fn use_is_the_softmax_with_the_bias_of_all_experts_counted_once() {
         let bias = all.layer(1).unwrap().bias;
         all.step();
         let after = all.layer(1).unwrap();
-        let mut expected = vec![0.0f64; 8];
+        let mut expected = [0.0f64; 8];
         for row in logits.0[&1].chunks(8) {
             let biased: Vec<f64> = row.iter().zip(&bias).map(|(z, b)| f64::from(*z) + f64::from(*b)).collect();
             let sum: f64 = biased.iter().map(|z| z.exp()).sum();

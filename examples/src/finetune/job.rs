@@ -17,6 +17,7 @@ use moe_peft::esft::ExpertUse;
 use moe_peft::fold::{FoldOptions, fold};
 use moe_peft::lora::corda::Covariances;
 use moe_peft::lora::{Init, Lora, LoraConfig, Map, Maps};
+use moe_peft::mixture::{KeepsSelection, Mixture};
 use moe_peft::own::{BlockWatch, OwnWeights, SampledLayers};
 use moe_peft::peft::WriteOptions;
 use moe_peft::report::Trainable;
@@ -67,6 +68,8 @@ pub struct Trained {
 pub struct Beside {
     /// Low-rank additions.
     pub lora: Option<Lora>,
+    /// Mixtures of them.
+    pub mixture: Option<Arc<Mixture>>,
     /// Factors of experts that do not run.
     pub compressed: Option<CompressedLayers>,
 }
@@ -162,6 +165,11 @@ impl Workshop<'_> {
                 let weights = config.init(&maps, covariances.as_ref())?;
                 beside.lora = Some(Lora::install(&mut set, &maps, &[("default", weights)], self.model.device())?);
             }
+            Method::Mixture(config) => {
+                let maps = Maps::new(self.model.checkpoint());
+                let mixture = Mixture::install(config, &mut set, &maps, self.model.device())?;
+                beside.mixture = Some(Arc::new(mixture));
+            }
             Method::CompressedExperts(Compressed { experts, own }) => {
                 if *own != OwnWeights::default() {
                     own.attach(self.model, &mut set)?;
@@ -177,9 +185,10 @@ impl Workshop<'_> {
             DenseMixer {}.attach(self.model, &mut set)?;
         }
         let task = FineTune::new(self.model, Arc::new(set))?;
-        let task = match turns {
-            Some(turns) => task.with_method(turns),
-            None => task,
+        let task = match (turns, &beside.mixture) {
+            (Some(turns), _) => task.with_method(turns),
+            (None, Some(mixture)) => task.with_method(KeepsSelection(mixture.clone())),
+            (None, None) => task,
         };
         Ok((task, options, beside))
     }
@@ -200,6 +209,11 @@ impl Workshop<'_> {
             let base_model = Some(self.model.checkpoint().dir().display().to_string());
             let options = WriteOptions { base_model, ..WriteOptions::default() };
             moe_peft::peft::write(self.dir.join("adapter"), &weights, &maps, &options)?;
+        }
+        if let Some(mixture) = &trained.beside.mixture {
+            // depends on its input: there is nothing to fold
+            mixture.save(self.dir.join("adapter"), None)?;
+            return Ok(());
         }
         let options = FoldOptions { existing, ..FoldOptions::default() };
         let model = self.dir.join("model");

@@ -4,6 +4,7 @@ use moe_core::train::{AdamW, Decay, Keep, Optimizer, Schedule, TrainOptions};
 use moe_peft::compressed_experts::CompressedExperts;
 use moe_peft::esft::Esft;
 use moe_peft::lora::LoraConfig;
+use moe_peft::mixture::MixtureConfig;
 use moe_peft::own::OwnWeights;
 use moe_peft::router_loss::RouterLosses;
 use moe_peft::sampling::LayerSampling;
@@ -45,6 +46,8 @@ pub enum Method {
     Layers(LayerTurns),
     /// Low-rank additions.
     Lora(Box<LoraConfig>),
+    /// Mixtures of low-rank additions, of which a router chooses for every token.
+    Mixture(Box<MixtureConfig>),
     /// Fewer experts per token, and factors from those that do not run.
     CompressedExperts(Compressed),
 }
@@ -98,13 +101,29 @@ pub const METHODS: &[Line] = &[
     line("lora", "rank 16 beside attention", 5e-3, r#"{"type": "lora", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}"#),
     line("lora-experts", "rank 16 beside attention, 2 beside every expert", 5e-3, r#"{"type": "lora", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "rank_pattern": {"experts.gate_up_proj": 2, "experts.down_proj": 2}, "alpha_pattern": {"experts.gate_up_proj": 4, "experts.down_proj": 4}}"#),
     line("dora", "the same as lora, with lengths by themselves", 5e-3, r#"{"type": "lora", "r": 16, "lora_alpha": 32, "use_dora": true, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}"#),
+    line("mola", "MoLA: four of rank 4 beside each map of attention, two per token", 5e-3, r#"{"type": "mixture", "experts": 4, "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}"#),
+    line("mixlora", "MixLoRA: four of rank 8 beside the shared expert, one router for gate, up and down", 5e-3, r#"{"type": "mixture", "experts": 4, "r": 8, "lora_alpha": 16, "blocks": true, "router_std": 0.02}"#),
+    line("flylora", "FlyLoRA: sparse frozen projections of rank 32 beside attention, 8 ranks per token", 5e-3, r#"{"type": "mixture", "r": 32, "lora_alpha": 64, "gate": {"kind": "sparse", "k": 8, "score": "signed", "bias_rate": 0.01}, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}"#),
     line("router", "routers alone", 1e-2, r#"{"type": "own", "router": true}"#),
     line("shared", "shared experts and their gates", 3e-3, r#"{"type": "own", "shared": true, "shared_gate": true}"#),
 ];
 
 /// Methods that the bundled model is taught by if none is named.
-pub const DEFAULT_METHODS: &[&str] =
-    &["full", "esft-token", "smt", "lisa", "owlore", "lora", "lora-experts", "dora", "router", "shared"];
+pub const DEFAULT_METHODS: &[&str] = &[
+    "full",
+    "esft-token",
+    "smt",
+    "lisa",
+    "owlore",
+    "lora",
+    "lora-experts",
+    "dora",
+    "mola",
+    "mixlora",
+    "flylora",
+    "router",
+    "shared",
+];
 
 /// Training options of the methods with a name: AdamW, warm-up and cosine, 200 steps.
 pub fn training() -> TrainOptions {

@@ -328,12 +328,16 @@ impl TrainingTask for Run<'_> {
             for (part, matrix) in parts(expert).into_iter().enumerate() {
                 let Some(sparse) = parameters.get(&name(set, part, SPARSE)) else { continue };
                 let cols = matrix.cols.max(1);
-                let rows = sparse.values.chunks_exact(cols).zip(sparse.gradient().chunks_exact(cols));
+                let rows = sparse.values.chunks_exact(cols);
                 let mean = |(s, g): (&[f32], &[f32])| {
                     s.iter().zip(g).map(|(s, g)| (f64::from(*s) * f64::from(*g)).abs()).sum::<f64>() * factor
                         / cols as f64
                 };
-                found.push(rows.map(mean).collect::<Vec<f64>>());
+                found.push(match sparse.gradient() {
+                    // No token of the step came to this set.
+                    [] => vec![0.0; rows.len()],
+                    gradient => rows.zip(gradient.chunks_exact(cols)).map(mean).collect(),
+                });
             }
         }
         self.importance = Some(match self.importance.take() {
