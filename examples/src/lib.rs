@@ -15,6 +15,7 @@ pub mod format;
 pub mod merge;
 pub mod progress;
 pub mod report;
+pub mod router_study;
 pub mod score;
 pub mod table;
 pub mod trace;

@@ -13,7 +13,7 @@ fn fixture(name: &str) -> PathBuf {
 
 fn arguments(model: PathBuf, tokens: PathBuf, out: PathBuf) -> Arguments {
     let wave_tokens = NonZeroUsize::new(16384).unwrap();
-    Arguments { model, tokens, out, max_memory: None, grads: true, device: "flex".into(), wave_tokens }
+    Arguments { model, adapter: None, tokens, out, max_memory: None, grads: true, device: "flex".into(), wave_tokens }
 }
 
 fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f32> {
@@ -145,4 +145,26 @@ fn bad_input_is_refused_with_the_reason() {
     fail("b.safetensors", &serialised("input_ids", Dtype::I64, vec![2], &ids), "shape [2]");
     fail("b.safetensors", &serialised("input_ids", Dtype::F32, vec![1, 4], &ids), "F32");
     fail("b.safetensors", &serialised("input_ids", Dtype::I64, vec![1, 2], &ids), "97 in row 0, column 1");
+}
+
+#[test]
+fn an_adapter_gives_the_logits_of_peft() {
+    let directory = tempfile::tempdir().unwrap();
+    let peft = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/moe-peft/tests/fixtures/peft/lora_experts");
+    let bytes = fs::read(peft.join("expected.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&bytes).unwrap();
+    let tokens = directory.path().join("tokens.safetensors");
+    safetensors::serialize_to_file([("input_ids", expected.tensor("input_ids").unwrap())], None, &tokens).unwrap();
+    let out = directory.path().join("out.safetensors");
+    let arguments =
+        Arguments { adapter: Some(peft), grads: false, ..arguments(fixture("tf5/qwen2_moe"), tokens, out.clone()) };
+    let summary = trace(&arguments).unwrap();
+    let bytes = fs::read(&out).unwrap();
+    let found = floats(&SafeTensors::deserialize(&bytes).unwrap(), "logits");
+    let difference = found.iter().zip(floats(&expected, "logits")).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(difference < 1e-4, "{difference}");
+    let first = f64::from_le_bytes(expected.tensor("train_losses").unwrap().data()[..8].try_into().unwrap());
+    assert!((summary.loss - first).abs() < 1e-4);
+    let missing = Arguments { adapter: Some(directory.path().join("none")), ..arguments };
+    assert!(trace(&missing).unwrap_err().to_string().contains("adapter_config.json"));
 }

@@ -5,6 +5,7 @@ mod ci;
 mod fixtures;
 mod goldens;
 mod gpu;
+mod router_study;
 mod study;
 
 use std::path::{Path, PathBuf};
@@ -49,6 +50,8 @@ enum Verb {
     },
     /// Compare all ways to prune on the bundled model (an hour on two cores), and write the tables of docs/study.md
     Study(study::Options),
+    /// Fine-tune the bundled model in ways that change its routing (a few minutes on two cores), and write the tables of docs/fine-tuning.md
+    RouterStudy(router_study::Options),
     /// Mean, standard deviation and throughput of the last benchmark runs
     BenchReport {
         /// Run the benchmarks first
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         Verb::Goldens { python } => goldens::run(&python),
         Verb::Gpu { device } => gpu::run(&device),
         Verb::Study(options) => study::run(&options),
+        Verb::RouterStudy(options) => router_study::run(&options),
         Verb::BenchReport { run, json } => bench_report::run(run, json),
     };
     match outcome {

@@ -93,11 +93,17 @@ fn blocks(text: &str) -> std::result::Result<Vec<(&str, &str)>, String> {
 
 /// The page with its tables replaced by those of the same id. Both must have the same ids.
 fn splice(page: &str, tables: &str) -> std::result::Result<String, String> {
-    let (places, tables) = (blocks(page)?, blocks(tables)?);
+    let (places, found) = (blocks(page)?, blocks(tables)?);
     let ids = |blocks: &[(&str, &str)]| blocks.iter().map(|(id, _)| (*id).to_owned()).collect::<Vec<_>>();
-    if let Some((id, _)) = places.iter().find(|(id, _)| !tables.iter().any(|(known, _)| known == id)) {
-        return Err(format!("the study has no table `{id}`; it has {}", ids(&tables).join(", ")));
+    if let Some((id, _)) = places.iter().find(|(id, _)| !found.iter().any(|(known, _)| known == id)) {
+        return Err(format!("the study has no table `{id}`; it has {}", ids(&found).join(", ")));
     }
+    replace(page, tables)
+}
+
+/// The page with those of its tables replaced that are among `tables`, all of which must have a place.
+pub(crate) fn replace(page: &str, tables: &str) -> std::result::Result<String, String> {
+    let (places, tables) = (blocks(page)?, blocks(tables)?);
     if let Some((id, _)) = tables.iter().find(|(id, _)| !places.iter().any(|(known, _)| known == id)) {
         return Err(format!("there is no place for table `{id}`: `<!-- study:{id} -->` and `<!-- /study:{id} -->`"));
     }

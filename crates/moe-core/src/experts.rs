@@ -110,24 +110,43 @@ impl ExpertTensors {
         want_d_units: bool,
         parameters: bool,
     ) -> SwigluGradients {
+        self.backward_scaled(gate_up, None, upstream, row_weights, tokens, want_d_units, parameters).0
+    }
+
+    /// The same of a block whose units are multiplied by `factors [n, I]` before the down projection, and the gradient at the factors, row
+    /// weight included. The units of the result are those before the factors.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn backward_scaled(
+        &self,
+        gate_up: &Tensor<2>,
+        factors: Option<&Tensor<2>>,
+        upstream: &Tensor<2>,
+        row_weights: Option<&[f32]>,
+        tokens: Tokens<'_>,
+        want_d_units: bool,
+        parameters: bool,
+    ) -> (SwigluGradients, Option<Tensor<2>>) {
         let wanted = Wanted { input: true, parameters };
         let linear = self.down.adapter().is_none_or(|adapter| adapter.is_linear());
-        let mut gradients = if linear {
+        let scaled = |units: Tensor<2>| match factors {
+            Some(factors) => units * factors.clone(),
+            None => units,
+        };
+        let (mut gradients, d_factors) = if linear {
             // dW = (w dy)^T u = dy^T (w u): so the gradient at the units stays without the weight
-            let weighted = || weighted_rows(self.units(gate_up), row_weights);
+            let weighted = || weighted_rows(scaled(self.units(gate_up)), row_weights);
             let du = self.down.gradient(weighted, upstream, tokens, wanted).expect("wanted"); // [n, I]
-            swiglu_backward(gate_up, self.activation, du, row_weights, want_d_units)
+            let d_factors = factors.map(|_| weighted_rows(du.clone() * self.units(gate_up), row_weights));
+            (swiglu_backward(gate_up, self.activation, scaled(du), row_weights, want_d_units), d_factors)
         } else {
-            let units = self.units(gate_up);
+            let units = scaled(self.units(gate_up));
             let output = self.down.forward_for(&units, None, tokens);
             let dy = weighted_rows(upstream.clone(), row_weights);
             let du = self.down.gradient(|| units, &dy, tokens, wanted).expect("wanted");
-            let mut gradients = swiglu_backward(gate_up, self.activation, du, None, want_d_units);
-            let (upstream, output) = (HostView::new(upstream), HostView::new(&output));
-            let hidden = self.down.dims()[0];
-            let rows = upstream.as_slice().chunks_exact(hidden).zip(output.as_slice().chunks_exact(hidden));
-            gradients.d_row_weights = rows.map(|(dy, y)| math::dot(dy, y)).collect();
-            gradients
+            let d_factors = factors.map(|_| du.clone() * self.units(gate_up));
+            let mut gradients = swiglu_backward(gate_up, self.activation, scaled(du), None, want_d_units);
+            gradients.d_row_weights = row_products(upstream, &output);
+            (gradients, d_factors)
         };
         if let Some(bias) = &self.down_bias {
             // the weight of a row multiplies the bias, too
@@ -137,8 +156,15 @@ impl ExpertTensors {
                 *d += math::dot(row, bias.as_slice());
             }
         }
-        gradients
+        (gradients, d_factors)
     }
+}
+
+/// `a[t] . b[t]` of each row.
+pub(crate) fn row_products(a: &Tensor<2>, b: &Tensor<2>) -> Vec<f32> {
+    let columns = a.dims()[1].max(1);
+    let (a, b) = (HostView::new(a), HostView::new(b));
+    a.as_slice().chunks_exact(columns).zip(b.as_slice().chunks_exact(columns)).map(|(a, b)| math::dot(a, b)).collect()
 }
 
 /// `weights[t] * x[t]`.

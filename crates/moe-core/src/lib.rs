@@ -31,4 +31,4 @@ pub use engine::{Engine, EngineOptions, LayerChange, LayerOutput, LayerSweep, La
 pub use error::{Error, Result};
 pub use model::Model;
 pub use objective::{CrossEntropy, Distillation, Objective, TeacherLogits};
-pub use overlay::{ExpertGains, ExpertOverlay, KeepUnits, RemoveExperts, RoutingOverlay, SkipExperts};
+pub use overlay::{ExpertGains, ExpertOverlay, KeepUnits, RemoveExperts, RoutingOverlay, RoutingRule, SkipExperts};

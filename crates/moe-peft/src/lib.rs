@@ -6,15 +6,24 @@
 
 #![deny(missing_docs)]
 
+mod array_file;
 pub mod codec;
+pub mod compressed_experts;
+pub mod condenser;
+pub mod dense_mixer;
 mod error;
 pub mod esft;
 pub mod fold;
 mod live;
+pub mod lora;
+pub mod merge;
+pub mod mixture;
 pub mod own;
+pub mod peft;
 pub mod places;
 pub mod probe;
 pub mod report;
+pub mod router_loss;
 pub mod sampling;
 mod set;
 pub mod smt;

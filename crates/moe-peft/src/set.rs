@@ -1,14 +1,17 @@
 //! The adapters of a model, by place.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ops::Range,
     sync::{Arc, PoisonError, RwLock},
 };
 
 use moe_checkpoint::Role;
 use moe_core::{
-    adapters::{Adapters, BlockAdapter, Depth, EmbeddingAdapter, LinearAdapter, Site, VectorAdapter},
+    adapters::{
+        Adapters, BlockAdapter, Depth, EmbeddingAdapter, ExpertModulation, LinearAdapter, RouterAdapter, Site,
+        VectorAdapter,
+    },
     trace::WaveInfo,
 };
 
@@ -18,6 +21,11 @@ use crate::{Bank, Error, Result};
 pub trait SweepListener: std::fmt::Debug + Send + Sync {
     /// A sweep over a wave begins.
     fn begin_wave(&self, wave: &WaveInfo);
+
+    /// The sweeps that follow train, as part of this step, or do not train.
+    fn training(&self, step: Option<usize>) {
+        let _ = step;
+    }
 }
 
 /// Adapters by place, and what they train. What makes adapters puts them here; [`Model::with_adapters`](moe_core::Model::with_adapters)
@@ -29,6 +37,9 @@ pub struct AdapterSet {
     vectors: BTreeMap<Role, Arc<dyn VectorAdapter>>,
     blocks: BTreeMap<usize, Arc<dyn BlockAdapter>>,
     embedding: Option<Arc<dyn EmbeddingAdapter>>,
+    routers: BTreeMap<usize, Vec<Arc<dyn RouterAdapter>>>,
+    dense_routers: BTreeSet<usize>,
+    modulations: BTreeMap<usize, Arc<dyn ExpertModulation>>,
     listeners: Vec<Arc<dyn SweepListener>>,
     bank: Bank,
     depth: RwLock<Depth>,
@@ -42,6 +53,9 @@ impl Default for AdapterSet {
             vectors: BTreeMap::new(),
             blocks: BTreeMap::new(),
             embedding: None,
+            routers: BTreeMap::new(),
+            dense_routers: BTreeSet::new(),
+            modulations: BTreeMap::new(),
             listeners: Vec::new(),
             bank: Bank::new(),
             depth: RwLock::new(Depth::Head),
@@ -100,6 +114,26 @@ impl AdapterSet {
         self.embedding.replace(adapter).map_or(Ok(()), |_| Err(twice("the embeddings")))
     }
 
+    /// Has the routing of an MoE layer watched in training, with whatever loss the adapter adds to it. There may be many.
+    pub fn add_router(&mut self, layer: usize, adapter: Arc<dyn RouterAdapter>) {
+        self.routers.entry(layer).or_default().push(adapter);
+    }
+
+    /// Has the router of an MoE layer get its gradient from all experts.
+    pub fn set_dense_router(&mut self, layer: usize) {
+        self.dense_routers.insert(layer);
+    }
+
+    /// Modulates the experts of an MoE layer.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if they are.
+    pub fn add_modulation(&mut self, layer: usize, modulation: Arc<dyn ExpertModulation>) -> Result<()> {
+        self.reach(Depth::FeedForward(layer));
+        let before = self.modulations.insert(layer, modulation);
+        before.map_or(Ok(()), |_| Err(twice(format!("the experts of layer {layer} together"))))
+    }
+
     /// Puts an adapter that is not trained on a linear map, so that no sweep goes deeper for it.
     ///
     /// # Errors
@@ -127,6 +161,11 @@ impl AdapterSet {
     /// Has `listener` told of every sweep.
     pub fn add_listener(&mut self, listener: Arc<dyn SweepListener>) {
         self.listeners.push(listener);
+    }
+
+    /// Tells the listeners what the sweeps that follow are for: a step of training, or anything else.
+    pub fn tell_training(&self, step: Option<usize>) {
+        self.listeners.iter().for_each(|listener| listener.training(step));
     }
 
     /// What the adapters train.
@@ -189,6 +228,18 @@ impl Adapters for AdapterSet {
 
     fn embedding(&self) -> Option<Arc<dyn EmbeddingAdapter>> {
         self.embedding.clone()
+    }
+
+    fn router(&self, layer: usize) -> Vec<Arc<dyn RouterAdapter>> {
+        self.routers.get(&layer).cloned().unwrap_or_default()
+    }
+
+    fn dense_router(&self, layer: usize) -> bool {
+        self.dense_routers.contains(&layer)
+    }
+
+    fn modulation(&self, layer: usize) -> Option<Arc<dyn ExpertModulation>> {
+        self.modulations.get(&layer).cloned()
     }
 
     fn depth(&self) -> Depth {

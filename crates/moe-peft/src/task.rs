@@ -86,6 +86,7 @@ pub struct FineTune {
     target: Target,
     engine: EngineOptions,
     evaluation: Vec<Wave>,
+    step: usize,
 }
 
 struct Trains;
@@ -104,7 +105,15 @@ impl FineTune {
     pub fn new(base: &Model, set: Arc<AdapterSet>) -> Result<Self> {
         let model = base.with_adapters(set.clone())?;
         let engine = EngineOptions { loss: true, ..EngineOptions::default() };
-        Ok(Self { model, set, method: Box::new(Plain), target: Target::NextToken, engine, evaluation: Vec::new() })
+        Ok(Self {
+            model,
+            set,
+            method: Box::new(Plain),
+            target: Target::NextToken,
+            engine,
+            evaluation: Vec::new(),
+            step: 0,
+        })
     }
 
     /// Does more than gradient descent.
@@ -167,13 +176,16 @@ impl FineTune {
 
 impl TrainingTask for FineTune {
     fn before_step(&mut self, step: usize, parameters: &mut Parameters) -> moe_core::Result<()> {
+        self.step = step;
         self.method.before_step(step, &self.set, parameters).map_err(into_core)
     }
 
     fn accumulate(&mut self, wave: &Wave, parameters: &mut Parameters) -> moe_core::Result<BatchLoss> {
         let bank = self.set.bank();
         bank.lend(parameters, true).map_err(into_core)?;
+        self.set.tell_training(Some(self.step));
         let loss = self.loss(wave, &mut Trains);
+        self.set.tell_training(None);
         bank.take_back(parameters, true).map_err(into_core)?;
         loss
     }

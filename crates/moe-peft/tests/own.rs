@@ -1,10 +1,9 @@
 //! Training the model's own weights.
 
-mod common;
+mod tuning;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use common::{loss, model, options, train, train_own, waves};
 use moe_core::{
     adapters::{ExpertSite, LayerSite, Site},
     train::{Saving, TrainEvent, train as run, train_saved},
@@ -17,6 +16,7 @@ use moe_peft::{
     sampling::{LayerSampling, LayerWeights, outliers},
     smt::{BlockBudget, BlockScore, Smt},
 };
+use tuning::{loss, model, options, train, train_own, waves};
 
 #[test]
 fn untrained_own_weights_are_the_model_and_training_lowers_the_loss() {

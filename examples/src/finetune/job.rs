@@ -11,14 +11,21 @@ use moe_core::Model;
 use moe_core::data::Wave;
 use moe_core::memory;
 use moe_core::train::{JsonLines, ParameterGroup, Parameters, Saving, TrainEvent, TrainOptions, train_saved};
+use moe_peft::compressed_experts::CompressedLayers;
+use moe_peft::dense_mixer::DenseMixer;
 use moe_peft::esft::ExpertUse;
 use moe_peft::fold::{FoldOptions, fold};
+use moe_peft::lora::corda::Covariances;
+use moe_peft::lora::{Init, Lora, LoraConfig, Map, Maps};
+use moe_peft::mixture::{KeepsSelection, Mixture};
 use moe_peft::own::{BlockWatch, OwnWeights, SampledLayers};
+use moe_peft::peft::WriteOptions;
 use moe_peft::report::Trainable;
+use moe_peft::router_loss::RouterLosses;
 use moe_peft::{AdapterSet, FineTune};
 use serde::{Deserialize, Serialize};
 
-use super::recipe::{LayerTurns, Method, Recipe};
+use super::recipe::{Compressed, LayerTurns, Method, Recipe};
 use crate::progress::{Progress, Unit};
 use crate::{Error, Result};
 
@@ -52,6 +59,19 @@ pub struct Trained {
     pub training: Training,
     /// What was trained, as a table.
     pub trainable: Trainable,
+    /// What was trained beside the weights.
+    pub beside: Beside,
+}
+
+/// What was trained beside the weights of a model.
+#[derive(Debug, Default)]
+pub struct Beside {
+    /// Low-rank additions.
+    pub lora: Option<Lora>,
+    /// Mixtures of them.
+    pub mixture: Option<Arc<Mixture>>,
+    /// Factors of experts that do not run.
+    pub compressed: Option<CompressedLayers>,
 }
 
 /// What a phase of training starts from.
@@ -105,17 +125,17 @@ impl Workshop<'_> {
                 run.finish(Phase { task, options, name: "blocks" }, show)
             }
             method => {
-                let (task, options) = self.single(method, recipe)?;
-                run.finish(Phase { task, options, name: "state" }, show)
+                let (task, options, beside) = self.single(method, recipe)?;
+                Ok(Trained { beside, ..run.finish(Phase { task, options, name: "state" }, show)? })
             }
         }
     }
 
     /// A method of one phase.
-    fn single(&self, method: &Method, recipe: &Recipe) -> Result<(FineTune, TrainOptions)> {
+    fn single(&self, method: &Method, recipe: &Recipe) -> Result<(FineTune, TrainOptions, Beside)> {
         let mut options = recipe.train.clone();
         let mut set = AdapterSet::new();
-        let mut turns = None;
+        let (mut turns, mut beside) = (None, Beside::default());
         match method {
             Method::Own(weights) => weights.attach(self.model, &mut set)?,
             Method::Full => OwnWeights::full().attach(self.model, &mut set)?,
@@ -136,16 +156,47 @@ impl Workshop<'_> {
                     }
                 }
             }
+            Method::Lora(config) => {
+                let maps = Maps::new(self.model.checkpoint());
+                let covariances = match config.init_lora_weights {
+                    Init::Corda(_) => Some(self.covariances(config, &maps)?),
+                    _ => None,
+                };
+                let weights = config.init(&maps, covariances.as_ref())?;
+                beside.lora = Some(Lora::install(&mut set, &maps, &[("default", weights)], self.model.device())?);
+            }
+            Method::Mixture(config) => {
+                let maps = Maps::new(self.model.checkpoint());
+                let mixture = Mixture::install(config, &mut set, &maps, self.model.device())?;
+                beside.mixture = Some(Arc::new(mixture));
+            }
+            Method::CompressedExperts(Compressed { experts, own }) => {
+                if *own != OwnWeights::default() {
+                    own.attach(self.model, &mut set)?;
+                }
+                beside.compressed = Some(experts.attach(self.model, &mut set)?);
+            }
             Method::Smt(_) => return Err(Error::Invalid("two phases".into())),
         }
+        if recipe.router_losses != RouterLosses::default() {
+            recipe.router_losses.attach(self.model, &mut set)?;
+        }
+        if recipe.dense_mixer {
+            DenseMixer {}.attach(self.model, &mut set)?;
+        }
         let task = FineTune::new(self.model, Arc::new(set))?;
-        Ok((
-            match turns {
-                Some(turns) => task.with_method(turns),
-                None => task,
-            },
-            options,
-        ))
+        let task = match (turns, &beside.mixture) {
+            (Some(turns), _) => task.with_method(turns),
+            (None, Some(mixture)) => task.with_method(KeepsSelection(mixture.clone())),
+            (None, None) => task,
+        };
+        Ok((task, options, beside))
+    }
+
+    /// Covariances of the inputs of what is adapted, on the first rows.
+    fn covariances(&self, config: &LoraConfig, maps: &Maps<'_>) -> Result<Covariances> {
+        let targets: Vec<Map> = config.targets(maps)?.into_keys().collect();
+        Ok(Covariances::collect(self.model, &self.waves[..self.waves.len().min(16)], &targets)?)
     }
 
     /// Writes the model with what was trained folded in.
@@ -153,8 +204,23 @@ impl Workshop<'_> {
     /// # Errors
     /// Those of [`fold`].
     pub fn write(&self, trained: &Trained, existing: Existing) -> Result<()> {
+        if let Some(weights) = trained.beside.lora.as_ref().and_then(|lora| lora.weights("default")) {
+            let maps = Maps::new(self.model.checkpoint());
+            let base_model = Some(self.model.checkpoint().dir().display().to_string());
+            let options = WriteOptions { base_model, ..WriteOptions::default() };
+            moe_peft::peft::write(self.dir.join("adapter"), &weights, &maps, &options)?;
+        }
+        if let Some(mixture) = &trained.beside.mixture {
+            // depends on its input: there is nothing to fold
+            mixture.save(self.dir.join("adapter"), None)?;
+            return Ok(());
+        }
         let options = FoldOptions { existing, ..FoldOptions::default() };
-        fold(self.model, trained.task.set(), &self.dir.join("model"), &options)?;
+        let model = self.dir.join("model");
+        fold(self.model, trained.task.set(), &model, &options)?;
+        if let Some(compressed) = &trained.beside.compressed {
+            compressed.save(model.join("compressed_experts.safetensors"))?;
+        }
         Ok(())
     }
 }
@@ -213,7 +279,7 @@ impl<'a> Run<'a> {
             tokens_per_second: self.tokens as f64 / self.seconds.max(1e-9),
             peak_memory: memory::process_memory().map(|memory| memory.peak),
         };
-        Ok(Trained { task, training, trainable })
+        Ok(Trained { task, training, trainable, beside: Beside::default() })
     }
 }
 

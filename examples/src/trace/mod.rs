@@ -7,10 +7,14 @@ mod recorder;
 mod tokens;
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use burn::tensor::Device;
 use moe_core::data::{Sequence, WaveOptions, waves};
 use moe_core::{Engine, EngineOptions, Model};
+use moe_peft::lora::{Lora, Maps};
+use moe_peft::{AdapterSet, peft};
 
 pub use output::TensorOutput;
 pub use tokens::Tokens;
@@ -30,6 +34,9 @@ pub struct Arguments {
     /// Hugging Face model directory
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
+    /// Directory of a LoRA in PEFT's files, to run the model with
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
     /// .safetensors with `input_ids [B,S]` and perhaps `attention_mask`, or .jsonl rows
     #[arg(long, value_name = "FILE")]
     pub tokens: PathBuf,
@@ -69,7 +76,10 @@ pub struct Summary {
 /// Everything that can be wrong with the arguments, before the model is run; then whatever stops it.
 pub fn trace(arguments: &Arguments) -> Result<Summary> {
     let device = moe_core::device::device(&arguments.device)?;
-    let model = Model::open(&arguments.model, &device, arguments.max_memory)?;
+    let mut model = Model::open(&arguments.model, &device, arguments.max_memory)?;
+    if let Some(adapter) = &arguments.adapter {
+        model = adapted(&model, adapter, &device)?;
+    }
     let config = model.config();
     let tokens = Tokens::load(&arguments.tokens, &arguments.model, config.vocab_size)?;
     let (sequences, mut positions): (Vec<Sequence>, Vec<Vec<usize>>) = tokens.sequences().into_iter().unzip();
@@ -102,6 +112,15 @@ pub fn trace(arguments: &Arguments) -> Result<Summary> {
     recorder.output.finish()?;
     let run = sequences.iter().map(Sequence::len).sum();
     Ok(Summary { loss, tokens: run, loss_tokens, tensors: layout.len() })
+}
+
+/// The model with an adapter.
+fn adapted(model: &Model, adapter: &Path, device: &Device) -> Result<Model> {
+    let mut set = AdapterSet::new();
+    let maps = Maps::new(model.checkpoint());
+    let weights = peft::read(adapter, &maps, peft::ReadOptions::default())?;
+    Lora::install(&mut set, &maps, &[("default", weights)], device)?;
+    Ok(model.with_adapters(Arc::new(set))?)
 }
 
 /// Names and shapes of all tensors of the output.

@@ -8,6 +8,7 @@
 //! Adapters are shared between threads: experts are computed side by side, but one adapter is never called twice at a time, and always in
 //! the same order, so that sums of gradients are the same bits in every run.
 
+mod routing;
 mod site;
 
 use std::{fmt::Debug, ops::Range, sync::Arc};
@@ -15,6 +16,7 @@ use std::{fmt::Debug, ops::Range, sync::Arc};
 use burn::tensor::Tensor;
 use moe_checkpoint::Role;
 
+pub use routing::{ExpertModulation, Modulation, RouterAdapter};
 pub use site::{ExpertSite, LayerSite, Site};
 
 use crate::{experts::ExpertTensors, kernels::weight::Weight, trace::WaveInfo};
@@ -206,6 +208,25 @@ pub trait Adapters: Debug + Send + Sync {
 
     /// The adapter of the embeddings.
     fn embedding(&self) -> Option<Arc<dyn EmbeddingAdapter>> {
+        None
+    }
+
+    /// What watches the routing of an MoE layer in training, in the order in which their gradients are added.
+    fn router(&self, layer: usize) -> Vec<Arc<dyn RouterAdapter>> {
+        let _ = layer;
+        Vec::new()
+    }
+
+    /// Whether the gradient of an MoE layer's router comes from all of its experts instead of the chosen ones: DenseMixer's straight-through
+    /// estimate, see [`Router::dense_backward`](crate::router::Router::dense_backward). The forward pass stays as it is.
+    fn dense_router(&self, layer: usize) -> bool {
+        let _ = layer;
+        false
+    }
+
+    /// What modulates the experts of an MoE layer.
+    fn modulation(&self, layer: usize) -> Option<Arc<dyn ExpertModulation>> {
+        let _ = layer;
         None
     }
 

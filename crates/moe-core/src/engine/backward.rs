@@ -9,7 +9,7 @@ use super::{
     experts::{ExpertBackwardRun, ExpertWanted, lock, segments},
     forward::LayerTape,
     prepare::Prepared,
-    routing::visible_logits,
+    routing::{LayerRouting, visible_logits},
 };
 use crate::{
     adapters::{Depth, Wanted},
@@ -96,47 +96,31 @@ impl Engine<'_> {
         let mut dz = want_dz.then(|| RowAccumulator::zeros(tokens, hidden, self.model.device()));
         if let (Some(routing), Some(router)) = (&tape.routing, &ffn.router) {
             let routed = &routing.applied;
-            let mut d_weights = vec![0.0f32; routed.weights.len()];
-            let dispatch = routing.dispatch(true);
             let kept = tape.experts.into_iter().map(Mutex::new).collect::<Vec<_>>();
-            let output = needs.gradients && needs.outputs;
-            let wanted = ExpertWanted { input: want_dz, units: needs.gradients, output, parameters };
-            let run = |e: usize| {
-                let kept = kept.get(e).and_then(|kept| lock(kept).take());
-                self.expert_backward(layer, e, &z, &d_blocks, kept, &dispatch, wanted)
+            let d_weights = match self.modulated(layer, &z, routed, needs)? {
+                Some(modulated) => {
+                    let dz = dz.as_mut();
+                    self.modulated_backward(layer, &modulated, &z, &d_blocks, routing, &kept, dz, parameters)?
+                }
+                None => self.experts_backward(sweep, layer, &z, &d_blocks, routing, &kept, dz.as_mut(), observer)?,
             };
-            self.for_experts(routed.experts, run, |e, run: ExpertBackwardRun| {
-                let tokens = dispatch.expert(e);
-                let ExpertBackwardRun { weights, input, upstream, gradients, output, d_input } = run;
-                if let Some(units) = &gradients.d_units {
-                    observer.expert(&ExpertTrace {
-                        layer,
-                        expert: e,
-                        rows: tokens.rows,
-                        routing_weights: tokens.weights,
-                        segments: &segments(tokens.rows, wave),
-                        input: &input,
-                        units: Some(&gradients.units),
-                        output: output.as_ref(),
-                        backward: Some(ExpertGradients { upstream: &upstream, units, gate_up: &gradients.d_gate_up }),
-                        expert_weights: &weights,
-                    })?;
-                }
-                if let (Some(dz), Some(d_input)) = (&mut dz, d_input) {
-                    dz.add_rows(tokens.rows, None, &d_input);
-                }
-                for (&slot, d) in tokens.slots.iter().zip(gradients.d_row_weights) {
-                    d_weights[slot as usize] = d;
-                }
-                Ok(())
-            })?;
             if dz.is_some() || needs.router_gradients || (parameters && router.linear.is_trained()) {
                 let overlay = self.model.routing_overlay().map(|overlay| &**overlay);
                 let logits = HostView::new(&router.linear.forward(&z));
                 let logits = logits.as_slice();
-                let gradients = routing.backward(self.model.router(), layer, logits, &d_weights, overlay);
+                let removed = overlay.and_then(|overlay| overlay.removed(layer)).unwrap_or_default();
+                let mut gradients = routing.backward(self.model.router(), layer, logits, &d_weights, overlay);
+                if let Some(adapters) = self.model.adapters().filter(|_| parameters) {
+                    if adapters.dense_router(layer) {
+                        let values = self.expert_values(layer, &z, &d_blocks, routing, &d_weights)?;
+                        gradients.logits = self.model.router().dense_backward(logits, routed, &values);
+                    }
+                    let losses = adapters.router(layer);
+                    let logits = visible_logits(logits, routed.experts, removed);
+                    let trace = routing.trace(layer, wave, &logits);
+                    losses.iter().for_each(|loss| loss.add_gradient(&trace, &mut gradients.logits));
+                }
                 if needs.router_gradients {
-                    let removed = overlay.and_then(|overlay| overlay.removed(layer)).unwrap_or_default();
                     observer.router(&RouterGradients {
                         layer,
                         wave,
@@ -165,5 +149,55 @@ impl Engine<'_> {
         let Some(dz) = dz else { return Ok(None) };
         let dx = ffn.input_gradient(middle, dz, &dy, parameters);
         Ok(want_input.then_some(dx))
+    }
+    /// Backward of the routed experts of a layer: the gradient of each routing weight `[T, k]`, and that of `z`, added to `dz`.
+    #[allow(clippy::too_many_arguments)]
+    fn experts_backward(
+        &self,
+        sweep: &Backward<'_>,
+        layer: usize,
+        z: &Tensor<2>,
+        d_blocks: &Tensor<2>,
+        routing: &LayerRouting,
+        kept: &[Mutex<Option<Tensor<2>>>],
+        mut dz: Option<&mut RowAccumulator>,
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<f32>> {
+        let (needs, wave) = (sweep.needs, &sweep.prepared.info);
+        let routed = &routing.applied;
+        let mut d_weights = vec![0.0f32; routed.weights.len()];
+        let dispatch = routing.dispatch(true, usize::MAX);
+        let output = needs.gradients && needs.outputs;
+        let wanted = ExpertWanted { input: dz.is_some(), units: needs.gradients, output, parameters: needs.parameters };
+        let run = |e: usize| {
+            let kept = kept.get(e).and_then(|kept| lock(kept).take());
+            self.expert_backward(layer, e, z, d_blocks, kept, &dispatch, wanted)
+        };
+        self.for_experts(routed.experts, run, |e, run: ExpertBackwardRun| {
+            let tokens = dispatch.expert(e);
+            let ExpertBackwardRun { weights, input, upstream, gradients, output, d_input } = run;
+            if let Some(units) = &gradients.d_units {
+                observer.expert(&ExpertTrace {
+                    layer,
+                    expert: e,
+                    rows: tokens.rows,
+                    routing_weights: tokens.weights,
+                    segments: &segments(tokens.rows, wave),
+                    input: &input,
+                    units: Some(&gradients.units),
+                    output: output.as_ref(),
+                    backward: Some(ExpertGradients { upstream: &upstream, units, gate_up: &gradients.d_gate_up }),
+                    expert_weights: &weights,
+                })?;
+            }
+            if let (Some(dz), Some(d_input)) = (dz.as_deref_mut(), d_input) {
+                dz.add_rows(tokens.rows, None, &d_input);
+            }
+            for (&slot, d) in tokens.slots.iter().zip(gradients.d_row_weights) {
+                d_weights[slot as usize] = d;
+            }
+            Ok(())
+        })?;
+        Ok(d_weights)
     }
 }

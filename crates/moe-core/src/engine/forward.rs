@@ -15,7 +15,7 @@ use crate::{
     memory::Keep,
     overlay::RoutingOverlay,
     router::Routed,
-    trace::{ExpertTrace, LayerTrace, Observer, SequenceInfo, Signals, WaveInfo},
+    trace::{ExpertTrace, Observer, SequenceInfo, Signals, WaveInfo},
 };
 
 /// What the forward sweep leaves for the backward sweep of one layer.
@@ -141,24 +141,28 @@ impl Engine<'_> {
             let experts = router.linear.weight.dims()[0];
             let bias = router.selection_bias.as_deref();
             let routed = LayerRouting::new(self.model.router(), layer, logits, experts, bias, routing)?;
-            if needs.routing {
+            let adapters = self.model.adapters().filter(|_| needs.parameters);
+            let watchers = adapters.map(|adapters| adapters.router(layer)).unwrap_or_default();
+            if needs.routing || !watchers.is_empty() {
                 let removed = routing.and_then(|routing| routing.removed(layer)).unwrap_or_default();
-                observer.layer(&LayerTrace {
-                    layer,
-                    wave,
-                    experts,
-                    top_k: routed.applied.top_k,
-                    logits: &visible_logits(logits, experts, removed),
-                    selected: &routed.applied.selected,
-                    weights: &routed.applied.weights,
-                })?;
+                let logits = visible_logits(logits, experts, removed);
+                let trace = routed.trace(layer, wave, &logits);
+                if needs.routing {
+                    observer.layer(&trace)?;
+                }
+                watchers.iter().for_each(|watcher| watcher.routed(&trace));
             }
-            let dispatch = routed.dispatch(needs.experts() || needs.backward());
+            let modulated = self.modulated(layer, &z, &routed.applied, needs)?;
+            let main = modulated.as_ref().map_or(usize::MAX, |modulated| modulated.main);
+            let dispatch = routed.dispatch(needs.experts() || needs.backward(), main);
             let observe = needs.experts() && !needs.gradients;
             if observe || !skip_output {
                 tape.experts = vec![None; experts];
                 let want_output = !skip_output || needs.outputs;
-                let run = |e: usize| self.expert_forward(layer, e, &z, &dispatch, overlay, want_output, observe);
+                let run = |e: usize| match &modulated {
+                    Some(modulated) => self.modulated_forward(layer, e, modulated, &dispatch, overlay),
+                    None => self.expert_forward(layer, e, &z, &dispatch, overlay, want_output, observe),
+                };
                 self.for_experts(experts, run, |e, run: ExpertRun| {
                     let tokens = dispatch.expert(e);
                     if observe {

@@ -7,11 +7,13 @@
 //! [`Engine::run`] takes one wave through all layers; [`Engine::run_layerwise`] takes all waves through one layer after the other.
 
 mod backward;
+mod dense_router;
 mod driver;
 mod experts;
 mod forward;
 mod head;
 mod layerwise;
+mod modulated;
 mod prepare;
 mod routing;
 

@@ -1,14 +1,15 @@
 //! Routing of a layer's tokens under a routing overlay, and its gradients.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, sync::Arc};
 
 use crate::{
     error::Result,
     overlay::{
-        RoutingOverlay,
-        routing::{check_removed, refusal},
+        RoutingOverlay, RoutingRule,
+        routing::{check_removed, check_rule, refusal},
     },
     router::{Dispatch, Routed, Router},
+    trace::{LayerTrace, WaveInfo},
 };
 
 /// Routing of the tokens of one layer, as the model applies it.
@@ -20,7 +21,9 @@ pub(super) struct LayerRouting {
 }
 
 struct Changed {
-    /// By the model's rule.
+    /// What routed in place of the model's rule.
+    by: Option<Arc<dyn RoutingRule>>,
+    /// By that, or the model's rule.
     rule: Routed,
     /// After the overlay saw them, before its gains.
     seen: Routed,
@@ -52,7 +55,19 @@ impl LayerRouting {
             return Ok(Self { applied: router.route(logits, experts, bias), changed: None });
         };
         check_removed(overlay, layer, experts, router)?;
-        let rule = router.route_without(logits, experts, bias, overlay.removed(layer).unwrap_or_default());
+        check_rule(overlay, layer)?;
+        let by = overlay.rule(layer);
+        let rule = match &by {
+            Some(by) => {
+                let routed = by.route(logits, experts, bias);
+                let k = routed.top_k;
+                let slots = logits.len() / experts.max(1) * k;
+                let expected = Routed { experts, top_k: k, selected: vec![u32::MAX; slots], weights: vec![0.0; slots] };
+                check_routed(layer, &expected, &routed)?;
+                routed
+            }
+            None => router.route_without(logits, experts, bias, overlay.removed(layer).unwrap_or_default()),
+        };
         let mut seen = rule.clone();
         overlay.routed(layer, &mut seen);
         check_routed(layer, &rule, &seen)?;
@@ -64,16 +79,32 @@ impl LayerRouting {
         if let Some(gains) = &gains {
             applied.weights.iter_mut().zip(&applied.selected).for_each(|(w, &e)| *w *= gains[e as usize]);
         }
-        Ok(Self { applied, changed: Some(Changed { rule, seen, gains }) })
+        Ok(Self { applied, changed: Some(Changed { by, rule, seen, gains }) })
     }
 
-    /// Groups the tokens by expert. Skipped experts are left out, and experts whose gain is 0 unless they are `watched`.
-    pub fn dispatch(&self, watched: bool) -> Dispatch {
+    /// What is shown of it; `logits` as the router gives them, without removed experts.
+    pub fn trace<'a>(&'a self, layer: usize, wave: &'a WaveInfo, logits: &'a [f32]) -> LayerTrace<'a> {
+        let Routed { experts, top_k, selected, weights } = &self.applied;
+        LayerTrace { layer, wave, experts: *experts, top_k: *top_k, logits, selected, weights }
+    }
+
+    /// Groups the tokens by expert, the first `main` of each token's experts. Skipped experts are left out, and experts whose gain is 0
+    /// unless they are `watched`.
+    pub fn dispatch(&self, watched: bool, main: usize) -> Dispatch {
+        let k = self.applied.top_k;
+        let runs = |slot: usize| main >= k || slot % k < main;
         match &self.changed {
-            None => self.applied.dispatch(),
-            Some(changed) if watched => self.applied.dispatch_where(|slot| changed.seen.weights[slot] != 0.0),
-            Some(_) => self.applied.dispatch_where(|slot| self.applied.weights[slot] != 0.0),
+            None => self.applied.dispatch_where(runs),
+            Some(changed) => {
+                let weights = if watched { &changed.seen.weights } else { &self.applied.weights };
+                self.applied.dispatch_where(|slot| weights[slot] != 0.0 && runs(slot))
+            }
         }
+    }
+
+    /// Whether the weights are those of the model's own rule.
+    pub fn is_own(&self) -> bool {
+        self.changed.as_ref().is_none_or(|changed| changed.by.is_none() && changed.rule == self.applied)
     }
 
     /// From the gradient of each weight as applied `[T, k]`.
@@ -104,7 +135,11 @@ impl LayerRouting {
             }
             removed = overlay.removed(layer).unwrap_or_default();
         }
-        RoutingGradients { logits: router.backward_without(logits, rule, &d, removed), gains: d_gains }
+        let logits = match self.changed.as_ref().and_then(|changed| changed.by.as_ref()) {
+            Some(by) => by.backward(logits, rule, &d),
+            None => router.backward_without(logits, rule, &d, removed),
+        };
+        RoutingGradients { logits, gains: d_gains }
     }
 }
 

@@ -15,6 +15,7 @@ pub mod loss;
 pub mod math;
 pub mod norm;
 pub mod outer;
+pub mod product;
 pub mod reduce;
 pub mod rope;
 pub mod rows;

@@ -77,6 +77,23 @@ impl Weight {
         }
     }
 
+    /// The rows before `at` and those from it on, as weights of their own; nothing if an adapter is on it.
+    pub(crate) fn split_rows(&self, at: usize) -> Option<[Self; 2]> {
+        let [outputs, _] = self.dims();
+        let parts = [0..at, at..outputs];
+        match &self.0 {
+            Form::Dense(matrix) => {
+                Some(parts.map(|rows| Self::dense(Tensor::clone(matrix).narrow(0, rows.start, rows.len()))))
+            }
+            Form::Packed(packed) => Some(parts.map(|rows| {
+                let (outputs, whole) = (rows.len(), packed.clone());
+                let source: Bf16Source = Box::new(move |f| (whole.source)(&mut |all| f(&all[rows.clone()])));
+                Self::from_bf16(outputs, packed.inputs, &packed.device, source)
+            })),
+            Form::Absent(_) | Form::Adapted(_) => None,
+        }
+    }
+
     /// Whether bf16 weights on `device` should come through [`from_bf16`](Self::from_bf16).
     pub fn prefers_bf16(device: &Device) -> bool {
         host::is_host(device) && amx::available()

@@ -7,8 +7,8 @@ use burn::tensor::Tensor;
 use super::slice_rows;
 use crate::{
     adapters::{BlockAdapter, Tokens, Wanted},
-    experts::{ExpertTensors, weighted_rows},
-    host::{self, HostView},
+    experts::{ExpertTensors, row_products, weighted_rows},
+    host,
     kernels::{math, rows::RowAccumulator, weight::Weight},
 };
 
@@ -108,15 +108,7 @@ impl DenseBlock {
     ) -> (Option<Tensor<2>>, Vec<f32>) {
         let d_factors = match factors {
             None => Vec::new(),
-            Some(_) => {
-                let y = adapter.forward(&self.weights, z, tokens);
-                let (y, dy, h) = (HostView::new(&y), HostView::new(dy), z.dims()[1]);
-                y.as_slice()
-                    .chunks_exact(h)
-                    .zip(dy.as_slice().chunks_exact(h))
-                    .map(|(y, dy)| math::dot(y, dy))
-                    .collect()
-            }
+            Some(_) => row_products(&adapter.forward(&self.weights, z, tokens), dy),
         };
         let dy = weighted_rows(dy.clone(), factors);
         (adapter.backward(&self.weights, z, &dy, tokens, wanted), d_factors)

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use moe_checkpoint::ExpertWeights;
 
-pub use routing::{ExpertGains, RemoveExperts, RoutingOverlay};
+pub use routing::{ExpertGains, RemoveExperts, RoutingOverlay, RoutingRule};
 pub use skip::{SkipCalibration, SkipExperts};
 
 use crate::error::{Error, Result};

@@ -1,6 +1,6 @@
 //! Running a model under changed routing.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt::Debug, sync::Arc};
 
 use moe_checkpoint::ModelConfig;
 
@@ -12,7 +12,7 @@ use crate::{
 /// Changes how tokens are routed: experts taken out, gains, other router weights, skipped experts.
 ///
 /// Per layer the changes apply in this order: [`router`](Self::router) gives the logits, [`removed`](Self::removed) leaves out experts,
-/// the model's rule selects and weighs, [`routed`](Self::routed) changes what it found, [`gains`](Self::gains) multiply the weights. Methods
+/// the model's rule, or [`rule`](Self::rule) in its place, selects and weighs, [`routed`](Self::routed) changes what it found, [`gains`](Self::gains) multiply the weights. Methods
 /// are asked again whenever a layer runs, so that they may answer differently in the next sweep, but not within one.
 pub trait RoutingOverlay: Send + Sync {
     /// Experts that no token may be routed to, strictly ascending. Equal to a router without their rows and biases.
@@ -33,6 +33,12 @@ pub trait RoutingOverlay: Send + Sync {
         None
     }
 
+    /// A rule that routes by the logits in place of the model's. It sees all experts, so that none can be removed beside it.
+    fn rule(&self, layer: usize) -> Option<Arc<dyn RoutingRule>> {
+        let _ = layer;
+        None
+    }
+
     /// Changes the routing of each token. A weight of 0 means that the token skips the expert: it is not computed and not observed.
     fn routed(&self, layer: usize, routed: &mut Routed) {
         let _ = (layer, routed);
@@ -49,6 +55,17 @@ pub trait RoutingOverlay: Send + Sync {
     }
 }
 
+/// A way of routing in place of a model's own: which experts a token goes to, with which weights. The number of experts per token may be
+/// another one, the same for all tokens; those that a token does not need stand in it with a weight of 0 and are not computed. A token
+/// never goes to an expert twice: what would count double has twice the weight.
+pub trait RoutingRule: Debug + Send + Sync {
+    /// Routes by `logits [T, E]`; `bias [E]` is what the model adds for its own selection, if it does.
+    fn route(&self, logits: &[f32], experts: usize, bias: Option<&[f32]>) -> Routed;
+
+    /// Gradient with respect to the logits `[T, E]`, from that of each routing weight `[T, k]`. The choice of experts is not differentiated.
+    fn backward(&self, logits: &[f32], routed: &Routed, d_weights: &[f32]) -> Vec<f32>;
+}
+
 /// Refuses an overlay that does not fit the model.
 ///
 /// # Errors
@@ -57,6 +74,7 @@ pub(crate) fn check(overlay: &dyn RoutingOverlay, config: &ModelConfig, router: 
     for (layer, moe) in (0..config.layers.len()).filter_map(|layer| Some((layer, config.moe(layer)?))) {
         let experts = moe.num_experts();
         check_removed(overlay, layer, experts, router)?;
+        check_rule(overlay, layer)?;
         let hidden = config.hidden_size;
         for (what, found, expected) in [
             ("gains", overlay.gains(layer).map(|gains| gains.len()), experts),
@@ -87,6 +105,18 @@ pub(crate) fn check_removed(overlay: &dyn RoutingOverlay, layer: usize, experts:
         return refuse("all".into(), "at least one expert left".into());
     }
     router.check_without(experts, removed)
+}
+
+/// Refuses experts removed beside a rule.
+///
+/// # Errors
+/// [`Error::Input`] names the layer.
+pub(crate) fn check_rule(overlay: &dyn RoutingOverlay, layer: usize) -> Result<()> {
+    let removed = overlay.removed(layer).unwrap_or_default();
+    if overlay.rule(layer).is_some() && !removed.is_empty() {
+        return Err(refusal("experts removed beside a rule", layer, format!("{removed:?}"), "none"));
+    }
+    Ok(())
 }
 
 pub(crate) fn refusal(what: &str, layer: usize, found: impl ToString, expected: impl ToString) -> Error {

@@ -3,6 +3,7 @@
 //! All semantics live in one enum-configured [`Router`], on the host: `[tokens, experts]` numbers are few, and every backend then
 //! breaks ties the same way (the lower expert index wins).
 
+mod dense;
 mod dispatch;
 mod removal;
 mod selection;

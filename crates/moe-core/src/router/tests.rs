@@ -163,3 +163,77 @@ fn groups_must_lose_as_many_experts_each() {
     assert!(message(&[0, 1, 2, 4, 5, 6]).contains("two best"));
     assert!(softmax(true).check_without(8, &[0]).is_ok());
 }
+
+/// Scores, and the divisor of the chosen ones, in f64.
+fn dense_weights(router: &Router, logits: &[f32], selected: &[u32], stopped: Option<f64>) -> (Vec<f64>, f64) {
+    let Rule::Scores { score, renormalise, .. } = router.rule else { unreachable!() };
+    let z: Vec<f64> = logits.iter().map(|z| f64::from(*z)).collect();
+    let sum: f64 = z.iter().map(|z| z.exp()).sum();
+    let p: Vec<f64> = match score {
+        Score::Sigmoid => z.iter().map(|z| 1.0 / (1.0 + (-z).exp())).collect(),
+        Score::Softmax { .. } => z.iter().map(|z| z.exp() / sum).collect(),
+    };
+    let chosen: f64 = selected.iter().map(|&e| p[e as usize]).sum();
+    let divisor = match score {
+        _ if !renormalise => 1.0,
+        Score::Softmax { floor } => chosen.max(f64::from(floor)),
+        Score::Sigmoid => chosen,
+    };
+    // experts that were not chosen are divided by a constant
+    let by = |e: usize| if selected.contains(&(e as u32)) { divisor } else { stopped.unwrap_or(divisor) };
+    let scale = f64::from(router.scale);
+    ((0..z.len()).map(|e| scale * p[e] / by(e)).collect(), divisor)
+}
+
+#[test]
+fn the_dense_gradient_is_that_of_the_mixture_of_all_experts() {
+    let logits = [0.3f32, -0.8, 1.1, 0.4, -0.2, 0.9];
+    let values = [0.7f32, -1.2, 0.4, 2.0, -0.3, 1.5];
+    let routers = [
+        softmax(false),
+        softmax(true),
+        scores(Score::Sigmoid, false, None),
+        scores(Score::Sigmoid, true, None),
+        scores(Score::Softmax { floor: 0.9 }, true, None), // above what two experts can have
+        scores(Score::Softmax { floor: 0.1 }, true, None),
+        scores(Score::Softmax { floor: 0.0 }, false, Some(GroupLimit { count: 3, top: 1, rank: GroupRank::Largest })),
+    ];
+    for router in routers {
+        let routed = router.route(&logits, 6, None);
+        let found = router.dense_backward(&logits, &routed, &values);
+        let (_, divisor) = dense_weights(&router, &logits, &routed.selected, None);
+        let output = |logits: &[f32]| -> f64 {
+            let (u, _) = dense_weights(&router, logits, &routed.selected, Some(divisor));
+            u.iter().zip(values).map(|(u, v)| u * f64::from(v)).sum()
+        };
+        for e in 0..6 {
+            let at = |h: f32| {
+                let mut moved = logits;
+                moved[e] += h;
+                output(&moved)
+            };
+            let numeric = (at(1e-2) - at(-1e-2)) / 2e-2;
+            assert!((numeric - f64::from(found[e])).abs() < 2e-4, "{router:?} {e}: {numeric} {}", found[e]);
+        }
+        // all experts chosen: the sparse gradient
+        let all = Router {
+            top_k: 6,
+            rule: match router.rule.clone() {
+                Rule::Scores { score, renormalise, .. } => Rule::Scores { score, renormalise, groups: None },
+                other => other,
+            },
+            ..router.clone()
+        };
+        let routed = all.route(&logits, 6, None);
+        let weights: Vec<f32> = routed.selected.iter().map(|&e| values[e as usize]).collect();
+        let (sparse, dense) = (all.backward(&logits, &routed, &weights), all.dense_backward(&logits, &routed, &values));
+        assert!(sparse.iter().zip(&dense).all(|(a, b)| (a - b).abs() < 1e-5), "{all:?}: {sparse:?} {dense:?}");
+        // experts in another order: gradients in that order
+        let turned = |x: &[f32]| x.iter().rev().copied().collect::<Vec<_>>();
+        let routed = all.route(&turned(&logits), 6, None);
+        let back = turned(&all.dense_backward(&turned(&logits), &routed, &turned(&values)));
+        assert!(back.iter().zip(&dense).all(|(a, b)| (a - b).abs() < 1e-6));
+    }
+    let sparsemixer = Router { top_k: 2, scale: 1.0, rule: Rule::Sparsemixer { jitter: 0.01 } };
+    assert!(sparsemixer.check_dense().unwrap_err().to_string().contains("SparseMixer"));
+}

@@ -325,7 +325,7 @@ impl Parameters {
 
     /// Euclidean norm of all gradients together: squares are summed in f64, in pieces whose order does not depend on the number of threads.
     pub fn gradient_norm(&self) -> f64 {
-        let squares = |p: &Parameter| -> f64 { piecewise(p.gradient(), |g| g.iter().map(|g| square(*g)).sum::<f64>()) };
+        let squares = |p: &Parameter| -> f64 { piecewise(p.gradient(), square_sum) };
         self.by_name.values().map(squares).sum::<f64>().sqrt()
     }
 
@@ -410,8 +410,17 @@ fn check_return(what: &str, name: &str, lent: bool, found: usize, expected: usiz
     }
 }
 
-fn square(value: f32) -> f64 {
-    f64::from(value) * f64::from(value)
+/// Sum of squares, in eight sums side by side.
+fn square_sum(values: &[f32]) -> f64 {
+    let (blocks, rest) = values.as_chunks::<8>();
+    let mut sums = [0.0f64; 8];
+    for block in blocks {
+        for (sum, value) in sums.iter_mut().zip(block) {
+            *sum += f64::from(*value) * f64::from(*value);
+        }
+    }
+    let rest: f64 = rest.iter().map(|value| f64::from(*value) * f64::from(*value)).sum();
+    sums.iter().sum::<f64>() + rest
 }
 
 /// Values of a piece of parallel work.

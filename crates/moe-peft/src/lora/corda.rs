@@ -1,0 +1,263 @@
+//! CorDA: adapters that begin along the covariance of a map's inputs (arXiv 2406.05223).
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use burn::tensor::Tensor;
+use faer::{Mat, linalg::solvers::DenseSolveCore};
+use moe_core::{
+    Engine, EngineOptions, Model,
+    adapters::{LinearAdapter, Site, Tokens, Wanted},
+    data::Wave,
+    host::HostView,
+    kernels::{outer::add_transposed_product, weight::Weight},
+    trace::Nobody,
+};
+
+use super::{
+    config::CordaMethod,
+    init,
+    maps::{Map, Maps},
+};
+use crate::{AdapterSet, Error, Result};
+
+/// `X^T X` of the inputs of linear maps, averaged over batches. Gate and up read the same inputs.
+#[derive(Clone, Debug, Default)]
+pub struct Covariances {
+    by_site: BTreeMap<Site, Vec<f64>>,
+}
+
+impl Covariances {
+    /// None yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Gives the covariance of the inputs of a map, `[in, in]`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for another size, a number that is not finite, or a map that the model does not have.
+    pub fn insert(&mut self, maps: &Maps<'_>, map: Map, covariance: Vec<f64>) -> Result<()> {
+        let (site, [_, inputs]) = match (maps.site(map), maps.dims(map)) {
+            (Some((site, ..)), Some(dims)) => (site, dims),
+            _ => return Err(Error::input("a map", map, "a map of the model")),
+        };
+        if covariance.len() != inputs * inputs || covariance.iter().any(|c| !c.is_finite()) {
+            let found = format!("{} numbers, or one that is not finite", covariance.len());
+            let what = format!("covariance of the inputs of {map}");
+            return Err(Error::input(what, found, format!("{inputs} x {inputs} finite numbers")));
+        }
+        self.by_site.insert(site, covariance);
+        Ok(())
+    }
+
+    /// That of a map's inputs.
+    pub fn of(&self, maps: &Maps<'_>, map: Map) -> Option<&[f64]> {
+        self.by_site.get(&maps.site(map)?.0).map(Vec::as_slice)
+    }
+
+    /// Runs a model on `waves` and sums `X^T X` of the inputs `X [tokens, in]` of `which` maps, each batch divided by `|max X|^2` (the
+    /// largest number, signed, then its absolute value: what the authors' and PEFT's code do), and by the number of batches. A batch is
+    /// what a map is given at a time: a wave, for an expert its tokens of the wave.
+    ///
+    /// # Errors
+    /// Those of the engine; [`Error::Input`] for a map that no token reached, such as an expert that was never chosen.
+    pub fn collect(model: &Model, waves: &[Wave], which: &[Map]) -> Result<Self> {
+        let maps = Maps::new(model.checkpoint());
+        let mut set = AdapterSet::new();
+        let mut spies: BTreeMap<Site, (Arc<Spy>, Map)> = BTreeMap::new();
+        for map in which {
+            let (Some((site, _, out)), Some([_, inputs])) = (maps.site(*map), maps.dims(*map)) else {
+                return Err(Error::input("a map", map, "a map of the model"));
+            };
+            if spies.contains_key(&site) {
+                continue;
+            }
+            let spy = Arc::new(Spy { dims: [out, inputs], sum: Mutex::default() });
+            set.add(site, spy.clone())?;
+            spies.insert(site, (spy, *map));
+        }
+        let watched = model.with_adapters(Arc::new(set))?;
+        let engine = Engine::new(&watched, EngineOptions { loss: true, ..EngineOptions::default() });
+        for wave in waves {
+            engine.run(wave, &mut Nobody)?;
+        }
+        let mut by_site = BTreeMap::new();
+        for (site, (spy, map)) in spies {
+            let Sum { mut sum, batches } = std::mem::take(&mut *spy.sum.lock().unwrap_or_else(PoisonError::into_inner));
+            if batches == 0 {
+                let expected = "tokens that reach it: more waves, or another initialiser for it";
+                return Err(Error::input(format!("covariance of the inputs of {map}"), "no token", expected));
+            }
+            sum.iter_mut().for_each(|c| *c /= batches as f64);
+            by_site.insert(site, sum);
+        }
+        Ok(Self { by_site })
+    }
+}
+
+/// The map itself, watched.
+#[derive(Debug)]
+struct Spy {
+    dims: [usize; 2],
+    sum: Mutex<Sum>,
+}
+
+#[derive(Debug, Default)]
+struct Sum {
+    sum: Vec<f64>,
+    batches: usize,
+}
+
+impl LinearAdapter for Spy {
+    fn dims(&self) -> [usize; 2] {
+        self.dims
+    }
+
+    fn forward(&self, base: &Weight, x: &Tensor<2>, _: Tokens<'_>) -> Tensor<2> {
+        let view = HostView::new(x);
+        let max = view.as_slice().iter().copied().fold(f32::NEG_INFINITY, f32::max).abs();
+        if max > 0.0 && max.is_finite() {
+            let inputs = self.dims[1];
+            let mut gram = vec![0.0; inputs * inputs];
+            add_transposed_product(x, 0..inputs, x, 0..inputs, 1.0 / (max * max), &mut gram);
+            let mut sum = self.sum.lock().unwrap_or_else(PoisonError::into_inner);
+            sum.sum.resize(inputs * inputs, 0.0);
+            sum.sum.iter_mut().zip(gram).for_each(|(sum, g)| *sum += f64::from(g));
+            sum.batches += 1;
+        }
+        base.forward(x, None)
+    }
+
+    fn backward(
+        &self,
+        base: &Weight,
+        _: &Tensor<2>,
+        dy: &Tensor<2>,
+        _: Tokens<'_>,
+        wanted: Wanted,
+    ) -> Option<Tensor<2>> {
+        wanted.input.then(|| base.backward(dy))
+    }
+
+    fn matrix(&self, base: &Weight) -> Option<Tensor<2>> {
+        Some(base.to_tensor())
+    }
+}
+
+/// Damping of the covariance at first, in its mean diagonal.
+const DAMPING: f64 = 0.01;
+/// `||C inv(C) - I||` from which on a covariance has to be damped more.
+const INVERSE_ERROR: f64 = 0.05;
+
+/// `A` and `B` from `W C = U S V^T`, where `C` is the damped covariance: `W = U S (V^T C^-1)` exactly, of which the `rank` largest
+/// components (IPM) or smallest (KPM) are taken, `B = U sqrt(S / s)`, `A = sqrt(S / s) V^T C^-1`.
+pub(crate) fn factors(
+    weight: &[f32],
+    dims: [usize; 2],
+    rank: usize,
+    s: f64,
+    covariance: &[f64],
+    method: CordaMethod,
+) -> Result<(Vec<f32>, Vec<f32>)> {
+    let inputs = dims[1];
+    let (damped, inverse) = damped(covariance, inputs)?;
+    let (u, singular, v) = init::svd(&(init::matrix(weight, dims) * damped), "a weight times a covariance")?;
+    // (V^T C^-1)^T, with the inverse as it is, symmetric or not
+    let v = inverse.transpose() * v;
+    let all = singular.len();
+    let columns = match method {
+        CordaMethod::Ipm => 0..rank,
+        CordaMethod::Kpm => all - rank..all,
+    };
+    Ok(init::split(u.as_ref(), &singular, v.as_ref(), columns, s))
+}
+
+/// `C + d mean(diag C) I` and its inverse, `d` doubled until the inverse is one.
+fn damped(covariance: &[f64], n: usize) -> Result<(Mat<f64>, Mat<f64>)> {
+    let mean = (0..n).map(|i| covariance[i * n + i]).sum::<f64>() / n.max(1) as f64;
+    let mut damping = DAMPING;
+    for _ in 0..64 {
+        let damped = Mat::from_fn(n, n, |i, j| covariance[i * n + j] + if i == j { damping * mean } else { 0.0 });
+        let inverse = damped.partial_piv_lu().inverse();
+        let product = &damped * &inverse;
+        let error: f64 = (0..n * n)
+            .map(|i| (product[(i / n, i % n)] - f64::from(u8::from(i / n == i % n))).powi(2))
+            .sum::<f64>()
+            .sqrt();
+        if error < INVERSE_ERROR {
+            return Ok((damped, inverse));
+        }
+        damping *= 2.0;
+    }
+    Err(Error::input("a covariance", format!("one of mean diagonal {mean} without an inverse"), "one with variance"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(len: usize, seed: u64) -> Vec<f32> {
+        let mut random = init::random(seed, "corda");
+        (0..len).map(|_| init::normal(&mut random) as f32).collect()
+    }
+
+    fn product(a: &[f32], b: &[f32], dims: [usize; 2], rank: usize, s: f64) -> Vec<f64> {
+        let [out, inputs] = dims;
+        (0..out * inputs)
+            .map(|i| {
+                let (o, j) = (i / inputs, i % inputs);
+                s * (0..rank).map(|r| f64::from(b[o * rank + r]) * f64::from(a[r * inputs + j])).sum::<f64>()
+            })
+            .collect()
+    }
+
+    fn gram(x: &[f32], n: usize) -> Vec<f64> {
+        let dot = |i: usize, j: usize| x.chunks_exact(n).map(|x| f64::from(x[i]) * f64::from(x[j])).sum::<f64>();
+        (0..n * n).map(|i| dot(i / n, i % n)).collect()
+    }
+
+    #[test]
+    fn all_components_together_are_the_weight_and_both_methods_take_others() {
+        let dims = [6, 8];
+        let (w, c) = (numbers(48, 1), gram(&numbers(20 * 8, 2), 8));
+        for method in [CordaMethod::Ipm, CordaMethod::Kpm] {
+            let (a, b) = factors(&w, dims, 6, 0.7, &c, method).unwrap();
+            assert!(product(&a, &b, dims, 6, 0.7).iter().zip(&w).all(|(a, b)| (a - f64::from(*b)).abs() < 1e-4));
+        }
+        // three largest and three smallest make the whole: they are disjoint
+        let part = |method| {
+            let (a, b) = factors(&w, dims, 3, 0.7, &c, method).unwrap();
+            product(&a, &b, dims, 3, 0.7)
+        };
+        let (large, small) = (part(CordaMethod::Ipm), part(CordaMethod::Kpm));
+        assert!(large.iter().zip(&small).zip(&w).all(|((l, s), w)| (l + s - f64::from(*w)).abs() < 1e-4));
+    }
+
+    #[test]
+    fn with_equal_variances_the_largest_components_are_those_of_the_weight() {
+        let dims = [5, 4];
+        let w = numbers(20, 3);
+        let identity: Vec<f64> = (0..16).map(|i| f64::from(u8::from(i % 5 == 0))).collect();
+        let (a, b) = factors(&w, dims, 2, 1.0, &identity, CordaMethod::Ipm).unwrap();
+        let (u, singular, v) = init::svd(&init::matrix(&w, dims), "w").unwrap();
+        for (i, found) in product(&a, &b, dims, 2, 1.0).iter().enumerate() {
+            let expected: f64 = (0..2).map(|k| u[(i / 4, k)] * singular[k] * v[(i % 4, k)]).sum();
+            assert!((found - expected).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn a_covariance_without_an_inverse_is_damped_more() {
+        // an eigenvalue that the first damping makes 0: mean 1, damping 0.01
+        let mut c: Vec<f64> = (0..9).map(|i| f64::from(u8::from(i % 4 == 0))).collect();
+        (c[0], c[4], c[8]) = (-0.01, 1.0, 2.01);
+        let (damped, inverse) = damped(&c, 3).unwrap();
+        assert!((damped[(0, 0)] - 0.01).abs() < 1e-12 && inverse[(0, 0)].is_finite());
+        let (a, b) = factors(&numbers(6, 4), [2, 3], 1, 1.0, &c, CordaMethod::Kpm).unwrap();
+        assert!(a.iter().chain(&b).all(|v| v.is_finite()));
+        assert!(super::damped(&[0.0; 4], 2).is_err());
+    }
+}

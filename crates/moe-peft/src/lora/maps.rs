@@ -1,0 +1,270 @@
+//! The linear maps of a checkpoint, and what PEFT calls them.
+
+use std::{collections::HashMap, fmt, ops::Range};
+
+use moe_checkpoint::{Checkpoint, ExpertLayout, ExpertTensor, LayerRole, Role};
+use moe_core::adapters::{ExpertSite, LayerSite, Site};
+
+/// A matrix of the model that a low-rank addition can be made to. `H` is the hidden size, `I` the width of an expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Map {
+    /// A matrix of a decoder layer.
+    Layer(usize, LayerRole),
+    /// A matrix of a routed expert.
+    Expert {
+        /// Decoder layer.
+        layer: usize,
+        /// Expert in the layer.
+        expert: usize,
+        /// Which.
+        part: ExpertMap,
+    },
+}
+
+/// A matrix of a routed expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ExpertMap {
+    /// Gate projection `[I, H]`.
+    Gate,
+    /// Up projection `[I, H]`.
+    Up,
+    /// Both, gate rows first `[2 I, H]`: one `A` for both.
+    GateUp,
+    /// Down projection `[H, I]`.
+    Down,
+}
+
+impl Map {
+    /// Its decoder layer.
+    pub fn layer(&self) -> usize {
+        match self {
+            Self::Layer(layer, _) | Self::Expert { layer, .. } => *layer,
+        }
+    }
+}
+
+impl fmt::Display for Map {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Layer(layer, role) => write!(f, "{role:?} of layer {layer}"),
+            Self::Expert { layer, expert, part } => write!(f, "{part:?} of expert {expert} of layer {layer}"),
+        }
+    }
+}
+
+/// Whose module names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Naming {
+    /// Every matrix of every expert is a module, as in transformers 4 and in most checkpoints:
+    /// `model.layers.0.mlp.experts.3.gate_proj`.
+    #[default]
+    PerExpert,
+    /// All experts of a layer are two parameters of one module, as in transformers 5: `model.layers.0.mlp.experts`, with
+    /// `gate_up_proj` and `down_proj`.
+    Fused,
+}
+
+/// The matrices of decoder layers that can be adapted.
+const ROLES: [LayerRole; 16] = [
+    LayerRole::Query,
+    LayerRole::Key,
+    LayerRole::Value,
+    LayerRole::Output,
+    LayerRole::LatentQueryDown,
+    LayerRole::LatentQueryUp,
+    LayerRole::LatentKvDown,
+    LayerRole::LatentKvUp,
+    LayerRole::Router,
+    LayerRole::SharedGate,
+    LayerRole::SharedUp,
+    LayerRole::SharedDown,
+    LayerRole::SharedExpertGate,
+    LayerRole::DenseGate,
+    LayerRole::DenseUp,
+    LayerRole::DenseDown,
+];
+
+/// The maps of a checkpoint by place and by name.
+#[derive(Debug)]
+pub struct Maps<'a> {
+    checkpoint: &'a Checkpoint,
+    all: Vec<Map>,
+    by_path: HashMap<String, Map>,
+    /// Layer by the module that holds all its experts, under any of its names.
+    experts: HashMap<String, usize>,
+}
+
+impl<'a> Maps<'a> {
+    /// Those of `checkpoint`.
+    pub fn new(checkpoint: &'a Checkpoint) -> Self {
+        let mut maps = Self { checkpoint, all: Vec::new(), by_path: HashMap::new(), experts: HashMap::new() };
+        for layer in 0..checkpoint.config().layers.len() {
+            for role in ROLES {
+                if maps.shape(Role::Layer(layer, role)).is_none() {
+                    continue;
+                }
+                let map = Map::Layer(layer, role);
+                maps.all.push(map);
+                for naming in [Naming::PerExpert, Naming::Fused] {
+                    maps.by_path.insert(maps.path(map, naming), map);
+                }
+            }
+            for expert in 0..checkpoint.config().moe(layer).map_or(0, |moe| moe.num_experts()) {
+                for part in [ExpertMap::Gate, ExpertMap::Up, ExpertMap::Down] {
+                    let map = Map::Expert { layer, expert, part };
+                    maps.all.push(map);
+                    let path = maps.path(map, Naming::PerExpert);
+                    maps.by_path.insert(modern(&path, checkpoint), map);
+                    maps.by_path.insert(path, map);
+                }
+            }
+            if checkpoint.config().moe(layer).is_some() {
+                for naming in [Naming::PerExpert, Naming::Fused] {
+                    maps.experts.insert(maps.experts_path(layer, naming), layer);
+                }
+            }
+        }
+        maps
+    }
+
+    /// The checkpoint.
+    pub fn checkpoint(&self) -> &'a Checkpoint {
+        self.checkpoint
+    }
+
+    /// All maps, layer by layer; of experts gate, up and down.
+    pub fn all(&self) -> &[Map] {
+        &self.all
+    }
+
+    /// Number of routed experts of a layer.
+    pub fn experts(&self, layer: usize) -> usize {
+        self.checkpoint.config().moe(layer).map_or(0, |moe| moe.num_experts())
+    }
+
+    /// `[out, in]`; `None` for a map that the model does not have.
+    pub fn dims(&self, map: Map) -> Option<[usize; 2]> {
+        match map {
+            Map::Layer(layer, role) => {
+                if !ROLES.contains(&role) {
+                    return None;
+                }
+                self.shape(Role::Layer(layer, role))
+            }
+            Map::Expert { layer, expert, part } => {
+                let width = *self.checkpoint.config().moe(layer)?.widths.get(expert)?;
+                let hidden = self.checkpoint.config().hidden_size;
+                Some(match part {
+                    ExpertMap::Gate | ExpertMap::Up => [width, hidden],
+                    ExpertMap::GateUp => [2 * width, hidden],
+                    ExpertMap::Down => [hidden, width],
+                })
+            }
+        }
+    }
+
+    /// Where the engine computes it: the place, which of its rows, and how many it has. `None` for a map that the model does not have.
+    pub fn site(&self, map: Map) -> Option<(Site, Range<usize>, usize)> {
+        let [out, _] = self.dims(map)?;
+        let whole = |site| Some((site, 0..out, out));
+        let stacked = |site, second: bool| match second {
+            false => Some((site, 0..out, 2 * out)),
+            true => Some((site, out..2 * out, 2 * out)),
+        };
+        match map {
+            Map::Layer(layer, role) => {
+                use LayerRole as R;
+                use LayerSite as S;
+                let at = |site| Site::Layer(layer, site);
+                match role {
+                    R::Query => whole(at(S::Query)),
+                    R::Key => whole(at(S::Key)),
+                    R::Value => whole(at(S::Value)),
+                    R::Output => whole(at(S::Output)),
+                    R::LatentQueryDown => whole(at(S::LatentQueryDown)),
+                    R::LatentQueryUp => whole(at(S::LatentQueryUp)),
+                    R::LatentKvDown => whole(at(S::LatentKvDown)),
+                    R::LatentKvUp => whole(at(S::LatentKvUp)),
+                    R::Router => whole(at(S::Router)),
+                    R::SharedGate => stacked(at(S::SharedGateUp), false),
+                    R::SharedUp => stacked(at(S::SharedGateUp), true),
+                    R::SharedDown => whole(at(S::SharedDown)),
+                    R::SharedExpertGate => whole(at(S::SharedExpertGate)),
+                    R::DenseGate => stacked(at(S::DenseGateUp), false),
+                    R::DenseUp => stacked(at(S::DenseGateUp), true),
+                    R::DenseDown => whole(at(S::DenseDown)),
+                    _ => None,
+                }
+            }
+            Map::Expert { layer, expert, part } => {
+                let at = |map| Site::Expert { layer, expert, map };
+                match part {
+                    ExpertMap::Gate => stacked(at(ExpertSite::GateUp), false),
+                    ExpertMap::Up => stacked(at(ExpertSite::GateUp), true),
+                    ExpertMap::GateUp => whole(at(ExpertSite::GateUp)),
+                    ExpertMap::Down => whole(at(ExpertSite::Down)),
+                }
+            }
+        }
+    }
+
+    /// The path of its module. A matrix of gate and up together has none of its own: that of the experts, the expert's number and
+    /// `gate_up_proj`.
+    pub fn path(&self, map: Map, naming: Naming) -> String {
+        let family = self.checkpoint.family();
+        let name = match map {
+            Map::Layer(layer, role) => family.tensor_name(Role::Layer(layer, role)),
+            Map::Expert { layer, expert, part } => match part {
+                ExpertMap::Gate => family.expert_tensor_name(layer, ExpertTensor::Gate(expert)),
+                ExpertMap::Up => family.expert_tensor_name(layer, ExpertTensor::Up(expert)),
+                ExpertMap::Down => family.expert_tensor_name(layer, ExpertTensor::Down(expert)),
+                ExpertMap::GateUp => format!("{}.{expert}.gate_up_proj", self.experts_path(layer, naming)),
+            },
+        };
+        let path = name.strip_suffix(".weight").unwrap_or(&name);
+        match naming {
+            Naming::PerExpert => path.to_string(),
+            Naming::Fused => modern(path, self.checkpoint),
+        }
+    }
+
+    /// The path of the module that holds all routed experts of a layer.
+    pub fn experts_path(&self, layer: usize, naming: Naming) -> String {
+        let name = self.checkpoint.family().expert_tensor_name(layer, ExpertTensor::RaggedDown);
+        let path = name.rsplit_once('.').map_or(name.as_str(), |(path, _)| path);
+        match naming {
+            Naming::PerExpert => path.to_string(),
+            Naming::Fused => modern(path, self.checkpoint),
+        }
+    }
+
+    /// The map of a module, by any of its names.
+    pub fn find(&self, path: &str) -> Option<Map> {
+        self.by_path.get(path).copied()
+    }
+
+    /// The layer whose routed experts a module holds, by any of its names.
+    pub fn find_experts(&self, path: &str) -> Option<usize> {
+        self.experts.get(path).copied()
+    }
+
+    /// Whether stock runtimes store the fused experts transposed, `[E, in, out]`, with gate and up columns alternating.
+    pub fn is_transposed(&self) -> bool {
+        self.checkpoint.family().stock_layout() == ExpertLayout::Interleaved
+    }
+
+    fn shape(&self, role: Role) -> Option<[usize; 2]> {
+        <[usize; 2]>::try_from(self.checkpoint.role(role).ok()?.shape.as_slice()).ok()
+    }
+}
+
+/// The path of a module in transformers 5, which renamed the blocks of some families.
+fn modern(path: &str, checkpoint: &Checkpoint) -> String {
+    match checkpoint.config().model_type.as_str() {
+        "mixtral" => path.replace(".block_sparse_moe.", ".mlp."),
+        "phimoe" => path.replace(".block_sparse_moe.gate", ".mlp.router").replace(".block_sparse_moe.", ".mlp."),
+        "granitemoe" => path.replace(".router.layer", ".router"),
+        _ => path.to_string(),
+    }
+}

@@ -1,0 +1,340 @@
+//! Reading a directory.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
+
+use moe_checkpoint::{Dtype, RawMatrix};
+use safetensors::SafeTensors;
+
+use super::{
+    CONFIG_FILE, MODEL_FILE, PREFIX,
+    config::AdapterConfig,
+    fused::{FusedExperts, FusedLayout, deinterleave},
+};
+use crate::{
+    Error, Result,
+    lora::{Compiled, ExpertMap, LoraWeights, LowRank, Map, Maps, Naming, ends_with},
+};
+
+/// How a directory is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReadOptions {
+    /// The model is what the weights kept when the adapter was begun with PiSSA, OLoRA or the like. Otherwise such files are refused,
+    /// since the adapter alone does not tell what was taken.
+    pub on_residual: bool,
+}
+
+/// The tensors of one module.
+#[derive(Debug, Default)]
+struct Module {
+    a: Option<Values>,
+    b: Option<Values>,
+    magnitude: Option<Values>,
+}
+
+#[derive(Clone, Debug)]
+struct Values {
+    shape: Vec<usize>,
+    values: Vec<f32>,
+}
+
+/// Reads the adapter in `dir` for the model of `maps`.
+///
+/// # Errors
+/// [`Error::Io`] and [`Error::File`] for files that are missing or malformed; those of [`AdapterConfig::load`]; for a tensor that
+/// belongs to nothing in the model, and one whose shape does not fit, [`Error::File`] with its name.
+pub fn read(dir: impl AsRef<Path>, maps: &Maps<'_>, options: ReadOptions) -> Result<LoraWeights> {
+    let dir = dir.as_ref();
+    let config_path = dir.join(CONFIG_FILE);
+    let config = AdapterConfig::load(&config_path)?;
+    if let Some(init) = config.residual().filter(|_| !options.on_residual) {
+        return Err(Error::File {
+            path: config_path,
+            what: "init_lora_weights".into(),
+            found: format!("\"{init}\", which takes a part of the base weights"),
+            expected: "an adapter converted to plain LoRA, or the option that the model is what was left".into(),
+        });
+    }
+    let reader = Reader { dir, maps, config: &config, path: dir.join(MODEL_FILE) };
+    let modules = reader.modules()?;
+    let fused = modules.keys().any(|path| maps.find_experts(path.trim_end_matches(".base_layer")).is_some());
+    let naming = if fused { Naming::Fused } else { Naming::PerExpert };
+    let found = reader.maps(modules)?;
+    let weights = LoraWeights { maps: found, dropout: config.lora_dropout, config: config.lora(naming) };
+    weights.check(maps)?;
+    Ok(weights)
+}
+
+struct Reader<'a> {
+    dir: &'a Path,
+    maps: &'a Maps<'a>,
+    config: &'a AdapterConfig,
+    path: std::path::PathBuf,
+}
+
+impl Reader<'_> {
+    fn error(&self, what: impl ToString, found: impl ToString, expected: impl ToString) -> Error {
+        Error::File {
+            path: self.path.clone(),
+            what: what.to_string(),
+            found: found.to_string(),
+            expected: expected.to_string(),
+        }
+    }
+
+    /// Tensors by path of their module.
+    fn modules(&self) -> Result<BTreeMap<String, Module>> {
+        if !self.path.exists() && self.dir.join("adapter_model.bin").exists() {
+            let path = self.dir.join("adapter_model.bin");
+            return Err(Error::Unsupported(format!("{}: a pickle; save it as {MODEL_FILE}", path.display())));
+        }
+        let bytes = std::fs::read(&self.path).map_err(|source| Error::Io { path: self.path.clone(), source })?;
+        let file =
+            SafeTensors::deserialize(&bytes).map_err(|error| self.error("contents", error, "a safetensors file"))?;
+        let mut modules: BTreeMap<String, Module> = BTreeMap::new();
+        for (name, view) in file.tensors() {
+            let path = name.strip_prefix(PREFIX).unwrap_or(&name);
+            let (path, kind) = split(path).ok_or_else(|| {
+                self.error(format!("tensor `{name}`"), "no part of a LoRA", "lora_A, lora_B or lora_magnitude_vector")
+            })?;
+            if !matches!(view.dtype(), Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+                return Err(self.error(format!("tensor `{name}`"), format!("{:?}", view.dtype()), "F32, F16 or BF16"));
+            }
+            let matrix = RawMatrix {
+                bytes: view.data().into(),
+                dtype: view.dtype(),
+                rows: view.shape().iter().product(),
+                cols: 1,
+            };
+            let values = Values { shape: view.shape().to_vec(), values: matrix.to_f32() };
+            if values.values.iter().any(|value| !value.is_finite()) {
+                return Err(self.error(format!("tensor `{name}`"), "a number that is not finite", "finite numbers"));
+            }
+            let module = modules.entry(path.to_string()).or_default();
+            let slot = match kind {
+                Kind::A => &mut module.a,
+                Kind::B => &mut module.b,
+                Kind::Magnitude => &mut module.magnitude,
+                Kind::Other(other) => {
+                    return Err(Error::Unsupported(format!("{}: tensor `{name}`: {other}", self.path.display())));
+                }
+            };
+            if slot.replace(values).is_some() {
+                return Err(self.error(format!("tensor `{name}`"), "a second one for its module", "one adapter"));
+            }
+        }
+        if modules.is_empty() {
+            return Err(self.error("tensors", "none", "those of a LoRA"));
+        }
+        Ok(modules)
+    }
+
+    fn maps(&self, modules: BTreeMap<String, Module>) -> Result<BTreeMap<Map, LowRank>> {
+        let ranks = Compiled::new("rank_pattern", self.config.rank_pattern.as_ref().unwrap_or(&Default::default()))?;
+        let alphas = Compiled::new("alpha_pattern", self.config.alpha_pattern.as_ref().unwrap_or(&Default::default()))?;
+        let share = |path: &str| {
+            (ranks.find(path).unwrap_or(self.config.r), alphas.find(path).unwrap_or(self.config.lora_alpha))
+        };
+        let mut found = BTreeMap::new();
+        // modules of fused experts: layer, and what is nested, the outermost first
+        let mut experts: BTreeMap<usize, BTreeMap<usize, (String, Module)>> = BTreeMap::new();
+        for (path, module) in modules {
+            let outer = path.trim_end_matches(".base_layer");
+            if let Some(layer) = self.maps.find_experts(outer) {
+                let depth = (path.len() - outer.len()) / ".base_layer".len();
+                experts.entry(layer).or_default().insert(depth, (path, module));
+                continue;
+            }
+            let Some(map) = self.maps.find(&path) else {
+                let expected = "a module of the model; the adapter is of another one";
+                return Err(self.error(format!("tensors of `{path}`"), "no such map in the model", expected));
+            };
+            let dims = self.maps.dims(map).unwrap_or_default();
+            let (a, b, rank) = self.pair(&path, &module, 1)?;
+            let (expected, alpha) = share(&path);
+            self.shapes(&path, &module, [rank, dims[1]], [dims[0], rank])?;
+            self.rank(&path, rank, expected)?;
+            let mut low = LowRank::new(a, b, rank, alpha);
+            low.rslora = self.config.use_rslora.unwrap_or(false);
+            low.magnitude = match (module.magnitude, self.config.use_dora.unwrap_or(false)) {
+                (Some(m), true) => Some(m.values),
+                (None, false) => None,
+                (Some(_), false) => {
+                    return Err(self.error(format!("tensors of `{path}`"), "a magnitude", "none without `use_dora`"));
+                }
+                (None, true) => {
+                    return Err(self.error(format!("tensors of `{path}`"), "no magnitude", "one with `use_dora`"));
+                }
+            };
+            if found.insert(map, low).is_some() {
+                return Err(self.error(format!("tensors of `{path}`"), "a second addition to its map", "one"));
+            }
+        }
+        for (layer, nested) in experts {
+            self.fused(layer, nested, &share, &mut found)?;
+        }
+        Ok(found)
+    }
+
+    /// The parameters of a module of experts.
+    fn fused(
+        &self,
+        layer: usize,
+        nested: BTreeMap<usize, (String, Module)>,
+        share: &dyn Fn(&str) -> (usize, f64),
+        found: &mut BTreeMap<Map, LowRank>,
+    ) -> Result<()> {
+        let dims = |part| self.maps.dims(Map::Expert { layer, expert: 0, part }).unwrap_or_default();
+        let experts = self.maps.experts(layer);
+        let base = self.maps.experts_path(layer, Naming::Fused);
+        let targets = self.config.target_parameters.clone().unwrap_or_default();
+        let named: Vec<ExpertMap> = [(ExpertMap::GateUp, "gate_up_proj"), (ExpertMap::Down, "down_proj")]
+            .into_iter()
+            .filter(|(_, name)| targets.iter().any(|target| ends_with(&format!("{base}.{name}"), target)))
+            .map(|(part, _)| part)
+            .collect();
+        let widths = self.maps.checkpoint().config().moe(layer).map(|moe| moe.widths.clone()).unwrap_or_default();
+        if widths.windows(2).any(|pair| pair[0] != pair[1]) {
+            return Err(self.error(format!("tensors of `{base}`"), "fused experts", "one by one: their widths differ"));
+        }
+        let (transposed, version) = (self.maps.is_transposed(), self.config.version());
+        let fits = |part: ExpertMap, module: &Module| {
+            let (Some(a), Some(b)) = (&module.a, &module.b) else { return false };
+            let [out, inputs] = dims(part);
+            let shape = (a.shape.last().copied().unwrap_or(0), b.shape.first().copied().unwrap_or(0));
+            shape == (inputs, out) || shape == (out, inputs)
+        };
+        // the first that was registered is the innermost
+        let mut parts: Vec<ExpertMap> = match (nested.len(), named.as_slice()) {
+            (2, _) => vec![ExpertMap::Down, ExpertMap::GateUp],
+            (1, [part]) => vec![*part],
+            (1, _) => {
+                let Some((path, module)) = nested.values().next() else { return Ok(()) };
+                let all: Vec<ExpertMap> =
+                    [ExpertMap::GateUp, ExpertMap::Down].into_iter().filter(|part| fits(*part, module)).collect();
+                if all.len() != 1 {
+                    let found = format!("shapes that fit {} parameters", all.len());
+                    return Err(self.error(format!("tensors of `{path}`"), found, "`target_parameters` that name one"));
+                }
+                all
+            }
+            (n, _) => {
+                return Err(self.error(format!("tensors of `{base}`"), format!("{n} parameters"), "at most two"));
+            }
+        };
+        if nested.len() == 2 {
+            let agree =
+                |parts: &[ExpertMap]| parts.iter().zip(nested.values()).all(|(p, (_, module))| fits(*p, module));
+            if !agree(&parts) {
+                parts.reverse();
+            }
+        }
+        for (part, (path, module)) in parts.into_iter().zip(nested.into_values()) {
+            let name = if part == ExpertMap::GateUp { "gate_up_proj" } else { "down_proj" };
+            let parameter = format!("{base}.{name}");
+            let (a, b, rank) = self.pair(&path, &module, experts)?;
+            let (expected, alpha) = share(&parameter);
+            self.rank(&path, rank, expected)?;
+            let dims = dims(part);
+            let shape = (a.len() / (rank * experts).max(1), b.len() / (rank * experts).max(1));
+            let layout = FusedLayout::find(&format!("tensors of `{path}`"), shape, dims, transposed, version).map_err(
+                |error| match error {
+                    Error::Input { what, found, expected } => self.error(what, found, expected),
+                    error => error,
+                },
+            )?;
+            if module.magnitude.is_some() || self.config.use_dora.unwrap_or(false) {
+                return Err(self.error(format!("tensors of `{path}`"), "`use_dora`", "none for fused experts"));
+            }
+            let fused = FusedExperts { a, b, rank, experts };
+            for expert in 0..experts {
+                let (a, mut b) = fused.expert(expert, dims, layout);
+                if part == ExpertMap::GateUp && transposed {
+                    b = deinterleave(&b, rank);
+                }
+                let low =
+                    LowRank { rslora: self.config.use_rslora.unwrap_or(false), ..LowRank::new(a, b, rank, alpha) };
+                let taken: BTreeSet<ExpertMap> = match part {
+                    ExpertMap::GateUp => [ExpertMap::GateUp, ExpertMap::Gate, ExpertMap::Up].into(),
+                    part => [part].into(),
+                };
+                if taken.iter().any(|part| found.contains_key(&Map::Expert { layer, expert, part: *part })) {
+                    let what = format!("tensors of `{path}`");
+                    return Err(self.error(what, format!("a second addition to expert {expert}"), "one"));
+                }
+                found.insert(Map::Expert { layer, expert, part }, low);
+            }
+        }
+        Ok(())
+    }
+
+    /// `A`, `B` and the rank per expert.
+    fn pair(&self, path: &str, module: &Module, experts: usize) -> Result<(Vec<f32>, Vec<f32>, usize)> {
+        let missing = |which: &str| self.error(format!("tensors of `{path}`"), format!("no {which}"), "both of a pair");
+        let a = module.a.as_ref().ok_or_else(|| missing("lora_A"))?;
+        let b = module.b.as_ref().ok_or_else(|| missing("lora_B"))?;
+        let ([rows, _], [_, columns]) = (&a.shape[..], &b.shape[..]) else {
+            let found = format!("A {:?} and B {:?}", a.shape, b.shape);
+            return Err(self.error(format!("tensors of `{path}`"), found, "two matrices"));
+        };
+        if rows != columns || *rows == 0 || !rows.is_multiple_of(experts) {
+            let found = format!("A {:?} and B {:?}", a.shape, b.shape);
+            let expected = format!("A [n, ..] and B [.., n], n a multiple of {experts}");
+            return Err(self.error(format!("tensors of `{path}`"), found, expected));
+        }
+        Ok((a.values.clone(), b.values.clone(), rows / experts))
+    }
+
+    fn shapes(&self, path: &str, module: &Module, a: [usize; 2], b: [usize; 2]) -> Result<()> {
+        let magnitude = [b[0]];
+        let expected =
+            [(&module.a, "lora_A", &a[..]), (&module.b, "lora_B", &b), (&module.magnitude, "magnitude", &magnitude)];
+        for (values, name, expected) in expected {
+            if let Some(values) = values.as_ref().filter(|values| values.shape != expected) {
+                let what = format!("{name} of `{path}`");
+                return Err(self.error(what, format!("{:?}", values.shape), format!("{expected:?}")));
+            }
+        }
+        Ok(())
+    }
+
+    fn rank(&self, path: &str, found: usize, expected: usize) -> Result<()> {
+        match found == expected {
+            true => Ok(()),
+            false => {
+                let expected = format!("{expected}, by `r` and `rank_pattern`");
+                Err(self.error(format!("rank of `{path}`"), found, expected))
+            }
+        }
+    }
+}
+
+enum Kind {
+    A,
+    B,
+    Magnitude,
+    Other(&'static str),
+}
+
+/// The module and the part of it that a tensor is. Names of adapters within a name are passed over.
+fn split(name: &str) -> Option<(&str, Kind)> {
+    let marker = |text: &str| name.find(text).map(|at| (&name[..at], &name[at + text.len()..]));
+    if let Some((path, rest)) = marker(".lora_A.") {
+        return rest.ends_with("weight").then_some((path, Kind::A));
+    }
+    if let Some((path, rest)) = marker(".lora_B.") {
+        let kind = if rest.ends_with("bias") { Kind::Other("a bias of B (`lora_bias`)") } else { Kind::B };
+        return Some((path, kind));
+    }
+    if let Some((path, _)) = marker(".lora_magnitude_vector") {
+        return Some((path, Kind::Magnitude));
+    }
+    for text in [".lora_embedding_A", ".lora_embedding_B"] {
+        if let Some((path, _)) = marker(text) {
+            return Some((path, Kind::Other("an adapter of embeddings")));
+        }
+    }
+    None
+}

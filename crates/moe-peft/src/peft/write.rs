@@ -1,0 +1,282 @@
+//! Writing a directory.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    path::Path,
+};
+
+use moe_checkpoint::{Dtype, LayerRole, write_atomic, write_json};
+use safetensors::tensor::TensorView;
+
+use super::{
+    CONFIG_FILE, MODEL_FILE, PREFIX,
+    config::{AdapterConfig, VERSION},
+    fused::{FusedExperts, interleave, join_gate_up},
+};
+use crate::{
+    Error, Result,
+    lora::{ExpertMap, LoraWeights, LowRank, Map, Maps, Naming, Patterns, Targets, ends_with},
+};
+
+/// How a directory is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WriteOptions {
+    /// Experts one by one, for transformers 4, or fused, for transformers 5. Both load in PEFT 0.21 where it knows the family.
+    pub naming: Naming,
+    /// Leave what the adapter took from the weights in the beginning to a base that [`crate::merge`] writes. Otherwise it becomes a
+    /// plain adapter of twice the rank.
+    pub on_residual: bool,
+    /// `base_model_name_or_path`.
+    pub base_model: Option<String>,
+    /// `task_type`.
+    pub task_type: String,
+}
+
+impl Default for WriteOptions {
+    fn default() -> Self {
+        Self { naming: Naming::Fused, on_residual: false, base_model: None, task_type: "CAUSAL_LM".into() }
+    }
+}
+
+/// A module or parameter that is written.
+struct Written {
+    /// Path that patterns are matched with.
+    path: String,
+    /// Path in the names of tensors.
+    key: String,
+    parameter: bool,
+    low: LowRank,
+    /// `[rows of A, in]`, `[out, columns of B]`.
+    shapes: [[usize; 2]; 2],
+}
+
+/// Writes `weights` as PEFT does. Both files appear whole or not at all.
+///
+/// With [`Naming::Fused`], additions to gate and up become one of both ranks, and experts of unequal ranks are filled up with zeros. With
+/// [`Naming::PerExpert`], one addition to gate and up becomes two with the same `A`.
+///
+/// # Errors
+/// [`Error::Unsupported`] for DoRA on fused experts; [`Error::Input`] for a map that the model does not have; [`Error::Io`].
+pub fn write(dir: impl AsRef<Path>, weights: &LoraWeights, maps: &Maps<'_>, options: &WriteOptions) -> Result<()> {
+    let dir = dir.as_ref();
+    weights.check(maps)?;
+    let chosen: BTreeMap<Map, LowRank> = weights
+        .maps
+        .iter()
+        .map(|(map, low)| (*map, if options.on_residual { low.on_residual() } else { low.plain() }))
+        .collect();
+    let rslora = same(chosen.values().map(|low| low.rslora), "use_rslora")?;
+    let dora = same(chosen.values().map(|low| low.magnitude.is_some()), "use_dora")?;
+    let mut written = Vec::new();
+    let mut fused: BTreeMap<(usize, bool), Vec<Option<LowRank>>> = BTreeMap::new();
+    for (map, low) in &chosen {
+        match (*map, options.naming) {
+            (Map::Expert { .. }, Naming::Fused) if dora => {
+                return Err(Error::Unsupported(format!(
+                    "{map}: PEFT has no DoRA for fused experts; write them one by one"
+                )));
+            }
+            (Map::Expert { layer, expert, part: ExpertMap::Gate | ExpertMap::Up }, Naming::Fused)
+                if chosen.contains_key(&Map::Expert { layer, expert, part: ExpertMap::GateUp }) =>
+            {
+                let found = "one to both, and one to it alone";
+                return Err(Error::input(format!("additions to {map}"), found, "one; combine them first"));
+            }
+            (Map::Expert { layer, expert, part }, Naming::Fused) => {
+                let down = part == ExpertMap::Down;
+                let slots = fused.entry((layer, down)).or_insert_with(|| vec![None; maps.experts(layer)]);
+                match part {
+                    ExpertMap::Down | ExpertMap::GateUp => slots[expert] = Some(low.clone()),
+                    ExpertMap::Gate | ExpertMap::Up => {
+                        let of = |part| chosen.get(&Map::Expert { layer, expert, part });
+                        let width = low.dims()[0];
+                        slots[expert] = join_gate_up(of(ExpertMap::Gate), of(ExpertMap::Up), width);
+                    }
+                }
+            }
+            (Map::Expert { layer, expert, part: ExpertMap::GateUp }, Naming::PerExpert) => {
+                let half = low.b.len() / 2;
+                for (part, b) in [(ExpertMap::Gate, &low.b[..half]), (ExpertMap::Up, &low.b[half..])] {
+                    let m = low.magnitude.as_ref().map(|m| match part {
+                        ExpertMap::Gate => m[..m.len() / 2].to_vec(),
+                        _ => m[m.len() / 2..].to_vec(),
+                    });
+                    let low = LowRank { b: b.to_vec(), magnitude: m, ..low.clone() };
+                    written.push(linear(maps.path(Map::Expert { layer, expert, part }, options.naming), low));
+                }
+            }
+            (map, naming) => {
+                let mut item = linear(maps.path(map, naming), low.clone());
+                // transformers 5 keeps the router as a parameter
+                if naming == Naming::Fused && matches!(map, Map::Layer(_, LayerRole::Router)) {
+                    item.parameter = true;
+                    item.path = format!("{}.weight", item.path);
+                }
+                written.push(item);
+            }
+        }
+    }
+    for ((layer, down), experts) in &fused {
+        written.push(fused_parameter(maps, *layer, *down, experts, fused.contains_key(&(*layer, !down)), rslora)?);
+    }
+    if written.is_empty() {
+        return Err(Error::input("an adapter to write", "no addition", "at least one"));
+    }
+    let config = config(&written, weights, maps, options, rslora, dora);
+    std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.to_path_buf(), source })?;
+    write_atomic(dir.join(MODEL_FILE), &serialise(&written, dir)?)?;
+    write_json(&dir.join(CONFIG_FILE), &config.to_json(&options.task_type))?;
+    Ok(())
+}
+
+fn same(mut values: impl Iterator<Item = bool>, what: &str) -> Result<bool> {
+    let first = values.next().unwrap_or(false);
+    match values.all(|value| value == first) {
+        true => Ok(first),
+        false => Err(Error::input(what, "maps with and without it", "one for the whole adapter, as PEFT has it")),
+    }
+}
+
+fn linear(path: String, low: LowRank) -> Written {
+    let [out, inputs] = low.dims();
+    let shapes = [[low.rank, inputs], [out, low.rank]];
+    Written { key: path.clone(), path, parameter: false, low, shapes }
+}
+
+/// One parameter of the experts of a layer; `both`: the other one is adapted, too, so that gate and up are within down.
+fn fused_parameter(
+    maps: &Maps<'_>,
+    layer: usize,
+    down: bool,
+    experts: &[Option<LowRank>],
+    both: bool,
+    rslora: bool,
+) -> Result<Written> {
+    let part = if down { ExpertMap::Down } else { ExpertMap::GateUp };
+    let dims = |expert| maps.dims(Map::Expert { layer, expert, part }).unwrap_or_default();
+    let [out, inputs] = dims(0);
+    if (0..experts.len()).any(|expert| dims(expert) != [out, inputs]) {
+        return Err(Error::Unsupported(format!(
+            "fused adapters of layer {layer}: its experts have different widths; write them one by one"
+        )));
+    }
+    let (mut fused, scale) = FusedExperts::from_experts(experts, [out, inputs]);
+    let columns = fused.rank * fused.experts;
+    if !down && maps.is_transposed() {
+        fused.b = interleave(&fused.b, columns);
+    }
+    let base = maps.experts_path(layer, Naming::Fused);
+    let alpha = scale * if rslora { (fused.rank as f64).sqrt() } else { fused.rank as f64 };
+    let low = LowRank { rslora, ..LowRank::new(fused.a, fused.b, fused.rank, alpha) };
+    Ok(Written {
+        path: format!("{base}.{}", if down { "down_proj" } else { "gate_up_proj" }),
+        key: if both && !down { format!("{base}.base_layer") } else { base },
+        parameter: true,
+        low,
+        shapes: [[columns, inputs], [out, columns]],
+    })
+}
+
+fn config(
+    written: &[Written],
+    weights: &LoraWeights,
+    maps: &Maps<'_>,
+    options: &WriteOptions,
+    rslora: bool,
+    dora: bool,
+) -> AdapterConfig {
+    // what most have is the rule, the rest are exceptions
+    let mut counts: BTreeMap<(usize, u64), usize> = BTreeMap::new();
+    written.iter().for_each(|item| *counts.entry((item.low.rank, alpha(&item.low).to_bits())).or_default() += 1);
+    let most = counts.iter().map(|(key, count)| (*count, std::cmp::Reverse(*key))).max();
+    let (r, bits) = most.map_or((8, 8f64.to_bits()), |(_, std::cmp::Reverse(key))| key);
+    let lora_alpha = f64::from_bits(bits);
+    let (mut rank_pattern, mut alpha_pattern) = (Patterns::default(), Patterns::default());
+    for item in written {
+        // a path of its own dots and all: they match themselves
+        if item.low.rank != r {
+            rank_pattern.push(&item.path, item.low.rank);
+        }
+        if alpha(&item.low) != lora_alpha {
+            alpha_pattern.push(&item.path, alpha(&item.low));
+        }
+    }
+    let paths = |parameter: bool| -> BTreeSet<&str> {
+        written.iter().filter(|item| item.parameter == parameter).map(|item| item.path.as_str()).collect()
+    };
+    let all_modules: Vec<String> = maps
+        .all()
+        .iter()
+        .filter(|map| match options.naming {
+            Naming::Fused => !matches!(map, Map::Expert { .. } | Map::Layer(_, LayerRole::Router)),
+            Naming::PerExpert => true,
+        })
+        .map(|map| maps.path(*map, options.naming))
+        .collect();
+    let moe_layers = maps.checkpoint().shape().layers.iter().map(|layer| layer.layer);
+    let all_parameters: Vec<String> = moe_layers
+        .flat_map(|layer| {
+            let base = maps.experts_path(layer, Naming::Fused);
+            let router = maps.path(Map::Layer(layer, LayerRole::Router), Naming::Fused);
+            [format!("{base}.gate_up_proj"), format!("{base}.down_proj"), format!("{router}.weight")]
+        })
+        .collect();
+    let parameters = shortest(&paths(true), &all_parameters, 3);
+    AdapterConfig {
+        peft_type: "LORA".into(),
+        peft_version: Some(VERSION.into()),
+        base_model_name_or_path: options.base_model.clone(),
+        r,
+        lora_alpha,
+        lora_dropout: weights.dropout,
+        target_modules: Some(Targets::List(shortest(&paths(false), &all_modules, 1))),
+        target_parameters: (!parameters.is_empty()).then_some(parameters),
+        rank_pattern: Some(rank_pattern),
+        alpha_pattern: Some(alpha_pattern),
+        use_rslora: Some(rslora),
+        use_dora: Some(dora),
+        ..AdapterConfig::default()
+    }
+}
+
+/// `lora_alpha`, without the rounding of a root.
+fn alpha(low: &LowRank) -> f64 {
+    let rounded = low.alpha.round();
+    if (low.alpha - rounded).abs() < 1e-9 { rounded } else { low.alpha }
+}
+
+/// `chosen` paths by their last `segments`, where that names no other of `all`.
+fn shortest(chosen: &BTreeSet<&str>, all: &[String], segments: usize) -> Vec<String> {
+    let mut names = BTreeSet::new();
+    for path in chosen {
+        let start = path.rmatch_indices('.').nth(segments - 1).map_or(0, |(at, _)| at + 1);
+        let name = &path[start..];
+        let others = all.iter().any(|other| ends_with(other, name) && !chosen.contains(other.as_str()));
+        names.insert(if others { (*path).to_string() } else { name.to_string() });
+    }
+    names.into_iter().collect()
+}
+
+fn serialise(written: &[Written], dir: &Path) -> Result<Vec<u8>> {
+    let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+    for Written { key, low, shapes: [a, b], .. } in written {
+        tensors.push((format!("{PREFIX}{key}.lora_A.weight"), a.to_vec(), bytes(&low.a)));
+        tensors.push((format!("{PREFIX}{key}.lora_B.weight"), b.to_vec(), bytes(&low.b)));
+        if let Some(m) = &low.magnitude {
+            tensors.push((format!("{PREFIX}{key}.lora_magnitude_vector"), vec![m.len()], bytes(m)));
+        }
+    }
+    let malformed = |error: safetensors::SafeTensorError| Error::File {
+        path: dir.join(MODEL_FILE),
+        what: "tensors".into(),
+        found: error.to_string(),
+        expected: "values of their shapes".into(),
+    };
+    let mut views = Vec::with_capacity(tensors.len());
+    for (name, shape, bytes) in &tensors {
+        views.push((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(malformed)?));
+    }
+    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+    safetensors::serialize(views, Some(metadata)).map_err(malformed)
+}

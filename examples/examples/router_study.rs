@@ -1,0 +1,12 @@
+//! Compares ways to train that concern routing: `cargo run --release --example router_study -- --help`.
+
+use std::process::ExitCode;
+
+use moe_examples::{cli, router_study};
+
+fn main() -> ExitCode {
+    cli::run(|arguments: router_study::Arguments| {
+        cli::allocator(None);
+        router_study::run(&arguments)
+    })
+}

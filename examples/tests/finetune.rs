@@ -1,0 +1,104 @@
+//! `finetune_qwen`, from the command line's arguments to its files.
+
+use std::fs;
+use std::path::Path;
+
+use clap::Parser;
+use moe_core::Model;
+use moe_core::evaluate::Metric;
+use moe_examples::finetune::{Arguments, Finished, METHODS, Recipe, Results, run};
+use moe_examples::progress::Progress;
+use moe_examples::{Error, TINY_MOE};
+
+fn arguments(out: &Path, more: &[&str]) -> Arguments {
+    let small = ["finetune_qwen", "--eval-rows", "8", "--samples", "64", "--save-every", "2", "--out"];
+    Arguments::parse_from(small.iter().chain(&[out.to_str().unwrap()]).chain(more))
+}
+
+fn finetune(out: &Path, more: &[&str]) -> Result<Finished, Error> {
+    run(arguments(out, more), Progress::hidden())
+}
+
+#[test]
+fn several_methods_are_trained_measured_and_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("out");
+    let finished = finetune(&out, &["--method", "full,smt,owlore", "--steps", "3"]).unwrap();
+    let results = &finished.results;
+    assert_eq!(results.before.len(), 4);
+    assert_eq!(results.data[0], 64);
+    for method in &results.methods {
+        assert_eq!(method.evaluations.len(), 4, "{}", method.name);
+        assert_eq!(method.training.losses.iter().map(|p| p.step).collect::<Vec<_>>(), [1, 2, 3], "{}", method.name);
+        let dir = out.join(&method.name);
+        assert_eq!(
+            serde_json::from_slice::<Recipe>(&fs::read(dir.join("recipe.json")).unwrap()).unwrap(),
+            method.recipe
+        );
+        assert!(fs::read_to_string(dir.join("trainable.txt")).unwrap().contains("routed experts gate_up"));
+        let model = Model::open(dir.join("model"), &burn::tensor::Device::flex(), None).unwrap();
+        assert_ne!(model.checkpoint().fingerprint(), "");
+    }
+    let full = &results.methods[0];
+    assert!(full.training.losses[2].loss < full.training.losses[0].loss);
+    assert_eq!(
+        full.training.trained,
+        Model::open(TINY_MOE, &burn::tensor::Device::flex(), None).unwrap().checkpoint().parameters()
+    );
+    let html = fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(html.contains("<svg") && html.contains("owlore"));
+    let saved: Results = serde_json::from_slice(&fs::read(out.join("results.json")).unwrap()).unwrap();
+    assert_eq!(saved.methods.len(), 3);
+    // finished methods are taken over, and an output is not written over
+    let again = finetune(&out, &["--method", "full,smt,owlore", "--steps", "3", "--resume"]).unwrap();
+    assert_eq!(again.results.methods, results.methods);
+    assert!(finetune(&out, &["--method", "full", "--steps", "3"]).is_err());
+}
+
+#[test]
+fn a_recipe_file_is_a_method_of_ones_own() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("mine.json");
+    fs::write(&file, r#"{"method": {"type": "own", "router": true, "norms": true}}"#).unwrap();
+    let data = Path::new(TINY_MOE).join("data/division_train.jsonl");
+    let of_ones_own =
+        ["--model", TINY_MOE, "--data", data.to_str().unwrap(), "--recipe", file.to_str().unwrap(), "--steps", "2"];
+    let finished = finetune(&directory.path().join("out"), &of_ones_own).unwrap();
+    assert!(finished.results.before.is_empty());
+    let table = fs::read_to_string(directory.path().join("out/recipe/trainable.txt")).unwrap();
+    let trains = |part: &str| {
+        let line = table.lines().find(|line| line.starts_with(part)).unwrap();
+        line.split_whitespace().last().unwrap() != "0"
+    };
+    assert!(trains("routers") && trains("norms") && !trains("query") && !trains("routed experts down"));
+}
+
+#[test]
+fn what_was_pruned_is_trained_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let finished =
+        finetune(directory.path().join("out").as_path(), &["--recover", "--method", "full", "--steps", "4"]).unwrap();
+    let results = finished.results;
+    assert_eq!((results.before.len(), results.whole.as_ref().map(Vec::len)), (3, Some(3)));
+    let perplexity = |evaluations: &[moe_core::evaluate::Evaluation]| match evaluations[2].metric {
+        Metric::Perplexity(value) => value,
+        Metric::ExactMatch(_) => panic!("prose is not answered"),
+    };
+    let (whole, half) = (perplexity(&results.whole.unwrap()), perplexity(&results.before));
+    assert!(whole < half, "{whole} {half}");
+    assert_ne!(perplexity(&results.methods[0].evaluations), half);
+}
+
+#[test]
+fn what_is_wrong_is_said_before_anything_is_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("out");
+    let message = |more: &[&str]| finetune(&out, more).unwrap_err().to_string();
+    assert!(message(&["--method", "prayer"]).contains("known are full"));
+    assert!(message(&["--method", "full", "--learning-rate=-1"]).contains("peak"));
+    assert!(
+        message(&["--model", TINY_MOE]).contains("--data FILE") || message(&["--model", TINY_MOE]).contains("--method")
+    );
+    assert!(message(&["--method", "list"]).contains(METHODS[0].words));
+    assert!(!out.exists());
+}
