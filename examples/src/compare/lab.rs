@@ -69,6 +69,10 @@ impl Lab {
     pub fn run(&self, job: &Job) -> Result<Record> {
         let start = Instant::now();
         let scratch = self.scratch.join(self.exports.fetch_add(1, Ordering::Relaxed).to_string());
+        // What a run that was killed has left.
+        if scratch.exists() {
+            fs::remove_dir_all(&scratch).map_err(Error::io(&scratch))?;
+        }
         let mut record = Record::nothing_dropped(&job.case, self.bench.model.checkpoint());
         match self.subject(&job.case, &scratch) {
             Ok(mut subject) => {

@@ -115,6 +115,9 @@ impl Form {
         let full = bytes(model.checkpoint().dir())?;
         let mut forms = vec![Self { method: "(full model)".into(), form: OutputForm::StockCopies, bytes: Some(full) }];
         let scratch = root.join("scratch/forms");
+        if scratch.exists() {
+            std::fs::remove_dir_all(&scratch).map_err(Error::io(&scratch))?;
+        }
         for method in &merging.methods {
             let recipe = recipe(method, half)?;
             if recipe.compression.is_some() {
