@@ -464,7 +464,7 @@ mod tests {
             let gated = gates(gate, &p, 2);
             group.note(0, &gated, 2, 4, &|row| row);
             let found = group.gradient(&gated, 2, 4, &|row| row);
-            for i in 0..8 {
+            for (i, found) in found.iter().enumerate() {
                 // of two predicted tokens; probabilities move by themselves, choices stay
                 let at = |h: f32| {
                     let mut moved = gates(gate, &p, 2);
@@ -476,7 +476,7 @@ mod tests {
                     2.0 * group.loss()
                 };
                 let quotient = (at(1e-3) - at(-1e-3)) / 2e-3;
-                assert!((quotient - f64::from(found[i])).abs() < 2e-3, "{balance:?} {i}: {} {quotient}", found[i]);
+                assert!((quotient - f64::from(*found)).abs() < 2e-3, "{balance:?} {i}: {found} {quotient}");
             }
         }
     }
