@@ -5,6 +5,7 @@
 
 pub mod cli;
 pub mod compare;
+pub mod delta;
 pub mod error;
 pub mod exports;
 pub mod figures;

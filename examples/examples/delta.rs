@@ -1,0 +1,9 @@
+//! What fine-tuning changed, as a small file: `cargo run --release --example delta -- --help`.
+
+use std::process::ExitCode;
+
+use moe_examples::{cli, delta};
+
+fn main() -> ExitCode {
+    cli::run(delta::run)
+}
