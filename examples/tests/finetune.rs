@@ -95,7 +95,7 @@ fn what_is_wrong_is_said_before_anything_is_written() {
     let out = directory.path().join("out");
     let message = |more: &[&str]| finetune(&out, more).unwrap_err().to_string();
     assert!(message(&["--method", "prayer"]).contains("known are full"));
-    assert!(message(&["--method", "full", "--learning-rate=-1"]).contains("peak"));
+    assert!(message(&["--method", "full", "--learning-rate=-1"]).contains("learning rate: found -1"));
     assert!(
         message(&["--model", TINY_MOE]).contains("--data FILE") || message(&["--model", TINY_MOE]).contains("--method")
     );

@@ -87,17 +87,18 @@ impl Arguments {
         self.model.clone().unwrap_or_else(|| PathBuf::from(TINY_MOE))
     }
 
-    /// The rows to train on.
+    /// The rows to train on, and whether they are text without prompts.
     ///
     /// # Errors
     /// [`Error::Usage`] for a model of one's own without any.
-    pub fn data_files(&self) -> Result<Vec<PathBuf>> {
+    pub fn data_files(&self) -> Result<Vec<(PathBuf, bool)>> {
         let bundled = |name: &str| PathBuf::from(TINY_MOE).join("data").join(name);
         match (&self.data, &self.model, self.recover) {
-            (Some(file), ..) => Ok(vec![file.clone()]),
-            (None, None, false) => Ok(vec![bundled("division_train.jsonl")]),
+            (Some(file), ..) => Ok(vec![(file.clone(), false)]),
+            (None, None, false) => Ok(vec![(bundled("division_train.jsonl"), false)]),
             (None, None, true) => {
-                Ok(["arithmetic", "facts", "prose"].map(|name| bundled(&format!("{name}_calibration.jsonl"))).into())
+                let rows = [("arithmetic", false), ("facts", false), ("prose", true)];
+                Ok(rows.map(|(name, text)| (bundled(&format!("{name}_calibration.jsonl")), text)).into())
             }
             (None, Some(_), _) => Err(Error::Usage("--model needs --data FILE: rows to train on".into())),
         }

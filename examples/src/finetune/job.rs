@@ -115,7 +115,7 @@ impl Workshop<'_> {
                 let watch = BlockWatch::new(*smt, self.model)?;
                 let task = FineTune::new(self.model, Arc::new(set))?.with_method(watch.clone());
                 let steps = recipe.train.steps(self.waves.len());
-                let warmup = smt.warmup_steps.min(steps);
+                let warmup = smt.warmup_steps.min(steps.saturating_sub(1)).max(1);
                 let options = TrainOptions { max_steps: Some(warmup), ..recipe.train.clone() };
                 let (_, warmed) = run.phase(Phase { task, options, name: "warm-up" })?;
                 let selection = watch.scores().select()?;

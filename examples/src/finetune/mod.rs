@@ -89,14 +89,16 @@ impl Job {
             true => Some(Tokenizer::from_dir(arguments.model_dir())?),
             false => None,
         };
-        let options = DatasetOptions {
-            samples: Some(arguments.samples),
-            length: arguments.length,
-            seed: Some(arguments.seed),
-            loss: if arguments.loss_over_prompts { LossOver::All } else { LossOver::Completions },
-            ..DatasetOptions::default()
+        let load = |(file, text): &(PathBuf, bool)| {
+            let options = DatasetOptions {
+                samples: Some(arguments.samples),
+                length: arguments.length,
+                seed: Some(arguments.seed),
+                loss: if arguments.loss_over_prompts || *text { LossOver::All } else { LossOver::Completions },
+                ..DatasetOptions::default()
+            };
+            Dataset::load(file, tokenizer.as_ref(), model.config().vocab_size, &options)
         };
-        let load = |file: &PathBuf| Dataset::load(file, tokenizer.as_ref(), model.config().vocab_size, &options);
         let mut data = files.iter().map(load).collect::<Result<Vec<_>, _>>()?;
         let data = match data.len() {
             1 => data.remove(0),

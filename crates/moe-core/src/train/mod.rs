@@ -31,7 +31,7 @@
 //! let mut parameters = Parameters::new();
 //! parameters.insert("w", vec![0.0]);
 //! let waves = [Wave { id: 0, sequences: vec![Sequence::new(vec![3, 0])] }];
-//! let options = TrainOptions { epochs: 40, schedule: Schedule::constant(0.1), ..TrainOptions::default() };
+//! let options = TrainOptions { epochs: 200, schedule: Schedule::constant(0.1), ..TrainOptions::default() };
 //! let report = train(&mut Pull, &mut parameters, &waves, &options, &mut |_| Ok(()))?;
 //! assert!(report.best.unwrap().value < 0.3);
 //! # Ok::<(), moe_core::Error>(())
