@@ -74,7 +74,7 @@ impl Bench {
         Ok(bench)
     }
 
-    /// The same, measuring single layers as well: see [`LayerErrors`].
+    /// The same, measuring single layers as well: see `LayerErrors`.
     ///
     /// # Errors
     /// Whatever stops the model.

@@ -2,7 +2,7 @@
 //!
 //! [`Adapters`] gives, for each [`Site`] of a model, a [`LinearAdapter`]: a low-rank addition, a mixture of them, a weight that is trained
 //! itself. Sweeps, generation and evaluation run through them alike. In the backward sweep, if an observer asks for
-//! [`Signals::parameters`](crate::Signals::parameters), every adapter adds up the gradients of its own parameters; the base weights it
+//! [`Signals::parameters`](crate::trace::Signals::parameters), every adapter adds up the gradients of its own parameters; the base weights it
 //! stands beside stay frozen in their stored form. Base weights nobody adapts cost nothing more than in a plain sweep.
 //!
 //! Adapters are shared between threads: experts are computed side by side, but one adapter is never called twice at a time, and always in

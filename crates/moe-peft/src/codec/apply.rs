@@ -34,7 +34,7 @@ impl Delta {
     /// at all. Sums are rounded to the dtype of the base; tensors that the delta does not have are copied byte for byte.
     ///
     /// # Errors
-    /// [`Error::File`] for a delta of another base or of an adapter, before anything is written; those of the writer.
+    /// [`Error::File`](crate::Error::File) for a delta of another base or of an adapter, before anything is written; those of the writer.
     pub fn apply(&self, base: &Checkpoint, to: &Path, options: &DeltaOptions) -> Result<Written> {
         match &self.table().base {
             DeltaBase::Checkpoint { fingerprint } if *fingerprint == base.fingerprint() => {}
@@ -95,7 +95,7 @@ impl Delta {
     /// Writes the adapter that the delta was made from, as far as the delta has it, to the directory `to`, which appears whole or not at all.
     ///
     /// # Errors
-    /// [`Error::File`] for a delta of a checkpoint, before anything is written; those of the writer.
+    /// [`Error::File`](crate::Error::File) for a delta of a checkpoint, before anything is written; those of the writer.
     pub fn restore_adapter(&self, to: &Path, existing: Existing) -> Result<Written> {
         let DeltaBase::Adapter { start, config } = &self.table().base else {
             return Err(self.wrong("base", "a checkpoint", "an adapter"));
@@ -129,7 +129,7 @@ impl Delta {
     /// The task vector as the delta has it, tensor by tensor, in pieces, for codings of differences.
     ///
     /// # Errors
-    /// [`Error::File`] for a delta of whole tensors.
+    /// [`Error::File`](crate::Error::File) for a delta of whole tensors.
     pub fn stream(&self, mut f: impl FnMut(&DeltaTensor, &[f32]) -> Result<()>) -> Result<()> {
         if self.table().coding == DeltaCoding::Changed {
             return Err(self.wrong("coding", "whole tensors", "differences"));
