@@ -28,6 +28,13 @@ impl Progress {
         Self { hidden: true }
     }
 
+    /// Writes lines, unless nothing is to be seen.
+    pub fn say(&self, text: &str) {
+        if !self.hidden {
+            eprintln!("{}", text.trim_end());
+        }
+    }
+
     /// A bar over `total`; it vanishes when dropped.
     pub fn bar(&self, label: impl Into<String>, total: u64, unit: Unit) -> Bar {
         let target = if self.hidden { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };

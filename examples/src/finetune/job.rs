@@ -16,7 +16,7 @@ use moe_peft::dense_mixer::DenseMixer;
 use moe_peft::esft::ExpertUse;
 use moe_peft::fold::{FoldOptions, fold};
 use moe_peft::lora::corda::Covariances;
-use moe_peft::lora::{Init, Lora, LoraConfig, Map, Maps};
+use moe_peft::lora::{Init, Lora, LoraConfig, Map, Maps, Targets};
 use moe_peft::mixture::{KeepsSelection, Mixture};
 use moe_peft::own::{BlockWatch, OwnWeights, SampledLayers};
 use moe_peft::peft::WriteOptions;
@@ -106,7 +106,7 @@ impl Workshop<'_> {
     /// What is wrong with the recipe, before any step; then what stops training.
     pub fn train(&self, name: &str, recipe: &Recipe, show: &mut dyn FnMut(&Trainable)) -> Result<Trained> {
         recipe.train.validate()?;
-        let mut run = Run::new(self, name)?;
+        let mut run = Run::new(self, name, recipe)?;
         match &recipe.method {
             Method::Smt(smt) => {
                 smt.validate()?;
@@ -234,23 +234,34 @@ struct Run<'a> {
     seconds: f64,
     tokens: u64,
     peaks: BTreeMap<String, u64>,
+    recipe: &'a Recipe,
+    /// Waves that are trained on, and those that are only evaluated.
+    waves: (&'a [Wave], &'a [Wave]),
 }
 
 impl<'a> Run<'a> {
-    fn new(shop: &'a Workshop<'a>, name: &'a str) -> Result<Self> {
+    fn new(shop: &'a Workshop<'a>, name: &'a str, recipe: &'a Recipe) -> Result<Self> {
+        // evaluation while it trains is on rows that it does not train on: the last twentieth
+        let held_out = match recipe.train.evaluate_every {
+            Some(_) if shop.waves.len() > 1 => shop.waves.len().div_ceil(20),
+            _ => 0,
+        };
+        let waves = shop.waves.split_at(shop.waves.len() - held_out);
         std::fs::create_dir_all(shop.dir).map_err(Error::io(shop.dir))?;
-        Ok(Self { shop, name, losses: Vec::new(), seconds: 0.0, tokens: 0, peaks: BTreeMap::new() })
+        Ok(Self { shop, name, losses: Vec::new(), seconds: 0.0, tokens: 0, peaks: BTreeMap::new(), recipe, waves })
     }
 
     fn phase(&mut self, phase: Phase) -> Result<(FineTune, Parameters)> {
-        let Phase { mut task, options, name } = phase;
+        let Phase { task, options, name } = phase;
+        let (waves, held_out) = self.waves;
+        let mut task = task.with_evaluation(held_out.to_vec());
         let mut parameters = task.set().bank().parameters()?;
         let saving = Saving { resume: self.shop.resume, ..Saving::new(self.shop.dir.join(name), self.shop.save_every) };
         memory::reset_peak();
         let start = Instant::now();
         // up to the last step: what is saved afterwards is no training
         let mut seconds = 0.0;
-        let bar = self.shop.progress.bar(self.name, options.steps(self.shop.waves.len()) as u64, Unit::Count("steps"));
+        let bar = self.shop.progress.bar(self.name, options.steps(waves.len()) as u64, Unit::Count("steps"));
         let metrics = self.shop.dir.join(format!("{name}.jsonl"));
         let log = File::options().create(true).append(true).open(&metrics).map_err(Error::io(&metrics))?;
         let mut log = JsonLines(log);
@@ -264,20 +275,28 @@ impl<'a> Run<'a> {
             }
             log.write(event)
         };
-        train_saved(&mut task, &mut parameters, self.shop.waves, &options, Some(&saving), &mut tell)?;
+        train_saved(&mut task, &mut parameters, waves, &options, Some(&saving), &mut tell)?;
         self.seconds += seconds;
         if let Some(memory) = memory::process_memory() {
             self.peaks.insert(name.to_owned(), memory.peak);
         }
         let offset = self.losses.last().map_or(0, |point| point.step);
         self.losses.extend(losses(&metrics)?.into_iter().map(|(step, loss)| LossPoint { step: offset + step, loss }));
-        let per_epoch: usize = self.shop.waves.iter().map(Wave::tokens).sum();
-        self.tokens += steps * per_epoch as u64 * options.waves_per_step as u64 / self.shop.waves.len().max(1) as u64;
+        let per_epoch: usize = waves.iter().map(Wave::tokens).sum();
+        self.tokens += steps * per_epoch as u64 * options.waves_per_step as u64 / waves.len().max(1) as u64;
         Ok((task, parameters))
     }
 
     fn finish(mut self, phase: Phase, show: &mut dyn FnMut(&Trainable)) -> Result<Trained> {
-        let trainable = Trainable::of(self.shop.model, phase.task.set());
+        let asked: Vec<String> = match &self.recipe.method {
+            Method::Lora(config) => match &config.target_modules {
+                Some(Targets::List(names)) => names.clone(),
+                Some(Targets::Pattern(pattern)) => vec![pattern.clone()],
+                None => Vec::new(),
+            },
+            _ => Vec::new(),
+        };
+        let trainable = Trainable::of(self.shop.model, phase.task.set()).asked_for(&asked);
         show(&trainable);
         let (task, parameters) = self.phase(phase)?;
         let trained = parameters.active_len() as u64;

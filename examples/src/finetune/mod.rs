@@ -217,7 +217,14 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
             resume: job.existing == OutExisting::Resume,
             progress,
         };
-        let trained = shop.train(name, recipe, &mut |trainable| tracing::info!("{name}:\n{trainable}"))?;
+        let trained = shop.train(name, recipe, &mut |trainable| {
+            // several methods side by side would fill the screen; their tables are in their directories
+            if job.recipes.len() == 1 {
+                progress.say(&trainable.to_string());
+            } else {
+                trainable.warnings.iter().for_each(|warning| progress.say(&format!("{name}: {warning}")));
+            }
+        })?;
         let evaluations = job.measure(trained.task.model(), name, progress)?;
         shop.write(&trained, Existing::Force)?;
         let text = trained.trainable.to_string();
