@@ -237,24 +237,6 @@ fn noise(len: usize, seed: usize) -> Vec<f32> {
     (0..len).map(|i| (((i * 7919 + seed * 104_729 + 17) % 1009) as f32 / 504.5 - 1.0) * 0.3).collect()
 }
 
-/// Linear maps of a layer by the tensors they are made of.
-const LINEAR: [(LayerSite, &[LayerRole]); 14] = [
-    (LayerSite::Query, &[LayerRole::Query]),
-    (LayerSite::Key, &[LayerRole::Key]),
-    (LayerSite::Value, &[LayerRole::Value]),
-    (LayerSite::Output, &[LayerRole::Output]),
-    (LayerSite::LatentQueryDown, &[LayerRole::LatentQueryDown]),
-    (LayerSite::LatentQueryUp, &[LayerRole::LatentQueryUp]),
-    (LayerSite::LatentKvDown, &[LayerRole::LatentKvDown]),
-    (LayerSite::LatentKvUp, &[LayerRole::LatentKvUp]),
-    (LayerSite::Router, &[LayerRole::Router]),
-    (LayerSite::SharedGateUp, &[LayerRole::SharedGate, LayerRole::SharedUp]),
-    (LayerSite::SharedDown, &[LayerRole::SharedDown]),
-    (LayerSite::SharedExpertGate, &[LayerRole::SharedExpertGate]),
-    (LayerSite::DenseGateUp, &[LayerRole::DenseGate, LayerRole::DenseUp]),
-    (LayerSite::DenseDown, &[LayerRole::DenseDown]),
-];
-
 const VECTORS: [LayerRole; 12] = [
     LayerRole::AttentionNorm,
     LayerRole::AttentionNormBias,
@@ -284,7 +266,8 @@ impl Everything {
             values
         };
         for layer in 0..config.layers.len() {
-            for (site, roles) in LINEAR {
+            for site in LayerSite::ALL {
+                let roles = site.roles();
                 let role = |r: &LayerRole| Role::Layer(layer, *r);
                 let Some(dims) = shape(role(&roles[0])) else { continue };
                 let values: Vec<f32> = roles.iter().flat_map(|r| read(role(r))).collect();

@@ -27,24 +27,6 @@ pub struct VectorPlace {
     pub norm: bool,
 }
 
-/// Linear maps of a layer, and the tensors whose rows follow each other in them.
-const LINEAR: [(LayerSite, &[LayerRole]); 14] = [
-    (LayerSite::Query, &[LayerRole::Query]),
-    (LayerSite::Key, &[LayerRole::Key]),
-    (LayerSite::Value, &[LayerRole::Value]),
-    (LayerSite::Output, &[LayerRole::Output]),
-    (LayerSite::LatentQueryDown, &[LayerRole::LatentQueryDown]),
-    (LayerSite::LatentQueryUp, &[LayerRole::LatentQueryUp]),
-    (LayerSite::LatentKvDown, &[LayerRole::LatentKvDown]),
-    (LayerSite::LatentKvUp, &[LayerRole::LatentKvUp]),
-    (LayerSite::Router, &[LayerRole::Router]),
-    (LayerSite::SharedGateUp, &[LayerRole::SharedGate, LayerRole::SharedUp]),
-    (LayerSite::SharedDown, &[LayerRole::SharedDown]),
-    (LayerSite::SharedExpertGate, &[LayerRole::SharedExpertGate]),
-    (LayerSite::DenseGateUp, &[LayerRole::DenseGate, LayerRole::DenseUp]),
-    (LayerSite::DenseDown, &[LayerRole::DenseDown]),
-];
-
 /// Vectors of a layer: which, whether of a norm, whether in the attention half.
 const VECTORS: [(LayerRole, bool, bool); 15] = [
     (LayerRole::AttentionNorm, true, true),
@@ -66,8 +48,7 @@ const VECTORS: [(LayerRole, bool, bool); 15] = [
 
 /// The tensors of a layer's map, in the order of its rows.
 pub fn roles(layer: usize, site: LayerSite) -> impl Iterator<Item = Role> {
-    let roles = LINEAR.iter().find(|(s, _)| *s == site).map_or(&[][..], |(_, roles)| roles);
-    roles.iter().map(move |role| Role::Layer(layer, *role))
+    site.roles().iter().map(move |role| Role::Layer(layer, *role))
 }
 
 /// All linear maps of a checkpoint but embeddings and head: layer by layer, those of routed experts last.
@@ -75,11 +56,9 @@ pub fn places(checkpoint: &Checkpoint) -> Vec<Place> {
     let config = checkpoint.config();
     let mut places = Vec::new();
     for layer in 0..config.layers.len() {
-        for (site, parts) in LINEAR {
-            let shapes: Option<Vec<[usize; 2]>> = parts
-                .iter()
-                .map(|role| <[usize; 2]>::try_from(&checkpoint.role(Role::Layer(layer, *role)).ok()?.shape[..]).ok())
-                .collect();
+        for site in LayerSite::ALL {
+            let shape = |role| <[usize; 2]>::try_from(&checkpoint.role(role).ok()?.shape[..]).ok();
+            let shapes: Option<Vec<[usize; 2]>> = roles(layer, site).map(shape).collect();
             if let Some(shapes) = shapes {
                 let dims = [shapes.iter().map(|shape| shape[0]).sum(), shapes[0][1]];
                 places.push(Place { site: Site::Layer(layer, site), dims });

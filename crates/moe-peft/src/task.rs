@@ -205,18 +205,12 @@ impl TrainingTask for FineTune {
     fn evaluate(&mut self, parameters: &mut Parameters) -> moe_core::Result<f64> {
         let bank = self.set.bank();
         bank.lend(parameters, false).map_err(into_core)?;
-        let mut total = BatchLoss::default();
-        let mut result = Ok(());
-        for wave in &self.evaluation {
-            match self.loss(wave, &mut Nobody) {
-                Ok(BatchLoss { loss, tokens }) => {
-                    total = BatchLoss { loss: total.loss + loss, tokens: total.tokens + tokens };
-                }
-                Err(error) => result = Err(error),
-            }
-        }
+        let total = self.evaluation.iter().try_fold(BatchLoss::default(), |total, wave| {
+            let BatchLoss { loss, tokens } = self.loss(wave, &mut Nobody)?;
+            Ok(BatchLoss { loss: total.loss + loss, tokens: total.tokens + tokens })
+        });
         bank.take_back(parameters, false).map_err(into_core)?;
-        result.map(|()| total.loss / total.tokens.max(1) as f64)
+        total.map(|BatchLoss { loss, tokens }| loss / tokens.max(1) as f64)
     }
 
     fn state_save(&self) -> moe_core::Result<TaskState> {

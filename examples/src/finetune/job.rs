@@ -59,8 +59,6 @@ pub struct Trained {
     pub task: FineTune,
     /// What it cost.
     pub training: Training,
-    /// What was trained, as a table.
-    pub trainable: Trainable,
     /// What was trained beside the weights.
     pub beside: Beside,
 }
@@ -75,6 +73,9 @@ pub struct Beside {
     /// Factors of experts that do not run.
     pub compressed: Option<CompressedLayers>,
 }
+
+/// Told what will be trained, before the first step.
+pub type Show<'a> = &'a mut dyn FnMut(&Trainable) -> Result<()>;
 
 /// What a phase of training starts from.
 struct Phase {
@@ -104,7 +105,7 @@ impl Workshop<'_> {
     ///
     /// # Errors
     /// What is wrong with the recipe, before any step; then what stops training.
-    pub fn train(&self, name: &str, recipe: &Recipe, show: &mut dyn FnMut(&Trainable)) -> Result<Trained> {
+    pub fn train(&self, name: &str, recipe: &Recipe, show: Show<'_>) -> Result<Trained> {
         recipe.train.validate()?;
         let mut run = Run::new(self, name, recipe)?;
         match &recipe.method {
@@ -287,7 +288,7 @@ impl<'a> Run<'a> {
         Ok((task, parameters))
     }
 
-    fn finish(mut self, phase: Phase, show: &mut dyn FnMut(&Trainable)) -> Result<Trained> {
+    fn finish(mut self, phase: Phase, show: Show<'_>) -> Result<Trained> {
         let asked: Vec<String> = match &self.recipe.method {
             Method::Lora(config) => match &config.target_modules {
                 Some(Targets::List(names)) => names.clone(),
@@ -297,7 +298,7 @@ impl<'a> Run<'a> {
             _ => Vec::new(),
         };
         let trainable = Trainable::of(self.shop.model, phase.task.set()).asked_for(&asked);
-        show(&trainable);
+        show(&trainable)?;
         let (task, parameters) = self.phase(phase)?;
         let trained = parameters.active_len() as u64;
         task.set().bank().settle(parameters)?;
@@ -308,7 +309,7 @@ impl<'a> Run<'a> {
             peak_memory: self.peaks.values().copied().max(),
             phases: self.peaks,
         };
-        Ok(Trained { task, training, trainable, beside: Beside::default() })
+        Ok(Trained { task, training, beside: Beside::default() })
     }
 }
 

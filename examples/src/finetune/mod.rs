@@ -218,17 +218,17 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
             progress,
         };
         let trained = shop.train(name, recipe, &mut |trainable| {
+            write_atomic(dir.join("trainable.txt"), trainable.to_string().as_bytes())?;
             // several methods side by side would fill the screen; their tables are in their directories
             if job.recipes.len() == 1 {
                 progress.say(&trainable.to_string());
             } else {
                 trainable.warnings.iter().for_each(|warning| progress.say(&format!("{name}: {warning}")));
             }
+            Ok(())
         })?;
         let evaluations = job.measure(trained.task.model(), name, progress)?;
         shop.write(&trained, Existing::Force)?;
-        let text = trained.trainable.to_string();
-        write_atomic(dir.join("trainable.txt"), text.as_bytes())?;
         let recipe_json = serde_json::to_vec_pretty(recipe).unwrap_or_default();
         write_atomic(dir.join("recipe.json"), &recipe_json)?;
         let result =

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use moe_checkpoint::LayerRole;
+
 /// A linear map of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Site {
@@ -100,6 +102,31 @@ impl LayerSite {
         Self::DenseGateUp,
         Self::DenseDown,
     ];
+
+    /// The tensors it is made of, whose rows follow each other.
+    pub fn roles(self) -> &'static [LayerRole] {
+        match self {
+            Self::Query => &[LayerRole::Query],
+            Self::Key => &[LayerRole::Key],
+            Self::Value => &[LayerRole::Value],
+            Self::Output => &[LayerRole::Output],
+            Self::LatentQueryDown => &[LayerRole::LatentQueryDown],
+            Self::LatentQueryUp => &[LayerRole::LatentQueryUp],
+            Self::LatentKvDown => &[LayerRole::LatentKvDown],
+            Self::LatentKvUp => &[LayerRole::LatentKvUp],
+            Self::Router => &[LayerRole::Router],
+            Self::SharedGateUp => &[LayerRole::SharedGate, LayerRole::SharedUp],
+            Self::SharedDown => &[LayerRole::SharedDown],
+            Self::SharedExpertGate => &[LayerRole::SharedExpertGate],
+            Self::DenseGateUp => &[LayerRole::DenseGate, LayerRole::DenseUp],
+            Self::DenseDown => &[LayerRole::DenseDown],
+        }
+    }
+
+    /// The map that a tensor belongs to, and its place among the map's tensors; `None` for one that is no matrix of a linear map.
+    pub fn of(role: LayerRole) -> Option<(Self, usize)> {
+        Self::ALL.into_iter().find_map(|site| Some((site, site.roles().iter().position(|r| *r == role)?)))
+    }
 
     /// Its name in lists of parameters.
     pub fn name(self) -> &'static str {

@@ -1,27 +1,17 @@
 //! CorDA: adapters that begin along the covariance of a map's inputs (arXiv 2406.05223).
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
 use faer::{Mat, linalg::solvers::DenseSolveCore};
-use moe_core::{
-    Engine, EngineOptions, Model,
-    adapters::{LinearAdapter, Site, Tokens, Wanted},
-    data::Wave,
-    host::HostView,
-    kernels::{outer::add_transposed_product, weight::Weight},
-    trace::Nobody,
-};
+use moe_core::{Model, adapters::Site, data::Wave, host::HostView, kernels::outer::add_transposed_product};
 
 use super::{
     config::CordaMethod,
     init,
     maps::{Map, Maps},
 };
-use crate::{AdapterSet, Error, Result};
+use crate::{Error, Result, places::Place, probe::watch};
 
 /// `X^T X` of the inputs of linear maps, averaged over batches. Gate and up read the same inputs.
 #[derive(Clone, Debug, Default)]
@@ -66,30 +56,20 @@ impl Covariances {
     /// Those of the engine; [`Error::Input`] for a map that no token reached, such as an expert that was never chosen.
     pub fn collect(model: &Model, waves: &[Wave], which: &[Map]) -> Result<Self> {
         let maps = Maps::new(model.checkpoint());
-        let mut set = AdapterSet::new();
-        let mut spies: BTreeMap<Site, (Arc<Spy>, Map)> = BTreeMap::new();
+        let mut places: BTreeMap<Site, ([usize; 2], Map)> = BTreeMap::new();
         for map in which {
             let (Some((site, _, out)), Some([_, inputs])) = (maps.site(*map), maps.dims(*map)) else {
                 return Err(Error::input("a map", map, "a map of the model"));
             };
-            if spies.contains_key(&site) {
-                continue;
-            }
-            let spy = Arc::new(Spy { dims: [out, inputs], sum: Mutex::default() });
-            set.add(site, spy.clone())?;
-            spies.insert(site, (spy, *map));
+            places.entry(site).or_insert(([out, inputs], *map));
         }
-        let watched = model.with_adapters(Arc::new(set))?;
-        let engine = Engine::new(&watched, EngineOptions { loss: true, ..EngineOptions::default() });
-        for wave in waves {
-            engine.run(wave, &mut Nobody)?;
-        }
+        let watched = places.iter().map(|(site, (dims, _))| Place { site: *site, dims: *dims });
         let mut by_site = BTreeMap::new();
-        for (site, (spy, map)) in spies {
-            let Sum { mut sum, batches } = std::mem::take(&mut *spy.sum.lock().unwrap_or_else(PoisonError::into_inner));
+        for (site, Gram { mut sum, batches }) in watch(model, watched, waves, Gram::add)? {
             if batches == 0 {
                 let expected = "tokens that reach it: more waves, or another initialiser for it";
-                return Err(Error::input(format!("covariance of the inputs of {map}"), "no token", expected));
+                let what = format!("covariance of the inputs of {}", places[&site].1);
+                return Err(Error::input(what, "no token", expected));
             }
             sum.iter_mut().for_each(|c| *c /= batches as f64);
             by_site.insert(site, sum);
@@ -98,52 +78,24 @@ impl Covariances {
     }
 }
 
-/// The map itself, watched.
-#[derive(Debug)]
-struct Spy {
-    dims: [usize; 2],
-    sum: Mutex<Sum>,
-}
-
+/// Sums of `X^T X`.
 #[derive(Debug, Default)]
-struct Sum {
+struct Gram {
     sum: Vec<f64>,
     batches: usize,
 }
 
-impl LinearAdapter for Spy {
-    fn dims(&self) -> [usize; 2] {
-        self.dims
-    }
-
-    fn forward(&self, base: &Weight, x: &Tensor<2>, _: Tokens<'_>) -> Tensor<2> {
-        let view = HostView::new(x);
-        let max = view.as_slice().iter().copied().fold(f32::NEG_INFINITY, f32::max).abs();
+impl Gram {
+    fn add(&mut self, x: &Tensor<2>) {
+        let max = HostView::new(x).as_slice().iter().copied().fold(f32::NEG_INFINITY, f32::max).abs();
         if max > 0.0 && max.is_finite() {
-            let inputs = self.dims[1];
+            let inputs = x.dims()[1];
             let mut gram = vec![0.0; inputs * inputs];
             add_transposed_product(x, 0..inputs, x, 0..inputs, 1.0 / (max * max), &mut gram);
-            let mut sum = self.sum.lock().unwrap_or_else(PoisonError::into_inner);
-            sum.sum.resize(inputs * inputs, 0.0);
-            sum.sum.iter_mut().zip(gram).for_each(|(sum, g)| *sum += f64::from(g));
-            sum.batches += 1;
+            self.sum.resize(inputs * inputs, 0.0);
+            self.sum.iter_mut().zip(gram).for_each(|(sum, g)| *sum += f64::from(g));
+            self.batches += 1;
         }
-        base.forward(x, None)
-    }
-
-    fn backward(
-        &self,
-        base: &Weight,
-        _: &Tensor<2>,
-        dy: &Tensor<2>,
-        _: Tokens<'_>,
-        wanted: Wanted,
-    ) -> Option<Tensor<2>> {
-        wanted.input.then(|| base.backward(dy))
-    }
-
-    fn matrix(&self, base: &Weight) -> Option<Tensor<2>> {
-        Some(base.to_tensor())
     }
 }
 

@@ -65,26 +65,6 @@ pub enum Naming {
     Fused,
 }
 
-/// The matrices of decoder layers that can be adapted.
-const ROLES: [LayerRole; 16] = [
-    LayerRole::Query,
-    LayerRole::Key,
-    LayerRole::Value,
-    LayerRole::Output,
-    LayerRole::LatentQueryDown,
-    LayerRole::LatentQueryUp,
-    LayerRole::LatentKvDown,
-    LayerRole::LatentKvUp,
-    LayerRole::Router,
-    LayerRole::SharedGate,
-    LayerRole::SharedUp,
-    LayerRole::SharedDown,
-    LayerRole::SharedExpertGate,
-    LayerRole::DenseGate,
-    LayerRole::DenseUp,
-    LayerRole::DenseDown,
-];
-
 /// The maps of a checkpoint by place and by name.
 #[derive(Debug)]
 pub struct Maps<'a> {
@@ -100,7 +80,7 @@ impl<'a> Maps<'a> {
     pub fn new(checkpoint: &'a Checkpoint) -> Self {
         let mut maps = Self { checkpoint, all: Vec::new(), by_path: HashMap::new(), experts: HashMap::new() };
         for layer in 0..checkpoint.config().layers.len() {
-            for role in ROLES {
+            for role in LayerSite::ALL.into_iter().flat_map(LayerSite::roles).copied() {
                 if maps.shape(Role::Layer(layer, role)).is_none() {
                     continue;
                 }
@@ -147,9 +127,7 @@ impl<'a> Maps<'a> {
     pub fn dims(&self, map: Map) -> Option<[usize; 2]> {
         match map {
             Map::Layer(layer, role) => {
-                if !ROLES.contains(&role) {
-                    return None;
-                }
+                LayerSite::of(role)?;
                 self.shape(Role::Layer(layer, role))
             }
             Map::Expert { layer, expert, part } => {
@@ -174,27 +152,10 @@ impl<'a> Maps<'a> {
         };
         match map {
             Map::Layer(layer, role) => {
-                use LayerRole as R;
-                use LayerSite as S;
-                let at = |site| Site::Layer(layer, site);
-                match role {
-                    R::Query => whole(at(S::Query)),
-                    R::Key => whole(at(S::Key)),
-                    R::Value => whole(at(S::Value)),
-                    R::Output => whole(at(S::Output)),
-                    R::LatentQueryDown => whole(at(S::LatentQueryDown)),
-                    R::LatentQueryUp => whole(at(S::LatentQueryUp)),
-                    R::LatentKvDown => whole(at(S::LatentKvDown)),
-                    R::LatentKvUp => whole(at(S::LatentKvUp)),
-                    R::Router => whole(at(S::Router)),
-                    R::SharedGate => stacked(at(S::SharedGateUp), false),
-                    R::SharedUp => stacked(at(S::SharedGateUp), true),
-                    R::SharedDown => whole(at(S::SharedDown)),
-                    R::SharedExpertGate => whole(at(S::SharedExpertGate)),
-                    R::DenseGate => stacked(at(S::DenseGateUp), false),
-                    R::DenseUp => stacked(at(S::DenseGateUp), true),
-                    R::DenseDown => whole(at(S::DenseDown)),
-                    _ => None,
+                let (site, place) = LayerSite::of(role)?;
+                match site.roles().len() {
+                    1 => whole(Site::Layer(layer, site)),
+                    _ => stacked(Site::Layer(layer, site), place == 1),
                 }
             }
             Map::Expert { layer, expert, part } => {
