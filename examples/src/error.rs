@@ -28,7 +28,7 @@ pub enum Error {
     Checkpoint(#[from] moe_checkpoint::Error),
     /// A tokenizer, data set or evaluation file.
     #[error(transparent)]
-    Data(#[from] moe_core::data::DataError),
+    Data(#[from] moe_core::data::Error),
     /// Running a model.
     #[error(transparent)]
     Run(#[from] moe_core::Error),

@@ -14,7 +14,7 @@ pub enum Error {
     Checkpoint(#[from] moe_checkpoint::Error),
     /// A data set, tokenizer or evaluation file could not be used.
     #[error(transparent)]
-    Data(#[from] crate::data::DataError),
+    Data(#[from] moe_data::Error),
     /// The device name is unknown, or its backend is not compiled in.
     #[error("device `{name}`: {reason}; compiled in: {available}")]
     Device {

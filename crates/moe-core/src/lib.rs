@@ -2,13 +2,12 @@
 //!
 //! What this crate owns: the decoder of every supported family, routing ([`router`]), expert compute ([`experts`], [`kernels`]), the
 //! [`engine`] with its forward and backward sweeps under a memory limit ([`memory`]), what a sweep shows to observers ([`trace`]),
-//! tokenised [`data`], generation and evaluation. It knows nothing of scores and plans.
+//! generation and evaluation, on tokens made by [`data`]. It knows nothing of scores and plans.
 //!
 //! Weights stay in the checkpoint in their stored dtype; they are converted to f32 when used, and what stays in memory is decided
 //! by a limit that never changes results. Experts see only the tokens routed to them.
 
 pub mod adapters;
-pub mod data;
 pub mod device;
 pub mod engine;
 pub mod error;
@@ -30,5 +29,7 @@ pub mod train;
 pub use engine::{Engine, EngineOptions, LayerChange, LayerOutput, LayerSweep, LayerVisitor, WaveReport};
 pub use error::{Error, Result};
 pub use model::Model;
+/// Rows, chat templates, tokenizers, data sets and waves: the crate `moe-data`, which knows nothing of Burn.
+pub use moe_data as data;
 pub use objective::{CrossEntropy, Distillation, Objective, TeacherLogits};
 pub use overlay::{ExpertGains, ExpertOverlay, KeepUnits, RemoveExperts, RoutingOverlay, RoutingRule, SkipExperts};

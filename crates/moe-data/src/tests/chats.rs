@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::data::{ChatTemplate, Conversation, LossOver, Row, RowEncoder};
+use crate::{ChatTemplate, Conversation, LossOver, Row, RowEncoder};
 
 #[derive(Deserialize)]
 struct Goldens {
@@ -46,7 +46,7 @@ fn assistant(content: &str) -> Value {
 }
 
 /// What the assistant wrote, by the template.
-fn turns(source: &str, messages: &[Value]) -> Result<Vec<String>, DataError> {
+fn turns(source: &str, messages: &[Value]) -> Result<Vec<String>, Error> {
     let (text, spans) = template(source).render_turns(Conversation::new(messages))?;
     Ok(spans.into_iter().map(|(start, end)| text[start..end].to_owned()).collect())
 }

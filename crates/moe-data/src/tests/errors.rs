@@ -1,7 +1,7 @@
 //! What a bad data file is answered with.
 
 use super::*;
-use crate::data::LossOver;
+use crate::LossOver;
 
 #[test]
 fn every_bad_file_is_named_with_its_line() {
@@ -66,7 +66,7 @@ fn text_needs_a_tokenizer() {
         "a.jsonl:1: a row of text needs a tokenizer.json; without one only rows of \"input_ids\" can be read"
     );
     let packing = DatasetOptions { packing: true, ..Default::default() };
-    assert!(matches!(Dataset::load(&path, None, VOCAB_SIZE, &packing), Err(DataError::NoTokenizer)));
+    assert!(matches!(Dataset::load(&path, None, VOCAB_SIZE, &packing), Err(Error::NoTokenizer)));
     // tokenizer.json alone does not say which token ends a sequence.
     let dir = tempfile::tempdir().unwrap();
     std::fs::copy(bundled().join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();

@@ -1,7 +1,7 @@
 //! The tokenizer against transformers 5.23 (tokenizers 0.23): `tokenizer(text)["input_ids"]` and `tokenizer.decode`.
 
 use super::*;
-use crate::data::Conversation;
+use crate::Conversation;
 
 #[test]
 fn ids_are_those_of_transformers() {

@@ -3,10 +3,10 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::{Environment, Error, ErrorKind, Output, State, Value, context};
+use minijinja::{Environment, ErrorKind, Output, State, Value, context};
 use serde_json::Map;
 
-use super::DataError;
+use super::Error;
 use super::chat_filters::{from_json, python_text, strftime, tojson};
 
 /// Messages of a chat and the tools it may call.
@@ -42,8 +42,8 @@ impl ChatTemplate {
     /// Compiles a template. `special_tokens` are the names it may use beside the messages: `bos_token`, `eos_token`, ….
     ///
     /// # Errors
-    /// [`DataError::ChatTemplate`] for a syntax error, with its line.
-    pub fn new(source: String, special_tokens: Map<String, serde_json::Value>) -> Result<Self, DataError> {
+    /// [`Error::ChatTemplate`] for a syntax error, with its line.
+    pub fn new(source: String, special_tokens: Map<String, serde_json::Value>) -> Result<Self, Error> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(template_error)?;
         environment.set_syntax(syntax);
@@ -52,8 +52,8 @@ impl ChatTemplate {
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_formatter(format);
         environment.add_filter("tojson", tojson);
-        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, message))
+        environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_function("strftime_now", |format: String| {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs());
@@ -73,8 +73,8 @@ impl ChatTemplate {
     /// Renders a conversation; `add_generation_prompt` also opens the assistant's next turn.
     ///
     /// # Errors
-    /// [`DataError::ChatTemplate`] if the template fails, or refuses the conversation by `raise_exception`.
-    pub fn render(&self, conversation: Conversation<'_>, add_generation_prompt: bool) -> Result<String, DataError> {
+    /// [`Error::ChatTemplate`] if the template fails, or refuses the conversation by `raise_exception`.
+    pub fn render(&self, conversation: Conversation<'_>, add_generation_prompt: bool) -> Result<String, Error> {
         let messages: Vec<Value> = conversation.messages.iter().map(message).collect();
         let context = context! {
             messages => messages,
@@ -96,13 +96,13 @@ impl ChatTemplate {
     /// # Errors
     /// As [`render`](Self::render), and if those renderings do not fit into the whole: then the template gives no way to tell who wrote
     /// what.
-    pub fn render_turns(&self, conversation: Conversation<'_>) -> Result<(String, Vec<(usize, usize)>), DataError> {
+    pub fn render_turns(&self, conversation: Conversation<'_>) -> Result<(String, Vec<(usize, usize)>), Error> {
         let whole = self.render(conversation, false)?;
         let messages = conversation.messages;
         let turns: Vec<usize> = (0..messages.len()).filter(|&i| is_assistant(&messages[i])).collect();
         let mut spans = Vec::with_capacity(turns.len());
         for (n, &i) in turns.iter().enumerate() {
-            let unclear = |why: &str| DataError::ChatTemplate {
+            let unclear = |why: &str| Error::ChatTemplate {
                 message: format!("cannot tell which tokens of \"messages[{i}]\" the assistant wrote: {why}"),
             };
             let (before, opened) =
@@ -137,7 +137,7 @@ impl ChatTemplate {
         before: &str,
         i: usize,
         next: usize,
-    ) -> Result<Option<usize>, DataError> {
+    ) -> Result<Option<usize>, Error> {
         let with_turn = self.render(conversation.first(next), false)?;
         let others = [&conversation.messages[..i], &conversation.messages[i + 1..next]].concat();
         // A template that insists on alternating turns refuses this one: no end is found this way.
@@ -195,15 +195,15 @@ fn without_generation_tags(source: &str) -> String {
 }
 
 /// Prints booleans and none as Python does.
-fn format(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
+fn format(out: &mut Output, state: &mut State, value: &Value) -> Result<(), minijinja::Error> {
     match python_text(value) {
-        Some(text) => out.write_str(text).map_err(Error::from),
+        Some(text) => out.write_str(text).map_err(minijinja::Error::from),
         None => minijinja::escape_formatter(out, state, value),
     }
 }
 
-fn template_error(error: Error) -> DataError {
+fn template_error(error: minijinja::Error) -> Error {
     let line = error.line().map_or(String::new(), |line| format!(" (line {line} of the template)"));
     let what = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
-    DataError::ChatTemplate { message: format!("{what}{line}") }
+    Error::ChatTemplate { message: format!("{what}{line}") }
 }

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use tempfile::TempDir;
 
-use super::{DataError, Dataset, DatasetOptions, Tokenizer};
+use super::{Dataset, DatasetOptions, Error, Tokenizer};
 
 const VOCAB_SIZE: usize = 2048;
 
@@ -30,13 +30,13 @@ fn file(name: &str, content: impl AsRef<[u8]>) -> (TempDir, PathBuf) {
     (dir, path)
 }
 
-fn load(name: &str, content: impl AsRef<[u8]>, options: &DatasetOptions) -> Result<Dataset, DataError> {
+fn load(name: &str, content: impl AsRef<[u8]>, options: &DatasetOptions) -> Result<Dataset, Error> {
     let (_dir, path) = file(name, content);
     Dataset::load(path, Some(&tokenizer()), VOCAB_SIZE, options)
 }
 
 /// An error's message with the temporary directory taken out.
-fn message<T: std::fmt::Debug>(result: Result<T, DataError>) -> String {
+fn message<T: std::fmt::Debug>(result: Result<T, Error>) -> String {
     let text = result.unwrap_err().to_string();
     let from = std::env::temp_dir().to_string_lossy().into_owned();
     match text.strip_prefix(&from).and_then(|rest| rest.trim_start_matches('/').split_once('/')) {

@@ -1,12 +1,12 @@
-//! Tokenised data: rows of text become [`Sequence`]s, sequences become [`Wave`]s.
+//! Data of a language model: rows of text become [`Sequence`]s of token ids with a loss mask, sequences become [`Wave`]s.
 //!
 //! A row is `{"text"}`, `{"prompt", "completion"}` (joined with nothing in between), `{"messages"}` (rendered by the tokenizer's chat
 //! template) or `{"input_ids"}`; a `.txt` file is one long text. No special token is added unless the tokenizer adds it, a row longer than
 //! the limit loses its end, and a row with nothing to predict is dropped and counted.
 //!
 //! ```no_run
-//! use moe_core::data::{Dataset, DatasetOptions, Tokenizer, WaveOptions};
-//! # fn main() -> Result<(), moe_core::data::DataError> {
+//! use moe_data::{Dataset, DatasetOptions, Tokenizer, WaveOptions};
+//! # fn main() -> moe_data::Result<()> {
 //! let tokenizer = Tokenizer::from_dir("model")?;
 //! let options = DatasetOptions { samples: Some(64), length: 512, ..Default::default() };
 //! let data = Dataset::load("calibration.jsonl", Some(&tokenizer), 151_936, &options)?;
@@ -35,7 +35,7 @@ pub use answers::extract_answer;
 pub use chat::{ChatTemplate, Conversation};
 pub use dataset::{Dataset, DatasetOptions};
 pub use encode::{LossOver, RowEncoder};
-pub use error::DataError;
+pub use error::{Error, Result};
 pub use eval_set::{EvalRows, EvalSet, EvalText, Question};
 pub use rows::Row;
 pub use sequence::Sequence;

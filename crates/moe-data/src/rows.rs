@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::DataError;
+use super::Error;
 
 /// The forms of a row, as error messages list them.
 pub(super) const FORMS: &str = r#""text"; "prompt" and "completion"; "messages"; "input_ids""#;
@@ -40,7 +40,7 @@ impl Row {
     ///
     /// # Errors
     /// Not JSON, not an object, no form or two forms of a row at once, a field of the wrong type, an id that is not a u32.
-    pub fn parse(line: &str) -> Result<Self, DataError> {
+    pub fn parse(line: &str) -> Result<Self, Error> {
         let mut row = object(line)?;
         let (text, messages, ids) = (row.remove("text"), row.remove("messages"), row.remove("input_ids"));
         let is_pair = row.contains_key("prompt") && row.contains_key("completion");
@@ -53,7 +53,7 @@ impl Row {
         ];
         let mut present = forms.iter().filter(|(is_present, _)| *is_present).map(|(_, name)| *name);
         if let (Some(first), Some(second)) = (present.next(), present.next()) {
-            return Err(DataError::Ambiguous { first, second });
+            return Err(Error::Ambiguous { first, second });
         }
         if let Some(text) = text {
             return Ok(Self::Text(string("text", text)?));
@@ -70,7 +70,7 @@ impl Row {
         if let Some(ids) = ids {
             return Ok(Self::Ids(token_ids("input_ids", ids)?));
         }
-        Err(DataError::MissingFields { found: row.keys().cloned().collect(), expected: FORMS })
+        Err(Error::MissingFields { found: row.keys().cloned().collect(), expected: FORMS })
     }
 
     /// The form of the row, for messages.
@@ -85,31 +85,31 @@ impl Row {
 }
 
 /// The object on a line, without its null fields.
-pub(super) fn object(line: &str) -> Result<Map<String, Value>, DataError> {
+pub(super) fn object(line: &str) -> Result<Map<String, Value>, Error> {
     match serde_json::from_str(line)? {
         Value::Object(mut map) => {
             map.retain(|_, value| !value.is_null());
             Ok(map)
         }
-        other => Err(DataError::NotAnObject { found: kind(&other) }),
+        other => Err(Error::NotAnObject { found: kind(&other) }),
     }
 }
 
 /// The string in a field.
-pub(super) fn string(field: &str, value: Value) -> Result<String, DataError> {
+pub(super) fn string(field: &str, value: Value) -> Result<String, Error> {
     match value {
         Value::String(text) => Ok(text),
         other => Err(mismatch(field.into(), &other, "a string")),
     }
 }
 
-fn chat(field: &str, value: Value) -> Result<Vec<Value>, DataError> {
+fn chat(field: &str, value: Value) -> Result<Vec<Value>, Error> {
     const EXPECTED: &str = "an object with a string \"role\"";
     let Value::Array(messages) = value else {
         return Err(mismatch(field.into(), &value, "an array of objects with \"role\" and \"content\""));
     };
     if messages.is_empty() {
-        return Err(DataError::Field {
+        return Err(Error::Field {
             field: field.into(),
             found: "an empty array".into(),
             expected: "at least one message",
@@ -125,14 +125,14 @@ fn chat(field: &str, value: Value) -> Result<Vec<Value>, DataError> {
     Ok(messages)
 }
 
-fn token_ids(field: &str, value: Value) -> Result<Vec<u32>, DataError> {
+fn token_ids(field: &str, value: Value) -> Result<Vec<u32>, Error> {
     let Value::Array(ids) = value else {
         return Err(mismatch(field.into(), &value, "an array of token ids"));
     };
     ids.iter()
         .enumerate()
         .map(|(i, id)| {
-            id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| DataError::Field {
+            id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| Error::Field {
                 field: format!("{field}[{i}]"),
                 found: if id.is_number() { id.to_string() } else { kind(id).into() },
                 expected: "a token id: an integer from 0 to 4294967295",
@@ -141,12 +141,12 @@ fn token_ids(field: &str, value: Value) -> Result<Vec<u32>, DataError> {
         .collect()
 }
 
-fn mismatch(field: String, found: &Value, expected: &'static str) -> DataError {
+fn mismatch(field: String, found: &Value, expected: &'static str) -> Error {
     let found = match found {
         Value::Object(map) => format!("an object with fields {:?}", map.keys().collect::<Vec<_>>()),
         other => kind(other).to_owned(),
     };
-    DataError::Field { field, found, expected }
+    Error::Field { field, found, expected }
 }
 
 fn kind(value: &Value) -> &'static str {
@@ -169,14 +169,14 @@ pub(super) struct Lines<'a> {
 }
 
 impl<'a> Lines<'a> {
-    pub(super) fn open(path: &'a Path) -> Result<Self, DataError> {
-        let file = File::open(path).map_err(DataError::io(path))?;
+    pub(super) fn open(path: &'a Path) -> Result<Self, Error> {
+        let file = File::open(path).map_err(Error::io(path))?;
         Ok(Self { path, reader: BufReader::new(file), line: 0 })
     }
 }
 
 impl Iterator for Lines<'_> {
-    type Item = Result<(usize, String), DataError>;
+    type Item = Result<(usize, String), Error>;
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
@@ -184,13 +184,13 @@ impl Iterator for Lines<'_> {
             match self.reader.read_until(b'\n', &mut bytes) {
                 Ok(0) => return None,
                 Ok(_) => self.line += 1,
-                Err(source) => return Some(Err(DataError::Io { path: self.path.to_owned(), source })),
+                Err(source) => return Some(Err(Error::Io { path: self.path.to_owned(), source })),
             }
             let text = match String::from_utf8(bytes) {
                 Ok(text) => text,
                 Err(error) => {
                     let valid_up_to = error.utf8_error().valid_up_to();
-                    return Some(Err(DataError::Utf8 { valid_up_to }.at(self.path, self.line)));
+                    return Some(Err(Error::Utf8 { valid_up_to }.at(self.path, self.line)));
                 }
             };
             let text = text.trim_start_matches('\u{feff}').trim();

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use proptest::prelude::*;
 
 use super::*;
-use crate::data::{LossOver, Sequence};
+use crate::{LossOver, Sequence};
 
 fn ids_file(rows: &[Vec<u32>]) -> String {
     rows.iter().fold(String::new(), |mut text, row| {

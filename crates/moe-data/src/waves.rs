@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 
 use serde::{Deserialize, Serialize};
 
-use super::{DataError, Sequence};
+use super::{Error, Sequence};
 
 /// A fixed list of sequences. Tokens of a wave are concatenated without padding, so that statistics never see padding.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,10 +67,10 @@ pub fn waves(sequences: &[Sequence], options: WaveOptions) -> Vec<Wave> {
 /// The waves `index`, `index + count`, `index + 2 * count`, … with the ids they have in the whole data set.
 ///
 /// # Errors
-/// [`DataError::Shard`] if `index` is not below `count`.
-pub fn shard(waves: Vec<Wave>, index: usize, count: usize) -> Result<Vec<Wave>, DataError> {
+/// [`Error::Shard`] if `index` is not below `count`.
+pub fn shard(waves: Vec<Wave>, index: usize, count: usize) -> Result<Vec<Wave>, Error> {
     if index >= count {
-        return Err(DataError::Shard { index, count });
+        return Err(Error::Shard { index, count });
     }
     Ok(waves.into_iter().skip(index).step_by(count).collect())
 }

@@ -4,7 +4,7 @@
 /// around it is not part of it.
 ///
 /// ```
-/// use moe_core::data::extract_answer;
+/// use moe_data::extract_answer;
 /// assert_eq!(extract_answer(" 25 + 11 = 36 #### 36\nQuestion: …"), "36");
 /// assert_eq!(extract_answer(" North America.\n"), "North America");
 /// ```

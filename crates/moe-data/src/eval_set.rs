@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::encode::{LossOver, RowEncoder};
 use super::rows::{Lines, object, string};
-use super::{DataError, Sequence, Tokenizer};
+use super::{Error, Sequence, Tokenizer};
 
 /// Rows of one `NAME_test.jsonl` file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,14 +73,14 @@ impl EvalSet {
         tokenizer: &Tokenizer,
         vocab_size: usize,
         limit: Option<usize>,
-    ) -> Result<Self, DataError> {
+    ) -> Result<Self, Error> {
         let path = path.as_ref();
         let name = path
             .file_name()
             .and_then(|name| name.to_str())
             .and_then(|name| name.strip_suffix("_test.jsonl"))
             .filter(|name| !name.is_empty())
-            .ok_or_else(|| DataError::EvalName { path: path.to_owned() })?
+            .ok_or_else(|| Error::EvalName { path: path.to_owned() })?
             .to_owned();
         let encoder = RowEncoder::new(Some(tokenizer), vocab_size, LossOver::All);
         let mut rows: Option<EvalRows> = None;
@@ -89,9 +89,9 @@ impl EvalSet {
             add(&mut rows, &line, &encoder, tokenizer).map_err(|error| error.at(path, number))?;
         }
         match rows {
-            None => Err(DataError::EmptyFile { path: path.to_owned() }),
+            None => Err(Error::EmptyFile { path: path.to_owned() }),
             Some(EvalRows::Perplexity(text)) if text.ids.len() < Sequence::MIN_LEN => {
-                Err(DataError::NoUsableRow { path: path.to_owned(), dropped: text.rows })
+                Err(Error::NoUsableRow { path: path.to_owned(), dropped: text.rows })
             }
             Some(rows) => Ok(Self { name, rows }),
         }
@@ -111,32 +111,27 @@ impl EvalSet {
     }
 }
 
-fn add(
-    rows: &mut Option<EvalRows>,
-    line: &str,
-    encoder: &RowEncoder<'_>,
-    tokenizer: &Tokenizer,
-) -> Result<(), DataError> {
+fn add(rows: &mut Option<EvalRows>, line: &str, encoder: &RowEncoder<'_>, tokenizer: &Tokenizer) -> Result<(), Error> {
     const EXPECTED: &str = r#""prompt" and "answer"; "text""#;
     let mut fields = object(line)?;
     let found: Vec<String> = fields.keys().cloned().collect();
     let mut take = |field: &'static str| fields.remove(field).map(|value| string(field, value)).transpose();
-    let missing = || DataError::MissingFields { found: found.clone(), expected: EXPECTED };
+    let missing = || Error::MissingFields { found: found.clone(), expected: EXPECTED };
     if let Some(answer) = take("answer")? {
         let prompt = take("prompt")?.ok_or_else(missing)?;
         let ids = encoder.plain(&prompt)?.ids;
         if ids.is_empty() {
             let expected = "text of at least one token";
-            return Err(DataError::Field { field: "prompt".into(), found: "no token".into(), expected });
+            return Err(Error::Field { field: "prompt".into(), found: "no token".into(), expected });
         }
         let question = Question { prompt, ids, answer };
         match rows.get_or_insert_with(|| EvalRows::Exact(Vec::new())) {
             EvalRows::Exact(questions) => questions.push(question),
-            EvalRows::Perplexity(_) => return Err(DataError::MixedEval { found: "answer", expected: "text" }),
+            EvalRows::Perplexity(_) => return Err(Error::MixedEval { found: "answer", expected: "text" }),
         }
     } else {
         let text = take("text")?.ok_or_else(missing)?;
-        let eos = tokenizer.eos_id().ok_or(DataError::NoEos { purpose: "perplexity over rows of text" })?;
+        let eos = tokenizer.eos_id().ok_or(Error::NoEos { purpose: "perplexity over rows of text" })?;
         let mut ids = encoder.plain(&text)?.ids;
         ids.push(eos);
         encoder.check(&ids)?;
@@ -145,7 +140,7 @@ fn add(
                 text.ids.extend(ids);
                 text.rows += 1;
             }
-            EvalRows::Exact(_) => return Err(DataError::MixedEval { found: "text", expected: "answer" }),
+            EvalRows::Exact(_) => return Err(Error::MixedEval { found: "text", expected: "answer" }),
         }
     }
     Ok(())

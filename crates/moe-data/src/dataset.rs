@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::rows::Lines;
 use super::waves::{Wave, WaveOptions, waves};
-use super::{DataError, LossOver, Row, RowEncoder, Sequence, Tokenizer};
+use super::{Error, LossOver, Row, RowEncoder, Sequence, Tokenizer};
 
 /// What to take from a data file. The defaults are those of published calibration runs (128 sequences of at most 2,048 tokens, in the
 /// order of the file).
@@ -39,13 +39,13 @@ impl DatasetOptions {
     /// Checks the ranges.
     ///
     /// # Errors
-    /// [`DataError::Options`] naming the field, its value and what is allowed.
-    pub fn check(&self) -> Result<(), DataError> {
+    /// [`Error::Options`] naming the field, its value and what is allowed.
+    pub fn check(&self) -> Result<(), Error> {
         if self.samples == Some(0) {
-            return Err(DataError::Options { field: "samples", found: 0, expected: "at least 1" });
+            return Err(Error::Options { field: "samples", found: 0, expected: "at least 1" });
         }
         if self.length < Sequence::MIN_LEN {
-            return Err(DataError::Options { field: "length", found: self.length, expected: "at least 2" });
+            return Err(Error::Options { field: "length", found: self.length, expected: "at least 2" });
         }
         Ok(())
     }
@@ -75,20 +75,20 @@ impl Dataset {
         tokenizer: Option<&Tokenizer>,
         vocab_size: usize,
         options: &DatasetOptions,
-    ) -> Result<Self, DataError> {
+    ) -> Result<Self, Error> {
         let path = path.as_ref();
         options.check()?;
         let encoder = RowEncoder::new(tokenizer, vocab_size, options.loss);
         let collected = match path.extension().and_then(|extension| extension.to_str()) {
             Some("jsonl" | "ndjson") => from_rows(path, &encoder, options)?,
             Some("txt") => from_text(path, &encoder, options)?,
-            _ => return Err(DataError::FileKind { path: path.to_owned() }),
+            _ => return Err(Error::FileKind { path: path.to_owned() }),
         };
         if collected.sequences.is_empty() {
             let path = path.to_owned();
             return Err(match collected.dropped {
-                0 => DataError::EmptyFile { path },
-                dropped => DataError::NoUsableRow { path, dropped },
+                0 => Error::EmptyFile { path },
+                dropped => Error::NoUsableRow { path, dropped },
             });
         }
         Ok(Self { dropped: collected.dropped, ..Self::from_sequences(collected.sequences) })
@@ -173,7 +173,7 @@ impl Collected {
     }
 }
 
-fn from_rows(path: &Path, encoder: &RowEncoder<'_>, options: &DatasetOptions) -> Result<Collected, DataError> {
+fn from_rows(path: &Path, encoder: &RowEncoder<'_>, options: &DatasetOptions) -> Result<Collected, Error> {
     let lines = Lines::open(path)?;
     match options.seed {
         None => collect_rows(path, lines, encoder, options),
@@ -187,15 +187,15 @@ fn from_rows(path: &Path, encoder: &RowEncoder<'_>, options: &DatasetOptions) ->
 
 fn collect_rows(
     path: &Path,
-    lines: impl Iterator<Item = Result<(usize, String), DataError>>,
+    lines: impl Iterator<Item = Result<(usize, String), Error>>,
     encoder: &RowEncoder<'_>,
     options: &DatasetOptions,
-) -> Result<Collected, DataError> {
+) -> Result<Collected, Error> {
     let mut collected = Collected::new(options);
     let mut packer = match options.packing {
         false => None,
         true => {
-            let eos = encoder.tokenizer()?.eos_id().ok_or(DataError::NoEos { purpose: "packing rows" })?;
+            let eos = encoder.tokenizer()?.eos_id().ok_or(Error::NoEos { purpose: "packing rows" })?;
             encoder.check(&[eos])?;
             Some(Packer { eos, length: options.length, rest: Sequence::new(Vec::new()), last: None })
         }
@@ -226,17 +226,17 @@ fn collect_rows(
 }
 
 /// A text file in consecutive sequences. With a seed, the sequences are shuffled, since a text has no rows to shuffle.
-fn from_text(path: &Path, encoder: &RowEncoder<'_>, options: &DatasetOptions) -> Result<Collected, DataError> {
-    let bytes = std::fs::read(path).map_err(DataError::io(path))?;
+fn from_text(path: &Path, encoder: &RowEncoder<'_>, options: &DatasetOptions) -> Result<Collected, Error> {
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
     let text = std::str::from_utf8(&bytes).map_err(|error| {
         let before = &bytes[..error.valid_up_to()];
         let line_start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
         let line = 1 + before.iter().filter(|byte| **byte == b'\n').count();
-        DataError::Utf8 { valid_up_to: before.len() - line_start }.at(path, line)
+        Error::Utf8 { valid_up_to: before.len() - line_start }.at(path, line)
     })?;
     let text = text.trim_start_matches('\u{feff}');
     if text.is_empty() {
-        return Err(DataError::EmptyFile { path: path.to_owned() });
+        return Err(Error::EmptyFile { path: path.to_owned() });
     }
     let whole = encoder.plain(text).map_err(|error| error.at(path, 1))?;
     let mut collected = Collected::new(options);

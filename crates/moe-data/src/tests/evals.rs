@@ -1,9 +1,9 @@
 //! Evaluation files.
 
 use super::*;
-use crate::data::{EvalRows, EvalSet, EvalText, Question};
+use crate::{EvalRows, EvalSet, EvalText, Question};
 
-fn eval(name: &str, content: &str) -> Result<EvalSet, DataError> {
+fn eval(name: &str, content: &str) -> Result<EvalSet, Error> {
     let (_dir, path) = file(name, content);
     EvalSet::load(path, &tokenizer(), VOCAB_SIZE, None)
 }

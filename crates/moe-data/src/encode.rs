@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::chat::Conversation;
-use super::{DataError, Row, Sequence, Tokenizer};
+use super::{Error, Row, Sequence, Tokenizer};
 
 /// Which tokens count in the loss.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -36,10 +36,10 @@ impl<'a> RowEncoder<'a> {
     /// # Errors
     /// No tokenizer or chat template where one is needed, a text or conversation it refuses, an id outside the vocabulary, or a loss over
     /// completions asked of a row that has none.
-    pub fn sequence(&self, row: &Row) -> Result<Sequence, DataError> {
+    pub fn sequence(&self, row: &Row) -> Result<Sequence, Error> {
         let sequence = match (row, self.loss) {
             (Row::Text(_) | Row::Ids(_), LossOver::Completions) => {
-                return Err(DataError::NoCompletion { found: row.form() });
+                return Err(Error::NoCompletion { found: row.form() });
             }
             (Row::Ids(ids), LossOver::All) => Sequence::new(ids.clone()),
             (Row::Text(text), LossOver::All) => self.text(text, None, true)?,
@@ -67,31 +67,29 @@ impl<'a> RowEncoder<'a> {
     }
 
     /// Ids of plain text, every token of which counts.
-    pub(super) fn plain(&self, text: &str) -> Result<Sequence, DataError> {
+    pub(super) fn plain(&self, text: &str) -> Result<Sequence, Error> {
         if self.loss == LossOver::Completions {
-            return Err(DataError::NoCompletion { found: "plain text" });
+            return Err(Error::NoCompletion { found: "plain text" });
         }
         let sequence = self.text(text, None, true)?;
         self.check(&sequence.ids)?;
         Ok(sequence)
     }
 
-    pub(super) fn tokenizer(&self) -> Result<&'a Tokenizer, DataError> {
-        self.tokenizer.ok_or(DataError::NoTokenizer)
+    pub(super) fn tokenizer(&self) -> Result<&'a Tokenizer, Error> {
+        self.tokenizer.ok_or(Error::NoTokenizer)
     }
 
-    fn text(&self, text: &str, counted: Option<Vec<(usize, usize)>>, special: bool) -> Result<Sequence, DataError> {
+    fn text(&self, text: &str, counted: Option<Vec<(usize, usize)>>, special: bool) -> Result<Sequence, Error> {
         let encoded = self.tokenizer()?.encode_spans(text, special)?;
         let loss = counted.map(|counted| mask(&encoded.spans, &counted));
         Ok(Sequence { ids: encoded.ids, loss })
     }
 
-    pub(super) fn check(&self, ids: &[u32]) -> Result<(), DataError> {
+    pub(super) fn check(&self, ids: &[u32]) -> Result<(), Error> {
         match ids.iter().position(|id| *id as usize >= self.vocab_size) {
             None => Ok(()),
-            Some(position) => {
-                Err(DataError::TokenId { id: ids[position].into(), position, vocab_size: self.vocab_size })
-            }
+            Some(position) => Err(Error::TokenId { id: ids[position].into(), position, vocab_size: self.vocab_size }),
         }
     }
 }

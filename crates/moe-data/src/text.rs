@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::DataError;
+use super::Error;
 use super::chat::{ChatTemplate, Conversation};
 
 /// A Hugging Face tokenizer: `tokenizer.json`, and beside it what is needed to read chats and to know where a text ends.
@@ -31,11 +31,11 @@ impl Tokenizer {
     ///
     /// # Errors
     /// A missing or malformed `tokenizer.json`, another file that is there but malformed, or an end-of-sequence token outside the vocabulary.
-    pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self, DataError> {
+    pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self, Error> {
         let dir = dir.as_ref();
         let path = dir.join("tokenizer.json");
-        let bytes = std::fs::read(&path).map_err(DataError::io(&path))?;
-        let malformed = |path: &Path, message: String| DataError::Tokenizer { path: path.to_owned(), message };
+        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+        let malformed = |path: &Path, message: String| Error::Tokenizer { path: path.to_owned(), message };
         let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
             .map_err(|error| malformed(&path, format!("not a tokenizer of the tokenizers library: {error}")))?;
         inner.with_padding(None).with_truncation(None).map_err(|error| malformed(&path, error.to_string()))?;
@@ -88,24 +88,24 @@ impl Tokenizer {
     /// Token ids of a text. Special tokens are added only if the tokenizer's post-processor adds them.
     ///
     /// # Errors
-    /// [`DataError::Tokenize`] if the tokenizer refuses the text.
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
+    /// [`Error::Tokenize`] if the tokenizer refuses the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
         Ok(self.encode_spans(text, true)?.ids)
     }
 
     /// As [`encode`](Self::encode), with byte ranges. A rendered chat already holds its special tokens: `special` is false for it.
-    pub(super) fn encode_spans(&self, text: &str, special: bool) -> Result<Encoded, DataError> {
+    pub(super) fn encode_spans(&self, text: &str, special: bool) -> Result<Encoded, Error> {
         let encoding =
-            self.inner.encode(text, special).map_err(|error| DataError::Tokenize { message: error.to_string() })?;
+            self.inner.encode(text, special).map_err(|error| Error::Tokenize { message: error.to_string() })?;
         Ok(Encoded { ids: encoding.get_ids().to_vec(), spans: encoding.get_offsets().to_vec() })
     }
 
     /// Text of token ids, without special tokens.
     ///
     /// # Errors
-    /// [`DataError::Tokenize`] if the decoder fails.
-    pub fn decode(&self, ids: &[u32]) -> Result<String, DataError> {
-        self.inner.decode(ids, true).map_err(|error| DataError::Tokenize { message: error.to_string() })
+    /// [`Error::Tokenize`] if the decoder fails.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, Error> {
+        self.inner.decode(ids, true).map_err(|error| Error::Tokenize { message: error.to_string() })
     }
 
     /// The token that ends a sequence: `eos_token` of the tokenizer's configuration.
@@ -127,20 +127,16 @@ impl Tokenizer {
     ///
     /// # Errors
     /// No template, or a template that fails on this conversation.
-    pub fn render_chat(
-        &self,
-        conversation: Conversation<'_>,
-        add_generation_prompt: bool,
-    ) -> Result<String, DataError> {
+    pub fn render_chat(&self, conversation: Conversation<'_>, add_generation_prompt: bool) -> Result<String, Error> {
         self.chat()?.render(conversation, add_generation_prompt)
     }
 
     /// The chat template.
     ///
     /// # Errors
-    /// [`DataError::NoChatTemplate`].
-    pub fn chat(&self) -> Result<&ChatTemplate, DataError> {
-        self.chat.as_ref().ok_or(DataError::NoChatTemplate)
+    /// [`Error::NoChatTemplate`].
+    pub fn chat(&self) -> Result<&ChatTemplate, Error> {
+        self.chat.as_ref().ok_or(Error::NoChatTemplate)
     }
 
     /// Replaces the chat template, or gives one to a tokenizer that has none.
@@ -151,29 +147,28 @@ impl Tokenizer {
 }
 
 /// Reads a JSON object from a file that need not be there.
-fn read_object(path: &Path) -> Result<Option<Map<String, Value>>, DataError> {
+fn read_object(path: &Path) -> Result<Option<Map<String, Value>>, Error> {
     if !path.exists() {
         return Ok(None);
     }
-    let text = std::fs::read_to_string(path).map_err(DataError::io(path))?;
+    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
     match super::rows::object(&text) {
         Ok(map) => Ok(Some(map)),
-        Err(DataError::NotAnObject { found }) => Err(DataError::Tokenizer {
-            path: path.to_owned(),
-            message: format!("found {found}, expected a JSON object"),
-        }),
-        Err(error) => Err(DataError::Tokenizer { path: path.to_owned(), message: error.to_string() }),
+        Err(Error::NotAnObject { found }) => {
+            Err(Error::Tokenizer { path: path.to_owned(), message: format!("found {found}, expected a JSON object") })
+        }
+        Err(error) => Err(Error::Tokenizer { path: path.to_owned(), message: error.to_string() }),
     }
 }
 
 /// The fields `*_token` of a tokenizer's configuration, written as a string or as an object with `"content"`.
-fn special_tokens(config: &Map<String, Value>, path: &Path) -> Result<Map<String, Value>, DataError> {
+fn special_tokens(config: &Map<String, Value>, path: &Path) -> Result<Map<String, Value>, Error> {
     let mut tokens = Map::new();
     for name in ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"] {
         let Some(value) = config.get(name) else { continue };
         let Some(token) = value.as_str().or_else(|| value.get("content").and_then(Value::as_str)) else {
             let message = format!("{name:?}: found {value}, expected a string or an object with a string \"content\"");
-            return Err(DataError::Tokenizer { path: path.to_owned(), message });
+            return Err(Error::Tokenizer { path: path.to_owned(), message });
         };
         tokens.insert(name.to_owned(), token.into());
     }
@@ -185,13 +180,13 @@ fn template_source(
     dir: &Path,
     config: &Map<String, Value>,
     config_path: &Path,
-) -> Result<Option<(PathBuf, String)>, DataError> {
+) -> Result<Option<(PathBuf, String)>, Error> {
     let file = dir.join("chat_template.jinja");
     if file.exists() {
-        let source = std::fs::read_to_string(&file).map_err(DataError::io(&file))?;
+        let source = std::fs::read_to_string(&file).map_err(Error::io(&file))?;
         return Ok(Some((file, source)));
     }
-    let malformed = |message: String| DataError::Tokenizer { path: config_path.to_owned(), message };
+    let malformed = |message: String| Error::Tokenizer { path: config_path.to_owned(), message };
     let source = match config.get("chat_template") {
         None => return Ok(None),
         Some(Value::String(source)) => source.as_str(),

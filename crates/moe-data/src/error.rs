@@ -4,10 +4,13 @@ use std::path::{Path, PathBuf};
 
 use super::Sequence;
 
-/// Why text, rows or a tokenizer could not be read. Errors of one row are wrapped in [`DataError::Row`], which names file and line.
+/// Result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why text, rows or a tokenizer could not be read. Errors of one row are wrapped in [`Error::Row`], which names file and line.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum DataError {
+pub enum Error {
     /// A file could not be opened or read.
     #[error("{}: {source}", path.display())]
     Io {
@@ -24,7 +27,7 @@ pub enum DataError {
         /// Line number, from 1.
         line: usize,
         /// What is wrong with the row.
-        cause: Box<DataError>,
+        cause: Box<Error>,
     },
     /// The name of a data file does not say how to read it.
     #[error("{}: unknown kind of data file; expected a name that ends in .jsonl (one JSON object per line) or .txt (plain text)", path.display())]
@@ -173,7 +176,7 @@ pub enum DataError {
     },
 }
 
-impl DataError {
+impl Error {
     /// Adds file and line.
     pub(super) fn at(self, path: &Path, line: usize) -> Self {
         Self::Row { path: path.to_owned(), line, cause: Box::new(self) }
