@@ -17,7 +17,7 @@ use moe_peft::compressed_experts::CompressedExperts;
 use moe_peft::condenser::{CondenserCounts, CondenserMode, CondenserOptions, Condensers, Starved, gini};
 use moe_peft::dense_mixer::DenseMixer;
 use moe_peft::esft::{EsftScore, ExpertUse};
-use moe_peft::own::OwnWeights;
+use moe_peft::model_weights::OwnWeights;
 use moe_peft::{AdapterSet, FineTune};
 
 use crate::table::Table;
@@ -282,7 +282,7 @@ impl Study {
         let values = set.bank().values();
         let mut task = FineTune::new(&base, Arc::new(set))?.with_evaluation(self.held_out.clone());
         if let Some(condensers) = &condensers {
-            task = task.with_method(condensers.clone());
+            task = task.with_hooks(condensers.clone());
         }
         let mut parameters = task.set().bank().parameters()?;
         let before = moe_core::train::TrainingTask::evaluate(&mut task, &mut parameters)?;

@@ -9,7 +9,7 @@ use moe_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result, own::OwnWeights};
+use crate::{Error, Result, model_weights::OwnWeights};
 
 /// How an expert's use is counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

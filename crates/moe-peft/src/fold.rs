@@ -14,7 +14,7 @@ use moe_core::{
     kernels::weight::Weight,
 };
 
-use crate::{AdapterSet, Error, Result, places};
+use crate::{AdapterSet, Error, Result, trainable_tensors};
 
 /// How the checkpoint is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,7 +153,7 @@ fn sources(from: &Checkpoint, set: &AdapterSet) -> Result<BTreeMap<String, Sourc
         match *site {
             Site::Layer(layer, map) => {
                 let mut start = 0;
-                for role in places::roles(layer, map) {
+                for role in trainable_tensors::roles(layer, map) {
                     let info = from.role(role)?;
                     sources.insert(info.name.clone(), Source::Rows { site: *site, start });
                     start += info.shape.first().copied().unwrap_or(0);
@@ -173,7 +173,7 @@ fn sources(from: &Checkpoint, set: &AdapterSet) -> Result<BTreeMap<String, Sourc
             sources.insert(name, Source::Experts { layer, blocks: tensor.blocks });
         }
     }
-    for place in places::vectors(from) {
+    for place in trainable_tensors::vectors(from) {
         if set.vector(place.role).is_some() {
             sources.insert(from.role(place.role)?.name.clone(), Source::Vector(place.role));
         }
@@ -251,7 +251,11 @@ impl Job<'_> {
     }
 
     fn matrix(&self, site: Site, adapter: &dyn LinearAdapter) -> Result<Vec<f32>> {
-        let base = Weight::dense(host::from_vec(places::read(self.from, site)?, adapter.dims(), self.model.device()));
+        let base = Weight::dense(host::from_vec(
+            trainable_tensors::read(self.from, site)?,
+            adapter.dims(),
+            self.model.device(),
+        ));
         matrix_of(adapter, &base, &site.to_string())
     }
 

@@ -6,6 +6,7 @@
 
 #![deny(missing_docs)]
 
+mod adapter_set;
 mod array_file;
 pub mod codec;
 pub mod compressed_experts;
@@ -13,23 +14,22 @@ pub mod condenser;
 pub mod dense_mixer;
 mod error;
 pub mod esft;
+mod fine_tune;
 pub mod fold;
-mod live;
+pub mod input_watch;
+pub mod layer_sampling;
 pub mod lora;
 pub mod merge;
 pub mod mixture;
-pub mod own;
-pub mod peft;
-pub mod places;
-pub mod probe;
-pub mod report;
+pub mod model_weights;
+mod parameter_bank;
+pub mod peft_files;
 pub mod router_loss;
-pub mod sampling;
-mod set;
 pub mod smt;
-mod task;
+pub mod trainable;
+pub mod trainable_tensors;
 
+pub use adapter_set::{AdapterSet, SweepListener};
 pub use error::{Error, Result};
-pub use live::{Bank, Live};
-pub use set::{AdapterSet, SweepListener};
-pub use task::{FineTune, Method, Plain, Target};
+pub use fine_tune::{FineTune, Plain, Target, TrainingHooks};
+pub use parameter_bank::{Bank, Live};

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use moe_core::adapters::{LayerSite, Site};
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result, own::Block, places::Place};
+use crate::{Error, Result, model_weights::Block, trainable_tensors::Place};
 
 /// The score of a block, of the sum A of the gradients of the warm-up steps. A is signed: gradients of different steps may cancel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

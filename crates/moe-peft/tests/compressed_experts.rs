@@ -19,7 +19,7 @@ use moe_core::{
 use moe_peft::{
     AdapterSet, FineTune,
     compressed_experts::{CompressedExperts, CompressedLayers},
-    own::OwnWeights,
+    model_weights::OwnWeights,
 };
 use tuning::{check_gradient, loss, model, noise, put, sweep, train, waves};
 

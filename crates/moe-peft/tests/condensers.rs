@@ -16,9 +16,9 @@ use moe_core::{
     trace::{LayerTrace, Observer, Signals},
 };
 use moe_peft::{
-    AdapterSet, FineTune, Method,
+    AdapterSet, FineTune, TrainingHooks,
     condenser::{Centre, CondenserCounts, CondenserLayer, CondenserMode, CondenserOptions, Condensers, Starved, gini},
-    own::OwnWeights,
+    model_weights::OwnWeights,
 };
 use tuning::{check_gradient, loss, model, sweep, train, waves};
 
@@ -308,7 +308,7 @@ fn what_was_learnt_is_saved_beside_a_checkpoint_and_in_the_state_of_training() {
     assert!(Condensers::load(dir.path().join("other"), base.config()).is_err());
 
     let mut fresh = condensers(&base, all.options());
-    let saved = Method::state_save(&all).unwrap();
+    let saved = TrainingHooks::state_save(&all).unwrap();
     let mut parameters = moe_core::train::Parameters::new();
     fresh.state_load(saved, &AdapterSet::new(), &mut parameters).unwrap();
     assert_eq!(state(&fresh), state(&all));
@@ -344,7 +344,7 @@ fn the_first_phase_makes_routing_more_uneven_and_the_bias_stays_within_its_steps
     OwnWeights { shared: true, ..OwnWeights::default() }.attach(&base, &mut set).unwrap();
     all.attach(&mut set);
     let run = all.applied_to(&base).unwrap();
-    let task = FineTune::new(&run, set.into()).unwrap().with_method(all.clone());
+    let task = FineTune::new(&run, set.into()).unwrap().with_hooks(all.clone());
     let before = counts(&base, &data);
     let steps = 24;
     let (task, mut parameters) = train(task, &base, steps);

@@ -18,7 +18,7 @@ use moe_peft::{
         CordaMethod, ExpertMap, Init, Lora, LoraConfig, LoraWeights, Map, Maps, Naming, Targets, corda::Covariances,
     },
     merge::{Combination, MergeOptions, combine, merge, write_residual},
-    peft::{self, ReadOptions, WriteOptions},
+    peft_files::{self, ReadOptions, WriteOptions},
 };
 
 /// The adapters of peft 0.21.2 and their base models.
@@ -81,7 +81,7 @@ fn logits_losses_and_trained_logits_are_those_of_peft() {
         let model = model(base);
         let expected = Expected::load(&parity(name).join("expected.safetensors"));
         let maps = Maps::new(model.checkpoint());
-        let weights = peft::read(parity(name), &maps, ReadOptions::default()).unwrap();
+        let weights = peft_files::read(parity(name), &maps, ReadOptions::default()).unwrap();
         let (set, lora) = installed(&model, &[("default", weights)]);
         let adapted = model.with_adapters(set.clone()).unwrap();
         let wave = expected.wave();
@@ -114,13 +114,13 @@ fn files_survive_writing_in_both_namings() {
     for (name, base) in PARITY {
         let model = model(base);
         let maps = Maps::new(model.checkpoint());
-        let weights = peft::read(parity(name), &maps, ReadOptions::default()).unwrap();
+        let weights = peft_files::read(parity(name), &maps, ReadOptions::default()).unwrap();
         let expected = Expected::load(&parity(name).join("expected.safetensors"));
         for naming in [Naming::Fused, Naming::PerExpert] {
             let dir = tempfile::tempdir().unwrap();
             let options = WriteOptions { naming, ..WriteOptions::default() };
-            peft::write(dir.path(), &weights, &maps, &options).unwrap();
-            let again = peft::read(dir.path(), &maps, ReadOptions::default()).unwrap();
+            peft_files::write(dir.path(), &weights, &maps, &options).unwrap();
+            let again = peft_files::read(dir.path(), &maps, ReadOptions::default()).unwrap();
             if naming == Naming::Fused {
                 assert_eq!(again.maps, weights.maps, "{name}");
                 let (a, b) = (tensors(&parity(name)), tensors(dir.path()));
@@ -134,7 +134,7 @@ fn files_survive_writing_in_both_namings() {
 }
 
 fn tensors(dir: &Path) -> Vec<(String, Vec<u8>)> {
-    let bytes = std::fs::read(dir.join(peft::MODEL_FILE)).unwrap();
+    let bytes = std::fs::read(dir.join(peft_files::MODEL_FILE)).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let mut all: Vec<_> = file.tensors().into_iter().map(|(name, view)| (name, view.data().to_vec())).collect();
     all.sort();
@@ -165,8 +165,8 @@ fn experts_one_by_one_become_fused_with_the_same_outputs() {
             logits(&model.with_adapters(installed(&model, &[("default", weights.clone())]).0).unwrap(), &wave);
         assert!(distance(&expected, &logits(&model, &wave)) > 1e-2);
         let dir = tempfile::tempdir().unwrap();
-        peft::write(dir.path(), &weights, &maps, &WriteOptions::default()).unwrap();
-        let fused = peft::read(dir.path(), &maps, ReadOptions::default()).unwrap();
+        peft_files::write(dir.path(), &weights, &maps, &WriteOptions::default()).unwrap();
+        let fused = peft_files::read(dir.path(), &maps, ReadOptions::default()).unwrap();
         assert_eq!(fused.config.naming, Naming::Fused);
         let part = |layer, expert| &fused.maps[&Map::Expert { layer, expert, part: ExpertMap::GateUp }];
         assert_eq!((part(0, 1).rank, part(0, 0).rank), (5, 5));
@@ -412,8 +412,8 @@ fn adapters_that_begin_as_a_part_of_the_weight_change_nothing_and_keep_the_rest_
         assert!(distance(&expected, &plain) > 1e-3);
         // twice the rank beside the weight as it is
         let dir = tempfile::tempdir().unwrap();
-        peft::write(dir.path(), &weights, &maps, &WriteOptions::default()).unwrap();
-        let again = peft::read(dir.path(), &maps, ReadOptions::default()).unwrap();
+        peft_files::write(dir.path(), &weights, &maps, &WriteOptions::default()).unwrap();
+        let again = peft_files::read(dir.path(), &maps, ReadOptions::default()).unwrap();
         assert!(again.maps.values().all(|low| low.rank == if init.changes_base() { 8 } else { 4 }));
         assert!(distance(&adapted(&again), &expected) < 1e-4, "{init}");
         if init.changes_base() {
@@ -422,8 +422,8 @@ fn adapters_that_begin_as_a_part_of_the_weight_change_nothing_and_keep_the_rest_
             write_residual(model.checkpoint(), &base, &weights, &MergeOptions::default()).unwrap();
             let base = Model::open(&base, &device(), None).unwrap();
             let options = WriteOptions { on_residual: true, ..WriteOptions::default() };
-            peft::write(dir.path(), &weights, &maps, &options).unwrap();
-            let again = peft::read(dir.path(), &Maps::new(base.checkpoint()), ReadOptions::default()).unwrap();
+            peft_files::write(dir.path(), &weights, &maps, &options).unwrap();
+            let again = peft_files::read(dir.path(), &Maps::new(base.checkpoint()), ReadOptions::default()).unwrap();
             assert!(again.maps.values().all(|low| low.rank == 4));
             let found = logits(&base.with_adapters(installed(&base, &[("default", again)]).0).unwrap(), &wave);
             assert!(distance(&found, &expected) < 2e-4, "{init}: {}", distance(&found, &expected));
@@ -496,25 +496,25 @@ fn targets_follow_the_rules_of_peft() {
 fn files_of_another_model_and_options_that_matter_are_refused_by_name() {
     let model = model("qwen2_moe");
     let maps = Maps::new(model.checkpoint());
-    let error = peft::read(parity("lora_down_only"), &maps, ReadOptions::default()).unwrap_err().to_string();
+    let error = peft_files::read(parity("lora_down_only"), &maps, ReadOptions::default()).unwrap_err().to_string();
     assert!(error.contains("adapter_model.safetensors") && error.contains("experts"), "{error}");
     let changed = |change: &dyn Fn(&mut serde_json::Value)| {
         let dir = tempfile::tempdir().unwrap();
-        for file in [peft::CONFIG_FILE, peft::MODEL_FILE] {
+        for file in [peft_files::CONFIG_FILE, peft_files::MODEL_FILE] {
             std::fs::copy(parity("lora_experts").join(file), dir.path().join(file)).unwrap();
         }
-        let path = dir.path().join(peft::CONFIG_FILE);
+        let path = dir.path().join(peft_files::CONFIG_FILE);
         let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         change(&mut json);
         std::fs::write(&path, json.to_string()).unwrap();
-        peft::read(dir.path(), &maps, ReadOptions::default()).unwrap_err().to_string()
+        peft_files::read(dir.path(), &maps, ReadOptions::default()).unwrap_err().to_string()
     };
     assert!(changed(&|json| json["init_lora_weights"] = "pissa".into()).contains("init_lora_weights"));
     assert!(changed(&|json| json["lora_bias"] = true.into()).contains("`lora_bias`"));
     assert!(changed(&|json| json["r"] = 5.into()).contains("rank of `"));
     // of another model: no such module
     let other = common::model("deepseek_v3");
-    let error = peft::read(parity("lora_attention"), &Maps::new(other.checkpoint()), ReadOptions::default());
+    let error = peft_files::read(parity("lora_attention"), &Maps::new(other.checkpoint()), ReadOptions::default());
     let error = error.unwrap_err().to_string();
     assert!(error.contains("no such map in the model") && error.contains("self_attn.k_proj"), "{error}");
 }
@@ -523,9 +523,9 @@ fn files_of_another_model_and_options_that_matter_are_refused_by_name() {
 fn the_order_before_0_19_1_is_read_to_the_same_additions() {
     let model = model("mixtral");
     let maps = Maps::new(model.checkpoint());
-    let weights = peft::read(parity("lora_down_only"), &maps, ReadOptions::default()).unwrap();
+    let weights = peft_files::read(parity("lora_down_only"), &maps, ReadOptions::default()).unwrap();
     // A [E r, out] and B [in, r E] of the same additions
-    let bytes = std::fs::read(parity("lora_down_only").join(peft::MODEL_FILE)).unwrap();
+    let bytes = std::fs::read(parity("lora_down_only").join(peft_files::MODEL_FILE)).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let floats = |name: &str| {
         let view = file.tensor(name).unwrap();
@@ -553,9 +553,10 @@ fn the_order_before_0_19_1_is_read_to_the_same_additions() {
         }
     }
     let dir = tempfile::tempdir().unwrap();
-    write_safetensors(&dir.path().join(peft::MODEL_FILE), &out);
-    std::fs::copy(parity("lora_down_only").join(peft::CONFIG_FILE), dir.path().join(peft::CONFIG_FILE)).unwrap();
-    assert_eq!(peft::read(dir.path(), &maps, ReadOptions::default()).unwrap().maps, weights.maps);
+    write_safetensors(&dir.path().join(peft_files::MODEL_FILE), &out);
+    std::fs::copy(parity("lora_down_only").join(peft_files::CONFIG_FILE), dir.path().join(peft_files::CONFIG_FILE))
+        .unwrap();
+    assert_eq!(peft_files::read(dir.path(), &maps, ReadOptions::default()).unwrap().maps, weights.maps);
 }
 
 #[test]

@@ -15,7 +15,7 @@ use moe_core::{
     host,
 };
 use moe_peft::{
-    AdapterSet, Method,
+    AdapterSet, TrainingHooks,
     lora::{Lora, Maps, Targets},
     mixture::{Allocation, Balance, Experts, Gate, KeepsSelection, MeanWeights, Mixture, MixtureConfig, Score},
 };

@@ -12,7 +12,7 @@ use moe_core::{
 use moe_peft::{
     AdapterSet,
     dense_mixer::DenseMixer,
-    own::OwnWeights,
+    model_weights::OwnWeights,
     router_loss::{BalanceForm, BalanceLoss, RouterLosses},
 };
 use tuning::{check_gradient, loss, model, sweep, waves};

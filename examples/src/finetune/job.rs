@@ -18,10 +18,10 @@ use moe_peft::fold::{FoldOptions, fold};
 use moe_peft::lora::corda::Covariances;
 use moe_peft::lora::{Init, Lora, LoraConfig, Map, Maps, Targets};
 use moe_peft::mixture::{KeepsSelection, Mixture};
-use moe_peft::own::{BlockWatch, OwnWeights, SampledLayers};
-use moe_peft::peft::WriteOptions;
-use moe_peft::report::Trainable;
+use moe_peft::model_weights::{BlockWatch, OwnWeights, SampledLayers};
+use moe_peft::peft_files::WriteOptions;
 use moe_peft::router_loss::RouterLosses;
+use moe_peft::trainable::Trainable;
 use moe_peft::{AdapterSet, FineTune};
 use serde::{Deserialize, Serialize};
 
@@ -114,7 +114,7 @@ impl Workshop<'_> {
                 let mut set = AdapterSet::new();
                 smt.warmup_weights().attach(self.model, &mut set)?;
                 let watch = BlockWatch::new(*smt, self.model)?;
-                let task = FineTune::new(self.model, Arc::new(set))?.with_method(watch.clone());
+                let task = FineTune::new(self.model, Arc::new(set))?.with_hooks(watch.clone());
                 let steps = recipe.train.steps(self.waves.len());
                 let warmup = smt.warmup_steps.min(steps.saturating_sub(1)).max(1);
                 let options = TrainOptions { max_steps: Some(warmup), ..recipe.train.clone() };
@@ -188,8 +188,8 @@ impl Workshop<'_> {
         }
         let task = FineTune::new(self.model, Arc::new(set))?;
         let task = match (turns, &beside.mixture) {
-            (Some(turns), _) => task.with_method(turns),
-            (None, Some(mixture)) => task.with_method(KeepsSelection(mixture.clone())),
+            (Some(turns), _) => task.with_hooks(turns),
+            (None, Some(mixture)) => task.with_hooks(KeepsSelection(mixture.clone())),
             (None, None) => task,
         };
         Ok((task, options, beside))
@@ -210,7 +210,7 @@ impl Workshop<'_> {
             let maps = Maps::new(self.model.checkpoint());
             let base_model = Some(self.model.checkpoint().dir().display().to_string());
             let options = WriteOptions { base_model, ..WriteOptions::default() };
-            moe_peft::peft::write(self.dir.join("adapter"), &weights, &maps, &options)?;
+            moe_peft::peft_files::write(self.dir.join("adapter"), &weights, &maps, &options)?;
         }
         if let Some(mixture) = &trained.beside.mixture {
             // depends on its input: there is nothing to fold

@@ -3,11 +3,11 @@
 use moe_core::train::{AdamW, Decay, Keep, Optimizer, Schedule, TrainOptions};
 use moe_peft::compressed_experts::CompressedExperts;
 use moe_peft::esft::Esft;
+use moe_peft::layer_sampling::LayerSampling;
 use moe_peft::lora::LoraConfig;
 use moe_peft::mixture::MixtureConfig;
-use moe_peft::own::OwnWeights;
+use moe_peft::model_weights::OwnWeights;
 use moe_peft::router_loss::RouterLosses;
-use moe_peft::sampling::LayerSampling;
 use moe_peft::smt::Smt;
 use serde::{Deserialize, Serialize};
 

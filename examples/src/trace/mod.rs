@@ -14,7 +14,7 @@ use burn::tensor::Device;
 use moe_core::data::{Sequence, WaveOptions, waves};
 use moe_core::{Engine, EngineOptions, Model};
 use moe_peft::lora::{Lora, Maps};
-use moe_peft::{AdapterSet, peft};
+use moe_peft::{AdapterSet, peft_files};
 
 pub use output::TensorOutput;
 pub use tokens::Tokens;
@@ -118,7 +118,7 @@ pub fn trace(arguments: &Arguments) -> Result<Summary> {
 fn adapted(model: &Model, adapter: &Path, device: &Device) -> Result<Model> {
     let mut set = AdapterSet::new();
     let maps = Maps::new(model.checkpoint());
-    let weights = peft::read(adapter, &maps, peft::ReadOptions::default())?;
+    let weights = peft_files::read(adapter, &maps, peft_files::ReadOptions::default())?;
     Lora::install(&mut set, &maps, &[("default", weights)], device)?;
     Ok(model.with_adapters(Arc::new(set))?)
 }

@@ -41,7 +41,7 @@ use serde::{Deserialize, Serialize};
 use rule::LayerRule;
 pub use select::{CondenserCounts, Depths, LayerScore, Starved, gini};
 
-use crate::{AdapterSet, Error, Method, Result};
+use crate::{AdapterSet, Error, Result, TrainingHooks};
 
 /// How condensers join the experts of a token.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,7 +102,7 @@ impl CondenserOptions {
     }
 }
 
-/// Biases and condensers of all MoE layers of a model: a [`RoutingOverlay`] to run the model under, and the [`Method`] that moves the bias.
+/// Biases and condensers of all MoE layers of a model: a [`RoutingOverlay`] to run the model under, and the [`TrainingHooks`] that moves the bias.
 #[derive(Debug)]
 pub struct Condensers {
     layers: BTreeMap<usize, Arc<LayerRule>>,
@@ -281,7 +281,7 @@ impl Condensers {
     }
 }
 
-impl Method for Arc<Condensers> {
+impl TrainingHooks for Arc<Condensers> {
     fn after_step(&mut self, _: usize, _: &AdapterSet, _: &mut Parameters) -> Result<()> {
         self.step();
         Ok(())

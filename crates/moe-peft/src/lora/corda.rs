@@ -11,7 +11,7 @@ use super::{
     init,
     maps::{Map, Maps},
 };
-use crate::{Error, Result, places::Place, probe::watch};
+use crate::{Error, Result, input_watch::watch, trainable_tensors::Place};
 
 /// `X^T X` of the inputs of linear maps, averaged over batches. Gate and up read the same inputs.
 #[derive(Clone, Debug, Default)]

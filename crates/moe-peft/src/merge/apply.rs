@@ -200,7 +200,7 @@ pub fn merge(
 }
 
 /// Writes to `to` what the weights kept when `adapter` was begun as a part of them: `W - s B_0 A_0`. To it belongs the adapter that is
-/// [written](crate::peft::write()) with `on_residual`.
+/// [written](crate::peft_files::write()) with `on_residual`.
 ///
 /// # Errors
 /// [`Error::Input`] for an adapter that took nothing; else those of [`merge`].

@@ -5,14 +5,14 @@ use std::{collections::BTreeMap, sync::Arc};
 use moe_core::train::{Parameters, StateArray, TaskState};
 
 use super::Mixture;
-use crate::{AdapterSet, Error, Method, Result};
+use crate::{AdapterSet, Error, Result, TrainingHooks};
 
 /// Saves the biases of selections with the state of training, so that SMoRA and FlyLoRA resume to the same bits. For other mixtures it does
 /// nothing.
 #[derive(Clone, Debug)]
 pub struct KeepsSelection(pub Arc<Mixture>);
 
-impl Method for KeepsSelection {
+impl TrainingHooks for KeepsSelection {
     fn state_save(&self) -> Result<TaskState> {
         let mut arrays = BTreeMap::new();
         if self.0.config.gate.bias_rate().is_some() {

@@ -11,7 +11,7 @@ use moe_core::{
     trace::{Nobody, Observer, Signals},
     train::{AdamW, Keep, Optimizer, Parameters, Schedule, TrainOptions},
 };
-use moe_peft::{AdapterSet, Bank, FineTune, own::OwnWeights};
+use moe_peft::{AdapterSet, Bank, FineTune, model_weights::OwnWeights};
 
 /// A small checkpoint of a family.
 pub fn fixture(name: &str) -> PathBuf {

@@ -9,7 +9,7 @@ use moe_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{AdapterSet, places};
+use crate::{AdapterSet, trainable_tensors};
 
 /// A kind of weight of a model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -53,11 +53,11 @@ impl Trainable {
             part.adapted += usize::from(trained.is_some_and(|trained| trained > 0));
             part.trained += trained.unwrap_or(0) as u64;
         };
-        for place in places::places(checkpoint) {
+        for place in trainable_tensors::linear_maps(checkpoint) {
             let trained = set.linear(place.site).map(|adapter| adapter.trained());
             add(part_name(place.site), place.dims[0] * place.dims[1], trained);
         }
-        for vector in places::vectors(checkpoint) {
+        for vector in trainable_tensors::vectors(checkpoint) {
             let trained = set.vector(vector.role).map(|adapter| adapter.trained());
             add(if vector.norm { "norms" } else { "biases" }.into(), vector.len, trained);
         }
@@ -67,7 +67,7 @@ impl Trainable {
             live.map(|live| live.shape().iter().product::<usize>()).sum()
         };
         add("embeddings".into(), size(Role::Embedding), Some(rows("embeddings")));
-        if crate::own::tied(checkpoint).is_ok_and(|tied| !tied) {
+        if crate::model_weights::tied(checkpoint).is_ok_and(|tied| !tied) {
             add("output head".into(), size(Role::LmHead), Some(rows("head")));
         }
         let known: u64 = parts.iter().map(|part| part.trained).sum();

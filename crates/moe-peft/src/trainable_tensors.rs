@@ -52,7 +52,7 @@ pub fn roles(layer: usize, site: LayerSite) -> impl Iterator<Item = Role> {
 }
 
 /// All linear maps of a checkpoint but embeddings and head: layer by layer, those of routed experts last.
-pub fn places(checkpoint: &Checkpoint) -> Vec<Place> {
+pub fn linear_maps(checkpoint: &Checkpoint) -> Vec<Place> {
     let config = checkpoint.config();
     let mut places = Vec::new();
     for layer in 0..config.layers.len() {

@@ -7,7 +7,7 @@ use moe_core::{
     train::{Parameters, TaskState},
 };
 
-use crate::{AdapterSet, Live, Method, Result, sampling::LayerSampling};
+use crate::{AdapterSet, Live, Result, TrainingHooks, layer_sampling::LayerSampling};
 
 /// Trains the layers that a [`LayerSampling`] draws; parameters that belong to no layer (embeddings, final norm, head) always.
 #[derive(Clone, Debug)]
@@ -43,7 +43,7 @@ fn depth(set: &AdapterSet, layers: &BTreeSet<usize>) -> Depth {
     layers.iter().map(|layer| Depth::Attention(*layer)).fold(start, Depth::deeper)
 }
 
-impl Method for SampledLayers {
+impl TrainingHooks for SampledLayers {
     fn before_step(&mut self, step: usize, set: &AdapterSet, parameters: &mut Parameters) -> Result<()> {
         match self.sampling.draws_at(step) {
             true => self.draw(step, set, parameters),

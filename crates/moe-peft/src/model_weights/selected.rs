@@ -8,10 +8,10 @@ use std::{
 use moe_core::{Model, adapters::Site, host, kernels::weight::Weight, train::Parameters};
 
 use crate::{
-    AdapterSet, Live, Method, Result,
-    own::{OwnBlocks, OwnEmbedding, OwnMatrix, OwnVector, OwnWeights},
-    places::{self, Place},
+    AdapterSet, Live, Result, TrainingHooks,
+    model_weights::{OwnBlocks, OwnEmbedding, OwnMatrix, OwnVector, OwnWeights},
     smt::{BlockScores, BlockSelection, Smt},
+    trainable_tensors::{self, Place},
 };
 
 /// Sums the gradients of a warm-up, step by step. Cloning shares the sums.
@@ -24,7 +24,7 @@ impl BlockWatch {
     /// # Errors
     /// As [`Smt::validate`].
     pub fn new(smt: Smt, model: &Model) -> Result<Self> {
-        Ok(Self(Arc::new(Mutex::new(BlockScores::new(smt, &places::places(model.checkpoint()))?))))
+        Ok(Self(Arc::new(Mutex::new(BlockScores::new(smt, &trainable_tensors::linear_maps(model.checkpoint()))?))))
     }
 
     /// The sums so far.
@@ -33,7 +33,7 @@ impl BlockWatch {
     }
 }
 
-impl Method for BlockWatch {
+impl TrainingHooks for BlockWatch {
     fn gradients(&mut self, _: usize, factor: f64, parameters: &Parameters) -> Result<()> {
         let mut scores = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let sites: Vec<Site> = scores.sites().collect();
@@ -86,14 +86,14 @@ impl Smt {
                 }
             }
         }
-        for Place { site, dims } in places::places(checkpoint) {
+        for Place { site, dims } in trainable_tensors::linear_maps(checkpoint) {
             let own = warm.remove(&site.path());
             match (selection.get(&site), own) {
                 (Some(blocks), own) => {
                     let name = format!("{}.blocks", site.path());
                     let matrix = match &own {
                         Some(values) => values.clone(),
-                        None => places::read(checkpoint, site)?,
+                        None => trainable_tensors::read(checkpoint, site)?,
                     };
                     let base = own.map(|values| Weight::dense(host::from_vec(values, dims, device)));
                     let adapter = OwnBlocks::new(&name, dims, blocks.clone(), &matrix, base, device)?;
@@ -106,7 +106,7 @@ impl Smt {
                 (None, None) => {}
             }
         }
-        for vector in places::vectors(checkpoint) {
+        for vector in trainable_tensors::vectors(checkpoint) {
             let name = super::vector_name(vector.role);
             if let Some(values) = warm.remove(&name) {
                 let live = frozen(&name, [1, vector.len], values, device)?;

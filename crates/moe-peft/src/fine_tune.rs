@@ -23,11 +23,11 @@ pub enum Target {
 
 /// What a method does besides gradient descent: it may change what is trained from step to step, watch gradients, and change values by
 /// rule. Defaults do nothing.
-pub trait Method: Send {
+pub trait TrainingHooks: Send {
     /// Before the gradients of step `step` (from 1).
     ///
     /// # Errors
-    /// Whatever the method finds wrong.
+    /// Whatever the hooks find wrong.
     fn before_step(&mut self, step: usize, set: &AdapterSet, parameters: &mut Parameters) -> Result<()> {
         let _ = (step, set, parameters);
         Ok(())
@@ -36,7 +36,7 @@ pub trait Method: Send {
     /// The gradient is complete: `factor` times what the parameters hold is that of the mean loss, not clipped.
     ///
     /// # Errors
-    /// Whatever the method finds wrong.
+    /// Whatever the hooks find wrong.
     fn gradients(&mut self, step: usize, factor: f64, parameters: &Parameters) -> Result<()> {
         let _ = (step, factor, parameters);
         Ok(())
@@ -45,7 +45,7 @@ pub trait Method: Send {
     /// After the optimiser's step.
     ///
     /// # Errors
-    /// Whatever the method finds wrong.
+    /// Whatever the hooks find wrong.
     fn after_step(&mut self, step: usize, set: &AdapterSet, parameters: &mut Parameters) -> Result<()> {
         let _ = (step, set, parameters);
         Ok(())
@@ -54,7 +54,7 @@ pub trait Method: Send {
     /// What a saved state has to hold of it.
     ///
     /// # Errors
-    /// Whatever the method finds wrong.
+    /// Whatever the hooks find wrong.
     fn state_save(&self) -> Result<TaskState> {
         Ok(TaskState::default())
     }
@@ -62,7 +62,7 @@ pub trait Method: Send {
     /// Takes a saved state back.
     ///
     /// # Errors
-    /// Whatever the method finds wrong.
+    /// Whatever the hooks find wrong.
     fn state_load(&mut self, state: TaskState, set: &AdapterSet, parameters: &mut Parameters) -> Result<()> {
         let _ = (state, set, parameters);
         Ok(())
@@ -73,7 +73,7 @@ pub trait Method: Send {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Plain;
 
-impl Method for Plain {}
+impl TrainingHooks for Plain {}
 
 /// A model whose adapters are trained on waves, for [`moe_core::train::train`].
 ///
@@ -82,7 +82,7 @@ impl Method for Plain {}
 pub struct FineTune {
     model: Model,
     set: Arc<AdapterSet>,
-    method: Box<dyn Method>,
+    hooks: Box<dyn TrainingHooks>,
     target: Target,
     engine: EngineOptions,
     evaluation: Vec<Wave>,
@@ -108,7 +108,7 @@ impl FineTune {
         Ok(Self {
             model,
             set,
-            method: Box::new(Plain),
+            hooks: Box::new(Plain),
             target: Target::NextToken,
             engine,
             evaluation: Vec::new(),
@@ -117,8 +117,8 @@ impl FineTune {
     }
 
     /// Does more than gradient descent.
-    pub fn with_method(self, method: impl Method + 'static) -> Self {
-        Self { method: Box::new(method), ..self }
+    pub fn with_hooks(self, hooks: impl TrainingHooks + 'static) -> Self {
+        Self { hooks: Box::new(hooks), ..self }
     }
 
     /// Minimises something else.
@@ -141,9 +141,9 @@ impl FineTune {
         &self.set
     }
 
-    /// The method.
-    pub fn method(&self) -> &dyn Method {
-        &*self.method
+    /// What it does besides gradient descent.
+    pub fn hooks(&self) -> &dyn TrainingHooks {
+        &*self.hooks
     }
 
     /// Lends the values to the model while `f` runs it.
@@ -177,7 +177,7 @@ impl FineTune {
 impl TrainingTask for FineTune {
     fn before_step(&mut self, step: usize, parameters: &mut Parameters) -> moe_core::Result<()> {
         self.step = step;
-        self.method.before_step(step, &self.set, parameters).map_err(into_core)
+        self.hooks.before_step(step, &self.set, parameters).map_err(into_core)
     }
 
     fn accumulate(&mut self, wave: &Wave, parameters: &mut Parameters) -> moe_core::Result<BatchLoss> {
@@ -191,11 +191,11 @@ impl TrainingTask for FineTune {
     }
 
     fn gradients(&mut self, step: usize, factor: f64, parameters: &Parameters) -> moe_core::Result<()> {
-        self.method.gradients(step, factor, parameters).map_err(into_core)
+        self.hooks.gradients(step, factor, parameters).map_err(into_core)
     }
 
     fn after_step(&mut self, step: usize, parameters: &mut Parameters) -> moe_core::Result<()> {
-        self.method.after_step(step, &self.set, parameters).map_err(into_core)
+        self.hooks.after_step(step, &self.set, parameters).map_err(into_core)
     }
 
     fn update(&mut self, _: &Parameters) -> moe_core::Result<()> {
@@ -214,11 +214,11 @@ impl TrainingTask for FineTune {
     }
 
     fn state_save(&self) -> moe_core::Result<TaskState> {
-        self.method.state_save().map_err(into_core)
+        self.hooks.state_save().map_err(into_core)
     }
 
     fn state_load(&mut self, state: TaskState, parameters: &mut Parameters) -> moe_core::Result<()> {
-        self.method.state_load(state, &self.set, parameters).map_err(into_core)
+        self.hooks.state_load(state, &self.set, parameters).map_err(into_core)
     }
 }
 

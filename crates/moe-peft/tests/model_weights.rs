@@ -11,10 +11,10 @@ use moe_core::{
 use moe_peft::{
     AdapterSet, FineTune,
     esft::{Esft, EsftScore, ExpertUse},
-    own::{BlockWatch, OwnWeights, SampledLayers},
-    places,
-    sampling::{LayerSampling, LayerWeights, outliers},
+    layer_sampling::{LayerSampling, LayerWeights, outliers},
+    model_weights::{BlockWatch, OwnWeights, SampledLayers},
     smt::{BlockBudget, BlockScore, Smt},
+    trainable_tensors,
 };
 use tuning::{loss, model, options, train, train_own, waves};
 
@@ -92,7 +92,7 @@ fn blocks_start_where_the_warm_up_ended_and_nothing_else_moves() {
     let mut set = AdapterSet::new();
     smt.warmup_weights().attach(&base, &mut set).unwrap();
     let watch = BlockWatch::new(smt, &base).unwrap();
-    let (task, mut warmed) = train(FineTune::new(&base, set.into()).unwrap().with_method(watch.clone()), &base, 2);
+    let (task, mut warmed) = train(FineTune::new(&base, set.into()).unwrap().with_hooks(watch.clone()), &base, 2);
     // the updates of the warm-up are those of plain full fine-tuning
     let (_, plain) = train_own(&base, &OwnWeights::full(), 2);
     assert!(warmed.iter().zip(plain.iter()).all(|(a, b)| a.0 == b.0 && a.1.values == b.1.values));
@@ -133,10 +133,11 @@ fn burn_tensor(values: Vec<f32>, dims: [usize; 2]) -> burn::tensor::Tensor<2> {
 fn all_blocks_train_as_the_whole_matrices_do() {
     let base = model("qwen2_moe");
     let smt = Smt { block: 7, output: true, ..smt() }; // ragged edges
-    let targets: Vec<_> = places::places(base.checkpoint()).into_iter().filter(|p| smt.targets(p.site)).collect();
-    let all = |place: &places::Place| {
+    let targets: Vec<_> =
+        trainable_tensors::linear_maps(base.checkpoint()).into_iter().filter(|p| smt.targets(p.site)).collect();
+    let all = |place: &trainable_tensors::Place| {
         let [rows, columns] = place.dims.map(|n| n.div_ceil(7));
-        let block = |i| moe_peft::own::Block::of(place.dims, 7, i / columns, i % columns);
+        let block = |i| moe_peft::model_weights::Block::of(place.dims, 7, i / columns, i % columns);
         (place.site, (0..rows * columns).map(block).collect())
     };
     let mut set = AdapterSet::new();
@@ -171,7 +172,7 @@ fn drawn_layers_change_and_the_others_do_not() {
     OwnWeights::full().attach(&base, &mut set).unwrap();
     let method = SampledLayers::new(sampling.clone(), probabilities.clone());
     let start = |set: AdapterSet| {
-        let task = FineTune::new(&base, set.into()).unwrap().with_method(method.clone());
+        let task = FineTune::new(&base, set.into()).unwrap().with_hooks(method.clone());
         let parameters = task.set().bank().parameters().unwrap();
         (task, parameters)
     };

@@ -8,9 +8,8 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Error, Result,
-    places::{self, Place},
-    probe,
+    Error, Result, input_watch,
+    trainable_tensors::{self, Place},
 };
 
 /// How often a layer is drawn.
@@ -166,8 +165,9 @@ fn normalised(weights: Vec<f64>) -> Result<Vec<f64>> {
 /// What stops the model; [`Error::Input`] for no waves.
 pub fn outliers(model: &Model, waves: &[Wave], times_mean: f64) -> Result<Vec<f64>> {
     let checkpoint = model.checkpoint();
-    let places: Vec<Place> = places::places(checkpoint).into_iter().filter(|place| !place.dims.contains(&0)).collect();
-    let inputs = probe::input_squares(model, &places, waves)?;
+    let places: Vec<Place> =
+        trainable_tensors::linear_maps(checkpoint).into_iter().filter(|place| !place.dims.contains(&0)).collect();
+    let inputs = input_watch::input_squares(model, &places, waves)?;
     let norms: BTreeMap<Site, Vec<f32>> = inputs
         .into_iter()
         .map(|(site, squares)| (site, squares.into_iter().map(|s| s.sqrt() as f32).collect()))
@@ -175,7 +175,8 @@ pub fn outliers(model: &Model, waves: &[Wave], times_mean: f64) -> Result<Vec<f6
     let layers = model.config().layers.len();
     let mut totals = vec![(0.0f64, 0u64); layers];
     for place in &places {
-        let sum: f64 = metric(&places::read(checkpoint, place.site)?, &norms[&place.site]).map(f64::from).sum();
+        let sum: f64 =
+            metric(&trainable_tensors::read(checkpoint, place.site)?, &norms[&place.site]).map(f64::from).sum();
         let total = &mut totals[place.site.layer()];
         *total = (total.0 + sum, total.1 + (place.dims[0] * place.dims[1]) as u64);
     }
@@ -183,7 +184,7 @@ pub fn outliers(model: &Model, waves: &[Wave], times_mean: f64) -> Result<Vec<f6
     for place in &places {
         let layer = place.site.layer();
         let threshold = times_mean * totals[layer].0 / totals[layer].1.max(1) as f64;
-        let values = places::read(checkpoint, place.site)?;
+        let values = trainable_tensors::read(checkpoint, place.site)?;
         above[layer] += metric(&values, &norms[&place.site]).filter(|m| f64::from(*m) > threshold).count() as u64;
     }
     checkpoint.release();

@@ -15,7 +15,7 @@ use moe_core::{
     trace::Nobody,
 };
 
-use crate::{AdapterSet, Error, Result, places::Place};
+use crate::{AdapterSet, Error, Result, trainable_tensors::Place};
 
 /// The map itself, with its inputs shown to `see`, which adds them to what was seen before.
 #[derive(Debug)]

@@ -24,7 +24,7 @@ pub use selected::BlockWatch;
 
 use crate::{
     AdapterSet, Error, Live, Result,
-    places::{self, Place},
+    trainable_tensors::{self, Place},
 };
 
 /// Which of a model's own weights are trained. By default none are.
@@ -153,16 +153,18 @@ impl OwnWeights {
             return Err(Error::Unsupported("training experts that share sets of weights".into()));
         }
         let mut any = false;
-        for Place { site, dims } in places::places(checkpoint).into_iter().filter(|place| self.has(place.site)) {
+        for Place { site, dims } in
+            trainable_tensors::linear_maps(checkpoint).into_iter().filter(|place| self.has(place.site))
+        {
             if dims.contains(&0) {
                 continue;
             }
-            let live = Live::new(site.path(), dims, places::read(checkpoint, site)?, model.device())?;
+            let live = Live::new(site.path(), dims, trainable_tensors::read(checkpoint, site)?, model.device())?;
             set.bank_mut().insert(live.clone())?;
             set.add(site, Arc::new(OwnMatrix(live)))?;
             any = true;
         }
-        for vector in places::vectors(checkpoint).into_iter().filter(|v| self.has_vector(v.depth, v.norm)) {
+        for vector in trainable_tensors::vectors(checkpoint).into_iter().filter(|v| self.has_vector(v.depth, v.norm)) {
             let values = checkpoint.read_f32(vector.role)?;
             let live = Live::new(vector_name(vector.role), [1, vector.len], values, model.device())?;
             set.bank_mut().insert(live.clone())?;
