@@ -40,6 +40,7 @@ pub mod hub;
 mod index;
 mod json;
 mod output_dir;
+mod parallel;
 mod provenance;
 mod quantised;
 mod ragged;
@@ -70,6 +71,7 @@ pub use experts::{ExpertBiases, ExpertBlock, ExpertLayout, ExpertPart, ExpertTen
 pub use family::{Family, LayerRole, Role, families, family, family_of};
 pub use grouped::grouped_config;
 pub use output_dir::{Existing, OutputDir};
+pub use parallel::collect_in_order;
 pub use provenance::Provenance;
 pub use quantised::Quantisation;
 pub use ragged::{UniformShape, dequantised_config, ragged_config, uniform_config, uniform_shape_config};

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use moe_checkpoint::{LayerScores, MoeLayerShape};
+use moe_checkpoint::{LayerScores, MoeLayerShape, collect_in_order};
 use rayon::prelude::*;
 
 use crate::allocators::{AllocationRequest, ExpertId, ExpertLimits, Limits, WidthLimits};
@@ -214,7 +214,7 @@ pub(crate) fn queues(request: &AllocationRequest<'_>) -> Result<Vec<Vec<Queue>>>
                     let id = ExpertId { layer: shape.layer, expert };
                     Queue::of_units(limits, request.protect, kept, id, values)
                 };
-                experts.map(of_expert).collect()
+                collect_in_order(experts.map(of_expert))
             }
             Limits::Experts(limits) => {
                 let top_k = request.shape.top_k;

@@ -1,6 +1,6 @@
 //! Building score tables.
 
-use moe_checkpoint::{Denominator, Granularity, LayerScores, Pool, ScoreTable, Statistics};
+use moe_checkpoint::{Denominator, Granularity, LayerScores, Pool, ScoreTable, Statistics, collect_in_order};
 use rayon::prelude::*;
 
 use super::{Average, Scorer};
@@ -57,7 +57,7 @@ pub(super) fn table(
         });
         Ok(LayerScores {
             layer: layer.layer,
-            scores: scores.collect::<Result<_>>()?,
+            scores: collect_in_order(scores)?,
             routed: routed(statistics, layer.layer)?,
         })
     });

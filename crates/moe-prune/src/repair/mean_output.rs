@@ -39,11 +39,8 @@ impl MeanOutput {
         let engine = Engine::new(model, EngineOptions::default());
         let mut sums = Sums { plan, options: *self, waiting: Vec::new(), experts: BTreeMap::new(), done: 0, on_layer };
         engine.run_layerwise(waves, &mut sums)?;
-        let biases = sums
-            .experts
-            .into_par_iter()
-            .filter(|(_, mean)| mean.weight > 0.0)
-            .map(|((layer, expert), mean)| {
+        let biases = sums.experts.into_par_iter().filter(|(_, mean)| mean.weight > 0.0).map(
+            |((layer, expert), mean)| -> Result<_> {
                 let weights = model.checkpoint().expert(layer, expert).map_err(moe_core::Error::from)?;
                 let mut units: Vec<f64> = mean.sums.iter().map(|sum| sum / mean.weight).collect();
                 let kept = &plan.layer(layer).expect("observed because it is in the plan").experts[expert];
@@ -54,8 +51,9 @@ impl MeanOutput {
                     (own + row.iter().zip(&units).map(|(w, u)| f64::from(*w) * u).sum::<f64>()) as f32
                 });
                 Ok(((layer, expert), bias.collect::<Vec<f32>>()))
-            })
-            .collect::<Result<Vec<_>>>()?;
+            },
+        );
+        let biases = moe_checkpoint::collect_in_order(biases)?;
         let recipe = serde_json::json!({ "repair": "mean_output", "options": self });
         let mut edits = edits_by(recipe);
         for ((layer, expert), bias) in biases {

@@ -240,14 +240,13 @@ impl LayerVisitor for Visitor<'_> {
         let grams = std::mem::take(&mut self.grams);
         let diagonals: Vec<_> = grams.iter().map(|(&expert, grams)| grams_diagonal(grams, &kept[expert])).collect();
         let lambdas = self.refit.ridge_scale.lambdas(self.refit.ridge, &diagonals);
-        let fitted = Vec::from_iter(grams.into_iter().zip(lambdas))
-            .into_par_iter()
-            .map(|((expert, grams), lambda)| {
-                let weights = checkpoint.expert(layer, expert)?;
-                let down = Rows { values: &weights.down, columns: weights.width };
-                Ok((expert, solve(grams, &kept[expert], down, lambda)))
-            })
-            .collect::<moe_core::Result<Vec<_>>>()?;
+        let fitted = Vec::from_iter(grams.into_iter().zip(lambdas));
+        let fitted = fitted.into_par_iter().map(|((expert, grams), lambda)| -> moe_core::Result<_> {
+            let weights = checkpoint.expert(layer, expert)?;
+            let down = Rows { values: &weights.down, columns: weights.width };
+            Ok((expert, solve(grams, &kept[expert], down, lambda)))
+        });
+        let fitted = moe_checkpoint::collect_in_order(fitted)?;
         for (expert, down) in fitted {
             self.edits.set_expert(layer, expert, ExpertEdit { down, down_bias: None });
         }
