@@ -1,10 +1,10 @@
-//! A model directory: opened once, verified wholly, read lazily.
+//! A model: a directory, or what a method makes of one; verified wholly, read lazily.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use safetensors::Dtype;
 use serde_json::Value;
@@ -12,23 +12,24 @@ use serde_json::Value;
 use crate::config::{Ffn, ModelConfig};
 use crate::convert;
 use crate::expert_bytes::{ExpertBytes, ExpertWeights, RawMatrix};
-use crate::experts::{ExpertBiases, ExpertLayout, ExpertPart, ExpertTensor, MXFP4_BLOCK, Placement};
+use crate::experts::{ExpertBiases, ExpertBlock, ExpertLayout, ExpertPart, ExpertTensor, MXFP4_BLOCK, Placement};
 use crate::family::{Family, Role, family};
-use crate::fingerprint;
+use crate::files::Files;
 use crate::grouped::Grouped;
 use crate::index::read_json;
 use crate::quantised::{self, Quantisation, SCALE_SUFFIX};
 use crate::ragged::Ragged;
+use crate::record::{Record, Step};
 use crate::shape::MoeShape;
-use crate::shard::Shard;
+use crate::source::{ModelDescription, ModelSource, sliced};
 use crate::verify;
 use crate::weights::{self, TensorInfo};
 use crate::{Error, Result};
 
-/// A model directory, read-only, shareable between threads.
+/// A model, read-only, shareable between threads: a directory, or what a method makes of one ([`ModelSource`]).
 ///
-/// Weights are memory-mapped and read when asked for. Reads that convert give the pages they touched back to the system,
-/// so that resident memory stays that of the results; [`Checkpoint::bytes`] and [`Checkpoint::expert_bytes`] return views
+/// Weights are memory-mapped (or made) and read when asked for. Reads that convert give the pages they touched back to the
+/// system, so that resident memory stays that of the results; [`Checkpoint::bytes`] and [`Checkpoint::expert_bytes`] return views
 /// and leave that to [`Checkpoint::release`].
 ///
 /// The files must not be changed in place while they are open.
@@ -40,19 +41,29 @@ pub struct Checkpoint {
     family: &'static dyn Family,
     ragged: bool,
     shape: MoeShape,
-    shards: Vec<Shard>,
+    source: Arc<dyn ModelSource>,
     tensors: BTreeMap<String, TensorInfo>,
     layouts: BTreeMap<usize, ExpertLayout>,
+    /// Tensors made of experts that the source makes.
+    made: BTreeMap<String, MadeTensor>,
     /// Tensors that only serve to dequantise others.
     scales: BTreeSet<String>,
+    steps: Vec<Step>,
     fingerprint: OnceLock<String>,
+}
+
+/// A tensor of experts that the source makes.
+pub(crate) struct MadeTensor {
+    pub layer: usize,
+    /// Set of weights, content and first byte of every block, in file order.
+    pub blocks: Vec<(usize, ExpertBlock, usize)>,
 }
 
 impl std::fmt::Debug for Checkpoint {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut debug = formatter.debug_struct("Checkpoint");
         debug.field("dir", &self.dir).field("model_type", &self.config.model_type).field("ragged", &self.ragged);
-        debug.field("shards", &self.shards.len()).field("tensors", &self.tensors.len()).finish()
+        debug.field("steps", &self.steps.len()).field("tensors", &self.tensors.len()).finish_non_exhaustive()
     }
 }
 
@@ -73,35 +84,83 @@ impl Checkpoint {
         let raw_config = read_json(&config_path)?;
         let generation_path = dir.join("generation_config.json");
         let raw_generation = generation_path.exists().then(|| read_json(&generation_path)).transpose()?;
-        let parse = || -> Result<_> {
-            let original = Grouped::read(&raw_config)?.map(|grouped| grouped.original);
-            let ragged = Ragged::read(original.as_ref().unwrap_or(&raw_config))?.is_some();
-            let config = ModelConfig::from_json(&raw_config, raw_generation.as_ref())?;
-            Ok((family(&config.model_type)?, ragged, config))
-        };
-        let (family, ragged, config) = parse().map_err(|error| error.in_dir(dir))?;
-
+        let head = Head::read(dir, raw_config, raw_generation)?;
+        let steps = Record::load(dir)?.steps;
         let (shards, tensors) = weights::open(dir)?;
-        let verify::Verified { layouts, scales } =
-            verify::verify(&verify::Weights { dir, config: &config, family, ragged, tensors: &tensors })?;
+        Self::verified(head, tensors, steps, Arc::new(Files { shards }))
+    }
+
+    /// The model that `source` makes: verified as [`Checkpoint::open`] verifies a directory, before any weight is made. Its
+    /// [directory](Checkpoint::dir) is that of the base.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::open`] about config and tensors.
+    pub fn from_source(description: ModelDescription, source: Arc<dyn ModelSource>) -> Result<Self> {
+        let dir = source.base().map_or_else(PathBuf::new, |base| base.dir.clone());
+        let mut steps = source.base().map_or_else(Vec::new, |base| base.steps.clone());
+        steps.extend(source.step());
+        let ModelDescription { config, generation, tensors } = description;
+        let head = Head::read(&dir, config, generation)?;
+        let file: Arc<Path> = Arc::from(dir.as_path());
+        let mut infos = BTreeMap::new();
+        for spec in tensors {
+            let info = TensorInfo::made(spec, &file)?;
+            if let Some(twice) = infos.insert(info.name.clone(), info) {
+                let reason = "the name occurs twice".to_string();
+                return Err(Error::InvalidTensorSpec { tensor: twice.name, reason });
+            }
+        }
+        Self::verified(head, infos, steps, source)
+    }
+
+    fn verified(
+        head: Head,
+        tensors: BTreeMap<String, TensorInfo>,
+        steps: Vec<Step>,
+        source: Arc<dyn ModelSource>,
+    ) -> Result<Self> {
+        let Head { dir, config, raw_config, raw_generation, family, ragged } = head;
+        let weights = verify::Weights { dir: &dir, config: &config, family, ragged, tensors: &tensors };
+        let verify::Verified { layouts, scales } = verify::verify(&weights)?;
+        let mut made = BTreeMap::new();
+        for (layer, layout) in layouts.iter().filter(|(layer, _)| source.makes_experts(**layer)) {
+            let Some(moe) = config.moe(*layer) else { continue };
+            let widths = moe.stored_widths();
+            for tensor in layout.tensors(config.hidden_size, &widths, moe.biases).into_iter().flatten() {
+                let name = family.expert_tensor_name(*layer, tensor.tensor);
+                let size = tensors.get(&name).map_or(0, |info| info.dtype.bitsize() / 8);
+                let mut start = 0;
+                let blocks = tensor.blocks.into_iter().map(|(set, block)| {
+                    let dims = block.parts().iter().map(|part| part.dims(config.hidden_size, widths[set]));
+                    let elements: usize = dims.map(|(rows, cols)| rows * cols).sum();
+                    let begin = start;
+                    start += elements * size;
+                    (set, block, begin)
+                });
+                made.insert(name, MadeTensor { layer: *layer, blocks: blocks.collect() });
+            }
+        }
         let shape = config.moe_shape();
         Ok(Self {
-            dir: dir.to_path_buf(),
+            dir,
             config,
             raw_config,
             raw_generation,
             family,
             ragged,
             shape,
-            shards,
+            source,
             tensors,
             layouts,
+            made,
             scales,
+            steps,
             fingerprint: OnceLock::new(),
         })
     }
 
-    /// The directory, as given to [`Checkpoint::open`].
+    /// The directory, as given to [`Checkpoint::open`]: of what a method makes, that of the model it started from, which has the
+    /// tokenizer and the other files that are not weights.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -151,9 +210,35 @@ impl Checkpoint {
 
     /// Identifies the model by content, as 64 hex digits: a BLAKE3 hash over `config.json`, names, dtypes and shapes of all
     /// tensors and samples of 4 KiB from the start, the middle and the end of each. It does not depend on how the weights
-    /// are spread over files. Computed on the first call.
+    /// are spread over files. Of what a method makes it is the digest of its last [step](Checkpoint::steps). Computed on the
+    /// first call.
     pub fn fingerprint(&self) -> String {
-        self.fingerprint.get_or_init(|| fingerprint::compute(&self.raw_config, &self.shards, &self.tensors)).clone()
+        self.fingerprint.get_or_init(|| self.source.fingerprint(self)).clone()
+    }
+
+    /// Whether this is the model that a plan, scores or statistics name by `fingerprint`: by its own fingerprint or, for a
+    /// directory that was written from what a method made, by the digest of the last step.
+    pub fn is_model(&self, fingerprint: &str) -> bool {
+        self.fingerprint() == fingerprint || self.steps.last().is_some_and(|step| step.digest == fingerprint)
+    }
+
+    /// What methods did to make this model of a released one, the first step first; those in the record of its directory
+    /// included.
+    pub fn steps(&self) -> &[Step] {
+        &self.steps
+    }
+
+    /// The model that a method made this one from; `None` for a directory.
+    pub fn base(&self) -> Option<&Arc<Checkpoint>> {
+        self.source.base()
+    }
+
+    pub(crate) fn infos(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.tensors
+    }
+
+    pub(crate) fn made(&self, name: &str) -> Option<&MadeTensor> {
+        self.made.get(name)
     }
 
     /// All tensors, sorted by name.
@@ -187,12 +272,12 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
     pub fn expert_dtype(&self, layer: usize, expert: usize, part: ExpertPart) -> Result<Option<Dtype>> {
-        let (layout, biases) = self.located_layer(layer, expert)?;
+        let (set, biases) = self.stored_set(layer, expert)?;
         if !biases.has(part) {
             return Ok(None);
         }
-        let (info, _) = self.place(layer, expert, part)?;
-        let quantised = layout == ExpertLayout::Mxfp4 && ExpertPart::ALL.contains(&part);
+        let (info, _) = self.place(layer, set, part)?;
+        let quantised = self.expert_layout(layer)? == ExpertLayout::Mxfp4 && ExpertPart::ALL.contains(&part);
         Ok(Some(if quantised { Dtype::BF16 } else { self.plain_dtype(&info.name)? }))
     }
 
@@ -236,29 +321,108 @@ impl Checkpoint {
         counted.map(|tensor| tensor.elements() * if fp4(tensor) { 2 } else { 1 }).sum()
     }
 
-    /// The bytes of a tensor, mapped; nothing is copied. They stay resident until [`Checkpoint::release`].
+    /// The bytes of a tensor: mapped, without a copy, where a file holds them, and made otherwise. They stay resident until
+    /// [`Checkpoint::release`].
     ///
     /// # Errors
-    /// [`Error::NoSuchTensor`].
-    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
-        self.info(name).map(|info| self.view(info))
+    /// [`Error::NoSuchTensor`]; those of the [source](ModelSource).
+    pub fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        let info = self.info(name)?;
+        self.range(info, 0..info.bytes as usize)
     }
 
-    /// Calls `f` with the bytes of a tensor, in order, by slices of at most `max_bytes` (at least 1), and gives their pages
+    /// A range of the bytes of a tensor, like [`Checkpoint::bytes`].
+    ///
+    /// # Errors
+    /// [`Error::NoSuchTensor`], [`Error::OutOfRange`]; those of the [source](ModelSource).
+    pub fn tensor_bytes(&self, name: &str, range: Range<usize>) -> Result<Cow<'_, [u8]>> {
+        let info = self.info(name)?;
+        if range.start > range.end || range.end as u64 > info.bytes {
+            return Err(Error::OutOfRange {
+                what: format!("bytes of tensor `{name}`"),
+                found: format!("{range:?}"),
+                expected: format!("a range within 0..{}", info.bytes),
+            });
+        }
+        self.range(info, range)
+    }
+
+    /// Like [`Checkpoint::tensor_bytes`], of the tensor with its elements as they are read: BF16 for a quantized one. Ranges of
+    /// those are whole rows.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor_bytes`].
+    pub fn plain_bytes(&self, name: &str, range: Range<usize>) -> Result<Cow<'_, [u8]>> {
+        let info = self.info(name)?;
+        let Some(scale) = self.scale_of(info) else { return self.tensor_bytes(name, range) };
+        let row = 2 * info.shape[1].max(1);
+        let rows = range.start / row..range.end.div_ceil(row);
+        let bytes = self.dequantise(info, scale, rows.clone())?;
+        Ok(sliced(Cow::Owned(bytes), range.start - rows.start * row..range.end - rows.start * row))
+    }
+
+    /// The least number of bytes of a tensor that are worth asking for at once; see [`ModelSource::grain`].
+    pub fn grain(&self, name: &str) -> usize {
+        self.tensors.get(name).map_or(1, |info| match self.made.contains_key(name) {
+            true => info.bytes as usize,
+            false => self.source.grain(info).clamp(1, (info.bytes as usize).max(1)),
+        })
+    }
+
+    /// Calls `f` with the bytes of a tensor, in order, by slices of about `max_bytes` (at least 1), and gives their pages
     /// back as it goes: a copy of any size within a small resident memory.
     ///
     /// # Errors
-    /// [`Error::NoSuchTensor`], and those of `f`.
+    /// [`Error::NoSuchTensor`], those of the [source](ModelSource), and those of `f`.
     pub fn stream(&self, name: &str, max_bytes: usize, mut f: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let info = self.info(name)?;
-        let shard = &self.shards[info.shard()];
-        let range = info.range();
-        for start in range.clone().step_by(max_bytes.max(1)) {
-            let slice = start..range.end.min(start.saturating_add(max_bytes.max(1)));
-            f(shard.bytes(slice.clone()))?;
-            shard.release(slice);
+        let grain = self.grain(name);
+        let step = (max_bytes.max(1) / grain).max(1) * grain;
+        let end = info.bytes as usize;
+        for start in (0..end).step_by(step) {
+            let slice = start..end.min(start.saturating_add(step));
+            f(&self.range(info, slice.clone())?)?;
+            self.source.release(info, slice);
         }
         Ok(())
+    }
+
+    /// Any bytes of a tensor.
+    fn range(&self, info: &TensorInfo, range: Range<usize>) -> Result<Cow<'_, [u8]>> {
+        let Some(made) = self.made.get(&info.name) else { return self.source.bytes(info, range) };
+        let mut out = Vec::with_capacity(range.len());
+        for (index, (set, block, begin)) in made.blocks.iter().enumerate() {
+            let end = made.blocks.get(index + 1).map_or(info.bytes as usize, |next| next.2);
+            let wanted = range.start.max(*begin)..range.end.min(end);
+            if wanted.is_empty() {
+                continue;
+            }
+            let bytes = self.block(made.layer, *set, *block)?;
+            let part = wanted.start - begin..wanted.end - begin;
+            if wanted == range {
+                return Ok(sliced(bytes, part));
+            }
+            out.extend_from_slice(&bytes[part]);
+        }
+        Ok(Cow::Owned(out))
+    }
+
+    /// The bytes of one block of an expert that the source makes.
+    pub(crate) fn block(&self, layer: usize, set: usize, block: ExpertBlock) -> Result<Cow<'_, [u8]>> {
+        let parts = block.parts().iter().map(|part| {
+            let missing = || Error::OutOfRange {
+                what: format!("layer {layer}, expert {set}"),
+                found: format!("no {part:?}"),
+                expected: "every part that its config has".to_string(),
+            };
+            self.set_part(layer, set, *part)?.ok_or_else(missing)
+        });
+        let parts = parts.collect::<Result<Vec<_>>>()?;
+        block.assemble(parts).ok_or_else(|| Error::OutOfRange {
+            what: format!("layer {layer}, expert {set}"),
+            found: "gate and up of different dtypes or shapes".to_string(),
+            expected: "the same ones, since one tensor holds both".to_string(),
+        })
     }
 
     /// Whether the weights are quantised. They are read as BF16 then.
@@ -297,7 +461,14 @@ impl Checkpoint {
 
     /// Gives all mapped pages back to the system. Views stay valid: what is read again is paged in again.
     pub fn release(&self) {
-        self.shards.iter().for_each(Shard::release_all);
+        self.source.release_all();
+    }
+
+    /// Gives the mapped pages of some bytes of a tensor back to the system.
+    pub fn release_range(&self, name: &str, range: Range<usize>) {
+        if let Some(info) = self.tensors.get(name) {
+            self.source.release(info, range);
+        }
     }
 
     /// Gives the mapped pages of one tensor back to the system.
@@ -306,7 +477,10 @@ impl Checkpoint {
     /// [`Error::NoSuchTensor`].
     pub fn release_tensor(&self, name: &str) -> Result<()> {
         let info = self.info(name)?;
-        self.shards[info.shard()].release(info.range());
+        match self.made.get(name) {
+            Some(made) => made.blocks.iter().for_each(|(set, ..)| self.source.release_expert(made.layer, *set)),
+            None => self.source.release(info, 0..info.bytes as usize),
+        }
         Ok(())
     }
 
@@ -361,7 +535,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
     pub fn expert_into(&self, layer: usize, expert: usize, weights: &mut ExpertWeights) -> Result<()> {
-        let biases = self.located_layer(layer, expert)?.1;
+        let (set, biases) = self.stored_set(layer, expert)?;
         if !biases.has(ExpertPart::GateBias) {
             (weights.gate_bias, weights.up_bias) = (None, None);
         }
@@ -369,17 +543,19 @@ impl Checkpoint {
             weights.down_bias = None;
         }
         for part in parts(biases) {
-            let (info, place) = self.place(layer, expert, part)?;
             let buffer = weights.buffer(part);
-            if place.is_contiguous() && convert::float_bytes(info.dtype).is_some() {
-                self.read_part_into(info, place.range(), buffer)?;
-            } else {
-                let matrix = self.matrix(info, &place)?;
-                buffer.resize(place.rows * place.cols, 0.0);
-                convert::decode(matrix.dtype, &matrix.bytes, buffer, |_| {});
-                self.release_place(info, &place);
+            if !self.source.makes_experts(layer) {
+                let (info, place) = self.place(layer, set, part)?;
+                if place.is_contiguous() && convert::float_bytes(info.dtype).is_some() {
+                    self.read_part_into(info, place.range(), buffer)?;
+                    continue;
+                }
             }
+            let Some(matrix) = self.set_part(layer, set, part)? else { continue };
+            buffer.resize(matrix.rows * matrix.cols, 0.0);
+            convert::decode(matrix.dtype, &matrix.bytes, buffer, |_| {});
         }
+        self.release_set(layer, set);
         weights.hidden = self.config.hidden_size;
         weights.width = weights.gate.len() / weights.hidden;
         Ok(())
@@ -392,10 +568,14 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
     pub fn expert_bytes(&self, layer: usize, expert: usize) -> Result<ExpertBytes<'_>> {
-        let biases = self.located_layer(layer, expert)?.1;
+        let (set, biases) = self.stored_set(layer, expert)?;
         let read = |part: ExpertPart| {
-            let (info, place) = self.place(layer, expert, part)?;
-            self.matrix(info, &place)
+            let missing = || Error::OutOfRange {
+                what: format!("layer {layer}, expert {expert}"),
+                found: format!("no {part:?}"),
+                expected: "every part that its config has".to_string(),
+            };
+            self.set_part(layer, set, part)?.ok_or_else(missing)
         };
         let bias = |part: ExpertPart| biases.has(part).then(|| read(part)).transpose();
         let gate_up_bias = bias(ExpertPart::GateBias)?.zip(bias(ExpertPart::UpBias)?).map(<[_; 2]>::from);
@@ -409,10 +589,28 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
     pub fn expert_part(&self, layer: usize, expert: usize, part: ExpertPart) -> Result<Option<RawMatrix<'_>>> {
-        if !self.located_layer(layer, expert)?.1.has(part) {
+        let (set, _) = self.stored_set(layer, expert)?;
+        self.set_part(layer, set, part)
+    }
+
+    /// One part of a set of weights that experts may share, like [`Checkpoint::expert_part`]. Sets are the experts of the layer,
+    /// unless the checkpoint is [grouped](Checkpoint::grouped).
+    ///
+    /// # Errors
+    /// [`Error::UnknownLayer`], [`Error::UnknownExpert`]; those of the [source](ModelSource).
+    pub fn set_part(&self, layer: usize, set: usize, part: ExpertPart) -> Result<Option<RawMatrix<'_>>> {
+        let moe = self.config.moe(layer).ok_or_else(|| self.unknown_layer(layer))?;
+        let count = moe.stored_widths().len();
+        if set >= count {
+            return Err(Error::UnknownExpert { layer, expert: set, count });
+        }
+        if !moe.biases.has(part) {
             return Ok(None);
         }
-        let (info, place) = self.place(layer, expert, part)?;
+        if self.source.makes_experts(layer) {
+            return self.source.expert_part(layer, set, part);
+        }
+        let (info, place) = self.place(layer, set, part)?;
         self.matrix(info, &place).map(Some)
     }
 
@@ -421,11 +619,22 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
     pub fn release_expert(&self, layer: usize, expert: usize) -> Result<()> {
-        for part in parts(self.located_layer(layer, expert)?.1) {
-            let (info, place) = self.place(layer, expert, part)?;
-            self.release_place(info, &place);
-        }
+        let (set, _) = self.stored_set(layer, expert)?;
+        self.release_set(layer, set);
         Ok(())
+    }
+
+    /// Gives the mapped pages of a set of weights that experts may share back to the system.
+    pub fn release_set(&self, layer: usize, set: usize) {
+        if self.source.makes_experts(layer) {
+            return self.source.release_expert(layer, set);
+        }
+        let biases = self.config.moe(layer).map_or(ExpertBiases::None, |moe| moe.biases);
+        for part in parts(biases) {
+            if let Ok((info, place)) = self.place(layer, set, part) {
+                self.release_place(info, &place);
+            }
+        }
     }
 
     /// The name of a tensor of routed experts in this family.
@@ -433,20 +642,20 @@ impl Checkpoint {
         self.family.expert_tensor_name(layer, tensor)
     }
 
-    /// Layout of the layer of an expert, and the biases of its experts.
-    fn located_layer(&self, layer: usize, expert: usize) -> Result<(ExpertLayout, ExpertBiases)> {
+    /// The set of weights of an expert, and the biases it has.
+    fn stored_set(&self, layer: usize, expert: usize) -> Result<(usize, ExpertBiases)> {
         let moe = self.config.moe(layer).ok_or_else(|| self.unknown_layer(layer))?;
         if expert >= moe.num_experts() {
             return Err(Error::UnknownExpert { layer, expert, count: moe.num_experts() });
         }
-        Ok((self.expert_layout(layer)?, moe.biases))
+        Ok((moe.stored(expert), moe.biases))
     }
 
-    /// Where a part of an expert is.
-    fn place(&self, layer: usize, expert: usize, part: ExpertPart) -> Result<(&TensorInfo, Placement)> {
+    /// Where a part of a set of weights is.
+    fn place(&self, layer: usize, set: usize, part: ExpertPart) -> Result<(&TensorInfo, Placement)> {
         let moe = self.config.moe(layer).ok_or_else(|| self.unknown_layer(layer))?;
-        let (layout, _) = self.located_layer(layer, expert)?;
-        let place = layout.place(self.config.hidden_size, &moe.stored_widths(), moe.stored(expert), part);
+        let layout = self.expert_layout(layer)?;
+        let place = layout.place(self.config.hidden_size, &moe.stored_widths(), set, part);
         Ok((self.info(&self.family.expert_tensor_name(layer, place.tensor))?, place))
     }
 
@@ -459,10 +668,10 @@ impl Checkpoint {
         if let Some(scale) = self.scale_of(info) {
             return Ok(matrix(Cow::Owned(self.dequantise(info, scale, 0..place.rows)?), Dtype::BF16));
         }
-        let bytes = &self.view(info)[info.byte_range(&place.range())];
+        let bytes = self.range(info, info.byte_range(&place.range()))?;
         let bytes = match place.is_contiguous() {
-            true => Cow::Borrowed(bytes),
-            false => Cow::Owned(convert::gather(bytes, place, info.dtype.bitsize() / 8)),
+            true => bytes,
+            false => Cow::Owned(convert::gather(&bytes, place, info.dtype.bitsize() / 8)),
         };
         Ok(matrix(bytes, info.dtype))
     }
@@ -471,14 +680,13 @@ impl Checkpoint {
         // Places in FP4 tensors count elements of half a byte.
         let shift = if matches!(place.tensor, ExpertTensor::GateUpBlocks | ExpertTensor::DownBlocks) { 2 } else { 1 };
         let range = place.range();
-        let bytes = info.byte_range(&(range.start / shift..range.end / shift));
-        self.shards[info.shard()].release(info.begin() + bytes.start..info.begin() + bytes.end);
+        self.source.release(info, info.byte_range(&(range.start / shift..range.end / shift)));
     }
 
     /// Rows of MXFP4 experts as BF16.
     fn mxfp4(&self, info: &TensorInfo, place: &Placement) -> Result<Vec<u8>> {
         let scales = self.info(&info.name.replace("_blocks", "_scales"))?;
-        let (blocks, exponents) = (self.view(info), self.view(scales));
+        let (blocks, exponents) = (self.whole(info)?, self.whole(scales)?);
         let per_row = place.cols / MXFP4_BLOCK;
         Ok(quantised::mxfp4_rows(place.rows, place.cols, |row| {
             let block = (place.start + row * place.row_stride) / MXFP4_BLOCK;
@@ -501,15 +709,15 @@ impl Checkpoint {
         };
         let scales = self.read_part(scale, 0..scale.elements() as usize)?;
         let cols = info.shape[1];
-        let bytes = &self.view(info)[rows.start * cols..rows.end * cols];
-        let out = quantised::fp8_rows(bytes, rows.start, cols, &scales, (block_rows, block_cols));
-        let begin = info.begin();
-        self.shards[info.shard()].release(begin + rows.start * cols..begin + rows.end * cols);
+        let range = rows.start * cols..rows.end * cols;
+        let bytes = self.range(info, range.clone())?;
+        let out = quantised::fp8_rows(&bytes, rows.start, cols, &scales, (block_rows, block_cols));
+        self.source.release(info, range);
         Ok(out)
     }
 
-    fn view(&self, info: &TensorInfo) -> &[u8] {
-        self.shards[info.shard()].bytes(info.range())
+    fn whole(&self, info: &TensorInfo) -> Result<Cow<'_, [u8]>> {
+        self.range(info, 0..info.bytes as usize)
     }
 
     fn read_part(&self, info: &TensorInfo, elements: Range<usize>) -> Result<Vec<f32>> {
@@ -536,11 +744,10 @@ impl Checkpoint {
             });
         }
         out.resize(elements.len(), 0.0);
-        let bytes = info.byte_range(&elements);
-        let shard = &self.shards[info.shard()];
-        let start = info.begin() + bytes.start;
-        convert::decode(info.dtype, &self.view(info)[bytes], out, |done| {
-            shard.release(start + done.start..start + done.end)
+        let range = info.byte_range(&elements);
+        let bytes = self.range(info, range.clone())?;
+        convert::decode(info.dtype, &bytes, out, |done| {
+            self.source.release(info, range.start + done.start..range.start + done.end);
         });
         Ok(())
     }
@@ -551,6 +758,29 @@ impl Checkpoint {
 
     fn unknown_layer(&self, layer: usize) -> Error {
         Error::UnknownLayer { layer, known: self.shape.layers.iter().map(|l| l.layer).collect() }
+    }
+}
+
+/// A config, understood.
+struct Head {
+    dir: PathBuf,
+    config: ModelConfig,
+    raw_config: Value,
+    raw_generation: Option<Value>,
+    family: &'static dyn Family,
+    ragged: bool,
+}
+
+impl Head {
+    fn read(dir: &Path, raw_config: Value, raw_generation: Option<Value>) -> Result<Self> {
+        let parse = || -> Result<_> {
+            let original = Grouped::read(&raw_config)?.map(|grouped| grouped.original);
+            let ragged = Ragged::read(original.as_ref().unwrap_or(&raw_config))?.is_some();
+            let config = ModelConfig::from_json(&raw_config, raw_generation.as_ref())?;
+            Ok((family(&config.model_type)?, ragged, config))
+        };
+        let (family, ragged, config) = parse().map_err(|error| error.in_dir(dir))?;
+        Ok(Self { dir: dir.to_path_buf(), config, raw_config, raw_generation, family, ragged })
     }
 }
 

@@ -483,6 +483,31 @@ pub enum Error {
         /// Bytes of the tensor.
         expected: u64,
     },
+    /// A method that makes weights failed.
+    #[error("{source}")]
+    Method {
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The output is the directory that the model is read from.
+    #[error("{}: is the checkpoint itself; choose another directory", path.display())]
+    OutputIsInput {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The file system has less room than the output needs.
+    #[error("{}: the output needs {needed} bytes, but {free} are free; make room, or choose another directory", path.display())]
+    NoSpace {
+        /// The output directory.
+        path: PathBuf,
+        /// Bytes that are still to be written.
+        needed: u64,
+        /// Bytes that are free.
+        free: u64,
+    },
+    /// Whoever watched the progress asked to stop.
+    #[error("stopped: {0}")]
+    Interrupted(Box<dyn std::error::Error + Send + Sync>),
     /// The output directory exists.
     #[error("{}: the output exists; remove it, choose another, or force", path.display())]
     OutputExists {

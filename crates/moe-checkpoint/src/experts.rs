@@ -1,6 +1,6 @@
 //! Routed experts: how files store them.
 
-use crate::expert_bytes::ExpertBytes;
+use crate::expert_bytes::{ExpertBytes, RawMatrix};
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -135,19 +135,27 @@ impl ExpertBlock {
     /// The bytes of this block, made from the canonical parts of an expert; `None` if a part is missing or parts that share
     /// the block differ in dtype.
     pub fn bytes<'a>(self, expert: &'a ExpertBytes<'_>) -> Option<Cow<'a, [u8]>> {
-        match self {
-            Self::Part(part) => expert.part(part).map(|matrix| Cow::Borrowed(&*matrix.bytes)),
-            Self::DownColumns => {
-                let down = expert.part(ExpertPart::Down)?;
+        let view = |matrix: &'a RawMatrix<'_>| RawMatrix { bytes: Cow::Borrowed(&*matrix.bytes), ..*matrix };
+        let parts = self.parts().iter().map(|part| expert.part(*part).map(view));
+        self.assemble(parts.collect::<Option<Vec<_>>>()?)
+    }
+
+    /// The bytes of this block, made from its [parts](ExpertBlock::parts); `None` if they are not as many, or differ in dtype
+    /// or shape.
+    pub fn assemble(self, parts: Vec<RawMatrix<'_>>) -> Option<Cow<'_, [u8]>> {
+        match (self, <[_; 1]>::try_from(parts)) {
+            (Self::Part(_), Ok([matrix])) => Some(matrix.bytes),
+            (Self::DownColumns, Ok([down])) => {
                 Some(Cow::Owned(interleave(&[&down.bytes], down.rows, down.cols, down.element_bytes())))
             }
-            Self::GateUpColumns | Self::GateUpBias => {
-                let [gate, up] = [expert.part(self.parts()[0])?, expert.part(self.parts()[1])?];
+            (Self::GateUpColumns | Self::GateUpBias, Err(parts)) => {
+                let [gate, up] = <[_; 2]>::try_from(parts).ok()?;
                 let same = (gate.dtype, gate.rows, gate.cols) == (up.dtype, up.rows, up.cols);
                 same.then(|| {
                     Cow::Owned(interleave(&[&gate.bytes, &up.bytes], gate.rows, gate.cols, gate.element_bytes()))
                 })
             }
+            _ => None,
         }
     }
 }

@@ -51,19 +51,29 @@ impl OutputDir {
         if !exists(&out) && exists(&replaced) {
             fs::rename(&replaced, &out).map_err(io(&replaced))?;
         }
-        if exists(&out) && existing != Existing::Force {
-            return Err(Error::OutputExists { path: out });
-        }
+        Self::check(&out, existing)?;
         let unfinished = exists(&partial);
-        if unfinished && existing == Existing::Refuse {
-            return Err(Error::OutputUnfinished { path: partial });
-        }
         fs::create_dir_all(&partial).map_err(io(&partial))?;
         let lock = lock(&partial)?;
         if unfinished && existing == Existing::Force {
             clear(&partial)?;
         }
         Ok(Self { out, partial, force: existing == Existing::Force, _lock: lock })
+    }
+
+    /// Whether [`OutputDir::create`] would find something in its way.
+    ///
+    /// # Errors
+    /// [`Error::OutputExists`], [`Error::OutputUnfinished`].
+    pub fn check(out: &Path, existing: Existing) -> Result<()> {
+        let partial = suffixed(out, ".partial")?;
+        if exists(out) && existing != Existing::Force {
+            return Err(Error::OutputExists { path: out.to_path_buf() });
+        }
+        match exists(&partial) && existing == Existing::Refuse {
+            true => Err(Error::OutputUnfinished { path: partial }),
+            false => Ok(()),
+        }
     }
 
     /// Where to write: `OUT.partial`.

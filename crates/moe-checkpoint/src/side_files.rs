@@ -6,39 +6,54 @@ use std::path::Path;
 use crate::artefact_file::TEMPORARY_SUFFIX;
 use crate::{Error, Result};
 
-/// Extensions of files that are copied.
-const EXTENSIONS: [&str; 7] = ["json", "txt", "model", "jinja", "py", "md", "tiktoken"];
-/// Starts of the names of files that are copied whatever their extension.
-const NAMES: [&str; 3] = ["LICENSE", "README", "NOTICE"];
+/// Extensions of files that hold weights or states of training, in whatever format.
+const WEIGHTS: [&str; 13] =
+    ["safetensors", "bin", "pt", "pth", "ckpt", "gguf", "onnx", "h5", "msgpack", "npz", "npy", "partial", "lock"];
+/// Folders within folders that are looked into.
+const DEPTH: usize = 4;
 
-/// Copies the side files of a model directory: tokenizer, generation config, chat template, code, licence. `config.json`,
-/// weights and their indices are left out, as are hidden files and directories. Links are followed.
+/// Copies the side files of a model directory, folders included: tokenizer, generation config, chat templates, code, licence.
+/// `config.json`, weights and their indices are left out, as are hidden files and folders. Links are followed.
 ///
-/// Returns the names, sorted.
+/// Returns the paths within the directory, sorted.
 ///
 /// # Errors
 /// [`Error::Io`] with the file.
 pub fn copy_side_files(from: &Path, to: &Path) -> Result<Vec<String>> {
-    let list: std::io::Result<Vec<_>> = fs::read_dir(from).and_then(Iterator::collect);
     let mut names = Vec::new();
-    for entry in list.map_err(|source| Error::io(from, source))? {
-        let Ok(name) = entry.file_name().into_string() else { continue };
-        let path = entry.path();
-        if is_side_file(&name) && path.is_file() {
-            copy(&path, &to.join(&name), &to.join(format!("{name}{TEMPORARY_SUFFIX}")))?;
-            names.push(name);
-        }
-    }
+    copy_folder(from, to, "", DEPTH, &mut names)?;
     names.sort();
     Ok(names)
 }
 
+fn copy_folder(from: &Path, to: &Path, within: &str, depth: usize, names: &mut Vec<String>) -> Result<()> {
+    let list: std::io::Result<Vec<_>> = fs::read_dir(from).and_then(Iterator::collect);
+    for entry in list.map_err(|source| Error::io(from, source))? {
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        let path = entry.path();
+        if name.starts_with('.') {
+            continue;
+        }
+        if path.is_dir() {
+            // Caches and copies of the weights in other formats have no side files of their own to offer.
+            if depth > 0 && name != "__pycache__" {
+                copy_folder(&path, &to.join(&name), &format!("{within}{name}/"), depth - 1, names)?;
+            }
+        } else if is_side_file(&name) && !(within.is_empty() && name == "config.json") && path.is_file() {
+            fs::create_dir_all(to).map_err(|source| Error::io(to, source))?;
+            copy(&path, &to.join(&name), &to.join(format!("{name}{TEMPORARY_SUFFIX}")))?;
+            names.push(format!("{within}{name}"));
+        }
+    }
+    Ok(())
+}
+
 fn is_side_file(name: &str) -> bool {
-    if name.starts_with('.') || name == "config.json" || name.ends_with(".index.json") {
+    if name.starts_with('.') || name.ends_with(".index.json") || name.ends_with(TEMPORARY_SUFFIX) {
         return false;
     }
     let extension = Path::new(name).extension().and_then(|extension| extension.to_str());
-    NAMES.iter().any(|start| name.starts_with(start)) || extension.is_some_and(|e| EXTENSIONS.contains(&e))
+    !extension.is_some_and(|extension| WEIGHTS.contains(&extension))
 }
 
 fn copy(from: &Path, to: &Path, temporary: &Path) -> Result<()> {
@@ -55,7 +70,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn weights_indices_and_the_config_stay_behind() {
+    fn folders_are_copied_and_weights_indices_and_the_config_stay_behind() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let put = |name: &str| {
+            let path = from.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, name).unwrap();
+        };
+        let kept =
+            ["additional_chat_templates/tool_use.jinja", "chat_template.jinja", "figures/loss.png", "tokenizer.json"];
+        kept.iter().for_each(|name| put(name));
+        for name in ["config.json", "model.safetensors", "original/consolidated.00.pth", ".git/HEAD"] {
+            put(name);
+        }
+        assert_eq!(copy_side_files(from.path(), to.path()).unwrap(), kept);
+        assert_eq!(fs::read_to_string(to.path().join(kept[0])).unwrap(), kept[0]);
+        assert!(!to.path().join("config.json").exists() && !to.path().join("original").exists());
+    }
+
+    #[test]
+    fn weights_and_indices_are_no_side_files() {
         for name in [
             "tokenizer.json",
             "vocab.txt",
@@ -67,13 +101,7 @@ mod tests {
         ] {
             assert!(is_side_file(name), "{name}");
         }
-        for name in [
-            "config.json",
-            "model.safetensors",
-            "model.safetensors.index.json",
-            "pytorch_model.bin",
-            ".moe-resume.json",
-        ] {
+        for name in ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", ".moe-resume.json"] {
             assert!(!is_side_file(name), "{name}");
         }
     }

@@ -7,8 +7,10 @@ use std::sync::Arc;
 
 use safetensors::Dtype;
 
+use crate::header::tensor_bytes;
 use crate::index::WeightFiles;
 use crate::shard::Shard;
+use crate::shard_layout::TensorSpec;
 use crate::{Error, Result};
 
 /// A tensor of a checkpoint.
@@ -34,6 +36,21 @@ impl TensorInfo {
     /// Number of elements.
     pub fn elements(&self) -> u64 {
         self.shape.iter().map(|size| *size as u64).product()
+    }
+
+    /// What it is without where it is.
+    pub fn spec(&self) -> TensorSpec {
+        TensorSpec { name: self.name.clone(), dtype: self.dtype, shape: self.shape.clone() }
+    }
+
+    /// A tensor that a method makes, in place of one of `file`.
+    pub(crate) fn made(spec: TensorSpec, file: &Arc<Path>) -> Result<Self> {
+        let Some(bytes) = tensor_bytes(spec.dtype, &spec.shape).filter(|bytes| usize::try_from(*bytes).is_ok()) else {
+            let reason = format!("{:?} of shape {:?} is not a whole number of bytes", spec.dtype, spec.shape);
+            return Err(Error::InvalidTensorSpec { tensor: spec.name, reason });
+        };
+        let TensorSpec { name, dtype, shape } = spec;
+        Ok(Self { name, dtype, shape, file: file.clone(), bytes, shard: 0, begin: 0 })
     }
 
     pub(crate) fn shard(&self) -> usize {

@@ -124,6 +124,12 @@ impl ShardedWriter {
         &self.specs
     }
 
+    /// Bytes of files that are still to be written.
+    pub fn remaining_bytes(&self) -> u64 {
+        let files = self.shards.iter().zip(&self.finished).filter(|(_, finished)| !**finished);
+        files.map(|(shard, _)| shard.file_bytes).sum()
+    }
+
     /// Whether a tensor is in a finished shard, of this run or an earlier one. Writing it again does nothing, so asking
     /// first only saves making its bytes.
     ///

@@ -228,7 +228,7 @@ fn streaming_covers_a_tensor_in_order() {
             Ok(())
         })
         .unwrap();
-    assert_eq!(bytes, checkpoint.bytes(name).unwrap());
+    assert_eq!(bytes, *checkpoint.bytes(name).unwrap());
 }
 
 #[test]

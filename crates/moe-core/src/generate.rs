@@ -326,7 +326,9 @@ impl<'m> Decoder<'m> {
         let last: Vec<u32> = spans.iter().map(|s| s.end as u32 - 1).collect();
         let norm = model.final_norm()?;
         let h = norm.forward(&gather_rows(&x, &last));
-        Ok(Tensor::cat(model.head_forward(&h)?, 1))
+        let logits = Tensor::cat(model.head_forward(&h)?, 1);
+        model.check_reads()?;
+        Ok(logits)
     }
 
     fn attend(

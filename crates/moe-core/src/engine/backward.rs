@@ -54,7 +54,9 @@ impl Engine<'_> {
             let mut tape = std::mem::take(&mut sweep.tapes[layer]);
             let attention = tape.attention.take();
             let middle = sweep.store.take(middle_slot(layer))?;
-            let Some(d_middle) = self.ffn_backward(&sweep, layer, &middle, dy, tape, observer)? else { return Ok(()) };
+            let d_middle = self.ffn_backward(&sweep, layer, &middle, dy, tape, observer)?;
+            self.model.check_reads()?;
+            let Some(d_middle) = d_middle else { return Ok(()) };
             drop(middle);
             if !depth.reaches_attention(layer) {
                 return Ok(());
@@ -64,7 +66,9 @@ impl Engine<'_> {
             let (table, spans) = (&sweep.prepared.table, &sweep.prepared.spans);
             let tape = attention.unwrap_or_else(|| weights.project(&x, table));
             let wanted = Wanted { input: depth.reaches_below(layer), parameters: sweep.needs.parameters };
-            match weights.backward(&x, &tape, spans, table, d_middle, wanted) {
+            let dx = weights.backward(&x, &tape, spans, table, d_middle, wanted);
+            self.model.check_reads()?;
+            match dx {
                 Some(dx) => dy = dx,
                 None => return Ok(()),
             }

@@ -119,6 +119,7 @@ impl Engine<'_> {
         if keep {
             tape.attention = Some(projected);
         }
+        self.model.check_reads()?;
         Ok(middle)
     }
 
@@ -197,6 +198,7 @@ impl Engine<'_> {
                 dense.forward(&z, &mut out, None);
             }
         }
+        self.model.check_reads()?;
         Ok(ffn.output(middle, out))
     }
 }

@@ -48,6 +48,7 @@ impl Engine<'_> {
                 dx.add_rows(rows, None, &norm.backward(&x, &dh, needs.parameters));
             }
         }
+        self.model.check_reads()?;
         let sums: Vec<f64> = prepared.spans.iter().map(|s| losses[s.clone()].iter().sum()).collect();
         let total: f64 = sums.iter().sum();
         if !total.is_finite() {

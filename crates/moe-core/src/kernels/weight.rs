@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use burn::tensor::{Device, Tensor};
@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     adapters::{LinearAdapter, Tokens, Wanted},
+    error::{Error, Result},
     host::{self, HostView},
 };
 
@@ -35,14 +36,34 @@ enum Form {
 /// Rows of a matrix of little-endian bf16, valid during a call.
 pub type Bf16Rows<'a> = &'a [&'a [u8]];
 
-/// Shows the rows of a matrix to a function.
-pub type Bf16Source = Box<dyn Fn(&mut dyn FnMut(Bf16Rows<'_>)) + Send + Sync>;
+/// Shows the rows of a matrix to a function, or fails to read them.
+pub type Bf16Source = Box<dyn Fn(&mut dyn FnMut(Bf16Rows<'_>)) -> Result<()> + Send + Sync>;
+
+/// The first failure to read a weight that was put off until its first product. The weight counts as zeros from then on, and whoever
+/// runs the model asks after every layer, so that no result of it is used.
+#[derive(Clone, Debug, Default)]
+pub struct ReadFailure(Arc<Mutex<Option<Error>>>);
+
+impl ReadFailure {
+    fn keep(&self, error: Error) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    }
+
+    /// The failure, if there was one since it was last asked for.
+    ///
+    /// # Errors
+    /// That of the source.
+    pub fn check(&self) -> Result<()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
+    }
+}
 
 struct Packed {
     outputs: usize,
     inputs: usize,
     device: Device,
     source: Bf16Source,
+    failure: ReadFailure,
     forward: OnceLock<PackedWeights>,
     backward: OnceLock<PackedWeights>,
 }
@@ -88,7 +109,8 @@ impl Weight {
             Form::Packed(packed) => Some(parts.map(|rows| {
                 let (outputs, whole) = (rows.len(), packed.clone());
                 let source: Bf16Source = Box::new(move |f| (whole.source)(&mut |all| f(&all[rows.clone()])));
-                Self::from_bf16(outputs, packed.inputs, &packed.device, source)
+                let (inputs, device, failure) = (packed.inputs, packed.device.clone(), packed.failure.clone());
+                Self(Form::Packed(Arc::new(Packed::new([outputs, inputs], device, source, failure))))
             })),
             Form::Absent(_) | Form::Adapted(_) => None,
         }
@@ -100,18 +122,23 @@ impl Weight {
     }
 
     /// A matrix `[outputs, inputs]` of bf16 that `source` shows, `outputs` rows of `2 * inputs` bytes. Becomes f32 at once where
-    /// the device does not [prefer](Self::prefers_bf16) bf16.
-    pub fn from_bf16(outputs: usize, inputs: usize, device: &Device, source: Bf16Source) -> Self {
-        let packed = Packed {
-            outputs,
-            inputs,
-            device: device.clone(),
-            source,
-            forward: OnceLock::new(),
-            backward: OnceLock::new(),
-        };
+    /// the device does not [prefer](Self::prefers_bf16) bf16; elsewhere it is read at its first product, and a failure of that is kept
+    /// in `failure`.
+    ///
+    /// # Errors
+    /// Those of `source` where it is read at once.
+    pub fn from_bf16(
+        [outputs, inputs]: [usize; 2],
+        device: &Device,
+        source: Bf16Source,
+        failure: &ReadFailure,
+    ) -> Result<Self> {
+        let packed = Packed::new([outputs, inputs], device.clone(), source, failure.clone());
         // Asking also obtains the right to use the matrix units, without which they fault.
-        if Self::prefers_bf16(device) { Self(Form::Packed(Arc::new(packed))) } else { Self::dense(packed.to_tensor()) }
+        match Self::prefers_bf16(device) {
+            true => Ok(Self(Form::Packed(Arc::new(packed)))),
+            false => Ok(Self::dense(packed.read()?)),
+        }
     }
 
     /// `[out, in]`.
@@ -183,6 +210,11 @@ impl Weight {
 }
 
 impl Packed {
+    fn new([outputs, inputs]: [usize; 2], device: Device, source: Bf16Source, failure: ReadFailure) -> Self {
+        let (forward, backward) = (OnceLock::new(), OnceLock::new());
+        Self { outputs, inputs, device, source, failure, forward, backward }
+    }
+
     fn forward(&self) -> &PackedWeights {
         self.forward.get_or_init(|| self.pack(|rows| PackedWeights::transposed(rows, self.inputs)))
     }
@@ -193,22 +225,36 @@ impl Packed {
 
     fn pack(&self, f: impl Fn(Bf16Rows<'_>) -> PackedWeights) -> PackedWeights {
         let mut packed = None;
-        (self.source)(&mut |rows| {
+        let read = (self.source)(&mut |rows| {
             debug_assert_eq!(rows.len(), self.outputs);
             packed = Some(f(rows));
         });
-        packed.expect("a source calls back")
+        if let Err(error) = read {
+            self.failure.keep(error);
+        }
+        packed.unwrap_or_else(|| {
+            let zeros = vec![0; 2 * self.inputs];
+            f(&vec![zeros.as_slice(); self.outputs])
+        })
     }
 
-    fn to_tensor(&self) -> Tensor<2> {
+    /// The matrix as f32.
+    fn read(&self) -> Result<Tensor<2>> {
         let mut values = Vec::with_capacity(self.outputs * self.inputs);
         (self.source)(&mut |rows| {
             for row in rows {
                 let (numbers, _) = row.as_chunks::<2>();
                 values.extend(numbers.iter().map(|b| f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16)));
             }
-        });
-        host::from_vec(values, [self.outputs, self.inputs], &self.device)
+        })?;
+        Ok(host::from_vec(values, [self.outputs, self.inputs], &self.device))
+    }
+
+    fn to_tensor(&self) -> Tensor<2> {
+        self.read().unwrap_or_else(|error| {
+            self.failure.keep(error);
+            host::from_vec(vec![0.0; self.outputs * self.inputs], [self.outputs, self.inputs], &self.device)
+        })
     }
 
     fn multiply(&self, x: &Tensor<2>, columns: usize, weights: &PackedWeights) -> Tensor<2> {
@@ -246,13 +292,34 @@ mod tests {
             .into_iter()
             .flat_map(|v| ((v.to_bits() >> 16) as u16).to_le_bytes())
             .collect();
-        let source: Bf16Source = Box::new(move |f| f(&bytes.chunks(2 * inputs).collect::<Vec<_>>()));
-        let packed = Weight::from_bf16(outputs, inputs, &device(), source);
+        let source: Bf16Source = Box::new(move |f| {
+            f(&bytes.chunks(2 * inputs).collect::<Vec<_>>());
+            Ok(())
+        });
+        let packed = Weight::from_bf16([outputs, inputs], &device(), source, &ReadFailure::default()).unwrap();
         let dense = Weight::dense(packed.to_tensor());
         assert_eq!(packed.dims(), dense.dims());
         let (x, dy, bias) = (pattern([21, inputs], 2), pattern([21, outputs], 3), pattern([1, outputs], 4));
         let bias = bias.reshape([outputs]);
         assert_close(&packed.forward(&x, Some(&bias)), &dense.forward(&x, Some(&bias)), 1e-5);
         assert_close(&packed.backward(&dy), &dense.backward(&dy), 1e-5);
+    }
+
+    #[test]
+    fn a_weight_that_cannot_be_read_is_an_error_and_no_panic() {
+        let broken = || -> Bf16Source { Box::new(|_| Err(Error::input("tensor `w`", "nothing", "bytes"))) };
+        let failure = ReadFailure::default();
+        let packed = Packed::new([3, 4], device(), broken(), failure.clone());
+        assert_eq!(host::into_vec(packed.to_tensor()), [0.0; 12]);
+        assert!(failure.check().unwrap_err().to_string().contains("tensor `w`"));
+        assert!(failure.check().is_ok(), "it is told once");
+        packed.pack(|rows| {
+            assert_eq!((rows.len(), rows[0].len()), (3, 8));
+            PackedWeights::transposed(rows, 4)
+        });
+        assert!(failure.check().is_err());
+        if !Weight::prefers_bf16(&device()) {
+            assert!(Weight::from_bf16([3, 4], &device(), broken(), &failure).is_err());
+        }
     }
 }

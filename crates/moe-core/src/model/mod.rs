@@ -26,7 +26,7 @@ use crate::{
     kernels::{
         rope::RotaryEmbedding,
         swiglu::GatedActivation,
-        weight::{Bf16Source, Weight},
+        weight::{Bf16Source, ReadFailure, Weight},
     },
     layers::{AttentionLayer, FfnLayer, Linear, Norm},
     memory::Residency,
@@ -48,6 +48,7 @@ pub struct Model {
     rope: RotaryEmbedding,
     router: Router,
     activation: GatedActivation,
+    failure: ReadFailure,
     cache: Mutex<Cache>,
 }
 
@@ -119,6 +120,7 @@ impl Model {
             rope,
             router,
             activation,
+            failure: ReadFailure::default(),
             cache,
             checkpoint,
         })
@@ -168,6 +170,14 @@ impl Model {
 
     pub(crate) fn count_expert_rows(&self, rows: usize) {
         self.expert_rows.fetch_add(rows as u64, Ordering::Relaxed);
+    }
+
+    /// Fails if a weight could not be read since the last time, which some weights are at their first product only.
+    ///
+    /// # Errors
+    /// Those of reading the checkpoint.
+    pub(crate) fn check_reads(&self) -> Result<()> {
+        self.failure.check()
     }
 
     /// Its configuration.
@@ -280,10 +290,12 @@ impl Model {
         let source = |parts: &'static [ExpertPart]| -> Bf16Source {
             let checkpoint = self.checkpoint.clone();
             Box::new(move |f| {
-                let read = |part: &ExpertPart| checkpoint.expert_part(layer, expert, *part).ok().flatten();
-                let matrices: Vec<_> = parts.iter().map(|part| read(part).expect("every expert has it")).collect();
+                let mut matrices = Vec::with_capacity(parts.len());
+                for part in parts {
+                    matrices.extend(checkpoint.expert_part(layer, expert, *part)?);
+                }
                 f(&matrices.iter().flat_map(rows).collect::<Vec<_>>());
-                checkpoint.release_expert(layer, expert).expect("found when the weight was made");
+                Ok(checkpoint.release_expert(layer, expert)?)
             })
         };
         // Biases are few: f32 beside the packed matrices.
@@ -298,9 +310,9 @@ impl Model {
         };
         const GATE_UP: [ExpertPart; 2] = [ExpertPart::Gate, ExpertPart::Up];
         Ok(ExpertTensors {
-            gate_up: Weight::from_bf16(2 * width, hidden, &self.device, source(&GATE_UP)),
+            gate_up: Weight::from_bf16([2 * width, hidden], &self.device, source(&GATE_UP), &self.failure)?,
             gate_up_bias: bias(&[ExpertPart::GateBias, ExpertPart::UpBias])?,
-            down: Weight::from_bf16(hidden, width, &self.device, source(&[ExpertPart::Down])),
+            down: Weight::from_bf16([hidden, width], &self.device, source(&[ExpertPart::Down]), &self.failure)?,
             down_bias: bias(&[ExpertPart::DownBias])?,
             activation: self.activation,
         })
@@ -404,18 +416,16 @@ impl Model {
         let names: Vec<String> = infos.iter().map(|info| info.name.clone()).collect();
         let checkpoint = self.checkpoint.clone();
         let source: Bf16Source = Box::new(move |f| {
-            let mut all = Vec::with_capacity(outputs);
-            for name in &names {
-                let bytes = checkpoint.bytes(name).expect("found when the weight was made");
-                let (start, count) = rows.as_ref().map_or((0, usize::MAX), |r| (r.start, r.len()));
-                all.extend(bytes.chunks_exact(2 * inputs).skip(start).take(count));
-            }
-            f(&all);
-            for name in &names {
-                checkpoint.release_tensor(name).expect("found when the weight was made");
-            }
+            let read = |name: &String| match &rows {
+                Some(rows) => checkpoint.tensor_bytes(name, 2 * inputs * rows.start..2 * inputs * rows.end),
+                None => checkpoint.bytes(name),
+            };
+            let parts = names.iter().map(read).collect::<moe_checkpoint::Result<Vec<_>>>()?;
+            f(&parts.iter().flat_map(|bytes| bytes.chunks_exact(2 * inputs)).collect::<Vec<_>>());
+            names.iter().try_for_each(|name| checkpoint.release_tensor(name))?;
+            Ok(())
         });
-        Ok(Some(Weight::from_bf16(outputs, inputs, &self.device, source)))
+        Ok(Some(Weight::from_bf16([outputs, inputs], &self.device, source, &self.failure)?))
     }
 
     pub(super) fn vector(&self, role: Role, len: usize) -> Result<Tensor<1>> {

@@ -1,0 +1,42 @@
+//! The first source of weights: the files of a model directory.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use crate::fingerprint;
+use crate::shard::Shard;
+use crate::source::ModelSource;
+use crate::weights::TensorInfo;
+use crate::{Checkpoint, Result};
+
+/// Mapped weight files.
+pub(crate) struct Files {
+    pub shards: Vec<Shard>,
+}
+
+impl ModelSource for Files {
+    fn bytes(&self, tensor: &TensorInfo, range: Range<usize>) -> Result<Cow<'_, [u8]>> {
+        let begin = tensor.begin();
+        Ok(Cow::Borrowed(self.shards[tensor.shard()].bytes(begin + range.start..begin + range.end)))
+    }
+
+    fn grain(&self, _tensor: &TensorInfo) -> usize {
+        1
+    }
+
+    fn release(&self, tensor: &TensorInfo, range: Range<usize>) {
+        let begin = tensor.begin();
+        self.shards[tensor.shard()].release(begin + range.start..begin + range.end);
+    }
+
+    fn release_all(&self) {
+        self.shards.iter().for_each(Shard::release_all);
+    }
+
+    fn fingerprint(&self, model: &Checkpoint) -> String {
+        self.shards.iter().for_each(|shard| shard.set_random(true));
+        let digest = fingerprint::compute(model, &self.shards);
+        self.shards.iter().for_each(|shard| shard.set_random(false));
+        digest
+    }
+}
