@@ -55,7 +55,7 @@ fn tasks_are_added_to_the_experts_they_changed() {
     for (name, (.., found)) in contents(&one) {
         let values =
             |bytes: &[u8]| -> Vec<f32> { bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect() };
-        let expected = values(tuned[0].bytes(&name).unwrap());
+        let expected = values(&tuned[0].bytes(&name).unwrap());
         assert!(values(&found).iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-6), "{name}");
     }
     let none = TaskRuleConfig::TaskArithmetic(TaskArithmetic { scales: vec![0.0] });

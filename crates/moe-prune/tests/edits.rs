@@ -83,7 +83,7 @@ fn edit_by_hand(from: &Checkpoint, to: &Path, changes: &[(String, Vec<f32>)]) {
         let mut bytes = Vec::new();
         match changes.iter().find(|(name, _)| *name == info.name) {
             Some((_, values)) => assert!(encode(info.dtype, values, &mut bytes)),
-            None => bytes.extend_from_slice(from.bytes(&info.name).unwrap()),
+            None => bytes.extend_from_slice(&from.bytes(&info.name).unwrap()),
         }
         writer.write(&info.name, &bytes).unwrap();
     }

@@ -1,5 +1,6 @@
 //! Task vectors: what fine-tuning changed, tensor by tensor.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use moe_checkpoint::{Checkpoint, Dtype, SafetensorsFile, TensorSpec, decode_f32};
@@ -107,15 +108,15 @@ impl Opened<'_> {
     }
 
     /// Bytes of a tensor of the fine-tuned side.
-    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
+    pub fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
         Ok(match self {
             Self::Checkpoints { tuned, .. } => tuned.bytes(name)?,
-            Self::Adapter { file, .. } => file.bytes(name)?,
+            Self::Adapter { file, .. } => file.bytes(name)?.into(),
         })
     }
 
     /// Dtype and bytes of a tensor of the base, if there is one.
-    pub fn base(&self, name: &str) -> Result<Option<(Dtype, &[u8])>> {
+    pub fn base(&self, name: &str) -> Result<Option<(Dtype, Cow<'_, [u8]>)>> {
         match self {
             Self::Checkpoints { base, .. } => Ok(Some((base.info(name)?.dtype, base.bytes(name)?))),
             Self::Adapter { .. } => Ok(None),
@@ -140,7 +141,7 @@ impl Opened<'_> {
         for tensor in self.tensors() {
             let (bytes, base) = (self.bytes(&tensor.name)?, self.base(&tensor.name)?);
             let size = tensor.dtype.bitsize() / 8;
-            let mut base = base.map(|(dtype, bytes)| (dtype, bytes.chunks(CHUNK * dtype.bitsize() / 8)));
+            let mut base = base.as_ref().map(|(dtype, bytes)| (*dtype, bytes.chunks(CHUNK * dtype.bitsize() / 8)));
             for piece in bytes.chunks(CHUNK * size) {
                 after.clear();
                 before.clear();

@@ -55,7 +55,7 @@ impl FurtherLayer {
             let size = dtype.bitsize() / 8;
             let range = place.range().start * size..place.range().end * size;
             let bytes = match dtype == from.info(&name)?.dtype {
-                true => Cow::Borrowed(&from.bytes(&name)?[range]),
+                true => from.tensor_bytes(&name, range)?,
                 false => Cow::Owned(whole(from, &name)?[range].to_vec()),
             };
             Ok(RawMatrix { bytes, dtype, rows: place.rows, cols: place.cols })
