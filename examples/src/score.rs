@@ -7,11 +7,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
-use moe_checkpoint::{Checkpoint, Provenance, StatisticsStore};
+use moe_checkpoint::{Checkpoint, ExpertId, Provenance, StatisticsStore};
 use moe_core::data::{Dataset, DatasetOptions, Tokenizer, WaveOptions, shard};
 use moe_core::memory::process_memory;
 use moe_core::{Engine, EngineOptions, Model};
-use moe_importance::super_experts::ExpertId;
 use moe_importance::{Collection, ScorerConfig, StatisticId, SuperExpertOptions, SuperExperts, collect};
 use serde::Serialize;
 

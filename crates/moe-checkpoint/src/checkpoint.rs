@@ -11,7 +11,8 @@ use serde_json::Value;
 
 use crate::config::{Ffn, ModelConfig};
 use crate::convert;
-use crate::expert_bytes::{ExpertBytes, ExpertWeights, RawMatrix};
+use crate::expert_bytes::{ExpertBytes, RawMatrix};
+use crate::expert_weights::ExpertWeights;
 use crate::experts::{ExpertBiases, ExpertBlock, ExpertLayout, ExpertPart, ExpertTensor, MXFP4_BLOCK, Placement};
 use crate::family::{Family, Role, family};
 use crate::files::Files;

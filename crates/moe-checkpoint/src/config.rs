@@ -7,13 +7,13 @@ use std::borrow::Cow;
 
 use serde_json::Value;
 
-use crate::Result;
 use crate::experts::ExpertBiases;
 use crate::family::family_of;
 use crate::grouped::Grouped;
 use crate::quantised::Quantisation;
 use crate::ragged::Ragged;
 use crate::shape::{MoeLayerShape, MoeShape};
+use crate::{Error, Result};
 
 /// What a decoder model is made of.
 #[derive(Clone, Debug, PartialEq)]
@@ -384,6 +384,37 @@ impl Routing {
             RoutingKind::SoftmaxGroupTopK { groups } => Some(groups),
             _ => None,
         }
+    }
+
+    /// Checks that routing by groups still works with these of the `experts` of a layer, and their rows: as many left in every
+    /// group, and enough of them in the selected groups. Routing without groups works with any.
+    ///
+    /// # Errors
+    /// [`Error::BrokenRouting`] names the layer.
+    pub fn check_kept(&self, layer: usize, experts: usize, kept: &[usize]) -> Result<()> {
+        let Some(groups) = self.groups() else { return Ok(()) };
+        let size = (experts / groups.count).max(1);
+        let mut left = vec![0; groups.count];
+        for expert in kept {
+            left[(expert / size).min(groups.count - 1)] += 1;
+        }
+        let (first, top_k) = (left[0], self.top_k);
+        let broken = |reason: String| Err(Error::BrokenRouting { layer, reason });
+        if left.iter().any(|count| *count != first) {
+            return broken(format!(
+                "its {} groups of experts would be left with {left:?}; routing by groups needs as many in each",
+                groups.count
+            ));
+        }
+        if groups.score == GroupScore::TopTwoSum && first < 2 {
+            return broken(format!(
+                "{first} expert of every group would be left, but groups are ranked by their two best"
+            ));
+        }
+        if groups.top * first < top_k {
+            return broken(format!("{} selected groups of {first} experts cannot give {top_k} per token", groups.top));
+        }
+        Ok(())
     }
 }
 

@@ -456,6 +456,22 @@ pub enum Error {
         /// What exists.
         expected: String,
     },
+    /// A protected expert or unit that does not exist.
+    #[error("protected {what} does not exist: {expected}")]
+    UnknownProtected {
+        /// What was protected.
+        what: String,
+        /// What there is.
+        expected: String,
+    },
+    /// Experts taken out of a layer whose router would not work without them.
+    #[error("layer {layer}: {reason}")]
+    BrokenRouting {
+        /// Decoder layer index.
+        layer: usize,
+        /// What the router needs.
+        reason: String,
+    },
     /// A tensor was asked for that the checkpoint does not have.
     #[error("{}: the checkpoint has no tensor `{tensor}`", dir.display())]
     NoSuchTensor {

@@ -1,4 +1,4 @@
-//! The weights of one routed expert: the one canonical form, as f32 and as raw elements.
+//! The weights of one routed expert as raw elements, in their canonical orientation.
 
 use std::borrow::Cow;
 
@@ -6,41 +6,6 @@ use safetensors::Dtype;
 
 use crate::convert;
 use crate::experts::ExpertPart;
-
-/// The weights of one routed expert: `down · (silu(gate · x) * (up · x))`. All matrices are row-major.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct ExpertWeights {
-    /// Gate projection `[width, hidden]`.
-    pub gate: Vec<f32>,
-    /// Up projection `[width, hidden]`.
-    pub up: Vec<f32>,
-    /// Down projection `[hidden, width]`.
-    pub down: Vec<f32>,
-    /// Bias of the gate projection `[width]`; there together with that of up, and with that of down.
-    pub gate_bias: Option<Vec<f32>>,
-    /// Bias of the up projection `[width]`.
-    pub up_bias: Option<Vec<f32>>,
-    /// Bias of the down projection `[hidden]`; may be there alone.
-    pub down_bias: Option<Vec<f32>>,
-    /// Intermediate width `I`: the number of units.
-    pub width: usize,
-    /// Hidden size `H`.
-    pub hidden: usize,
-}
-
-impl ExpertWeights {
-    /// The buffer of a part, made if there is none.
-    pub(crate) fn buffer(&mut self, part: ExpertPart) -> &mut Vec<f32> {
-        match part {
-            ExpertPart::Gate => &mut self.gate,
-            ExpertPart::Up => &mut self.up,
-            ExpertPart::Down => &mut self.down,
-            ExpertPart::GateBias => self.gate_bias.get_or_insert_default(),
-            ExpertPart::UpBias => self.up_bias.get_or_insert_default(),
-            ExpertPart::DownBias => self.down_bias.get_or_insert_default(),
-        }
-    }
-}
 
 /// One matrix of an expert: row-major little-endian elements without alignment. A view of the file where the file holds it
 /// so, else a copy.

@@ -10,6 +10,8 @@
 //! - [`ShardedWriter`] and [`OutputDir`] write checkpoints as streams, atomically and resumably.
 //! - Feature `hub` adds `hub::fetch`: a model id in place of a directory.
 //! - [`Statistics`], [`ScoreTable`] and [`MoeShape`] are the artefacts that scoring and pruning exchange.
+//! - The words that the other crates share: [`ExpertId`] and [`Site`] address experts and matrices, [`ProtectionMask`] says
+//!   what stays, [`Ratio`], [`BeforeAfter`], [`Mtp`] and [`Progress`] what happens to a checkpoint.
 //!
 //! ```no_run
 //! use moe_checkpoint::{Checkpoint, Role};
@@ -25,11 +27,14 @@
 
 mod artefact_file;
 mod checkpoint;
+mod compression;
 mod config;
 mod convert;
 mod dequantized;
 mod error;
 mod expert_bytes;
+mod expert_id;
+mod expert_weights;
 mod experts;
 mod families;
 mod family;
@@ -44,6 +49,8 @@ mod json;
 mod model_card;
 mod output_dir;
 mod parallel;
+pub mod products;
+mod protection;
 mod provenance;
 mod quantised;
 mod ragged;
@@ -55,6 +62,7 @@ mod shape;
 mod shard;
 mod shard_layout;
 mod side_files;
+mod site;
 mod source;
 mod statistics;
 mod statistics_array;
@@ -66,18 +74,22 @@ mod writer;
 
 pub use artefact_file::write_atomic;
 pub use checkpoint::Checkpoint;
+pub use compression::{BeforeAfter, Mtp, OnProgress, Progress, Ratio};
 pub use config::{
     Activation, AttentionConfig, AttentionKind, Ffn, GroupScore, Groups, LatentAttention, LayerConfig, ModelConfig,
     MoeConfig, Multipliers, NormKind, QkNorm, RopeConfig, RopeScaling, Routing, RoutingKind, SharedExpert,
 };
 pub use convert::{decode_f32, encode};
 pub use error::{Error, Result};
-pub use expert_bytes::{ExpertBytes, ExpertWeights, RawMatrix};
+pub use expert_bytes::{ExpertBytes, RawMatrix};
+pub use expert_id::ExpertId;
+pub use expert_weights::ExpertWeights;
 pub use experts::{ExpertBiases, ExpertBlock, ExpertLayout, ExpertPart, ExpertTensor, ExpertTensorLayout, Placement};
 pub use family::{Family, LayerRole, Role, families, family, family_of};
 pub use grouped::grouped_config;
 pub use output_dir::{Existing, OutputDir};
 pub use parallel::collect_in_order;
+pub use protection::{Protected, ProtectionMask};
 pub use provenance::Provenance;
 pub use quantised::Quantisation;
 pub use ragged::{UniformShape, dequantised_config, ragged_config, uniform_config, uniform_shape_config};
@@ -89,6 +101,7 @@ pub use scores::{Denominator, Granularity, LayerScores, Pool, ScoreTable};
 pub use shape::{MoeLayerShape, MoeShape};
 pub use shard_layout::TensorSpec;
 pub use side_files::copy_side_files;
+pub use site::{ExpertSite, LayerSite, Site};
 pub use source::{ModelDescription, ModelSource, sliced};
 pub use statistics::{Counts, Statistics};
 pub use statistics_array::{ArrayKind, Extent, Fold};

@@ -6,7 +6,7 @@ use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
 use crate::artefact_file::{Kind, OutTensor, TensorFile, Tensors, write_tensors};
-use crate::{Error, MoeLayerShape, MoeShape, Provenance, Result};
+use crate::{Error, ExpertId, MoeLayerShape, MoeShape, Provenance, Result};
 
 const SCORES: Kind = Kind { name: "scores", key: "moe.scores", version: 1 };
 
@@ -99,6 +99,15 @@ pub struct LayerScores {
 }
 
 impl ScoreTable {
+    /// Experts that no calibration token was routed to, in order; none where the table does not know.
+    pub fn never_routed(&self) -> Vec<ExpertId> {
+        let unused = |layer: &LayerScores| {
+            let experts = layer.routed.iter().flatten().enumerate().filter(|(_, count)| **count == 0);
+            experts.map(|(expert, _)| ExpertId { layer: layer.layer, expert }).collect::<Vec<_>>()
+        };
+        self.layers.iter().flat_map(unused).collect()
+    }
+
     /// Checks the table by itself: layers strictly ascending, one value per expert where that is the granularity, one
     /// routed count per expert, and every score finite.
     ///

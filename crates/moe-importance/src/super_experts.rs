@@ -1,6 +1,6 @@
 //! Super experts: the few whose outputs carry massive activations, and which nothing should touch.
 
-use moe_checkpoint::{MoeShape, Statistics};
+use moe_checkpoint::{ExpertId, MoeShape, Statistics};
 use serde::{Deserialize, Serialize};
 
 use crate::collectors::{OUTPUT_FIRST_MAX, OUTPUT_MAX};
@@ -97,15 +97,6 @@ impl SuperExpertOptions {
             }),
         }
     }
-}
-
-/// A whole expert, as a protection mask of a plan lists it: `{"layer":1,"expert":68}`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct ExpertId {
-    /// Decoder layer index.
-    pub layer: usize,
-    /// Expert index.
-    pub expert: usize,
 }
 
 /// A super expert and its evidence.

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use moe_checkpoint::Activation;
 
 use crate::evidence::{LayerEvidence, OutputMean};
-use crate::experts::{ExpertSource, expert_outputs};
+use crate::experts::ExpertSource;
 use crate::importance::ranked;
 use crate::linalg::dot;
 use crate::{Error, Result};
@@ -62,7 +62,7 @@ impl LayerContext<'_> {
             if over == OutputMean::Routed && weights.iter().flatten().all(|w| *w == 0.0) {
                 continue;
             }
-            let outputs = expert_outputs(&self.experts.expert(expert)?, &sample.inputs, self.activation)?;
+            let outputs = self.experts.expert(expert)?.forward(&sample.inputs, self.activation);
             let mut count = 0.0;
             for (token, output) in outputs.chunks_exact(hidden).enumerate() {
                 let weight = weights.as_ref().map_or(1.0, |weights| f64::from(weights[token]));

@@ -9,12 +9,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A checkpoint, or a file of it.
+    /// A checkpoint, a file of it, a protection mask, or routing by groups that a plan would break.
     #[error(transparent)]
     Checkpoint(Box<moe_checkpoint::Error>),
-    /// A protection mask, or routing by groups that a plan would break.
-    #[error(transparent)]
-    Prune(Box<moe_prune::Error>),
     /// The engine.
     #[cfg(feature = "engine")]
     #[error(transparent)]
@@ -133,12 +130,6 @@ pub enum Error {
 impl From<moe_checkpoint::Error> for Error {
     fn from(error: moe_checkpoint::Error) -> Self {
         Self::Checkpoint(Box::new(error))
-    }
-}
-
-impl From<moe_prune::Error> for Error {
-    fn from(error: moe_prune::Error) -> Self {
-        Self::Prune(Box::new(error))
     }
 }
 

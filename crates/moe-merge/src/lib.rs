@@ -23,7 +23,7 @@
 //! | `uncurl` | spectral clustering of router logits | weights | usage | merged | UNCURL |
 //! | `dominant-only` | the most salient stay | – | nothing of the others: expert pruning by REAP, to compare with | deleted | arXiv 2510.13999 |
 //!
-//! Super experts are [protected](moe_prune::ProtectionMask): they absorb nobody and nobody absorbs them.
+//! Super experts are [protected](moe_checkpoint::ProtectionMask): they absorb nobody and nobody absorbs them.
 //!
 //! Beside that: [`Compression`] of experts into `L R + S`, several fine-tuned checkpoints of one base in one ([`merge_tasks`]: task arithmetic,
 //! TIES, DARE), and with feature `engine` the parts of a compression trained (`CompactTraining`) and coefficients of task vectors learnt on
@@ -32,7 +32,7 @@
 //! ```no_run
 //! use moe_checkpoint::Checkpoint;
 //! use moe_merge::{Amount, Evidence, MergeOptions, OutputForm, Recipe};
-//! use moe_prune::ProtectionMask;
+//! use moe_checkpoint::ProtectionMask;
 //!
 //! let model = Checkpoint::open("models/Qwen1.5-MoE-A2.7B")?;
 //! let evidence = Evidence::load("evidence.safetensors")?;
@@ -87,7 +87,7 @@ pub use engine::{
 };
 pub use error::{Error, Result};
 pub use evidence::{Evidence, LayerEvidence, OutputMean, ROUTED_TOKENS, ROUTING_WEIGHT, SCORE, TokenSample};
-pub use experts::{ExpertSource, LayerExperts, expert_outputs, outputs_of_units, permute_units, unit_activations};
+pub use experts::{ExpertSource, LayerExperts};
 pub use grouping::{
     CappedCentroids, Dominant, Grouping, GroupingConfig, Groups, Hierarchical, KMeans, Linkage, Members, Retain,
     Spectral,
@@ -98,6 +98,4 @@ pub use recipe::Recipe;
 pub use report::{LayerMergeReport, MergeReport};
 pub use router::{Delete, Keep, MergeRows, RouterAddition, RouterConfig, RouterMix, RouterRule};
 pub use similarity::{Features, Metric, Similarity, Term, WeightParts};
-pub use tasks::{
-    Dare, DareThen, TaskArithmetic, TaskExperts, TaskRule, TaskRuleConfig, TensorPlace, Ties, merge_tasks,
-};
+pub use tasks::{Dare, DareThen, TaskArithmetic, TaskExperts, TaskRule, TaskRuleConfig, Ties, merge_tasks};

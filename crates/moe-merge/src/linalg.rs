@@ -1,52 +1,12 @@
-//! Matrix products and decompositions on the host, blocked and parallel over rows.
-//!
-//! Every block of rows is one sequential product, so that results do not depend on the number of threads.
+//! Decompositions, sums and distances of matrices on the host.
 
-use faer::linalg::matmul::matmul;
 use faer::linalg::solvers::{Llt, Solve};
-use faer::{Accum, Mat, MatMut, MatRef, Par, Side};
+use faer::{Mat, Side};
 use rayon::prelude::*;
 
+pub(crate) use moe_checkpoint::products::{product, product_into, row_products, view};
+
 use crate::{Error, Result};
-
-/// Rows of a block of a product with `rows` rows: eight blocks or so, for as many threads, but not so small that packing the other matrix
-/// anew for each costs more than the block, nor so large that it does not matter any more.
-fn block_rows(rows: usize) -> usize {
-    rows.div_ceil(8).next_multiple_of(32).clamp(96, 384)
-}
-
-/// A row-major matrix `[rows, cols]`.
-pub(crate) fn view(values: &[f32], rows: usize, cols: usize) -> MatRef<'_, f32> {
-    MatRef::from_row_major_slice(values, rows, cols)
-}
-
-/// `out (+)= a b`, row-major `[m, n]`.
-pub(crate) fn product_into(out: &mut [f32], add: bool, a: MatRef<'_, f32>, b: MatRef<'_, f32>) {
-    let n = b.ncols();
-    if n == 0 || a.nrows() == 0 {
-        return;
-    }
-    let beta = if add { Accum::Add } else { Accum::Replace };
-    let block = block_rows(a.nrows());
-    out.par_chunks_mut(block * n).enumerate().for_each(|(at, out)| {
-        let rows = out.len() / n;
-        let into = MatMut::from_row_major_slice_mut(out, rows, n);
-        matmul(into, beta, a.subrows(at * block, rows), b, 1.0, Par::Seq);
-    });
-}
-
-/// `a b`, row-major.
-pub(crate) fn product(a: MatRef<'_, f32>, b: MatRef<'_, f32>) -> Vec<f32> {
-    let mut out = vec![0.0; a.nrows() * b.ncols()];
-    product_into(&mut out, false, a, b);
-    out
-}
-
-/// Inner products of the rows of `a [m, k]` and `b [n, k]`: `[m, n]`.
-pub(crate) fn row_products(a: &[f32], b: &[f32], k: usize) -> Vec<f32> {
-    let (m, n) = (a.len() / k.max(1), b.len() / k.max(1));
-    product(view(a, m, k), view(b, n, k).transpose())
-}
 
 /// Eigenvectors of a symmetric matrix `[n, n]` in f64 that belong to its `count` largest eigenvalues, as columns, largest
 /// first, with the eigenvalues.

@@ -1,10 +1,11 @@
 //! The plan: which experts of a model become one.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use moe_checkpoint::{Checkpoint, ModelConfig, MoeShape, write_atomic};
-use moe_prune::{ExpertId, PrunePlan, Ratio};
+use moe_checkpoint::{ExpertId, Ratio};
 use serde::{Deserialize, Serialize};
 
 use crate::recipe::Recipe;
@@ -210,21 +211,10 @@ impl MergePlan {
         self.layers.binary_search_by_key(&layer, |plan| plan.layer).ok().map(|at| &self.layers[at])
     }
 
-    /// The pruning plan that removes every expert that is not dominant: what is left of this one where members give nothing
-    /// and their router rows go.
-    pub fn as_pruning(&self) -> PrunePlan {
-        let mut plan = PrunePlan::keep_all(&self.shape, self.model.clone());
-        for (kept, layer) in plan.kept.iter_mut().zip(&self.layers) {
-            kept.removed = layer.removed(kept.experts.len());
-            for expert in &kept.removed {
-                kept.experts[*expert as usize].clear();
-            }
-        }
-        let units = self.shape.units();
-        let achieved = (units - plan.units_kept()) as f64 / units.max(1) as f64;
-        plan.ratio = Ratio { asked: achieved, achieved };
-        plan.never_routed.clone_from(&self.never_used);
-        plan
+    /// Experts that are not dominant, by decoder layer: what a router that loses their rows does without.
+    pub fn removed(&self) -> BTreeMap<usize, Vec<u32>> {
+        let layers = self.layers.iter().zip(&self.shape.layers);
+        layers.map(|(layer, shape)| (layer.layer, layer.removed(shape.num_experts()))).collect()
     }
 
     /// Checks the plan by itself and that it is for a model of this shape.
@@ -249,9 +239,15 @@ impl MergePlan {
     /// Checks that routing by groups of experts still works without the rows of experts that are not dominant.
     ///
     /// # Errors
-    /// [`Error::Prune`] names the layer.
+    /// [`moe_checkpoint::Error::BrokenRouting`] names the layer.
     pub fn validate_routing(&self, config: &ModelConfig) -> Result<()> {
-        Ok(self.as_pruning().validate_routing(config)?)
+        for (layer, shape) in self.layers.iter().zip(&self.shape.layers) {
+            let kept: Vec<usize> = layer.groups.iter().map(|group| group.dominant as usize).collect();
+            if kept.len() < shape.num_experts() {
+                config.routing.check_kept(layer.layer, shape.num_experts(), &kept)?;
+            }
+        }
+        Ok(())
     }
 
     fn validate_alone(&self) -> Result<()> {

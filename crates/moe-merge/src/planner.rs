@@ -1,7 +1,7 @@
 //! From a recipe and evidence to a plan.
 
 use moe_checkpoint::{Checkpoint, LayerRole, Role};
-use moe_prune::{ExpertId, ProtectionMask, Ratio};
+use moe_checkpoint::{ExpertId, ProtectionMask, Ratio};
 
 use crate::budget::LayerShare;
 use crate::combination::Combination;
@@ -23,7 +23,7 @@ impl Recipe {
     /// ```no_run
     /// use moe_checkpoint::Checkpoint;
     /// use moe_merge::{Evidence, Recipe};
-    /// use moe_prune::ProtectionMask;
+    /// use moe_checkpoint::ProtectionMask;
     ///
     /// let model = Checkpoint::open("models/Qwen1.5-MoE-A2.7B")?;
     /// let evidence = Evidence::load("evidence.safetensors")?;

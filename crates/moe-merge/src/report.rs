@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use moe_prune::{BeforeAfter, ExpertId, Ratio};
+use moe_checkpoint::{BeforeAfter, ExpertId, Ratio};
 use serde::{Deserialize, Serialize};
 
 use crate::apply::OutputForm;

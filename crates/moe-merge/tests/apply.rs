@@ -7,20 +7,14 @@ use std::cell::Cell;
 
 use common::run::{difference, logits};
 use common::{checkpoints, contents, evidence, files, options, parity, plain, plain_bytes, plan};
-use moe_checkpoint::{Checkpoint, LayerRole, Role};
+use moe_checkpoint::{Checkpoint, LayerRole, ProtectionMask, Role};
 use moe_merge::{
-    Amount, CombinationConfig, DominantOnly, GroupingConfig, LayerPlan, MERGED_FILE, MergeApplied, MergeOptions,
-    MergePlan, MergeRows, OutputForm, Recipe, Retain, RouterConfig, Scope,
+    Amount, LayerPlan, MERGED_FILE, MergeApplied, MergeOptions, MergePlan, MergeRows, OutputForm, Recipe, RouterConfig,
+    Scope,
 };
-use moe_prune::{ApplyOptions, Export, Mtp, ProtectionMask};
 use tempfile::tempdir;
 
 const FORMS: [OutputForm; 3] = [OutputForm::Stock, OutputForm::Grouped, OutputForm::StockCopies];
-
-/// Whether groups of experts forbid taking single ones out.
-fn routed_by_groups(model: &Checkpoint) -> bool {
-    model.config().routing.groups().is_some()
-}
 
 #[test]
 fn merging_nothing_is_byte_identical() {
@@ -45,40 +39,6 @@ fn merging_nothing_is_byte_identical() {
                     assert_eq!(found, expected, "{name} {form}");
                 }
             }
-        }
-    }
-}
-
-#[test]
-fn dominants_alone_are_expert_pruning_to_the_byte() {
-    let directory = tempdir().unwrap();
-    for (name, model) in checkpoints().into_iter().filter(|(_, model)| !routed_by_groups(model)) {
-        let mut recipe = plain(0.5);
-        if model.shape().layers[0].num_experts() / 2 < model.shape().top_k {
-            recipe = plain(0.25);
-        }
-        recipe.combination = CombinationConfig::DominantOnly(DominantOnly {});
-        recipe.router = RouterConfig::Delete;
-        let merged = plan(&recipe, &model);
-        recipe.grouping = GroupingConfig::Retain(Retain {});
-        let dissolved = plan(&recipe, &model);
-        let pruned = directory.path().join(format!("{name}-pruned"));
-        let mtp = model.mtp_tensors().next().map(|_| Mtp::Drop);
-        let export = ApplyOptions { mtp, allow_unaligned: true, ..ApplyOptions::new(Export::Uniform) };
-        merged.as_pruning().apply(&model, &pruned, &export).unwrap();
-        let pruned = Checkpoint::open(&pruned).unwrap();
-        for (which, plan) in [("merged", merged), ("dissolved", dissolved)] {
-            let out = directory.path().join(format!("{name}-{which}"));
-            let report = plan.apply(&model, &out, &options(OutputForm::Stock, &model)).unwrap();
-            let result = Checkpoint::open(&out).unwrap();
-            let (found, expected) = (contents(&result), contents(&pruned));
-            assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{name} {which}");
-            for (tensor, found) in &found {
-                assert!(*found == expected[tensor], "{name} {which} {tensor}");
-            }
-            assert_eq!(result.raw_config(), pruned.raw_config(), "{name} {which}");
-            // FP4 becomes BF16, which is more than half the experts save.
-            assert!(report.bytes.after < report.bytes.before || name.contains("mxfp4"), "{name}");
         }
     }
 }
@@ -170,7 +130,7 @@ fn the_same_seed_gives_the_same_bytes_and_an_interrupted_run_goes_on() {
         let base = MergeOptions { evidence: Some(&evidence), max_shard_bytes: 9_000, ..MergeOptions::new(form) };
         let whole = directory.path().join(format!("{name}-whole"));
         let steps = Cell::new(0);
-        let count = |_: &moe_prune::Progress<'_>| {
+        let count = |_: &moe_checkpoint::Progress<'_>| {
             steps.set(steps.get() + 1);
             Ok(())
         };
@@ -181,7 +141,7 @@ fn the_same_seed_gives_the_same_bytes_and_an_interrupted_run_goes_on() {
         for stop in [1, steps.get() / 3, 2 * steps.get() / 3, steps.get() - 1] {
             let out = directory.path().join(format!("{name}-{stop}"));
             let at = Cell::new(0);
-            let interrupt = |_: &moe_prune::Progress<'_>| {
+            let interrupt = |_: &moe_checkpoint::Progress<'_>| {
                 at.set(at.get() + 1);
                 if at.get() == stop { Err("enough".into()) } else { Ok(()) }
             };
@@ -297,7 +257,7 @@ fn what_cannot_be_written_is_refused_before_any_work() {
 }
 
 #[test]
-fn a_grouped_checkpoint_is_neither_merged_nor_pruned_again() {
+fn a_grouped_checkpoint_is_not_merged_again() {
     let directory = tempdir().unwrap();
     let model = Checkpoint::open(parity("tf5/qwen2_moe")).unwrap();
     let out = directory.path().join("grouped");
@@ -306,9 +266,6 @@ fn a_grouped_checkpoint_is_neither_merged_nor_pruned_again() {
     let grouped = Checkpoint::open(&out).unwrap();
     let error = plain(0.5).plan(&grouped, &evidence(&grouped), &ProtectionMask::none()).unwrap_err().to_string();
     assert!(error.contains("share sets of weights"), "{error}");
-    let prune = moe_prune::PrunePlan::keep_all(grouped.shape(), grouped.fingerprint());
-    let error = prune.apply(&grouped, &directory.path().join("x"), &ApplyOptions::new(Export::Masked)).unwrap_err();
-    assert!(error.to_string().contains("prune before merging"), "{error}");
     assert!(out.join(MERGED_FILE).exists());
 }
 

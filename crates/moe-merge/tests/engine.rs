@@ -9,6 +9,7 @@ use std::fs;
 use common::run::{difference, logits, logits_of};
 use common::{files, options, parity};
 use moe_checkpoint::Checkpoint;
+use moe_checkpoint::ProtectionMask;
 use moe_core::Model;
 use moe_core::data::{Sequence, Wave};
 use moe_core::device::device;
@@ -16,7 +17,6 @@ use moe_merge::{
     Amount, Evidence, EvidenceOptions, LayerContext, LayerExperts, MergeOptions, MergeOverlay, OutputForm, OutputMean,
     ROUTED_TOKENS, Recipe, RouterConfig, collect_evidence, merge_sequentially,
 };
-use moe_prune::ProtectionMask;
 use tempfile::tempdir;
 
 fn model(name: &str) -> Model {

@@ -8,15 +8,15 @@ use std::path::Path;
 
 use common::parity;
 use common::run::{difference, logits};
+use moe_checkpoint::ProtectionMask;
 use moe_checkpoint::{Checkpoint, Dtype, ExpertTensor, ExpertWeights, LayerRole, Role, encode};
 use moe_core::Model;
 use moe_core::data::{Sequence, Wave};
 use moe_core::device::device;
 use moe_merge::{
     AlignmentConfig, Amount, CombinationConfig, Evidence, EvidenceOptions, GroupingConfig, MergeOptions, MergePlan,
-    OutputForm, Recipe, Reference, RouterConfig, Scope, collect_evidence, permute_units,
+    OutputForm, Recipe, Reference, RouterConfig, Scope, collect_evidence,
 };
-use moe_prune::ProtectionMask;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use tempfile::tempdir;
@@ -127,7 +127,7 @@ fn clones_in_another_order_of_units_become_one_again_and_nothing_changes() {
         let original = |e: usize| e - e % size;
         let expert = |layer: usize, e: usize| {
             let weights = from.expert(layer, original(e)).unwrap();
-            permute_units(&weights, &shuffled(weights.width, e % size))
+            weights.select_units(&shuffled(weights.width, e % size)).unwrap()
         };
         // Shorter rows of the router: the first of its clones is used more than the next.
         with_experts(&from, &planted, &expert, &|e| (original(e), 1.0 - 0.05 * (e % size) as f32));
@@ -168,7 +168,7 @@ fn a_twin_that_is_dropped_leaves_its_twin_as_it_is() {
     let planted = directory.path().join("twins");
     let expert = |layer: usize, e: usize| {
         let weights = from.expert(layer, e - e % 2).unwrap();
-        permute_units(&weights, &shuffled(weights.width, e % 2))
+        weights.select_units(&shuffled(weights.width, e % 2)).unwrap()
     };
     // The second of two twins has hardly a token.
     with_experts(&from, &planted, &expert, &|e| (e - e % 2, if e % 2 == 0 { 1.0 } else { 0.1 }));
@@ -186,9 +186,8 @@ fn a_twin_that_is_dropped_leaves_its_twin_as_it_is() {
     let activation = planted.config().hidden_act;
     for layer in &plan.layers {
         for (at, e) in [0, 2, 4, 6].into_iter().enumerate() {
-            let of = |checkpoint: &Checkpoint, e: usize| {
-                moe_merge::expert_outputs(&checkpoint.expert(layer.layer, e).unwrap(), &x, activation).unwrap()
-            };
+            let of =
+                |checkpoint: &Checkpoint, e: usize| checkpoint.expert(layer.layer, e).unwrap().forward(&x, activation);
             assert!(difference(&of(&merged, at), &of(&planted, e)) < 1e-5, "layer {}, expert {e}", layer.layer);
         }
     }
@@ -229,7 +228,7 @@ fn the_order_of_experts_and_units_changes_no_recipe_and_no_output() {
     let moved = directory.path().join("moved");
     let expert = |layer: usize, e: usize| {
         let weights = from.expert(layer, order[e] as usize).unwrap();
-        permute_units(&weights, &shuffled(weights.width, e))
+        weights.select_units(&shuffled(weights.width, e)).unwrap()
     };
     with_experts(&from, &moved, &expert, &|e| (order[e] as usize, 1.0));
     assert!(difference(&logits(&moved), &logits(from.dir())) < 1e-5);

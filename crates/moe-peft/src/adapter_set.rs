@@ -74,7 +74,7 @@ impl AdapterSet {
     /// # Errors
     /// [`Error::Input`] if it has one.
     pub fn add(&mut self, site: Site, adapter: Arc<dyn LinearAdapter>) -> Result<()> {
-        self.reach(site.depth());
+        self.reach(Depth::of(site));
         self.linear.insert(site, adapter).map_or(Ok(()), |_| Err(twice(site)))
     }
 

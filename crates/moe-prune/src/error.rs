@@ -80,14 +80,6 @@ pub enum Error {
         /// What is wrong with them.
         reason: String,
     },
-    /// A protected expert or unit that does not exist.
-    #[error("protected {what} does not exist: {expected}")]
-    UnknownProtected {
-        /// What was protected.
-        what: String,
-        /// What there is.
-        expected: String,
-    },
     /// A plan that contradicts itself, or a file that is not a plan.
     #[error("{}invalid prune plan: {reason}", path_prefix(.path))]
     InvalidPlan {

@@ -73,7 +73,6 @@ mod error;
 mod paths;
 mod plan;
 mod probe;
-mod protection;
 mod pruners;
 mod ranking;
 #[cfg(feature = "repair")]
@@ -81,13 +80,12 @@ pub mod repair;
 mod report;
 
 pub use allocators::{
-    Allocation, AllocationRequest, Allocator, AllocatorConfig, Choice, CurveSource, DepthPrior, Evolution, ExpertId,
+    Allocation, AllocationRequest, Allocator, AllocatorConfig, Choice, CurveSource, DepthPrior, Evolution,
     ExpertLimits, Fitness, Global, Hybrid, LayerAllocation, Limits, Normalisation, Normalised, PerLayer, Prior,
     RateDistortion, Rco, Uniform, WidthLimits, knapsack,
 };
 pub use apply::{
-    APPLIED_FILE, Applied, ApplyOptions, Export, FineGrained, LayerPieces, Mtp, OnProgress, Piece, PieceMap, Progress,
-    plan_from_masked,
+    APPLIED_FILE, Applied, ApplyOptions, Export, FineGrained, LayerPieces, Piece, PieceMap, plan_from_masked,
 };
 #[cfg(feature = "repair")]
 pub use apply::{ScaleCalibration, ScaleFit, Trial, TrialOptions};
@@ -96,13 +94,15 @@ pub use curves::{CURVES_VERSION, Curve, CurvePoint, DistortionCurves};
 pub use edits::{EditSizes, EditSource, Edits, EditsFile, ExpertEdit};
 pub use error::{Error, Result};
 pub use paths::Within;
-pub use plan::{LayerKept, PLAN_VERSION, PrunePlan, Ratio};
+pub use plan::{LayerKept, PLAN_VERSION, PrunePlan};
 pub use probe::{Distortion, ModelProbe, NoProbe, Statistic};
 #[cfg(feature = "repair")]
 pub use probe::{EngineProbe, PlanOverlay, ProbeOptions};
-pub use protection::{Protected, ProtectionMask};
 pub use pruners::{
     ExpertPruner, NovicePruner, Progressive, PruneRequest, Pruned, Pruner, PrunerConfig, Round, Schedule, Scope,
     SubsetPruner, TwoLevelPruner, UnitPruner, WideExpertPruner,
 };
-pub use report::{BeforeAfter, LayerReport, Report};
+pub use report::{LayerReport, Report};
+
+#[doc(no_inline)]
+pub use moe_checkpoint::{BeforeAfter, ExpertId, Mtp, OnProgress, Progress, ProtectionMask, Ratio};

@@ -5,11 +5,11 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
 
-use moe_checkpoint::Pool;
+use moe_checkpoint::{ExpertId, Pool};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::allocators::{Allocation, AllocationRequest, AllocatorConfig, ExpertId, common_step, round_kept};
+use crate::allocators::{Allocation, AllocationRequest, AllocatorConfig, common_step, round_kept};
 use crate::plan::LayerKept;
 use crate::ranking::{Queue, compare, queues};
 use crate::{Error, Result};

@@ -1,13 +1,15 @@
 //! The plan: which units of a model stay.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use moe_checkpoint::{Granularity, GroupScore, ModelConfig, MoeShape, ScoreTable, write_atomic};
+use moe_checkpoint::{
+    ExpertId, Granularity, ModelConfig, MoeShape, Protected, ProtectionMask, Ratio, ScoreTable, write_atomic,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::allocators::ExpertId;
 use crate::{Error, Result};
 
 /// Version of the plan format that is written, and the newest that is read.
@@ -33,15 +35,6 @@ pub struct PrunePlan {
     pub never_routed: Vec<ExpertId>,
     /// What stays, MoE layers in ascending order.
     pub kept: Vec<LayerKept>,
-}
-
-/// Fraction of routed-expert units dropped.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Ratio {
-    /// As the budget has it.
-    pub asked: f64,
-    /// As the plan has it: floors and width multiples may differ.
-    pub achieved: f64,
 }
 
 /// What stays of one MoE layer.
@@ -84,6 +77,44 @@ impl PrunePlan {
                 })
                 .collect(),
         }
+    }
+
+    /// The plan that removes these experts of each decoder layer with their router rows, and nothing else. Whether the router
+    /// works without them is for [`PrunePlan::validate`] to say.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPlan`] for layers and experts that do not exist.
+    pub fn without_experts(
+        shape: &MoeShape,
+        model: impl Into<String>,
+        removed: &BTreeMap<usize, Vec<u32>>,
+    ) -> Result<Self> {
+        let mut plan = Self::keep_all(shape, model);
+        plan.recipe = json!({ "pruner": { "type": "removed" } });
+        for (layer, removed) in removed {
+            let Some(kept) = plan.kept.iter_mut().find(|kept| kept.layer == *layer) else {
+                let layers: Vec<_> = shape.layers.iter().map(|l| l.layer).collect();
+                return Err(Error::invalid_plan(format!(
+                    "layer {layer} is removed from, but the MoE layers are {layers:?}"
+                )));
+            };
+            let experts = kept.experts.len();
+            for expert in removed {
+                let Some(units) = kept.experts.get_mut(*expert as usize) else {
+                    return Err(Error::invalid_plan(format!(
+                        "layer {layer}: expert {expert} is removed, of {experts}"
+                    )));
+                };
+                units.clear();
+            }
+            kept.removed.clone_from(removed);
+            kept.removed.sort_unstable();
+            kept.removed.dedup();
+        }
+        let units = shape.units();
+        let achieved = (units - plan.units_kept()) as f64 / units.max(1) as f64;
+        plan.ratio = Ratio { asked: achieved, achieved };
+        Ok(plan)
     }
 
     /// Units that stay.
@@ -200,35 +231,28 @@ impl PrunePlan {
     /// # Errors
     /// [`Error::InvalidPlan`] names the layer.
     pub fn validate_routing(&self, config: &ModelConfig) -> Result<()> {
-        let Some(groups) = config.routing.groups() else { return Ok(()) };
         for kept in self.kept.iter().filter(|kept| !kept.removed.is_empty()) {
-            let size = (kept.experts.len() / groups.count).max(1);
-            let mut left = vec![0; groups.count];
-            for expert in kept.experts_kept() {
-                left[(expert / size).min(groups.count - 1)] += 1;
-            }
-            let layer = kept.layer;
-            let (first, top_k) = (left[0], config.routing.top_k);
-            if left.iter().any(|count| *count != first) {
-                return Err(Error::invalid_plan(format!(
-                    "layer {layer}: its {} groups of experts would be left with {left:?}; routing by groups needs as many \
-                     in each",
-                    groups.count
-                )));
-            }
-            if groups.score == GroupScore::TopTwoSum && first < 2 {
-                return Err(Error::invalid_plan(format!(
-                    "layer {layer}: {first} expert of every group would be left, but groups are ranked by their two best"
-                )));
-            }
-            if groups.top * first < top_k {
-                return Err(Error::invalid_plan(format!(
-                    "layer {layer}: {} selected groups of {first} experts cannot give {top_k} per token",
-                    groups.top
-                )));
-            }
+            let left = config.routing.check_kept(kept.layer, kept.experts.len(), &kept.experts_kept());
+            left.map_err(|error| Error::invalid_plan(error.to_string()))?;
         }
         Ok(())
+    }
+
+    /// A mask of the model in the indices of what this plan leaves of it. What the plan drops is protected no more.
+    pub fn reindex(&self, mask: &ProtectionMask) -> ProtectionMask {
+        let mut new = ProtectionMask::none();
+        for Protected { layer, expert, units } in mask.entries() {
+            let Some(kept) = self.layer(layer) else { continue };
+            let Some(place) = kept.experts_kept().iter().position(|found| *found == expert) else { continue };
+            match units {
+                None => new.protect_expert(layer, place),
+                Some(units) => {
+                    let places = units.iter().filter_map(|unit| kept.experts[expert].binary_search(unit).ok());
+                    places.for_each(|unit| new.protect_unit(layer, place, unit as u32));
+                }
+            }
+        }
+        new
     }
 
     /// This plan, then `next`, which is one of what this plan leaves: one plan in the indices of this one's model.
@@ -361,5 +385,29 @@ impl PrunePlan {
         let path = path.as_ref();
         let json = fs::read_to_string(path).map_err(|source| Error::Io { path: path.into(), source })?;
         Self::from_json(&json).map_err(|error| error.in_file(path))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use moe_checkpoint::MoeLayerShape;
+
+    use super::*;
+
+    #[test]
+    fn masks_follow_a_plan() {
+        let layers = vec![MoeLayerShape { layer: 2, widths: vec![4; 3] }];
+        let shape = MoeShape { hidden_size: 2, top_k: 1, layers };
+        let mut plan = PrunePlan::keep_all(&shape, "model");
+        plan.kept[0].experts = vec![vec![], vec![1, 3], vec![0, 1, 2, 3]];
+        plan.kept[0].removed = vec![0];
+        let mut mask = ProtectionMask::none();
+        mask.protect_unit(2, 1, 3);
+        mask.protect_expert(2, 2);
+        mask.protect_expert(2, 0);
+        let mut expected = ProtectionMask::none();
+        expected.protect_unit(2, 0, 1);
+        expected.protect_expert(2, 1);
+        assert_eq!(plan.reindex(&mask), expected);
     }
 }

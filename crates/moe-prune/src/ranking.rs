@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-use moe_checkpoint::{LayerScores, MoeLayerShape, collect_in_order};
+use moe_checkpoint::{ExpertId, LayerScores, MoeLayerShape, ProtectionMask, collect_in_order};
 use rayon::prelude::*;
 
-use crate::allocators::{AllocationRequest, ExpertId, ExpertLimits, Limits, WidthLimits};
+use crate::allocators::{AllocationRequest, ExpertLimits, Limits, WidthLimits};
 use crate::plan::LayerKept;
-use crate::{Error, ProtectionMask, Result};
+use crate::{Error, Result};
 
 /// What may go, in the order in which it goes: the units of one expert, or the experts of one layer. Gone already before
 /// unprotected before protected, lowest score first, lower index first. What stays is always a tail, in blocks of as many

@@ -2,12 +2,11 @@
 
 use std::fmt;
 
-use moe_checkpoint::{Checkpoint, ExpertPart};
+use moe_checkpoint::{BeforeAfter, Checkpoint, ExpertId, ExpertPart, Ratio};
 use serde::{Deserialize, Serialize};
 
-use crate::allocators::ExpertId;
 use crate::apply::Export;
-use crate::{PrunePlan, Ratio, Result};
+use crate::{PrunePlan, Result};
 
 /// What a plan does to a checkpoint. [`Display`](fmt::Display) gives a plain-text table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -29,15 +28,6 @@ pub struct Report {
     /// What else a user should know of the result.
     #[serde(default)]
     pub notes: Vec<String>,
-}
-
-/// A number before and after the plan.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BeforeAfter {
-    /// Of the checkpoint.
-    pub before: u64,
-    /// Of the result.
-    pub after: u64,
 }
 
 /// One MoE layer of a [`Report`].

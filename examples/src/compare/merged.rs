@@ -5,7 +5,8 @@ use std::path::Path;
 use moe_checkpoint::Checkpoint;
 use moe_core::Model;
 use moe_merge::{
-    CompactModel, CompactOverlay, Compression, EvidenceOptions, MergeOptions, OutputForm, Recipe, merge_sequentially,
+    CompactModel, CompactOverlay, Compression, EvidenceOptions, MergeOptions, MergePlan, OutputForm, Recipe,
+    merge_sequentially,
 };
 use moe_prune::{ProtectionMask, PrunePlan};
 
@@ -60,12 +61,19 @@ pub(super) fn write(full: &Model, recipe: &Recipe, scored: &Scored, form: Output
         let evidence = EvidenceOptions::for_recipe(recipe, SAMPLE);
         let merged = merge_sequentially(full, &scored.waves, recipe, &none, &evidence, &work)?;
         merged.plan().apply(from, to, &MergeOptions { merged: Some(&merged), ..options })?;
-        return Ok(merged.plan().as_pruning());
+        return left(merged.plan());
     }
     let evidence = scored.evidence.as_ref().ok_or_else(|| Error::Invalid("no evidence was collected".into()))?;
     let plan = recipe.plan(from, evidence, &none)?;
     plan.apply(from, to, &MergeOptions { evidence: Some(evidence), ..options })?;
-    Ok(plan.as_pruning())
+    left(&plan)
+}
+
+/// The pruning plan that leaves the dominants alone: what a merged model is compared as.
+fn left(plan: &MergePlan) -> Result<PrunePlan> {
+    let mut left = PrunePlan::without_experts(&plan.shape, plan.model.clone(), &plan.removed())?;
+    left.never_routed.clone_from(&plan.never_used);
+    Ok(left)
 }
 
 /// Bytes of all routed experts.

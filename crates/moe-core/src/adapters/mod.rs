@@ -9,15 +9,14 @@
 //! the same order, so that sums of gradients are the same bits in every run.
 
 mod routing;
-mod site;
 
 use std::{fmt::Debug, ops::Range, sync::Arc};
 
 use burn::tensor::Tensor;
 use moe_checkpoint::Role;
+pub use moe_checkpoint::{ExpertSite, LayerSite, Site};
 
 pub use routing::{ExpertModulation, Modulation, RouterAdapter};
-pub use site::{ExpertSite, LayerSite, Site};
 
 use crate::{experts::ExpertTensors, kernels::weight::Weight, trace::WaveInfo};
 
@@ -143,6 +142,14 @@ pub enum Depth {
 }
 
 impl Depth {
+    /// What the gradient of a linear map needs.
+    pub fn of(site: Site) -> Self {
+        match site.is_attention() {
+            true => Self::Attention(site.layer()),
+            false => Self::FeedForward(site.layer()),
+        }
+    }
+
     /// For ordering by place in the model.
     fn rank(self) -> (usize, usize) {
         match self {

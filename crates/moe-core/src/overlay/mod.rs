@@ -46,7 +46,7 @@ impl KeepUnits {
 impl ExpertOverlay for KeepUnits {
     fn apply(&self, layer: usize, expert: usize, weights: ExpertWeights) -> Result<ExpertWeights> {
         let Some(units) = self.kept.get(&(layer, expert)) else { return Ok(weights) };
-        let (width, hidden) = (weights.width, weights.hidden);
+        let width = weights.width;
         if let Some(unit) = units.iter().find(|&&u| u as usize >= width) {
             return Err(Error::input(
                 format!("kept unit of layer {layer} expert {expert}"),
@@ -54,26 +54,7 @@ impl ExpertOverlay for KeepUnits {
                 format!("an index below the width {width}"),
             ));
         }
-        let rows = |matrix: &[f32]| -> Vec<f32> {
-            units.iter().flat_map(|&u| &matrix[u as usize * hidden..(u as usize + 1) * hidden]).copied().collect()
-        };
-        let down = weights
-            .down
-            .chunks(width.max(1))
-            .take(hidden)
-            .flat_map(|row| units.iter().map(move |&u| row[u as usize]))
-            .collect();
-        let bias = |bias: &Option<Vec<f32>>| bias.as_ref().map(|b| units.iter().map(|&u| b[u as usize]).collect());
-        Ok(ExpertWeights {
-            gate: rows(&weights.gate),
-            up: rows(&weights.up),
-            down,
-            gate_bias: bias(&weights.gate_bias),
-            up_bias: bias(&weights.up_bias),
-            down_bias: weights.down_bias.clone(),
-            width: units.len(),
-            hidden,
-        })
+        Ok(weights.select_units(units)?)
     }
 }
 

@@ -5,7 +5,6 @@ use serde::{Deserialize, Serialize};
 
 use super::{Alignment, AlignmentContext, missing_sample, unit_distances};
 use crate::Result;
-use crate::experts::unit_activations;
 use crate::linalg::{normalise_rows, row_products, transposed};
 
 /// The match with the smallest summed distance of the units' activations on sampled tokens, each unit's divided by their
@@ -26,7 +25,7 @@ impl Alignment for ActivationMatching {
         let sample = context.sample.filter(|sample| sample.tokens() > 0);
         let sample = sample.ok_or_else(|| missing_sample(context.layer))?;
         let rows = |weights: &ExpertWeights| -> Result<Vec<f32>> {
-            let units = unit_activations(weights, &sample.inputs, context.activation)?; // [S, I]
+            let units = weights.unit_activations(&sample.inputs, context.activation); // [S, I]
             let mut rows = transposed(&units, sample.tokens(), weights.width); // [I, S]
             normalise_rows(&mut rows, sample.tokens());
             Ok(rows)

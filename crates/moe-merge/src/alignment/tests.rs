@@ -1,7 +1,6 @@
 use moe_checkpoint::{Activation, ExpertWeights};
 
 use super::*;
-use crate::experts::permute_units;
 use crate::testing::{biased_expert, expert, noise, shuffled};
 
 const HIDDEN: usize = 8;
@@ -31,10 +30,10 @@ fn order(alignment: &AlignmentConfig, a: &ExpertWeights, b: &ExpertWeights) -> V
 fn a_planted_order_is_undone_exactly() {
     for width in [1, 2, 13, 40] {
         for weights in [expert(HIDDEN, width, 5), biased_expert(HIDDEN, width, 5)] {
-            let permuted = permute_units(&weights, &shuffled(width, 3));
+            let permuted = weights.select_units(&shuffled(width, 3)).unwrap();
             for alignment in every_alignment() {
                 let order = order(&alignment, &weights, &permuted);
-                assert_eq!(permute_units(&permuted, &order), weights, "{alignment:?} {width}");
+                assert_eq!(permuted.select_units(&order).unwrap(), weights, "{alignment:?} {width}");
             }
         }
     }
@@ -49,12 +48,12 @@ fn a_match_survives_noise_and_follows_the_order_of_the_units() {
         part.iter_mut().zip(noise(HIDDEN * width, seed)).for_each(|(v, n)| *v += 0.05 * n);
     }
     let shuffle = shuffled(width, 4);
-    let permuted = permute_units(&noisy, &shuffle);
+    let permuted = noisy.select_units(&shuffle).unwrap();
     for alignment in every_alignment() {
         let order = order(&alignment, &weights, &permuted);
-        assert_eq!(permute_units(&permuted, &order), noisy, "{alignment:?}");
+        assert_eq!(permuted.select_units(&order).unwrap(), noisy, "{alignment:?}");
         // Units of the reference in another order: the same pairs.
-        let reference = permute_units(&weights, &shuffle);
+        let reference = weights.select_units(&shuffle).unwrap();
         let moved = super::tests::order(&alignment, &reference, &permuted);
         let expected: Vec<u32> = shuffle.iter().map(|slot| order[*slot as usize]).collect();
         assert_eq!(moved, expected, "{alignment:?}");

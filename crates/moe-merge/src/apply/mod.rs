@@ -12,11 +12,11 @@ use std::fs;
 use std::path::Path;
 use std::str::FromStr;
 
+use moe_checkpoint::{BeforeAfter, Mtp, OnProgress};
 use moe_checkpoint::{
     Checkpoint, Existing, OutputDir, ShardedWriter, WriterOptions, copy_side_files, dequantised_config, write_atomic,
     write_json,
 };
-use moe_prune::{BeforeAfter, Mtp, OnProgress};
 use serde::{Deserialize, Serialize};
 
 pub use computed::{ComputedExperts, MergedExperts};

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use moe_checkpoint::Checkpoint;
-use moe_prune::Mtp;
+use moe_checkpoint::Mtp;
 use serde_json::{Value, json};
 
 use super::target::Target;

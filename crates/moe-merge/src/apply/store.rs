@@ -129,7 +129,7 @@ pub(super) fn encoded(
     let (mut slices, mut all) = (Vec::with_capacity(6), Vec::new());
     for part in ExpertPart::ALL.into_iter().chain(ExpertPart::BIASES) {
         let Some(dtype) = from.expert_dtype(layer, like, part)? else { continue };
-        let values = crate::experts::part(weights, part);
+        let values = weights.part(part);
         let (rows, cols) = part.dims(weights.hidden, weights.width);
         let incompatible = |reason: String| Error::Incompatible { layer, experts: vec![like], reason };
         let values = values.filter(|values| values.len() == rows * cols);

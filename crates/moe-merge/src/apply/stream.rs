@@ -6,7 +6,7 @@ use std::path::Path;
 use moe_checkpoint::{
     Checkpoint, Dtype, ExpertBlock, ExpertBytes, LayerRole, RawMatrix, Role, ShardedWriter, TensorSpec, encode,
 };
-use moe_prune::{OnProgress, Progress};
+use moe_checkpoint::{OnProgress, Progress};
 
 use super::computed::MergedExperts;
 use super::store::LayerStore;

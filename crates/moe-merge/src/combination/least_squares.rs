@@ -5,7 +5,6 @@ use serde::{Deserialize, Serialize};
 
 use super::{Combination, GroupSink, GroupWeights, LayerJob, averaged, combine_groups};
 use crate::evidence::TokenSample;
-use crate::experts::{expert_outputs, unit_activations};
 use crate::linalg::{cross_gram, gram_of_rows, solve_right};
 use crate::plan::Group;
 use crate::router::RouterAddition;
@@ -65,7 +64,7 @@ impl Combination for LeastSquaresDown {
             let mut merged = averaged(job, group)?;
             let Some(Fit { inputs, scale, target }) = self.fit(job, group, sample)? else { return Ok(merged) };
             let (width, hidden) = (merged.width, merged.hidden);
-            let mut units = unit_activations(&merged, &inputs, job.activation)?; // [T, I]
+            let mut units = merged.unit_activations(&inputs, job.activation); // [T, I]
             let mut target = target; // [T, H]
             let bias = merged.down_bias.clone().unwrap_or_default();
             let rows = units.chunks_exact_mut(width.max(1)).zip(target.chunks_exact_mut(hidden.max(1)));
@@ -135,7 +134,7 @@ impl LeastSquaresDown {
             tokens.iter().flat_map(|t| &sample.inputs[t * hidden..(t + 1) * hidden]).copied().collect();
         let mut target = vec![0.0f64; inputs.len()];
         for ((expert, weight), gate) in group.members.iter().zip(group.shares()).zip(&gates) {
-            let outputs = expert_outputs(&job.experts.expert(*expert as usize)?, &inputs, job.activation)?;
+            let outputs = job.experts.expert(*expert as usize)?.forward(&inputs, job.activation);
             let rows = target.chunks_exact_mut(hidden).zip(outputs.chunks_exact(hidden));
             for ((target, output), token) in rows.zip(&tokens) {
                 let weight = match self.target {

@@ -17,7 +17,7 @@ pub use subspace::{Subspace, SubspaceRank};
 
 use crate::alignment::{AlignmentConfig, AlignmentContext};
 use crate::evidence::{LayerEvidence, TokenSample};
-use crate::experts::{ExpertSource, check_alike, permute_units};
+use crate::experts::{ExpertSource, check_alike};
 use crate::importance::Importance;
 use crate::plan::{Group, LayerPlan};
 use crate::router::RouterAddition;
@@ -82,7 +82,7 @@ impl LayerJob<'_> {
             let mut weights = self.experts.expert(expert)?;
             check_alike(layer, (reference_index, &reference), (expert, &weights))?;
             if let Some(order) = self.alignment.order(&reference, &weights, &context)? {
-                weights = permute_units(&weights, &order);
+                weights = weights.select_units(&order)?;
             }
             f(&Member { weight, weights: &weights })?;
         }

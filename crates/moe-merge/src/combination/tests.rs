@@ -1,6 +1,5 @@
 use super::*;
 use crate::alignment::WeightMatching;
-use crate::experts::expert_outputs;
 use crate::testing::{biased_expert, expert, noise, shuffled};
 
 const HIDDEN: usize = 6;
@@ -83,10 +82,10 @@ fn close(a: &[f32], b: &[f32], tolerance: f32) -> bool {
 
 /// Root mean square difference of two experts' outputs from what a group should give.
 fn error(bench: &Bench, merged: &ExpertWeights, tokens: &TokenSample) -> f64 {
-    let found = expert_outputs(merged, &tokens.inputs, Activation::Silu).unwrap();
+    let found = merged.forward(&tokens.inputs, Activation::Silu);
     let mut expected = vec![0.0f64; found.len()];
     for (expert, weight) in bench.experts.iter().zip(&bench.weights) {
-        let outputs = expert_outputs(expert, &tokens.inputs, Activation::Silu).unwrap();
+        let outputs = expert.forward(&tokens.inputs, Activation::Silu);
         expected.iter_mut().zip(outputs).for_each(|(e, y)| *e += weight * f64::from(y));
     }
     let squares = found.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
@@ -113,7 +112,7 @@ fn an_average_is_the_hand_computed_one() {
 #[test]
 fn permuted_copies_merge_to_the_expert_with_alignment_and_not_without() {
     let original = expert(HIDDEN, 9, 3);
-    let copies: Vec<ExpertWeights> = [10, 11].map(|seed| permute_units(&original, &shuffled(9, seed))).into();
+    let copies: Vec<ExpertWeights> = [10, 11].map(|seed| original.select_units(&shuffled(9, seed)).unwrap()).into();
     let mut bench = Bench::new([vec![original.clone()], copies].concat(), &[0.5, 0.3, 0.2]);
     let unaligned = bench.merge(&average()).unwrap();
     assert!(!close(&unaligned.gate, &original.gate, 1e-3));
@@ -232,9 +231,8 @@ fn a_routed_fit_minimises_what_tokens_lose() {
     let tokens = sample(300, 2);
     bench.sample = Some(tokens.clone());
     let loss = |merged: &ExpertWeights| -> f64 {
-        let outputs = expert_outputs(merged, &tokens.inputs, Activation::Silu).unwrap();
-        let of: Vec<Vec<f32>> =
-            bench.experts.iter().map(|e| expert_outputs(e, &tokens.inputs, Activation::Silu).unwrap()).collect();
+        let outputs = merged.forward(&tokens.inputs, Activation::Silu);
+        let of: Vec<Vec<f32>> = bench.experts.iter().map(|e| e.forward(&tokens.inputs, Activation::Silu)).collect();
         let gates: Vec<Vec<f32>> = (0..2).map(|e| tokens.weights_of(e)).collect();
         let squares = (0..outputs.len()).map(|k| {
             let t = k / HIDDEN;
@@ -276,7 +274,7 @@ fn the_dominant_alone_is_untouched() {
 fn the_order_of_units_does_not_change_what_is_merged() {
     let experts: Vec<ExpertWeights> = (0..3).map(|seed| expert(HIDDEN, 10, seed + 80)).collect();
     let shuffles: Vec<Vec<u32>> = (0..3).map(|seed| shuffled(10, seed + 5)).collect();
-    let moved = experts.iter().zip(&shuffles).map(|(expert, order)| permute_units(expert, order)).collect();
+    let moved = experts.iter().zip(&shuffles).map(|(expert, order)| expert.select_units(order).unwrap()).collect();
     let weights = [0.5, 0.3, 0.2];
     let (mut bench, mut moved) = (Bench::new(experts, &weights), Bench::new(moved, &weights));
     for bench in [&mut bench, &mut moved] {
@@ -289,9 +287,9 @@ fn the_order_of_units_does_not_change_what_is_merged() {
     let subspace = Subspace { weights, rank: SubspaceRank::Rank(4) };
     let x = noise(20 * HIDDEN, 3);
     for combination in [&average() as &dyn Combination, &subspace, &fit] {
-        let of = |bench: &Bench| expert_outputs(&bench.merge(combination).unwrap(), &x, Activation::Silu).unwrap();
+        let of = |bench: &Bench| bench.merge(combination).unwrap().forward(&x, Activation::Silu);
         assert!(close(&of(&bench), &of(&moved), 1e-3));
     }
     // Of the average, unit by unit: the order of the reference.
-    assert_eq!(moved.merge(&average()).unwrap(), permute_units(&bench.merge(&average()).unwrap(), &shuffles[0]));
+    assert_eq!(moved.merge(&average()).unwrap(), bench.merge(&average()).unwrap().select_units(&shuffles[0]).unwrap());
 }

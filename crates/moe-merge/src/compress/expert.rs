@@ -1,9 +1,9 @@
 //! One expert.
 
+use moe_checkpoint::products::add_to_rows;
 use moe_checkpoint::{Activation, ExpertWeights};
 
 use super::{Compression, LowRankSparse, RowScore};
-use crate::experts::{activate, add_bias};
 use crate::{Error, Result};
 
 /// An expert whose matrices are low-rank and sparse.
@@ -90,18 +90,15 @@ impl CompactExpert {
     }
 
     /// Outputs `[n, H]`, before the routing weight, of inputs `[n, H]`, without forming any of the matrices.
-    ///
-    /// # Errors
-    /// [`Error::InvalidParameter`] for an activation that is not known.
-    pub fn forward(&self, inputs: &[f32], activation: Activation) -> Result<Vec<f32>> {
+    pub fn forward(&self, inputs: &[f32], activation: Activation) -> Vec<f32> {
         let (mut gate, mut up) = (self.gate.forward(inputs), self.up.forward(inputs));
         for (values, bias) in [&mut gate, &mut up].into_iter().zip(&self.biases) {
-            add_bias(values, bias.as_deref().unwrap_or_default());
+            add_to_rows(values, bias.as_deref().unwrap_or_default());
         }
-        let units = activate(gate, &up, activation)?;
-        let mut out = self.down.forward(&units);
-        add_bias(&mut out, self.biases[2].as_deref().unwrap_or_default());
-        Ok(out)
+        activation.apply(&mut gate, &up);
+        let mut out = self.down.forward(&gate);
+        add_to_rows(&mut out, self.biases[2].as_deref().unwrap_or_default());
+        out
     }
 
     /// The expert with its matrices formed.

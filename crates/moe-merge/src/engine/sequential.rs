@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
+use moe_checkpoint::{ExpertId, ProtectionMask, Ratio};
 use moe_checkpoint::{LayerRole, Role, Statistics};
 use moe_core::data::Wave;
 use moe_core::trace::{ExpertTrace, LayerTrace, Observer, Signals, WaveInfo};
 use moe_core::{Engine, EngineOptions, LayerChange, LayerVisitor, Model};
-use moe_prune::{ExpertId, ProtectionMask, Ratio};
 
 use super::collect::data_hash;
 use super::overlay::MergeOverlay;
@@ -28,7 +28,7 @@ use crate::{Error, Result, Scope};
 /// ```no_run
 /// use moe_core::{Model, device::device};
 /// use moe_merge::{EvidenceOptions, MergeOptions, OutputForm, Recipe, merge_sequentially};
-/// use moe_prune::ProtectionMask;
+/// use moe_checkpoint::ProtectionMask;
 ///
 /// # let waves = vec![];
 /// let model = Model::open("models/Qwen1.5-MoE-A2.7B", &device("default")?, None)?;

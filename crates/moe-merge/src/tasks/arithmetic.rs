@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{TaskRule, TensorPlace};
+use moe_checkpoint::{ExpertId, ExpertPart};
+
+use super::TaskRule;
 use crate::{Error, Result};
 
 /// `theta_0 + sum_k s_k tau_k`. Source: task arithmetic (arXiv 2212.04089).
@@ -14,7 +16,7 @@ pub struct TaskArithmetic {
 }
 
 impl TaskRule for TaskArithmetic {
-    fn change(&self, _: TensorPlace, tasks: Vec<Vec<f32>>) -> Vec<f32> {
+    fn change(&self, _: ExpertId, _: ExpertPart, tasks: Vec<Vec<f32>>) -> Vec<f32> {
         let mut sum = vec![0.0f64; tasks.first().map_or(0, Vec::len)];
         for (index, task) in tasks.iter().enumerate() {
             let scale = self.scales[index.min(self.scales.len() - 1)];

@@ -4,7 +4,9 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::{TaskArithmetic, TaskRule, TensorPlace, Ties};
+use moe_checkpoint::{ExpertId, ExpertPart};
+
+use super::{TaskArithmetic, TaskRule, Ties};
 use crate::{Error, Result};
 
 /// Drops each element of each task vector with probability `drop` and divides the others by `1 - drop`, so that the expected change stays;
@@ -34,16 +36,16 @@ pub enum DareThen {
 }
 
 impl TaskRule for Dare {
-    fn change(&self, place: TensorPlace, mut tasks: Vec<Vec<f32>>) -> Vec<f32> {
+    fn change(&self, expert: ExpertId, part: ExpertPart, mut tasks: Vec<Vec<f32>>) -> Vec<f32> {
         let rescale = (1.0 / (1.0 - self.drop)) as f32;
         for (index, task) in tasks.iter_mut().enumerate() {
-            let name = format!("{} {index} {} {} {:?}", self.seed, place.layer, place.expert, place.part);
+            let name = format!("{} {index} {} {} {:?}", self.seed, expert.layer, expert.expert, part);
             let mut rng = ChaCha8Rng::from_seed(*blake3::hash(name.as_bytes()).as_bytes());
             task.iter_mut().for_each(|tau| *tau *= if rng.random::<f64>() < self.drop { 0.0 } else { rescale });
         }
         match &self.then {
-            DareThen::TaskArithmetic(rule) => rule.change(place, tasks),
-            DareThen::Ties(rule) => rule.change(place, tasks),
+            DareThen::TaskArithmetic(rule) => rule.change(expert, part, tasks),
+            DareThen::Ties(rule) => rule.change(expert, part, tasks),
         }
     }
 

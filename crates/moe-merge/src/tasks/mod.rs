@@ -9,7 +9,7 @@ mod ties;
 
 use std::path::Path;
 
-use moe_checkpoint::{Checkpoint, ExpertPart, ExpertWeights};
+use moe_checkpoint::{Checkpoint, ExpertId, ExpertPart, ExpertWeights};
 use serde::{Deserialize, Serialize};
 
 pub use arithmetic::TaskArithmetic;
@@ -18,27 +18,15 @@ pub use ties::Ties;
 
 use crate::apply::{MergeOptions, MergedExperts, OutputForm};
 use crate::combination::{GroupSink, Merged};
-use crate::experts::{part, part_mut};
 use crate::plan::MergePlan;
 use crate::report::MergeReport;
 use crate::router::RouterAddition;
 use crate::{Error, Result};
 
-/// A matrix of an expert, or a bias: where random choices are drawn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TensorPlace {
-    /// Decoder layer index.
-    pub layer: usize,
-    /// Expert.
-    pub expert: usize,
-    /// Part of the expert.
-    pub part: ExpertPart,
-}
-
 /// Turns task vectors of one tensor into what is added to the base.
 pub trait TaskRule {
-    /// The change of a tensor, from those of the tasks, all of one length. Task vectors may be used as scratch.
-    fn change(&self, place: TensorPlace, tasks: Vec<Vec<f32>>) -> Vec<f32>;
+    /// The change of a part of an expert, from those of the tasks, all of one length. Task vectors may be used as scratch.
+    fn change(&self, expert: ExpertId, part: ExpertPart, tasks: Vec<Vec<f32>>) -> Vec<f32>;
 
     /// Checks the parameters, for this number of tasks.
     ///
@@ -71,8 +59,8 @@ impl TaskRuleConfig {
 }
 
 impl TaskRule for TaskRuleConfig {
-    fn change(&self, place: TensorPlace, tasks: Vec<Vec<f32>>) -> Vec<f32> {
-        self.rule().change(place, tasks)
+    fn change(&self, expert: ExpertId, part: ExpertPart, tasks: Vec<Vec<f32>>) -> Vec<f32> {
+        self.rule().change(expert, part, tasks)
     }
 
     fn validate(&self, tasks: usize) -> Result<()> {
@@ -121,13 +109,13 @@ impl<'a> TaskExperts<'a> {
         }
         let mut merged = base.clone();
         for which in ExpertPart::ALL.into_iter().chain(ExpertPart::BIASES) {
-            let Some(from) = part(&base, which) else { continue };
+            let Some(from) = base.part(which) else { continue };
             let task = |tuned: &ExpertWeights| -> Vec<f32> {
-                let to = part(tuned, which).unwrap_or_default();
+                let to = tuned.part(which).unwrap_or_default();
                 to.iter().zip(from).map(|(a, b)| a - b).collect()
             };
-            let change = self.rule.change(TensorPlace { layer, expert, part: which }, tuned.iter().map(task).collect());
-            if let Some(into) = part_mut(&mut merged, which) {
+            let change = self.rule.change(ExpertId { layer, expert }, which, tuned.iter().map(task).collect());
+            if let Some(into) = merged.part_mut(which) {
                 into.iter_mut().zip(&change).for_each(|(w, d)| *w += d);
             }
         }

@@ -1,12 +1,12 @@
 use super::*;
 use crate::testing::noise;
 
-const PLACE: TensorPlace = TensorPlace { layer: 1, expert: 2, part: ExpertPart::Gate };
+const EXPERT: ExpertId = ExpertId { layer: 1, expert: 2 };
 
 fn change(json: &str, tasks: &[&[f32]]) -> Vec<f32> {
     let rule: TaskRuleConfig = serde_json::from_str(json).unwrap();
     rule.validate(tasks.len()).unwrap();
-    rule.change(PLACE, tasks.iter().map(|task| task.to_vec()).collect())
+    rule.change(EXPERT, ExpertPart::Gate, tasks.iter().map(|task| task.to_vec()).collect())
 }
 
 #[test]

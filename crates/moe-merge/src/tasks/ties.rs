@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{TaskRule, TensorPlace};
+use moe_checkpoint::{ExpertId, ExpertPart};
+
+use super::TaskRule;
 use crate::{Error, Result};
 
 /// Trim each task vector to its largest elements, elect for each element the sign of their sum, and add the mean of those that
@@ -30,7 +32,7 @@ fn one() -> f64 {
 }
 
 impl TaskRule for Ties {
-    fn change(&self, _: TensorPlace, mut tasks: Vec<Vec<f32>>) -> Vec<f32> {
+    fn change(&self, _: ExpertId, _: ExpertPart, mut tasks: Vec<Vec<f32>>) -> Vec<f32> {
         tasks.iter_mut().for_each(|task| trim(task, self.density));
         let length = tasks.first().map_or(0, Vec::len);
         let element = |i: usize| {

@@ -1,6 +1,6 @@
 //! Fixtures and helpers of the tests that read and write checkpoints.
 
-#[path = "../../../moe-prune/tests/common/mod.rs"]
+#[path = "../../../moe-checkpoint/tests/common/checkpoints.rs"]
 mod files;
 #[path = "../../../moe-prune/tests/common/run.rs"]
 pub mod run;
@@ -12,11 +12,11 @@ use files::every_checkpoint;
 #[allow(unused_imports)]
 pub use files::{contents, files, parity};
 use moe_checkpoint::{Checkpoint, ExpertLayout};
+use moe_checkpoint::{Mtp, ProtectionMask};
 use moe_merge::{
     Amount, Evidence, Features, Gram, LayerEvidence, MergeOptions, MergePlan, Metric, OutputForm, Recipe, Similarity,
     TokenSample,
 };
-use moe_prune::{Mtp, ProtectionMask};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -1,6 +1,6 @@
 //! All units of the model compete.
 
-use moe_checkpoint::Pool;
+use moe_checkpoint::{ExpertId, Pool};
 use serde::{Deserialize, Serialize};
 
 use super::{Allocation, AllocationRequest, Allocator, AllocatorConfig, common_step, round_kept};
@@ -35,7 +35,7 @@ pub(super) fn allocate(
 pub(super) fn compete(
     request: &AllocationRequest<'_>,
     queues: &[Vec<Queue>],
-) -> Result<(Vec<Vec<usize>>, Vec<super::ExpertId>)> {
+) -> Result<(Vec<Vec<usize>>, Vec<ExpertId>)> {
     let pool: Vec<&Queue> = queues.iter().flatten().collect();
     let widest = pool.iter().map(|queue| queue.kept_units(queue.blocks())).sum();
     let step = common_step(pool.iter().copied());

@@ -18,9 +18,7 @@ mod rco;
 mod request;
 mod uniform;
 
-use std::fmt;
-
-use moe_checkpoint::ScoreTable;
+use moe_checkpoint::{ExpertId, ProtectionMask};
 use serde::{Deserialize, Serialize};
 
 pub use depth_prior::{DepthPrior, Prior};
@@ -38,35 +36,7 @@ pub use uniform::Uniform;
 use crate::plan::LayerKept;
 use crate::probe::{ModelProbe, NoProbe};
 use crate::ranking::Queue;
-use crate::{Budget, Error, ProtectionMask, Result};
-
-/// One expert of a model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct ExpertId {
-    /// Decoder layer index.
-    pub layer: usize,
-    /// Expert.
-    pub expert: usize,
-}
-
-impl ExpertId {
-    /// Experts that no calibration token was routed to.
-    pub(crate) fn never_routed(scores: &ScoreTable) -> Vec<Self> {
-        let mut found = Vec::new();
-        for layer in &scores.layers {
-            for (expert, _) in layer.routed.iter().flatten().enumerate().filter(|(_, count)| **count == 0) {
-                found.push(Self { layer: layer.layer, expert });
-            }
-        }
-        found
-    }
-}
-
-impl fmt::Display for ExpertId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "layer {}, expert {}", self.layer, self.expert)
-    }
-}
+use crate::{Budget, Error, Result};
 
 /// Decides how much every expert keeps.
 pub trait Allocator {

@@ -1,11 +1,11 @@
 //! What an allocator works on.
 
-use moe_checkpoint::{Granularity, GroupScore, MoeShape, Pool, Routing, ScoreTable};
+use moe_checkpoint::{Granularity, GroupScore, MoeShape, Pool, ProtectionMask, Routing, ScoreTable};
 use serde::{Deserialize, Serialize};
 
 use crate::plan::LayerKept;
 use crate::ranking::Queue;
-use crate::{Budget, Error, ProtectionMask, Result};
+use crate::{Budget, Error, Result};
 
 /// What widths an allocation may give.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

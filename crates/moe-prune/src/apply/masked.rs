@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use moe_checkpoint::{Checkpoint, Dtype, ExpertLayout, RawMatrix};
+use moe_checkpoint::{Checkpoint, Dtype, ExpertLayout, Ratio, RawMatrix};
 use serde_json::json;
 
 use super::{Export, Target, TargetLayer};
-use crate::plan::{LayerKept, PrunePlan, Ratio};
+use crate::plan::{LayerKept, PrunePlan};
 use crate::{Error, Result};
 
 /// The target of a masked export: everything as it was, gate rows, up rows and down columns of dropped units zeroed.

@@ -17,8 +17,8 @@ use std::path::Path;
 use std::str::FromStr;
 
 use moe_checkpoint::{
-    Checkpoint, Existing, ExpertBiases, ExpertLayout, OutputDir, Role, ShardedWriter, TensorSpec, WriterOptions,
-    copy_side_files, dequantised_config, write_atomic, write_json,
+    Checkpoint, Existing, ExpertBiases, ExpertLayout, Mtp, OnProgress, OutputDir, Role, ShardedWriter, TensorSpec,
+    WriterOptions, copy_side_files, dequantised_config, write_atomic, write_json,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -85,21 +85,6 @@ impl FromStr for Export {
     }
 }
 
-/// How far the writing is.
-#[derive(Clone, Copy, Debug)]
-pub struct Progress<'a> {
-    /// The tensor that was worked on.
-    pub tensor: &'a str,
-    /// Bytes of weights done, those of an earlier run included.
-    pub done: u64,
-    /// Bytes of weights in all.
-    pub total: u64,
-}
-
-/// Called after every tensor, and after every expert of a tensor that holds several. An error stops the work with
-/// [`Error::Interrupted`]; the output can be resumed.
-pub type OnProgress<'a> = &'a dyn Fn(&Progress<'_>) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
-
 /// How a plan is applied.
 #[derive(Clone, Copy)]
 pub struct ApplyOptions<'a> {
@@ -122,22 +107,6 @@ pub struct ApplyOptions<'a> {
     pub edits: Option<&'a dyn EditSource>,
     /// Told how far it is.
     pub progress: Option<OnProgress<'a>>,
-}
-
-/// What becomes of multi-token prediction: layers after the decoder layers that predict further tokens, with experts of
-/// their own that no plan covers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Mtp {
-    /// They stay as they are. Refused where the config would give their experts another width or number.
-    Keep,
-    /// They are left out, and the config says that there are none. Loaders that do not use them read the same model.
-    Drop,
-    /// Their experts become as wide and as many as those of the decoder, for uniform and fine-grained exports. No activations
-    /// exist for them, so that units are ranked by magnitude: the norm of the gate row times that of the up row times that of
-    /// the down column, and experts by the sum over their units.
-    Prune,
 }
 
 impl ApplyOptions<'_> {

@@ -3,12 +3,12 @@
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 
-use moe_checkpoint::{Checkpoint, Dtype, ExpertBiases, ExpertBytes, ExpertLayout};
+use moe_checkpoint::{Checkpoint, Dtype, ExpertBiases, ExpertBytes, ExpertLayout, Mtp};
 use serde_json::{Value, json};
 
 use super::fine_grained::best_blocks;
 use super::origin::{FurtherLayer, layer_prefix};
-use super::{ApplyOptions, Export, Mtp, Target, TargetExpert, TargetLayer};
+use super::{ApplyOptions, Export, Target, TargetExpert, TargetLayer};
 use crate::plan::LayerKept;
 use crate::{Error, PrunePlan, Result};
 

@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use moe_checkpoint::{
-    Checkpoint, Dtype, ExpertBiases, ExpertBlock, ExpertPart, LayerRole, RawMatrix, ShardedWriter, TensorInfo,
-    TensorSpec, Written,
+    Checkpoint, Dtype, ExpertBiases, ExpertBlock, ExpertPart, LayerRole, Progress, RawMatrix, ShardedWriter,
+    TensorInfo, TensorSpec, Written,
 };
 
 use super::select::{Selection, changed, select_block};
-use super::{ApplyOptions, Export, Progress, Target, TargetExpert, TargetLayer};
+use super::{ApplyOptions, Export, Target, TargetExpert, TargetLayer};
 use crate::{EditSource, Error, PrunePlan, Result};
 
 /// Parts of an expert that edits may change.

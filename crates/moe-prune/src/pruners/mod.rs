@@ -8,7 +8,7 @@ mod two_level;
 mod unit;
 mod wide;
 
-use moe_checkpoint::{MoeShape, ScoreTable};
+use moe_checkpoint::{MoeShape, ProtectionMask, Ratio, ScoreTable};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -20,10 +20,10 @@ pub use two_level::TwoLevelPruner;
 pub use unit::{Scope, UnitPruner};
 pub use wide::WideExpertPruner;
 
-use crate::allocators::{AllocationRequest, ExpertId, LayerAllocation, Limits};
-use crate::plan::{LayerKept, PLAN_VERSION, Ratio};
+use crate::allocators::{AllocationRequest, LayerAllocation, Limits};
+use crate::plan::{LayerKept, PLAN_VERSION};
 use crate::probe::{ModelProbe, NoProbe};
-use crate::{Allocation, Budget, ProtectionMask, PrunePlan, Result};
+use crate::{Allocation, Budget, PrunePlan, Result};
 
 /// What a pruner works on.
 #[derive(Clone, Copy, Debug)]
@@ -95,7 +95,7 @@ pub trait Pruner {
             shape: shape.clone(),
             ratio: Ratio { asked, achieved: allocation.dropped as f64 / units },
             recipe: recipe(&self.config(), allocation, scores),
-            never_routed: ExpertId::never_routed(scores),
+            never_routed: scores.never_routed(),
             kept: allocation.kept(),
         };
         plan.validate(shape)?;

@@ -1,10 +1,10 @@
 //! Emptying experts that the router goes on choosing.
 
-use moe_checkpoint::{Pool, ScoreTable};
+use moe_checkpoint::{ExpertId, Pool, ScoreTable};
 use serde::{Deserialize, Serialize};
 
 use super::{PruneRequest, Pruner, PrunerConfig};
-use crate::allocators::{Allocator, AllocatorConfig, ExpertId, ExpertLimits, LayerAllocation, Limits, Uniform};
+use crate::allocators::{Allocator, AllocatorConfig, ExpertLimits, LayerAllocation, Limits, Uniform};
 use crate::probe::ModelProbe;
 use crate::{Allocation, Result};
 

@@ -1,12 +1,12 @@
 //! Pruning in rounds, scored anew after each.
 
-use moe_checkpoint::{MoeShape, ScoreTable};
+use moe_checkpoint::{MoeShape, ProtectionMask, ScoreTable};
 use serde::{Deserialize, Serialize};
 
 use super::{PruneRequest, Pruned, Pruner, PrunerConfig};
 use crate::plan::LayerKept;
 use crate::probe::ModelProbe;
-use crate::{Budget, Error, ProtectionMask, PrunePlan, Result};
+use crate::{Budget, Error, PrunePlan, Result};
 
 /// Prunes a little, scores what is left, prunes more. What one round drops stays dropped.
 ///

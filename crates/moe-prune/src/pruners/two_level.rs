@@ -1,10 +1,10 @@
 //! Whole experts first, then units of the others.
 
-use moe_checkpoint::{Granularity, Reduction};
+use moe_checkpoint::{ExpertId, Granularity, Reduction};
 use serde::{Deserialize, Serialize};
 
 use super::{ExpertPruner, PruneRequest, Pruner, PrunerConfig, UnitPruner};
-use crate::allocators::{ExpertId, LayerAllocation};
+use crate::allocators::LayerAllocation;
 use crate::plan::{LayerKept, PrunePlan};
 use crate::probe::ModelProbe;
 use crate::{Allocation, Budget, Error, Result, Scope};
@@ -75,7 +75,7 @@ impl Pruner for TwoLevelPruner {
         // The rest, in the indices of what is left.
         let left = first.plan.pruned_shape();
         let left_scores = first.plan.restrict(scores)?;
-        let left_protect = protect.reindex(&first.plan);
+        let left_protect = first.plan.reindex(protect);
         let kept = shape.units() - asked;
         if left.units() <= kept {
             return Ok(Allocation { budget, asked_dropped: asked, ..first.allocation });

@@ -3,7 +3,6 @@ use moe_checkpoint::{Activation, ExpertWeights};
 use super::*;
 use crate::alignment::AlignmentConfig;
 use crate::combination::Reference;
-use crate::experts::{expert_outputs, permute_units};
 use crate::plan::{Group, LayerPlan};
 use crate::testing::{biased_expert, expert, noise, shuffled};
 
@@ -38,7 +37,7 @@ fn combine(segments: &Segments, plan: &LayerPlan, experts: &Vec<ExpertWeights>) 
 
 fn difference(a: &ExpertWeights, b: &ExpertWeights) -> f32 {
     let x = noise(30 * HIDDEN, 5);
-    let (a, b) = (expert_outputs(a, &x, Activation::Silu).unwrap(), expert_outputs(b, &x, Activation::Silu).unwrap());
+    let (a, b) = (a.forward(&x, Activation::Silu), b.forward(&x, Activation::Silu));
     let largest = b.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest
 }
@@ -47,7 +46,7 @@ fn difference(a: &ExpertWeights, b: &ExpertWeights) -> f32 {
 fn a_permuted_copy_finds_its_twins_and_changes_nothing() {
     for make in [expert, biased_expert] {
         let (first, second) = (make(HIDDEN, 20, 1), make(HIDDEN, 20, 2));
-        let experts = vec![first.clone(), second.clone(), permute_units(&second, &shuffled(20, 3))];
+        let experts = vec![first.clone(), second.clone(), second.select_units(&shuffled(20, 3)).unwrap()];
         let plan = plan(3, &[0, 1], &[0.5, 0.3, 0.2]);
         for segments in [
             Segments::default(),
@@ -158,7 +157,7 @@ fn nothing_moved_means_nothing_changed() {
 #[test]
 fn router_rows_follow_their_segments_on_request() {
     let second = expert(HIDDEN, 10, 2);
-    let experts = vec![expert(HIDDEN, 10, 1), second.clone(), permute_units(&second, &shuffled(10, 3))];
+    let experts = vec![expert(HIDDEN, 10, 1), second.clone(), second.select_units(&shuffled(10, 3)).unwrap()];
     let plan = plan(3, &[0, 1], &[0.5, 0.3, 0.2]);
     let (_, additions) = combine(&Segments { add_router_rows: true, ..Segments::default() }, &plan, &experts);
     assert_eq!(additions, [RouterAddition { group: 1, expert: 2, share: 1.0 }]);
@@ -193,7 +192,7 @@ fn recombining_beats_dropping_where_structure_is_shared() {
     let sum = |experts: &[ExpertWeights], scale: f32| -> Vec<f32> {
         let mut sum = vec![0.0; x.len()];
         for expert in experts {
-            let y = expert_outputs(expert, &x, Activation::Silu).unwrap();
+            let y = expert.forward(&x, Activation::Silu);
             sum.iter_mut().zip(y).for_each(|(s, y)| *s += scale * y);
         }
         sum
@@ -221,7 +220,7 @@ fn the_order_of_units_and_experts_does_not_change_what_is_merged() {
     // Expert i of the second layer is expert order[i] of the first, with its units in another order.
     let order = [2usize, 0, 3, 1];
     let moved: Vec<ExpertWeights> =
-        order.iter().map(|e| permute_units(&experts[*e], &shuffled(10, *e as u64))).collect();
+        order.iter().map(|e| experts[*e].select_units(&shuffled(10, *e as u64)).unwrap()).collect();
     let importance = [0.4, 0.1, 0.3, 0.2];
     let (first, second) = (plan(4, &[0, 2], &importance), plan(4, &[0, 1], &order.map(|e: usize| importance[e])));
     let segments = Segments { alpha: 0.2, ..Segments::default() };
@@ -248,9 +247,9 @@ fn an_expert_is_the_sum_of_its_segments() {
         let down = (0..HIDDEN).map(|h| whole.down[h * width + unit]).collect();
         let (gate, up) = (row(&whole.gate), row(&whole.up));
         let one = ExpertWeights { gate, up, down, width: 1, hidden: HIDDEN, ..ExpertWeights::default() };
-        let outputs = expert_outputs(&one, &x, Activation::Silu).unwrap();
+        let outputs = one.forward(&x, Activation::Silu);
         sum.iter_mut().zip(outputs).for_each(|(sum, y)| *sum += f64::from(y));
     }
-    let expected = expert_outputs(&whole, &x, Activation::Silu).unwrap();
+    let expected = whole.forward(&x, Activation::Silu);
     assert!(sum.iter().zip(expected).all(|(a, b)| (a - f64::from(b)).abs() < 1e-5));
 }

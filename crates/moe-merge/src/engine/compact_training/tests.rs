@@ -1,6 +1,6 @@
+use moe_checkpoint::ProtectionMask;
 use moe_core::data::Sequence;
 use moe_core::device::device;
-use moe_prune::ProtectionMask;
 use tempfile::TempDir;
 
 use super::*;

@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 use crate::Result;
 use crate::apply::MergedExperts;
 use crate::combination::{GroupSink, Merged};
-use crate::experts::{part, part_mut};
 use crate::router::RouterAddition;
 
 /// What one coefficient of a task covers.
@@ -161,8 +160,8 @@ impl Coefficients {
     pub(super) fn task_vector(&self, task: usize, layer: usize, expert: usize) -> Result<ExpertWeights> {
         let (base, mut tuned) = (self.base.expert(layer, expert)?, self.tuned[task].expert(layer, expert)?);
         for which in ExpertPart::ALL {
-            let from = part(&base, which).unwrap_or_default();
-            if let Some(into) = part_mut(&mut tuned, which) {
+            let from = base.part(which).unwrap_or_default();
+            if let Some(into) = tuned.part_mut(which) {
                 into.iter_mut().zip(from).for_each(|(v, b)| *v -= b);
             }
         }
@@ -188,8 +187,8 @@ impl Coefficients {
                     .iter()
                     .map(|raw| sigmoid(f64::from(*raw)) as f32)
                     .collect();
-                let from = part(&tau, which).unwrap_or_default();
-                if let Some(into) = part_mut(&mut merged, which) {
+                let from = tau.part(which).unwrap_or_default();
+                if let Some(into) = merged.part_mut(which) {
                     let elements = into.iter_mut().zip(from).enumerate();
                     elements.for_each(|(i, (w, tau))| *w += values[(offset + i) / chunk] * tau);
                 }

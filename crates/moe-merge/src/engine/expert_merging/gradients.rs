@@ -9,7 +9,6 @@ use moe_core::trace::{ExpertTrace, Observer, Signals, WaveInfo};
 
 use super::super::gradients::{Operands, weight_gradients, weighted};
 use super::coefficients::{Coefficients, Cover};
-use crate::experts::part;
 use crate::{Error, Result};
 
 /// Gradients of coefficients by tensor, `[tasks, chunks]`.
@@ -30,7 +29,7 @@ fn add(
             let Cover { name, offset, chunk } = coefficients.cover(layer, expert, which);
             let chunks = coefficients.chunks();
             let Some(sums) = into.get_mut(&name) else { continue };
-            let tau = part(&tau, which).unwrap_or_default();
+            let tau = tau.part(which).unwrap_or_default();
             for (i, (g, tau)) in gradient.iter().zip(tau).enumerate() {
                 sums[task * chunks + (offset + i) / chunk] += factor * f64::from(*g) * f64::from(*tau);
             }

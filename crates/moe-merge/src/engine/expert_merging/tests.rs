@@ -6,7 +6,6 @@ use moe_core::device::device;
 use moe_core::host::HostView;
 
 use super::*;
-use crate::experts::part;
 use crate::testing::{Selected, noise};
 
 fn fixture() -> PathBuf {
@@ -149,8 +148,7 @@ fn a_merged_tensor_is_the_base_and_chunks_of_task_vectors() {
     let length = layer.widths[0] * world.base.config().hidden_size;
     let chunk = (length * layer.num_experts()).div_ceil(3);
     for expert in 0..layer.num_experts() {
-        let of =
-            |checkpoint: &Checkpoint| part(&checkpoint.expert(1, expert).unwrap(), ExpertPart::Up).unwrap().to_vec();
+        let of = |checkpoint: &Checkpoint| checkpoint.expert(1, expert).unwrap().part(ExpertPart::Up).unwrap().to_vec();
         let (base, first, second) = (of(world.base.checkpoint()), of(&world.tuned[0]), of(&world.tuned[1]));
         let found = coefficients.expert(1, expert).unwrap().up;
         for i in 0..length {

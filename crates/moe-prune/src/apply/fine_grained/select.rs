@@ -1,11 +1,10 @@
 //! Choosing the pieces that stay.
 
-use moe_checkpoint::{Checkpoint, Granularity, Pool, ScoreTable};
+use moe_checkpoint::{Checkpoint, Granularity, Pool, Ratio, ScoreTable};
 use serde_json::json;
 
 use super::{FineGrained, refused, splits_groups};
-use crate::allocators::ExpertId;
-use crate::plan::{LayerKept, PLAN_VERSION, PrunePlan, Ratio};
+use crate::plan::{LayerKept, PLAN_VERSION, PrunePlan};
 use crate::{Budget, Error, Result};
 
 impl FineGrained<'_> {
@@ -55,7 +54,7 @@ impl FineGrained<'_> {
                 "scorer": parsed(&scores.scorer),
                 "calibration": { "data": scores.provenance.data, "recipe": parsed(&scores.provenance.recipe) },
             }),
-            never_routed: ExpertId::never_routed(scores),
+            never_routed: scores.never_routed(),
             kept,
         };
         let units = shape.units();

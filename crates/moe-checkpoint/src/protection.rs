@@ -2,15 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use moe_checkpoint::MoeShape;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, PrunePlan, Result};
+use crate::{Error, MoeShape, Result};
 
 /// Units and whole experts that stay, whatever they score.
 ///
 /// ```
-/// use moe_prune::ProtectionMask;
+/// use moe_checkpoint::ProtectionMask;
 ///
 /// let mut mask = ProtectionMask::none();
 /// mask.protect_expert(1, 68);
@@ -91,23 +90,6 @@ impl ProtectionMask {
         }
     }
 
-    /// The mask in the indices of the model that a plan leaves. What the plan dropped is protected no more.
-    pub fn reindex(&self, plan: &PrunePlan) -> Self {
-        let mut mask = Self::none();
-        for ((layer, expert), units) in &self.entries {
-            let Some(kept) = plan.layer(*layer) else { continue };
-            let Some(new) = kept.experts_kept().iter().position(|found| found == expert) else { continue };
-            match units {
-                None => mask.protect_expert(*layer, new),
-                Some(units) => {
-                    let places = units.iter().filter_map(|unit| kept.experts[*expert].binary_search(unit).ok());
-                    places.for_each(|place| mask.protect_unit(*layer, new, place as u32));
-                }
-            }
-        }
-        mask
-    }
-
     /// What is protected, by layer and expert.
     pub fn entries(&self) -> Vec<Protected> {
         self.clone().into()
@@ -165,9 +147,8 @@ impl From<ProtectionMask> for Vec<Protected> {
 
 #[cfg(test)]
 mod tests {
-    use moe_checkpoint::MoeLayerShape;
-
     use super::*;
+    use crate::MoeLayerShape;
 
     #[test]
     fn a_whole_expert_wins_over_its_units() {
@@ -178,23 +159,6 @@ mod tests {
             }
             assert_eq!(mask.count(0, 1, 8), 8);
         }
-    }
-
-    #[test]
-    fn masks_follow_a_plan() {
-        let layers = vec![MoeLayerShape { layer: 2, widths: vec![4; 3] }];
-        let shape = MoeShape { hidden_size: 2, top_k: 1, layers };
-        let mut plan = PrunePlan::keep_all(&shape, "model");
-        plan.kept[0].experts = vec![vec![], vec![1, 3], vec![0, 1, 2, 3]];
-        plan.kept[0].removed = vec![0];
-        let mut mask = ProtectionMask::none();
-        mask.protect_unit(2, 1, 3);
-        mask.protect_expert(2, 2);
-        mask.protect_expert(2, 0);
-        let mut expected = ProtectionMask::none();
-        expected.protect_unit(2, 0, 1);
-        expected.protect_expert(2, 1);
-        assert_eq!(mask.reindex(&plan), expected);
     }
 
     #[test]

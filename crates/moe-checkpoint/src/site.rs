@@ -1,10 +1,10 @@
-//! The linear maps of a model.
+//! Addresses of the linear maps of a model.
 
 use std::fmt;
 
-use moe_checkpoint::LayerRole;
+use crate::{ExpertPart, LayerRole};
 
-/// A linear map of a model.
+/// A linear map of a model: the address by which adapters, training and files mean one matrix, whatever tensors hold it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Site {
     /// A map of decoder layer `.0`.
@@ -39,14 +39,6 @@ impl Site {
     /// Whether it is in the attention half of its layer.
     pub fn is_attention(&self) -> bool {
         matches!(self, Self::Layer(_, site) if site.is_attention())
-    }
-
-    /// How deep a backward sweep must go for it.
-    pub fn depth(&self) -> super::Depth {
-        match self.is_attention() {
-            true => super::Depth::Attention(self.layer()),
-            false => super::Depth::FeedForward(self.layer()),
-        }
     }
 }
 
@@ -165,6 +157,14 @@ pub enum ExpertSite {
 }
 
 impl ExpertSite {
+    /// The parts of an expert it is made of, whose rows follow each other.
+    pub fn parts(self) -> &'static [ExpertPart] {
+        match self {
+            Self::GateUp => &[ExpertPart::Gate, ExpertPart::Up],
+            Self::Down => &[ExpertPart::Down],
+        }
+    }
+
     /// Its name in lists of parameters.
     pub fn name(self) -> &'static str {
         match self {

@@ -1,0 +1,52 @@
+//! Words that every way of making a model smaller shares: how much went, what became of further layers, how far the writing
+//! is.
+
+use serde::{Deserialize, Serialize};
+
+/// The fraction of a model that goes: of the units of its routed experts, or of the experts themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Ratio {
+    /// As the budget has it.
+    pub asked: f64,
+    /// As the plan has it: minimum sizes and multiples may differ.
+    pub achieved: f64,
+}
+
+/// A number before and after.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BeforeAfter {
+    /// Of the checkpoint that was read.
+    pub before: u64,
+    /// Of the result.
+    pub after: u64,
+}
+
+/// What becomes of multi-token prediction: layers after the decoder layers that predict further tokens, with experts of
+/// their own that no plan covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mtp {
+    /// They stay as they are. Refused where the config would give their experts another width or number.
+    Keep,
+    /// They are left out, and the config says that there are none. Loaders that do not use them read the same model.
+    Drop,
+    /// Their experts become as wide and as many as those of the decoder, for uniform and fine-grained exports of pruning
+    /// plans. No activations exist for them, so that units are ranked by magnitude: the norm of the gate row times that of
+    /// the up row times that of the down column, and experts by the sum over their units.
+    Prune,
+}
+
+/// How far the writing of a checkpoint is.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
+    /// The tensor that was worked on.
+    pub tensor: &'a str,
+    /// Bytes of weights done, those of an earlier run included.
+    pub done: u64,
+    /// Bytes of weights in all.
+    pub total: u64,
+}
+
+/// Called after every tensor, and after every expert of a tensor that holds several. An error stops the work; the output
+/// can be resumed.
+pub type OnProgress<'a> = &'a dyn Fn(&Progress<'_>) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
