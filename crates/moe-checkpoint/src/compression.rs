@@ -1,5 +1,4 @@
-//! Words that every way of making a model smaller shares: how much went, what became of further layers, how far the writing
-//! is.
+//! Words that every way of making a model smaller shares: how much went, and what became of further layers.
 
 use serde::{Deserialize, Serialize};
 
@@ -35,18 +34,3 @@ pub enum Mtp {
     /// the up row times that of the down column, and experts by the sum over their units.
     Prune,
 }
-
-/// How far the writing of a checkpoint is.
-#[derive(Clone, Copy, Debug)]
-pub struct Progress<'a> {
-    /// The tensor that was worked on.
-    pub tensor: &'a str,
-    /// Bytes of weights done, those of an earlier run included.
-    pub done: u64,
-    /// Bytes of weights in all.
-    pub total: u64,
-}
-
-/// Called after every tensor, and after every expert of a tensor that holds several. An error stops the work; the output
-/// can be resumed.
-pub type OnProgress<'a> = &'a dyn Fn(&Progress<'_>) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;

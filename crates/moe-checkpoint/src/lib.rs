@@ -74,7 +74,7 @@ mod writer;
 
 pub use artefact_file::write_atomic;
 pub use checkpoint::Checkpoint;
-pub use compression::{BeforeAfter, Mtp, OnProgress, Progress, Ratio};
+pub use compression::{BeforeAfter, Mtp, Ratio};
 pub use config::{
     Activation, AttentionConfig, AttentionKind, Ffn, GroupScore, Groups, LatentAttention, LayerConfig, ModelConfig,
     MoeConfig, Multipliers, NormKind, QkNorm, RopeConfig, RopeScaling, Routing, RoutingKind, SharedExpert,
