@@ -66,6 +66,17 @@ pub enum Error {
         /// The last saved state.
         state: Option<PathBuf>,
     },
+    /// Training that changes nothing: no parameter has had a gradient.
+    #[error(
+        "no gradient reached any of {parameters} in the first {steps} steps, so nothing is learnt: what is trained takes no part in what \
+         the rows predict, or a weight of zero stands before it"
+    )]
+    NoGradient {
+        /// Steps that were run.
+        steps: usize,
+        /// What was to be trained.
+        parameters: String,
+    },
     /// A saved state of training that does not fit, or is not one.
     #[error("{}: {field}: found {found}, expected {expected}", path.display())]
     State {

@@ -26,6 +26,11 @@ pub trait SweepListener: std::fmt::Debug + Send + Sync {
     fn training(&self, step: Option<usize>) {
         let _ = step;
     }
+
+    /// The losses beside the objective of the wave that was swept last, coefficients included, by name.
+    fn losses(&self) -> Vec<(&'static str, f64)> {
+        Vec::new()
+    }
 }
 
 /// Adapters by place, and what they train. What makes adapters puts them here; [`Model::with_adapters`](moe_core::Model::with_adapters)
@@ -166,6 +171,15 @@ impl AdapterSet {
     /// Tells the listeners what the sweeps that follow are for: a step of training, or anything else.
     pub fn tell_training(&self, step: Option<usize>) {
         self.listeners.iter().for_each(|listener| listener.training(step));
+    }
+
+    /// The losses beside the objective of the wave that was swept last, coefficients included, by name.
+    pub fn losses(&self) -> BTreeMap<String, f64> {
+        let mut sums = BTreeMap::new();
+        for (name, loss) in self.listeners.iter().flat_map(|listener| listener.losses()) {
+            *sums.entry(name.to_owned()).or_insert(0.0) += loss;
+        }
+        sums
     }
 
     /// What the adapters train.

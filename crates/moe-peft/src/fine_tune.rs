@@ -1,6 +1,6 @@
 //! Fine-tuning a model: what the training loop runs.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use moe_core::{
     CrossEntropy, Distillation, Engine, EngineOptions, Model, Objective, TeacherLogits,
@@ -33,13 +33,14 @@ pub trait TrainingHooks: Send {
         Ok(())
     }
 
-    /// The gradient is complete: `factor` times what the parameters hold is that of the mean loss, not clipped.
+    /// The gradient is complete: `factor` times what the parameters hold is that of the mean loss, not clipped. Hooks may add that of a
+    /// loss on the parameters themselves, divided by `factor`, and give its value by name.
     ///
     /// # Errors
     /// Whatever the hooks find wrong.
-    fn gradients(&mut self, step: usize, factor: f64, parameters: &Parameters) -> Result<()> {
+    fn gradients(&mut self, step: usize, factor: f64, parameters: &mut Parameters) -> Result<BTreeMap<String, f64>> {
         let _ = (step, factor, parameters);
-        Ok(())
+        Ok(BTreeMap::new())
     }
 
     /// After the optimiser's step.
@@ -87,6 +88,9 @@ pub struct FineTune {
     engine: EngineOptions,
     evaluation: Vec<Wave>,
     step: usize,
+    /// Sums of the losses beside the objective over the waves of this step.
+    auxiliary: BTreeMap<String, f64>,
+    waves: usize,
 }
 
 struct Trains;
@@ -113,6 +117,8 @@ impl FineTune {
             engine,
             evaluation: Vec::new(),
             step: 0,
+            auxiliary: BTreeMap::new(),
+            waves: 0,
         })
     }
 
@@ -185,13 +191,24 @@ impl TrainingTask for FineTune {
         bank.lend(parameters, true).map_err(into_core)?;
         self.set.tell_training(Some(self.step));
         let loss = self.loss(wave, &mut Trains);
+        for (name, loss) in self.set.losses() {
+            *self.auxiliary.entry(name).or_insert(0.0) += loss;
+        }
+        self.waves += 1;
         self.set.tell_training(None);
         bank.take_back(parameters, true).map_err(into_core)?;
         loss
     }
 
-    fn gradients(&mut self, step: usize, factor: f64, parameters: &Parameters) -> moe_core::Result<()> {
-        self.hooks.gradients(step, factor, parameters).map_err(into_core)
+    fn gradients(&mut self, step: usize, factor: f64, parameters: &mut Parameters) -> moe_core::Result<()> {
+        let waves = std::mem::take(&mut self.waves).max(1) as f64;
+        self.auxiliary.values_mut().for_each(|sum| *sum /= waves);
+        self.auxiliary.extend(self.hooks.gradients(step, factor, parameters).map_err(into_core)?);
+        Ok(())
+    }
+
+    fn auxiliary(&mut self) -> BTreeMap<String, f64> {
+        std::mem::take(&mut self.auxiliary)
     }
 
     fn after_step(&mut self, step: usize, parameters: &mut Parameters) -> moe_core::Result<()> {

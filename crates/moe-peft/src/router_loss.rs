@@ -6,9 +6,12 @@
 //! * balance, Switch Transformers' form (arXiv 2101.03961, equations 4 to 6; Mixtral's): `a E sum_e f_e P_e`, `f_e` the share of tokens that go
 //!   to expert e. It is `a k` at perfect balance;
 //! * balance, normalised: `f_e` divided by k, so that it is `a` at perfect balance;
-//! * z-loss (ST-MoE, arXiv 2202.08906, equation 5): `b mean_t (log sum_e exp z_te)^2`.
+//! * z-loss (ST-MoE, arXiv 2202.08906, equation 5): `b mean_t (log sum_e exp z_te)^2`, summed over the layers.
 //!
-//! Every MoE layer adds its own losses. `f_e` is a constant of the gradient. They stand beside the mean loss per predicted token, so that
+//! A balance loss counts [over the whole model](BalanceScope::Model), as `load_balancing_loss_func` of Hugging Face's transformers does: the
+//! routers of all layers are concatenated as if they were one with L T tokens, so that layers may be uneven where others make up for it. Or it
+//! is [the sum of those of the layers](BalanceScope::Layer), which is larger by a factor of about L, and more where layers are uneven. A
+//! coefficient belongs to its scope. `f_e` is a constant of the gradient. The losses stand beside the mean loss per predicted token, so that
 //! their gradients are multiplied by the predicted tokens of the wave.
 
 use std::{
@@ -17,10 +20,14 @@ use std::{
 };
 
 use moe_checkpoint::RoutingKind;
-use moe_core::{Model, adapters::RouterAdapter, trace::LayerTrace};
+use moe_core::{
+    Model,
+    adapters::RouterAdapter,
+    trace::{LayerTrace, WaveInfo},
+};
 use serde::{Deserialize, Serialize};
 
-use crate::{AdapterSet, Error, Result};
+use crate::{AdapterSet, Error, Result, SweepListener};
 
 /// What the coefficient of a balance loss is multiplied by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,15 +40,30 @@ pub enum BalanceForm {
     Normalised,
 }
 
+/// Which routers a balance loss counts together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BalanceScope {
+    /// All of the model, as one router with the tokens of all layers: what Hugging Face's transformers compute.
+    #[default]
+    Model,
+    /// Each layer by itself; the losses of the layers are added up.
+    Layer,
+}
+
 /// A balance loss.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BalanceLoss {
-    /// Its factor, for the given form; 0 or more. Switch Transformers' is 0.01, as that of most families.
+    /// Its factor, for the given form and scope; 0 or more. `router_aux_loss_coef` of most configurations is 0.001 to 0.01, for the default
+    /// ones.
     pub coefficient: f64,
     /// Which form.
     #[serde(default)]
     pub form: BalanceForm,
+    /// Over the whole model, or layer by layer.
+    #[serde(default)]
+    pub over: BalanceScope,
 }
 
 /// Losses on the routers of all MoE layers. None by default.
@@ -54,10 +76,10 @@ pub struct RouterLosses {
     pub z: Option<f64>,
 }
 
-/// Mean losses per wave of a layer, coefficients included.
+/// Mean losses per wave of a layer, coefficients included. Those of all layers sum to the losses of the model.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LayerLosses {
-    /// Of the balance loss.
+    /// Of the balance loss; over the whole model, the layer's part of it.
     pub balance: f64,
     /// Of the z-loss.
     pub z: f64,
@@ -67,12 +89,38 @@ pub struct LayerLosses {
 
 /// What the losses were.
 #[derive(Debug, Default)]
-pub struct RouterLossReport(Mutex<BTreeMap<usize, LayerLosses>>);
+pub struct RouterLossReport {
+    losses: RouterLosses,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The wave that is running, or ran last.
+    wave: BTreeMap<usize, LayerSums>,
+    /// Whether it is among the sums below.
+    settled: bool,
+    sums: BTreeMap<usize, LayerLosses>,
+}
+
+/// What the tokens of a wave did at a router.
+#[derive(Clone, Debug, Default)]
+struct LayerSums {
+    tokens: f64,
+    /// Choices of each expert.
+    counts: Vec<f64>,
+    /// Sum over the tokens of each expert's share.
+    shares: Vec<f64>,
+    /// Sum over the tokens of the squared `log sum exp`.
+    z: f64,
+}
 
 impl RouterLossReport {
     /// Mean losses per wave of each layer since the last call.
     pub fn take(&self) -> BTreeMap<usize, LayerLosses> {
-        let mut layers = std::mem::take(&mut *self.lock());
+        let mut state = self.lock();
+        self.settle(&mut state);
+        let mut layers = std::mem::take(&mut state.sums);
         for losses in layers.values_mut() {
             let waves = losses.waves.max(1) as f64;
             (losses.balance, losses.z) = (losses.balance / waves, losses.z / waves);
@@ -80,8 +128,63 @@ impl RouterLossReport {
         layers
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<usize, LayerLosses>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The losses of each layer in the last wave that trained.
+    fn last(&self, state: &State) -> BTreeMap<usize, LayerLosses> {
+        let of = |(layer, sums): (&usize, &LayerSums)| {
+            let balance = self.loads(state, *layer).map_or(0.0, |(loads, tokens)| {
+                loads.iter().zip(&sums.shares).map(|(load, share)| load * share).sum::<f64>() / tokens
+            });
+            let z = self.losses.z.unwrap_or(0.0) * sums.z / sums.tokens.max(1.0);
+            (*layer, LayerLosses { balance, z, waves: 1 })
+        };
+        state.wave.iter().map(of).collect()
+    }
+
+    fn settle(&self, state: &mut State) {
+        if !std::mem::replace(&mut state.settled, true) {
+            for (layer, losses) in self.last(state) {
+                let sum = state.sums.entry(layer).or_default();
+                (sum.balance, sum.z, sum.waves) = (sum.balance + losses.balance, sum.z + losses.z, sum.waves + 1);
+            }
+        }
+    }
+
+    /// `coefficient * E * f_e`, the gradient of the balance loss with respect to `P_e`, and the tokens that `P_e` is a mean over.
+    fn loads(&self, state: &State, layer: usize) -> Option<(Vec<f64>, f64)> {
+        let BalanceLoss { coefficient, form, over } = self.losses.balance?;
+        let experts = state.wave.get(&layer)?.counts.len();
+        let counted: Vec<&LayerSums> = match over {
+            BalanceScope::Model => state.wave.values().collect(),
+            BalanceScope::Layer => state.wave.get(&layer).into_iter().collect(),
+        };
+        let mut loads = vec![0.0; experts];
+        counted.iter().for_each(|sums| loads.iter_mut().zip(&sums.counts).for_each(|(load, count)| *load += count));
+        let tokens = counted.iter().map(|sums| sums.tokens).sum::<f64>().max(1.0);
+        let of: f64 = match form {
+            BalanceForm::Switch => tokens,
+            BalanceForm::Normalised => loads.iter().sum::<f64>().max(1.0),
+        };
+        loads.iter_mut().for_each(|load| *load *= coefficient * experts as f64 / of);
+        Some((loads, tokens))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl SweepListener for RouterLossReport {
+    fn begin_wave(&self, _: &WaveInfo) {
+        let mut state = self.lock();
+        self.settle(&mut state);
+        (state.wave, state.settled) = (BTreeMap::new(), false);
+    }
+
+    fn losses(&self) -> Vec<(&'static str, f64)> {
+        let layers = self.last(&self.lock());
+        let sum = |of: fn(&LayerLosses) -> f64| layers.values().map(of).sum::<f64>();
+        let balance = self.losses.balance.map(|_| ("router_balance", sum(|losses| losses.balance)));
+        balance.into_iter().chain(self.losses.z.map(|_| ("router_z", sum(|losses| losses.z)))).collect()
     }
 }
 
@@ -98,18 +201,44 @@ impl RouterLosses {
         Ok(())
     }
 
+    /// Checks them against a model, too.
+    ///
+    /// # Errors
+    /// As [`validate`](Self::validate); [`Error::Input`] for a model without routed experts, and for a balance loss over the whole model
+    /// whose layers have different numbers of experts.
+    pub fn check(&self, model: &Model) -> Result<()> {
+        self.validate()?;
+        let config = model.config();
+        let layers = (0..config.layers.len()).filter_map(|layer| Some((layer, config.moe(layer)?.num_experts())));
+        let layers: Vec<(usize, usize)> = layers.collect();
+        let Some((_, experts)) = layers.first() else {
+            return Err(Error::input("layers with routers", 0, "at least one, for losses on them"));
+        };
+        let whole = self.balance.is_some_and(|balance| balance.over == BalanceScope::Model);
+        match layers.iter().find(|(_, other)| other != experts) {
+            Some((layer, other)) if whole => {
+                let expected = format!(
+                    "{experts}, as in the first: a balance loss over the model counts them together; \"layer\" does not"
+                );
+                Err(Error::input(format!("experts of layer {layer}"), other, expected))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Adds the losses to the routers of all MoE layers. They reach whatever is trained at the router or below it.
     ///
     /// # Errors
-    /// As [`validate`](Self::validate).
+    /// As [`check`](Self::check).
     pub fn attach(&self, model: &Model, set: &mut AdapterSet) -> Result<Arc<RouterLossReport>> {
-        self.validate()?;
-        let report = Arc::new(RouterLossReport::default());
+        self.check(model)?;
+        let report = Arc::new(RouterLossReport { losses: *self, state: Mutex::default() });
         let config = model.config();
         let sigmoid = matches!(config.routing.kind, RoutingKind::Sigmoid { .. });
         for layer in (0..config.layers.len()).filter(|&layer| config.moe(layer).is_some()) {
-            set.add_router(layer, Arc::new(LayerLoss { losses: *self, sigmoid, report: report.clone() }));
+            set.add_router(layer, Arc::new(LayerLoss { sigmoid, report: report.clone() }));
         }
+        set.add_listener(report.clone());
         Ok(report)
     }
 }
@@ -117,7 +246,6 @@ impl RouterLosses {
 /// The losses of one layer.
 #[derive(Debug)]
 struct LayerLoss {
-    losses: RouterLosses,
     sigmoid: bool,
     report: Arc<RouterLossReport>,
 }
@@ -147,61 +275,46 @@ impl LayerLoss {
         let shares = scores.iter().map(|s| s / sum.max(f64::MIN_POSITIVE)).collect();
         Scores { shares, slopes: scores.iter().map(|s| 1.0 - s).collect(), log_sum }
     }
-
-    /// `coefficient * E * f_e`, the gradient of the balance loss with respect to `P_e`.
-    fn loads(&self, trace: &LayerTrace<'_>) -> Option<Vec<f64>> {
-        let BalanceLoss { coefficient, form } = self.losses.balance?;
-        let mut counts = vec![0.0f64; trace.experts];
-        let chosen = trace.selected.iter().zip(trace.weights).filter(|(_, w)| **w != 0.0);
-        chosen.for_each(|(&e, _)| counts[e as usize] += 1.0);
-        let of: f64 = match form {
-            BalanceForm::Switch => (trace.logits.len() / trace.experts.max(1)) as f64,
-            BalanceForm::Normalised => counts.iter().sum(),
-        };
-        let factor = coefficient * trace.experts as f64 / of.max(1.0);
-        counts.iter_mut().for_each(|count| *count *= factor);
-        Some(counts)
-    }
 }
 
 impl RouterAdapter for LayerLoss {
     fn routed(&self, trace: &LayerTrace<'_>) {
-        let (mut balance, mut z) = (0.0, 0.0);
-        let loads = self.loads(trace);
-        for logits in trace.logits.chunks_exact(trace.experts.max(1)) {
-            let scores = self.scores(logits);
-            if let Some(loads) = &loads {
-                balance += loads.iter().zip(&scores.shares).map(|(f, p)| f * p).sum::<f64>();
-            }
-            z += self.losses.z.unwrap_or(0.0) * scores.log_sum * scores.log_sum;
+        let experts = trace.experts;
+        let mut sums = LayerSums { counts: vec![0.0; experts], shares: vec![0.0; experts], ..LayerSums::default() };
+        let chosen = trace.selected.iter().zip(trace.weights).filter(|(_, w)| **w != 0.0);
+        chosen.for_each(|(&e, _)| sums.counts[e as usize] += 1.0);
+        for logits in trace.logits.chunks_exact(experts.max(1)) {
+            let Scores { shares, log_sum, .. } = self.scores(logits);
+            sums.shares.iter_mut().zip(shares).for_each(|(sum, share)| *sum += share);
+            sums.z += log_sum * log_sum;
+            sums.tokens += 1.0;
         }
-        let tokens = (trace.logits.len() / trace.experts.max(1)).max(1) as f64;
-        let mut report = self.report.lock();
-        let layer = report.entry(trace.layer).or_default();
-        layer.balance += balance / tokens;
-        layer.z += z / tokens;
-        layer.waves += 1;
+        self.report.lock().wave.insert(trace.layer, sums);
     }
 
     fn add_gradient(&self, trace: &LayerTrace<'_>, d_logits: &mut [f32]) {
-        let loads = self.loads(trace);
-        let tokens = (trace.logits.len() / trace.experts.max(1)).max(1) as f64;
-        let factor = trace.wave.loss_tokens() as f64 / tokens;
-        let rows = trace.logits.chunks_exact(trace.experts.max(1));
-        for (logits, d) in rows.zip(d_logits.chunks_exact_mut(trace.experts.max(1))) {
+        // the forward pass of all layers is over, so that the loads of the model are known
+        let loads = self.report.loads(&self.report.lock(), trace.layer);
+        let experts = trace.experts.max(1);
+        let predicted = trace.wave.loss_tokens() as f64;
+        let own = (trace.logits.len() / experts).max(1) as f64;
+        for (logits, d) in trace.logits.chunks_exact(experts).zip(d_logits.chunks_exact_mut(experts)) {
             let Scores { shares, slopes, log_sum } = self.scores(logits);
-            let mean = loads.as_ref().map(|loads| loads.iter().zip(&shares).map(|(f, p)| f * p).sum::<f64>());
+            let balance = loads.as_ref().map(|(loads, tokens)| {
+                let mean = loads.iter().zip(&shares).map(|(f, p)| f * p).sum::<f64>();
+                (loads, mean, predicted / tokens)
+            });
             // of log sum exp the derivative is the softmax, whatever the rule
-            let z = self.losses.z.map(|z| 2.0 * z * log_sum);
+            let z = self.report.losses.z.map(|z| 2.0 * z * log_sum * predicted / own);
             for (e, d) in d.iter_mut().enumerate() {
                 let mut sum = 0.0;
-                if let (Some(loads), Some(mean)) = (&loads, mean) {
-                    sum += shares[e] * slopes[e] * (loads[e] - mean);
+                if let Some((loads, mean, factor)) = &balance {
+                    sum += factor * shares[e] * slopes[e] * (loads[e] - mean);
                 }
                 if let Some(z) = z {
                     sum += z * (f64::from(logits[e]) - log_sum).exp();
                 }
-                *d += (factor * sum) as f32;
+                *d += sum as f32;
             }
         }
     }
@@ -217,17 +330,19 @@ mod tests {
     }
 
     fn adapter(losses: RouterLosses, sigmoid: bool) -> LayerLoss {
-        LayerLoss { losses, sigmoid, report: Arc::default() }
+        LayerLoss { sigmoid, report: Arc::new(RouterLossReport { losses, state: Mutex::default() }) }
     }
 
     fn balance(coefficient: f64, form: BalanceForm) -> RouterLosses {
-        RouterLosses { balance: Some(BalanceLoss { coefficient, form }), z: None }
+        let over = BalanceScope::Layer;
+        RouterLosses { balance: Some(BalanceLoss { coefficient, form, over }), z: None }
     }
 
     /// The losses of these logits, with experts chosen beforehand.
     fn losses(adapter: &LayerLoss, wave: &WaveInfo, logits: &[f32], experts: usize, selected: &[u32]) -> LayerLosses {
         let weights = vec![1.0; selected.len()];
         let top_k = selected.len() / wave.tokens;
+        adapter.report.begin_wave(wave);
         adapter.routed(&LayerTrace { layer: 3, wave, experts, top_k, logits, selected, weights: &weights });
         adapter.report.take()[&3]
     }
@@ -272,7 +387,9 @@ mod tests {
                 weights: &weights,
             };
             let mut found = vec![0.25; 12];
+            adapter.routed(&trace);
             adapter.add_gradient(&trace, &mut found);
+            adapter.report.take();
             for i in 0..12 {
                 let at = |h: f32| {
                     let mut moved = logits.clone();
@@ -284,6 +401,59 @@ mod tests {
                 assert!((numeric + 0.25 - f64::from(found[i])).abs() < 1e-4, "{i}: {numeric} {}", found[i]);
             }
         }
+    }
+
+    /// `load_balancing_loss_func` of transformers 5 (`modeling_mixtral.py`), without a mask: softmax of the concatenated logits, the top
+    /// k of it, `num_experts * sum(mean over tokens of one-hot choices * mean over tokens of probabilities)`.
+    fn hugging_face(layers: &[Vec<f32>], experts: usize, k: usize) -> f64 {
+        let all: Vec<f32> = layers.concat();
+        let tokens = (all.len() / experts) as f64;
+        let (mut per_expert, mut probability) = (vec![0.0f64; experts], vec![0.0f64; experts]);
+        for row in all.chunks_exact(experts) {
+            let sum: f64 = row.iter().map(|z| f64::from(*z).exp()).sum();
+            row.iter().zip(&mut probability).for_each(|(z, p)| *p += f64::from(*z).exp() / sum / tokens);
+            best(row, k).into_iter().for_each(|e| per_expert[e as usize] += 1.0 / tokens);
+        }
+        experts as f64 * per_expert.iter().zip(probability).map(|(f, p)| f * p).sum::<f64>()
+    }
+
+    fn best(row: &[f32], k: usize) -> Vec<u32> {
+        let mut order: Vec<u32> = (0..row.len() as u32).collect();
+        order.sort_by(|a, b| row[*b as usize].total_cmp(&row[*a as usize]));
+        order[..k].to_vec()
+    }
+
+    #[test]
+    fn over_the_model_it_is_hugging_faces_loss_and_over_the_layers_their_sum() {
+        let (experts, k, tokens) = (8, 2, 5);
+        // every layer prefers an expert of its own: uneven by layer, even over the model
+        let logits = |layer: usize| -> Vec<f32> {
+            let z = |t: usize, e: usize| if e / 2 == layer { 5.0 } else { ((t * 5 + e * 3 + layer) % 7) as f32 * 0.2 };
+            (0..tokens).flat_map(|t| (0..experts).map(move |e| z(t, e))).collect()
+        };
+        let layers: Vec<Vec<f32>> = (0..4).map(logits).collect();
+        let wave = wave(tokens, 3);
+        let run = |over: BalanceScope| {
+            let balance = Some(BalanceLoss { coefficient: 1.0, form: BalanceForm::Switch, over });
+            let adapter = adapter(RouterLosses { balance, z: None }, false);
+            adapter.report.begin_wave(&wave);
+            for (layer, logits) in layers.iter().enumerate() {
+                let selected: Vec<u32> = logits.chunks_exact(experts).flat_map(|row| best(row, k)).collect();
+                let weights = vec![1.0; selected.len()];
+                let (selected, weights) = (&selected, &weights);
+                adapter.routed(&LayerTrace { layer, wave: &wave, experts, top_k: k, logits, selected, weights });
+            }
+            let told = adapter.report.losses();
+            let sum = adapter.report.take().values().map(|losses| losses.balance).sum::<f64>();
+            assert_eq!(told, [("router_balance", sum)]);
+            sum
+        };
+        let expected = hugging_face(&layers, experts, k);
+        assert!((run(BalanceScope::Model) - expected).abs() < 1e-9, "{} {expected}", run(BalanceScope::Model));
+        let apart: f64 = layers.iter().map(|logits| hugging_face(std::slice::from_ref(logits), experts, k)).sum();
+        assert!((run(BalanceScope::Layer) - apart).abs() < 1e-9);
+        // near 2 where the layers make up for each other, near 4 layers times 8 where each counts alone
+        assert!((expected - 2.0).abs() < 0.1 && apart > 25.0, "{expected} {apart}");
     }
 
     #[test]

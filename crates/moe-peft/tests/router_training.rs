@@ -8,14 +8,15 @@ use moe_core::{
     Model, RoutingOverlay, RoutingRule,
     adapters::{ExpertSite, LayerSite, Site},
     router::Routed,
+    train::TrainEvent,
 };
 use moe_peft::{
-    AdapterSet,
+    AdapterSet, FineTune,
     dense_mixer::DenseMixer,
     model_weights::OwnWeights,
-    router_loss::{BalanceForm, BalanceLoss, RouterLosses},
+    router_loss::{BalanceForm, BalanceLoss, BalanceScope, RouterLosses},
 };
-use tuning::{check_gradient, loss, model, sweep, waves};
+use tuning::{check_gradient, loss, model, options, sweep, waves};
 
 fn last_router(base: &Model) -> (OwnWeights, Site) {
     let last = base.config().layers.len() - 1;
@@ -32,7 +33,7 @@ fn losses_on_routers_reach_them_and_what_is_below_and_change_no_output() {
     ] {
         let base = model(name);
         let wave = &waves(&base, 1)[0];
-        let balance = Some(BalanceLoss { coefficient: 0.5, form });
+        let balance = Some(BalanceLoss { coefficient: 0.5, form, over: BalanceScope::Layer });
         let losses = RouterLosses { balance, z: Some(0.05) };
         let mut set = AdapterSet::new();
         let last = base.config().layers.len() - 1;
@@ -209,4 +210,48 @@ fn routers_that_cannot_or_do_not_learn_are_refused() {
     assert!(error.contains("SparseMixer"), "{error}");
     let error = DenseMixer::default().attach(&model("qwen2_moe"), &mut AdapterSet::new()).unwrap_err().to_string();
     assert!(error.contains("trained routers: found 0"), "{error}");
+}
+
+#[test]
+fn a_balance_loss_over_the_model_has_its_gradient_through_all_layers_and_is_among_the_metrics() {
+    let base = model("qwen2_moe");
+    let wave = &waves(&base, 1)[0];
+    let balance = Some(BalanceLoss { coefficient: 0.5, form: BalanceForm::Switch, over: BalanceScope::Model });
+    let losses = RouterLosses { balance, z: Some(0.01) };
+    let mut set = AdapterSet::new();
+    OwnWeights::router().attach(&base, &mut set).unwrap();
+    let report = losses.attach(&base, &mut set).unwrap();
+    let set = Arc::new(set);
+    let adapted = base.with_adapters(set.clone()).unwrap();
+    sweep(&adapted, wave);
+    let gradients: Vec<_> = set.bank().iter().map(|live| (live.name().to_string(), live.gradient())).collect();
+    report.take();
+    let total = || {
+        let run = sweep(&adapted, wave);
+        let beside: f64 = report.take().values().map(|losses| losses.balance + losses.z).sum();
+        run.loss.unwrap() + run.loss_tokens as f64 * beside
+    };
+    for (name, gradient) in &gradients {
+        check_gradient(set.bank(), name, gradient, total);
+    }
+    // on the training loop
+    let mut set = AdapterSet::new();
+    OwnWeights::router().attach(&base, &mut set).unwrap();
+    losses.attach(&base, &mut set).unwrap();
+    let mut task = FineTune::new(&base, set.into()).unwrap();
+    let mut parameters = task.set().bank().parameters().unwrap();
+    let mut seen = Vec::new();
+    let mut tell = |event: &TrainEvent| {
+        if let TrainEvent::Step { auxiliary, .. } = event {
+            seen.push(auxiliary.clone());
+        }
+        Ok(())
+    };
+    moe_core::train::train(&mut task, &mut parameters, &waves(&base, 3), &options(2), &mut tell).unwrap();
+    assert_eq!(seen.len(), 2);
+    let k = base.config().routing.top_k as f64;
+    for losses in seen {
+        assert!(losses["router_balance"] > 0.25 * k && losses["router_balance"] < 2.0 * k, "{losses:?}");
+        assert!(losses["router_z"] > 0.0 && losses.len() == 2, "{losses:?}");
+    }
 }

@@ -103,7 +103,7 @@ pub const METHODS: &[Line] = &[
     line("dora", "the same as lora, with lengths by themselves", 3e-3, r#"{"type": "lora", "r": 16, "lora_alpha": 32, "use_dora": true, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}"#),
     line("mola", "MoLA: four of rank 4 beside each map of attention, two per token", 3e-3, r#"{"type": "mixture", "experts": 4, "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}"#),
     line("mixlora", "MixLoRA: four of rank 8 beside the shared expert, one router for gate, up and down", 5e-3, r#"{"type": "mixture", "experts": 4, "r": 8, "lora_alpha": 16, "blocks": true, "router_std": 0.02}"#),
-    line("flylora", "FlyLoRA: sparse frozen projections of rank 32 beside attention, 8 ranks per token", 5e-3, r#"{"type": "mixture", "r": 32, "lora_alpha": 64, "gate": {"kind": "sparse", "k": 8, "score": "signed", "bias_rate": 0.01}, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}"#),
+    line("flylora", "FlyLoRA: sparse frozen projections of rank 32 beside attention, 8 ranks per token", 5e-3, r#"{"type": "mixture", "r": 32, "lora_alpha": 64, "gate": {"type": "sparse", "k": 8, "score": "signed", "bias_rate": 0.01}, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}"#),
     line("router", "routers alone", 1e-2, r#"{"type": "own", "router": true}"#),
     line("shared", "shared experts and their gates", 2e-3, r#"{"type": "own", "shared": true, "shared_gate": true}"#),
 ];

@@ -31,7 +31,8 @@ pub struct TrainReport {
 ///
 /// # Errors
 /// [`Error::Input`] for options out of range, no parameters or no waves, before anything is run, and for an evaluation that is not finite;
-/// [`Error::Diverged`] for a loss or gradient that is not finite, or a loss that explodes; what stops the task, and what `on_event` returns.
+/// [`Error::Diverged`] for a loss or gradient that is not finite, or a loss that explodes; [`Error::NoGradient`] if the first ten steps, or all
+/// of fewer, brought no parameter any gradient; what stops the task, and what `on_event` returns.
 pub fn train(
     task: &mut dyn TrainingTask,
     parameters: &mut Parameters,
@@ -85,6 +86,7 @@ pub fn train_saved(
         steps: options.steps(waves.len()),
         start: Instant::now(),
         first: (progress.step, progress.tokens, progress.seconds.0),
+        reached: progress.events.iter().any(has_gradient),
         progress,
         directory,
         every,
@@ -100,6 +102,13 @@ pub fn train_saved(
     }
 }
 
+/// Steps without any gradient after which there is no point in going on. Some may have none: a few experts that no token reached yet.
+const PATIENCE: usize = 10;
+
+fn has_gradient(event: &TrainEvent) -> bool {
+    matches!(event, TrainEvent::Step { gradient_norm, .. } if *gradient_norm > 0.0)
+}
+
 struct Run<'a> {
     task: &'a mut dyn TrainingTask,
     waves: &'a [Wave],
@@ -111,6 +120,8 @@ struct Run<'a> {
     start: Instant,
     /// Step, tokens and seconds that this process began with.
     first: (usize, u64, f64),
+    /// Whether any step has had a gradient.
+    reached: bool,
     progress: Progress,
     directory: Option<StateDir>,
     every: Option<usize>,
@@ -160,6 +171,7 @@ impl Run<'_> {
         self.task.before_step(step, parameters)?;
         parameters.assign(&self.options.groups);
         let mut total = BatchLoss::default();
+        let mut run = 0;
         for index in self.order.batch(step).to_vec() {
             let wave = &self.waves[index];
             let BatchLoss { loss, tokens } = self.task.accumulate(wave, parameters)?;
@@ -167,12 +179,21 @@ impl Run<'_> {
                 return Err(self.diverged(step, format!("the loss of wave {} is {loss}", wave.id)));
             }
             total = BatchLoss { loss: total.loss + loss, tokens: total.tokens + tokens };
+            run += wave.tokens() as u64;
         }
         parameters.check_returned()?;
         let mean = 1.0 / total.tokens.max(1) as f64;
+        self.task.gradients(step, mean, parameters)?;
+        let auxiliary = self.task.auxiliary();
         let (loss, gradient_norm) = (total.loss * mean, parameters.gradient_norm() * mean);
         if !gradient_norm.is_finite() {
             return Err(self.diverged(step, format!("the norm of the gradient is {gradient_norm}")));
+        }
+        self.reached |= gradient_norm > 0.0;
+        if !self.reached && step >= PATIENCE.min(self.steps) {
+            let names: Vec<&str> = parameters.iter().map(|(name, _)| name).take(3).collect();
+            let parameters = format!("{} parameters ({}, ..)", parameters.iter().count(), names.join(", "));
+            return Err(Error::NoGradient { steps: step, parameters });
         }
         if let Some(explosion) = &self.options.explosion
             && let Some(multiple) = self.progress.guard.see(loss, explosion)
@@ -180,7 +201,6 @@ impl Run<'_> {
             let what = format!("the loss is {multiple:.1} times its running mean, for {} steps now", explosion.steps);
             return Err(self.diverged(step, what));
         }
-        self.task.gradients(step, mean, parameters)?;
         let clip = self.options.clip.map_or(1.0, |clip| if gradient_norm > clip { clip / gradient_norm } else { 1.0 });
         let learning_rate = self.options.schedule.rate(step, self.steps);
         self.options.optimizer.step(parameters, learning_rate, mean * clip)?;
@@ -189,6 +209,7 @@ impl Run<'_> {
         self.task.update(parameters)?;
         self.progress.step = step;
         self.progress.tokens += total.tokens as u64;
+        self.progress.tokens_run += run;
         let (first_step, first_tokens, first_seconds) = self.first;
         let elapsed = self.start.elapsed().max(Duration::from_nanos(1)).as_secs_f64();
         self.progress.seconds = Bits(first_seconds + elapsed);
@@ -198,7 +219,9 @@ impl Run<'_> {
             loss,
             gradient_norm,
             learning_rate,
+            auxiliary,
             tokens: self.progress.tokens,
+            tokens_run: self.progress.tokens_run,
             tokens_per_second: (self.progress.tokens - first_tokens) as f64 / elapsed,
             peak_memory: process_memory().map_or(0, |memory| memory.peak),
             seconds: self.progress.seconds.0,
@@ -223,7 +246,7 @@ impl Run<'_> {
         self.keeper.compare(parameters);
         self.progress.figures = self.keeper.figures;
         let event = TrainEvent::Saved { step };
-        self.progress.events.push(event);
+        self.progress.events.push(event.clone());
         let saved = Saved {
             progress: self.progress.clone(),
             position: self.order.position(step + 1),
@@ -239,7 +262,7 @@ impl Run<'_> {
     /// Tells an event, and remembers it where a state will need it.
     fn tell(&mut self, event: TrainEvent) -> Result<()> {
         if self.directory.is_some() {
-            self.progress.events.push(event);
+            self.progress.events.push(event.clone());
         }
         (self.on_event)(&event)
     }

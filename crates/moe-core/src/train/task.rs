@@ -32,12 +32,19 @@ pub trait TrainingTask {
     fn accumulate(&mut self, wave: &Wave, parameters: &mut Parameters) -> Result<BatchLoss>;
 
     /// The gradient of step `step` is complete: `factor` times what the parameters hold is the gradient of the mean loss, not clipped yet.
+    /// The place to add that of a loss on the parameters themselves, divided by `factor`.
     ///
     /// # Errors
     /// Whatever the task finds wrong.
-    fn gradients(&mut self, step: usize, factor: f64, parameters: &Parameters) -> Result<()> {
+    fn gradients(&mut self, step: usize, factor: f64, parameters: &mut Parameters) -> Result<()> {
         let _ = (step, factor, parameters);
         Ok(())
+    }
+
+    /// The losses that stood beside the mean loss since the last call, coefficients included, as means per wave, by name. Asked once per
+    /// step, after [`gradients`](Self::gradients); none by default.
+    fn auxiliary(&mut self) -> BTreeMap<String, f64> {
+        BTreeMap::new()
     }
 
     /// After the optimizer's step, before [`update`](Self::update): for changes by rule instead of by gradient.

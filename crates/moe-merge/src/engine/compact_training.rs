@@ -321,7 +321,7 @@ impl TrainingTask for Run<'_> {
         Ok(BatchLoss { loss: report.loss.unwrap_or(0.0), tokens: report.loss_tokens })
     }
 
-    fn gradients(&mut self, _: usize, factor: f64, parameters: &Parameters) -> moe_core::Result<()> {
+    fn gradients(&mut self, _: usize, factor: f64, parameters: &mut Parameters) -> moe_core::Result<()> {
         let smoothing = self.options.smoothing;
         let mut found = Vec::with_capacity(3 * self.sets.len());
         for (set, expert) in self.sets.iter().zip(&self.experts) {

@@ -17,7 +17,7 @@ use crate::{Error, Result, SweepListener};
 
 /// A balance loss. `N` experts, `T` tokens, `p` probabilities, `w` weights, `P_i` the mean of `p_i`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Balance {
     /// None.
     None,

@@ -6,7 +6,7 @@ use crate::{Error, Result};
 
 /// Selection and combine weight. `z` are router logits, `p = softmax(z)`; ties go to the lower index.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Gate {
     /// The `k` most probable; `p`, divided by their sum.
     TopK {

@@ -71,6 +71,15 @@ impl SweepListener for Begin {
         self.routers.iter().for_each(|router| router.begin_wave(wave));
         self.groups.iter().for_each(|group| group.begin_wave(wave));
     }
+
+    fn losses(&self) -> Vec<(&'static str, f64)> {
+        match self.groups.first() {
+            Some(group) if group.balance != Balance::None => {
+                vec![("mixture_balance", self.groups.iter().map(|group| group.loss()).sum())]
+            }
+            _ => Vec::new(),
+        }
+    }
 }
 
 struct Builder<'a> {

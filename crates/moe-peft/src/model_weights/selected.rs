@@ -34,7 +34,7 @@ impl BlockWatch {
 }
 
 impl TrainingHooks for BlockWatch {
-    fn gradients(&mut self, _: usize, factor: f64, parameters: &Parameters) -> Result<()> {
+    fn gradients(&mut self, _: usize, factor: f64, parameters: &mut Parameters) -> Result<BTreeMap<String, f64>> {
         let mut scores = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let sites: Vec<Site> = scores.sites().collect();
         for site in sites {
@@ -45,7 +45,7 @@ impl TrainingHooks for BlockWatch {
                 scores.add(site, &scaled);
             }
         }
-        Ok(())
+        Ok(BTreeMap::new())
     }
 
     fn state_save(&self) -> Result<moe_core::train::TaskState> {

@@ -15,9 +15,9 @@ use super::parameters::Settings;
 use super::{Parameter, Parameters};
 use crate::error::{Error, Result};
 
-/// How gradients become steps. In JSON: `{"kind": "adamw", "weight_decay": 0.01}`.
+/// How gradients become steps. In JSON: `{"type": "adamw", "weight_decay": 0.01}`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "lowercase")]
+#[serde(tag = "type", rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Optimizer {
     /// AdamW, on the host.

@@ -168,16 +168,16 @@ fn the_factor_of_gradients_counts_before_anything_else() {
 fn optimizers_are_json() {
     let kinds = ["adamw", "lamb", "sgd", "rmsprop", "adagrad", "lion", "adan"];
     for kind in kinds {
-        let json = format!(r#"{{"kind":"{kind}","weight_decay":0.25}}"#);
+        let json = format!(r#"{{"type":"{kind}","weight_decay":0.25}}"#);
         let optimizer: Optimizer = serde_json::from_str(&json).unwrap();
         optimizer.validate().unwrap();
         let written = serde_json::to_value(optimizer).unwrap();
-        assert_eq!((written["kind"].as_str(), written["weight_decay"].as_f64()), (Some(kind), Some(0.25)));
-        let bad = format!(r#"{{"kind":"{kind}","weight_decay":-1.0}}"#);
+        assert_eq!((written["type"].as_str(), written["weight_decay"].as_f64()), (Some(kind), Some(0.25)));
+        let bad = format!(r#"{{"type":"{kind}","weight_decay":-1.0}}"#);
         let error = serde_json::from_str::<Optimizer>(&bad).unwrap().validate().unwrap_err().to_string();
         assert!(error.contains("weight_decay: found -1"), "{error}");
     }
-    assert!(serde_json::from_str::<Optimizer>(r#"{"kind":"adamw","rate":1}"#).is_err());
+    assert!(serde_json::from_str::<Optimizer>(r#"{"type":"adamw","rate":1}"#).is_err());
     let adam = |adam: AdamW| adam.validate().unwrap_err().to_string();
     assert!(adam(AdamW { beta2: 1.0, ..AdamW::default() }).contains("beta2: found 1"));
     assert!(adam(AdamW { epsilon: 0.0, ..AdamW::default() }).contains("epsilon"));

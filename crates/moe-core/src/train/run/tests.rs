@@ -3,8 +3,8 @@ use std::collections::BTreeSet;
 use super::*;
 use crate::data::Sequence;
 use crate::train::{
-    Adan, Decay, Explosion, Keep, Lamb, Lion, Optimizer, Parameter, ParameterGroup, Projection, Schedule, StateArray,
-    TaskState,
+    Adan, Decay, Explosion, JsonLines, Keep, Lamb, Lion, Optimizer, Parameter, ParameterGroup, Projection, Schedule,
+    StateArray, TaskState,
 };
 
 /// Each wave pulls `w` towards the value of its first token; the figure is the distance from 3.
@@ -49,7 +49,7 @@ fn start() -> Parameters {
 fn pull(options: &TrainOptions) -> (Pull, Parameters, TrainReport, Vec<TrainEvent>) {
     let (mut task, mut parameters, mut events) = (Pull::default(), start(), Vec::new());
     let mut log = |event: &TrainEvent| {
-        events.push(*event);
+        events.push(event.clone());
         Ok(())
     };
     let report = train(&mut task, &mut parameters, &waves(), options, &mut log).unwrap();
@@ -98,7 +98,7 @@ fn epochs_are_shuffled_by_the_seed_and_runs_repeat() {
     }
     assert_ne!(first.seen[..6], first.seen[6..12]);
     assert_ne!(first.seen, pull(&TrainOptions { seed: 8, ..options() }).0.seen);
-    match events[1] {
+    match events[1].clone() {
         TrainEvent::Step { step, steps, loss, gradient_norm, learning_rate, tokens, tokens_per_second, .. } => {
             let values: f64 = first.seen[..4].iter().map(|id| 3.0 + (id % 2) as f64 * 2.0).sum::<f64>() / 4.0;
             assert_eq!((step, steps, tokens), (1, 20, 4));
@@ -176,13 +176,13 @@ fn bad_options_are_named_before_anything_runs() {
 
 #[test]
 fn options_are_json() {
-    let json = r#"{"optimizer": {"kind": "lamb", "weight_decay": 0.01}, "evaluate_every": null, "max_steps": 7,
+    let json = r#"{"optimizer": {"type": "lamb", "weight_decay": 0.01}, "evaluate_every": null, "max_steps": 7,
         "groups": [{"pattern": "*.router", "learning_rate": 0.1, "projection": {"rank": 4}}]}"#;
     let options: TrainOptions = serde_json::from_str(json).unwrap();
     assert_eq!(options.optimizer, Optimizer::Lamb(Lamb { weight_decay: 0.01, ..Lamb::default() }));
     assert_eq!((options.evaluate_every, options.max_steps, options.groups[0].learning_rate), (None, Some(7), 0.1));
     assert_eq!(serde_json::from_str::<TrainOptions>(&serde_json::to_string(&options).unwrap()).unwrap(), options);
-    assert!(serde_json::from_str::<TrainOptions>(r#"{"optimizer": {"kind": "adamw", "beta3": 0.1}}"#).is_err());
+    assert!(serde_json::from_str::<TrainOptions>(r#"{"optimizer": {"type": "adamw", "beta3": 0.1}}"#).is_err());
 }
 
 /// A task of everything that a state has to bring back: one of two matrices is active at a time, chosen by a generator of its own; a bias moves
@@ -276,14 +276,18 @@ impl TrainingTask for Busy {
 fn everything(task: &Busy, parameters: &Parameters, report: &TrainReport, events: &[TrainEvent]) -> String {
     let events: Vec<TrainEvent> = events
         .iter()
-        .map(|event| match *event {
-            TrainEvent::Step { step, steps, loss, gradient_norm, learning_rate, tokens, .. } => TrainEvent::Step {
+        .map(|event| match event.clone() {
+            TrainEvent::Step {
+                step, steps, loss, gradient_norm, learning_rate, auxiliary, tokens, tokens_run, ..
+            } => TrainEvent::Step {
                 step,
                 steps,
                 loss,
                 gradient_norm,
                 learning_rate,
+                auxiliary,
                 tokens,
+                tokens_run,
                 tokens_per_second: 0.0,
                 peak_memory: 0,
                 seconds: 0.0,
@@ -304,7 +308,7 @@ fn busy(options: &TrainOptions, saving: &Saving, refuse: &dyn Fn(&TrainEvent) ->
         if refuse(event) {
             return Err(Error::observer("killed"));
         }
-        events.push(*event);
+        events.push(event.clone());
         Ok(())
     };
     let report = train_saved(&mut task, &mut parameters, &waves(), options, Some(saving), &mut log).ok()?;
@@ -424,7 +428,7 @@ fn states_of_other_runs_are_refused_by_name() {
     assert!(ours(&rate).contains("options.schedule.peak: found 0.07, expected 0.1"));
     let optimizer = Optimizer::Lion(Lion::default());
     let groups = Vec::new();
-    assert!(ours(&TrainOptions { optimizer, groups, ..options.clone() }).contains("options.optimizer.kind"));
+    assert!(ours(&TrainOptions { optimizer, groups, ..options.clone() }).contains("options.optimizer.type"));
     assert!(message(&options, &saving, &waves()[1..], Busy::start()).contains("data.waves: found 6, expected 5"));
     let mut other = waves();
     other[2].sequences[0].ids[1] = 9;
@@ -453,8 +457,8 @@ fn states_of_other_runs_are_refused_by_name() {
     std::fs::write(&tensors, &bytes).unwrap();
     let json = directory.path().join("step-000010.json");
     let text = std::fs::read_to_string(&json).unwrap();
-    std::fs::write(&json, text.replacen("\"version\": 1", "\"version\": 9", 1)).unwrap();
-    assert!(ours(&options).contains("version: found 9, expected 1"));
+    std::fs::write(&json, text.replacen("\"version\": 2", "\"version\": 9", 1)).unwrap();
+    assert!(ours(&options).contains("version: found 9, expected 2"));
     std::fs::write(&json, "{").unwrap();
     assert!(ours(&options).contains("contents"));
     std::fs::write(&json, text).unwrap();
@@ -476,4 +480,81 @@ fn a_run_that_diverges_names_its_last_state_and_goes_on_from_it() {
     let (mut task, mut parameters) = (Pull::default(), start());
     train_saved(&mut task, &mut parameters, &waves(), &options, Some(&saving), &mut |_| Ok(())).unwrap();
     assert_eq!(parameters.get("w"), pull(&options).1.get("w"));
+}
+
+/// Never has a gradient but in the given steps, and reports a loss beside its own.
+struct Idle {
+    step: usize,
+    gradients: Vec<usize>,
+}
+
+impl TrainingTask for Idle {
+    fn before_step(&mut self, step: usize, _: &mut Parameters) -> Result<()> {
+        self.step = step;
+        Ok(())
+    }
+    fn accumulate(&mut self, wave: &Wave, parameters: &mut Parameters) -> Result<BatchLoss> {
+        let gradient = if self.gradients.contains(&self.step) { 1.0 } else { 0.0 };
+        parameters.gradient_mut("w").unwrap()[0] += gradient;
+        Ok(BatchLoss { loss: 1.0, tokens: wave.loss_tokens() })
+    }
+    fn auxiliary(&mut self) -> std::collections::BTreeMap<String, f64> {
+        [("balance".to_string(), self.step as f64 / 3.0)].into()
+    }
+    fn update(&mut self, _: &Parameters) -> Result<()> {
+        Ok(())
+    }
+    fn evaluate(&mut self, _: &mut Parameters) -> Result<f64> {
+        Ok(0.0)
+    }
+}
+
+#[test]
+fn training_without_any_gradient_stops_with_the_reason() {
+    let run = |gradients: Vec<usize>, steps: usize| {
+        let options = TrainOptions { max_steps: Some(steps), waves_per_step: 1, evaluate_every: None, ..options() };
+        let mut task = Idle { step: 0, gradients };
+        train(&mut task, &mut start(), &waves(), &options, &mut |_| Ok(())).map_err(|error| error.to_string())
+    };
+    let error = run(vec![], 40).unwrap_err();
+    assert!(error.contains("1 parameters (w, ..) in the first 10 steps"), "{error}");
+    assert!(run(vec![], 3).unwrap_err().contains("in the first 3 steps"));
+    // experts that no token reaches for a while are no reason
+    assert_eq!(run(vec![9], 40).unwrap().steps, 40);
+    assert_eq!(run(vec![2], 3).unwrap().steps, 3);
+}
+
+#[test]
+fn a_log_begun_anew_has_every_step_once_with_its_auxiliary_losses() {
+    let directory = tempfile::tempdir().unwrap();
+    let (saving, log) = (Saving::new(directory.path().join("state"), 2), directory.path().join("log.jsonl"));
+    let options = TrainOptions { max_steps: Some(7), waves_per_step: 1, evaluate_every: None, ..options() };
+    let run = |until: usize| {
+        let mut lines = JsonLines::create(&log).unwrap();
+        let mut tell = |event: &TrainEvent| {
+            lines.write(event)?;
+            match event {
+                TrainEvent::Step { step, .. } if *step == until => Err(Error::observer("killed")),
+                _ => Ok(()),
+            }
+        };
+        let mut task = Idle { step: 0, gradients: vec![1] };
+        train_saved(&mut task, &mut start(), &waves(), &options, Some(&saving), &mut tell).is_ok()
+    };
+    assert!(!run(5) && run(99));
+    let text = std::fs::read_to_string(&log).unwrap();
+    let steps: Vec<(usize, f64, u64)> = text
+        .lines()
+        .filter_map(|line| match serde_json::from_str(line).unwrap() {
+            TrainEvent::Step { step, auxiliary, tokens_run, .. } => Some((step, auxiliary["balance"], tokens_run)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(steps.iter().map(|(step, ..)| *step).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6, 7]);
+    // waves of two tokens, one of which is predicted
+    assert!(
+        steps
+            .iter()
+            .all(|(step, balance, run)| (balance - *step as f64 / 3.0).abs() < 1e-12 && *run == 2 * *step as u64)
+    );
 }

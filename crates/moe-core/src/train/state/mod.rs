@@ -18,7 +18,7 @@ use serde_json::Value;
 pub(super) use signature::signature;
 use tensors::{TEMPORARY, Values};
 
-use super::events::ROW;
+use super::events::{ROW, auxiliary_names};
 use super::guard::Guard;
 use super::keeper::Figures;
 use super::parameters::Snapshot;
@@ -26,7 +26,7 @@ use super::{OptimizerState, Parameter, Parameters, StateArray, Stop, TaskState, 
 use crate::error::{Error, Result};
 
 /// Version of the format.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 /// Where and when the state of training is saved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +69,7 @@ impl<'de> Deserialize<'de> for Bits {
 pub(super) struct Progress {
     pub step: usize,
     pub tokens: u64,
+    pub tokens_run: u64,
     pub seconds: Bits,
     pub figures: Figures,
     pub guard: Guard,
@@ -89,6 +90,8 @@ struct StateFile {
     bytes: u64,
     progress: Progress,
     events: usize,
+    /// Names of the auxiliary losses of events.
+    auxiliary: Vec<String>,
     /// Step of the file of best values.
     best: Option<usize>,
     parameters: BTreeMap<String, ParameterRecord>,
@@ -198,8 +201,9 @@ impl StateDir {
             task.arrays.insert(name.clone(), array(format!("task/{name}"), shape)?);
         }
         let mut progress = file.progress;
-        for row in tensors::f64(&reader, "events", &[file.events, ROW])?.chunks(ROW) {
-            let event = TrainEvent::from_row(row);
+        let columns = ROW + file.auxiliary.len();
+        for row in tensors::f64(&reader, "events", &[file.events, columns])?.chunks(columns) {
+            let event = TrainEvent::from_row(row, &file.auxiliary);
             progress
                 .events
                 .push(event.ok_or_else(|| Error::state(&tensors, "events", format!("{row:?}"), "an event"))?);
@@ -231,8 +235,9 @@ impl StateDir {
         for (name, array) in &task.arrays {
             tensors.push((format!("task/{name}"), array.shape.clone(), Values::F32(&array.values)));
         }
-        let events: Vec<f64> = progress.events.iter().flat_map(|event| event.to_row()).collect();
-        tensors.push(("events".into(), vec![progress.events.len(), ROW], Values::F64(&events)));
+        let auxiliary = auxiliary_names(&progress.events);
+        let events: Vec<f64> = progress.events.iter().flat_map(|event| event.to_row(&auxiliary)).collect();
+        tensors.push(("events".into(), vec![progress.events.len(), ROW + auxiliary.len()], Values::F64(&events)));
         let bytes = tensors::write(&self.path(progress.step, "safetensors"), &tensors)?;
         let file = StateFile {
             version: VERSION,
@@ -242,6 +247,7 @@ impl StateDir {
             bytes,
             progress: progress.clone(),
             events: progress.events.len(),
+            auxiliary,
             best: *best,
             parameters: records,
             task: task.json.clone(),

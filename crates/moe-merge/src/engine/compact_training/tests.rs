@@ -120,7 +120,7 @@ fn rows_go_as_the_schedule_says_and_by_smoothed_importance() {
     };
     let before = zeros(&parameters, &run);
     run.steps = 100;
-    run.gradients(1, 0.5, &parameters).unwrap();
+    run.gradients(1, 0.5, &mut parameters).unwrap();
     // By hand, of the first matrix.
     let sparse = parameters.get(&name(&run.sets[0], 0, SPARSE)).unwrap();
     let cols = run.experts[0].gate.cols;
@@ -132,7 +132,7 @@ fn rows_go_as_the_schedule_says_and_by_smoothed_importance() {
     run.after_step(1, &mut parameters).unwrap();
     assert_eq!(zeros(&parameters, &run), before);
     parameters.clear_gradients();
-    run.gradients(2, 0.5, &parameters).unwrap();
+    run.gradients(2, 0.5, &mut parameters).unwrap();
     assert!((run.importance.as_ref().unwrap()[0][0] - 0.85 * first[0][0]).abs() < 1e-12);
     for step in [10, 11, 35, 60, 100] {
         run.after_step(step, &mut parameters).unwrap();
