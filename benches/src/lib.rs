@@ -1,9 +1,19 @@
-//! Inputs shared by the benchmarks: random checkpoints and waves of a stated shape.
+//! Benchmarks: studies of quality, and what the benchmarks of speed share: random checkpoints and waves of a stated shape.
+
+pub mod compare;
+pub mod exports;
+pub mod router_study;
+
+pub(crate) use moe::{Error, Result, figures, format, progress, report, table};
+pub(crate) use moe_cli::cli;
 
 use std::path::Path;
 
 use moe_checkpoint::{Dtype, ShardedWriter, TensorSpec, WriterOptions, encode, write_json};
 use moe_core::data::{Sequence, Wave};
+
+/// Directory of the bundled checkpoint that the studies run on; `data` in it has the rows.
+pub const TINY_MOE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/assets/tiny-moe");
 
 /// Shape of a random Qwen2-MoE checkpoint.
 #[derive(Clone, Copy, Debug)]

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use moe_examples::{cli, delta};
+use moe_cli::{cli, delta};
 
 fn main() -> ExitCode {
     cli::run(delta::run)

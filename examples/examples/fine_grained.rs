@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use moe_examples::{cli, fine_grained};
+use moe_cli::{cli, fine_grained};
 
 fn main() -> ExitCode {
     cli::run(|arguments: fine_grained::Arguments| {

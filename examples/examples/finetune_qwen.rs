@@ -2,8 +2,8 @@
 
 use std::process::ExitCode;
 
-use moe_examples::progress::Progress;
-use moe_examples::{cli, finetune};
+use moe::progress::Progress;
+use moe_cli::{cli, finetune};
 
 fn main() -> ExitCode {
     cli::run(|arguments: finetune::Arguments| {

@@ -2,8 +2,9 @@
 
 use std::process::ExitCode;
 
-use moe_examples::progress::Progress;
-use moe_examples::{cli, fisher_prune};
+use moe::progress::Progress;
+use moe_cli::cli;
+use moe_examples::fisher_prune;
 
 fn main() -> ExitCode {
     cli::run(|arguments: fisher_prune::Arguments| {

@@ -3,7 +3,7 @@
 
 use std::process::ExitCode;
 
-use moe_examples::{cli, trace};
+use moe_cli::{cli, trace};
 
 fn main() -> ExitCode {
     cli::run(|arguments: trace::Arguments| {

@@ -4,10 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::{CommandFactory, FromArgMatches, Parser};
+use moe::Result;
+use moe::progress::Progress;
 use moe_checkpoint::{Checkpoint, ScoreTable};
+use moe_examples::TINY_MOE;
 use moe_examples::fisher_prune::{Arguments, Finished, run};
-use moe_examples::progress::Progress;
-use moe_examples::{Result, TINY_MOE};
 use moe_prune::PrunePlan;
 use serde_json::Value;
 

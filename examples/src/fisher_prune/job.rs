@@ -12,9 +12,9 @@ use moe_prune::Export;
 use serde_json::{Value, json};
 
 use super::arguments::{Arguments, DEFAULT_OUT};
-use super::eval_file::EvalFile;
-use super::out_dir::{Existing, OutDir};
 use crate::{Error, Result};
+use moe::eval_file::{EvalFile, EvalOptions};
+use moe::out_dir::{Existing, OutDir};
 
 /// A way to score units.
 pub struct Method {
@@ -79,7 +79,9 @@ impl Job {
             true => Some(Tokenizer::from_dir(&dir)?),
             false => None,
         };
-        let evals = EvalFile::load_all(&arguments, tokenizer.as_ref(), checkpoint.config())?;
+        let eval =
+            EvalOptions { rows: arguments.eval_rows, length: arguments.eval_length, generate: arguments.generate };
+        let evals = EvalFile::load_all(&arguments.eval, &eval, tokenizer.as_ref(), checkpoint.config())?;
         let options = DatasetOptions {
             samples: Some(arguments.samples),
             length: arguments.length,

@@ -46,7 +46,7 @@ pub fn measure(job: &Job, pruned: &[PrunedModel], progress: Progress) -> Result<
     };
     let steps = (pruned.len() + 1) * job.evals.len().max(1);
     let bar = progress.bar("measuring", steps as u64, Unit::Count("measurements"));
-    let evals: Vec<Value> = job.evals.iter().map(super::eval_file::EvalFile::recipe).collect();
+    let evals: Vec<Value> = job.evals.iter().map(moe::eval_file::EvalFile::recipe).collect();
     let mut one = |name: String, dir: &Path, plan: &str| -> Result<Eval> {
         let mut of = blake3::Hasher::new();
         for part in
@@ -91,7 +91,7 @@ fn checkpoint(job: &Job, name: &str, dir: &Path, bar: &crate::progress::Bar) -> 
         bar.step();
     }
     let seconds = start.elapsed().as_secs_f64();
-    eval.tokens_per_s = match job.evals.iter().find_map(super::eval_file::EvalFile::prompts) {
+    eval.tokens_per_s = match job.evals.iter().find_map(moe::eval_file::EvalFile::prompts) {
         Some(prompts) => Some(generation_speed(&model, &prompts)?),
         None if tokens > 0 => Some(tokens as f64 / seconds),
         None => None,

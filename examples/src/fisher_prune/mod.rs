@@ -1,10 +1,8 @@
 //! Score every unit, prune, write, measure: the whole path, as `fisher_prune_qwen` runs it.
 
 mod arguments;
-mod eval_file;
 mod job;
 mod measure;
-mod out_dir;
 mod prune;
 mod report;
 mod results;
@@ -16,9 +14,7 @@ use moe_checkpoint::write_atomic;
 use moe_core::memory::process_memory;
 
 pub use arguments::{Arguments, DEFAULT_OUT};
-pub use eval_file::EvalFile;
 pub use job::{Job, Method};
-pub use out_dir::{Existing, OutDir};
 pub use prune::PrunedModel;
 pub use results::{Eval, MethodResult, Results};
 
@@ -112,7 +108,7 @@ fn text(job: &Job, scored: &score::Scored, pruned: &[PrunedModel], results: &Res
 fn measures(job: &Job) -> Vec<String> {
     let mut lines: Vec<String> =
         job.evals.iter().map(|file| format!("{}: {}", file.key(), file.description())).collect();
-    match job.evals.iter().any(EvalFile::is_exact) {
+    match job.evals.iter().any(moe::eval_file::EvalFile::is_exact) {
         true => lines.push("tokens/s: generated for a batch of prompts, whose processing counts".into()),
         false if !lines.is_empty() => lines.push("tokens/s: read and predicted".into()),
         false => lines.push("nothing was measured: no --eval file".into()),

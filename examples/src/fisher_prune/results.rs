@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::eval_file::EvalFile;
 use crate::format::{count, percent, short, size};
 use crate::table::Table;
+use moe::eval_file::EvalFile;
 
 /// One checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -7,10 +7,28 @@ use moe_core::data::{Dataset, DatasetOptions, EvalRows, EvalSet, LossOver, Seque
 use moe_core::evaluate::{EvaluateOptions, Metric, cross_entropy, evaluate};
 use moe_core::trace::Signals;
 use moe_core::{Engine, EngineOptions, Model};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::arguments::Arguments;
 use crate::{Error, Result};
+
+/// How evaluation files are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvalOptions {
+    /// Rows per file, at most.
+    pub rows: usize,
+    /// Tokens per window of a perplexity over rows of text.
+    pub length: usize,
+    /// Generate answers for rows that have one, and count exact matches, instead of the perplexity of their completions.
+    pub generate: bool,
+}
+
+impl Default for EvalOptions {
+    fn default() -> Self {
+        Self { rows: 200, length: 128, generate: true }
+    }
+}
 
 /// An evaluation file, tokenised.
 #[derive(Clone, Debug)]
@@ -37,14 +55,21 @@ impl EvalFile {
     ///
     /// # Errors
     /// A file that cannot be read as that, two files of the same name, no tokenizer.
-    pub fn load_all(arguments: &Arguments, tokenizer: Option<&Tokenizer>, config: &ModelConfig) -> Result<Vec<Self>> {
-        let mut files: Vec<Self> = Vec::with_capacity(arguments.eval.len());
-        for path in &arguments.eval {
+    pub fn load_all(
+        paths: &[PathBuf],
+        options: &EvalOptions,
+        tokenizer: Option<&Tokenizer>,
+        config: &ModelConfig,
+    ) -> Result<Vec<Self>> {
+        let mut files: Vec<Self> = Vec::with_capacity(paths.len());
+        for path in paths {
             let Some(tokenizer) = tokenizer else {
-                let dir = arguments.model_dir();
-                return Err(Error::Invalid(format!("{}: no tokenizer.json, which --eval needs", dir.display())));
+                return Err(Error::Invalid(format!(
+                    "{}: needs a tokenizer, but the model has no tokenizer.json",
+                    path.display()
+                )));
             };
-            let file = Self::load(path, arguments, tokenizer, config)?;
+            let file = Self::load(path, options, tokenizer, config)?;
             if let Some(other) = files.iter().find(|other| other.name == file.name) {
                 let (a, b) = (other.path.display(), path.display());
                 return Err(Error::Invalid(format!("{a} and {b}: two evaluation files named {}", file.name)));
@@ -54,13 +79,13 @@ impl EvalFile {
         Ok(files)
     }
 
-    fn load(path: &Path, arguments: &Arguments, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Self> {
-        let set = EvalSet::load(path, tokenizer, config.vocab_size, Some(arguments.eval_rows))?;
+    fn load(path: &Path, eval: &EvalOptions, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Self> {
+        let set = EvalSet::load(path, tokenizer, config.vocab_size, Some(eval.rows))?;
         let name = set.name.clone();
         let rows = match set.rows {
-            EvalRows::Exact(_) if !arguments.generate => {
+            EvalRows::Exact(_) if !eval.generate => {
                 let options = DatasetOptions {
-                    samples: Some(arguments.eval_rows),
+                    samples: Some(eval.rows),
                     length: config.max_position_embeddings.max(Sequence::MIN_LEN),
                     loss: LossOver::Completions,
                     ..DatasetOptions::default()
@@ -74,7 +99,7 @@ impl EvalFile {
             }
             _ => Rows::Set(set),
         };
-        Ok(Self { name, path: path.to_path_buf(), rows, length: arguments.eval_length })
+        Ok(Self { name, path: path.to_path_buf(), rows, length: eval.length })
     }
 
     /// `NAME_exact` or `NAME_ppl`: what [`EvalFile::measure`] gives.

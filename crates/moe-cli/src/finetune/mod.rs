@@ -20,9 +20,9 @@ pub use arguments::{Arguments, DEFAULT_OUT};
 pub use job::{LossPoint, Trained, Training, Workshop};
 pub use recipe::{DEFAULT_METHODS, LayerTurns, METHODS, Method, Recipe};
 
-use crate::fisher_prune::{Existing as OutExisting, OutDir};
 use crate::progress::{Progress, Unit};
 use crate::{Error, Result};
+use moe::out_dir::{Existing as OutExisting, OutDir};
 
 /// What a method did.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use clap::Parser;
-use moe_examples::compare::catalogue::{EVIDENCE, EXPERTS, TRAINED};
-use moe_examples::compare::{Amount, Arguments, Settings, Study, run};
-use moe_examples::progress::Progress;
+use moe::progress::Progress;
+use moe_benches::compare::catalogue::{EVIDENCE, EXPERTS, TRAINED};
+use moe_benches::compare::{Amount, Arguments, Settings, Study, run};
 use moe_merge::OutputForm;
 
 #[test]

@@ -2,7 +2,8 @@
 
 use std::process::ExitCode;
 
-use moe_examples::{cli, router_study};
+use moe_benches::router_study;
+use moe_cli::cli;
 
 fn main() -> ExitCode {
     cli::run(|arguments: router_study::Arguments| {

@@ -4,11 +4,12 @@ use std::fs;
 use std::path::Path;
 
 use clap::Parser;
+use moe::Error;
+use moe::progress::Progress;
+use moe_cli::TINY_MOE;
+use moe_cli::finetune::{Arguments, Finished, METHODS, Recipe, Results, run};
 use moe_core::Model;
 use moe_core::evaluate::Metric;
-use moe_examples::finetune::{Arguments, Finished, METHODS, Recipe, Results, run};
-use moe_examples::progress::Progress;
-use moe_examples::{Error, TINY_MOE};
 
 fn arguments(out: &Path, more: &[&str]) -> Arguments {
     let small = ["finetune_qwen", "--eval-rows", "8", "--samples", "64", "--save-every", "2", "--out"];

@@ -22,9 +22,9 @@ use super::runner::{Runner, default_workers};
 use super::scored::score;
 use super::settings::{CAPABILITIES, Settings};
 use super::summary::Summary;
-use crate::fisher_prune::{Existing, OutDir};
 use crate::progress::{Progress, Unit};
 use crate::{Error, Result, TINY_MOE};
+use moe::out_dir::{Existing, OutDir};
 
 /// A study whose inputs have been checked. Nothing has been written yet.
 pub struct Study {

@@ -5,10 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::{CommandFactory, FromArgMatches, Parser};
-use moe_examples::compare::catalogue::{EXPERTS, GLOBAL};
-use moe_examples::compare::{Amount, Arguments, Comparison, Settings, Study, run};
-use moe_examples::progress::Progress;
-use moe_examples::{Result, TINY_MOE};
+use moe::Result;
+use moe::progress::Progress;
+use moe_benches::TINY_MOE;
+use moe_benches::compare::catalogue::{EXPERTS, GLOBAL};
+use moe_benches::compare::{Amount, Arguments, Comparison, Settings, Study, run};
 use serde_json::Value;
 
 fn arguments(out: &Path, more: &[&str]) -> Arguments {

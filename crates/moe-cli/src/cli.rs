@@ -61,8 +61,8 @@ fn one_line(message: &str) -> String {
 /// A message that says what a size looks like.
 ///
 /// ```
-/// assert_eq!(moe_examples::cli::bytes("1.5GiB"), Ok(3 << 29));
-/// assert!(moe_examples::cli::bytes("-1").is_err());
+/// assert_eq!(moe_cli::cli::bytes("1.5GiB"), Ok(3 << 29));
+/// assert!(moe_cli::cli::bytes("-1").is_err());
 /// ```
 pub fn bytes(text: &str) -> Result<u64, String> {
     let bad = || format!("found `{text}`, expected a size above 0 such as 2GiB, 500MB or a number of bytes");

@@ -4,11 +4,11 @@ use std::fs;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use moe_examples::trace::{Arguments, trace};
+use moe_cli::trace::{Arguments, trace};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/moe-checkpoint/tests/fixtures/parity").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../moe-checkpoint/tests/fixtures/parity").join(name)
 }
 
 fn arguments(model: PathBuf, tokens: PathBuf, out: PathBuf) -> Arguments {
@@ -150,7 +150,7 @@ fn bad_input_is_refused_with_the_reason() {
 #[test]
 fn an_adapter_gives_the_logits_of_peft() {
     let directory = tempfile::tempdir().unwrap();
-    let peft = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/moe-peft/tests/fixtures/peft/lora_experts");
+    let peft = Path::new(env!("CARGO_MANIFEST_DIR")).join("../moe-peft/tests/fixtures/peft/lora_experts");
     let bytes = fs::read(peft.join("expected.safetensors")).unwrap();
     let expected = SafeTensors::deserialize(&bytes).unwrap();
     let tokens = directory.path().join("tokens.safetensors");

@@ -5,13 +5,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use moe_benches::exports::{Kind, export, models};
 use moe_checkpoint::Checkpoint;
 use moe_core::data::{Sequence, Wave};
 use moe_core::device::device;
 use moe_core::host::HostView;
 use moe_core::trace::{Observer, Signals};
 use moe_core::{Engine, EngineOptions, Model};
-use moe_examples::exports::{Kind, export, models};
 use safetensors::{Dtype, SafeTensors};
 
 const TOLERANCE: f32 = 1e-4;

@@ -2,7 +2,7 @@
 
 use clap::Parser;
 use moe_checkpoint::Checkpoint;
-use moe_examples::fine_grained::{Arguments, Factors, run};
+use moe_cli::fine_grained::{Arguments, Factors, run};
 use moe_prune::{Applied, Export};
 
 fn arguments(more: &[&str], out: &std::path::Path) -> Arguments {

@@ -2,7 +2,8 @@
 
 use std::process::ExitCode;
 
-use moe_examples::{cli, exports};
+use moe_benches::exports;
+use moe_cli::cli;
 
 fn main() -> ExitCode {
     cli::run(|arguments: exports::Arguments| {

@@ -2,8 +2,9 @@
 
 use std::process::ExitCode;
 
-use moe_examples::progress::Progress;
-use moe_examples::{cli, compare};
+use moe::progress::Progress;
+use moe_benches::compare;
+use moe_cli::cli;
 
 fn main() -> ExitCode {
     cli::run(|arguments: compare::Arguments| {

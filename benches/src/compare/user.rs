@@ -17,11 +17,11 @@ use super::lab::{Job, Lab};
 use super::rows::{Draw, HeldOut, Limits};
 use super::runner::Runner;
 use super::scored::score;
-use crate::fisher_prune::{Existing, OutDir};
 use crate::format::{count, percent, short};
 use crate::progress::{Progress, Unit};
 use crate::table::Table;
 use crate::{Error, Result};
+use moe::out_dir::{Existing, OutDir};
 
 /// Scorers if none are named.
 const SCORERS: [&str; 4] = ["fisher", "activation", "reap", "random"];

@@ -1,0 +1,14 @@
+//! The program `moe`: every verb maps files to one job.
+
+pub mod cli;
+pub mod delta;
+pub mod fine_grained;
+pub mod finetune;
+pub mod merge;
+pub mod score;
+pub mod trace;
+
+pub(crate) use moe::{Error, Result, figures, format, progress, report, table};
+
+/// Directory of the bundled checkpoint, a Qwen2-MoE of 3.3 million parameters trained on three capabilities; `data` in it has their rows.
+pub const TINY_MOE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/assets/tiny-moe");
