@@ -92,6 +92,12 @@ impl HeldOut {
                 let set = EvalSet { name: name.clone(), rows: EvalRows::Exact(questions) };
                 (data.sequences, generate.then_some(set))
             }
+            EvalRows::Choice(_) => {
+                return Err(Error::Invalid(format!(
+                    "{}: rows with choices, which a study does not measure",
+                    path.display()
+                )));
+            }
         };
         let mut tokens = 0;
         let fit = sequences.iter().take_while(|sequence| {

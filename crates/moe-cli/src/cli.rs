@@ -40,6 +40,19 @@ pub fn allocator(max_memory: Option<u64>) {
     }
 }
 
+/// What a verb prints of its report: text, or one JSON object.
+///
+/// # Errors
+/// A report that is no JSON.
+pub fn shown(report: &(impl serde::Serialize + std::fmt::Display), json: bool) -> Result<String> {
+    match json {
+        true => serde_json::to_string(report)
+            .map(|json| format!("{json}\n"))
+            .map_err(|error| Error::Invalid(format!("the report: {error}"))),
+        false => Ok(report.to_string()),
+    }
+}
+
 /// Prints to stdout. A reader that has gone away, as `head` does, is no error.
 fn print(text: &str) -> Result<()> {
     let mut stdout = std::io::stdout().lock();

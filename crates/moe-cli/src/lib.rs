@@ -1,9 +1,13 @@
 //! The program `moe`: every verb maps files to one job.
 
+pub mod adapters;
 pub mod cli;
 pub mod delta;
+pub mod eval;
 pub mod fine_grained;
 pub mod finetune;
+pub mod generate;
+pub mod inspect;
 pub mod merge;
 pub mod score;
 pub mod trace;

@@ -83,7 +83,7 @@ fn what_was_pruned_is_trained_again() {
     assert_eq!((results.before.len(), results.whole.as_ref().map(Vec::len)), (3, Some(3)));
     let perplexity = |evaluations: &[moe_core::evaluate::Evaluation]| match evaluations[2].metric {
         Metric::Perplexity(value) => value,
-        Metric::ExactMatch(_) => panic!("prose is not answered"),
+        Metric::ExactMatch(_) | Metric::Choice(_) => panic!("prose is not answered"),
     };
     let (whole, half) = (perplexity(&results.whole.unwrap()), perplexity(&results.before));
     assert!(whole < half, "{whole} {half}");

@@ -17,8 +17,10 @@ use crate::{
 /// Options of [`evaluate`].
 #[derive(Clone, Debug)]
 pub struct EvaluateOptions {
-    /// New tokens per question, at most.
+    /// New tokens per question, at most. Published answers have up to some hundreds.
     pub max_new_tokens: usize,
+    /// Text that ends an answer, besides the end of the sequence; the end of the line, if empty.
+    pub stop: Vec<String>,
     /// Tokens per window of a perplexity.
     pub length: usize,
     /// How windows are grouped.
@@ -27,7 +29,7 @@ pub struct EvaluateOptions {
 
 impl Default for EvaluateOptions {
     fn default() -> Self {
-        Self { max_new_tokens: 28, length: 128, waves: WaveOptions::default() }
+        Self { max_new_tokens: 28, stop: Vec::new(), length: 128, waves: WaveOptions::default() }
     }
 }
 
@@ -54,12 +56,15 @@ pub enum Metric {
     ExactMatch(f64),
     /// exp of the mean cross-entropy.
     Perplexity(f64),
+    /// Fraction of questions whose right choice is the most likely one.
+    Choice(f64),
 }
 
 impl Evaluation {
-    /// `NAME_exact` or `NAME_ppl`.
+    /// `NAME_exact`, `NAME_ppl` or `NAME_choice`.
     pub fn key(&self) -> String {
         match self.metric {
+            Metric::Choice(_) => format!("{}_choice", self.name),
             Metric::ExactMatch(_) => format!("{}_exact", self.name),
             Metric::Perplexity(_) => format!("{}_ppl", self.name),
         }
@@ -68,12 +73,13 @@ impl Evaluation {
     /// The figure.
     pub fn value(&self) -> f64 {
         match self.metric {
-            Metric::ExactMatch(x) | Metric::Perplexity(x) => x,
+            Metric::ExactMatch(x) | Metric::Perplexity(x) | Metric::Choice(x) => x,
         }
     }
 }
 
-/// Evaluates one set: greedy exact match of questions, or perplexity over consecutive windows of the joined texts.
+/// Evaluates one set: greedy exact match of questions, perplexity over consecutive windows of the joined texts, or the share of questions
+/// whose right choice has the largest sum of log-likelihoods of its tokens (`acc` of lm-evaluation-harness).
 ///
 /// # Errors
 /// Those of [`generate`] and [`Engine::run`].
@@ -88,14 +94,24 @@ pub fn evaluate(model: &Model, tokenizer: &Tokenizer, set: &EvalSet, options: &E
                 stop: model.config().eos_token_ids.clone(),
                 ..GenerateOptions::default()
             };
-            // only the first line of a completion counts
-            let ended = |completion: &[u32]| {
-                completion.last().is_some_and(|id| tokenizer.decode(&[*id]).is_ok_and(|text| text.contains('\n')))
+            // By default only the first line of a completion counts.
+            let lines = options.stop.is_empty();
+            let ended = |completion: &[u32]| match lines {
+                true => {
+                    completion.last().is_some_and(|id| tokenizer.decode(&[*id]).is_ok_and(|text| text.contains('\n')))
+                }
+                false => tokenizer.decode(completion).is_ok_and(|text| cut(&text, &options.stop).len() < text.len()),
             };
             let completions = generate(model, &prompts, &generation, ended)?;
             let mut right = 0;
             for (question, completion) in questions.iter().zip(&completions) {
-                right += usize::from(extract_answer(&tokenizer.decode(completion)?) == question.answer);
+                let text = tokenizer.decode(completion)?;
+                // With stops of its own an answer may have many lines; its last one says it.
+                let text = match lines {
+                    true => text.as_str(),
+                    false => cut(&text, &options.stop).trim_end().lines().next_back().unwrap_or_default(),
+                };
+                right += usize::from(extract_answer(text) == question.answer);
             }
             let tokens = completions.iter().map(Vec::len).sum();
             (Metric::ExactMatch(right as f64 / questions.len().max(1) as f64), tokens)
@@ -104,9 +120,40 @@ pub fn evaluate(model: &Model, tokenizer: &Tokenizer, set: &EvalSet, options: &E
             let (loss, tokens) = cross_entropy(model, &text.windows(options.length), options.waves)?;
             (Metric::Perplexity((loss / tokens.max(1) as f64).exp()), tokens)
         }
+        EvalRows::Choice(questions) => {
+            let sequences: Vec<_> = questions.iter().flat_map(|question| question.choices.iter().cloned()).collect();
+            let tokens = sequences.iter().map(crate::data::Sequence::loss_tokens).sum();
+            let mut losses = sequence_losses(model, &sequences, options.waves)?.into_iter();
+            let mut right = 0;
+            for question in questions {
+                let losses: Vec<f64> = losses.by_ref().take(question.choices.len()).collect();
+                let best = (0..losses.len()).min_by(|a, b| losses[*a].total_cmp(&losses[*b]));
+                right += usize::from(best == Some(question.right));
+            }
+            (Metric::Choice(right as f64 / questions.len().max(1) as f64), tokens)
+        }
     };
     let seconds = elapsed(start);
     Ok(Evaluation { name: set.name.clone(), metric, rows: set.len(), tokens, seconds })
+}
+
+/// A text up to the first of some stops.
+fn cut<'t>(text: &'t str, stops: &[String]) -> &'t str {
+    let end = stops.iter().filter_map(|stop| text.find(stop.as_str())).min();
+    &text[..end.unwrap_or(text.len())]
+}
+
+/// Sum of the cross-entropy over the predicted tokens of each of `sequences`, in nats.
+///
+/// # Errors
+/// Those of [`Engine::run`].
+pub fn sequence_losses(model: &Model, sequences: &[crate::data::Sequence], options: WaveOptions) -> Result<Vec<f64>> {
+    let engine = Engine::new(model, EngineOptions { loss: true, ..EngineOptions::default() });
+    let mut losses = Vec::with_capacity(sequences.len());
+    for wave in waves(sequences, options) {
+        losses.extend(engine.run(&wave, &mut Nobody)?.sequence_losses.unwrap_or_default());
+    }
+    Ok(losses)
 }
 
 /// Sum of the cross-entropy over the predicted tokens of `sequences`, in nats, and their number.

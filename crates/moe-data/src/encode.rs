@@ -76,6 +76,21 @@ impl<'a> RowEncoder<'a> {
         Ok(sequence)
     }
 
+    /// Ids of a prompt, with the tokenizer's special tokens if `special`.
+    pub(super) fn prompt(&self, text: &str, special: bool) -> Result<Vec<u32>, Error> {
+        let ids = self.text(text, None, special)?.ids;
+        self.check(&ids)?;
+        Ok(ids)
+    }
+
+    /// A prompt and what follows it, whose tokens alone count.
+    pub(super) fn continuation(&self, prompt: &str, text: &str, special: bool) -> Result<Sequence, Error> {
+        let span = (prompt.len(), prompt.len() + text.len());
+        let sequence = self.text(&format!("{prompt}{text}"), Some(vec![span]), special)?;
+        self.check(&sequence.ids)?;
+        Ok(sequence)
+    }
+
     pub(super) fn tokenizer(&self) -> Result<&'a Tokenizer, Error> {
         self.tokenizer.ok_or(Error::NoTokenizer)
     }

@@ -2,6 +2,9 @@
 
 use std::path::Path;
 
+use serde_json::Value;
+
+use super::chat::Conversation;
 use super::encode::{LossOver, RowEncoder};
 use super::rows::{Lines, object, string};
 use super::{Error, Sequence, Tokenizer};
@@ -23,6 +26,29 @@ pub enum EvalRows {
     Exact(Vec<Question>),
     /// Rows with `"text"`: perplexity.
     Perplexity(EvalText),
+    /// Rows with `"prompt"`, `"choices"` and `"answer"`: the share of rows whose right choice is the most likely one after the
+    /// prompt.
+    Choice(Vec<ChoiceQuestion>),
+}
+
+/// A prompt, what may follow it, and which of that is right.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChoiceQuestion {
+    /// The prompt with each of the choices; tokens of the choice alone count.
+    pub choices: Vec<Sequence>,
+    /// Bytes of the choices, which likelihoods may be divided by.
+    pub bytes: Vec<usize>,
+    /// Position of the right one.
+    pub right: usize,
+}
+
+/// How an evaluation file is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EvalSetOptions {
+    /// Rows at most; all, if `None`.
+    pub limit: Option<usize>,
+    /// Put prompts into the tokenizer's chat template, as one turn of the user.
+    pub chat: bool,
 }
 
 /// A prompt and the answer expected.
@@ -62,17 +88,30 @@ impl EvalText {
 }
 
 impl EvalSet {
-    /// Reads the first `limit` rows (all, if `None`) of a file named `NAME_test.jsonl`. A row with `"answer"` needs a `"prompt"`; every
-    /// other row needs a `"text"`.
+    /// Reads the first `limit` rows (all, if `None`) of a file named `NAME_test.jsonl`, as [`EvalSet::load_with`] does.
     ///
     /// # Errors
-    /// Another file name, a file that cannot be read or has no row, a malformed row, rows of both kinds, an id outside the model's
-    /// vocabulary, text rows without an end-of-sequence token, nothing to predict from in a prompt or in all of the text.
+    /// Those of [`EvalSet::load_with`].
     pub fn load(
         path: impl AsRef<Path>,
         tokenizer: &Tokenizer,
         vocab_size: usize,
         limit: Option<usize>,
+    ) -> Result<Self, Error> {
+        Self::load_with(path, tokenizer, vocab_size, EvalSetOptions { limit, chat: false })
+    }
+
+    /// Reads a file named `NAME_test.jsonl`. A row with `"answer"` needs a `"prompt"`, and is a multiple choice if it has
+    /// `"choices"`, of which the answer is one or the position of one from 0; every other row needs a `"text"`.
+    ///
+    /// # Errors
+    /// Another file name, a file that cannot be read or has no row, a malformed row, rows of both kinds, an id outside the model's
+    /// vocabulary, text rows without an end-of-sequence token, nothing to predict from in a prompt or in all of the text.
+    pub fn load_with(
+        path: impl AsRef<Path>,
+        tokenizer: &Tokenizer,
+        vocab_size: usize,
+        options: EvalSetOptions,
     ) -> Result<Self, Error> {
         let path = path.as_ref();
         let name = path
@@ -84,9 +123,9 @@ impl EvalSet {
             .to_owned();
         let encoder = RowEncoder::new(Some(tokenizer), vocab_size, LossOver::All);
         let mut rows: Option<EvalRows> = None;
-        for line in Lines::open(path)?.take(limit.unwrap_or(usize::MAX)) {
+        for line in Lines::open(path)?.take(options.limit.unwrap_or(usize::MAX)) {
             let (number, line) = line?;
-            add(&mut rows, &line, &encoder, tokenizer).map_err(|error| error.at(path, number))?;
+            add(&mut rows, &line, &encoder, (tokenizer, options.chat)).map_err(|error| error.at(path, number))?;
         }
         match rows {
             None => Err(Error::EmptyFile { path: path.to_owned() }),
@@ -102,6 +141,7 @@ impl EvalSet {
         match &self.rows {
             EvalRows::Exact(questions) => questions.len(),
             EvalRows::Perplexity(text) => text.rows,
+            EvalRows::Choice(questions) => questions.len(),
         }
     }
 
@@ -111,15 +151,33 @@ impl EvalSet {
     }
 }
 
-fn add(rows: &mut Option<EvalRows>, line: &str, encoder: &RowEncoder<'_>, tokenizer: &Tokenizer) -> Result<(), Error> {
-    const EXPECTED: &str = r#""prompt" and "answer"; "text""#;
+fn add(
+    rows: &mut Option<EvalRows>,
+    line: &str,
+    encoder: &RowEncoder<'_>,
+    (tokenizer, chat): (&Tokenizer, bool),
+) -> Result<(), Error> {
+    const EXPECTED: &str = r#""prompt" and "answer"; "prompt", "choices" and "answer"; "text""#;
     let mut fields = object(line)?;
+    let choices = fields.remove("choices");
+    if let Some(choices) = choices {
+        let question = choice(&choices, fields, encoder, (tokenizer, chat))?;
+        return match rows.get_or_insert_with(|| EvalRows::Choice(Vec::new())) {
+            EvalRows::Choice(questions) => {
+                questions.push(question);
+                Ok(())
+            }
+            EvalRows::Exact(_) => Err(Error::MixedEval { found: "choices", expected: "answer" }),
+            EvalRows::Perplexity(_) => Err(Error::MixedEval { found: "choices", expected: "text" }),
+        };
+    }
     let found: Vec<String> = fields.keys().cloned().collect();
     let mut take = |field: &'static str| fields.remove(field).map(|value| string(field, value)).transpose();
     let missing = || Error::MissingFields { found: found.clone(), expected: EXPECTED };
     if let Some(answer) = take("answer")? {
         let prompt = take("prompt")?.ok_or_else(missing)?;
-        let ids = encoder.plain(&prompt)?.ids;
+        let (shown, special) = shown(&prompt, (tokenizer, chat))?;
+        let ids = encoder.prompt(&shown, special)?;
         if ids.is_empty() {
             let expected = "text of at least one token";
             return Err(Error::Field { field: "prompt".into(), found: "no token".into(), expected });
@@ -128,6 +186,7 @@ fn add(rows: &mut Option<EvalRows>, line: &str, encoder: &RowEncoder<'_>, tokeni
         match rows.get_or_insert_with(|| EvalRows::Exact(Vec::new())) {
             EvalRows::Exact(questions) => questions.push(question),
             EvalRows::Perplexity(_) => return Err(Error::MixedEval { found: "answer", expected: "text" }),
+            EvalRows::Choice(_) => return Err(Error::MixedEval { found: "answer", expected: "choices" }),
         }
     } else {
         let text = take("text")?.ok_or_else(missing)?;
@@ -141,7 +200,52 @@ fn add(rows: &mut Option<EvalRows>, line: &str, encoder: &RowEncoder<'_>, tokeni
                 text.rows += 1;
             }
             EvalRows::Exact(_) => return Err(Error::MixedEval { found: "text", expected: "answer" }),
+            EvalRows::Choice(_) => return Err(Error::MixedEval { found: "text", expected: "choices" }),
         }
     }
     Ok(())
+}
+
+/// A prompt as the model sees it, and whether the tokenizer adds its special tokens, which a template has written already.
+fn shown(prompt: &str, (tokenizer, chat): (&Tokenizer, bool)) -> Result<(String, bool), Error> {
+    if !chat {
+        return Ok((prompt.to_string(), true));
+    }
+    let messages = [serde_json::json!({ "role": "user", "content": prompt })];
+    Ok((tokenizer.render_chat(Conversation::new(&messages), true)?, false))
+}
+
+fn choice(
+    choices: &Value,
+    mut fields: serde_json::Map<String, Value>,
+    encoder: &RowEncoder<'_>,
+    (tokenizer, chat): (&Tokenizer, bool),
+) -> Result<ChoiceQuestion, Error> {
+    let found: Vec<String> = fields.keys().cloned().collect();
+    let missing = || Error::MissingFields { found, expected: r#""prompt", "choices" and "answer""# };
+    let wrong = |field: &str, found: &Value, expected: &'static str| Error::Field {
+        field: field.into(),
+        found: found.to_string(),
+        expected,
+    };
+    let texts: Option<Vec<&str>> = choices.as_array().map(|list| list.iter().filter_map(Value::as_str).collect());
+    let texts = match texts {
+        Some(texts) if texts.len() >= 2 && choices.as_array().is_some_and(|list| list.len() == texts.len()) => texts,
+        _ => return Err(wrong("choices", choices, "a list of at least two texts")),
+    };
+    let (Some(prompt), Some(answer)) = (fields.remove("prompt"), fields.remove("answer")) else {
+        return Err(missing());
+    };
+    let right = match &answer {
+        Value::String(text) => texts.iter().position(|choice| choice == text),
+        number => number.as_u64().map(|number| number as usize).filter(|number| *number < texts.len()),
+    };
+    let right = right.ok_or_else(|| wrong("answer", &answer, "one of the choices, or its position from 0"))?;
+    let (shown, special) = shown(&string("prompt", prompt)?, (tokenizer, chat))?;
+    let sequences = texts.iter().map(|text| encoder.continuation(&shown, text, special));
+    let sequences = sequences.collect::<Result<Vec<_>, _>>()?;
+    if let Some(empty) = sequences.iter().position(|sequence| sequence.loss_tokens() == 0) {
+        return Err(wrong("choices", &choices[empty], "text of which a token is its own"));
+    }
+    Ok(ChoiceQuestion { choices: sequences, bytes: texts.iter().map(|text| text.len()).collect(), right })
 }

@@ -36,7 +36,7 @@ pub use chat::{ChatTemplate, Conversation};
 pub use dataset::{Dataset, DatasetOptions};
 pub use encode::{LossOver, RowEncoder};
 pub use error::{Error, Result};
-pub use eval_set::{EvalRows, EvalSet, EvalText, Question};
+pub use eval_set::{ChoiceQuestion, EvalRows, EvalSet, EvalSetOptions, EvalText, Question};
 pub use rows::Row;
 pub use sequence::Sequence;
 pub use text::Tokenizer;

@@ -93,6 +93,14 @@ impl Tokenizer {
         Ok(self.encode_spans(text, true)?.ids)
     }
 
+    /// Token ids of a text that a chat template rendered, which has its special tokens already.
+    ///
+    /// # Errors
+    /// [`Error::Tokenize`] if the tokenizer refuses the text.
+    pub fn encode_rendered(&self, text: &str) -> Result<Vec<u32>, Error> {
+        Ok(self.encode_spans(text, false)?.ids)
+    }
+
     /// As [`encode`](Self::encode), with byte ranges. A rendered chat already holds its special tokens: `special` is false for it.
     pub(super) fn encode_spans(&self, text: &str, special: bool) -> Result<Encoded, Error> {
         let encoding =

@@ -3,8 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use moe_checkpoint::ModelConfig;
-use moe_core::data::{Dataset, DatasetOptions, EvalRows, EvalSet, LossOver, Sequence, Tokenizer, WaveOptions};
-use moe_core::evaluate::{EvaluateOptions, Metric, cross_entropy, evaluate};
+use moe_core::data::{
+    Dataset, DatasetOptions, EvalRows, EvalSet, EvalSetOptions, LossOver, Sequence, Tokenizer, WaveOptions,
+};
+use moe_core::evaluate::{EvaluateOptions, cross_entropy, evaluate};
+use moe_core::generate::GenerateOptions;
 use moe_core::trace::Signals;
 use moe_core::{Engine, EngineOptions, Model};
 use serde::{Deserialize, Serialize};
@@ -13,7 +16,7 @@ use serde_json::{Value, json};
 use crate::{Error, Result};
 
 /// How evaluation files are read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EvalOptions {
     /// Rows per file, at most.
@@ -22,11 +25,17 @@ pub struct EvalOptions {
     pub length: usize,
     /// Generate answers for rows that have one, and count exact matches, instead of the perplexity of their completions.
     pub generate: bool,
+    /// New tokens per answer, at most.
+    pub max_new_tokens: usize,
+    /// Text that ends an answer; the end of the line, if empty.
+    pub stop: Vec<String>,
+    /// Put prompts into the tokenizer's chat template, as one turn of the user.
+    pub chat: bool,
 }
 
 impl Default for EvalOptions {
     fn default() -> Self {
-        Self { rows: 200, length: 128, generate: true }
+        Self { rows: 200, length: 128, generate: true, max_new_tokens: 256, stop: Vec::new(), chat: false }
     }
 }
 
@@ -37,8 +46,7 @@ pub struct EvalFile {
     pub name: String,
     path: PathBuf,
     rows: Rows,
-    /// Tokens per window of a perplexity over text.
-    length: usize,
+    options: EvalOptions,
 }
 
 #[derive(Clone, Debug)]
@@ -80,7 +88,8 @@ impl EvalFile {
     }
 
     fn load(path: &Path, eval: &EvalOptions, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Self> {
-        let set = EvalSet::load(path, tokenizer, config.vocab_size, Some(eval.rows))?;
+        let options = EvalSetOptions { limit: Some(eval.rows), chat: eval.chat };
+        let set = EvalSet::load_with(path, tokenizer, config.vocab_size, options)?;
         let name = set.name.clone();
         let rows = match set.rows {
             EvalRows::Exact(_) if !eval.generate => {
@@ -99,12 +108,16 @@ impl EvalFile {
             }
             _ => Rows::Set(set),
         };
-        Ok(Self { name, path: path.to_path_buf(), rows, length: eval.length })
+        Ok(Self { name, path: path.to_path_buf(), rows, options: eval.clone() })
     }
 
-    /// `NAME_exact` or `NAME_ppl`: what [`EvalFile::measure`] gives.
+    /// `NAME_exact`, `NAME_ppl` or `NAME_choice`: what [`EvalFile::measure`] gives.
     pub fn key(&self) -> String {
-        let metric = if self.is_exact() { "exact" } else { "ppl" };
+        let metric = match &self.rows {
+            Rows::Set(EvalSet { rows: EvalRows::Exact(_), .. }) => "exact",
+            Rows::Set(EvalSet { rows: EvalRows::Choice(_), .. }) => "choice",
+            _ => "ppl",
+        };
         format!("{}_{metric}", self.name)
     }
 
@@ -131,7 +144,10 @@ impl EvalFile {
         };
         match &self.rows {
             Rows::Set(EvalSet { rows: EvalRows::Exact(_), .. }) => format!("exact match of {rows} generated answers"),
-            Rows::Set(_) => format!("perplexity of {rows} rows of text in windows of {} tokens", self.length),
+            Rows::Set(EvalSet { rows: EvalRows::Choice(_), .. }) => {
+                format!("share of {rows} questions whose right choice is the most likely")
+            }
+            Rows::Set(_) => format!("perplexity of {rows} rows of text in windows of {} tokens", self.options.length),
             Rows::Completions(_) => format!("perplexity of {rows} completions given their prompts"),
         }
     }
@@ -143,6 +159,9 @@ impl EvalFile {
             Rows::Set(EvalSet { rows: EvalRows::Perplexity(text), .. }) => vec![Sequence::new(text.ids.clone())],
             Rows::Set(EvalSet { rows: EvalRows::Exact(questions), .. }) => {
                 questions.iter().map(|question| Sequence::new(question.ids.clone())).collect()
+            }
+            Rows::Set(EvalSet { rows: EvalRows::Choice(questions), .. }) => {
+                questions.iter().flat_map(|question| question.choices.iter().cloned()).collect()
             }
         };
         let mut hasher = blake3::Hasher::new();
@@ -160,7 +179,10 @@ impl EvalFile {
     pub fn check_memory(&self, model: &Model, waves: WaveOptions) -> Result<()> {
         let (sequences, prompts) = match &self.rows {
             Rows::Completions(data) => (data.sequences.clone(), None),
-            Rows::Set(EvalSet { rows: EvalRows::Perplexity(text), .. }) => (text.windows(self.length), None),
+            Rows::Set(EvalSet { rows: EvalRows::Perplexity(text), .. }) => (text.windows(self.options.length), None),
+            Rows::Set(EvalSet { rows: EvalRows::Choice(questions), .. }) => {
+                (questions.iter().flat_map(|question| question.choices.iter().cloned()).collect(), None)
+            }
             Rows::Set(_) => (Vec::new(), self.prompts()),
         };
         let engine = Engine::new(model, EngineOptions { loss: true, ..EngineOptions::default() });
@@ -168,7 +190,9 @@ impl EvalFile {
             engine.plan(wave.tokens(), Signals::NONE)?;
         }
         if let Some(prompts) = prompts {
-            moe_core::generate::check_memory(model, &prompts, &moe_core::generate::GenerateOptions::default())?;
+            let max_new_tokens = self.options.max_new_tokens;
+            let options = GenerateOptions { max_new_tokens, ..GenerateOptions::default() };
+            moe_core::generate::check_memory(model, &prompts, &options)?;
         }
         Ok(())
     }
@@ -180,10 +204,10 @@ impl EvalFile {
     pub fn measure(&self, model: &Model, tokenizer: &Tokenizer, waves: WaveOptions) -> Result<(f64, usize)> {
         match &self.rows {
             Rows::Set(set) => {
-                let options = EvaluateOptions { length: self.length, waves, ..EvaluateOptions::default() };
+                let EvalOptions { length, max_new_tokens, ref stop, .. } = self.options;
+                let options = EvaluateOptions { length, waves, max_new_tokens, stop: stop.clone() };
                 let found = evaluate(model, tokenizer, set, &options)?;
-                let (Metric::ExactMatch(value) | Metric::Perplexity(value)) = found.metric;
-                Ok((value, found.tokens))
+                Ok((found.value(), found.tokens))
             }
             Rows::Completions(data) => {
                 let (loss, tokens) = cross_entropy(model, &data.sequences, waves)?;

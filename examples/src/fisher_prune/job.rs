@@ -80,7 +80,14 @@ impl Job {
             false => None,
         };
         let eval =
-            EvalOptions { rows: arguments.eval_rows, length: arguments.eval_length, generate: arguments.generate };
+            // Answers as long as those of the bundled model.
+            EvalOptions {
+                rows: arguments.eval_rows,
+                length: arguments.eval_length,
+                generate: arguments.generate,
+                max_new_tokens: 28,
+                ..EvalOptions::default()
+            };
         let evals = EvalFile::load_all(&arguments.eval, &eval, tokenizer.as_ref(), checkpoint.config())?;
         let options = DatasetOptions {
             samples: Some(arguments.samples),

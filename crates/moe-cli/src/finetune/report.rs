@@ -13,7 +13,7 @@ use crate::table::Table;
 
 fn value(evaluation: &Evaluation) -> String {
     match evaluation.metric {
-        Metric::ExactMatch(share) => format!("{share:.3}"),
+        Metric::ExactMatch(share) | Metric::Choice(share) => format!("{share:.3}"),
         Metric::Perplexity(perplexity) if perplexity < 1000.0 => format!("{perplexity:.1}"),
         Metric::Perplexity(perplexity) => format!("{perplexity:.0}"),
     }
@@ -23,6 +23,7 @@ fn heading(evaluation: &Evaluation) -> String {
     match evaluation.metric {
         Metric::ExactMatch(_) => format!("{} exact", evaluation.name),
         Metric::Perplexity(_) => format!("{} ppl", evaluation.name),
+        Metric::Choice(_) => format!("{} choice", evaluation.name),
     }
 }
 

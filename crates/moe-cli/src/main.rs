@@ -1,0 +1,94 @@
+//! The program `moe`.
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use moe::progress::Progress;
+use moe_cli::{cli, delta, eval, finetune, generate, inspect, merge, score, trace};
+
+/// Makes Mixture-of-Experts language models small and adaptable: importance of experts and units, pruning, merging, fine-tuning
+///
+/// Every verb reads Hugging Face checkpoints and writes what transformers, vLLM and llama.cpp load, unless a form says otherwise.
+#[derive(Parser)]
+#[command(name = "moe", version, after_help = "Exit codes: 0 done, 1 stopped by an error, 2 wrong usage.")]
+struct Program {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    Inspect(inspect::Arguments),
+    Score(score::Arguments),
+    Merge(merge::Arguments),
+    Tune(finetune::Arguments),
+    Eval(eval::Arguments),
+    Generate(generate::Arguments),
+    Trace(trace::Arguments),
+    Delta(delta::Arguments),
+    /// Prints a script that completes verbs and options in a shell
+    #[command(after_help = "Example: moe completions bash > /etc/bash_completion.d/moe")]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Writes a manual page per verb
+    #[command(after_help = "Example: moe man --out /usr/local/share/man/man1")]
+    Man {
+        /// The folder for the pages
+        #[arg(long, value_name = "DIR")]
+        out: std::path::PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    cli::run(|program: Program| match program.verb {
+        Verb::Inspect(arguments) => {
+            let facts = inspect::run(&arguments)?;
+            Ok(if arguments.json { format!("{:#}\n", facts.json()) } else { facts.to_string() })
+        }
+        Verb::Score(arguments) => {
+            cli::allocator(arguments.max_memory);
+            let report = score::run(&arguments, Progress::stderr())?;
+            cli::shown(&report, arguments.json)
+        }
+        Verb::Merge(arguments) => {
+            cli::allocator(arguments.max_memory);
+            let json = arguments.json;
+            let report = merge::run(&arguments, Progress::stderr())?;
+            cli::shown(&report, json)
+        }
+        Verb::Tune(arguments) => {
+            cli::allocator(arguments.max_memory);
+            let json = arguments.json;
+            let finished = finetune::run(arguments, Progress::stderr())?;
+            Ok(if json { format!("{}\n", serde_json::json!(finished.results)) } else { finished.text })
+        }
+        Verb::Eval(arguments) => {
+            cli::allocator(arguments.max_memory);
+            let report = eval::run(&arguments, Progress::stderr())?;
+            cli::shown(&report, arguments.json)
+        }
+        Verb::Generate(arguments) => {
+            cli::allocator(arguments.max_memory);
+            generate::run(&arguments)
+        }
+        Verb::Trace(arguments) => {
+            cli::allocator(arguments.max_memory);
+            let trace::Summary { loss, tokens, loss_tokens, tensors } = trace::trace(&arguments)?;
+            let out = arguments.out.display();
+            Ok(format!("{tokens} tokens, loss {loss:.6} over {loss_tokens} predicted; {tensors} tensors in {out}\n"))
+        }
+        Verb::Delta(arguments) => delta::run(arguments),
+        Verb::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Program::command(), "moe", &mut script);
+            Ok(String::from_utf8_lossy(&script).into_owned())
+        }
+        Verb::Man { out } => {
+            std::fs::create_dir_all(&out).map_err(moe::Error::io(&out))?;
+            clap_mangen::generate_to(Program::command(), &out).map_err(moe::Error::io(&out))?;
+            Ok(format!("manual pages are in {}\n", out.display()))
+        }
+    })
+}
