@@ -1,5 +1,8 @@
 //! The answer in a completion, for exact match.
 
+// As Python strips, so that our counts are those of a reference evaluation in Python.
+use crate::template::python::is_space;
+
 /// The answer a completion gives: of its first line, what follows the last `####`, or else the line without its final stops; white space
 /// around it is not part of it.
 ///
@@ -15,12 +18,6 @@ pub fn extract_answer(completion: &str) -> &str {
         Some(answer) => answer.trim_matches(is_space),
         None => line.trim_matches(is_space).trim_end_matches('.'),
     }
-}
-
-/// What Python's `str.strip` removes: Unicode white space and the four separators U+001C to U+001F, so that our counts are those of a
-/// reference evaluation in Python.
-fn is_space(c: char) -> bool {
-    c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
 #[cfg(test)]

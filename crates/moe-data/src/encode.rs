@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::chat::Conversation;
+use super::template::Conversation;
 use super::{Error, Row, Sequence, Tokenizer};
 
 /// Which tokens count in the loss.
@@ -50,7 +50,7 @@ impl<'a> RowEncoder<'a> {
             }
             (Row::Messages { messages, tools }, loss) => {
                 let chat = self.tokenizer()?.chat()?;
-                let conversation = Conversation { messages, tools: tools.as_ref() };
+                let conversation = Conversation { messages, tools: tools.as_ref(), arguments: None };
                 let (text, spans) = match loss {
                     LossOver::All => (chat.render(conversation, false)?, None),
                     LossOver::Completions => {

@@ -17,14 +17,13 @@
 //! ```
 
 mod answers;
-mod chat;
-mod chat_filters;
 mod dataset;
 mod encode;
 mod error;
 mod eval_set;
 mod rows;
 mod sequence;
+mod template;
 mod text;
 mod waves;
 
@@ -32,12 +31,12 @@ mod waves;
 mod tests;
 
 pub use answers::extract_answer;
-pub use chat::{ChatTemplate, Conversation};
 pub use dataset::{Dataset, DatasetOptions};
 pub use encode::{LossOver, RowEncoder};
 pub use error::{Error, Result};
 pub use eval_set::{ChoiceQuestion, EvalRows, EvalSet, EvalSetOptions, EvalText, Question};
 pub use rows::Row;
 pub use sequence::Sequence;
+pub use template::{ChatTemplate, Conversation};
 pub use text::Tokenizer;
 pub use waves::{Wave, WaveOptions, shard, waves};

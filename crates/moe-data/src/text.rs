@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::Error;
-use super::chat::{ChatTemplate, Conversation};
+use super::template::{ChatTemplate, Conversation};
 
 /// A Hugging Face tokenizer: `tokenizer.json`, and beside it what is needed to read chats and to know where a text ends.
 pub struct Tokenizer {

@@ -55,7 +55,7 @@ fn turns(source: &str, messages: &[Value]) -> Result<Vec<String>, Error> {
 fn text_and_ids_are_those_of_transformers() {
     for golden in goldens() {
         let tokenizer = tokenizer().with_chat_template(template(source(&golden.template)));
-        let conversation = Conversation { messages: &golden.messages, tools: golden.tools.as_ref() };
+        let conversation = Conversation { messages: &golden.messages, tools: golden.tools.as_ref(), arguments: None };
         assert_eq!(tokenizer.render_chat(conversation, false).unwrap(), golden.text);
         assert_eq!(tokenizer.render_chat(conversation, true).unwrap(), golden.opened);
         let row = Row::Messages { messages: golden.messages.clone(), tools: golden.tools.clone() };
@@ -98,22 +98,64 @@ fn alternation_is_no_obstacle_where_turns_stay_as_they_are() {
     let strict = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}\
                   [{{ m.role }}]{{ m.content }};{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
     assert_eq!(turns(strict, &[user("a"), assistant("b"), user("b"), assistant("b")]).unwrap(), ["b;", "b;"]);
+    // Where they do not, the words of the turn show where it stands.
     let stripping = strict.replace("{{ m.content }}", "{{ m.content if loop.last else m.content[1:] }}");
-    assert_eq!(
-        turns(&stripping, &[user("a"), assistant("*b"), user("b"), assistant("*b")]).unwrap_err().to_string(),
-        "chat template: cannot tell which tokens of \"messages[1]\" the assistant wrote: the messages before it are rendered \
-         differently when they stand alone"
-    );
+    assert_eq!(turns(&stripping, &[user("a"), assistant("*b"), user("b"), assistant("*b")]).unwrap(), ["b;", "*b;"]);
+    let counted = "{{ messages | length }} messages:{% for m in messages %}{{ m.content }}{% endfor %}";
+    assert_eq!(turns(counted, &[user("a"), assistant("b")]).unwrap(), ["b"]);
+}
+
+#[test]
+fn turns_are_found_by_their_words_where_renderings_do_not_fit() {
+    // Tools stand before the last question, as Mistral has it; the turn before is rendered otherwise when it is the last one.
+    let tools = "{% for m in messages %}{% if loop.last or (loop.index0 == messages|length - 2) %}{% if m.role == 'user' and tools %}[TOOLS]{{ tools|tojson }}[/TOOLS]{% endif %}{% endif %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% elif m.tool_calls %}[CALLS]{{ m.tool_calls|tojson }}</s>{% else %}{{ m.content|trim }}</s>{% endif %}{% endfor %}";
+    let call =
+        json!({"role": "assistant", "tool_calls": [{"function": {"name": "get", "arguments": "{\"city\": \"x\"}"}}]});
+    let messages = [user("a"), assistant(" yes "), user("b"), call, user("c"), assistant("no")];
+    let schema = json!([{"name": "get"}]);
+    let (text, spans) =
+        template(tools).render_turns(Conversation { tools: Some(&schema), ..Conversation::new(&messages) }).unwrap();
+    let found: Vec<&str> = spans.iter().map(|(start, end)| &text[*start..*end]).collect();
+    assert_eq!(found[0], "yes</s>");
+    assert!(found[1].starts_with("get") || found[1].starts_with("[CALLS]"), "{found:?}");
+    assert!(found[1].ends_with("\"city\": \"x\"}}}]</s>"), "{found:?}");
+    assert_eq!(found[2], "no</s>");
+
+    // A template that says how many messages follow, closes reasoning, and names each turn: the heading is not the assistant's.
+    let headed = "{{ messages|length }}{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{{ '<think></think>' if not loop.last else '<think>' + m.reasoning_content|default('') + '</think>' }}{% endif %}{{ m.content.split('</think>')[-1] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}";
+    let messages = [user("a"), assistant("<think>hm</think>b"), user("assistant"), assistant("d")];
+    assert_eq!(turns(headed, &messages).unwrap(), ["</think>b<|end|>", "</think>d<|end|>"]);
+    // A turn that is left out has no tokens.
+    let forgetful = "{{ messages|length }}{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }};{% endif %}{% endfor %}";
+    assert_eq!(turns(forgetful, &[user("a"), assistant("b"), user("c"), assistant("d")]).unwrap(), ["d;"]);
+}
+
+#[test]
+fn a_template_that_marks_what_the_assistant_writes_is_taken_at_its_word() {
+    let marking = "{{ messages|length }}{% for m in messages %}{% if m.role == 'assistant' %}<a>{% generation %}{{ m.content }}!{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}";
+    let messages = [user("a"), assistant("b"), user("c"), assistant("é")];
+    assert_eq!(turns(marking, &messages).unwrap(), ["b!", "é!"]);
+    assert_eq!(template(marking).render(Conversation::new(&messages), false).unwrap(), "4a<a>b!c<a>é!");
 }
 
 #[test]
 fn a_template_that_hides_who_wrote_what_is_refused() {
-    let counted = "{{ messages | length }} messages:{% for m in messages %}{{ m.content }}{% endfor %}";
+    let doubled = "{{ messages | length }} messages:{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}";
     assert_eq!(
-        turns(counted, &[user("a"), assistant("b")]).unwrap_err().to_string(),
+        turns(doubled, &[user("a"), assistant("b")]).unwrap_err().to_string(),
         "chat template: cannot tell which tokens of \"messages[1]\" the assistant wrote: the messages before it are rendered \
-         differently when they stand alone"
+         differently when they stand alone; a loss over every token (--loss-over-prompts) needs no such marks"
     );
+}
+
+#[test]
+fn reasoning_and_arguments_are_handed_over_as_templates_read_them() {
+    let source = "{{ messages[0].thinking }}|{{ messages[0].reasoning_content }}|{{ messages[0].tool_calls[0].function.arguments|tojson }}|{{ enable_thinking }}";
+    let message = json!({"role": "assistant", "reasoning": "r", "content": null, "tool_calls": [{"function": {"arguments": "{\"a\":1.0}"}}]});
+    let arguments = json!({"enable_thinking": false});
+    let messages = [message];
+    let conversation = Conversation { arguments: arguments.as_object(), ..Conversation::new(&messages) };
+    assert_eq!(template(source).render(conversation, false).unwrap(), "r|r|{\"a\": 1.0}|False");
 }
 
 #[test]

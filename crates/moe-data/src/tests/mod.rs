@@ -4,6 +4,7 @@ mod chats;
 mod datasets;
 mod errors;
 mod evals;
+mod expressions;
 mod tokenizer;
 
 use std::path::PathBuf;
