@@ -49,7 +49,7 @@ impl<'a> RowEncoder<'a> {
                 self.text(&format!("{prompt}{completion}"), spans, true)?
             }
             (Row::Messages { messages, tools }, loss) => {
-                let chat = self.tokenizer()?.chat()?;
+                let chat = self.tokenizer()?.chat(tools.is_some())?;
                 let conversation = Conversation { messages, tools: tools.as_ref(), arguments: None };
                 let (text, spans) = match loss {
                     LossOver::All => (chat.render(conversation, false)?, None),

@@ -109,6 +109,18 @@ pub enum Error {
         /// The tokenizer's message.
         message: String,
     },
+    /// There is no tokenizer.json.
+    #[error(
+        "{}: No such file; {}python -c \"from transformers import AutoTokenizer as A; A.from_pretrained('{dir}').save_pretrained('{dir}')\"", path.display(), vocabularies(found), dir = dir.display()
+    )]
+    NoTokenizerFile {
+        /// The file that is missing.
+        path: PathBuf,
+        /// The model directory.
+        dir: PathBuf,
+        /// Names of files beside it that hold a vocabulary in another format.
+        found: Vec<String>,
+    },
     /// A file of the tokenizer is malformed.
     #[error("{}: {message}", path.display())]
     Tokenizer {
@@ -174,6 +186,14 @@ pub enum Error {
         /// What the rows before it had.
         expected: &'static str,
     },
+}
+
+/// What can be done about a missing tokenizer.json, up to the command.
+fn vocabularies(found: &[String]) -> String {
+    match found {
+        [] => "copy it from where the model is from, or let transformers write it: ".to_owned(),
+        found => format!("found {}, from which transformers can make and save it: ", found.join(" and ")),
+    }
 }
 
 impl Error {

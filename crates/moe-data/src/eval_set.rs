@@ -4,10 +4,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::chat::Conversation;
 use super::encode::{LossOver, RowEncoder};
 use super::rows::{Lines, object, string};
-use super::{Error, Sequence, Tokenizer};
+use super::{Conversation, Error, Sequence, Tokenizer};
 
 /// Rows of one `NAME_test.jsonl` file.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -24,7 +24,7 @@ mod eval_set;
 mod rows;
 mod sequence;
 mod template;
-mod text;
+mod tokenizer;
 mod waves;
 
 #[cfg(test)]
@@ -38,5 +38,5 @@ pub use eval_set::{ChoiceQuestion, EvalRows, EvalSet, EvalSetOptions, EvalText, 
 pub use rows::Row;
 pub use sequence::Sequence;
 pub use template::{ChatTemplate, Conversation};
-pub use text::Tokenizer;
+pub use tokenizer::Tokenizer;
 pub use waves::{Wave, WaveOptions, shard, waves};

@@ -149,7 +149,7 @@ fn mismatch(field: String, found: &Value, expected: &'static str) -> Error {
     Error::Field { field, found, expected }
 }
 
-fn kind(value: &Value) -> &'static str {
+pub(crate) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",

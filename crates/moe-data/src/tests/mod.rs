@@ -6,6 +6,7 @@ mod errors;
 mod evals;
 mod expressions;
 mod tokenizer;
+mod tokens;
 
 use std::path::PathBuf;
 

@@ -45,7 +45,7 @@ fn ids_are_those_of_transformers() {
 fn the_end_of_a_sequence_is_known() {
     let tokenizer = tokenizer();
     assert_eq!((tokenizer.eos_id(), tokenizer.eos_ids(), tokenizer.vocab_size()), (Some(0), &[0][..], 2048));
-    // A string or an object, beside a list of further ids, and the older file of special tokens.
+    // A string or an object, beside a list of further ids. As in transformers, the older file of special tokens goes first.
     let dir = copied(&[
         ("special_tokens_map.json", r#"{"eos_token": {"content": "!", "lstrip": false}, "bos_token": "\""}"#),
         (
@@ -55,8 +55,8 @@ fn the_end_of_a_sequence_is_known() {
         ("generation_config.json", r#"{"eos_token_id": [3, 0, 5]}"#),
     ]);
     let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
-    assert_eq!(tokenizer.eos_ids(), [0, 3, 5]);
-    assert_eq!(tokenizer.render_chat(Conversation::new(&[]), false).unwrap(), "\"<|endoftext|>");
+    assert_eq!(tokenizer.eos_ids(), [1, 3, 0, 5]);
+    assert_eq!(tokenizer.render_chat(Conversation::new(&[]), false).unwrap(), "\"!");
 }
 
 #[test]
@@ -130,7 +130,7 @@ fn malformed_files_are_named() {
 }
 
 /// The bundled tokenizer.json with other files beside it (or in its place).
-fn copied(files: &[(&str, &str)]) -> TempDir {
+pub(super) fn copied(files: &[(&str, &str)]) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     std::fs::copy(bundled().join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
     for (name, content) in files {
