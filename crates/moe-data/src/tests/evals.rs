@@ -60,12 +60,12 @@ fn bad_evaluation_files_are_explained() {
         (
             "a_test.jsonl",
             r#"{"answer": "b", "question": "a"}"#.to_owned(),
-            r#"a_test.jsonl:1: fields ["answer", "question"], expected one of "prompt" and "answer"; "text""#,
+            r#"a_test.jsonl:1: fields ["answer", "question"], expected one of "prompt" and "answer"; "prompt", "choices" and "answer"; "text""#,
         ),
         (
             "a_test.jsonl",
             r#"{"prompt": "a", "completion": "b"}"#.to_owned(),
-            r#"a_test.jsonl:1: fields ["prompt", "completion"], expected one of "prompt" and "answer"; "text""#,
+            r#"a_test.jsonl:1: fields ["prompt", "completion"], expected one of "prompt" and "answer"; "prompt", "choices" and "answer"; "text""#,
         ),
         (
             "a_test.jsonl",
@@ -82,7 +82,44 @@ fn bad_evaluation_files_are_explained() {
             r#"{"text": ""}"#.to_owned(),
             "a_test.jsonl: no usable row: all 1 have fewer than 2 tokens or no token that counts in the loss",
         ),
+        (
+            "a_test.jsonl",
+            r#"{"prompt": "a", "choices": ["b", "c"], "answer": "d"}"#.to_owned(),
+            "a_test.jsonl:1: field \"answer\": found \"d\", expected one of the choices, or its position from 0",
+        ),
+        (
+            "a_test.jsonl",
+            r#"{"prompt": "a", "choices": ["b"], "answer": 0}"#.to_owned(),
+            "a_test.jsonl:1: field \"choices\": found [\"b\"], expected a list of at least two texts",
+        ),
+        (
+            "a_test.jsonl",
+            format!("{question}\n{{\"prompt\": \"a\", \"choices\": [\" b\", \" c\"], \"answer\": 0}}"),
+            "a_test.jsonl:2: a row with \"choices\" in a file that began with rows of \"answer\": exact match and perplexity need a file each",
+        ),
     ] {
         assert_eq!(message(eval(name, &content)), expected);
+    }
+}
+
+#[test]
+fn choices_follow_the_prompt_and_count_alone() {
+    let row = |answer: &str| {
+        format!(
+            "{{\"prompt\": \"Aruba lies in\", \"choices\": [\" Europe\", \" North America\"], \"answer\": {answer}}}"
+        )
+    };
+    for answer in ["1", "\" North America\""] {
+        let set = eval("a_test.jsonl", &row(answer)).unwrap();
+        let EvalRows::Choice(questions) = set.rows else { panic!("{:?}", set.rows) };
+        let [question] = &questions[..] else { panic!("{questions:?}") };
+        assert_eq!((question.right, &question.bytes[..]), (1, &[7, 14][..]));
+        let prompt = tokenizer().encode("Aruba lies in").unwrap();
+        for (sequence, text) in question.choices.iter().zip([" Europe", " North America"]) {
+            assert_eq!(sequence.ids[..prompt.len()], prompt);
+            let counted: Vec<u32> =
+                (0..sequence.len()).filter(|t| sequence.counts(*t)).map(|t| sequence.ids[t]).collect();
+            assert_eq!(tokenizer().decode(&counted).unwrap(), text);
+        }
     }
 }
