@@ -1,5 +1,6 @@
 //! Every scorer with every pruner and every allocator, on a model small enough for all of them.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use moe_checkpoint::{Granularity, Pool, Provenance, Reduction, ScoreTable};
@@ -86,7 +87,10 @@ fn pruners(granularity: Granularity) -> Vec<PrunerConfig> {
 /// Tables of both granularities from one scorer's.
 fn both(table: ScoreTable, magnitude: &ScoreTable) -> [ScoreTable; 2] {
     match table.granularity {
-        Granularity::Unit => [table.to_experts(Reduction::Sum).unwrap(), table],
+        Granularity::Unit => {
+            let reduction = if table.adds_up(Pool::Expert) { Reduction::Sum } else { Reduction::Mean };
+            [table.to_experts(reduction).unwrap(), table]
+        }
         _ => [ScoreTable::broadcast(&table, magnitude).unwrap(), table],
     }
 }
@@ -119,7 +123,8 @@ fn every_scorer_feeds_every_pruner_with_every_allocator() {
     protect.protect_unit(last.layer, last.num_experts() - 1, last.widths[0] as u32 - 1);
     let (units, ratio) = (shape.units(), 0.3);
     let asked = (units as f64 * ratio).floor() as usize;
-    let (mut done, mut silent) = (0, 0);
+    let (mut done, mut refused, mut silent) = (0, 0, 0);
+    let (mut too_narrow, mut not_additive) = (BTreeSet::new(), BTreeSet::new());
 
     for scorer in &scorers {
         for table in both(score(&**scorer), &magnitude) {
@@ -134,7 +139,24 @@ fn every_scorer_feeds_every_pruner_with_every_allocator() {
                 let request = PruneRequest::new(&table, shape, Budget::Ratio(ratio), &protect);
                 let found = match pruner.prune_with(&request, &mut probe) {
                     Ok(found) => found,
-                    Err(Error::PoolTooNarrow { .. }) if table.pool < Pool::Global => continue,
+                    Err(Error::PoolTooNarrow { wanted, supported }) => {
+                        assert!(wanted > supported && supported == table.pool, "{what}");
+                        too_narrow.insert(name.to_string());
+                        refused += 1;
+                        continue;
+                    }
+                    Err(Error::NotAdditive { wanted, supported, .. }) => {
+                        assert!(!table.adds_up(wanted) && supported == table.additive, "{what}");
+                        not_additive.insert(name.to_string());
+                        refused += 1;
+                        continue;
+                    }
+                    Err(Error::Checkpoint(error)) if error.to_string().contains("may not be added") => {
+                        assert!(!table.adds_up(Pool::Expert), "{what}");
+                        not_additive.insert(name.to_string());
+                        refused += 1;
+                        continue;
+                    }
                     Err(Error::InvalidParameter { field: "scores", .. }) if negative => continue,
                     Err(other) => panic!("{what}: {other}"),
                 };
@@ -168,6 +190,16 @@ fn every_scorer_feeds_every_pruner_with_every_allocator() {
             }
         }
     }
+    // What is compared within layers is never compared between them, and what is no amount is never added.
+    for name in ["reap", "ean", "man", "tenp", "esft", "bias", "aimer"] {
+        assert!(too_narrow.contains(name), "{name}: compared over the model");
+    }
+    for name in ["frequency", "routing_weight", "seer", "dern", "esft", "mone", "router_score"] {
+        assert!(not_additive.contains(name), "{name}: added up");
+    }
+    for name in ["fisher", "coupled", "taylor", "magnitude", "activation"] {
+        assert!(!too_narrow.contains(name) && !not_additive.contains(name), "{name}: refused");
+    }
     assert!(silent > 0, "every expert saw a token: the data is too long for this test");
-    assert!(done > 40 * scorers.len(), "{done} combinations");
+    assert!(done + refused > 50 * scorers.len() && done > 4 * refused, "{done} combinations, {refused} refused");
 }

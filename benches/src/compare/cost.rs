@@ -83,7 +83,7 @@ impl Costs {
 fn seconds(model: &Model, data: &Dataset, wave_options: WaveOptions, scorers: &[&str]) -> Result<f64> {
     let build = |name: &&str| -> Result<Box<dyn Scorer>> { Ok(catalogue::scorer(name)?.build()?) };
     let scorers = scorers.iter().map(build).collect::<Result<Vec<_>>>()?;
-    let ids: Vec<StatisticId> = scorers.iter().flat_map(|scorer| scorer.needs()).collect();
+    let ids: Vec<StatisticId> = scorers.iter().flat_map(|scorer| scorer.needs().statistics).collect();
     let waves = data.waves(wave_options);
     let shape = model.checkpoint().shape();
     let provenance = Provenance::new(model.checkpoint().fingerprint(), data.hash.clone(), "{}");

@@ -53,6 +53,7 @@ mod tests {
             scorer: "{}".into(),
             granularity: Granularity::Unit,
             pool: Pool::Global,
+            additive: Some(Pool::Global),
             denominator: Denominator::None,
             layers: vec![layer(0, &[&[0.5, 4.0], &[2.0, 0.1]]), layer(3, &[&[2.0, 3.0]])],
             provenance: Provenance::new("m", "d", "{}"),

@@ -88,6 +88,7 @@ impl Lab {
             }
             Err(Error::Prune(
                 error @ (moe_prune::Error::PoolTooNarrow { .. }
+                | moe_prune::Error::NotAdditive { .. }
                 | moe_prune::Error::Infeasible { .. }
                 | moe_prune::Error::Export { .. }),
             )) => record.refused = Some(error.to_string()),

@@ -70,7 +70,7 @@ pub fn score(
         Ok([scoring.units.build()?, scoring.experts.build()?])
     };
     let built = scorers.iter().map(build).collect::<Result<Vec<_>>>()?;
-    let ids: Vec<StatisticId> = built.iter().flatten().flat_map(|scorer| scorer.needs()).collect();
+    let ids: Vec<StatisticId> = built.iter().flatten().flat_map(|scorer| scorer.needs().statistics).collect();
     let waves = data.waves(wave_options);
     let checkpoint = model.checkpoint();
     let recipe = moe_importance::recipe(&ids, &wave_options)?;

@@ -57,6 +57,7 @@ mod ragged;
 mod record;
 mod safetensors_file;
 mod score_conversion;
+mod score_sum;
 mod scores;
 mod shape;
 mod shard;

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Granularity, LayerScores, Pool, Result, ScoreTable};
+use crate::{Denominator, Error, Granularity, LayerScores, Pool, Result, ScoreTable};
 
 /// How the scores of an expert's units become the score of the expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -44,12 +44,20 @@ impl ScoreTable {
     /// One score per expert from the scores of its units; an expert without units scores 0. A table of experts is
     /// returned as it is.
     ///
+    /// The result is additive if it is a sum of scores that were, over more than their expert.
+    ///
     /// # Errors
-    /// Those of [`ScoreTable::validate`], of this table and of the reduced one (a sum can overflow).
+    /// [`Error::InvalidScores`] for the sum of scores that are not additive; those of [`ScoreTable::validate`], of this table
+    /// and of the reduced one (a sum can overflow).
     pub fn to_experts(&self, reduction: Reduction) -> Result<ScoreTable> {
         self.validate()?;
         let mut table = self.clone();
         if self.granularity == Granularity::Unit {
+            if reduction == Reduction::Sum && !self.adds_up(Pool::Expert) {
+                let reason = format!("scores of `{}` may not be added; take their mean, maximum or top", self.scorer);
+                return Err(Error::InvalidScores { reason });
+            }
+            table.additive = self.additive.filter(|pool| reduction == Reduction::Sum && *pool > Pool::Expert);
             table.granularity = Granularity::Expert;
             for values in table.layers.iter_mut().flat_map(|layer| &mut layer.scores) {
                 *values = vec![reduction.apply(values)];
@@ -92,7 +100,8 @@ impl ScoreTable {
             scorer: experts.scorer.clone(),
             granularity: Granularity::Unit,
             pool: experts.pool,
-            denominator: experts.denominator,
+            additive: None,
+            denominator: Denominator::Ranks,
             provenance: experts.provenance.clone(),
             layers: experts
                 .layers

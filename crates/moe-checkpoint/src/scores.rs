@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use crate::artefact_file::{Kind, OutTensor, TensorFile, Tensors, write_tensors};
 use crate::{Error, ExpertId, MoeLayerShape, MoeShape, Provenance, Result};
 
-const SCORES: Kind = Kind { name: "scores", key: "moe.scores", version: 1 };
+/// Version 2 added what may be added up; tables of version 1 may not.
+const SCORES: Kind = Kind { name: "scores", key: "moe.scores", version: 2 };
 
 /// Whether there is a value for every unit or for every expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -52,6 +53,8 @@ pub enum Denominator {
     Sequences,
     /// Nothing.
     None,
+    /// Nothing: the values are places in an order, not amounts.
+    Ranks,
 }
 
 /// Scores of the units or experts of a model. Higher is always more important.
@@ -63,6 +66,7 @@ pub enum Denominator {
 ///     scorer: r#"{"type":"magnitude"}"#.into(),
 ///     granularity: Granularity::Unit,
 ///     pool: Pool::Global,
+///     additive: Some(Pool::Global),
 ///     denominator: Denominator::None,
 ///     layers: vec![LayerScores { layer: 0, scores: vec![vec![1.0, 2.0], vec![4.0]], routed: None }],
 ///     provenance: Provenance::new("model", "", "{}"),
@@ -79,6 +83,9 @@ pub struct ScoreTable {
     pub granularity: Granularity,
     /// Over what values may be compared.
     pub pool: Pool,
+    /// Over what values may be added, so that the sum stands for the items together: a loss, an amount of output. None for
+    /// shares, ranks, ratios and the like, and wherever a value is not known to be an amount.
+    pub additive: Option<Pool>,
     /// What sums were divided by.
     pub denominator: Denominator,
     /// MoE layers in ascending decoder layer order.
@@ -108,6 +115,11 @@ impl ScoreTable {
         self.layers.iter().flat_map(unused).collect()
     }
 
+    /// Whether scores may be added over `wanted`.
+    pub fn adds_up(&self, wanted: Pool) -> bool {
+        self.additive.is_some_and(|pool| pool.supports(wanted))
+    }
+
     /// Checks the table by itself: layers strictly ascending, one value per expert where that is the granularity, one
     /// routed count per expert, and every score finite.
     ///
@@ -115,6 +127,12 @@ impl ScoreTable {
     /// [`Error::InvalidScores`], [`Error::NonFinite`] naming layer, expert and unit.
     pub fn validate(&self) -> Result<()> {
         let invalid = |reason: String| Err(Error::InvalidScores { reason });
+        if let Some(additive) = self.additive.filter(|additive| *additive > self.pool) {
+            let pool = self.pool;
+            return invalid(format!(
+                "additive: found {additive:?}, expected {pool:?} at most, the pool of comparisons"
+            ));
+        }
         for pair in self.layers.windows(2) {
             if pair[0].layer >= pair[1].layer {
                 return invalid(format!(
@@ -214,6 +232,7 @@ impl ScoreTable {
             scorer: self.scorer.clone(),
             granularity: self.granularity,
             pool: self.pool,
+            additive: self.additive,
             denominator: self.denominator,
             provenance: self.provenance.clone(),
             layers: self
@@ -253,8 +272,8 @@ impl ScoreTable {
         if tensors.len() != expected {
             return Err(tensors.malformed(format!("{} tensors, expected {expected}", tensors.len())));
         }
-        let Meta { scorer, granularity, pool, denominator, provenance, .. } = meta;
-        let table = Self { scorer, granularity, pool, denominator, layers, provenance };
+        let Meta { scorer, granularity, pool, additive, denominator, provenance, .. } = meta;
+        let table = Self { scorer, granularity, pool, additive, denominator, layers, provenance };
         table.validate().map_err(|error| match error {
             Error::InvalidScores { reason } => tensors.malformed(reason),
             other => other,
@@ -269,6 +288,8 @@ struct Meta {
     scorer: String,
     granularity: Granularity,
     pool: Pool,
+    #[serde(default)]
+    additive: Option<Pool>,
     denominator: Denominator,
     provenance: Provenance,
     layers: Vec<MoeLayerShape>,

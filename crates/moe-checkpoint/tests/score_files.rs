@@ -14,6 +14,7 @@ fn table(granularity: Granularity, pool: Pool, layers: Vec<(usize, Vec<Vec<f32>>
         scorer: r#"{"type":"test"}"#.into(),
         granularity,
         pool,
+        additive: Some(pool),
         denominator: Denominator::AllTokens,
         layers: layers.into_iter().map(|(layer, scores)| LayerScores { layer, scores, routed: None }).collect(),
         provenance: Provenance::new("model", "data", "{}"),
@@ -146,6 +147,14 @@ fn reductions() {
     assert_eq!(serde_json::to_string(&top(2)).unwrap(), r#"{"top":2}"#);
     let reduced = table.to_experts(Reduction::Sum).unwrap();
     assert_eq!((reduced.granularity, reduced.pool), (Granularity::Expert, Pool::Layer));
+    assert_eq!(reduced.additive, Some(Pool::Layer));
+    assert_eq!(table.to_experts(Reduction::Mean).unwrap().additive, None, "means of experts do not add up");
+    let within = ScoreTable { additive: Some(Pool::Expert), ..table.clone() };
+    assert_eq!(within.to_experts(Reduction::Sum).unwrap().additive, None, "what adds up within an expert only");
+    let shares = ScoreTable { additive: None, ..table.clone() };
+    let error = shares.to_experts(Reduction::Sum).unwrap_err().to_string();
+    assert!(error.contains(r#"scores of `{"type":"test"}` may not be added"#), "{error}");
+    assert!(shares.to_experts(Reduction::Max).is_ok());
     assert_eq!(reduced.to_experts(Reduction::Max).unwrap(), reduced);
     let large = units(Pool::Layer, vec![(0, vec![vec![f32::MAX, f32::MAX]])]);
     assert!(matches!(large.to_experts(Reduction::Sum), Err(Error::NonFinite { .. })));
@@ -183,4 +192,90 @@ fn broadcast_refuses_tables_that_do_not_fit() {
 fn pools_are_ordered() {
     assert!(Pool::Global.supports(Pool::Layer) && Pool::Layer.supports(Pool::Expert));
     assert!(!Pool::Expert.supports(Pool::Layer) && !Pool::Layer.supports(Pool::Global));
+}
+
+#[test]
+fn nothing_adds_up_over_more_than_it_may_be_compared_over() {
+    let wide = ScoreTable { additive: Some(Pool::Global), ..units(Pool::Layer, vec![(0, vec![vec![1.0]])]) };
+    let error = wide.validate().unwrap_err().to_string();
+    assert!(error.contains("additive: found Global, expected Layer at most"), "{error}");
+    assert!(units(Pool::Layer, vec![]).adds_up(Pool::Expert) && !units(Pool::Layer, vec![]).adds_up(Pool::Global));
+}
+
+#[test]
+fn a_table_of_the_first_version_may_not_be_added_up() {
+    let directory = tempdir().unwrap();
+    let path = directory.path().join("scores.safetensors");
+    let table = units(Pool::Global, vec![(1, vec![vec![1.0, 2.0], vec![3.0]])]);
+    table.save(&path).unwrap();
+    let mut bytes = fs::read(&path).unwrap();
+    // The header's JSON is JSON in a string; as long as before, so that nothing moves.
+    for (from, to) in
+        [(r#"\"version\":2"#, r#"\"version\":1"#), (r#"\"additive\":\"global\""#, r#"\"ignored_\":\"global\""#)]
+    {
+        let at = bytes.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
+        bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+    }
+    fs::write(&path, bytes).unwrap();
+    assert_eq!(ScoreTable::load(&path).unwrap(), ScoreTable { additive: None, ..table });
+}
+
+#[test]
+fn tables_of_several_domains_are_added_with_weights() {
+    let of = |data: &str, scores: [f32; 3], routed: Option<Vec<u64>>| {
+        let mut table = units(Pool::Layer, vec![(4, vec![scores[..2].to_vec(), scores[2..].to_vec()])]);
+        table.layers[0].routed = routed;
+        table.provenance.data = data.into();
+        table
+    };
+    let (code, prose) = (of("code", [1.0, 2.0, 4.0], Some(vec![3, 0])), of("prose", [0.5, 0.0, 8.0], Some(vec![1, 0])));
+    let sum = ScoreTable::weighted_sum(&[(0.5, &code), (2.0, &prose)]).unwrap();
+    assert_eq!(sum.layers[0].scores, [vec![1.5, 1.0], vec![18.0]]);
+    assert_eq!(sum.layers[0].routed, Some(vec![4, 0]));
+    assert_eq!((sum.pool, sum.additive, sum.denominator), (Pool::Layer, Some(Pool::Layer), Denominator::AllTokens));
+    let recipe: serde_json::Value = serde_json::from_str(&sum.provenance.recipe).unwrap();
+    assert_eq!(recipe["sum"][1], serde_json::json!({ "weight": 2.0, "data": "prose", "recipe": "{}" }));
+    assert_ne!(sum.provenance.data, ScoreTable::weighted_sum(&[(2.0, &prose), (0.5, &code)]).unwrap().provenance.data);
+    let silent = of("speech", [0.0; 3], None);
+    assert_eq!(ScoreTable::weighted_sum(&[(1.0, &code), (1.0, &silent)]).unwrap().layers[0].routed, None);
+    let alone = ScoreTable::weighted_sum(&[(1.0, &code)]).unwrap();
+    assert_eq!(alone.layers, code.layers);
+
+    let refused = |weights: [f64; 2], other: &ScoreTable| {
+        ScoreTable::weighted_sum(&[(weights[0], &code), (weights[1], other)]).unwrap_err().to_string()
+    };
+    let changed = |change: &dyn Fn(&mut ScoreTable)| {
+        let mut table = prose.clone();
+        change(&mut table);
+        refused([1.0, 1.0], &table)
+    };
+    for (error, part) in [
+        (ScoreTable::weighted_sum(&[]).unwrap_err().to_string(), "found 0, expected at least 1"),
+        (refused([1.0, -1.0], &prose), "table 1: weight: found -1, expected a number of 0 or more"),
+        (refused([1.0, f64::NAN], &prose), "table 1: weight: found NaN"),
+        (refused([0.0, 0.0], &prose), "weights: found 0 for every table"),
+        (refused([1.0, 1.0], &code), "table 1: data: found `code`, which table 0 has already"),
+        (changed(&|t| t.scorer = "{}".into()), "table 1: scorer: found {}, expected"),
+        (changed(&|t| t.pool = Pool::Global), "table 1: pool: found Global, expected Layer as in table 0"),
+        (changed(&|t| t.additive = None), "table 1: additive: found None, expected Some(Layer)"),
+        (
+            changed(&|t| t.denominator = Denominator::RoutedTokens),
+            "denominator: found RoutedTokens, expected AllTokens",
+        ),
+        (changed(&|t| t.provenance.model = "other".into()), "table 1: model: found other, expected model"),
+        (changed(&|t| t.layers[0].layer = 5), "table 1: MoE layers: found [5], expected [4]"),
+        (changed(&|t| t.layers[0].scores[0].push(1.0)), "scores per expert of layer 4: found [3, 1], expected [2, 1]"),
+    ] {
+        assert!(error.contains(part), "{error}: {part}");
+    }
+    let experts = experts(Pool::Layer, vec![(4, vec![1.0, 1.0])]);
+    let ranks = ScoreTable::broadcast(
+        &experts,
+        &units(Pool::Layer, code.layers.iter().map(|l| (4, l.scores.clone())).collect()),
+    );
+    let error = ScoreTable::weighted_sum(&[(1.0, &ranks.unwrap())]).unwrap_err().to_string();
+    assert!(error.contains("ranks cannot be added"), "{error}");
+    assert!(
+        refused([1.0, 1.0], &ScoreTable { provenance: prose.provenance.clone(), ..experts }).contains("granularity")
+    );
 }

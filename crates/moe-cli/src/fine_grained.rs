@@ -317,7 +317,7 @@ pub fn run(arguments: &Arguments) -> Result<Report> {
 /// Fisher scores per token.
 fn score(model: &Model, waves: &[Wave], hash: &str, options: &WaveOptions) -> Result<ScoreTable> {
     let scorer = ScorerConfig::from(Fisher::new(Criterion::Token)).build()?;
-    let ids = scorer.needs();
+    let ids = scorer.needs().statistics;
     let checkpoint = model.checkpoint();
     let recipe = moe_importance::recipe(&ids, options)?;
     let provenance = Provenance::new(checkpoint.fingerprint(), hash, recipe);

@@ -141,7 +141,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     if let Some((index, count)) = arguments.shard {
         waves = shard(waves, index, count)?;
     }
-    let mut ids: Vec<StatisticId> = scorers.iter().flat_map(|scorer| scorer.needs()).collect();
+    let mut ids: Vec<StatisticId> = scorers.iter().flat_map(|scorer| scorer.needs().statistics).collect();
     ids.extend(arguments.super_experts.map(|options| options.needs()));
     ids.extend(arguments.statistics.iter().cloned().map(StatisticId::from));
     let recipe = moe_importance::recipe(&ids, &wave_options)?;

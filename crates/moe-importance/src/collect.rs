@@ -8,7 +8,8 @@ use moe_core::trace::{Observer, Signals};
 use moe_core::{Engine, WaveReport};
 use serde::Serialize;
 
-use crate::{Collection, Error, Result, StatisticId};
+use crate::statistics::StatisticId;
+use crate::{Collection, Error, Result};
 
 /// Runs a model over one wave, showing it to an observer: an [`Engine`], or any closure that does the same.
 pub trait WaveRunner {

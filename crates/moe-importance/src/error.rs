@@ -11,6 +11,7 @@ pub enum Error {
     #[error(transparent)]
     Checkpoint(#[from] moe_checkpoint::Error),
     /// The model could not be run, or an observer refused what it saw.
+    #[cfg(feature = "collect")]
     #[error(transparent)]
     Run(#[from] moe_core::Error),
     /// A scorer name that is not known.

@@ -18,7 +18,7 @@
 //!
 //! let config: ScorerConfig = serde_json::from_str(r#"{"scorer": "fisher", "criterion": "token"}"#)?;
 //! let scorer = config.build()?;
-//! assert_eq!(scorer.needs()[0].as_str(), "fisher.token");
+//! assert_eq!(scorer.needs().statistics[0].as_str(), "fisher.token");
 //!
 //! let error = serde_json::from_str::<ScorerConfig>(r#"{"scorer": "fisher", "criterion": "tokens"}"#).unwrap_err();
 //! assert!(error.to_string().contains("field `criterion`: unknown variant `tokens`"));
@@ -61,25 +61,41 @@
 //! | `experts` | experts | sum, mean, max or mean of the top n of a unit scorer | its own | its own | |
 //! | `units` | units | an expert scorer, then a unit scorer: as tie-breaker or factor | both | both | |
 //!
+//! Scores say over which pool they may be compared and added ([`Needs`]); a pruner refuses what they do not support. Scores of
+//! units, estimates of the loss and shares of the traffic are comparable over the model; norms of outputs (`ean`, `man`, `reap`,
+//! `tenp`), `esft`, `bias` and `aimer` within a layer. Amounts are additive: losses, norms of weights, sums over all tokens.
+//! Shares, ranks, ratios and means over an expert's own tokens are not.
+//!
+//! # Features
+//! Without features the crate has no Burn: scorers and statistics files are all that is needed to score. `collect` adds the
+//! collectors, which watch a model of moe-core; `flex` (the default, on the CPU), `wgpu`, `vulkan` and `cuda` imply it.
+//!
 //! Statistics kept for merging: `output.moments` (mean output), `routing.logit_gram` (inner products of logit columns),
 //! `output.max` (super experts).
 //!
 //! # Adding a method
-//! A collector is a file in `collectors/` and a line in [`collectors::registry`]; a scorer is a file in `scorers/` and
-//! a line in `scorers/config.rs`. Sums over units or outputs of an expert join the fused passes of
+//! A program's own scorer implements [`Scorer`]. In this crate a collector is a file in `collectors/` and a line in
+//! [`collectors::registry`]; a scorer is a file in `scorers/` and a line in `scorers/config.rs`. Sums over units or outputs of an expert join the fused passes of
 //! [`collectors::UnitSums`] and [`collectors::OutputSums`] rather than walk the same matrices again. Collectors of other crates
 //! go into a [`Collection`] by [`Collection::with_collectors`].
 #![deny(missing_docs)]
 
+#[cfg(feature = "collect")]
 pub mod collect;
+#[cfg(feature = "collect")]
 pub mod collectors;
 pub mod error;
+#[cfg(feature = "collect")]
 mod kernels;
 pub mod scorers;
+pub mod statistics;
 pub mod super_experts;
 
+#[cfg(feature = "collect")]
 pub use collect::{Progress, WaveRunner, collect, recipe};
-pub use collectors::{Collection, Collector, StatisticId, StatisticSpec};
+#[cfg(feature = "collect")]
+pub use collectors::{Collection, Collector};
 pub use error::{Error, Result};
-pub use scorers::{ExpertWeightsSource, NoWeights, Scorer, ScorerConfig};
+pub use scorers::{ExpertWeightsSource, Needs, NoWeights, Scorer, ScorerConfig};
+pub use statistics::{StatisticId, StatisticSpec};
 pub use super_experts::{SuperExpertOptions, SuperExperts};

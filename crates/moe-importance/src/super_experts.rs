@@ -3,7 +3,7 @@
 use moe_checkpoint::{ExpertId, MoeShape, Statistics};
 use serde::{Deserialize, Serialize};
 
-use crate::collectors::{OUTPUT_FIRST_MAX, OUTPUT_MAX};
+use crate::statistics::{OUTPUT_FIRST_MAX, OUTPUT_MAX};
 use crate::{Error, Result, StatisticId};
 
 /// Which rows of an expert's outputs are looked at.
@@ -101,6 +101,7 @@ impl SuperExpertOptions {
 
 /// A super expert and its evidence.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct SuperExpert {
     /// Decoder layer index.
     pub layer: usize,

@@ -10,8 +10,9 @@ use moe_checkpoint::{Pool, ScoreTable, Statistics, StatisticsStore};
 use moe_core::WaveReport;
 use moe_core::data::{Sequence, Wave};
 use moe_core::trace::{Observer, Signals};
-use moe_importance::collectors::{self, FISHER_TOKEN, ROUTED_TOKENS};
+use moe_importance::collectors;
 use moe_importance::scorers::{Activation, Combine, Random, RouterQuantity, RouterScore};
+use moe_importance::statistics::{FISHER_TOKEN, ROUTED_TOKENS};
 use moe_importance::{
     Collection, Error, NoWeights, Progress, Scorer, ScorerConfig, StatisticId, WaveRunner, collect, recipe,
 };
@@ -62,11 +63,11 @@ fn one_collection_serves_ten_scorers() {
     observe(&case, 0, &mut all).unwrap();
     let all = all.take().unwrap();
     for scorer in scorers {
-        let alone = scorer.score(&collect_one(&case, &scorer.needs()), &weights).unwrap();
+        let alone = scorer.score(&collect_one(&case, &scorer.needs().statistics), &weights).unwrap();
         let shared = scorer.score(&all, &weights).unwrap();
-        assert_eq!(bits(&alone), bits(&shared), "{}", scorer.recipe());
+        assert_eq!(bits(&alone), bits(&shared), "{}", scorer.recipe().to_string());
         assert_eq!(shared.pool, Pool::Global);
-        assert_eq!(shared.scorer, scorer.recipe());
+        assert_eq!(shared.scorer, scorer.recipe().to_string());
         let restored = serde_json::from_str::<ScorerConfig>(&shared.scorer).unwrap().build().unwrap();
         assert_eq!(bits(&restored.score(&all, &weights).unwrap()), bits(&shared));
     }
@@ -77,7 +78,7 @@ fn a_collection_asks_for_no_more_than_its_collectors() {
     let needs = |ids: &[StatisticId]| Collection::new(&shape(&case(1), 2), provenance(), ids).unwrap().needs();
     assert_eq!(needs(&[]), Signals::NONE);
     assert_eq!(needs(&[ROUTED_TOKENS]), Signals::ROUTING);
-    assert_eq!(needs(&Activation::default().needs()), Signals::ROUTING | Signals::UNITS);
+    assert_eq!(needs(&Activation::default().needs().statistics), Signals::ROUTING | Signals::UNITS);
     assert_eq!(needs(&[FISHER_TOKEN, ROUTED_TOKENS]), Signals::ROUTING | Signals::GRADIENTS);
 }
 
@@ -233,7 +234,7 @@ fn scorers_name_what_is_missing_or_broken() {
         error,
         "scorer `fisher` needs statistic `fisher.token`, but the statistics hold routing.tokens, routing.weight"
     );
-    let statistics = collect_one(&case, &Activation::default().needs());
+    let statistics = collect_one(&case, &Activation::default().needs().statistics);
     let error = Activation::default().score(&statistics, &NoWeights).unwrap_err().to_string();
     assert!(error.contains("weights of layer 3, expert 0"), "{error}");
     for run in 0..200 {
@@ -275,7 +276,7 @@ fn random_scores_depend_on_the_seed_and_the_place_alone() {
 fn router_scores_order_experts_and_then_units() {
     let case = case(1);
     let weights = SameWeights(case.weights());
-    let statistics = collect_one(&case, &RouterScore::default().needs());
+    let statistics = collect_one(&case, &RouterScore::default().needs().statistics);
     let experts = RouterScore::default().experts(&statistics).unwrap();
     // Logits 0 and 2 for every token.
     let p = 1.0 / (1.0 + 2f32.exp());
@@ -286,7 +287,7 @@ fn router_scores_order_experts_and_then_units() {
     let [low, high] = [0, 1].map(|e| table.layers[0].scores[e].clone());
     assert!(low.iter().all(|l| high.iter().all(|h| l < h)), "the tie-breaker never crosses experts");
     let by_weight = RouterScore::new(RouterQuantity::Weight, Combine::Multiply, Random::new(1));
-    let table = by_weight.score(&collect_one(&case, &by_weight.needs()), &NoWeights).unwrap();
+    let table = by_weight.score(&collect_one(&case, &by_weight.needs().statistics), &NoWeights).unwrap();
     let random = Random::new(1).score(&statistics, &NoWeights).unwrap();
     assert_eq!(table.layers[0].scores[0], vec![0.0; 10], "never selected");
     let halves: Vec<f32> = random.layers[0].scores[1].iter().map(|s| s / 2.0).collect();

@@ -10,8 +10,8 @@ use moe_checkpoint::{ArrayKind, Extent, Provenance, Statistics, StatisticsStore}
 use moe_core::data::{Sequence, Wave, WaveOptions, waves};
 use moe_core::trace::Observer;
 use moe_core::{Engine, EngineOptions, Model, WaveReport};
-use moe_importance::collectors::{OUTPUT_MOMENTS, ROUTER_GRADIENT_SQUARES};
 use moe_importance::scorers::{Activation, Criterion, Fisher, RouterForm, RouterScore, RouterTaylor};
+use moe_importance::statistics::{OUTPUT_MOMENTS, ROUTER_GRADIENT_SQUARES};
 use moe_importance::{Collection, NoWeights, Scorer, StatisticId, WaveRunner, collect};
 use safetensors::SafeTensors;
 
@@ -138,7 +138,7 @@ fn sums_over_units_outputs_and_router_rows_are_those_of_autograd() {
         .map(|id| StatisticId::from(id.to_string()))
         .chain([OUTPUT_MOMENTS, ROUTER_GRADIENT_SQUARES])
         .collect();
-    let ids = [ids, RouterTaylor::default().needs()].concat();
+    let ids = [ids, RouterTaylor::default().needs().statistics].concat();
     let waves = of(&sequences(&SafeTensors::deserialize(&bytes).unwrap()), 3);
     let shape = model.checkpoint().shape();
     let mut collection = Collection::new(shape, provenance(), &ids).unwrap();

@@ -15,7 +15,7 @@ fn sequences(pairs: &[(usize, usize)]) -> Vec<SequenceCase> {
 /// Scores of expert 0 (never routed) and expert 1.
 fn score(case: &Case, criterion: Criterion) -> [Vec<f32>; 2] {
     let scorer = Fisher::new(criterion);
-    let table = scorer.score(&collect_one(case, &scorer.needs()), &NoWeights).unwrap();
+    let table = scorer.score(&collect_one(case, &scorer.needs().statistics), &NoWeights).unwrap();
     let [layer] = &table.layers[..] else { panic!("one MoE layer") };
     assert_eq!(layer.layer, 3);
     layer.scores.clone().try_into().unwrap()
@@ -161,7 +161,7 @@ fn activation_and_magnitude_are_their_definitions() {
     // 9 and 4 tokens in the wave; the layer trace routes all 13 of them to expert 1.
     for denominator in [Average::AllTokens, Average::RoutedTokens] {
         let scorer = Activation::new(denominator, Weighting::None);
-        let table = scorer.score(&collect_one(&case, &scorer.needs()), &weights).unwrap();
+        let table = scorer.score(&collect_one(&case, &scorer.needs().statistics), &weights).unwrap();
         assert_eq!(table.layers[0].scores[0], vec![0.0; 4]);
         assert_eq!(table.layers[0].routed, Some(vec![0, 13]));
         let expected: Vec<f64> = (0..4).map(|j| sum(j) / 13.0 * norm(&down, j).sqrt()).collect();

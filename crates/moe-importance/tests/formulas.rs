@@ -6,8 +6,8 @@ mod common;
 use common::world::{World, WorldExpert, WorldLayer};
 use common::{Case, Matrix, SequenceCase};
 use moe_checkpoint::{ExpertWeights, Extent, Statistics};
-use moe_importance::collectors::{LOGIT_GRAM, OUTPUT_FIRST_MAX, OUTPUT_MAX, OUTPUT_MOMENTS};
 use moe_importance::scorers::{Aimer, Average, Coupled, Heapr, Mone};
+use moe_importance::statistics::{LOGIT_GRAM, OUTPUT_FIRST_MAX, OUTPUT_MAX, OUTPUT_MOMENTS};
 use moe_importance::{Error, ExpertWeightsSource, NoWeights, Result, Scorer, ScorerConfig};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -102,7 +102,7 @@ fn score(world: &World, statistics: &Statistics, json: &str) -> Vec<Vec<Vec<f32>
 /// Checks one configuration against its formula.
 fn check(world: &World, json: &str, formula: impl Fn(&Rows<'_>) -> Vec<f64>) {
     let config: ScorerConfig = serde_json::from_str(json).unwrap();
-    let statistics = world.collect(&config.build().unwrap().needs());
+    let statistics = world.collect(&config.build().unwrap().needs().statistics);
     let found = score(world, &statistics, json);
     for (layer, found) in world.layers.iter().zip(found) {
         let expected: Vec<Vec<f64>> = (0..layer.experts.len()).map(|e| formula(&Rows::new(world, layer, e))).collect();
@@ -280,7 +280,7 @@ fn the_arrays_that_merging_wants_are_their_definitions() {
 }
 
 fn lone(case: &Case) -> Statistics {
-    let ids = [Heapr::default().needs(), Coupled::default().needs()].concat();
+    let ids = [Heapr::default().needs().statistics, Coupled::default().needs().statistics].concat();
     common::collect_one(case, &ids)
 }
 
@@ -350,7 +350,7 @@ fn frequency_norm_and_reap_order_three_experts_in_three_ways() {
         let world = World::random(3, &[1, 1, 1], 1, &[(16, 15)], 2);
         let ids = ["frequency", "man", "reap"].map(|name| {
             let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"scorer":"{name}"}}"#)).unwrap();
-            config.build().unwrap().needs()
+            config.build().unwrap().needs().statistics
         });
         world.collect(&ids.concat())
     };
@@ -399,7 +399,8 @@ fn an_expert_of_constant_output_has_no_spread_however_large_it_is() {
     let mut folded = Statistics::new(&shown.shape(), common::provenance());
     for wave in 0..2 {
         let mut collection =
-            moe_importance::Collection::new(&shown.shape(), common::provenance(), &Mone::new().needs()).unwrap();
+            moe_importance::Collection::new(&shown.shape(), common::provenance(), &Mone::new().needs().statistics)
+                .unwrap();
         shown.observe(wave as u64, wave..wave + 1, &mut collection).unwrap();
         let mut statistics = collection.take().unwrap();
         statistics.round_to_f32();

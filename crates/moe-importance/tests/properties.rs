@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use common::catalogue::{catalogue, scorers};
 use common::provenance;
 use common::world::World;
-use moe_checkpoint::{Granularity, ScoreTable, Statistics, StatisticsStore};
+use moe_checkpoint::{Granularity, Pool, Reduction, ScoreTable, Statistics, StatisticsStore};
 use moe_importance::{Collection, Scorer, ScorerConfig, StatisticId};
 use proptest::prelude::*;
 
@@ -19,7 +19,7 @@ fn world(seed: u64) -> World {
 }
 
 fn needs() -> Vec<StatisticId> {
-    let ids: BTreeSet<StatisticId> = scorers().iter().flat_map(|scorer| scorer.needs()).collect();
+    let ids: BTreeSet<StatisticId> = scorers().iter().flat_map(|scorer| scorer.needs().statistics).collect();
     ids.into_iter().collect()
 }
 
@@ -29,7 +29,7 @@ fn depends_on_place(scorer: &dyn Scorer) -> bool {
 }
 
 fn depends_on_waves(scorer: &dyn Scorer) -> bool {
-    scorer.recipe().contains(r#""sample":"wave""#)
+    scorer.recipe().to_string().contains(r#""sample":"wave""#)
 }
 
 fn bits(table: &ScoreTable) -> Vec<u32> {
@@ -46,9 +46,10 @@ fn assert_close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
 
 #[test]
 fn the_catalogue_has_every_scorer() {
-    let names: BTreeSet<&str> = scorers().iter().map(|scorer| scorer.name()).collect();
+    let all = scorers();
+    let names: BTreeSet<&str> = all.iter().map(|scorer| scorer.name()).collect();
     assert_eq!(names, BTreeSet::from_iter(ScorerConfig::NAMES.iter().copied()));
-    let distinct: BTreeSet<String> = scorers().iter().map(|scorer| scorer.recipe()).collect();
+    let distinct: BTreeSet<String> = scorers().iter().map(|scorer| scorer.recipe().to_string()).collect();
     assert_eq!(distinct.len(), catalogue().len(), "no configuration twice");
 }
 
@@ -57,7 +58,7 @@ fn recipes_survive_a_round_trip_and_unknown_fields_are_named() {
     for json in catalogue() {
         let config: ScorerConfig = serde_json::from_str(&json).unwrap();
         let scorer = config.build().unwrap();
-        let back: ScorerConfig = serde_json::from_str(&scorer.recipe()).unwrap();
+        let back: ScorerConfig = serde_json::from_str(&scorer.recipe().to_string()).unwrap();
         assert_eq!(back, config, "{json}");
         assert_eq!(back.build().unwrap().recipe(), scorer.recipe());
         let unknown = json.replacen('{', r#"{"fantasy":1,"#, 1);
@@ -75,17 +76,17 @@ fn every_scorer_is_finite_where_nobody_is_routed() {
         // A score table refuses numbers that are not finite.
         let table = scorer.score(&statistics, &world).unwrap();
         table.validate_for(&world.shape()).unwrap();
-        assert_eq!(table.granularity, scorer.granularity());
-        assert_eq!(table.scorer, scorer.recipe());
-        let of_data = !scorer.needs().is_empty();
+        assert_eq!(table.granularity, scorer.needs().granularity);
+        assert_eq!(table.scorer, scorer.recipe().to_string());
+        let of_data = !scorer.needs().statistics.is_empty();
         for layer in &table.layers {
             if let Some(routed) = layer.routed.as_ref().filter(|_| of_data) {
-                assert_eq!((routed[4], routed.iter().sum::<u64>()), (0, 62), "{}", scorer.recipe());
+                assert_eq!((routed[4], routed.iter().sum::<u64>()), (0, 62), "{}", scorer.recipe().to_string());
             }
             // What reads routed tokens alone is exactly 0 there.
             let whole_router = ["bias", "router_score", "router_taylor", "units"].contains(&scorer.name());
             if of_data && !whole_router {
-                assert!(layer.scores[4].iter().all(|score| *score == 0.0), "{}", scorer.recipe());
+                assert!(layer.scores[4].iter().all(|score| *score == 0.0), "{}", scorer.recipe().to_string());
             }
         }
     }
@@ -96,9 +97,9 @@ fn one_collection_serves_all_scorers_and_each_alone() {
     let world = world(2);
     let all = world.collect(&needs());
     for scorer in scorers() {
-        let alone = scorer.score(&world.collect(&scorer.needs()), &world).unwrap();
+        let alone = scorer.score(&world.collect(&scorer.needs().statistics), &world).unwrap();
         let shared = scorer.score(&all, &world).unwrap();
-        assert_eq!(bits(&alone), bits(&shared), "{}", scorer.recipe());
+        assert_eq!(bits(&alone), bits(&shared), "{}", scorer.recipe().to_string());
     }
 }
 
@@ -109,7 +110,7 @@ fn a_second_run_has_the_bits_of_the_first() {
     assert_eq!(statistics[0], statistics[1]);
     for scorer in scorers() {
         let [a, b] = [(&statistics[0], &first), (&statistics[1], &second)].map(|(s, w)| scorer.score(s, w).unwrap());
-        assert_eq!(bits(&a), bits(&b), "{}", scorer.recipe());
+        assert_eq!(bits(&a), bits(&b), "{}", scorer.recipe().to_string());
     }
 }
 
@@ -147,7 +148,7 @@ fn resumed_and_sharded_collections_have_the_bits_of_one_and_merged_ones_its_scor
         let [once, merged] = [&once, &whole].map(|statistics| scorer.score(statistics, &world).unwrap());
         for (once, merged) in once.layers.iter().zip(&merged.layers) {
             assert_eq!(once.routed, merged.routed);
-            assert_close(&merged.scores.concat(), &once.scores.concat(), 2e-6, &scorer.recipe());
+            assert_close(&merged.scores.concat(), &once.scores.concat(), 2e-6, &scorer.recipe().to_string());
         }
     }
 }
@@ -160,9 +161,13 @@ fn every_scorer_feeds_units_and_experts() {
         let config: ScorerConfig = serde_json::from_str(&json).unwrap();
         let magnitude: ScorerConfig = serde_json::from_str(r#"{"scorer":"magnitude"}"#).unwrap();
         let units = config.clone().into_units(magnitude).unwrap().build().unwrap();
-        let experts = config.clone().into_experts(moe_checkpoint::Reduction::Sum).unwrap().build().unwrap();
-        let original = config.build().unwrap().score(&statistics, &world).unwrap();
-        let statistics = world.collect(&[units.needs(), experts.needs()].concat());
+        let own = config.build().unwrap();
+        let sum = config.clone().into_experts(Reduction::Sum);
+        let adds_up = own.needs().granularity == Granularity::Expert || own.needs().additive.is_some();
+        assert_eq!(sum.is_ok(), adds_up, "{json}");
+        let experts = sum.or_else(|_| config.clone().into_experts(Reduction::Mean)).unwrap().build().unwrap();
+        let original = own.score(&statistics, &world).unwrap();
+        let statistics = world.collect(&[units.needs().statistics, experts.needs().statistics].concat());
         let (units, experts) = (units.score(&statistics, &world).unwrap(), experts.score(&statistics, &world).unwrap());
         units.validate_for(&world.shape()).unwrap();
         experts.validate_for(&world.shape()).unwrap();
@@ -172,11 +177,14 @@ fn every_scorer_feeds_units_and_experts() {
             continue;
         }
         assert_eq!(bits(&experts), bits(&original), "{json}");
-        // Units of a lower expert all come before those of a higher one.
-        let of = |table: &ScoreTable| -> Vec<Vec<f32>> { table.layers.iter().flat_map(|l| l.scores.clone()).collect() };
-        let pairs: Vec<(f32, Vec<f32>)> = of(&original).into_iter().map(|s| s[0]).zip(of(&units)).collect();
-        for (a, a_units) in &pairs {
-            for (b, b_units) in pairs.iter().filter(|(b, _)| a < b) {
+        // Units of a lower expert all come before those of a higher one, wherever the two may be compared.
+        let of = |table: &ScoreTable| -> Vec<(usize, Vec<f32>)> {
+            table.layers.iter().flat_map(|l| l.scores.iter().map(|s| (l.layer, s.clone()))).collect()
+        };
+        let pairs: Vec<_> = of(&original).into_iter().map(|(layer, s)| (layer, s[0])).zip(of(&units)).collect();
+        for ((layer, a), (_, a_units)) in &pairs {
+            let comparable = |other: usize| original.pool == Pool::Global || other == *layer;
+            for ((_, b), (_, b_units)) in pairs.iter().filter(|((other, b), _)| comparable(*other) && a < b) {
                 assert!(a_units.iter().all(|x| b_units.iter().all(|y| x < y)), "{json}: {a} and {b}");
             }
         }
@@ -197,18 +205,18 @@ proptest! {
         let (before, after) = (world.collect(&needs()), permuted.collect(&needs()));
         for scorer in scorers().into_iter().filter(|scorer| !depends_on_place(scorer.as_ref())) {
             let (before, after) = (scorer.score(&before, &world).unwrap(), scorer.score(&after, &permuted).unwrap());
-            assert_close(&after.layers[0].scores.concat(), &before.layers[0].scores.concat(), 3e-6, &scorer.recipe());
+            assert_close(&after.layers[0].scores.concat(), &before.layers[0].scores.concat(), 3e-6, &scorer.recipe().to_string());
             let expected: Vec<f32> = experts
                 .iter()
                 .flat_map(|from| {
                     let scores = &before.layers[1].scores[*from];
-                    match scorer.granularity() {
+                    match scorer.needs().granularity {
                         Granularity::Unit => orders[*from].iter().map(|unit| scores[*unit]).collect(),
                         Granularity::Expert => scores.clone(),
                     }
                 })
                 .collect();
-            assert_close(&after.layers[1].scores.concat(), &expected, 3e-6, &scorer.recipe());
+            assert_close(&after.layers[1].scores.concat(), &expected, 3e-6, &scorer.recipe().to_string());
         }
     }
 }

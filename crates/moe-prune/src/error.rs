@@ -58,6 +58,19 @@ pub enum Error {
         /// Pool of the table.
         supported: Pool,
     },
+    /// Scores added up over a wider pool than they support: shares, ranks and ratios do not add up.
+    #[error(
+        "the scores may {}, but {what} adds them up over {}",
+        supported.map_or("not be added".into(), |pool| format!("be added within {}", pool_name(pool))), pool_name(*.wanted)
+    )]
+    NotAdditive {
+        /// What adds them.
+        what: &'static str,
+        /// Pool over which they are added.
+        wanted: Pool,
+        /// Pool over which the table says that they may be.
+        supported: Option<Pool>,
+    },
     /// Expert scores where unit scores are needed.
     #[error(
         "the table scores experts, so that all units of an expert tie; combine it with a unit tie-breaker first (ScoreTable::broadcast)"

@@ -344,7 +344,7 @@ fn what_has_to_ask_the_model_says_so() {
     let of_units = AllocationRequest { scores: &of_units, limits, ..request };
     let error = Rco::default().allocate_with(&of_units, &mut probe(2, 4, 4)).unwrap_err().to_string();
     assert!(error.contains("whole experts"), "{error}");
-    let narrow = ScoreTable { pool: Pool::Layer, ..scores.clone() };
+    let narrow = ScoreTable { pool: Pool::Layer, additive: None, ..scores.clone() };
     let narrow = AllocationRequest { scores: &narrow, ..request };
     for config in
         [AllocatorConfig::Global(Global::default()), AllocatorConfig::RateDistortion(RateDistortion::default())]

@@ -19,6 +19,7 @@ fn table(layers: &[(usize, Vec<Vec<f32>>)]) -> (ScoreTable, MoeShape) {
         scorer: r#"{"type":"test"}"#.into(),
         granularity: Granularity::Unit,
         pool: Pool::Global,
+        additive: Some(Pool::Global),
         denominator: Denominator::AllTokens,
         layers: layers
             .iter()
@@ -288,7 +289,7 @@ fn scopes_need_scores_that_may_be_compared() {
         UnitPruner::new(scope).prune(scores, &shape, Budget::Ratio(0.5), &ProtectionMask::none()).err()
     };
     for (pool, allowed) in [(Pool::Expert, 1), (Pool::Layer, 2), (Pool::Global, 3)] {
-        scores.pool = pool;
+        (scores.pool, scores.additive) = (pool, None);
         for (index, scope) in SCOPES.into_iter().enumerate() {
             let error = refused(&scores, scope);
             assert_eq!(error.is_none(), index < allowed, "{pool:?} {scope}");

@@ -101,7 +101,7 @@ impl Job {
         let waves = calibration.waves(wave_options);
 
         let methods = methods(&arguments)?;
-        let ids: Vec<StatisticId> = methods.iter().flat_map(|method| method.scorer.needs()).collect();
+        let ids: Vec<StatisticId> = methods.iter().flat_map(|method| method.scorer.needs().statistics).collect();
         let recipe = moe_importance::recipe(&ids, &wave_options)?;
         let provenance = Provenance::new(checkpoint.fingerprint(), calibration.hash.clone(), recipe);
         let collection = Collection::new(shape, provenance, &ids)?;
@@ -125,7 +125,7 @@ impl Job {
     /// What the run is, for the output directory and the report.
     pub fn recipe(&self) -> Value {
         let Arguments { ratio, scope, samples, length, seed, wave_tokens, .. } = &self.arguments;
-        let scorers: Vec<Value> = self.methods.iter().map(|method| parsed(&method.scorer.recipe())).collect();
+        let scorers: Vec<Value> = self.methods.iter().map(|method| method.scorer.recipe()).collect();
         let evals: Vec<Value> = self.evals.iter().map(EvalFile::recipe).collect();
         json!({
             "program": "fisher_prune_qwen",
@@ -160,10 +160,8 @@ fn methods(arguments: &Arguments) -> Result<Vec<Method>> {
         configs.push(RouterScore::new(RouterQuantity::Weight, Combine::TieBreak, Magnitude::new()).into());
         configs.push(Random::new(seed).into());
     }
-    let method = |config: &ScorerConfig| -> Result<Method> {
-        let scorer = config.build()?;
-        Ok(Method { name: scorer.name(), scorer })
-    };
+    let method =
+        |config: &ScorerConfig| -> Result<Method> { Ok(Method { name: config.name(), scorer: config.build()? }) };
     configs.iter().map(method).collect()
 }
 

@@ -96,7 +96,7 @@ pub fn scorer(text: &str) -> Result<ScorerConfig> {
 pub struct Scoring {
     /// Scores units: an expert's score first, magnitude among the units of one expert.
     pub units: ScorerConfig,
-    /// Scores experts: the sum over its units.
+    /// Scores experts: the sum over its units, or the mean of scores that do not add up.
     pub experts: ScorerConfig,
     /// What it scores by itself.
     pub own: Granularity,
@@ -112,9 +112,10 @@ impl Scoring {
             ScorerConfig::Random(_) => Random::new(seed).into(),
             other => other,
         };
-        let own = config.build()?.granularity();
+        let needs = config.build()?.needs();
         let units = config.clone().into_units(Magnitude::new())?;
-        Ok(Self { units, experts: config.into_experts(Reduction::Sum)?, own })
+        let reduction = if needs.additive.is_some() { Reduction::Sum } else { Reduction::Mean };
+        Ok(Self { units, experts: config.into_experts(reduction)?, own: needs.granularity })
     }
 }
 

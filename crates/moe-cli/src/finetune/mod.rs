@@ -253,9 +253,9 @@ fn halved(job: &Job) -> Result<Model> {
     let dir = job.out.root().join("half");
     if !dir.exists() {
         let scorer = Fisher::default();
-        let recipe = moe_importance::recipe(&scorer.needs(), &"recovery")?;
+        let recipe = moe_importance::recipe(&scorer.needs().statistics, &"recovery")?;
         let provenance = Provenance::new(checkpoint.fingerprint(), job.data.hash.clone(), recipe);
-        let mut collection = Collection::new(checkpoint.shape(), provenance, &scorer.needs())?;
+        let mut collection = Collection::new(checkpoint.shape(), provenance, &scorer.needs().statistics)?;
         let mut engine = Engine::new(&job.model, EngineOptions::default());
         let waves = job.data.waves(WaveOptions::default());
         let statistics = collect(&mut engine, &mut collection, &waves, None, &mut |_| ())?;

@@ -6,7 +6,8 @@ use std::fmt;
 use moe_checkpoint::{MoeShape, Provenance, Statistics};
 use moe_core::trace::{ExpertTrace, LayerTrace, Observer, RouterGradients, Signals, WaveInfo};
 
-use super::{Collector, StatisticId, StatisticSpec, collectors_for};
+use super::{Collector, collectors_for};
+use crate::statistics::{StatisticId, StatisticSpec};
 use crate::{Error, Result, Scorer};
 
 /// The collectors that a list of scorers needs, each once: watches a run as one [`Observer`] and holds the statistics
@@ -44,7 +45,7 @@ impl Collection {
     /// # Errors
     /// As [`Collection::new`].
     pub fn for_scorers(shape: &MoeShape, provenance: Provenance, scorers: &[Box<dyn Scorer>]) -> Result<Self> {
-        let ids: BTreeSet<StatisticId> = scorers.iter().flat_map(|scorer| scorer.needs()).collect();
+        let ids: BTreeSet<StatisticId> = scorers.iter().flat_map(|scorer| scorer.needs().statistics).collect();
         Self::new(shape, provenance, &Vec::from_iter(ids))
     }
 

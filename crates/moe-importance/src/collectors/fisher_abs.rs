@@ -3,12 +3,10 @@
 use moe_checkpoint::{Fold, Statistics};
 use moe_core::trace::{ExpertTrace, Signals};
 
-use super::{Collector, StatisticId, StatisticSpec, gradients, units};
+use super::{Collector, gradients, units};
 use crate::Result;
 use crate::kernels::weight_gradient::{Entry, ExpertOperands, add_row_sums};
-
-/// Per unit, the mean absolute gradient of its 3H weights, summed over sequences: see [`FisherAbs`].
-pub const FISHER_ABS: StatisticId = StatisticId::new("fisher.abs");
+use crate::statistics::{FISHER_ABS, StatisticSpec};
 
 /// The criterion of the released Fisher-MoE code:
 ///

@@ -3,13 +3,11 @@
 use moe_checkpoint::{Fold, Statistics};
 use moe_core::trace::{ExpertTrace, Signals};
 
-use super::{Collector, StatisticId, StatisticSpec, gradients, units};
+use super::{Collector, gradients, units};
 use crate::Result;
 use crate::kernels::gram::{self, add_gram_sums};
 use crate::kernels::weight_gradient::{Entry, ExpertOperands, add_row_sums};
-
-/// Per unit, the squared gradients of its 3H weights, summed over sequences: see [`FisherSequence`].
-pub const FISHER_SEQUENCE: StatisticId = StatisticId::new("fisher.sequence");
+use crate::statistics::{FISHER_SEQUENCE, StatisticSpec};
 
 /// Diagonal empirical Fisher with one sample per sequence:
 ///

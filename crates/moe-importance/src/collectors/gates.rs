@@ -3,23 +3,9 @@
 use std::collections::BTreeMap;
 
 use moe_core::trace::LayerTrace;
-use serde::{Deserialize, Serialize};
 
 use crate::kernels::softmax::softmax;
-
-/// Which gate weighs a routed token.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Gate {
-    /// The routing weight as the model applies it.
-    #[default]
-    AsApplied,
-    /// The routing weight divided by the sum over the token's top-k, whether the model does so or not; without the scaling
-    /// factor of models that have one.
-    Renormalised,
-    /// The softmax of the router's logits over all experts, whatever the model makes of them (top-k, sigmoid, bias).
-    Softmax,
-}
+use crate::scorers::Gate;
 
 /// Gates of every slot of a layer, expert by expert, tokens ascending: the order of the rows of an
 /// [`ExpertTrace`](moe_core::trace::ExpertTrace).

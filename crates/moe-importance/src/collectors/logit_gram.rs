@@ -5,12 +5,9 @@ use moe_core::trace::{LayerTrace, Signals};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Collector, StatisticId, StatisticSpec};
+use super::Collector;
 use crate::Result;
-
-/// `sum_t z_t[e] z_t[e']` of the router logits of all tokens, a matrix `[E, E]` per layer, as one vector of
-/// [`Extent::Experts`] per expert: see [`LogitGram`].
-pub const LOGIT_GRAM: StatisticId = StatisticId::new("routing.logit_gram");
+use crate::statistics::{LOGIT_GRAM, StatisticSpec};
 
 /// Experts per parallel piece.
 const ROWS: usize = 8;

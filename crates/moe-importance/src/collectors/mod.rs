@@ -12,88 +12,23 @@ mod router_usage;
 mod routing;
 mod unit_sums;
 
-use std::borrow::Cow;
-use std::fmt;
-
 use burn::tensor::Tensor;
-use moe_checkpoint::{ArrayKind, Fold, Statistics};
+use moe_checkpoint::Statistics;
 use moe_core::trace::{ExpertGradients, ExpertTrace, LayerTrace, RouterGradients, Signals};
-use serde::{Deserialize, Serialize};
 
 pub use collection::Collection;
-pub use fisher_abs::{FISHER_ABS, FisherAbs};
-pub use fisher_sequence::{FISHER_SEQUENCE, FisherSequence};
-pub use gates::Gate;
-pub use logit_gram::{LOGIT_GRAM, LogitGram};
-pub use output_sums::{
-    OUTPUT_APPLIED, OUTPUT_APPLIED_SQUARE, OUTPUT_FIRST_MAX, OUTPUT_MAX, OUTPUT_MOMENTS, OUTPUT_NORM,
-    OUTPUT_RENORMALISED, OUTPUT_RENORMALISED_SQUARE, OUTPUT_SOFTMAX, OUTPUT_SOFTMAX_SQUARE, OUTPUT_SQUARE, OUTPUT_TURN,
-    OutputSums,
-};
-pub use projection::{PROJECTION, PROJECTION_WEIGHTED, Projection};
-pub use router_gradient::{ROUTER_GRADIENT_ABS, ROUTER_GRADIENT_SQUARE, ROUTER_GRADIENT_SQUARES, RouterGradient};
-pub use router_usage::{
-    BIAS_SEQUENCE_MEAN, BIAS_SEQUENCE_MEDIAN, BIAS_WAVE_MEAN, BIAS_WAVE_MEDIAN, ROUTER_PROBABILITY, RouterUsage,
-};
-pub use routing::{ROUTED_TOKENS, ROUTING_RENORMALISED, ROUTING_SOFTMAX, ROUTING_WEIGHT, Routing};
-pub use unit_sums::{
-    ACTIVATION_MAGNITUDE, ACTIVATION_SQUARE, ACTIVATION_SQUARE_WEIGHTED, ACTIVATION_WEIGHTED, FISHER_TOKEN,
-    GRADIENT_SQUARE, TAYLOR_MAGNITUDE, TAYLOR_SQUARE, TAYLOR_SUM, UnitSums,
-};
+pub use fisher_abs::FisherAbs;
+pub use fisher_sequence::FisherSequence;
+pub use logit_gram::LogitGram;
+pub use output_sums::OutputSums;
+pub use projection::Projection;
+pub use router_gradient::RouterGradient;
+pub use router_usage::RouterUsage;
+pub use routing::Routing;
+pub use unit_sums::UnitSums;
 
+use crate::statistics::{FISHER_ABS, FISHER_SEQUENCE, LOGIT_GRAM, StatisticId, StatisticSpec};
 use crate::{Error, Result};
-
-/// Name of a statistic, such as `fisher.token`: the key under which collectors add and scorers read.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct StatisticId(Cow<'static, str>);
-
-impl StatisticId {
-    /// A fixed name.
-    pub const fn new(name: &'static str) -> Self {
-        Self(Cow::Borrowed(name))
-    }
-
-    /// The name.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl From<String> for StatisticId {
-    fn from(name: String) -> Self {
-        Self(Cow::Owned(name))
-    }
-}
-
-impl fmt::Display for StatisticId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// A statistic that a collector adds to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StatisticSpec {
-    /// Its name.
-    pub id: StatisticId,
-    /// A value per unit, a value per expert or a vector per expert.
-    pub kind: ArrayKind,
-    /// How two waves become one.
-    pub fold: Fold,
-}
-
-impl StatisticSpec {
-    /// A sum with one value per unit.
-    pub const fn unit_sum(id: StatisticId) -> Self {
-        Self { id, kind: ArrayKind::Unit, fold: Fold::Sum }
-    }
-
-    /// A sum with one value per expert.
-    pub const fn expert_sum(id: StatisticId) -> Self {
-        Self { id, kind: ArrayKind::Expert, fold: Fold::Sum }
-    }
-}
 
 /// Adds what it sees of a wave to the statistics it provides. Never-routed experts are not shown, so that their values
 /// stay 0.

@@ -3,35 +3,16 @@
 use moe_checkpoint::{ArrayKind, Extent, Fold, Statistics};
 use moe_core::trace::{ExpertTrace, LayerTrace, Signals};
 
-use super::gates::{Gate, Gates};
-use super::{Collector, StatisticId, StatisticSpec, outputs};
+use super::gates::Gates;
+use super::{Collector, outputs};
 use crate::kernels::output_rows::{column_moments, output_rows};
+use crate::scorers::Gate;
+use crate::statistics::{
+    OUTPUT_APPLIED, OUTPUT_APPLIED_SQUARE, OUTPUT_FIRST_MAX, OUTPUT_MAX, OUTPUT_MOMENTS, OUTPUT_NORM,
+    OUTPUT_RENORMALISED, OUTPUT_RENORMALISED_SQUARE, OUTPUT_SOFTMAX, OUTPUT_SOFTMAX_SQUARE, OUTPUT_SQUARE, OUTPUT_TURN,
+    StatisticId, StatisticSpec,
+};
 use crate::{Error, Result};
-
-/// `sum_t |f_t|`.
-pub const OUTPUT_NORM: StatisticId = StatisticId::new("output.norm");
-/// `sum_t |f_t|^2`.
-pub const OUTPUT_SQUARE: StatisticId = StatisticId::new("output.square");
-/// `sum_t g_t |f_t|` with [`Gate::AsApplied`].
-pub const OUTPUT_APPLIED: StatisticId = StatisticId::new("output.norm_applied");
-/// `sum_t g_t^2 |f_t|` with [`Gate::AsApplied`].
-pub const OUTPUT_APPLIED_SQUARE: StatisticId = StatisticId::new("output.norm_applied_square");
-/// `sum_t g_t |f_t|` with [`Gate::Renormalised`].
-pub const OUTPUT_RENORMALISED: StatisticId = StatisticId::new("output.norm_renormalised");
-/// `sum_t g_t^2 |f_t|` with [`Gate::Renormalised`].
-pub const OUTPUT_RENORMALISED_SQUARE: StatisticId = StatisticId::new("output.norm_renormalised_square");
-/// `sum_t g_t |f_t|` with [`Gate::Softmax`].
-pub const OUTPUT_SOFTMAX: StatisticId = StatisticId::new("output.norm_softmax");
-/// `sum_t g_t^2 |f_t|` with [`Gate::Softmax`].
-pub const OUTPUT_SOFTMAX_SQUARE: StatisticId = StatisticId::new("output.norm_softmax_square");
-/// `sum_t g_t |f_t| (1 - cos(x_t, f_t))` with [`Gate::AsApplied`] and the expert's input x.
-pub const OUTPUT_TURN: StatisticId = StatisticId::new("output.turn");
-/// `max_t max_h |f_t[h]|`, folded by the larger one.
-pub const OUTPUT_MAX: StatisticId = StatisticId::new("output.max");
-/// `max |f_t[h]|` over the first routed token of each sequence only.
-pub const OUTPUT_FIRST_MAX: StatisticId = StatisticId::new("output.first_max");
-/// Count, mean `[H]` and summed squared deviations `[H]` of f, a vector of [`Extent::Moments`] per expert.
-pub const OUTPUT_MOMENTS: StatisticId = StatisticId::new("output.moments");
 
 pub(super) const PROVIDED: &[StatisticId] = &[
     OUTPUT_NORM,

@@ -4,14 +4,10 @@ use moe_checkpoint::{Fold, Statistics};
 use moe_core::kernels::reduce::row_square_norms;
 use moe_core::trace::{ExpertTrace, Signals};
 
-use super::{Collector, StatisticId, StatisticSpec, outputs, units};
+use super::{Collector, outputs, units};
 use crate::Result;
 use crate::kernels::unit_sums::{Term, UnitMatrices, unit_sums};
-
-/// `sum_t <c_tj, f_t> / |f_t|`: see [`Projection`].
-pub const PROJECTION: StatisticId = StatisticId::new("projection.sum");
-/// `sum_t g_t <c_tj, f_t> / |f_t|` with the routing weight g as the model applies it.
-pub const PROJECTION_WEIGHTED: StatisticId = StatisticId::new("projection.weighted");
+use crate::statistics::{PROJECTION, PROJECTION_WEIGHTED, StatisticId, StatisticSpec};
 
 pub(super) const PROVIDED: &[StatisticId] = &[PROJECTION, PROJECTION_WEIGHTED];
 

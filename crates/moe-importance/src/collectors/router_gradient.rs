@@ -4,15 +4,11 @@ use moe_checkpoint::{ArrayKind, Extent, Fold, Statistics};
 use moe_core::host;
 use moe_core::trace::{RouterGradients, Signals};
 
-use super::{Collector, StatisticId, StatisticSpec};
+use super::Collector;
 use crate::Result;
-
-/// Per expert, the mean absolute gradient of its router row, summed over sequences.
-pub const ROUTER_GRADIENT_ABS: StatisticId = StatisticId::new("router_gradient.abs");
-/// Per expert, the summed squared gradients of its router row, summed over sequences.
-pub const ROUTER_GRADIENT_SQUARE: StatisticId = StatisticId::new("router_gradient.square");
-/// Per expert, the squared gradients of its router row `[H]`, summed over sequences.
-pub const ROUTER_GRADIENT_SQUARES: StatisticId = StatisticId::new("router_gradient.squares");
+use crate::statistics::{
+    ROUTER_GRADIENT_ABS, ROUTER_GRADIENT_SQUARE, ROUTER_GRADIENT_SQUARES, StatisticId, StatisticSpec,
+};
 
 pub(super) const PROVIDED: &[StatisticId] = &[ROUTER_GRADIENT_ABS, ROUTER_GRADIENT_SQUARE, ROUTER_GRADIENT_SQUARES];
 

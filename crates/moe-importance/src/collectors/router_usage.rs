@@ -4,23 +4,13 @@ use moe_checkpoint::{Fold, Statistics};
 use moe_core::trace::{LayerTrace, Signals};
 use rayon::prelude::*;
 
-use super::{Collector, StatisticId, StatisticSpec};
+use super::Collector;
 use crate::Result;
 use crate::kernels::softmax::softmax;
-
-/// Per expert, its softmax probability over *all* experts, summed over *all* tokens, routed to it or not: what the router
-/// prefers, whatever the model makes of it (top-k, renormalisation, sigmoid).
-///
-/// Source: the expert-drop baseline shipped with HectorHHZ/Less-is-MoE (arXiv 2606.05538).
-pub const ROUTER_PROBABILITY: StatisticId = StatisticId::new("routing.probability");
-/// Per expert, the sum over waves of the sign of its usage minus the mean usage of the layer's experts.
-pub const BIAS_WAVE_MEAN: StatisticId = StatisticId::new("routing.bias_wave_mean");
-/// As [`BIAS_WAVE_MEAN`], around the median usage.
-pub const BIAS_WAVE_MEDIAN: StatisticId = StatisticId::new("routing.bias_wave_median");
-/// As [`BIAS_WAVE_MEAN`], one sign per sequence.
-pub const BIAS_SEQUENCE_MEAN: StatisticId = StatisticId::new("routing.bias_sequence_mean");
-/// As [`BIAS_SEQUENCE_MEAN`], around the median usage.
-pub const BIAS_SEQUENCE_MEDIAN: StatisticId = StatisticId::new("routing.bias_sequence_median");
+use crate::statistics::{
+    BIAS_SEQUENCE_MEAN, BIAS_SEQUENCE_MEDIAN, BIAS_WAVE_MEAN, BIAS_WAVE_MEDIAN, ROUTER_PROBABILITY, StatisticId,
+    StatisticSpec,
+};
 
 pub(super) const PROVIDED: &[StatisticId] =
     &[ROUTER_PROBABILITY, BIAS_WAVE_MEAN, BIAS_WAVE_MEDIAN, BIAS_SEQUENCE_MEAN, BIAS_SEQUENCE_MEDIAN];

@@ -3,18 +3,13 @@
 use moe_checkpoint::{Fold, Statistics};
 use moe_core::trace::{LayerTrace, Signals};
 
-use super::gates::{Gate, LayerGates};
-use super::{Collector, StatisticId, StatisticSpec};
+use super::Collector;
+use super::gates::LayerGates;
 use crate::Result;
-
-/// Per expert, the number of tokens routed to it.
-pub const ROUTED_TOKENS: StatisticId = StatisticId::new("routing.tokens");
-/// Per expert, the sum of the routing weights, as the model applies them, over the tokens routed to it.
-pub const ROUTING_WEIGHT: StatisticId = StatisticId::new("routing.weight");
-/// Per expert, the sum of [`Gate::Renormalised`] over the tokens routed to it.
-pub const ROUTING_RENORMALISED: StatisticId = StatisticId::new("routing.renormalised");
-/// Per expert, the sum of [`Gate::Softmax`] over the tokens routed to it.
-pub const ROUTING_SOFTMAX: StatisticId = StatisticId::new("routing.softmax");
+use crate::scorers::Gate;
+use crate::statistics::{
+    ROUTED_TOKENS, ROUTING_RENORMALISED, ROUTING_SOFTMAX, ROUTING_WEIGHT, StatisticId, StatisticSpec,
+};
 
 pub(super) const PROVIDED: &[StatisticId] = &[ROUTED_TOKENS, ROUTING_WEIGHT, ROUTING_RENORMALISED, ROUTING_SOFTMAX];
 

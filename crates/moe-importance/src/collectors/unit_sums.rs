@@ -4,36 +4,13 @@ use moe_checkpoint::{Fold, Statistics};
 use moe_core::kernels::reduce::row_square_norms;
 use moe_core::trace::{ExpertTrace, Signals};
 
-use super::{Collector, StatisticId, StatisticSpec, gradients, units};
+use super::{Collector, gradients, units};
 use crate::Result;
 use crate::kernels::unit_sums::{Term, UnitMatrices, unit_sums};
-
-/// Squared gradients of every token's contribution to a unit's 3H weights, one sample per token, exact:
-///
-/// `sum_t (dg_t[j]^2 + dv_t[j]^2) * |x_t|^2 + u_t[j]^2 * |d_t|^2`
-///
-/// with input `x_t`, gradients `dg_t`, `dv_t` at the gate and up pre-activations and `d_t` at the expert's output (routing
-/// weight included). The gradient of one token with respect to a weight matrix is an outer product, so its squares are
-/// products of squares and no weight gradient is formed.
-///
-/// Source: the squared-gradient criterion of "Less is MoE", arXiv 2606.05538, per token.
-pub const FISHER_TOKEN: StatisticId = StatisticId::new("fisher.token");
-/// `sum_t |u_t[j]|`.
-pub const ACTIVATION_MAGNITUDE: StatisticId = StatisticId::new("activation.magnitude");
-/// `sum_t g_t |u_t[j]|` with the routing weight g as the model applies it.
-pub const ACTIVATION_WEIGHTED: StatisticId = StatisticId::new("activation.magnitude_weighted");
-/// `sum_t g_t^2 |u_t[j]|`.
-pub const ACTIVATION_SQUARE_WEIGHTED: StatisticId = StatisticId::new("activation.magnitude_square_weighted");
-/// `sum_t u_t[j]^2`.
-pub const ACTIVATION_SQUARE: StatisticId = StatisticId::new("activation.square");
-/// `sum_t du_t[j]^2`.
-pub const GRADIENT_SQUARE: StatisticId = StatisticId::new("gradient.square");
-/// `sum_t u_t[j] du_t[j]`.
-pub const TAYLOR_SUM: StatisticId = StatisticId::new("taylor.sum");
-/// `sum_t |u_t[j] du_t[j]|`.
-pub const TAYLOR_MAGNITUDE: StatisticId = StatisticId::new("taylor.magnitude");
-/// `sum_t (u_t[j] du_t[j])^2`.
-pub const TAYLOR_SQUARE: StatisticId = StatisticId::new("taylor.square");
+use crate::statistics::{
+    ACTIVATION_MAGNITUDE, ACTIVATION_SQUARE, ACTIVATION_SQUARE_WEIGHTED, ACTIVATION_WEIGHTED, FISHER_TOKEN,
+    GRADIENT_SQUARE, StatisticId, StatisticSpec, TAYLOR_MAGNITUDE, TAYLOR_SQUARE, TAYLOR_SUM,
+};
 
 /// All of them, in the order in which [`UnitSums`] forms them.
 pub(super) const PROVIDED: &[StatisticId] = &[

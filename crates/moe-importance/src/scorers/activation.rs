@@ -1,13 +1,14 @@
 //! Activation importance.
 
-use moe_checkpoint::{Granularity, Pool, ScoreTable, Statistics};
+use moe_checkpoint::{ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::norms::down_column_squares;
 use super::table::{check_needs, table};
 use super::weights::expert_of_width;
-use super::{Average, ExpertWeightsSource, Scorer, Weighting};
-use crate::collectors::{ACTIVATION_MAGNITUDE, ACTIVATION_SQUARE_WEIGHTED, ACTIVATION_WEIGHTED, ROUTED_TOKENS};
+use super::{Average, ExpertWeightsSource, Needs, Scorer, Weighting};
+use crate::statistics::{ACTIVATION_MAGNITUDE, ACTIVATION_SQUARE_WEIGHTED, ACTIVATION_WEIGHTED, ROUTED_TOKENS};
 use crate::{Result, StatisticId};
 
 /// `mean_t |u_t[j]| * ||down[:,j]||_2`: the mean size of what a unit adds to the expert's output; with
@@ -41,30 +42,22 @@ impl Activation {
 }
 
 impl Scorer for Activation {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "activation"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Unit
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        vec![self.statistic(), ROUTED_TOKENS]
-    }
-
-    fn reads_weights(&self) -> bool {
-        true
+    fn needs(&self) -> Needs {
+        Needs::units([self.statistic(), ROUTED_TOKENS]).additive(self.denominator.additive()).weights(true)
     }
 
     fn score(&self, statistics: &Statistics, weights: &dyn ExpertWeightsSource) -> Result<ScoreTable> {
         check_needs(self, statistics)?;
         let (id, denominator) = (self.statistic(), self.denominator.denominator());
-        table(self, statistics, Granularity::Unit, Pool::Global, denominator, |layer, expert, width| {
+        table(self, statistics, denominator, |layer, expert, width| {
             let tokens = self.denominator.tokens(self, statistics, layer, expert)?;
             let sums = statistics.unit(id.as_str(), layer, expert)?;
             let squares = down_column_squares(&expert_of_width(weights, layer, expert, width)?);

@@ -1,11 +1,12 @@
 //! AIMER's data-free score.
 
-use moe_checkpoint::{Denominator, Granularity, ScoreTable, Statistics};
+use moe_checkpoint::{Denominator, Pool, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::expert_table;
-use super::{ExpertWeightsSource, Scorer};
-use crate::{Result, StatisticId};
+use super::{ExpertWeightsSource, Needs, Scorer};
+use crate::Result;
 
 /// `1 - mean|w| / sqrt(mean w^2)` over all entries of the expert's gate, up and down matrices: 0 for weights of one magnitude,
 /// towards 1 for heavy tails. Needs no data, and a scaled expert scores the same.
@@ -27,24 +28,16 @@ impl Aimer {
 }
 
 impl Scorer for Aimer {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "aimer"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Expert
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        Vec::new()
-    }
-
-    fn reads_weights(&self) -> bool {
-        true
+    fn needs(&self) -> Needs {
+        Needs::experts([]).within(Pool::Layer).weights(true)
     }
 
     fn score(&self, statistics: &Statistics, weights: &dyn ExpertWeightsSource) -> Result<ScoreTable> {

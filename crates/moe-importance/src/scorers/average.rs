@@ -1,12 +1,12 @@
 //! What sums over routed tokens are divided by.
 
-use moe_checkpoint::{Denominator, Statistics};
+use moe_checkpoint::{Denominator, Pool, Statistics};
 use serde::{Deserialize, Serialize};
 
 use super::Scorer;
 use super::table::divisor;
 use crate::Result;
-use crate::collectors::ROUTED_TOKENS;
+use crate::statistics::ROUTED_TOKENS;
 
 /// Over which tokens a sum over routed tokens is averaged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -24,6 +24,14 @@ impl Average {
         match self {
             Self::AllTokens => Denominator::AllTokens,
             Self::RoutedTokens => Denominator::RoutedTokens,
+        }
+    }
+
+    /// Over which pool such means of amounts may be added: means over other tokens for every expert only within an expert.
+    pub(super) fn additive(self) -> Pool {
+        match self {
+            Self::AllTokens => Pool::Global,
+            Self::RoutedTokens => Pool::Expert,
         }
     }
 

@@ -1,11 +1,12 @@
 //! Bias accumulation.
 
-use moe_checkpoint::{Denominator, Granularity, ScoreTable, Statistics};
+use moe_checkpoint::{Denominator, Pool, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::{divisor, expert_table};
-use super::{ExpertWeightsSource, Scorer};
-use crate::collectors::{BIAS_SEQUENCE_MEAN, BIAS_SEQUENCE_MEDIAN, BIAS_WAVE_MEAN, BIAS_WAVE_MEDIAN, ROUTED_TOKENS};
+use super::{ExpertWeightsSource, Needs, Scorer};
+use crate::statistics::{BIAS_SEQUENCE_MEAN, BIAS_SEQUENCE_MEDIAN, BIAS_WAVE_MEAN, BIAS_WAVE_MEDIAN, ROUTED_TOKENS};
 use crate::{Error, Result, StatisticId};
 
 /// What votes once.
@@ -72,24 +73,16 @@ impl Bias {
 }
 
 impl Scorer for Bias {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "bias"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Expert
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        vec![self.statistic(), ROUTED_TOKENS]
-    }
-
-    fn reads_weights(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::experts([self.statistic(), ROUTED_TOKENS]).within(Pool::Layer)
     }
 
     fn validate(&self) -> Result<()> {

@@ -26,11 +26,11 @@ macro_rules! scorers {
         /// // Experts by the sum of the Fisher importance of their units, and units by the REAP score of their expert, those of one
         /// // expert by HEAPr's score.
         /// let fisher: ScorerConfig = serde_json::from_str(r#"{"scorer": "fisher"}"#)?;
-        /// assert_eq!(fisher.into_experts(Reduction::Sum)?.build()?.granularity(), Granularity::Expert);
+        /// assert_eq!(fisher.into_experts(Reduction::Sum)?.build()?.needs().granularity, Granularity::Expert);
         ///
         /// let json = r#"{"scorer": "units", "of": {"scorer": "reap", "gate": "renormalised"}, "tie_breaker": {"scorer": "heapr"}}"#;
         /// let units: ScorerConfig = serde_json::from_str(json)?;
-        /// assert_eq!(units.build()?.granularity(), Granularity::Unit);
+        /// assert_eq!(units.build()?.needs().granularity, Granularity::Unit);
         /// # Ok::<(), Box<dyn std::error::Error>>(())
         /// ```
         #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,6 +57,13 @@ macro_rules! scorers {
                         scorer.validate()?;
                         Ok(Box::new(scorer.clone()))
                     })*
+                }
+            }
+
+            /// Its name in recipes.
+            pub fn name(&self) -> &'static str {
+                match self {
+                    $(Self::$variant(_) => $name,)*
                 }
             }
 
@@ -135,7 +142,7 @@ impl ScorerConfig {
     /// # Errors
     /// As [`ScorerConfig::build`], of both; a tie-breaker that scores experts.
     pub fn into_units(self, tie_breaker: impl Into<ScorerConfig>) -> Result<Self> {
-        if self.build()?.granularity() == moe_checkpoint::Granularity::Unit {
+        if self.build()?.needs().granularity == moe_checkpoint::Granularity::Unit {
             return Ok(self);
         }
         let units = Units::new(self, tie_breaker, Combine::TieBreak);
@@ -146,12 +153,14 @@ impl ScorerConfig {
     /// As a scorer of experts: itself if it is one, otherwise with the scores of an expert's units reduced to one.
     ///
     /// # Errors
-    /// As [`ScorerConfig::build`].
+    /// As [`ScorerConfig::build`]; a sum of scores that are not additive.
     pub fn into_experts(self, reduction: Reduction) -> Result<Self> {
-        if self.build()?.granularity() == moe_checkpoint::Granularity::Expert {
+        if self.build()?.needs().granularity == moe_checkpoint::Granularity::Expert {
             return Ok(self);
         }
-        Ok(Experts::new(self, reduction).into())
+        let experts = Experts::new(self, reduction);
+        experts.validate()?;
+        Ok(experts.into())
     }
 }
 
@@ -171,9 +180,9 @@ impl TryFrom<Value> for ScorerConfig {
     }
 }
 
-/// One line of JSON for a scorer.
-pub(super) fn recipe(config: impl Into<ScorerConfig>) -> String {
-    serde_json::to_string(&config.into()).expect("enums, numbers and strings are always JSON")
+/// A scorer as it stands in recipes.
+pub(super) fn recipe(config: impl Into<ScorerConfig>) -> Value {
+    serde_json::to_value(config.into()).expect("enums, numbers and strings are always JSON")
 }
 
 /// Reads parameters, all of which have defaults. Errors of serde do not name the field of a wrong value, so each field
@@ -207,8 +216,8 @@ mod tests {
             let json = serde_json::to_string(&config).unwrap();
             assert_eq!(serde_json::from_str::<ScorerConfig>(&json).unwrap(), config, "{json}");
             let scorer = config.build().unwrap();
-            assert_eq!(scorer.name(), *name);
-            assert_eq!(scorer.recipe(), json);
+            assert_eq!((scorer.name(), config.name()), (*name, *name));
+            assert_eq!(scorer.recipe().to_string(), json);
         }
     }
 
@@ -261,6 +270,10 @@ mod tests {
                 "scorer `router_score`: field `unit`: found scorer `reap`, expected a scorer of units",
             ),
             (r#"{"scorer": "experts", "of": {"scorer": "reap", "power": 0}}"#, "scorer `reap`: field `power`: found 0"),
+            (
+                r#"{"scorer": "experts", "of": {"scorer": "router_score"}}"#,
+                "scorer `experts`: field `reduction`: found `sum`, expected `mean`, `max` or `top`: scores of `router_score` are not additive",
+            ),
         ] {
             let config: ScorerConfig = serde_json::from_str(json).unwrap();
             let found = config.build().err().unwrap().to_string();
@@ -274,10 +287,10 @@ mod tests {
         for name in ScorerConfig::NAMES {
             let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"scorer": "{name}"}}"#)).unwrap();
             let units = config.clone().into_units(Magnitude::new()).unwrap();
-            assert_eq!(units.build().unwrap().granularity(), moe_checkpoint::Granularity::Unit, "{name}");
+            assert_eq!(units.build().unwrap().needs().granularity, moe_checkpoint::Granularity::Unit, "{name}");
             assert_eq!(units.clone().into_units(Random::new(1)).unwrap(), units);
             let experts = config.clone().into_experts(Reduction::Max).unwrap();
-            assert_eq!(experts.build().unwrap().granularity(), moe_checkpoint::Granularity::Expert, "{name}");
+            assert_eq!(experts.build().unwrap().needs().granularity, moe_checkpoint::Granularity::Expert, "{name}");
             assert!(units == config || experts == config, "{name} is one of both already");
         }
         let reap = ScorerConfig::from(Reap::default());

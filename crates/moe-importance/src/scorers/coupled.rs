@@ -1,12 +1,13 @@
 //! The exact token-wise form of HEAPr's score.
 
-use moe_checkpoint::{Granularity, ScoreTable, Statistics};
+use moe_checkpoint::{ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::unit_means;
-use super::{Average, ExpertWeightsSource, Scorer};
-use crate::collectors::{ROUTED_TOKENS, TAYLOR_SQUARE};
-use crate::{Result, StatisticId};
+use super::{Average, ExpertWeightsSource, Needs, Scorer};
+use crate::Result;
+use crate::statistics::{ROUTED_TOKENS, TAYLOR_SQUARE};
 
 /// `mean_t(u_t[j]^2 (d_t . w_j)^2) = mean_t((u_t[j] du_t[j])^2)`: the mean square of the first-order change of a token's loss
 /// when the unit is zeroed. As [`Heapr`](super::Heapr), but activation and gradient of a token stay together, which its
@@ -27,24 +28,16 @@ impl Coupled {
 }
 
 impl Scorer for Coupled {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "coupled"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Unit
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        vec![TAYLOR_SQUARE, ROUTED_TOKENS]
-    }
-
-    fn reads_weights(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::units([TAYLOR_SQUARE, ROUTED_TOKENS]).additive(self.denominator.additive())
     }
 
     fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> Result<ScoreTable> {

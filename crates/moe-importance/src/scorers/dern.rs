@@ -1,12 +1,13 @@
 //! DERN's expert importance.
 
-use moe_checkpoint::{Granularity, ScoreTable, Statistics};
+use moe_checkpoint::{ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::expert_means;
-use super::{Average, ExpertWeightsSource, Scorer};
-use crate::collectors::{ROUTED_TOKENS, ROUTING_RENORMALISED};
-use crate::{Result, StatisticId};
+use super::{Average, ExpertWeightsSource, Needs, Scorer};
+use crate::Result;
+use crate::statistics::{ROUTED_TOKENS, ROUTING_RENORMALISED};
 
 /// `s_e = (1/N) sum_t [e in the top-k of t] p_t[e]`, with the routing weights p renormalised over the token's top-k and N all
 /// tokens: what DERN drops experts by, and weighs segments with.
@@ -25,24 +26,16 @@ impl Dern {
 }
 
 impl Scorer for Dern {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "dern"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Expert
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        vec![ROUTING_RENORMALISED, ROUTED_TOKENS]
-    }
-
-    fn reads_weights(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::experts([ROUTING_RENORMALISED, ROUTED_TOKENS])
     }
 
     fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> Result<ScoreTable> {

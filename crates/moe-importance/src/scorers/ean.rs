@@ -1,12 +1,13 @@
 //! Expert activation norm.
 
-use moe_checkpoint::{Granularity, ScoreTable, Statistics};
+use moe_checkpoint::{Pool, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::expert_means;
-use super::{Average, ExpertWeightsSource, Scorer};
-use crate::collectors::{OUTPUT_NORM, ROUTED_TOKENS};
-use crate::{Result, StatisticId};
+use super::{Average, ExpertWeightsSource, Needs, Scorer};
+use crate::Result;
+use crate::statistics::{OUTPUT_NORM, ROUTED_TOKENS};
 
 /// EAN: norm `|f_t|` of the expert's output, the routing weight left out. [`Average::AllTokens`] orders as the published sum,
 /// [`Average::RoutedTokens`] is the published mean, which is [`Man`](super::Man) as well.
@@ -28,24 +29,16 @@ impl Ean {
 }
 
 impl Scorer for Ean {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "ean"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Expert
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        vec![OUTPUT_NORM, ROUTED_TOKENS]
-    }
-
-    fn reads_weights(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::experts([OUTPUT_NORM, ROUTED_TOKENS]).within(Pool::Layer).additive(self.denominator.additive())
     }
 
     fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> Result<ScoreTable> {

@@ -1,11 +1,12 @@
 //! ESFT's task relevance of experts.
 
-use moe_checkpoint::{Denominator, Granularity, ScoreTable, Statistics};
+use moe_checkpoint::{Denominator, Pool, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::{divisor, expert_table};
-use super::{ExpertWeightsSource, Scorer};
-use crate::collectors::{ROUTED_TOKENS, ROUTING_WEIGHT};
+use super::{ExpertWeightsSource, Needs, Scorer};
+use crate::statistics::{ROUTED_TOKENS, ROUTING_WEIGHT};
 use crate::{Result, StatisticId};
 
 /// What is shared out.
@@ -47,24 +48,16 @@ impl Esft {
 }
 
 impl Scorer for Esft {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "esft"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Expert
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        vec![self.statistic(), ROUTED_TOKENS]
-    }
-
-    fn reads_weights(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::experts([self.statistic(), ROUTED_TOKENS]).within(Pool::Layer)
     }
 
     fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> Result<ScoreTable> {

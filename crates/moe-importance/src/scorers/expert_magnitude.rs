@@ -1,11 +1,12 @@
 //! Norm of an expert's weights.
 
-use moe_checkpoint::{Denominator, Granularity, ScoreTable, Statistics};
+use moe_checkpoint::{Denominator, Pool, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::expert_table;
-use super::{ExpertWeightsSource, Scorer};
-use crate::{Result, StatisticId};
+use super::{ExpertWeightsSource, Needs, Scorer};
+use crate::Result;
 
 /// `sqrt(sum w^2)` over all entries of the expert's gate, up and down matrices. Needs no data.
 ///
@@ -23,24 +24,16 @@ impl ExpertMagnitude {
 }
 
 impl Scorer for ExpertMagnitude {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "expert_magnitude"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Expert
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        Vec::new()
-    }
-
-    fn reads_weights(&self) -> bool {
-        true
+    fn needs(&self) -> Needs {
+        Needs::experts([]).additive(Pool::Global).weights(true)
     }
 
     fn score(&self, statistics: &Statistics, weights: &dyn ExpertWeightsSource) -> Result<ScoreTable> {

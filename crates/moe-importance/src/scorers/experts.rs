@@ -2,9 +2,10 @@
 
 use moe_checkpoint::{Granularity, Reduction, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{ExpertWeightsSource, Fisher, Scorer, ScorerConfig};
-use crate::{Result, StatisticId};
+use super::{ExpertWeightsSource, Fisher, Needs, Scorer, ScorerConfig};
+use crate::{Error, Result};
 
 /// Scores of units reduced to one per expert: what makes any unit criterion an expert criterion. The mean of
 /// [`Fisher`] with [`Criterion::Abs`](super::Criterion::Abs), say, is the mean absolute gradient of all expert weights, an
@@ -33,32 +34,45 @@ impl Experts {
 }
 
 impl Scorer for Experts {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "experts"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(self.clone())
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Expert
-    }
-
     fn validate(&self) -> Result<()> {
-        self.of.build().map(drop)
+        let of = self.of.build()?;
+        let needs = of.needs();
+        if needs.granularity == Granularity::Unit && self.reduction == Reduction::Sum && needs.additive.is_none() {
+            return Err(Error::InvalidField {
+                scorer: self.name().into(),
+                field: "reduction".into(),
+                reason: format!(
+                    "found `sum`, expected `mean`, `max` or `top`: scores of `{}` are not additive",
+                    of.name()
+                ),
+            });
+        }
+        Ok(())
     }
 
-    fn needs(&self) -> Vec<StatisticId> {
-        self.of.build().map(|scorer| scorer.needs()).unwrap_or_default()
-    }
-
-    fn reads_weights(&self) -> bool {
-        self.of.build().is_ok_and(|scorer| scorer.reads_weights())
+    fn needs(&self) -> Needs {
+        // Parameters that do not build are refused by `validate`, not here.
+        let of = self.of.build().map_or_else(|_| Needs::experts([]), |of| of.needs());
+        if of.granularity == Granularity::Expert {
+            return of;
+        }
+        let experts = Needs::experts(of.statistics).within(of.pool).weights(of.weights);
+        match of.additive.filter(|_| self.reduction == Reduction::Sum) {
+            Some(pool) => experts.additive(pool),
+            None => experts,
+        }
     }
 
     fn score(&self, statistics: &Statistics, weights: &dyn ExpertWeightsSource) -> Result<ScoreTable> {
         let table = self.of.build()?.score(statistics, weights)?.to_experts(self.reduction)?;
-        Ok(ScoreTable { scorer: self.recipe(), ..table })
+        Ok(ScoreTable { scorer: self.recipe().to_string(), ..table })
     }
 }

@@ -1,11 +1,12 @@
 //! Fisher importance.
 
-use moe_checkpoint::{Denominator, Granularity, Pool, ScoreTable, Statistics};
+use moe_checkpoint::{Denominator, Pool, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::{check_needs, divisor, table};
-use super::{ExpertWeightsSource, Scorer};
-use crate::collectors::{FISHER_ABS, FISHER_SEQUENCE, FISHER_TOKEN, ROUTED_TOKENS};
+use super::{ExpertWeightsSource, Needs, Scorer};
+use crate::statistics::{FISHER_ABS, FISHER_SEQUENCE, FISHER_TOKEN, ROUTED_TOKENS};
 use crate::{Result, StatisticId};
 
 /// Which function of the gradients is averaged, and over what. Two published things carry the name Fisher-MoE: the
@@ -53,24 +54,16 @@ impl Fisher {
 }
 
 impl Scorer for Fisher {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "fisher"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Unit
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        vec![self.statistic(), ROUTED_TOKENS]
-    }
-
-    fn reads_weights(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::units([self.statistic(), ROUTED_TOKENS]).additive(Pool::Global)
     }
 
     fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> Result<ScoreTable> {
@@ -82,7 +75,7 @@ impl Scorer for Fisher {
             }
         };
         let id = self.statistic();
-        table(self, statistics, Granularity::Unit, Pool::Global, denominator, |layer, expert, _| {
+        table(self, statistics, denominator, |layer, expert, _| {
             Ok(statistics.unit(id.as_str(), layer, expert)?.iter().map(|sum| sum / n).collect())
         })
     }

@@ -1,12 +1,13 @@
 //! HEAPr's unit score.
 
-use moe_checkpoint::{Granularity, Pool, ScoreTable, Statistics};
+use moe_checkpoint::{ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::{check_needs, table};
-use super::{Average, ExpertWeightsSource, Scorer};
-use crate::collectors::{ACTIVATION_SQUARE, GRADIENT_SQUARE, ROUTED_TOKENS};
-use crate::{Result, StatisticId};
+use super::{Average, ExpertWeightsSource, Needs, Scorer};
+use crate::Result;
+use crate::statistics::{ACTIVATION_SQUARE, GRADIENT_SQUARE, ROUTED_TOKENS};
 
 /// HEAPr's importance of atomic experts: `mean_t(u_t[j]^2) * mean_t((d_t . w_j)^2)` over the tokens t routed to the expert,
 /// with unit activations u, the gradient d at the expert's output (routing weight included) and the unit's down column w.
@@ -43,30 +44,22 @@ impl Heapr {
 }
 
 impl Scorer for Heapr {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "heapr"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Unit
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        vec![ACTIVATION_SQUARE, GRADIENT_SQUARE, ROUTED_TOKENS]
-    }
-
-    fn reads_weights(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::units([ACTIVATION_SQUARE, GRADIENT_SQUARE, ROUTED_TOKENS]).additive(self.denominator.additive())
     }
 
     fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> Result<ScoreTable> {
         check_needs(self, statistics)?;
         let denominator = self.denominator.denominator();
-        table(self, statistics, Granularity::Unit, Pool::Global, denominator, |layer, expert, _| {
+        table(self, statistics, denominator, |layer, expert, _| {
             let routed = Average::RoutedTokens.tokens(self, statistics, layer, expert)?;
             let tokens = self.denominator.tokens(self, statistics, layer, expert)?;
             let activations = statistics.unit(ACTIVATION_SQUARE.as_str(), layer, expert)?;

@@ -1,13 +1,14 @@
 //! Magnitude importance.
 
-use moe_checkpoint::{Denominator, Granularity, Pool, ScoreTable, Statistics};
+use moe_checkpoint::{Denominator, Pool, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::norms::{down_column_squares, row_squares};
 use super::table::table;
 use super::weights::expert_of_width;
-use super::{ExpertWeightsSource, Scorer};
-use crate::{Result, StatisticId};
+use super::{ExpertWeightsSource, Needs, Scorer};
+use crate::Result;
 
 /// `sqrt(||gate[j,:]||^2 + ||up[j,:]||^2 + ||down[:,j]||^2)`: the norm of a unit's weights. Needs no data.
 ///
@@ -26,28 +27,20 @@ impl Magnitude {
 }
 
 impl Scorer for Magnitude {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "magnitude"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Unit
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        Vec::new()
-    }
-
-    fn reads_weights(&self) -> bool {
-        true
+    fn needs(&self) -> Needs {
+        Needs::units([]).additive(Pool::Global).weights(true)
     }
 
     fn score(&self, statistics: &Statistics, weights: &dyn ExpertWeightsSource) -> Result<ScoreTable> {
-        table(self, statistics, Granularity::Unit, Pool::Global, Denominator::None, |layer, expert, width| {
+        table(self, statistics, Denominator::None, |layer, expert, width| {
             let weights = expert_of_width(weights, layer, expert, width)?;
             let down = down_column_squares(&weights);
             let rows = row_squares(&weights.gate, weights.hidden).zip(row_squares(&weights.up, weights.hidden));

@@ -1,11 +1,12 @@
 //! Mean activation norm, plain or squared.
 
-use moe_checkpoint::{Granularity, ScoreTable, Statistics};
+use moe_checkpoint::{Pool, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::expert_means;
-use super::{Average, ExpertWeightsSource, Scorer};
-use crate::collectors::{OUTPUT_NORM, OUTPUT_SQUARE, ROUTED_TOKENS};
+use super::{Average, ExpertWeightsSource, Needs, Scorer};
+use crate::statistics::{OUTPUT_NORM, OUTPUT_SQUARE, ROUTED_TOKENS};
 use crate::{Result, StatisticId};
 
 /// MAN: `mean_t |f_t|` over the tokens routed to the expert, the gate left out; MSAN: the mean of its square.
@@ -31,24 +32,16 @@ impl Man {
 }
 
 impl Scorer for Man {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "man"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Expert
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        vec![self.statistic(), ROUTED_TOKENS]
-    }
-
-    fn reads_weights(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::experts([self.statistic(), ROUTED_TOKENS]).within(Pool::Layer)
     }
 
     fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> Result<ScoreTable> {

@@ -1,12 +1,13 @@
 //! MoNE's fusion score.
 
-use moe_checkpoint::{Denominator, Extent, Granularity, ScoreTable, Statistics};
+use moe_checkpoint::{Denominator, Extent, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::{divisor, expert_table};
-use super::{ExpertWeightsSource, Scorer};
-use crate::collectors::{OUTPUT_MOMENTS, ROUTED_TOKENS, ROUTING_WEIGHT};
-use crate::{Result, StatisticId};
+use super::{ExpertWeightsSource, Needs, Scorer};
+use crate::Result;
+use crate::statistics::{OUTPUT_MOMENTS, ROUTED_TOKENS, ROUTING_WEIGHT};
 
 /// Spread of the expert's output times its routing score: `|sd_t(f_t)|_2 * (1/T) sum_t g_t`, with the standard deviation of each
 /// output element over the tokens routed to the expert, and the routing weight g, 0 where the expert is not selected, averaged
@@ -30,24 +31,16 @@ impl Mone {
 }
 
 impl Scorer for Mone {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "mone"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Expert
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        vec![OUTPUT_MOMENTS, ROUTING_WEIGHT, ROUTED_TOKENS]
-    }
-
-    fn reads_weights(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::experts([OUTPUT_MOMENTS, ROUTING_WEIGHT, ROUTED_TOKENS])
     }
 
     fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> Result<ScoreTable> {

@@ -1,11 +1,12 @@
 //! TENP's unit score.
 
-use moe_checkpoint::{Granularity, ScoreTable, Statistics};
+use moe_checkpoint::{ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::unit_means;
-use super::{Average, ExpertWeightsSource, Scorer, Weighting};
-use crate::collectors::{PROJECTION, PROJECTION_WEIGHTED, ROUTED_TOKENS};
+use super::{Average, ExpertWeightsSource, Needs, Scorer, Weighting};
+use crate::statistics::{PROJECTION, PROJECTION_WEIGHTED, ROUTED_TOKENS};
 use crate::{Error, Result, StatisticId};
 
 /// `mean_t <c_tj, f_t> / |f_t|`: how far the unit's part `c_tj = u_t[j] w_j` of the expert's output `f_t` points along the whole. A
@@ -40,24 +41,16 @@ impl Projection {
 }
 
 impl Scorer for Projection {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "projection"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Unit
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        vec![self.statistic(), ROUTED_TOKENS]
-    }
-
-    fn reads_weights(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::units([self.statistic(), ROUTED_TOKENS]).additive(self.denominator.additive())
     }
 
     fn validate(&self) -> Result<()> {

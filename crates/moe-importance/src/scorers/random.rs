@@ -1,13 +1,14 @@
 //! Random scores, the control.
 
-use moe_checkpoint::{Denominator, Granularity, Pool, ScoreTable, Statistics};
+use moe_checkpoint::{Denominator, Pool, ScoreTable, Statistics};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::table;
-use super::{ExpertWeightsSource, Scorer};
-use crate::{Result, StatisticId};
+use super::{ExpertWeightsSource, Needs, Scorer};
+use crate::Result;
 
 /// Uniform in `[0, 1)`: the control that every comparison needs. A unit's score depends on the seed, its layer, expert
 /// and index alone, and is the same on every machine.
@@ -27,28 +28,20 @@ impl Random {
 }
 
 impl Scorer for Random {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "random"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Unit
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        Vec::new()
-    }
-
-    fn reads_weights(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::units([]).additive(Pool::Global)
     }
 
     fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> Result<ScoreTable> {
-        table(self, statistics, Granularity::Unit, Pool::Global, Denominator::None, |layer, expert, width| {
+        table(self, statistics, Denominator::None, |layer, expert, width| {
             let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
             // One stream per expert: no order of experts, layers or threads is involved.
             rng.set_stream(((layer as u64) << 32) | expert as u64);

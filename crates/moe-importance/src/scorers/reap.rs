@@ -1,14 +1,12 @@
 //! REAP's expert score.
 
-use moe_checkpoint::{Granularity, ScoreTable, Statistics};
+use moe_checkpoint::{Pool, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::expert_means;
-use super::{Average, ExpertWeightsSource, Scorer};
-use crate::collectors::{
-    Gate, OUTPUT_APPLIED, OUTPUT_APPLIED_SQUARE, OUTPUT_RENORMALISED, OUTPUT_RENORMALISED_SQUARE, OUTPUT_SOFTMAX,
-    OUTPUT_SOFTMAX_SQUARE, ROUTED_TOKENS,
-};
+use super::{Average, ExpertWeightsSource, Gate, Needs, Scorer};
+use crate::statistics::ROUTED_TOKENS;
 use crate::{Error, Result, StatisticId};
 
 /// Router-weighted expert activation: `mean_t g_t |f_t|` over the tokens t routed to the expert.
@@ -18,7 +16,7 @@ use crate::{Error, Result, StatisticId};
 /// renormalises. The released REAM code (arXiv 2604.04356) multiplies by the plain softmax twice: [`Gate::Softmax`] with a
 /// power of 2. [`Average::AllTokens`] gives the published alternative `sum g |f|`.
 ///
-/// Published as a comparison within layers; raw values are compared over the model if a user asks for that.
+/// Published as a comparison within layers, and the table says so: norms of outputs grow with the depth of a layer.
 ///
 /// Source: arXiv 2510.13999.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -46,36 +44,21 @@ impl Reap {
     }
 
     fn statistic(&self) -> StatisticId {
-        match (self.gate, self.power) {
-            (Gate::AsApplied, 2) => OUTPUT_APPLIED_SQUARE,
-            (Gate::AsApplied, _) => OUTPUT_APPLIED,
-            (Gate::Renormalised, 2) => OUTPUT_RENORMALISED_SQUARE,
-            (Gate::Renormalised, _) => OUTPUT_RENORMALISED,
-            (Gate::Softmax, 2) => OUTPUT_SOFTMAX_SQUARE,
-            (Gate::Softmax, _) => OUTPUT_SOFTMAX,
-        }
+        self.gate.output_norm(self.power == 2)
     }
 }
 
 impl Scorer for Reap {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "reap"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Expert
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        vec![self.statistic(), ROUTED_TOKENS]
-    }
-
-    fn reads_weights(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::experts([self.statistic(), ROUTED_TOKENS]).within(Pool::Layer).additive(self.denominator.additive())
     }
 
     fn validate(&self) -> Result<()> {

@@ -2,11 +2,12 @@
 
 use moe_checkpoint::{Granularity, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::table::expert_means;
-use super::units::{combine_tables, needs_of, nested};
-use super::{Average, Combine, ExpertWeightsSource, Magnitude, Scorer, ScorerConfig};
-use crate::collectors::{ROUTED_TOKENS, ROUTER_PROBABILITY, ROUTING_WEIGHT};
+use super::table::expert_means_as;
+use super::units::{combine_tables, combined_needs, nested};
+use super::{Average, Combine, ExpertWeightsSource, Magnitude, Needs, Scorer, ScorerConfig};
+use crate::statistics::{ROUTED_TOKENS, ROUTER_PROBABILITY, ROUTING_WEIGHT};
 use crate::{Result, StatisticId};
 
 /// What of the router is averaged, over all tokens.
@@ -56,42 +57,36 @@ impl RouterScore {
         }
     }
 
+    fn expert_needs(&self) -> Needs {
+        Needs::experts([self.statistic(), ROUTED_TOKENS])
+    }
+
     /// The scores of experts alone, `[experts][1]` per layer.
     ///
     /// # Errors
     /// As [`Scorer::score`].
     pub fn experts(&self, statistics: &Statistics) -> Result<ScoreTable> {
-        expert_means(self, statistics, &self.statistic(), Average::AllTokens)
+        expert_means_as(self, self.expert_needs(), statistics, &self.statistic(), Average::AllTokens)
     }
 }
 
 impl Scorer for RouterScore {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "router_score"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(self.clone())
-    }
-
-    fn granularity(&self) -> Granularity {
-        Granularity::Unit
     }
 
     fn validate(&self) -> Result<()> {
         nested(self, "unit", &self.unit, Granularity::Unit).map(drop)
     }
 
-    fn needs(&self) -> Vec<StatisticId> {
-        let mut needs = vec![self.statistic(), ROUTED_TOKENS];
+    fn needs(&self) -> Needs {
         // A unit scorer that does not build is refused by `validate`, not here.
-        let units = self.unit.build().map(|unit| needs_of(&[unit.as_ref()])).unwrap_or_default();
-        needs.extend(units.into_iter().filter(|id| ![self.statistic(), ROUTED_TOKENS].contains(id)));
-        needs
-    }
-
-    fn reads_weights(&self) -> bool {
-        self.unit.build().is_ok_and(|unit| unit.reads_weights())
+        let units = self.unit.build().map_or_else(|_| Needs::units([]), |unit| unit.needs());
+        combined_needs(self.expert_needs(), units, self.combine)
     }
 
     fn score(&self, statistics: &Statistics, weights: &dyn ExpertWeightsSource) -> Result<ScoreTable> {

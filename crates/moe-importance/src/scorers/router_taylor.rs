@@ -1,12 +1,13 @@
 //! Gradients of an expert's router row.
 
-use moe_checkpoint::{Denominator, Extent, Granularity, ScoreTable, Statistics};
+use moe_checkpoint::{Denominator, Extent, Pool, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::{divisor, expert_table};
-use super::{ExpertWeightsSource, Scorer};
-use crate::collectors::{ROUTED_TOKENS, ROUTER_GRADIENT_ABS, ROUTER_GRADIENT_SQUARE, ROUTER_GRADIENT_SQUARES};
-use crate::{Error, Result, StatisticId};
+use super::{ExpertWeightsSource, Needs, Scorer};
+use crate::statistics::{ROUTED_TOKENS, ROUTER_GRADIENT_ABS, ROUTER_GRADIENT_SQUARE, ROUTER_GRADIENT_SQUARES};
+use crate::{Error, Result};
 
 /// Which function of the gradient G_s of a router row, from sequence s's mean loss, is averaged over sequences.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -43,29 +44,21 @@ impl RouterTaylor {
 }
 
 impl Scorer for RouterTaylor {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "router_taylor"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Expert
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
+    fn needs(&self) -> Needs {
         let gradients = match self.form {
             RouterForm::Taylor => ROUTER_GRADIENT_SQUARES,
             RouterForm::Abs => ROUTER_GRADIENT_ABS,
             RouterForm::Square => ROUTER_GRADIENT_SQUARE,
         };
-        vec![gradients, ROUTED_TOKENS]
-    }
-
-    fn reads_weights(&self) -> bool {
-        self.form == RouterForm::Taylor
+        Needs::experts([gradients, ROUTED_TOKENS]).additive(Pool::Global).weights(self.form == RouterForm::Taylor)
     }
 
     fn score(&self, statistics: &Statistics, weights: &dyn ExpertWeightsSource) -> Result<ScoreTable> {

@@ -1,11 +1,12 @@
 //! Routing weights of an expert.
 
-use moe_checkpoint::{Granularity, ScoreTable, Statistics};
+use moe_checkpoint::{ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::expert_means;
-use super::{Average, ExpertWeightsSource, Scorer};
-use crate::collectors::{Gate, ROUTED_TOKENS, ROUTING_RENORMALISED, ROUTING_SOFTMAX, ROUTING_WEIGHT};
+use super::{Average, ExpertWeightsSource, Gate, Needs, Scorer};
+use crate::statistics::ROUTED_TOKENS;
 use crate::{Result, StatisticId};
 
 /// Routing weight of an expert over the tokens routed to it: with [`Average::AllTokens`] it orders as the sum, with
@@ -30,33 +31,21 @@ impl RoutingWeight {
     }
 
     fn statistic(&self) -> StatisticId {
-        match self.gate {
-            Gate::AsApplied => ROUTING_WEIGHT,
-            Gate::Renormalised => ROUTING_RENORMALISED,
-            Gate::Softmax => ROUTING_SOFTMAX,
-        }
+        self.gate.sum()
     }
 }
 
 impl Scorer for RoutingWeight {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "routing_weight"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Expert
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        vec![self.statistic(), ROUTED_TOKENS]
-    }
-
-    fn reads_weights(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::experts([self.statistic(), ROUTED_TOKENS])
     }
 
     fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> Result<ScoreTable> {

@@ -1,11 +1,12 @@
 //! SEER-MoE's heavy hitters.
 
-use moe_checkpoint::{Granularity, ScoreTable, Statistics};
+use moe_checkpoint::{ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::expert_means;
-use super::{Average, ExpertWeightsSource, Scorer};
-use crate::collectors::{ROUTED_TOKENS, ROUTING_WEIGHT};
+use super::{Average, ExpertWeightsSource, Needs, Scorer};
+use crate::statistics::{ROUTED_TOKENS, ROUTING_WEIGHT};
 use crate::{Result, StatisticId};
 
 /// What a routed token adds to the count of its expert.
@@ -47,24 +48,16 @@ impl Seer {
 }
 
 impl Scorer for Seer {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "seer"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Expert
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        vec![self.statistic(), ROUTED_TOKENS]
-    }
-
-    fn reads_weights(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::experts([self.statistic(), ROUTED_TOKENS])
     }
 
     fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> Result<ScoreTable> {

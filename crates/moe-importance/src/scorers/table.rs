@@ -1,15 +1,18 @@
 //! Building score tables.
 
-use moe_checkpoint::{Denominator, Granularity, LayerScores, Pool, ScoreTable, Statistics, collect_in_order};
+use moe_checkpoint::{Denominator, LayerScores, ScoreTable, Statistics, collect_in_order};
 use rayon::prelude::*;
 
-use super::{Average, Scorer};
-use crate::collectors::ROUTED_TOKENS;
+use super::{Average, Needs, Scorer};
+use crate::statistics::ROUTED_TOKENS;
 use crate::{Error, Result, StatisticId};
 
 /// Checks that `statistics` hold what `scorer` needs.
-pub(super) fn check_needs(scorer: &dyn Scorer, statistics: &Statistics) -> Result<()> {
-    match scorer.needs().iter().find(|id| !statistics.contains(id.as_str())) {
+///
+/// # Errors
+/// [`Error::MissingStatistic`] names the first that is missing.
+pub fn check_needs(scorer: &dyn Scorer, statistics: &Statistics) -> Result<()> {
+    match scorer.needs().statistics.iter().find(|id| !statistics.contains(id.as_str())) {
         None => Ok(()),
         Some(id) => Err(Error::MissingStatistic {
             scorer: scorer.name().into(),
@@ -30,16 +33,29 @@ pub(super) fn divisor(scorer: &dyn Scorer, count: u64, counted: &'static str) ->
     }
 }
 
-/// A table of `f(layer, expert, width)`, one value per unit or one per expert, computed in parallel over experts and
-/// checked to be finite.
-pub(super) fn table(
+/// A table of `f(layer, expert, width)`, one value per unit or one per expert as `scorer` declares, computed in parallel over
+/// experts and checked to be finite. `denominator` is what `f` divides by.
+///
+/// # Errors
+/// Those of `f`, of the first expert that has one; [`Error::NonFiniteScore`]; values of another number than there are units.
+pub fn table(
     scorer: &dyn Scorer,
     statistics: &Statistics,
-    granularity: Granularity,
-    pool: Pool,
     denominator: Denominator,
     f: impl Fn(usize, usize, usize) -> Result<Vec<f64>> + Sync,
 ) -> Result<ScoreTable> {
+    table_as(scorer, scorer.needs(), statistics, denominator, f)
+}
+
+/// As [`table`], of what `needs` says instead of the scorer.
+fn table_as(
+    scorer: &dyn Scorer,
+    needs: Needs,
+    statistics: &Statistics,
+    denominator: Denominator,
+    f: impl Fn(usize, usize, usize) -> Result<Vec<f64>> + Sync,
+) -> Result<ScoreTable> {
+    let Needs { granularity, pool, additive, .. } = needs;
     let layers = statistics.shape().layers.iter().map(|layer| {
         let scores = layer.widths.par_iter().enumerate().map(|(expert, width)| {
             let values = f(layer.layer, expert, *width)?;
@@ -62,9 +78,10 @@ pub(super) fn table(
         })
     });
     let table = ScoreTable {
-        scorer: scorer.recipe(),
+        scorer: scorer.recipe().to_string(),
         granularity,
         pool,
+        additive,
         denominator,
         layers: layers.collect::<Result<_>>()?,
         provenance: statistics.provenance().clone(),
@@ -81,9 +98,7 @@ pub(super) fn expert_table(
     f: impl Fn(usize, usize) -> Result<f64> + Sync,
 ) -> Result<ScoreTable> {
     check_needs(scorer, statistics)?;
-    table(scorer, statistics, Granularity::Expert, Pool::Global, denominator, |layer, expert, _| {
-        Ok(vec![f(layer, expert)?])
-    })
+    table(scorer, statistics, denominator, |layer, expert, _| Ok(vec![f(layer, expert)?]))
 }
 
 /// Averages of a statistic with a value per expert.
@@ -93,9 +108,21 @@ pub(super) fn expert_means(
     id: &StatisticId,
     average: Average,
 ) -> Result<ScoreTable> {
-    expert_table(scorer, statistics, average.denominator(), |layer, expert| {
+    expert_means_as(scorer, scorer.needs(), statistics, id, average)
+}
+
+/// As [`expert_means`], for a scorer that makes something else of them: a table of what `needs` says.
+pub(super) fn expert_means_as(
+    scorer: &dyn Scorer,
+    needs: Needs,
+    statistics: &Statistics,
+    id: &StatisticId,
+    average: Average,
+) -> Result<ScoreTable> {
+    check_needs(scorer, statistics)?;
+    table_as(scorer, needs, statistics, average.denominator(), |layer, expert, _| {
         let tokens = average.tokens(scorer, statistics, layer, expert)?;
-        Ok(statistics.expert(id.as_str(), layer)?[expert] / tokens)
+        Ok(vec![statistics.expert(id.as_str(), layer)?[expert] / tokens])
     })
 }
 
@@ -108,7 +135,7 @@ pub(super) fn unit_means(
     f: impl Fn(f64) -> f64 + Sync,
 ) -> Result<ScoreTable> {
     check_needs(scorer, statistics)?;
-    table(scorer, statistics, Granularity::Unit, Pool::Global, average.denominator(), |layer, expert, _| {
+    table(scorer, statistics, average.denominator(), |layer, expert, _| {
         let tokens = average.tokens(scorer, statistics, layer, expert)?;
         Ok(statistics.unit(id.as_str(), layer, expert)?.iter().map(|sum| f(sum / tokens)).collect())
     })

@@ -1,12 +1,13 @@
 //! First-order Taylor importance.
 
-use moe_checkpoint::{Granularity, ScoreTable, Statistics};
+use moe_checkpoint::{ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::unit_means;
-use super::{Average, ExpertWeightsSource, Scorer};
-use crate::collectors::{ROUTED_TOKENS, TAYLOR_MAGNITUDE, TAYLOR_SUM};
-use crate::{Result, StatisticId};
+use super::{Average, ExpertWeightsSource, Needs, Scorer};
+use crate::Result;
+use crate::statistics::{ROUTED_TOKENS, TAYLOR_MAGNITUDE, TAYLOR_SUM};
 
 /// How the first-order changes of single tokens become one number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -43,27 +44,20 @@ impl Taylor {
 }
 
 impl Scorer for Taylor {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "taylor"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Unit
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        match self.form {
-            TaylorForm::Magnitude => vec![TAYLOR_MAGNITUDE, ROUTED_TOKENS],
-            TaylorForm::Sum | TaylorForm::LossIncrease => vec![TAYLOR_SUM, ROUTED_TOKENS],
-        }
-    }
-
-    fn reads_weights(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        let sums = match self.form {
+            TaylorForm::Magnitude => TAYLOR_MAGNITUDE,
+            TaylorForm::Sum | TaylorForm::LossIncrease => TAYLOR_SUM,
+        };
+        Needs::units([sums, ROUTED_TOKENS]).additive(self.denominator.additive())
     }
 
     fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> Result<ScoreTable> {

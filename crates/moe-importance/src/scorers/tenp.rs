@@ -1,12 +1,13 @@
 //! TENP's expert score.
 
-use moe_checkpoint::{Granularity, ScoreTable, Statistics};
+use moe_checkpoint::{Pool, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::expert_means;
-use super::{Average, ExpertWeightsSource, Scorer};
-use crate::collectors::{OUTPUT_TURN, ROUTED_TOKENS};
-use crate::{Result, StatisticId};
+use super::{Average, ExpertWeightsSource, Needs, Scorer};
+use crate::Result;
+use crate::statistics::{OUTPUT_TURN, ROUTED_TOKENS};
 
 /// `sum_t g_t |f_t| (1 - cos(h_t, f_t))` per token: output that turns the hidden state counts, output along it does not.
 ///
@@ -28,24 +29,16 @@ impl Tenp {
 }
 
 impl Scorer for Tenp {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "tenp"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(*self)
     }
 
-    fn granularity(&self) -> Granularity {
-        Granularity::Expert
-    }
-
-    fn needs(&self) -> Vec<StatisticId> {
-        vec![OUTPUT_TURN, ROUTED_TOKENS]
-    }
-
-    fn reads_weights(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::experts([OUTPUT_TURN, ROUTED_TOKENS]).within(Pool::Layer).additive(Pool::Layer)
     }
 
     fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> Result<ScoreTable> {

@@ -2,10 +2,11 @@
 
 use moe_checkpoint::{Granularity, ScoreTable, Statistics};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::table::table;
-use super::{ExpertWeightsSource, Magnitude, Reap, Scorer, ScorerConfig};
-use crate::{Error, Result, StatisticId};
+use super::{ExpertWeightsSource, Magnitude, Needs, Reap, Scorer, ScorerConfig};
+use crate::{Error, Result};
 
 /// How an expert's score becomes scores of its units.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -53,7 +54,7 @@ pub(super) fn nested(
     granularity: Granularity,
 ) -> Result<Box<dyn Scorer>> {
     let scorer = config.build()?;
-    if scorer.granularity() == granularity {
+    if scorer.needs().granularity == granularity {
         return Ok(scorer);
     }
     let expected = if granularity == Granularity::Unit { "units" } else { "experts" };
@@ -64,15 +65,17 @@ pub(super) fn nested(
     })
 }
 
-/// What two scorers need, each once.
-pub(super) fn needs_of(scorers: &[&dyn Scorer]) -> Vec<StatisticId> {
-    let mut needs: Vec<StatisticId> = Vec::new();
-    for id in scorers.iter().flat_map(|scorer| scorer.needs()) {
-        if !needs.contains(&id) {
-            needs.push(id);
-        }
+/// What scores of units need that come from scores of experts and of units below them, and what they are good for.
+pub(super) fn combined_needs(experts: Needs, units: Needs, combine: Combine) -> Needs {
+    let mut statistics = experts.statistics;
+    statistics.extend(units.statistics.into_iter().filter(|id| !statistics.contains(id)).collect::<Vec<_>>());
+    let needs = Needs::units(statistics).weights(experts.weights || units.weights);
+    match (combine, units.additive) {
+        // Ranks say which is more, not how much.
+        (Combine::TieBreak, _) => needs.within(experts.pool),
+        (Combine::Multiply, Some(pool)) => needs.within(experts.pool.min(units.pool)).additive(pool),
+        (Combine::Multiply, None) => needs.within(experts.pool.min(units.pool)),
     }
-    needs
 }
 
 /// Unit scores from a table of experts and a table of units, as those of `scorer`.
@@ -85,29 +88,24 @@ pub(super) fn combine_tables(
 ) -> Result<ScoreTable> {
     if combine == Combine::TieBreak {
         let table = ScoreTable::broadcast(experts, units)?;
-        return Ok(ScoreTable { scorer: scorer.recipe(), ..table });
+        return Ok(ScoreTable { scorer: scorer.recipe().to_string(), ..table });
     }
     let values = |table: &ScoreTable, layer: usize, expert: usize| {
         table.layer(layer).map(|l| l.scores[expert].clone()).unwrap_or_default()
     };
-    let pool = experts.pool.min(units.pool);
-    table(scorer, statistics, Granularity::Unit, pool, experts.denominator, |layer, expert, _| {
+    table(scorer, statistics, experts.denominator, |layer, expert, _| {
         let factor = f64::from(values(experts, layer, expert)[0]);
         Ok(values(units, layer, expert).into_iter().map(|unit| factor * f64::from(unit)).collect())
     })
 }
 
 impl Scorer for Units {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "units"
     }
 
-    fn recipe(&self) -> String {
+    fn recipe(&self) -> Value {
         super::config::recipe(self.clone())
-    }
-
-    fn granularity(&self) -> Granularity {
-        Granularity::Unit
     }
 
     fn validate(&self) -> Result<()> {
@@ -116,14 +114,10 @@ impl Scorer for Units {
         Ok(())
     }
 
-    fn needs(&self) -> Vec<StatisticId> {
+    fn needs(&self) -> Needs {
         // Parameters that do not build are refused by `validate`, not here.
-        let nested = [&self.of, &self.tie_breaker].map(|config| config.build().ok());
-        needs_of(&nested.iter().flatten().map(AsRef::as_ref).collect::<Vec<_>>())
-    }
-
-    fn reads_weights(&self) -> bool {
-        [&self.of, &self.tie_breaker].iter().any(|config| config.build().is_ok_and(|scorer| scorer.reads_weights()))
+        let of = |config: &ScorerConfig, none: Needs| config.build().map_or(none, |scorer| scorer.needs());
+        combined_needs(of(&self.of, Needs::experts([])), of(&self.tie_breaker, Needs::units([])), self.combine)
     }
 
     fn score(&self, statistics: &Statistics, weights: &dyn ExpertWeightsSource) -> Result<ScoreTable> {

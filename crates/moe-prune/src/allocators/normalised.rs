@@ -8,7 +8,8 @@ use crate::ranking::{Queue, compare, queues};
 use crate::{Error, Result};
 
 /// All units (or experts) of the model compete by normalised scores. The order within a layer stays; the scores need not be
-/// comparable between layers.
+/// comparable between layers. Where they become shares of a sum, they must be additive within a layer
+/// ([`ScoreTable::additive`](moe_checkpoint::ScoreTable::additive)).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Normalised {
@@ -43,6 +44,9 @@ pub enum Normalisation {
 impl Allocator for Normalised {
     fn allocate(&self, request: &AllocationRequest<'_>) -> Result<Allocation> {
         request.validate(Pool::Layer)?;
+        if self.by.adds() {
+            request.validate_sums("the normalisation by a share of the layer", Pool::Layer)?;
+        }
         let mut queues = queues(request)?;
         for layer in &mut queues {
             self.by.apply(layer)?;
@@ -52,6 +56,14 @@ impl Allocator for Normalised {
 }
 
 impl Normalisation {
+    /// Whether scores of a layer are added up to shares of their sum. A mean or the largest only sets the scale.
+    fn adds(self) -> bool {
+        match self {
+            Self::Lamp | Self::LampOfSquares | Self::Sum | Self::Coverage => true,
+            Self::Mean | Self::Max => false,
+        }
+    }
+
     fn apply(self, layer: &mut [Queue]) -> Result<()> {
         let number = layer.first().map_or(0, |queue| queue.layer);
         let mut values: Vec<&mut f64> = layer.iter_mut().flat_map(|queue| queue.values_mut()).collect();
@@ -109,6 +121,7 @@ mod tests {
             scorer: "{}".into(),
             granularity: Granularity::Unit,
             pool: Pool::Layer,
+            additive: Some(Pool::Layer),
             denominator: Denominator::None,
             layers: vec![LayerScores { layer: 0, scores: vec![scores.to_vec()], routed: None }],
             provenance: Provenance::new("", "", "{}"),

@@ -84,6 +84,9 @@ impl Allocator for RateDistortion {
             CurveSource::Scores => Pool::Global,
             _ => self.within.pool(),
         })?;
+        if self.curves == CurveSource::Scores {
+            request.validate_sums("a distortion curve of scores", Pool::Global)?;
+        }
         let problem = Problem::new(request, self.within)?;
         let (start, values, statistic) = match &self.curves {
             CurveSource::Scores => {

@@ -156,7 +156,7 @@ impl Allocator for Rco {
 /// The request's table with logits for scores.
 fn as_scores(request: &AllocationRequest<'_>, logits: &[f64]) -> ScoreTable {
     let mut table = request.scores.clone();
-    table.pool = Pool::Global;
+    (table.pool, table.additive) = (Pool::Global, None);
     let scores = table.layers.iter_mut().flat_map(|layer| &mut layer.scores);
     scores.zip(logits).for_each(|(score, logit)| *score = vec![*logit as f32]);
     table

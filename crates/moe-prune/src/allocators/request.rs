@@ -131,6 +131,17 @@ impl AllocationRequest<'_> {
         Ok(())
     }
 
+    /// Checks that scores may be added over `pool`, for `what` adds them.
+    ///
+    /// # Errors
+    /// [`Error::NotAdditive`].
+    pub fn validate_sums(&self, what: &'static str, pool: Pool) -> Result<()> {
+        match self.scores.adds_up(pool) {
+            true => Ok(()),
+            false => Err(Error::NotAdditive { what, wanted: pool, supported: self.scores.additive }),
+        }
+    }
+
     fn validate_limits(&self) -> Result<()> {
         let invalid = |field, found: String, expected: String| Err(Error::InvalidParameter { field, found, expected });
         match self.limits {

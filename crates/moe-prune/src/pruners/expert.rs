@@ -26,6 +26,7 @@ use crate::{Allocation, Result};
 ///     scorer: "{}".into(),
 ///     granularity: Granularity::Expert,
 ///     pool: Pool::Layer,
+///     additive: None,
 ///     denominator: Denominator::None,
 ///     layers: vec![LayerScores { layer: 0, scores, routed: None }],
 ///     provenance: Provenance::new("model", "data", "{}"),

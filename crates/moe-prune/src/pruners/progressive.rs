@@ -22,6 +22,7 @@ use crate::{Budget, Error, PrunePlan, Result};
 ///     scorer: "{}".into(),
 ///     granularity: Granularity::Unit,
 ///     pool: Pool::Global,
+///     additive: None,
 ///     denominator: Denominator::None,
 ///     layers: vec![LayerScores { layer: 0, scores, routed: None }],
 ///     provenance: Provenance::new("model", "data", "{}"),

@@ -61,6 +61,7 @@ impl FromStr for Scope {
 ///     scorer: "{}".into(),
 ///     granularity: Granularity::Unit,
 ///     pool: Pool::Global,
+///     additive: None,
 ///     denominator: Denominator::None,
 ///     layers: vec![LayerScores { layer: 0, scores: vec![vec![0.1, 0.2], vec![0.9, 0.8]], routed: None }],
 ///     provenance: Provenance::new("model", "data", "{}"),

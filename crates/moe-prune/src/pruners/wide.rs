@@ -100,6 +100,7 @@ mod tests {
             scorer: "{}".into(),
             granularity: Granularity::Unit,
             pool: Pool::Layer,
+            additive: Some(Pool::Layer),
             denominator: Denominator::None,
             layers: (0..layers)
                 .map(|layer| LayerScores {

@@ -19,6 +19,7 @@ pub fn table(granularity: Granularity, scores: &[Vec<Vec<f32>>]) -> ScoreTable {
         scorer: r#"{"type":"synthetic"}"#.into(),
         granularity,
         pool: Pool::Global,
+        additive: Some(Pool::Global),
         denominator: Denominator::None,
         layers: scores.iter().enumerate().map(layer).collect(),
         provenance: Provenance::new("model", "data", "{}"),
