@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// One routed expert of a model: `{"layer":1,"expert":68}` in files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ExpertId {
     /// Decoder layer index.
     pub layer: usize,

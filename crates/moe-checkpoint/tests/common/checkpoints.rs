@@ -50,6 +50,7 @@ pub fn magnitude(checkpoint: &Checkpoint) -> ScoreTable {
         scorer: r#"{"type":"magnitude"}"#.into(),
         granularity: Granularity::Unit,
         pool: Pool::Global,
+        additive: Some(Pool::Global),
         denominator: Denominator::None,
         layers: layers.collect(),
         provenance: Provenance::new(checkpoint.fingerprint(), "", "{}"),
