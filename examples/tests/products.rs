@@ -201,5 +201,5 @@ fn every_scorer_feeds_every_pruner_with_every_allocator() {
         assert!(!too_narrow.contains(name) && !not_additive.contains(name), "{name}: refused");
     }
     assert!(silent > 0, "every expert saw a token: the data is too long for this test");
-    assert!(done + refused > 50 * scorers.len() && done > 4 * refused, "{done} combinations, {refused} refused");
+    assert!(done + refused > 50 * scorers.len() && done > 35 * scorers.len(), "{done} combinations, {refused} refused");
 }

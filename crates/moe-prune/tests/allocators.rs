@@ -344,7 +344,7 @@ fn what_has_to_ask_the_model_says_so() {
     let of_units = AllocationRequest { scores: &of_units, limits, ..request };
     let error = Rco::default().allocate_with(&of_units, &mut probe(2, 4, 4)).unwrap_err().to_string();
     assert!(error.contains("whole experts"), "{error}");
-    let narrow = ScoreTable { pool: Pool::Layer, additive: None, ..scores.clone() };
+    let narrow = ScoreTable { pool: Pool::Layer, additive: Some(Pool::Layer), ..scores.clone() };
     let narrow = AllocationRequest { scores: &narrow, ..request };
     for config in
         [AllocatorConfig::Global(Global::default()), AllocatorConfig::RateDistortion(RateDistortion::default())]
@@ -352,6 +352,35 @@ fn what_has_to_ask_the_model_says_so() {
         assert!(matches!(config.allocate(&narrow), Err(Error::PoolTooNarrow { .. })), "{config:?}");
     }
     normalised(Normalisation::Lamp).allocate(&narrow).unwrap();
+}
+
+#[test]
+fn what_does_not_add_up_is_not_added() {
+    let shape = shape(2, 4, 4);
+    let (scores, none) = (Noise(4).experts(&shape), ProtectionMask::none());
+    let shares = ScoreTable { additive: None, ..scores };
+    let request = experts_request(&shares, &shape, Budget::Ratio(0.5), &none);
+    let sums = [Normalisation::Lamp, Normalisation::LampOfSquares, Normalisation::Sum, Normalisation::Coverage];
+    for config in sums.map(normalised).into_iter().chain([AllocatorConfig::RateDistortion(RateDistortion::default())]) {
+        let error = config.allocate(&request).unwrap_err();
+        assert!(matches!(error, Error::NotAdditive { supported: None, .. }), "{config:?}: {error}");
+    }
+    let error = normalised(Normalisation::Sum).allocate(&request).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "the scores may not be added, but the normalisation by a share of the layer adds them up over one layer"
+    );
+    for by in [Normalisation::Mean, Normalisation::Max] {
+        normalised(by).allocate(&request).unwrap();
+    }
+    let within = ScoreTable { additive: Some(Pool::Layer), ..shares.clone() };
+    let within = AllocationRequest { scores: &within, ..request };
+    normalised(Normalisation::Lamp).allocate(&within).unwrap();
+    let error = RateDistortion::default().allocate(&within).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "the scores may be added within one layer, but a distortion curve of scores adds them up over the whole model"
+    );
 }
 
 #[test]

@@ -289,7 +289,7 @@ fn scopes_need_scores_that_may_be_compared() {
         UnitPruner::new(scope).prune(scores, &shape, Budget::Ratio(0.5), &ProtectionMask::none()).err()
     };
     for (pool, allowed) in [(Pool::Expert, 1), (Pool::Layer, 2), (Pool::Global, 3)] {
-        (scores.pool, scores.additive) = (pool, None);
+        (scores.pool, scores.additive) = (pool, Some(pool));
         for (index, scope) in SCOPES.into_iter().enumerate() {
             let error = refused(&scores, scope);
             assert_eq!(error.is_none(), index < allowed, "{pool:?} {scope}");
