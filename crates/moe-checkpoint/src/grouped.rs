@@ -165,6 +165,27 @@ pub fn grouped_config(config: &Value, sets: &BTreeMap<usize, Vec<u32>>) -> Resul
     Ok(result)
 }
 
+/// The config of a checkpoint, grouped or not, with these sets instead of its own. Where every expert of every layer has a set of
+/// its own and no layer lacks experts, that is the config without grouping.
+///
+/// # Errors
+/// Those of [`grouped_config`] for the result.
+pub fn regrouped_config(config: &Value, sets: &BTreeMap<usize, Vec<u32>>) -> Result<Value> {
+    let original = match Grouped::read(config)? {
+        Some(grouped) => grouped.original,
+        None => config.clone(),
+    };
+    let whole = ModelConfig::from_json(&original, None)?;
+    let own = |(layer, list): (&usize, &Vec<u32>)| {
+        let all = whole.moe(*layer).is_some_and(|moe| moe.num_experts() == list.len());
+        all && list.iter().enumerate().all(|(expert, set)| expert == *set as usize)
+    };
+    match sets.iter().all(own) {
+        true => Ok(original),
+        false => grouped_config(&original, sets),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -198,6 +219,17 @@ mod tests {
         let fewer = grouped_config(&stock(), &sets(&[0, 1, 2])).unwrap();
         assert_eq!(ModelConfig::from_json(&fewer, None).unwrap().moe(1).unwrap().num_experts(), 3);
         assert!(grouped_config(&grouped, &sets(&[0, 1, 0, 2])).unwrap_err().to_string().contains("not grouped yet"));
+    }
+
+    #[test]
+    fn a_config_whose_experts_get_sets_of_their_own_is_not_grouped_any_more() {
+        let grouped = grouped_config(&stock(), &sets(&[0, 1, 0, 2])).unwrap();
+        let some = regrouped_config(&grouped, &sets(&[0, 1, 2, 2])).unwrap();
+        assert_eq!(some["moe_grouped"]["expert_sets"], json!({"1": [0, 1, 2, 2]}));
+        assert_eq!(regrouped_config(&grouped, &sets(&[0, 1, 2, 3])).unwrap(), stock());
+        // Rows of the router are gone: only the grouped config can say so.
+        let fewer = regrouped_config(&grouped, &sets(&[0, 1, 2])).unwrap();
+        assert_eq!(fewer["moe_grouped"]["expert_sets"], json!({"1": [0, 1, 2]}));
     }
 
     #[test]

@@ -76,6 +76,10 @@ impl LinearAdapter for Own {
     fn matrix(&self, _: &Weight) -> Option<Tensor<2>> {
         Some(self.tensor())
     }
+
+    fn digest(&self, add: &mut dyn FnMut(&[u8])) {
+        self.0.get().iter().for_each(|value| add(&value.to_le_bytes()));
+    }
 }
 
 /// `w x + relu(w x) * v x`: depends on its input.
@@ -124,6 +128,8 @@ impl LinearAdapter for Bent {
     fn matrix(&self, _: &Weight) -> Option<Tensor<2>> {
         None
     }
+
+    fn digest(&self, _: &mut dyn FnMut(&[u8])) {}
 }
 
 #[derive(Debug)]

@@ -197,6 +197,27 @@ impl AdapterSet {
         self.linear.iter()
     }
 
+    /// The adapters of the output head, by their rows, in order.
+    pub fn heads(&self) -> impl Iterator<Item = (Range<usize>, &Arc<dyn LinearAdapter>)> {
+        self.head.iter().map(|((start, end), adapter)| (*start..*end, adapter))
+    }
+
+    /// The vectors that have an adapter, in order.
+    pub fn vectors(&self) -> impl Iterator<Item = (&Role, &Arc<dyn VectorAdapter>)> {
+        self.vectors.iter()
+    }
+
+    /// The layers whose experts are modulated, in order.
+    pub fn modulated_layers(&self) -> impl Iterator<Item = usize> {
+        self.modulations.keys().copied()
+    }
+
+    /// What a model still needs beside weights that everything else was folded into; `None` if that is nothing.
+    pub(crate) fn beside_weights(&self) -> Option<Self> {
+        let modulations = self.modulations.clone();
+        (!modulations.is_empty()).then(|| Self { modulations, ..Self::default() })
+    }
+
     /// The first layer whose block has an adapter as a whole.
     pub fn first_block(&self) -> Option<usize> {
         self.blocks.keys().next().copied()

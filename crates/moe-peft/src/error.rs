@@ -55,4 +55,12 @@ impl Error {
     pub(crate) fn input(what: impl ToString, found: impl ToString, expected: impl ToString) -> Self {
         Self::Input { what: what.to_string(), found: found.to_string(), expected: expected.to_string() }
     }
+
+    /// As an error of reading a model that a method makes.
+    pub(crate) fn reading(self) -> moe_checkpoint::Error {
+        match self {
+            Self::Checkpoint(error) => error,
+            other => moe_checkpoint::Error::method(other),
+        }
+    }
 }

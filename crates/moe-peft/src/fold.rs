@@ -1,333 +1,332 @@
-//! Writing a model with what was trained folded into its weights, checkpoint to checkpoint.
+//! Trained values in the weights of a model.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::{collections::BTreeMap, fmt, ops::Range, sync::Arc};
 
-use moe_checkpoint::{
-    Checkpoint, Dtype, Existing, ExpertBlock, OutputDir, RawMatrix, Role, ShardedWriter, TensorSpec, WriterOptions,
-    Written, copy_side_files, encode, write_json,
-};
+use burn::tensor::Device;
+use moe_checkpoint::{Checkpoint, Role, Step};
 use moe_core::{
     Model,
-    adapters::{Adapters, ExpertSite, LinearAdapter, Site},
+    adapters::{Adapters, EmbeddingAdapter, LinearAdapter, Site, VectorAdapter},
     host,
     kernels::weight::Weight,
 };
+use serde_json::json;
 
-use crate::{AdapterSet, Error, Result, trainable_tensors};
+use crate::{
+    AdapterSet, Error, Result,
+    model_weights::tied,
+    parameter_bank::add_values,
+    rewrite::{Layout, NewMatrix, NewRows, Rewrite, Rewritten},
+    trainable_tensors,
+};
 
-/// How the checkpoint is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FoldOptions {
-    /// Most bytes of tensor data per file; a larger tensor gets its own file.
-    pub max_shard_bytes: u64,
-    /// What to do about an output that is there.
-    pub existing: Existing,
+pub use crate::rewrite::Changes;
+
+/// Name of the method in the record of a model.
+pub const FOLD: &str = "fold";
+
+/// A model with the adapters of a set folded in: each `w` is the [matrix](LinearAdapter::matrix) that it is with its adapter, rounded to the
+/// dtype it is stored in.
+///
+/// Everything reads the [model](Folded::model) as it reads a directory: the engine evaluates the very bytes that
+/// [`moe_checkpoint::write`] writes. Matrices are made one at a time when they are asked for; tensors that nothing changed are those of the
+/// base, byte for byte. A quantized base becomes plain floats. Experts that share a set of weights in a grouped checkpoint get sets of
+/// their own where they have adapters.
+///
+/// ```no_run
+/// use std::sync::Arc;
+/// use moe_checkpoint::{Checkpoint, WriteOptions, write};
+/// use moe_peft::{AdapterSet, fold::Folded};
+///
+/// let base = Arc::new(Checkpoint::open("models/Qwen1.5-MoE-A2.7B")?);
+/// let set = AdapterSet::new(); // with what was trained
+/// let folded = Folded::on(&base, &set)?;
+/// write(folded.model(), "out/tuned", &WriteOptions::default())?;
+/// println!("{}", folded.changes()?);
+/// # Ok::<(), moe_peft::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Folded {
+    rewritten: Rewritten,
+    beside: Option<Arc<AdapterSet>>,
+    left_out: Vec<String>,
 }
 
-impl Default for FoldOptions {
-    fn default() -> Self {
-        Self { max_shard_bytes: WriterOptions::default().max_shard_bytes, existing: Existing::Refuse }
+impl fmt::Debug for Folded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Folded").field("model", self.model()).field("left_out", &self.left_out).finish()
     }
 }
 
-/// What was written.
-#[derive(Clone, Debug)]
-pub struct FoldReport {
-    /// Tensors that have other values than those of the base, and the maps that changed them. For a tensor of many experts, each of
-    /// their maps.
-    pub changed: BTreeMap<String, Vec<String>>,
-    /// Maps with an adapter that is, rounded to the dtype of the tensor, the weight it stands beside.
-    pub unchanged: Vec<Site>,
-    /// The files.
-    pub written: Written,
+/// What folding a set will do, as far as that can be told before it is trained.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FoldCheck {
+    /// Bytes of the weights that will be written.
+    pub bytes: u64,
+    /// What somebody might not expect: weights that become plain floats, experts that get sets of their own, what no weight can hold.
+    pub remarks: Vec<String>,
 }
 
-/// What a tensor's new values come from.
-enum Source {
-    Copy,
-    /// Rows of a layer's map from this one on.
-    Rows {
-        site: Site,
-        start: usize,
-    },
-    Vector(Role),
-    Embedding,
-    /// Blocks of rows of the head.
-    Head,
-    Experts {
-        layer: usize,
-        blocks: Vec<(usize, ExpertBlock)>,
-    },
-}
-
-/// Writes `model`'s checkpoint with the adapters of `set` folded in: `w` becomes the [matrix](LinearAdapter::matrix) that it is with its
-/// adapter. Streamed: memory is that of the largest map. Tensors that nothing changed are copied byte for byte, changed ones keep their
-/// dtype; the output appears whole or not at all.
-///
-/// The values must be [settled](crate::Bank::settle).
-///
-/// # Errors
-/// Before anything is written: [`Error::Unsupported`] for an adapter that depends on its input, for a block adapter, and for a quantised
-/// checkpoint; then those of reading and writing.
-pub fn fold(model: &Model, set: &AdapterSet, to: &Path, options: &FoldOptions) -> Result<FoldReport> {
-    let from = model.checkpoint();
-    check(from, set)?;
-    let sources = sources(from, set)?;
-    let specs: Vec<TensorSpec> = from
-        .tensors()
-        .map(|info| TensorSpec { name: info.name.clone(), dtype: info.dtype, shape: info.shape.clone() })
-        .collect();
-    let output = OutputDir::create(to, options.existing)?;
-    let recipe = format!("fold {} {}", from.fingerprint(), digest(set, from.config().vocab_size));
-    let writer_options = WriterOptions { max_shard_bytes: options.max_shard_bytes, recipe };
-    let mut job = Job {
-        model,
-        from,
-        set,
-        writer: ShardedWriter::new(output.path(), writer_options, specs.clone())?,
-        changed: BTreeMap::new(),
-        touched: BTreeSet::new(),
-    };
-    copy_side_files(from.dir(), output.path())?;
-    for spec in &specs {
-        if job.writer.is_finished(&spec.name)? {
-            continue;
+impl Folded {
+    /// Folds `set` into `base`. The values must be [settled](crate::Bank::settle), and stay so as long as the model is used.
+    ///
+    /// # Errors
+    /// Those of [`Folded::check`], and [`Error::Input`] for values that an optimiser has. Later, of reading the model:
+    /// [`moe_checkpoint::Error::Method`] for values that were handed to an optimiser in the meantime, and for numbers that are not finite or
+    /// too large for the dtype they are stored in, naming the tensor.
+    pub fn on(base: &Arc<Checkpoint>, set: &AdapterSet) -> Result<Self> {
+        let plain = base.dequantized()?;
+        foldable(&plain, set)?;
+        if let Some(live) = set.bank().unsettled() {
+            return Err(Error::input(format!("values of {}", live.name()), "with an optimiser", "settled ones"));
         }
-        job.write(spec, sources.get(&spec.name).unwrap_or(&Source::Copy))?;
+        let left_out = left_out(set);
+        let digest = digest(set, plain.config().vocab_size);
+        let maps: Vec<String> = set.sites().map(|(site, _)| site.path()).collect();
+        let summary = format!("what was trained is part of the weights: {} linear maps", maps.len());
+        let recipe = json!({"values": digest, "maps": maps, "left_out": left_out});
+        let rewrite = rewrite(&plain, set)?;
+        let rewritten = rewrite.on(&plain, |_| Step::new(FOLD, &plain, recipe, summary))?;
+        Ok(Self { rewritten, beside: set.beside_weights().map(Arc::new), left_out })
     }
-    let Job { writer, changed, touched, .. } = job;
-    let written = writer.finish()?;
-    write_json(&output.path().join("config.json"), from.raw_config())?;
-    output.commit()?;
-    from.release();
-    let unchanged = set.sites().map(|(site, _)| *site).filter(|site| !touched.contains(site)).collect();
-    Ok(FoldReport { changed, unchanged, written })
+
+    /// Whether a set can be folded into `base`, before it is trained: its values are not read.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for an adapter that depends on its input, for a block adapter, and for a head that is trained apart from the
+    /// embeddings it is tied to; [`Error::Input`] for adapters that do not fit the model; those of reading headers.
+    pub fn check(base: &Arc<Checkpoint>, set: &AdapterSet) -> Result<FoldCheck> {
+        let plain = base.dequantized()?;
+        foldable(&plain, set)?;
+        let layout = Layout::new(&plain, &rewrite(&plain, set)?)?;
+        let mut remarks = Vec::new();
+        if let Some(quantization) = base.quantisation() {
+            remarks.push(format!("the weights, quantized as {quantization:?}, will be written as BF16"));
+        }
+        if !layout.ungrouped.is_empty() {
+            let [before, after] =
+                layout.ungrouped.values().fold([0, 0], |sum, sets| [sum[0] + sets[0], sum[1] + sets[1]]);
+            remarks.push(format!(
+                "experts of {} layers share sets of weights and are trained one by one: {after} sets will be written in place \
+                 of {before}, {} bytes in place of {}",
+                layout.ungrouped.len(),
+                layout.bytes(),
+                base.bytes_on_disk(),
+            ));
+        }
+        remarks.extend(
+            left_out(set).into_iter().map(|what| format!("{what}: no weight can hold it, it stays beside the model")),
+        );
+        Ok(FoldCheck { bytes: layout.bytes(), remarks })
+    }
+
+    /// The model with what was trained.
+    pub fn model(&self) -> &Arc<Checkpoint> {
+        self.rewritten.model()
+    }
+
+    /// The model as it is written, to be run, with what [no weight holds](Changes::left_out) beside it.
+    ///
+    /// # Errors
+    /// Those of [`Model::new`].
+    pub fn run(&self, device: &Device, max_memory: Option<u64>) -> Result<Model> {
+        let model = Model::new(self.model().clone(), device, max_memory)?;
+        match &self.beside {
+            Some(set) => Ok(model.with_adapters(set.clone())?),
+            None => Ok(model),
+        }
+    }
+
+    /// Which tensors have other values than those of the base, which maps are rounded to what they were, and what was left out. Makes all
+    /// new values to compare them.
+    ///
+    /// # Errors
+    /// Those of reading the model.
+    pub fn changes(&self) -> Result<Changes> {
+        Ok(Changes { left_out: self.left_out.clone(), ..self.rewritten.changes()? })
+    }
 }
 
-fn check(from: &Checkpoint, set: &AdapterSet) -> Result<()> {
-    if let Some(quantisation) = from.quantisation() {
-        let what = format!("folding into a checkpoint quantised as {quantisation:?}; write it in bf16 first");
+/// Refuses what no weights can be.
+fn foldable(base: &Checkpoint, set: &AdapterSet) -> Result<()> {
+    let input =
+        |place: String| Err(Error::Unsupported(format!("folding the adapter of {place}: it depends on its input")));
+    if let Some((site, _)) = set.sites().find(|(_, adapter)| !adapter.is_linear()) {
+        return input(site.to_string());
+    }
+    if let Some((rows, _)) = set.heads().find(|(_, adapter)| !adapter.is_linear()) {
+        return input(format!("rows {rows:?} of the output head"));
+    }
+    if let Some(layer) = set.first_block() {
+        let what = format!("folding the adapter of the block of layer {layer}: it decides by its input");
         return Err(Error::Unsupported(what));
     }
-    for (site, adapter) in set.sites() {
-        if !adapter.is_linear() {
-            return Err(Error::Unsupported(format!("folding the adapter of {site}: it depends on its input")));
-        }
+    if set.has_head() && set.embedding().is_none() && tied(base)? {
+        let what = "folding an adapter of the output head into the embeddings, which are the same tensor and have none";
+        return Err(Error::Unsupported(what.into()));
     }
-    match set.first_block() {
-        Some(layer) => Err(Error::Unsupported(format!(
-            "folding the adapter of the block of layer {layer}: it decides by its input"
-        ))),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
-/// A hash of everything the new values depend on but the checkpoint.
+/// What of a set is no weight.
+fn left_out(set: &AdapterSet) -> Vec<String> {
+    set.modulated_layers().map(|layer| format!("factors on the experts of layer {layer}")).collect()
+}
+
+/// A hash of everything that the new values follow from besides the base.
 fn digest(set: &AdapterSet, vocabulary: usize) -> String {
     let mut hasher = blake3::Hasher::new();
-    let mut add = |name: &str, values: &[f32]| {
-        hasher.update(name.as_bytes());
-        for value in values {
-            hasher.update(&value.to_le_bytes());
-        }
+    let mut add = |bytes: &[u8]| drop(hasher.update(bytes));
+    let name = |name: &str, add: &mut dyn FnMut(&[u8])| {
+        add(&(name.len() as u64).to_le_bytes());
+        add(name.as_bytes());
     };
-    for live in set.bank().iter() {
-        add(live.name(), &live.to_vec());
+    for (site, adapter) in set.sites() {
+        name(&site.path(), &mut add);
+        adapter.digest(&mut add);
     }
-    // what stands in for a weight without being trained
-    for (site, adapter) in set.sites().filter(|(_, adapter)| adapter.replaces() && adapter.trained() == 0) {
-        let none = Weight::dense(host::from_vec(vec![], [0, 0], &Default::default()));
-        add(&site.path(), &adapter.matrix(&none).map(host::into_vec).unwrap_or_default());
+    for (rows, adapter) in set.heads() {
+        name(&format!("head {rows:?}"), &mut add);
+        adapter.digest(&mut add);
+    }
+    for (role, adapter) in set.vectors() {
+        name(&format!("{role:?}"), &mut add);
+        add_values(&host::into_vec(adapter.value()), &mut add);
     }
     if let Some(embedding) = set.embedding() {
-        add("embeddings", &embedding.rows(&(0..vocabulary as u32).collect::<Vec<_>>()));
+        name("embeddings", &mut add);
+        let ids: Vec<u32> = (0..vocabulary as u32).collect();
+        ids.chunks(1024).for_each(|ids| add_values(&embedding.rows(ids), &mut add));
     }
     hasher.finalize().to_hex().to_string()
 }
 
-fn sources(from: &Checkpoint, set: &AdapterSet) -> Result<BTreeMap<String, Source>> {
-    let mut sources = BTreeMap::new();
-    let mut expert_layers = BTreeSet::new();
-    for (site, _) in set.sites() {
-        match *site {
-            Site::Layer(layer, map) => {
-                let mut start = 0;
-                for role in trainable_tensors::roles(layer, map) {
-                    let info = from.role(role)?;
-                    sources.insert(info.name.clone(), Source::Rows { site: *site, start });
-                    start += info.shape.first().copied().unwrap_or(0);
-                }
-            }
-            Site::Expert { layer, .. } => {
-                expert_layers.insert(layer);
-            }
+fn rewrite(base: &Checkpoint, set: &AdapterSet) -> Result<Rewrite> {
+    let device = set.bank().iter().next().map(|live| live.device().clone()).unwrap_or_default();
+    let mut maps: BTreeMap<Site, Box<dyn NewMatrix>> = BTreeMap::new();
+    for (site, adapter) in set.sites() {
+        let what = site.to_string();
+        maps.insert(*site, Box::new(Trained { what, adapter: adapter.clone(), device: device.clone() }));
+    }
+    let mut tensors: BTreeMap<String, Box<dyn NewRows>> = BTreeMap::new();
+    let mut left: BTreeMap<Role, Arc<dyn VectorAdapter>> =
+        set.vectors().map(|(role, adapter)| (*role, adapter.clone())).collect();
+    for place in trainable_tensors::vectors(base) {
+        if let Some(adapter) = left.remove(&place.role) {
+            let vector = Vector { role: place.role, adapter };
+            tensors.insert(base.role(place.role)?.name.clone(), Box::new(vector));
         }
     }
-    for layer in expert_layers {
-        let Some(moe) = from.config().moe(layer) else { continue };
-        let layout = from.expert_layout(layer)?;
-        let tensors = layout.tensors(from.shape().hidden_size, &moe.widths, moe.biases);
-        for tensor in tensors.into_iter().flatten() {
-            let name = from.expert_tensor_name(layer, tensor.tensor);
-            sources.insert(name, Source::Experts { layer, blocks: tensor.blocks });
-        }
+    if let Some(role) = left.keys().next() {
+        return Err(Error::input("a trained vector", format!("{role:?}"), "a vector of the model"));
     }
-    for place in trainable_tensors::vectors(from) {
-        if set.vector(place.role).is_some() {
-            sources.insert(from.role(place.role)?.name.clone(), Source::Vector(place.role));
-        }
+    if let Some(embedding) = set.embedding() {
+        tensors.insert(base.role(Role::Embedding)?.name.clone(), Box::new(Embeddings(embedding)));
     }
-    if set.embedding().is_some() {
-        sources.insert(from.role(Role::Embedding)?.name.clone(), Source::Embedding);
+    if set.has_head() && !tied(base)? {
+        let blocks = set.heads().map(|(rows, adapter)| (rows, adapter.clone())).collect();
+        tensors.insert(base.role(Role::LmHead)?.name.clone(), Box::new(Head { blocks, device }));
     }
-    if set.has_head() {
-        let name = from.role(Role::LmHead)?.name.clone();
-        sources.entry(name).or_insert(Source::Head);
-    }
-    Ok(sources)
+    let bank = set.bank().clone();
+    let handed_over = bank.handed_over();
+    let unchanged = move || match bank.handed_over() == handed_over {
+        true => Ok(()),
+        false => Err(Error::input("values that were folded", "values an optimiser had since", "the same values")),
+    };
+    Ok(Rewrite { maps, tensors, unchanged: Box::new(unchanged) })
 }
 
-struct Job<'a> {
-    model: &'a Model,
-    from: &'a Checkpoint,
-    set: &'a AdapterSet,
-    writer: ShardedWriter,
-    changed: BTreeMap<String, Vec<String>>,
-    touched: BTreeSet<Site>,
+/// The matrix that a map is with its adapter.
+struct Trained {
+    what: String,
+    adapter: Arc<dyn LinearAdapter>,
+    device: Device,
 }
 
-impl Job<'_> {
-    fn write(&mut self, spec: &TensorSpec, source: &Source) -> Result<()> {
-        let old = || self.from.tensor_f32(&spec.name);
-        let (what, values) = match source {
-            Source::Copy => return Ok(self.writer.copy(self.from, &spec.name)?),
-            Source::Experts { layer, blocks } => return self.experts(spec, *layer, blocks),
-            Source::Rows { site, start } => {
-                let Some(adapter) = self.set.linear(*site) else { return Ok(self.writer.copy(self.from, &spec.name)?) };
-                let matrix = self.matrix(*site, &*adapter)?;
-                let columns = adapter.dims()[1];
-                let rows: usize = spec.shape.iter().product::<usize>() / columns.max(1);
-                (site.to_string(), matrix[start * columns..(start + rows) * columns].to_vec())
-            }
-            Source::Vector(role) => {
-                let value = self.set.vector(*role).map(|adapter| host::into_vec(adapter.value()));
-                (format!("{role:?}"), value.map_or_else(old, Ok)?)
-            }
-            Source::Embedding => {
-                let ids: Vec<u32> = (0..self.from.config().vocab_size as u32).collect();
-                ("embeddings".into(), self.set.embedding().map_or_else(old, |adapter| Ok(adapter.rows(&ids)))?)
-            }
-            Source::Head => {
-                let mut values = old()?;
-                let columns = self.from.config().hidden_size;
-                for rows in self.model.head_rows() {
-                    if let Some(adapter) = self.set.head(rows.clone()) {
-                        let range = rows.start * columns..rows.end * columns;
-                        let part = values[range.clone()].to_vec();
-                        let shape = [rows.len(), columns];
-                        let base = Weight::dense(host::from_vec(part, shape, self.model.device()));
-                        values[range].copy_from_slice(&matrix_of(&*adapter, &base, "the output head")?);
-                    }
-                }
-                ("the output head".into(), values)
-            }
-        };
-        let bytes = encoded(&spec.name, spec.dtype, &values)?;
-        let mut before = Vec::with_capacity(bytes.len());
-        self.from.stream(&spec.name, 1 << 24, |part| {
-            before.extend_from_slice(part);
-            Ok(())
-        })?;
-        if before == bytes {
-            return Ok(self.writer.copy(self.from, &spec.name)?);
-        }
-        if let Source::Rows { site, .. } = source {
-            self.touched.insert(*site);
-        }
-        self.changed.entry(spec.name.clone()).or_default().push(what);
-        self.writer.append(&spec.name, &bytes)?;
-        Ok(())
+impl NewMatrix for Trained {
+    fn dims(&self) -> [usize; 2] {
+        self.adapter.dims()
     }
 
-    fn matrix(&self, site: Site, adapter: &dyn LinearAdapter) -> Result<Vec<f32>> {
-        let base = Weight::dense(host::from_vec(
-            trainable_tensors::read(self.from, site)?,
-            adapter.dims(),
-            self.model.device(),
-        ));
-        matrix_of(adapter, &base, &site.to_string())
+    fn replaces(&self) -> bool {
+        self.adapter.replaces()
     }
 
-    fn experts(&mut self, spec: &TensorSpec, layer: usize, blocks: &[(usize, ExpertBlock)]) -> Result<()> {
-        for (expert, block) in blocks {
-            let bytes = self.expert(spec, layer, *expert, *block)?;
-            self.writer.append(&spec.name, &bytes)?;
-            self.from.release_expert(layer, *expert)?;
-        }
-        Ok(())
-    }
-
-    /// What a block of an expert is now.
-    fn expert(&mut self, spec: &TensorSpec, layer: usize, expert: usize, block: ExpertBlock) -> Result<Vec<u8>> {
-        let old = self.from.expert_bytes(layer, expert)?;
-        let failed = || Error::input(format!("tensor `{}`", spec.name), "gate and up of different dtypes", "one dtype");
-        let before = block.bytes(&old).ok_or_else(failed)?;
-        let mut new = old.clone();
-        let mut maps = Vec::new();
-        for map in [ExpertSite::GateUp, ExpertSite::Down] {
-            let site = Site::Expert { layer, expert, map };
-            let Some(adapter) = self.set.linear(site) else { continue };
-            maps.push(site);
-            let matrix = self.matrix(site, &*adapter)?;
-            match map {
-                ExpertSite::GateUp => {
-                    let (gate, up) = matrix.split_at(matrix.len() / 2);
-                    new.gate = raw(&spec.name, &old.gate, gate)?;
-                    new.up = raw(&spec.name, &old.up, up)?;
-                }
-                ExpertSite::Down => new.down = raw(&spec.name, &old.down, &matrix)?,
-            }
-        }
-        let after = block.bytes(&new).ok_or_else(failed)?;
-        if after != before {
-            let changed = |site: &Site| match site {
-                Site::Expert { map: ExpertSite::GateUp, .. } => !same(&old.gate, &new.gate) || !same(&old.up, &new.up),
-                _ => !same(&old.down, &new.down),
-            };
-            for site in maps.into_iter().filter(changed) {
-                let names = self.changed.entry(spec.name.clone()).or_default();
-                if !names.contains(&site.to_string()) {
-                    names.push(site.to_string());
-                }
-                self.touched.insert(site);
-            }
-        }
-        Ok(after.into_owned())
+    fn matrix(&self, old: &[f32]) -> Result<Vec<f32>> {
+        matrix_of(&*self.adapter, old, &self.what, &self.device)
     }
 }
 
-fn same(a: &RawMatrix<'_>, b: &RawMatrix<'_>) -> bool {
-    a.bytes == b.bytes
-}
-
-fn matrix_of(adapter: &dyn LinearAdapter, base: &Weight, what: &str) -> Result<Vec<f32>> {
-    let matrix = adapter.matrix(base).map(host::into_vec);
+fn matrix_of(adapter: &dyn LinearAdapter, old: &[f32], what: &str, device: &Device) -> Result<Vec<f32>> {
+    let shape = if old.is_empty() { [0, 0] } else { adapter.dims() };
+    let base = Weight::dense(host::from_vec(old.to_vec(), shape, device));
+    let matrix = adapter.matrix(&base).map(host::into_vec);
     matrix.ok_or_else(|| Error::Unsupported(format!("folding the adapter of {what}: it depends on its input")))
 }
 
-fn raw(tensor: &str, like: &RawMatrix<'_>, values: &[f32]) -> Result<RawMatrix<'static>> {
-    let bytes = encoded(tensor, like.dtype, values)?;
-    Ok(RawMatrix { bytes: bytes.into(), dtype: like.dtype, rows: like.rows, cols: like.cols })
+struct Vector {
+    role: Role,
+    adapter: Arc<dyn VectorAdapter>,
 }
 
-fn encoded(tensor: &str, dtype: Dtype, values: &[f32]) -> Result<Vec<u8>> {
-    if let Some(value) = values.iter().find(|value| !value.is_finite()) {
-        return Err(Error::input(format!("new values of tensor `{tensor}`"), value, "finite numbers"));
+impl NewRows for Vector {
+    fn what(&self) -> String {
+        format!("{:?}", self.role)
     }
-    let mut bytes = Vec::with_capacity(values.len() * dtype.bitsize() / 8);
-    if !encode(dtype, values, &mut bytes) {
-        return Err(Error::input(format!("dtype of tensor `{tensor}`"), format!("{dtype:?}"), "a plain float"));
+
+    fn rows(&self, rows: Range<usize>, _: &Checkpoint) -> Result<Vec<f32>> {
+        let values = host::into_vec(self.adapter.value());
+        let length =
+            || Error::input(format!("new values of {:?}", self.role), values.len(), format!("at least {}", rows.end));
+        Ok(values.get(rows.clone()).ok_or_else(length)?.to_vec())
     }
-    Ok(bytes)
+}
+
+struct Embeddings(Arc<dyn EmbeddingAdapter>);
+
+impl NewRows for Embeddings {
+    fn what(&self) -> String {
+        "embeddings".into()
+    }
+
+    fn rows(&self, rows: Range<usize>, _: &Checkpoint) -> Result<Vec<f32>> {
+        Ok(self.0.rows(&rows.map(|row| row as u32).collect::<Vec<_>>()))
+    }
+}
+
+/// Blocks of rows of the head; rows of no block stay as they are.
+struct Head {
+    blocks: Vec<(Range<usize>, Arc<dyn LinearAdapter>)>,
+    device: Device,
+}
+
+impl NewRows for Head {
+    fn what(&self) -> String {
+        "the output head".into()
+    }
+
+    fn rows(&self, rows: Range<usize>, base: &Checkpoint) -> Result<Vec<f32>> {
+        let columns = base.config().hidden_size;
+        let mut values = base.read_f32_rows(Role::LmHead, rows.clone())?;
+        for (block, adapter) in &self.blocks {
+            let both = block.start.max(rows.start)..block.end.min(rows.end);
+            if both.is_empty() {
+                continue;
+            }
+            let old = if adapter.replaces() { Vec::new() } else { base.read_f32_rows(Role::LmHead, block.clone())? };
+            let matrix = matrix_of(&**adapter, &old, "the output head", &self.device)?;
+            let part = (both.start - block.start) * columns..(both.end - block.start) * columns;
+            let new = matrix.get(part).ok_or_else(|| {
+                let found = format!("{:?}", adapter.dims());
+                Error::input("shape of the adapter of the output head", found, format!("{} x {columns}", block.len()))
+            })?;
+            let own = &mut values[(both.start - rows.start) * columns..(both.end - rows.start) * columns];
+            // What is as it was stays so to the bit, signs of zeros included.
+            own.iter_mut()
+                .zip(new)
+                .filter(|(old, new)| adapter.replaces() || old != new)
+                .for_each(|(old, new)| *old = *new);
+        }
+        Ok(values)
+    }
 }

@@ -49,6 +49,8 @@ impl<S: Debug + Send> LinearAdapter for Watch<S> {
     fn matrix(&self, base: &Weight) -> Option<Tensor<2>> {
         Some(base.to_tensor())
     }
+
+    fn digest(&self, _: &mut dyn FnMut(&[u8])) {}
 }
 
 /// Runs `waves` forward through a model and shows the input `[n, in]` of each of `places` to `see`, as often as the map is run: once per

@@ -24,6 +24,7 @@ pub mod mixture;
 pub mod model_weights;
 mod parameter_bank;
 pub mod peft_files;
+mod rewrite;
 pub mod router_loss;
 pub mod smt;
 pub mod trainable;

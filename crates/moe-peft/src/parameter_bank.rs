@@ -6,13 +6,13 @@ use std::{
     ops::Range,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
 use burn::tensor::{Device, Tensor};
 use moe_core::{
-    host,
+    host::{self, HostView},
     kernels::outer::add_transposed_product,
     train::{Parameter, Parameters},
 };
@@ -126,12 +126,23 @@ impl Live {
 
     /// A copy of the values.
     pub fn to_vec(&self) -> Vec<f32> {
-        host::HostView::new(&self.value()).as_slice().to_vec()
+        HostView::new(&self.value()).as_slice().to_vec()
     }
 
     /// A copy of the gradient; empty if nothing was added to it.
     pub fn gradient(&self) -> Vec<f32> {
         self.lock().clone()
+    }
+
+    /// Whether the adapters have the values, rather than an optimiser.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.value.read().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Hands shape and values to a hash.
+    pub(crate) fn digest(&self, add: &mut dyn FnMut(&[u8])) {
+        self.shape.iter().for_each(|size| add(&(*size as u64).to_le_bytes()));
+        add_values(HostView::new(&self.value()).as_slice(), add);
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<f32>> {
@@ -143,10 +154,23 @@ impl Live {
     }
 }
 
+/// Hands the number of some values and the values to a hash.
+pub(crate) fn add_values(values: &[f32], add: &mut dyn FnMut(&[u8])) {
+    add(&(values.len() as u64).to_le_bytes());
+    let mut bytes = Vec::new();
+    for values in values.chunks(1 << 14) {
+        bytes.clear();
+        bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        add(&bytes);
+    }
+}
+
 /// The trained values of some adapters, by name.
 #[derive(Clone, Debug, Default)]
 pub struct Bank {
     live: BTreeMap<String, Arc<Live>>,
+    /// Counts how often values were handed over, so that what was made from them knows when they may have changed. Clones share it.
+    handed_over: Arc<AtomicU64>,
 }
 
 impl Bank {
@@ -177,6 +201,20 @@ impl Bank {
         self.live.values()
     }
 
+    /// The first values that an optimiser has.
+    pub(crate) fn unsettled(&self) -> Option<&Arc<Live>> {
+        self.live.values().find(|live| !live.is_settled())
+    }
+
+    /// How often values were handed over.
+    pub(crate) fn handed_over(&self) -> u64 {
+        self.handed_over.load(Ordering::Acquire)
+    }
+
+    fn hand_over(&self) {
+        self.handed_over.fetch_add(1, Ordering::AcqRel);
+    }
+
     /// Number of values.
     pub fn values(&self) -> usize {
         self.live.values().map(|live| live.shape[0] * live.shape[1]).sum()
@@ -187,6 +225,7 @@ impl Bank {
     /// # Errors
     /// [`Error::Core`] for values that have been handed over before.
     pub fn parameters(&self) -> Result<Parameters> {
+        self.hand_over();
         let mut parameters = Parameters::new();
         for live in self.live.values() {
             let values = live.put(None).map(host::into_vec).unwrap_or_default();
@@ -205,6 +244,7 @@ impl Bank {
     /// # Errors
     /// [`Error::Core`] for what is lent already.
     pub fn lend(&self, parameters: &mut Parameters, gradients: bool) -> Result<()> {
+        self.hand_over();
         for live in self.live.values() {
             if parameters.get(live.name()).is_none() {
                 continue;
@@ -222,6 +262,7 @@ impl Bank {
     /// # Errors
     /// [`Error::Core`] for what was not lent.
     pub fn take_back(&self, parameters: &mut Parameters, gradients: bool) -> Result<()> {
+        self.hand_over();
         for live in self.live.values() {
             if parameters.get(live.name()).is_none() {
                 continue;

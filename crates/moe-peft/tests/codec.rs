@@ -3,14 +3,15 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use moe_checkpoint::{Checkpoint, Dtype, Existing, SafetensorsFile, ShardedWriter, TensorSpec, WriterOptions, encode};
+use moe_checkpoint::{Checkpoint, Dtype, Existing, SafetensorsFile, WriteOptions, encode, write};
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use moe_peft::codec::{
-    ComPeft, Delta, DeltaCoding, DeltaOptions, DeltaReport, DeltaTable, DeltaTensor, KeptValues, PlainDelta, TaskVector,
+    ComPeft, Delta, DeltaCoding, DeltaReport, DeltaTable, DeltaTensor, KeptValues, PlainDelta, TaskVector,
 };
 
 const BASES: [&str; 2] = ["qwen2_moe_bf16", "qwen2_moe_mixed"];
@@ -19,22 +20,21 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../moe-checkpoint/tests/fixtures/parity/tf5")).join(name)
 }
 
+fn write_tensors(path: &Path, tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>) {
+    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+        (name, safetensors::tensor::TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+    });
+    fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
 fn write_adapter(directory: &Path, dtype: Dtype, tensors: &[(&str, Vec<usize>, &[f32])]) {
     fs::create_dir_all(directory).unwrap();
-    let spec = |(name, shape, _): &(&str, Vec<usize>, &[f32])| TensorSpec {
-        name: name.to_string(),
-        dtype,
-        shape: shape.clone(),
-    };
-    let mut writer =
-        ShardedWriter::new(directory, WriterOptions::default(), tensors.iter().map(spec).collect()).unwrap();
-    for (name, _, values) in tensors {
+    let tensors = tensors.iter().map(|(name, shape, values)| {
         let mut bytes = Vec::new();
         encode(dtype, values, &mut bytes);
-        writer.write(name, &bytes).unwrap();
-    }
-    let written = writer.finish().unwrap();
-    fs::rename(&written.files[0], directory.join("adapter_model.safetensors")).unwrap();
+        (name.to_string(), dtype, shape.clone(), bytes)
+    });
+    write_tensors(&directory.join("adapter_model.safetensors"), tensors.collect());
     fs::write(directory.join("adapter_config.json"), r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 0.1}"#).unwrap();
 }
 
@@ -248,20 +248,15 @@ fn payloads_that_do_not_fit_their_table_are_refused() {
 
 /// A checkpoint of the base's shape with `change` applied to the elements of every tensor, by name.
 fn tuned(base: &Checkpoint, to: &Path, change: &dyn Fn(&str, &mut [f32])) {
-    let specs: Vec<TensorSpec> = base
-        .tensors()
-        .map(|info| TensorSpec { name: info.name.clone(), dtype: info.dtype, shape: info.shape.clone() })
-        .collect();
     fs::create_dir_all(to).unwrap();
-    let mut writer = ShardedWriter::new(to, WriterOptions::default(), specs.clone()).unwrap();
-    for spec in &specs {
-        let (mut values, mut bytes) = (base.tensor_f32(&spec.name).unwrap(), Vec::new());
-        change(&spec.name, &mut values);
-        encode(spec.dtype, &values, &mut bytes);
-        writer.write(&spec.name, &bytes).unwrap();
+    let mut tensors = Vec::new();
+    for info in base.tensors() {
+        let (mut values, mut bytes) = (base.tensor_f32(&info.name).unwrap(), Vec::new());
+        change(&info.name, &mut values);
+        encode(info.dtype, &values, &mut bytes);
+        tensors.push((info.name.clone(), info.dtype, info.shape.clone(), bytes));
     }
-    writer.finish().unwrap();
-    fs::remove_file(to.join(".moe-resume.json")).unwrap();
+    write_tensors(&to.join("model.safetensors"), tensors);
     fs::copy(base.dir().join("config.json"), to.join("config.json")).unwrap();
 }
 
@@ -274,7 +269,7 @@ fn checkpoints_come_back_from_base_and_delta() {
     for name in BASES {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
-        let base = Checkpoint::open(fixture(name)).unwrap();
+        let base = Arc::new(Checkpoint::open(fixture(name)).unwrap());
         let experts = |name: &str| name.contains("experts");
         tuned(&base, &at("tuned"), &|name, values| {
             if experts(name) {
@@ -282,16 +277,16 @@ fn checkpoints_come_back_from_base_and_delta() {
                 values.iter_mut().zip(noise).for_each(|(value, noise)| *value += 0.01 * noise);
             }
         });
-        let after = Checkpoint::open(at("tuned")).unwrap();
+        let after = Arc::new(Checkpoint::open(at("tuned")).unwrap());
         let vector = TaskVector::Checkpoints { base: &base, tuned: &after };
 
         // whole tensors: byte for byte
         let report = PlainDelta::Changed.encode(vector, &at("changed.delta")).unwrap();
         assert_eq!(report.tensors, base.tensors().filter(|info| experts(&info.name)).count());
-        let options = DeltaOptions { max_shard_bytes: 40_000, ..DeltaOptions::default() };
+        let options = WriteOptions { max_shard_bytes: 40_000, ..WriteOptions::default() };
         let delta = Delta::open(at("changed.delta")).unwrap();
         assert_eq!(delta.bytes(), report.file_bytes);
-        let written = delta.apply(&base, &at("changed"), &options).unwrap();
+        let written = write(delta.on(&base).unwrap().model(), at("changed"), &options).unwrap();
         assert!(written.files.len() > 1);
         let restored = Checkpoint::open(at("changed")).unwrap();
         assert_eq!(weights(&restored), weights(&after));
@@ -300,7 +295,8 @@ fn checkpoints_come_back_from_base_and_delta() {
         // differences in f32 round to the same
         let plain = PlainDelta::Difference { dtype: Dtype::F32 };
         plain.encode(vector, &at("difference.delta")).unwrap();
-        Delta::open(at("difference.delta")).unwrap().apply(&base, &at("difference"), &DeltaOptions::default()).unwrap();
+        let difference = Delta::open(at("difference.delta")).unwrap().on(&base).unwrap();
+        write(difference.model(), at("difference"), &WriteOptions::default()).unwrap();
         let restored = Checkpoint::open(at("difference")).unwrap();
         let (found, right) = (weights(&restored), weights(&after));
         let different = found.iter().zip(&right).filter(|(a, b)| a != b).count();
@@ -315,7 +311,8 @@ fn checkpoints_come_back_from_base_and_delta() {
         let total: u64 = base.tensors().map(|info| info.elements()).sum();
         assert_eq!((report.elements, report.kept), (total, total / 10));
         let delta = Delta::open(at("task.delta")).unwrap();
-        delta.apply(&base, &at("task"), &DeltaOptions::default()).unwrap();
+        let patched = delta.on(&base).unwrap();
+        write(patched.model(), at("task"), &WriteOptions::default()).unwrap();
         let restored = Checkpoint::open(at("task")).unwrap();
         let mut tau: BTreeMap<String, Vec<f32>> = BTreeMap::new();
         let collect = |tensor: &DeltaTensor, piece: &[f32]| {
@@ -334,9 +331,9 @@ fn checkpoints_come_back_from_base_and_delta() {
         assert_eq!(restored.raw_config(), base.raw_config());
 
         // another base, and the same output twice
-        let error = delta.apply(&after, &at("other"), &DeltaOptions::default()).unwrap_err().to_string();
-        assert!(error.contains("fingerprint of the base") && !at("other").exists(), "{error}");
-        assert!(delta.apply(&base, &at("task"), &DeltaOptions::default()).is_err());
+        let error = delta.on(&after).unwrap_err().to_string();
+        assert!(error.contains("fingerprint of the base"), "{error}");
+        assert!(write(patched.model(), at("task"), &WriteOptions::default()).is_err());
         let error = delta.restore_adapter(&at("other"), Existing::Refuse).unwrap_err().to_string();
         assert!(error.contains("expected an adapter"), "{error}");
     }
@@ -374,8 +371,7 @@ fn adapters_come_back_whole() {
     let first = fs::read(&to).unwrap();
     scaled(0.05, 1.0).encode(adapter(&from), &to).unwrap();
     assert!(fs::read(&to).unwrap() == first && !file(&from).is_empty());
-    let error =
-        Delta::open(&to).unwrap().apply(&Checkpoint::open(fixture(BASES[0])).unwrap(), &out, &DeltaOptions::default());
+    let error = Delta::open(&to).unwrap().on(&Arc::new(Checkpoint::open(fixture(BASES[0])).unwrap()));
     assert!(error.unwrap_err().to_string().contains("expected a checkpoint"));
 }
 

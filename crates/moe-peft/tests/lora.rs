@@ -5,7 +5,7 @@ mod common;
 use std::{path::Path, sync::Arc};
 
 use common::*;
-use moe_checkpoint::{Checkpoint, LayerRole};
+use moe_checkpoint::{Checkpoint, LayerRole, write};
 use moe_core::{
     Engine, EngineOptions, Model,
     data::Wave,
@@ -17,7 +17,7 @@ use moe_peft::{
     lora::{
         CordaMethod, ExpertMap, Init, Lora, LoraConfig, LoraWeights, Map, Maps, Naming, Targets, corda::Covariances,
     },
-    merge::{Combination, MergeOptions, combine, merge, write_residual},
+    merge::{Combination, Merged, combine},
     peft_files::{self, ReadOptions, WriteOptions},
 };
 
@@ -316,21 +316,23 @@ fn merged_is_adapted_and_nothing_merged_is_the_checkpoint() {
             logits(&model.with_adapters(installed(&model, &[("default", weights.clone())]).0).unwrap(), &wave);
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("merged");
-        let report = merge(model.checkpoint(), &out, &[("default", &weights, 1.0)], &MergeOptions::default()).unwrap();
-        assert_eq!(report.applied.len(), weights.maps.len());
+        let merging = Merged::on(model.checkpoint(), &[("default", &weights, 1.0)]).unwrap();
+        write(merging.model(), &out, &moe_checkpoint::WriteOptions::default()).unwrap();
+        assert_eq!(merging.applied().len(), weights.maps.len());
         let merged = Model::open(&out, &device(), None).unwrap();
         let difference = distance(&logits(&merged, &wave), &adapted);
         assert!(difference < 2e-5 * largest(&adapted).max(1.0), "{base} {dora}: {difference}");
-        let touched: std::collections::BTreeSet<_> = report.applied.iter().flat_map(|a| &a.tensors).collect();
-        assert_eq!(report.changed, touched.len());
+        let touched: std::collections::BTreeSet<_> = merging.applied().iter().flat_map(|a| &a.tensors).collect();
+        assert_eq!(merging.changes().unwrap().changed.len(), touched.len());
         for info in model.checkpoint().tensors() {
             let same = merged.checkpoint().bytes(&info.name).unwrap() == model.checkpoint().bytes(&info.name).unwrap();
             assert_eq!(same, !touched.contains(&info.name), "{base}: {}", info.name);
         }
         // nothing
         let none = dir.path().join("none");
-        let report = merge(model.checkpoint(), &none, &[], &MergeOptions::default()).unwrap();
-        assert_eq!(report.changed, 0);
+        let nothing = Merged::on(model.checkpoint(), &[]).unwrap();
+        write(nothing.model(), &none, &moe_checkpoint::WriteOptions::default()).unwrap();
+        assert_eq!(nothing.changes().unwrap(), moe_peft::merge::Changes::default());
         same_checkpoint(model.checkpoint(), &none);
         let fresh = LoraWeights {
             maps: weights
@@ -346,7 +348,9 @@ fn merged_is_adapted_and_nothing_merged_is_the_checkpoint() {
             ..weights.clone()
         };
         let zero = dir.path().join("zero");
-        merge(model.checkpoint(), &zero, &[("fresh", &fresh, 1.0)], &MergeOptions::default()).unwrap();
+        let fresh = Merged::on(model.checkpoint(), &[("fresh", &fresh, 1.0)]).unwrap();
+        write(fresh.model(), &zero, &moe_checkpoint::WriteOptions::default()).unwrap();
+        assert!(fresh.changes().unwrap().changed.is_empty());
         same_checkpoint(model.checkpoint(), &zero);
     }
 }
@@ -365,21 +369,24 @@ fn an_interrupted_merge_resumes_to_the_same_bytes() {
     let weights = trained(&everything(), &Maps::new(model.checkpoint()));
     let dir = tempfile::tempdir().unwrap();
     let adapters = [("default", &weights, 0.5)];
-    let options = MergeOptions { max_shard_bytes: 20_000, ..MergeOptions::default() };
+    let merged = Merged::on(model.checkpoint(), &adapters).unwrap();
+    let options = moe_checkpoint::WriteOptions { max_shard_bytes: 20_000, ..Default::default() };
     let whole = dir.path().join("whole");
-    merge(model.checkpoint(), &whole, &adapters, &options).unwrap();
-    let stop = |_: &str, done: u64, total: u64| match done * 2 > total {
-        true => Err(moe_peft::Error::Unsupported("stopped".into())),
+    write(merged.model(), &whole, &options).unwrap();
+    let stop = |progress: &moe_checkpoint::Progress<'_>| match progress.done * 2 > progress.total {
+        true => Err("stopped".into()),
         false => Ok(()),
     };
     let parts = dir.path().join("parts");
-    let error = merge(model.checkpoint(), &parts, &adapters, &MergeOptions { progress: Some(&stop), ..options });
-    assert!(error.is_err() && !parts.exists());
-    let options = MergeOptions { existing: moe_checkpoint::Existing::Resume, ..options };
-    merge(model.checkpoint(), &parts, &adapters, &options).unwrap();
+    let stopping = moe_checkpoint::WriteOptions { progress: Some(&stop), ..options };
+    assert!(write(merged.model(), &parts, &stopping).is_err() && !parts.exists());
+    // Another process has the same model.
+    let merged = Merged::on(model.checkpoint(), &adapters).unwrap();
+    let options = moe_checkpoint::WriteOptions { existing: moe_checkpoint::Existing::Resume, ..options };
+    write(merged.model(), &parts, &options).unwrap();
     same_checkpoint(&Checkpoint::open(&whole).unwrap(), &parts);
-    let itself = merge(model.checkpoint(), model.checkpoint().dir(), &adapters, &MergeOptions::default());
-    assert!(itself.unwrap_err().to_string().starts_with("output"));
+    let itself = write(merged.model(), model.checkpoint().dir(), &options);
+    assert!(itself.unwrap_err().to_string().contains("is the checkpoint itself"));
 }
 
 #[test]
@@ -419,7 +426,8 @@ fn adapters_that_begin_as_a_part_of_the_weight_change_nothing_and_keep_the_rest_
         if init.changes_base() {
             // the adapter as it is beside what the weight kept
             let base = dir.path().join("base");
-            write_residual(model.checkpoint(), &base, &weights, &MergeOptions::default()).unwrap();
+            let residual = Merged::residual(model.checkpoint(), &weights).unwrap();
+            write(residual.model(), &base, &moe_checkpoint::WriteOptions::default()).unwrap();
             let base = Model::open(&base, &device(), None).unwrap();
             let options = WriteOptions { on_residual: true, ..WriteOptions::default() };
             peft_files::write(dir.path(), &weights, &maps, &options).unwrap();

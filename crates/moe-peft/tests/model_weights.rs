@@ -240,7 +240,8 @@ fn sites_have_paths() {
 
 #[test]
 fn what_was_trained_is_folded_into_a_checkpoint_in_every_layout() {
-    use moe_peft::fold::{FoldOptions, fold};
+    use moe_checkpoint::{WriteOptions, write};
+    use moe_peft::fold::Folded;
     let dir = tempfile::tempdir().unwrap();
     for name in ["qwen2_moe", "gpt_oss", "qwen2_moe_bf16", "deepseek_v3"] {
         let base = model(name);
@@ -248,7 +249,9 @@ fn what_was_trained_is_folded_into_a_checkpoint_in_every_layout() {
         let mut set = AdapterSet::new();
         OwnWeights::full().attach(&base, &mut set).unwrap();
         let same = dir.path().join(format!("{name}-same"));
-        let report = fold(&base, &set, &same, &FoldOptions::default()).unwrap();
+        let folded = Folded::on(base.checkpoint(), &set).unwrap();
+        write(folded.model(), &same, &WriteOptions::default()).unwrap();
+        let report = folded.changes().unwrap();
         assert!(report.changed.is_empty() && !report.unchanged.is_empty(), "{name}: {:?}", report.changed);
         let copy = moe_checkpoint::Checkpoint::open(&same).unwrap();
         for info in base.checkpoint().tensors() {
@@ -258,7 +261,9 @@ fn what_was_trained_is_folded_into_a_checkpoint_in_every_layout() {
         let (task, parameters) = train_own(&base, &OwnWeights::full(), 3);
         task.set().bank().settle(parameters).unwrap();
         let out = dir.path().join(name);
-        let report = fold(&base, task.set(), &out, &FoldOptions::default()).unwrap();
+        let folded = Folded::on(base.checkpoint(), task.set()).unwrap();
+        write(folded.model(), &out, &WriteOptions::default()).unwrap();
+        let report = folded.changes().unwrap();
         assert!(report.changed.len() * 10 > base.checkpoint().tensors().count() * 7, "{name}");
         let written = moe_core::Model::open(&out, &burn::tensor::Device::flex(), None).unwrap();
         let wave = &waves(&base, 1)[0];
@@ -266,6 +271,6 @@ fn what_was_trained_is_folded_into_a_checkpoint_in_every_layout() {
         let tolerance = if name.ends_with("bf16") { 0.5 } else { 1e-4 };
         assert!((a - b).abs() < tolerance, "{name}: {a} {b}");
         // a second time without leave
-        assert!(fold(&base, task.set(), &out, &FoldOptions::default()).is_err());
+        assert!(write(folded.model(), &out, &WriteOptions::default()).is_err());
     }
 }

@@ -87,6 +87,10 @@ pub trait LinearAdapter: Debug + Send + Sync {
 
     /// The matrix `[out, in]` that this map is; `None` if it is none, since it depends on the input.
     fn matrix(&self, base: &Weight) -> Option<Tensor<2>>;
+
+    /// Hands everything that the [matrix](Self::matrix) follows from, besides the base, to a hash: trained and frozen values, scales, the
+    /// rows that they are for. Nothing where there is no matrix.
+    fn digest(&self, add: &mut dyn FnMut(&[u8]));
 }
 
 /// A vector of the model that is trained: the weight of a norm, a bias.

@@ -1,7 +1,7 @@
 //! The delta file: see `docs/delta-format.md`.
 
 use std::fs::{self, File};
-use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Take, Write};
 use std::path::{Path, PathBuf};
 
 use moe_checkpoint::{Dtype, TensorSpec};
@@ -203,7 +203,7 @@ impl DeltaWriter {
 }
 
 /// A delta file whose table has been read and whose payload has been checked.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Delta {
     path: PathBuf,
     table: DeltaTable,
@@ -276,10 +276,11 @@ impl Delta {
         &self.path
     }
 
-    pub(super) fn payload(&self) -> Result<BufReader<std::io::Take<File>>> {
+    /// The payload from a byte on, through a buffer.
+    pub(super) fn payload(&self, byte: u64, buffer: usize) -> Result<BufReader<Take<File>>> {
         let mut file = File::open(&self.path).map_err(io(&self.path))?;
-        file.seek(SeekFrom::Start(PREFIX)).map_err(io(&self.path))?;
-        Ok(BufReader::with_capacity(1 << 20, file.take(self.table.payload_bytes)))
+        file.seek(SeekFrom::Start(PREFIX + byte)).map_err(io(&self.path))?;
+        Ok(BufReader::with_capacity(buffer, file.take(self.table.payload_bytes.saturating_sub(byte))))
     }
 
     pub(super) fn wrong(&self, what: &str, found: impl ToString, expected: impl ToString) -> Error {

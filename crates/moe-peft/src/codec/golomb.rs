@@ -57,6 +57,7 @@ pub(crate) struct BitReader<R> {
     input: R,
     buffer: u64,
     filled: u32,
+    bytes: u64,
 }
 
 /// The stream ended, or holds a gap past the end of what it describes.
@@ -68,7 +69,7 @@ pub(crate) enum BitError {
 
 impl<R: Read> BitReader<R> {
     pub fn new(input: R) -> Self {
-        Self { input, buffer: 0, filled: 0 }
+        Self { input, buffer: 0, filled: 0, bytes: 0 }
     }
 
     /// The next `count` bits, at most 32.
@@ -78,9 +79,23 @@ impl<R: Read> BitReader<R> {
             self.input.read_exact(&mut byte).map_err(|_| BitError::End)?;
             self.buffer = (self.buffer << 8) | u64::from(byte[0]);
             self.filled += 8;
+            self.bytes += 1;
         }
         self.filled -= count;
         Ok(((self.buffer >> self.filled) & ((1u64 << count) - 1)) as u32)
+    }
+
+    /// Bits that were read.
+    pub fn position(&self) -> u64 {
+        8 * self.bytes - u64::from(self.filled)
+    }
+
+    /// The next bytes, as many as `bytes` has; what is left of a byte of which bits were read is skipped.
+    pub fn bytes(&mut self, bytes: &mut [u8]) -> Result<(), BitError> {
+        self.filled = 0;
+        self.input.read_exact(bytes).map_err(|_| BitError::End)?;
+        self.bytes += bytes.len() as u64;
+        Ok(())
     }
 
     /// A gap below `limit`.

@@ -13,7 +13,7 @@ use moe_core::{
 };
 
 use super::{dora::Magnitude, dropout::Dropout};
-use crate::Live;
+use crate::{Live, parameter_bank::add_values};
 
 /// `s B A`, added to some rows of a map.
 ///
@@ -261,6 +261,22 @@ impl LinearAdapter for LoraLinear {
             }
         }
         Some(host::from_vec(matrix, [out, inputs], &device))
+    }
+
+    fn digest(&self, add: &mut dyn FnMut(&[u8])) {
+        for Term { rows, a, b, scale, start, magnitude, dropout: _ } in &self.terms {
+            [rows.start, rows.end].iter().for_each(|end| add(&(*end as u64).to_le_bytes()));
+            add(&scale.to_le_bytes());
+            a.digest(add);
+            b.digest(add);
+            if let Some(Start { a, b, rank: _ }) = start {
+                add_values(a, add);
+                add_values(b, add);
+            }
+            if let Some(magnitude) = magnitude {
+                magnitude.live().digest(add);
+            }
+        }
     }
 }
 

@@ -1,7 +1,8 @@
-//! Adapters merged into a checkpoint, streamed, and into each other.
+//! Adapters merged into the weights of a model, and into each other.
 
-mod apply;
 mod combine;
+mod merged;
 
-pub use apply::{AppliedMap, MERGED_FILE, MergeOptions, MergeReport, merge, write_residual};
+pub use crate::rewrite::Changes;
 pub use combine::{Combination, combine};
+pub use merged::{AppliedMap, MERGE, MergeRecipe, Merged};

@@ -246,4 +246,6 @@ impl LinearAdapter for MixtureLinear {
     fn matrix(&self, _: &Weight) -> Option<Tensor<2>> {
         None
     }
+
+    fn digest(&self, _: &mut dyn FnMut(&[u8])) {}
 }

@@ -9,7 +9,7 @@ use moe_core::{
     kernels::{outer::add_block_product, rows::RowAccumulator, weight::Weight},
 };
 
-use crate::{Error, Live, Result};
+use crate::{Error, Live, Result, parameter_bank::add_values};
 
 /// A weight `[out, in]` of which some blocks are trained and the rest is frozen.
 ///
@@ -176,5 +176,17 @@ impl LinearAdapter for OwnBlocks {
             }
         }
         Some(host::from_vec(matrix, self.dims, &device))
+    }
+
+    fn digest(&self, add: &mut dyn FnMut(&[u8])) {
+        if let Some(base) = &self.base {
+            add_values(HostView::new(&base.to_tensor()).as_slice(), add);
+        }
+        for Block { rows, columns } in &self.blocks {
+            for end in [rows.start, rows.end, columns.start, columns.end] {
+                add(&(end as u64).to_le_bytes());
+            }
+        }
+        self.live.digest(add);
     }
 }

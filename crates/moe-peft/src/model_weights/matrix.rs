@@ -43,6 +43,10 @@ impl LinearAdapter for OwnMatrix {
     fn matrix(&self, _: &Weight) -> Option<Tensor<2>> {
         Some(self.0.value())
     }
+
+    fn digest(&self, add: &mut dyn FnMut(&[u8])) {
+        self.0.digest(add);
+    }
 }
 
 /// A vector in place of the checkpoint's, trained.

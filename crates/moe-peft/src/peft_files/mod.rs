@@ -13,7 +13,7 @@ mod write;
 pub use config::AdapterConfig;
 pub use fused::{FusedExperts, FusedLayout};
 pub use read::{ReadOptions, read};
-pub use write::{WriteOptions, write};
+pub use write::{WriteOptions, check, write};
 
 /// File of options.
 pub const CONFIG_FILE: &str = "adapter_config.json";

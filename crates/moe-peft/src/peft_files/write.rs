@@ -56,9 +56,44 @@ struct Written {
 /// [`Naming::PerExpert`], one addition to gate and up becomes two with the same `A`.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for DoRA on fused experts; [`Error::Input`] for a map that the model does not have; [`Error::Io`].
+/// Those of [`check`]; [`Error::Io`].
 pub fn write(dir: impl AsRef<Path>, weights: &LoraWeights, maps: &Maps<'_>, options: &WriteOptions) -> Result<()> {
     let dir = dir.as_ref();
+    let (written, config) = prepare(weights, maps, options)?;
+    std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.to_path_buf(), source })?;
+    write_atomic(dir.join(MODEL_FILE), &serialise(&written, dir)?)?;
+    write_json(&dir.join(CONFIG_FILE), &config.to_json(&options.task_type))?;
+    Ok(())
+}
+
+/// Whether [`write`] can write `weights`. It can then write the same adapter with other values, too: to be asked before training.
+///
+/// # Errors
+/// [`Error::Unsupported`] for DoRA on fused experts, and for fused experts of different widths; [`Error::Input`] for a map that the model does
+/// not have, for maps of which some have DoRA or rsLoRA and some have not, and without any map.
+pub fn check(weights: &LoraWeights, maps: &Maps<'_>, options: &WriteOptions) -> Result<()> {
+    prepare(weights, maps, options).map(drop)
+}
+
+impl WriteOptions {
+    /// The same with the naming that can hold `weights`: fused, as in transformers 5, unless PEFT has no fused form for them, which are DoRA on
+    /// experts and experts of different widths.
+    #[must_use]
+    pub fn fitting(self, weights: &LoraWeights, maps: &Maps<'_>) -> Self {
+        let widths = |layer| {
+            let moe = maps.checkpoint().config().moe(layer);
+            moe.is_some_and(|moe| moe.widths.iter().any(|width| *width != moe.widths[0]))
+        };
+        let apart = weights.maps.iter().any(|(map, low)| match map {
+            Map::Expert { layer, .. } => low.magnitude.is_some() || widths(*layer),
+            Map::Layer(..) => false,
+        });
+        Self { naming: if apart { Naming::PerExpert } else { Naming::Fused }, ..self }
+    }
+}
+
+/// What is written.
+fn prepare(weights: &LoraWeights, maps: &Maps<'_>, options: &WriteOptions) -> Result<(Vec<Written>, AdapterConfig)> {
     weights.check(maps)?;
     let chosen: BTreeMap<Map, LowRank> = weights
         .maps
@@ -123,10 +158,7 @@ pub fn write(dir: impl AsRef<Path>, weights: &LoraWeights, maps: &Maps<'_>, opti
         return Err(Error::input("an adapter to write", "no addition", "at least one"));
     }
     let config = config(&written, weights, maps, options, rslora, dora);
-    std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.to_path_buf(), source })?;
-    write_atomic(dir.join(MODEL_FILE), &serialise(&written, dir)?)?;
-    write_json(&dir.join(CONFIG_FILE), &config.to_json(&options.task_type))?;
-    Ok(())
+    Ok((written, config))
 }
 
 fn same(mut values: impl Iterator<Item = bool>, what: &str) -> Result<bool> {
