@@ -1,9 +1,10 @@
 //! What fine-tuning changed, as a small file.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use moe_checkpoint::{Checkpoint, Existing};
-use moe_peft::codec::{ComPeft, Delta, DeltaBase, DeltaOptions, DeltaReport, KeptValues, PlainDelta, TaskVector};
+use moe_checkpoint::{Checkpoint, Existing, WriteOptions, check_output, write};
+use moe_peft::codec::{ComPeft, Delta, DeltaBase, DeltaReport, KeptValues, PlainDelta, TaskVector};
 
 use crate::format::{count, size};
 use crate::{Error, Result};
@@ -94,8 +95,10 @@ pub fn run(arguments: Arguments) -> Result<String> {
                     return Err(Error::Usage("this is the delta of an adapter: no --base".into()));
                 }
                 (_, Some(base)) => {
-                    let options = DeltaOptions { existing, ..DeltaOptions::default() };
-                    delta.apply(&Checkpoint::open(base)?, &out, &options)?;
+                    let base = Arc::new(Checkpoint::open(base)?);
+                    let options = WriteOptions { existing, ..WriteOptions::default() };
+                    check_output(&base, &out, &options)?;
+                    write(delta.on(&base)?.model(), &out, &options)?;
                 }
                 (_, None) => return Err(Error::Usage("this is the delta of a checkpoint: --base DIR".into())),
             }

@@ -176,7 +176,9 @@ fn left_out(set: &AdapterSet) -> Vec<String> {
 /// A hash of everything that the new values follow from besides the base.
 fn digest(set: &AdapterSet, vocabulary: usize) -> String {
     let mut hasher = blake3::Hasher::new();
-    let mut add = |bytes: &[u8]| drop(hasher.update(bytes));
+    let mut add = |bytes: &[u8]| {
+        hasher.update(bytes);
+    };
     let name = |name: &str, add: &mut dyn FnMut(&[u8])| {
         add(&(name.len() as u64).to_le_bytes());
         add(name.as_bytes());

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use moe_checkpoint::Existing;
+use moe_checkpoint::{Existing, check_output, write};
 use moe_core::Model;
 use moe_core::data::Wave;
 use moe_core::memory;
@@ -14,9 +14,9 @@ use moe_core::train::{JsonLines, ParameterGroup, Parameters, Saving, TrainEvent,
 use moe_peft::compressed_experts::CompressedLayers;
 use moe_peft::dense_mixer::DenseMixer;
 use moe_peft::esft::ExpertUse;
-use moe_peft::fold::{FoldOptions, fold};
+use moe_peft::fold::Folded;
 use moe_peft::lora::corda::Covariances;
-use moe_peft::lora::{Init, Lora, LoraConfig, Map, Maps, Targets};
+use moe_peft::lora::{Init, Lora, LoraConfig, LoraWeights, Map, Maps, Targets};
 use moe_peft::mixture::{KeepsSelection, Mixture};
 use moe_peft::model_weights::{BlockWatch, OwnWeights, SampledLayers};
 use moe_peft::peft_files::WriteOptions;
@@ -113,6 +113,7 @@ impl Workshop<'_> {
                 smt.validate()?;
                 let mut set = AdapterSet::new();
                 smt.warmup_weights().attach(self.model, &mut set)?;
+                let remarks = self.preflight(&set, &Beside::default())?;
                 let watch = BlockWatch::new(*smt, self.model)?;
                 let task = FineTune::new(self.model, Arc::new(set))?.with_hooks(watch.clone());
                 let steps = recipe.train.steps(self.waves.len());
@@ -124,11 +125,12 @@ impl Workshop<'_> {
                 smt.attach(self.model, &selection, Some(warmed), &mut set)?;
                 let task = FineTune::new(self.model, Arc::new(set))?;
                 let options = TrainOptions { max_steps: Some((steps - warmup).max(1)), ..recipe.train.clone() };
-                run.finish(Phase { task, options, name: "blocks" }, show)
+                run.finish(Phase { task, options, name: "blocks" }, remarks, show)
             }
             method => {
                 let (task, options, beside) = self.single(method, recipe)?;
-                Ok(Trained { beside, ..run.finish(Phase { task, options, name: "state" }, show)? })
+                let remarks = self.preflight(task.set(), &beside)?;
+                Ok(Trained { beside, ..run.finish(Phase { task, options, name: "state" }, remarks, show)? })
             }
         }
     }
@@ -201,28 +203,62 @@ impl Workshop<'_> {
         Ok(Covariances::collect(self.model, &self.waves[..self.waves.len().min(16)], &targets)?)
     }
 
-    /// Writes the model with what was trained folded in.
+    /// Whether what will be trained can be written, before it is trained; what is to be known about it.
+    fn preflight(&self, set: &AdapterSet, beside: &Beside) -> Result<Vec<String>> {
+        if let Some(weights) = beside.lora.as_ref().and_then(|lora| lora.weights("default")) {
+            let maps = Maps::new(self.model.checkpoint());
+            moe_peft::peft_files::check(&weights, &maps, &self.adapter_options(&weights, &maps))?;
+        }
+        if beside.mixture.is_some() {
+            return Ok(vec!["a mixture depends on its input: it stays beside the weights, as an adapter".into()]);
+        }
+        let folded = Folded::check(self.model.checkpoint(), set)?;
+        let options = moe_checkpoint::WriteOptions { existing: Existing::Force, ..Default::default() };
+        check_output(self.model.checkpoint(), &self.dir.join("model"), &options)?;
+        Ok(folded.remarks)
+    }
+
+    fn adapter_options(&self, weights: &LoraWeights, maps: &Maps<'_>) -> WriteOptions {
+        let base_model = Some(self.model.checkpoint().dir().display().to_string());
+        WriteOptions { base_model, ..WriteOptions::default() }.fitting(weights, maps)
+    }
+
+    /// The model with what was trained in its weights, as it is written: what is to be measured. `None` for a mixture, which depends on its
+    /// input.
     ///
     /// # Errors
-    /// Those of [`fold`].
-    pub fn write(&self, trained: &Trained, existing: Existing) -> Result<()> {
+    /// Those of [`Folded::on`].
+    pub fn fold(&self, trained: &Trained) -> Result<Option<Folded>> {
+        match trained.beside.mixture {
+            Some(_) => Ok(None),
+            None => Ok(Some(Folded::on(self.model.checkpoint(), trained.task.set())?)),
+        }
+    }
+
+    /// Writes what was trained: the adapter, and the model with it.
+    ///
+    /// # Errors
+    /// Those of [`write`].
+    pub fn write(&self, trained: &Trained, folded: Option<&Folded>, existing: Existing) -> Result<()> {
         if let Some(weights) = trained.beside.lora.as_ref().and_then(|lora| lora.weights("default")) {
             let maps = Maps::new(self.model.checkpoint());
-            let base_model = Some(self.model.checkpoint().dir().display().to_string());
-            let options = WriteOptions { base_model, ..WriteOptions::default() };
+            let options = self.adapter_options(&weights, &maps);
             moe_peft::peft_files::write(self.dir.join("adapter"), &weights, &maps, &options)?;
         }
         if let Some(mixture) = &trained.beside.mixture {
-            // depends on its input: there is nothing to fold
             mixture.save(self.dir.join("adapter"), None)?;
-            return Ok(());
         }
-        let options = FoldOptions { existing, ..FoldOptions::default() };
+        let Some(folded) = folded else { return Ok(()) };
+        let options = moe_checkpoint::WriteOptions { existing, ..Default::default() };
         let model = self.dir.join("model");
-        fold(self.model, trained.task.set(), &model, &options)?;
+        write(folded.model(), &model, &options)?;
         if let Some(compressed) = &trained.beside.compressed {
             compressed.save(model.join("compressed_experts.safetensors"))?;
         }
+        let changes = folded.changes()?;
+        let json = serde_json::to_vec_pretty(&changes).unwrap_or_default();
+        moe_checkpoint::write_atomic(self.dir.join("changes.json"), &json)?;
+        self.progress.say(&format!("{}: {changes}", model.display()));
         Ok(())
     }
 }
@@ -288,7 +324,7 @@ impl<'a> Run<'a> {
         Ok((task, parameters))
     }
 
-    fn finish(mut self, phase: Phase, show: Show<'_>) -> Result<Trained> {
+    fn finish(mut self, phase: Phase, remarks: Vec<String>, show: Show<'_>) -> Result<Trained> {
         let asked: Vec<String> = match &self.recipe.method {
             Method::Lora(config) => match &config.target_modules {
                 Some(Targets::List(names)) => names.clone(),
@@ -297,7 +333,8 @@ impl<'a> Run<'a> {
             },
             _ => Vec::new(),
         };
-        let trainable = Trainable::of(self.shop.model, phase.task.set()).asked_for(&asked);
+        let mut trainable = Trainable::of(self.shop.model, phase.task.set()).asked_for(&asked);
+        trainable.warnings.extend(remarks);
         show(&trainable)?;
         let (task, parameters) = self.phase(phase)?;
         let trained = parameters.active_len() as u64;

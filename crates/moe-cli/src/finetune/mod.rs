@@ -227,8 +227,15 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
             }
             Ok(())
         })?;
-        let evaluations = job.measure(trained.task.model(), name, progress)?;
-        shop.write(&trained, Existing::Force)?;
+        // What is measured is what is written, rounded to the dtype of the weights.
+        let folded = shop.fold(&trained)?;
+        let evaluations = match &folded {
+            Some(folded) => {
+                job.measure(&folded.run(job.model.device(), job.arguments.max_memory)?, name, progress)?
+            }
+            None => job.measure(trained.task.model(), name, progress)?,
+        };
+        shop.write(&trained, folded.as_ref(), Existing::Force)?;
         let recipe_json = serde_json::to_vec_pretty(recipe).unwrap_or_default();
         write_atomic(dir.join("recipe.json"), &recipe_json)?;
         let result =

@@ -232,7 +232,9 @@ fn applied(maps: &Maps<'_>, layout: &Layout, adapters: &[(&str, &LoraWeights, f6
 /// A hash of everything that is merged.
 fn digest(adapters: &[(&str, &LoraWeights, f64)]) -> String {
     let mut hasher = blake3::Hasher::new();
-    let mut add = |bytes: &[u8]| drop(hasher.update(bytes));
+    let mut add = |bytes: &[u8]| {
+        hasher.update(bytes);
+    };
     for (name, weights, weight) in adapters {
         add(&(name.len() as u64).to_le_bytes());
         add(name.as_bytes());
