@@ -230,9 +230,7 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
         // What is measured is what is written, rounded to the dtype of the weights.
         let folded = shop.fold(&trained)?;
         let evaluations = match &folded {
-            Some(folded) => {
-                job.measure(&folded.run(job.model.device(), job.arguments.max_memory)?, name, progress)?
-            }
+            Some(folded) => job.measure(&folded.run(job.model.device(), job.arguments.max_memory)?, name, progress)?,
             None => job.measure(trained.task.model(), name, progress)?,
         };
         shop.write(&trained, folded.as_ref(), Existing::Force)?;
