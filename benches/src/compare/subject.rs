@@ -70,13 +70,12 @@ impl<'m> Subject<'m> {
         let protect = ProtectionMask::none();
         let request = PruneRequest::new(scores, shape, moe_prune::Budget::Ratio(ratio), &protect);
         let prune = |probe: &mut dyn ModelProbe| pruner.prune_with(&request, probe);
-        let pruned = match prune(&mut NoProbe) {
-            Err(moe_prune::Error::NeedsProbe { .. }) => {
-                let engine = Engine::new(full, EngineOptions::default());
-                let options = ProbeOptions { batch_waves: 1, ..ProbeOptions::default() };
-                prune(&mut EngineProbe::new(&engine, small_waves(calibration, SEARCH_TOKENS), options)?)?
-            }
-            other => other?,
+        let pruned = if pruner.needs().probe.any() {
+            let engine = Engine::new(full, EngineOptions::default());
+            let options = ProbeOptions { batch_waves: 1, ..ProbeOptions::default() };
+            prune(&mut EngineProbe::new(&engine, small_waves(calibration, SEARCH_TOKENS), options)?)?
+        } else {
+            prune(&mut NoProbe)?
         };
         Ok(Self::planned(full, pruned.plan))
     }

@@ -29,6 +29,7 @@ pub struct ProtectionMask {
 
 /// One line of a mask: some units of an expert, or all of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Protected {
     /// Decoder layer index.
     pub layer: usize,

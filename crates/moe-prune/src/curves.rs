@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::allocators::AllocationRequest;
 use crate::paths::{Path, Problem, Within};
 use crate::probe::{Distortion, ModelProbe, Statistic, everything};
-use crate::{Error, Result};
+use crate::{Error, Needs, Questions, Result};
 
 /// Version of the curve format that is written, and the newest that is read.
 pub const CURVES_VERSION: u64 = 1;
@@ -67,7 +67,8 @@ impl DistortionCurves {
         probe: &mut dyn ModelProbe,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self> {
-        request.validate(within.pool())?;
+        let questions = Questions { distortion: true, ..Questions::NONE };
+        request.validate(&Needs::new(request.granularity(), within.pool()).asking(questions), probe)?;
         let problem = Problem::new(request, within)?;
         Self::of_problem(&problem, within, points, probe, progress)
     }

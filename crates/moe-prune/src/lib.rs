@@ -70,19 +70,21 @@ mod budget;
 mod curves;
 mod edits;
 mod error;
+mod needs;
 mod paths;
 mod plan;
 mod probe;
 mod pruners;
 mod ranking;
+mod recipe;
 #[cfg(feature = "repair")]
 pub mod repair;
 mod report;
 
 pub use allocators::{
     Allocation, AllocationRequest, Allocator, AllocatorConfig, Choice, CurveSource, DepthPrior, Evolution,
-    ExpertLimits, Fitness, Global, Hybrid, LayerAllocation, Limits, Normalisation, Normalised, PerLayer, Prior,
-    RateDistortion, Rco, Uniform, WidthLimits, knapsack,
+    ExpertLimits, Fitness, Global, Hybrid, LayerAllocation, Limits, Normalisation, Normalised, OwnAllocator, PerLayer,
+    Prior, RateDistortion, Rco, Uniform, WidthLimits, knapsack,
 };
 pub use apply::{
     APPLIED_FILE, Applied, ApplyOptions, Export, FineGrained, LayerPieces, Piece, PieceMap, plan_from_masked,
@@ -93,14 +95,15 @@ pub use budget::Budget;
 pub use curves::{CURVES_VERSION, Curve, CurvePoint, DistortionCurves};
 pub use edits::{EditSizes, EditSource, Edits, EditsFile, ExpertEdit};
 pub use error::{Error, Result};
+pub use needs::{Needs, Questions, Sums};
 pub use paths::Within;
 pub use plan::{LayerKept, PLAN_VERSION, PrunePlan};
 pub use probe::{Distortion, ModelProbe, NoProbe, Statistic};
 #[cfg(feature = "repair")]
 pub use probe::{EngineProbe, PlanOverlay, ProbeOptions};
 pub use pruners::{
-    ExpertPruner, NovicePruner, Progressive, PruneRequest, Pruned, Pruner, PrunerConfig, Round, Schedule, Scope,
-    SubsetPruner, TwoLevelPruner, UnitPruner, WideExpertPruner,
+    ExpertPruner, NovicePruner, OwnPruner, Progressive, PruneRequest, Pruned, Pruner, PrunerConfig, Round, Schedule,
+    Scope, SubsetPruner, TwoLevelPruner, UnitPruner, WideExpertPruner,
 };
 pub use report::{LayerReport, Report};
 

@@ -8,8 +8,9 @@ use std::ops::Range;
 use moe_checkpoint::{ExpertId, Pool};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use crate::allocators::{Allocation, AllocationRequest, AllocatorConfig, common_step, round_kept};
+use crate::allocators::{Allocation, AllocationRequest, common_step, round_kept};
 use crate::plan::LayerKept;
 use crate::ranking::{Queue, compare, queues};
 use crate::{Error, Result};
@@ -233,7 +234,7 @@ impl<'a> Problem<'a> {
     }
 
     /// The allocation at these positions. Experts that could not lose more count as floor hits.
-    pub fn allocation(&self, allocator: AllocatorConfig, positions: &[usize]) -> Result<Allocation> {
+    pub fn allocation(&self, allocator: Value, positions: &[usize]) -> Result<Allocation> {
         let mut hits = Vec::new();
         for (path, position) in self.paths.iter().zip(positions) {
             if *position < path.end() {

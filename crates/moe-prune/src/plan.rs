@@ -51,6 +51,11 @@ pub struct LayerKept {
 }
 
 impl LayerKept {
+    /// These units of every expert, of which none goes wholly.
+    pub fn of_units(layer: usize, experts: Vec<Vec<u32>>) -> Self {
+        Self { layer, experts, removed: Vec::new() }
+    }
+
     /// Experts that stay, in the indices of the checkpoint.
     pub fn experts_kept(&self) -> Vec<usize> {
         (0..self.experts.len()).filter(|expert| self.removed.binary_search(&(*expert as u32)).is_err()).collect()

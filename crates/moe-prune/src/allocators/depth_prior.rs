@@ -1,11 +1,14 @@
 //! Shares by depth.
 
-use moe_checkpoint::MoeShape;
+use moe_checkpoint::{Granularity, MoeShape};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{Allocation, AllocationRequest, Allocator, AllocatorConfig};
+use super::{Allocation, AllocationRequest, Allocator};
 use crate::paths::{Problem, Within};
-use crate::{Error, Result};
+use crate::probe::ModelProbe;
+use crate::recipe::tagged;
+use crate::{Error, Needs, Result};
 
 /// Layers keep units in proportion to a weight times their size. A layer that would keep more than it has keeps all, one
 /// that would fall below its floor keeps that, and the others share the rest, still in proportion.
@@ -104,12 +107,20 @@ impl Prior {
 }
 
 impl Allocator for DepthPrior {
-    fn allocate(&self, request: &AllocationRequest<'_>) -> Result<Allocation> {
-        request.validate(self.within.pool())?;
+    fn recipe(&self) -> Value {
+        tagged("depth_prior", self)
+    }
+
+    fn needs(&self, granularity: Granularity) -> Needs {
+        Needs::new(granularity, self.within.pool())
+    }
+
+    fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
+        request.validate(&self.needs(request.granularity()), probe)?;
         let amounts = self.prior.amounts(request.shape)?;
         let problem = Problem::new(request, self.within)?;
         let positions = spread(&problem, &amounts)?;
-        problem.allocation(AllocatorConfig::DepthPrior(self.clone()), &positions)
+        problem.allocation(self.recipe(), &positions)
     }
 }
 

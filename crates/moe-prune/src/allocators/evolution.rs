@@ -2,18 +2,20 @@
 
 use std::collections::BTreeMap;
 
-use moe_checkpoint::Pool;
+use moe_checkpoint::{Granularity, Pool};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::depth_prior::spread;
 use super::global::compete;
-use super::{Allocation, AllocationRequest, Allocator, AllocatorConfig};
+use super::{Allocation, AllocationRequest, Allocator};
 use crate::paths::{Problem, Within};
-use crate::probe::{Distortion, ModelProbe, NoProbe};
+use crate::probe::{Distortion, ModelProbe};
 use crate::ranking::compare;
-use crate::{Error, Result};
+use crate::recipe::tagged;
+use crate::{Error, Needs, Questions, Result};
 
 /// Keeps the order of removal within every layer, from any score, and evolves how far each layer goes, in the manner of
 /// EvoESAP (arXiv 2603.06003). Needs a probe, which runs the model once per new candidate: at most
@@ -85,8 +87,12 @@ impl Default for Evolution {
 type Genes = Vec<usize>;
 
 impl Allocator for Evolution {
-    fn allocate(&self, request: &AllocationRequest<'_>) -> Result<Allocation> {
-        self.allocate_with(request, &mut NoProbe)
+    fn recipe(&self) -> Value {
+        tagged("evolution", self)
+    }
+
+    fn needs(&self, granularity: Granularity) -> Needs {
+        Needs::new(granularity, self.within.pool()).asking(Questions { distortion: true, ..Questions::NONE })
     }
 
     fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
@@ -99,7 +105,7 @@ impl Allocator for Evolution {
         if !(self.mutation > 0.0 && self.mutation <= 1.0) {
             return invalid("mutation", self.mutation.to_string(), "a number in (0, 1]");
         }
-        request.validate(self.within.pool())?;
+        request.validate(&self.needs(request.granularity()), probe)?;
         let problem = Problem::new(request, self.within)?;
         let mut random = ChaCha8Rng::seed_from_u64(self.seed);
         let mut known: BTreeMap<Genes, (f64, f64)> = BTreeMap::new();
@@ -150,7 +156,7 @@ impl Allocator for Evolution {
             fittest(&mut candidates, self.population);
         }
         let (fitness, best) = candidates.swap_remove(0);
-        let mut allocation = problem.allocation(AllocatorConfig::Evolution(self.clone()), &best)?;
+        let mut allocation = problem.allocation(self.recipe(), &best)?;
         allocation.predicted = fitness;
         allocation.measured = known.get(&best).map(|(_, mean)| *mean);
         allocation.seed = Some(self.seed);

@@ -1,11 +1,14 @@
 //! A guaranteed share for every layer, the rest by global rank.
 
-use moe_checkpoint::Pool;
+use moe_checkpoint::{Granularity, Pool};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{Allocation, AllocationRequest, Allocator, AllocatorConfig, global};
+use super::{Allocation, AllocationRequest, Allocator, global};
+use crate::probe::ModelProbe;
 use crate::ranking::{Measure, Queue, queues, share};
-use crate::{Error, Result};
+use crate::recipe::tagged;
+use crate::{Error, Needs, Result};
 
 /// Every layer first keeps its best units (or experts) up to a fraction of what it would keep if all layers dropped alike;
 /// the rest of the budget goes to the best of the whole model.
@@ -29,12 +32,20 @@ impl Default for Hybrid {
 }
 
 impl Allocator for Hybrid {
-    fn allocate(&self, request: &AllocationRequest<'_>) -> Result<Allocation> {
+    fn recipe(&self) -> Value {
+        tagged("hybrid", self)
+    }
+
+    fn needs(&self, granularity: Granularity) -> Needs {
+        Needs::new(granularity, Pool::Global)
+    }
+
+    fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
         if !(0.0..=1.0).contains(&self.guaranteed) {
             let found = self.guaranteed.to_string();
             return Err(Error::InvalidParameter { field: "guaranteed", found, expected: "a number in [0, 1]".into() });
         }
-        request.validate(Pool::Global)?;
+        request.validate(&self.needs(request.granularity()), probe)?;
         let mut queues = queues(request)?;
         let share_kept = request.budget.kept_units(request.shape) as f64 / request.shape.units().max(1) as f64;
         for (queues, shape) in queues.iter_mut().zip(&request.shape.layers) {
@@ -46,6 +57,6 @@ impl Allocator for Hybrid {
                 queue.floor = kept.max(queue.floor);
             }
         }
-        global::allocate(AllocatorConfig::Hybrid(*self), request, &queues)
+        global::allocate(self.recipe(), request, &queues)
     }
 }

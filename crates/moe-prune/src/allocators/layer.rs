@@ -1,11 +1,14 @@
 //! Every layer drops the same fraction of its units; the experts of a layer compete.
 
-use moe_checkpoint::Pool;
+use moe_checkpoint::{Granularity, Pool};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{Allocation, AllocationRequest, Allocator, AllocatorConfig, apportion, common_step, round_kept};
-use crate::Result;
+use super::{Allocation, AllocationRequest, Allocator, apportion, common_step, round_kept};
+use crate::probe::ModelProbe;
 use crate::ranking::{Measure, Queue, queues, share};
+use crate::recipe::tagged;
+use crate::{Needs, Result};
 
 /// Scope L of Fisher-MoE: the pool is one layer, which drops `floor(N_l * ratio)` of its `N_l` units. Widths differ
 /// between experts and may become 0.
@@ -14,11 +17,20 @@ use crate::ranking::{Measure, Queue, queues, share};
 /// for whole experts, the total is rounded once and shared out in blocks the same way, so that the rounding of single
 /// layers does not add up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PerLayer {}
 
 impl Allocator for PerLayer {
-    fn allocate(&self, request: &AllocationRequest<'_>) -> Result<Allocation> {
-        request.validate(Pool::Layer)?;
+    fn recipe(&self) -> Value {
+        tagged("layer", self)
+    }
+
+    fn needs(&self, granularity: Granularity) -> Needs {
+        Needs::new(granularity, Pool::Layer)
+    }
+
+    fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
+        request.validate(&self.needs(request.granularity()), probe)?;
         let queues = queues(request)?;
         let AllocationRequest { shape, budget, .. } = request;
         let sizes: Vec<usize> = shape.layers.iter().map(|layer| layer.units()).collect();
@@ -43,6 +55,6 @@ impl Allocator for PerLayer {
             blocks.push(shares);
             hits.extend(floored);
         }
-        Allocation::of_blocks(AllocatorConfig::Layer(*self), request, &queues, &blocks, asked, hits)
+        Allocation::of_blocks(self.recipe(), request, &queues, &blocks, asked, hits)
     }
 }

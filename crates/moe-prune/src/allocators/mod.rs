@@ -6,6 +6,7 @@
 //! ([`Global`]). The others make layers comparable ([`Normalised`]), guarantee or prescribe them a share ([`Hybrid`],
 //! [`DepthPrior`]), minimise a sum of distortion curves ([`RateDistortion`]) or ask the model ([`Rco`], [`Evolution`]).
 
+mod config;
 mod depth_prior;
 mod evolution;
 mod global;
@@ -18,9 +19,11 @@ mod rco;
 mod request;
 mod uniform;
 
-use moe_checkpoint::{ExpertId, ProtectionMask};
+use moe_checkpoint::{ExpertId, Granularity, ProtectionMask};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+pub use config::{AllocatorConfig, OwnAllocator};
 pub use depth_prior::{DepthPrior, Prior};
 pub use evolution::{Evolution, Fitness};
 pub use global::Global;
@@ -36,84 +39,41 @@ pub use uniform::Uniform;
 use crate::plan::LayerKept;
 use crate::probe::{ModelProbe, NoProbe};
 use crate::ranking::Queue;
-use crate::{Budget, Error, Result};
+use crate::{Budget, Error, Needs, Result};
 
 /// Decides how much every expert keeps.
+///
+/// One of your own gives an [`Allocation`] by [`AllocationRequest::allocation`], and works in every pruner as
+/// [`AllocatorConfig::own`].
 pub trait Allocator {
-    /// Distributes the budget, from scores alone.
-    ///
-    /// # Errors
-    /// Those of [`AllocationRequest::validate`]; [`Error::Infeasible`] if floors need more than the budget leaves, never a
-    /// silent clamp; [`Error::Inexact`] if exactness was asked for and the width multiple makes it impossible;
-    /// [`Error::NeedsProbe`] for an allocator that has to run the model.
-    fn allocate(&self, request: &AllocationRequest<'_>) -> Result<Allocation>;
+    /// The allocator with its parameters, as a plan records it: an object whose `type` names it.
+    fn recipe(&self) -> Value;
+
+    /// What it needs to distribute units or whole experts.
+    fn needs(&self, granularity: Granularity) -> Needs;
 
     /// Distributes the budget with a model at hand. Allocators that do not ask the model ignore it.
     ///
     /// # Errors
-    /// As [`Allocator::allocate`], and those of the probe.
-    fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
-        let _ = probe;
-        self.allocate(request)
-    }
-}
+    /// Those of [`AllocationRequest::validate`] before any work; [`Error::Infeasible`] if floors need more than the budget
+    /// leaves, never a silent clamp; [`Error::Inexact`] if exactness was asked for and the width multiple makes it
+    /// impossible; those of the probe.
+    fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation>;
 
-/// Every allocator, as a line of a recipe: `{"type": "global"}`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum AllocatorConfig {
-    /// Every expert (or, of whole experts, every layer) drops the same fraction.
-    Uniform(Uniform),
-    /// Every layer drops the same fraction; its experts compete.
-    Layer(PerLayer),
-    /// All units of the model compete.
-    Global(Global),
-    /// All units of the model compete by scores that are made comparable layer by layer.
-    Normalised(Normalised),
-    /// A guaranteed share for every layer, the rest by global rank.
-    Hybrid(Hybrid),
-    /// Shares by depth.
-    DepthPrior(DepthPrior),
-    /// The least sum of distortion curves.
-    RateDistortion(RateDistortion),
-    /// Gradient search over expert masks.
-    Rco(Rco),
-    /// Evolution of the counts per layer.
-    Evolution(Evolution),
-}
-
-impl AllocatorConfig {
-    fn inner(&self) -> &dyn Allocator {
-        match self {
-            Self::Uniform(allocator) => allocator,
-            Self::Layer(allocator) => allocator,
-            Self::Global(allocator) => allocator,
-            Self::Normalised(allocator) => allocator,
-            Self::Hybrid(allocator) => allocator,
-            Self::DepthPrior(allocator) => allocator,
-            Self::RateDistortion(allocator) => allocator,
-            Self::Rco(allocator) => allocator,
-            Self::Evolution(allocator) => allocator,
-        }
-    }
-}
-
-impl Allocator for AllocatorConfig {
+    /// Distributes the budget, from scores alone.
+    ///
+    /// # Errors
+    /// As [`Allocator::allocate_with`]; [`Error::NeedsProbe`] for an allocator that has to run the model.
     fn allocate(&self, request: &AllocationRequest<'_>) -> Result<Allocation> {
-        self.inner().allocate_with(request, &mut NoProbe)
-    }
-
-    fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
-        self.inner().allocate_with(request, probe)
+        self.allocate_with(request, &mut NoProbe)
     }
 }
 
 /// What an allocator decided, and what it expects of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Allocation {
-    /// The allocator and its parameters.
-    pub allocator: AllocatorConfig,
+    /// Recipe of the allocator; see [`Allocator::recipe`].
+    pub allocator: Value,
     /// The budget it worked on.
     pub budget: Budget,
     /// MoE layers in ascending order.
@@ -172,7 +132,7 @@ impl LayerAllocation {
 impl Allocation {
     /// The allocation of given numbers of kept blocks `[MoE layer][queue]`: every queue keeps its best.
     pub(crate) fn of_blocks(
-        allocator: AllocatorConfig,
+        allocator: Value,
         request: &AllocationRequest<'_>,
         queues: &[Vec<Queue>],
         blocks: &[Vec<usize>],

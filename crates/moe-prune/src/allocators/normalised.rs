@@ -1,11 +1,14 @@
 //! Global ranking of scores that are first made comparable, layer by layer.
 
-use moe_checkpoint::Pool;
+use moe_checkpoint::{Granularity, Pool};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{Allocation, AllocationRequest, Allocator, AllocatorConfig, global};
+use super::{Allocation, AllocationRequest, Allocator, global};
+use crate::probe::ModelProbe;
 use crate::ranking::{Queue, compare, queues};
-use crate::{Error, Result};
+use crate::recipe::tagged;
+use crate::{Error, Needs, Result};
 
 /// All units (or experts) of the model compete by normalised scores. The order within a layer stays; the scores need not be
 /// comparable between layers. Where they become shares of a sum, they must be additive within a layer
@@ -42,16 +45,25 @@ pub enum Normalisation {
 }
 
 impl Allocator for Normalised {
-    fn allocate(&self, request: &AllocationRequest<'_>) -> Result<Allocation> {
-        request.validate(Pool::Layer)?;
-        if self.by.adds() {
-            request.validate_sums("the normalisation by a share of the layer", Pool::Layer)?;
+    fn recipe(&self) -> Value {
+        tagged("normalised", self)
+    }
+
+    fn needs(&self, granularity: Granularity) -> Needs {
+        let needs = Needs::new(granularity, Pool::Layer);
+        match self.by.adds() {
+            true => needs.adding(Pool::Layer, "the normalisation by a share of the layer"),
+            false => needs,
         }
+    }
+
+    fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
+        request.validate(&self.needs(request.granularity()), probe)?;
         let mut queues = queues(request)?;
         for layer in &mut queues {
             self.by.apply(layer)?;
         }
-        global::allocate(AllocatorConfig::Normalised(*self), request, &queues)
+        global::allocate(self.recipe(), request, &queues)
     }
 }
 

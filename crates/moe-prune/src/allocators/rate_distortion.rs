@@ -2,14 +2,16 @@
 
 use std::path::PathBuf;
 
-use moe_checkpoint::Pool;
+use moe_checkpoint::{Granularity, Pool};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{Allocation, AllocationRequest, Allocator, AllocatorConfig, Choice, Limits, knapsack};
+use super::{Allocation, AllocationRequest, Allocator, Choice, Limits, knapsack};
 use crate::curves::{DistortionCurves, ladder, monotone};
 use crate::paths::{Problem, Within};
-use crate::probe::{ModelProbe, NoProbe, Statistic, measured};
-use crate::{Error, Result};
+use crate::probe::{ModelProbe, Statistic, measured};
+use crate::recipe::tagged;
+use crate::{Error, Needs, Questions, Result};
 
 /// Layer-adaptive pruning by rate and distortion: how far every layer (or expert) is pruned along its order of removal, so
 /// that the sum of their distortions is least. Solved exactly, for curves of any form, by dynamic programming over blocks of
@@ -72,21 +74,28 @@ const OPERATIONS: u128 = 1 << 28;
 const CELLS: u128 = 1 << 25;
 
 impl Allocator for RateDistortion {
-    fn allocate(&self, request: &AllocationRequest<'_>) -> Result<Allocation> {
-        self.allocate_with(request, &mut NoProbe)
+    fn recipe(&self) -> Value {
+        tagged("rate_distortion", self)
+    }
+
+    fn needs(&self, granularity: Granularity) -> Needs {
+        let of_model = Questions { distortion: true, ..Questions::NONE };
+        let ordered = Needs::new(granularity, self.within.pool());
+        match self.curves {
+            CurveSource::Scores => {
+                Needs::new(granularity, Pool::Global).adding(Pool::Global, "a distortion curve of scores")
+            }
+            CurveSource::Measured { .. } => ordered.asking(of_model),
+            CurveSource::LayerErrors { .. } => ordered.asking(Questions { layer_errors: true, ..of_model }),
+            CurveSource::File { .. } => ordered,
+        }
     }
 
     fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
         if self.block == Some(0) {
             return Err(Error::InvalidParameter { field: "block", found: "0".into(), expected: "at least 1".into() });
         }
-        request.validate(match self.curves {
-            CurveSource::Scores => Pool::Global,
-            _ => self.within.pool(),
-        })?;
-        if self.curves == CurveSource::Scores {
-            request.validate_sums("a distortion curve of scores", Pool::Global)?;
-        }
+        request.validate(&self.needs(request.granularity()), probe)?;
         let problem = Problem::new(request, self.within)?;
         let (start, values, statistic) = match &self.curves {
             CurveSource::Scores => {
@@ -109,7 +118,7 @@ impl Allocator for RateDistortion {
             }
         };
         let positions = solve(&problem, &values, self.block)?;
-        let mut allocation = problem.allocation(AllocatorConfig::RateDistortion(self.clone()), &positions)?;
+        let mut allocation = problem.allocation(self.recipe(), &positions)?;
         allocation.layers.iter_mut().for_each(|layer| layer.predicted = 0.0);
         for ((path, values), position) in problem.paths.iter().zip(&values).zip(&positions) {
             allocation.layers[path.layer].predicted += values[*position];

@@ -1,16 +1,18 @@
 //! Budget search by gradient: which experts stay, over the whole model, by what the model says.
 
-use moe_checkpoint::{LayerScores, Pool, ScoreTable};
+use moe_checkpoint::{Granularity, LayerScores, Pool, ScoreTable};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::global::compete;
-use super::{Allocation, AllocationRequest, Allocator, AllocatorConfig, Limits};
+use super::{Allocation, AllocationRequest, Allocator, Limits};
 use crate::plan::LayerKept;
-use crate::probe::{ModelProbe, NoProbe, measured};
+use crate::probe::{ModelProbe, measured};
 use crate::ranking::queues;
-use crate::{Error, Result};
+use crate::recipe::tagged;
+use crate::{Error, Needs, Questions, Result};
 
 /// Differentiable budget search in the manner of RCO (arXiv 2605.00649). Whole experts only; needs a probe.
 ///
@@ -53,7 +55,7 @@ impl Default for Rco {
 }
 
 impl Rco {
-    fn validate(&self, request: &AllocationRequest<'_>) -> Result<()> {
+    fn validate(&self, request: &AllocationRequest<'_>, probe: &dyn ModelProbe) -> Result<()> {
         let invalid = |field, found: String, expected: &str| {
             Err(Error::InvalidParameter { field, found, expected: expected.into() })
         };
@@ -75,7 +77,7 @@ impl Rco {
         if !self.prior.is_finite() {
             return invalid("prior", self.prior.to_string(), "a number");
         }
-        request.validate(Pool::Layer)
+        request.validate(&self.needs(request.granularity()), probe)
     }
 
     /// Logits before the first step, expert after expert.
@@ -93,12 +95,18 @@ impl Rco {
 }
 
 impl Allocator for Rco {
-    fn allocate(&self, request: &AllocationRequest<'_>) -> Result<Allocation> {
-        self.allocate_with(request, &mut NoProbe)
+    fn recipe(&self) -> Value {
+        tagged("rco", self)
+    }
+
+    /// Whole experts only, whatever is asked for.
+    fn needs(&self, _: Granularity) -> Needs {
+        let needs = Needs::new(Granularity::Expert, Pool::Layer);
+        needs.asking(Questions { gain_gradient: true, ..Questions::NONE })
     }
 
     fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
-        self.validate(request)?;
+        self.validate(request, probe)?;
         let surface = Surface::new(request);
         let mut logits = self.start(request.scores);
         surface.shift(&mut logits);
@@ -139,8 +147,7 @@ impl Allocator for Rco {
         let queues = queues(&found)?;
         let (blocks, hits) = compete(&found, &queues)?;
         let asked = request.shape.units() - request.budget.kept_units(request.shape);
-        let config = AllocatorConfig::Rco(self.clone());
-        let mut allocation = Allocation::of_blocks(config, &found, &queues, &blocks, asked, hits)?;
+        let mut allocation = Allocation::of_blocks(self.recipe(), &found, &queues, &blocks, asked, hits)?;
         for (layer, scores) in allocation.layers.iter_mut().zip(&request.scores.layers) {
             let dropped = layer.kept.iter().zip(&scores.scores).filter(|(kept, _)| kept.is_empty());
             layer.predicted = dropped.map(|(_, score)| f64::from(score[0])).sum();

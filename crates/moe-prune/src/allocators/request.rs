@@ -2,10 +2,13 @@
 
 use moe_checkpoint::{Granularity, GroupScore, MoeShape, Pool, ProtectionMask, Routing, ScoreTable};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use super::Allocation;
 use crate::plan::LayerKept;
+use crate::probe::ModelProbe;
 use crate::ranking::Queue;
-use crate::{Budget, Error, Result};
+use crate::{Budget, Error, Needs, PruneRequest, Result};
 
 /// What widths an allocation may give.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,24 +101,26 @@ pub struct AllocationRequest<'a> {
 }
 
 impl AllocationRequest<'_> {
-    /// Checks everything that does not depend on the allocator, and that scores may be compared over `pool`. Whole experts
-    /// are always compared within their layer.
+    /// What goes: units or whole experts.
+    pub fn granularity(&self) -> Granularity {
+        match self.limits {
+            Limits::Units(_) => Granularity::Unit,
+            Limits::Experts(_) => Granularity::Expert,
+        }
+    }
+
+    /// Checks everything that does not depend on how an allocator works, and what it needs.
     ///
     /// # Errors
-    /// A parameter outside its range, a table that is not of this model, has NaN, is of the other granularity, or supports
-    /// only a narrower pool; protected units that do not exist.
-    pub fn validate(&self, pool: Pool) -> Result<()> {
+    /// Scores or a probe that do not give what is needed; a parameter outside its range, a table that is not of this model or
+    /// has NaN; protected units that do not exist.
+    pub fn validate(&self, needs: &Needs, probe: &dyn ModelProbe) -> Result<()> {
+        needs.check_probe(probe.answers())?;
         self.shape.validate()?;
         self.scores.validate_for(self.shape)?;
-        let pool = match (self.limits, self.scores.granularity) {
-            (Limits::Units(_), Granularity::Expert) => return Err(Error::NeedsUnitScores),
-            (Limits::Experts(_), Granularity::Unit) => return Err(Error::NeedsExpertScores),
-            (Limits::Units(_), _) => pool,
-            (Limits::Experts(_), _) => pool.max(Pool::Layer),
-        };
-        if !self.scores.pool.supports(pool) {
-            return Err(Error::PoolTooNarrow { wanted: pool, supported: self.scores.pool });
-        }
+        needs.check_scores(self.scores)?;
+        let expected = Needs::new(self.granularity(), Pool::Expert);
+        Needs { pool: Pool::Expert, ..expected }.check_scores(self.scores)?;
         self.validate_limits()?;
         self.budget.validate(self.shape)?;
         self.protect.validate(self.shape)?;
@@ -129,17 +134,6 @@ impl AllocationRequest<'_> {
             }
         }
         Ok(())
-    }
-
-    /// Checks that scores may be added over `pool`, for `what` adds them.
-    ///
-    /// # Errors
-    /// [`Error::NotAdditive`].
-    pub fn validate_sums(&self, what: &'static str, pool: Pool) -> Result<()> {
-        match self.scores.adds_up(pool) {
-            true => Ok(()),
-            false => Err(Error::NotAdditive { what, wanted: pool, supported: self.scores.additive }),
-        }
     }
 
     fn validate_limits(&self) -> Result<()> {
@@ -162,6 +156,15 @@ impl AllocationRequest<'_> {
                 Ok(())
             }
         }
+    }
+
+    /// The allocation that keeps this, for an allocator with this recipe; see [`PruneRequest::allocation`].
+    ///
+    /// # Errors
+    /// As [`PruneRequest::allocation`].
+    pub fn allocation(&self, allocator: Value, kept: Vec<LayerKept>) -> Result<Allocation> {
+        let Self { scores, shape, budget, protect, gone, .. } = *self;
+        PruneRequest { scores, shape, budget, protect, gone }.allocation(allocator, kept)
     }
 
     /// What stays with these numbers of kept blocks `[MoE layer][queue]`.

@@ -1,11 +1,14 @@
 //! The same fraction everywhere.
 
-use moe_checkpoint::Pool;
+use moe_checkpoint::{Granularity, Pool};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{Allocation, AllocationRequest, Allocator, AllocatorConfig, Limits, round_kept};
-use crate::Result;
+use super::{Allocation, AllocationRequest, Allocator, Limits, round_kept};
+use crate::probe::ModelProbe;
 use crate::ranking::{Measure, Queue, queues, share};
+use crate::recipe::tagged;
+use crate::{Needs, Result};
 
 /// Scope E of Fisher-MoE: the pool is one expert, which drops `floor(I * ratio)` units, so that experts of one width
 /// stay of one width and stock runtimes load the result. Of whole experts, every layer drops `floor(E * ratio)`.
@@ -14,11 +17,20 @@ use crate::ranking::{Measure, Queue, queues, share};
 /// for a parameter budget; groups round the number of experts likewise. Floors above that are an error: one width for all
 /// leaves nothing to redistribute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Uniform {}
 
 impl Allocator for Uniform {
-    fn allocate(&self, request: &AllocationRequest<'_>) -> Result<Allocation> {
-        request.validate(Pool::Expert)?;
+    fn recipe(&self) -> Value {
+        tagged("uniform", self)
+    }
+
+    fn needs(&self, granularity: Granularity) -> Needs {
+        Needs::new(granularity, Pool::Expert)
+    }
+
+    fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
+        request.validate(&self.needs(request.granularity()), probe)?;
         let AllocationRequest { shape, budget, limits, .. } = request;
         let queues = queues(request)?;
         let (units, kept_units) = (shape.units(), budget.kept_units(shape));
@@ -51,6 +63,6 @@ impl Allocator for Uniform {
         if let Limits::Experts(_) = limits {
             asked = units - kept_units;
         }
-        Allocation::of_blocks(AllocatorConfig::Uniform(*self), request, &queues, &blocks, asked, hits)
+        Allocation::of_blocks(self.recipe(), request, &queues, &blocks, asked, hits)
     }
 }

@@ -17,7 +17,7 @@ pub use engine::{EngineProbe, ProbeOptions};
 pub use overlay::PlanOverlay;
 
 use crate::plan::LayerKept;
-use crate::{Error, Result};
+use crate::{Error, Questions, Result};
 
 /// How far a changed model is from the full one, on the probe's data. Divergences are of next-token distributions, in nats
 /// per predicted token: KL(full || changed).
@@ -57,6 +57,11 @@ impl Distortion {
 ///
 /// Everything is deterministic: the same question has the same answer.
 pub trait ModelProbe {
+    /// Which questions have an answer. Methods that ask another are refused before any work.
+    fn answers(&self) -> Questions {
+        Questions::ALL
+    }
+
     /// Distortion of the model with only this kept: all MoE layers in order. Experts that are
     /// [`removed`](LayerKept::removed) cannot be routed to; experts without units that are not give nothing.
     ///
@@ -92,6 +97,10 @@ pub trait ModelProbe {
 pub struct NoProbe;
 
 impl ModelProbe for NoProbe {
+    fn answers(&self) -> Questions {
+        Questions::NONE
+    }
+
     fn distortion(&mut self, _: &[LayerKept]) -> Result<Distortion> {
         Err(Error::NeedsProbe { what: "the distortion of a plan" })
     }
@@ -111,10 +120,9 @@ impl ModelProbe for NoProbe {
 
 /// Measures a plan where a model is at hand.
 pub(crate) fn measured(probe: &mut dyn ModelProbe, kept: &[LayerKept]) -> Result<Option<Distortion>> {
-    match probe.distortion(kept) {
-        Ok(found) => Ok(Some(found)),
-        Err(Error::NeedsProbe { .. }) => Ok(None),
-        Err(other) => Err(other),
+    match probe.answers().distortion {
+        true => probe.distortion(kept).map(Some),
+        false => Ok(None),
     }
 }
 

@@ -1,12 +1,14 @@
 //! Dropping whole routed experts with their rows of the router.
 
-use moe_checkpoint::Routing;
+use moe_checkpoint::{Granularity, Routing};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{PruneRequest, Pruner, PrunerConfig};
+use super::{PruneRequest, Pruner};
 use crate::allocators::{Allocator, AllocatorConfig, ExpertLimits, Limits, Uniform};
 use crate::probe::ModelProbe;
-use crate::{Allocation, Result};
+use crate::recipe::tagged;
+use crate::{Allocation, Needs, Result};
 
 /// Keeps the highest-scored experts.
 ///
@@ -89,8 +91,12 @@ impl ExpertPruner {
 }
 
 impl Pruner for ExpertPruner {
-    fn config(&self) -> PrunerConfig {
-        PrunerConfig::Expert(self.clone())
+    fn recipe(&self) -> Value {
+        tagged("expert", self)
+    }
+
+    fn needs(&self) -> Needs {
+        self.allocator.needs(Granularity::Expert)
     }
 
     fn allocate_with(&self, request: &PruneRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {

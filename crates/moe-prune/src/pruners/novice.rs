@@ -1,12 +1,14 @@
 //! Emptying experts that the router goes on choosing.
 
-use moe_checkpoint::{ExpertId, Pool, ScoreTable};
+use moe_checkpoint::{ExpertId, Granularity, Pool, ScoreTable};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{PruneRequest, Pruner, PrunerConfig};
+use super::{PruneRequest, Pruner};
 use crate::allocators::{Allocator, AllocatorConfig, ExpertLimits, LayerAllocation, Limits, Uniform};
 use crate::probe::ModelProbe;
-use crate::{Allocation, Result};
+use crate::recipe::tagged;
+use crate::{Allocation, Needs, Result};
 
 /// Experts that lose all their units but keep their row of the router, as in MoNE (arXiv 2507.00390): a token that is
 /// routed to such a *novice* gets a constant instead. The plan says which; the constant (the expert's mean output over its
@@ -31,8 +33,12 @@ impl Default for NovicePruner {
 }
 
 impl Pruner for NovicePruner {
-    fn config(&self) -> PrunerConfig {
-        PrunerConfig::Novice(self.clone())
+    fn recipe(&self) -> Value {
+        tagged("novice", self)
+    }
+
+    fn needs(&self) -> Needs {
+        self.allocator.needs(Granularity::Expert)
     }
 
     fn allocate_with(&self, request: &PruneRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {

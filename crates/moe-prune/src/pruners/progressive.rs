@@ -2,10 +2,12 @@
 
 use moe_checkpoint::{MoeShape, ProtectionMask, ScoreTable};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{PruneRequest, Pruned, Pruner, PrunerConfig};
 use crate::plan::LayerKept;
 use crate::probe::ModelProbe;
+use crate::recipe::tagged;
 use crate::{Budget, Error, PrunePlan, Result};
 
 /// Prunes a little, scores what is left, prunes more. What one round drops stays dropped.
@@ -102,6 +104,11 @@ impl<F: FnMut(&PrunePlan) -> Result<ScoreTable>> Round for ScoreOnly<F> {
 }
 
 impl Progressive {
+    /// The rounds with their parameters, as the plan records them.
+    pub fn recipe(&self) -> Value {
+        tagged("progressive", self)
+    }
+
     /// Runs all rounds on the model of this shape and fingerprint; `score` scores it as a plan leaves it.
     ///
     /// # Errors
@@ -141,20 +148,22 @@ impl Progressive {
         };
         let ratios = self.schedule.ratios(ratio, self.rounds);
         let mut plan = PrunePlan::keep_all(shape, model);
-        let mut prune = |plan: &PrunePlan, first: bool, budget: Budget| {
+        let needs = self.pruner.needs();
+        needs.check_probe(round.probe().answers())?;
+        let mut prune = |plan: &PrunePlan, first: bool, budget: Budget, recipe: Value| {
             let table = round.score(plan)?;
             let scores = &if table.validate_for(shape).is_ok() { table } else { plan.expand(&table)? };
             let gone: Option<&[LayerKept]> = (!first).then_some(&plan.kept);
-            self.pruner.prune_with(&PruneRequest { scores, shape, budget, protect, gone }, round.probe())
+            needs.check_scores(scores)?;
+            let request = PruneRequest { scores, shape, budget, protect, gone };
+            let allocation = self.pruner.allocate_with(&request, round.probe())?;
+            let plan = allocation.plan(recipe, scores, shape)?;
+            Ok(Pruned { plan, allocation })
         };
         for (index, ratio) in ratios[..self.rounds - 1].iter().enumerate() {
-            plan = prune(&plan, index == 0, Budget::Ratio(*ratio))?.plan;
+            plan = prune(&plan, index == 0, Budget::Ratio(*ratio), self.pruner.recipe())?.plan;
         }
-        let mut pruned = prune(&plan, self.rounds == 1, budget)?;
-        pruned.plan.recipe["pruner"] = serde_json::json!({
-            "type": "progressive", "pruner": self.pruner, "rounds": self.rounds, "schedule": self.schedule,
-        });
-        Ok(pruned)
+        prune(&plan, self.rounds == 1, budget, self.recipe())
     }
 }
 

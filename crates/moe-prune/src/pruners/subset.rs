@@ -2,16 +2,18 @@
 
 use std::collections::BTreeSet;
 
-use moe_checkpoint::{MoeLayerShape, Routing};
+use moe_checkpoint::{Granularity, MoeLayerShape, Routing};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{ExpertPruner, PruneRequest, Pruner, PrunerConfig};
+use super::{ExpertPruner, PruneRequest, Pruner};
 use crate::allocators::{Allocator, AllocatorConfig, LayerAllocation, Uniform};
 use crate::probe::ModelProbe;
-use crate::{Allocation, Error, Result};
+use crate::recipe::tagged;
+use crate::{Allocation, Error, Needs, Questions, Result};
 
 /// NAEE (arXiv 2402.14800): of every layer, the subset of experts whose removal (logits at minus infinity, renormalised as the
 /// model does) moves the layer's output least in Frobenius norm over the calibration batches. Needs a probe.
@@ -113,8 +115,12 @@ impl SubsetPruner {
 }
 
 impl Pruner for SubsetPruner {
-    fn config(&self) -> PrunerConfig {
-        PrunerConfig::Subset(self.clone())
+    fn recipe(&self) -> Value {
+        tagged("subset", self)
+    }
+
+    fn needs(&self) -> Needs {
+        self.allocator.needs(Granularity::Expert).asking(Questions { layer_errors: true, ..Questions::NONE })
     }
 
     fn allocate_with(&self, request: &PruneRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {

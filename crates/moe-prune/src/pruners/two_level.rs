@@ -2,12 +2,14 @@
 
 use moe_checkpoint::{ExpertId, Granularity, Reduction};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{ExpertPruner, PruneRequest, Pruner, PrunerConfig, UnitPruner};
-use crate::allocators::LayerAllocation;
+use super::{ExpertPruner, PruneRequest, Pruner, UnitPruner};
+use crate::allocators::{Allocator, LayerAllocation};
 use crate::plan::{LayerKept, PrunePlan};
 use crate::probe::ModelProbe;
-use crate::{Allocation, Budget, Error, Result, Scope};
+use crate::recipe::{reducing, tagged};
+use crate::{Allocation, Budget, Error, Needs, Result, Scope};
 
 /// Drops whole experts up to a part of the budget, then units of the experts that are left until the budget is met, as in
 /// the order that STUN (arXiv 2409.06211) found best: structure first, then what is finer.
@@ -39,8 +41,15 @@ impl Default for TwoLevelPruner {
 }
 
 impl Pruner for TwoLevelPruner {
-    fn config(&self) -> PrunerConfig {
-        PrunerConfig::TwoLevel(self.clone())
+    fn recipe(&self) -> Value {
+        tagged("two_level", self)
+    }
+
+    fn needs(&self) -> Needs {
+        let (experts, units) = (self.experts.needs(), self.units.needs());
+        let needs = Needs::new(Granularity::Unit, experts.pool.max(units.pool)).asking(experts.probe);
+        let sums = [experts.additive, units.additive].into_iter().flatten();
+        reducing(sums.fold(needs, |needs, sums| needs.adding(sums.over, sums.what)), self.reduction)
     }
 
     fn allocate_with(&self, request: &PruneRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
@@ -49,6 +58,12 @@ impl Pruner for TwoLevelPruner {
             let found = self.expert_part.to_string();
             let expected = "a number in (0, 1), both ends excluded".into();
             return Err(Error::InvalidParameter { field: "expert_part", found, expected });
+        }
+        if self.units.needs().probe.any() {
+            let found = self.units.allocator.recipe().to_string();
+            let expected =
+                "an allocator that does not ask the model: nothing probes what the first level leaves".into();
+            return Err(Error::InvalidParameter { field: "units.allocator", found, expected });
         }
         if gone.is_some() {
             let found = "what an earlier round left".to_string();

@@ -3,12 +3,15 @@
 use std::fmt;
 use std::str::FromStr;
 
+use moe_checkpoint::Granularity;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{PruneRequest, Pruner, PrunerConfig};
+use super::{PruneRequest, Pruner};
 use crate::allocators::{Allocator, AllocatorConfig, Global, Limits, PerLayer, Uniform, WidthLimits};
 use crate::probe::ModelProbe;
-use crate::{Allocation, Error, Result};
+use crate::recipe::tagged;
+use crate::{Allocation, Error, Needs, Result};
 
 /// The pool in which units compete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -72,6 +75,7 @@ impl FromStr for Scope {
 /// # Ok::<(), moe_prune::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct UnitPruner {
     /// How the budget is distributed.
     pub allocator: AllocatorConfig,
@@ -117,8 +121,12 @@ impl UnitPruner {
 }
 
 impl Pruner for UnitPruner {
-    fn config(&self) -> PrunerConfig {
-        PrunerConfig::Unit(self.clone())
+    fn recipe(&self) -> Value {
+        tagged("unit", self)
+    }
+
+    fn needs(&self) -> Needs {
+        self.allocator.needs(Granularity::Unit)
     }
 
     fn allocate_with(&self, request: &PruneRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {

@@ -1,13 +1,15 @@
 //! Units of most experts, while some of every layer stay whole.
 
-use moe_checkpoint::{Granularity, Reduction};
+use moe_checkpoint::{Granularity, Pool, Reduction};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{PruneRequest, Pruner, PrunerConfig};
+use super::{PruneRequest, Pruner};
 use crate::allocators::{Allocator, AllocatorConfig, DepthPrior, ExpertLimits, Limits, Prior, WidthLimits};
 use crate::paths::Within;
 use crate::probe::ModelProbe;
-use crate::{Allocation, Budget, Error, Result};
+use crate::recipe::{reducing, tagged};
+use crate::{Allocation, Budget, Error, Needs, Result};
 
 /// Keeps some experts at full width and slims the others, as TENP (arXiv 2606.09885) does: more whole experts in deeper
 /// layers, a trapezoid over depth. Its exact schedule is not published; the default rises over the first half and stays.
@@ -43,8 +45,15 @@ impl Default for WideExpertPruner {
 }
 
 impl Pruner for WideExpertPruner {
-    fn config(&self) -> PrunerConfig {
-        PrunerConfig::Wide(self.clone())
+    fn recipe(&self) -> Value {
+        tagged("wide", self)
+    }
+
+    fn needs(&self) -> Needs {
+        let needs = self.allocator.needs(Granularity::Unit);
+        // Which experts stay whole is decided within layers.
+        let needs = Needs { pool: needs.pool.max(Pool::Layer), ..needs };
+        reducing(needs, self.reduction)
     }
 
     fn allocate_with(&self, request: &PruneRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
