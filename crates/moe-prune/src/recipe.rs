@@ -2,16 +2,17 @@
 
 use moe_checkpoint::{Pool, Reduction};
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// A method with its parameters, under the name that recipes know it by.
 pub(crate) fn tagged(name: &str, method: &impl Serialize) -> Value {
     // Only a path that is not Unicode has no JSON; a recipe that says so still identifies the method.
-    let mut value = serde_json::to_value(method).unwrap_or_else(|error| json!({ "unwritable": error.to_string() }));
-    if let Value::Object(fields) = &mut value {
-        fields.insert("type".into(), name.into());
+    let value = serde_json::to_value(method).unwrap_or_else(|error| json!({ "unwritable": error.to_string() }));
+    let mut fields = Map::from_iter([("type".to_string(), name.into())]);
+    if let Value::Object(parameters) = value {
+        fields.extend(parameters);
     }
-    value
+    Value::Object(fields)
 }
 
 /// The same needs, with what a reduction of unit scores to expert scores adds.
