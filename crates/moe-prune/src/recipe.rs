@@ -4,6 +4,8 @@ use moe_checkpoint::{Pool, Reduction};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use crate::Needs;
+
 /// A method with its parameters, under the name that recipes know it by.
 pub(crate) fn tagged(name: &str, method: &impl Serialize) -> Value {
     // Only a path that is not Unicode has no JSON; a recipe that says so still identifies the method.
