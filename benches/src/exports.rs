@@ -4,9 +4,10 @@
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Parser;
-use moe_checkpoint::{Checkpoint, Provenance, Reduction, ScoreTable, Statistics};
+use moe_checkpoint::{Checkpoint, Provenance, Reduction, ScoreTable, Statistics, WriteOptions, write};
 use moe_importance::ScorerConfig;
 use moe_importance::scorers::Magnitude;
 use moe_merge::{Evidence, MergeOptions, OutputForm, Recipe};
@@ -104,7 +105,7 @@ pub fn run(arguments: &Arguments) -> Result<Report> {
     }
     let mut exports = Vec::new();
     for name in models(from, skip)? {
-        let checkpoint = Checkpoint::open(from.join(&name))?;
+        let checkpoint = Arc::new(Checkpoint::open(from.join(&name))?);
         for kind in Kind::ALL {
             if export(&checkpoint, kind, &out.join(&name).join(kind.name()))? {
                 exports.push((name.clone(), kind));
@@ -135,7 +136,7 @@ pub fn models(from: &Path, skip: &[String]) -> Result<Vec<String>> {
 ///
 /// # Errors
 /// Whatever stops it.
-pub fn export(from: &Checkpoint, kind: Kind, to: &Path) -> Result<bool> {
+pub fn export(from: &Arc<Checkpoint>, kind: Kind, to: &Path) -> Result<bool> {
     let (shape, none) = (from.shape(), ProtectionMask::none());
     let routing = &from.config().routing;
     let groups = routing.groups().map_or(1, |groups| groups.count);
@@ -189,13 +190,14 @@ const MERGE: &str = r#"{
 }"#;
 
 /// Exports a merge; false for experts in groups that must stay as many as they are.
-fn merge(from: &Checkpoint, to: &Path) -> Result<bool> {
+fn merge(from: &Arc<Checkpoint>, to: &Path) -> Result<bool> {
     if from.config().routing.groups().is_some() {
         return Ok(false);
     }
     let evidence = Evidence { model: from.fingerprint(), data: String::new(), layers: Vec::new() };
     let plan = Recipe::from_json(MERGE)?.plan(from, &evidence, &ProtectionMask::none())?;
-    plan.apply(from, to, &MergeOptions { mtp: Some(Mtp::Drop), ..MergeOptions::new(OutputForm::Stock) })?;
+    let options = MergeOptions { mtp: Some(Mtp::Drop), ..MergeOptions::new(OutputForm::Stock) };
+    write(plan.on(from, &options)?.model(), to, &WriteOptions::default())?;
     Ok(true)
 }
 

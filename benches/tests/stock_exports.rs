@@ -53,7 +53,7 @@ fn stock_transformers_computes_the_same() {
     let from = fixtures().join("parity/tf5");
     let (mut compared, mut worst) = (0, 0f32);
     for model in models(&from, &["qwen3_moe_long".into()]).unwrap() {
-        let checkpoint = Checkpoint::open(from.join(&model)).unwrap();
+        let checkpoint = std::sync::Arc::new(Checkpoint::open(from.join(&model)).unwrap());
         let vocabulary = checkpoint.config().vocab_size;
         for kind in Kind::ALL {
             let out = directory.path().join(&model).join(kind.name());

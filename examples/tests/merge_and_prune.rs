@@ -4,7 +4,7 @@
 #[allow(dead_code)]
 mod common;
 
-use common::{checkpoints, contents, options, parity, plain, plan};
+use common::{checkpoints, contents, open, options, parity, plain, plan, written};
 use moe_checkpoint::{Checkpoint, Mtp};
 use moe_merge::{CombinationConfig, DominantOnly, GroupingConfig, MergeOptions, OutputForm, Retain, RouterConfig};
 use moe_prune::{ApplyOptions, Export, PrunePlan};
@@ -31,7 +31,7 @@ fn dominants_alone_are_expert_pruning_to_the_byte() {
         let pruned = Checkpoint::open(&pruned).unwrap();
         for (which, plan) in [("merged", merged), ("dissolved", dissolved)] {
             let out = directory.path().join(format!("{name}-{which}"));
-            let report = plan.apply(&model, &out, &options(OutputForm::Stock, &model)).unwrap();
+            let report = written(&plan, &model, &out, &options(OutputForm::Stock, &model)).unwrap();
             let result = Checkpoint::open(&out).unwrap();
             let (found, expected) = (contents(&result), contents(&pruned));
             assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{name} {which}");
@@ -48,10 +48,10 @@ fn dominants_alone_are_expert_pruning_to_the_byte() {
 #[test]
 fn a_grouped_checkpoint_is_not_pruned() {
     let directory = tempdir().unwrap();
-    let model = Checkpoint::open(parity("tf5/qwen2_moe")).unwrap();
+    let model = open(parity("tf5/qwen2_moe"));
     let out = directory.path().join("grouped");
     let plan = plan(&plain(0.5), &model);
-    plan.apply(&model, &out, &MergeOptions::new(OutputForm::Grouped)).unwrap();
+    written(&plan, &model, &out, &MergeOptions::new(OutputForm::Grouped)).unwrap();
     let grouped = Checkpoint::open(&out).unwrap();
     let prune = PrunePlan::keep_all(grouped.shape(), grouped.fingerprint());
     let error = prune.apply(&grouped, &directory.path().join("x"), &ApplyOptions::new(Export::Masked)).unwrap_err();

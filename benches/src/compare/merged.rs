@@ -1,11 +1,12 @@
-//! A merged model, as its checkpoint is read back.
+//! A merged model, as it would be written.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use moe_checkpoint::Checkpoint;
+use moe_checkpoint::{Checkpoint, Dtype};
 use moe_core::Model;
 use moe_merge::{
-    CompactModel, CompactOverlay, Compression, EvidenceOptions, MergeOptions, MergePlan, OutputForm, Recipe,
+    CompactModel, Compression, EvidenceOptions, MergeOptions, MergePlan, MergedModel, OutputForm, Recipe,
     merge_sequentially,
 };
 use moe_prune::{ProtectionMask, PrunePlan};
@@ -18,7 +19,7 @@ use crate::{Error, Result};
 /// Tokens of each layer that alignments and fits see.
 pub(super) const SAMPLE: usize = 2048;
 
-/// Merges away a fraction of the bytes of the experts, into a checkpoint under `scratch`.
+/// Merges away a fraction of the bytes of the experts; what has to be kept is kept under `scratch`.
 ///
 /// # Errors
 /// A budget that the recipe cannot meet; whatever stops the model or the export.
@@ -30,43 +31,52 @@ pub(super) fn subject<'m>(
     scratch: &Path,
 ) -> Result<Subject<'m>> {
     let recipe = merge.recipe(ratio)?;
-    let checkpoint = scratch.join("merged");
-    let plan = write(full, &recipe, scored, OutputForm::Grouped, &checkpoint)?;
-    let merged = Model::open(&checkpoint, full.device(), full.max_memory())?;
-    let Some(compression) = recipe.compression else { return Ok(Subject::exported(full, merged, plan)) };
+    let (merged, plan) = merged(full, &recipe, scored, OutputForm::Grouped, scratch)?;
+    let open = |model: &Arc<Checkpoint>| Model::new(model.clone(), full.device(), full.max_memory());
+    let shown = open(merged.model())?;
+    let Some(compression) = recipe.compression else { return Ok(Subject::exported(full, shown, plan)) };
     let allowed = (1.0 - ratio) * expert_bytes(full.checkpoint())? as f64;
-    let compression = Compression { rank: rank(merged.checkpoint(), &compression, allowed)?, ..compression };
+    let compression = Compression { rank: rank(merged.model(), &compression, allowed)?, ..compression };
     let compact = scratch.join("compact");
     let report = match merge.trained {
         Some(on) => {
             let (training, evaluation) = training_waves(&scored.waves);
             let how = on.of(compression);
-            how.fit(full, &merged, &training, &evaluation, &compact, false, &mut |_| Ok(()))?.compact
+            how.fit(full, &shown, &training, &evaluation, &compact, false, &mut |_| Ok(()))?.compact
         }
-        None => compression.compress(merged.checkpoint(), &compact, None, false)?,
+        None => compression.compress(merged.model(), &compact, None, false)?,
     };
-    let shown = CompactOverlay::of(CompactModel::open(&compact)?, &merged)?;
+    let formed = CompactModel::open(&compact)?.on(merged.model(), Some(Dtype::F32))?;
+    let shown = open(formed.model())?;
     Ok(Subject::exported(full, shown, plan).compressed(report.parameters_before, report.parameters_after))
 }
 
-/// Merges by a recipe and writes a checkpoint; gives what is left of the full model.
+/// Merges by a recipe; also gives what is left of the full model. Experts that are merged layer by layer are kept under `scratch`.
 ///
 /// # Errors
 /// As [`subject`].
-pub(super) fn write(full: &Model, recipe: &Recipe, scored: &Scored, form: OutputForm, to: &Path) -> Result<PrunePlan> {
+pub(super) fn merged(
+    full: &Model,
+    recipe: &Recipe,
+    scored: &Scored,
+    form: OutputForm,
+    scratch: &Path,
+) -> Result<(MergedModel, PrunePlan)> {
     let (from, none) = (full.checkpoint(), ProtectionMask::none());
     let options = MergeOptions::new(form);
+    recipe.check(from, form, None)?;
     if recipe.sequential {
-        let work = to.with_extension("layers");
+        let work = scratch.join(format!("{}.layers", recipe.name));
         let evidence = EvidenceOptions::for_recipe(recipe, SAMPLE);
-        let merged = merge_sequentially(full, &scored.waves, recipe, &none, &evidence, &work)?;
-        merged.plan().apply(from, to, &MergeOptions { merged: Some(&merged), ..options })?;
-        return left(merged.plan());
+        let weights = merge_sequentially(full, &scored.waves, recipe, &none, &evidence, &work)?;
+        let plan = weights.plan().clone();
+        let merged = plan.on(from, &MergeOptions { merged: Some(weights), ..options })?;
+        return Ok((merged, left(&plan)?));
     }
-    let evidence = scored.evidence.as_ref().ok_or_else(|| Error::Invalid("no evidence was collected".into()))?;
-    let plan = recipe.plan(from, evidence, &none)?;
-    plan.apply(from, to, &MergeOptions { evidence: Some(evidence), ..options })?;
-    left(&plan)
+    let evidence = scored.evidence.clone().ok_or_else(|| Error::Invalid("no evidence was collected".into()))?;
+    let plan = recipe.plan(from, &evidence, &none)?;
+    let merged = plan.on(from, &MergeOptions { evidence: Some(evidence), ..options })?;
+    Ok((merged, left(&plan)?))
 }
 
 /// The pruning plan that leaves the dominants alone: what a merged model is compared as.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use moe_checkpoint::write_atomic;
+use moe_checkpoint::{WriteOptions, write, write_atomic};
 use moe_core::Model;
 use moe_merge::{EvidenceOptions, OutputForm, Recipe};
 use serde::{Deserialize, Serialize};
@@ -125,8 +125,11 @@ impl Form {
             }
             for form in [OutputForm::Grouped, OutputForm::Stock, OutputForm::StockCopies] {
                 let to = scratch.join(format!("{method}-{form}"));
-                let bytes = match merged::write(model, &recipe, scored, form, &to) {
-                    Ok(_) => Some(bytes(&to)?),
+                let bytes = match merged::merged(model, &recipe, scored, form, &scratch) {
+                    Ok((merged, _)) => {
+                        write(merged.model(), &to, &WriteOptions::default())?;
+                        Some(bytes(&to)?)
+                    }
                     Err(Error::Merge(moe_merge::Error::Output { .. })) => None,
                     Err(error) => return Err(error),
                 };

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use moe_checkpoint::{Granularity, Provenance, ScoreTable, StatisticsStore};
@@ -49,7 +50,7 @@ pub struct Scored {
     /// Scores by name of the scorer.
     pub tables: BTreeMap<String, Tables>,
     /// What merges go by, if there are any.
-    pub evidence: Option<Evidence>,
+    pub evidence: Option<Arc<Evidence>>,
     /// Seconds of running the model; 0 where everything was there already.
     pub seconds: f64,
 }

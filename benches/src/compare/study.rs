@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use moe_core::Model;
 use moe_core::data::{Dataset, LossOver, Tokenizer, WaveOptions};
@@ -189,7 +190,7 @@ impl Study {
             found.tables.extend(of_loss(true)?.tables);
             found.all = rows.get(name).map_or_else(Vec::new, |data| data.waves(wave_options));
             if let Some(options) = &evidence {
-                found.evidence = Some(collect_evidence(&bench.model, &found.waves, options, &mut |_, _| {})?);
+                found.evidence = Some(Arc::new(collect_evidence(&bench.model, &found.waves, options, &mut |_, _| {})?));
             }
             scored.insert((name.clone(), *seed), found);
         }

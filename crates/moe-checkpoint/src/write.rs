@@ -218,9 +218,13 @@ fn weights(model: &Checkpoint, mut writer: ShardedWriter, options: &WriteOptions
     writer.finish()
 }
 
-/// Refuses a file system without this much room.
+/// Refuses a file system without this much room: that of `dir`, which must exist. Nothing is refused where the system does not
+/// tell.
+///
+/// # Errors
+/// [`Error::NoSpace`].
 #[cfg(unix)]
-fn check_space(dir: &Path, needed: u64) -> Result<()> {
+pub fn check_space(dir: &Path, needed: u64) -> Result<()> {
     // Not every file system tells.
     let Ok(space) = rustix::fs::statvfs(dir) else { return Ok(()) };
     let free = space.f_bavail.saturating_mul(space.f_frsize);
@@ -230,7 +234,11 @@ fn check_space(dir: &Path, needed: u64) -> Result<()> {
     }
 }
 
+/// Nothing is refused where the system does not tell.
+///
+/// # Errors
+/// None.
 #[cfg(not(unix))]
-fn check_space(_dir: &Path, _needed: u64) -> Result<()> {
+pub fn check_space(_dir: &Path, _needed: u64) -> Result<()> {
     Ok(())
 }

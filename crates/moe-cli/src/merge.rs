@@ -3,17 +3,17 @@
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
-use moe_checkpoint::Checkpoint;
+use moe_checkpoint::{Checkpoint, Dtype, Existing, Mtp, OutputDir, ProtectionMask, WriteOptions, write, write_atomic};
 use moe_core::data::{Dataset, DatasetOptions, Tokenizer, Wave, WaveOptions};
 use moe_core::{Engine, EngineOptions, Model, TeacherLogits, evaluate};
 use moe_merge::{
-    Amount, CompactModel, CompactOverlay, CompactReport, Evidence, EvidenceOptions, MergeOptions, MergePlan,
-    MergeReport, OutputForm, Recipe, collect_evidence, merge_sequentially,
+    Amount, CompactModel, CompactReport, Evidence, EvidenceOptions, MergeOptions, MergeReport, OutputForm, Recipe,
+    collect_evidence, merge_sequentially,
 };
-use moe_prune::{Mtp, ProtectionMask};
 use serde::Serialize;
 
 use crate::progress::{Progress, Unit};
@@ -32,9 +32,9 @@ pub struct Arguments {
     /// A published method by name, or a recipe as a JSON file
     #[arg(long)]
     pub recipe: String,
-    /// Fraction of the experts to merge away
-    #[arg(long, value_parser = cli::ratio, default_value = "0.5")]
-    pub ratio: f64,
+    /// Fraction of the experts to merge away; without it, as many as the recipe says (half, in a published one)
+    #[arg(long, value_parser = cli::ratio)]
+    pub ratio: Option<f64>,
     /// stock, grouped or stock-copies
     #[arg(long, default_value = "grouped")]
     pub form: OutputForm,
@@ -51,8 +51,18 @@ pub struct Arguments {
     #[arg(long)]
     pub test: Option<PathBuf>,
     /// Leave out layers that predict further tokens
-    #[arg(long)]
+    #[arg(long, conflicts_with = "keep_mtp")]
     pub drop_mtp: bool,
+    /// Keep layers that predict further tokens as they are
+    #[arg(long)]
+    pub keep_mtp: bool,
+    /// Directory for the evidence and the merged experts, which stays: another form or budget reuses what it can; without it,
+    /// OUT.work, which goes when all is written
+    #[arg(long)]
+    pub work: Option<PathBuf>,
+    /// New directory for the model with compressed experts as a plain checkpoint, if the recipe compresses them
+    #[arg(long)]
+    pub dense: Option<PathBuf>,
     /// Tokens of each layer that alignments and least squares see
     #[arg(long, default_value_t = 2048, value_parser = cli::at_least(1))]
     pub sample: usize,
@@ -74,7 +84,10 @@ pub struct Arguments {
     /// flex (CPU), wgpu, vulkan or cuda, as far as compiled in
     #[arg(long, default_value = "default")]
     pub device: String,
-    /// Replace an output that exists
+    /// Go on with an output that an earlier run left unfinished
+    #[arg(long, conflicts_with = "force")]
+    pub resume: bool,
+    /// Replace an output that exists, and start over what an earlier run left
     #[arg(long)]
     pub force: bool,
     /// One JSON object on stdout
@@ -112,6 +125,18 @@ pub struct Loss {
     pub divergence: f64,
 }
 
+impl Loss {
+    /// The figures for a model's card.
+    fn measured(&self) -> Vec<(String, String)> {
+        let figures = [
+            ("nats per token before", self.before),
+            ("nats per token", self.after),
+            ("KL from before", self.divergence),
+        ];
+        figures.map(|(name, value)| (name.to_string(), format!("{value:.4}"))).into()
+    }
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.merge)?;
@@ -129,18 +154,24 @@ impl fmt::Display for Report {
     }
 }
 
-/// Checks everything, collects, plans and writes.
+/// Checks everything, collects, plans, measures and writes.
 ///
 /// # Errors
 /// Whatever is wrong with the arguments or the files they name, and whatever stops the run.
 pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
-    let recipe = match Recipe::names().any(|name| name == arguments.recipe) {
-        true => Recipe::named(&arguments.recipe)?,
-        false => Recipe::from_json(&std::fs::read_to_string(&arguments.recipe).map_err(Error::io(&arguments.recipe))?)?,
+    let recipe = recipe(arguments)?;
+    let existing = match (arguments.force, arguments.resume) {
+        (true, _) => Existing::Force,
+        (false, true) => Existing::Resume,
+        (false, false) => Existing::Refuse,
     };
-    let recipe = recipe.with_amount(Amount::Ratio(arguments.ratio));
-    if arguments.out.exists() && !arguments.force {
-        return Err(Error::Invalid(format!("{}: exists; --force replaces it", arguments.out.display())));
+    let compact_dir = recipe.compression.is_some().then(|| beside(&arguments.out, ".compact"));
+    if arguments.dense.is_some() && compact_dir.is_none() {
+        let reason = format!("--dense: recipe `{}` compresses no experts", recipe.name);
+        return Err(Error::Invalid(reason));
+    }
+    for out in [Some(&arguments.out), arguments.dense.as_ref()].into_iter().flatten() {
+        OutputDir::check(out, existing)?;
     }
     let protect = match &arguments.protect {
         Some(path) => {
@@ -151,57 +182,100 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         None => ProtectionMask::none(),
     };
     let model = Model::open(&arguments.model, &moe_core::device::device(&arguments.device)?, arguments.max_memory)?;
+    let mtp = match (arguments.drop_mtp, arguments.keep_mtp) {
+        (true, _) => Some(Mtp::Drop),
+        (false, true) => Some(Mtp::Keep),
+        (false, false) => None,
+    };
+    protect.validate(model.checkpoint().shape())?;
+    recipe.check(model.checkpoint(), arguments.form, mtp)?;
     let calibration = rows(arguments, &model, &arguments.calibration)?;
     let test = arguments.test.as_deref().map(|path| rows(arguments, &model, path)).transpose()?;
-    let options = EvidenceOptions::for_recipe(&recipe, arguments.sample);
-    let mtp = arguments.drop_mtp.then_some(Mtp::Drop);
-    let apply = MergeOptions { mtp, force: arguments.force, ..MergeOptions::new(arguments.form) };
+
     let start = Instant::now();
-    let (merge, collect_seconds) = if recipe.sequential && !arguments.at_once {
-        let work = beside(&arguments.out, ".layers");
-        let merged = merge_sequentially(&model, &calibration, &recipe, &protect, &options, &work)?;
-        let plan = merged.plan();
-        plan.save(beside(&arguments.out, ".plan.json"))?;
-        let report =
-            plan.apply(model.checkpoint(), &arguments.out, &MergeOptions { merged: Some(&merged), ..apply })?;
+    let work = arguments.work.clone().unwrap_or_else(|| beside(&arguments.out, ".work"));
+    if arguments.force && arguments.work.is_none() && work.exists() {
         std::fs::remove_dir_all(&work).map_err(Error::io(&work))?;
-        (report, 0.0)
+    }
+    let options = EvidenceOptions::for_recipe(&recipe, arguments.sample);
+    let (weights, collect_seconds) = if recipe.sequential && !arguments.at_once {
+        (merge_sequentially(&model, &calibration, &recipe, &protect, &options, &work)?, 0.0)
     } else {
-        let bar = progress.bar("collecting", calibration.len() as u64, Unit::Count("waves"));
-        let evidence = collect_evidence(&model, &calibration, &options, &mut |done, _| bar.at(done as u64))?;
-        drop(bar);
+        let evidence =
+            Arc::new(evidence(&model, &calibration, &options, &work.join("evidence.safetensors"), progress)?);
         let collected = start.elapsed().as_secs_f64();
-        (write(arguments, &model, &recipe, &evidence, &protect, &apply)?, collected)
+        let plan = recipe.plan(model.checkpoint(), &evidence, &protect)?;
+        (plan.compute(model.checkpoint(), Some(&evidence), &work)?, collected)
     };
-    let compact_dir = beside(&arguments.out, ".compact");
-    let compact = match &recipe.compression {
-        Some(how) => Some(how.compress(&Checkpoint::open(&arguments.out)?, &compact_dir, None, arguments.force)?),
-        None => None,
+    let plan = weights.plan().clone();
+    plan.save(beside(&arguments.out, ".plan.json"))?;
+    let options = MergeOptions { merged: Some(weights), mtp, ..MergeOptions::new(arguments.form) };
+    let merged = plan.on(model.checkpoint(), &options)?;
+    let mut shown = merged.model().clone();
+    let compact = match (&recipe.compression, &compact_dir) {
+        (Some(how), Some(dir)) => {
+            let report = how.compress(&shown, dir, None, arguments.force || arguments.resume)?;
+            shown = CompactModel::open(dir)?.on(&shown, Some(Dtype::F32))?.model().clone();
+            Some(report)
+        }
+        _ => None,
     };
     let merge_seconds = start.elapsed().as_secs_f64() - collect_seconds;
-    let compact_dir = compact.is_some().then_some(compact_dir);
+    let test = test.map(|test| loss(arguments, &model, &shown, &test)).transpose()?;
+    let measured: Vec<(String, String)> = test.iter().flat_map(Loss::measured).collect();
+    let write_options = WriteOptions { existing, measured: &measured, ..WriteOptions::default() };
+    write(merged.model(), &arguments.out, &write_options)?;
+    if let (Some(dense), Some(dir)) = (&arguments.dense, &compact_dir) {
+        write(CompactModel::open(dir)?.on(merged.model(), None)?.model(), dense, &write_options)?;
+    }
+    if arguments.work.is_none() {
+        std::fs::remove_dir_all(&work).map_err(Error::io(&work))?;
+    }
     Ok(Report {
         compact,
-        merge,
+        merge: merged.report().clone(),
         tokens: calibration.iter().map(Wave::tokens).sum(),
         collect_seconds,
         merge_seconds,
-        test: test.map(|test| loss(arguments, &model, compact_dir.as_deref(), &test)).transpose()?,
+        test,
     })
 }
 
-fn write(
-    arguments: &Arguments,
+/// The recipe that the arguments name, at the budget they give, if they do.
+fn recipe(arguments: &Arguments) -> Result<Recipe> {
+    let recipe = match Recipe::names().any(|name| name == arguments.recipe) {
+        true => Recipe::named(&arguments.recipe)?,
+        false => Recipe::from_json(&std::fs::read_to_string(&arguments.recipe).map_err(Error::io(&arguments.recipe))?)?,
+    };
+    Ok(match arguments.ratio {
+        Some(ratio) => recipe.with_amount(Amount::Ratio(ratio)),
+        None => recipe,
+    })
+}
+
+/// Evidence that an earlier run left at `path`, if it is of the same model, rows and options; collected and left there otherwise.
+fn evidence(
     model: &Model,
-    recipe: &Recipe,
-    evidence: &Evidence,
-    protect: &ProtectionMask,
-    apply: &MergeOptions<'_>,
-) -> Result<MergeReport> {
-    let plan: MergePlan = recipe.plan(model.checkpoint(), evidence, protect)?;
-    plan.save(beside(&arguments.out, ".plan.json"))?;
-    let options = MergeOptions { evidence: Some(evidence), ..*apply };
-    Ok(plan.apply(model.checkpoint(), &arguments.out, &options)?)
+    calibration: &[Wave],
+    options: &EvidenceOptions,
+    path: &Path,
+    progress: Progress,
+) -> Result<Evidence> {
+    let asked = path.with_extension("json");
+    let digest = options.digest(model, calibration);
+    if path.exists() && std::fs::read_to_string(&asked).is_ok_and(|found| found == digest) {
+        return Ok(Evidence::load(path)?);
+    }
+    let bar = progress.bar("collecting", calibration.len() as u64, Unit::Count("waves"));
+    let evidence = collect_evidence(model, calibration, options, &mut |done, _| bar.at(done as u64))?;
+    drop(bar);
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+    }
+    evidence.save(path)?;
+    // Last: without it, what stands beside it is not whole.
+    write_atomic(&asked, digest.as_bytes())?;
+    Ok(evidence)
 }
 
 /// Waves of a file of rows.
@@ -220,12 +294,9 @@ fn rows(arguments: &Arguments, model: &Model, path: &Path) -> Result<Vec<Wave>> 
     Ok(data.waves(WaveOptions::Tokens(arguments.wave_tokens)))
 }
 
-/// What the merged checkpoint lost on some waves.
-fn loss(arguments: &Arguments, model: &Model, compact: Option<&Path>, waves: &[Wave]) -> Result<Loss> {
-    let mut merged = Model::open(&arguments.out, model.device(), arguments.max_memory)?;
-    if let Some(compact) = compact {
-        merged = CompactOverlay::of(CompactModel::open(compact)?, &merged)?;
-    }
+/// What the merged model lost on some waves.
+fn loss(arguments: &Arguments, model: &Model, merged: &Arc<Checkpoint>, waves: &[Wave]) -> Result<Loss> {
+    let merged = Model::new(merged.clone(), model.device(), arguments.max_memory)?;
     let teacher = TeacherLogits::record(&Engine::new(model, EngineOptions::default()), waves, usize::MAX)?;
     let cross_entropy = |model: &Model| -> Result<f64> {
         let engine = Engine::new(model, EngineOptions { loss: true, ..EngineOptions::default() });

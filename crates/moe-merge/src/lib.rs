@@ -9,7 +9,7 @@
 //!
 //! A [`Recipe`] puts them together; the published methods have [names](Recipe::named). With [`Evidence`] of a model, what statistics and
 //! sampled tokens say, a recipe gives a [`MergePlan`]: a versioned JSON file in original indices, made once, applied as often as wanted.
-//! [`MergePlan::apply`] streams checkpoint to checkpoint in one of the [`OutputForm`]s and gives a [`MergeReport`].
+//! [`MergePlan::on`] gives the merged model in one of the [`OutputForm`]s, to be run or [written](moe_checkpoint::write()), and a [`MergeReport`].
 //!
 //! | recipe | groups | units matched by | combined by | router | source |
 //! |---|---|---|---|---|---|
@@ -25,28 +25,31 @@
 //!
 //! Super experts are [protected](moe_checkpoint::ProtectionMask): they absorb nobody and nobody absorbs them.
 //!
-//! Beside that: [`Compression`] of experts into `L R + S`, several fine-tuned checkpoints of one base in one ([`merge_tasks`]: task arithmetic,
+//! Beside that: [`Compression`] of experts into `L R + S`, several fine-tuned checkpoints of one base in one ([`TaskRuleConfig`]: task arithmetic,
 //! TIES, DARE), and with feature `engine` the parts of a compression trained (`CompactTraining`) and coefficients of task vectors learnt on
 //! unlabelled data (`ExpertMerging`).
 //!
 //! ```no_run
-//! use moe_checkpoint::Checkpoint;
-//! use moe_merge::{Amount, Evidence, MergeOptions, OutputForm, Recipe};
-//! use moe_checkpoint::ProtectionMask;
+//! use std::sync::Arc;
 //!
-//! let model = Checkpoint::open("models/Qwen1.5-MoE-A2.7B")?;
-//! let evidence = Evidence::load("evidence.safetensors")?;
+//! use moe_checkpoint::{Checkpoint, ProtectionMask, WriteOptions, write};
+//! use moe_merge::{Amount, Evidence, MergeOptions, OutputForm, Recipe};
+//!
+//! let model = Arc::new(Checkpoint::open("models/Qwen1.5-MoE-A2.7B")?);
 //! let recipe = Recipe::named("hc-smoe")?.with_amount(Amount::Ratio(0.25));
+//! recipe.check(&model, OutputForm::Grouped, None)?;
+//! let evidence = Arc::new(Evidence::load("evidence.safetensors")?);
 //! let plan = recipe.plan(&model, &evidence, &ProtectionMask::none())?;
-//! let options = MergeOptions { evidence: Some(&evidence), ..MergeOptions::new(OutputForm::Grouped) };
-//! println!("{}", plan.apply(&model, "out/merged".as_ref(), &options)?);
+//! let options = MergeOptions { evidence: Some(evidence), ..MergeOptions::new(OutputForm::Grouped) };
+//! let merged = plan.on(&model, &options)?;
+//! println!("{}", merged.report());
+//! write(merged.model(), "out/merged", &WriteOptions::default())?;
 //! # Ok::<(), moe_merge::Error>(())
 //! ```
 
 #![deny(missing_docs)]
 
 mod alignment;
-mod apply;
 mod budget;
 mod combination;
 mod compress;
@@ -58,7 +61,9 @@ mod evidence;
 mod experts;
 mod grouping;
 mod importance;
+mod in_place;
 mod linalg;
+mod merged;
 mod plan;
 mod planner;
 mod recipe;
@@ -72,18 +77,19 @@ mod testing;
 pub use alignment::{
     ActivationMatching, Alignment, AlignmentConfig, AlignmentContext, PcaMatching, WeightMatching, assign,
 };
-pub use apply::{ComputedExperts, MERGED_FILE, MergeApplied, MergeOptions, MergedExperts, MergedWeights, OutputForm};
 pub use budget::{Amount, GroupBudget, Scope};
 pub use combination::{
     Average, Centres, Combination, CombinationConfig, DominantOnly, FitTarget, GroupSink, GroupWeights, LayerJob,
     LeastSquaresDown, Merged, Reference, Scale, SegmentSimilarity, Segments, Subspace, SubspaceRank, Zeros,
 };
-pub use compress::{COMPACT_FILE, CompactExpert, CompactModel, CompactReport, Compression, LowRankSparse, RowScore};
+pub use compress::{
+    COMPACT_FILE, CompactExpert, CompactModel, CompactReport, CompactedModel, Compression, LowRankSparse, RowScore,
+};
 pub use context::{Gram, LayerContext};
 #[cfg(feature = "engine")]
 pub use engine::{
-    Coefficients, CompactOverlay, CompactTrained, CompactTraining, EvidenceOptions, ExpertMerging, Granularity,
-    MergeOverlay, Task, collect_evidence, merge_sequentially,
+    Coefficients, CompactTrained, CompactTraining, EvidenceOptions, ExpertMerging, Granularity, Task, collect_evidence,
+    merge_sequentially,
 };
 pub use error::{Error, Result};
 pub use evidence::{Evidence, LayerEvidence, OutputMean, ROUTED_TOKENS, ROUTING_WEIGHT, SCORE, TokenSample};
@@ -93,9 +99,11 @@ pub use grouping::{
     Spectral,
 };
 pub use importance::{Gate, Importance};
+pub use in_place::LeftAtBase;
+pub use merged::{MergeOptions, MergeRecord, MergedModel, MergedWeights, OutputForm};
 pub use plan::{Group, LayerPlan, MERGE_PLAN_VERSION, MergePlan};
 pub use recipe::Recipe;
 pub use report::{LayerMergeReport, MergeReport};
 pub use router::{Delete, Keep, MergeRows, RouterAddition, RouterConfig, RouterMix, RouterRule};
 pub use similarity::{Features, Metric, Similarity, Term, WeightParts};
-pub use tasks::{Dare, DareThen, TaskArithmetic, TaskExperts, TaskRule, TaskRuleConfig, Ties, merge_tasks};
+pub use tasks::{Dare, DareThen, MergedTasks, TaskArithmetic, TaskRecord, TaskReport, TaskRule, TaskRuleConfig, Ties};

@@ -9,6 +9,7 @@ use crate::context::LayerContext;
 use crate::evidence::{Evidence, LayerEvidence};
 use crate::experts::LayerExperts;
 use crate::grouping::{Grouping, Groups};
+use crate::merged::not_grouped;
 use crate::plan::{Group, LayerPlan, MERGE_PLAN_VERSION, MergePlan};
 use crate::recipe::Recipe;
 use crate::{Error, Result};
@@ -38,14 +39,11 @@ impl Recipe {
     pub fn plan(&self, checkpoint: &Checkpoint, evidence: &Evidence, protect: &ProtectionMask) -> Result<MergePlan> {
         self.validate()?;
         let fingerprint = checkpoint.fingerprint();
-        if evidence.model != fingerprint {
+        if !checkpoint.is_model(&evidence.model) {
             let (path, expected) = (checkpoint.dir().to_path_buf(), evidence.model.clone());
             return Err(Error::OtherModel { what: "evidence", path, found: fingerprint, expected });
         }
-        if checkpoint.grouped() {
-            let reason = "the experts of the checkpoint share sets of weights already";
-            return Err(Error::infeasible(checkpoint.dir().display().to_string(), reason));
-        }
+        not_grouped(checkpoint)?;
         let shape = checkpoint.shape();
         evidence.validate(shape)?;
         protect.validate(shape)?;

@@ -5,7 +5,7 @@ use std::fmt;
 use moe_checkpoint::{BeforeAfter, ExpertId, Ratio};
 use serde::{Deserialize, Serialize};
 
-use crate::apply::OutputForm;
+use crate::merged::OutputForm;
 
 /// What a plan did to a checkpoint. [`Display`](fmt::Display) gives a plain-text table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -4,13 +4,16 @@
 mod common;
 
 use std::cell::Cell;
+use std::sync::Arc;
 
 use common::run::{difference, logits};
-use common::{checkpoints, contents, evidence, files, options, parity, plain, plain_bytes, plan};
-use moe_checkpoint::{Checkpoint, LayerRole, ProtectionMask, Role};
+use common::{checkpoints, contents, evidence, files, open, options, parity, plain, plain_bytes, plan, written};
+use moe_checkpoint::{
+    Checkpoint, Error as CheckpointError, Existing, LayerRole, ProtectionMask, RECORD_FILE, Record, Role, WriteOptions,
+    write,
+};
 use moe_merge::{
-    Amount, LayerPlan, MERGED_FILE, MergeApplied, MergeOptions, MergePlan, MergeRows, OutputForm, Recipe, RouterConfig,
-    Scope,
+    Amount, LayerPlan, MergeOptions, MergePlan, MergeRecord, MergeRows, OutputForm, Recipe, RouterConfig, Scope,
 };
 use tempfile::tempdir;
 
@@ -24,7 +27,7 @@ fn merging_nothing_is_byte_identical() {
         assert!(plan.is_identity());
         for form in FORMS {
             let out = directory.path().join(format!("{name}-{form}"));
-            let report = plan.apply(&model, &out, &options(form, &model)).unwrap();
+            let report = written(&plan, &model, &out, &options(form, &model)).unwrap();
             let result = Checkpoint::open(&out).unwrap();
             assert_eq!(report.bytes.after, result.bytes_on_disk(), "{name} {form}");
             if plain_bytes(&model) && model.mtp_tensors().next().is_none() {
@@ -50,7 +53,7 @@ fn a_grouped_checkpoint_gives_the_logits_of_copies_and_is_smaller() {
         let plan = plan(&plain(0.5), &model);
         let [grouped, copies] = [OutputForm::Grouped, OutputForm::StockCopies].map(|form| {
             let out = directory.path().join(format!("{name}-{form}"));
-            let report = plan.apply(&model, &out, &options(form, &model)).unwrap();
+            let report = written(&plan, &model, &out, &options(form, &model)).unwrap();
             let bytes = Checkpoint::open(&out).unwrap().bytes_on_disk();
             assert_eq!(bytes, report.bytes.after, "{name} {form}");
             (out, report)
@@ -82,8 +85,8 @@ fn a_grouped_checkpoint_gives_the_logits_of_copies_and_is_smaller() {
 fn every_recipe_meets_its_budget_in_every_form_it_allows() {
     let directory = tempdir().unwrap();
     for name in ["tf5/qwen2_moe", "tf5/gpt_oss", "tf5/mixtral"] {
-        let model = Checkpoint::open(parity(name)).unwrap();
-        let (evidence, experts) = (evidence(&model), model.shape().layers[0].num_experts());
+        let model = open(parity(name));
+        let (evidence, experts) = (Arc::new(evidence(&model)), model.shape().layers[0].num_experts());
         for recipe in Recipe::names().map(|name| Recipe::named(name).unwrap()) {
             let recipe = recipe.with_amount(Amount::Groups(experts / 2));
             let plan = recipe.plan(&model, &evidence, &ProtectionMask::none()).unwrap();
@@ -92,8 +95,8 @@ fn every_recipe_meets_its_budget_in_every_form_it_allows() {
             assert_eq!(again, plan);
             for form in FORMS {
                 let out = directory.path().join(format!("{}-{}-{form}", name.replace('/', "-"), recipe.name));
-                let options = MergeOptions { evidence: Some(&evidence), ..MergeOptions::new(form) };
-                let result = plan.apply(&model, &out, &options);
+                let options = MergeOptions { evidence: Some(evidence.clone()), ..MergeOptions::new(form) };
+                let result = written(&plan, &model, &out, &options);
                 let uneven = plan.layers.iter().any(|layer| layer.groups.len() != experts / 2);
                 let refused = match form {
                     OutputForm::Stock => uneven,
@@ -109,7 +112,7 @@ fn every_recipe_meets_its_budget_in_every_form_it_allows() {
                         assert_eq!(report.bytes.after, result.bytes_on_disk());
                         assert!((form == OutputForm::StockCopies) != (report.bytes.after < report.bytes.before));
                         assert!(logits(&out).iter().all(|v| v.is_finite()));
-                        let applied = MergeApplied::load(&out).unwrap();
+                        let applied: MergeRecord = Record::load(&out).unwrap().recipe("merge").unwrap().unwrap();
                         assert_eq!((applied.plan, applied.report), (plan.clone(), report));
                     }
                 }
@@ -121,22 +124,24 @@ fn every_recipe_meets_its_budget_in_every_form_it_allows() {
 #[test]
 fn the_same_seed_gives_the_same_bytes_and_an_interrupted_run_goes_on() {
     let directory = tempdir().unwrap();
-    let model = Checkpoint::open(parity("tf5/qwen2_moe")).unwrap();
-    let evidence = evidence(&model);
+    let model = open(parity("tf5/qwen2_moe"));
+    let evidence = Arc::new(evidence(&model));
     for name in ["m-smoe", "sub-moe", "dern", "mergemoe", "ream"] {
         let recipe = Recipe::named(name).unwrap().with_amount(Amount::Ratio(0.5));
         let plan = recipe.plan(&model, &evidence, &ProtectionMask::none()).unwrap();
         let form = if recipe.router.keeps_rows() { OutputForm::Grouped } else { OutputForm::Stock };
-        let base = MergeOptions { evidence: Some(&evidence), max_shard_bytes: 9_000, ..MergeOptions::new(form) };
+        let base = MergeOptions { evidence: Some(evidence.clone()), ..MergeOptions::new(form) };
+        let merged = || plan.on(&model, &base).unwrap().model().clone();
+        let small = WriteOptions { max_shard_bytes: 9_000, ..WriteOptions::default() };
         let whole = directory.path().join(format!("{name}-whole"));
         let steps = Cell::new(0);
         let count = |_: &moe_checkpoint::Progress<'_>| {
             steps.set(steps.get() + 1);
             Ok(())
         };
-        plan.apply(&model, &whole, &MergeOptions { progress: Some(&count), ..base }).unwrap();
+        write(&merged(), &whole, &WriteOptions { progress: Some(&count), ..small }).unwrap();
         let again = directory.path().join(format!("{name}-again"));
-        plan.apply(&model, &again, &base).unwrap();
+        write(&merged(), &again, &small).unwrap();
         assert!(files(&whole) == files(&again), "{name}");
         for stop in [1, steps.get() / 3, 2 * steps.get() / 3, steps.get() - 1] {
             let out = directory.path().join(format!("{name}-{stop}"));
@@ -145,10 +150,10 @@ fn the_same_seed_gives_the_same_bytes_and_an_interrupted_run_goes_on() {
                 at.set(at.get() + 1);
                 if at.get() == stop { Err("enough".into()) } else { Ok(()) }
             };
-            let error = plan.apply(&model, &out, &MergeOptions { progress: Some(&interrupt), ..base }).unwrap_err();
+            let error = write(&merged(), &out, &WriteOptions { progress: Some(&interrupt), ..small }).unwrap_err();
             assert!(error.to_string().contains("enough") && !out.exists());
-            assert!(plan.apply(&model, &out, &base).unwrap_err().to_string().contains("partial"));
-            plan.apply(&model, &out, &MergeOptions { resume: true, ..base }).unwrap();
+            assert!(write(&merged(), &out, &small).unwrap_err().to_string().contains("partial"));
+            write(&merged(), &out, &WriteOptions { existing: Existing::Resume, ..small }).unwrap();
             assert!(files(&whole) == files(&out), "{name} {stop}");
         }
     }
@@ -157,8 +162,8 @@ fn the_same_seed_gives_the_same_bytes_and_an_interrupted_run_goes_on() {
 #[test]
 fn protected_experts_are_never_absorbed() {
     let directory = tempdir().unwrap();
-    let model = Checkpoint::open(parity("tf5/qwen2_moe")).unwrap();
-    let evidence = evidence(&model);
+    let model = open(parity("tf5/qwen2_moe"));
+    let evidence = Arc::new(evidence(&model));
     let mut protect = ProtectionMask::none();
     // The least used expert of a layer, which everything would absorb.
     let layer = &model.shape().layers[0];
@@ -176,8 +181,8 @@ fn protected_experts_are_never_absorbed() {
         let position = plan.layers[0].groups.iter().position(|g| g.members == [least as u32]).unwrap();
         let form = if recipe.router.keeps_rows() { OutputForm::Grouped } else { OutputForm::Stock };
         let out = directory.path().join(&recipe.name);
-        let options = MergeOptions { evidence: Some(&evidence), ..MergeOptions::new(form) };
-        let report = plan.apply(&model, &out, &options).unwrap();
+        let options = MergeOptions { evidence: Some(evidence.clone()), ..MergeOptions::new(form) };
+        let report = written(&plan, &model, &out, &options).unwrap();
         assert_eq!(report.layers[0].protected, 1);
         let result = Checkpoint::open(&out).unwrap();
         let at = if form == OutputForm::Grouped { least } else { position };
@@ -189,12 +194,12 @@ fn protected_experts_are_never_absorbed() {
 #[test]
 fn merged_router_rows_are_means_and_biases_count() {
     let directory = tempdir().unwrap();
-    let model = Checkpoint::open(parity("tf5/gpt_oss")).unwrap();
+    let model = open(parity("tf5/gpt_oss"));
     let mut recipe = plain(0.5);
     recipe.router = RouterConfig::Merge(MergeRows { count_bias: true });
     let plan = plan(&recipe, &model);
     let out = directory.path().join("merged");
-    plan.apply(&model, &out, &MergeOptions::new(OutputForm::Stock)).unwrap();
+    written(&plan, &model, &out, &MergeOptions::new(OutputForm::Stock)).unwrap();
     let result = Checkpoint::open(&out).unwrap();
     let hidden = model.shape().hidden_size;
     for layer in &plan.layers {
@@ -218,11 +223,10 @@ fn merged_router_rows_are_means_and_biases_count() {
 #[test]
 fn what_cannot_be_written_is_refused_before_any_work() {
     let directory = tempdir().unwrap();
-    let out = directory.path().join("out");
-    let model = Checkpoint::open(parity("tf5/qwen2_moe")).unwrap();
-    let evidence = evidence(&model);
-    let message = |plan: &MergePlan, options: &MergeOptions<'_>| {
-        let message = plan.apply(&model, &out, options).unwrap_err().to_string();
+    let model = open(parity("tf5/qwen2_moe"));
+    let evidence = Arc::new(evidence(&model));
+    let message = |plan: &MergePlan, options: &MergeOptions| {
+        let message = plan.on(&model, options).unwrap_err().to_string();
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "{message}");
         message
     };
@@ -241,32 +245,35 @@ fn what_cannot_be_written_is_refused_before_any_work() {
     // A sample that the recipe fits on.
     let fitted = Recipe::named("mergemoe").unwrap().plan(&model, &evidence, &ProtectionMask::none()).unwrap();
     assert!(message(&fitted, &MergeOptions::new(OutputForm::Grouped)).contains("a sample of the layer's tokens"));
-    let mut other = evidence.clone();
+    let mut other = (*evidence).clone();
     other.layers[0].tokens += 1;
-    let options = MergeOptions { evidence: Some(&other), ..MergeOptions::new(OutputForm::Grouped) };
+    let options = MergeOptions { evidence: Some(Arc::new(other)), ..MergeOptions::new(OutputForm::Grouped) };
     assert!(message(&fitted, &options).contains("digest"));
     // Another model.
-    let stranger = Checkpoint::open(parity("tf5/mixtral")).unwrap();
-    let error = fitted.apply(&stranger, &out, &options).unwrap_err().to_string();
+    let stranger = open(parity("tf5/mixtral"));
+    let error = fitted.on(&stranger, &options).unwrap_err().to_string();
     assert!(error.contains("fingerprint"), "{error}");
     let error = plain(0.5).plan(&stranger, &evidence, &ProtectionMask::none()).unwrap_err().to_string();
     assert!(error.contains("evidence was made for"), "{error}");
     // The checkpoint itself.
-    let error = fitted.apply(&model, model.dir(), &options).unwrap_err().to_string();
-    assert!(error.contains("checkpoint itself"), "{error}");
+    let options = MergeOptions { evidence: Some(evidence.clone()), ..MergeOptions::new(OutputForm::Grouped) };
+    let merged = fitted.on(&model, &options).unwrap();
+    let error = write(merged.model(), model.dir(), &WriteOptions::default()).unwrap_err();
+    assert!(matches!(error, CheckpointError::OutputIsInput { .. }), "{error}");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
 }
 
 #[test]
 fn a_grouped_checkpoint_is_not_merged_again() {
     let directory = tempdir().unwrap();
-    let model = Checkpoint::open(parity("tf5/qwen2_moe")).unwrap();
+    let model = open(parity("tf5/qwen2_moe"));
     let out = directory.path().join("grouped");
     let plan = plan(&plain(0.5), &model);
-    plan.apply(&model, &out, &MergeOptions::new(OutputForm::Grouped)).unwrap();
+    written(&plan, &model, &out, &MergeOptions::new(OutputForm::Grouped)).unwrap();
     let grouped = Checkpoint::open(&out).unwrap();
     let error = plain(0.5).plan(&grouped, &evidence(&grouped), &ProtectionMask::none()).unwrap_err().to_string();
     assert!(error.contains("share sets of weights"), "{error}");
-    assert!(out.join(MERGED_FILE).exists());
+    assert!(out.join(RECORD_FILE).exists());
 }
 
 #[test]
@@ -292,10 +299,10 @@ fn a_stock_export_is_the_merged_experts_behind_the_rows_that_are_left() {
     }
     let directory = tempdir().unwrap();
     for name in ["tf5/qwen2_moe", "tf5/qwen3_moe", "tf5/olmoe"] {
-        let model = Checkpoint::open(parity(name)).unwrap();
+        let model = open(parity(name));
         let plan = plan(&plain(0.25), &model);
         let out = directory.path().join(name.replace('/', "-"));
-        let report = plan.apply(&model, &out, &MergeOptions::new(OutputForm::Stock)).unwrap();
+        let report = written(&plan, &model, &out, &MergeOptions::new(OutputForm::Stock)).unwrap();
         assert!(report.notes[0].contains("rows of absorbed experts"));
         let stock = Checkpoint::open(&out).unwrap();
         let removed = plan.layers.iter().fold(RemoveExperts::new(), |removed, layer| {
@@ -312,11 +319,11 @@ fn a_stock_export_is_the_merged_experts_behind_the_rows_that_are_left() {
 #[test]
 fn fewer_experts_than_a_token_gets_are_all_selected() {
     let directory = tempdir().unwrap();
-    let model = Checkpoint::open(parity("tf5/qwen2_moe")).unwrap();
+    let model = open(parity("tf5/qwen2_moe"));
     let recipe = Recipe::named("dern").unwrap().with_amount(Amount::Groups(2));
     let plan = plan(&recipe, &model);
     let out = directory.path().join("two");
-    let report = plan.apply(&model, &out, &MergeOptions::new(OutputForm::Stock)).unwrap();
+    let report = written(&plan, &model, &out, &MergeOptions::new(OutputForm::Stock)).unwrap();
     assert!(report.notes[0].contains("all of them instead of 3"), "{:?}", report.notes);
     let result = Checkpoint::open(&out).unwrap();
     assert_eq!((result.shape().top_k, result.shape().layers[0].num_experts()), (2, 2));
@@ -330,6 +337,6 @@ fn fewer_experts_than_a_token_gets_are_all_selected() {
     }
     assert!(logits(&out).iter().all(|v| v.is_finite()));
     // A grouped checkpoint keeps the number that a token gets.
-    let error = plan.apply(&model, &directory.path().join("x"), &MergeOptions::new(OutputForm::Grouped)).unwrap_err();
+    let error = plan.on(&model, &MergeOptions::new(OutputForm::Grouped)).unwrap_err();
     assert!(error.to_string().contains("num_experts_per_tok"), "{error}");
 }

@@ -5,17 +5,17 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::sync::Arc;
 
 use common::run::{difference, logits, logits_of};
-use common::{files, options, parity};
-use moe_checkpoint::Checkpoint;
-use moe_checkpoint::ProtectionMask;
+use common::{files, open, options, parity, written};
+use moe_checkpoint::{Checkpoint, ProtectionMask};
 use moe_core::Model;
 use moe_core::data::{Sequence, Wave};
 use moe_core::device::device;
 use moe_merge::{
-    Amount, Evidence, EvidenceOptions, LayerContext, LayerExperts, MergeOptions, MergeOverlay, OutputForm, OutputMean,
-    ROUTED_TOKENS, Recipe, RouterConfig, collect_evidence, merge_sequentially,
+    Amount, Evidence, EvidenceOptions, LayerContext, LayerExperts, MergeOptions, OutputForm, OutputMean, ROUTED_TOKENS,
+    Recipe, RouterConfig, collect_evidence, merge_sequentially,
 };
 use tempfile::tempdir;
 
@@ -118,12 +118,13 @@ fn every_recipe_merges_a_model_on_its_own_evidence() {
     let evidence = collect(&model, &everything(60));
     let file = directory.path().join("evidence.safetensors");
     evidence.save(&file).unwrap();
-    let evidence = Evidence::load(&file).unwrap();
+    let evidence = Arc::new(Evidence::load(&file).unwrap());
     for recipe in Recipe::names().map(|name| Recipe::named(name).unwrap().with_amount(Amount::Ratio(0.5))) {
         let plan = recipe.plan(model.checkpoint(), &evidence, &ProtectionMask::none()).unwrap();
         let out = directory.path().join(&recipe.name);
-        let options = MergeOptions { evidence: Some(&evidence), ..options(OutputForm::Grouped, model.checkpoint()) };
-        let report = plan.apply(model.checkpoint(), &out, &options).unwrap();
+        let options =
+            MergeOptions { evidence: Some(evidence.clone()), ..options(OutputForm::Grouped, model.checkpoint()) };
+        let report = written(&plan, model.checkpoint(), &out, &options).unwrap();
         assert!(report.bytes.after < report.bytes.before);
         assert!(logits(&out).iter().all(|v| v.is_finite()), "{}", recipe.name);
     }
@@ -144,11 +145,11 @@ fn a_sequential_merge_is_the_checkpoint_it_is_applied_to() {
             let groups = model.checkpoint().shape().layers.iter().map(|l| l.num_experts() - l.num_experts() / 2);
             assert_eq!(merged.plan().groups(), groups.sum::<usize>());
             let form = if recipe.router.keeps_rows() { OutputForm::Grouped } else { OutputForm::Stock };
-            let apply = MergeOptions { merged: Some(&merged), ..MergeOptions::new(form) };
-            merged.plan().apply(model.checkpoint(), &out, &apply).unwrap();
-            let overlaid = MergeOverlay::new(&merged, model.checkpoint()).unwrap().of(&model).unwrap();
-            let (found, expected) = (logits_of(&overlaid), logits(&out));
-            assert!(difference(&found, &expected) < 1e-5, "{name} {}: {}", recipe.name, difference(&found, &expected));
+            let apply = MergeOptions { merged: Some(merged.clone()), ..MergeOptions::new(form) };
+            written(merged.plan(), model.checkpoint(), &out, &apply).unwrap();
+            let read = merged.plan().on(model.checkpoint(), &apply).unwrap();
+            let found = logits_of(&Model::new(read.model().clone(), model.device(), None).unwrap());
+            assert_eq!(found, logits(&out), "{name} {}", recipe.name);
 
             // The first layer saw the model as it was, the last one did not.
             let evidence = collect(&model, &options);
@@ -198,11 +199,12 @@ fn merging_nothing_sequentially_changes_nothing() {
         let options = EvidenceOptions::for_recipe(&recipe, 8);
         let merged = merge_sequentially(&model, &waves(), &recipe, &ProtectionMask::none(), &options, &work).unwrap();
         assert!(merged.plan().is_identity());
-        let overlaid = MergeOverlay::new(&merged, model.checkpoint()).unwrap().of(&model).unwrap();
-        assert_eq!(logits_of(&overlaid), logits_of(&model));
         let out = directory.path().join(format!("{router:?}-out"));
-        let apply = MergeOptions { merged: Some(&merged), ..MergeOptions::new(OutputForm::Grouped) };
-        merged.plan().apply(model.checkpoint(), &out, &apply).unwrap();
+        let apply = MergeOptions { merged: Some(merged.clone()), ..MergeOptions::new(OutputForm::Grouped) };
+        let read = merged.plan().on(model.checkpoint(), &apply).unwrap();
+        let read = Model::new(read.model().clone(), model.device(), None).unwrap();
+        assert_eq!(logits_of(&read), logits_of(&model));
+        written(merged.plan(), model.checkpoint(), &out, &apply).unwrap();
         assert!(common::contents(&Checkpoint::open(&out).unwrap()) == common::contents(model.checkpoint()));
     }
 }
@@ -219,7 +221,7 @@ fn a_budget_that_layers_share_cannot_be_spent_one_after_the_other() {
 
 #[test]
 fn compressed_experts_are_shown_in_place_of_their_own() {
-    use moe_merge::{CompactModel, CompactOverlay, Compression, RowScore};
+    use moe_merge::{CompactModel, Compression, RowScore};
     let directory = tempdir().unwrap();
     let model = model("tf5/qwen2_moe");
     let checkpoint = model.checkpoint();
@@ -239,7 +241,9 @@ fn compressed_experts_are_shown_in_place_of_their_own() {
                 }
             }
         }
-        (difference(&logits_of(&CompactOverlay::of(compact, &model).unwrap()), &logits_of(&model)), squares)
+        let formed = compact.on(checkpoint, Some(moe_checkpoint::Dtype::F32)).unwrap();
+        let formed = Model::new(formed.model().clone(), model.device(), None).unwrap();
+        (difference(&logits_of(&formed), &logits_of(&model)), squares)
     };
     let [none, half, all] = [0.0, 0.5, 1.0].map(errors_at);
     // With all rows of S nothing is lost. Fewer rows are worse matrices, though of a model of random weights not always worse logits.
@@ -259,6 +263,6 @@ fn compressed_experts_are_shown_in_place_of_their_own() {
     let report = how.compress(model.checkpoint(), &out, Some((&statistics, "fisher.token")), false).unwrap();
     assert_eq!(report.rows_kept, report.rows / 2);
     let other = moe_merge::CompactModel::open(&out).unwrap();
-    let stranger = Model::open(parity("tf5/mixtral"), &device("flex").unwrap(), None).unwrap();
-    assert!(CompactOverlay::of(other, &stranger).unwrap_err().to_string().contains("compact model was made for"));
+    let stranger = open(parity("tf5/mixtral"));
+    assert!(other.on(&stranger, None).unwrap_err().to_string().contains("compact model was made for"));
 }

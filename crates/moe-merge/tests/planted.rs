@@ -5,9 +5,10 @@ mod common;
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
-use common::parity;
 use common::run::{difference, logits};
+use common::{open, parity, written};
 use moe_checkpoint::ProtectionMask;
 use moe_checkpoint::{Checkpoint, Dtype, ExpertTensor, ExpertWeights, LayerRole, Role, encode};
 use moe_core::Model;
@@ -93,8 +94,8 @@ fn plan(recipe: &Recipe, dir: &Path, evidence: &Evidence) -> MergePlan {
 }
 
 fn apply(plan: &MergePlan, dir: &Path, evidence: &Evidence, form: OutputForm, out: &Path) {
-    let options = MergeOptions { evidence: Some(evidence), ..MergeOptions::new(form) };
-    plan.apply(&Checkpoint::open(dir).unwrap(), out, &options).unwrap();
+    let options = MergeOptions { evidence: Some(Arc::new(evidence.clone())), ..MergeOptions::new(form) };
+    written(plan, &open(dir), out, &options).unwrap();
 }
 
 /// Recipes that find clones by what experts do, with the router kept, each with an alignment.

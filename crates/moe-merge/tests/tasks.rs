@@ -4,12 +4,11 @@
 mod common;
 
 use std::path::Path;
+use std::sync::Arc;
 
-use common::{contents, noise, parity, plain, plan};
-use moe_checkpoint::{Checkpoint, Dtype, ExpertTensor, encode};
-use moe_merge::{
-    CompactModel, Compression, MergeOptions, OutputForm, RowScore, TaskArithmetic, TaskRuleConfig, Ties, merge_tasks,
-};
+use common::{contents, noise, open, parity, plain, plan, written};
+use moe_checkpoint::{Checkpoint, Dtype, ExpertTensor, WriteOptions, encode, write};
+use moe_merge::{CompactModel, Compression, MergeOptions, OutputForm, RowScore, TaskArithmetic, TaskRuleConfig, Ties};
 use tempfile::tempdir;
 
 /// The base with noise on the gate of one expert per layer, written in place of the original.
@@ -37,18 +36,18 @@ fn tuned(base: &Checkpoint, to: &Path, expert: usize, seed: u64) {
 #[test]
 fn tasks_are_added_to_the_experts_they_changed() {
     let directory = tempdir().unwrap();
-    let base = Checkpoint::open(parity("tf4/qwen2_moe")).unwrap();
+    let base = open(parity("tf4/qwen2_moe"));
     let dirs = [1usize, 2].map(|expert| {
         let dir = directory.path().join(format!("tuned-{expert}"));
         tuned(&base, &dir, expert, expert as u64);
-        Checkpoint::open(dir).unwrap()
+        open(dir)
     });
-    let tuned: Vec<&Checkpoint> = dirs.iter().collect();
+    let tuned = dirs;
     let sum = TaskRuleConfig::TaskArithmetic(TaskArithmetic { scales: vec![1.0] });
-    let run = |rule: &TaskRuleConfig, tuned: &[&Checkpoint], name: &str| {
+    let run = |rule: &TaskRuleConfig, tuned: &[Arc<Checkpoint>], name: &str| {
         let out = directory.path().join(name);
-        merge_tasks(&base, tuned, rule, &out, &MergeOptions::new(OutputForm::Stock)).unwrap();
-        Checkpoint::open(out).unwrap()
+        write(rule.on(&base, tuned).unwrap().model(), &out, &WriteOptions::default()).unwrap();
+        open(out)
     };
     // One task with factor 1 is that model; none of it is the base.
     let one = run(&sum, &tuned[..1], "one");
@@ -66,7 +65,7 @@ fn tasks_are_added_to_the_experts_they_changed() {
     for layer in &base.shape().layers {
         for expert in 0..layer.num_experts() {
             let of = |model: &Checkpoint| model.expert(layer.layer, expert).unwrap();
-            let expected = if expert == 2 { of(tuned[1]) } else { of(tuned[0]) };
+            let expected = if expert == 2 { of(&tuned[1]) } else { of(&tuned[0]) };
             let (found, elected) = (of(&both), of(&ties));
             assert!(found.gate.iter().zip(&expected.gate).all(|(a, b)| (a - b).abs() < 1e-6));
             assert!(elected.gate.iter().zip(&expected.gate).all(|(a, b)| (a - b).abs() < 1e-6));
@@ -75,10 +74,9 @@ fn tasks_are_added_to_the_experts_they_changed() {
             }
         }
     }
-    let other = Checkpoint::open(parity("tf4/mixtral")).unwrap();
-    let out = directory.path().join("x");
-    let error = merge_tasks(&base, &[&other], &sum, &out, &MergeOptions::new(OutputForm::Stock)).unwrap_err();
-    assert!(error.to_string().contains("mixtral") && !out.exists());
+    let other = open(parity("tf4/mixtral"));
+    let error = sum.on(&base, &[other]).unwrap_err();
+    assert!(error.to_string().contains("mixtral"));
 }
 
 fn moe_of(model: &Checkpoint, layer: usize) -> &moe_checkpoint::MoeConfig {
@@ -88,10 +86,10 @@ fn moe_of(model: &Checkpoint, layer: usize) -> &moe_checkpoint::MoeConfig {
 #[test]
 fn a_merged_checkpoint_is_compressed_once_per_set() {
     let directory = tempdir().unwrap();
-    let model = Checkpoint::open(parity("tf5/qwen2_moe")).unwrap();
+    let model = open(parity("tf5/qwen2_moe"));
     let merged = directory.path().join("merged");
-    plan(&plain(0.5), &model).apply(&model, &merged, &MergeOptions::new(OutputForm::Grouped)).unwrap();
-    let merged = Checkpoint::open(merged).unwrap();
+    written(&plan(&plain(0.5), &model), &model, &merged, &MergeOptions::new(OutputForm::Grouped)).unwrap();
+    let merged = open(merged);
     let how = Compression { rank: 4, keep_rows: 0.25, rows: RowScore::Magnitude };
     let out = directory.path().join("compact");
     let report = how.compress(&merged, &out, None, false).unwrap();

@@ -141,19 +141,42 @@ impl Model {
         self.ffn_routed_by(layer, self.routing.as_deref())
     }
 
-    /// The same with the router weights of `overlay` instead of those of the model's own overlay.
+    /// The same with the router weights and biases of `overlay` instead of those of the model's own overlay.
     pub(crate) fn ffn_routed_by(&self, layer: usize, overlay: Option<&dyn RoutingOverlay>) -> Result<FfnLayer> {
         let mut ffn = self.stored_ffn(layer)?;
         // not cached: an overlay may change its weights between sweeps
-        if let Some(router) = &mut ffn.router
-            && let Some(weight) = overlay.and_then(|overlay| overlay.router(layer))
-        {
-            let shape = router.linear.weight.dims();
-            if weight.len() != shape[0] * shape[1] {
-                let expected = format!("{} by {}", shape[0], shape[1]);
-                return Err(Error::input(format!("router weights of layer {layer}"), weight.len(), expected));
+        let (Some(router), Some(overlay)) = (&mut ffn.router, overlay) else { return Ok(ffn) };
+        let [experts, hidden] = router.linear.weight.dims();
+        let refuse = |what: &str, found: usize, expected: String| {
+            Err(Error::input(format!("{what} of layer {layer}"), found, expected))
+        };
+        if let Some(weight) = overlay.router(layer) {
+            if weight.len() != experts * hidden {
+                return refuse("router weights", weight.len(), format!("{experts} by {hidden}"));
             }
-            router.linear.weight = Weight::dense(host::from_vec(weight, shape, &self.device));
+            router.linear.weight = Weight::dense(host::from_vec(weight, [experts, hidden], &self.device));
+        }
+        if let Some(bias) = overlay.router_bias(layer) {
+            if router.linear.bias.is_none() || bias.len() != experts {
+                let expected = if router.linear.bias.is_none() {
+                    "none: the model has no such bias".into()
+                } else {
+                    experts.to_string()
+                };
+                return refuse("router biases", bias.len(), expected);
+            }
+            router.linear.bias = Some(host::from_vec(bias, [experts], &self.device));
+        }
+        if let Some(bias) = overlay.selection_bias(layer) {
+            if router.selection_bias.is_none() || bias.len() != experts {
+                let expected = if router.selection_bias.is_none() {
+                    "none: the model has no such bias".into()
+                } else {
+                    experts.to_string()
+                };
+                return refuse("selection biases", bias.len(), expected);
+            }
+            router.selection_bias = Some(bias.into());
         }
         Ok(ffn)
     }

@@ -27,8 +27,20 @@ pub trait RoutingOverlay: Send + Sync {
         None
     }
 
-    /// Router weight `[E, H]` used instead of the checkpoint's; its biases stay.
+    /// Router weight `[E, H]` used instead of the checkpoint's.
     fn router(&self, layer: usize) -> Option<Vec<f32>> {
+        let _ = layer;
+        None
+    }
+
+    /// Bias `[E]` on the router's logits used instead of the checkpoint's, in a model that has one.
+    fn router_bias(&self, layer: usize) -> Option<Vec<f32>> {
+        let _ = layer;
+        None
+    }
+
+    /// Bias `[E]` on the selection of experts used instead of the checkpoint's, in a model that has one.
+    fn selection_bias(&self, layer: usize) -> Option<Vec<f32>> {
         let _ = layer;
         None
     }
@@ -79,6 +91,8 @@ pub(crate) fn check(overlay: &dyn RoutingOverlay, config: &ModelConfig, router: 
         for (what, found, expected) in [
             ("gains", overlay.gains(layer).map(|gains| gains.len()), experts),
             ("router weights", overlay.router(layer).map(|weights| weights.len()), experts * hidden),
+            ("router biases", overlay.router_bias(layer).map(|bias| bias.len()), experts),
+            ("selection biases", overlay.selection_bias(layer).map(|bias| bias.len()), experts),
         ] {
             if let Some(found) = found.filter(|found| *found != expected) {
                 return Err(refusal(what, layer, format!("{found} numbers"), format!("{expected} numbers")));

@@ -24,6 +24,10 @@ impl Combination for DominantOnly {
         GroupWeights::by(Importance::Equal)
     }
 
+    fn as_wide_as_dominant(&self) -> bool {
+        true
+    }
+
     fn validate(&self) -> Result<()> {
         Ok(())
     }

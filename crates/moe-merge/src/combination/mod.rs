@@ -123,6 +123,22 @@ pub trait Combination {
         false
     }
 
+    /// Whether what becomes of a group is as wide as its dominant. Otherwise it is as wide as its widest member: units that the
+    /// others lack count as zero.
+    fn as_wide_as_dominant(&self) -> bool {
+        false
+    }
+
+    /// Units of what becomes of every group of a layer with experts of these widths.
+    fn widths(&self, plan: &LayerPlan, widths: &[usize]) -> Vec<usize> {
+        let width = |expert: &u32| widths.get(*expert as usize).copied().unwrap_or_default();
+        let of = |group: &Group| match self.as_wide_as_dominant() {
+            true => width(&group.dominant),
+            false => group.members.iter().map(width).max().unwrap_or_default(),
+        };
+        plan.groups.iter().map(of).collect()
+    }
+
     /// Checks the parameters.
     ///
     /// # Errors
@@ -178,6 +194,10 @@ impl Combination for CombinationConfig {
 
     fn adds_to_router(&self) -> bool {
         self.combination().adds_to_router()
+    }
+
+    fn as_wide_as_dominant(&self) -> bool {
+        self.combination().as_wide_as_dominant()
     }
 
     fn validate(&self) -> Result<()> {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 pub use expert::CompactExpert;
 pub use matrix::LowRankSparse;
-pub use model::{COMPACT_FILE, CompactModel, CompactReport};
+pub use model::{COMPACT_FILE, CompactModel, CompactReport, CompactedModel};
 #[cfg(feature = "engine")]
 pub(crate) use model::{Set, store, stored_sets};
 

@@ -3,15 +3,17 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use moe_checkpoint::{
-    Checkpoint, Dtype, Existing, ExpertPart, MoeShape, OutputDir, RawMatrix, Statistics, encode, write_atomic,
+    Checkpoint, Dtype, Existing, ExpertPart, MoeShape, OutputDir, SafetensorsFile, Statistics, Step, encode,
+    write_atomic,
 };
-use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
 
 use super::{CompactExpert, Compression, LowRankSparse, RowScore, kept_rows};
+use crate::in_place::{self, PartChange};
 use crate::{Error, Result};
 
 /// File that describes the directory.
@@ -72,11 +74,11 @@ impl Compression {
         force: bool,
     ) -> Result<CompactReport> {
         self.validate()?;
-        let fingerprint = from.fingerprint();
         if let Some((statistics, _)) = fisher
-            && statistics.provenance().model != fingerprint
+            && !from.is_model(&statistics.provenance().model)
         {
             let (path, expected) = (from.dir().to_path_buf(), statistics.provenance().model.clone());
+            let fingerprint = from.fingerprint();
             return Err(Error::OtherModel { what: "statistics", path, found: fingerprint, expected });
         }
         if self.rows == RowScore::Fisher && fisher.is_none() {
@@ -181,7 +183,7 @@ impl CompactModel {
     /// # Errors
     /// [`Error::Io`], [`Error::InvalidPlan`] for a malformed file.
     pub fn expert(&self, layer: usize, set: usize) -> Result<CompactExpert> {
-        read(&set_path(&self.dir, layer, set))
+        self.file(layer, set)?.expert()
     }
 }
 
@@ -228,6 +230,8 @@ fn set_path(dir: &Path, layer: usize, set: usize) -> PathBuf {
 }
 
 const NAMES: [(&str, ExpertPart); 3] = [("gate", ExpertPart::Gate), ("up", ExpertPart::Up), ("down", ExpertPart::Down)];
+const BIASES: [(&str, ExpertPart); 3] =
+    [("gate.bias", ExpertPart::GateBias), ("up.bias", ExpertPart::UpBias), ("down.bias", ExpertPart::DownBias)];
 
 /// Writes an expert in the dtypes of the checkpoint; gives the bytes of its tensors.
 fn write(path: &Path, from: &Checkpoint, set: &Set, expert: &CompactExpert) -> Result<u64> {
@@ -250,8 +254,7 @@ fn write(path: &Path, from: &Checkpoint, set: &Set, expert: &CompactExpert) -> R
         floats(format!("{name}.sparse"), dtype, vec![m.kept.len(), m.cols], &m.sparse)?;
         kept.push((format!("{name}.kept"), &m.kept));
     }
-    let biases = ["gate.bias", "up.bias", "down.bias"].into_iter().zip(ExpertPart::BIASES).zip(&expert.biases);
-    for ((name, part), bias) in biases {
+    for ((name, part), bias) in BIASES.into_iter().zip(&expert.biases) {
         if let Some(bias) = bias {
             floats(name.to_string(), dtype(part)?, vec![bias.len()], bias)?;
         }
@@ -271,43 +274,163 @@ fn write(path: &Path, from: &Checkpoint, set: &Set, expert: &CompactExpert) -> R
     Ok(tensors.iter().map(|(.., bytes)| bytes.len() as u64).sum())
 }
 
-fn read(path: &Path) -> Result<CompactExpert> {
-    let bytes = fs::read(path).map_err(Error::io(path))?;
-    let malformed = |reason: String| Error::invalid_plan(reason).in_file(path);
-    let tensors = SafeTensors::deserialize(&bytes).map_err(|error| malformed(error.to_string()))?;
-    let floats = |name: &str| -> Result<(Vec<f32>, Vec<usize>)> {
-        let view = tensors.tensor(name).map_err(|error| malformed(format!("{name}: {error}")))?;
-        if !matches!(view.dtype(), Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-            return Err(malformed(format!("{name} is {:?}", view.dtype())));
-        }
-        let cols = view.shape().iter().product();
-        let matrix = RawMatrix { bytes: view.data().into(), dtype: view.dtype(), rows: 1, cols };
-        Ok((matrix.to_f32(), view.shape().to_vec()))
-    };
-    let matrix = |name: &str| -> Result<LowRankSparse> {
-        let (left, left_shape) = floats(&format!("{name}.left"))?;
-        let (right, right_shape) = floats(&format!("{name}.right"))?;
-        let (sparse, _) = floats(&format!("{name}.sparse"))?;
-        let kept = tensors.tensor(&format!("{name}.kept")).map_err(|error| malformed(error.to_string()))?;
-        let kept: Vec<u32> = kept.data().as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
+/// The file of a stored set.
+struct SetFile {
+    path: PathBuf,
+    file: SafetensorsFile,
+}
+
+impl SetFile {
+    fn open(path: PathBuf) -> Result<Self> {
+        let file = SafetensorsFile::open(&path)?;
+        Ok(Self { path, file })
+    }
+
+    fn malformed(&self, reason: String) -> Error {
+        Error::invalid_plan(reason).in_file(&self.path)
+    }
+
+    fn matrix(&self, name: &str) -> Result<LowRankSparse> {
+        let shape = |part: &str| Ok::<_, Error>(self.file.tensor(&format!("{name}.{part}"))?.shape.clone());
+        let (left_shape, right_shape) = (shape("left")?, shape("right")?);
         let ([rows, rank], [inner, cols]) = (&left_shape[..], &right_shape[..]) else {
-            return Err(malformed(format!("{name} has factors of shapes {left_shape:?} and {right_shape:?}")));
+            return Err(self.malformed(format!("{name} has factors of shapes {left_shape:?} and {right_shape:?}")));
         };
+        let kept_name = format!("{name}.kept");
+        let spec = self.file.tensor(&kept_name)?;
+        if spec.dtype != Dtype::U32 {
+            return Err(self.malformed(format!("`{kept_name}` is {:?}, expected U32", spec.dtype)));
+        }
+        let kept: Vec<u32> =
+            self.file.bytes(&kept_name)?.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
+        let floats = |part: &str| self.file.f32(&format!("{name}.{part}"));
+        let (left, right, sparse) = (floats("left")?, floats("right")?, floats("sparse")?);
         let ascending =
             kept.windows(2).all(|pair| pair[0] < pair[1]) && kept.last().is_none_or(|k| (*k as usize) < *rows);
         if rank != inner || sparse.len() != kept.len() * cols || !ascending {
-            return Err(malformed(format!("the parts of {name} do not fit together")));
+            return Err(self.malformed(format!("the parts of {name} do not fit together")));
         }
         Ok(LowRankSparse { rows: *rows, cols: *cols, rank: *rank, left, right, kept, sparse })
-    };
-    let bias = |name: &str| match tensors.tensor(name) {
-        Ok(_) => floats(name).map(|(values, _)| Some(values)),
-        Err(_) => Ok(None),
-    };
-    Ok(CompactExpert {
-        gate: matrix("gate")?,
-        up: matrix("up")?,
-        down: matrix("down")?,
-        biases: [bias("gate.bias")?, bias("up.bias")?, bias("down.bias")?],
-    })
+    }
+
+    fn bias(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        match self.file.tensor(name) {
+            Ok(_) => Ok(Some(self.file.f32(name)?)),
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn expert(&self) -> Result<CompactExpert> {
+        let [gate, up, down] = NAMES.map(|(name, _)| self.matrix(name));
+        let [gate_bias, up_bias, down_bias] = BIASES.map(|(name, _)| self.bias(name));
+        Ok(CompactExpert { gate: gate?, up: up?, down: down?, biases: [gate_bias?, up_bias?, down_bias?] })
+    }
+
+    /// A part of the expert with its matrix formed; `None` for a bias that it lacks.
+    fn part(&self, part: ExpertPart) -> Result<Option<Vec<f32>>> {
+        if let Some((name, _)) = NAMES.iter().find(|(_, found)| *found == part) {
+            return Ok(Some(self.matrix(name)?.dense()));
+        }
+        match BIASES.iter().find(|(_, found)| *found == part) {
+            Some((name, _)) => self.bias(name),
+            None => Ok(None),
+        }
+    }
+
+    /// Refuses a file whose matrices are not those of an expert of this shape, by its header.
+    fn check(&self, hidden: usize, width: usize) -> Result<()> {
+        for (name, part) in NAMES {
+            let (rows, cols) = part.dims(hidden, width);
+            let (left, right) =
+                (self.file.tensor(&format!("{name}.left"))?, self.file.tensor(&format!("{name}.right"))?);
+            let found = (left.shape.first().copied(), right.shape.last().copied());
+            if found != (Some(rows), Some(cols)) {
+                let shapes = format!("{:?} and {:?}", left.shape, right.shape);
+                return Err(self.malformed(format!(
+                    "{name} has factors of shapes {shapes}, expected [{rows}, r] and [r, {cols}]"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A model whose routed experts are compressed ones with their matrices formed.
+#[derive(Clone, Debug)]
+pub struct CompactedModel {
+    model: Arc<Checkpoint>,
+    report: CompactReport,
+}
+
+impl CompactedModel {
+    /// The model: to be run, or [written](moe_checkpoint::write()) as a plain checkpoint.
+    pub fn model(&self) -> &Arc<Checkpoint> {
+        &self.model
+    }
+
+    /// What compressing did.
+    pub fn report(&self) -> &CompactReport {
+        &self.report
+    }
+}
+
+/// Experts read from compressed ones.
+struct Formed(CompactModel);
+
+impl PartChange for Formed {
+    fn part(&self, _: &Checkpoint, layer: usize, set: usize, part: ExpertPart) -> Result<Option<Vec<f32>>> {
+        self.0.file(layer, set)?.part(part)
+    }
+}
+
+impl CompactModel {
+    /// The model that these experts were compressed from, with them in place of its own, their matrices formed as they are read. As
+    /// f32 ([`Dtype::F32`]) it computes what the compressed experts do; in the dtype of each expert of the base (`None`) it is
+    /// the plain checkpoint that stock loaders read.
+    ///
+    /// Reads all files once, for the fingerprint.
+    ///
+    /// ```no_run
+    /// use std::sync::Arc;
+    /// use moe_checkpoint::{Checkpoint, WriteOptions, write};
+    /// use moe_merge::CompactModel;
+    ///
+    /// let merged = Arc::new(Checkpoint::open("out/merged")?);
+    /// let plain = CompactModel::open("out/merged.compact")?.on(&merged, None)?;
+    /// write(plain.model(), "out/plain", &WriteOptions::default())?;
+    /// # Ok::<(), moe_merge::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::OtherModel`] for another model than they were compressed from; a file that is missing, malformed, or does not fit.
+    pub fn on(&self, base: &Arc<Checkpoint>, dtype: Option<Dtype>) -> Result<CompactedModel> {
+        if !base.is_model(self.model()) {
+            let (path, expected) = (base.dir().to_path_buf(), self.model().to_string());
+            return Err(Error::OtherModel { what: "compact model", path, found: base.fingerprint(), expected });
+        }
+        let base = base.dequantized()?;
+        let mut hasher = blake3::Hasher::new();
+        for set in stored_sets(&base) {
+            let widths = base.config().moe(set.layer).map(|moe| moe.stored_widths()).unwrap_or_default();
+            let file = self.file(set.layer, set.set)?;
+            file.check(base.shape().hidden_size, widths.get(set.set).copied().unwrap_or_default())?;
+            let read = fs::File::open(&file.path).and_then(|file| hasher.update_reader(file).map(drop));
+            read.map_err(Error::io(&file.path))?;
+        }
+        let Description { compression, report, .. } = self.description;
+        let recipe = serde_json::json!({
+            "compression": compression, "report": report, "dtype": dtype.map(|dtype| format!("{dtype:?}")),
+            "experts": hasher.finalize().to_hex().to_string(),
+        });
+        let summary = format!(
+            "matrices of routed experts replaced by rank {} and {} of {} rows, {} parameters by {}",
+            compression.rank, report.rows_kept, report.rows, report.parameters_before, report.parameters_after
+        );
+        let step = Step::new("compress", &base, recipe, summary);
+        Ok(CompactedModel { model: in_place::model(&base, Formed(self.clone()), dtype, step)?, report })
+    }
+
+    fn file(&self, layer: usize, set: usize) -> Result<SetFile> {
+        SetFile::open(set_path(&self.dir, layer, set))
+    }
 }

@@ -49,6 +49,16 @@ impl EvidenceOptions {
         options
     }
 
+    /// Identifies the evidence that these options give for a model on some waves, as 64 hex digits.
+    pub fn digest(&self, model: &Model, waves: &[Wave]) -> String {
+        let Self { statistics, dense_outputs, sample, seed } = self;
+        let what = serde_json::json!({
+            "model": model.checkpoint().fingerprint(), "data": data_hash(waves), "statistics": statistics,
+            "dense": dense_outputs, "sample": sample, "seed": seed,
+        });
+        blake3::hash(what.to_string().as_bytes()).to_hex().to_string()
+    }
+
     /// What several recipes read together.
     pub fn for_recipes<'a>(recipes: impl IntoIterator<Item = &'a Recipe>, sample: usize) -> Self {
         let none = Self { statistics: BTreeSet::new(), dense_outputs: false, sample: 0, seed: 0 };

@@ -1,7 +1,6 @@
-//! Merging with the model at hand: evidence from runs, plans as overlays, layers merged one after the other.
+//! Merging with the model at hand: evidence from runs, layers merged one after the other, parts of experts trained.
 
 mod collect;
-mod compact;
 mod compact_training;
 mod dense;
 mod expert_merging;
@@ -11,10 +10,8 @@ mod sampler;
 mod sequential;
 
 pub use collect::{EvidenceOptions, collect_evidence};
-pub use compact::CompactOverlay;
 pub use compact_training::{CompactTrained, CompactTraining};
 pub use expert_merging::{Coefficients, ExpertMerging, Granularity, Task};
-pub use overlay::MergeOverlay;
 pub use sequential::merge_sequentially;
 
 pub(crate) use collect::EvidenceCollector;

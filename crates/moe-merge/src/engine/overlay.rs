@@ -1,127 +1,92 @@
-//! A merge as an overlay: the merged model without a merged checkpoint.
+//! A merged layer in the place of the model's own while a sweep goes on.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use moe_checkpoint::{Checkpoint, Dtype, ExpertWeights, LayerRole, RawMatrix, Role, encode};
-use moe_core::{ExpertOverlay, LayerChange, Model, RoutingOverlay};
+use moe_checkpoint::{Checkpoint, ExpertWeights, LayerRole, decode_f32};
+use moe_core::{ExpertOverlay, LayerChange, RoutingOverlay};
 
-use crate::apply::merged_dir::{LayerRecord, MergedWeights, read_group};
 use crate::combination::Merged;
-use crate::router::{RouterConfig, RouterRule};
+use crate::merged::router_rows;
+use crate::merged::weights::{LayerRecord, read_group};
+use crate::router::{RouterConfig, RouterMix, RouterRule};
 use crate::{Error, Result};
 
-/// Shows a model as a merge leaves it: experts of a group are the merged one, experts whose router rows go cannot be routed to.
-/// Evaluates as the checkpoint that the merge is applied to does, up to the rounding of other matrix kernels.
-#[derive(Clone, Debug)]
-pub struct MergeOverlay {
+/// Shows one layer as a merge leaves it: experts of a group are the merged one, experts whose router rows go cannot be routed to,
+/// the others' rows and biases are the mixed ones.
+pub(super) struct LayerOverlay {
     dir: PathBuf,
     checkpoint: Arc<Checkpoint>,
-    layers: BTreeMap<usize, Layer>,
-}
-
-#[derive(Clone, Debug)]
-struct Layer {
     record: LayerRecord,
     /// Position of the group of every expert that can be routed to.
     groups: Vec<Option<u32>>,
     removed: Vec<u32>,
-    router: Option<Vec<f32>>,
+    /// Weight, bias and correction bias of the router, as far as there are any and they change.
+    router: [Option<Vec<f32>>; 3],
 }
 
-impl MergeOverlay {
-    /// The overlay of merged experts, with the router as their recipe has it.
-    ///
-    /// # Errors
-    /// [`Error::Output`] for a merged router in a family with biases on it, which an overlay cannot change; files that cannot
-    /// be read.
-    pub fn new(merged: &MergedWeights, checkpoint: &Arc<Checkpoint>) -> Result<Self> {
-        let mut overlay = Self::empty(merged.dir(), checkpoint);
-        for layer in &merged.plan().layers {
-            overlay.add(merged.record(layer.layer)?, merged.plan().recipe.router)?;
-        }
-        Ok(overlay)
-    }
-
-    pub(super) fn empty(dir: &Path, checkpoint: &Arc<Checkpoint>) -> Self {
-        Self { dir: dir.to_path_buf(), checkpoint: checkpoint.clone(), layers: BTreeMap::new() }
-    }
-
-    pub(super) fn add(&mut self, record: LayerRecord, rule: RouterConfig) -> Result<()> {
-        let layer = record.plan.layer;
-        let (config, role) = (self.checkpoint.config(), Role::Layer(layer, LayerRole::Router));
-        let experts = config.moe(layer).map_or(0, |moe| moe.num_experts());
-        let map = record.plan.index_map(experts);
-        let mix = if record.plan.is_identity() { None } else { rule.mix(&record.plan) };
-        let Some(mut mix) = mix else {
-            self.layers.insert(layer, Layer { record, groups: map, removed: vec![], router: None });
-            return Ok(());
-        };
-        mix.add(&record.additions());
-        let removed = record.plan.removed(experts);
-        let mut groups = vec![None; experts];
-        for (position, group) in record.plan.groups.iter().enumerate() {
-            groups[group.dominant as usize] = Some(position as u32);
-        }
-        let mixed = mix.rows.iter().any(|row| !matches!(row[..], [(_, 1.0)]));
-        let router = if mixed {
-            if config.routing.bias || config.routing.correction_bias() {
-                let reason = "router rows are mixed, and the biases of this family would have to be, which an overlay \
-                              cannot do: write the checkpoint";
-                return Err(Error::Output { form: "an overlay", reason: reason.into() });
+impl LayerOverlay {
+    /// What became of a layer, from the files in `dir`.
+    pub fn new(dir: PathBuf, checkpoint: &Arc<Checkpoint>, record: LayerRecord, rule: RouterConfig) -> Result<Self> {
+        let (plan, layer) = (&record.plan, record.plan.layer);
+        let experts = checkpoint.config().moe(layer).map_or(0, |moe| moe.num_experts());
+        let mut groups = plan.index_map(experts);
+        let (mut removed, mut router) = (Vec::new(), [None, None, None]);
+        if let Some(mut mix) = rule.mix(plan).filter(|_| !plan.is_identity()) {
+            mix.add(&record.additions());
+            removed = plan.removed(experts);
+            groups = vec![None; experts];
+            for (position, group) in plan.groups.iter().enumerate() {
+                groups[group.dominant as usize] = Some(position as u32);
             }
-            let hidden = config.hidden_size;
-            let mut rows = self.checkpoint.read_f32(role)?;
-            let dtype = self.checkpoint.plain_dtype(&self.checkpoint.role(role)?.name)?;
-            let old = rows.clone();
-            for (group, parts) in record.plan.groups.iter().zip(&mix.rows) {
-                let mut sum = vec![0.0f64; hidden];
-                for (expert, factor) in parts {
-                    let row = &old[expert * hidden..(expert + 1) * hidden];
-                    sum.iter_mut().zip(row).for_each(|(sum, v)| *sum += factor * f64::from(*v));
-                }
-                let at = group.dominant as usize * hidden;
-                rows[at..at + hidden].copy_from_slice(&stored(sum.into_iter().map(|v| v as f32).collect(), dtype));
+            for (values, role) in router.iter_mut().zip(router_rows::ROLES) {
+                *values = rows_in_place(checkpoint, &record, role, &mix)?;
             }
-            Some(rows)
-        } else {
-            None
-        };
-        self.layers.insert(layer, Layer { record, groups, removed, router });
-        Ok(())
-    }
-
-    /// The model seen through this overlay; overlays that `model` has are not kept.
-    ///
-    /// # Errors
-    /// Those of [`Model::with_overlays`].
-    pub fn of(self, model: &Model) -> Result<Model> {
-        let overlay = Arc::new(self);
-        Ok(model.with_overlays(Some(overlay.clone()), Some(overlay))?)
+        }
+        Ok(Self { dir, checkpoint: checkpoint.clone(), record, groups, removed, router })
     }
 
     /// The change of a layer-by-layer sweep.
-    pub(super) fn change(self) -> LayerChange {
+    pub fn change(self) -> LayerChange {
         let overlay = Arc::new(self);
         LayerChange { experts: Some(overlay.clone()), routing: Some(overlay) }
     }
-}
 
-/// Values as they come back from a file of this dtype.
-fn stored(values: Vec<f32>, dtype: Dtype) -> Vec<f32> {
-    let mut bytes = Vec::new();
-    if !encode(dtype, &values, &mut bytes) {
-        return values;
+    fn router(&self, layer: usize, role: LayerRole) -> Option<Vec<f32>> {
+        let at = router_rows::ROLES.iter().position(|found| *found == role)?;
+        self.router[at].clone().filter(|_| layer == self.record.plan.layer)
     }
-    RawMatrix { bytes: bytes.into(), dtype, rows: 1, cols: values.len() }.to_f32()
 }
 
-impl ExpertOverlay for MergeOverlay {
+/// A tensor of a router with each group's mixed row in the place of its dominant's; `None` if there is no such tensor.
+fn rows_in_place(
+    checkpoint: &Checkpoint,
+    record: &LayerRecord,
+    role: LayerRole,
+    mix: &RouterMix,
+) -> Result<Option<Vec<f32>>> {
+    let layer = record.plan.layer;
+    let Some((bytes, dtype)) = router_rows::mixed(checkpoint, layer, role, mix)? else { return Ok(None) };
+    let mut mixed = Vec::new();
+    if !decode_f32(dtype, &bytes, &mut mixed) {
+        return Err(Error::numerics(format!("layer {layer}: {role:?}"), format!("{dtype:?} cannot be read")));
+    }
+    let mut rows = checkpoint.read_f32(moe_checkpoint::Role::Layer(layer, role))?;
+    let length = mixed.len() / record.plan.groups.len().max(1);
+    for (group, row) in record.plan.groups.iter().zip(mixed.chunks_exact(length.max(1))) {
+        let start = group.dominant as usize * length;
+        rows[start..start + length].copy_from_slice(row);
+    }
+    Ok(Some(rows))
+}
+
+impl ExpertOverlay for LayerOverlay {
     fn apply(&self, layer: usize, expert: usize, weights: ExpertWeights) -> moe_core::Result<ExpertWeights> {
-        let Some(found) = self.layers.get(&layer) else { return Ok(weights) };
-        let Some(Some(group)) = found.groups.get(expert) else { return Ok(weights) };
-        match read_group(&self.dir, &found.record, *group as usize).map_err(moe_core::Error::observer)? {
+        if layer != self.record.plan.layer {
+            return Ok(weights);
+        }
+        let Some(Some(group)) = self.groups.get(expert) else { return Ok(weights) };
+        match read_group(&self.dir, &self.record, *group as usize).map_err(moe_core::Error::observer)? {
             Merged::Unchanged(same) if same == expert => Ok(weights),
             Merged::Unchanged(other) => Ok(self.checkpoint.expert(layer, other)?),
             Merged::Changed(merged) => Ok(*merged),
@@ -129,12 +94,20 @@ impl ExpertOverlay for MergeOverlay {
     }
 }
 
-impl RoutingOverlay for MergeOverlay {
+impl RoutingOverlay for LayerOverlay {
     fn removed(&self, layer: usize) -> Option<&[u32]> {
-        self.layers.get(&layer).map(|layer| layer.removed.as_slice()).filter(|removed| !removed.is_empty())
+        (layer == self.record.plan.layer && !self.removed.is_empty()).then_some(self.removed.as_slice())
     }
 
     fn router(&self, layer: usize) -> Option<Vec<f32>> {
-        self.layers.get(&layer)?.router.clone()
+        self.router(layer, LayerRole::Router)
+    }
+
+    fn router_bias(&self, layer: usize) -> Option<Vec<f32>> {
+        self.router(layer, LayerRole::RouterBias)
+    }
+
+    fn selection_bias(&self, layer: usize) -> Option<Vec<f32>> {
+        self.router(layer, LayerRole::CorrectionBias)
     }
 }

@@ -9,34 +9,37 @@ use moe_core::trace::{ExpertTrace, LayerTrace, Observer, Signals, WaveInfo};
 use moe_core::{Engine, EngineOptions, LayerChange, LayerVisitor, Model};
 
 use super::collect::data_hash;
-use super::overlay::MergeOverlay;
+use super::overlay::LayerOverlay;
 use super::{EvidenceCollector, EvidenceOptions};
-use crate::apply::merged_dir::{MergedWeights, MergedWriter};
 use crate::combination::{Combination, LayerJob};
 use crate::context::LayerContext;
 use crate::evidence::{Evidence, LayerEvidence};
 use crate::experts::LayerExperts;
+use crate::merged::not_grouped;
+use crate::merged::weights::{MergedWeights, MergedWriter};
 use crate::plan::{LayerPlan, MERGE_PLAN_VERSION, MergePlan};
 use crate::planner::protected_experts;
 use crate::recipe::Recipe;
 use crate::{Error, Result, Scope};
 
 /// Merges a model layer by layer: all waves run through a layer, the layer is merged on what they showed, and the next layer
-/// sees the merged one's outputs (REAM, arXiv 2604.04356, step 7). Merged experts go to `dir`, from which the result is
-/// [applied](MergePlan::apply) or [shown](MergeOverlay). A run that was interrupted goes on with the layers that `dir` has.
+/// sees the merged one's outputs (REAM, arXiv 2604.04356, step 7). Merged experts go to `dir`, an artefact from which
+/// [`MergePlan::on`] makes the model in any form, as often as wanted. A run that was interrupted goes on with the layers that
+/// `dir` has.
 ///
 /// ```no_run
+/// use moe_checkpoint::{ProtectionMask, WriteOptions, write};
 /// use moe_core::{Model, device::device};
 /// use moe_merge::{EvidenceOptions, MergeOptions, OutputForm, Recipe, merge_sequentially};
-/// use moe_checkpoint::ProtectionMask;
 ///
 /// # let waves = vec![];
 /// let model = Model::open("models/Qwen1.5-MoE-A2.7B", &device("default")?, None)?;
 /// let recipe = Recipe::named("ream")?;
 /// let options = EvidenceOptions::for_recipe(&recipe, 4096);
-/// let merged = merge_sequentially(&model, &waves, &recipe, &ProtectionMask::none(), &options, "work".as_ref())?;
-/// let options = MergeOptions { merged: Some(&merged), ..MergeOptions::new(OutputForm::Stock) };
-/// merged.plan().apply(model.checkpoint(), "out/merged".as_ref(), &options)?;
+/// let weights = merge_sequentially(&model, &waves, &recipe, &ProtectionMask::none(), &options, "work".as_ref())?;
+/// let plan = weights.plan().clone();
+/// let options = MergeOptions { merged: Some(weights), ..MergeOptions::new(OutputForm::Stock) };
+/// write(plan.on(model.checkpoint(), &options)?.model(), "out/merged", &WriteOptions::default())?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
@@ -57,16 +60,10 @@ pub fn merge_sequentially(
         return Err(Error::parameter("budget.scope", found, "`layer`, to merge one layer after the other"));
     }
     let checkpoint = model.checkpoint();
-    if checkpoint.grouped() {
-        let reason = "the experts of the checkpoint share sets of weights already";
-        return Err(Error::infeasible(checkpoint.dir().display().to_string(), reason));
-    }
+    not_grouped(checkpoint)?;
     protect.validate(checkpoint.shape())?;
     let data = data_hash(waves);
-    let what = serde_json::json!({
-        "model": checkpoint.fingerprint(), "data": data, "recipe": recipe, "protect": protect,
-        "statistics": options.statistics, "dense": options.dense_outputs, "sample": options.sample, "seed": options.seed,
-    });
+    let what = serde_json::json!({"evidence": options.digest(model, waves), "recipe": recipe, "protect": protect});
     let digest = blake3::hash(what.to_string().as_bytes()).to_hex().to_string();
     let mut visitor = Sequential {
         model,
@@ -190,8 +187,7 @@ impl Sequential<'_> {
         if record.plan.is_identity() {
             return Ok(LayerChange::default());
         }
-        let mut overlay = MergeOverlay::empty(self.writer.dir(), checkpoint);
-        overlay.add(record, self.recipe.router)?;
-        Ok(overlay.change())
+        let dir = self.writer.dir().to_path_buf();
+        Ok(LayerOverlay::new(dir, checkpoint, record, self.recipe.router)?.change())
     }
 }

@@ -1,26 +1,24 @@
 //! Several fine-tuned checkpoints of one base, merged expert by expert.
 //!
 //! A *task vector* is what fine-tuning changed, `tau_k = theta_k - theta_0`. Rules here work on one matrix of one expert at a time, so
-//! that memory stays at that of a few experts whatever the model; everything outside the routed experts stays that of the base.
+//! that memory stays at that of a few experts whatever the model; everything outside the routed experts stays that of the base, which the
+//! report tells kind by kind.
 
 mod arithmetic;
 mod dare;
 mod ties;
 
-use std::path::Path;
+use std::fmt;
+use std::sync::Arc;
 
-use moe_checkpoint::{Checkpoint, ExpertId, ExpertPart, ExpertWeights};
+use moe_checkpoint::{Checkpoint, ExpertId, ExpertPart, Step};
 use serde::{Deserialize, Serialize};
 
 pub use arithmetic::TaskArithmetic;
 pub use dare::{Dare, DareThen};
 pub use ties::Ties;
 
-use crate::apply::{MergeOptions, MergedExperts, OutputForm};
-use crate::combination::{GroupSink, Merged};
-use crate::plan::MergePlan;
-use crate::report::MergeReport;
-use crate::router::RouterAddition;
+use crate::in_place::{self, LeftAtBase, PartChange, left_at_base};
 use crate::{Error, Result};
 
 /// Turns task vectors of one tensor into what is added to the base.
@@ -68,77 +66,178 @@ impl TaskRule for TaskRuleConfig {
     }
 }
 
-/// The experts of a base with the changes of several fine-tuned checkpoints.
-pub struct TaskExperts<'a> {
-    base: &'a Checkpoint,
-    tuned: Vec<&'a Checkpoint>,
-    rule: TaskRuleConfig,
+/// A base with experts that hold several fine-tuned models of it.
+#[derive(Clone, Debug)]
+pub struct MergedTasks {
+    model: Arc<Checkpoint>,
+    report: TaskReport,
 }
 
-impl<'a> TaskExperts<'a> {
-    /// Checks that all checkpoints are of one shape.
+impl MergedTasks {
+    pub(crate) fn new(model: Arc<Checkpoint>, report: TaskReport) -> Self {
+        for note in report.notes() {
+            tracing::warn!("{note}");
+        }
+        Self { model, report }
+    }
+
+    /// The model: to be run, scored, pruned, [written](moe_checkpoint::write()).
+    pub fn model(&self) -> &Arc<Checkpoint> {
+        &self.model
+    }
+
+    /// What became of the tasks.
+    pub fn report(&self) -> &TaskReport {
+        &self.report
+    }
+}
+
+/// What a merge of fine-tuned models did.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskReport {
+    /// Fingerprints of the fine-tuned models.
+    pub tasks: Vec<String>,
+    /// What stays that of the base, kind by kind.
+    pub left: Vec<LeftAtBase>,
+}
+
+impl TaskReport {
+    /// The report of a merge of these models.
+    pub(crate) fn of(base: &Checkpoint, tuned: &[Arc<Checkpoint>]) -> Result<Self> {
+        let tasks = tuned.iter().map(|tuned| tuned.fingerprint()).collect();
+        Ok(Self { tasks, left: left_at_base(base, tuned)? })
+    }
+
+    /// What the fine-tuned models have learnt and the merged one has not.
+    pub fn notes(&self) -> Vec<String> {
+        let changed = self.left.iter().filter(|left| left.changed > 0);
+        let note = |left: &LeftAtBase| {
+            let LeftAtBase { kind, tensors, changed } = left;
+            format!("{kind}: {changed} of {tensors} tensors differ from the base in a task, and stay that of the base")
+        };
+        changed.map(note).collect()
+    }
+
+    /// The merge in a sentence, with what it leaves.
+    pub(crate) fn summary(&self, how: &str) -> String {
+        let kinds: Vec<&str> = self.left.iter().map(|left| left.kind.as_str()).collect();
+        let changed: Vec<&str> =
+            self.left.iter().filter(|left| left.changed > 0).map(|left| left.kind.as_str()).collect();
+        let lost = match changed.is_empty() {
+            true => String::new(),
+            false => format!(", though tasks changed {}", changed.join(", ")),
+        };
+        format!(
+            "routed experts of {} fine-tuned models merged by {how}; left as the base has them: {}{lost}",
+            self.tasks.len(),
+            kinds.join(", ")
+        )
+    }
+}
+
+impl fmt::Display for TaskReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:<24} {:>8} {:>16}", "left at the base", "tensors", "changed by tasks")?;
+        for LeftAtBase { kind, tensors, changed } in &self.left {
+            writeln!(f, "{kind:<24} {tensors:>8} {changed:>16}")?;
+        }
+        write!(f, "{} tasks", self.tasks.len())?;
+        for note in self.notes() {
+            write!(f, "\nnote: {note}")?;
+        }
+        Ok(())
+    }
+}
+
+/// What the record of such a model holds: `Record::load(dir)?.recipe::<TaskRecord>("merge-tasks")`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TaskRecord {
+    /// How the tasks were merged.
+    pub rule: TaskRuleConfig,
+    /// What that did.
+    pub report: TaskReport,
+}
+
+impl TaskRuleConfig {
+    /// The model whose routed experts are those of `base` with the changes of several fine-tuned models, merged by this rule. Parts
+    /// of experts that no task changed are those of the base, bit for bit; everything outside the routed experts is, and the
+    /// report says what of it a task has changed.
+    ///
+    /// Memory is that of one matrix per task. Reads everything outside the routed experts once, to compare it.
+    ///
+    /// ```no_run
+    /// use std::sync::Arc;
+    /// use moe_checkpoint::{Checkpoint, WriteOptions, write};
+    /// use moe_merge::{TaskRuleConfig, Ties};
+    ///
+    /// let open = |dir: &str| Checkpoint::open(dir).map(Arc::new);
+    /// let (base, tuned) = (open("models/base")?, [open("models/law")?, open("models/code")?]);
+    /// let merged = TaskRuleConfig::Ties(Ties { density: 0.2, scale: 1.0 }).on(&base, &tuned)?;
+    /// println!("{}", merged.report());
+    /// write(merged.model(), "out/merged", &WriteOptions::default())?;
+    /// # Ok::<(), moe_merge::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::InvalidParameter`] for a rule that does not go with so many tasks, or none; [`Error::InvalidEvidence`] naming the
-    /// checkpoint that differs.
-    pub fn new(base: &'a Checkpoint, tuned: &[&'a Checkpoint], rule: TaskRuleConfig) -> Result<Self> {
+    /// model whose experts differ from the base's in shape.
+    pub fn on(&self, base: &Arc<Checkpoint>, tuned: &[Arc<Checkpoint>]) -> Result<MergedTasks> {
         if tuned.is_empty() {
             return Err(Error::parameter("tuned", "no checkpoint", "at least one"));
         }
-        rule.validate(tuned.len())?;
+        self.validate(tuned.len())?;
         for other in tuned {
             same_experts(base, other)?;
         }
-        if base.grouped() {
-            let reason = "the experts of the checkpoint share sets of weights";
-            return Err(Error::infeasible(base.dir().display().to_string(), reason));
-        }
-        Ok(Self { base, tuned: tuned.to_vec(), rule })
+        let (base, tuned) = (base.dequantized()?, dequantized(tuned)?);
+        let report = TaskReport::of(&base, &tuned)?;
+        let record = TaskRecord { rule: self.clone(), report: report.clone() };
+        let recipe = serde_json::to_value(&record).map_err(|error| Error::invalid_plan(error.to_string()))?;
+        let step = Step::new(METHOD, &base, recipe, report.summary(self.name()));
+        let model = in_place::model(&base, Changes { rule: self.clone(), tuned }, None, step)?;
+        Ok(MergedTasks::new(model, report))
     }
 
-    /// An expert of the merged model; `None` if no task changed it.
-    ///
-    /// # Errors
-    /// What keeps weights from being read.
-    pub fn expert(&self, layer: usize, expert: usize) -> Result<Option<ExpertWeights>> {
-        let base = self.base.expert(layer, expert)?;
-        let tuned = self.tuned.iter().map(|tuned| tuned.expert(layer, expert));
-        let tuned = tuned.collect::<moe_checkpoint::Result<Vec<_>>>()?;
-        if tuned.iter().all(|tuned| *tuned == base) {
-            return Ok(None);
+    fn name(&self) -> &'static str {
+        match self {
+            Self::TaskArithmetic(_) => "task arithmetic",
+            Self::Ties(_) => "TIES",
+            Self::Dare(_) => "DARE",
         }
-        let mut merged = base.clone();
-        for which in ExpertPart::ALL.into_iter().chain(ExpertPart::BIASES) {
-            let Some(from) = base.part(which) else { continue };
-            let task = |tuned: &ExpertWeights| -> Vec<f32> {
-                let to = tuned.part(which).unwrap_or_default();
-                to.iter().zip(from).map(|(a, b)| a - b).collect()
-            };
-            let change = self.rule.change(ExpertId { layer, expert }, which, tuned.iter().map(task).collect());
-            if let Some(into) = merged.part_mut(which) {
-                into.iter_mut().zip(&change).for_each(|(w, d)| *w += d);
-            }
-        }
-        Ok(Some(merged))
     }
 }
 
-impl MergedExperts for TaskExperts<'_> {
-    fn layer(&self, layer: usize, sink: GroupSink<'_>) -> Result<Vec<RouterAddition>> {
-        let experts = self.base.config().moe(layer).map_or(0, |moe| moe.num_experts());
-        for expert in 0..experts {
-            let merged = match self.expert(layer, expert)? {
-                None => Merged::Unchanged(expert),
-                Some(weights) => Merged::Changed(Box::new(weights)),
-            };
-            sink(expert, merged)?;
-        }
-        Ok(Vec::new())
-    }
+/// The method of the [step](Step) that a merge of tasks adds to the record of a model.
+pub(crate) const METHOD: &str = "merge-tasks";
 
-    fn digest(&self) -> String {
-        let fingerprints: Vec<String> = self.tuned.iter().map(|tuned| tuned.fingerprint()).collect();
-        serde_json::json!({ "rule": self.rule, "tuned": fingerprints }).to_string()
+/// Models in plain floats.
+pub(crate) fn dequantized(models: &[Arc<Checkpoint>]) -> Result<Vec<Arc<Checkpoint>>> {
+    models.iter().map(|model| Ok(model.dequantized()?)).collect()
+}
+
+/// What a rule adds to the parts of experts.
+struct Changes {
+    rule: TaskRuleConfig,
+    tuned: Vec<Arc<Checkpoint>>,
+}
+
+impl PartChange for Changes {
+    fn part(&self, base: &Checkpoint, layer: usize, set: usize, part: ExpertPart) -> Result<Option<Vec<f32>>> {
+        let Some(own) = base.set_part(layer, set, part)?.map(|matrix| matrix.to_f32()) else { return Ok(None) };
+        let mut tasks = Vec::with_capacity(self.tuned.len());
+        for tuned in &self.tuned {
+            let task = tuned.set_part(layer, set, part)?.map(|matrix| matrix.to_f32()).unwrap_or_default();
+            tuned.release_set(layer, set);
+            tasks.push(task);
+        }
+        if tasks.iter().all(|task| *task == own) {
+            return Ok(None);
+        }
+        for task in &mut tasks {
+            task.iter_mut().zip(&own).for_each(|(task, own)| *task -= own);
+        }
+        let change = self.rule.change(ExpertId { layer, expert: set }, part, tasks);
+        Ok(Some(own.iter().zip(&change).map(|(own, change)| own + change).collect()))
     }
 }
 
@@ -153,23 +252,6 @@ pub(crate) fn same_experts(base: &Checkpoint, other: &Checkpoint) -> Result<()> 
         return Err(Error::invalid_evidence(reason));
     }
     Ok(())
-}
-
-/// Writes the base with experts that hold several fine-tuned checkpoints, streamed, atomic and resumable like a
-/// [plan](MergePlan::apply). Experts that no task changed are copied byte for byte.
-///
-/// # Errors
-/// As [`TaskExperts::new`] and [`MergePlan::apply`].
-pub fn merge_tasks(
-    base: &Checkpoint,
-    tuned: &[&Checkpoint],
-    rule: &TaskRuleConfig,
-    to: &Path,
-    options: &MergeOptions<'_>,
-) -> Result<MergeReport> {
-    let experts = TaskExperts::new(base, tuned, rule.clone())?;
-    let plan = MergePlan::keep_all(base, "tasks");
-    plan.apply(base, to, &MergeOptions { form: OutputForm::Stock, merged: Some(&experts), ..*options })
 }
 
 #[cfg(test)]

@@ -6,16 +6,16 @@ mod files;
 pub mod run;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use files::every_checkpoint;
 #[allow(unused_imports)]
 pub use files::{contents, files, parity};
-use moe_checkpoint::{Checkpoint, ExpertLayout};
-use moe_checkpoint::{Mtp, ProtectionMask};
+use moe_checkpoint::{Checkpoint, ExpertLayout, Mtp, ProtectionMask, WriteOptions, write};
 use moe_merge::{
-    Amount, Evidence, Features, Gram, LayerEvidence, MergeOptions, MergePlan, Metric, OutputForm, Recipe, Similarity,
-    TokenSample,
+    Amount, Evidence, Features, Gram, LayerEvidence, MergeOptions, MergePlan, MergeReport, Metric, OutputForm, Recipe,
+    Result, Similarity, TokenSample,
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -27,7 +27,7 @@ pub fn noise(len: usize, seed: u64) -> Vec<f32> {
 }
 
 /// One checkpoint of every family, layout, dtype and routing, by name.
-pub fn checkpoints() -> Vec<(String, Checkpoint)> {
+pub fn checkpoints() -> Vec<(String, Arc<Checkpoint>)> {
     let variants = ["_padded", "_sliding", "_linear", "_long", "_yarn", "_longrope", "_sharded", "_tanh"];
     let name = |dir: &PathBuf| {
         let names = dir.components().rev().take(2).map(|part| part.as_os_str().to_str().unwrap().to_string());
@@ -35,7 +35,7 @@ pub fn checkpoints() -> Vec<(String, Checkpoint)> {
     };
     let all = every_checkpoint().into_iter().map(|dir| (name(&dir), dir));
     let some = all.filter(|(name, _)| !variants.iter().any(|variant| name.contains(variant)));
-    some.map(|(name, dir)| (name, Checkpoint::open(dir).unwrap())).collect()
+    some.map(|(name, dir)| (name, open(dir))).collect()
 }
 
 /// Evidence that no run of the model gave: every kind that recipes read, without a pattern.
@@ -96,9 +96,21 @@ pub fn plan(recipe: &Recipe, model: &Checkpoint) -> MergePlan {
 }
 
 /// Options that drop further layers where there are any.
-pub fn options(form: OutputForm, model: &Checkpoint) -> MergeOptions<'static> {
+pub fn options(form: OutputForm, model: &Checkpoint) -> MergeOptions {
     let mtp = model.mtp_tensors().next().map(|_| Mtp::Drop);
     MergeOptions { mtp, ..MergeOptions::new(form) }
+}
+
+/// Writes what a plan makes of a model.
+pub fn written(plan: &MergePlan, base: &Arc<Checkpoint>, out: &Path, options: &MergeOptions) -> Result<MergeReport> {
+    let merged = plan.on(base, options)?;
+    write(merged.model(), out, &WriteOptions::default())?;
+    Ok(merged.report().clone())
+}
+
+/// A checkpoint, open.
+pub fn open(dir: impl AsRef<Path>) -> Arc<Checkpoint> {
+    Arc::new(Checkpoint::open(dir).unwrap())
 }
 
 /// Whether the weights are copied without being dequantised.

@@ -137,6 +137,10 @@ impl Combination for Segments {
         self.add_router_rows
     }
 
+    fn as_wide_as_dominant(&self) -> bool {
+        true
+    }
+
     fn validate(&self) -> Result<()> {
         if !self.alpha.is_finite() {
             return Err(Error::parameter("combination.alpha", self.alpha, "a number"));

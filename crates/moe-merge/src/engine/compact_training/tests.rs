@@ -5,9 +5,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::testing::Selected;
-use crate::{
-    Amount, CompactModel, CompactOverlay, EvidenceOptions, MergeOptions, OutputForm, Recipe, collect_evidence,
-};
+use crate::{Amount, CompactModel, EvidenceOptions, MergeOptions, OutputForm, Recipe, collect_evidence};
 
 fn wave(id: u64) -> Wave {
     let ids = (0..24).map(|i| ((i * i * 5 + i * 3 + 17 * id as usize) % 90) as u32).collect();
@@ -30,8 +28,9 @@ fn world() -> World {
         collect_evidence(&full, &[wave(1), wave(2)], &EvidenceOptions::for_recipe(&recipe, 0), &mut |_, _| {}).unwrap();
     let plan = recipe.plan(full.checkpoint(), &evidence, &ProtectionMask::none()).unwrap();
     let to = dir.path().join("merged");
-    let options = MergeOptions { evidence: Some(&evidence), ..MergeOptions::new(OutputForm::Grouped) };
-    plan.apply(full.checkpoint(), &to, &options).unwrap();
+    let options = MergeOptions { evidence: Some(Arc::new(evidence)), ..MergeOptions::new(OutputForm::Grouped) };
+    let merged = plan.on(full.checkpoint(), &options).unwrap();
+    moe_checkpoint::write(merged.model(), &to, &moe_checkpoint::WriteOptions::default()).unwrap();
     let merged = Model::open(&to, full.device(), None).unwrap();
     World { dir, full, merged }
 }
@@ -171,7 +170,8 @@ fn training_recovers_and_is_stored_as_it_was_evaluated() {
 
     // The stored model has the loss that training says it has.
     let (run, _) = world.run(&options, &evaluation);
-    let shown = CompactOverlay::of(compact, &world.merged).unwrap();
+    let formed = compact.on(world.merged.checkpoint(), Some(moe_checkpoint::Dtype::F32)).unwrap();
+    let shown = Model::new(formed.model().clone(), world.merged.device(), None).unwrap();
     let engine = Engine::new(&shown, EngineOptions::default());
     let report = engine.run_with(&evaluation[0], &mut run.objective().unwrap(), &mut Nobody).unwrap();
     let found = report.loss.unwrap() / report.loss_tokens as f64;

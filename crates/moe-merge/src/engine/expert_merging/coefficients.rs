@@ -3,15 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use moe_checkpoint::{Checkpoint, ExpertPart, ExpertWeights};
+use moe_checkpoint::{Checkpoint, ExpertPart, ExpertWeights, Step};
 use moe_core::train::Parameters;
 use moe_core::{ExpertOverlay, Model};
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
-use crate::apply::MergedExperts;
-use crate::combination::{GroupSink, Merged};
-use crate::router::RouterAddition;
+use crate::in_place::{self, PartChange};
+use crate::tasks::{METHOD, MergedTasks, TaskReport};
 
 /// What one coefficient of a task covers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -172,32 +171,59 @@ impl Coefficients {
         self.tuned.len()
     }
 
+    /// A matrix of an expert of the merged model.
+    fn matrix(&self, layer: usize, expert: usize, which: ExpertPart) -> Result<Vec<f32>> {
+        let read = |model: &Checkpoint| -> Result<Vec<f32>> {
+            let matrix = model.expert_part(layer, expert, which)?.map(|matrix| matrix.to_f32()).unwrap_or_default();
+            model.release_expert(layer, expert)?;
+            Ok(matrix)
+        };
+        let own = read(&self.base)?;
+        let mut merged = own.clone();
+        let Cover { name, offset, chunk } = self.cover(layer, expert, which);
+        let Some(raw) = self.raw.get(&name) else { return Ok(merged) };
+        for (tuned, raw) in self.tuned.iter().zip(raw.chunks_exact(self.chunks.max(1))) {
+            let values: Vec<f32> = raw.iter().map(|raw| sigmoid(f64::from(*raw)) as f32).collect();
+            let tuned = read(tuned)?;
+            let elements = merged.iter_mut().zip(tuned.iter().zip(&own)).enumerate();
+            elements.for_each(|(i, (merged, (tuned, own)))| *merged += values[(offset + i) / chunk] * (tuned - own));
+        }
+        Ok(merged)
+    }
+
     /// An expert of the merged model.
     ///
     /// # Errors
     /// What keeps weights from being read.
     pub fn expert(&self, layer: usize, expert: usize) -> Result<ExpertWeights> {
         let mut merged = self.base.expert(layer, expert)?;
-        for task in 0..self.tuned.len() {
-            let tau = self.task_vector(task, layer, expert)?;
-            for which in ExpertPart::ALL {
-                let Cover { name, offset, chunk } = self.cover(layer, expert, which);
-                let Some(raw) = self.raw.get(&name) else { continue };
-                let values: Vec<f32> = raw[task * self.chunks..(task + 1) * self.chunks]
-                    .iter()
-                    .map(|raw| sigmoid(f64::from(*raw)) as f32)
-                    .collect();
-                let from = tau.part(which).unwrap_or_default();
-                if let Some(into) = merged.part_mut(which) {
-                    let elements = into.iter_mut().zip(from).enumerate();
-                    elements.for_each(|(i, (w, tau))| *w += values[(offset + i) / chunk] * tau);
-                }
+        for which in ExpertPart::ALL {
+            let values = self.matrix(layer, expert, which)?;
+            if let Some(into) = merged.part_mut(which) {
+                into.copy_from_slice(&values);
             }
         }
         Ok(merged)
     }
 
-    /// The merged model.
+    /// The merged model as a model of its own, everything but the matrices of routed experts that of the base.
+    ///
+    /// # Errors
+    /// As [`TaskRuleConfig::on`](crate::TaskRuleConfig::on).
+    pub fn merged(&self) -> Result<MergedTasks> {
+        let base = self.base.dequantized()?;
+        let report = TaskReport::of(&base, &crate::tasks::dequantized(&self.tuned)?)?;
+        // Raw numbers are f32, which survive JSON to the bit.
+        let recipe = serde_json::json!({
+            "rule": {"type": "expert_merging", "granularity": self.granularity, "chunks": self.chunks, "raw": self.raw},
+            "report": report,
+        });
+        let step = Step::new(METHOD, &base, recipe, report.summary("learnt coefficients"));
+        let model = in_place::model(&base, self.clone(), None, step)?;
+        Ok(MergedTasks::new(model, report))
+    }
+
+    /// `base` seen as the merged model while coefficients change.
     ///
     /// # Errors
     /// Those of [`Model::with_overlay`].
@@ -212,17 +238,12 @@ impl ExpertOverlay for Coefficients {
     }
 }
 
-impl MergedExperts for Coefficients {
-    fn layer(&self, layer: usize, sink: GroupSink<'_>) -> Result<Vec<RouterAddition>> {
-        let experts = self.base.config().moe(layer).map_or(0, |moe| moe.num_experts());
-        for expert in 0..experts {
-            sink(expert, Merged::Changed(Box::new(self.expert(layer, expert)?)))?;
+impl PartChange for Coefficients {
+    fn part(&self, _: &Checkpoint, layer: usize, set: usize, part: ExpertPart) -> Result<Option<Vec<f32>>> {
+        match ExpertPart::ALL.contains(&part) {
+            // Experts do not share sets, so that a set is an expert.
+            true => self.matrix(layer, set, part).map(Some),
+            false => Ok(None),
         }
-        Ok(Vec::new())
-    }
-
-    fn digest(&self) -> String {
-        let tuned: Vec<String> = self.tuned.iter().map(|tuned| tuned.fingerprint()).collect();
-        serde_json::json!({ "coefficients": self.values(), "tuned": tuned }).to_string()
     }
 }

@@ -4,7 +4,6 @@ mod coefficients;
 mod gradients;
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
@@ -22,9 +21,7 @@ pub use coefficients::{Coefficients, Granularity};
 use coefficients::sigmoid;
 use gradients::{HiddenGradients, LogitGradients};
 
-use crate::apply::{MergeOptions, OutputForm};
-use crate::plan::MergePlan;
-use crate::report::MergeReport;
+use crate::merged::not_grouped;
 use crate::tasks::same_experts;
 use crate::{Error, Result};
 
@@ -115,9 +112,11 @@ impl ExpertMerging {
     /// hidden-state term, of their hidden states on all waves.
     ///
     /// # Errors
-    /// [`Error::InvalidParameter`], [`Error::InvalidEvidence`] for a checkpoint of another shape, [`Error::Engine`].
+    /// [`Error::InvalidParameter`], [`Error::InvalidEvidence`] for a checkpoint of another shape, [`Error::Infeasible`] for a base whose
+    /// experts share weights, [`Error::Engine`].
     pub fn learn(&self, base: &Model, tasks: &[Task], on_event: OnEvent<'_>) -> Result<(Coefficients, TrainReport)> {
         self.validate(tasks.len())?;
+        not_grouped(base.checkpoint())?;
         let tuned: Vec<Arc<Checkpoint>> = tasks.iter().map(|task| task.tuned.clone()).collect();
         for other in &tuned {
             same_experts(base.checkpoint(), other)?;
@@ -162,17 +161,6 @@ impl ExpertMerging {
 
     fn beta(&self, task: usize) -> f64 {
         self.betas.get(task).copied().unwrap_or(1.0)
-    }
-}
-
-impl Coefficients {
-    /// Writes the merged model, like [`merge_tasks`](crate::merge_tasks).
-    ///
-    /// # Errors
-    /// As [`MergePlan::apply`].
-    pub fn apply(&self, to: &Path, options: &MergeOptions<'_>) -> Result<MergeReport> {
-        let plan = MergePlan::keep_all(self.base(), "expert-merging");
-        plan.apply(self.base(), to, &MergeOptions { form: OutputForm::Stock, merged: Some(self), ..*options })
     }
 }
 

@@ -1,6 +1,6 @@
 use std::path::{Path, PathBuf};
 
-use moe_checkpoint::{Dtype, ExpertPart, ExpertTensor, encode};
+use moe_checkpoint::{Dtype, ExpertPart, ExpertTensor, WriteOptions, encode, write};
 use moe_core::data::Sequence;
 use moe_core::device::device;
 use moe_core::host::HostView;
@@ -191,7 +191,8 @@ fn learning_moves_towards_the_tasks_and_writes_what_it_shows() {
     assert_eq!(again.0.raw(), coefficients.raw());
     assert!(coefficients.values().values().flatten().all(|c| *c > 0.0 && *c < 1.0));
     let out = world._dir.path().join("merged");
-    coefficients.apply(&out, &MergeOptions::new(OutputForm::Stock)).unwrap();
+    let merged = coefficients.merged().unwrap();
+    write(merged.model(), &out, &WriteOptions::default()).unwrap();
     let written = Model::open(&out, world.base.device(), None).unwrap();
     let logits = |model: &Model| {
         #[derive(Default)]
@@ -209,6 +210,8 @@ fn learning_moves_towards_the_tasks_and_writes_what_it_shows() {
         Engine::new(model, EngineOptions::default()).run(&wave(3), &mut logits).unwrap();
         logits.0
     };
+    let read = Model::new(merged.model().clone(), world.base.device(), None).unwrap();
+    assert_eq!(logits(&written), logits(&read));
     let shown = coefficients.of(&world.base).unwrap();
     let (found, expected) = (logits(&written), logits(&shown));
     assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-4));

@@ -1,21 +1,15 @@
 //! Merged experts in a directory, one file per changed group.
 
-#[cfg(feature = "engine")]
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-#[cfg(feature = "engine")]
-use moe_checkpoint::{Checkpoint, write_atomic};
-use moe_checkpoint::{Dtype, ExpertPart, ExpertWeights, RawMatrix};
+use moe_checkpoint::{Checkpoint, Dtype, ExpertPart, ExpertWeights, RawMatrix, write_atomic};
 use safetensors::SafeTensors;
-#[cfg(feature = "engine")]
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
 
-use super::computed::MergedExperts;
-#[cfg(feature = "engine")]
-use super::store::encoded;
+use super::made::{Made, MadeLayer, encoded};
 use crate::combination::{GroupSink, Merged};
 use crate::plan::{LayerPlan, MergePlan};
 use crate::router::RouterAddition;
@@ -28,8 +22,8 @@ const RUN_FILE: &str = "run.json";
 /// Version of that file.
 const VERSION: u64 = 1;
 
-/// Merged experts that were computed while the model ran, layer by layer, in the dtypes of the checkpoint. A directory with one
-/// file per layer and one per changed group; `plan.json` is there when it is complete.
+/// Experts that a plan merged, in the dtypes of the checkpoint: of a [plan](MergePlan::compute), or of a model that was merged layer by
+/// layer. A directory with one file per layer and one per changed group; `plan.json` is there when it is complete.
 #[derive(Clone, Debug)]
 pub struct MergedWeights {
     dir: PathBuf,
@@ -54,13 +48,11 @@ pub(crate) struct LayerRecord {
 }
 
 /// A directory being filled.
-#[cfg(feature = "engine")]
 pub(crate) struct MergedWriter {
     dir: PathBuf,
     digest: String,
 }
 
-#[cfg(feature = "engine")]
 impl MergedWriter {
     /// Starts a directory, or goes on with the one that is there, which must be of the same `digest`.
     pub fn create_or_resume(dir: &Path, digest: &str) -> Result<Self> {
@@ -147,9 +139,33 @@ impl MergedWeights {
         &self.dir
     }
 
-    #[cfg(feature = "engine")]
-    pub(crate) fn record(&self, layer: usize) -> Result<LayerRecord> {
-        read_json(&layer_path(&self.dir, layer))
+    /// Identifies the run that merged them, as 64 hex digits.
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+
+    /// Refuses a plan other than the one that they were merged by, and files that are missing.
+    pub(super) fn check(&self, plan: &MergePlan) -> Result<()> {
+        if *plan != self.plan {
+            let reason = "its experts were merged by another plan than the one to be carried out";
+            return Err(Error::invalid_plan(reason).in_file(&self.dir.join(PLAN_FILE)));
+        }
+        plan.layers.iter().try_for_each(|layer| self.made(layer.layer).map(drop))
+    }
+
+    /// What became of a layer, read from the files when it is asked for.
+    pub(super) fn made(&self, layer: usize) -> Result<MadeLayer> {
+        let record: LayerRecord = read_json(&layer_path(&self.dir, layer))?;
+        let group = |(group, unchanged): (usize, &Option<usize>)| match unchanged {
+            Some(expert) => Ok(Some(Made::Unchanged(*expert))),
+            None => {
+                let path = group_path(&self.dir, layer, group);
+                fs::metadata(&path).map_err(Error::io(&path))?;
+                Ok(Some(Made::File(path)))
+            }
+        };
+        let groups = record.unchanged.iter().enumerate().map(group).collect::<Result<Vec<_>>>()?;
+        MadeLayer::of(layer, groups, None, record.additions())
     }
 
     /// What became of a group of a decoder layer.
@@ -159,25 +175,6 @@ impl MergedWeights {
     pub fn expert(&self, layer: usize, group: usize) -> Result<Merged> {
         let record: LayerRecord = read_json(&layer_path(&self.dir, layer))?;
         read_group(&self.dir, &record, group)
-    }
-}
-
-impl MergedExperts for MergedWeights {
-    fn layer(&self, layer: usize, sink: GroupSink<'_>) -> Result<Vec<RouterAddition>> {
-        let record: LayerRecord = read_json(&layer_path(&self.dir, layer))?;
-        for group in 0..record.unchanged.len() {
-            sink(group, read_group(&self.dir, &record, group)?)?;
-        }
-        Ok(record.additions())
-    }
-
-    fn adds_to_router(&self) -> bool {
-        use crate::combination::Combination;
-        self.plan.recipe.combination.adds_to_router()
-    }
-
-    fn digest(&self) -> String {
-        self.digest.clone()
     }
 }
 
@@ -208,10 +205,14 @@ fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
     serde_json::from_str(&json).map_err(|error| Error::invalid_plan(error.to_string()).in_file(path))
 }
 
-#[cfg(feature = "engine")]
 fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let json = serde_json::to_vec(value).map_err(|error| Error::invalid_plan(error.to_string()).in_file(path))?;
     Ok(write_atomic(path, &json)?)
+}
+
+/// The name of a part in a group's file.
+pub(super) fn part_name(part: ExpertPart) -> &'static str {
+    PARTS.iter().find(|(found, _)| *found == part).map_or("", |(_, name)| name)
 }
 
 /// Names of the parts in a group's file.
@@ -224,13 +225,12 @@ const PARTS: [(ExpertPart, &str); 6] = [
     (ExpertPart::DownBias, "down_bias"),
 ];
 
-#[cfg(feature = "engine")]
 fn write_expert(path: &Path, from: &Checkpoint, like: (usize, usize), weights: &ExpertWeights) -> Result<()> {
     let (bytes, slices) = encoded(from, like, weights, 0)?;
     let malformed = |error: safetensors::SafeTensorError| Error::invalid_plan(error.to_string()).in_file(path);
     let mut views = Vec::with_capacity(slices.len());
     for slice in &slices {
-        let name = PARTS.iter().find(|(part, _)| *part == slice.part).map_or("", |(_, name)| name);
+        let name = part_name(slice.part);
         let start = slice.start as usize;
         let data = &bytes[start..start + slice.bytes()];
         views.push((name, TensorView::new(slice.dtype, vec![slice.rows, slice.cols], data).map_err(malformed)?));
@@ -244,7 +244,7 @@ fn read_expert(path: &Path) -> Result<ExpertWeights> {
     let malformed = |reason: String| Error::invalid_plan(reason).in_file(path);
     let tensors = SafeTensors::deserialize(&bytes).map_err(|error| malformed(error.to_string()))?;
     let read = |part: ExpertPart| -> Result<Option<(Vec<f32>, usize, usize)>> {
-        let name = PARTS.iter().find(|(found, _)| *found == part).map_or("", |(_, name)| name);
+        let name = part_name(part);
         let Ok(view) = tensors.tensor(name) else { return Ok(None) };
         let ([rows, cols], true) = (view.shape(), matches!(view.dtype(), Dtype::F32 | Dtype::F16 | Dtype::BF16)) else {
             return Err(malformed(format!("`{name}` is {:?} {:?}", view.dtype(), view.shape())));

@@ -1,0 +1,57 @@
+//! Layers that predict further tokens: kept or dropped, by choice.
+
+use std::collections::BTreeSet;
+
+use moe_checkpoint::{Checkpoint, Mtp};
+use serde_json::{Value, json};
+
+use super::OutputForm;
+use crate::{Error, Result};
+
+/// Config keys of the number of those layers.
+const KEYS: [&str; 3] = ["num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"];
+
+/// The choice for multi-token prediction, checked: the names of the tensors that are left out. `renumbers` says whether the
+/// config will give another number of experts than it does.
+///
+/// # Errors
+/// [`Error::Output`] for a checkpoint that has such tensors and no choice, or where they cannot stay.
+pub(super) fn dropped(
+    from: &Checkpoint,
+    form: OutputForm,
+    mtp: Option<Mtp>,
+    renumbers: bool,
+) -> Result<BTreeSet<String>> {
+    let names: BTreeSet<String> = from.mtp_tensors().map(|info| info.name.clone()).collect();
+    let Some(first) = names.first() else { return Ok(names) };
+    let refuse = |reason: &str| {
+        let what = format!("the checkpoint has {} tensors of multi-token prediction, e.g. `{first}`", names.len());
+        Err(Error::Output { form: form.name(), reason: format!("{what}; {reason}") })
+    };
+    match mtp {
+        Some(Mtp::Drop) => Ok(names),
+        Some(Mtp::Keep) => {
+            let experts = names.iter().any(|name| name.contains(".experts."));
+            if form == OutputForm::Stock && experts && renumbers {
+                return refuse("their experts keep their number, but the config has one for all layers: drop them");
+            }
+            Ok(BTreeSet::new())
+        }
+        Some(Mtp::Prune) => refuse("merging has no way to prune them: keep or drop them"),
+        None => refuse("choose whether they are kept or dropped"),
+    }
+}
+
+/// Says in a config that there are no such layers.
+pub(super) fn without(from: &Checkpoint, config: &mut Value) {
+    let key = from.family().text_key().filter(|key| config.get(key).is_some());
+    let text = match key {
+        Some(key) => config.get_mut(key),
+        None => Some(config),
+    };
+    if let Some(Value::Object(map)) = text {
+        for key in KEYS.into_iter().filter(|key| map.contains_key(*key)).collect::<Vec<_>>() {
+            map.insert(key.to_string(), json!(0));
+        }
+    }
+}
