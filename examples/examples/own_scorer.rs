@@ -1,0 +1,66 @@
+//! A scorer of your own: `cargo run --release --example own_scorer`.
+//!
+//! This one asks how often an expert is chosen and how much it then says: the geometric mean of both. The example collects
+//! what it needs on rows of the bundled model and prints which experts a pruner takes out.
+
+use moe::prelude::*;
+use moe_checkpoint::{Denominator, Pool, ProtectionMask, Provenance, Statistics};
+use moe_importance::scorers::{check_needs, table};
+use moe_importance::statistics::{OUTPUT_NORM, ROUTED_TOKENS};
+use moe_importance::{Collection, ExpertWeightsSource, Needs, collect};
+use moe_prune::ExpertPruner;
+use serde_json::{Value, json};
+
+/// `sqrt(n * sum |f|)`: `n` tokens chose the expert, `f` are its outputs on them.
+struct OftenAndLoud;
+
+impl Scorer for OftenAndLoud {
+    fn name(&self) -> &str {
+        "often_and_loud"
+    }
+
+    fn recipe(&self) -> Value {
+        json!({ "scorer": self.name() })
+    }
+
+    fn needs(&self) -> Needs {
+        // Norms of outputs grow with depth: comparable within a layer.
+        Needs::experts([ROUTED_TOKENS, OUTPUT_NORM]).within(Pool::Layer)
+    }
+
+    fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> moe_importance::Result<ScoreTable> {
+        check_needs(self, statistics)?;
+        table(self, statistics, Denominator::None, |layer, expert, _| {
+            let [often, loud] = [ROUTED_TOKENS, OUTPUT_NORM].map(|id| statistics.expert(id.as_str(), layer));
+            Ok(vec![(often?[expert] * loud?[expert]).sqrt()])
+        })
+    }
+}
+
+/// The plan for the model in this directory.
+pub fn run(model: &str) -> Result<PrunePlan, Box<dyn std::error::Error>> {
+    let model = Model::open(model, &device("flex")?, None)?;
+    let (checkpoint, shape) = (model.checkpoint(), model.checkpoint().shape());
+    let tokenizer = Tokenizer::from_dir(checkpoint.dir())?;
+    let options = DatasetOptions { samples: Some(16), length: 64, ..DatasetOptions::default() };
+    let rows = checkpoint.dir().join("data/prose_calibration.jsonl");
+    let data = Dataset::load(&rows, Some(&tokenizer), checkpoint.config().vocab_size, &options)?;
+    let waves = data.waves(WaveOptions::default());
+    let scorers: [Box<dyn Scorer>; 1] = [Box::new(OftenAndLoud)];
+    let provenance = Provenance::new(checkpoint.fingerprint(), data.hash.clone(), "{}");
+    let mut collection = Collection::for_scorers(shape, provenance, &scorers)?;
+    let mut engine = Engine::new(&model, EngineOptions::default());
+    let statistics = collect(&mut engine, &mut collection, &waves, None, &mut |_| ())?;
+    let scores = scorers[0].score(&statistics, checkpoint.as_ref())?;
+    let pruner = ExpertPruner::new().for_routing(&checkpoint.config().routing);
+    Ok(pruner.prune(&scores, shape, Budget::Ratio(0.25), &ProtectionMask::none())?.plan)
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let plan = run(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tiny-moe"))?;
+    for layer in &plan.kept {
+        println!("layer {}: experts {:?} go", layer.layer, layer.removed);
+    }
+    println!("{:.2}% of the units go, by {}", 100.0 * plan.ratio.achieved, plan.recipe["scorer"]);
+    Ok(())
+}
