@@ -1,15 +1,16 @@
 //! A file of rows as a list of sequences.
 
-use std::path::Path;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::rows::Lines;
+use super::rows::{Content, Place, Reading, Row, Rows, content, files, open};
 use super::waves::{Wave, WaveOptions, waves};
-use super::{Error, LossOver, Row, RowEncoder, Sequence, Tokenizer};
+use super::{Error, LossOver, RowEncoder, Sequence, Tokenizer};
 
 /// What to take from a data file. The defaults are those of published calibration runs (128 sequences of at most 2,048 tokens, in the
 /// order of the file).
@@ -27,11 +28,25 @@ pub struct DatasetOptions {
     pub packing: bool,
     /// Which tokens count in the loss.
     pub loss: LossOver,
+    /// End the completions of rows of plain text with the end-of-sequence token, so that training teaches a model to stop.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub end_completions: bool,
+    /// How rows are read.
+    #[serde(skip_serializing_if = "Reading::is_plain")]
+    pub reading: Reading,
 }
 
 impl Default for DatasetOptions {
     fn default() -> Self {
-        Self { samples: Some(128), length: 2048, seed: None, packing: false, loss: LossOver::All }
+        Self {
+            samples: Some(128),
+            length: 2048,
+            seed: None,
+            packing: false,
+            loss: LossOver::All,
+            end_completions: false,
+            reading: Reading::default(),
+        }
     }
 }
 
@@ -39,7 +54,7 @@ impl DatasetOptions {
     /// Checks the ranges.
     ///
     /// # Errors
-    /// [`Error::Options`] naming the field, its value and what is allowed.
+    /// [`Error::Options`] naming the field, its value and what is allowed; [`Error::UnknownField`].
     pub fn check(&self) -> Result<(), Error> {
         if self.samples == Some(0) {
             return Err(Error::Options { field: "samples", found: 0, expected: "at least 1" });
@@ -47,7 +62,7 @@ impl DatasetOptions {
         if self.length < Sequence::MIN_LEN {
             return Err(Error::Options { field: "length", found: self.length, expected: "at least 2" });
         }
-        Ok(())
+        self.reading.check()
     }
 }
 
@@ -58,13 +73,17 @@ pub struct Dataset {
     pub sequences: Vec<Sequence>,
     /// Rows (or pieces of text) read and left out: fewer than two tokens, or none that counts in the loss.
     pub dropped: usize,
+    /// Rows left out because they could not be read, where [`Reading::skip_bad_rows`] allows that.
+    pub skipped: usize,
+    /// Why the first of them could not.
+    pub first_skipped: Option<String>,
     /// blake3 over lengths, token ids and loss masks, in hexadecimal: what a statistic's provenance calls its data.
     pub hash: String,
 }
 
 impl Dataset {
-    /// Reads `.jsonl` rows (see [`Row`]) or a `.txt` file, which is one text cut into consecutive sequences. `vocab_size` is the model's;
-    /// the tokenizer may be left out for rows of `"input_ids"`.
+    /// Reads rows (see [`Row`] and [`Rows`]) or a `.txt` file, which is one text cut into consecutive sequences, or a folder of such files.
+    /// `vocab_size` is the model's; the tokenizer may be left out for rows of `"input_ids"`.
     ///
     /// Without a seed the file is read only as far as needed, so a malformed row after the last one taken goes unseen.
     ///
@@ -78,27 +97,47 @@ impl Dataset {
     ) -> Result<Self, Error> {
         let path = path.as_ref();
         options.check()?;
-        let encoder = RowEncoder::new(tokenizer, vocab_size, options.loss);
-        let collected = match path.extension().and_then(|extension| extension.to_str()) {
-            Some("jsonl" | "ndjson") => from_rows(path, &encoder, options)?,
-            Some("txt") => from_text(path, &encoder, options)?,
-            _ => return Err(Error::FileKind { path: path.to_owned() }),
-        };
-        if collected.sequences.is_empty() {
-            let path = path.to_owned();
-            return Err(match collected.dropped {
-                0 => Error::EmptyFile { path },
-                dropped => Error::NoUsableRow { path, dropped },
-            });
+        Self::of_files(path, files(path)?, tokenizer, vocab_size, options)
+    }
+
+    /// The rows of files one after the other; `path` is what errors about all of them name.
+    pub(super) fn of_files(
+        path: &Path,
+        files: Vec<PathBuf>,
+        tokenizer: Option<&Tokenizer>,
+        vocab_size: usize,
+        options: &DatasetOptions,
+    ) -> Result<Self, Error> {
+        let encoder = RowEncoder::new(tokenizer, vocab_size, options.loss).ending_completions(options.end_completions);
+        let mut collected = Collected::new(options);
+        let items = files.into_iter().map(|file| items(file, &encoder, options));
+        match options.seed {
+            None => {
+                let mut items = items;
+                while !collected.is_full() {
+                    match items.next() {
+                        Some(more) => collected.take(&mut more?, &encoder, options)?,
+                        None => break,
+                    }
+                }
+            }
+            Some(seed) => {
+                let mut all = Vec::new();
+                for more in items {
+                    all.extend(more?);
+                }
+                all.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+                collected.take(&mut all.into_iter(), &encoder, options)?;
+            }
         }
-        Ok(Self { dropped: collected.dropped, ..Self::from_sequences(collected.sequences) })
+        collected.finish(path)
     }
 
     /// Wraps sequences made elsewhere; those with nothing to predict are dropped and counted.
     pub fn from_sequences(sequences: Vec<Sequence>) -> Self {
         let read = sequences.len();
         let sequences: Vec<_> = sequences.into_iter().filter(is_usable).collect();
-        Self { dropped: read - sequences.len(), hash: hash(&sequences), sequences }
+        Self { dropped: read - sequences.len(), skipped: 0, first_skipped: None, hash: hash(&sequences), sequences }
     }
 
     /// Tokens of all sequences.
@@ -145,16 +184,62 @@ fn hash(sequences: &[Sequence]) -> String {
     hasher.finalize().to_hex().to_string()
 }
 
+/// What a data file gives: a row, or a piece of a text.
+enum Item {
+    Row(Place, Row),
+    Piece(Sequence),
+    /// A piece of a text with nothing to predict.
+    Crumb,
+}
+
+type Items<'a> = Box<dyn Iterator<Item = Result<Item, Error>> + 'a>;
+
+fn items<'a>(path: PathBuf, encoder: &RowEncoder<'_>, options: &DatasetOptions) -> Result<Items<'a>, Error> {
+    if content(&path)? != Content::Text {
+        // Bad rows are skipped where they are counted, together with those that cannot be encoded.
+        let reading = Reading { skip_bad_rows: false, ..options.reading.clone() };
+        return Ok(Box::new(Rows::open(path, &reading)?.map(|row| row.map(|(place, row)| Item::Row(place, row)))));
+    }
+    let whole = text(&path, encoder)?;
+    let pieces: Vec<_> = whole.ids.chunks(options.length).map(|piece| Sequence::new(piece.to_vec())).collect();
+    // The last piece may be too short; it takes no part in an order.
+    let (whole, short): (Vec<_>, Vec<_>) = pieces.into_iter().partition(is_usable);
+    let crumbs = short.into_iter().map(|_| Item::Crumb);
+    Ok(Box::new(whole.into_iter().map(Item::Piece).chain(crumbs).map(Ok)))
+}
+
+/// A text file as one sequence.
+fn text(path: &Path, encoder: &RowEncoder<'_>) -> Result<Sequence, Error> {
+    let mut bytes = Vec::new();
+    open(path)?.read_to_end(&mut bytes).map_err(Error::io(path))?;
+    let text = std::str::from_utf8(&bytes).map_err(|error| {
+        let before = &bytes[..error.valid_up_to()];
+        let line_start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+        let line = 1 + before.iter().filter(|byte| **byte == b'\n').count();
+        Error::Utf8 { valid_up_to: before.len() - line_start }.at(path, line)
+    })?;
+    // As Python reads a text: without a byte order mark, and with line feeds for every end of a line.
+    let text = text.trim_start_matches('\u{feff}').replace("\r\n", "\n");
+    if text.is_empty() {
+        return Err(Error::EmptyFile { path: path.to_owned() });
+    }
+    encoder.plain(&text).map_err(|error| error.at(path, 1))
+}
+
 /// Sequences taken so far, up to a number of them.
 struct Collected {
     sequences: Vec<Sequence>,
     dropped: usize,
+    skipped: usize,
+    first_skipped: Option<String>,
     samples: usize,
+    packer: Option<Packer>,
 }
 
 impl Collected {
     fn new(options: &DatasetOptions) -> Self {
-        Self { sequences: Vec::new(), dropped: 0, samples: options.samples.unwrap_or(usize::MAX) }
+        let samples = options.samples.unwrap_or(usize::MAX);
+        Self { sequences: Vec::new(), dropped: 0, skipped: 0, first_skipped: None, samples, packer: None }
     }
 
     fn is_full(&self) -> bool {
@@ -168,86 +253,79 @@ impl Collected {
         }
     }
 
-    fn shuffle(&mut self, seed: u64) {
-        self.sequences.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
-    }
-}
-
-fn from_rows(path: &Path, encoder: &RowEncoder<'_>, options: &DatasetOptions) -> Result<Collected, Error> {
-    let lines = Lines::open(path)?;
-    match options.seed {
-        None => collect_rows(path, lines, encoder, options),
-        Some(seed) => {
-            let mut lines = lines.collect::<Result<Vec<_>, _>>()?;
-            lines.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
-            collect_rows(path, lines.into_iter().map(Ok), encoder, options)
-        }
-    }
-}
-
-fn collect_rows(
-    path: &Path,
-    lines: impl Iterator<Item = Result<(usize, String), Error>>,
-    encoder: &RowEncoder<'_>,
-    options: &DatasetOptions,
-) -> Result<Collected, Error> {
-    let mut collected = Collected::new(options);
-    let mut packer = match options.packing {
-        false => None,
-        true => {
+    fn take(
+        &mut self,
+        items: &mut dyn Iterator<Item = Result<Item, Error>>,
+        encoder: &RowEncoder<'_>,
+        options: &DatasetOptions,
+    ) -> Result<(), Error> {
+        if options.packing && self.packer.is_none() {
             let eos = encoder.tokenizer()?.eos_id().ok_or(Error::NoEos { purpose: "packing rows" })?;
             encoder.check(&[eos])?;
-            Some(Packer { eos, length: options.length, rest: Sequence::new(Vec::new()), last: None })
+            self.packer = Some(Packer { eos, length: options.length, rest: Sequence::new(Vec::new()), last: None });
         }
-    };
-    for line in lines {
-        if collected.is_full() {
-            return Ok(collected);
-        }
-        let (number, text) = line?;
-        let mut sequence =
-            Row::parse(&text).and_then(|row| encoder.sequence(&row)).map_err(|error| error.at(path, number))?;
-        match &mut packer {
-            None => {
-                truncate(&mut sequence, options.length);
-                collected.push(sequence);
+        while !self.is_full() {
+            let Some(item) = items.next() else { break };
+            let sequence = item.and_then(|item| match item {
+                Item::Row(place, row) => {
+                    encoder.sequence(&row).map(Some).map_err(|error| error.at(&place.path, place.line))
+                }
+                Item::Piece(sequence) => {
+                    self.push(sequence);
+                    Ok(None)
+                }
+                Item::Crumb => {
+                    self.dropped += 1;
+                    Ok(None)
+                }
+            });
+            match sequence {
+                Ok(None) => {}
+                Ok(Some(sequence)) => self.add(sequence, options.length),
+                Err(error) if options.reading.skip_bad_rows && error.is_of_a_row() => {
+                    self.skipped += 1;
+                    self.first_skipped.get_or_insert_with(|| error.to_string());
+                }
+                Err(error) => return Err(error),
             }
-            Some(_) if sequence.len() < Sequence::MIN_LEN => collected.dropped += 1,
-            Some(packer) => packer.add(sequence, &mut collected),
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, mut sequence: Sequence, length: usize) {
+        match self.packer.take() {
+            None => {
+                truncate(&mut sequence, length);
+                self.push(sequence);
+            }
+            Some(mut packer) => {
+                match sequence.len() < Sequence::MIN_LEN {
+                    true => self.dropped += 1,
+                    false => packer.add(sequence, self),
+                }
+                self.packer = Some(packer);
+            }
         }
     }
-    if let Some(Packer { rest, .. }) = packer
-        && !collected.is_full()
-        && rest.len() >= Sequence::MIN_LEN
-    {
-        collected.push(rest);
-    }
-    Ok(collected)
-}
 
-/// A text file in consecutive sequences. With a seed, the sequences are shuffled, since a text has no rows to shuffle.
-fn from_text(path: &Path, encoder: &RowEncoder<'_>, options: &DatasetOptions) -> Result<Collected, Error> {
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let text = std::str::from_utf8(&bytes).map_err(|error| {
-        let before = &bytes[..error.valid_up_to()];
-        let line_start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
-        let line = 1 + before.iter().filter(|byte| **byte == b'\n').count();
-        Error::Utf8 { valid_up_to: before.len() - line_start }.at(path, line)
-    })?;
-    let text = text.trim_start_matches('\u{feff}');
-    if text.is_empty() {
-        return Err(Error::EmptyFile { path: path.to_owned() });
+    fn finish(mut self, path: &Path) -> Result<Dataset, Error> {
+        if let Some(Packer { rest, .. }) = self.packer.take()
+            && !self.is_full()
+            && rest.len() >= Sequence::MIN_LEN
+        {
+            self.push(rest);
+        }
+        if self.sequences.is_empty() {
+            let path = path.to_owned();
+            return Err(match (self.dropped, self.first_skipped) {
+                (0, None) => Error::EmptyFile { path },
+                (0, Some(first)) => Error::OnlyBadRows { path, skipped: self.skipped, first },
+                (dropped, _) => Error::NoUsableRow { path, dropped },
+            });
+        }
+        let (dropped, skipped, first_skipped) = (self.dropped, self.skipped, self.first_skipped);
+        Ok(Dataset { dropped, skipped, first_skipped, ..Dataset::from_sequences(self.sequences) })
     }
-    let whole = encoder.plain(text).map_err(|error| error.at(path, 1))?;
-    let mut collected = Collected::new(options);
-    for piece in whole.ids.chunks(options.length) {
-        collected.push(Sequence::new(piece.to_vec()));
-    }
-    if let Some(seed) = options.seed {
-        collected.shuffle(seed);
-    }
-    collected.sequences.truncate(collected.samples);
-    Ok(collected)
 }
 
 fn truncate(sequence: &mut Sequence, length: usize) {
@@ -277,8 +355,12 @@ impl Packer {
         }
         match (&mut self.rest.loss, loss) {
             (Some(mask), Some(more)) => mask.extend(more),
-            // All rows of a file have a mask, or none has: only before the first row can they differ.
-            (rest, loss) => *rest = loss,
+            (Some(mask), None) => mask.extend(std::iter::repeat_n(true, ids.len())),
+            // Of a file of rows with masks and rows without, what came before counts.
+            (rest @ None, Some(more)) => {
+                *rest = Some(std::iter::repeat_n(true, self.rest.ids.len()).chain(more).collect());
+            }
+            (None, None) => {}
         }
         self.last = ids.last().copied();
         self.rest.ids.extend(ids);

@@ -2,8 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::template::Conversation;
-use super::{Error, Row, Sequence, Tokenizer};
+use super::{Chat, Error, Row, Sequence, Tokenizer};
 
 /// Which tokens count in the loss.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -12,8 +11,9 @@ pub enum LossOver {
     /// Every predicted token, prompts included.
     #[default]
     All,
-    /// Tokens of the completion of `{"prompt", "completion"}` rows, and of the assistant's turns of `{"messages"}` rows with what ends
-    /// them. A token that begins in the prompt and reaches into the completion does not count.
+    /// Tokens of the completion of `{"prompt", "completion"}` rows, of the output of `{"instruction", "output"}` rows, of the assistant's
+    /// turns of `{"messages"}` rows with what ends them, and those a mask of `{"input_ids"}` rows names. A token that begins in the prompt
+    /// and reaches into the completion does not count.
     Completions,
 }
 
@@ -23,12 +23,20 @@ pub struct RowEncoder<'a> {
     tokenizer: Option<&'a Tokenizer>,
     vocab_size: usize,
     loss: LossOver,
+    end_completions: bool,
 }
 
 impl<'a> RowEncoder<'a> {
     /// An encoder for a model of `vocab_size` embeddings.
     pub fn new(tokenizer: Option<&'a Tokenizer>, vocab_size: usize, loss: LossOver) -> Self {
-        Self { tokenizer, vocab_size, loss }
+        Self { tokenizer, vocab_size, loss, end_completions: false }
+    }
+
+    /// Whether the completion of a row of plain text ends with the end-of-sequence token, so that a model learns to stop. A chat template
+    /// ends its turns itself.
+    pub fn ending_completions(mut self, yes: bool) -> Self {
+        self.end_completions = yes;
+        self
     }
 
     /// The whole row as one sequence, not truncated.
@@ -42,28 +50,67 @@ impl<'a> RowEncoder<'a> {
                 return Err(Error::NoCompletion { found: row.form() });
             }
             (Row::Ids(ids), LossOver::All) => Sequence::new(ids.clone()),
+            // The mask is the row's own word on what counts, prompts or not.
+            (Row::Masked { ids, loss }, _) => Sequence { ids: ids.clone(), loss: Some(loss.clone()) },
             (Row::Text(text), LossOver::All) => self.text(text, None, true)?,
-            (Row::Completion { prompt, completion }, loss) => {
-                let span = (prompt.len(), prompt.len() + completion.len());
-                let spans = (loss == LossOver::Completions).then_some(vec![span]);
-                self.text(&format!("{prompt}{completion}"), spans, true)?
-            }
-            (Row::Messages { messages, tools }, loss) => {
-                let chat = self.tokenizer()?.chat(tools.is_some())?;
-                let conversation = Conversation { messages, tools: tools.as_ref(), arguments: None };
-                let (text, spans) = match loss {
-                    LossOver::All => (chat.render(conversation, false)?, None),
-                    LossOver::Completions => {
-                        let (text, spans) = chat.render_turns(conversation)?;
-                        (text, Some(spans))
+            (Row::Completion { prompt, completion }, _) => self.completion(prompt, completion)?,
+            (Row::Messages(chat), _) => self.chat(chat)?,
+            (Row::Instruction { system, instruction, input, output, history }, _) => {
+                let question = if input.is_empty() { instruction.clone() } else { format!("{instruction}\n{input}") };
+                match self.tokenizer()?.has_chat_template() {
+                    true => {
+                        let turn = |role: &str, content: &str| serde_json::json!({"role": role, "content": content});
+                        let mut messages: Vec<_> = system.iter().map(|system| turn("system", system)).collect();
+                        for (question, answer) in history {
+                            messages.extend([turn("user", question), turn("assistant", answer)]);
+                        }
+                        messages.extend([turn("user", &question), turn("assistant", output)]);
+                        self.chat(&Chat { completion: messages.len() - 1, ..Chat::new(messages) })?
                     }
-                };
-                // The template has written the special tokens already; a second beginning-of-sequence token is a common mistake.
-                self.text(&text, spans, false)?
+                    false if system.is_some() || !history.is_empty() => return Err(Error::NoChatTemplate),
+                    false => self.completion(&alpaca_prompt(instruction, input), output)?,
+                }
             }
         };
         self.check(&sequence.ids)?;
         Ok(sequence)
+    }
+
+    /// A prompt and its completion as one text.
+    fn completion(&self, prompt: &str, completion: &str) -> Result<Sequence, Error> {
+        let span = (prompt.len(), prompt.len() + completion.len());
+        let spans = (self.loss == LossOver::Completions).then_some(vec![span]);
+        let mut sequence = self.text(&format!("{prompt}{completion}"), spans, true)?;
+        if self.end_completions {
+            let eos = self.tokenizer()?.eos_id().ok_or(Error::NoEos { purpose: "ending completions" })?;
+            if sequence.ids.last() != Some(&eos) {
+                sequence.ids.push(eos);
+                sequence.loss.iter_mut().for_each(|mask| mask.push(true));
+            }
+        }
+        Ok(sequence)
+    }
+
+    /// A chat by the tokenizer's template.
+    fn chat(&self, chat: &Chat) -> Result<Sequence, Error> {
+        let conversation = chat.conversation();
+        let template = self.tokenizer()?.chat(conversation.tools.is_some())?;
+        let silenced = chat.silenced()?;
+        // The template has written the special tokens already; a second beginning-of-sequence token is a common mistake.
+        match self.loss {
+            LossOver::Completions => {
+                let counts = |i: usize| i >= chat.completion && !silenced.contains(&i);
+                let (text, spans) = template.render_chosen(conversation, &counts)?;
+                self.text(&text, Some(spans), false)
+            }
+            LossOver::All if silenced.is_empty() => self.text(&template.render(conversation, false)?, None, false),
+            LossOver::All => {
+                let (text, spans) = template.render_chosen(conversation, &|i| silenced.contains(&i))?;
+                let mut sequence = self.text(&text, Some(spans), false)?;
+                sequence.loss.iter_mut().flatten().for_each(|counts| *counts = !*counts);
+                Ok(sequence)
+            }
+        }
     }
 
     /// Ids of plain text, every token of which counts.
@@ -106,6 +153,20 @@ impl<'a> RowEncoder<'a> {
             None => Ok(()),
             Some(position) => Err(Error::TokenId { id: ids[position].into(), position, vocab_size: self.vocab_size }),
         }
+    }
+}
+
+/// The text that Alpaca's models were trained on, up to the answer.
+fn alpaca_prompt(instruction: &str, input: &str) -> String {
+    const TASK: &str = "Below is an instruction that describes a task";
+    match input.is_empty() {
+        true => format!(
+            "{TASK}. Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+        ),
+        false => format!(
+            "{TASK}, paired with an input that provides further context. Write a response that appropriately completes the request.\n\n\
+             ### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+        ),
     }
 }
 

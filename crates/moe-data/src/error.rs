@@ -30,10 +30,60 @@ pub enum Error {
         cause: Box<Error>,
     },
     /// The name of a data file does not say how to read it.
-    #[error("{}: unknown kind of data file; expected a name that ends in .jsonl (one JSON object per line) or .txt (plain text)", path.display())]
+    #[error(
+        "{}: unknown kind of data file; expected a name that ends in .jsonl or .json (rows), .jsonl.gz, .parquet or .txt (plain text)",
+        path.display()
+    )]
     FileKind {
         /// The file.
         path: PathBuf,
+    },
+    /// A folder without data files.
+    #[error("{}: no data file in the folder; expected names that end in .jsonl, .json, .jsonl.gz, .parquet or .txt", path.display())]
+    EmptyFolder {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A Parquet file, which this build does not read.
+    #[error("{}: reading Parquet needs the feature `parquet` of moe-data", path.display())]
+    NoParquet {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A Parquet file that cannot be read.
+    #[error("not a readable Parquet file: {message}")]
+    Parquet {
+        /// What the reader said.
+        message: String,
+    },
+    /// A file that stopped being readable; wrapped in [`Error::Io`] with its name.
+    #[error("{0}")]
+    Unreadable(std::io::Error),
+    /// A field that no row has.
+    #[error("unknown field {name:?}; a row may have {known}")]
+    UnknownField {
+        /// What was asked for.
+        name: String,
+        /// The fields there are.
+        known: String,
+    },
+    /// A column that a field is to be read from and the row lacks.
+    #[error("no column {column:?} to read {field:?} from; the row has {found:?}")]
+    MissingColumn {
+        /// The column.
+        column: String,
+        /// The field it is read as.
+        field: String,
+        /// Columns the row has.
+        found: Vec<String>,
+    },
+    /// Files to be mixed of which one has no share.
+    #[error("{}: found weight {weight}, expected a positive number, for every file or for none", path.display())]
+    Weight {
+        /// The file.
+        path: PathBuf,
+        /// Its weight.
+        weight: String,
     },
     /// Nothing in the file.
     #[error("{}: the file has no row", path.display())]
@@ -49,6 +99,16 @@ pub enum Error {
         /// Rows read and dropped.
         dropped: usize,
     },
+    /// Every row was skipped.
+    #[error("{}: no usable row: {skipped} could not be read, the first of them {first}", path.display())]
+    OnlyBadRows {
+        /// The file.
+        path: PathBuf,
+        /// Rows skipped.
+        skipped: usize,
+        /// What is wrong with the first of them.
+        first: String,
+    },
     /// Bytes that are not UTF-8.
     #[error("not valid UTF-8 after byte {valid_up_to} of the line")]
     Utf8 {
@@ -58,6 +118,12 @@ pub enum Error {
     /// Not JSON.
     #[error("not valid JSON: {0}")]
     Json(#[from] serde_json::Error),
+    /// A line that breaks off.
+    #[error("not valid JSON: {cause}; a row is one JSON object per line, or all rows are pretty-printed or one array")]
+    Unfinished {
+        /// What the parser says.
+        cause: serde_json::Error,
+    },
     /// A JSON value that is not an object.
     #[error("found {found}, expected a JSON object with one of {}", super::rows::FORMS)]
     NotAnObject {
@@ -73,7 +139,10 @@ pub enum Error {
         expected: &'static str,
     },
     /// More than one of the forms of a row.
-    #[error("the row could be read as {first} or as {second}: keep the fields of one of them")]
+    #[error(
+        "the row could be read as {first} or as {second}: keep the fields of one of them, or choose by a field \
+         (--field NAME=COLUMN, such as --field text=text)"
+    )]
     Ambiguous {
         /// One form.
         first: &'static str,
@@ -141,7 +210,10 @@ pub enum Error {
         message: String,
     },
     /// The loss was asked for over completions that the row does not mark.
-    #[error("a loss over completions needs rows of \"prompt\" and \"completion\" or of \"messages\", found {found}")]
+    #[error(
+        "a loss over completions needs rows of \"prompt\" and \"completion\", of \"messages\", of \"instruction\" and \"output\" or of \
+         \"input_ids\" with \"labels\", found {found}"
+    )]
     NoCompletion {
         /// The form of the row.
         found: &'static str,
@@ -200,6 +272,21 @@ impl Error {
     /// Adds file and line.
     pub(super) fn at(self, path: &Path, line: usize) -> Self {
         Self::Row { path: path.to_owned(), line, cause: Box::new(self) }
+    }
+
+    /// Whether it is one row that is bad, rather than the file, the options or the tokenizer.
+    pub(super) fn is_of_a_row(&self) -> bool {
+        match self {
+            Self::Row { cause, .. } => !matches!(
+                **cause,
+                Self::NoTokenizer
+                    | Self::NoChatTemplate
+                    | Self::NoCompletion { .. }
+                    | Self::NoEos { .. }
+                    | Self::Unreadable(_)
+            ),
+            _ => false,
+        }
     }
 
     /// For `map_err` on an operation on a file.

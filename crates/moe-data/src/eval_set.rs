@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::encode::{LossOver, RowEncoder};
-use super::rows::{Lines, object, string};
+use super::rows::{Object, Objects, string};
 use super::{Conversation, Error, Sequence, Tokenizer};
 
 /// Rows of one `NAME_test.jsonl` file.
@@ -122,9 +122,9 @@ impl EvalSet {
             .to_owned();
         let encoder = RowEncoder::new(Some(tokenizer), vocab_size, LossOver::All);
         let mut rows: Option<EvalRows> = None;
-        for line in Lines::open(path)?.take(options.limit.unwrap_or(usize::MAX)) {
-            let (number, line) = line?;
-            add(&mut rows, &line, &encoder, (tokenizer, options.chat)).map_err(|error| error.at(path, number))?;
+        for object in Objects::open(path)?.take(options.limit.unwrap_or(usize::MAX)) {
+            let Object { path, line, fields } = object?;
+            add(&mut rows, fields, &encoder, (tokenizer, options.chat)).map_err(|error| error.at(&path, line))?;
         }
         match rows {
             None => Err(Error::EmptyFile { path: path.to_owned() }),
@@ -152,12 +152,11 @@ impl EvalSet {
 
 fn add(
     rows: &mut Option<EvalRows>,
-    line: &str,
+    mut fields: Map<String, Value>,
     encoder: &RowEncoder<'_>,
     (tokenizer, chat): (&Tokenizer, bool),
 ) -> Result<(), Error> {
     const EXPECTED: &str = r#""prompt" and "answer"; "prompt", "choices" and "answer"; "text""#;
-    let mut fields = object(line)?;
     let choices = fields.remove("choices");
     if let Some(choices) = choices {
         let question = choice(&choices, fields, encoder, (tokenizer, chat))?;
@@ -216,7 +215,7 @@ fn shown(prompt: &str, (tokenizer, chat): (&Tokenizer, bool)) -> Result<(String,
 
 fn choice(
     choices: &Value,
-    mut fields: serde_json::Map<String, Value>,
+    mut fields: Map<String, Value>,
     encoder: &RowEncoder<'_>,
     (tokenizer, chat): (&Tokenizer, bool),
 ) -> Result<ChoiceQuestion, Error> {

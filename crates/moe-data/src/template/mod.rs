@@ -8,6 +8,8 @@ pub(crate) mod python;
 mod source;
 mod turns;
 
+pub(crate) use turns::is_assistant;
+
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;

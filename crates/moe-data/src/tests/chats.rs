@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{ChatTemplate, Conversation, LossOver, Row, RowEncoder};
+use crate::{Chat, ChatTemplate, Conversation, LossOver, Row, RowEncoder};
 
 #[derive(Deserialize)]
 struct Goldens {
@@ -58,7 +58,7 @@ fn text_and_ids_are_those_of_transformers() {
         let conversation = Conversation { messages: &golden.messages, tools: golden.tools.as_ref(), arguments: None };
         assert_eq!(tokenizer.render_chat(conversation, false).unwrap(), golden.text);
         assert_eq!(tokenizer.render_chat(conversation, true).unwrap(), golden.opened);
-        let row = Row::Messages { messages: golden.messages.clone(), tools: golden.tools.clone() };
+        let row = Row::Messages(Chat { tools: golden.tools.clone(), ..Chat::new(golden.messages.clone()) });
         let sequence = RowEncoder::new(Some(&tokenizer), VOCAB_SIZE, LossOver::All).sequence(&row).unwrap();
         assert_eq!((sequence.ids, sequence.loss), (golden.ids, None));
     }
@@ -163,7 +163,7 @@ fn only_the_assistants_tokens_count_when_asked() {
     let tokenizer = tokenizer().with_chat_template(template(source("qwen_kind")));
     let encoder = RowEncoder::new(Some(&tokenizer), VOCAB_SIZE, LossOver::Completions);
     let messages = vec![user("a b c"), assistant("first thing"), user("d e"), assistant("second thing")];
-    let sequence = encoder.sequence(&Row::Messages { messages, tools: None }).unwrap();
+    let sequence = encoder.sequence(&Row::Messages(Chat::new(messages))).unwrap();
     let mask = sequence.loss.unwrap();
     let counted: Vec<u32> = sequence.ids.iter().zip(&mask).filter(|(_, counts)| **counts).map(|(id, _)| *id).collect();
     let expected = "first thing<|im_end|>\n<think>\n\n</think>\n\nsecond thing<|im_end|>\n";

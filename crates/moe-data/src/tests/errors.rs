@@ -13,7 +13,7 @@ fn every_bad_file_is_named_with_its_line() {
         (
             "a.csv",
             good,
-            "a.csv: unknown kind of data file; expected a name that ends in .jsonl (one JSON object per line) or .txt (plain text)",
+            "a.csv: unknown kind of data file; expected a name that ends in .jsonl or .json (rows), .jsonl.gz, .parquet or .txt (plain text)",
         ),
         (
             "a.jsonl",
@@ -28,7 +28,7 @@ fn every_bad_file_is_named_with_its_line() {
         (
             "a.jsonl",
             &format!("{good}\n{{\"txt\": \"a\"}}"),
-            r#"a.jsonl:2: fields ["txt"], expected one of "text"; "prompt" and "completion"; "messages"; "input_ids""#,
+            r#"a.jsonl:2: fields ["txt"], expected one of "text"; "prompt" and "completion"; "messages" or "conversations"; "instruction" and "output"; "input_ids""#,
         ),
         (
             "a.jsonl",
@@ -86,7 +86,7 @@ fn completions_are_not_made_up() {
         ("a.txt", "Aruba", "plain text"),
     ] {
         let expected = format!(
-            "{name}:1: a loss over completions needs rows of \"prompt\" and \"completion\" or of \"messages\", found {place}"
+            "{name}:1: a loss over completions needs rows of \"prompt\" and \"completion\", of \"messages\", of \"instruction\" and \"output\" or of \"input_ids\" with \"labels\", found {place}"
         );
         assert_eq!(message(load(name, content, &options)), expected);
     }

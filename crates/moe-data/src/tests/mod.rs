@@ -5,6 +5,7 @@ mod datasets;
 mod errors;
 mod evals;
 mod expressions;
+mod rows;
 mod tokenizer;
 mod tokens;
 
