@@ -34,7 +34,8 @@ impl Draw {
         config: &ModelConfig,
     ) -> Result<Dataset> {
         let Self { samples, length, packing, .. } = *self;
-        let options = DatasetOptions { samples: Some(samples), length, packing, seed, loss };
+        let options =
+            DatasetOptions { samples: Some(samples), length, packing, seed, loss, ..DatasetOptions::default() };
         Ok(Dataset::load(&self.file, tokenizer, config.vocab_size, &options)?)
     }
 }

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind as ClapError;
+use moe_core::data::{Dataset, Reading};
 use tracing_subscriber::EnvFilter;
 
 use crate::{Error, Result};
@@ -66,6 +67,40 @@ fn print(text: &str) -> Result<()> {
 fn one_line(message: &str) -> String {
     let kept = message.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with("Usage:"));
     kept.map(|line| line.trim_end_matches('.')).collect::<Vec<_>>().join("; ").replace(":;", ":")
+}
+
+/// How the rows of a data file are read.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct RowArguments {
+    /// Read a field of rows from another column, as in --field prompt=question; repeatable. Chooses the form of rows that have two
+    #[arg(long = "field", value_name = "NAME=COLUMN", value_parser = field)]
+    pub fields: Vec<(String, String)>,
+    /// Leave out rows that cannot be read, and count them
+    #[arg(long)]
+    pub skip_bad_rows: bool,
+}
+
+impl RowArguments {
+    /// As the data crate takes it.
+    pub fn reading(&self) -> Reading {
+        Reading { fields: self.fields.iter().cloned().collect(), skip_bad_rows: self.skip_bad_rows }
+    }
+}
+
+/// A field and its column.
+fn field(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, column)) if !name.is_empty() && !column.is_empty() => Ok((name.into(), column.into())),
+        _ => Err("expected NAME=COLUMN".into()),
+    }
+}
+
+/// Says aloud which rows of a data set are not in it.
+pub fn left_out(path: &std::path::Path, data: &Dataset) {
+    let path = path.display();
+    if let Some(first) = &data.first_skipped {
+        tracing::warn!("{path}: {} bad rows skipped, the first of them {first}", data.skipped);
+    }
 }
 
 /// A number of bytes: `2GiB`, `500 MB`, `1.5G` (binary, as `GiB`), `1048576`.

@@ -66,6 +66,9 @@ pub struct Arguments {
     /// Tokens of each layer that alignments and least squares see
     #[arg(long, default_value_t = 2048, value_parser = cli::at_least(1))]
     pub sample: usize,
+    /// How rows are read
+    #[command(flatten)]
+    pub rows: cli::RowArguments,
     /// Sequences to use, at most
     #[arg(long, default_value_t = 128, value_parser = cli::at_least(1))]
     pub samples: usize,
@@ -288,9 +291,11 @@ fn rows(arguments: &Arguments, model: &Model, path: &Path) -> Result<Vec<Wave>> 
         samples: Some(arguments.samples),
         length: arguments.length,
         seed: arguments.seed,
+        reading: arguments.rows.reading(),
         ..DatasetOptions::default()
     };
     let data = Dataset::load(path, tokenizer.as_ref(), model.config().vocab_size, &options)?;
+    cli::left_out(path, &data);
     Ok(data.waves(WaveOptions::Tokens(arguments.wave_tokens)))
 }
 

@@ -49,6 +49,9 @@ pub struct Arguments {
     /// Take over the waves of another run of the same job, a shard's --out; repeatable
     #[arg(long)]
     pub absorb: Vec<PathBuf>,
+    /// How rows are read
+    #[command(flatten)]
+    pub rows: cli::RowArguments,
     /// Sequences to use, at most
     #[arg(long, default_value_t = 128, value_parser = cli::at_least(1))]
     pub samples: usize,
@@ -132,10 +135,12 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         samples: Some(arguments.samples),
         length: arguments.length,
         seed: arguments.seed,
+        reading: arguments.rows.reading(),
         ..DatasetOptions::default()
     };
     let vocab = checkpoint.config().vocab_size;
     let data = Dataset::load(&arguments.calibration, tokenizer.as_ref(), vocab, &options)?;
+    cli::left_out(&arguments.calibration, &data);
     let wave_options = WaveOptions::Tokens(arguments.wave_tokens);
     let mut waves = data.waves(wave_options);
     if let Some((index, count)) = arguments.shard {

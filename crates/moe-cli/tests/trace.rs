@@ -13,7 +13,17 @@ fn fixture(name: &str) -> PathBuf {
 
 fn arguments(model: PathBuf, tokens: PathBuf, out: PathBuf) -> Arguments {
     let wave_tokens = NonZeroUsize::new(16384).unwrap();
-    Arguments { model, adapter: None, tokens, out, max_memory: None, grads: true, device: "flex".into(), wave_tokens }
+    Arguments {
+        model,
+        adapter: None,
+        tokens,
+        rows: Default::default(),
+        out,
+        max_memory: None,
+        grads: true,
+        device: "flex".into(),
+        wave_tokens,
+    }
 }
 
 fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f32> {

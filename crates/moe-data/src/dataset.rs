@@ -267,9 +267,7 @@ impl Collected {
         while !self.is_full() {
             let Some(item) = items.next() else { break };
             let sequence = item.and_then(|item| match item {
-                Item::Row(place, row) => {
-                    encoder.sequence(&row).map(Some).map_err(|error| error.at(&place.path, place.line))
-                }
+                Item::Row(place, row) => encoder.sequence_at(&place, &row).map(Some),
                 Item::Piece(sequence) => {
                     self.push(sequence);
                     Ok(None)

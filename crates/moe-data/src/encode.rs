@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Chat, Error, Row, Sequence, Tokenizer};
+use super::{Chat, Error, Place, Row, Sequence, Tokenizer};
 
 /// Which tokens count in the loss.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -74,6 +74,14 @@ impl<'a> RowEncoder<'a> {
         };
         self.check(&sequence.ids)?;
         Ok(sequence)
+    }
+
+    /// As [`sequence`](Self::sequence), with the row's place in errors.
+    ///
+    /// # Errors
+    /// Those of [`sequence`](Self::sequence), in an [`Error::Row`].
+    pub fn sequence_at(&self, place: &Place, row: &Row) -> Result<Sequence, Error> {
+        self.sequence(row).map_err(|error| error.at(&place.path, place.line))
     }
 
     /// A prompt and its completion as one text.

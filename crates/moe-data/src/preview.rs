@@ -81,7 +81,7 @@ impl Preview {
         while rows.len() < count {
             let Some(next) = read.next() else { break };
             let (place, found) = next?;
-            match encoder.sequence(&found).map_err(|error| error.at(&place.path, place.line)) {
+            match encoder.sequence_at(&place, &found) {
                 Ok(sequence) => rows.push(row(place, found.form(), &sequence)),
                 Err(error) => read.leave_out(error)?,
             }

@@ -49,6 +49,12 @@ pub struct Arguments {
     /// Count prompts in the loss as well, not completions alone
     #[arg(long)]
     pub loss_over_prompts: bool,
+    /// How rows are read
+    #[command(flatten)]
+    pub rows: cli::RowArguments,
+    /// Do not end completions with the end-of-sequence token
+    #[arg(long)]
+    pub no_eos: bool,
     /// Training rows, at most
     #[arg(long, default_value_t = usize::MAX, hide_default_value = true, value_parser = cli::at_least(1))]
     pub samples: usize,

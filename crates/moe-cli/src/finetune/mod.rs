@@ -95,9 +95,14 @@ impl Job {
                 length: arguments.length,
                 seed: Some(arguments.seed),
                 loss: if arguments.loss_over_prompts || *text { LossOver::All } else { LossOver::Completions },
+                // A model that never saw an answer end does not end its own.
+                end_completions: !arguments.no_eos,
+                reading: arguments.rows.reading(),
                 ..DatasetOptions::default()
             };
-            Dataset::load(file, tokenizer.as_ref(), model.config().vocab_size, &options)
+            let data = Dataset::load(file, tokenizer.as_ref(), model.config().vocab_size, &options)?;
+            crate::cli::left_out(file, &data);
+            Ok::<_, moe_core::data::Error>(data)
         };
         let mut data = files.iter().map(load).collect::<Result<Vec<_>, _>>()?;
         let data = match data.len() {

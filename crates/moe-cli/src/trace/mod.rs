@@ -37,9 +37,12 @@ pub struct Arguments {
     /// Directory of a LoRA in PEFT's files, to run the model with
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// .safetensors with `input_ids [B,S]` and perhaps `attention_mask`, or .jsonl rows
+    /// .safetensors with `input_ids [B,S]` and perhaps `attention_mask`, or rows: .jsonl, .json, .jsonl.gz, .parquet or a folder
     #[arg(long, value_name = "FILE")]
     pub tokens: PathBuf,
+    /// How rows are read
+    #[command(flatten)]
+    pub rows: cli::RowArguments,
     /// Safetensors file to write
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
@@ -81,7 +84,7 @@ pub fn trace(arguments: &Arguments) -> Result<Summary> {
         model = adapted(&model, adapter, &device)?;
     }
     let config = model.config();
-    let tokens = Tokens::load(&arguments.tokens, &arguments.model, config.vocab_size)?;
+    let tokens = Tokens::load(&arguments.tokens, &arguments.rows.reading(), &arguments.model, config.vocab_size)?;
     let (sequences, mut positions): (Vec<Sequence>, Vec<Vec<usize>>) = tokens.sequences().into_iter().unzip();
     let loss_tokens: usize = sequences.iter().map(Sequence::loss_tokens).sum();
     if loss_tokens == 0 {

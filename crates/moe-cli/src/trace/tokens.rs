@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use moe_core::data::{LossOver, Row, RowEncoder, Sequence, Tokenizer};
+use moe_core::data::{LossOver, Reading, RowEncoder, Rows, Sequence, Tokenizer};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 use crate::{Error, Result};
@@ -15,6 +15,8 @@ pub struct Tokens {
     pub ids: Vec<u32>,
     /// `[B, S]`: false for padding, which is not run.
     pub mask: Vec<bool>,
+    /// `[B, S]`: whether predicting the token counts in the loss; rows may have masks of their own.
+    pub counted: Vec<bool>,
     /// B.
     pub rows: usize,
     /// S.
@@ -22,16 +24,21 @@ pub struct Tokens {
 }
 
 impl Tokens {
-    /// Reads a `.safetensors` file with `input_ids [B, S]` (i64 or i32) and perhaps `attention_mask [B, S]`, or a
-    /// `.jsonl` file, whose rows are padded at their ends. `model` is where the tokenizer for rows of text is.
+    /// Reads a `.safetensors` file with `input_ids [B, S]` (i64 or i32) and perhaps `attention_mask [B, S]`, or [`Rows`], which are padded
+    /// at their ends. `model` is where the tokenizer for rows of text is.
     ///
     /// # Errors
     /// A file that cannot be read, lacks the tensor, or has another shape or dtype; ids outside `0..vocab_size`; no row.
-    pub fn load(path: &Path, model: &Path, vocab_size: usize) -> Result<Self> {
+    pub fn load(path: &Path, reading: &Reading, model: &Path, vocab_size: usize) -> Result<Self> {
         let tokens = match path.extension().and_then(|extension| extension.to_str()) {
             Some("safetensors") => Self::from_safetensors(path, vocab_size)?,
-            Some("jsonl" | "ndjson") => Self::from_rows(path, model, vocab_size)?,
-            _ => return invalid(path, "unknown kind of file; expected a name that ends in .safetensors or .jsonl"),
+            Some("txt") => {
+                return invalid(
+                    path,
+                    "unknown kind of file; expected a name that ends in .safetensors, or rows such as .jsonl",
+                );
+            }
+            _ => Self::from_rows(path, reading, model, vocab_size)?,
         };
         match tokens.mask.iter().any(|real| *real) {
             true => Ok(tokens),
@@ -45,7 +52,11 @@ impl Tokens {
             .map(|row| {
                 let all = row * self.length..(row + 1) * self.length;
                 let real: Vec<usize> = all.filter(|position| self.mask[*position]).collect();
-                (Sequence::new(real.iter().map(|position| self.ids[*position]).collect()), real)
+                let ids = real.iter().map(|position| self.ids[*position]).collect();
+                let loss: Vec<bool> = real.iter().map(|position| self.counted[*position]).collect();
+                // Nothing predicts the first token, so that its mask says nothing.
+                let loss = loss.iter().skip(1).any(|counts| !counts).then_some(loss);
+                (Sequence { ids, loss }, real)
             })
             .filter(|(sequence, _)| !sequence.is_empty())
             .collect()
@@ -85,25 +96,24 @@ impl Tokens {
                 }
             });
         }
-        Ok(Self { ids, mask, rows, length })
+        let counted = vec![true; ids.len()];
+        Ok(Self { ids, mask, counted, rows, length })
     }
 
-    fn from_rows(path: &Path, model: &Path, vocab_size: usize) -> Result<Self> {
-        let text = fs::read_to_string(path).map_err(Error::io(path))?;
-        let lines = || text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-        let at = |line: usize| move |error| Error::Invalid(format!("{}:{}: {error}", path.display(), line + 1));
-        let rows = lines()
-            .map(|(number, line)| Row::parse(line).map_err(at(number)).map(|row| (number, row)))
-            .collect::<Result<Vec<_>>>()?;
-        let needs_tokenizer = rows.iter().any(|(_, row)| !matches!(row, Row::Ids(_)));
+    fn from_rows(path: &Path, reading: &Reading, model: &Path, vocab_size: usize) -> Result<Self> {
+        let rows = Rows::open(path, reading)?.collect::<std::result::Result<Vec<_>, _>>()?;
+        let needs_tokenizer = rows.iter().any(|(_, row)| row.needs_tokenizer());
         let tokenizer = needs_tokenizer.then(|| Tokenizer::from_dir(model)).transpose()?;
         let encoder = RowEncoder::new(tokenizer.as_ref(), vocab_size, LossOver::All);
-        let sequences =
-            rows.iter().map(|(number, row)| encoder.sequence(row).map_err(at(*number))).collect::<Result<Vec<_>>>()?;
+        let sequences = rows
+            .iter()
+            .map(|(place, row)| encoder.sequence_at(place, row))
+            .collect::<std::result::Result<Vec<_>, _>>()?;
         let length = sequences.iter().map(Sequence::len).max().unwrap_or(0);
-        let mut tokens = Self { ids: Vec::new(), mask: Vec::new(), rows: sequences.len(), length };
+        let mut tokens = Self { ids: Vec::new(), mask: Vec::new(), counted: Vec::new(), rows: sequences.len(), length };
         for sequence in sequences {
             tokens.mask.extend((0..length).map(|position| position < sequence.len()));
+            tokens.counted.extend((0..length).map(|position| sequence.counts(position)));
             tokens.ids.extend(sequence.ids);
             tokens.ids.resize(tokens.mask.len(), 0);
         }
