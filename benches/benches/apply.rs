@@ -1,18 +1,18 @@
 //! Writing a pruned checkpoint, against copying the file: bytes read per second.
 
-use std::{fs, time::Duration};
+use std::{fs, sync::Arc, time::Duration};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use moe_benches::{WIDE_LAYER, write_checkpoint};
-use moe_checkpoint::Checkpoint;
-use moe_prune::{ApplyOptions, Export, PrunePlan};
+use moe_checkpoint::{Checkpoint, WriteOptions, write};
+use moe_prune::{PruneForm, PruneOptions, PrunePlan};
 
 fn benches(c: &mut Criterion) {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let from = dir.path().join("model");
     fs::create_dir(&from).expect("a directory");
     write_checkpoint(&from, WIDE_LAYER);
-    let checkpoint = Checkpoint::open(&from).expect("the checkpoint just written");
+    let checkpoint = Arc::new(Checkpoint::open(&from).expect("the checkpoint just written"));
     let mut half = PrunePlan::keep_all(checkpoint.shape(), checkpoint.fingerprint());
     for expert in half.kept.iter_mut().flat_map(|layer| &mut layer.experts) {
         expert.retain(|unit| unit % 2 == 0);
@@ -22,15 +22,18 @@ fn benches(c: &mut Criterion) {
         .sample_size(10)
         .measurement_time(Duration::from_secs(8))
         .throughput(Throughput::Bytes(checkpoint.bytes_on_disk()));
-    for mode in [Export::Uniform, Export::Ragged, Export::Masked] {
-        group.bench_function(mode.to_string(), |b| {
+    for form in [PruneForm::Uniform, PruneForm::Ragged, PruneForm::Masked] {
+        group.bench_function(form.to_string(), |b| {
             b.iter_batched(
                 || {
                     let out = dir.path().join("out");
                     let _ = fs::remove_dir_all(&out);
                     out
                 },
-                |out| half.apply(&checkpoint, &out, &ApplyOptions::new(mode)).expect("apply"),
+                |out| {
+                    let pruned = half.on(&checkpoint, &PruneOptions::new(form)).expect("a plan of this model");
+                    write(pruned.model(), &out, &WriteOptions::default()).expect("a written model")
+                },
                 BatchSize::PerIteration,
             );
         });

@@ -12,7 +12,8 @@ use moe_importance::ScorerConfig;
 use moe_importance::scorers::Magnitude;
 use moe_merge::{Evidence, MergeOptions, OutputForm, Recipe};
 use moe_prune::{
-    ApplyOptions, Budget, ExpertPruner, Export, FineGrained, Mtp, ProtectionMask, PrunePlan, Pruner, Scope, UnitPruner,
+    Budget, ExpertPruner, FineGrained, Mtp, ProtectionMask, PruneForm, PruneOptions, PrunePlan, Pruner, Scope,
+    UnitPruner,
 };
 use serde::Serialize;
 
@@ -140,16 +141,17 @@ pub fn export(from: &Arc<Checkpoint>, kind: Kind, to: &Path) -> Result<bool> {
     let (shape, none) = (from.shape(), ProtectionMask::none());
     let routing = &from.config().routing;
     let groups = routing.groups().map_or(1, |groups| groups.count);
-    let plain = |mode| ApplyOptions { mtp: Some(Mtp::Drop), allow_unaligned: true, ..ApplyOptions::new(mode) };
+    let plain = |form| PruneOptions { mtp: Some(Mtp::Drop), allow_unaligned: true, ..PruneOptions::new(form) };
+    let mut how;
     let (plan, options) = match kind {
         Kind::Uniform | Kind::Masked => {
             let plan = UnitPruner::new(Scope::Expert).prune(&magnitude(from)?, shape, Budget::Ratio(0.5), &none)?.plan;
-            (plan, plain(if kind == Kind::Uniform { Export::Uniform } else { Export::Masked }))
+            (plan, plain(if kind == Kind::Uniform { PruneForm::Uniform } else { PruneForm::Masked }))
         }
         Kind::Experts => {
             let scores = magnitude(from)?.to_experts(Reduction::Sum)?;
             let plan = ExpertPruner::new().groups(groups).prune(&scores, shape, Budget::Ratio(0.25), &none)?.plan;
-            (plan, plain(Export::Uniform))
+            (plan, plain(PruneForm::Uniform))
         }
         Kind::Pieces | Kind::FineGrained => {
             if matches!(routing.kind, moe_checkpoint::RoutingKind::Sparsemixer { .. }) {
@@ -158,7 +160,7 @@ pub fn export(from: &Arc<Checkpoint>, kind: Kind, to: &Path) -> Result<bool> {
             // Grouped products of stock loaders need 16 bytes, four numbers of the fixtures' dtype.
             let width = shape.uniform_width().unwrap_or(0);
             let pieces = (2..=width).find(|m| width.is_multiple_of(*m) && (width / m).is_multiple_of(4));
-            let mut how = FineGrained::new(pieces.unwrap_or(2));
+            how = FineGrained::new(pieces.unwrap_or(2));
             let keep = PrunePlan::keep_all(shape, from.fingerprint());
             let mut plan = keep.clone();
             if kind == Kind::FineGrained {
@@ -170,11 +172,11 @@ pub fn export(from: &Arc<Checkpoint>, kind: Kind, to: &Path) -> Result<bool> {
                 let selectable = map.routing.groups().map_or(pieces, |groups| pieces / groups.count * groups.top);
                 how.top_k = Some(selectable);
             }
-            (plan, ApplyOptions { fine_grained: Some(how), ..plain(Export::FineGrained) })
+            (plan, plain(PruneForm::FineGrained(how)))
         }
         Kind::Merged => return merge(from, to),
     };
-    plan.apply(from, to, &options)?;
+    write(plan.on(from, &options)?.model(), to, &WriteOptions::default())?;
     Ok(true)
 }
 

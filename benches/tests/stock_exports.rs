@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use moe_benches::exports::{Kind, export, models};
 use moe_checkpoint::Checkpoint;
@@ -53,7 +54,7 @@ fn stock_transformers_computes_the_same() {
     let from = fixtures().join("parity/tf5");
     let (mut compared, mut worst) = (0, 0f32);
     for model in models(&from, &["qwen3_moe_long".into()]).unwrap() {
-        let checkpoint = std::sync::Arc::new(Checkpoint::open(from.join(&model)).unwrap());
+        let checkpoint = Arc::new(Checkpoint::open(from.join(&model)).unwrap());
         let vocabulary = checkpoint.config().vocab_size;
         for kind in Kind::ALL {
             let out = directory.path().join(&model).join(kind.name());

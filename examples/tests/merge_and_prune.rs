@@ -5,9 +5,11 @@
 mod common;
 
 use common::{checkpoints, contents, open, options, parity, plain, plan, written};
-use moe_checkpoint::{Checkpoint, Mtp};
+use moe_checkpoint::{Checkpoint, Mtp, WriteOptions, write};
 use moe_merge::{CombinationConfig, DominantOnly, GroupingConfig, MergeOptions, OutputForm, Retain, RouterConfig};
-use moe_prune::{ApplyOptions, Export, PrunePlan};
+use moe_prune::{PruneForm, PruneOptions, PrunePlan};
+use std::sync::Arc;
+
 use tempfile::tempdir;
 
 #[test]
@@ -25,9 +27,10 @@ fn dominants_alone_are_expert_pruning_to_the_byte() {
         let dissolved = plan(&recipe, &model);
         let pruned = directory.path().join(format!("{name}-pruned"));
         let mtp = model.mtp_tensors().next().map(|_| Mtp::Drop);
-        let export = ApplyOptions { mtp, allow_unaligned: true, ..ApplyOptions::new(Export::Uniform) };
+        let export = PruneOptions { mtp, allow_unaligned: true, ..PruneOptions::new(PruneForm::Uniform) };
         let plan = PrunePlan::without_experts(model.shape(), model.fingerprint(), &merged.removed()).unwrap();
-        plan.apply(&model, &pruned, &export).unwrap();
+        let base = Arc::new(Checkpoint::open(model.dir()).unwrap());
+        write(plan.on(&base, &export).unwrap().model(), &pruned, &WriteOptions::default()).unwrap();
         let pruned = Checkpoint::open(&pruned).unwrap();
         for (which, plan) in [("merged", merged), ("dissolved", dissolved)] {
             let out = directory.path().join(format!("{name}-{which}"));
@@ -46,14 +49,21 @@ fn dominants_alone_are_expert_pruning_to_the_byte() {
 }
 
 #[test]
-fn a_grouped_checkpoint_is_not_pruned() {
+fn a_grouped_checkpoint_is_pruned_by_its_sets() {
     let directory = tempdir().unwrap();
     let model = open(parity("tf5/qwen2_moe"));
     let out = directory.path().join("grouped");
     let plan = plan(&plain(0.5), &model);
     written(&plan, &model, &out, &MergeOptions::new(OutputForm::Grouped)).unwrap();
-    let grouped = Checkpoint::open(&out).unwrap();
-    let prune = PrunePlan::keep_all(grouped.shape(), grouped.fingerprint());
-    let error = prune.apply(&grouped, &directory.path().join("x"), &ApplyOptions::new(Export::Masked)).unwrap_err();
-    assert!(error.to_string().contains("prune before merging"), "{error}");
+    let grouped = Arc::new(Checkpoint::open(&out).unwrap());
+    let mut prune = PrunePlan::keep_all(grouped.shape(), grouped.fingerprint());
+    let same = prune.on(&grouped, &PruneOptions::new(PruneForm::Masked)).unwrap();
+    assert_eq!(contents(same.model()), contents(&grouped));
+    let moe = grouped.config().moe(prune.kept[0].layer).unwrap();
+    let shared = (1..moe.num_experts()).find(|expert| moe.stored(*expert) == moe.stored(0)).unwrap();
+    let (before, units) = (prune.kept[0].experts[0].clone(), prune.shape.units() as f64);
+    prune.kept[0].experts[0].truncate(8);
+    prune.ratio.achieved = (before.len() - 8) as f64 / units;
+    let error = prune.on(&grouped, &PruneOptions::new(PruneForm::Ragged)).unwrap_err();
+    assert!(error.to_string().contains(&format!("experts 0 and {shared} of layer 0 share")), "{error}");
 }

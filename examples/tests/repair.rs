@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
-use moe_checkpoint::Provenance;
+use moe_checkpoint::{Provenance, WriteOptions, write};
 use moe_core::data::{Dataset, DatasetOptions, Sequence, Tokenizer, Wave, WaveOptions, waves};
 use moe_core::evaluate::divergence;
 use moe_core::host::HostView;
@@ -16,7 +16,7 @@ use moe_examples::TINY_MOE;
 use moe_importance::{Collection, Scorer, collect};
 use moe_prune::repair::{LayerRefit, MeanOutput, Refit, RouterDistillation, Target, TokenWeight, layer_errors};
 use moe_prune::{
-    ApplyOptions, Budget, EditSource, Edits, Export, PlanOverlay, ProtectionMask, PrunePlan, Pruner, Scope, UnitPruner,
+    Budget, EditSource, Edits, ProtectionMask, PruneForm, PruneOptions, PrunePlan, Pruner, Scope, UnitPruner,
 };
 
 fn model() -> Model {
@@ -81,11 +81,21 @@ fn without_experts(model: &Model, removed: bool) -> PrunePlan {
 }
 
 fn pruned(model: &Model, plan: &PrunePlan) -> Model {
-    PlanOverlay::new(plan).of(model).unwrap()
+    changed(model, plan, &PruneOptions::new(PruneForm::Ragged))
 }
 
 fn repaired(model: &Model, plan: &PrunePlan, edits: &Edits) -> Model {
-    PlanOverlay::with_edits(plan, Arc::new(edits.clone()), model.checkpoint()).unwrap().of(model).unwrap()
+    changed(model, plan, &with(edits, PruneForm::Ragged))
+}
+
+fn with(edits: &Edits, form: PruneForm<'static>) -> PruneOptions<'static> {
+    let edits: Arc<dyn EditSource> = Arc::new(edits.clone());
+    PruneOptions { edits: Some(edits), ..PruneOptions::new(form) }
+}
+
+fn changed(model: &Model, plan: &PrunePlan, options: &PruneOptions<'_>) -> Model {
+    let pruned = plan.on(model.checkpoint(), options).unwrap();
+    Model::new(pruned.model().clone(), model.device(), None).unwrap()
 }
 
 fn errors(full: &Model, changed: &Model) -> Vec<f64> {
@@ -120,7 +130,7 @@ fn refits_bring_layers_and_predictions_back() {
         let options = LayerRefit { target, ..LayerRefit::default() };
         let layers = options.fit(&full, &student, &waves, &mut |_, _| ()).unwrap();
         assert!(layers.layers.iter().all(|layer| layer.after < 0.7 * layer.before), "{:?}", layers.layers);
-        let fitted = repaired(&full, &plan, &layers.edits);
+        let fitted = repaired(&full, &plan, &layers.edits.clone().of_plan(&plan).unwrap());
         let (kl, after) = (held_out_divergence(&fitted), errors(&full, &fitted));
         show(&format!("layer refit, target {target:?}"), kl, &after);
         assert!(kl < 0.85 * before, "{kl} of {before}");
@@ -133,15 +143,15 @@ fn refits_bring_layers_and_predictions_back() {
     show("mean output", kl, &after);
     assert!(after.iter().zip(&errors_before).all(|(after, before)| after < before), "{after:?}");
 
-    // the checkpoint that is written predicts as the overlay does
+    // the checkpoint that is written predicts as the model that was measured does
     let directory = tempfile::tempdir().unwrap();
-    for (edits, mode) in [(&refit, Export::Uniform), (&mean, Export::Ragged)] {
-        let to = directory.path().join(mode.to_string());
-        let options = ApplyOptions { edits: Some(edits as &dyn EditSource), ..ApplyOptions::new(mode) };
-        plan.apply(full.checkpoint(), &to, &options).unwrap();
+    for (edits, form) in [(&refit, PruneForm::Uniform), (&mean, PruneForm::Ragged)] {
+        let to = directory.path().join(form.to_string());
+        let repaired = changed(&full, &plan, &with(edits, form));
+        write(repaired.checkpoint(), &to, &WriteOptions::default()).unwrap();
         let written = held_out_divergence(&Model::open(&to, full.device(), None).unwrap());
-        let seen = held_out_divergence(&repaired(&full, &plan, edits));
-        assert!((written - seen).abs() < 1e-3 * seen, "{mode}: {written} and {seen}");
+        let seen = held_out_divergence(&repaired);
+        assert_eq!(written, seen, "{form}");
     }
 }
 
@@ -177,7 +187,12 @@ fn what_is_left_makes_good_for_experts_that_are_gone() {
     let fitted = repaired(&full, &plan, &refit);
     show("refit", held_out_divergence(&fitted), &errors(&full, &fitted));
     let layers = LayerRefit::default().fit(&full, &student, &waves, &mut |_, _| ()).unwrap();
-    let fitted = repaired(&full, &plan, &layers.edits);
+    // the student numbers the experts that are left; beside the plan they have the numbers of the full model
+    let fitted = repaired(&full, &plan, &layers.edits.clone().of_plan(&plan).unwrap());
+    // or the edits are those of the student itself
+    let all = PrunePlan::keep_all(student.checkpoint().shape(), student.checkpoint().fingerprint());
+    let stacked = held_out_divergence(&repaired(&student, &all, &layers.edits));
+    assert_eq!(stacked, held_out_divergence(&fitted));
     let (kl, after) = (held_out_divergence(&fitted), errors(&full, &fitted));
     show("layer refit", kl, &after);
     assert!(kl < 0.8 * before, "{kl} of {before}");

@@ -131,7 +131,7 @@ impl Lab {
         let (scores, ratio) = (tables.of(method.reads()), case.amount.fraction(self.shape().units()));
         match method {
             Method::Pruner(pruner) => Subject::pruned(full, &pruner, scores, ratio, &scored.waves),
-            Method::Pieces(pieces) => Subject::pieces(full, pieces, scores, ratio, &scored.waves, scratch),
+            Method::Pieces(pieces) => Subject::pieces(full, pieces, scores, ratio, &scored.waves),
             Method::Merge(_) => Err(Error::Invalid(format!("{case}: merges go by `{EVIDENCE}`, not by scores"))),
         }
     }

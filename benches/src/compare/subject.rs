@@ -1,14 +1,13 @@
-//! A pruned model: a plan, seen through an overlay or exported as pieces, and what repairs changed.
+//! A pruned model: what a plan makes of the full one, and what repairs changed.
 
-use std::path::Path;
 use std::sync::Arc;
 
-use moe_checkpoint::{LayerRole, Role, ScoreTable};
+use moe_checkpoint::{Checkpoint, LayerRole, Mtp, Role, ScoreTable};
 use moe_core::data::{Sequence, Wave, WaveOptions, waves};
 use moe_core::{Engine, EngineOptions, Model};
 use moe_prune::{
-    ApplyOptions, Edits, EngineProbe, Export, FineGrained, ModelProbe, NoProbe, PlanOverlay, ProbeOptions,
-    ProtectionMask, PrunePlan, PruneRequest, Pruner, ScaleCalibration, ScaleFit,
+    EditSource, Edits, EngineProbe, FineGrained, ModelProbe, NoProbe, ProbeOptions, ProtectionMask, PruneForm,
+    PruneOptions, PrunePlan, PruneRequest, Pruner, ScaleCalibration, ScaleFit,
 };
 
 use super::catalogue::{Pieces, RepairStep};
@@ -22,7 +21,7 @@ const TRAINING_TOKENS: usize = 512;
 /// A pruned model.
 pub struct Subject<'m> {
     full: &'m Model,
-    /// The model as pieces, where it was exported.
+    /// The model in another form than its plan says, such as in pieces.
     exported: Option<Model>,
     /// What is kept of the full model.
     pub plan: PrunePlan,
@@ -39,7 +38,7 @@ impl<'m> Subject<'m> {
         Self { full, exported: None, plan, whole: None, edits: Edits::new(), compressed: None }
     }
 
-    /// By an export of which everything is kept; `plan` says what is left of the full model.
+    /// By a model of its own, of which everything is kept; `plan` says what is left of the full model.
     pub fn exported(full: &'m Model, exported: Model, plan: PrunePlan) -> Self {
         let whole = PrunePlan::keep_all(exported.checkpoint().shape(), exported.checkpoint().fingerprint());
         Self { exported: Some(exported), whole: Some(whole), ..Self::planned(full, plan) }
@@ -80,18 +79,16 @@ impl<'m> Subject<'m> {
         Ok(Self::planned(full, pruned.plan))
     }
 
-    /// Cuts experts into pieces, keeps the best of every layer, and exports that to `scratch`, which may go once this is
-    /// dropped.
+    /// Cuts experts into pieces and keeps the best of every layer.
     ///
     /// # Errors
-    /// Scores, a budget or a model that cannot be cut so; whatever stops the model or the export.
+    /// Scores, a budget or a model that cannot be cut so; whatever stops the model.
     pub fn pieces(
         full: &'m Model,
         pieces: Pieces,
         scores: &ScoreTable,
         ratio: f64,
         calibration: &[Wave],
-        scratch: &Path,
     ) -> Result<Self> {
         let from = full.checkpoint();
         let how = FineGrained { top_k: pieces.top_k, ranking: Some(scores), ..FineGrained::new(pieces.pieces) };
@@ -106,14 +103,10 @@ impl<'m> Subject<'m> {
             }
         };
         let how = FineGrained { scales: scales.as_deref(), ..how };
-        let options = ApplyOptions {
-            fine_grained: Some(how),
-            allow_unaligned: true,
-            force: true,
-            ..ApplyOptions::new(Export::FineGrained)
-        };
-        plan.apply(from, scratch, &options)?;
-        Ok(Self::exported(full, Model::open(scratch, full.device(), full.max_memory())?, plan))
+        // Layers that predict further tokens are not run.
+        let options = PruneOptions { mtp: Some(Mtp::Drop), ..PruneOptions::new(PruneForm::FineGrained(how)) };
+        let pruned = plan.on(from, &options)?;
+        Ok(Self::exported(full, Model::new(pruned.model().clone(), full.device(), full.max_memory())?, plan))
     }
 
     /// The checkpoint that the model is seen through, and what is kept of it.
@@ -124,18 +117,19 @@ impl<'m> Subject<'m> {
     /// The model, with what repairs changed in the precision of its checkpoint.
     ///
     /// # Errors
-    /// Those of [`PlanOverlay`].
+    /// Those of [`PrunePlan::on`].
     pub fn model(&self) -> Result<Model> {
         if let Some(exported) = self.exported.as_ref().filter(|_| self.edits.is_empty()) {
             let (experts, routing) = (exported.expert_overlay(), exported.routing_overlay());
             return Ok(exported.with_overlays(experts.cloned(), routing.cloned())?);
         }
         let (base, plan) = self.base();
-        let overlay = match self.edits.is_empty() {
-            true => PlanOverlay::new(plan),
-            false => PlanOverlay::with_edits(plan, Arc::new(self.edits.clone()), base.checkpoint())?,
-        };
-        Ok(overlay.of(base)?)
+        // What is whole stays as it is but for edits; any plan and biases are at home in ragged experts.
+        let form = if self.whole.is_some() { PruneForm::Masked } else { PruneForm::Ragged };
+        let edits = (!self.edits.is_empty()).then(|| Arc::new(self.edits.clone()) as Arc<dyn EditSource>);
+        let options = PruneOptions { mtp: Some(Mtp::Keep), edits, ..PruneOptions::new(form) };
+        let pruned: Arc<Checkpoint> = plan.on(base.checkpoint(), &options)?.model().clone();
+        Ok(Model::new(pruned, base.device(), base.max_memory())?)
     }
 
     /// Repairs it on these rows.
@@ -151,7 +145,7 @@ impl<'m> Subject<'m> {
             Some(_) => Err(Error::Invalid(format!("repair {name} works on a plan, not on an export as pieces"))),
         };
         let edits = match step {
-            RepairStep::LayerRefit(refit) => refit.fit(teacher, &student, rows, &mut |_, _| ())?.edits,
+            RepairStep::LayerRefit(refit) => refit.fit(teacher, &student, rows, &mut |_, _| ())?.edits.of_plan(plan)?,
             RepairStep::Refit(refit) => {
                 own("refit")?;
                 refit.fit(base, plan, rows, &mut |_, _| ())?
@@ -162,7 +156,7 @@ impl<'m> Subject<'m> {
             }
             RepairStep::RouterDistillation(distillation) => {
                 let (training, evaluation) = training_waves(rows);
-                distillation.fit(teacher, &student, &training, &evaluation, &mut |_| Ok(()))?.edits
+                distillation.fit(teacher, &student, &training, &evaluation, &mut |_| Ok(()))?.edits.of_plan(plan)?
             }
         };
         self.edits.extend(edits);

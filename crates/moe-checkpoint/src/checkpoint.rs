@@ -209,6 +209,12 @@ impl Checkpoint {
         self.layouts.get(&layer).copied().ok_or_else(|| self.unknown_layer(layer))
     }
 
+    /// Whether the routed experts of an MoE layer are made part by part, by a [`ModelSource`]; otherwise they lie in the bytes of
+    /// tensors.
+    pub fn makes_experts(&self, layer: usize) -> bool {
+        self.source.makes_experts(layer)
+    }
+
     /// Identifies the model by content, as 64 hex digits: a BLAKE3 hash over `config.json`, names, dtypes and shapes of all
     /// tensors and samples of 4 KiB from the start, the middle and the end of each. It does not depend on how the weights
     /// are spread over files. Of what a method makes it is the digest of its last [step](Checkpoint::steps). Computed on the

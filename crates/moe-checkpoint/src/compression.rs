@@ -1,6 +1,11 @@
 //! Words that every way of making a model smaller shares: how much went, and what became of further layers.
 
+use std::fmt;
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
 
 /// The fraction of a model that goes: of the units of its routed experts, or of the experts themselves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -33,4 +38,35 @@ pub enum Mtp {
     /// plans. No activations exist for them, so that units are ranked by magnitude: the norm of the gate row times that of
     /// the up row times that of the down column, and experts by the sum over their units.
     Prune,
+}
+
+impl Mtp {
+    /// The name used in recipes and on command lines.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Keep => "keep",
+            Self::Drop => "drop",
+            Self::Prune => "prune",
+        }
+    }
+}
+
+impl fmt::Display for Mtp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Mtp {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        [Self::Keep, Self::Drop, Self::Prune].into_iter().find(|choice| choice.name() == text).ok_or_else(|| {
+            Error::OutOfRange {
+                what: "what becomes of multi-token prediction".to_string(),
+                found: format!("`{text}`"),
+                expected: "`keep`, `drop` or `prune`".to_string(),
+            }
+        })
+    }
 }

@@ -171,10 +171,7 @@ pub fn grouped_config(config: &Value, sets: &BTreeMap<usize, Vec<u32>>) -> Resul
 /// # Errors
 /// Those of [`grouped_config`] for the result.
 pub fn regrouped_config(config: &Value, sets: &BTreeMap<usize, Vec<u32>>) -> Result<Value> {
-    let original = match Grouped::read(config)? {
-        Some(grouped) => grouped.original,
-        None => config.clone(),
-    };
+    let original = ungrouped_config(config)?;
     let whole = ModelConfig::from_json(&original, None)?;
     let own = |(layer, list): (&usize, &Vec<u32>)| {
         let all = whole.moe(*layer).is_some_and(|moe| moe.num_experts() == list.len());
@@ -184,6 +181,14 @@ pub fn regrouped_config(config: &Value, sets: &BTreeMap<usize, Vec<u32>>) -> Res
         true => Ok(original),
         false => grouped_config(&original, sets),
     }
+}
+
+/// The config of a grouped checkpoint as it was before experts shared sets; any other config as it is.
+///
+/// # Errors
+/// Those of [`ModelConfig::from_json`] about the index maps.
+pub fn ungrouped_config(config: &Value) -> Result<Value> {
+    Ok(Grouped::read(config)?.map_or_else(|| config.clone(), |grouped| grouped.original))
 }
 
 #[cfg(test)]
@@ -210,6 +215,8 @@ mod tests {
         assert_eq!(grouped["model_type"], "qwen3_moe_grouped");
         assert_eq!(grouped["architectures"], json!(["Qwen3MoeGroupedForCausalLM"]));
         assert_eq!(grouped["my_key"], json!({"kept": true}));
+        assert_eq!(ungrouped_config(&grouped).unwrap(), stock());
+        assert_eq!(ungrouped_config(&stock()).unwrap(), stock());
         let config = ModelConfig::from_json(&grouped, None).unwrap();
         let moe = config.moe(1).unwrap();
         assert_eq!((moe.num_experts(), moe.stored(2), moe.stored(3)), (4, 0, 2));

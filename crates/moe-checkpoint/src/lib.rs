@@ -87,7 +87,7 @@ pub use expert_id::ExpertId;
 pub use expert_weights::ExpertWeights;
 pub use experts::{ExpertBiases, ExpertBlock, ExpertLayout, ExpertPart, ExpertTensor, ExpertTensorLayout, Placement};
 pub use family::{Family, LayerRole, Role, families, family, family_of};
-pub use grouped::{grouped_config, regrouped_config};
+pub use grouped::{grouped_config, regrouped_config, ungrouped_config};
 pub use output_dir::{Existing, OutputDir};
 pub use parallel::collect_in_order;
 pub use protection::{Protected, ProtectionMask};

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use clap::Parser;
-use moe_checkpoint::{Checkpoint, Provenance, ScoreTable};
+use moe_checkpoint::{Checkpoint, Existing, Provenance, ScoreTable, WriteOptions, check_output, write};
 use moe_core::data::{Dataset, DatasetOptions, EvalSet, Tokenizer, Wave, WaveOptions};
 use moe_core::evaluate::{EvaluateOptions, evaluate};
 use moe_core::trace::Observer;
@@ -15,8 +15,8 @@ use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::scorers::{Criterion, Fisher};
 use moe_importance::{Collection, ScorerConfig, collect};
 use moe_prune::{
-    ApplyOptions, Budget, Export, FineGrained, Mtp, ProtectionMask, PrunePlan, Pruner, ScaleFit, Scope, TrialOptions,
-    UnitPruner,
+    Budget, Export, FineGrained, Mtp, ProtectionMask, PruneForm, PruneOptions, PrunePlan, Pruner, ScaleFit, Scope,
+    TrialOptions, UnitPruner,
 };
 use serde::Serialize;
 
@@ -52,6 +52,9 @@ pub struct Arguments {
     /// Also measure the plain exports: one width for all, and ragged
     #[arg(long)]
     pub controls: bool,
+    /// What becomes of layers that predict further tokens, in models that have them: drop or prune
+    #[arg(long)]
+    pub mtp: Option<Mtp>,
     /// New directory for the best export
     #[arg(long)]
     pub out: PathBuf,
@@ -199,6 +202,21 @@ pub fn run(arguments: &Arguments) -> Result<Report> {
     };
     let device = moe_core::device::device(&arguments.device)?;
     let checkpoint = Arc::new(Checkpoint::open(&dir)?);
+    check_output(&checkpoint, &arguments.out, &WriteOptions { existing: Existing::Refuse, ..Default::default() })?;
+    // What cannot be, before hours of scoring.
+    let mut cuts = Vec::new();
+    for &pieces in &arguments.pieces {
+        let all = checkpoint.config().routing.top_k * pieces;
+        let mut top_k: Vec<usize> =
+            arguments.per_token.iter().map(|part| ((all as f64 * part).round() as usize).max(1)).collect();
+        top_k.dedup();
+        for &top_k in &top_k {
+            let how = FineGrained { top_k: Some(top_k), ..FineGrained::new(pieces) };
+            how.check(&checkpoint, arguments.ratio)?;
+            options(how, arguments.mtp).check(&checkpoint)?;
+        }
+        cuts.push((pieces, top_k));
+    }
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let vocabulary = checkpoint.config().vocab_size;
     let mut evals = arguments.eval.clone();
@@ -207,12 +225,12 @@ pub fn run(arguments: &Arguments) -> Result<Report> {
     }
     let evals = evals.iter().map(|path| EvalSet::load(path, &tokenizer, vocabulary, Some(arguments.eval_rows)));
     let evals = evals.collect::<std::result::Result<Vec<_>, _>>()?;
-    let options = DatasetOptions {
+    let data_options = DatasetOptions {
         samples: Some(arguments.samples + arguments.samples / 2),
         length: arguments.length,
         ..DatasetOptions::default()
     };
-    let data = Dataset::load(&calibration, Some(&tokenizer), vocabulary, &options)?;
+    let data = Dataset::load(&calibration, Some(&tokenizer), vocabulary, &data_options)?;
     let split = data.sequences.len() * 2 / 3;
     let wave_options = WaveOptions::Tokens(NonZeroUsize::new(16384).unwrap_or(NonZeroUsize::MIN));
     let (scored, compared) = data.sequences.split_at(split.max(1));
@@ -224,10 +242,11 @@ pub fn run(arguments: &Arguments) -> Result<Report> {
     let model = Model::new(checkpoint.clone(), &device, None)?;
     let scores = score(&model, &scored, &data.hash, &wave_options)?;
 
-    let scratch = arguments.out.with_extension("trial");
     let mut rows = Vec::new();
-    let measure = |dir: &Path| -> Result<Vec<(String, f64)>> {
-        let model = Model::open(dir, &device, None)?;
+    let measure = |plan: &PrunePlan, options: &PruneOptions<'_>| -> Result<Vec<(String, f64)>> {
+        // Layers that predict further tokens are not run.
+        let options = PruneOptions { mtp: Some(Mtp::Drop), ..options.clone() };
+        let model = Model::new(plan.on(&checkpoint, &options)?.model().clone(), &device, None)?;
         let options = EvaluateOptions::default();
         let one = |set: &EvalSet| {
             let found = evaluate(&model, &tokenizer, set, &options)?;
@@ -236,34 +255,28 @@ pub fn run(arguments: &Arguments) -> Result<Report> {
         evals.iter().map(one).collect()
     };
     if arguments.controls {
-        for (scope, export) in [(Scope::Expert, Export::Uniform), (Scope::Layer, Export::Ragged)] {
+        for (scope, form) in [(Scope::Expert, PruneForm::Uniform), (Scope::Layer, PruneForm::Ragged)] {
             let plan = UnitPruner::new(scope).prune(
                 &scores,
                 checkpoint.shape(),
                 Budget::Ratio(arguments.ratio),
                 &ProtectionMask::none(),
             )?;
-            let options = ApplyOptions { force: true, mtp: Some(Mtp::Drop), ..ApplyOptions::new(export) };
-            plan.plan.apply(&checkpoint, &scratch, &options)?;
             rows.push(Row {
-                export,
+                export: form.export(),
                 pieces: None,
                 top_k: None,
                 factors: None,
                 factor_range: None,
                 loss: None,
                 divergence: None,
-                metrics: measure(&scratch)?,
+                metrics: measure(&plan.plan, &PruneOptions::new(form))?,
             });
         }
     }
     let mut best: Option<Best<'_>> = None;
-    for &pieces in &arguments.pieces {
+    for (pieces, top_k) in cuts {
         let how = FineGrained { ranking: Some(&scores), ..FineGrained::new(pieces) };
-        let all = checkpoint.config().routing.top_k * pieces;
-        let mut top_k: Vec<usize> =
-            arguments.per_token.iter().map(|part| ((all as f64 * part).round() as usize).max(1)).collect();
-        top_k.dedup();
         let plan =
             FineGrained { top_k: top_k.iter().min().copied(), ..how }.prune(&scores, &checkpoint, arguments.ratio)?;
         for &factors in &arguments.factors {
@@ -274,18 +287,18 @@ pub fn run(arguments: &Arguments) -> Result<Report> {
             };
             let given: Vec<Vec<f32>> =
                 checkpoint.shape().layers.iter().map(|layer| vec![constant; layer.num_experts()]).collect();
-            let options = TrialOptions {
+            let trials = TrialOptions {
                 top_k: &top_k,
                 fit,
                 edits: None,
                 calibration: &scored,
                 comparison: &compared,
                 teacher_tokens: vocabulary.min(256),
-                scratch: &scratch,
             };
-            for trial in (FineGrained { scales: Some(&given), ..how }).try_top_k(&model, &plan, &options)? {
+            for trial in (FineGrained { scales: Some(&given), ..how }).try_top_k(&model, &plan, &trials)? {
                 let how = FineGrained { top_k: Some(trial.top_k), ..how };
-                write(&checkpoint, &plan, FineGrained { scales: Some(&trial.scales), ..how }, &scratch)?;
+                let metrics =
+                    measure(&plan, &options(FineGrained { scales: Some(&trial.scales), ..how }, arguments.mtp))?;
                 let all = trial.scales.iter().flatten();
                 let mean = all.clone().sum::<f32>() / all.clone().count().max(1) as f32;
                 let (min, max) = all.fold((f32::MAX, f32::MIN), |(low, high), v| (low.min(*v), high.max(*v)));
@@ -301,7 +314,7 @@ pub fn run(arguments: &Arguments) -> Result<Report> {
                     factor_range: Some([min, mean, max]),
                     loss: Some(trial.loss),
                     divergence: Some(trial.divergence),
-                    metrics: measure(&scratch)?,
+                    metrics,
                 });
             }
         }
@@ -309,9 +322,14 @@ pub fn run(arguments: &Arguments) -> Result<Report> {
     let Some(Best { row, plan, how, scales, .. }) = best else {
         return Err(Error::Usage("nothing to try: --pieces, --per-token and --factors name at least one each".into()));
     };
-    write(&checkpoint, &plan, FineGrained { scales: Some(&scales), ..how }, &arguments.out)?;
-    std::fs::remove_dir_all(&scratch).map_err(Error::io(&scratch))?;
+    let pruned = plan.on(&checkpoint, &options(FineGrained { scales: Some(&scales), ..how }, arguments.mtp))?;
+    write(pruned.model(), &arguments.out, &WriteOptions::default())?;
     Ok(Report { rows, best: row, out: arguments.out.clone() })
+}
+
+/// What is made of a plan.
+fn options(how: FineGrained<'_>, mtp: Option<Mtp>) -> PruneOptions<'_> {
+    PruneOptions { mtp, ..PruneOptions::new(PruneForm::FineGrained(how)) }
 }
 
 /// Fisher scores per token.
@@ -326,16 +344,4 @@ fn score(model: &Model, waves: &[Wave], hash: &str, options: &WaveOptions) -> Re
     let mut runner = |wave: &Wave, observer: &mut dyn Observer| engine.run(wave, observer);
     let statistics = collect(&mut runner, &mut collection, waves, None, &mut |_| {})?;
     Ok(scorer.score(&statistics, checkpoint.as_ref())?)
-}
-
-fn write(from: &Checkpoint, plan: &PrunePlan, how: FineGrained<'_>, to: &Path) -> Result<()> {
-    let options = ApplyOptions {
-        fine_grained: Some(how),
-        allow_unaligned: true,
-        force: true,
-        mtp: Some(Mtp::Drop),
-        ..ApplyOptions::new(Export::FineGrained)
-    };
-    plan.apply(from, to, &options)?;
-    Ok(())
 }

@@ -145,9 +145,6 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
-    /// The progress callback stopped the work; what is written so far can be resumed.
-    #[error("interrupted: {0}")]
-    Interrupted(Box<dyn std::error::Error + Send + Sync>),
 }
 
 impl From<moe_checkpoint::Error> for Error {

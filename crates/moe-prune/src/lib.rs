@@ -5,25 +5,31 @@
 //! - A [`Budget`] says how much of the routed experts is kept, a [`ProtectionMask`] what stays whatever it scores.
 //! - An [`Allocator`] distributes the budget over layers and experts; a [`Pruner`] says what goes: units inside experts, whole
 //!   experts, or both. Every pruner takes every allocator; the tables below list them.
-//! - A [`ModelProbe`] answers what a candidate would cost. With feature `repair`, `EngineProbe` runs a model under the plan as an
-//!   overlay (`PlanOverlay`), without writing a checkpoint.
+//! - A [`ModelProbe`] answers what a candidate would cost. With feature `repair`, `EngineProbe` runs a model under candidates as
+//!   overlays (`PlanOverlay`).
 //! - A [`PrunePlan`] is the result: a versioned JSON file in original indices, made once, applied as often as wanted.
 //! - An [`EditSource`] is what a repair changes beside the plan: [`Edits`] in memory or in a file.
-//! - [`PrunePlan::apply`] streams checkpoint to checkpoint in one of the [`Export`] modes and gives a [`Report`].
+//! - [`PrunePlan::on`] gives the pruned model in one of the forms of [`PruneForm`], and a [`Report`]: a
+//!   [`Checkpoint`](moe_checkpoint::Checkpoint) whose weights are made when they are read, to be run, changed further, or written.
 //! - With the feature `repair`, which brings Burn, [`repair`] improves what is left by running the model.
 //!
 //! How scores are made is none of its business: any [`ScoreTable`](moe_checkpoint::ScoreTable) will do.
 //!
 //! ```no_run
-//! use moe_checkpoint::{Checkpoint, ScoreTable};
-//! use moe_prune::{ApplyOptions, Budget, Export, ProtectionMask, Pruner, Scope, UnitPruner};
+//! use std::sync::Arc;
+//! use moe_checkpoint::{Checkpoint, ScoreTable, WriteOptions, write};
+//! use moe_prune::{Budget, ProtectionMask, PruneForm, PruneOptions, Pruner, Scope, UnitPruner};
 //!
-//! let model = Checkpoint::open("models/Qwen1.5-MoE-A2.7B")?;
+//! let model = Arc::new(Checkpoint::open("models/Qwen1.5-MoE-A2.7B")?);
+//! let options = PruneOptions::new(PruneForm::Ragged);
+//! options.check(&model)?; // before scoring, which may take hours
 //! let scores = ScoreTable::load("scores.safetensors")?;
 //! let pruner = UnitPruner::new(Scope::Global).min_width(8);
 //! let plan = pruner.prune(&scores, model.shape(), Budget::Ratio(0.5), &ProtectionMask::none())?.plan;
 //! plan.save("plan.json")?;
-//! println!("{}", plan.apply(&model, "out/pruned".as_ref(), &ApplyOptions::new(Export::Ragged))?);
+//! let pruned = plan.on(&model, &options)?;
+//! write(pruned.model(), "out/pruned", &WriteOptions::default())?;
+//! println!("{}", pruned.report());
 //! # Ok::<(), moe_prune::Error>(())
 //! ```
 //!
@@ -65,11 +71,11 @@
 #![deny(missing_docs)]
 
 mod allocators;
-mod apply;
 mod budget;
 mod curves;
 mod edits;
 mod error;
+mod form;
 mod needs;
 mod paths;
 mod plan;
@@ -86,15 +92,16 @@ pub use allocators::{
     ExpertLimits, Fitness, Global, Hybrid, LayerAllocation, Limits, Normalisation, Normalised, OwnAllocator, PerLayer,
     Prior, RateDistortion, Rco, Uniform, WidthLimits, knapsack,
 };
-pub use apply::{
-    APPLIED_FILE, Applied, ApplyOptions, Export, FineGrained, LayerPieces, Piece, PieceMap, plan_from_masked,
-};
-#[cfg(feature = "repair")]
-pub use apply::{ScaleCalibration, ScaleFit, Trial, TrialOptions};
 pub use budget::Budget;
 pub use curves::{CURVES_VERSION, Curve, CurvePoint, DistortionCurves};
 pub use edits::{EditSizes, EditSource, Edits, EditsFile, ExpertEdit};
 pub use error::{Error, Result};
+pub use form::{
+    Export, FineGrained, LayerPieces, PRUNE_METHOD, Piece, PieceMap, PruneForm, PruneOptions, PruneRecord, PrunedModel,
+    SharedSets, plan_from_masked,
+};
+#[cfg(feature = "repair")]
+pub use form::{ScaleCalibration, ScaleFit, Trial, TrialOptions};
 pub use needs::{Needs, Questions, Sums};
 pub use paths::Within;
 pub use plan::{LayerKept, PLAN_VERSION, PrunePlan};

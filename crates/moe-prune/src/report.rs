@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-use moe_checkpoint::{BeforeAfter, Checkpoint, ExpertId, ExpertPart, Ratio};
+use moe_checkpoint::{BeforeAfter, Checkpoint, ExpertId, Ratio};
 use serde::{Deserialize, Serialize};
 
-use crate::apply::Export;
+use crate::form::Export;
 use crate::{PrunePlan, Result};
 
 /// What a plan does to a checkpoint. [`Display`](fmt::Display) gives a plain-text table.
@@ -59,54 +59,33 @@ pub struct LayerReport {
 }
 
 impl Report {
-    /// The report of applying `plan` to `checkpoint`, without doing it.
-    ///
-    /// # Errors
-    /// [`Error::InvalidPlan`](crate::Error::InvalidPlan) for a plan of another shape.
-    pub fn new(plan: &PrunePlan, checkpoint: &Checkpoint, export: Export) -> Result<Self> {
-        plan.validate(checkpoint.shape())?;
+    /// What a plan does to a checkpoint of its shape; what is left is counted by whoever makes it.
+    pub(crate) fn of(plan: &PrunePlan, checkpoint: &Checkpoint, export: Export) -> Result<Self> {
+        let before = |before: u64| BeforeAfter { before, after: before };
         let mut report = Self {
             export,
             ratio: plan.ratio,
             units: BeforeAfter { before: plan.shape.units() as u64, after: plan.units_kept() as u64 },
-            parameters: BeforeAfter { before: checkpoint.parameters(), after: checkpoint.parameters() },
-            bytes: BeforeAfter { before: checkpoint.bytes_on_disk(), after: checkpoint.bytes_on_disk() },
+            parameters: before(checkpoint.parameters()),
+            bytes: before(checkpoint.bytes_on_disk()),
             layers: Vec::with_capacity(plan.kept.len()),
             never_routed: plan.never_routed.clone(),
             notes: Vec::new(),
         };
         for (kept, shape) in plan.kept.iter().zip(&plan.shape.layers) {
             let widths: Vec<usize> = kept.experts.iter().map(Vec::len).collect();
-            let on_disk = checkpoint.expert_bytes_on_disk(kept.layer)?;
-            let mut bytes = BeforeAfter { before: on_disk, after: 0 };
-            for (expert, (before, after)) in shape.widths.iter().zip(&widths).enumerate() {
-                let removed = kept.removed.binary_search(&(expert as u32)).is_ok();
-                if removed {
-                    continue;
-                }
-                let width = if export == Export::Masked { *before } else { *after };
-                for part in ExpertPart::ALL.into_iter().chain(ExpertPart::BIASES) {
-                    let Some(dtype) = checkpoint.expert_dtype(kept.layer, expert, part)? else { continue };
-                    let (rows, cols) = part.dims(plan.shape.hidden_size, width);
-                    bytes.after += (rows * cols * dtype.bitsize() / 8) as u64;
-                }
-            }
-            let (before, after) = (shape.units(), widths.iter().sum::<usize>());
-            report.bytes.after = report.bytes.after + bytes.after - bytes.before;
-            if export != Export::Masked {
-                report.parameters.after -= ((before - after) * plan.shape.parameters_per_unit()) as u64;
-            }
+            let (units, after) = (shape.units(), widths.iter().sum::<usize>());
             report.layers.push(LayerReport {
                 layer: kept.layer,
                 experts: widths.len(),
                 removed: kept.removed.len(),
                 written: widths.len() - kept.removed.len(),
                 emptied: widths.iter().filter(|width| **width == 0).count() - kept.removed.len(),
-                units: BeforeAfter { before: before as u64, after: after as u64 },
+                units: BeforeAfter { before: units as u64, after: after as u64 },
                 min_width: kept.experts_kept().into_iter().map(|expert| widths[expert]).min().unwrap_or(0),
                 mean_width: after as f64 / (widths.len() - kept.removed.len()).max(1) as f64,
                 max_width: widths.iter().copied().max().unwrap_or(0),
-                bytes,
+                bytes: before(checkpoint.expert_bytes_on_disk(kept.layer)?),
             });
         }
         Ok(report)

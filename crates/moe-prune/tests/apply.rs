@@ -5,12 +5,13 @@ mod common;
 use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::fs;
+use std::sync::Arc;
 
-use common::{contents, every_checkpoint, files, fuse, magnitude, parity, plan, tiny_moe};
-use moe_checkpoint::{Checkpoint, ExpertLayout, ExpertWeights};
+use common::{contents, every_checkpoint, files, fuse, magnitude, parity, plan, tiny_moe, write_plan, write_plan_with};
+use moe_checkpoint::{Checkpoint, Existing, ExpertLayout, ExpertWeights, RECORD_FILE, Record, WriteOptions};
 use moe_prune::{
-    APPLIED_FILE, Applied, ApplyOptions, Budget, Error, Export, ProtectionMask, PrunePlan, Pruner, Report, Scope,
-    UnitPruner, plan_from_masked,
+    Budget, Error, Export, PRUNE_METHOD, ProtectionMask, PruneForm, PruneOptions, PrunePlan, PruneRecord, Pruner,
+    Scope, UnitPruner, plan_from_masked,
 };
 use tempfile::tempdir;
 
@@ -69,9 +70,9 @@ fn keep_all_reproduces_every_tensor() {
     for (number, source) in sources.iter().enumerate() {
         let model = Checkpoint::open(source).unwrap();
         let keep = PrunePlan::keep_all(model.shape(), model.fingerprint());
-        for mode in [Export::Uniform, Export::Masked] {
+        for mode in [PruneForm::Uniform, PruneForm::Masked] {
             let out = directory.path().join(format!("{mode}-{number}"));
-            let report = keep.apply(&model, &out, &ApplyOptions::new(mode)).unwrap();
+            let report = write_plan(&keep, &model, &out, &PruneOptions::new(mode)).unwrap();
             let copy = Checkpoint::open(&out).unwrap();
             if model.quantisation().is_some() {
                 assert_same_values(&copy, &model);
@@ -84,12 +85,12 @@ fn keep_all_reproduces_every_tensor() {
         }
         // Ragged and back.
         let ragged_dir = directory.path().join(format!("ragged-{number}"));
-        keep.apply(&model, &ragged_dir, &ApplyOptions::new(Export::Ragged)).unwrap();
+        write_plan(&keep, &model, &ragged_dir, &PruneOptions::new(PruneForm::Ragged)).unwrap();
         let ragged = Checkpoint::open(&ragged_dir).unwrap();
         assert!(ragged.ragged());
         let again = PrunePlan::keep_all(ragged.shape(), ragged.fingerprint());
         let back_dir = directory.path().join(format!("back-{number}"));
-        again.apply(&ragged, &back_dir, &ApplyOptions::new(Export::Uniform)).unwrap();
+        write_plan(&again, &ragged, &back_dir, &PruneOptions::new(PruneForm::Uniform)).unwrap();
         let back = Checkpoint::open(&back_dir).unwrap();
         if model.quantisation().is_some() {
             assert_same_values(&back, &model);
@@ -110,10 +111,10 @@ fn masked_uniform_and_ragged_hold_the_same_numbers() {
     for (number, name) in ["tf5/qwen2_moe", "tf5/qwen2_moe_bf16", "tf5/qwen3_moe_sharded"].iter().enumerate() {
         let model = Checkpoint::open(parity(name)).unwrap();
         let plan = plan(&model, Scope::Expert, 0.5);
-        let exports: Vec<Checkpoint> = [Export::Masked, Export::Uniform, Export::Ragged]
+        let exports: Vec<Checkpoint> = [PruneForm::Masked, PruneForm::Uniform, PruneForm::Ragged]
             .map(|mode| {
                 let out = out(&format!("{mode}-{number}"));
-                plan.apply(&model, &out, &ApplyOptions::new(mode)).unwrap();
+                write_plan(&plan, &model, &out, &PruneOptions::new(mode)).unwrap();
                 Checkpoint::open(out).unwrap()
             })
             .into();
@@ -156,10 +157,10 @@ fn nothing_but_the_routed_experts_changes() {
     let model = Checkpoint::open(tiny_moe()).unwrap();
     let before = contents(&model);
     for (scope, mode) in
-        [(Scope::Expert, Export::Uniform), (Scope::Global, Export::Ragged), (Scope::Global, Export::Masked)]
+        [(Scope::Expert, PruneForm::Uniform), (Scope::Global, PruneForm::Ragged), (Scope::Global, PruneForm::Masked)]
     {
         let out = directory.path().join(mode.name());
-        plan(&model, scope, 0.5).apply(&model, &out, &ApplyOptions::new(mode)).unwrap();
+        write_plan(&plan(&model, scope, 0.5), &model, &out, &PruneOptions::new(mode)).unwrap();
         let pruned = Checkpoint::open(&out).unwrap();
         let after = contents(&pruned);
         let others = |all: &std::collections::BTreeMap<String, _>| {
@@ -187,16 +188,17 @@ fn fused_and_per_expert_layouts_give_the_same_plan_and_numbers() {
         for scope in [Scope::Expert, Scope::Layer, Scope::Global] {
             assert_eq!(plan(&model, scope, 0.4).kept, plan(&fused, scope, 0.4).kept);
         }
-        let options = |mode| ApplyOptions { allow_unaligned: true, max_shard_bytes: 10_000, ..ApplyOptions::new(mode) };
-        for mode in [Export::Uniform, Export::Masked, Export::Ragged] {
+        let options = |mode| PruneOptions { allow_unaligned: true, ..PruneOptions::new(mode) };
+        let sharded = WriteOptions { max_shard_bytes: 10_000, ..Default::default() };
+        for mode in [PruneForm::Uniform, PruneForm::Masked, PruneForm::Ragged] {
             let [a, b] = [("a", &model), ("b", &fused)].map(|(letter, from)| {
                 let out = directory.path().join(format!("{letter}-{mode}-{number}"));
-                plan(from, Scope::Expert, 0.4).apply(from, &out, &options(mode)).unwrap();
+                write_plan_with(&plan(from, Scope::Expert, 0.4), from, &out, &options(mode), &sharded).unwrap();
                 Checkpoint::open(out).unwrap()
             });
             for layer in &a.shape().layers {
                 let layout = |c: &Checkpoint| c.expert_layout(layer.layer).unwrap();
-                if mode != Export::Ragged {
+                if mode != PruneForm::Ragged {
                     assert_eq!((layout(&a), layout(&b)), (ExpertLayout::PerExpert, ExpertLayout::Fused));
                 }
                 for expert in 0..layer.num_experts() {
@@ -222,22 +224,22 @@ fn ragged_widths_may_be_zero_and_whole_layers_empty() {
         .unwrap()
         .plan;
     let out = directory.path().join("ragged");
-    let report = plan.apply(&model, &out, &ApplyOptions::new(Export::Ragged)).unwrap();
+    let report = write_plan(&plan, &model, &out, &PruneOptions::new(PruneForm::Ragged)).unwrap();
     assert_eq!((report.layers[0].emptied, report.layers[0].max_width, report.layers[1].emptied), (8, 0, 1));
     let ragged = Checkpoint::open(&out).unwrap();
     assert_eq!(ragged.shape(), &plan.pruned_shape());
     assert_eq!(ragged.expert(0, 2).unwrap().width, 0);
     // Pruned once more, from the ragged checkpoint, and masked there.
     let again = common::plan(&ragged, Scope::Layer, 0.25);
-    for mode in [Export::Ragged, Export::Masked] {
+    for mode in [PruneForm::Ragged, PruneForm::Masked] {
         let out = directory.path().join(format!("again-{mode}"));
-        again.apply(&ragged, &out, &ApplyOptions::new(mode)).unwrap();
+        write_plan(&again, &ragged, &out, &PruneOptions::new(mode)).unwrap();
         let twice = Checkpoint::open(&out).unwrap();
         let layer = model.shape().layers[1].layer;
         let full = ragged.expert(layer, 1).unwrap();
         let kept = &again.kept[1].experts[1];
         let expert = twice.expert(layer, 1).unwrap();
-        let gate = if mode == Export::Masked { rows(&expert.gate, full.hidden, kept) } else { expert.gate };
+        let gate = if mode == PruneForm::Masked { rows(&expert.gate, full.hidden, kept) } else { expert.gate };
         assert_eq!(gate, rows(&full.gate, full.hidden, kept));
     }
 }
@@ -251,7 +253,7 @@ fn a_masked_checkpoint_gives_its_plan_back() {
         let model = Checkpoint::open(parity(name)).unwrap();
         let plan = plan(&model, scope, 0.5);
         let out = directory.path().join(name.replace('/', "-"));
-        plan.apply(&model, &out, &ApplyOptions::new(Export::Masked)).unwrap();
+        write_plan(&plan, &model, &out, &PruneOptions::new(PruneForm::Masked)).unwrap();
         let masked = Checkpoint::open(&out).unwrap();
         let found = plan_from_masked(&masked).unwrap();
         assert_eq!(found.kept, plan.kept);
@@ -259,8 +261,8 @@ fn a_masked_checkpoint_gives_its_plan_back() {
         // Structural from masked equals structural from the original.
         let direct = directory.path().join(format!("direct-{}", name.replace('/', "-")));
         let through = directory.path().join(format!("through-{}", name.replace('/', "-")));
-        plan.apply(&model, &direct, &ApplyOptions::new(Export::Ragged)).unwrap();
-        found.apply(&masked, &through, &ApplyOptions::new(Export::Ragged)).unwrap();
+        write_plan(&plan, &model, &direct, &PruneOptions::new(PruneForm::Ragged)).unwrap();
+        write_plan(&found, &masked, &through, &PruneOptions::new(PruneForm::Ragged)).unwrap();
         assert_eq!(contents(&Checkpoint::open(direct).unwrap()), contents(&Checkpoint::open(through).unwrap()));
     }
 }
@@ -270,8 +272,8 @@ fn what_stock_loaders_would_misread_is_refused() {
     let directory = tempdir().unwrap();
     let out = directory.path().join("out");
     let model = Checkpoint::open(parity("tf5/qwen2_moe")).unwrap();
-    let options = ApplyOptions::new(Export::Uniform);
-    let refused = |plan: &PrunePlan| plan.apply(&model, &out, &options).unwrap_err().to_string();
+    let options = PruneOptions::new(PruneForm::Uniform);
+    let refused = |plan: &PrunePlan| write_plan(plan, &model, &out, &options).unwrap_err().to_string();
     let message = refused(&plan(&model, Scope::Global, 0.5));
     assert!(message.contains("expert 0 of layer 0 has") && message.contains("expert 1 of layer 0 has"), "{message}");
     let pruner = UnitPruner::new(Scope::Expert).round_to(1);
@@ -283,7 +285,7 @@ fn what_stock_loaders_would_misread_is_refused() {
     empty.ratio.achieved = 1.0;
     assert!(refused(&empty).contains("any unit"));
     assert!(!out.exists() && !directory.path().join("out.partial").exists());
-    odd.apply(&model, &out, &ApplyOptions { allow_unaligned: true, ..options }).unwrap();
+    write_plan(&odd, &model, &out, &PruneOptions { allow_unaligned: true, ..options }).unwrap();
     assert_eq!(Checkpoint::open(&out).unwrap().shape().uniform_width(), Some(12));
 }
 
@@ -294,9 +296,10 @@ fn a_plan_belongs_to_one_model() {
     let model = Checkpoint::open(parity("tf5/qwen2_moe")).unwrap();
     let other = Checkpoint::open(parity("tf5/qwen2_moe_linear")).unwrap();
     let plan = plan(&model, Scope::Global, 0.5);
-    let error = plan.apply(&other, &out, &ApplyOptions::new(Export::Ragged)).unwrap_err();
+    let error = write_plan(&plan, &other, &out, &PruneOptions::new(PruneForm::Ragged)).unwrap_err();
     assert!(matches!(&error, Error::OtherModel { found, .. } if *found == other.fingerprint()), "{error}");
-    let here = plan.apply(&model, model.dir(), &ApplyOptions { force: true, ..ApplyOptions::new(Export::Ragged) });
+    let force = WriteOptions { existing: Existing::Force, ..Default::default() };
+    let here = write_plan_with(&plan, &model, model.dir(), &PruneOptions::new(PruneForm::Ragged), &force);
     assert!(here.unwrap_err().to_string().contains("checkpoint itself"));
     assert!(!out.exists());
 }
@@ -307,13 +310,15 @@ fn outputs_are_not_overwritten_unless_forced() {
     let out = directory.path().join("out");
     let model = Checkpoint::open(parity("tf5/qwen2_moe")).unwrap();
     let plan = plan(&model, Scope::Global, 0.5);
-    let options = ApplyOptions::new(Export::Ragged);
-    plan.apply(&model, &out, &options).unwrap();
+    let options = PruneOptions::new(PruneForm::Ragged);
+    write_plan(&plan, &model, &out, &options).unwrap();
     let before = files(&out);
-    assert!(plan.apply(&model, &out, &options).is_err());
-    assert!(plan.apply(&model, &out, &ApplyOptions { resume: true, ..options }).is_err());
+    assert!(write_plan(&plan, &model, &out, &options).is_err());
+    let existing = |existing| WriteOptions { existing, ..Default::default() };
+    assert!(write_plan_with(&plan, &model, &out, &options, &existing(Existing::Resume)).is_err());
     assert_eq!(files(&out), before);
-    plan.apply(&model, &out, &ApplyOptions { mode: Export::Masked, force: true, ..options }).unwrap();
+    let masked = PruneOptions::new(PruneForm::Masked);
+    write_plan_with(&plan, &model, &out, &masked, &existing(Existing::Force)).unwrap();
     assert!(!Checkpoint::open(&out).unwrap().ragged());
 }
 
@@ -322,14 +327,16 @@ fn an_interrupted_run_resumes_to_the_same_bytes() {
     let directory = tempdir().unwrap();
     let model = Checkpoint::open(tiny_moe()).unwrap();
     for (mode, scope) in
-        [(Export::Uniform, Scope::Expert), (Export::Ragged, Scope::Global), (Export::Masked, Scope::Layer)]
+        [(PruneForm::Uniform, Scope::Expert), (PruneForm::Ragged, Scope::Global), (PruneForm::Masked, Scope::Layer)]
     {
         let plan = plan(&model, scope, 0.5);
-        let options = ApplyOptions { max_shard_bytes: 300_000, ..ApplyOptions::new(mode) };
+        let options = PruneOptions::new(mode);
+        let sharded = WriteOptions { max_shard_bytes: 300_000, ..Default::default() };
         let through = directory.path().join(format!("through-{mode}"));
-        plan.apply(&model, &through, &options).unwrap();
+        write_plan_with(&plan, &model, &through, &options, &sharded).unwrap();
         let out = directory.path().join(format!("out-{mode}"));
-        let total = Report::new(&plan, &model, mode).unwrap().bytes.after;
+        let shared = Arc::new(Checkpoint::open(model.dir()).unwrap());
+        let total = plan.on(&shared, &options).unwrap().report().bytes.after;
         let mut runs = 0;
         // Every run gets a third of the model further and is stopped then.
         for part in 1..=3u64 {
@@ -339,9 +346,11 @@ fn an_interrupted_run_resumes_to_the_same_bytes() {
                 assert_eq!(progress.total, total);
                 if progress.done > part * total / 4 { Err("stopped".into()) } else { Ok(()) }
             };
-            let options = ApplyOptions { progress: Some(&stop), resume: true, ..options };
-            let error = plan.apply(&model, &out, &options).unwrap_err();
-            assert!(matches!(&error, Error::Interrupted(source) if source.to_string() == "stopped"), "{error}");
+            let stopped = WriteOptions { progress: Some(&stop), existing: Existing::Resume, ..sharded };
+            let error = write_plan_with(&plan, &model, &out, &options, &stopped).unwrap_err();
+            let Error::Checkpoint(error) = error else { panic!("{error}") };
+            let interrupted = |source: &dyn std::error::Error| source.to_string() == "stopped";
+            assert!(matches!(&*error, moe_checkpoint::Error::Interrupted(source) if interrupted(&**source)), "{error}");
             assert!(calls.get() > 0 && !out.exists());
             runs += 1;
         }
@@ -349,15 +358,17 @@ fn an_interrupted_run_resumes_to_the_same_bytes() {
         let partial = directory.path().join(format!("out-{mode}.partial"));
         assert!(files(&partial).keys().filter(|name| name.ends_with(".safetensors")).count() > 1);
         // Neither a fresh start nor another plan takes what is there.
-        assert!(plan.apply(&model, &out, &options).is_err());
+        assert!(write_plan_with(&plan, &model, &out, &options, &sharded).is_err());
+        let resume = WriteOptions { existing: Existing::Resume, ..sharded };
         let other = common::plan(&model, scope, 0.25);
-        assert!(other.apply(&model, &out, &ApplyOptions { resume: true, ..options }).is_err());
+        assert!(write_plan_with(&other, &model, &out, &options, &resume).is_err());
         let first = Cell::new(None);
         let watch = |progress: &moe_prune::Progress<'_>| {
             first.set(first.get().or(Some(progress.done)));
             Ok(())
         };
-        plan.apply(&model, &out, &ApplyOptions { resume: true, progress: Some(&watch), ..options }).unwrap();
+        let watched = WriteOptions { progress: Some(&watch), ..resume };
+        write_plan_with(&plan, &model, &out, &options, &watched).unwrap();
         assert!(first.get().unwrap() > total / 2, "the finished shards were not written again");
         assert!(!partial.exists());
         assert_eq!(files(&out), files(&through));
@@ -371,8 +382,8 @@ fn the_output_tells_what_was_done() {
     let model = Checkpoint::open(tiny_moe()).unwrap();
     let mut plan = plan(&model, Scope::Global, 0.5);
     plan.never_routed.push(moe_prune::ExpertId { layer: 2, expert: 7 });
-    let report = plan.apply(&model, &out, &ApplyOptions::new(Export::Ragged)).unwrap();
-    let applied = Applied::load(&out).unwrap();
+    let report = write_plan(&plan, &model, &out, &PruneOptions::new(PruneForm::Ragged)).unwrap();
+    let applied: PruneRecord = Record::load(&out).unwrap().recipe(PRUNE_METHOD).unwrap().unwrap();
     assert_eq!((applied.export, &applied.report, &applied.plan), (Export::Ragged, &report, &plan));
     let pruned = Checkpoint::open(&out).unwrap();
     assert_eq!(report.bytes.after, pruned.bytes_on_disk());
@@ -384,7 +395,7 @@ fn the_output_tells_what_was_done() {
         assert!(text.contains(part), "{text}");
     }
     assert_eq!(text.lines().count(), 1 + 4 + 4);
-    let json = fs::read_to_string(out.join(APPLIED_FILE)).unwrap();
-    fs::write(out.join(APPLIED_FILE), json.replacen("\"version\":1", "\"version\":9", 1)).unwrap();
-    assert!(matches!(Applied::load(&out), Err(Error::PlanVersion { found: 9, .. })));
+    let json = fs::read_to_string(out.join(RECORD_FILE)).unwrap();
+    fs::write(out.join(RECORD_FILE), json.replacen("\"version\": 1", "\"version\": 9", 1)).unwrap();
+    assert!(matches!(Record::load(&out), Err(moe_checkpoint::Error::ArtefactVersion { found: 9, .. })));
 }

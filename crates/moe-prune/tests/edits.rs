@@ -9,16 +9,17 @@ mod run;
 use std::cell::Cell;
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
-use common::{contents, files, fuse, magnitude, parity, plan};
+use common::{contents, files, fuse, magnitude, parity, plan, write_plan, write_plan_with};
 use moe_checkpoint::{
     Checkpoint, ExpertBiases, ExpertTensor, ExpertWeights, LayerRole, Role, TensorSpec, WriterOptions, encode,
 };
-use moe_checkpoint::{Dtype, ShardedWriter};
+use moe_checkpoint::{Dtype, Existing, Record, ShardedWriter, WriteOptions};
 use moe_core::ExpertOverlay;
 use moe_prune::{
-    Applied, ApplyOptions, Budget, EditSource, Edits, EditsFile, ExpertEdit, ExpertPruner, Export, ProtectionMask,
-    PrunePlan, Pruner, Scope, UnitPruner,
+    Budget, EditSource, Edits, EditsFile, ExpertEdit, ExpertPruner, PRUNE_METHOD, ProtectionMask, PruneForm,
+    PruneOptions, PrunePlan, PruneRecord, Pruner, Scope, UnitPruner,
 };
 use run::{difference, logits, overlaid_logits};
 use tempfile::tempdir;
@@ -64,9 +65,13 @@ impl ExpertOverlay for Edited {
     }
 }
 
-fn apply(plan: &PrunePlan, model: &Checkpoint, out: &Path, mode: Export, edits: Option<&dyn EditSource>) -> Checkpoint {
-    plan.apply(model, out, &ApplyOptions { edits, ..ApplyOptions::new(mode) }).unwrap();
+fn apply(plan: &PrunePlan, model: &Checkpoint, out: &Path, form: PruneForm<'_>, edits: Option<&Edits>) -> Checkpoint {
+    write_plan(plan, model, out, &PruneOptions { edits: shared(edits), ..PruneOptions::new(form) }).unwrap();
     Checkpoint::open(out).unwrap()
+}
+
+fn shared(edits: Option<&Edits>) -> Option<Arc<dyn EditSource>> {
+    edits.map(|edits| Arc::new(edits.clone()) as Arc<dyn EditSource>)
 }
 
 /// The same checkpoint with other values in some tensors, rounded to their dtype.
@@ -98,8 +103,8 @@ fn an_edited_export_is_the_pruned_one_edited_by_hand() {
         let model = Checkpoint::open(parity(name)).unwrap();
         let plan = plan(&model, Scope::Expert, 0.4);
         let edits = edits(&plan, false);
-        let pruned = apply(&plan, &model, &at("pruned"), Export::Uniform, None);
-        let edited = apply(&plan, &model, &at("edited"), Export::Uniform, Some(&edits));
+        let pruned = apply(&plan, &model, &at("pruned"), PruneForm::Uniform, None);
+        let edited = apply(&plan, &model, &at("edited"), PruneForm::Uniform, Some(&edits));
         let mut changes = Vec::new();
         for ((layer, expert), edit) in edits.experts() {
             changes.push((model.expert_tensor_name(layer, ExpertTensor::Down(expert)), edit.down.clone().unwrap()));
@@ -112,12 +117,13 @@ fn an_edited_export_is_the_pruned_one_edited_by_hand() {
         assert_eq!(logits(&at("edited")), logits(&at("by_hand")), "{name}");
         assert_ne!(logits(&at("edited")), logits(&at("pruned")), "{name}");
         // A masked and a ragged export hold the same numbers.
-        for mode in [Export::Masked, Export::Ragged] {
+        for mode in [PruneForm::Masked, PruneForm::Ragged] {
             let out = apply(&plan, &model, &at(mode.name()), mode, Some(&edits));
             let found = difference(&logits(out.dir()), &logits(edited.dir()));
             assert!(found < 1e-5, "{name} {mode}: {found}");
         }
-        let applied = Applied::load(edited.dir()).unwrap();
+        let record = Record::load(edited.dir()).unwrap();
+        let applied: PruneRecord = record.recipe(PRUNE_METHOD).unwrap().unwrap();
         assert_eq!(applied.edits, Some(edits.digest()));
     }
 }
@@ -146,8 +152,8 @@ fn biases_of_down_are_part_of_a_ragged_checkpoint() {
         without_router.set_expert(layer, 0, ExpertEdit { down: None, down_bias: Some(bias.clone()) });
         let edits = without_router;
 
-        apply(&plan, &model, &at("pruned"), Export::Ragged, None);
-        let out = apply(&plan, &model, &at("edited"), Export::Ragged, Some(&edits));
+        apply(&plan, &model, &at("pruned"), PruneForm::Ragged, None);
+        let out = apply(&plan, &model, &at("edited"), PruneForm::Ragged, Some(&edits));
         assert_eq!(out.raw_config()["moe_ragged"]["version"], 2);
         assert_eq!(out.config().moe(layer).unwrap().biases, ExpertBiases::Down);
         let novice = out.expert(layer, 0).unwrap();
@@ -167,26 +173,26 @@ fn biases_of_down_are_part_of_a_ragged_checkpoint() {
 
         // The ragged checkpoint is pruned further, its biases stay; no stock format has a place for them.
         let keep = PrunePlan::keep_all(out.shape(), out.fingerprint());
-        let copy = apply(&keep, &out, &at("copy"), Export::Ragged, None);
+        let copy = apply(&keep, &out, &at("copy"), PruneForm::Ragged, None);
         assert_eq!(contents(&copy), contents(&out));
         assert_eq!(copy.raw_config(), out.raw_config());
         let again = common::plan(&out, Scope::Layer, 0.2);
-        let twice = apply(&again, &out, &at("twice"), Export::Ragged, None);
+        let twice = apply(&again, &out, &at("twice"), PruneForm::Ragged, None);
         assert_eq!(twice.expert(layer, 0).unwrap().down_bias, out.expert(layer, 0).unwrap().down_bias);
-        let refused = |mode, plan: &PrunePlan, from: &Checkpoint, edits: Option<&dyn EditSource>| {
-            let options = ApplyOptions { edits, allow_unaligned: true, ..ApplyOptions::new(mode) };
-            plan.apply(from, &at("refused"), &options).unwrap_err().to_string()
+        let refused = |mode, plan: &PrunePlan, from: &Checkpoint, edits: Option<&Edits>| {
+            let options = PruneOptions { edits: shared(edits), allow_unaligned: true, ..PruneOptions::new(mode) };
+            write_plan(plan, from, &at("refused"), &options).unwrap_err().to_string()
         };
         let plan = common::plan(&model, Scope::Expert, 0.4);
         let edits = self::edits(&plan, true);
-        for mode in [Export::Uniform, Export::Masked] {
+        for mode in [PruneForm::Uniform, PruneForm::Masked] {
             let text = refused(mode, &plan, &model, Some(&edits));
             assert!(text.contains("export as ragged") && text.contains("expert 0 of layer"), "{text}");
         }
         // One width for all, but the biases are in the way.
-        let flat = apply(&plan, &model, &at("flat"), Export::Ragged, Some(&edits));
+        let flat = apply(&plan, &model, &at("flat"), PruneForm::Ragged, Some(&edits));
         let keep = PrunePlan::keep_all(flat.shape(), flat.fingerprint());
-        let text = refused(Export::Uniform, &keep, &flat, None);
+        let text = refused(PruneForm::Uniform, &keep, &flat, None);
         assert!(text.contains("have a bias on their output"), "{text}");
     }
 }
@@ -200,10 +206,10 @@ fn experts_with_biases_of_their_own_get_others_in_every_export() {
         let plan = plan(&model, Scope::Expert, 0.4);
         let mut edits = Edits::new();
         self::edits(&plan, true).experts().for_each(|((l, e), edit)| edits.set_expert(l, e, edit.clone()));
-        apply(&plan, &model, &at("pruned"), Export::Uniform, None);
+        apply(&plan, &model, &at("pruned"), PruneForm::Uniform, None);
         let expected =
             overlaid_logits(&at("pruned"), Edited { plan: plan.clone(), edits: edits.clone(), pruned: true });
-        for mode in [Export::Uniform, Export::Masked, Export::Ragged] {
+        for mode in [PruneForm::Uniform, PruneForm::Masked, PruneForm::Ragged] {
             let out = apply(&plan, &model, &at(mode.name()), mode, Some(&edits));
             let found = difference(&logits(out.dir()), &expected);
             assert!(found < 1e-5, "{name} {mode}: {found}");
@@ -224,7 +230,7 @@ fn edited_routers_lose_the_rows_of_removed_experts() {
     let plan =
         ExpertPruner::new().prune(&scores, model.shape(), Budget::Ratio(0.3), &ProtectionMask::none()).unwrap().plan;
     let edits = edits(&plan, false);
-    let out = apply(&plan, &model, &directory.path().join("out"), Export::Uniform, Some(&edits));
+    let out = apply(&plan, &model, &directory.path().join("out"), PruneForm::Uniform, Some(&edits));
     let (layer, weight) = edits.routers().next().unwrap();
     let hidden = model.shape().hidden_size;
     let kept = plan.layer(layer).unwrap().experts_kept();
@@ -242,7 +248,7 @@ fn fused_and_per_expert_layouts_take_edits_alike() {
     let fused = Checkpoint::open(&path).unwrap();
     let [a, b] = [("a", &model), ("b", &fused)].map(|(letter, from)| {
         let plan = plan(from, Scope::Expert, 0.4);
-        apply(&plan, from, &directory.path().join(letter), Export::Uniform, Some(&edits(&plan, false)))
+        apply(&plan, from, &directory.path().join(letter), PruneForm::Uniform, Some(&edits(&plan, false)))
     });
     for layer in &a.shape().layers {
         for expert in 0..layer.num_experts() {
@@ -258,7 +264,7 @@ fn no_edits_change_nothing() {
         let model = Checkpoint::open(parity(name)).unwrap();
         let keep = PrunePlan::keep_all(model.shape(), model.fingerprint());
         let out = directory.path().join(name.replace('/', "-"));
-        let copy = apply(&keep, &model, &out, Export::Uniform, Some(&Edits::new()));
+        let copy = apply(&keep, &model, &out, PruneForm::Uniform, Some(&Edits::new()));
         assert_eq!(contents(&copy), contents(&model));
         assert_eq!(copy.fingerprint(), model.fingerprint());
     }
@@ -273,21 +279,23 @@ fn an_interrupted_export_goes_on_with_the_same_edits_only() {
     let path = directory.path().join("edits.safetensors");
     edits.save(&path, &plan).unwrap();
     let file = EditsFile::open(&path, &plan).unwrap();
-    let options = ApplyOptions { max_shard_bytes: 300_000, edits: Some(&edits), ..ApplyOptions::new(Export::Ragged) };
+    let with = |edits| PruneOptions { edits, ..PruneOptions::new(PruneForm::Ragged) };
+    let options = with(shared(Some(&edits)));
+    let sharded = WriteOptions { max_shard_bytes: 300_000, ..Default::default() };
     let through = directory.path().join("through");
-    plan.apply(&model, &through, &options).unwrap();
+    write_plan_with(&plan, &model, &through, &options, &sharded).unwrap();
     let out = directory.path().join("out");
     let calls = Cell::new(0);
     let stop = |progress: &moe_prune::Progress<'_>| {
         calls.set(calls.get() + 1);
         if progress.done > progress.total / 2 { Err("stopped".into()) } else { Ok(()) }
     };
-    plan.apply(&model, &out, &ApplyOptions { progress: Some(&stop), ..options }).unwrap_err();
+    write_plan_with(&plan, &model, &out, &options, &WriteOptions { progress: Some(&stop), ..sharded }).unwrap_err();
     assert!(calls.get() > 1);
-    let none = ApplyOptions { resume: true, edits: None, ..options };
-    assert!(plan.apply(&model, &out, &none).is_err());
+    let resume = WriteOptions { existing: Existing::Resume, ..sharded };
+    assert!(write_plan_with(&plan, &model, &out, &with(None), &resume).is_err());
     // From memory or from a file: the digest is that of the values.
-    plan.apply(&model, &out, &ApplyOptions { resume: true, edits: Some(&file), ..options }).unwrap();
+    write_plan_with(&plan, &model, &out, &with(Some(Arc::new(file))), &resume).unwrap();
     assert_eq!(files(&out), files(&through));
 }
 
@@ -301,11 +309,11 @@ fn values_that_do_not_fit_are_named() {
     let mut edits = Edits::new();
     let down = vec![f32::MAX; model.shape().hidden_size * width];
     edits.set_expert(layer, 3, ExpertEdit { down: Some(down), down_bias: None });
-    let options = ApplyOptions { edits: Some(&edits), ..ApplyOptions::new(Export::Uniform) };
-    let text = keep.apply(&model, &directory.path().join("out"), &options).unwrap_err().to_string();
+    let options = PruneOptions { edits: shared(Some(&edits)), ..PruneOptions::new(PruneForm::Uniform) };
+    let text = write_plan(&keep, &model, &directory.path().join("out"), &options).unwrap_err().to_string();
     assert!(text.contains(&format!("layer {layer}, expert 3")) && text.contains("too large for BF16"), "{text}");
     edits.set_expert(layer, 3, ExpertEdit { down: Some(vec![1.0]), down_bias: None });
-    let options = ApplyOptions { edits: Some(&edits), ..ApplyOptions::new(Export::Uniform) };
-    let text = keep.apply(&model, &directory.path().join("other"), &options).unwrap_err().to_string();
+    let options = PruneOptions { edits: shared(Some(&edits)), ..PruneOptions::new(PruneForm::Uniform) };
+    let text = write_plan(&keep, &model, &directory.path().join("other"), &options).unwrap_err().to_string();
     assert!(text.contains("down has 1 values") && !directory.path().join("other.partial").exists(), "{text}");
 }

@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use common::{contents, every_checkpoint, magnitude, parity, plan, unrun};
-use moe_checkpoint::{Checkpoint, Dtype, ExpertWeights, LayerRole, Reduction, Role};
-use moe_prune::{ApplyOptions, Budget, ExpertPruner, Export, Mtp, ProtectionMask, PrunePlan, Pruner, Scope};
+use common::{contents, every_checkpoint, magnitude, parity, plan, unrun, write_plan, write_plan_with};
+use moe_checkpoint::{Checkpoint, Dtype, Existing, ExpertWeights, LayerRole, Reduction, Role, WriteOptions};
+use moe_prune::{Budget, ExpertPruner, Mtp, ProtectionMask, PruneForm, PruneOptions, PrunePlan, Pruner, Scope};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
@@ -61,9 +61,9 @@ fn units_go_alike_in_every_layout_and_export() {
     for (name, model) in checkpoints() {
         let plan = plan(&model, Scope::Expert, 0.5);
         assert!(plan.units_kept() < plan.shape.units(), "{name}");
-        let [uniform, ragged, masked] = [Export::Uniform, Export::Ragged, Export::Masked].map(|mode| {
+        let [uniform, ragged, masked] = [PruneForm::Uniform, PruneForm::Ragged, PruneForm::Masked].map(|mode| {
             let out = directory.path().join(format!("{name}-{mode}"));
-            let report = plan.apply(&model, &out, &ApplyOptions::new(mode)).unwrap();
+            let report = write_plan(&plan, &model, &out, &PruneOptions::new(mode)).unwrap();
             let result = Checkpoint::open(&out).unwrap();
             assert_eq!(report.bytes.after, result.bytes_on_disk(), "{name} {mode}");
             assert_eq!(report.parameters.after, result.parameters(), "{name} {mode}");
@@ -87,7 +87,7 @@ fn units_go_alike_in_every_layout_and_export() {
         // Back from ragged to one width.
         let back = directory.path().join(format!("{name}-back"));
         let keep = PrunePlan::keep_all(ragged.shape(), ragged.fingerprint());
-        keep.apply(&ragged, &back, &ApplyOptions::new(Export::Uniform)).unwrap();
+        write_plan(&keep, &ragged, &back, &PruneOptions::new(PruneForm::Uniform)).unwrap();
         let back = Checkpoint::open(back).unwrap();
         assert_eq!(back.raw_config(), uniform.raw_config(), "{name}");
         assert_eq!(back.expert(1, 0).unwrap(), uniform.expert(1, 0).unwrap());
@@ -106,7 +106,7 @@ fn shared_experts_follow_the_width_and_grow_by_zeros() {
         let model = Checkpoint::open(parity(name)).unwrap();
         assert_eq!(model.raw_config()[count_key], before);
         let out = directory.path().join(name.replace('/', "-"));
-        plan(&model, Scope::Expert, 0.4).apply(&model, &out, &ApplyOptions::new(Export::Uniform)).unwrap();
+        write_plan(&plan(&model, Scope::Expert, 0.4), &model, &out, &PruneOptions::new(PruneForm::Uniform)).unwrap();
         let out = Checkpoint::open(out).unwrap();
         assert_eq!(out.raw_config()["moe_intermediate_size"], 16);
         let shared = out.config().moe(1).unwrap().shared.as_ref().unwrap().intermediate_size;
@@ -132,9 +132,9 @@ fn experts_go_with_their_router_rows_and_biases() {
         // Where the router selects groups of two first, none can go: the ratio is rounded down to that.
         let plan = expert_plan(&model, 0.25).unwrap();
         assert_eq!(plan.kept[0].removed.is_empty(), model.config().routing.groups().is_some(), "{name}");
-        for mode in [Export::Uniform, Export::Ragged] {
+        for mode in [PruneForm::Uniform, PruneForm::Ragged] {
             let out = directory.path().join(format!("{name}-{mode}"));
-            let report = plan.apply(&model, &out, &ApplyOptions::new(mode)).unwrap();
+            let report = write_plan(&plan, &model, &out, &PruneOptions::new(mode)).unwrap();
             let out = Checkpoint::open(out).unwrap();
             assert_eq!(out.shape(), &plan.pruned_shape(), "{name}");
             assert_eq!(report.bytes.after, out.bytes_on_disk());
@@ -154,7 +154,8 @@ fn experts_go_with_their_router_rows_and_biases() {
             }
         }
         if !plan.kept[0].removed.is_empty() {
-            let error = plan.apply(&model, &directory.path().join("masked"), &ApplyOptions::new(Export::Masked));
+            let error =
+                write_plan(&plan, &model, &directory.path().join("masked"), &PruneOptions::new(PruneForm::Masked));
             assert!(error.unwrap_err().to_string().contains("the router would still choose them"));
         }
     }
@@ -172,7 +173,9 @@ fn groups_and_top_k_are_protected() {
         let achieved = 1.0 - plan.units_kept() as f64 / plan.shape.units() as f64;
         plan.ratio = moe_prune::Ratio { asked: achieved, achieved };
         let out = tempdir().unwrap();
-        plan.apply(&model, &out.path().join("out"), &ApplyOptions::new(Export::Ragged)).unwrap_err().to_string()
+        write_plan(&plan, &model, &out.path().join("out"), &PruneOptions::new(PruneForm::Ragged))
+            .unwrap_err()
+            .to_string()
     };
     let text = remove(&mut plan.clone(), &[0, 3]);
     assert!(text.contains("layer 1") && text.contains("[1, 1, 2, 2]"), "{text}");
@@ -248,9 +251,9 @@ fn mxfp4_experts_are_written_back_as_bf16() {
     assert_eq!(expert.gate_bias.as_ref().unwrap()[5], (3 * 64 + 10) as f32 / 64.0);
     let units: u64 = 3 * 4 * 32;
     let keep = PrunePlan::keep_all(model.shape(), model.fingerprint());
-    for mode in [Export::Uniform, Export::Masked, Export::Ragged] {
+    for mode in [PruneForm::Uniform, PruneForm::Masked, PruneForm::Ragged] {
         let out = directory.path().join(mode.name());
-        keep.apply(&model, &out, &ApplyOptions::new(mode)).unwrap();
+        write_plan(&keep, &model, &out, &PruneOptions::new(mode)).unwrap();
         let out = Checkpoint::open(out).unwrap();
         assert_eq!(out.quantisation(), None);
         assert_eq!(out.raw_config().get("quantization_config"), None);
@@ -282,7 +285,7 @@ fn fp8_blocks_are_written_back_as_bf16() {
     let model = save(&directory.path().join("fp8"), &config, &tensors);
     let keep = PrunePlan::keep_all(model.shape(), model.fingerprint());
     let out = directory.path().join("out");
-    keep.apply(&model, &out, &ApplyOptions::new(Export::Uniform)).unwrap();
+    write_plan(&keep, &model, &out, &PruneOptions::new(PruneForm::Uniform)).unwrap();
     let out = Checkpoint::open(out).unwrap();
     assert_eq!(out.raw_config().get("quantization_config"), None);
     assert!(out.tensors().all(|info| !info.name.ends_with("scale_inv")));
@@ -315,19 +318,20 @@ fn further_layers_are_kept_or_dropped_by_choice() {
     let keep = PrunePlan::keep_all(model.shape(), model.fingerprint());
     let apply = |plan: &PrunePlan, mode, mtp| {
         let out = directory.path().join("out");
-        let options = ApplyOptions { mtp, force: true, ..ApplyOptions::new(mode) };
-        plan.apply(&model, &out, &options).map(|_| Checkpoint::open(out).unwrap())
+        let options = PruneOptions { mtp, ..PruneOptions::new(mode) };
+        let force = WriteOptions { existing: Existing::Force, ..Default::default() };
+        write_plan_with(plan, &model, &out, &options, &force).map(|_| Checkpoint::open(out).unwrap())
     };
-    let text = apply(&plan, Export::Uniform, None).unwrap_err().to_string();
+    let text = apply(&plan, PruneForm::Uniform, None).unwrap_err().to_string();
     assert!(text.contains("model.layers.3.") && text.contains("kept, dropped or pruned"), "{text}");
-    let text = apply(&plan, Export::Uniform, Some(Mtp::Keep)).unwrap_err().to_string();
+    let text = apply(&plan, PruneForm::Uniform, Some(Mtp::Keep)).unwrap_err().to_string();
     assert!(text.contains("prune or drop them"), "{text}");
-    for mode in [Export::Ragged, Export::Masked] {
+    for mode in [PruneForm::Ragged, PruneForm::Masked] {
         let kept = apply(&plan, mode, Some(Mtp::Keep)).unwrap();
         assert_eq!(kept.mtp_tensors().count(), model.mtp_tensors().count());
     }
-    assert_eq!(apply(&keep, Export::Uniform, Some(Mtp::Keep)).unwrap().fingerprint(), model.fingerprint());
-    let dropped = apply(&plan, Export::Uniform, Some(Mtp::Drop)).unwrap();
+    assert_eq!(apply(&keep, PruneForm::Uniform, Some(Mtp::Keep)).unwrap().fingerprint(), model.fingerprint());
+    let dropped = apply(&plan, PruneForm::Uniform, Some(Mtp::Drop)).unwrap();
     assert_eq!(dropped.mtp_tensors().count(), 0);
     assert_eq!(dropped.raw_config()["num_nextn_predict_layers"], 0);
 }
@@ -346,7 +350,7 @@ fn text_models_are_pruned_inside_others_and_by_themselves() {
         let experts = expert_plan(&model, 0.25).unwrap();
         let [units, experts] = [("units", units), ("experts", experts)].map(|(kind, plan)| {
             let out = directory.path().join(format!("{name}-{kind}"));
-            plan.apply(&model, &out, &ApplyOptions::new(Export::Uniform)).unwrap();
+            write_plan(&plan, &model, &out, &PruneOptions::new(PruneForm::Uniform)).unwrap();
             Checkpoint::open(out).unwrap()
         });
         assert_eq!((&text(&units)["moe_intermediate_size"], &text(&units)["num_experts"]), (&json!(16), &json!(4)));
@@ -373,8 +377,8 @@ fn text_models_are_pruned_inside_others_and_by_themselves() {
         let model = save(&directory.path().join(format!("{name}-mtp")), &config, &tensors);
         assert_eq!((model.mtp_tensors().count(), model.config().mtp_layers), (count, 1));
         let out = directory.path().join(format!("{name}-dropped"));
-        let options = ApplyOptions { mtp: Some(Mtp::Drop), ..ApplyOptions::new(Export::Uniform) };
-        plan(&model, Scope::Expert, 0.4).apply(&model, &out, &options).unwrap();
+        let options = PruneOptions { mtp: Some(Mtp::Drop), ..PruneOptions::new(PruneForm::Uniform) };
+        write_plan(&plan(&model, Scope::Expert, 0.4), &model, &out, &options).unwrap();
         let dropped = Checkpoint::open(out).unwrap();
         assert_eq!((dropped.mtp_tensors().count(), &text(&dropped)[key]), (0, &json!(0)));
     }

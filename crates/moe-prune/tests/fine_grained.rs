@@ -7,10 +7,14 @@ mod common;
 mod run;
 
 use std::path::Path;
+use std::sync::Arc;
 
-use common::{fuse, magnitude, parity};
-use moe_checkpoint::{Checkpoint, GroupScore, LayerRole, Role};
-use moe_prune::{Applied, ApplyOptions, EditSource, Edits, ExpertEdit, Export, FineGrained, PrunePlan, Ratio, Scope};
+use common::{fuse, magnitude, parity, write_plan_with};
+use moe_checkpoint::{Checkpoint, Existing, GroupScore, LayerRole, Record, Role, WriteOptions};
+use moe_prune::{
+    EditSource, Edits, ExpertEdit, Export, FineGrained, PRUNE_METHOD, PruneForm, PruneOptions, PrunePlan, PruneRecord,
+    Ratio, Scope,
+};
 use run::{difference, logits};
 use tempfile::tempdir;
 
@@ -39,25 +43,24 @@ const FIXTURES: [&str; 21] = [
     "tf5/qwen3_moe",
 ];
 
-fn export<'a>(
+fn export(
     plan: &PrunePlan,
     model: &Checkpoint,
     out: &Path,
-    how: FineGrained<'a>,
-    edits: Option<&'a dyn EditSource>,
+    how: FineGrained<'_>,
+    edits: Option<&Edits>,
 ) -> moe_prune::Result<Checkpoint> {
-    let options = ApplyOptions {
-        fine_grained: Some(how),
-        edits,
-        allow_unaligned: true,
-        force: true,
-        ..ApplyOptions::new(Export::FineGrained)
-    };
-    let report = plan.apply(model, out, &options)?;
+    let edits = edits.map(|edits| Arc::new(edits.clone()) as Arc<dyn EditSource>);
+    let options = PruneOptions { edits, allow_unaligned: true, ..PruneOptions::new(PruneForm::FineGrained(how)) };
+    let report = write_plan_with(plan, model, out, &options, &force())?;
     let out = Checkpoint::open(out).unwrap();
     assert_eq!(report.bytes.after, out.bytes_on_disk());
     assert_eq!(report.parameters.after, out.parameters());
     Ok(out)
+}
+
+fn force() -> WriteOptions<'static> {
+    WriteOptions { existing: Existing::Force, ..Default::default() }
 }
 
 fn keep_all(model: &Checkpoint) -> PrunePlan {
@@ -160,7 +163,7 @@ fn pieces_hold_the_dealt_units_with_scaled_down_columns() {
             }
         }
     }
-    let applied = Applied::load(out.dir()).unwrap();
+    let applied: PruneRecord = Record::load(out.dir()).unwrap().recipe(PRUNE_METHOD).unwrap().unwrap();
     assert_eq!(applied.export, Export::FineGrained);
     assert_eq!((applied.pieces, applied.scales.as_ref()), (Some(4), Some(&scales)));
     assert_eq!(applied.report.layers[0].written, 16);
@@ -255,8 +258,9 @@ fn edits_go_into_the_pieces() {
             }
         }
         let uniform = directory.path().join("uniform");
-        let options = ApplyOptions { edits: Some(&edits), force: true, ..ApplyOptions::new(Export::Uniform) };
-        plan.apply(&model, &uniform, &options).unwrap();
+        let shared = Some(Arc::new(edits.clone()) as Arc<dyn EditSource>);
+        let options = PruneOptions { edits: shared, ..PruneOptions::new(PruneForm::Uniform) };
+        write_plan_with(&plan, &model, &uniform, &options, &force()).unwrap();
         let out = export(&plan, &model, &directory.path().join("out"), FineGrained::new(2), Some(&edits)).unwrap();
         let found = difference(&logits(out.dir()), &logits(&uniform));
         assert!(found < 2e-5, "{name}: {found}");
@@ -305,14 +309,57 @@ fn what_cannot_be_expressed_is_refused() {
     let text = refused(&grouped, &Checkpoint::open(parity("tf5/deepseek_v2_group")).unwrap(), FineGrained::new(2));
     assert!(text.contains("[3, 4, 4, 4] pieces"), "{text}");
 
-    // Without the options of the mode, and widths that grouped products do not take.
-    let options = ApplyOptions::new(Export::FineGrained);
-    let text = keep.apply(&model, &out, &options).unwrap_err().to_string();
-    assert!(text.contains("`fine_grained`"), "{text}");
-    let options = ApplyOptions { fine_grained: Some(FineGrained::new(2)), ..options };
-    let text = keep.apply(&model, &out, &options).unwrap_err().to_string();
-    assert!(text.contains("width 12 is not a multiple of 8"), "{text}");
     assert!(!out.exists() && !directory.path().join("out.partial").exists());
+}
+
+#[test]
+fn pieces_that_grouped_products_cannot_run_get_units_of_zeros() {
+    let directory = tempdir().unwrap();
+    // Pieces of 12, 6 and 3 units: none is a multiple of 8. Biases of units, shared experts in widths of a routed one, fused experts.
+    for name in ["tf5/qwen2_moe_bf16", "tf5/gpt_oss", "tf5/deepseek_v3", "tf5/granitemoe"] {
+        let model = Checkpoint::open(parity(name)).unwrap();
+        let expected = logits(model.dir());
+        let whole = model.shape().uniform_width().unwrap();
+        for pieces in [2, 4, 8].into_iter().filter(|pieces| whole.is_multiple_of(*pieces)) {
+            let (how, out) = (FineGrained::new(pieces), directory.path().join("out"));
+            let options = PruneOptions::new(PruneForm::FineGrained(how));
+            let report = write_plan_with(&keep_all(&model), &model, &out, &options, &force()).unwrap();
+            let units = whole / pieces;
+            let width = units.next_multiple_of(8);
+            let padded =
+                report.notes.iter().any(|note| note.contains(&format!("pieces of {units} units are {width} wide")));
+            assert_eq!(padded, units != width, "{name}: {:?}", report.notes);
+            let written = Checkpoint::open(&out).unwrap();
+            assert_eq!(written.shape().uniform_width(), Some(width), "{name}");
+            let found = difference(&logits(&out), &expected);
+            assert!(found < 2e-2, "{name}, {pieces} pieces: {found}");
+            // The zeros are all that tells it from pieces as wide as they are.
+            let bare = directory.path().join("bare");
+            export(&keep_all(&model), &model, &bare, how, None).unwrap();
+            let found = difference(&logits(&out), &logits(&bare));
+            assert!(found < 1e-6, "{name}, {pieces} pieces: {found}");
+        }
+    }
+}
+
+#[test]
+fn a_ratio_that_leaves_too_few_pieces_is_known_before_any_score() {
+    let model = Checkpoint::open(parity("tf5/qwen3_moe")).unwrap();
+    let (how, scores) = (FineGrained::new(4), magnitude(&model));
+    for ratio in [0.1, 0.3, 0.5, 0.7, 0.9] {
+        let before = how.check(&model, ratio).map_err(|error| error.to_string());
+        let after = how.prune(&scores, &model, ratio).map(drop).map_err(|error| error.to_string());
+        assert_eq!(before, after, "{ratio}");
+    }
+    assert!(how.check(&model, 0.9).is_err() && how.check(&model, 0.1).is_ok());
+    for name in FIXTURES {
+        let model = Checkpoint::open(parity(name)).unwrap();
+        for (pieces, ratio) in [(2, 0.3), (4, 0.6), (3, 0.2)] {
+            let how = FineGrained::new(pieces);
+            let before = how.check(&model, ratio).is_ok();
+            assert_eq!(before, how.prune(&magnitude(&model), &model, ratio).is_ok(), "{name}, {pieces}, {ratio}");
+        }
+    }
 }
 
 #[test]

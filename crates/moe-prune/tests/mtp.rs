@@ -8,10 +8,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{contents, parity};
+use common::{contents, parity, write_plan};
 use moe_checkpoint::{Checkpoint, Dtype, Reduction, ScoreTable};
 use moe_prune::{
-    ApplyOptions, Budget, ExpertPruner, Export, FineGrained, Mtp, ProtectionMask, PrunePlan, Pruner, Scope, UnitPruner,
+    Budget, ExpertPruner, FineGrained, Mtp, ProtectionMask, PruneForm, PruneOptions, PrunePlan, Pruner, Scope,
+    UnitPruner,
 };
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
@@ -95,11 +96,11 @@ fn cases() -> Vec<Case> {
 fn check(
     model: &Checkpoint,
     plan: &PrunePlan,
-    options: &ApplyOptions<'_>,
+    options: &PruneOptions<'_>,
     out: &Path,
     (source, further): (&str, &str),
 ) {
-    let report = plan.apply(model, out, options).unwrap();
+    let report = write_plan(plan, model, out, options).unwrap();
     let out = Checkpoint::open(out).unwrap();
     assert_eq!(report.bytes.after, out.bytes_on_disk());
     let tensors = contents(&out);
@@ -125,23 +126,25 @@ fn a_copy_of_a_decoder_layer_becomes_what_that_becomes() {
         assert!(model.mtp_tensors().count() > 0);
         let scores = products(&model);
         let (shape, none) = (model.shape(), ProtectionMask::none());
-        let options = |mode| ApplyOptions { mtp: Some(Mtp::Prune), allow_unaligned: true, ..ApplyOptions::new(mode) };
+        let options = |mode| PruneOptions { mtp: Some(Mtp::Prune), allow_unaligned: true, ..PruneOptions::new(mode) };
         let names = (source, further);
 
         let units = UnitPruner::new(Scope::Expert).prune(&scores, shape, Budget::Ratio(0.5), &none).unwrap().plan;
-        check(&model, &units, &options(Export::Uniform), &at("units"), names);
+        check(&model, &units, &options(PruneForm::Uniform), &at("units"), names);
 
         let groups = model.config().routing.groups().map_or(1, |groups| groups.count);
         let experts = scores.to_experts(Reduction::Sum).unwrap();
         let pruner = ExpertPruner::new().groups(groups);
         let experts = pruner.prune(&experts, shape, Budget::Ratio(0.25), &none).unwrap().plan;
-        check(&model, &experts, &options(Export::Uniform), &at("experts"), names);
+        check(&model, &experts, &options(PruneForm::Uniform), &at("experts"), names);
 
         let how = FineGrained { top_k: Some(2), ..FineGrained::new(2) };
         let ratio = if groups > 1 { 0.1 } else { 0.4 };
         let pieces = how.prune(&scores, &model, ratio).unwrap();
-        let options = ApplyOptions { fine_grained: Some(how), ..options(Export::FineGrained) };
-        check(&model, &pieces, &options, &at("pieces"), names);
+        check(&model, &pieces, &options(PruneForm::FineGrained(how)), &at("pieces"), names);
+        // With units of zeros, which the further layer gets, too.
+        let padded = PruneOptions { allow_unaligned: false, ..options(PruneForm::FineGrained(how)) };
+        check(&model, &pieces, &padded, &at("padded"), names);
     }
 }
 
@@ -152,10 +155,10 @@ fn what_cannot_be_pruned_alike_is_refused() {
     let model = with_further_layer(&from, source, further, key, &directory.path().join("model"));
     let plan = common::plan(&model, Scope::Expert, 0.5);
     let refused = |model: &Checkpoint, plan: &PrunePlan, mode| {
-        let options = ApplyOptions { mtp: Some(Mtp::Prune), ..ApplyOptions::new(mode) };
-        plan.apply(model, &directory.path().join("out"), &options).unwrap_err().to_string()
+        let options = PruneOptions { mtp: Some(Mtp::Prune), ..PruneOptions::new(mode) };
+        write_plan(plan, model, &directory.path().join("out"), &options).unwrap_err().to_string()
     };
-    for mode in [Export::Ragged, Export::Masked] {
+    for mode in [PruneForm::Ragged, PruneForm::Masked] {
         let text = refused(&model, &plan, mode);
         assert!(text.contains("keep them") && text.contains("model.layers.3."), "{text}");
     }
@@ -167,22 +170,18 @@ fn what_cannot_be_pruned_alike_is_refused() {
     let bytes = narrow.2.len() * narrow.1[0] / (narrow.1[0] + 8);
     narrow.2.truncate(bytes);
     let other = save(&directory.path().join("narrow"), &config, &tensors);
-    let text = refused(&other, &common::plan(&other, Scope::Expert, 0.5), Export::Uniform);
+    let text = refused(&other, &common::plan(&other, Scope::Expert, 0.5), PruneForm::Uniform);
     assert!(text.contains("`model.layers.3` are not the 8 of width 24"), "{text}");
     let tensor = tensors.remove(name).unwrap();
     tensors.insert("model.mtp_block.0.mlp.experts.5.up_proj.weight".into(), tensor);
     let other = save(&directory.path().join("unnamed"), &config, &tensors);
-    let text = refused(&other, &common::plan(&other, Scope::Expert, 0.5), Export::Uniform);
+    let text = refused(&other, &common::plan(&other, Scope::Expert, 0.5), PruneForm::Uniform);
     assert!(text.contains("cannot be told"), "{text}");
     // Fine-grained exports cannot leave such experts as they are.
     let how = FineGrained { top_k: Some(2), ..FineGrained::new(2) };
-    let options = ApplyOptions {
-        mtp: Some(Mtp::Keep),
-        fine_grained: Some(how),
-        allow_unaligned: true,
-        ..ApplyOptions::new(Export::FineGrained)
-    };
+    let options =
+        PruneOptions { mtp: Some(Mtp::Keep), allow_unaligned: true, ..PruneOptions::new(PruneForm::FineGrained(how)) };
     let keep = PrunePlan::keep_all(model.shape(), model.fingerprint());
-    let text = keep.apply(&model, &directory.path().join("out"), &options).unwrap_err().to_string();
+    let text = write_plan(&keep, &model, &directory.path().join("out"), &options).unwrap_err().to_string();
     assert!(text.contains("prune or drop them"), "{text}");
 }

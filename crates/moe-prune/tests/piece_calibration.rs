@@ -18,7 +18,6 @@ use moe_core::trace::{ExpertTrace, LayerTrace, Observer, Signals};
 use moe_core::{Engine, EngineOptions, Model};
 use moe_prune::{EditSource, Edits, ExpertEdit, FineGrained, PrunePlan, ScaleCalibration, ScaleFit, TrialOptions};
 use run::wave;
-use tempfile::tempdir;
 
 fn open(name: &str) -> Model {
     Model::new(Arc::new(Checkpoint::open(parity(name)).unwrap()), &device("flex").unwrap(), None).unwrap()
@@ -177,7 +176,6 @@ fn kept_units_and_edits_count() {
 
 #[test]
 fn numbers_of_pieces_per_token_are_tried_in_one_pass() {
-    let directory = tempdir().unwrap();
     let model = open("tf5/qwen3_moe");
     let checkpoint = model.checkpoint();
     let plan = PrunePlan::keep_all(checkpoint.shape(), checkpoint.fingerprint());
@@ -189,7 +187,6 @@ fn numbers_of_pieces_per_token_are_tried_in_one_pass() {
         calibration: &waves,
         comparison: &waves,
         teacher_tokens: 1000,
-        scratch: &directory.path().join("trial"),
     };
     let trials = FineGrained::new(2).try_top_k(&model, &plan, &options).unwrap();
     assert_eq!(trials.iter().map(|trial| trial.top_k).collect::<Vec<_>>(), [6, 3, 1]);

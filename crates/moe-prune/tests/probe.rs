@@ -9,16 +9,16 @@ mod run;
 
 use std::sync::Arc;
 
-use common::{magnitude, parity, plan};
+use common::{magnitude, parity, plan, write_plan};
 use moe_checkpoint::{Checkpoint, Reduction};
 use moe_core::data::{Sequence, Wave};
 use moe_core::device::device;
 use moe_core::evaluate::divergence;
 use moe_core::{Engine, EngineOptions, Model, TeacherLogits};
 use moe_prune::{
-    Allocator, AllocatorConfig, ApplyOptions, Budget, CurveSource, DistortionCurves, EngineProbe, Evolution,
-    ExpertEdit, ExpertLimits, ExpertPruner, Export, Global, Limits, ModelProbe, NovicePruner, PlanOverlay,
-    ProbeOptions, ProtectionMask, PrunePlan, PruneRequest, Pruner, RateDistortion, Rco, Scope, Statistic, SubsetPruner,
+    Allocator, AllocatorConfig, Budget, CurveSource, DistortionCurves, EngineProbe, Evolution, ExpertEdit,
+    ExpertLimits, ExpertPruner, Global, Limits, ModelProbe, NovicePruner, PlanOverlay, ProbeOptions, ProtectionMask,
+    PruneForm, PruneOptions, PrunePlan, PruneRequest, Pruner, RateDistortion, Rco, Scope, Statistic, SubsetPruner,
     UnitPruner, Within,
 };
 use run::{difference, logits, logits_of, wave};
@@ -59,20 +59,21 @@ fn an_overlay_is_the_applied_checkpoint() {
         let model = open(name);
         let checkpoint = model.checkpoint().clone();
         let mut plans = vec![
-            ("uniform units", plan(&checkpoint, Scope::Expert, 0.4), Export::Uniform),
-            ("ragged units", plan(&checkpoint, Scope::Global, 0.5), Export::Ragged),
-            ("masked units", plan(&checkpoint, Scope::Layer, 0.6), Export::Masked),
+            ("uniform units", plan(&checkpoint, Scope::Expert, 0.4), PruneForm::Uniform),
+            ("ragged units", plan(&checkpoint, Scope::Global, 0.5), PruneForm::Ragged),
+            ("masked units", plan(&checkpoint, Scope::Layer, 0.6), PruneForm::Masked),
         ];
         let experts = expert_plan(&checkpoint, AllocatorConfig::Uniform(Default::default()), 0.5);
         // Routing by groups of two leaves nothing to remove where groups are ranked by their two best.
         if let Ok(plan) = experts {
-            plans.push(("experts", plan, Export::Ragged));
+            plans.push(("experts", plan, PruneForm::Ragged));
         } else {
             assert!(checkpoint.config().routing.groups().is_some(), "{name}");
         }
         for (what, plan, mode) in plans {
             let out = directory.path().join(format!("{}-{}", name.replace('/', "-"), what.replace(' ', "-")));
-            plan.apply(&checkpoint, &out, &ApplyOptions { allow_unaligned: true, ..ApplyOptions::new(mode) }).unwrap();
+            write_plan(&plan, &checkpoint, &out, &PruneOptions { allow_unaligned: true, ..PruneOptions::new(mode) })
+                .unwrap();
             let seen = logits_of(&PlanOverlay::new(&plan).of(&model).unwrap());
             let found = difference(&seen, &logits(&out));
             assert!(found < 2e-5, "{name}, {what}: {found}");
@@ -95,15 +96,16 @@ fn an_expert_count_per_layer_is_ragged_only() {
     let found = pruner.prune(&uneven, checkpoint.shape(), Budget::Ratio(0.2), &none).unwrap();
     assert_eq!(found.allocation.uniform_experts(), None);
     let out = directory.path().join("out");
-    let error = found.plan.apply(&checkpoint, &out, &ApplyOptions::new(Export::Uniform)).unwrap_err().to_string();
+    let error =
+        write_plan(&found.plan, &checkpoint, &out, &PruneOptions::new(PruneForm::Uniform)).unwrap_err().to_string();
     assert!(error.contains("one number of experts for all layers") && error.contains("ragged"), "{error}");
-    found.plan.apply(&checkpoint, &out, &ApplyOptions::new(Export::Ragged)).unwrap();
+    write_plan(&found.plan, &checkpoint, &out, &PruneOptions::new(PruneForm::Ragged)).unwrap();
     let seen = logits_of(&PlanOverlay::new(&found.plan).of(&model).unwrap());
     assert!(difference(&seen, &logits(&out)) < 2e-5);
 }
 
 #[test]
-fn edits_are_part_of_an_overlay() {
+fn edits_are_part_of_the_model_of_a_plan() {
     let directory = tempdir().unwrap();
     for name in ["tf5/qwen2_moe_bf16", "tf5/gpt_oss", "tf5/deepseek_v3"] {
         let model = open(name);
@@ -125,16 +127,16 @@ fn edits_are_part_of_an_overlay() {
             edits.set_router(layer.layer, weight);
         }
         let out = directory.path().join(name.replace('/', "-"));
-        let options = ApplyOptions { edits: Some(&edits), ..ApplyOptions::new(Export::Ragged) };
-        plan.apply(&checkpoint, &out, &options).unwrap();
-        let overlay = PlanOverlay::with_edits(&plan, Arc::new(edits.clone()), &checkpoint).unwrap();
-        let seen = logits_of(&overlay.of(&model).unwrap());
-        let found = difference(&seen, &logits(&out));
-        assert!(found < 2e-5, "{name}: {found}");
+        let shared: Arc<dyn moe_prune::EditSource> = Arc::new(edits);
+        let options = PruneOptions { edits: Some(shared), ..PruneOptions::new(PruneForm::Ragged) };
+        write_plan(&plan, &checkpoint, &out, &options).unwrap();
+        let pruned = plan.on(&checkpoint, &options).unwrap();
+        let seen = logits_of(&Model::new(pruned.model().clone(), model.device(), None).unwrap());
+        assert_eq!(seen, logits(&out), "{name}");
         let plain = logits_of(&PlanOverlay::new(&plan).of(&model).unwrap());
         assert!(difference(&seen, &plain) > 1e-3, "{name}: the edits change nothing");
         let narrower = common::plan(&checkpoint, Scope::Expert, 0.5);
-        let refused = PlanOverlay::with_edits(&narrower, Arc::new(edits), &checkpoint);
+        let refused = narrower.on(&checkpoint, &options);
         assert!(refused.is_err_and(|error| error.to_string().contains("down has")), "{name}");
     }
 }

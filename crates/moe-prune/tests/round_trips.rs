@@ -10,11 +10,11 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use common::{contents, magnitude, parity};
+use common::{contents, magnitude, parity, write_plan};
 use moe_checkpoint::{Checkpoint, Reduction};
 use moe_core::device::device;
 use moe_core::{Model, RemoveExperts};
-use moe_prune::{ApplyOptions, Budget, ExpertPruner, Export, ProtectionMask, PrunePlan, Pruner, Scope, UnitPruner};
+use moe_prune::{Budget, ExpertPruner, ProtectionMask, PruneForm, PruneOptions, PrunePlan, Pruner, Scope, UnitPruner};
 use run::{difference, logits, logits_of};
 use tempfile::tempdir;
 
@@ -48,8 +48,8 @@ fn experts_leave_their_groups_evenly_and_the_rest_is_routed_as_without_them() {
         let whole = Model::open(model.dir(), &device("flex").unwrap(), None).unwrap();
         let expected = logits_of(&whole.with_overlays(None, Some(Arc::new(removed))).unwrap());
         assert!(difference(&logits(model.dir()), &expected) > 1e-3, "{name}: nothing has changed");
-        for mode in [Export::Uniform, Export::Ragged] {
-            plan.apply(&model, &at(mode.name()), &ApplyOptions::new(mode)).unwrap();
+        for mode in [PruneForm::Uniform, PruneForm::Ragged] {
+            write_plan(&plan, &model, &at(mode.name()), &PruneOptions::new(mode)).unwrap();
             let found = difference(&logits(&at(mode.name())), &expected);
             assert!(found < 1e-5, "{name} {mode}: {found}");
         }
@@ -58,8 +58,8 @@ fn experts_leave_their_groups_evenly_and_the_rest_is_routed_as_without_them() {
         let text = match half {
             Err(error) => error.to_string(),
             Ok(half) => {
-                let options = ApplyOptions::new(Export::Uniform);
-                half.plan.apply(&model, &at("half"), &options).unwrap_err().to_string()
+                let options = PruneOptions::new(PruneForm::Uniform);
+                write_plan(&half.plan, &model, &at("half"), &options).unwrap_err().to_string()
             }
         };
         assert!(text.contains('3'), "{text}");
@@ -86,7 +86,7 @@ fn experts_without_units_and_empty_layers_go_round() {
     ] {
         let at = |what: &str| directory.path().join(format!("{}-{what}", name.replace('/', "-")));
         let apply = |plan: &PrunePlan, from: &Checkpoint, what: &str, mode| {
-            plan.apply(from, &at(what), &ApplyOptions::new(mode)).unwrap();
+            write_plan(&plan, from, &at(what), &PruneOptions::new(mode)).unwrap();
             Checkpoint::open(at(what)).unwrap()
         };
         let model = Checkpoint::open(parity(name)).unwrap();
@@ -112,8 +112,8 @@ fn experts_without_units_and_empty_layers_go_round() {
         assert!(last == 0 || plan.kept[last].experts.iter().all(Vec::is_empty), "{name}");
         assert!(plan.kept.iter().all(|kept| kept.experts[0].is_empty() && kept.removed.is_empty()), "{name}");
 
-        let ragged = apply(&plan, &model, "ragged", Export::Ragged);
-        let masked = apply(&plan, &model, "masked", Export::Masked);
+        let ragged = apply(&plan, &model, "ragged", PruneForm::Ragged);
+        let masked = apply(&plan, &model, "masked", PruneForm::Masked);
         let expected = logits(masked.dir());
         let found = difference(&logits(ragged.dir()), &expected);
         // Other sums where units are left out, and BF16 products in another order.
@@ -122,11 +122,11 @@ fn experts_without_units_and_empty_layers_go_round() {
 
         // Once more as it is, and pruned further: from the ragged checkpoint as from the masked one.
         let keep = PrunePlan::keep_all(ragged.shape(), ragged.fingerprint());
-        let copy = apply(&keep, &ragged, "copy", Export::Ragged);
+        let copy = apply(&keep, &ragged, "copy", PruneForm::Ragged);
         assert_eq!(contents(&copy), contents(&ragged), "{name}");
         assert_eq!((copy.raw_config(), copy.fingerprint()), (ragged.raw_config(), ragged.fingerprint()));
         let again = prune(&magnitude(&ragged), &ragged, 0.3);
-        let twice = apply(&again, &ragged, "twice", Export::Ragged);
+        let twice = apply(&again, &ragged, "twice", PruneForm::Ragged);
         let mut together = plan.clone();
         for (kept, again) in together.kept.iter_mut().zip(&again.kept) {
             for (units, again) in kept.experts.iter_mut().zip(&again.experts) {
@@ -134,11 +134,12 @@ fn experts_without_units_and_empty_layers_go_round() {
             }
         }
         together.ratio.achieved = 1.0 - together.units_kept() as f64 / units as f64;
-        let direct = apply(&together, &model, "direct", Export::Ragged);
+        let direct = apply(&together, &model, "direct", PruneForm::Ragged);
         assert_eq!(contents(&twice), contents(&direct), "{name}");
         assert_eq!(twice.raw_config(), direct.raw_config(), "{name}");
         // There is no one width to go back to.
-        let text = keep.apply(&ragged, &at("uniform"), &ApplyOptions::new(Export::Uniform)).unwrap_err().to_string();
+        let text =
+            write_plan(&keep, &ragged, &at("uniform"), &PruneOptions::new(PruneForm::Uniform)).unwrap_err().to_string();
         assert!(text.contains("one width") || text.contains("any unit"), "{text}");
     }
 }

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use moe_importance::scorers::Criterion;
-use moe_prune::{Export, Scope};
+use moe_prune::{Export, Mtp, Scope};
 
 use crate::{Error, Result, TINY_MOE, cli};
 
@@ -40,6 +40,9 @@ pub struct Arguments {
     /// uniform (stock loaders), ragged or masked (stock loaders, zeros) [default: uniform for scope expert, else ragged]
     #[arg(long)]
     pub export: Option<Export>,
+    /// What becomes of layers that predict further tokens, in models that have them: keep, drop or prune
+    #[arg(long)]
+    pub mtp: Option<Mtp>,
     /// Directory for everything that is written [default: out/fisher_prune_qwen, replacing an earlier run there]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,

@@ -8,7 +8,7 @@ use moe_core::trace::Observer;
 use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::scorers::{Activation, Combine, Fisher, Magnitude, Random, RouterQuantity, RouterScore};
 use moe_importance::{Collection, Scorer, ScorerConfig, StatisticId};
-use moe_prune::Export;
+use moe_prune::{Export, PruneOptions};
 use serde_json::{Value, json};
 
 use super::arguments::{Arguments, DEFAULT_OUT};
@@ -30,6 +30,8 @@ pub struct Job {
     pub arguments: Arguments,
     /// How pruned checkpoints are written.
     pub export: Export,
+    /// The same, with everything else that is said of it.
+    pub options: PruneOptions<'static>,
     /// The model, its weights unread.
     pub model: Model,
     /// Its tokenizer, unless the directory has none.
@@ -74,6 +76,10 @@ impl Job {
             let reason = "no routed experts to prune: not a Mixture-of-Experts model";
             return Err(Error::Invalid(format!("{}: {reason}", dir.display())));
         }
+        let export = arguments.export.unwrap_or(Export::Ragged);
+        let form = export.form().ok_or_else(|| Error::Usage(format!("--export {export}: see fine_grained")))?;
+        let options = PruneOptions { mtp: arguments.mtp, ..PruneOptions::new(form) };
+        options.check(&checkpoint)?;
         let vocab_size = checkpoint.config().vocab_size;
         let tokenizer = match dir.join("tokenizer.json").exists() {
             true => Some(Tokenizer::from_dir(&dir)?),
@@ -89,14 +95,14 @@ impl Job {
                 ..EvalOptions::default()
             };
         let evals = EvalFile::load_all(&arguments.eval, &eval, tokenizer.as_ref(), checkpoint.config())?;
-        let options = DatasetOptions {
+        let data_options = DatasetOptions {
             samples: Some(arguments.samples),
             length: arguments.length,
             seed: arguments.seed,
             ..DatasetOptions::default()
         };
         let file = arguments.calibration.clone().unwrap_or_default();
-        let calibration = Dataset::load(&file, tokenizer.as_ref(), vocab_size, &options)?;
+        let calibration = Dataset::load(&file, tokenizer.as_ref(), vocab_size, &data_options)?;
         let wave_options = WaveOptions::Tokens(arguments.wave_tokens);
         let waves = calibration.waves(wave_options);
 
@@ -113,9 +119,20 @@ impl Job {
         for eval in &evals {
             eval.check_memory(&model, wave_options)?;
         }
-        let export = arguments.export.unwrap_or(Export::Ragged);
-        let job =
-            Self { export, model, tokenizer, calibration, waves, evals, methods, collection, out, existing, arguments };
+        let job = Self {
+            export,
+            options,
+            model,
+            tokenizer,
+            calibration,
+            waves,
+            evals,
+            methods,
+            collection,
+            out,
+            existing,
+            arguments,
+        };
         if existing == Existing::Resume {
             job.out.check_resumable(&job.recipe())?;
         }

@@ -2,8 +2,10 @@
 
 use std::path::PathBuf;
 
-use moe_checkpoint::ScoreTable;
-use moe_prune::{Applied, ApplyOptions, Budget, Export, ProtectionMask, PrunePlan, Pruner, Report, Scope, UnitPruner};
+use moe_checkpoint::{Existing, Record, ScoreTable, WriteOptions, write as write_model};
+use moe_prune::{
+    Budget, Export, PRUNE_METHOD, ProtectionMask, PrunePlan, PruneRecord, Pruner, Report, Scope, SharedSets, UnitPruner,
+};
 
 use super::job::Job;
 use crate::progress::{Progress, Unit};
@@ -35,11 +37,16 @@ pub fn plans(job: &Job, tables: &[ScoreTable]) -> Result<Vec<(&'static str, f64,
         // only stock loaders of smaller matrices care about multiples
         pruner = pruner.round_to(1);
     }
-    let shape = job.model.checkpoint().shape();
+    let checkpoint = job.model.checkpoint();
+    let (shape, shared, none) = (checkpoint.shape(), SharedSets::of(checkpoint), ProtectionMask::none());
     let mut plans = Vec::new();
     for (method, table) in job.methods.iter().zip(tables) {
         for &ratio in &job.arguments.ratio {
-            let plan = pruner.prune(table, shape, Budget::Ratio(ratio), &ProtectionMask::none())?.plan;
+            let budget = Budget::Ratio(ratio);
+            let plan = match &shared {
+                Some(shared) => shared.prune(&pruner, table, budget, &none)?,
+                None => pruner.prune(table, shape, budget, &none)?.plan,
+            };
             plans.push((method.name, ratio, plan));
         }
     }
@@ -60,23 +67,30 @@ pub fn write(job: &Job, plans: Vec<(&'static str, f64, PrunePlan)>, progress: Pr
         }
         let dir = job.out.checkpoint(method, ratio);
         let report = if dir.exists() {
-            let applied = Applied::load(&dir)?;
-            if applied.plan != plan || applied.export != job.export {
+            let applied: Option<PruneRecord> = Record::load(&dir)?.recipe(PRUNE_METHOD)?;
+            let applied = applied.filter(|applied| {
+                applied.plan.digest() == plan.digest()
+                    && applied.export == job.export
+                    && applied.mtp == job.arguments.mtp
+            });
+            let Some(applied) = applied else {
                 let advice = "choose another --out, or --force to begin anew";
                 let path = dir.display();
                 return Err(Error::Invalid(format!("{path}: a checkpoint of another plan or export; {advice}")));
-            }
+            };
             applied.report
         } else {
             let bar = progress.bar(format!("writing {method}-{ratio}"), 0, Unit::Bytes);
-            let tell = |at: &moe_prune::Progress<'_>| {
+            let tell = |at: &moe_checkpoint::Progress<'_>| {
                 bar.total(at.total);
                 bar.at(at.done);
                 Ok(())
             };
-            let resume = job.arguments.resume;
-            let options = ApplyOptions { resume, progress: Some(&tell), ..ApplyOptions::new(job.export) };
-            plan.apply(checkpoint, &dir, &options)?
+            let existing = if job.arguments.resume { Existing::Resume } else { Existing::Refuse };
+            let options = WriteOptions { existing, progress: Some(&tell), ..WriteOptions::default() };
+            let pruned = plan.on(checkpoint, &job.options)?;
+            write_model(pruned.model(), &dir, &options)?;
+            pruned.report().clone()
         };
         written.push(PrunedModel { method, ratio, dir, plan, report });
     }

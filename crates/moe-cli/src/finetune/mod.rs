@@ -7,12 +7,12 @@ mod report;
 
 use std::path::PathBuf;
 
-use moe_checkpoint::{Existing, Provenance, write_atomic};
+use moe_checkpoint::{Existing, Provenance, WriteOptions, write, write_atomic};
 use moe_core::data::{Dataset, DatasetOptions, EvalSet, LossOver, Tokenizer, Wave, WaveOptions};
 use moe_core::evaluate::{EvaluateOptions, Evaluation, evaluate};
 use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::{Collection, Scorer, collect, scorers::Fisher};
-use moe_prune::{ApplyOptions, Budget, Export, ProtectionMask, Pruner, Scope, UnitPruner};
+use moe_prune::{Budget, ProtectionMask, PruneForm, PruneOptions, Pruner, Scope, UnitPruner};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -262,6 +262,8 @@ fn halved(job: &Job) -> Result<Model> {
     let checkpoint = job.model.checkpoint();
     let dir = job.out.root().join("half");
     if !dir.exists() {
+        let options = PruneOptions::new(PruneForm::Uniform);
+        options.check(checkpoint)?;
         let scorer = Fisher::default();
         let recipe = moe_importance::recipe(&scorer.needs().statistics, &"recovery")?;
         let provenance = Provenance::new(checkpoint.fingerprint(), job.data.hash.clone(), recipe);
@@ -272,8 +274,8 @@ fn halved(job: &Job) -> Result<Model> {
         let scores = scorer.score(&statistics, checkpoint.as_ref())?;
         let pruner = UnitPruner::new(Scope::Expert);
         let plan = pruner.prune(&scores, checkpoint.shape(), Budget::Ratio(0.5), &ProtectionMask::none())?.plan;
-        let options = ApplyOptions { resume: job.arguments.resume, ..ApplyOptions::new(Export::Uniform) };
-        plan.apply(checkpoint, &dir, &options)?;
+        let existing = if job.arguments.resume { Existing::Resume } else { Existing::Refuse };
+        write(plan.on(checkpoint, &options)?.model(), &dir, &WriteOptions { existing, ..WriteOptions::default() })?;
     }
     Ok(Model::open(dir, job.model.device(), job.arguments.max_memory)?)
 }

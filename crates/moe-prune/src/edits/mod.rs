@@ -125,6 +125,43 @@ impl Edits {
         self.recipe = Value::Array(recipes);
     }
 
+    /// Edits of the model that a plan leaves as edits beside that plan: experts get the indices that they have in the model the plan is
+    /// for, and routers rows of zeros for removed experts, which nothing looks at.
+    ///
+    /// # Errors
+    /// [`Error::InvalidEdits`] for an expert or a router that the plan does not leave.
+    pub fn of_plan(self, plan: &PrunePlan) -> Result<Self> {
+        let kept = |layer: usize| {
+            let missing = || Error::invalid_edits(format!("layer {layer}: the plan has no such MoE layer"));
+            plan.layer(layer).map(|kept| (kept, kept.experts_kept())).ok_or_else(missing)
+        };
+        let mut edits = Self { recipe: self.recipe, ..Self::new() };
+        for ((layer, expert), edit) in self.experts {
+            let (_, experts) = kept(layer)?;
+            let old = *experts.get(expert).ok_or_else(|| {
+                let found = experts.len();
+                Error::invalid_edits(format!("layer {layer}, expert {expert}: the plan leaves {found} experts"))
+            })?;
+            edits.set_expert(layer, old, edit);
+        }
+        for (layer, weight) in self.routers {
+            let (layer_kept, experts) = kept(layer)?;
+            let hidden = plan.shape.hidden_size;
+            if weight.len() != experts.len() * hidden {
+                let (found, rows) = (weight.len(), experts.len());
+                return Err(Error::invalid_edits(format!(
+                    "layer {layer}: router has {found} values, expected [{rows}, {hidden}], a row for every expert that is left"
+                )));
+            }
+            let mut rows = vec![0.0; layer_kept.experts.len() * hidden];
+            for (row, old) in weight.chunks_exact(hidden).zip(experts) {
+                rows[old * hidden..(old + 1) * hidden].copy_from_slice(row);
+            }
+            edits.set_router(layer, rows);
+        }
+        Ok(edits)
+    }
+
     /// Whether nothing changes.
     pub fn is_empty(&self) -> bool {
         self.experts.is_empty() && self.routers.is_empty()

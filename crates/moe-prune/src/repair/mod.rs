@@ -10,8 +10,9 @@
 //! | [`RouterDistillation`] | router rows, by gradient descent on the divergence from the full model | some epochs of forward and backward sweeps |
 //!
 //! All of them are deterministic. [`layer_errors`] measures what they achieve in each layer,
-//! [`moe_core::evaluate::divergence`] at the end of the model. [`PlanOverlay::with_edits`](crate::PlanOverlay::with_edits) runs a model under
-//! a plan and edits without writing it.
+//! [`moe_core::evaluate::divergence`] at the end of the model. [`PrunePlan::on`](crate::PrunePlan::on) gives the
+//! model that a plan and edits make, to be run without writing it; edits of that model, in its own indices, are brought to those of the
+//! plan by [`Edits::of_plan`](crate::Edits::of_plan).
 
 mod layer_refit;
 mod linear;
@@ -49,7 +50,7 @@ fn check_plan(plan: &PrunePlan, model: &Model) -> Result<()> {
     let checkpoint = model.checkpoint();
     plan.validate(checkpoint.shape())?;
     plan.validate_routing(checkpoint.config())?;
-    if plan.model != checkpoint.fingerprint() {
+    if !checkpoint.is_model(&plan.model) {
         let (path, found) = (checkpoint.dir().to_path_buf(), checkpoint.fingerprint().to_string());
         return Err(Error::OtherModel { path, found, expected: plan.model.clone() });
     }

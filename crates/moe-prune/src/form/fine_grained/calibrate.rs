@@ -1,10 +1,10 @@
 //! What to do about a routing that is no longer that of the model: the best static factor of every expert, and how many
 //! pieces a token goes to.
 
-use std::path::Path;
+use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use moe_checkpoint::{Checkpoint, LayerRole, Role};
+use moe_checkpoint::{Checkpoint, LayerRole, Mtp, Role};
 use moe_core::data::Wave;
 use moe_core::evaluate::divergence;
 use moe_core::host::{self, HostView};
@@ -13,7 +13,7 @@ use moe_core::trace::{ExpertTrace, LayerTrace, Nobody, Observer, Signals, WaveIn
 use moe_core::{CrossEntropy, Engine, EngineOptions, Error as CoreError, Model, TeacherLogits};
 
 use super::{FineGrained, PieceMap};
-use crate::{ApplyOptions, EditSource, Error, Export, PrunePlan, Result};
+use crate::{EditSource, Error, PruneForm, PruneOptions, PrunePlan, Result};
 
 /// What an expert's factor makes its pieces give.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -239,7 +239,7 @@ pub struct Trial {
     pub top_k: usize,
     /// Factors, calibrated or given, `[MoE layer][expert]`.
     pub scales: Vec<Vec<f32>>,
-    /// Mean cross-entropy per predicted token of the exported model, in nats.
+    /// Mean cross-entropy per predicted token of the pruned model, in nats.
     pub loss: f64,
     /// Mean divergence of its next-token distributions from those of the model, in nats.
     pub divergence: f64,
@@ -253,29 +253,27 @@ pub struct TrialOptions<'a> {
     /// What factors make the pieces give; `None` leaves them as they are in [`FineGrained::scales`].
     pub fit: Option<ScaleFit>,
     /// Weights that a repair changed.
-    pub edits: Option<&'a dyn EditSource>,
+    pub edits: Option<&'a Arc<dyn EditSource>>,
     /// Data that factors are calibrated on.
     pub calibration: &'a [Wave],
-    /// Data that the exported models are compared on.
+    /// Data that the pruned models are compared on.
     pub comparison: &'a [Wave],
     /// Likeliest tokens per position that the divergence is of; see [`TeacherLogits`].
     pub teacher_tokens: usize,
-    /// A directory that exports may be written to, one after the other.
-    pub scratch: &'a Path,
 }
 
 impl FineGrained<'_> {
-    /// Calibrates the factors for several numbers of pieces per token in one pass, then exports and runs each: what to choose
-    /// [`FineGrained::top_k`] and [`FineGrained::scales`] by. In the order given.
+    /// Calibrates the factors for several numbers of pieces per token in one pass, then runs each model as it would be
+    /// written: what to choose [`FineGrained::top_k`] and [`FineGrained::scales`] by. In the order given.
     ///
     /// # Errors
-    /// Those of [`PrunePlan::apply`] and of running the models.
+    /// Those of [`PrunePlan::on`] and of running the models.
     pub fn try_top_k(&self, model: &Model, plan: &PrunePlan, options: &TrialOptions<'_>) -> Result<Vec<Trial>> {
         let from = model.checkpoint();
         let candidates: Vec<FineGrained<'_>> =
             options.top_k.iter().map(|top_k| Self { top_k: Some(*top_k), scales: None, ..*self }).collect();
         let fit = options.fit.unwrap_or_default();
-        let mut sums = ScaleCalibration::new(from, plan, options.edits, fit, &candidates)?;
+        let mut sums = ScaleCalibration::new(from, plan, options.edits.map(|edits| &**edits), fit, &candidates)?;
         let engine = Engine::new(model, EngineOptions::default());
         for wave in options.calibration.iter().filter(|_| options.fit.is_some()) {
             engine.run(wave, &mut sums)?;
@@ -289,24 +287,22 @@ impl FineGrained<'_> {
                 _ => sums.scales(index),
             };
             let how = FineGrained { scales: Some(&scales), ..*candidate };
-            let export = ApplyOptions {
-                fine_grained: Some(how),
-                edits: options.edits,
-                allow_unaligned: true,
-                force: true,
-                mtp: Some(crate::Mtp::Drop),
-                ..ApplyOptions::new(Export::FineGrained)
+            // Layers that predict further tokens are not run.
+            let export = PruneOptions {
+                edits: options.edits.cloned(),
+                mtp: Some(Mtp::Drop),
+                ..PruneOptions::new(PruneForm::FineGrained(how))
             };
-            plan.apply(from, options.scratch, &export)?;
-            let exported = Model::open(options.scratch, model.device(), model.max_memory())?;
-            let engine = Engine::new(&exported, EngineOptions::default());
+            let pruned = plan.on(from, &export)?;
+            let pruned_model = Model::new(pruned.model().clone(), model.device(), model.max_memory())?;
+            let engine = Engine::new(&pruned_model, EngineOptions::default());
             let (mut loss, mut tokens) = (0.0, 0);
             for wave in options.comparison {
                 let report = engine.run_with(wave, &mut CrossEntropy, &mut Nobody)?;
                 loss += report.loss.unwrap_or(0.0);
                 tokens += report.loss_tokens;
             }
-            let divergence = divergence(&exported, &teacher, options.comparison)?;
+            let divergence = divergence(&pruned_model, &teacher, options.comparison)?;
             let (top_k, loss) = (options.top_k[index], loss / tokens.max(1) as f64);
             trials.push(Trial { top_k, scales, loss, divergence });
         }

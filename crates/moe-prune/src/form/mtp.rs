@@ -1,38 +1,92 @@
 //! Layers that predict further tokens: kept, dropped or pruned alike, by choice.
 
-use std::borrow::Cow;
 use std::collections::BTreeSet;
 
-use moe_checkpoint::{Checkpoint, Dtype, ExpertBiases, ExpertBytes, ExpertLayout, Mtp};
+use moe_checkpoint::{Checkpoint, Dtype, ExpertBiases, ExpertLayout, ExpertPart, Mtp, RawMatrix};
 use serde_json::{Value, json};
 
 use super::fine_grained::best_blocks;
-use super::origin::{FurtherLayer, layer_prefix};
-use super::{ApplyOptions, Export, Target, TargetExpert, TargetLayer};
+use super::further::{FurtherLayer, layer_prefix};
+use super::target::{Target, TargetLayer, TargetSet};
+use super::{PruneForm, PruneOptions};
 use crate::plan::LayerKept;
-use crate::{Error, PrunePlan, Result};
+use crate::{PrunePlan, Result};
 
 /// Config keys of the number of those layers.
 const KEYS: [&str; 3] = ["num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"];
 
-/// Carries out the choice for multi-token prediction.
+/// Whether a form gives the config one width and one number of experts.
+fn is_structural(form: &PruneForm<'_>) -> bool {
+    matches!(form, PruneForm::Uniform | PruneForm::FineGrained(_))
+}
+
+/// Refuses a choice for multi-token prediction that a plan which changes anything cannot carry out.
 ///
 /// # Errors
-/// [`Error::Export`] for a checkpoint that has such tensors and no choice, or where they cannot stay.
-pub(crate) fn settle(
-    plan: &PrunePlan,
-    from: &Checkpoint,
-    options: &ApplyOptions<'_>,
-    target: &mut Target<'_>,
-) -> Result<()> {
+/// [`Error::Export`](crate::Error::Export) for a checkpoint that has such tensors and no choice, or where they cannot stay or be pruned.
+pub(super) fn check(from: &Checkpoint, options: &PruneOptions<'_>) -> Result<()> {
+    choice(from, options, false).map(drop)
+}
+
+/// What is to be done.
+enum Choice {
+    /// Nothing.
+    None,
+    /// These tensors go.
+    Drop(Vec<String>),
+    /// The experts of these layers are pruned.
+    Prune(Vec<FurtherLayer>),
+}
+
+/// The choice, if it can be; `unchanged` says whether the plan leaves widths and numbers of experts as they are.
+fn choice(from: &Checkpoint, options: &PruneOptions<'_>, unchanged: bool) -> Result<Choice> {
     let names: Vec<&str> = from.mtp_tensors().map(|info| info.name.as_str()).collect();
-    let Some(first) = names.first() else { return Ok(()) };
-    let refuse = |reason: String| Err(Error::Export { mode: options.mode.name(), reason });
+    let Some(first) = names.first() else { return Ok(Choice::None) };
+    let refuse = |reason: String| Err(options.form.refused(reason));
     let what = format!("the checkpoint has {} tensors of multi-token prediction, e.g. `{first}`", names.len());
     match options.mtp {
         None => refuse(format!("{what}; choose whether they are kept, dropped or pruned")),
-        Some(Mtp::Drop) => {
-            target.dropped.extend(names.into_iter().map(String::from));
+        Some(Mtp::Drop) => Ok(Choice::Drop(names.into_iter().map(String::from).collect())),
+        Some(Mtp::Keep) => {
+            let experts = names.iter().any(|name| name.contains(".experts."));
+            // Ragged and masked forms leave the width and the number of experts in the config as they were.
+            if is_structural(&options.form) && experts && !unchanged {
+                return refuse(format!(
+                    "{what}; their experts keep their width and number, but the config has one for all experts: \
+                     prune or drop them, or export as ragged or masked"
+                ));
+            }
+            Ok(Choice::None)
+        }
+        Some(Mtp::Prune) => {
+            let layers =
+                further_layers(from, &names).map_err(|reason| options.form.refused(format!("{what}; {reason}")))?;
+            if !layers.is_empty() && !is_structural(&options.form) {
+                return refuse(format!(
+                    "{what}; this export leaves the width and the number of experts in the config as they were, so that \
+                     their experts stay as they are: keep them"
+                ));
+            }
+            Ok(Choice::Prune(layers))
+        }
+    }
+}
+
+/// Carries out the choice for multi-token prediction.
+///
+/// # Errors
+/// Those of [`check`]; weights that cannot be read.
+pub(super) fn settle(
+    plan: &PrunePlan,
+    from: &Checkpoint,
+    options: &PruneOptions<'_>,
+    target: &mut Target,
+) -> Result<()> {
+    let unchanged = from.shape().layers.iter().zip(&target.layers).all(|(old, new)| old.widths == new.widths());
+    match choice(from, options, unchanged)? {
+        Choice::None => {}
+        Choice::Drop(names) => {
+            target.dropped.extend(names);
             let text = from.family().text_key().filter(|key| target.config.get(key).is_some());
             let config = match text {
                 Some(key) => &mut target.config[key],
@@ -43,36 +97,15 @@ pub(crate) fn settle(
                     map.insert(key.to_string(), json!(0));
                 }
             }
-            Ok(())
         }
-        Some(Mtp::Keep) => {
-            let experts = names.iter().any(|name| name.contains(".experts."));
-            // Ragged and masked exports leave the width and the number of experts in the config as they were.
-            let unchanged = from.shape().layers.iter().zip(&target.layers).all(|(old, new)| old.widths == new.widths());
-            if matches!(options.mode, Export::Uniform | Export::FineGrained) && experts && !unchanged {
-                return refuse(format!(
-                    "{what}; their experts keep their width and number, but the config has one for all experts: \
-                     prune or drop them, or export as ragged or masked"
-                ));
-            }
-            Ok(())
-        }
-        Some(Mtp::Prune) => {
-            let layers = further_layers(from, &names)
-                .map_err(|reason| Error::Export { mode: options.mode.name(), reason: format!("{what}; {reason}") })?;
-            if !layers.is_empty() && !matches!(options.mode, Export::Uniform | Export::FineGrained) {
-                return refuse(format!(
-                    "{what}; this export leaves the width and the number of experts in the config as they were, so that \
-                     their experts stay as they are: keep them"
-                ));
-            }
+        Choice::Prune(layers) => {
             for further in layers {
                 let layer = prune(plan, from, options, target, further)?;
                 target.layers.push(layer);
             }
-            Ok(())
         }
     }
+    Ok(())
 }
 
 /// The layers among tensors of multi-token prediction that have routed experts, or why they cannot be pruned.
@@ -123,43 +156,45 @@ fn further_layers(from: &Checkpoint, names: &[&str]) -> Result<Vec<FurtherLayer>
 fn prune(
     plan: &PrunePlan,
     from: &Checkpoint,
-    options: &ApplyOptions<'_>,
-    target: &Target<'_>,
+    options: &PruneOptions<'_>,
+    target: &Target,
     further: FurtherLayer,
-) -> Result<TargetLayer<'static>> {
+) -> Result<TargetLayer> {
     let mut scores = Vec::with_capacity(further.widths.len());
     for expert in 0..further.widths.len() {
-        scores.push(magnitude(&further.expert(from, expert)?));
+        let [gate, up, down] = ExpertPart::ALL.map(|part| further.part(from, expert, part));
+        scores.push(magnitude(&gate?, &up?, &down?));
+        further.release(from, expert);
     }
-    // All layers of these exports have the same, and there is an MoE layer.
-    let count = target.layers.first().map_or(0, |layer| layer.experts.len());
-    let width = target.layers.first().and_then(|layer| layer.experts.first()).map_or(0, |expert| expert.width);
+    // All layers of these forms have the same, and there is an MoE layer.
+    let count = target.layers.first().map_or(0, |layer| layer.rows.len());
+    let width = target.layers.first().and_then(|layer| layer.sets.first()).map_or(0, |set| set.width);
     let groups = from.config().routing.groups().map_or(1, |groups| groups.count);
     let mut correction_factor = 1.0;
-    let experts = match options.fine_grained.filter(|_| options.mode == Export::FineGrained) {
-        Some(how) => {
+    let (rows, sets) = match &options.form {
+        PruneForm::FineGrained(how) => {
             // The ranking and the factors are those of the decoder's layers.
-            let how = super::FineGrained { ranking: None, scales: None, ..how };
+            let how = super::FineGrained { ranking: None, scales: None, ..*how };
             let map = how.map(plan, from)?;
             correction_factor = map.correction_factor;
             let kept = LayerKept {
                 layer: from.config().layers.len(),
-                experts: best_blocks(&scores, width, groups, count / groups),
+                experts: best_blocks(&scores, map.width, groups, count / groups),
                 removed: Vec::new(),
             };
-            let pieces = how.layer(&kept, width, &from.config().routing)?;
-            how.experts(&kept, &pieces, &map, None)
+            let pieces = how.layer(&kept, map.width, &from.config().routing)?;
+            how.sets(&kept, &pieces, &map, width, None)
         }
-        None => {
+        _ => {
             // Whole experts by their sums, then the best units of each.
             let sums: Vec<Vec<f32>> = scores.iter().map(|units| vec![units.iter().sum()]).collect();
             let whole = best_blocks(&sums, 1, groups, count / groups);
-            let kept = whole.iter().enumerate().filter(|(_, whole)| !whole.is_empty());
-            let expert = |source: usize| {
-                let units = best_blocks(&scores[source..=source], width, 1, 1).swap_remove(0);
-                TargetExpert { source, units: Cow::Owned(units), width, down_factor: 1.0, bias_factor: 1.0 }
+            let rows: Vec<usize> = (0..whole.len()).filter(|expert| !whole[*expert].is_empty()).collect();
+            let set = |expert: &usize| {
+                TargetSet::of(*expert, best_blocks(&scores[*expert..=*expert], width, 1, 1).swap_remove(0))
             };
-            kept.map(|(source, _)| expert(source)).collect()
+            let sets = rows.iter().map(set).collect();
+            (rows, sets)
         }
     };
     let layout = further.layout;
@@ -168,7 +203,9 @@ fn prune(
         further: Some(further),
         layout,
         biases: ExpertBiases::None,
-        experts,
+        rows,
+        sharing: None,
+        sets,
         zero: false,
         correction_factor,
     })
@@ -176,12 +213,12 @@ fn prune(
 
 /// Product of the norms of every unit's gate row, up row and down column: what it gives is proportional to each of them, apart
 /// from the bend of the activation.
-fn magnitude(expert: &ExpertBytes<'_>) -> Vec<f32> {
+fn magnitude(gate: &RawMatrix<'_>, up: &RawMatrix<'_>, down: &RawMatrix<'_>) -> Vec<f32> {
     let norm = |values: &mut dyn Iterator<Item = f32>| {
         values.map(|value| f64::from(value) * f64::from(value)).sum::<f64>().sqrt()
     };
-    let (hidden, width) = (expert.gate.cols, expert.gate.rows);
-    let [gate, up, down] = [&expert.gate, &expert.up, &expert.down].map(|matrix| matrix.to_f32());
+    let (hidden, width) = (gate.cols, gate.rows);
+    let [gate, up, down] = [gate, up, down].map(|matrix| matrix.to_f32());
     let unit = |unit: usize| {
         let row = unit * hidden..(unit + 1) * hidden;
         let gate = norm(&mut gate[row.clone()].iter().copied());

@@ -1,4 +1,4 @@
-//! Export of experts as equal pieces: ragged budgets for stock loaders.
+//! Experts as equal pieces: ragged budgets for stock loaders.
 //!
 //! An MoE layer with `E` experts of width `I` and `k` per token equals one with `E m` experts of width `I / m` and `k m` per
 //! token, if every expert is cut into `m` pieces that all have a copy of its router row: the pieces of an expert tie, and
@@ -13,9 +13,6 @@ mod calibrate;
 mod map;
 mod select;
 
-use std::borrow::Cow;
-use std::collections::BTreeSet;
-
 use moe_checkpoint::{
     Checkpoint, Granularity, GroupScore, RoutingKind, ScoreTable, UniformShape, uniform_shape_config,
 };
@@ -25,29 +22,32 @@ pub use calibrate::{ScaleCalibration, ScaleFit, Trial, TrialOptions};
 pub use map::{LayerPieces, Piece, PieceMap};
 pub(super) use select::best_blocks;
 
-use super::uniform::{check_width, shared, stock_layout};
-use super::{ApplyOptions, Export, Target, TargetExpert, TargetLayer};
+use super::PruneOptions;
+use super::export::Export;
+use super::target::{Target, TargetLayer, TargetSet};
+use super::uniform::{ALIGNMENT, aligned, shared, stock_layout};
 use crate::plan::LayerKept;
 use crate::{Error, PrunePlan, Result};
 
 /// Widths that are multiples of these are what kernels of serving engines are tuned for.
 const SERVING: usize = 64;
 
-/// How experts become pieces; see [`Export::FineGrained`].
+/// How experts become pieces; see [`PruneForm::FineGrained`](crate::PruneForm::FineGrained).
 ///
 /// ```no_run
-/// use moe_checkpoint::{Checkpoint, ScoreTable};
-/// use moe_prune::{ApplyOptions, Export, FineGrained};
+/// use std::sync::Arc;
+/// use moe_checkpoint::{Checkpoint, ScoreTable, WriteOptions, write};
+/// use moe_prune::{FineGrained, PruneForm, PruneOptions};
 ///
-/// let model = Checkpoint::open("models/Qwen1.5-MoE-A2.7B")?;
+/// let model = Arc::new(Checkpoint::open("models/Qwen1.5-MoE-A2.7B")?);
 /// let scores = ScoreTable::load("scores.safetensors")?;
 /// let pieces = FineGrained { ranking: Some(&scores), ..FineGrained::new(4) };
 /// let plan = pieces.prune(&scores, &model, 0.5)?;
-/// let options = ApplyOptions { fine_grained: Some(pieces), ..ApplyOptions::new(Export::FineGrained) };
-/// plan.apply(&model, "out/pieces".as_ref(), &options)?;
+/// let pruned = plan.on(&model, &PruneOptions::new(PruneForm::FineGrained(pieces)))?;
+/// write(pruned.model(), "out/pieces", &WriteOptions::default())?;
 /// # Ok::<(), moe_prune::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct FineGrained<'a> {
     /// Pieces that a whole expert has, `m`. A power of two keeps the factor on down projections exact.
     pub pieces: usize,
@@ -66,7 +66,7 @@ impl<'a> FineGrained<'a> {
         Self { pieces, top_k: None, ranking: None, scales: None }
     }
 
-    /// Width of a piece.
+    /// Units of a piece. Stock loaders run multiples of 8 alone, so that pieces of other widths get units of zeros.
     ///
     /// # Errors
     /// [`Error::Export`] for experts of different widths, or of a width that is no multiple of the number of pieces.
@@ -100,28 +100,29 @@ impl<'a> FineGrained<'a> {
             .collect()
     }
 
-    /// The experts that the pieces of a layer become.
-    pub(super) fn experts(
+    /// The experts that the pieces of a layer become, `width` wide: the expert of the checkpoint that each is a piece of, and its
+    /// weights.
+    pub(super) fn sets(
         &self,
         kept: &LayerKept,
         pieces: &LayerPieces,
         map: &PieceMap,
+        width: usize,
         scales: Option<&[f32]>,
-    ) -> Vec<TargetExpert<'static>> {
+    ) -> (Vec<usize>, Vec<TargetSet>) {
         let dealt: Vec<Vec<Vec<u32>>> =
             (0..kept.experts.len()).map(|expert| self.deal(kept, expert, map.width)).collect();
-        let expert = |piece: &Piece| {
+        let set = |piece: &Piece| {
             let scale = scales.map_or(1.0, |scales| scales[piece.expert]);
-            TargetExpert {
-                source: piece.expert,
-                units: Cow::Owned(dealt[piece.expert][piece.index].clone()),
-                width: map.width,
+            TargetSet {
+                width,
                 down_factor: map.factor * scale,
                 // All pieces of an expert together give its bias once.
                 bias_factor: map.factor / dealt[piece.expert].len() as f32 * scale,
+                ..TargetSet::of(piece.expert, dealt[piece.expert][piece.index].clone())
             }
         };
-        pieces.pieces.iter().map(expert).collect()
+        (pieces.pieces.iter().map(|piece| piece.expert).collect(), pieces.pieces.iter().map(set).collect())
     }
 
     fn validate(&self, plan: &PrunePlan) -> Result<()> {
@@ -150,19 +151,34 @@ pub(super) fn refused(reason: String) -> Error {
     Error::Export { mode: Export::FineGrained.name(), reason }
 }
 
-/// The target of an export as pieces: a stock checkpoint with more, narrower experts.
-pub(crate) fn target<'a>(plan: &'a PrunePlan, from: &Checkpoint, options: &ApplyOptions<'_>) -> Result<Target<'a>> {
-    let Some(how) = options.fine_grained else {
-        return Err(refused("`fine_grained` of the options must say into how many pieces experts are cut".into()));
-    };
+/// Refuses experts that share sets of weights: a piece of a set would need a row of the router of each of its experts.
+pub(super) fn refuse_sharing(from: &Checkpoint) -> Result<()> {
+    match from.grouped() {
+        true => Err(refused("its experts share sets of weights, which pieces cannot; cut before merging".into())),
+        false => Ok(()),
+    }
+}
+
+/// The target of a form as pieces: a stock checkpoint with more, narrower experts.
+pub(super) fn target(
+    plan: &PrunePlan,
+    from: &Checkpoint,
+    how: &FineGrained<'_>,
+    options: &PruneOptions<'_>,
+) -> Result<Target> {
+    refuse_sharing(from)?;
     how.validate(plan)?;
     let map = how.map(plan, from)?;
-    check_width(map.width, from, options)?;
+    // Units of zeros give nothing and cost little; what stock loaders cannot run is worth nothing.
+    let width = match aligned(map.width, from) || options.allow_unaligned {
+        true => map.width,
+        false => map.width.next_multiple_of(ALIGNMENT),
+    };
     let mut layers = Vec::with_capacity(plan.kept.len());
     for (position, (kept, pieces)) in plan.kept.iter().zip(&map.layers).enumerate() {
         for (expert, _) in pieces.counts.iter().enumerate().filter(|(_, count)| **count == 0) {
-            let sizes = options.edits.map(|edits| edits.sizes(kept.layer, expert)).transpose()?.unwrap_or_default();
-            if sizes.down_bias.is_some() {
+            let sizes = options.edits.as_ref().map(|edits| edits.sizes(kept.layer, expert)).transpose()?;
+            if sizes.unwrap_or_default().down_bias.is_some() {
                 return Err(refused(format!(
                     "the edits give expert {expert} of layer {} a bias, but without units it goes with its router row",
                     kept.layer
@@ -170,31 +186,38 @@ pub(crate) fn target<'a>(plan: &'a PrunePlan, from: &Checkpoint, options: &Apply
             }
         }
         let scales = how.scales.map(|scales| scales[position].as_slice());
-        let experts = how.experts(kept, pieces, &map, scales);
+        let (rows, sets) = how.sets(kept, pieces, &map, width, scales);
         let layer = TargetLayer::kept(from, kept, stock_layout(from, kept.layer)?);
-        layers.push(TargetLayer { experts, correction_factor: map.correction_factor, ..layer });
+        layers.push(TargetLayer { rows, sets, correction_factor: map.correction_factor, ..layer });
     }
-    let (shared_experts, shared_width) = shared(from, map.width);
+    let (shared_experts, shared_width) = shared(from, width);
     let shape = UniformShape {
-        width: map.width,
+        width,
         experts: map.layers.first().map(|layer| layer.pieces.len()),
         shared_experts,
         top_k: Some(map.routing.top_k),
         groups: map.routing.groups().map(|groups| (groups.count, groups.top)),
     };
     let config = uniform_shape_config(from.raw_config(), shape)?;
-    Ok(Target { config, layers, shared_width, dropped: BTreeSet::new() })
+    Ok(Target { shared_width, notes: notes(map.width, width), ..Target::new(config, layers) })
 }
 
 /// What the report says beyond the numbers.
-pub(crate) fn notes(width: usize) -> Vec<String> {
-    match width.is_multiple_of(SERVING) {
-        true => Vec::new(),
-        false => vec![format!(
+fn notes(units: usize, width: usize) -> Vec<String> {
+    let mut notes = Vec::new();
+    if units != width {
+        notes.push(format!(
+            "pieces of {units} units are {width} wide, the rest zeros: grouped matrix products of stock loaders need \
+             multiples of {ALIGNMENT}"
+        ));
+    }
+    if !width.is_multiple_of(SERVING) {
+        notes.push(format!(
             "pieces have width {width}; kernels of serving engines are tuned for multiples of {SERVING} or {}",
             2 * SERVING
-        )],
+        ));
     }
+    notes
 }
 
 /// Factor on the down projection of `m` pieces that keeps the output, where all pieces of an expert are selected: the

@@ -1,13 +1,56 @@
 //! Choosing the pieces that stay.
 
-use moe_checkpoint::{Checkpoint, Granularity, Pool, Ratio, ScoreTable};
+use moe_checkpoint::{Checkpoint, Granularity, MoeLayerShape, Pool, Ratio, ScoreTable};
 use serde_json::json;
 
-use super::{FineGrained, refused, splits_groups};
+use super::{FineGrained, refuse_sharing, refused, splits_groups};
 use crate::plan::{LayerKept, PLAN_VERSION, PrunePlan};
 use crate::{Budget, Error, Result};
 
 impl FineGrained<'_> {
+    /// Checks everything that does not depend on scores, for a plan of [`FineGrained::prune`] with this ratio.
+    ///
+    /// # Errors
+    /// [`Error::Export`] as for [`FineGrained::map`]; [`Error::InvalidParameter`] for a ratio outside (0, 1).
+    pub fn check(&self, from: &Checkpoint, ratio: f64) -> Result<()> {
+        refuse_sharing(from)?;
+        Budget::Ratio(ratio).validate(from.shape())?;
+        self.map(&PrunePlan::keep_all(from.shape(), ""), from)?;
+        let routing = &from.config().routing;
+        let mut first: Option<(usize, usize)> = None;
+        for layer in &from.shape().layers {
+            let per_group = self.per_group(layer, from, ratio)?;
+            if splits_groups(&routing.kind) {
+                self.check_split(per_group).map_err(|reason| refused(format!("layer {}: {reason}", layer.layer)))?;
+            }
+            let total = per_group * routing.groups().map_or(1, |groups| groups.count);
+            let (first, pieces) = *first.get_or_insert((layer.layer, total));
+            if pieces != total {
+                return Err(refused(format!(
+                    "layer {first} would keep {pieces} pieces and layer {} would keep {total}; stock loaders read one number \
+                     for all layers",
+                    layer.layer
+                )));
+            }
+            self.routing(routing, total)?;
+        }
+        Ok(())
+    }
+
+    /// Pieces that every group of a layer keeps at this ratio.
+    fn per_group(&self, layer: &MoeLayerShape, from: &Checkpoint, ratio: f64) -> Result<usize> {
+        let routing = &from.config().routing;
+        let groups = routing.groups().map_or(1, |groups| groups.count);
+        // A multiple of this many pieces per group.
+        let step = if splits_groups(&routing.kind) { self.pieces } else { 1 };
+        let experts = layer.num_experts();
+        if !experts.is_multiple_of(groups) {
+            return Err(refused(format!("layer {}: {experts} experts do not form {groups} groups", layer.layer)));
+        }
+        let units = layer.units() - (layer.units() as f64 * ratio).floor() as usize;
+        Ok(units.div_ceil(self.width(from)? * groups).next_multiple_of(step))
+    }
+
     /// The plan that keeps the highest-scored pieces of every layer, as many in each: the units of an expert, ranked, are
     /// cut into blocks of the width of a piece, and blocks compete by the sum of their scores (ties: lower expert). Where
     /// the router selects groups of experts first, they compete within their group, and every group keeps as many.
@@ -27,18 +70,10 @@ impl FineGrained<'_> {
         if !scores.pool.supports(Pool::Layer) {
             return Err(Error::PoolTooNarrow { wanted: Pool::Layer, supported: scores.pool });
         }
-        let routing = &from.config().routing;
-        let groups = routing.groups().map_or(1, |groups| groups.count);
-        // A multiple of this many pieces per group.
-        let step = if splits_groups(&routing.kind) { self.pieces } else { 1 };
+        let groups = from.config().routing.groups().map_or(1, |groups| groups.count);
         let mut kept = Vec::with_capacity(shape.layers.len());
         for (layer, scores) in shape.layers.iter().zip(&scores.layers) {
-            let experts = layer.num_experts();
-            if !experts.is_multiple_of(groups) {
-                return Err(refused(format!("layer {}: {experts} experts do not form {groups} groups", layer.layer)));
-            }
-            let units = layer.units() - (layer.units() as f64 * ratio).floor() as usize;
-            let pieces = units.div_ceil(width * groups).next_multiple_of(step);
+            let pieces = self.per_group(layer, from, ratio)?;
             let experts = best_blocks(&scores.scores, width, groups, pieces);
             kept.push(LayerKept { layer: layer.layer, experts, removed: Vec::new() });
         }
@@ -67,7 +102,7 @@ impl FineGrained<'_> {
 
 /// Units of every expert, ascending, in the blocks of `width` units that score highest, `blocks` in each of the groups that
 /// the experts form in order: the units of an expert, ranked, are cut into blocks, which compete by their sums.
-pub(in crate::apply) fn best_blocks(scores: &[Vec<f32>], width: usize, groups: usize, blocks: usize) -> Vec<Vec<u32>> {
+pub(in crate::form) fn best_blocks(scores: &[Vec<f32>], width: usize, groups: usize, blocks: usize) -> Vec<Vec<u32>> {
     let rank = |scores: &Vec<f32>| {
         let mut order: Vec<u32> = (0..scores.len() as u32).collect();
         // Stable, so that equal scores stay in the order of their ids.

@@ -1,14 +1,10 @@
 //! Where the experts of a layer are read from: the decoder, or a layer that predicts further tokens.
 
-use std::borrow::Cow;
-
 use moe_checkpoint::{
-    Checkpoint, Dtype, ExpertBytes, ExpertLayout, ExpertPart, ExpertTensor, ExpertTensorLayout, LayerRole, RawMatrix,
-    Role,
+    Checkpoint, Dtype, ExpertLayout, ExpertPart, ExpertTensor, ExpertTensorLayout, LayerRole, RawMatrix, Role,
 };
 
-use super::TargetLayer;
-use super::stream::whole;
+use super::target::{TargetLayer, TargetSet};
 use crate::Result;
 
 /// What precedes the number of a layer in the names of its tensors.
@@ -43,29 +39,42 @@ impl FurtherLayer {
         self.renamed(&from.expert_tensor_name(0, tensor))
     }
 
-    /// One expert, without a cast.
+    /// One part of an expert, without a cast.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`](crate::Error::Checkpoint) for a tensor that cannot be read.
-    pub fn expert<'a>(&self, from: &'a Checkpoint, expert: usize) -> Result<ExpertBytes<'a>> {
-        let read = |part: ExpertPart| -> Result<RawMatrix<'a>> {
+    /// Those of reading the tensor.
+    pub fn part<'a>(
+        &self,
+        from: &'a Checkpoint,
+        expert: usize,
+        part: ExpertPart,
+    ) -> moe_checkpoint::Result<RawMatrix<'a>> {
+        let place = self.layout.place(from.shape().hidden_size, &self.widths, expert, part);
+        let name = self.expert_tensor_name(from, place.tensor);
+        let dtype = from.info(&name)?.dtype;
+        let bytes = from.tensor_bytes(&name, bytes_of(place.range(), dtype))?;
+        Ok(RawMatrix { bytes, dtype, rows: place.rows, cols: place.cols })
+    }
+
+    /// Gives the pages of an expert back to the system.
+    pub fn release(&self, from: &Checkpoint, expert: usize) {
+        for part in ExpertPart::ALL {
             let place = self.layout.place(from.shape().hidden_size, &self.widths, expert, part);
             let name = self.expert_tensor_name(from, place.tensor);
-            let dtype = from.plain_dtype(&name)?;
-            let size = dtype.bitsize() / 8;
-            let range = place.range().start * size..place.range().end * size;
-            let bytes = match dtype == from.info(&name)?.dtype {
-                true => from.tensor_bytes(&name, range)?,
-                false => Cow::Owned(whole(from, &name)?[range].to_vec()),
-            };
-            Ok(RawMatrix { bytes, dtype, rows: place.rows, cols: place.cols })
-        };
-        let [gate, up, down] = ExpertPart::ALL;
-        Ok(ExpertBytes { gate: read(gate)?, up: read(up)?, down: read(down)?, gate_up_bias: None, down_bias: None })
+            if let Ok(info) = from.info(&name) {
+                from.release_range(&name, bytes_of(place.range(), info.dtype));
+            }
+        }
     }
 }
 
-impl TargetLayer<'_> {
+/// Bytes of a range of elements.
+fn bytes_of(elements: std::ops::Range<usize>, dtype: Dtype) -> std::ops::Range<usize> {
+    let size = dtype.bitsize() / 8;
+    elements.start * size..elements.end * size
+}
+
+impl TargetLayer {
     /// What it is called in messages.
     pub fn label(&self) -> String {
         match &self.further {
@@ -100,43 +109,49 @@ impl TargetLayer<'_> {
 
     /// The tensors that hold its experts before.
     pub fn tensors_before(&self, from: &Checkpoint) -> Result<Vec<ExpertTensorLayout>> {
-        let layout = match &self.further {
-            Some(further) => further.layout,
-            None => from.expert_layout(self.layer)?,
+        let hidden = from.shape().hidden_size;
+        let tensors = match (&self.further, from.config().moe(self.layer)) {
+            (Some(further), _) => further.layout.tensors(hidden, &further.widths, self.biases),
+            (None, Some(moe)) => from.expert_layout(self.layer)?.tensors(hidden, &moe.stored_widths(), moe.biases),
+            (None, None) => None,
         };
-        let biases = match &self.further {
-            Some(_) => self.biases,
-            None => from.config().moe(self.layer).map_or(self.biases, |moe| moe.biases),
-        };
-        Ok(layout.tensors(from.shape().hidden_size, self.widths_before(from), biases).unwrap_or_default())
+        Ok(tensors.unwrap_or_default())
     }
 
-    /// Dtype of a part of an expert as it is read.
-    pub fn expert_dtype(&self, from: &Checkpoint, expert: usize, part: ExpertPart) -> Result<Option<Dtype>> {
-        let Some(further) = &self.further else { return Ok(from.expert_dtype(self.layer, expert, part)?) };
-        if ExpertPart::BIASES.contains(&part) {
-            return Ok(None);
+    /// Dtype of a part of a set of weights as it is read; that of the projection before it for a bias that a repair adds.
+    pub fn dtype(&self, from: &Checkpoint, set: &TargetSet, part: ExpertPart) -> Result<Option<Dtype>> {
+        if let Some(further) = &self.further {
+            if ExpertPart::BIASES.contains(&part) {
+                return Ok(None);
+            }
+            let place = further.layout.place(from.shape().hidden_size, &further.widths, set.source, part);
+            return Ok(Some(from.info(&further.expert_tensor_name(from, place.tensor))?.dtype));
         }
-        let place = further.layout.place(from.shape().hidden_size, &further.widths, expert, part);
-        Ok(Some(from.plain_dtype(&further.expert_tensor_name(from, place.tensor))?))
+        match from.expert_dtype(self.layer, set.expert, part)? {
+            None if part == ExpertPart::DownBias => Ok(from.expert_dtype(self.layer, set.expert, ExpertPart::Down)?),
+            found => Ok(found),
+        }
     }
 
-    /// One expert as the checkpoint has it.
-    pub fn expert_bytes<'a>(&self, from: &'a Checkpoint, expert: usize) -> Result<ExpertBytes<'a>> {
+    /// One part of a set of weights as the checkpoint has it.
+    pub fn part<'a>(
+        &self,
+        from: &'a Checkpoint,
+        set: &TargetSet,
+        part: ExpertPart,
+    ) -> moe_checkpoint::Result<Option<RawMatrix<'a>>> {
         match &self.further {
-            Some(further) => further.expert(from, expert),
-            None => Ok(from.expert_bytes(self.layer, expert)?),
+            Some(further) => further.part(from, set.source, part).map(Some),
+            None => from.set_part(self.layer, set.source, part),
         }
     }
 
-    /// Gives the pages of an expert back to the system.
-    pub fn release_expert(&self, from: &Checkpoint, expert: usize) -> Result<()> {
-        let Some(further) = &self.further else { return Ok(from.release_expert(self.layer, expert)?) };
-        for part in ExpertPart::ALL {
-            let place = further.layout.place(from.shape().hidden_size, &further.widths, expert, part);
-            from.release_tensor(&further.expert_tensor_name(from, place.tensor))?;
+    /// Gives the pages of a set of weights back to the system.
+    pub fn release(&self, from: &Checkpoint, set: &TargetSet) {
+        match &self.further {
+            Some(further) => further.release(from, set.source),
+            None => from.release_set(self.layer, set.source),
         }
-        Ok(())
     }
 }
 

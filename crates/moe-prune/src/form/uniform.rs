@@ -1,20 +1,20 @@
 //! Structural export with one width for all experts: what stock loaders read.
 
-use std::collections::BTreeSet;
-
 use moe_checkpoint::{Checkpoint, ExpertLayout, Ffn, UniformShape, uniform_shape_config};
 
-use super::{ApplyOptions, Export, Target, TargetLayer};
-use crate::{Error, PrunePlan, Result};
+use super::shared_sets::shared_config;
+use super::target::{Target, TargetLayer};
+use super::{PruneForm, PruneOptions};
+use crate::{PrunePlan, Result};
 
 /// Width multiple that the grouped matrix products of stock loaders need: 16 bytes of a 16-bit type.
-const ALIGNMENT: usize = 8;
+pub(super) const ALIGNMENT: usize = 8;
 
-/// The target of an export whose widths all agree. The layout that was read is kept; a ragged or quantised checkpoint gets
-/// the stock layout of its family. Where a config says how many times the width of a routed expert the shared experts have,
+/// The target of a form whose widths all agree. The layout that was read is kept; a ragged checkpoint gets the stock layout of its
+/// family. Where a config says how many times the width of a routed expert the shared experts have,
 /// that number follows the width, and the shared experts grow by units of zeros if it has to be rounded up.
-pub(crate) fn target<'a>(plan: &'a PrunePlan, from: &Checkpoint, options: &ApplyOptions<'_>) -> Result<Target<'a>> {
-    let refuse = |reason: String| Err(Error::Export { mode: Export::Uniform.name(), reason });
+pub(super) fn target(plan: &PrunePlan, from: &Checkpoint, options: &PruneOptions<'_>) -> Result<Target> {
+    let refuse = |reason: String| Err(PruneForm::Uniform.refused(reason));
     let shape = plan.pruned_shape();
     let mut widths = shape.layers.iter().flat_map(|l| l.widths.iter().enumerate().map(|(e, w)| (l.layer, e, *w)));
     let Some((first_layer, first_expert, width)) = widths.next() else {
@@ -31,7 +31,9 @@ pub(crate) fn target<'a>(plan: &'a PrunePlan, from: &Checkpoint, options: &Apply
     }
     check_width(width, from, options)?;
     let experts = shape.layers[0].num_experts();
-    if let Some(other) = shape.layers.iter().find(|layer| layer.num_experts() != experts) {
+    // Where experts share, the config says how many there are in every layer.
+    let other = shape.layers.iter().find(|layer| layer.num_experts() != experts && !from.grouped());
+    if let Some(other) = other {
         return refuse(format!(
             "stock loaders read one number of experts for all layers, but layer {first_layer} keeps {experts} and layer {} \
              keeps {}; export as ragged",
@@ -43,15 +45,15 @@ pub(crate) fn target<'a>(plan: &'a PrunePlan, from: &Checkpoint, options: &Apply
     let layers = layers.collect::<Result<Vec<_>>>()?;
     let removed = plan.kept.iter().any(|layer| !layer.removed.is_empty());
     let (shared_experts, shared_width) = shared(from, width);
-    let experts = (removed || from.ragged()).then_some(experts);
+    let experts = (!from.grouped() && (removed || from.ragged())).then_some(experts);
     let shape = UniformShape { width, experts, shared_experts, ..UniformShape::default() };
-    let config = uniform_shape_config(from.raw_config(), shape)?;
-    Ok(Target { config, layers, shared_width, dropped: BTreeSet::new() })
+    let config = shared_config(from, &layers, |config| Ok(uniform_shape_config(config, shape)?))?;
+    Ok(Target { shared_width, ..Target::new(config, layers) })
 }
 
-/// Refuses a width that stock loaders fail on, unless it is wanted. One that the checkpoint has already is its own affair.
-pub(super) fn check_width(width: usize, from: &Checkpoint, options: &ApplyOptions<'_>) -> Result<()> {
-    if width.is_multiple_of(ALIGNMENT) || from.shape().uniform_width() == Some(width) {
+/// Refuses a width that stock loaders fail on, unless it is wanted.
+fn check_width(width: usize, from: &Checkpoint, options: &PruneOptions<'_>) -> Result<()> {
+    if aligned(width, from) {
         return Ok(());
     }
     let reason = format!(
@@ -63,13 +65,18 @@ pub(super) fn check_width(width: usize, from: &Checkpoint, options: &ApplyOption
         return Ok(());
     }
     let reason = format!("{reason}; prune with round_to {ALIGNMENT}, or allow unaligned widths");
-    Err(Error::Export { mode: options.mode.name(), reason })
+    Err(options.form.refused(reason))
 }
 
-/// The layout of a layer in a checkpoint of one width that is not quantised.
+/// Whether stock loaders can run a width. One that the checkpoint has already is its own affair.
+pub(super) fn aligned(width: usize, from: &Checkpoint) -> bool {
+    width.is_multiple_of(ALIGNMENT) || from.shape().uniform_width() == Some(width)
+}
+
+/// The layout of a layer in a checkpoint of one width.
 pub(super) fn stock_layout(from: &Checkpoint, layer: usize) -> Result<ExpertLayout> {
     Ok(match from.expert_layout(layer)? {
-        ExpertLayout::Ragged | ExpertLayout::Mxfp4 => from.family().stock_layout(),
+        ExpertLayout::Ragged => from.family().stock_layout(),
         other => other,
     })
 }

@@ -1,35 +1,30 @@
-//! Export with unchanged shapes and zeroed units, and the way back from zeros to a plan.
+//! The form with unchanged shapes and zeroed units, and the way back from zeros to a plan.
 
-use std::collections::BTreeSet;
-
-use moe_checkpoint::{Checkpoint, Dtype, ExpertLayout, Ratio, RawMatrix};
+use moe_checkpoint::{Checkpoint, Dtype, Ratio, RawMatrix};
 use serde_json::json;
 
-use super::{Export, Target, TargetLayer};
+use super::PruneForm;
+use super::target::{Target, TargetLayer};
+use crate::Result;
 use crate::plan::{LayerKept, PrunePlan};
-use crate::{Error, Result};
 
-/// The target of a masked export: everything as it was, gate rows, up rows and down columns of dropped units zeroed.
-pub(crate) fn target<'a>(plan: &'a PrunePlan, from: &Checkpoint) -> Result<Target<'a>> {
+/// The target of a masked form: everything as it was, gate rows, up rows and down columns of dropped units zeroed.
+pub(super) fn target(plan: &PrunePlan, from: &Checkpoint) -> Result<Target> {
     if let Some(layer) = plan.kept.iter().find(|layer| !layer.removed.is_empty()) {
         let reason = format!(
             "layer {} loses whole experts, which zeros cannot do: the router would still choose them; export as uniform \
              or ragged",
             layer.layer
         );
-        return Err(Error::Export { mode: Export::Masked.name(), reason });
+        return Err(PruneForm::Masked.refused(reason));
     }
     let layers = plan.kept.iter().zip(&plan.shape.layers).map(|(kept, before)| {
-        let layout = match from.expert_layout(kept.layer)? {
-            ExpertLayout::Mxfp4 => from.family().stock_layout(),
-            other => other,
-        };
-        let mut layer = TargetLayer { zero: true, ..TargetLayer::kept(from, kept, layout) };
-        layer.experts.iter_mut().zip(&before.widths).for_each(|(expert, width)| expert.width = *width);
+        let layer = TargetLayer::kept(from, kept, from.expert_layout(kept.layer)?);
+        let mut layer = TargetLayer { zero: true, ..layer };
+        layer.sets.iter_mut().for_each(|set| set.width = before.widths[set.expert]);
         Ok(layer)
     });
-    let layers = layers.collect::<Result<_>>()?;
-    Ok(Target { config: from.raw_config().clone(), layers, shared_width: None, dropped: BTreeSet::new() })
+    Ok(Target::new(from.raw_config().clone(), layers.collect::<Result<_>>()?))
 }
 
 /// The plan that a masked checkpoint carries out: a unit counts as dropped when its whole gate row is zero. The plan is

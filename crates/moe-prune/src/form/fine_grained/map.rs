@@ -9,7 +9,7 @@ use crate::{PrunePlan, Result};
 /// The pieces of a model, and the routing to them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PieceMap {
-    /// Width of every piece.
+    /// Units of every piece.
     pub width: usize,
     /// Routing of the exported model.
     pub routing: Routing,
@@ -59,11 +59,6 @@ impl FineGrained<'_> {
         let routing = &from.config().routing;
         let factor = down_factor(&routing.kind, self.pieces)?;
         let width = self.width(from)?;
-        let top_k = self.top_k.unwrap_or(routing.top_k * self.pieces);
-        if top_k == 0 {
-            return Err(refused("`top_k` is 0, expected at least 1".into()));
-        }
-        let groups = routing.groups();
         let mut layers: Vec<LayerPieces> = Vec::with_capacity(plan.kept.len());
         for kept in &plan.kept {
             let layer = self.layer(kept, width, routing)?;
@@ -79,10 +74,20 @@ impl FineGrained<'_> {
             }
             layers.push(layer);
         }
-        let pieces = layers.first().map_or(0, |layer| layer.pieces.len());
-        let mut routing = Routing { top_k, ..routing.clone() };
+        let correction_factor = correction_factor(&routing.kind, self.pieces);
+        let routing = self.routing(routing, layers.first().map_or(0, |layer| layer.pieces.len()))?;
+        Ok(PieceMap { width, routing, factor, correction_factor, layers })
+    }
+
+    /// The routing to so many pieces of a layer.
+    pub(super) fn routing(&self, before: &Routing, pieces: usize) -> Result<Routing> {
+        let top_k = self.top_k.unwrap_or(before.top_k * self.pieces);
+        if top_k == 0 {
+            return Err(refused("`top_k` is 0, expected at least 1".into()));
+        }
+        let mut routing = Routing { top_k, ..before.clone() };
         let mut reachable = pieces;
-        if let Some(groups) = groups {
+        if let Some(groups) = before.groups() {
             let groups = match splits_groups(&routing.kind) {
                 true => Groups { count: groups.count * self.pieces, top: groups.top * self.pieces, ..groups },
                 false => groups,
@@ -100,12 +105,11 @@ impl FineGrained<'_> {
                  keep more or give a smaller `top_k`"
             )));
         }
-        let correction_factor = correction_factor(&routing.kind, self.pieces);
-        Ok(PieceMap { width, routing, factor, correction_factor, layers })
+        Ok(routing)
     }
 
     /// The pieces of one layer of a model with this routing.
-    pub(in crate::apply) fn layer(&self, kept: &LayerKept, width: usize, routing: &Routing) -> Result<LayerPieces> {
+    pub(in crate::form) fn layer(&self, kept: &LayerKept, width: usize, routing: &Routing) -> Result<LayerPieces> {
         let counts = counts(kept, width)?;
         let pieces = match routing.groups() {
             None => in_order(&counts, 0..counts.len()).collect(),
@@ -115,6 +119,19 @@ impl FineGrained<'_> {
             }
         };
         Ok(LayerPieces { layer: kept.layer, pieces, counts })
+    }
+
+    /// Refuses so many pieces of a group where groups are ranked by their two best.
+    pub(super) fn check_split(&self, per_group: usize) -> Result<(), String> {
+        let blocks = self.pieces;
+        if per_group.is_multiple_of(blocks) && per_group / blocks >= 2 {
+            return Ok(());
+        }
+        Err(format!(
+            "its groups keep {per_group} pieces each; ranked by their two best they are split into {blocks}, which needs a \
+             multiple of {blocks} and at least {}",
+            2 * blocks
+        ))
     }
 
     /// Pieces in the order that keeps groups together, or why there is none.
@@ -131,14 +148,7 @@ impl FineGrained<'_> {
             return Ok((0..groups.count).flat_map(|group| in_order(counts, members(group))).collect());
         }
         let blocks = self.pieces;
-        if !per_group[0].is_multiple_of(blocks) || per_group[0] / blocks < 2 {
-            return Err(format!(
-                "its groups keep {} pieces each; ranked by their two best they are split into {blocks}, which needs a \
-                 multiple of {blocks} and at least {}",
-                per_group[0],
-                2 * blocks
-            ));
-        }
+        self.check_split(per_group[0])?;
         let mut all = Vec::with_capacity(counts.iter().sum());
         for group in 0..groups.count {
             // The pieces of an expert go to different blocks, the least filled ones, so that fillings never differ by more
