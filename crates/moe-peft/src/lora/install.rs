@@ -87,6 +87,10 @@ impl Lora {
                     magnitude: magnitude.map(Magnitude::new),
                     dropout,
                 };
+                if out == 0 || inputs == 0 {
+                    // An expert without units: there is nothing to add to.
+                    continue;
+                }
                 sites.entry(site).or_insert_with(|| (Vec::new(), [width, inputs])).0.push(term);
             }
             let installed = Installed { weights: weights.clone(), live };

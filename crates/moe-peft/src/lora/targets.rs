@@ -99,7 +99,8 @@ impl LoraConfig {
                 found.insert(map, share(&paths));
             }
         }
-        found.retain(|_, share| share.rank > 0);
+        // Experts without units have nothing to add to.
+        found.retain(|map, share| share.rank > 0 && maps.dims(*map).is_some_and(|dims| !dims.contains(&0)));
         if found.is_empty() {
             return Err(Error::input("target_modules", "nothing to adapt", "at least one map of a rank above 0"));
         }

@@ -142,16 +142,14 @@ impl OwnWeights {
         Ok(())
     }
 
-    /// Puts the weights into a set, where they are trained.
+    /// Puts the weights into a set, where they are trained. Experts that share a set of weights in a grouped checkpoint are trained each by
+    /// itself.
     ///
     /// # Errors
-    /// As [`validate`](Self::validate), and what keeps weights from being read; [`Error::Unsupported`] where experts share weights.
+    /// As [`validate`](Self::validate), and what keeps weights from being read.
     pub fn attach(&self, model: &Model, set: &mut AdapterSet) -> Result<()> {
         let checkpoint = model.checkpoint();
         self.validate(checkpoint)?;
-        if self.experts && checkpoint.grouped() {
-            return Err(Error::Unsupported("training experts that share sets of weights".into()));
-        }
         let mut any = false;
         for Place { site, dims } in
             trainable_tensors::linear_maps(checkpoint).into_iter().filter(|place| self.has(place.site))

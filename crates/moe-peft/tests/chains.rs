@@ -1,0 +1,374 @@
+//! What is trained on any form of a model gets into its weights: folded, merged, measured and written alike.
+
+mod common;
+mod forms;
+mod tuning;
+
+use std::{path::Path, sync::Arc};
+
+use common::{distance, largest, logits, noise, wave};
+use forms::{fixtures, grouped, grouped_ragged, open, ragged};
+use moe_checkpoint::{Checkpoint, Dtype, ExpertPart, Role, WriteOptions, write};
+use moe_core::{
+    Model,
+    train::{Schedule, TrainOptions},
+};
+use moe_peft::{
+    AdapterSet, FineTune,
+    fold::Folded,
+    lora::{Lora, LoraConfig, LoraWeights, Maps, Targets},
+    merge::Merged,
+    model_weights::OwnWeights,
+    peft_files,
+};
+
+/// A checkpoint in every form.
+fn every_form(base: &Arc<Checkpoint>) -> Vec<(&'static str, Arc<Checkpoint>)> {
+    let mut forms = vec![("as it is", base.clone())];
+    let made: [(&str, fn(&Arc<Checkpoint>) -> Arc<Checkpoint>); 3] =
+        [("grouped", grouped), ("ragged", ragged), ("grouped and ragged", grouped_ragged)];
+    forms.extend(made.map(|(name, make)| (name, make(base))));
+    forms
+}
+
+fn run(checkpoint: &Arc<Checkpoint>) -> Model {
+    Model::new(checkpoint.clone(), &common::device(), None).unwrap()
+}
+
+/// Both parameters of the experts, as peft names them.
+fn experts() -> LoraConfig {
+    LoraConfig {
+        r: 2,
+        lora_alpha: 4.0,
+        target_modules: None,
+        target_parameters: vec!["experts.gate_up_proj".into(), "experts.down_proj".into()],
+        ..LoraConfig::default()
+    }
+}
+
+/// Every matrix of every expert, with magnitudes.
+fn dora() -> LoraConfig {
+    let names = ["gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"];
+    let pattern = format!(r".*experts\.\d+\.({})", names.join("|"));
+    LoraConfig {
+        target_modules: Some(Targets::Pattern(pattern)),
+        target_parameters: Vec::new(),
+        use_dora: true,
+        ..experts()
+    }
+}
+
+fn install(model: &Model, weights: &LoraWeights) -> (Arc<AdapterSet>, Lora) {
+    let mut set = AdapterSet::new();
+    let maps = Maps::new(model.checkpoint());
+    let lora = Lora::install(&mut set, &maps, &[("default", weights.clone())], model.device()).unwrap();
+    (Arc::new(set), lora)
+}
+
+/// An adapter that changes what the model says.
+fn trained(config: &LoraConfig, model: &Model) -> LoraWeights {
+    let mut weights = config.init(&Maps::new(model.checkpoint()), None).unwrap();
+    for (seed, low) in weights.maps.values_mut().enumerate() {
+        low.b = noise(low.b.len(), seed);
+        low.magnitude.iter_mut().flatten().for_each(|m| *m *= 1.1);
+    }
+    weights
+}
+
+/// Written and opened again, a model has the same bytes and computes the same bits.
+fn written_alike(model: &Arc<Checkpoint>, dir: &Path, what: &str) -> Model {
+    write(model, dir, &WriteOptions::default()).unwrap();
+    let again = open(dir);
+    for info in model.tensors() {
+        assert!(again.bytes(&info.name).unwrap() == model.bytes(&info.name).unwrap(), "{what}: {}", info.name);
+    }
+    assert!(again.is_model(&model.fingerprint()), "{what}");
+    let again = run(&again);
+    let wave = wave(model.config().vocab_size);
+    assert_eq!(logits(&again, &wave), logits(&run(model), &wave), "{what}");
+    again
+}
+
+/// The experts of a checkpoint are those of a model with adapters, to the rounding of their dtype.
+fn same_experts(weights: &Checkpoint, adapted: &Model, what: &str) {
+    for layer in &weights.shape().layers {
+        for expert in 0..layer.num_experts() {
+            let found = weights.expert(layer.layer, expert).unwrap();
+            let expected = adapted.expert(layer.layer, expert).unwrap();
+            let matrix = |weight: &moe_core::kernels::weight::Weight| moe_core::host::into_vec(weight.to_tensor());
+            let gate_up = [found.gate, found.up].concat();
+            for (found, expected) in [(gate_up, matrix(&expected.gate_up)), (found.down, matrix(&expected.down))] {
+                assert_eq!(found.len(), expected.len(), "{what}");
+                let unit = if in_bf16(weights) { 1.0 / 256.0 } else { 1e-5 };
+                for (found, expected) in found.iter().zip(expected) {
+                    assert!((found - expected).abs() <= unit * expected.abs() + 1e-6, "{what}: {found} {expected}");
+                }
+            }
+        }
+    }
+}
+
+fn in_bf16(model: &Checkpoint) -> bool {
+    let layer = model.shape().layers[0].layer;
+    model.expert_dtype(layer, 0, ExpertPart::Gate).unwrap() == Some(Dtype::BF16)
+}
+
+#[test]
+fn adapters_of_experts_that_learnt_nothing_leave_every_model_in_every_form_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    for (index, fixture) in fixtures().iter().enumerate() {
+        for (form, base) in every_form(&open(fixture)) {
+            let what = format!("{}, {form}", fixture.display());
+            let model = run(&base);
+            let wave = wave(model.config().vocab_size);
+            let before = logits(&model, &wave);
+
+            let weights = experts().init(&Maps::new(&base), None).unwrap();
+            let (set, _) = install(&model, &weights);
+            Folded::check(&base, &set).unwrap();
+            let zero = Folded::on(&base, &set).unwrap();
+            assert!(zero.changes().unwrap().changed.is_empty(), "{what}: {:?}", zero.changes().unwrap());
+            assert_eq!(logits(&run(zero.model()), &wave), before, "{what}");
+
+            let options = TrainOptions { schedule: Schedule::constant(1e-12), ..tuning::options(1) };
+            let mut task = FineTune::new(&model, set).unwrap();
+            let mut parameters = task.set().bank().parameters().unwrap();
+            let waves = tuning::waves(&model, 1);
+            moe_core::train::train(&mut task, &mut parameters, &waves, &options, &mut |_| Ok(())).unwrap();
+            task.set().bank().settle(parameters).unwrap();
+            let folded = Folded::on(&base, task.set()).unwrap();
+            let moved = distance(&logits(&run(folded.model()), &wave), &before);
+            assert!(moved < 1e-4, "{what}: {moved}");
+            let written = written_alike(folded.model(), &dir.path().join(format!("{index} {form}")), &what);
+            assert!(distance(&logits(&written, &wave), &before) < 1e-4, "{what}");
+        }
+    }
+}
+
+#[test]
+fn trained_experts_of_every_form_are_in_the_weights_as_they_were_beside_them() {
+    let dir = tempfile::tempdir().unwrap();
+    for (index, name) in [
+        "qwen2_moe",
+        "qwen2_moe_mixed",
+        "qwen2_moe_bf16",
+        "gpt_oss",
+        "gpt_oss_mxfp4",
+        "deepseek_v3_fp8",
+        "granitemoe",
+        "mixtral",
+        "deepseek_v2_group",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        for (form, base) in every_form(&open(common::fixture(name))) {
+            for config in [experts(), dora()] {
+                let what = format!("{name}, {form}, DoRA {}", config.use_dora);
+                let model = run(&base);
+                let wave = wave(model.config().vocab_size);
+                let weights = trained(&config, &model);
+                let (set, _) = install(&model, &weights);
+                let beside = model.with_adapters(set.clone()).unwrap();
+                let adapted = logits(&beside, &wave);
+                let changed = distance(&adapted, &logits(&model, &wave));
+                assert!(changed > 2e-3 * largest(&adapted), "{what}: {changed}");
+
+                let folded = Folded::on(&base, &set).unwrap();
+                let merged = Merged::on(&base, &[("default", &weights, 1.0)]).unwrap();
+                for weights in [folded.model(), merged.model()] {
+                    same_experts(weights, &beside, &what);
+                    // Rounded to BF16, a model may choose other experts.
+                    let found = logits(&run(weights), &wave);
+                    let tolerance = if in_bf16(&base) { f32::INFINITY } else { 2e-5 * largest(&adapted).max(1.0) };
+                    assert!(distance(&found, &adapted) < tolerance, "{what}: {}", distance(&found, &adapted));
+                }
+                let at = |method: &str| dir.path().join(format!("{index} {form} {} {method}", config.use_dora));
+                written_alike(folded.model(), &at("folded"), &what);
+                written_alike(merged.model(), &at("merged"), &what);
+
+                // The file of the adapter holds the same, and is known to before it is trained.
+                let maps = Maps::new(&base);
+                let options = peft_files::WriteOptions::default().fitting(&weights, &maps);
+                peft_files::check(&config.init(&maps, None).unwrap(), &maps, &options).unwrap();
+                peft_files::write(at("adapter"), &weights, &maps, &options).unwrap();
+                let read = peft_files::read(at("adapter"), &maps, peft_files::ReadOptions::default()).unwrap();
+                let (set, _) = install(&model, &read);
+                let again = logits(&model.with_adapters(set).unwrap(), &wave);
+                assert!(distance(&again, &adapted) < 1e-5 * largest(&adapted).max(1.0), "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn experts_that_share_weights_part_where_they_are_trained_and_nowhere_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = grouped(&open(common::fixture("qwen2_moe")));
+    let model = run(&base);
+    let wave = wave(model.config().vocab_size);
+    let layer = base.shape().layers[0].layer;
+    let experts = base.config().moe(layer).unwrap().num_experts();
+    let sets = base.config().moe(layer).unwrap().stored_widths().len();
+    assert_eq!(sets, experts / 2);
+
+    // Two experts that share a set, trained to be different.
+    let mut set = AdapterSet::new();
+    let only = [(layer, [0, 1].into())].into();
+    OwnWeights::these_experts(only).attach(&model, &mut set).unwrap();
+    for (seed, live) in set.bank().iter().enumerate() {
+        let moved = live.to_vec().iter().zip(noise(1 << 16, seed)).map(|(value, noise)| value + noise).collect();
+        tuning::put(set.bank(), live.name(), moved);
+    }
+    let set = Arc::new(set);
+    let remarks = Folded::check(&base, &set).unwrap().remarks;
+    assert!(remarks.len() == 1 && remarks[0].contains("share sets of weights"), "{remarks:?}");
+    let folded = Folded::on(&base, &set).unwrap();
+    let adapted = logits(&model.with_adapters(set.clone()).unwrap(), &wave);
+    assert!(distance(&adapted, &logits(&model, &wave)) > 1e-2);
+    let written = written_alike(folded.model(), &dir.path().join("two"), "two");
+    assert!(distance(&logits(&written, &wave), &adapted) < 2e-5 * largest(&adapted).max(1.0));
+    let moe = written.checkpoint().config().moe(layer).unwrap().clone();
+    assert_eq!(moe.stored_widths().len(), sets + 1);
+    assert_eq!((moe.stored(2), moe.stored(3)), (2, 2));
+    let changes = folded.changes().unwrap();
+    assert_eq!(changes.ungrouped, [(layer, [sets, sets + 1])].into());
+    assert_eq!(changes.changed.values().flatten().count(), 3 * 2, "gate, up and down of two: {changes:?}");
+
+    // All of all layers: no expert shares any more, and the model is one that stock loaders know.
+    let mut set = AdapterSet::new();
+    OwnWeights { experts: true, ..OwnWeights::default() }.attach(&model, &mut set).unwrap();
+    let folded = Folded::on(&base, &set).unwrap();
+    assert!(!folded.model().grouped());
+    assert_eq!(folded.model().raw_config()["model_type"], "qwen2_moe");
+    assert_eq!(logits(&run(folded.model()), &wave), logits(&model, &wave));
+    for expert in 0..experts {
+        assert_eq!(folded.model().expert(layer, expert).unwrap(), base.expert(layer, expert).unwrap());
+    }
+}
+
+#[test]
+fn models_of_methods_are_bases_of_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = open(common::fixture("deepseek_v3_fp8"));
+    let model = run(&base);
+    let wave = wave(model.config().vocab_size);
+    let weights = trained(&experts(), &model);
+    // An adapter, and what was trained on top of it, without a directory in between.
+    let merged = Merged::on(&base, &[("default", &weights, 0.5)]).unwrap();
+    let on_top = run(merged.model());
+    let (task, parameters) = tuning::train_own(&on_top, &OwnWeights::full(), 2);
+    task.set().bank().settle(parameters).unwrap();
+    let folded = Folded::on(merged.model(), task.set()).unwrap();
+    let steps: Vec<&str> = folded.model().steps().iter().map(|step| step.method.as_str()).collect();
+    assert_eq!(steps, ["merge_adapters", "fold"]);
+    let written = written_alike(folded.model(), &dir.path().join("both"), "both");
+    // Trained values are f32, and written as the BF16 that FP8 became: what is measured is what is written.
+    assert_eq!(logits(&folded.run(model.device(), None).unwrap(), &wave), logits(&written, &wave));
+    // A base that was written in between gives the same.
+    write(merged.model(), dir.path().join("merged"), &WriteOptions::default()).unwrap();
+    let between = Folded::on(&open(dir.path().join("merged")), task.set()).unwrap();
+    for info in folded.model().tensors() {
+        assert!(
+            between.model().bytes(&info.name).unwrap() == folded.model().bytes(&info.name).unwrap(),
+            "{}",
+            info.name
+        );
+    }
+}
+
+#[test]
+fn a_fold_knows_when_its_values_were_trained_on_and_when_they_are_others() {
+    let model = common::model("qwen2_moe");
+    let base = model.checkpoint();
+    let weights = trained(&experts(), &model);
+    let (set, _) = install(&model, &weights);
+    let folded = Folded::on(base, &set).unwrap();
+    let mut other = weights.clone();
+    other.maps.values_mut().for_each(|low| low.alpha *= 2.0);
+    let (scaled, _) = install(&model, &other);
+    assert_ne!(Folded::on(base, &scaled).unwrap().model().fingerprint(), folded.model().fingerprint());
+    let (same, _) = install(&model, &weights);
+    assert_eq!(Folded::on(base, &same).unwrap().model().fingerprint(), folded.model().fingerprint());
+
+    let layer = base.shape().layers[0].layer;
+    assert!(folded.model().expert(layer, 0).is_ok());
+    let parameters = set.bank().parameters().unwrap();
+    let unsettled = Folded::on(base, &set).unwrap_err().to_string();
+    assert!(unsettled.contains("with an optimiser"), "{unsettled}");
+    set.bank().settle(parameters).unwrap();
+    let changed = folded.model().expert(layer, 0).unwrap_err().to_string();
+    assert!(changed.contains("values that were folded"), "{changed}");
+    assert!(Folded::on(base, &set).unwrap().model().expert(layer, 0).is_ok());
+}
+
+#[test]
+fn numbers_that_a_dtype_cannot_hold_are_named_with_their_tensor() {
+    let model = common::model("qwen2_moe_bf16");
+    let mut set = AdapterSet::new();
+    OwnWeights { norms: true, ..OwnWeights::default() }.attach(&model, &mut set).unwrap();
+    let name = set.bank().iter().next().unwrap().name().to_string();
+    for (value, expected) in [(f32::NAN, "finite numbers"), (f32::MAX, "numbers of BF16")] {
+        let mut values = set.bank().get(&name).unwrap().to_vec();
+        values[0] = value;
+        tuning::put(set.bank(), &name, values);
+        let folded = Folded::on(model.checkpoint(), &set).unwrap();
+        let error = folded.changes().unwrap_err().to_string();
+        assert!(error.contains("norm") && error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn what_cannot_be_folded_is_said_before_it_is_trained() {
+    use moe_peft::mixture::{Mixture, MixtureConfig};
+    let model = common::model("qwen2_moe");
+    let maps = Maps::new(model.checkpoint());
+    for config in [
+        MixtureConfig { target_modules: Some(Targets::list(["q_proj"])), ..MixtureConfig::lora_moe() },
+        MixtureConfig { blocks: true, target_modules: None, ..MixtureConfig::mix_lora() },
+    ] {
+        let mut set = AdapterSet::new();
+        Mixture::install(&config, &mut set, &maps, model.device()).unwrap();
+        let error = Folded::check(model.checkpoint(), &set).unwrap_err().to_string();
+        assert!(error.contains("its input"), "{error}");
+    }
+
+    // A head that is tied to the embeddings cannot change alone.
+    let tied = common::model("ernie4_5_moe");
+    let role = |role| tied.checkpoint().role(role).unwrap().name.clone();
+    assert_eq!(role(Role::LmHead), role(Role::Embedding));
+    let mut whole = AdapterSet::new();
+    OwnWeights { head: true, ..OwnWeights::default() }.attach(&tied, &mut whole).unwrap();
+    Folded::check(tied.checkpoint(), &whole).unwrap();
+    let mut alone = AdapterSet::new();
+    for (rows, adapter) in whole.heads() {
+        alone.add_head(rows, adapter.clone()).unwrap();
+    }
+    let error = Folded::check(tied.checkpoint(), &alone).unwrap_err().to_string();
+    assert!(error.contains("the same tensor"), "{error}");
+
+    // An adapter of another model.
+    let mut other = AdapterSet::new();
+    OwnWeights { experts: true, ..OwnWeights::default() }.attach(&model, &mut other).unwrap();
+    let error = Folded::check(common::model("deepseek_v3").checkpoint(), &other).unwrap_err().to_string();
+    assert!(error.contains("new values"), "{error}");
+}
+
+#[test]
+fn what_is_no_weight_is_left_out_aloud_and_runs_beside_the_weights() {
+    use moe_peft::compressed_experts::CompressedExperts;
+    let model = common::model("qwen2_moe");
+    let wave = wave(model.config().vocab_size);
+    let mut set = AdapterSet::new();
+    OwnWeights::router().attach(&model, &mut set).unwrap();
+    CompressedExperts { auxiliary: 1 }.attach(&model, &mut set).unwrap();
+    let set = Arc::new(set);
+    let layers = model.checkpoint().shape().layers.len();
+    assert_eq!(Folded::check(model.checkpoint(), &set).unwrap().remarks.len(), layers);
+    let folded = Folded::on(model.checkpoint(), &set).unwrap();
+    let changes = folded.changes().unwrap();
+    assert_eq!((changes.left_out.len(), changes.unchanged.len()), (layers, layers));
+    let adapted = logits(&model.with_adapters(set).unwrap(), &wave);
+    assert!(distance(&adapted, &logits(&model, &wave)) > 1e-3);
+    assert_eq!(logits(&folded.run(model.device(), None).unwrap(), &wave), adapted);
+}
