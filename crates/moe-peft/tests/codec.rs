@@ -340,6 +340,127 @@ fn checkpoints_come_back_from_base_and_delta() {
 }
 
 #[test]
+fn a_base_with_a_delta_reads_alike_by_any_ranges_and_runs_as_it_is_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    for name in BASES {
+        let base = Arc::new(Checkpoint::open(fixture(name)).unwrap());
+        tuned(&base, &at(&format!("{name}-tuned")), &|tensor, values| {
+            let noise = noise(values.len(), tensor.len() as u64);
+            values.iter_mut().zip(noise).for_each(|(value, noise)| *value += 0.01 * noise);
+        });
+        let after = Checkpoint::open(at(&format!("{name}-tuned"))).unwrap();
+        let vector = TaskVector::Checkpoints { base: &base, tuned: &after };
+        let file = at(&format!("{name}.delta"));
+        let sparse = ComPeft { density: 0.3, values: KeptValues::Unchanged { dtype: Dtype::F32 } };
+        let encode: [&dyn Fn(); 4] = [
+            &|| PlainDelta::Changed.encode(vector, &file).map(drop).unwrap(),
+            &|| PlainDelta::Difference { dtype: Dtype::BF16 }.encode(vector, &file).map(drop).unwrap(),
+            &|| sparse.encode(vector, &file).map(drop).unwrap(),
+            &|| scaled(0.05, 1.0).encode(vector, &file).map(drop).unwrap(),
+        ];
+        for (index, encode) in encode.into_iter().enumerate() {
+            encode();
+            let patched = Delta::open(&file).unwrap().on(&base).unwrap();
+            let out = at(&format!("{name}-{index}"));
+            write(patched.model(), &out, &WriteOptions::default()).unwrap();
+            let written = Checkpoint::open(&out).unwrap();
+            assert_eq!(weights(patched.model()), weights(&written));
+            assert!(weights(&written) != weights(&base) && written.steps()[0].method == "delta");
+            for info in patched.model().tensors() {
+                let (whole, length) = (written.bytes(&info.name).unwrap(), info.bytes as usize);
+                for range in [0..length / 3, length / 3..length, length / 2..length / 2 + 1, 1..length.min(8)] {
+                    let part = patched.model().tensor_bytes(&info.name, range.clone()).unwrap();
+                    assert!(*part == whole[range], "{}", info.name);
+                }
+            }
+            let layer = base.shape().layers[0].layer;
+            assert_eq!(patched.model().expert(layer, 1).unwrap(), written.expert(layer, 1).unwrap());
+        }
+    }
+}
+
+#[test]
+fn a_delta_of_long_tensors_is_read_from_the_middle() {
+    // Two experts of more elements than are decoded at a time.
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&fs::read(fixture("qwen3_moe").join("config.json")).unwrap()).unwrap();
+    let (hidden, width, experts) = (256, 768, 2);
+    for (key, value) in [
+        ("hidden_size", hidden),
+        ("moe_intermediate_size", width),
+        ("num_experts", experts),
+        ("num_experts_per_tok", 1),
+        ("num_hidden_layers", 1),
+        ("vocab_size", 8),
+        ("num_attention_heads", 2),
+        ("num_key_value_heads", 2),
+        ("head_dim", 4),
+    ] {
+        config[key] = value.into();
+    }
+    for key in ["layer_types", "num_local_experts"] {
+        config.as_object_mut().unwrap().remove(key);
+    }
+    let mut tensors: Vec<(String, Vec<usize>)> = vec![
+        ("model.embed_tokens.weight".into(), vec![8, hidden]),
+        ("lm_head.weight".into(), vec![8, hidden]),
+        ("model.norm.weight".into(), vec![hidden]),
+    ];
+    let layer = |name: &str| format!("model.layers.0.{name}.weight");
+    for name in ["input_layernorm", "post_attention_layernorm"] {
+        tensors.push((layer(name), vec![hidden]));
+    }
+    for name in ["self_attn.q_norm", "self_attn.k_norm"] {
+        tensors.push((layer(name), vec![4]));
+    }
+    for name in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"] {
+        tensors.push((layer(name), vec![8, hidden]));
+    }
+    tensors.push((layer("self_attn.o_proj"), vec![hidden, 8]));
+    tensors.push((layer("mlp.gate"), vec![experts, hidden]));
+    tensors.push(("model.layers.0.mlp.experts.gate_up_proj".into(), vec![experts, 2 * width, hidden]));
+    tensors.push(("model.layers.0.mlp.experts.down_proj".into(), vec![experts, hidden, width]));
+    for (dir, seed) in [("base", 1), ("tuned", 2)] {
+        fs::create_dir_all(at(dir)).unwrap();
+        let made = tensors.iter().map(|(name, shape)| {
+            let mut bytes = Vec::new();
+            encode(Dtype::BF16, &noise(shape.iter().product(), seed + name.len() as u64), &mut bytes);
+            (name.clone(), Dtype::BF16, shape.clone(), bytes)
+        });
+        write_tensors(&at(dir).join("model.safetensors"), made.collect());
+        fs::write(at(dir).join("config.json"), config.to_string()).unwrap();
+    }
+    let base = Arc::new(Checkpoint::open(at("base")).unwrap());
+    let tuned = Checkpoint::open(at("tuned")).unwrap();
+    scaled(0.2, 1.0).encode(TaskVector::Checkpoints { base: &base, tuned: &tuned }, &at("delta")).unwrap();
+    let patched = Delta::open(at("delta")).unwrap().on(&base).unwrap();
+    write(patched.model(), at("out"), &WriteOptions::default()).unwrap();
+    let written = Checkpoint::open(at("out")).unwrap();
+    assert_eq!(weights(patched.model()), weights(&written));
+    // The other order, so that nothing depends on what was read before.
+    for expert in (0..experts).rev() {
+        assert_eq!(patched.model().expert(0, expert).unwrap(), written.expert(0, expert).unwrap());
+    }
+    let name = "model.layers.0.mlp.experts.gate_up_proj";
+    let mut right = base.tensor_f32(name).unwrap();
+    let mut start = 0;
+    let add = |tensor: &DeltaTensor, tau: &[f32]| {
+        if tensor.name == name {
+            right[start..start + tau.len()].iter_mut().zip(tau).for_each(|(value, tau)| *value += tau);
+            start += tau.len();
+        }
+        Ok(())
+    };
+    Delta::open(at("delta")).unwrap().stream(add).unwrap();
+    let mut bytes = Vec::new();
+    encode(Dtype::BF16, &right, &mut bytes);
+    assert!(written.bytes(name).unwrap() == bytes);
+}
+
+#[test]
 fn adapters_come_back_whole() {
     let directory = tempfile::tempdir().unwrap();
     let (from, to) = (directory.path().join("adapter"), directory.path().join("delta"));
