@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use moe_checkpoint::{Provenance, write_atomic};
+use moe_checkpoint::write_atomic;
+use moe_core::Model;
 use moe_core::data::{Dataset, WaveOptions};
-use moe_core::{Engine, EngineOptions, Model};
-use moe_importance::{Collection, Scorer, StatisticId, collect};
+use moe_importance::{Calibration, Scorer};
 use serde::{Deserialize, Serialize};
 
 use super::catalogue::{self, MAIN_SCORER};
@@ -83,16 +83,11 @@ impl Costs {
 fn seconds(model: &Model, data: &Dataset, wave_options: WaveOptions, scorers: &[&str]) -> Result<f64> {
     let build = |name: &&str| -> Result<Box<dyn Scorer>> { Ok(catalogue::scorer(name)?.build()?) };
     let scorers = scorers.iter().map(build).collect::<Result<Vec<_>>>()?;
-    let ids: Vec<StatisticId> = scorers.iter().flat_map(|scorer| scorer.needs().statistics).collect();
-    let waves = data.waves(wave_options);
-    let shape = model.checkpoint().shape();
-    let provenance = Provenance::new(model.checkpoint().fingerprint(), data.hash.clone(), "{}");
     let mut best = f64::INFINITY;
     for _ in 0..RUNS {
-        let mut collection = Collection::new(shape, provenance.clone(), &ids)?;
-        let mut engine = Engine::new(model, EngineOptions::default());
+        let calibration = Calibration::new(model, data, wave_options).scorers(scorers.iter().map(|scorer| &**scorer));
         let start = Instant::now();
-        collect(&mut engine, &mut collection, &waves, None, &mut |_| ())?;
+        calibration.run(&mut |_| ())?;
         best = best.min(start.elapsed().as_secs_f64());
     }
     Ok(best)

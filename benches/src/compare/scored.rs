@@ -5,11 +5,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use moe_checkpoint::{Granularity, Provenance, ScoreTable, StatisticsStore};
+use moe_checkpoint::{Granularity, ScoreTable};
+use moe_core::Model;
 use moe_core::data::{Dataset, Wave, WaveOptions};
-use moe_core::trace::Observer;
-use moe_core::{Engine, EngineOptions, Model};
-use moe_importance::{Collection, Scorer, StatisticId, collect};
+use moe_importance::{Calibration, Scorer};
 use moe_merge::Evidence;
 
 use super::catalogue::Scoring;
@@ -71,21 +70,17 @@ pub fn score(
         Ok([scoring.units.build()?, scoring.experts.build()?])
     };
     let built = scorers.iter().map(build).collect::<Result<Vec<_>>>()?;
-    let ids: Vec<StatisticId> = built.iter().flatten().flat_map(|scorer| scorer.needs().statistics).collect();
-    let waves = data.waves(wave_options);
-    let checkpoint = model.checkpoint();
-    let recipe = moe_importance::recipe(&ids, &wave_options)?;
-    let provenance = Provenance::new(checkpoint.fingerprint(), data.hash.clone(), recipe);
-    let mut collection = Collection::new(checkpoint.shape(), provenance, &ids)?;
-    let mut store = StatisticsStore::create_or_resume(directory, checkpoint.shape(), collection.provenance())?;
-    let known = store.waves().len();
-    let mut engine = Engine::new(model, EngineOptions::default());
-    for wave in &waves {
-        engine.plan(wave.tokens(), collection.needs())?;
-    }
+    let calibration = Calibration::new(model, data, wave_options)
+        .scorers(built.iter().flatten().map(|scorer| &**scorer))
+        .store(directory);
+    let (waves, checkpoint) = (data.waves(wave_options), model.checkpoint());
+    let mut last = moe_importance::Progress::default();
     let start = Instant::now();
-    let statistics = collect(&mut engine, &mut collection, &waves, Some(&mut store), progress)?;
-    let seconds = if known < waves.len() { start.elapsed().as_secs_f64() } else { 0.0 };
+    let statistics = calibration.run(&mut |at| {
+        last = *at;
+        progress(at);
+    })?;
+    let seconds = if last.waves_resumed < last.waves { start.elapsed().as_secs_f64() } else { 0.0 };
     let mut tables = BTreeMap::new();
     for ((name, scoring), [units, experts]) in scorers.iter().zip(&built) {
         let table = |scorer: &dyn Scorer| scorer.score(&statistics, checkpoint.as_ref());

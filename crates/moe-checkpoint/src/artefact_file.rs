@@ -137,6 +137,15 @@ impl Tensors<'_> {
         self.tensors.tensor(name).is_ok()
     }
 
+    /// Rows of a matrix, whatever its columns.
+    pub fn rows(&self, name: &str) -> Result<usize> {
+        let view = self.tensors.tensor(name).map_err(|_| self.malformed(format!("tensor `{name}` is missing")))?;
+        match view.shape() {
+            [rows, _] => Ok(*rows),
+            found => Err(self.malformed(format!("tensor `{name}` has shape {found:?}, expected a matrix"))),
+        }
+    }
+
     fn checked(&self, name: &str, shape: &[usize], dtypes: &[Dtype]) -> Result<TensorView<'_>> {
         let view = self.tensors.tensor(name).map_err(|_| self.malformed(format!("tensor `{name}` is missing")))?;
         if view.shape() != shape {

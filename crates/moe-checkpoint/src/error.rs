@@ -129,6 +129,18 @@ pub enum Error {
         /// The value.
         value: f64,
     },
+    /// A NaN or infinite value in a matrix of statistics.
+    #[error("{what}: row {row}, column {column} is {value}, expected a finite number")]
+    NonFiniteMatrix {
+        /// What the matrix is.
+        what: String,
+        /// Row.
+        row: usize,
+        /// Column.
+        column: usize,
+        /// The value.
+        value: f64,
+    },
     /// A score table that contradicts itself or the model.
     #[error("invalid score table: {reason}")]
     InvalidScores {

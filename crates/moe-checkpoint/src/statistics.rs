@@ -7,10 +7,11 @@ use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
 use crate::artefact_file::{Kind, OutTensor, TensorFile, Tensors, write_tensors};
+use crate::statistics_array::combine_lowest;
 use crate::{ArrayKind, Error, Extent, Fold, MoeLayerShape, MoeShape, Provenance, Result};
 
-/// Version 2 added vectors and moments; files of version 1 are read as they are.
-pub(crate) const STATISTICS: Kind = Kind { name: "statistics", key: "moe.statistics", version: 2 };
+/// Version 2 added vectors and moments, version 3 matrices; files of earlier versions are read as they are.
+pub(crate) const STATISTICS: Kind = Kind { name: "statistics", key: "moe.statistics", version: 3 };
 
 /// How much data statistics have seen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,12 +24,59 @@ pub struct Counts {
     pub loss_tokens: u64,
 }
 
-/// One named array, its values layer by layer.
+/// One named array, its values layer by layer; a matrix as if there were one layer.
 #[derive(Clone, Debug, PartialEq)]
 struct Array {
     kind: ArrayKind,
     fold: Fold,
     layers: Vec<Vec<f64>>,
+}
+
+impl Array {
+    fn new(kind: ArrayKind, fold: Fold, shape: &MoeShape) -> Self {
+        let layers = match (kind, fold) {
+            (ArrayKind::Matrix { .. }, Fold::Lowest { .. }) => vec![Vec::new()],
+            (ArrayKind::Matrix { rows, columns }, _) => vec![vec![0.0; rows * columns]],
+            _ => shape.layers.iter().map(|layer| vec![0.0; kind.len(shape, layer)]).collect(),
+        };
+        Self { kind, fold, layers }
+    }
+
+    fn combine(&mut self, from: &Self, shape: &MoeShape) {
+        match (self.kind, self.fold) {
+            (ArrayKind::Matrix { rows, columns }, Fold::Lowest { key }) => {
+                combine_lowest(&mut self.layers[0], &from.layers[0], [rows, columns], key);
+            }
+            (ArrayKind::Matrix { .. }, fold) => fold.combine(&mut self.layers[0], &from.layers[0]),
+            (kind, fold) => {
+                for ((into, from), layer) in self.layers.iter_mut().zip(&from.layers).zip(&shape.layers) {
+                    let len = kind.vector_len(shape, layer);
+                    into.chunks_mut(len).zip(from.chunks(len)).for_each(|(into, from)| fold.combine(into, from));
+                }
+            }
+        }
+    }
+
+    /// Name, shape and values of its tensors in a file, and the layer of each.
+    fn tensors<'a>(
+        &'a self,
+        id: &'a str,
+        shape: &'a MoeShape,
+    ) -> impl Iterator<Item = (String, Vec<usize>, &'a [f64], Option<&'a MoeLayerShape>)> {
+        let matrix = match self.kind {
+            ArrayKind::Matrix { columns, .. } => Some((id.to_string(), columns)),
+            _ => None,
+        };
+        let of_model = matrix.into_iter().map(|(name, columns)| {
+            let values = self.layers[0].as_slice();
+            (name, vec![values.len() / columns.max(1), columns], values, None)
+        });
+        let is_matrix = matches!(self.kind, ArrayKind::Matrix { .. });
+        let layers = shape.layers.iter().zip(&self.layers).filter(move |_| !is_matrix);
+        of_model.chain(layers.map(|(layer, values)| {
+            (tensor_name(id, layer.layer), self.kind.dims(shape, layer), values.as_slice(), Some(layer))
+        }))
+    }
 }
 
 /// Named arrays with a value per unit, a value per expert or a vector per expert, the waves they hold, how much data that
@@ -191,6 +239,50 @@ impl Statistics {
         Ok(&mut array.layers[position][range])
     }
 
+    /// One matrix `[rows, columns]`, for adding to. As [`Statistics::unit_mut`] otherwise.
+    ///
+    /// # Errors
+    /// An array of this name with another kind or fold; [`Fold::Lowest`], whose rows are put in by
+    /// [`Statistics::add_rows`].
+    pub fn matrix_mut(&mut self, id: &str, [rows, columns]: [usize; 2], fold: Fold) -> Result<&mut [f64]> {
+        let kind = ArrayKind::Matrix { rows, columns };
+        if matches!(fold, Fold::Lowest { .. }) {
+            let expected = "a fold of matrices of fixed size".into();
+            return Err(Error::StatisticKind { id: id.to_string(), found: format!("{kind:?} {fold:?}"), expected });
+        }
+        Ok(&mut self.array_mut(id, kind, fold)?.layers[0])
+    }
+
+    /// Adds rows, row-major, to a matrix of at most `rows` that keeps those with the lowest first `key` numbers.
+    ///
+    /// # Errors
+    /// An array of this name with another kind or fold; values that are no whole rows.
+    pub fn add_rows(&mut self, id: &str, [rows, columns]: [usize; 2], key: usize, values: &[f64]) -> Result<()> {
+        let array = self.array_mut(id, ArrayKind::Matrix { rows, columns }, Fold::Lowest { key })?;
+        if !values.len().is_multiple_of(columns) {
+            let found = format!("{} values", values.len());
+            return Err(Error::StatisticKind { id: id.to_string(), found, expected: format!("rows of {columns}") });
+        }
+        combine_lowest(&mut array.layers[0], values, [rows, columns], key);
+        Ok(())
+    }
+
+    /// The values of a matrix, row-major, and how many columns it has.
+    ///
+    /// # Errors
+    /// An unknown id, or an array of another kind.
+    pub fn matrix(&self, id: &str) -> Result<(&[f64], usize)> {
+        let array = self.array(id)?;
+        match array.kind {
+            ArrayKind::Matrix { columns, .. } => Ok((&array.layers[0], columns)),
+            kind => Err(Error::StatisticKind {
+                id: id.to_string(),
+                found: "a matrix".into(),
+                expected: format!("{kind:?}"),
+            }),
+        }
+    }
+
     /// The values of one expert's units, `[width]`.
     ///
     /// # Errors
@@ -247,10 +339,7 @@ impl Statistics {
                 return Err(Error::StatisticsDiffer { found: format!("{theirs:?}"), expected: format!("{ours:?}") });
             }
             for (array, from) in self.arrays.values_mut().zip(other.arrays.values()) {
-                for ((into, from), layer) in array.layers.iter_mut().zip(&from.layers).zip(&self.shape.layers) {
-                    let len = array.kind.vector_len(&self.shape, layer);
-                    into.chunks_mut(len).zip(from.chunks(len)).for_each(|(into, from)| array.fold.combine(into, from));
-                }
+                array.combine(from, &self.shape);
             }
         }
         self.waves.extend(&other.waves);
@@ -270,7 +359,7 @@ impl Statistics {
     pub(crate) fn write(&self, path: &Path, dtype: Dtype) -> Result<()> {
         let mut tensors: Vec<OutTensor> = Vec::new();
         for (id, array) in &self.arrays {
-            for (layer, values) in self.shape.layers.iter().zip(&array.layers) {
+            for (name, dims, values, layer) in array.tensors(id, &self.shape) {
                 // Finiteness is judged on what is written: an f64 can be too large for f32.
                 let finite = |v: &f64| if dtype == Dtype::F32 { (*v as f32).is_finite() } else { v.is_finite() };
                 if let Some(index) = values.iter().position(|v| !finite(v)) {
@@ -280,7 +369,7 @@ impl Statistics {
                     Dtype::F32 => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
                     _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
                 };
-                tensors.push((tensor_name(id, layer.layer), dtype, array.kind.dims(&self.shape, layer), bytes));
+                tensors.push((name, dtype, dims, bytes));
             }
         }
         let meta = Meta {
@@ -306,21 +395,40 @@ impl Statistics {
         let mut statistics = Self::new(&meta.shape, meta.provenance);
         statistics.waves = meta.waves;
         statistics.counts = meta.counts;
+        let mut expected = 0;
         for (id, ArrayMeta { kind, fold }) in meta.arrays {
             if !kind.takes(fold) {
                 return Err(tensors.malformed(format!("statistic `{id}`: {kind:?} cannot be folded by {fold:?}")));
             }
             let mut layers = Vec::with_capacity(meta.shape.layers.len());
-            for layer in &meta.shape.layers {
-                let values = tensors.f64(&tensor_name(&id, layer.layer), &kind.dims(&meta.shape, layer))?;
+            let mut read = |name: &str, dims: &[usize], layer: Option<&MoeLayerShape>| {
+                let values = tensors.f64(name, dims)?;
                 if let Some(index) = values.iter().position(|v| !v.is_finite()) {
                     return Err(statistics.non_finite(&id, kind, layer, index, values[index]));
                 }
                 layers.push(values);
+                expected += 1;
+                Ok(())
+            };
+            match (kind, fold) {
+                (ArrayKind::Matrix { rows, columns }, Fold::Lowest { .. }) => {
+                    let found = tensors.rows(&id)?;
+                    if found > rows {
+                        return Err(
+                            tensors.malformed(format!("tensor `{id}` has {found} rows, expected {rows} at most"))
+                        );
+                    }
+                    read(&id, &[found, columns], None)?;
+                }
+                (ArrayKind::Matrix { rows, columns }, _) => read(&id, &[rows, columns], None)?,
+                _ => {
+                    for layer in &meta.shape.layers {
+                        read(&tensor_name(&id, layer.layer), &kind.dims(&meta.shape, layer), Some(layer))?;
+                    }
+                }
             }
             statistics.arrays.insert(id, Array { kind, fold, layers });
         }
-        let expected = statistics.arrays.len() * meta.shape.layers.len();
         if tensors.len() != expected {
             return Err(tensors.malformed(format!("{} tensors, expected {expected}", tensors.len())));
         }
@@ -368,8 +476,7 @@ impl Statistics {
     fn array_mut(&mut self, id: &str, kind: ArrayKind, fold: Fold) -> Result<&mut Array> {
         // Looked up twice so that the usual case, an array in use, does not allocate the key.
         if !self.arrays.contains_key(id) && kind.takes(fold) {
-            let layers = self.shape.layers.iter().map(|layer| vec![0.0; kind.len(&self.shape, layer)]).collect();
-            self.arrays.insert(id.to_string(), Array { kind, fold, layers });
+            self.arrays.insert(id.to_string(), Array::new(kind, fold, &self.shape));
         }
         match self.arrays.get_mut(id) {
             Some(array) if array.kind == kind && array.fold == fold => Ok(array),
@@ -381,8 +488,12 @@ impl Statistics {
         }
     }
 
-    fn non_finite(&self, id: &str, kind: ArrayKind, layer: &MoeLayerShape, index: usize, value: f64) -> Error {
+    fn non_finite(&self, id: &str, kind: ArrayKind, layer: Option<&MoeLayerShape>, index: usize, value: f64) -> Error {
         let what = format!("statistic `{id}`");
+        let Some(layer) = layer else {
+            let columns = if let ArrayKind::Matrix { columns, .. } = kind { columns } else { 1 };
+            return Error::NonFiniteMatrix { what, row: index / columns, column: index % columns, value };
+        };
         let (what, expert, unit) = match kind {
             ArrayKind::Expert => (what, index, None),
             ArrayKind::Unit => {
@@ -394,6 +505,7 @@ impl Statistics {
                 let len = extent.len(&self.shape, layer).max(1);
                 (format!("element {} of {what}", index % len), index / len, None)
             }
+            ArrayKind::Matrix { .. } => (what, index, None),
         };
         Error::NonFinite { what, layer: layer.layer, expert, unit, value }
     }

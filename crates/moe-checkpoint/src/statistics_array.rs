@@ -15,6 +15,14 @@ pub enum ArrayKind {
     Expert,
     /// A vector per expert, `[experts, len]` per layer.
     Vector(Extent),
+    /// One matrix of this shape for the whole model, row-major: what is seen of other parts of a model than experts, such as
+    /// the covariance of the inputs of a linear map. With [`Fold::Lowest`] it has at most as many rows.
+    Matrix {
+        /// Rows.
+        rows: usize,
+        /// Columns.
+        columns: usize,
+    },
 }
 
 /// How long the vectors of an array are.
@@ -44,6 +52,13 @@ pub enum Fold {
     /// parallel form of Welford's update (Chan, Golub, LeVeque 1979). Sums of squares would cancel where the spread is
     /// small beside the mean; this does not, even from values rounded to f32.
     Moments,
+    /// For matrices: of the rows of both, those with the lowest first `key` numbers are kept, in ascending order, as many as
+    /// the matrix may have. What is drawn at random by a hash of its identity becomes a sample that depends neither on the
+    /// order of the waves nor on how they are shared out.
+    Lowest {
+        /// Numbers of a row that order it.
+        key: usize,
+    },
 }
 
 impl ArrayKind {
@@ -53,6 +68,7 @@ impl ArrayKind {
             Self::Unit => layer.units(),
             Self::Expert => layer.num_experts(),
             Self::Vector(extent) => layer.num_experts() * extent.len(shape, layer),
+            Self::Matrix { rows, columns } => rows * columns,
         }
     }
 
@@ -60,6 +76,7 @@ impl ArrayKind {
     pub(crate) fn dims(self, shape: &MoeShape, layer: &MoeLayerShape) -> Vec<usize> {
         match self {
             Self::Vector(extent) => vec![layer.num_experts(), extent.len(shape, layer)],
+            Self::Matrix { rows, columns } => vec![rows, columns],
             _ => vec![self.len(shape, layer)],
         }
     }
@@ -74,7 +91,11 @@ impl ArrayKind {
 
     /// Whether arrays of this kind can be folded so.
     pub(crate) fn takes(self, fold: Fold) -> bool {
-        (self == Self::Vector(Extent::Moments)) == (fold == Fold::Moments)
+        match (self, fold) {
+            (Self::Matrix { columns, .. }, Fold::Lowest { key }) => key > 0 && key <= columns,
+            (_, Fold::Lowest { .. }) => false,
+            _ => (self == Self::Vector(Extent::Moments)) == (fold == Fold::Moments),
+        }
     }
 }
 
@@ -90,14 +111,31 @@ impl Extent {
 }
 
 impl Fold {
-    /// Combines `from` into `into`; with [`Fold::Moments`] one vector of [`Extent::Moments`], otherwise any values.
+    /// Combines `from` into `into`; with [`Fold::Moments`] one vector of [`Extent::Moments`], otherwise any values. Rows of
+    /// [`Fold::Lowest`] are whole only together: [`Statistics::fold`](crate::Statistics::fold) combines them.
+    ///
+    /// # Panics
+    /// With [`Fold::Lowest`].
     pub fn combine(self, into: &mut [f64], from: &[f64]) {
         match self {
             Fold::Sum => into.iter_mut().zip(from).for_each(|(a, b)| *a += b),
             Fold::Max => into.iter_mut().zip(from).for_each(|(a, b)| *a = a.max(*b)),
             Fold::Moments => combine_moments(into, from),
+            Fold::Lowest { .. } => panic!("rows of `lowest` are combined by Statistics::fold"),
         }
     }
+}
+
+/// Of the rows of both, the `rows` with the lowest first `key` numbers, ascending.
+pub(crate) fn combine_lowest(into: &mut Vec<f64>, from: &[f64], [rows, columns]: [usize; 2], key: usize) {
+    let order = |a: &[f64], b: &[f64]| {
+        let pairs = a[..key].iter().zip(&b[..key]);
+        pairs.map(|(a, b)| a.total_cmp(b)).find(|order| order.is_ne()).unwrap_or(std::cmp::Ordering::Equal)
+    };
+    let mut all: Vec<&[f64]> = into.chunks_exact(columns).chain(from.chunks_exact(columns)).collect();
+    all.sort_by(|a, b| order(a, b));
+    all.truncate(rows);
+    *into = all.concat();
 }
 
 /// `[n, mean, squared deviations]` of two samples together.
@@ -138,6 +176,24 @@ mod tests {
         for (found, expected) in folded.iter().zip(expected) {
             assert!((found - expected).abs() <= 1e-9 * expected, "{found}, expected {expected}");
         }
+    }
+
+    #[test]
+    fn the_lowest_rows_of_parts_are_those_of_the_whole() {
+        let rows: Vec<[f64; 3]> =
+            (0..23).map(|i| [f64::from(i * 7 % 5), f64::from(i * 11 % 23), f64::from(i)]).collect();
+        let mut sorted = rows.clone();
+        sorted.sort_by(|a, b| a.partial_cmp(b).unwrap());
+        for cut in [0, 1, 9, 23] {
+            let mut folded = Vec::new();
+            for part in [&rows[cut..], &rows[..cut]] {
+                combine_lowest(&mut folded, &part.concat(), [6, 3], 2);
+            }
+            assert_eq!(folded, sorted[..6].concat(), "cut at {cut}");
+        }
+        let matrix = ArrayKind::Matrix { rows: 6, columns: 3 };
+        assert!(matrix.takes(Fold::Lowest { key: 3 }) && matrix.takes(Fold::Sum));
+        assert!(!matrix.takes(Fold::Lowest { key: 4 }) && !ArrayKind::Unit.takes(Fold::Lowest { key: 1 }));
     }
 
     #[test]

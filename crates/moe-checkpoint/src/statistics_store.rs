@@ -92,6 +92,11 @@ impl StatisticsStore {
         })
     }
 
+    /// Whether a directory is a store.
+    pub fn exists(directory: impl AsRef<Path>) -> bool {
+        directory.as_ref().join(STORE_FILE).exists()
+    }
+
     /// Opens a store that exists. Changes nothing on disk.
     ///
     /// # Errors

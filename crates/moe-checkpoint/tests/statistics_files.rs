@@ -42,6 +42,12 @@ fn wave(id: u64, seed: u64) -> Statistics {
             moments.fill_with(&mut value);
         }
     }
+    statistics.matrix_mut("covariance", [3, 2], Fold::Sum).unwrap().fill_with(&mut value);
+    for row in 0..id % 4 {
+        let rows = [((id * 7 + row * 5) % 11) as f64, id as f64, row as f64, value()];
+        statistics.add_rows("sample", [5, 4], 3, &rows).unwrap();
+    }
+    statistics.allocate("sample", ArrayKind::Matrix { rows: 5, columns: 4 }, Fold::Lowest { key: 3 }).unwrap();
     statistics.add_counts(10 + id, 2, 8 + id);
     statistics
 }
@@ -158,7 +164,7 @@ fn files_of_version_1_still_load() {
     statistics.expert_mut("peak", Fold::Max, 0).unwrap()[1] = 2.0;
     statistics.save(&path).unwrap();
     // Units and experts are written as before, so that the version alone tells such a file from an old one.
-    let (new, mut old) = (br#"\"version\":2"#, fs::read(&path).unwrap());
+    let (new, mut old) = (br#"\"version\":3"#, fs::read(&path).unwrap());
     let at = old.windows(new.len()).position(|w| w == new).unwrap();
     old[at + new.len() - 1] = b'1';
     fs::write(&path, old).unwrap();
@@ -297,4 +303,37 @@ fn newer_versions_and_other_files_are_told_apart() {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parity/tf5/qwen3_moe/model.safetensors");
     let error = Statistics::load(model).unwrap_err().to_string();
     assert!(error.contains("moe.statistics"), "{error}");
+}
+
+#[test]
+fn matrices_belong_to_the_model_and_samples_keep_the_lowest_rows() {
+    let directory = tempdir().unwrap();
+    let path = directory.path().join("statistics.safetensors");
+    let mut statistics = wave(3, 1);
+    statistics.save(&path).unwrap();
+    assert_eq!(Statistics::load(&path).unwrap(), statistics);
+    let (sample, columns) = statistics.matrix("sample").unwrap();
+    assert_eq!((sample.len(), columns), (12, 4));
+    statistics.fold(&wave(7, 1)).unwrap();
+    statistics.fold(&wave(2, 1)).unwrap();
+    let (sample, _) = statistics.matrix("sample").unwrap();
+    let keys: Vec<[f64; 3]> = sample.chunks_exact(4).map(|row| [row[0], row[1], row[2]]).collect();
+    // Of rows 10, 4, 9 (wave 3), 5, 10, 4 (wave 7) and 3, 8 (wave 2).
+    assert_eq!(keys.iter().map(|key| key[0]).collect::<Vec<_>>(), [3.0, 4.0, 4.0, 5.0, 8.0]);
+    assert_eq!([keys[1][1], keys[2][1]], [3.0, 7.0], "the next number of the key decides");
+
+    for (error, part) in [
+        (statistics.matrix("routed").err(), "Expert"),
+        (statistics.matrix("nothing").err(), "nothing"),
+        (statistics.matrix_mut("covariance", [2, 2], Fold::Sum).err(), "rows: 2"),
+        (statistics.matrix_mut("other", [2, 2], Fold::Lowest { key: 1 }).err(), "fixed size"),
+        (statistics.add_rows("sample", [5, 4], 3, &[0.0; 5]).err(), "rows of 4"),
+        (statistics.add_rows("other", [5, 4], 5, &[]).err(), "a fold of that kind"),
+    ] {
+        let error = error.unwrap().to_string();
+        assert!(error.contains(part), "{error}: {part}");
+    }
+    statistics.matrix_mut("covariance", [3, 2], Fold::Sum).unwrap()[5] = f64::NAN;
+    let error = statistics.save(&path).unwrap_err().to_string();
+    assert!(error.contains("statistic `covariance`: row 2, column 1 is NaN"), "{error}");
 }

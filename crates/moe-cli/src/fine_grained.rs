@@ -7,13 +7,13 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use clap::Parser;
-use moe_checkpoint::{Checkpoint, Existing, Provenance, ScoreTable, WriteOptions, check_output, write};
+use moe_checkpoint::{Checkpoint, Existing, ScoreTable, WriteOptions, check_output, write};
 use moe_core::data::{Dataset, DatasetOptions, EvalSet, Tokenizer, Wave, WaveOptions};
 use moe_core::evaluate::{EvaluateOptions, evaluate};
 use moe_core::trace::Observer;
 use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::scorers::{Criterion, Fisher};
-use moe_importance::{Collection, ScorerConfig, collect};
+use moe_importance::{Calibration, ScorerConfig};
 use moe_prune::{
     Budget, Export, FineGrained, Mtp, ProtectionMask, PruneForm, PruneOptions, PrunePlan, Pruner, ScaleFit, Scope,
     TrialOptions, UnitPruner,
@@ -240,7 +240,7 @@ pub fn run(arguments: &Arguments) -> Result<Report> {
     let (scored, compared) =
         (moe_core::data::waves(scored, wave_options), moe_core::data::waves(compared, wave_options));
     let model = Model::new(checkpoint.clone(), &device, None)?;
-    let scores = score(&model, &scored, &data.hash, &wave_options)?;
+    let scores = score(&model, &scored)?;
 
     let mut rows = Vec::new();
     let measure = |plan: &PrunePlan, options: &PruneOptions<'_>| -> Result<Vec<(String, f64)>> {
@@ -333,15 +333,8 @@ fn options(how: FineGrained<'_>, mtp: Option<Mtp>) -> PruneOptions<'_> {
 }
 
 /// Fisher scores per token.
-fn score(model: &Model, waves: &[Wave], hash: &str, options: &WaveOptions) -> Result<ScoreTable> {
+fn score(model: &Model, waves: &[Wave]) -> Result<ScoreTable> {
     let scorer = ScorerConfig::from(Fisher::new(Criterion::Token)).build()?;
-    let ids = scorer.needs().statistics;
-    let checkpoint = model.checkpoint();
-    let recipe = moe_importance::recipe(&ids, options)?;
-    let provenance = Provenance::new(checkpoint.fingerprint(), hash, recipe);
-    let mut collection = Collection::new(checkpoint.shape(), provenance, &ids)?;
-    let engine = Engine::new(model, EngineOptions::default());
-    let mut runner = |wave: &Wave, observer: &mut dyn Observer| engine.run(wave, observer);
-    let statistics = collect(&mut runner, &mut collection, waves, None, &mut |_| {})?;
-    Ok(scorer.score(&statistics, checkpoint.as_ref())?)
+    let statistics = Calibration::of_waves(model, waves).scorers([&*scorer]).run(&mut |_| {})?;
+    Ok(scorer.score(&statistics, model.checkpoint().as_ref())?)
 }

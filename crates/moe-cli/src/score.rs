@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
-use moe_checkpoint::{Checkpoint, ExpertId, Provenance, StatisticsStore};
-use moe_core::data::{Dataset, DatasetOptions, Tokenizer, WaveOptions, shard};
+use moe_checkpoint::{Checkpoint, ExpertId};
+use moe_core::Model;
+use moe_core::data::{Dataset, DatasetOptions, Tokenizer, WaveOptions};
 use moe_core::memory::process_memory;
-use moe_core::{Engine, EngineOptions, Model};
-use moe_importance::{Collection, ScorerConfig, StatisticId, SuperExpertOptions, SuperExperts, collect};
+use moe_importance::{Calibration, Progress as Collected, ScorerConfig, StatisticId, SuperExpertOptions, SuperExperts};
 use serde::Serialize;
 
 use crate::progress::{Progress, Unit};
@@ -141,34 +141,25 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     let vocab = checkpoint.config().vocab_size;
     let data = Dataset::load(&arguments.calibration, tokenizer.as_ref(), vocab, &options)?;
     cli::left_out(&arguments.calibration, &data);
-    let wave_options = WaveOptions::Tokens(arguments.wave_tokens);
-    let mut waves = data.waves(wave_options);
-    if let Some((index, count)) = arguments.shard {
-        waves = shard(waves, index, count)?;
-    }
     let mut ids: Vec<StatisticId> = scorers.iter().flat_map(|scorer| scorer.needs().statistics).collect();
     ids.extend(arguments.super_experts.map(|options| options.needs()));
     ids.extend(arguments.statistics.iter().cloned().map(StatisticId::from));
-    let recipe = moe_importance::recipe(&ids, &wave_options)?;
-    let provenance = Provenance::new(checkpoint.fingerprint(), data.hash.clone(), recipe);
-    let mut collection = Collection::new(checkpoint.shape(), provenance, &ids)?;
     let model = Model::new(checkpoint, &device, arguments.max_memory)?;
-    let mut engine = Engine::new(&model, EngineOptions::default());
-    let shape = model.checkpoint().shape();
-    let mut store =
-        StatisticsStore::create_or_resume(arguments.out.join("statistics"), shape, collection.provenance())?;
-    for other in &arguments.absorb {
-        store.absorb(other.join("statistics"))?;
+    let mut calibration = Calibration::new(&model, &data, WaveOptions::Tokens(arguments.wave_tokens))
+        .statistics(ids)
+        .store(arguments.out.join("statistics"))
+        .absorb(arguments.absorb.iter().map(|other| other.join("statistics")));
+    if let Some((index, count)) = arguments.shard {
+        calibration = calibration.shard(index, count);
     }
 
-    let total = waves.iter().map(|wave| wave.tokens() as u64).sum();
-    let bar = progress.bar("collecting", total, Unit::Count("tokens"));
-    let (mut loss, mut done, mut resumed) = (None, 0, None);
+    let bar = progress.bar("collecting", 0, Unit::Count("tokens"));
+    let mut last = Collected::default();
     let start = Instant::now();
-    let statistics = collect(&mut engine, &mut collection, &waves, Some(&mut store), &mut |at| {
-        resumed.get_or_insert(at.tokens_done);
-        (loss, done) = (at.loss, at.tokens_done);
-        bar.at(done);
+    let statistics = calibration.run(&mut |at| {
+        bar.total(at.tokens);
+        bar.at(at.tokens_done);
+        last = *at;
     })?;
     let seconds = start.elapsed().as_secs_f64();
     drop(bar);
@@ -189,7 +180,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
             super_experts = Some(found.protected());
         }
     }
-    let tokens = done - resumed.unwrap_or_default();
+    let tokens = last.tokens_done - last.tokens_resumed;
     Ok(Report {
         scores,
         super_experts,
@@ -197,7 +188,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         tokens,
         seconds,
         tokens_per_s: tokens as f64 / seconds.max(1e-9),
-        loss,
+        loss: last.loss,
         peak_rss_mib: process_memory().map(|memory| memory.peak as f64 / (1 << 20) as f64),
     })
 }

@@ -1,14 +1,14 @@
 //! Collecting statistics over the waves of a data set: resumable and shardable.
 
-use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
-use moe_checkpoint::{Statistics, StatisticsStore};
+use burn::tensor::Tensor;
+use moe_checkpoint::{MoeShape, Statistics, StatisticsStore};
 use moe_core::data::Wave;
-use moe_core::trace::{Observer, Signals};
+use moe_core::host::HostView;
+use moe_core::trace::{ExpertTrace, LayerTrace, Observer, RouterGradients, Signals, WaveInfo};
 use moe_core::{Engine, WaveReport};
-use serde::Serialize;
 
-use crate::statistics::StatisticId;
 use crate::{Collection, Error, Result};
 
 /// Runs a model over one wave, showing it to an observer: an [`Engine`], or any closure that does the same.
@@ -43,27 +43,42 @@ pub struct Progress {
     pub waves_resumed: usize,
     /// Tokens of all waves.
     pub tokens: u64,
-    /// Tokens of the waves finished.
+    /// Tokens of the waves finished, and of the wave in progress the part that its finished layers stand for.
     pub tokens_done: u64,
+    /// Tokens of the waves that earlier runs finished.
+    pub tokens_resumed: u64,
+    /// Time since this run began.
+    pub elapsed: Duration,
     /// Mean cross-entropy over the predicted tokens of the waves run so far, in nats, if it is known.
     pub loss: Option<f64>,
 }
 
-/// The recipe that a [`Provenance`](moe_checkpoint::Provenance) of statistics should carry, as one line of JSON: which
-/// statistics, and how the data was cut into waves, since both decide what is in a wave's file. `data` is whatever
-/// describes the latter, such as [`WaveOptions`](moe_core::data::WaveOptions) and the truncation length.
-///
-/// # Errors
-/// [`Error::UnknownStatistic`]; [`Error::InvalidField`] if `data` is not JSON.
-pub fn recipe(ids: &[StatisticId], data: &impl Serialize) -> Result<String> {
-    let collectors = crate::collectors::collectors_for(ids)?;
-    let statistics: BTreeSet<_> = collectors.iter().flat_map(|c| c.statistics()).map(|s| s.id.as_str()).collect();
-    let data = serde_json::to_value(data).map_err(|error| Error::InvalidField {
-        scorer: "recipe".into(),
-        field: "data".into(),
-        reason: error.to_string(),
-    })?;
-    Ok(serde_json::json!({ "statistics": statistics, "data": data }).to_string())
+impl Progress {
+    /// Of waves that are all there.
+    pub(crate) fn resumed(waves: &[Wave]) -> Self {
+        let tokens = waves.iter().map(|wave| wave.tokens() as u64).sum();
+        Self {
+            waves: waves.len(),
+            waves_done: waves.len(),
+            waves_resumed: waves.len(),
+            tokens,
+            tokens_done: tokens,
+            tokens_resumed: tokens,
+            ..Self::default()
+        }
+    }
+
+    /// Tokens per second of this run; none before it has done any.
+    pub fn tokens_per_second(&self) -> Option<f64> {
+        let (tokens, seconds) = (self.tokens_done - self.tokens_resumed, self.elapsed.as_secs_f64());
+        (tokens > 0 && seconds > 0.0).then(|| tokens as f64 / seconds)
+    }
+
+    /// Time until the end at the speed so far.
+    pub fn remaining(&self) -> Option<Duration> {
+        let left = self.tokens.saturating_sub(self.tokens_done) as f64;
+        self.tokens_per_second().and_then(|speed| Duration::try_from_secs_f64(left / speed).ok())
+    }
 }
 
 /// Runs every wave that `store` does not hold yet, writes each as soon as it is finished, and returns the fold of all
@@ -82,12 +97,24 @@ pub fn recipe(ids: &[StatisticId], data: &impl Serialize) -> Result<String> {
 /// statistics: all before the model is run. Then whatever stops the model, and files that cannot be written.
 pub fn collect<'w>(
     runner: &mut dyn WaveRunner,
-    collection: &mut Collection,
+    collection: &mut Collection<'_>,
     waves: impl IntoIterator<Item = &'w Wave>,
     store: Option<&mut StatisticsStore>,
     progress: &mut dyn FnMut(&Progress),
 ) -> Result<Statistics> {
-    if collection.needs() == Signals::NONE {
+    collect_reporting(runner, collection, waves, store, progress, false)
+}
+
+/// As [`collect`]; also reports `within` waves, if wanted.
+pub(crate) fn collect_reporting<'w>(
+    runner: &mut dyn WaveRunner,
+    collection: &mut Collection<'_>,
+    waves: impl IntoIterator<Item = &'w Wave>,
+    store: Option<&mut StatisticsStore>,
+    progress: &mut dyn FnMut(&Progress),
+    within: bool,
+) -> Result<Statistics> {
+    if collection.needs() == Signals::NONE && !collection.needs_forward() {
         return collection.empty();
     }
     let mut waves: Vec<&Wave> = waves.into_iter().collect();
@@ -108,8 +135,11 @@ pub fn collect<'w>(
         waves_resumed: done.len(),
         tokens: tokens(&waves),
         tokens_done: tokens(&done),
+        tokens_resumed: tokens(&done),
+        elapsed: Duration::ZERO,
         loss: None,
     };
+    let start = Instant::now();
     tracing::debug!(waves = at.waves, resumed = at.waves_resumed, statistics = ?collection.ids(), "collecting");
     progress(&at);
     let (mut loss, mut predicted) = (Some(0.0), 0);
@@ -117,7 +147,15 @@ pub fn collect<'w>(
         if sink.holds(wave.id) {
             continue;
         }
-        let run = runner.run(wave, collection)?;
+        let run = match within {
+            false => runner.run(wave, collection)?,
+            true => {
+                let shape = collection.shape().clone();
+                let mut at =
+                    Within { inner: collection, shape: &shape, wave, from: at, start, progress: &mut *progress };
+                runner.run(wave, &mut at)?
+            }
+        };
         let statistics =
             collection.take().filter(|s| s.waves().contains(&wave.id)).ok_or_else(|| Error::WaveOrder {
                 what: "run of a wave",
@@ -129,10 +167,92 @@ pub fn collect<'w>(
         predicted += wave.loss_tokens();
         at.waves_done += 1;
         at.tokens_done += wave.tokens() as u64;
+        at.elapsed = start.elapsed();
         at.loss = loss.filter(|_| predicted > 0).map(|sum| sum / predicted as f64);
         progress(&at);
     }
     sink.fold()
+}
+
+/// Passes a sweep on and reports how far it is: a wave of a large model takes minutes.
+struct Within<'a, 'c> {
+    inner: &'a mut Collection<'c>,
+    shape: &'a MoeShape,
+    wave: &'a Wave,
+    /// Before the wave.
+    from: Progress,
+    start: Instant,
+    progress: &'a mut dyn FnMut(&Progress),
+}
+
+impl Within<'_, '_> {
+    /// The part of the work of a forward sweep, where a backward sweep follows: it recomputes and costs about twice as much.
+    fn forward(&self) -> f64 {
+        if self.inner.needs().backward() { 1.0 / 3.0 } else { 1.0 }
+    }
+
+    /// Reports that this part of the wave is done.
+    fn at(&mut self, part: f64) {
+        let mut at = self.from;
+        at.tokens_done += (part.clamp(0.0, 1.0) * self.wave.tokens() as f64) as u64;
+        at.elapsed = self.start.elapsed();
+        (self.progress)(&at);
+    }
+
+    /// The part of the MoE layers before this one.
+    fn place(&self, layer: usize, expert: usize) -> f64 {
+        let place = self.shape.position(layer).unwrap_or_default() as f64;
+        let experts = self.shape.layer(layer).map_or(1, |l| l.num_experts()).max(1) as f64;
+        (place + expert as f64 / experts) / self.shape.layers.len().max(1) as f64
+    }
+}
+
+impl Observer for Within<'_, '_> {
+    fn needs(&self) -> Signals {
+        self.inner.needs()
+    }
+
+    fn begin_wave(&mut self, wave: &WaveInfo) -> moe_core::Result<()> {
+        self.inner.begin_wave(wave)
+    }
+
+    fn layer(&mut self, trace: &LayerTrace<'_>) -> moe_core::Result<()> {
+        let part = self.forward() * self.place(trace.layer, 0);
+        self.at(part);
+        self.inner.layer(trace)
+    }
+
+    fn expert(&mut self, trace: &ExpertTrace<'_>) -> moe_core::Result<()> {
+        let forward = self.forward();
+        let part = match trace.backward {
+            None => forward * self.place(trace.layer, trace.expert),
+            Some(_) => {
+                let layers = self.shape.layers.len().max(1) as f64;
+                // Layers come from the last to the first, the experts of each in order.
+                let back = self.place(trace.layer, 0) + 1.0 / layers;
+                let of_layer = self.place(trace.layer, trace.expert) - self.place(trace.layer, 0);
+                forward + (1.0 - forward) * (1.0 - back + of_layer)
+            }
+        };
+        self.at(part);
+        self.inner.expert(trace)
+    }
+
+    fn router(&mut self, gradients: &RouterGradients<'_>) -> moe_core::Result<()> {
+        self.inner.router(gradients)
+    }
+
+    fn hidden(&mut self, layer: usize, hidden: &Tensor<2>) -> moe_core::Result<()> {
+        self.inner.hidden(layer, hidden)
+    }
+
+    fn logits(&mut self, first: usize, logits: &HostView, vocab: usize) -> moe_core::Result<()> {
+        self.inner.logits(first, logits, vocab)
+    }
+
+    fn end_wave(&mut self, wave: &WaveInfo) -> moe_core::Result<()> {
+        self.inner.end_wave(wave)
+    }
 }
 
 /// Where finished waves go.
@@ -142,7 +262,7 @@ enum Sink<'a> {
 }
 
 impl<'a> Sink<'a> {
-    fn new(collection: &Collection, store: Option<&'a mut StatisticsStore>) -> Result<Self> {
+    fn new(collection: &Collection<'_>, store: Option<&'a mut StatisticsStore>) -> Result<Self> {
         let Some(store) = store else {
             return Ok(Self::Memory(Box::new(Statistics::new(collection.shape(), collection.provenance().clone()))));
         };

@@ -148,6 +148,18 @@ pub enum Error {
         /// The wave that should have been.
         expected: String,
     },
+    /// A store of the same data that was collected for fewer statistics.
+    #[error(
+        "{}: its waves hold {found}, but {missing} is asked for as well: collect into another directory", store.display()
+    )]
+    StoreLacks {
+        /// Directory of the store.
+        store: std::path::PathBuf,
+        /// Comma-separated ids of the statistics that it lacks.
+        missing: String,
+        /// Comma-separated ids of those that it holds.
+        found: String,
+    },
     /// The same wave id twice in one collection.
     #[error("wave {id} is listed twice")]
     DuplicateWave {

@@ -3,8 +3,9 @@
 //! Importance is found in two steps that know nothing of each other:
 //!
 //! 1. [`collectors`] watch a model run and add to named [`Statistics`](moe_checkpoint::Statistics). A [`Collection`]
-//!    runs the collectors that a list of scorers needs, each once, however many scorers share it; [`collect()`] drives
-//!    it wave by wave, saves every finished wave, and goes on where an interrupted run stopped.
+//!    runs the collectors that a list of scorers needs, each once, however many scorers share it; a [`Calibration`] drives
+//!    it wave by wave, saves every finished wave, and goes on where an interrupted run stopped. Other crates observe with
+//!    collectors of their own, in the same way.
 //! 2. [`scorers`] turn statistics and expert weights into a [`ScoreTable`](moe_checkpoint::ScoreTable). They are pure:
 //!    they never run the model, and a user can try ten of them on one statistics file.
 //!
@@ -81,6 +82,8 @@
 #![deny(missing_docs)]
 
 #[cfg(feature = "collect")]
+pub mod calibration;
+#[cfg(feature = "collect")]
 pub mod collect;
 #[cfg(feature = "collect")]
 pub mod collectors;
@@ -92,7 +95,9 @@ pub mod statistics;
 pub mod super_experts;
 
 #[cfg(feature = "collect")]
-pub use collect::{Progress, WaveRunner, collect, recipe};
+pub use calibration::{Calibration, recipe};
+#[cfg(feature = "collect")]
+pub use collect::{Progress, WaveRunner, collect};
 #[cfg(feature = "collect")]
 pub use collectors::{Collection, Collector};
 pub use error::{Error, Result};

@@ -125,7 +125,7 @@ fn waves(n: u64) -> Vec<Wave> {
     (0..n).map(|id| Wave { id, sequences: sequences(id) }).collect()
 }
 
-fn fresh() -> Collection {
+fn fresh() -> Collection<'static> {
     Collection::for_scorers(&shape(&case(0), 2), provenance(), &scorers()).unwrap()
 }
 

@@ -48,7 +48,7 @@ fn scorers() -> Vec<Box<dyn Scorer>> {
     fisher.chain([Box::new(Activation::default()) as _, Box::new(RouterScore::default()) as _]).collect()
 }
 
-fn collection(model: &Model) -> Collection {
+fn collection(model: &Model) -> Collection<'_> {
     Collection::for_scorers(model.checkpoint().shape(), provenance(), &scorers()).unwrap()
 }
 

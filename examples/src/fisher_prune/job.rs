@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use moe_checkpoint::{Checkpoint, Provenance};
+use moe_checkpoint::Checkpoint;
+use moe_core::Model;
 use moe_core::data::{Dataset, DatasetOptions, Tokenizer, Wave, WaveOptions};
-use moe_core::trace::Observer;
-use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::scorers::{Activation, Combine, Fisher, Magnitude, Random, RouterQuantity, RouterScore};
-use moe_importance::{Collection, Scorer, ScorerConfig, StatisticId};
+use moe_importance::{Calibration, Scorer, ScorerConfig};
 use moe_prune::{Export, PruneOptions};
 use serde_json::{Value, json};
 
@@ -44,8 +43,8 @@ pub struct Job {
     pub evals: Vec<EvalFile>,
     /// Fisher first, then the controls.
     pub methods: Vec<Method>,
-    /// Collects what the methods need.
-    pub collection: Collection,
+    /// How they are cut.
+    pub wave_options: WaveOptions,
     /// Where everything goes.
     pub out: OutDir,
     /// What to do if that exists.
@@ -107,15 +106,7 @@ impl Job {
         let waves = calibration.waves(wave_options);
 
         let methods = methods(&arguments)?;
-        let ids: Vec<StatisticId> = methods.iter().flat_map(|method| method.scorer.needs().statistics).collect();
-        let recipe = moe_importance::recipe(&ids, &wave_options)?;
-        let provenance = Provenance::new(checkpoint.fingerprint(), calibration.hash.clone(), recipe);
-        let collection = Collection::new(shape, provenance, &ids)?;
         let model = Model::new(checkpoint, &device, arguments.max_memory)?;
-        let engine = Engine::new(&model, EngineOptions::default());
-        for wave in &waves {
-            engine.plan(wave.tokens(), collection.needs())?;
-        }
         for eval in &evals {
             eval.check_memory(&model, wave_options)?;
         }
@@ -126,17 +117,29 @@ impl Job {
             tokenizer,
             calibration,
             waves,
+            wave_options,
             evals,
             methods,
-            collection,
             out,
             existing,
             arguments,
         };
+        job.observed().check()?;
         if existing == Existing::Resume {
             job.out.check_resumable(&job.recipe())?;
+            job.collection().check()?;
         }
         Ok(job)
+    }
+
+    fn observed(&self) -> Calibration<'_> {
+        Calibration::new(&self.model, &self.calibration, self.wave_options)
+            .scorers(self.methods.iter().map(|method| &*method.scorer))
+    }
+
+    /// What the model is run over the calibration data for, kept in the output directory.
+    pub fn collection(&self) -> Calibration<'_> {
+        self.observed().store(self.out.statistics())
     }
 
     /// What the run is, for the output directory and the report.

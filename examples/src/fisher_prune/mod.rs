@@ -55,7 +55,7 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
         seconds[phase] = clock.elapsed().as_secs_f64();
         clock = Instant::now();
     };
-    let (scored, scoring_speed) = score::score(&mut job, progress)?;
+    let (scored, scoring_speed) = score::score(&job, progress)?;
     lap(0);
     let plans = prune::plans(&job, &scored.tables)?;
     let pruned = prune::write(&job, plans, progress)?;

@@ -11,7 +11,7 @@ use moe_checkpoint::{Existing, Provenance, WriteOptions, write, write_atomic};
 use moe_core::data::{Dataset, DatasetOptions, EvalSet, LossOver, Tokenizer, Wave, WaveOptions};
 use moe_core::evaluate::{EvaluateOptions, Evaluation, evaluate};
 use moe_core::{Engine, EngineOptions, Model};
-use moe_importance::{Collection, Scorer, collect, scorers::Fisher};
+use moe_importance::{Calibration, Scorer, scorers::Fisher};
 use moe_prune::{Budget, ProtectionMask, PruneForm, PruneOptions, Pruner, Scope, UnitPruner};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -265,12 +265,9 @@ fn halved(job: &Job) -> Result<Model> {
         let options = PruneOptions::new(PruneForm::Uniform);
         options.check(checkpoint)?;
         let scorer = Fisher::default();
-        let recipe = moe_importance::recipe(&scorer.needs().statistics, &"recovery")?;
-        let provenance = Provenance::new(checkpoint.fingerprint(), job.data.hash.clone(), recipe);
-        let mut collection = Collection::new(checkpoint.shape(), provenance, &scorer.needs().statistics)?;
-        let mut engine = Engine::new(&job.model, EngineOptions::default());
-        let waves = job.data.waves(WaveOptions::default());
-        let statistics = collect(&mut engine, &mut collection, &waves, None, &mut |_| ())?;
+        let calibration =
+            Calibration::new(&job.model, &job.data, WaveOptions::default()).scorers([&scorer as &dyn Scorer]);
+        let statistics = calibration.store(job.out.root().join("half_statistics")).run(&mut |_| ())?;
         let scores = scorer.score(&statistics, checkpoint.as_ref())?;
         let pruner = UnitPruner::new(Scope::Expert);
         let plan = pruner.prune(&scores, checkpoint.shape(), Budget::Ratio(0.5), &ProtectionMask::none())?.plan;

@@ -15,8 +15,8 @@ use crate::{Error, Result, Scorer};
 ///
 /// Memory is that of one wave's statistics, 8 bytes per statistic and unit of the model. [`Collection::take`] hands a
 /// finished wave out.
-pub struct Collection {
-    collectors: Vec<Box<dyn Collector>>,
+pub struct Collection<'a> {
+    collectors: Vec<Box<dyn Collector + 'a>>,
     /// What each collector needs; asked once.
     needs: Vec<Signals>,
     shape: MoeShape,
@@ -25,13 +25,13 @@ pub struct Collection {
     finished: Option<Statistics>,
 }
 
-impl fmt::Debug for Collection {
+impl fmt::Debug for Collection<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Collection").field("statistics", &self.ids()).field("provenance", &self.provenance).finish()
     }
 }
 
-impl Collection {
+impl<'a> Collection<'a> {
     /// The collectors of this crate that provide `ids`.
     ///
     /// # Errors
@@ -56,7 +56,7 @@ impl Collection {
     pub fn with_collectors(
         shape: &MoeShape,
         provenance: Provenance,
-        collectors: Vec<Box<dyn Collector>>,
+        collectors: Vec<Box<dyn Collector + 'a>>,
     ) -> Result<Self> {
         shape.validate()?;
         let mut seen = BTreeSet::new();
@@ -85,6 +85,11 @@ impl Collection {
         &self.provenance
     }
 
+    /// Whether the whole model has to run for a collector that sees it through its adapters.
+    pub fn needs_forward(&self) -> bool {
+        self.collectors.iter().any(|c| c.needs_forward())
+    }
+
     /// Takes the statistics of the wave that has been finished last, if they have not been taken.
     pub fn take(&mut self) -> Option<Statistics> {
         self.finished.take()
@@ -109,13 +114,15 @@ impl Collection {
         statistics.begin(wave.id);
         statistics.add_counts(wave.tokens as u64, wave.sequences.len() as u64, wave.loss_tokens() as u64);
         self.finished = None;
+        self.collectors.iter_mut().try_for_each(|collector| collector.begin_wave(wave))?;
         self.current = Some(statistics);
         Ok(())
     }
 
     fn end(&mut self, wave: &WaveInfo) -> Result<()> {
         match self.current.take() {
-            Some(statistics) if statistics.waves().contains(&wave.id) => {
+            Some(mut statistics) if statistics.waves().contains(&wave.id) => {
+                self.collectors.iter_mut().try_for_each(|collector| collector.end_wave(wave, &mut statistics))?;
                 self.finished = Some(statistics);
                 Ok(())
             }
@@ -161,7 +168,7 @@ impl Collection {
     }
 }
 
-impl Observer for Collection {
+impl Observer for Collection<'_> {
     fn needs(&self) -> Signals {
         self.needs.iter().fold(Signals::NONE, |all, needs| all | *needs)
     }

@@ -14,7 +14,8 @@ mod unit_sums;
 
 use burn::tensor::Tensor;
 use moe_checkpoint::Statistics;
-use moe_core::trace::{ExpertGradients, ExpertTrace, LayerTrace, RouterGradients, Signals};
+use moe_core::trace::{ExpertGradients, ExpertTrace, LayerTrace, RouterGradients, Signals, WaveInfo};
+use serde_json::Value;
 
 pub use collection::Collection;
 pub use fisher_abs::FisherAbs;
@@ -43,6 +44,27 @@ pub trait Collector: Send {
     /// What it must be shown.
     fn needs(&self) -> Signals;
 
+    /// Whether the whole model has to run, whatever it needs to be shown: for a collector that sees the model through adapters
+    /// of its own.
+    fn needs_forward(&self) -> bool {
+        false
+    }
+
+    /// Parameters that decide its numbers, if there are any beside the names of its statistics: a seed, a size. Part of the
+    /// recipe of a store.
+    fn recipe(&self) -> Option<Value> {
+        None
+    }
+
+    /// A wave begins; of one that failed half-way nothing may be left.
+    ///
+    /// # Errors
+    /// Whatever keeps the collector from starting.
+    fn begin_wave(&mut self, wave: &WaveInfo) -> Result<()> {
+        let _ = wave;
+        Ok(())
+    }
+
     /// Routing of one MoE layer; called if it needs [`Signals::routing`].
     ///
     /// # Errors
@@ -68,6 +90,15 @@ pub trait Collector: Send {
     /// Gradients that do not fit the statistics.
     fn router(&mut self, gradients: &RouterGradients<'_>, into: &mut Statistics) -> Result<()> {
         let _ = (gradients, into);
+        Ok(())
+    }
+
+    /// A wave is over: what was gathered over all of it is added.
+    ///
+    /// # Errors
+    /// What was seen does not fit the statistics.
+    fn end_wave(&mut self, wave: &WaveInfo, into: &mut Statistics) -> Result<()> {
+        let _ = (wave, into);
         Ok(())
     }
 }

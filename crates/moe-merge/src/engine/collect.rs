@@ -129,7 +129,7 @@ pub(super) fn data_hash(waves: &[Wave]) -> String {
 
 /// Watches runs for evidence.
 pub(crate) struct EvidenceCollector<'m> {
-    collection: Collection,
+    collection: Collection<'m>,
     sampler: Option<TokenSampler>,
     dense: Option<DenseMeans<'m>>,
 }
