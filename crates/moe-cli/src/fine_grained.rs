@@ -8,10 +8,9 @@ use std::sync::Arc;
 
 use clap::Parser;
 use moe_checkpoint::{Checkpoint, Existing, ScoreTable, WriteOptions, check_output, write};
+use moe_core::Model;
 use moe_core::data::{Dataset, DatasetOptions, EvalSet, Tokenizer, Wave, WaveOptions};
 use moe_core::evaluate::{EvaluateOptions, evaluate};
-use moe_core::trace::Observer;
-use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::scorers::{Criterion, Fisher};
 use moe_importance::{Calibration, ScorerConfig};
 use moe_prune::{

@@ -47,7 +47,7 @@ struct Cost {
 /// # Errors
 /// What is wrong, or what stopped the work; `--resume` goes on from there.
 pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
-    let mut job = Job::new(arguments)?;
+    let job = Job::new(arguments)?;
     job.out.open(job.existing, &job.recipe())?;
     let mut seconds = [0.0; 3];
     let mut clock = Instant::now();

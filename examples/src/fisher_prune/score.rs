@@ -16,8 +16,6 @@ pub struct Scored {
     pub tables: Vec<ScoreTable>,
     /// The end of the collection.
     pub collected: CollectProgress,
-    /// Seconds of running the model in this run.
-    pub seconds: f64,
 }
 
 /// Runs the model over the waves that the output directory does not hold yet, and scores. Also gives the calibration tokens
@@ -40,5 +38,5 @@ pub fn score(job: &Job, progress: Progress) -> Result<(Scored, Option<f64>)> {
     tables[0].save(job.out.scores())?;
     let tokens = collected.tokens_done - collected.tokens_resumed;
     let speed = (tokens > 0 && seconds > 0.0).then(|| tokens as f64 / seconds);
-    Ok((Scored { tables, collected, seconds }, speed))
+    Ok((Scored { tables, collected }, speed))
 }

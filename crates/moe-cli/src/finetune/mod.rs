@@ -7,10 +7,10 @@ mod report;
 
 use std::path::PathBuf;
 
-use moe_checkpoint::{Existing, Provenance, WriteOptions, write, write_atomic};
+use moe_checkpoint::{Existing, WriteOptions, write, write_atomic};
+use moe_core::Model;
 use moe_core::data::{Dataset, DatasetOptions, EvalSet, LossOver, Tokenizer, Wave, WaveOptions};
 use moe_core::evaluate::{EvaluateOptions, Evaluation, evaluate};
-use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::{Calibration, Scorer, scorers::Fisher};
 use moe_prune::{Budget, ProtectionMask, PruneForm, PruneOptions, Pruner, Scope, UnitPruner};
 use serde::{Deserialize, Serialize};
