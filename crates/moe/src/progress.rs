@@ -1,7 +1,7 @@
 //! Progress of long work on stderr, with the time left: a bar on a terminal, elsewhere a line every 30 seconds.
 
-use std::cell::RefCell;
 use std::io::{IsTerminal, Write};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -55,7 +55,7 @@ impl Progress {
         bar.set_message(label.into());
         bar.enable_steady_tick(Duration::from_millis(250));
         let log = (!self.hidden && !std::io::stderr().is_terminal()).then(|| Log::new(unit, INTERVAL));
-        Bar { bar, log: log.map(RefCell::new) }
+        Bar { bar, log: log.map(Mutex::new) }
     }
 }
 
@@ -63,7 +63,7 @@ impl Progress {
 #[derive(Debug)]
 pub struct Bar {
     bar: ProgressBar,
-    log: Option<RefCell<Log>>,
+    log: Option<Mutex<Log>>,
 }
 
 /// When the next line is due, and what speed is measured from: the first position, which an earlier run may have reached.
@@ -130,7 +130,7 @@ impl Bar {
     fn log(&self) {
         let Some(log) = &self.log else { return };
         let (done, total) = (self.bar.position(), self.bar.length().unwrap_or_default());
-        if let Some(line) = log.borrow_mut().line(&self.bar.message(), done, total) {
+        if let Some(line) = log.lock().unwrap_or_else(PoisonError::into_inner).line(&self.bar.message(), done, total) {
             // A log that cannot be written to does not stop the work.
             let _ = writeln!(std::io::stderr(), "{line}");
         }
