@@ -18,7 +18,7 @@ use moe_peft::condenser::{CondenserCounts, CondenserMode, CondenserOptions, Cond
 use moe_peft::dense_mixer::DenseMixer;
 use moe_peft::esft::{EsftScore, ExpertUse};
 use moe_peft::model_weights::OwnWeights;
-use moe_peft::{AdapterSet, FineTune};
+use moe_peft::{AdapterSet, FineTune, Setting, TuningMethod};
 
 use crate::table::Table;
 use crate::{Error, Result, TINY_MOE, cli};
@@ -258,19 +258,19 @@ impl Study {
         let half = self.base.config().routing.top_k / 2;
         let mut set = AdapterSet::new();
         OwnWeights { experts: true, router: way != Way::Frozen, ..OwnWeights::default() }
-            .attach(&self.base, &mut set)?;
+            .install(&Setting::new(&self.base), &mut set)?;
         if way == Way::Dense {
-            DenseMixer::default().attach(&self.base, &mut set)?;
+            DenseMixer::default().install(&Setting::new(&self.base), &mut set)?;
         }
         if way == Way::Compressed {
-            CompressedExperts { auxiliary: half }.attach(&self.base, &mut set)?;
+            CompressedExperts { auxiliary: half }.install(&Setting::new(&self.base), &mut set)?;
         }
         let options = |mode| CondenserOptions { speed: self.bias_speed, mode, ..CondenserOptions::default() };
         let condensers = way.condensers().map(|mode| Condensers::new(self.base.config(), options(mode)));
         let condensers = condensers.transpose()?.map(Arc::new);
         let base = match &condensers {
             Some(condensers) => {
-                condensers.attach(&mut set);
+                condensers.count_in(&mut set);
                 condensers.applied_to(&self.base)?
             }
             None if way == Way::Best => {
@@ -339,11 +339,12 @@ impl Study {
         let mut rows = Vec::new();
         for name in ["chosen experts", "all experts: DenseMixer", "chosen experts and 2 condensers"] {
             let mut set = AdapterSet::new();
-            OwnWeights { experts: true, router: true, ..OwnWeights::default() }.attach(&self.base, &mut set)?;
+            OwnWeights { experts: true, router: true, ..OwnWeights::default() }
+                .install(&Setting::new(&self.base), &mut set)?;
             let mut base = self.base.with_overlays(None, None)?;
             let mut heard = k as f64;
             if name.contains("DenseMixer") {
-                DenseMixer::default().attach(&self.base, &mut set)?;
+                DenseMixer::default().install(&Setting::new(&self.base), &mut set)?;
                 heard = experts(self.layers()[0]) as f64;
             }
             if name.contains("condensers") {

@@ -8,8 +8,6 @@ use moe_cli::{cli, finetune};
 fn main() -> ExitCode {
     cli::run(|arguments: finetune::Arguments| {
         cli::allocator(arguments.max_memory);
-        let json = arguments.json;
-        let finished = finetune::run(arguments, Progress::stderr())?;
-        Ok(if json { format!("{}\n", serde_json::json!(finished.results)) } else { finished.text })
+        finetune::print(arguments, Progress::stderr())
     })
 }

@@ -60,9 +60,7 @@ fn main() -> ExitCode {
         }
         Verb::Tune(arguments) => {
             cli::allocator(arguments.max_memory);
-            let json = arguments.json;
-            let finished = finetune::run(arguments, Progress::stderr())?;
-            Ok(if json { format!("{}\n", serde_json::json!(finished.results)) } else { finished.text })
+            finetune::print(arguments, Progress::stderr())
         }
         Verb::Eval(arguments) => {
             cli::allocator(arguments.max_memory);

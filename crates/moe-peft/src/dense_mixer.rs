@@ -8,26 +8,28 @@
 //! The other experts run in the backward sweep only, in blocks of tokens, so that no `[tokens, experts, hidden]` exists. A model is run as
 //! before.
 
-use moe_core::{
-    Model,
-    adapters::{LayerSite, Site},
-};
+use moe_core::adapters::{LayerSite, Site};
 use serde::{Deserialize, Serialize};
 
-use crate::{AdapterSet, Error, Result};
+use crate::{AdapterSet, Error, Installed, Result, Setting, TuningMethod};
 
 /// Router gradients from all experts, in every MoE layer whose router is trained.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DenseMixer {}
 
-impl DenseMixer {
-    /// Has the routers that are trained in `set` learn from all experts. To be called after what trains them was attached.
-    ///
+/// Has the routers that are trained in the set learn from all experts. To be installed after what trains them.
+impl TuningMethod for DenseMixer {
+    /// # Errors
+    /// [`Error::Core`] for a routing rule without such a gradient.
+    fn check(&self, on: &Setting<'_>) -> Result<()> {
+        Ok(on.model.router().check_dense()?)
+    }
+
     /// # Errors
     /// [`Error::Input`] if no router is trained; [`Error::Core`] for a routing rule without such a gradient.
-    pub fn attach(self, model: &Model, set: &mut AdapterSet) -> Result<()> {
-        model.router().check_dense()?;
+    fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        self.check(on)?;
         let router = |(site, _): (&Site, _)| match site {
             Site::Layer(layer, LayerSite::Router) => Some(*layer),
             _ => None,
@@ -37,6 +39,6 @@ impl DenseMixer {
             return Err(Error::input("trained routers", 0, "at least one, for router gradients from all experts"));
         }
         layers.into_iter().for_each(|layer| set.set_dense_router(layer));
-        Ok(())
+        Ok(Installed::default())
     }
 }

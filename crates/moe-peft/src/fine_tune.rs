@@ -70,6 +70,28 @@ pub trait TrainingHooks: Send {
     }
 }
 
+impl TrainingHooks for Box<dyn TrainingHooks> {
+    fn before_step(&mut self, step: usize, set: &AdapterSet, parameters: &mut Parameters) -> Result<()> {
+        (**self).before_step(step, set, parameters)
+    }
+
+    fn gradients(&mut self, step: usize, factor: f64, parameters: &mut Parameters) -> Result<BTreeMap<String, f64>> {
+        (**self).gradients(step, factor, parameters)
+    }
+
+    fn after_step(&mut self, step: usize, set: &AdapterSet, parameters: &mut Parameters) -> Result<()> {
+        (**self).after_step(step, set, parameters)
+    }
+
+    fn state_save(&self) -> Result<TaskState> {
+        (**self).state_save()
+    }
+
+    fn state_load(&mut self, state: TaskState, set: &AdapterSet, parameters: &mut Parameters) -> Result<()> {
+        (**self).state_load(state, set, parameters)
+    }
+}
+
 /// Gradient descent and nothing else.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Plain;

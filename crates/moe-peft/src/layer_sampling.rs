@@ -2,19 +2,25 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use moe_core::{Model, adapters::Site, data::Wave};
+use moe_core::{
+    Model,
+    adapters::Site,
+    data::Wave,
+    train::{ParameterGroup, Projection},
+};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Error, Result, input_watch,
+    AdapterSet, Error, Installed, Result, Setting, TuningMethod, input_watch,
+    model_weights::{OwnWeights, SampledLayers},
     trainable_tensors::{self, Place},
 };
 
 /// How often a layer is drawn.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum LayerWeights {
     /// All alike, as LISA does.
     #[default]
@@ -147,6 +153,48 @@ impl LayerSampling {
     /// Whether there is a draw before `step` (from 1).
     pub fn draws_at(&self, step: usize) -> bool {
         step.saturating_sub(1).is_multiple_of(self.every.max(1))
+    }
+}
+
+/// A few layers at a time, and the low rank that gradients of their matrices are projected to, if any: LISA without, OwLore with.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LayerTurns {
+    /// Which layers when.
+    pub sampling: LayerSampling,
+    /// Low-rank projection of gradients (GaLore).
+    pub projection: Option<Projection>,
+}
+
+/// Waves that outliers are counted on.
+const OUTLIER_WAVES: usize = 4;
+
+/// Linear maps whose gradients are projected, as OwLore has it: those of attention and of feed-forward blocks.
+const PROJECTED: [&str; 6] = ["query", "key", "value", "output", "*gate_up", "*down"];
+
+impl TuningMethod for LayerTurns {
+    fn check(&self, on: &Setting<'_>) -> Result<()> {
+        self.sampling.validate(on.model.config().layers.len())?;
+        if let Some(projection) = &self.projection {
+            projection.validate()?;
+        }
+        OwnWeights::full().check(on)
+    }
+
+    fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        self.check(on)?;
+        let waves = &on.waves[..on.waves.len().min(OUTLIER_WAVES)];
+        let probabilities = self.sampling.probabilities(on.model, waves)?;
+        let installed = OwnWeights::full().install(on, set)?;
+        let group = |map: &&str| ParameterGroup {
+            pattern: format!("layers.*.{map}"),
+            projection: self.projection,
+            later: true,
+            ..ParameterGroup::default()
+        };
+        let groups = PROJECTED.iter().filter(|_| self.projection.is_some()).map(|map| group(&map)).collect();
+        let hooks = SampledLayers::new(self.sampling.clone(), probabilities);
+        Ok(Installed { hooks: Some(Box::new(hooks)), groups, ..installed })
     }
 }
 

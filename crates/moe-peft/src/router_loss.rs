@@ -27,7 +27,7 @@ use moe_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{AdapterSet, Error, Result, SweepListener};
+use crate::{AdapterSet, Artifacts, Error, Installed, Result, Setting, SweepListener, TuningMethod};
 
 /// What the coefficient of a balance loss is multiplied by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -201,12 +201,7 @@ impl RouterLosses {
         Ok(())
     }
 
-    /// Checks them against a model, too.
-    ///
-    /// # Errors
-    /// As [`validate`](Self::validate); [`Error::Input`] for a model without routed experts, and for a balance loss over the whole model
-    /// whose layers have different numbers of experts.
-    pub fn check(&self, model: &Model) -> Result<()> {
+    fn fits(&self, model: &Model) -> Result<()> {
         self.validate()?;
         let config = model.config();
         let layers = (0..config.layers.len()).filter_map(|layer| Some((layer, config.moe(layer)?.num_experts())));
@@ -226,12 +221,7 @@ impl RouterLosses {
         }
     }
 
-    /// Adds the losses to the routers of all MoE layers. They reach whatever is trained at the router or below it.
-    ///
-    /// # Errors
-    /// As [`check`](Self::check).
-    pub fn attach(&self, model: &Model, set: &mut AdapterSet) -> Result<Arc<RouterLossReport>> {
-        self.check(model)?;
+    fn put_into(&self, model: &Model, set: &mut AdapterSet) -> Arc<RouterLossReport> {
         let report = Arc::new(RouterLossReport { losses: *self, state: Mutex::default() });
         let config = model.config();
         let sigmoid = matches!(config.routing.kind, RoutingKind::Sigmoid { .. });
@@ -239,7 +229,23 @@ impl RouterLosses {
             set.add_router(layer, Arc::new(LayerLoss { sigmoid, report: report.clone() }));
         }
         set.add_listener(report.clone());
-        Ok(report)
+        report
+    }
+}
+
+/// Adds the losses to the routers of all MoE layers. They reach whatever is trained at the router or below it.
+impl TuningMethod for RouterLosses {
+    /// # Errors
+    /// As [`validate`](RouterLosses::validate); [`Error::Input`] for a model without routed experts, and for a balance loss over the whole
+    /// model whose layers have different numbers of experts.
+    fn check(&self, on: &Setting<'_>) -> Result<()> {
+        self.fits(on.model)
+    }
+
+    fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        self.check(on)?;
+        let router_losses = Some(self.put_into(on.model, set));
+        Ok(Artifacts { router_losses, ..Artifacts::default() }.into())
     }
 }
 

@@ -76,6 +76,17 @@ pub fn linear_maps(checkpoint: &Checkpoint) -> Vec<Place> {
     places
 }
 
+/// `[rows, columns]` of the embeddings, and of the output head where it is another tensor.
+///
+/// # Errors
+/// What keeps their shapes from being found.
+pub fn vocabulary(checkpoint: &Checkpoint) -> Result<Vec<[usize; 2]>> {
+    let (embeddings, head) = (checkpoint.role(Role::Embedding)?, checkpoint.role(Role::LmHead)?);
+    let different = (head.name != embeddings.name).then_some(head);
+    let shape = |info: &moe_checkpoint::TensorInfo| <[usize; 2]>::try_from(&info.shape[..]).ok();
+    Ok(std::iter::once(embeddings).chain(different).filter_map(shape).collect())
+}
+
 /// All vectors of a checkpoint that can be trained: weights and biases of norms, biases of linear maps. Not among them are the biases of
 /// routed experts, the sinks of attention and what is added to router scores for the selection.
 pub fn vectors(checkpoint: &Checkpoint) -> Vec<VectorPlace> {

@@ -14,7 +14,7 @@ use moe_core::{
     train::{Schedule, TrainOptions},
 };
 use moe_peft::{
-    AdapterSet, FineTune,
+    AdapterSet, FineTune, Setting, TuningMethod,
     fold::Folded,
     lora::{Lora, LoraConfig, LoraWeights, Maps, Targets},
     merge::Merged,
@@ -215,7 +215,7 @@ fn experts_that_share_weights_part_where_they_are_trained_and_nowhere_else() {
     // Two experts that share a set, trained to be different.
     let mut set = AdapterSet::new();
     let only = [(layer, [0, 1].into())].into();
-    OwnWeights::these_experts(only).attach(&model, &mut set).unwrap();
+    OwnWeights::these_experts(only).install(&Setting::new(&model), &mut set).unwrap();
     for (seed, live) in set.bank().iter().enumerate() {
         let moved = live.to_vec().iter().zip(noise(1 << 16, seed)).map(|(value, noise)| value + noise).collect();
         tuning::put(set.bank(), live.name(), moved);
@@ -237,7 +237,7 @@ fn experts_that_share_weights_part_where_they_are_trained_and_nowhere_else() {
 
     // All of all layers: no expert shares any more, and the model is one that stock loaders know.
     let mut set = AdapterSet::new();
-    OwnWeights { experts: true, ..OwnWeights::default() }.attach(&model, &mut set).unwrap();
+    OwnWeights { experts: true, ..OwnWeights::default() }.install(&Setting::new(&model), &mut set).unwrap();
     let folded = Folded::on(&base, &set).unwrap();
     assert!(!folded.model().grouped());
     assert_eq!(folded.model().raw_config()["model_type"], "qwen2_moe");
@@ -306,7 +306,7 @@ fn a_fold_knows_when_its_values_were_trained_on_and_when_they_are_others() {
 fn numbers_that_a_dtype_cannot_hold_are_named_with_their_tensor() {
     let model = common::model("qwen2_moe_bf16");
     let mut set = AdapterSet::new();
-    OwnWeights { norms: true, ..OwnWeights::default() }.attach(&model, &mut set).unwrap();
+    OwnWeights { norms: true, ..OwnWeights::default() }.install(&Setting::new(&model), &mut set).unwrap();
     let name = set.bank().iter().next().unwrap().name().to_string();
     for (value, expected) in [(f32::NAN, "finite numbers"), (f32::MAX, "numbers of BF16")] {
         let mut values = set.bank().get(&name).unwrap().to_vec();
@@ -338,7 +338,7 @@ fn what_cannot_be_folded_is_said_before_it_is_trained() {
     let role = |role| tied.checkpoint().role(role).unwrap().name.clone();
     assert_eq!(role(Role::LmHead), role(Role::Embedding));
     let mut whole = AdapterSet::new();
-    OwnWeights { head: true, ..OwnWeights::default() }.attach(&tied, &mut whole).unwrap();
+    OwnWeights { head: true, ..OwnWeights::default() }.install(&Setting::new(&tied), &mut whole).unwrap();
     Folded::check(tied.checkpoint(), &whole).unwrap();
     let mut alone = AdapterSet::new();
     for (rows, adapter) in whole.heads() {
@@ -349,7 +349,7 @@ fn what_cannot_be_folded_is_said_before_it_is_trained() {
 
     // An adapter of another model.
     let mut other = AdapterSet::new();
-    OwnWeights { experts: true, ..OwnWeights::default() }.attach(&model, &mut other).unwrap();
+    OwnWeights { experts: true, ..OwnWeights::default() }.install(&Setting::new(&model), &mut other).unwrap();
     let error = Folded::check(common::model("deepseek_v3").checkpoint(), &other).unwrap_err().to_string();
     assert!(error.contains("new values"), "{error}");
 }
@@ -360,8 +360,8 @@ fn what_is_no_weight_is_left_out_aloud_and_runs_beside_the_weights() {
     let model = common::model("qwen2_moe");
     let wave = wave(model.config().vocab_size);
     let mut set = AdapterSet::new();
-    OwnWeights::router().attach(&model, &mut set).unwrap();
-    CompressedExperts { auxiliary: 1 }.attach(&model, &mut set).unwrap();
+    OwnWeights::router().install(&Setting::new(&model), &mut set).unwrap();
+    CompressedExperts { auxiliary: 1 }.install(&Setting::new(&model), &mut set).unwrap();
     let set = Arc::new(set);
     let layers = model.checkpoint().shape().layers.len();
     assert_eq!(Folded::check(model.checkpoint(), &set).unwrap().remarks.len(), layers);

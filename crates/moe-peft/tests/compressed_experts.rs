@@ -17,7 +17,7 @@ use moe_core::{
     trace::{LayerTrace, Nobody, Observer, Signals},
 };
 use moe_peft::{
-    AdapterSet, FineTune,
+    AdapterSet, FineTune, Setting, TuningMethod,
     compressed_experts::{CompressedExperts, CompressedLayers},
     model_weights::OwnWeights,
 };
@@ -36,7 +36,8 @@ impl RoutingOverlay for First {
 
 fn attached(base: &Model, auxiliary: usize) -> (Arc<AdapterSet>, CompressedLayers) {
     let mut set = AdapterSet::new();
-    let layers = CompressedExperts { auxiliary }.attach(base, &mut set).unwrap();
+    let installed = CompressedExperts { auxiliary }.install(&Setting::new(base), &mut set).unwrap();
+    let layers = installed.artifacts.compressed.unwrap();
     (Arc::new(set), layers)
 }
 
@@ -74,7 +75,11 @@ fn no_auxiliary_experts_is_the_stock_model_and_no_main_one_is_refused() {
     let (set, layers) = attached(&base, 0);
     assert_eq!(loss(&base, wave).to_bits(), loss(&base.with_adapters(set).unwrap(), wave).to_bits());
     assert_eq!(layers.values(), 0);
-    let error = CompressedExperts { auxiliary: 3 }.attach(&base, &mut AdapterSet::new()).unwrap_err().to_string();
+    let error = CompressedExperts { auxiliary: 3 }
+        .install(&Setting::new(&base), &mut AdapterSet::new())
+        .err()
+        .unwrap()
+        .to_string();
     assert!(error.contains("auxiliary: found 3, expected below the 3"), "{error}");
 }
 
@@ -201,9 +206,9 @@ fn gradients_match_difference_quotients() {
         let last = base.config().layers.len() - 1;
         let mut set = AdapterSet::new();
         OwnWeights { router: true, norms: true, experts, layers: Some([last].into()), ..OwnWeights::default() }
-            .attach(&base, &mut set)
+            .install(&Setting::new(&base), &mut set)
             .unwrap();
-        CompressedExperts { auxiliary }.attach(&base, &mut set).unwrap();
+        CompressedExperts { auxiliary }.install(&Setting::new(&base), &mut set).unwrap();
         let set = Arc::new(set);
         scatter(&set, 0.3);
         let run = base.with_adapters(set.clone()).unwrap();

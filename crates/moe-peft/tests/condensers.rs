@@ -16,7 +16,7 @@ use moe_core::{
     trace::{LayerTrace, Observer, Signals},
 };
 use moe_peft::{
-    AdapterSet, FineTune, TrainingHooks,
+    AdapterSet, FineTune, Setting, TrainingHooks, TuningMethod,
     condenser::{Centre, CondenserCounts, CondenserLayer, CondenserMode, CondenserOptions, Condensers, Starved, gini},
     model_weights::OwnWeights,
 };
@@ -99,8 +99,8 @@ fn use_is_the_softmax_with_the_bias_of_all_experts_counted_once() {
         all.step();
         let start = all.layer(1).unwrap().usage;
         let mut set = AdapterSet::new();
-        OwnWeights::router().attach(&base, &mut set).unwrap();
-        all.attach(&mut set);
+        OwnWeights::router().install(&Setting::new(&base), &mut set).unwrap();
+        all.count_in(&mut set);
         let run = all.applied_to(&base).unwrap().with_adapters(Arc::new(set)).unwrap();
         loss(&run, wave); // is not counted
         sweep(&run, wave);
@@ -231,8 +231,8 @@ fn every_condenser_learns_from_every_token_and_other_experts_from_theirs() {
     for (mode, runs) in [(CondenserMode::Additive, None), (CondenserMode::Budget, Some(3 * tokens * layers))] {
         let all = learnt(&base, mode, &[2, 5]);
         let mut set = AdapterSet::new();
-        OwnWeights { experts: true, ..OwnWeights::default() }.attach(&base, &mut set).unwrap();
-        all.attach(&mut set);
+        OwnWeights { experts: true, ..OwnWeights::default() }.install(&Setting::new(&base), &mut set).unwrap();
+        all.count_in(&mut set);
         let set = Arc::new(set);
         let run = all.applied_to(&base).unwrap().with_adapters(set.clone()).unwrap();
         let mut taught = Taught::default();
@@ -270,7 +270,7 @@ fn gradients_through_the_rule_match_difference_quotients() {
             let last = base.config().layers.len() - 1;
             let mut set = AdapterSet::new();
             OwnWeights { router: true, norms: true, layers: Some([last - 1, last].into()), ..OwnWeights::default() }
-                .attach(&base, &mut set)
+                .install(&Setting::new(&base), &mut set)
                 .unwrap();
             let set = Arc::new(set);
             let run = all.applied_to(&base).unwrap().with_adapters(set.clone()).unwrap();
@@ -341,8 +341,8 @@ fn the_first_phase_makes_routing_more_uneven_and_the_bias_stays_within_its_steps
     let data = waves(&base, 3);
     let all = condensers(&base, CondenserOptions { speed: 0.05, ..CondenserOptions::default() });
     let mut set = AdapterSet::new();
-    OwnWeights { shared: true, ..OwnWeights::default() }.attach(&base, &mut set).unwrap();
-    all.attach(&mut set);
+    OwnWeights { shared: true, ..OwnWeights::default() }.install(&Setting::new(&base), &mut set).unwrap();
+    all.count_in(&mut set);
     let run = all.applied_to(&base).unwrap();
     let task = FineTune::new(&run, set.into()).unwrap().with_hooks(all.clone());
     let before = counts(&base, &data);

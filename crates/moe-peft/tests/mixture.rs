@@ -138,7 +138,7 @@ fn gradients_are_those_of_difference_quotients_with_the_balance_in_the_loss() {
     let predicted = wave.sequences.iter().map(|s| s.loss_tokens()).sum::<usize>() as f64;
     for (name, mut config) in recipes() {
         // both stages of LoRA-Mixer at once; and no bias that moves between the sweeps of a quotient
-        (config.train_experts, config.train_router) = (true, config.gate != Gate::Label);
+        (config.train_experts, config.train_router) = (true, config.gate != (Gate::Label {}));
         config.gate = match config.gate {
             Gate::Ranks { k, partition, .. } => Gate::Ranks { k, partition, bias_rate: 0.0 },
             Gate::Sparse { k, score, .. } => Gate::Sparse { k, score, bias_rate: 0.0 },
@@ -166,7 +166,7 @@ fn dropout_in_a_mixture_has_the_gradients_of_what_is_left() {
     let model = model("qwen2_moe");
     let wave = wave(97);
     for (name, config) in recipes().into_iter().filter(|(name, _)| ["mola", "mix_lora", "smora"].contains(name)) {
-        let mut config = MixtureConfig { lora_dropout: 0.3, balance: Balance::None, ..config };
+        let mut config = MixtureConfig { lora_dropout: 0.3, balance: Balance::None {}, ..config };
         if let Gate::Ranks { k, partition, .. } = config.gate {
             config.gate = Gate::Ranks { k, partition, bias_rate: 0.0 };
         }
@@ -305,7 +305,7 @@ fn a_block_is_the_sum_of_whole_experts() {
             let p: Vec<f32> = z.iter().map(|z| z.exp() / total).collect();
             let mut order: Vec<usize> = (0..experts).collect();
             order.sort_by(|a, b| p[*b].total_cmp(&p[*a]));
-            let k = if config.gate == Gate::Top1 { 1 } else { 2 };
+            let k = if config.gate == (Gate::Top1 {}) { 1 } else { 2 };
             let sum: f32 = order[..k].iter().map(|e| p[*e]).sum();
             let mut expected = vec![0.0; hidden];
             for e in &order[..k] {
@@ -328,7 +328,7 @@ fn a_block_is_the_sum_of_whole_experts() {
 #[test]
 fn a_weight_of_one_gives_the_router_no_gradient() {
     let model = model("qwen2_moe");
-    let config = MixtureConfig { balance: Balance::None, ..recipes()[2].1.clone() };
+    let config = MixtureConfig { balance: Balance::None {}, ..recipes()[2].1.clone() };
     let (set, _) = installed(&model, &config);
     stir(&set);
     train_loss(&model.with_adapters(set.clone()).unwrap(), &wave(97));

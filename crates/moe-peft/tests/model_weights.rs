@@ -9,11 +9,11 @@ use moe_core::{
     train::{Saving, TrainEvent, train as run, train_saved},
 };
 use moe_peft::{
-    AdapterSet, FineTune,
+    AdapterSet, FineTune, Setting, TuningMethod,
     esft::{Esft, EsftScore, ExpertUse},
     layer_sampling::{LayerSampling, LayerWeights, outliers},
-    model_weights::{BlockWatch, OwnWeights, SampledLayers},
-    smt::{BlockBudget, BlockScore, Smt},
+    model_weights::{OwnWeights, SampledLayers},
+    smt::{BlockBudget, BlockScore, BlockWatch, Smt},
     trainable_tensors,
 };
 use tuning::{loss, model, options, train, train_own, waves};
@@ -24,7 +24,7 @@ fn untrained_own_weights_are_the_model_and_training_lowers_the_loss() {
         let base = model(name);
         let wave = &waves(&base, 1)[0];
         let mut set = AdapterSet::new();
-        OwnWeights::full().attach(&base, &mut set).unwrap();
+        OwnWeights::full().install(&Setting::new(&base), &mut set).unwrap();
         let task = FineTune::new(&base, set.into()).unwrap();
         assert!((loss(&base, wave) - loss(task.model(), wave)).abs() < 1e-4, "{name}");
         let (task, mut parameters) = train(task, &base, 6);
@@ -56,7 +56,8 @@ fn only_the_experts_of_a_selection_change_and_have_moments() {
 #[test]
 fn a_part_that_the_model_lacks_and_a_layer_that_does_not_exist_are_refused() {
     let base = model("qwen3_moe"); // without shared experts
-    let message = |weights: OwnWeights| weights.attach(&base, &mut AdapterSet::new()).unwrap_err().to_string();
+    let message =
+        |weights: OwnWeights| weights.install(&Setting::new(&base), &mut AdapterSet::new()).unwrap_err().to_string();
     assert!(message(OwnWeights::shared_gate()).contains("nothing would be trained"));
     let only = BTreeMap::from([(0, BTreeSet::from([99]))]);
     assert!(message(OwnWeights::these_experts(only)).contains("trained expert of layer 0: found 99"));
@@ -90,7 +91,7 @@ fn blocks_start_where_the_warm_up_ended_and_nothing_else_moves() {
     let base = model("qwen2_moe");
     let smt = smt();
     let mut set = AdapterSet::new();
-    smt.warmup_weights().attach(&base, &mut set).unwrap();
+    smt.warmup_weights().install(&Setting::new(&base), &mut set).unwrap();
     let watch = BlockWatch::new(smt, &base).unwrap();
     let (task, mut warmed) = train(FineTune::new(&base, set.into()).unwrap().with_hooks(watch.clone()), &base, 2);
     // the updates of the warm-up are those of plain full fine-tuning
@@ -102,7 +103,7 @@ fn blocks_start_where_the_warm_up_ended_and_nothing_else_moves() {
     let selection = watch.scores().select().unwrap();
     assert_eq!(selection.values().map(Vec::len).sum::<usize>(), 12);
     let mut set = AdapterSet::new();
-    smt.attach(&base, &selection, Some(warmed.clone()), &mut set).unwrap();
+    smt.install_blocks(&base, &selection, Some(warmed.clone()), &mut set).unwrap();
     let task = FineTune::new(&base, set.into()).unwrap();
     assert_eq!(loss(task.model(), wave), at_switch);
     assert_eq!(task.set().bank().values(), 12 * 64);
@@ -141,11 +142,11 @@ fn all_blocks_train_as_the_whole_matrices_do() {
         (place.site, (0..rows * columns).map(block).collect())
     };
     let mut set = AdapterSet::new();
-    smt.attach(&base, &targets.iter().map(all).collect(), None, &mut set).unwrap();
+    smt.install_blocks(&base, &targets.iter().map(all).collect(), None, &mut set).unwrap();
     let mut losses = [Vec::new(), Vec::new()];
     let weights = OwnWeights { attention: true, experts: true, shared: true, dense: true, ..OwnWeights::default() };
     let mut whole = AdapterSet::new();
-    weights.attach(&base, &mut whole).unwrap();
+    weights.install(&Setting::new(&base), &mut whole).unwrap();
     for (set, losses) in [set, whole].into_iter().zip(&mut losses) {
         let mut task = FineTune::new(&base, set.into()).unwrap();
         let mut parameters = task.set().bank().parameters().unwrap();
@@ -169,7 +170,7 @@ fn drawn_layers_change_and_the_others_do_not() {
     let sampling = LayerSampling { layers: 1, every: 2, seed: 3, ..LayerSampling::default() };
     let probabilities = sampling.probabilities(&base, &[]).unwrap();
     let mut set = AdapterSet::new();
-    OwnWeights::full().attach(&base, &mut set).unwrap();
+    OwnWeights::full().install(&Setting::new(&base), &mut set).unwrap();
     let method = SampledLayers::new(sampling.clone(), probabilities.clone());
     let start = |set: AdapterSet| {
         let task = FineTune::new(&base, set.into()).unwrap().with_hooks(method.clone());
@@ -195,7 +196,7 @@ fn drawn_layers_change_and_the_others_do_not() {
     let dir = tempfile::tempdir().unwrap();
     let straight = {
         let mut set = AdapterSet::new();
-        OwnWeights::full().attach(&base, &mut set).unwrap();
+        OwnWeights::full().install(&Setting::new(&base), &mut set).unwrap();
         let (mut task, mut parameters) = start(set);
         run(&mut task, &mut parameters, &waves(&base, 3), &options(7), &mut |_| Ok(())).unwrap();
         parameters
@@ -203,7 +204,7 @@ fn drawn_layers_change_and_the_others_do_not() {
     let mut resumed = None;
     for attempt in 0..2 {
         let mut set = AdapterSet::new();
-        OwnWeights::full().attach(&base, &mut set).unwrap();
+        OwnWeights::full().install(&Setting::new(&base), &mut set).unwrap();
         let (mut task, mut parameters) = start(set);
         let saving = Saving { resume: attempt == 1, ..Saving::new(dir.path().join("state"), 1) };
         let mut stop = |event: &TrainEvent| match event {
@@ -247,7 +248,7 @@ fn what_was_trained_is_folded_into_a_checkpoint_in_every_layout() {
         let base = model(name);
         // nothing trained: byte for byte
         let mut set = AdapterSet::new();
-        OwnWeights::full().attach(&base, &mut set).unwrap();
+        OwnWeights::full().install(&Setting::new(&base), &mut set).unwrap();
         let same = dir.path().join(format!("{name}-same"));
         let folded = Folded::on(base.checkpoint(), &set).unwrap();
         write(folded.model(), &same, &WriteOptions::default()).unwrap();

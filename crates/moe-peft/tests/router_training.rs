@@ -11,7 +11,7 @@ use moe_core::{
     train::TrainEvent,
 };
 use moe_peft::{
-    AdapterSet, FineTune,
+    AdapterSet, FineTune, Setting, TuningMethod,
     dense_mixer::DenseMixer,
     model_weights::OwnWeights,
     router_loss::{BalanceForm, BalanceLoss, BalanceScope, RouterLosses},
@@ -38,9 +38,9 @@ fn losses_on_routers_reach_them_and_what_is_below_and_change_no_output() {
         let mut set = AdapterSet::new();
         let last = base.config().layers.len() - 1;
         OwnWeights { router: true, norms: true, layers: Some([last].into()), ..OwnWeights::default() }
-            .attach(&base, &mut set)
+            .install(&Setting::new(&base), &mut set)
             .unwrap();
-        let report = losses.attach(&base, &mut set).unwrap();
+        let report = losses.install(&Setting::new(&base), &mut set).unwrap().artifacts.router_losses.unwrap();
         let set = Arc::new(set);
         let adapted = base.with_adapters(set.clone()).unwrap();
         assert!((loss(&base, wave) - loss(&adapted, wave)).abs() < 1e-4);
@@ -149,8 +149,8 @@ fn the_dense_router_gradient_is_that_of_the_straight_through_output() {
         let wave = &waves(&base, 1)[0];
         let (weights, site) = last_router(&base);
         let mut set = AdapterSet::new();
-        weights.attach(&base, &mut set).unwrap();
-        DenseMixer::default().attach(&base, &mut set).unwrap();
+        weights.install(&Setting::new(&base), &mut set).unwrap();
+        DenseMixer::default().install(&Setting::new(&base), &mut set).unwrap();
         let set = Arc::new(set);
         sweep(&base.with_adapters(set.clone()).unwrap(), wave);
         let gradient = set.bank().get(&site.path()).unwrap().gradient();
@@ -172,10 +172,10 @@ fn dense_router_gradients_leave_output_and_expert_gradients_and_reach_all_expert
     let run = |dense: bool| {
         let mut set = AdapterSet::new();
         OwnWeights { router: true, experts: true, layers: Some([last].into()), ..OwnWeights::default() }
-            .attach(&base, &mut set)
+            .install(&Setting::new(&base), &mut set)
             .unwrap();
         if dense {
-            DenseMixer::default().attach(&base, &mut set).unwrap();
+            DenseMixer::default().install(&Setting::new(&base), &mut set).unwrap();
         }
         let set = Arc::new(set);
         let report = sweep(&base.with_adapters(set.clone()).unwrap(), &wave);
@@ -205,10 +205,13 @@ fn dense_router_gradients_leave_output_and_expert_gradients_and_reach_all_expert
 fn routers_that_cannot_or_do_not_learn_are_refused() {
     let base = model("phimoe");
     let mut set = AdapterSet::new();
-    OwnWeights::router().attach(&base, &mut set).unwrap();
-    let error = DenseMixer::default().attach(&base, &mut set).unwrap_err().to_string();
+    OwnWeights::router().install(&Setting::new(&base), &mut set).unwrap();
+    let error = DenseMixer::default().install(&Setting::new(&base), &mut set).unwrap_err().to_string();
     assert!(error.contains("SparseMixer"), "{error}");
-    let error = DenseMixer::default().attach(&model("qwen2_moe"), &mut AdapterSet::new()).unwrap_err().to_string();
+    let error = DenseMixer::default()
+        .install(&Setting::new(&model("qwen2_moe")), &mut AdapterSet::new())
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("trained routers: found 0"), "{error}");
 }
 
@@ -219,8 +222,8 @@ fn a_balance_loss_over_the_model_has_its_gradient_through_all_layers_and_is_amon
     let balance = Some(BalanceLoss { coefficient: 0.5, form: BalanceForm::Switch, over: BalanceScope::Model });
     let losses = RouterLosses { balance, z: Some(0.01) };
     let mut set = AdapterSet::new();
-    OwnWeights::router().attach(&base, &mut set).unwrap();
-    let report = losses.attach(&base, &mut set).unwrap();
+    OwnWeights::router().install(&Setting::new(&base), &mut set).unwrap();
+    let report = losses.install(&Setting::new(&base), &mut set).unwrap().artifacts.router_losses.unwrap();
     let set = Arc::new(set);
     let adapted = base.with_adapters(set.clone()).unwrap();
     sweep(&adapted, wave);
@@ -236,8 +239,8 @@ fn a_balance_loss_over_the_model_has_its_gradient_through_all_layers_and_is_amon
     }
     // on the training loop
     let mut set = AdapterSet::new();
-    OwnWeights::router().attach(&base, &mut set).unwrap();
-    losses.attach(&base, &mut set).unwrap();
+    OwnWeights::router().install(&Setting::new(&base), &mut set).unwrap();
+    losses.install(&Setting::new(&base), &mut set).unwrap();
     let mut task = FineTune::new(&base, set.into()).unwrap();
     let mut parameters = task.set().bank().parameters().unwrap();
     let mut seen = Vec::new();

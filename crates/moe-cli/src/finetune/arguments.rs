@@ -61,9 +61,9 @@ pub struct Arguments {
     /// Tokens of a row, at most
     #[arg(long, default_value_t = 2048, value_parser = cli::at_least(2))]
     pub length: usize,
-    /// Seed of the order of rows and of new adapters
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
+    /// Seed of the order of rows, of new adapters and of draws of layers [default: those of the recipe, or 0]
+    #[arg(long)]
+    pub seed: Option<u64>,
     /// Steps between saved states
     #[arg(long, value_name = "STEPS", default_value = "50", value_parser = cli::non_zero)]
     pub save_every: NonZeroUsize,

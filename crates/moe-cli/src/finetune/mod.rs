@@ -1,24 +1,25 @@
 //! Fine-tuning by several methods, side by side: what `finetune_qwen` runs.
 
 mod arguments;
-mod job;
 mod recipe;
 mod report;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use moe_checkpoint::{Existing, WriteOptions, write, write_atomic};
 use moe_core::Model;
 use moe_core::data::{Dataset, DatasetOptions, EvalSet, LossOver, Tokenizer, Wave, WaveOptions};
 use moe_core::evaluate::{EvaluateOptions, Evaluation, evaluate};
+use moe_core::train::TrainEvent;
 use moe_importance::{Calibration, Scorer, scorers::Fisher};
+use moe_peft::{METHODS, Recipe, RunEvent, Setting, TrainingCost, TrainingRun, TuningMethod};
 use moe_prune::{Budget, ProtectionMask, PruneForm, PruneOptions, Pruner, Scope, UnitPruner};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 pub use arguments::{Arguments, DEFAULT_OUT};
-pub use job::{LossPoint, Trained, Training, Workshop};
-pub use recipe::{DEFAULT_METHODS, LayerTurns, METHODS, Method, Recipe};
+pub use recipe::{DEFAULT_METHODS, named};
 
 use crate::progress::{Progress, Unit};
 use crate::{Error, Result};
@@ -34,7 +35,7 @@ pub struct MethodResult {
     /// What it measures afterwards.
     pub evaluations: Vec<Evaluation>,
     /// What it cost.
-    pub training: Training,
+    pub training: TrainingCost,
 }
 
 /// What came of a run.
@@ -93,7 +94,7 @@ impl Job {
             let options = DatasetOptions {
                 samples: Some(arguments.samples),
                 length: arguments.length,
-                seed: Some(arguments.seed),
+                seed: Some(arguments.seed.unwrap_or(0)),
                 loss: if arguments.loss_over_prompts || *text { LossOver::All } else { LossOver::Completions },
                 // A model that never saw an answer end does not end its own.
                 end_completions: !arguments.no_eos,
@@ -116,6 +117,12 @@ impl Job {
         };
         let evals = arguments.eval_files().iter().map(eval).collect::<Result<Vec<_>>>()?;
         let job = Self { recipes, out, existing, tokenizer, data, evals, model, arguments };
+        let (waves, labels) = (job.waves(), job.labels());
+        for (_, recipe) in &job.recipes {
+            let mut setting = Setting::new(&job.model).with_waves(&waves);
+            setting.labels = &labels;
+            recipe.check(&setting)?;
+        }
         if existing == OutExisting::Resume {
             job.out.check_resumable(&job.recipe())?;
         }
@@ -137,6 +144,11 @@ impl Job {
 
     fn waves(&self) -> Vec<Wave> {
         self.data.waves(WaveOptions::Tokens(self.arguments.step_tokens))
+    }
+
+    /// Labels of the rows of each wave.
+    fn labels(&self) -> BTreeMap<u64, Vec<usize>> {
+        BTreeMap::new()
     }
 
     fn measure(&self, model: &Model, label: &str, progress: Progress) -> Result<Vec<Evaluation>> {
@@ -165,7 +177,10 @@ fn recipes(arguments: &Arguments) -> Result<Vec<(String, Recipe)>> {
             let recipe: Recipe = recipe.map_err(|error| Error::Invalid(format!("{}: {error}", path.display())))?;
             vec![("recipe".to_owned(), recipe)]
         }
-        None => names.into_iter().map(|name| Ok((name.clone(), Recipe::named(&name)?))).collect::<Result<_>>()?,
+        None => {
+            let bundled = arguments.model.is_none();
+            names.into_iter().map(|name| Ok((name.clone(), named(&name, bundled)?))).collect::<Result<_>>()?
+        }
     };
     if recipes.is_empty() {
         return Err(Error::Usage("--model needs --method NAME (`--method list` prints them) or --recipe FILE".into()));
@@ -174,19 +189,35 @@ fn recipes(arguments: &Arguments) -> Result<Vec<(String, Recipe)>> {
         let train = &mut recipe.train;
         train.max_steps = arguments.steps.map(Into::into).or(train.max_steps);
         train.schedule.peak = arguments.learning_rate.unwrap_or(train.schedule.peak);
-        train.seed = arguments.seed;
         train.validate()?;
+        if let Some(seed) = arguments.seed {
+            recipe.set_seed(seed);
+        }
     }
     Ok(recipes)
 }
 
 /// The methods that have a name.
 pub fn list() -> String {
-    let mut table = crate::table::Table::new(["method", "trains", "highest learning rate"], 2);
-    for line in METHODS {
-        table.row([line.name.to_owned(), line.words.to_owned(), line.rate.to_string()]);
+    let mut table = crate::table::Table::new(["method", "trains", "highest learning rate", "source"], 2);
+    for method in METHODS {
+        let rate = named(method.name, false).map_or(f64::NAN, |recipe| recipe.train.schedule.peak);
+        table.row([method.name.to_owned(), method.words.to_owned(), format!("{rate:e}"), method.source.to_owned()]);
     }
-    table.to_text()
+    format!("{}\nRates are the published ones; the bundled model is trained at larger ones.\n", table.to_text())
+}
+
+/// Runs it and gives what is printed: a table, JSON if it was asked for, or the methods for `--method list`.
+///
+/// # Errors
+/// Those of [`run`].
+pub fn print(arguments: Arguments, progress: Progress) -> Result<String> {
+    if arguments.method.iter().any(|name| name == "list") {
+        return Ok(list());
+    }
+    let json = arguments.json;
+    let finished = run(arguments, progress)?;
+    Ok(if json { format!("{}\n", json!(finished.results)) } else { finished.text })
 }
 
 /// Runs it all. Everything that can be wrong with the arguments is found before any work is done and anything written.
@@ -194,9 +225,6 @@ pub fn list() -> String {
 /// # Errors
 /// What is wrong, or what stopped the work; `--resume` goes on from there.
 pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
-    if arguments.method.iter().any(|name| name == "list") {
-        return Err(Error::Usage(list()));
-    }
     let mut job = Job::new(arguments)?;
     job.out.open(job.existing, &job.recipe())?;
     let mut before = job.measure(&job.model, "the model", progress)?;
@@ -205,7 +233,7 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
         job.model = halved(&job)?;
         whole = Some(std::mem::replace(&mut before, job.measure(&job.model, "what is left", progress)?));
     }
-    let waves = job.waves();
+    let (waves, labels) = (job.waves(), job.labels());
     let mut methods = Vec::new();
     for (name, recipe) in &job.recipes {
         let dir = job.out.root().join(name);
@@ -214,35 +242,48 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
             methods.push(result);
             continue;
         }
-        let shop = Workshop {
+        let training = TrainingRun {
             model: &job.model,
             waves: &waves,
-            dir: &dir,
+            labels: &labels,
+            directory: &dir,
             save_every: job.arguments.save_every.get(),
             resume: job.existing == OutExisting::Resume,
-            progress,
         };
-        let trained = shop.train(name, recipe, &mut |trainable| {
-            write_atomic(dir.join("trainable.txt"), trainable.to_string().as_bytes())?;
-            // several methods side by side would fill the screen; their tables are in their directories
-            if job.recipes.len() == 1 {
-                progress.say(&trainable.to_string());
-            } else {
-                trainable.warnings.iter().for_each(|warning| progress.say(&format!("{name}: {warning}")));
+        let mut bar = None;
+        let trained = training.train(recipe, &mut |event| {
+            match event {
+                RunEvent::Begins { phase, trainable } => {
+                    write_atomic(dir.join("trainable.txt"), trainable.to_string().as_bytes())?;
+                    // several methods side by side would fill the screen; their tables are in their directories
+                    if job.recipes.len() == 1 {
+                        progress.say(&trainable.to_string());
+                    } else {
+                        trainable.warnings.iter().for_each(|warning| progress.say(&format!("{name}: {warning}")));
+                    }
+                    bar = Some(progress.bar(name, phase.steps as u64, Unit::Count("steps")));
+                }
+                RunEvent::Train { event: TrainEvent::Step { step, loss, .. }, .. } => {
+                    if let Some(bar) = &bar {
+                        bar.at(*step as u64);
+                        bar.label(format!("{name}: loss {loss:.3}"));
+                    }
+                }
+                RunEvent::Train { .. } => {}
             }
             Ok(())
         })?;
+        drop(bar);
         // What is measured is what is written, rounded to the dtype of the weights.
-        let folded = shop.fold(&trained)?;
-        let evaluations = match &folded {
-            Some(folded) => job.measure(&folded.run(job.model.device(), job.arguments.max_memory)?, name, progress)?,
-            None => job.measure(trained.task.model(), name, progress)?,
-        };
-        shop.write(&trained, folded.as_ref(), Existing::Force)?;
+        let written = trained.as_written(&job.model, job.arguments.max_memory)?;
+        let evaluations = job.measure(written.as_ref().unwrap_or(trained.task.model()), name, progress)?;
+        let saved = trained.save(&job.model, &dir, Existing::Force)?;
+        if let (Some(path), Some(changes)) = (&saved.model, &saved.changes) {
+            progress.say(&format!("{}: {changes}", path.display()));
+        }
         let recipe_json = serde_json::to_vec_pretty(recipe).unwrap_or_default();
         write_atomic(dir.join("recipe.json"), &recipe_json)?;
-        let result =
-            MethodResult { name: name.clone(), recipe: recipe.clone(), evaluations, training: trained.training };
+        let result = MethodResult { name: name.clone(), recipe: recipe.clone(), evaluations, training: trained.cost };
         write_atomic(done, &serde_json::to_vec_pretty(&result).unwrap_or_default())?;
         methods.push(result);
     }

@@ -63,7 +63,7 @@ pub fn text(results: &Results, out: &Path) -> String {
         results.model.display()
     );
     text.push_str(&table(results).to_text());
-    text.push_str("last loss: mean of the last ten steps. Peak memory: of the process while it trained.\n");
+    text.push_str("\nlast loss: mean of the last ten steps. Peak memory: of the process while it trained.\n");
     text.push_str(&format!(
         "each method's checkpoint, recipe, table of what was trained and metrics are in {0}/METHOD; figures in {0}/report.html\n",
         out.display()

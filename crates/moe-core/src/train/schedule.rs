@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 
 /// How the rate falls after the warm-up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Decay {
     /// Not at all.
     Constant,

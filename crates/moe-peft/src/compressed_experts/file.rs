@@ -57,7 +57,7 @@ impl CompressedLayers {
     /// Adds the compressed experts of a file to `set`.
     ///
     /// # Errors
-    /// As [`CompressedExperts::attach`]; [`Error::File`] for a file of something else or of another model, [`Error::Io`] if it cannot be read.
+    /// What keeps [`CompressedExperts`] from being installed; [`Error::File`] for a file of something else or of another model, [`Error::Io`] if it cannot be read.
     pub fn load(path: impl AsRef<Path>, model: &Model, set: &mut AdapterSet) -> Result<Self> {
         let path = path.as_ref();
         let bytes = read(path)?;
@@ -71,7 +71,7 @@ impl CompressedLayers {
             let known = |layer: usize| array == name(layer) || array.starts_with(&format!("{}.", name(layer)));
             (0..config.layers.len()).any(|layer| config.moe(layer).is_some() && known(layer))
         })?;
-        CompressedExperts { auxiliary: header.auxiliary }.attach_with(model, set, |layer, [experts, row]| {
+        CompressedExperts { auxiliary: header.auxiliary }.install_with(model, set, |layer, [experts, row]| {
             let i = row - 2 * h;
             if i <= h {
                 let values: Vec<f32> = arrays.need(&name(layer), &[experts, 3, h])?;

@@ -27,7 +27,7 @@ use moe_core::{
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::{AdapterSet, Error, Live, Result};
+use crate::{AdapterSet, Artifacts, Error, Installed, Live, Result, Setting, TuningMethod};
 
 /// How many experts of a token are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,24 +56,40 @@ struct CompressedLayer {
 }
 
 impl CompressedExperts {
-    /// Adds compressed experts, all factors 1, to every MoE layer, and trains them.
-    ///
-    /// # Errors
-    /// [`Error::Input`] if no expert of a token would run, or experts of a layer differ in width.
-    pub fn attach(&self, model: &Model, set: &mut AdapterSet) -> Result<CompressedLayers> {
-        self.attach_with(model, set, |_, shape| Ok(vec![1.0; shape[0] * shape[1]]))
-    }
-
-    fn attach_with(
+    fn install_with(
         &self,
         model: &Model,
         set: &mut AdapterSet,
         mut values: impl FnMut(usize, [usize; 2]) -> Result<Vec<f32>>,
     ) -> Result<CompressedLayers> {
+        self.validate(model)?;
         let config = model.config();
         let mut layers = BTreeMap::new();
         let moe = (0..config.layers.len()).filter_map(|layer| Some((layer, config.moe(layer)?)));
         for (layer, moe) in moe.filter(|_| self.auxiliary > 0) {
+            let top_k = config.routing.top_k.min(moe.num_experts());
+            let width = moe.widths.first().copied().unwrap_or(0);
+            let shape = [moe.num_experts(), 2 * config.hidden_size + width];
+            let live = Live::new(name(layer), shape, values(layer, shape)?, model.device())?;
+            set.bank_mut().insert(live.clone())?;
+            let reached = Mutex::new(vec![false; shape[0]]);
+            let (main, hidden) = (top_k - self.auxiliary, config.hidden_size);
+            let compressed = Arc::new(CompressedLayer { main, hidden, width, live, reached });
+            set.add_modulation(layer, compressed.clone())?;
+            layers.insert(layer, compressed);
+        }
+        Ok(CompressedLayers { auxiliary: self.auxiliary, layers })
+    }
+}
+
+impl CompressedExperts {
+    /// # Errors
+    /// [`Error::Input`] if no expert of a token would run, experts of a layer differ in width, or there is no routed expert.
+    fn validate(&self, model: &Model) -> Result<()> {
+        let config = model.config();
+        let moe = (0..config.layers.len()).filter_map(|layer| Some((layer, config.moe(layer)?)));
+        let moe: Vec<_> = moe.filter(|_| self.auxiliary > 0).collect();
+        for (layer, moe) in &moe {
             let top_k = config.routing.top_k.min(moe.num_experts());
             if self.auxiliary >= top_k {
                 let expected = format!("below the {top_k} experts per token of layer {layer}");
@@ -84,19 +100,25 @@ impl CompressedExperts {
                 let what = format!("widths of the experts of layer {layer}");
                 return Err(Error::input(what, format!("{width} and {other}"), "one width, which factors fit"));
             }
-            let shape = [moe.num_experts(), 2 * config.hidden_size + width];
-            let live = Live::new(name(layer), shape, values(layer, shape)?, model.device())?;
-            set.bank_mut().insert(live.clone())?;
-            let reached = Mutex::new(vec![false; shape[0]]);
-            let (main, hidden) = (top_k - self.auxiliary, config.hidden_size);
-            let compressed = Arc::new(CompressedLayer { main, hidden, width, live, reached });
-            set.add_modulation(layer, compressed.clone())?;
-            layers.insert(layer, compressed);
         }
-        if layers.is_empty() && self.auxiliary > 0 {
-            return Err(Error::input("layers with routed experts", 0, "at least one"));
+        match moe.is_empty() && self.auxiliary > 0 {
+            true => Err(Error::input("layers with routed experts", 0, "at least one")),
+            false => Ok(()),
         }
-        Ok(CompressedLayers { auxiliary: self.auxiliary, layers })
+    }
+}
+
+/// Adds compressed experts, all factors 1, to every MoE layer, and trains them.
+impl TuningMethod for CompressedExperts {
+    /// # Errors
+    /// [`Error::Input`] if no expert of a token would run, or experts of a layer differ in width.
+    fn check(&self, on: &Setting<'_>) -> Result<()> {
+        self.validate(on.model)
+    }
+
+    fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        let compressed = self.install_with(on.model, set, |_, shape| Ok(vec![1.0; shape[0] * shape[1]]))?;
+        Ok(Artifacts { compressed: Some(compressed), ..Artifacts::default() }.into())
     }
 }
 

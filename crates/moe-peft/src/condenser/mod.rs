@@ -25,6 +25,7 @@
 mod file;
 mod rule;
 mod select;
+mod tuning;
 
 use std::{
     collections::BTreeMap,
@@ -40,6 +41,7 @@ use serde::{Deserialize, Serialize};
 
 use rule::LayerRule;
 pub use select::{CondenserCounts, Depths, LayerScore, Starved, gini};
+pub use tuning::CondenserTuning;
 
 use crate::{AdapterSet, Error, Result, TrainingHooks};
 
@@ -173,7 +175,7 @@ impl Condensers {
     }
 
     /// Has use counted in every sweep that trains adapters of `set`. The model must run under the [overlay](Self::overlay).
-    pub fn attach(&self, set: &mut AdapterSet) {
+    pub fn count_in(&self, set: &mut AdapterSet) {
         for (&layer, rule) in &self.layers {
             set.add_router(layer, rule.clone());
         }
@@ -261,6 +263,21 @@ impl Condensers {
             chosen.push((rule, select::starved(learnt, r, starved)));
         }
         chosen.into_iter().for_each(|(rule, condensers)| rule.condense(condensers));
+        Ok(())
+    }
+
+    /// Whether so many condensers can be selected.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if there are more than the layers or the mode allow.
+    pub fn check_counts(&self, counts: &CondenserCounts) -> Result<()> {
+        let learnt: BTreeMap<usize, CondenserLayer> = self.layers().filter_map(|l| Some((l, self.layer(l)?))).collect();
+        for ((layer, rule), r) in self.layers.iter().zip(counts.of_layers(&learnt)?) {
+            if r > rule.most_condensers() {
+                let expected = format!("at most {}", rule.most_condensers());
+                return Err(Error::input(format!("condensers of layer {layer}"), r, expected));
+            }
+        }
         Ok(())
     }
 

@@ -33,7 +33,7 @@ pub type Depths = [usize; 3];
 
 /// How many condensers each layer has.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum CondenserCounts {
     /// As many in every layer; the paper takes 2.
     Each(usize),

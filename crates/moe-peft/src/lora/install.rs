@@ -6,24 +6,26 @@ use burn::tensor::Device;
 use moe_core::{adapters::Site, train::Parameters};
 
 use super::{
+    config::{Init, LoraConfig},
+    corda::Covariances,
     dora::Magnitude,
     dropout::{Dropout, SweepClock},
     linear::{LoraLinear, Term},
     maps::{Map, Maps, Naming},
     weights::{LoraWeights, LowRank},
 };
-use crate::{AdapterSet, Error, Live, Result};
+use crate::{AdapterSet, Artifacts, Error, Installed, Live, Result, Setting, TuningMethod};
 
 /// Adapters that were put into a set.
 #[derive(Debug)]
 pub struct Lora {
     /// When sweeps are; only for dropout.
     clock: Arc<SweepClock>,
-    adapters: BTreeMap<String, Installed>,
+    adapters: BTreeMap<String, Named>,
 }
 
 #[derive(Debug)]
-struct Installed {
+struct Named {
     weights: LoraWeights,
     live: BTreeMap<Map, Values>,
 }
@@ -93,7 +95,7 @@ impl Lora {
                 }
                 sites.entry(site).or_insert_with(|| (Vec::new(), [width, inputs])).0.push(term);
             }
-            let installed = Installed { weights: weights.clone(), live };
+            let installed = Named { weights: weights.clone(), live };
             if lora.adapters.insert((*name).to_string(), installed).is_some() {
                 return Err(Error::input("adapters", format!("`{name}` twice"), "a name of its own for each"));
             }
@@ -121,7 +123,7 @@ impl Lora {
     }
 
     fn read(&self, name: &str, values: impl Fn(&Live) -> Option<Vec<f32>>) -> Option<LoraWeights> {
-        let Installed { weights, live } = self.adapters.get(name)?;
+        let Named { weights, live } = self.adapters.get(name)?;
         let mut weights = weights.clone();
         for (map, low) in &mut weights.maps {
             let Values { a, b, magnitude } = live.get(map)?;
@@ -132,5 +134,31 @@ impl Lora {
             *low = LowRank { a: values(a)?, b: values(b)?, magnitude, ..low.clone() };
         }
         Some(weights)
+    }
+}
+
+/// Waves that CorDA's covariances are taken from.
+const COVARIANCE_WAVES: usize = 16;
+
+impl TuningMethod for LoraConfig {
+    /// # Errors
+    /// As [`LoraConfig::targets`].
+    fn check(&self, on: &Setting<'_>) -> Result<()> {
+        self.targets(&Maps::new(on.model.checkpoint())).map(drop)
+    }
+
+    fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        let maps = Maps::new(on.model.checkpoint());
+        let covariances = match self.init_lora_weights {
+            Init::Corda(_) => {
+                let targets: Vec<Map> = self.targets(&maps)?.into_keys().collect();
+                let waves = &on.waves[..on.waves.len().min(COVARIANCE_WAVES)];
+                Some(Covariances::collect(on.model, waves, &targets)?)
+            }
+            _ => None,
+        };
+        let weights = self.init(&maps, covariances.as_ref())?;
+        let lora = Lora::install(set, &maps, &[("default", weights)], on.model.device())?;
+        Ok(Artifacts { lora: Some(Arc::new(lora)), ..Artifacts::default() }.into())
     }
 }

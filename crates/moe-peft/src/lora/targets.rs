@@ -69,6 +69,13 @@ impl LoraConfig {
                 }
             }
             if let Some(name) = used.iter().position(|used| !used) {
+                if let Targets::List(names) = targets
+                    && ["lm_head", "embed_tokens", "embed_out", "wte"].iter().any(|end| ends_with(&names[name], end))
+                {
+                    let expected = "maps of decoder layers: there are no low-rank additions to embeddings and output head here. Their \
+                                    own weights can be trained: {\"type\": \"own\", \"head\": true} or \"embeddings\"";
+                    return Err(Error::input("target_modules", format!("`{}`", names[name]), expected));
+                }
                 let expected = format!("names of modules such as {}", examples(maps, self.naming));
                 return Err(Error::input("target_modules", include.name(name), expected));
             }

@@ -20,7 +20,7 @@ use crate::{Error, Result, SweepListener};
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Balance {
     /// None.
-    None,
+    None {},
     /// `c N sum_i f_i P_i`: `f_i` the share of choices that are expert i. With `per_choice`, of tokens, as in Mixtral's code: k times as
     /// much.
     Load {
@@ -99,7 +99,7 @@ impl Balance {
 
     pub(crate) fn validate(&self) -> Result<()> {
         let values: Vec<(&str, f64, bool)> = match *self {
-            Self::None => vec![],
+            Self::None {} => vec![],
             Self::Load { coefficient, .. } => vec![("coefficient", coefficient, true)],
             Self::Entropy { q, epsilon, entropy, load } => {
                 vec![("q", q, true), ("epsilon", epsilon, true), ("entropy", entropy, true), ("load", load, true)]
@@ -217,7 +217,7 @@ impl Group {
 
     /// Notes the gates of rows of a wave.
     pub fn note(&self, router: usize, gated: &Gated, n: usize, width: usize, token: &dyn Fn(usize) -> usize) {
-        if self.balance == Balance::None || gated.p.is_empty() || n == 0 {
+        if self.balance == (Balance::None {}) || gated.p.is_empty() || n == 0 {
             return;
         }
         let mut chunk = Chunk { tokens: n, ..Chunk::default() };
@@ -263,7 +263,7 @@ impl Group {
 
     /// The gradient of predicted tokens times the loss with respect to `p [n, N]`; empty if there is none.
     pub fn gradient(&self, gated: &Gated, n: usize, width: usize, token: &dyn Fn(usize) -> usize) -> Vec<f32> {
-        if self.balance == Balance::None || gated.p.is_empty() {
+        if self.balance == (Balance::None {}) || gated.p.is_empty() {
             return Vec::new();
         }
         let total = self.total();
@@ -280,7 +280,7 @@ impl Group {
             let (p, chosen, d) = (&gated.p[range.clone()], &gated.chosen[range.clone()], &mut d[range]);
             let mut add = |i: usize, value: f64| d[i] += (factor * value) as f32;
             match self.balance {
-                Balance::None => {}
+                Balance::None {} => {}
                 Balance::Load { coefficient, .. } => {
                     (0..width).for_each(|i| add(i, coefficient * width as f64 * shares[i] / tokens));
                 }
@@ -321,7 +321,7 @@ fn loss(balance: &Balance, total: &Chunk, label: impl Fn(usize) -> Option<usize>
     let (tokens, n) = (total.tokens.max(1) as f64, total.p.len() as f64);
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
     match *balance {
-        Balance::None => 0.0,
+        Balance::None {} => 0.0,
         Balance::Load { coefficient, .. } => coefficient * n * dot(&shares(balance, total), &total.p) / tokens,
         Balance::Entropy { entropy, load, .. } => {
             entropy * total.entropy / tokens + load * n * dot(&total.w, &total.p) / (tokens * tokens)
@@ -455,10 +455,10 @@ mod tests {
         for (balance, gate) in [
             (Balance::mola(0.5), Gate::TopK { k: 2 }),
             (Balance::mixtral(0.5), Gate::TopK { k: 2 }),
-            (Balance::Entropy { q: 1.1, epsilon: 1e-5, entropy: 0.3, load: 0.7 }, Gate::Dense),
-            (Balance::Specialisation { load: 0.6, entropy: 0.2 }, Gate::Dense),
-            (Balance::Localised { weight: 0.5, delta: 0.1, dispersion: Dispersion::CvSquared }, Gate::Dense),
-            (Balance::Localised { weight: 0.5, delta: 0.1, dispersion: Dispersion::VarOverMean }, Gate::Dense),
+            (Balance::Entropy { q: 1.1, epsilon: 1e-5, entropy: 0.3, load: 0.7 }, Gate::Dense {}),
+            (Balance::Specialisation { load: 0.6, entropy: 0.2 }, Gate::Dense {}),
+            (Balance::Localised { weight: 0.5, delta: 0.1, dispersion: Dispersion::CvSquared }, Gate::Dense {}),
+            (Balance::Localised { weight: 0.5, delta: 0.1, dispersion: Dispersion::VarOverMean }, Gate::Dense {}),
         ] {
             let group = group(balance, vec![1, 0]);
             let gated = gates(gate, &p, 2);
@@ -469,7 +469,7 @@ mod tests {
                 let at = |h: f32| {
                     let mut moved = gates(gate, &p, 2);
                     moved.p[i] += h;
-                    if gate == Gate::Dense {
+                    if gate == (Gate::Dense {}) {
                         moved.weights[i] += h;
                     }
                     group.note(0, &moved, 2, 4, &|row| row);

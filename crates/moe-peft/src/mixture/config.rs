@@ -1,5 +1,7 @@
 //! What a mixture of LoRA experts is.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use super::{balance::Balance, gate::Gate};
@@ -42,6 +44,12 @@ pub struct MixtureConfig {
     pub train_experts: bool,
     /// Whether routers are trained.
     pub train_router: bool,
+    /// Directory of a saved mixture that this one goes on from: its experts, and its routers where it has some of the same kind. The second
+    /// stage of LoRA-Mixer starts from the store of the first. Places, ranks and numbers of experts have to be the same.
+    pub start: Option<PathBuf>,
+    /// Factor of `||theta - theta_0||^2`, the squared distance of trained experts from those of `start` (LoRA-Mixer's preservation of
+    /// imported experts); 0 or more. It stands beside the mean loss.
+    pub preservation: f64,
     /// Where random values begin.
     pub seed: u64,
 }
@@ -111,9 +119,11 @@ impl Default for MixtureConfig {
             router_std: None,
             gate: Gate::TopK { k: 2 },
             inference_gate: None,
-            balance: Balance::None,
+            balance: Balance::None {},
             train_experts: true,
             train_router: true,
+            start: None,
+            preservation: 0.0,
             seed: 0,
         }
     }
@@ -162,7 +172,7 @@ impl MixtureConfig {
             lora_dropout: 0.05,
             blocks: true,
             router_bias: true,
-            gate: Gate::Top1,
+            gate: Gate::Top1 {},
             balance: Balance::Load { coefficient: 1e-2, scope: super::Scope::Router, per_choice: false },
             ..Self::default()
         }
@@ -191,7 +201,7 @@ impl MixtureConfig {
             lora_alpha: 32.0,
             lora_dropout: 0.05,
             target_modules: Some(Targets::list(["gate_proj", "up_proj", "down_proj"])),
-            gate: Gate::Dense,
+            gate: Gate::Dense {},
             balance: Balance::Localised { weight: 0.1, delta: 0.1, dispersion: super::Dispersion::CvSquared },
             ..Self::default()
         }
@@ -201,7 +211,7 @@ impl MixtureConfig {
     pub fn lora_mixer_experts() -> Self {
         Self {
             target_modules: Some(Targets::list(["q_proj", "k_proj", "v_proj", "o_proj"])),
-            gate: Gate::Label,
+            gate: Gate::Label {},
             train_router: false,
             ..Self::default()
         }
@@ -211,7 +221,7 @@ impl MixtureConfig {
     /// are unknown; the entropy counts as written, which spreads the routing.
     pub fn lora_mixer_router() -> Self {
         Self {
-            gate: Gate::Dense,
+            gate: Gate::Dense {},
             inference_gate: Some(Gate::TopK { k: 3 }),
             balance: Balance::Specialisation { load: 1e-2, entropy: 1e-3 },
             train_experts: false,
@@ -280,14 +290,24 @@ impl MixtureConfig {
         if self.blocks && (self.target_modules.is_some() || self.gate.is_by_rank()) {
             return Err(Error::input("blocks", true, "false with `target_modules` and with gates by rank"));
         }
-        if self.blocks && self.lora_dropout > 0.0 && self.gate == Gate::Label {
+        if self.blocks && self.lora_dropout > 0.0 && self.gate == (Gate::Label {}) {
             return Err(Error::input("gate", "label", "a router, for blocks"));
         }
-        if self.gate.is_by_rank() && self.balance != Balance::None {
+        if self.gate.is_by_rank() && self.balance != (Balance::None {}) {
             return Err(Error::input("balance", "a loss", "none: gates by rank have no probabilities"));
         }
         if self.inference_gate.as_ref().is_some_and(|gate| gate.is_by_rank() != self.gate.is_by_rank()) {
             return Err(Error::input("inference_gate", "another kind", "one by rank or one by expert, as `gate`"));
+        }
+        if !(self.preservation >= 0.0 && self.preservation.is_finite()) {
+            return Err(Error::input("preservation", self.preservation, "a finite number of 0 or more"));
+        }
+        if self.preservation > 0.0 && (self.start.is_none() || !self.train_experts) {
+            let expected = "0 without `start` and `train_experts`: nothing moves away from what was imported";
+            return Err(Error::input("preservation", self.preservation, expected));
+        }
+        if !self.train_experts && !self.train_router {
+            return Err(Error::input("train_experts and train_router", false, "one of them; nothing would be trained"));
         }
         self.gate.validate(self.r)?;
         self.inference_gate.as_ref().map_or(Ok(()), |gate| gate.validate(self.r))?;

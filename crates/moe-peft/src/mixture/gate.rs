@@ -19,11 +19,11 @@ pub enum Gate {
         top_p: f64,
     },
     /// The most probable, with a weight of 1 that gives the router no gradient (LLaVA-MoLE).
-    Top1,
+    Top1 {},
     /// All, with `p` (LoRAMoE).
-    Dense,
+    Dense {},
     /// The expert of the sequence's label, with a weight of 1 (first stage of LoRA-Mixer). Without labels none.
-    Label,
+    Label {},
     /// All where `H > threshold`, the Tsallis entropy of `p + epsilon` over its maximum; else those most probable up to a sum of `top_p`,
     /// the one that crosses it not among them, and always the first `keep_top_k`. `p` as it is (DynMoLE).
     Uncertain {
@@ -107,7 +107,7 @@ impl Gate {
 
     /// Whether a linear router makes the logits; else they are `A x`.
     pub fn has_router(&self) -> bool {
-        !matches!(self, Self::SelfActivated { .. } | Self::Sparse { .. } | Self::Label)
+        !matches!(self, Self::SelfActivated { .. } | Self::Sparse { .. } | Self::Label {})
     }
 
     /// How fast biases of the selection move.
@@ -162,13 +162,13 @@ impl Gate {
                     "a finite number of 0 or more",
                 )
             }
-            Self::Top1 | Self::Dense | Self::Label => Ok(()),
+            Self::Top1 {} | Self::Dense {} | Self::Label {} => Ok(()),
         }
     }
 
     /// Gates of rows `z [n, width of z]`, `width` weights each.
     pub(crate) fn forward(&self, z: &[f32], n: usize, width: usize, context: &Context<'_>) -> Gated {
-        let probabilities = !self.is_by_rank() && *self != Self::Label;
+        let probabilities = !self.is_by_rank() && *self != (Self::Label {});
         let mut gated = Gated {
             weights: vec![0.0; n * width],
             p: if probabilities { z.to_vec() } else { Vec::new() },
@@ -194,15 +194,15 @@ impl Gate {
                     });
                     renormalised(p, &order[..reached.map_or(width, |at| at + 1)], weights, chosen);
                 }
-                Self::Top1 => {
+                Self::Top1 {} => {
                     let first = best(p)[0];
                     (weights[first], chosen[first]) = (1.0, true);
                 }
-                Self::Dense => {
+                Self::Dense {} => {
                     weights.copy_from_slice(p);
                     chosen.fill(true);
                 }
-                Self::Label => {
+                Self::Label {} => {
                     if let Some(expert) = (context.labels)(row).filter(|expert| *expert < width) {
                         (weights[expert], chosen[expert]) = (1.0, true);
                     }
@@ -279,7 +279,7 @@ impl Gate {
                     let dot: f32 = dw.iter().zip(w).map(|(dw, w)| dw * w).sum();
                     (0..width).filter(|i| chosen[*i]).for_each(|i| d[i] += (dw[i] - dot) / sum);
                 }
-                Self::Dense | Self::Uncertain { .. } => {
+                Self::Dense {} | Self::Uncertain { .. } => {
                     (0..width).filter(|i| chosen[*i]).for_each(|i| d[i] += dw[i]);
                 }
                 _ => {}
@@ -450,10 +450,10 @@ mod tests {
         assert!(close(&weights(Gate::TopK { k: 2 }, &[0.25; 4]), &[0.5, 0.5, 0.0, 0.0]));
         assert!(close(&weights(Gate::TopK { k: 3 }, &[1.0]), &[1.0]));
         assert!(close(&weights(Gate::TopP { top_p: 0.8 }, &[0.1, 0.6, 0.3]), &[0.0, 2.0 / 3.0, 1.0 / 3.0]));
-        assert_eq!(weights(Gate::Top1, &[0.2, 0.4, 0.4]), [0.0, 1.0, 0.0]);
+        assert_eq!(weights(Gate::Top1 {}, &[0.2, 0.4, 0.4]), [0.0, 1.0, 0.0]);
         let labels: &dyn Fn(usize) -> Option<usize> = &|row| (row == 1).then_some(2);
         let context = Context { training: true, bias: &[], labels };
-        assert_eq!(Gate::Label.forward(&[], 2, 3, &context).weights, [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]);
+        assert_eq!(Gate::Label {}.forward(&[], 2, 3, &context).weights, [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]);
     }
 
     #[test]
@@ -464,8 +464,8 @@ mod tests {
         for gate in [
             Gate::TopK { k: 3 },
             Gate::TopP { top_p: 0.6 },
-            Gate::Top1,
-            Gate::Dense,
+            Gate::Top1 {},
+            Gate::Dense {},
             Gate::Uncertain { q: 1.1, threshold: 2.0, top_p: 0.7, keep_top_k: 2, epsilon: 1e-5 },
             Gate::Ranks { k: 3, partition: 1, bias_rate: 0.0 },
             Gate::SelfActivated { k: 3, temperature: 0.4, threshold: 0.2 },
@@ -475,7 +475,7 @@ mod tests {
                 let gated = gate.forward(z, 1, 6, &context);
                 let sum =
                     |d: &[f32], v: &[f32]| d.iter().zip(v).map(|(d, v)| f64::from(*d) * f64::from(*v)).sum::<f64>();
-                let constant = gate == Gate::Top1;
+                let constant = gate == (Gate::Top1 {});
                 (if constant { 0.0 } else { sum(&dw, &gated.weights) }) + sum(&dp, &gated.p)
             };
             let gated = gate.forward(&z, 1, 6, &context);

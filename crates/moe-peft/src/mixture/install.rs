@@ -17,9 +17,11 @@ use super::{
     gate::Gate,
     linear::{Earlier, Mixture as MapMixture, MixtureLinear},
     router::{Router, Selection},
+    state::{KeepsSelection, MixtureHooks, Preservation},
+    store::{CONFIG_FILE, read_store},
 };
 use crate::{
-    AdapterSet, Error, Live, Result, SweepListener,
+    AdapterSet, Artifacts, Error, Installed, Live, Result, Setting, SweepListener, TuningMethod,
     lora::{Dropout, LoraWeights, LowRank, Map, Maps, Naming, SweepClock, kaiming, normal, random},
 };
 
@@ -74,7 +76,7 @@ impl SweepListener for Begin {
 
     fn losses(&self) -> Vec<(&'static str, f64)> {
         match self.groups.first() {
-            Some(group) if group.balance != Balance::None => {
+            Some(group) if group.balance != (Balance::None {}) => {
                 vec![("mixture_balance", self.groups.iter().map(|group| group.loss()).sum())]
             }
             _ => Vec::new(),
@@ -197,7 +199,7 @@ impl Mixture {
     pub fn merge(&self) -> Result<LoraWeights> {
         let single = |router: &Arc<Router>| {
             router.width == 1
-                && matches!(self.config.gate, Gate::TopK { .. } | Gate::TopP { .. } | Gate::Top1 | Gate::Dense)
+                && matches!(self.config.gate, Gate::TopK { .. } | Gate::TopP { .. } | Gate::Top1 {} | Gate::Dense {})
         };
         let whole = |router: &Arc<Router>| matches!(self.config.gate, Gate::Sparse { k, .. } if k >= router.width);
         match self.routers.iter().find(|(_, router)| !single(router) && !whole(router)) {
@@ -444,5 +446,90 @@ impl Builder<'_> {
         let dropout = [0, 1, 2].map(|map| self.dropout(place + map));
         let scale = config.scale() as f32;
         Ok(Some(MixtureBlock { router, maps: lives, rank: config.r, scale, trained: config.train_experts, dropout }))
+    }
+}
+
+impl MixtureConfig {
+    /// The values that [`start`](Self::start) gives.
+    fn started(&self) -> Result<Stored> {
+        let Some(dir) = &self.start else { return Ok(Stored::default()) };
+        let (earlier, mut stored) = read_store(dir)?;
+        let places = |config: &Self| {
+            let Self { experts, r, target_modules, exclude_modules, naming, blocks, .. } = config.clone();
+            (experts, r, target_modules, exclude_modules, naming, blocks)
+        };
+        if places(self) != places(&earlier) || self.gate.is_by_rank() != earlier.gate.is_by_rank() {
+            let path = dir.join(CONFIG_FILE);
+            let found = serde_json::to_string(&earlier).unwrap_or_default();
+            let expected = "experts, r, targets, naming, blocks and kind of gate as in the mixture that starts from it";
+            return Err(crate::array_file::malformed(&path, "options", found, expected));
+        }
+        if self.router_bias != earlier.router_bias {
+            stored.values.retain(|name, _| !name.ends_with(".router_bias"));
+        }
+        Ok(stored)
+    }
+
+    /// Checks that labels are there where they are needed, and that they name experts.
+    fn check_labels(&self, on: &Setting<'_>) -> Result<()> {
+        let localised = matches!(self.balance, Balance::Localised { weight, .. } if weight > 0.0);
+        if self.gate != (Gate::Label {}) && !localised {
+            return Ok(());
+        }
+        let expected = "a label for every row: name the field of the rows that has it in `labels` of the recipe";
+        if on.labels.is_empty() {
+            let what = if localised { "labels for a localised balance" } else { "labels for `gate`: label" };
+            return Err(Error::input(what, "none", expected));
+        }
+        if let Some(wave) = on.waves.iter().find(|w| on.labels.get(&w.id).map_or(0, Vec::len) != w.sequences.len()) {
+            let found = on.labels.get(&wave.id).map_or(0, Vec::len);
+            return Err(Error::input(format!("labels of wave {}", wave.id), found, wave.sequences.len()));
+        }
+        let layers = on.model.config().layers.len();
+        let experts = (0..layers).map(|layer| self.experts.of(layer, layers)).filter(|n| *n > 0).min().unwrap_or(0);
+        let most = if localised { 2 } else { experts };
+        match on.labels.values().flatten().find(|label| **label >= most) {
+            Some(label) => Err(Error::input("a label", label, format!("below {most}"))),
+            None => Ok(()),
+        }
+    }
+}
+
+impl TuningMethod for MixtureConfig {
+    /// # Errors
+    /// Those of [`MixtureConfig::validate`] and of the targets; [`Error::Input`] for missing labels where gate or balance go by them, and
+    /// [`Error::File`] for a `start` that does not fit.
+    fn check(&self, on: &Setting<'_>) -> Result<()> {
+        let maps = Maps::new(on.model.checkpoint());
+        self.validate(on.model.config().layers.len())?;
+        self.check_labels(on)?;
+        if !self.blocks {
+            self.lora().targets(&maps)?;
+        }
+        self.started().map(drop)
+    }
+
+    fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        let maps = Maps::new(on.model.checkpoint());
+        self.validate(on.model.config().layers.len())?;
+        self.check_labels(on)?;
+        let stored = self.started()?;
+        let mixture = Arc::new(Mixture::install_with(self, set, &maps, on.model.device(), &stored)?);
+        let experts = |name: &&String| name.ends_with(".lora_A") || name.ends_with(".lora_B");
+        if let Some(dir) = &self.start
+            && let Some(missing) = mixture.values.keys().filter(experts).find(|name| !stored.values.contains_key(*name))
+        {
+            let path = dir.join(super::MODEL_FILE);
+            return Err(crate::array_file::malformed(&path, format!("tensor `{missing}`"), "none", "every expert"));
+        }
+        mixture.set_labels(on.labels.clone());
+        let preservation = (self.preservation > 0.0).then(|| {
+            let trained = set.bank().iter().map(|live| live.name().to_owned());
+            let start = trained.filter(|name| experts(&name)).map(|name| (name.clone(), stored.values[&name].clone()));
+            Preservation { coefficient: self.preservation, start: start.collect() }
+        });
+        let hooks = MixtureHooks { selection: KeepsSelection(mixture.clone()), preservation };
+        let artifacts = Artifacts { mixture: Some(mixture), ..Artifacts::default() };
+        Ok(Installed { hooks: Some(Box::new(hooks)), artifacts, ..Installed::default() })
     }
 }

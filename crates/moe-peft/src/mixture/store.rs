@@ -12,7 +12,7 @@ use super::{
     install::{Mixture, Stored},
     linear::Earlier,
 };
-use crate::{AdapterSet, Error, Result, lora::Maps};
+use crate::{AdapterSet, Error, Result, array_file::malformed, lora::Maps};
 
 /// File of options.
 pub const CONFIG_FILE: &str = "mixture_config.json";
@@ -78,57 +78,62 @@ impl Mixture {
     /// # Errors
     /// [`Error::Io`] and [`Error::File`] for files that are missing, malformed, or not of this model; those of [`Mixture::install`].
     pub fn load(dir: impl AsRef<Path>, set: &mut AdapterSet, maps: &Maps<'_>, device: &Device) -> Result<Self> {
-        let (config_path, path) = (dir.as_ref().join(CONFIG_FILE), dir.as_ref().join(MODEL_FILE));
-        let read = |path: &Path| std::fs::read(path).map_err(|source| Error::Io { path: path.to_path_buf(), source });
-        let error = |path: &Path, what: &str, found: String, expected: &str| Error::File {
-            path: path.to_path_buf(),
-            what: what.into(),
-            found,
-            expected: expected.into(),
-        };
-        let config: MixtureConfig = serde_json::from_slice(&read(&config_path)?)
-            .map_err(|e| error(&config_path, "contents", e.to_string(), "the options of a mixture"))?;
-        let bytes = read(&path)?;
-        let file = SafeTensors::deserialize(&bytes)
-            .map_err(|e| error(&path, "contents", e.to_string(), "a safetensors file"))?;
-        let mut stored = Stored::default();
-        let mut halves: BTreeMap<String, [Option<Shaped>; 2]> = BTreeMap::new();
-        for (name, view) in file.tensors() {
-            if view.dtype() != Dtype::F32 {
-                return Err(error(&path, &format!("tensor `{name}`"), format!("{:?}", view.dtype()), "F32"));
-            }
-            let values: Vec<f32> = view.data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-            if let Some(path) = name.strip_suffix(SELECTION) {
-                stored.selection.insert(path.to_string(), values);
-            } else if let Some(path) = name.strip_suffix(EARLIER_A) {
-                halves.entry(path.to_string()).or_default()[0] = Some((view.shape().to_vec(), values));
-            } else if let Some(path) = name.strip_suffix(EARLIER_B) {
-                halves.entry(path.to_string()).or_default()[1] = Some((view.shape().to_vec(), values));
-            } else {
-                stored.values.insert(name, values);
-            }
-        }
-        for (at, halves) in halves {
-            let [Some((shape, a)), Some((_, b))] = halves else {
-                return Err(error(&path, &format!("earlier atoms of `{at}`"), "one half".into(), "A and B"));
-            };
-            stored.earlier.insert(at, Earlier { a, b, rank: shape[0] });
-        }
+        let path = dir.as_ref().join(MODEL_FILE);
+        let (config, stored) = read_store(dir.as_ref())?;
         let mixture = Self::install_with(&config, set, maps, device, &stored)?;
         let stray = stored.values.keys().find(|name| !mixture.values.contains_key(*name));
         let paths = || stored.selection.keys().chain(stored.earlier.keys());
         let stray = stray.or_else(|| paths().find(|path| !mixture.routers.contains_key(*path)));
         if let Some(stray) = stray {
-            return Err(error(&path, &format!("tensor `{stray}`"), "nothing it belongs to".into(), "one of the model"));
+            return Err(malformed(&path, format!("tensor `{stray}`"), "nothing it belongs to", "one of the model"));
         }
         if let Some(missing) = mixture.values.keys().find(|name| !stored.values.contains_key(*name)) {
-            return Err(error(
-                &path,
-                &format!("tensor `{missing}`"),
-                "none".into(),
-                "one for every part of the mixture",
-            ));
+            return Err(malformed(&path, format!("tensor `{missing}`"), "none", "one for every part of the mixture"));
         }
         Ok(mixture)
     }
+}
+
+/// The options and values of a saved mixture.
+///
+/// # Errors
+/// [`Error::Io`] and [`Error::File`] for files that are missing or malformed.
+pub(super) fn read_store(dir: &Path) -> Result<(MixtureConfig, Stored)> {
+    let (config_path, path) = (dir.join(CONFIG_FILE), dir.join(MODEL_FILE));
+    let read = |path: &Path| std::fs::read(path).map_err(|source| Error::Io { path: path.to_path_buf(), source });
+    let error = |path: &Path, what: &str, found: String, expected: &str| Error::File {
+        path: path.to_path_buf(),
+        what: what.into(),
+        found,
+        expected: expected.into(),
+    };
+    let config: MixtureConfig = serde_json::from_slice(&read(&config_path)?)
+        .map_err(|e| error(&config_path, "contents", e.to_string(), "the options of a mixture"))?;
+    let bytes = read(&path)?;
+    let file =
+        SafeTensors::deserialize(&bytes).map_err(|e| error(&path, "contents", e.to_string(), "a safetensors file"))?;
+    let mut stored = Stored::default();
+    let mut halves: BTreeMap<String, [Option<Shaped>; 2]> = BTreeMap::new();
+    for (name, view) in file.tensors() {
+        if view.dtype() != Dtype::F32 {
+            return Err(error(&path, &format!("tensor `{name}`"), format!("{:?}", view.dtype()), "F32"));
+        }
+        let values: Vec<f32> = view.data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        if let Some(path) = name.strip_suffix(SELECTION) {
+            stored.selection.insert(path.to_string(), values);
+        } else if let Some(path) = name.strip_suffix(EARLIER_A) {
+            halves.entry(path.to_string()).or_default()[0] = Some((view.shape().to_vec(), values));
+        } else if let Some(path) = name.strip_suffix(EARLIER_B) {
+            halves.entry(path.to_string()).or_default()[1] = Some((view.shape().to_vec(), values));
+        } else {
+            stored.values.insert(name, values);
+        }
+    }
+    for (at, halves) in halves {
+        let [Some((shape, a)), Some((_, b))] = halves else {
+            return Err(error(&path, &format!("earlier atoms of `{at}`"), "one half".into(), "A and B"));
+        };
+        stored.earlier.insert(at, Earlier { a, b, rank: shape[0] });
+    }
+    Ok((config, stored))
 }

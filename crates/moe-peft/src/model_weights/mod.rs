@@ -3,7 +3,6 @@
 mod blocks;
 mod matrix;
 mod sampled;
-mod selected;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,10 +19,9 @@ use serde::{Deserialize, Serialize};
 pub use blocks::{Block, OwnBlocks};
 pub use matrix::{OwnEmbedding, OwnMatrix, OwnVector};
 pub use sampled::SampledLayers;
-pub use selected::BlockWatch;
 
 use crate::{
-    AdapterSet, Error, Live, Result,
+    AdapterSet, Error, Installed, Live, Result, Setting, TuningMethod,
     trainable_tensors::{self, Place},
 };
 
@@ -144,12 +142,8 @@ impl OwnWeights {
 
     /// Puts the weights into a set, where they are trained. Experts that share a set of weights in a grouped checkpoint are trained each by
     /// itself.
-    ///
-    /// # Errors
-    /// As [`validate`](Self::validate), and what keeps weights from being read.
-    pub fn attach(&self, model: &Model, set: &mut AdapterSet) -> Result<()> {
+    fn put_into(&self, model: &Model, set: &mut AdapterSet) -> Result<()> {
         let checkpoint = model.checkpoint();
-        self.validate(checkpoint)?;
         let mut any = false;
         for Place { site, dims } in
             trainable_tensors::linear_maps(checkpoint).into_iter().filter(|place| self.has(place.site))
@@ -211,6 +205,20 @@ impl OwnWeights {
             set.add_embedding(Arc::new(OwnEmbedding::new(embedding, rows, config.hidden_size)))?;
         }
         Ok(embeddings || head)
+    }
+}
+
+impl TuningMethod for OwnWeights {
+    /// # Errors
+    /// As [`validate`](OwnWeights::validate).
+    fn check(&self, on: &Setting<'_>) -> Result<()> {
+        self.validate(on.model.checkpoint())
+    }
+
+    fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        self.check(on)?;
+        self.put_into(on.model, set)?;
+        Ok(Installed::default())
     }
 }
 

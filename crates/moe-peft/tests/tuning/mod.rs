@@ -11,7 +11,7 @@ use moe_core::{
     trace::{Nobody, Observer, Signals},
     train::{AdamW, Keep, Optimizer, Parameters, Schedule, TrainOptions},
 };
-use moe_peft::{AdapterSet, Bank, FineTune, model_weights::OwnWeights};
+use moe_peft::{AdapterSet, Bank, FineTune, Setting, TuningMethod, model_weights::OwnWeights};
 
 /// A small checkpoint of a family.
 pub fn fixture(name: &str) -> PathBuf {
@@ -58,7 +58,7 @@ pub fn options(steps: usize) -> TrainOptions {
 /// Trains weights of a model; the task and what came of it.
 pub fn train_own(model: &Model, weights: &OwnWeights, steps: usize) -> (FineTune, Parameters) {
     let mut set = AdapterSet::new();
-    weights.attach(model, &mut set).unwrap();
+    weights.install(&Setting::new(model), &mut set).unwrap();
     train(FineTune::new(model, set.into()).unwrap(), model, steps)
 }
 

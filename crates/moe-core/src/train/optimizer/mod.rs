@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 
 /// How gradients become steps. In JSON: `{"type": "adamw", "weight_decay": 0.01}`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "lowercase")]
+#[serde(tag = "type", rename_all = "lowercase", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum Optimizer {
     /// AdamW, on the host.

@@ -1,9 +1,19 @@
-//! Which blocks of the weights get the strongest gradients: SMT (arXiv 2405.15525).
+//! SMT: the blocks of the weights that get the strongest gradients are trained, and nothing else (arXiv 2405.15525).
+//!
+//! A warm-up sums gradients; its [scores](BlockScores) select blocks; then the blocks are trained. The published warm-up is full
+//! fine-tuning, whose updates stay, and costs what that costs: [`Warmup::FullFineTuning`]. By default gradients are summed at the weights as
+//! they are, [`Warmup::GradientsOnly`], which needs no f32 copy of the weights, no gradients and no moments.
+
+mod install;
+mod sums;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use moe_core::adapters::{LayerSite, Site};
 use serde::{Deserialize, Serialize};
+
+pub use install::BlockWatch;
+pub use sums::sum_gradients;
 
 use crate::{Error, Result, model_weights::Block, trainable_tensors::Place};
 
@@ -28,8 +38,20 @@ pub enum BlockScore {
 pub enum BlockBudget {
     /// So many.
     Blocks(usize),
-    /// This share of all blocks of the model's linear maps, rounded down.
+    /// This share of all blocks of the model, rounded down: of all its matrices, embeddings and output head included, as published.
     Share(f64),
+}
+
+/// What the warm-up does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Warmup {
+    /// Sums gradients at the weights as they are. Departs from the paper in that the gradients of later steps are those of the first weights;
+    /// at the learning rates it takes (1e-5) weights hardly move in a warm-up.
+    #[default]
+    GradientsOnly,
+    /// Trains all weights, as published; the updates stay. 16 bytes of memory per weight with AdamW.
+    FullFineTuning,
 }
 
 /// Trains the blocks of attention and of experts whose gradients were strongest in a warm-up of full fine-tuning.
@@ -40,8 +62,10 @@ pub struct Smt {
     pub block: usize,
     /// Score of a block.
     pub score: BlockScore,
-    /// Steps of the warm-up. Its updates are kept.
+    /// Steps of the warm-up.
     pub warmup_steps: usize,
+    /// What the warm-up does.
+    pub warmup: Warmup,
     /// Blocks of attention: queries, keys and values. None if not given.
     pub attention: Option<BlockBudget>,
     /// Blocks of feed-forward blocks: routed experts, shared experts, dense layers. None if not given.
@@ -60,6 +84,7 @@ impl Default for Smt {
             block: 256,
             score: BlockScore::MeanAbs,
             warmup_steps: 100,
+            warmup: Warmup::GradientsOnly,
             attention: Some(BlockBudget::Share(0.0084)),
             feed_forward: None,
             output: false,
@@ -111,7 +136,7 @@ impl Smt {
 #[derive(Clone, Debug)]
 pub struct BlockScores {
     smt: Smt,
-    /// Blocks of all linear maps.
+    /// Blocks of all matrices of the model.
     total: usize,
     maps: BTreeMap<Site, Sums>,
 }
@@ -130,11 +155,12 @@ impl Sums {
 }
 
 impl BlockScores {
-    /// Nothing summed yet, over the maps of a model.
+    /// Nothing summed yet, over the maps of a model. `vocabulary` are the `[rows, columns]` of its embeddings and output head, which count
+    /// in shares and are never selected.
     ///
     /// # Errors
     /// As [`Smt::validate`].
-    pub fn new(smt: Smt, places: &[Place]) -> Result<Self> {
+    pub fn new(smt: Smt, places: &[Place], vocabulary: Vec<[usize; 2]>) -> Result<Self> {
         smt.validate()?;
         let blocks = |dims: [usize; 2]| dims.map(|n| n.div_ceil(smt.block)).iter().product::<usize>();
         let sums = |dims: [usize; 2]| match smt.score {
@@ -143,7 +169,8 @@ impl BlockScores {
         };
         let targets = places.iter().filter(|place| smt.targets(place.site) && !place.dims.contains(&0));
         let maps = targets.map(|place| (place.site, Sums { dims: place.dims, sums: sums(place.dims) }));
-        Ok(Self { smt, total: places.iter().map(|place| blocks(place.dims)).sum(), maps: maps.collect() })
+        let all = places.iter().map(|place| place.dims).chain(vocabulary);
+        Ok(Self { smt, total: all.map(blocks).sum(), maps: maps.collect() })
     }
 
     /// The maps whose gradients are summed.
@@ -169,6 +196,12 @@ impl BlockScores {
             map.sums = found;
         }
         Ok(())
+    }
+
+    /// The same where maps may have none: their sums stay 0.
+    pub(crate) fn restore_some(&mut self, mut sums: impl FnMut(Site) -> Option<Vec<f32>>) -> Result<()> {
+        let zeros: BTreeMap<Site, usize> = self.maps.iter().map(|(site, map)| (*site, map.sums.len())).collect();
+        self.restore(|site| sums(site).or_else(|| Some(vec![0.0; zeros[&site]])))
     }
 
     /// Adds the gradient `[out, in]` of a step.
@@ -205,6 +238,19 @@ impl BlockScores {
             }
         };
         (0..down).flat_map(|row| (0..across).map(move |column| (row, column))).map(|(r, c)| score(r, c)).collect()
+    }
+
+    /// # Errors
+    /// [`Error::Input`] for a budget that is less than a block.
+    pub(crate) fn check_budget(&self) -> Result<()> {
+        for (field, budget) in [("attention", self.smt.attention), ("feed_forward", self.smt.feed_forward)] {
+            if let Some(budget) = budget.filter(|budget| self.count(*budget) == 0) {
+                let expected =
+                    format!("at least one of the model's {} blocks of {} by {1}", self.total, self.smt.block);
+                return Err(Error::input(field, format!("{budget:?}"), expected));
+            }
+        }
+        Ok(())
     }
 
     fn count(&self, budget: BlockBudget) -> usize {
@@ -291,7 +337,7 @@ mod tests {
 
     /// Two steps that cancel in one block of the queries, and not in another.
     fn scores(smt: Smt) -> BlockScores {
-        let mut scores = BlockScores::new(smt, &places()).unwrap();
+        let mut scores = BlockScores::new(smt, &places(), vec![]).unwrap();
         let mut query = vec![0.0; 16];
         (query[0], query[1]) = (8.0, -8.0); // block (0, 0): cancels inside
         (query[10], query[11]) = (1.0, 1.0); // block (1, 1)
@@ -335,12 +381,12 @@ mod tests {
         assert_eq!(with_expert.select().unwrap()[&DOWN], [block(2..4, 0..2)]);
         let one_pool = BlockScores { smt: Smt { one_pool: true, ..smt(BlockScore::L1) }, ..with_expert };
         assert_eq!(one_pool.select().unwrap().values().map(Vec::len).sum::<usize>(), 3);
-        assert!(BlockScores::new(smt(BlockScore::L1), &places()).unwrap().select().is_err());
+        assert!(BlockScores::new(smt(BlockScore::L1), &places(), vec![]).unwrap().select().is_err());
     }
 
     #[test]
     fn ties_go_to_the_earlier_block() {
-        let mut scores = BlockScores::new(smt(BlockScore::L1), &places()).unwrap();
+        let mut scores = BlockScores::new(smt(BlockScore::L1), &places(), vec![]).unwrap();
         scores.add(KEY, &[1.0; 10]);
         scores.add(QUERY, &[1.0; 16]);
         let found = scores.select().unwrap();
@@ -350,9 +396,12 @@ mod tests {
     #[test]
     fn a_share_is_of_all_blocks() {
         let share = Smt { attention: Some(BlockBudget::Share(0.2)), ..smt(BlockScore::L1) };
-        let scores = BlockScores::new(share, &places()).unwrap();
+        let scores = BlockScores::new(share, &places(), vec![]).unwrap();
         // 4 + 3 + 2 + 2 blocks
         assert_eq!((scores.total, scores.count(BlockBudget::Share(0.2))), (11, 2));
+        // embeddings and head [5, 4] each: 6 more for each, as the published budget counts them
+        let with = BlockScores::new(share, &places(), vec![[5, 4]; 2]).unwrap();
+        assert_eq!((with.total, with.count(BlockBudget::Share(0.2))), (23, 4));
         let message = |smt: Smt| smt.validate().unwrap_err().to_string();
         assert!(
             message(Smt { attention: Some(BlockBudget::Share(1.5)), ..Smt::default() })

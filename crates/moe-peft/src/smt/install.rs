@@ -1,4 +1,4 @@
-//! SMT: a warm-up of full fine-tuning that finds the blocks, and the training of the blocks.
+//! Both phases in a model: the warm-up, and the blocks.
 
 use std::{
     collections::BTreeMap,
@@ -6,10 +6,12 @@ use std::{
 };
 
 use moe_core::{Model, adapters::Site, host, kernels::weight::Weight, train::Parameters};
+use serde::{Deserialize, Serialize};
 
+use super::{Warmup, sum_gradients};
 use crate::{
-    AdapterSet, Live, Result, TrainingHooks,
-    model_weights::{OwnBlocks, OwnEmbedding, OwnMatrix, OwnVector, OwnWeights},
+    AdapterSet, Artifacts, Error, Installed, Live, Phase, Result, Setting, TrainingHooks, TuningMethod,
+    model_weights::{Block, OwnBlocks, OwnEmbedding, OwnMatrix, OwnVector, OwnWeights, tied, vector_name},
     smt::{BlockScores, BlockSelection, Smt},
     trainable_tensors::{self, Place},
 };
@@ -24,7 +26,9 @@ impl BlockWatch {
     /// # Errors
     /// As [`Smt::validate`].
     pub fn new(smt: Smt, model: &Model) -> Result<Self> {
-        Ok(Self(Arc::new(Mutex::new(BlockScores::new(smt, &trainable_tensors::linear_maps(model.checkpoint()))?))))
+        let places = trainable_tensors::linear_maps(model.checkpoint());
+        let vocabulary = trainable_tensors::vocabulary(model.checkpoint())?;
+        Ok(Self(Arc::new(Mutex::new(BlockScores::new(smt, &places, vocabulary)?))))
     }
 
     /// The sums so far.
@@ -69,7 +73,7 @@ impl Smt {
     ///
     /// # Errors
     /// What keeps weights from being read; [`Error::Input`](crate::Error::Input) for blocks that are not there.
-    pub fn attach(
+    pub fn install_blocks(
         &self,
         model: &Model,
         selection: &BlockSelection,
@@ -107,7 +111,7 @@ impl Smt {
             }
         }
         for vector in trainable_tensors::vectors(checkpoint) {
-            let name = super::vector_name(vector.role);
+            let name = vector_name(vector.role);
             if let Some(values) = warm.remove(&name) {
                 let live = frozen(&name, [1, vector.len], values, device)?;
                 set.add_frozen_vector(vector.role, Arc::new(OwnVector(live)))?;
@@ -118,9 +122,108 @@ impl Smt {
         Ok(())
     }
 
-    /// What the warm-up trains: all weights.
+    /// What a warm-up of [`Warmup::FullFineTuning`] trains: all weights.
     pub fn warmup_weights(&self) -> OwnWeights {
         OwnWeights::full()
+    }
+
+    /// Steps of the warm-up and of the blocks in a training of so many.
+    fn split(&self, steps: usize) -> (usize, usize) {
+        let warmup = self.warmup_steps.min(steps.saturating_sub(1)).max(1);
+        (warmup, steps.saturating_sub(warmup).max(1))
+    }
+
+    /// The blocks that a warm-up without updates selects. Kept in the directory, if there is one: on a large model they take long to find.
+    fn found(&self, on: &Setting<'_>) -> Result<BlockSelection> {
+        let places = trainable_tensors::linear_maps(on.model.checkpoint());
+        let signature = self.signature(on)?;
+        let path = on.directory.map(|directory| directory.join(SELECTION));
+        if let Some(kept) = path.as_ref().and_then(|path| std::fs::read(path).ok())
+            && let Ok(kept) = serde_json::from_slice::<Kept>(&kept)
+            && kept.signature == signature
+        {
+            let sites: BTreeMap<String, Site> = places.iter().map(|place| (place.site.path(), place.site)).collect();
+            let known = |(path, blocks): (String, Vec<[usize; 4]>)| {
+                let block = |[a, b, c, d]: [usize; 4]| Block { rows: a..b, columns: c..d };
+                Some((*sites.get(&path)?, blocks.into_iter().map(block).collect()))
+            };
+            return Ok(kept.blocks.into_iter().filter_map(known).collect());
+        }
+        let selection = sum_gradients(self, on, self.warmup_steps)?.select()?;
+        if let Some(path) = path {
+            let corners = |block: &Block| [block.rows.start, block.rows.end, block.columns.start, block.columns.end];
+            let blocks = |(site, blocks): (&Site, &Vec<Block>)| (site.path(), blocks.iter().map(corners).collect());
+            let kept = Kept { signature, blocks: selection.iter().map(blocks).collect() };
+            moe_checkpoint::write_json(&path, &serde_json::json!(kept))?;
+        }
+        Ok(selection)
+    }
+
+    /// What a selection depends on.
+    fn signature(&self, on: &Setting<'_>) -> Result<String> {
+        let recipe =
+            serde_json::json!({ "method": self, "router_losses": on.router_losses, "waves": on.waves_per_step });
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(recipe.to_string().as_bytes()).update(on.model.checkpoint().fingerprint().as_bytes());
+        for sequence in on.waves.iter().flat_map(|wave| &wave.sequences) {
+            let counted = (0..sequence.ids.len()).map(|t| u32::from(sequence.counts(t)));
+            let length = u32::try_from(sequence.ids.len()).unwrap_or(u32::MAX);
+            for number in std::iter::once(length).chain(sequence.ids.iter().copied()).chain(counted) {
+                hasher.update(&number.to_le_bytes());
+            }
+        }
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+}
+
+/// File of the blocks that a warm-up found.
+const SELECTION: &str = "blocks.json";
+
+/// Blocks by map, as first and last row and column.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    signature: String,
+    blocks: BTreeMap<String, Vec<[usize; 4]>>,
+}
+
+impl TuningMethod for Smt {
+    /// # Errors
+    /// As [`Smt::validate`]; [`Error::Input`] for a budget of fewer than one block.
+    fn check(&self, on: &Setting<'_>) -> Result<()> {
+        self.validate()?;
+        let checkpoint = on.model.checkpoint();
+        let places = trainable_tensors::linear_maps(checkpoint);
+        BlockScores::new(*self, &places, trainable_tensors::vocabulary(checkpoint)?)?.check_budget()
+    }
+
+    fn phases(&self, steps: usize) -> Vec<Phase> {
+        let (warmup, blocks) = self.split(steps);
+        let blocks_phase = |steps| Phase { name: "blocks", steps };
+        match self.warmup {
+            Warmup::GradientsOnly => vec![blocks_phase(steps)],
+            Warmup::FullFineTuning => vec![Phase { name: "warm-up", steps: warmup }, blocks_phase(blocks)],
+        }
+    }
+
+    fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        self.check(on)?;
+        let (selection, warmed) = match (self.warmup, on.take_before()) {
+            (Warmup::GradientsOnly, _) => (self.found(on)?, None),
+            (Warmup::FullFineTuning, None) => {
+                let installed = self.warmup_weights().install(on, set)?;
+                let watch = BlockWatch::new(*self, on.model)?;
+                let artifacts = Artifacts { blocks: Some(watch.clone()), ..Artifacts::default() };
+                return Ok(Installed { hooks: Some(Box::new(watch)), artifacts, ..installed });
+            }
+            (Warmup::FullFineTuning, Some(before)) => {
+                let watch = before.artifacts.blocks;
+                let watch =
+                    watch.ok_or_else(|| Error::input("the phase before blocks", "another", "the warm-up of SMT"))?;
+                (watch.scores().select()?, Some(before.parameters))
+            }
+        };
+        self.install_blocks(on.model, &selection, warmed, set)?;
+        Ok(Installed::default())
     }
 }
 
@@ -144,7 +247,7 @@ fn attach_vocabulary(model: &Model, mut warm: BTreeMap<String, Vec<f32>>, set: &
         Ok(Some(lives))
     };
     let embedding = blocks("embeddings")?;
-    let tied = super::tied(model.checkpoint())?;
+    let tied = tied(model.checkpoint())?;
     let head = if tied { embedding.clone() } else { blocks("head")? };
     for (rows, live) in ranges.iter().zip(head.into_iter().flatten()) {
         set.add_head(rows.clone(), Arc::new(OwnMatrix(live)))?;

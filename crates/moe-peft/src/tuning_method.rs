@@ -1,0 +1,224 @@
+//! The one trait of all methods: how a way of fine-tuning puts itself into a model.
+
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Debug},
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use moe_core::{
+    Model,
+    data::Wave,
+    train::{ParameterGroup, Parameters},
+};
+
+use crate::{
+    AdapterSet, Result, TrainingHooks,
+    compressed_experts::CompressedLayers,
+    condenser::Condensers,
+    lora::Lora,
+    mixture::Mixture,
+    router_loss::{RouterLossReport, RouterLosses},
+    smt::BlockWatch,
+};
+
+/// A way of fine-tuning.
+///
+/// It puts adapters, or the model's own weights, into an [`AdapterSet`], and says what else training needs: hooks, groups of parameters, a
+/// model under an overlay. Methods of several phases are asked once per phase. Anything outside this crate that does so is a method like those
+/// in it.
+///
+/// ```
+/// use moe_core::Model;
+/// use moe_peft::{AdapterSet, FineTune, Installed, Result, Setting, TuningMethod, model_weights::OwnWeights};
+///
+/// /// Trains the norms of the last layer.
+/// #[derive(Debug)]
+/// struct LastNorms;
+///
+/// impl TuningMethod for LastNorms {
+///     fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+///         let last = on.model.config().layers.len() - 1;
+///         OwnWeights { norms: true, layers: Some([last].into()), ..OwnWeights::default() }.install(on, set)
+///     }
+/// }
+///
+/// # fn train(model: &Model) -> Result<()> {
+/// let mut set = AdapterSet::new();
+/// let installed = LastNorms.install(&Setting::new(model), &mut set)?;
+/// let task = FineTune::new(installed.model(model), set.into())?;
+/// # Ok(())
+/// # }
+/// ```
+pub trait TuningMethod: Debug + Send + Sync {
+    /// Checks the method against a model, before anything is run or written.
+    ///
+    /// # Errors
+    /// [`Error::Input`](crate::Error::Input) and [`Error::Unsupported`](crate::Error::Unsupported) for what could never be installed, or
+    /// trained in vain.
+    fn check(&self, on: &Setting<'_>) -> Result<()> {
+        let _ = on;
+        Ok(())
+    }
+
+    /// The phases of a training of so many steps in all; each has an optimizer, a schedule and saved states of its own. One by default.
+    fn phases(&self, steps: usize) -> Vec<Phase> {
+        vec![Phase { name: "training", steps }]
+    }
+
+    /// Puts the phase [`Setting::phase`] into `set`.
+    ///
+    /// # Errors
+    /// What is wrong with the method for this model, and what keeps weights from being read or the model from being run.
+    fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed>;
+}
+
+/// A part of a training.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Phase {
+    /// Its name, for files and logs.
+    pub name: &'static str,
+    /// Its optimizer steps.
+    pub steps: usize,
+}
+
+/// What a method is installed on.
+#[derive(Debug)]
+pub struct Setting<'a> {
+    /// The model.
+    pub model: &'a Model,
+    /// The rows that will be trained on, for methods that look at them before.
+    pub waves: &'a [Wave],
+    /// Labels of the sequences of waves by the wave's id: the task or type of each row. Empty if rows have none.
+    pub labels: &'a BTreeMap<u64, Vec<usize>>,
+    /// Losses on the routers that will be trained with, for methods that look at gradients before.
+    pub router_losses: RouterLosses,
+    /// Waves of an optimizer step.
+    pub waves_per_step: usize,
+    /// Number of the phase, from 0.
+    pub phase: usize,
+    /// Directory for what a method finds out before it trains, so that an interrupted run need not find it out again.
+    pub directory: Option<&'a Path>,
+    pub(crate) before: Mutex<Option<PhaseEnd>>,
+}
+
+static NO_LABELS: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
+
+impl<'a> Setting<'a> {
+    /// The first phase on a model, without rows.
+    pub fn new(model: &'a Model) -> Self {
+        Self {
+            model,
+            waves: &[],
+            labels: &NO_LABELS,
+            router_losses: RouterLosses::default(),
+            waves_per_step: 1,
+            phase: 0,
+            directory: None,
+            before: Mutex::default(),
+        }
+    }
+
+    /// The same with rows.
+    #[must_use]
+    pub fn with_waves(self, waves: &'a [Wave]) -> Self {
+        Self { waves, ..self }
+    }
+
+    /// The same in a later phase, after `before`.
+    #[must_use]
+    pub fn after(self, before: PhaseEnd) -> Self {
+        Self { phase: self.phase + 1, before: Mutex::new(Some(before)), ..self }
+    }
+
+    /// What the phase before ended with; once.
+    pub fn take_before(&self) -> Option<PhaseEnd> {
+        self.before.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// What a phase ended with.
+#[derive(Debug)]
+pub struct PhaseEnd {
+    /// The trained values.
+    pub parameters: Parameters,
+    /// What was installed besides.
+    pub artifacts: Artifacts,
+}
+
+/// What a method gives training besides the adapters in the set.
+#[derive(Default)]
+pub struct Installed {
+    /// The model to train, where it is not the one that was given: under an overlay, say.
+    pub model: Option<Model>,
+    /// What happens besides gradient descent.
+    pub hooks: Option<Box<dyn TrainingHooks>>,
+    /// How some parameters are trained in another way than the rest.
+    pub groups: Vec<ParameterGroup>,
+    /// What can be saved, or asked, afterwards.
+    pub artifacts: Artifacts,
+}
+
+impl fmt::Debug for Installed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = f.debug_struct("Installed");
+        shown.field("model", &self.model.is_some()).field("hooks", &self.hooks.is_some());
+        shown.field("groups", &self.groups).field("artifacts", &self.artifacts).finish()
+    }
+}
+
+impl Installed {
+    /// The model to train: `base`, unless the method has another.
+    pub fn model<'a>(&'a self, base: &'a Model) -> &'a Model {
+        self.model.as_ref().unwrap_or(base)
+    }
+
+    /// Both, for a method that is made of two. Of models and hooks only one of them may have some; the first counts.
+    #[must_use]
+    pub fn and(mut self, other: Self) -> Self {
+        self.groups.extend(other.groups);
+        Self {
+            model: self.model.or(other.model),
+            hooks: self.hooks.or(other.hooks),
+            groups: self.groups,
+            artifacts: self.artifacts.and(other.artifacts),
+        }
+    }
+}
+
+impl From<Artifacts> for Installed {
+    fn from(artifacts: Artifacts) -> Self {
+        Self { artifacts, ..Self::default() }
+    }
+}
+
+/// What was installed beside the weights of a model, by kind.
+#[derive(Clone, Debug, Default)]
+pub struct Artifacts {
+    /// Low-rank additions.
+    pub lora: Option<Arc<Lora>>,
+    /// A mixture of them.
+    pub mixture: Option<Arc<Mixture>>,
+    /// Factors of experts that do not run.
+    pub compressed: Option<CompressedLayers>,
+    /// Biases of routing, and experts that every token passes.
+    pub condensers: Option<Arc<Condensers>>,
+    /// Losses on routers.
+    pub router_losses: Option<Arc<RouterLossReport>>,
+    /// Sums of gradients by block.
+    pub blocks: Option<BlockWatch>,
+}
+
+impl Artifacts {
+    fn and(self, other: Self) -> Self {
+        Self {
+            lora: self.lora.or(other.lora),
+            mixture: self.mixture.or(other.mixture),
+            compressed: self.compressed.or(other.compressed),
+            condensers: self.condensers.or(other.condensers),
+            router_losses: self.router_losses.or(other.router_losses),
+            blocks: self.blocks.or(other.blocks),
+        }
+    }
+}
