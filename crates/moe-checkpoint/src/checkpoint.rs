@@ -14,10 +14,11 @@ use crate::convert;
 use crate::expert_bytes::{ExpertBytes, RawMatrix};
 use crate::expert_weights::ExpertWeights;
 use crate::experts::{ExpertBiases, ExpertBlock, ExpertLayout, ExpertPart, ExpertTensor, MXFP4_BLOCK, Placement};
-use crate::family::{Family, Role, family};
+use crate::family::{Family, Role, family_of};
 use crate::files::Files;
 use crate::grouped::Grouped;
 use crate::index::read_json;
+use crate::naming;
 use crate::quantised::{self, Quantisation, SCALE_SUFFIX};
 use crate::ragged::Ragged;
 use crate::record::{Record, Step};
@@ -85,7 +86,14 @@ impl Checkpoint {
         let raw_config = read_json(&config_path)?;
         let generation_path = dir.join("generation_config.json");
         let raw_generation = generation_path.exists().then(|| read_json(&generation_path)).transpose()?;
-        let head = Head::read(dir, raw_config, raw_generation)?;
+        let head = match Head::read(dir, raw_config.clone(), raw_generation.clone()) {
+            Err(error) if naming::is_unread_quantization(&error) && weights::are_plain(dir) => {
+                // A config that outlived its quantization: what is written from here on does not carry it along.
+                tracing::warn!("{error}; the weights are plain, so that the config is read without it");
+                Head::read(dir, naming::without_quantization(raw_config), raw_generation)?
+            }
+            head => head?,
+        };
         let steps = Record::load(dir)?.steps;
         let (shards, tensors) = weights::open(dir)?;
         Self::verified(head, tensors, steps, Arc::new(Files { shards }))
@@ -121,7 +129,10 @@ impl Checkpoint {
         source: Arc<dyn ModelSource>,
     ) -> Result<Self> {
         let Head { dir, config, raw_config, raw_generation, family, ragged } = head;
-        let weights = verify::Weights { dir: &dir, config: &config, family, ragged, tensors: &tensors };
+        let family = naming::of(family, &config, &tensors);
+        let outer = raw_config.get("model_type").and_then(Value::as_str);
+        let wrapper = outer.filter(|_| family.text_key().is_some());
+        let weights = verify::Weights { dir: &dir, config: &config, family, ragged, tensors: &tensors, wrapper };
         let verify::Verified { layouts, scales } = verify::verify(&weights)?;
         let mut made = BTreeMap::new();
         for (layer, layout) in layouts.iter().filter(|(layer, _)| source.makes_experts(**layer)) {
@@ -714,7 +725,10 @@ impl Checkpoint {
         let Some(Quantisation::Fp8Blocks { rows: block_rows, cols: block_cols }) = self.config.quantisation else {
             return Err(verify::quantised_tensor(info, "`quantization_config` with a `weight_block_size`"));
         };
-        let scales = self.read_part(scale, 0..scale.elements() as usize)?;
+        let scales = match scale.dtype {
+            Dtype::F8_E8M0 => self.whole(scale)?.iter().map(|byte| quantised::e8m0(*byte)).collect(),
+            _ => self.read_part(scale, 0..scale.elements() as usize)?,
+        };
         let cols = info.shape[1];
         let range = rows.start * cols..rows.end * cols;
         let bytes = self.range(info, range.clone())?;
@@ -782,9 +796,11 @@ impl Head {
     fn read(dir: &Path, raw_config: Value, raw_generation: Option<Value>) -> Result<Self> {
         let parse = || -> Result<_> {
             let original = Grouped::read(&raw_config)?.map(|grouped| grouped.original);
-            let ragged = Ragged::read(original.as_ref().unwrap_or(&raw_config))?.is_some();
+            let original = original.as_ref().unwrap_or(&raw_config);
+            let ragged = Ragged::read(original)?;
             let config = ModelConfig::from_json(&raw_config, raw_generation.as_ref())?;
-            Ok((family(&config.model_type)?, ragged, config))
+            let family = family_of(ragged.as_ref().map_or(original, |ragged| &ragged.original))?;
+            Ok((family, ragged.is_some(), config))
         };
         let (family, ragged, config) = parse().map_err(|error| error.in_dir(dir))?;
         Ok(Self { dir: dir.to_path_buf(), config, raw_config, raw_generation, family, ragged })

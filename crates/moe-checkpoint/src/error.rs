@@ -233,10 +233,12 @@ pub enum Error {
     },
 
     /// The directory holds no weights that are read.
-    #[error("{}: no weights: neither model.safetensors nor model.safetensors.index.json exists", dir.display())]
+    #[error("{}: no weights: neither model.safetensors nor model.safetensors.index.json exists{hint}", dir.display())]
     NoWeights {
         /// The model directory.
         dir: PathBuf,
+        /// What it holds instead and what can be done about it; empty if nothing is known.
+        hint: String,
     },
     /// The index names a shard outside the model directory.
     #[error("{}: tensor `{tensor}` is mapped to `{shard}`; expected a path inside the model directory", index.display())]
@@ -279,6 +281,12 @@ pub enum Error {
         second: PathBuf,
     },
 
+    /// Git left a pointer in place of a large file.
+    #[error("{}: a Git LFS pointer and not the file itself: `git lfs pull` fetches it", path.display())]
+    LfsPointer {
+        /// The file.
+        path: PathBuf,
+    },
     /// The file is too short to be safetensors.
     #[error("{}: truncated: {found} bytes, expected at least the 8 bytes of the header length", path.display())]
     NoHeader {

@@ -8,6 +8,7 @@ use crate::config::ModelConfig;
 use crate::experts::{ExpertLayout, ExpertTensor};
 use crate::families::FAMILIES;
 use crate::json::Fields;
+use crate::naming;
 use crate::{Error, Result};
 
 /// File name in error messages about a config whose directory is not known.
@@ -141,6 +142,12 @@ pub trait Family: Send + Sync {
         None
     }
 
+    /// Other words for parts of the decoder, each a list of the family's words and those in their place: how transformers 5 calls in
+    /// memory what a release called otherwise.
+    fn other_words(&self) -> &'static [&'static [(&'static str, &'static str)]] {
+        &[]
+    }
+
     /// Decoder layer that a tensor belongs to, by its name.
     fn layer_of(&self, name: &str) -> Option<usize>;
 
@@ -177,7 +184,8 @@ pub fn family(model_type: &str) -> Result<&'static dyn Family> {
     })
 }
 
-/// The family of a parsed `config.json`; that of the original model for a ragged checkpoint.
+/// The family of a parsed `config.json`; that of the original model for a ragged checkpoint, and that of the text model (`text_config`)
+/// for a wrapper without a family of its own.
 ///
 /// # Errors
 /// [`Error::MissingField`] without `model_type`, [`Error::NotMoe`] for a model without routed experts,
@@ -186,9 +194,8 @@ pub fn family_of(config: &Value) -> Result<&'static dyn Family> {
     let fields = Fields::new(config, CONFIG)?;
     let expected = || format!("one of the known families: {}", known());
     let model_type = fields.string("model_type")?.ok_or_else(|| fields.missing("model_type", expected()))?;
-    family(model_type).map_err(|error| {
-        // Experts have been called by one of these words in every MoE config so far.
-        if fields.keys().any(|key| key.contains("expert") || key.contains("moe")) {
+    family(model_type).or_else(|error| naming::wrapped(config, families()).ok_or(error)).map_err(|error| {
+        if naming::mentions_experts(config) {
             return error;
         }
         let reason = format!(

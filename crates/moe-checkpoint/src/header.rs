@@ -42,6 +42,9 @@ pub(crate) fn tensor_bytes(dtype: Dtype, shape: &[usize]) -> Option<u64> {
 /// dtype and shape, overlap, gap, truncated file, trailing bytes.
 pub(crate) fn parse(path: &Path, file: &[u8]) -> Result<Vec<HeaderTensor>> {
     let path_buf = || path.to_path_buf();
+    if file.starts_with(crate::index::LFS_POINTER) {
+        return Err(Error::LfsPointer { path: path_buf() });
+    }
     let found = file.len() as u64;
     let Some((length, rest)) = file.split_first_chunk::<LENGTH_BYTES>() else {
         return Err(Error::NoHeader { path: path_buf(), found });

@@ -47,6 +47,7 @@ pub mod hub;
 mod index;
 mod json;
 mod model_card;
+mod naming;
 mod output_dir;
 mod parallel;
 pub mod products;

@@ -22,6 +22,14 @@ pub enum Quantisation {
 /// What a tensor name plus this is the tensor of its block factors.
 pub(crate) const SCALE_SUFFIX: &str = "_scale_inv";
 
+/// Value of an E8M0 byte, a power of two: 8 exponent bits with bias 127, all ones is NaN.
+pub(crate) fn e8m0(byte: u8) -> f32 {
+    match byte {
+        u8::MAX => f32::NAN,
+        exponent => 2f64.powi(i32::from(exponent) - 127) as f32,
+    }
+}
+
 /// Value of an E4M3 byte: 4 exponent bits with bias 7, 3 mantissa bits, no infinities, `S.1111.111` is NaN.
 fn e4m3(byte: u8) -> f32 {
     let sign = if byte & 0x80 == 0 { 1.0 } else { -1.0 };
@@ -95,6 +103,12 @@ mod tests {
     fn e4m3_has_the_values_of_its_definition() {
         assert_eq!([0x00, 0x01, 0x08, 0x38, 0x7E, 0xB8].map(e4m3), [0.0, 1.0 / 512.0, 1.0 / 64.0, 1.0, 448.0, -1.0]);
         assert!(e4m3(0x7F).is_nan() && e4m3(0xFF).is_nan() && e4m3(0x80).is_sign_negative());
+    }
+
+    #[test]
+    fn e8m0_is_a_power_of_two() {
+        assert_eq!([0, 126, 127, 130, 254].map(e8m0), [2f32.powi(-127), 0.5, 1.0, 8.0, 2f32.powi(127)]);
+        assert!(e8m0(255).is_nan());
     }
 
     #[test]

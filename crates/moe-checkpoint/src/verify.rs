@@ -9,6 +9,7 @@ use crate::config::{AttentionKind, Ffn, LatentAttention, ModelConfig, MoeConfig,
 use crate::convert::float_bytes;
 use crate::experts::{ExpertLayout, ExpertTensor};
 use crate::family::{Family, LayerRole, Role};
+use crate::naming;
 use crate::quantised::{Quantisation, SCALE_SUFFIX};
 use crate::weights::TensorInfo;
 use crate::{Error, Result};
@@ -23,6 +24,8 @@ pub(crate) struct Weights<'a> {
     pub family: &'static dyn Family,
     pub ragged: bool,
     pub tensors: &'a BTreeMap<String, TensorInfo>,
+    /// `model_type` of the whole, where the decoder is a part of a model with other modalities.
+    pub wrapper: Option<&'a str>,
 }
 
 /// What the check found.
@@ -220,9 +223,18 @@ impl Weights<'_> {
         Ok(name)
     }
 
+    /// What calls for tensors, for messages.
+    fn caller(&self) -> String {
+        match self.wrapper {
+            Some(wrapper) => format!("config.json (of a `{wrapper}` around a `{}`)", self.config.model_type),
+            None => "config.json".to_string(),
+        }
+    }
+
     fn check(&self, name: &str, expected: Vec<usize>, fields: &str) -> Result<()> {
         let Some(info) = self.tensors.get(name) else {
-            let reason = format!("config.json calls for it, with shape {expected:?} from {fields}");
+            let hint = naming::hint(name, self.tensors.keys());
+            let reason = format!("{} calls for it, with shape {expected:?} from {fields}{hint}", self.caller());
             return Err(Error::MissingTensor { dir: self.dir.to_path_buf(), tensor: name.to_string(), reason });
         };
         let (file, tensor) = (info.file.to_path_buf(), info.name.clone());
@@ -239,7 +251,8 @@ impl Weights<'_> {
 
     /// Checks that a quantised tensor can be read, and names the tensor of its factors.
     fn check_quantised(&self, info: &TensorInfo) -> Result<Option<String>> {
-        if !is_quantised(info.dtype) {
+        // Factors may be of such a dtype themselves: they are checked with what they scale.
+        if !is_quantised(info.dtype) || info.name.ends_with(SCALE_SUFFIX) {
             return Ok(None);
         }
         let Some(Quantisation::Fp8Blocks { rows, cols }) = self.config.quantisation else {
@@ -258,7 +271,9 @@ impl Weights<'_> {
             "`quantization_config.weight_block_size`",
         )?;
         match self.tensors.get(&scale) {
-            Some(scale) if float_bytes(scale.dtype).is_none() => Err(quantised_tensor(scale, FLOATS)),
+            Some(scale) if float_bytes(scale.dtype).is_none() && scale.dtype != Dtype::F8_E8M0 => {
+                Err(quantised_tensor(scale, "F8_E8M0, F32, F16 or BF16"))
+            }
             _ => Ok(Some(scale)),
         }
     }
@@ -320,12 +335,26 @@ impl Weights<'_> {
             let names = layouts.iter().map(|(_, tensors)| format!("`{}`", name(&tensors[0])));
             names.collect::<Vec<_>>().join(" or ")
         };
+        let hint = match found.is_empty() {
+            true => naming::hint(&name(&layouts[0].1[0]), self.tensors.keys()),
+            false => String::new(),
+        };
         Err(Error::ExpertLayout {
             dir: self.dir.to_path_buf(),
             layer,
-            expected: format!("exactly one layout, with {}", list(usable().collect())),
+            expected: format!("exactly one layout, with {}{hint}", list(usable().collect())),
             found: if found.is_empty() { "no known layout".to_string() } else { list(found).replace(" or ", " and ") },
         })
+    }
+
+    /// Whether a layer after the decoder layers predicts further tokens though the config does not say so: only such a layer has these.
+    fn is_undeclared_mtp(&self, layer: usize) -> bool {
+        const MARKS: [&str; 5] = [".eh_proj.", ".enorm.", ".hnorm.", ".shared_head.", ".embed_tokens."];
+        layer >= self.config.layers.len()
+            && self
+                .tensors
+                .keys()
+                .any(|name| MARKS.iter().any(|mark| name.contains(mark)) && self.family.layer_of(name) == Some(layer))
     }
 
     /// Refuses tensors of decoder layers that would silently go unused. Tensors elsewhere are carried along.
@@ -340,7 +369,7 @@ impl Weights<'_> {
         }
         let layers = self.config.layers.len();
         // Layers of multi-token prediction come after the decoder layers.
-        if (layers..layers + self.config.mtp_layers).contains(&layer) {
+        if (layers..layers + self.config.mtp_layers).contains(&layer) || self.is_undeclared_mtp(layer) {
             return Ok(());
         }
         let reason = match layer < layers {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use safetensors::Dtype;
@@ -78,6 +78,8 @@ pub(crate) fn open(dir: &Path) -> Result<(Vec<Shard>, BTreeMap<String, TensorInf
         WeightFiles::Single(path) => (None, BTreeMap::from([(path, Vec::new())])),
         WeightFiles::Sharded { index, shards } => (Some(index), shards),
     };
+    let owners: BTreeMap<String, PathBuf> =
+        files.iter().flat_map(|(path, names)| names.iter().map(|name| (name.clone(), path.clone()))).collect();
     let mut shards = Vec::with_capacity(files.len());
     let mut tensors: BTreeMap<String, TensorInfo> = BTreeMap::new();
     for (path, indexed) in files {
@@ -93,6 +95,10 @@ pub(crate) fn open(dir: &Path) -> Result<(Vec<Shard>, BTreeMap<String, TensorInf
                 begin: tensor.begin,
                 name: tensor.name,
             };
+            // Where the index names a shard for a tensor, a copy elsewhere does not count.
+            if owners.get(&info.name).is_some_and(|owner| **owner != *path) {
+                continue;
+            }
             if let Some(first) = tensors.get(&info.name) {
                 let (first, second) = (first.file.to_path_buf(), path);
                 return Err(Error::TensorInTwoShards { tensor: info.name, first, second });
@@ -110,4 +116,10 @@ pub(crate) fn open(dir: &Path) -> Result<(Vec<Shard>, BTreeMap<String, TensorInf
         shards.push(shard);
     }
     Ok((shards, tensors))
+}
+
+/// Whether a directory's tensors all have plain numbers, none of them a quantized weight.
+pub(crate) fn are_plain(dir: &Path) -> bool {
+    let is_plain = |info: &TensorInfo| matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::I64);
+    open(dir).is_ok_and(|(_, tensors)| tensors.values().all(is_plain))
 }

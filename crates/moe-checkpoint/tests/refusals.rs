@@ -100,17 +100,19 @@ fn config_fields() {
         ("layer_types", json!(vec!["sliding_attention"; 3]), &["`sliding_window`", "use_sliding_window"]),
         ("eos_token_id", json!("</s>"), &["`eos_token_id`", "token id"]),
         ("mlp_only_layers", json!([0, "x"]), &["`mlp_only_layers`", "list of integers"]),
-        (
-            "quantization_config",
-            json!({"quant_method": "fp8"}),
-            &["quantised weights", "\"fp8\"", "not read", "weight_block_size"],
-        ),
     ];
     for (field, value, parts) in cases {
         let text = refused(|c| c[*field] = value.clone());
         assert_parts(&text, parts);
         assert_parts(&text, &["config.json"]);
     }
+    // Weights that are plain are read whatever the config remembers: see tests/held.rs.
+    let mut model = qwen2();
+    model.config["quantization_config"] = json!({"quant_method": "fp8"});
+    let name = "model.layers.0.self_attn.q_proj.weight";
+    let tensor = model.tensor(name);
+    (tensor.dtype, tensor.bytes) = (Dtype::U8, vec![0; tensor.shape.iter().product()]);
+    assert_parts(&model.refusal(), &["quantised weights", "\"fp8\"", "not read", "weight_block_size"]);
 }
 
 #[test]
@@ -262,6 +264,12 @@ fn indices() {
     refused_index_none(dir.path(), &index);
     let mut edited = index.clone();
     edited["weight_map"]["model.embed_tokens.weight"] = json!("copy.safetensors");
+    // Of two copies the index decides which one counts; it has to.
+    fs::write(dir.path().join("model.safetensors.index.json"), edited.to_string()).unwrap();
+    let opened = Checkpoint::open(dir.path()).unwrap();
+    assert!(opened.info("model.embed_tokens.weight").unwrap().file.ends_with("copy.safetensors"));
+    assert!(opened.info("lm_head.weight").unwrap().file.ends_with(first));
+    edited["weight_map"].as_object_mut().unwrap().remove("lm_head.weight");
     let (error, text) = refused_index(dir.path(), &edited);
     assert!(matches!(error, Error::TensorInTwoShards { .. }));
     assert_parts(&text, &["in two shards", "copy.safetensors", first]);

@@ -61,12 +61,13 @@ impl Family for GraniteMoe {
         match tensor {
             ExpertTensor::FusedGateUp => format!("model.layers.{layer}.block_sparse_moe.input_linear.weight"),
             ExpertTensor::FusedDown => format!("model.layers.{layer}.block_sparse_moe.output_linear.weight"),
-            tensor => names::block_sparse_expert(layer, tensor),
+            // One by one, as quantizers unroll them.
+            tensor => names::expert_tensor_name(layer, tensor).replace(".mlp.", ".block_sparse_moe."),
         }
     }
 
     fn layouts(&self) -> &'static [ExpertLayout] {
-        &[ExpertLayout::Fused, ExpertLayout::Ragged]
+        &[ExpertLayout::Fused, ExpertLayout::PerExpert, ExpertLayout::Ragged]
     }
 
     fn stock_layout(&self) -> ExpertLayout {

@@ -57,6 +57,14 @@ impl Family for Phimoe {
         names::block_sparse_expert(layer, tensor)
     }
 
+    fn other_words(&self) -> &'static [&'static [(&'static str, &'static str)]] {
+        // As transformers 5 calls them in memory, and saves them without `save_original_format`.
+        &[
+            &[(".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp.")],
+            &[(".block_sparse_moe.", ".mlp.")],
+        ]
+    }
+
     fn layer_of(&self, name: &str) -> Option<usize> {
         names::layer_of(name)
     }

@@ -69,7 +69,9 @@ impl Family for Qwen35Moe {
         let tied = |fields: &Fields<'_>| fields.bool("tie_word_embeddings");
         let tie_word_embeddings = tied(&outer)?.or(tied(&text)?).unwrap_or(false);
         let mtp_layers = read::mtp_layers(&text)?;
-        Ok(ModelConfig { tie_word_embeddings, quantisation, mtp_layers, ..model.read(&text, generation)? })
+        let inner = model.read(&text, generation)?;
+        let quantisation = quantisation.or(inner.quantisation);
+        Ok(ModelConfig { tie_word_embeddings, quantisation, mtp_layers, ..inner })
     }
 
     fn tensor_name(&self, role: Role) -> String {

@@ -116,6 +116,10 @@ const READ_QUANTISED: &str = ", or quant_method `fp8` with a `weight_block_size`
 /// The quantisation of the weights; one that is not read is refused.
 pub(super) fn quantisation(config: &Fields<'_>) -> Result<Option<Quantisation>> {
     let Some(quantisation) = config.object("quantization_config")? else { return Ok(None) };
+    // What some tools leave behind when they dequantize.
+    if quantisation.keys().next().is_none() {
+        return Ok(None);
+    }
     let method = quantisation.string("quant_method")?;
     let block = quantisation.integers("weight_block_size", 1, MAX_SIZE)?;
     match (method, block.as_deref()) {

@@ -99,6 +99,14 @@ impl Reader<'_> {
             let (path, kind) = split(path).ok_or_else(|| {
                 self.error(format!("tensor `{name}`"), "no part of a LoRA", "lora_A, lora_B or lora_magnitude_vector")
             })?;
+            if view.shape().contains(&0) {
+                return Err(self.error(
+                    format!("tensor `{name}`"),
+                    format!("an empty tensor of shape {:?}", view.shape()),
+                    "its numbers: DeepSpeed ZeRO-3 saves empty tensors unless weights are gathered first \
+                     (`stage3_gather_16bit_weights_on_model_save`, or zero_to_fp32.py over the checkpoint)",
+                ));
+            }
             if !matches!(view.dtype(), Dtype::F32 | Dtype::F16 | Dtype::BF16) {
                 return Err(self.error(format!("tensor `{name}`"), format!("{:?}", view.dtype()), "F32, F16 or BF16"));
             }
