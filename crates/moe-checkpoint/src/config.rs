@@ -295,6 +295,8 @@ pub enum RopeScaling {
 pub struct LayerConfig {
     /// Tokens that a query sees, itself included; `None` is all earlier ones.
     pub sliding_window: Option<usize>,
+    /// Whether queries and keys get the rotary embedding; where not, the layer knows no positions.
+    pub rotary: bool,
     /// What follows the attention.
     pub ffn: Ffn,
 }

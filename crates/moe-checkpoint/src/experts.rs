@@ -14,9 +14,11 @@ pub enum ExpertTensor {
     Up(usize),
     /// Down projection of one expert `[H, I]`.
     Down(usize),
-    /// Gate and up of all experts: `[E, 2I, H]` in [`ExpertLayout::Fused`], `[E, H, 2I]` in [`ExpertLayout::Interleaved`].
+    /// Gate and up of all experts: `[E, 2I, H]` in [`ExpertLayout::Fused`], `[E, H, 2I]` in [`ExpertLayout::Interleaved`] and
+    /// [`ExpertLayout::Transposed`].
     FusedGateUp,
-    /// Down of all experts: `[E, H, I]` in [`ExpertLayout::Fused`], `[E, I, H]` in [`ExpertLayout::Interleaved`].
+    /// Down of all experts: `[E, H, I]` in [`ExpertLayout::Fused`], `[E, I, H]` in [`ExpertLayout::Interleaved`] and
+    /// [`ExpertLayout::Transposed`].
     FusedDown,
     /// Biases of gate and up of all experts, alternating `[E, 2I]`.
     FusedGateUpBias,
@@ -111,6 +113,8 @@ pub enum ExpertBlock {
     Part(ExpertPart),
     /// `[H, 2I]`: column `2j` is gate row `j`, column `2j + 1` is up row `j`.
     GateUpColumns,
+    /// `[H, 2I]`: column `j` is gate row `j`, column `I + j` is up row `j`.
+    GateUpHalves,
     /// `[I, H]`: the transpose of down.
     DownColumns,
     /// `[2I]`: biases of gate and up, alternating.
@@ -127,7 +131,7 @@ impl ExpertBlock {
             Self::Part(ExpertPart::GateBias) => &[ExpertPart::GateBias],
             Self::Part(ExpertPart::UpBias) => &[ExpertPart::UpBias],
             Self::Part(ExpertPart::DownBias) => &[ExpertPart::DownBias],
-            Self::GateUpColumns => &[ExpertPart::Gate, ExpertPart::Up],
+            Self::GateUpColumns | Self::GateUpHalves => &[ExpertPart::Gate, ExpertPart::Up],
             Self::GateUpBias => &[ExpertPart::GateBias, ExpertPart::UpBias],
         }
     }
@@ -147,6 +151,13 @@ impl ExpertBlock {
             (Self::Part(_), Ok([matrix])) => Some(matrix.bytes),
             (Self::DownColumns, Ok([down])) => {
                 Some(Cow::Owned(interleave(&[&down.bytes], down.rows, down.cols, down.element_bytes())))
+            }
+            (Self::GateUpHalves, Err(parts)) => {
+                let [gate, up] = <[_; 2]>::try_from(parts).ok()?;
+                let same = (gate.dtype, gate.rows, gate.cols) == (up.dtype, up.rows, up.cols);
+                // The rows of gate, then those of up, are one matrix.
+                let both = || [&*gate.bytes, &*up.bytes].concat();
+                same.then(|| Cow::Owned(interleave(&[&both()], 2 * gate.rows, gate.cols, gate.element_bytes())))
             }
             (Self::GateUpColumns | Self::GateUpBias, Err(parts)) => {
                 let [gate, up] = <[_; 2]>::try_from(parts).ok()?;
@@ -182,6 +193,9 @@ pub enum ExpertLayout {
     PerExpert,
     /// Two 3-D tensors per layer; all widths are equal.
     Fused,
+    /// Two 3-D tensors per layer, transposed, the columns of gate before those of up: Qwen3-VL and Llama 4 as released. All widths
+    /// are equal.
+    Transposed,
     /// Two 3-D tensors per layer, transposed, gate and up alternating, and two tensors of biases: gpt-oss. All widths are
     /// equal.
     Interleaved,
@@ -244,7 +258,7 @@ impl ExpertLayout {
     pub(crate) fn signature(self) -> &'static [ExpertTensor] {
         match self {
             Self::PerExpert => &[ExpertTensor::Gate(0), ExpertTensor::Up(0), ExpertTensor::Down(0)],
-            Self::Fused | Self::Interleaved => &[ExpertTensor::FusedGateUp, ExpertTensor::FusedDown],
+            Self::Fused | Self::Transposed | Self::Interleaved => &[ExpertTensor::FusedGateUp, ExpertTensor::FusedDown],
             Self::Mxfp4 => &[ExpertTensor::GateUpBlocks, ExpertTensor::DownBlocks],
             Self::Ragged => &[ExpertTensor::RaggedGateUp, ExpertTensor::RaggedDown],
         }
@@ -267,7 +281,7 @@ impl ExpertLayout {
         let tensor = |tensor, shape, blocks| ExpertTensorLayout { tensor, shape, blocks };
         let uniform = || widths.first().copied().filter(|width| widths.iter().all(|other| other == width));
         match self {
-            Self::PerExpert | Self::Fused if biases != ExpertBiases::None => None,
+            Self::PerExpert | Self::Fused | Self::Transposed if biases != ExpertBiases::None => None,
             Self::Interleaved | Self::Mxfp4 if biases != ExpertBiases::All => None,
             Self::PerExpert => {
                 let parts = widths.iter().enumerate().flat_map(|(e, width)| {
@@ -288,6 +302,22 @@ impl ExpertLayout {
                         each(&[part(Gate), part(Up)]),
                     ),
                     tensor(ExpertTensor::FusedDown, vec![experts, hidden_size, width], each(&[part(Down)])),
+                ])
+            }
+            Self::Transposed => {
+                let width = uniform()?;
+                let both = width.checked_mul(2)?;
+                Some(vec![
+                    tensor(
+                        ExpertTensor::FusedGateUp,
+                        vec![experts, hidden_size, both],
+                        each(&[ExpertBlock::GateUpHalves]),
+                    ),
+                    tensor(
+                        ExpertTensor::FusedDown,
+                        vec![experts, width, hidden_size],
+                        each(&[ExpertBlock::DownColumns]),
+                    ),
                 ])
             }
             Self::Interleaved => {
@@ -370,6 +400,12 @@ impl ExpertLayout {
             (Self::Fused, Up) => dense(ExpertTensor::FusedGateUp, (2 * before + width) * hidden_size),
             (Self::Fused, _) => dense(ExpertTensor::FusedDown, before * hidden_size),
 
+            (Self::Transposed, Gate) => strided(ExpertTensor::FusedGateUp, 2 * before * hidden_size, 1, 2 * width),
+            (Self::Transposed, Up) => {
+                strided(ExpertTensor::FusedGateUp, 2 * before * hidden_size + width, 1, 2 * width)
+            }
+            (Self::Transposed, _) => strided(ExpertTensor::FusedDown, before * hidden_size, 1, hidden_size),
+
             (Self::Interleaved, Gate) => strided(ExpertTensor::FusedGateUp, 2 * before * hidden_size, 2, 2 * width),
             (Self::Interleaved, Up) => strided(ExpertTensor::FusedGateUp, 2 * before * hidden_size + 1, 2, 2 * width),
             (Self::Interleaved, Down) => strided(ExpertTensor::FusedDown, before * hidden_size, 1, hidden_size),
@@ -403,6 +439,7 @@ mod tests {
         for (layout, widths, biases) in [
             (ExpertLayout::PerExpert, vec![2, 0, 5], ExpertBiases::None),
             (ExpertLayout::Fused, vec![4, 4], ExpertBiases::None),
+            (ExpertLayout::Transposed, vec![4, 4], ExpertBiases::None),
             (ExpertLayout::Interleaved, vec![4, 4], ExpertBiases::All),
             (ExpertLayout::Ragged, vec![2, 0, 5, 1], ExpertBiases::None),
             (ExpertLayout::Ragged, vec![2, 0, 5, 1], ExpertBiases::Down),
@@ -436,6 +473,7 @@ mod tests {
         assert_eq!(ExpertLayout::Fused.tensors(hidden, &[1, 2], ExpertBiases::None), None);
         for (layout, biases) in [
             (ExpertLayout::Fused, ExpertBiases::All),
+            (ExpertLayout::Transposed, ExpertBiases::All),
             (ExpertLayout::PerExpert, ExpertBiases::Down),
             (ExpertLayout::Interleaved, ExpertBiases::None),
             (ExpertLayout::Interleaved, ExpertBiases::Down),

@@ -123,7 +123,7 @@ pub trait Family: Send + Sync {
 
     /// Layouts that routed experts of this family may have on disk.
     fn layouts(&self) -> &'static [ExpertLayout] {
-        &[ExpertLayout::PerExpert, ExpertLayout::Fused, ExpertLayout::Ragged]
+        &[ExpertLayout::PerExpert, ExpertLayout::Fused, ExpertLayout::Transposed, ExpertLayout::Ragged]
     }
 
     /// The layout that stock loaders read when nothing else is known: where a ragged checkpoint goes back to one width.
@@ -140,6 +140,19 @@ pub trait Family: Send + Sync {
     /// The object with the text model's fields: the config itself, or a part of it in models with other modalities.
     fn text_key(&self) -> Option<&'static str> {
         None
+    }
+
+    /// The object with the text model's fields; the config itself where there is none.
+    fn text_config<'a>(&self, config: &'a Value) -> &'a Value {
+        self.text_key().and_then(|key| config.get(key)).unwrap_or(config)
+    }
+
+    /// The same, to change it.
+    fn text_config_mut<'a>(&self, config: &'a mut Value) -> &'a mut Value {
+        match self.text_key().filter(|key| config.get(key).is_some()) {
+            Some(key) => &mut config[key],
+            None => config,
+        }
     }
 
     /// Other words for parts of the decoder, each a list of the family's words and those in their place: how transformers 5 calls in

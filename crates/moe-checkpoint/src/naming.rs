@@ -63,8 +63,12 @@ fn interned(family: &'static dyn Family, spelling: Spelling) -> &'static dyn Fam
 
 /// The family of the text model in a wrapper, such as `kimi_k25` around `deepseek_v3`.
 pub(crate) fn wrapped(config: &Value, families: &[&'static dyn Family]) -> Option<&'static dyn Family> {
-    let inner = config.get("text_config")?.get("model_type")?.as_str()?;
-    let family = families.iter().copied().find(|family| family.model_type() == inner)?;
+    let text = config.get("text_config")?.as_object()?;
+    let find = |name: &str| families.iter().copied().find(|family| family.model_type() == name);
+    let named = |config: &Map<String, Value>| config.get("model_type").and_then(Value::as_str).map(str::to_string);
+    // Without a `model_type` of its own, the text model is that of the wrapper.
+    let own = named(text).or_else(|| Some(format!("{}_text", named(config.as_object()?)?)))?;
+    let family = find(&own)?;
     let model_type = family.model_type();
     let spelling = Spelling { model_type, text_key: Some("text_config"), prefix: None, head: None, words: &[] };
     Some(interned(family, spelling))
@@ -138,7 +142,20 @@ impl Family for Renamed {
                 text.insert(name.to_string(), value.clone());
             }
         }
-        self.family.parse(&Value::Object(text), generation)
+        // transformers ties by the model around it.
+        let tied = "tie_word_embeddings";
+        if let Some(value) = outer.value(tied) {
+            text.insert(tied.to_string(), value.clone());
+        }
+        // Fields are named by their place in the whole config.
+        let at = |field: String| format!("{key}.{field}");
+        self.family.parse(&Value::Object(text), generation).map_err(|error| match error {
+            Error::InvalidField { file, field, found, expected } => {
+                Error::InvalidField { file, field: at(field), found, expected }
+            }
+            Error::MissingField { file, field, expected } => Error::MissingField { file, field: at(field), expected },
+            other => other,
+        })
     }
 
     fn tensor_name(&self, role: Role) -> String {

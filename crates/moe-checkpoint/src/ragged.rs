@@ -157,7 +157,9 @@ pub fn ragged_config(
         Some(ragged) => ragged.original,
         None => config.clone(),
     };
-    let model_type = family_of(&result)?.model_type();
+    // That of the whole: the family may be the one of the text model inside.
+    family_of(&result)?;
+    let model_type = result.get("model_type").and_then(Value::as_str).unwrap_or_default().to_string();
     let architectures = result.get("architectures").cloned().unwrap_or(json!([]));
     let expert_widths: Map<String, Value> =
         widths.iter().map(|(layer, list)| (layer.to_string(), json!(list))).collect();
@@ -223,11 +225,7 @@ pub fn uniform_shape_config(config: &Value, shape: UniformShape) -> Result<Value
         None => config.clone(),
     };
     let family = family_of(&result)?;
-    let text = match family.text_key().filter(|key| result.get(key).is_some()) {
-        Some(key) => result.get_mut(key),
-        None => Some(&mut result),
-    };
-    if let Some(Value::Object(map)) = text {
+    if let Value::Object(map) = family.text_config_mut(&mut result) {
         map.insert(family.width_key().to_string(), json!(shape.width));
         // Every key that is there: they must agree.
         for (keys, value) in [(family.expert_count_keys(), shape.experts), (family.top_k_keys(), shape.top_k)] {

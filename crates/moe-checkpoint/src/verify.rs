@@ -293,7 +293,7 @@ impl Weights<'_> {
     }
 
     fn check_experts(&self, layer: usize, moe: &MoeConfig, expected: &mut HashSet<String>) -> Result<ExpertLayout> {
-        let layout = self.expert_layout(layer)?;
+        let layout = self.expert_layout(layer, moe)?;
         let width = match self.ragged {
             true => "`moe_ragged.expert_widths`".to_string(),
             false => format!("`{}`", self.family.width_key()),
@@ -318,8 +318,8 @@ impl Weights<'_> {
         Ok(layout)
     }
 
-    /// The layout of a layer, told by which names exist.
-    fn expert_layout(&self, layer: usize) -> Result<ExpertLayout> {
+    /// The layout of a layer, told by which names exist and, where two layouts share names, by the shapes.
+    fn expert_layout(&self, layer: usize, moe: &MoeConfig) -> Result<ExpertLayout> {
         // Ragged tensors count only if the config says so too: a stock loader would take random experts instead.
         let layouts = self.family.layouts().iter().map(|layout| (*layout, layout.signature()));
         let layouts: Vec<(ExpertLayout, &[ExpertTensor])> =
@@ -330,6 +330,18 @@ impl Weights<'_> {
             usable().filter(|(_, names)| names.iter().any(|t| self.tensors.contains_key(&name(t)))).collect();
         if let [(layout, _)] = found[..] {
             return Ok(*layout);
+        }
+        if let [(first, names), rest @ ..] = &found[..]
+            && rest.iter().all(|(_, others)| others == names)
+        {
+            // One orientation fits unless both do, in one of the two tensors: `2I = H` and `I = H` exclude each other.
+            let fits = |layout: ExpertLayout| {
+                let tensors = layout.tensors(self.config.hidden_size, &moe.stored_widths(), moe.biases)?;
+                let found = |tensor| Some(&self.tensors.get(&self.family.expert_tensor_name(layer, tensor))?.shape);
+                Some(tensors.iter().all(|tensor| found(tensor.tensor) == Some(&tensor.shape)))
+            };
+            let fitting = found.iter().map(|(layout, _)| *layout).find(|layout| fits(*layout) == Some(true));
+            return Ok(fitting.unwrap_or(*first));
         }
         let list = |layouts: Vec<&(ExpertLayout, &[ExpertTensor])>| {
             let names = layouts.iter().map(|(_, tensors)| format!("`{}`", name(&tensors[0])));

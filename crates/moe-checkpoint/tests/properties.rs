@@ -120,7 +120,8 @@ fn subjects() -> &'static [Subject] {
         let names = "tf4/qwen2_moe tf5/deepseek_v2_yarn tf5/deepseek_v3_yarn tf5/deepseek_v3_fp8 tf5/ernie4_5_moe tf5/glm4_moe \
                      tf5/gpt_oss tf5/gpt_oss_bf16 tf5/gpt_oss_mxfp4 tf5/granitemoe tf5/kimi_k2 tf5/mixtral_gelu_tanh \
                      tf5/moonlight tf5/olmoe tf5/phimoe_longrope tf5/qwen2_moe_mixed tf5/qwen3_moe_gelu \
-                     ../unrun/qwen3_5_moe ../unrun/qwen3_5_moe_text";
+                     tf5/dots1 tf5/exaone_moe tf5/glm4_moe_lite_group tf5/glm4v_moe_full tf5/hy_v3 tf5/kimi_k25_full tf5/minimax_m2 \
+                     tf5/qwen3_omni_moe_thinker tf5/qwen3_vl_moe_full ../unrun/qwen3_5_moe ../unrun/qwen3_5_moe_text";
         let load = |name: &str| Model::load(&fixture(name));
         let mut subjects: Vec<_> = names.split_whitespace().map(|name| Subject::new(name, load(name))).collect();
         let mut fused = load("tf5/qwen2_moe_mixed");
@@ -392,6 +393,8 @@ fn unmutated_models_of_every_family_and_layout_are_exercised_wholly() {
         let checkpoint =
             subject.with_weights(&subject.weights).unwrap_or_else(|error| panic!("{}: {error}", subject.name));
         seen.insert(checkpoint.config().model_type.clone());
+        let text = checkpoint.family().text_config(checkpoint.raw_config());
+        seen.extend(text["model_type"].as_str().map(str::to_string));
         for layer in &checkpoint.shape().layers {
             let biases = checkpoint.config().moe(layer.layer).unwrap().biases;
             let layout = checkpoint.expert_layout(layer.layer).unwrap();
@@ -403,6 +406,7 @@ fn unmutated_models_of_every_family_and_layout_are_exercised_wholly() {
         (ExpertLayout::PerExpert, ExpertBiases::None, false),
         (ExpertLayout::PerExpert, ExpertBiases::None, true),
         (ExpertLayout::Fused, ExpertBiases::None, false),
+        (ExpertLayout::Transposed, ExpertBiases::None, false),
         (ExpertLayout::Interleaved, ExpertBiases::All, false),
         (ExpertLayout::Mxfp4, ExpertBiases::All, true),
         (ExpertLayout::Ragged, ExpertBiases::None, false),

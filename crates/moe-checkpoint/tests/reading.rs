@@ -52,12 +52,21 @@ fn every_fixture_reads_as_the_safetensors_crate_reads_it() {
     }
 }
 
+fn shape3(tensor: &Tensor) -> [usize; 3] {
+    tensor.shape[..].try_into().unwrap()
+}
+
 /// Gate, up and down of an expert, found by the names and shapes that each family documents.
 fn canonical(model: &Model, layer: usize, expert: usize) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-    let tensor = |name: String| model.tensors.get(&format!("model.layers.{layer}.{name}"));
-    for (block, [gate, up, down]) in
-        [("mlp", ["gate_proj", "up_proj", "down_proj"]), ("block_sparse_moe", ["w1", "w3", "w2"])]
-    {
+    let prefixes = ["model", "model.language_model", "language_model.model"];
+    let tensor = |name: String| {
+        prefixes.iter().find_map(|prefix| model.tensors.get(&format!("{prefix}.layers.{layer}.{name}")))
+    };
+    for (block, [gate, up, down]) in [
+        ("mlp", ["gate_proj", "up_proj", "down_proj"]),
+        ("block_sparse_moe", ["w1", "w3", "w2"]),
+        ("feed_forward", ["w1", "w3", "w2"]),
+    ] {
         let part = |part: &str| tensor(format!("{block}.experts.{expert}.{part}.weight")).map(f32s);
         if let (Some(gate), Some(up), Some(down)) = (part(gate), part(up), part(down)) {
             return (gate, up, down);
@@ -72,6 +81,21 @@ fn canonical(model: &Model, layer: usize, expert: usize) -> (Vec<f32>, Vec<f32>,
         return (ours[..size].to_vec(), ours[size..].to_vec(), down[expert * size..][..size].to_vec());
     }
     let fused = tensor("mlp.experts.gate_up_proj".into()).unwrap();
+    if tensor("mlp.experts.gate_up_proj_bias".into()).is_none() {
+        let stored = tensor("mlp.experts.down_proj".into()).unwrap();
+        let (all, down) = (f32s(fused), f32s(stored));
+        let ([_, first, second], [_, rows, cols]) = (shape3(fused), shape3(stored));
+        let size = rows * cols;
+        let (all, down) = (&all[expert * 2 * size..][..2 * size], &down[expert * size..][..size]);
+        if (first, second) == (2 * cols, rows) {
+            return (all[..size].to_vec(), all[size..].to_vec(), down.to_vec());
+        }
+        // transposed: rows of down are units
+        let (width, hidden) = (rows, cols);
+        let column = |unit: usize| (0..hidden).map(move |h| all[h * 2 * width + unit]);
+        let [gate, up] = [0, width].map(|start| (start..start + width).flat_map(column).collect());
+        return (gate, up, (0..size).map(|i| down[i % width * hidden + i / width]).collect());
+    }
     let [_, hidden, both] = fused.shape[..] else { panic!() };
     let (values, width) = (f32s(fused), both / 2);
     let at = |unit: usize, h: usize, which: usize| values[(expert * hidden + h) * both + 2 * unit + which];

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use common::{contents, every_checkpoint, files, fuse, magnitude, parity, plan, tiny_moe, write_plan, write_plan_with};
 use moe_checkpoint::{Checkpoint, Existing, ExpertLayout, ExpertWeights, RECORD_FILE, Record, WriteOptions};
 use moe_prune::{
-    Budget, Error, Export, PRUNE_METHOD, ProtectionMask, PruneForm, PruneOptions, PrunePlan, PruneRecord, Pruner,
+    Budget, Error, Export, Mtp, PRUNE_METHOD, ProtectionMask, PruneForm, PruneOptions, PrunePlan, PruneRecord, Pruner,
     Scope, UnitPruner, plan_from_masked,
 };
 use tempfile::tempdir;
@@ -58,8 +58,13 @@ fn assert_same_values(copy: &Checkpoint, model: &Checkpoint) {
 fn keep_all_reproduces_every_tensor() {
     let directory = tempdir().unwrap();
     let mut sources = every_checkpoint();
-    let families: BTreeSet<String> =
-        sources.iter().map(|source| Checkpoint::open(source).unwrap().config().model_type.clone()).collect();
+    let mut families = BTreeSet::new();
+    for source in &sources {
+        let model = Checkpoint::open(source).unwrap();
+        let text = model.family().text_config(model.raw_config());
+        families.extend(text["model_type"].as_str().map(str::to_string));
+        families.insert(model.config().model_type.clone());
+    }
     let missing = moe_checkpoint::families().iter().find(|family| !families.contains(family.model_type()));
     assert!(missing.is_none(), "no fixture of {}", missing.unwrap().model_type());
     for name in ["tf5/qwen2_moe", "tf5/qwen2_moe_bf16", "tf5/qwen2_moe_mixed"] {
@@ -70,9 +75,11 @@ fn keep_all_reproduces_every_tensor() {
     for (number, source) in sources.iter().enumerate() {
         let model = Checkpoint::open(source).unwrap();
         let keep = PrunePlan::keep_all(model.shape(), model.fingerprint());
+        let further = model.mtp_tensors().next().map(|_| Mtp::Keep);
+        let options = |form| PruneOptions { mtp: further, ..PruneOptions::new(form) };
         for mode in [PruneForm::Uniform, PruneForm::Masked] {
             let out = directory.path().join(format!("{mode}-{number}"));
-            let report = write_plan(&keep, &model, &out, &PruneOptions::new(mode)).unwrap();
+            let report = write_plan(&keep, &model, &out, &options(mode)).unwrap();
             let copy = Checkpoint::open(&out).unwrap();
             if model.quantisation().is_some() {
                 assert_same_values(&copy, &model);
@@ -85,12 +92,12 @@ fn keep_all_reproduces_every_tensor() {
         }
         // Ragged and back.
         let ragged_dir = directory.path().join(format!("ragged-{number}"));
-        write_plan(&keep, &model, &ragged_dir, &PruneOptions::new(PruneForm::Ragged)).unwrap();
+        write_plan(&keep, &model, &ragged_dir, &options(PruneForm::Ragged)).unwrap();
         let ragged = Checkpoint::open(&ragged_dir).unwrap();
         assert!(ragged.ragged());
         let again = PrunePlan::keep_all(ragged.shape(), ragged.fingerprint());
         let back_dir = directory.path().join(format!("back-{number}"));
-        write_plan(&again, &ragged, &back_dir, &PruneOptions::new(PruneForm::Uniform)).unwrap();
+        write_plan(&again, &ragged, &back_dir, &options(PruneForm::Uniform)).unwrap();
         let back = Checkpoint::open(&back_dir).unwrap();
         if model.quantisation().is_some() {
             assert_same_values(&back, &model);

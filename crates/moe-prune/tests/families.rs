@@ -27,6 +27,8 @@ fn checkpoints() -> Vec<(String, Checkpoint)> {
             (names.collect::<Vec<_>>().join("-"), Checkpoint::open(dir).unwrap())
         })
         .filter(|(name, _)| !variants.iter().any(|variant| name.contains(variant)))
+        // what becomes of further layers is a test of its own
+        .filter(|(_, model)| model.mtp_tensors().next().is_none())
         .collect()
 }
 
@@ -90,7 +92,8 @@ fn units_go_alike_in_every_layout_and_export() {
         write_plan(&keep, &ragged, &back, &PruneOptions::new(PruneForm::Uniform)).unwrap();
         let back = Checkpoint::open(back).unwrap();
         assert_eq!(back.raw_config(), uniform.raw_config(), "{name}");
-        assert_eq!(back.expert(1, 0).unwrap(), uniform.expert(1, 0).unwrap());
+        let layer = plan.kept[0].layer;
+        assert_eq!(back.expert(layer, 0).unwrap(), uniform.expert(layer, 0).unwrap());
         assert_eq!(back.tensors().count(), uniform.tensors().count());
     }
 }

@@ -1,4 +1,4 @@
-//! DeepSeek-V3, and Kimi-K2 and Moonlight, which are the same: latent attention, sigmoid routing with correction bias.
+//! DeepSeek-V3, and Kimi-K2, Moonlight and GLM-4.7-Flash, which are the same: latent attention, sigmoid routing with correction bias.
 
 use serde_json::Value;
 
@@ -14,6 +14,8 @@ use super::{latent, names, read, rope};
 pub(crate) struct DeepseekV3 {
     /// `model_type` of its configs.
     pub model_type: &'static str,
+    /// Dense layers before the first MoE layer where a config says nothing.
+    pub dense: usize,
 }
 
 impl Family for DeepseekV3 {
@@ -26,7 +28,9 @@ impl Family for DeepseekV3 {
         let max_position = read::size(&config, "max_position_embeddings")?;
         let interleaved = config.bool("rope_interleave")?.unwrap_or(true);
         let rope = rope::read(&config, &rope::Dialect { interleaved, ..rope::Dialect::new(max_position) })?;
-        let (layers, top_k) = read::first_dense(&config, self.expert_count_keys(), "n_shared_experts")?;
+        let windows = vec![None; read::num_layers(&config)?];
+        let keys = self.expert_count_keys();
+        let (layers, top_k) = read::dense_then_moe(&config, keys, "n_shared_experts", self.dense, &windows)?;
         for (key, only) in [("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")] {
             if config.string(key)?.is_some_and(|found| found != only) {
                 return Err(config.invalid(key, format!("\"{only}\"")));

@@ -1,4 +1,4 @@
-//! GLM-4.5: sigmoid routing with correction bias, a part of the head rotated, dense first layers.
+//! GLM-4.5, and the text model of GLM-4.5V: sigmoid routing with correction bias, a part of the head rotated, dense first layers.
 
 use serde_json::Value;
 
@@ -10,12 +10,17 @@ use crate::json::Fields;
 
 use super::{names, read, rope};
 
-/// The family `glm4_moe`.
-pub(crate) struct Glm4Moe;
+/// The family `glm4_moe`, under any of its names.
+pub(crate) struct Glm4Moe {
+    /// `model_type` of its configs.
+    pub model_type: &'static str,
+    /// Whether query, key and value projections have a bias where a config says nothing.
+    pub attention_bias: bool,
+}
 
 impl Family for Glm4Moe {
     fn model_type(&self) -> &'static str {
-        "glm4_moe"
+        self.model_type
     }
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
@@ -34,7 +39,7 @@ impl Family for Glm4Moe {
         let attention = AttentionConfig {
             rotary_dim: rope::rotary_dim(&config, head_dim, 0.5)?,
             // The output projection never has a bias.
-            qkv_bias: config.bool("attention_bias")?.unwrap_or(false),
+            qkv_bias: config.bool("attention_bias")?.unwrap_or(self.attention_bias),
             qk_norm,
             ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
         };

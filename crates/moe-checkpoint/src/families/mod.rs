@@ -2,11 +2,15 @@
 
 mod deepseek_v2;
 mod deepseek_v3;
+mod dots1;
 mod ernie4_5_moe;
+mod exaone_moe;
 mod glm4_moe;
 mod gpt_oss;
 mod granitemoe;
+mod hy_v3;
 mod latent;
+mod minimax_m2;
 mod mixtral;
 mod names;
 mod olmoe;
@@ -17,28 +21,45 @@ mod qwen3_moe;
 mod read;
 mod rope;
 
+use crate::experts::ExpertLayout;
 use crate::family::Family;
+use qwen3_moe::Renormalise;
 
 pub(crate) use read::MAX_SIZE;
 
 /// Every family. Adding one is its file, and a line here.
 pub(crate) static FAMILIES: &[&dyn Family] = &[
     &deepseek_v2::DeepseekV2,
-    &deepseek_v3::DeepseekV3 { model_type: "deepseek_v3" },
-    &deepseek_v3::DeepseekV3 { model_type: "kimi_k2" },
+    &deepseek_v3::DeepseekV3 { model_type: "deepseek_v3", dense: 0 },
+    &deepseek_v3::DeepseekV3 { model_type: "kimi_k2", dense: 0 },
+    &deepseek_v3::DeepseekV3 { model_type: "glm4_moe_lite", dense: 1 },
+    &dots1::Dots1,
     &ernie4_5_moe::Ernie45Moe,
-    &glm4_moe::Glm4Moe,
+    &exaone_moe::ExaoneMoe,
+    &glm4_moe::Glm4Moe { model_type: "glm4_moe", attention_bias: false },
+    &glm4_moe::Glm4Moe { model_type: "glm4v_moe_text", attention_bias: true },
     &gpt_oss::GptOss,
     &granitemoe::GraniteMoe,
+    &hy_v3::HyV3,
+    &minimax_m2::MiniMaxM2,
     &mixtral::Mixtral,
     &olmoe::Olmoe,
     &phimoe::Phimoe,
     &qwen2_moe::Qwen2Moe,
-    &qwen3_moe::Qwen3Moe,
-    &qwen3_5_moe::Qwen35Moe {
-        model_type: "qwen3_5_moe",
-        prefix: "model.language_model",
-        text_key: Some("text_config"),
+    &qwen3_moe::Qwen3Moe {
+        model_type: "qwen3_moe",
+        renormalise: Renormalise::Default(false),
+        stock_layout: ExpertLayout::PerExpert,
     },
-    &qwen3_5_moe::Qwen35Moe { model_type: "qwen3_5_moe_text", prefix: "model", text_key: None },
+    &qwen3_moe::Qwen3Moe {
+        model_type: "qwen3_omni_moe_text",
+        renormalise: Renormalise::Default(true),
+        stock_layout: ExpertLayout::PerExpert,
+    },
+    &qwen3_moe::Qwen3Moe {
+        model_type: "qwen3_vl_moe_text",
+        renormalise: Renormalise::Always,
+        stock_layout: ExpertLayout::Transposed,
+    },
+    &qwen3_5_moe::Qwen35Moe,
 ];

@@ -84,6 +84,16 @@ pub(super) fn shared_experts(role: Role) -> String {
     format!("model.layers.{layer}.mlp.shared_experts.{name}.weight")
 }
 
+/// Name of a tensor in families that call one shared expert `shared_mlp`.
+pub(super) fn shared_mlp(role: Role) -> String {
+    match role {
+        Role::Layer(_, LayerRole::SharedGate | LayerRole::SharedUp | LayerRole::SharedDown) => {
+            shared_experts(role).replace(".shared_experts.", ".shared_mlp.")
+        }
+        role => tensor_name(role),
+    }
+}
+
 /// Name of a tensor in families whose MoE block is called `block_sparse_moe`.
 pub(super) fn block_sparse(role: Role) -> String {
     match role {

@@ -13,37 +13,16 @@ use crate::json::Fields;
 
 use super::{names, read};
 
-/// The family, as part of a model with other modalities or by itself.
-pub(crate) struct Qwen35Moe {
-    /// `model_type` of its configs.
-    pub model_type: &'static str,
-    /// Where the decoder is among the tensors.
-    pub prefix: &'static str,
-    /// Config key of the text model.
-    pub text_key: Option<&'static str>,
-}
-
-impl Qwen35Moe {
-    fn rename(&self, name: String) -> String {
-        match name.strip_prefix("model.") {
-            Some(rest) => format!("{}.{rest}", self.prefix),
-            None => name,
-        }
-    }
-}
+/// The family `qwen3_5_moe_text`.
+pub(crate) struct Qwen35Moe;
 
 impl Family for Qwen35Moe {
     fn model_type(&self) -> &'static str {
-        self.model_type
+        "qwen3_5_moe_text"
     }
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
-        let outer = Fields::new(config, CONFIG)?;
-        let quantisation = read::quantisation(&outer)?;
-        let text = match self.text_key {
-            Some(key) => outer.object(key)?.ok_or_else(|| outer.missing(key, "the config of the text model"))?,
-            None => Fields::new(config, CONFIG)?,
-        };
+        let text = Fields::new(config, CONFIG)?;
         let hidden_size = read::size(&text, "hidden_size")?;
         let (num_heads, num_kv_heads, head_dim) = read::heads(&text, hidden_size)?;
         let windows = vec![None; read::num_layers(&text)?];
@@ -60,34 +39,25 @@ impl Family for Qwen35Moe {
             None => text.positive_float("rope_theta")?,
         };
         let model = read::Model {
-            model_type: self.model_type,
+            model_type: self.model_type(),
             attention,
             rope: RopeConfig { theta: theta.unwrap_or(10_000.0), interleaved: false, scaling: RopeScaling::Default },
             routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalise: true }, scale: 1.0, bias: false },
             layers,
         };
-        let tied = |fields: &Fields<'_>| fields.bool("tie_word_embeddings");
-        let tie_word_embeddings = tied(&outer)?.or(tied(&text)?).unwrap_or(false);
-        let mtp_layers = read::mtp_layers(&text)?;
-        let inner = model.read(&text, generation)?;
-        let quantisation = quantisation.or(inner.quantisation);
-        Ok(ModelConfig { tie_word_embeddings, quantisation, mtp_layers, ..inner })
+        Ok(ModelConfig { mtp_layers: read::mtp_layers(&text)?, ..model.read(&text, generation)? })
     }
 
     fn tensor_name(&self, role: Role) -> String {
-        self.rename(names::tensor_name(role))
+        names::tensor_name(role)
     }
 
     fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
-        self.rename(names::expert_tensor_name(layer, tensor))
-    }
-
-    fn text_key(&self) -> Option<&'static str> {
-        self.text_key
+        names::expert_tensor_name(layer, tensor)
     }
 
     fn layer_of(&self, name: &str) -> Option<usize> {
-        names::layer_of(&format!("model.{}", name.strip_prefix(self.prefix)?.strip_prefix('.')?))
+        names::layer_of(name)
     }
 
     fn width_key(&self) -> &'static str {

@@ -1,21 +1,36 @@
-//! Qwen3-MoE: RMSNorm on every query and key head, no shared expert.
+//! Qwen3-MoE, and the text models of Qwen3-VL and Qwen3-Omni: RMSNorm on every query and key head, no shared expert.
 
 use serde_json::Value;
 
 use crate::Result;
 use crate::config::{AttentionConfig, ModelConfig, Multipliers, NormKind, QkNorm, Routing, RoutingKind};
-use crate::experts::ExpertTensor;
+use crate::experts::{ExpertLayout, ExpertTensor};
 use crate::family::{CONFIG, Family, Role};
 use crate::json::Fields;
 
 use super::{names, read, rope};
 
-/// The family `qwen3_moe`.
-pub(crate) struct Qwen3Moe;
+/// The family `qwen3_moe`, under any of its names.
+pub(crate) struct Qwen3Moe {
+    /// `model_type` of its configs.
+    pub model_type: &'static str,
+    /// Whether weights are divided by their sum: by `norm_topk_prob`, which is this where it is absent, or always.
+    pub renormalise: Renormalise,
+    /// The layout of released checkpoints.
+    pub stock_layout: ExpertLayout,
+}
+
+/// Whether routing weights are divided by their sum.
+pub(crate) enum Renormalise {
+    /// If `norm_topk_prob` says so, which is this where it is absent.
+    Default(bool),
+    /// Whatever a config says.
+    Always,
+}
 
 impl Family for Qwen3Moe {
     fn model_type(&self) -> &'static str {
-        "qwen3_moe"
+        self.model_type
     }
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
@@ -29,7 +44,10 @@ impl Family for Qwen3Moe {
             read::SparseLayers { expert_count_keys: self.expert_count_keys(), windows: &windows, shared: None };
         let (layers, top_k) = layers.read(&config)?;
         let attention_bias = config.bool("attention_bias")?.unwrap_or(false);
-        let renormalise = config.bool("norm_topk_prob")?.unwrap_or(false);
+        let renormalise = match self.renormalise {
+            Renormalise::Default(default) => config.bool("norm_topk_prob")?.unwrap_or(default),
+            Renormalise::Always => true,
+        };
         Ok(ModelConfig {
             model_type: self.model_type().to_string(),
             hidden_size,
@@ -63,6 +81,10 @@ impl Family for Qwen3Moe {
 
     fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
         names::expert_tensor_name(layer, tensor)
+    }
+
+    fn stock_layout(&self) -> ExpertLayout {
+        self.stock_layout
     }
 
     fn layer_of(&self, name: &str) -> Option<usize> {

@@ -207,6 +207,7 @@ impl MoeLayers<'_> {
         };
         let layer = |(is_moe, window): (bool, &Option<usize>)| LayerConfig {
             sliding_window: *window,
+            rotary: true,
             ffn: if is_moe { Ffn::Moe(moe.clone()) } else { Ffn::Dense { intermediate_size } },
         };
         Ok((is_moe.into_iter().zip(self.windows).map(layer).collect(), top_k))
@@ -271,22 +272,64 @@ pub(super) fn first_dense(
     expert_count_keys: &'static [&'static str],
     shared_count_key: &str,
 ) -> Result<(Vec<LayerConfig>, usize)> {
-    let layers = num_layers(config)?;
-    let dense = config.integer("first_k_dense_replace", 0, MAX_SIZE)?.unwrap_or(0);
+    let windows = vec![None; num_layers(config)?];
+    dense_then_moe(config, expert_count_keys, shared_count_key, 0, &windows)
+}
+
+/// The same with windows and another number of dense layers where the config says nothing. `mlp_layer_types` names the layers in newer configs.
+pub(super) fn dense_then_moe(
+    config: &Fields<'_>,
+    expert_count_keys: &'static [&'static str],
+    shared_count_key: &str,
+    default_dense: usize,
+    windows: &[Option<usize>],
+) -> Result<(Vec<LayerConfig>, usize)> {
+    let layers = windows.len();
+    let dense = config.integer("first_k_dense_replace", 0, MAX_SIZE)?.unwrap_or(default_dense);
     if config.integer("moe_layer_freq", 1, MAX_SIZE)?.is_some_and(|every| every != 1) {
         return Err(config.invalid("moe_layer_freq", "1, as in all released models"));
     }
+    let (is_moe, why) = match layer_words(config, "mlp_layer_types", layers, &["dense", "sparse"])? {
+        Some(words) => (words.into_iter().map(|word| word == 1).collect(), "`mlp_layer_types`".to_string()),
+        None => ((0..layers).map(|layer| layer >= dense).collect(), format!("`first_k_dense_replace` {dense}")),
+    };
     let moe = MoeLayers {
         expert_count_keys,
         top_k_key: "num_experts_per_tok",
         width_key: "moe_intermediate_size",
         bias: false,
         shared: shared_experts(config, shared_count_key)?,
-        is_moe: (0..layers).map(|layer| layer >= dense).collect(),
-        why: format!("`first_k_dense_replace` {dense}"),
-        windows: &vec![None; layers],
+        is_moe,
+        why,
+        windows,
     };
     moe.read(config)
+}
+
+/// A list with one of `words` per layer, as positions in `words`; `None` without the field.
+pub(super) fn layer_words(config: &Fields<'_>, key: &str, layers: usize, words: &[&str]) -> Result<Option<Vec<usize>>> {
+    let Some(found) = config.list(key)? else { return Ok(None) };
+    if found.len() != layers {
+        return Err(config.invalid(key, format!("`num_hidden_layers` = {layers} entries, not {}", found.len())));
+    }
+    let place = |value: &Value| words.iter().position(|word| value.as_str() == Some(word));
+    let places: Option<Vec<usize>> = found.iter().map(place).collect();
+    places.map(Some).ok_or_else(|| config.invalid(key, format!("a list of \"{}\"", words.join("\" and \""))))
+}
+
+/// Windows of a family whose `layer_types` say which layers have `sliding_window`; `sliding(layer)` does where they are absent.
+pub(super) fn typed_windows(config: &Fields<'_>, sliding: impl Fn(usize) -> bool) -> Result<Vec<Option<usize>>> {
+    let layers = num_layers(config)?;
+    let window = plain_window(config)?;
+    let words = layer_words(config, "layer_types", layers, &["full_attention", "sliding_attention"])?;
+    let slides = words.map_or_else(
+        || (0..layers).map(|layer| window.is_some() && sliding(layer)).collect::<Vec<_>>(),
+        |words| words.into_iter().map(|word| word == 1).collect(),
+    );
+    if window.is_none() && slides.contains(&true) {
+        return Err(config.missing("sliding_window", "a number of tokens, since `layer_types` has sliding layers"));
+    }
+    Ok(slides.into_iter().map(|slides| window.filter(|_| slides)).collect())
 }
 
 /// Layers of multi-token prediction.

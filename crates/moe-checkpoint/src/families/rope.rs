@@ -57,7 +57,7 @@ pub(super) fn read(config: &Fields<'_>, dialect: &Dialect) -> Result<RopeConfig>
     Ok(RopeConfig { theta: inner_theta.or(outer_theta).unwrap_or(dialect.theta), interleaved, scaling })
 }
 
-/// Dimensions of a head that are rotated: `partial_rotary_factor`, in `rope_parameters` or beside it, of `head_dim`.
+/// Dimensions of a head that are rotated: `partial_rotary_factor`, in `rope_parameters` or beside it, of `head_dim`; or `rotary_dim`.
 pub(super) fn rotary_dim(config: &Fields<'_>, head_dim: usize, default: f64) -> Result<usize> {
     let inner = match config.object("rope_parameters")? {
         Some(parameters) => parameters.positive_float("partial_rotary_factor")?,
@@ -69,7 +69,8 @@ pub(super) fn rotary_dim(config: &Fields<'_>, head_dim: usize, default: f64) -> 
     {
         return Err(config.conflict("rope_parameters", "partial_rotary_factor"));
     }
-    let rotary = (inner.or(outer).unwrap_or(default) * head_dim as f64) as usize;
+    let stated = config.integer("rotary_dim", 1, MAX_SIZE)?.filter(|_| inner.or(outer).is_none());
+    let rotary = stated.unwrap_or((inner.or(outer).unwrap_or(default) * head_dim as f64) as usize);
     if rotary == 0 || rotary > head_dim || !rotary.is_multiple_of(2) {
         let expected = format!("a fraction of `head_dim` = {head_dim} that gives an even number of dimensions");
         let key = if inner.is_some() { "rope_parameters" } else { "partial_rotary_factor" };
@@ -97,7 +98,8 @@ fn read_scaling(config: &Fields<'_>, fields: &Fields<'_>, dialect: &Dialect) -> 
     }
     let key = if fields.value("rope_type").is_some() { "rope_type" } else { "type" };
     match fields.string(key)?.unwrap_or("default") {
-        "default" => Ok(RopeScaling::Default),
+        // Texts have one position per token, which all sections of a multimodal embedding share.
+        "default" | "mrope" => Ok(RopeScaling::Default),
         "linear" => Ok(RopeScaling::Linear {
             factor: fields.positive_float("factor")?.ok_or_else(|| fields.missing("factor", "a number above 0"))?,
         }),

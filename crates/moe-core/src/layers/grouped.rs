@@ -17,6 +17,8 @@ pub struct GroupedProjections {
     pub norms: Option<HeadNorms>,
     /// Bound that queries, keys and values are clamped to before the rotation.
     pub clip: Option<f32>,
+    /// Whether queries and keys are rotated.
+    pub rotary: bool,
 }
 
 /// Norms of queries and keys before the rotation.
@@ -51,8 +53,11 @@ impl GroupedProjections {
             Some(bound) => [q, k, v].map(|x| x.clamp(-bound, bound)),
             None => [q, k, v],
         };
-        let (q, k) = (table.rotate(q, shape.heads, 0, false), table.rotate(k, shape.kv_heads, 0, false));
-        ([q, k, v], Saved(saved))
+        ([self.rotate(q, shape.heads, table, false), self.rotate(k, shape.kv_heads, table, false), v], Saved(saved))
+    }
+
+    fn rotate(&self, x: Tensor<2>, heads: usize, table: &RotaryTable, inverse: bool) -> Tensor<2> {
+        if self.rotary { table.rotate(x, heads, 0, inverse) } else { x }
     }
 
     /// Gradient with respect to `z`, if it is wanted; `v` as [`project`](Self::project) returned it.
@@ -67,8 +72,8 @@ impl GroupedProjections {
         [dq, dk, mut dv]: [Tensor<2>; 3],
         wanted: Wanted,
     ) -> Option<Tensor<2>> {
-        let mut dq = table.rotate(dq, shape.heads, 0, true);
-        let mut dk = table.rotate(dk, shape.kv_heads, 0, true);
+        let mut dq = self.rotate(dq, shape.heads, table, true);
+        let mut dk = self.rotate(dk, shape.kv_heads, table, true);
         if let Some((q, k)) = &saved.0 {
             if let Some(bound) = self.clip {
                 let normed = |x: &Tensor<2>, query: bool| match &self.norms {

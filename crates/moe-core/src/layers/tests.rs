@@ -50,6 +50,7 @@ fn grouped(per_head: bool, clip: Option<f32>) -> AttentionLayer {
             qkv: [linear([8, HIDDEN], 1), linear([4, HIDDEN], 2), linear([4, HIDDEN], 3)],
             norms: Some(norms),
             clip,
+            rotary: true,
         })),
         output: linear([HIDDEN, 8], 7),
         shape: shape(1, 4, 4),

@@ -88,6 +88,7 @@ impl Model {
                 other => return Err(Error::Unsupported(format!("norm of queries and keys {other:?}"))),
             },
             clip: a.qkv_clip.map(|bound| bound as f32),
+            rotary: config.layers[layer].rotary,
         })
     }
 

@@ -44,12 +44,7 @@ pub(super) fn dropped(
 
 /// Says in a config that there are no such layers.
 pub(super) fn without(from: &Checkpoint, config: &mut Value) {
-    let key = from.family().text_key().filter(|key| config.get(key).is_some());
-    let text = match key {
-        Some(key) => config.get_mut(key),
-        None => Some(config),
-    };
-    if let Some(Value::Object(map)) = text {
+    if let Value::Object(map) = from.family().text_config_mut(config) {
         for key in KEYS.into_iter().filter(|key| map.contains_key(*key)).collect::<Vec<_>>() {
             map.insert(key.to_string(), json!(0));
         }

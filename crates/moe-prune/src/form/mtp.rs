@@ -87,12 +87,7 @@ pub(super) fn settle(
         Choice::None => {}
         Choice::Drop(names) => {
             target.dropped.extend(names);
-            let text = from.family().text_key().filter(|key| target.config.get(key).is_some());
-            let config = match text {
-                Some(key) => &mut target.config[key],
-                None => &mut target.config,
-            };
-            if let Value::Object(map) = config {
+            if let Value::Object(map) = from.family().text_config_mut(&mut target.config) {
                 for key in KEYS.into_iter().filter(|key| map.contains_key(*key)).collect::<Vec<_>>() {
                     map.insert(key.to_string(), json!(0));
                 }
