@@ -59,9 +59,8 @@ fn shape3(tensor: &Tensor) -> [usize; 3] {
 /// Gate, up and down of an expert, found by the names and shapes that each family documents.
 fn canonical(model: &Model, layer: usize, expert: usize) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     let prefixes = ["model", "model.language_model", "language_model.model"];
-    let tensor = |name: String| {
-        prefixes.iter().find_map(|prefix| model.tensors.get(&format!("{prefix}.layers.{layer}.{name}")))
-    };
+    let tensor =
+        |name: String| prefixes.iter().find_map(|prefix| model.tensors.get(&format!("{prefix}.layers.{layer}.{name}")));
     for (block, [gate, up, down]) in [
         ("mlp", ["gate_proj", "up_proj", "down_proj"]),
         ("block_sparse_moe", ["w1", "w3", "w2"]),
