@@ -1,6 +1,7 @@
 //! The program `moe`: every verb maps files to one job.
 
 pub mod adapters;
+pub mod apply;
 pub mod cli;
 pub mod delta;
 pub mod eval;
@@ -9,6 +10,8 @@ pub mod finetune;
 pub mod generate;
 pub mod inspect;
 pub mod merge;
+pub mod prune;
+pub mod run;
 pub mod score;
 pub mod trace;
 

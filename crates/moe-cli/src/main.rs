@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use moe::progress::Progress;
-use moe_cli::{cli, delta, eval, finetune, generate, inspect, merge, score, trace};
+use moe_cli::{apply, cli, delta, eval, finetune, generate, inspect, merge, prune, run, score, trace};
 
 /// Makes Mixture-of-Experts language models small and adaptable: importance of experts and units, pruning, merging, fine-tuning
 ///
@@ -20,12 +20,15 @@ struct Program {
 enum Verb {
     Inspect(inspect::Arguments),
     Score(score::Arguments),
+    Prune(Box<prune::Arguments>),
     Merge(merge::Arguments),
+    Apply(apply::Arguments),
     Tune(finetune::Arguments),
     Eval(eval::Arguments),
     Generate(generate::Arguments),
     Trace(trace::Arguments),
     Delta(delta::Arguments),
+    Run(run::Arguments),
     /// Prints a script that completes verbs and options in a shell
     #[command(after_help = "Example: moe completions bash > /etc/bash_completion.d/moe")]
     Completions {
@@ -50,6 +53,12 @@ fn main() -> ExitCode {
         Verb::Score(arguments) => {
             cli::allocator(arguments.max_memory);
             let report = score::run(&arguments, Progress::stderr())?;
+            cli::shown(&report, arguments.json)
+        }
+        Verb::Prune(arguments) => prune::run(&arguments, Progress::stderr()),
+        Verb::Apply(arguments) => apply::run(&arguments, Progress::stderr()),
+        Verb::Run(arguments) => {
+            let report = run::run(&arguments, Progress::stderr())?;
             cli::shown(&report, arguments.json)
         }
         Verb::Merge(arguments) => {

@@ -10,6 +10,36 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
+/// A number of bytes: `2GiB`, `500 MB`, `1.5G` (binary, as `GiB`), `1048576`.
+///
+/// # Errors
+/// A message that says what a size looks like.
+///
+/// ```
+/// assert_eq!(moe::format::parse_size("1.5GiB"), Ok(3 << 29));
+/// assert!(moe::format::parse_size("-1").is_err());
+/// ```
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let bad = || format!("found `{text}`, expected a size above 0 such as 2GiB, 500MB or a number of bytes");
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let number: f64 = text[..digits].parse().map_err(|_| bad())?;
+    let unit: f64 = match text[digits..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kib" => 1024.0,
+        "m" | "mib" => 1024f64.powi(2),
+        "g" | "gib" => 1024f64.powi(3),
+        "t" | "tib" => 1024f64.powi(4),
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "tb" => 1e12,
+        _ => return Err(bad()),
+    };
+    let bytes = number * unit;
+    if bytes >= 1.0 && bytes < u64::MAX as f64 { Ok(bytes as u64) } else { Err(bad()) }
+}
+
 /// A count with separators: `3,301,504`.
 pub fn count(count: u64) -> String {
     let digits = count.to_string();

@@ -10,7 +10,9 @@ pub mod format;
 pub mod out_dir;
 pub mod prelude;
 pub mod progress;
+pub mod recipe;
 pub mod report;
+pub mod run;
 pub mod table;
 
 pub use error::{Error, Result};

@@ -30,6 +30,14 @@ pub fn heat_map(scores: &ScoreTable) -> Result<String> {
         .iter()
         .map(|layer| (layer.layer, layer.scores.iter().map(|score| f64::from(score[0])).collect()))
         .collect();
+    heat_map_of("Importance of every expert in every layer", &rows)
+}
+
+/// The same for any values of experts: rows of decoder layers with a value per expert.
+///
+/// # Errors
+/// A figure that cannot be drawn.
+pub fn heat_map_of(title: &str, rows: &[(usize, Vec<f64>)]) -> Result<String> {
     let columns = rows.iter().map(|(_, row)| row.len()).max().unwrap_or(0).max(1);
     let range = positive_range(rows.iter().flat_map(|(_, row)| row.iter().copied())).unwrap_or((1.0, 1.0));
 
@@ -38,7 +46,6 @@ pub fn heat_map(scores: &ScoreTable) -> Result<String> {
     let height = top + bottom + cell_height * rows.len() as i32;
     let x = |column: usize| left + ((WIDTH as i32 - left - right) * column as i32) / columns as i32;
     let y = |row: usize| top + cell_height * row as i32;
-    let title = "Importance of every expert in every layer";
     svg(title, height.max(150) as u32, |area| {
         let label = |size, h, v| text(size, &INK, h, v);
         let step = |count: usize, room: usize| count.div_ceil(room).max(1);

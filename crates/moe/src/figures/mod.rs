@@ -10,7 +10,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 pub use bars::{Bars, bars};
-pub use heat_map::heat_map;
+pub use heat_map::{heat_map, heat_map_of};
 pub use lines::{Lines, Point, lines};
 pub use tail::tail;
 

@@ -1,5 +1,9 @@
 //! One HTML file with everything in it: no script, no font, no image that is not in the file.
 
+mod run;
+
+pub use run::write_run;
+
 use crate::figures;
 
 const STYLE: &str = include_str!("style.css");

@@ -1,0 +1,305 @@
+//! The program as a person runs it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use moe::recipe::Recipe;
+use moe_checkpoint::{Checkpoint, Record};
+use moe_cli::TINY_MOE;
+use serde_json::{Value, json};
+
+fn moe(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_moe")).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+fn ok(arguments: &[&str]) -> String {
+    let output = moe(arguments);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {error}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn refused(arguments: &[&str]) -> (i32, String) {
+    let output = moe(arguments);
+    assert!(!output.status.success(), "{arguments:?}");
+    (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+fn rows(name: &str) -> String {
+    format!("{TINY_MOE}/data/{name}.jsonl")
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Everything that says what a directory of a model is, by name.
+fn contents(dir: &Path) -> Vec<(String, String)> {
+    let mut files: Vec<_> = fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.is_file())
+        .map(|path| (text(&path).to_string(), blake3_of(&path)))
+        .map(|(path, digest)| (path.rsplit('/').next().unwrap().to_string(), digest))
+        .collect();
+    files.sort();
+    files
+}
+
+fn blake3_of(path: &Path) -> String {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&fs::read(path).unwrap());
+    hasher.finalize().to_hex().to_string()
+}
+
+/// A recipe on the bundled model, small enough to take a second.
+fn small(mut recipe: Recipe, out: &Path) -> Recipe {
+    recipe.model = TINY_MOE.into();
+    recipe.out = out.to_path_buf();
+    recipe.data.calibration = vec![moe::recipe::DataFile::Path(rows("arithmetic_calibration").into())];
+    (recipe.data.samples, recipe.data.length) = (8, 48);
+    recipe.data.wave_tokens = std::num::NonZeroUsize::new(128).unwrap();
+    recipe
+}
+
+fn written(recipe: &Recipe, dir: &Path) -> PathBuf {
+    let path = dir.join("recipe.json");
+    fs::write(&path, serde_json::to_string_pretty(recipe).unwrap()).unwrap();
+    path
+}
+
+#[test]
+fn every_published_recipe_runs_on_the_bundled_model() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in Recipe::names() {
+        let out = dir.path().join(name);
+        let recipe = small(Recipe::published(name).unwrap(), &out);
+        assert!(!recipe.about.is_empty(), "{name}");
+        let file = written(&recipe, dir.path());
+        ok(&["run", text(&file), "--check"]);
+        assert!(!out.exists(), "{name}: a check does nothing");
+        let report: Value = serde_json::from_str(&ok(&["run", text(&file), "--json"])).unwrap();
+        assert_eq!(report["steps"].as_array().unwrap().len(), recipe.steps.len(), "{name}");
+        let model = out.join("model");
+        let smaller = Checkpoint::open(&model).unwrap();
+        let base = Checkpoint::open(TINY_MOE).unwrap();
+        assert!(smaller.bytes_on_disk() < base.bytes_on_disk(), "{name}");
+        assert!(!Record::load(&model).unwrap().steps.is_empty(), "{name}");
+        assert!(fs::read_to_string(model.join("README.md")).unwrap().contains("What was done"), "{name}");
+        assert!(fs::read_to_string(out.join("report.html")).unwrap().contains("<svg"), "{name}");
+        // Nothing changed: nothing is done again.
+        let again: Value = serde_json::from_str(&ok(&["run", text(&file), "--json", "--resume"])).unwrap();
+        for step in again["steps"].as_array().unwrap().iter().filter(|step| step["step"] != "protect") {
+            assert_eq!(step["reused"], json!(true), "{name}: {step}");
+        }
+    }
+}
+
+#[test]
+fn a_recipe_that_was_killed_goes_on_to_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let steps = json!([
+        {"score": {"scorers": ["fisher", "reap"]}},
+        {"prune": {"budget": {"ratio": 0.5}, "form": "auto"}},
+        {"repair": {"type": "layer_refit"}},
+        {"evaluate": {"data": [rows("facts_test")], "options": {"rows": 4, "max_new_tokens": 4}}},
+        {"write": {}}
+    ]);
+    let recipe = |out: &Path| {
+        let value = json!({"model": TINY_MOE, "out": out, "steps": steps});
+        let mut recipe = small(serde_json::from_value(value).unwrap(), out);
+        recipe.data.samples = 24;
+        recipe
+    };
+    let whole = dir.path().join("whole");
+    let start = std::time::Instant::now();
+    ok(&["run", text(&written(&recipe(&whole), dir.path()))]);
+    let took = start.elapsed();
+    for (number, part) in [0.1, 0.3, 0.5, 0.7, 0.9].into_iter().enumerate() {
+        let out = dir.path().join(format!("killed-{number}"));
+        let file = written(&recipe(&out), dir.path());
+        let mut process = Command::new(env!("CARGO_BIN_EXE_moe"))
+            .args(["run", text(&file)])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_secs_f64(took.as_secs_f64() * part));
+        let _ = process.kill();
+        process.wait().unwrap();
+        ok(&["run", text(&file), "--resume"]);
+        assert_eq!(contents(&out.join("model")), contents(&whole.join("model")), "killed at {part}");
+    }
+}
+
+#[test]
+fn scores_are_made_once_and_used_at_any_ratio() {
+    let dir = tempfile::tempdir().unwrap();
+    let scores = dir.path().join("scores");
+    let calibration = rows("arithmetic_calibration");
+    ok(&[
+        "score",
+        "--model",
+        TINY_MOE,
+        "--calibration",
+        &calibration,
+        "--samples",
+        "8",
+        "--length",
+        "48",
+        "--scorer",
+        "fisher",
+        "--scorer",
+        "reap",
+        "--super-experts",
+        "default",
+        "--out",
+        text(&scores),
+    ]);
+    let (fisher, reap) = (scores.join("fisher.safetensors"), scores.join("reap.safetensors"));
+    assert!(ok(&["inspect", text(&fisher)]).contains("scores"));
+    let mut bytes = Vec::new();
+    for ratio in ["0.25", "0.5"] {
+        let out = dir.path().join(format!("units-{ratio}"));
+        ok(&[
+            "prune",
+            "--model",
+            TINY_MOE,
+            "--scores",
+            text(&fisher),
+            "--ratio",
+            ratio,
+            "--form",
+            "ragged",
+            "--out",
+            text(&out),
+        ]);
+        bytes.push(Checkpoint::open(&out).unwrap().bytes_on_disk());
+    }
+    assert!(bytes[1] < bytes[0]);
+    let out = dir.path().join("experts");
+    ok(&[
+        "prune",
+        "--model",
+        TINY_MOE,
+        "--scores",
+        text(&reap),
+        "--pruner",
+        "expert",
+        "--ratio",
+        "0.25",
+        "--protect",
+        text(&scores.join("protect.json")),
+        "--out",
+        text(&out),
+    ]);
+    let pruned = Checkpoint::open(&out).unwrap();
+    assert!(
+        pruned.shape().layers[0].num_experts() < Checkpoint::open(TINY_MOE).unwrap().shape().layers[0].num_experts()
+    );
+    assert!(ok(&["inspect", text(&out)]).contains("made by            prune"));
+    // The saved plan again, in another form, and on a copy of the model with other side files.
+    let plan = find(&dir.path().join("experts.steps"), "plan.json");
+    assert!(ok(&["inspect", text(&plan)]).contains("plan of pruning"));
+    let masked = dir.path().join("masked");
+    ok(&["apply", "--model", TINY_MOE, "--plan", text(&plan), "--form", "ragged", "--out", text(&masked)]);
+    assert_eq!(Checkpoint::open(&masked).unwrap().shape().units(), pruned.shape().units());
+}
+
+fn find(dir: &Path, name: &str) -> PathBuf {
+    let entries = fs::read_dir(dir.join("steps")).unwrap().map(|entry| entry.unwrap().path().join(name));
+    entries.filter(|path| path.exists()).next().unwrap()
+}
+
+#[test]
+fn models_are_measured_and_speak() {
+    let dir = tempfile::tempdir().unwrap();
+    let choices = dir.path().join("places_test.jsonl");
+    let facts = fs::read_to_string(rows("facts_test")).unwrap();
+    let rows: Vec<Value> = facts.lines().take(20).map(|line| serde_json::from_str(line).unwrap()).collect();
+    let answers: Vec<&str> = rows.iter().map(|row| row["answer"].as_str().unwrap()).collect();
+    let mut lines = String::new();
+    for (number, row) in rows.iter().enumerate() {
+        let wrong = answers.iter().find(|answer| **answer != answers[number]).unwrap();
+        let question = json!({
+            "prompt": row["prompt"], "choices": [format!(" {wrong}"), format!(" {}", answers[number])], "answer": 1
+        });
+        lines += &format!("{question}\n");
+    }
+    fs::write(&choices, lines).unwrap();
+    let facts_file = format!("{TINY_MOE}/data/facts_test.jsonl");
+    let report: Value = serde_json::from_str(&ok(&[
+        "eval",
+        "--model",
+        TINY_MOE,
+        "--data",
+        text(&choices),
+        "--data",
+        &facts_file,
+        "--rows",
+        "20",
+        "--max-new-tokens",
+        "28",
+        "--json",
+    ]))
+    .unwrap();
+    let value = |key: &str| {
+        let found = report["measured"].as_array().unwrap().iter().find(|measured| measured["key"] == key);
+        found.unwrap()["value"].as_f64().unwrap()
+    };
+    assert!(value("places_choice") >= 0.95 && value("facts_exact") >= 0.9, "{report}");
+    let prompt = rows[0]["prompt"].as_str().unwrap();
+    let said = ok(&["generate", "--model", TINY_MOE, "--prompt", prompt, "--max-new-tokens", "8"]);
+    assert!(said.contains(answers[0]), "{said}");
+}
+
+#[test]
+fn what_is_wrong_is_said_in_a_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    for (arguments, code, message) in [
+        (&["prune", "--model", TINY_MOE, "--out", "x"][..], 2, "--ratio"),
+        (&["run", "no-such-recipe"], 2, "expected a JSON file, or one of fisher-moe"),
+        (&["run", "reap-25", "--model", TINY_MOE, "--out", text(&out)], 2, "data.calibration names no file"),
+        (&["inspect", "no/such/file"], 1, "no/such/file"),
+        (&["prune", "--model", TINY_MOE, "--scorer", "fishing", "--ratio", "0.5", "--out", text(&out)], 2, "fishing"),
+        (
+            &[
+                "prune",
+                "--model",
+                TINY_MOE,
+                "--data",
+                "x.jsonl",
+                "--ratio",
+                "0.5",
+                "--repair",
+                "refits",
+                "--out",
+                text(&out),
+            ],
+            2,
+            "refits",
+        ),
+    ] {
+        let (found, error) = refused(arguments);
+        assert!(found == code && error.contains(message), "{arguments:?}: {found} {error}");
+        assert!(!error.contains("Error {") && !error.contains("panicked"), "{error}");
+    }
+    assert!(!out.exists());
+}
+
+#[test]
+fn the_program_explains_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let help = ok(&["--help"]);
+    for verb in ["inspect", "score", "prune", "merge", "apply", "tune", "eval", "generate", "trace", "delta", "run"] {
+        assert!(help.contains(verb), "{verb}");
+        let help = ok(&[verb, "--help"]);
+        assert!(help.contains("--") && help.len() > 200, "{verb}: {help}");
+    }
+    assert!(ok(&["completions", "bash"]).contains("_moe"));
+    ok(&["man", "--out", text(dir.path())]);
+    assert!(dir.path().join("moe-prune.1").exists());
+}

@@ -1,0 +1,66 @@
+//! Artefacts of steps, named by everything they follow from.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::{Error, Result};
+
+/// What a finished artefact has.
+const DONE: &str = "done.json";
+
+/// The artefacts of a run: `OUT/steps/NAME-DIGEST`.
+pub(crate) struct Artefacts {
+    out: PathBuf,
+}
+
+impl Artefacts {
+    pub fn new(out: &Path) -> Self {
+        Self { out: out.to_path_buf() }
+    }
+
+    /// Checks that the directory may be used.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for one that exists, unless a run goes on in it.
+    pub fn check(&self, resume: bool) -> Result<()> {
+        match self.out.exists() && !resume {
+            true => Err(Error::Invalid(format!(
+                "{}: exists; resume to go on in it with what has not changed",
+                self.out.display()
+            ))),
+            false => Ok(()),
+        }
+    }
+
+    /// Makes the directory.
+    pub fn open(&self, resume: bool) -> Result<()> {
+        self.check(resume)?;
+        let steps = self.out.join("steps");
+        fs::create_dir_all(&steps).map_err(Error::io(&steps))
+    }
+
+    /// The directory of an artefact, and whether it is finished. An unfinished one is there, perhaps with what an earlier run left.
+    pub fn begin(&self, name: &str, of: &[&str]) -> Result<(PathBuf, bool)> {
+        let dir = self.out.join("steps").join(format!("{name}-{}", &digest(of)[..16]));
+        let finished = dir.join(DONE).exists();
+        if !finished {
+            fs::create_dir_all(&dir).map_err(Error::io(&dir))?;
+        }
+        Ok((dir, finished))
+    }
+
+    /// Says that an artefact is whole.
+    pub fn finish(dir: &Path) -> Result<()> {
+        Ok(moe_checkpoint::write_json(&dir.join(DONE), &serde_json::json!({ "version": 1 }))?)
+    }
+}
+
+/// A hash of what an artefact follows from.
+pub(crate) fn digest(of: &[&str]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for part in of {
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(part.as_bytes());
+    }
+    hasher.finalize().to_hex().to_string()
+}

@@ -1,0 +1,206 @@
+//! Everything that can be wrong before work.
+
+use std::sync::Arc;
+
+use moe_checkpoint::{Checkpoint, Existing, ProtectionMask, ScoreTable, WriteOptions, check_output};
+use moe_core::data::{Tokenizer, WaveOptions};
+use moe_core::trace::Observer;
+use moe_core::{Engine, EngineOptions, Model};
+use moe_importance::StatisticId;
+use moe_prune::{Mtp, PruneForm, PruneOptions, PrunePlan, Pruner, Questions};
+
+use super::artefacts::Artefacts;
+use super::{Calibration, Run, RunOptions};
+use crate::eval_file::EvalFile;
+use crate::recipe::{Form, Protect, Prune, Recipe, Repair, Step};
+use crate::{Error, Result, format};
+
+/// The steps as far as the recipe alone tells: what stands before each.
+#[derive(Default)]
+struct Before {
+    scored: Vec<String>,
+    super_experts: bool,
+    pruned: Option<Form>,
+    merged: bool,
+}
+
+/// A run of which everything that can be known has been checked.
+pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
+    if recipe.steps.is_empty() {
+        return Err(Error::Usage("steps: a recipe needs at least one".into()));
+    }
+    for (field, path) in [("model", &recipe.model), ("out", &recipe.out)] {
+        if path.as_os_str().is_empty() {
+            return Err(Error::Usage(format!("{field}: missing, expected a directory")));
+        }
+    }
+    let artefacts = Artefacts::new(&recipe.out);
+    artefacts.check(options.resume || options.check)?;
+    let device = moe_core::device::device(&recipe.device)?;
+    let max_memory = recipe.max_memory.as_deref().map(format::parse_size).transpose();
+    let max_memory = max_memory.map_err(|reason| Error::Usage(format!("max_memory: {reason}")))?;
+    let model = Arc::new(Checkpoint::open(&recipe.model)?);
+    if model.shape().units() == 0 {
+        let reason = "it has no routed experts: not a Mixture-of-Experts model";
+        return Err(Error::Invalid(format!("{}: {reason}", recipe.model.display())));
+    }
+    let vocabulary = model.config().vocab_size;
+    let tokenizer = match recipe.model.join("tokenizer.json").exists() {
+        true => Some(Tokenizer::from_dir(&recipe.model)?),
+        false => None,
+    };
+    let calibration = match recipe.data.calibration.is_empty() {
+        true => None,
+        false => {
+            let seed = (recipe.seed != 0).then_some(recipe.seed);
+            Some(Calibration::load(&recipe.data, seed, tokenizer.as_ref(), vocabulary)?)
+        }
+    };
+    EvalFile::load_all(&recipe.data.eval, &Default::default(), tokenizer.as_ref(), model.config())?;
+
+    let engine_model = Model::new(model.clone(), &device, max_memory)?;
+    let engine = Engine::new(&engine_model, EngineOptions::default());
+    let mut before = Before::default();
+    for (number, step) in recipe.steps.iter().enumerate() {
+        let named = |error: Error| Error::Usage(format!("step {} ({}): {error}", number + 1, step.name()));
+        let needs_data = || match &calibration {
+            Some(calibration) => Ok(calibration),
+            None => Err(named(Error::Usage("data.calibration names no file, which it needs".into()))),
+        };
+        match step {
+            Step::Score(score) => {
+                let scorers = score.scorers().map_err(named)?;
+                let mut ids: Vec<StatisticId> = Vec::new();
+                for config in &scorers {
+                    let scorer = config.build()?;
+                    before.scored.push(scorer.name().to_string());
+                    ids.extend(scorer.needs().statistics);
+                }
+                if let Some(options) = score.super_experts().map_err(named)? {
+                    before.super_experts = true;
+                    ids.push(options.needs());
+                }
+                if !ids.is_empty() {
+                    let data = needs_data()?;
+                    let provenance = super::steps::provenance(&model, data, &ids)?;
+                    let collection = moe_importance::Collection::new(model.shape(), provenance, &ids)?;
+                    for wave in &data.waves {
+                        engine.plan(wave.tokens(), collection.needs())?;
+                    }
+                }
+            }
+            Step::Protect(Protect::SuperExperts) if !before.super_experts => {
+                return Err(named(Error::Usage("no earlier score looks for super_experts".into())));
+            }
+            Step::Protect(Protect::File(path)) => {
+                mask(path)?.validate(model.shape())?;
+            }
+            Step::Protect(_) => {}
+            Step::Prune(prune) => {
+                check_prune(prune, &model, &before, calibration.is_some()).map_err(named)?;
+                before.pruned = Some(prune.form);
+            }
+            Step::Merge(merge) => {
+                merge.recipe().map_err(named)?;
+                needs_data()?;
+                (before.pruned, before.merged) = (None, true);
+            }
+            Step::Repair(repair) => {
+                needs_data()?;
+                match (before.pruned, repair) {
+                    (None, _) => {
+                        return Err(named(Error::Usage("nothing was pruned just before it".into())));
+                    }
+                    (Some(Form::Auto | Form::Uniform | Form::FineGrained), Repair::MeanOutput(_)) => {
+                        let reason = "it gives experts a bias, which stock forms have no place for: form ragged";
+                        return Err(named(Error::Usage(reason.into())));
+                    }
+                    _ => {}
+                }
+            }
+            Step::Evaluate(evaluate) => {
+                let paths = if evaluate.data.is_empty() { &recipe.data.eval } else { &evaluate.data };
+                if paths.is_empty() {
+                    return Err(named(Error::Usage("neither data of its own nor data.eval".into())));
+                }
+                let files = EvalFile::load_all(paths, &evaluate.options, tokenizer.as_ref(), model.config())?;
+                for file in &files {
+                    file.check_memory(&engine_model, WaveOptions::Tokens(recipe.data.wave_tokens))?;
+                }
+            }
+            Step::Write(write) => {
+                let to = write.to.clone().unwrap_or_else(|| recipe.out.join("model"));
+                if let Some(size) = &write.shard_size {
+                    format::parse_size(size).map_err(|reason| named(Error::Usage(format!("shard_size: {reason}"))))?;
+                }
+                let existing = if options.force { Existing::Force } else { Existing::Resume };
+                if !(options.resume && to.exists()) {
+                    check_output(&model, &to, &WriteOptions { existing, ..WriteOptions::default() })?;
+                }
+            }
+        }
+    }
+    drop(engine);
+    Ok(Run {
+        recipe,
+        options,
+        device,
+        max_memory,
+        artefacts,
+        tokenizer,
+        calibration,
+        model,
+        scores: Vec::new(),
+        super_experts: None,
+        protect: ProtectionMask::none(),
+        pruned: None,
+        measured: Vec::new(),
+        written: Vec::new(),
+    })
+}
+
+/// A protection mask from a file.
+pub(super) fn mask(path: &std::path::Path) -> Result<ProtectionMask> {
+    let json = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    serde_json::from_str(&json).map_err(|error| Error::Invalid(format!("{}: {error}", path.display())))
+}
+
+/// The mtp choice, or the one that needs none.
+pub(super) fn prune_options<'a>(form: PruneForm<'a>, mtp: Option<Mtp>) -> PruneOptions<'a> {
+    PruneOptions { mtp, ..PruneOptions::new(form) }
+}
+
+fn check_prune(prune: &Prune, model: &Checkpoint, before: &Before, has_data: bool) -> Result<()> {
+    let form = match prune.form {
+        Form::Auto | Form::Uniform => PruneForm::Uniform,
+        Form::Masked => PruneForm::Masked,
+        Form::Ragged => PruneForm::Ragged,
+        Form::FineGrained => PruneForm::FineGrained(moe_prune::FineGrained::new(prune.pieces.unwrap_or(2))),
+    };
+    prune_options(form, prune.mtp).check(model)?;
+    if let Some(path) = &prune.plan {
+        let plan = PrunePlan::load(path)?;
+        if prune.scores.is_some() || prune.budget.is_some() || prune.pruner.is_some() {
+            return Err(Error::Usage("a plan goes without scores, budget and pruner".into()));
+        }
+        // The first step on the model as it is can be compared wholly.
+        if !before.merged && before.pruned.is_none() {
+            plan.validate(model.shape())?;
+        }
+        return Ok(());
+    }
+    let pruner = prune.pruner()?;
+    if pruner.needs().probe != Questions::NONE && !has_data {
+        return Err(Error::Usage("data.calibration names no file, on which the pruner asks the running model".into()));
+    }
+    let Some(budget) = prune.budget else { return Err(Error::Usage("budget: says not how much is kept".into())) };
+    budget.validate(model.shape())?;
+    match &prune.scores {
+        None if before.scored.is_empty() => Err(Error::Usage("no earlier score, and no score file".into())),
+        Some(name) if !before.scored.iter().any(|scored| std::path::Path::new(scored) == name.as_path()) => {
+            ScoreTable::load(name)?;
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,211 @@
+//! Carrying out a recipe: checked wholly first, then step by step, every step's artefact kept and reused while nothing it follows
+//! from has changed.
+
+mod artefacts;
+mod calibration;
+mod check;
+mod steps;
+mod stock;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use burn::tensor::Device;
+use moe_checkpoint::{Checkpoint, ProtectionMask, ScoreTable, write_atomic};
+use moe_core::Model;
+use moe_core::data::Tokenizer;
+use moe_prune::{Edits, PrunePlan};
+use serde::{Deserialize, Serialize};
+
+pub use calibration::Calibration;
+
+use crate::progress::Progress;
+use crate::recipe::{Prune, Recipe, Step};
+use crate::table::Table;
+use crate::{Error, Result, format};
+use artefacts::Artefacts;
+
+/// How a recipe is run.
+#[derive(Clone, Copy, Debug)]
+pub struct RunOptions {
+    /// Go on in the output directory of an earlier run, of this or another version of the recipe; what has not changed is reused.
+    pub resume: bool,
+    /// Replace models that earlier runs wrote.
+    pub force: bool,
+    /// Check everything and do nothing.
+    pub check: bool,
+    /// Where progress is shown.
+    pub progress: Progress,
+}
+
+/// A figure of merit of a model, at a step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Measurement {
+    /// What was measured: `NAME_exact`, `NAME_ppl` or `NAME_choice`.
+    pub key: String,
+    /// The figure.
+    pub value: f64,
+}
+
+/// What one step did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepReport {
+    /// Name of the step.
+    pub step: String,
+    /// What it did, in a line.
+    pub summary: String,
+    /// Whether an artefact of an earlier run was taken.
+    pub reused: bool,
+    /// Seconds it took.
+    pub seconds: f64,
+    /// Its artefact, if it keeps one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artefact: Option<PathBuf>,
+    /// What was measured.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub measured: Vec<Measurement>,
+    /// Parameters of the model after it.
+    pub parameters: u64,
+    /// Bytes of the model after it.
+    pub bytes: u64,
+}
+
+/// What a recipe did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunReport {
+    /// The steps, in order.
+    pub steps: Vec<StepReport>,
+    /// Directories of models that were written.
+    pub written: Vec<PathBuf>,
+    /// Largest resident size of the process, in MiB.
+    pub peak_rss_mib: Option<f64>,
+}
+
+impl fmt::Display for RunReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut names: Vec<&str> = Vec::new();
+        for measured in self.steps.iter().flat_map(|step| &step.measured) {
+            if !names.contains(&measured.key.as_str()) {
+                names.push(&measured.key);
+            }
+        }
+        let header = ["step", "what it did"].into_iter().chain(names.iter().copied());
+        let mut table = Table::new(header.chain(["parameters", "bytes", "seconds"]), 2);
+        for step in &self.steps {
+            let reused = if step.reused { " (reused)" } else { "" };
+            let value = |name: &&str| {
+                let found = step.measured.iter().find(|measured| measured.key == *name);
+                found.map_or(String::new(), |measured| format!("{:.4}", measured.value))
+            };
+            let mut row = vec![step.step.clone(), format!("{}{reused}", step.summary)];
+            row.extend(names.iter().map(value));
+            row.extend([format::count(step.parameters), format::size(step.bytes), format!("{:.1}", step.seconds)]);
+            table.row(row);
+        }
+        writeln!(f, "{}", table.to_text())?;
+        self.written.iter().try_for_each(|path| writeln!(f, "{}", path.display()))
+    }
+}
+
+/// What a plan made of a model, as long as it can be repaired.
+#[derive(Clone)]
+struct PrunedState {
+    base: Arc<Checkpoint>,
+    plan: PrunePlan,
+    step: Prune,
+    chosen: stock::Chosen,
+    scores: Option<ScoreTable>,
+    edits: Option<Arc<Edits>>,
+}
+
+/// Where a run is.
+pub(crate) struct Run<'a> {
+    recipe: &'a Recipe,
+    options: RunOptions,
+    device: Device,
+    max_memory: Option<u64>,
+    artefacts: Artefacts,
+    tokenizer: Option<Tokenizer>,
+    calibration: Option<Calibration>,
+    /// The model as it is now.
+    model: Arc<Checkpoint>,
+    /// Score files by name of the scorer, the last ones last.
+    scores: Vec<(String, ScoreTable)>,
+    super_experts: Option<ProtectionMask>,
+    protect: ProtectionMask,
+    pruned: Option<PrunedState>,
+    /// The last measurements, for the card of a model that is written.
+    measured: Vec<Measurement>,
+    written: Vec<PathBuf>,
+}
+
+impl Run<'_> {
+    /// The model as it is now, to be run.
+    fn engine_model(&self) -> Result<Model> {
+        Ok(Model::new(self.model.clone(), &self.device, self.max_memory)?)
+    }
+
+    fn calibration(&self) -> Result<&Calibration> {
+        self.calibration.as_ref().ok_or_else(|| {
+            Error::Usage("data.calibration: names no file, which a step that runs the model on data needs".into())
+        })
+    }
+}
+
+/// Carries out a recipe. Everything that the config, the files and the recipe show to be wrong is an error before the first step.
+///
+/// # Errors
+/// What is wrong, then whatever stops a step; artefacts of finished steps stay, and a later run with [`RunOptions::resume`] goes on
+/// from them.
+pub fn run(recipe: &Recipe, options: RunOptions) -> Result<RunReport> {
+    let mut run = check::checked(recipe, options)?;
+    let mut steps = Vec::with_capacity(recipe.steps.len());
+    if options.check {
+        let bytes = run.model.bytes_on_disk();
+        for step in &recipe.steps {
+            steps.push(StepReport {
+                step: step.name().into(),
+                summary: "checked".into(),
+                reused: false,
+                seconds: 0.0,
+                artefact: None,
+                measured: vec![],
+                parameters: run.model.parameters(),
+                bytes,
+            });
+        }
+        return Ok(RunReport { steps, written: vec![], peak_rss_mib: None });
+    }
+    run.artefacts.open(options.resume)?;
+    let json = serde_json::to_vec_pretty(recipe).map_err(|error| Error::Invalid(format!("the recipe: {error}")))?;
+    write_atomic(recipe.out.join("recipe.json"), &json)?;
+    for step in &recipe.steps {
+        let start = std::time::Instant::now();
+        let done = match step {
+            Step::Score(step) => run.score(step),
+            Step::Protect(step) => run.protect(step),
+            Step::Prune(step) => run.prune(step),
+            Step::Merge(step) => run.merge(step),
+            Step::Repair(step) => run.repair(step),
+            Step::Evaluate(step) => run.evaluate(step),
+            Step::Write(step) => run.write(step),
+        }?;
+        let report = StepReport {
+            step: step.name().into(),
+            summary: done.summary,
+            reused: done.reused,
+            seconds: start.elapsed().as_secs_f64(),
+            artefact: done.artefact,
+            measured: done.measured,
+            parameters: run.model.parameters(),
+            bytes: run.model.bytes_on_disk(),
+        };
+        options.progress.say(&format!("{}: {}", report.step, report.summary));
+        steps.push(report);
+    }
+    let peak_rss_mib = moe_core::memory::process_memory().map(|memory| memory.peak as f64 / (1 << 20) as f64);
+    let report = RunReport { steps, written: run.written, peak_rss_mib };
+    crate::report::write_run(recipe, &report)?;
+    Ok(report)
+}

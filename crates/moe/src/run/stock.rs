@@ -1,0 +1,184 @@
+//! The form of a pruned model that stock loaders read, chosen by what it costs.
+
+use std::sync::Arc;
+
+use moe_checkpoint::{Checkpoint, Mtp, ProtectionMask, ScoreTable};
+use moe_core::evaluate::divergence;
+use moe_core::{Engine, EngineOptions, Model, TeacherLogits};
+use moe_prune::{
+    Budget, EditSource, FineGrained, PruneForm, PruneOptions, PrunePlan, PrunedModel, Pruner, Scope, TrialOptions,
+    UnitPruner,
+};
+use serde::{Deserialize, Serialize};
+
+use super::Calibration;
+use crate::progress::{Progress, Unit};
+use crate::recipe::{Form, Prune};
+use crate::{Error, Result};
+
+/// Pieces of an expert that are tried.
+const PIECES: [usize; 2] = [2, 4];
+/// Pieces per token that are tried, as shares of those that keep what a token computes.
+const PER_TOKEN: [f64; 3] = [0.5, 0.75, 1.0];
+/// Likeliest tokens per position that divergences are of.
+const TEACHER_TOKENS: usize = 256;
+
+/// The form a model is pruned in.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Chosen {
+    form: Form,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pieces: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    top_k: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    scales: Option<Vec<Vec<f32>>>,
+    /// Divergence from the full model, in nats, if it decided.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub divergence: Option<f64>,
+}
+
+impl Chosen {
+    fn plain(form: Form) -> Self {
+        Self { form, pieces: None, top_k: None, scales: None, divergence: None }
+    }
+
+    pub fn pieces(pieces: usize, top_k: Option<usize>) -> Self {
+        Self { pieces: Some(pieces), top_k, ..Self::plain(Form::FineGrained) }
+    }
+
+    /// What the form is called.
+    pub fn name(&self) -> String {
+        match (self.form, self.pieces) {
+            (Form::FineGrained, Some(pieces)) => format!("fine_grained in {pieces} pieces"),
+            (Form::Uniform | Form::Auto, _) => "uniform".into(),
+            (Form::Ragged, _) => "ragged".into(),
+            (Form::Masked, _) => "masked".into(),
+            (Form::FineGrained, None) => "fine_grained".into(),
+        }
+    }
+
+    /// The model that a plan makes in this form.
+    pub fn on(
+        &self,
+        plan: &PrunePlan,
+        base: &Arc<Checkpoint>,
+        mtp: Option<Mtp>,
+        ranking: Option<&ScoreTable>,
+        edits: Option<Arc<dyn EditSource>>,
+    ) -> Result<PrunedModel> {
+        let ranking = ranking.filter(|table| table.granularity == moe_checkpoint::Granularity::Unit);
+        let form = match self.form {
+            Form::Uniform | Form::Auto => PruneForm::Uniform,
+            Form::Ragged => PruneForm::Ragged,
+            Form::Masked => PruneForm::Masked,
+            Form::FineGrained => PruneForm::FineGrained(FineGrained {
+                top_k: self.top_k,
+                ranking,
+                scales: self.scales.as_deref(),
+                ..FineGrained::new(self.pieces.unwrap_or(2))
+            }),
+        };
+        Ok(plan.on(base, &PruneOptions { mtp, edits, ..PruneOptions::new(form) })?)
+    }
+}
+
+/// The form of a plan that is made: the one asked for, or for `auto` the one that stock loaders read.
+pub(super) fn settled(step: &Prune, plan: &PrunePlan) -> Result<Chosen> {
+    match step.form {
+        Form::FineGrained => Ok(Chosen::pieces(step.pieces.unwrap_or(2), step.pieces_per_token)),
+        Form::Auto => {
+            let shape = plan.pruned_shape();
+            let mut widths = shape.layers.iter().flat_map(|layer| layer.widths.iter());
+            let first = widths.next().copied();
+            let counts = shape.layers.iter().map(|layer| layer.num_experts());
+            let same = widths.all(|width| Some(*width) == first)
+                && counts.clone().all(|count| Some(count) == shape.layers.first().map(|layer| layer.num_experts()));
+            match same {
+                true => Ok(Chosen::plain(Form::Uniform)),
+                false => Err(Error::Usage(
+                    "prune: the plan gives experts different widths or layers different numbers of experts, which no stock loader \
+                     reads as they are; form fine_grained (pieces), ragged (these crates) or masked (zeros)"
+                        .into(),
+                )),
+            }
+        }
+        form => Ok(Chosen::plain(form)),
+    }
+}
+
+/// Prunes in every form that stock loaders read and takes the one whose model stays closest to the full one: one width for all
+/// experts, and experts in pieces, on a third of the calibration data that scores did not need.
+pub(super) fn search(
+    model: &Model,
+    scores: &ScoreTable,
+    ratio: f64,
+    data: &Calibration,
+    mtp: Option<Mtp>,
+    progress: Progress,
+) -> Result<(PrunePlan, Chosen)> {
+    let base = model.checkpoint();
+    // Whole waves, at least one on each side where there are two.
+    let split = (data.waves.len() * 2 / 3).clamp(1, data.waves.len().saturating_sub(1).max(1));
+    let (calibration, comparison) = match data.waves.len() {
+        1 => (&data.waves[..], &data.waves[..]),
+        _ => data.waves.split_at(split),
+    };
+    let bar = progress.bar("choosing a form", 1 + PIECES.len() as u64, Unit::Count("forms"));
+    let engine = Engine::new(model, EngineOptions::default());
+    let tokens = TEACHER_TOKENS.min(model.config().vocab_size);
+    let teacher = TeacherLogits::record(&engine, comparison, tokens)?;
+    let mut best: Option<(PrunePlan, Chosen)> = None;
+    let mut offer = |plan: &PrunePlan, chosen: Chosen| {
+        let closer = best.as_ref().is_none_or(|(_, best)| chosen.divergence < best.divergence);
+        if closer {
+            best = Some((plan.clone(), chosen));
+        }
+    };
+    let mut reasons = Vec::new();
+    let uniform = UnitPruner::new(Scope::Expert)
+        .prune(scores, base.shape(), Budget::Ratio(ratio), &ProtectionMask::none())
+        .and_then(|pruned| {
+            let form = Chosen::plain(Form::Uniform);
+            let on = pruned.plan.on(base, &PruneOptions { mtp, ..PruneOptions::new(PruneForm::Uniform) })?;
+            Ok((pruned.plan, form, on))
+        });
+    match uniform {
+        Ok((plan, form, on)) => {
+            let student = Model::new(on.model().clone(), model.device(), model.max_memory())?;
+            let divergence = divergence(&student, &teacher, comparison)?;
+            offer(&plan, Chosen { divergence: Some(divergence), ..form });
+        }
+        Err(error) => reasons.push(error.to_string()),
+    }
+    bar.step();
+    for pieces in PIECES {
+        let how = FineGrained { ranking: Some(scores), ..FineGrained::new(pieces) };
+        let all = model.config().routing.top_k * pieces;
+        let mut top_k: Vec<usize> =
+            PER_TOKEN.iter().map(|part| ((all as f64 * part).round() as usize).max(1)).collect();
+        top_k.dedup();
+        let smallest = FineGrained { top_k: top_k.iter().min().copied(), ..how };
+        let trials = smallest.prune(scores, base, ratio).and_then(|plan| {
+            let options =
+                TrialOptions { top_k: &top_k, fit: None, edits: None, calibration, comparison, teacher_tokens: tokens };
+            Ok((how.try_top_k(model, &plan, &options)?, plan))
+        });
+        match trials {
+            Ok((trials, plan)) => {
+                for trial in trials {
+                    let chosen = Chosen::pieces(pieces, Some(trial.top_k));
+                    offer(&plan, Chosen { scales: Some(trial.scales), divergence: Some(trial.divergence), ..chosen });
+                }
+            }
+            Err(error) => reasons.push(error.to_string()),
+        }
+        bar.step();
+    }
+    best.ok_or_else(|| {
+        let reasons = reasons.join("; ");
+        Error::Invalid(format!(
+            "no form that stock loaders read is possible: {reasons}. Form ragged opens with these crates"
+        ))
+    })
+}
