@@ -176,6 +176,10 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     for out in [Some(&arguments.out), arguments.dense.as_ref()].into_iter().flatten() {
         OutputDir::check(out, existing)?;
     }
+    if let Some(dir) = &compact_dir {
+        let replaced = if existing == Existing::Refuse { Existing::Refuse } else { Existing::Force };
+        OutputDir::check(dir, replaced)?;
+    }
     let protect = match &arguments.protect {
         Some(path) => {
             let json = std::fs::read_to_string(path).map_err(Error::io(path))?;

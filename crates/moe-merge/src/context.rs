@@ -1,5 +1,6 @@
 //! One MoE layer as the parts of a recipe see it.
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use moe_checkpoint::Activation;
@@ -27,6 +28,9 @@ pub struct LayerContext<'a> {
     pub importance: &'a [f64],
     /// Experts that stay as they are `[E]`: they absorb nobody and nobody absorbs them.
     pub protected: &'a [bool],
+    /// Groups of neighbouring experts of which as many must stay dominant in each, since the router selects among groups and rows of
+    /// the others go; 1 where it does not matter.
+    pub router_groups: usize,
 }
 
 impl LayerContext<'_> {
@@ -72,6 +76,23 @@ impl LayerContext<'_> {
             mean.iter_mut().for_each(|mean| *mean /= count);
         }
         Ok(means)
+    }
+
+    /// The experts of each group of the router, and how many of them stay dominant of `count` in all.
+    ///
+    /// # Errors
+    /// [`Error::Infeasible`] for a number that groups cannot share.
+    pub(crate) fn blocks(&self, count: usize) -> Result<(Vec<Range<usize>>, usize)> {
+        let (experts, groups) = (self.count(), self.router_groups.max(1));
+        if !count.is_multiple_of(groups) || !experts.is_multiple_of(groups) {
+            let reason = format!(
+                "{count} of {experts} experts are to stay, but the router selects among {groups} groups of experts and needs as \
+                 many in each: choose a multiple of {groups}"
+            );
+            return Err(self.infeasible(reason));
+        }
+        let size = experts / groups;
+        Ok(((0..groups).map(|group| group * size..(group + 1) * size).collect(), count / groups))
     }
 
     pub(crate) fn infeasible(&self, reason: impl Into<String>) -> Error {

@@ -16,6 +16,14 @@ pub trait ExpertSource: Send + Sync {
     /// # Errors
     /// Whatever keeps it from being read.
     fn expert(&self, expert: usize) -> Result<ExpertWeights>;
+
+    /// Units of an expert.
+    ///
+    /// # Errors
+    /// As [`ExpertSource::expert`].
+    fn width(&self, expert: usize) -> Result<usize> {
+        Ok(self.expert(expert)?.width)
+    }
 }
 
 /// The experts of a layer of a checkpoint.
@@ -35,6 +43,31 @@ impl ExpertSource for LayerExperts<'_> {
     fn expert(&self, expert: usize) -> Result<ExpertWeights> {
         Ok(self.checkpoint.expert(self.layer, expert)?)
     }
+
+    fn width(&self, expert: usize) -> Result<usize> {
+        let count = self.count();
+        let width = self.checkpoint.config().moe(self.layer).and_then(|moe| moe.widths.get(expert).copied());
+        width.ok_or_else(|| moe_checkpoint::Error::UnknownExpert { layer: self.layer, expert, count }.into())
+    }
+}
+
+/// The same function with units of zeros after its own, up to `width` of them.
+pub(crate) fn padded(mut weights: ExpertWeights, width: usize) -> ExpertWeights {
+    let (own, hidden) = (weights.width, weights.hidden);
+    if width <= own {
+        return weights;
+    }
+    weights.gate.resize(width * hidden, 0.0);
+    weights.up.resize(width * hidden, 0.0);
+    let mut down = vec![0.0; hidden * width];
+    for (into, from) in down.chunks_exact_mut(width).zip(weights.down.chunks_exact(own.max(1))) {
+        into[..own].copy_from_slice(from);
+    }
+    weights.down = down;
+    for bias in [&mut weights.gate_bias, &mut weights.up_bias].into_iter().flatten() {
+        bias.resize(width, 0.0);
+    }
+    ExpertWeights { width, ..weights }
 }
 
 impl ExpertSource for [ExpertWeights] {
@@ -138,6 +171,24 @@ pub(crate) fn check_alike(layer: usize, first: (usize, &ExpertWeights), other: (
 mod tests {
     use super::*;
     use crate::testing::{biased_expert, expert};
+
+    #[test]
+    fn units_of_zeros_change_nothing() {
+        use moe_checkpoint::Activation;
+        let clamped = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
+        for (weights, activation) in [
+            (expert(5, 3, 4), Activation::Silu),
+            (biased_expert(5, 3, 4), clamped),
+            (expert(5, 0, 4), Activation::Gelu),
+        ] {
+            let x = crate::testing::noise(20, 6);
+            let wider = padded(weights.clone(), 7);
+            assert_eq!((wider.width, wider.down.len(), wider.gate.len()), (7, 35, 35));
+            let (found, expected) = (wider.forward(&x, activation), weights.forward(&x, activation));
+            assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-6));
+            assert_eq!(padded(weights.clone(), weights.width), weights);
+        }
+    }
 
     #[test]
     fn units_survive_being_vectors() {

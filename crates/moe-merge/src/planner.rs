@@ -72,6 +72,7 @@ impl Recipe {
                 activation: checkpoint.config().hidden_act,
                 importance: &share.importance,
                 protected: &share.protected,
+                router_groups: self.router_groups(checkpoint),
             };
             layers.push(self.plan_layer(&context, *count)?);
         }
@@ -92,6 +93,12 @@ impl Recipe {
         };
         plan.validate(shape)?;
         Ok(plan)
+    }
+
+    /// Groups of the router of a model that must stay of one size, since rows go.
+    pub(crate) fn router_groups(&self, checkpoint: &Checkpoint) -> usize {
+        let groups = checkpoint.config().routing.groups().filter(|_| !self.router.keeps_rows());
+        groups.map_or(1, |groups| groups.count)
     }
 
     /// The plan of one layer with exactly `count` groups.

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::context::{Gram, LayerContext, gram_of_blocks};
 use crate::evidence::OutputMean;
+use crate::experts::padded;
 use crate::{Error, Result};
 
 /// The space that experts are compared in.
@@ -15,7 +16,8 @@ pub enum Features {
     RouterLogits,
     /// Rows of the router's weight.
     RouterRows,
-    /// Matrices of the expert, flattened as they are, units in the order they have.
+    /// Matrices of the expert, flattened as they are, units in the order they have; units that it lacks beside the widest are
+    /// zeros.
     Weights {
         /// Which matrices.
         #[serde(default)]
@@ -68,28 +70,24 @@ impl Features {
                 let rows: Vec<f64> = rows.iter().map(|v| f64::from(*v)).collect();
                 Ok(Gram::of_vectors(&rows, count))
             }
-            Self::Weights { parts } => gram_of_blocks(count, &|expert| {
-                let weights = context.experts.expert(expert)?;
-                let mut flat = weights.gate;
-                flat.extend(weights.up);
-                if parts == WeightParts::All {
-                    flat.extend(weights.down);
+            Self::Weights { parts } => {
+                let mut width = 0;
+                for expert in 0..count {
+                    width = width.max(context.experts.width(expert)?);
                 }
-                Ok(flat)
-            })
-            .and_then(|gram| refuse_ragged(context).map(|()| gram)),
+                gram_of_blocks(count, &|expert| {
+                    let weights = padded(context.experts.expert(expert)?, width);
+                    let mut flat = weights.gate;
+                    flat.extend(weights.up);
+                    if parts == WeightParts::All {
+                        flat.extend(weights.down);
+                    }
+                    Ok(flat)
+                })
+            }
             Self::Outputs { over } => Ok(Gram::of_vectors(&context.mean_outputs(over)?, count)),
         }
     }
-}
-
-/// Flattened weights of different lengths have no inner product.
-fn refuse_ragged(context: &LayerContext<'_>) -> Result<()> {
-    let first = context.experts.expert(0)?;
-    for other in 1..context.count() {
-        crate::experts::check_alike(context.layer, (0, &first), (other, &context.experts.expert(other)?))?;
-    }
-    Ok(())
 }
 
 /// How inner products become a similarity in [0, 1].

@@ -78,6 +78,7 @@ fn a_sample_is_what_the_layers_saw() {
             activation: checkpoint.config().hidden_act,
             importance: &vec![1.0; experts],
             protected: &vec![false; experts],
+            router_groups: 1,
         };
         for over in [OutputMean::All, OutputMean::Gated] {
             let (found, expected) = (&layer.outputs[&over], context.mean_outputs(over).unwrap());

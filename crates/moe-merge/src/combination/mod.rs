@@ -17,7 +17,7 @@ pub use subspace::{Subspace, SubspaceRank};
 
 use crate::alignment::{AlignmentConfig, AlignmentContext};
 use crate::evidence::{LayerEvidence, TokenSample};
-use crate::experts::{ExpertSource, check_alike};
+use crate::experts::{ExpertSource, check_alike, padded};
 use crate::importance::Importance;
 use crate::plan::{Group, LayerPlan};
 use crate::router::RouterAddition;
@@ -64,24 +64,30 @@ pub enum Reference {
 }
 
 impl LayerJob<'_> {
-    /// Calls `f` with each member of a group, its units matched, and its weight: by falling weight, so that sums do not
-    /// depend on the numbering of the experts. Two experts are in memory at a time.
+    /// Calls `f` with each member of a group, as wide as the widest of them and its units matched, and its weight: by falling
+    /// weight, so that sums do not depend on the numbering of the experts. Two experts are in memory at a time.
     fn aligned(&self, group: &Group, f: &mut dyn FnMut(&Member<'_>) -> Result<()>) -> Result<()> {
         let layer = self.plan.layer;
+        let mut width = 0;
+        for member in &group.members {
+            width = width.max(self.experts.width(*member as usize)?);
+        }
+        let expert_of = |expert: usize| Ok::<_, Error>(padded(self.experts.expert(expert)?, width));
         let reference_index = match self.reference {
             Reference::Dominant => group.dominant as usize,
             Reference::First => group.members.first().map_or(0, |e| *e as usize),
         };
-        let reference = self.experts.expert(reference_index)?;
+        let reference = expert_of(reference_index)?;
         let context = AlignmentContext { sample: self.sample, activation: self.activation, layer };
         for (expert, weight) in group.by_weight() {
             if expert == reference_index {
                 f(&Member { weight, weights: &reference })?;
                 continue;
             }
-            let mut weights = self.experts.expert(expert)?;
+            let mut weights = expert_of(expert)?;
             check_alike(layer, (reference_index, &reference), (expert, &weights))?;
-            if let Some(order) = self.alignment.order(&reference, &weights, &context)? {
+            let order = if width == 0 { None } else { self.alignment.order(&reference, &weights, &context)? };
+            if let Some(order) = order {
                 weights = weights.select_units(&order)?;
             }
             f(&Member { weight, weights: &weights })?;

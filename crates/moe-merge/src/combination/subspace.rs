@@ -41,7 +41,7 @@ impl Combination for Subspace {
     fn combine(&self, job: &LayerJob<'_>, sink: GroupSink<'_>) -> Result<Vec<RouterAddition>> {
         combine_groups(job, sink, |group| {
             let mut merged = averaged(job, group)?;
-            if self.rank != SubspaceRank::Full {
+            if self.rank != SubspaceRank::Full && merged.width > 0 {
                 let (width, hidden) = (merged.width, merged.hidden);
                 let [gate, up, down] = grams(job, group, width, hidden)?;
                 merged.gate = self.project(&gate, &merged.gate, hidden)?;

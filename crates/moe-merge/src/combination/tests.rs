@@ -256,12 +256,24 @@ fn a_routed_fit_minimises_what_tokens_lose() {
 }
 
 #[test]
-fn experts_of_different_widths_are_refused() {
-    let bench = Bench::new(vec![expert(HIDDEN, 4, 1), expert(HIDDEN, 5, 2)], &[0.5, 0.5]);
-    let message = bench.merge(&average()).unwrap_err().to_string();
-    assert!(message.contains("layer 2") && message.contains("4 and 5"), "{message}");
+fn a_narrow_expert_counts_as_one_with_units_of_zeros() {
+    let (narrow, wide) = (expert(HIDDEN, 4, 1), expert(HIDDEN, 5, 2));
+    let bench = Bench::new(vec![narrow.clone(), wide.clone()], &[0.25, 0.75]);
+    let merged = bench.merge(&average()).unwrap();
+    assert_eq!((merged.width, merged.gate.len(), merged.down.len()), (5, 5 * HIDDEN, 5 * HIDDEN));
+    // Units in the order they have; the last is three quarters of the wide expert's.
+    for at in 0..5 * HIDDEN {
+        let (row, column) = (at / 5, at % 5);
+        let own = |w: &ExpertWeights| if column < w.width { w.down[row * w.width + column] } else { 0.0 };
+        assert!((merged.down[at] - 0.25 * own(&narrow) - 0.75 * own(&wide)).abs() < 1e-6);
+        let gate = narrow.gate.get(at).copied().unwrap_or(0.0);
+        assert!((merged.gate[at] - 0.25 * gate - 0.75 * wide.gate[at]).abs() < 1e-6);
+    }
     let mixed = Bench::new(vec![expert(HIDDEN, 4, 1), biased_expert(HIDDEN, 4, 2)], &[0.5, 0.5]);
     assert!(mixed.merge(&average()).unwrap_err().to_string().contains("biases"));
+    // Experts without any units.
+    let none = Bench::new(vec![expert(HIDDEN, 0, 1), expert(HIDDEN, 0, 2)], &[0.5, 0.5]);
+    assert_eq!(none.merge(&average()).unwrap(), expert(HIDDEN, 0, 3));
 }
 
 #[test]

@@ -28,6 +28,9 @@ impl LowRankSparse {
     /// # Errors
     /// [`Error::Numerics`](crate::Error::Numerics) for values that are not finite.
     pub fn split(matrix: &[f32], rows: usize, cols: usize, rank: usize) -> Result<Self> {
+        if rows == 0 || cols == 0 {
+            return Ok(Self { rows, cols, kept: (0..rows as u32).collect(), ..Self::default() });
+        }
         let svd = truncated_svd(matrix, cols, rank)?;
         let rank = svd.values.len();
         let roots: Vec<f32> = svd.values.iter().map(|value| value.sqrt() as f32).collect();

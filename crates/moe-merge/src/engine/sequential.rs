@@ -168,6 +168,7 @@ impl Sequential<'_> {
                     activation: checkpoint.config().hidden_act,
                     importance: &importance,
                     protected: &protected_experts(self.protect, layer, count),
+                    router_groups: self.recipe.router_groups(checkpoint),
                 };
                 let plan = self.recipe.plan_layer(&context, groups)?;
                 self.writer.write(checkpoint, plan, |plan, sink| {

@@ -143,45 +143,56 @@ impl Grouping for GroupingConfig {
     }
 }
 
-/// Dominants of a layer: protected experts, and the most important ones up to `count`. In falling importance.
+/// Dominants of a layer that others may join: as [`retained`], with somebody among them who absorbs.
 fn dominants(context: &LayerContext<'_>, count: usize) -> Result<Vec<usize>> {
-    let protected = context.protected.iter().filter(|p| **p).count();
-    if protected > count {
-        return Err(context.infeasible(format!("{protected} protected experts, but {count} groups")));
-    }
-    if protected == count && count < context.count() {
+    let retained = retained(context, count)?;
+    if retained.len() < context.count() && retained.iter().all(|expert| context.protected[*expert]) {
         let reason = format!("all {count} groups are protected experts, which absorb nobody");
         return Err(context.infeasible(reason));
     }
+    Ok(retained)
+}
+
+/// Protected experts, and the most important ones up to `count`, as many of each group of the router. In falling importance.
+fn retained(context: &LayerContext<'_>, count: usize) -> Result<Vec<usize>> {
     let ranked = context.ranked();
-    let mut free = count - protected;
-    let chosen = ranked.into_iter().filter(|expert| {
-        let chosen = context.protected[*expert] || free > 0;
-        free -= usize::from(chosen && !context.protected[*expert]);
-        chosen
-    });
-    Ok(chosen.collect())
+    let (blocks, each) = context.blocks(count)?;
+    let mut chosen = vec![false; context.count()];
+    for block in blocks {
+        let protected = block.clone().filter(|expert| context.protected[*expert]).count();
+        if protected > each {
+            return Err(context.infeasible(format!("{protected} protected experts, but {each} groups")));
+        }
+        block.clone().filter(|expert| context.protected[*expert]).for_each(|expert| chosen[expert] = true);
+        let free = ranked.iter().filter(|expert| block.contains(expert) && !context.protected[**expert]);
+        free.take(each - protected).for_each(|expert| chosen[*expert] = true);
+    }
+    Ok(ranked.into_iter().filter(|expert| chosen[*expert]).collect())
 }
 
 /// Clusters the experts that are not protected; those that are become groups of their own. `cluster` is given the experts by
-/// falling importance and how many clusters to make, and labels them in that order.
+/// falling importance and how many clusters to make, and labels them in that order. Where as many dominants must stay in each group
+/// of the router, clusters stay within one.
 fn cluster_unprotected(
     context: &LayerContext<'_>,
     count: usize,
-    cluster: impl FnOnce(&[usize], usize) -> Result<Vec<usize>>,
+    mut cluster: impl FnMut(&[usize], usize) -> Result<Vec<usize>>,
 ) -> Result<Groups> {
-    let ranked = context.ranked();
-    let (alone, free): (Vec<usize>, Vec<usize>) = ranked.into_iter().partition(|e| context.protected[*e]);
-    if alone.len() > count || (alone.len() == count && !free.is_empty()) {
-        return Err(context.infeasible(format!("{} protected experts, but {count} groups", alone.len())));
-    }
-    let labels = cluster(&free, count - alone.len())?;
+    let (blocks, each) = context.blocks(count)?;
     let mut by_expert: Vec<Option<usize>> = vec![None; context.count()];
-    for (expert, label) in free.iter().zip(labels) {
-        by_expert[*expert] = Some(label);
-    }
-    for (at, expert) in alone.iter().enumerate() {
-        by_expert[*expert] = Some(count - alone.len() + at);
+    for (at, block) in blocks.into_iter().enumerate() {
+        let ranked = context.ranked().into_iter().filter(|expert| block.contains(expert));
+        let (alone, free): (Vec<usize>, Vec<usize>) = ranked.partition(|e| context.protected[*e]);
+        if alone.len() > each || (alone.len() == each && !free.is_empty()) {
+            return Err(context.infeasible(format!("{} protected experts, but {each} groups", alone.len())));
+        }
+        let labels = if free.is_empty() { Vec::new() } else { cluster(&free, each - alone.len())? };
+        for (expert, label) in free.iter().zip(labels) {
+            by_expert[*expert] = Some(at * each + label);
+        }
+        for (further, expert) in alone.iter().enumerate() {
+            by_expert[*expert] = Some(at * each + each - alone.len() + further);
+        }
     }
     let groups = Groups::from_labels(&by_expert, context.importance);
     match groups.groups.len() == count {

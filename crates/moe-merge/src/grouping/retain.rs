@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Grouping, Groups, Members, dominants};
+use super::{Grouping, Groups, Members, retained};
 use crate::Result;
 use crate::context::LayerContext;
 
@@ -14,11 +14,7 @@ pub struct Retain {}
 
 impl Grouping for Retain {
     fn group(&self, context: &LayerContext<'_>, count: usize) -> Result<Groups> {
-        let protected = context.protected.iter().filter(|p| **p).count();
-        let kept = match protected == count {
-            true => (0..context.count()).filter(|e| context.protected[*e]).collect(),
-            false => dominants(context, count)?,
-        };
+        let kept = retained(context, count)?;
         let dissolved = (0..context.count()).filter(|e| !kept.contains(e)).collect();
         let groups = kept.into_iter().map(|e| Members { dominant: e, members: vec![e] });
         Ok(Groups::sorted(groups.collect(), dissolved))

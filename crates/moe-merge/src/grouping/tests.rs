@@ -55,6 +55,7 @@ impl Layer {
             activation: Activation::Silu,
             importance: &self.importance,
             protected: &self.protected,
+            router_groups: 1,
         };
         grouping.group(&context, count)
     }

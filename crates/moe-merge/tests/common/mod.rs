@@ -5,14 +5,19 @@ mod files;
 #[path = "../../../moe-prune/tests/common/run.rs"]
 pub mod run;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use files::every_checkpoint;
 #[allow(unused_imports)]
 pub use files::{contents, files, parity};
-use moe_checkpoint::{Checkpoint, ExpertLayout, Mtp, ProtectionMask, WriteOptions, write};
+use moe_checkpoint::{
+    Checkpoint, ExpertLayout, ExpertPart, ModelDescription, ModelSource, Mtp, ProtectionMask, RawMatrix, Step,
+    TensorInfo, TensorSpec, WriteOptions, ragged_config, write,
+};
 use moe_merge::{
     Amount, Evidence, Features, Gram, LayerEvidence, MergeOptions, MergePlan, MergeReport, Metric, OutputForm, Recipe,
     Result, Similarity, TokenSample,
@@ -118,4 +123,59 @@ pub fn open(dir: impl AsRef<Path>) -> Arc<Checkpoint> {
 pub fn plain_bytes(model: &Checkpoint) -> bool {
     let layouts = model.shape().layers.iter().map(|layer| model.expert_layout(layer.layer).unwrap());
     model.quantisation().is_none() && layouts.into_iter().all(|layout| layout != ExpertLayout::Mxfp4)
+}
+
+/// A model whose experts have their first units only, `widths(layer, expert)` of them: what unit pruning leaves.
+pub fn narrowed(base: &Arc<Checkpoint>, widths: impl Fn(usize, usize) -> usize) -> Arc<Checkpoint> {
+    let of = |layer: usize, count: usize| (layer, (0..count).map(|expert| widths(layer, expert)).collect::<Vec<_>>());
+    let widths: BTreeMap<usize, Vec<usize>> =
+        base.shape().layers.iter().map(|layer| of(layer.layer, layer.num_experts())).collect();
+    let mut description = ModelDescription::of(base);
+    description.config = ragged_config(base.raw_config(), &widths, &Default::default()).unwrap();
+    for (layer, widths) in &widths {
+        let (hidden, moe) = (base.shape().hidden_size, base.config().moe(*layer).unwrap());
+        let tensors = |layout: ExpertLayout, widths: &[usize]| layout.tensors(hidden, widths, moe.biases).unwrap();
+        let name = |tensor| base.expert_tensor_name(*layer, tensor);
+        let old = tensors(base.expert_layout(*layer).unwrap(), &moe.widths);
+        let old: Vec<String> = old.into_iter().map(|tensor| name(tensor.tensor)).collect();
+        description.tensors.retain(|spec| !old.contains(&spec.name));
+        for tensor in tensors(ExpertLayout::Ragged, widths) {
+            let part = tensor.blocks[0].1.parts()[0];
+            let dtype = base.expert_dtype(*layer, 0, part).unwrap().unwrap();
+            description.tensors.push(TensorSpec { name: name(tensor.tensor), dtype, shape: tensor.shape });
+        }
+    }
+    Arc::new(Checkpoint::from_source(description, Arc::new(Narrowed { base: base.clone(), widths })).unwrap())
+}
+
+struct Narrowed {
+    base: Arc<Checkpoint>,
+    widths: BTreeMap<usize, Vec<usize>>,
+}
+
+impl ModelSource for Narrowed {
+    fn bytes(&self, tensor: &TensorInfo, range: Range<usize>) -> moe_checkpoint::Result<Cow<'_, [u8]>> {
+        self.base.tensor_bytes(&tensor.name, range)
+    }
+
+    fn makes_experts(&self, _layer: usize) -> bool {
+        true
+    }
+
+    fn expert_part(&self, layer: usize, set: usize, part: ExpertPart) -> moe_checkpoint::Result<Option<RawMatrix<'_>>> {
+        let Some(whole) = self.base.set_part(layer, set, part)? else { return Ok(None) };
+        let (rows, cols) = part.dims(self.base.shape().hidden_size, self.widths[&layer][set]);
+        let size = whole.element_bytes();
+        let row = |row: usize| whole.row(row).unwrap()[..cols * size].to_vec();
+        let bytes: Vec<u8> = (0..rows).flat_map(row).collect();
+        Ok(Some(RawMatrix { bytes: bytes.into(), dtype: whole.dtype, rows, cols }))
+    }
+
+    fn base(&self) -> Option<&Arc<Checkpoint>> {
+        Some(&self.base)
+    }
+
+    fn step(&self) -> Option<Step> {
+        Some(Step::new("narrow", &self.base, serde_json::json!(self.widths), "experts of fewer units"))
+    }
 }
