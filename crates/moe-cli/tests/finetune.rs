@@ -104,3 +104,35 @@ fn what_is_wrong_is_said_before_anything_is_written() {
     assert!(METHODS.iter().all(|method| list().contains(method.words) && list().contains(method.name)));
     assert!(!out.exists());
 }
+
+#[test]
+fn rows_that_do_not_fit_are_counted_aloud_and_labels_come_from_their_field() {
+    let directory = tempfile::tempdir().unwrap();
+    let rows = directory.path().join("rows.jsonl");
+    let text = |i: usize| {
+        let (prompt, task) =
+            if i % 3 == 0 { ("12 / 3 = ".repeat(9), "long") } else { ("12 / 3 = ".to_owned(), "short") };
+        format!("{}\n", serde_json::json!({ "prompt": prompt, "completion": "4", "task": task }))
+    };
+    fs::write(&rows, (0..9).map(text).collect::<String>()).unwrap();
+    let out = directory.path().join("out");
+    let of_ones_own = |more: &[&str]| {
+        let some = ["--model", TINY_MOE, "--data", rows.to_str().unwrap(), "--steps", "2", "--step-tokens", "32"];
+        finetune(&out, &[&some[..], more].concat())
+    };
+    let finished = of_ones_own(&["--method", "lora", "--length", "12"]).unwrap();
+    assert_eq!((finished.results.data[0], finished.results.left_out), (6, [3, 3]));
+    assert!(
+        finished.text.contains("3 rows were left out") && finished.text.contains("\nlast loss:"),
+        "{}",
+        finished.text
+    );
+    let error = of_ones_own(&["--method", "lora-mixer-experts", "--force"]).unwrap_err().to_string();
+    assert!(error.contains("labels for `gate`: label"), "{error}");
+    let labels = ["--method", "lora-mixer-experts", "--labels", "task", "--learning-rate", "0.01", "--force"];
+    let finished = of_ones_own(&labels).unwrap();
+    assert_eq!(finished.results.methods[0].training.losses.len(), 2);
+    let metrics = fs::read_to_string(out.join("lora-mixer-experts/training.jsonl")).unwrap();
+    assert!(metrics.contains("\"gradient_norm\":") && !metrics.contains("\"gradient_norm\":0.0,"));
+    assert!(moe_peft::open(out.join("lora-mixer-experts/adapter")).is_ok());
+}

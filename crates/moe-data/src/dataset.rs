@@ -1,5 +1,6 @@
 //! A file of rows as a list of sequences.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -7,8 +8,9 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
-use super::rows::{Content, Place, Reading, Row, Rows, content, files, open};
+use super::rows::{Content, Object, Objects, Place, Reading, Row, content, files, open};
 use super::waves::{Wave, WaveOptions, waves};
 use super::{Error, LossOver, RowEncoder, Sequence, Tokenizer};
 
@@ -31,6 +33,9 @@ pub struct DatasetOptions {
     /// End the completions of rows of plain text with the end-of-sequence token, so that training teaches a model to stop.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub end_completions: bool,
+    /// Field of the rows that has their label: a whole number of 0 or more, or a name. Not with packing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
     /// How rows are read.
     #[serde(skip_serializing_if = "Reading::is_plain")]
     pub reading: Reading,
@@ -45,6 +50,7 @@ impl Default for DatasetOptions {
             packing: false,
             loss: LossOver::All,
             end_completions: false,
+            label: None,
             reading: Reading::default(),
         }
     }
@@ -62,6 +68,10 @@ impl DatasetOptions {
         if self.length < Sequence::MIN_LEN {
             return Err(Error::Options { field: "length", found: self.length, expected: "at least 2" });
         }
+        if self.packing && self.label.is_some() {
+            let expected = "rows one by one: packed sequences have no label of their own";
+            return Err(Error::Field { field: "label".into(), found: "one, and packing".into(), expected });
+        }
         self.reading.check()
     }
 }
@@ -77,12 +87,18 @@ pub struct Dataset {
     pub skipped: usize,
     /// Why the first of them could not.
     pub first_skipped: Option<String>,
-    /// blake3 over lengths, token ids and loss masks, in hexadecimal: what a statistic's provenance calls its data.
+    /// Rows that lost their end, since they are longer than the limit.
+    pub cut: usize,
+    /// The label of each sequence, if [`DatasetOptions::label`] asks for it; else empty. Names are numbered in the order of the alphabet.
+    pub labels: Vec<usize>,
+    /// The names that labels are the numbers of; empty if rows have numbers.
+    pub label_names: Vec<String>,
+    /// blake3 over lengths, token ids, loss masks and labels, in hexadecimal: what a statistic's provenance calls its data.
     pub hash: String,
 }
 
 impl Dataset {
-    /// Reads rows (see [`Row`] and [`Rows`]) or a `.txt` file, which is one text cut into consecutive sequences, or a folder of such files.
+    /// Reads rows (see [`Row`] and [`Rows`](super::Rows)) or a `.txt` file, which is one text cut into consecutive sequences, or a folder of such files.
     /// `vocab_size` is the model's; the tokenizer may be left out for rows of `"input_ids"`.
     ///
     /// Without a seed the file is read only as far as needed, so a malformed row after the last one taken goes unseen.
@@ -137,7 +153,9 @@ impl Dataset {
     pub fn from_sequences(sequences: Vec<Sequence>) -> Self {
         let read = sequences.len();
         let sequences: Vec<_> = sequences.into_iter().filter(is_usable).collect();
-        Self { dropped: read - sequences.len(), skipped: 0, first_skipped: None, hash: hash(&sequences), sequences }
+        let (dropped, hash) = (read - sequences.len(), hash(&sequences, &[]));
+        let (labels, label_names) = (Vec::new(), Vec::new());
+        Self { sequences, dropped, skipped: 0, first_skipped: None, cut: 0, labels, label_names, hash }
     }
 
     /// Tokens of all sequences.
@@ -155,6 +173,13 @@ impl Dataset {
         self.sequences.iter().map(Sequence::len).max().unwrap_or(0)
     }
 
+    /// The labels of the sequences of `waves`, which are those of [`waves`](Self::waves), by the wave's id; empty without labels.
+    pub fn labels_of(&self, waves: &[Wave]) -> BTreeMap<u64, Vec<usize>> {
+        let mut labels = self.labels.iter().copied();
+        let of = |wave: &Wave| (wave.id, labels.by_ref().take(wave.sequences.len()).collect());
+        if self.labels.is_empty() { BTreeMap::new() } else { waves.iter().map(of).collect() }
+    }
+
     /// The sequences in waves with ids 0, 1, 2, …; [`shard`](super::shard) takes one process's part of them.
     pub fn waves(&self, options: WaveOptions) -> Vec<Wave> {
         waves(&self.sequences, options)
@@ -165,7 +190,44 @@ fn is_usable(sequence: &Sequence) -> bool {
     sequence.len() >= Sequence::MIN_LEN && sequence.loss_tokens() > 0
 }
 
-fn hash(sequences: &[Sequence]) -> String {
+/// The label of a row as it stands there.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Label {
+    Number(usize),
+    Name(String),
+}
+
+impl Label {
+    fn of(fields: &Map<String, Value>, field: &str) -> Result<Self, Error> {
+        const EXPECTED: &str = "the label of the row: a whole number of 0 or more, or a name";
+        let wrong = |found: String| Error::Field { field: field.to_owned(), found, expected: EXPECTED };
+        match fields.get(field) {
+            Some(Value::String(name)) => Ok(Self::Name(name.clone())),
+            Some(Value::Number(number)) => match number.as_u64().and_then(|n| usize::try_from(n).ok()) {
+                Some(n) => Ok(Self::Number(n)),
+                None => Err(wrong(number.to_string())),
+            },
+            Some(other) => Err(wrong(other.to_string())),
+            None => Err(wrong("nothing".into())),
+        }
+    }
+}
+
+/// Labels as numbers, and the names that they are the numbers of.
+fn numbered(labels: Vec<Label>) -> (Vec<usize>, Vec<String>) {
+    let name = |label: &Label| match label {
+        Label::Name(name) => Some(name.clone()),
+        Label::Number(_) => None,
+    };
+    let names: Vec<String> = labels.iter().filter_map(name).collect::<BTreeSet<_>>().into_iter().collect();
+    let number = |label: &Label| match label {
+        Label::Number(number) => *number,
+        Label::Name(name) => names.binary_search(name).unwrap_or(0),
+    };
+    (labels.iter().map(number).collect(), names)
+}
+
+fn hash(sequences: &[Sequence], labels: &[usize]) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(b"moe-core sequences 1\n");
     for sequence in sequences {
@@ -181,12 +243,18 @@ fn hash(sequences: &[Sequence]) -> String {
             }
         };
     }
+    if !labels.is_empty() {
+        hasher.update(b"labels");
+    }
+    for label in labels {
+        hasher.update(&(*label as u64).to_le_bytes());
+    }
     hasher.finalize().to_hex().to_string()
 }
 
 /// What a data file gives: a row, or a piece of a text.
 enum Item {
-    Row(Place, Row),
+    Row(Place, Row, Option<Label>),
     Piece(Sequence),
     /// A piece of a text with nothing to predict.
     Crumb,
@@ -197,8 +265,14 @@ type Items<'a> = Box<dyn Iterator<Item = Result<Item, Error>> + 'a>;
 fn items<'a>(path: PathBuf, encoder: &RowEncoder<'_>, options: &DatasetOptions) -> Result<Items<'a>, Error> {
     if content(&path)? != Content::Text {
         // Bad rows are skipped where they are counted, together with those that cannot be encoded.
-        let reading = Reading { skip_bad_rows: false, ..options.reading.clone() };
-        return Ok(Box::new(Rows::open(path, &reading)?.map(|row| row.map(|(place, row)| Item::Row(place, row)))));
+        let (reading, label) = (options.reading.clone(), options.label.clone());
+        return Ok(Box::new(Objects::open(&path)?.map(move |object| {
+            let Object { path, line, fields } = object?;
+            let label = label.as_ref().map(|field| Label::of(&fields, field)).transpose();
+            let label = label.map_err(|error| error.at(&path, line))?;
+            let row = reading.row(fields).map_err(|error| error.at(&path, line))?;
+            Ok(Item::Row(Place { path, line }, row, label))
+        })));
     }
     let whole = text(&path, encoder)?;
     let pieces: Vec<_> = whole.ids.chunks(options.length).map(|piece| Sequence::new(piece.to_vec())).collect();
@@ -229,7 +303,10 @@ fn text(path: &Path, encoder: &RowEncoder<'_>) -> Result<Sequence, Error> {
 /// Sequences taken so far, up to a number of them.
 struct Collected {
     sequences: Vec<Sequence>,
+    /// Of each sequence; empty if nobody asks.
+    labels: Vec<Label>,
     dropped: usize,
+    cut: usize,
     skipped: usize,
     first_skipped: Option<String>,
     samples: usize,
@@ -239,7 +316,16 @@ struct Collected {
 impl Collected {
     fn new(options: &DatasetOptions) -> Self {
         let samples = options.samples.unwrap_or(usize::MAX);
-        Self { sequences: Vec::new(), dropped: 0, skipped: 0, first_skipped: None, samples, packer: None }
+        Self {
+            sequences: Vec::new(),
+            labels: Vec::new(),
+            dropped: 0,
+            cut: 0,
+            skipped: 0,
+            first_skipped: None,
+            samples,
+            packer: None,
+        }
     }
 
     fn is_full(&self) -> bool {
@@ -267,7 +353,10 @@ impl Collected {
         while !self.is_full() {
             let Some(item) = items.next() else { break };
             let sequence = item.and_then(|item| match item {
-                Item::Row(place, row) => encoder.sequence_at(&place, &row).map(Some),
+                Item::Row(place, row, label) => {
+                    self.check_label(label.as_ref()).map_err(|error| error.at(&place.path, place.line))?;
+                    Ok(Some((encoder.sequence_at(&place, &row)?, label)))
+                }
                 Item::Piece(sequence) => {
                     self.push(sequence);
                     Ok(None)
@@ -279,7 +368,7 @@ impl Collected {
             });
             match sequence {
                 Ok(None) => {}
-                Ok(Some(sequence)) => self.add(sequence, options.length),
+                Ok(Some((sequence, label))) => self.add(sequence, label, options.length),
                 Err(error) if options.reading.skip_bad_rows && error.is_of_a_row() => {
                     self.skipped += 1;
                     self.first_skipped.get_or_insert_with(|| error.to_string());
@@ -290,11 +379,29 @@ impl Collected {
         Ok(())
     }
 
-    fn add(&mut self, mut sequence: Sequence, length: usize) {
+    /// Names and numbers in one file would share numbers by accident.
+    fn check_label(&self, label: Option<&Label>) -> Result<(), Error> {
+        let kind = std::mem::discriminant::<Label>;
+        match self.labels.first().zip(label).filter(|(first, label)| kind(first) != kind(label)) {
+            None => Ok(()),
+            Some((first, label)) => Err(Error::Field {
+                field: "label".into(),
+                found: format!("{label:?} after {first:?}"),
+                expected: "labels of one kind: numbers, or names",
+            }),
+        }
+    }
+
+    fn add(&mut self, mut sequence: Sequence, label: Option<Label>, length: usize) {
         match self.packer.take() {
             None => {
+                self.cut += usize::from(sequence.len() > length);
+                let before = self.sequences.len();
                 truncate(&mut sequence, length);
                 self.push(sequence);
+                if self.sequences.len() > before {
+                    self.labels.extend(label);
+                }
             }
             Some(mut packer) => {
                 match sequence.len() < Sequence::MIN_LEN {
@@ -321,8 +428,10 @@ impl Collected {
                 (dropped, _) => Error::NoUsableRow { path, dropped },
             });
         }
-        let (dropped, skipped, first_skipped) = (self.dropped, self.skipped, self.first_skipped);
-        Ok(Dataset { dropped, skipped, first_skipped, ..Dataset::from_sequences(self.sequences) })
+        let Self { sequences, dropped, cut, skipped, first_skipped, .. } = self;
+        let (labels, label_names) = numbered(self.labels);
+        let hash = hash(&sequences, &labels);
+        Ok(Dataset { sequences, dropped, skipped, first_skipped, cut, labels, label_names, hash })
     }
 }
 

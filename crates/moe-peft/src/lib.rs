@@ -1,8 +1,52 @@
 //! Parameter-efficient fine-tuning of Mixture-of-Experts models.
 //!
 //! What is trained is either a part of the model's own weights or an adapter beside a frozen weight. Both reach every linear map of the
-//! model, routed experts included, through [`moe_core::adapters`], and are trained by [`moe_core::train`]. What makes adapters puts them
-//! into an [`AdapterSet`]; the values they train are in its [`Bank`].
+//! model, routed experts included, through [`moe_core::adapters`], and are trained by [`moe_core::train`].
+//!
+//! 1. A [`Recipe`] says what is trained and how: a [`MethodConfig`], losses on routers, training options. It is one JSON file.
+//! 2. Every method is a [`TuningMethod`]: it checks itself against a model, and puts adapters into an [`AdapterSet`], whose [`Bank`] has
+//!    the trained values. A method of one's own is one, too.
+//! 3. A [`TrainingRun`] trains a recipe phase by phase, saves states, resumes, and writes metrics. [`FineTune`] is the task that it runs.
+//! 4. [`Trained::save`] writes a checkpoint, an adapter, or both; [`open`](open()) tells what a directory holds and puts it onto a model again.
+//!
+//! ```
+//! use std::collections::BTreeMap;
+//! use moe_core::{Model, data::{Sequence, Wave}};
+//! use moe_peft::{Recipe, TrainingRun, open};
+//! # let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/../moe-checkpoint/tests/fixtures/parity/tf5/qwen2_moe");
+//!
+//! let model = Model::open(fixtures, &moe_core::device::device("default")?, None)?;
+//! let waves = [Wave { id: 0, sequences: vec![Sequence::new(vec![5, 36, 67, 1, 32, 63, 94])] }];
+//! let recipe: Recipe = serde_json::from_str(
+//!     r#"{"method": {"type": "lora", "r": 4, "target_modules": ["q_proj", "experts.1.down_proj"]},
+//!         "train": {"max_steps": 3, "epochs": 3, "schedule": {"peak": 0.01}}}"#,
+//! )?;
+//! let out = tempfile::tempdir()?;
+//! let (labels, directory) = (BTreeMap::new(), out.path());
+//! let run = TrainingRun { model: &model, waves: &waves, labels: &labels, directory, save_every: 50, resume: false };
+//! let trained = run.train(&recipe, &mut |_| Ok(()))?;
+//! assert_eq!(trained.cost.losses.len(), 3);
+//! let saved = trained.save(&model, directory, moe_checkpoint::Existing::Refuse)?;
+//! let (tuned, _) = open(saved.adapter.unwrap())?.onto(&model)?;
+//! # let _ = tuned;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! | method | `type` | options | trains | saved as |
+//! |---|---|---|---|---|
+//! | full fine-tuning | `full` | | all weights | checkpoint |
+//! | any part of the weights | `own` | [`OwnWeights`](model_weights::OwnWeights) | what it names | checkpoint |
+//! | ESFT (arXiv 2407.01906) | `esft` | [`Esft`](esft::Esft) | the experts that the rows use | checkpoint |
+//! | SMT (arXiv 2405.15525) | `smt` | [`Smt`](smt::Smt) | the blocks with the strongest gradients | checkpoint |
+//! | LISA (arXiv 2403.17919), OwLore (2405.18380) | `layers` | [`LayerTurns`](layer_sampling::LayerTurns) | a few layers at a time | checkpoint |
+//! | LoRA, rsLoRA, DoRA, PiSSA, OLoRA, CorDA | `lora` | [`LoraConfig`](lora::LoraConfig) | low-rank additions | PEFT adapter and checkpoint |
+//! | [mixtures of LoRA experts](mixture) | `mixture` | [`MixtureConfig`](mixture::MixtureConfig) | additions and their routers | mixture |
+//! | compressed experts (2503.00634) | `compressed_experts` | [`Compressed`](method_config::Compressed) | factors of experts that do not run | checkpoint and file |
+//! | condenser experts (2604.23036) | `condensers` | [`CondenserTuning`](condenser::CondenserTuning) | weights, under a bias of routing | checkpoint and file |
+//! | losses on routers | beside any | [`RouterLosses`](router_loss::RouterLosses) | | |
+//! | DenseMixer | beside what trains routers | [`DenseMixer`](dense_mixer::DenseMixer) | | |
+//!
+//! [`MethodConfig`] has the table of what each is trained with by default, [`METHODS`] those that have a name.
 
 #![deny(missing_docs)]
 

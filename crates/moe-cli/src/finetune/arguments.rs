@@ -58,6 +58,9 @@ pub struct Arguments {
     /// Training rows, at most
     #[arg(long, default_value_t = usize::MAX, hide_default_value = true, value_parser = cli::at_least(1))]
     pub samples: usize,
+    /// Field of the rows that has their label, for methods that go by task or type of a row
+    #[arg(long, value_name = "FIELD")]
+    pub labels: Option<String>,
     /// Tokens of a row, at most
     #[arg(long, default_value_t = 2048, value_parser = cli::at_least(2))]
     pub length: usize,

@@ -4,7 +4,7 @@ mod arguments;
 mod recipe;
 mod report;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use moe_checkpoint::{Existing, WriteOptions, write, write_atomic};
@@ -45,6 +45,9 @@ pub struct Results {
     pub model: PathBuf,
     /// Training rows, tokens in them, and tokens that count in the loss.
     pub data: [u64; 3],
+    /// Rows that were left out since nothing of them counts in the loss within `--length`, and rows that lost their end there.
+    #[serde(default)]
+    pub left_out: [u64; 2],
     /// The model before training; after pruning, if it was pruned first.
     pub before: Vec<Evaluation>,
     /// The whole model, if it was pruned first.
@@ -90,11 +93,13 @@ impl Job {
             true => Some(Tokenizer::from_dir(arguments.model_dir())?),
             false => None,
         };
+        let labels = label_field(&recipes)?;
         let load = |(file, text): &(PathBuf, bool)| {
             let options = DatasetOptions {
                 samples: Some(arguments.samples),
                 length: arguments.length,
                 seed: Some(arguments.seed.unwrap_or(0)),
+                label: labels.clone(),
                 loss: if arguments.loss_over_prompts || *text { LossOver::All } else { LossOver::Completions },
                 // A model that never saw an answer end does not end its own.
                 end_completions: !arguments.no_eos,
@@ -108,7 +113,11 @@ impl Job {
         let mut data = files.iter().map(load).collect::<Result<Vec<_>, _>>()?;
         let data = match data.len() {
             1 => data.remove(0),
-            _ => Dataset::from_sequences(data.into_iter().flat_map(|data| data.sequences).collect()),
+            _ => {
+                let (dropped, cut) = data.iter().fold((0, 0), |(d, c), data| (d + data.dropped, c + data.cut));
+                let all = Dataset::from_sequences(data.into_iter().flat_map(|data| data.sequences).collect());
+                Dataset { dropped: dropped + all.dropped, cut, ..all }
+            }
         };
         let eval = |path: &PathBuf| -> Result<EvalSet> {
             let no_tokenizer = || Error::Usage("--eval needs a model with a tokenizer.json".into());
@@ -117,7 +126,8 @@ impl Job {
         };
         let evals = arguments.eval_files().iter().map(eval).collect::<Result<Vec<_>>>()?;
         let job = Self { recipes, out, existing, tokenizer, data, evals, model, arguments };
-        let (waves, labels) = (job.waves(), job.labels());
+        let waves = job.waves();
+        let labels = job.labels(&waves);
         for (_, recipe) in &job.recipes {
             let mut setting = Setting::new(&job.model).with_waves(&waves);
             setting.labels = &labels;
@@ -147,8 +157,8 @@ impl Job {
     }
 
     /// Labels of the rows of each wave.
-    fn labels(&self) -> BTreeMap<u64, Vec<usize>> {
-        BTreeMap::new()
+    fn labels(&self, waves: &[Wave]) -> BTreeMap<u64, Vec<usize>> {
+        self.data.labels_of(waves)
     }
 
     fn measure(&self, model: &Model, label: &str, progress: Progress) -> Result<Vec<Evaluation>> {
@@ -193,8 +203,20 @@ fn recipes(arguments: &Arguments) -> Result<Vec<(String, Recipe)>> {
         if let Some(seed) = arguments.seed {
             recipe.set_seed(seed);
         }
+        if arguments.labels.is_some() {
+            recipe.labels = arguments.labels.clone();
+        }
     }
     Ok(recipes)
+}
+
+/// The field of labels that recipes ask for.
+fn label_field(recipes: &[(String, Recipe)]) -> Result<Option<String>> {
+    let fields: BTreeSet<&String> = recipes.iter().filter_map(|(_, recipe)| recipe.labels.as_ref()).collect();
+    match fields.len() {
+        0 | 1 => Ok(fields.into_iter().next().cloned()),
+        _ => Err(Error::Usage(format!("labels: found {fields:?}, expected one field for all methods of a run"))),
+    }
 }
 
 /// The methods that have a name.
@@ -227,13 +249,17 @@ pub fn print(arguments: Arguments, progress: Progress) -> Result<String> {
 pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
     let mut job = Job::new(arguments)?;
     job.out.open(job.existing, &job.recipe())?;
+    if let Some(text) = report::left_out(&job.data, job.arguments.length) {
+        progress.say(&text);
+    }
     let mut before = job.measure(&job.model, "the model", progress)?;
     let mut whole = None;
     if job.arguments.recover {
         job.model = halved(&job)?;
         whole = Some(std::mem::replace(&mut before, job.measure(&job.model, "what is left", progress)?));
     }
-    let (waves, labels) = (job.waves(), job.labels());
+    let waves = job.waves();
+    let labels = job.labels(&waves);
     let mut methods = Vec::new();
     for (name, recipe) in &job.recipes {
         let dir = job.out.root().join(name);
@@ -288,7 +314,8 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
         methods.push(result);
     }
     let data = [job.data.sequences.len() as u64, job.data.tokens() as u64, job.data.loss_tokens() as u64];
-    let results = Results { model: job.arguments.model_dir(), data, before, whole, methods };
+    let left_out = [job.data.dropped as u64, job.data.cut as u64];
+    let results = Results { model: job.arguments.model_dir(), data, left_out, before, whole, methods };
     write_atomic(job.out.report(), report::html(&results)?.as_bytes())?;
     job.out.finish(&json!(results))?;
     let markdown = report::table(&results).to_markdown();

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use moe_core::data::Dataset;
 use moe_core::evaluate::{Evaluation, Metric};
 
 use super::{MethodResult, Results};
@@ -55,6 +56,20 @@ pub fn table(results: &Results) -> Table {
     table
 }
 
+/// What became of rows that are too long, if there are any.
+pub fn left_out(data: &Dataset, length: usize) -> Option<String> {
+    let (dropped, cut, rows) = (data.dropped, data.cut, data.sequences.len() + data.dropped);
+    (dropped + cut > 0).then(|| {
+        format!(
+            "{} of {} rows are left out: nothing in their first {length} tokens counts in the loss; {} are longer than --length \
+             {length} and lose their end",
+            count(dropped as u64),
+            count(rows as u64),
+            count(cut as u64)
+        )
+    })
+}
+
 /// What is printed.
 pub fn text(results: &Results, out: &Path) -> String {
     let [rows, tokens, predicted] = results.data.map(count);
@@ -62,6 +77,12 @@ pub fn text(results: &Results, out: &Path) -> String {
         "{}: trained on {rows} rows, {tokens} tokens, of which {predicted} count in the loss\n",
         results.model.display()
     );
+    if results.left_out != [0, 0] {
+        let [dropped, cut] = results.left_out.map(count);
+        text.push_str(&format!(
+            "{dropped} rows were left out, since nothing of them counts in the loss; {cut} lost their end\n"
+        ));
+    }
     text.push_str(&table(results).to_text());
     text.push_str("\nlast loss: mean of the last ten steps. Peak memory: of the process while it trained.\n");
     text.push_str(&format!(

@@ -41,7 +41,7 @@ impl Reading {
     }
 
     /// The row in an object of a file.
-    fn row(&self, mut object: Map<String, Value>) -> Result<Row, Error> {
+    pub(crate) fn row(&self, mut object: Map<String, Value>) -> Result<Row, Error> {
         if self.fields.is_empty() {
             return Row::from_fields(object);
         }

@@ -197,3 +197,35 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn rows_have_labels_by_name_or_by_number_and_long_ones_are_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("rows.jsonl");
+    let load = |text: &str, options: DatasetOptions| {
+        std::fs::write(&path, text).unwrap();
+        Dataset::load(&path, None, 100, &options)
+    };
+    let by = |length: usize| DatasetOptions { length, label: Some("task".into()), ..DatasetOptions::default() };
+    let rows = "{\"input_ids\": [1, 2, 3], \"task\": \"sums\"}\n{\"input_ids\": [4], \"task\": \"none\"}\n{\"input_ids\": [5, 6], \"task\": \"code\"}\n";
+    let data = load(rows, by(2)).unwrap();
+    assert_eq!(
+        (data.labels.clone(), data.label_names.clone()),
+        (vec![1, 0], vec!["code".to_owned(), "sums".to_owned()])
+    );
+    // the row of one token has nothing to predict
+    assert_eq!((data.dropped, data.cut), (1, 1));
+    let waves = data.waves(crate::WaveOptions::Sequences(std::num::NonZeroUsize::new(1).unwrap()));
+    assert_eq!(data.labels_of(&waves), [(0, vec![1]), (1, vec![0])].into());
+    let plain = load(rows, DatasetOptions { label: None, ..by(2) }).unwrap();
+    assert!(plain.labels.is_empty() && plain.labels_of(&waves).is_empty() && plain.hash != data.hash);
+    let numbers = load("{\"input_ids\": [1, 2], \"task\": 3}\n", by(2)).unwrap();
+    assert_eq!((numbers.labels, numbers.label_names.len()), (vec![3], 0));
+    let message = |text: &str, options| load(text, options).unwrap_err().to_string();
+    assert!(message("{\"input_ids\": [1, 2]}\n", by(2)).contains("rows.jsonl:1: field \"task\": found nothing"));
+    assert!(message("{\"input_ids\": [1, 2], \"task\": -1}\n", by(2)).contains("found -1"));
+    let mixed = "{\"input_ids\": [1, 2], \"task\": 0}\n{\"input_ids\": [1, 2], \"task\": \"a\"}\n";
+    assert!(message(mixed, by(2)).contains("rows.jsonl:2") && message(mixed, by(2)).contains("labels of one kind"));
+    let packed = DatasetOptions { packing: true, ..by(2) };
+    assert!(message(rows, packed).contains("no label of their own"));
+}
