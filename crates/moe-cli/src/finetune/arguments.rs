@@ -3,6 +3,8 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use moe_checkpoint::Mtp;
+
 use crate::{Error, Result, TINY_MOE, cli};
 
 /// Where results go if nothing is said: replaced by the next run that says nothing.
@@ -34,6 +36,9 @@ pub struct Arguments {
     /// First drop half of the units of the routed experts, then train what is left
     #[arg(long)]
     pub recover: bool,
+    /// With --recover, what becomes of layers that predict further tokens, in models that have them: drop or prune
+    #[arg(long)]
+    pub mtp: Option<Mtp>,
     /// Directory for everything that is written [default: out/finetune_qwen, replacing an earlier run there]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,

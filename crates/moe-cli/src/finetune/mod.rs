@@ -14,7 +14,7 @@ use moe_core::evaluate::{EvaluateOptions, Evaluation, evaluate};
 use moe_core::train::TrainEvent;
 use moe_importance::{Calibration, Scorer, scorers::Fisher};
 use moe_peft::{METHODS, Recipe, RunEvent, Setting, TrainingCost, TrainingRun, TuningMethod};
-use moe_prune::{Budget, ProtectionMask, PruneForm, PruneOptions, Pruner, Scope, UnitPruner};
+use moe_prune::{Budget, ProtectionMask, PruneForm, PruneOptions, Pruner, Scope, SharedSets, UnitPruner};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -248,6 +248,9 @@ pub fn print(arguments: Arguments, progress: Progress) -> Result<String> {
 /// What is wrong, or what stopped the work; `--resume` goes on from there.
 pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
     let mut job = Job::new(arguments)?;
+    if job.arguments.recover {
+        halving(&job).check(job.model.checkpoint())?;
+    }
     job.out.open(job.existing, &job.recipe())?;
     if let Some(text) = report::left_out(&job.data, job.arguments.length) {
         progress.say(&text);
@@ -324,23 +327,34 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
     Ok(Finished { results, text })
 }
 
+/// What half of a model is made of.
+fn halving(job: &Job) -> PruneOptions<'static> {
+    PruneOptions { mtp: job.arguments.mtp, ..PruneOptions::new(PruneForm::Uniform) }
+}
+
 /// The model with half of the units of its routed experts, those with the highest Fisher scores on the training rows, at one width for all
 /// experts: what a stock loader would get.
 fn halved(job: &Job) -> Result<Model> {
     let checkpoint = job.model.checkpoint();
     let dir = job.out.root().join("half");
     if !dir.exists() {
-        let options = PruneOptions::new(PruneForm::Uniform);
-        options.check(checkpoint)?;
         let scorer = Fisher::default();
         let calibration =
             Calibration::new(&job.model, &job.data, WaveOptions::default()).scorers([&scorer as &dyn Scorer]);
         let statistics = calibration.store(job.out.root().join("half_statistics")).run(&mut |_| ())?;
         let scores = scorer.score(&statistics, checkpoint.as_ref())?;
         let pruner = UnitPruner::new(Scope::Expert);
-        let plan = pruner.prune(&scores, checkpoint.shape(), Budget::Ratio(0.5), &ProtectionMask::none())?.plan;
+        let (half, none) = (Budget::Ratio(0.5), ProtectionMask::none());
+        let plan = match SharedSets::of(checkpoint) {
+            Some(shared) => shared.prune(&pruner, &scores, half, &none)?,
+            None => pruner.prune(&scores, checkpoint.shape(), half, &none)?.plan,
+        };
         let existing = if job.arguments.resume { Existing::Resume } else { Existing::Refuse };
-        write(plan.on(checkpoint, &options)?.model(), &dir, &WriteOptions { existing, ..WriteOptions::default() })?;
+        write(
+            plan.on(checkpoint, &halving(job))?.model(),
+            &dir,
+            &WriteOptions { existing, ..WriteOptions::default() },
+        )?;
     }
     Ok(Model::open(dir, job.model.device(), job.arguments.max_memory)?)
 }
