@@ -503,6 +503,11 @@ impl TuningMethod for MixtureConfig {
         let maps = Maps::new(on.model.checkpoint());
         self.validate(on.model.config().layers.len())?;
         self.check_labels(on)?;
+        if !self.train_experts && self.start.is_none() {
+            let expected =
+                "the directory of a saved mixture: new experts add nothing, and a router over them learns nothing";
+            return Err(Error::input("start, without `train_experts`", "none", expected));
+        }
         if !self.blocks {
             self.lora().targets(&maps)?;
         }
