@@ -3,6 +3,7 @@
 use moe_checkpoint::MoeShape;
 use serde::{Deserialize, Serialize};
 
+use crate::ranking::Side;
 use crate::{Error, Result};
 
 /// How much of the routed experts is kept. Everything else of a model (attention, router, shared experts, embeddings)
@@ -18,7 +19,10 @@ use crate::{Error, Result};
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Budget {
-    /// Fraction of the units to drop, in (0, 1). A pool of `N` units drops `floor(N * ratio)`, never more.
+    /// Fraction of the units to drop, in (0, 1). A pool of `N` units drops `floor(N * ratio)`, never more, with one exception:
+    /// where widths are multiples ([`WidthLimits::round_to`](crate::WidthLimits::round_to)), what of a width fills no multiple
+    /// goes whatever the ratio, and [`Allocation::notes`](crate::Allocation::notes) say by how much that exceeds it.
+    /// [`Uniform`](crate::Uniform) counts whole experts, not their units.
     Ratio(f64),
     /// Parameters of routed experts to keep at most. `3 * hidden_size` parameters are one unit.
     KeepParameters(u64),
@@ -72,10 +76,13 @@ impl Budget {
         }
     }
 
-    /// Whether widths that must be multiples are rounded up (drop no more than the ratio) or down (keep no more than
-    /// the parameters).
-    pub(crate) fn rounds_up(&self) -> bool {
-        matches!(self, Budget::Ratio(_))
+    /// On which side of it a plan ends where blocks do not meet it: a ratio bounds what goes, numbers of parameters what
+    /// stays.
+    pub(crate) fn side(&self) -> Side {
+        match self {
+            Budget::Ratio(_) => Side::AtLeast,
+            _ => Side::AtMost,
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::allocators::{Allocation, AllocationRequest, common_step, round_kept};
 use crate::plan::LayerKept;
-use crate::ranking::{Queue, compare, queues};
+use crate::ranking::{Queue, Side, compare, queues};
 use crate::{Error, Result};
 
 /// What is walked in one piece when the units of experts go. Whole experts always go layer by layer, lowest score first.
@@ -203,8 +203,8 @@ impl<'a> Problem<'a> {
         self.request.layers(&self.queues, &self.blocks(positions))
     }
 
-    /// Walks paths on, lowest block score next, until no more than [`Problem::keep`] units stay, then back while something
-    /// fits: the budget is met as well as blocks allow. `gain(path, position)` is what walking back from `position` by one
+    /// Walks paths on and back, so that the budget is met as well as blocks allow, on its side: of a ratio no fewer than
+    /// [`Problem::keep`] units stay, of parameters no more. `gain(path, position)` is what walking back from `position` by one
     /// step is worth; the worthiest per unit goes first (ties: the later path).
     pub fn settle(&self, positions: &mut [usize], gain: impl Fn(usize, usize) -> f64) {
         let worth = |index: usize, to: usize| {
@@ -212,24 +212,40 @@ impl<'a> Problem<'a> {
             gain(index, to) / (path.units[to] - path.units[to - 1]).max(1) as f64
         };
         let mut kept = self.kept(positions);
-        while kept > self.keep {
+        let step = |index: usize, to: usize| self.paths[index].units[to] - self.paths[index].units[to - 1];
+        let on = |positions: &[usize], fits: &dyn Fn(usize) -> bool| {
             let open = (0..positions.len()).filter(|index| positions[*index] < self.paths[*index].end());
-            let cheapest = open.min_by(|a, b| compare(worth(*a, positions[*a] + 1), worth(*b, positions[*b] + 1)));
-            let Some(index) = cheapest else { break };
-            let path = &self.paths[index];
-            kept -= path.units[positions[index] + 1] - path.units[positions[index]];
-            positions[index] += 1;
-        }
-        loop {
-            let lost = |index: usize| {
-                let path = &self.paths[index];
-                path.units[positions[index]] - path.units[positions[index] - 1]
-            };
-            let fits = (0..positions.len()).filter(|index| positions[*index] > 0 && kept + lost(*index) <= self.keep);
-            let best = fits.max_by(|a, b| compare(worth(*a, positions[*a]), worth(*b, positions[*b])));
-            let Some(index) = best else { break };
-            kept += lost(index);
-            positions[index] -= 1;
+            let open = open.filter(|index| fits(step(*index, positions[*index] + 1)));
+            open.min_by(|a, b| compare(worth(*a, positions[*a] + 1), worth(*b, positions[*b] + 1)))
+        };
+        let back = |positions: &[usize], fits: &dyn Fn(usize) -> bool| {
+            let open = (0..positions.len()).filter(|index| positions[*index] > 0);
+            let open = open.filter(|index| fits(step(*index, positions[*index])));
+            open.max_by(|a, b| compare(worth(*a, positions[*a]), worth(*b, positions[*b])))
+        };
+        let keep = self.keep;
+        // Over to the side that the budget allows, then back as far as fits.
+        match self.request.budget.side() {
+            Side::AtMost => {
+                while let Some(index) = on(positions, &|_| true).filter(|_| kept > keep) {
+                    positions[index] += 1;
+                    kept -= step(index, positions[index]);
+                }
+                while let Some(index) = back(positions, &|units| kept + units <= keep) {
+                    kept += step(index, positions[index]);
+                    positions[index] -= 1;
+                }
+            }
+            Side::AtLeast => {
+                while let Some(index) = back(positions, &|_| true).filter(|_| kept < keep) {
+                    kept += step(index, positions[index]);
+                    positions[index] -= 1;
+                }
+                while let Some(index) = on(positions, &|units| kept >= keep + units) {
+                    positions[index] += 1;
+                    kept -= step(index, positions[index]);
+                }
+            }
         }
     }
 

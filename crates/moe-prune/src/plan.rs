@@ -35,6 +35,9 @@ pub struct PrunePlan {
     pub never_routed: Vec<ExpertId>,
     /// What stays, MoE layers in ascending order.
     pub kept: Vec<LayerKept>,
+    /// What else a user should know of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// What stays of one MoE layer.
@@ -81,6 +84,7 @@ impl PrunePlan {
                     removed: Vec::new(),
                 })
                 .collect(),
+            notes: Vec::new(),
         }
     }
 
@@ -282,6 +286,7 @@ impl PrunePlan {
             let found = experts.get(id.expert).map(|expert| ExpertId { layer: id.layer, expert: *expert });
             plan.never_routed.extend(found);
         }
+        plan.notes.extend(next.notes.iter().cloned());
         plan.never_routed.sort_unstable();
         plan.never_routed.dedup();
         let units = self.shape.units();

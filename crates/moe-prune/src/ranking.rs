@@ -141,6 +141,15 @@ impl Queue {
         })
     }
 
+    /// Units that go whatever the budget, since what is left of a width or of a number of experts fills no block. What an
+    /// earlier round dropped does not count.
+    pub fn remainder(&self) -> usize {
+        match &self.units {
+            None => self.head - self.gone,
+            Some(units) => units[self.gone..self.head].iter().sum(),
+        }
+    }
+
     /// Blocks there are.
     pub fn blocks(&self) -> usize {
         (self.order.len() - self.head) / self.size
@@ -225,6 +234,15 @@ pub(crate) fn queues(request: &AllocationRequest<'_>) -> Result<Vec<Vec<Queue>>>
     layers.map(of_layer).collect()
 }
 
+/// On which side of a number of kept units a share ends where blocks do not meet it.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Side {
+    /// No more are kept: a bound on what stays.
+    AtMost,
+    /// No fewer are kept: a bound on what goes.
+    AtLeast,
+}
+
 /// What a share is counted in.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Measure {
@@ -232,9 +250,12 @@ pub(crate) enum Measure {
     Blocks,
 }
 
-/// Blocks that every queue of a pool keeps when they keep `keep` units (or blocks) together at most, dropping the blocks of
-/// the lowest score first (ties: earlier queue, then the block that goes first). Also the experts that would have lost
-/// more if their floor allowed it.
+/// Blocks that every queue of a pool keeps when they keep `keep` units (or blocks) together, dropping the blocks of the
+/// lowest score first (ties: earlier queue, then the block that goes first). Also the experts that would have lost more if
+/// their floor allowed it.
+///
+/// Where blocks of different size do not meet `keep`, as little more ([`Side::AtMost`]) or less ([`Side::AtLeast`]) goes as the
+/// order allows: a block that is too large for what is left to drop stays, with what follows it in its queue.
 ///
 /// The scores of the blocks of a queue ascend, so the greedy choice is the one with the highest kept sum where blocks are of
 /// one size. With blocks of one unit it is the plain stable ascending sort.
@@ -244,6 +265,7 @@ pub(crate) enum Measure {
 pub(crate) fn share(
     pool: &[&Queue],
     keep: usize,
+    side: Side,
     measure: Measure,
     what: impl Fn() -> String,
 ) -> Result<(Vec<usize>, Vec<ExpertId>)> {
@@ -278,16 +300,22 @@ pub(crate) fn share(
         }
         // Stable: blocks stand in natural order, so that ties are settled.
         blocks.par_sort_by(|a, b| compare(a.0, b.0));
+        let mut closed = vec![false; pool.len()];
         for (_, index, block) in blocks {
             if excess == 0 {
                 break;
             }
             let (queue, block) = (pool[index as usize], block as usize);
+            if closed[index as usize] {
+                continue;
+            }
+            let lost = if measure == Measure::Units { queue.block_units(block) } else { 1 };
             if block >= queue.blocks() - queue.floor {
                 hits.extend(queue.owners(block));
+            } else if side == Side::AtLeast && lost > excess {
+                closed[index as usize] = true;
             } else {
                 kept[index as usize] -= 1;
-                let lost = if measure == Measure::Units { queue.block_units(block) } else { 1 };
                 excess = excess.saturating_sub(lost);
             }
         }

@@ -70,7 +70,7 @@ impl Report {
             bytes: before(checkpoint.bytes_on_disk()),
             layers: Vec::with_capacity(plan.kept.len()),
             never_routed: plan.never_routed.clone(),
-            notes: Vec::new(),
+            notes: plan.notes.clone(),
         };
         for (kept, shape) in plan.kept.iter().zip(&plan.shape.layers) {
             let widths: Vec<usize> = kept.experts.iter().map(Vec::len).collect();

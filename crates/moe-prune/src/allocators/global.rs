@@ -48,7 +48,7 @@ pub(super) fn compete(
     let widest = pool.iter().map(|queue| queue.kept_units(queue.blocks())).sum();
     let step = common_step(pool.iter().copied());
     let keep = round_kept(request.budget, request.budget.kept_units(request.shape), step, widest);
-    let (shares, hits) = share(&pool, keep, Measure::Units, || "the model".to_string())?;
+    let (shares, hits) = share(&pool, keep, request.budget.side(), Measure::Units, || "the model".to_string())?;
     let mut shares = shares.into_iter();
     Ok((queues.iter().map(|queues| shares.by_ref().take(queues.len()).collect()).collect(), hits))
 }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::{Allocation, AllocationRequest, Allocator, global};
 use crate::probe::ModelProbe;
-use crate::ranking::{Measure, Queue, queues, share};
+use crate::ranking::{Measure, Queue, Side, queues, share};
 use crate::recipe::tagged;
 use crate::{Error, Needs, Result};
 
@@ -52,7 +52,9 @@ impl Allocator for Hybrid {
             let guaranteed = (self.guaranteed * share_kept * shape.units() as f64).floor() as usize;
             let pool: Vec<&Queue> = queues.iter().collect();
             let floors: usize = pool.iter().map(|queue| queue.kept_units(queue.floor)).sum();
-            let (kept, _) = share(&pool, guaranteed.max(floors), Measure::Units, || format!("layer {}", shape.layer))?;
+            let (kept, _) = share(&pool, guaranteed.max(floors), Side::AtMost, Measure::Units, || {
+                format!("layer {}", shape.layer)
+            })?;
             for (queue, kept) in queues.iter_mut().zip(kept) {
                 queue.floor = kept.max(queue.floor);
             }

@@ -9,9 +9,9 @@ pub struct Choice {
     pub distortion: f64,
 }
 
-/// The choice of one option per group whose costs sum to as much of `budget` as options can, with the least sum of
-/// distortions among those: a dynamic programme over whole units, exact where distortions of groups add. `None` if even the
-/// cheapest options cost more.
+/// The choice of one option per group with the least sum of distortions whose costs sum to no more than `budget`; among equal
+/// sums the one that spends most: a dynamic program over whole units, exact where distortions of groups add. `None` if even
+/// the cheapest options cost more.
 ///
 /// `f_l[b] = min over options of group l of f_{l-1}[b - cost] + distortion`, in `groups * budget * options` steps. Ties go to
 /// the earlier option of the later group.
@@ -48,7 +48,9 @@ pub fn knapsack(groups: &[Vec<Choice>], budget: usize) -> Option<Vec<usize>> {
         least = next;
         chosen.push(choice_of);
     }
-    let mut spent = (0..=budget).rev().find(|spent| least[*spent] < f64::INFINITY)?;
+    // Of equal ones, the first is the one that spends most.
+    let least_of = |best: usize, spent: usize| if least[spent] < least[best] { spent } else { best };
+    let mut spent = (0..=budget).rev().reduce(least_of).filter(|spent| least[*spent] < f64::INFINITY)?;
     let mut choices = vec![0; groups.len()];
     for (group, choice_of) in chosen.iter().enumerate().rev() {
         let index = choice_of[spent] as usize;
@@ -64,7 +66,7 @@ mod tests {
 
     use super::*;
 
-    /// The best of all combinations: most spent, then least distortion.
+    /// The best of all combinations: least distortion, then most spent.
     fn brute_force(groups: &[Vec<Choice>], budget: usize) -> Option<(usize, f64)> {
         let mut best: Option<(usize, f64)> = None;
         let mut index = vec![0; groups.len()];
@@ -72,7 +74,7 @@ mod tests {
             let picked = || index.iter().zip(groups).map(|(i, group)| group[*i]);
             let (cost, distortion) =
                 (picked().map(|c| c.cost).sum::<usize>(), picked().map(|c| c.distortion).sum::<f64>());
-            if cost <= budget && best.is_none_or(|(c, d)| cost > c || (cost == c && distortion < d)) {
+            if cost <= budget && best.is_none_or(|(c, d)| distortion < d || (distortion == d && cost > c)) {
                 best = Some((cost, distortion));
             }
             let mut group = 0;
@@ -106,6 +108,18 @@ mod tests {
             });
             prop_assert_eq!(found, brute_force(&groups, budget));
         }
+    }
+
+    #[test]
+    fn less_is_spent_where_that_distorts_less() {
+        let group = |options: [(usize, f64); 2]| options.map(|(cost, distortion)| Choice { cost, distortion }).to_vec();
+        let groups = [group([(0, 10.0), (2, 0.0)]), group([(0, 5.0), (3, 4.9)])];
+        // 0 + 5 for a cost of 2, not 10 + 4.9 for a cost of 3.
+        assert_eq!(knapsack(&groups, 3), Some(vec![1, 0]));
+        assert_eq!(knapsack(&groups, 5), Some(vec![1, 1]));
+        // Of equal distortions, the dearer.
+        let equal = [group([(0, 1.0), (2, 1.0)])];
+        assert_eq!(knapsack(&equal, 2), Some(vec![1]));
     }
 
     #[test]

@@ -51,7 +51,8 @@ impl Allocator for PerLayer {
         let (mut blocks, mut hits) = (Vec::new(), Vec::new());
         for ((queues, steps), layer) in queues.iter().zip(steps).zip(&shape.layers) {
             let pool: Vec<&Queue> = queues.iter().collect();
-            let (shares, floored) = share(&pool, steps * step, Measure::Units, || format!("layer {}", layer.layer))?;
+            let (shares, floored) =
+                share(&pool, steps * step, budget.side(), Measure::Units, || format!("layer {}", layer.layer))?;
             blocks.push(shares);
             hits.extend(floored);
         }

@@ -38,7 +38,7 @@ pub use uniform::Uniform;
 
 use crate::plan::LayerKept;
 use crate::probe::{ModelProbe, NoProbe};
-use crate::ranking::Queue;
+use crate::ranking::{Queue, Side};
 use crate::{Budget, Error, Needs, Result};
 
 /// Decides how much every expert keeps.
@@ -96,6 +96,9 @@ pub struct Allocation {
     pub floor_hits: Vec<ExpertId>,
     /// Seed of allocators that draw random numbers.
     pub seed: Option<u64>,
+    /// What else a user should know of it. The plan and the report repeat it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// The part of one layer in an [`Allocation`].
@@ -173,6 +176,7 @@ impl Allocation {
             protected: request.protect.clone(),
             floor_hits,
             seed: None,
+            notes: exceeded(request, queues, dropped, asked_dropped).into_iter().collect(),
         })
     }
 
@@ -191,9 +195,25 @@ impl Allocation {
     }
 }
 
+/// Says that a ratio is exceeded, and why.
+fn exceeded(request: &AllocationRequest<'_>, queues: &[Vec<Queue>], dropped: usize, asked: usize) -> Option<String> {
+    let remainder: usize = queues.iter().flatten().map(Queue::remainder).sum();
+    if request.budget.side() == Side::AtMost || dropped <= asked || remainder == 0 {
+        return None;
+    }
+    let what = match request.limits {
+        Limits::Units(limits) => format!("widths are multiples of {}", limits.round_to),
+        Limits::Experts(limits) => format!("numbers of experts are multiples of {}", limits.multiple()),
+    };
+    Some(format!(
+        "{dropped} units go where the ratio asks for {asked} at most: {what}, and the remainder, {remainder} units, always \
+         goes"
+    ))
+}
+
 /// Rounds a number of kept units to a multiple: up for ratios, down for parameter budgets, never above `widest`.
 pub(crate) fn round_kept(budget: Budget, kept: usize, round_to: usize, widest: usize) -> usize {
-    let rounded = if budget.rounds_up() { kept.next_multiple_of(round_to) } else { kept - kept % round_to };
+    let rounded = if budget.side() == Side::AtLeast { kept.next_multiple_of(round_to) } else { kept - kept % round_to };
     rounded.min(widest)
 }
 

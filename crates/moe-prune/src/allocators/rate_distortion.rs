@@ -117,7 +117,7 @@ impl Allocator for RateDistortion {
                 (start, values, *statistic)
             }
         };
-        let positions = solve(&problem, &values, self.block)?;
+        let positions = solve(&problem, &rising(&problem, &values), self.block)?;
         let mut allocation = problem.allocation(self.recipe(), &positions)?;
         allocation.layers.iter_mut().for_each(|layer| layer.predicted = 0.0);
         for ((path, values), position) in problem.paths.iter().zip(&values).zip(&positions) {
@@ -204,6 +204,24 @@ fn layer_errors(
 
 fn emptied(experts: &[Vec<u32>]) -> Vec<u32> {
     (0..experts.len() as u32).filter(|expert| experts[*expert as usize].is_empty()).collect()
+}
+
+/// The same curves on a slope on which none of them falls. All positions that meet the budget are as high on it, so that the
+/// least sum among those stays the least; a fall would have the program drop more than the budget asks for.
+fn rising(problem: &Problem<'_>, values: &CurveValues) -> CurveValues {
+    let mut slope = 0.0f64;
+    for (path, values) in problem.paths.iter().zip(values) {
+        for to in 1..values.len() {
+            let units = (path.units[to] - path.units[to - 1]).max(1) as f64;
+            slope = slope.max((values[to - 1] - values[to]) / units);
+        }
+    }
+    // What rounding leaves of the steepest fall must not be one.
+    slope *= 1.0 + 1e-9;
+    let lift = |(path, values): (&crate::paths::Path, &Vec<f64>)| {
+        values.iter().zip(&path.units).map(|(value, units)| value + slope * *units as f64).collect()
+    };
+    problem.paths.iter().zip(values).map(lift).collect()
 }
 
 /// Positions of least total distortion.

@@ -50,6 +50,11 @@ impl Default for ExpertLimits {
 }
 
 impl ExpertLimits {
+    /// Numbers of experts of a layer are multiples of this.
+    pub(crate) fn multiple(&self) -> usize {
+        self.groups
+    }
+
     /// The limits under which this routing still works: as many experts left in every group, two where groups are ranked
     /// by their two best, and enough in the groups that are selected.
     ///

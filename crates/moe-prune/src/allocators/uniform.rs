@@ -48,11 +48,13 @@ impl Allocator for Uniform {
                         asked += width - keep;
                         let keep = round_kept(*budget, keep, limits.round_to, queue.kept_units(queue.blocks()));
                         let what = || format!("layer {}, expert {}", queue.layer, queue.expert.unwrap_or_default());
-                        share(&pool, keep, Measure::Units, what)?
+                        share(&pool, keep, budget.side(), Measure::Units, what)?
                     }
                     Limits::Experts(limits) => {
                         let keep = round_kept(*budget, keep_of(shape.num_experts()), limits.groups, usize::MAX);
-                        share(&pool, keep / limits.groups, Measure::Blocks, || format!("layer {}", queue.layer))?
+                        share(&pool, keep / limits.groups, budget.side(), Measure::Blocks, || {
+                            format!("layer {}", queue.layer)
+                        })?
                     }
                 };
                 layer.extend(shares);

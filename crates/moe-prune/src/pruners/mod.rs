@@ -105,6 +105,7 @@ impl<'a> PruneRequest<'a> {
             protected: self.protect.clone(),
             floor_hits: Vec::new(),
             seed: None,
+            notes: Vec::new(),
         })
     }
 
@@ -238,6 +239,7 @@ impl Allocation {
             }),
             never_routed: scores.never_routed(),
             kept: self.kept(),
+            notes: self.notes.clone(),
         };
         plan.validate(shape)?;
         Ok(plan)

@@ -95,7 +95,11 @@ impl Pruner for TwoLevelPruner {
         if left.units() <= kept {
             return Ok(Allocation { budget, asked_dropped: asked, ..first.allocation });
         }
-        let budget_left = Budget::KeepParameters(kept as u64 * shape.parameters_per_unit() as u64);
+        // On the side of the whole budget: a ratio bounds what goes. The half keeps the floor where it is.
+        let budget_left = match budget {
+            Budget::Ratio(_) => Budget::Ratio(((left.units() - kept) as f64 + 0.5) / left.units() as f64),
+            _ => Budget::KeepParameters(kept as u64 * shape.parameters_per_unit() as u64),
+        };
         let rest = PruneRequest::new(&left_scores, &left, budget_left, &left_protect);
         let second = self.units.prune_with(&rest, &mut crate::NoProbe)?;
         let plan: PrunePlan = first.plan.then(&second.plan)?;
@@ -114,8 +118,10 @@ impl Pruner for TwoLevelPruner {
         }
         hits.sort_unstable();
         hits.dedup();
+        let notes = [first.allocation.notes, second.allocation.notes].concat();
         let allocation = Allocation {
             budget,
+            notes,
             asked_dropped: asked,
             predicted: first.allocation.predicted + second.allocation.predicted,
             measured: None,

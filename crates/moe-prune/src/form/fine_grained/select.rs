@@ -91,6 +91,7 @@ impl FineGrained<'_> {
             }),
             never_routed: scores.never_routed(),
             kept,
+            notes: Vec::new(),
         };
         let units = shape.units();
         plan.ratio.achieved = (units - plan.units_kept()) as f64 / units.max(1) as f64;
