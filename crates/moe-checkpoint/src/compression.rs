@@ -25,6 +25,38 @@ pub struct BeforeAfter {
     pub after: u64,
 }
 
+/// A router that selects more experts than a layer has left: each token gets all of them. A config has one number for all
+/// layers, so that the smallest layer decides.
+///
+/// ```
+/// use moe_checkpoint::TopKClamp;
+///
+/// let clamp = TopKClamp::of(3, [5, 2, 4]).unwrap();
+/// assert_eq!((clamp.before, clamp.after), (3, 2));
+/// assert_eq!(TopKClamp::of(3, [5, 3]), None);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TopKClamp {
+    /// Experts that the router selected per token.
+    pub before: usize,
+    /// Experts that it selects now.
+    pub after: usize,
+}
+
+impl TopKClamp {
+    /// The clamp of `top_k` to the experts left in every layer; `None` where there are enough.
+    pub fn of(top_k: usize, left: impl IntoIterator<Item = usize>) -> Option<Self> {
+        left.into_iter().min().filter(|least| *least < top_k).map(|after| Self { before: top_k, after })
+    }
+}
+
+impl fmt::Display for TopKClamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { before, after } = self;
+        write!(f, "{after} experts are left per layer: each token gets all of them instead of {before}")
+    }
+}
+
 /// What becomes of multi-token prediction: layers after the decoder layers that predict further tokens, with experts of
 /// their own that no plan covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

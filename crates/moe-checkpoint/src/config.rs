@@ -402,6 +402,9 @@ impl Routing {
         }
         let (first, top_k) = (left[0], self.top_k);
         let broken = |reason: String| Err(Error::BrokenRouting { layer, reason });
+        if kept.len() < top_k {
+            return broken(format!("{} experts are left, but the router selects {top_k}", kept.len()));
+        }
         if left.iter().any(|count| *count != first) {
             return broken(format!(
                 "its {} groups of experts would be left with {left:?}; routing by groups needs as many in each",

@@ -76,7 +76,7 @@ mod writer;
 
 pub use artefact_file::write_atomic;
 pub use checkpoint::Checkpoint;
-pub use compression::{BeforeAfter, Mtp, Ratio};
+pub use compression::{BeforeAfter, Mtp, Ratio, TopKClamp};
 pub use config::{
     Activation, AttentionConfig, AttentionKind, Ffn, GroupScore, Groups, LatentAttention, LayerConfig, ModelConfig,
     MoeConfig, Multipliers, NormKind, QkNorm, RopeConfig, RopeScaling, Routing, RoutingKind, SharedExpert,

@@ -9,7 +9,7 @@ use crate::experts::ExpertBiases;
 use crate::families::MAX_SIZE;
 use crate::family::{CONFIG, family_of};
 use crate::json::Fields;
-use crate::{Error, Result};
+use crate::{Error, Result, TopKClamp};
 
 /// Suffix of `model_type`, so that a stock loader refuses the directory.
 const SUFFIX: &str = "_ragged";
@@ -143,11 +143,12 @@ impl Ragged {
 
 /// The config of a ragged checkpoint with these expert widths per decoder layer, made from the config of a stock model or
 /// of another ragged checkpoint. Experts of the layers in `down_bias` have a bias of down and no other, in a model whose
-/// experts have none of their own. All other keys stay as they are.
+/// experts have none of their own. A token gets no more experts than the smallest layer has ([`TopKClamp`]). All other keys
+/// stay as they are.
 ///
 /// # Errors
 /// Those of [`ModelConfig::from_json`] for `config`, and the same for the result: widths for every MoE layer and for no
-/// other, at least `top_k` experts each.
+/// other, at least one expert each.
 pub fn ragged_config(
     config: &Value,
     widths: &BTreeMap<usize, Vec<usize>>,
@@ -158,8 +159,16 @@ pub fn ragged_config(
         None => config.clone(),
     };
     // That of the whole: the family may be the one of the text model inside.
-    family_of(&result)?;
+    let family = family_of(&result)?;
     let model_type = result.get("model_type").and_then(Value::as_str).unwrap_or_default().to_string();
+    let top_k = ModelConfig::from_json(&result, None)?.routing.top_k;
+    if let Some(clamp) = TopKClamp::of(top_k, widths.values().map(Vec::len))
+        && let Value::Object(map) = family.text_config_mut(&mut result)
+    {
+        for key in family.top_k_keys().iter().filter(|key| map.contains_key(**key)).collect::<Vec<_>>() {
+            map.insert(key.to_string(), json!(clamp.after));
+        }
+    }
     let architectures = result.get("architectures").cloned().unwrap_or(json!([]));
     let expert_widths: Map<String, Value> =
         widths.iter().map(|(layer, list)| (layer.to_string(), json!(list))).collect();

@@ -1,6 +1,8 @@
 //! How much of a model is kept.
 
-use moe_checkpoint::MoeShape;
+use std::sync::Arc;
+
+use moe_checkpoint::{Checkpoint, ExpertPart, MoeLayerShape, MoeShape};
 use serde::{Deserialize, Serialize};
 
 use crate::ranking::Side;
@@ -28,9 +30,69 @@ pub enum Budget {
     KeepParameters(u64),
     /// Parameters of routed experts to drop at least.
     DropParameters(u64),
+    /// Parameters of the whole model to keep at most. Has to be resolved against the checkpoint: [`Budget::resolve`].
+    KeepTotalParameters(u64),
+    /// Bytes of the whole checkpoint to keep at most, as it is written: quantized weights count as the BF16 that they become.
+    /// Has to be resolved against the checkpoint: [`Budget::resolve`].
+    KeepBytes(u64),
 }
 
 impl Budget {
+    /// The budget in parameters of routed experts, where it is one of a whole checkpoint; others stay as they are. What is not in
+    /// routed experts is kept, so that it is taken off first; where layers are stored in different types, the widest counts, so
+    /// that the result is never larger than asked.
+    ///
+    /// ```no_run
+    /// use std::sync::Arc;
+    /// use moe_checkpoint::Checkpoint;
+    /// use moe_prune::Budget;
+    ///
+    /// let model = Arc::new(Checkpoint::open("models/Qwen1.5-MoE-A2.7B")?);
+    /// let budget = Budget::KeepBytes(16 << 30).resolve(&model)?; // what fits on the card
+    /// # Ok::<(), moe_prune::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::InvalidParameter`] with what the checkpoint has, for a budget that it meets already or that what is not pruned
+    /// exceeds by itself; [`Error::Checkpoint`] for one that cannot be read.
+    pub fn resolve(self, checkpoint: &Arc<Checkpoint>) -> Result<Self> {
+        let (field, asked, what) = match self {
+            Self::KeepTotalParameters(count) => ("keep_total_parameters", count, "parameters"),
+            Self::KeepBytes(count) => ("keep_bytes", count, "bytes"),
+            other => return Ok(other),
+        };
+        if checkpoint.grouped() {
+            let expected = "a budget of routed experts: the experts of this model share sets of weights".into();
+            return Err(Error::InvalidParameter { field, found: asked.to_string(), expected });
+        }
+        let shape = checkpoint.shape();
+        let written = checkpoint.dequantized()?;
+        let (total, per_unit, in_units) = match self {
+            Self::KeepBytes(_) => {
+                let (mut widest, mut sum) = (0, 0);
+                for (layer, expert, width) in experts(shape) {
+                    let unit = unit_bytes(&written, layer, expert)?;
+                    widest = widest.max(unit);
+                    sum += unit * width as u64;
+                }
+                (written.bytes_on_disk(), widest, sum)
+            }
+            _ => (written.parameters(), shape.parameters_per_unit() as u64, shape.parameters()),
+        };
+        let fixed = total.saturating_sub(in_units);
+        let keep = asked.saturating_sub(fixed) / per_unit.max(1);
+        if asked <= fixed || keep == 0 || asked >= total {
+            let expected = format!(
+                "more than {fixed} and less than {total}: the model has {total} {what}, {fixed} of them outside the units of \
+                 routed experts"
+            );
+            return Err(Error::InvalidParameter { field, found: asked.to_string(), expected });
+        }
+        // A budget of less than all never keeps all, whatever the types of the layers are.
+        let keep = keep.min(shape.units() as u64 - 1);
+        Ok(Self::KeepParameters(keep * shape.parameters_per_unit() as u64))
+    }
+
     /// Checks the budget by itself and against what the model has.
     ///
     /// # Errors
@@ -50,6 +112,10 @@ impl Budget {
                 };
                 let expected = format!("between 1 and {}: the model has {total} in routed experts", total.max(1) - 1);
                 invalid(field, count.to_string(), expected)
+            }
+            Budget::KeepTotalParameters(count) | Budget::KeepBytes(count) => {
+                let expected = "a budget in units of routed experts: Budget::resolve makes one for a checkpoint".into();
+                invalid("budget", format!("{count} of a whole checkpoint"), expected)
             }
             _ => Ok(()),
         }
@@ -73,6 +139,8 @@ impl Budget {
             // Fits: validated to be less than what the model has.
             Budget::KeepParameters(count) => (count / per_unit) as usize,
             Budget::DropParameters(count) => units.saturating_sub(count.div_ceil(per_unit) as usize),
+            // Never here: refused by `validate`.
+            Budget::KeepTotalParameters(_) | Budget::KeepBytes(_) => units,
         }
     }
 
@@ -86,10 +154,31 @@ impl Budget {
     }
 }
 
+/// Layer, expert and width of all routed experts.
+fn experts(shape: &MoeShape) -> impl Iterator<Item = (usize, usize, usize)> {
+    let of_layer = |layer: &MoeLayerShape| {
+        let number = layer.layer;
+        layer.widths.clone().into_iter().enumerate().map(move |(expert, width)| (number, expert, width))
+    };
+    shape.layers.iter().flat_map(of_layer)
+}
+
+/// Bytes that one unit of an expert takes.
+fn unit_bytes(checkpoint: &Checkpoint, layer: usize, expert: usize) -> Result<u64> {
+    let hidden = checkpoint.shape().hidden_size;
+    let parts = ExpertPart::ALL.into_iter().chain([ExpertPart::GateBias, ExpertPart::UpBias]);
+    let mut bytes = 0;
+    for part in parts {
+        if let Some(dtype) = checkpoint.expert_dtype(layer, expert, part)? {
+            let (rows, cols) = part.dims(hidden, 1);
+            bytes += (rows * cols * dtype.bitsize() / 8) as u64;
+        }
+    }
+    Ok(bytes)
+}
+
 #[cfg(test)]
 mod tests {
-    use moe_checkpoint::MoeLayerShape;
-
     use super::*;
 
     fn shape() -> MoeShape {

@@ -52,9 +52,12 @@
 //! | [`Evolution`] | `evolution` | evolution of counts with a fixed order within layers | by [`Within`] | distortion | arXiv 2603.06003 |
 //!
 //! A ratio never drops more than `floor(N * ratio)` of `N` units and a parameter budget is never exceeded, both within one block
-//! (a width multiple, an expert of every group). What cannot be met together with protection, minimum sizes and the router's
-//! number of experts is an error. Ties drop the lower layer, expert and unit first. With experts of different widths, whole experts
-//! are the blocks, and the last that fits decides.
+//! (a width multiple, an expert of every group). One thing goes whatever the ratio: what of a width, or of a number of experts,
+//! fills no multiple; [`Allocation::notes`] and the plan say so. What cannot be met together with protection and minimum sizes is
+//! an error. Ties drop the lower layer, expert and unit first. With experts of different widths, whole experts are the blocks, and
+//! one that is too large stays; [`Uniform`] counts experts, not units. No layer is left with fewer experts than the router selects
+//! as long as the budget has more for all alike; if it has not, each token gets all that are left
+//! ([`TopKClamp`](moe_checkpoint::TopKClamp)).
 //!
 //! # Pruners
 //!

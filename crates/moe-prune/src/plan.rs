@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use moe_checkpoint::{
-    ExpertId, Granularity, ModelConfig, MoeShape, Protected, ProtectionMask, Ratio, ScoreTable, write_atomic,
+    ExpertId, Granularity, ModelConfig, MoeShape, Protected, ProtectionMask, Ratio, ScoreTable, TopKClamp, write_atomic,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -126,9 +126,50 @@ impl PrunePlan {
         Ok(plan)
     }
 
+    /// The plan that keeps what is listed, in the layers that the list names, and all of the others: whole experts, or some units
+    /// of an expert. The list has the form of a [`ProtectionMask`], `[{"layer":1,"expert":68},{"layer":2,"expert":3,"units":[17]}]`.
+    /// Experts of a named layer that are not listed go with their router rows.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for what the model does not have; [`Error::InvalidPlan`] for an empty list.
+    pub fn keep_only(shape: &MoeShape, model: impl Into<String>, list: &ProtectionMask) -> Result<Self> {
+        list.validate(shape)?;
+        if list.is_empty() {
+            return Err(Error::invalid_plan("the list of what is kept is empty"));
+        }
+        let mut plan = Self::keep_all(shape, model);
+        plan.recipe = json!({ "pruner": { "type": "keep_only", "kept": list } });
+        let mut named: BTreeMap<usize, BTreeMap<usize, Option<Vec<u32>>>> = BTreeMap::new();
+        for Protected { layer, expert, units } in list.entries() {
+            named.entry(layer).or_default().insert(expert, units);
+        }
+        for kept in &mut plan.kept {
+            let Some(listed) = named.get(&kept.layer) else { continue };
+            for (expert, units) in kept.experts.iter_mut().enumerate() {
+                match listed.get(&expert) {
+                    Some(None) => {}
+                    Some(Some(few)) => units.clone_from(few),
+                    None => {
+                        units.clear();
+                        kept.removed.push(expert as u32);
+                    }
+                }
+            }
+        }
+        let units = shape.units();
+        let achieved = (units - plan.units_kept()) as f64 / units.max(1) as f64;
+        plan.ratio = Ratio { asked: achieved, achieved };
+        Ok(plan)
+    }
+
     /// Units that stay.
     pub fn units_kept(&self) -> usize {
         self.kept.iter().flat_map(|layer| &layer.experts).map(Vec::len).sum()
+    }
+
+    /// Fewer experts per token, where a layer has fewer left than the router selects.
+    pub fn top_k_clamp(&self) -> Option<TopKClamp> {
+        TopKClamp::of(self.shape.top_k, self.kept.iter().map(|kept| kept.experts.len() - kept.removed.len()))
     }
 
     /// Shape of the model after the plan.
@@ -137,6 +178,7 @@ impl PrunePlan {
         for (layer, kept) in shape.layers.iter_mut().zip(&self.kept) {
             layer.widths = kept.experts_kept().into_iter().map(|expert| kept.experts[expert].len()).collect();
         }
+        shape.top_k = self.top_k_clamp().map_or(shape.top_k, |clamp| clamp.after);
         shape
     }
 
@@ -206,9 +248,8 @@ impl PrunePlan {
                     Some(_) => {}
                 }
             }
-            if experts.len() - removed.len() < self.shape.top_k {
-                let (left, top_k) = (experts.len() - removed.len(), self.shape.top_k);
-                return invalid(format!("layer {layer}: {left} experts are left, but the router selects {top_k}"));
+            if experts.len() == removed.len() {
+                return invalid(format!("layer {layer}: no expert is left"));
             }
             for (expert, (kept, width)) in experts.iter().zip(&shape.widths).enumerate() {
                 if let Some(pair) = kept.windows(2).find(|pair| pair[0] >= pair[1]) {

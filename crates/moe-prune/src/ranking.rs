@@ -82,7 +82,7 @@ impl Queue {
 
     fn of_experts(
         limits: ExpertLimits,
-        top_k: usize,
+        selected: usize,
         protect: &ProtectionMask,
         gone: Option<&LayerKept>,
         shape: &MoeLayerShape,
@@ -110,32 +110,40 @@ impl Queue {
         let protected_in =
             |group: &Vec<u32>| group.iter().filter(|expert| is_protected(**expert) && !is_gone(**expert)).count();
         let protected = ranked.iter().map(protected_in).max().unwrap_or(0);
-        let selected = if limits.keeps_router { 0 } else { top_k };
-        let floor = protected.max(limits.min_experts.max(selected).div_ceil(groups));
-        if floor > members - lost {
+        let selected = if limits.keeps_router { 0 } else { selected };
+        // A block takes as many of every group, so that what stays is a multiple.
+        let per_group = limits.multiple() / groups;
+        let blocks = (members - lost) / per_group;
+        let floor = protected.max(limits.min_experts.max(selected).div_ceil(groups)).div_ceil(per_group);
+        if floor > blocks {
             let units = |expert: &u32| shape.widths[*expert as usize];
+            let multiple = match per_group {
+                1 => String::new(),
+                _ => format!("; their number must be a multiple of {}", per_group * groups),
+            };
             return Err(Error::Infeasible {
                 what: format!("layer {layer}"),
                 asked: order[lost * groups..].iter().map(units).sum(),
                 reason: format!(
                     "{} of its {experts} experts have to stay: {protected} of a group are protected, the minimum is {} and \
-                     the router selects {selected}",
-                    floor * groups,
+                     the router selects {selected}{multiple}",
+                    floor * per_group * groups,
                     limits.min_experts
                 ),
             });
         }
         let value = |expert: &u32| if is_gone(*expert) { 0.0 } else { f64::from(scores.scores[*expert as usize][0]) };
-        let head = lost * groups;
+        let size = per_group * groups;
+        let head = experts - blocks * size;
         Ok(Self {
             layer,
             expert: None,
             values: order.iter().map(value).collect(),
             units: Some(order.iter().map(|expert| shape.widths[*expert as usize]).collect()),
             order,
-            size: groups,
+            size,
             head,
-            gone: head,
+            gone: lost * groups,
             floor,
             selected,
         })
@@ -226,8 +234,8 @@ pub(crate) fn queues(request: &AllocationRequest<'_>) -> Result<Vec<Vec<Queue>>>
                 collect_in_order(experts.map(of_expert))
             }
             Limits::Experts(limits) => {
-                let top_k = request.shape.top_k;
-                Ok(vec![Queue::of_experts(limits, top_k, request.protect, gone, shape, scores)?])
+                let selected = request.selected(shape, limits);
+                Ok(vec![Queue::of_experts(limits, selected, request.protect, gone, shape, scores)?])
             }
         }
     };

@@ -70,7 +70,7 @@ impl Report {
             bytes: before(checkpoint.bytes_on_disk()),
             layers: Vec::with_capacity(plan.kept.len()),
             never_routed: plan.never_routed.clone(),
-            notes: plan.notes.clone(),
+            notes: plan.notes.iter().cloned().chain(plan.top_k_clamp().map(|clamp| clamp.to_string())).collect(),
         };
         for (kept, shape) in plan.kept.iter().zip(&plan.shape.layers) {
             let widths: Vec<usize> = kept.experts.iter().map(Vec::len).collect();

@@ -295,8 +295,10 @@ fn infeasible_budgets_are_errors() {
     let of_experts = noise.experts(&shape);
     let of_units = noise.units(&shape);
     for config in all {
-        // Two of four experts have to stay for the router; three are protected.
+        // Two of four experts have to stay; three are protected.
         let too_few = request(&of_experts, &shape, Budget::Ratio(0.8), &none, 1);
+        let limits = Limits::Experts(ExpertLimits { min_experts: 2, ..ExpertLimits::default() });
+        let too_few = AllocationRequest { limits, ..too_few };
         let error = config.allocate_with(&too_few, &mut probe(3, 4, 4)).unwrap_err();
         assert!(matches!(error, Error::Infeasible { .. }), "{config:?}: {error}");
         let protected = request(&of_experts, &shape, Budget::Ratio(0.5), &protect, 1);

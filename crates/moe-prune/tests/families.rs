@@ -2,14 +2,24 @@
 
 #[allow(dead_code)]
 mod common;
+#[allow(dead_code)]
+#[path = "common/run.rs"]
+mod run;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 use common::{contents, every_checkpoint, magnitude, parity, plan, unrun, write_plan, write_plan_with};
 use moe_checkpoint::{Checkpoint, Dtype, Existing, ExpertWeights, LayerRole, Reduction, Role, WriteOptions};
-use moe_prune::{Budget, ExpertPruner, Mtp, ProtectionMask, PruneForm, PruneOptions, PrunePlan, Pruner, Scope};
+use moe_core::device::device;
+use moe_core::{Model, RemoveExperts};
+use moe_prune::{
+    AllocatorConfig, Budget, ExpertPruner, Global, Mtp, ProtectionMask, PruneForm, PruneOptions, PrunePlan, Pruner,
+    Scope,
+};
+use run::{difference, logits, logits_of};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
@@ -186,8 +196,33 @@ fn groups_and_top_k_are_protected() {
     assert!(text.contains("two best"), "{text}");
     let text = remove(&mut plan, &[0, 1, 2, 3, 4, 5]);
     assert!(text.contains("2 experts are left, but the router selects 3"), "{text}");
-    let half = expert_plan(&Checkpoint::open(parity("tf5/mixtral")).unwrap(), 0.8).unwrap_err().to_string();
-    assert!(half.contains("the router selects 2"), "{half}");
+}
+
+#[test]
+fn fewer_experts_than_a_token_gets_are_all_selected() {
+    let directory = tempdir().unwrap();
+    let model = Checkpoint::open(parity("tf5/mixtral")).unwrap();
+    assert_eq!((model.shape().top_k, model.shape().layers[0].num_experts()), (2, 4));
+    let plan = expert_plan(&model, 0.8).unwrap();
+    assert!(plan.kept.iter().all(|layer| layer.removed.len() == 3));
+    assert_eq!((plan.pruned_shape().top_k, plan.top_k_clamp().unwrap().before), (1, 2));
+    let gone = plan.kept.iter().fold(RemoveExperts::new(), |gone, kept| gone.remove(kept.layer, kept.removed.clone()));
+    let whole = Model::open(model.dir(), &device("flex").unwrap(), None).unwrap();
+    let expected = logits_of(&whole.with_overlays(None, Some(Arc::new(gone))).unwrap());
+    for form in [PruneForm::Uniform, PruneForm::Ragged] {
+        let out = directory.path().join(form.name());
+        let report = write_plan(&plan, &model, &out, &PruneOptions::new(form)).unwrap();
+        assert!(report.notes.iter().any(|note| note.contains("all of them instead of 2")), "{:?}", report.notes);
+        let written = Checkpoint::open(&out).unwrap();
+        assert_eq!((written.shape().top_k, written.config().routing.top_k), (1, 1));
+        assert!(difference(&logits(&out), &expected) < 1e-5);
+    }
+    // Half of them are as many as a token gets: nothing is clamped, and no layer is left with fewer, whatever it scores.
+    let mut scores = magnitude(&model).to_experts(Reduction::Sum).unwrap();
+    scores.layers[0].scores.iter_mut().for_each(|score| score[0] *= 1e-6);
+    let pruner = ExpertPruner::with_allocator(AllocatorConfig::Global(Global::default()));
+    let half = pruner.prune(&scores, model.shape(), Budget::Ratio(0.5), &ProtectionMask::none()).unwrap().plan;
+    assert_eq!((half.kept[0].removed.len(), half.top_k_clamp()), (2, None));
 }
 
 /// Tensors of a checkpoint in memory: dtype, shape, bytes.

@@ -114,7 +114,8 @@ fn every_recipe_reads_back_and_refuses_what_it_does_not_know() {
         assert_eq!(recipe.as_object_mut().unwrap().remove("type"), Some("progressive".into()));
         is_strict(&rounds, recipe);
     }
-    for budget in [Budget::Ratio(0.5), Budget::KeepParameters(5), Budget::DropParameters(5)] {
+    let parameters = [Budget::KeepParameters(5), Budget::DropParameters(5), Budget::KeepTotalParameters(5)];
+    for budget in parameters.into_iter().chain([Budget::Ratio(0.5), Budget::KeepBytes(5)]) {
         is_strict(&budget, serde_json::to_value(budget).unwrap());
     }
     let mut mask = ProtectionMask::none();

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use moe_checkpoint::{
-    Checkpoint, ExpertBiases, ExpertLayout, UniformShape, grouped_config, ragged_config, uniform_shape_config,
+    Checkpoint, ExpertBiases, ExpertLayout, TopKClamp, UniformShape, grouped_config, ragged_config,
+    uniform_shape_config,
 };
 use serde_json::Value;
 
@@ -148,16 +149,10 @@ fn stock_config(layers: &[TargetLayer], from: &Checkpoint, notes: &mut Vec<Strin
             other.groups.len()
         ));
     }
-    let top_k = from.config().routing.top_k;
-    if count < top_k {
-        notes.push(format!("{count} experts are left per layer: each token gets all of them instead of {top_k}"));
-    }
-    let shape = UniformShape {
-        width,
-        experts: Some(count),
-        top_k: (count < top_k).then_some(count),
-        ..UniformShape::default()
-    };
+    let clamp = TopKClamp::of(from.config().routing.top_k, [count]);
+    notes.extend(clamp.map(|clamp| clamp.to_string()));
+    let shape =
+        UniformShape { width, experts: Some(count), top_k: clamp.map(|clamp| clamp.after), ..UniformShape::default() };
     Ok(uniform_shape_config(from.raw_config(), shape)?)
 }
 

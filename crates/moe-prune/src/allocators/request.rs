@@ -1,6 +1,6 @@
 //! What an allocator works on.
 
-use moe_checkpoint::{Granularity, GroupScore, MoeShape, Pool, ProtectionMask, Routing, ScoreTable};
+use moe_checkpoint::{Granularity, GroupScore, MoeLayerShape, MoeShape, Pool, ProtectionMask, Routing, ScoreTable};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -36,23 +36,32 @@ pub struct ExpertLimits {
     /// Groups of neighbouring experts that lose as many each; 1 unless the router selects groups first
     /// ([`Routing::groups`]).
     pub groups: usize,
-    /// No layer keeps fewer. It never keeps fewer than the router selects either.
+    /// No layer keeps fewer. It never keeps fewer than the router selects either, unless the budget leaves fewer to all layers
+    /// alike: then each token gets all that are left ([`TopKClamp`](moe_checkpoint::TopKClamp)).
     pub min_experts: usize,
+    /// Every layer keeps a multiple of this many, for experts that are spread over as many devices. What is left of a number
+    /// that is no multiple goes whatever the budget.
+    pub multiple_of: usize,
     /// Dropped experts keep their rows of the router, so that it may select as many as ever: a layer may lose all.
     pub keeps_router: bool,
 }
 
 impl Default for ExpertLimits {
-    /// No groups, no minimum.
+    /// No groups, no minimum, any number.
     fn default() -> Self {
-        Self { groups: 1, min_experts: 0, keeps_router: false }
+        Self { groups: 1, min_experts: 0, multiple_of: 1, keeps_router: false }
     }
 }
 
 impl ExpertLimits {
-    /// Numbers of experts of a layer are multiples of this.
+    /// Numbers of experts of a layer are multiples of this: of the groups, too.
     pub(crate) fn multiple(&self) -> usize {
-        self.groups
+        let (mut a, mut b) = (self.groups.max(1), self.multiple_of.max(1));
+        let product = a * b;
+        while b > 0 {
+            (a, b) = (b, a % b);
+        }
+        product / a
     }
 
     /// The limits under which this routing still works: as many experts left in every group, two where groups are ranked
@@ -73,7 +82,7 @@ impl ExpertLimits {
             GroupScore::TopTwoSum => 2,
             _ => 1,
         });
-        Self { groups: groups.count, min_experts: per_group * groups.count, keeps_router: false }
+        Self { groups: groups.count, min_experts: per_group * groups.count, ..Self::default() }
     }
 }
 
@@ -146,6 +155,9 @@ impl AllocationRequest<'_> {
         match self.limits {
             Limits::Units(limits) if limits.round_to == 0 => invalid("round_to", "0".into(), "at least 1".into()),
             Limits::Units(_) => Ok(()),
+            Limits::Experts(ExpertLimits { multiple_of: 0, .. }) => {
+                invalid("multiple_of", "0".into(), "at least 1".into())
+            }
             Limits::Experts(ExpertLimits { groups, .. }) => {
                 for layer in &self.shape.layers {
                     let (number, experts) = (layer.layer, layer.num_experts());
@@ -163,6 +175,18 @@ impl AllocationRequest<'_> {
         }
     }
 
+    /// Experts of a layer that have to stay for the router: as many as it selects, or as many as the budget leaves to the layer
+    /// if all drop alike. Routing by groups is not clamped.
+    pub(crate) fn selected(&self, layer: &MoeLayerShape, limits: ExpertLimits) -> usize {
+        let (top_k, experts) = (self.shape.top_k, layer.num_experts());
+        if limits.groups > 1 {
+            return top_k;
+        }
+        let (kept, units) = (self.budget.kept_units(self.shape) as u128, self.shape.units().max(1) as u128);
+        let even = self.budget.kept_of_pool(experts).unwrap_or((experts as u128 * kept / units) as usize);
+        top_k.min(even.max(1))
+    }
+
     /// The allocation that keeps this, for an allocator with this recipe; see [`PruneRequest::allocation`].
     ///
     /// # Errors
@@ -175,7 +199,7 @@ impl AllocationRequest<'_> {
     /// What stays with these numbers of kept blocks `[MoE layer][queue]`.
     pub(crate) fn layers(&self, queues: &[Vec<Queue>], blocks: &[Vec<usize>]) -> Vec<LayerKept> {
         let layers = queues.iter().zip(blocks).zip(&self.shape.layers);
-        let of_layer = |((queues, blocks), shape): ((&Vec<Queue>, &Vec<usize>), &moe_checkpoint::MoeLayerShape)| {
+        let of_layer = |((queues, blocks), shape): ((&Vec<Queue>, &Vec<usize>), &MoeLayerShape)| {
             let layer = shape.layer;
             let Limits::Experts(limits) = self.limits else {
                 let experts = queues.iter().zip(blocks).map(|(queue, blocks)| queue.kept(*blocks)).collect();

@@ -51,8 +51,8 @@ impl Allocator for Uniform {
                         share(&pool, keep, budget.side(), Measure::Units, what)?
                     }
                     Limits::Experts(limits) => {
-                        let keep = round_kept(*budget, keep_of(shape.num_experts()), limits.groups, usize::MAX);
-                        share(&pool, keep / limits.groups, budget.side(), Measure::Blocks, || {
+                        let keep = round_kept(*budget, keep_of(shape.num_experts()), limits.multiple(), usize::MAX);
+                        share(&pool, keep / limits.multiple(), budget.side(), Measure::Blocks, || {
                             format!("layer {}", queue.layer)
                         })?
                     }

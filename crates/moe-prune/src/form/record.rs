@@ -94,6 +94,8 @@ struct Packed {
     recipe: Value,
     never_routed: Vec<ExpertId>,
     kept: Vec<PackedLayer>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    notes: Vec<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -118,13 +120,14 @@ fn pack<S: Serializer>(plan: &PrunePlan, serializer: S) -> std::result::Result<S
         recipe: plan.recipe.clone(),
         never_routed: plan.never_routed.clone(),
         kept: plan.kept.iter().map(layer).collect(),
+        notes: plan.notes.clone(),
     };
     packed.serialize(serializer)
 }
 
 fn unpack<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<PrunePlan, D::Error> {
     use serde::de::Error as _;
-    let Packed { version, model, shape, ratio, recipe, never_routed, kept } = Packed::deserialize(deserializer)?;
+    let Packed { version, model, shape, ratio, recipe, never_routed, kept, notes } = Packed::deserialize(deserializer)?;
     let layer = |PackedLayer { layer, experts, removed }: PackedLayer| {
         let units = |bits: &String| {
             from_bits(bits).ok_or_else(|| {
@@ -135,7 +138,7 @@ fn unpack<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Pru
         Ok(LayerKept { layer, experts, removed })
     };
     let kept = kept.into_iter().map(layer).collect::<std::result::Result<_, D::Error>>()?;
-    let plan = PrunePlan { version, model, shape, ratio, recipe, never_routed, kept };
+    let plan = PrunePlan { version, model, shape, ratio, recipe, never_routed, kept, notes };
     plan.validate(&plan.shape).map_err(D::Error::custom)?;
     Ok(plan)
 }

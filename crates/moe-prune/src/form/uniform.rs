@@ -46,7 +46,8 @@ pub(super) fn target(plan: &PrunePlan, from: &Checkpoint, options: &PruneOptions
     let removed = plan.kept.iter().any(|layer| !layer.removed.is_empty());
     let (shared_experts, shared_width) = shared(from, width);
     let experts = (!from.grouped() && (removed || from.ragged())).then_some(experts);
-    let shape = UniformShape { width, experts, shared_experts, ..UniformShape::default() };
+    let top_k = plan.top_k_clamp().map(|clamp| clamp.after);
+    let shape = UniformShape { width, experts, top_k, shared_experts, ..UniformShape::default() };
     let config = shared_config(from, &layers, |config| Ok(uniform_shape_config(config, shape)?))?;
     Ok(Target { shared_width, ..Target::new(config, layers) })
 }

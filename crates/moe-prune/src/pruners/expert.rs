@@ -45,13 +45,15 @@ pub struct ExpertPruner {
     /// Groups of neighbouring experts that lose as many each; 1 unless the router selects groups first
     /// ([`Routing::groups`]).
     pub groups: usize,
-    /// No layer keeps fewer experts. It never keeps fewer than the router selects either.
+    /// No layer keeps fewer experts; see [`ExpertLimits::min_experts`].
     pub min_experts: usize,
+    /// Every layer keeps a multiple of this many experts; see [`ExpertLimits::multiple_of`].
+    pub multiple_of: usize,
 }
 
 impl Default for ExpertPruner {
     fn default() -> Self {
-        Self { allocator: AllocatorConfig::Uniform(Uniform::default()), groups: 1, min_experts: 0 }
+        Self { allocator: AllocatorConfig::Uniform(Uniform::default()), groups: 1, min_experts: 0, multiple_of: 1 }
     }
 }
 
@@ -78,6 +80,12 @@ impl ExpertPruner {
         self
     }
 
+    /// Makes every layer keep a multiple of this many experts, for expert-parallel serving on as many devices.
+    pub fn multiple_of(mut self, multiple: usize) -> Self {
+        self.multiple_of = multiple;
+        self
+    }
+
     /// Keeps what this routing needs; see [`ExpertLimits::for_routing`].
     pub fn for_routing(self, routing: &Routing) -> Self {
         let ExpertLimits { groups, min_experts, .. } = ExpertLimits::for_routing(routing);
@@ -85,8 +93,8 @@ impl ExpertPruner {
     }
 
     pub(super) fn limits(&self) -> Limits {
-        let Self { groups, min_experts, .. } = *self;
-        Limits::Experts(ExpertLimits { groups, min_experts, keeps_router: false })
+        let Self { groups, min_experts, multiple_of, .. } = *self;
+        Limits::Experts(ExpertLimits { groups, min_experts, multiple_of, keeps_router: false })
     }
 }
 

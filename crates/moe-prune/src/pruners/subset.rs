@@ -30,6 +30,8 @@ pub struct SubsetPruner {
     pub groups: usize,
     /// No layer keeps fewer experts.
     pub min_experts: usize,
+    /// Every layer keeps a multiple of this many experts.
+    pub multiple_of: usize,
     /// Subsets tried per layer, at most.
     pub limit: usize,
     /// Seed of random subsets.
@@ -42,7 +44,7 @@ impl Default for SubsetPruner {
     /// The same number in every layer, 10,000 subsets, layer-wise.
     fn default() -> Self {
         let allocator = AllocatorConfig::Uniform(Uniform::default());
-        Self { allocator, groups: 1, min_experts: 0, limit: 10_000, seed: 0, progressive: false }
+        Self { allocator, groups: 1, min_experts: 0, multiple_of: 1, limit: 10_000, seed: 0, progressive: false }
     }
 }
 
@@ -127,8 +129,8 @@ impl Pruner for SubsetPruner {
         if self.limit == 0 {
             return Err(Error::InvalidParameter { field: "limit", found: "0".into(), expected: "at least 1".into() });
         }
-        let counts =
-            ExpertPruner { allocator: self.allocator.clone(), groups: self.groups, min_experts: self.min_experts };
+        let Self { groups, min_experts, multiple_of, .. } = *self;
+        let counts = ExpertPruner { allocator: self.allocator.clone(), groups, min_experts, multiple_of };
         let limits = request.with_limits(counts.limits());
         let mut allocation = self.allocator.allocate_with(&limits, probe)?;
         let mut layers = Vec::with_capacity(allocation.layers.len());
