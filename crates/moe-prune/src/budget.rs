@@ -24,7 +24,7 @@ pub enum Budget {
     /// Fraction of the units to drop, in (0, 1). A pool of `N` units drops `floor(N * ratio)`, never more, with one exception:
     /// where widths are multiples ([`WidthLimits::round_to`](crate::WidthLimits::round_to)), what of a width fills no multiple
     /// goes whatever the ratio, and [`Allocation::notes`](crate::Allocation::notes) say by how much that exceeds it.
-    /// [`Uniform`](crate::Uniform) counts whole experts, not their units.
+    /// [`Uniform`](crate::Uniform) and [`SubsetPruner`](crate::SubsetPruner) count whole experts, not their units.
     Ratio(f64),
     /// Parameters of routed experts to keep at most. `3 * hidden_size` parameters are one unit.
     KeepParameters(u64),

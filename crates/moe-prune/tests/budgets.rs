@@ -97,7 +97,7 @@ fn counts_experts(pruner: &PrunerConfig) -> bool {
         PrunerConfig::Expert(ExpertPruner { allocator, .. }) | PrunerConfig::Novice(NovicePruner { allocator, .. }) => {
             matches!(allocator, AllocatorConfig::Uniform(_))
         }
-        PrunerConfig::TwoLevel(_) => true,
+        PrunerConfig::TwoLevel(_) | PrunerConfig::Subset(_) => true,
         _ => false,
     }
 }

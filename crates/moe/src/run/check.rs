@@ -170,7 +170,7 @@ pub(super) fn prune_options<'a>(form: PruneForm<'a>, mtp: Option<Mtp>) -> PruneO
     PruneOptions { mtp, ..PruneOptions::new(form) }
 }
 
-fn check_prune(prune: &Prune, model: &Checkpoint, before: &Before, has_data: bool) -> Result<()> {
+fn check_prune(prune: &Prune, model: &Arc<Checkpoint>, before: &Before, has_data: bool) -> Result<()> {
     let form = match prune.form {
         Form::Auto | Form::Uniform => PruneForm::Uniform,
         Form::Masked => PruneForm::Masked,
@@ -194,7 +194,7 @@ fn check_prune(prune: &Prune, model: &Checkpoint, before: &Before, has_data: boo
         return Err(Error::Usage("data.calibration names no file, on which the pruner asks the running model".into()));
     }
     let Some(budget) = prune.budget else { return Err(Error::Usage("budget: says not how much is kept".into())) };
-    budget.validate(model.shape())?;
+    budget.resolve(model)?.validate(model.shape())?;
     match &prune.scores {
         None if before.scored.is_empty() => Err(Error::Usage("no earlier score, and no score file".into())),
         Some(name) if !before.scored.iter().any(|scored| std::path::Path::new(scored) == name.as_path()) => {

@@ -195,6 +195,7 @@ impl Run<'_> {
         let (Some(scores), Some(budget)) = (scores, step.budget) else {
             return Err(Error::Usage("prune: needs scores and a budget".into()));
         };
+        let budget = budget.resolve(base)?;
         if let (Form::FineGrained, Budget::Ratio(ratio)) = (step.form, budget) {
             let pieces = FineGrained {
                 top_k: step.pieces_per_token,
