@@ -262,9 +262,35 @@ fn padded(function: &str, arguments: &[String]) -> String {
 
 fn verbatim(token: &Token<'_>) -> String {
     match token {
+        Token::Word(text) if text.starts_with(['"', '\'']) && text.contains("\\U") => with_long_escapes(text),
         Token::Space(text) | Token::Word(text) | Token::Operator(text) => (*text).to_owned(),
         Token::Group(open, inner, close) => format!("{open}{}{close}", expression(inner, false)),
     }
+}
+
+/// A string with `\UXXXXXXXX` written as the character it stands for, which the engine does not read.
+fn with_long_escapes(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find('\\') {
+        out.push_str(&rest[..at]);
+        let escape = &rest[at..];
+        let digits = escape.strip_prefix("\\U").and_then(|after| after.get(..8));
+        let code = digits.and_then(|digits| u32::from_str_radix(digits, 16).ok()).and_then(char::from_u32);
+        // A character of ASCII has an escape of its own wherever it needs one.
+        match code.filter(|code| !code.is_ascii()) {
+            Some(code) => {
+                out.push(code);
+                rest = &escape[10..];
+            }
+            None => {
+                let length = 1 + escape[1..].chars().next().map_or(0, char::len_utf8);
+                out.push_str(&escape[..length]);
+                rest = &escape[length..];
+            }
+        }
+    }
+    out + rest
 }
 
 /// Whether a `-` after it is a difference and no sign.

@@ -71,7 +71,7 @@ TEXT = r"""
 {% filter upper %}abc{{ s }}{% endfilter %}{% with q = 5 %}{{ q }}{% endwith %}{# comment #}{% raw %}{{ x }}{% endraw %}
 {% if n > 2 and x < 3 or false %}A{% elif n == 3 %}B{% else %}C{% endif %}{%- if true -%}  trimmed  {%- endif %}   {%- if true +%}  kept{% endif %}
 {{ s | upper | replace('L', 'l') | length }}{{ (s ~ s)|length }}{{ n|abs }}{{ -5|abs }}{{ (-5)|abs }}{{ x|abs }}
-{{ 'a' 'b' }} {{ "a\"b\\n\n" }} {{ 'é\u4f60\x41\101' }} {{ 1_000 }} {{ 0x1F }} {{ 0b101 }} {{ 0o17 }} {{ 1e3 }} {{ 1.5e-3 }}
+{{ 'a' 'b' }} {{ "a\"b\\n\n" }} {{ 'é\u4f60\x41\101' }} {{ 'a\U0001F389b\\U0001F389' ~ '\x7f' }} {{ 1_000 }} {{ 0x1F }} {{ 0b101 }} {{ 0o17 }} {{ 1e3 }} {{ 1.5e-3 }}
 {{ items.index(1) }} {{ items.count(3) }} {{ [1, 2].copy() }} {{ (1, 2, 1).count(1) }} {{ map.copy() == map }} {{ words.index('a') }}
 {{ '<a & "b">'|e }} {{ '<b>'|escape }} {{ '<b>'|safe }} {{ 'a b c'|wordcount }} {{ 'x\ny'|indent(2) }} {{ 'x\ny'|indent(2, true) }} {{ 'x\n\ny'|indent(width=3, first=True, blank=True) }}
 {{ ['a', 'b']|list|first }} {{ 'abc'|list }} {{ map|list }} {{ 'abc'|first }} {{ 'abc'|last }} {{ (1, 2)|list }} {{ map.items()|first }} {{ []|first }}|
