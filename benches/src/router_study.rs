@@ -16,7 +16,7 @@ use moe_core::{Engine, EngineOptions, Model, RoutingOverlay};
 use moe_peft::compressed_experts::CompressedExperts;
 use moe_peft::condenser::{CondenserCounts, CondenserMode, CondenserOptions, Condensers, Starved, gini};
 use moe_peft::dense_mixer::DenseMixer;
-use moe_peft::esft::{EsftScore, ExpertUse};
+use moe_peft::esft::Esft;
 use moe_peft::model_weights::OwnWeights;
 use moe_peft::{AdapterSet, FineTune, Setting, TuningMethod};
 
@@ -318,9 +318,14 @@ impl Study {
     }
 
     fn gini(&self, model: &Model) -> Result<Vec<f64>> {
-        let counted = ExpertUse::collect(model, &self.held_out)?;
-        let scores = |layer: &usize| gini(&counted.scores(*layer, EsftScore::Token).unwrap_or_default());
-        Ok(self.layers().iter().map(scores).collect())
+        let used = self.used(model)?;
+        Ok(self.layers().iter().map(|layer| gini(&used(*layer))).collect())
+    }
+
+    /// Shares of the experts of a layer in its selections.
+    fn used(&self, model: &Model) -> Result<impl Fn(usize) -> Vec<f64> + use<>> {
+        let scores = Esft::default().scores(moe_importance::Calibration::of_waves(model, &self.held_out))?;
+        Ok(move |layer| scores.layer(layer).map(|scores| scores.flat()).unwrap_or_default())
     }
 
     /// What a single question's gradients reach, by where the router's gradient comes from.
@@ -349,9 +354,9 @@ impl Study {
             }
             if name.contains("condensers") {
                 let condensers = Condensers::new(self.base.config(), CondenserOptions::default())?;
-                let counted = ExpertUse::collect(&self.base, &self.held_out)?;
+                let used = self.used(&self.base)?;
                 for layer in self.layers() {
-                    condensers.add_usage(layer, &counted.scores(layer, EsftScore::Token).unwrap_or_default())?;
+                    condensers.add_usage(layer, &used(layer))?;
                 }
                 condensers.step();
                 condensers.select(&CondenserCounts::Each(2), Starved::Lowest)?;

@@ -190,7 +190,8 @@ impl Study {
             found.tables.extend(of_loss(true)?.tables);
             found.all = rows.get(name).map_or_else(Vec::new, |data| data.waves(wave_options));
             if let Some(options) = &evidence {
-                found.evidence = Some(Arc::new(collect_evidence(&bench.model, &found.waves, options, &mut |_, _| {})?));
+                found.evidence =
+                    Some(Arc::new(collect_evidence(&bench.model, &found.waves, options, None, &mut |_| {})?));
             }
             scored.insert((name.clone(), *seed), found);
         }

@@ -105,6 +105,13 @@ pub struct LayerScores {
     pub routed: Option<Vec<u64>>,
 }
 
+impl LayerScores {
+    /// All scores of the layer, expert after expert: with [`Granularity::Expert`], one for each.
+    pub fn flat(&self) -> Vec<f64> {
+        self.scores.iter().flatten().copied().map(f64::from).collect()
+    }
+}
+
 impl ScoreTable {
     /// Experts that no calibration token was routed to, in order; none where the table does not know.
     pub fn never_routed(&self) -> Vec<ExpertId> {

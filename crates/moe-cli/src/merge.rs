@@ -273,15 +273,18 @@ fn evidence(
     if path.exists() && std::fs::read_to_string(&asked).is_ok_and(|found| found == digest) {
         return Ok(Evidence::load(path)?);
     }
-    let bar = progress.bar("collecting", calibration.len() as u64, Unit::Count("waves"));
-    let evidence = collect_evidence(model, calibration, options, &mut |done, _| bar.at(done as u64))?;
+    // Waves of other evidence are kept apart: they may be wanted again.
+    let waves = path.with_extension(format!("{}.waves", &digest[..16]));
+    let bar = progress.bar("collecting", 0, Unit::Count("tokens"));
+    let evidence = collect_evidence(model, calibration, options, Some(&waves), &mut |at| {
+        bar.total(at.tokens);
+        bar.at(at.tokens_done);
+    })?;
     drop(bar);
-    if let Some(dir) = path.parent() {
-        std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
-    }
     evidence.save(path)?;
     // Last: without it, what stands beside it is not whole.
     write_atomic(&asked, digest.as_bytes())?;
+    std::fs::remove_dir_all(&waves).map_err(Error::io(&waves))?;
     Ok(evidence)
 }
 

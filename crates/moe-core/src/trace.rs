@@ -130,6 +130,8 @@ pub struct LayerTrace<'a> {
     pub selected: &'a [u32],
     /// Routing weights of the selected experts `[T, k]`, as the model applies them.
     pub weights: &'a [f32],
+    /// Factor that all weights carry (`routed_scaling_factor`); 1 in models without one.
+    pub scale: f32,
 }
 
 /// Gradients of the summed objective at the routing of one MoE layer, for all tokens of a wave.

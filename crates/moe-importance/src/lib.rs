@@ -49,7 +49,7 @@
 //! | `routing_weight` | experts | sum or mean of g: as applied, renormalised, softmax | `routing.weight`, `routing.renormalised`, `routing.softmax` | routing | arXiv 2510.13999 |
 //! | `seer` | experts | hard or soft count per token | `routing.tokens`, `routing.weight` | routing | arXiv 2404.05089 |
 //! | `dern` | experts | `(1/T) sum g`, renormalised over the top-k | `routing.renormalised` | routing | arXiv 2509.10377 |
-//! | `esft` | experts | share in the layer's selections or weights | `routing.tokens`, `routing.weight` | routing | arXiv 2407.01906 |
+//! | `esft` | experts | share in the layer's selections, or mean gate before the scaling factor | `routing.tokens`, `routing.gate` | routing | arXiv 2407.01906 |
 //! | `bias` | experts | step times sum of signs of usage minus its mean or median | `routing.bias_…` | routing | arXiv 2604.23036 |
 //! | `ean` | experts | sum or mean of `\|f\|` | `output.norm` | outputs | arXiv 2510.13999 |
 //! | `man` | experts | mean of `\|f\|` or `\|f\|^2` over routed tokens | `output.norm`, `output.square` | outputs | arXiv 2606.15716 |

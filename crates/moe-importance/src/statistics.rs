@@ -116,6 +116,9 @@ pub const BIAS_SEQUENCE_MEDIAN: StatisticId = StatisticId::new("routing.bias_seq
 pub const ROUTED_TOKENS: StatisticId = StatisticId::new("routing.tokens");
 /// Per expert, the sum of the routing weights, as the model applies them, over the tokens routed to it.
 pub const ROUTING_WEIGHT: StatisticId = StatisticId::new("routing.weight");
+/// Per expert, the sum of the routing weights over the tokens routed to it, before the factor that all weights of a model carry
+/// (`routed_scaling_factor`).
+pub const ROUTING_GATE: StatisticId = StatisticId::new("routing.gate");
 /// Per expert, the sum of [`Gate::Renormalised`](crate::scorers::Gate::Renormalised) over the tokens routed to it.
 pub const ROUTING_RENORMALISED: StatisticId = StatisticId::new("routing.renormalised");
 /// Per expert, the sum of [`Gate::Softmax`](crate::scorers::Gate::Softmax) over the tokens routed to it.

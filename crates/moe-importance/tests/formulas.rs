@@ -198,7 +198,13 @@ fn expert_criteria_are_their_formulas() {
     for (score, weighted) in [("token", false), ("gate", true)] {
         check(&world, &format!(r#"{{"scorer":"esft","score":"{score}"}}"#), |r| {
             let mass = |e: &WorldExpert| if weighted { e.case.routing.iter().sum() } else { e.tokens.len() as f64 };
-            vec![mass(r.expert) / r.layer.experts.iter().map(mass).sum::<f64>()]
+            // Means of gates before the scaling factor, and shares of selections.
+            let scale = f64::from(common::world::SCALE);
+            vec![if weighted {
+                mass(r.expert) / scale / r.all()
+            } else {
+                mass(r.expert) / r.layer.experts.iter().map(mass).sum::<f64>()
+            }]
         });
     }
     let entries = |r: &Rows<'_>| -> Vec<f64> {

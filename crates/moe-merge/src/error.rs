@@ -16,8 +16,7 @@ pub enum Error {
     #[cfg(feature = "engine")]
     #[error(transparent)]
     Engine(Box<moe_core::Error>),
-    /// Collecting statistics.
-    #[cfg(feature = "engine")]
+    /// Collecting statistics, or scoring by them.
     #[error(transparent)]
     Statistics(Box<moe_importance::Error>),
     /// A parameter outside its range.
@@ -133,7 +132,6 @@ impl From<moe_checkpoint::Error> for Error {
     }
 }
 
-#[cfg(feature = "engine")]
 impl From<moe_importance::Error> for Error {
     fn from(error: moe_importance::Error) -> Self {
         Self::Statistics(Box::new(error))

@@ -92,13 +92,13 @@ pub use engine::{
     merge_sequentially,
 };
 pub use error::{Error, Result};
-pub use evidence::{Evidence, LayerEvidence, OutputMean, ROUTED_TOKENS, ROUTING_WEIGHT, SCORE, TokenSample};
+pub use evidence::{Evidence, LayerEvidence, OutputMean, SCORE, TokenSample};
 pub use experts::{ExpertSource, LayerExperts};
 pub use grouping::{
     CappedCentroids, Dominant, Grouping, GroupingConfig, Groups, Hierarchical, KMeans, Linkage, Members, Retain,
     Spectral,
 };
-pub use importance::{Gate, Importance};
+pub use importance::Importance;
 pub use in_place::LeftAtBase;
 pub use merged::{MergeOptions, MergeRecord, MergedModel, MergedWeights, OutputForm};
 pub use plan::{Group, LayerPlan, MERGE_PLAN_VERSION, MergePlan};

@@ -125,7 +125,7 @@ impl Recipe {
     pub fn statistics(&self) -> BTreeSet<String> {
         let weights = self.combination.weights().importance;
         let names = self.importance.statistics().into_iter().chain(weights.statistics());
-        names.filter(|name| *name != SCORE).map(String::from).collect()
+        names.filter(|name| name != SCORE).collect()
     }
 
     /// Whether it looks at sampled tokens when it is carried out.

@@ -14,8 +14,8 @@ use moe_core::Model;
 use moe_core::data::{Sequence, Wave};
 use moe_core::device::device;
 use moe_merge::{
-    Amount, Evidence, EvidenceOptions, LayerContext, LayerExperts, MergeOptions, OutputForm, OutputMean, ROUTED_TOKENS,
-    Recipe, RouterConfig, collect_evidence, merge_sequentially,
+    Amount, Evidence, EvidenceOptions, LayerContext, LayerExperts, MergeOptions, OutputForm, OutputMean, Recipe,
+    RouterConfig, collect_evidence, merge_sequentially,
 };
 use tempfile::tempdir;
 
@@ -38,7 +38,7 @@ fn everything(sample: usize) -> EvidenceOptions {
 }
 
 fn collect(model: &Model, options: &EvidenceOptions) -> Evidence {
-    collect_evidence(model, &waves(), options, &mut |_, _| {}).unwrap()
+    collect_evidence(model, &waves(), options, None, &mut |_| {}).unwrap()
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn a_sample_is_what_the_layers_saw() {
         let experts = model.config().moe(layer.layer).unwrap().num_experts();
         for expert in 0..experts {
             let routed = sample.weights_of(expert).iter().filter(|w| **w != 0.0).count();
-            assert_eq!(layer.sums[ROUTED_TOKENS][expert], routed as f64);
+            assert_eq!(layer.sums["routing.tokens"][expert], routed as f64);
             // DERN's importance: the share of the weights of a token's experts, 0 where it is not selected.
             let share = |token: usize| {
                 let all: f64 = (0..experts).map(|e| f64::from(sample.weights_of(e)[token])).sum();
@@ -108,7 +108,7 @@ fn a_small_sample_is_a_part_of_a_large_one_whatever_the_order_of_the_waves() {
     let mut turned = waves();
     turned.reverse();
     let options = EvidenceOptions { sample: 12, ..everything(0) };
-    let turned = collect_evidence(&model, &turned, &options, &mut |_, _| {}).unwrap();
+    let turned = collect_evidence(&model, &turned, &options, None, &mut |_| {}).unwrap();
     assert_eq!(turned.layers[0].sample.as_ref().unwrap(), &small[0]);
 }
 

@@ -86,7 +86,7 @@ fn waves() -> Vec<Wave> {
 fn evidence(dir: &Path) -> Evidence {
     let model = Model::open(dir, &device("flex").unwrap(), None).unwrap();
     let recipes: Vec<Recipe> = Recipe::names().map(|name| Recipe::named(name).unwrap()).collect();
-    collect_evidence(&model, &waves(), &EvidenceOptions::for_recipes(&recipes, 110), &mut |_, _| {}).unwrap()
+    collect_evidence(&model, &waves(), &EvidenceOptions::for_recipes(&recipes, 110), None, &mut |_| {}).unwrap()
 }
 
 fn plan(recipe: &Recipe, dir: &Path, evidence: &Evidence) -> MergePlan {

@@ -12,6 +12,9 @@ pub enum Error {
     /// The model, the engine or the training loop.
     #[error(transparent)]
     Core(#[from] moe_core::Error),
+    /// A calibration, or the scores from it.
+    #[error(transparent)]
+    Importance(#[from] moe_importance::Error),
     /// A value out of its range, or one that does not fit another.
     #[error("{what}: found {found}, expected {expected}")]
     Input {

@@ -2,26 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use moe_core::{
-    Engine, EngineOptions, Model,
-    data::Wave,
-    trace::{LayerTrace, Observer, Signals},
-};
+use moe_checkpoint::{Granularity, ScoreTable};
+use moe_importance::{Calibration, NoWeights, Scorer, scorers};
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result, model_weights::OwnWeights};
+pub use moe_importance::scorers::EsftScore;
 
-/// How an expert's use is counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum EsftScore {
-    /// Mean routing weight over the tokens, 0 where the expert is not selected. Not rescaled: the scores of a layer sum to what the model's
-    /// routing weights sum to, which is how the published adapters come about.
-    Gate,
-    /// Share of the selections, `selected / (tokens * k)`; sums to 1 over a layer.
-    #[default]
-    Token,
-}
+use crate::{Error, Result, model_weights::OwnWeights};
 
 /// Trains the experts a task uses most, and nothing else: in each layer the best-scored ones until their scores sum to a threshold.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -43,71 +30,6 @@ impl Default for Esft {
     }
 }
 
-/// Use of the experts of each MoE layer, on some tokens.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct ExpertUse {
-    layers: BTreeMap<usize, LayerUse>,
-}
-
-#[derive(Clone, Debug, Default, PartialEq)]
-struct LayerUse {
-    tokens: u64,
-    slots: u64,
-    weights: Vec<f64>,
-    selected: Vec<u64>,
-}
-
-impl ExpertUse {
-    /// Runs `waves` through a model and counts.
-    ///
-    /// # Errors
-    /// What stops the model; [`Error::Input`] for no waves.
-    pub fn collect(model: &Model, waves: &[Wave]) -> Result<Self> {
-        if waves.is_empty() {
-            return Err(Error::input("waves to count the use of experts on", 0, "at least one"));
-        }
-        let mut counts = Self::default();
-        let engine = Engine::new(model, EngineOptions::default());
-        for wave in waves {
-            engine.run(wave, &mut counts)?;
-        }
-        Ok(counts)
-    }
-
-    /// Scores of the experts of a layer.
-    pub fn scores(&self, layer: usize, score: EsftScore) -> Option<Vec<f64>> {
-        let counted = self.layers.get(&layer)?;
-        Some(match score {
-            EsftScore::Gate => counted.weights.iter().map(|sum| sum / counted.tokens.max(1) as f64).collect(),
-            EsftScore::Token => counted.selected.iter().map(|n| *n as f64 / counted.slots.max(1) as f64).collect(),
-        })
-    }
-
-    /// The layers, in order.
-    pub fn layers(&self) -> impl Iterator<Item = usize> {
-        self.layers.keys().copied()
-    }
-}
-
-impl Observer for ExpertUse {
-    fn needs(&self) -> Signals {
-        Signals::ROUTING
-    }
-
-    fn layer(&mut self, trace: &LayerTrace<'_>) -> moe_core::Result<()> {
-        let counted = self.layers.entry(trace.layer).or_default();
-        counted.weights.resize(trace.experts, 0.0);
-        counted.selected.resize(trace.experts, 0);
-        counted.tokens += trace.wave.tokens as u64;
-        counted.slots += trace.selected.len() as u64;
-        for (&expert, &weight) in trace.selected.iter().zip(trace.weights) {
-            counted.weights[expert as usize] += f64::from(weight);
-            counted.selected[expert as usize] += 1;
-        }
-        Ok(())
-    }
-}
-
 /// Experts in the order in which they are taken, until their scores sum to `threshold`: the highest first, the lower index on a tie, none
 /// without a score.
 pub fn experts_to(scores: &[f64], threshold: f64) -> Vec<usize> {
@@ -119,7 +41,8 @@ pub fn experts_to(scores: &[f64], threshold: f64) -> Vec<usize> {
         .take_while(|e| {
             let before = sum;
             sum += scores[*e];
-            before < threshold
+            // Scores of a table are f32: a sum that reaches the threshold but for their rounding has reached it.
+            before < threshold * (1.0 - 1e-7)
         })
         .collect()
 }
@@ -134,15 +57,35 @@ impl Esft {
         }
     }
 
-    /// The experts of each layer.
+    /// What the experts are scored by.
+    pub fn scorer(&self) -> scorers::Esft {
+        scorers::Esft::new(self.score)
+    }
+
+    /// Scores of the experts on the rows of a calibration, which is run for it.
     ///
     /// # Errors
-    /// As [`validate`](Self::validate).
-    pub fn select(&self, counted: &ExpertUse) -> Result<EsftSelection> {
+    /// As [`validate`](Self::validate), and those of the calibration.
+    pub fn scores(&self, calibration: Calibration<'_>) -> Result<ScoreTable> {
         self.validate()?;
-        let layer = |layer| (layer, experts_to(&counted.scores(layer, self.score).unwrap_or_default(), self.threshold));
+        let scorer = self.scorer();
+        let statistics = calibration.scorers([&scorer as &dyn Scorer]).run(&mut |_| {})?;
+        Ok(scorer.score(&statistics, &NoWeights)?)
+    }
+
+    /// The experts of each layer, by a table of their scores: of [`Esft::scores`], or of any other scorer.
+    ///
+    /// # Errors
+    /// As [`validate`](Self::validate); [`Error::Input`] for a table of units, [`Error::Checkpoint`] for one that is broken.
+    pub fn select(&self, scores: &ScoreTable) -> Result<EsftSelection> {
+        self.validate()?;
+        scores.validate()?;
+        if scores.granularity != Granularity::Expert {
+            return Err(Error::input("granularity of the scores", "unit", "expert: reduce the units to experts first"));
+        }
+        let layer = |scores: &moe_checkpoint::LayerScores| (scores.layer, experts_to(&scores.flat(), self.threshold));
         Ok(EsftSelection {
-            experts: counted.layers().map(layer).collect(),
+            experts: scores.layers.iter().map(layer).collect(),
             shared_experts: self.shared_experts,
             non_expert_modules: self.non_expert_modules,
         })
@@ -178,6 +121,8 @@ impl EsftSelection {
 
 #[cfg(test)]
 mod tests {
+    use moe_checkpoint::{Denominator, LayerScores, Pool, Provenance};
+
     use super::*;
 
     #[test]
@@ -201,19 +146,34 @@ mod tests {
     }
 
     #[test]
-    fn counts_are_means_over_tokens_and_selections() {
-        let counted = LayerUse { tokens: 4, slots: 8, weights: vec![2.0, 1.0, 0.0], selected: vec![4, 3, 1] };
-        let counted = ExpertUse { layers: [(1, counted)].into() };
-        assert_eq!(counted.scores(1, EsftScore::Gate).unwrap(), [0.5, 0.25, 0.0]);
-        assert_eq!(counted.scores(1, EsftScore::Token).unwrap(), [0.5, 0.375, 0.125]);
-        assert_eq!(counted.scores(0, EsftScore::Gate), None);
-        let selection = Esft { threshold: 0.6, ..Esft::default() }.select(&counted).unwrap();
+    fn a_table_of_scores_selects_and_one_of_units_is_refused() {
+        let layer = LayerScores { layer: 1, scores: vec![vec![0.5], vec![0.375], vec![0.125]], routed: None };
+        let table = ScoreTable {
+            scorer: r#"{"scorer":"esft"}"#.into(),
+            granularity: Granularity::Expert,
+            pool: Pool::Layer,
+            additive: None,
+            denominator: Denominator::None,
+            layers: vec![layer],
+            provenance: Provenance::new("model", "data", "{}"),
+        };
+        let selection = Esft { threshold: 0.6, ..Esft::default() }.select(&table).unwrap();
         let json = serde_json::to_string(&selection).unwrap();
         assert_eq!(json, r#"{"experts":{"1":[0,1]},"shared_experts":false,"non_expert_modules":false}"#);
         assert_eq!(serde_json::from_str::<EsftSelection>(&json).unwrap(), selection);
         let weights = selection.weights();
         assert_eq!(weights.only, Some([(1, [0, 1].into())].into()));
         assert!(weights.experts && !weights.attention && !weights.router);
-        assert!(Esft { threshold: 0.0, ..Esft::default() }.select(&ExpertUse::default()).is_err());
+        assert!(Esft { threshold: 0.0, ..Esft::default() }.select(&table).is_err());
+        let error = Esft::default().select(&ScoreTable { granularity: Granularity::Unit, ..table }).unwrap_err();
+        assert!(error.to_string().contains("found unit, expected expert"), "{error}");
+    }
+
+    #[test]
+    fn scores_that_reach_the_threshold_but_for_their_rounding_have_reached_it() {
+        let scores = [0.7f32, 0.3].map(f64::from);
+        assert!(scores[0] < 0.7);
+        assert_eq!(experts_to(&scores, 0.7), [0]);
+        assert_eq!(experts_to(&scores, 1.0), [0, 1]);
     }
 }

@@ -3,17 +3,20 @@
 use std::{
     collections::BTreeMap,
     fmt::Debug,
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use burn::tensor::Tensor;
+use moe_checkpoint::{ArrayKind, Fold, Statistics};
 use moe_core::{
-    Engine, EngineOptions, Model,
+    Model,
     adapters::{LinearAdapter, Site, Tokens, Wanted},
     data::Wave,
     kernels::{reduce::add_weighted_column_squares, weight::Weight},
-    trace::Nobody,
+    trace::{Signals, WaveInfo},
 };
+use moe_importance::{Calibration, StatisticId, StatisticSpec, collectors::Collector};
 
 use crate::{AdapterSet, Error, Result, trainable_tensors::Place};
 
@@ -53,49 +56,122 @@ impl<S: Debug + Send> LinearAdapter for Watch<S> {
     fn digest(&self, _: &mut dyn FnMut(&[u8])) {}
 }
 
-/// Runs `waves` forward through a model and shows the input `[n, in]` of each of `places` to `see`, as often as the map is run: once per
-/// wave, or per piece of it, and for an expert on its tokens. What was seen begins as the default.
+/// Statistics of what adapters of a model see of the inputs of linear maps: a [`Collector`] for a
+/// [`Calibration`](moe_importance::Calibration) of the watched model.
+#[derive(Debug)]
+pub(crate) struct InputCollector<S> {
+    specs: Vec<StatisticSpec>,
+    watches: Vec<(Site, Arc<Watch<S>>)>,
+    /// Adds what was seen in a wave at a map.
+    add: fn(Site, [usize; 2], S, &mut Statistics) -> moe_importance::Result<()>,
+}
+
+/// A model that shows the input `[n, in]` of each of `places` to `see`, as often as the map is run: once per wave, or per piece of it,
+/// and for an expert on its tokens; and the collector of what was seen, which begins as the default in every wave.
 ///
 /// # Errors
-/// What stops the model; [`Error::Input`] for no waves, and for a place given twice.
+/// [`Error::Input`] for a place given twice; those of the model.
 pub(crate) fn watch<S: Debug + Default + Send + 'static>(
     model: &Model,
     places: impl IntoIterator<Item = Place>,
-    waves: &[Wave],
     see: fn(&mut S, &Tensor<2>),
-) -> Result<BTreeMap<Site, S>> {
-    if waves.is_empty() {
-        return Err(Error::input("waves to watch inputs on", 0, "at least one"));
-    }
+    specs: fn(Site, [usize; 2]) -> Vec<StatisticSpec>,
+    add: fn(Site, [usize; 2], S, &mut Statistics) -> moe_importance::Result<()>,
+) -> Result<(Model, InputCollector<S>)> {
     let mut set = AdapterSet::new();
-    let mut watches = BTreeMap::new();
+    let mut collector = InputCollector { specs: Vec::new(), watches: Vec::new(), add };
     for Place { site, dims } in places {
         let watch = Arc::new(Watch { dims, seen: Mutex::new(S::default()), see });
-        watches.insert(site, watch.clone());
+        collector.specs.extend(specs(site, dims));
+        collector.watches.push((site, watch.clone()));
         set.add(site, watch)?;
     }
-    let watched = model.with_adapters(Arc::new(set))?;
-    let engine = Engine::new(&watched, EngineOptions { loss: true, ..EngineOptions::default() });
-    for wave in waves {
-        engine.run(wave, &mut Nobody)?;
+    Ok((model.with_adapters(Arc::new(set))?, collector))
+}
+
+impl<S: Debug + Default + Send + 'static> InputCollector<S> {
+    fn take(watch: &Watch<S>) -> S {
+        std::mem::take(&mut *watch.seen.lock().unwrap_or_else(PoisonError::into_inner))
     }
-    let take = |watch: &Watch<S>| std::mem::take(&mut *watch.seen.lock().unwrap_or_else(PoisonError::into_inner));
-    Ok(watches.into_iter().map(|(site, watch)| (site, take(&watch))).collect())
+}
+
+impl<S: Debug + Default + Send + 'static> Collector for InputCollector<S> {
+    fn statistics(&self) -> &[StatisticSpec] {
+        &self.specs
+    }
+
+    fn needs(&self) -> Signals {
+        Signals::NONE
+    }
+
+    fn needs_forward(&self) -> bool {
+        true
+    }
+
+    fn begin_wave(&mut self, _: &WaveInfo) -> moe_importance::Result<()> {
+        self.watches.iter().for_each(|(_, watch)| drop(Self::take(watch)));
+        Ok(())
+    }
+
+    fn end_wave(&mut self, _: &WaveInfo, into: &mut Statistics) -> moe_importance::Result<()> {
+        self.watches.iter().try_for_each(|(site, watch)| (self.add)(*site, watch.dims, Self::take(watch), into))
+    }
+}
+
+/// What is seen of a map, as statistics call it: `inputs.squares.Query_of_layer_3`.
+pub(crate) fn statistic(what: &str, site: Site) -> String {
+    format!("inputs.{what}.{}", site.to_string().replace(' ', "_"))
+}
+
+/// A matrix of sums.
+pub(crate) fn sums(name: String, rows: usize, columns: usize) -> StatisticSpec {
+    StatisticSpec { id: StatisticId::from(name), kind: ArrayKind::Matrix { rows, columns }, fold: Fold::Sum }
 }
 
 /// `||X_j||^2` of each input column j of the linear maps `places`, over the tokens of `waves` that reach them; zeros for a map that none
-/// reaches.
+/// reaches. Finished waves are kept in `store`, if there is one, and not run again.
 ///
 /// # Errors
-/// What stops the model; [`Error::Input`] for no waves.
-pub fn input_squares(model: &Model, places: &[Place], waves: &[Wave]) -> Result<BTreeMap<Site, Vec<f64>>> {
-    let mut squares = watch(model, places.iter().copied(), waves, |sums: &mut Vec<f64>, x| {
-        let [n, columns] = x.dims();
-        sums.resize(columns, 0.0);
-        add_weighted_column_squares(x, &vec![1.0; n], sums);
-    })?;
-    for place in places {
-        squares.entry(place.site).or_default().resize(place.dims[1], 0.0);
+/// What stops the model; [`Error::Input`] for no waves; a store of something else.
+pub fn input_squares(
+    model: &Model,
+    places: &[Place],
+    waves: &[Wave],
+    store: Option<&Path>,
+) -> Result<BTreeMap<Site, Vec<f64>>> {
+    let (watched, collector) = watch(
+        model,
+        places.iter().copied(),
+        |sums: &mut Vec<f64>, x| {
+            let [n, columns] = x.dims();
+            sums.resize(columns, 0.0);
+            add_weighted_column_squares(x, &vec![1.0; n], sums);
+        },
+        |site, [_, columns]| vec![sums(statistic("squares", site), 1, columns)],
+        |site, [_, columns], seen, into| {
+            let sums = into.matrix_mut(&statistic("squares", site), [1, columns], Fold::Sum)?;
+            sums.iter_mut().zip(seen).for_each(|(sum, seen)| *sum += seen);
+            Ok(())
+        },
+    )?;
+    let statistics = run(&watched, collector, waves, store)?;
+    let of = |place: &Place| Ok((place.site, statistics.matrix(&statistic("squares", place.site))?.0.to_vec()));
+    places.iter().map(of).collect()
+}
+
+/// Runs a watched model over waves.
+pub(crate) fn run<S: Debug + Default + Send + 'static>(
+    watched: &Model,
+    collector: InputCollector<S>,
+    waves: &[Wave],
+    store: Option<&Path>,
+) -> Result<Statistics> {
+    if waves.is_empty() {
+        return Err(Error::input("waves to watch inputs on", 0, "at least one"));
     }
-    Ok(squares)
+    let mut calibration = Calibration::of_waves(watched, waves).collector(Box::new(collector));
+    if let Some(directory) = store {
+        calibration = calibration.store(directory);
+    }
+    Ok(calibration.run(&mut |_| {})?)
 }

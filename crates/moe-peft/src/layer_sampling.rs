@@ -215,7 +215,7 @@ pub fn outliers(model: &Model, waves: &[Wave], times_mean: f64) -> Result<Vec<f6
     let checkpoint = model.checkpoint();
     let places: Vec<Place> =
         trainable_tensors::linear_maps(checkpoint).into_iter().filter(|place| !place.dims.contains(&0)).collect();
-    let inputs = input_watch::input_squares(model, &places, waves)?;
+    let inputs = input_watch::input_squares(model, &places, waves, None)?;
     let norms: BTreeMap<Site, Vec<f32>> = inputs
         .into_iter()
         .map(|(site, squares)| (site, squares.into_iter().map(|s| s.sqrt() as f32).collect()))

@@ -1,13 +1,14 @@
 //! All methods as one tagged value, and what each is trained with if nothing else is said.
 
 use moe_core::train::{AdamW, Decay, Keep, Optimizer, Schedule, TrainOptions};
+use moe_importance::Calibration;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     AdapterSet, Installed, Phase, Result, Setting, TuningMethod,
     compressed_experts::CompressedExperts,
     condenser::CondenserTuning,
-    esft::{Esft, ExpertUse},
+    esft::Esft,
     layer_sampling::LayerTurns,
     lora::{Init, LoraConfig},
     mixture::{Gate, MixtureConfig},
@@ -97,7 +98,11 @@ impl TuningMethod for Esft {
 
     fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
         self.check(on)?;
-        self.select(&ExpertUse::collect(on.model, on.waves)?)?.weights().install(on, set)
+        let mut calibration = Calibration::of_waves(on.model, on.waves);
+        if let Some(directory) = on.directory {
+            calibration = calibration.store(directory.join("expert_use"));
+        }
+        self.select(&self.scores(calibration)?)?.weights().install(on, set)
     }
 }
 

@@ -349,7 +349,7 @@ mod tests {
         let weights = vec![1.0; selected.len()];
         let top_k = selected.len() / wave.tokens;
         adapter.report.begin_wave(wave);
-        adapter.routed(&LayerTrace { layer: 3, wave, experts, top_k, logits, selected, weights: &weights });
+        adapter.routed(&LayerTrace { layer: 3, wave, experts, top_k, logits, selected, weights: &weights, scale: 1.0 });
         adapter.report.take()[&3]
     }
 
@@ -391,6 +391,7 @@ mod tests {
                 logits: &logits,
                 selected: &selected,
                 weights: &weights,
+                scale: 1.0,
             };
             let mut found = vec![0.25; 12];
             adapter.routed(&trace);
@@ -447,7 +448,16 @@ mod tests {
                 let selected: Vec<u32> = logits.chunks_exact(experts).flat_map(|row| best(row, k)).collect();
                 let weights = vec![1.0; selected.len()];
                 let (selected, weights) = (&selected, &weights);
-                adapter.routed(&LayerTrace { layer, wave: &wave, experts, top_k: k, logits, selected, weights });
+                adapter.routed(&LayerTrace {
+                    layer,
+                    wave: &wave,
+                    experts,
+                    top_k: k,
+                    logits,
+                    selected,
+                    weights,
+                    scale: 1.0,
+                });
             }
             let told = adapter.report.losses();
             let sum = adapter.report.take().values().map(|losses| losses.balance).sum::<f64>();

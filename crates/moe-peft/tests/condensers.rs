@@ -330,9 +330,10 @@ fn generation_runs_condensers() {
 }
 
 fn counts(model: &Model, waves: &[Wave]) -> Vec<f64> {
-    let counted = moe_peft::esft::ExpertUse::collect(model, waves).unwrap();
+    let calibration = moe_importance::Calibration::of_waves(model, waves);
+    let used = moe_peft::esft::Esft::default().scores(calibration).unwrap();
     let layers = 0..model.config().layers.len();
-    layers.map(|layer| gini(&counted.scores(layer, moe_peft::esft::EsftScore::Token).unwrap())).collect()
+    layers.map(|layer| gini(&used.layer(layer).unwrap().flat())).collect()
 }
 
 #[test]

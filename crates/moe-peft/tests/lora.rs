@@ -396,7 +396,7 @@ fn adapters_that_begin_as_a_part_of_the_weight_change_nothing_and_keep_the_rest_
     let wave = wave(model.config().vocab_size);
     let plain = logits(&model, &wave);
     let which: Vec<Map> = maps.all().iter().copied().filter(|map| matches!(map, Map::Layer(..))).collect();
-    let covariances = Covariances::collect(&model, std::slice::from_ref(&wave), &which).unwrap();
+    let covariances = Covariances::collect(&model, std::slice::from_ref(&wave), &which, None).unwrap();
     for init in [
         Init::Pissa { niter: None },
         Init::Pissa { niter: Some(4) },

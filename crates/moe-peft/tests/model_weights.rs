@@ -10,7 +10,7 @@ use moe_core::{
 };
 use moe_peft::{
     AdapterSet, FineTune, Setting, TuningMethod,
-    esft::{Esft, EsftScore, ExpertUse},
+    esft::{Esft, EsftScore},
     layer_sampling::{LayerSampling, LayerWeights, outliers},
     model_weights::{OwnWeights, SampledLayers},
     smt::{BlockBudget, BlockScore, BlockWatch, Smt},
@@ -36,8 +36,9 @@ fn untrained_own_weights_are_the_model_and_training_lowers_the_loss() {
 #[test]
 fn only_the_experts_of_a_selection_change_and_have_moments() {
     let base = model("qwen2_moe");
-    let counted = ExpertUse::collect(&base, &waves(&base, 3)).unwrap();
-    let selection = Esft { score: EsftScore::Token, threshold: 0.3, ..Esft::default() }.select(&counted).unwrap();
+    let esft = Esft { score: EsftScore::Token, threshold: 0.3, ..Esft::default() };
+    let scores = esft.scores(moe_importance::Calibration::of_waves(&base, &waves(&base, 3))).unwrap();
+    let selection = esft.select(&scores).unwrap();
     let chosen: usize = selection.experts.values().map(Vec::len).sum();
     assert!(chosen > 0 && selection.experts.values().all(|experts| experts.len() < 8));
     let (task, mut parameters) = train_own(&base, &selection.weights(), 3);

@@ -70,7 +70,7 @@ pub const SCORERS: &[ScorerLine] = &[
     all("router_fisher", r#"{"scorer": "router_taylor", "form": "square"}"#),
     all("tenp", r#"{"scorer": "tenp"}"#),
     all("dern", r#"{"scorer": "dern"}"#),
-    all("esft", r#"{"scorer": "esft"}"#),
+    all("esft", r#"{"scorer": "esft", "score": "gate"}"#),
     all("mone", r#"{"scorer": "mone"}"#),
     all("bias", r#"{"scorer": "bias"}"#),
 ];

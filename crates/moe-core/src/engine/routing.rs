@@ -16,6 +16,8 @@ use crate::{
 pub(super) struct LayerRouting {
     /// Experts and weights as applied.
     pub applied: Routed,
+    /// Factor of the weights.
+    scale: f32,
     /// What an overlay changed.
     changed: Option<Changed>,
 }
@@ -52,7 +54,7 @@ impl LayerRouting {
         overlay: Option<&dyn RoutingOverlay>,
     ) -> Result<Self> {
         let Some(overlay) = overlay else {
-            return Ok(Self { applied: router.route(logits, experts, bias), changed: None });
+            return Ok(Self { applied: router.route(logits, experts, bias), scale: router.scale(), changed: None });
         };
         check_removed(overlay, layer, experts, router)?;
         check_rule(overlay, layer)?;
@@ -79,13 +81,15 @@ impl LayerRouting {
         if let Some(gains) = &gains {
             applied.weights.iter_mut().zip(&applied.selected).for_each(|(w, &e)| *w *= gains[e as usize]);
         }
-        Ok(Self { applied, changed: Some(Changed { by, rule, seen, gains }) })
+        // The weights of another rule are what it says.
+        let scale = if by.is_some() { 1.0 } else { router.scale() };
+        Ok(Self { applied, scale, changed: Some(Changed { by, rule, seen, gains }) })
     }
 
     /// What is shown of it; `logits` as the router gives them, without removed experts.
     pub fn trace<'a>(&'a self, layer: usize, wave: &'a WaveInfo, logits: &'a [f32]) -> LayerTrace<'a> {
         let Routed { experts, top_k, selected, weights } = &self.applied;
-        LayerTrace { layer, wave, experts: *experts, top_k: *top_k, logits, selected, weights }
+        LayerTrace { layer, wave, experts: *experts, top_k: *top_k, logits, selected, weights, scale: self.scale }
     }
 
     /// Groups the tokens by expert, the first `main` of each token's experts. Skipped experts are left out, and experts whose gain is 0

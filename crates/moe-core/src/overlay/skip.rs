@@ -186,6 +186,7 @@ mod tests {
             logits: &weights,
             selected: &selected,
             weights: &weights,
+            scale: 1.0,
         };
         calibration.layer(&trace).unwrap();
         calibration

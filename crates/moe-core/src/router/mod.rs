@@ -61,6 +61,11 @@ pub struct Routed {
 }
 
 impl Router {
+    /// Factor that all routing weights carry.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
     /// Router of a configuration.
     ///
     /// # Errors

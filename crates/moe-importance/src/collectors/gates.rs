@@ -103,6 +103,7 @@ mod tests {
             logits: &[0.0, 1.0, 0.0, 2.0, 0.0, f32::NEG_INFINITY],
             selected: &[1, 0, 0, 2],
             weights: &[0.6, 0.2, 0.0, 0.0],
+            scale: 1.0,
         };
         let mut gates = Gates::default();
         gates.remember(&trace, true);

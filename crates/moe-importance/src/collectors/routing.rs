@@ -8,15 +8,17 @@ use super::gates::LayerGates;
 use crate::Result;
 use crate::scorers::Gate;
 use crate::statistics::{
-    ROUTED_TOKENS, ROUTING_RENORMALISED, ROUTING_SOFTMAX, ROUTING_WEIGHT, StatisticId, StatisticSpec,
+    ROUTED_TOKENS, ROUTING_GATE, ROUTING_RENORMALISED, ROUTING_SOFTMAX, ROUTING_WEIGHT, StatisticId, StatisticSpec,
 };
 
-pub(super) const PROVIDED: &[StatisticId] = &[ROUTED_TOKENS, ROUTING_WEIGHT, ROUTING_RENORMALISED, ROUTING_SOFTMAX];
+pub(super) const PROVIDED: &[StatisticId] =
+    &[ROUTED_TOKENS, ROUTING_WEIGHT, ROUTING_GATE, ROUTING_RENORMALISED, ROUTING_SOFTMAX];
 
-/// [`ROUTED_TOKENS`] and [`ROUTING_WEIGHT`], and [`ROUTING_RENORMALISED`] and [`ROUTING_SOFTMAX`] if asked for.
+/// [`ROUTED_TOKENS`] and [`ROUTING_WEIGHT`], and [`ROUTING_GATE`], [`ROUTING_RENORMALISED`] and [`ROUTING_SOFTMAX`] if asked for.
 #[derive(Debug)]
 pub struct Routing {
     statistics: Vec<StatisticSpec>,
+    gate: bool,
     softmax: bool,
     renormalised: bool,
 }
@@ -28,6 +30,7 @@ impl Routing {
         let wanted = PROVIDED.iter().filter(|id| always.contains(id) || ids.contains(id));
         Self {
             statistics: wanted.cloned().map(StatisticSpec::expert_sum).collect(),
+            gate: ids.contains(&ROUTING_GATE),
             softmax: ids.contains(&ROUTING_SOFTMAX),
             renormalised: ids.contains(&ROUTING_RENORMALISED),
         }
@@ -51,6 +54,12 @@ impl Collector for Routing {
         let sums = into.expert_mut(ROUTING_WEIGHT.as_str(), Fold::Sum, trace.layer)?;
         for (expert, weight) in trace.selected.iter().zip(trace.weights) {
             sums[*expert as usize] += f64::from(*weight);
+        }
+        if self.gate {
+            let sums = into.expert_mut(ROUTING_GATE.as_str(), Fold::Sum, trace.layer)?;
+            for (expert, weight) in trace.selected.iter().zip(trace.weights) {
+                sums[*expert as usize] += f64::from(*weight) / f64::from(trace.scale);
+            }
         }
         if self.softmax || self.renormalised {
             let gates = LayerGates::new(trace, self.softmax);

@@ -6,30 +6,31 @@ use serde_json::Value;
 
 use super::table::{divisor, expert_table};
 use super::{ExpertWeightsSource, Needs, Scorer};
-use crate::statistics::{ROUTED_TOKENS, ROUTING_WEIGHT};
+use crate::statistics::{ROUTED_TOKENS, ROUTING_GATE};
 use crate::{Result, StatisticId};
 
-/// What is shared out.
+/// How an expert's use is counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EsftScore {
-    /// Selections: their share is the number of tokens routed to the expert over tokens times top-k.
-    Token,
-    /// Routing weights as the model applies them.
+    /// Share of the selections, `selected / (tokens * k)`; sums to 1 over a layer. The paper trains experts up to a sum of 0.2.
     #[default]
+    Token,
+    /// Mean gate over the tokens, 0 where the expert is not selected: the routing weight before the factor that all weights of a
+    /// model carry (`routed_scaling_factor`). Not rescaled: the scores of a layer sum to what the gates of a token sum to, which is
+    /// how the published adapters came about. The paper trains experts up to a sum of 0.1.
     Gate,
 }
 
-/// Share of an expert in the routing of its layer, by which expert-specialised fine-tuning (arXiv 2407.01906) selects what it
-/// trains: scores of a layer sum to 1, and experts are taken from the largest on until the sum reaches p.
+/// Use of an expert by a task, by which expert-specialised fine-tuning (arXiv 2407.01906) selects what it trains: in each layer,
+/// experts are taken from the most used on until their scores sum to a threshold.
 ///
-/// The released script divides by the sum over layers instead, which its own selection does not need; this is the share within
-/// the layer.
+/// The released script divides by sums over layers, which does not reproduce the published selections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Esft {
-    /// Token or gate score; default [`EsftScore::Gate`].
+    /// Token or gate score; default [`EsftScore::Token`].
     pub score: EsftScore,
 }
 
@@ -42,7 +43,7 @@ impl Esft {
     fn statistic(&self) -> StatisticId {
         match self.score {
             EsftScore::Token => ROUTED_TOKENS,
-            EsftScore::Gate => ROUTING_WEIGHT,
+            EsftScore::Gate => ROUTING_GATE,
         }
     }
 }
@@ -61,12 +62,15 @@ impl Scorer for Esft {
     }
 
     fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> Result<ScoreTable> {
-        divisor(self, statistics.tokens(), "tokens")?;
-        expert_table(self, statistics, Denominator::None, |layer, expert| {
+        let tokens = divisor(self, statistics.tokens(), "tokens")?;
+        let denominator = match self.score {
+            EsftScore::Token => Denominator::None,
+            EsftScore::Gate => Denominator::AllTokens,
+        };
+        expert_table(self, statistics, denominator, |layer, expert| {
             let values = statistics.expert(self.statistic().as_str(), layer)?;
-            let total: f64 = values.iter().sum();
-            // Routing weights can all be zero; then nobody has a share.
-            Ok(if total > 0.0 { values[expert] / total } else { 0.0 })
+            let selections = values.iter().sum::<f64>().max(1.0);
+            Ok(values[expert] / if self.score == EsftScore::Gate { tokens } else { selections })
         })
     }
 }

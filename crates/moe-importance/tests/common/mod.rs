@@ -270,6 +270,7 @@ pub fn observe(case: &Case, wave: u64, observer: &mut dyn Observer) -> moe_core:
         logits: &[0.0, 2.0].repeat(info.tokens),
         selected: &selected,
         weights: &vec![0.5; info.tokens],
+        scale: 1.0,
     })?;
     case.show(3, 1, observer)?;
     observer.end_wave(&info)

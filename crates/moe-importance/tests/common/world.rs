@@ -15,6 +15,9 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{Case, Matrix, provenance};
 
+/// What the routing weights of every world carry, as models with a `routed_scaling_factor` have it.
+pub const SCALE: f32 = 0.5;
+
 /// One routed expert and all tokens that reach it.
 #[derive(Clone, Debug)]
 pub struct WorldExpert {
@@ -170,6 +173,7 @@ impl World {
                 logits: &f32s(&layer.logits),
                 selected: &selected,
                 weights: &weights,
+                scale: SCALE,
             })?;
         }
         for layer in self.layers.iter().rev() {

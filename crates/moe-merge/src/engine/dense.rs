@@ -1,12 +1,13 @@
 //! Mean outputs over all tokens: every expert is run on every token.
 
-use std::collections::BTreeMap;
-
+use moe_checkpoint::{ArrayKind, Extent, Fold, Statistics};
 use moe_core::Model;
 use moe_core::host::{self, HostView};
-use moe_core::trace::{ExpertTrace, LayerTrace};
+use moe_core::trace::{ExpertTrace, LayerTrace, Signals, WaveInfo};
+use moe_importance::collectors::Collector;
+use moe_importance::{Result, StatisticId, StatisticSpec};
 
-use crate::evidence::OutputMean;
+use crate::evidence::{OUTPUT_ALL, OUTPUT_ALL_TOKENS, OUTPUT_GATED};
 
 /// Tokens that an expert is run on at a time.
 const TOKENS: usize = 2048;
@@ -16,8 +17,8 @@ const TOKENS: usize = 2048;
 /// Costs E / k times the experts of a forward pass. Memory: the inputs `[T, H]` and logits `[T, E]` of a wave in one layer.
 pub(crate) struct DenseMeans<'m> {
     model: &'m Model,
+    specs: [StatisticSpec; 3],
     pending: Option<Pending>,
-    sums: BTreeMap<usize, Sums>,
 }
 
 /// The wave in progress in one layer.
@@ -29,53 +30,20 @@ struct Pending {
     seen: Vec<bool>,
 }
 
-#[derive(Default)]
-struct Sums {
-    all: Vec<f64>,
-    gated: Vec<f64>,
-    tokens: u64,
-}
-
 impl<'m> DenseMeans<'m> {
     pub fn new(model: &'m Model) -> Self {
-        Self { model, pending: None, sums: BTreeMap::new() }
-    }
-
-    /// A layer begins; the one before is complete.
-    pub fn layer(&mut self, trace: &LayerTrace<'_>) -> moe_core::Result<()> {
-        self.flush()?;
-        self.pending = Some(Pending {
-            layer: trace.layer,
-            experts: trace.experts,
-            logits: trace.logits.to_vec(),
-            inputs: vec![0.0; trace.wave.tokens * self.model.config().hidden_size],
-            seen: vec![false; trace.wave.tokens],
-        });
-        Ok(())
-    }
-
-    /// Takes the inputs of an expert's tokens.
-    pub fn expert(&mut self, trace: &ExpertTrace<'_>) {
-        let Some(pending) = self.pending.as_mut().filter(|pending| pending.layer == trace.layer) else { return };
-        let hidden = trace.input.dims()[1];
-        let input = HostView::new(trace.input);
-        for (token, row) in trace.rows.iter().zip(input.as_slice().chunks_exact(hidden)) {
-            let at = *token as usize;
-            if !std::mem::replace(&mut pending.seen[at], true) {
-                pending.inputs[at * hidden..(at + 1) * hidden].copy_from_slice(row);
-            }
-        }
+        let sums = |id: StatisticId| StatisticSpec { id, kind: ArrayKind::Vector(Extent::Hidden), fold: Fold::Sum };
+        let specs = [sums(OUTPUT_ALL), sums(OUTPUT_GATED), StatisticSpec::expert_sum(OUTPUT_ALL_TOKENS)];
+        Self { model, specs, pending: None }
     }
 
     /// Runs every expert on the tokens of the layer in progress.
-    pub fn flush(&mut self) -> moe_core::Result<()> {
+    fn flush(&mut self, into: &mut Statistics) -> Result<()> {
         let Some(Pending { layer, experts, logits, inputs, seen }) = self.pending.take() else { return Ok(()) };
         let hidden = self.model.config().hidden_size;
-        let sums = self.sums.entry(layer).or_default();
-        sums.all.resize(experts * hidden, 0.0);
-        sums.gated.resize(experts * hidden, 0.0);
         let tokens: Vec<usize> = (0..seen.len()).filter(|token| seen[*token]).collect();
-        sums.tokens += tokens.len() as u64;
+        let counts = into.expert_mut(OUTPUT_ALL_TOKENS.as_str(), Fold::Sum, layer)?;
+        counts.iter_mut().for_each(|count| *count += tokens.len() as f64);
         for tokens in tokens.chunks(TOKENS) {
             let rows: Vec<f32> = tokens.iter().flat_map(|t| &inputs[t * hidden..(t + 1) * hidden]).copied().collect();
             let gates: Vec<Vec<f64>> =
@@ -87,24 +55,66 @@ impl<'m> DenseMeans<'m> {
                     continue;
                 }
                 let output = HostView::new(&weights.output(&weights.units(&weights.pre_activations(&x))));
-                let at = expert * hidden..(expert + 1) * hidden;
-                let (all, gated) = (&mut sums.all[at.clone()], &mut sums.gated[at]);
-                for (row, gates) in output.as_slice().chunks_exact(hidden).zip(&gates) {
-                    for ((all, gated), y) in all.iter_mut().zip(gated.iter_mut()).zip(row) {
-                        *all += f64::from(*y);
-                        *gated += gates[expert] * f64::from(*y);
+                let rows = || output.as_slice().chunks_exact(hidden).zip(&gates);
+                let mut add = |id: StatisticId, gate: &dyn Fn(&[f64]) -> f64| -> Result<()> {
+                    let sums = into.vector_mut(id.as_str(), Extent::Hidden, Fold::Sum, layer, expert)?;
+                    for (row, gates) in rows() {
+                        let gate = gate(gates);
+                        sums.iter_mut().zip(row).for_each(|(sum, y)| *sum += gate * f64::from(*y));
                     }
-                }
+                    Ok(())
+                };
+                add(OUTPUT_ALL, &|_| 1.0)?;
+                add(OUTPUT_GATED, &|gates| gates[expert])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Collector for DenseMeans<'_> {
+    fn statistics(&self) -> &[StatisticSpec] {
+        &self.specs
+    }
+
+    fn needs(&self) -> Signals {
+        Signals::ROUTING | Signals::UNITS
+    }
+
+    fn begin_wave(&mut self, _: &WaveInfo) -> Result<()> {
+        self.pending = None;
+        Ok(())
+    }
+
+    /// A layer begins; the one before is complete.
+    fn layer(&mut self, trace: &LayerTrace<'_>, into: &mut Statistics) -> Result<()> {
+        self.flush(into)?;
+        self.pending = Some(Pending {
+            layer: trace.layer,
+            experts: trace.experts,
+            logits: trace.logits.to_vec(),
+            inputs: vec![0.0; trace.wave.tokens * self.model.config().hidden_size],
+            seen: vec![false; trace.wave.tokens],
+        });
+        Ok(())
+    }
+
+    /// Takes the inputs of an expert's tokens.
+    fn expert(&mut self, trace: &ExpertTrace<'_>, _: &mut Statistics) -> Result<()> {
+        let Some(pending) = self.pending.as_mut().filter(|pending| pending.layer == trace.layer) else { return Ok(()) };
+        let hidden = trace.input.dims()[1];
+        let input = HostView::new(trace.input);
+        for (token, row) in trace.rows.iter().zip(input.as_slice().chunks_exact(hidden)) {
+            let at = *token as usize;
+            if !std::mem::replace(&mut pending.seen[at], true) {
+                pending.inputs[at * hidden..(at + 1) * hidden].copy_from_slice(row);
             }
         }
         Ok(())
     }
 
-    /// The means of a layer `[E, H]`; nothing is kept of it.
-    pub fn take(&mut self, layer: usize) -> Option<[(OutputMean, Vec<f64>); 2]> {
-        let Sums { all, gated, tokens } = self.sums.remove(&layer).filter(|sums| sums.tokens > 0)?;
-        let mean = |sums: Vec<f64>| sums.into_iter().map(|sum| sum / tokens as f64).collect();
-        Some([(OutputMean::All, mean(all)), (OutputMean::Gated, mean(gated))])
+    fn end_wave(&mut self, _: &WaveInfo, into: &mut Statistics) -> Result<()> {
+        self.flush(into)
     }
 }
 

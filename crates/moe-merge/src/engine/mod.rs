@@ -13,5 +13,3 @@ pub use collect::{EvidenceOptions, collect_evidence};
 pub use compact_training::{CompactTrained, CompactTraining};
 pub use expert_merging::{Coefficients, ExpertMerging, Granularity, Task};
 pub use sequential::merge_sequentially;
-
-pub(crate) use collect::EvidenceCollector;

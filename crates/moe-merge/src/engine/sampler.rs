@@ -2,53 +2,85 @@
 
 use std::collections::BTreeMap;
 
+use moe_checkpoint::{ArrayKind, Fold, MoeShape, Statistics};
 use moe_core::host::HostView;
-use moe_core::trace::{ExpertTrace, LayerTrace};
+use moe_core::trace::{ExpertTrace, LayerTrace, Signals, WaveInfo};
+use moe_importance::collectors::Collector;
+use moe_importance::{Error, Result, StatisticId, StatisticSpec};
+use serde_json::{Value, json};
 
-use crate::evidence::TokenSample;
+use crate::evidence::sample::{KEY, columns, sample_name};
 
 /// Keeps the same `size` tokens of every layer: those whose identity (wave and place) hashes to the smallest numbers. So the
 /// sample depends neither on the order of the waves nor on which layer is looked at, and every token is as likely as any other.
 ///
-/// Memory per layer: `4 (H + E + 2 k)` bytes for each sampled token.
+/// Memory per layer: `8 (H + E + 2 k)` bytes for each sampled token.
 #[derive(Debug)]
 pub(crate) struct TokenSampler {
     size: usize,
     seed: u64,
+    specs: Vec<StatisticSpec>,
+    /// Columns of a row by layer.
+    columns: BTreeMap<usize, usize>,
     layers: BTreeMap<usize, Reservoir>,
 }
 
 /// Order of a token: its hash, then its identity.
 type Key = (u64, u64, u32);
 
+/// Tokens of the wave in progress.
 #[derive(Debug, Default)]
 struct Reservoir {
-    experts: usize,
-    top_k: usize,
-    hidden: usize,
     tokens: BTreeMap<Key, Token>,
-    /// Tokens of the current wave that wait for their input, by place.
+    /// Tokens that wait for their input, by place.
     waiting: BTreeMap<u32, Key>,
 }
 
 #[derive(Debug, Default)]
 struct Token {
     input: Vec<f32>,
-    logits: Vec<f32>,
-    selected: Vec<u32>,
-    weights: Vec<f32>,
+    /// Logits, selected experts, weights.
+    routing: Vec<f64>,
 }
 
 impl TokenSampler {
-    pub fn new(size: usize, seed: u64) -> Self {
-        Self { size, seed, layers: BTreeMap::new() }
+    /// Of the layers of a model of this shape that selects `top_k` experts for a token.
+    pub fn new(size: usize, seed: u64, shape: &MoeShape, top_k: usize) -> Self {
+        let columns: BTreeMap<usize, usize> = shape
+            .layers
+            .iter()
+            .map(|layer| (layer.layer, columns(shape.hidden_size, layer.num_experts(), top_k)))
+            .collect();
+        let spec = |(layer, columns): (&usize, &usize)| StatisticSpec {
+            id: StatisticId::from(sample_name(*layer)),
+            kind: ArrayKind::Matrix { rows: size, columns: *columns },
+            fold: Fold::Lowest { key: KEY },
+        };
+        Self { size, seed, specs: columns.iter().map(spec).collect(), columns, layers: BTreeMap::new() }
+    }
+}
+
+impl Collector for TokenSampler {
+    fn statistics(&self) -> &[StatisticSpec] {
+        &self.specs
+    }
+
+    fn needs(&self) -> Signals {
+        Signals::ROUTING | Signals::UNITS
+    }
+
+    fn recipe(&self) -> Option<Value> {
+        Some(json!({ "sample": { "tokens": self.size, "seed": self.seed } }))
+    }
+
+    fn begin_wave(&mut self, _: &WaveInfo) -> Result<()> {
+        self.layers.clear();
+        Ok(())
     }
 
     /// Chooses among the tokens of a wave; their inputs follow with the experts.
-    pub fn layer(&mut self, trace: &LayerTrace<'_>) {
+    fn layer(&mut self, trace: &LayerTrace<'_>, _: &mut Statistics) -> Result<()> {
         let reservoir = self.layers.entry(trace.layer).or_default();
-        (reservoir.experts, reservoir.top_k) = (trace.experts, trace.top_k);
-        reservoir.waiting.clear();
         for token in 0..trace.wave.tokens as u32 {
             let key = (hash(self.seed, trace.wave.id, token), trace.wave.id, token);
             let full = reservoir.tokens.len() >= self.size;
@@ -57,28 +89,26 @@ impl TokenSampler {
             }
             let at = token as usize;
             let slots = at * trace.top_k..(at + 1) * trace.top_k;
-            let entry = Token {
-                input: Vec::new(),
-                logits: trace.logits[at * trace.experts..(at + 1) * trace.experts].to_vec(),
-                selected: trace.selected[slots.clone()].to_vec(),
-                weights: trace.weights[slots].to_vec(),
-            };
+            let logits = trace.logits[at * trace.experts..(at + 1) * trace.experts].iter().copied().map(f64::from);
+            let selected = trace.selected[slots.clone()].iter().copied().map(f64::from);
+            let weights = trace.weights[slots].iter().copied().map(f64::from);
+            let entry = Token { input: Vec::new(), routing: logits.chain(selected).chain(weights).collect() };
             reservoir.tokens.insert(key, entry);
             reservoir.waiting.insert(token, key);
             if full && let Some((gone, _)) = reservoir.tokens.pop_last() {
                 reservoir.waiting.retain(|_, key| *key != gone);
             }
         }
+        Ok(())
     }
 
     /// Takes the inputs of chosen tokens that are among an expert's.
-    pub fn expert(&mut self, trace: &ExpertTrace<'_>) {
-        let Some(reservoir) = self.layers.get_mut(&trace.layer) else { return };
+    fn expert(&mut self, trace: &ExpertTrace<'_>, _: &mut Statistics) -> Result<()> {
+        let Some(reservoir) = self.layers.get_mut(&trace.layer) else { return Ok(()) };
         if reservoir.waiting.is_empty() {
-            return;
+            return Ok(());
         }
         let hidden = trace.input.dims()[1];
-        reservoir.hidden = hidden;
         let input = HostView::new(trace.input);
         for (row, token) in trace.rows.iter().enumerate() {
             if let Some(key) = reservoir.waiting.remove(token)
@@ -87,24 +117,34 @@ impl TokenSampler {
                 entry.input = input.as_slice()[row * hidden..(row + 1) * hidden].to_vec();
             }
         }
+        Ok(())
     }
 
-    /// The sample of a layer, in the order of the tokens; nothing is kept of it.
-    pub fn take(&mut self, layer: usize) -> Option<TokenSample> {
-        let reservoir = self.layers.remove(&layer)?;
-        let Reservoir { experts, top_k, hidden, tokens, .. } = reservoir;
-        let mut sample = TokenSample { hidden, experts, top_k, ..TokenSample::default() };
-        let mut ordered: Vec<((u64, u32), Token)> =
-            tokens.into_iter().map(|((_, wave, token), entry)| ((wave, token), entry)).collect();
-        ordered.sort_by_key(|(place, _)| *place);
-        // A token that no expert was shown for has no input.
-        for (_, token) in ordered.into_iter().filter(|(_, token)| !token.input.is_empty()) {
-            sample.inputs.extend(token.input);
-            sample.logits.extend(token.logits);
-            sample.selected.extend(token.selected);
-            sample.weights.extend(token.weights);
+    fn end_wave(&mut self, _: &WaveInfo, into: &mut Statistics) -> Result<()> {
+        for (layer, reservoir) in std::mem::take(&mut self.layers) {
+            let Some(columns) = self.columns.get(&layer) else { continue };
+            let mut rows = Vec::with_capacity(reservoir.tokens.len() * columns);
+            // A token that no expert was shown for has no input.
+            for ((hash, wave, token), entry) in reservoir.tokens.iter().filter(|(_, token)| !token.input.is_empty()) {
+                // Numbers of 16 bits: what a wave's file keeps exactly.
+                let parts =
+                    |n: u64, bits: u32| (0..bits / 16).rev().map(move |part| ((n >> (16 * part)) & 0xFFFF) as f64);
+                rows.extend(parts(*hash, 64).chain(parts(*wave, 64)).chain(parts(u64::from(*token), 32)));
+                rows.extend(entry.input.iter().copied().map(f64::from));
+                rows.extend(&entry.routing);
+            }
+            if !rows.len().is_multiple_of(*columns) {
+                return Err(Error::Trace {
+                    layer,
+                    expert: None,
+                    field: "selected",
+                    found: format!("tokens of {} numbers", rows.len() / reservoir.tokens.len().max(1)),
+                    expected: format!("{columns}, with as many experts per token as the model's config says"),
+                });
+            }
+            into.add_rows(&sample_name(layer), [self.size, *columns], KEY, &rows)?;
         }
-        Some(sample)
+        Ok(())
     }
 }
 

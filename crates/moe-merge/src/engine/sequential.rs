@@ -7,10 +7,11 @@ use moe_checkpoint::{LayerRole, Role, Statistics};
 use moe_core::data::Wave;
 use moe_core::trace::{ExpertTrace, LayerTrace, Observer, Signals, WaveInfo};
 use moe_core::{Engine, EngineOptions, LayerChange, LayerVisitor, Model};
+use moe_importance::Collection;
+use moe_importance::calibration::waves_hash;
 
-use super::collect::data_hash;
+use super::EvidenceOptions;
 use super::overlay::LayerOverlay;
-use super::{EvidenceCollector, EvidenceOptions};
 use crate::combination::{Combination, LayerJob};
 use crate::context::LayerContext;
 use crate::evidence::{Evidence, LayerEvidence};
@@ -62,14 +63,14 @@ pub fn merge_sequentially(
     let checkpoint = model.checkpoint();
     not_grouped(checkpoint)?;
     protect.validate(checkpoint.shape())?;
-    let data = data_hash(waves);
+    let data = waves_hash(waves);
     let what = serde_json::json!({"evidence": options.digest(model, waves), "recipe": recipe, "protect": protect});
     let digest = blake3::hash(what.to_string().as_bytes()).to_hex().to_string();
     let mut visitor = Sequential {
         model,
         recipe,
         protect,
-        collector: EvidenceCollector::new(model, options, data)?,
+        collection: options.collection(model, data)?,
         statistics: None,
         writer: MergedWriter::create_or_resume(dir, &digest)?,
         layers: Vec::new(),
@@ -99,7 +100,7 @@ struct Sequential<'a> {
     model: &'a Model,
     recipe: &'a Recipe,
     protect: &'a ProtectionMask,
-    collector: EvidenceCollector<'a>,
+    collection: Collection<'a>,
     /// Of the layer in progress.
     statistics: Option<Statistics>,
     writer: MergedWriter,
@@ -109,24 +110,29 @@ struct Sequential<'a> {
 
 impl Observer for Sequential<'_> {
     fn needs(&self) -> Signals {
-        self.collector.needs()
+        self.collection.needs()
     }
 
     fn begin_wave(&mut self, wave: &WaveInfo) -> moe_core::Result<()> {
-        self.collector.begin_wave(wave)
+        self.collection.begin_wave(wave)
     }
 
     fn layer(&mut self, trace: &LayerTrace<'_>) -> moe_core::Result<()> {
-        self.collector.layer(trace)
+        self.collection.layer(trace)
     }
 
     fn expert(&mut self, trace: &ExpertTrace<'_>) -> moe_core::Result<()> {
-        self.collector.expert(trace)
+        self.collection.expert(trace)
     }
 
     fn end_wave(&mut self, wave: &WaveInfo) -> moe_core::Result<()> {
-        self.collector.end_wave(wave)?;
-        self.collector.fold_into(&mut self.statistics).map_err(moe_core::Error::observer)
+        self.collection.end_wave(wave)?;
+        let Some(seen) = self.collection.take() else { return Ok(()) };
+        match &mut self.statistics {
+            None => self.statistics = Some(seen),
+            Some(statistics) => statistics.fold(&seen).map_err(moe_core::Error::observer)?,
+        }
+        Ok(())
     }
 }
 
@@ -144,8 +150,7 @@ impl Sequential<'_> {
             Some(statistics) => Evidence::from_statistics(&statistics)?.layers.into_iter().find(|l| l.layer == layer),
             None => None,
         };
-        let mut evidence = evidence.unwrap_or(LayerEvidence { layer, ..LayerEvidence::default() });
-        self.collector.add_to(&mut evidence);
+        let evidence = evidence.unwrap_or(LayerEvidence { layer, ..LayerEvidence::default() });
         let never_used = evidence.never_used().into_iter();
         self.never_used.extend(never_used.map(|expert| ExpertId { layer, expert: expert as usize }));
         let record = match self.writer.finished(layer)? {

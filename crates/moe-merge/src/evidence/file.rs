@@ -172,7 +172,7 @@ fn read(bytes: &[u8]) -> Result<Evidence> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::evidence::ROUTED_TOKENS;
+    use moe_importance::statistics::ROUTED_TOKENS;
 
     #[test]
     fn a_file_reads_back_to_the_same_bits() {

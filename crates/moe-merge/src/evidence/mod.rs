@@ -1,11 +1,13 @@
 //! What merging knows of a model beside its weights.
 
 mod file;
-mod sample;
+pub(crate) mod sample;
 
 use std::collections::BTreeMap;
 
 use moe_checkpoint::{Checkpoint, Extent, Granularity, MoeShape, ScoreTable, Statistics};
+use moe_importance::StatisticId;
+use moe_importance::statistics::{LOGIT_GRAM, OUTPUT_MOMENTS, ROUTED_TOKENS};
 use serde::{Deserialize, Serialize};
 
 pub use sample::TokenSample;
@@ -14,15 +16,12 @@ use crate::{Error, Result};
 
 /// Name of the per-expert numbers that [`Evidence::add_scores`] puts in.
 pub const SCORE: &str = "score";
-/// Name of the number of tokens routed to each expert, in statistics and in [`LayerEvidence::sums`].
-pub const ROUTED_TOKENS: &str = "routing.tokens";
-/// Name of the sum of routing weights as applied, in statistics and in [`LayerEvidence::sums`].
-pub const ROUTING_WEIGHT: &str = "routing.weight";
-
-/// Name of the inner products of logit columns in statistics.
-pub(crate) const LOGIT_GRAM: &str = "routing.logit_gram";
-/// Name of count, mean and spread of the outputs over routed tokens in statistics.
-pub(crate) const OUTPUT_MOMENTS: &str = "output.moments";
+/// Name of the sums of outputs over all tokens in statistics, a vector `[H]` per expert.
+pub(crate) const OUTPUT_ALL: StatisticId = StatisticId::new("output.all");
+/// Name of the same, weighted with the softmax of the router's logits over all experts.
+pub(crate) const OUTPUT_GATED: StatisticId = StatisticId::new("output.gated");
+/// Name of the number of tokens that these sums are over, the same for every expert.
+pub(crate) const OUTPUT_ALL_TOKENS: StatisticId = StatisticId::new("output.all_tokens");
 
 /// Which tokens an expert's mean output is taken over, and with what weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -53,7 +52,7 @@ pub struct LayerEvidence {
     pub layer: usize,
     /// Tokens seen.
     pub tokens: u64,
-    /// Sums over tokens, one number per expert `[E]`, by the names of statistics: [`ROUTED_TOKENS`], [`ROUTING_WEIGHT`],
+    /// Sums over tokens, one number per expert `[E]`, by the names of statistics: `routing.tokens`, `routing.weight`,
     /// `output.norm_applied` and the like; and [`SCORE`].
     pub sums: BTreeMap<String, Vec<f64>>,
     /// Inner products of the experts' columns of router logits over all tokens, `[E, E]` row-major.
@@ -85,7 +84,7 @@ impl LayerEvidence {
 
     /// Experts that no token was routed to, if that is known.
     pub fn never_used(&self) -> Vec<u32> {
-        let counts = self.sums.get(ROUTED_TOKENS).map_or(&[][..], Vec::as_slice);
+        let counts = self.sums.get(ROUTED_TOKENS.as_str()).map_or(&[][..], Vec::as_slice);
         (0u32..).zip(counts).filter(|(_, count)| **count == 0.0).map(|(expert, _)| expert).collect()
     }
 
@@ -136,8 +135,9 @@ impl Evidence {
         Self { model: checkpoint.fingerprint(), data: String::new(), layers: Vec::new() }
     }
 
-    /// What `statistics` say: every array with a number per expert, `routing.logit_gram`, and mean outputs over routed tokens
-    /// from `output.moments`.
+    /// What `statistics` say: every array with a number per expert, `routing.logit_gram`, mean outputs over routed tokens from
+    /// `output.moments`, and what [`EvidenceOptions`](crate::EvidenceOptions) has observed beside: mean outputs over all tokens,
+    /// and samples.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] for one of these arrays of another kind.
@@ -147,27 +147,51 @@ impl Evidence {
         for shape in &statistics.shape().layers {
             let (layer, experts) = (shape.layer, shape.num_experts());
             let sums = statistics.ids().filter_map(|id| {
-                let values = statistics.expert(id, layer).ok()?;
+                let values = statistics.expert(id, layer).ok().filter(|_| id != OUTPUT_ALL_TOKENS.as_str())?;
                 Some((id.to_string(), values.to_vec()))
             });
             let mut evidence =
                 LayerEvidence { layer, tokens: statistics.tokens(), sums: sums.collect(), ..LayerEvidence::default() };
-            if statistics.contains(LOGIT_GRAM) {
+            if statistics.contains(LOGIT_GRAM.as_str()) {
                 let mut gram = Vec::with_capacity(experts * experts);
                 for expert in 0..experts {
-                    gram.extend_from_slice(statistics.vector(LOGIT_GRAM, Extent::Experts, layer, expert)?);
+                    gram.extend_from_slice(statistics.vector(LOGIT_GRAM.as_str(), Extent::Experts, layer, expert)?);
                 }
                 evidence.logit_gram = Some(gram);
             }
-            if statistics.contains(OUTPUT_MOMENTS) {
+            if statistics.contains(OUTPUT_MOMENTS.as_str()) {
                 let hidden = statistics.shape().hidden_size;
                 let mut means = Vec::with_capacity(experts * hidden);
                 for expert in 0..experts {
                     // Count, means, squared deviations.
-                    let moments = statistics.vector(OUTPUT_MOMENTS, Extent::Moments, layer, expert)?;
+                    let moments = statistics.vector(OUTPUT_MOMENTS.as_str(), Extent::Moments, layer, expert)?;
                     means.extend_from_slice(&moments[1..=hidden]);
                 }
                 evidence.outputs.insert(OutputMean::Routed, means);
+            }
+            let hidden = statistics.shape().hidden_size;
+            for (id, mean) in [(OUTPUT_ALL, OutputMean::All), (OUTPUT_GATED, OutputMean::Gated)] {
+                if !statistics.contains(id.as_str()) {
+                    continue;
+                }
+                let seen = statistics.expert(OUTPUT_ALL_TOKENS.as_str(), layer)?.first().copied().unwrap_or_default();
+                let mut means = Vec::with_capacity(experts * hidden);
+                for expert in 0..experts {
+                    let sums = statistics.vector(id.as_str(), Extent::Hidden, layer, expert)?;
+                    means.extend(sums.iter().map(|sum| sum / seen));
+                }
+                if seen > 0.0 {
+                    evidence.outputs.insert(mean, means);
+                }
+            }
+            let name = sample::sample_name(layer);
+            if statistics.contains(&name) {
+                let (rows, columns) = statistics.matrix(&name)?;
+                let sample = TokenSample::from_rows(rows, columns, hidden, experts).ok_or_else(|| {
+                    let found = format!("rows of {columns} numbers");
+                    Error::invalid_evidence(format!("`{name}`: {found} for hidden size {hidden} and {experts} experts"))
+                })?;
+                evidence.sample = Some(sample);
             }
             layers.push(evidence);
         }

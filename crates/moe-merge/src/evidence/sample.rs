@@ -23,7 +23,41 @@ pub struct TokenSample {
     pub top_k: usize,
 }
 
+/// Numbers that order the rows of a sample in statistics: the hash of a token in four parts of 16 bits, its wave in four, its
+/// place in the wave in two.
+pub(crate) const KEY: usize = 10;
+
+/// Name of the sample of a layer in statistics: rows of key, input `[H]`, logits `[E]`, selected experts `[k]` and weights `[k]`.
+pub(crate) fn sample_name(layer: usize) -> String {
+    format!("sample.{layer}")
+}
+
+/// Numbers of a row.
+pub(crate) fn columns(hidden: usize, experts: usize, top_k: usize) -> usize {
+    KEY + hidden + experts + 2 * top_k
+}
+
 impl TokenSample {
+    /// The sample that rows of statistics hold, in the order of the tokens.
+    pub(crate) fn from_rows(rows: &[f64], columns: usize, hidden: usize, experts: usize) -> Option<Self> {
+        let top_k = columns.checked_sub(KEY + hidden + experts).filter(|slots| slots % 2 == 0)? / 2;
+        let mut rows: Vec<&[f64]> = rows.chunks_exact(columns).collect();
+        let identity = |row: &[f64]| row[4..KEY].iter().map(|part| *part as u64).collect::<Vec<_>>();
+        rows.sort_by_key(|row| identity(row));
+        let mut sample = Self { hidden, experts, top_k, ..Self::default() };
+        for row in rows {
+            let (input, routing) = row[KEY..].split_at(hidden);
+            let (logits, slots) = routing.split_at(experts);
+            let (selected, weights) = slots.split_at(top_k);
+            let floats = |values: &[f64]| values.iter().map(|v| *v as f32).collect::<Vec<_>>();
+            sample.inputs.extend(floats(input));
+            sample.logits.extend(floats(logits));
+            sample.selected.extend(selected.iter().map(|e| *e as u32));
+            sample.weights.extend(floats(weights));
+        }
+        Some(sample)
+    }
+
     /// Number of tokens, S.
     pub fn tokens(&self) -> usize {
         self.inputs.len() / self.hidden.max(1)

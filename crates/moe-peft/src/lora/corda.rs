@@ -1,9 +1,10 @@
 //! CorDA: adapters that begin along the covariance of a map's inputs (arXiv 2406.05223).
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path};
 
 use burn::tensor::Tensor;
 use faer::{Mat, linalg::solvers::DenseSolveCore};
+use moe_checkpoint::Fold;
 use moe_core::{Model, adapters::Site, data::Wave, host::HostView, kernels::outer::add_transposed_product};
 
 use super::{
@@ -11,7 +12,11 @@ use super::{
     init,
     maps::{Map, Maps},
 };
-use crate::{Error, Result, input_watch::watch, trainable_tensors::Place};
+use crate::{
+    Error, Result,
+    input_watch::{run, statistic, sums, watch},
+    trainable_tensors::Place,
+};
 
 /// `X^T X` of the inputs of linear maps, averaged over batches. Gate and up read the same inputs.
 #[derive(Clone, Debug, Default)]
@@ -50,11 +55,13 @@ impl Covariances {
 
     /// Runs a model on `waves` and sums `X^T X` of the inputs `X [tokens, in]` of `which` maps, each batch divided by `|max X|^2` (the
     /// largest number, signed, then its absolute value: what the authors' and PEFT's code do), and by the number of batches. A batch is
-    /// what a map is given at a time: a wave, for an expert its tokens of the wave.
+    /// what a map is given at a time: a wave, for an expert its tokens of the wave. Finished waves are kept in `store`, if there is one,
+    /// and not run again.
     ///
     /// # Errors
-    /// Those of the engine; [`Error::Input`] for a map that no token reached, such as an expert that was never chosen.
-    pub fn collect(model: &Model, waves: &[Wave], which: &[Map]) -> Result<Self> {
+    /// Those of the engine; [`Error::Input`] for a map that no token reached, such as an expert that was never chosen; a store of
+    /// something else.
+    pub fn collect(model: &Model, waves: &[Wave], which: &[Map], store: Option<&Path>) -> Result<Self> {
         let maps = Maps::new(model.checkpoint());
         let mut places: BTreeMap<Site, ([usize; 2], Map)> = BTreeMap::new();
         for map in which {
@@ -64,15 +71,28 @@ impl Covariances {
             places.entry(site).or_insert(([out, inputs], *map));
         }
         let watched = places.iter().map(|(site, (dims, _))| Place { site: *site, dims: *dims });
+        let (watched, collector) = watch(
+            model,
+            watched,
+            Gram::add,
+            |site, [_, n]| vec![sums(statistic("covariance", site), n, n), sums(statistic("batches", site), 1, 1)],
+            |site, [_, n], seen: Gram, into| {
+                let sums = into.matrix_mut(&statistic("covariance", site), [n, n], Fold::Sum)?;
+                sums.iter_mut().zip(seen.sum).for_each(|(sum, seen)| *sum += seen);
+                into.matrix_mut(&statistic("batches", site), [1, 1], Fold::Sum)?[0] += seen.batches as f64;
+                Ok(())
+            },
+        )?;
+        let statistics = run(&watched, collector, waves, store)?;
         let mut by_site = BTreeMap::new();
-        for (site, Gram { mut sum, batches }) in watch(model, watched, waves, Gram::add)? {
-            if batches == 0 {
+        for (site, (_, map)) in places {
+            let batches = statistics.matrix(&statistic("batches", site))?.0.iter().sum::<f64>();
+            if batches == 0.0 {
                 let expected = "tokens that reach it: more waves, or another initialiser for it";
-                let what = format!("covariance of the inputs of {}", places[&site].1);
-                return Err(Error::input(what, "no token", expected));
+                return Err(Error::input(format!("covariance of the inputs of {map}"), "no token", expected));
             }
-            sum.iter_mut().for_each(|c| *c /= batches as f64);
-            by_site.insert(site, sum);
+            let (sum, _) = statistics.matrix(&statistic("covariance", site))?;
+            by_site.insert(site, sum.iter().map(|c| c / batches).collect());
         }
         Ok(Self { by_site })
     }

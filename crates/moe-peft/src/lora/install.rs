@@ -153,7 +153,7 @@ impl TuningMethod for LoraConfig {
             Init::Corda(_) => {
                 let targets: Vec<Map> = self.targets(&maps)?.into_keys().collect();
                 let waves = &on.waves[..on.waves.len().min(COVARIANCE_WAVES)];
-                Some(Covariances::collect(on.model, waves, &targets)?)
+                Some(Covariances::collect(on.model, waves, &targets, None)?)
             }
             _ => None,
         };

@@ -303,8 +303,10 @@ impl Run<'_> {
                     .save(&plan_file)?;
             } else {
                 let options = EvidenceOptions::for_recipe(&recipe, step.sample);
-                let evidence =
-                    collect_evidence(&model, &calibration.waves, &options, &mut |done, _| bar.at(done as u64))?;
+                let waves = dir.join("waves");
+                let evidence = collect_evidence(&model, &calibration.waves, &options, Some(&waves), &mut |at| {
+                    bar.at(at.tokens_done);
+                })?;
                 evidence.save(&evidence_file)?;
                 recipe.plan(&base, &evidence, &self.protect)?.save(&plan_file)?;
             }

@@ -25,7 +25,8 @@ fn world() -> World {
     let full = Model::open(fixture, &device("flex").unwrap(), None).unwrap();
     let recipe = Recipe::named("hc-smoe").unwrap().with_amount(Amount::Ratio(0.5));
     let evidence =
-        collect_evidence(&full, &[wave(1), wave(2)], &EvidenceOptions::for_recipe(&recipe, 0), &mut |_, _| {}).unwrap();
+        collect_evidence(&full, &[wave(1), wave(2)], &EvidenceOptions::for_recipe(&recipe, 0), None, &mut |_| {})
+            .unwrap();
     let plan = recipe.plan(full.checkpoint(), &evidence, &ProtectionMask::none()).unwrap();
     let to = dir.path().join("merged");
     let options = MergeOptions { evidence: Some(Arc::new(evidence)), ..MergeOptions::new(OutputForm::Grouped) };
