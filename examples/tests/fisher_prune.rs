@@ -1,12 +1,18 @@
 //! The whole path on the bundled model, with few samples and few rows.
 
+use std::borrow::Cow;
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::{CommandFactory, FromArgMatches, Parser};
 use moe::Result;
 use moe::progress::Progress;
-use moe_checkpoint::{Checkpoint, ScoreTable};
+use moe_checkpoint::{
+    Checkpoint, Dtype, ExpertPart, ModelDescription, ModelSource, RawMatrix, ScoreTable, TensorInfo, TensorSpec,
+    WriteOptions, grouped_config, write,
+};
 use moe_examples::TINY_MOE;
 use moe_examples::fisher_prune::{Arguments, Finished, run};
 use moe_prune::PrunePlan;
@@ -220,4 +226,93 @@ fn what_is_wrong_is_said_before_anything_is_written() {
     let mut given = arguments(&out, &[]);
     given.calibration = None;
     assert_eq!(run(given, Progress::hidden()).unwrap_err().exit_code(), 2);
+}
+
+/// A copy of the bundled model with what `change` says of it, written.
+fn changed(to: &Path, change: impl FnOnce(Arc<Checkpoint>) -> Checkpoint) -> String {
+    let base = Arc::new(Checkpoint::open(TINY_MOE).unwrap());
+    write(&change(base), to, &WriteOptions::default()).unwrap();
+    to.display().to_string()
+}
+
+/// A model with a tensor of multi-token prediction.
+struct Predicting(Arc<Checkpoint>);
+
+impl ModelSource for Predicting {
+    fn bytes(&self, tensor: &TensorInfo, range: Range<usize>) -> moe_checkpoint::Result<Cow<'_, [u8]>> {
+        match tensor.name.starts_with("mtp.") {
+            true => Ok(Cow::Owned(vec![0; range.len()])),
+            false => self.0.tensor_bytes(&tensor.name, range),
+        }
+    }
+
+    fn base(&self) -> Option<&Arc<Checkpoint>> {
+        Some(&self.0)
+    }
+}
+
+#[test]
+fn further_layers_need_a_choice_before_anything_is_scored() {
+    let directory = tempfile::tempdir().unwrap();
+    let model = changed(&directory.path().join("model"), |base| {
+        let mut description = ModelDescription::of(&base);
+        let spec = TensorSpec { name: "mtp.fc.weight".into(), dtype: Dtype::BF16, shape: vec![4, 4] };
+        description.tensors.push(spec);
+        Checkpoint::from_source(description, Arc::new(Predicting(base))).unwrap()
+    });
+    let out = directory.path().join("out");
+    let text = go(&out, &["--model", &model]).unwrap_err().to_string();
+    assert!(text.contains("multi-token prediction") && text.contains("choose whether"), "{text}");
+    assert!(!out.exists());
+    let calibration = data("arithmetic_calibration.jsonl").display().to_string();
+    go(&out, &["--model", &model, "--calibration", &calibration, "--mtp", "drop"]).unwrap();
+    let pruned = Checkpoint::open(out.join("fisher-0.5")).unwrap();
+    assert_eq!((pruned.mtp_tensors().count(), pruned.ragged()), (0, true));
+}
+
+#[test]
+fn a_model_whose_experts_share_sets_is_scored_and_pruned() {
+    let directory = tempfile::tempdir().unwrap();
+    // Experts 2i and 2i + 1 share the weights of the first of them.
+    let model = changed(&directory.path().join("model"), |base| {
+        let layers = base.shape().layers.iter();
+        let sets =
+            layers.map(|layer| (layer.layer, (0..layer.num_experts() as u32).map(|expert| expert / 2).collect()));
+        let config = grouped_config(base.raw_config(), &sets.collect()).unwrap();
+        let mut description = ModelDescription { config, ..ModelDescription::of(&base) };
+        // Of the experts of every layer, the first eight names stay.
+        let of =
+            |name: &str| name.split(".experts.").nth(1).and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+        description.tensors.retain(|spec| of(&spec.name).is_none_or(|expert| expert < 8));
+        Checkpoint::from_source(description, Arc::new(Paired(base))).unwrap()
+    });
+    let out = directory.path().join("out");
+    let finished = go(&out, &["--model", &model]).unwrap();
+    let dir = finished.results.to_json()["methods"]["fisher"]["0.5"]["export_dir"].as_str().unwrap().to_string();
+    let pruned = Checkpoint::open(dir).unwrap();
+    assert!(pruned.grouped() && pruned.ragged());
+    let stored: usize =
+        (0..4).map(|layer| pruned.config().moe(layer).unwrap().stored_widths().iter().sum::<usize>()).sum();
+    assert_eq!(stored, 4 * 8 * 96 / 2);
+}
+
+/// Every other expert's weights.
+struct Paired(Arc<Checkpoint>);
+
+impl ModelSource for Paired {
+    fn bytes(&self, tensor: &TensorInfo, range: Range<usize>) -> moe_checkpoint::Result<Cow<'_, [u8]>> {
+        self.0.tensor_bytes(&tensor.name, range)
+    }
+
+    fn makes_experts(&self, _: usize) -> bool {
+        true
+    }
+
+    fn expert_part(&self, layer: usize, set: usize, part: ExpertPart) -> moe_checkpoint::Result<Option<RawMatrix<'_>>> {
+        self.0.set_part(layer, 2 * set, part)
+    }
+
+    fn base(&self) -> Option<&Arc<Checkpoint>> {
+        Some(&self.0)
+    }
 }
