@@ -196,7 +196,8 @@ fn losses_on_routers_count_while_blocks_are_trained_and_a_mixer_without_routers_
 fn sums_over_blocks_are_those_of_whole_gradients() {
     let base = model("qwen2_moe");
     let data = waves(&base, 3);
-    let on = Setting { waves_per_step: 2, ..Setting::new(&base).with_waves(&data) };
+    let mut on = Setting::new(&base).with_waves(&data);
+    on.waves_per_step = 2;
     for score in [BlockScore::MeanAbs, BlockScore::L2] {
         let blocks = Some(BlockBudget::Blocks(5));
         let smt = Smt { block: 7, score, attention: blocks, feed_forward: blocks, ..Smt::default() };
