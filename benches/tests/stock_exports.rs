@@ -53,7 +53,10 @@ fn stock_transformers_computes_the_same() {
     let directory = tempfile::tempdir().unwrap();
     let from = fixtures().join("parity/tf5");
     let (mut compared, mut worst) = (0, 0f32);
-    for model in models(&from, &["qwen3_moe_long".into()]).unwrap() {
+    // Experts stored as `[E, H, 2I]` are told from `[E, 2I, H]` by shape; the uniform export of these two fixtures is square, and transformers
+    // reads it the other way round (docs/families.md).
+    let skipped = ["qwen3_moe_long", "qwen3_vl_moe_full", "qwen3_vl_moe_mixed"].map(String::from);
+    for model in models(&from, &skipped).unwrap() {
         let checkpoint = Arc::new(Checkpoint::open(from.join(&model)).unwrap());
         let vocabulary = checkpoint.config().vocab_size;
         for kind in Kind::ALL {

@@ -190,7 +190,7 @@ fn what_is_wrong_is_said_before_anything_is_written() {
         (&["--calibration", "/nowhere.jsonl"], "/nowhere.jsonl: "),
         (&["--calibration", &empty], "the file has no row"),
         (&["--calibration", &short], "no usable row"),
-        (&["--calibration", TINY_MOE], "unknown kind of data file"),
+        (&["--calibration", TINY_MOE], "config.json:1: fields"),
         (&["--eval", misnamed], "expected an evaluation file named NAME_test.jsonl"),
         (&["--eval", "/nowhere_test.jsonl"], "/nowhere_test.jsonl: "),
         (&["--eval", prose, "--eval", prose], "two evaluation files named prose"),

@@ -178,7 +178,8 @@ impl TrainingRun<'_> {
             let artifacts = installed.artifacts;
             if number + 1 == phases.len() {
                 task.set().bank().settle(parameters)?;
-                cost.tokens_per_second = tokens as f64 / f64::max(seconds, 1e-9);
+                // Tenths, which JSON gives back to the bit.
+                cost.tokens_per_second = (10.0 * tokens as f64 / f64::max(seconds, 1e-9)).round() / 10.0;
                 cost.peak_memory = cost.phases.values().copied().max();
                 return Ok(Trained { task, artifacts, cost });
             }

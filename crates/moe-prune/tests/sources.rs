@@ -101,7 +101,10 @@ fn what_is_run_is_what_is_written_to_the_bit() {
         for (index, (what, plan, options)) in cases.into_iter().enumerate() {
             let pruned = plan.on(&model, &options).unwrap();
             let unwritten = run(pruned.model());
-            assert_ne!(unwritten, whole, "{name}, {what}: nothing changes");
+            // Experts that these few tokens never chose may go without a trace; units of the others may not.
+            if !what.ends_with("experts") {
+                assert_ne!(unwritten, whole, "{name}, {what}: nothing changes");
+            }
             let out = directory.path().join(format!("{compared}-{index}"));
             write(pruned.model(), &out, &WriteOptions::default()).unwrap();
             let written = open(&out);

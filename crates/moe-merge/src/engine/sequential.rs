@@ -127,7 +127,9 @@ impl Observer for Sequential<'_> {
 
     fn end_wave(&mut self, wave: &WaveInfo) -> moe_core::Result<()> {
         self.collection.end_wave(wave)?;
-        let Some(seen) = self.collection.take() else { return Ok(()) };
+        let Some(mut seen) = self.collection.take() else { return Ok(()) };
+        // As the file of a wave holds it, so that a sequential run starts from the same numbers as one over all layers.
+        seen.round_to_f32();
         match &mut self.statistics {
             None => self.statistics = Some(seen),
             Some(statistics) => statistics.fold(&seen).map_err(moe_core::Error::observer)?,

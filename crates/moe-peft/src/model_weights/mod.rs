@@ -36,6 +36,7 @@ pub struct OwnWeights {
     /// Gate, up and down projections of routed experts.
     pub experts: bool,
     /// Only these experts of each layer; all if not given.
+    #[serde(deserialize_with = "numbered")]
     pub only: Option<BTreeMap<usize, BTreeSet<usize>>>,
     /// Gate, up and down projections of shared experts.
     pub shared: bool,
@@ -53,6 +54,21 @@ pub struct OwnWeights {
     pub head: bool,
     /// Only these decoder layers; all if not given.
     pub layers: Option<BTreeSet<usize>>,
+}
+
+/// Layers as keys of a JSON object, which are text; within a tagged enum serde does not make numbers of them by itself.
+fn numbered<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Option<BTreeMap<usize, BTreeSet<usize>>>, D::Error> {
+    use serde::de::Error as _;
+    let Some(map) = Option::<BTreeMap<String, BTreeSet<usize>>>::deserialize(deserializer)? else { return Ok(None) };
+    let layer = |key: String| {
+        key.parse::<usize>().map_err(|_| D::Error::custom(format!("only: found layer `{key}`, expected a number")))
+    };
+    map.into_iter()
+        .map(|(key, experts)| Ok((layer(key)?, experts)))
+        .collect::<std::result::Result<_, D::Error>>()
+        .map(Some)
 }
 
 impl OwnWeights {

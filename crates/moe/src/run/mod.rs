@@ -117,6 +117,8 @@ struct PrunedState {
     chosen: stock::Chosen,
     scores: Option<ScoreTable>,
     edits: Option<Arc<Edits>>,
+    /// Whether the pruned model itself was changed since.
+    repaired: bool,
 }
 
 /// Where a run is.

@@ -177,7 +177,8 @@ impl Run<'_> {
             chosen.divergence.map_or(String::new(), |nats| format!(" (chosen by divergence: {nats:.4} nats)"))
         );
         self.model = pruned.model().clone();
-        self.pruned = Some(PrunedState { base, plan, step: step.clone(), chosen, scores, edits: None });
+        self.pruned =
+            Some(PrunedState { base, plan, step: step.clone(), chosen, scores, edits: None, repaired: false });
         Ok(Done { summary, reused, artefact: Some(dir), measured: vec![] })
     }
 
@@ -235,9 +236,23 @@ impl Run<'_> {
         let Some(mut pruned) = self.pruned.take() else {
             return Err(Error::Usage("repair: nothing was pruned just before it".into()));
         };
+        let summary = match step {
+            Repair::Refit(_) => "down columns refitted, each expert for itself",
+            Repair::LayerRefit(_) => "down columns refitted, layer after layer",
+            Repair::MeanOutput(_) => "mean outputs of what went are biases",
+            Repair::RouterDistillation(_) => "routers distilled from the full model",
+        };
+        let on_top = matches!(step, Repair::LayerRefit(_) | Repair::RouterDistillation(_));
+        if pruned.repaired && !on_top {
+            return Err(Error::Usage(
+                "repair: refit and mean_output come before layer_refit and router_distillation, which change what they left".into(),
+            ));
+        }
+        let keep_all = PrunePlan::keep_all(self.model.shape(), self.model.fingerprint());
         let calibration = self.calibration()?;
         let of = [
             json(step)?,
+            self.model.fingerprint(),
             pruned.base.fingerprint(),
             pruned.plan.to_json()?,
             pruned.edits.as_ref().map_or(String::new(), |edits| edits.digest()),
@@ -252,17 +267,31 @@ impl Run<'_> {
             let bar = self.options.progress.bar("repairing", layers, Unit::Count("layers"));
             let mut on_layer = |done: usize, _: usize| bar.at(done as u64);
             let (plan, waves) = (&pruned.plan, &calibration.waves);
-            let mut edits = pruned.edits.as_deref().cloned().unwrap_or_default();
-            edits.extend(match step {
+            // What is fitted to the pruned model has its indices, what is computed from the full one those of the plan.
+            let edits = match step {
                 Repair::Refit(refit) => refit.fit(&teacher, plan, waves, &mut on_layer)?,
                 Repair::MeanOutput(mean) => mean.fit(&teacher, plan, waves, &mut on_layer)?,
                 Repair::LayerRefit(refit) => refit.fit(&teacher, &student, waves, &mut on_layer)?.edits,
                 Repair::RouterDistillation(kd) => kd.fit(&teacher, &student, waves, &[], &mut |_| Ok(()))?.edits,
-            });
+            };
+            let plan = if on_top { &keep_all } else { plan };
             edits.save(&file, plan)?;
             Artefacts::finish(&dir)?;
         }
-        let edits = Arc::new(Edits::load(&file, &pruned.plan)?);
+        if on_top {
+            let edits: Arc<dyn EditSource> = Arc::new(Edits::load(&file, &keep_all)?);
+            let repaired = pruned.chosen.as_it_is().on(&keep_all, &self.model, None, None, Some(edits))?;
+            self.model = repaired.model().clone();
+            pruned.repaired = true;
+            self.pruned = Some(pruned);
+            return Ok(Done { summary: summary.into(), reused, artefact: Some(dir), measured: vec![] });
+        }
+        let mut edits = Edits::load(&file, &pruned.plan)?;
+        if let Some(earlier) = pruned.edits.as_deref() {
+            let newer = std::mem::replace(&mut edits, earlier.clone());
+            edits.extend(newer);
+        }
+        let edits = Arc::new(edits);
         let repaired = pruned.chosen.on(
             &pruned.plan,
             &pruned.base,
@@ -273,12 +302,6 @@ impl Run<'_> {
         self.model = repaired.model().clone();
         pruned.edits = Some(edits);
         self.pruned = Some(pruned);
-        let summary = match step {
-            Repair::Refit(_) => "down columns refitted, each expert for itself",
-            Repair::LayerRefit(_) => "down columns refitted, layer after layer",
-            Repair::MeanOutput(_) => "mean outputs of what went are biases",
-            Repair::RouterDistillation(_) => "routers distilled from the full model",
-        };
         Ok(Done { summary: summary.into(), reused, artefact: Some(dir), measured: vec![] })
     }
 

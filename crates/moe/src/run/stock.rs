@@ -47,6 +47,15 @@ impl Chosen {
         Self { pieces: Some(pieces), top_k, ..Self::plain(Form::FineGrained) }
     }
 
+    /// The form of a model that is in this one already, so that only its values change.
+    pub fn as_it_is(&self) -> Self {
+        Self::plain(match self.form {
+            Form::Auto | Form::Uniform | Form::FineGrained => Form::Uniform,
+            Form::Ragged => Form::Ragged,
+            Form::Masked => Form::Masked,
+        })
+    }
+
     /// What the form is called.
     pub fn name(&self) -> String {
         match (self.form, self.pieces) {
