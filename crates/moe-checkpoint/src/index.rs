@@ -56,13 +56,16 @@ impl WeightFiles {
     }
 }
 
+/// Whether the name of a file is of a kind.
+type IsKind<'a> = &'a dyn Fn(&str) -> bool;
+
 /// What a directory holds in place of weights that are read, and what can be done about it.
 fn other_weights(dir: &Path) -> String {
     let entries = std::fs::read_dir(dir).into_iter().flatten().filter_map(std::result::Result::ok);
     let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
     names.sort();
-    let first = |is: &dyn Fn(&str) -> bool| names.iter().find(|name| is(name));
-    let known: [(&dyn Fn(&str) -> bool, &str); 6] = [
+    let first = |is: IsKind<'_>| names.iter().find(|name| is(name));
+    let known: [(IsKind<'_>, &str); 6] = [
         (
             &|name| name.starts_with("adapter_model.") || name == "adapter_config.json",
             "the folder holds an adapter (PEFT) and no model: open its base model and give it the adapter, or merge the two",

@@ -111,7 +111,7 @@ fn rows_that_do_not_fit_are_counted_aloud_and_labels_come_from_their_field() {
     let rows = directory.path().join("rows.jsonl");
     let text = |i: usize| {
         let (prompt, task) =
-            if i % 3 == 0 { ("12 / 3 = ".repeat(9), "long") } else { ("12 / 3 = ".to_owned(), "short") };
+            if i.is_multiple_of(3) { ("12 / 3 = ".repeat(9), "long") } else { ("12 / 3 = ".to_owned(), "short") };
         format!("{}\n", serde_json::json!({ "prompt": prompt, "completion": "4", "task": task }))
     };
     fs::write(&rows, (0..9).map(text).collect::<String>()).unwrap();

@@ -209,8 +209,8 @@ fn scores_are_made_once_and_used_at_any_ratio() {
 }
 
 fn find(dir: &Path, name: &str) -> PathBuf {
-    let entries = fs::read_dir(dir.join("steps")).unwrap().map(|entry| entry.unwrap().path().join(name));
-    entries.filter(|path| path.exists()).next().unwrap()
+    let mut entries = fs::read_dir(dir.join("steps")).unwrap().map(|entry| entry.unwrap().path().join(name));
+    entries.find(|path| path.exists()).unwrap()
 }
 
 #[test]

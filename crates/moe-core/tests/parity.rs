@@ -275,8 +275,9 @@ fn expected_gradients(
     let block = |x: Vec<f32>, size: usize| x[expert * size..(expert + 1) * size].to_vec();
     let names = expected.0.names();
     let of_layer = |name: &&&str| name.starts_with("grad.") && name.contains(&format!("layers.{layer}."));
-    let prefix = |name: &&str| Some(name[..name.find(".experts.")? + ".experts".len()].to_string());
-    if let Some(prefix) = names.iter().filter(|name| of_layer(name)).find_map(|name| prefix(&name.as_ref())) {
+    let prefix =
+        |name: &&str| -> Option<String> { Some(name[..name.find(".experts.")? + ".experts".len()].to_string()) };
+    if let Some(prefix) = names.iter().filter(|name| of_layer(name)).find_map(prefix) {
         let tensor = |name: &str| expected.floats(&format!("{prefix}.{name}"));
         if let (Some(gate_up), Some(down)) = (tensor("gate_up_proj"), tensor("down_proj")) {
             let (gate_up, down) = (block(gate_up, 2 * width * h), block(down, width * h));

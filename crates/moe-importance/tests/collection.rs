@@ -65,7 +65,7 @@ fn one_collection_serves_ten_scorers() {
     for scorer in scorers {
         let alone = scorer.score(&collect_one(&case, &scorer.needs().statistics), &weights).unwrap();
         let shared = scorer.score(&all, &weights).unwrap();
-        assert_eq!(bits(&alone), bits(&shared), "{}", scorer.recipe().to_string());
+        assert_eq!(bits(&alone), bits(&shared), "{}", scorer.recipe());
         assert_eq!(shared.pool, Pool::Global);
         assert_eq!(shared.scorer, scorer.recipe().to_string());
         let restored = serde_json::from_str::<ScorerConfig>(&shared.scorer).unwrap().build().unwrap();

@@ -81,7 +81,7 @@ fn every_scorer_is_finite_where_nobody_is_routed() {
         let of_data = !scorer.needs().statistics.is_empty();
         for layer in &table.layers {
             if let Some(routed) = layer.routed.as_ref().filter(|_| of_data) {
-                assert_eq!((routed[4], routed.iter().sum::<u64>()), (0, 62), "{}", scorer.recipe().to_string());
+                assert_eq!((routed[4], routed.iter().sum::<u64>()), (0, 62), "{}", scorer.recipe());
             }
             // What reads routed tokens alone is exactly 0 there.
             let whole_router = ["bias", "router_score", "router_taylor", "units"].contains(&scorer.name());
@@ -99,7 +99,7 @@ fn one_collection_serves_all_scorers_and_each_alone() {
     for scorer in scorers() {
         let alone = scorer.score(&world.collect(&scorer.needs().statistics), &world).unwrap();
         let shared = scorer.score(&all, &world).unwrap();
-        assert_eq!(bits(&alone), bits(&shared), "{}", scorer.recipe().to_string());
+        assert_eq!(bits(&alone), bits(&shared), "{}", scorer.recipe());
     }
 }
 
@@ -110,7 +110,7 @@ fn a_second_run_has_the_bits_of_the_first() {
     assert_eq!(statistics[0], statistics[1]);
     for scorer in scorers() {
         let [a, b] = [(&statistics[0], &first), (&statistics[1], &second)].map(|(s, w)| scorer.score(s, w).unwrap());
-        assert_eq!(bits(&a), bits(&b), "{}", scorer.recipe().to_string());
+        assert_eq!(bits(&a), bits(&b), "{}", scorer.recipe());
     }
 }
 

@@ -192,7 +192,7 @@ impl TuningMethod for LayerTurns {
             later: true,
             ..ParameterGroup::default()
         };
-        let groups = PROJECTED.iter().filter(|_| self.projection.is_some()).map(|map| group(&map)).collect();
+        let groups = PROJECTED.iter().filter(|_| self.projection.is_some()).map(group).collect();
         let hooks = SampledLayers::new(self.sampling.clone(), probabilities);
         Ok(Installed { hooks: Some(Box::new(hooks)), groups, ..installed })
     }

@@ -22,9 +22,7 @@ use moe_peft::{
 /// A checkpoint in every form.
 fn every_form(base: &Arc<Checkpoint>) -> Vec<(&'static str, Arc<Checkpoint>)> {
     let mut forms = vec![("as it is", base.clone())];
-    let made: [(&str, fn(&Arc<Checkpoint>) -> Arc<Checkpoint>); 3] =
-        [("grouped", grouped), ("ragged", ragged), ("grouped and ragged", grouped_ragged)];
-    forms.extend(made.map(|(name, make)| (name, make(base))));
+    forms.extend([("grouped", grouped(base)), ("ragged", ragged(base)), ("grouped and ragged", grouped_ragged(base))]);
     forms
 }
 

@@ -181,7 +181,7 @@ fn biases_of_down_are_part_of_a_ragged_checkpoint() {
         assert_eq!(twice.expert(layer, 0).unwrap().down_bias, out.expert(layer, 0).unwrap().down_bias);
         let refused = |mode, plan: &PrunePlan, from: &Checkpoint, edits: Option<&Edits>| {
             let options = PruneOptions { edits: shared(edits), allow_unaligned: true, ..PruneOptions::new(mode) };
-            write_plan(plan, from, &at("refused"), &options).unwrap_err().to_string()
+            write_plan(plan, from, at("refused"), &options).unwrap_err().to_string()
         };
         let plan = common::plan(&model, Scope::Expert, 0.4);
         let edits = self::edits(&plan, true);
@@ -310,10 +310,10 @@ fn values_that_do_not_fit_are_named() {
     let down = vec![f32::MAX; model.shape().hidden_size * width];
     edits.set_expert(layer, 3, ExpertEdit { down: Some(down), down_bias: None });
     let options = PruneOptions { edits: shared(Some(&edits)), ..PruneOptions::new(PruneForm::Uniform) };
-    let text = write_plan(&keep, &model, &directory.path().join("out"), &options).unwrap_err().to_string();
+    let text = write_plan(&keep, &model, directory.path().join("out"), &options).unwrap_err().to_string();
     assert!(text.contains(&format!("layer {layer}, expert 3")) && text.contains("too large for BF16"), "{text}");
     edits.set_expert(layer, 3, ExpertEdit { down: Some(vec![1.0]), down_bias: None });
     let options = PruneOptions { edits: shared(Some(&edits)), ..PruneOptions::new(PruneForm::Uniform) };
-    let text = write_plan(&keep, &model, &directory.path().join("other"), &options).unwrap_err().to_string();
+    let text = write_plan(&keep, &model, directory.path().join("other"), &options).unwrap_err().to_string();
     assert!(text.contains("down has 1 values") && !directory.path().join("other.partial").exists(), "{text}");
 }

@@ -168,7 +168,7 @@ fn experts_go_with_their_router_rows_and_biases() {
         }
         if !plan.kept[0].removed.is_empty() {
             let error =
-                write_plan(&plan, &model, &directory.path().join("masked"), &PruneOptions::new(PruneForm::Masked));
+                write_plan(&plan, &model, directory.path().join("masked"), &PruneOptions::new(PruneForm::Masked));
             assert!(error.unwrap_err().to_string().contains("the router would still choose them"));
         }
     }
@@ -186,9 +186,7 @@ fn groups_and_top_k_are_protected() {
         let achieved = 1.0 - plan.units_kept() as f64 / plan.shape.units() as f64;
         plan.ratio = moe_prune::Ratio { asked: achieved, achieved };
         let out = tempdir().unwrap();
-        write_plan(&plan, &model, &out.path().join("out"), &PruneOptions::new(PruneForm::Ragged))
-            .unwrap_err()
-            .to_string()
+        write_plan(plan, &model, out.path().join("out"), &PruneOptions::new(PruneForm::Ragged)).unwrap_err().to_string()
     };
     let text = remove(&mut plan.clone(), &[0, 3]);
     assert!(text.contains("layer 1") && text.contains("[1, 1, 2, 2]"), "{text}");

@@ -156,7 +156,7 @@ fn what_cannot_be_pruned_alike_is_refused() {
     let plan = common::plan(&model, Scope::Expert, 0.5);
     let refused = |model: &Checkpoint, plan: &PrunePlan, mode| {
         let options = PruneOptions { mtp: Some(Mtp::Prune), ..PruneOptions::new(mode) };
-        write_plan(plan, model, &directory.path().join("out"), &options).unwrap_err().to_string()
+        write_plan(plan, model, directory.path().join("out"), &options).unwrap_err().to_string()
     };
     for mode in [PruneForm::Ragged, PruneForm::Masked] {
         let text = refused(&model, &plan, mode);
@@ -182,6 +182,6 @@ fn what_cannot_be_pruned_alike_is_refused() {
     let options =
         PruneOptions { mtp: Some(Mtp::Keep), allow_unaligned: true, ..PruneOptions::new(PruneForm::FineGrained(how)) };
     let keep = PrunePlan::keep_all(model.shape(), model.fingerprint());
-    let text = write_plan(&keep, &model, &directory.path().join("out"), &options).unwrap_err().to_string();
+    let text = write_plan(&keep, &model, directory.path().join("out"), &options).unwrap_err().to_string();
     assert!(text.contains("prune or drop them"), "{text}");
 }

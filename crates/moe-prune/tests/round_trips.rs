@@ -49,7 +49,7 @@ fn experts_leave_their_groups_evenly_and_the_rest_is_routed_as_without_them() {
         let expected = logits_of(&whole.with_overlays(None, Some(Arc::new(removed))).unwrap());
         assert!(difference(&logits(model.dir()), &expected) > 1e-3, "{name}: nothing has changed");
         for mode in [PruneForm::Uniform, PruneForm::Ragged] {
-            write_plan(&plan, &model, &at(mode.name()), &PruneOptions::new(mode)).unwrap();
+            write_plan(&plan, &model, at(mode.name()), &PruneOptions::new(mode)).unwrap();
             let found = difference(&logits(&at(mode.name())), &expected);
             assert!(found < 1e-5, "{name} {mode}: {found}");
         }
@@ -59,7 +59,7 @@ fn experts_leave_their_groups_evenly_and_the_rest_is_routed_as_without_them() {
             Err(error) => error.to_string(),
             Ok(half) => {
                 let options = PruneOptions::new(PruneForm::Uniform);
-                write_plan(&half.plan, &model, &at("half"), &options).unwrap_err().to_string()
+                write_plan(&half.plan, &model, at("half"), &options).unwrap_err().to_string()
             }
         };
         assert!(text.contains('3'), "{text}");
@@ -86,7 +86,7 @@ fn experts_without_units_and_empty_layers_go_round() {
     ] {
         let at = |what: &str| directory.path().join(format!("{}-{what}", name.replace('/', "-")));
         let apply = |plan: &PrunePlan, from: &Checkpoint, what: &str, mode| {
-            write_plan(&plan, from, &at(what), &PruneOptions::new(mode)).unwrap();
+            write_plan(plan, from, at(what), &PruneOptions::new(mode)).unwrap();
             Checkpoint::open(at(what)).unwrap()
         };
         let model = Checkpoint::open(parity(name)).unwrap();
@@ -139,7 +139,7 @@ fn experts_without_units_and_empty_layers_go_round() {
         assert_eq!(twice.raw_config(), direct.raw_config(), "{name}");
         // There is no one width to go back to.
         let text =
-            write_plan(&keep, &ragged, &at("uniform"), &PruneOptions::new(PruneForm::Uniform)).unwrap_err().to_string();
+            write_plan(&keep, &ragged, at("uniform"), &PruneOptions::new(PruneForm::Uniform)).unwrap_err().to_string();
         assert!(text.contains("one width") || text.contains("any unit"), "{text}");
     }
 }

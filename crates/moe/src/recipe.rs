@@ -408,7 +408,7 @@ pub enum Repair {
     /// A bias per expert: the mean of what the dropped units gave.
     MeanOutput(#[schemars(with = "serde_json::Map<String, Value>")] MeanOutput),
     /// Router rows, by descent on the divergence from the full model.
-    RouterDistillation(#[schemars(with = "serde_json::Map<String, Value>")] RouterDistillation),
+    RouterDistillation(#[schemars(with = "serde_json::Map<String, Value>")] Box<RouterDistillation>),
 }
 
 /// Measures the model.

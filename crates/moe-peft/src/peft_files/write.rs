@@ -66,7 +66,7 @@ pub fn write(dir: impl AsRef<Path>, weights: &LoraWeights, maps: &Maps<'_>, opti
     Ok(())
 }
 
-/// Whether [`write`] can write `weights`. It can then write the same adapter with other values, too: to be asked before training.
+/// Whether [`write()`] can write `weights`. It can then write the same adapter with other values, too: to be asked before training.
 ///
 /// # Errors
 /// [`Error::Unsupported`] for DoRA on fused experts, and for fused experts of different widths; [`Error::Input`] for a map that the model does

@@ -72,7 +72,7 @@ impl Smt {
     /// them (as [`OwnWeights::full`] names them), else at those of the checkpoint.
     ///
     /// # Errors
-    /// What keeps weights from being read; [`Error::Input`](crate::Error::Input) for blocks that are not there.
+    /// What keeps weights from being read; [`Error::Input`] for blocks that are not there.
     pub fn install_blocks(
         &self,
         model: &Model,
