@@ -38,7 +38,7 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// Activation of the gate of every FFN.
     pub hidden_act: Activation,
-    /// Attention, the same in all layers apart from [`LayerConfig::sliding_window`].
+    /// Softmax attention, the same in all layers that have it apart from [`LayerConfig::sliding_window`] and [`LayerConfig::rotary`].
     pub attention: AttentionConfig,
     /// Rotary position embedding.
     pub rope: RopeConfig,
@@ -124,6 +124,8 @@ pub enum Activation {
 pub enum NormKind {
     /// Division by the root mean square, a weight.
     Rms,
+    /// The same with one added to the weight as it is stored: norms of the residual stream, of queries and of keys.
+    RmsOnePlus,
     /// Mean taken out, division by the standard deviation, a weight and a bias.
     Layer,
 }
@@ -166,6 +168,13 @@ pub struct AttentionConfig {
     pub output_bias: bool,
     /// RMSNorm on queries and keys before the rotary embedding.
     pub qk_norm: QkNorm,
+    /// Whether the query projection gives a gate beside every query head, `[query | gate]` per head, whose sigmoid multiplies the head's
+    /// output.
+    pub gated: bool,
+    /// Most keys that a query sees, where an indexer chooses them; sequences up to so many tokens see all.
+    pub selects: Option<usize>,
+    /// Growth of queries with their position.
+    pub growth: Option<QueryGrowth>,
     /// Bound that queries, keys and values are clamped to, after the norm and before the rotary embedding.
     pub qkv_clip: Option<f64>,
     /// Whether every head has a learnt logit that takes part in the softmax and has no value.
@@ -188,6 +197,15 @@ impl AttentionConfig {
             AttentionKind::Latent(latent) => latent.v_head_dim,
         }
     }
+}
+
+/// Growth of queries with their position: the query at position `p`, from 0, is multiplied by `1 + rate * ln(1 + floor(p / length))`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QueryGrowth {
+    /// Rate of the growth.
+    pub rate: f64,
+    /// Positions without growth.
+    pub length: usize,
 }
 
 /// What the attention projections are.
@@ -297,8 +315,59 @@ pub struct LayerConfig {
     pub sliding_window: Option<usize>,
     /// Whether queries and keys get the rotary embedding; where not, the layer knows no positions.
     pub rotary: bool,
+    /// What looks at other tokens.
+    pub mixer: Mixer,
     /// What follows the attention.
     pub ffn: Ffn,
+}
+
+/// What looks at other tokens in a decoder layer.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Mixer {
+    /// [`ModelConfig::attention`].
+    Attention,
+    /// Gated DeltaNet (arXiv 2412.06464), a linear attention.
+    DeltaNet(DeltaNet),
+    /// A gated convolution of every channel by itself.
+    ShortConvolution {
+        /// Tokens that it sees, the current one included.
+        kernel: usize,
+    },
+}
+
+/// Gated DeltaNet.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeltaNet {
+    /// Heads of queries and keys.
+    pub key_heads: usize,
+    /// Heads of values; a multiple of `key_heads`.
+    pub value_heads: usize,
+    /// Width of a query or key head.
+    pub key_head_dim: usize,
+    /// Width of a value head.
+    pub value_head_dim: usize,
+    /// Tokens that the convolution in front sees, the current one included.
+    pub kernel: usize,
+    /// Whether files have two projections, ordered by key heads, instead of four.
+    pub grouped: bool,
+}
+
+impl DeltaNet {
+    /// Width of all queries, and of all keys.
+    pub fn keys(&self) -> usize {
+        self.key_heads * self.key_head_dim
+    }
+
+    /// Width of all values.
+    pub fn values(&self) -> usize {
+        self.value_heads * self.value_head_dim
+    }
+
+    /// Channels of the convolution: queries, keys and values.
+    pub fn channels(&self) -> usize {
+        2 * self.keys() + self.values()
+    }
 }
 
 /// Feed-forward part of a decoder layer.

@@ -65,6 +65,34 @@ pub enum LayerRole {
     KeyNorm,
     /// Logit per head that takes part in the softmax without a value `[heads]`.
     Sinks,
+    /// Queries, keys and values of gated DeltaNet `[2 key_heads * D_k + value_heads * D_v, H]`.
+    DeltaQkv,
+    /// Gate on the output of gated DeltaNet `[value_heads * D_v, H]`.
+    DeltaGate,
+    /// How much every head of gated DeltaNet writes `[value_heads, H]`.
+    DeltaBeta,
+    /// How fast every head of gated DeltaNet forgets `[value_heads, H]`.
+    DeltaDecay,
+    /// Queries, keys, values and gates of gated DeltaNet, per key head `[2 key_heads * D_k + 2 value_heads * D_v, H]`.
+    DeltaQkvGate,
+    /// How much every head of gated DeltaNet writes and how fast it forgets, per key head `[2 value_heads, H]`.
+    DeltaBetaDecay,
+    /// Convolution of queries, keys and values `[2 key_heads * D_k + value_heads * D_v, 1, K]`.
+    DeltaConvolution,
+    /// Logarithm of the rate of forgetting `[value_heads]`.
+    DeltaRate,
+    /// Added to what [`DeltaDecay`](Self::DeltaDecay) gives `[value_heads]`.
+    DeltaRateBias,
+    /// Norm of every head of the output of gated DeltaNet `[D_v]`.
+    DeltaNorm,
+    /// Output projection of gated DeltaNet `[H, value_heads * D_v]`.
+    DeltaOutput,
+    /// Both gates and the input of a short convolution `[3 H, H]`.
+    ConvolutionInput,
+    /// A short convolution `[H, 1, K]`.
+    ConvolutionTaps,
+    /// Output projection of a short convolution `[H, H]`.
+    ConvolutionOutput,
     /// Projection down to the latent of queries `[q_lora_rank, H]`.
     LatentQueryDown,
     /// Its bias `[q_lora_rank]`.

@@ -78,8 +78,9 @@ pub use artefact_file::write_atomic;
 pub use checkpoint::Checkpoint;
 pub use compression::{BeforeAfter, Mtp, Ratio, TopKClamp};
 pub use config::{
-    Activation, AttentionConfig, AttentionKind, Ffn, GroupScore, Groups, LatentAttention, LayerConfig, ModelConfig,
-    MoeConfig, Multipliers, NormKind, QkNorm, RopeConfig, RopeScaling, Routing, RoutingKind, SharedExpert,
+    Activation, AttentionConfig, AttentionKind, DeltaNet, Ffn, GroupScore, Groups, LatentAttention, LayerConfig, Mixer,
+    ModelConfig, MoeConfig, Multipliers, NormKind, QkNorm, QueryGrowth, RopeConfig, RopeScaling, Routing, RoutingKind,
+    SharedExpert,
 };
 pub use convert::{decode_f32, encode};
 pub use error::{Error, Result};

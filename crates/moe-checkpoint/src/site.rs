@@ -54,6 +54,24 @@ pub enum LayerSite {
     Value,
     /// `[H, heads * D_v]`.
     Output,
+    /// Queries, keys and values of gated DeltaNet `[2 key_heads * D_k + value_heads * D_v, H]`.
+    DeltaQkv,
+    /// Gate on the output of gated DeltaNet `[value_heads * D_v, H]`.
+    DeltaGate,
+    /// How much gated DeltaNet writes `[value_heads, H]`.
+    DeltaBeta,
+    /// How fast gated DeltaNet forgets `[value_heads, H]`.
+    DeltaDecay,
+    /// Queries, keys, values and gates of gated DeltaNet, per key head `[2 key_heads * D_k + 2 value_heads * D_v, H]`.
+    DeltaQkvGate,
+    /// How much gated DeltaNet writes and how fast it forgets, per key head `[2 value_heads, H]`.
+    DeltaBetaDecay,
+    /// `[H, value_heads * D_v]` of gated DeltaNet.
+    DeltaOutput,
+    /// Both gates and the input of a short convolution `[3 H, H]`.
+    ConvolutionInput,
+    /// `[H, H]` of a short convolution.
+    ConvolutionOutput,
     /// To the latent of queries `[R_q, H]`.
     LatentQueryDown,
     /// From the latent of queries `[heads * D, R_q]`.
@@ -78,11 +96,20 @@ pub enum LayerSite {
 
 impl LayerSite {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 23] = [
         Self::Query,
         Self::Key,
         Self::Value,
         Self::Output,
+        Self::DeltaQkv,
+        Self::DeltaGate,
+        Self::DeltaBeta,
+        Self::DeltaDecay,
+        Self::DeltaQkvGate,
+        Self::DeltaBetaDecay,
+        Self::DeltaOutput,
+        Self::ConvolutionInput,
+        Self::ConvolutionOutput,
         Self::LatentQueryDown,
         Self::LatentQueryUp,
         Self::LatentKvDown,
@@ -102,6 +129,15 @@ impl LayerSite {
             Self::Key => &[LayerRole::Key],
             Self::Value => &[LayerRole::Value],
             Self::Output => &[LayerRole::Output],
+            Self::DeltaQkv => &[LayerRole::DeltaQkv],
+            Self::DeltaGate => &[LayerRole::DeltaGate],
+            Self::DeltaBeta => &[LayerRole::DeltaBeta],
+            Self::DeltaDecay => &[LayerRole::DeltaDecay],
+            Self::DeltaQkvGate => &[LayerRole::DeltaQkvGate],
+            Self::DeltaBetaDecay => &[LayerRole::DeltaBetaDecay],
+            Self::DeltaOutput => &[LayerRole::DeltaOutput],
+            Self::ConvolutionInput => &[LayerRole::ConvolutionInput],
+            Self::ConvolutionOutput => &[LayerRole::ConvolutionOutput],
             Self::LatentQueryDown => &[LayerRole::LatentQueryDown],
             Self::LatentQueryUp => &[LayerRole::LatentQueryUp],
             Self::LatentKvDown => &[LayerRole::LatentKvDown],
@@ -127,6 +163,15 @@ impl LayerSite {
             Self::Key => "key",
             Self::Value => "value",
             Self::Output => "output",
+            Self::DeltaQkv => "delta_qkv",
+            Self::DeltaGate => "delta_gate",
+            Self::DeltaBeta => "delta_beta",
+            Self::DeltaDecay => "delta_decay",
+            Self::DeltaQkvGate => "delta_qkv_gate",
+            Self::DeltaBetaDecay => "delta_beta_decay",
+            Self::DeltaOutput => "delta_output",
+            Self::ConvolutionInput => "convolution_input",
+            Self::ConvolutionOutput => "convolution_output",
             Self::LatentQueryDown => "latent_query_down",
             Self::LatentQueryUp => "latent_query_up",
             Self::LatentKvDown => "latent_kv_down",
@@ -143,7 +188,10 @@ impl LayerSite {
     /// Whether it is in the attention half of the layer.
     pub fn is_attention(self) -> bool {
         use LayerSite::*;
-        matches!(self, Query | Key | Value | Output | LatentQueryDown | LatentQueryUp | LatentKvDown | LatentKvUp)
+        let delta =
+            matches!(self, DeltaQkv | DeltaGate | DeltaBeta | DeltaDecay | DeltaQkvGate | DeltaBetaDecay | DeltaOutput);
+        let latent = matches!(self, LatentQueryDown | LatentQueryUp | LatentKvDown | LatentKvUp);
+        delta || latent || matches!(self, Query | Key | Value | Output | ConvolutionInput | ConvolutionOutput)
     }
 }
 

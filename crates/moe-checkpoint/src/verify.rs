@@ -5,7 +5,7 @@ use std::path::Path;
 
 use safetensors::Dtype;
 
-use crate::config::{AttentionKind, Ffn, LatentAttention, ModelConfig, MoeConfig, NormKind, QkNorm};
+use crate::config::{AttentionKind, DeltaNet, Ffn, LatentAttention, Mixer, ModelConfig, MoeConfig, NormKind, QkNorm};
 use crate::convert::float_bytes;
 use crate::experts::{ExpertLayout, ExpertTensor};
 use crate::family::{Family, LayerRole, Role};
@@ -77,7 +77,15 @@ fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>)> + '_ 
     }
     let layers = config.layers.iter().enumerate().flat_map(move |(layer, layer_config)| {
         let mut roles = norm_roles(config);
-        roles.extend(attention_roles(config));
+        roles.extend(match &layer_config.mixer {
+            Mixer::Attention => attention_roles(config),
+            Mixer::DeltaNet(delta) => delta_roles(config.hidden_size, delta),
+            Mixer::ShortConvolution { kernel } => vec![
+                (LayerRole::ConvolutionInput, vec![3 * hidden, hidden]),
+                (LayerRole::ConvolutionTaps, vec![hidden, 1, *kernel]),
+                (LayerRole::ConvolutionOutput, vec![hidden, hidden]),
+            ],
+        });
         roles.extend(ffn_roles(config, &layer_config.ffn));
         roles.into_iter().map(move |(role, shape)| (Role::Layer(layer, role), shape))
     });
@@ -102,11 +110,12 @@ fn attention_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
     match &attention.kind {
         AttentionKind::Other => return Vec::new(),
         AttentionKind::Grouped => {
-            roles.push((LayerRole::Query, vec![queries, hidden]));
+            let with_gates = if attention.gated { 2 * queries } else { queries };
+            roles.push((LayerRole::Query, vec![with_gates, hidden]));
             roles.push((LayerRole::Key, vec![keys, hidden]));
             roles.push((LayerRole::Value, vec![keys, hidden]));
             if attention.qkv_bias {
-                roles.push((LayerRole::QueryBias, vec![queries]));
+                roles.push((LayerRole::QueryBias, vec![with_gates]));
                 roles.push((LayerRole::KeyBias, vec![keys]));
                 roles.push((LayerRole::ValueBias, vec![keys]));
             }
@@ -129,6 +138,30 @@ fn attention_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
     if attention.sinks {
         roles.push((LayerRole::Sinks, vec![attention.num_heads]));
     }
+    roles
+}
+
+fn delta_roles(hidden: usize, delta: &DeltaNet) -> Vec<(LayerRole, Vec<usize>)> {
+    let (values, channels, heads) = (delta.values(), delta.channels(), delta.value_heads);
+    let mut roles = match delta.grouped {
+        true => vec![
+            (LayerRole::DeltaQkvGate, vec![channels + values, hidden]),
+            (LayerRole::DeltaBetaDecay, vec![2 * heads, hidden]),
+        ],
+        false => vec![
+            (LayerRole::DeltaQkv, vec![channels, hidden]),
+            (LayerRole::DeltaGate, vec![values, hidden]),
+            (LayerRole::DeltaBeta, vec![heads, hidden]),
+            (LayerRole::DeltaDecay, vec![heads, hidden]),
+        ],
+    };
+    roles.extend([
+        (LayerRole::DeltaConvolution, vec![channels, 1, delta.kernel]),
+        (LayerRole::DeltaRate, vec![heads]),
+        (LayerRole::DeltaRateBias, vec![heads]),
+        (LayerRole::DeltaNorm, vec![delta.value_head_dim]),
+        (LayerRole::DeltaOutput, vec![hidden, values]),
+    ]);
     roles
 }
 
@@ -373,6 +406,10 @@ impl Weights<'_> {
     fn check_expected(&self, info: &TensorInfo, expected: &HashSet<String>) -> Result<()> {
         let Some(layer) = self.family.layer_of(&info.name) else { return Ok(()) };
         if self.config.attention.kind == AttentionKind::Other && info.name.contains("attn.") {
+            return Ok(());
+        }
+        // The indexer is carried along: it changes nothing in the texts that run.
+        if self.config.attention.selects.is_some() && info.name.contains(".self_attn.indexer.") {
             return Ok(());
         }
         // A constant that old files store.

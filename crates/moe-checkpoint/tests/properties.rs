@@ -120,8 +120,10 @@ fn subjects() -> &'static [Subject] {
         let names = "tf4/qwen2_moe tf5/deepseek_v2_yarn tf5/deepseek_v3_yarn tf5/deepseek_v3_fp8 tf5/ernie4_5_moe tf5/glm4_moe \
                      tf5/gpt_oss tf5/gpt_oss_bf16 tf5/gpt_oss_mxfp4 tf5/granitemoe tf5/kimi_k2 tf5/mixtral_gelu_tanh \
                      tf5/moonlight tf5/olmoe tf5/phimoe_longrope tf5/qwen2_moe_mixed tf5/qwen3_moe_gelu \
-                     tf5/dots1 tf5/exaone_moe tf5/glm4_moe_lite_group tf5/glm4v_moe_full tf5/hy_v3 tf5/kimi_k25_full tf5/minimax_m2 \
-                     tf5/qwen3_omni_moe_thinker tf5/qwen3_vl_moe_full ../unrun/qwen3_5_moe ../unrun/qwen3_5_moe_text";
+                     tf5/dots1 tf5/exaone_moe tf5/glm4_moe_lite_group tf5/glm4v_moe_full tf5/hy_v3 tf5/kimi_k25_full tf5/minimax_m2 tf5/qwen3_next_mixed tf5/deepseek_v32 \
+                     tf5/glm_moe_dsa tf5/mistral4 tf5/lfm2_moe \
+                     tf5/qwen3_omni_moe_thinker tf5/qwen3_vl_moe_full ../unrun/kimi_linear ../unrun/qwen3_5_moe \
+                     ../unrun/qwen3_5_moe_text";
         let load = |name: &str| Model::load(&fixture(name));
         let mut subjects: Vec<_> = names.split_whitespace().map(|name| Subject::new(name, load(name))).collect();
         let mut fused = load("tf5/qwen2_moe_mixed");

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use moe_checkpoint::{
-    AttentionKind, Checkpoint, ExpertLayout, Ffn, ModelConfig, Record, SafetensorsFile, ScoreTable, StatisticsStore,
+    AttentionKind, Checkpoint, ExpertLayout, Ffn, Mixer, ModelConfig, Record, SafetensorsFile, ScoreTable,
+    StatisticsStore,
 };
 use moe_core::data::{Dataset, DatasetOptions, Tokenizer};
 use moe_peft::codec::{Delta, DeltaBase};
@@ -282,6 +283,29 @@ fn range(values: &[usize]) -> String {
 }
 
 fn attention(config: &ModelConfig) -> String {
+    let attention = softmax_attention(config);
+    let convolutions =
+        config.layers.iter().filter(|layer| matches!(layer.mixer, Mixer::ShortConvolution { .. })).count();
+    if convolutions > 0 {
+        return format!("short convolutions in {convolutions} of {} layers; else {attention}", config.layers.len());
+    }
+    let mut linear = config.layers.iter().filter_map(|layer| match &layer.mixer {
+        Mixer::DeltaNet(delta) => Some(delta),
+        _ => None,
+    });
+    let Some(delta) = linear.next() else { return attention };
+    let count = 1 + linear.count();
+    format!(
+        "gated DeltaNet in {count} of {} layers, {} heads of {} values, {} of {} keys; else {attention}",
+        config.layers.len(),
+        delta.value_heads,
+        delta.value_head_dim,
+        delta.key_heads,
+        delta.key_head_dim
+    )
+}
+
+fn softmax_attention(config: &ModelConfig) -> String {
     let attention = &config.attention;
     match &attention.kind {
         AttentionKind::Grouped => {

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::{Device, Tensor};
+use moe_checkpoint::{LayerConfig, Mixer};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -11,7 +12,7 @@ use crate::{
     error::{Error, Result},
     host::{self, HostView},
     kernels::{attention::AttentionShape, rope::Positions, rows::gather_rows},
-    layers::slice_rows,
+    layers::{ConvolutionState, DeltaState, MixerLayer, slice_rows},
     memory::{self, MemoryPlan, Residency, WaveSize},
     model::Model,
     trace::{Nobody, WaveInfo},
@@ -75,6 +76,9 @@ pub fn generate(
     if let Some(i) = prompts.iter().position(Vec::is_empty) {
         return Err(Error::input(format!("prompt {i}"), "no tokens", "at least one"));
     }
+    if let Some(longest) = prompts.iter().map(Vec::len).max() {
+        model.check_length(longest + options.max_new_tokens)?;
+    }
     let mut completions = Vec::with_capacity(prompts.len());
     for (batch, plan) in batches(model, prompts, options)? {
         model.set_residency(plan.residency);
@@ -129,7 +133,8 @@ fn plan(model: &Model, prompts: &[Vec<u32>], options: &GenerateOptions, limit: u
         waiting: 0,
     };
     let in_the_end = tokens.saturating_add(prompts.len().saturating_mul(options.max_new_tokens)) as u64;
-    let cache = in_the_end.saturating_mul(memory::cached_token_bytes(model.config()));
+    let states = (prompts.len() as u64).saturating_mul(memory::sequence_state_bytes(model.config()));
+    let cache = in_the_end.saturating_mul(memory::cached_token_bytes(model.config())).saturating_add(states);
     match memory::plan(model.config(), size, limit.saturating_sub(cache)) {
         Ok(plan) => Ok(MemoryPlan { expected: plan.expected + cache, ..plan }),
         Err(Error::Memory { needed, what, .. }) => {
@@ -230,9 +235,18 @@ fn sample(logits: &[f32], temperature: f32, top_p: f32, random: f32) -> u32 {
 /// Keys and values of one sequence in one layer, `[length, kv_heads * D]` each. Values of latent attention are its keys.
 #[derive(Default)]
 struct KeyValues {
-    length: usize,
     keys: Growing,
     values: Option<Growing>,
+}
+
+/// What is kept of one sequence in one layer.
+enum Kept {
+    /// Its keys and values, which grow.
+    Attention(KeyValues),
+    /// The state of a linear attention, which does not; none before the first token.
+    Delta(Option<DeltaState>),
+    /// The last rows of a short convolution; none before the first token.
+    Convolution(Option<ConvolutionState>),
 }
 
 /// Rows that accumulate on their device.
@@ -245,7 +259,6 @@ struct Growing {
 impl KeyValues {
     /// Adds tokens of a sequence that has at most `length` of them in the end.
     fn push(&mut self, k: Tensor<2>, v: Option<Tensor<2>>, length: usize, device: &Device) {
-        self.length += k.dims()[0];
         self.keys.push(k, length, device);
         if let Some(v) = v {
             self.values.get_or_insert_default().push(v, length, device);
@@ -278,7 +291,9 @@ struct Decoder<'m> {
     model: &'m Model,
     engine: Engine<'m>,
     /// `[layer][sequence]`.
-    cache: Vec<Vec<KeyValues>>,
+    cache: Vec<Vec<Kept>>,
+    /// Tokens of each sequence that were fed.
+    fed: Vec<usize>,
     /// Tokens each sequence may have in the end.
     lengths: Vec<usize>,
 }
@@ -286,8 +301,14 @@ struct Decoder<'m> {
 impl<'m> Decoder<'m> {
     fn new(model: &'m Model, lengths: Vec<usize>) -> Self {
         let layers = model.config().layers.iter();
-        let cache = layers.map(|_| lengths.iter().map(|_| KeyValues::default()).collect()).collect();
-        Self { model, engine: Engine::new(model, EngineOptions::default()), cache, lengths }
+        let empty = |layer: &LayerConfig| match layer.mixer {
+            Mixer::DeltaNet(_) => Kept::Delta(None),
+            Mixer::ShortConvolution { .. } => Kept::Convolution(None),
+            _ => Kept::Attention(KeyValues::default()),
+        };
+        let cache = layers.map(|layer| lengths.iter().map(|_| empty(layer)).collect()).collect();
+        let fed = vec![0; lengths.len()];
+        Self { model, engine: Engine::new(model, EngineOptions::default()), cache, fed, lengths }
     }
 
     /// Feeds new tokens of the sequences `active`; logits after the last token of each, `[active, V]`.
@@ -304,23 +325,57 @@ impl<'m> Decoder<'m> {
             .iter()
             .zip(&spans)
             .map(|(&s, span)| {
-                let start = self.cache[0][s].length;
+                let start = self.fed[s];
                 Positions { range: start..start + span.len(), length: self.lengths[s] }
             })
             .collect();
+        active.iter().zip(&spans).for_each(|(&s, span)| self.fed[s] += span.len());
         let table = model.rope().table(&positions);
         let info = WaveInfo { id: 0, tokens: ids.len(), sequences: Vec::new() };
         let mut x = model.embed(&ids)?;
         for layer in 0..model.config().layers.len() {
-            let attention = model.attention(layer)?;
-            let entry = attention.cache_entry(&x, &table);
-            for (&sequence, span) in active.iter().zip(&spans) {
-                let rows = |t: &Tensor<2>| slice_rows(t, span);
-                let v = entry.v.as_ref().map(rows);
-                self.cache[layer][sequence].push(rows(&entry.k), v, self.lengths[sequence], device);
-            }
-            let heads = self.attend(layer, &entry.q, active, &spans, &attention.cached_shape());
-            let middle = attention.residual(&x, &attention.cached_heads(heads));
+            let middle = match model.mixer(layer)? {
+                MixerLayer::Attention(attention) => {
+                    let entry = attention.cache_entry(&x, &table);
+                    for (&sequence, span) in active.iter().zip(&spans) {
+                        let rows = |t: &Tensor<2>| slice_rows(t, span);
+                        let v = entry.v.as_ref().map(rows);
+                        if let Kept::Attention(kept) = &mut self.cache[layer][sequence] {
+                            kept.push(rows(&entry.k), v, self.lengths[sequence], device);
+                        }
+                    }
+                    let heads = self.attend(layer, &entry.q, active, &spans, &attention.cached_shape());
+                    attention.residual(&x, &attention.cached_heads(heads, entry.gate.as_ref()))
+                }
+                MixerLayer::Delta(delta) => {
+                    let mut states: Vec<DeltaState> = Vec::with_capacity(active.len());
+                    for &sequence in active {
+                        states.push(match &mut self.cache[layer][sequence] {
+                            Kept::Delta(state) => state.take().unwrap_or_else(|| delta.start()),
+                            _ => unreachable!("the cache was made for the kinds of the layers"),
+                        });
+                    }
+                    let middle = delta.step(&x, &spans, &mut states.iter_mut().collect::<Vec<_>>());
+                    for (&sequence, state) in active.iter().zip(states) {
+                        self.cache[layer][sequence] = Kept::Delta(Some(state));
+                    }
+                    middle
+                }
+                MixerLayer::Convolution(convolution) => {
+                    let mut states: Vec<ConvolutionState> = Vec::with_capacity(active.len());
+                    for &sequence in active {
+                        states.push(match &mut self.cache[layer][sequence] {
+                            Kept::Convolution(state) => state.take().unwrap_or_else(|| convolution.start()),
+                            _ => unreachable!("the cache was made for the kinds of the layers"),
+                        });
+                    }
+                    let middle = convolution.step(&x, &spans, &mut states);
+                    for (&sequence, state) in active.iter().zip(states) {
+                        self.cache[layer][sequence] = Kept::Convolution(Some(state));
+                    }
+                    middle
+                }
+            };
             x = self.engine.ffn_forward(FfnPass::new(layer, &info), &middle, &mut LayerTape::default(), &mut Nobody)?;
         }
         let last: Vec<u32> = spans.iter().map(|s| s.end as u32 - 1).collect();
@@ -339,7 +394,10 @@ impl<'m> Decoder<'m> {
         spans: &[Range<usize>],
         shape: &AttentionShape,
     ) -> Tensor<2> {
-        let cache = &self.cache[layer];
+        let cache = |s: usize| match &self.cache[layer][s] {
+            Kept::Attention(kept) => kept,
+            _ => unreachable!("only attention has keys"),
+        };
         #[cfg(feature = "flex")]
         if host::is_host(&q.device()) {
             use crate::kernels::attention::cpu::{Cached, forward_spans};
@@ -348,8 +406,8 @@ impl<'m> Decoder<'m> {
                 .zip(spans)
                 .map(|(&s, span)| Cached {
                     queries: span.clone(),
-                    keys: &cache[s].keys.host,
-                    values: &cache[s].values().host,
+                    keys: &cache(s).keys.host,
+                    values: &cache(s).values().host,
                 })
                 .collect();
             return forward_spans(q, &cached, shape);
@@ -359,7 +417,7 @@ impl<'m> Decoder<'m> {
             .zip(spans)
             .map(|(&s, span)| {
                 let rows = |x: &Growing| x.device.clone().expect("pushed above");
-                let (k, v) = (rows(&cache[s].keys), rows(cache[s].values()));
+                let (k, v) = (rows(&cache(s).keys), rows(cache(s).values()));
                 crate::kernels::attention::attention_cached(&slice_rows(q, span), &k, &v, shape)
             })
             .collect();

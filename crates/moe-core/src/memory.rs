@@ -1,11 +1,12 @@
 //! How much memory a job uses and what it may keep.
 
 use burn::tensor::Device;
-use moe_checkpoint::{AttentionKind, Ffn, ModelConfig, QkNorm};
+use moe_checkpoint::{AttentionKind, DeltaNet, Ffn, Mixer, ModelConfig, QkNorm};
 
 use crate::{
     error::{Error, Result},
     host,
+    kernels::delta::CHUNK,
     layers::DENSE_ROWS,
 };
 
@@ -131,8 +132,8 @@ pub struct WaveSize {
 /// Code, stacks, mapped pages, the tokenizer, and what the allocator keeps between blocks.
 const BASE: u64 = 160 << 20;
 
-/// Elements that an attention layer needs.
-struct AttentionSize {
+/// Elements that the part of a layer needs that looks at other tokens.
+struct MixerSize {
     /// Of its weights.
     weights: usize,
     /// Per token, to keep for the backward pass.
@@ -141,8 +142,30 @@ struct AttentionSize {
     work: usize,
 }
 
-impl AttentionSize {
-    fn new(config: &ModelConfig) -> Self {
+impl MixerSize {
+    fn new(config: &ModelConfig, mixer: &Mixer) -> Self {
+        match mixer {
+            Mixer::DeltaNet(delta) => Self::delta(config.hidden_size, delta),
+            Mixer::ShortConvolution { kernel } => {
+                let h = config.hidden_size;
+                Self { weights: h * (4 * h + kernel), tape: 3 * h, work: 8 * h }
+            }
+            _ => Self::attention(config),
+        }
+    }
+
+    fn delta(h: usize, delta: &DeltaNet) -> Self {
+        let (channels, values, heads) = (delta.channels(), delta.values(), delta.value_heads);
+        // States at the beginnings of chunks of all heads, as if they were computed at once.
+        let states = delta.value_heads * delta.key_head_dim * delta.value_head_dim / CHUNK;
+        Self {
+            weights: h * (channels + 2 * values + 2 * heads) + channels * delta.kernel,
+            tape: channels + values + 2 * heads,
+            work: 3 * channels + 4 * values + 4 * heads + states,
+        }
+    }
+
+    fn attention(config: &ModelConfig) -> Self {
         let (h, a) = (config.hidden_size, &config.attention);
         let q = a.num_heads * a.head_dim;
         let values = a.num_heads * a.value_head_dim();
@@ -160,20 +183,35 @@ impl AttentionSize {
             _ => {
                 let kv = a.num_kv_heads * a.head_dim;
                 let saved = a.qk_norm != QkNorm::None || a.qkv_clip.is_some();
-                Self { weights: h * (2 * q + 2 * kv), tape: q + 2 * kv + if saved { q + kv } else { 0 }, work: q }
+                let gate = if a.gated { q } else { 0 };
+                let tape = q + 2 * kv + gate + if saved { q + kv } else { 0 };
+                Self { weights: h * (2 * q + gate + 2 * kv), tape, work: q + 3 * gate }
             }
         }
     }
 }
 
-/// Bytes that generation keeps of one token: its keys and values in every layer, or their latents.
+/// Bytes that generation keeps of one token: its keys and values in every layer that has them, or their latents.
 pub(crate) fn cached_token_bytes(config: &ModelConfig) -> u64 {
     let a = &config.attention;
     let row = match &a.kind {
         AttentionKind::Latent(latent) => latent.kv_lora_rank + latent.qk_rope_head_dim,
         _ => a.num_kv_heads * (a.head_dim + a.value_head_dim()),
     };
-    f32s(config.layers.len() * row)
+    let growing = config.layers.iter().filter(|layer| layer.mixer == Mixer::Attention);
+    f32s(growing.count() * row)
+}
+
+/// Bytes that generation keeps of one sequence however long it is: the states of linear attention and of short convolutions.
+pub(crate) fn sequence_state_bytes(config: &ModelConfig) -> u64 {
+    let states = config.layers.iter().map(|layer| match &layer.mixer {
+        Mixer::DeltaNet(delta) => {
+            delta.values() * delta.key_head_dim + delta.kernel.saturating_sub(1) * delta.channels()
+        }
+        Mixer::ShortConvolution { kernel } => kernel.saturating_sub(1) * config.hidden_size,
+        _ => 0,
+    });
+    f32s(states.sum())
 }
 
 /// Plans a wave within `limit` bytes.
@@ -183,14 +221,7 @@ pub(crate) fn cached_token_bytes(config: &ModelConfig) -> u64 {
 pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPlan> {
     let (h, t) = (config.hidden_size, size.tokens);
     let hidden = f32s(t * h);
-    let attention = AttentionSize::new(config);
-    let attention_weights = f32s(attention.weights);
-    let tape = f32s(t * attention.tape);
-
     let mut phases: Vec<(String, u64)> = Vec::new();
-    let attention_work =
-        attention_weights + tape + f32s(t * (attention.work + h)) + if size.gradients { tape + hidden } else { 0 };
-    phases.push(("an attention layer".into(), attention_work));
     if size.head {
         let block = f32s(head_block_rows(h).min(config.vocab_size) * h);
         let logits = f32s(size.head_tokens.min(t) * config.vocab_size);
@@ -200,6 +231,12 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
     let mut expert_bytes = Vec::new();
     let mut kept = Vec::new(); // bytes of [attention, dense, experts] activations per layer
     for (i, layer) in config.layers.iter().enumerate() {
+        let mixer = MixerSize::new(config, &layer.mixer);
+        let (mixer_weights, tape) = (f32s(mixer.weights), f32s(t * mixer.tape));
+        let mixing = mixer_weights + tape + f32s(t * (mixer.work + h)) + if size.gradients { tape + hidden } else { 0 };
+        if phases.iter().all(|(_, bytes)| *bytes < mixing) {
+            phases.push(("an attention layer".into(), mixing));
+        }
         let (dense_width, moe) = match &layer.ffn {
             Ffn::Dense { intermediate_size } => (*intermediate_size, None),
             Ffn::Moe(moe) => (moe.shared.as_ref().map_or(0, |s| s.intermediate_size), Some(moe)),
@@ -220,7 +257,7 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
             expert_bytes.extend(moe.stored_widths().iter().map(|w| f32s(3 * w * h)));
         }
         phases.push((format!("the feed-forward part of layer {i}"), work));
-        layer_weights.push(attention_weights + dense_weights + f32s(h * moe.map_or(0, |m| m.num_experts())));
+        layer_weights.push(mixer_weights + dense_weights + f32s(h * moe.map_or(0, |m| m.num_experts())));
         kept.push([tape, f32s(t * 2 * dense_width), experts_kept]);
     }
     let (what, largest) = phases.into_iter().max_by_key(|(_, bytes)| *bytes).unwrap_or_default();

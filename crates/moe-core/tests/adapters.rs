@@ -243,7 +243,7 @@ fn noise(len: usize, seed: usize) -> Vec<f32> {
     (0..len).map(|i| (((i * 7919 + seed * 104_729 + 17) % 1009) as f32 / 504.5 - 1.0) * 0.3).collect()
 }
 
-const VECTORS: [LayerRole; 12] = [
+const VECTORS: [LayerRole; 13] = [
     LayerRole::AttentionNorm,
     LayerRole::AttentionNormBias,
     LayerRole::FfnNorm,
@@ -256,6 +256,7 @@ const VECTORS: [LayerRole; 12] = [
     LayerRole::KeyNorm,
     LayerRole::LatentQueryNorm,
     LayerRole::LatentKvNorm,
+    LayerRole::DeltaNorm,
 ];
 
 impl Everything {
@@ -374,8 +375,8 @@ fn check(model: &Model, all: Arc<Everything>, names: impl Fn(&str) -> bool) -> u
 
 #[test]
 fn everything_that_is_trained_has_the_gradient_of_a_difference_quotient() {
-    // biases and a gated shared expert; latents, groups and a dense layer; norms of heads
-    for name in ["qwen2_moe", "deepseek_v2", "qwen3_moe", "deepseek_v3"] {
+    // biases and a gated shared expert; latents, groups and a dense layer; norms of heads; gated DeltaNet in both forms of its files
+    for name in ["qwen2_moe", "deepseek_v2", "qwen3_moe", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text"] {
         let model = Model::open(fixture(name), &Device::flex(), None).unwrap();
         let all = Arc::new(Everything::own(model.checkpoint()));
         let checked = check(&model, all.clone(), |_| true);

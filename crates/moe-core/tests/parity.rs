@@ -426,10 +426,31 @@ fn exports_compute_what_transformers_computes() {
 /// Checkpoints that can be pruned but not run say so before anything is read.
 #[test]
 fn models_that_are_not_run_are_refused_at_once() {
-    for name in ["qwen3_5_moe", "qwen3_5_moe_text"] {
+    for name in ["kimi_linear"] {
         let error = Model::open(fixtures().join("../unrun").join(name), &Device::flex(), None).unwrap_err();
         assert!(matches!(error, Error::Unsupported(_)), "{error}");
         assert!(error.to_string().contains(name) && error.to_string().contains("attention"), "{error}");
+    }
+}
+
+/// Texts in which an indexer would choose keys are refused by name, in sweeps and in generation.
+#[test]
+fn texts_longer_than_an_indexer_sees_are_refused() {
+    for name in ["deepseek_v32", "glm_moe_dsa"] {
+        let model = Model::open(fixtures().join("tf5").join(name), &Device::flex(), None).unwrap();
+        let limit = model.config().attention.selects.unwrap();
+        let ids = |count: usize| (0..count).map(|i| (i % 50) as u32).collect::<Vec<_>>();
+        let run = |count: usize| {
+            let wave = Wave { id: 0, sequences: vec![Sequence::new(ids(count))] };
+            Engine::new(&model, EngineOptions::default()).run(&wave, &mut Recorder::default())
+        };
+        run(limit).unwrap();
+        let options = GenerateOptions { max_new_tokens: 3, ..Default::default() };
+        let generated = generate(&model, &[ids(limit - 2)], &options, |_| false).map(drop);
+        for error in [run(limit + 1).map(drop).unwrap_err(), generated.unwrap_err()] {
+            let text = error.to_string();
+            assert!(text.contains(name) && text.contains("index_topk") && text.contains("65"), "{text}");
+        }
     }
 }
 
@@ -472,6 +493,7 @@ parity! {
     tf5_deepseek_v3: "tf5/deepseek_v3",
     tf5_deepseek_v3_bf16: "tf5/deepseek_v3_bf16",
     tf5_deepseek_v3_fp8: "tf5/deepseek_v3_fp8",
+    tf5_deepseek_v32: "tf5/deepseek_v32",
     tf5_deepseek_v3_yarn: "tf5/deepseek_v3_yarn",
     tf5_dots1: "tf5/dots1",
     tf5_ernie4_5_moe: "tf5/ernie4_5_moe",
@@ -480,6 +502,7 @@ parity! {
     tf5_glm4_moe_lite: "tf5/glm4_moe_lite",
     tf5_glm4_moe_lite_group: "tf5/glm4_moe_lite_group",
     tf5_glm4v_moe_full: "tf5/glm4v_moe_full",
+    tf5_glm_moe_dsa: "tf5/glm_moe_dsa",
     tf5_gpt_oss: "tf5/gpt_oss",
     tf5_gpt_oss_bf16: "tf5/gpt_oss_bf16",
     tf5_gpt_oss_mxfp4: "tf5/gpt_oss_mxfp4",
@@ -487,7 +510,10 @@ parity! {
     tf5_hy_v3: "tf5/hy_v3",
     tf5_kimi_k2: "tf5/kimi_k2",
     tf5_kimi_k25_full: "tf5/kimi_k25_full",
+    tf5_lfm2_moe: "tf5/lfm2_moe",
     tf5_minimax_m2: "tf5/minimax_m2",
+    tf5_mistral4: "tf5/mistral4",
+    tf5_mistral4_full: "tf5/mistral4_full",
     tf5_mixtral: "tf5/mixtral",
     tf5_mixtral_gelu_tanh: "tf5/mixtral_gelu_tanh",
     tf5_moonlight: "tf5/moonlight",
@@ -500,11 +526,20 @@ parity! {
     tf5_qwen2_moe_mixed: "tf5/qwen2_moe_mixed",
     tf5_qwen2_moe_padded: "tf5/qwen2_moe_padded",
     tf5_qwen2_moe_sliding: "tf5/qwen2_moe_sliding",
+    tf5_qwen3_5_moe_full: "tf5/qwen3_5_moe_full",
+    tf5_qwen3_5_moe_full_saved: "tf5/qwen3_5_moe_full_saved",
+    tf5_qwen3_5_moe_text: "tf5/qwen3_5_moe_text",
+    tf5_qwen3_5_moe_text_long: "tf5/qwen3_5_moe_text_long",
+    tf5_qwen3_5_moe_text_native: "tf5/qwen3_5_moe_text_native",
+    tf5_qwen3_5_moe_text_padded: "tf5/qwen3_5_moe_text_padded",
     tf5_qwen3_moe: "tf5/qwen3_moe",
     tf5_qwen3_moe_gelu: "tf5/qwen3_moe_gelu",
     tf5_qwen3_moe_long: "tf5/qwen3_moe_long",
     tf5_qwen3_moe_sharded: "tf5/qwen3_moe_sharded",
     tf5_qwen3_moe_yarn: "tf5/qwen3_moe_yarn",
+    tf5_qwen3_next: "tf5/qwen3_next",
+    tf5_qwen3_next_long: "tf5/qwen3_next_long",
+    tf5_qwen3_next_mixed: "tf5/qwen3_next_mixed",
     tf5_qwen3_omni_moe_thinker: "tf5/qwen3_omni_moe_thinker",
     tf5_qwen3_vl_moe_full: "tf5/qwen3_vl_moe_full",
     tf5_qwen3_vl_moe_full_saved: "tf5/qwen3_vl_moe_full_saved",

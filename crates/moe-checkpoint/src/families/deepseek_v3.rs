@@ -1,13 +1,16 @@
 //! DeepSeek-V3, and Kimi-K2, Moonlight and GLM-4.7-Flash, which are the same: latent attention, sigmoid routing with correction bias.
+//! DeepSeek-V3.2 and GLM-5 have an indexer besides, which chooses the keys that a query sees. It changes nothing in texts that are no longer
+//! than the number of keys it may choose; those are the texts that run.
 
 use serde_json::Value;
 
 use crate::Result;
-use crate::config::{GroupScore, ModelConfig, Routing, RoutingKind};
+use crate::config::{AttentionConfig, GroupScore, ModelConfig, Routing, RoutingKind};
 use crate::experts::ExpertTensor;
 use crate::family::{CONFIG, Family, Role};
 use crate::json::Fields;
 
+use super::read::MAX_SIZE;
 use super::{latent, names, read, rope};
 
 /// The family `deepseek_v3`, under any of its names.
@@ -16,6 +19,8 @@ pub(crate) struct DeepseekV3 {
     pub model_type: &'static str,
     /// Dense layers before the first MoE layer where a config says nothing.
     pub dense: usize,
+    /// Whether an indexer chooses keys.
+    pub indexer: bool,
 }
 
 impl Family for DeepseekV3 {
@@ -38,9 +43,13 @@ impl Family for DeepseekV3 {
         }
         let groups = read::groups(&config, read::experts_of(&layers), top_k, GroupScore::TopTwoSum)?;
         let renormalise = config.bool("norm_topk_prob")?.unwrap_or(true);
+        let selects = match self.indexer {
+            true => Some(config.integer("index_topk", 1, MAX_SIZE)?.unwrap_or(2048)),
+            false => None,
+        };
         let model = read::Model {
             model_type: self.model_type(),
-            attention: latent::read(&config, &rope)?,
+            attention: AttentionConfig { selects, ..latent::read(&config, &rope)? },
             rope,
             routing: Routing {
                 top_k,

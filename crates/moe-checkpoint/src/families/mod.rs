@@ -9,8 +9,11 @@ mod glm4_moe;
 mod gpt_oss;
 mod granitemoe;
 mod hy_v3;
+mod kimi_linear;
 mod latent;
+mod lfm2_moe;
 mod minimax_m2;
+mod mistral4;
 mod mixtral;
 mod names;
 mod olmoe;
@@ -30,9 +33,11 @@ pub(crate) use read::MAX_SIZE;
 /// Every family. Adding one is its file, and a line here.
 pub(crate) static FAMILIES: &[&dyn Family] = &[
     &deepseek_v2::DeepseekV2,
-    &deepseek_v3::DeepseekV3 { model_type: "deepseek_v3", dense: 0 },
-    &deepseek_v3::DeepseekV3 { model_type: "kimi_k2", dense: 0 },
-    &deepseek_v3::DeepseekV3 { model_type: "glm4_moe_lite", dense: 1 },
+    &deepseek_v3::DeepseekV3 { model_type: "deepseek_v3", dense: 0, indexer: false },
+    &deepseek_v3::DeepseekV3 { model_type: "kimi_k2", dense: 0, indexer: false },
+    &deepseek_v3::DeepseekV3 { model_type: "glm4_moe_lite", dense: 1, indexer: false },
+    &deepseek_v3::DeepseekV3 { model_type: "deepseek_v32", dense: 3, indexer: true },
+    &deepseek_v3::DeepseekV3 { model_type: "glm_moe_dsa", dense: 3, indexer: true },
     &dots1::Dots1,
     &ernie4_5_moe::Ernie45Moe,
     &exaone_moe::ExaoneMoe,
@@ -41,7 +46,10 @@ pub(crate) static FAMILIES: &[&dyn Family] = &[
     &gpt_oss::GptOss,
     &granitemoe::GraniteMoe,
     &hy_v3::HyV3,
+    &kimi_linear::KimiLinear,
+    &lfm2_moe::Lfm2Moe,
     &minimax_m2::MiniMaxM2,
+    &mistral4::Mistral4,
     &mixtral::Mixtral,
     &olmoe::Olmoe,
     &phimoe::Phimoe,
@@ -61,5 +69,6 @@ pub(crate) static FAMILIES: &[&dyn Family] = &[
         renormalise: Renormalise::Always,
         stock_layout: ExpertLayout::Transposed,
     },
-    &qwen3_5_moe::Qwen35Moe,
+    &qwen3_5_moe::Qwen35Moe { model_type: "qwen3_5_moe_text", next: false },
+    &qwen3_5_moe::Qwen35Moe { model_type: "qwen3_next", next: true },
 ];

@@ -29,6 +29,20 @@ pub(super) fn tensor_name(role: Role) -> String {
         LayerRole::QueryNorm => "self_attn.q_norm.weight",
         LayerRole::KeyNorm => "self_attn.k_norm.weight",
         LayerRole::Sinks => "self_attn.sinks",
+        LayerRole::DeltaQkv => "linear_attn.in_proj_qkv.weight",
+        LayerRole::DeltaGate => "linear_attn.in_proj_z.weight",
+        LayerRole::DeltaBeta => "linear_attn.in_proj_b.weight",
+        LayerRole::DeltaDecay => "linear_attn.in_proj_a.weight",
+        LayerRole::DeltaQkvGate => "linear_attn.in_proj_qkvz.weight",
+        LayerRole::DeltaBetaDecay => "linear_attn.in_proj_ba.weight",
+        LayerRole::DeltaConvolution => "linear_attn.conv1d.weight",
+        LayerRole::DeltaRate => "linear_attn.A_log",
+        LayerRole::DeltaRateBias => "linear_attn.dt_bias",
+        LayerRole::DeltaNorm => "linear_attn.norm.weight",
+        LayerRole::DeltaOutput => "linear_attn.out_proj.weight",
+        LayerRole::ConvolutionInput => "conv.in_proj.weight",
+        LayerRole::ConvolutionTaps => "conv.conv.weight",
+        LayerRole::ConvolutionOutput => "conv.out_proj.weight",
         LayerRole::LatentQueryDown => "self_attn.q_a_proj.weight",
         LayerRole::LatentQueryDownBias => "self_attn.q_a_proj.bias",
         LayerRole::LatentQueryNorm => "self_attn.q_a_layernorm.weight",
@@ -141,6 +155,20 @@ pub(super) fn size_keys(role: Role) -> &'static str {
         LayerRole::KeyBias | LayerRole::ValueBias => "`num_key_value_heads` and `head_dim`",
         LayerRole::QueryNorm | LayerRole::KeyNorm => "the width of a head",
         LayerRole::Sinks => "`num_attention_heads`",
+        LayerRole::DeltaQkv
+        | LayerRole::DeltaGate
+        | LayerRole::DeltaQkvGate
+        | LayerRole::DeltaConvolution
+        | LayerRole::DeltaOutput => {
+            "`linear_num_key_heads`, `linear_num_value_heads`, `linear_key_head_dim`, `linear_value_head_dim`, `linear_conv_kernel_dim` and `hidden_size`"
+        }
+        LayerRole::DeltaBeta | LayerRole::DeltaDecay | LayerRole::DeltaBetaDecay => {
+            "`linear_num_value_heads` and `hidden_size`"
+        }
+        LayerRole::DeltaRate | LayerRole::DeltaRateBias => "`linear_num_value_heads`",
+        LayerRole::DeltaNorm => "`linear_value_head_dim`",
+        LayerRole::ConvolutionInput | LayerRole::ConvolutionOutput => "`hidden_size`",
+        LayerRole::ConvolutionTaps => "`hidden_size` and `conv_L_cache`",
         LayerRole::LatentQueryDown => "`q_lora_rank` and `hidden_size`",
         LayerRole::LatentQueryDownBias | LayerRole::LatentQueryNorm => "`q_lora_rank`",
         LayerRole::LatentQueryUp => "`num_attention_heads`, `qk_nope_head_dim`, `qk_rope_head_dim` and `q_lora_rank`",

@@ -1,51 +1,102 @@
-//! Qwen3.5-MoE: the routed experts of the text model. Attention (in most layers a linear one) is not described, so that such
-//! a checkpoint can be read, pruned and written, but not run.
+//! Qwen3.5-MoE and Qwen3-Next: gated DeltaNet in most layers, gated softmax attention in the others, a gated shared expert.
 
 use serde_json::Value;
 
 use crate::Result;
 use crate::config::{
-    AttentionConfig, AttentionKind, ModelConfig, RopeConfig, RopeScaling, Routing, RoutingKind, SharedExpert,
+    AttentionConfig, DeltaNet, Mixer, ModelConfig, NormKind, QkNorm, Routing, RoutingKind, SharedExpert,
 };
 use crate::experts::ExpertTensor;
 use crate::family::{CONFIG, Family, Role};
 use crate::json::Fields;
 
-use super::{names, read};
+use super::read::MAX_SIZE;
+use super::{names, read, rope};
 
-/// The family `qwen3_5_moe_text`.
-pub(crate) struct Qwen35Moe;
+/// The families `qwen3_5_moe_text` and `qwen3_next`.
+pub(crate) struct Qwen35Moe {
+    /// `model_type` of its configs.
+    pub model_type: &'static str,
+    /// Whether it is Qwen3-Next: projections of gated DeltaNet ordered by key heads, weights divided by their sum if a config says so.
+    pub next: bool,
+}
+
+/// Most heads of gated DeltaNet, so that products of them and their width fit.
+const MAX_HEADS: usize = 1 << 14;
+
+impl Qwen35Moe {
+    fn delta_net(&self, config: &Fields<'_>) -> Result<DeltaNet> {
+        let size =
+            |key: &str, default: usize| Ok::<_, crate::Error>(config.integer(key, 1, MAX_HEADS)?.unwrap_or(default));
+        let delta = DeltaNet {
+            key_heads: size("linear_num_key_heads", 16)?,
+            value_heads: size("linear_num_value_heads", 32)?,
+            key_head_dim: size("linear_key_head_dim", 128)?,
+            value_head_dim: size("linear_value_head_dim", 128)?,
+            kernel: size("linear_conv_kernel_dim", 4)?,
+            grouped: self.next,
+        };
+        match delta.value_heads.is_multiple_of(delta.key_heads) {
+            true => Ok(delta),
+            false => {
+                let expected = format!("a multiple of `linear_num_key_heads` = {}", delta.key_heads);
+                Err(config.invalid("linear_num_value_heads", expected))
+            }
+        }
+    }
+
+    /// Whether each layer has softmax attention: `layer_types`, by default the last of every `full_attention_interval` layers.
+    fn full_attention(config: &Fields<'_>, layers: usize) -> Result<Vec<bool>> {
+        let interval = config.integer("full_attention_interval", 1, MAX_SIZE)?.unwrap_or(4);
+        let words = read::layer_words(config, "layer_types", layers, &["linear_attention", "full_attention"])?;
+        Ok(match words {
+            Some(words) => words.into_iter().map(|word| word == 1).collect(),
+            None => (1..=layers).map(|layer| layer.is_multiple_of(interval)).collect(),
+        })
+    }
+}
 
 impl Family for Qwen35Moe {
     fn model_type(&self) -> &'static str {
-        "qwen3_5_moe_text"
+        self.model_type
     }
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
-        let text = Fields::new(config, CONFIG)?;
-        let hidden_size = read::size(&text, "hidden_size")?;
-        let (num_heads, num_kv_heads, head_dim) = read::heads(&text, hidden_size)?;
-        let windows = vec![None; read::num_layers(&text)?];
-        let intermediate_size = read::size(&text, "shared_expert_intermediate_size")?;
+        let config = Fields::new(config, CONFIG)?;
+        let hidden_size = read::size(&config, "hidden_size")?;
+        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
+        let max_position = read::size(&config, "max_position_embeddings")?;
+        let windows = vec![None; read::num_layers(&config)?];
+        let intermediate_size = read::size(&config, "shared_expert_intermediate_size")?;
         let shared = Some(SharedExpert { intermediate_size, gated: true });
         let layers = read::SparseLayers { expert_count_keys: self.expert_count_keys(), windows: &windows, shared };
-        let (layers, top_k) = layers.read(&text)?;
+        let (mut layers, top_k) = layers.read(&config)?;
+        let delta = self.delta_net(&config)?;
+        for (layer, full) in layers.iter_mut().zip(Self::full_attention(&config, windows.len())?) {
+            if !full {
+                layer.mixer = Mixer::DeltaNet(delta.clone());
+            }
+        }
+        let attention_bias = config.bool("attention_bias")?.unwrap_or(false);
         let attention = AttentionConfig {
-            kind: AttentionKind::Other,
+            rotary_dim: rope::rotary_dim(&config, head_dim, 0.25)?,
+            qkv_bias: attention_bias,
+            output_bias: attention_bias,
+            qk_norm: QkNorm::Head,
+            gated: true,
             ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
         };
-        let theta = match text.object("rope_parameters")? {
-            Some(parameters) => parameters.positive_float("rope_theta")?,
-            None => text.positive_float("rope_theta")?,
-        };
+        // Qwen3.5 divides whatever a config says.
+        let renormalise = !self.next || config.bool("norm_topk_prob")?.unwrap_or(true);
         let model = read::Model {
             model_type: self.model_type(),
             attention,
-            rope: RopeConfig { theta: theta.unwrap_or(10_000.0), interleaved: false, scaling: RopeScaling::Default },
-            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalise: true }, scale: 1.0, bias: false },
+            rope: rope::read(&config, &rope::Dialect { partial: true, ..rope::Dialect::new(max_position) })?,
+            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalise }, scale: 1.0, bias: false },
             layers,
         };
-        Ok(ModelConfig { mtp_layers: read::mtp_layers(&text)?, ..model.read(&text, generation)? })
+        let mtp_layers = read::mtp_layers(&config)?;
+        Ok(ModelConfig { norm: NormKind::RmsOnePlus, mtp_layers, ..model.read(&config, generation)? })
     }
 
     fn tensor_name(&self, role: Role) -> String {

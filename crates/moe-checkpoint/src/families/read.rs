@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::config::{
-    Activation, AttentionConfig, AttentionKind, Ffn, GroupScore, Groups, LayerConfig, ModelConfig, MoeConfig,
+    Activation, AttentionConfig, AttentionKind, Ffn, GroupScore, Groups, LayerConfig, Mixer, ModelConfig, MoeConfig,
     Multipliers, NormKind, QkNorm, RopeConfig, Routing, SharedExpert,
 };
 use crate::experts::ExpertBiases;
@@ -23,6 +23,14 @@ const MAX_ALL_EXPERTS: usize = 1 << 22;
 /// A size of at least 1 that must be there.
 pub(super) fn size(config: &Fields<'_>, key: &str) -> Result<usize> {
     config.required_integer(key, 1, MAX_SIZE)
+}
+
+/// Longest sequence the model is meant for; `model_max_length` in configs without `max_position_embeddings`.
+pub(super) fn max_position(config: &Fields<'_>) -> Result<usize> {
+    match (config.value("max_position_embeddings"), config.integer("model_max_length", 1, MAX_SIZE)?) {
+        (None, Some(length)) => Ok(length),
+        _ => size(config, "max_position_embeddings"),
+    }
 }
 
 /// The number of decoder layers.
@@ -79,6 +87,9 @@ pub(super) fn grouped_attention(num_heads: usize, num_kv_heads: usize, head_dim:
         qkv_bias: false,
         output_bias: false,
         qk_norm: QkNorm::None,
+        gated: false,
+        selects: None,
+        growth: None,
         qkv_clip: None,
         sinks: false,
         scale: None,
@@ -208,6 +219,7 @@ impl MoeLayers<'_> {
         let layer = |(is_moe, window): (bool, &Option<usize>)| LayerConfig {
             sliding_window: *window,
             rotary: true,
+            mixer: Mixer::Attention,
             ffn: if is_moe { Ffn::Moe(moe.clone()) } else { Ffn::Dense { intermediate_size } },
         };
         Ok((is_moe.into_iter().zip(self.windows).map(layer).collect(), top_k))
@@ -407,7 +419,7 @@ impl Model {
             tie_word_embeddings: config.bool("tie_word_embeddings")?.unwrap_or(false),
             head_bias: false,
             multipliers: Multipliers::default(),
-            max_position_embeddings: size(config, "max_position_embeddings")?,
+            max_position_embeddings: max_position(config)?,
             hidden_act: activation(config)?,
             attention: self.attention,
             rope: self.rope,

@@ -52,7 +52,7 @@ impl Engine<'_> {
                 return Ok(());
             }
             let mut tape = std::mem::take(&mut sweep.tapes[layer]);
-            let attention = tape.attention.take();
+            let mixer = tape.mixer.take();
             let middle = sweep.store.take(middle_slot(layer))?;
             let d_middle = self.ffn_backward(&sweep, layer, &middle, dy, tape, observer)?;
             self.model.check_reads()?;
@@ -62,9 +62,9 @@ impl Engine<'_> {
                 return Ok(());
             }
             let x = sweep.store.take(input_slot(layer))?;
-            let weights = self.model.attention(layer)?;
+            let weights = self.model.mixer(layer)?;
             let (table, spans) = (&sweep.prepared.table, &sweep.prepared.spans);
-            let tape = attention.unwrap_or_else(|| weights.project(&x, table));
+            let tape = mixer.unwrap_or_else(|| weights.project(&x, table));
             let wanted = Wanted { input: depth.reaches_below(layer), parameters: sweep.needs.parameters };
             let dx = weights.backward(&x, &tape, spans, table, d_middle, wanted);
             self.model.check_reads()?;

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     host::HostView,
-    layers::AttentionTape,
+    layers::MixerTape,
     memory::Keep,
     overlay::RoutingOverlay,
     router::Routed,
@@ -21,7 +21,7 @@ use crate::{
 /// What the forward sweep leaves for the backward sweep of one layer.
 #[derive(Default)]
 pub(crate) struct LayerTape {
-    pub(super) attention: Option<AttentionTape>,
+    pub(super) mixer: Option<MixerTape>,
     pub(super) dense: Option<Vec<Tensor<2>>>,
     pub(super) experts: Vec<Option<Tensor<2>>>,
     pub(super) routing: Option<LayerRouting>,
@@ -113,11 +113,11 @@ impl Engine<'_> {
         tape: &mut LayerTape,
         keep: bool,
     ) -> Result<Tensor<2>> {
-        let attention = self.model.attention(layer)?;
-        let projected = attention.project(x, &prepared.table);
-        let middle = attention.mix(x, &projected, &prepared.spans);
+        let mixer = self.model.mixer(layer)?;
+        let projected = mixer.project(x, &prepared.table);
+        let middle = mixer.mix(x, &projected, &prepared.spans);
         if keep {
-            tape.attention = Some(projected);
+            tape.mixer = Some(projected);
         }
         self.model.check_reads()?;
         Ok(middle)

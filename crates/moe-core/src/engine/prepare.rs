@@ -28,6 +28,7 @@ impl Prepared {
             if sequence.ids.is_empty() {
                 return Err(Error::input(format!("wave {} sequence {i}", wave.id), "no tokens", "at least one"));
             }
+            model.check_length(sequence.ids.len())?;
             let start = ids.len();
             ids.extend_from_slice(&sequence.ids);
             for t in 1..=sequence.ids.len() {

@@ -7,6 +7,8 @@
 #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), path = "amx_absent.rs")]
 pub(crate) mod amx;
 pub mod attention;
+pub mod convolution;
+pub mod delta;
 pub mod divergence;
 mod gelu;
 pub mod latent;

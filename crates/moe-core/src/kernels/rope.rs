@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use burn::tensor::{Device, Tensor};
-use moe_checkpoint::{RopeConfig, RopeScaling};
+use moe_checkpoint::{QueryGrowth, RopeConfig, RopeScaling};
 use multiversion::multiversion;
 
 use super::for_rows_mut;
@@ -20,6 +20,7 @@ pub struct RotaryEmbedding {
     frequencies: Frequencies,
     /// Frequencies of sequences longer than so many tokens.
     long: Option<(usize, Frequencies)>,
+    growth: Option<QueryGrowth>,
 }
 
 /// Inverse frequencies `[rotary_dim / 2]` and the factor on cos and sin.
@@ -45,6 +46,8 @@ pub struct RotaryTable {
     interleaved: bool,
     cos: Vec<f32>,
     sin: Vec<f32>,
+    /// Factor on the query of every row, where queries grow.
+    growth: Option<Vec<f32>>,
 }
 
 impl RotaryEmbedding {
@@ -113,7 +116,13 @@ impl RotaryEmbedding {
             }
             other => return Err(Error::Unsupported(format!("rope scaling {other:?}"))),
         };
-        Ok(Self { interleaved: rope.interleaved, frequencies: Frequencies::new(frequencies, factor), long })
+        let frequencies = Frequencies::new(frequencies, factor);
+        Ok(Self { interleaved: rope.interleaved, frequencies, long, growth: None })
+    }
+
+    /// The same with queries that grow with their position.
+    pub fn with_growth(self, growth: Option<QueryGrowth>) -> Self {
+        Self { growth, ..self }
     }
 
     /// Table of the positions of some sequences, one after the other.
@@ -136,7 +145,11 @@ impl RotaryEmbedding {
                 }
             }
         }
-        RotaryTable { half, interleaved: self.interleaved, cos, sin }
+        let growth = self.growth.map(|growth| {
+            let positions = sequences.iter().flat_map(|sequence| sequence.range.clone());
+            positions.map(|p| (1.0 + growth.rate * (1.0 + (p / growth.length) as f64).ln()) as f32).collect()
+        });
+        RotaryTable { half, interleaved: self.interleaved, cos, sin, growth }
     }
 }
 
@@ -155,6 +168,17 @@ impl RotaryTable {
             self.on_host(x, heads, first, inverse, &device)
         } else {
             self.on_device(x, heads, first, inverse)
+        }
+    }
+
+    /// Queries `x [n, heads * D]` grown by their positions, or their gradient back: row t times the factor of row t.
+    pub fn grow(&self, x: Tensor<2>) -> Tensor<2> {
+        match &self.growth {
+            Some(factors) => {
+                let device = x.device();
+                x * host::from_vec(factors.clone(), [factors.len(), 1], &device)
+            }
+            None => x,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, activation::sigmoid};
 
 use super::{GroupedProjections, LatentProjections, Linear, Norm, grouped, latent, scaled};
 use crate::{
@@ -47,6 +47,8 @@ pub struct AttentionTape {
     pub k: Tensor<2>,
     /// Values `[T, kv_heads * D_v]`.
     pub v: Tensor<2>,
+    /// Logits of the gates on the outputs of the heads `[T, heads * D_v]`, where the layer has them.
+    pub gate: Option<Tensor<2>>,
     saved: Saved,
 }
 
@@ -65,6 +67,8 @@ pub struct CacheEntry {
     pub k: Tensor<2>,
     /// Values `[n, kv_heads * D_v]` to cache; `None` where the keys serve as values.
     pub v: Option<Tensor<2>>,
+    /// Logits of the gates on the outputs of the heads `[n, heads * D_v]`, where the layer has them.
+    pub gate: Option<Tensor<2>>,
 }
 
 impl AttentionLayer {
@@ -73,12 +77,12 @@ impl AttentionLayer {
         let z = self.norm.forward(x);
         match &self.projections {
             Projections::Grouped(grouped) => {
-                let ([q, k, v], saved) = grouped.project(&z, table, &self.shape);
-                AttentionTape { q, k, v, saved: Saved::Grouped(saved) }
+                let ([q, k, v], gate, saved) = grouped.project(&z, table, &self.shape);
+                AttentionTape { q, k, v, gate, saved: Saved::Grouped(saved) }
             }
             Projections::Latent(latent) => {
                 let ([q, k, v], saved) = latent.project(&z, table);
-                AttentionTape { q, k, v, saved: Saved::Latent(saved) }
+                AttentionTape { q, k, v, gate: None, saved: Saved::Latent(saved) }
             }
         }
     }
@@ -86,7 +90,7 @@ impl AttentionLayer {
     /// `x + attention(norm(x))`, given the projections of `x`.
     pub fn mix(&self, x: &Tensor<2>, tape: &AttentionTape, sequences: &[Range<usize>]) -> Tensor<2> {
         let heads = attention(&tape.q, &tape.k, &tape.v, sequences, &self.shape);
-        self.residual(x, &heads)
+        self.residual(x, &gated(heads, tape.gate.as_ref()))
     }
 
     /// `x + output(heads)`, times the residual factor.
@@ -108,7 +112,16 @@ impl AttentionLayer {
     ) -> Option<Tensor<2>> {
         let heads = || attention(&tape.q, &tape.k, &tape.v, sequences, &self.shape);
         let through = Wanted { input: true, ..wanted };
-        let d_heads = self.output.backward(heads, &scaled(dy.clone(), self.residual), through)?;
+        let d_output = scaled(dy.clone(), self.residual);
+        let (d_heads, d_gate) = match &tape.gate {
+            None => (self.output.backward(heads, &d_output, through)?, None),
+            Some(gate) => {
+                let (heads, open) = (heads(), sigmoid(gate.clone()));
+                let d_gated = self.output.backward(|| heads.clone() * open.clone(), &d_output, through)?;
+                let closing = open.clone() * open.clone().neg().add_scalar(1.0); // the derivative of the sigmoid
+                (d_gated.clone() * open, Some(d_gated * heads * closing))
+            }
+        };
         let (dq, dk, dv) = attention_backward(&tape.q, &tape.k, &tape.v, sequences, &self.shape, &d_heads);
         drop(d_heads);
         let z = || self.norm.forward(x);
@@ -116,7 +129,7 @@ impl AttentionLayer {
         let wanted_z = Wanted { input: wanted.input || self.norm.is_trained(), ..wanted };
         let dz = match (&self.projections, &tape.saved) {
             (Projections::Grouped(grouped), Saved::Grouped(saved)) => {
-                grouped.backward(&z, saved, &tape.v, table, &self.shape, [dq, dk, dv], wanted_z)
+                grouped.backward(&z, saved, &tape.v, table, &self.shape, [dq, dk, dv], d_gate, wanted_z)
             }
             (Projections::Latent(latent), Saved::Latent(saved)) => {
                 latent.backward(&z, saved, table, [dq, dk, dv], wanted_z)
@@ -136,12 +149,12 @@ impl AttentionLayer {
         let z = self.norm.forward(x);
         match &self.projections {
             Projections::Grouped(grouped) => {
-                let ([q, k, v], _) = grouped.project(&z, table, &self.shape);
-                CacheEntry { q, k, v: Some(v) }
+                let ([q, k, v], gate, _) = grouped.project(&z, table, &self.shape);
+                CacheEntry { q, k, v: Some(v), gate }
             }
             Projections::Latent(latent) => {
                 let (q, k) = latent.absorbed(&z, table);
-                CacheEntry { q, k, v: None }
+                CacheEntry { q, k, v: None, gate: None }
             }
         }
     }
@@ -154,11 +167,19 @@ impl AttentionLayer {
         }
     }
 
-    /// Outputs of the heads from those of attention over cached keys.
-    pub fn cached_heads(&self, heads: Tensor<2>) -> Tensor<2> {
+    /// Outputs of the heads from those of attention over cached keys, with the gates of the [entry](CacheEntry::gate).
+    pub fn cached_heads(&self, heads: Tensor<2>, gate: Option<&Tensor<2>>) -> Tensor<2> {
         match &self.projections {
-            Projections::Grouped(_) => heads,
+            Projections::Grouped(_) => gated(heads, gate),
             Projections::Latent(latent) => latent.expand_absorbed(heads),
         }
+    }
+}
+
+/// `heads * sigmoid(gate)`.
+fn gated(heads: Tensor<2>, gate: Option<&Tensor<2>>) -> Tensor<2> {
+    match gate {
+        Some(gate) => heads * sigmoid(gate.clone()),
+        None => heads,
     }
 }

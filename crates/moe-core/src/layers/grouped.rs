@@ -11,7 +11,7 @@ use crate::{
 /// Query, key and value projections.
 #[derive(Clone, Debug)]
 pub struct GroupedProjections {
-    /// Query `[heads * D, H]`, key and value `[kv_heads * D, H]`.
+    /// Query `[heads * D, H]` (or `[heads * 2 D, H]`, see [`gated`](Self::gated)), key and value `[kv_heads * D, H]`.
     pub qkv: [Linear; 3],
     /// Norms of queries and keys.
     pub norms: Option<HeadNorms>,
@@ -19,6 +19,8 @@ pub struct GroupedProjections {
     pub clip: Option<f32>,
     /// Whether queries and keys are rotated.
     pub rotary: bool,
+    /// Whether every query head comes with a gate on its output, `[query | gate]`.
+    pub gated: bool,
 }
 
 /// Norms of queries and keys before the rotation.
@@ -42,8 +44,9 @@ impl GroupedProjections {
         z: &Tensor<2>,
         table: &RotaryTable,
         shape: &AttentionShape,
-    ) -> ([Tensor<2>; 3], Saved) {
+    ) -> ([Tensor<2>; 3], Option<Tensor<2>>, Saved) {
         let [q, k, v] = [0, 1, 2].map(|i| self.qkv[i].forward(z));
+        let (q, gate) = if self.gated { split_gate(q, shape) } else { (q, None) };
         let saved = (self.norms.is_some() || self.clip.is_some()).then(|| (q.clone(), k.clone()));
         let [q, k, v] = match &self.norms {
             Some(norms) => [norms.forward(&norms.query, q, shape), norms.forward(&norms.key, k, shape), v],
@@ -53,7 +56,8 @@ impl GroupedProjections {
             Some(bound) => [q, k, v].map(|x| x.clamp(-bound, bound)),
             None => [q, k, v],
         };
-        ([self.rotate(q, shape.heads, table, false), self.rotate(k, shape.kv_heads, table, false), v], Saved(saved))
+        let (q, k) = (self.rotate(q, shape.heads, table, false), self.rotate(k, shape.kv_heads, table, false));
+        ([q, k, v], gate, Saved(saved))
     }
 
     fn rotate(&self, x: Tensor<2>, heads: usize, table: &RotaryTable, inverse: bool) -> Tensor<2> {
@@ -70,6 +74,7 @@ impl GroupedProjections {
         table: &RotaryTable,
         shape: &AttentionShape,
         [dq, dk, mut dv]: [Tensor<2>; 3],
+        d_gate: Option<Tensor<2>>,
         wanted: Wanted,
     ) -> Option<Tensor<2>> {
         let mut dq = self.rotate(dq, shape.heads, table, true);
@@ -90,9 +95,27 @@ impl GroupedProjections {
                 dk = norms.backward(&norms.key, k, dk, shape, wanted.parameters);
             }
         }
+        if let Some(d_gate) = d_gate {
+            dq = join_gate(dq, d_gate, shape);
+        }
         let [query, key, value] = &self.qkv;
         sum_of([(query, dq), (key, dk), (value, dv)].map(|(linear, dy)| linear.backward(z, &dy, wanted)))
     }
+}
+
+/// Queries and gates `[n, heads * D]` of `[n, heads * 2 D]`.
+fn split_gate(both: Tensor<2>, shape: &AttentionShape) -> (Tensor<2>, Option<Tensor<2>>) {
+    let (n, heads, head_dim) = (both.dims()[0], shape.heads, shape.head_dim);
+    let both = both.reshape([n, heads, 2 * head_dim]); // [n, heads, 2 D]
+    let part = |first: usize| both.clone().narrow(2, first, head_dim).reshape([n, heads * head_dim]);
+    (part(0), Some(part(head_dim)))
+}
+
+/// The reverse of [`split_gate`].
+fn join_gate(query: Tensor<2>, gate: Tensor<2>, shape: &AttentionShape) -> Tensor<2> {
+    let (n, heads, head_dim) = (query.dims()[0], shape.heads, shape.head_dim);
+    let part = |x: Tensor<2>| x.reshape([n, heads, head_dim]);
+    Tensor::cat(vec![part(query), part(gate)], 2).reshape([n, heads * 2 * head_dim])
 }
 
 impl HeadNorms {

@@ -91,7 +91,7 @@ impl LatentProjections {
     /// Queries rotated, with their latent; latent of keys and values before its norm `[n, R_kv]`; rotated key `[n, rope]`.
     fn down(&self, z: &Tensor<2>, table: &RotaryTable) -> (Tensor<2>, Saved, Tensor<2>) {
         let (q, query) = self.query.forward(z);
-        let q = table.rotate(q, self.heads.heads, self.heads.nope, false);
+        let q = table.grow(table.rotate(q, self.heads.heads, self.heads.nope, false));
         let both = table.rotate(self.kv_down.forward(z), 1, self.rank(), false); // [n, R_kv + rope]
         let shared = both.clone().narrow(1, self.rank(), self.heads.rope);
         (q, Saved { query, kv: both.narrow(1, 0, self.rank()) }, shared)
@@ -113,7 +113,7 @@ impl LatentProjections {
         [dq, dk, dv]: [Tensor<2>; 3],
         wanted: Wanted,
     ) -> Option<Tensor<2>> {
-        let dq = table.rotate(dq, self.heads.heads, self.heads.nope, true);
+        let dq = table.rotate(table.grow(dq), self.heads.heads, self.heads.nope, true);
         let from_query = self.query.backward(z, saved.query.as_ref(), &dq, wanted);
         let (d_kv, d_shared) = self.heads.join_backward(&dk, &dv);
         let through = Wanted { input: true, ..wanted };

@@ -4,11 +4,14 @@
 //! recorded that is not used, and every temporary has a known size.
 
 mod attention;
+mod delta;
 mod dense;
 mod ffn;
 mod grouped;
 mod latent;
+mod mixer;
 mod norm;
+mod short_convolution;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
@@ -17,11 +20,14 @@ use std::{ops::Range, sync::Arc};
 use burn::tensor::Tensor;
 
 pub use attention::{AttentionLayer, AttentionTape, CacheEntry, Projections};
+pub use delta::{DeltaLayer, DeltaProjections, DeltaState, DeltaTape};
 pub use dense::{DENSE_ROWS, DenseBlock};
 pub use ffn::{FfnLayer, RouterLayer};
 pub use grouped::{GroupedProjections, HeadNorms};
 pub use latent::{LatentProjections, LowRankQuery, QueryProjection};
+pub use mixer::{MixerLayer, MixerTape};
 pub use norm::Norm;
+pub use short_convolution::{ConvolutionLayer, ConvolutionState, ConvolutionTape};
 
 use crate::{
     adapters::{Tokens, VectorAdapter, Wanted},

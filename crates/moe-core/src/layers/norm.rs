@@ -23,6 +23,8 @@ pub struct Norm {
     pub bias: Option<Tensor<1>>,
     /// Added to the mean square or variance.
     pub eps: f32,
+    /// Added to the weight as it is stored: 1 in families that store it less one, else 0.
+    pub offset: f32,
     /// What stands in for the weight and is trained.
     pub weight_adapter: Option<Arc<dyn VectorAdapter>>,
     /// What stands in for the bias and is trained.
@@ -32,7 +34,7 @@ pub struct Norm {
 impl Norm {
     /// A frozen norm.
     pub fn new(weight: Tensor<1>, bias: Option<Tensor<1>>, eps: f32) -> Self {
-        Self { weight, bias, eps, weight_adapter: None, bias_adapter: None }
+        Self { weight, bias, eps, offset: 0.0, weight_adapter: None, bias_adapter: None }
     }
 
     /// `norm(x)`.
@@ -70,7 +72,8 @@ impl Norm {
     }
 
     fn current_weight(&self) -> Tensor<1> {
-        self.weight_adapter.as_ref().map_or_else(|| self.weight.clone(), |adapter| adapter.value())
+        let stored = self.weight_adapter.as_ref().map_or_else(|| self.weight.clone(), |adapter| adapter.value());
+        if self.offset == 0.0 { stored } else { stored.add_scalar(self.offset) }
     }
 
     /// Sum over the rows of `dy` times the normalised `x`.

@@ -8,6 +8,7 @@ use crate::{
     host,
     kernels::{
         attention::{AttentionShape, attention_cached},
+        delta::DeltaShape,
         latent::LatentHeads,
         rope::{Positions, RotaryEmbedding, RotaryTable},
         testing::{assert_close, pattern},
@@ -51,6 +52,7 @@ fn grouped(per_head: bool, clip: Option<f32>) -> AttentionLayer {
             norms: Some(norms),
             clip,
             rotary: true,
+            gated: false,
         })),
         output: linear([HIDDEN, 8], 7),
         shape: shape(1, 4, 4),
@@ -112,6 +114,118 @@ fn grouped_attention_has_the_gradient_of_a_difference_quotient() {
     check_gradient(&grouped(false, Some(0.9)), &table(4, false));
 }
 
+fn gated(per_head: bool) -> AttentionLayer {
+    let mut layer = grouped(per_head, None);
+    if let Projections::Grouped(projections) = &mut layer.projections {
+        projections.gated = true;
+        projections.qkv[0] = linear([16, HIDDEN], 1);
+    }
+    layer
+}
+
+#[test]
+fn gated_attention_has_the_gradient_of_a_difference_quotient() {
+    check_gradient(&gated(true), &table(2, false));
+}
+
+fn delta(grouped: bool) -> DeltaLayer {
+    let shape = DeltaShape { key_heads: 2, value_heads: 4, key_dim: 3, value_dim: 2 };
+    let small = |len: usize, seed: u32| host::into_vec(pattern([1, len], seed));
+    DeltaLayer {
+        norm: norm(HIDDEN, 6, false),
+        inputs: match grouped {
+            true => DeltaProjections::Grouped(Box::new([linear([28, HIDDEN], 1), linear([8, HIDDEN], 2)])),
+            false => DeltaProjections::Separate(Box::new([
+                linear([20, HIDDEN], 1),
+                linear([8, HIDDEN], 2),
+                linear([4, HIDDEN], 3),
+                linear([4, HIDDEN], 4),
+            ])),
+        },
+        taps: small(3 * 20, 7).into(),
+        rate: [0.3, 0.7, 0.1, 1.2].into(),
+        rate_bias: small(4, 8).into(),
+        output_norm: norm(2, 9, false),
+        output: linear([HIDDEN, 8], 10),
+        shape,
+    }
+}
+
+#[test]
+fn gated_delta_net_has_the_gradient_of_a_difference_quotient() {
+    for grouped in [false, true] {
+        let layer = delta(grouped);
+        let (x, dy) = (pattern([TOKENS, HIDDEN], 20), pattern([TOKENS, HIDDEN], 21));
+        let sequences = [0..2, 2..TOKENS];
+        let wanted = Wanted { input: true, parameters: false };
+        let found = host::into_vec(layer.backward(&x, &layer.project(&x), &sequences, dy.clone(), wanted).unwrap());
+        let values = host::into_vec(x);
+        for (i, found) in found.into_iter().enumerate() {
+            let at = |h: f32| -> f64 {
+                let mut moved = values.clone();
+                moved[i] += h;
+                let x = host::from_vec(moved, [TOKENS, HIDDEN], &dy.device());
+                let y = layer.mix(&x, &layer.project(&x), &sequences);
+                host::into_vec(y * dy.clone()).into_iter().map(f64::from).sum()
+            };
+            let numeric = (at(2e-3) - at(-2e-3)) / 4e-3;
+            let close = (numeric - f64::from(found)).abs() < 6e-3 * (1.0 + numeric.abs());
+            assert!(close, "{i}: {found} and {numeric}");
+        }
+    }
+}
+
+fn convolution() -> ConvolutionLayer {
+    ConvolutionLayer {
+        norm: norm(HIDDEN, 6, false),
+        input: linear([3 * HIDDEN, HIDDEN], 1),
+        taps: host::into_vec(pattern([1, 3 * HIDDEN], 7)).into(),
+        output: linear([HIDDEN, HIDDEN], 10),
+    }
+}
+
+#[test]
+fn a_short_convolution_has_the_gradient_of_a_difference_quotient_and_steps_through_a_text_as_it_sweeps() {
+    let layer = convolution();
+    let (x, dy) = (pattern([TOKENS, HIDDEN], 20), pattern([TOKENS, HIDDEN], 21));
+    let sequences = [0..2, 2..TOKENS];
+    let wanted = Wanted { input: true, parameters: false };
+    let found = host::into_vec(layer.backward(&x, &layer.project(&x), &sequences, dy.clone(), wanted).unwrap());
+    let values = host::into_vec(x.clone());
+    for (i, found) in found.into_iter().enumerate() {
+        let at = |h: f32| -> f64 {
+            let mut moved = values.clone();
+            moved[i] += h;
+            let x = host::from_vec(moved, [TOKENS, HIDDEN], &dy.device());
+            let y = layer.mix(&x, &layer.project(&x), &sequences);
+            host::into_vec(y * dy.clone()).into_iter().map(f64::from).sum()
+        };
+        let numeric = (at(2e-3) - at(-2e-3)) / 4e-3;
+        let close = (numeric - f64::from(found)).abs() < 4e-3 * (1.0 + numeric.abs());
+        assert!(close, "{i}: {found} and {numeric}");
+    }
+    let whole = layer.mix(&x, &layer.project(&x), std::slice::from_ref(&(0..TOKENS)));
+    let mut states = [layer.start()];
+    let pieces = [0..2, 2..3, 3..TOKENS].map(|rows| {
+        let piece = x.clone().narrow(0, rows.start, rows.len());
+        layer.step(&piece, std::slice::from_ref(&(0..rows.len())), &mut states)
+    });
+    assert_close(&Tensor::cat(pieces.to_vec(), 0), &whole, 1e-5);
+}
+
+#[test]
+fn gated_delta_net_steps_through_a_text_as_it_sweeps() {
+    let layer = delta(true);
+    let x = pattern([TOKENS, HIDDEN], 20);
+    let whole = layer.mix(&x, &layer.project(&x), std::slice::from_ref(&(0..TOKENS)));
+    let mut state = layer.start();
+    let pieces = [0..2, 2..3, 3..TOKENS].map(|rows| {
+        let piece = x.clone().narrow(0, rows.start, rows.len());
+        layer.step(&piece, std::slice::from_ref(&(0..rows.len())), &mut [&mut state])
+    });
+    assert_close(&Tensor::cat(pieces.to_vec(), 0), &whole, 1e-5);
+}
+
 #[test]
 fn clipping_bounds_queries_keys_and_values_and_stops_gradients() {
     let layer = grouped(false, Some(0.9));
@@ -136,6 +250,6 @@ fn absorbed_latent_attention_equals_the_expanded_one() {
         let entry = layer.cache_entry(&x, &table);
         assert_eq!((entry.k.dims(), entry.v.is_none()), ([TOKENS, 5], true));
         let heads = attention_cached(&entry.q, &entry.k, &entry.k, &layer.cached_shape());
-        assert_close(&layer.residual(&x, &layer.cached_heads(heads)), &expanded, 1e-5);
+        assert_close(&layer.residual(&x, &layer.cached_heads(heads, None)), &expanded, 1e-5);
     }
 }

@@ -1,6 +1,8 @@
 //! Weights of a decoder layer, read from the checkpoint.
 
-use moe_checkpoint::{AttentionKind, Ffn, LatentAttention, LayerRole, NormKind, QkNorm, Role};
+use std::sync::Arc;
+
+use moe_checkpoint::{AttentionKind, DeltaNet, Ffn, LatentAttention, LayerRole, Mixer, NormKind, QkNorm, Role};
 
 use super::Model;
 use crate::{
@@ -8,20 +10,96 @@ use crate::{
     error::{Error, Result},
     experts::ExpertTensors,
     host,
-    kernels::{attention::AttentionShape, latent::LatentHeads, weight::Weight},
+    kernels::{attention::AttentionShape, delta::DeltaShape, latent::LatentHeads, weight::Weight},
     layers::{
-        AttentionLayer, DenseBlock, FfnLayer, GroupedProjections, HeadNorms, LatentProjections, Linear, LowRankQuery,
-        Norm, Projections, QueryProjection, RouterLayer,
+        AttentionLayer, ConvolutionLayer, DeltaLayer, DeltaProjections, DenseBlock, FfnLayer, GroupedProjections,
+        HeadNorms, LatentProjections, Linear, LowRankQuery, MixerLayer, Norm, Projections, QueryProjection,
+        RouterLayer,
     },
     overlay::RoutingOverlay,
 };
 
 impl Model {
-    /// Attention of decoder layer `layer`.
-    pub(crate) fn attention(&self, layer: usize) -> Result<AttentionLayer> {
-        if let Some(found) = &self.lock().attention[layer] {
+    /// What mixes tokens in decoder layer `layer`.
+    pub(crate) fn mixer(&self, layer: usize) -> Result<MixerLayer> {
+        if let Some(found) = &self.lock().mixers[layer] {
             return Ok(found.clone());
         }
+        let loaded = match &self.config().layers[layer].mixer {
+            Mixer::Attention => MixerLayer::Attention(Box::new(self.attention(layer)?)),
+            Mixer::DeltaNet(delta) => MixerLayer::Delta(Box::new(self.delta(layer, delta)?)),
+            Mixer::ShortConvolution { kernel } => {
+                MixerLayer::Convolution(Box::new(self.short_convolution(layer, *kernel)?))
+            }
+            other => return Err(Error::Unsupported(format!("running {other:?}"))),
+        };
+        let mut cache = self.lock();
+        if layer < cache.residency.layers {
+            cache.mixers[layer] = Some(loaded.clone());
+        }
+        Ok(loaded)
+    }
+
+    fn delta(&self, layer: usize, delta: &DeltaNet) -> Result<DeltaLayer> {
+        let config = self.config();
+        let (h, heads, channels) = (config.hidden_size, delta.value_heads, delta.channels());
+        let role = |r| Role::Layer(layer, r);
+        let linear = |site, weight, shape| self.linear(layer, site, role(weight), None, shape);
+        let values = |r| self.checkpoint.read_f32(role(r));
+        let norm = role(LayerRole::DeltaNorm);
+        let inputs = match delta.grouped {
+            true => DeltaProjections::Grouped(Box::new([
+                linear(LayerSite::DeltaQkvGate, LayerRole::DeltaQkvGate, [channels + delta.values(), h])?,
+                linear(LayerSite::DeltaBetaDecay, LayerRole::DeltaBetaDecay, [2 * heads, h])?,
+            ])),
+            false => DeltaProjections::Separate(Box::new([
+                linear(LayerSite::DeltaQkv, LayerRole::DeltaQkv, [channels, h])?,
+                linear(LayerSite::DeltaGate, LayerRole::DeltaGate, [delta.values(), h])?,
+                linear(LayerSite::DeltaBeta, LayerRole::DeltaBeta, [heads, h])?,
+                linear(LayerSite::DeltaDecay, LayerRole::DeltaDecay, [heads, h])?,
+            ])),
+        };
+        Ok(DeltaLayer {
+            norm: self.norm(role(LayerRole::AttentionNorm), role(LayerRole::AttentionNormBias))?,
+            inputs,
+            taps: self.taps(role(LayerRole::DeltaConvolution), delta.kernel)?,
+            rate: values(LayerRole::DeltaRate)?.into_iter().map(f32::exp).collect(),
+            rate_bias: values(LayerRole::DeltaRateBias)?.into(),
+            // As it is stored, whatever the norms of the residual stream are.
+            output_norm: Norm {
+                weight_adapter: self.adapters().and_then(|adapters| adapters.vector(norm)),
+                ..Norm::new(self.vector(norm, delta.value_head_dim)?, None, config.norm_eps as f32)
+            },
+            output: linear(LayerSite::DeltaOutput, LayerRole::DeltaOutput, [h, delta.values()])?,
+            shape: DeltaShape {
+                key_heads: delta.key_heads,
+                value_heads: heads,
+                key_dim: delta.key_head_dim,
+                value_dim: delta.value_head_dim,
+            },
+        })
+    }
+
+    fn short_convolution(&self, layer: usize, kernel: usize) -> Result<ConvolutionLayer> {
+        let h = self.config().hidden_size;
+        let role = |r| Role::Layer(layer, r);
+        let linear = |site, weight, shape| self.linear(layer, site, role(weight), None, shape);
+        Ok(ConvolutionLayer {
+            norm: self.norm(role(LayerRole::AttentionNorm), role(LayerRole::AttentionNormBias))?,
+            input: linear(LayerSite::ConvolutionInput, LayerRole::ConvolutionInput, [3 * h, h])?,
+            taps: self.taps(role(LayerRole::ConvolutionTaps), kernel)?,
+            output: linear(LayerSite::ConvolutionOutput, LayerRole::ConvolutionOutput, [h, h])?,
+        })
+    }
+
+    /// The taps `[K, C]` of a convolution that is stored `[C, 1, K]`.
+    fn taps(&self, role: Role, kernel: usize) -> Result<Arc<[f32]>> {
+        let stored = self.checkpoint.read_f32(role)?;
+        let of_tap = |tap: usize| stored.iter().skip(tap).step_by(kernel).copied();
+        Ok((0..kernel).flat_map(of_tap).collect())
+    }
+
+    fn attention(&self, layer: usize) -> Result<AttentionLayer> {
         let config = self.config();
         let a = &config.attention;
         let role = |r| Role::Layer(layer, r);
@@ -30,7 +108,7 @@ impl Model {
             true => Some(self.checkpoint.read_f32(role(LayerRole::Sinks))?.into()),
             false => None,
         };
-        let loaded = AttentionLayer {
+        Ok(AttentionLayer {
             norm: self.norm(role(LayerRole::AttentionNorm), role(LayerRole::AttentionNormBias))?,
             projections: match &a.kind {
                 AttentionKind::Grouped => Projections::Grouped(Box::new(self.grouped(layer)?)),
@@ -54,12 +132,7 @@ impl Model {
                 sinks,
             },
             residual: config.multipliers.residual as f32,
-        };
-        let mut cache = self.lock();
-        if layer < cache.residency.layers {
-            cache.attention[layer] = Some(loaded.clone());
-        }
-        Ok(loaded)
+        })
     }
 
     fn grouped(&self, layer: usize) -> Result<GroupedProjections> {
@@ -77,7 +150,7 @@ impl Model {
         };
         Ok(GroupedProjections {
             qkv: [
-                linear(LayerSite::Query, LayerRole::Query, LayerRole::QueryBias, q)?,
+                linear(LayerSite::Query, LayerRole::Query, LayerRole::QueryBias, if a.gated { 2 * q } else { q })?,
                 linear(LayerSite::Key, LayerRole::Key, LayerRole::KeyBias, kv)?,
                 linear(LayerSite::Value, LayerRole::Value, LayerRole::ValueBias, kv)?,
             ],
@@ -89,6 +162,7 @@ impl Model {
             },
             clip: a.qkv_clip.map(|bound| bound as f32),
             rotary: config.layers[layer].rotary,
+            gated: a.gated,
         })
     }
 
@@ -260,7 +334,7 @@ impl Model {
         let config = self.config();
         let bias_adapter = self.adapters().and_then(|adapters| adapters.vector(bias));
         let bias = match config.norm {
-            NormKind::Rms => None,
+            NormKind::Rms | NormKind::RmsOnePlus => None,
             NormKind::Layer => Some(self.vector(bias, config.hidden_size)?),
             other => return Err(Error::Unsupported(format!("norm {other:?}"))),
         };
@@ -269,6 +343,7 @@ impl Model {
 
     fn rms_norm(&self, weight: Role, len: usize, eps: f64) -> Result<Norm> {
         let weight_adapter = self.adapters().and_then(|adapters| adapters.vector(weight));
-        Ok(Norm { weight_adapter, ..Norm::new(self.vector(weight, len)?, None, eps as f32) })
+        let offset = if self.config().norm == NormKind::RmsOnePlus { 1.0 } else { 0.0 };
+        Ok(Norm { weight_adapter, offset, ..Norm::new(self.vector(weight, len)?, None, eps as f32) })
     }
 }

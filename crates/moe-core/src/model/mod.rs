@@ -28,7 +28,7 @@ use crate::{
         swiglu::GatedActivation,
         weight::{Bf16Source, ReadFailure, Weight},
     },
-    layers::{AttentionLayer, FfnLayer, Linear, Norm},
+    layers::{FfnLayer, Linear, MixerLayer, Norm},
     memory::Residency,
     overlay::{self, ExpertOverlay, RoutingOverlay},
     router::Router,
@@ -55,7 +55,7 @@ pub struct Model {
 #[derive(Default)]
 struct Cache {
     residency: Residency,
-    attention: Vec<Option<AttentionLayer>>,
+    mixers: Vec<Option<MixerLayer>>,
     ffn: Vec<Option<FfnLayer>>,
     experts: Vec<Option<ExpertTensors>>,
     head: Option<Vec<Linear>>,
@@ -88,7 +88,8 @@ impl Model {
         if config.attention.kind == AttentionKind::Other {
             return Err(Error::Unsupported(format!("running `{}`: its attention", config.model_type)));
         }
-        let rope = RotaryEmbedding::new(&config.rope, config.attention.rotary_dim)?;
+        let rope =
+            RotaryEmbedding::new(&config.rope, config.attention.rotary_dim)?.with_growth(config.attention.growth);
         let router = Router::new(&config.routing)?;
         for moe in (0..config.layers.len()).filter_map(|layer| config.moe(layer)) {
             router.check(moe.num_experts())?;
@@ -104,7 +105,7 @@ impl Model {
         };
         let (layers, experts) = (config.layers.len(), checkpoint.shape().layers.iter().map(|l| l.widths.len()).sum());
         let cache = Cache {
-            attention: (0..layers).map(|_| None).collect(),
+            mixers: (0..layers).map(|_| None).collect(),
             ffn: (0..layers).map(|_| None).collect(),
             experts: (0..experts).map(|_| None).collect(),
             ..Cache::default()
@@ -180,6 +181,21 @@ impl Model {
         self.failure.check()
     }
 
+    /// Fails for a sequence of so many tokens in which queries would not see all keys, but those that an indexer chooses.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    pub(crate) fn check_length(&self, tokens: usize) -> Result<()> {
+        match self.config().attention.selects {
+            Some(keys) if tokens > keys => Err(Error::Unsupported(format!(
+                "running `{}` on a sequence of {tokens} tokens: its indexer would choose {keys} keys for each of them (`index_topk`); \
+                 sequences of up to {keys} tokens",
+                self.config().model_type
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// Its configuration.
     pub fn config(&self) -> &ModelConfig {
         self.checkpoint.config()
@@ -218,8 +234,8 @@ impl Model {
     /// Decides what stays in memory from now on and drops what does not.
     pub(crate) fn set_residency(&self, residency: Residency) {
         let mut cache = self.lock();
-        for layer in residency.layers..cache.attention.len() {
-            cache.attention[layer] = None;
+        for layer in residency.layers..cache.mixers.len() {
+            cache.mixers[layer] = None;
             cache.ffn[layer] = None;
         }
         for expert in cache.experts.iter_mut().skip(residency.experts) {

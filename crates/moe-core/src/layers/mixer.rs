@@ -1,0 +1,71 @@
+//! The half of a layer that looks at other tokens, of whatever kind.
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+
+use super::{AttentionLayer, AttentionTape, ConvolutionLayer, ConvolutionTape, DeltaLayer, DeltaTape};
+use crate::{adapters::Wanted, kernels::rope::RotaryTable};
+
+/// What mixes tokens, with its norm and residual.
+#[derive(Clone, Debug)]
+pub enum MixerLayer {
+    /// Softmax attention.
+    Attention(Box<AttentionLayer>),
+    /// Gated DeltaNet.
+    Delta(Box<DeltaLayer>),
+    /// A gated short convolution.
+    Convolution(Box<ConvolutionLayer>),
+}
+
+/// What the backward pass of a [`MixerLayer`] needs of the forward pass.
+#[derive(Clone, Debug)]
+pub enum MixerTape {
+    /// Of softmax attention.
+    Attention(AttentionTape),
+    /// Of gated DeltaNet.
+    Delta(DeltaTape),
+    /// Of a gated short convolution.
+    Convolution(ConvolutionTape),
+}
+
+impl MixerLayer {
+    /// The projections of `x [T, H]`, rotated by `table` where the layer rotates.
+    pub fn project(&self, x: &Tensor<2>, table: &RotaryTable) -> MixerTape {
+        match self {
+            Self::Attention(layer) => MixerTape::Attention(layer.project(x, table)),
+            Self::Delta(layer) => MixerTape::Delta(layer.project(x)),
+            Self::Convolution(layer) => MixerTape::Convolution(layer.project(x)),
+        }
+    }
+
+    /// `x` plus what the layer makes of it, given the projections of `x`.
+    pub fn mix(&self, x: &Tensor<2>, tape: &MixerTape, sequences: &[Range<usize>]) -> Tensor<2> {
+        match (self, tape) {
+            (Self::Attention(layer), MixerTape::Attention(tape)) => layer.mix(x, tape, sequences),
+            (Self::Delta(layer), MixerTape::Delta(tape)) => layer.mix(x, tape, sequences),
+            (Self::Convolution(layer), MixerTape::Convolution(tape)) => layer.mix(x, tape, sequences),
+            _ => unreachable!("a tape belongs to the layer that wrote it"),
+        }
+    }
+
+    /// Gradient with respect to `x`, if it is wanted, from the gradient of [`mix`](Self::mix)'s result; and those of what is trained.
+    pub fn backward(
+        &self,
+        x: &Tensor<2>,
+        tape: &MixerTape,
+        sequences: &[Range<usize>],
+        table: &RotaryTable,
+        dy: Tensor<2>,
+        wanted: Wanted,
+    ) -> Option<Tensor<2>> {
+        match (self, tape) {
+            (Self::Attention(layer), MixerTape::Attention(tape)) => {
+                layer.backward(x, tape, sequences, table, dy, wanted)
+            }
+            (Self::Delta(layer), MixerTape::Delta(tape)) => layer.backward(x, tape, sequences, dy, wanted),
+            (Self::Convolution(layer), MixerTape::Convolution(tape)) => layer.backward(x, tape, sequences, dy, wanted),
+            _ => unreachable!("a tape belongs to the layer that wrote it"),
+        }
+    }
+}
