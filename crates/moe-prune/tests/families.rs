@@ -104,7 +104,10 @@ fn units_go_alike_in_every_layout_and_export() {
         assert_eq!(back.raw_config(), uniform.raw_config(), "{name}");
         let layer = plan.kept[0].layer;
         assert_eq!(back.expert(layer, 0).unwrap(), uniform.expert(layer, 0).unwrap());
-        assert_eq!(back.tensors().count(), uniform.tensors().count());
+        // What was ragged gets the stock layout of its family, which need not be the one it was first read in.
+        if back.expert_layout(layer).unwrap() == uniform.expert_layout(layer).unwrap() {
+            assert_eq!(back.tensors().count(), uniform.tensors().count());
+        }
     }
 }
 
