@@ -7,21 +7,23 @@ mod common;
 mod run;
 
 use std::cell::Cell;
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
 use common::{contents, files, fuse, magnitude, parity, plan, write_plan, write_plan_with};
 use moe_checkpoint::{
-    Checkpoint, ExpertBiases, ExpertTensor, ExpertWeights, LayerRole, Role, TensorSpec, WriterOptions, encode,
+    Checkpoint, Dtype, Existing, ExpertBiases, ExpertTensor, ExpertWeights, LayerRole, Record, Role, WriteOptions,
+    encode,
 };
-use moe_checkpoint::{Dtype, Existing, Record, ShardedWriter, WriteOptions};
 use moe_core::ExpertOverlay;
 use moe_prune::{
     Budget, EditSource, Edits, EditsFile, ExpertEdit, ExpertPruner, PRUNE_METHOD, ProtectionMask, PruneForm,
     PruneOptions, PrunePlan, PruneRecord, Pruner, Scope, UnitPruner,
 };
 use run::{difference, logits, overlaid_logits};
+use safetensors::tensor::TensorView;
 use tempfile::tempdir;
 
 /// Values without a pattern, about as large as weights.
@@ -78,21 +80,20 @@ fn shared(edits: Option<&Edits>) -> Option<Arc<dyn EditSource>> {
 fn edit_by_hand(from: &Checkpoint, to: &Path, changes: &[(String, Vec<f32>)]) {
     fs::create_dir_all(to).unwrap();
     fs::copy(from.dir().join("config.json"), to.join("config.json")).unwrap();
-    let spec = |info: &moe_checkpoint::TensorInfo| TensorSpec {
-        name: info.name.clone(),
-        dtype: info.dtype,
-        shape: info.shape.clone(),
-    };
-    let mut writer = ShardedWriter::new(to, WriterOptions::default(), from.tensors().map(spec).collect()).unwrap();
+    let mut tensors = Vec::new();
     for info in from.tensors() {
         let mut bytes = Vec::new();
         match changes.iter().find(|(name, _)| *name == info.name) {
             Some((_, values)) => assert!(encode(info.dtype, values, &mut bytes)),
             None => bytes.extend_from_slice(&from.bytes(&info.name).unwrap()),
         }
-        writer.write(&info.name, &bytes).unwrap();
+        tensors.push((info, bytes));
     }
-    writer.finish().unwrap();
+    let views = tensors
+        .iter()
+        .map(|(info, bytes)| (info.name.as_str(), TensorView::new(info.dtype, info.shape.clone(), bytes).unwrap()));
+    let file = safetensors::serialize(views.collect::<Vec<_>>(), None::<HashMap<String, String>>).unwrap();
+    fs::write(to.join("model.safetensors"), file).unwrap();
 }
 
 #[test]
