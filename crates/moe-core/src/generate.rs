@@ -240,6 +240,8 @@ struct KeyValues {
 }
 
 /// What is kept of one sequence in one layer.
+// One per layer, and the larger variant is the usual one.
+#[allow(clippy::large_enum_variant)]
 enum Kept {
     /// Its keys and values, which grow.
     Attention(KeyValues),

@@ -20,6 +20,8 @@ pub enum MixerLayer {
 
 /// What the backward pass of a [`MixerLayer`] needs of the forward pass.
 #[derive(Clone, Debug)]
+// One per layer, and the larger variant is the usual one.
+#[allow(clippy::large_enum_variant)]
 pub enum MixerTape {
     /// Of softmax attention.
     Attention(AttentionTape),
