@@ -11,7 +11,7 @@ use crate::{Error, Result, TINY_MOE, cli};
 /// Where results go if nothing is said: replaced by the next run that says nothing.
 pub const DEFAULT_OUT: &str = "out/fisher_prune_qwen";
 
-/// Scores every FFN unit of the routed experts of a Qwen MoE model, drops the least important ones, writes the smaller
+/// Scores every FFN unit of the routed experts of a Mixture-of-Experts model, drops the least important ones, writes the smaller
 /// checkpoints, and measures what they still can do.
 ///
 /// Without arguments it does so to a small bundled model and compares four other ways to score. With --model it scores with
@@ -19,7 +19,7 @@ pub const DEFAULT_OUT: &str = "out/fisher_prune_qwen";
 #[derive(Clone, Debug, clap::Parser)]
 #[command(name = "fisher_prune_qwen")]
 pub struct Arguments {
-    /// Hugging Face model directory of a qwen2_moe or qwen3_moe checkpoint [default: the bundled tiny-moe]
+    /// Hugging Face model directory, of any family that these crates run [default: the bundled tiny-moe]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// Rows to score on: .jsonl with text, prompt and completion, messages or input_ids; or .txt
