@@ -17,20 +17,20 @@ fn benches(c: &mut Criterion) {
     let shape = model.checkpoint().shape().clone();
     let wave = wave(8, 256, SMALL.vocab);
     let sets = [
-        ("activation", r#"[{"scorer": "activation"}]"#),
-        ("fisher_token", r#"[{"scorer": "fisher", "criterion": "token"}]"#),
-        ("fisher_sequence", r#"[{"scorer": "fisher", "criterion": "sequence"}]"#),
-        ("fisher_abs", r#"[{"scorer": "fisher", "criterion": "abs"}]"#),
+        ("activation", r#"[{"type": "activation"}]"#),
+        ("fisher_token", r#"[{"type": "fisher", "criterion": "token"}]"#),
+        ("fisher_sequence", r#"[{"type": "fisher", "criterion": "sequence"}]"#),
+        ("fisher_abs", r#"[{"type": "fisher", "criterion": "abs"}]"#),
         (
             "twelve",
-            r#"[{"scorer": "fisher"}, {"scorer": "heapr"}, {"scorer": "coupled"}, {"scorer": "taylor"}, {"scorer": "activation"},
-                {"scorer": "reap"}, {"scorer": "ean"}, {"scorer": "man"}, {"scorer": "frequency"}, {"scorer": "dern"},
-                {"scorer": "tenp"}, {"scorer": "mone"}]"#,
+            r#"[{"type": "fisher"}, {"type": "heapr"}, {"type": "coupled"}, {"type": "taylor"}, {"type": "activation"},
+                {"type": "reap"}, {"type": "ean"}, {"type": "man"}, {"type": "frequency"}, {"type": "dern"},
+                {"type": "tenp"}, {"type": "mone"}]"#,
         ),
         (
             "all",
-            r#"[{"scorer": "activation"}, {"scorer": "router_score"}, {"scorer": "fisher", "criterion": "token"},
-                {"scorer": "fisher", "criterion": "sequence"}, {"scorer": "fisher", "criterion": "abs"}]"#,
+            r#"[{"type": "activation"}, {"type": "router_score"}, {"type": "fisher", "criterion": "token"},
+                {"type": "fisher", "criterion": "sequence"}, {"type": "fisher", "criterion": "abs"}]"#,
         ),
     ];
     let mut group = c.benchmark_group("sweep");

@@ -5,7 +5,7 @@ use std::fs;
 
 use clap::Parser;
 use moe::progress::Progress;
-use moe_benches::compare::catalogue::{EVIDENCE, EXPERTS, TRAINED};
+use moe_benches::compare::catalog::{EVIDENCE, EXPERTS, TRAINED};
 use moe_benches::compare::{Amount, Arguments, Settings, Study, run};
 use moe_merge::OutputForm;
 

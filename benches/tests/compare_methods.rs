@@ -8,7 +8,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use moe::Result;
 use moe::progress::Progress;
 use moe_benches::TINY_MOE;
-use moe_benches::compare::catalogue::{EXPERTS, GLOBAL};
+use moe_benches::compare::catalog::{EXPERTS, GLOBAL};
 use moe_benches::compare::{Amount, Arguments, Comparison, Settings, Study, run};
 use serde_json::Value;
 
@@ -146,7 +146,7 @@ fn compare(out: &Path, more: &[&str]) -> Result<Comparison> {
 fn a_model_of_ones_own_gets_a_table() {
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("mine");
-    let more = ["--scorer", "fisher", "--scorer", r#"{"scorer": "man"}"#, "--pruner", "layer", "--pruner", "experts"];
+    let more = ["--scorer", "fisher", "--scorer", r#"{"type": "man"}"#, "--pruner", "layer", "--pruner", "experts"];
     let more = [&more[..], &["--ratio", "0.25,0.5", "--generate"]].concat();
     let compared = compare(&out, &more).unwrap().run(Progress::hidden()).unwrap();
     assert_eq!(compared.figures, ["facts_ppl", "facts_kl", "facts_exact"]);

@@ -20,7 +20,7 @@ impl Scorer for OftenAndLoud {
     }
 
     fn recipe(&self) -> Value {
-        json!({ "scorer": self.name() })
+        json!({ "type": self.name() })
     }
 
     fn needs(&self) -> Needs {

@@ -21,7 +21,7 @@ fn a_pruner_of_ones_own_plans_and_is_recorded() {
 #[test]
 fn a_scorer_of_ones_own_feeds_a_pruner_and_is_recorded() {
     let plan = own_scorer::run(TINY_MOE).unwrap();
-    assert_eq!(plan.recipe["scorer"]["scorer"], "often_and_loud");
+    assert_eq!(plan.recipe["scorer"]["type"], "often_and_loud");
     assert!((plan.ratio.achieved - 0.25).abs() < 1e-9, "{:?}", plan.ratio);
     assert!(plan.kept.iter().all(|layer| layer.removed.len() * 4 == layer.experts.len()));
 }

@@ -10,7 +10,7 @@ use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::{Collection, Scorer, ScorerConfig, collect};
 use moe_prune::{
     AllocatorConfig, Budget, CurveSource, DepthPrior, EngineProbe, Error, Evolution, ExpertPruner, Global, Hybrid,
-    Normalisation, Normalised, NovicePruner, PerLayer, Prior, ProbeOptions, ProtectionMask, PruneRequest, Pruner,
+    Normalization, Normalized, NovicePruner, PerLayer, Prior, ProbeOptions, ProtectionMask, PruneRequest, Pruner,
     PrunerConfig, RateDistortion, Rco, Scope, Statistic, SubsetPruner, TwoLevelPruner, Uniform, UnitPruner,
     WideExpertPruner, Within,
 };
@@ -42,14 +42,14 @@ fn allocators() -> Vec<AllocatorConfig> {
         AllocatorConfig::Evolution(Evolution { population: 2, generations: 1, ..Evolution::default() }),
     ];
     let by = [
-        Normalisation::Lamp,
-        Normalisation::LampOfSquares,
-        Normalisation::Sum,
-        Normalisation::Mean,
-        Normalisation::Max,
-        Normalisation::Coverage,
+        Normalization::Lamp,
+        Normalization::LampOfSquares,
+        Normalization::Sum,
+        Normalization::Mean,
+        Normalization::Max,
+        Normalization::Coverage,
     ];
-    all.extend(by.map(|by| AllocatorConfig::Normalised(Normalised { by })));
+    all.extend(by.map(|by| AllocatorConfig::Normalized(Normalized { by })));
     all
 }
 
@@ -105,7 +105,7 @@ fn every_scorer_feeds_every_pruner_with_every_allocator() {
     let scorers: Vec<Box<dyn Scorer>> = ScorerConfig::NAMES
         .iter()
         .map(|name| {
-            let config: ScorerConfig = serde_json::from_value(serde_json::json!({ "scorer": name })).unwrap();
+            let config: ScorerConfig = serde_json::from_value(serde_json::json!({ "type": name })).unwrap();
             config.build().unwrap()
         })
         .collect();

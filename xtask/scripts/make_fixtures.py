@@ -114,11 +114,11 @@ def write(directory, model_type, seed, config, *, released=None, computed_by=Non
     edit(directory, released or {})
 
 
-def write_quantised(directory, model_type, seed, config, quantise, quantization_config):
-    """Saves a model with the weights that `quantise` makes of the tensors of a bf16 one. What is expected is what transformers
-    computes in f32 with the bf16 weights it dequantises those to."""
+def write_quantized(directory, model_type, seed, config, quantize, quantization_config):
+    """Saves a model with the weights that `quantize` makes of the tensors of a bf16 one. What is expected is what transformers
+    computes in f32 with the bf16 weights it dequantizes those to."""
     write(directory, model_type, seed, config, bf16=True, run=False)
-    tensors = quantise(load_file(directory / "model.safetensors"))
+    tensors = quantize(load_file(directory / "model.safetensors"))
     save_file({name: value.contiguous() for name, value in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
     plain = AutoConfig.from_pretrained(directory)
     edit(directory, dict(quantization_config=quantization_config))
@@ -148,7 +148,7 @@ def mxfp4(tensors):
 
 
 def fp8(tensors, block=16):
-    """Projections in E4M3 with a factor per block. transformers 5.23 dequantises whole blocks only."""
+    """Projections in E4M3 with a factor per block. transformers 5.23 dequantizes whole blocks only."""
     out = {}
     for name, value in tensors.items():
         out[name] = value
@@ -186,10 +186,10 @@ FIXTURES = {
     "parity/tf5/deepseek_v3_bf16": lambda d: write(d, "deepseek_v3", 23, LATENT | dict(n_group=4, topk_group=2), bf16=True),
     "parity/tf5/gpt_oss_bf16": lambda d: write(
         d, "gpt_oss", 24, COMMON | dict(head_dim=8, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2, sliding_window=8), bf16=True),
-    "parity/tf5/deepseek_v3_fp8": lambda d: write_quantised(
+    "parity/tf5/deepseek_v3_fp8": lambda d: write_quantized(
         d, "deepseek_v3", 32, LATENT | dict(n_group=4, topk_group=2, q_lora_rank=32, qk_rope_head_dim=16), fp8,
         dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[16, 16])),
-    "parity/tf5/gpt_oss_mxfp4": lambda d: write_quantised(
+    "parity/tf5/gpt_oss_mxfp4": lambda d: write_quantized(
         d, "gpt_oss", 33, COMMON | dict(head_dim=8, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
         mxfp4, dict(quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"])),
     "parity/tf5/kimi_k2": lambda d: write(

@@ -105,7 +105,7 @@ impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { calibrated, seed, scorer, method, amount, repair } = self;
         write!(f, "{calibrated} {seed}: {scorer}, {method}, {amount}")?;
-        if repair == super::catalogue::NO_REPAIR { Ok(()) } else { write!(f, ", {repair}") }
+        if repair == super::catalog::NO_REPAIR { Ok(()) } else { write!(f, ", {repair}") }
     }
 }
 

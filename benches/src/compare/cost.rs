@@ -10,7 +10,7 @@ use moe_core::data::{Dataset, WaveOptions};
 use moe_importance::{Calibration, Scorer};
 use serde::{Deserialize, Serialize};
 
-use super::catalogue::{self, MAIN_SCORER};
+use super::catalog::{self, MAIN_SCORER};
 use super::settings::Settings;
 use crate::{Error, Result};
 
@@ -81,7 +81,7 @@ impl Costs {
 }
 
 fn seconds(model: &Model, data: &Dataset, wave_options: WaveOptions, scorers: &[&str]) -> Result<f64> {
-    let build = |name: &&str| -> Result<Box<dyn Scorer>> { Ok(catalogue::scorer(name)?.build()?) };
+    let build = |name: &&str| -> Result<Box<dyn Scorer>> { Ok(catalog::scorer(name)?.build()?) };
     let scorers = scorers.iter().map(build).collect::<Result<Vec<_>>>()?;
     let mut best = f64::INFINITY;
     for _ in 0..RUNS {

@@ -13,7 +13,7 @@ use moe_core::data::Wave;
 
 use super::bench::{Bench, Figures, Metrics};
 use super::case::{Amount, Case, Record};
-use super::catalogue::{self, EVIDENCE, Method, RepairRows};
+use super::catalog::{self, EVIDENCE, Method, RepairRows};
 use super::knock_out;
 use super::merged;
 use super::scored::Scored;
@@ -76,7 +76,7 @@ impl Lab {
         let mut record = Record::nothing_dropped(&job.case, self.bench.model.checkpoint());
         match self.subject(&job.case, &scratch) {
             Ok(mut subject) => {
-                let repair = catalogue::repair(&job.case.repair)?;
+                let repair = catalog::repair(&job.case.repair)?;
                 let rows = self.repair_rows(&job.case, repair.rows)?;
                 repair.steps.iter().try_for_each(|step| subject.repair(step, &rows))?;
                 let plan = &subject.plan;
@@ -117,7 +117,7 @@ impl Lab {
     fn subject(&self, case: &Case, scratch: &Path) -> Result<Subject<'_>> {
         let (full, scored) = (&self.bench.model, self.calibration(case)?);
         if case.scorer == EVIDENCE {
-            let Method::Merge(merge) = catalogue::method(&case.method)? else {
+            let Method::Merge(merge) = catalog::method(&case.method)? else {
                 return Err(Error::Invalid(format!("{case}: not a way to merge")));
             };
             return merged::subject(full, &merge, scored, case.amount.fraction(self.shape().units()), scratch);
@@ -127,7 +127,7 @@ impl Lab {
         if let Amount::Units(count) = case.amount {
             return Ok(Subject::planned(full, knock_out::plan(&tables.units, self.shape(), count as usize)?));
         }
-        let method = catalogue::method(&case.method)?.for_routing(&full.config().routing);
+        let method = catalog::method(&case.method)?.for_routing(&full.config().routing);
         let (scores, ratio) = (tables.of(method.reads()), case.amount.fraction(self.shape().units()));
         match method {
             Method::Pruner(pruner) => Subject::pruned(full, &pruner, scores, ratio, &scored.waves),

@@ -11,7 +11,7 @@ use moe_merge::{
 };
 use moe_prune::{ProtectionMask, PrunePlan};
 
-use super::catalogue::Merge;
+use super::catalog::Merge;
 use super::scored::Scored;
 use super::subject::{Subject, training_waves};
 use crate::{Error, Result};

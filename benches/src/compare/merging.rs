@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::bench::Figures;
 use super::case::{Amount, Case};
-use super::catalogue::{self, EVIDENCE, MERGES, Method, NO_REPAIR, RIVALS, TRAINED};
+use super::catalog::{self, EVIDENCE, MERGES, Method, NO_REPAIR, RIVALS, TRAINED};
 use super::lab::Job;
 use super::merged::{self, SAMPLE};
 use super::scored::Scored;
@@ -77,7 +77,7 @@ impl Merging {
 }
 
 fn recipe(method: &str, ratio: f64) -> Result<Recipe> {
-    match catalogue::method(method)? {
+    match catalog::method(method)? {
         Method::Merge(merge) => merge.recipe(ratio),
         _ => Err(Error::Invalid(format!("{method} is not a way to merge"))),
     }

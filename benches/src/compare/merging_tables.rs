@@ -3,7 +3,7 @@
 use moe_merge::OutputForm;
 
 use super::case::{Amount, Case};
-use super::catalogue::{EVIDENCE, MAIN_SCORER};
+use super::catalog::{EVIDENCE, MAIN_SCORER};
 use super::merging::Merging;
 use super::study::Finished;
 use super::summary::Spread;

@@ -3,7 +3,7 @@
 mod arguments;
 mod bench;
 mod case;
-pub mod catalogue;
+pub mod catalog;
 mod cost;
 mod knock_out;
 mod lab;

@@ -1,7 +1,7 @@
 //! The report of the study.
 
 use super::case::Amount;
-use super::catalogue::{EVIDENCE, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, UNIFORM};
+use super::catalog::{EVIDENCE, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, UNIFORM};
 use super::study::Finished;
 use super::tables::{Section, curves, knock_outs};
 use crate::Result;
@@ -78,7 +78,7 @@ fn importance(study: &Finished) -> Result<Vec<(String, String)>> {
         figures.push((
             heat_map(&tables.units)?,
             format!(
-                "{calibrated}: {MAIN_SCORER} importance of every expert, the sum over its units; logarithmic colours."
+                "{calibrated}: {MAIN_SCORER} importance of every expert, the sum over its units; logarithmic colors."
             ),
         ));
         figures.push((

@@ -11,7 +11,7 @@ use moe_core::data::{Dataset, Wave, WaveOptions};
 use moe_importance::{Calibration, Scorer};
 use moe_merge::Evidence;
 
-use super::catalogue::Scoring;
+use super::catalog::Scoring;
 use crate::Result;
 
 /// Scores of units and of experts by one scorer.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::bench::Figures;
 use super::case::{Amount, Case};
-use super::catalogue::{
+use super::catalog::{
     self, CONTROLS, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, NO_REPAIR, STOCK, STOCK_OF_SCORERS, STOCK_SCORERS,
     UNIFORM,
 };
@@ -68,10 +68,10 @@ impl Settings {
             length: 128,
             ratios: vec![0.25, 0.375, 0.5, 0.625],
             half: 0.5,
-            scorers: catalogue::SCORERS.iter().map(|line| line.name).collect(),
+            scorers: catalog::SCORERS.iter().map(|line| line.name).collect(),
             best: 10,
             repaired: 4,
-            allocators: [catalogue::UNIT_ALLOCATORS, catalogue::EXPERT_ALLOCATORS].concat(),
+            allocators: [catalog::UNIT_ALLOCATORS, catalog::EXPERT_ALLOCATORS].concat(),
             stock_ratios: vec![0.5, 0.625],
             stock: STOCK.into(),
             stock_scorers: STOCK_SCORERS.into(),

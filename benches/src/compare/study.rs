@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::arguments::Arguments;
 use super::bench::Bench;
 use super::case::Journal;
-use super::catalogue::{self, SCORERS, Scoring};
+use super::catalog::{self, SCORERS, Scoring};
 use super::cost::Costs;
 use super::lab::Lab;
 use super::merging::{Form, Merging};
@@ -117,7 +117,7 @@ impl Study {
             }
             draws.insert((name.to_owned(), seed), [load(LossOver::All)?, load(answers)?]);
         }
-        let scorer = |name: &&str| Ok(((*name).to_owned(), catalogue::scorer(name)?));
+        let scorer = |name: &&str| Ok(((*name).to_owned(), catalog::scorer(name)?));
         let scorers = settings.scorers.iter().map(scorer).collect::<Result<Vec<_>>>()?;
         let study = Self { settings, arguments, out, existing, model, tokenizer, draws, rows, held_out, scorers };
         if existing == Existing::Resume {

@@ -10,7 +10,7 @@ use moe_prune::{
     PruneOptions, PrunePlan, PruneRequest, Pruner, ScaleCalibration, ScaleFit,
 };
 
-use super::catalogue::{Pieces, RepairStep};
+use super::catalog::{Pieces, RepairStep};
 use crate::{Error, Result};
 
 /// Tokens of a step of a search by gradients.

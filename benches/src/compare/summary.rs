@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::bench::{Bench, Metrics};
 use super::case::{Amount, Case, Record};
-use super::catalogue::{GRID, NO_REPAIR};
+use super::catalog::{GRID, NO_REPAIR};
 use super::settings::Settings;
 
 /// A figure over draws.
@@ -110,7 +110,7 @@ impl Summary {
         Spread::of(&logarithms).map(|spread| spread.mean)
     }
 
-    /// Scorers from the best to the worst by [`Summary::rank`]; ties in the order of the catalogue.
+    /// Scorers from the best to the worst by [`Summary::rank`]; ties in the order of the catalog.
     pub fn ranking(&self) -> Vec<(String, f64)> {
         let ranked = |name: &String| self.rank(name).map(|rank| (name.clone(), rank));
         let mut ranking: Vec<(String, f64)> = self.scorers.iter().filter_map(ranked).collect();

@@ -3,7 +3,7 @@
 use moe_checkpoint::Granularity;
 
 use super::case::{Amount, Case};
-use super::catalogue::{
+use super::catalog::{
     CONTROLS, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, NO_REPAIR, SCORERS, STOCK_OF_SCORERS, UNIFORM,
 };
 use super::cost::Costs;

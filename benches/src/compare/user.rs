@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::arguments::Arguments;
 use super::bench::{Bench, Figures, Metrics};
 use super::case::{Amount, Case, Journal, Record};
-use super::catalogue::{self, EXPERTS, GLOBAL, LAYER, NO_REPAIR, Scoring, UNIFORM};
+use super::catalog::{self, EXPERTS, GLOBAL, LAYER, NO_REPAIR, Scoring, UNIFORM};
 use super::lab::{Job, Lab};
 use super::rows::{Draw, HeldOut, Limits};
 use super::runner::Runner;
@@ -89,12 +89,12 @@ impl Comparison {
         };
         let seed = arguments.seed.unwrap_or_default();
         let scorer = |name: String| {
-            let scoring = Scoring::new(catalogue::scorer(&name)?, seed)?;
+            let scoring = Scoring::new(catalog::scorer(&name)?, seed)?;
             Ok((name, scoring))
         };
         let scorers = named(&arguments.scorer, &SCORERS).into_iter().map(scorer).collect::<Result<Vec<_>>>()?;
         let pruners = named(&arguments.pruner, &[GLOBAL, LAYER, UNIFORM, EXPERTS]);
-        pruners.iter().try_for_each(|name| catalogue::method(name).map(drop))?;
+        pruners.iter().try_for_each(|name| catalog::method(name).map(drop))?;
         let ratios = if arguments.ratio.is_empty() { vec![0.5] } else { arguments.ratio.clone() };
 
         let out = OutDir::check(&arguments.out, existing)?;

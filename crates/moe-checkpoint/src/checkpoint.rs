@@ -19,7 +19,7 @@ use crate::files::Files;
 use crate::grouped::Grouped;
 use crate::index::read_json;
 use crate::naming;
-use crate::quantised::{self, Quantisation, SCALE_SUFFIX};
+use crate::quantized::{self, Quantization, SCALE_SUFFIX};
 use crate::ragged::Ragged;
 use crate::record::{Record, Step};
 use crate::shape::MoeShape;
@@ -48,7 +48,7 @@ pub struct Checkpoint {
     layouts: BTreeMap<usize, ExpertLayout>,
     /// Tensors made of experts that the source makes.
     made: BTreeMap<String, MadeTensor>,
-    /// Tensors that only serve to dequantise others.
+    /// Tensors that only serve to dequantize others.
     scales: BTreeSet<String>,
     steps: Vec<Step>,
     fingerprint: OnceLock<String>,
@@ -76,7 +76,7 @@ impl Checkpoint {
     /// # Errors
     /// Every problem that the config and the headers can show, before any weight is read: see the variants of
     /// [`enum@Error`]. A checkpoint that opens has every tensor its config calls for, with the shape it calls for, as F32,
-    /// F16, BF16 or in a quantisation that is read, and no tensor in its decoder layers that the config has no place for.
+    /// F16, BF16 or in a quantization that is read, and no tensor in its decoder layers that the config has no place for.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         if !dir.is_dir() {
@@ -295,8 +295,8 @@ impl Checkpoint {
             return Ok(None);
         }
         let (info, _) = self.place(layer, set, part)?;
-        let quantised = self.expert_layout(layer)? == ExpertLayout::Mxfp4 && ExpertPart::ALL.contains(&part);
-        Ok(Some(if quantised { Dtype::BF16 } else { self.plain_dtype(&info.name)? }))
+        let quantized = self.expert_layout(layer)? == ExpertLayout::Mxfp4 && ExpertPart::ALL.contains(&part);
+        Ok(Some(if quantized { Dtype::BF16 } else { self.plain_dtype(&info.name)? }))
     }
 
     /// Bytes of the routed experts of an MoE layer as the files hold them.
@@ -328,13 +328,13 @@ impl Checkpoint {
     }
 
     /// Elements of all tensors; a head that is tied to the embedding counts once, even if the file has both. Factors of
-    /// quantised tensors do not count.
+    /// quantized tensors do not count.
     pub fn parameters(&self) -> u64 {
         let tied_head = self.config.tie_word_embeddings.then(|| self.family.tensor_name(Role::LmHead));
         let counted = self.tensors.values().filter(|tensor| Some(&tensor.name) != tied_head.as_ref());
         let counted = counted.filter(|tensor| !self.is_scale(&tensor.name));
         let fp4 = |tensor: &TensorInfo| {
-            self.config.quantisation == Some(Quantisation::Mxfp4) && tensor.name.ends_with("_blocks")
+            self.config.quantization == Some(Quantization::Mxfp4) && tensor.name.ends_with("_blocks")
         };
         counted.map(|tensor| tensor.elements() * if fp4(tensor) { 2 } else { 1 }).sum()
     }
@@ -375,7 +375,7 @@ impl Checkpoint {
         let Some(scale) = self.scale_of(info) else { return self.tensor_bytes(name, range) };
         let row = 2 * info.shape[1].max(1);
         let rows = range.start / row..range.end.div_ceil(row);
-        let bytes = self.dequantise(info, scale, rows.clone())?;
+        let bytes = self.dequantize(info, scale, rows.clone())?;
         Ok(sliced(Cow::Owned(bytes), range.start - rows.start * row..range.end - rows.start * row))
     }
 
@@ -443,18 +443,18 @@ impl Checkpoint {
         })
     }
 
-    /// Whether the weights are quantised. They are read as BF16 then.
-    pub fn quantisation(&self) -> Option<Quantisation> {
-        self.config.quantisation
+    /// Whether the weights are quantized. They are read as BF16 then.
+    pub fn quantization(&self) -> Option<Quantization> {
+        self.config.quantization
     }
 
-    /// Whether a tensor only holds the factors or exponents of another, quantised one, so that a checkpoint without
-    /// quantisation does not have it.
+    /// Whether a tensor only holds the factors or exponents of another, quantized one, so that a checkpoint without
+    /// quantization does not have it.
     pub fn is_scale(&self, name: &str) -> bool {
         self.scales.contains(name)
     }
 
-    /// Dtype of a tensor as it is read: BF16 for a quantised one.
+    /// Dtype of a tensor as it is read: BF16 for a quantized one.
     ///
     /// # Errors
     /// [`Error::NoSuchTensor`].
@@ -472,7 +472,7 @@ impl Checkpoint {
         let rows = info.shape[0];
         let step = (max_bytes / (2 * info.shape[1]).max(1)).max(1);
         for start in (0..rows).step_by(step) {
-            f(&self.dequantise(info, scale, start..rows.min(start + step))?)?;
+            f(&self.dequantize(info, scale, start..rows.min(start + step))?)?;
         }
         Ok(())
     }
@@ -581,7 +581,7 @@ impl Checkpoint {
 
     /// The weights of a routed expert in their canonical orientation without a cast, from whatever layout: views of the file
     /// where it holds them so, which stay resident until [`Checkpoint::release_expert`] or [`Checkpoint::release`], else
-    /// copies. Quantised weights are BF16.
+    /// copies. Quantized weights are BF16.
     ///
     /// # Errors
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
@@ -684,7 +684,7 @@ impl Checkpoint {
             return Ok(matrix(Cow::Owned(self.mxfp4(info, place)?), Dtype::BF16));
         }
         if let Some(scale) = self.scale_of(info) {
-            return Ok(matrix(Cow::Owned(self.dequantise(info, scale, 0..place.rows)?), Dtype::BF16));
+            return Ok(matrix(Cow::Owned(self.dequantize(info, scale, 0..place.rows)?), Dtype::BF16));
         }
         let bytes = self.range(info, info.byte_range(&place.range()))?;
         let bytes = match place.is_contiguous() {
@@ -706,13 +706,13 @@ impl Checkpoint {
         let scales = self.info(&info.name.replace("_blocks", "_scales"))?;
         let (blocks, exponents) = (self.whole(info)?, self.whole(scales)?);
         let per_row = place.cols / MXFP4_BLOCK;
-        Ok(quantised::mxfp4_rows(place.rows, place.cols, |row| {
+        Ok(quantized::mxfp4_rows(place.rows, place.cols, |row| {
             let block = (place.start + row * place.row_stride) / MXFP4_BLOCK;
             (&blocks[16 * block..16 * (block + per_row)], &exponents[block..block + per_row])
         }))
     }
 
-    /// The factors of a quantised tensor.
+    /// The factors of a quantized tensor.
     fn scale_of(&self, info: &TensorInfo) -> Option<&TensorInfo> {
         if info.dtype != Dtype::F8_E4M3 {
             return None;
@@ -721,18 +721,18 @@ impl Checkpoint {
     }
 
     /// Rows of an FP8 tensor as BF16.
-    fn dequantise(&self, info: &TensorInfo, scale: &TensorInfo, rows: Range<usize>) -> Result<Vec<u8>> {
-        let Some(Quantisation::Fp8Blocks { rows: block_rows, cols: block_cols }) = self.config.quantisation else {
-            return Err(verify::quantised_tensor(info, "`quantization_config` with a `weight_block_size`"));
+    fn dequantize(&self, info: &TensorInfo, scale: &TensorInfo, rows: Range<usize>) -> Result<Vec<u8>> {
+        let Some(Quantization::Fp8Blocks { rows: block_rows, cols: block_cols }) = self.config.quantization else {
+            return Err(verify::quantized_tensor(info, "`quantization_config` with a `weight_block_size`"));
         };
         let scales = match scale.dtype {
-            Dtype::F8_E8M0 => self.whole(scale)?.iter().map(|byte| quantised::e8m0(*byte)).collect(),
+            Dtype::F8_E8M0 => self.whole(scale)?.iter().map(|byte| quantized::e8m0(*byte)).collect(),
             _ => self.read_part(scale, 0..scale.elements() as usize)?,
         };
         let cols = info.shape[1];
         let range = rows.start * cols..rows.end * cols;
         let bytes = self.range(info, range.clone())?;
-        let out = quantised::fp8_rows(&bytes, rows.start, cols, &scales, (block_rows, block_cols));
+        let out = quantized::fp8_rows(&bytes, rows.start, cols, &scales, (block_rows, block_cols));
         self.source.release(info, range);
         Ok(out)
     }
@@ -749,9 +749,9 @@ impl Checkpoint {
 
     fn read_part_into(&self, info: &TensorInfo, elements: Range<usize>, out: &mut Vec<f32>) -> Result<()> {
         if let Some(scale) = self.scale_of(info) {
-            // Whole rows: parts of a row of a quantised matrix are never asked for.
+            // Whole rows: parts of a row of a quantized matrix are never asked for.
             let cols = info.shape[1].max(1);
-            let bytes = self.dequantise(info, scale, elements.start / cols..elements.end / cols)?;
+            let bytes = self.dequantize(info, scale, elements.start / cols..elements.end / cols)?;
             out.resize(bytes.len() / 2, 0.0);
             convert::decode(Dtype::BF16, &bytes, out, |_| {});
             return Ok(());

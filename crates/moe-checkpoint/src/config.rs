@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::experts::ExpertBiases;
 use crate::family::family_of;
 use crate::grouped::Grouped;
-use crate::quantised::Quantisation;
+use crate::quantized::Quantization;
 use crate::ragged::Ragged;
 use crate::shape::{MoeLayerShape, MoeShape};
 use crate::{Error, Result};
@@ -49,8 +49,8 @@ pub struct ModelConfig {
     /// Layers after the last decoder layer that predict further tokens (multi-token prediction), as the config declares
     /// them. The weights may lack them: transformers drops them on saving. They are no part of `layers`.
     pub mtp_layers: usize,
-    /// How the weights are quantised.
-    pub quantisation: Option<Quantisation>,
+    /// How the weights are quantized.
+    pub quantization: Option<Quantization>,
     /// Token ids that end a text: from `generation_config.json`, else `config.json`; empty if neither names one.
     pub eos_token_ids: Vec<u32>,
     /// `dtype` (transformers 5) or `torch_dtype` (transformers 4), as written. The dtypes of the tensors are what counts.
@@ -62,7 +62,7 @@ impl ModelConfig {
     /// where there is one.
     ///
     /// # Errors
-    /// An unknown family, a model without routed experts, quantised weights, or a field that is missing, malformed,
+    /// An unknown family, a model without routed experts, quantized weights, or a field that is missing, malformed,
     /// unsupported or contradicts another: one variant each, naming the field.
     pub fn from_json(config: &Value, generation: Option<&Value>) -> Result<Self> {
         if let Some(grouped) = Grouped::read(config)? {
@@ -499,7 +499,7 @@ pub enum RoutingKind {
     /// Softmax over all experts, then the `top_k` largest.
     SoftmaxTopK {
         /// Whether the selected weights are divided by their sum.
-        renormalise: bool,
+        renormalize: bool,
     },
     /// The `top_k` largest logits, then softmax over those.
     TopKSoftmax,
@@ -519,7 +519,7 @@ pub enum RoutingKind {
     /// there are any (experts of other groups are never selected).
     Sigmoid {
         /// Whether the selected weights are divided by `sum + 1e-20`.
-        renormalise: bool,
+        renormalize: bool,
         /// Whether a learnt bias is added for the selection (not for the weights).
         correction_bias: bool,
         /// Whether whole groups of experts are selected first.
@@ -534,7 +534,7 @@ pub enum RoutingKind {
     },
 }
 
-/// Group-limited selection: neighbouring experts form `count` groups of equal size, of which the best `top` take part.
+/// Group-limited selection: neighboring experts form `count` groups of equal size, of which the best `top` take part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Groups {
     /// Groups of equal size.

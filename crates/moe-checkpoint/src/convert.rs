@@ -49,7 +49,7 @@ fn decode_chunk(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
             }
         }
         Dtype::BF16 => {
-            // BF16 is the upper half of an f32. The plain loop vectorises, unlike a call per element.
+            // BF16 is the upper half of an f32. The plain loop vectorizes, unlike a call per element.
             for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
                 *out = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
             }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::config::Ffn;
 use crate::expert_bytes::RawMatrix;
 use crate::experts::{ExpertLayout, ExpertPart};
-use crate::ragged::dequantised_config;
+use crate::ragged::dequantized_config;
 use crate::shard_layout::TensorSpec;
 use crate::source::{ModelDescription, ModelSource};
 use crate::weights::TensorInfo;
@@ -29,7 +29,7 @@ impl Checkpoint {
     /// # Errors
     /// Those of [`Checkpoint::from_source`].
     pub fn dequantized(self: &Arc<Self>) -> Result<Arc<Self>> {
-        if self.quantisation().is_none() {
+        if self.quantization().is_none() {
             return Ok(self.clone());
         }
         let mut layers = BTreeSet::new();
@@ -59,7 +59,7 @@ impl Checkpoint {
             tensors.push(TensorSpec { dtype: self.plain_dtype(&info.name)?, ..info.spec() });
         }
         let description =
-            ModelDescription { config: dequantised_config(self.raw_config()), tensors, ..ModelDescription::of(self) };
+            ModelDescription { config: dequantized_config(self.raw_config()), tensors, ..ModelDescription::of(self) };
         let source = Dequantized { base: self.clone(), layers };
         Checkpoint::from_source(description, Arc::new(source)).map(Arc::new)
     }

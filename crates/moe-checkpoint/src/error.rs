@@ -31,7 +31,7 @@ pub enum Error {
     },
     /// A statistics, score or plan file that cannot be read as one.
     #[error("{}: not a valid {kind} file: {reason}", path.display())]
-    MalformedArtefact {
+    MalformedArtifact {
         /// The file.
         path: PathBuf,
         /// What it should be.
@@ -41,7 +41,7 @@ pub enum Error {
     },
     /// A file written by a newer version of this crate.
     #[error("{}: {kind} file of version {found}, this crate reads versions 1 to {supported}", path.display())]
-    ArtefactVersion {
+    ArtifactVersion {
         /// The file.
         path: PathBuf,
         /// What it is.
@@ -221,14 +221,14 @@ pub enum Error {
         /// What shows it.
         reason: String,
     },
-    /// The config announces quantised weights.
-    #[error("{file}: quantised weights ({method}) are not read; expected f32, f16 or bf16 weights{also}")]
-    Quantised {
+    /// The config announces quantized weights.
+    #[error("{file}: quantized weights ({method}) are not read; expected f32, f16 or bf16 weights{also}")]
+    Quantized {
         /// The file, `config.json` where its directory is not known.
         file: String,
-        /// The quantisation method of `quantization_config`.
+        /// The quantization method of `quantization_config`.
         method: String,
-        /// Quantisations that are read.
+        /// Quantizations that are read.
         also: &'static str,
     },
 
@@ -443,7 +443,7 @@ pub enum Error {
         expected: String,
     },
     /// A tensor holds FP8 or smaller weights.
-    #[error("{}: tensor `{tensor}` has dtype {found:?}, a quantised weight that is not read so; expected {expected}", file.display())]
+    #[error("{}: tensor `{tensor}` has dtype {found:?}, a quantized weight that is not read so; expected {expected}", file.display())]
     QuantisedTensor {
         /// The shard.
         file: PathBuf,
@@ -588,14 +588,14 @@ impl Error {
             | Self::ConflictingFields { file, .. }
             | Self::UnknownFamily { file, .. }
             | Self::NotMoe { file, .. }
-            | Self::Quantised { file, .. } => *file = dir.join(&*file).display().to_string(),
+            | Self::Quantized { file, .. } => *file = dir.join(&*file).display().to_string(),
             _ => {}
         }
         self
     }
 
     pub(crate) fn malformed(path: &Path, kind: &'static str, reason: impl Into<String>) -> Self {
-        Error::MalformedArtefact { path: path.to_path_buf(), kind, reason: reason.into() }
+        Error::MalformedArtifact { path: path.to_path_buf(), kind, reason: reason.into() }
     }
 }
 

@@ -217,7 +217,7 @@ pub struct ExpertTensorLayout {
     pub tensor: ExpertTensor,
     /// Its shape.
     pub shape: Vec<usize>,
-    /// Expert and content of every block; empty for the quantised tensors of [`ExpertLayout::Mxfp4`].
+    /// Expert and content of every block; empty for the quantized tensors of [`ExpertLayout::Mxfp4`].
     pub blocks: Vec<(usize, ExpertBlock)>,
 }
 

@@ -9,7 +9,7 @@
 //! - Routed experts have one canonical form, [`ExpertWeights`], whatever their [`ExpertLayout`] on disk.
 //! - [`ShardedWriter`] and [`OutputDir`] write checkpoints as streams, atomically and resumably.
 //! - Feature `hub` adds `hub::fetch`: a model id in place of a directory.
-//! - [`Statistics`], [`ScoreTable`] and [`MoeShape`] are the artefacts that scoring and pruning exchange.
+//! - [`Statistics`], [`ScoreTable`] and [`MoeShape`] are the artifacts that scoring and pruning exchange.
 //! - The words that the other crates share: [`ExpertId`] and [`Site`] address experts and matrices, [`ProtectionMask`] says
 //!   what stays, [`Ratio`], [`BeforeAfter`], [`Mtp`] and [`Progress`] what happens to a checkpoint.
 //!
@@ -25,7 +25,7 @@
 
 #![deny(missing_docs)]
 
-mod artefact_file;
+mod artifact_file;
 mod checkpoint;
 mod compression;
 mod config;
@@ -53,7 +53,7 @@ mod parallel;
 pub mod products;
 mod protection;
 mod provenance;
-mod quantised;
+mod quantized;
 mod ragged;
 mod record;
 mod safetensors_file;
@@ -74,7 +74,7 @@ mod weights;
 mod write;
 mod writer;
 
-pub use artefact_file::write_atomic;
+pub use artifact_file::write_atomic;
 pub use checkpoint::Checkpoint;
 pub use compression::{BeforeAfter, Mtp, Ratio, TopKClamp};
 pub use config::{
@@ -94,8 +94,8 @@ pub use output_dir::{Existing, OutputDir};
 pub use parallel::collect_in_order;
 pub use protection::{Protected, ProtectionMask};
 pub use provenance::Provenance;
-pub use quantised::Quantisation;
-pub use ragged::{UniformShape, dequantised_config, ragged_config, uniform_config, uniform_shape_config};
+pub use quantized::Quantization;
+pub use ragged::{UniformShape, dequantized_config, ragged_config, uniform_config, uniform_shape_config};
 pub use record::{RECORD_FILE, Record, Step};
 pub use safetensors::Dtype;
 pub use safetensors_file::SafetensorsFile;

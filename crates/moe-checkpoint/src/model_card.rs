@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
-use crate::artefact_file::write_atomic;
+use crate::artifact_file::write_atomic;
 use crate::{Checkpoint, Error, Result};
 
 /// The card.

@@ -272,5 +272,5 @@ pub(crate) fn without_quantization(mut config: Value) -> Value {
 
 /// Whether an error says that weights are quantized by a method that is not read.
 pub(crate) fn is_unread_quantization(error: &Error) -> bool {
-    matches!(error, Error::Quantised { .. })
+    matches!(error, Error::Quantized { .. })
 }

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
-use crate::artefact_file::TEMPORARY_SUFFIX;
+use crate::artifact_file::TEMPORARY_SUFFIX;
 use crate::writer::{RESUME_FILE, sync_dir};
 use crate::{Error, Result};
 

@@ -254,8 +254,8 @@ pub fn uniform_shape_config(config: &Value, shape: UniformShape) -> Result<Value
     Ok(result)
 }
 
-/// The config without its quantisation, for weights that were dequantised.
-pub fn dequantised_config(config: &Value) -> Value {
+/// The config without its quantization, for weights that were dequantized.
+pub fn dequantized_config(config: &Value) -> Value {
     let mut result = config.clone();
     if let Value::Object(map) = &mut result {
         map.shift_remove("quantization_config");

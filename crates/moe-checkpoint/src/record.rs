@@ -70,7 +70,7 @@ impl Record {
     /// Reads the record of a model directory; an empty one where there is none, as in a released model.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::MalformedArtefact`], [`Error::ArtefactVersion`], naming the file.
+    /// [`Error::Io`], [`Error::MalformedArtifact`], [`Error::ArtifactVersion`], naming the file.
     pub fn load(directory: impl AsRef<Path>) -> Result<Self> {
         let path = directory.as_ref().join(RECORD_FILE);
         let bytes = match std::fs::read(&path) {
@@ -82,7 +82,7 @@ impl Record {
         let record: Self = serde_json::from_slice(&bytes).map_err(malformed)?;
         if record.version != VERSION {
             let (found, supported) = (record.version, VERSION);
-            return Err(Error::ArtefactVersion { path, kind: KIND, found, supported });
+            return Err(Error::ArtifactVersion { path, kind: KIND, found, supported });
         }
         Ok(record)
     }
@@ -90,7 +90,7 @@ impl Record {
     /// What the last step of a method said; `None` if there was no such step.
     ///
     /// # Errors
-    /// [`Error::MalformedArtefact`] for a step that does not read as `T`.
+    /// [`Error::MalformedArtifact`] for a step that does not read as `T`.
     pub fn recipe<T: DeserializeOwned>(&self, method: &str) -> Result<Option<T>> {
         let Some(step) = self.steps.iter().rev().find(|step| step.method == method) else { return Ok(None) };
         let malformed = |error: serde_json::Error| {

@@ -19,7 +19,7 @@ impl ScoreTable {
     /// ```
     /// # use moe_checkpoint::{Denominator, Granularity, LayerScores, Pool, Provenance, ScoreTable};
     /// # let table = |data: &str, scores: [f32; 2]| ScoreTable {
-    /// #     scorer: r#"{"scorer":"frequency"}"#.into(),
+    /// #     scorer: r#"{"type":"frequency"}"#.into(),
     /// #     granularity: Granularity::Expert,
     /// #     pool: Pool::Global,
     /// #     additive: None,

@@ -5,7 +5,7 @@ use std::path::Path;
 use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
-use crate::artefact_file::{Kind, OutTensor, TensorFile, Tensors, write_tensors};
+use crate::artifact_file::{Kind, OutTensor, TensorFile, Tensors, write_tensors};
 use crate::{Error, ExpertId, MoeLayerShape, MoeShape, Provenance, Result};
 
 /// Version 2 added what may be added up; tables of version 1 may not.
@@ -254,7 +254,7 @@ impl ScoreTable {
     /// Reads a file of [`ScoreTable::save`].
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::ArtefactVersion`] for a file of a newer version, [`Error::MalformedArtefact`] for
+    /// [`Error::Io`], [`Error::ArtifactVersion`] for a file of a newer version, [`Error::MalformedArtifact`] for
     /// anything else that is not such a file, and those of [`ScoreTable::validate`].
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let file = TensorFile::read(path.as_ref(), SCORES)?;

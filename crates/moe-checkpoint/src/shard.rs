@@ -44,8 +44,8 @@ impl Shard {
 
     /// Gives the pages of a range back to the system, so that they no longer count as resident.
     ///
-    /// The range is widened to what the kernel may have mapped around it. Dropping the page of a neighbour costs that
-    /// neighbour a fault on its next read and nothing else.
+    /// The range is widened to what the kernel may have mapped around it. Dropping the page of a neighbor costs that
+    /// neighbor a fault on its next read and nothing else.
     #[cfg(unix)]
     pub fn release(&self, range: Range<usize>) {
         let start = range.start.saturating_sub(FAULT_AROUND);

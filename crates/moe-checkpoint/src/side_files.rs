@@ -1,9 +1,9 @@
-//! The files of a model directory other than weights and config: tokenizer, generation config, chat template, licence.
+//! The files of a model directory other than weights and config: tokenizer, generation config, chat template, license.
 
 use std::fs::{self, File};
 use std::path::Path;
 
-use crate::artefact_file::TEMPORARY_SUFFIX;
+use crate::artifact_file::TEMPORARY_SUFFIX;
 use crate::{Error, Result};
 
 /// Extensions of files that hold weights or states of training, in whatever format.
@@ -12,7 +12,7 @@ const WEIGHTS: [&str; 13] =
 /// Folders within folders that are looked into.
 const DEPTH: usize = 4;
 
-/// Copies the side files of a model directory, folders included: tokenizer, generation config, chat templates, code, licence.
+/// Copies the side files of a model directory, folders included: tokenizer, generation config, chat templates, code, license.
 /// `config.json`, weights and their indices are left out, as are hidden files and folders. Links are followed.
 ///
 /// Returns the paths within the directory, sorted.

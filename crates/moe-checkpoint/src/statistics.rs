@@ -6,7 +6,7 @@ use std::path::Path;
 use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
-use crate::artefact_file::{Kind, OutTensor, TensorFile, Tensors, write_tensors};
+use crate::artifact_file::{Kind, OutTensor, TensorFile, Tensors, write_tensors};
 use crate::statistics_array::combine_lowest;
 use crate::{ArrayKind, Error, Extent, Fold, MoeLayerShape, MoeShape, Provenance, Result};
 
@@ -386,7 +386,7 @@ impl Statistics {
     /// Reads a file of [`Statistics::save`] or a wave file of a store.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::ArtefactVersion`] for a file of a newer version, [`Error::MalformedArtefact`] for
+    /// [`Error::Io`], [`Error::ArtifactVersion`] for a file of a newer version, [`Error::MalformedArtifact`] for
     /// anything else that is not such a file, [`Error::NonFinite`] for a NaN or infinite value.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let file = TensorFile::read(path.as_ref(), STATISTICS)?;

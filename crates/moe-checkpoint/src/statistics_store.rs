@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
-use crate::artefact_file::{Kind, TEMPORARY_SUFFIX, parse_versioned, write_atomic};
+use crate::artifact_file::{Kind, TEMPORARY_SUFFIX, parse_versioned, write_atomic};
 use crate::{Error, MoeShape, Provenance, Result, Statistics};
 
 const STORE: Kind = Kind { name: "statistics store", key: "", version: 1 };
@@ -59,7 +59,7 @@ impl StatisticsStore {
     ///
     /// # Errors
     /// [`Error::ProvenanceMismatch`] or [`Error::InvalidShape`] if the directory holds another collection,
-    /// [`Error::MalformedArtefact`] if it holds wave files but no `store.json`, [`Error::Io`].
+    /// [`Error::MalformedArtifact`] if it holds wave files but no `store.json`, [`Error::Io`].
     pub fn create_or_resume(directory: impl AsRef<Path>, shape: &MoeShape, provenance: &Provenance) -> Result<Self> {
         let directory = directory.as_ref();
         shape.validate()?;
@@ -100,7 +100,7 @@ impl StatisticsStore {
     /// Opens a store that exists. Changes nothing on disk.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::MalformedArtefact`], [`Error::ArtefactVersion`].
+    /// [`Error::Io`], [`Error::MalformedArtifact`], [`Error::ArtifactVersion`].
     pub fn open(directory: impl AsRef<Path>) -> Result<Self> {
         let directory = directory.as_ref();
         let path = directory.join(STORE_FILE);
@@ -134,7 +134,7 @@ impl StatisticsStore {
     /// Adds the statistics of exactly one wave, rounded to f32.
     ///
     /// # Errors
-    /// [`Error::MalformedArtefact`] unless there is exactly one wave, [`Error::WaveOverlap`] if the store has it
+    /// [`Error::MalformedArtifact`] unless there is exactly one wave, [`Error::WaveOverlap`] if the store has it
     /// already, another provenance or shape, [`Error::NonFinite`], [`Error::Io`].
     pub fn write(&mut self, statistics: &Statistics) -> Result<()> {
         self.expect(statistics.shape(), statistics.provenance(), "the wave to write", false)?;

@@ -10,7 +10,7 @@ use crate::convert::float_bytes;
 use crate::experts::{ExpertLayout, ExpertTensor};
 use crate::family::{Family, LayerRole, Role};
 use crate::naming;
-use crate::quantised::{Quantisation, SCALE_SUFFIX};
+use crate::quantized::{Quantization, SCALE_SUFFIX};
 use crate::weights::TensorInfo;
 use crate::{Error, Result};
 
@@ -32,7 +32,7 @@ pub(crate) struct Weights<'a> {
 pub(crate) struct Verified {
     /// The expert layout of every MoE layer.
     pub layouts: BTreeMap<usize, ExpertLayout>,
-    /// Tensors that only serve to dequantise others.
+    /// Tensors that only serve to dequantize others.
     pub scales: BTreeSet<String>,
 }
 
@@ -53,7 +53,7 @@ pub(crate) fn verify(weights: &Weights<'_>) -> Result<Verified> {
         if info.name.ends_with("_scales") && expected.contains(&info.name) {
             scales.insert(info.name.clone());
         }
-        if let Some(scale) = weights.check_quantised(info)? {
+        if let Some(scale) = weights.check_quantized(info)? {
             expected.insert(scale.clone());
             scales.insert(scale);
         }
@@ -221,7 +221,7 @@ fn ffn_roles(config: &ModelConfig, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
     }
 }
 
-fn is_quantised(dtype: Dtype) -> bool {
+fn is_quantized(dtype: Dtype) -> bool {
     matches!(
         dtype,
         Dtype::F4
@@ -235,8 +235,8 @@ fn is_quantised(dtype: Dtype) -> bool {
     )
 }
 
-/// The refusal of a quantised tensor.
-pub(crate) fn quantised_tensor(info: &TensorInfo, expected: &str) -> Error {
+/// The refusal of a quantized tensor.
+pub(crate) fn quantized_tensor(info: &TensorInfo, expected: &str) -> Error {
     Error::QuantisedTensor {
         file: info.file.to_path_buf(),
         tensor: info.name.clone(),
@@ -275,27 +275,27 @@ impl Weights<'_> {
             let (found, fields) = (info.shape.clone(), fields.into());
             return Err(Error::UnexpectedShape { file, tensor, found, expected, fields });
         }
-        // Quantised ones have a check of their own.
-        if float_bytes(info.dtype).is_none() && !is_quantised(info.dtype) {
+        // Quantized ones have a check of their own.
+        if float_bytes(info.dtype).is_none() && !is_quantized(info.dtype) {
             return Err(Error::UnsupportedDtype { file, tensor, found: info.dtype, expected: FLOATS.to_string() });
         }
         Ok(())
     }
 
-    /// Checks that a quantised tensor can be read, and names the tensor of its factors.
-    fn check_quantised(&self, info: &TensorInfo) -> Result<Option<String>> {
+    /// Checks that a quantized tensor can be read, and names the tensor of its factors.
+    fn check_quantized(&self, info: &TensorInfo) -> Result<Option<String>> {
         // Factors may be of such a dtype themselves: they are checked with what they scale.
-        if !is_quantised(info.dtype) || info.name.ends_with(SCALE_SUFFIX) {
+        if !is_quantized(info.dtype) || info.name.ends_with(SCALE_SUFFIX) {
             return Ok(None);
         }
-        let Some(Quantisation::Fp8Blocks { rows, cols }) = self.config.quantisation else {
-            return Err(quantised_tensor(info, FLOATS));
+        let Some(Quantization::Fp8Blocks { rows, cols }) = self.config.quantization else {
+            return Err(quantized_tensor(info, FLOATS));
         };
         let [height, width] = info.shape[..] else {
-            return Err(quantised_tensor(info, "two dimensions of a tensor quantised by blocks"));
+            return Err(quantized_tensor(info, "two dimensions of a tensor quantized by blocks"));
         };
         if info.dtype != Dtype::F8_E4M3 {
-            return Err(quantised_tensor(info, "F8_E4M3, F32, F16 or BF16"));
+            return Err(quantized_tensor(info, "F8_E4M3, F32, F16 or BF16"));
         }
         let scale = format!("{}{SCALE_SUFFIX}", info.name);
         self.check(
@@ -305,7 +305,7 @@ impl Weights<'_> {
         )?;
         match self.tensors.get(&scale) {
             Some(scale) if float_bytes(scale.dtype).is_none() && scale.dtype != Dtype::F8_E8M0 => {
-                Err(quantised_tensor(scale, "F8_E8M0, F32, F16 or BF16"))
+                Err(quantized_tensor(scale, "F8_E8M0, F32, F16 or BF16"))
             }
             _ => Ok(Some(scale)),
         }

@@ -6,7 +6,7 @@ use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::artefact_file::write_atomic;
+use crate::artifact_file::write_atomic;
 use crate::experts::ExpertBlock;
 use crate::index::read_json;
 use crate::model_card;
@@ -111,7 +111,7 @@ pub fn check_output(model: &Checkpoint, to: &Path, options: &WriteOptions<'_>) -
 ///
 /// Tensors that the model's source does not change are copied byte for byte, so that a method that changes nothing reproduces every
 /// tensor; experts that it makes are made one at a time, while the one before is written. Memory is that of two pieces: a matrix
-/// of one expert, or a tensor outside the experts. Side files and folders (tokenizer, chat templates, generation config, licence) are
+/// of one expert, or a tensor outside the experts. Side files and folders (tokenizer, chat templates, generation config, license) are
 /// copied, `moe_record.json` tells how the model came about, and its card (`README.md`; an earlier one is kept as `README.base.md`)
 /// tells people. What was written is opened and compared with what was to be written before it gets its name.
 ///

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::artefact_file::{TEMPORARY_SUFFIX, write_atomic};
+use crate::artifact_file::{TEMPORARY_SUFFIX, write_atomic};
 use crate::checkpoint::Checkpoint;
 use crate::index::{INDEX_FILE, read_json};
 use crate::json::Fields;

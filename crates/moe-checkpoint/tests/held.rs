@@ -171,19 +171,19 @@ fn what_a_config_says_of_quantization_counts_where_weights_are_quantized() {
         model.config["quantization_config"] = leftover;
         let (_dir, opened) = model.open();
         let opened = opened.unwrap();
-        assert_eq!(opened.config().quantisation, None);
+        assert_eq!(opened.config().quantization, None);
     }
     let name = model.tensors.keys().find(|name| name.ends_with("q_proj.weight")).unwrap().clone();
     let tensor = model.tensor(&name);
     (tensor.dtype, tensor.bytes) = (Dtype::U8, vec![0; tensor.shape.iter().product()]);
-    assert_parts(&model.refusal(), &["quantised weights", "bitsandbytes"]);
+    assert_parts(&model.refusal(), &["quantized weights", "bitsandbytes"]);
     // In the config of the text model, as in that of the whole.
     let mut nested = Model::load(&fixture("../unrun/qwen3_5_moe"));
     nested.config["text_config"]["quantization_config"] = json!({"quant_method": "bitsandbytes"});
     assert!(nested.open().1.is_ok());
     nested.config["text_config"]["quantization_config"] = json!({"quant_method": "fp8", "weight_block_size": [8, 8]});
     let (_dir, opened) = nested.open();
-    assert!(opened.unwrap().config().quantisation.is_some());
+    assert!(opened.unwrap().config().quantization.is_some());
 }
 
 #[test]

@@ -400,7 +400,7 @@ fn unmutated_models_of_every_family_and_layout_are_exercised_wholly() {
         for layer in &checkpoint.shape().layers {
             let biases = checkpoint.config().moe(layer.layer).unwrap().biases;
             let layout = checkpoint.expert_layout(layer.layer).unwrap();
-            layouts.insert((layout, biases, checkpoint.quantisation().is_some()));
+            layouts.insert((layout, biases, checkpoint.quantization().is_some()));
         }
     }
     assert!(families().iter().all(|family| seen.contains(family.model_type())), "{seen:?}");

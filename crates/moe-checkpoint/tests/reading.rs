@@ -30,7 +30,7 @@ fn every_fixture_reads_as_the_safetensors_crate_reads_it() {
             let info = checkpoint.info(name).unwrap();
             assert_eq!((info.dtype, &info.shape), (tensor.dtype, &tensor.shape));
             assert_eq!(checkpoint.bytes(name).unwrap(), tensor.bytes);
-            if checkpoint.quantisation().is_none() {
+            if checkpoint.quantization().is_none() {
                 assert_eq!(checkpoint.tensor_f32(name).unwrap(), f32s(tensor));
             }
         }
@@ -38,7 +38,7 @@ fn every_fixture_reads_as_the_safetensors_crate_reads_it() {
         assert_eq!(checkpoint.bytes_on_disk(), model.tensors.values().map(|t| t.bytes.len() as u64).sum::<u64>());
         assert_eq!(checkpoint.raw_config(), &model.config);
         assert!(!checkpoint.ragged());
-        if checkpoint.quantisation().is_some() {
+        if checkpoint.quantization().is_some() {
             continue;
         }
         for layer in &checkpoint.shape().layers {
@@ -271,7 +271,7 @@ fn configs_of_both_dialects() {
     let open = |name: &str| Checkpoint::open(fixture(name)).unwrap().config().clone();
     let config = open("tf4/qwen2_moe");
     assert_eq!(config, ModelConfig { ..open("tf5/qwen2_moe") });
-    assert_eq!(config.routing.kind, RoutingKind::SoftmaxTopK { renormalise: false });
+    assert_eq!(config.routing.kind, RoutingKind::SoftmaxTopK { renormalize: false });
     assert_eq!((config.rope.theta, &config.rope.scaling), (10_000.0, &RopeScaling::Default));
     assert_eq!((config.eos_token_ids.as_slice(), config.dtype.as_deref()), (&[2][..], Some("float32")));
     assert!(config.attention.qkv_bias && !config.attention.output_bias && config.attention.qk_norm == QkNorm::None);
@@ -285,7 +285,7 @@ fn configs_of_both_dialects() {
         (config.attention.head_dim, config.attention.qk_norm, config.attention.qkv_bias),
         (12, QkNorm::Head, false)
     );
-    assert_eq!(config.routing.kind, RoutingKind::SoftmaxTopK { renormalise: true });
+    assert_eq!(config.routing.kind, RoutingKind::SoftmaxTopK { renormalize: true });
     assert_eq!(config.moe(2).unwrap().shared, None);
     assert_eq!(open("tf5/qwen3_moe_long").attention.head_dim, 8);
 

@@ -112,7 +112,7 @@ fn config_fields() {
     let name = "model.layers.0.self_attn.q_proj.weight";
     let tensor = model.tensor(name);
     (tensor.dtype, tensor.bytes) = (Dtype::U8, vec![0; tensor.shape.iter().product()]);
-    assert_parts(&model.refusal(), &["quantised weights", "\"fp8\"", "not read", "weight_block_size"]);
+    assert_parts(&model.refusal(), &["quantized weights", "\"fp8\"", "not read", "weight_block_size"]);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::Path;
 
 use moe_checkpoint::{
-    AttentionKind, Checkpoint, Dtype, ExpertBiases, ExpertLayout, LatentAttention, ModelConfig, Quantisation, Routing,
+    AttentionKind, Checkpoint, Dtype, ExpertBiases, ExpertLayout, LatentAttention, ModelConfig, Quantization, Routing,
     RoutingKind, SharedExpert,
 };
 use serde_json::{Map, Value, json};
@@ -61,7 +61,7 @@ fn latent(config: &ModelConfig) -> &LatentAttention {
 fn kimi_k2_is_deepseek_v3_with_one_group() {
     let config = ModelConfig::from_json(&kimi_k2(), None).unwrap();
     assert_eq!((config.model_type.as_str(), config.layers.len(), config.mtp_layers), ("kimi_k2", 61, 0));
-    let kind = RoutingKind::Sigmoid { renormalise: true, correction_bias: true, groups: None };
+    let kind = RoutingKind::Sigmoid { renormalize: true, correction_bias: true, groups: None };
     assert_eq!(config.routing, Routing { top_k: 8, kind, scale: 2.827, bias: false });
     assert!(config.moe(0).is_none());
     let moe = config.moe(60).unwrap();
@@ -71,7 +71,7 @@ fn kimi_k2_is_deepseek_v3_with_one_group() {
     // (0.1 ln 32 + 1)^2 / sqrt(192)
     assert!((config.attention.softmax_scale() - 0.130_860_8).abs() < 1e-7, "{}", config.attention.softmax_scale());
     assert!(config.rope.interleaved);
-    assert_eq!(config.quantisation, Some(Quantisation::Fp8Blocks { rows: 128, cols: 128 }));
+    assert_eq!(config.quantization, Some(Quantization::Fp8Blocks { rows: 128, cols: 128 }));
     assert_eq!(config.eos_token_ids, [163_585]);
 }
 
@@ -79,7 +79,7 @@ fn kimi_k2_is_deepseek_v3_with_one_group() {
 fn moonlight_is_deepseek_v3_without_a_latent_of_queries() {
     let config = ModelConfig::from_json(&moonlight(), None).unwrap();
     assert_eq!((config.model_type.as_str(), config.layers.len()), ("deepseek_v3", 27));
-    let kind = RoutingKind::Sigmoid { renormalise: true, correction_bias: true, groups: None };
+    let kind = RoutingKind::Sigmoid { renormalize: true, correction_bias: true, groups: None };
     assert_eq!(config.routing, Routing { top_k: 6, kind, scale: 2.446, bias: false });
     assert_eq!(config.moe(1).unwrap().widths, [1408; 64]);
     assert_eq!(config.moe(1).unwrap().shared, Some(SharedExpert { intermediate_size: 2816, gated: false }));

@@ -284,7 +284,7 @@ fn a_refused_absorb_copies_nothing() {
     let file = other_path.join("wave-000002.safetensors");
     let bytes = fs::read(&file).unwrap();
     fs::write(&file, &bytes[..bytes.len() - 4]).unwrap();
-    assert!(matches!(own.absorb(&other_path), Err(Error::MalformedArtefact { .. })));
+    assert!(matches!(own.absorb(&other_path), Err(Error::MalformedArtifact { .. })));
     assert!(own.waves().is_empty());
     assert!(StatisticsStore::open(own.directory()).unwrap().waves().is_empty());
 }
@@ -296,9 +296,9 @@ fn newer_versions_and_other_files_are_told_apart() {
     store(&path);
     let json = fs::read_to_string(path.join("store.json")).unwrap();
     fs::write(path.join("store.json"), json.replace("\"version\": 1", "\"version\": 2")).unwrap();
-    assert!(matches!(StatisticsStore::open(&path), Err(Error::ArtefactVersion { found: 2, supported: 1, .. })));
+    assert!(matches!(StatisticsStore::open(&path), Err(Error::ArtifactVersion { found: 2, supported: 1, .. })));
     fs::write(path.join("store.json"), "{}").unwrap();
-    assert!(matches!(StatisticsStore::open(&path), Err(Error::MalformedArtefact { .. })));
+    assert!(matches!(StatisticsStore::open(&path), Err(Error::MalformedArtifact { .. })));
     assert!(matches!(StatisticsStore::open(directory.path().join("absent")), Err(Error::Io { .. })));
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parity/tf5/qwen3_moe/model.safetensors");
     let error = Statistics::load(model).unwrap_err().to_string();

@@ -263,7 +263,7 @@ fn facts(checkpoint: &Checkpoint) -> Result<Value> {
         "expert layout": format!("{:?}{}", layouts[0], if layouts.iter().all(|l| *l == layouts[0]) { "" } else { ", mixed" }),
         "shared experts": shared(config),
         "routing": routing(config),
-        "quantisation": checkpoint.quantisation().map_or("none".to_string(), |q| format!("{q:?}, read as BF16")),
+        "quantization": checkpoint.quantization().map_or("none".to_string(), |q| format!("{q:?}, read as BF16")),
         "further layers": if mtp == 0 { "none".to_string() } else { format!("multi-token prediction, {mtp} elements") },
         "parameters": total,
         "of those routed": routed,
@@ -397,8 +397,8 @@ fn operations(checkpoint: &Checkpoint, counts: &[usize], widths: &[usize]) -> Ve
             }
         }
     });
-    if checkpoint.quantisation().is_some() {
-        lines.push("every export is written as BF16, without quantisation".to_string());
+    if checkpoint.quantization().is_some() {
+        lines.push("every export is written as BF16, without quantization".to_string());
     }
     if checkpoint.mtp_tensors().next().is_some() {
         lines.push("multi-token prediction: an export must say whether it is kept or dropped".to_string());

@@ -69,7 +69,7 @@ pub struct Arguments {
     /// Rows to measure before and after, in a file named NAME_test.jsonl; repeatable
     #[arg(long, value_name = "FILE")]
     pub eval: Vec<PathBuf>,
-    /// New directory for the model; artefacts go beside it, to OUT.steps
+    /// New directory for the model; artifacts go beside it, to OUT.steps
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
     /// Plan only: nothing is written but OUT.steps

@@ -12,7 +12,7 @@ use crate::progress::Progress;
 /// Carries out a recipe: any chain of scoring, protection, pruning, merging, repairs, measurements and writing, as one JSON file
 #[derive(Clone, Debug, Parser)]
 #[command(
-    after_help = "Examples:\n  moe run recipe.json --resume\n  moe run reap-25 --model DIR --data rows.jsonl --out OUT\n\nA step's artefact is kept in OUT/steps and reused while nothing that \
+    after_help = "Examples:\n  moe run recipe.json --resume\n  moe run reap-25 --model DIR --data rows.jsonl --out OUT\n\nA step's artifact is kept in OUT/steps and reused while nothing that \
 it follows from changes, also when other steps of the recipe do."
 )]
 pub struct Arguments {

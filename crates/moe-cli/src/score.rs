@@ -27,7 +27,7 @@ pub struct Arguments {
     /// Rows to calibrate on: .jsonl or .txt
     #[arg(long)]
     pub calibration: PathBuf,
-    /// Scorer as JSON, such as {"scorer":"fisher","criterion":"abs"}, or just its name; repeatable. See the list below
+    /// Scorer as JSON, such as {"type":"fisher","criterion":"abs"}, or just its name; repeatable. See the list below
     #[arg(long = "scorer", required_unless_present_any = ["super_experts", "statistics"], value_parser = scorer)]
     pub scorers: Vec<ScorerConfig>,
     /// Also find super experts, as default, released or reap, or with options as JSON: writes super_experts.json and
@@ -197,7 +197,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
 fn scorer(text: &str) -> Result<ScorerConfig, String> {
     let json = match text.trim_start().starts_with('{') {
         true => text.to_owned(),
-        false => serde_json::json!({ "scorer": text }).to_string(),
+        false => serde_json::json!({ "type": text }).to_string(),
     };
     serde_json::from_str(&json).map_err(|error| error.to_string())
 }
@@ -239,7 +239,7 @@ mod tests {
     #[test]
     fn scorers_are_named_or_spelt_out() {
         assert_eq!(scorer("magnitude").unwrap().build().unwrap().name(), "magnitude");
-        assert!(scorer(r#"{"scorer":"fisher","criterion":"abs"}"#).is_ok());
+        assert!(scorer(r#"{"type":"fisher","criterion":"abs"}"#).is_ok());
         assert!(scorer("fishing").unwrap_err().contains("fishing"));
         for (name, what) in ScorerConfig::DESCRIPTIONS {
             assert_eq!(scorer(name).unwrap().build().unwrap().name(), *name);

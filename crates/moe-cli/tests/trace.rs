@@ -146,15 +146,15 @@ fn bad_input_is_refused_with_the_reason() {
     fail("a.jsonl", b"{\"input_ids\": [1]}", "nothing is predicted");
     fail("a.jsonl", b"{\"input_ids\": [1, 2]}\n{\"ids\": [1]}", "a.jsonl:2: ");
     fail("a.jsonl", b"{\"input_ids\": [1, 97]}", "a.jsonl:1: ");
-    let serialised = |name: &str, dtype, shape, data: &[u8]| {
+    let serialized = |name: &str, dtype, shape, data: &[u8]| {
         let view = TensorView::new(dtype, shape, data).unwrap();
         safetensors::serialize([(name, view)], None).unwrap()
     };
     let ids: Vec<u8> = [1i64, 97].iter().flat_map(|id| id.to_le_bytes()).collect();
-    fail("b.safetensors", &serialised("ids", Dtype::I64, vec![1, 2], &ids), "no tensor `input_ids`");
-    fail("b.safetensors", &serialised("input_ids", Dtype::I64, vec![2], &ids), "shape [2]");
-    fail("b.safetensors", &serialised("input_ids", Dtype::F32, vec![1, 4], &ids), "F32");
-    fail("b.safetensors", &serialised("input_ids", Dtype::I64, vec![1, 2], &ids), "97 in row 0, column 1");
+    fail("b.safetensors", &serialized("ids", Dtype::I64, vec![1, 2], &ids), "no tensor `input_ids`");
+    fail("b.safetensors", &serialized("input_ids", Dtype::I64, vec![2], &ids), "shape [2]");
+    fail("b.safetensors", &serialized("input_ids", Dtype::F32, vec![1, 4], &ids), "F32");
+    fail("b.safetensors", &serialized("input_ids", Dtype::I64, vec![1, 2], &ids), "97 in row 0, column 1");
 }
 
 #[test]

@@ -124,7 +124,7 @@ pub struct LayerTrace<'a> {
     pub experts: usize,
     /// Experts per token, k.
     pub top_k: usize,
-    /// Router logits `[T, E]`, before any normalisation; minus infinity for experts that an overlay removed.
+    /// Router logits `[T, E]`, before any normalization; minus infinity for experts that an overlay removed.
     pub logits: &'a [f32],
     /// Selected experts `[T, k]`, best first.
     pub selected: &'a [u32],

@@ -323,7 +323,7 @@ fn prompts() -> Vec<Vec<u32>> {
 }
 
 #[test]
-fn generation_honours_removed_experts_gains_and_other_routers() {
+fn generation_honors_removed_experts_gains_and_other_routers() {
     let base = Model::open(tiny_moe(), &Device::flex(), None).unwrap();
     let mut routers = Routers { removed: Some(vec![3, 8, 9]), ..Routers::of(&base) };
     routers.gains.values_mut().for_each(|gains| gains.iter_mut().for_each(|g| *g = 1.0 - 0.2 * *g));
@@ -347,7 +347,7 @@ fn skipped_experts_are_not_computed() {
     for (&layer, &beta) in &beta {
         assert!(calibration.share_skipped(layer, beta) >= 0.125, "{layer}");
     }
-    let skipping = base.with_overlays(None, Some(Arc::new(SkipExperts { beta, renormalise: false }))).unwrap();
+    let skipping = base.with_overlays(None, Some(Arc::new(SkipExperts { beta, renormalize: false }))).unwrap();
     check_generation(&skipping, &prompts());
 
     let options = GenerateOptions { max_new_tokens: 8, ..GenerateOptions::default() };

@@ -76,7 +76,7 @@ impl DatasetOptions {
     }
 }
 
-/// Tokenised sequences, each with at least two tokens and at least one that counts in the loss.
+/// Tokenized sequences, each with at least two tokens and at least one that counts in the loss.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Dataset {
     /// The sequences, in the order they were taken.

@@ -1,4 +1,4 @@
-//! One tokenised sequence.
+//! One tokenized sequence.
 
 /// Token ids of one sequence and which of them count in the loss.
 #[derive(Clone, Debug, PartialEq, Eq)]

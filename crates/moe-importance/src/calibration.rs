@@ -25,7 +25,7 @@ use crate::{Error, Result, Scorer};
 ///
 /// # fn run(data: Dataset) -> Result<(), Box<dyn std::error::Error>> {
 /// let model = Model::open("models/Qwen1.5-MoE-A2.7B", &device("default")?, None)?;
-/// let scorer = serde_json::from_str::<ScorerConfig>(r#"{"scorer": "reap"}"#)?.build()?;
+/// let scorer = serde_json::from_str::<ScorerConfig>(r#"{"type": "reap"}"#)?.build()?;
 /// let statistics = Calibration::new(&model, &data, WaveOptions::default())
 ///     .statistics(scorer.needs().statistics)
 ///     .store("statistics") // a run that was killed goes on with the wave it was in

@@ -33,7 +33,7 @@ pub enum Error {
         reason: String,
     },
     /// A scorer description that is not a JSON object.
-    #[error("a scorer is a JSON object with a field `scorer`, found {found}")]
+    #[error("a scorer is a JSON object with a field `type`, found {found}")]
     NotAnObject {
         /// What was found.
         found: String,

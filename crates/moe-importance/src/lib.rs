@@ -17,11 +17,11 @@
 //! ```
 //! use moe_importance::{Scorer, ScorerConfig};
 //!
-//! let config: ScorerConfig = serde_json::from_str(r#"{"scorer": "fisher", "criterion": "token"}"#)?;
+//! let config: ScorerConfig = serde_json::from_str(r#"{"type": "fisher", "criterion": "token"}"#)?;
 //! let scorer = config.build()?;
 //! assert_eq!(scorer.needs().statistics[0].as_str(), "fisher.token");
 //!
-//! let error = serde_json::from_str::<ScorerConfig>(r#"{"scorer": "fisher", "criterion": "tokens"}"#).unwrap_err();
+//! let error = serde_json::from_str::<ScorerConfig>(r#"{"type": "fisher", "criterion": "tokens"}"#).unwrap_err();
 //! assert!(error.to_string().contains("field `criterion`: unknown variant `tokens`"));
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -46,9 +46,9 @@
 //! | `router_score` | units | router probability or weight, then a unit scorer | `routing.probability`, `routing.weight` | routing | baseline of arXiv 2606.05538 |
 //! | `random` | units | seeded noise | – | none | control |
 //! | `frequency` | experts | `n / T` | `routing.tokens` | routing | control |
-//! | `routing_weight` | experts | sum or mean of g: as applied, renormalised, softmax | `routing.weight`, `routing.renormalised`, `routing.softmax` | routing | arXiv 2510.13999 |
+//! | `routing_weight` | experts | sum or mean of g: as applied, renormalized, softmax | `routing.weight`, `routing.renormalized`, `routing.softmax` | routing | arXiv 2510.13999 |
 //! | `seer` | experts | hard or soft count per token | `routing.tokens`, `routing.weight` | routing | arXiv 2404.05089 |
-//! | `dern` | experts | `(1/T) sum g`, renormalised over the top-k | `routing.renormalised` | routing | arXiv 2509.10377 |
+//! | `dern` | experts | `(1/T) sum g`, renormalized over the top-k | `routing.renormalized` | routing | arXiv 2509.10377 |
 //! | `esft` | experts | share in the layer's selections, or mean gate before the scaling factor | `routing.tokens`, `routing.gate` | routing | arXiv 2407.01906 |
 //! | `bias` | experts | step times sum of signs of usage minus its mean or median | `routing.bias_…` | routing | arXiv 2604.23036 |
 //! | `ean` | experts | sum or mean of `\|f\|` | `output.norm` | outputs | arXiv 2510.13999 |

@@ -73,10 +73,10 @@ pub const OUTPUT_SQUARE: StatisticId = StatisticId::new("output.square");
 pub const OUTPUT_APPLIED: StatisticId = StatisticId::new("output.norm_applied");
 /// `sum_t g_t^2 |f_t|` with [`Gate::AsApplied`](crate::scorers::Gate::AsApplied).
 pub const OUTPUT_APPLIED_SQUARE: StatisticId = StatisticId::new("output.norm_applied_square");
-/// `sum_t g_t |f_t|` with [`Gate::Renormalised`](crate::scorers::Gate::Renormalised).
-pub const OUTPUT_RENORMALISED: StatisticId = StatisticId::new("output.norm_renormalised");
-/// `sum_t g_t^2 |f_t|` with [`Gate::Renormalised`](crate::scorers::Gate::Renormalised).
-pub const OUTPUT_RENORMALISED_SQUARE: StatisticId = StatisticId::new("output.norm_renormalised_square");
+/// `sum_t g_t |f_t|` with [`Gate::Renormalized`](crate::scorers::Gate::Renormalized).
+pub const OUTPUT_RENORMALIZED: StatisticId = StatisticId::new("output.norm_renormalized");
+/// `sum_t g_t^2 |f_t|` with [`Gate::Renormalized`](crate::scorers::Gate::Renormalized).
+pub const OUTPUT_RENORMALIZED_SQUARE: StatisticId = StatisticId::new("output.norm_renormalized_square");
 /// `sum_t g_t |f_t|` with [`Gate::Softmax`](crate::scorers::Gate::Softmax).
 pub const OUTPUT_SOFTMAX: StatisticId = StatisticId::new("output.norm_softmax");
 /// `sum_t g_t^2 |f_t|` with [`Gate::Softmax`](crate::scorers::Gate::Softmax).
@@ -100,7 +100,7 @@ pub const ROUTER_GRADIENT_SQUARE: StatisticId = StatisticId::new("router_gradien
 /// Per expert, the squared gradients of its router row `[H]`, summed over sequences.
 pub const ROUTER_GRADIENT_SQUARES: StatisticId = StatisticId::new("router_gradient.squares");
 /// Per expert, its softmax probability over *all* experts, summed over *all* tokens, routed to it or not: what the router
-/// prefers, whatever the model makes of it (top-k, renormalisation, sigmoid).
+/// prefers, whatever the model makes of it (top-k, renormalization, sigmoid).
 ///
 /// Source: the expert-drop baseline shipped with HectorHHZ/Less-is-MoE (arXiv 2606.05538).
 pub const ROUTER_PROBABILITY: StatisticId = StatisticId::new("routing.probability");
@@ -119,8 +119,8 @@ pub const ROUTING_WEIGHT: StatisticId = StatisticId::new("routing.weight");
 /// Per expert, the sum of the routing weights over the tokens routed to it, before the factor that all weights of a model carry
 /// (`routed_scaling_factor`).
 pub const ROUTING_GATE: StatisticId = StatisticId::new("routing.gate");
-/// Per expert, the sum of [`Gate::Renormalised`](crate::scorers::Gate::Renormalised) over the tokens routed to it.
-pub const ROUTING_RENORMALISED: StatisticId = StatisticId::new("routing.renormalised");
+/// Per expert, the sum of [`Gate::Renormalized`](crate::scorers::Gate::Renormalized) over the tokens routed to it.
+pub const ROUTING_RENORMALIZED: StatisticId = StatisticId::new("routing.renormalized");
 /// Per expert, the sum of [`Gate::Softmax`](crate::scorers::Gate::Softmax) over the tokens routed to it.
 pub const ROUTING_SOFTMAX: StatisticId = StatisticId::new("routing.softmax");
 /// Squared gradients of every token's contribution to a unit's 3H weights, one sample per token, exact:

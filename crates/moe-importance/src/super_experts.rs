@@ -111,7 +111,7 @@ pub struct SuperExpert {
     pub max: f64,
 }
 
-/// The super experts of a model and how they were found: what pruning, merging and quantisation leave alone.
+/// The super experts of a model and how they were found: what pruning, merging and quantization leave alone.
 ///
 /// The released profiler puts shared experts into the percentile as well; traces show routed experts only, and so does this.
 ///

@@ -25,16 +25,16 @@ fn case(seed: u64) -> Case {
 /// Ten scorers that the experts of a [`Case`] suffice for.
 fn scorers() -> Vec<Box<dyn Scorer>> {
     [
-        r#"{"scorer": "fisher", "criterion": "token"}"#,
-        r#"{"scorer": "fisher", "criterion": "sequence"}"#,
-        r#"{"scorer": "fisher", "criterion": "abs"}"#,
-        r#"{"scorer": "activation"}"#,
-        r#"{"scorer": "activation", "denominator": "routed_tokens"}"#,
-        r#"{"scorer": "magnitude"}"#,
-        r#"{"scorer": "router_score"}"#,
-        r#"{"scorer": "router_score", "router": "weight", "unit": {"scorer": "fisher"}}"#,
-        r#"{"scorer": "router_score", "combine": "multiply", "unit": {"scorer": "activation"}}"#,
-        r#"{"scorer": "random", "seed": 4}"#,
+        r#"{"type": "fisher", "criterion": "token"}"#,
+        r#"{"type": "fisher", "criterion": "sequence"}"#,
+        r#"{"type": "fisher", "criterion": "abs"}"#,
+        r#"{"type": "activation"}"#,
+        r#"{"type": "activation", "denominator": "routed_tokens"}"#,
+        r#"{"type": "magnitude"}"#,
+        r#"{"type": "router_score"}"#,
+        r#"{"type": "router_score", "router": "weight", "unit": {"type": "fisher"}}"#,
+        r#"{"type": "router_score", "combine": "multiply", "unit": {"type": "activation"}}"#,
+        r#"{"type": "random", "seed": 4}"#,
     ]
     .map(|json| serde_json::from_str::<ScorerConfig>(json).unwrap().build().unwrap())
     .into()

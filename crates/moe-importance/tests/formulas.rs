@@ -28,7 +28,7 @@ struct Rows<'a> {
     du: Matrix,
     /// Outputs.
     f: Matrix,
-    /// Routing weights as applied, renormalised over the top-k, and softmax over all experts.
+    /// Routing weights as applied, renormalized over the top-k, and softmax over all experts.
     gates: [Vec<f64>; 3],
 }
 
@@ -36,10 +36,10 @@ impl<'a> Rows<'a> {
     fn new(world: &'a World, layer: &'a WorldLayer, index: usize) -> Self {
         let expert = &layer.experts[index];
         let (u, du, _) = expert.case.backward();
-        let renormalised = |(row, t): (usize, &usize)| expert.case.routing[row] / layer.weights[*t].iter().sum::<f64>();
+        let renormalized = |(row, t): (usize, &usize)| expert.case.routing[row] / layer.weights[*t].iter().sum::<f64>();
         let gates = [
             expert.case.routing.clone(),
-            expert.tokens.iter().enumerate().map(renormalised).collect(),
+            expert.tokens.iter().enumerate().map(renormalized).collect(),
             expert.tokens.iter().map(|t| layer.softmax(*t)[index]).collect(),
         ];
         Self { world, layer, expert, index, u, du, f: expert.outputs(), gates }
@@ -120,28 +120,28 @@ fn check(world: &World, json: &str, formula: impl Fn(&Rows<'_>) -> Vec<f64>) {
 #[test]
 fn unit_criteria_are_their_formulas() {
     let world = world();
-    check(&world, r#"{"scorer":"heapr"}"#, |r| {
+    check(&world, r#"{"type":"heapr"}"#, |r| {
         let mean = |m: &Matrix, j: usize| r.sum(|t| m.at(t, j).powi(2)) / r.routed();
         r.units(|j| mean(&r.u, j) * mean(&r.du, j))
     });
-    check(&world, r#"{"scorer":"heapr","denominator":"all_tokens"}"#, |r| {
+    check(&world, r#"{"type":"heapr","denominator":"all_tokens"}"#, |r| {
         let sum = |m: &Matrix, j: usize| r.sum(|t| m.at(t, j).powi(2));
         r.units(|j| sum(&r.u, j) * sum(&r.du, j) / (r.routed() * r.all()))
     });
     let product = |r: &Rows<'_>, t: usize, j: usize| r.u.at(t, j) * r.du.at(t, j);
-    check(&world, r#"{"scorer":"coupled"}"#, |r| r.units(|j| r.sum(|t| product(r, t, j).powi(2)) / r.all()));
-    check(&world, r#"{"scorer":"coupled","denominator":"routed_tokens"}"#, |r| {
+    check(&world, r#"{"type":"coupled"}"#, |r| r.units(|j| r.sum(|t| product(r, t, j).powi(2)) / r.all()));
+    check(&world, r#"{"type":"coupled","denominator":"routed_tokens"}"#, |r| {
         r.units(|j| r.sum(|t| product(r, t, j).powi(2)) / r.routed())
     });
-    check(&world, r#"{"scorer":"taylor"}"#, |r| r.units(|j| r.sum(|t| product(r, t, j).abs()) / r.all()));
-    check(&world, r#"{"scorer":"taylor","form":"sum"}"#, |r| {
+    check(&world, r#"{"type":"taylor"}"#, |r| r.units(|j| r.sum(|t| product(r, t, j).abs()) / r.all()));
+    check(&world, r#"{"type":"taylor","form":"sum"}"#, |r| {
         r.units(|j| (r.sum(|t| product(r, t, j)) / r.all()).abs())
     });
-    check(&world, r#"{"scorer":"taylor","form":"loss_increase","denominator":"routed_tokens"}"#, |r| {
+    check(&world, r#"{"type":"taylor","form":"loss_increase","denominator":"routed_tokens"}"#, |r| {
         r.units(|j| -r.sum(|t| product(r, t, j)) / r.routed())
     });
     for (power, weighting) in ["none", "weight", "square"].into_iter().enumerate() {
-        check(&world, &format!(r#"{{"scorer":"activation","weighting":"{weighting}"}}"#), |r| {
+        check(&world, &format!(r#"{{"type":"activation","weighting":"{weighting}"}}"#), |r| {
             let value = |t: usize, j: usize| r.u.at(t, j).abs() * r.gates[0][t].powi(power as i32);
             r.units(|j| r.sum(|t| value(t, j)) / r.all() * r.column(j))
         });
@@ -150,8 +150,8 @@ fn unit_criteria_are_their_formulas() {
         let down = r.expert.case.down.transposed();
         r.u.at(t, j) * dot(&down, j, &r.f, t) / r.norm(t)
     };
-    check(&world, r#"{"scorer":"projection"}"#, |r| r.units(|j| r.sum(|t| along(r, t, j)) / r.routed()));
-    check(&world, r#"{"scorer":"projection","denominator":"all_tokens","weighting":"weight"}"#, |r| {
+    check(&world, r#"{"type":"projection"}"#, |r| r.units(|j| r.sum(|t| along(r, t, j)) / r.routed()));
+    check(&world, r#"{"type":"projection","denominator":"all_tokens","weighting":"weight"}"#, |r| {
         r.units(|j| r.sum(|t| along(r, t, j) * r.gates[0][t]) / r.all())
     });
 }
@@ -159,44 +159,44 @@ fn unit_criteria_are_their_formulas() {
 #[test]
 fn expert_criteria_are_their_formulas() {
     let world = world();
-    check(&world, r#"{"scorer":"frequency"}"#, |r| vec![r.n() as f64 / r.all()]);
-    check(&world, r#"{"scorer":"seer","count":"hard"}"#, |r| vec![r.n() as f64 / r.all()]);
-    check(&world, r#"{"scorer":"seer"}"#, |r| vec![r.gates[0].iter().sum::<f64>() / r.all()]);
-    check(&world, r#"{"scorer":"dern"}"#, |r| vec![r.gates[1].iter().sum::<f64>() / r.all()]);
-    check(&world, r#"{"scorer":"ean"}"#, |r| vec![r.sum(|t| r.norm(t)) / r.all()]);
-    check(&world, r#"{"scorer":"ean","denominator":"routed_tokens"}"#, |r| vec![r.sum(|t| r.norm(t)) / r.routed()]);
-    check(&world, r#"{"scorer":"man"}"#, |r| vec![r.sum(|t| r.norm(t)) / r.routed()]);
-    check(&world, r#"{"scorer":"man","squared":true}"#, |r| vec![r.sum(|t| r.norm(t).powi(2)) / r.routed()]);
-    for (gate, name) in ["as_applied", "renormalised", "softmax"].into_iter().enumerate() {
-        check(&world, &format!(r#"{{"scorer":"routing_weight","gate":"{name}"}}"#), |r| {
+    check(&world, r#"{"type":"frequency"}"#, |r| vec![r.n() as f64 / r.all()]);
+    check(&world, r#"{"type":"seer","count":"hard"}"#, |r| vec![r.n() as f64 / r.all()]);
+    check(&world, r#"{"type":"seer"}"#, |r| vec![r.gates[0].iter().sum::<f64>() / r.all()]);
+    check(&world, r#"{"type":"dern"}"#, |r| vec![r.gates[1].iter().sum::<f64>() / r.all()]);
+    check(&world, r#"{"type":"ean"}"#, |r| vec![r.sum(|t| r.norm(t)) / r.all()]);
+    check(&world, r#"{"type":"ean","denominator":"routed_tokens"}"#, |r| vec![r.sum(|t| r.norm(t)) / r.routed()]);
+    check(&world, r#"{"type":"man"}"#, |r| vec![r.sum(|t| r.norm(t)) / r.routed()]);
+    check(&world, r#"{"type":"man","squared":true}"#, |r| vec![r.sum(|t| r.norm(t).powi(2)) / r.routed()]);
+    for (gate, name) in ["as_applied", "renormalized", "softmax"].into_iter().enumerate() {
+        check(&world, &format!(r#"{{"type":"routing_weight","gate":"{name}"}}"#), |r| {
             vec![r.gates[gate].iter().sum::<f64>() / r.all()]
         });
         check(
             &world,
-            &format!(r#"{{"scorer":"routing_weight","gate":"{name}","denominator":"routed_tokens"}}"#),
+            &format!(r#"{{"type":"routing_weight","gate":"{name}","denominator":"routed_tokens"}}"#),
             |r| vec![r.gates[gate].iter().sum::<f64>() / r.routed()],
         );
         for power in [1, 2] {
-            check(&world, &format!(r#"{{"scorer":"reap","gate":"{name}","power":{power}}}"#), |r| {
+            check(&world, &format!(r#"{{"type":"reap","gate":"{name}","power":{power}}}"#), |r| {
                 vec![r.sum(|t| r.gates[gate][t].powi(power) * r.norm(t)) / r.routed()]
             });
         }
     }
-    check(&world, r#"{"scorer":"reap","denominator":"all_tokens"}"#, |r| {
+    check(&world, r#"{"type":"reap","denominator":"all_tokens"}"#, |r| {
         vec![r.sum(|t| r.gates[0][t] * r.norm(t)) / r.all()]
     });
-    check(&world, r#"{"scorer":"tenp"}"#, |r| {
+    check(&world, r#"{"type":"tenp"}"#, |r| {
         let x = &r.expert.case.input;
         let cos = |t: usize| dot(x, t, &r.f, t) / dot(x, t, x, t).sqrt() / r.norm(t);
         vec![r.sum(|t| r.gates[0][t] * r.norm(t) * (1.0 - cos(t))) / r.all()]
     });
-    check(&world, r#"{"scorer":"mone"}"#, |r| {
+    check(&world, r#"{"type":"mone"}"#, |r| {
         let mean = |h: usize| r.sum(|t| r.f.at(t, h)) / r.routed();
         let spread: f64 = (0..10).map(|h| r.sum(|t| (r.f.at(t, h) - mean(h)).powi(2)) / r.routed()).sum();
         vec![spread.sqrt() * r.gates[0].iter().sum::<f64>() / r.all()]
     });
     for (score, weighted) in [("token", false), ("gate", true)] {
-        check(&world, &format!(r#"{{"scorer":"esft","score":"{score}"}}"#), |r| {
+        check(&world, &format!(r#"{{"type":"esft","score":"{score}"}}"#), |r| {
             let mass = |e: &WorldExpert| if weighted { e.case.routing.iter().sum() } else { e.tokens.len() as f64 };
             // Means of gates before the scaling factor, and shares of selections.
             let scale = f64::from(common::world::SCALE);
@@ -211,8 +211,8 @@ fn expert_criteria_are_their_formulas() {
         let case = &r.expert.case;
         [&case.gate, &case.up, &case.down].into_iter().flat_map(|m| m.values.clone()).collect()
     };
-    check(&world, r#"{"scorer":"expert_magnitude"}"#, |r| vec![entries(r).iter().map(|w| w * w).sum::<f64>().sqrt()]);
-    check(&world, r#"{"scorer":"aimer"}"#, |r| {
+    check(&world, r#"{"type":"expert_magnitude"}"#, |r| vec![entries(r).iter().map(|w| w * w).sum::<f64>().sqrt()]);
+    check(&world, r#"{"type":"aimer"}"#, |r| {
         let (w, n) = (entries(r), entries(r).len() as f64);
         let magnitude = w.iter().map(|w| w.abs()).sum::<f64>() / n;
         vec![1.0 - magnitude / (w.iter().map(|w| w * w).sum::<f64>() / n).sqrt()]
@@ -223,13 +223,13 @@ fn expert_criteria_are_their_formulas() {
 fn router_criteria_are_their_formulas() {
     let world = world();
     let n = SEQUENCES.len() as f64;
-    check(&world, r#"{"scorer":"router_taylor","form":"abs"}"#, |r| {
+    check(&world, r#"{"type":"router_taylor","form":"abs"}"#, |r| {
         vec![r.router_gradients().concat().iter().map(|g| g.abs()).sum::<f64>() / (10.0 * n)]
     });
-    check(&world, r#"{"scorer":"router_taylor","form":"square"}"#, |r| {
+    check(&world, r#"{"type":"router_taylor","form":"square"}"#, |r| {
         vec![r.router_gradients().concat().iter().map(|g| g * g).sum::<f64>() / n]
     });
-    check(&world, r#"{"scorer":"router_taylor"}"#, |r| {
+    check(&world, r#"{"type":"router_taylor"}"#, |r| {
         let row = |h: usize| r.layer.router.at(r.index, h);
         let of = |g: Vec<f64>| g.iter().enumerate().map(|(h, g)| (row(h) * g).powi(2)).sum::<f64>();
         vec![(r.router_gradients().into_iter().map(of).sum::<f64>() / n).sqrt()]
@@ -246,11 +246,11 @@ fn router_criteria_are_their_formulas() {
         samples.into_iter().map(vote).sum()
     };
     let sequences = |r: &Rows<'_>| (0..SEQUENCES.len()).map(|s| r.world.range(s)).collect::<Vec<_>>();
-    check(&world, r#"{"scorer":"bias","step":0.5}"#, |r| vec![0.5 * votes(r, sequences(r), false)]);
-    check(&world, r#"{"scorer":"bias","around":"median"}"#, |r| vec![1e-3 * votes(r, sequences(r), true)]);
+    check(&world, r#"{"type":"bias","step":0.5}"#, |r| vec![0.5 * votes(r, sequences(r), false)]);
+    check(&world, r#"{"type":"bias","around":"median"}"#, |r| vec![1e-3 * votes(r, sequences(r), true)]);
     #[allow(clippy::single_range_in_vec_init)]
     let wave = |r: &Rows<'_>| vec![0..r.world.tokens()];
-    check(&world, r#"{"scorer":"bias","sample":"wave"}"#, |r| vec![1e-3 * votes(r, wave(r), false)]);
+    check(&world, r#"{"type":"bias","sample":"wave"}"#, |r| vec![1e-3 * votes(r, wave(r), false)]);
 }
 
 #[test]
@@ -355,7 +355,7 @@ fn frequency_norm_and_reap_order_three_experts_in_three_ways() {
     let mut statistics = {
         let world = World::random(3, &[1, 1, 1], 1, &[(16, 15)], 2);
         let ids = ["frequency", "man", "reap"].map(|name| {
-            let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"scorer":"{name}"}}"#)).unwrap();
+            let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"type":"{name}"}}"#)).unwrap();
             config.build().unwrap().needs().statistics
         });
         world.collect(&ids.concat())
@@ -369,7 +369,7 @@ fn frequency_norm_and_reap_order_three_experts_in_three_ways() {
         set("output.norm_applied", [9.0, 1.0, 10.0]);
     }
     let order = |name: &str| {
-        let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"scorer":"{name}"}}"#)).unwrap();
+        let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"type":"{name}"}}"#)).unwrap();
         let scores = config.build().unwrap().score(&statistics, &NoWeights).unwrap().layers[0].scores.concat();
         let mut order = [0, 1, 2];
         order.sort_by(|a, b| scores[*a].total_cmp(&scores[*b]));

@@ -23,7 +23,7 @@ impl Scorer for Heat {
     }
 
     fn recipe(&self) -> serde_json::Value {
-        serde_json::json!({ "scorer": "heat", "power": self.power })
+        serde_json::json!({ "type": "heat", "power": self.power })
     }
 
     fn needs(&self) -> Needs {
@@ -59,7 +59,7 @@ fn a_scorer_of_another_crate_makes_tables_like_any_other() {
     assert_eq!(found.layers[1].scores, [[9.0], [16.0]]);
     assert_eq!(found.layers[0].routed, Some(vec![5, 0]));
     assert_eq!((found.granularity, found.pool, found.additive), (Granularity::Expert, Pool::Layer, None));
-    assert_eq!(found.scorer, r#"{"scorer":"heat","power":2}"#);
+    assert_eq!(found.scorer, r#"{"type":"heat","power":2}"#);
     let magnitude = Random::new(3).score(&statistics(), &NoWeights).unwrap();
     let units = ScoreTable::broadcast(&found, &magnitude).unwrap();
     assert_eq!((units.pool, units.additive, units.denominator), (Pool::Layer, None, Denominator::Ranks));
@@ -79,44 +79,44 @@ fn needs(json: &str) -> Needs {
 fn pools_and_sums_are_what_the_scores_are_good_for() {
     use Pool::{Expert, Global, Layer};
     for (json, pool, additive) in [
-        (r#"{"scorer":"fisher"}"#, Global, Some(Global)),
-        (r#"{"scorer":"coupled"}"#, Global, Some(Global)),
-        (r#"{"scorer":"coupled","denominator":"routed_tokens"}"#, Global, Some(Expert)),
-        (r#"{"scorer":"magnitude"}"#, Global, Some(Global)),
+        (r#"{"type":"fisher"}"#, Global, Some(Global)),
+        (r#"{"type":"coupled"}"#, Global, Some(Global)),
+        (r#"{"type":"coupled","denominator":"routed_tokens"}"#, Global, Some(Expert)),
+        (r#"{"type":"magnitude"}"#, Global, Some(Global)),
         // Norms of outputs grow with depth.
-        (r#"{"scorer":"reap"}"#, Layer, None),
-        (r#"{"scorer":"reap","denominator":"all_tokens"}"#, Layer, Some(Layer)),
-        (r#"{"scorer":"ean"}"#, Layer, Some(Layer)),
-        (r#"{"scorer":"ean","denominator":"routed_tokens"}"#, Layer, None),
-        (r#"{"scorer":"man"}"#, Layer, None),
+        (r#"{"type":"reap"}"#, Layer, None),
+        (r#"{"type":"reap","denominator":"all_tokens"}"#, Layer, Some(Layer)),
+        (r#"{"type":"ean"}"#, Layer, Some(Layer)),
+        (r#"{"type":"ean","denominator":"routed_tokens"}"#, Layer, None),
+        (r#"{"type":"man"}"#, Layer, None),
         // Shares of traffic.
-        (r#"{"scorer":"frequency"}"#, Global, None),
-        (r#"{"scorer":"routing_weight"}"#, Global, None),
-        (r#"{"scorer":"seer"}"#, Global, None),
-        (r#"{"scorer":"dern"}"#, Global, None),
-        (r#"{"scorer":"esft"}"#, Layer, None),
+        (r#"{"type":"frequency"}"#, Global, None),
+        (r#"{"type":"routing_weight"}"#, Global, None),
+        (r#"{"type":"seer"}"#, Global, None),
+        (r#"{"type":"dern"}"#, Global, None),
+        (r#"{"type":"esft"}"#, Layer, None),
         // Ranks, whatever they are made of; products are amounts if the units are.
-        (r#"{"scorer":"router_score"}"#, Global, None),
-        (r#"{"scorer":"units","of":{"scorer":"reap"}}"#, Layer, None),
-        (r#"{"scorer":"units","of":{"scorer":"reap"},"combine":"multiply"}"#, Layer, Some(Layer)),
+        (r#"{"type":"router_score"}"#, Global, None),
+        (r#"{"type":"units","of":{"type":"reap"}}"#, Layer, None),
+        (r#"{"type":"units","of":{"type":"reap"},"combine":"multiply"}"#, Layer, Some(Layer)),
         // Sums of units.
-        (r#"{"scorer":"experts"}"#, Global, Some(Global)),
-        (r#"{"scorer":"experts","reduction":"max"}"#, Global, None),
-        (r#"{"scorer":"experts","of":{"scorer":"coupled","denominator":"routed_tokens"}}"#, Global, None),
+        (r#"{"type":"experts"}"#, Global, Some(Global)),
+        (r#"{"type":"experts","reduction":"max"}"#, Global, None),
+        (r#"{"type":"experts","of":{"type":"coupled","denominator":"routed_tokens"}}"#, Global, None),
     ] {
         let found = needs(json);
         assert_eq!((found.pool, found.additive), (pool, additive), "{json}");
     }
-    let both = needs(r#"{"scorer":"units","of":{"scorer":"reap"},"tie_breaker":{"scorer":"coupled"}}"#);
+    let both = needs(r#"{"type":"units","of":{"type":"reap"},"tie_breaker":{"type":"coupled"}}"#);
     let ids: Vec<_> = both.statistics.iter().map(StatisticId::as_str).collect();
     assert_eq!(ids, ["output.norm_applied", "routing.tokens", "taylor.square"]);
-    assert!(needs(r#"{"scorer":"units"}"#).weights && !needs(r#"{"scorer":"reap"}"#).weights);
+    assert!(needs(r#"{"type":"units"}"#).weights && !needs(r#"{"type":"reap"}"#).weights);
 }
 
 #[test]
 fn a_sum_of_what_does_not_add_up_is_refused_before_it_is_scored() {
     let ranks = ScorerConfig::from(Units::new(
-        serde_json::from_str::<ScorerConfig>(r#"{"scorer":"frequency"}"#).unwrap(),
+        serde_json::from_str::<ScorerConfig>(r#"{"type":"frequency"}"#).unwrap(),
         Magnitude::new(),
         Combine::TieBreak,
     ));
@@ -128,10 +128,10 @@ fn a_sum_of_what_does_not_add_up_is_refused_before_it_is_scored() {
 #[test]
 fn every_recipe_refuses_what_it_does_not_know() {
     for name in ScorerConfig::NAMES {
-        let json = format!(r#"{{"scorer":"{name}","round_to":8}}"#);
+        let json = format!(r#"{{"type":"{name}","round_to":8}}"#);
         let error = serde_json::from_str::<ScorerConfig>(&json).unwrap_err().to_string();
         assert!(error.contains("field `round_to`: unknown field `round_to`"), "{name}: {error}");
-        let nested = format!(r#"{{"scorer":"units","of":{json}}}"#);
+        let nested = format!(r#"{{"type":"units","of":{json}}}"#);
         let error = serde_json::from_str::<ScorerConfig>(&nested).unwrap_err().to_string();
         assert!(error.contains("unknown field `round_to`"), "{name}: {error}");
     }

@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::BTreeSet;
 
-use common::catalogue::{catalogue, scorers};
+use common::catalog::{catalog, scorers};
 use common::provenance;
 use common::world::World;
 use moe_checkpoint::{Granularity, Pool, Reduction, ScoreTable, Statistics, StatisticsStore};
@@ -45,17 +45,17 @@ fn assert_close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
 }
 
 #[test]
-fn the_catalogue_has_every_scorer() {
+fn the_catalog_has_every_scorer() {
     let all = scorers();
     let names: BTreeSet<&str> = all.iter().map(|scorer| scorer.name()).collect();
     assert_eq!(names, BTreeSet::from_iter(ScorerConfig::NAMES.iter().copied()));
     let distinct: BTreeSet<String> = scorers().iter().map(|scorer| scorer.recipe().to_string()).collect();
-    assert_eq!(distinct.len(), catalogue().len(), "no configuration twice");
+    assert_eq!(distinct.len(), catalog().len(), "no configuration twice");
 }
 
 #[test]
 fn recipes_survive_a_round_trip_and_unknown_fields_are_named() {
-    for json in catalogue() {
+    for json in catalog() {
         let config: ScorerConfig = serde_json::from_str(&json).unwrap();
         let scorer = config.build().unwrap();
         let back: ScorerConfig = serde_json::from_str(&scorer.recipe().to_string()).unwrap();
@@ -157,9 +157,9 @@ fn resumed_and_sharded_collections_have_the_bits_of_one_and_merged_ones_its_scor
 fn every_scorer_feeds_units_and_experts() {
     let world = world(5);
     let statistics = world.collect(&needs());
-    for json in catalogue() {
+    for json in catalog() {
         let config: ScorerConfig = serde_json::from_str(&json).unwrap();
-        let magnitude: ScorerConfig = serde_json::from_str(r#"{"scorer":"magnitude"}"#).unwrap();
+        let magnitude: ScorerConfig = serde_json::from_str(r#"{"type":"magnitude"}"#).unwrap();
         let units = config.clone().into_units(magnitude).unwrap().build().unwrap();
         let own = config.build().unwrap();
         let sum = config.clone().into_experts(Reduction::Sum);

@@ -44,7 +44,7 @@ pub enum Scope {
     /// As many groups in each layer.
     #[default]
     Layer,
-    /// Pairs of neighbouring MoE layers share (Sub-MoE); a last layer without a partner stands alone.
+    /// Pairs of neighboring MoE layers share (Sub-MoE); a last layer without a partner stands alone.
     Pair,
     /// All layers share (M-SMoE).
     Model,

@@ -28,7 +28,7 @@ pub struct LayerContext<'a> {
     pub importance: &'a [f64],
     /// Experts that stay as they are `[E]`: they absorb nobody and nobody absorbs them.
     pub protected: &'a [bool],
-    /// Groups of neighbouring experts of which as many must stay dominant in each, since the router selects among groups and rows of
+    /// Groups of neighboring experts of which as many must stay dominant in each, since the router selects among groups and rows of
     /// the others go; 1 where it does not matter.
     pub router_groups: usize,
 }
@@ -142,7 +142,7 @@ impl Gram {
     }
 
     /// The Gram matrix of the same vectors at length 1; zero vectors stay.
-    pub fn normalised(&self) -> Self {
+    pub fn normalized(&self) -> Self {
         let one = |i: usize, j: usize| match i == j {
             true => f64::from(u8::from(self.at(i, i) > 0.0)),
             false => self.cosine(i, j),

@@ -15,7 +15,7 @@ use crate::{Error, Result};
 pub enum Importance {
     /// Share of all selections in the layer (M-SMoE): [`Esft`] with [`EsftScore::Token`].
     Usage,
-    /// [`RoutingWeight`]: mean gate over all tokens, 0 where not selected (DERN, step 1, where it is renormalised).
+    /// [`RoutingWeight`]: mean gate over all tokens, 0 where not selected (DERN, step 1, where it is renormalized).
     RoutingWeight {
         /// The gate.
         #[serde(default)]
@@ -155,8 +155,8 @@ mod tests {
         assert_eq!(json, Importance::Reap { gate: Gate::AsApplied, power: 1 });
         assert!(Importance::Reap { gate: Gate::AsApplied, power: 3 }.validate().is_err());
         assert_eq!(
-            Importance::Reap { gate: Gate::Renormalised, power: 2 }.statistics(),
-            ["output.norm_renormalised_square", "routing.tokens",]
+            Importance::Reap { gate: Gate::Renormalized, power: 2 }.statistics(),
+            ["output.norm_renormalized_square", "routing.tokens",]
         );
         // One name of the gate, that of moe-importance.
         assert_eq!(serde_json::to_string(&json).unwrap(), r#"{"type":"reap","gate":"as_applied","power":1}"#);

@@ -27,7 +27,7 @@
 //!
 //! Beside that: [`Compression`] of experts into `L R + S`, several fine-tuned checkpoints of one base in one ([`TaskRuleConfig`]: task arithmetic,
 //! TIES, DARE), and with feature `engine` the parts of a compression trained (`CompactTraining`) and coefficients of task vectors learnt on
-//! unlabelled data (`ExpertMerging`).
+//! unlabeled data (`ExpertMerging`).
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -79,7 +79,7 @@ pub use alignment::{
 };
 pub use budget::{Amount, GroupBudget, Scope};
 pub use combination::{
-    Average, Centres, Combination, CombinationConfig, DominantOnly, FitTarget, GroupSink, GroupWeights, LayerJob,
+    Average, Centers, Combination, CombinationConfig, DominantOnly, FitTarget, GroupSink, GroupWeights, LayerJob,
     LeastSquaresDown, Merged, Reference, Scale, SegmentSimilarity, Segments, Subspace, SubspaceRank, Zeros,
 };
 pub use compress::{

@@ -114,7 +114,7 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// Divides every row of length `k` by its norm; rows of zeros stay. Gives the norms.
-pub(crate) fn normalise_rows(values: &mut [f32], k: usize) -> Vec<f32> {
+pub(crate) fn normalize_rows(values: &mut [f32], k: usize) -> Vec<f32> {
     values
         .par_chunks_mut(k.max(1))
         .map(|row| {

@@ -115,7 +115,7 @@ impl Metric {
         match self {
             Self::Cosine => pairs.map(|(i, j)| (1.0 + gram.cosine(i, j)) / 2.0).collect(),
             Self::Euclidean => near(gram),
-            Self::UnitEuclidean => near(&gram.normalised()),
+            Self::UnitEuclidean => near(&gram.normalized()),
         }
     }
 
@@ -127,7 +127,7 @@ impl Metric {
             Self::Cosine => pairs.map(|(i, j)| if i == j { 0.0 } else { 1.0 - gram.cosine(i, j) }).collect(),
             Self::Euclidean => pairs.map(|(i, j)| gram.distance(i, j)).collect(),
             Self::UnitEuclidean => {
-                let gram = gram.normalised();
+                let gram = gram.normalized();
                 pairs.map(|(i, j)| gram.distance(i, j)).collect()
             }
         }
@@ -163,7 +163,7 @@ impl Similarity {
         Self(vec![Term { features, metric, weight: 1.0 }])
     }
 
-    /// REAM's (arXiv 2604.04356): the mean of the cosine of gated mean outputs and of the nearness of normalised columns of
+    /// REAM's (arXiv 2604.04356): the mean of the cosine of gated mean outputs and of the nearness of normalized columns of
     /// router logits.
     pub fn ream() -> Self {
         let term = |features, metric| Term { features, metric, weight: 0.5 };

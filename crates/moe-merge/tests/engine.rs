@@ -58,7 +58,7 @@ fn a_sample_is_what_the_layers_saw() {
                 f64::from(sample.weights_of(expert)[token]) / all
             };
             let expected: f64 = (0..88).map(share).sum();
-            assert!((layer.sums["routing.renormalised"][expert] - expected).abs() < 1e-4);
+            assert!((layer.sums["routing.renormalized"][expert] - expected).abs() < 1e-4);
         }
         // The Gram matrix of the sampled logits is that of all tokens.
         let gram = layer.logit_gram.as_ref().unwrap();

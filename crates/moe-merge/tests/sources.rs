@@ -166,7 +166,7 @@ impl ModelSource for Counting {
     }
 }
 
-/// Neighbours in pairs: no expert stays as it was.
+/// Neighbors in pairs: no expert stays as it was.
 fn pairs(model: &Checkpoint) -> MergePlan {
     let mut recipe = plain(0.5);
     recipe.router = RouterConfig::Keep;

@@ -11,7 +11,7 @@ use moe_core::{
 
 use crate::{AdapterSet, Result};
 
-/// What is minimised.
+/// What is minimized.
 #[derive(Clone, Debug, Default)]
 pub enum Target {
     /// The cross-entropy of the next token, over the tokens that count.
@@ -43,7 +43,7 @@ pub trait TrainingHooks: Send {
         Ok(BTreeMap::new())
     }
 
-    /// After the optimiser's step.
+    /// After the optimizer's step.
     ///
     /// # Errors
     /// Whatever the hooks find wrong.
@@ -100,7 +100,7 @@ impl TrainingHooks for Plain {}
 
 /// A model whose adapters are trained on waves, for [`moe_core::train::train`].
 ///
-/// Between sweeps values and gradients are with the optimiser; [`with_values`](Self::with_values) lends them for anything else that runs the
+/// Between sweeps values and gradients are with the optimizer; [`with_values`](Self::with_values) lends them for anything else that runs the
 /// model.
 pub struct FineTune {
     model: Model,
@@ -149,7 +149,7 @@ impl FineTune {
         Self { hooks: Box::new(hooks), ..self }
     }
 
-    /// Minimises something else.
+    /// Minimizes something else.
     pub fn with_target(self, target: Target) -> Self {
         Self { target, ..self }
     }

@@ -71,14 +71,14 @@ impl Folded {
     /// Folds `set` into `base`. The values must be [settled](crate::Bank::settle), and stay so as long as the model is used.
     ///
     /// # Errors
-    /// Those of [`Folded::check`], and [`Error::Input`] for values that an optimiser has. Later, of reading the model:
-    /// [`moe_checkpoint::Error::Method`] for values that were handed to an optimiser in the meantime, and for numbers that are not finite or
+    /// Those of [`Folded::check`], and [`Error::Input`] for values that an optimizer has. Later, of reading the model:
+    /// [`moe_checkpoint::Error::Method`] for values that were handed to an optimizer in the meantime, and for numbers that are not finite or
     /// too large for the dtype they are stored in, naming the tensor.
     pub fn on(base: &Arc<Checkpoint>, set: &AdapterSet) -> Result<Self> {
         let plain = base.dequantized()?;
         foldable(&plain, set)?;
         if let Some(live) = set.bank().unsettled() {
-            return Err(Error::input(format!("values of {}", live.name()), "with an optimiser", "settled ones"));
+            return Err(Error::input(format!("values of {}", live.name()), "with an optimizer", "settled ones"));
         }
         let left_out = left_out(set);
         let digest = digest(set, plain.config().vocab_size);
@@ -100,7 +100,7 @@ impl Folded {
         foldable(&plain, set)?;
         let layout = Layout::new(&plain, &rewrite(&plain, set)?)?;
         let mut remarks = Vec::new();
-        if let Some(quantization) = base.quantisation() {
+        if let Some(quantization) = base.quantization() {
             remarks.push(format!("the weights, quantized as {quantization:?}, will be written as BF16"));
         }
         if !layout.ungrouped.is_empty() {
@@ -233,7 +233,7 @@ fn rewrite(base: &Checkpoint, set: &AdapterSet) -> Result<Rewrite> {
     let handed_over = bank.handed_over();
     let unchanged = move || match bank.handed_over() == handed_over {
         true => Ok(()),
-        false => Err(Error::input("values that were folded", "values an optimiser had since", "the same values")),
+        false => Err(Error::input("values that were folded", "values an optimizer had since", "the same values")),
     };
     Ok(Rewrite { maps, tensors, unchanged: Box::new(unchanged) })
 }

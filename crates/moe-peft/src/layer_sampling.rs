@@ -56,7 +56,7 @@ pub struct LayerSampling {
     pub every: usize,
     /// How often a layer is drawn.
     pub weights: LayerWeights,
-    /// Whether the optimiser's moments of layers that stop training are forgotten, which saves memory, rather than kept for their next turn.
+    /// Whether the optimizer's moments of layers that stop training are forgotten, which saves memory, rather than kept for their next turn.
     pub drop_state: bool,
     /// Seed of the draws.
     pub seed: u64,
@@ -110,7 +110,7 @@ impl LayerSampling {
             LayerWeights::Uniform => vec![1.0; layers],
             LayerWeights::Outliers { times_mean } => outliers(model, waves, *times_mean)?,
             LayerWeights::FewOutliers { times_mean } => {
-                let shares = normalised(outliers(model, waves, *times_mean)?)?;
+                let shares = normalized(outliers(model, waves, *times_mean)?)?;
                 let most = shares.iter().copied().fold(0.0, f64::max);
                 shares.into_iter().map(|p| most - p).collect()
             }
@@ -120,7 +120,7 @@ impl LayerSampling {
             }
             LayerWeights::Given(weights) => weights.clone(),
         };
-        normalised(weights)
+        normalized(weights)
     }
 
     /// The layers that train from the draw on that `step` (from 1) belongs to. Depends on nothing but the seed and the number of the draw,
@@ -198,7 +198,7 @@ impl TuningMethod for LayerTurns {
     }
 }
 
-fn normalised(weights: Vec<f64>) -> Result<Vec<f64>> {
+fn normalized(weights: Vec<f64>) -> Result<Vec<f64>> {
     let sum: f64 = weights.iter().sum();
     let bad = weights.iter().any(|w| !(*w >= 0.0 && w.is_finite()));
     if bad || sum <= 0.0 {
@@ -286,7 +286,7 @@ mod tests {
         assert!(message(LayerSampling { every: 0, ..LayerSampling::default() }).contains("every"));
         let given = LayerWeights::Given(vec![1.0]);
         assert!(message(LayerSampling { weights: given, ..LayerSampling::default() }).contains("one for each of 4"));
-        assert!(normalised(vec![0.0, 0.0]).is_err() && normalised(vec![1.0, -1.0, 2.0]).is_err());
-        assert_eq!(normalised(vec![1.0, 3.0]).unwrap(), [0.25, 0.75]);
+        assert!(normalized(vec![0.0, 0.0]).is_err() && normalized(vec![1.0, -1.0, 2.0]).is_err());
+        assert_eq!(normalized(vec![1.0, 3.0]).unwrap(), [0.25, 0.75]);
     }
 }

@@ -21,7 +21,7 @@ use crate::{Error, Result};
 
 /// A trained matrix as adapters use it.
 ///
-/// The optimiser owns values and gradients on the host ([`Parameters`]); for a sweep they are [lent](Bank::lend) to the model and then
+/// The optimizer owns values and gradients on the host ([`Parameters`]); for a sweep they are [lent](Bank::lend) to the model and then
 /// [returned](Bank::take_back), without a copy on the CPU backend, so that there is one storage of them. Adapters that are only run keep
 /// their values here.
 pub struct Live {
@@ -134,7 +134,7 @@ impl Live {
         self.lock().clone()
     }
 
-    /// Whether the adapters have the values, rather than an optimiser.
+    /// Whether the adapters have the values, rather than an optimizer.
     pub(crate) fn is_settled(&self) -> bool {
         self.value.read().unwrap_or_else(PoisonError::into_inner).is_some()
     }
@@ -201,7 +201,7 @@ impl Bank {
         self.live.values()
     }
 
-    /// The first values that an optimiser has.
+    /// The first values that an optimizer has.
     pub(crate) fn unsettled(&self) -> Option<&Arc<Live>> {
         self.live.values().find(|live| !live.is_settled())
     }
@@ -220,7 +220,7 @@ impl Bank {
         self.live.values().map(|live| live.shape[0] * live.shape[1]).sum()
     }
 
-    /// Hands all values over to an optimiser: afterwards they are lent for each sweep.
+    /// Hands all values over to an optimizer: afterwards they are lent for each sweep.
     ///
     /// # Errors
     /// [`Error::Core`] for values that have been handed over before.
@@ -278,7 +278,7 @@ impl Bank {
         Ok(())
     }
 
-    /// Leaves the values of `parameters` with the adapters, which can then be run without an optimiser.
+    /// Leaves the values of `parameters` with the adapters, which can then be run without an optimizer.
     ///
     /// # Errors
     /// [`Error::Core`] for values that are lent elsewhere.
@@ -287,7 +287,7 @@ impl Bank {
     }
 
     /// Sets which values are trained from the next step on: those for which `trained` holds. The others keep their values, have no gradient
-    /// and, with `forget`, lose the optimiser's moments.
+    /// and, with `forget`, lose the optimizer's moments.
     ///
     /// # Errors
     /// [`Error::Core`] for names that `parameters` do not have.

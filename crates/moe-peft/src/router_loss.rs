@@ -5,7 +5,7 @@
 //!
 //! * balance, Switch Transformers' form (arXiv 2101.03961, equations 4 to 6; Mixtral's): `a E sum_e f_e P_e`, `f_e` the share of tokens that go
 //!   to expert e. It is `a k` at perfect balance;
-//! * balance, normalised: `f_e` divided by k, so that it is `a` at perfect balance;
+//! * balance, normalized: `f_e` divided by k, so that it is `a` at perfect balance;
 //! * z-loss (ST-MoE, arXiv 2202.08906, equation 5): `b mean_t (log sum_e exp z_te)^2`, summed over the layers.
 //!
 //! A balance loss counts [over the whole model](BalanceScope::Model), as `load_balancing_loss_func` of Hugging Face's transformers does: the
@@ -37,7 +37,7 @@ pub enum BalanceForm {
     #[default]
     Switch,
     /// A loss that is 1 at perfect balance: counts are divided by tokens times experts per token.
-    Normalised,
+    Normalized,
 }
 
 /// Which routers a balance loss counts together.
@@ -162,7 +162,7 @@ impl RouterLossReport {
         let tokens = counted.iter().map(|sums| sums.tokens).sum::<f64>().max(1.0);
         let of: f64 = match form {
             BalanceForm::Switch => tokens,
-            BalanceForm::Normalised => loads.iter().sum::<f64>().max(1.0),
+            BalanceForm::Normalized => loads.iter().sum::<f64>().max(1.0),
         };
         loads.iter_mut().for_each(|load| *load *= coefficient * experts as f64 / of);
         Some((loads, tokens))
@@ -356,7 +356,7 @@ mod tests {
     #[test]
     fn at_perfect_balance_each_form_has_its_value() {
         let wave = wave(2, 1);
-        for (form, expected) in [(BalanceForm::Switch, 0.5 * 2.0), (BalanceForm::Normalised, 0.5)] {
+        for (form, expected) in [(BalanceForm::Switch, 0.5 * 2.0), (BalanceForm::Normalized, 0.5)] {
             let found = losses(&adapter(balance(0.5, form), false), &wave, &[0.0; 8], 4, &[0, 1, 2, 3]);
             assert!((found.balance - expected).abs() < 1e-12 && found.z == 0.0, "{found:?}");
         }
@@ -378,7 +378,7 @@ mod tests {
         for (config, sigmoid) in [
             (both, false),
             (both, true),
-            (balance(0.7, BalanceForm::Normalised), false),
+            (balance(0.7, BalanceForm::Normalized), false),
             (balance(1.0, BalanceForm::Switch), true),
         ] {
             let adapter = adapter(config, sigmoid);
@@ -475,7 +475,7 @@ mod tests {
     #[test]
     fn recipes_are_checked() {
         let parsed: RouterLosses =
-            serde_json::from_str(r#"{"balance": {"coefficient": 0.01, "form": "normalised"}, "z": 0.001}"#).unwrap();
+            serde_json::from_str(r#"{"balance": {"coefficient": 0.01, "form": "normalized"}, "z": 0.001}"#).unwrap();
         assert!(parsed.validate().is_ok());
         let error = RouterLosses { z: Some(-1.0), ..parsed }.validate().unwrap_err().to_string();
         assert!(error.contains("z: found -1"), "{error}");

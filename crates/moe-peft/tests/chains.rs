@@ -154,7 +154,7 @@ fn a_fold_knows_when_its_values_were_trained_on_and_when_they_are_others() {
     assert!(folded.model().expert(layer, 0).is_ok());
     let parameters = set.bank().parameters().unwrap();
     let unsettled = Folded::on(base, &set).unwrap_err().to_string();
-    assert!(unsettled.contains("with an optimiser"), "{unsettled}");
+    assert!(unsettled.contains("with an optimizer"), "{unsettled}");
     set.bank().settle(parameters).unwrap();
     let changed = folded.model().expert(layer, 0).unwrap_err().to_string();
     assert!(changed.contains("values that were folded"), "{changed}");

@@ -230,7 +230,7 @@ fn gradients_match_difference_quotients() {
 
 #[test]
 fn the_router_learns_through_the_mixture_alone() {
-    // with one main expert and weights that are not normalised, the shares of the others still move
+    // with one main expert and weights that are not normalized, the shares of the others still move
     let base = model("qwen2_moe");
     let (set, _) = attached(&base, 2);
     scatter(&set, 0.4);

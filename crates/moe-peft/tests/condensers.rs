@@ -17,7 +17,7 @@ use moe_core::{
 };
 use moe_peft::{
     AdapterSet, FineTune, Setting, TrainingHooks, TuningMethod,
-    condenser::{Centre, CondenserCounts, CondenserLayer, CondenserMode, CondenserOptions, Condensers, Starved, gini},
+    condenser::{Center, CondenserCounts, CondenserLayer, CondenserMode, CondenserOptions, Condensers, Starved, gini},
     model_weights::OwnWeights,
 };
 use tuning::{check_gradient, loss, model, sweep, train, waves};
@@ -65,7 +65,7 @@ fn the_bias_moves_by_the_sign_of_use_once_per_step() {
     assert!(error.contains("layer 0") && error.contains("8 finite"), "{error}");
 
     let options =
-        CondenserOptions { speed: 0.5, centre: Centre::Median, clip: Some(1.0), ..CondenserOptions::default() };
+        CondenserOptions { speed: 0.5, center: Center::Median, clip: Some(1.0), ..CondenserOptions::default() };
     let all = condensers(&base, options);
     for _ in 0..4 {
         // the mean is above all but one, the median is not
@@ -174,8 +174,8 @@ fn lists_of_experts_by_hand() {
     let logits = [2.0f32, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5];
     for name in ["qwen2_moe", "qwen3_moe"] {
         let base = model(name);
-        let normalise = matches!(base.config().routing.kind, RoutingKind::SoftmaxTopK { renormalise: true });
-        assert_eq!(normalise, name == "qwen3_moe");
+        let normalize = matches!(base.config().routing.kind, RoutingKind::SoftmaxTopK { renormalize: true });
+        assert_eq!(normalize, name == "qwen3_moe");
         for (mode, low) in
             [(CondenserMode::Additive, [1, 6]), (CondenserMode::Budget, [1, 6]), (CondenserMode::Additive, [6, 7])]
         {
@@ -189,7 +189,7 @@ fn lists_of_experts_by_hand() {
                 (CondenserMode::Additive, _) => vec![(0, 1.0), (1, 1.0), (2, 1.0), (6, 1.0), (7, 1.0)],
                 (CondenserMode::Budget, _) => vec![(0, 1.0), (1, 1.0), (6, 1.0)],
             };
-            let sum: f64 = if normalise { list.iter().map(|(e, m)| m * p[*e as usize]).sum() } else { 1.0 };
+            let sum: f64 = if normalize { list.iter().map(|(e, m)| m * p[*e as usize]).sum() } else { 1.0 };
             let engine = Engine::new(&base, EngineOptions::default());
             let found = engine.route(0, &logits, Some(&*all.overlay())).unwrap();
             assert_eq!(found.selected, list.iter().map(|(e, _)| *e).collect::<Vec<_>>(), "{name} {mode:?}");
@@ -197,7 +197,7 @@ fn lists_of_experts_by_hand() {
                 let expected = m * p[*e as usize] / sum;
                 assert!((f64::from(*w) - expected).abs() < 1e-6, "{name} {mode:?} expert {e}: {w} {expected}");
             }
-            if normalise {
+            if normalize {
                 assert!((found.weights.iter().sum::<f32>() - 1.0).abs() < 1e-6);
             }
         }

@@ -105,7 +105,7 @@ fn the_first_stage_of_lora_mixer_trains_experts_by_label_and_the_second_its_rout
         let start = start.to_str().unwrap();
         recipe(&format!(r#"{{"method": {{{SMALL_MIXTURE}, "start": "{start}", {more}}}}}"#), 6)
     };
-    let dense = r#""gate": {"type": "dense"}, "balance": {"type": "specialisation", "load": 0.01, "entropy": 0.001}"#;
+    let dense = r#""gate": {"type": "dense"}, "balance": {"type": "specialization", "load": 0.01, "entropy": 0.001}"#;
     let second = with(&format!(r#"{dense}, "train_experts": false"#), &start);
     let stage = directory.path().join("second");
     let (tuned, auxiliary) = rows.train(&second, &stage).unwrap();

@@ -28,7 +28,7 @@ fn last_router(base: &Model) -> (OwnWeights, Site) {
 fn losses_on_routers_reach_them_and_what_is_below_and_change_no_output() {
     for (name, form) in [
         ("qwen2_moe", BalanceForm::Switch),
-        ("deepseek_v3", BalanceForm::Normalised),
+        ("deepseek_v3", BalanceForm::Normalized),
         ("qwen3_moe", BalanceForm::Switch),
     ] {
         let base = model(name);
@@ -80,11 +80,11 @@ impl StraightThrough {
     fn dense(&self, logits: &[f32], chosen: &Routed, divisors: Option<&[f64]>) -> (Vec<f64>, Vec<f64>) {
         let routing = &self.base.config().routing;
         let sigmoid = matches!(routing.kind, moe_checkpoint::RoutingKind::Sigmoid { .. });
-        let normalise = matches!(
+        let normalize = matches!(
             routing.kind,
             moe_checkpoint::RoutingKind::TopKSoftmax
-                | moe_checkpoint::RoutingKind::SoftmaxTopK { renormalise: true }
-                | moe_checkpoint::RoutingKind::Sigmoid { renormalise: true, .. }
+                | moe_checkpoint::RoutingKind::SoftmaxTopK { renormalize: true }
+                | moe_checkpoint::RoutingKind::Sigmoid { renormalize: true, .. }
         );
         let (mut all, mut found) = (Vec::new(), Vec::new());
         for (t, row) in logits.chunks_exact(chosen.experts).enumerate() {
@@ -93,7 +93,7 @@ impl StraightThrough {
             let p: Vec<f64> =
                 z.iter().map(|z| if sigmoid { 1.0 / (1.0 + (-z).exp()) } else { z.exp() / sum }).collect();
             let selected = &chosen.selected[t * chosen.top_k..][..chosen.top_k];
-            let divisor = if normalise { selected.iter().map(|&e| p[e as usize]).sum() } else { 1.0 };
+            let divisor = if normalize { selected.iter().map(|&e| p[e as usize]).sum() } else { 1.0 };
             found.push(divisor);
             for (e, p) in p.iter().enumerate() {
                 let by = if selected.contains(&(e as u32)) { divisor } else { divisors.map_or(divisor, |d| d[t]) };
@@ -143,7 +143,7 @@ impl RoutingOverlay for Shared {
 
 #[test]
 fn the_dense_router_gradient_is_that_of_the_straight_through_output() {
-    // plain softmax, normalised softmax, sigmoid with scale and groups
+    // plain softmax, normalized softmax, sigmoid with scale and groups
     for name in ["qwen2_moe", "qwen3_moe", "deepseek_v3"] {
         let base = model(name);
         let wave = &waves(&base, 1)[0];

@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn counts_are_floored_in_favour_of_the_bound() {
+    fn counts_are_floored_in_favor_of_the_bound() {
         // 21 units of 6 parameters.
         assert_eq!(Budget::Ratio(0.5).kept_units(&shape()), 11);
         assert_eq!(Budget::KeepParameters(65).kept_units(&shape()), 10);

@@ -44,7 +44,7 @@
 //! | [`Uniform`] | `uniform` | the same fraction of every expert; of whole experts, of every layer | expert | | default of most papers; scope E of arXiv 2606.05538 |
 //! | [`PerLayer`] | `layer` | the same fraction of every layer, whose experts compete | layer | | scope L |
 //! | [`Global`] | `global` | all units or experts of the model compete | model | | scope G |
-//! | [`Normalised`] | `normalised` | compete by scores normalised per layer: LAMP, sum, mean, max, coverage | layer | | arXiv 2010.07611, 2606.09886 |
+//! | [`Normalized`] | `normalized` | compete by scores normalized per layer: LAMP, sum, mean, max, coverage | layer | | arXiv 2010.07611, 2606.09886 |
 //! | [`Hybrid`] | `hybrid` | a guaranteed share per layer, the rest by global rank | model | | |
 //! | [`DepthPrior`] | `depth_prior` | shares by layer weights: a list, linear, trapezoid, ERK | by [`Within`] | | MoLA, arXiv 2606.09885 |
 //! | [`RateDistortion`] | `rate_distortion` | the least sum of distortion curves, by dynamic programming | model, or by [`Within`] | measured curves, layer errors | layer-adaptive pruning by rate and distortion |
@@ -92,7 +92,7 @@ mod report;
 
 pub use allocators::{
     Allocation, AllocationRequest, Allocator, AllocatorConfig, Choice, CurveSource, DepthPrior, Evolution,
-    ExpertLimits, Fitness, Global, Hybrid, LayerAllocation, Limits, Normalisation, Normalised, OwnAllocator, PerLayer,
+    ExpertLimits, Fitness, Global, Hybrid, LayerAllocation, Limits, Normalization, Normalized, OwnAllocator, PerLayer,
     Prior, RateDistortion, Rco, Uniform, WidthLimits, knapsack,
 };
 pub use budget::Budget;

@@ -7,14 +7,14 @@ mod synthetic;
 use moe_checkpoint::{Granularity, MoeShape, Pool, ScoreTable};
 use moe_prune::{
     AllocationRequest, Allocator, AllocatorConfig, Budget, CurveSource, DepthPrior, Error, Evolution, ExpertLimits,
-    Global, Hybrid, LayerKept, Limits, Normalisation, Normalised, PerLayer, Prior, ProtectionMask, RateDistortion, Rco,
+    Global, Hybrid, LayerKept, Limits, Normalization, Normalized, PerLayer, Prior, ProtectionMask, RateDistortion, Rco,
     Uniform, WidthLimits, Within,
 };
 use proptest::prelude::*;
 use synthetic::{Additive, Noise, Planted, emptied, experts_request, shape, table};
 
-fn normalised(by: Normalisation) -> AllocatorConfig {
-    AllocatorConfig::Normalised(Normalised { by })
+fn normalized(by: Normalization) -> AllocatorConfig {
+    AllocatorConfig::Normalized(Normalized { by })
 }
 
 /// All that decide from scores alone.
@@ -30,14 +30,14 @@ fn from_scores() -> Vec<AllocatorConfig> {
     ];
     all.extend(
         [
-            Normalisation::Lamp,
-            Normalisation::LampOfSquares,
-            Normalisation::Sum,
-            Normalisation::Mean,
-            Normalisation::Max,
-            Normalisation::Coverage,
+            Normalization::Lamp,
+            Normalization::LampOfSquares,
+            Normalization::Sum,
+            Normalization::Mean,
+            Normalization::Max,
+            Normalization::Coverage,
         ]
-        .map(normalised),
+        .map(normalized),
     );
     for within in [Within::Compete, Within::Even, Within::Expert] {
         for prior in [
@@ -197,7 +197,7 @@ fn one_layer_scored_ten_times_higher_moves_raw_ranks_only() {
         let global = AllocatorConfig::Global(Global::default());
         assert_ne!(kept(&global, &scores), kept(&global, &scaled));
         for config in from_scores() {
-            if let AllocatorConfig::Normalised(_) = config {
+            if let AllocatorConfig::Normalized(_) = config {
                 assert_eq!(kept(&config, &scores), kept(&config, &scaled), "{config:?}");
             }
         }
@@ -211,7 +211,7 @@ fn identical_layers_share_alike() {
     let (shape, none) = (shape(3, 2, 4), ProtectionMask::none());
     let request = request(&scores, &shape, Budget::Ratio(0.5), &none, 1);
     let expected = AllocatorConfig::Layer(PerLayer::default()).allocate(&request).unwrap().kept();
-    let alike = [Normalisation::Lamp, Normalisation::Sum, Normalisation::Coverage].map(normalised).into_iter().chain([
+    let alike = [Normalization::Lamp, Normalization::Sum, Normalization::Coverage].map(normalized).into_iter().chain([
         AllocatorConfig::Global(Global::default()),
         AllocatorConfig::Hybrid(Hybrid::default()),
         AllocatorConfig::DepthPrior(DepthPrior { prior: Prior::Erk, within: Within::Compete }),
@@ -232,11 +232,11 @@ fn lamp_empties_no_layer_and_coverage_takes_from_what_is_even() {
         kept.iter().map(|layer| layer.experts[0].len()).collect::<Vec<_>>()
     };
     assert_eq!(widths(AllocatorConfig::Global(Global::default()), 0.5), [0, 4]);
-    assert!(widths(normalised(Normalisation::Lamp), 0.74).iter().all(|width| *width > 0));
+    assert!(widths(normalized(Normalization::Lamp), 0.74).iter().all(|width| *width > 0));
     // One unit holds 97% of the first layer: coverage leaves it that one.
     let scores = table(Granularity::Unit, &[vec![vec![0.01, 0.01, 0.01, 1.0]], vec![vec![0.3; 4]]]);
     let request = request(&scores, &shape, Budget::Ratio(0.5), &none, 1);
-    let kept = normalised(Normalisation::Coverage).allocate(&request).unwrap().kept();
+    let kept = normalized(Normalization::Coverage).allocate(&request).unwrap().kept();
     assert_eq!((kept[0].experts[0].as_slice(), kept[1].experts[0].len()), (&[3u32][..], 3));
 }
 
@@ -353,7 +353,7 @@ fn what_has_to_ask_the_model_says_so() {
     {
         assert!(matches!(config.allocate(&narrow), Err(Error::PoolTooNarrow { .. })), "{config:?}");
     }
-    normalised(Normalisation::Lamp).allocate(&narrow).unwrap();
+    normalized(Normalization::Lamp).allocate(&narrow).unwrap();
 }
 
 #[test]
@@ -362,22 +362,22 @@ fn what_does_not_add_up_is_not_added() {
     let (scores, none) = (Noise(4).experts(&shape), ProtectionMask::none());
     let shares = ScoreTable { additive: None, ..scores };
     let request = experts_request(&shares, &shape, Budget::Ratio(0.5), &none);
-    let sums = [Normalisation::Lamp, Normalisation::LampOfSquares, Normalisation::Sum, Normalisation::Coverage];
-    for config in sums.map(normalised).into_iter().chain([AllocatorConfig::RateDistortion(RateDistortion::default())]) {
+    let sums = [Normalization::Lamp, Normalization::LampOfSquares, Normalization::Sum, Normalization::Coverage];
+    for config in sums.map(normalized).into_iter().chain([AllocatorConfig::RateDistortion(RateDistortion::default())]) {
         let error = config.allocate(&request).unwrap_err();
         assert!(matches!(error, Error::NotAdditive { supported: None, .. }), "{config:?}: {error}");
     }
-    let error = normalised(Normalisation::Sum).allocate(&request).unwrap_err().to_string();
+    let error = normalized(Normalization::Sum).allocate(&request).unwrap_err().to_string();
     assert_eq!(
         error,
-        "the scores may not be added, but the normalisation by a share of the layer adds them up over one layer"
+        "the scores may not be added, but the normalization by a share of the layer adds them up over one layer"
     );
-    for by in [Normalisation::Mean, Normalisation::Max] {
-        normalised(by).allocate(&request).unwrap();
+    for by in [Normalization::Mean, Normalization::Max] {
+        normalized(by).allocate(&request).unwrap();
     }
     let within = ScoreTable { additive: Some(Pool::Layer), ..shares.clone() };
     let within = AllocationRequest { scores: &within, ..request };
-    normalised(Normalisation::Lamp).allocate(&within).unwrap();
+    normalized(Normalization::Lamp).allocate(&within).unwrap();
     let error = RateDistortion::default().allocate(&within).unwrap_err().to_string();
     assert_eq!(
         error,
@@ -409,7 +409,7 @@ fn recipes_of_earlier_versions_still_read() {
         (r#"{"type":"uniform"}"#, AllocatorConfig::Uniform(Uniform::default())),
         (r#"{"type":"layer"}"#, AllocatorConfig::Layer(PerLayer::default())),
         (r#"{"type":"global"}"#, AllocatorConfig::Global(Global::default())),
-        (r#"{"type":"normalised"}"#, normalised(Normalisation::Lamp)),
+        (r#"{"type":"normalized"}"#, normalized(Normalization::Lamp)),
         (r#"{"type":"rate_distortion"}"#, AllocatorConfig::RateDistortion(RateDistortion::default())),
         (r#"{"type":"rco","steps":200}"#, AllocatorConfig::Rco(Rco::default())),
         (r#"{"type":"evolution"}"#, AllocatorConfig::Evolution(Evolution::default())),

@@ -40,9 +40,9 @@ fn forward(expert: &ExpertWeights, x: &[f64]) -> Vec<f64> {
     (0..*hidden).map(|h| (0..*width).map(|j| f64::from(down[h * width + j]) * units[j]).sum()).collect()
 }
 
-/// What is read from a quantised checkpoint is what its unquantised copy holds.
+/// What is read from a quantized checkpoint is what its unquantized copy holds.
 fn assert_same_values(copy: &Checkpoint, model: &Checkpoint) {
-    assert_eq!((copy.quantisation(), copy.parameters()), (None, model.parameters()));
+    assert_eq!((copy.quantization(), copy.parameters()), (None, model.parameters()));
     for layer in &model.shape().layers {
         for expert in 0..layer.num_experts() {
             assert_eq!(copy.expert(layer.layer, expert).unwrap(), model.expert(layer.layer, expert).unwrap());
@@ -81,7 +81,7 @@ fn keep_all_reproduces_every_tensor() {
             let out = directory.path().join(format!("{mode}-{number}"));
             let report = write_plan(&keep, &model, &out, &options(mode)).unwrap();
             let copy = Checkpoint::open(&out).unwrap();
-            if model.quantisation().is_some() {
+            if model.quantization().is_some() {
                 assert_same_values(&copy, &model);
                 continue;
             }
@@ -99,7 +99,7 @@ fn keep_all_reproduces_every_tensor() {
         let back_dir = directory.path().join(format!("back-{number}"));
         write_plan(&again, &ragged, &back_dir, &options(PruneForm::Uniform)).unwrap();
         let back = Checkpoint::open(&back_dir).unwrap();
-        if model.quantisation().is_some() {
+        if model.quantization().is_some() {
             assert_same_values(&back, &model);
             continue;
         }
@@ -404,5 +404,5 @@ fn the_output_tells_what_was_done() {
     assert_eq!(text.lines().count(), 1 + 4 + 4);
     let json = fs::read_to_string(out.join(RECORD_FILE)).unwrap();
     fs::write(out.join(RECORD_FILE), json.replacen("\"version\": 1", "\"version\": 9", 1)).unwrap();
-    assert!(matches!(Record::load(&out), Err(moe_checkpoint::Error::ArtefactVersion { found: 9, .. })));
+    assert!(matches!(Record::load(&out), Err(moe_checkpoint::Error::ArtifactVersion { found: 9, .. })));
 }

@@ -7,7 +7,7 @@ mod synthetic;
 use moe_checkpoint::{Granularity, MoeLayerShape, MoeShape, ScoreTable};
 use moe_prune::{
     AllocatorConfig, Budget, CurveSource, DepthPrior, Distortion, Error, Evolution, ExpertPruner, Global, Hybrid,
-    LayerKept, ModelProbe, Normalisation, Normalised, NovicePruner, PerLayer, Prior, Progressive, ProtectionMask,
+    LayerKept, ModelProbe, Normalization, Normalized, NovicePruner, PerLayer, Prior, Progressive, ProtectionMask,
     PruneRequest, Pruned, Pruner, PrunerConfig, RateDistortion, Rco, Result, Schedule, Scope, Statistic, SubsetPruner,
     TwoLevelPruner, Uniform, UnitPruner, WideExpertPruner, Within,
 };
@@ -48,8 +48,8 @@ fn allocators() -> Vec<AllocatorConfig> {
         AllocatorConfig::Uniform(Uniform::default()),
         AllocatorConfig::Layer(PerLayer::default()),
         AllocatorConfig::Global(Global::default()),
-        AllocatorConfig::Normalised(Normalised { by: Normalisation::Lamp }),
-        AllocatorConfig::Normalised(Normalised { by: Normalisation::Mean }),
+        AllocatorConfig::Normalized(Normalized { by: Normalization::Lamp }),
+        AllocatorConfig::Normalized(Normalized { by: Normalization::Mean }),
         AllocatorConfig::Hybrid(Hybrid { guaranteed: 0.5 }),
         depth(Prior::Linear { first: 1.0, last: 2.0 }, Within::Compete),
         depth(Prior::Erk, Within::Even),

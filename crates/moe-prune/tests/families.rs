@@ -1,4 +1,4 @@
-//! Every family and layout: units, whole experts, quantised weights and further layers.
+//! Every family and layout: units, whole experts, quantized weights and further layers.
 
 #[allow(dead_code)]
 mod common;
@@ -25,7 +25,7 @@ use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
-/// One checkpoint of every family, of every way in which experts are on disk without quantisation, and of every routing with
+/// One checkpoint of every family, of every way in which experts are on disk without quantization, and of every routing with
 /// groups, in both generations of transformers.
 fn checkpoints() -> Vec<(String, Checkpoint)> {
     let variants =
@@ -294,7 +294,7 @@ fn mxfp4_experts_are_written_back_as_bf16() {
         let out = directory.path().join(mode.name());
         write_plan(&keep, &model, &out, &PruneOptions::new(mode)).unwrap();
         let out = Checkpoint::open(out).unwrap();
-        assert_eq!(out.quantisation(), None);
+        assert_eq!(out.quantization(), None);
         assert_eq!(out.raw_config().get("quantization_config"), None);
         assert_eq!(out.parameters(), model.parameters());
         assert!(model.parameters() > units * 3 * 32);

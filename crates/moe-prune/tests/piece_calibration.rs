@@ -91,7 +91,7 @@ impl Observer for Recorder {
 #[test]
 fn factors_are_the_least_squares_of_what_pieces_give() {
     // Softmax, then the best, not divided by their sum; and divided by it.
-    for (name, renormalised) in [("tf4/qwen2_moe", false), ("tf5/qwen3_moe", true)] {
+    for (name, renormalized) in [("tf4/qwen2_moe", false), ("tf5/qwen3_moe", true)] {
         let model = open(name);
         let scores = magnitude(model.checkpoint());
         let how = FineGrained { top_k: Some(5), ..FineGrained::new(2) };
@@ -111,7 +111,7 @@ fn factors_are_the_least_squares_of_what_pieces_give() {
                     let mut order: Vec<usize> = (0..p.len()).collect();
                     order.sort_by(|a, b| p[*b].total_cmp(&p[*a]).then(a.cmp(b)));
                     order.truncate(5);
-                    let sum: f64 = if renormalised { order.iter().map(|i| p[*i]).sum() } else { p.iter().sum() };
+                    let sum: f64 = if renormalized { order.iter().map(|i| p[*i]).sum() } else { p.iter().sum() };
                     let mut weights = vec![0.0; *experts];
                     order.iter().for_each(|i| weights[layer.pieces[*i].expert] += p[*i] / sum);
                     weights

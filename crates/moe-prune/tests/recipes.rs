@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use moe_checkpoint::{Granularity, Pool, ScoreTable};
 use moe_prune::{
     Allocation, AllocationRequest, Allocator, AllocatorConfig, Budget, CurveSource, DepthPrior, Error, Evolution,
-    ExpertPruner, Fitness, Global, Hybrid, LayerKept, ModelProbe, Needs, NoProbe, Normalisation, Normalised,
+    ExpertPruner, Fitness, Global, Hybrid, LayerKept, ModelProbe, Needs, NoProbe, Normalization, Normalized,
     NovicePruner, PerLayer, Prior, Progressive, ProtectionMask, PruneRequest, Pruner, PrunerConfig, Questions,
     RateDistortion, Rco, Result, Schedule, Scope, Statistic, SubsetPruner, TwoLevelPruner, Uniform, UnitPruner,
     WideExpertPruner, Within,
@@ -34,7 +34,7 @@ fn allocators() -> Vec<AllocatorConfig> {
         AllocatorConfig::Uniform(Uniform::default()),
         AllocatorConfig::Layer(PerLayer::default()),
         AllocatorConfig::Global(Global::default()),
-        AllocatorConfig::Normalised(Normalised { by: Normalisation::Coverage }),
+        AllocatorConfig::Normalized(Normalized { by: Normalization::Coverage }),
         AllocatorConfig::Hybrid(Hybrid::default()),
         AllocatorConfig::Rco(Rco::default()),
         AllocatorConfig::Evolution(Evolution { fitness: Fitness::Worst, ..Evolution::default() }),

@@ -6,7 +6,7 @@ mod synthetic;
 
 use moe_checkpoint::{Granularity, MoeShape, Reduction, ScoreTable};
 use moe_prune::{
-    AllocatorConfig, Budget, DepthPrior, Error, ExpertPruner, Global, Normalisation, Normalised, PerLayer, Prior,
+    AllocatorConfig, Budget, DepthPrior, Error, ExpertPruner, Global, Normalization, Normalized, PerLayer, Prior,
     Progressive, ProtectionMask, PrunePlan, Pruner, PrunerConfig, Schedule, Scope, TwoLevelPruner, UnitPruner,
     WideExpertPruner, Within,
 };
@@ -19,7 +19,7 @@ fn unit_pruners() -> Vec<PrunerConfig> {
         PrunerConfig::Unit(UnitPruner::new(Scope::Expert).round_to(1)),
         PrunerConfig::Unit(UnitPruner::new(Scope::Layer)),
         PrunerConfig::Unit(UnitPruner::new(Scope::Global)),
-        with(AllocatorConfig::Normalised(Normalised { by: Normalisation::Lamp })),
+        with(AllocatorConfig::Normalized(Normalized { by: Normalization::Lamp })),
         with(AllocatorConfig::DepthPrior(DepthPrior { prior: Prior::Erk, within: Within::Even })),
     ]
 }
@@ -52,8 +52,8 @@ proptest! {
         let none = ProtectionMask::none();
         for (scores, pruners) in [(&of_units, unit_pruners()), (&of_experts, expert_pruners())] {
             for pruner in pruners {
-                if let PrunerConfig::Unit(UnitPruner { allocator: AllocatorConfig::Normalised(_), .. }) = pruner {
-                    continue; // what is left is normalised anew
+                if let PrunerConfig::Unit(UnitPruner { allocator: AllocatorConfig::Normalized(_), .. }) = pruner {
+                    continue; // what is left is normalized anew
                 }
                 let one_shot = pruner.prune(scores, &shape, Budget::Ratio(ratio), &none).unwrap().plan;
                 let run = |reduced: bool| {

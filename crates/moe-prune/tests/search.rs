@@ -169,7 +169,7 @@ fn curves_are_a_file_that_fits_one_order() {
 fn planted() -> Planted {
     let mut noise = Noise(21);
     let importance = (0..24).map(|e| if e % 8 < 2 { 2.0 + noise.next() } else { 0.02 * noise.next() }).collect();
-    // Each expert of 2, 4, 6 stands in for its neighbour: losing both is dear.
+    // Each expert of 2, 4, 6 stands in for its neighbor: losing both is dear.
     let pairs = (0..3).flat_map(|l| [2, 4, 6].map(|e| (8 * l + e, 8 * l + e + 1, 1.0))).collect();
     Planted { experts: 8, importance, pairs, settled: Vec::new() }
 }

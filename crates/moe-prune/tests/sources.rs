@@ -155,7 +155,7 @@ fn plans_stack_without_a_directory_between_them() {
     // A quantized base is one of BF16, whoever takes the factors off.
     for dir in every_checkpoint() {
         let model = open(dir);
-        if model.quantisation().is_none() {
+        if model.quantization().is_none() {
             continue;
         }
         let plain = model.dequantized().unwrap();

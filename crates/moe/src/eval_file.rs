@@ -39,7 +39,7 @@ impl Default for EvalOptions {
     }
 }
 
-/// An evaluation file, tokenised.
+/// An evaluation file, tokenized.
 #[derive(Clone, Debug)]
 pub struct EvalFile {
     /// NAME of `NAME_test.jsonl`.

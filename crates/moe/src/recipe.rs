@@ -44,7 +44,7 @@ pub struct Recipe {
     /// Rows to calibrate and to measure on.
     #[serde(default)]
     pub data: Data,
-    /// Directory for everything that is made: artefacts of steps, the model, a report.
+    /// Directory for everything that is made: artifacts of steps, the model, a report.
     #[serde(default)]
     pub out: PathBuf,
     /// Seed of every random choice that has none of its own.
@@ -238,7 +238,7 @@ impl Score {
         if self.scorers.is_empty() && self.super_experts.is_none() {
             return Err(Error::Usage("step score: no scorer".into()));
         }
-        self.scorers.iter().map(|scorer| scorer.read("scorer", "scorer")).collect()
+        self.scorers.iter().map(|scorer| scorer.read("type", "scorer")).collect()
     }
 
     /// How super experts are found.

@@ -43,7 +43,7 @@ pub(super) fn html(
     report.figure(
         &heat_map(&scored.tables[0])?,
         &format!(
-            "Fisher ({criterion}) importance of every expert: the sum over its units, logarithmic colours. Grey is 0."
+            "Fisher ({criterion}) importance of every expert: the sum over its units, logarithmic colors. Grey is 0."
         ),
     );
     report.figure(

@@ -1,4 +1,4 @@
-//! DeepSeek-V2: latent attention, softmax routing without renormalisation, optionally limited to groups.
+//! DeepSeek-V2: latent attention, softmax routing without renormalization, optionally limited to groups.
 
 use serde_json::Value;
 
@@ -21,16 +21,16 @@ impl Family for DeepseekV2 {
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
         let config = Fields::new(config, CONFIG)?;
         let max_position = read::size(&config, "max_position_embeddings")?;
-        // Neighbouring dimensions are turned together, as complex numbers.
+        // Neighboring dimensions are turned together, as complex numbers.
         let rope = rope::read(&config, &rope::Dialect { interleaved: true, ..rope::Dialect::new(max_position) })?;
         let (layers, top_k) = read::first_dense(&config, self.expert_count_keys(), "n_shared_experts")?;
         if config.bool("norm_topk_prob")?.unwrap_or(false) {
-            // The original code renormalises then; transformers does not.
+            // The original code renormalizes then; transformers does not.
             return Err(config.invalid("norm_topk_prob", "false, since implementations of DeepSeek-V2 disagree on it"));
         }
         let groups = read::groups(&config, read::experts_of(&layers), top_k, GroupScore::Max)?;
         let kind = match (config.string("topk_method")?.unwrap_or("greedy"), groups) {
-            ("greedy", _) | ("group_limited_greedy", None) => RoutingKind::SoftmaxTopK { renormalise: false },
+            ("greedy", _) | ("group_limited_greedy", None) => RoutingKind::SoftmaxTopK { renormalize: false },
             ("group_limited_greedy", Some(groups)) => RoutingKind::SoftmaxGroupTopK { groups },
             _ => return Err(config.invalid("topk_method", "\"greedy\" or \"group_limited_greedy\"")),
         };

@@ -42,7 +42,7 @@ impl Family for DeepseekV3 {
             }
         }
         let groups = read::groups(&config, read::experts_of(&layers), top_k, GroupScore::TopTwoSum)?;
-        let renormalise = config.bool("norm_topk_prob")?.unwrap_or(true);
+        let renormalize = config.bool("norm_topk_prob")?.unwrap_or(true);
         let selects = match self.indexer {
             true => Some(config.integer("index_topk", 1, MAX_SIZE)?.unwrap_or(2048)),
             false => None,
@@ -53,7 +53,7 @@ impl Family for DeepseekV3 {
             rope,
             routing: Routing {
                 top_k,
-                kind: RoutingKind::Sigmoid { renormalise, correction_bias: true, groups },
+                kind: RoutingKind::Sigmoid { renormalize, correction_bias: true, groups },
                 scale: config.positive_float("routed_scaling_factor")?.unwrap_or(1.0) as f32,
                 bias: false,
             },

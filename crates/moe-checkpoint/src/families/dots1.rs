@@ -28,7 +28,7 @@ impl Family for Dots1 {
         let keys = self.expert_count_keys();
         let (layers, top_k) = read::dense_then_moe(&config, keys, "n_shared_experts", 0, &windows)?;
         let groups = read::groups(&config, read::experts_of(&layers), top_k, GroupScore::TopTwoSum)?;
-        let renormalise = config.bool("norm_topk_prob")?.unwrap_or(false);
+        let renormalize = config.bool("norm_topk_prob")?.unwrap_or(false);
         let attention_bias = config.bool("attention_bias")?.unwrap_or(false);
         let attention = AttentionConfig {
             qkv_bias: attention_bias,
@@ -42,7 +42,7 @@ impl Family for Dots1 {
             rope: rope::read(&config, &rope::Dialect::new(max_position))?,
             routing: Routing {
                 top_k,
-                kind: RoutingKind::Sigmoid { renormalise, correction_bias: true, groups },
+                kind: RoutingKind::Sigmoid { renormalize, correction_bias: true, groups },
                 scale: config.positive_float("routed_scaling_factor")?.unwrap_or(1.0) as f32,
                 bias: false,
             },

@@ -1,4 +1,4 @@
-//! Ernie 4.5: softmax routing selected with a correction bias, neighbouring dimensions rotated together.
+//! Ernie 4.5: softmax routing selected with a correction bias, neighboring dimensions rotated together.
 
 use serde_json::Value;
 

@@ -32,7 +32,7 @@ impl Family for ExaoneMoe {
             layers.iter_mut().for_each(|layer| layer.rotary = layer.sliding_window.is_some());
         }
         let groups = read::groups(&config, read::experts_of(&layers), top_k, GroupScore::TopTwoSum)?;
-        let renormalise = config.bool("norm_topk_prob")?.unwrap_or(true);
+        let renormalize = config.bool("norm_topk_prob")?.unwrap_or(true);
         let attention =
             AttentionConfig { qk_norm: QkNorm::Head, ..read::grouped_attention(num_heads, num_kv_heads, head_dim) };
         let model = read::Model {
@@ -41,7 +41,7 @@ impl Family for ExaoneMoe {
             rope: rope::read(&config, &rope::Dialect { theta: 1_000_000.0, ..rope::Dialect::new(max_position) })?,
             routing: Routing {
                 top_k,
-                kind: RoutingKind::Sigmoid { renormalise, correction_bias: true, groups },
+                kind: RoutingKind::Sigmoid { renormalize, correction_bias: true, groups },
                 scale: config.positive_float("routed_scaling_factor")?.unwrap_or(2.5) as f32,
                 bias: false,
             },

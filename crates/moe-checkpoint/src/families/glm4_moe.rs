@@ -31,7 +31,7 @@ impl Family for Glm4Moe {
         let layers = read::first_dense(&config, self.expert_count_keys(), "n_shared_experts")?;
         let (layers, top_k) = layers;
         let groups = read::groups(&config, read::experts_of(&layers), top_k, GroupScore::TopTwoSum)?;
-        let renormalise = config.bool("norm_topk_prob")?.unwrap_or(true);
+        let renormalize = config.bool("norm_topk_prob")?.unwrap_or(true);
         let qk_norm = match config.bool("use_qk_norm")?.unwrap_or(false) {
             true => QkNorm::Head,
             false => QkNorm::None,
@@ -49,7 +49,7 @@ impl Family for Glm4Moe {
             rope: rope::read(&config, &rope::Dialect { partial: true, ..rope::Dialect::new(max_position) })?,
             routing: Routing {
                 top_k,
-                kind: RoutingKind::Sigmoid { renormalise, correction_bias: true, groups },
+                kind: RoutingKind::Sigmoid { renormalize, correction_bias: true, groups },
                 scale: config.positive_float("routed_scaling_factor")?.unwrap_or(1.0) as f32,
                 bias: false,
             },

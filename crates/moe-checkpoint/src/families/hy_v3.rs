@@ -39,7 +39,7 @@ impl Family for HyV3 {
             rope: rope::read(&config, &rope::Dialect::new(max_position))?,
             routing: Routing {
                 top_k,
-                kind: RoutingKind::Sigmoid { renormalise: true, correction_bias: true, groups: None },
+                kind: RoutingKind::Sigmoid { renormalize: true, correction_bias: true, groups: None },
                 scale: config.positive_float("router_scaling_factor")?.unwrap_or(2.826) as f32,
                 bias: false,
             },

@@ -45,7 +45,7 @@ impl Family for KimiLinear {
             kind: AttentionKind::Other,
             ..read::grouped_attention(num_heads, num_heads, read::size(&config, "v_head_dim")?)
         };
-        let renormalise = config.bool("moe_renormalize")?.unwrap_or(true);
+        let renormalize = config.bool("moe_renormalize")?.unwrap_or(true);
         let model = read::Model {
             model_type: self.model_type(),
             attention,
@@ -53,7 +53,7 @@ impl Family for KimiLinear {
             rope: RopeConfig { theta: 10_000.0, interleaved: false, scaling: RopeScaling::Default },
             routing: Routing {
                 top_k,
-                kind: RoutingKind::Sigmoid { renormalise, correction_bias: true, groups: None },
+                kind: RoutingKind::Sigmoid { renormalize, correction_bias: true, groups: None },
                 scale: config.positive_float("routed_scaling_factor")?.unwrap_or(1.0) as f32,
                 bias: false,
             },

@@ -56,7 +56,7 @@ impl Family for Lfm2Moe {
         }
         let attention =
             AttentionConfig { qk_norm: QkNorm::Head, ..read::grouped_attention(num_heads, num_kv_heads, head_dim) };
-        let renormalise = config.bool("norm_topk_prob")?.unwrap_or(true);
+        let renormalize = config.bool("norm_topk_prob")?.unwrap_or(true);
         let correction_bias = config.bool("use_expert_bias")?.unwrap_or(true);
         let model = read::Model {
             model_type: self.model_type(),
@@ -64,7 +64,7 @@ impl Family for Lfm2Moe {
             rope: rope::read(&config, &rope::Dialect { theta: 1_000_000.0, ..rope::Dialect::new(max_position) })?,
             routing: Routing {
                 top_k,
-                kind: RoutingKind::Sigmoid { renormalise, correction_bias, groups: None },
+                kind: RoutingKind::Sigmoid { renormalize, correction_bias, groups: None },
                 scale: config.positive_float("routed_scaling_factor")?.unwrap_or(1.0) as f32,
                 bias: false,
             },

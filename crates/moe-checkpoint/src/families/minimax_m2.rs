@@ -37,7 +37,7 @@ impl Family for MiniMaxM2 {
             rope: rope::read(&config, &dialect)?,
             routing: Routing {
                 top_k,
-                kind: RoutingKind::Sigmoid { renormalise: true, correction_bias: true, groups: None },
+                kind: RoutingKind::Sigmoid { renormalize: true, correction_bias: true, groups: None },
                 scale: 1.0,
                 bias: false,
             },

@@ -42,14 +42,14 @@ impl Family for Mistral4 {
             }
             (None, _) => None,
         };
-        let renormalise = config.bool("norm_topk_prob")?.unwrap_or(true);
+        let renormalize = config.bool("norm_topk_prob")?.unwrap_or(true);
         let model = read::Model {
             model_type: self.model_type(),
             attention: AttentionConfig { growth, ..latent::read(&config, &rope)? },
             rope,
             routing: Routing {
                 top_k,
-                kind: RoutingKind::SoftmaxTopK { renormalise },
+                kind: RoutingKind::SoftmaxTopK { renormalize },
                 scale: config.positive_float("routed_scaling_factor")?.unwrap_or(1.0) as f32,
                 bias: false,
             },

@@ -1,4 +1,4 @@
-//! Mixtral: experts `w1` (gate), `w3` (up), `w2` (down) under `block_sparse_moe`, weights renormalised.
+//! Mixtral: experts `w1` (gate), `w3` (up), `w2` (down) under `block_sparse_moe`, weights renormalized.
 
 use serde_json::Value;
 
@@ -29,7 +29,7 @@ impl Family for Mixtral {
             model_type: self.model_type(),
             attention: read::grouped_attention(num_heads, num_kv_heads, head_dim),
             rope: rope::read(&config, &rope::Dialect { theta: 1_000_000.0, ..rope::Dialect::new(max_position) })?,
-            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalise: true }, scale: 1.0, bias: false },
+            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalize: true }, scale: 1.0, bias: false },
             layers,
         };
         model.read(&config, generation)

@@ -26,7 +26,7 @@ mod rope;
 
 use crate::experts::ExpertLayout;
 use crate::family::Family;
-use qwen3_moe::Renormalise;
+use qwen3_moe::Renormalize;
 
 pub(crate) use read::MAX_SIZE;
 
@@ -56,17 +56,17 @@ pub(crate) static FAMILIES: &[&dyn Family] = &[
     &qwen2_moe::Qwen2Moe,
     &qwen3_moe::Qwen3Moe {
         model_type: "qwen3_moe",
-        renormalise: Renormalise::Default(false),
+        renormalize: Renormalize::Default(false),
         stock_layout: ExpertLayout::PerExpert,
     },
     &qwen3_moe::Qwen3Moe {
         model_type: "qwen3_omni_moe_text",
-        renormalise: Renormalise::Default(true),
+        renormalize: Renormalize::Default(true),
         stock_layout: ExpertLayout::PerExpert,
     },
     &qwen3_moe::Qwen3Moe {
         model_type: "qwen3_vl_moe_text",
-        renormalise: Renormalise::Always,
+        renormalize: Renormalize::Always,
         stock_layout: ExpertLayout::Transposed,
     },
     &qwen3_5_moe::Qwen35Moe { model_type: "qwen3_5_moe_text", next: false },

@@ -26,7 +26,7 @@ impl Family for Olmoe {
         let windows = vec![None; read::num_layers(&config)?];
         let (layers, top_k) = read::all_moe(&config, self.expert_count_keys(), false, &windows)?;
         let attention_bias = config.bool("attention_bias")?.unwrap_or(false);
-        let renormalise = config.bool("norm_topk_prob")?.unwrap_or(false);
+        let renormalize = config.bool("norm_topk_prob")?.unwrap_or(false);
         let attention = AttentionConfig {
             qkv_bias: attention_bias,
             output_bias: attention_bias,
@@ -38,7 +38,7 @@ impl Family for Olmoe {
             model_type: self.model_type(),
             attention,
             rope: rope::read(&config, &rope::Dialect::new(max_position))?,
-            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalise }, scale: 1.0, bias: false },
+            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalize }, scale: 1.0, bias: false },
             layers,
         };
         model.read(&config, generation)

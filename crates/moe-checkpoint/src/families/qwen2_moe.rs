@@ -29,7 +29,7 @@ impl Family for Qwen2Moe {
         let layers =
             read::SparseLayers { expert_count_keys: self.expert_count_keys(), windows: &windows, shared: Some(shared) };
         let (layers, top_k) = layers.read(&config)?;
-        let renormalise = config.bool("norm_topk_prob")?.unwrap_or(false);
+        let renormalize = config.bool("norm_topk_prob")?.unwrap_or(false);
         Ok(ModelConfig {
             model_type: self.model_type().to_string(),
             hidden_size,
@@ -49,9 +49,9 @@ impl Family for Qwen2Moe {
                 ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
             },
             rope: rope::read(&config, &rope::Dialect::new(max_position_embeddings))?,
-            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalise }, scale: 1.0, bias: false },
+            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalize }, scale: 1.0, bias: false },
             layers,
-            quantisation: read::quantisation(&config)?,
+            quantization: read::quantization(&config)?,
             eos_token_ids: read::eos_token_ids(&config, generation)?,
             dtype: read::dtype(&config)?,
         })

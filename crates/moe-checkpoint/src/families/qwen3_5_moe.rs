@@ -87,12 +87,12 @@ impl Family for Qwen35Moe {
             ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
         };
         // Qwen3.5 divides whatever a config says.
-        let renormalise = !self.next || config.bool("norm_topk_prob")?.unwrap_or(true);
+        let renormalize = !self.next || config.bool("norm_topk_prob")?.unwrap_or(true);
         let model = read::Model {
             model_type: self.model_type(),
             attention,
             rope: rope::read(&config, &rope::Dialect { partial: true, ..rope::Dialect::new(max_position) })?,
-            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalise }, scale: 1.0, bias: false },
+            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalize }, scale: 1.0, bias: false },
             layers,
         };
         let mtp_layers = read::mtp_layers(&config)?;

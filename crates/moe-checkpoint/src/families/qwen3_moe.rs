@@ -15,13 +15,13 @@ pub(crate) struct Qwen3Moe {
     /// `model_type` of its configs.
     pub model_type: &'static str,
     /// Whether weights are divided by their sum: by `norm_topk_prob`, which is this where it is absent, or always.
-    pub renormalise: Renormalise,
+    pub renormalize: Renormalize,
     /// The layout of released checkpoints.
     pub stock_layout: ExpertLayout,
 }
 
 /// Whether routing weights are divided by their sum.
-pub(crate) enum Renormalise {
+pub(crate) enum Renormalize {
     /// If `norm_topk_prob` says so, which is this where it is absent.
     Default(bool),
     /// Whatever a config says.
@@ -44,9 +44,9 @@ impl Family for Qwen3Moe {
             read::SparseLayers { expert_count_keys: self.expert_count_keys(), windows: &windows, shared: None };
         let (layers, top_k) = layers.read(&config)?;
         let attention_bias = config.bool("attention_bias")?.unwrap_or(false);
-        let renormalise = match self.renormalise {
-            Renormalise::Default(default) => config.bool("norm_topk_prob")?.unwrap_or(default),
-            Renormalise::Always => true,
+        let renormalize = match self.renormalize {
+            Renormalize::Default(default) => config.bool("norm_topk_prob")?.unwrap_or(default),
+            Renormalize::Always => true,
         };
         Ok(ModelConfig {
             model_type: self.model_type().to_string(),
@@ -67,9 +67,9 @@ impl Family for Qwen3Moe {
                 ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
             },
             rope: rope::read(&config, &rope::Dialect::new(max_position_embeddings))?,
-            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalise }, scale: 1.0, bias: false },
+            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalize }, scale: 1.0, bias: false },
             layers,
-            quantisation: read::quantisation(&config)?,
+            quantization: read::quantization(&config)?,
             eos_token_ids: read::eos_token_ids(&config, generation)?,
             dtype: read::dtype(&config)?,
         })

@@ -8,7 +8,7 @@ use crate::config::{
 };
 use crate::experts::ExpertBiases;
 use crate::json::{Fields, integer_in};
-use crate::quantised::Quantisation;
+use crate::quantized::Quantization;
 use crate::{Error, Result};
 
 /// Largest size of one dimension. Products of two stay far from overflow.
@@ -121,21 +121,21 @@ pub(super) fn dtype(config: &Fields<'_>) -> Result<Option<String>> {
     }
 }
 
-/// Quantised weights that are read, for messages.
-const READ_QUANTISED: &str = ", or quant_method `fp8` with a `weight_block_size`, or `mxfp4` of gpt_oss";
+/// Quantized weights that are read, for messages.
+const READ_QUANTIZED: &str = ", or quant_method `fp8` with a `weight_block_size`, or `mxfp4` of gpt_oss";
 
-/// The quantisation of the weights; one that is not read is refused.
-pub(super) fn quantisation(config: &Fields<'_>) -> Result<Option<Quantisation>> {
-    let Some(quantisation) = config.object("quantization_config")? else { return Ok(None) };
+/// The quantization of the weights; one that is not read is refused.
+pub(super) fn quantization(config: &Fields<'_>) -> Result<Option<Quantization>> {
+    let Some(quantization) = config.object("quantization_config")? else { return Ok(None) };
     // What some tools leave behind when they dequantize.
-    if quantisation.keys().next().is_none() {
+    if quantization.keys().next().is_none() {
         return Ok(None);
     }
-    let method = quantisation.string("quant_method")?;
-    let block = quantisation.integers("weight_block_size", 1, MAX_SIZE)?;
+    let method = quantization.string("quant_method")?;
+    let block = quantization.integers("weight_block_size", 1, MAX_SIZE)?;
     match (method, block.as_deref()) {
-        (Some("fp8"), Some([rows, cols])) => return Ok(Some(Quantisation::Fp8Blocks { rows: *rows, cols: *cols })),
-        (Some("mxfp4"), _) if config.string("model_type")? == Some("gpt_oss") => return Ok(Some(Quantisation::Mxfp4)),
+        (Some("fp8"), Some([rows, cols])) => return Ok(Some(Quantization::Fp8Blocks { rows: *rows, cols: *cols })),
+        (Some("mxfp4"), _) if config.string("model_type")? == Some("gpt_oss") => return Ok(Some(Quantization::Mxfp4)),
         _ => {}
     }
     let method = match method {
@@ -144,7 +144,7 @@ pub(super) fn quantisation(config: &Fields<'_>) -> Result<Option<Quantisation>> 
         }
         None => "`quantization_config`".to_string(),
     };
-    Err(Error::Quantised { file: crate::family::CONFIG.to_string(), method, also: READ_QUANTISED })
+    Err(Error::Quantized { file: crate::family::CONFIG.to_string(), method, also: READ_QUANTIZED })
 }
 
 /// Ids of the tokens that end a text, from `generation_config.json` where it names them, else from the config.
@@ -426,7 +426,7 @@ impl Model {
             routing: self.routing,
             layers: self.layers,
             mtp_layers: 0,
-            quantisation: quantisation(config)?,
+            quantization: quantization(config)?,
             eos_token_ids: eos_token_ids(config, generation)?,
             dtype: dtype(config)?,
         })

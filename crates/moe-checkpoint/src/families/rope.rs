@@ -15,7 +15,7 @@ pub(super) struct Dialect {
     pub max_position: usize,
     /// `rope_theta` where a config has none.
     pub theta: f64,
-    /// Whether neighbouring dimensions are turned together.
+    /// Whether neighboring dimensions are turned together.
     pub interleaved: bool,
     /// Whether LongRoPE with factors of its own on cosine and sine may be used.
     pub longrope: bool,

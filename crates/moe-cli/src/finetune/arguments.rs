@@ -42,7 +42,7 @@ pub struct Arguments {
     /// Directory for everything that is written [default: out/finetune_qwen, replacing an earlier run there]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Optimiser steps, instead of those of the method's recipe
+    /// Optimizer steps, instead of those of the method's recipe
     #[arg(long, value_name = "STEPS")]
     pub steps: Option<NonZeroUsize>,
     /// Highest learning rate, instead of that of the method's recipe

@@ -27,7 +27,7 @@ impl Recorder {
         let count = values.len() / width;
         let mut row = 0;
         while row < count {
-            // neighbours are written together
+            // neighbors are written together
             let start = self.positions[first + row];
             let mut end = row + 1;
             while end < count && self.positions[first + end] == start + end - row {

@@ -31,15 +31,15 @@ fn on_host(x: &Tensor<2>, weight: &Tensor<1>, bias: &Tensor<1>, eps: f32) -> Ten
 }
 
 fn on_device(x: &Tensor<2>, weight: &Tensor<1>, bias: &Tensor<1>, eps: f32) -> Tensor<2> {
-    let (normed, _) = standardise(x, eps);
+    let (normed, _) = standardize(x, eps);
     normed * weight.clone().unsqueeze::<2>() + bias.clone().unsqueeze::<2>() // [n, d]
 }
 
 /// `(x - mean) / deviation [n, d]` and `1 / deviation [n, 1]`.
-fn standardise(x: &Tensor<2>, eps: f32) -> (Tensor<2>, Tensor<2>) {
-    let centred = x.clone() - x.clone().mean_dim(1);
-    let inverse = centred.clone().powi_scalar(2).mean_dim(1).add_scalar(eps).sqrt().recip();
-    (centred * inverse.clone(), inverse)
+fn standardize(x: &Tensor<2>, eps: f32) -> (Tensor<2>, Tensor<2>) {
+    let centered = x.clone() - x.clone().mean_dim(1);
+    let inverse = centered.clone().powi_scalar(2).mean_dim(1).add_scalar(eps).sqrt().recip();
+    (centered * inverse.clone(), inverse)
 }
 
 fn backward_on_host(x: &Tensor<2>, weight: &Tensor<1>, eps: f32, dy: &Tensor<2>) -> Tensor<2> {
@@ -55,7 +55,7 @@ fn backward_on_host(x: &Tensor<2>, weight: &Tensor<1>, eps: f32, dy: &Tensor<2>)
 }
 
 fn backward_on_device(x: &Tensor<2>, weight: &Tensor<1>, eps: f32, dy: &Tensor<2>) -> Tensor<2> {
-    let (normed, inverse) = standardise(x, eps);
+    let (normed, inverse) = standardize(x, eps);
     let wdy = dy.clone() * weight.clone().unsqueeze::<2>(); // [n, d]
     let along = (wdy.clone() * normed.clone()).mean_dim(1); // [n, 1]
     (wdy.clone() - wdy.mean_dim(1) - normed * along) * inverse

@@ -44,7 +44,7 @@ fn on_host(blocks: Vec<Tensor<2>>, targets: &[Option<u32>], gradient: bool) -> L
             Block { first: first - width, width, values: host::into_vec(tensor) }
         })
         .collect();
-    // Three passes over the blocks: maximum, exponentials and their sum, normalisation.
+    // Three passes over the blocks: maximum, exponentials and their sum, normalization.
     let mut max = vec![f32::NEG_INFINITY; n];
     let mut target_logit = vec![0.0f32; n];
     for block in &blocks {

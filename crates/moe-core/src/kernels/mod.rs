@@ -55,7 +55,7 @@ pub(crate) fn index_tensor(rows: &[u32], device: &Device) -> Tensor<1, Int> {
     Tensor::from_data(TensorData::new(ids, [rows.len()]), device)
 }
 
-/// An uninitialised-looking but zeroed buffer; `calloc` gives fresh zero pages without touching them.
+/// An uninitialized-looking but zeroed buffer; `calloc` gives fresh zero pages without touching them.
 pub(crate) fn zeros(len: usize) -> Vec<f32> {
     vec![0.0; len]
 }

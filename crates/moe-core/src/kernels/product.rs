@@ -8,7 +8,7 @@ use std::ops::Range;
 /// Multiply-adds from which on a product is shared between threads.
 const SHARED: usize = 1 << 21;
 
-/// A matrix in a slice, any two of whose neighbours are a fixed number of elements apart.
+/// A matrix in a slice, any two of whose neighbors are a fixed number of elements apart.
 #[derive(Clone, Copy, Debug)]
 pub struct Matrix<'a> {
     values: &'a [f32],

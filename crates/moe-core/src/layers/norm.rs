@@ -76,7 +76,7 @@ impl Norm {
         if self.offset == 0.0 { stored } else { stored.add_scalar(self.offset) }
     }
 
-    /// Sum over the rows of `dy` times the normalised `x`.
+    /// Sum over the rows of `dy` times the normalized `x`.
     fn weight_gradient(&self, x: &Tensor<2>, dy: &Tensor<2>) -> Vec<f32> {
         let d = x.dims()[1];
         let (x, dy) = (HostView::new(x), HostView::new(dy));

@@ -136,7 +136,7 @@ impl Model {
     }
 
     /// The same checkpoint seen through overlays of its experts and of its routing, with a cache of its own and without the overlays of
-    /// this model. Sweeps, generation and evaluation honour them alike.
+    /// this model. Sweeps, generation and evaluation honor them alike.
     ///
     /// # Errors
     /// As [`new`](Self::new); [`Error::Input`] for a routing overlay that does not fit the model: experts that do not exist, none left in

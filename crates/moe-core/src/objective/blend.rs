@@ -89,7 +89,7 @@ impl Objective for Blend<'_> {
         }
         match sum {
             Some(sum) => Ok(sum),
-            // Nothing to minimise: the gradient is 0.
+            // Nothing to minimize: the gradient is 0.
             None => Ok(Losses {
                 losses: vec![0.0; targets.len()],
                 d_logits: match gradient {

@@ -1,4 +1,4 @@
-//! What a sweep minimises: the function of the logits at its end, summed over the predicted tokens.
+//! What a sweep minimizes: the function of the logits at its end, summed over the predicted tokens.
 
 mod blend;
 mod teacher;

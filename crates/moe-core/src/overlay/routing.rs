@@ -21,7 +21,7 @@ pub trait RoutingOverlay: Send + Sync {
         None
     }
 
-    /// Factors `[E]` on the routing weights, after any normalisation.
+    /// Factors `[E]` on the routing weights, after any normalization.
     fn gains(&self, layer: usize) -> Option<Vec<f32>> {
         let _ = layer;
         None

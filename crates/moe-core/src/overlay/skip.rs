@@ -16,21 +16,21 @@ pub struct SkipExperts {
     /// Threshold of each layer; layers without one skip nothing.
     pub beta: BTreeMap<usize, f32>,
     /// Whether the weights that stay are scaled so that a token's weights keep their sum. As NAEE's code does, which divides by the
-    /// remaining sum; turn it off for models whose rule does not normalise the weights.
-    pub renormalise: bool,
+    /// remaining sum; turn it off for models whose rule does not normalize the weights.
+    pub renormalize: bool,
 }
 
 impl SkipExperts {
     /// Skips with these thresholds and scales what stays.
     pub fn new(beta: BTreeMap<usize, f32>) -> Self {
-        Self { beta, renormalise: true }
+        Self { beta, renormalize: true }
     }
 
     /// Sums of a token's weights before and after, if they differ and are to be made equal.
     fn sums(&self, before: &[f32], stays: impl Fn(usize) -> bool) -> Option<(f32, f32)> {
         let kept: f32 = (0..before.len()).filter(|&i| stays(i)).map(|i| before[i]).sum();
         let all: f32 = before.iter().sum();
-        (self.renormalise && kept > 0.0 && kept < all).then_some((all, kept))
+        (self.renormalize && kept > 0.0 && kept < all).then_some((all, kept))
     }
 }
 
@@ -213,7 +213,7 @@ mod tests {
         skip.routed(2, &mut found);
         let expected = [0.6 / 0.9, 0.3 / 0.9, 0.0, 0.5 / 0.76, 0.0, 0.26 / 0.76];
         assert!(found.weights.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{:?}", found.weights);
-        skip.renormalise = false;
+        skip.renormalize = false;
         let mut found = routed(&[0.6, 0.3, 0.1], 3);
         skip.routed(1, &mut found);
         assert_eq!(found.weights, [0.6, 0.3, 0.1]);
@@ -225,8 +225,8 @@ mod tests {
     fn the_gradient_through_skipping_matches_a_difference_quotient() {
         let d = [0.7f32, -1.3, 0.4];
         let start = [0.55f32, 0.35, 0.15];
-        for renormalise in [true, false] {
-            let skip = SkipExperts { beta: BTreeMap::from([(0, 0.5)]), renormalise };
+        for renormalize in [true, false] {
+            let skip = SkipExperts { beta: BTreeMap::from([(0, 0.5)]), renormalize };
             let value = |weights: &[f32]| {
                 let mut after = routed(weights, 3);
                 skip.routed(0, &mut after);

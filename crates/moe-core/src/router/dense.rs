@@ -39,7 +39,7 @@ impl Router {
     pub fn dense_backward(&self, logits: &[f32], routed: &Routed, values: &[f32]) -> Vec<f32> {
         let (experts, k) = (routed.experts, routed.top_k);
         let mut out = crate::kernels::zeros(logits.len());
-        let Rule::Scores { score, renormalise, .. } = self.rule else { return out };
+        let Rule::Scores { score, renormalize, .. } = self.rule else { return out };
         if k == 0 {
             return out;
         }
@@ -59,7 +59,7 @@ impl Router {
                 let chosen = || selected.iter().map(|&e| e as usize);
                 // the divisor, and whether it is a constant
                 let (divisor, constant) = match score {
-                    _ if !renormalise => (1.0, true),
+                    _ if !renormalize => (1.0, true),
                     Score::Sigmoid => (chosen().map(|e| p[e]).sum::<f64>() + f64::from(SIGMOID_EPSILON), false),
                     Score::Softmax { floor } if below_floor(logits, selected, floor) => (f64::from(floor), true),
                     Score::Softmax { .. } => (chosen().map(|e| p[e]).sum::<f64>(), false),

@@ -34,14 +34,14 @@ pub struct Router {
 #[derive(Clone, Debug)]
 enum Rule {
     /// The largest scores of the best groups; the weights are the scores.
-    Scores { score: Score, renormalise: bool, groups: Option<GroupLimit> },
+    Scores { score: Score, renormalize: bool, groups: Option<GroupLimit> },
     /// See [`sparsemixer`].
     Sparsemixer { jitter: f32 },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Score {
-    /// Softmax over all experts. A sum of selected scores below `floor` counts as `floor` when they are renormalised.
+    /// Softmax over all experts. A sum of selected scores below `floor` counts as `floor` when they are renormalized.
     Softmax { floor: f32 },
     /// Sigmoid of each logit.
     Sigmoid,
@@ -73,21 +73,21 @@ impl Router {
     pub fn new(routing: &Routing) -> Result<Self> {
         let softmax = Score::Softmax { floor: 0.0 };
         let rule = match &routing.kind {
-            RoutingKind::SoftmaxTopK { renormalise } => {
-                Rule::Scores { score: softmax, renormalise: *renormalise, groups: None }
+            RoutingKind::SoftmaxTopK { renormalize } => {
+                Rule::Scores { score: softmax, renormalize: *renormalize, groups: None }
             }
-            // softmax over the selected logits is the renormalised softmax
-            RoutingKind::TopKSoftmax => Rule::Scores { score: softmax, renormalise: true, groups: None },
+            // softmax over the selected logits is the renormalized softmax
+            RoutingKind::TopKSoftmax => Rule::Scores { score: softmax, renormalize: true, groups: None },
             RoutingKind::SoftmaxGroupTopK { groups } => {
-                Rule::Scores { score: softmax, renormalise: false, groups: Some(GroupLimit::new(groups)?) }
+                Rule::Scores { score: softmax, renormalize: false, groups: Some(GroupLimit::new(groups)?) }
             }
             RoutingKind::SoftmaxCorrected { norm_min } => {
                 let score = Score::Softmax { floor: *norm_min as f32 };
-                Rule::Scores { score, renormalise: true, groups: None }
+                Rule::Scores { score, renormalize: true, groups: None }
             }
-            RoutingKind::Sigmoid { renormalise, groups, .. } => {
+            RoutingKind::Sigmoid { renormalize, groups, .. } => {
                 let groups = groups.as_ref().map(GroupLimit::new).transpose()?;
-                Rule::Scores { score: Score::Sigmoid, renormalise: *renormalise, groups }
+                Rule::Scores { score: Score::Sigmoid, renormalize: *renormalize, groups }
             }
             RoutingKind::Sparsemixer { jitter_eps } => Rule::Sparsemixer { jitter: *jitter_eps as f32 },
             other => return Err(Error::Unsupported(format!("routing {other:?}"))),
@@ -181,16 +181,16 @@ impl Router {
                 sparsemixer::weights(logits, selected, jitter, weights);
                 weights.iter_mut().for_each(|w| *w *= scale);
             }
-            Rule::Scores { score: Score::Sigmoid, renormalise, .. } => {
+            Rule::Scores { score: Score::Sigmoid, renormalize, .. } => {
                 for (slot, weight) in weights.iter_mut().enumerate() {
                     *weight = math::sigmoid(chosen(slot));
                 }
-                let sum = if renormalise { weights.iter().sum::<f32>() + SIGMOID_EPSILON } else { 1.0 };
+                let sum = if renormalize { weights.iter().sum::<f32>() + SIGMOID_EPSILON } else { 1.0 };
                 weights.iter_mut().for_each(|w| *w = *w / sum * scale);
             }
-            Rule::Scores { score: Score::Softmax { floor }, renormalise, .. } => {
+            Rule::Scores { score: Score::Softmax { floor }, renormalize, .. } => {
                 let all = || (largest_logit(logits), softmax_sum(logits, largest_logit(logits)));
-                let (max, sum) = if !renormalise {
+                let (max, sum) = if !renormalize {
                     all()
                 } else if below_floor(logits, selected, floor) {
                     let (max, sum) = all();
@@ -233,16 +233,16 @@ impl Router {
                 sparsemixer::backward(logits, selected, jitter, dw, out);
                 out.iter_mut().for_each(|d| *d *= self.scale);
             }
-            Rule::Scores { score: Score::Sigmoid, renormalise, .. } => {
+            Rule::Scores { score: Score::Sigmoid, renormalize, .. } => {
                 // p = s / sum(s), or s; ds = s (1 - s) dz
                 for ((e, w), d) in slots {
                     let s = math::sigmoid(logits[e]);
-                    let d = if renormalise { w * (d - inner / self.scale) } else { w * d };
+                    let d = if renormalize { w * (d - inner / self.scale) } else { w * d };
                     out[e] = d * (1.0 - s);
                 }
             }
-            Rule::Scores { score: Score::Softmax { floor }, renormalise, .. } => {
-                if renormalise && !below_floor(logits, selected, floor) {
+            Rule::Scores { score: Score::Softmax { floor }, renormalize, .. } => {
+                if renormalize && !below_floor(logits, selected, floor) {
                     // p is a softmax over the selected logits only
                     for ((e, w), d) in slots {
                         out[e] = w * (d - inner / self.scale);

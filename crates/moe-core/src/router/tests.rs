@@ -1,11 +1,11 @@
 use super::*;
 
-fn softmax(renormalise: bool) -> Router {
-    scores(Score::Softmax { floor: 0.0 }, renormalise, None)
+fn softmax(renormalize: bool) -> Router {
+    scores(Score::Softmax { floor: 0.0 }, renormalize, None)
 }
 
-fn scores(score: Score, renormalise: bool, groups: Option<GroupLimit>) -> Router {
-    Router { top_k: 2, scale: 1.5, rule: Rule::Scores { score, renormalise, groups } }
+fn scores(score: Score, renormalize: bool, groups: Option<GroupLimit>) -> Router {
+    Router { top_k: 2, scale: 1.5, rule: Rule::Scores { score, renormalize, groups } }
 }
 
 #[test]
@@ -14,8 +14,8 @@ fn selects_the_largest_and_breaks_ties_by_index() {
     assert_eq!(routed.selected, [1, 2, 0, 1]);
     let p = 1.0 / (2.0 + (-2.0f32).exp() + (-3.0f32).exp());
     assert!((routed.weights[0] - 1.5 * p).abs() < 1e-6);
-    let renormalised = softmax(true).route(&[0.0, 2.0, 2.0, -1.0], 4, None);
-    assert!((renormalised.weights[0] - 0.75).abs() < 1e-6);
+    let renormalized = softmax(true).route(&[0.0, 2.0, 2.0, -1.0], 4, None);
+    assert!((renormalized.weights[0] - 0.75).abs() < 1e-6);
 }
 
 #[test]
@@ -166,7 +166,7 @@ fn groups_must_lose_as_many_experts_each() {
 
 /// Scores, and the divisor of the chosen ones, in f64.
 fn dense_weights(router: &Router, logits: &[f32], selected: &[u32], stopped: Option<f64>) -> (Vec<f64>, f64) {
-    let Rule::Scores { score, renormalise, .. } = router.rule else { unreachable!() };
+    let Rule::Scores { score, renormalize, .. } = router.rule else { unreachable!() };
     let z: Vec<f64> = logits.iter().map(|z| f64::from(*z)).collect();
     let sum: f64 = z.iter().map(|z| z.exp()).sum();
     let p: Vec<f64> = match score {
@@ -175,7 +175,7 @@ fn dense_weights(router: &Router, logits: &[f32], selected: &[u32], stopped: Opt
     };
     let chosen: f64 = selected.iter().map(|&e| p[e as usize]).sum();
     let divisor = match score {
-        _ if !renormalise => 1.0,
+        _ if !renormalize => 1.0,
         Score::Softmax { floor } => chosen.max(f64::from(floor)),
         Score::Sigmoid => chosen,
     };
@@ -219,7 +219,7 @@ fn the_dense_gradient_is_that_of_the_mixture_of_all_experts() {
         let all = Router {
             top_k: 6,
             rule: match router.rule.clone() {
-                Rule::Scores { score, renormalise, .. } => Rule::Scores { score, renormalise, groups: None },
+                Rule::Scores { score, renormalize, .. } => Rule::Scores { score, renormalize, groups: None },
                 other => other,
             },
             ..router.clone()

@@ -46,7 +46,7 @@ impl ParameterGroup {
     }
 }
 
-/// Optimises in a space of low rank: of a gradient `R [m, n]`, AdamW sees `R V [m, r]` if `m >= n` and `U^T R [r, n]` otherwise, where U and V
+/// Optimizes in a space of low rank: of a gradient `R [m, n]`, AdamW sees `R V [m, r]` if `m >= n` and `U^T R [r, n]` otherwise, where U and V
 /// are the first singular vectors of a recent gradient; its direction is taken back by the same vectors.
 ///
 /// Source: GaLore (arXiv 2403.03507) as used by OwLore (arXiv 2405.18380). Applies to the last two dimensions of a parameter's shape; vectors are

@@ -1,4 +1,4 @@
-//! Rows of a data file: what they hold, before anything is tokenised.
+//! Rows of a data file: what they hold, before anything is tokenized.
 
 pub(crate) mod chat;
 mod fields;

@@ -1,4 +1,4 @@
-//! Routing gates of an expert's rows in other normalisations than the model's.
+//! Routing gates of an expert's rows in other normalizations than the model's.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ pub(super) struct LayerGates {
     /// Start of each expert's rows, and the end of the last.
     starts: Vec<usize>,
     softmax: Vec<f32>,
-    renormalised: Vec<f32>,
+    renormalized: Vec<f32>,
 }
 
 impl LayerGates {
@@ -29,7 +29,7 @@ impl LayerGates {
         let mut gates = Self {
             starts,
             softmax: vec![0.0; if with_softmax { trace.selected.len() } else { 0 }],
-            renormalised: vec![0.0; trace.selected.len()],
+            renormalized: vec![0.0; trace.selected.len()],
         };
         let tokens = trace.selected.chunks_exact(top_k).zip(trace.weights.chunks_exact(top_k));
         for ((selected, weights), logits) in tokens.zip(trace.logits.chunks_exact(experts.max(1))) {
@@ -42,7 +42,7 @@ impl LayerGates {
                 let at = next[expert];
                 next[expert] += 1;
                 // Weights of zero stay zero, however many there are.
-                gates.renormalised[at] = if total > 0.0 { weight / total } else { 0.0 };
+                gates.renormalized[at] = if total > 0.0 { weight / total } else { 0.0 };
                 if with_softmax {
                     gates.softmax[at] = probabilities[expert];
                 }
@@ -56,7 +56,7 @@ impl LayerGates {
     pub fn rows(&self, gate: Gate, expert: usize) -> &[f32] {
         let values = match gate {
             Gate::AsApplied => return &[],
-            Gate::Renormalised => &self.renormalised,
+            Gate::Renormalized => &self.renormalized,
             Gate::Softmax => &self.softmax,
         };
         values.get(self.starts[expert]..self.starts[expert + 1]).unwrap_or_default()
@@ -111,8 +111,8 @@ mod tests {
             assert_eq!(found.len(), expected.len());
             assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{found:?} and {expected:?}");
         };
-        close(gates.rows(Gate::Renormalised, 5, 0), &[0.25, 0.0]);
-        close(gates.rows(Gate::Renormalised, 5, 1), &[0.75]);
+        close(gates.rows(Gate::Renormalized, 5, 0), &[0.25, 0.0]);
+        close(gates.rows(Gate::Renormalized, 5, 1), &[0.75]);
         let (e, e2) = (1f32.exp(), 2f32.exp());
         close(gates.rows(Gate::Softmax, 5, 0), &[1.0 / (2.0 + e), e2 / (1.0 + e2)]);
         close(gates.rows(Gate::Softmax, 5, 2), &[0.0]);

@@ -9,7 +9,7 @@ use crate::kernels::output_rows::{column_moments, output_rows};
 use crate::scorers::Gate;
 use crate::statistics::{
     OUTPUT_APPLIED, OUTPUT_APPLIED_SQUARE, OUTPUT_FIRST_MAX, OUTPUT_MAX, OUTPUT_MOMENTS, OUTPUT_NORM,
-    OUTPUT_RENORMALISED, OUTPUT_RENORMALISED_SQUARE, OUTPUT_SOFTMAX, OUTPUT_SOFTMAX_SQUARE, OUTPUT_SQUARE, OUTPUT_TURN,
+    OUTPUT_RENORMALIZED, OUTPUT_RENORMALIZED_SQUARE, OUTPUT_SOFTMAX, OUTPUT_SOFTMAX_SQUARE, OUTPUT_SQUARE, OUTPUT_TURN,
     StatisticId, StatisticSpec,
 };
 use crate::{Error, Result};
@@ -19,8 +19,8 @@ pub(super) const PROVIDED: &[StatisticId] = &[
     OUTPUT_SQUARE,
     OUTPUT_APPLIED,
     OUTPUT_APPLIED_SQUARE,
-    OUTPUT_RENORMALISED,
-    OUTPUT_RENORMALISED_SQUARE,
+    OUTPUT_RENORMALIZED,
+    OUTPUT_RENORMALIZED_SQUARE,
     OUTPUT_SOFTMAX,
     OUTPUT_SOFTMAX_SQUARE,
     OUTPUT_TURN,
@@ -63,7 +63,7 @@ impl OutputSums {
     }
 
     fn wants_gates(&self) -> bool {
-        self.wants_softmax() || self.wants(&[OUTPUT_RENORMALISED, OUTPUT_RENORMALISED_SQUARE])
+        self.wants_softmax() || self.wants(&[OUTPUT_RENORMALIZED, OUTPUT_RENORMALIZED_SQUARE])
     }
 
     /// Gates of the rows of a trace, remembered from the routing of its layer.
@@ -116,8 +116,8 @@ impl Collector for OutputSums {
                 id if *id == OUTPUT_SQUARE => rows.iter().map(|row| f64::from(row.square)).sum(),
                 id if *id == OUTPUT_APPLIED => gated(Gate::AsApplied, 1)?,
                 id if *id == OUTPUT_APPLIED_SQUARE => gated(Gate::AsApplied, 2)?,
-                id if *id == OUTPUT_RENORMALISED => gated(Gate::Renormalised, 1)?,
-                id if *id == OUTPUT_RENORMALISED_SQUARE => gated(Gate::Renormalised, 2)?,
+                id if *id == OUTPUT_RENORMALIZED => gated(Gate::Renormalized, 1)?,
+                id if *id == OUTPUT_RENORMALIZED_SQUARE => gated(Gate::Renormalized, 2)?,
                 id if *id == OUTPUT_SOFTMAX => gated(Gate::Softmax, 1)?,
                 id if *id == OUTPUT_SOFTMAX_SQUARE => gated(Gate::Softmax, 2)?,
                 id if *id == OUTPUT_TURN => {

@@ -8,19 +8,19 @@ use super::gates::LayerGates;
 use crate::Result;
 use crate::scorers::Gate;
 use crate::statistics::{
-    ROUTED_TOKENS, ROUTING_GATE, ROUTING_RENORMALISED, ROUTING_SOFTMAX, ROUTING_WEIGHT, StatisticId, StatisticSpec,
+    ROUTED_TOKENS, ROUTING_GATE, ROUTING_RENORMALIZED, ROUTING_SOFTMAX, ROUTING_WEIGHT, StatisticId, StatisticSpec,
 };
 
 pub(super) const PROVIDED: &[StatisticId] =
-    &[ROUTED_TOKENS, ROUTING_WEIGHT, ROUTING_GATE, ROUTING_RENORMALISED, ROUTING_SOFTMAX];
+    &[ROUTED_TOKENS, ROUTING_WEIGHT, ROUTING_GATE, ROUTING_RENORMALIZED, ROUTING_SOFTMAX];
 
-/// [`ROUTED_TOKENS`] and [`ROUTING_WEIGHT`], and [`ROUTING_GATE`], [`ROUTING_RENORMALISED`] and [`ROUTING_SOFTMAX`] if asked for.
+/// [`ROUTED_TOKENS`] and [`ROUTING_WEIGHT`], and [`ROUTING_GATE`], [`ROUTING_RENORMALIZED`] and [`ROUTING_SOFTMAX`] if asked for.
 #[derive(Debug)]
 pub struct Routing {
     statistics: Vec<StatisticSpec>,
     gate: bool,
     softmax: bool,
-    renormalised: bool,
+    renormalized: bool,
 }
 
 impl Routing {
@@ -32,7 +32,7 @@ impl Routing {
             statistics: wanted.cloned().map(StatisticSpec::expert_sum).collect(),
             gate: ids.contains(&ROUTING_GATE),
             softmax: ids.contains(&ROUTING_SOFTMAX),
-            renormalised: ids.contains(&ROUTING_RENORMALISED),
+            renormalized: ids.contains(&ROUTING_RENORMALIZED),
         }
     }
 }
@@ -61,10 +61,10 @@ impl Collector for Routing {
                 sums[*expert as usize] += f64::from(*weight) / f64::from(trace.scale);
             }
         }
-        if self.softmax || self.renormalised {
+        if self.softmax || self.renormalized {
             let gates = LayerGates::new(trace, self.softmax);
             let others = [
-                (self.renormalised, ROUTING_RENORMALISED, Gate::Renormalised),
+                (self.renormalized, ROUTING_RENORMALIZED, Gate::Renormalized),
                 (self.softmax, ROUTING_SOFTMAX, Gate::Softmax),
             ];
             for (_, id, gate) in others.into_iter().filter(|(wanted, ..)| *wanted) {

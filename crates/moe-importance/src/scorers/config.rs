@@ -16,7 +16,7 @@ use crate::{Error, Result};
 /// case must be the name given, which a test checks.
 macro_rules! scorers {
     ($(#[doc = $doc:literal] $variant:ident = $name:literal,)*) => {
-        /// A scorer with its parameters, as it stands in recipes: `{"scorer": "fisher", "criterion": "token"}`. Parameters that
+        /// A scorer with its parameters, as it stands in recipes: `{"type": "fisher", "criterion": "token"}`. Parameters that
         /// are left out have their defaults; unknown ones are refused.
         ///
         /// ```
@@ -25,16 +25,16 @@ macro_rules! scorers {
         ///
         /// // Experts by the sum of the Fisher importance of their units, and units by the REAP score of their expert, those of one
         /// // expert by HEAPr's score.
-        /// let fisher: ScorerConfig = serde_json::from_str(r#"{"scorer": "fisher"}"#)?;
+        /// let fisher: ScorerConfig = serde_json::from_str(r#"{"type": "fisher"}"#)?;
         /// assert_eq!(fisher.into_experts(Reduction::Sum)?.build()?.needs().granularity, Granularity::Expert);
         ///
-        /// let json = r#"{"scorer": "units", "of": {"scorer": "reap", "gate": "renormalised"}, "tie_breaker": {"scorer": "heapr"}}"#;
+        /// let json = r#"{"type": "units", "of": {"type": "reap", "gate": "renormalized"}, "tie_breaker": {"type": "heapr"}}"#;
         /// let units: ScorerConfig = serde_json::from_str(json)?;
         /// assert_eq!(units.build()?.needs().granularity, Granularity::Unit);
         /// # Ok::<(), Box<dyn std::error::Error>>(())
         /// ```
         #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-        #[serde(tag = "scorer", rename_all = "snake_case", try_from = "Value")]
+        #[serde(tag = "type", rename_all = "snake_case", try_from = "Value")]
         #[non_exhaustive]
         pub enum ScorerConfig {
             $(#[doc = $doc] $variant($variant),)*
@@ -104,7 +104,7 @@ scorers! {
     Random = "random",
     /// Experts: how often they are selected.
     Frequency = "frequency",
-    /// Experts: routing weights, as applied, renormalised or softmax.
+    /// Experts: routing weights, as applied, renormalized or softmax.
     RoutingWeight = "routing_weight",
     /// Experts: norm of the output.
     Ean = "ean",
@@ -122,7 +122,7 @@ scorers! {
     RouterTaylor = "router_taylor",
     /// Experts: output that turns the hidden state.
     Tenp = "tenp",
-    /// Experts: mean renormalised routing weight.
+    /// Experts: mean renormalized routing weight.
     Dern = "dern",
     /// Experts: share in the routing of the layer.
     Esft = "esft",
@@ -171,8 +171,8 @@ impl TryFrom<Value> for ScorerConfig {
         let Value::Object(mut fields) = value else {
             return Err(Error::NotAnObject { found: value.to_string() });
         };
-        let invalid = |reason: String| Error::InvalidField { scorer: "?".into(), field: "scorer".into(), reason };
-        match fields.remove("scorer") {
+        let invalid = |reason: String| Error::InvalidField { scorer: "?".into(), field: "type".into(), reason };
+        match fields.remove("type") {
             Some(Value::String(name)) => Self::parse(&name, fields),
             Some(other) => Err(invalid(format!("found {other}, expected a string"))),
             None => Err(invalid(format!("missing; there are {}", Self::NAMES.join(", ")))),
@@ -212,7 +212,7 @@ mod tests {
     #[test]
     fn every_scorer_survives_a_round_trip_and_has_defaults() {
         for name in ScorerConfig::NAMES {
-            let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"scorer": "{name}"}}"#)).unwrap();
+            let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"type": "{name}"}}"#)).unwrap();
             let json = serde_json::to_string(&config).unwrap();
             assert_eq!(serde_json::from_str::<ScorerConfig>(&json).unwrap(), config, "{json}");
             let scorer = config.build().unwrap();
@@ -224,25 +224,25 @@ mod tests {
     #[test]
     fn errors_name_the_field() {
         for (json, expected) in [
-            ("3", "a scorer is a JSON object with a field `scorer`, found 3"),
-            ("{}", "scorer `?`: field `scorer`: missing; there are fisher, heapr, coupled"),
-            (r#"{"scorer": 1}"#, "scorer `?`: field `scorer`: found 1, expected a string"),
-            (r#"{"scorer": "fish"}"#, "scorer `fish` is not known; there are fisher, heapr, coupled"),
+            ("3", "a scorer is a JSON object with a field `type`, found 3"),
+            ("{}", "scorer `?`: field `type`: missing; there are fisher, heapr, coupled"),
+            (r#"{"type": 1}"#, "scorer `?`: field `type`: found 1, expected a string"),
+            (r#"{"type": "fish"}"#, "scorer `fish` is not known; there are fisher, heapr, coupled"),
             (
-                r#"{"scorer": "fisher", "criterion": "tokens"}"#,
+                r#"{"type": "fisher", "criterion": "tokens"}"#,
                 "scorer `fisher`: field `criterion`: unknown variant `tokens`, expected one of `token`, `sequence`, `abs`",
             ),
             (
-                r#"{"scorer": "fisher", "criterium": "token"}"#,
+                r#"{"type": "fisher", "criterium": "token"}"#,
                 "field `criterium`: unknown field `criterium`, expected `criterion`",
             ),
-            (r#"{"scorer": "magnitude", "norm": 1}"#, "scorer `magnitude`: field `norm`: unknown field `norm`"),
+            (r#"{"type": "magnitude", "norm": 1}"#, "scorer `magnitude`: field `norm`: unknown field `norm`"),
             (
-                r#"{"scorer": "random", "seed": -1}"#,
+                r#"{"type": "random", "seed": -1}"#,
                 "scorer `random`: field `seed`: invalid value: integer `-1`, expected u64",
             ),
             (
-                r#"{"scorer": "router_score", "unit": {"scorer": "activation", "denominator": "all"}}"#,
+                r#"{"type": "router_score", "unit": {"type": "activation", "denominator": "all"}}"#,
                 "scorer `router_score`: field `unit`: scorer `activation`: field `denominator`: unknown variant `all`",
             ),
         ] {
@@ -254,24 +254,24 @@ mod tests {
     #[test]
     fn parameters_out_of_range_are_refused_when_built() {
         for (json, expected) in [
-            (r#"{"scorer": "reap", "power": 3}"#, "scorer `reap`: field `power`: found 3, expected 1 or 2"),
-            (r#"{"scorer": "bias", "step": 0}"#, "scorer `bias`: field `step`: found 0, expected a number above 0"),
-            (r#"{"scorer": "projection", "weighting": "square"}"#, "field `weighting`: found `square`"),
+            (r#"{"type": "reap", "power": 3}"#, "scorer `reap`: field `power`: found 3, expected 1 or 2"),
+            (r#"{"type": "bias", "step": 0}"#, "scorer `bias`: field `step`: found 0, expected a number above 0"),
+            (r#"{"type": "projection", "weighting": "square"}"#, "field `weighting`: found `square`"),
             (
-                r#"{"scorer": "units", "of": {"scorer": "fisher"}}"#,
+                r#"{"type": "units", "of": {"type": "fisher"}}"#,
                 "scorer `units`: field `of`: found scorer `fisher`, expected a scorer of experts",
             ),
             (
-                r#"{"scorer": "units", "tie_breaker": {"scorer": "reap"}}"#,
+                r#"{"type": "units", "tie_breaker": {"type": "reap"}}"#,
                 "scorer `units`: field `tie_breaker`: found scorer `reap`, expected a scorer of units",
             ),
             (
-                r#"{"scorer": "router_score", "unit": {"scorer": "reap"}}"#,
+                r#"{"type": "router_score", "unit": {"type": "reap"}}"#,
                 "scorer `router_score`: field `unit`: found scorer `reap`, expected a scorer of units",
             ),
-            (r#"{"scorer": "experts", "of": {"scorer": "reap", "power": 0}}"#, "scorer `reap`: field `power`: found 0"),
+            (r#"{"type": "experts", "of": {"type": "reap", "power": 0}}"#, "scorer `reap`: field `power`: found 0"),
             (
-                r#"{"scorer": "experts", "of": {"scorer": "router_score"}}"#,
+                r#"{"type": "experts", "of": {"type": "router_score"}}"#,
                 "scorer `experts`: field `reduction`: found `sum`, expected `mean`, `max` or `top`: scores of `router_score` are not additive",
             ),
         ] {
@@ -279,13 +279,13 @@ mod tests {
             let found = config.build().err().unwrap().to_string();
             assert!(found.contains(expected), "{json}: {found}");
         }
-        assert!(error(r#"{"scorer": "experts", "reduction": {"top": 0}}"#).contains("field `reduction`"));
+        assert!(error(r#"{"type": "experts", "reduction": {"top": 0}}"#).contains("field `reduction`"));
     }
 
     #[test]
     fn any_scorer_becomes_one_of_units_or_of_experts() {
         for name in ScorerConfig::NAMES {
-            let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"scorer": "{name}"}}"#)).unwrap();
+            let config: ScorerConfig = serde_json::from_str(&format!(r#"{{"type": "{name}"}}"#)).unwrap();
             let units = config.clone().into_units(Magnitude::new()).unwrap();
             assert_eq!(units.build().unwrap().needs().granularity, moe_checkpoint::Granularity::Unit, "{name}");
             assert_eq!(units.clone().into_units(Random::new(1)).unwrap(), units);

@@ -7,9 +7,9 @@ use serde_json::Value;
 use super::table::expert_means;
 use super::{Average, ExpertWeightsSource, Needs, Scorer};
 use crate::Result;
-use crate::statistics::{ROUTED_TOKENS, ROUTING_RENORMALISED};
+use crate::statistics::{ROUTED_TOKENS, ROUTING_RENORMALIZED};
 
-/// `s_e = (1/N) sum_t [e in the top-k of t] p_t[e]`, with the routing weights p renormalised over the token's top-k and N all
+/// `s_e = (1/N) sum_t [e in the top-k of t] p_t[e]`, with the routing weights p renormalized over the token's top-k and N all
 /// tokens: what DERN drops experts by, and weighs segments with.
 ///
 /// Source: arXiv 2509.10377, step 1.
@@ -35,10 +35,10 @@ impl Scorer for Dern {
     }
 
     fn needs(&self) -> Needs {
-        Needs::experts([ROUTING_RENORMALISED, ROUTED_TOKENS])
+        Needs::experts([ROUTING_RENORMALIZED, ROUTED_TOKENS])
     }
 
     fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> Result<ScoreTable> {
-        expert_means(self, statistics, &ROUTING_RENORMALISED, Average::AllTokens)
+        expert_means(self, statistics, &ROUTING_RENORMALIZED, Average::AllTokens)
     }
 }

@@ -22,7 +22,7 @@ pub enum EsftScore {
     Gate,
 }
 
-/// Use of an expert by a task, by which expert-specialised fine-tuning (arXiv 2407.01906) selects what it trains: in each layer,
+/// Use of an expert by a task, by which expert-specialized fine-tuning (arXiv 2407.01906) selects what it trains: in each layer,
 /// experts are taken from the most used on until their scores sum to a threshold.
 ///
 /// The released script divides by sums over layers, which does not reproduce the published selections.

@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::StatisticId;
 use crate::statistics::{
-    OUTPUT_APPLIED, OUTPUT_APPLIED_SQUARE, OUTPUT_RENORMALISED, OUTPUT_RENORMALISED_SQUARE, OUTPUT_SOFTMAX,
-    OUTPUT_SOFTMAX_SQUARE, ROUTING_RENORMALISED, ROUTING_SOFTMAX, ROUTING_WEIGHT,
+    OUTPUT_APPLIED, OUTPUT_APPLIED_SQUARE, OUTPUT_RENORMALIZED, OUTPUT_RENORMALIZED_SQUARE, OUTPUT_SOFTMAX,
+    OUTPUT_SOFTMAX_SQUARE, ROUTING_RENORMALIZED, ROUTING_SOFTMAX, ROUTING_WEIGHT,
 };
 
 /// Which gate weighs a routed token.
@@ -17,7 +17,7 @@ pub enum Gate {
     AsApplied,
     /// The routing weight divided by the sum over the token's top-k, whether the model does so or not; without the scaling
     /// factor of models that have one.
-    Renormalised,
+    Renormalized,
     /// The softmax of the router's logits over all experts, whatever the model makes of them (top-k, sigmoid, bias).
     Softmax,
 }
@@ -27,7 +27,7 @@ impl Gate {
     pub fn sum(self) -> StatisticId {
         match self {
             Self::AsApplied => ROUTING_WEIGHT,
-            Self::Renormalised => ROUTING_RENORMALISED,
+            Self::Renormalized => ROUTING_RENORMALIZED,
             Self::Softmax => ROUTING_SOFTMAX,
         }
     }
@@ -37,8 +37,8 @@ impl Gate {
         match (self, square) {
             (Self::AsApplied, false) => OUTPUT_APPLIED,
             (Self::AsApplied, true) => OUTPUT_APPLIED_SQUARE,
-            (Self::Renormalised, false) => OUTPUT_RENORMALISED,
-            (Self::Renormalised, true) => OUTPUT_RENORMALISED_SQUARE,
+            (Self::Renormalized, false) => OUTPUT_RENORMALIZED,
+            (Self::Renormalized, true) => OUTPUT_RENORMALIZED_SQUARE,
             (Self::Softmax, false) => OUTPUT_SOFTMAX,
             (Self::Softmax, true) => OUTPUT_SOFTMAX_SQUARE,
         }

@@ -91,7 +91,7 @@ use crate::Result;
 ///         "spiky"
 ///     }
 ///     fn recipe(&self) -> serde_json::Value {
-///         serde_json::json!({ "scorer": "spiky" })
+///         serde_json::json!({ "type": "spiky" })
 ///     }
 ///     fn needs(&self) -> Needs {
 ///         Needs::experts([OUTPUT_MAX, OUTPUT_NORM]).within(Pool::Layer)

@@ -12,7 +12,7 @@ use crate::{Result, StatisticId};
 /// Routing weight of an expert over the tokens routed to it: with [`Average::AllTokens`] it orders as the sum, with
 /// [`Average::RoutedTokens`] it is the mean.
 ///
-/// With [`Gate::Renormalised`] and [`Average::AllTokens`] this is DERN's s_e (arXiv 2509.10377, step 1), also there as
+/// With [`Gate::Renormalized`] and [`Average::AllTokens`] this is DERN's s_e (arXiv 2509.10377, step 1), also there as
 /// [`Dern`](super::Dern); with [`Gate::AsApplied`] the soft count of SEER-MoE, also there as [`Seer`](super::Seer).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

@@ -2,7 +2,7 @@
 //! brute force in f64.
 #![allow(dead_code)]
 
-pub mod catalogue;
+pub mod catalog;
 pub mod world;
 
 use std::ops::Range;

@@ -55,7 +55,7 @@ pub struct WorldLayer {
     pub router: Matrix,
     /// `[T][k]`.
     pub selected: Vec<Vec<usize>>,
-    /// `[T][k]`: softmax probabilities over all experts, not renormalised.
+    /// `[T][k]`: softmax probabilities over all experts, not renormalized.
     pub weights: Vec<Vec<f64>>,
     pub experts: Vec<WorldExpert>,
 }

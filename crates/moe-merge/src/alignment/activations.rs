@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Alignment, AlignmentContext, missing_sample, unit_distances};
 use crate::Result;
-use crate::linalg::{normalise_rows, row_products, transposed};
+use crate::linalg::{normalize_rows, row_products, transposed};
 
 /// The match with the smallest summed distance of the units' activations on sampled tokens, each unit's divided by their
 /// length. Tokens are those of the layer, whether routed to the expert or not.
@@ -27,7 +27,7 @@ impl Alignment for ActivationMatching {
         let rows = |weights: &ExpertWeights| -> Result<Vec<f32>> {
             let units = weights.unit_activations(&sample.inputs, context.activation); // [S, I]
             let mut rows = transposed(&units, sample.tokens(), weights.width); // [I, S]
-            normalise_rows(&mut rows, sample.tokens());
+            normalize_rows(&mut rows, sample.tokens());
             Ok(rows)
         };
         Ok(unit_distances(row_products(&rows(reference)?, &rows(expert)?, sample.tokens())))

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Alignment, AlignmentContext};
 use crate::experts::{UnitParts, unit_vectors};
-use crate::linalg::{normalise_rows, truncated_svd};
+use crate::linalg::{normalize_rows, truncated_svd};
 use crate::{Error, Result};
 
 /// The match with the smallest summed distance of the units' weight vectors `[gate | up | down]`, each divided by its length,
@@ -35,8 +35,8 @@ impl Alignment for PcaMatching {
     fn costs(&self, reference: &ExpertWeights, expert: &ExpertWeights, _: &AlignmentContext<'_>) -> Result<Vec<f32>> {
         let (mut points, length) = unit_vectors(reference, UnitParts::ALL);
         points.extend(unit_vectors(expert, UnitParts::ALL).0);
-        normalise_rows(&mut points, length);
-        centre(&mut points, length);
+        normalize_rows(&mut points, length);
+        center(&mut points, length);
         let scores = truncated_svd(&points, length, self.components)?.scores;
         let kept = scores.len() / (2 * reference.width).max(1);
         let (a, b) = scores.split_at(reference.width * kept);
@@ -52,7 +52,7 @@ impl Alignment for PcaMatching {
 }
 
 /// Takes the mean of the rows out of each.
-fn centre(points: &mut [f32], length: usize) {
+fn center(points: &mut [f32], length: usize) {
     let mut mean = vec![0.0f64; length];
     let count = points.len() / length.max(1);
     for row in points.chunks_exact(length.max(1)) {
@@ -85,7 +85,7 @@ mod tests {
     fn with_all_components_distances_are_those_of_the_points() {
         let (n, length) = (12, 5);
         let mut points = noise(n * length, 3);
-        centre(&mut points, length);
+        center(&mut points, length);
         let scores = truncated_svd(&points, length, 64).unwrap().scores;
         let found = distances(&scores, &scores, length);
         let expected = distances(&points, &points, length);
@@ -100,7 +100,7 @@ mod tests {
         let along = noise(20, 1);
         let mut points: Vec<f32> = noise(20 * length, 2).iter().map(|v| v * 0.01).collect();
         points.chunks_exact_mut(length).zip(&along).for_each(|(row, a)| row[2] += 3.0 * a);
-        centre(&mut points, length);
+        center(&mut points, length);
         let scores = truncated_svd(&points, length, 1).unwrap().scores;
         let sign = (scores[0] * points[2]).signum();
         for (score, row) in scores.iter().zip(points.chunks_exact(length)) {

@@ -8,8 +8,8 @@ const HIDDEN: usize = 8;
 fn every_alignment() -> Vec<AlignmentConfig> {
     let (activations, pca) = (ActivationMatching {}, PcaMatching { components: 4 });
     vec![
-        AlignmentConfig::Weights(WeightMatching { normalise: false }),
-        AlignmentConfig::Weights(WeightMatching { normalise: true }),
+        AlignmentConfig::Weights(WeightMatching { normalize: false }),
+        AlignmentConfig::Weights(WeightMatching { normalize: true }),
         AlignmentConfig::Activations(activations),
         AlignmentConfig::Pca(pca),
         AlignmentConfig::ActivationsAndPca { activations, pca },
@@ -71,7 +71,7 @@ fn weights_are_matched_by_their_largest_products() {
         hidden: 1,
         ..ExpertWeights::default()
     };
-    let raw = AlignmentConfig::Weights(WeightMatching { normalise: false });
+    let raw = AlignmentConfig::Weights(WeightMatching { normalize: false });
     assert_eq!(order(&raw, &one(&[1.0, 3.0, 2.0]), &one(&[10.0, 20.0, 30.0])), [0, 2, 1]);
 }
 

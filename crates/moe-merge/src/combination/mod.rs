@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub use average::Average;
 pub use dominant_only::DominantOnly;
 pub use least_squares::{FitTarget, LeastSquaresDown};
-pub use segments::{Centres, Scale, SegmentSimilarity, Segments};
+pub use segments::{Centers, Scale, SegmentSimilarity, Segments};
 pub use subspace::{Subspace, SubspaceRank};
 
 use crate::alignment::{AlignmentConfig, AlignmentContext};

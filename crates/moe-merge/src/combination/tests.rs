@@ -226,7 +226,7 @@ fn a_fitted_down_is_never_worse_than_the_average_and_exact_where_it_can_be() {
 }
 
 #[test]
-fn a_routed_fit_minimises_what_tokens_lose() {
+fn a_routed_fit_minimizes_what_tokens_lose() {
     let mut bench = Bench::new((0..2).map(|seed| expert(HIDDEN, 8, seed + 50)).collect(), &[0.6, 0.4]);
     let tokens = sample(300, 2);
     bench.sample = Some(tokens.clone());

@@ -8,9 +8,9 @@ use crate::context::Gram;
 /// Most rounds of a run.
 const ROUNDS: usize = 100;
 
-/// What a centre is.
+/// What a center is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Centre {
+pub(super) enum Center {
     /// The mean; distance is squared Euclidean.
     Mean,
     /// The direction of the mean of unit vectors; distance is 1 - cosine.
@@ -19,21 +19,21 @@ pub(super) enum Centre {
 
 /// k-means++ with restarts on points given by their inner products; labels `[n]` of the run with the smallest cost, all of
 /// `clusters` used. Ties and random choices go by the order of the points.
-pub(super) fn kmeans(gram: &Gram, clusters: usize, centre: Centre, seed: u64, restarts: usize) -> Vec<usize> {
-    let normalised;
-    let gram = match centre {
-        Centre::Mean => gram,
-        Centre::Direction => {
-            normalised = gram.normalised();
-            &normalised
+pub(super) fn kmeans(gram: &Gram, clusters: usize, center: Center, seed: u64, restarts: usize) -> Vec<usize> {
+    let normalized;
+    let gram = match center {
+        Center::Mean => gram,
+        Center::Direction => {
+            normalized = gram.normalized();
+            &normalized
         }
     };
     let mut best: Option<(f64, Vec<usize>)> = None;
     for run in 0..restarts.max(1) {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(run as u64);
-        let labels = lloyd(gram, clusters, centre, plus_plus(gram, clusters, &mut rng));
-        let cost = cost(gram, clusters, centre, &labels);
+        let labels = lloyd(gram, clusters, center, plus_plus(gram, clusters, &mut rng));
+        let cost = cost(gram, clusters, center, &labels);
         if best.as_ref().is_none_or(|(least, _)| cost < *least) {
             best = Some((cost, labels));
         }
@@ -65,8 +65,8 @@ fn plus_plus(gram: &Gram, clusters: usize, rng: &mut ChaCha8Rng) -> Vec<usize> {
     seeds
 }
 
-/// Squared distance of every point from every centre `[n, clusters]`; infinite from one without points.
-fn distances(gram: &Gram, clusters: usize, centre: Centre, labels: &[usize]) -> Vec<f64> {
+/// Squared distance of every point from every center `[n, clusters]`; infinite from one without points.
+fn distances(gram: &Gram, clusters: usize, center: Center, labels: &[usize]) -> Vec<f64> {
     let n = gram.count;
     let mut sums = vec![0.0; n * clusters];
     let mut sizes = vec![0.0f64; clusters];
@@ -76,18 +76,18 @@ fn distances(gram: &Gram, clusters: usize, centre: Centre, labels: &[usize]) -> 
     }
     let mut squares = vec![0.0; clusters];
     labels.iter().enumerate().for_each(|(i, label)| squares[*label] += sums[i * clusters + label]);
-    let distance = |i: usize, c: usize| match (sizes[c], centre) {
+    let distance = |i: usize, c: usize| match (sizes[c], center) {
         (0.0, _) => f64::INFINITY,
-        (size, Centre::Mean) => {
+        (size, Center::Mean) => {
             (gram.at(i, i) - 2.0 * sums[i * clusters + c] / size + squares[c] / (size * size)).max(0.0)
         }
-        (_, Centre::Direction) if squares[c] > 0.0 => 1.0 - sums[i * clusters + c] / squares[c].sqrt(),
-        (_, Centre::Direction) => 1.0,
+        (_, Center::Direction) if squares[c] > 0.0 => 1.0 - sums[i * clusters + c] / squares[c].sqrt(),
+        (_, Center::Direction) => 1.0,
     };
     (0..n * clusters).map(|k| distance(k / clusters, k % clusters)).collect()
 }
 
-fn lloyd(gram: &Gram, clusters: usize, centre: Centre, seeds: Vec<usize>) -> Vec<usize> {
+fn lloyd(gram: &Gram, clusters: usize, center: Center, seeds: Vec<usize>) -> Vec<usize> {
     let n = gram.count;
     let nearest_seed = |i: usize| {
         let mut best = 0;
@@ -100,11 +100,11 @@ fn lloyd(gram: &Gram, clusters: usize, centre: Centre, seeds: Vec<usize>) -> Vec
     };
     let mut labels: Vec<usize> = (0..n).map(nearest_seed).collect();
     for _ in 0..ROUNDS {
-        let distances = distances(gram, clusters, centre, &labels);
+        let distances = distances(gram, clusters, center, &labels);
         let mut next: Vec<usize> = (0..n)
             .map(|i| {
                 let row = &distances[i * clusters..(i + 1) * clusters];
-                // A point moves for a strictly better centre only, so that the loop ends.
+                // A point moves for a strictly better center only, so that the loop ends.
                 let mut best = labels[i];
                 (0..clusters).for_each(|c| {
                     if row[c] < row[best] {
@@ -123,7 +123,7 @@ fn lloyd(gram: &Gram, clusters: usize, centre: Centre, seeds: Vec<usize>) -> Vec
     labels
 }
 
-/// Gives every cluster without points the point that is farthest from its own centre, out of a cluster of several.
+/// Gives every cluster without points the point that is farthest from its own center, out of a cluster of several.
 fn fill_empty(labels: &mut [usize], clusters: usize, distances: &[f64]) {
     for empty in 0..clusters {
         if labels.contains(&empty) {
@@ -139,8 +139,8 @@ fn fill_empty(labels: &mut [usize], clusters: usize, distances: &[f64]) {
     }
 }
 
-fn cost(gram: &Gram, clusters: usize, centre: Centre, labels: &[usize]) -> f64 {
-    let distances = distances(gram, clusters, centre, labels);
+fn cost(gram: &Gram, clusters: usize, center: Center, labels: &[usize]) -> f64 {
+    let distances = distances(gram, clusters, center, labels);
     labels.iter().enumerate().map(|(i, label)| distances[i * clusters + label]).sum()
 }
 
@@ -153,14 +153,14 @@ mod tests {
         let points: Vec<f64> = [0.0, 0.1, 0.2, 10.0, 10.1, 50.0].iter().flat_map(|x| [*x, 1.0]).collect();
         let gram = Gram::of_vectors(&points, 6);
         for seed in 0..20 {
-            let labels = kmeans(&gram, 3, Centre::Mean, seed, 4);
+            let labels = kmeans(&gram, 3, Center::Mean, seed, 4);
             assert!(labels[0] == labels[1] && labels[1] == labels[2] && labels[3] == labels[4], "{labels:?}");
             assert!(labels[0] != labels[3] && labels[5] != labels[0] && labels[5] != labels[3]);
-            assert_eq!(labels, kmeans(&gram, 3, Centre::Mean, seed, 4));
+            assert_eq!(labels, kmeans(&gram, 3, Center::Mean, seed, 4));
         }
         // As many clusters as points, some of which coincide.
         let same = Gram::of_vectors(&[1.0, 1.0, 1.0, 2.0], 4);
-        let mut labels = kmeans(&same, 4, Centre::Mean, 1, 1);
+        let mut labels = kmeans(&same, 4, Center::Mean, 1, 1);
         labels.sort_unstable();
         assert_eq!(labels, [0, 1, 2, 3]);
     }
@@ -168,7 +168,7 @@ mod tests {
     #[test]
     fn directions_ignore_lengths() {
         let points = [1.0, 0.0, 100.0, 1.0, 0.0, 2.0, 0.1, 30.0];
-        let labels = kmeans(&Gram::of_vectors(&points, 4), 2, Centre::Direction, 3, 4);
+        let labels = kmeans(&Gram::of_vectors(&points, 4), 2, Center::Direction, 3, 4);
         assert!(labels[0] == labels[1] && labels[2] == labels[3] && labels[0] != labels[2], "{labels:?}");
     }
 }

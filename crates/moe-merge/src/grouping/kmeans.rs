@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::clustering::{Centre, kmeans};
+use super::clustering::{Center, kmeans};
 use super::{Grouping, Groups, cluster_unprotected};
 use crate::context::LayerContext;
 use crate::similarity::{Features, Metric};
@@ -11,7 +11,7 @@ use crate::{Error, Result};
 /// k-means++ on the experts, with restarts. Random choices go by rank of importance, so that the numbering of the experts
 /// does not matter.
 ///
-/// Source: Sub-MoE (arXiv 2506.23266): outputs with cosine distance, where centres are directions of mean unit vectors. The
+/// Source: Sub-MoE (arXiv 2506.23266): outputs with cosine distance, where centers are directions of mean unit vectors. The
 /// other metrics take means.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -36,10 +36,10 @@ fn ten() -> usize {
 impl Grouping for KMeans {
     fn group(&self, context: &LayerContext<'_>, count: usize) -> Result<Groups> {
         let gram = self.features.gram(context)?;
-        let gram = if self.metric == Metric::UnitEuclidean { gram.normalised() } else { gram };
-        let centre = if self.metric == Metric::Cosine { Centre::Direction } else { Centre::Mean };
+        let gram = if self.metric == Metric::UnitEuclidean { gram.normalized() } else { gram };
+        let center = if self.metric == Metric::Cosine { Center::Direction } else { Center::Mean };
         cluster_unprotected(context, count, |experts, clusters| {
-            Ok(kmeans(&gram.reordered(experts), clusters, centre, self.seed, self.restarts))
+            Ok(kmeans(&gram.reordered(experts), clusters, center, self.seed, self.restarts))
         })
     }
 

@@ -3,7 +3,7 @@
 use faer::Mat;
 use serde::{Deserialize, Serialize};
 
-use super::clustering::{Centre, kmeans};
+use super::clustering::{Center, kmeans};
 use super::{Grouping, Groups, cluster_unprotected};
 use crate::context::{Gram, LayerContext};
 use crate::linalg::leading_eigenvectors;
@@ -11,7 +11,7 @@ use crate::similarity::Similarity;
 use crate::{Error, Result};
 
 /// Experts as a graph whose edges are similarities: the leading eigenvectors of `D^-1/2 A D^-1/2` embed them, rows are
-/// normalised, k-means clusters them (Ng, Jordan and Weiss 2001).
+/// normalized, k-means clusters them (Ng, Jordan and Weiss 2001).
 ///
 /// Source: UNCURL clusters experts by their router logits; the affinity is inferred, here `((1 + cos) / 2)` by default.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -43,8 +43,8 @@ impl Grouping for Spectral {
             let (vectors, _) = leading_eigenvectors(&graph, clusters)?;
             let rows: Vec<f64> = (0..m * clusters).map(|k| vectors[(k / clusters, k % clusters)]).collect();
             // Inner products of rows do not depend on the signs of eigenvectors.
-            let embedded = Gram::of_vectors(&rows, m).normalised();
-            Ok(kmeans(&embedded, clusters, Centre::Mean, self.seed, self.restarts))
+            let embedded = Gram::of_vectors(&rows, m).normalized();
+            Ok(kmeans(&embedded, clusters, Center::Mean, self.seed, self.restarts))
         })
     }
 

@@ -217,7 +217,7 @@ impl MergePlan {
         Ok(MergedModel { model, report })
     }
 
-    /// Merges all layers into `dir` and keeps them there: an artefact that [`MergePlan::on`] takes in any form, as often as wanted.
+    /// Merges all layers into `dir` and keeps them there: an artifact that [`MergePlan::on`] takes in any form, as often as wanted.
     /// A run that was interrupted goes on with the layers that `dir` has.
     ///
     /// # Errors

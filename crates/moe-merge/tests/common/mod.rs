@@ -53,7 +53,7 @@ pub fn evidence(model: &Checkpoint) -> Evidence {
         let sums: BTreeMap<String, Vec<f64>> = [
             "routing.tokens",
             "routing.weight",
-            "routing.renormalised",
+            "routing.renormalized",
             "output.norm_applied",
             "output.norm_softmax",
             "output.norm_softmax_square",
@@ -119,10 +119,10 @@ pub fn open(dir: impl AsRef<Path>) -> Arc<Checkpoint> {
     Arc::new(Checkpoint::open(dir).unwrap())
 }
 
-/// Whether the weights are copied without being dequantised.
+/// Whether the weights are copied without being dequantized.
 pub fn plain_bytes(model: &Checkpoint) -> bool {
     let layouts = model.shape().layers.iter().map(|layer| model.expert_layout(layer.layer).unwrap());
-    model.quantisation().is_none() && layouts.into_iter().all(|layout| layout != ExpertLayout::Mxfp4)
+    model.quantization().is_none() && layouts.into_iter().all(|layout| layout != ExpertLayout::Mxfp4)
 }
 
 /// A model whose experts have their first units only, `widths(layer, expert)` of them: what unit pruning leaves.

@@ -88,7 +88,7 @@ impl ComPeft {
     ///
     /// # Errors
     /// [`Error::Input`] for options out of range, tensors that differ in name or shape from those of the base, and elements that are not finite;
-    /// [`Error::Unsupported`] for quantised weights; what reading and writing fails with.
+    /// [`Error::Unsupported`] for quantized weights; what reading and writing fails with.
     pub fn encode(&self, from: TaskVector<'_>, to: &Path) -> Result<DeltaReport> {
         self.validate()?;
         let source = from.open()?;

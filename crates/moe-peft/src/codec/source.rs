@@ -47,8 +47,8 @@ impl<'a> TaskVector<'a> {
         match self {
             Self::Checkpoints { base, tuned } => {
                 for checkpoint in [base, tuned] {
-                    if let Some(quantisation) = checkpoint.quantisation() {
-                        let what = format!("a delta of {quantisation:?} weights in {}", checkpoint.dir().display());
+                    if let Some(quantization) = checkpoint.quantization() {
+                        let what = format!("a delta of {quantization:?} weights in {}", checkpoint.dir().display());
                         return Err(Error::Unsupported(what));
                     }
                 }

@@ -6,10 +6,10 @@
 //! 1. `p = softmax(z + b)` over all experts: the bias changes weights as well as the choice.
 //! 2. [`CondenserMode::Additive`], the code: the k experts of the largest p, and then C, k + r in all. An expert that is in both counts twice: it
 //!    runs once, with twice its weight. [`CondenserMode::Budget`], the paper's equation 2: the k - r largest outside C, and then C.
-//! 3. Weights are p; where the model normalises them, divided by their sum over the whole list (twice what counts twice); times the model's
+//! 3. Weights are p; where the model normalizes them, divided by their sum over the whole list (twice what counts twice); times the model's
 //!    scale.
 //!
-//! After each optimiser step, `b_e += speed` where the expert's use `u_e = sum_t p_te` over all tokens of the step is above the mean of the
+//! After each optimizer step, `b_e += speed` where the expert's use `u_e = sum_t p_te` over all tokens of the step is above the mean of the
 //! layer, `b_e -= speed` where it is below: busy experts gain. Phase one learns the bias without condensers; then [`Condensers::select`]
 //! makes the r most starved experts of each layer condensers, once, and phase two trains on with a smaller speed.
 //!
@@ -59,7 +59,7 @@ pub enum CondenserMode {
 /// What the use of an expert is compared with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Centre {
+pub enum Center {
     /// The mean over the experts of the layer.
     #[default]
     Mean,
@@ -77,14 +77,14 @@ pub struct CondenserOptions {
     /// How condensers join.
     pub mode: CondenserMode,
     /// What use is compared with.
-    pub centre: Centre,
+    pub center: Center,
     /// A bias of this or more grows no further.
     pub clip: Option<f32>,
 }
 
 impl Default for CondenserOptions {
     fn default() -> Self {
-        Self { speed: 1e-3, mode: CondenserMode::Additive, centre: Centre::Mean, clip: None }
+        Self { speed: 1e-3, mode: CondenserMode::Additive, center: Center::Mean, clip: None }
     }
 }
 
@@ -198,7 +198,7 @@ impl Condensers {
         Ok(model.with_overlays(model.expert_overlay().cloned(), Some(self.overlay()))?)
     }
 
-    /// Moves the biases by the use counted since the last step, and forgets that use. To be called once after each optimiser step.
+    /// Moves the biases by the use counted since the last step, and forgets that use. To be called once after each optimizer step.
     pub fn step(&self) {
         let options = self.options();
         self.layers.values().for_each(|rule| rule.step(&options));

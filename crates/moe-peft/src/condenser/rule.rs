@@ -12,7 +12,7 @@ use moe_core::{
 };
 use rayon::prelude::*;
 
-use super::{Centre, CondenserLayer, CondenserMode, CondenserOptions};
+use super::{Center, CondenserLayer, CondenserMode, CondenserOptions};
 use crate::{Error, Result};
 
 /// The rule of one layer.
@@ -21,7 +21,7 @@ pub(super) struct LayerRule {
     experts: usize,
     top_k: usize,
     routing: Routing,
-    normalise: bool,
+    normalize: bool,
     mode: CondenserMode,
     /// The model's own.
     router: Router,
@@ -50,8 +50,8 @@ fn softmax(logits: &[f32], out: &mut Vec<f32>) {
 
 impl LayerRule {
     pub fn new(routing: &Routing, experts: usize, mode: CondenserMode) -> Result<Self> {
-        let normalise =
-            matches!(routing.kind, RoutingKind::TopKSoftmax | RoutingKind::SoftmaxTopK { renormalise: true });
+        let normalize =
+            matches!(routing.kind, RoutingKind::TopKSoftmax | RoutingKind::SoftmaxTopK { renormalize: true });
         let learnt = CondenserLayer {
             bias: vec![0.0; experts],
             usage: vec![0.0; experts],
@@ -62,7 +62,7 @@ impl LayerRule {
         Ok(Self {
             experts,
             top_k: routing.top_k.min(experts),
-            normalise,
+            normalize,
             mode,
             router: Router::new(routing)?,
             routing: routing.clone(),
@@ -142,14 +142,14 @@ impl LayerRule {
         if pending.iter().all(|u| *u == 0.0) {
             return;
         }
-        let centre = match options.centre {
-            Centre::Mean => pending.iter().sum::<f64>() / pending.len() as f64,
-            Centre::Median => median(pending),
+        let center = match options.center {
+            Center::Mean => pending.iter().sum::<f64>() / pending.len() as f64,
+            Center::Median => median(pending),
         };
         for (b, u) in learnt.bias.iter_mut().zip(pending.iter()) {
-            if *u > centre && options.clip.is_none_or(|clip| *b < clip) {
+            if *u > center && options.clip.is_none_or(|clip| *b < clip) {
                 *b += options.speed;
-            } else if *u < centre {
+            } else if *u < center {
                 *b -= options.speed;
             }
         }
@@ -221,7 +221,7 @@ impl RoutingRule for LayerRule {
                     weights[slot] = self.multiplicity(slot, e, condensers) * p[e as usize];
                     sum += weights[slot];
                 }
-                let divisor = if self.normalise { sum } else { 1.0 };
+                let divisor = if self.normalize { sum } else { 1.0 };
                 weights.iter_mut().for_each(|w| *w = *w / divisor * self.routing.scale);
             },
         );
@@ -244,10 +244,10 @@ impl RoutingRule for LayerRule {
             softmax(logits, p);
             // sum(dw w) = sum(g p) before the divisor is differentiated; with it, that of the softmax vanishes
             let inner: f32 = dw.iter().zip(weights).map(|(d, w)| d * w).sum();
-            if !self.normalise {
+            if !self.normalize {
                 out.iter_mut().zip(p.iter()).for_each(|(out, p)| *out = -p * inner);
             }
-            let through_sum = if self.normalise { inner / self.routing.scale } else { 0.0 };
+            let through_sum = if self.normalize { inner / self.routing.scale } else { 0.0 };
             for ((e, w), d) in selected.iter().zip(weights).zip(dw) {
                 out[*e as usize] += w * (d - through_sum);
             }

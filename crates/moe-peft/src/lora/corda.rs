@@ -88,7 +88,7 @@ impl Covariances {
         for (site, (_, map)) in places {
             let batches = statistics.matrix(&statistic("batches", site))?.0.iter().sum::<f64>();
             if batches == 0.0 {
-                let expected = "tokens that reach it: more waves, or another initialiser for it";
+                let expected = "tokens that reach it: more waves, or another initializer for it";
                 return Err(Error::input(format!("covariance of the inputs of {map}"), "no token", expected));
             }
             let (sum, _) = statistics.matrix(&statistic("covariance", site))?;

@@ -117,7 +117,7 @@ impl Lora {
         self.read(name, |live| Some(live.to_vec()))
     }
 
-    /// The same with values that an optimiser has.
+    /// The same with values that an optimizer has.
     pub fn weights_from(&self, name: &str, parameters: &Parameters) -> Option<LoraWeights> {
         self.read(name, |live| parameters.get(live.name()).map(|parameter| parameter.values.clone()))
     }

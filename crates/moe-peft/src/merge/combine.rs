@@ -12,7 +12,7 @@ use crate::{
 
 /// How adapters become one (`add_weighted_adapter` of PEFT).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "method", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Combination {
     /// All ranks side by side: exactly the weighted sum of the additions.
     Cat,

@@ -45,8 +45,8 @@ pub enum Balance {
     },
     /// `weight D(Z)`, `Z_bi = Q_bi (1 + delta if the group of i is the type of sequence b, else 1 - delta)`, `Q_bi` the sum of `p_i` over
     /// the sequence; the first half of the experts is the group of type 1, the second that of type 0 (LoRAMoE). Only sequences with a
-    /// label count. Minimising makes `Z` equal, so that the group of a sequence's type gets *less*: the convention of the code.
-    Localised {
+    /// label count. Minimizing makes `Z` equal, so that the group of a sequence's type gets *less*: the convention of the code.
+    Localized {
         /// Coefficient.
         weight: f64,
         /// How much the groups differ.
@@ -56,7 +56,7 @@ pub enum Balance {
     },
     /// `load sum_i f_i P_i - entropy mean H` with Shannon's entropy in nats and `f` the share of tokens whose best is i (LoRA-Mixer). As
     /// written, a positive `entropy` spreads the routing.
-    Specialisation {
+    Specialization {
         /// Coefficient of the load.
         load: f64,
         /// Coefficient of the entropy, of either sign.
@@ -76,7 +76,7 @@ pub enum Scope {
     Model,
 }
 
-/// How [`Balance::Localised`] measures inequality; the variance is unbiased.
+/// How [`Balance::Localized`] measures inequality; the variance is unbiased.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Dispersion {
@@ -104,8 +104,8 @@ impl Balance {
             Self::Entropy { q, epsilon, entropy, load } => {
                 vec![("q", q, true), ("epsilon", epsilon, true), ("entropy", entropy, true), ("load", load, true)]
             }
-            Self::Localised { weight, delta, .. } => vec![("weight", weight, true), ("delta", delta, true)],
-            Self::Specialisation { load, entropy } => vec![("load", load, true), ("entropy", entropy, false)],
+            Self::Localized { weight, delta, .. } => vec![("weight", weight, true), ("delta", delta, true)],
+            Self::Specialization { load, entropy } => vec![("load", load, true), ("entropy", entropy, false)],
         };
         for (field, value, positive) in values {
             if !value.is_finite() || (positive && value < 0.0) {
@@ -224,7 +224,7 @@ impl Group {
         for values in [&mut chunk.counts, &mut chunk.first, &mut chunk.p, &mut chunk.w] {
             values.resize(width, 0.0);
         }
-        let by_sequence = matches!(self.balance, Balance::Localised { .. });
+        let by_sequence = matches!(self.balance, Balance::Localized { .. });
         for row in 0..n {
             let range = row * width..(row + 1) * width;
             let p = &gated.p[range.clone()];
@@ -237,7 +237,7 @@ impl Group {
             chunk.first[best] += 1.0;
             chunk.entropy += match self.balance {
                 Balance::Entropy { q, epsilon, .. } => entropy(p, q, epsilon),
-                Balance::Specialisation { .. } => entropy(p, 1.0, 0.0) * (width as f64).ln(),
+                Balance::Specialization { .. } => entropy(p, 1.0, 0.0) * (width as f64).ln(),
                 _ => 0.0,
             };
             if by_sequence && let Some(sequence) = self.running.sequence(token(row)) {
@@ -270,8 +270,8 @@ impl Group {
         let factor = self.running.loss_tokens() as f64;
         let tokens = total.tokens.max(1) as f64;
         let mut d = vec![0.0f32; n * width];
-        let localised = match self.balance {
-            Balance::Localised { .. } => localised_gradient(&self.balance, &total, |s| self.running.label(s)),
+        let localized = match self.balance {
+            Balance::Localized { .. } => localized_gradient(&self.balance, &total, |s| self.running.label(s)),
             _ => BTreeMap::new(),
         };
         let shares = shares(&self.balance, &total);
@@ -291,13 +291,13 @@ impl Group {
                         add(i, (entropy * slope + load) / tokens);
                     }
                 }
-                Balance::Specialisation { load, entropy } => {
+                Balance::Specialization { load, entropy } => {
                     for (i, slope) in entropy_gradient(p, 1.0, 0.0).enumerate() {
                         add(i, (load * shares[i] - entropy * slope * (width as f64).ln()) / tokens);
                     }
                 }
-                Balance::Localised { .. } => {
-                    if let Some(values) = self.running.sequence(token(row)).and_then(|s| localised.get(&s)) {
+                Balance::Localized { .. } => {
+                    if let Some(values) = self.running.sequence(token(row)).and_then(|s| localized.get(&s)) {
                         (0..width).for_each(|i| add(i, values[i]));
                     }
                 }
@@ -311,7 +311,7 @@ impl Group {
 fn shares(balance: &Balance, total: &Chunk) -> Vec<f64> {
     let (values, sum) = match balance {
         Balance::Load { per_choice: false, .. } => (&total.counts, total.counts.iter().sum::<f64>()),
-        Balance::Specialisation { .. } => (&total.first, total.tokens as f64),
+        Balance::Specialization { .. } => (&total.first, total.tokens as f64),
         _ => (&total.counts, total.tokens as f64),
     };
     values.iter().map(|value| value / sum.max(1.0)).collect()
@@ -326,10 +326,10 @@ fn loss(balance: &Balance, total: &Chunk, label: impl Fn(usize) -> Option<usize>
         Balance::Entropy { entropy, load, .. } => {
             entropy * total.entropy / tokens + load * n * dot(&total.w, &total.p) / (tokens * tokens)
         }
-        Balance::Specialisation { load, entropy } => {
+        Balance::Specialization { load, entropy } => {
             load * dot(&shares(balance, total), &total.p) / tokens - entropy * total.entropy / tokens
         }
-        Balance::Localised { weight, delta, dispersion } => {
+        Balance::Localized { weight, delta, dispersion } => {
             let z: Vec<f64> = weighted(total, delta, label).into_values().flatten().map(|(z, _)| z).collect();
             match moments(&z) {
                 Some((mean, variance)) => match dispersion {
@@ -365,12 +365,12 @@ fn moments(z: &[f64]) -> Option<(f64, f64)> {
 }
 
 /// The gradient at `Q`, by sequence.
-fn localised_gradient(
+fn localized_gradient(
     balance: &Balance,
     total: &Chunk,
     label: impl Fn(usize) -> Option<usize>,
 ) -> BTreeMap<usize, Vec<f64>> {
-    let Balance::Localised { weight, delta, dispersion } = *balance else { return BTreeMap::new() };
+    let Balance::Localized { weight, delta, dispersion } = *balance else { return BTreeMap::new() };
     let weighted = weighted(total, delta, label);
     let z: Vec<f64> = weighted.values().flatten().map(|(z, _)| *z).collect();
     let Some((mean, variance)) = moments(&z) else { return BTreeMap::new() };
@@ -429,7 +429,7 @@ mod tests {
 
     #[test]
     fn sequences_of_two_types() {
-        let balance = |delta, dispersion| Balance::Localised { weight: 1.0, delta, dispersion };
+        let balance = |delta, dispersion| Balance::Localized { weight: 1.0, delta, dispersion };
         let chunk = Chunk {
             tokens: 8,
             p: vec![0.0; 4],
@@ -456,9 +456,9 @@ mod tests {
             (Balance::mola(0.5), Gate::TopK { k: 2 }),
             (Balance::mixtral(0.5), Gate::TopK { k: 2 }),
             (Balance::Entropy { q: 1.1, epsilon: 1e-5, entropy: 0.3, load: 0.7 }, Gate::Dense {}),
-            (Balance::Specialisation { load: 0.6, entropy: 0.2 }, Gate::Dense {}),
-            (Balance::Localised { weight: 0.5, delta: 0.1, dispersion: Dispersion::CvSquared }, Gate::Dense {}),
-            (Balance::Localised { weight: 0.5, delta: 0.1, dispersion: Dispersion::VarOverMean }, Gate::Dense {}),
+            (Balance::Specialization { load: 0.6, entropy: 0.2 }, Gate::Dense {}),
+            (Balance::Localized { weight: 0.5, delta: 0.1, dispersion: Dispersion::CvSquared }, Gate::Dense {}),
+            (Balance::Localized { weight: 0.5, delta: 0.1, dispersion: Dispersion::VarOverMean }, Gate::Dense {}),
         ] {
             let group = group(balance, vec![1, 0]);
             let gated = gates(gate, &p, 2);

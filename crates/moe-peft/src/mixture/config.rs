@@ -162,7 +162,7 @@ impl MixtureConfig {
     }
 
     /// LLaVA-MoLE (arXiv 2401.16160): the one best of 3 experts beside a dense block, at full weight, so that the router learns from the
-    /// balance loss alone. r 32, alpha 16. The loss is the normalised one, `N sum f P`; the paper's coefficient for its own form is
+    /// balance loss alone. r 32, alpha 16. The loss is the normalized one, `N sum f P`; the paper's coefficient for its own form is
     /// uncertain.
     pub fn llava_mole() -> Self {
         Self {
@@ -202,7 +202,7 @@ impl MixtureConfig {
             lora_dropout: 0.05,
             target_modules: Some(Targets::list(["gate_proj", "up_proj", "down_proj"])),
             gate: Gate::Dense {},
-            balance: Balance::Localised { weight: 0.1, delta: 0.1, dispersion: super::Dispersion::CvSquared },
+            balance: Balance::Localized { weight: 0.1, delta: 0.1, dispersion: super::Dispersion::CvSquared },
             ..Self::default()
         }
     }
@@ -223,7 +223,7 @@ impl MixtureConfig {
         Self {
             gate: Gate::Dense {},
             inference_gate: Some(Gate::TopK { k: 3 }),
-            balance: Balance::Specialisation { load: 1e-2, entropy: 1e-3 },
+            balance: Balance::Specialization { load: 1e-2, entropy: 1e-3 },
             train_experts: false,
             train_router: true,
             ..Self::lora_mixer_experts()

@@ -184,7 +184,7 @@ impl Gate {
             let p = if probabilities { &gated.p[range.clone()] } else { &[] };
             let (weights, chosen) = (&mut gated.weights[range.clone()], &mut gated.chosen[range]);
             match *self {
-                Self::TopK { k } => renormalised(p, &best(p)[..k.min(width)], weights, chosen),
+                Self::TopK { k } => renormalized(p, &best(p)[..k.min(width)], weights, chosen),
                 Self::TopP { top_p } => {
                     let order = best(p);
                     let mut sum = 0.0;
@@ -192,7 +192,7 @@ impl Gate {
                         sum += f64::from(p[*i]);
                         sum >= top_p
                     });
-                    renormalised(p, &order[..reached.map_or(width, |at| at + 1)], weights, chosen);
+                    renormalized(p, &order[..reached.map_or(width, |at| at + 1)], weights, chosen);
                 }
                 Self::Top1 {} => {
                     let first = best(p)[0];
@@ -321,7 +321,7 @@ impl Gate {
     }
 }
 
-fn renormalised(p: &[f32], kept: &[usize], weights: &mut [f32], chosen: &mut [bool]) {
+fn renormalized(p: &[f32], kept: &[usize], weights: &mut [f32], chosen: &mut [bool]) {
     let sum: f32 = kept.iter().map(|i| p[*i]).sum();
     kept.iter().for_each(|i| (weights[*i], chosen[*i]) = (p[*i] / sum, true));
 }
@@ -383,10 +383,10 @@ pub(crate) fn entropy_gradient(p: &[f32], q: f64, epsilon: f64) -> impl Iterator
 mod tests {
     use super::*;
 
-    const UNLABELLED: &dyn Fn(usize) -> Option<usize> = &|_| None;
+    const UNLABELED: &dyn Fn(usize) -> Option<usize> = &|_| None;
 
     fn context(bias: &[f32], training: bool) -> Context<'_> {
-        Context { training, bias, labels: UNLABELLED }
+        Context { training, bias, labels: UNLABELED }
     }
 
     fn close(found: &[f32], expected: &[f32]) -> bool {
@@ -428,7 +428,7 @@ mod tests {
         let z = [3.0, 4.0, 0.0, -12.0];
         let found = gate.forward(&z, 1, 4, &context(&[], true)).weights;
         assert!(close(&found, &[0.316_646, 0.683_354, 0.0, 0.0]), "{found:?}");
-        // 3/13 is below the threshold, and nothing is renormalised
+        // 3/13 is below the threshold, and nothing is renormalized
         let found = gate.forward(&z, 1, 4, &context(&[], false)).weights;
         assert!(close(&found, &[0.0, 0.683_354, 0.0, 0.0]));
     }
@@ -444,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn top_k_renormalises_and_ties_go_to_the_lower_index() {
+    fn top_k_renormalizes_and_ties_go_to_the_lower_index() {
         let weights = |gate: Gate, p: &[f32]| gate.forward(&logits(p), 1, p.len(), &context(&[], true)).weights;
         assert!(close(&weights(Gate::TopK { k: 2 }, &[0.1, 0.6, 0.3]), &[0.0, 2.0 / 3.0, 1.0 / 3.0]));
         assert!(close(&weights(Gate::TopK { k: 2 }, &[0.25; 4]), &[0.5, 0.5, 0.0, 0.0]));

@@ -281,7 +281,7 @@ impl Mixture {
         Self::install_with(&config, set, maps, device, &stored)
     }
 
-    /// All values by name, those of an optimiser where it has them.
+    /// All values by name, those of an optimizer where it has them.
     pub(super) fn all_values(&self, parameters: Option<&Parameters>) -> BTreeMap<String, Vec<f32>> {
         let value = |live: &Live| match parameters.and_then(|parameters| parameters.get(live.name())) {
             Some(parameter) => parameter.values.clone(),
@@ -472,13 +472,13 @@ impl MixtureConfig {
 
     /// Checks that labels are there where they are needed, and that they name experts.
     fn check_labels(&self, on: &Setting<'_>) -> Result<()> {
-        let localised = matches!(self.balance, Balance::Localised { weight, .. } if weight > 0.0);
-        if self.gate != (Gate::Label {}) && !localised {
+        let localized = matches!(self.balance, Balance::Localized { weight, .. } if weight > 0.0);
+        if self.gate != (Gate::Label {}) && !localized {
             return Ok(());
         }
         let expected = "a label for every row: name the field of the rows that has it in `labels` of the recipe";
         if on.labels.is_empty() {
-            let what = if localised { "labels for a localised balance" } else { "labels for `gate`: label" };
+            let what = if localized { "labels for a localized balance" } else { "labels for `gate`: label" };
             return Err(Error::input(what, "none", expected));
         }
         if let Some(wave) = on.waves.iter().find(|w| on.labels.get(&w.id).map_or(0, Vec::len) != w.sequences.len()) {
@@ -487,7 +487,7 @@ impl MixtureConfig {
         }
         let layers = on.model.config().layers.len();
         let experts = (0..layers).map(|layer| self.experts.of(layer, layers)).filter(|n| *n > 0).min().unwrap_or(0);
-        let most = if localised { 2 } else { experts };
+        let most = if localized { 2 } else { experts };
         match on.labels.values().flatten().find(|label| **label >= most) {
             Some(label) => Err(Error::input("a label", label, format!("below {most}"))),
             None => Ok(()),

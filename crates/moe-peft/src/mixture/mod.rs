@@ -2,8 +2,8 @@
 //!
 //! | recipe | router | selection | weight | balance |
 //! |---|---|---|---|---|
-//! | [MoLA](MixtureConfig::mola) | every map | top k | renormalised `p` | `N sum f P` |
-//! | [MixLoRA](MixtureConfig::mix_lora) | every block | top k | renormalised `p` | `N sum f P` |
+//! | [MoLA](MixtureConfig::mola) | every map | top k | renormalized `p` | `N sum f P` |
+//! | [MixLoRA](MixtureConfig::mix_lora) | every block | top k | renormalized `p` | `N sum f P` |
 //! | [LLaVA-MoLE](MixtureConfig::llava_mole) | every block | top 1 | 1 | `N sum f P` |
 //! | [DynMoLE](MixtureConfig::dyn_mole) | every map | all, or the top of `p` | `p` | entropy and load |
 //! | [LoRAMoE](MixtureConfig::lora_moe) | every map | all | `p` | dispersion by type of sample |

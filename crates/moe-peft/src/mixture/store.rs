@@ -27,7 +27,7 @@ const EARLIER_B: &str = ".mixture.earlier_B";
 type Shaped = (Vec<usize>, Vec<f32>);
 
 impl Mixture {
-    /// Writes the mixture, with the values of an optimiser where it has them. Otherwise values have to be [lent](crate::Bank::lend) or
+    /// Writes the mixture, with the values of an optimizer where it has them. Otherwise values have to be [lent](crate::Bank::lend) or
     /// settled.
     ///
     /// # Errors

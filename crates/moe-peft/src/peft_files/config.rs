@@ -112,7 +112,7 @@ const REFUSED: [&str; 14] = [
     "modules_to_save",
 ];
 
-/// Initialisers after which the adapter is an addition to what the weight kept, not to the weight.
+/// Initializers after which the adapter is an addition to what the weight kept, not to the weight.
 const RESIDUAL: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
 
 impl AdapterConfig {

@@ -61,7 +61,7 @@ pub fn write(dir: impl AsRef<Path>, weights: &LoraWeights, maps: &Maps<'_>, opti
     let dir = dir.as_ref();
     let (written, config) = prepare(weights, maps, options)?;
     std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.to_path_buf(), source })?;
-    write_atomic(dir.join(MODEL_FILE), &serialise(&written, dir)?)?;
+    write_atomic(dir.join(MODEL_FILE), &serialize(&written, dir)?)?;
     write_json(&dir.join(CONFIG_FILE), &config.to_json(&options.task_type))?;
     Ok(())
 }
@@ -289,7 +289,7 @@ fn shortest(chosen: &BTreeSet<&str>, all: &[String], segments: usize) -> Vec<Str
     names.into_iter().collect()
 }
 
-fn serialise(written: &[Written], dir: &Path) -> Result<Vec<u8>> {
+fn serialize(written: &[Written], dir: &Path) -> Result<Vec<u8>> {
     let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
     let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
     for Written { key, low, shapes: [a, b], .. } in written {

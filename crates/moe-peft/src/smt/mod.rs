@@ -343,7 +343,7 @@ mod tests {
         (query[10], query[11]) = (1.0, 1.0); // block (1, 1)
         scores.add(QUERY, &query);
         let mut other = vec![0.0; 16];
-        (other[2], other[3]) = (5.0, 5.0); // block (0, 1): cancelled by the next
+        (other[2], other[3]) = (5.0, 5.0); // block (0, 1): canceled by the next
         scores.add(QUERY, &other);
         other.iter_mut().for_each(|g| *g = -*g);
         scores.add(QUERY, &other);

@@ -84,7 +84,7 @@ pub fn sweep(model: &Model, wave: &Wave) -> WaveReport {
     Engine::new(model, options).run(wave, &mut Trains).unwrap()
 }
 
-/// Replaces the values of a parameter, which no optimiser has, and forgets all gradients.
+/// Replaces the values of a parameter, which no optimizer has, and forgets all gradients.
 pub fn put(bank: &Bank, name: &str, values: Vec<f32>) {
     let mut parameters = bank.parameters().unwrap();
     parameters.get_mut(name).unwrap().values = values;

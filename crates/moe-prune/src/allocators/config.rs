@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
 use super::{
-    Allocation, AllocationRequest, Allocator, DepthPrior, Evolution, Global, Hybrid, Normalised, PerLayer,
+    Allocation, AllocationRequest, Allocator, DepthPrior, Evolution, Global, Hybrid, Normalized, PerLayer,
     RateDistortion, Rco, Uniform,
 };
 use crate::probe::ModelProbe;
@@ -27,7 +27,7 @@ pub enum AllocatorConfig {
     /// All units of the model compete.
     Global(Global),
     /// All units of the model compete by scores that are made comparable layer by layer.
-    Normalised(Normalised),
+    Normalized(Normalized),
     /// A guaranteed share for every layer, the rest by global rank.
     Hybrid(Hybrid),
     /// Shares by depth.
@@ -71,7 +71,7 @@ impl AllocatorConfig {
             Self::Uniform(allocator) => allocator,
             Self::Layer(allocator) => allocator,
             Self::Global(allocator) => allocator,
-            Self::Normalised(allocator) => allocator,
+            Self::Normalized(allocator) => allocator,
             Self::Hybrid(allocator) => allocator,
             Self::DepthPrior(allocator) => allocator,
             Self::RateDistortion(allocator) => allocator,

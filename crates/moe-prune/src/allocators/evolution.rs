@@ -39,7 +39,7 @@ pub struct Evolution {
     pub generations: usize,
     /// Largest part of a layer, in (0, 1], that one mutation moves.
     pub mutation: f64,
-    /// What is optimised.
+    /// What is optimized.
     pub fitness: Fitness,
     /// What has a count.
     pub within: Within,

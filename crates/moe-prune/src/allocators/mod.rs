@@ -3,8 +3,8 @@
 //! An [`Allocator`] turns scores and a [`Budget`] into an [`Allocation`]. The same allocators distribute the units inside
 //! experts and whole experts: [`Limits`] says what goes. The rules of "Selection scope" of Fisher-MoE (arXiv 2606.05538 and
 //! its released code) compare raw scores over one pool: an expert ([`Uniform`]), a layer ([`PerLayer`]) or the model
-//! ([`Global`]). The others make layers comparable ([`Normalised`]), guarantee or prescribe them a share ([`Hybrid`],
-//! [`DepthPrior`]), minimise a sum of distortion curves ([`RateDistortion`]) or ask the model ([`Rco`], [`Evolution`]).
+//! ([`Global`]). The others make layers comparable ([`Normalized`]), guarantee or prescribe them a share ([`Hybrid`],
+//! [`DepthPrior`]), minimize a sum of distortion curves ([`RateDistortion`]) or ask the model ([`Rco`], [`Evolution`]).
 
 mod config;
 mod depth_prior;
@@ -13,7 +13,7 @@ mod global;
 mod hybrid;
 mod knapsack;
 mod layer;
-mod normalised;
+mod normalized;
 mod rate_distortion;
 mod rco;
 mod request;
@@ -30,7 +30,7 @@ pub use global::Global;
 pub use hybrid::Hybrid;
 pub use knapsack::{Choice, knapsack};
 pub use layer::PerLayer;
-pub use normalised::{Normalisation, Normalised};
+pub use normalized::{Normalization, Normalized};
 pub use rate_distortion::{CurveSource, RateDistortion};
 pub use rco::Rco;
 pub use request::{AllocationRequest, ExpertLimits, Limits, WidthLimits};

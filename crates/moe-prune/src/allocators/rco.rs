@@ -21,7 +21,7 @@ use crate::{Error, Needs, Questions, Result};
 /// gradient with respect to the mask, which passes straight through to the logits as if the mask were
 /// `sigmoid((logit + noise) / temperature)`. The gradient is projected on the tangent of the budget surface
 /// `sum_e c_e sigmoid(logit_e) = B` (normal `c_e p_e (1 - p_e)`), Adam takes a step, a common shift of all logits, found by
-/// bisection, returns to the surface, and the momentum is projected again. Routing weights are not renormalised while
+/// bisection, returns to the surface, and the momentum is projected again. Routing weights are not renormalized while
 /// searching.
 ///
 /// The scores of the request play no part but for [`Rco::prior`]. [`Allocation::predicted`] is the divergence under the final

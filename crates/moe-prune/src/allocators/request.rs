@@ -33,7 +33,7 @@ impl Default for WidthLimits {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ExpertLimits {
-    /// Groups of neighbouring experts that lose as many each; 1 unless the router selects groups first
+    /// Groups of neighboring experts that lose as many each; 1 unless the router selects groups first
     /// ([`Routing::groups`]).
     pub groups: usize,
     /// No layer keeps fewer. It never keeps fewer than the router selects either, unless the budget leaves fewer to all layers

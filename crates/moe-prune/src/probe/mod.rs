@@ -70,7 +70,7 @@ pub trait ModelProbe {
     fn distortion(&mut self, kept: &[LayerKept]) -> Result<Distortion>;
 
     /// Mean divergence with the output of every expert multiplied by a gain `[MoE layer][expert]` on top of its routing
-    /// weight (nothing is renormalised), and its gradient with respect to the gains, of that shape. `batch` counts up: a probe
+    /// weight (nothing is renormalized), and its gradient with respect to the gains, of that shape. `batch` counts up: a probe
     /// may look at another part of its data for each.
     ///
     /// # Errors

@@ -42,7 +42,7 @@ use crate::{Allocation, Needs, Result};
 pub struct ExpertPruner {
     /// How the budget is distributed.
     pub allocator: AllocatorConfig,
-    /// Groups of neighbouring experts that lose as many each; 1 unless the router selects groups first
+    /// Groups of neighboring experts that lose as many each; 1 unless the router selects groups first
     /// ([`Routing::groups`]).
     pub groups: usize,
     /// No layer keeps fewer experts; see [`ExpertLimits::min_experts`].

@@ -15,7 +15,7 @@ use crate::probe::ModelProbe;
 use crate::recipe::tagged;
 use crate::{Allocation, Error, Needs, Questions, Result};
 
-/// NAEE (arXiv 2402.14800): of every layer, the subset of experts whose removal (logits at minus infinity, renormalised as the
+/// NAEE (arXiv 2402.14800): of every layer, the subset of experts whose removal (logits at minus infinity, renormalized as the
 /// model does) moves the layer's output least in Frobenius norm over the calibration batches. Needs a probe.
 ///
 /// How many go is the allocator's decision, from scores; the source takes the same number in every layer. Up to
@@ -26,7 +26,7 @@ use crate::{Allocation, Error, Needs, Questions, Result};
 pub struct SubsetPruner {
     /// How many experts every layer loses.
     pub allocator: AllocatorConfig,
-    /// Groups of neighbouring experts that lose as many each.
+    /// Groups of neighboring experts that lose as many each.
     pub groups: usize,
     /// No layer keeps fewer experts.
     pub min_experts: usize,

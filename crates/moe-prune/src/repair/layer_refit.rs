@@ -30,7 +30,7 @@ pub enum Target {
 
 /// Refits the down matrices of a changed model so that each of its layers gives what the full model's gives:
 ///
-/// minimise over all `W'_e` of a layer together: `sum_t s_t^2 |y_t - sum_e g'_te W'_e u_te|^2 + sum_e lambda_e |W'_e - W_e|^2`, where y is
+/// minimize over all `W'_e` of a layer together: `sum_t s_t^2 |y_t - sum_e g'_te W'_e u_te|^2 + sum_e lambda_e |W'_e - W_e|^2`, where y is
 /// the [`Target`] less everything but the routed experts, u and g' are the changed model's own, and s is the token's [weight](TokenWeight). Changed routing and removed experts
 /// are compensated by the experts that are left. By block-coordinate descent on the residual, expert after expert, from the matrices as they
 /// are; layer after layer, each on the streams that the refitted layers before it give.

@@ -20,7 +20,7 @@ use crate::{Edits, ExpertEdit, PrunePlan, Result};
 /// Refits the kept down columns of each expert so that they give what all its columns gave, in the least squares over the tokens that the
 /// full model routes to it:
 ///
-/// minimise over W': `sum_t s_t^2 |g_t W u_t - g'_t W' u_K,t|^2 + lambda |W' - W_K|^2`, so `W' (A + lambda I) = C + lambda W_K` with
+/// minimize over W': `sum_t s_t^2 |g_t W u_t - g'_t W' u_K,t|^2 + lambda |W' - W_K|^2`, so `W' (A + lambda I) = C + lambda W_K` with
 /// `A = sum s^2 g'^2 u_K u_K^T` and `C = W sum s^2 g g' u u_K^T`; s is the token's [weight](TokenWeight).
 ///
 /// `u` are the unit activations, `u_K` the kept ones, `g` the routing weight in the full model and `g'` that of the plan, which differ where

@@ -60,8 +60,8 @@ pub fn bars(bars: &Bars) -> Result<String> {
         for (index, (name, _)) in bars.series.iter().enumerate().rev() {
             x -= 7 * name.len() as i32;
             area.draw_text(name, &text(16, &INK, HPos::Left, VPos::Top), (x, 5))?;
-            let colour = SERIES[index % SERIES.len()];
-            area.draw(&Rectangle::new([(x - 18, 6), (x - 6, 18)], colour.filled()))?;
+            let color = SERIES[index % SERIES.len()];
+            area.draw(&Rectangle::new([(x - 18, 6), (x - 6, 18)], color.filled()))?;
             x -= 34;
         }
         for value in ticks {

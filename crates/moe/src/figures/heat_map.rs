@@ -9,7 +9,7 @@ use crate::Result;
 use crate::format::short;
 
 /// Dark to bright, evenly spaced: part of the viridis map, in which equal steps look equal.
-const COLOURS: [RGBColor; 6] = [
+const COLORS: [RGBColor; 6] = [
     RGBColor(65, 44, 110),
     RGBColor(59, 82, 139),
     RGBColor(33, 145, 140),
@@ -18,7 +18,7 @@ const COLOURS: [RGBColor; 6] = [
     RGBColor(253, 231, 37),
 ];
 
-/// A cell per layer and expert, coloured by the logarithm of the sum of the expert's unit scores. Experts that score 0
+/// A cell per layer and expert, colored by the logarithm of the sum of the expert's unit scores. Experts that score 0
 /// are left grey.
 ///
 /// # Errors
@@ -56,8 +56,8 @@ pub fn heat_map_of(title: &str, rows: &[(usize, Vec<f64>)]) -> Result<String> {
                 area.draw_text(&layer.to_string(), &label(15, HPos::Right, VPos::Center), at)?;
             }
             for (e, score) in row.iter().enumerate() {
-                let colour = colour(*score, range);
-                area.draw(&Rectangle::new([(x(e), y(r)), (x(e + 1) - gap, y(r + 1) - gap)], colour.filled()))?;
+                let color = color(*score, range);
+                area.draw(&Rectangle::new([(x(e), y(r)), (x(e + 1) - gap, y(r + 1) - gap)], color.filled()))?;
             }
         }
         for column in (0..columns).step_by(step(columns, 32)) {
@@ -75,8 +75,8 @@ pub fn heat_map_of(title: &str, rows: &[(usize, Vec<f64>)]) -> Result<String> {
 fn legend(area: &super::Area<'_>, x: i32, y: i32, (low, high): (f64, f64)) -> DrawResult {
     let steps = 96;
     for step in 0..steps {
-        let colour = mix(1.0 - f64::from(step) / f64::from(steps - 1));
-        area.draw(&Rectangle::new([(x, y + step), (x + 14, y + step + 1)], colour.filled()))?;
+        let color = mix(1.0 - f64::from(step) / f64::from(steps - 1));
+        area.draw(&Rectangle::new([(x, y + step), (x + 14, y + step + 1)], color.filled()))?;
     }
     for (value, at, vertical) in [(high, y, VPos::Top), (low, y + steps, VPos::Bottom)] {
         area.draw_text(&short(value), &text(15, &INK, HPos::Left, vertical), (x + 20, at))?;
@@ -85,7 +85,7 @@ fn legend(area: &super::Area<'_>, x: i32, y: i32, (low, high): (f64, f64)) -> Dr
     area.draw_text("0", &text(15, &INK, HPos::Left, VPos::Center), (x + 20, y + steps + 18))
 }
 
-fn colour(score: f64, (low, high): (f64, f64)) -> RGBColor {
+fn color(score: f64, (low, high): (f64, f64)) -> RGBColor {
     match score > 0.0 {
         false => FAINT,
         true if high > low => mix((score / low).ln() / (high / low).ln()),
@@ -93,11 +93,11 @@ fn colour(score: f64, (low, high): (f64, f64)) -> RGBColor {
     }
 }
 
-/// The colour at a place in [0, 1].
+/// The color at a place in [0, 1].
 fn mix(place: f64) -> RGBColor {
-    let at = place.clamp(0.0, 1.0) * (COLOURS.len() - 1) as f64;
-    let index = (at as usize).min(COLOURS.len() - 2);
-    let (a, b, part) = (COLOURS[index], COLOURS[index + 1], at - index as f64);
+    let at = place.clamp(0.0, 1.0) * (COLORS.len() - 1) as f64;
+    let index = (at as usize).min(COLORS.len() - 2);
+    let (a, b, part) = (COLORS[index], COLORS[index + 1], at - index as f64);
     let channel = |a: u8, b: u8| (f64::from(a) + part * (f64::from(b) - f64::from(a))).round() as u8;
     RGBColor(channel(a.0, b.0), channel(a.1, b.1), channel(a.2, b.2))
 }

@@ -121,10 +121,10 @@ pub fn lines(figure: &Lines) -> Result<String> {
             }
         }
         for (index, (name, points)) in figure.series.iter().enumerate() {
-            let colour = SERIES[index % SERIES.len()];
-            curve(area, points, colour, &x, &y)?;
+            let color = SERIES[index % SERIES.len()];
+            curve(area, points, color, &x, &y)?;
             let (from, at) = (WIDTH as i32 - right + 14, top + 20 * index as i32);
-            area.draw(&PathElement::new([(from, at + 7), (from + 16, at + 7)], colour.stroke_width(3)))?;
+            area.draw(&PathElement::new([(from, at + 7), (from + 16, at + 7)], color.stroke_width(3)))?;
             area.draw_text(name, &text(15, &INK, HPos::Left, VPos::Top), (from + 22, at))?;
         }
         Ok(())
@@ -134,16 +134,16 @@ pub fn lines(figure: &Lines) -> Result<String> {
 fn curve(
     area: &Area<'_>,
     points: &[Point],
-    colour: RGBColor,
+    color: RGBColor,
     x: &impl Fn(f64) -> i32,
     y: &impl Fn(f64) -> i32,
 ) -> DrawResult {
     let path: Vec<(i32, i32)> = points.iter().map(|point| (x(point.x), y(point.y))).collect();
-    area.draw(&PathElement::new(path.clone(), colour.stroke_width(2)))?;
+    area.draw(&PathElement::new(path.clone(), color.stroke_width(2)))?;
     for (point, at) in points.iter().zip(path) {
-        area.draw(&Circle::new(at, 3, colour.filled()))?;
+        area.draw(&Circle::new(at, 3, color.filled()))?;
         let whisker = [(at.0, y(point.low)), (at.0, y(point.high))];
-        area.draw(&PathElement::new(whisker, colour.stroke_width(1)))?;
+        area.draw(&PathElement::new(whisker, color.stroke_width(1)))?;
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Figures as SVG that takes its colours from the page, light or dark.
+//! Figures as SVG that takes its colors from the page, light or dark.
 
 mod bars;
 mod heat_map;
@@ -19,7 +19,7 @@ use crate::{Error, Result};
 
 /// Width of every figure, in pixels.
 const WIDTH: u32 = 860;
-/// Text and axes. Stands for the page's colour in [`STYLE`].
+/// Text and axes. Stands for the page's color in [`STYLE`].
 const INK: RGBColor = RGBColor(1, 2, 3);
 /// Grids and what is not important.
 const FAINT: RGBColor = RGBColor(4, 5, 6);
@@ -58,8 +58,8 @@ fn svg(title: &str, height: u32, draw: impl FnOnce(&Area<'_>) -> DrawResult) -> 
 }
 
 /// Text of `size` pixels around a point.
-fn text(size: u32, colour: &RGBColor, horizontal: HPos, vertical: VPos) -> TextStyle<'static> {
-    ("sans-serif", size).into_font().color(colour).pos(Pos::new(horizontal, vertical))
+fn text(size: u32, color: &RGBColor, horizontal: HPos, vertical: VPos) -> TextStyle<'static> {
+    ("sans-serif", size).into_font().color(color).pos(Pos::new(horizontal, vertical))
 }
 
 /// Smallest and largest of positive, finite values.

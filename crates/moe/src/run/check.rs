@@ -9,7 +9,7 @@ use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::StatisticId;
 use moe_prune::{Mtp, PruneForm, PruneOptions, PrunePlan, Pruner, Questions};
 
-use super::artefacts::Artefacts;
+use super::artifacts::Artifacts;
 use super::{Calibration, Run, RunOptions};
 use crate::eval_file::EvalFile;
 use crate::recipe::{Form, Protect, Prune, Recipe, Repair, Step};
@@ -34,8 +34,8 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
             return Err(Error::Usage(format!("{field}: missing, expected a directory")));
         }
     }
-    let artefacts = Artefacts::new(&recipe.out);
-    artefacts.check(options.resume || options.check)?;
+    let artifacts = Artifacts::new(&recipe.out);
+    artifacts.check(options.resume || options.check)?;
     let device = moe_core::device::device(&recipe.device)?;
     let max_memory = recipe.max_memory.as_deref().map(format::parse_size).transpose();
     let max_memory = max_memory.map_err(|reason| Error::Usage(format!("max_memory: {reason}")))?;
@@ -146,7 +146,7 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
         options,
         device,
         max_memory,
-        artefacts,
+        artifacts,
         tokenizer,
         calibration,
         model,

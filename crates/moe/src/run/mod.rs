@@ -1,7 +1,7 @@
-//! Carrying out a recipe: checked wholly first, then step by step, every step's artefact kept and reused while nothing it follows
+//! Carrying out a recipe: checked wholly first, then step by step, every step's artifact kept and reused while nothing it follows
 //! from has changed.
 
-mod artefacts;
+mod artifacts;
 mod calibration;
 mod check;
 mod steps;
@@ -24,7 +24,7 @@ use crate::progress::Progress;
 use crate::recipe::{Prune, Recipe, Step};
 use crate::table::Table;
 use crate::{Error, Result, format};
-use artefacts::Artefacts;
+use artifacts::Artifacts;
 
 /// How a recipe is run.
 #[derive(Clone, Copy, Debug)]
@@ -55,13 +55,13 @@ pub struct StepReport {
     pub step: String,
     /// What it did, in a line.
     pub summary: String,
-    /// Whether an artefact of an earlier run was taken.
+    /// Whether an artifact of an earlier run was taken.
     pub reused: bool,
     /// Seconds it took.
     pub seconds: f64,
-    /// Its artefact, if it keeps one.
+    /// Its artifact, if it keeps one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub artefact: Option<PathBuf>,
+    pub artifact: Option<PathBuf>,
     /// What was measured.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub measured: Vec<Measurement>,
@@ -127,7 +127,7 @@ pub(crate) struct Run<'a> {
     options: RunOptions,
     device: Device,
     max_memory: Option<u64>,
-    artefacts: Artefacts,
+    artifacts: Artifacts,
     tokenizer: Option<Tokenizer>,
     calibration: Option<Calibration>,
     /// The model as it is now.
@@ -158,7 +158,7 @@ impl Run<'_> {
 /// Carries out a recipe. Everything that the config, the files and the recipe show to be wrong is an error before the first step.
 ///
 /// # Errors
-/// What is wrong, then whatever stops a step; artefacts of finished steps stay, and a later run with [`RunOptions::resume`] goes on
+/// What is wrong, then whatever stops a step; artifacts of finished steps stay, and a later run with [`RunOptions::resume`] goes on
 /// from them.
 pub fn run(recipe: &Recipe, options: RunOptions) -> Result<RunReport> {
     let mut run = check::checked(recipe, options)?;
@@ -171,7 +171,7 @@ pub fn run(recipe: &Recipe, options: RunOptions) -> Result<RunReport> {
                 summary: "checked".into(),
                 reused: false,
                 seconds: 0.0,
-                artefact: None,
+                artifact: None,
                 measured: vec![],
                 parameters: run.model.parameters(),
                 bytes,
@@ -179,7 +179,7 @@ pub fn run(recipe: &Recipe, options: RunOptions) -> Result<RunReport> {
         }
         return Ok(RunReport { steps, written: vec![], peak_rss_mib: None });
     }
-    run.artefacts.open(options.resume)?;
+    run.artifacts.open(options.resume)?;
     let json = serde_json::to_vec_pretty(recipe).map_err(|error| Error::Invalid(format!("the recipe: {error}")))?;
     write_atomic(recipe.out.join("recipe.json"), &json)?;
     for step in &recipe.steps {
@@ -198,7 +198,7 @@ pub fn run(recipe: &Recipe, options: RunOptions) -> Result<RunReport> {
             summary: done.summary,
             reused: done.reused,
             seconds: start.elapsed().as_secs_f64(),
-            artefact: done.artefact,
+            artifact: done.artifact,
             measured: done.measured,
             parameters: run.model.parameters(),
             bytes: run.model.bytes_on_disk(),

@@ -16,7 +16,7 @@ use moe_prune::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::artefacts::{Artefacts, digest};
+use super::artifacts::{Artifacts, digest};
 use super::check::mask;
 use super::stock::{self, Chosen};
 use super::{Calibration, Measurement, PrunedState, Run};
@@ -30,7 +30,7 @@ use crate::{Error, Result, format};
 pub(super) struct Done {
     pub summary: String,
     pub reused: bool,
-    pub artefact: Option<PathBuf>,
+    pub artifact: Option<PathBuf>,
     pub measured: Vec<Measurement>,
 }
 
@@ -66,7 +66,7 @@ impl Run<'_> {
         let data = self.calibration.as_ref().map_or(String::new(), |data| data.data.hash.clone());
         let waves = format!("{:?}", self.recipe.data.wave_tokens);
         let of = [json(step)?, self.model.fingerprint(), data, waves];
-        let (dir, reused) = self.artefacts.begin("score", &of.each_ref().map(String::as_str))?;
+        let (dir, reused) = self.artifacts.begin("score", &of.each_ref().map(String::as_str))?;
         let mut tokens = 0;
         if !reused {
             let statistics = match ids.is_empty() {
@@ -97,7 +97,7 @@ impl Run<'_> {
                 save(&dir.join("super_experts.json"), &found)?;
                 save(&dir.join("protect.json"), &found.protected())?;
             }
-            Artefacts::finish(&dir)?;
+            Artifacts::finish(&dir)?;
         }
         for scorer in &scorers {
             let table = ScoreTable::load(score_file(&dir, scorer.as_ref()))?;
@@ -111,7 +111,7 @@ impl Run<'_> {
             0 => format!("scores by {}", names.join(", ")),
             tokens => format!("scores by {} from one pass over {tokens} tokens", names.join(", ")),
         };
-        Ok(Done { summary, reused, artefact: Some(dir), measured: vec![] })
+        Ok(Done { summary, reused, artifact: Some(dir), measured: vec![] })
     }
 
     /// Protects experts from what follows.
@@ -159,12 +159,12 @@ impl Run<'_> {
         };
         let data = self.calibration.as_ref().map_or(String::new(), |data| data.data.hash.clone());
         let of = [json(step)?, base.fingerprint(), input, json(&self.protect)?, data];
-        let (dir, reused) = self.artefacts.begin("prune", &of.each_ref().map(String::as_str))?;
+        let (dir, reused) = self.artifacts.begin("prune", &of.each_ref().map(String::as_str))?;
         if !reused {
             let (plan, chosen) = self.plan(step, &base, scores.as_ref())?;
             plan.save(dir.join("plan.json"))?;
             save(&dir.join("form.json"), &chosen)?;
-            Artefacts::finish(&dir)?;
+            Artifacts::finish(&dir)?;
         }
         let plan = PrunePlan::load(dir.join("plan.json"))?;
         let chosen: Chosen = load(&dir.join("form.json"))?;
@@ -179,7 +179,7 @@ impl Run<'_> {
         self.model = pruned.model().clone();
         self.pruned =
             Some(PrunedState { base, plan, step: step.clone(), chosen, scores, edits: None, repaired: false });
-        Ok(Done { summary, reused, artefact: Some(dir), measured: vec![] })
+        Ok(Done { summary, reused, artifact: Some(dir), measured: vec![] })
     }
 
     /// What a pruning keeps, and in which form.
@@ -258,7 +258,7 @@ impl Run<'_> {
             pruned.edits.as_ref().map_or(String::new(), |edits| edits.digest()),
             calibration.data.hash.clone(),
         ];
-        let (dir, reused) = self.artefacts.begin("repair", &of.each_ref().map(String::as_str))?;
+        let (dir, reused) = self.artifacts.begin("repair", &of.each_ref().map(String::as_str))?;
         let file = dir.join("edits.safetensors");
         if !reused {
             let teacher = Model::new(pruned.base.clone(), &self.device, self.max_memory)?;
@@ -276,7 +276,7 @@ impl Run<'_> {
             };
             let plan = if on_top { &keep_all } else { plan };
             edits.save(&file, plan)?;
-            Artefacts::finish(&dir)?;
+            Artifacts::finish(&dir)?;
         }
         if on_top {
             let edits: Arc<dyn EditSource> = Arc::new(Edits::load(&file, &keep_all)?);
@@ -284,7 +284,7 @@ impl Run<'_> {
             self.model = repaired.model().clone();
             pruned.repaired = true;
             self.pruned = Some(pruned);
-            return Ok(Done { summary: summary.into(), reused, artefact: Some(dir), measured: vec![] });
+            return Ok(Done { summary: summary.into(), reused, artifact: Some(dir), measured: vec![] });
         }
         let mut edits = Edits::load(&file, &pruned.plan)?;
         if let Some(earlier) = pruned.edits.as_deref() {
@@ -302,7 +302,7 @@ impl Run<'_> {
         self.model = repaired.model().clone();
         pruned.edits = Some(edits);
         self.pruned = Some(pruned);
-        Ok(Done { summary: summary.into(), reused, artefact: Some(dir), measured: vec![] })
+        Ok(Done { summary: summary.into(), reused, artifact: Some(dir), measured: vec![] })
     }
 
     /// Merges experts.
@@ -311,7 +311,7 @@ impl Run<'_> {
         let recipe = step.recipe()?;
         let calibration = self.calibration()?;
         let of = [json(step)?, base.fingerprint(), calibration.data.hash.clone(), json(&self.protect)?];
-        let (dir, reused) = self.artefacts.begin("merge", &of.each_ref().map(String::as_str))?;
+        let (dir, reused) = self.artifacts.begin("merge", &of.each_ref().map(String::as_str))?;
         let (plan_file, evidence_file, merged_dir) =
             (dir.join("plan.json"), dir.join("evidence.safetensors"), dir.join("merged"));
         if !reused {
@@ -333,7 +333,7 @@ impl Run<'_> {
                 evidence.save(&evidence_file)?;
                 recipe.plan(&base, &evidence, &self.protect)?.save(&plan_file)?;
             }
-            Artefacts::finish(&dir)?;
+            Artifacts::finish(&dir)?;
         }
         let plan = MergePlan::load(&plan_file)?;
         let mut options = MergeOptions::new(step.form);
@@ -346,7 +346,7 @@ impl Run<'_> {
         let summary = format!("experts merged by `{}`, form {}", recipe.name, step.form);
         self.model = merged.model().clone();
         self.pruned = None;
-        Ok(Done { summary, reused, artefact: Some(dir), measured: vec![] })
+        Ok(Done { summary, reused, artifact: Some(dir), measured: vec![] })
     }
 
     /// Measures the model.
@@ -358,7 +358,7 @@ impl Run<'_> {
         let files = EvalFile::load_all(paths, &step.options, Some(tokenizer), self.model.config())?;
         let recipes: Vec<serde_json::Value> = files.iter().map(EvalFile::recipe).collect();
         let of = [json(&step.options)?, self.model.fingerprint(), serde_json::Value::from(recipes).to_string()];
-        let (dir, reused) = self.artefacts.begin("evaluate", &of.each_ref().map(String::as_str))?;
+        let (dir, reused) = self.artifacts.begin("evaluate", &of.each_ref().map(String::as_str))?;
         let file = dir.join("evaluation.json");
         if !reused {
             let model = self.engine_model()?;
@@ -372,12 +372,12 @@ impl Run<'_> {
                 bar.step();
             }
             save(&file, &measured)?;
-            Artefacts::finish(&dir)?;
+            Artifacts::finish(&dir)?;
         }
         self.measured = load(&file)?;
         let summary =
             format!("measured on {}", files.iter().map(|file| file.name.as_str()).collect::<Vec<_>>().join(", "));
-        Ok(Done { summary, reused, artefact: Some(dir), measured: self.measured.clone() })
+        Ok(Done { summary, reused, artifact: Some(dir), measured: self.measured.clone() })
     }
 
     /// Writes the model.
@@ -388,7 +388,7 @@ impl Run<'_> {
             // A finished directory of this very model is what the step would write.
             if Checkpoint::open(&to)?.is_model(&self.model.fingerprint()) {
                 self.written.push(to.clone());
-                return Ok(Done { summary, reused: true, artefact: Some(to), measured: vec![] });
+                return Ok(Done { summary, reused: true, artifact: Some(to), measured: vec![] });
             }
             let advice = "force to replace it";
             return Err(Error::Invalid(format!("{}: another model is there; {advice}", to.display())));
@@ -408,7 +408,7 @@ impl Run<'_> {
         let options = WriteOptions { max_shard_bytes, existing, measured: &measured, progress: Some(&tell) };
         write(&self.model, &to, &options)?;
         self.written.push(to.clone());
-        Ok(Done { summary, reused: false, artefact: Some(to), measured: vec![] })
+        Ok(Done { summary, reused: false, artifact: Some(to), measured: vec![] })
     }
 }
 

@@ -19,8 +19,8 @@ pub(crate) use recombine::Points;
 /// units, and weighted spherical k-means makes as many of them as it had.
 ///
 /// Source: DERN (arXiv 2509.10377), steps 2 and 3, reconstructed from a digest. Choices where that is silent: segments weigh as
-/// much as the importance of the expert they come from; a centre has the direction of the weighted mean of unit vectors and
-/// the weighted mean of lengths; a cluster of one segment is that segment, bit for bit; an empty cluster keeps its centre; a
+/// much as the importance of the expert they come from; a center has the direction of the weighted mean of unit vectors and
+/// the weighted mean of lengths; a cluster of one segment is that segment, bit for bit; an empty cluster keeps its center; a
 /// dominant that received nothing stays as it is.
 ///
 /// Cost per layer, with D dropped and K kept experts of I units: `2 D K I^2 n H` operations for the similarities (n = 2 parts, or 3)
@@ -37,7 +37,7 @@ pub struct Segments {
     pub similarity: SegmentSimilarity,
     /// Where the clusters start.
     #[serde(default)]
-    pub centres: Centres,
+    pub centers: Centers,
     /// What lengths are averaged of.
     #[serde(default)]
     pub scale: Scale,
@@ -63,7 +63,7 @@ impl Default for Segments {
         Self {
             alpha: default_alpha(),
             similarity: SegmentSimilarity::default(),
-            centres: Centres::default(),
+            centers: Centers::default(),
             scale: Scale::default(),
             rounds: default_rounds(),
             add_router_rows: false,
@@ -80,13 +80,13 @@ pub struct SegmentSimilarity {
     pub gate: bool,
     /// Whether each part is divided by its length first, so that scaling up by c and down by 1 / c changes nothing.
     #[serde(default)]
-    pub normalise_parts: bool,
+    pub normalize_parts: bool,
 }
 
 /// Where the clusters of an expert start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Centres {
+pub enum Centers {
     /// The segments with the largest absolute element of the gate row. A segment that points exactly where an earlier one
     /// does is passed over while there are others, since its cluster would stay empty and displace another.
     #[default]
@@ -170,9 +170,9 @@ impl Segments {
             }
         }
         let points = Points { vectors, length, weights, own: own.width, hidden: own.hidden };
-        Ok(match points.cluster(self.centres, self.scale, self.rounds) {
+        Ok(match points.cluster(self.centers, self.scale, self.rounds) {
             None => Merged::Unchanged(dominant),
-            Some(centres) => Merged::Changed(Box::new(from_unit_vectors(&centres, &own))),
+            Some(centers) => Merged::Changed(Box::new(from_unit_vectors(&centers, &own))),
         })
     }
 }

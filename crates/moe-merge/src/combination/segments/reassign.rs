@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::{LayerJob, SegmentSimilarity, Segments};
 use crate::Result;
 use crate::experts::{UnitParts, unit_vectors};
-use crate::linalg::{normalise_rows, row_products};
+use crate::linalg::{normalize_rows, row_products};
 
 /// Kept experts whose vectors are in memory at a time.
 const BLOCK: usize = 8;
@@ -78,14 +78,14 @@ pub(super) fn reassign(job: &LayerJob<'_>, parameters: &Segments) -> Result<Vec<
 fn rows(expert: &ExpertWeights, similarity: SegmentSimilarity) -> (Vec<f32>, usize) {
     let parts = UnitParts { gate: similarity.gate, ..UnitParts::OUTER };
     let (mut vectors, length) = unit_vectors(expert, parts);
-    if similarity.normalise_parts {
+    if similarity.normalize_parts {
         for row in vectors.chunks_exact_mut(length.max(1)) {
             for part in parts_of(length, expert.hidden) {
-                normalise_rows(&mut row[part.clone()], part.len());
+                normalize_rows(&mut row[part.clone()], part.len());
             }
         }
     }
-    normalise_rows(&mut vectors, length);
+    normalize_rows(&mut vectors, length);
     (vectors, length)
 }
 

@@ -2,8 +2,8 @@
 
 use rayon::prelude::*;
 
-use super::{Centres, Scale};
-use crate::linalg::{dot, normalise_rows, row_products};
+use super::{Centers, Scale};
+use crate::linalg::{dot, normalize_rows, row_products};
 
 /// Cosine from which two segments count as one direction.
 const SAME_DIRECTION: f64 = 1.0 - 1e-6;
@@ -31,21 +31,21 @@ impl Points {
         &self.vectors[point * self.length..(point + 1) * self.length]
     }
 
-    /// The centres `[own, length]`; `None` if they are the expert's own segments.
-    pub fn cluster(&self, centres: Centres, scale: Scale, rounds: usize) -> Option<Vec<f32>> {
+    /// The centers `[own, length]`; `None` if they are the expert's own segments.
+    pub fn cluster(&self, centers: Centers, scale: Scale, rounds: usize) -> Option<Vec<f32>> {
         let (clusters, length) = (self.own, self.length);
         if clusters == 0 || self.count() == clusters {
             return None;
         }
         let mut unit = self.vectors.clone();
-        normalise_rows(&mut unit, length);
-        let seeds = match centres {
-            Centres::Own => (0..clusters).collect(),
-            Centres::LargestGate => self.largest_gates(&unit),
+        normalize_rows(&mut unit, length);
+        let seeds = match centers {
+            Centers::Own => (0..clusters).collect(),
+            Centers::LargestGate => self.largest_gates(&unit),
         };
         let direction = |point: usize| &unit[point * length..(point + 1) * length];
         let mut directions: Vec<f32> = seeds.iter().flat_map(|seed| direction(*seed)).copied().collect();
-        // Similarities [N, clusters]; of a round, only those with centres that moved are computed again.
+        // Similarities [N, clusters]; of a round, only those with centers that moved are computed again.
         let mut similarities = vec![0.0f32; self.count() * clusters];
         let mut moved: Vec<usize> = (0..clusters).collect();
         let mut members: Vec<Vec<usize>> = vec![Vec::new(); clusters];
@@ -73,19 +73,19 @@ impl Points {
         if as_it_was {
             return None;
         }
-        let centre = |cluster: usize| match members[cluster][..] {
+        let center = |cluster: usize| match members[cluster][..] {
             // Nothing came: the segment it started from.
             [] => self.vector(seeds[cluster]).to_vec(),
             [alone] => self.vector(alone).to_vec(),
             _ => self.scaled(&directions[cluster * length..(cluster + 1) * length], &members[cluster], scale),
         };
-        Some((0..clusters).into_par_iter().flat_map_iter(centre).collect())
+        Some((0..clusters).into_par_iter().flat_map_iter(center).collect())
     }
 
     #[cfg(test)]
     pub fn seeds(&self) -> Vec<usize> {
         let mut unit = self.vectors.clone();
-        normalise_rows(&mut unit, self.length);
+        normalize_rows(&mut unit, self.length);
         self.largest_gates(&unit)
     }
 
@@ -100,7 +100,7 @@ impl Points {
         let direction = |point: usize| &unit[point * self.length..(point + 1) * self.length];
         let (mut chosen, mut passed): (Vec<usize>, Vec<usize>) = (Vec::new(), Vec::new());
         for point in order {
-            // Copies have the same largest element: only neighbours in the order can be copies.
+            // Copies have the same largest element: only neighbors in the order can be copies.
             let near = |other: &&usize| gates[**other] <= gates[point] * (1.0 + 1e-6);
             let copy = chosen
                 .iter()
@@ -149,11 +149,11 @@ impl Points {
             };
             members.iter().zip(&shares).map(|(point, share)| share * norm(point)).sum()
         };
-        let mut centre = direction.to_vec();
+        let mut center = direction.to_vec();
         match scale {
             Scale::Whole => {
                 let mean = length(0..self.length);
-                centre.iter_mut().for_each(|v| *v = (f64::from(*v) * mean) as f32);
+                center.iter_mut().for_each(|v| *v = (f64::from(*v) * mean) as f32);
             }
             Scale::Parts => {
                 let hidden = self.hidden;
@@ -164,15 +164,15 @@ impl Points {
                     let (own, mean) =
                         (dot(&direction[range.clone()], &direction[range.clone()]).sqrt(), length(range.clone()));
                     let factor = if own > 0.0 { mean / own } else { 0.0 };
-                    centre[range].iter_mut().for_each(|v| *v = (f64::from(*v) * factor) as f32);
+                    center[range].iter_mut().for_each(|v| *v = (f64::from(*v) * factor) as f32);
                     if part < 2 && biases > 0 {
                         let at = 3 * hidden + part;
-                        centre[at] = (f64::from(direction[at]) * factor) as f32;
+                        center[at] = (f64::from(direction[at]) * factor) as f32;
                     }
                 }
             }
         }
-        centre
+        center
     }
 }
 

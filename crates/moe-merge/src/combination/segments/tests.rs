@@ -50,9 +50,9 @@ fn a_permuted_copy_finds_its_twins_and_changes_nothing() {
         let plan = plan(3, &[0, 1], &[0.5, 0.3, 0.2]);
         for segments in [
             Segments::default(),
-            Segments { centres: Centres::Own, ..Segments::default() },
+            Segments { centers: Centers::Own, ..Segments::default() },
             Segments { scale: Scale::Parts, ..Segments::default() },
-            Segments { similarity: SegmentSimilarity { gate: true, normalise_parts: true }, ..Segments::default() },
+            Segments { similarity: SegmentSimilarity { gate: true, normalize_parts: true }, ..Segments::default() },
         ] {
             let moved = reassign(&job(&plan, &experts), &segments).unwrap();
             assert!(moved[0].is_empty() && moved[1].len() == 20, "{segments:?}");
@@ -121,23 +121,23 @@ fn points(rows: &[[f32; 3]], weights: &[f64], own: usize) -> Points {
 fn a_cluster_lies_where_its_weights_say() {
     // Two unit vectors with weights 3 and 1: three quarters of the way, in direction.
     let points = points(&[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], &[3.0, 1.0], 1);
-    let centre = points.cluster(Centres::Own, Scale::Whole, 20).unwrap();
+    let center = points.cluster(Centers::Own, Scale::Whole, 20).unwrap();
     let expected = [0.75, 0.25, 0.0].map(|v: f32| v / (0.75f32 * 0.75 + 0.25 * 0.25).sqrt());
-    assert!(centre.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-6), "{centre:?}");
+    assert!(center.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-6), "{center:?}");
 }
 
 #[test]
-fn a_long_vector_does_not_capture_the_centre() {
+fn a_long_vector_does_not_capture_the_center() {
     let points = points(&[[0.1, 1.0, 0.0], [0.1, 0.0, 1000.0]], &[1.0, 1.0], 1);
-    let centre = points.cluster(Centres::Own, Scale::Whole, 20).unwrap();
+    let center = points.cluster(Centers::Own, Scale::Whole, 20).unwrap();
     // Both directions count alike; the length is their mean.
-    assert!((centre[1] / centre[2] - 1.0).abs() < 0.01, "{centre:?}");
-    let length = centre.iter().map(|v| v * v).sum::<f32>().sqrt();
+    assert!((center[1] / center[2] - 1.0).abs() < 0.01, "{center:?}");
+    let length = center.iter().map(|v| v * v).sum::<f32>().sqrt();
     assert!((length - (1000.0 + 1.01f32.sqrt()) / 2.0).abs() < 0.1, "{length}");
 }
 
 #[test]
-fn centres_start_at_the_largest_gates_and_pass_over_copies() {
+fn centers_start_at_the_largest_gates_and_pass_over_copies() {
     // Gates 0.1, 0.5 (own), 0.5 again in the same direction, 0.4, 0.2.
     let rows = [[0.1, 1.0, 0.0], [0.5, 0.0, 1.0], [0.5, 0.0, 1.0], [-0.4, -1.0, 0.0], [0.2, 1.0, 1.0]];
     let chosen = |own| points(&rows, &[1.0; 5], own).seeds();
@@ -151,7 +151,7 @@ fn centres_start_at_the_largest_gates_and_pass_over_copies() {
 #[test]
 fn nothing_moved_means_nothing_changed() {
     let rows = [[0.1, 1.0, 0.0], [0.5, 0.0, 1.0]];
-    assert_eq!(points(&rows, &[1.0; 2], 2).cluster(Centres::LargestGate, Scale::Whole, 20), None);
+    assert_eq!(points(&rows, &[1.0; 2], 2).cluster(Centers::LargestGate, Scale::Whole, 20), None);
 }
 
 #[test]

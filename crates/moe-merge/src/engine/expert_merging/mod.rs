@@ -1,4 +1,4 @@
-//! Several fine-tuned checkpoints of one base into one, with coefficients learnt on unlabelled data.
+//! Several fine-tuned checkpoints of one base into one, with coefficients learnt on unlabeled data.
 
 mod coefficients;
 mod gradients;
@@ -72,7 +72,7 @@ impl Default for ExpertMerging {
     }
 }
 
-/// One fine-tuned model and unlabelled waves of its task. Ids of waves differ between tasks.
+/// One fine-tuned model and unlabeled waves of its task. Ids of waves differ between tasks.
 #[derive(Clone, Debug)]
 pub struct Task {
     /// The fine-tuned checkpoint.

@@ -229,8 +229,8 @@ fn down_factor(kind: &RoutingKind, pieces: usize) -> Result<f32> {
         | RoutingKind::TopKSoftmax
         | RoutingKind::SoftmaxGroupTopK { .. }
         | RoutingKind::SoftmaxCorrected { .. }
-        | RoutingKind::Sigmoid { renormalise: true, .. } => Ok(pieces as f32),
-        RoutingKind::Sigmoid { renormalise: false, .. } => Ok(1.0),
+        | RoutingKind::Sigmoid { renormalize: true, .. } => Ok(pieces as f32),
+        RoutingKind::Sigmoid { renormalize: false, .. } => Ok(1.0),
         RoutingKind::Sparsemixer { .. } => Err(refused(
             "sparsemixer takes one expert after the other, so that pieces of an expert are not selected together"
                 .into(),

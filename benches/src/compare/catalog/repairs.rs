@@ -13,17 +13,17 @@ pub const NO_REPAIR: &str = "none";
 #[rustfmt::skip]
 pub const REPAIRS: &[Line] = &[
     line(NO_REPAIR, r#"{"steps": []}"#),
-    line("mean_output", r#"{"steps": [{"repair": "mean_output"}]}"#),
-    line("refit_own", r#"{"steps": [{"repair": "refit"}]}"#),
-    line("refit", r#"{"steps": [{"repair": "layer_refit"}]}"#),
-    line("refit_0.01", r#"{"steps": [{"repair": "layer_refit", "ridge": 0.01}]}"#),
-    line("refit_1", r#"{"steps": [{"repair": "layer_refit", "ridge": 1}]}"#),
-    line("refit_all", r#"{"rows": "all", "steps": [{"repair": "layer_refit"}]}"#),
-    line("refit_mixed", r#"{"rows": "mixed", "steps": [{"repair": "layer_refit"}]}"#),
-    line("router_kd", r#"{"steps": [{"repair": "router_distillation", "train": {"epochs": 6}}]}"#),
-    line("router_kd_all", r#"{"rows": "all", "steps": [{"repair": "router_distillation", "train": {"epochs": 6}}]}"#),
-    line("refit_router_kd", r#"{"steps": [{"repair": "layer_refit"}, {"repair": "router_distillation", "train": {"epochs": 6}}]}"#),
-    line("router_kd_refit", r#"{"steps": [{"repair": "router_distillation", "train": {"epochs": 6}}, {"repair": "layer_refit"}]}"#),
+    line("mean_output", r#"{"steps": [{"type": "mean_output"}]}"#),
+    line("refit_own", r#"{"steps": [{"type": "refit"}]}"#),
+    line("refit", r#"{"steps": [{"type": "layer_refit"}]}"#),
+    line("refit_0.01", r#"{"steps": [{"type": "layer_refit", "ridge": 0.01}]}"#),
+    line("refit_1", r#"{"steps": [{"type": "layer_refit", "ridge": 1}]}"#),
+    line("refit_all", r#"{"rows": "all", "steps": [{"type": "layer_refit"}]}"#),
+    line("refit_mixed", r#"{"rows": "mixed", "steps": [{"type": "layer_refit"}]}"#),
+    line("router_kd", r#"{"steps": [{"type": "router_distillation", "train": {"epochs": 6}}]}"#),
+    line("router_kd_all", r#"{"rows": "all", "steps": [{"type": "router_distillation", "train": {"epochs": 6}}]}"#),
+    line("refit_router_kd", r#"{"steps": [{"type": "layer_refit"}, {"type": "router_distillation", "train": {"epochs": 6}}]}"#),
+    line("router_kd_refit", r#"{"steps": [{"type": "router_distillation", "train": {"epochs": 6}}, {"type": "layer_refit"}]}"#),
 ];
 
 /// Rows that a repair runs on.
@@ -52,7 +52,7 @@ pub struct Repair {
 
 /// A step of a repair.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(tag = "repair", rename_all = "snake_case")]
+#[serde(tag = "type", rename_all = "snake_case")]
 pub enum RepairStep {
     /// Kept down columns of a layer together, so that the layer gives what the full model's gives.
     LayerRefit(LayerRefit),

@@ -1,14 +1,14 @@
-//! Quantised weights as released: FP8 with one scale per block, and MXFP4. Both are read as BF16.
+//! Quantized weights as released: FP8 with one scale per block, and MXFP4. Both are read as BF16.
 
 use half::bf16;
 use rayon::prelude::*;
 
-/// How the weights of a checkpoint are quantised, from `quantization_config`.
+/// How the weights of a checkpoint are quantized, from `quantization_config`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Quantisation {
+pub enum Quantization {
     /// Tensors of dtype F8_E4M3 with one factor per block of `rows x cols` elements in a tensor of the same name plus
-    /// `_scale_inv`: `weight_block_size` of quantisation method `fp8`.
+    /// `_scale_inv`: `weight_block_size` of quantization method `fp8`.
     Fp8Blocks {
         /// Rows of a block.
         rows: usize,

@@ -10,15 +10,15 @@ use crate::ranking::{Queue, compare, queues};
 use crate::recipe::tagged;
 use crate::{Error, Needs, Result};
 
-/// All units (or experts) of the model compete by normalised scores. The order within a layer stays; the scores need not be
+/// All units (or experts) of the model compete by normalized scores. The order within a layer stays; the scores need not be
 /// comparable between layers. Where they become shares of a sum, they must be additive within a layer
 /// ([`ScoreTable::additive`](moe_checkpoint::ScoreTable::additive)).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Normalised {
+pub struct Normalized {
     /// How.
     #[serde(default)]
-    pub by: Normalisation,
+    pub by: Normalization,
 }
 
 /// How the scores of a layer are made comparable with those of other layers. `s_1 <= s_2 <= ...` are the scores of a layer
@@ -26,7 +26,7 @@ pub struct Normalised {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
-pub enum Normalisation {
+pub enum Normalization {
     /// LAMP (arXiv 2010.07611) of norms: `s_u^2 / (s_u^2 + s_{u+1}^2 + ...)`. The largest of a layer scores 1, so that no
     /// layer is emptied.
     #[default]
@@ -44,15 +44,15 @@ pub enum Normalisation {
     Coverage,
 }
 
-impl Allocator for Normalised {
+impl Allocator for Normalized {
     fn recipe(&self) -> Value {
-        tagged("normalised", self)
+        tagged("normalized", self)
     }
 
     fn needs(&self, granularity: Granularity) -> Needs {
         let needs = Needs::new(granularity, Pool::Layer);
         match self.by.adds() {
-            true => needs.adding(Pool::Layer, "the normalisation by a share of the layer"),
+            true => needs.adding(Pool::Layer, "the normalization by a share of the layer"),
             false => needs,
         }
     }
@@ -67,7 +67,7 @@ impl Allocator for Normalised {
     }
 }
 
-impl Normalisation {
+impl Normalization {
     /// Whether scores of a layer are added up to shares of their sum. A mean or the largest only sets the scale.
     fn adds(self) -> bool {
         match self {
@@ -128,7 +128,7 @@ mod tests {
     use super::*;
     use crate::{Budget, Limits, ProtectionMask, WidthLimits};
 
-    fn values(by: Normalisation, scores: &[f32]) -> Vec<f64> {
+    fn values(by: Normalization, scores: &[f32]) -> Vec<f64> {
         let table = ScoreTable {
             scorer: "{}".into(),
             granularity: Granularity::Unit,
@@ -157,13 +157,13 @@ mod tests {
         };
         // Ascending: 1, 2, 3.
         let scores = [3.0, 1.0, 2.0];
-        close(Normalisation::Lamp, &scores, &[1.0 / 14.0, 4.0 / 13.0, 1.0]);
-        close(Normalisation::LampOfSquares, &scores, &[1.0 / 6.0, 2.0 / 5.0, 1.0]);
-        close(Normalisation::Coverage, &scores, &[1.0 / 6.0, 0.5, 1.0]);
-        close(Normalisation::Sum, &scores, &[1.0 / 6.0, 2.0 / 6.0, 0.5]);
-        close(Normalisation::Mean, &scores, &[0.5, 1.0, 1.5]);
-        close(Normalisation::Max, &[-4.0, 2.0], &[-1.0, 0.5]);
-        for by in [Normalisation::Lamp, Normalisation::Coverage, Normalisation::Sum] {
+        close(Normalization::Lamp, &scores, &[1.0 / 14.0, 4.0 / 13.0, 1.0]);
+        close(Normalization::LampOfSquares, &scores, &[1.0 / 6.0, 2.0 / 5.0, 1.0]);
+        close(Normalization::Coverage, &scores, &[1.0 / 6.0, 0.5, 1.0]);
+        close(Normalization::Sum, &scores, &[1.0 / 6.0, 2.0 / 6.0, 0.5]);
+        close(Normalization::Mean, &scores, &[0.5, 1.0, 1.5]);
+        close(Normalization::Max, &[-4.0, 2.0], &[-1.0, 0.5]);
+        for by in [Normalization::Lamp, Normalization::Coverage, Normalization::Sum] {
             close(by, &[0.0, 0.0], &[0.0, 0.0]);
         }
     }

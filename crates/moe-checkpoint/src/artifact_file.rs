@@ -1,4 +1,4 @@
-//! Reading and writing artefact files: safetensors with one JSON document in the metadata, written atomically.
+//! Reading and writing artifact files: safetensors with one JSON document in the metadata, written atomically.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -45,7 +45,7 @@ pub fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
     })
 }
 
-/// What sort of artefact a file is: its metadata key and the version written and at most read.
+/// What sort of artifact a file is: its metadata key and the version written and at most read.
 #[derive(Clone, Copy)]
 pub(crate) struct Kind {
     pub name: &'static str,
@@ -63,7 +63,7 @@ pub(crate) fn parse_versioned<T: DeserializeOwned>(path: &Path, kind: Kind, json
     let malformed = |error: serde_json::Error| Error::malformed(path, kind.name, error.to_string());
     let Versioned { version } = serde_json::from_str(json).map_err(malformed)?;
     if version == 0 || version > kind.version {
-        return Err(Error::ArtefactVersion {
+        return Err(Error::ArtifactVersion {
             path: path.to_path_buf(),
             kind: kind.name,
             found: version,
@@ -116,7 +116,7 @@ impl TensorFile {
     }
 }
 
-/// The tensors of an artefact file, read with their shape checked.
+/// The tensors of an artifact file, read with their shape checked.
 pub(crate) struct Tensors<'a> {
     path: &'a Path,
     kind: Kind,

@@ -1,19 +1,19 @@
-//! Artefacts of steps, named by everything they follow from.
+//! Artifacts of steps, named by everything they follow from.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
 
-/// What a finished artefact has.
+/// What a finished artifact has.
 const DONE: &str = "done.json";
 
-/// The artefacts of a run: `OUT/steps/NAME-DIGEST`.
-pub(crate) struct Artefacts {
+/// The artifacts of a run: `OUT/steps/NAME-DIGEST`.
+pub(crate) struct Artifacts {
     out: PathBuf,
 }
 
-impl Artefacts {
+impl Artifacts {
     pub fn new(out: &Path) -> Self {
         Self { out: out.to_path_buf() }
     }
@@ -39,7 +39,7 @@ impl Artefacts {
         fs::create_dir_all(&steps).map_err(Error::io(&steps))
     }
 
-    /// The directory of an artefact, and whether it is finished. An unfinished one is there, perhaps with what an earlier run left.
+    /// The directory of an artifact, and whether it is finished. An unfinished one is there, perhaps with what an earlier run left.
     pub fn begin(&self, name: &str, of: &[&str]) -> Result<(PathBuf, bool)> {
         let dir = self.out.join("steps").join(format!("{name}-{}", &digest(of)[..16]));
         let finished = dir.join(DONE).exists();
@@ -49,13 +49,13 @@ impl Artefacts {
         Ok((dir, finished))
     }
 
-    /// Says that an artefact is whole.
+    /// Says that an artifact is whole.
     pub fn finish(dir: &Path) -> Result<()> {
         Ok(moe_checkpoint::write_json(&dir.join(DONE), &serde_json::json!({ "version": 1 }))?)
     }
 }
 
-/// A hash of what an artefact follows from.
+/// A hash of what an artifact follows from.
 pub(crate) fn digest(of: &[&str]) -> String {
     let mut hasher = blake3::Hasher::new();
     for part in of {

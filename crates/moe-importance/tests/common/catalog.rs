@@ -3,31 +3,31 @@
 use moe_importance::{Scorer, ScorerConfig};
 
 /// As JSON.
-pub fn catalogue() -> Vec<String> {
+pub fn catalog() -> Vec<String> {
     let mut all: Vec<String> = [
-        r#"{"scorer":"magnitude"}"#,
-        r#"{"scorer":"random","seed":3}"#,
-        r#"{"scorer":"frequency"}"#,
-        r#"{"scorer":"man"}"#,
-        r#"{"scorer":"man","squared":true}"#,
-        r#"{"scorer":"seer","count":"hard"}"#,
-        r#"{"scorer":"seer","count":"soft"}"#,
-        r#"{"scorer":"aimer"}"#,
-        r#"{"scorer":"expert_magnitude"}"#,
-        r#"{"scorer":"tenp"}"#,
-        r#"{"scorer":"dern"}"#,
-        r#"{"scorer":"esft","score":"token"}"#,
-        r#"{"scorer":"esft","score":"gate"}"#,
-        r#"{"scorer":"mone"}"#,
-        r#"{"scorer":"router_score"}"#,
-        r#"{"scorer":"router_score","router":"weight","combine":"multiply","unit":{"scorer":"activation"}}"#,
-        r#"{"scorer":"units","of":{"scorer":"reap"},"tie_breaker":{"scorer":"heapr"}}"#,
-        r#"{"scorer":"units","of":{"scorer":"frequency"},"tie_breaker":{"scorer":"fisher"},"combine":"multiply"}"#,
+        r#"{"type":"magnitude"}"#,
+        r#"{"type":"random","seed":3}"#,
+        r#"{"type":"frequency"}"#,
+        r#"{"type":"man"}"#,
+        r#"{"type":"man","squared":true}"#,
+        r#"{"type":"seer","count":"hard"}"#,
+        r#"{"type":"seer","count":"soft"}"#,
+        r#"{"type":"aimer"}"#,
+        r#"{"type":"expert_magnitude"}"#,
+        r#"{"type":"tenp"}"#,
+        r#"{"type":"dern"}"#,
+        r#"{"type":"esft","score":"token"}"#,
+        r#"{"type":"esft","score":"gate"}"#,
+        r#"{"type":"mone"}"#,
+        r#"{"type":"router_score"}"#,
+        r#"{"type":"router_score","router":"weight","combine":"multiply","unit":{"type":"activation"}}"#,
+        r#"{"type":"units","of":{"type":"reap"},"tie_breaker":{"type":"heapr"}}"#,
+        r#"{"type":"units","of":{"type":"frequency"},"tie_breaker":{"type":"fisher"},"combine":"multiply"}"#,
     ]
     .map(String::from)
     .into();
     let mut vary = |scorer: &str, fields: &[(&str, &[&str])]| {
-        let mut of_scorer = vec![format!(r#"{{"scorer":"{scorer}""#)];
+        let mut of_scorer = vec![format!(r#"{{"type":"{scorer}""#)];
         for (field, values) in fields {
             let with = |json: &String| -> Vec<String> {
                 values.iter().map(|value| format!(r#"{json},"{field}":{value}"#)).collect()
@@ -37,7 +37,7 @@ pub fn catalogue() -> Vec<String> {
         all.extend(of_scorer.into_iter().map(|json| json + "}"));
     };
     let denominator: (&str, &[&str]) = ("denominator", &[r#""all_tokens""#, r#""routed_tokens""#]);
-    let gate: (&str, &[&str]) = ("gate", &[r#""as_applied""#, r#""renormalised""#, r#""softmax""#]);
+    let gate: (&str, &[&str]) = ("gate", &[r#""as_applied""#, r#""renormalized""#, r#""softmax""#]);
     vary("fisher", &[("criterion", &[r#""token""#, r#""sequence""#, r#""abs""#])]);
     vary("heapr", &[denominator]);
     vary("coupled", &[denominator]);
@@ -50,15 +50,15 @@ pub fn catalogue() -> Vec<String> {
     vary("router_taylor", &[("form", &[r#""taylor""#, r#""abs""#, r#""square""#])]);
     vary("bias", &[("sample", &[r#""wave""#, r#""sequence""#]), ("around", &[r#""mean""#, r#""median""#])]);
     let reductions = ["\"sum\"", "\"mean\"", "\"max\"", r#"{"top":2}"#];
-    vary("experts", &[("of", &[r#"{"scorer":"coupled"}"#]), ("reduction", &reductions)]);
+    vary("experts", &[("of", &[r#"{"type":"coupled"}"#]), ("reduction", &reductions)]);
     all
 }
 
-/// The scorers of [`catalogue`].
+/// The scorers of [`catalog`].
 pub fn scorers() -> Vec<Box<dyn Scorer>> {
     let scorer = |json: &String| -> Box<dyn Scorer> {
         let config: ScorerConfig = serde_json::from_str(json).unwrap_or_else(|error| panic!("{json}: {error}"));
         config.build().unwrap_or_else(|error| panic!("{json}: {error}"))
     };
-    catalogue().iter().map(scorer).collect()
+    catalog().iter().map(scorer).collect()
 }
