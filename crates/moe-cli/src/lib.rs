@@ -10,6 +10,7 @@ pub mod finetune;
 pub mod generate;
 pub mod inspect;
 pub mod merge;
+pub mod program;
 pub mod prune;
 pub mod run;
 pub mod score;

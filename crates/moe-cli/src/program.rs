@@ -1,10 +1,11 @@
-//! The program `moe`.
+//! The command line of the program `moe`: its verbs, and what each calls.
 
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use moe::progress::Progress;
-use moe_cli::{apply, cli, delta, eval, finetune, generate, inspect, merge, prune, run, score, trace};
+
+use crate::{apply, cli, delta, eval, finetune, generate, inspect, merge, prune, run, score, trace};
 
 /// Makes Mixture-of-Experts language models small and adaptable: importance of experts and units, pruning, merging, fine-tuning
 ///
@@ -44,7 +45,13 @@ enum Verb {
     },
 }
 
-fn main() -> ExitCode {
+/// The command line as clap knows it: verbs, options, their values and help.
+pub fn command() -> clap::Command {
+    Program::command()
+}
+
+/// Runs the program on the arguments of the process.
+pub fn main() -> ExitCode {
     cli::run(|program: Program| match program.verb {
         Verb::Inspect(arguments) => {
             let facts = inspect::run(&arguments)?;
