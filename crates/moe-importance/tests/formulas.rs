@@ -134,9 +134,7 @@ fn unit_criteria_are_their_formulas() {
         r.units(|j| r.sum(|t| product(r, t, j).powi(2)) / r.routed())
     });
     check(&world, r#"{"type":"taylor"}"#, |r| r.units(|j| r.sum(|t| product(r, t, j).abs()) / r.all()));
-    check(&world, r#"{"type":"taylor","form":"sum"}"#, |r| {
-        r.units(|j| (r.sum(|t| product(r, t, j)) / r.all()).abs())
-    });
+    check(&world, r#"{"type":"taylor","form":"sum"}"#, |r| r.units(|j| (r.sum(|t| product(r, t, j)) / r.all()).abs()));
     check(&world, r#"{"type":"taylor","form":"loss_increase","denominator":"routed_tokens"}"#, |r| {
         r.units(|j| -r.sum(|t| product(r, t, j)) / r.routed())
     });
@@ -171,11 +169,9 @@ fn expert_criteria_are_their_formulas() {
         check(&world, &format!(r#"{{"type":"routing_weight","gate":"{name}"}}"#), |r| {
             vec![r.gates[gate].iter().sum::<f64>() / r.all()]
         });
-        check(
-            &world,
-            &format!(r#"{{"type":"routing_weight","gate":"{name}","denominator":"routed_tokens"}}"#),
-            |r| vec![r.gates[gate].iter().sum::<f64>() / r.routed()],
-        );
+        check(&world, &format!(r#"{{"type":"routing_weight","gate":"{name}","denominator":"routed_tokens"}}"#), |r| {
+            vec![r.gates[gate].iter().sum::<f64>() / r.routed()]
+        });
         for power in [1, 2] {
             check(&world, &format!(r#"{{"type":"reap","gate":"{name}","power":{power}}}"#), |r| {
                 vec![r.sum(|t| r.gates[gate][t].powi(power) * r.norm(t)) / r.routed()]
