@@ -6,14 +6,26 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind as ClapError;
-use moe_core::data::{Dataset, Reading};
+use moe::recipe::{Data, DataFile, DataRows};
+use moe::run::Calibration;
+use moe_core::data::{Dataset, LossOver, Reading, Source, Tokenizer, WaveOptions};
 use tracing_subscriber::EnvFilter;
 
 use crate::{Error, Result};
 
-/// Runs a program: parses its arguments, logs warnings to stderr (`RUST_LOG` changes what is logged), prints what `main`
-/// returns to stdout, and turns an error into one line on stderr and an exit code: 2 for usage, 1 for anything else.
+/// What the exit codes of programs mean.
+pub const EXIT_CODES: &str = "Exit codes: 0 done; 1 stopped by an error, which stderr says in a line; 2 wrong usage: options or values \
+that do not go together. What is not 0 has written no output directory under its final name.";
+
+/// Runs a program: parses its arguments, logs warnings to stderr, prints what `main` returns to stdout, and turns an error into one
+/// line on stderr and an exit code: 2 for usage, 1 for anything else. `MOE_LOG` changes what is logged, as `info` or
+/// `moe_core=debug,warn` do.
 pub fn run<A: Parser>(main: impl FnOnce(A) -> Result<String>) -> ExitCode {
+    run_logging(|_| 0, main)
+}
+
+/// [`run`] for a program whose arguments say how much is logged beyond warnings: 1 what happens, 2 all there is.
+pub fn run_logging<A: Parser>(verbosity: impl FnOnce(&A) -> u8, main: impl FnOnce(A) -> Result<String>) -> ExitCode {
     let arguments = match A::try_parse() {
         Ok(arguments) => arguments,
         Err(error) if matches!(error.kind(), ClapError::DisplayHelp | ClapError::DisplayVersion) => error.exit(),
@@ -22,7 +34,13 @@ pub fn run<A: Parser>(main: impl FnOnce(A) -> Result<String>) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    let filter = match log_filter(std::env::var("MOE_LOG").ok().as_deref(), verbosity(&arguments)) {
+        Ok(filter) => filter,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::from(error.exit_code());
+        }
+    };
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
     match main(arguments).and_then(|text| print(&text)) {
         Ok(()) => ExitCode::SUCCESS,
@@ -31,6 +49,21 @@ pub fn run<A: Parser>(main: impl FnOnce(A) -> Result<String>) -> ExitCode {
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+/// What is logged: what `MOE_LOG` says, else warnings and as much more as `--verbose` was given.
+fn log_filter(variable: Option<&str>, verbosity: u8) -> Result<EnvFilter> {
+    let level = match verbosity {
+        0 => "warn",
+        1 => "info",
+        _ => "debug",
+    };
+    let directives = variable.filter(|text| !text.trim().is_empty() && verbosity == 0).unwrap_or(level);
+    EnvFilter::try_new(directives).map_err(|error| {
+        Error::Usage(format!(
+            "MOE_LOG: found `{directives}` ({error}), expected a level such as info, or moe_core=debug"
+        ))
+    })
 }
 
 /// Makes the allocator fast for a program without a memory limit; one that has a limit keeps to it instead: memory that is
@@ -92,6 +125,80 @@ fn field(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, column)) if !name.is_empty() && !column.is_empty() => Ok((name.into(), column.into())),
         _ => Err("expected NAME=COLUMN".into()),
+    }
+}
+
+/// Rows to work on, from any number of files.
+#[derive(Clone, Debug, clap::Args)]
+pub struct DataArguments {
+    /// Rows to run the model on: .jsonl, .json, .jsonl.gz, .parquet, .txt or a folder; repeatable. Several share the samples evenly,
+    /// or by weights, as in a.jsonl=2
+    #[arg(long, visible_alias = "calibration", value_name = "FILE[=WEIGHT]")]
+    pub data: Vec<Source>,
+    /// Which tokens count in the loss: all of a row, or those of its answer alone
+    #[arg(long, value_name = "all|answers", default_value = "all", value_parser = loss)]
+    pub loss: LossOver,
+    /// How rows are read
+    #[command(flatten)]
+    pub rows: RowArguments,
+    /// Sequences to use, at most, over all files
+    #[arg(long, default_value_t = 128, value_parser = at_least(1))]
+    pub samples: usize,
+    /// Tokens per sequence, at most
+    #[arg(long, default_value_t = 2048, value_parser = at_least(2))]
+    pub length: usize,
+    /// Shuffle rows with this seed; without it, the first rows
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Tokens that go through the model together
+    #[arg(long, default_value = "16384", value_parser = non_zero)]
+    pub wave_tokens: NonZeroUsize,
+}
+
+impl DataArguments {
+    /// As recipes have it, with files to measure on.
+    pub fn to_recipe(&self, eval: &[std::path::PathBuf]) -> Data {
+        let file = |source: &Source| match source.weight {
+            None => DataFile::Path(source.path.clone()),
+            Some(weight) => DataFile::Rows(DataRows { path: source.path.clone(), rows: None, weight }),
+        };
+        Data {
+            calibration: self.data.iter().map(file).collect(),
+            eval: eval.to_vec(),
+            samples: self.samples,
+            length: self.length,
+            wave_tokens: self.wave_tokens,
+            loss: self.loss,
+            reading: self.rows.reading(),
+        }
+    }
+
+    /// Reads the files, and says aloud what is left out.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for none; files that cannot be read.
+    pub fn load(&self, tokenizer: Option<&Tokenizer>, vocab_size: usize) -> Result<Dataset> {
+        if self.data.is_empty() {
+            return Err(Error::Usage("--data FILE: rows to run the model on".into()));
+        }
+        Ok(Calibration::load(&self.to_recipe(&[]), self.seed, tokenizer, vocab_size)?.data)
+    }
+
+    /// How sequences are grouped.
+    pub fn waves(&self) -> WaveOptions {
+        WaveOptions::Tokens(self.wave_tokens)
+    }
+}
+
+/// Which tokens count in a loss.
+///
+/// # Errors
+/// A message with the choices there are.
+pub fn loss(text: &str) -> Result<LossOver, String> {
+    match text {
+        "all" => Ok(LossOver::All),
+        "answers" => Ok(LossOver::Completions),
+        other => Err(format!("found `{other}`, expected all or answers")),
     }
 }
 
@@ -160,6 +267,23 @@ mod tests {
         for bad in ["", "GiB", "0", "-1", "1x", "1.2.3", "1e99999", "inf", "99999999999TiB"] {
             assert!(bytes(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn the_log_is_what_the_variable_or_the_flag_says() {
+        let shown = |variable, verbosity| log_filter(variable, verbosity).unwrap().to_string();
+        assert_eq!(
+            [shown(None, 0), shown(None, 1), shown(Some("moe_core=debug"), 0)],
+            ["warn", "info", "moe_core=debug"]
+        );
+        assert_eq!([shown(Some("error"), 2), shown(Some(" "), 0)], ["debug", "warn"]);
+        assert!(log_filter(Some("moe_core=loud"), 0).unwrap_err().to_string().contains("MOE_LOG"));
+    }
+
+    #[test]
+    fn losses_are_over_all_or_over_answers() {
+        assert_eq!((loss("all"), loss("answers")), (Ok(LossOver::All), Ok(LossOver::Completions)));
+        assert!(loss("prompts").unwrap_err().contains("all or answers"));
     }
 
     #[test]

@@ -11,8 +11,11 @@ use crate::{apply, cli, delta, eval, finetune, generate, inspect, merge, prune, 
 ///
 /// Every verb reads Hugging Face checkpoints and writes what transformers, vLLM and llama.cpp load, unless a form says otherwise.
 #[derive(Parser)]
-#[command(name = "moe", version, after_help = "Exit codes: 0 done, 1 stopped by an error, 2 wrong usage.")]
+#[command(name = "moe", version, after_help = cli::EXIT_CODES)]
 struct Program {
+    /// Log what happens to stderr; twice for more. MOE_LOG chooses finely: MOE_LOG=moe_core=debug
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -52,7 +55,8 @@ pub fn command() -> clap::Command {
 
 /// Runs the program on the arguments of the process.
 pub fn main() -> ExitCode {
-    cli::run(|program: Program| match program.verb {
+    let verbosity = |program: &Program| program.verbose;
+    cli::run_logging(verbosity, |program: Program| match program.verb {
         Verb::Inspect(arguments) => {
             let facts = inspect::run(&arguments)?;
             Ok(if arguments.json { format!("{:#}\n", facts.json()) } else { facts.to_string() })

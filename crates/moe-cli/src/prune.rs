@@ -1,10 +1,9 @@
 //! Pruning from the command line: a recipe made of flags.
 
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Parser;
-use moe::recipe::{self, Data, DataFile, Evaluate, Form, Named, Prune, Recipe, Repair, Score, Step, Write};
+use moe::recipe::{self, Evaluate, Form, Named, Prune, Recipe, Repair, Score, Step, Write};
 use moe::run::{RunOptions, RunReport, run as run_recipe};
 use moe_checkpoint::Mtp;
 use moe_prune::Budget;
@@ -27,11 +26,11 @@ pub struct Arguments {
     /// Scores that moe score wrote; the model is not run for them again
     #[arg(long, value_name = "FILE", conflicts_with = "scorer")]
     pub scores: Option<PathBuf>,
-    /// Rows to score, repair and choose a form on; repeatable
-    #[arg(long, value_name = "FILE")]
-    pub data: Vec<PathBuf>,
-    /// Scorer, a name or JSON [default: fisher]
-    #[arg(long, value_name = "NAME|JSON", value_parser = Named::parse)]
+    /// What is scored, repaired, probed and chosen a form on
+    #[command(flatten)]
+    pub data: cli::DataArguments,
+    /// Scorer, a name, JSON or a JSON file [default: fisher, or reap where whole experts go]
+    #[arg(long, value_name = "NAME|JSON|FILE", value_parser = Named::parse)]
     pub scorer: Option<Named>,
     /// Fraction of the routed experts' units to drop
     #[arg(long, value_parser = cli::ratio, group = "budget")]
@@ -39,11 +38,21 @@ pub struct Arguments {
     /// Parameters of routed experts to keep, at most
     #[arg(long, value_name = "N", group = "budget")]
     pub keep_parameters: Option<u64>,
+    /// Bytes of the whole checkpoint to keep, at most, such as 24GB
+    #[arg(long, value_name = "SIZE", value_parser = cli::bytes, group = "budget")]
+    pub keep_bytes: Option<u64>,
+    /// Experts that every layer keeps; the others go whole
+    #[arg(long, value_name = "N", value_parser = cli::at_least(1), group = "budget")]
+    pub experts_per_layer: Option<usize>,
+    /// What stays, chosen by hand, in the form of --protect: of the layers that the file names all other experts go
+    #[arg(long, value_name = "FILE", group = "budget", conflicts_with_all = ["scores", "scorer", "pruner", "allocator", "protect"])]
+    pub keep_list: Option<PathBuf>,
     /// What decides, a name or JSON: unit, expert, novice, subset, two_level, wide
-    #[arg(long, value_name = "NAME|JSON", value_parser = Named::parse)]
+    #[arg(long, value_name = "NAME|JSON|FILE", value_parser = Named::parse)]
     pub pruner: Option<Named>,
-    /// How much each layer keeps, a name or JSON: uniform, global, layer, knapsack …
-    #[arg(long, value_name = "NAME|JSON", value_parser = Named::parse)]
+    /// How much each layer keeps, a name or JSON: uniform, layer, global, normalized, hybrid, depth_prior, rate_distortion, rco or
+    /// evolution; the last three ask the running model, on --data
+    #[arg(long, value_name = "NAME|JSON|FILE", value_parser = Named::parse)]
     pub allocator: Option<Named>,
     /// Widths are multiples of this
     #[arg(long, value_name = "N")]
@@ -51,11 +60,14 @@ pub struct Arguments {
     /// Units that every expert keeps at least
     #[arg(long, value_name = "N")]
     pub min_width: Option<usize>,
+    /// Every layer keeps a multiple of this many experts, for serving on as many devices
+    #[arg(long, value_name = "N", value_parser = cli::at_least(1))]
+    pub multiple_of: Option<usize>,
     /// Experts or units that stay whatever they score, as moe score --super-experts writes them
     #[arg(long, value_name = "FILE")]
     pub protect: Option<PathBuf>,
     /// Improve what is left: refit, layer_refit, mean_output, router_distillation, a name or JSON; repeatable, in order
-    #[arg(long, value_name = "NAME|JSON", value_parser = Named::parse)]
+    #[arg(long, value_name = "NAME|JSON|FILE", value_parser = Named::parse)]
     pub repair: Vec<Named>,
     /// Layers that predict further tokens: keep, drop or prune
     #[arg(long, value_parser = mtp)]
@@ -75,18 +87,6 @@ pub struct Arguments {
     /// Plan only: nothing is written but OUT.steps
     #[arg(long)]
     pub plan_only: bool,
-    /// Sequences to calibrate on, at most
-    #[arg(long, default_value_t = 128, value_parser = cli::at_least(1))]
-    pub samples: usize,
-    /// Tokens per sequence, at most
-    #[arg(long, default_value_t = 2048, value_parser = cli::at_least(2))]
-    pub length: usize,
-    /// Shuffle rows with this seed
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
-    /// Tokens that go through the model together
-    #[arg(long, default_value = "16384", value_parser = cli::non_zero)]
-    pub wave_tokens: NonZeroUsize,
     /// Memory to stay within, such as 8GiB; never changes results
     #[arg(long)]
     pub max_memory: Option<String>,
@@ -134,25 +134,35 @@ impl Arguments {
     /// # Errors
     /// [`Error::Usage`] for flags that do not go together.
     pub fn to_recipe(&self) -> Result<Recipe> {
-        let budget = match (self.ratio, self.keep_parameters) {
-            (Some(ratio), _) => Budget::Ratio(ratio),
-            (_, Some(count)) => Budget::KeepParameters(count),
-            _ => return Err(Error::Usage("--ratio or --keep-parameters: one says how much is kept".into())),
+        let budget = match (self.ratio, self.keep_parameters, self.keep_bytes, self.experts_per_layer) {
+            (Some(ratio), ..) => Some(Budget::Ratio(ratio)),
+            (_, Some(count), ..) => Some(Budget::KeepParameters(count)),
+            (_, _, Some(count), _) => Some(Budget::KeepBytes(count)),
+            (.., Some(count)) => Some(Budget::ExpertsPerLayer(count)),
+            _ if self.keep_list.is_some() => None,
+            _ => {
+                return Err(Error::Usage(
+                    "--ratio, --keep-parameters, --keep-bytes, --experts-per-layer or --keep-list: one says how much is kept".into(),
+                ));
+            }
         };
         let mut steps = Vec::new();
         if !self.eval.is_empty() {
             steps.push(Step::Evaluate(Evaluate::default()));
         }
-        if self.scores.is_none() {
-            let scorer = self.scorer.clone().unwrap_or_else(|| Named::Name("fisher".into()));
+        let pruner = self.pruner()?;
+        if self.scores.is_none() && self.keep_list.is_none() {
+            let whole = pruner.as_ref().is_some_and(|pruner| WHOLE.contains(&kind(&pruner.object("type"))));
+            let default = if whole { "reap" } else { "fisher" };
+            let scorer = self.scorer.clone().unwrap_or_else(|| Named::Name(default.into()));
             steps.push(Step::Score(Score { scorers: vec![scorer], super_experts: None }));
         }
         if let Some(path) = &self.protect {
             steps.push(Step::Protect(recipe::Protect::File(path.clone())));
         }
-        let (scores, mtp, form, pieces) = (self.scores.clone(), self.mtp, self.form, self.pieces);
-        let pruner = self.pruner()?;
-        steps.push(Step::Prune(Prune { scores, budget: Some(budget), pruner, mtp, form, pieces, ..Prune::default() }));
+        let (scores, keep_list) = (self.scores.clone(), self.keep_list.clone());
+        let (mtp, form, pieces) = (self.mtp, self.form, self.pieces);
+        steps.push(Step::Prune(Prune { scores, budget, pruner, keep_list, mtp, form, pieces, ..Prune::default() }));
         for repair in &self.repair {
             steps.push(Step::Repair(repair.read::<Repair>("type", "repair")?));
         }
@@ -167,16 +177,9 @@ impl Arguments {
         Ok(Recipe {
             about: String::new(),
             model: self.model.clone(),
-            data: Data {
-                calibration: self.data.iter().cloned().map(DataFile::Path).collect(),
-                eval: self.eval.clone(),
-                samples: self.samples,
-                length: self.length,
-                wave_tokens: self.wave_tokens,
-                ..Data::default()
-            },
+            data: self.data.to_recipe(&self.eval),
             out: work.into(),
-            seed: self.seed,
+            seed: self.data.seed.unwrap_or_default(),
             max_memory: self.max_memory.clone(),
             device: self.device.clone(),
             steps,
@@ -185,26 +188,68 @@ impl Arguments {
 
     /// The pruner with what other flags say of it; none if nothing is said.
     fn pruner(&self) -> Result<Option<Named>> {
+        let limits = [("round_to", self.round_to), ("min_width", self.min_width)];
+        let limits: Map<String, Value> =
+            limits.into_iter().filter_map(|(key, value)| Some((key.to_string(), json!(value?)))).collect();
+        let whole = self.multiple_of.is_some() || self.experts_per_layer.is_some();
+        let said = self.allocator.is_some() || whole || !limits.is_empty();
         let mut object = match &self.pruner {
-            None if self.allocator.is_none() && self.round_to.is_none() && self.min_width.is_none() => return Ok(None),
-            None => Map::from_iter([("type".to_string(), json!("unit"))]),
-            Some(Named::Name(name)) => Map::from_iter([("type".to_string(), json!(name))]),
-            Some(Named::Parameters(map)) => map.clone(),
+            None if !said => return Ok(None),
+            None => Map::from_iter([("type".to_string(), json!(if whole { "expert" } else { "unit" }))]),
+            Some(pruner) => pruner.object("type"),
         };
-        if let Some(allocator) = &self.allocator {
-            let allocator = match allocator {
-                Named::Name(name) => json!({ "type": name }),
-                Named::Parameters(map) => Value::Object(map.clone()),
+        let name = kind(&object).to_string();
+        if name == "two_level" {
+            // A pruner of units has no allocator of its own.
+            let units = object.entry("units").or_insert_with(|| json!({ "allocator": { "type": "global" } }));
+            let Value::Object(units) = units else {
+                return Err(Error::Usage(format!("--pruner: units is {units}, expected an object")));
             };
-            object.insert("allocator".into(), allocator);
-        }
-        for (key, value) in [("round_to", self.round_to), ("min_width", self.min_width)] {
-            if let Some(value) = value {
-                object.insert(key.into(), json!(value));
+            self.fill(units, limits)?;
+            if let Some(multiple) = self.multiple_of {
+                let experts = object.entry("experts").or_insert_with(|| json!({}));
+                experts["multiple_of"] = json!(multiple);
             }
+            return Ok(Some(Named::Parameters(object)));
+        }
+        if !limits.is_empty() && WHOLE.contains(&name.as_str()) {
+            return Err(Error::Usage(format!(
+                "--round-to, --min-width: widths stay as they are where pruner `{name}` drops whole experts"
+            )));
+        }
+        if self.multiple_of.is_some() && !["expert", "subset"].contains(&name.as_str()) {
+            return Err(Error::Usage(format!(
+                "--multiple-of: pruner `{name}` leaves as many experts as there are; expert, subset and two_level do not"
+            )));
+        }
+        self.fill(&mut object, limits)?;
+        if let Some(multiple) = self.multiple_of {
+            object.insert("multiple_of".into(), json!(multiple));
         }
         Ok(Some(Named::Parameters(object)))
     }
+
+    /// Puts the allocator and limits of widths into a pruner.
+    fn fill(&self, object: &mut Map<String, Value>, limits: Map<String, Value>) -> Result<()> {
+        if let Some(allocator) = &self.allocator {
+            object.insert("allocator".into(), Value::Object(allocator.object("type")));
+        }
+        if !limits.is_empty() {
+            match object.entry("limits").or_insert_with(|| json!({})) {
+                Value::Object(found) => found.extend(limits),
+                other => return Err(Error::Usage(format!("--pruner: limits is {other}, expected an object"))),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Pruners that drop whole experts.
+const WHOLE: [&str; 3] = ["expert", "novice", "subset"];
+
+/// What a pruner is called.
+fn kind(pruner: &Map<String, Value>) -> &str {
+    pruner.get("type").and_then(Value::as_str).unwrap_or_default()
 }
 
 /// Makes the recipe and carries it out; text to print.
@@ -221,5 +266,10 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<String> {
     let Arguments { resume, force, check, .. } = *arguments;
     let resume = resume || force;
     let report: RunReport = run_recipe(&recipe, RunOptions { resume, force, check, progress })?;
-    cli::shown(&report, arguments.json)
+    let mut text = cli::shown(&report, arguments.json)?;
+    if arguments.plan_only && !arguments.json {
+        let plans = report.steps.iter().filter(|step| step.step == "prune").filter_map(|step| step.artifact.as_ref());
+        plans.for_each(|dir| text += &format!("{}\n", dir.join("plan.json").display()));
+    }
+    Ok(text)
 }

@@ -1,71 +1,66 @@
 //! One pass over calibration data, score files for any number of scorers, and what it cost.
 
 use std::fmt;
-use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
-use moe_checkpoint::{Checkpoint, ExpertId};
+use moe::expert_ranking::{rank_experts, to_json_lines};
+use moe::recipe::Named;
+use moe_checkpoint::{Checkpoint, ExpertId, Statistics, StatisticsStore};
 use moe_core::Model;
-use moe_core::data::{Dataset, DatasetOptions, Tokenizer, WaveOptions};
+use moe_core::data::Tokenizer;
 use moe_core::memory::process_memory;
-use moe_importance::{Calibration, Progress as Collected, ScorerConfig, StatisticId, SuperExpertOptions, SuperExperts};
+use moe_importance::{
+    Calibration, Progress as Seen, Scorer, ScorerConfig, StatisticId, SuperExpertOptions, SuperExperts,
+};
 use serde::Serialize;
 
 use crate::progress::{Progress, Unit};
 use crate::{Error, Result, cli, format};
 
-/// Scores the routed experts or units of a checkpoint.
+/// Scores the routed experts or units of a checkpoint
+///
+/// Writes a score file per scorer, and experts.jsonl with the experts of every layer from the best to the worst, for engines that drop
+/// experts when they load a model.
 #[derive(Clone, Debug, Parser)]
 #[command(after_help = scorers_help())]
 pub struct Arguments {
     /// Directory of a Hugging Face checkpoint
-    #[arg(long)]
+    #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
-    /// Rows to calibrate on: .jsonl or .txt
-    #[arg(long)]
-    pub calibration: PathBuf,
-    /// Scorer as JSON, such as {"type":"fisher","criterion":"abs"}, or just its name; repeatable. See the list below
-    #[arg(long = "scorer", required_unless_present_any = ["super_experts", "statistics"], value_parser = scorer)]
+    /// What the model is run on
+    #[command(flatten)]
+    pub data: cli::DataArguments,
+    /// Scorer: a name, JSON such as {"type":"fisher","criterion":"abs"}, or a JSON file; repeatable. See the list below
+    #[arg(long = "scorer", value_name = "NAME|JSON|FILE", value_parser = scorer,
+        required_unless_present_any = ["super_experts", "collect"])]
     pub scorers: Vec<ScorerConfig>,
     /// Also find super experts, as default, released or reap, or with options as JSON: writes super_experts.json and
     /// protect.json, a protection mask
     #[arg(long, value_name = "OPTIONS", value_parser = super_experts)]
     pub super_experts: Option<SuperExpertOptions>,
     /// Also collect a statistic that no scorer needs, such as routing.logit_gram; repeatable
-    #[arg(long = "statistic", value_name = "ID")]
-    pub statistics: Vec<String>,
+    #[arg(long = "statistic", id = "collect", value_name = "ID")]
+    pub collect: Vec<String>,
+    /// Score these statistics, an earlier --out or the folder in it, instead of running the model
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["data", "shard", "absorb", "collect"])]
+    pub statistics: Option<PathBuf>,
     /// New directory for the score files and the statistics
-    #[arg(long)]
+    #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
     /// Continue an interrupted run in --out
     #[arg(long)]
     pub resume: bool,
     /// Collect only shard I of N, as I/N, and score nothing
-    #[arg(long, value_parser = part)]
+    #[arg(long, value_name = "I/N", value_parser = part)]
     pub shard: Option<(usize, usize)>,
     /// Take over the waves of another run of the same job, a shard's --out; repeatable
-    #[arg(long)]
+    #[arg(long, value_name = "DIR")]
     pub absorb: Vec<PathBuf>,
-    /// How rows are read
-    #[command(flatten)]
-    pub rows: cli::RowArguments,
-    /// Sequences to use, at most
-    #[arg(long, default_value_t = 128, value_parser = cli::at_least(1))]
-    pub samples: usize,
-    /// Tokens per sequence, at most
-    #[arg(long, default_value_t = 2048, value_parser = cli::at_least(2))]
-    pub length: usize,
-    /// Shuffle rows with this seed; without it, the first rows
-    #[arg(long)]
-    pub seed: Option<u64>,
-    /// Tokens that go through the model together
-    #[arg(long, default_value = "16384", value_parser = cli::non_zero)]
-    pub wave_tokens: NonZeroUsize,
     /// Memory to stay within, such as 8GiB; never changes results
-    #[arg(long, value_parser = cli::bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = cli::bytes)]
     pub max_memory: Option<u64>,
     /// flex (CPU), wgpu, vulkan or cuda, as far as compiled in
     #[arg(long, default_value = "default")]
@@ -80,6 +75,9 @@ pub struct Arguments {
 pub struct Report {
     /// Score files written; none for a shard.
     pub scores: Vec<PathBuf>,
+    /// Experts of every layer from the best to the worst, by every scorer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ranking: Option<PathBuf>,
     /// Super experts, if they were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub super_experts: Option<Vec<ExpertId>>,
@@ -99,7 +97,10 @@ pub struct Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{} tokens in {:.1} s, {:.1} tokens/s", self.tokens, self.seconds, self.tokens_per_s)?;
+        match self.tokens {
+            0 => writeln!(f, "statistics that were there, of {} sequences", self.sequences)?,
+            tokens => writeln!(f, "{tokens} tokens in {:.1} s, {:.1} tokens/s", self.seconds, self.tokens_per_s)?,
+        }
         if let Some(loss) = self.loss {
             writeln!(f, "loss {loss:.4} nats per token")?;
         }
@@ -109,7 +110,7 @@ impl fmt::Display for Report {
         for ExpertId { layer, expert } in self.super_experts.iter().flatten() {
             writeln!(f, "super expert: layer {layer}, expert {expert}")?;
         }
-        self.scores.iter().try_for_each(|path| writeln!(f, "{}", path.display()))
+        self.scores.iter().chain(&self.ranking).try_for_each(|path| writeln!(f, "{}", path.display()))
     }
 }
 
@@ -127,50 +128,24 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         return Err(Error::Invalid(format!("{}: exists; --resume continues in it", arguments.out.display())));
     }
     let scorers = arguments.scorers.iter().map(ScorerConfig::build).collect::<moe_importance::Result<Vec<_>>>()?;
-    let tokenizer = match arguments.model.join("tokenizer.json").exists() {
-        true => Some(Tokenizer::from_dir(&arguments.model)?),
-        false => None,
+    let collected = match &arguments.statistics {
+        Some(directory) => saved(directory, &checkpoint)?,
+        None => {
+            let model = Model::new(checkpoint.clone(), &device, arguments.max_memory)?;
+            collect(arguments, &model, &scorers, progress)?
+        }
     };
-    let options = DatasetOptions {
-        samples: Some(arguments.samples),
-        length: arguments.length,
-        seed: arguments.seed,
-        reading: arguments.rows.reading(),
-        ..DatasetOptions::default()
-    };
-    let vocab = checkpoint.config().vocab_size;
-    let data = Dataset::load(&arguments.calibration, tokenizer.as_ref(), vocab, &options)?;
-    cli::left_out(&arguments.calibration, &data);
-    let mut ids: Vec<StatisticId> = scorers.iter().flat_map(|scorer| scorer.needs().statistics).collect();
-    ids.extend(arguments.super_experts.map(|options| options.needs()));
-    ids.extend(arguments.statistics.iter().cloned().map(StatisticId::from));
-    let model = Model::new(checkpoint, &device, arguments.max_memory)?;
-    let mut calibration = Calibration::new(&model, &data, WaveOptions::Tokens(arguments.wave_tokens))
-        .statistics(ids)
-        .store(arguments.out.join("statistics"))
-        .absorb(arguments.absorb.iter().map(|other| other.join("statistics")));
-    if let Some((index, count)) = arguments.shard {
-        calibration = calibration.shard(index, count);
-    }
-
-    let bar = progress.bar("collecting", 0, Unit::Count("tokens"));
-    let mut last = Collected::default();
-    let start = Instant::now();
-    let statistics = calibration.run(&mut |at| {
-        bar.total(at.tokens);
-        bar.at(at.tokens_done);
-        last = *at;
-    })?;
-    let seconds = start.elapsed().as_secs_f64();
-    drop(bar);
-    let (mut scores, mut super_experts) = (Vec::new(), None);
+    let Collected { statistics, sequences, tokens, seconds, loss } = collected;
+    std::fs::create_dir_all(&arguments.out).map_err(Error::io(&arguments.out))?;
+    let (mut scores, mut super_experts, mut rankings) = (Vec::new(), None, Vec::new());
     if arguments.shard.is_none() {
         for (i, scorer) in scorers.iter().enumerate() {
-            let name = scorer.name();
-            let repeated = scorers.iter().filter(|other| other.name() == name).count() > 1;
-            let file = if repeated { format!("{name}-{i}.safetensors") } else { format!("{name}.safetensors") };
-            let path = arguments.out.join(file);
-            scorer.score(&statistics, model.checkpoint().as_ref())?.save(&path)?;
+            let repeated = scorers.iter().filter(|other| other.name() == scorer.name()).count() > 1;
+            let name = if repeated { format!("{}-{i}", scorer.name()) } else { scorer.name().to_string() };
+            let path = arguments.out.join(format!("{name}.safetensors"));
+            let table = scorer.score(&statistics, checkpoint.as_ref())?;
+            table.save(&path)?;
+            rankings.extend(rank_experts(&name, &table)?);
             scores.push(path);
         }
         if let Some(options) = arguments.super_experts {
@@ -180,33 +155,95 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
             super_experts = Some(found.protected());
         }
     }
-    let tokens = last.tokens_done - last.tokens_resumed;
+    let ranking = match rankings.is_empty() {
+        true => None,
+        false => {
+            let path = arguments.out.join("experts.jsonl");
+            moe_checkpoint::write_atomic(&path, to_json_lines(&rankings)?.as_bytes())?;
+            Some(path)
+        }
+    };
     Ok(Report {
         scores,
+        ranking,
         super_experts,
-        sequences: data.sequences.len(),
+        sequences,
         tokens,
         seconds,
         tokens_per_s: tokens as f64 / seconds.max(1e-9),
-        loss: last.loss,
+        loss,
         peak_rss_mib: process_memory().map(|memory| memory.peak as f64 / (1 << 20) as f64),
     })
 }
 
-/// A scorer by name or as JSON.
-fn scorer(text: &str) -> Result<ScorerConfig, String> {
-    let json = match text.trim_start().starts_with('{') {
-        true => text.to_owned(),
-        false => serde_json::json!({ "type": text }).to_string(),
+/// Statistics and what they cost.
+struct Collected {
+    statistics: Statistics,
+    sequences: usize,
+    tokens: u64,
+    seconds: f64,
+    loss: Option<f64>,
+}
+
+/// Runs the model for all that is asked of it.
+fn collect(arguments: &Arguments, model: &Model, scorers: &[Box<dyn Scorer>], progress: Progress) -> Result<Collected> {
+    let tokenizer = match arguments.model.join("tokenizer.json").exists() {
+        true => Some(Tokenizer::from_dir(&arguments.model)?),
+        false => None,
     };
-    serde_json::from_str(&json).map_err(|error| error.to_string())
+    let data = arguments.data.load(tokenizer.as_ref(), model.config().vocab_size)?;
+    let mut ids: Vec<StatisticId> = scorers.iter().flat_map(|scorer| scorer.needs().statistics).collect();
+    ids.extend(arguments.super_experts.map(|options| options.needs()));
+    ids.extend(arguments.collect.iter().cloned().map(StatisticId::from));
+    let mut calibration = Calibration::new(model, &data, arguments.data.waves())
+        .statistics(ids)
+        .store(arguments.out.join("statistics"))
+        .absorb(arguments.absorb.iter().map(|other| other.join("statistics")));
+    if let Some((index, count)) = arguments.shard {
+        calibration = calibration.shard(index, count);
+    }
+    let bar = progress.bar("collecting", 0, Unit::Count("tokens"));
+    let mut last = Seen::default();
+    let start = Instant::now();
+    let statistics = calibration.run(&mut |at| {
+        bar.total(at.tokens);
+        bar.at(at.tokens_done);
+        last = *at;
+    })?;
+    let seconds = start.elapsed().as_secs_f64();
+    let tokens = last.tokens_done - last.tokens_resumed;
+    Ok(Collected { statistics, sequences: data.sequences.len(), tokens, seconds, loss: last.loss })
+}
+
+/// Statistics of this very model that an earlier run left: its output, the folder in it, or one file.
+fn saved(path: &Path, checkpoint: &Checkpoint) -> Result<Collected> {
+    let inside = path.join("statistics");
+    let statistics = match (path.is_file(), StatisticsStore::exists(&inside)) {
+        (true, _) => Statistics::load(path)?,
+        (_, true) => StatisticsStore::open(inside)?.fold()?,
+        _ => StatisticsStore::open(path)?.fold()?,
+    };
+    let of = &statistics.provenance().model;
+    if !checkpoint.is_model(of) {
+        let (path, found) = (path.display(), checkpoint.fingerprint());
+        let reason = format!("statistics of the model with fingerprint {of}, but --model has {found}");
+        return Err(Error::Invalid(format!("{path}: {reason}")));
+    }
+    let sequences = statistics.sequences() as usize;
+    Ok(Collected { statistics, sequences, tokens: 0, seconds: 0.0, loss: None })
+}
+
+/// A scorer by name, as JSON or as a JSON file.
+fn scorer(text: &str) -> Result<ScorerConfig, String> {
+    Named::parse(text)?.read("type", "scorer").map_err(|error| error.to_string())
 }
 
 /// What scorers there are, a line each.
 fn scorers_help() -> String {
     let lines = ScorerConfig::DESCRIPTIONS.iter().map(|(name, what)| format!("  {name:<17}{}", what.trim()));
     format!(
-        "Scorers (parameters and formulas: documentation of moe-importance):\n{}",
+        "Examples:\n  moe score --model DIR --data rows.jsonl --scorer fisher --scorer reap --out scores\n  \
+moe score --model DIR --statistics scores --scorer activation --out again\n\nScorers (parameters and formulas: documentation of moe-importance):\n{}",
         lines.collect::<Vec<_>>().join("\n")
     )
 }

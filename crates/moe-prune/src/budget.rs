@@ -35,6 +35,9 @@ pub enum Budget {
     /// Bytes of the whole checkpoint to keep at most, as it is written: quantized weights count as the BF16 that they become.
     /// Has to be resolved against the checkpoint: [`Budget::resolve`].
     KeepBytes(u64),
+    /// Experts that every MoE layer keeps, all of which have as many now: what a pruner of whole experts is to leave. Has to be
+    /// resolved against the checkpoint: [`Budget::resolve`].
+    ExpertsPerLayer(usize),
 }
 
 impl Budget {
@@ -56,6 +59,9 @@ impl Budget {
     /// [`Error::InvalidParameter`] with what the checkpoint has, for a budget that it meets already or that what is not pruned
     /// exceeds by itself; [`Error::Checkpoint`] for one that cannot be read.
     pub fn resolve(self, checkpoint: &Arc<Checkpoint>) -> Result<Self> {
+        if let Self::ExpertsPerLayer(keep) = self {
+            return Self::of_experts(checkpoint.shape(), keep);
+        }
         let (field, asked, what) = match self {
             Self::KeepTotalParameters(count) => ("keep_total_parameters", count, "parameters"),
             Self::KeepBytes(count) => ("keep_bytes", count, "bytes"),
@@ -93,6 +99,27 @@ impl Budget {
         Ok(Self::KeepParameters(keep * shape.parameters_per_unit() as u64))
     }
 
+    /// The ratio that leaves `keep` experts in every layer.
+    fn of_experts(shape: &MoeShape, keep: usize) -> Result<Self> {
+        let counts: Vec<usize> = shape.layers.iter().map(MoeLayerShape::num_experts).collect();
+        let (least, most) =
+            (counts.iter().copied().min().unwrap_or_default(), counts.iter().copied().max().unwrap_or_default());
+        if keep == 0 || keep >= least || least != most {
+            let found = keep.to_string();
+            let expected = match least == most {
+                true => format!("between 1 and {}: every layer has {least} experts", least.max(1) - 1),
+                false => format!("another budget: layers have {least} to {most} experts"),
+            };
+            return Err(Error::InvalidParameter { field: "experts_per_layer", found, expected });
+        }
+        let mut ratio = (least - keep) as f64 / least as f64;
+        // A quotient that is rounded down would leave one more.
+        while (least as f64 * ratio).floor() < (least - keep) as f64 {
+            ratio = ratio.next_up();
+        }
+        Ok(Self::Ratio(ratio))
+    }
+
     /// Checks the budget by itself and against what the model has.
     ///
     /// # Errors
@@ -117,6 +144,10 @@ impl Budget {
                 let expected = "a budget in units of routed experts: Budget::resolve makes one for a checkpoint".into();
                 invalid("budget", format!("{count} of a whole checkpoint"), expected)
             }
+            Budget::ExpertsPerLayer(count) => {
+                let expected = "a ratio: Budget::resolve makes one for a checkpoint".into();
+                invalid("budget", format!("{count} experts per layer"), expected)
+            }
             _ => Ok(()),
         }
     }
@@ -140,7 +171,7 @@ impl Budget {
             Budget::KeepParameters(count) => (count / per_unit) as usize,
             Budget::DropParameters(count) => units.saturating_sub(count.div_ceil(per_unit) as usize),
             // Never here: refused by `validate`.
-            Budget::KeepTotalParameters(_) | Budget::KeepBytes(_) => units,
+            Budget::KeepTotalParameters(_) | Budget::KeepBytes(_) | Budget::ExpertsPerLayer(_) => units,
         }
     }
 
@@ -202,6 +233,23 @@ mod tests {
         assert_eq!(Budget::KeepParameters(65).kept_units(&shape()), 10);
         assert_eq!(Budget::DropParameters(61).kept_units(&shape()), 10);
         assert_eq!(Budget::DropParameters(60).kept_units(&shape()), 11);
+    }
+
+    #[test]
+    fn experts_per_layer_are_a_ratio_that_no_rounding_spoils() {
+        for experts in 2..130 {
+            let layers = vec![MoeLayerShape { layer: 0, widths: vec![3; experts] }];
+            let shape = MoeShape { hidden_size: 2, top_k: 1, layers };
+            for keep in 1..experts {
+                let Budget::Ratio(ratio) = Budget::of_experts(&shape, keep).unwrap() else { unreachable!() };
+                assert_eq!((experts as f64 * ratio).floor() as usize, experts - keep, "{keep} of {experts}");
+            }
+            assert!(Budget::of_experts(&shape, experts).unwrap_err().to_string().contains("experts_per_layer"));
+        }
+        let layers = vec![3, 4].into_iter().enumerate();
+        let layers = layers.map(|(layer, count)| MoeLayerShape { layer, widths: vec![2; count] }).collect();
+        let ragged = MoeShape { hidden_size: 2, top_k: 1, layers };
+        assert!(Budget::of_experts(&ragged, 2).unwrap_err().to_string().contains("3 to 4 experts"));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 pub mod error;
 pub mod eval_file;
+pub mod expert_ranking;
 pub mod figures;
 pub mod format;
 pub mod out_dir;

@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use moe_checkpoint::{Mtp, ProtectionMask};
+use moe_checkpoint::{Mtp, ProtectionMask, Routing};
 use moe_importance::{ScorerConfig, SuperExpertOptions};
 use moe_merge::{Amount, OutputForm};
 use moe_prune::repair::{LayerRefit, MeanOutput, Refit, RouterDistillation};
-use moe_prune::{Budget, PrunerConfig, Scope, UnitPruner};
+use moe_prune::{Budget, ExpertPruner, PrunerConfig, Scope, UnitPruner};
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -81,6 +81,14 @@ pub struct Data {
     /// Whether prompts count in the loss, or completions alone.
     #[schemars(with = "Value")]
     pub loss: moe_core::data::LossOver,
+    /// How rows are read: fields from other columns, and whether bad rows are left out.
+    #[serde(skip_serializing_if = "is_plain")]
+    #[schemars(with = "Value")]
+    pub reading: moe_core::data::Reading,
+}
+
+fn is_plain(reading: &moe_core::data::Reading) -> bool {
+    *reading == moe_core::data::Reading::default()
 }
 
 impl Default for Data {
@@ -92,6 +100,7 @@ impl Default for Data {
             length: 2048,
             wave_tokens: std::num::NonZeroUsize::MIN.saturating_add(16383),
             loss: moe_core::data::LossOver::All,
+            reading: moe_core::data::Reading::default(),
         }
     }
 }
@@ -152,14 +161,28 @@ pub enum Named {
 }
 
 impl Named {
-    /// A name, or JSON text.
+    /// A name, JSON text, or a file of JSON, whose name ends in `.json`.
     ///
     /// # Errors
-    /// Text that begins as JSON but is none.
+    /// Text that begins as JSON but is none, a file that cannot be read.
     pub fn parse(text: &str) -> Result<Self, String> {
-        match text.trim_start().starts_with('{') {
-            true => serde_json::from_str(text).map(Self::Parameters).map_err(|error| error.to_string()),
-            false => Ok(Self::Name(text.trim().to_string())),
+        let object = |json: &str| serde_json::from_str(json).map(Self::Parameters).map_err(|error| error.to_string());
+        let text = text.trim();
+        match (text.starts_with('{'), text.ends_with(".json")) {
+            (true, _) => object(text),
+            (_, true) => {
+                let json = std::fs::read_to_string(text).map_err(|error| format!("{text}: {error}"))?;
+                object(&json).map_err(|error| format!("{text}: {error}"))
+            }
+            _ => Ok(Self::Name(text.to_string())),
+        }
+    }
+
+    /// The object that names the method by the key `tag`.
+    pub fn object(&self, tag: &str) -> serde_json::Map<String, Value> {
+        match self {
+            Self::Name(name) => serde_json::Map::from_iter([(tag.to_string(), Value::from(name.as_str()))]),
+            Self::Parameters(map) => map.clone(),
         }
     }
 
@@ -168,11 +191,8 @@ impl Named {
     /// # Errors
     /// [`Error::Usage`] for an unknown name or wrong parameters.
     pub fn read<T: DeserializeOwned>(&self, tag: &str, what: &str) -> Result<T> {
-        let value = match self {
-            Self::Name(name) => serde_json::json!({ tag: name }),
-            Self::Parameters(map) => Value::Object(map.clone()),
-        };
-        serde_json::from_value(value).map_err(|error| Error::Usage(format!("{what} {}: {error}", self.shown())))
+        serde_json::from_value(Value::Object(self.object(tag)))
+            .map_err(|error| Error::Usage(format!("{what} {}: {error}", self.shown())))
     }
 
     fn shown(&self) -> String {
@@ -287,6 +307,9 @@ pub struct Prune {
     pub pruner: Option<Named>,
     /// A saved plan, instead of scores and a pruner.
     pub plan: Option<PathBuf>,
+    /// A file with what stays, in the form of a protection mask, instead of scores and a pruner: experts of the layers that it names
+    /// go unless it lists them, other layers stay whole.
+    pub keep_list: Option<PathBuf>,
     /// A saved plan may be of another model, such as a sibling of the same shape.
     pub rebind: bool,
     /// What becomes of layers that predict further tokens.
@@ -307,6 +330,7 @@ impl Default for Prune {
             budget: None,
             pruner: None,
             plan: None,
+            keep_list: None,
             rebind: false,
             mtp: None,
             form: Form::Auto,
@@ -317,17 +341,42 @@ impl Default for Prune {
 }
 
 impl Prune {
-    /// The pruner: for `auto` and `uniform` one width per expert where nothing is said, so that stock loaders read the outcome;
-    /// else units over the whole model.
+    /// The pruner for a model that routes like this: for `auto` and `uniform` one width per expert where nothing is said, so that
+    /// stock loaders read the outcome; else units over the whole model. Whole experts go by as many per group where the router
+    /// selects groups first.
     ///
     /// # Errors
     /// [`Error::Usage`] for one that is unknown.
-    pub fn pruner(&self) -> Result<PrunerConfig> {
-        match (&self.pruner, self.form) {
-            (Some(pruner), _) => pruner.read("type", "pruner"),
-            (None, Form::Auto | Form::Uniform) => Ok(PrunerConfig::Unit(UnitPruner::new(Scope::Expert))),
-            (None, _) => Ok(PrunerConfig::Unit(UnitPruner::new(Scope::Global))),
+    pub fn pruner(&self, routing: &Routing) -> Result<PrunerConfig> {
+        let unit = || match self.form {
+            Form::Auto | Form::Uniform => UnitPruner::new(Scope::Expert),
+            _ => UnitPruner::new(Scope::Global),
+        };
+        let Some(pruner) = &self.pruner else {
+            return Ok(match self.budget {
+                Some(Budget::ExpertsPerLayer(_)) => PrunerConfig::Expert(ExpertPruner::new().for_routing(routing)),
+                _ => PrunerConfig::Unit(unit()),
+            });
+        };
+        let mut object = pruner.object("type");
+        if object.get("type").is_some_and(|name| name == "unit") && !object.contains_key("allocator") {
+            let UnitPruner { allocator, limits } = unit();
+            object.insert("allocator".into(), serde_json::json!(allocator));
+            let given = object.insert("limits".into(), serde_json::json!(limits));
+            if let (Some(Value::Object(limits)), Some(Value::Object(given))) = (object.get_mut("limits"), given) {
+                limits.extend(given);
+            }
         }
+        let read: PrunerConfig = Named::Parameters(object).read("type", "pruner")?;
+        Ok(match read {
+            PrunerConfig::Expert(expert) if (expert.groups, expert.min_experts) == (1, 0) => {
+                PrunerConfig::Expert(expert.for_routing(routing))
+            }
+            PrunerConfig::Subset(subset) if (subset.groups, subset.min_experts) == (1, 0) => {
+                PrunerConfig::Subset(subset.for_routing(routing))
+            }
+            other => other,
+        })
     }
 }
 

@@ -1,8 +1,8 @@
 //! Rows to calibrate on, from any number of files.
 
-use moe_core::data::{Dataset, DatasetOptions, Tokenizer, Wave, WaveOptions};
+use moe_core::data::{Dataset, DatasetOptions, Source, Tokenizer, Wave, WaveOptions};
 
-use crate::recipe::Data;
+use crate::recipe::{Data, DataFile};
 use crate::{Error, Result};
 
 /// Sequences to calibrate on, in waves.
@@ -31,26 +31,43 @@ impl Calibration {
             }
             total += weight;
         }
-        let mut sets = Vec::with_capacity(data.calibration.len());
-        for file in &data.calibration {
-            let (rows, weight) = file.amount();
-            let share = ((data.samples as f64 * weight / total).round() as usize).max(1);
-            let options = DatasetOptions {
-                samples: Some(rows.unwrap_or(share)),
-                length: data.length,
-                seed,
-                loss: data.loss,
-                ..DatasetOptions::default()
-            };
-            sets.push(Dataset::load(file.path(), tokenizer, vocab_size, &options)?);
-        }
-        let data_set = match <[Dataset; 1]>::try_from(sets) {
-            Ok([one]) => one,
-            Err(sets) if sets.is_empty() => {
-                return Err(Error::Usage("data.calibration: names no file".into()));
-            }
-            Err(sets) => Dataset::from_sequences(sets.into_iter().flat_map(|set| set.sequences).collect()),
+        let options = |samples| DatasetOptions {
+            samples: Some(samples),
+            length: data.length,
+            seed,
+            loss: data.loss,
+            reading: data.reading.clone(),
+            ..DatasetOptions::default()
         };
+        let amounts: Vec<(Option<usize>, f64)> = data.calibration.iter().map(DataFile::amount).collect();
+        let data_set = if data.calibration.is_empty() {
+            return Err(Error::Usage("data.calibration: names no file".into()));
+        } else if amounts.iter().all(|(rows, _)| rows.is_none()) {
+            let source = |(file, (_, weight)): (&DataFile, &(_, f64))| Source {
+                path: file.path().to_path_buf(),
+                weight: (data.calibration.len() > 1).then_some(*weight),
+            };
+            let sources: Vec<Source> = data.calibration.iter().zip(&amounts).map(source).collect();
+            Dataset::load_sources(&sources, tokenizer, vocab_size, &options(data.samples))?
+        } else {
+            // Some files say how many rows; the others share the samples.
+            let mut sets = Vec::with_capacity(amounts.len());
+            for (file, (rows, weight)) in data.calibration.iter().zip(&amounts) {
+                let share = ((data.samples as f64 * weight / total).round() as usize).max(1);
+                sets.push(Dataset::load(file.path(), tokenizer, vocab_size, &options(rows.unwrap_or(share)))?);
+            }
+            let skipped = sets.iter().map(|set| set.skipped).sum();
+            let first_skipped = sets.iter().find_map(|set| set.first_skipped.clone());
+            let all = Dataset::from_sequences(sets.into_iter().flat_map(|set| set.sequences).collect());
+            Dataset { skipped, first_skipped, ..all }
+        };
+        if let Some(first) = &data_set.first_skipped {
+            tracing::warn!("{} bad rows of data left out, the first of them {first}", data_set.skipped);
+        }
+        if data.calibration.len() > 1 && data_set.sequences.len() < data.samples {
+            let (found, asked) = (data_set.sequences.len(), data.samples);
+            tracing::warn!("{found} sequences of data, {asked} were asked for: a file has no more for its share");
+        }
         let options = WaveOptions::Tokens(data.wave_tokens);
         let waves = data_set.waves(options);
         Ok(Self { data: data_set, options, waves })

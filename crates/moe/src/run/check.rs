@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use moe_checkpoint::{Checkpoint, Existing, ProtectionMask, ScoreTable, WriteOptions, check_output};
+use moe_checkpoint::{Checkpoint, Existing, Granularity, ProtectionMask, ScoreTable, WriteOptions, check_output};
 use moe_core::data::{Tokenizer, WaveOptions};
 use moe_core::trace::Observer;
 use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::StatisticId;
-use moe_prune::{Mtp, PruneForm, PruneOptions, PrunePlan, Pruner, Questions};
+use moe_prune::{Budget, Mtp, PruneForm, PruneOptions, PrunePlan, Pruner, Questions};
 
 use super::artifacts::Artifacts;
 use super::{Calibration, Run, RunOptions};
@@ -178,23 +178,33 @@ fn check_prune(prune: &Prune, model: &Arc<Checkpoint>, before: &Before, has_data
         Form::FineGrained => PruneForm::FineGrained(moe_prune::FineGrained::new(prune.pieces.unwrap_or(2))),
     };
     prune_options(form, prune.mtp).check(model)?;
-    if let Some(path) = &prune.plan {
-        let plan = PrunePlan::load(path)?;
+    if let Some(path) = prune.plan.as_ref().or(prune.keep_list.as_ref()) {
         if prune.scores.is_some() || prune.budget.is_some() || prune.pruner.is_some() {
-            return Err(Error::Usage("a plan goes without scores, budget and pruner".into()));
+            return Err(Error::Usage("a plan or a list of what stays goes without scores, budget and pruner".into()));
         }
+        let plan = match (&prune.plan, &prune.keep_list) {
+            (Some(_), Some(_)) => return Err(Error::Usage("a plan and a list of what stays: one of them".into())),
+            (Some(path), None) => PrunePlan::load(path)?,
+            // What an earlier step leaves has other indices, which only that step shows.
+            _ if before.merged || before.pruned.is_some() => return mask(path).map(drop),
+            _ => PrunePlan::keep_only(model.shape(), model.fingerprint(), &mask(path)?)?,
+        };
         // The first step on the model as it is can be compared wholly.
         if !before.merged && before.pruned.is_none() {
             plan.validate(model.shape())?;
         }
         return Ok(());
     }
-    let pruner = prune.pruner()?;
+    let pruner = prune.pruner(&model.config().routing)?;
     if pruner.needs().probe != Questions::NONE && !has_data {
         return Err(Error::Usage("data.calibration names no file, on which the pruner asks the running model".into()));
     }
     let Some(budget) = prune.budget else { return Err(Error::Usage("budget: says not how much is kept".into())) };
     budget.resolve(model)?.validate(model.shape())?;
+    if matches!(budget, Budget::ExpertsPerLayer(_)) && pruner.needs().granularity != Granularity::Expert {
+        let reason = "experts_per_layer: the pruner drops units; expert, novice or subset drop whole experts";
+        return Err(Error::Usage(reason.into()));
+    }
     match &prune.scores {
         None if before.scored.is_empty() => Err(Error::Usage("no earlier score, and no score file".into())),
         Some(name) if !before.scored.iter().any(|scored| std::path::Path::new(scored) == name.as_path()) => {

@@ -148,11 +148,12 @@ impl Run<'_> {
     /// Drops units or experts.
     pub(super) fn prune(&mut self, step: &Prune) -> Result<Done> {
         let base = self.model.clone();
-        let scores = match &step.plan {
+        let given = step.plan.as_ref().or(step.keep_list.as_ref());
+        let scores = match given {
             None => Some(self.table(step.scores.as_deref())?),
             Some(_) => None,
         };
-        let input = match (&step.plan, &scores) {
+        let input = match (given, &scores) {
             (Some(path), _) => std::fs::read_to_string(path).map_err(Error::io(path))?,
             (None, Some(table)) => format!("{} {}", table.scorer, json(&table.provenance)?),
             _ => String::new(),
@@ -193,6 +194,11 @@ impl Run<'_> {
             let chosen = stock::settled(step, &plan)?;
             return Ok((plan, chosen));
         }
+        if let Some(path) = &step.keep_list {
+            let plan = PrunePlan::keep_only(base.shape(), base.fingerprint(), &mask(path)?)?;
+            let chosen = stock::settled(step, &plan)?;
+            return Ok((plan, chosen));
+        }
         let (Some(scores), Some(budget)) = (scores, step.budget) else {
             return Err(Error::Usage("prune: needs scores and a budget".into()));
         };
@@ -210,11 +216,12 @@ impl Run<'_> {
             (step.form, &step.pruner, budget, &self.calibration)
             && scores.granularity == Granularity::Unit
             && self.protect.is_empty()
+            && !matches!(step.budget, Some(Budget::ExpertsPerLayer(_)))
         {
             let model = self.engine_model()?;
             return stock::search(&model, scores, ratio, data, step.mtp, self.options.progress);
         }
-        let pruner = step.pruner()?;
+        let pruner = step.pruner(&base.config().routing)?;
         let request = PruneRequest::new(scores, base.shape(), budget, &self.protect);
         let plan = match pruner.needs().probe != Questions::NONE {
             false => pruner.prune_with(&request, &mut NoProbe)?.plan,

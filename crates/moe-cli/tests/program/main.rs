@@ -1,58 +1,19 @@
 //! The program as a person runs it.
 
+mod pruning;
+mod scoring;
+mod support;
+
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use moe::recipe::Recipe;
 use moe_checkpoint::{Checkpoint, Record};
 use moe_cli::TINY_MOE;
 use serde_json::{Value, json};
-
-fn moe(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_moe")).args(arguments).stdin(Stdio::null()).output().unwrap()
-}
-
-fn ok(arguments: &[&str]) -> String {
-    let output = moe(arguments);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{arguments:?}: {error}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn refused(arguments: &[&str]) -> (i32, String) {
-    let output = moe(arguments);
-    assert!(!output.status.success(), "{arguments:?}");
-    (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
-}
-
-fn rows(name: &str) -> String {
-    format!("{TINY_MOE}/data/{name}.jsonl")
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-/// Everything that says what a directory of a model is, by name.
-fn contents(dir: &Path) -> Vec<(String, String)> {
-    let mut files: Vec<_> = fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| path.is_file())
-        .map(|path| (text(&path).to_string(), blake3_of(&path)))
-        .map(|(path, digest)| (path.rsplit('/').next().unwrap().to_string(), digest))
-        .collect();
-    files.sort();
-    files
-}
-
-fn blake3_of(path: &Path) -> String {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&fs::read(path).unwrap());
-    hasher.finalize().to_hex().to_string()
-}
+use support::{contents, find, ok, refused, rows, text};
 
 /// A recipe on the bundled model, small enough to take a second.
 fn small(mut recipe: Recipe, out: &Path) -> Recipe {
@@ -208,11 +169,6 @@ fn scores_are_made_once_and_used_at_any_ratio() {
     assert_eq!(Checkpoint::open(&masked).unwrap().shape().units(), pruned.shape().units());
 }
 
-fn find(dir: &Path, name: &str) -> PathBuf {
-    let mut entries = fs::read_dir(dir.join("steps")).unwrap().map(|entry| entry.unwrap().path().join(name));
-    entries.find(|path| path.exists()).unwrap()
-}
-
 #[test]
 fn models_are_measured_and_speak() {
     let dir = tempfile::tempdir().unwrap();
@@ -299,7 +255,17 @@ fn the_program_explains_itself() {
         let help = ok(&[verb, "--help"]);
         assert!(help.contains("--") && help.len() > 200, "{verb}: {help}");
     }
-    assert!(ok(&["completions", "bash"]).contains("_moe"));
+    assert!(help.contains("Exit codes: 0 done; 1 stopped by an error") && help.contains("MOE_LOG"));
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let script = ok(&["completions", shell]);
+        assert!(script.contains("--keep-list") || script.contains("keep-list"), "{shell}");
+    }
     ok(&["man", "--out", text(dir.path())]);
-    assert!(dir.path().join("moe-prune.1").exists());
+    let listed = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    let named = listed.filter(|line| line.starts_with("  ") && !line.starts_with("   "));
+    let verbs: Vec<&str> = named.filter_map(|line| line.split_whitespace().next()).collect();
+    assert!(verbs.len() > 12, "{verbs:?}");
+    for verb in verbs.into_iter().filter(|verb| *verb != "help") {
+        assert!(dir.path().join(format!("moe-{verb}.1")).exists(), "{verb}");
+    }
 }

@@ -1,0 +1,153 @@
+//! `moe prune`, flag by flag.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use moe_checkpoint::Checkpoint;
+use moe_cli::TINY_MOE;
+use moe_prune::PrunePlan;
+use serde_json::json;
+
+use crate::support::{find, ok, refused, rows, text, words};
+
+/// Scores by fisher and reap.
+fn scores(dir: &Path) -> (PathBuf, PathBuf) {
+    let (out, data) = (dir.join("scores"), rows("arithmetic_calibration"));
+    let files = ["--model", TINY_MOE, "--data", &data, "--out", text(&out)];
+    ok(&words("score --scorer fisher --scorer reap --samples 8 --length 48", &files));
+    (out.join("fisher.safetensors"), out.join("reap.safetensors"))
+}
+
+/// Prunes the bundled model with these flags and gives the plan.
+fn plan(dir: &Path, name: &str, flags: &str, more: &[&str]) -> PrunePlan {
+    let out = dir.join(name);
+    let files = [&["--model", TINY_MOE, "--out", text(&out)][..], more].concat();
+    ok(&words(&format!("prune {flags}"), &files));
+    PrunePlan::load(find(&dir.join(format!("{name}.steps")), "plan.json")).unwrap()
+}
+
+fn counts(plan: &PrunePlan) -> Vec<usize> {
+    plan.kept.iter().map(|layer| layer.experts_kept().len()).collect()
+}
+
+fn widths(plan: &PrunePlan) -> Vec<usize> {
+    plan.kept.iter().flat_map(|layer| layer.experts.iter().map(Vec::len)).collect()
+}
+
+#[test]
+fn every_budget_is_met() {
+    let dir = tempfile::tempdir().unwrap();
+    let (fisher, reap) = scores(dir.path());
+    let (fisher, reap) = (["--scores", text(&fisher)], ["--scores", text(&reap)]);
+    let whole = Checkpoint::open(TINY_MOE).unwrap();
+    let experts = whole.shape().layers[0].num_experts();
+    let six = plan(dir.path(), "six", "--experts-per-layer 6", &reap);
+    assert!(counts(&six).iter().all(|count| *count == 6), "{:?}", counts(&six));
+    assert_eq!(Checkpoint::open(dir.path().join("six")).unwrap().shape().layers[0].num_experts(), 6);
+    let four = plan(dir.path(), "four", "--ratio 0.3 --multiple-of 4", &reap);
+    assert!(counts(&four).iter().all(|count| count % 4 == 0 && *count < experts), "{:?}", counts(&four));
+    let bytes = whole.bytes_on_disk() * 3 / 4;
+    plan(dir.path(), "bytes", &format!("--keep-bytes {bytes} --form ragged"), &fisher);
+    let written = Checkpoint::open(dir.path().join("bytes")).unwrap().bytes_on_disk();
+    assert!(written <= bytes && written > bytes * 9 / 10, "{written} of {bytes}");
+    let parameters = whole.shape().parameters() / 2;
+    let kept = plan(dir.path(), "count", &format!("--keep-parameters {parameters} --form ragged --plan-only"), &fisher);
+    assert_eq!(kept.units_kept() as u64, parameters / whole.shape().parameters_per_unit() as u64);
+    assert!(!dir.path().join("count").exists(), "only the plan was asked for");
+}
+
+#[test]
+fn widths_and_allocators_are_as_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let (fisher, _) = scores(dir.path());
+    let fisher = ["--scores", text(&fisher)];
+    let rounded = plan(
+        dir.path(),
+        "rounded",
+        "--ratio 0.5 --round-to 16 --min-width 16 --allocator layer --form ragged",
+        &fisher,
+    );
+    let found = widths(&rounded);
+    assert!(found.iter().all(|width| width % 16 == 0 && *width >= 16), "{found:?}");
+    assert_eq!(rounded.recipe["pruner"]["allocator"]["type"], "layer");
+    // A unit pruner for stock loaders keeps one width, of eight unless said otherwise.
+    let named = plan(dir.path(), "named", "--ratio 0.3 --pruner unit --form uniform", &fisher);
+    let width = widths(&named)[0];
+    assert!(width % 8 == 0 && widths(&named).iter().all(|found| *found == width), "{:?}", widths(&named));
+    let both =
+        plan(dir.path(), "both", "--ratio 0.5 --pruner two_level --multiple-of 2 --round-to 4 --form ragged", &fisher);
+    assert!(counts(&both).iter().all(|count| count % 2 == 0), "{:?}", counts(&both));
+    assert!(widths(&both).iter().all(|width| width % 4 == 0));
+    // JSON and a file of JSON are as good as a name.
+    let file = dir.path().join("pruner.json");
+    fs::write(&file, json!({"type": "wide", "whole": 0.25}).to_string()).unwrap();
+    let from_file =
+        plan(dir.path(), "file", "--ratio 0.4 --form ragged", &[&fisher[..], &["--pruner", text(&file)]].concat());
+    let json = [&fisher[..], &["--pruner", r#"{"type":"wide","whole":0.25}"#]].concat();
+    assert_eq!(from_file.kept, plan(dir.path(), "json", "--ratio 0.4 --form ragged", &json).kept);
+}
+
+#[test]
+fn what_stays_can_be_chosen_by_hand() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, reap) = scores(dir.path());
+    let shape = Checkpoint::open(TINY_MOE).unwrap().shape().clone();
+    let keep: Vec<_> =
+        shape.layers.iter().flat_map(|l| [0, 1, 2, 5].map(|e| json!({"layer": l.layer, "expert": e}))).collect();
+    let list = dir.path().join("keep.json");
+    fs::write(&list, json!(keep).to_string()).unwrap();
+    let kept = plan(dir.path(), "kept", "", &["--keep-list", text(&list)]);
+    assert!(kept.kept.iter().all(|layer| layer.experts_kept() == [0, 1, 2, 5]));
+    assert_eq!(Checkpoint::open(dir.path().join("kept")).unwrap().shape().layers[0].num_experts(), 4);
+    // The lowest expert by REAP stays where it is protected.
+    let lowest = plan(dir.path(), "lowest", "--experts-per-layer 7 --plan-only", &["--scores", text(&reap)]);
+    let (layer, expert) = (lowest.kept[0].layer, lowest.kept[0].removed[0]);
+    let mask = dir.path().join("mask.json");
+    fs::write(&mask, json!([{"layer": layer, "expert": expert}]).to_string()).unwrap();
+    let flags = ["--scores", text(&reap), "--protect", text(&mask)];
+    let protected = plan(dir.path(), "protected", "--experts-per-layer 7 --plan-only", &flags);
+    assert!(!protected.kept[0].removed.contains(&expert));
+}
+
+#[test]
+fn allocators_ask_the_running_model_where_they_need_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, reap) = scores(dir.path());
+    let data = rows("arithmetic_calibration");
+    let given = ["--scores", text(&reap), "--data", &data];
+    let small = "--samples 4 --length 32 --form ragged --plan-only --pruner expert --ratio 0.25";
+    for allocator in [
+        r#"{"type":"rate_distortion","curves":{"measured":{"points":2}},"within":"compete"}"#,
+        r#"{"type":"rate_distortion","curves":{"layer_errors":{"points":2}}}"#,
+        r#"{"type":"rco","steps":2}"#,
+        r#"{"type":"evolution","generations":1,"population":4}"#,
+    ] {
+        let name = format!("model-{}", allocator.len());
+        let flags = [&given[..], &["--allocator", allocator]].concat();
+        let made = plan(dir.path(), &name, small, &flags);
+        assert!(made.recipe["pruner"]["allocator"]["type"].is_string() && made.units_kept() > 0, "{allocator}");
+    }
+    let out = dir.path().join("no-data");
+    let without = ["--model", TINY_MOE, "--scores", text(&reap), "--allocator", "rco", "--out", text(&out)];
+    let (code, error) = refused(&words("prune --pruner expert --ratio 0.25 --form ragged", &without));
+    assert!(code == 2 && error.contains("running model"), "{error}");
+}
+
+#[test]
+fn flags_that_would_do_nothing_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, reap) = scores(dir.path());
+    let out = dir.path().join("out");
+    let given = ["--model", TINY_MOE, "--scores", text(&reap), "--out", text(&out)];
+    for (flags, message) in [
+        ("--pruner expert --ratio 0.5 --round-to 8", "--round-to"),
+        ("--pruner unit --ratio 0.5 --multiple-of 2", "--multiple-of"),
+        ("--pruner unit --experts-per-layer 4", "experts_per_layer"),
+        ("--experts-per-layer 16", "between 1 and 15"),
+        ("--ratio 0.5 --experts-per-layer 4", "--experts-per-layer"),
+    ] {
+        let (code, error) = refused(&words(&format!("prune {flags}"), &given));
+        assert!(code == 2 && error.contains(message), "{flags}: {error}");
+    }
+    assert!(!out.exists());
+}
