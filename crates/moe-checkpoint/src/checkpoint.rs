@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use safetensors::Dtype;
 use serde_json::Value;
 
-use crate::config::{Ffn, ModelConfig};
+use crate::config::{AttentionKind, Ffn, ModelConfig};
 use crate::convert;
 use crate::expert_bytes::{ExpertBytes, RawMatrix};
 use crate::expert_weights::ExpertWeights;
@@ -50,6 +50,7 @@ pub struct Checkpoint {
     made: BTreeMap<String, MadeTensor>,
     /// Tensors that only serve to dequantize others.
     scales: BTreeSet<String>,
+    unfit: Option<String>,
     steps: Vec<Step>,
     fingerprint: OnceLock<String>,
 }
@@ -133,7 +134,7 @@ impl Checkpoint {
         let outer = raw_config.get("model_type").and_then(Value::as_str);
         let wrapper = outer.filter(|_| family.text_key().is_some());
         let weights = verify::Weights { dir: &dir, config: &config, family, ragged, tensors: &tensors, wrapper };
-        let verify::Verified { layouts, scales } = verify::verify(&weights)?;
+        let verify::Verified { layouts, scales, unfit } = verify::verify(&weights)?;
         let mut made = BTreeMap::new();
         for (layer, layout) in layouts.iter().filter(|(layer, _)| source.makes_experts(**layer)) {
             let Some(moe) = config.moe(*layer) else { continue };
@@ -166,6 +167,7 @@ impl Checkpoint {
             layouts,
             made,
             scales,
+            unfit,
             steps,
             fingerprint: OnceLock::new(),
         })
@@ -205,6 +207,15 @@ impl Checkpoint {
     /// Whether the experts are of different widths, in the format of `docs/ragged-format.md`.
     pub fn ragged(&self) -> bool {
         self.ragged
+    }
+
+    /// Why the model cannot run although its weights can be read, pruned and written: its attention is of a kind that the config does
+    /// not describe, or does not fit the sizes that the config gives it.
+    pub fn cannot_run(&self) -> Option<String> {
+        if self.config.attention.kind == AttentionKind::Other {
+            return Some(format!("the attention of `{}` is not implemented", self.config.model_type));
+        }
+        self.unfit.clone()
     }
 
     /// Whether experts share sets of weights, in the format of `docs/grouped-format.md`.

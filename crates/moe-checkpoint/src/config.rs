@@ -436,9 +436,19 @@ pub struct Routing {
     pub scale: f32,
     /// Whether a bias `[E]` is added to the router logits.
     pub bias: bool,
+    /// Added to the sum that weights of [`RoutingKind::Sigmoid`] are divided by.
+    pub norm_eps: f64,
 }
 
 impl Routing {
+    /// What DeepSeek-V3 adds to the sum that weights are divided by, and most models since.
+    pub const NORM_EPS: f64 = 1e-20;
+
+    /// Routing to `top_k` experts per token, without a factor and without a bias.
+    pub fn new(top_k: usize, kind: RoutingKind) -> Self {
+        Self { top_k, kind, scale: 1.0, bias: false, norm_eps: Self::NORM_EPS }
+    }
+
     /// Whether a learnt bias `[E]` takes part in the selection of experts, but not in their weights.
     pub fn correction_bias(&self) -> bool {
         match self.kind {
@@ -518,7 +528,7 @@ pub enum RoutingKind {
     /// Sigmoid of every logit; selection by sigmoid plus correction bias, if there is one, within the selected groups, if
     /// there are any (experts of other groups are never selected).
     Sigmoid {
-        /// Whether the selected weights are divided by `sum + 1e-20`.
+        /// Whether the selected weights are divided by their sum plus [`Routing::norm_eps`].
         renormalize: bool,
         /// Whether a learnt bias is added for the selection (not for the weights).
         correction_bias: bool,

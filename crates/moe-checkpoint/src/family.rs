@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::config::ModelConfig;
 use crate::experts::{ExpertLayout, ExpertTensor};
-use crate::families::FAMILIES;
+use crate::families::{FAMILIES, names};
 use crate::json::Fields;
 use crate::naming;
 use crate::{Error, Result};
@@ -142,12 +142,16 @@ pub trait Family: Send + Sync {
     /// A missing, malformed or contradictory field, named.
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig>;
 
-    /// Name of a tensor in the checkpoint.
-    fn tensor_name(&self, role: Role) -> String;
+    /// Name of a tensor in the checkpoint; by default as most decoder models of transformers have it.
+    fn tensor_name(&self, role: Role) -> String {
+        names::tensor_name(role)
+    }
 
     /// Name of a tensor that holds routed experts, in any of the layouts. The layout of a checkpoint is told by which
-    /// of these names it has.
-    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String;
+    /// of these names it has. By default `mlp.experts` of its layer.
+    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
+        names::expert_tensor_name(layer, tensor)
+    }
 
     /// Layouts that routed experts of this family may have on disk.
     fn layouts(&self) -> &'static [ExpertLayout] {
@@ -190,10 +194,14 @@ pub trait Family: Send + Sync {
     }
 
     /// Decoder layer that a tensor belongs to, by its name.
-    fn layer_of(&self, name: &str) -> Option<usize>;
+    fn layer_of(&self, name: &str) -> Option<usize> {
+        names::layer_of(name)
+    }
 
     /// Config key of the width of all routed experts.
-    fn width_key(&self) -> &'static str;
+    fn width_key(&self) -> &'static str {
+        "moe_intermediate_size"
+    }
 
     /// Config keys of the number of routed experts. A config has one of them, or several that agree.
     fn expert_count_keys(&self) -> &'static [&'static str];
@@ -204,7 +212,9 @@ pub trait Family: Send + Sync {
     }
 
     /// Config keys that give the size of a tensor, for error messages.
-    fn size_keys(&self, role: Role) -> &'static str;
+    fn size_keys(&self, role: Role) -> &'static str {
+        names::size_keys(role)
+    }
 }
 
 /// Every family that is known.

@@ -34,13 +34,28 @@ pub(crate) struct Verified {
     pub layouts: BTreeMap<usize, ExpertLayout>,
     /// Tensors that only serve to dequantize others.
     pub scales: BTreeSet<String>,
+    /// What of the attention does not fit the config, where it is carried along all the same.
+    pub unfit: Option<String>,
 }
 
 /// Checks every tensor that the config calls for, and that no others are in the decoder layers.
 pub(crate) fn verify(weights: &Weights<'_>) -> Result<Verified> {
     let mut expected = HashSet::with_capacity(weights.tensors.len());
-    for (role, shape) in roles(weights.config) {
-        expected.insert(weights.check_role(role, shape)?);
+    // Linear attention comes in more variants than configs tell apart. One that does not fit its config cannot run, but scores that
+    // need no run, pruning and writing never look at it.
+    let linear = weights.config.layers.iter().any(|layer| matches!(layer.mixer, Mixer::DeltaNet(_)));
+    let mut unfit = None;
+    for (role, shape, mixes) in roles(weights.config) {
+        match weights.check_role(role, shape) {
+            Ok(name) => drop(expected.insert(name)),
+            Err(error @ (Error::UnexpectedShape { .. } | Error::MissingTensor { .. })) if mixes && linear => {
+                unfit.get_or_insert_with(|| error.to_string());
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    if let Some(reason) = &unfit {
+        tracing::warn!("the model can be pruned and written, but not run, since its attention does not fit its config: {reason}");
     }
     let mut layouts = BTreeMap::new();
     for (layer, config) in weights.config.layers.iter().enumerate() {
@@ -58,12 +73,13 @@ pub(crate) fn verify(weights: &Weights<'_>) -> Result<Verified> {
             scales.insert(scale);
         }
     }
-    weights.tensors.values().try_for_each(|info| weights.check_expected(info, &expected))?;
-    Ok(Verified { layouts, scales })
+    let carried = unfit.is_some();
+    weights.tensors.values().try_for_each(|info| weights.check_expected(info, &expected, carried))?;
+    Ok(Verified { layouts, scales, unfit })
 }
 
-/// Every tensor of the config other than routed experts, with its shape.
-fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>)> + '_ {
+/// Every tensor of the config other than routed experts, with its shape, and whether it is of what looks at other tokens.
+fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>, bool)> + '_ {
     let (hidden, vocabulary) = (config.hidden_size, config.vocab_size);
     let mut outer = vec![(Role::Embedding, vec![vocabulary, hidden]), (Role::FinalNorm, vec![hidden])];
     if config.norm == NormKind::Layer {
@@ -76,8 +92,7 @@ fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>)> + '_ 
         outer.push((Role::LmHeadBias, vec![vocabulary]));
     }
     let layers = config.layers.iter().enumerate().flat_map(move |(layer, layer_config)| {
-        let mut roles = norm_roles(config);
-        roles.extend(match &layer_config.mixer {
+        let mixing = match &layer_config.mixer {
             Mixer::Attention => attention_roles(config),
             Mixer::DeltaNet(delta) => delta_roles(config.hidden_size, delta),
             Mixer::ShortConvolution { kernel } => vec![
@@ -85,11 +100,12 @@ fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>)> + '_ 
                 (LayerRole::ConvolutionTaps, vec![hidden, 1, *kernel]),
                 (LayerRole::ConvolutionOutput, vec![hidden, hidden]),
             ],
-        });
-        roles.extend(ffn_roles(config, &layer_config.ffn));
-        roles.into_iter().map(move |(role, shape)| (Role::Layer(layer, role), shape))
+        };
+        let others = norm_roles(config).into_iter().chain(ffn_roles(config, &layer_config.ffn));
+        let of_layer = move |mixes| move |(role, shape)| (Role::Layer(layer, role), shape, mixes);
+        others.map(of_layer(false)).chain(mixing.into_iter().map(of_layer(true)))
     });
-    outer.into_iter().chain(layers)
+    outer.into_iter().map(|(role, shape)| (role, shape, false)).chain(layers)
 }
 
 fn norm_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
@@ -403,9 +419,9 @@ impl Weights<'_> {
     }
 
     /// Refuses tensors of decoder layers that would silently go unused. Tensors elsewhere are carried along.
-    fn check_expected(&self, info: &TensorInfo, expected: &HashSet<String>) -> Result<()> {
+    fn check_expected(&self, info: &TensorInfo, expected: &HashSet<String>, carried: bool) -> Result<()> {
         let Some(layer) = self.family.layer_of(&info.name) else { return Ok(()) };
-        if self.config.attention.kind == AttentionKind::Other && info.name.contains("attn.") {
+        if (carried || self.config.attention.kind == AttentionKind::Other) && info.name.contains("attn.") {
             return Ok(());
         }
         // The indexer is carried along: it changes nothing in the texts that run.

@@ -281,3 +281,20 @@ fn every_fixture_keeps_its_family() {
         assert_eq!(Some(family.model_type()), family.text_config(&config)["model_type"].as_str());
     }
 }
+
+#[test]
+fn linear_attention_that_does_not_fit_its_config_is_carried_along_and_says_so() {
+    let mut model = Model::load(&fixture("tf5/qwen3_5_moe_full"));
+    let (_dir, whole) = model.open();
+    assert_eq!(whole.unwrap().cannot_run(), None);
+    model.config["text_config"]["linear_num_value_heads"] = json!(64);
+    let (_dir, carried) = model.open();
+    let carried = carried.unwrap();
+    let reason = carried.cannot_run().unwrap();
+    assert!(reason.contains("linear_attn.") && reason.contains("linear_num_value_heads"), "{reason}");
+    carried.expert(0, 0).unwrap();
+    // What is no attention has to fit all the same.
+    model.config["text_config"]["shared_expert_intermediate_size"] = json!(64);
+    let refused = message(model.open().1);
+    assert!(refused.contains("shared_expert"), "{refused}");
+}

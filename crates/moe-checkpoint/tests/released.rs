@@ -62,7 +62,7 @@ fn kimi_k2_is_deepseek_v3_with_one_group() {
     let config = ModelConfig::from_json(&kimi_k2(), None).unwrap();
     assert_eq!((config.model_type.as_str(), config.layers.len(), config.mtp_layers), ("kimi_k2", 61, 0));
     let kind = RoutingKind::Sigmoid { renormalize: true, correction_bias: true, groups: None };
-    assert_eq!(config.routing, Routing { top_k: 8, kind, scale: 2.827, bias: false });
+    assert_eq!(config.routing, Routing { scale: 2.827, ..Routing::new(8, kind) });
     assert!(config.moe(0).is_none());
     let moe = config.moe(60).unwrap();
     assert_eq!((&moe.widths, moe.biases), (&vec![2048; 384], ExpertBiases::None));
@@ -80,7 +80,7 @@ fn moonlight_is_deepseek_v3_without_a_latent_of_queries() {
     let config = ModelConfig::from_json(&moonlight(), None).unwrap();
     assert_eq!((config.model_type.as_str(), config.layers.len()), ("deepseek_v3", 27));
     let kind = RoutingKind::Sigmoid { renormalize: true, correction_bias: true, groups: None };
-    assert_eq!(config.routing, Routing { top_k: 6, kind, scale: 2.446, bias: false });
+    assert_eq!(config.routing, Routing { scale: 2.446, ..Routing::new(6, kind) });
     assert_eq!(config.moe(1).unwrap().widths, [1408; 64]);
     assert_eq!(config.moe(1).unwrap().shared, Some(SharedExpert { intermediate_size: 2816, gated: false }));
     assert_eq!((latent(&config).q_lora_rank, config.attention.scale, config.rope.theta), (None, None, 50_000.0));

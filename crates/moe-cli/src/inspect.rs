@@ -374,9 +374,9 @@ fn operations(checkpoint: &Checkpoint, counts: &[usize], widths: &[usize]) -> Ve
     let config = checkpoint.config();
     let mut lines = Vec::new();
     let same = widths.iter().all(|width| width == &widths[0]);
-    lines.push(match config.attention.kind {
-        AttentionKind::Other => "run, calibrate: no, the attention is not implemented".to_string(),
-        _ => "run, calibrate: yes".to_string(),
+    lines.push(match checkpoint.cannot_run() {
+        Some(reason) => format!("run, calibrate: no, {reason}"),
+        None => "run, calibrate: yes".to_string(),
     });
     lines.push("prune units, ragged or masked: yes".to_string());
     lines.push(match same {

@@ -4,7 +4,6 @@ use serde_json::Value;
 
 use crate::Result;
 use crate::config::{GroupScore, ModelConfig, Routing, RoutingKind};
-use crate::experts::ExpertTensor;
 use crate::family::{CONFIG, Family, Role};
 use crate::json::Fields;
 
@@ -39,10 +38,8 @@ impl Family for DeepseekV2 {
             attention: latent::read(&config, &rope)?,
             rope,
             routing: Routing {
-                top_k,
-                kind,
-                scale: config.positive_float("routed_scaling_factor")?.unwrap_or(1.0) as f32,
-                bias: false,
+                scale: read::scaling(&config, ("routed_scaling_factor", 1.0))?,
+                ..Routing::new(top_k, kind)
             },
             layers,
         };
@@ -53,27 +50,11 @@ impl Family for DeepseekV2 {
         names::shared_experts(role)
     }
 
-    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
-        names::expert_tensor_name(layer, tensor)
-    }
-
     fn shared_count_key(&self) -> Option<&'static str> {
         Some("n_shared_experts")
     }
 
-    fn layer_of(&self, name: &str) -> Option<usize> {
-        names::layer_of(name)
-    }
-
-    fn width_key(&self) -> &'static str {
-        "moe_intermediate_size"
-    }
-
     fn expert_count_keys(&self) -> &'static [&'static str] {
         &["n_routed_experts", "num_experts"]
-    }
-
-    fn size_keys(&self, role: Role) -> &'static str {
-        names::size_keys(role)
     }
 }

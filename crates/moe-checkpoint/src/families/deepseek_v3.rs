@@ -5,12 +5,11 @@
 use serde_json::Value;
 
 use crate::Result;
-use crate::config::{AttentionConfig, GroupScore, ModelConfig, Routing, RoutingKind};
-use crate::experts::ExpertTensor;
+use crate::config::{AttentionConfig, ModelConfig};
 use crate::family::{CONFIG, Family, Role};
 use crate::json::Fields;
 
-use super::read::MAX_SIZE;
+use super::read::{MAX_SIZE, Renormalize};
 use super::{latent, names, read, rope};
 
 /// The family `deepseek_v3`, under any of its names.
@@ -34,15 +33,20 @@ impl Family for DeepseekV3 {
         let interleaved = config.bool("rope_interleave")?.unwrap_or(true);
         let rope = rope::read(&config, &rope::Dialect { interleaved, ..rope::Dialect::new(max_position) })?;
         let windows = vec![None; read::num_layers(&config)?];
-        let keys = self.expert_count_keys();
-        let (layers, top_k) = read::dense_then_moe(&config, keys, "n_shared_experts", self.dense, &windows)?;
+        let moe = read::Corrected {
+            expert_count_keys: self.expert_count_keys(),
+            shared_count_key: "n_shared_experts",
+            dense: self.dense,
+            windows: &windows,
+            renormalize: Renormalize::Default(true),
+            scale: ("routed_scaling_factor", 1.0),
+        };
+        let (layers, routing) = moe.read(&config)?;
         for (key, only) in [("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")] {
             if config.string(key)?.is_some_and(|found| found != only) {
                 return Err(config.invalid(key, format!("\"{only}\"")));
             }
         }
-        let groups = read::groups(&config, read::experts_of(&layers), top_k, GroupScore::TopTwoSum)?;
-        let renormalize = config.bool("norm_topk_prob")?.unwrap_or(true);
         let selects = match self.indexer {
             true => Some(config.integer("index_topk", 1, MAX_SIZE)?.unwrap_or(2048)),
             false => None,
@@ -51,12 +55,7 @@ impl Family for DeepseekV3 {
             model_type: self.model_type(),
             attention: AttentionConfig { selects, ..latent::read(&config, &rope)? },
             rope,
-            routing: Routing {
-                top_k,
-                kind: RoutingKind::Sigmoid { renormalize, correction_bias: true, groups },
-                scale: config.positive_float("routed_scaling_factor")?.unwrap_or(1.0) as f32,
-                bias: false,
-            },
+            routing,
             layers,
         };
         Ok(ModelConfig { mtp_layers: read::mtp_layers(&config)?, ..model.read(&config, generation)? })
@@ -66,27 +65,11 @@ impl Family for DeepseekV3 {
         names::shared_experts(role)
     }
 
-    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
-        names::expert_tensor_name(layer, tensor)
-    }
-
     fn shared_count_key(&self) -> Option<&'static str> {
         Some("n_shared_experts")
     }
 
-    fn layer_of(&self, name: &str) -> Option<usize> {
-        names::layer_of(name)
-    }
-
-    fn width_key(&self) -> &'static str {
-        "moe_intermediate_size"
-    }
-
     fn expert_count_keys(&self) -> &'static [&'static str] {
         &["n_routed_experts", "num_local_experts"]
-    }
-
-    fn size_keys(&self, role: Role) -> &'static str {
-        names::size_keys(role)
     }
 }

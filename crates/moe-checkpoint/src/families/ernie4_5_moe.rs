@@ -4,7 +4,6 @@ use serde_json::Value;
 
 use crate::Result;
 use crate::config::{ModelConfig, Routing, RoutingKind};
-use crate::experts::ExpertTensor;
 use crate::family::{CONFIG, Family, LayerRole, Role};
 use crate::json::Fields;
 
@@ -20,8 +19,7 @@ impl Family for Ernie45Moe {
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
         let config = Fields::new(config, CONFIG)?;
-        let hidden_size = read::size(&config, "hidden_size")?;
-        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
+        let plain = read::attention(&config)?;
         let max_position = read::size(&config, "max_position_embeddings")?;
         if config.bool("use_bias")?.unwrap_or(false) {
             return Err(config.invalid("use_bias", "false, as in all released models: biases are not supported"));
@@ -50,9 +48,9 @@ impl Family for Ernie45Moe {
         let dialect = rope::Dialect { theta: 500_000.0, interleaved: true, ..rope::Dialect::new(max_position) };
         let model = read::Model {
             model_type: self.model_type(),
-            attention: read::grouped_attention(num_heads, num_kv_heads, head_dim),
+            attention: plain,
             rope: rope::read(&config, &dialect)?,
-            routing: Routing { top_k, kind: RoutingKind::SoftmaxCorrected { norm_min }, scale: 1.0, bias: false },
+            routing: Routing::new(top_k, RoutingKind::SoftmaxCorrected { norm_min }),
             layers,
         };
         let tie_word_embeddings = config.bool("tie_word_embeddings")?.unwrap_or(true);
@@ -68,20 +66,8 @@ impl Family for Ernie45Moe {
         }
     }
 
-    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
-        names::expert_tensor_name(layer, tensor)
-    }
-
     fn shared_count_key(&self) -> Option<&'static str> {
         Some("moe_num_shared_experts")
-    }
-
-    fn layer_of(&self, name: &str) -> Option<usize> {
-        names::layer_of(name)
-    }
-
-    fn width_key(&self) -> &'static str {
-        "moe_intermediate_size"
     }
 
     fn top_k_keys(&self) -> &'static [&'static str] {
@@ -90,9 +76,5 @@ impl Family for Ernie45Moe {
 
     fn expert_count_keys(&self) -> &'static [&'static str] {
         &["moe_num_experts", "num_experts"]
-    }
-
-    fn size_keys(&self, role: Role) -> &'static str {
-        names::size_keys(role)
     }
 }

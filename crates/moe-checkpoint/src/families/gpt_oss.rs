@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::Result;
 use crate::config::{Activation, AttentionConfig, ModelConfig, Routing, RoutingKind};
-use crate::experts::{ExpertLayout, ExpertTensor};
+use crate::experts::ExpertLayout;
 use crate::family::{CONFIG, Family, LayerRole, Role};
 use crate::json::Fields;
 
@@ -20,23 +20,17 @@ impl Family for GptOss {
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
         let config = Fields::new(config, CONFIG)?;
-        let hidden_size = read::size(&config, "hidden_size")?;
-        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
+        let plain = read::attention(&config)?;
         let max_position = read::size(&config, "max_position_embeddings")?;
         let windows = windows(&config, read::num_layers(&config)?)?;
         let (layers, top_k) = read::all_moe(&config, self.expert_count_keys(), true, &windows)?;
         let attention_bias = config.bool("attention_bias")?.unwrap_or(true);
-        let attention = AttentionConfig {
-            qkv_bias: attention_bias,
-            output_bias: attention_bias,
-            sinks: true,
-            ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
-        };
+        let attention = AttentionConfig { qkv_bias: attention_bias, output_bias: attention_bias, sinks: true, ..plain };
         let model = read::Model {
             model_type: self.model_type(),
             attention,
             rope: rope::read(&config, &rope::Dialect { theta: 150_000.0, ..rope::Dialect::new(max_position) })?,
-            routing: Routing { top_k, kind: RoutingKind::TopKSoftmax, scale: 1.0, bias: true },
+            routing: Routing { bias: true, ..Routing::new(top_k, RoutingKind::TopKSoftmax) },
             layers,
         };
         let hidden_act = Activation::ClampedSwiglu {
@@ -54,20 +48,12 @@ impl Family for GptOss {
         }
     }
 
-    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
-        names::expert_tensor_name(layer, tensor)
-    }
-
     fn layouts(&self) -> &'static [ExpertLayout] {
         &[ExpertLayout::Interleaved, ExpertLayout::Mxfp4, ExpertLayout::Ragged]
     }
 
     fn stock_layout(&self) -> ExpertLayout {
         ExpertLayout::Interleaved
-    }
-
-    fn layer_of(&self, name: &str) -> Option<usize> {
-        names::layer_of(name)
     }
 
     fn width_key(&self) -> &'static str {
@@ -80,10 +66,6 @@ impl Family for GptOss {
 
     fn expert_count_keys(&self) -> &'static [&'static str] {
         &["num_local_experts", "num_experts"]
-    }
-
-    fn size_keys(&self, role: Role) -> &'static str {
-        names::size_keys(role)
     }
 }
 

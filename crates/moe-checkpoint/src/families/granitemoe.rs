@@ -20,8 +20,7 @@ impl Family for GraniteMoe {
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
         let config = Fields::new(config, CONFIG)?;
-        let hidden_size = read::size(&config, "hidden_size")?;
-        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
+        let plain = read::attention(&config)?;
         let max_position = read::size(&config, "max_position_embeddings")?;
         let windows = vec![None; read::num_layers(&config)?];
         let (layers, top_k) = read::all_moe(&config, self.expert_count_keys(), false, &windows)?;
@@ -31,13 +30,13 @@ impl Family for GraniteMoe {
             qkv_bias: attention_bias,
             output_bias: attention_bias,
             scale: Some(factor("attention_multiplier")?),
-            ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
+            ..plain
         };
         let model = read::Model {
             model_type: self.model_type(),
             attention,
             rope: rope::read(&config, &rope::Dialect::new(max_position))?,
-            routing: Routing { top_k, kind: RoutingKind::TopKSoftmax, scale: 1.0, bias: false },
+            routing: Routing::new(top_k, RoutingKind::TopKSoftmax),
             layers,
         };
         let multipliers = Multipliers {
@@ -74,19 +73,11 @@ impl Family for GraniteMoe {
         ExpertLayout::Fused
     }
 
-    fn layer_of(&self, name: &str) -> Option<usize> {
-        names::layer_of(name)
-    }
-
     fn width_key(&self) -> &'static str {
         "intermediate_size"
     }
 
     fn expert_count_keys(&self) -> &'static [&'static str] {
         &["num_local_experts", "num_experts"]
-    }
-
-    fn size_keys(&self, role: Role) -> &'static str {
-        names::size_keys(role)
     }
 }

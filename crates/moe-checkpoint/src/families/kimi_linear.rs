@@ -52,10 +52,8 @@ impl Family for KimiLinear {
             // Its attention knows no positions.
             rope: RopeConfig { theta: 10_000.0, interleaved: false, scaling: RopeScaling::Default },
             routing: Routing {
-                top_k,
-                kind: RoutingKind::Sigmoid { renormalize, correction_bias: true, groups: None },
-                scale: config.positive_float("routed_scaling_factor")?.unwrap_or(1.0) as f32,
-                bias: false,
+                scale: read::scaling(&config, ("routed_scaling_factor", 1.0))?,
+                ..Routing::new(top_k, RoutingKind::Sigmoid { renormalize, correction_bias: true, groups: None })
             },
             layers,
         };
@@ -82,23 +80,11 @@ impl Family for KimiLinear {
         Some("num_shared_experts")
     }
 
-    fn layer_of(&self, name: &str) -> Option<usize> {
-        names::layer_of(name)
-    }
-
-    fn width_key(&self) -> &'static str {
-        "moe_intermediate_size"
-    }
-
     fn expert_count_keys(&self) -> &'static [&'static str] {
         &["num_experts", "n_routed_experts"]
     }
 
     fn top_k_keys(&self) -> &'static [&'static str] {
         &["num_experts_per_token"]
-    }
-
-    fn size_keys(&self, role: Role) -> &'static str {
-        names::size_keys(role)
     }
 }

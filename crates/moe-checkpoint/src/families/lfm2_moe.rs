@@ -25,8 +25,7 @@ impl Family for Lfm2Moe {
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
         let config = Fields::new(config, CONFIG)?;
-        let hidden_size = read::size(&config, "hidden_size")?;
-        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
+        let plain = read::attention(&config)?;
         let max_position = read::size(&config, "max_position_embeddings")?;
         let layers = read::num_layers(&config)?;
         let dense = config.integer("num_dense_layers", 0, MAX_SIZE)?.unwrap_or(2);
@@ -54,8 +53,7 @@ impl Family for Lfm2Moe {
                 layer.mixer = Mixer::ShortConvolution { kernel };
             }
         }
-        let attention =
-            AttentionConfig { qk_norm: QkNorm::Head, ..read::grouped_attention(num_heads, num_kv_heads, head_dim) };
+        let attention = AttentionConfig { qk_norm: QkNorm::Head, ..plain };
         let renormalize = config.bool("norm_topk_prob")?.unwrap_or(true);
         let correction_bias = config.bool("use_expert_bias")?.unwrap_or(true);
         let model = read::Model {
@@ -63,10 +61,9 @@ impl Family for Lfm2Moe {
             attention,
             rope: rope::read(&config, &rope::Dialect { theta: 1_000_000.0, ..rope::Dialect::new(max_position) })?,
             routing: Routing {
-                top_k,
-                kind: RoutingKind::Sigmoid { renormalize, correction_bias, groups: None },
-                scale: config.positive_float("routed_scaling_factor")?.unwrap_or(1.0) as f32,
-                bias: false,
+                scale: read::scaling(&config, ("routed_scaling_factor", 1.0))?,
+                norm_eps: 1e-6,
+                ..Routing::new(top_k, RoutingKind::Sigmoid { renormalize, correction_bias, groups: None })
             },
             layers: all,
         };
@@ -104,19 +101,7 @@ impl Family for Lfm2Moe {
         names::block_sparse_expert(layer, tensor).replace(".block_sparse_moe.", ".feed_forward.")
     }
 
-    fn layer_of(&self, name: &str) -> Option<usize> {
-        names::layer_of(name)
-    }
-
-    fn width_key(&self) -> &'static str {
-        "moe_intermediate_size"
-    }
-
     fn expert_count_keys(&self) -> &'static [&'static str] {
         &["num_experts", "num_local_experts"]
-    }
-
-    fn size_keys(&self, role: Role) -> &'static str {
-        names::size_keys(role)
     }
 }

@@ -20,27 +20,24 @@ impl Family for MiniMaxM2 {
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
         let config = Fields::new(config, CONFIG)?;
-        let hidden_size = read::size(&config, "hidden_size")?;
-        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
+        let plain = read::attention(&config)?;
         let max_position = read::size(&config, "max_position_embeddings")?;
         let windows = vec![None; read::num_layers(&config)?];
         let (layers, top_k) = read::all_moe(&config, self.expert_count_keys(), false, &windows)?;
         let attention = AttentionConfig {
-            rotary_dim: rope::rotary_dim(&config, head_dim, 1.0)?,
+            rotary_dim: rope::rotary_dim(&config, plain.head_dim, 1.0)?,
             qk_norm: QkNorm::Projection,
-            ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
+            ..plain
         };
         let dialect = rope::Dialect { partial: true, theta: 5_000_000.0, ..rope::Dialect::new(max_position) };
         let model = read::Model {
             model_type: self.model_type(),
             attention,
             rope: rope::read(&config, &dialect)?,
-            routing: Routing {
+            routing: Routing::new(
                 top_k,
-                kind: RoutingKind::Sigmoid { renormalize: true, correction_bias: true, groups: None },
-                scale: 1.0,
-                bias: false,
-            },
+                RoutingKind::Sigmoid { renormalize: true, correction_bias: true, groups: None },
+            ),
             layers,
         };
         Ok(ModelConfig { mtp_layers: read::mtp_layers(&config)?, ..model.read(&config, generation)? })
@@ -59,19 +56,11 @@ impl Family for MiniMaxM2 {
         names::block_sparse_expert(layer, tensor)
     }
 
-    fn layer_of(&self, name: &str) -> Option<usize> {
-        names::layer_of(name)
-    }
-
     fn width_key(&self) -> &'static str {
         "intermediate_size"
     }
 
     fn expert_count_keys(&self) -> &'static [&'static str] {
         &["num_local_experts", "num_experts"]
-    }
-
-    fn size_keys(&self, role: Role) -> &'static str {
-        names::size_keys(role)
     }
 }

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::Result;
 use crate::config::{AttentionConfig, GroupScore, ModelConfig, QueryGrowth, RopeScaling, Routing, RoutingKind};
-use crate::experts::{ExpertLayout, ExpertTensor};
+use crate::experts::ExpertLayout;
 use crate::family::{CONFIG, Family, Role};
 use crate::json::Fields;
 
@@ -48,10 +48,8 @@ impl Family for Mistral4 {
             attention: AttentionConfig { growth, ..latent::read(&config, &rope)? },
             rope,
             routing: Routing {
-                top_k,
-                kind: RoutingKind::SoftmaxTopK { renormalize },
-                scale: config.positive_float("routed_scaling_factor")?.unwrap_or(1.0) as f32,
-                bias: false,
+                scale: read::scaling(&config, ("routed_scaling_factor", 1.0))?,
+                ..Routing::new(top_k, RoutingKind::SoftmaxTopK { renormalize })
             },
             layers,
         };
@@ -62,10 +60,6 @@ impl Family for Mistral4 {
         names::shared_experts(role)
     }
 
-    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
-        names::expert_tensor_name(layer, tensor)
-    }
-
     fn stock_layout(&self) -> ExpertLayout {
         ExpertLayout::Fused
     }
@@ -74,19 +68,7 @@ impl Family for Mistral4 {
         Some("n_shared_experts")
     }
 
-    fn layer_of(&self, name: &str) -> Option<usize> {
-        names::layer_of(name)
-    }
-
-    fn width_key(&self) -> &'static str {
-        "moe_intermediate_size"
-    }
-
     fn expert_count_keys(&self) -> &'static [&'static str] {
         &["n_routed_experts", "num_local_experts"]
-    }
-
-    fn size_keys(&self, role: Role) -> &'static str {
-        names::size_keys(role)
     }
 }

@@ -20,16 +20,15 @@ impl Family for Mixtral {
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
         let config = Fields::new(config, CONFIG)?;
-        let hidden_size = read::size(&config, "hidden_size")?;
-        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
+        let plain = read::attention(&config)?;
         let max_position = read::size(&config, "max_position_embeddings")?;
         let windows = vec![read::plain_window(&config)?; read::num_layers(&config)?];
         let (layers, top_k) = read::all_moe(&config, self.expert_count_keys(), false, &windows)?;
         let model = read::Model {
             model_type: self.model_type(),
-            attention: read::grouped_attention(num_heads, num_kv_heads, head_dim),
+            attention: plain,
             rope: rope::read(&config, &rope::Dialect { theta: 1_000_000.0, ..rope::Dialect::new(max_position) })?,
-            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalize: true }, scale: 1.0, bias: false },
+            routing: Routing::new(top_k, RoutingKind::SoftmaxTopK { renormalize: true }),
             layers,
         };
         model.read(&config, generation)
@@ -48,19 +47,11 @@ impl Family for Mixtral {
         &[&[(".block_sparse_moe.", ".mlp.")]]
     }
 
-    fn layer_of(&self, name: &str) -> Option<usize> {
-        names::layer_of(name)
-    }
-
     fn width_key(&self) -> &'static str {
         "intermediate_size"
     }
 
     fn expert_count_keys(&self) -> &'static [&'static str] {
         &["num_local_experts", "num_experts"]
-    }
-
-    fn size_keys(&self, role: Role) -> &'static str {
-        names::size_keys(role)
     }
 }

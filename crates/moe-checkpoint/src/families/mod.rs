@@ -15,7 +15,7 @@ mod lfm2_moe;
 mod minimax_m2;
 mod mistral4;
 mod mixtral;
-mod names;
+pub(crate) mod names;
 mod olmoe;
 mod phimoe;
 mod qwen2_moe;
@@ -26,7 +26,7 @@ mod rope;
 
 use crate::experts::ExpertLayout;
 use crate::family::Family;
-use qwen3_moe::Renormalize;
+use read::Renormalize;
 
 pub(crate) use read::MAX_SIZE;
 

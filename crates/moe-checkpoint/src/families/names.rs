@@ -4,7 +4,7 @@ use crate::experts::ExpertTensor;
 use crate::family::{LayerRole, Role};
 
 /// Name of a tensor other than routed experts.
-pub(super) fn tensor_name(role: Role) -> String {
+pub(crate) fn tensor_name(role: Role) -> String {
     let (layer, role) = match role {
         Role::Embedding => return "model.embed_tokens.weight".to_string(),
         Role::FinalNorm => return "model.norm.weight".to_string(),
@@ -66,7 +66,7 @@ pub(super) fn tensor_name(role: Role) -> String {
 }
 
 /// Name of a tensor that holds routed experts.
-pub(super) fn expert_tensor_name(layer: usize, tensor: ExpertTensor) -> String {
+pub(crate) fn expert_tensor_name(layer: usize, tensor: ExpertTensor) -> String {
     let experts = format!("model.layers.{layer}.mlp.experts");
     match tensor {
         ExpertTensor::Gate(expert) => format!("{experts}.{expert}.gate_proj.weight"),
@@ -128,12 +128,12 @@ pub(super) fn block_sparse_expert(layer: usize, tensor: ExpertTensor) -> String 
 }
 
 /// Decoder layer of a tensor, by its name.
-pub(super) fn layer_of(name: &str) -> Option<usize> {
+pub(crate) fn layer_of(name: &str) -> Option<usize> {
     name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
 }
 
 /// Config keys that give the size of a tensor.
-pub(super) fn size_keys(role: Role) -> &'static str {
+pub(crate) fn size_keys(role: Role) -> &'static str {
     let role = match role {
         Role::Embedding | Role::LmHead => return "`vocab_size` and `hidden_size`",
         Role::FinalNorm | Role::FinalNormBias => return "`hidden_size`",

@@ -4,11 +4,10 @@ use serde_json::Value;
 
 use crate::Result;
 use crate::config::{AttentionConfig, ModelConfig, QkNorm, Routing, RoutingKind};
-use crate::experts::ExpertTensor;
-use crate::family::{CONFIG, Family, Role};
+use crate::family::{CONFIG, Family};
 use crate::json::Fields;
 
-use super::{names, read, rope};
+use super::{read, rope};
 
 /// The family `olmoe`.
 pub(crate) struct Olmoe;
@@ -20,8 +19,7 @@ impl Family for Olmoe {
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
         let config = Fields::new(config, CONFIG)?;
-        let hidden_size = read::size(&config, "hidden_size")?;
-        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
+        let plain = read::attention(&config)?;
         let max_position = read::size(&config, "max_position_embeddings")?;
         let windows = vec![None; read::num_layers(&config)?];
         let (layers, top_k) = read::all_moe(&config, self.expert_count_keys(), false, &windows)?;
@@ -32,28 +30,16 @@ impl Family for Olmoe {
             output_bias: attention_bias,
             qk_norm: QkNorm::Projection,
             qkv_clip: config.positive_float("clip_qkv")?,
-            ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
+            ..plain
         };
         let model = read::Model {
             model_type: self.model_type(),
             attention,
             rope: rope::read(&config, &rope::Dialect::new(max_position))?,
-            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalize }, scale: 1.0, bias: false },
+            routing: Routing::new(top_k, RoutingKind::SoftmaxTopK { renormalize }),
             layers,
         };
         model.read(&config, generation)
-    }
-
-    fn tensor_name(&self, role: Role) -> String {
-        names::tensor_name(role)
-    }
-
-    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
-        names::expert_tensor_name(layer, tensor)
-    }
-
-    fn layer_of(&self, name: &str) -> Option<usize> {
-        names::layer_of(name)
     }
 
     fn width_key(&self) -> &'static str {
@@ -62,9 +48,5 @@ impl Family for Olmoe {
 
     fn expert_count_keys(&self) -> &'static [&'static str] {
         &["num_experts", "num_local_experts"]
-    }
-
-    fn size_keys(&self, role: Role) -> &'static str {
-        names::size_keys(role)
     }
 }

@@ -20,8 +20,7 @@ impl Family for Phimoe {
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
         let config = Fields::new(config, CONFIG)?;
-        let hidden_size = read::size(&config, "hidden_size")?;
-        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
+        let plain = read::attention(&config)?;
         let max_position = read::size(&config, "max_position_embeddings")?;
         let windows = vec![read::plain_window(&config)?; read::num_layers(&config)?];
         let (layers, top_k) = read::all_moe(&config, self.expert_count_keys(), false, &windows)?;
@@ -30,11 +29,7 @@ impl Family for Phimoe {
         }
         let attention_bias = config.bool("attention_bias")?.unwrap_or(false);
         let jitter_eps = config.float("router_jitter_noise")?.unwrap_or(0.01);
-        let attention = AttentionConfig {
-            qkv_bias: attention_bias,
-            output_bias: attention_bias,
-            ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
-        };
+        let attention = AttentionConfig { qkv_bias: attention_bias, output_bias: attention_bias, ..plain };
         let model = read::Model {
             model_type: self.model_type(),
             attention,
@@ -42,7 +37,7 @@ impl Family for Phimoe {
                 &config,
                 &rope::Dialect { theta: 1_000_000.0, longrope: true, ..rope::Dialect::new(max_position) },
             )?,
-            routing: Routing { top_k, kind: RoutingKind::Sparsemixer { jitter_eps }, scale: 1.0, bias: false },
+            routing: Routing::new(top_k, RoutingKind::Sparsemixer { jitter_eps }),
             layers,
         };
         let head_bias = config.bool("lm_head_bias")?.unwrap_or(false);
@@ -65,19 +60,11 @@ impl Family for Phimoe {
         ]
     }
 
-    fn layer_of(&self, name: &str) -> Option<usize> {
-        names::layer_of(name)
-    }
-
     fn width_key(&self) -> &'static str {
         "intermediate_size"
     }
 
     fn expert_count_keys(&self) -> &'static [&'static str] {
         &["num_local_experts", "num_experts"]
-    }
-
-    fn size_keys(&self, role: Role) -> &'static str {
-        names::size_keys(role)
     }
 }

@@ -3,12 +3,11 @@
 use serde_json::Value;
 
 use crate::Result;
-use crate::config::{AttentionConfig, ModelConfig, Multipliers, NormKind, QkNorm, Routing, RoutingKind, SharedExpert};
-use crate::experts::ExpertTensor;
-use crate::family::{CONFIG, Family, Role};
+use crate::config::{AttentionConfig, ModelConfig, Routing, RoutingKind, SharedExpert};
+use crate::family::{CONFIG, Family};
 use crate::json::Fields;
 
-use super::{names, read, rope};
+use super::{read, rope};
 
 /// The family `qwen2_moe`.
 pub(crate) struct Qwen2Moe;
@@ -20,9 +19,8 @@ impl Family for Qwen2Moe {
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
         let config = Fields::new(config, CONFIG)?;
-        let hidden_size = read::size(&config, "hidden_size")?;
-        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
-        let max_position_embeddings = read::size(&config, "max_position_embeddings")?;
+        let plain = read::attention(&config)?;
+        let max_position = read::size(&config, "max_position_embeddings")?;
         let windows = sliding_windows(&config, read::num_layers(&config)?)?;
         let shared =
             SharedExpert { intermediate_size: read::size(&config, "shared_expert_intermediate_size")?, gated: true };
@@ -30,55 +28,19 @@ impl Family for Qwen2Moe {
             read::SparseLayers { expert_count_keys: self.expert_count_keys(), windows: &windows, shared: Some(shared) };
         let (layers, top_k) = layers.read(&config)?;
         let renormalize = config.bool("norm_topk_prob")?.unwrap_or(false);
-        Ok(ModelConfig {
-            model_type: self.model_type().to_string(),
-            hidden_size,
-            vocab_size: read::size(&config, "vocab_size")?,
-            norm: NormKind::Rms,
-            norm_eps: read::norm_eps(&config)?,
-            tie_word_embeddings: config.bool("tie_word_embeddings")?.unwrap_or(false),
-            max_position_embeddings,
-            head_bias: false,
-            multipliers: Multipliers::default(),
-            mtp_layers: 0,
-            hidden_act: read::activation(&config)?,
-            attention: AttentionConfig {
-                qkv_bias: config.bool("qkv_bias")?.unwrap_or(true),
-                output_bias: false,
-                qk_norm: QkNorm::None,
-                ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
-            },
-            rope: rope::read(&config, &rope::Dialect::new(max_position_embeddings))?,
-            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalize }, scale: 1.0, bias: false },
+        let attention = AttentionConfig { qkv_bias: config.bool("qkv_bias")?.unwrap_or(true), ..plain };
+        let model = read::Model {
+            model_type: self.model_type(),
+            attention,
+            rope: rope::read(&config, &rope::Dialect::new(max_position))?,
+            routing: Routing::new(top_k, RoutingKind::SoftmaxTopK { renormalize }),
             layers,
-            quantization: read::quantization(&config)?,
-            eos_token_ids: read::eos_token_ids(&config, generation)?,
-            dtype: read::dtype(&config)?,
-        })
-    }
-
-    fn tensor_name(&self, role: Role) -> String {
-        names::tensor_name(role)
-    }
-
-    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
-        names::expert_tensor_name(layer, tensor)
-    }
-
-    fn layer_of(&self, name: &str) -> Option<usize> {
-        names::layer_of(name)
-    }
-
-    fn width_key(&self) -> &'static str {
-        "moe_intermediate_size"
+        };
+        model.read(&config, generation)
     }
 
     fn expert_count_keys(&self) -> &'static [&'static str] {
         &["num_experts", "num_local_experts"]
-    }
-
-    fn size_keys(&self, role: Role) -> &'static str {
-        names::size_keys(role)
     }
 }
 

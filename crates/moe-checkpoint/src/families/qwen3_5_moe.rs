@@ -6,12 +6,11 @@ use crate::Result;
 use crate::config::{
     AttentionConfig, DeltaNet, Mixer, ModelConfig, NormKind, QkNorm, Routing, RoutingKind, SharedExpert,
 };
-use crate::experts::ExpertTensor;
-use crate::family::{CONFIG, Family, Role};
+use crate::family::{CONFIG, Family};
 use crate::json::Fields;
 
 use super::read::MAX_SIZE;
-use super::{names, read, rope};
+use super::{read, rope};
 
 /// The families `qwen3_5_moe_text` and `qwen3_next`.
 pub(crate) struct Qwen35Moe {
@@ -63,8 +62,7 @@ impl Family for Qwen35Moe {
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
         let config = Fields::new(config, CONFIG)?;
-        let hidden_size = read::size(&config, "hidden_size")?;
-        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
+        let plain = read::attention(&config)?;
         let max_position = read::size(&config, "max_position_embeddings")?;
         let windows = vec![None; read::num_layers(&config)?];
         let intermediate_size = read::size(&config, "shared_expert_intermediate_size")?;
@@ -79,12 +77,12 @@ impl Family for Qwen35Moe {
         }
         let attention_bias = config.bool("attention_bias")?.unwrap_or(false);
         let attention = AttentionConfig {
-            rotary_dim: rope::rotary_dim(&config, head_dim, 0.25)?,
+            rotary_dim: rope::rotary_dim(&config, plain.head_dim, 0.25)?,
             qkv_bias: attention_bias,
             output_bias: attention_bias,
             qk_norm: QkNorm::Head,
             gated: true,
-            ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
+            ..plain
         };
         // Qwen3.5 divides whatever a config says.
         let renormalize = !self.next || config.bool("norm_topk_prob")?.unwrap_or(true);
@@ -92,34 +90,14 @@ impl Family for Qwen35Moe {
             model_type: self.model_type(),
             attention,
             rope: rope::read(&config, &rope::Dialect { partial: true, ..rope::Dialect::new(max_position) })?,
-            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalize }, scale: 1.0, bias: false },
+            routing: Routing::new(top_k, RoutingKind::SoftmaxTopK { renormalize }),
             layers,
         };
         let mtp_layers = read::mtp_layers(&config)?;
         Ok(ModelConfig { norm: NormKind::RmsOnePlus, mtp_layers, ..model.read(&config, generation)? })
     }
 
-    fn tensor_name(&self, role: Role) -> String {
-        names::tensor_name(role)
-    }
-
-    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
-        names::expert_tensor_name(layer, tensor)
-    }
-
-    fn layer_of(&self, name: &str) -> Option<usize> {
-        names::layer_of(name)
-    }
-
-    fn width_key(&self) -> &'static str {
-        "moe_intermediate_size"
-    }
-
     fn expert_count_keys(&self) -> &'static [&'static str] {
         &["num_experts", "num_local_experts"]
-    }
-
-    fn size_keys(&self, role: Role) -> &'static str {
-        names::size_keys(role)
     }
 }

@@ -3,12 +3,13 @@
 use serde_json::Value;
 
 use crate::Result;
-use crate::config::{AttentionConfig, ModelConfig, Multipliers, NormKind, QkNorm, Routing, RoutingKind};
-use crate::experts::{ExpertLayout, ExpertTensor};
-use crate::family::{CONFIG, Family, Role};
+use crate::config::{AttentionConfig, ModelConfig, QkNorm, Routing, RoutingKind};
+use crate::experts::ExpertLayout;
+use crate::family::{CONFIG, Family};
 use crate::json::Fields;
 
-use super::{names, read, rope};
+use super::read::Renormalize;
+use super::{read, rope};
 
 /// The family `qwen3_moe`, under any of its names.
 pub(crate) struct Qwen3Moe {
@@ -20,14 +21,6 @@ pub(crate) struct Qwen3Moe {
     pub stock_layout: ExpertLayout,
 }
 
-/// Whether routing weights are divided by their sum.
-pub(crate) enum Renormalize {
-    /// If `norm_topk_prob` says so, which is this where it is absent.
-    Default(bool),
-    /// Whatever a config says.
-    Always,
-}
-
 impl Family for Qwen3Moe {
     fn model_type(&self) -> &'static str {
         self.model_type
@@ -35,71 +28,32 @@ impl Family for Qwen3Moe {
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
         let config = Fields::new(config, CONFIG)?;
-        let hidden_size = read::size(&config, "hidden_size")?;
-        let (num_heads, num_kv_heads, head_dim) = read::heads(&config, hidden_size)?;
-        let max_position_embeddings = read::size(&config, "max_position_embeddings")?;
+        let plain = read::attention(&config)?;
+        let max_position = read::size(&config, "max_position_embeddings")?;
         // One mask for all layers in transformers 4 and 5 alike; `layer_types` is not a field of this family.
         let windows = vec![read::window(&config)?; read::num_layers(&config)?];
         let layers =
             read::SparseLayers { expert_count_keys: self.expert_count_keys(), windows: &windows, shared: None };
         let (layers, top_k) = layers.read(&config)?;
         let attention_bias = config.bool("attention_bias")?.unwrap_or(false);
-        let renormalize = match self.renormalize {
-            Renormalize::Default(default) => config.bool("norm_topk_prob")?.unwrap_or(default),
-            Renormalize::Always => true,
-        };
-        Ok(ModelConfig {
-            model_type: self.model_type().to_string(),
-            hidden_size,
-            vocab_size: read::size(&config, "vocab_size")?,
-            norm: NormKind::Rms,
-            norm_eps: read::norm_eps(&config)?,
-            tie_word_embeddings: config.bool("tie_word_embeddings")?.unwrap_or(false),
-            max_position_embeddings,
-            head_bias: false,
-            multipliers: Multipliers::default(),
-            mtp_layers: 0,
-            hidden_act: read::activation(&config)?,
-            attention: AttentionConfig {
-                qkv_bias: attention_bias,
-                output_bias: attention_bias,
-                qk_norm: QkNorm::Head,
-                ..read::grouped_attention(num_heads, num_kv_heads, head_dim)
-            },
-            rope: rope::read(&config, &rope::Dialect::new(max_position_embeddings))?,
-            routing: Routing { top_k, kind: RoutingKind::SoftmaxTopK { renormalize }, scale: 1.0, bias: false },
+        let renormalize = self.renormalize.read(&config)?;
+        let attention =
+            AttentionConfig { qkv_bias: attention_bias, output_bias: attention_bias, qk_norm: QkNorm::Head, ..plain };
+        let model = read::Model {
+            model_type: self.model_type(),
+            attention,
+            rope: rope::read(&config, &rope::Dialect::new(max_position))?,
+            routing: Routing::new(top_k, RoutingKind::SoftmaxTopK { renormalize }),
             layers,
-            quantization: read::quantization(&config)?,
-            eos_token_ids: read::eos_token_ids(&config, generation)?,
-            dtype: read::dtype(&config)?,
-        })
-    }
-
-    fn tensor_name(&self, role: Role) -> String {
-        names::tensor_name(role)
-    }
-
-    fn expert_tensor_name(&self, layer: usize, tensor: ExpertTensor) -> String {
-        names::expert_tensor_name(layer, tensor)
+        };
+        model.read(&config, generation)
     }
 
     fn stock_layout(&self) -> ExpertLayout {
         self.stock_layout
     }
 
-    fn layer_of(&self, name: &str) -> Option<usize> {
-        names::layer_of(name)
-    }
-
-    fn width_key(&self) -> &'static str {
-        "moe_intermediate_size"
-    }
-
     fn expert_count_keys(&self) -> &'static [&'static str] {
         &["num_experts", "num_local_experts"]
-    }
-
-    fn size_keys(&self, role: Role) -> &'static str {
-        names::size_keys(role)
     }
 }

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::config::{
     Activation, AttentionConfig, AttentionKind, Ffn, GroupScore, Groups, LayerConfig, Mixer, ModelConfig, MoeConfig,
-    Multipliers, NormKind, QkNorm, RopeConfig, Routing, SharedExpert,
+    Multipliers, NormKind, QkNorm, RopeConfig, Routing, RoutingKind, SharedExpert,
 };
 use crate::experts::ExpertBiases;
 use crate::json::{Fields, integer_in};
@@ -76,7 +76,13 @@ pub(super) fn heads(config: &Fields<'_>, hidden_size: usize) -> Result<(usize, u
     Ok((num_heads, num_kv_heads, head_dim))
 }
 
-/// Grouped-query attention without biases, norms and other extras, the whole head rotated.
+/// Grouped-query attention of a config's heads, without biases, norms and other extras, the whole head rotated.
+pub(super) fn attention(config: &Fields<'_>) -> Result<AttentionConfig> {
+    let (num_heads, num_kv_heads, head_dim) = heads(config, size(config, "hidden_size")?)?;
+    Ok(grouped_attention(num_heads, num_kv_heads, head_dim))
+}
+
+/// The same of these heads.
 pub(super) fn grouped_attention(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> AttentionConfig {
     AttentionConfig {
         kind: AttentionKind::Grouped,
@@ -316,6 +322,58 @@ pub(super) fn dense_then_moe(
         windows,
     };
     moe.read(config)
+}
+
+/// Whether routing weights are divided by their sum.
+pub(crate) enum Renormalize {
+    /// If `norm_topk_prob` says so, which is this where it is absent.
+    Default(bool),
+    /// Whatever a config says.
+    Always,
+}
+
+impl Renormalize {
+    /// What it comes to in a config.
+    pub fn read(&self, config: &Fields<'_>) -> Result<bool> {
+        match self {
+            Self::Default(default) => Ok(config.bool("norm_topk_prob")?.unwrap_or(*default)),
+            Self::Always => Ok(true),
+        }
+    }
+}
+
+/// What families have in common that route as DeepSeek-V3 does: dense layers first, then experts that are chosen by the sigmoid of
+/// their logits plus a correction bias, from the best groups where there are groups, and shared experts of the width of routed ones.
+pub(super) struct Corrected<'a> {
+    /// Config keys of the number of experts.
+    pub expert_count_keys: &'static [&'static str],
+    /// Config key of the number of shared experts.
+    pub shared_count_key: &'static str,
+    /// Dense layers where a config says nothing.
+    pub dense: usize,
+    /// Window of every layer.
+    pub windows: &'a [Option<usize>],
+    /// Whether weights are divided by their sum.
+    pub renormalize: Renormalize,
+    /// Config key of the factor on the weights, and the factor without it.
+    pub scale: (&'static str, f64),
+}
+
+impl Corrected<'_> {
+    /// Reads the layers and the routing.
+    pub fn read(self, config: &Fields<'_>) -> Result<(Vec<LayerConfig>, Routing)> {
+        let Self { expert_count_keys, shared_count_key, dense, windows, renormalize, scale } = self;
+        let (layers, top_k) = dense_then_moe(config, expert_count_keys, shared_count_key, dense, windows)?;
+        let groups = groups(config, experts_of(&layers), top_k, GroupScore::TopTwoSum)?;
+        let renormalize = renormalize.read(config)?;
+        let kind = RoutingKind::Sigmoid { renormalize, correction_bias: true, groups };
+        Ok((layers, Routing { scale: scaling(config, scale)?, ..Routing::new(top_k, kind) }))
+    }
+}
+
+/// The factor on routing weights, under its key or as it is without it.
+pub(super) fn scaling(config: &Fields<'_>, (key, default): (&str, f64)) -> Result<f32> {
+    Ok(config.positive_float(key)?.unwrap_or(default) as f32)
 }
 
 /// A list with one of `words` per layer, as positions in `words`; `None` without the field.

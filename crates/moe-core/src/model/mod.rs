@@ -11,7 +11,7 @@ use std::{
 
 use burn::tensor::{Device, Tensor};
 use moe_checkpoint::{
-    Activation, AttentionKind, Checkpoint, Dtype, ExpertPart, ExpertWeights, ModelConfig, RawMatrix, Role,
+    Activation, Checkpoint, Dtype, ExpertPart, ExpertWeights, ModelConfig, RawMatrix, Role,
 };
 
 mod adapted;
@@ -85,8 +85,8 @@ impl Model {
     /// As [`open`](Self::open).
     pub fn new(checkpoint: Arc<Checkpoint>, device: &Device, max_memory: Option<u64>) -> Result<Self> {
         let config = checkpoint.config();
-        if config.attention.kind == AttentionKind::Other {
-            return Err(Error::Unsupported(format!("running `{}`: its attention", config.model_type)));
+        if let Some(reason) = checkpoint.cannot_run() {
+            return Err(Error::Unsupported(format!("running `{}`: {reason}", config.model_type)));
         }
         let rope =
             RotaryEmbedding::new(&config.rope, config.attention.rotary_dim)?.with_growth(config.attention.growth);

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{Routed, Router, Rule, SIGMOID_EPSILON, Score, below_floor, largest_logit, softmax_sum};
+use super::{Routed, Router, Rule, Score, below_floor, largest_logit, softmax_sum};
 use crate::{
     error::{Error, Result},
     kernels::math,
@@ -60,7 +60,7 @@ impl Router {
                 // the divisor, and whether it is a constant
                 let (divisor, constant) = match score {
                     _ if !renormalize => (1.0, true),
-                    Score::Sigmoid => (chosen().map(|e| p[e]).sum::<f64>() + f64::from(SIGMOID_EPSILON), false),
+                    Score::Sigmoid => (chosen().map(|e| p[e]).sum::<f64>() + f64::from(self.norm_eps), false),
                     Score::Softmax { floor } if below_floor(logits, selected, floor) => (f64::from(floor), true),
                     Score::Softmax { .. } => (chosen().map(|e| p[e]).sum::<f64>(), false),
                 };

@@ -20,14 +20,13 @@ use crate::{
     kernels::math,
 };
 
-/// Added to the sum of sigmoid weights before dividing by it, as DeepSeek-V3 does.
-const SIGMOID_EPSILON: f32 = 1e-20;
-
 /// The routing rule of a model.
 #[derive(Clone, Debug)]
 pub struct Router {
     top_k: usize,
     scale: f32,
+    /// Added to the sum of sigmoid weights before dividing by it.
+    norm_eps: f32,
     rule: Rule,
 }
 
@@ -92,7 +91,7 @@ impl Router {
             RoutingKind::Sparsemixer { jitter_eps } => Rule::Sparsemixer { jitter: *jitter_eps as f32 },
             other => return Err(Error::Unsupported(format!("routing {other:?}"))),
         };
-        Ok(Self { top_k: routing.top_k, scale: routing.scale, rule })
+        Ok(Self { top_k: routing.top_k, scale: routing.scale, norm_eps: routing.norm_eps as f32, rule })
     }
 
     /// Whether the rule can route among `experts` experts.
@@ -185,7 +184,7 @@ impl Router {
                 for (slot, weight) in weights.iter_mut().enumerate() {
                     *weight = math::sigmoid(chosen(slot));
                 }
-                let sum = if renormalize { weights.iter().sum::<f32>() + SIGMOID_EPSILON } else { 1.0 };
+                let sum = if renormalize { weights.iter().sum::<f32>() + self.norm_eps } else { 1.0 };
                 weights.iter_mut().for_each(|w| *w = *w / sum * scale);
             }
             Rule::Scores { score: Score::Softmax { floor }, renormalize, .. } => {

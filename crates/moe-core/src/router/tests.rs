@@ -5,7 +5,7 @@ fn softmax(renormalize: bool) -> Router {
 }
 
 fn scores(score: Score, renormalize: bool, groups: Option<GroupLimit>) -> Router {
-    Router { top_k: 2, scale: 1.5, rule: Rule::Scores { score, renormalize, groups } }
+    Router { top_k: 2, scale: 1.5, norm_eps: 1e-20, rule: Rule::Scores { score, renormalize, groups } }
 }
 
 #[test]
@@ -70,7 +70,7 @@ fn groups_that_do_not_fit_are_refused() {
 
 #[test]
 fn sparsemixer_weighs_against_close_competitors() {
-    let router = Router { top_k: 2, scale: 1.0, rule: Rule::Sparsemixer { jitter: 0.1 } };
+    let router = Router { top_k: 2, scale: 1.0, norm_eps: 0.0, rule: Rule::Sparsemixer { jitter: 0.1 } };
     // 1.0 and 0.9 are within 20%, 0.5 is not; once 1.0 is taken, 0.9 is alone
     let routed = router.route(&[0.5, 1.0, 0.9, -3.0], 4, None);
     assert_eq!(routed.selected, [1, 2]);
@@ -91,7 +91,7 @@ fn backward_matches_a_difference_quotient() {
         (scores(soft(0.0), false, by_largest), None),
         (scores(Score::Sigmoid, false, groups), Some([0.4, 0.0, 0.0, 0.0, -0.3, 0.2])),
         (scores(Score::Sigmoid, true, groups), Some([0.4, 0.0, 0.0, 0.0, -0.3, 0.2])),
-        (Router { top_k: 2, scale: 1.5, rule: Rule::Sparsemixer { jitter: 0.25 } }, None),
+        (Router { top_k: 2, scale: 1.5, norm_eps: 0.0, rule: Rule::Sparsemixer { jitter: 0.25 } }, None),
     ];
     let logits = [0.3f32, -0.2, 1.1, 0.8, -0.5, 0.7];
     let d = [0.7f32, -1.3];
@@ -129,7 +129,7 @@ fn removing_experts_is_slicing_the_router() {
         (scores(Score::Sigmoid, false, None), None),
         (scores(soft(0.0), false, Some(GroupLimit { rank: GroupRank::Largest, ..limit })), None),
         (scores(Score::Sigmoid, true, Some(limit)), Some(bias)),
-        (Router { top_k: 2, scale: 1.5, rule: Rule::Sparsemixer { jitter: 0.25 } }, None),
+        (Router { top_k: 2, scale: 1.5, norm_eps: 0.0, rule: Rule::Sparsemixer { jitter: 0.25 } }, None),
     ];
     // two of each group of four; the first two have the largest logits and the last the largest bias
     let removed = [0u32, 3, 5, 7];
@@ -234,6 +234,24 @@ fn the_dense_gradient_is_that_of_the_mixture_of_all_experts() {
         let back = turned(&all.dense_backward(&turned(&logits), &routed, &turned(&values)));
         assert!(back.iter().zip(&dense).all(|(a, b)| (a - b).abs() < 1e-6));
     }
-    let sparsemixer = Router { top_k: 2, scale: 1.0, rule: Rule::Sparsemixer { jitter: 0.01 } };
+    let sparsemixer = Router { top_k: 2, scale: 1.0, norm_eps: 0.0, rule: Rule::Sparsemixer { jitter: 0.01 } };
     assert!(sparsemixer.check_dense().unwrap_err().to_string().contains("SparseMixer"));
+}
+
+#[test]
+fn what_is_added_to_the_sum_of_weights_is_that_of_the_model() {
+    // The scores are small enough that 1e-6, as LFM2 has it, makes a good part of the divisor.
+    let logits = [-14.0f32, -15.0, -30.0];
+    let [p, q] = [14.0f32, 15.0].map(|z| 1.0 / (1.0 + z.exp()));
+    let plain = scores(Score::Sigmoid, true, None);
+    let dense = Router { norm_eps: 1e-6, ..plain.clone() };
+    assert!((plain.route(&logits, 3, None).weights[0] - 1.5 * p / (p + q)).abs() < 1e-5);
+    let routed = dense.route(&logits, 3, None);
+    let expected = 1.5 * p / (p + q + 1e-6);
+    assert!((routed.weights[0] - expected).abs() < 1e-5 && expected < 0.7, "{:?} {expected}", routed.weights);
+    // The gradient knows of it, too.
+    let at = |h: f32| dense.route(&[logits[0] + h, logits[1], logits[2]], 3, None).weights;
+    let numeric = (at(1e-2)[0] - at(-1e-2)[0]) / 2e-2;
+    let found = dense.backward(&logits, &routed, &[1.0, 0.0])[0];
+    assert!((numeric - found).abs() < 1e-3, "{numeric} {found}");
 }

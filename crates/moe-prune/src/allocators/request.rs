@@ -73,7 +73,7 @@ impl ExpertLimits {
     ///
     /// let groups = Groups { count: 4, top: 2, score: GroupScore::Max };
     /// let kind = RoutingKind::SoftmaxGroupTopK { groups };
-    /// let limits = ExpertLimits::for_routing(&Routing { kind, top_k: 3, scale: 1.0, bias: false });
+    /// let limits = ExpertLimits::for_routing(&Routing::new(3, kind));
     /// assert_eq!((limits.groups, limits.min_experts), (4, 8)); // two of each, so that two groups hold three
     /// ```
     pub fn for_routing(routing: &Routing) -> Self {

@@ -41,7 +41,7 @@ pub(super) fn target(plan: &PrunePlan, from: &Checkpoint, options: &PruneOptions
             other.num_experts()
         ));
     }
-    let layers = plan.kept.iter().map(|kept| Ok(TargetLayer::kept(from, kept, stock_layout(from, kept.layer)?)));
+    let layers = plan.kept.iter().map(|kept| Ok(TargetLayer::kept(from, kept, stock_layout(from, kept.layer, width)?)));
     let layers = layers.collect::<Result<Vec<_>>>()?;
     let removed = plan.kept.iter().any(|layer| !layer.removed.is_empty());
     let (shared_experts, shared_width) = shared(from, width);
@@ -74,10 +74,19 @@ pub(super) fn aligned(width: usize, from: &Checkpoint) -> bool {
     width.is_multiple_of(ALIGNMENT) || from.shape().uniform_width() == Some(width)
 }
 
-/// The layout of a layer in a checkpoint of one width.
-pub(super) fn stock_layout(from: &Checkpoint, layer: usize) -> Result<ExpertLayout> {
-    Ok(match from.expert_layout(layer)? {
+/// The layout of a layer in a checkpoint of one width. Where files may have experts transposed or not, loaders tell by shape and take a
+/// square tensor for one that is not: such a width is written so.
+pub(super) fn stock_layout(from: &Checkpoint, layer: usize, width: usize) -> Result<ExpertLayout> {
+    let layout = match from.expert_layout(layer)? {
         ExpertLayout::Ragged => from.family().stock_layout(),
+        other => other,
+    };
+    let hidden = from.config().hidden_size;
+    let square = 2 * width == hidden || width == hidden;
+    let told_by_shape = from.family().layouts().contains(&ExpertLayout::Fused);
+    let changes = from.shape().uniform_width() != Some(width);
+    Ok(match layout {
+        ExpertLayout::Transposed if square && told_by_shape && changes => ExpertLayout::Fused,
         other => other,
     })
 }

@@ -187,7 +187,7 @@ pub(super) fn target(
         }
         let scales = how.scales.map(|scales| scales[position].as_slice());
         let (rows, sets) = how.sets(kept, pieces, &map, width, scales);
-        let layer = TargetLayer::kept(from, kept, stock_layout(from, kept.layer)?);
+        let layer = TargetLayer::kept(from, kept, stock_layout(from, kept.layer, width)?);
         layers.push(TargetLayer { rows, sets, correction_factor: map.correction_factor, ..layer });
     }
     let (shared_experts, shared_width) = shared(from, width);
