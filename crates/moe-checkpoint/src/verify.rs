@@ -55,7 +55,9 @@ pub(crate) fn verify(weights: &Weights<'_>) -> Result<Verified> {
         }
     }
     if let Some(reason) = &unfit {
-        tracing::warn!("the model can be pruned and written, but not run, since its attention does not fit its config: {reason}");
+        tracing::warn!(
+            "the model can be pruned and written, but not run, since its attention does not fit its config: {reason}"
+        );
     }
     let mut layouts = BTreeMap::new();
     for (layer, config) in weights.config.layers.iter().enumerate() {
