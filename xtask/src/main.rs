@@ -1,10 +1,12 @@
 //! `cargo xtask <verb>`: the checks and reports people and CI run.
 
 mod bench_report;
+mod book;
 mod ci;
 mod fixtures;
 mod goldens;
 mod gpu;
+mod prose;
 mod router_study;
 mod study;
 
@@ -36,6 +38,17 @@ enum Verb {
         #[arg(long)]
         write: bool,
     },
+    /// Build the book (docs/) into target/book and check its links
+    Book {
+        /// Check only: what is built goes again
+        #[arg(long)]
+        check: bool,
+        /// First write the pages that are generated from the program (docs/reference)
+        #[arg(long, conflicts_with = "check")]
+        write: bool,
+    },
+    /// Find documentation of one word and lines of text beyond 120 columns
+    Prose,
     /// Whole models on a GPU backend against the CPU (Mesa's software Vulkan will do)
     Gpu {
         /// wgpu, vulkan or cuda
@@ -67,6 +80,8 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().verb {
         Verb::Ci { steps } => ci::run(&steps),
         Verb::Fixtures { write } => fixtures::run(write),
+        Verb::Book { check, write } => book::run(check, write),
+        Verb::Prose => prose::run(),
         Verb::Goldens { python } => goldens::run(&python),
         Verb::Gpu { device } => gpu::run(&device),
         Verb::Study(options) => study::run(&options),

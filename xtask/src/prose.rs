@@ -1,0 +1,96 @@
+//! How text reads: no documentation of one word, and no line that runs off the screen.
+
+use std::fs;
+use std::path::Path;
+
+use crate::book::files_below;
+use crate::{Result, at, root};
+
+/// Columns of a line of comment or of a page, at most.
+const COLUMNS: usize = 120;
+/// Folders whose files are read.
+const FOLDERS: [&str; 5] = ["crates", "examples", "benches", "xtask", "docs"];
+/// Names of folders that hold no text of ours.
+const NOT_OURS: [&str; 2] = ["fixtures", "target"];
+
+/// Lists every documentation comment of one word and every line of comment or page that is too long.
+pub fn run() -> Result<()> {
+    let root = root();
+    let mut files = vec![root.join("README.md")];
+    for folder in FOLDERS {
+        files_below(&root.join(folder), "rs", &mut files)?;
+        files_below(&root.join(folder), "md", &mut files)?;
+    }
+    files.retain(|file| !file.components().any(|part| NOT_OURS.iter().any(|name| part.as_os_str() == *name)));
+    let mut faults = Vec::new();
+    for file in &files {
+        let text = fs::read_to_string(file).map_err(at(file))?;
+        faults.extend(faults_of(file.strip_prefix(&root).unwrap_or(file), &text));
+    }
+    match faults.is_empty() {
+        true => println!("{} files of sentences within {COLUMNS} columns", files.len()),
+        false => return Err(format!("{} lines to mend:\n  {}", faults.len(), faults.join("\n  ")).into()),
+    }
+    Ok(())
+}
+
+fn faults_of(file: &Path, text: &str) -> Vec<String> {
+    let is_page = file.extension().is_some_and(|extension| extension == "md");
+    let mut in_code = false;
+    let mut faults = Vec::new();
+    for (number, line) in text.lines().enumerate() {
+        let trimmed = line.trim_start();
+        if is_page && trimmed.starts_with("```") {
+            in_code = !in_code;
+        }
+        // A row of a table cannot be wrapped, and code is what it is.
+        let wraps = if is_page { !in_code && !trimmed.starts_with('|') } else { is_comment(trimmed) };
+        let columns = line.chars().count();
+        if wraps && columns > COLUMNS {
+            faults.push(format!("{}:{}: {columns} columns, at most {COLUMNS}", file.display(), number + 1));
+        }
+        if !is_page && is_one_word(trimmed) {
+            faults.push(format!("{}:{}: `{trimmed}` is no sentence", file.display(), number + 1));
+        }
+    }
+    faults
+}
+
+/// Whether a line is a comment of words, rather than a row of a table in one or an address.
+fn is_comment(line: &str) -> bool {
+    let Some(text) = line.strip_prefix("//") else { return false };
+    let text = text.trim_start_matches(['/', '!']).trim_start();
+    !text.starts_with('|') && text.contains(' ')
+}
+
+/// Whether a line documents something by a single word.
+fn is_one_word(line: &str) -> bool {
+    let text = line.strip_prefix("/// ").and_then(|text| text.strip_suffix('.'));
+    text.is_some_and(|word| !word.is_empty() && word.chars().all(|c| c.is_alphanumeric() || c == '_'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn faults(name: &str, text: &str) -> Vec<String> {
+        faults_of(Path::new(name), text)
+    }
+
+    #[test]
+    fn a_single_word_is_no_documentation() {
+        assert_eq!(faults("a.rs", "    /// Which.\n    which: u8,\n    /// Which of them.\n"), [
+            "a.rs:1: `/// Which.` is no sentence"
+        ]);
+        assert!(faults("a.rs", "// Which.\n/// `name`.\n").is_empty());
+    }
+
+    #[test]
+    fn long_lines_of_text_are_faults_and_long_rows_and_code_are_not() {
+        let long = "word ".repeat(30);
+        assert_eq!(faults("a.rs", &format!("//! {long}\n")).len(), 1);
+        assert_eq!(faults("a.md", &format!("{long}\n")).len(), 1);
+        assert!(faults("a.rs", &format!("let a = \"{long}\";\n//! | {long} |\n")).is_empty());
+        assert!(faults("a.md", &format!("| {long} |\n```\n{long}\n```\n")).is_empty());
+    }
+}
