@@ -79,9 +79,10 @@ mod tests {
 
     #[test]
     fn a_single_word_is_no_documentation() {
-        assert_eq!(faults("a.rs", "    /// Which.\n    which: u8,\n    /// Which of them.\n"), [
-            "a.rs:1: `/// Which.` is no sentence"
-        ]);
+        assert_eq!(
+            faults("a.rs", "    /// Which.\n    which: u8,\n    /// Which of them.\n"),
+            ["a.rs:1: `/// Which.` is no sentence"]
+        );
         assert!(faults("a.rs", "// Which.\n/// `name`.\n").is_empty());
     }
 

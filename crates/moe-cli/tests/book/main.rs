@@ -75,7 +75,8 @@ fn every_recipe_of_the_book_is_read() {
 
 #[test]
 fn an_unknown_verb_or_flag_is_found() {
-    let check = |text: &str| commands::of_block(text).iter().map(|command| commands::check(command)).collect::<Vec<_>>();
+    let check =
+        |text: &str| commands::of_block(text).iter().map(|command| commands::check(command)).collect::<Vec<_>>();
     assert!(matches!(&check("$ moe inspect DIR --json")[..], [Ok(())]));
     assert!(matches!(&check("moe inspect \\\n    DIR\nls\n# moe nothing")[..], [Ok(())]));
     assert!(matches!(&check("cargo run --release --bin moe -- inspect 'a b'")[..], [Ok(())]));

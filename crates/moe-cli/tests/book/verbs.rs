@@ -35,7 +35,8 @@ fn verbs(program: &Command) -> impl Iterator<Item = &Command> {
 fn section(verb: &Command, name: &str, depth: usize, page: &mut String) {
     page.push_str(&format!("\n{} {name}\n\n", "#".repeat(depth)));
     page.push_str(&paragraph(&about(verb)));
-    let arguments: Vec<&Arg> = verb.get_arguments().filter(|arg| !arg.is_hide_set() && arg.get_id() != "help").collect();
+    let arguments: Vec<&Arg> =
+        verb.get_arguments().filter(|arg| !arg.is_hide_set() && arg.get_id() != "help").collect();
     if !arguments.is_empty() {
         page.push_str("| argument | meaning |\n|---|---|\n");
         for argument in arguments {
