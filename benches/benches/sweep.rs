@@ -6,15 +6,13 @@ use std::{hint::black_box, time::Duration};
 use burn::tensor::Device;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use moe_benches::{SMALL, wave, write_checkpoint};
-use moe_checkpoint::Provenance;
-use moe_core::{Engine, EngineOptions, Model};
-use moe_importance::{Collection, ScorerConfig, collect};
+use moe_core::Model;
+use moe_importance::{Calibration, ScorerConfig};
 
 fn benches(c: &mut Criterion) {
     let dir = tempfile::tempdir().expect("a temporary directory");
     write_checkpoint(dir.path(), SMALL);
     let model = Model::open(dir.path(), &Device::flex(), None).expect("the checkpoint just written");
-    let shape = model.checkpoint().shape().clone();
     let wave = wave(8, 256, SMALL.vocab);
     let sets = [
         ("activation", r#"[{"type": "activation"}]"#),
@@ -43,10 +41,9 @@ fn benches(c: &mut Criterion) {
         let scorers: Vec<_> = configs.iter().map(|config| config.build().expect("valid scorer")).collect();
         group.bench_function(name, |b| {
             b.iter(|| {
-                let provenance = Provenance::new("bench", "bench", "{}");
-                let mut collection = Collection::for_scorers(&shape, provenance, &scorers).expect("a collection");
-                let mut engine = Engine::new(&model, EngineOptions::default());
-                black_box(collect(&mut engine, &mut collection, [&wave], None, &mut |_| ()).expect("a sweep"))
+                let calibration = Calibration::of_waves(&model, std::slice::from_ref(&wave));
+                let calibration = calibration.scorers(scorers.iter().map(|scorer| &**scorer));
+                black_box(calibration.run(&mut |_| ()).expect("a sweep"))
             });
         });
     }

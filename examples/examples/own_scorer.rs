@@ -4,10 +4,10 @@
 //! what it needs on rows of the bundled model and prints which experts a pruner takes out.
 
 use moe::prelude::*;
-use moe_checkpoint::{Denominator, Pool, ProtectionMask, Provenance, Statistics};
+use moe_checkpoint::{Denominator, Pool, ProtectionMask, Statistics};
 use moe_importance::scorers::{check_needs, table};
 use moe_importance::statistics::{OUTPUT_NORM, ROUTED_TOKENS};
-use moe_importance::{Collection, ExpertWeightsSource, Needs, collect};
+use moe_importance::{Calibration, ExpertWeightsSource, Needs};
 use moe_prune::ExpertPruner;
 use serde_json::{Value, json};
 
@@ -45,13 +45,9 @@ pub fn run(model: &str) -> Result<PrunePlan, Box<dyn std::error::Error>> {
     let options = DatasetOptions { samples: Some(16), length: 64, ..DatasetOptions::default() };
     let rows = checkpoint.dir().join("data/prose_calibration.jsonl");
     let data = Dataset::load(&rows, Some(&tokenizer), checkpoint.config().vocab_size, &options)?;
-    let waves = data.waves(WaveOptions::default());
-    let scorers: [Box<dyn Scorer>; 1] = [Box::new(OftenAndLoud)];
-    let provenance = Provenance::new(checkpoint.fingerprint(), data.hash.clone(), "{}");
-    let mut collection = Collection::for_scorers(shape, provenance, &scorers)?;
-    let mut engine = Engine::new(&model, EngineOptions::default());
-    let statistics = collect(&mut engine, &mut collection, &waves, None, &mut |_| ())?;
-    let scores = scorers[0].score(&statistics, checkpoint.as_ref())?;
+    let calibration = Calibration::new(&model, &data, WaveOptions::default());
+    let statistics = calibration.scorers([&OftenAndLoud as &dyn Scorer]).run(&mut |_| ())?;
+    let scores = OftenAndLoud.score(&statistics, checkpoint.as_ref())?;
     let pruner = ExpertPruner::new().for_routing(&checkpoint.config().routing);
     Ok(pruner.prune(&scores, shape, Budget::Ratio(0.25), &ProtectionMask::none())?.plan)
 }

@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use moe_checkpoint::{Granularity, Pool, Provenance, Reduction, ScoreTable};
+use moe_checkpoint::{Granularity, Pool, Reduction, ScoreTable};
 use moe_core::data::{Sequence, Wave};
 use moe_core::device::device;
 use moe_core::{Engine, EngineOptions, Model};
-use moe_importance::{Collection, Scorer, ScorerConfig, collect};
+use moe_importance::{Calibration, Scorer, ScorerConfig};
 use moe_prune::{
     AllocatorConfig, Budget, CurveSource, DepthPrior, EngineProbe, Error, Evolution, ExpertPruner, Global, Hybrid,
     Normalization, Normalized, NovicePruner, PerLayer, Prior, ProbeOptions, ProtectionMask, PruneRequest, Pruner,
@@ -100,7 +100,6 @@ fn every_scorer_feeds_every_pruner_with_every_allocator() {
     let model = model();
     let checkpoint = model.checkpoint().clone();
     let shape = checkpoint.shape();
-    let mut engine = Engine::new(&model, EngineOptions::default());
     let waves = waves();
     let scorers: Vec<Box<dyn Scorer>> = ScorerConfig::NAMES
         .iter()
@@ -109,9 +108,8 @@ fn every_scorer_feeds_every_pruner_with_every_allocator() {
             config.build().unwrap()
         })
         .collect();
-    let provenance = Provenance::new(checkpoint.fingerprint(), "two tokens", "{}");
-    let mut collection = Collection::for_scorers(shape, provenance, &scorers).unwrap();
-    let statistics = collect(&mut engine, &mut collection, &waves, None, &mut |_| {}).unwrap();
+    let calibration = Calibration::of_waves(&model, &waves).scorers(scorers.iter().map(|scorer| &**scorer));
+    let statistics = calibration.run(&mut |_| {}).unwrap();
     let score = |scorer: &dyn Scorer| scorer.score(&statistics, checkpoint.as_ref()).unwrap();
     let magnitude = scorers.iter().find(|scorer| scorer.name() == "magnitude").map(|s| score(&**s)).unwrap();
 

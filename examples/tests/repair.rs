@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
-use moe_checkpoint::{Provenance, WriteOptions, write};
+use moe_checkpoint::{WriteOptions, write};
 use moe_core::data::{Dataset, DatasetOptions, Sequence, Tokenizer, Wave, WaveOptions, waves};
 use moe_core::evaluate::divergence;
 use moe_core::host::HostView;
@@ -13,7 +13,7 @@ use moe_core::trace::{ExpertTrace, Observer, Signals};
 use moe_core::train::{JsonLines, Schedule, TrainEvent, TrainOptions};
 use moe_core::{Engine, EngineOptions, Model, TeacherLogits};
 use moe_examples::TINY_MOE;
-use moe_importance::{Collection, Scorer, collect};
+use moe_importance::{Calibration, Scorer};
 use moe_prune::repair::{LayerRefit, MeanOutput, Refit, RouterDistillation, Target, TokenWeight, layer_errors};
 use moe_prune::{
     Budget, EditSource, Edits, ProtectionMask, PruneForm, PruneOptions, PrunePlan, Pruner, Scope, UnitPruner,
@@ -55,12 +55,10 @@ fn held_out_divergence(model: &Model) -> f64 {
 
 /// Keeps half of the units of every expert, by their gradients.
 fn half(model: &Model) -> PrunePlan {
-    let scorers: [Box<dyn Scorer>; 1] = [Box::new(moe_importance::scorers::Fisher::default())];
-    let provenance = Provenance::new(model.checkpoint().fingerprint(), "rows", "{}");
-    let mut collection = Collection::for_scorers(model.checkpoint().shape(), provenance, &scorers).unwrap();
-    let mut engine = Engine::new(model, EngineOptions::default());
-    let statistics = collect(&mut engine, &mut collection, &calibration(40, 4096), None, &mut |_| ()).unwrap();
-    let scores = scorers[0].score(&statistics, model.checkpoint().as_ref()).unwrap();
+    let fisher = moe_importance::scorers::Fisher::default();
+    let statistics = Calibration::of_waves(model, &calibration(40, 4096)).scorers([&fisher as &dyn Scorer]);
+    let statistics = statistics.run(&mut |_| ()).unwrap();
+    let scores = fisher.score(&statistics, model.checkpoint().as_ref()).unwrap();
     let pruner = UnitPruner::new(Scope::Expert);
     pruner.prune(&scores, model.checkpoint().shape(), Budget::Ratio(0.5), &ProtectionMask::none()).unwrap().plan
 }

@@ -1,6 +1,8 @@
 //! Rows to calibrate on, from any number of files.
 
+use moe_core::Model;
 use moe_core::data::{Dataset, DatasetOptions, Source, Tokenizer, Wave, WaveOptions};
+use moe_importance::StatisticId;
 
 use crate::recipe::{Data, DataFile};
 use crate::{Error, Result};
@@ -71,5 +73,14 @@ impl Calibration {
         let options = WaveOptions::Tokens(data.wave_tokens);
         let waves = data_set.waves(options);
         Ok(Self { data: data_set, options, waves })
+    }
+
+    /// The run of a model over these rows that observes these statistics.
+    pub(super) fn observing<'m>(
+        &self,
+        model: &'m Model,
+        ids: impl IntoIterator<Item = StatisticId>,
+    ) -> moe_importance::Calibration<'m> {
+        moe_importance::Calibration::new(model, &self.data, self.options).statistics(ids)
     }
 }

@@ -4,8 +4,7 @@ use std::sync::Arc;
 
 use moe_checkpoint::{Checkpoint, Existing, Granularity, ProtectionMask, ScoreTable, WriteOptions, check_output};
 use moe_core::data::{Tokenizer, WaveOptions};
-use moe_core::trace::Observer;
-use moe_core::{Engine, EngineOptions, Model};
+use moe_core::Model;
 use moe_importance::StatisticId;
 use moe_prune::{Budget, Mtp, PruneForm, PruneOptions, PrunePlan, Pruner, Questions};
 
@@ -59,7 +58,6 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
     EvalFile::load_all(&recipe.data.eval, &Default::default(), tokenizer.as_ref(), model.config())?;
 
     let engine_model = Model::new(model.clone(), &device, max_memory)?;
-    let engine = Engine::new(&engine_model, EngineOptions::default());
     let mut before = Before::default();
     for (number, step) in recipe.steps.iter().enumerate() {
         let named = |error: Error| Error::Usage(format!("step {} ({}): {error}", number + 1, step.name()));
@@ -81,12 +79,7 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
                     ids.push(options.needs());
                 }
                 if !ids.is_empty() {
-                    let data = needs_data()?;
-                    let provenance = super::steps::provenance(&model, data, &ids)?;
-                    let collection = moe_importance::Collection::new(model.shape(), provenance, &ids)?;
-                    for wave in &data.waves {
-                        engine.plan(wave.tokens(), collection.needs())?;
-                    }
+                    needs_data()?.observing(&engine_model, ids).check()?;
                 }
             }
             Step::Protect(Protect::SuperExperts) if !before.super_experts => {
@@ -140,7 +133,6 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
             }
         }
     }
-    drop(engine);
     Ok(Run {
         recipe,
         options,

@@ -1,14 +1,15 @@
 //! What each step does.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use moe_checkpoint::{
-    Checkpoint, Existing, Granularity, Provenance, ScoreTable, StatisticsStore, WriteOptions, write, write_json,
+    Checkpoint, Existing, Granularity, Provenance, ScoreTable, WriteOptions, write, write_json,
 };
 use moe_core::data::WaveOptions;
 use moe_core::{Engine, EngineOptions, Model};
-use moe_importance::{Collection, Scorer, StatisticId, SuperExperts, collect};
+use moe_importance::{Scorer, StatisticId, SuperExperts};
 use moe_merge::{Evidence, EvidenceOptions, MergeOptions, MergePlan, collect_evidence, merge_sequentially};
 use moe_prune::{
     Budget, EditSource, Edits, EngineProbe, FineGrained, ModelProbe, NoProbe, ProbeOptions, PrunePlan, PruneRequest,
@@ -19,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::artifacts::{Artifacts, digest};
 use super::check::mask;
 use super::stock::{self, Chosen};
-use super::{Calibration, Measurement, PrunedState, Run};
+use super::{Measurement, PrunedState, Run};
 use crate::eval_file::EvalFile;
 use crate::progress::Unit;
 use crate::recipe::{Evaluate, Form, Merge, Protect, Prune, Repair, Score, Write};
@@ -32,12 +33,6 @@ pub(super) struct Done {
     pub reused: bool,
     pub artifact: Option<PathBuf>,
     pub measured: Vec<Measurement>,
-}
-
-/// What statistics follow from.
-pub(super) fn provenance(model: &Checkpoint, data: &Calibration, ids: &[StatisticId]) -> Result<Provenance> {
-    let recipe = moe_importance::recipe(ids, &data.options)?;
-    Ok(Provenance::new(model.fingerprint(), data.data.hash.clone(), recipe))
 }
 
 /// JSON of what can be JSON.
@@ -65,6 +60,8 @@ impl Run<'_> {
         ids.extend(super_experts.map(|options| options.needs()));
         let data = self.calibration.as_ref().map_or(String::new(), |data| data.data.hash.clone());
         let waves = format!("{:?}", self.recipe.data.wave_tokens);
+        let wanted = ids.iter().map(ToString::to_string).collect::<BTreeSet<_>>();
+        let of_statistics = [self.model.fingerprint(), data.clone(), waves.clone(), json(&wanted)?];
         let of = [json(step)?, self.model.fingerprint(), data, waves];
         let (dir, reused) = self.artifacts.begin("score", &of.each_ref().map(String::as_str))?;
         let mut tokens = 0;
@@ -75,18 +72,15 @@ impl Run<'_> {
                     Provenance::new(self.model.fingerprint(), "", "{}"),
                 ),
                 false => {
-                    let calibration = self.calibration()?;
-                    tokens = calibration.data.tokens();
-                    let provenance = provenance(&self.model, calibration, &ids)?;
-                    let mut collection = Collection::new(self.model.shape(), provenance, &ids)?;
+                    // Whatever is scored from the same statistics of the same model shares them.
+                    let (store, _) =
+                        self.artifacts.begin("statistics", &of_statistics.each_ref().map(String::as_str))?;
+                    let data = self.calibration()?;
+                    tokens = data.data.tokens();
                     let model = self.engine_model()?;
-                    let mut engine = Engine::new(&model, EngineOptions::default());
-                    let (shape, provenance) = (self.model.shape(), collection.provenance());
-                    let mut store = StatisticsStore::create_or_resume(dir.join("statistics"), shape, provenance)?;
                     let bar = self.options.progress.bar("scoring", tokens as u64, Unit::Count("tokens"));
-                    collect(&mut engine, &mut collection, &calibration.waves, Some(&mut store), &mut |at| {
-                        bar.at(at.tokens_done);
-                    })?
+                    let calibration = data.observing(&model, ids).store(store);
+                    calibration.run(&mut |at| bar.at(at.tokens_done))?
                 }
             };
             for scorer in &scorers {
