@@ -76,8 +76,31 @@ pub(crate) fn parse_versioned<T: DeserializeOwned>(path: &Path, kind: Kind, json
 /// One tensor to write: name, dtype, shape, little-endian bytes.
 pub(crate) type OutTensor = (String, Dtype, Vec<usize>, Vec<u8>);
 
+/// Writes a file beside its place, as `*.tmp`, and renames it: whole or not at all for whoever reads it after this process was
+/// killed. It is not synced, so that it costs no wait for the disk; after a power cut it may be cut short.
+///
+/// # Errors
+/// What the file system says.
+pub fn write_renamed(path: impl AsRef<Path>, parts: &[&[u8]]) -> std::io::Result<()> {
+    let path = path.as_ref();
+    let temporary = path.with_extension("tmp");
+    let mut file = File::create(&temporary)?;
+    parts.iter().try_for_each(|part| file.write_all(part))?;
+    fs::rename(&temporary, path)
+}
+
 /// Writes tensors and one JSON document under the key of `kind`.
 pub(crate) fn write_tensors<M: Serialize>(path: &Path, kind: Kind, meta: &M, tensors: &[OutTensor]) -> Result<()> {
+    write_atomic(path, &tensor_bytes(path, kind, meta, tensors)?)
+}
+
+/// What [`write_tensors`] writes.
+pub(crate) fn tensor_bytes<M: Serialize>(
+    path: &Path,
+    kind: Kind,
+    meta: &M,
+    tensors: &[OutTensor],
+) -> Result<Vec<u8>> {
     let internal = |reason: String| Error::malformed(path, kind.name, reason);
     let json = serde_json::to_string(meta).map_err(|error| internal(error.to_string()))?;
     let mut views = Vec::with_capacity(tensors.len());
@@ -86,8 +109,7 @@ pub(crate) fn write_tensors<M: Serialize>(path: &Path, kind: Kind, meta: &M, ten
         views.push((name.as_str(), view));
     }
     let metadata = HashMap::from([(kind.key.to_string(), json)]);
-    let bytes = safetensors::serialize(views, Some(metadata)).map_err(|error| internal(error.to_string()))?;
-    write_atomic(path, &bytes)
+    safetensors::serialize(views, Some(metadata)).map_err(|error| internal(error.to_string()))
 }
 
 /// A file read into memory, to be parsed by [`TensorFile::parse`].

@@ -68,13 +68,14 @@ mod site;
 mod source;
 mod statistics;
 mod statistics_array;
+mod statistics_part;
 mod statistics_store;
 mod verify;
 mod weights;
 mod write;
 mod writer;
 
-pub use artifact_file::write_atomic;
+pub use artifact_file::{write_atomic, write_renamed};
 pub use checkpoint::Checkpoint;
 pub use compression::{BeforeAfter, Mtp, Ratio, TopKClamp};
 pub use config::{

@@ -25,11 +25,19 @@ pub struct Counts {
 }
 
 /// One named array, its values layer by layer; a matrix as if there were one layer.
-#[derive(Clone, Debug, PartialEq)]
-struct Array {
-    kind: ArrayKind,
+#[derive(Clone, Debug)]
+pub(crate) struct Array {
+    pub(crate) kind: ArrayKind,
     fold: Fold,
-    layers: Vec<Vec<f64>>,
+    pub(crate) layers: Vec<Vec<f64>>,
+    /// Of a matrix: whether it was lent for adding to since a part was saved.
+    pub(crate) touched: bool,
+}
+
+impl PartialEq for Array {
+    fn eq(&self, other: &Self) -> bool {
+        (self.kind, self.fold, &self.layers) == (other.kind, other.fold, &other.layers)
+    }
 }
 
 impl Array {
@@ -39,7 +47,7 @@ impl Array {
             (ArrayKind::Matrix { rows, columns }, _) => vec![vec![0.0; rows * columns]],
             _ => shape.layers.iter().map(|layer| vec![0.0; kind.len(shape, layer)]).collect(),
         };
-        Self { kind, fold, layers }
+        Self { kind, fold, layers, touched: false }
     }
 
     fn combine(&mut self, from: &Self, shape: &MoeShape) {
@@ -99,13 +107,13 @@ impl Array {
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Statistics {
-    shape: MoeShape,
+    pub(crate) shape: MoeShape,
     /// Per MoE layer, the start of every expert's units.
     offsets: Vec<Vec<usize>>,
     provenance: Provenance,
     waves: BTreeSet<u64>,
     counts: Counts,
-    arrays: BTreeMap<String, Array>,
+    pub(crate) arrays: BTreeMap<String, Array>,
 }
 
 impl Statistics {
@@ -250,7 +258,9 @@ impl Statistics {
             let expected = "a fold of matrices of fixed size".into();
             return Err(Error::StatisticKind { id: id.to_string(), found: format!("{kind:?} {fold:?}"), expected });
         }
-        Ok(&mut self.array_mut(id, kind, fold)?.layers[0])
+        let array = self.array_mut(id, kind, fold)?;
+        array.touched = true;
+        Ok(&mut array.layers[0])
     }
 
     /// Adds rows, row-major, to a matrix of at most `rows` that keeps those with the lowest first `key` numbers.
@@ -263,6 +273,7 @@ impl Statistics {
             let found = format!("{} values", values.len());
             return Err(Error::StatisticKind { id: id.to_string(), found, expected: format!("rows of {columns}") });
         }
+        array.touched = true;
         combine_lowest(&mut array.layers[0], values, [rows, columns], key);
         Ok(())
     }
@@ -427,7 +438,7 @@ impl Statistics {
                     }
                 }
             }
-            statistics.arrays.insert(id, Array { kind, fold, layers });
+            statistics.arrays.insert(id, Array { kind, fold, layers, touched: false });
         }
         if tensors.len() != expected {
             return Err(tensors.malformed(format!("{} tensors, expected {expected}", tensors.len())));
@@ -511,7 +522,7 @@ impl Statistics {
     }
 }
 
-fn tensor_name(id: &str, layer: usize) -> String {
+pub(crate) fn tensor_name(id: &str, layer: usize) -> String {
     format!("{id}.layer.{layer}")
 }
 

@@ -12,6 +12,7 @@ use crate::{Error, MoeShape, Provenance, Result, Statistics};
 
 const STORE: Kind = Kind { name: "statistics store", key: "", version: 1 };
 const STORE_FILE: &str = "store.json";
+const UNFINISHED: &str = "unfinished-";
 
 /// A directory with `store.json` and one file per finished wave, `wave-000003.safetensors`, values rounded to f32.
 ///
@@ -20,7 +21,8 @@ const STORE_FILE: &str = "store.json";
 /// resumed after a kill to those of one that ran through. Every file is written atomically; what a killed process left
 /// half written is ignored and removed by the next [`StatisticsStore::create_or_resume`].
 ///
-/// One process writes to a store at a time; processes that share the work have a store each.
+/// One process writes to a store at a time; processes that share the work have a store each. What a run has left of a wave in
+/// progress is in a directory of its own ([`StatisticsStore::unfinished`]), which no other store takes over.
 ///
 /// ```
 /// use moe_checkpoint::{Fold, MoeLayerShape, MoeShape, Provenance, Statistics, StatisticsStore};
@@ -74,6 +76,12 @@ impl StatisticsStore {
                     "{}: begun by version {found}, resumed by {now}; waves may round differently",
                     directory.display()
                 );
+            }
+            for wave in &store.waves {
+                let left = store.unfinished(*wave);
+                if left.exists() {
+                    fs::remove_dir_all(&left).map_err(io(&left))?;
+                }
             }
             return Ok(store);
         }
@@ -201,6 +209,12 @@ impl StatisticsStore {
             folded.fold(&self.load(*wave)?)?;
         }
         Ok(folded)
+    }
+
+    /// The directory for what a run that is stopped within a wave leaves of it. It is made by whoever uses it, and removed with the
+    /// next [`StatisticsStore::create_or_resume`] if the wave is finished.
+    pub fn unfinished(&self, wave: u64) -> PathBuf {
+        self.directory.join(format!("{UNFINISHED}{wave:06}"))
     }
 
     fn wave_path(&self, wave: u64) -> PathBuf {

@@ -210,6 +210,17 @@ pub struct ExpertGradients<'a> {
     pub gate_up: &'a Tensor<2>,
 }
 
+/// A part of the sweep over a wave; the parts come in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SweepPart {
+    /// A decoder layer, forward.
+    Forward(usize),
+    /// The objective and its gradient.
+    Head,
+    /// A decoder layer, backward.
+    Backward(usize),
+}
+
 /// Watches a sweep.
 pub trait Observer {
     /// What it needs; asked once before a sweep.
@@ -267,6 +278,26 @@ pub trait Observer {
     /// Whatever the observer refuses.
     fn logits(&mut self, first: usize, logits: &HostView, vocab: usize) -> Result<()> {
         let _ = (first, logits, vocab);
+        Ok(())
+    }
+
+    /// The routing of an MoE layer as [`layer`](Self::layer) was shown it by the run that this one goes on from
+    /// ([`Signals::routing`]); in the backward sweep, before the layer's experts.
+    ///
+    /// # Errors
+    /// Whatever the observer refuses.
+    fn recall(&mut self, trace: &LayerTrace<'_>) -> Result<()> {
+        let _ = trace;
+        Ok(())
+    }
+
+    /// A part of the sweep is done: whatever it shows has been shown. What the observer keeps now, a run that goes on from the next
+    /// part need not see again.
+    ///
+    /// # Errors
+    /// Whatever keeps the observer from keeping it.
+    fn done(&mut self, part: SweepPart) -> Result<()> {
+        let _ = part;
         Ok(())
     }
 

@@ -28,7 +28,7 @@ use crate::{Error, Result, Scorer};
 /// let scorer = serde_json::from_str::<ScorerConfig>(r#"{"type": "reap"}"#)?.build()?;
 /// let statistics = Calibration::new(&model, &data, WaveOptions::default())
 ///     .statistics(scorer.needs().statistics)
-///     .store("statistics") // a run that was killed goes on with the wave it was in
+///     .store("statistics") // a run that was killed goes on with the layer it was in
 ///     .run(&mut |at| eprintln!("{} of {} tokens", at.tokens_done, at.tokens))?;
 /// scorer.score(&statistics, model.checkpoint().as_ref())?.save("reap.safetensors")?;
 /// # Ok(())
@@ -131,7 +131,8 @@ impl<'a> Calibration<'a> {
         self
     }
 
-    /// Keeps every finished wave in this directory, and goes on with those that it has.
+    /// Keeps every finished wave in this directory, and goes on with those that it has. What is needed to go on within a wave is there,
+    /// too, as long as the wave is in progress: two tensors `[T, H]` for each layer that the backward sweep comes back to.
     #[must_use]
     pub fn store(mut self, directory: impl Into<PathBuf>) -> Self {
         self.store = Some(directory.into());

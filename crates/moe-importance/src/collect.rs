@@ -1,13 +1,14 @@
 //! Collecting statistics over the waves of a data set: resumable and shardable.
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use burn::tensor::Tensor;
 use moe_checkpoint::{MoeShape, Statistics, StatisticsStore};
 use moe_core::data::Wave;
 use moe_core::host::HostView;
-use moe_core::trace::{ExpertTrace, LayerTrace, Observer, RouterGradients, Signals, WaveInfo};
-use moe_core::{Engine, WaveReport};
+use moe_core::trace::{ExpertTrace, LayerTrace, Observer, RouterGradients, Signals, SweepPart, WaveInfo};
+use moe_core::{Engine, UnfinishedWave, WaveReport};
 
 use crate::{Collection, Error, Result};
 
@@ -18,6 +19,36 @@ pub trait WaveRunner {
     /// # Errors
     /// Whatever stops the model.
     fn run(&mut self, wave: &Wave, observer: &mut dyn Observer) -> moe_core::Result<WaveReport>;
+
+    /// Opens a directory for a wave that may be stopped and [gone on](Self::go_on) with; nothing from a runner that cannot, whose
+    /// waves begin anew. As [`Engine::unfinished`].
+    ///
+    /// # Errors
+    /// A directory that cannot be used.
+    fn unfinished(
+        &mut self,
+        wave: &Wave,
+        needs: Signals,
+        directory: &Path,
+        identity: &str,
+    ) -> moe_core::Result<Option<UnfinishedWave>> {
+        let _ = (wave, needs, directory, identity);
+        Ok(None)
+    }
+
+    /// Goes on with a wave. As [`Engine::go_on`].
+    ///
+    /// # Errors
+    /// Whatever stops the model.
+    fn go_on(
+        &mut self,
+        wave: &Wave,
+        observer: &mut dyn Observer,
+        unfinished: &mut UnfinishedWave,
+    ) -> moe_core::Result<WaveReport> {
+        let _ = unfinished;
+        self.run(wave, observer)
+    }
 }
 
 impl<F: FnMut(&Wave, &mut dyn Observer) -> moe_core::Result<WaveReport>> WaveRunner for F {
@@ -29,6 +60,25 @@ impl<F: FnMut(&Wave, &mut dyn Observer) -> moe_core::Result<WaveReport>> WaveRun
 impl WaveRunner for Engine<'_> {
     fn run(&mut self, wave: &Wave, observer: &mut dyn Observer) -> moe_core::Result<WaveReport> {
         Engine::run(self, wave, observer)
+    }
+
+    fn unfinished(
+        &mut self,
+        wave: &Wave,
+        needs: Signals,
+        directory: &Path,
+        identity: &str,
+    ) -> moe_core::Result<Option<UnfinishedWave>> {
+        Engine::unfinished(self, wave, needs, directory, identity)
+    }
+
+    fn go_on(
+        &mut self,
+        wave: &Wave,
+        observer: &mut dyn Observer,
+        unfinished: &mut UnfinishedWave,
+    ) -> moe_core::Result<WaveReport> {
+        Engine::go_on(self, wave, observer, unfinished)
     }
 }
 
@@ -45,7 +95,7 @@ pub struct Progress {
     pub tokens: u64,
     /// Tokens of the waves finished, and of the wave in progress the part that its finished layers stand for.
     pub tokens_done: u64,
-    /// Tokens of the waves that earlier runs finished.
+    /// Tokens of the waves that earlier runs finished, and of a wave that one left unfinished the part that it did.
     pub tokens_resumed: u64,
     /// Time since this run began.
     pub elapsed: Duration,
@@ -83,6 +133,9 @@ impl Progress {
 
 /// Runs every wave that `store` does not hold yet, writes each as soon as it is finished, and returns the fold of all
 /// waves of the store.
+///
+/// Where the runner can (an [`Engine`] can, and all collectors of this crate), a wave that was stopped in its middle goes on with the
+/// layer it was in: what is needed for that is kept beside the waves of the store, until the wave is finished.
 ///
 /// The result depends on the waves alone, to the last bit: not on how often the collection was interrupted, nor on how
 /// many processes shared the waves and had their stores [absorbed](StatisticsStore::absorb), nor on there being a
@@ -143,18 +196,39 @@ pub(crate) fn collect_reporting<'w>(
     tracing::debug!(waves = at.waves, resumed = at.waves_resumed, statistics = ?collection.ids(), "collecting");
     progress(&at);
     let (mut loss, mut predicted) = (Some(0.0), 0);
+    let identity = format!("{:?}", collection.provenance());
     for wave in waves {
         if sink.holds(wave.id) {
             continue;
         }
-        let run = match within {
-            false => runner.run(wave, collection)?,
-            true => {
-                let shape = collection.shape().clone();
-                let mut at =
-                    Within { inner: collection, shape: &shape, wave, from: at, start, progress: &mut *progress };
-                runner.run(wave, &mut at)?
+        let mut unfinished = match sink.unfinished(wave.id).filter(|_| collection.goes_on()) {
+            Some(directory) => runner.unfinished(wave, collection.needs(), &directory, &identity)?,
+            None => None,
+        };
+        collection.keep_parts(unfinished.as_ref().map(|unfinished| unfinished.directory().to_path_buf()));
+        let shape = collection.shape().clone();
+        if let Some(unfinished) = &mut unfinished
+            && let Some(done) = unfinished.done()
+        {
+            match collection.resume(unfinished.directory(), done, unfinished.layers()) {
+                Ok(()) => at.tokens_resumed += tokens_of(wave, part_done(&shape, collection.needs(), done)),
+                Err(error) => {
+                    tracing::warn!("wave {}: begun anew: {error}", wave.id);
+                    unfinished.restart()?;
+                }
             }
+        }
+        let mut seen = Within {
+            inner: collection,
+            shape: &shape,
+            wave,
+            from: at,
+            start,
+            progress: if within { Some(&mut *progress) } else { None },
+        };
+        let run = match &mut unfinished {
+            None => runner.run(wave, &mut seen)?,
+            Some(unfinished) => runner.go_on(wave, &mut seen, unfinished)?,
         };
         let statistics =
             collection.take().filter(|s| s.waves().contains(&wave.id)).ok_or_else(|| Error::WaveOrder {
@@ -163,6 +237,9 @@ pub(crate) fn collect_reporting<'w>(
                 expected: format!("wave {}", wave.id),
             })?;
         sink.write(statistics)?;
+        if let Some(unfinished) = unfinished {
+            unfinished.remove()?;
+        }
         loss = loss.zip(run.loss).map(|(sum, loss)| sum + loss);
         predicted += wave.loss_tokens();
         at.waves_done += 1;
@@ -182,28 +259,47 @@ struct Within<'a, 'c> {
     /// Before the wave.
     from: Progress,
     start: Instant,
-    progress: &'a mut dyn FnMut(&Progress),
+    /// Who wants to know.
+    progress: Option<&'a mut dyn FnMut(&Progress)>,
+}
+
+/// The part of the work of a forward sweep, where a backward sweep follows: it recomputes and costs about twice as much.
+fn forward_part(needs: Signals) -> f64 {
+    if needs.backward() { 1.0 / 3.0 } else { 1.0 }
+}
+
+/// The part of the MoE layers before this expert.
+fn place(shape: &MoeShape, layer: usize, expert: usize) -> f64 {
+    let place = shape.layers.partition_point(|moe| moe.layer < layer) as f64;
+    let experts = shape.layer(layer).map_or(1, |l| l.num_experts()).max(1) as f64;
+    (place + expert as f64 / experts) / shape.layers.len().max(1) as f64
+}
+
+/// The part of a wave that is done.
+fn part_done(shape: &MoeShape, needs: Signals, done: SweepPart) -> f64 {
+    let forward = forward_part(needs);
+    match done {
+        SweepPart::Forward(layer) => forward * place(shape, layer + 1, 0),
+        SweepPart::Head => forward,
+        SweepPart::Backward(layer) => forward + (1.0 - forward) * (1.0 - place(shape, layer, 0)),
+    }
+}
+
+/// So many tokens of a wave are its part.
+fn tokens_of(wave: &Wave, part: f64) -> u64 {
+    (part.clamp(0.0, 1.0) * wave.tokens() as f64) as u64
 }
 
 impl Within<'_, '_> {
-    /// The part of the work of a forward sweep, where a backward sweep follows: it recomputes and costs about twice as much.
-    fn forward(&self) -> f64 {
-        if self.inner.needs().backward() { 1.0 / 3.0 } else { 1.0 }
-    }
-
     /// Reports that this part of the wave is done.
     fn at(&mut self, part: f64) {
         let mut at = self.from;
-        at.tokens_done += (part.clamp(0.0, 1.0) * self.wave.tokens() as f64) as u64;
+        // What an earlier run did of this wave is done from the start.
+        at.tokens_done += tokens_of(self.wave, part);
         at.elapsed = self.start.elapsed();
-        (self.progress)(&at);
-    }
-
-    /// The part of the MoE layers before this one.
-    fn place(&self, layer: usize, expert: usize) -> f64 {
-        let place = self.shape.position(layer).unwrap_or_default() as f64;
-        let experts = self.shape.layer(layer).map_or(1, |l| l.num_experts()).max(1) as f64;
-        (place + expert as f64 / experts) / self.shape.layers.len().max(1) as f64
+        if let Some(progress) = &mut self.progress {
+            progress(&at);
+        }
     }
 }
 
@@ -217,20 +313,19 @@ impl Observer for Within<'_, '_> {
     }
 
     fn layer(&mut self, trace: &LayerTrace<'_>) -> moe_core::Result<()> {
-        let part = self.forward() * self.place(trace.layer, 0);
-        self.at(part);
+        self.at(forward_part(self.needs()) * place(self.shape, trace.layer, 0));
         self.inner.layer(trace)
     }
 
     fn expert(&mut self, trace: &ExpertTrace<'_>) -> moe_core::Result<()> {
-        let forward = self.forward();
+        let forward = forward_part(self.needs());
         let part = match trace.backward {
-            None => forward * self.place(trace.layer, trace.expert),
+            None => forward * place(self.shape, trace.layer, trace.expert),
             Some(_) => {
                 let layers = self.shape.layers.len().max(1) as f64;
                 // Layers come from the last to the first, the experts of each in order.
-                let back = self.place(trace.layer, 0) + 1.0 / layers;
-                let of_layer = self.place(trace.layer, trace.expert) - self.place(trace.layer, 0);
+                let back = place(self.shape, trace.layer, 0) + 1.0 / layers;
+                let of_layer = place(self.shape, trace.layer, trace.expert) - place(self.shape, trace.layer, 0);
                 forward + (1.0 - forward) * (1.0 - back + of_layer)
             }
         };
@@ -248,6 +343,14 @@ impl Observer for Within<'_, '_> {
 
     fn logits(&mut self, first: usize, logits: &HostView, vocab: usize) -> moe_core::Result<()> {
         self.inner.logits(first, logits, vocab)
+    }
+
+    fn recall(&mut self, trace: &LayerTrace<'_>) -> moe_core::Result<()> {
+        self.inner.recall(trace)
+    }
+
+    fn done(&mut self, part: SweepPart) -> moe_core::Result<()> {
+        self.inner.done(part)
     }
 
     fn end_wave(&mut self, wave: &WaveInfo) -> moe_core::Result<()> {
@@ -280,6 +383,14 @@ impl<'a> Sink<'a> {
         match self {
             Self::Store(store) => store.waves().contains(&wave),
             Self::Memory(_) => false,
+        }
+    }
+
+    /// Where a run that is stopped within a wave leaves what it has.
+    fn unfinished(&self, wave: u64) -> Option<PathBuf> {
+        match self {
+            Self::Store(store) => Some(store.unfinished(wave)),
+            Self::Memory(_) => None,
         }
     }
 

@@ -113,8 +113,13 @@ impl<S: Debug + Default + Send + 'static> Collector for InputCollector<S> {
         Ok(())
     }
 
-    fn end_wave(&mut self, _: &WaveInfo, into: &mut Statistics) -> moe_importance::Result<()> {
-        self.watches.iter().try_for_each(|(site, watch)| (self.add)(*site, watch.dims, Self::take(watch), into))
+    fn goes_on(&self) -> bool {
+        true
+    }
+
+    fn end_layer(&mut self, layer: usize, into: &mut Statistics) -> moe_importance::Result<()> {
+        let watches = self.watches.iter().filter(|(site, _)| site.layer() == layer);
+        watches.into_iter().try_for_each(|(site, watch)| (self.add)(*site, watch.dims, Self::take(watch), into))
     }
 }
 

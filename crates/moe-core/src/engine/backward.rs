@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use burn::tensor::Tensor;
 
 use super::{
-    Engine,
+    Engine, UnfinishedWave,
     experts::{ExpertBackwardRun, ExpertWanted, lock, segments},
     forward::LayerTape,
     prepare::Prepared,
@@ -16,8 +16,9 @@ use crate::{
     error::Result,
     host::{self, HostView},
     kernels::rows::RowAccumulator,
+    layers::RouterLayer,
     store::HiddenStore,
-    trace::{ExpertGradients, ExpertTrace, Observer, RouterGradients, Signals},
+    trace::{ExpertGradients, ExpertTrace, Observer, RouterGradients, Signals, SweepPart},
 };
 
 /// Slots of the hidden store: the input of a layer and of its feed-forward half.
@@ -37,6 +38,8 @@ pub(super) struct Backward<'a> {
     /// Below it nobody asks for gradients.
     pub depth: Depth,
     pub needs: Signals,
+    /// Layers that are left.
+    pub from: usize,
 }
 
 impl Engine<'_> {
@@ -45,36 +48,72 @@ impl Engine<'_> {
         mut sweep: Backward<'_>,
         mut dy: Tensor<2>,
         observer: &mut dyn Observer,
+        mut unfinished: Option<&mut UnfinishedWave>,
     ) -> Result<()> {
-        let depth = sweep.depth;
-        for layer in (0..self.model.config().layers.len()).rev() {
-            if !depth.reaches_feed_forward(layer) {
+        for layer in (0..sweep.from).rev() {
+            if !sweep.depth.reaches_feed_forward(layer) {
                 return Ok(());
             }
-            let mut tape = std::mem::take(&mut sweep.tapes[layer]);
-            let mixer = tape.mixer.take();
-            let middle = sweep.store.take(middle_slot(layer))?;
-            let d_middle = self.ffn_backward(&sweep, layer, &middle, dy, tape, observer)?;
-            self.model.check_reads()?;
-            let Some(d_middle) = d_middle else { return Ok(()) };
-            drop(middle);
-            if !depth.reaches_attention(layer) {
-                return Ok(());
+            let dx = self.layer_backward(&mut sweep, layer, dy, observer)?;
+            observer.done(SweepPart::Backward(layer))?;
+            let Some(dx) = dx else { return Ok(()) };
+            if let Some(unfinished) = &mut unfinished {
+                unfinished.backward_done(layer, &dx)?;
             }
-            let x = sweep.store.take(input_slot(layer))?;
-            let weights = self.model.mixer(layer)?;
-            let (table, spans) = (&sweep.prepared.table, &sweep.prepared.spans);
-            let tape = mixer.unwrap_or_else(|| weights.project(&x, table));
-            let wanted = Wanted { input: depth.reaches_below(layer), parameters: sweep.needs.parameters };
-            let dx = weights.backward(&x, &tape, spans, table, d_middle, wanted);
-            self.model.check_reads()?;
-            match dx {
-                Some(dx) => dy = dx,
-                None => return Ok(()),
-            }
+            dy = dx;
         }
         self.model.embedding_backward(&sweep.prepared.ids, &dy);
         Ok(())
+    }
+
+    /// Gradient at the input of a layer, unless the sweep ends in it.
+    fn layer_backward(
+        &self,
+        sweep: &mut Backward<'_>,
+        layer: usize,
+        dy: Tensor<2>,
+        observer: &mut dyn Observer,
+    ) -> Result<Option<Tensor<2>>> {
+        let mut tape = std::mem::take(&mut sweep.tapes[layer]);
+        let mixer = tape.mixer.take();
+        let middle = sweep.store.take(middle_slot(layer))?;
+        let d_middle = self.ffn_backward(sweep, layer, &middle, dy, tape, observer)?;
+        self.model.check_reads()?;
+        let Some(d_middle) = d_middle else { return Ok(None) };
+        drop(middle);
+        if !sweep.depth.reaches_attention(layer) {
+            return Ok(None);
+        }
+        let x = sweep.store.take(input_slot(layer))?;
+        let weights = self.model.mixer(layer)?;
+        let (table, spans) = (&sweep.prepared.table, &sweep.prepared.spans);
+        let tape = mixer.unwrap_or_else(|| weights.project(&x, table));
+        let wanted = Wanted { input: sweep.depth.reaches_below(layer), parameters: sweep.needs.parameters };
+        let dx = weights.backward(&x, &tape, spans, table, d_middle, wanted);
+        self.model.check_reads()?;
+        Ok(dx)
+    }
+
+    /// The routing of a layer that an earlier run took forward: by the same kernels on the same numbers.
+    fn routing_again(
+        &self,
+        sweep: &Backward<'_>,
+        layer: usize,
+        z: &Tensor<2>,
+        router: &RouterLayer,
+        observer: &mut dyn Observer,
+    ) -> Result<LayerRouting> {
+        let overlay = self.model.routing_overlay().map(|overlay| &**overlay);
+        let logits = HostView::new(&router.linear.forward(z));
+        let (logits, experts) = (logits.as_slice(), router.linear.weight.dims()[0]);
+        let bias = router.selection_bias.as_deref();
+        let routing = LayerRouting::new(self.model.router(), layer, logits, experts, bias, overlay)?;
+        if sweep.needs.routing {
+            let removed = overlay.and_then(|overlay| overlay.removed(layer)).unwrap_or_default();
+            let logits = visible_logits(logits, experts, removed);
+            observer.recall(&routing.trace(layer, &sweep.prepared.info, &logits))?;
+        }
+        Ok(routing)
     }
 
     /// Gradient at the input of the feed-forward half, unless it is the last one asked for.
@@ -98,7 +137,11 @@ impl Engine<'_> {
         // a norm that is trained is behind the experts
         let want_dz = want_input || (parameters && ffn.norm.is_trained());
         let mut dz = want_dz.then(|| RowAccumulator::zeros(tokens, hidden, self.model.device()));
-        if let (Some(routing), Some(router)) = (&tape.routing, &ffn.router) {
+        let routing = match (tape.routing, &ffn.router) {
+            (None, Some(router)) => Some(self.routing_again(sweep, layer, &z, router, observer)?),
+            (routing, _) => routing,
+        };
+        if let (Some(routing), Some(router)) = (&routing, &ffn.router) {
             let routed = &routing.applied;
             let kept = tape.experts.into_iter().map(Mutex::new).collect::<Vec<_>>();
             let d_weights = match self.modulated(layer, &z, routed, needs)? {

@@ -1,21 +1,38 @@
 //! One wave through all layers.
 
 use super::{
-    Engine, WaveReport,
+    Engine, UnfinishedWave, WaveReport,
     backward::{Backward, input_slot, middle_slot},
     forward::{FfnPass, LayerTape},
     prepare::Prepared,
 };
 use crate::{
-    adapters::Depth, data::Wave, error::Result, memory::Keep, objective::Objective, store::HiddenStore, trace::Observer,
+    adapters::Depth,
+    data::Wave,
+    error::Result,
+    memory::Keep,
+    objective::Objective,
+    store::{HiddenStore, Part},
+    trace::{Observer, Signals, SweepPart},
 };
 
 impl Engine<'_> {
+    /// How deep the backward sweep goes for these signals.
+    pub(super) fn depth(&self, needs: Signals) -> Depth {
+        let config = self.model.config();
+        let first_moe = (0..config.layers.len()).find(|&l| config.moe(l).is_some());
+        let observed =
+            (needs.gradients || needs.router_gradients).then_some(first_moe).flatten().map(Depth::FeedForward);
+        let trained = self.model.adapters().filter(|_| needs.parameters).map(|adapters| adapters.depth());
+        observed.into_iter().chain(trained).fold(Depth::Head, Depth::deeper)
+    }
+
     pub(super) fn sweep(
         &self,
         wave: &Wave,
         observer: &mut dyn Observer,
         objective: Option<&mut dyn Objective>,
+        mut unfinished: Option<&mut UnfinishedWave>,
     ) -> Result<WaveReport> {
         let needs = observer.needs();
         let prepared = Prepared::new(self.model, wave)?;
@@ -23,49 +40,102 @@ impl Engine<'_> {
         self.model.set_residency(plan.residency);
         observer.begin_wave(&prepared.info)?;
 
-        let config = self.model.config();
+        let (config, device) = (self.model.config(), self.model.device());
         let layers = config.layers.len();
-        let first_moe = (0..layers).find(|&l| config.moe(l).is_some());
-        let observed =
-            (needs.gradients || needs.router_gradients).then_some(first_moe).flatten().map(Depth::FeedForward);
-        let trained = self.model.adapters().filter(|_| needs.parameters).map(|adapters| adapters.depth());
-        let depth = observed.into_iter().chain(trained).fold(Depth::Head, Depth::deeper);
+        let depth = self.depth(needs);
         if let Some(adapters) = self.model.adapters() {
             adapters.begin_wave(&prepared.info);
         }
         let last_moe = (0..layers).rev().find(|&l| config.moe(l).is_some());
         let to_the_end = objective.is_some() || needs.hidden;
         let stop = if to_the_end { layers } else { last_moe.map_or(0, |l| l + 1) };
-        let spill = plan.spill.then_some(self.options.spill_dir.as_path());
-        let mut store = HiddenStore::new(2 * layers, spill)?;
+        let mut store = match &unfinished {
+            Some(unfinished) => HiddenStore::named(2 * layers, unfinished.directory(), !plan.spill),
+            None => HiddenStore::new(2 * layers, plan.spill.then_some(self.options.spill_dir.as_path()))?,
+        };
         let mut tapes: Vec<LayerTape> = (0..layers).map(|_| LayerTape::default()).collect();
+        let mut report = WaveReport::new(&prepared.info);
 
-        let mut x = self.model.embed(&prepared.ids)?;
-        for (layer, tape) in tapes.iter_mut().enumerate().take(stop) {
-            if needs.hidden {
-                observer.hidden(layer, &x)?;
+        let done = unfinished.as_ref().and_then(|unfinished| unfinished.done());
+        // layers that an earlier run took forward, and of these the ones that are left to go back through
+        let (first, left) = match done {
+            None => (0, 0),
+            Some(SweepPart::Forward(layer)) => (layer + 1, layer + 1),
+            Some(SweepPart::Head) => (stop, layers),
+            Some(SweepPart::Backward(layer)) => (stop, layer),
+        };
+        for layer in 0..left {
+            if depth.reaches_feed_forward(layer) {
+                store.adopt(middle_slot(layer), Part::Middle(layer), None, device);
             }
-            let backward = needs.backward() && depth.reaches_feed_forward(layer);
-            let through = backward && depth.reaches_attention(layer);
-            let keep = if backward { plan.keep[layer] } else { Keep::default() };
-            let middle = self.attention_forward(layer, &x, &prepared, tape, keep.attention && through)?;
-            if through {
-                store.put(input_slot(layer), x)?;
-            }
-            let skip_output = !to_the_end && Some(layer) == last_moe;
-            let pass = FfnPass { keep, needs, skip_output, ..FfnPass::new(layer, &prepared.info) };
-            x = self.ffn_forward(pass, &middle, tape, observer)?;
-            if backward {
-                store.put(middle_slot(layer), middle)?;
+            if depth.reaches_attention(layer) {
+                store.adopt(input_slot(layer), Part::Input(layer), None, device);
             }
         }
-
-        let mut report = WaveReport::new(&prepared.info);
-        if let Some(objective) = objective
-            && let Some(dx) = self.head(x, &prepared, needs, objective, observer, &mut report)?
-        {
-            let sweep = Backward { prepared: &prepared, store, tapes, depth, needs };
-            self.backward(sweep, dx, observer)?;
+        let gradient = match (&done, &unfinished) {
+            (Some(SweepPart::Head), Some(unfinished)) => Some((layers, unfinished.load(Part::Gradient(layers), device)?)),
+            (Some(SweepPart::Backward(layer)), Some(unfinished)) => {
+                Some((*layer, unfinished.load(Part::Gradient(*layer), device)?))
+            }
+            _ => None,
+        };
+        let gradient = match gradient {
+            Some(gradient) => {
+                let kept = unfinished.as_ref().and_then(|unfinished| unfinished.report());
+                (report.loss, report.sequence_losses) = kept.unwrap_or_default();
+                Some(gradient)
+            }
+            None => {
+                let mut x = match (&done, &unfinished) {
+                    (Some(_), Some(unfinished)) => unfinished.load(Part::Input(first), device)?,
+                    _ => self.model.embed(&prepared.ids)?,
+                };
+                for (layer, tape) in tapes.iter_mut().enumerate().take(stop).skip(first) {
+                    if needs.hidden {
+                        observer.hidden(layer, &x)?;
+                    }
+                    let backward = needs.backward() && depth.reaches_feed_forward(layer);
+                    let through = backward && depth.reaches_attention(layer);
+                    let keep = if backward { plan.keep[layer] } else { Keep::default() };
+                    let middle = self.attention_forward(layer, &x, &prepared, tape, keep.attention && through)?;
+                    if through {
+                        match &unfinished {
+                            // the layer before has left it
+                            Some(_) if layer > 0 => store.adopt(input_slot(layer), Part::Input(layer), Some(x), device),
+                            Some(_) => store.put_named(input_slot(layer), Part::Input(layer), x)?,
+                            None => store.put(input_slot(layer), x)?,
+                        }
+                    }
+                    let skip_output = !to_the_end && Some(layer) == last_moe;
+                    let pass = FfnPass { keep, needs, skip_output, ..FfnPass::new(layer, &prepared.info) };
+                    x = self.ffn_forward(pass, &middle, tape, observer)?;
+                    if backward {
+                        match &unfinished {
+                            Some(_) => store.put_named(middle_slot(layer), Part::Middle(layer), middle)?,
+                            None => store.put(middle_slot(layer), middle)?,
+                        }
+                    }
+                    observer.done(SweepPart::Forward(layer))?;
+                    if let Some(unfinished) = unfinished.as_mut().filter(|_| !skip_output) {
+                        unfinished.forward_done(layer, &x, depth)?;
+                    }
+                }
+                let gradient = match objective {
+                    Some(objective) => self.head(x, &prepared, needs, objective, observer, &mut report)?,
+                    None => None,
+                };
+                if to_the_end {
+                    observer.done(SweepPart::Head)?;
+                }
+                if let (Some(unfinished), Some(gradient)) = (&mut unfinished, &gradient) {
+                    unfinished.head_done(gradient, &report)?;
+                }
+                gradient.map(|gradient| (layers, gradient))
+            }
+        };
+        if let Some((from, gradient)) = gradient {
+            let sweep = Backward { prepared: &prepared, store, tapes, depth, needs, from };
+            self.backward(sweep, gradient, observer, unfinished)?;
         }
         observer.end_wave(&prepared.info)?;
         self.model.checkpoint().release();

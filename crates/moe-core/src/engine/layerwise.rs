@@ -16,7 +16,7 @@ use crate::{
     objective::{CrossEntropy, Objective},
     overlay::{ExpertOverlay, RoutingOverlay},
     store::HiddenStore,
-    trace::{Nobody, Observer, Signals, WaveInfo},
+    trace::{Nobody, Observer, Signals, SweepPart, WaveInfo},
 };
 
 /// How a layer is changed for the rest of a sweep.
@@ -174,6 +174,7 @@ impl LayerSweep<'_> {
             let (wave, input_of, output_of) = (&wave.info, &input, &output);
             let seen = LayerOutput { layer, position, wave, input: input_of, output: output_of, residual_factor };
             visitor.output(&seen)?;
+            visitor.done(SweepPart::Forward(layer))?;
             visitor.end_wave(wave)?;
             self.store.put(middle_slot(position), input)?;
             self.store.put(stream_slot(position), output)?;

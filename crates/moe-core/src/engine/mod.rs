@@ -4,7 +4,8 @@
 //! [`Objective`] and its gradient in pieces of tokens and vocabulary. Backward, from the last to the first MoE layer: what was not kept is
 //! computed again by the same kernels on the same shapes, so memory limits never change a bit of the result. See [`crate::memory`].
 //!
-//! [`Engine::run`] takes one wave through all layers; [`Engine::run_layerwise`] takes all waves through one layer after the other.
+//! [`Engine::run`] takes one wave through all layers, [`Engine::go_on`] does so with files that a run that was stopped goes on from;
+//! [`Engine::run_layerwise`] takes all waves through one layer after the other.
 
 mod backward;
 mod dense_router;
@@ -16,11 +17,13 @@ mod layerwise;
 mod modulated;
 mod prepare;
 mod routing;
+mod unfinished;
 
 use std::path::PathBuf;
 
 pub(crate) use forward::{FfnPass, LayerTape};
 pub use layerwise::{LayerChange, LayerOutput, LayerSweep, LayerVisitor};
+pub use unfinished::UnfinishedWave;
 
 use crate::{
     data::Wave,
@@ -123,7 +126,7 @@ impl<'m> Engine<'m> {
     pub fn run(&self, wave: &Wave, observer: &mut dyn Observer) -> Result<WaveReport> {
         let head = self.needs_head(observer.needs());
         let mut objective = CrossEntropy;
-        self.sweep(wave, observer, head.then_some(&mut objective))
+        self.sweep(wave, observer, head.then_some(&mut objective), None)
     }
 
     /// As [`run`](Self::run), with another objective, which is always computed.
@@ -136,6 +139,6 @@ impl<'m> Engine<'m> {
         objective: &mut dyn Objective,
         observer: &mut dyn Observer,
     ) -> Result<WaveReport> {
-        self.sweep(wave, observer, Some(objective))
+        self.sweep(wave, observer, Some(objective), None)
     }
 }

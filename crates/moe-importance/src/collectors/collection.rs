@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::path::{Path, PathBuf};
 
 use moe_checkpoint::{MoeShape, Provenance, Statistics};
-use moe_core::trace::{ExpertTrace, LayerTrace, Observer, RouterGradients, Signals, WaveInfo};
+use moe_core::trace::{ExpertTrace, LayerTrace, Observer, RouterGradients, Signals, SweepPart, WaveInfo};
 
 use super::{Collector, collectors_for};
 use crate::statistics::{StatisticId, StatisticSpec};
@@ -23,6 +24,10 @@ pub struct Collection<'a> {
     provenance: Provenance,
     current: Option<Statistics>,
     finished: Option<Statistics>,
+    /// Where parts of the wave in progress are kept.
+    parts: Option<PathBuf>,
+    /// What an earlier run has seen of the wave that begins next.
+    resumed: Option<Statistics>,
 }
 
 impl fmt::Debug for Collection<'_> {
@@ -66,7 +71,7 @@ impl<'a> Collection<'a> {
             }
         }
         let needs = collectors.iter().map(|c| c.needs()).collect();
-        Ok(Self { collectors, needs, shape: shape.clone(), provenance, current: None, finished: None })
+        Ok(Self { collectors, needs, shape: shape.clone(), provenance, current: None, finished: None, parts: None, resumed: None })
     }
 
     /// Statistics that this collection makes, sorted.
@@ -90,6 +95,37 @@ impl<'a> Collection<'a> {
         self.collectors.iter().any(|c| c.needs_forward())
     }
 
+    /// Whether a wave can be gone on with in its middle.
+    pub(crate) fn goes_on(&self) -> bool {
+        self.collectors.iter().all(|c| c.goes_on())
+    }
+
+    /// Keeps what is seen of each layer of the next wave in this directory.
+    pub(crate) fn keep_parts(&mut self, directory: Option<PathBuf>) {
+        self.parts = directory;
+    }
+
+    /// Begins the next wave with what is kept of it in this directory, where the sweep through `layers` decoder layers came to `done`.
+    ///
+    /// # Errors
+    /// Files that are missing or not what was written.
+    pub(crate) fn resume(&mut self, directory: &Path, done: SweepPart, layers: usize) -> Result<()> {
+        let (forward, back) = match done {
+            SweepPart::Forward(layer) => (layer + 1, layers),
+            SweepPart::Head => (layers, layers),
+            SweepPart::Backward(layer) => (layers, layer),
+        };
+        let parts = (0..forward).map(SweepPart::Forward).chain((back..layers).rev().map(SweepPart::Backward));
+        let mut statistics = self.empty()?;
+        for part in parts {
+            if let Some((layer, name)) = part_file(part) {
+                statistics.load_part(layer, directory.join(name))?;
+            }
+        }
+        self.resumed = Some(statistics);
+        Ok(())
+    }
+
     /// Takes the statistics of the wave that has been finished last, if they have not been taken.
     pub fn take(&mut self) -> Option<Statistics> {
         self.finished.take()
@@ -110,7 +146,10 @@ impl<'a> Collection<'a> {
 
     fn begin(&mut self, wave: &WaveInfo) -> Result<()> {
         // A wave that failed half-way leaves its part behind, which must not leak into the next.
-        let mut statistics = self.empty()?;
+        let mut statistics = match self.resumed.take() {
+            Some(resumed) => resumed,
+            None => self.empty()?,
+        };
         statistics.begin(wave.id);
         statistics.add_counts(wave.tokens as u64, wave.sequences.len() as u64, wave.loss_tokens() as u64);
         self.finished = None;
@@ -156,6 +195,37 @@ impl<'a> Collection<'a> {
         Ok(())
     }
 
+    fn see_again(&mut self, trace: &LayerTrace<'_>) -> Result<()> {
+        check_layer(trace, &self.shape)?;
+        in_progress(&mut self.current, "routing of a layer")?;
+        let to_come = self.experts_come_back();
+        for (collector, needs) in self.collectors.iter_mut().zip(&self.needs) {
+            if needs.routing && to_come {
+                collector.recall(trace)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether experts are shown in the backward sweep: as their gradients are.
+    fn experts_come_back(&self) -> bool {
+        self.needs.iter().any(|needs| needs.gradients)
+    }
+
+    fn end_part(&mut self, part: SweepPart) -> Result<()> {
+        let backward = self.experts_come_back();
+        let current = in_progress(&mut self.current, "end of a layer")?;
+        if let SweepPart::Forward(layer) | SweepPart::Backward(layer) = part
+            && backward == matches!(part, SweepPart::Backward(_))
+        {
+            self.collectors.iter_mut().try_for_each(|collector| collector.end_layer(layer, current))?;
+        }
+        if let (Some(directory), Some((layer, name))) = (&self.parts, part_file(part)) {
+            current.save_part(layer, directory.join(name))?;
+        }
+        Ok(())
+    }
+
     fn see_router(&mut self, gradients: &RouterGradients<'_>) -> Result<()> {
         check_router(gradients, &self.shape)?;
         let current = in_progress(&mut self.current, "gradients of a router")?;
@@ -189,8 +259,25 @@ impl Observer for Collection<'_> {
         self.see_router(gradients).map_err(moe_core::Error::observer)
     }
 
+    fn recall(&mut self, trace: &LayerTrace<'_>) -> moe_core::Result<()> {
+        self.see_again(trace).map_err(moe_core::Error::observer)
+    }
+
+    fn done(&mut self, part: SweepPart) -> moe_core::Result<()> {
+        self.end_part(part).map_err(moe_core::Error::observer)
+    }
+
     fn end_wave(&mut self, wave: &WaveInfo) -> moe_core::Result<()> {
         self.end(wave).map_err(moe_core::Error::observer)
+    }
+}
+
+/// The layer of a part of a sweep, and the file of what was seen of it.
+fn part_file(part: SweepPart) -> Option<(usize, String)> {
+    match part {
+        SweepPart::Forward(layer) => Some((layer, format!("forward-{layer:04}.safetensors"))),
+        SweepPart::Backward(layer) => Some((layer, format!("backward-{layer:04}.safetensors"))),
+        SweepPart::Head => None,
     }
 }
 

@@ -47,6 +47,10 @@ impl Collector for FisherAbs {
         Signals::GRADIENTS
     }
 
+    fn goes_on(&self) -> bool {
+        true
+    }
+
     fn expert(&mut self, trace: &ExpertTrace<'_>, into: &mut Statistics) -> Result<()> {
         let operands = ExpertOperands::new(trace, &gradients(trace)?, units(trace)?);
         let out = into.unit_mut(FISHER_ABS.as_str(), Fold::Sum, trace.layer, trace.expert)?;

@@ -48,6 +48,10 @@ impl Collector for FisherSequence {
         Signals::GRADIENTS
     }
 
+    fn goes_on(&self) -> bool {
+        true
+    }
+
     fn expert(&mut self, trace: &ExpertTrace<'_>, into: &mut Statistics) -> Result<()> {
         let operands = ExpertOperands::new(trace, &gradients(trace)?, units(trace)?);
         let out = into.unit_mut(FISHER_SEQUENCE.as_str(), Fold::Sum, trace.layer, trace.expert)?;

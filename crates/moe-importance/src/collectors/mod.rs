@@ -56,6 +56,13 @@ pub trait Collector: Send {
         None
     }
 
+    /// Whether a wave can be gone on with in its middle: whether all that it has seen of a layer is in the statistics when
+    /// [`Collector::end_layer`] returns, and what it keeps of a layer's routing until then comes back with
+    /// [`Collector::recall`]. If one collector cannot, a wave that was stopped begins anew for all.
+    fn goes_on(&self) -> bool {
+        false
+    }
+
     /// A wave begins; of one that failed half-way nothing may be left.
     ///
     /// # Errors
@@ -90,6 +97,26 @@ pub trait Collector: Send {
     /// Gradients that do not fit the statistics.
     fn router(&mut self, gradients: &RouterGradients<'_>, into: &mut Statistics) -> Result<()> {
         let _ = (gradients, into);
+        Ok(())
+    }
+
+    /// The routing of a layer whose experts are still to come, as [`Collector::layer`] was shown it by the run that this one goes on
+    /// from; the statistics have what it added then.
+    ///
+    /// # Errors
+    /// A trace that does not fit.
+    fn recall(&mut self, trace: &LayerTrace<'_>) -> Result<()> {
+        let _ = trace;
+        Ok(())
+    }
+
+    /// Routing and experts of a decoder layer have been shown: what was gathered over them is added. Layers without experts end, too,
+    /// for what is seen through adapters.
+    ///
+    /// # Errors
+    /// What was seen does not fit the statistics.
+    fn end_layer(&mut self, layer: usize, into: &mut Statistics) -> Result<()> {
+        let _ = (layer, into);
         Ok(())
     }
 

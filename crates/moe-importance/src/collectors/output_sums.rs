@@ -94,6 +94,15 @@ impl Collector for OutputSums {
         if self.wants_gates() { Signals::OUTPUTS | Signals::ROUTING } else { Signals::OUTPUTS }
     }
 
+    fn goes_on(&self) -> bool {
+        true
+    }
+
+    fn recall(&mut self, trace: &LayerTrace<'_>) -> Result<()> {
+        self.gates.remember(trace, self.wants_softmax());
+        Ok(())
+    }
+
     fn layer(&mut self, trace: &LayerTrace<'_>, _: &mut Statistics) -> Result<()> {
         self.gates.remember(trace, self.wants_softmax());
         Ok(())

@@ -40,6 +40,10 @@ impl Collector for Projection {
         Signals::UNITS | Signals::OUTPUTS
     }
 
+    fn goes_on(&self) -> bool {
+        true
+    }
+
     fn expert(&mut self, trace: &ExpertTrace<'_>, into: &mut Statistics) -> Result<()> {
         let (units, outputs) = (units(trace)?, outputs(trace)?);
         let along = trace.expert_weights.down.backward(outputs); // [n, I]: <w_j, f_t>

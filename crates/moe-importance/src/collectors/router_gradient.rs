@@ -42,6 +42,10 @@ impl Collector for RouterGradient {
         Signals::ROUTER_GRADIENTS
     }
 
+    fn goes_on(&self) -> bool {
+        true
+    }
+
     fn router(&mut self, gradients: &RouterGradients<'_>, into: &mut Statistics) -> Result<()> {
         let (experts, [_, hidden]) = (gradients.experts, gradients.input.dims());
         for sequence in gradients.wave.sequences.iter().filter(|sequence| sequence.loss_tokens > 0) {

@@ -44,6 +44,10 @@ impl Collector for RouterUsage {
         Signals::ROUTING
     }
 
+    fn goes_on(&self) -> bool {
+        true
+    }
+
     fn layer(&mut self, trace: &LayerTrace<'_>, into: &mut Statistics) -> Result<()> {
         let experts = trace.experts;
         if experts == 0 {

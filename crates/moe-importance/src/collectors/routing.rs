@@ -46,6 +46,10 @@ impl Collector for Routing {
         Signals::ROUTING
     }
 
+    fn goes_on(&self) -> bool {
+        true
+    }
+
     fn layer(&mut self, trace: &LayerTrace<'_>, into: &mut Statistics) -> Result<()> {
         let counts = into.expert_mut(ROUTED_TOKENS.as_str(), Fold::Sum, trace.layer)?;
         for expert in trace.selected {

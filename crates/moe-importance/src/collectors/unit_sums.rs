@@ -61,6 +61,10 @@ impl Collector for UnitSums {
         }
     }
 
+    fn goes_on(&self) -> bool {
+        true
+    }
+
     fn expert(&mut self, trace: &ExpertTrace<'_>, into: &mut Statistics) -> Result<()> {
         let units = units(trace)?;
         let backward = if self.needs().gradients { Some(gradients(trace)?) } else { None };

@@ -1,5 +1,7 @@
 //! Mean outputs over all tokens: every expert is run on every token.
 
+use std::collections::BTreeMap;
+
 use moe_checkpoint::{ArrayKind, Extent, Fold, Statistics};
 use moe_core::Model;
 use moe_core::host::{self, HostView};
@@ -14,18 +16,19 @@ const TOKENS: usize = 2048;
 
 /// Sums of outputs `[E, H]` over all tokens of the layers seen, plain and weighted with the softmax of the router's logits.
 ///
-/// Costs E / k times the experts of a forward pass. Memory: the inputs `[T, H]` and logits `[T, E]` of a wave in one layer.
+/// Costs E / k times the experts of a forward pass. Memory: the inputs `[T, H]` and logits `[T, E]` of a wave in one layer; the logits
+/// of all layers where other statistics ask for gradients, with which experts are shown in the backward sweep.
 pub(crate) struct DenseMeans<'m> {
     model: &'m Model,
     specs: [StatisticSpec; 3],
-    pending: Option<Pending>,
+    pending: BTreeMap<usize, Pending>,
 }
 
 /// The wave in progress in one layer.
 struct Pending {
-    layer: usize,
     experts: usize,
     logits: Vec<f32>,
+    /// Filled with the first expert.
     inputs: Vec<f32>,
     seen: Vec<bool>,
 }
@@ -34,12 +37,18 @@ impl<'m> DenseMeans<'m> {
     pub fn new(model: &'m Model) -> Self {
         let sums = |id: StatisticId| StatisticSpec { id, kind: ArrayKind::Vector(Extent::Hidden), fold: Fold::Sum };
         let specs = [sums(OUTPUT_ALL), sums(OUTPUT_GATED), StatisticSpec::expert_sum(OUTPUT_ALL_TOKENS)];
-        Self { model, specs, pending: None }
+        Self { model, specs, pending: BTreeMap::new() }
     }
 
-    /// Runs every expert on the tokens of the layer in progress.
-    fn flush(&mut self, into: &mut Statistics) -> Result<()> {
-        let Some(Pending { layer, experts, logits, inputs, seen }) = self.pending.take() else { return Ok(()) };
+    fn expect(&mut self, trace: &LayerTrace<'_>) {
+        let seen = vec![false; trace.wave.tokens];
+        let pending = Pending { experts: trace.experts, logits: trace.logits.to_vec(), inputs: Vec::new(), seen };
+        self.pending.insert(trace.layer, pending);
+    }
+
+    /// Runs every expert on the tokens of a layer.
+    fn flush(&mut self, layer: usize, into: &mut Statistics) -> Result<()> {
+        let Some(Pending { experts, logits, inputs, seen }) = self.pending.remove(&layer) else { return Ok(()) };
         let hidden = self.model.config().hidden_size;
         let tokens: Vec<usize> = (0..seen.len()).filter(|token| seen[*token]).collect();
         let counts = into.expert_mut(OUTPUT_ALL_TOKENS.as_str(), Fold::Sum, layer)?;
@@ -81,28 +90,30 @@ impl Collector for DenseMeans<'_> {
         Signals::ROUTING | Signals::UNITS
     }
 
+    fn goes_on(&self) -> bool {
+        true
+    }
+
     fn begin_wave(&mut self, _: &WaveInfo) -> Result<()> {
-        self.pending = None;
+        self.pending.clear();
         Ok(())
     }
 
-    /// A layer begins; the one before is complete.
-    fn layer(&mut self, trace: &LayerTrace<'_>, into: &mut Statistics) -> Result<()> {
-        self.flush(into)?;
-        self.pending = Some(Pending {
-            layer: trace.layer,
-            experts: trace.experts,
-            logits: trace.logits.to_vec(),
-            inputs: vec![0.0; trace.wave.tokens * self.model.config().hidden_size],
-            seen: vec![false; trace.wave.tokens],
-        });
+    fn layer(&mut self, trace: &LayerTrace<'_>, _: &mut Statistics) -> Result<()> {
+        self.expect(trace);
+        Ok(())
+    }
+
+    fn recall(&mut self, trace: &LayerTrace<'_>) -> Result<()> {
+        self.expect(trace);
         Ok(())
     }
 
     /// Takes the inputs of an expert's tokens.
     fn expert(&mut self, trace: &ExpertTrace<'_>, _: &mut Statistics) -> Result<()> {
-        let Some(pending) = self.pending.as_mut().filter(|pending| pending.layer == trace.layer) else { return Ok(()) };
+        let Some(pending) = self.pending.get_mut(&trace.layer) else { return Ok(()) };
         let hidden = trace.input.dims()[1];
+        pending.inputs.resize(pending.seen.len() * hidden, 0.0);
         let input = HostView::new(trace.input);
         for (token, row) in trace.rows.iter().zip(input.as_slice().chunks_exact(hidden)) {
             let at = *token as usize;
@@ -113,8 +124,8 @@ impl Collector for DenseMeans<'_> {
         Ok(())
     }
 
-    fn end_wave(&mut self, _: &WaveInfo, into: &mut Statistics) -> Result<()> {
-        self.flush(into)
+    fn end_layer(&mut self, layer: usize, into: &mut Statistics) -> Result<()> {
+        self.flush(layer, into)
     }
 }
 

@@ -58,28 +58,9 @@ impl TokenSampler {
         };
         Self { size, seed, specs: columns.iter().map(spec).collect(), columns, layers: BTreeMap::new() }
     }
-}
-
-impl Collector for TokenSampler {
-    fn statistics(&self) -> &[StatisticSpec] {
-        &self.specs
-    }
-
-    fn needs(&self) -> Signals {
-        Signals::ROUTING | Signals::UNITS
-    }
-
-    fn recipe(&self) -> Option<Value> {
-        Some(json!({ "sample": { "tokens": self.size, "seed": self.seed } }))
-    }
-
-    fn begin_wave(&mut self, _: &WaveInfo) -> Result<()> {
-        self.layers.clear();
-        Ok(())
-    }
 
     /// Chooses among the tokens of a wave; their inputs follow with the experts.
-    fn layer(&mut self, trace: &LayerTrace<'_>, _: &mut Statistics) -> Result<()> {
+    fn choose(&mut self, trace: &LayerTrace<'_>) {
         let reservoir = self.layers.entry(trace.layer).or_default();
         for token in 0..trace.wave.tokens as u32 {
             let key = (hash(self.seed, trace.wave.id, token), trace.wave.id, token);
@@ -99,6 +80,39 @@ impl Collector for TokenSampler {
                 reservoir.waiting.retain(|_, key| *key != gone);
             }
         }
+    }
+}
+
+impl Collector for TokenSampler {
+    fn statistics(&self) -> &[StatisticSpec] {
+        &self.specs
+    }
+
+    fn needs(&self) -> Signals {
+        Signals::ROUTING | Signals::UNITS
+    }
+
+    fn recipe(&self) -> Option<Value> {
+        Some(json!({ "sample": { "tokens": self.size, "seed": self.seed } }))
+    }
+
+    fn goes_on(&self) -> bool {
+        true
+    }
+
+    /// Chooses the same tokens again.
+    fn recall(&mut self, trace: &LayerTrace<'_>) -> Result<()> {
+        self.choose(trace);
+        Ok(())
+    }
+
+    fn begin_wave(&mut self, _: &WaveInfo) -> Result<()> {
+        self.layers.clear();
+        Ok(())
+    }
+
+    fn layer(&mut self, trace: &LayerTrace<'_>, _: &mut Statistics) -> Result<()> {
+        self.choose(trace);
         Ok(())
     }
 
@@ -120,9 +134,8 @@ impl Collector for TokenSampler {
         Ok(())
     }
 
-    fn end_wave(&mut self, _: &WaveInfo, into: &mut Statistics) -> Result<()> {
-        for (layer, reservoir) in std::mem::take(&mut self.layers) {
-            let Some(columns) = self.columns.get(&layer) else { continue };
+    fn end_layer(&mut self, layer: usize, into: &mut Statistics) -> Result<()> {
+        if let Some((reservoir, columns)) = self.layers.remove(&layer).zip(self.columns.get(&layer)) {
             let mut rows = Vec::with_capacity(reservoir.tokens.len() * columns);
             // A token that no expert was shown for has no input.
             for ((hash, wave, token), entry) in reservoir.tokens.iter().filter(|(_, token)| !token.input.is_empty()) {

@@ -5,7 +5,7 @@ use std::path::Path;
 use moe_checkpoint::{ExpertId, ProtectionMask, Ratio};
 use moe_checkpoint::{LayerRole, Role, Statistics};
 use moe_core::data::Wave;
-use moe_core::trace::{ExpertTrace, LayerTrace, Observer, Signals, WaveInfo};
+use moe_core::trace::{ExpertTrace, LayerTrace, Observer, Signals, SweepPart, WaveInfo};
 use moe_core::{Engine, EngineOptions, LayerChange, LayerVisitor, Model};
 use moe_importance::Collection;
 use moe_importance::calibration::waves_hash;
@@ -123,6 +123,10 @@ impl Observer for Sequential<'_> {
 
     fn expert(&mut self, trace: &ExpertTrace<'_>) -> moe_core::Result<()> {
         self.collection.expert(trace)
+    }
+
+    fn done(&mut self, part: SweepPart) -> moe_core::Result<()> {
+        self.collection.done(part)
     }
 
     fn end_wave(&mut self, wave: &WaveInfo) -> moe_core::Result<()> {
