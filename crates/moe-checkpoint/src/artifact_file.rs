@@ -95,12 +95,7 @@ pub(crate) fn write_tensors<M: Serialize>(path: &Path, kind: Kind, meta: &M, ten
 }
 
 /// What [`write_tensors`] writes.
-pub(crate) fn tensor_bytes<M: Serialize>(
-    path: &Path,
-    kind: Kind,
-    meta: &M,
-    tensors: &[OutTensor],
-) -> Result<Vec<u8>> {
+pub(crate) fn tensor_bytes<M: Serialize>(path: &Path, kind: Kind, meta: &M, tensors: &[OutTensor]) -> Result<Vec<u8>> {
     let internal = |reason: String| Error::malformed(path, kind.name, reason);
     let json = serde_json::to_string(meta).map_err(|error| internal(error.to_string()))?;
     let mut views = Vec::with_capacity(tensors.len());

@@ -26,7 +26,9 @@ mod store;
 pub mod trace;
 pub mod train;
 
-pub use engine::{Engine, EngineOptions, LayerChange, LayerOutput, LayerSweep, LayerVisitor, UnfinishedWave, WaveReport};
+pub use engine::{
+    Engine, EngineOptions, LayerChange, LayerOutput, LayerSweep, LayerVisitor, UnfinishedWave, WaveReport,
+};
 pub use error::{Error, Result};
 pub use model::Model;
 /// Rows, chat templates, tokenizers, data sets and waves: the crate `moe-data`, which knows nothing of Burn.

@@ -73,7 +73,9 @@ impl Engine<'_> {
             }
         }
         let gradient = match (&done, &unfinished) {
-            (Some(SweepPart::Head), Some(unfinished)) => Some((layers, unfinished.load(Part::Gradient(layers), device)?)),
+            (Some(SweepPart::Head), Some(unfinished)) => {
+                Some((layers, unfinished.load(Part::Gradient(layers), device)?))
+            }
             (Some(SweepPart::Backward(layer)), Some(unfinished)) => {
                 Some((*layer, unfinished.load(Part::Gradient(*layer), device)?))
             }

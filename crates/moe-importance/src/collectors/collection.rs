@@ -71,7 +71,16 @@ impl<'a> Collection<'a> {
             }
         }
         let needs = collectors.iter().map(|c| c.needs()).collect();
-        Ok(Self { collectors, needs, shape: shape.clone(), provenance, current: None, finished: None, parts: None, resumed: None })
+        Ok(Self {
+            collectors,
+            needs,
+            shape: shape.clone(),
+            provenance,
+            current: None,
+            finished: None,
+            parts: None,
+            resumed: None,
+        })
     }
 
     /// Statistics that this collection makes, sorted.

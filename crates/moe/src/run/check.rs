@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use moe_checkpoint::{Checkpoint, Existing, Granularity, ProtectionMask, ScoreTable, WriteOptions, check_output};
-use moe_core::data::{Tokenizer, WaveOptions};
 use moe_core::Model;
+use moe_core::data::{Tokenizer, WaveOptions};
 use moe_importance::StatisticId;
 use moe_prune::{Budget, Mtp, PruneForm, PruneOptions, PrunePlan, Pruner, Questions};
 

@@ -4,9 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use moe_checkpoint::{
-    Checkpoint, Existing, Granularity, Provenance, ScoreTable, WriteOptions, write, write_json,
-};
+use moe_checkpoint::{Checkpoint, Existing, Granularity, Provenance, ScoreTable, WriteOptions, write, write_json};
 use moe_core::data::WaveOptions;
 use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::{Scorer, StatisticId, SuperExperts};
