@@ -13,13 +13,14 @@ use crate::config::{AttentionKind, Ffn, ModelConfig};
 use crate::convert;
 use crate::expert_bytes::{ExpertBytes, RawMatrix};
 use crate::expert_weights::ExpertWeights;
-use crate::experts::{ExpertBiases, ExpertBlock, ExpertLayout, ExpertPart, ExpertTensor, MXFP4_BLOCK, Placement};
+use crate::experts::{ExpertBiases, ExpertBlock, ExpertLayout, ExpertPart, ExpertTensor, Placement};
 use crate::family::{Family, Role, family_of};
 use crate::files::Files;
+use crate::formats::matrix::{Matrix, Part, Rows};
+use crate::formats::{self, Packed, Quantization};
 use crate::grouped::Grouped;
 use crate::index::read_json;
 use crate::naming;
-use crate::quantized::{self, Quantization, SCALE_SUFFIX};
 use crate::ragged::Ragged;
 use crate::record::{Record, Step};
 use crate::shape::MoeShape;
@@ -48,9 +49,11 @@ pub struct Checkpoint {
     layouts: BTreeMap<usize, ExpertLayout>,
     /// Tensors made of experts that the source makes.
     made: BTreeMap<String, MadeTensor>,
-    /// Tensors that only serve to dequantize others.
-    scales: BTreeSet<String>,
     unfit: Option<String>,
+    /// Quantized weights, by the names they have without quantization.
+    quantized: BTreeMap<String, Packed>,
+    /// Stored tensors that a checkpoint without quantization does not have by that name.
+    companions: BTreeSet<String>,
     steps: Vec<Step>,
     fingerprint: OnceLock<String>,
 }
@@ -97,6 +100,13 @@ impl Checkpoint {
         };
         let steps = Record::load(dir)?.steps;
         let (shards, tensors) = weights::open(dir)?;
+        let head = match head.config.quantization {
+            Some(quantization) if tensors.values().all(weights::is_plain) => {
+                tracing::warn!("{}: the weights are plain, whatever config.json says of {quantization}", dir.display());
+                Head::read(dir, naming::without_quantization(head.raw_config), head.raw_generation)?
+            }
+            _ => head,
+        };
         Self::verified(head, tensors, steps, Arc::new(Files { shards }))
     }
 
@@ -129,12 +139,27 @@ impl Checkpoint {
         steps: Vec<Step>,
         source: Arc<dyn ModelSource>,
     ) -> Result<Self> {
-        let Head { dir, config, raw_config, raw_generation, family, ragged } = head;
-        let family = naming::of(family, &config, &tensors);
+        let Head { dir, mut config, raw_config, raw_generation, family, ragged } = head;
+        let whole = |info: &TensorInfo| source.bytes(info, 0..info.bytes as usize).map(Cow::into_owned);
+        let context = formats::Context { tensors: &tensors, config: formats::entry(&raw_config), read: &whole };
+        let formats::Collected { weights: quantized, companions } = formats::collect(&context)?;
+        if let (Some(weight), None) = (quantized.values().next(), config.quantization) {
+            // Old exports of ModelOpt say so in a file of their own.
+            if !dir.join("hf_quant_config.json").is_file() {
+                return Err(formats::quantized_tensor(
+                    self::stored(weight, &tensors),
+                    "`quantization_config` in config.json",
+                ));
+            }
+            config.quantization = Some(Quantization::ModelOpt);
+        }
+        let plain = plain_tensors(&tensors, &quantized, &companions);
+        let family = naming::of(family, &config, &plain);
         let outer = raw_config.get("model_type").and_then(Value::as_str);
         let wrapper = outer.filter(|_| family.text_key().is_some());
-        let weights = verify::Weights { dir: &dir, config: &config, family, ragged, tensors: &tensors, wrapper };
-        let verify::Verified { layouts, scales, unfit } = verify::verify(&weights)?;
+        let weights = verify::Weights { dir: &dir, config: &config, family, ragged, tensors: &plain, wrapper };
+        let verify::Verified { layouts, unfit } = verify::verify(&weights)?;
+        drop(plain);
         let mut made = BTreeMap::new();
         for (layer, layout) in layouts.iter().filter(|(layer, _)| source.makes_experts(**layer)) {
             let Some(moe) = config.moe(*layer) else { continue };
@@ -166,8 +191,9 @@ impl Checkpoint {
             tensors,
             layouts,
             made,
-            scales,
             unfit,
+            quantized,
+            companions,
             steps,
             fingerprint: OnceLock::new(),
         })
@@ -270,20 +296,40 @@ impl Checkpoint {
         self.made.get(name)
     }
 
-    /// All tensors, sorted by name.
+    /// All tensors as they are stored, sorted by name: of a quantized weight those of its codes, scales and so on.
     pub fn tensors(&self) -> impl Iterator<Item = &TensorInfo> {
         self.tensors.values()
     }
 
-    /// Dtype, shape and place of a tensor.
+    /// All tensors as they are without quantization, sorted by name: quantized weights are BF16, under the names of their family.
+    pub fn plain_tensors(&self) -> impl Iterator<Item = &TensorInfo> {
+        let dense = |info: &&TensorInfo| !self.companions.contains(&info.name);
+        let mut all: Vec<&TensorInfo> = self.tensors.values().filter(dense).collect();
+        all.retain(|info| !self.quantized.contains_key(&info.name));
+        all.extend(self.quantized.values().map(|weight| &weight.info));
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        all.into_iter()
+    }
+
+    /// Dtype, shape and place of a tensor that is stored, else of a quantized weight that is stored under other names.
     ///
     /// # Errors
     /// [`Error::NoSuchTensor`].
     pub fn info(&self, name: &str) -> Result<&TensorInfo> {
-        self.tensors.get(name).ok_or_else(|| Error::NoSuchTensor { dir: self.dir.clone(), tensor: name.to_string() })
+        let quantized = || self.quantized.get(name).map(|weight| &weight.info);
+        let missing = || Error::NoSuchTensor { dir: self.dir.clone(), tensor: name.to_string() };
+        self.tensors.get(name).or_else(quantized).ok_or_else(missing)
     }
 
-    /// The tensor of a role, the embedding for the head of a model with tied embeddings.
+    /// Dtype and shape of a tensor as it is without quantization.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchTensor`].
+    pub fn plain_info(&self, name: &str) -> Result<&TensorInfo> {
+        self.quantized.get(name).map_or_else(|| self.info(name), |weight| Ok(&weight.info))
+    }
+
+    /// The tensor of a role as it is stored, the embedding for the head of a model with tied embeddings.
     ///
     /// # Errors
     /// [`Error::NoSuchTensor`] for a role that the model does not have.
@@ -306,8 +352,7 @@ impl Checkpoint {
             return Ok(None);
         }
         let (info, _) = self.place(layer, set, part)?;
-        let quantized = self.expert_layout(layer)? == ExpertLayout::Mxfp4 && ExpertPart::ALL.contains(&part);
-        Ok(Some(if quantized { Dtype::BF16 } else { self.plain_dtype(&info.name)? }))
+        Ok(Some(self.plain_dtype(&info.name)?))
     }
 
     /// Bytes of the routed experts of an MoE layer as the files hold them.
@@ -320,7 +365,7 @@ impl Checkpoint {
         let mut bytes = 0;
         for tensor in tensors.into_iter().flatten() {
             let info = self.info(&self.family.expert_tensor_name(layer, tensor.tensor))?;
-            bytes += info.bytes + self.scale_of(info).map_or(0, |scale| scale.bytes);
+            bytes += self.quantized.get(&info.name).map_or(info.bytes, |weight| weight.bytes);
         }
         Ok(bytes)
     }
@@ -342,12 +387,8 @@ impl Checkpoint {
     /// quantized tensors do not count.
     pub fn parameters(&self) -> u64 {
         let tied_head = self.config.tie_word_embeddings.then(|| self.family.tensor_name(Role::LmHead));
-        let counted = self.tensors.values().filter(|tensor| Some(&tensor.name) != tied_head.as_ref());
-        let counted = counted.filter(|tensor| !self.is_scale(&tensor.name));
-        let fp4 = |tensor: &TensorInfo| {
-            self.config.quantization == Some(Quantization::Mxfp4) && tensor.name.ends_with("_blocks")
-        };
-        counted.map(|tensor| tensor.elements() * if fp4(tensor) { 2 } else { 1 }).sum()
+        let counted = self.plain_tensors().filter(|tensor| Some(&tensor.name) != tied_head.as_ref());
+        counted.map(TensorInfo::elements).sum()
     }
 
     /// The bytes of a tensor: mapped, without a copy, where a file holds them, and made otherwise. They stay resident until
@@ -376,26 +417,46 @@ impl Checkpoint {
         self.range(info, range)
     }
 
-    /// Like [`Checkpoint::tensor_bytes`], of the tensor with its elements as they are read: BF16 for a quantized one. Ranges of
-    /// those are whole rows.
+    /// Like [`Checkpoint::tensor_bytes`], of the tensor with its elements as they are read: BF16 for a quantized one.
     ///
     /// # Errors
     /// As [`Checkpoint::tensor_bytes`].
     pub fn plain_bytes(&self, name: &str, range: Range<usize>) -> Result<Cow<'_, [u8]>> {
         let info = self.info(name)?;
-        let Some(scale) = self.scale_of(info) else { return self.tensor_bytes(name, range) };
-        let row = 2 * info.shape[1].max(1);
-        let rows = range.start / row..range.end.div_ceil(row);
-        let bytes = self.dequantize(info, scale, rows.clone())?;
-        Ok(sliced(Cow::Owned(bytes), range.start - rows.start * row..range.end - rows.start * row))
+        let Some(weight) = self.quantized.get(&info.name) else { return self.tensor_bytes(name, range) };
+        self.decoded_bytes(weight, range)
+    }
+
+    /// The values of a quantized weight in f32, each the product of its code and its scale, rounded once: what its [plain
+    /// bytes](Checkpoint::plain_bytes) are rounded from. `None` for a tensor that is not quantized.
+    ///
+    /// # Errors
+    /// [`Error::NotANumber`]; those of the [source](ModelSource).
+    pub fn dequantized_f32(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        let Some(weight) = self.quantized.get(name) else { return Ok(None) };
+        let all = 0..weight.info.elements() as usize;
+        self.decoded(weight, all, 1, |matrix, rows| matrix.f32(rows)).map(Some)
+    }
+
+    /// The least number of [plain bytes](Checkpoint::plain_bytes) of a tensor that are worth asking for at once: a row of a quantized
+    /// matrix.
+    pub fn plain_grain(&self, name: &str) -> usize {
+        match self.quantized.get(name) {
+            Some(weight) if weight.transposed => 2 * weight.dims.0 * weight.dims.1,
+            Some(weight) => 2 * weight.dims.1,
+            None => return self.grain(name),
+        }
+        .max(1)
     }
 
     /// The least number of bytes of a tensor that are worth asking for at once; see [`ModelSource::grain`].
     pub fn grain(&self, name: &str) -> usize {
-        self.tensors.get(name).map_or(1, |info| match self.made.contains_key(name) {
-            true => info.bytes as usize,
-            false => self.source.grain(info).clamp(1, (info.bytes as usize).max(1)),
-        })
+        match self.tensors.get(name) {
+            Some(info) if self.made.contains_key(name) => info.bytes as usize,
+            Some(info) => self.source.grain(info).clamp(1, (info.bytes as usize).max(1)),
+            None if self.quantized.contains_key(name) => self.plain_grain(name),
+            None => 1,
+        }
     }
 
     /// Calls `f` with the bytes of a tensor, in order, by slices of about `max_bytes` (at least 1), and gives their pages
@@ -411,14 +472,19 @@ impl Checkpoint {
         for start in (0..end).step_by(step) {
             let slice = start..end.min(start.saturating_add(step));
             f(&self.range(info, slice.clone())?)?;
-            self.source.release(info, slice);
+            self.release_range(name, slice);
         }
         Ok(())
     }
 
     /// Any bytes of a tensor.
     fn range(&self, info: &TensorInfo, range: Range<usize>) -> Result<Cow<'_, [u8]>> {
-        let Some(made) = self.made.get(&info.name) else { return self.source.bytes(info, range) };
+        let Some(made) = self.made.get(&info.name) else {
+            return match self.quantized.get(&info.name) {
+                Some(weight) if !self.tensors.contains_key(&info.name) => self.decoded_bytes(weight, range),
+                _ => self.source.bytes(info, range),
+            };
+        };
         let mut out = Vec::with_capacity(range.len());
         for (index, (set, block, begin)) in made.blocks.iter().enumerate() {
             let end = made.blocks.get(index + 1).map_or(info.bytes as usize, |next| next.2);
@@ -459,10 +525,17 @@ impl Checkpoint {
         self.config.quantization
     }
 
-    /// Whether a tensor only holds the factors or exponents of another, quantized one, so that a checkpoint without
-    /// quantization does not have it.
+    /// Whether a stored tensor only serves a quantized weight of another name (codes, scales, zero points), so that a checkpoint
+    /// without quantization does not have it.
     pub fn is_scale(&self, name: &str) -> bool {
-        self.scales.contains(name)
+        self.companions.contains(name)
+    }
+
+    /// Whether the experts of a layer are stored as the transposes of what they are without quantization.
+    pub(crate) fn experts_are_transposed(&self, layer: usize) -> bool {
+        let place = |part| self.place(layer, 0, part).ok();
+        let weight = |part| self.quantized.get(&place(part)?.0.name);
+        ExpertPart::ALL.into_iter().filter_map(weight).any(|weight| weight.transposed)
     }
 
     /// Dtype of a tensor as it is read: BF16 for a quantized one.
@@ -470,20 +543,21 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::NoSuchTensor`].
     pub fn plain_dtype(&self, name: &str) -> Result<Dtype> {
-        self.info(name).map(|info| if self.scale_of(info).is_some() { Dtype::BF16 } else { info.dtype })
+        self.plain_info(name).map(|info| info.dtype)
     }
 
-    /// Like [`Checkpoint::stream`], with the elements of an FP8 tensor as BF16.
+    /// Like [`Checkpoint::stream`], with the elements of a quantized tensor as BF16.
     ///
     /// # Errors
     /// [`Error::NoSuchTensor`], and those of `f`.
     pub fn stream_plain(&self, name: &str, max_bytes: usize, mut f: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let info = self.info(name)?;
-        let Some(scale) = self.scale_of(info) else { return self.stream(name, max_bytes, f) };
-        let rows = info.shape[0];
-        let step = (max_bytes / (2 * info.shape[1]).max(1)).max(1);
-        for start in (0..rows).step_by(step) {
-            f(&self.dequantize(info, scale, start..rows.min(start + step))?)?;
+        let Some(weight) = self.quantized.get(name) else { return self.stream(name, max_bytes, f) };
+        let grain = self.plain_grain(name);
+        let (step, end) = ((max_bytes / grain).max(1) * grain, weight.info.bytes as usize);
+        for start in (0..end).step_by(step) {
+            let range = start..end.min(start + step);
+            f(&self.decoded_bytes(weight, range.clone())?)?;
+            self.release_plain(name, range);
         }
         Ok(())
     }
@@ -495,9 +569,17 @@ impl Checkpoint {
 
     /// Gives the mapped pages of some bytes of a tensor back to the system.
     pub fn release_range(&self, name: &str, range: Range<usize>) {
-        if let Some(info) = self.tensors.get(name) {
-            self.source.release(info, range);
+        match self.tensors.get(name) {
+            Some(info) => self.source.release(info, range),
+            None => self.release_plain(name, range),
         }
+    }
+
+    /// The same for a range of [plain bytes](Checkpoint::plain_bytes).
+    pub fn release_plain(&self, name: &str, range: Range<usize>) {
+        let Some(weight) = self.quantized.get(name) else { return self.release_range(name, range) };
+        let one = (2 * weight.dims.0 * weight.dims.1).max(1);
+        self.release_weight(weight, range.start / one..range.end.div_ceil(one));
     }
 
     /// Gives the mapped pages of one tensor back to the system.
@@ -506,9 +588,12 @@ impl Checkpoint {
     /// [`Error::NoSuchTensor`].
     pub fn release_tensor(&self, name: &str) -> Result<()> {
         let info = self.info(name)?;
-        match self.made.get(name) {
-            Some(made) => made.blocks.iter().for_each(|(set, ..)| self.source.release_expert(made.layer, *set)),
-            None => self.source.release(info, 0..info.bytes as usize),
+        if let Some(made) = self.made.get(name) {
+            made.blocks.iter().for_each(|(set, ..)| self.source.release_expert(made.layer, *set));
+        } else if let Some(weight) = self.quantized.get(name) {
+            self.release_weight(weight, 0..weight.count());
+        } else {
+            self.source.release(info, 0..info.bytes as usize);
         }
         Ok(())
     }
@@ -518,7 +603,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::NoSuchTensor`] for a role that the model does not have.
     pub fn read_f32(&self, role: Role) -> Result<Vec<f32>> {
-        let info = self.role(role)?;
+        let info = self.plain_info(&self.role(role)?.name)?;
         self.read_part(info, 0..info.elements() as usize)
     }
 
@@ -527,7 +612,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::NoSuchTensor`], [`Error::OutOfRange`].
     pub fn read_f32_rows(&self, role: Role, rows: Range<usize>) -> Result<Vec<f32>> {
-        let info = self.role(role)?;
+        let info = self.plain_info(&self.role(role)?.name)?;
         let count = info.shape.first().copied().unwrap_or(1);
         if rows.start > rows.end || rows.end > count {
             return Err(Error::OutOfRange {
@@ -545,7 +630,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::NoSuchTensor`], [`Error::UnsupportedDtype`].
     pub fn tensor_f32(&self, name: &str) -> Result<Vec<f32>> {
-        let info = self.info(name)?;
+        let info = self.plain_info(name)?;
         self.read_part(info, 0..info.elements() as usize)
     }
 
@@ -691,11 +776,20 @@ impl Checkpoint {
     /// A part of an expert, row-major.
     fn matrix(&self, info: &TensorInfo, place: &Placement) -> Result<RawMatrix<'_>> {
         let matrix = |bytes, dtype| RawMatrix { bytes, dtype, rows: place.rows, cols: place.cols };
-        if matches!(place.tensor, ExpertTensor::GateUpBlocks | ExpertTensor::DownBlocks) {
-            return Ok(matrix(Cow::Owned(self.mxfp4(info, place)?), Dtype::BF16));
-        }
-        if let Some(scale) = self.scale_of(info) {
-            return Ok(matrix(Cow::Owned(self.dequantize(info, scale, 0..place.rows)?), Dtype::BF16));
+        if let Some(weight) = self.quantized.get(&info.name) {
+            let bytes = match weight.rows(place) {
+                Some((number, rows)) => {
+                    let bytes = self.opened(weight, number)?.bf16(rows).ok_or_else(|| weight.no_number())?;
+                    self.release_weight(weight, number..number + 1);
+                    bytes
+                }
+                None => {
+                    let elements = place.range();
+                    let bytes = self.decoded_bytes(weight, 2 * elements.start..2 * elements.end)?;
+                    convert::gather(&bytes, place, 2)
+                }
+            };
+            return Ok(matrix(Cow::Owned(bytes), Dtype::BF16));
         }
         let bytes = self.range(info, info.byte_range(&place.range()))?;
         let bytes = match place.is_contiguous() {
@@ -706,50 +800,73 @@ impl Checkpoint {
     }
 
     fn release_place(&self, info: &TensorInfo, place: &Placement) {
-        // Places in FP4 tensors count elements of half a byte.
-        let shift = if matches!(place.tensor, ExpertTensor::GateUpBlocks | ExpertTensor::DownBlocks) { 2 } else { 1 };
-        let range = place.range();
-        self.source.release(info, info.byte_range(&(range.start / shift..range.end / shift)));
-    }
-
-    /// Rows of MXFP4 experts as BF16.
-    fn mxfp4(&self, info: &TensorInfo, place: &Placement) -> Result<Vec<u8>> {
-        let scales = self.info(&info.name.replace("_blocks", "_scales"))?;
-        let (blocks, exponents) = (self.whole(info)?, self.whole(scales)?);
-        let per_row = place.cols / MXFP4_BLOCK;
-        Ok(quantized::mxfp4_rows(place.rows, place.cols, |row| {
-            let block = (place.start + row * place.row_stride) / MXFP4_BLOCK;
-            (&blocks[16 * block..16 * (block + per_row)], &exponents[block..block + per_row])
-        }))
-    }
-
-    /// The factors of a quantized tensor.
-    fn scale_of(&self, info: &TensorInfo) -> Option<&TensorInfo> {
-        if info.dtype != Dtype::F8_E4M3 {
-            return None;
+        let elements = place.range();
+        match self.quantized.get(&info.name) {
+            Some(_) => self.release_plain(&info.name, 2 * elements.start..2 * elements.end),
+            None => self.source.release(info, info.byte_range(&elements)),
         }
-        self.tensors.get(&format!("{}{SCALE_SUFFIX}", info.name)).filter(|scale| self.scales.contains(&scale.name))
     }
 
-    /// Rows of an FP8 tensor as BF16.
-    fn dequantize(&self, info: &TensorInfo, scale: &TensorInfo, rows: Range<usize>) -> Result<Vec<u8>> {
-        let Some(Quantization::Fp8Blocks { rows: block_rows, cols: block_cols }) = self.config.quantization else {
-            return Err(verify::quantized_tensor(info, "`quantization_config` with a `weight_block_size`"));
-        };
-        let scales = match scale.dtype {
-            Dtype::F8_E8M0 => self.whole(scale)?.iter().map(|byte| quantized::e8m0(*byte)).collect(),
-            _ => self.read_part(scale, 0..scale.elements() as usize)?,
-        };
-        let cols = info.shape[1];
-        let range = rows.start * cols..rows.end * cols;
-        let bytes = self.range(info, range.clone())?;
-        let out = quantized::fp8_rows(&bytes, rows.start, cols, &scales, (block_rows, block_cols));
-        self.source.release(info, range);
+    /// One of the matrices of a quantized weight. Its bytes are views of the files where these hold them.
+    fn opened(&self, weight: &Packed, matrix: usize) -> Result<Matrix<'_>> {
+        weight.open(matrix, |name, number, stack| {
+            let info = self.info(name)?;
+            let bytes = self.source.bytes(info, formats::share(info.bytes as usize, number, stack))?;
+            Ok(Part { dtype: info.dtype, bytes })
+        })
+    }
+
+    /// Gives the pages of matrices of a quantized weight back.
+    fn release_weight(&self, weight: &Packed, matrices: Range<usize>) {
+        for info in weight.parts.iter().filter_map(|name| self.tensors.get(name)) {
+            let share = |number| formats::share(info.bytes as usize, weight.first + number, weight.stack);
+            self.source.release(info, share(matrices.start).start..share(matrices.end).start);
+        }
+    }
+
+    /// A range of the bytes of a quantized weight as BF16.
+    fn decoded_bytes(&self, weight: &Packed, range: Range<usize>) -> Result<Cow<'_, [u8]>> {
+        let elements = range.start / 2..range.end.div_ceil(2);
+        let start = 2 * elements.start;
+        let bytes = self.decoded(weight, elements, 2, |matrix, rows| matrix.bf16(rows))?;
+        Ok(sliced(Cow::Owned(bytes), range.start - start..range.end - start))
+    }
+
+    /// A range of the elements of a quantized weight, as it is without quantization, each as `size` of what `decode` gives.
+    fn decoded<T: Copy>(
+        &self,
+        weight: &Packed,
+        elements: Range<usize>,
+        size: usize,
+        decode: impl Fn(&Matrix<'_>, Rows) -> Option<Vec<T>>,
+    ) -> Result<Vec<T>> {
+        let (rows, cols) = weight.dims;
+        let grain = if weight.transposed { rows * cols } else { cols }.max(1);
+        let wanted = elements.start / grain..elements.end.div_ceil(grain);
+        let mut out = Vec::with_capacity(wanted.len() * grain * size);
+        let failed = || weight.no_number();
+        if weight.transposed {
+            for number in wanted.clone() {
+                let all = decode(&self.opened(weight, number)?, Rows::range(0..rows)).ok_or_else(failed)?;
+                for element in 0..rows * cols {
+                    let at = element % rows * cols + element / rows;
+                    out.extend_from_slice(&all[at * size..(at + 1) * size]);
+                }
+            }
+        } else {
+            let mut line = wanted.start;
+            while line < wanted.end {
+                let (number, first) = (line / rows.max(1), line % rows.max(1));
+                let last = rows.min(first + wanted.end - line);
+                let matrix = self.opened(weight, number)?;
+                out.extend(decode(&matrix, Rows::range(first..last)).ok_or_else(failed)?);
+                line += last - first;
+            }
+        }
+        let start = wanted.start * grain;
+        out.truncate((elements.end - start) * size);
+        out.drain(..(elements.start - start) * size);
         Ok(out)
-    }
-
-    fn whole(&self, info: &TensorInfo) -> Result<Cow<'_, [u8]>> {
-        self.range(info, 0..info.bytes as usize)
     }
 
     fn read_part(&self, info: &TensorInfo, elements: Range<usize>) -> Result<Vec<f32>> {
@@ -759,12 +876,11 @@ impl Checkpoint {
     }
 
     fn read_part_into(&self, info: &TensorInfo, elements: Range<usize>, out: &mut Vec<f32>) -> Result<()> {
-        if let Some(scale) = self.scale_of(info) {
-            // Whole rows: parts of a row of a quantized matrix are never asked for.
-            let cols = info.shape[1].max(1);
-            let bytes = self.dequantize(info, scale, elements.start / cols..elements.end / cols)?;
-            out.resize(bytes.len() / 2, 0.0);
+        if let Some(weight) = self.quantized.get(&info.name) {
+            let bytes = self.decoded_bytes(weight, 2 * elements.start..2 * elements.end)?;
+            out.resize(elements.len(), 0.0);
             convert::decode(Dtype::BF16, &bytes, out, |_| {});
+            self.release_plain(&info.name, 2 * elements.start..2 * elements.end);
             return Ok(());
         }
         if convert::float_bytes(info.dtype).is_none() {
@@ -816,6 +932,26 @@ impl Head {
         let (family, ragged, config) = parse().map_err(|error| error.in_dir(dir))?;
         Ok(Self { dir: dir.to_path_buf(), config, raw_config, raw_generation, family, ragged })
     }
+}
+
+/// The stored tensor that holds the codes of a quantized weight.
+fn stored<'a>(weight: &'a Packed, tensors: &'a BTreeMap<String, TensorInfo>) -> &'a TensorInfo {
+    weight.parts.first().and_then(|name| tensors.get(name)).unwrap_or(&weight.info)
+}
+
+/// The tensors that a checkpoint has without quantization.
+fn plain_tensors<'a>(
+    tensors: &'a BTreeMap<String, TensorInfo>,
+    quantized: &BTreeMap<String, Packed>,
+    companions: &BTreeSet<String>,
+) -> Cow<'a, BTreeMap<String, TensorInfo>> {
+    if quantized.is_empty() {
+        return Cow::Borrowed(tensors);
+    }
+    let dense = tensors.iter().filter(|(name, _)| !companions.contains(*name));
+    let mut plain: BTreeMap<String, TensorInfo> = dense.map(|(name, info)| (name.clone(), info.clone())).collect();
+    plain.extend(quantized.iter().map(|(name, weight)| (name.clone(), weight.info.clone())));
+    Cow::Owned(plain)
 }
 
 /// The parts that an expert has.

@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use crate::experts::ExpertBiases;
 use crate::family::family_of;
+use crate::formats::Quantization;
 use crate::grouped::Grouped;
-use crate::quantized::Quantization;
 use crate::ragged::Ragged;
 use crate::shape::{MoeLayerShape, MoeShape};
 use crate::{Error, Result};

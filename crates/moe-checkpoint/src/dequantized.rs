@@ -7,9 +7,8 @@ use std::sync::Arc;
 
 use crate::config::Ffn;
 use crate::expert_bytes::RawMatrix;
-use crate::experts::{ExpertLayout, ExpertPart};
+use crate::experts::ExpertPart;
 use crate::ragged::dequantized_config;
-use crate::shard_layout::TensorSpec;
 use crate::source::{ModelDescription, ModelSource};
 use crate::weights::TensorInfo;
 use crate::{Checkpoint, Result};
@@ -32,32 +31,10 @@ impl Checkpoint {
         if self.quantization().is_none() {
             return Ok(self.clone());
         }
-        let mut layers = BTreeSet::new();
-        let mut replaced = BTreeSet::new();
-        let mut tensors = Vec::new();
-        for (layer, config) in self.config().layers.iter().enumerate() {
-            let Ffn::Moe(moe) = &config.ffn else { continue };
-            let layout = self.expert_layout(layer)?;
-            if layout != ExpertLayout::Mxfp4 {
-                continue;
-            }
-            layers.insert(layer);
-            let (hidden, widths) = (self.config().hidden_size, moe.stored_widths());
-            let listed = |layout: ExpertLayout| layout.tensors(hidden, &widths, moe.biases).into_iter().flatten();
-            replaced.extend(listed(layout).map(|tensor| self.expert_tensor_name(layer, tensor.tensor)));
-            for tensor in listed(self.family().stock_layout()) {
-                let part = tensor.blocks.first().and_then(|(_, block)| block.parts().first().copied());
-                let dtype = part.map(|part| self.expert_dtype(layer, 0, part)).transpose()?.flatten();
-                tensors.push(TensorSpec {
-                    name: self.expert_tensor_name(layer, tensor.tensor),
-                    dtype: dtype.unwrap_or(crate::Dtype::BF16),
-                    shape: tensor.shape,
-                });
-            }
-        }
-        for info in self.tensors().filter(|info| !self.is_scale(&info.name) && !replaced.contains(&info.name)) {
-            tensors.push(TensorSpec { dtype: self.plain_dtype(&info.name)?, ..info.spec() });
-        }
+        // Transposes are made expert by expert.
+        let moe = self.config().layers.iter().enumerate().filter(|(_, layer)| matches!(layer.ffn, Ffn::Moe(_)));
+        let layers = moe.map(|(layer, _)| layer).filter(|layer| self.experts_are_transposed(*layer)).collect();
+        let tensors = self.plain_tensors().map(TensorInfo::spec).collect();
         let description =
             ModelDescription { config: dequantized_config(self.raw_config()), tensors, ..ModelDescription::of(self) };
         let source = Dequantized { base: self.clone(), layers };
@@ -71,11 +48,7 @@ impl ModelSource for Dequantized {
     }
 
     fn grain(&self, tensor: &TensorInfo) -> usize {
-        match self.base.info(&tensor.name) {
-            // Whole rows are decoded.
-            Ok(info) if info.dtype != tensor.dtype => 2 * info.shape.last().copied().unwrap_or(1).max(1),
-            _ => self.base.grain(&tensor.name),
-        }
+        self.base.plain_grain(&tensor.name)
     }
 
     fn makes_experts(&self, layer: usize) -> bool {
@@ -87,11 +60,7 @@ impl ModelSource for Dequantized {
     }
 
     fn release(&self, tensor: &TensorInfo, range: Range<usize>) {
-        if self.base.info(&tensor.name).is_ok_and(|info| info.dtype == tensor.dtype) {
-            self.base.release_range(&tensor.name, range);
-        } else {
-            let _ = self.base.release_tensor(&tensor.name);
-        }
+        self.base.release_plain(&tensor.name, range);
     }
 
     fn release_expert(&self, layer: usize, set: usize) {

@@ -454,6 +454,16 @@ pub enum Error {
         /// What would be read.
         expected: String,
     },
+    /// A quantized weight has codes or scales that are no numbers.
+    #[error("{}: tensor `{tensor}` ({format}) has elements or scales that are no numbers; expected finite ones: the file is damaged", file.display())]
+    NotANumber {
+        /// The shard.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The format of the weight.
+        format: &'static str,
+    },
     /// The routed experts of a layer are stored in no layout that is known, or in two at once.
     #[error("{}: routed experts of layer {layer} are in {found}; expected {expected}", dir.display())]
     ExpertLayout {

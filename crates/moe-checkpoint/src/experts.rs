@@ -24,14 +24,6 @@ pub enum ExpertTensor {
     FusedGateUpBias,
     /// Biases of down of all experts `[E, H]`.
     FusedDownBias,
-    /// FP4 elements of gate and up `[E, 2I, H / 32, 16]`, rows of gate and up alternating.
-    GateUpBlocks,
-    /// Exponents of those `[E, 2I, H / 32]`.
-    GateUpScales,
-    /// FP4 elements of down `[E, H, I / 32, 16]`.
-    DownBlocks,
-    /// Exponents of those `[E, H, I / 32]`.
-    DownScales,
     /// Gate and up of all experts `[sum 2 I_e, H]`: per expert its gate rows, then its up rows.
     RaggedGateUp,
     /// Down of all experts, flat `[H * sum I_e]`: per expert its `[H, I_e]` block.
@@ -199,16 +191,10 @@ pub enum ExpertLayout {
     /// Two 3-D tensors per layer, transposed, gate and up alternating, and two tensors of biases: gpt-oss. All widths are
     /// equal.
     Interleaved,
-    /// Blocks of 32 FP4 elements with one exponent each (MXFP4), and biases: gpt-oss as released. Read only; what is read
-    /// is BF16.
-    Mxfp4,
     /// Two tensors per layer with experts of any width, and one or two of biases if the experts have them
     /// (`docs/ragged-format.md`).
     Ragged,
 }
-
-/// Elements of an MXFP4 block.
-pub(crate) const MXFP4_BLOCK: usize = 32;
 
 /// One tensor of a layer's routed experts: its shape, and the blocks it is made of in file order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -217,7 +203,7 @@ pub struct ExpertTensorLayout {
     pub tensor: ExpertTensor,
     /// Its shape.
     pub shape: Vec<usize>,
-    /// Expert and content of every block; empty for the quantized tensors of [`ExpertLayout::Mxfp4`].
+    /// Expert and content of every block.
     pub blocks: Vec<(usize, ExpertBlock)>,
 }
 
@@ -259,7 +245,6 @@ impl ExpertLayout {
         match self {
             Self::PerExpert => &[ExpertTensor::Gate(0), ExpertTensor::Up(0), ExpertTensor::Down(0)],
             Self::Fused | Self::Transposed | Self::Interleaved => &[ExpertTensor::FusedGateUp, ExpertTensor::FusedDown],
-            Self::Mxfp4 => &[ExpertTensor::GateUpBlocks, ExpertTensor::DownBlocks],
             Self::Ragged => &[ExpertTensor::RaggedGateUp, ExpertTensor::RaggedDown],
         }
     }
@@ -282,7 +267,7 @@ impl ExpertLayout {
         let uniform = || widths.first().copied().filter(|width| widths.iter().all(|other| other == width));
         match self {
             Self::PerExpert | Self::Fused | Self::Transposed if biases != ExpertBiases::None => None,
-            Self::Interleaved | Self::Mxfp4 if biases != ExpertBiases::All => None,
+            Self::Interleaved if biases != ExpertBiases::All => None,
             Self::PerExpert => {
                 let parts = widths.iter().enumerate().flat_map(|(e, width)| {
                     [
@@ -338,23 +323,6 @@ impl ExpertLayout {
                     tensor(ExpertTensor::FusedDownBias, vec![experts, hidden_size], each(&[part(DownBias)])),
                 ])
             }
-            Self::Mxfp4 => {
-                let width = uniform()?;
-                let both = width.checked_mul(2)?;
-                if !width.is_multiple_of(MXFP4_BLOCK) || !hidden_size.is_multiple_of(MXFP4_BLOCK) {
-                    return None;
-                }
-                let (across, along) = (hidden_size / MXFP4_BLOCK, width / MXFP4_BLOCK);
-                let half = MXFP4_BLOCK / 2;
-                Some(vec![
-                    tensor(ExpertTensor::GateUpBlocks, vec![experts, both, across, half], vec![]),
-                    tensor(ExpertTensor::GateUpScales, vec![experts, both, across], vec![]),
-                    tensor(ExpertTensor::FusedGateUpBias, vec![experts, both], each(&[ExpertBlock::GateUpBias])),
-                    tensor(ExpertTensor::DownBlocks, vec![experts, hidden_size, along, half], vec![]),
-                    tensor(ExpertTensor::DownScales, vec![experts, hidden_size, along], vec![]),
-                    tensor(ExpertTensor::FusedDownBias, vec![experts, hidden_size], each(&[part(DownBias)])),
-                ])
-            }
             Self::Ragged => {
                 let units = widths.iter().try_fold(0usize, |sum, width| sum.checked_add(*width))?;
                 let (rows, flat) = (units.checked_mul(2)?, units.checked_mul(hidden_size)?);
@@ -381,8 +349,7 @@ impl ExpertLayout {
         }
     }
 
-    /// Where one part of one expert is. Sizes must be those of a layer that exists in memory or in a file. Matrices of
-    /// [`ExpertLayout::Mxfp4`] are placed in the tensor of blocks as if its elements were one each.
+    /// Where one part of one expert is. Sizes must be those of a layer that exists in memory or in a file.
     pub fn place(self, hidden_size: usize, widths: &[usize], expert: usize, part: ExpertPart) -> Placement {
         use ExpertPart::{Down, DownBias, Gate, GateBias, Up, UpBias};
         let width = widths[expert];
@@ -409,15 +376,9 @@ impl ExpertLayout {
             (Self::Interleaved, Gate) => strided(ExpertTensor::FusedGateUp, 2 * before * hidden_size, 2, 2 * width),
             (Self::Interleaved, Up) => strided(ExpertTensor::FusedGateUp, 2 * before * hidden_size + 1, 2, 2 * width),
             (Self::Interleaved, Down) => strided(ExpertTensor::FusedDown, before * hidden_size, 1, hidden_size),
-            (Self::Interleaved | Self::Mxfp4, GateBias) => strided(ExpertTensor::FusedGateUpBias, 2 * before, 2, 1),
-            (Self::Interleaved | Self::Mxfp4, UpBias) => strided(ExpertTensor::FusedGateUpBias, 2 * before + 1, 2, 1),
-            (Self::Interleaved | Self::Mxfp4, DownBias) => dense(ExpertTensor::FusedDownBias, expert * hidden_size),
-
-            (Self::Mxfp4, Gate) => strided(ExpertTensor::GateUpBlocks, 2 * before * hidden_size, 2 * hidden_size, 1),
-            (Self::Mxfp4, Up) => {
-                strided(ExpertTensor::GateUpBlocks, (2 * before + 1) * hidden_size, 2 * hidden_size, 1)
-            }
-            (Self::Mxfp4, Down) => dense(ExpertTensor::DownBlocks, before * hidden_size),
+            (Self::Interleaved, GateBias) => strided(ExpertTensor::FusedGateUpBias, 2 * before, 2, 1),
+            (Self::Interleaved, UpBias) => strided(ExpertTensor::FusedGateUpBias, 2 * before + 1, 2, 1),
+            (Self::Interleaved, DownBias) => dense(ExpertTensor::FusedDownBias, expert * hidden_size),
 
             (Self::Ragged, Gate) => dense(ExpertTensor::RaggedGateUp, 2 * before * hidden_size),
             (Self::Ragged, Up) => dense(ExpertTensor::RaggedGateUp, (2 * before + width) * hidden_size),
@@ -480,7 +441,6 @@ mod tests {
         ] {
             assert_eq!(layout.tensors(hidden, &[2, 2], biases), None);
         }
-        assert_eq!(ExpertLayout::Mxfp4.tensors(hidden, &[32, 32], ExpertBiases::All), None);
         assert_eq!(ExpertLayout::Ragged.tensors(hidden, &[usize::MAX, 2], ExpertBiases::None), None);
     }
 }

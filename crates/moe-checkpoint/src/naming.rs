@@ -31,7 +31,8 @@ const PREFIXES: [&str; 8] = [
 const HEADS: [&str; 5] =
     ["lm_head.", "language_model.lm_head.", "model.lm_head.", "model.language_model.lm_head.", "thinker.lm_head."];
 /// Fields about the whole model that the config of a wrapper may hold in place of that of its text model.
-const SHARED: [&str; 5] = ["tie_word_embeddings", "quantization_config", "dtype", "torch_dtype", "eos_token_id"];
+const SHARED: [&str; 6] =
+    ["tie_word_embeddings", "quantization_config", "quantization", "dtype", "torch_dtype", "eos_token_id"];
 const EMBEDDING: &str = "embed_tokens.weight";
 
 /// A family by other names, or inside a wrapper.
@@ -241,8 +242,8 @@ pub(crate) fn hint<'a>(missing: &str, names: impl Iterator<Item = &'a String> + 
             .to_string();
     }
     if names.clone().any(|name| [".qweight", ".weight_packed", ".absmax"].iter().any(|word| name.contains(word))) {
-        return "; the names are those of quantized weights (GPTQ, AWQ, compressed-tensors or bitsandbytes), which are not read: \
-                take the original checkpoint"
+        return "; the names are those of quantized weights (GPTQ, AWQ, compressed-tensors or bitsandbytes), but their dtypes or \
+                companions are not: take the checkpoint as it was published, or the original one"
             .to_string();
     }
     let prefixed = names.clone().find_map(|name| name.strip_suffix(missing).filter(|prefix| !prefix.is_empty()));
@@ -258,11 +259,14 @@ pub(crate) fn hint<'a>(missing: &str, names: impl Iterator<Item = &'a String> + 
     }
 }
 
+/// Fields about quantized weights, at any depth of a config.
+const QUANTIZATION: [&str; 3] = ["quantization_config", "quantization", "expert_dtype"];
+
 /// The config without what it says of quantized weights, for weights that are none.
 pub(crate) fn without_quantization(mut config: Value) -> Value {
     fn strip(value: &mut Value) {
         if let Value::Object(fields) = value {
-            fields.remove("quantization_config");
+            QUANTIZATION.iter().for_each(|key| drop(fields.shift_remove(*key)));
             fields.values_mut().for_each(strip);
         }
     }

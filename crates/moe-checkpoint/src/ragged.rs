@@ -9,6 +9,7 @@ use crate::experts::ExpertBiases;
 use crate::families::MAX_SIZE;
 use crate::family::{CONFIG, family_of};
 use crate::json::Fields;
+use crate::naming::without_quantization;
 use crate::{Error, Result, TopKClamp};
 
 /// Suffix of `model_type`, so that a stock loader refuses the directory.
@@ -256,9 +257,8 @@ pub fn uniform_shape_config(config: &Value, shape: UniformShape) -> Result<Value
 
 /// The config without its quantization, for weights that were dequantized.
 pub fn dequantized_config(config: &Value) -> Value {
-    let mut result = config.clone();
+    let mut result = without_quantization(config.clone());
     if let Value::Object(map) = &mut result {
-        map.shift_remove("quantization_config");
         for key in ["dtype", "torch_dtype"] {
             if map.get(key).is_some_and(|dtype| dtype.as_str().is_some_and(|name| name.contains("float8"))) {
                 map.insert(key.to_string(), json!("bfloat16"));

@@ -1,6 +1,6 @@
 //! Checks that the weights are those the config describes.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use safetensors::Dtype;
@@ -9,8 +9,8 @@ use crate::config::{AttentionKind, DeltaNet, Ffn, LatentAttention, Mixer, ModelC
 use crate::convert::float_bytes;
 use crate::experts::{ExpertLayout, ExpertTensor};
 use crate::family::{Family, LayerRole, Role};
+use crate::formats;
 use crate::naming;
-use crate::quantized::{Quantization, SCALE_SUFFIX};
 use crate::weights::TensorInfo;
 use crate::{Error, Result};
 
@@ -23,6 +23,7 @@ pub(crate) struct Weights<'a> {
     pub config: &'a ModelConfig,
     pub family: &'static dyn Family,
     pub ragged: bool,
+    /// All tensors, those of quantized weights as they are without quantization.
     pub tensors: &'a BTreeMap<String, TensorInfo>,
     /// `model_type` of the whole, where the decoder is a part of a model with other modalities.
     pub wrapper: Option<&'a str>,
@@ -32,8 +33,6 @@ pub(crate) struct Weights<'a> {
 pub(crate) struct Verified {
     /// The expert layout of every MoE layer.
     pub layouts: BTreeMap<usize, ExpertLayout>,
-    /// Tensors that only serve to dequantize others.
-    pub scales: BTreeSet<String>,
     /// What of the attention does not fit the config, where it is carried along all the same.
     pub unfit: Option<String>,
 }
@@ -65,19 +64,13 @@ pub(crate) fn verify(weights: &Weights<'_>) -> Result<Verified> {
             layouts.insert(layer, weights.check_experts(layer, moe, &mut expected)?);
         }
     }
-    let mut scales = BTreeSet::new();
-    for info in weights.tensors.values() {
-        if info.name.ends_with("_scales") && expected.contains(&info.name) {
-            scales.insert(info.name.clone());
-        }
-        if let Some(scale) = weights.check_quantized(info)? {
-            expected.insert(scale.clone());
-            scales.insert(scale);
-        }
+    // What belongs to a quantized weight that is read is not among these tensors.
+    if let Some(info) = weights.tensors.values().find(|info| is_quantized(info.dtype)) {
+        return Err(weights.unread(info));
     }
     let carried = unfit.is_some();
     weights.tensors.values().try_for_each(|info| weights.check_expected(info, &expected, carried))?;
-    Ok(Verified { layouts, scales, unfit })
+    Ok(Verified { layouts, unfit })
 }
 
 /// Every tensor of the config other than routed experts, with its shape, and whether it is of what looks at other tokens.
@@ -253,16 +246,6 @@ fn is_quantized(dtype: Dtype) -> bool {
     )
 }
 
-/// The refusal of a quantized tensor.
-pub(crate) fn quantized_tensor(info: &TensorInfo, expected: &str) -> Error {
-    Error::QuantisedTensor {
-        file: info.file.to_path_buf(),
-        tensor: info.name.clone(),
-        found: info.dtype,
-        expected: expected.to_string(),
-    }
-}
-
 impl Weights<'_> {
     fn check_role(&self, role: Role, shape: Vec<usize>) -> Result<String> {
         let name = self.family.tensor_name(role);
@@ -288,58 +271,36 @@ impl Weights<'_> {
             let reason = format!("{} calls for it, with shape {expected:?} from {fields}{hint}", self.caller());
             return Err(Error::MissingTensor { dir: self.dir.to_path_buf(), tensor: name.to_string(), reason });
         };
+        // The shape of codes is not that of the weight.
+        if is_quantized(info.dtype) || (float_bytes(info.dtype).is_none() && self.config.quantization.is_some()) {
+            return Err(self.unread(info));
+        }
         let (file, tensor) = (info.file.to_path_buf(), info.name.clone());
         if info.shape != expected {
             let (found, fields) = (info.shape.clone(), fields.into());
             return Err(Error::UnexpectedShape { file, tensor, found, expected, fields });
         }
-        // Quantized ones have a check of their own.
-        if float_bytes(info.dtype).is_none() && !is_quantized(info.dtype) {
+        if float_bytes(info.dtype).is_none() {
             return Err(Error::UnsupportedDtype { file, tensor, found: info.dtype, expected: FLOATS.to_string() });
         }
         Ok(())
     }
 
-    /// Checks that a quantized tensor can be read, and names the tensor of its factors.
-    fn check_quantized(&self, info: &TensorInfo) -> Result<Option<String>> {
-        // Factors may be of such a dtype themselves: they are checked with what they scale.
-        if !is_quantized(info.dtype) || info.name.ends_with(SCALE_SUFFIX) {
-            return Ok(None);
-        }
-        let Some(Quantization::Fp8Blocks { rows, cols }) = self.config.quantization else {
-            return Err(quantized_tensor(info, FLOATS));
-        };
-        let [height, width] = info.shape[..] else {
-            return Err(quantized_tensor(info, "two dimensions of a tensor quantized by blocks"));
-        };
-        if info.dtype != Dtype::F8_E4M3 {
-            return Err(quantized_tensor(info, "F8_E4M3, F32, F16 or BF16"));
-        }
-        let scale = format!("{}{SCALE_SUFFIX}", info.name);
-        self.check(
-            &scale,
-            vec![height.div_ceil(rows), width.div_ceil(cols)],
-            "`quantization_config.weight_block_size`",
-        )?;
-        match self.tensors.get(&scale) {
-            Some(scale) if float_bytes(scale.dtype).is_none() && scale.dtype != Dtype::F8_E8M0 => {
-                Err(quantized_tensor(scale, "F8_E8M0, F32, F16 or BF16"))
-            }
-            _ => Ok(Some(scale)),
-        }
-    }
-
-    /// Checks the bytes of FP4 experts.
-    fn check_bytes(&self, name: &str, expected: Vec<usize>, fields: &str) -> Result<()> {
-        match self.tensors.get(name) {
-            Some(info) if info.dtype == Dtype::U8 && info.shape == expected => Ok(()),
-            Some(info) if info.dtype != Dtype::U8 => Err(Error::UnsupportedDtype {
-                file: info.file.to_path_buf(),
-                tensor: info.name.clone(),
-                found: info.dtype,
-                expected: "U8".to_string(),
-            }),
-            _ => self.check(name, expected, fields),
+    /// The refusal of a tensor that is quantized, but not as any format has it.
+    fn unread(&self, info: &TensorInfo) -> Error {
+        let what = "companions (scales, zero points) of a format that is read";
+        match self.config.quantization {
+            None => formats::quantized_tensor(info, &format!("{FLOATS}, or {what}")),
+            Some(quantization) => Error::Quantized {
+                file: self.dir.join("config.json").display().to_string(),
+                method: format!(
+                    "\"{}\", but tensor `{}` of dtype {:?} lacks {what}",
+                    quantization.method(),
+                    info.name,
+                    info.dtype
+                ),
+                also: formats::READ,
+            },
         }
     }
 
@@ -360,10 +321,7 @@ impl Weights<'_> {
         })?;
         for tensor in tensors {
             let name = self.family.expert_tensor_name(layer, tensor.tensor);
-            match tensor.blocks.is_empty() && layout == ExpertLayout::Mxfp4 {
-                true => self.check_bytes(&name, tensor.shape, &fields)?,
-                false => self.check(&name, tensor.shape, &fields)?,
-            }
+            self.check(&name, tensor.shape, &fields)?;
             expected.insert(name);
         }
         Ok(layout)

@@ -120,6 +120,10 @@ pub(crate) fn open(dir: &Path) -> Result<(Vec<Shard>, BTreeMap<String, TensorInf
 
 /// Whether a directory's tensors all have plain numbers, none of them a quantized weight.
 pub(crate) fn are_plain(dir: &Path) -> bool {
-    let is_plain = |info: &TensorInfo| matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::I64);
     open(dir).is_ok_and(|(_, tensors)| tensors.values().all(is_plain))
+}
+
+/// Whether a tensor has plain numbers.
+pub(crate) fn is_plain(info: &TensorInfo) -> bool {
+    matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::I64)
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::artifact_file::write_atomic;
 use crate::experts::ExpertBlock;
+use crate::formats;
 use crate::index::read_json;
 use crate::model_card;
 use crate::output_dir::{Existing, OutputDir};
@@ -139,7 +140,15 @@ pub fn write(model: &Checkpoint, to: impl AsRef<Path>, options: &WriteOptions<'_
     check_space(output.path(), writer.remaining_bytes())?;
     let written = weights(model, writer, options)?;
 
-    let side_files = copy_side_files(model.dir(), output.path())?;
+    let mut side_files = copy_side_files(model.dir(), output.path())?;
+    if !is_quantized_as_its_directory(model)? {
+        for name in QUANTIZATION_FILES {
+            if let Some(position) = side_files.iter().position(|file| file == name) {
+                let path = output.path().join(side_files.remove(position));
+                fs::remove_file(&path).map_err(|source| Error::io(&path, source))?;
+            }
+        }
+    }
     let config = output.path().join("config.json");
     let original = model.dir().join("config.json");
     match original.is_file() && read_json(&original)? == *model.raw_config() {
@@ -169,6 +178,18 @@ pub fn write(model: &Checkpoint, to: impl AsRef<Path>, options: &WriteOptions<'_
     model.release();
     let files = written.files.iter().filter_map(|file| file.file_name()).map(|name| out.join(name)).collect();
     Ok(WriteReport { files, side_files, bytes: written.bytes, parameters })
+}
+
+/// Files beside `config.json` that tell how weights are quantized.
+const QUANTIZATION_FILES: [&str; 3] = ["hf_quant_config.json", "quantize_config.json", "quant_config.json"];
+
+/// Whether what those files say of the directory that a model came from holds for the model.
+fn is_quantized_as_its_directory(model: &Checkpoint) -> Result<bool> {
+    let config = model.dir().join("config.json");
+    if model.quantization().is_none() || !config.is_file() {
+        return Ok(model.quantization().is_some());
+    }
+    Ok(formats::entry(&read_json(&config)?) == formats::entry(model.raw_config()))
 }
 
 /// Writes all tensors. While one piece is written, the next is made.

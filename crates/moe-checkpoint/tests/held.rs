@@ -182,6 +182,14 @@ fn what_a_config_says_of_quantization_counts_where_weights_are_quantized() {
     nested.config["text_config"]["quantization_config"] = json!({"quant_method": "bitsandbytes"});
     assert!(nested.open().1.is_ok());
     nested.config["text_config"]["quantization_config"] = json!({"quant_method": "fp8", "weight_block_size": [8, 8]});
+    // A matrix of E4M3 with its scales, beside which the config counts.
+    let name = nested.tensors.keys().find(|name| name.ends_with("q_proj.weight")).unwrap().clone();
+    let tensor = nested.tensor(&name);
+    let scales =
+        Tensor { dtype: Dtype::F32, shape: tensor.shape.iter().map(|s| s.div_ceil(8)).collect(), bytes: vec![] };
+    let count: usize = scales.shape.iter().product();
+    (tensor.dtype, tensor.bytes) = (Dtype::F8_E4M3, vec![0; tensor.shape.iter().product()]);
+    nested.tensors.insert(format!("{name}_scale_inv"), Tensor { bytes: vec![0; 4 * count], ..scales });
     let (_dir, opened) = nested.open();
     assert!(opened.unwrap().config().quantization.is_some());
 }

@@ -263,7 +263,7 @@ fn facts(checkpoint: &Checkpoint) -> Result<Value> {
         "expert layout": format!("{:?}{}", layouts[0], if layouts.iter().all(|l| *l == layouts[0]) { "" } else { ", mixed" }),
         "shared experts": shared(config),
         "routing": routing(config),
-        "quantization": checkpoint.quantization().map_or("none".to_string(), |q| format!("{q:?}, read as BF16")),
+        "quantization": checkpoint.quantization().map_or("none".to_string(), |q| format!("{q}, read as BF16")),
         "further layers": if mtp == 0 { "none".to_string() } else { format!("multi-token prediction, {mtp} elements") },
         "parameters": total,
         "of those routed": routed,

@@ -379,6 +379,29 @@ fn packed_experts_compute_what_f32_experts_do() {
     }
 }
 
+/// Quantized checkpoints compute what transformers computes for the weights that the packages of their formats decode, each rounded
+/// once to BF16.
+#[test]
+fn quantized_checkpoints_compute_what_their_dequantized_weights_do() {
+    let root = fixtures().join("../quantized");
+    let mut names: Vec<_> = std::fs::read_dir(&root).unwrap().map(|entry| entry.unwrap().path()).collect();
+    names.retain(|path| path.is_dir());
+    names.sort();
+    assert_eq!(names.len(), 37);
+    let mut worst = 0.0f32;
+    for dir in names {
+        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
+        let bytes = std::fs::read(dir.join("expected.safetensors")).unwrap();
+        let expected = Expected(SafeTensors::deserialize(&bytes).unwrap());
+        let (ids, shape) = expected.integers("input_ids").unwrap();
+        let sequences =
+            ids.chunks(shape[1]).map(|row| Sequence::new(row.iter().map(|id| *id as u32).collect())).collect();
+        let (found, _) = run(&dir, &Wave { id: 0, sequences }, None).unwrap_or_else(|error| panic!("{name}: {error}"));
+        worst = worst.max(assert_close(&name, &found.logits, &expected.floats("logits_bf16").unwrap()));
+    }
+    println!("largest difference of logits {worst:e}");
+}
+
 /// Pruned checkpoints, run by transformers and left by `xtask/scripts/roundtrip.py` with the logits that it computes:
 /// `MOE_EXPORTS=out/roundtrip cargo test --release --workspace --test parity -- --ignored --nocapture`
 #[test]

@@ -101,7 +101,7 @@ impl Folded {
         let layout = Layout::new(&plain, &rewrite(&plain, set)?)?;
         let mut remarks = Vec::new();
         if let Some(quantization) = base.quantization() {
-            remarks.push(format!("the weights, quantized as {quantization:?}, will be written as BF16"));
+            remarks.push(format!("the weights, quantized as {quantization}, will be written as BF16"));
         }
         if !layout.ungrouped.is_empty() {
             let [before, after] =

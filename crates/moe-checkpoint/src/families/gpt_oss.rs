@@ -1,4 +1,4 @@
-//! gpt-oss: attention sinks, alternating windows, biases everywhere, clamped SwiGLU, interleaved or MXFP4 experts.
+//! gpt-oss: attention sinks, alternating windows, biases everywhere, clamped SwiGLU, interleaved experts.
 
 use serde_json::Value;
 
@@ -49,7 +49,7 @@ impl Family for GptOss {
     }
 
     fn layouts(&self) -> &'static [ExpertLayout] {
-        &[ExpertLayout::Interleaved, ExpertLayout::Mxfp4, ExpertLayout::Ragged]
+        &[ExpertLayout::Interleaved, ExpertLayout::Ragged]
     }
 
     fn stock_layout(&self) -> ExpertLayout {

@@ -7,8 +7,8 @@ use crate::config::{
     Multipliers, NormKind, QkNorm, RopeConfig, Routing, RoutingKind, SharedExpert,
 };
 use crate::experts::ExpertBiases;
+use crate::formats;
 use crate::json::{Fields, integer_in};
-use crate::quantized::Quantization;
 use crate::{Error, Result};
 
 /// Largest size of one dimension. Products of two stay far from overflow.
@@ -125,32 +125,6 @@ pub(super) fn dtype(config: &Fields<'_>) -> Result<Option<String>> {
         (Some(new), Some(old)) if new != old => Err(config.conflict("dtype", "torch_dtype")),
         _ => Ok(new.or(old).map(str::to_string)),
     }
-}
-
-/// Quantized weights that are read, for messages.
-const READ_QUANTIZED: &str = ", or quant_method `fp8` with a `weight_block_size`, or `mxfp4` of gpt_oss";
-
-/// The quantization of the weights; one that is not read is refused.
-pub(super) fn quantization(config: &Fields<'_>) -> Result<Option<Quantization>> {
-    let Some(quantization) = config.object("quantization_config")? else { return Ok(None) };
-    // What some tools leave behind when they dequantize.
-    if quantization.keys().next().is_none() {
-        return Ok(None);
-    }
-    let method = quantization.string("quant_method")?;
-    let block = quantization.integers("weight_block_size", 1, MAX_SIZE)?;
-    match (method, block.as_deref()) {
-        (Some("fp8"), Some([rows, cols])) => return Ok(Some(Quantization::Fp8Blocks { rows: *rows, cols: *cols })),
-        (Some("mxfp4"), _) if config.string("model_type")? == Some("gpt_oss") => return Ok(Some(Quantization::Mxfp4)),
-        _ => {}
-    }
-    let method = match method {
-        Some(method) => {
-            format!("`quantization_config.quant_method` = \"{}\"", method.chars().take(80).collect::<String>())
-        }
-        None => "`quantization_config`".to_string(),
-    };
-    Err(Error::Quantized { file: crate::family::CONFIG.to_string(), method, also: READ_QUANTIZED })
 }
 
 /// Ids of the tokens that end a text, from `generation_config.json` where it names them, else from the config.
@@ -484,7 +458,7 @@ impl Model {
             routing: self.routing,
             layers: self.layers,
             mtp_layers: 0,
-            quantization: quantization(config)?,
+            quantization: formats::quantization(config)?,
             eos_token_ids: eos_token_ids(config, generation)?,
             dtype: dtype(config)?,
         })

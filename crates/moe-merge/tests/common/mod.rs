@@ -121,8 +121,7 @@ pub fn open(dir: impl AsRef<Path>) -> Arc<Checkpoint> {
 
 /// Whether the weights are copied without being dequantized.
 pub fn plain_bytes(model: &Checkpoint) -> bool {
-    let layouts = model.shape().layers.iter().map(|layer| model.expert_layout(layer.layer).unwrap());
-    model.quantization().is_none() && layouts.into_iter().all(|layout| layout != ExpertLayout::Mxfp4)
+    model.quantization().is_none()
 }
 
 /// A model whose experts have their first units only, `widths(layer, expert)` of them: what unit pruning leaves.

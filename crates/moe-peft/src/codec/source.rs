@@ -48,7 +48,7 @@ impl<'a> TaskVector<'a> {
             Self::Checkpoints { base, tuned } => {
                 for checkpoint in [base, tuned] {
                     if let Some(quantization) = checkpoint.quantization() {
-                        let what = format!("a delta of {quantization:?} weights in {}", checkpoint.dir().display());
+                        let what = format!("a delta of {quantization} weights in {}", checkpoint.dir().display());
                         return Err(Error::Unsupported(what));
                     }
                 }
