@@ -111,5 +111,5 @@ pub use statistics::{Counts, Statistics};
 pub use statistics_array::{ArrayKind, Extent, Fold};
 pub use statistics_store::StatisticsStore;
 pub use weights::TensorInfo;
-pub use write::{OnProgress, Progress, WriteOptions, WriteReport, check_output, check_space, write};
+pub use write::{OnProgress, Progress, WriteOptions, WriteReport, check_output, check_room, check_space, write};
 pub use writer::{ShardedWriter, WriterOptions, Written, write_json};

@@ -100,11 +100,18 @@ pub fn check_output(model: &Checkpoint, to: &Path, options: &WriteOptions<'_>) -
         return Err(Error::OutputIsInput { path: to.to_path_buf() });
     }
     OutputDir::check(to, options.existing)?;
-    let existing = to.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
-    if options.existing != Existing::Resume {
-        check_space(existing, model.bytes_on_disk())?;
+    match options.existing {
+        Existing::Resume => Ok(()),
+        _ => check_room(to, model.bytes_on_disk()),
     }
-    Ok(())
+}
+
+/// Checks that the file system of `to`, which need not exist yet, has room for so many bytes.
+///
+/// # Errors
+/// [`Error::NoSpace`].
+pub fn check_room(to: &Path, bytes: u64) -> Result<()> {
+    check_space(to.ancestors().find(|path| path.exists()).unwrap_or(Path::new(".")), bytes)
 }
 
 /// Writes a model to the directory `to`, which appears whole or not at all: work happens in `TO.partial`, which a later call with

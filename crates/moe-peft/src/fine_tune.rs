@@ -198,6 +198,7 @@ impl FineTune {
             }
         };
         let report = engine.run_with(wave, objective, observer)?;
+        self.set.bank().check_read().map_err(into_core)?;
         Ok(BatchLoss { loss: report.loss.unwrap_or(0.0), tokens: report.loss_tokens })
     }
 }

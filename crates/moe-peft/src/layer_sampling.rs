@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     AdapterSet, Error, Installed, Result, Setting, TuningMethod, input_watch,
-    model_weights::{OwnWeights, SampledLayers},
+    model_weights::{Begin, OwnWeights, SampledLayers},
     trainable_tensors::{self, Place},
 };
 
@@ -76,7 +76,7 @@ impl LayerSampling {
     }
 
     /// # Errors
-    /// [`Error::Input`] names the field that is out of range for a model of so many layers.
+    /// [`Error::Input`] names the field that is out of range for a model of so many layers; weights that are negative or all zero.
     pub fn validate(&self, layers: usize) -> Result<()> {
         if self.layers == 0 || self.layers > layers {
             return Err(Error::input("layers", self.layers, format!("1 to the {layers} of the model")));
@@ -95,6 +95,8 @@ impl LayerSampling {
                 format!("{} numbers", weights.len()),
                 format!("one for each of {layers} layers"),
             )),
+            LayerWeights::Given(weights) => normalized(weights.clone()).map(drop),
+            LayerWeights::Linear { first, last } => normalized(linear(*first, *last, layers)).map(drop),
             _ => Ok(()),
         }
     }
@@ -114,10 +116,7 @@ impl LayerSampling {
                 let most = shares.iter().copied().fold(0.0, f64::max);
                 shares.into_iter().map(|p| most - p).collect()
             }
-            LayerWeights::Linear { first, last } => {
-                let step = |l: usize| l as f64 / (layers - 1).max(1) as f64;
-                (0..layers).map(|l| first + (last - first) * step(l)).collect()
-            }
+            LayerWeights::Linear { first, last } => linear(*first, *last, layers),
             LayerWeights::Given(weights) => weights.clone(),
         };
         normalized(weights)
@@ -185,7 +184,7 @@ impl TuningMethod for LayerTurns {
         self.check(on)?;
         let waves = &on.waves[..on.waves.len().min(OUTLIER_WAVES)];
         let probabilities = self.sampling.probabilities(on.model, waves)?;
-        let installed = OwnWeights::full().install(on, set)?;
+        OwnWeights::full().put_into(on.model, set, Begin::Stored)?;
         let group = |map: &&str| ParameterGroup {
             pattern: format!("layers.*.{map}"),
             projection: self.projection,
@@ -194,8 +193,23 @@ impl TuningMethod for LayerTurns {
         };
         let groups = PROJECTED.iter().filter(|_| self.projection.is_some()).map(group).collect();
         let hooks = SampledLayers::new(self.sampling.clone(), probabilities);
-        Ok(Installed { hooks: Some(Box::new(hooks)), groups, ..installed })
+        let hooks = match on.directory {
+            Some(directory) => hooks.parked_in(directory),
+            None => hooks,
+        };
+        Ok(Installed { hooks: Some(Box::new(hooks)), groups, ..Installed::default() })
     }
+
+    fn outline(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        self.check(on)?;
+        OwnWeights::full().outline(on, set)
+    }
+}
+
+/// From `first` to `last` in equal steps.
+fn linear(first: f64, last: f64, layers: usize) -> Vec<f64> {
+    let step = |l: usize| l as f64 / layers.saturating_sub(1).max(1) as f64;
+    (0..layers).map(|l| first + (last - first) * step(l)).collect()
 }
 
 fn normalized(weights: Vec<f64>) -> Result<Vec<f64>> {

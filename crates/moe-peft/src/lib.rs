@@ -69,6 +69,7 @@ pub mod mixture;
 pub mod model_weights;
 mod named_methods;
 mod parameter_bank;
+mod parked_values;
 pub mod peft_files;
 mod recipe;
 mod rewrite;

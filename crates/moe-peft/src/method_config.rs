@@ -1,5 +1,7 @@
 //! All methods as one tagged value, and what each is trained with if nothing else is said.
 
+use std::collections::BTreeMap;
+
 use moe_core::train::{AdamW, Decay, Keep, Optimizer, Schedule, TrainOptions};
 use moe_importance::Calibration;
 use serde::{Deserialize, Serialize};
@@ -8,7 +10,7 @@ use crate::{
     AdapterSet, Installed, Phase, Result, Setting, TuningMethod,
     compressed_experts::CompressedExperts,
     condenser::CondenserTuning,
-    esft::Esft,
+    esft::{Esft, EsftSelection},
     layer_sampling::LayerTurns,
     lora::{Init, LoraConfig},
     mixture::{Gate, MixtureConfig},
@@ -87,6 +89,13 @@ impl TuningMethod for Compressed {
         };
         Ok(installed.and(self.experts.install(on, set)?))
     }
+
+    fn outline(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        if self.own != OwnWeights::default() {
+            self.own.outline(on, set)?;
+        }
+        self.experts.install(on, set)
+    }
 }
 
 /// The experts that `waves` use, counted in a sweep over all of them.
@@ -103,6 +112,17 @@ impl TuningMethod for Esft {
             calibration = calibration.store(directory.join("expert_use"));
         }
         self.select(&self.scores(calibration)?)?.weights().install(on, set)
+    }
+
+    /// All experts, any of which the rows may use.
+    fn outline(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        self.validate()?;
+        let selection = EsftSelection {
+            experts: BTreeMap::new(),
+            shared_experts: self.shared_experts,
+            non_expert_modules: self.non_expert_modules,
+        };
+        OwnWeights { only: None, ..selection.weights() }.outline(on, set)
     }
 }
 
@@ -196,6 +216,10 @@ impl TuningMethod for MethodConfig {
 
     fn phases(&self, steps: usize) -> Vec<Phase> {
         self.method().phases(steps)
+    }
+
+    fn outline(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        self.method().outline(on, set)
     }
 
     fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {

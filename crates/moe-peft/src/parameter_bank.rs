@@ -14,7 +14,7 @@ use burn::tensor::{Device, Tensor};
 use moe_core::{
     host::{self, HostView},
     kernels::outer::add_transposed_product,
-    train::{Parameter, Parameters},
+    train::{Parameter, Parameters, StoredValues},
 };
 
 use crate::{Error, Result};
@@ -23,15 +23,29 @@ use crate::{Error, Result};
 ///
 /// The optimizer owns values and gradients on the host ([`Parameters`]); for a sweep they are [lent](Bank::lend) to the model and then
 /// [returned](Bank::take_back), without a copy on the CPU backend, so that there is one storage of them. Adapters that are only run keep
-/// their values here.
+/// their values here. Values that are not trained at the moment may be stored elsewhere: as the weights of the base that they
+/// [still are](Self::of_base), or in a file.
 pub struct Live {
     name: String,
     shape: [usize; 2],
     device: Device,
-    value: RwLock<Option<Tensor<2>>>,
+    value: RwLock<Held>,
+    /// The values of the base.
+    base: Option<Arc<dyn StoredValues>>,
+    /// Why stored values could not be read in a sweep, which knows no errors.
+    failed: Mutex<Option<moe_core::Error>>,
     gradient: Mutex<Vec<f32>>,
     trained: AtomicBool,
     pieces: usize,
+}
+
+/// Where values are.
+#[derive(Debug)]
+enum Held {
+    Here(Tensor<2>),
+    /// With an optimizer.
+    Lent,
+    Elsewhere(Arc<dyn StoredValues>),
 }
 
 impl fmt::Debug for Live {
@@ -54,16 +68,38 @@ impl Live {
                 format!("{} x {}", shape[0], shape[1]),
             ));
         }
-        let value = RwLock::new(Some(host::from_vec(values, shape, device)));
-        Ok(Arc::new(Self {
+        let value = Held::Here(host::from_vec(values, shape, device));
+        Ok(Arc::new(Self::held(name, shape, value, None, device)))
+    }
+
+    /// Values `[rows, columns]` that are those of the base until they are trained, and take no memory until then.
+    pub fn of_base(
+        name: impl Into<String>,
+        shape: [usize; 2],
+        base: Arc<dyn StoredValues>,
+        device: &Device,
+    ) -> Arc<Self> {
+        Arc::new(Self::held(name.into(), shape, Held::Elsewhere(base.clone()), Some(base), device))
+    }
+
+    fn held(
+        name: String,
+        shape: [usize; 2],
+        value: Held,
+        base: Option<Arc<dyn StoredValues>>,
+        device: &Device,
+    ) -> Self {
+        Self {
             name,
             shape,
             device: device.clone(),
-            value,
+            value: RwLock::new(value),
+            base,
+            failed: Mutex::default(),
             gradient: Mutex::default(),
             trained: AtomicBool::new(true),
             pieces: 1,
-        }))
+        }
     }
 
     /// The same as `pieces` parts of equal length, one after the other, each of which gets a trust ratio of its own from
@@ -91,13 +127,50 @@ impl Live {
         &self.device
     }
 
-    /// The values; shares them. To be dropped before the sweep ends, or the next step copies them.
+    /// The values; shares them, or reads them where they are stored. To be dropped before the sweep ends, or the next step copies them.
+    /// Where they cannot be read they are zeros, and [`Bank::check_read`] says why.
     ///
     /// # Panics
     /// If they were taken back and not lent again: [`Bank`] lends all of them for every sweep.
     pub fn value(&self) -> Tensor<2> {
-        let value = self.value.read().unwrap_or_else(PoisonError::into_inner);
-        value.clone().unwrap_or_else(|| panic!("{} is not lent", self.name))
+        let storage = match &*self.value.read().unwrap_or_else(PoisonError::into_inner) {
+            Held::Here(value) => return value.clone(),
+            Held::Lent => panic!("{} is not lent", self.name),
+            Held::Elsewhere(storage) => storage.clone(),
+        };
+        let len = self.shape[0] * self.shape[1];
+        let values = match storage.read() {
+            Ok(values) if values.len() == len => values,
+            other => {
+                let what = format!("values of {}", self.name);
+                let error = match other {
+                    Ok(values) => moe_core::Error::observer(Error::input(what, values.len(), len)),
+                    Err(error) => error,
+                };
+                self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                vec![0.0; len]
+            }
+        };
+        host::from_vec(values, self.shape, &self.device)
+    }
+
+    /// Whether the values are still those of the base, and not in memory.
+    pub fn is_base(&self) -> bool {
+        match (&*self.value.read().unwrap_or_else(PoisonError::into_inner), &self.base) {
+            (Held::Elsewhere(storage), Some(base)) => Arc::ptr_eq(storage, base),
+            _ => false,
+        }
+    }
+
+    /// Where the values of the base are, if it began [with them](Self::of_base).
+    pub(crate) fn base(&self) -> Option<&Arc<dyn StoredValues>> {
+        self.base.as_ref()
+    }
+
+    /// Bytes of values and gradient that are in memory here.
+    fn bytes(&self) -> u64 {
+        let here = matches!(&*self.value.read().unwrap_or_else(PoisonError::into_inner), Held::Here(_));
+        4 * (usize::from(here) * self.shape[0] * self.shape[1] + self.lock().len()) as u64
     }
 
     /// Whether it is trained at present. What is not needs no gradient.
@@ -136,12 +209,15 @@ impl Live {
 
     /// Whether the adapters have the values, rather than an optimizer.
     pub(crate) fn is_settled(&self) -> bool {
-        self.value.read().unwrap_or_else(PoisonError::into_inner).is_some()
+        !matches!(&*self.value.read().unwrap_or_else(PoisonError::into_inner), Held::Lent)
     }
 
     /// Hands shape and values to a hash.
     pub(crate) fn digest(&self, add: &mut dyn FnMut(&[u8])) {
         self.shape.iter().for_each(|size| add(&(*size as u64).to_le_bytes()));
+        if self.is_base() {
+            return add(b"base");
+        }
         add_values(HostView::new(&self.value()).as_slice(), add);
     }
 
@@ -149,7 +225,7 @@ impl Live {
         self.gradient.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn put(&self, value: Option<Tensor<2>>) -> Option<Tensor<2>> {
+    fn put(&self, value: Held) -> Held {
         std::mem::replace(&mut *self.value.write().unwrap_or_else(PoisonError::into_inner), value)
     }
 }
@@ -220,7 +296,24 @@ impl Bank {
         self.live.values().map(|live| live.shape[0] * live.shape[1]).sum()
     }
 
-    /// Hands all values over to an optimizer: afterwards they are lent for each sweep.
+    /// Bytes of values and gradients that are in memory here, rather than with an optimizer or stored.
+    pub fn bytes(&self) -> u64 {
+        self.live.values().map(|live| live.bytes()).sum()
+    }
+
+    /// Whether all stored values that were asked for since the last call could be read.
+    ///
+    /// # Errors
+    /// What kept them from being read.
+    pub fn check_read(&self) -> Result<()> {
+        let failed = |live: &Arc<Live>| live.failed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match self.live.values().find_map(failed) {
+            Some(error) => Err(error.into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Hands all values over to an optimizer: afterwards they are lent for each sweep. Stored ones stay where they are.
     ///
     /// # Errors
     /// [`Error::Core`] for values that have been handed over before.
@@ -228,8 +321,11 @@ impl Bank {
         self.hand_over();
         let mut parameters = Parameters::new();
         for live in self.live.values() {
-            let values = live.put(None).map(host::into_vec).unwrap_or_default();
-            let mut parameter = Parameter::with_shape(values, live.shape)?;
+            let mut parameter = match live.put(Held::Lent) {
+                Held::Here(values) => Parameter::with_shape(host::into_vec(values), live.shape)?,
+                Held::Lent => Parameter::with_shape(Vec::new(), live.shape)?,
+                Held::Elsewhere(storage) => Parameter::stored(storage, live.shape),
+            };
             if live.pieces > 1 {
                 parameter = parameter.in_groups(live.pieces)?;
             }
@@ -246,10 +342,12 @@ impl Bank {
     pub fn lend(&self, parameters: &mut Parameters, gradients: bool) -> Result<()> {
         self.hand_over();
         for live in self.live.values() {
-            if parameters.get(live.name()).is_none() {
+            let Some(parameter) = parameters.get(live.name()) else { continue };
+            if let Some(storage) = parameter.storage() {
+                live.put(Held::Elsewhere(storage.clone()));
                 continue;
             }
-            live.put(Some(host::from_vec(parameters.lend_values(&live.name)?, live.shape, &live.device)));
+            live.put(Held::Here(host::from_vec(parameters.lend_values(&live.name)?, live.shape, &live.device)));
             if gradients && live.is_trained() {
                 *live.lock() = parameters.lend_gradient(&live.name)?.unwrap_or_default();
             }
@@ -267,7 +365,7 @@ impl Bank {
             if parameters.get(live.name()).is_none() {
                 continue;
             }
-            if let Some(value) = live.put(None) {
+            if let Held::Here(value) = live.put(Held::Lent) {
                 parameters.return_values(&live.name, host::into_vec(value))?;
             }
             let gradient = std::mem::take(&mut *live.lock());
@@ -286,11 +384,11 @@ impl Bank {
         self.lend(&mut parameters, false)
     }
 
-    /// Sets which values are trained from the next step on: those for which `trained` holds. The others keep their values, have no gradient
-    /// and, with `forget`, lose the optimizer's moments.
+    /// Sets which values are trained from the next step on: those for which `trained` holds, which are read if they are stored. The
+    /// others keep their values, have no gradient and, with `forget`, lose the optimizer's moments.
     ///
     /// # Errors
-    /// [`Error::Core`] for names that `parameters` do not have.
+    /// [`Error::Core`] for names that `parameters` do not have, and for what keeps stored values from being read.
     pub fn set_trained(
         &self,
         parameters: &mut Parameters,
@@ -300,6 +398,9 @@ impl Bank {
         for live in self.live.values() {
             let on = trained(live);
             live.set_trained(on);
+            if on {
+                parameters.fetch(&live.name)?;
+            }
             parameters.set_active(&live.name, on)?;
             if forget && !on {
                 parameters.drop_state(&live.name)?;

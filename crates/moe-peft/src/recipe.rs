@@ -145,6 +145,10 @@ impl TuningMethod for Recipe {
         self.method.phases(steps)
     }
 
+    fn outline(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        self.method.outline(on, set)
+    }
+
     fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
         let mut installed = self.method.install(on, set)?;
         if self.router_losses != RouterLosses::default() {

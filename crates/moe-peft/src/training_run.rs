@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use moe_checkpoint::{Existing, WriteOptions, check_output, write, write_json};
+use moe_checkpoint::{Existing, WriteOptions, check_output, check_room, write, write_json};
 use moe_core::{
     Model,
     data::Wave,
@@ -18,7 +18,7 @@ use crate::{
     AdapterSet, Artifacts, Error, FineTune, MethodConfig, Phase, PhaseEnd, Recipe, Result, Setting, TuningMethod,
     compressed_experts::CompressedLayers,
     condenser::Condensers,
-    fold::{Changes, Folded},
+    fold::{Changes, FoldCheck, Folded},
     lora::{LoraWeights, Maps, Targets},
     peft_files,
     trainable::Trainable,
@@ -122,23 +122,52 @@ impl TrainingRun<'_> {
         }
     }
 
-    /// Trains as `recipe` says. If it asks for evaluations, the last twentieth of the waves is evaluated and not trained on.
-    ///
-    /// # Errors
-    /// What is wrong with the recipe for this model and these rows, before anything runs; then what stops training.
-    pub fn train(&self, recipe: &Recipe, tell: OnRunEvent<'_>) -> Result<Trained> {
+    /// Everything that the recipe, the files and the options show to be wrong, before anything is run or written: the phases, and what is
+    /// to be known about what will be written.
+    fn check(&self, recipe: &Recipe) -> Result<(Vec<String>, Vec<Phase>)> {
+        if self.waves.is_empty() {
+            return Err(Error::input("training waves", 0, "at least one"));
+        }
         recipe.check(&self.setting(recipe))?;
         if !matches!(recipe.method, MethodConfig::Mixture(_)) {
             let options = WriteOptions { existing: Existing::Force, ..WriteOptions::default() };
             check_output(self.model.checkpoint(), &self.directory.join(MODEL), &options)?;
         }
-        std::fs::create_dir_all(self.directory).map_err(|source| Error::Io { path: self.directory.into(), source })?;
-        let held_out = match recipe.train.evaluate_every {
+        let phases = recipe.phases(recipe.train.steps(self.waves.len() - self.held_out(recipe)));
+        let mut remarks = Vec::new();
+        for (number, phase) in phases.iter().enumerate() {
+            self.saving(phase).check()?;
+            let mut outline = AdapterSet::new();
+            let setting = Setting { phase: number, ..self.setting(recipe) };
+            let outlined = recipe.outline(&setting, &mut outline)?;
+            let names: Vec<&str> = outline.bank().iter().map(|live| live.name()).collect();
+            recipe.train.check_groups(&names)?;
+            remarks = self.preflight(&outline, &outlined.artifacts)?;
+        }
+        Ok((remarks, phases))
+    }
+
+    fn saving(&self, phase: &Phase) -> Saving {
+        Saving { resume: self.resume, ..Saving::new(self.directory.join(phase.name), self.save_every) }
+    }
+
+    /// Waves that are evaluated and not trained on.
+    fn held_out(&self, recipe: &Recipe) -> usize {
+        match recipe.train.evaluate_every {
             Some(_) if self.waves.len() > 1 => self.waves.len().div_ceil(20),
             _ => 0,
-        };
-        let (waves, held_out) = self.waves.split_at(self.waves.len() - held_out);
-        let phases = recipe.phases(recipe.train.steps(waves.len()));
+        }
+    }
+
+    /// Trains as `recipe` says. If it asks for evaluations, the last twentieth of the waves is evaluated and not trained on.
+    ///
+    /// # Errors
+    /// What is wrong with the recipe for this model and these rows, with the directory, and with what would be written, before anything
+    /// runs; then what stops training.
+    pub fn train(&self, recipe: &Recipe, tell: OnRunEvent<'_>) -> Result<Trained> {
+        let (remarks, phases) = self.check(recipe)?;
+        std::fs::create_dir_all(self.directory).map_err(|source| Error::Io { path: self.directory.into(), source })?;
+        let (waves, held_out) = self.waves.split_at(self.waves.len() - self.held_out(recipe));
         let mut cost = TrainingCost::default();
         let (mut tokens, mut seconds) = (0, 0.0);
         let mut setting = Setting { waves, ..self.setting(recipe) };
@@ -147,7 +176,7 @@ impl TrainingRun<'_> {
             let mut set = AdapterSet::new();
             let installed = recipe.install(&setting, &mut set)?;
             let mut trainable = Trainable::of(self.model, &set).asked_for(&asked_for(&recipe.method));
-            trainable.warnings.extend(self.preflight(&set, &installed.artifacts)?);
+            trainable.warnings.extend(remarks.iter().cloned());
             tell(&RunEvent::Begins { phase, trainable: &trainable })?;
             let mut task = FineTune::new(installed.model(self.model), set.into())?.with_evaluation(held_out.to_vec());
             if let Some(hooks) = installed.hooks {
@@ -156,8 +185,7 @@ impl TrainingRun<'_> {
             let mut options = phase_options(&recipe.train, phase, number);
             options.groups.extend(installed.groups);
             let mut parameters = task.set().bank().parameters()?;
-            let saving =
-                Saving { resume: self.resume, ..Saving::new(self.directory.join(phase.name), self.save_every) };
+            let saving = self.saving(phase);
             let mut log = JsonLines::create(self.directory.join(format!("{}.jsonl", phase.name)))?;
             let before = cost.losses.last().map_or(0, |point| point.step);
             let (mut phase_tokens, mut phase_seconds) = (0, 0.0);
@@ -197,7 +225,9 @@ impl TrainingRun<'_> {
         if artifacts.mixture.is_some() {
             return Ok(vec!["a mixture depends on its input: it stays beside the weights, as an adapter".into()]);
         }
-        Ok(Folded::check(self.model.checkpoint(), set)?.remarks)
+        let FoldCheck { bytes, remarks } = Folded::check(self.model.checkpoint(), set)?;
+        check_room(&self.directory.join(MODEL), bytes)?;
+        Ok(remarks)
     }
 }
 

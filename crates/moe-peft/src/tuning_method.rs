@@ -67,6 +67,17 @@ pub trait TuningMethod: Debug + Send + Sync {
         vec![Phase { name: "training", steps }]
     }
 
+    /// Puts what the phase [`Setting::phase`] may train into `set`, without running the model, with the names and shapes that
+    /// [`install`](Self::install) gives it and any values: everything that such a set can show to be wrong is found before a token is
+    /// read. Where the model has to be run to find out what is trained, all that could be. By default what is installed; whatever runs the
+    /// model to be installed, or is large, says it here. [`Setting::take_before`] gives nothing.
+    ///
+    /// # Errors
+    /// What is wrong with the method for this model.
+    fn outline(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        self.install(on, set)
+    }
+
     /// Puts the phase [`Setting::phase`] into `set`.
     ///
     /// # Errors

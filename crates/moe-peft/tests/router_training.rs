@@ -258,3 +258,35 @@ fn a_balance_loss_over_the_model_has_its_gradient_through_all_layers_and_is_amon
         assert!(losses["router_z"] > 0.0 && losses.len() == 2, "{losses:?}");
     }
 }
+
+/// What transformers 5.24 computes for a row of the bundled model: `load_balancing_loss_func` over the router logits of all four layers, and
+/// over those of each by itself.
+#[test]
+fn a_balance_loss_over_the_model_is_that_of_transformers_and_over_layers_another() {
+    let path = std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../examples/assets/tiny-moe");
+    let base = Model::open(path, &burn::tensor::Device::flex(), None).unwrap();
+    let ids = vec![1683, 1291, 26, 596, 282, 1612, 893, 14, 199];
+    let wave = moe_core::data::Wave { id: 0, sequences: vec![moe_core::data::Sequence::new(ids)] };
+    let by_layer = [8.022_459, 7.925_519, 6.886_038, 5.422_503];
+    let of = |over: BalanceScope| {
+        let balance = Some(BalanceLoss { coefficient: 1.0, form: BalanceForm::Switch, over });
+        let mut set = AdapterSet::new();
+        OwnWeights::router().install(&Setting::new(&base), &mut set).unwrap();
+        let losses = RouterLosses { balance, z: None };
+        let report = losses.install(&Setting::new(&base), &mut set).unwrap().artifacts.router_losses.unwrap();
+        sweep(&base.with_adapters(Arc::new(set)).unwrap(), &wave);
+        report.take().into_values().map(|losses| losses.balance).collect::<Vec<f64>>()
+    };
+    let whole: f64 = of(BalanceScope::Model).iter().sum();
+    assert!((whole - 4.312_094).abs() < 2e-3, "{whole}");
+    let apart = of(BalanceScope::Layer);
+    for (found, expected) in apart.iter().zip(by_layer) {
+        assert!((found - expected).abs() < 2e-3, "{found} {expected}");
+    }
+    let sum: f64 = apart.iter().sum();
+    assert!((sum - 28.256_519).abs() < 5e-3, "{sum}");
+    // Recipes name both, and take that of transformers if they say nothing.
+    let scope = |json: &str| serde_json::from_str::<RouterLosses>(json).unwrap().balance.unwrap().over;
+    assert_eq!(scope(r#"{"balance": {"coefficient": 0.01}}"#), BalanceScope::Model);
+    assert_eq!(scope(r#"{"balance": {"coefficient": 0.01, "over": "layer"}}"#), BalanceScope::Layer);
+}

@@ -48,6 +48,7 @@ mod parameters;
 mod run;
 mod schedule;
 mod state;
+mod stored;
 mod task;
 
 pub use events::{JsonLines, OnEvent, Stop, TrainEvent};
@@ -59,4 +60,5 @@ pub use parameters::{OptimizerState, Parameter, Parameters, StateArray};
 pub use run::{TrainReport, train, train_saved};
 pub use schedule::{Decay, Schedule};
 pub use state::Saving;
+pub use stored::StoredValues;
 pub use task::{BatchLoss, TaskState, TrainingTask};

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Optimizer, ParameterGroup, Parameters, Schedule};
+use super::{Optimizer, ParameterGroup, Schedule};
 use crate::error::{Error, Result};
 
 /// Which parameters training leaves.
@@ -128,9 +128,12 @@ impl TrainOptions {
         steps.min(self.max_steps.unwrap_or(usize::MAX))
     }
 
-    /// Checks that every group has a parameter, unless it may come later.
-    pub(super) fn check_groups(&self, parameters: &Parameters) -> Result<()> {
-        let missing = |group: &&ParameterGroup| !group.later && !parameters.iter().any(|(name, _)| group.matches(name));
+    /// Checks that every group has one of the parameters of these names, unless it may come later.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the pattern that matches none.
+    pub fn check_groups(&self, names: &[&str]) -> Result<()> {
+        let missing = |group: &&ParameterGroup| !group.later && !names.iter().any(|name| group.matches(name));
         match self.groups.iter().find(missing) {
             Some(group) => Err(Error::input("pattern of a parameter group", &group.pattern, "one that matches a name")),
             None => Ok(()),

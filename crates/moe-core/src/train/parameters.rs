@@ -1,10 +1,10 @@
 //! What is trained.
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
 
 use rayon::prelude::*;
 
-use super::{ParameterGroup, Projection};
+use super::{ParameterGroup, Projection, StoredValues, stored::Stored};
 use crate::error::{Error, Result};
 
 /// An array that an optimizer keeps.
@@ -45,11 +45,13 @@ pub(super) struct Settings {
 /// Trainable values with their gradient and what the optimizer remembers.
 ///
 /// Memory is 4 bytes per value, 4 more from its first gradient on, and 8 more from its first step with AdamW on. An inactive parameter has
-/// no gradient.
+/// no gradient, and one whose values are [stored](Parameters::store) elsewhere has no values in memory either.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Parameter {
-    /// The values, row-major; empty while they are lent.
+    /// The values, row-major; empty while they are lent or stored elsewhere.
     pub values: Vec<f32>,
+    /// Where the values are instead.
+    pub(super) stored: Option<Stored>,
     shape: Vec<usize>,
     groups: usize,
     pub(super) gradient: Vec<f32>,
@@ -69,6 +71,7 @@ impl Parameter {
             shape: vec![values.len()],
             groups: 1,
             values,
+            stored: None,
             gradient: Vec::new(),
             touched: false,
             state: OptimizerState::default(),
@@ -89,6 +92,28 @@ impl Parameter {
             return Err(Error::input("shape of a parameter", format!("{shape:?}"), format!("{} values", values.len())));
         }
         Ok(Self { shape, ..Self::new(values) })
+    }
+
+    /// A parameter whose values are elsewhere. It is not trained until they are [fetched](Parameters::fetch) and it is made
+    /// [active](Parameters::set_active).
+    pub fn stored(values: Arc<dyn StoredValues>, shape: impl Into<Vec<usize>>) -> Self {
+        Self { stored: Some(Stored(values)), shape: shape.into(), active: Some(false), ..Self::new(Vec::new()) }
+    }
+
+    /// Where its values are, if that is not in memory.
+    pub fn storage(&self) -> Option<&Arc<dyn StoredValues>> {
+        self.stored.as_ref().map(|stored| &stored.0)
+    }
+
+    /// Its values, wherever they are.
+    ///
+    /// # Errors
+    /// What keeps stored values from being read; [`Error::Input`] for another number of them.
+    pub fn read(&self) -> Result<Cow<'_, [f32]>> {
+        match &self.stored {
+            Some(stored) => stored.read(self.len()).map(Cow::Owned),
+            None => Ok(Cow::Borrowed(&self.values)),
+        }
     }
 
     /// Makes it count as `groups` pieces of equal length, one after the other: each gets a trust ratio of its own from
@@ -164,8 +189,15 @@ impl Parameter {
     }
 }
 
-/// Values by name.
-pub(super) type Snapshot = BTreeMap<String, Vec<f32>>;
+/// Values by name, or where they are.
+pub(super) type Snapshot = BTreeMap<String, Kept>;
+
+/// Values of a parameter as a snapshot keeps them.
+#[derive(Clone, Debug)]
+pub(super) enum Kept {
+    Values(Vec<f32>),
+    Stored(Stored),
+}
 
 /// Named parameters, in the order of their names.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -224,9 +256,16 @@ impl Parameters {
     /// [`drop_state`](Self::drop_state).
     ///
     /// # Errors
-    /// [`Error::Input`] for a name that there is not.
+    /// [`Error::Input`] for a name that there is not, and for making active what is [stored](Self::store).
     pub fn set_active(&mut self, name: &str, active: bool) -> Result<()> {
         let parameter = self.named(name)?;
+        if active && parameter.stored.is_some() {
+            return Err(Error::input(
+                format!("values of parameter {name}"),
+                "stored elsewhere",
+                "fetched, to be trained",
+            ));
+        }
         parameter.active = Some(active);
         if !active {
             (parameter.gradient, parameter.touched) = (Vec::new(), false);
@@ -243,13 +282,44 @@ impl Parameters {
         Ok(())
     }
 
+    /// Frees the memory of the values of a parameter that is not trained now: from now on they are those at `storage`, which has to have
+    /// what the parameter had.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a name that there is not, and for a parameter that is trained now or lent.
+    pub fn store(&mut self, name: &str, storage: Arc<dyn StoredValues>) -> Result<()> {
+        let parameter = self.named(name)?;
+        if parameter.is_active() || parameter.values_lent {
+            let found = if parameter.values_lent { "lent" } else { "trained now" };
+            return Err(Error::input(format!("parameter {name}"), found, "one to be stored: neither lent nor trained"));
+        }
+        (parameter.values, parameter.stored) = (Vec::new(), Some(Stored(storage)));
+        Ok(())
+    }
+
+    /// Reads the values of a parameter into memory, if they are [stored](Self::store).
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a name that there is not; what keeps them from being read.
+    pub fn fetch(&mut self, name: &str) -> Result<()> {
+        let parameter = self.named(name)?;
+        if let Some(stored) = &parameter.stored {
+            parameter.values = stored.read(parameter.len())?;
+            parameter.stored = None;
+        }
+        Ok(())
+    }
+
     /// Takes the values out, to be used where they are needed and given back with [`return_values`](Self::return_values) before the next
     /// step, snapshot or saved state.
     ///
     /// # Errors
-    /// [`Error::Input`] for a name that there is not, or values that are lent already.
+    /// [`Error::Input`] for a name that there is not, or values that are lent already or stored elsewhere.
     pub fn lend_values(&mut self, name: &str) -> Result<Vec<f32>> {
         let parameter = self.named(name)?;
+        if parameter.stored.is_some() {
+            return Err(Error::input(format!("values of parameter {name}"), "stored elsewhere", "values to lend"));
+        }
         if parameter.values_lent {
             return Err(Error::input(format!("values of parameter {name}"), "lent already", "values to lend"));
         }
@@ -365,7 +435,7 @@ impl Parameters {
         };
         match self.by_name.iter().find_map(|(name, p)| Some((name, lent(p)?))) {
             Some((name, what)) => Err(Error::input(format!("{what} of parameter {name}"), "lent", "given back")),
-            None => match self.by_name.iter().find(|(_, p)| p.values.len() != p.len()) {
+            None => match self.by_name.iter().find(|(_, p)| p.stored.is_none() && p.values.len() != p.len()) {
                 Some((name, p)) => Err(Error::input(format!("values of parameter {name}"), p.values.len(), p.len())),
                 None => Ok(()),
             },
@@ -380,14 +450,23 @@ impl Parameters {
 
     /// The values alone.
     pub(super) fn snapshot(&self) -> Snapshot {
-        self.by_name.iter().map(|(name, parameter)| (name.clone(), parameter.values.clone())).collect()
+        let kept = |parameter: &Parameter| match &parameter.stored {
+            Some(stored) => Kept::Stored(stored.clone()),
+            None => Kept::Values(parameter.values.clone()),
+        };
+        self.by_name.iter().map(|(name, parameter)| (name.clone(), kept(parameter))).collect()
     }
 
     /// Takes back the values of a [`snapshot`](Self::snapshot).
     pub(super) fn restore(&mut self, snapshot: Snapshot) {
-        for (name, values) in snapshot {
-            if let Some(parameter) = self.by_name.get_mut(&name).filter(|parameter| parameter.len() == values.len()) {
-                parameter.values = values;
+        for (name, kept) in snapshot {
+            let Some(parameter) = self.by_name.get_mut(&name) else { continue };
+            match kept {
+                Kept::Values(values) if values.len() == parameter.len() => {
+                    (parameter.values, parameter.stored) = (values, None);
+                }
+                Kept::Values(_) => {}
+                Kept::Stored(stored) => (parameter.values, parameter.stored) = (Vec::new(), Some(stored)),
             }
         }
     }
@@ -451,6 +530,38 @@ mod tests {
         assert_eq!(parameters.lend_gradient("a").unwrap(), None);
         parameters.set_active("a", true).unwrap();
         assert_eq!(parameters.gradient_mut("a").unwrap(), [0.0; 6]);
+    }
+
+    #[derive(Debug)]
+    struct Sevens(usize);
+
+    impl StoredValues for Sevens {
+        fn read(&self) -> Result<Vec<f32>> {
+            Ok(vec![7.0; self.0])
+        }
+    }
+
+    #[test]
+    fn values_that_are_stored_take_no_memory_until_they_are_fetched() {
+        let mut parameters = Parameters::new();
+        parameters.insert("a", vec![1.0; 6]);
+        parameters.add("b", Parameter::stored(Arc::new(Sevens(4)), [2, 2]));
+        assert_eq!((parameters.bytes(), parameters.len(), parameters.active_len()), (24, 10, 6));
+        parameters.check_returned().unwrap();
+        assert_eq!(*parameters.get("b").unwrap().read().unwrap(), [7.0; 4]);
+        assert!(parameters.set_active("b", true).unwrap_err().to_string().contains("stored elsewhere"));
+        assert!(parameters.lend_values("b").unwrap_err().to_string().contains("stored elsewhere"));
+        let before = parameters.snapshot();
+        parameters.fetch("b").unwrap();
+        parameters.set_active("b", true).unwrap();
+        parameters.get_mut("b").unwrap().values[0] = 1.0;
+        assert_eq!((parameters.bytes(), parameters.active_len()), (40, 10));
+        assert!(parameters.store("b", Arc::new(Sevens(4))).unwrap_err().to_string().contains("trained now"));
+        parameters.restore(before);
+        assert_eq!((parameters.bytes(), &*parameters.get("b").unwrap().read().unwrap()), (24, &[7.0f32; 4][..]));
+        parameters.set_active("a", false).unwrap();
+        parameters.store("a", Arc::new(Sevens(5))).unwrap();
+        assert!(parameters.fetch("a").unwrap_err().to_string().contains("5"));
     }
 
     #[test]

@@ -65,7 +65,8 @@ pub fn train_saved(
         return Err(Error::input("training waves", 0, "at least one"));
     }
     parameters.check_returned()?;
-    options.check_groups(parameters)?;
+    let names: Vec<&str> = parameters.iter().map(|(name, _)| name).collect();
+    options.check_groups(&names)?;
     let directory = match saving {
         Some(saving) => Some(StateDir::open(saving, signature(options, waves, parameters)?)?),
         None => None,

@@ -60,6 +60,11 @@ impl TuningMethod for CondenserTuning {
         vec![Phase { name: "bias", steps: first }, Phase { name: "condensers", steps: second }]
     }
 
+    fn outline(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        self.check(on)?;
+        self.weights.outline(on, set)
+    }
+
     fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
         self.check(on)?;
         let installed = self.weights.install(on, set)?;

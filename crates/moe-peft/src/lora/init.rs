@@ -32,16 +32,28 @@ impl LoraConfig {
         Ok(weights)
     }
 
+    /// The same with other values, for which no weight is read.
+    pub(crate) fn outlined(&self, maps: &Maps<'_>) -> Result<LoraWeights> {
+        let mut weights = LoraWeights { dropout: self.lora_dropout, config: self.clone(), ..LoraWeights::default() };
+        for (map, Share { rank, alpha }) in self.targets(maps)? {
+            let missing = || Error::input("an adapted map", map, "a map of the model");
+            let [out, inputs] = maps.dims(map).ok_or_else(missing)?;
+            let (a, b) = (vec![0.0; rank * inputs], vec![0.0; out * rank]);
+            let changes = self.init_lora_weights.changes_base();
+            let start = changes.then(|| Start { a: a.clone(), b: b.clone(), rank });
+            let magnitude = self.use_dora.then(|| vec![1.0; out]);
+            let low = LowRank::new(a, b, rank, alpha);
+            weights.maps.insert(map, LowRank { rslora: self.use_rslora, start, magnitude, ..low });
+        }
+        Ok(weights)
+    }
+
     fn begin(&self, maps: &Maps<'_>, map: Map, share: Share, covariances: Option<&Covariances>) -> Result<LowRank> {
         let Share { rank, alpha } = share;
         let dims = maps.dims(map).ok_or_else(|| Error::input("an adapted map", map, "a map of the model"))?;
         let [out, inputs] = dims;
         let mut random = random(self.seed, &maps.path(map, Naming::PerExpert));
         let decomposed = self.init_lora_weights.changes_base();
-        if decomposed && rank > out.min(inputs) {
-            let expected = format!("at most {}, the smaller side of its {out} x {inputs}", out.min(inputs));
-            return Err(Error::input(format!("rank of {map}"), rank, expected));
-        }
         let s = scale(alpha, rank, self.use_rslora);
         let (a, b) = match self.init_lora_weights {
             Init::Kaiming => (kaiming(&mut random, rank, inputs), vec![0.0; out * rank]),

@@ -147,6 +147,12 @@ impl TuningMethod for LoraConfig {
         self.targets(&Maps::new(on.model.checkpoint())).map(drop)
     }
 
+    fn outline(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        let maps = Maps::new(on.model.checkpoint());
+        let lora = Lora::install(set, &maps, &[("default", self.outlined(&maps)?)], on.model.device())?;
+        Ok(Artifacts { lora: Some(Arc::new(lora)), ..Artifacts::default() }.into())
+    }
+
     fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
         let maps = Maps::new(on.model.checkpoint());
         let covariances = match self.init_lora_weights {

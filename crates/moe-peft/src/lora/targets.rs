@@ -33,7 +33,8 @@ impl LoraConfig {
     /// experts, too.
     ///
     /// # Errors
-    /// [`Error::Input`] for a malformed pattern, a name that matches nothing, a map that is named in two ways.
+    /// [`Error::Input`] for a malformed pattern, a name that matches nothing, a map that is named in two ways, and a rank above what a
+    /// decomposition of a weight gives.
     pub fn targets(&self, maps: &Maps<'_>) -> Result<BTreeMap<Map, Share>> {
         self.validate()?;
         let ranks = Compiled::new("rank_pattern", &self.rank_pattern)?;
@@ -114,6 +115,15 @@ impl LoraConfig {
         let odd = found.iter().find(|(_, share)| !share.rank.is_multiple_of(2));
         if let (super::Init::Orthogonal, Some((map, share))) = (self.init_lora_weights, odd) {
             return Err(Error::input(format!("rank of {map}"), share.rank, "an even one for \"orthogonal\""));
+        }
+        if self.init_lora_weights.changes_base() {
+            for (map, Share { rank, .. }) in &found {
+                let [out, inputs] = maps.dims(*map).unwrap_or_default();
+                if *rank > out.min(inputs) {
+                    let expected = format!("at most {}, the smaller side of its {out} x {inputs}", out.min(inputs));
+                    return Err(Error::input(format!("rank of {map}"), rank, expected));
+                }
+            }
         }
         Ok(found)
     }

@@ -11,7 +11,8 @@ use moe_core::{
 
 use crate::Live;
 
-/// A weight `[out, in]` in place of the checkpoint's, all of it trained: `dw = dy^T x`.
+/// A weight `[out, in]` in place of the checkpoint's, all of it trained: `dw = dy^T x`. As long as its values are
+/// [those of the base](Live::is_base), the base runs in its stored form.
 #[derive(Debug)]
 pub struct OwnMatrix(pub Arc<Live>);
 
@@ -21,18 +22,31 @@ impl LinearAdapter for OwnMatrix {
     }
 
     fn replaces(&self) -> bool {
-        true
+        !self.0.is_base()
     }
 
     fn trained(&self) -> usize {
         if self.0.is_trained() { self.0.shape().iter().product() } else { 0 }
     }
 
-    fn forward(&self, _: &Weight, x: &Tensor<2>, _: Tokens<'_>) -> Tensor<2> {
+    fn forward(&self, base: &Weight, x: &Tensor<2>, tokens: Tokens<'_>) -> Tensor<2> {
+        if self.0.is_base() {
+            return base.forward_for(x, None, tokens);
+        }
         x.clone().matmul(self.0.value().transpose())
     }
 
-    fn backward(&self, _: &Weight, x: &Tensor<2>, dy: &Tensor<2>, _: Tokens<'_>, wanted: Wanted) -> Option<Tensor<2>> {
+    fn backward(
+        &self,
+        base: &Weight,
+        x: &Tensor<2>,
+        dy: &Tensor<2>,
+        _: Tokens<'_>,
+        wanted: Wanted,
+    ) -> Option<Tensor<2>> {
+        if self.0.is_base() {
+            return wanted.input.then(|| base.backward(dy));
+        }
         let [rows, columns] = self.0.shape();
         if wanted.parameters && self.0.is_trained() {
             self.0.add_product(dy, 0..rows, x, 0..columns, 1.0);
@@ -40,8 +54,8 @@ impl LinearAdapter for OwnMatrix {
         wanted.input.then(|| dy.clone().matmul(self.0.value()))
     }
 
-    fn matrix(&self, _: &Weight) -> Option<Tensor<2>> {
-        Some(self.0.value())
+    fn matrix(&self, base: &Weight) -> Option<Tensor<2>> {
+        Some(if self.0.is_base() { base.to_tensor() } else { self.0.value() })
     }
 
     fn digest(&self, add: &mut dyn FnMut(&[u8])) {

@@ -20,10 +20,25 @@ pub use blocks::{Block, OwnBlocks};
 pub use matrix::{OwnEmbedding, OwnMatrix, OwnVector};
 pub use sampled::SampledLayers;
 
+use moe_core::train::StoredValues;
+
 use crate::{
     AdapterSet, Error, Installed, Live, Result, Setting, TuningMethod,
+    parked_values::OfCheckpoint,
     trainable_tensors::{self, Place},
 };
+
+/// Where the values of weights begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Begin {
+    /// In memory, as f32.
+    InMemory,
+    /// In the checkpoint, where matrices of layers stay in their stored form until they are trained. What always trains, and what is
+    /// small, is in memory.
+    Stored,
+    /// In the checkpoint, all of them: to see what would be trained.
+    Outlined,
+}
 
 /// Which of a model's own weights are trained. By default none are.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -158,7 +173,7 @@ impl OwnWeights {
 
     /// Puts the weights into a set, where they are trained. Experts that share a set of weights in a grouped checkpoint are trained each by
     /// itself.
-    fn put_into(&self, model: &Model, set: &mut AdapterSet) -> Result<()> {
+    pub(crate) fn put_into(&self, model: &Model, set: &mut AdapterSet, begin: Begin) -> Result<()> {
         let checkpoint = model.checkpoint();
         let mut any = false;
         for Place { site, dims } in
@@ -167,19 +182,20 @@ impl OwnWeights {
             if dims.contains(&0) {
                 continue;
             }
-            let live = Live::new(site.path(), dims, trainable_tensors::read(checkpoint, site)?, model.device())?;
+            let stored = || OfCheckpoint::Map(checkpoint.clone(), site);
+            let live = live(model, site.path(), dims, begin != Begin::InMemory, stored)?;
             set.bank_mut().insert(live.clone())?;
             set.add(site, Arc::new(OwnMatrix(live)))?;
             any = true;
         }
         for vector in trainable_tensors::vectors(checkpoint).into_iter().filter(|v| self.has_vector(v.depth, v.norm)) {
-            let values = checkpoint.read_f32(vector.role)?;
-            let live = Live::new(vector_name(vector.role), [1, vector.len], values, model.device())?;
+            let stored = || OfCheckpoint::Vector(checkpoint.clone(), vector.role);
+            let live = live(model, vector_name(vector.role), [1, vector.len], begin == Begin::Outlined, stored)?;
             set.bank_mut().insert(live.clone())?;
             set.add_vector(vector.role, vector.depth, Arc::new(OwnVector(live)))?;
             any = true;
         }
-        any |= self.attach_vocabulary(model, set)?;
+        any |= self.attach_vocabulary(model, set, begin == Begin::Outlined)?;
         if !any {
             let expected = "a part that the model has; nothing would be trained";
             return Err(Error::input("trained weights", format!("{self:?}"), expected));
@@ -188,7 +204,7 @@ impl OwnWeights {
         Ok(())
     }
 
-    fn attach_vocabulary(&self, model: &Model, set: &mut AdapterSet) -> Result<bool> {
+    fn attach_vocabulary(&self, model: &Model, set: &mut AdapterSet, outlined: bool) -> Result<bool> {
         let (checkpoint, config) = (model.checkpoint(), model.config());
         let tied = tied(checkpoint)?;
         let (embeddings, head) = match tied {
@@ -199,9 +215,9 @@ impl OwnWeights {
         let mut blocks = |role: Role, name: &str| -> Result<Vec<Arc<Live>>> {
             let mut lives = Vec::new();
             for rows in &ranges {
-                let values = checkpoint.read_f32_rows(role, rows.clone())?;
                 let name = format!("{name}.rows_{}_{}", rows.start, rows.end);
-                let live = Live::new(name, [rows.len(), config.hidden_size], values, model.device())?;
+                let stored = || OfCheckpoint::Rows(checkpoint.clone(), role, rows.clone());
+                let live = live(model, name, [rows.len(), config.hidden_size], outlined, stored)?;
                 set.bank_mut().insert(live.clone())?;
                 lives.push(live);
             }
@@ -233,8 +249,28 @@ impl TuningMethod for OwnWeights {
 
     fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
         self.check(on)?;
-        self.put_into(on.model, set)?;
+        self.put_into(on.model, set, Begin::InMemory)?;
         Ok(Installed::default())
+    }
+
+    fn outline(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        self.check(on)?;
+        self.put_into(on.model, set, Begin::Outlined)?;
+        Ok(Installed::default())
+    }
+}
+
+/// Values of a checkpoint, read now or left there.
+fn live(
+    model: &Model,
+    name: String,
+    shape: [usize; 2],
+    leave: bool,
+    stored: impl FnOnce() -> OfCheckpoint,
+) -> Result<Arc<Live>> {
+    match leave {
+        true => Ok(Live::of_base(name, shape, Arc::new(stored()), model.device())),
+        false => Live::new(name, shape, stored().read()?, model.device()),
     }
 }
 

@@ -12,6 +12,7 @@ use super::{Warmup, sum_gradients};
 use crate::{
     AdapterSet, Artifacts, Error, Installed, Live, Phase, Result, Setting, TrainingHooks, TuningMethod,
     model_weights::{Block, OwnBlocks, OwnEmbedding, OwnMatrix, OwnVector, OwnWeights, tied, vector_name},
+    parked_values::OfCheckpoint,
     smt::{BlockScores, BlockSelection, Smt},
     trainable_tensors::{self, Place},
 };
@@ -94,7 +95,7 @@ impl Smt {
             let own = warm.remove(&site.path());
             match (selection.get(&site), own) {
                 (Some(blocks), own) => {
-                    let name = format!("{}.blocks", site.path());
+                    let name = blocks_name(site);
                     let matrix = match &own {
                         Some(values) => values.clone(),
                         None => trainable_tensors::read(checkpoint, site)?,
@@ -205,6 +206,23 @@ impl TuningMethod for Smt {
         }
     }
 
+    /// All maps whose blocks may be chosen.
+    fn outline(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        self.check(on)?;
+        if self.warmup == Warmup::FullFineTuning && on.phase == 0 {
+            return self.warmup_weights().outline(on, set);
+        }
+        let checkpoint = on.model.checkpoint();
+        let maps = trainable_tensors::linear_maps(checkpoint).into_iter();
+        for Place { site, dims } in maps.filter(|map| self.targets(map.site) && !map.dims.contains(&0)) {
+            let stored = Arc::new(OfCheckpoint::Map(checkpoint.clone(), site));
+            let live = Live::of_base(blocks_name(site), dims, stored, on.model.device());
+            set.bank_mut().insert(live.clone())?;
+            set.add(site, Arc::new(OwnMatrix(live)))?;
+        }
+        Ok(Installed::default())
+    }
+
     fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
         self.check(on)?;
         let (selection, warmed) = match (self.warmup, on.take_before()) {
@@ -225,6 +243,11 @@ impl TuningMethod for Smt {
         self.install_blocks(on.model, &selection, warmed, set)?;
         Ok(Installed::default())
     }
+}
+
+/// Name of the trained blocks of a map among the parameters.
+fn blocks_name(site: Site) -> String {
+    format!("{}.blocks", site.path())
 }
 
 fn frozen(name: &str, shape: [usize; 2], values: Vec<f32>, device: &burn::tensor::Device) -> Result<Arc<Live>> {

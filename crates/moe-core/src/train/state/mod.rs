@@ -10,6 +10,7 @@ mod tensors;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use moe_checkpoint::{SafetensorsFile, write_atomic};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -21,8 +22,8 @@ use tensors::{TEMPORARY, Values};
 use super::events::{ROW, auxiliary_names};
 use super::guard::Guard;
 use super::keeper::Figures;
-use super::parameters::Snapshot;
-use super::{OptimizerState, Parameter, Parameters, StateArray, Stop, TaskState, TrainEvent};
+use super::parameters::{Kept, Snapshot};
+use super::{OptimizerState, Parameter, Parameters, StateArray, Stop, StoredValues, TaskState, TrainEvent};
 use crate::error::{Error, Result};
 
 /// Version of the format.
@@ -45,6 +46,28 @@ impl Saving {
     /// Every `every` steps into `directory`, the last two kept, going on with what is there.
     pub fn new(directory: impl Into<PathBuf>, every: usize) -> Self {
         Self { directory: directory.into(), every: Some(every), keep: 2, resume: true }
+    }
+
+    /// Whether a run could begin there, as far as files show it: to be asked before work that leads up to it.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for numbers out of range, [`Error::State`] for the state of an earlier run that is not to be gone on with.
+    pub fn check(&self) -> Result<()> {
+        for (field, count) in [("every", self.every.unwrap_or(1)), ("keep", self.keep)] {
+            if count == 0 {
+                return Err(Error::input(format!("{field} of saving"), 0, "at least 1"));
+            }
+        }
+        match self.directory.exists() && !self.resume {
+            true => match steps_in(&self.directory)?.last() {
+                Some(step) => {
+                    let found = format!("the state of step {step}");
+                    Err(Error::state(&self.directory, "directory", found, "none, or to go on with it"))
+                }
+                None => Ok(()),
+            },
+            false => Ok(()),
+        }
     }
 }
 
@@ -105,6 +128,9 @@ struct ParameterRecord {
     shape: Vec<usize>,
     groups: usize,
     active: Option<bool>,
+    /// Whether its values were not in memory.
+    #[serde(default)]
+    stored: bool,
     steps: u64,
     arrays: BTreeMap<String, Vec<usize>>,
     scalars: BTreeMap<String, u64>,
@@ -118,6 +144,20 @@ pub(super) struct Saved {
     pub task: TaskState,
 }
 
+/// Values in the file of a state. Whoever stores values elsewhere takes them out of it before the next state is saved: old files go.
+#[derive(Debug)]
+struct InState {
+    file: Arc<SafetensorsFile>,
+    name: String,
+    shape: Vec<usize>,
+}
+
+impl StoredValues for InState {
+    fn read(&self) -> Result<Vec<f32>> {
+        tensors::f32(&self.file, &self.name, &self.shape)
+    }
+}
+
 /// A directory of states, locked by this process.
 pub(super) struct StateDir {
     directory: PathBuf,
@@ -129,11 +169,7 @@ pub(super) struct StateDir {
 impl StateDir {
     /// Opens the directory, and checks the last state that is to be gone on with.
     pub fn open(saving: &Saving, signature: Value) -> Result<Self> {
-        for (field, count) in [("every", saving.every.unwrap_or(1)), ("keep", saving.keep)] {
-            if count == 0 {
-                return Err(Error::input(format!("{field} of saving"), 0, "at least 1"));
-            }
-        }
+        saving.check()?;
         let directory = saving.directory.clone();
         fs::create_dir_all(&directory).map_err(Error::io(&directory))?;
         let path = directory.join(".lock");
@@ -141,12 +177,9 @@ impl StateDir {
         if let Err(TryLockError::WouldBlock) = lock.try_lock() {
             return Err(Error::state(&directory, "directory", "one that another process trains in", "one of its own"));
         }
-        let states = Self { directory, keep: saving.keep, signature, _lock: lock };
-        if let Some(step) = states.steps()?.last().filter(|_| !saving.resume) {
-            let found = format!("the state of step {step}");
-            return Err(Error::state(&states.directory, "directory", found, "none, or to go on with it"));
-        }
-        Ok(states)
+        // Again, now that no other process can leave one.
+        saving.check()?;
+        Ok(Self { directory, keep: saving.keep, signature, _lock: lock })
     }
 
     /// The last state.
@@ -179,15 +212,24 @@ impl StateDir {
         if bytes != file.bytes {
             return Err(Error::state(&tensors, "length", format!("{bytes} bytes"), format!("{} bytes", file.bytes)));
         }
-        let reader = SafetensorsFile::open(&tensors)?;
+        let reader = Arc::new(SafetensorsFile::open(&tensors)?);
         let array = |name: String, shape: &Vec<usize>| -> Result<StateArray> {
             Ok(StateArray { values: tensors::f32(&reader, &name, shape)?, shape: shape.clone() })
         };
         let gone: Vec<String> = parameters.iter().map(|(name, _)| name.to_string()).collect();
         gone.iter().for_each(|name| drop(parameters.remove(name)));
         for (name, record) in &file.parameters {
-            let values = array(format!("values/{name}"), &record.shape)?.values;
-            let mut parameter = Parameter::restored(values, record.shape.clone(), record.groups)?;
+            let of_file = format!("values/{name}");
+            let mut parameter = match record.stored {
+                true => {
+                    let values = InState { file: reader.clone(), name: of_file, shape: record.shape.clone() };
+                    Parameter::stored(Arc::new(values), record.shape.clone()).in_groups(record.groups)?
+                }
+                false => {
+                    let values = array(of_file, &record.shape)?.values;
+                    Parameter::restored(values, record.shape.clone(), record.groups)?
+                }
+            };
             let mut state =
                 OptimizerState { steps: record.steps, scalars: record.scalars.clone(), ..OptimizerState::default() };
             for (key, shape) in &record.arrays {
@@ -218,7 +260,7 @@ impl StateDir {
         let mut records = BTreeMap::new();
         for (name, parameter) in parameters.iter() {
             let (shape, state) = (parameter.shape().to_vec(), parameter.state());
-            tensors.push((format!("values/{name}"), shape.clone(), Values::F32(&parameter.values)));
+            tensors.push((format!("values/{name}"), shape.clone(), Values::Of(parameter)));
             for (key, array) in &state.arrays {
                 tensors.push((format!("state/{name}/{key}"), array.shape.clone(), Values::F32(&array.values)));
             }
@@ -226,6 +268,7 @@ impl StateDir {
                 shape,
                 groups: parameter.groups(),
                 active: parameter.active,
+                stored: parameter.stored.is_some(),
                 steps: state.steps,
                 arrays: state.arrays.iter().map(|(key, array)| (key.clone(), array.shape.clone())).collect(),
                 scalars: state.scalars.clone(),
@@ -264,7 +307,7 @@ impl StateDir {
     pub fn write_best(&self, step: usize, parameters: &Parameters) -> Result<()> {
         let mut tensors = Vec::new();
         for (name, parameter) in parameters.iter() {
-            tensors.push((name.to_string(), parameter.shape().to_vec(), Values::F32(&parameter.values)));
+            tensors.push((name.to_string(), parameter.shape().to_vec(), Values::Of(parameter)));
         }
         tensors::write(&self.best(step), &tensors).map(drop)
     }
@@ -272,7 +315,7 @@ impl StateDir {
     /// Values written by [`write_best`](Self::write_best).
     pub fn read_best(&self, step: usize) -> Result<Snapshot> {
         let file = SafetensorsFile::open(self.best(step))?;
-        file.tensors().map(|tensor| Ok((tensor.name.clone(), file.f32(&tensor.name)?))).collect()
+        file.tensors().map(|tensor| Ok((tensor.name.clone(), Kept::Values(file.f32(&tensor.name)?)))).collect()
     }
 
     /// Removes states that are too old, best values that no state that is left refers to, and what killed processes left.
@@ -303,18 +346,12 @@ impl StateDir {
         Ok(())
     }
 
-    /// Steps of the states that are there, ascending.
     fn steps(&self) -> Result<Vec<usize>> {
-        let step = |name: &String| name.strip_prefix("step-")?.strip_suffix(".json")?.parse().ok();
-        let mut steps: Vec<usize> = self.names()?.iter().filter_map(step).collect();
-        steps.sort();
-        Ok(steps)
+        steps_in(&self.directory)
     }
 
     fn names(&self) -> Result<Vec<String>> {
-        let entries = fs::read_dir(&self.directory).map_err(Error::io(&self.directory))?;
-        let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
-        names.collect::<std::io::Result<_>>().map_err(Error::io(&self.directory))
+        names_in(&self.directory)
     }
 
     fn path(&self, step: usize, extension: &str) -> PathBuf {
@@ -324,6 +361,20 @@ impl StateDir {
     fn best(&self, step: usize) -> PathBuf {
         self.directory.join(format!("best-{step:06}.safetensors"))
     }
+}
+
+/// Steps of the states of a directory, ascending.
+fn steps_in(directory: &Path) -> Result<Vec<usize>> {
+    let step = |name: &String| name.strip_prefix("step-")?.strip_suffix(".json")?.parse().ok();
+    let mut steps: Vec<usize> = names_in(directory)?.iter().filter_map(step).collect();
+    steps.sort();
+    Ok(steps)
+}
+
+fn names_in(directory: &Path) -> Result<Vec<String>> {
+    let entries = fs::read_dir(directory).map_err(Error::io(directory))?;
+    let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+    names.collect::<std::io::Result<_>>().map_err(Error::io(directory))
 }
 
 fn remove(path: &Path) -> Result<()> {

@@ -23,7 +23,7 @@ pub(in crate::train) fn signature(options: &TrainOptions, waves: &[Wave], parame
     let data = json!({ "waves": waves.len(), "tokens": tokens, "digest": data.finalize().to_hex().to_string() });
     let mut by_name = Map::new();
     for (name, parameter) in parameters.iter() {
-        let digest = blake3::hash(bytemuck::cast_slice(&parameter.values)).to_hex().to_string();
+        let digest = blake3::hash(bytemuck::cast_slice(&parameter.read()?)).to_hex().to_string();
         let (shape, groups) = (parameter.shape(), parameter.groups());
         by_name.insert(name.into(), json!({ "shape": shape, "groups": groups, "start": digest }));
     }

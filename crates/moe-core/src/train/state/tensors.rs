@@ -1,12 +1,15 @@
 //! Files of tensors that are written and read one tensor at a time, so that memory holds nothing twice.
 
+use std::borrow::Cow;
+use std::cell::RefCell;
 use std::fs::{self, File};
 use std::path::Path;
 
 use moe_checkpoint::SafetensorsFile;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::{Dtype, View};
 
 use crate::error::{Error, Result};
+use crate::train::Parameter;
 
 /// Suffix of a file that is being written.
 pub(super) const TEMPORARY: &str = ".tmp";
@@ -16,23 +19,73 @@ pub(super) const TEMPORARY: &str = ".tmp";
 pub(super) enum Values<'a> {
     F32(&'a [f32]),
     F64(&'a [f64]),
+    /// Those of a parameter, which are read when it is their turn if they are not in memory.
+    Of(&'a Parameter),
+}
+
+/// A tensor that is written.
+struct Tensor<'a> {
+    shape: &'a [usize],
+    values: Values<'a>,
+    /// Why values could not be read: the writer knows no errors.
+    failed: &'a RefCell<Option<Error>>,
+}
+
+impl View for Tensor<'_> {
+    fn dtype(&self) -> Dtype {
+        match self.values {
+            Values::F64(_) => Dtype::F64,
+            Values::F32(_) | Values::Of(_) => Dtype::F32,
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let values = match self.values {
+            Values::F32(values) => return bytemuck::cast_slice(values).into(),
+            Values::F64(values) => return bytemuck::cast_slice(values).into(),
+            Values::Of(parameter) => parameter.read(),
+        };
+        match values {
+            Ok(Cow::Borrowed(values)) => bytemuck::cast_slice(values).into(),
+            Ok(Cow::Owned(values)) => bytemuck::cast_slice(&values).to_vec().into(),
+            Err(error) => {
+                self.failed.borrow_mut().get_or_insert(error);
+                vec![0; self.data_len()].into()
+            }
+        }
+    }
+
+    fn data_len(&self) -> usize {
+        match self.values {
+            Values::F32(values) => 4 * values.len(),
+            Values::F64(values) => 8 * values.len(),
+            Values::Of(parameter) => 4 * parameter.len(),
+        }
+    }
 }
 
 /// Writes a safetensors file under another name, syncs it, and gives it its name.
 pub(super) fn write(path: &Path, tensors: &[(String, Vec<usize>, Values<'_>)]) -> Result<u64> {
     let temporary = path.with_added_extension(&TEMPORARY[1..]);
+    let failed = RefCell::new(None);
     let mut views = Vec::with_capacity(tensors.len());
     for (name, shape, values) in tensors {
-        let (dtype, bytes): (_, &[u8]) = match values {
-            Values::F32(values) => (Dtype::F32, bytemuck::cast_slice(values)),
-            Values::F64(values) => (Dtype::F64, bytemuck::cast_slice(values)),
-        };
-        let view = TensorView::new(dtype, shape.clone(), bytes)
-            .map_err(|error| Error::state(path, name, error, format!("values of shape {shape:?}")))?;
-        views.push((name, view));
+        let tensor = Tensor { shape, values: *values, failed: &failed };
+        if tensor.data_len() != shape.iter().product::<usize>() * tensor.dtype().bitsize() / 8 {
+            let found = format!("{} bytes", tensor.data_len());
+            return Err(Error::state(path, name, found, format!("values of shape {shape:?}")));
+        }
+        views.push((name, tensor));
     }
     safetensors::serialize_to_file(views, None, &temporary)
         .map_err(|error| Error::io(&temporary)(std::io::Error::other(error)))?;
+    if let Some(error) = failed.take() {
+        return Err(error);
+    }
     let sync = || -> std::io::Result<u64> {
         let file = File::open(&temporary)?;
         file.sync_all()?;
