@@ -30,7 +30,7 @@ pub struct Arguments {
     #[arg(long)]
     pub out: PathBuf,
     /// Models to leave out; repeatable
-    #[arg(long, default_values_t = [String::from("qwen3_moe_long")])]
+    #[arg(long)]
     pub skip: Vec<String>,
     /// One JSON object on stdout
     #[arg(long)]
@@ -143,6 +143,10 @@ pub fn export(from: &Arc<Checkpoint>, kind: Kind, to: &Path) -> Result<bool> {
     let groups = routing.groups().map_or(1, |groups| groups.count);
     let plain = |form| PruneOptions { mtp: Some(Mtp::Drop), allow_unaligned: true, ..PruneOptions::new(form) };
     let mut how;
+    let narrows = matches!(kind, Kind::Uniform | Kind::Pieces | Kind::FineGrained);
+    if narrows && from.family().shared_follows_width() {
+        return Ok(false);
+    }
     let (plan, options) = match kind {
         Kind::Uniform | Kind::Masked => {
             let plan = UnitPruner::new(Scope::Expert).prune(&magnitude(from)?, shape, Budget::Ratio(0.5), &none)?.plan;

@@ -42,6 +42,14 @@ pub struct ModelConfig {
     pub attention: AttentionConfig,
     /// Rotary position embedding.
     pub rope: RopeConfig,
+    /// Attention of the layers with a [window](LayerConfig::sliding_window), in families where it is another one than that of the others.
+    pub local: Option<Box<LocalAttention>>,
+    /// Where the norms of both halves of a layer are.
+    pub placement: NormPlacement,
+    /// Whether every layer multiplies its whole output by a factor of its own.
+    pub layer_scale: bool,
+    /// Bound `c` of the logits, `c * tanh(logit / c)`.
+    pub logit_cap: Option<f64>,
     /// How routed experts are selected and weighted.
     pub routing: Routing,
     /// Decoder layers in order.
@@ -89,6 +97,31 @@ impl ModelConfig {
         MoeShape { hidden_size: self.hidden_size, top_k: self.routing.top_k, layers: layers.collect() }
     }
 
+    /// Softmax attention of a decoder layer that has it.
+    pub fn attention_of(&self, layer: usize) -> &AttentionConfig {
+        self.local_of(layer).map_or(&self.attention, |local| &local.attention)
+    }
+
+    /// Whether the layer has [`ModelConfig::local`] attention, and which.
+    pub fn local_of(&self, layer: usize) -> Option<&LocalAttention> {
+        let windowed = self.layers.get(layer).is_some_and(|layer| layer.sliding_window.is_some());
+        self.local.as_deref().filter(|_| windowed)
+    }
+
+    /// Sums of blocks of a layer that a backward pass through norms after them needs.
+    pub fn kept_sums(&self, layer: usize) -> usize {
+        match self.moe(layer).and_then(|moe| moe.shared.as_ref()).is_some_and(|shared| shared.apart) {
+            true => 2,
+            false => usize::from(self.norms_experts()),
+        }
+    }
+
+    /// Whether what the experts give goes through a norm before it is added to the residual stream, so that the stream is no linear
+    /// function of it.
+    pub fn norms_experts(&self) -> bool {
+        self.placement != NormPlacement::Before
+    }
+
     /// The MoE block of a decoder layer, or `None` if the layer is dense or does not exist.
     pub fn moe(&self, layer: usize) -> Option<&MoeConfig> {
         match &self.layers.get(layer)?.ffn {
@@ -130,6 +163,28 @@ pub enum NormKind {
     Layer,
 }
 
+/// Where the norms of both halves of a layer are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum NormPlacement {
+    /// On what a half reads: `x + half(norm(x))`.
+    #[default]
+    Before,
+    /// On what a half gives: `x + norm(half(x))`.
+    After,
+    /// On both: `x + norm(half(norm(x)))`.
+    Both,
+}
+
+/// Attention of layers with a window, where it is another one than that of the others.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LocalAttention {
+    /// Its heads and projections.
+    pub attention: AttentionConfig,
+    /// Its rotary position embedding.
+    pub rope: RopeConfig,
+}
+
 /// Constant factors on the residual stream.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Multipliers {
@@ -166,11 +221,18 @@ pub struct AttentionConfig {
     pub qkv_bias: bool,
     /// Whether the output projection has a bias.
     pub output_bias: bool,
-    /// RMSNorm on queries and keys before the rotary embedding.
+    /// RMSNorm on queries and keys.
     pub qk_norm: QkNorm,
-    /// Whether the query projection gives a gate beside every query head, `[query | gate]` per head, whose sigmoid multiplies the head's
-    /// output.
-    pub gated: bool,
+    /// Whether that norm is after the rotary embedding instead of before it.
+    pub norm_after_rotation: bool,
+    /// RMSNorm without a weight on every value head.
+    pub value_norm: bool,
+    /// Whether the projection of keys, before their norm, gives the values, too.
+    pub tied_values: bool,
+    /// Whether one matrix holds the projections of queries, keys and values, its rows in this order.
+    pub packed: bool,
+    /// Where logits of gates come from, whose sigmoid multiplies the outputs of the heads.
+    pub gate: OutputGate,
     /// Most keys that a query sees, where an indexer chooses them; sequences up to so many tokens see all.
     pub selects: Option<usize>,
     /// Growth of queries with their position.
@@ -199,13 +261,29 @@ impl AttentionConfig {
     }
 }
 
-/// Growth of queries with their position: the query at position `p`, from 0, is multiplied by `1 + rate * ln(1 + floor(p / length))`.
+/// Where logits of gates on the outputs of heads come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OutputGate {
+    /// There are none.
+    #[default]
+    None,
+    /// The query projection gives them beside every query head, `[query | gate]` per head.
+    Query,
+    /// A projection of their own.
+    Projection,
+}
+
+/// Growth of queries with their position: the query at position `p`, from 0, is multiplied by
+/// `1 + rate * ln(1 + floor((p + offset) / length))`. With [`AttentionKind::Grouped`] it is in layers that do not rotate.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct QueryGrowth {
     /// Rate of the growth.
     pub rate: f64,
     /// Positions without growth.
     pub length: usize,
+    /// Added to the position.
+    pub offset: usize,
 }
 
 /// What the attention projections are.
@@ -247,6 +325,8 @@ pub enum QkNorm {
     None,
     /// Over `head_dim`, one weight `[head_dim]` for all heads.
     Head,
+    /// Over `head_dim`, without a weight, in layers that rotate.
+    Unit,
     /// Over the whole projection, weights `[heads * head_dim]` and `[kv_heads * head_dim]`.
     Projection,
 }
@@ -271,6 +351,32 @@ pub enum RopeScaling {
     /// All frequencies divided by `factor`.
     Linear {
         /// Extension of the context.
+        factor: f64,
+    },
+    /// Frequencies of Llama 3: those whose wavelength is above `original_max_position / low` are divided by `factor`, those below
+    /// `original_max_position / high` stay, between them goes a ramp.
+    Llama3 {
+        /// Extension of the context.
+        factor: f64,
+        /// Turns over the original context below which frequencies are divided.
+        low: f64,
+        /// Turns over the original context above which frequencies stay.
+        high: f64,
+        /// Length of the sequences trained on.
+        original_max_position: usize,
+    },
+    /// The base is `theta * alpha^(dim / (dim - 2))`, whatever the length of a text.
+    StretchedBase {
+        /// Extension of the context.
+        alpha: f64,
+        /// Width of a head.
+        dim: usize,
+    },
+    /// The first `pairs` pairs of the head keep their frequencies divided by `factor`, the others do not turn.
+    Proportional {
+        /// Pairs of dimensions that turn.
+        pairs: usize,
+        /// Divisor of their frequencies.
         factor: f64,
     },
     /// YaRN (arXiv 2309.00071), with the fields of transformers' `rope_parameters`.
@@ -313,6 +419,8 @@ pub enum RopeScaling {
 pub struct LayerConfig {
     /// Tokens that a query sees, itself included; `None` is all earlier ones.
     pub sliding_window: Option<usize>,
+    /// Size of the chunks that a sequence is cut into, where a query sees its own chunk only.
+    pub chunk: Option<usize>,
     /// Whether queries and keys get the rotary embedding; where not, the layer knows no positions.
     pub rotary: bool,
     /// What looks at other tokens.
@@ -423,6 +531,17 @@ pub struct SharedExpert {
     pub intermediate_size: usize,
     /// Whether its output is multiplied by `sigmoid(x · gate)`.
     pub gated: bool,
+    /// Whether one matrix holds its gate and its up projection, the rows of gate first.
+    pub packed: bool,
+    /// Whether it is a block beside the experts, with norms of its own: `norm(shared(norm(x))) + norm(experts(norm(x)))`.
+    pub apart: bool,
+}
+
+impl SharedExpert {
+    /// One of this width, without extras.
+    pub fn new(intermediate_size: usize) -> Self {
+        Self { intermediate_size, gated: false, packed: false, apart: false }
+    }
 }
 
 /// How routed experts are selected and weighted.
@@ -438,6 +557,12 @@ pub struct Routing {
     pub bias: bool,
     /// Added to the sum that weights of [`RoutingKind::Sigmoid`] are divided by.
     pub norm_eps: f64,
+    /// Whether weights multiply what an expert reads instead of what it gives.
+    pub on_inputs: bool,
+    /// Whether the router reads the residual stream through a norm of its own, whose weight is `H^-0.5` times what is stored.
+    pub own_norm: bool,
+    /// Whether the weight of every expert is multiplied by a factor of its own `[E]` at the end.
+    pub expert_scales: bool,
 }
 
 impl Routing {
@@ -446,7 +571,16 @@ impl Routing {
 
     /// Routing to `top_k` experts per token, without a factor and without a bias.
     pub fn new(top_k: usize, kind: RoutingKind) -> Self {
-        Self { top_k, kind, scale: 1.0, bias: false, norm_eps: Self::NORM_EPS }
+        Self {
+            top_k,
+            kind,
+            scale: 1.0,
+            bias: false,
+            norm_eps: Self::NORM_EPS,
+            on_inputs: false,
+            own_norm: false,
+            expert_scales: false,
+        }
     }
 
     /// Whether a learnt bias `[E]` takes part in the selection of experts, but not in their weights.

@@ -43,6 +43,22 @@ pub enum LayerRole {
     FfnNorm,
     /// Bias of the norm before the FFN `[H]`.
     FfnNormBias,
+    /// Norm of what the attention gives `[H]`.
+    AttentionOutputNorm,
+    /// Norm of what the FFN gives `[H]`.
+    FfnOutputNorm,
+    /// Norm of what a shared expert apart from the others reads `[H]`.
+    SharedNorm,
+    /// Norm of what a shared expert apart from the others gives `[H]`.
+    SharedOutputNorm,
+    /// Norm of what the routed experts beside it give `[H]`.
+    ExpertsOutputNorm,
+    /// Factor on the output of the layer `[1]`.
+    LayerScale,
+    /// Projections of queries, keys and values in one `[(heads + 2 kv_heads) * D, H]`.
+    Qkv,
+    /// Projection of the gates on the outputs of the heads `[heads * D, H]`.
+    AttentionGate,
     /// Query projection `[heads * D, H]`; in latent attention, where queries have no latent.
     Query,
     /// Key projection `[kv_heads * D, H]`.
@@ -115,6 +131,12 @@ pub enum LayerRole {
     RouterBias,
     /// Bias on the selection of experts, not on their weights; `E` elements.
     CorrectionBias,
+    /// Weight of the norm of what the router reads, less the factor `H^-0.5` `[H]`.
+    RouterNorm,
+    /// Factors on the weights of the experts `[E]`.
+    ExpertScale,
+    /// Gate and up projection of the shared expert in one `[2 I, H]`.
+    SharedGateUp,
     /// Gate projection of the shared expert `[I, H]`.
     SharedGate,
     /// Up projection of the shared expert `[I, H]`.
@@ -167,6 +189,12 @@ pub trait Family: Send + Sync {
     /// width of a routed one.
     fn shared_count_key(&self) -> Option<&'static str> {
         None
+    }
+
+    /// Whether the shared expert has the width of a routed one, and a config no other number for it: then no export gives the routed ones
+    /// another width.
+    fn shared_follows_width(&self) -> bool {
+        false
     }
 
     /// The object with the text model's fields: the config itself, or a part of it in models with other modalities.

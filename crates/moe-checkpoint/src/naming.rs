@@ -183,6 +183,10 @@ impl Family for Renamed {
         self.family.shared_count_key()
     }
 
+    fn shared_follows_width(&self) -> bool {
+        self.family.shared_follows_width()
+    }
+
     fn text_key(&self) -> Option<&'static str> {
         self.spelling.text_key.or(self.family.text_key())
     }

@@ -52,6 +52,10 @@ pub enum LayerSite {
     Key,
     /// `[kv_heads * D_v, H]`.
     Value,
+    /// Rows of queries, keys and values in one matrix `[(heads + 2 kv_heads) * D, H]`.
+    Qkv,
+    /// Gates on the outputs of the heads `[heads * D, H]`.
+    AttentionGate,
     /// `[H, heads * D_v]`.
     Output,
     /// Queries, keys and values of gated DeltaNet `[2 key_heads * D_k + value_heads * D_v, H]`.
@@ -84,6 +88,8 @@ pub enum LayerSite {
     Router,
     /// Gate rows, then up rows, of the shared expert `[2 I, H]`.
     SharedGateUp,
+    /// The same in one matrix.
+    SharedPacked,
     /// `[H, I]` of the shared expert.
     SharedDown,
     /// Gate on the output of the shared expert `[1, H]`.
@@ -96,10 +102,12 @@ pub enum LayerSite {
 
 impl LayerSite {
     /// All of them.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 26] = [
         Self::Query,
         Self::Key,
         Self::Value,
+        Self::Qkv,
+        Self::AttentionGate,
         Self::Output,
         Self::DeltaQkv,
         Self::DeltaGate,
@@ -116,6 +124,7 @@ impl LayerSite {
         Self::LatentKvUp,
         Self::Router,
         Self::SharedGateUp,
+        Self::SharedPacked,
         Self::SharedDown,
         Self::SharedExpertGate,
         Self::DenseGateUp,
@@ -128,6 +137,8 @@ impl LayerSite {
             Self::Query => &[LayerRole::Query],
             Self::Key => &[LayerRole::Key],
             Self::Value => &[LayerRole::Value],
+            Self::Qkv => &[LayerRole::Qkv],
+            Self::AttentionGate => &[LayerRole::AttentionGate],
             Self::Output => &[LayerRole::Output],
             Self::DeltaQkv => &[LayerRole::DeltaQkv],
             Self::DeltaGate => &[LayerRole::DeltaGate],
@@ -144,6 +155,7 @@ impl LayerSite {
             Self::LatentKvUp => &[LayerRole::LatentKvUp],
             Self::Router => &[LayerRole::Router],
             Self::SharedGateUp => &[LayerRole::SharedGate, LayerRole::SharedUp],
+            Self::SharedPacked => &[LayerRole::SharedGateUp],
             Self::SharedDown => &[LayerRole::SharedDown],
             Self::SharedExpertGate => &[LayerRole::SharedExpertGate],
             Self::DenseGateUp => &[LayerRole::DenseGate, LayerRole::DenseUp],
@@ -162,6 +174,8 @@ impl LayerSite {
             Self::Query => "query",
             Self::Key => "key",
             Self::Value => "value",
+            Self::Qkv => "qkv",
+            Self::AttentionGate => "attention_gate",
             Self::Output => "output",
             Self::DeltaQkv => "delta_qkv",
             Self::DeltaGate => "delta_gate",
@@ -178,6 +192,7 @@ impl LayerSite {
             Self::LatentKvUp => "latent_kv_up",
             Self::Router => "router",
             Self::SharedGateUp => "shared_gate_up",
+            Self::SharedPacked => "shared_packed",
             Self::SharedDown => "shared_down",
             Self::SharedExpertGate => "shared_expert_gate",
             Self::DenseGateUp => "dense_gate_up",
@@ -191,7 +206,7 @@ impl LayerSite {
         let delta =
             matches!(self, DeltaQkv | DeltaGate | DeltaBeta | DeltaDecay | DeltaQkvGate | DeltaBetaDecay | DeltaOutput);
         let latent = matches!(self, LatentQueryDown | LatentQueryUp | LatentKvDown | LatentKvUp);
-        delta || latent || matches!(self, Query | Key | Value | Output | ConvolutionInput | ConvolutionOutput)
+        delta || latent || matches!(self, Query | Key | Value | Qkv | AttentionGate | Output | ConvolutionInput | ConvolutionOutput)
     }
 }
 

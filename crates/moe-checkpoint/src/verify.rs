@@ -5,7 +5,9 @@ use std::path::Path;
 
 use safetensors::Dtype;
 
-use crate::config::{AttentionKind, DeltaNet, Ffn, LatentAttention, Mixer, ModelConfig, MoeConfig, NormKind, QkNorm};
+use crate::config::{
+    AttentionKind, DeltaNet, Ffn, LatentAttention, Mixer, ModelConfig, MoeConfig, NormKind, NormPlacement, OutputGate, QkNorm,
+};
 use crate::convert::float_bytes;
 use crate::experts::{ExpertLayout, ExpertTensor};
 use crate::family::{Family, LayerRole, Role};
@@ -88,7 +90,7 @@ fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>, bool)>
     }
     let layers = config.layers.iter().enumerate().flat_map(move |(layer, layer_config)| {
         let mixing = match &layer_config.mixer {
-            Mixer::Attention => attention_roles(config),
+            Mixer::Attention => attention_roles(config, layer),
             Mixer::DeltaNet(delta) => delta_roles(config.hidden_size, delta),
             Mixer::ShortConvolution { kernel } => vec![
                 (LayerRole::ConvolutionInput, vec![3 * hidden, hidden]),
@@ -104,15 +106,25 @@ fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>, bool)>
 }
 
 fn norm_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
-    let mut roles = vec![LayerRole::AttentionNorm, LayerRole::FfnNorm];
-    if config.norm == NormKind::Layer {
-        roles.extend([LayerRole::AttentionNormBias, LayerRole::FfnNormBias]);
+    let mut roles = Vec::new();
+    if config.placement != NormPlacement::After {
+        roles.extend([LayerRole::AttentionNorm, LayerRole::FfnNorm]);
+        if config.norm == NormKind::Layer {
+            roles.extend([LayerRole::AttentionNormBias, LayerRole::FfnNormBias]);
+        }
     }
-    roles.into_iter().map(|role| (role, vec![config.hidden_size])).collect()
+    if config.placement != NormPlacement::Before {
+        roles.extend([LayerRole::AttentionOutputNorm, LayerRole::FfnOutputNorm]);
+    }
+    let mut roles: Vec<_> = roles.into_iter().map(|role| (role, vec![config.hidden_size])).collect();
+    if config.layer_scale {
+        roles.push((LayerRole::LayerScale, vec![1]));
+    }
+    roles
 }
 
-fn attention_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
-    let (hidden, attention) = (config.hidden_size, &config.attention);
+fn attention_roles(config: &ModelConfig, layer: usize) -> Vec<(LayerRole, Vec<usize>)> {
+    let (hidden, attention) = (config.hidden_size, config.attention_of(layer));
     // Each factor is below 2^28, so that products of two fit.
     let queries = attention.num_heads * attention.head_dim;
     let keys = attention.num_kv_heads * attention.head_dim;
@@ -120,15 +132,21 @@ fn attention_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
     let mut roles = Vec::new();
     match &attention.kind {
         AttentionKind::Other => return Vec::new(),
+        AttentionKind::Grouped if attention.packed => roles.push((LayerRole::Qkv, vec![queries + 2 * keys, hidden])),
         AttentionKind::Grouped => {
-            let with_gates = if attention.gated { 2 * queries } else { queries };
+            let with_gates = if attention.gate == OutputGate::Query { 2 * queries } else { queries };
             roles.push((LayerRole::Query, vec![with_gates, hidden]));
             roles.push((LayerRole::Key, vec![keys, hidden]));
-            roles.push((LayerRole::Value, vec![keys, hidden]));
+            if !attention.tied_values {
+                roles.push((LayerRole::Value, vec![keys, hidden]));
+            }
             if attention.qkv_bias {
                 roles.push((LayerRole::QueryBias, vec![with_gates]));
                 roles.push((LayerRole::KeyBias, vec![keys]));
                 roles.push((LayerRole::ValueBias, vec![keys]));
+            }
+            if attention.gate == OutputGate::Projection {
+                roles.push((LayerRole::AttentionGate, vec![queries, hidden]));
             }
         }
         AttentionKind::Latent(latent) => roles.extend(latent_roles(config, latent)),
@@ -138,7 +156,7 @@ fn attention_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
         roles.push((LayerRole::OutputBias, vec![hidden]));
     }
     let norms = match attention.qk_norm {
-        QkNorm::None => None,
+        QkNorm::None | QkNorm::Unit => None,
         QkNorm::Head => Some((attention.head_dim, attention.head_dim)),
         QkNorm::Projection => Some((queries, keys)),
     };
@@ -219,9 +237,25 @@ fn ffn_roles(config: &ModelConfig, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
             if config.routing.correction_bias() {
                 roles.push((LayerRole::CorrectionBias, vec![moe.num_experts()]));
             }
+            if config.routing.own_norm {
+                roles.push((LayerRole::RouterNorm, vec![hidden]));
+            }
+            if config.routing.expert_scales {
+                roles.push((LayerRole::ExpertScale, vec![moe.num_experts()]));
+            }
             if let Some(shared) = &moe.shared {
-                roles.push((LayerRole::SharedGate, vec![shared.intermediate_size, hidden]));
-                roles.push((LayerRole::SharedUp, vec![shared.intermediate_size, hidden]));
+                match shared.packed {
+                    true => roles.push((LayerRole::SharedGateUp, vec![2 * shared.intermediate_size, hidden])),
+                    false => {
+                        roles.push((LayerRole::SharedGate, vec![shared.intermediate_size, hidden]));
+                        roles.push((LayerRole::SharedUp, vec![shared.intermediate_size, hidden]));
+                    }
+                }
+                if shared.apart {
+                    for role in [LayerRole::SharedNorm, LayerRole::SharedOutputNorm, LayerRole::ExpertsOutputNorm] {
+                        roles.push((role, vec![hidden]));
+                    }
+                }
                 roles.push((LayerRole::SharedDown, vec![hidden, shared.intermediate_size]));
                 if shared.gated {
                     roles.push((LayerRole::SharedExpertGate, vec![1, hidden]));

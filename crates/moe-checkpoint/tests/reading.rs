@@ -79,9 +79,11 @@ fn canonical(model: &Model, layer: usize, expert: usize) -> (Vec<f32>, Vec<f32>,
         let size = both / 2 * hidden;
         return (ours[..size].to_vec(), ours[size..].to_vec(), down[expert * size..][..size].to_vec());
     }
-    let fused = tensor("mlp.experts.gate_up_proj".into()).unwrap();
+    // by block: that of most families, Llama 4's, and Gemma 4's, which is the layer itself
+    let in_block = |name: &str| ["mlp.", "feed_forward.", ""].iter().find_map(|block| tensor(format!("{block}{name}")));
+    let fused = in_block("experts.gate_up_proj").unwrap();
     if tensor("mlp.experts.gate_up_proj_bias".into()).is_none() {
-        let stored = tensor("mlp.experts.down_proj".into()).unwrap();
+        let stored = in_block("experts.down_proj").unwrap();
         let (all, down) = (f32s(fused), f32s(stored));
         let ([_, first, second], [_, rows, cols]) = (shape3(fused), shape3(stored));
         let size = rows * cols;

@@ -332,13 +332,13 @@ impl<'m> Decoder<'m> {
             })
             .collect();
         active.iter().zip(&spans).for_each(|(&s, span)| self.fed[s] += span.len());
-        let table = model.rope().table(&positions);
+        let tables = model.rotary_tables(&positions);
         let info = WaveInfo { id: 0, tokens: ids.len(), sequences: Vec::new() };
         let mut x = model.embed(&ids)?;
         for layer in 0..model.config().layers.len() {
             let middle = match model.mixer(layer)? {
                 MixerLayer::Attention(attention) => {
-                    let entry = attention.cache_entry(&x, &table);
+                    let entry = attention.cache_entry(&x, tables.of(model.config(), layer));
                     for (&sequence, span) in active.iter().zip(&spans) {
                         let rows = |t: &Tensor<2>| slice_rows(t, span);
                         let v = entry.v.as_ref().map(rows);

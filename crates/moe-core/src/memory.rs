@@ -1,7 +1,7 @@
 //! How much memory a job uses and what it may keep.
 
 use burn::tensor::Device;
-use moe_checkpoint::{AttentionKind, DeltaNet, Ffn, Mixer, ModelConfig, QkNorm};
+use moe_checkpoint::{AttentionConfig, AttentionKind, DeltaNet, Ffn, Mixer, ModelConfig, OutputGate, QkNorm};
 
 use crate::{
     error::{Error, Result},
@@ -143,14 +143,14 @@ struct MixerSize {
 }
 
 impl MixerSize {
-    fn new(config: &ModelConfig, mixer: &Mixer) -> Self {
-        match mixer {
+    fn new(config: &ModelConfig, layer: usize) -> Self {
+        match &config.layers[layer].mixer {
             Mixer::DeltaNet(delta) => Self::delta(config.hidden_size, delta),
             Mixer::ShortConvolution { kernel } => {
                 let h = config.hidden_size;
                 Self { weights: h * (4 * h + kernel), tape: 3 * h, work: 8 * h }
             }
-            _ => Self::attention(config),
+            _ => Self::attention(config, config.attention_of(layer)),
         }
     }
 
@@ -165,8 +165,8 @@ impl MixerSize {
         }
     }
 
-    fn attention(config: &ModelConfig) -> Self {
-        let (h, a) = (config.hidden_size, &config.attention);
+    fn attention(config: &ModelConfig, a: &AttentionConfig) -> Self {
+        let h = config.hidden_size;
         let q = a.num_heads * a.head_dim;
         let values = a.num_heads * a.value_head_dim();
         match &a.kind {
@@ -183,8 +183,9 @@ impl MixerSize {
             _ => {
                 let kv = a.num_kv_heads * a.head_dim;
                 let saved = a.qk_norm != QkNorm::None || a.qkv_clip.is_some();
-                let gate = if a.gated { q } else { 0 };
-                let tape = q + 2 * kv + gate + if saved { q + kv } else { 0 };
+                let gate = if a.gate == OutputGate::None { 0 } else { q };
+                let values = if a.value_norm { kv } else { 0 };
+                let tape = q + 2 * kv + gate + values + if saved { q + kv } else { 0 };
                 Self { weights: h * (2 * q + gate + 2 * kv), tape, work: q + 3 * gate }
             }
         }
@@ -193,13 +194,15 @@ impl MixerSize {
 
 /// Bytes that generation keeps of one token: its keys and values in every layer that has them, or their latents.
 pub(crate) fn cached_token_bytes(config: &ModelConfig) -> u64 {
-    let a = &config.attention;
-    let row = match &a.kind {
-        AttentionKind::Latent(latent) => latent.kv_lora_rank + latent.qk_rope_head_dim,
-        _ => a.num_kv_heads * (a.head_dim + a.value_head_dim()),
+    let row = |layer: usize| {
+        let a = config.attention_of(layer);
+        match &a.kind {
+            AttentionKind::Latent(latent) => latent.kv_lora_rank + latent.qk_rope_head_dim,
+            _ => a.num_kv_heads * (a.head_dim + a.value_head_dim()),
+        }
     };
-    let growing = config.layers.iter().filter(|layer| layer.mixer == Mixer::Attention);
-    f32s(growing.count() * row)
+    let growing = (0..config.layers.len()).filter(|layer| config.layers[*layer].mixer == Mixer::Attention);
+    f32s(growing.map(row).sum())
 }
 
 /// Bytes that generation keeps of one sequence however long it is: the states of linear attention and of short convolutions.
@@ -231,7 +234,7 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
     let mut expert_bytes = Vec::new();
     let mut kept = Vec::new(); // bytes of [attention, dense, experts] activations per layer
     for (i, layer) in config.layers.iter().enumerate() {
-        let mixer = MixerSize::new(config, &layer.mixer);
+        let mixer = MixerSize::new(config, i);
         let (mixer_weights, tape) = (f32s(mixer.weights), f32s(t * mixer.tape));
         let mixing = mixer_weights + tape + f32s(t * (mixer.work + h)) + if size.gradients { tape + hidden } else { 0 };
         if phases.iter().all(|(_, bytes)| *bytes < mixing) {
@@ -243,7 +246,8 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
         };
         let rows = t.min(DENSE_ROWS);
         let dense_weights = f32s(3 * dense_width * h);
-        let mut work = dense_weights + f32s(rows * (2 * h + 6 * dense_width)) + 3 * hidden;
+        let norms = 4 * config.kept_sums(i) as u64 * hidden;
+        let mut work = dense_weights + f32s(rows * (2 * h + 6 * dense_width)) + 3 * hidden + norms;
         let mut experts_kept = 0;
         if let Some(moe) = moe {
             let (experts, widest) = (moe.num_experts().max(1), moe.widths.iter().copied().max().unwrap_or(0));
@@ -252,7 +256,7 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
             let routed = t.min(4 * t * k / experts + 64);
             let expert =
                 size.experts_together as u64 * (2 * f32s(3 * widest * h) + f32s(routed * (4 * h + 8 * widest)));
-            work = work.max(dense_weights + expert + 3 * hidden + f32s(t * (experts + 4 * k)));
+            work = work.max(dense_weights + expert + 3 * hidden + norms + f32s(t * (experts + 4 * k)));
             experts_kept = f32s(t * k * 2 * moe.widths.iter().sum::<usize>() / experts);
             expert_bytes.extend(moe.stored_widths().iter().map(|w| f32s(3 * w * h)));
         }
@@ -274,7 +278,8 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
         fits
     };
     let layers = config.layers.len();
-    let inputs = if size.gradients { 2 * layers as u64 * hidden } else { 0 };
+    let sums: usize = (0..layers).map(|layer| config.kept_sums(layer)).sum();
+    let inputs = if size.gradients { (2 * layers + sums) as u64 * hidden } else { 0 };
     let spill = !take(inputs + size.waiting);
     let mut residency = Residency { head: size.head && take(f32s(config.vocab_size * h)), ..Residency::default() };
     let mut keep = vec![Keep::default(); layers];

@@ -23,6 +23,8 @@ pub(crate) enum Part {
     Middle(usize),
     /// Gradient at the input of a layer.
     Gradient(usize),
+    /// A sum of blocks of a layer that a norm comes after, and which.
+    Sum(usize, usize),
 }
 
 impl Part {
@@ -32,6 +34,7 @@ impl Part {
             Self::Input(layer) => ("input", layer),
             Self::Middle(layer) => ("middle", layer),
             Self::Gradient(layer) => ("gradient", layer),
+            Self::Sum(layer, which) => return dir.join(format!("sum-{layer:04}-{which}.f32")),
         };
         dir.join(format!("{name}-{layer:04}.f32"))
     }

@@ -236,8 +236,8 @@ impl Kinds {
                     R::LatentKvUp,
                 ],
             ),
-            (Kind::Router, &[R::Router, R::RouterBias, R::CorrectionBias]),
-            (Kind::SharedExperts, &[R::SharedGate, R::SharedUp, R::SharedDown, R::SharedExpertGate]),
+            (Kind::Router, &[R::Router, R::RouterBias, R::CorrectionBias, R::RouterNorm, R::ExpertScale]),
+            (Kind::SharedExperts, &[R::SharedGateUp, R::SharedGate, R::SharedUp, R::SharedDown, R::SharedExpertGate]),
             (Kind::DenseLayers, &[R::DenseGate, R::DenseUp, R::DenseDown]),
         ];
         let name = |role| base.family().tensor_name(role);

@@ -16,7 +16,7 @@ use moe_checkpoint::{Checkpoint, Dtype, Existing, ExpertWeights, LayerRole, Redu
 use moe_core::device::device;
 use moe_core::{Model, RemoveExperts};
 use moe_prune::{
-    AllocatorConfig, Budget, ExpertPruner, Global, Mtp, ProtectionMask, PruneForm, PruneOptions, PrunePlan, Pruner,
+    AllocatorConfig, Budget, ExpertPruner, FineGrained, Global, Mtp, ProtectionMask, PruneForm, PruneOptions, PrunePlan, Pruner,
     Scope,
 };
 use run::{difference, logits, logits_of};
@@ -39,7 +39,36 @@ fn checkpoints() -> Vec<(String, Checkpoint)> {
         .filter(|(name, _)| !variants.iter().any(|variant| name.contains(variant)))
         // what becomes of further layers is a test of its own
         .filter(|(_, model)| model.mtp_tensors().next().is_none())
+        // as is what no config has a place for
+        .filter(|(_, model)| !model.family().shared_follows_width())
         .collect()
+}
+
+#[test]
+fn a_width_that_the_shared_expert_would_have_to_follow_is_refused() {
+    for name in ["llama4_text", "hunyuan_v1_moe"] {
+        let model = Arc::new(Checkpoint::open(parity(&format!("tf5/{name}"))).unwrap());
+        let units = plan(&model, Scope::Expert, 0.5);
+        let options = |form| PruneOptions { allow_unaligned: true, ..PruneOptions::new(form) };
+        for form in [PruneForm::Uniform, PruneForm::FineGrained(FineGrained::new(2))] {
+            let plan = match form {
+                PruneForm::Uniform => units.clone(),
+                _ => PrunePlan::keep_all(model.shape(), model.fingerprint()),
+            };
+            let refused = plan.on(&model, &options(form)).unwrap_err().to_string();
+            assert!(refused.contains(name) && refused.contains("intermediate_size"), "{refused}");
+        }
+        for form in [PruneForm::Ragged, PruneForm::Masked] {
+            units.on(&model, &options(form)).unwrap();
+        }
+        // Whole experts leave the width as it is.
+        let fewer = expert_plan(&model, 0.3).unwrap();
+        let pruned = fewer.on(&model, &options(PruneForm::Uniform)).unwrap();
+        let kept = &fewer.kept[0];
+        let left = pruned.model().config().moe(kept.layer).unwrap().num_experts();
+        assert_eq!(left, kept.experts_kept().len());
+        assert!(left < model.config().moe(kept.layer).unwrap().num_experts());
+    }
 }
 
 fn expert_plan(model: &Checkpoint, ratio: f64) -> moe_prune::Result<PrunePlan> {

@@ -1,21 +1,26 @@
-//! GraniteMoE: constant multipliers on embedding, residual stream, attention and logits; fused experts.
+//! GraniteMoE, with and without a shared expert: constant multipliers on embedding, residual stream, attention and logits; fused experts.
 
 use serde_json::Value;
 
 use crate::Result;
-use crate::config::{AttentionConfig, ModelConfig, Multipliers, Routing, RoutingKind};
+use crate::config::{AttentionConfig, ModelConfig, Multipliers, Routing, RoutingKind, SharedExpert};
 use crate::experts::{ExpertLayout, ExpertTensor};
 use crate::family::{CONFIG, Family, LayerRole, Role};
 use crate::json::Fields;
 
 use super::{names, read, rope};
 
-/// The family `granitemoe`.
-pub(crate) struct GraniteMoe;
+/// The families `granitemoe` and `granitemoeshared`.
+pub(crate) struct GraniteMoe {
+    /// `model_type` of its configs.
+    pub model_type: &'static str,
+    /// Whether there may be a shared expert.
+    pub shared: bool,
+}
 
 impl Family for GraniteMoe {
     fn model_type(&self) -> &'static str {
-        "granitemoe"
+        self.model_type
     }
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
@@ -23,7 +28,21 @@ impl Family for GraniteMoe {
         let plain = read::attention(&config)?;
         let max_position = read::size(&config, "max_position_embeddings")?;
         let windows = vec![None; read::num_layers(&config)?];
-        let (layers, top_k) = read::all_moe(&config, self.expert_count_keys(), false, &windows)?;
+        let width = match self.shared {
+            true => config.integer("shared_intermediate_size", 0, read::MAX_SIZE)?.unwrap_or(1024),
+            false => 0,
+        };
+        let moe = read::MoeLayers {
+            expert_count_keys: self.expert_count_keys(),
+            top_k_key: "num_experts_per_tok",
+            width_key: self.width_key(),
+            bias: false,
+            shared: (width > 0).then(|| SharedExpert { packed: true, ..SharedExpert::new(width) }),
+            is_moe: vec![true; windows.len()],
+            why: "no expert".to_string(),
+            windows: &windows,
+        };
+        let (layers, top_k) = moe.read(&config)?;
         let attention_bias = config.bool("attention_bias")?.unwrap_or(false);
         let factor = |key: &str| Ok::<_, crate::Error>(config.positive_float(key)?.unwrap_or(1.0));
         let attention = AttentionConfig {
@@ -51,6 +70,9 @@ impl Family for GraniteMoe {
         match role {
             Role::Layer(layer, LayerRole::Router) => {
                 format!("model.layers.{layer}.block_sparse_moe.router.layer.weight")
+            }
+            Role::Layer(layer, LayerRole::SharedDown) => {
+                format!("model.layers.{layer}.shared_mlp.output_linear.weight")
             }
             role => names::tensor_name(role),
         }

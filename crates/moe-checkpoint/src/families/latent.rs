@@ -1,7 +1,7 @@
 //! Config fields of multi-head latent attention.
 
 use crate::Result;
-use crate::config::{AttentionConfig, AttentionKind, LatentAttention, QkNorm, RopeConfig};
+use crate::config::{AttentionConfig, AttentionKind, LatentAttention, RopeConfig};
 use crate::json::Fields;
 
 use super::read::{self, MAX_SIZE};
@@ -24,20 +24,12 @@ pub(super) fn read(config: &Fields<'_>, rope: &RopeConfig) -> Result<AttentionCo
     let head_dim = latent.qk_nope_head_dim + latent.qk_rope_head_dim;
     let attention_bias = config.bool("attention_bias")?.unwrap_or(false);
     Ok(AttentionConfig {
-        num_heads,
-        // Whatever `num_key_value_heads` says: every head has keys and values of its own.
-        num_kv_heads: num_heads,
-        head_dim,
         rotary_dim: latent.qk_rope_head_dim,
         kind: AttentionKind::Latent(latent),
         qkv_bias: attention_bias,
         output_bias: attention_bias,
-        qk_norm: QkNorm::None,
-        gated: false,
-        selects: None,
-        growth: None,
-        qkv_clip: None,
-        sinks: false,
         scale: deepseek_scale(rope, head_dim),
+        // Whatever `num_key_value_heads` says: every head has keys and values of its own.
+        ..read::grouped_attention(num_heads, num_heads, head_dim)
     })
 }

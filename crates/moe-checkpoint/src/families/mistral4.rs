@@ -34,7 +34,7 @@ impl Family for Mistral4 {
         };
         let growth = match (rate, &rope.scaling) {
             (Some(rate), RopeScaling::Yarn { original_max_position, .. }) => {
-                Some(QueryGrowth { rate, length: *original_max_position })
+                Some(QueryGrowth { rate, length: *original_max_position, offset: 0 })
             }
             (Some(_), _) => {
                 let expected = "YaRN with `original_max_position_embeddings`, since there is a `llama_4_scaling_beta`";

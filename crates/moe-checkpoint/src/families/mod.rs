@@ -1,17 +1,22 @@
 //! The families, one file each, and their registry.
 
+mod afmoe;
 mod deepseek_v2;
 mod deepseek_v3;
 mod dots1;
 mod ernie4_5_moe;
 mod exaone_moe;
+mod flex_olmo;
+mod gemma4;
 mod glm4_moe;
 mod gpt_oss;
 mod granitemoe;
+mod hunyuan_v1_moe;
 mod hy_v3;
 mod kimi_linear;
 mod latent;
 mod lfm2_moe;
+mod llama4;
 mod minimax_m2;
 mod mistral4;
 mod mixtral;
@@ -23,6 +28,7 @@ mod qwen3_5_moe;
 mod qwen3_moe;
 mod read;
 mod rope;
+mod sarvam_moe;
 
 use crate::experts::ExpertLayout;
 use crate::family::Family;
@@ -32,6 +38,7 @@ pub(crate) use read::MAX_SIZE;
 
 /// Every family. Adding one is its file, and a line here.
 pub(crate) static FAMILIES: &[&dyn Family] = &[
+    &afmoe::Afmoe,
     &deepseek_v2::DeepseekV2,
     &deepseek_v3::DeepseekV3 { model_type: "deepseek_v3", dense: 0, indexer: false },
     &deepseek_v3::DeepseekV3 { model_type: "kimi_k2", dense: 0, indexer: false },
@@ -43,11 +50,16 @@ pub(crate) static FAMILIES: &[&dyn Family] = &[
     &exaone_moe::ExaoneMoe,
     &glm4_moe::Glm4Moe { model_type: "glm4_moe", attention_bias: false },
     &glm4_moe::Glm4Moe { model_type: "glm4v_moe_text", attention_bias: true },
+    &flex_olmo::FlexOlmo,
+    &gemma4::Gemma4,
     &gpt_oss::GptOss,
-    &granitemoe::GraniteMoe,
+    &granitemoe::GraniteMoe { model_type: "granitemoe", shared: false },
+    &granitemoe::GraniteMoe { model_type: "granitemoeshared", shared: true },
+    &hunyuan_v1_moe::HunyuanV1Moe,
     &hy_v3::HyV3,
     &kimi_linear::KimiLinear,
     &lfm2_moe::Lfm2Moe,
+    &llama4::Llama4,
     &minimax_m2::MiniMaxM2,
     &mistral4::Mistral4,
     &mixtral::Mixtral,
@@ -71,4 +83,5 @@ pub(crate) static FAMILIES: &[&dyn Family] = &[
     },
     &qwen3_5_moe::Qwen35Moe { model_type: "qwen3_5_moe_text", next: false },
     &qwen3_5_moe::Qwen35Moe { model_type: "qwen3_next", next: true },
+    &sarvam_moe::SarvamMoe,
 ];

@@ -18,6 +18,17 @@ pub(crate) fn tensor_name(role: Role) -> String {
         LayerRole::AttentionNormBias => "input_layernorm.bias",
         LayerRole::FfnNorm => "post_attention_layernorm.weight",
         LayerRole::FfnNormBias => "post_attention_layernorm.bias",
+        LayerRole::AttentionOutputNorm => "post_attention_layernorm.weight",
+        LayerRole::FfnOutputNorm => "post_feedforward_layernorm.weight",
+        LayerRole::SharedNorm => "pre_feedforward_layernorm.weight",
+        LayerRole::SharedOutputNorm => "post_feedforward_layernorm_1.weight",
+        LayerRole::ExpertsOutputNorm => "post_feedforward_layernorm_2.weight",
+        LayerRole::LayerScale => "layer_scalar",
+        LayerRole::Qkv => "self_attn.query_key_value.weight",
+        LayerRole::AttentionGate => "self_attn.gate_proj.weight",
+        LayerRole::RouterNorm => "router.scale",
+        LayerRole::ExpertScale => "router.per_expert_scale",
+        LayerRole::SharedGateUp => "shared_mlp.input_linear.weight",
         LayerRole::Query => "self_attn.q_proj.weight",
         LayerRole::Key => "self_attn.k_proj.weight",
         LayerRole::Value => "self_attn.v_proj.weight",
@@ -141,9 +152,17 @@ pub(crate) fn size_keys(role: Role) -> &'static str {
         | LayerRole::AttentionNormBias
         | LayerRole::FfnNorm
         | LayerRole::FfnNormBias
+        | LayerRole::AttentionOutputNorm
+        | LayerRole::FfnOutputNorm
+        | LayerRole::SharedNorm
+        | LayerRole::SharedOutputNorm
+        | LayerRole::ExpertsOutputNorm
+        | LayerRole::RouterNorm
         | LayerRole::OutputBias
         | LayerRole::SharedExpertGate => "`hidden_size`",
-        LayerRole::Query | LayerRole::Output => {
+        LayerRole::LayerScale => "nothing: it is one number",
+        LayerRole::Qkv => "`num_attention_heads`, `num_key_value_heads`, `head_dim` and `hidden_size`",
+        LayerRole::Query | LayerRole::Output | LayerRole::AttentionGate => {
             "`num_attention_heads`, the width of a head (`head_dim`, or `v_head_dim` of latent attention) and `hidden_size`"
         }
         LayerRole::QueryBias => "`num_attention_heads` and `head_dim`",
@@ -175,8 +194,8 @@ pub(crate) fn size_keys(role: Role) -> &'static str {
         LayerRole::Router => {
             "the number of experts (`num_experts`, `num_local_experts` or `n_routed_experts`) and `hidden_size`"
         }
-        LayerRole::RouterBias | LayerRole::CorrectionBias => "the number of experts",
-        LayerRole::SharedGate | LayerRole::SharedUp | LayerRole::SharedDown => {
+        LayerRole::RouterBias | LayerRole::CorrectionBias | LayerRole::ExpertScale => "the number of experts",
+        LayerRole::SharedGate | LayerRole::SharedUp | LayerRole::SharedDown | LayerRole::SharedGateUp => {
             "the width of the shared experts (`shared_expert_intermediate_size`, or their number times that of a routed one) and `hidden_size`"
         }
         LayerRole::DenseGate | LayerRole::DenseUp | LayerRole::DenseDown => "`intermediate_size` and `hidden_size`",

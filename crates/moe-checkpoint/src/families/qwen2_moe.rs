@@ -23,7 +23,7 @@ impl Family for Qwen2Moe {
         let max_position = read::size(&config, "max_position_embeddings")?;
         let windows = sliding_windows(&config, read::num_layers(&config)?)?;
         let shared =
-            SharedExpert { intermediate_size: read::size(&config, "shared_expert_intermediate_size")?, gated: true };
+            SharedExpert { gated: true, ..SharedExpert::new(read::size(&config, "shared_expert_intermediate_size")?) };
         let layers =
             read::SparseLayers { expert_count_keys: self.expert_count_keys(), windows: &windows, shared: Some(shared) };
         let (layers, top_k) = layers.read(&config)?;

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::Result;
 use crate::config::{
-    AttentionConfig, DeltaNet, Mixer, ModelConfig, NormKind, QkNorm, Routing, RoutingKind, SharedExpert,
+    AttentionConfig, DeltaNet, Mixer, ModelConfig, NormKind, OutputGate, QkNorm, Routing, RoutingKind, SharedExpert,
 };
 use crate::family::{CONFIG, Family};
 use crate::json::Fields;
@@ -66,7 +66,7 @@ impl Family for Qwen35Moe {
         let max_position = read::size(&config, "max_position_embeddings")?;
         let windows = vec![None; read::num_layers(&config)?];
         let intermediate_size = read::size(&config, "shared_expert_intermediate_size")?;
-        let shared = Some(SharedExpert { intermediate_size, gated: true });
+        let shared = Some(SharedExpert { gated: true, ..SharedExpert::new(intermediate_size) });
         let layers = read::SparseLayers { expert_count_keys: self.expert_count_keys(), windows: &windows, shared };
         let (mut layers, top_k) = layers.read(&config)?;
         let delta = self.delta_net(&config)?;
@@ -81,7 +81,7 @@ impl Family for Qwen35Moe {
             qkv_bias: attention_bias,
             output_bias: attention_bias,
             qk_norm: QkNorm::Head,
-            gated: true,
+            gate: OutputGate::Query,
             ..plain
         };
         // Qwen3.5 divides whatever a config says.

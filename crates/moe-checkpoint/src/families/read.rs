@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::config::{
     Activation, AttentionConfig, AttentionKind, Ffn, GroupScore, Groups, LayerConfig, Mixer, ModelConfig, MoeConfig,
-    Multipliers, NormKind, QkNorm, RopeConfig, Routing, RoutingKind, SharedExpert,
+    Multipliers, NormKind, NormPlacement, OutputGate, QkNorm, RopeConfig, Routing, RoutingKind, SharedExpert,
 };
 use crate::experts::ExpertBiases;
 use crate::formats;
@@ -93,7 +93,11 @@ pub(super) fn grouped_attention(num_heads: usize, num_kv_heads: usize, head_dim:
         qkv_bias: false,
         output_bias: false,
         qk_norm: QkNorm::None,
-        gated: false,
+        norm_after_rotation: false,
+        value_norm: false,
+        tied_values: false,
+        packed: false,
+        gate: OutputGate::None,
         selects: None,
         growth: None,
         qkv_clip: None,
@@ -102,14 +106,19 @@ pub(super) fn grouped_attention(num_heads: usize, num_kv_heads: usize, head_dim:
     }
 }
 
-/// The activation; `silu` is the default of transformers.
+/// The activation `hidden_act`; `silu` is the default of transformers.
 pub(super) fn activation(config: &Fields<'_>) -> Result<Activation> {
-    match config.string("hidden_act")?.unwrap_or("silu") {
+    activation_of(config, "hidden_act", "silu")
+}
+
+/// The activation under a key, or as it is without it.
+pub(super) fn activation_of(config: &Fields<'_>, key: &str, default: &str) -> Result<Activation> {
+    match config.string(key)?.unwrap_or(default) {
         "silu" | "swish" => Ok(Activation::Silu),
         "gelu" => Ok(Activation::Gelu),
         // Three names of one formula in transformers.
         "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" => Ok(Activation::GeluTanh),
-        _ => Err(config.invalid("hidden_act", "\"silu\", \"gelu\" or \"gelu_pytorch_tanh\"")),
+        _ => Err(config.invalid(key, "\"silu\", \"gelu\" or \"gelu_pytorch_tanh\"")),
     }
 }
 
@@ -198,6 +207,7 @@ impl MoeLayers<'_> {
         };
         let layer = |(is_moe, window): (bool, &Option<usize>)| LayerConfig {
             sliding_window: *window,
+            chunk: None,
             rotary: true,
             mixer: Mixer::Attention,
             ffn: if is_moe { Ffn::Moe(moe.clone()) } else { Ffn::Dense { intermediate_size } },
@@ -392,7 +402,7 @@ pub(super) fn shared_experts(config: &Fields<'_>, key: &str) -> Result<Option<Sh
     let intermediate_size = count.checked_mul(width).filter(|size| *size <= MAX_SIZE);
     let intermediate_size = intermediate_size
         .ok_or_else(|| config.invalid(key, format!("a product with `moe_intermediate_size` of at most {MAX_SIZE}")))?;
-    Ok((count > 0).then_some(SharedExpert { intermediate_size, gated: false }))
+    Ok((count > 0).then_some(SharedExpert::new(intermediate_size)))
 }
 
 /// Groups of experts from `n_group` and `topk_group`; `None` where there is one group or no such field.
@@ -455,6 +465,10 @@ impl Model {
             hidden_act: activation(config)?,
             attention: self.attention,
             rope: self.rope,
+            local: None,
+            placement: NormPlacement::Before,
+            layer_scale: false,
+            logit_cap: None,
             routing: self.routing,
             layers: self.layers,
             mtp_layers: 0,

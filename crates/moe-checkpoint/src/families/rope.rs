@@ -21,12 +21,24 @@ pub(super) struct Dialect {
     pub longrope: bool,
     /// Whether a part of the head may be rotated; read it with [`rotary_dim`].
     pub partial: bool,
+    /// Whether the frequencies may be those of Llama 3 (`llama3`).
+    pub llama3: bool,
+    /// Width of a head in families whose `dynamic` scaling has a fixed `alpha` that stretches the base.
+    pub ntk_alpha: Option<usize>,
 }
 
 impl Dialect {
     /// That of most families.
     pub fn new(max_position: usize) -> Self {
-        Self { max_position, theta: DEFAULT_THETA, interleaved: false, longrope: false, partial: false }
+        Self {
+            max_position,
+            theta: DEFAULT_THETA,
+            interleaved: false,
+            longrope: false,
+            partial: false,
+            llama3: false,
+            ntk_alpha: None,
+        }
     }
 }
 
@@ -104,8 +116,14 @@ fn read_scaling(config: &Fields<'_>, fields: &Fields<'_>, dialect: &Dialect) -> 
             factor: fields.positive_float("factor")?.ok_or_else(|| fields.missing("factor", "a number above 0"))?,
         }),
         "yarn" => read_yarn(fields, dialect.max_position),
+        "llama3" if dialect.llama3 => read_llama3(fields),
+        "dynamic" if dialect.ntk_alpha.is_some() => match fields.positive_float("alpha")? {
+            Some(alpha) => Ok(RopeScaling::StretchedBase { alpha, dim: dialect.ntk_alpha.unwrap_or(4) }),
+            None => Err(fields.missing("alpha", "a number above 0: scaling by the length of a text is not supported")),
+        },
         "longrope" if dialect.longrope => read_longrope(config, fields),
         _ if dialect.longrope => Err(fields.invalid(key, "\"default\", \"linear\", \"yarn\" or \"longrope\"")),
+        _ if dialect.llama3 => Err(fields.invalid(key, "\"default\", \"linear\", \"yarn\" or \"llama3\"")),
         _ => Err(fields.invalid(key, "\"default\", \"linear\" or \"yarn\"")),
     }
 }
@@ -129,6 +147,21 @@ fn read_longrope(config: &Fields<'_>, fields: &Fields<'_>) -> Result<RopeScaling
         short_mscale: number("short_mscale")?,
         long_mscale: number("long_mscale")?,
         original_max_position: original,
+    })
+}
+
+/// Fields of `_compute_llama3_parameters` in transformers, which has no defaults for them.
+fn read_llama3(fields: &Fields<'_>) -> Result<RopeScaling> {
+    let number = |key: &str| fields.positive_float(key)?.ok_or_else(|| fields.missing(key, "a number above 0"));
+    let (low, high) = (number("low_freq_factor")?, number("high_freq_factor")?);
+    if high <= low {
+        return Err(fields.invalid("high_freq_factor", format!("more than `low_freq_factor` = {low}")));
+    }
+    Ok(RopeScaling::Llama3 {
+        factor: number("factor")?,
+        low,
+        high,
+        original_max_position: fields.required_integer("original_max_position_embeddings", 1, MAX_SIZE)?,
     })
 }
 

@@ -16,18 +16,24 @@ use crate::{
     error::Result,
     host::{self, HostView},
     kernels::rows::RowAccumulator,
-    layers::RouterLayer,
+    layers::{BlockGradients, RouterLayer},
     store::HiddenStore,
     trace::{ExpertGradients, ExpertTrace, Observer, RouterGradients, Signals, SweepPart},
 };
 
-/// Slots of the hidden store: the input of a layer and of its feed-forward half.
+/// Slots of the hidden store for every layer: its input, that of its feed-forward half, and up to two sums that norms come after.
+pub(super) const SLOTS: usize = 4;
+
 pub(super) fn input_slot(layer: usize) -> usize {
-    2 * layer
+    SLOTS * layer
 }
 
 pub(super) fn middle_slot(layer: usize) -> usize {
-    2 * layer + 1
+    SLOTS * layer + 1
+}
+
+pub(super) fn sum_slots(layer: usize) -> std::ops::Range<usize> {
+    SLOTS * layer + 2..SLOTS * (layer + 1)
 }
 
 /// What the forward sweep left, and where the backward sweep stops.
@@ -77,6 +83,8 @@ impl Engine<'_> {
         let mut tape = std::mem::take(&mut sweep.tapes[layer]);
         let mixer = tape.mixer.take();
         let middle = sweep.store.take(middle_slot(layer))?;
+        let kept = sum_slots(layer).take(self.model.config().kept_sums(layer));
+        tape.sums = kept.map(|slot| sweep.store.take(slot)).collect::<Result<_>>()?;
         let d_middle = self.ffn_backward(sweep, layer, &middle, dy, tape, observer)?;
         self.model.check_reads()?;
         let Some(d_middle) = d_middle else { return Ok(None) };
@@ -86,7 +94,7 @@ impl Engine<'_> {
         }
         let x = sweep.store.take(input_slot(layer))?;
         let weights = self.model.mixer(layer)?;
-        let (table, spans) = (&sweep.prepared.table, &sweep.prepared.spans);
+        let (table, spans) = (sweep.prepared.tables.of(self.model.config(), layer), &sweep.prepared.spans);
         let tape = mixer.unwrap_or_else(|| weights.project(&x, table));
         let wanted = Wanted { input: sweep.depth.reaches_below(layer), parameters: sweep.needs.parameters };
         let dx = weights.backward(&x, &tape, spans, table, d_middle, wanted);
@@ -99,15 +107,14 @@ impl Engine<'_> {
         &self,
         sweep: &Backward<'_>,
         layer: usize,
-        z: &Tensor<2>,
+        read: &Tensor<2>,
         router: &RouterLayer,
         observer: &mut dyn Observer,
     ) -> Result<LayerRouting> {
         let overlay = self.model.routing_overlay().map(|overlay| &**overlay);
-        let logits = HostView::new(&router.linear.forward(z));
+        let logits = HostView::new(&router.linear.forward(read));
         let (logits, experts) = (logits.as_slice(), router.linear.weight.dims()[0]);
-        let bias = router.selection_bias.as_deref();
-        let routing = LayerRouting::new(self.model.router(), layer, logits, experts, bias, overlay)?;
+        let routing = LayerRouting::new(self.model.router(), layer, logits, experts, router, overlay)?;
         if sweep.needs.routing {
             let removed = overlay.and_then(|overlay| overlay.removed(layer)).unwrap_or_default();
             let logits = visible_logits(logits, experts, removed);
@@ -132,13 +139,17 @@ impl Engine<'_> {
         let parameters = needs.parameters;
         let ffn = self.model.ffn(layer)?;
         let z = ffn.normed(middle);
-        let d_blocks = ffn.block_gradient(&dy);
+        let BlockGradients { experts: d_blocks, dense: d_dense, around } =
+            ffn.block_gradients(dy, &tape.sums, parameters);
         let [tokens, hidden] = z.dims();
         // a norm that is trained is behind the experts
-        let want_dz = want_input || (parameters && ffn.norm.is_trained());
+        let want_dz = want_input || (parameters && ffn.trains_norms());
+        let mut d_router_input = None;
         let mut dz = want_dz.then(|| RowAccumulator::zeros(tokens, hidden, self.model.device()));
         let routing = match (tape.routing, &ffn.router) {
-            (None, Some(router)) => Some(self.routing_again(sweep, layer, &z, router, observer)?),
+            (None, Some(router)) => {
+                Some(self.routing_again(sweep, layer, &router.input(middle, &z), router, observer)?)
+            }
             (routing, _) => routing,
         };
         if let (Some(routing), Some(router)) = (&routing, &ffn.router) {
@@ -153,7 +164,8 @@ impl Engine<'_> {
             };
             if dz.is_some() || needs.router_gradients || (parameters && router.linear.is_trained()) {
                 let overlay = self.model.routing_overlay().map(|overlay| &**overlay);
-                let logits = HostView::new(&router.linear.forward(&z));
+                let read = router.input(middle, &z);
+                let logits = HostView::new(&router.linear.forward(&read));
                 let logits = logits.as_slice();
                 let removed = overlay.and_then(|overlay| overlay.removed(layer)).unwrap_or_default();
                 let mut gradients = routing.backward(self.model.router(), layer, logits, &d_weights, overlay);
@@ -173,7 +185,7 @@ impl Engine<'_> {
                         wave,
                         experts: routed.experts,
                         top_k: routed.top_k,
-                        input: &z,
+                        input: &read,
                         logits: &visible_logits(logits, routed.experts, removed),
                         selected: &routed.selected,
                         weights: &routed.weights,
@@ -184,19 +196,30 @@ impl Engine<'_> {
                 }
                 let d_logits = host::from_vec(gradients.logits, [tokens, routed.experts], self.model.device());
                 let wanted = Wanted { input: dz.is_some(), parameters };
-                let through = router.linear.backward(|| z.clone(), &d_logits, wanted);
-                if let (Some(dz), Some(through)) = (&mut dz, through) {
-                    dz.add(&through);
+                let through = router.linear.backward(|| read.clone(), &d_logits, wanted);
+                match (&mut dz, through) {
+                    (Some(_), through @ Some(_)) if router.norm.is_some() => d_router_input = through,
+                    (Some(dz), Some(through)) => dz.add(&through),
+                    _ => {}
                 }
             }
         }
+        let mut d_dense_input = None;
         if let Some(dense) = ffn.dense.as_ref().filter(|dense| dz.is_some() || (parameters && dense.is_trained())) {
-            dense.backward(&z, &d_blocks, tape.dense, dz.as_mut(), parameters);
+            if ffn.apart.is_some() {
+                let mut through = dz.is_some().then(|| RowAccumulator::zeros(tokens, hidden, self.model.device()));
+                let read = ffn.dense_input(middle, &z);
+                dense.backward(&read, &d_dense, tape.dense, through.as_mut(), parameters);
+                d_dense_input = through.map(RowAccumulator::into_tensor);
+            } else {
+                dense.backward(&z, &d_dense, tape.dense, dz.as_mut(), parameters);
+            }
         }
         let Some(dz) = dz else { return Ok(None) };
-        let dx = ffn.input_gradient(middle, dz, &dy, parameters);
+        let dx = ffn.input_gradient(middle, dz, [d_dense_input, d_router_input], &around, parameters);
         Ok(want_input.then_some(dx))
     }
+
     /// Backward of the routed experts of a layer: the gradient of each routing weight `[T, k]`, and that of `z`, added to `dz`.
     #[allow(clippy::too_many_arguments)]
     fn experts_backward(
@@ -228,7 +251,7 @@ impl Engine<'_> {
                     layer,
                     expert: e,
                     rows: tokens.rows,
-                    routing_weights: tokens.weights,
+                    routing_weights: &self.output_weights(tokens.weights),
                     segments: &segments(tokens.rows, wave),
                     input: &input,
                     units: Some(&gradients.units),

@@ -26,6 +26,12 @@ impl Engine<'_> {
         d_weights: &[f32],
     ) -> Result<Vec<f32>> {
         self.model.router().check_dense()?;
+        let rule = &self.model.config().routing;
+        if rule.on_inputs || rule.expert_scales {
+            let what =
+                if rule.on_inputs { "weights multiply what experts read" } else { "experts have factors of their own" };
+            return Err(Error::Unsupported(format!("router gradients from all experts where {what}")));
+        }
         let removed = self.model.routing_overlay().is_some_and(|overlay| overlay.removed(layer).is_some());
         if removed || !routing.is_own() {
             let what = "router gradients from all experts in layer";

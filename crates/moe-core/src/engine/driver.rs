@@ -2,7 +2,7 @@
 
 use super::{
     Engine, UnfinishedWave, WaveReport,
-    backward::{Backward, input_slot, middle_slot},
+    backward::{Backward, SLOTS, input_slot, middle_slot, sum_slots},
     forward::{FfnPass, LayerTape},
     prepare::Prepared,
 };
@@ -50,8 +50,8 @@ impl Engine<'_> {
         let to_the_end = objective.is_some() || needs.hidden;
         let stop = if to_the_end { layers } else { last_moe.map_or(0, |l| l + 1) };
         let mut store = match &unfinished {
-            Some(unfinished) => HiddenStore::named(2 * layers, unfinished.directory(), !plan.spill),
-            None => HiddenStore::new(2 * layers, plan.spill.then_some(self.options.spill_dir.as_path()))?,
+            Some(unfinished) => HiddenStore::named(SLOTS * layers, unfinished.directory(), !plan.spill),
+            None => HiddenStore::new(SLOTS * layers, plan.spill.then_some(self.options.spill_dir.as_path()))?,
         };
         let mut tapes: Vec<LayerTape> = (0..layers).map(|_| LayerTape::default()).collect();
         let mut report = WaveReport::new(&prepared.info);
@@ -67,6 +67,9 @@ impl Engine<'_> {
         for layer in 0..left {
             if depth.reaches_feed_forward(layer) {
                 store.adopt(middle_slot(layer), Part::Middle(layer), None, device);
+                for (which, slot) in sum_slots(layer).take(config.kept_sums(layer)).enumerate() {
+                    store.adopt(slot, Part::Sum(layer, which), None, device);
+                }
             }
             if depth.reaches_attention(layer) {
                 store.adopt(input_slot(layer), Part::Input(layer), None, device);
@@ -109,12 +112,19 @@ impl Engine<'_> {
                         }
                     }
                     let skip_output = !to_the_end && Some(layer) == last_moe;
-                    let pass = FfnPass { keep, needs, skip_output, ..FfnPass::new(layer, &prepared.info) };
+                    let pass = FfnPass { keep, needs, skip_output, keep_sums: backward, ..FfnPass::new(layer, &prepared.info) };
                     x = self.ffn_forward(pass, &middle, tape, observer)?;
                     if backward {
                         match &unfinished {
                             Some(_) => store.put_named(middle_slot(layer), Part::Middle(layer), middle)?,
                             None => store.put(middle_slot(layer), middle)?,
+                        }
+                        for (which, sum) in std::mem::take(&mut tape.sums).into_iter().enumerate() {
+                            let slot = sum_slots(layer).start + which;
+                            match &unfinished {
+                                Some(_) => store.put_named(slot, Part::Sum(layer, which), sum)?,
+                                None => store.put(slot, sum)?,
+                            }
                         }
                     }
                     observer.done(SweepPart::Forward(layer))?;

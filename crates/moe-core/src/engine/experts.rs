@@ -1,6 +1,9 @@
 //! Routed experts of a layer, each on its tokens.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    borrow::Cow,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use burn::tensor::Tensor;
 use rayon::prelude::*;
@@ -9,11 +12,11 @@ use super::Engine;
 use crate::{
     adapters::{Tokens, Wanted},
     error::Result,
-    experts::ExpertTensors,
+    experts::{ExpertTensors, row_products, weighted_rows},
     kernels::{rows::gather_rows, swiglu::SwigluGradients},
     memory,
     overlay::ExpertOverlay,
-    router::Dispatch,
+    router::{Dispatch, ExpertRows},
     trace::{Segment, WaveInfo},
 };
 
@@ -74,6 +77,21 @@ impl Engine<'_> {
         Ok(())
     }
 
+    /// Whether routing weights multiply what experts read instead of what they give.
+    pub(super) fn weights_inputs(&self) -> bool {
+        self.model.config().routing.on_inputs
+    }
+
+    /// Factors on the outputs of an expert, given its routing weights: ones where those are on its inputs.
+    pub(super) fn output_weights<'w>(&self, weights: &'w [f32]) -> Cow<'w, [f32]> {
+        if self.weights_inputs() { Cow::Owned(vec![1.0; weights.len()]) } else { Cow::Borrowed(weights) }
+    }
+
+    /// What an expert reads of its tokens.
+    fn expert_input(&self, z: &Tensor<2>, tokens: ExpertRows<'_>) -> Tensor<2> {
+        weighted_rows(gather_rows(z, tokens.rows), self.weights_inputs().then_some(tokens.weights))
+    }
+
     /// Runs one expert, as `overlay` changes it if there is one, on its tokens; nothing for an expert without any.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn expert_forward(
@@ -98,7 +116,7 @@ impl Engine<'_> {
             return Ok(None);
         }
         self.model.count_expert_rows(tokens.rows.len());
-        let input = gather_rows(z, tokens.rows);
+        let input = self.expert_input(z, tokens);
         let tokens = Tokens::Rows(tokens.rows);
         let gate_up = weights.pre_activations_for(&input, tokens);
         let units = weights.units(&gate_up);
@@ -123,14 +141,19 @@ impl Engine<'_> {
             return Ok(None);
         }
         let weights = self.model.expert(layer, expert)?;
-        let input = gather_rows(z, tokens.rows);
-        let (rows, factors) = (Tokens::Rows(tokens.rows), Some(tokens.weights));
+        let input = self.expert_input(z, tokens);
+        let on_inputs = self.weights_inputs();
+        let (rows, factors) = (Tokens::Rows(tokens.rows), (!on_inputs).then_some(tokens.weights));
         let gate_up = kept.unwrap_or_else(|| weights.pre_activations_for(&input, rows));
         let upstream = gather_rows(dy, tokens.rows); // [n, H], without the routing weight
-        let gradients = weights.backward_for(&gate_up, &upstream, factors, rows, wanted.units, wanted.parameters);
+        let mut gradients = weights.backward_for(&gate_up, &upstream, factors, rows, wanted.units, wanted.parameters);
         let output = wanted.output.then(|| weights.output_for(&gradients.units, rows));
-        let through = Wanted { input: wanted.input, parameters: wanted.parameters };
-        let d_input = weights.gate_up.gradient(|| input.clone(), &gradients.d_gate_up, rows, through);
+        let through = Wanted { input: wanted.input || on_inputs, parameters: wanted.parameters };
+        let mut d_input = weights.gate_up.gradient(|| input.clone(), &gradients.d_gate_up, rows, through);
+        if let Some(d) = d_input.take_if(|_| on_inputs) {
+            gradients.d_row_weights = row_products(&d, &gather_rows(z, tokens.rows));
+            d_input = wanted.input.then(|| weighted_rows(d, Some(tokens.weights)));
+        }
         Ok(Some(ExpertBackwardRun { weights, input, upstream, gradients, output, d_input }))
     }
 }

@@ -25,6 +25,8 @@ pub(crate) struct LayerTape {
     pub(super) dense: Option<Vec<Tensor<2>>>,
     pub(super) experts: Vec<Option<Tensor<2>>>,
     pub(super) routing: Option<LayerRouting>,
+    /// Sums of the blocks that a norm comes after.
+    pub(super) sums: Vec<Tensor<2>>,
 }
 
 /// How the feed-forward half of a layer is run.
@@ -42,12 +44,22 @@ pub(crate) struct FfnPass<'a> {
     pub skip_output: bool,
     /// Experts and routing to use instead of the model's.
     pub change: Option<&'a LayerChange>,
+    /// Leave on the tape what a backward pass through norms after the blocks needs.
+    pub keep_sums: bool,
 }
 
 impl<'a> FfnPass<'a> {
     /// A plain forward pass.
     pub fn new(layer: usize, wave: &'a WaveInfo) -> Self {
-        Self { layer, wave, keep: Keep::default(), needs: Signals::NONE, skip_output: false, change: None }
+        Self {
+            layer,
+            wave,
+            keep: Keep::default(),
+            needs: Signals::NONE,
+            skip_output: false,
+            change: None,
+            keep_sums: false,
+        }
     }
 }
 
@@ -101,8 +113,8 @@ impl Engine<'_> {
             None => return Err(Error::input("layer", layer, "one with routed experts")),
         };
         let ffn = self.model.ffn(layer)?;
-        let bias = ffn.router.as_ref().and_then(|router| router.selection_bias.as_deref());
-        Ok(LayerRouting::new(self.model.router(), layer, logits, experts, bias, overlay)?.applied)
+        let Some(router) = &ffn.router else { return Err(Error::input("layer", layer, "one with a router")) };
+        Ok(LayerRouting::new(self.model.router(), layer, logits, experts, router, overlay)?.applied)
     }
 
     pub(super) fn attention_forward(
@@ -114,7 +126,7 @@ impl Engine<'_> {
         keep: bool,
     ) -> Result<Tensor<2>> {
         let mixer = self.model.mixer(layer)?;
-        let projected = mixer.project(x, &prepared.table);
+        let projected = mixer.project(x, prepared.tables.of(self.model.config(), layer));
         let middle = mixer.mix(x, &projected, &prepared.spans);
         if keep {
             tape.mixer = Some(projected);
@@ -130,18 +142,17 @@ impl Engine<'_> {
         tape: &mut LayerTape,
         observer: &mut dyn Observer,
     ) -> Result<Tensor<2>> {
-        let FfnPass { layer, wave, keep, needs, skip_output, change } = pass;
+        let FfnPass { layer, wave, keep, needs, skip_output, change, keep_sums } = pass;
         let routing = change.and_then(|change| change.routing.as_ref()).or(self.model.routing_overlay()).map(|r| &**r);
         let overlay = change.and_then(|change| change.experts.as_deref());
         let ffn = self.model.ffn_routed_by(layer, routing)?;
         let z = ffn.normed(middle);
-        let mut out = ffn.accumulator(middle);
+        let mut sums = ffn.sums(middle);
         if let Some(router) = &ffn.router {
-            let logits = HostView::new(&router.linear.forward(&z));
+            let logits = HostView::new(&router.linear.forward(&router.input(middle, &z)));
             let logits = logits.as_slice();
             let experts = router.linear.weight.dims()[0];
-            let bias = router.selection_bias.as_deref();
-            let routed = LayerRouting::new(self.model.router(), layer, logits, experts, bias, routing)?;
+            let routed = LayerRouting::new(self.model.router(), layer, logits, experts, router, routing)?;
             let adapters = self.model.adapters().filter(|_| needs.parameters);
             let watchers = adapters.map(|adapters| adapters.router(layer)).unwrap_or_default();
             if needs.routing || !watchers.is_empty() {
@@ -171,7 +182,7 @@ impl Engine<'_> {
                             layer,
                             expert: e,
                             rows: tokens.rows,
-                            routing_weights: tokens.weights,
+                            routing_weights: &self.output_weights(tokens.weights),
                             segments: &segments(tokens.rows, wave),
                             input: &run.input,
                             units: Some(&run.units),
@@ -181,7 +192,8 @@ impl Engine<'_> {
                         })?;
                     }
                     if let Some(y) = run.output.as_ref().filter(|_| !skip_output) {
-                        out.add_rows(tokens.rows, Some(tokens.weights), y);
+                        let weights = (!self.weights_inputs()).then_some(tokens.weights);
+                        sums.experts().add_rows(tokens.rows, weights, y);
                     }
                     if keep.experts {
                         tape.experts[e] = Some(run.gate_up);
@@ -192,13 +204,18 @@ impl Engine<'_> {
             tape.routing = Some(routed);
         }
         if let Some(dense) = ffn.dense.as_ref().filter(|_| !skip_output) {
+            let z = ffn.dense_input(middle, &z);
             if keep.dense {
-                dense.forward(&z, &mut out, Some(tape.dense.get_or_insert_default()));
+                dense.forward(&z, sums.dense(), Some(tape.dense.get_or_insert_default()));
             } else {
-                dense.forward(&z, &mut out, None);
+                dense.forward(&z, sums.dense(), None);
             }
         }
         self.model.check_reads()?;
-        Ok(ffn.output(middle, out))
+        let (output, kept) = ffn.output(middle, sums);
+        if keep_sums {
+            tape.sums = kept;
+        }
+        Ok(output)
     }
 }

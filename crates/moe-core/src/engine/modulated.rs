@@ -56,6 +56,10 @@ impl Engine<'_> {
         if needs.experts() {
             return Err(Error::Unsupported(format!("observing the experts of layer {layer}, which are modulated")));
         }
+        if self.weights_inputs() {
+            let what = "modulated experts whose routing weights multiply what they read, in layer";
+            return Err(Error::Unsupported(format!("{what} {layer}")));
+        }
         let main = by.main_experts();
         if !(1..=routed.top_k).contains(&main) {
             let expected = format!("1 to {}", routed.top_k);

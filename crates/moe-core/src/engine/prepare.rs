@@ -5,8 +5,8 @@ use std::ops::Range;
 use crate::{
     data::Wave,
     error::{Error, Result},
-    kernels::rope::{Positions, RotaryTable},
-    model::Model,
+    kernels::rope::Positions,
+    model::{Model, RotaryTables},
     trace::{SequenceInfo, WaveInfo},
 };
 
@@ -17,7 +17,7 @@ pub(super) struct Prepared {
     /// Next token of each position, where it counts.
     pub targets: Vec<Option<u32>>,
     pub spans: Vec<Range<usize>>,
-    pub table: RotaryTable,
+    pub tables: RotaryTables,
 }
 
 impl Prepared {
@@ -42,7 +42,7 @@ impl Prepared {
         }
         info.tokens = ids.len();
         let positions: Vec<_> = spans.iter().map(|s| Positions { range: 0..s.len(), length: s.len() }).collect();
-        let table = model.rope().table(&positions);
-        Ok(Self { info, ids, targets, spans, table })
+        let tables = model.rotary_tables(&positions);
+        Ok(Self { info, ids, targets, spans, tables })
     }
 }

@@ -4,6 +4,7 @@ use std::{borrow::Cow, sync::Arc};
 
 use crate::{
     error::Result,
+    layers::RouterLayer,
     overlay::{
         RoutingOverlay, RoutingRule,
         routing::{check_removed, check_rule, refusal},
@@ -20,6 +21,28 @@ pub(super) struct LayerRouting {
     scale: f32,
     /// What an overlay changed.
     changed: Option<Changed>,
+    /// Where experts have factors on their weights.
+    scaled: Option<Scaled>,
+}
+
+/// Factors on the weights of experts.
+struct Scaled {
+    /// `[E]`.
+    factors: Arc<[f32]>,
+    /// The routing by the model's rule before them.
+    rule: Routed,
+}
+
+impl Scaled {
+    fn apply(&self) -> Routed {
+        let mut routed = self.rule.clone();
+        self.on(&routed.selected, &mut routed.weights);
+        routed
+    }
+
+    fn on(&self, selected: &[u32], values: &mut [f32]) {
+        values.iter_mut().zip(selected).for_each(|(value, &e)| *value *= self.factors[e as usize]);
+    }
 }
 
 struct Changed {
@@ -50,25 +73,34 @@ impl LayerRouting {
         layer: usize,
         logits: &[f32],
         experts: usize,
-        bias: Option<&[f32]>,
+        weights: &RouterLayer,
         overlay: Option<&dyn RoutingOverlay>,
     ) -> Result<Self> {
+        let bias = weights.selection_bias.as_deref();
+        let scaled = |rule: Routed| match &weights.scales {
+            Some(factors) => {
+                let scaled = Scaled { factors: factors.clone(), rule };
+                (scaled.apply(), Some(scaled))
+            }
+            None => (rule, None),
+        };
         let Some(overlay) = overlay else {
-            return Ok(Self { applied: router.route(logits, experts, bias), scale: router.scale(), changed: None });
+            let (applied, scaled) = scaled(router.route(logits, experts, bias));
+            return Ok(Self { applied, scale: router.scale(), changed: None, scaled });
         };
         check_removed(overlay, layer, experts, router)?;
         check_rule(overlay, layer)?;
         let by = overlay.rule(layer);
-        let rule = match &by {
+        let (rule, scaled) = match &by {
             Some(by) => {
                 let routed = by.route(logits, experts, bias);
                 let k = routed.top_k;
                 let slots = logits.len() / experts.max(1) * k;
                 let expected = Routed { experts, top_k: k, selected: vec![u32::MAX; slots], weights: vec![0.0; slots] };
                 check_routed(layer, &expected, &routed)?;
-                routed
+                (routed, None)
             }
-            None => router.route_without(logits, experts, bias, overlay.removed(layer).unwrap_or_default()),
+            None => scaled(router.route_without(logits, experts, bias, overlay.removed(layer).unwrap_or_default())),
         };
         let mut seen = rule.clone();
         overlay.routed(layer, &mut seen);
@@ -83,7 +115,7 @@ impl LayerRouting {
         }
         // The weights of another rule are what it says.
         let scale = if by.is_some() { 1.0 } else { router.scale() };
-        Ok(Self { applied, scale, changed: Some(Changed { by, rule, seen, gains }) })
+        Ok(Self { applied, scale, changed: Some(Changed { by, rule, seen, gains }), scaled })
     }
 
     /// What is shown of it; `logits` as the router gives them, without removed experts.
@@ -138,6 +170,11 @@ impl LayerRouting {
                 overlay.routed_backward(layer, rule, seen, d.to_mut());
             }
             removed = overlay.removed(layer).unwrap_or_default();
+        }
+        let mut rule = rule;
+        if let Some(scaled) = &self.scaled {
+            scaled.on(&rule.selected, d.to_mut());
+            rule = &scaled.rule;
         }
         let logits = match self.changed.as_ref().and_then(|changed| changed.by.as_ref()) {
             Some(by) => by.backward(logits, rule, &d),

@@ -34,6 +34,8 @@ pub struct UnfinishedWave {
     dir: PathBuf,
     mark: Value,
     layers: usize,
+    /// Sums of every layer that a norm comes after.
+    sums: Vec<usize>,
     done: Option<SweepPart>,
 }
 
@@ -98,7 +100,8 @@ impl UnfinishedWave {
         let layers = self.layers;
         let waiting = |below: usize| {
             (0..below).all(|layer| {
-                (!depth.reaches_feed_forward(layer) || self.has(Part::Middle(layer)))
+                let sums = (0..self.sums[layer]).all(|which| self.has(Part::Sum(layer, which)));
+                (!depth.reaches_feed_forward(layer) || (sums && self.has(Part::Middle(layer))))
                     && (!depth.reaches_attention(layer) || self.has(Part::Input(layer)))
             })
         };
@@ -134,7 +137,8 @@ impl UnfinishedWave {
     /// The gradient at the input of this layer.
     pub(super) fn backward_done(&mut self, layer: usize, gradient: &Tensor<2>) -> Result<()> {
         self.save(Part::Gradient(layer), gradient)?;
-        for part in [Part::Gradient(layer + 1), Part::Input(layer), Part::Middle(layer)] {
+        let sums = (0..self.sums[layer]).map(|which| Part::Sum(layer, which));
+        for part in [Part::Gradient(layer + 1), Part::Input(layer), Part::Middle(layer)].into_iter().chain(sums) {
             self.delete(part);
         }
         self.done = Some(SweepPart::Backward(layer));
@@ -169,7 +173,8 @@ impl Engine<'_> {
     /// which is whatever the observer's results follow from besides. Nothing if the file system has no room for it, which is
     /// logged.
     ///
-    /// It needs room for two tensors `[T, H]` per layer that the backward sweep passes, and two more.
+    /// It needs room for two tensors `[T, H]` per layer that the backward sweep passes (one or two more where norms come after blocks), and
+    /// two more.
     ///
     /// # Errors
     /// [`Error::Input`] if parameters are trained, whose gradients no file has, and for an empty wave; [`Error::Spill`].
@@ -186,8 +191,12 @@ impl Engine<'_> {
         let prepared = Prepared::new(self.model, wave)?;
         let (config, depth) = (self.model.config(), self.depth(needs));
         let layers = config.layers.len();
+        let sums: Vec<usize> = (0..layers).map(|layer| config.kept_sums(layer)).collect();
         let kept: usize = (0..layers)
-            .map(|l| usize::from(depth.reaches_feed_forward(l)) + usize::from(depth.reaches_attention(l)))
+            .map(|l| {
+                let half = if depth.reaches_feed_forward(l) { 1 + sums[l] } else { 0 };
+                half + usize::from(depth.reaches_attention(l))
+            })
             .sum();
         let needed = 4 * (prepared.ids.len() * config.hidden_size * (kept + 2)) as u64;
         let parent = directory.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
@@ -203,7 +212,7 @@ impl Engine<'_> {
         let counted = prepared.targets.iter().map(|target| u8::from(target.is_some()));
         hasher.update(&ids.chain(ends).chain(counted).collect::<Vec<u8>>());
         let mark = json!({ "version": VERSION, "wave": wave.id, "digest": hasher.finalize().to_hex().to_string() });
-        let mut unfinished = UnfinishedWave { dir: directory.to_path_buf(), mark, layers, done: None };
+        let mut unfinished = UnfinishedWave { dir: directory.to_path_buf(), mark, layers, sums, done: None };
         unfinished.done = unfinished.found(depth);
         if unfinished.done.is_none() {
             if let Err(error) = check_space(parent, needed) {

@@ -114,6 +114,21 @@ impl RotaryEmbedding {
                 long = Some((*original_max_position, Frequencies::new(divided(long_factor)?, *long_mscale)));
                 (divided(short_factor)?, *short_mscale)
             }
+            RopeScaling::Proportional { pairs, factor } => {
+                ((0..half).map(|i| if i < *pairs { 1.0 / (base(i) * factor) } else { 0.0 }).collect(), 1.0)
+            }
+            RopeScaling::StretchedBase { alpha, dim } => {
+                let theta = rope.theta * alpha.powf(*dim as f64 / (*dim as f64 - 2.0));
+                ((0..half).map(|i| theta.powf(-2.0 * i as f64 / rotary_dim as f64)).collect(), 1.0)
+            }
+            RopeScaling::Llama3 { factor, low, high, original_max_position } => {
+                let scaled = |i: usize| {
+                    let turns = *original_max_position as f64 / (2.0 * std::f64::consts::PI * base(i));
+                    let smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+                    ((1.0 - smooth) / factor + smooth) / base(i)
+                };
+                ((0..half).map(scaled).collect(), 1.0)
+            }
             other => return Err(Error::Unsupported(format!("rope scaling {other:?}"))),
         };
         let frequencies = Frequencies::new(frequencies, factor);
@@ -147,7 +162,7 @@ impl RotaryEmbedding {
         }
         let growth = self.growth.map(|growth| {
             let positions = sequences.iter().flat_map(|sequence| sequence.range.clone());
-            positions.map(|p| (1.0 + growth.rate * (1.0 + (p / growth.length) as f64).ln()) as f32).collect()
+            positions.map(|p| (1.0 + growth.rate * (1.0 + ((p + growth.offset) / growth.length) as f64).ln()) as f32).collect()
         });
         RotaryTable { half, interleaved: self.interleaved, cos, sin, growth }
     }

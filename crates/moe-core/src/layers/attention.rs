@@ -17,8 +17,10 @@ use crate::{
 /// Self-attention with its norm.
 #[derive(Clone, Debug)]
 pub struct AttentionLayer {
-    /// Input norm.
-    pub norm: Norm,
+    /// Input norm, where there is one.
+    pub norm: Option<Norm>,
+    /// Norm of the output, where there is one.
+    pub output_norm: Option<Norm>,
     /// What makes queries, keys and values.
     pub projections: Projections,
     /// Output projection `[H, heads * D_v]`.
@@ -72,9 +74,14 @@ pub struct CacheEntry {
 }
 
 impl AttentionLayer {
+    /// What the projections read.
+    fn normed(&self, x: &Tensor<2>) -> Tensor<2> {
+        self.norm.as_ref().map_or_else(|| x.clone(), |norm| norm.forward(x))
+    }
+
     /// Queries, keys and values of `x [T, H]`, rotated by `table`.
     pub fn project(&self, x: &Tensor<2>, table: &RotaryTable) -> AttentionTape {
-        let z = self.norm.forward(x);
+        let z = self.normed(x);
         match &self.projections {
             Projections::Grouped(grouped) => {
                 let ([q, k, v], gate, saved) = grouped.project(&z, table, &self.shape);
@@ -93,9 +100,14 @@ impl AttentionLayer {
         self.residual(x, &gated(heads, tape.gate.as_ref()))
     }
 
-    /// `x + output(heads)`, times the residual factor.
+    /// `x + norm(output(heads))`, the latter times the residual factor.
     pub fn residual(&self, x: &Tensor<2>, heads: &Tensor<2>) -> Tensor<2> {
-        let mut sum = RowAccumulator::from_tensor(scaled(self.output.forward(heads), self.residual));
+        let output = self.output.forward(heads);
+        let output = match &self.output_norm {
+            Some(norm) => norm.forward(&output),
+            None => output,
+        };
+        let mut sum = RowAccumulator::from_tensor(scaled(output, self.residual));
         sum.add(x);
         sum.into_tensor()
     }
@@ -113,6 +125,13 @@ impl AttentionLayer {
         let heads = || attention(&tape.q, &tape.k, &tape.v, sequences, &self.shape);
         let through = Wanted { input: true, ..wanted };
         let d_output = scaled(dy.clone(), self.residual);
+        let d_output = match &self.output_norm {
+            Some(norm) => {
+                let output = self.output.forward(&gated(heads(), tape.gate.as_ref()));
+                norm.backward(&output, &d_output, wanted.parameters)
+            }
+            None => d_output,
+        };
         let (d_heads, d_gate) = match &tape.gate {
             None => (self.output.backward(heads, &d_output, through)?, None),
             Some(gate) => {
@@ -124,9 +143,10 @@ impl AttentionLayer {
         };
         let (dq, dk, dv) = attention_backward(&tape.q, &tape.k, &tape.v, sequences, &self.shape, &d_heads);
         drop(d_heads);
-        let z = || self.norm.forward(x);
+        let z = || self.normed(x);
         // a norm that is trained is behind the projections
-        let wanted_z = Wanted { input: wanted.input || self.norm.is_trained(), ..wanted };
+        let trained = self.norm.as_ref().is_some_and(Norm::is_trained);
+        let wanted_z = Wanted { input: wanted.input || trained, ..wanted };
         let dz = match (&self.projections, &tape.saved) {
             (Projections::Grouped(grouped), Saved::Grouped(saved)) => {
                 grouped.backward(&z, saved, &tape.v, table, &self.shape, [dq, dk, dv], d_gate, wanted_z)
@@ -136,7 +156,10 @@ impl AttentionLayer {
             }
             _ => unreachable!("a tape belongs to the layer that wrote it"),
         }?;
-        let dx = self.norm.backward(x, &dz, wanted.parameters);
+        let dx = match &self.norm {
+            Some(norm) => norm.backward(x, &dz, wanted.parameters),
+            None => dz,
+        };
         wanted.input.then(|| {
             let mut dx = RowAccumulator::from_tensor(dx);
             dx.add(&dy);
@@ -146,7 +169,7 @@ impl AttentionLayer {
 
     /// What generation keeps of the tokens `x [n, H]`.
     pub fn cache_entry(&self, x: &Tensor<2>, table: &RotaryTable) -> CacheEntry {
-        let z = self.norm.forward(x);
+        let z = self.normed(x);
         match &self.projections {
             Projections::Grouped(grouped) => {
                 let ([q, k, v], gate, _) = grouped.project(&z, table, &self.shape);

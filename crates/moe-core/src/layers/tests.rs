@@ -40,19 +40,31 @@ fn table(rotary_dim: usize, interleaved: bool) -> RotaryTable {
 }
 
 fn shape(kv_heads: usize, head_dim: usize, value_dim: usize) -> AttentionShape {
-    AttentionShape { heads: 2, kv_heads, head_dim, value_dim, scale: 0.5, window: None, sinks: None }
+    AttentionShape { heads: 2, kv_heads, head_dim, value_dim, scale: 0.5, window: None, chunk: None, sinks: None }
 }
 
 fn grouped(per_head: bool, clip: Option<f32>) -> AttentionLayer {
-    let norms = HeadNorms { query: norm(if per_head { 4 } else { 8 }, 4, false), key: norm(4, 5, false), per_head };
+    let norms = HeadNorms {
+        query: norm(if per_head { 4 } else { 8 }, 4, false),
+        key: norm(4, 5, false),
+        per_head,
+        after_rotation: false,
+    };
     AttentionLayer {
-        norm: norm(HIDDEN, 6, true),
+        norm: Some(norm(HIDDEN, 6, true)),
+        output_norm: None,
         projections: Projections::Grouped(Box::new(GroupedProjections {
-            qkv: [linear([8, HIDDEN], 1), linear([4, HIDDEN], 2), linear([4, HIDDEN], 3)],
+            qkv: QkvProjections::Separate(Box::new([
+                linear([8, HIDDEN], 1),
+                linear([4, HIDDEN], 2),
+                linear([4, HIDDEN], 3),
+            ])),
             norms: Some(norms),
             clip,
+            value_norm: None,
             rotary: true,
-            gated: false,
+            grows: false,
+            gate: HeadGate::None,
         })),
         output: linear([HIDDEN, 8], 7),
         shape: shape(1, 4, 4),
@@ -71,7 +83,8 @@ fn latent(low_rank: bool) -> AttentionLayer {
         false => QueryProjection::Full(weight([10, HIDDEN], 4)),
     };
     AttentionLayer {
-        norm: norm(HIDDEN, 5, false),
+        norm: Some(norm(HIDDEN, 5, false)),
+        output_norm: None,
         projections: Projections::Latent(Box::new(LatentProjections {
             query,
             kv_down: linear([3 + 2, HIDDEN], 6),
@@ -117,8 +130,10 @@ fn grouped_attention_has_the_gradient_of_a_difference_quotient() {
 fn gated(per_head: bool) -> AttentionLayer {
     let mut layer = grouped(per_head, None);
     if let Projections::Grouped(projections) = &mut layer.projections {
-        projections.gated = true;
-        projections.qkv[0] = linear([16, HIDDEN], 1);
+        projections.gate = HeadGate::Query;
+        if let QkvProjections::Separate(qkv) = &mut projections.qkv {
+            qkv[0] = linear([16, HIDDEN], 1);
+        }
     }
     layer
 }
@@ -126,6 +141,34 @@ fn gated(per_head: bool) -> AttentionLayer {
 #[test]
 fn gated_attention_has_the_gradient_of_a_difference_quotient() {
     check_gradient(&gated(true), &table(2, false));
+}
+
+#[test]
+fn every_kind_of_grouped_projections_has_the_gradient_of_a_difference_quotient() {
+    let changed = |change: &dyn Fn(&mut GroupedProjections)| {
+        let mut layer = grouped(true, None);
+        layer.output_norm = Some(norm(HIDDEN, 8, false));
+        if let Projections::Grouped(projections) = &mut layer.projections {
+            change(projections);
+        }
+        layer
+    };
+    let packed = || QkvProjections::Packed(Box::new(linear([16, HIDDEN], 9)));
+    let tied = || QkvProjections::Tied(Box::new([linear([8, HIDDEN], 1), linear([4, HIDDEN], 2)]));
+    for layer in [
+        changed(&|p| p.qkv = packed()),
+        changed(&|p| p.qkv = tied()),
+        changed(&|p| p.value_norm = Some(norm(4, 10, false))),
+        changed(&|p| p.gate = HeadGate::Projection(Box::new(linear([8, HIDDEN], 11)))),
+        changed(&|p| {
+            if let Some(norms) = &mut p.norms {
+                norms.after_rotation = true;
+            }
+        }),
+        AttentionLayer { norm: None, shape: AttentionShape { chunk: Some(2), ..shape(1, 4, 4) }, ..changed(&|_| {}) },
+    ] {
+        check_gradient(&layer, &table(4, false));
+    }
 }
 
 fn delta(grouped: bool) -> DeltaLayer {

@@ -32,7 +32,7 @@ impl Model {
     /// Logits of the normed hidden states `h [n, H]`, `[n, V_b]` per block of the vocabulary.
     pub(crate) fn head_forward(&self, h: &Tensor<2>) -> Result<Vec<Tensor<2>>> {
         let h = scaled(h.clone(), self.logits_factor());
-        (0..self.head_blocks()).map(|block| Ok(self.head_block(block)?.forward(&h))).collect()
+        (0..self.head_blocks()).map(|block| Ok(self.capped(self.head_block(block)?.forward(&h)))).collect()
     }
 
     /// Gradient with respect to `h`, from those of the logits; with `parameters`, also those of what is trained of the head.
@@ -42,11 +42,28 @@ impl Model {
         let rows = d_logits.first().map_or(0, |block| block.dims()[0]);
         let mut dh = RowAccumulator::zeros(rows, self.config().hidden_size, self.device());
         for (block, d_logits) in d_logits.into_iter().enumerate() {
-            if let Some(d) = self.head_block(block)?.backward(h, &d_logits, wanted) {
+            let weights = self.head_block(block)?;
+            let d_logits = match self.config().logit_cap {
+                // the derivative of c tanh(x / c)
+                Some(cap) => {
+                    let share = self.capped(weights.forward(&h())).div_scalar(cap as f32);
+                    d_logits * (share.clone() * share).neg().add_scalar(1.0)
+                }
+                None => d_logits,
+            };
+            if let Some(d) = weights.backward(h, &d_logits, wanted) {
                 dh.add(&d);
             }
         }
         Ok(scaled(dh.into_tensor(), self.logits_factor()))
+    }
+
+    /// Logits within the bound of the model.
+    fn capped(&self, logits: Tensor<2>) -> Tensor<2> {
+        match self.config().logit_cap {
+            Some(cap) => logits.div_scalar(cap as f32).tanh().mul_scalar(cap as f32),
+            None => logits,
+        }
     }
 
     /// Factor on the logits. Applied to what is multiplied with the head, which has fewer columns.

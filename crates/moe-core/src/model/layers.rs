@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use moe_checkpoint::{AttentionKind, DeltaNet, Ffn, LatentAttention, LayerRole, Mixer, NormKind, QkNorm, Role};
+use moe_checkpoint::{
+    AttentionKind, DeltaNet, Ffn, LatentAttention, LayerRole, Mixer, NormKind, NormPlacement, OutputGate, QkNorm, Role,
+};
 
 use super::Model;
 use crate::{
@@ -12,9 +14,9 @@ use crate::{
     host,
     kernels::{attention::AttentionShape, delta::DeltaShape, latent::LatentHeads, weight::Weight},
     layers::{
-        AttentionLayer, ConvolutionLayer, DeltaLayer, DeltaProjections, DenseBlock, FfnLayer, GroupedProjections,
-        HeadNorms, LatentProjections, Linear, LowRankQuery, MixerLayer, Norm, Projections, QueryProjection,
-        RouterLayer,
+        ApartNorms, AttentionLayer, ConvolutionLayer, DeltaLayer, DeltaProjections, DenseBlock, FfnLayer,
+        GroupedProjections, HeadGate, HeadNorms, LatentProjections, Linear, LowRankQuery, MixerLayer, Norm,
+        Projections, QkvProjections, QueryProjection, RouterLayer,
     },
     overlay::RoutingOverlay,
 };
@@ -101,15 +103,21 @@ impl Model {
 
     fn attention(&self, layer: usize) -> Result<AttentionLayer> {
         let config = self.config();
-        let a = &config.attention;
+        let a = config.attention_of(layer);
         let role = |r| Role::Layer(layer, r);
         let values = a.num_heads * a.value_head_dim();
         let sinks = match a.sinks {
             true => Some(self.checkpoint.read_f32(role(LayerRole::Sinks))?.into()),
             false => None,
         };
+        let [norm, output_norm] = self.half_norms(
+            layer,
+            [LayerRole::AttentionNorm, LayerRole::AttentionNormBias],
+            LayerRole::AttentionOutputNorm,
+        )?;
         Ok(AttentionLayer {
-            norm: self.norm(role(LayerRole::AttentionNorm), role(LayerRole::AttentionNormBias))?,
+            norm,
+            output_norm,
             projections: match &a.kind {
                 AttentionKind::Grouped => Projections::Grouped(Box::new(self.grouped(layer)?)),
                 AttentionKind::Latent(latent) => Projections::Latent(Box::new(self.latent(layer, latent)?)),
@@ -129,40 +137,87 @@ impl Model {
                 value_dim: a.value_head_dim(),
                 scale: a.softmax_scale() as f32,
                 window: config.layers[layer].sliding_window,
+                chunk: config.layers[layer].chunk,
                 sinks,
             },
             residual: config.multipliers.residual as f32,
         })
     }
 
+    /// The norms before and after a half of a layer, as far as it has them.
+    fn half_norms(&self, layer: usize, before: [LayerRole; 2], after: LayerRole) -> Result<[Option<Norm>; 2]> {
+        let config = self.config();
+        let role = |r| Role::Layer(layer, r);
+        let (early, late) = match config.placement {
+            NormPlacement::Before => (true, false),
+            NormPlacement::After => (false, true),
+            NormPlacement::Both => (true, true),
+            other => return Err(Error::Unsupported(format!("norms {other:?}"))),
+        };
+        let [weight, bias] = before;
+        Ok([
+            early.then(|| self.norm(role(weight), role(bias))).transpose()?,
+            late.then(|| self.rms_norm(role(after), config.hidden_size, config.norm_eps)).transpose()?,
+        ])
+    }
+
+    /// A norm that has no weight.
+    fn unit_norm(&self, len: usize) -> Norm {
+        Norm::new(host::from_vec(vec![1.0; len], [len], self.device()), None, self.config().norm_eps as f32)
+    }
+
     fn grouped(&self, layer: usize) -> Result<GroupedProjections> {
         let config = self.config();
-        let a = &config.attention;
+        let a = config.attention_of(layer);
         let role = |r| Role::Layer(layer, r);
         let (h, q, kv) = (config.hidden_size, a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim);
+        let rotary = config.layers[layer].rotary;
         let linear = |site, weight, bias, rows| {
             self.linear(layer, site, role(weight), a.qkv_bias.then_some(role(bias)), [rows, h])
         };
+        let after_rotation = a.norm_after_rotation;
         let norms = |per_head, query, key| -> Result<Option<HeadNorms>> {
             let norm = |r, len| self.rms_norm(role(r), len, config.norm_eps);
             let (query, key) = (norm(LayerRole::QueryNorm, query)?, norm(LayerRole::KeyNorm, key)?);
-            Ok(Some(HeadNorms { query, key, per_head }))
+            Ok(Some(HeadNorms { query, key, per_head, after_rotation }))
         };
+        let query = || {
+            let rows = if a.gate == OutputGate::Query { 2 * q } else { q };
+            linear(LayerSite::Query, LayerRole::Query, LayerRole::QueryBias, rows)
+        };
+        let key = || linear(LayerSite::Key, LayerRole::Key, LayerRole::KeyBias, kv);
+        let plain = |site, r, rows| self.linear(layer, site, role(r), None, [rows, h]);
         Ok(GroupedProjections {
-            qkv: [
-                linear(LayerSite::Query, LayerRole::Query, LayerRole::QueryBias, if a.gated { 2 * q } else { q })?,
-                linear(LayerSite::Key, LayerRole::Key, LayerRole::KeyBias, kv)?,
-                linear(LayerSite::Value, LayerRole::Value, LayerRole::ValueBias, kv)?,
-            ],
+            qkv: match (a.packed, a.tied_values) {
+                (true, _) => QkvProjections::Packed(Box::new(plain(LayerSite::Qkv, LayerRole::Qkv, q + 2 * kv)?)),
+                (false, true) => QkvProjections::Tied(Box::new([query()?, key()?])),
+                (false, false) => {
+                    let value = linear(LayerSite::Value, LayerRole::Value, LayerRole::ValueBias, kv)?;
+                    QkvProjections::Separate(Box::new([query()?, key()?, value]))
+                }
+            },
             norms: match a.qk_norm {
                 QkNorm::None => None,
                 QkNorm::Head => norms(true, a.head_dim, a.head_dim)?,
                 QkNorm::Projection => norms(false, q, kv)?,
+                QkNorm::Unit => {
+                    let norm = || self.unit_norm(a.head_dim);
+                    rotary.then(|| HeadNorms { query: norm(), key: norm(), per_head: true, after_rotation })
+                }
                 other => return Err(Error::Unsupported(format!("norm of queries and keys {other:?}"))),
             },
+            value_norm: a.value_norm.then(|| self.unit_norm(a.head_dim)),
             clip: a.qkv_clip.map(|bound| bound as f32),
-            rotary: config.layers[layer].rotary,
-            gated: a.gated,
+            rotary,
+            grows: a.growth.is_some() && !rotary,
+            gate: match a.gate {
+                OutputGate::None => HeadGate::None,
+                OutputGate::Query => HeadGate::Query,
+                OutputGate::Projection => {
+                    HeadGate::Projection(Box::new(plain(LayerSite::AttentionGate, LayerRole::AttentionGate, q)?))
+                }
+                other => return Err(Error::Unsupported(format!("gates on heads {other:?}"))),
+            },
         })
     }
 
@@ -264,9 +319,10 @@ impl Model {
         let config = self.config();
         let h = config.hidden_size;
         let role = |r| Role::Layer(layer, r);
-        let block = |sites: [LayerSite; 2], gate, up, down, width: usize| -> Result<ExpertTensors> {
+        let block = |sites: [LayerSite; 2], gate_up: &[LayerRole], down, width: usize| -> Result<ExpertTensors> {
+            let gate_up: Vec<Role> = gate_up.iter().map(|r| role(*r)).collect();
             Ok(ExpertTensors {
-                gate_up: self.site_weight(layer, sites[0], &[role(gate), role(up)], [2 * width, h])?,
+                gate_up: self.site_weight(layer, sites[0], &gate_up, [2 * width, h])?,
                 gate_up_bias: None,
                 down: self.site_weight(layer, sites[1], &[role(down)], [h, width])?,
                 down_bias: None,
@@ -277,17 +333,17 @@ impl Model {
         let (dense, router) = match &config.layers[layer].ffn {
             Ffn::Dense { intermediate_size } => {
                 let sites = [LayerSite::DenseGateUp, LayerSite::DenseDown];
-                let weights =
-                    block(sites, LayerRole::DenseGate, LayerRole::DenseUp, LayerRole::DenseDown, *intermediate_size)?;
+                let gate_up = [LayerRole::DenseGate, LayerRole::DenseUp];
+                let weights = block(sites, &gate_up, LayerRole::DenseDown, *intermediate_size)?;
                 (Some(DenseBlock { weights, gate: None, adapter }), None)
             }
             Ffn::Moe(moe) => {
                 let shared = match &moe.shared {
                     Some(shared) => {
                         let width = shared.intermediate_size;
-                        let sites = [LayerSite::SharedGateUp, LayerSite::SharedDown];
-                        let (gate, up) = (LayerRole::SharedGate, LayerRole::SharedUp);
-                        let weights = block(sites, gate, up, LayerRole::SharedDown, width)?;
+                        let site = if shared.packed { LayerSite::SharedPacked } else { LayerSite::SharedGateUp };
+                        let sites = [site, LayerSite::SharedDown];
+                        let weights = block(sites, site.roles(), LayerRole::SharedDown, width)?;
                         let gate_role = [role(LayerRole::SharedExpertGate)];
                         let gate = match shared.gated {
                             true => Some(self.site_weight(layer, LayerSite::SharedExpertGate, &gate_role, [1, h])?),
@@ -304,11 +360,41 @@ impl Model {
                     true => Some(self.checkpoint.read_f32(role(LayerRole::CorrectionBias))?.into()),
                     false => None,
                 };
-                (shared, Some(RouterLayer { linear, selection_bias }))
+                let norm = match config.routing.own_norm {
+                    true => {
+                        let stored = self.checkpoint.read_f32(role(LayerRole::RouterNorm))?;
+                        let factor = (h as f32).powf(-0.5);
+                        let weight = stored.into_iter().map(|scale| scale * factor).collect();
+                        Some(Norm::new(host::from_vec(weight, [h], self.device()), None, config.norm_eps as f32))
+                    }
+                    false => None,
+                };
+                let scales = match config.routing.expert_scales {
+                    true => Some(self.checkpoint.read_f32(role(LayerRole::ExpertScale))?.into()),
+                    false => None,
+                };
+                (shared, Some(RouterLayer { linear, norm, selection_bias, scales }))
             }
         };
-        let norm = self.norm(role(LayerRole::FfnNorm), role(LayerRole::FfnNormBias))?;
-        let loaded = FfnLayer { norm, dense, router, residual: config.multipliers.residual as f32 };
+        let [norm, output_norm] =
+            self.half_norms(layer, [LayerRole::FfnNorm, LayerRole::FfnNormBias], LayerRole::FfnOutputNorm)?;
+        let apart = match config.moe(layer).and_then(|moe| moe.shared.as_ref()).is_some_and(|shared| shared.apart) {
+            true => {
+                let norm = |r| self.rms_norm(role(r), h, config.norm_eps);
+                Some(Box::new(ApartNorms {
+                    dense_input: norm(LayerRole::SharedNorm)?,
+                    dense_output: norm(LayerRole::SharedOutputNorm)?,
+                    experts_output: norm(LayerRole::ExpertsOutputNorm)?,
+                }))
+            }
+            false => None,
+        };
+        let scale = match config.layer_scale {
+            true => self.checkpoint.read_f32(role(LayerRole::LayerScale))?.first().copied().unwrap_or(1.0),
+            false => 1.0,
+        };
+        let residual = config.multipliers.residual as f32;
+        let loaded = FfnLayer { norm, output_norm, apart, dense, router, residual, scale };
         let mut cache = self.lock();
         if layer < cache.residency.layers {
             cache.ffn[layer] = Some(loaded.clone());

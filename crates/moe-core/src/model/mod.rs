@@ -22,7 +22,7 @@ use crate::{
     experts::ExpertTensors,
     host,
     kernels::{
-        rope::RotaryEmbedding,
+        rope::{Positions, RotaryEmbedding, RotaryTable},
         swiglu::GatedActivation,
         weight::{Bf16Source, ReadFailure, Weight},
     },
@@ -44,10 +44,25 @@ pub struct Model {
     adapters: Option<Arc<dyn Adapters>>,
     expert_rows: AtomicU64,
     rope: RotaryEmbedding,
+    /// Of layers with a window, where they have their own.
+    local_rope: Option<RotaryEmbedding>,
     router: Router,
     activation: GatedActivation,
     failure: ReadFailure,
     cache: Mutex<Cache>,
+}
+
+/// Rotary embedding of some tokens in all layers.
+pub(crate) struct RotaryTables {
+    all: RotaryTable,
+    local: Option<RotaryTable>,
+}
+
+impl RotaryTables {
+    /// That of a layer.
+    pub fn of(&self, config: &ModelConfig, layer: usize) -> &RotaryTable {
+        self.local.as_ref().filter(|_| config.local_of(layer).is_some()).unwrap_or(&self.all)
+    }
 }
 
 #[derive(Default)]
@@ -88,6 +103,10 @@ impl Model {
         }
         let rope =
             RotaryEmbedding::new(&config.rope, config.attention.rotary_dim)?.with_growth(config.attention.growth);
+        let local_rope = match &config.local {
+            Some(local) => Some(RotaryEmbedding::new(&local.rope, local.attention.rotary_dim)?),
+            None => None,
+        };
         let router = Router::new(&config.routing)?;
         for moe in (0..config.layers.len()).filter_map(|layer| config.moe(layer)) {
             router.check(moe.num_experts())?;
@@ -117,6 +136,7 @@ impl Model {
             adapters: None,
             expert_rows: AtomicU64::new(0),
             rope,
+            local_rope,
             router,
             activation,
             failure: ReadFailure::default(),
@@ -214,9 +234,10 @@ impl Model {
         self.max_memory
     }
 
-    /// Rotary embedding of its heads.
-    pub(crate) fn rope(&self) -> &RotaryEmbedding {
-        &self.rope
+    /// Rotary embedding of tokens at these positions of their sequences.
+    pub(crate) fn rotary_tables(&self, positions: &[Positions]) -> RotaryTables {
+        let table = |rope: &RotaryEmbedding| rope.table(positions);
+        RotaryTables { all: table(&self.rope), local: self.local_rope.as_ref().map(table) }
     }
 
     /// Routing rule.

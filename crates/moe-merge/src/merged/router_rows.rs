@@ -6,7 +6,8 @@ use crate::router::RouterMix;
 use crate::{Error, Result};
 
 /// Roles of a layer that hold something for each expert in its router.
-pub(crate) const ROLES: [LayerRole; 3] = [LayerRole::Router, LayerRole::RouterBias, LayerRole::CorrectionBias];
+pub(crate) const ROLES: [LayerRole; 4] =
+    [LayerRole::Router, LayerRole::RouterBias, LayerRole::CorrectionBias, LayerRole::ExpertScale];
 
 /// A weight or bias of a router, one row per group of `mix`, in its dtype; `None` where the family has no such tensor. Rows that
 /// are a single old one are copied byte for byte.

@@ -52,6 +52,7 @@ pub(super) fn tensors(
             (LayerRole::Router, edited.flatten().is_some()),
             (LayerRole::RouterBias, false),
             (LayerRole::CorrectionBias, layer.correction_factor != 1.0),
+            (LayerRole::ExpertScale, false),
         ] {
             if moved || changed {
                 rows_of.insert(name(role), (position, role));

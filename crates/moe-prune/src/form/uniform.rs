@@ -30,6 +30,7 @@ pub(super) fn target(plan: &PrunePlan, from: &Checkpoint, options: &PruneOptions
         return refuse("no expert would keep any unit".into());
     }
     check_width(width, from, options)?;
+    check_shared(width, from, options)?;
     let experts = shape.layers[0].num_experts();
     // Where experts share, the config says how many there are in every layer.
     let other = shape.layers.iter().find(|layer| layer.num_experts() != experts && !from.grouped());
@@ -67,6 +68,19 @@ fn check_width(width: usize, from: &Checkpoint, options: &PruneOptions<'_>) -> R
     }
     let reason = format!("{reason}; prune with round_to {ALIGNMENT}, or allow unaligned widths");
     Err(options.form.refused(reason))
+}
+
+/// Refuses another width where the shared expert would have to have it, too.
+pub(super) fn check_shared(width: usize, from: &Checkpoint, options: &PruneOptions<'_>) -> Result<()> {
+    if !from.family().shared_follows_width() || from.shape().uniform_width() == Some(width) {
+        return Ok(());
+    }
+    Err(options.form.refused(format!(
+        "experts of width {width}: a config of `{}` has one width, `{}`, for routed and shared experts, and the shared ones are not \
+         pruned; remove whole experts, or export as ragged or masked",
+        from.config().model_type,
+        from.family().width_key()
+    )))
 }
 
 /// Whether stock loaders can run a width. One that the checkpoint has already is its own affair.

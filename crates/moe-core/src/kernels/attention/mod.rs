@@ -31,6 +31,8 @@ pub struct AttentionShape {
     pub scale: f32,
     /// Keys a query sees, itself included; `None` for all earlier ones.
     pub window: Option<usize>,
+    /// Size of the chunks that a sequence is cut into, where a query sees no key of an earlier one.
+    pub chunk: Option<usize>,
     /// One score per query head that takes part in the softmax without having a value `[heads]`.
     pub sinks: Option<Arc<[f32]>>,
 }
@@ -38,7 +40,8 @@ pub struct AttentionShape {
 impl AttentionShape {
     /// First key visible to the query at absolute position `position`.
     fn first_key(&self, position: usize) -> usize {
-        self.window.map_or(0, |w| (position + 1).saturating_sub(w))
+        let of_window = self.window.map_or(0, |w| (position + 1).saturating_sub(w));
+        of_window.max(self.chunk.map_or(0, |chunk| position / chunk * chunk))
     }
 }
 

@@ -2,7 +2,7 @@ use super::*;
 use crate::kernels::testing::{assert_close, pattern};
 
 fn shape(heads: usize, kv_heads: usize, head_dim: usize, scale: f32, window: Option<usize>) -> AttentionShape {
-    AttentionShape { heads, kv_heads, head_dim, value_dim: head_dim, scale, window, sinks: None }
+    AttentionShape { heads, kv_heads, head_dim, value_dim: head_dim, scale, window, chunk: None, sinks: None }
 }
 
 #[test]

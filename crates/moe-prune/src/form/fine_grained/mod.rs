@@ -25,7 +25,7 @@ pub(super) use select::best_blocks;
 use super::PruneOptions;
 use super::export::Export;
 use super::target::{Target, TargetLayer, TargetSet};
-use super::uniform::{ALIGNMENT, aligned, shared, stock_layout};
+use super::uniform::{ALIGNMENT, aligned, check_shared, shared, stock_layout};
 use crate::plan::LayerKept;
 use crate::{Error, PrunePlan, Result};
 
@@ -174,6 +174,7 @@ pub(super) fn target(
         true => map.width,
         false => map.width.next_multiple_of(ALIGNMENT),
     };
+    check_shared(width, from, options)?;
     let mut layers = Vec::with_capacity(plan.kept.len());
     for (position, (kept, pieces)) in plan.kept.iter().zip(&map.layers).enumerate() {
         for (expert, _) in pieces.counts.iter().enumerate().filter(|(_, count)| **count == 0) {
