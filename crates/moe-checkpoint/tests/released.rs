@@ -66,7 +66,7 @@ fn kimi_k2_is_deepseek_v3_with_one_group() {
     assert!(config.moe(0).is_none());
     let moe = config.moe(60).unwrap();
     assert_eq!((&moe.widths, moe.biases), (&vec![2048; 384], ExpertBiases::None));
-    assert_eq!(moe.shared, Some(SharedExpert { intermediate_size: 2048, gated: false }));
+    assert_eq!(moe.shared, Some(SharedExpert::new(2048)));
     assert_eq!((latent(&config).q_lora_rank, latent(&config).kv_lora_rank), (Some(1536), 512));
     // (0.1 ln 32 + 1)^2 / sqrt(192)
     assert!((config.attention.softmax_scale() - 0.130_860_8).abs() < 1e-7, "{}", config.attention.softmax_scale());
@@ -82,7 +82,7 @@ fn moonlight_is_deepseek_v3_without_a_latent_of_queries() {
     let kind = RoutingKind::Sigmoid { renormalize: true, correction_bias: true, groups: None };
     assert_eq!(config.routing, Routing { scale: 2.446, ..Routing::new(6, kind) });
     assert_eq!(config.moe(1).unwrap().widths, [1408; 64]);
-    assert_eq!(config.moe(1).unwrap().shared, Some(SharedExpert { intermediate_size: 2816, gated: false }));
+    assert_eq!(config.moe(1).unwrap().shared, Some(SharedExpert::new(2816)));
     assert_eq!((latent(&config).q_lora_rank, config.attention.scale, config.rope.theta), (None, None, 50_000.0));
     assert_eq!((config.norm_eps, latent(&config).norm_eps), (1e-5, 1e-6));
 }
