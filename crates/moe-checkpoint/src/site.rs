@@ -206,7 +206,9 @@ impl LayerSite {
         let delta =
             matches!(self, DeltaQkv | DeltaGate | DeltaBeta | DeltaDecay | DeltaQkvGate | DeltaBetaDecay | DeltaOutput);
         let latent = matches!(self, LatentQueryDown | LatentQueryUp | LatentKvDown | LatentKvUp);
-        delta || latent || matches!(self, Query | Key | Value | Qkv | AttentionGate | Output | ConvolutionInput | ConvolutionOutput)
+        delta
+            || latent
+            || matches!(self, Query | Key | Value | Qkv | AttentionGate | Output | ConvolutionInput | ConvolutionOutput)
     }
 }
 

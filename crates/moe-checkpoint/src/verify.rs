@@ -6,7 +6,8 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use crate::config::{
-    AttentionKind, DeltaNet, Ffn, LatentAttention, Mixer, ModelConfig, MoeConfig, NormKind, NormPlacement, OutputGate, QkNorm,
+    AttentionKind, DeltaNet, Ffn, LatentAttention, Mixer, ModelConfig, MoeConfig, NormKind, NormPlacement, OutputGate,
+    QkNorm,
 };
 use crate::convert::float_bytes;
 use crate::experts::{ExpertLayout, ExpertTensor};

@@ -16,8 +16,8 @@ use moe_checkpoint::{Checkpoint, Dtype, Existing, ExpertWeights, LayerRole, Redu
 use moe_core::device::device;
 use moe_core::{Model, RemoveExperts};
 use moe_prune::{
-    AllocatorConfig, Budget, ExpertPruner, FineGrained, Global, Mtp, ProtectionMask, PruneForm, PruneOptions, PrunePlan, Pruner,
-    Scope,
+    AllocatorConfig, Budget, ExpertPruner, FineGrained, Global, Mtp, ProtectionMask, PruneForm, PruneOptions,
+    PrunePlan, Pruner, Scope,
 };
 use run::{difference, logits, logits_of};
 use safetensors::SafeTensors;

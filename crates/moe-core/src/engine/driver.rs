@@ -112,7 +112,13 @@ impl Engine<'_> {
                         }
                     }
                     let skip_output = !to_the_end && Some(layer) == last_moe;
-                    let pass = FfnPass { keep, needs, skip_output, keep_sums: backward, ..FfnPass::new(layer, &prepared.info) };
+                    let pass = FfnPass {
+                        keep,
+                        needs,
+                        skip_output,
+                        keep_sums: backward,
+                        ..FfnPass::new(layer, &prepared.info)
+                    };
                     x = self.ffn_forward(pass, &middle, tape, observer)?;
                     if backward {
                         match &unfinished {

@@ -162,7 +162,9 @@ impl RotaryEmbedding {
         }
         let growth = self.growth.map(|growth| {
             let positions = sequences.iter().flat_map(|sequence| sequence.range.clone());
-            positions.map(|p| (1.0 + growth.rate * (1.0 + ((p + growth.offset) / growth.length) as f64).ln()) as f32).collect()
+            positions
+                .map(|p| (1.0 + growth.rate * (1.0 + ((p + growth.offset) / growth.length) as f64).ln()) as f32)
+                .collect()
         });
         RotaryTable { half, interleaved: self.interleaved, cos, sin, growth }
     }
