@@ -130,3 +130,19 @@ fn prune(
     let pruned = plan.on(model, &PruneOptions { mtp: arguments.mtp, edits, ..PruneOptions::new(form) })?;
     Ok((pruned.model().clone(), format!("{}\n", pruned.report())))
 }
+
+/// The model that a saved plan makes of another one, to be run rather than written: in the form that keeps widths as they are planned.
+///
+/// # Errors
+/// A plan that cannot be read or is for another model; one of merging that was fitted on sampled tokens, which only
+/// `moe apply --evidence` has.
+pub fn planned(model: &Arc<Checkpoint>, path: &PathBuf) -> Result<Arc<Checkpoint>> {
+    // What becomes of layers that predict further tokens makes no difference to a model that is only run.
+    let mtp = model.mtp_tensors().next().is_some().then_some(Mtp::Drop);
+    if is_prune(path)? {
+        let options = PruneOptions { mtp, ..PruneOptions::new(PruneForm::Ragged) };
+        return Ok(PrunePlan::load(path)?.on(model, &options)?.model().clone());
+    }
+    let options = MergeOptions { mtp, ..MergeOptions::new(OutputForm::Grouped) };
+    Ok(MergePlan::load(path)?.on(model, &options)?.model().clone())
+}

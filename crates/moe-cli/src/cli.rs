@@ -158,12 +158,8 @@ pub struct DataArguments {
 impl DataArguments {
     /// As recipes have it, with files to measure on.
     pub fn to_recipe(&self, eval: &[std::path::PathBuf]) -> Data {
-        let file = |source: &Source| match source.weight {
-            None => DataFile::Path(source.path.clone()),
-            Some(weight) => DataFile::Rows(DataRows { path: source.path.clone(), rows: None, weight }),
-        };
         Data {
-            calibration: self.data.iter().map(file).collect(),
+            calibration: data_files(&self.data),
             eval: eval.to_vec(),
             samples: self.samples,
             length: self.length,
@@ -188,6 +184,15 @@ impl DataArguments {
     pub fn waves(&self) -> WaveOptions {
         WaveOptions::Tokens(self.wave_tokens)
     }
+}
+
+/// Files of rows as recipes have them.
+pub fn data_files(sources: &[Source]) -> Vec<DataFile> {
+    let file = |source: &Source| match source.weight {
+        None => DataFile::Path(source.path.clone()),
+        Some(weight) => DataFile::Rows(DataRows { path: source.path.clone(), rows: None, weight }),
+    };
+    sources.iter().map(file).collect()
 }
 
 /// Which tokens count in a loss.

@@ -23,15 +23,26 @@ use crate::{Error, Result, format};
 Rows: {\"text\"} for perplexity; {\"prompt\", \"answer\"} for exact match; {\"prompt\", \"choices\", \"answer\"} for multiple choice, \
 where answer is the right choice or its number.")]
 pub struct Arguments {
-    /// Model directory
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    /// What is measured
+    #[command(flatten)]
+    pub model: crate::adapters::ModelArguments,
     /// Rows to measure on, in a file named NAME_test.jsonl; repeatable
     #[arg(long, value_name = "FILE", required = true)]
     pub data: Vec<PathBuf>,
-    /// Adapter in PEFT's files to run the model with; repeatable, each with its whole weight
-    #[arg(long, value_name = "DIR")]
-    pub adapter: Vec<PathBuf>,
+    /// How it is measured
+    #[command(flatten)]
+    pub measuring: MeasureArguments,
+    /// Tokens that go through the model together
+    #[arg(long, default_value = "16384", value_parser = cli::non_zero)]
+    pub wave_tokens: NonZeroUsize,
+    /// One JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// How models are measured on rows.
+#[derive(Clone, Debug, clap::Args)]
+pub struct MeasureArguments {
     /// Rows per file, at most
     #[arg(long, default_value_t = 200, value_parser = cli::at_least(1))]
     pub rows: usize,
@@ -50,18 +61,20 @@ pub struct Arguments {
     /// Perplexity of the answers given their prompts, instead of generating them
     #[arg(long)]
     pub perplexity: bool,
-    /// Tokens that go through the model together
-    #[arg(long, default_value = "16384", value_parser = cli::non_zero)]
-    pub wave_tokens: NonZeroUsize,
-    /// Memory to stay within, such as 8GiB; never changes results
-    #[arg(long, value_parser = cli::bytes)]
-    pub max_memory: Option<u64>,
-    /// flex (CPU), wgpu, vulkan or cuda, as far as compiled in
-    #[arg(long, default_value = "default")]
-    pub device: String,
-    /// One JSON object on stdout
-    #[arg(long)]
-    pub json: bool,
+}
+
+impl MeasureArguments {
+    /// As evaluation files are read.
+    pub fn options(&self) -> EvalOptions {
+        EvalOptions {
+            rows: self.rows,
+            length: self.length,
+            generate: !self.perplexity,
+            max_new_tokens: self.max_new_tokens,
+            stop: self.stop.clone(),
+            chat: self.chat,
+        }
+    }
 }
 
 /// One measurement.
@@ -121,23 +134,15 @@ impl fmt::Display for Report {
 /// # Errors
 /// Whatever is wrong with the arguments or the files they name, and whatever stops the model.
 pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
-    let device = moe_core::device::device(&arguments.device)?;
-    let model = Model::open(&arguments.model, &device, arguments.max_memory)?;
-    let tokenizer = match arguments.model.join("tokenizer.json").exists() {
-        true => Some(Tokenizer::from_dir(&arguments.model)?),
+    let model = arguments.model.open()?;
+    let directory = &arguments.model.model;
+    let tokenizer = match directory.join("tokenizer.json").exists() {
+        true => Some(Tokenizer::from_dir(directory)?),
         false => None,
     };
-    let options = EvalOptions {
-        rows: arguments.rows,
-        length: arguments.length,
-        generate: !arguments.perplexity,
-        max_new_tokens: arguments.max_new_tokens,
-        stop: arguments.stop.clone(),
-        chat: arguments.chat,
-    };
+    let options = arguments.measuring.options();
     let files = EvalFile::load_all(&arguments.data, &options, tokenizer.as_ref(), model.config())?;
     let waves = WaveOptions::Tokens(arguments.wave_tokens);
-    let model = crate::adapters::model_with(model, &arguments.adapter)?;
     for file in &files {
         file.check_memory(&model, waves)?;
     }
@@ -145,20 +150,28 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     let mut measured = Vec::with_capacity(files.len());
     for file in &files {
         let Some(tokenizer) = &tokenizer else {
-            return Err(Error::Invalid(format!("{}: has no tokenizer.json", arguments.model.display())));
+            return Err(Error::Invalid(format!("{}: has no tokenizer.json", directory.display())));
         };
         bar.label(file.name.clone());
-        let start = Instant::now();
-        let (value, tokens) = file.measure(&model, tokenizer, waves)?;
-        let seconds = start.elapsed().as_secs_f64();
-        measured.push(Measured { key: file.key(), what: file.description(), value, tokens, seconds });
+        measured.push(measure(file, &model, tokenizer, waves)?);
         bar.step();
     }
     Ok(Report {
-        model: arguments.model.clone(),
+        model: directory.clone(),
         parameters: model.checkpoint().parameters(),
         bytes: model.checkpoint().bytes_on_disk(),
         measured,
         peak_rss_mib: process_memory().map(|memory| memory.peak as f64 / (1 << 20) as f64),
     })
+}
+
+/// What a model measures on one file, and how long it took.
+///
+/// # Errors
+/// Whatever stops the model.
+pub fn measure(file: &EvalFile, model: &Model, tokenizer: &Tokenizer, waves: WaveOptions) -> Result<Measured> {
+    let start = Instant::now();
+    let (value, tokens) = file.measure(model, tokenizer, waves)?;
+    let seconds = start.elapsed().as_secs_f64();
+    Ok(Measured { key: file.key(), what: file.description(), value, tokens, seconds })
 }

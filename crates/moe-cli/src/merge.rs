@@ -1,14 +1,14 @@
 //! Evidence from calibration data, a merge plan, a merged checkpoint, and what it lost.
 
 use std::fmt;
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
+use moe::recipe::{Merge, Named};
 use moe_checkpoint::{Checkpoint, Dtype, Existing, Mtp, OutputDir, ProtectionMask, WriteOptions, write, write_atomic};
-use moe_core::data::{Dataset, DatasetOptions, Tokenizer, Wave, WaveOptions};
+use moe_core::data::{Source, Tokenizer, Wave};
 use moe_core::{Engine, EngineOptions, Model, TeacherLogits, evaluate};
 use moe_merge::{
     Amount, CompactModel, CompactReport, Evidence, EvidenceOptions, MergeOptions, MergeReport, OutputForm, Recipe,
@@ -19,22 +19,29 @@ use serde::Serialize;
 use crate::progress::{Progress, Unit};
 use crate::{Error, Result, cli, format};
 
-/// Merges routed experts of a checkpoint.
+/// Merges routed experts of a checkpoint
 #[derive(Clone, Debug, Parser)]
-#[command(after_help = format!("Recipes: {}", Recipe::names().collect::<Vec<_>>().join(", ")))]
+#[command(after_help = format!(
+    "Examples:\n  moe merge --model DIR --data rows.jsonl --recipe hc-smoe --ratio 0.25 --form stock --out OUT\n  \
+moe merge --model DIR --data rows.jsonl --recipe ream --experts-per-layer 48 --work evidence --plan-only --out OUT\n\nRecipes: {}",
+    Recipe::names().collect::<Vec<_>>().join(", ")
+))]
 pub struct Arguments {
     /// Directory of a Hugging Face checkpoint
     #[arg(long)]
     pub model: PathBuf,
-    /// Rows to calibrate on: .jsonl or .txt
-    #[arg(long)]
-    pub calibration: PathBuf,
-    /// A published method by name, or a recipe as a JSON file
-    #[arg(long)]
-    pub recipe: String,
+    /// What evidence is collected on
+    #[command(flatten)]
+    pub data: cli::DataArguments,
+    /// A published method by name, or a recipe as JSON or a JSON file
+    #[arg(long, value_name = "NAME|JSON|FILE", value_parser = Named::parse)]
+    pub recipe: Named,
     /// Fraction of the experts to merge away; without it, as many as the recipe says (half, in a published one)
     #[arg(long, value_parser = cli::ratio)]
     pub ratio: Option<f64>,
+    /// Experts that are left in every layer, or on average where the recipe shares its budget over layers
+    #[arg(long, value_name = "N", value_parser = cli::at_least(1), conflicts_with = "ratio")]
+    pub experts_per_layer: Option<usize>,
     /// stock, grouped or stock-copies
     #[arg(long, default_value = "grouped")]
     pub form: OutputForm,
@@ -44,18 +51,21 @@ pub struct Arguments {
     /// Merge all layers on one pass, even if the recipe goes layer by layer
     #[arg(long)]
     pub at_once: bool,
-    /// Experts that nothing may change, as a protection mask (protect.json of the example score)
-    #[arg(long)]
+    /// Experts that nothing may change, as moe score --super-experts writes them
+    #[arg(long, value_name = "FILE")]
     pub protect: Option<PathBuf>,
+    /// Plan only: OUT.plan.json and the evidence (--work, or OUT.work) are written, and no model
+    #[arg(long)]
+    pub plan_only: bool,
+    /// Check everything and do nothing
+    #[arg(long)]
+    pub check: bool,
     /// Rows to measure the divergence from the original model on
     #[arg(long)]
     pub test: Option<PathBuf>,
-    /// Leave out layers that predict further tokens
-    #[arg(long, conflicts_with = "keep_mtp")]
-    pub drop_mtp: bool,
-    /// Keep layers that predict further tokens as they are
-    #[arg(long)]
-    pub keep_mtp: bool,
+    /// Layers that predict further tokens: keep or drop
+    #[arg(long, value_parser = crate::prune::mtp)]
+    pub mtp: Option<Mtp>,
     /// Directory for the evidence and the merged experts, which stays: another form or budget reuses what it can; without it,
     /// OUT.work, which goes when all is written
     #[arg(long)]
@@ -66,21 +76,6 @@ pub struct Arguments {
     /// Tokens of each layer that alignments and least squares see
     #[arg(long, default_value_t = 2048, value_parser = cli::at_least(1))]
     pub sample: usize,
-    /// How rows are read
-    #[command(flatten)]
-    pub rows: cli::RowArguments,
-    /// Sequences to use, at most
-    #[arg(long, default_value_t = 128, value_parser = cli::at_least(1))]
-    pub samples: usize,
-    /// Tokens per sequence, at most
-    #[arg(long, default_value_t = 2048, value_parser = cli::at_least(2))]
-    pub length: usize,
-    /// Shuffle rows with this seed; without it, the first rows
-    #[arg(long)]
-    pub seed: Option<u64>,
-    /// Tokens that go through the model together
-    #[arg(long, default_value = "16384", value_parser = cli::non_zero)]
-    pub wave_tokens: NonZeroUsize,
     /// Memory to stay within, such as 8GiB; never changes results
     #[arg(long, value_parser = cli::bytes)]
     pub max_memory: Option<u64>,
@@ -157,11 +152,11 @@ impl fmt::Display for Report {
     }
 }
 
-/// Checks everything, collects, plans, measures and writes.
+/// Checks everything, collects, plans, measures and writes. `None` if everything was only to be checked.
 ///
 /// # Errors
 /// Whatever is wrong with the arguments or the files they name, and whatever stops the run.
-pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
+pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> {
     let recipe = recipe(arguments)?;
     let existing = match (arguments.force, arguments.resume) {
         (true, _) => Existing::Force,
@@ -189,15 +184,14 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         None => ProtectionMask::none(),
     };
     let model = Model::open(&arguments.model, &moe_core::device::device(&arguments.device)?, arguments.max_memory)?;
-    let mtp = match (arguments.drop_mtp, arguments.keep_mtp) {
-        (true, _) => Some(Mtp::Drop),
-        (false, true) => Some(Mtp::Keep),
-        (false, false) => None,
-    };
+    let mtp = arguments.mtp;
     protect.validate(model.checkpoint().shape())?;
     recipe.check(model.checkpoint(), arguments.form, mtp)?;
-    let calibration = rows(arguments, &model, &arguments.calibration)?;
-    let test = arguments.test.as_deref().map(|path| rows(arguments, &model, path)).transpose()?;
+    let calibration = rows(arguments, &model, None)?;
+    let test = arguments.test.as_deref().map(|path| rows(arguments, &model, Some(path))).transpose()?;
+    if arguments.check {
+        return Ok(None);
+    }
 
     let start = Instant::now();
     let work = arguments.work.clone().unwrap_or_else(|| beside(&arguments.out, ".work"));
@@ -205,14 +199,17 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         std::fs::remove_dir_all(&work).map_err(Error::io(&work))?;
     }
     let options = EvidenceOptions::for_recipe(&recipe, arguments.sample);
+    // Merged experts are those of one plan; evidence serves many.
+    let of = serde_json::json!([recipe, protect, options.digest(&model, &calibration), arguments.at_once]).to_string();
+    let merged_dir = work.join(format!("merged-{}", &blake3::hash(of.as_bytes()).to_hex()[..16]));
     let (weights, collect_seconds) = if recipe.sequential && !arguments.at_once {
-        (merge_sequentially(&model, &calibration, &recipe, &protect, &options, &work)?, 0.0)
+        (merge_sequentially(&model, &calibration, &recipe, &protect, &options, &merged_dir)?, 0.0)
     } else {
         let evidence =
             Arc::new(evidence(&model, &calibration, &options, &work.join("evidence.safetensors"), progress)?);
         let collected = start.elapsed().as_secs_f64();
         let plan = recipe.plan(model.checkpoint(), &evidence, &protect)?;
-        (plan.compute(model.checkpoint(), Some(&evidence), &work)?, collected)
+        (plan.compute(model.checkpoint(), Some(&evidence), &merged_dir)?, collected)
     };
     let plan = weights.plan().clone();
     plan.save(beside(&arguments.out, ".plan.json"))?;
@@ -228,6 +225,11 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         _ => None,
     };
     let merge_seconds = start.elapsed().as_secs_f64() - collect_seconds;
+    if arguments.plan_only {
+        let tokens = calibration.iter().map(Wave::tokens).sum();
+        let merge = merged.report().clone();
+        return Ok(Some(Report { compact, merge, tokens, collect_seconds, merge_seconds, test: None }));
+    }
     let test = test.map(|test| loss(arguments, &model, &shown, &test)).transpose()?;
     let measured: Vec<(String, String)> = test.iter().flat_map(Loss::measured).collect();
     let write_options = WriteOptions { existing, measured: &measured, ..WriteOptions::default() };
@@ -238,26 +240,25 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     if arguments.work.is_none() {
         std::fs::remove_dir_all(&work).map_err(Error::io(&work))?;
     }
-    Ok(Report {
+    Ok(Some(Report {
         compact,
         merge: merged.report().clone(),
         tokens: calibration.iter().map(Wave::tokens).sum(),
         collect_seconds,
         merge_seconds,
         test,
-    })
+    }))
 }
 
 /// The recipe that the arguments name, at the budget they give, if they do.
 fn recipe(arguments: &Arguments) -> Result<Recipe> {
-    let recipe = match Recipe::names().any(|name| name == arguments.recipe) {
-        true => Recipe::named(&arguments.recipe)?,
-        false => Recipe::from_json(&std::fs::read_to_string(&arguments.recipe).map_err(Error::io(&arguments.recipe))?)?,
+    let amount = match (arguments.ratio, arguments.experts_per_layer) {
+        (Some(ratio), _) => Some(Amount::Ratio(ratio)),
+        (None, Some(groups)) => Some(Amount::Groups(groups)),
+        (None, None) => None,
     };
-    Ok(match arguments.ratio {
-        Some(ratio) => recipe.with_amount(Amount::Ratio(ratio)),
-        None => recipe,
-    })
+    let step = Merge { amount, ..Merge::new(arguments.recipe.clone()) };
+    step.recipe()
 }
 
 /// Evidence that an earlier run left at `path`, if it is of the same model, rows and options; collected and left there otherwise.
@@ -288,22 +289,17 @@ fn evidence(
     Ok(evidence)
 }
 
-/// Waves of a file of rows.
-fn rows(arguments: &Arguments, model: &Model, path: &Path) -> Result<Vec<Wave>> {
+/// Waves of the rows of calibration, or of a file to measure on that is read like them.
+fn rows(arguments: &Arguments, model: &Model, test: Option<&Path>) -> Result<Vec<Wave>> {
     let tokenizer = match arguments.model.join("tokenizer.json").exists() {
         true => Some(Tokenizer::from_dir(&arguments.model)?),
         false => None,
     };
-    let options = DatasetOptions {
-        samples: Some(arguments.samples),
-        length: arguments.length,
-        seed: arguments.seed,
-        reading: arguments.rows.reading(),
-        ..DatasetOptions::default()
-    };
-    let data = Dataset::load(path, tokenizer.as_ref(), model.config().vocab_size, &options)?;
-    cli::left_out(path, &data);
-    Ok(data.waves(WaveOptions::Tokens(arguments.wave_tokens)))
+    let mut data = arguments.data.clone();
+    if let Some(path) = test {
+        data.data = vec![Source { path: path.to_path_buf(), weight: None }];
+    }
+    Ok(data.load(tokenizer.as_ref(), model.config().vocab_size)?.waves(data.waves()))
 }
 
 /// What the merged model lost on some waves.

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use moe::progress::Progress;
 
-use crate::{apply, cli, delta, eval, finetune, generate, inspect, merge, prune, run, score, trace};
+use crate::{apply, cli, compare, delta, eval, finetune, generate, inspect, merge, prune, run, score, trace};
 
 /// Makes Mixture-of-Experts language models small and adaptable: importance of experts and units, pruning, merging, fine-tuning
 ///
@@ -29,6 +29,7 @@ enum Verb {
     Apply(apply::Arguments),
     Tune(finetune::Arguments),
     Eval(eval::Arguments),
+    Compare(compare::Arguments),
     Generate(generate::Arguments),
     Trace(trace::Arguments),
     Delta(delta::Arguments),
@@ -68,27 +69,30 @@ pub fn main() -> ExitCode {
         }
         Verb::Prune(arguments) => prune::run(&arguments, Progress::stderr()),
         Verb::Apply(arguments) => apply::run(&arguments, Progress::stderr()),
-        Verb::Run(arguments) => {
-            let report = run::run(&arguments, Progress::stderr())?;
-            cli::shown(&report, arguments.json)
-        }
+        Verb::Run(arguments) => run::run(&arguments, Progress::stderr()),
         Verb::Merge(arguments) => {
             cli::allocator(arguments.max_memory);
-            let json = arguments.json;
-            let report = merge::run(&arguments, Progress::stderr())?;
-            cli::shown(&report, json)
+            match merge::run(&arguments, Progress::stderr())? {
+                Some(report) => cli::shown(&report, arguments.json),
+                None => Ok("checked: nothing was done\n".into()),
+            }
         }
         Verb::Tune(arguments) => {
             cli::allocator(arguments.max_memory);
             finetune::print(arguments, Progress::stderr())
         }
         Verb::Eval(arguments) => {
-            cli::allocator(arguments.max_memory);
+            cli::allocator(arguments.model.max_memory);
             let report = eval::run(&arguments, Progress::stderr())?;
             cli::shown(&report, arguments.json)
         }
-        Verb::Generate(arguments) => {
+        Verb::Compare(arguments) => {
             cli::allocator(arguments.max_memory);
+            let report = compare::run(&arguments, Progress::stderr())?;
+            cli::shown(&report, arguments.json)
+        }
+        Verb::Generate(arguments) => {
+            cli::allocator(arguments.model.max_memory);
             generate::run(&arguments)
         }
         Verb::Trace(arguments) => {

@@ -136,18 +136,23 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         }
     };
     let Collected { statistics, sequences, tokens, seconds, loss } = collected;
-    std::fs::create_dir_all(&arguments.out).map_err(Error::io(&arguments.out))?;
     let (mut scores, mut super_experts, mut rankings) = (Vec::new(), None, Vec::new());
+    let mut tables = Vec::new();
     if arguments.shard.is_none() {
-        for (i, scorer) in scorers.iter().enumerate() {
-            let repeated = scorers.iter().filter(|other| other.name() == scorer.name()).count() > 1;
-            let name = if repeated { format!("{}-{i}", scorer.name()) } else { scorer.name().to_string() };
-            let path = arguments.out.join(format!("{name}.safetensors"));
-            let table = scorer.score(&statistics, checkpoint.as_ref())?;
-            table.save(&path)?;
-            rankings.extend(rank_experts(&name, &table)?);
-            scores.push(path);
+        for scorer in &scorers {
+            tables.push(scorer.score(&statistics, checkpoint.as_ref())?);
         }
+    }
+    std::fs::create_dir_all(&arguments.out).map_err(Error::io(&arguments.out))?;
+    for (i, (scorer, table)) in scorers.iter().zip(&tables).enumerate() {
+        let repeated = scorers.iter().filter(|other| other.name() == scorer.name()).count() > 1;
+        let name = if repeated { format!("{}-{i}", scorer.name()) } else { scorer.name().to_string() };
+        let path = arguments.out.join(format!("{name}.safetensors"));
+        table.save(&path)?;
+        rankings.extend(rank_experts(&name, table)?);
+        scores.push(path);
+    }
+    if arguments.shard.is_none() {
         if let Some(options) = arguments.super_experts {
             let found = SuperExperts::find(&statistics, options)?;
             moe_checkpoint::write_json(&arguments.out.join("super_experts.json"), &serde_json::json!(found))?;

@@ -152,24 +152,42 @@ impl EvalFile {
         }
     }
 
-    /// The measurement as JSON: equal for equal tokens.
-    pub fn recipe(&self) -> Value {
-        let sequences = match &self.rows {
+    /// What a model is run on: prompts of answers, pieces of text, prompts with each of their choices, or prompts with completions.
+    pub fn sequences(&self) -> Vec<Sequence> {
+        match &self.rows {
             Rows::Completions(data) => data.sequences.clone(),
-            Rows::Set(EvalSet { rows: EvalRows::Perplexity(text), .. }) => vec![Sequence::new(text.ids.clone())],
+            Rows::Set(EvalSet { rows: EvalRows::Perplexity(text), .. }) => text.windows(self.options.length),
             Rows::Set(EvalSet { rows: EvalRows::Exact(questions), .. }) => {
                 questions.iter().map(|question| Sequence::new(question.ids.clone())).collect()
             }
             Rows::Set(EvalSet { rows: EvalRows::Choice(questions), .. }) => {
                 questions.iter().flat_map(|question| question.choices.iter().cloned()).collect()
             }
-        };
+        }
+    }
+
+    /// The measurement as JSON: equal for equal tokens.
+    pub fn recipe(&self) -> Value {
         let mut hasher = blake3::Hasher::new();
-        for id in sequences.iter().flat_map(|sequence| sequence.ids.iter().chain([&u32::MAX])) {
+        for id in self.sequences().iter().flat_map(|sequence| sequence.ids.iter().chain([&u32::MAX])) {
             hasher.update(&id.to_le_bytes());
         }
         let hash = hasher.finalize().to_hex().to_string();
         json!({ "file": self.path, "key": self.key(), "what": self.description(), "hash": hash })
+    }
+
+    /// Tokens that are run or, at most, generated.
+    pub fn tokens(&self) -> usize {
+        match &self.rows {
+            Rows::Completions(data) => data.tokens(),
+            Rows::Set(EvalSet { rows: EvalRows::Perplexity(text), .. }) => text.ids.len(),
+            Rows::Set(EvalSet { rows: EvalRows::Exact(questions), .. }) => {
+                questions.iter().map(|question| question.ids.len() + self.options.max_new_tokens).sum()
+            }
+            Rows::Set(EvalSet { rows: EvalRows::Choice(questions), .. }) => {
+                questions.iter().flat_map(|question| &question.choices).map(Sequence::len).sum()
+            }
+        }
     }
 
     /// Checks that the memory limit of `model` can hold the measurement.

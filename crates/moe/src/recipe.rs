@@ -1,10 +1,12 @@
 //! A whole job as one JSON file.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use moe_checkpoint::{Mtp, ProtectionMask, Routing};
 use moe_importance::{ScorerConfig, SuperExpertOptions};
-use moe_merge::{Amount, OutputForm};
+use moe_merge::{Amount, CompactTraining, OutputForm};
+use moe_peft::MethodConfig;
 use moe_prune::repair::{LayerRefit, MeanOutput, Refit, RouterDistillation};
 use moe_prune::{Budget, ExpertPruner, PrunerConfig, Scope, UnitPruner};
 use schemars::JsonSchema;
@@ -77,7 +79,7 @@ pub struct Data {
     /// Tokens per sequence, at most.
     pub length: usize,
     /// Tokens that go through the model together; part of the numerics, since sums are rounded per wave.
-    pub wave_tokens: std::num::NonZeroUsize,
+    pub wave_tokens: NonZeroUsize,
     /// Whether prompts count in the loss, or completions alone.
     #[schemars(with = "Value")]
     pub loss: moe_core::data::LossOver,
@@ -98,7 +100,7 @@ impl Default for Data {
             eval: Vec::new(),
             samples: 128,
             length: 2048,
-            wave_tokens: std::num::NonZeroUsize::MIN.saturating_add(16383),
+            wave_tokens: NonZeroUsize::MIN.saturating_add(16383),
             loss: moe_core::data::LossOver::All,
             reading: moe_core::data::Reading::default(),
         }
@@ -217,6 +219,8 @@ pub enum Step {
     Merge(Merge),
     /// Improves what the last pruning left.
     Repair(Repair),
+    /// Fine-tunes the model as it is now.
+    Tune(Box<Tune>),
     /// Measures the model as it is now.
     Evaluate(Evaluate),
     /// Writes the model as it is now.
@@ -232,6 +236,7 @@ impl Step {
             Self::Prune(_) => "prune",
             Self::Merge(_) => "merge",
             Self::Repair(_) => "repair",
+            Self::Tune(_) => "tune",
             Self::Evaluate(_) => "evaluate",
             Self::Write(_) => "write",
         }
@@ -419,6 +424,11 @@ pub struct Merge {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Value>")]
     pub mtp: Option<Mtp>,
+    /// How the parts of the merged experts are trained on the rows of calibration, towards the model before (MC-SMoE). Without it, a
+    /// recipe that compresses experts does so in closed form.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<serde_json::Map<String, Value>>")]
+    pub training: Option<Box<CompactTraining>>,
 }
 
 fn stock() -> OutputForm {
@@ -430,6 +440,11 @@ fn sample() -> usize {
 }
 
 impl Merge {
+    /// A step of this recipe, for stock loaders.
+    pub fn new(recipe: Named) -> Self {
+        Self { recipe, amount: None, form: stock(), sample: sample(), mtp: None, training: None }
+    }
+
     /// The recipe, at the amount that is asked for.
     ///
     /// # Errors
@@ -458,6 +473,105 @@ pub enum Repair {
     MeanOutput(#[schemars(with = "serde_json::Map<String, Value>")] MeanOutput),
     /// Router rows, by descent on the divergence from the full model.
     RouterDistillation(#[schemars(with = "serde_json::Map<String, Value>")] Box<RouterDistillation>),
+}
+
+/// Fine-tunes the model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Tune {
+    /// A method by its name, with its parameters (`{"type": "lora", "r": 8}`), or a whole recipe of fine-tuning
+    /// (`{"method": {"type": "lora"}, "train": {"clip": 0.5}}`).
+    pub method: Named,
+    /// Rows to train on; by default those of calibration.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub data: Vec<DataFile>,
+    /// Field of the rows that has their label, for methods that go by the task or type of a row.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub labels: Option<String>,
+    /// Sequences, at most; by default as many as are calibrated on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub samples: Option<usize>,
+    /// Optimizer steps, instead of those that the method is trained with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub steps: Option<usize>,
+    /// Highest learning rate, instead of the published one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learning_rate: Option<f64>,
+    /// Tokens of an optimizer step, about.
+    #[serde(default = "step_tokens")]
+    pub step_tokens: NonZeroUsize,
+    /// Whether prompts count in the loss, or completions alone.
+    #[serde(default = "completions")]
+    #[schemars(with = "Value")]
+    pub loss: moe_core::data::LossOver,
+    /// Whether a LoRA goes into the weights, or stays an adapter beside the model. A mixture always stays one: it depends on its input.
+    #[serde(default = "yes")]
+    pub fold: bool,
+    /// Steps between saved states.
+    #[serde(default = "save_every")]
+    pub save_every: NonZeroUsize,
+}
+
+fn step_tokens() -> NonZeroUsize {
+    NonZeroUsize::MIN.saturating_add(511)
+}
+
+fn save_every() -> NonZeroUsize {
+    NonZeroUsize::MIN.saturating_add(49)
+}
+
+fn completions() -> moe_core::data::LossOver {
+    moe_core::data::LossOver::Completions
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Tune {
+    /// What is trained and how, with what the step says of it.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a method that is unknown, [`Error::Peft`] for options out of range.
+    pub fn recipe(&self, seed: u64) -> Result<moe_peft::Recipe> {
+        let mut recipe = match &self.method {
+            Named::Name(name) => moe_peft::Recipe::named(name).map_err(|error| Error::Usage(error.to_string()))?,
+            Named::Parameters(map) if map.contains_key("method") => self.method.read("", "tune")?,
+            Named::Parameters(_) => self.method.read::<moe_peft::MethodConfig>("type", "method")?.into(),
+        };
+        recipe.train.max_steps = self.steps.or(recipe.train.max_steps);
+        recipe.train.schedule.peak = self.learning_rate.unwrap_or(recipe.train.schedule.peak);
+        if seed != 0 {
+            recipe.set_seed(seed);
+        }
+        if self.labels.is_some() {
+            recipe.labels.clone_from(&self.labels);
+        }
+        recipe.train.validate().map_err(moe_peft::Error::from)?;
+        if !self.fold && !matches!(recipe.method, MethodConfig::Lora(_) | MethodConfig::Mixture(_)) {
+            return Err(Error::Usage(
+                "fold: false, but the method trains the weights themselves; LoRA and mixtures are adapters".into(),
+            ));
+        }
+        Ok(recipe)
+    }
+
+    /// Whether it goes on with the mixture that a step before trained: it has a mixture of the same experts to start from, and says none.
+    ///
+    /// # Errors
+    /// Those of [`Tune::recipe`].
+    pub fn starts_from_mixture(&self, seed: u64) -> Result<bool> {
+        Ok(matches!(self.recipe(seed)?.method, MethodConfig::Mixture(config) if config.start.is_none()))
+    }
+
+    /// Whether something stays beside the weights afterwards, without which the model is another one.
+    pub fn stays_beside(&self, recipe: &moe_peft::Recipe) -> bool {
+        let beside = matches!(
+            recipe.method,
+            MethodConfig::Mixture(_) | MethodConfig::Condensers(_) | MethodConfig::CompressedExperts(_)
+        );
+        beside || !self.fold
+    }
 }
 
 /// Measures the model.
@@ -491,20 +605,29 @@ macro_rules! published {
 published!(
     "fisher-moe",
     "fisher-stock",
+    "stun",
+    "rate-distortion",
     "reap-25",
     "reap-50",
     "reap-refit",
     "reap-protected",
+    "reap-lora",
     "heapr",
     "mone",
     "naee",
     "m-smoe",
+    "mc-smoe",
     "hc-smoe",
     "ream",
     "dern",
     "mergemoe",
     "sub-moe",
     "uncurl",
+    "uncurl-tune",
+    "esft",
+    "smt",
+    "condensers",
+    "lora-mixer",
 );
 
 impl Recipe {

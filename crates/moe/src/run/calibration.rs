@@ -24,6 +24,23 @@ impl Calibration {
     /// # Errors
     /// Files that cannot be read, weights that are no positive numbers, no file.
     pub fn load(data: &Data, seed: Option<u64>, tokenizer: Option<&Tokenizer>, vocab_size: usize) -> Result<Self> {
+        let plain = DatasetOptions { seed, ..DatasetOptions::default() };
+        Self::load_as(data, &plain, tokenizer, vocab_size)
+    }
+
+    /// The same, with what of `as_in` the recipe does not say: seed, ends of completions, labels.
+    ///
+    /// # Errors
+    /// Those of [`Calibration::load`]; labels of several files, whose names would not be the same numbers.
+    pub fn load_as(
+        data: &Data,
+        as_in: &DatasetOptions,
+        tokenizer: Option<&Tokenizer>,
+        vocab_size: usize,
+    ) -> Result<Self> {
+        if as_in.label.is_some() && data.calibration.len() > 1 {
+            return Err(Error::Usage("labels: rows of several files; expected one file or folder".into()));
+        }
         let mut total = 0.0;
         for file in &data.calibration {
             let (_, weight) = file.amount();
@@ -36,10 +53,9 @@ impl Calibration {
         let options = |samples| DatasetOptions {
             samples: Some(samples),
             length: data.length,
-            seed,
             loss: data.loss,
             reading: data.reading.clone(),
-            ..DatasetOptions::default()
+            ..as_in.clone()
         };
         let amounts: Vec<(Option<usize>, f64)> = data.calibration.iter().map(DataFile::amount).collect();
         let data_set = if data.calibration.is_empty() {

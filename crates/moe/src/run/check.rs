@@ -6,6 +6,7 @@ use moe_checkpoint::{Checkpoint, Existing, Granularity, ProtectionMask, ScoreTab
 use moe_core::Model;
 use moe_core::data::{Tokenizer, WaveOptions};
 use moe_importance::StatisticId;
+use moe_peft::MethodConfig;
 use moe_prune::{Budget, Mtp, PruneForm, PruneOptions, PrunePlan, Pruner, Questions};
 
 use super::artifacts::Artifacts;
@@ -21,6 +22,18 @@ struct Before {
     super_experts: bool,
     pruned: Option<Form>,
     merged: bool,
+    tuned: bool,
+    /// Whether something stays beside the weights, which no step that changes experts could take along.
+    beside: bool,
+    /// Whether that is a mixture, which the next stage of its training may start from.
+    mixture: bool,
+}
+
+impl Before {
+    /// Whether the model is the one that the recipe begins with.
+    fn unchanged(&self) -> bool {
+        self.pruned.is_none() && !self.merged && !self.tuned
+    }
 }
 
 /// A run of which everything that can be known has been checked.
@@ -65,6 +78,13 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
             Some(calibration) => Ok(calibration),
             None => Err(named(Error::Usage("data.calibration names no file, which it needs".into()))),
         };
+        let goes_on = matches!(step, Step::Tune(tune) if before.mixture && tune.starts_from_mixture(recipe.seed)?);
+        let changes = matches!(step, Step::Prune(_) | Step::Merge(_) | Step::Repair(_) | Step::Tune(_));
+        if before.beside && changes && !goes_on {
+            let reason = "what an earlier tune leaves beside the weights (an adapter, a mixture, condensers, compressed experts) would \
+                          be lost; it comes after this step, or is folded";
+            return Err(named(Error::Usage(reason.into())));
+        }
         match step {
             Step::Score(score) => {
                 let scorers = score.scorers().map_err(named)?;
@@ -94,9 +114,24 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
                 before.pruned = Some(prune.form);
             }
             Step::Merge(merge) => {
-                merge.recipe().map_err(named)?;
+                let recipe = merge.recipe().map_err(named)?;
                 needs_data()?;
+                if before.unchanged() {
+                    recipe.check(&model, merge.form, merge.mtp).map_err(|error| named(error.into()))?;
+                }
+                if let Some(training) = &merge.training {
+                    training.validate().map_err(|error| named(error.into()))?;
+                }
                 (before.pruned, before.merged) = (None, true);
+            }
+            Step::Tune(tune) => {
+                let unchanged = before.unchanged();
+                super::tune::check(tune, recipe, tokenizer.as_ref(), &engine_model, unchanged && !goes_on)
+                    .map_err(named)?;
+                let trained = tune.recipe(recipe.seed)?;
+                before.beside = tune.stays_beside(&trained);
+                before.mixture = matches!(trained.method, MethodConfig::Mixture(_));
+                (before.pruned, before.tuned) = (None, true);
             }
             Step::Repair(repair) => {
                 needs_data()?;
@@ -146,6 +181,7 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
         super_experts: None,
         protect: ProtectionMask::none(),
         pruned: None,
+        beside: None,
         measured: Vec::new(),
         written: Vec::new(),
     })
@@ -178,11 +214,11 @@ fn check_prune(prune: &Prune, model: &Arc<Checkpoint>, before: &Before, has_data
             (Some(_), Some(_)) => return Err(Error::Usage("a plan and a list of what stays: one of them".into())),
             (Some(path), None) => PrunePlan::load(path)?,
             // What an earlier step leaves has other indices, which only that step shows.
-            _ if before.merged || before.pruned.is_some() => return mask(path).map(drop),
+            _ if !before.unchanged() => return mask(path).map(drop),
             _ => PrunePlan::keep_only(model.shape(), model.fingerprint(), &mask(path)?)?,
         };
         // The first step on the model as it is can be compared wholly.
-        if !before.merged && before.pruned.is_none() {
+        if before.unchanged() {
             plan.validate(model.shape())?;
         }
         return Ok(());

@@ -4,8 +4,12 @@
 mod artifacts;
 mod calibration;
 mod check;
+mod curves;
+mod estimate;
+mod merge;
 mod steps;
 mod stock;
+mod tune;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -69,6 +73,9 @@ pub struct StepReport {
     pub parameters: u64,
     /// Bytes of the model after it.
     pub bytes: u64,
+    /// Memory that it is expected to take, in bytes, where the recipe is only checked. Then seconds, parameters and bytes are estimates, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<u64>,
 }
 
 /// What a recipe did.
@@ -84,6 +91,20 @@ pub struct RunReport {
 
 impl fmt::Display for RunReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.steps.iter().any(|step| step.memory.is_some()) {
+            let mut table = Table::new(["step", "about, seconds", "memory", "parameters after", "bytes after"], 1);
+            for step in &self.steps {
+                let memory = step.memory.map_or(String::new(), format::size);
+                let (parameters, bytes) = (format::count(step.parameters), format::size(step.bytes));
+                table.row([step.step.clone(), format!("{:.1}", step.seconds), memory, parameters, bytes]);
+            }
+            let seconds: f64 = self.steps.iter().map(|step| step.seconds).sum();
+            writeln!(f, "{}", table.to_text())?;
+            return writeln!(
+                f,
+                "nothing was done; {seconds:.0} seconds in all, as this machine multiplies matrices now"
+            );
+        }
         let mut names: Vec<&str> = Vec::new();
         for measured in self.steps.iter().flat_map(|step| &step.measured) {
             if !names.contains(&measured.key.as_str()) {
@@ -137,6 +158,8 @@ pub(crate) struct Run<'a> {
     super_experts: Option<ProtectionMask>,
     protect: ProtectionMask,
     pruned: Option<PrunedState>,
+    /// What fine-tuning left beside the weights: an adapter, or a checkpoint with files of its own.
+    beside: Option<PathBuf>,
     /// The last measurements, for the card of a model that is written.
     measured: Vec<Measurement>,
     written: Vec<PathBuf>,
@@ -145,7 +168,20 @@ pub(crate) struct Run<'a> {
 impl Run<'_> {
     /// The model as it is now, to be run.
     fn engine_model(&self) -> Result<Model> {
-        Ok(Model::new(self.model.clone(), &self.device, self.max_memory)?)
+        let model = Model::new(self.model.clone(), &self.device, self.max_memory)?;
+        match &self.beside {
+            Some(dir) => Ok(moe_peft::open(dir)?.onto(&model)?.0),
+            None => Ok(model),
+        }
+    }
+
+    /// What the model as it is now follows from.
+    fn identity(&self) -> String {
+        let artifact = self.beside.as_deref().and_then(std::path::Path::parent).and_then(std::path::Path::file_name);
+        match artifact {
+            Some(name) => format!("{} with {}", self.model.fingerprint(), name.to_string_lossy()),
+            None => self.model.fingerprint(),
+        }
     }
 
     fn calibration(&self) -> Result<&Calibration> {
@@ -164,17 +200,17 @@ pub fn run(recipe: &Recipe, options: RunOptions) -> Result<RunReport> {
     let mut run = check::checked(recipe, options)?;
     let mut steps = Vec::with_capacity(recipe.steps.len());
     if options.check {
-        let bytes = run.model.bytes_on_disk();
-        for step in &recipe.steps {
+        for (step, estimate) in recipe.steps.iter().zip(estimate::of(recipe, &run)?) {
             steps.push(StepReport {
                 step: step.name().into(),
                 summary: "checked".into(),
                 reused: false,
-                seconds: 0.0,
+                seconds: estimate.seconds,
                 artifact: None,
                 measured: vec![],
-                parameters: run.model.parameters(),
-                bytes,
+                parameters: estimate.parameters,
+                bytes: estimate.bytes,
+                memory: Some(estimate.memory),
             });
         }
         return Ok(RunReport { steps, written: vec![], peak_rss_mib: None });
@@ -190,6 +226,7 @@ pub fn run(recipe: &Recipe, options: RunOptions) -> Result<RunReport> {
             Step::Prune(step) => run.prune(step),
             Step::Merge(step) => run.merge(step),
             Step::Repair(step) => run.repair(step),
+            Step::Tune(step) => run.tune(step),
             Step::Evaluate(step) => run.evaluate(step),
             Step::Write(step) => run.write(step),
         }?;
@@ -202,6 +239,7 @@ pub fn run(recipe: &Recipe, options: RunOptions) -> Result<RunReport> {
             measured: done.measured,
             parameters: run.model.parameters(),
             bytes: run.model.bytes_on_disk(),
+            memory: None,
         };
         options.progress.say(&format!("{}: {}", report.step, report.summary));
         steps.push(report);

@@ -8,7 +8,6 @@ use moe_checkpoint::{Checkpoint, Existing, Granularity, Provenance, ScoreTable, 
 use moe_core::data::WaveOptions;
 use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::{Scorer, StatisticId, SuperExperts};
-use moe_merge::{Evidence, EvidenceOptions, MergeOptions, MergePlan, collect_evidence, merge_sequentially};
 use moe_prune::{
     Budget, EditSource, Edits, EngineProbe, FineGrained, ModelProbe, NoProbe, ProbeOptions, PrunePlan, PruneRequest,
     Pruner, Questions,
@@ -21,7 +20,7 @@ use super::stock::{self, Chosen};
 use super::{Measurement, PrunedState, Run};
 use crate::eval_file::EvalFile;
 use crate::progress::Unit;
-use crate::recipe::{Evaluate, Form, Merge, Protect, Prune, Repair, Score, Write};
+use crate::recipe::{Evaluate, Form, Protect, Prune, Repair, Score, Write};
 use crate::{Error, Result, format};
 
 /// What a step tells.
@@ -34,11 +33,11 @@ pub(super) struct Done {
 }
 
 /// JSON of what can be JSON.
-fn json(value: &impl Serialize) -> Result<String> {
+pub(super) fn json(value: &impl Serialize) -> Result<String> {
     serde_json::to_string(value).map_err(|error| Error::Invalid(error.to_string()))
 }
 
-fn save(path: &Path, value: &impl Serialize) -> Result<()> {
+pub(super) fn save(path: &Path, value: &impl Serialize) -> Result<()> {
     let value = serde_json::to_value(value).map_err(|error| Error::Invalid(error.to_string()))?;
     Ok(write_json(path, &value)?)
 }
@@ -59,8 +58,8 @@ impl Run<'_> {
         let data = self.calibration.as_ref().map_or(String::new(), |data| data.data.hash.clone());
         let waves = format!("{:?}", self.recipe.data.wave_tokens);
         let wanted = ids.iter().map(ToString::to_string).collect::<BTreeSet<_>>();
-        let of_statistics = [self.model.fingerprint(), data.clone(), waves.clone(), json(&wanted)?];
-        let of = [json(step)?, self.model.fingerprint(), data, waves];
+        let of_statistics = [self.identity(), data.clone(), waves.clone(), json(&wanted)?];
+        let of = [json(step)?, self.identity(), data, waves];
         let (dir, reused) = self.artifacts.begin("score", &of.each_ref().map(String::as_str))?;
         let mut tokens = 0;
         if !reused {
@@ -223,7 +222,10 @@ impl Run<'_> {
                 let engine = Engine::new(&model, EngineOptions::default());
                 let mut probe = EngineProbe::new(&engine, calibration.waves.clone(), ProbeOptions::default())?;
                 let probe: &mut dyn ModelProbe = &mut probe;
-                pruner.prune_with(&request, probe)?.plan
+                let mut plan = self.with_curves(&pruner, &request, scores, probe)?.prune_with(&request, probe)?.plan;
+                // What the plan follows from, not where its curves happen to lie.
+                plan.recipe["pruner"] = pruner.recipe();
+                plan
             }
         };
         let chosen = stock::settled(step, &plan)?;
@@ -304,50 +306,6 @@ impl Run<'_> {
         Ok(Done { summary: summary.into(), reused, artifact: Some(dir), measured: vec![] })
     }
 
-    /// Merges experts.
-    pub(super) fn merge(&mut self, step: &Merge) -> Result<Done> {
-        let base = self.model.clone();
-        let recipe = step.recipe()?;
-        let calibration = self.calibration()?;
-        let of = [json(step)?, base.fingerprint(), calibration.data.hash.clone(), json(&self.protect)?];
-        let (dir, reused) = self.artifacts.begin("merge", &of.each_ref().map(String::as_str))?;
-        let (plan_file, evidence_file, merged_dir) =
-            (dir.join("plan.json"), dir.join("evidence.safetensors"), dir.join("merged"));
-        if !reused {
-            let model = self.engine_model()?;
-            let tokens = calibration.data.tokens() as u64;
-            let bar = self.options.progress.bar("collecting evidence", tokens, Unit::Count("tokens"));
-            if recipe.sequential {
-                let options = EvidenceOptions::for_recipe(&recipe, step.sample);
-                let waves = &calibration.waves;
-                merge_sequentially(&model, waves, &recipe, &self.protect, &options, &merged_dir)?
-                    .plan()
-                    .save(&plan_file)?;
-            } else {
-                let options = EvidenceOptions::for_recipe(&recipe, step.sample);
-                let waves = dir.join("waves");
-                let evidence = collect_evidence(&model, &calibration.waves, &options, Some(&waves), &mut |at| {
-                    bar.at(at.tokens_done);
-                })?;
-                evidence.save(&evidence_file)?;
-                recipe.plan(&base, &evidence, &self.protect)?.save(&plan_file)?;
-            }
-            Artifacts::finish(&dir)?;
-        }
-        let plan = MergePlan::load(&plan_file)?;
-        let mut options = MergeOptions::new(step.form);
-        options.mtp = step.mtp;
-        match recipe.sequential {
-            true => options.merged = Some(moe_merge::MergedWeights::open(&merged_dir)?),
-            false => options.evidence = Some(Arc::new(Evidence::load(&evidence_file)?)),
-        }
-        let merged = plan.on(&base, &options)?;
-        let summary = format!("experts merged by `{}`, form {}", recipe.name, step.form);
-        self.model = merged.model().clone();
-        self.pruned = None;
-        Ok(Done { summary, reused, artifact: Some(dir), measured: vec![] })
-    }
-
     /// Measures the model.
     pub(super) fn evaluate(&mut self, step: &Evaluate) -> Result<Done> {
         let paths = if step.data.is_empty() { &self.recipe.data.eval } else { &step.data };
@@ -356,7 +314,7 @@ impl Run<'_> {
         };
         let files = EvalFile::load_all(paths, &step.options, Some(tokenizer), self.model.config())?;
         let recipes: Vec<serde_json::Value> = files.iter().map(EvalFile::recipe).collect();
-        let of = [json(&step.options)?, self.model.fingerprint(), serde_json::Value::from(recipes).to_string()];
+        let of = [json(&step.options)?, self.identity(), serde_json::Value::from(recipes).to_string()];
         let (dir, reused) = self.artifacts.begin("evaluate", &of.each_ref().map(String::as_str))?;
         let file = dir.join("evaluation.json");
         if !reused {
@@ -386,6 +344,7 @@ impl Run<'_> {
         if to.exists() && !self.options.force {
             // A finished directory of this very model is what the step would write.
             if Checkpoint::open(&to)?.is_model(&self.model.fingerprint()) {
+                self.write_beside(&to)?;
                 self.written.push(to.clone());
                 return Ok(Done { summary, reused: true, artifact: Some(to), measured: vec![] });
             }
@@ -406,6 +365,10 @@ impl Run<'_> {
         let existing = if self.options.force { Existing::Force } else { Existing::Resume };
         let options = WriteOptions { max_shard_bytes, existing, measured: &measured, progress: Some(&tell) };
         write(&self.model, &to, &options)?;
+        let summary = match self.write_beside(&to)? {
+            Some(adapter) => format!("{summary}, what goes with it to {}", adapter.display()),
+            None => summary,
+        };
         self.written.push(to.clone());
         Ok(Done { summary, reused: false, artifact: Some(to), measured: vec![] })
     }

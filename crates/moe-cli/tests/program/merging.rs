@@ -1,0 +1,102 @@
+//! `moe merge`, flag by flag.
+
+use std::fs;
+use std::path::Path;
+
+use moe_checkpoint::Checkpoint;
+use moe_cli::TINY_MOE;
+use moe_merge::MergePlan;
+use serde_json::json;
+
+use crate::support::{contents, ok, refused, rows, text, words};
+
+const SMALL: &str = "--samples 8 --length 48 --wave-tokens 128";
+
+/// A model whose router has a bias.
+const WITH_ROUTER_BIAS: &str =
+    concat!(env!("CARGO_MANIFEST_DIR"), "/../moe-checkpoint/tests/fixtures/parity/tf5/gpt_oss_bf16");
+
+fn groups(path: &Path) -> Vec<usize> {
+    MergePlan::load(path).unwrap().layers.iter().map(|layer| layer.groups.len()).collect()
+}
+
+#[test]
+fn evidence_serves_every_budget_and_form() {
+    let dir = tempfile::tempdir().unwrap();
+    let (work, data) = (dir.path().join("work"), rows("arithmetic_calibration"));
+    let other = format!("{}=1", rows("facts_calibration"));
+    let first = format!("{data}=3");
+    let merge = |name: &str, flags: &str| {
+        let out = dir.path().join(name);
+        let files =
+            ["--model", TINY_MOE, "--data", &first, "--data", &other, "--work", text(&work), "--out", text(&out)];
+        ok(&words(&format!("merge --recipe hc-smoe {SMALL} {flags}"), &files))
+    };
+    merge("planned", "--ratio 0.25 --plan-only");
+    let plan = dir.path().join("planned.plan.json");
+    assert!(groups(&plan).iter().all(|count| *count == 12), "{:?}", groups(&plan));
+    assert!(!dir.path().join("planned").exists(), "only a plan was asked for");
+    let evidence = work.join("evidence.safetensors");
+    let made = fs::metadata(&evidence).unwrap().modified().unwrap();
+    merge("ten", "--experts-per-layer 10 --form stock");
+    let written = Checkpoint::open(dir.path().join("ten")).unwrap();
+    assert!(written.shape().layers.iter().all(|layer| layer.num_experts() == 10));
+    merge("grouped", "--ratio 0.25 --form grouped");
+    assert_eq!(fs::metadata(&evidence).unwrap().modified().unwrap(), made, "the model ran once");
+    assert_eq!(groups(&dir.path().join("grouped.plan.json")), groups(&plan));
+    // Other rows give other evidence.
+    let out = dir.path().join("answers");
+    let files = ["--model", TINY_MOE, "--data", &data, "--work", text(&work), "--out", text(&out)];
+    ok(&words(&format!("merge --recipe hc-smoe {SMALL} --loss answers --plan-only"), &files));
+    assert_ne!(fs::metadata(&evidence).unwrap().modified().unwrap(), made);
+}
+
+#[test]
+fn protected_experts_absorb_nobody_and_a_recipe_may_be_json() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, mask, data) = (dir.path().join("out"), dir.path().join("mask.json"), rows("arithmetic_calibration"));
+    let layer = Checkpoint::open(TINY_MOE).unwrap().shape().layers[0].layer;
+    fs::write(&mask, json!([{"layer": layer, "expert": 3}]).to_string()).unwrap();
+    let recipe = serde_json::to_string(&moe_merge::Recipe::named("m-smoe").unwrap()).unwrap();
+    let files =
+        ["--model", TINY_MOE, "--data", &data, "--recipe", &recipe, "--protect", text(&mask), "--out", text(&out)];
+    let flags = format!("merge {SMALL} --ratio 0.5");
+    let line = words(&flags, &files);
+    ok(&[&line[..], &["--check"]].concat());
+    assert!(!out.exists() && !dir.path().join("out.work").exists(), "a check does nothing");
+    ok(&line);
+    let plan = MergePlan::load(dir.path().join("out.plan.json")).unwrap();
+    assert!(plan.layers[0].protected(3));
+    let (_, error) =
+        refused(&words("merge --recipe hc-smoes --ratio 0.5", &["--model", TINY_MOE, "--data", &data, "--out", "x"]));
+    assert!(error.contains("hc-smoes") && error.contains("sub-moe"), "{error}");
+}
+
+#[test]
+fn a_model_with_a_bias_of_its_router_is_merged_layer_by_layer() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("rows.jsonl");
+    let row = |seed: u32| json!({"input_ids": (0..24).map(|t| (7 * t + 13 * seed) % 60 + 1).collect::<Vec<u32>>()});
+    fs::write(&data, (0..8).map(|seed| format!("{}\n", row(seed))).collect::<String>()).unwrap();
+    let merge = |name: &str, more: &[&str]| {
+        let out = dir.path().join(name);
+        let files = [&["--model", WITH_ROUTER_BIAS, "--data", text(&data), "--out", text(&out)][..], more].concat();
+        ok(&words("merge --recipe ream --ratio 0.5 --form stock --wave-tokens 64", &files));
+        out
+    };
+    let (sequential, at_once) = (merge("sequential", &[]), merge("at-once", &["--at-once"]));
+    let base = Checkpoint::open(WITH_ROUTER_BIAS).unwrap();
+    assert!(base.config().routing.bias);
+    let before = base.shape().layers[0].num_experts();
+    for dir in [&sequential, &at_once] {
+        let merged = Checkpoint::open(dir).unwrap();
+        assert!(merged.config().routing.bias, "the bias stays");
+        assert!(merged.shape().layers.iter().all(|layer| layer.num_experts() == before / 2));
+    }
+    // The first layer sees the same inputs either way; the later ones do not.
+    assert_ne!(contents(&sequential), contents(&at_once));
+    let again = merge("again", &[]);
+    let weights =
+        |dir: &Path| contents(dir).into_iter().filter(|(name, _)| name.ends_with("safetensors")).collect::<Vec<_>>();
+    assert_eq!(weights(&sequential), weights(&again));
+}

@@ -1,0 +1,118 @@
+//! The step that merges experts.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use moe_checkpoint::Checkpoint;
+use moe_core::Model;
+use moe_core::train::TrainEvent;
+use moe_merge::{
+    CompactModel, Compression, Evidence, EvidenceOptions, MergeOptions, MergePlan, MergedWeights, collect_evidence,
+    merge_sequentially,
+};
+
+use super::Run;
+use super::artifacts::Artifacts;
+use super::steps::{Done, json, save};
+use crate::progress::Unit;
+use crate::recipe::Merge;
+use crate::{Error, Result};
+
+impl Run<'_> {
+    /// Merges experts.
+    pub(super) fn merge(&mut self, step: &Merge) -> Result<Done> {
+        let base = self.model.clone();
+        let recipe = step.recipe()?;
+        let calibration = self.calibration()?;
+        let options = EvidenceOptions::for_recipe(&recipe, step.sample);
+        let of = [json(step)?, base.fingerprint(), calibration.data.hash.clone(), json(&self.protect)?];
+        let (dir, reused) = self.artifacts.begin("merge", &of.each_ref().map(String::as_str))?;
+        let (plan_file, merged_dir) = (dir.join("plan.json"), dir.join("merged"));
+        let mut how = MergeOptions { mtp: step.mtp, ..MergeOptions::new(step.form) };
+        if recipe.sequential {
+            if !reused {
+                let bar = self.options.progress.bar("merging", calibration.waves.len() as u64, Unit::Count("waves"));
+                let (model, waves) = (self.engine_model()?, &calibration.waves);
+                let merged = merge_sequentially(&model, waves, &recipe, &self.protect, &options, &merged_dir)?;
+                merged.plan().save(&plan_file)?;
+                bar.step();
+            }
+            how.merged = Some(MergedWeights::open(&merged_dir)?);
+        } else {
+            let evidence = Arc::new(Evidence::load(self.evidence(&options)?)?);
+            if !reused {
+                recipe.plan(&base, &evidence, &self.protect)?.save(&plan_file)?;
+            }
+            how.evidence = Some(evidence);
+        }
+        if !reused {
+            Artifacts::finish(&dir)?;
+        }
+        let merged = MergePlan::load(&plan_file)?.on(&base, &how)?;
+        let mut summary = format!("experts merged by `{}`, form {}", recipe.name, step.form);
+        self.model = merged.model().clone();
+        if step.training.is_some() || recipe.compression.is_some() {
+            let compact = CompactModel::open(self.compacted(step, recipe.compression.as_ref(), &base)?)?;
+            let trained = if step.training.is_some() { ", trained" } else { "" };
+            summary += &format!(", then compressed to rank {} and rows{trained}", compact.compression().rank);
+            self.model = compact.on(&self.model, None)?.model().clone();
+        }
+        self.pruned = None;
+        Ok(Done { summary, reused, artifact: Some(dir), measured: vec![] })
+    }
+
+    /// Evidence of the model as it is now: an artifact of its own, which any recipe, budget and form reads.
+    fn evidence(&self, options: &EvidenceOptions) -> Result<PathBuf> {
+        let calibration = self.calibration()?;
+        let model = self.engine_model()?;
+        let (dir, reused) = self.artifacts.begin("evidence", &[&options.digest(&model, &calibration.waves)])?;
+        let file = dir.join("evidence.safetensors");
+        if !reused {
+            let tokens = calibration.data.tokens() as u64;
+            let bar = self.options.progress.bar("collecting evidence", tokens, Unit::Count("tokens"));
+            let waves = dir.join("waves");
+            let evidence = collect_evidence(&model, &calibration.waves, options, Some(&waves), &mut |at| {
+                bar.at(at.tokens_done);
+            })?;
+            evidence.save(&file)?;
+            if waves.exists() {
+                std::fs::remove_dir_all(&waves).map_err(Error::io(&waves))?;
+            }
+            Artifacts::finish(&dir)?;
+        }
+        Ok(file)
+    }
+
+    /// The experts of the merged model as low-rank and sparse parts, in closed form or trained towards the model before.
+    fn compacted(&self, step: &Merge, compression: Option<&Compression>, before: &Arc<Checkpoint>) -> Result<PathBuf> {
+        let calibration = self.calibration()?;
+        let of = [json(&step.training)?, json(&compression)?, self.model.fingerprint(), calibration.data.hash.clone()];
+        let (dir, reused) = self.artifacts.begin("compact", &of.each_ref().map(String::as_str))?;
+        let to = dir.join("compact");
+        if !reused {
+            match (&step.training, compression) {
+                (Some(training), _) => {
+                    let teacher = Model::new(before.clone(), &self.device, self.max_memory)?;
+                    let student = self.engine_model()?;
+                    let waves = &calibration.waves;
+                    // The last twentieth decides which parts are kept.
+                    let held_out = if waves.len() > 1 { waves.len().div_ceil(20) } else { 0 };
+                    let (train, evaluation) = waves.split_at(waves.len() - held_out);
+                    let steps = training.train.steps(train.len()) as u64;
+                    let bar = self.options.progress.bar("training parts", steps, Unit::Count("steps"));
+                    let trained = training.fit(&teacher, &student, train, evaluation, &to, true, &mut |event| {
+                        if let TrainEvent::Step { step, .. } = event {
+                            bar.at(*step as u64);
+                        }
+                        Ok(())
+                    })?;
+                    save(&dir.join("training.json"), &trained)?;
+                }
+                (None, Some(compression)) => drop(compression.compress(&self.model, &to, None, true)?),
+                (None, None) => return Err(Error::Usage("merge: nothing says how experts are compressed".into())),
+            }
+            Artifacts::finish(&dir)?;
+        }
+        Ok(to)
+    }
+}
