@@ -816,6 +816,26 @@ impl Checkpoint {
         })
     }
 
+    /// The quantized weights.
+    pub(crate) fn quantized_weights(&self) -> impl Iterator<Item = &Packed> {
+        self.quantized.values()
+    }
+
+    /// A quantized weight by its name without quantization.
+    pub(crate) fn quantized_weight(&self, name: &str) -> Option<&Packed> {
+        self.quantized.get(name)
+    }
+
+    /// Codes and parameters of a matrix of a quantized weight; `None` for a format that is read only.
+    pub(crate) fn parted(&self, name: &str, matrix: usize) -> Result<Option<formats::scheme::Parted>> {
+        let Some(weight) = self.quantized.get(name) else { return Ok(None) };
+        weight.parted(matrix, |name, number, stack| {
+            let info = self.info(name)?;
+            let bytes = self.source.bytes(info, formats::share(info.bytes as usize, number, stack))?;
+            Ok(Part { dtype: info.dtype, bytes })
+        })
+    }
+
     /// Gives the pages of matrices of a quantized weight back.
     fn release_weight(&self, weight: &Packed, matrices: Range<usize>) {
         for info in weight.parts.iter().filter_map(|name| self.tensors.get(name)) {

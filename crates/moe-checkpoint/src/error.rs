@@ -454,6 +454,14 @@ pub enum Error {
         /// What would be read.
         expected: String,
     },
+    /// A model cannot be quantized so, or its quantization cannot be kept.
+    #[error("quantization ({format}): {reason}")]
+    Quantize {
+        /// The format.
+        format: String,
+        /// Why, and what can be done about it.
+        reason: String,
+    },
     /// A quantized weight has codes or scales that are no numbers.
     #[error("{}: tensor `{tensor}` ({format}) has elements or scales that are no numbers; expected finite ones: the file is damaged", file.display())]
     NotANumber {

@@ -54,6 +54,7 @@ mod parallel;
 pub mod products;
 mod protection;
 mod provenance;
+mod quantize;
 mod ragged;
 mod record;
 mod safetensors_file;
@@ -96,6 +97,9 @@ pub use output_dir::{Existing, OutputDir};
 pub use parallel::collect_in_order;
 pub use protection::{Protected, ProtectionMask};
 pub use provenance::Provenance;
+pub use quantize::{
+    InputMoments, KeptQuantization, MatrixOrigin, QUANTIZE_METHOD, QuantizeOptions, QuantizeReport, Quantized, QuantizedPart, WeightFormat,
+};
 pub use ragged::{UniformShape, dequantized_config, ragged_config, uniform_config, uniform_shape_config};
 pub use record::{RECORD_FILE, Record, Step};
 pub use safetensors::Dtype;

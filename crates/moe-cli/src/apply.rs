@@ -7,7 +7,7 @@ use clap::Parser;
 use moe::recipe::Form;
 use moe_checkpoint::{Checkpoint, Existing, Mtp, WriteOptions, write};
 use moe_merge::{Evidence, MergeOptions, MergePlan, OutputForm};
-use moe_prune::{EditSource, Edits, FineGrained, PruneForm, PruneOptions, PrunePlan};
+use moe_prune::{EditSource, Edits, FineGrained, PruneForm, PruneOptions, PrunePlan, PrunedPrecision};
 use serde_json::Value;
 
 use crate::progress::{Progress, Unit};
@@ -47,6 +47,9 @@ pub struct Arguments {
     /// Layers that predict further tokens: keep, drop or prune
     #[arg(long, value_parser = crate::prune::mtp)]
     pub mtp: Option<Mtp>,
+    /// Write what is pruned from a quantized model as BF16, not as it is quantized
+    #[arg(long)]
+    pub bf16: bool,
     /// New directory for the model
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
@@ -127,7 +130,9 @@ fn prune(
         Form::Masked => PruneForm::Masked,
         Form::FineGrained => PruneForm::FineGrained(FineGrained::new(arguments.pieces)),
     };
-    let pruned = plan.on(model, &PruneOptions { mtp: arguments.mtp, edits, ..PruneOptions::new(form) })?;
+    let precision = if arguments.bf16 { PrunedPrecision::Bf16 } else { PrunedPrecision::AsBase };
+    let options = PruneOptions { mtp: arguments.mtp, edits, precision, ..PruneOptions::new(form) };
+    let pruned = plan.on(model, &options)?;
     Ok((pruned.model().clone(), format!("{}\n", pruned.report())))
 }
 

@@ -13,6 +13,7 @@ pub mod inspect;
 pub mod merge;
 pub mod program;
 pub mod prune;
+pub mod quantize;
 pub mod run;
 pub mod score;
 pub mod trace;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use moe::progress::Progress;
 
-use crate::{apply, cli, compare, delta, eval, finetune, generate, inspect, merge, prune, run, score, trace};
+use crate::{apply, cli, compare, delta, eval, finetune, generate, inspect, merge, prune, quantize, run, score, trace};
 
 /// Makes Mixture-of-Experts language models small and adaptable: importance of experts and units, pruning, merging, fine-tuning
 ///
@@ -27,6 +27,7 @@ enum Verb {
     Prune(Box<prune::Arguments>),
     Merge(merge::Arguments),
     Apply(apply::Arguments),
+    Quantize(quantize::Arguments),
     Tune(finetune::Arguments),
     Eval(eval::Arguments),
     Compare(compare::Arguments),
@@ -69,6 +70,10 @@ pub fn main() -> ExitCode {
         }
         Verb::Prune(arguments) => prune::run(&arguments, Progress::stderr()),
         Verb::Apply(arguments) => apply::run(&arguments, Progress::stderr()),
+        Verb::Quantize(arguments) => {
+            let report = quantize::run(&arguments, Progress::stderr())?;
+            cli::shown(&report, arguments.json)
+        }
         Verb::Run(arguments) => run::run(&arguments, Progress::stderr()),
         Verb::Merge(arguments) => {
             cli::allocator(arguments.max_memory);

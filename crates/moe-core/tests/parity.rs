@@ -10,7 +10,7 @@ use std::{
 };
 
 use burn::tensor::{Device, Tensor};
-use moe_checkpoint::{ExpertPart, RopeScaling};
+use moe_checkpoint::{Checkpoint, ExpertPart, QuantizeOptions, Quantized, QuantizedPart, RopeScaling};
 use moe_core::{
     Engine, EngineOptions, Error, Model, Result,
     data::{Sequence, Wave},
@@ -421,6 +421,43 @@ fn quantized_checkpoints_compute_what_their_dequantized_weights_do() {
         worst = worst.max(assert_close(&name, &found.logits, &expected.floats("logits_bf16").unwrap()));
     }
     println!("largest difference of logits {worst:e}");
+}
+
+/// What is quantized here computes what stock transformers computes of it, written and dequantized to BF16 by its own reader:
+/// `xtask/scripts/quantized.py` left the logits of the last two positions.
+#[test]
+fn quantized_models_compute_what_transformers_makes_of_their_files() {
+    const CASES: [(&str, &str); 7] = [
+        ("tiny-moe/fp8_blocks", r#"{"type": "fp8_blocks", "block": [32, 32]}"#),
+        ("tiny-moe/fp8_channels", "fp8_channels"),
+        ("tiny-moe/mxfp4", "mxfp4"),
+        ("tiny-moe/int4", r#"{"type": "int", "bits": 4, "group_size": 32}"#),
+        ("tiny-moe/int4_channels", r#"{"type": "int", "bits": 4, "group_size": null}"#),
+        ("tiny-moe/int8", r#"{"type": "int", "bits": 8, "group_size": 32}"#),
+        ("gpt_oss/mxfp4", "mxfp4"),
+    ];
+    let bytes = std::fs::read(fixtures().join("../quantized_exports.safetensors")).unwrap();
+    let expected = Expected(SafeTensors::deserialize(&bytes).unwrap());
+    assert_eq!(expected.0.names().len(), CASES.len() + 1);
+    let (ids, _) = expected.integers("input_ids").unwrap();
+    let wave = Wave { id: 0, sequences: vec![Sequence::new(ids.iter().map(|id| *id as u32).collect())] };
+    for (name, format) in CASES {
+        let (dir, part) = match name.starts_with("gpt_oss") {
+            true => (fixtures().join("../quantized/mxfp4-gpt_oss"), QuantizedPart::Experts),
+            false => {
+                let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/assets/tiny-moe");
+                (dir, QuantizedPart::Linear)
+            }
+        };
+        let base = Arc::new(Checkpoint::open(dir).unwrap());
+        let options = QuantizeOptions { format: format.parse().unwrap(), part };
+        let quantized = Quantized::on(&base, &options).unwrap();
+        let model = Model::new(quantized.model().clone(), &Device::flex(), None).unwrap();
+        let mut recorder = Recorder::default();
+        Engine::new(&model, EngineOptions::default()).run(&wave, &mut recorder).unwrap();
+        let logits = expected.floats(name).unwrap();
+        assert_close(name, &recorder.logits[recorder.logits.len() - logits.len()..], &logits);
+    }
 }
 
 /// Pruned checkpoints, run by transformers and left by `xtask/scripts/roundtrip.py` with the logits that it computes:

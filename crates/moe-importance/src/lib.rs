@@ -99,7 +99,7 @@ pub use calibration::{Calibration, recipe};
 #[cfg(feature = "collect")]
 pub use collect::{Progress, WaveRunner, collect};
 #[cfg(feature = "collect")]
-pub use collectors::{Collection, Collector};
+pub use collectors::{Collection, Collector, ExpertInputs};
 pub use error::{Error, Result};
 pub use scorers::{ExpertWeightsSource, Needs, NoWeights, Scorer, ScorerConfig};
 pub use statistics::{StatisticId, StatisticSpec};

@@ -32,7 +32,8 @@ pub enum Budget {
     DropParameters(u64),
     /// Parameters of the whole model to keep at most. Has to be resolved against the checkpoint: [`Budget::resolve`].
     KeepTotalParameters(u64),
-    /// Bytes of the whole checkpoint to keep at most, as it is written: quantized weights count as the BF16 that they become.
+    /// Bytes of the whole checkpoint to keep at most, quantized weights
+    /// counted as BF16: a model that stays quantized is smaller.
     /// Has to be resolved against the checkpoint: [`Budget::resolve`].
     KeepBytes(u64),
     /// Experts that every MoE layer keeps, all of which have as many now: what a pruner of whole experts is to leave. Has to be

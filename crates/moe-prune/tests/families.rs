@@ -17,7 +17,7 @@ use moe_core::device::device;
 use moe_core::{Model, RemoveExperts};
 use moe_prune::{
     AllocatorConfig, Budget, ExpertPruner, FineGrained, Global, Mtp, ProtectionMask, PruneForm, PruneOptions,
-    PrunePlan, Pruner, Scope,
+    PrunePlan, PrunedPrecision, Pruner, Scope,
 };
 use run::{difference, logits, logits_of};
 use safetensors::SafeTensors;
@@ -321,7 +321,8 @@ fn mxfp4_experts_are_written_back_as_bf16() {
     let keep = PrunePlan::keep_all(model.shape(), model.fingerprint());
     for mode in [PruneForm::Uniform, PruneForm::Masked, PruneForm::Ragged] {
         let out = directory.path().join(mode.name());
-        write_plan(&keep, &model, &out, &PruneOptions::new(mode)).unwrap();
+        let options = PruneOptions { precision: PrunedPrecision::Bf16, ..PruneOptions::new(mode) };
+        write_plan(&keep, &model, &out, &options).unwrap();
         let out = Checkpoint::open(out).unwrap();
         assert_eq!(out.quantization(), None);
         assert_eq!(out.raw_config().get("quantization_config"), None);
@@ -353,7 +354,8 @@ fn fp8_blocks_are_written_back_as_bf16() {
     let model = save(&directory.path().join("fp8"), &config, &tensors);
     let keep = PrunePlan::keep_all(model.shape(), model.fingerprint());
     let out = directory.path().join("out");
-    write_plan(&keep, &model, &out, &PruneOptions::new(PruneForm::Uniform)).unwrap();
+    let options = PruneOptions { precision: PrunedPrecision::Bf16, ..PruneOptions::new(PruneForm::Uniform) };
+    write_plan(&keep, &model, &out, &options).unwrap();
     let out = Checkpoint::open(out).unwrap();
     assert_eq!(out.raw_config().get("quantization_config"), None);
     assert!(out.tensors().all(|info| !info.name.ends_with("scale_inv")));

@@ -7,6 +7,7 @@
 use safetensors::Dtype;
 
 use super::matrix::{Codes, Groups, Matrix, Part};
+use super::scheme::{Element, Scheme};
 use super::{Codec, Context, Format, Found, Packed, compressed, floats, module};
 use crate::Result;
 use crate::weights::TensorInfo;
@@ -25,6 +26,11 @@ impl Codec for Blocks {
         let [codes, scale] = <[Part<'a>; 2]>::try_from(parts).unwrap_or_else(|_| unreachable!("codes and scales"));
         let groups = Groups::Grid { rows: self.rows, cols: self.cols };
         Matrix::scaled(dims, Codes::Bytes(codes.bytes), floats::e4m3_levels(), groups, scale.floats())
+    }
+
+    fn scheme(&self, scale: Dtype) -> Option<Scheme> {
+        let group = (self.rows, self.cols);
+        Some(Scheme { element: Element::E4m3, group, scale, zeros: false, global: None })
     }
 }
 
@@ -59,8 +65,8 @@ impl Format for Fp8 {
             _ if scale.dtype == Dtype::U8 && scale.shape == grid([1, 32]) => [1, 32],
             (Some(block), shape) if shape == grid(block) => block,
             // One per matrix or one per row, by their shapes.
-            (_, shape) if shape.iter().product::<usize>() == stack => [rows.max(1), cols.max(1)],
-            (_, shape) if shape == stacked(&[rows, 1]) || shape == stacked(&[rows]) => [1, cols.max(1)],
+            (_, shape) if shape.iter().product::<usize>() == stack => [usize::MAX, usize::MAX],
+            (_, shape) if shape == stacked(&[rows, 1]) || shape == stacked(&[rows]) => [1, usize::MAX],
             (Some(block), _) => {
                 context.shaped(scale, &grid(block), fields)?;
                 block

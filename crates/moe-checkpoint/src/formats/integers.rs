@@ -9,6 +9,7 @@
 use safetensors::Dtype;
 
 use super::matrix::{Codes, Groups, Matrix, Part, stream};
+use super::scheme::{Element, Scheme};
 use super::{Codec, Context, Format, Found, Packed, compressed, module};
 use crate::Result;
 use crate::weights::TensorInfo;
@@ -22,6 +23,8 @@ pub(super) struct IntQuantized;
 struct Packing {
     bits: usize,
     groups: usize,
+    /// Columns of a group; `usize::MAX` for whole rows.
+    group_size: usize,
     asymmetric: bool,
     indexed: bool,
 }
@@ -47,6 +50,11 @@ impl Codec for Packing {
         let levels = (0..256).map(|code| code as f32 - if self.asymmetric { 0.0 } else { offset }).collect();
         let zeros = zeros.unwrap_or_default();
         Matrix { zeros, ..Matrix::scaled(dims, codes, levels, groups, scale) }
+    }
+
+    fn scheme(&self, scale: Dtype) -> Option<Scheme> {
+        let (element, group) = (Element::Integer(self.bits), (1, self.group_size));
+        (!self.indexed).then_some(Scheme { element, group, scale, zeros: self.asymmetric, global: None })
     }
 }
 
@@ -127,7 +135,12 @@ impl Format for PackQuantized {
             context.shaped(index, &[cols], "one group per column")?;
             parts.push(index.name.clone());
         }
-        let codec = Packing { bits, groups, asymmetric: zero.is_some(), indexed: index.is_some() };
+        // A row of one group may be a group of the size that the config has, or a row of any size.
+        let sizes = compressed::weights(context.config).filter(|weights| weights["num_bits"].as_u64() == Some(bits as u64));
+        let mut sizes = sizes.filter_map(|weights| weights["group_size"].as_u64()).map(|size| size as usize);
+        let of_config = sizes.find(|size| *size > 0 && cols == groups * size);
+        let group_size = of_config.unwrap_or(if groups > 1 { cols / groups } else { usize::MAX });
+        let codec = Packing { bits, groups, group_size, asymmetric: zero.is_some(), indexed: index.is_some() };
         let found = Found {
             main,
             name: name.to_string(),

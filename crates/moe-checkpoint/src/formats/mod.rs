@@ -14,8 +14,9 @@ mod gptq;
 mod integers;
 pub(crate) mod matrix;
 mod mlx;
-mod mxfp4;
-mod nvfp4;
+pub(crate) mod mxfp4;
+pub(crate) mod nvfp4;
+pub(crate) mod scheme;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -32,6 +33,7 @@ use crate::weights::TensorInfo;
 use crate::{Error, Result};
 
 use matrix::{Matrix, Part, Rows};
+use scheme::{Parted, Scheme};
 
 /// A format of quantized weights.
 trait Format: Sync {
@@ -58,6 +60,12 @@ const FORMATS: [&dyn Format; 9] = [
 pub(crate) trait Codec: Send + Sync {
     /// The matrix `[rows, cols]` of these stored tensors, in the order of [`Packed::parts`].
     fn open<'a>(&self, dims: (usize, usize), parts: Vec<Part<'a>>) -> Matrix<'a>;
+
+    /// How matrices of this format are made, whose scales are stored in this dtype; `None` for a format that is read only.
+    fn scheme(&self, scale: Dtype) -> Option<Scheme> {
+        let _ = scale;
+        None
+    }
 }
 
 /// One quantized weight: the tensor that it is without quantization, and where it is stored.
@@ -80,6 +88,8 @@ pub(crate) struct Packed {
     pub transposed: bool,
     /// Bytes of all stored tensors of this weight.
     pub bytes: u64,
+    /// Dtype of its scales.
+    scale: Dtype,
     codec: Box<dyn Codec>,
 }
 
@@ -105,6 +115,25 @@ impl Packed {
         let number = self.first + matrix;
         let parts = self.parts.iter().map(|name| read(name, number, self.stack)).collect::<Result<Vec<_>>>()?;
         Ok(self.codec.open(self.dims, parts))
+    }
+
+    /// How its matrices are made; `None` for a format that is read only.
+    pub fn scheme(&self) -> Option<Scheme> {
+        self.codec.scheme(self.scale)
+    }
+
+    /// Codes and parameters of one of its matrices; `None` for a format that is read only.
+    pub fn parted<'a>(
+        &self,
+        matrix: usize,
+        mut read: impl FnMut(&str, usize, usize) -> Result<Part<'a>>,
+    ) -> Result<Option<Parted>> {
+        let Some(scheme) = self.scheme() else { return Ok(None) };
+        let number = self.first + matrix;
+        let parts = self.parts.iter().map(|name| read(name, number, self.stack)).collect::<Result<Vec<_>>>()?;
+        let scales = parts.get(1).map_or_else(Vec::new, Part::floats);
+        let global = scheme.global.and_then(|_| parts.get(2)?.floats().first().copied());
+        Ok(Some(Parted::of(&self.codec.open(self.dims, parts), scales, global)))
     }
 
     /// The matrix and the rows of it that a part of the tensor without quantization is; `None` for a part that is no set of whole rows.
@@ -245,7 +274,9 @@ impl<'a> Context<'a> {
         let share = |bytes: u64| bytes * count.max(1) / found.stack.max(1) as u64;
         let bytes =
             found.parts.iter().map(|name| share(size(name))).sum::<u64>() + others.iter().map(size).sum::<u64>();
+        let scale = found.parts.get(1).and_then(|name| self.get(name)).map_or(Dtype::F32, |info| info.dtype);
         Ok(Packed {
+            scale,
             info,
             format: found.format,
             parts: found.parts,
@@ -261,7 +292,7 @@ impl<'a> Context<'a> {
 }
 
 /// The name of a module, from the name of its weight.
-fn module(weight: &str) -> &str {
+pub(crate) fn module(weight: &str) -> &str {
     weight.strip_suffix(".weight").unwrap_or(weight)
 }
 

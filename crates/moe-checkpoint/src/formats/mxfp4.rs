@@ -8,6 +8,7 @@
 use safetensors::Dtype;
 
 use super::matrix::{Codes, Groups, Matrix, Part};
+use super::scheme::{Element, Scheme};
 use super::{Codec, Context, Format, Found, Packed, floats, module};
 use crate::Result;
 use crate::weights::TensorInfo;
@@ -25,6 +26,10 @@ impl Codec for Blocks {
         let [codes, scale] = <[Part<'a>; 2]>::try_from(parts).unwrap_or_else(|_| unreachable!("codes and exponents"));
         let codes = Codes::Halves { bytes: codes.bytes, high_first: false };
         Matrix::scaled(dims, codes, floats::e2m1_levels(), Groups::Grid { rows: 1, cols: BLOCK }, scale.floats())
+    }
+
+    fn scheme(&self, scale: Dtype) -> Option<Scheme> {
+        Some(Scheme { element: Element::E2m1, group: (1, BLOCK), scale, zeros: false, global: None })
     }
 }
 

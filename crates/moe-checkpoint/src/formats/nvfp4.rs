@@ -6,6 +6,7 @@
 use safetensors::Dtype;
 
 use super::matrix::{Codes, Groups, Matrix, Part};
+use super::scheme::{Element, Global, Scheme};
 use super::{Codec, Context, Format, Found, Packed, floats, module};
 use crate::Result;
 use crate::weights::TensorInfo;
@@ -38,6 +39,11 @@ impl Codec for Grouped {
             levels.iter_mut().filter(|level| **level == 0.0).for_each(|level| *level = 0.0);
         }
         Matrix::scaled(dims, codes, levels, Groups::Grid { rows: 1, cols: GROUP }, scales)
+    }
+
+    fn scheme(&self, scale: Dtype) -> Option<Scheme> {
+        let global = Some(if self.divides { Global::Divides } else { Global::Multiplies });
+        Some(Scheme { element: Element::E2m1, group: (1, GROUP), scale, zeros: false, global })
     }
 }
 

@@ -1,6 +1,7 @@
 //! Collectors: from what a model run shows to named statistics.
 
 mod collection;
+mod expert_inputs;
 mod fisher_abs;
 mod fisher_sequence;
 mod gates;
@@ -18,6 +19,7 @@ use moe_core::trace::{ExpertGradients, ExpertTrace, LayerTrace, RouterGradients,
 use serde_json::Value;
 
 pub use collection::Collection;
+pub use expert_inputs::ExpertInputs;
 pub use fisher_abs::FisherAbs;
 pub use fisher_sequence::FisherSequence;
 pub use logit_gram::LogitGram;

@@ -14,10 +14,12 @@ mod target;
 mod tensors;
 mod uniform;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
-use moe_checkpoint::{Checkpoint, ExpertBiases, ModelDescription, Mtp, Step};
+use moe_checkpoint::{Checkpoint, ExpertBiases, KeptQuantization, MatrixOrigin, ModelDescription, Mtp, Step};
+use serde::{Deserialize, Serialize};
 
 pub use export::{Export, PruneForm};
 pub use fine_grained::{FineGrained, LayerPieces, Piece, PieceMap};
@@ -29,6 +31,19 @@ pub use shared_sets::SharedSets;
 
 use crate::{EditSource, Error, PrunePlan, Report, Result};
 
+/// In which precision a quantized base is pruned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PrunedPrecision {
+    /// In the quantization of the base: experts that keep all their units are copied byte for byte; of others, groups of elements
+    /// that stay together keep their codes and their scale, and groups that are cut are rounded again, which the report says. In
+    /// [`PruneForm::Uniform`] without edits; other forms, which no engine reads quantized, are BF16, which the report says, too.
+    #[default]
+    AsBase,
+    /// In BF16, without quantization.
+    Bf16,
+}
+
 /// What is made of a plan.
 #[derive(Clone)]
 pub struct PruneOptions<'a> {
@@ -39,6 +54,8 @@ pub struct PruneOptions<'a> {
     pub allow_unaligned: bool,
     /// What becomes of layers that predict further tokens. Needed where a checkpoint has them.
     pub mtp: Option<Mtp>,
+    /// In which precision a quantized base is pruned.
+    pub precision: PrunedPrecision,
     /// Weights that a repair changed. They are converted to the dtype of the checkpoint, rounded to nearest even.
     pub edits: Option<Arc<dyn EditSource>>,
 }
@@ -46,7 +63,7 @@ pub struct PruneOptions<'a> {
 impl<'a> PruneOptions<'a> {
     /// Options of this form: nothing else said.
     pub fn new(form: PruneForm<'a>) -> Self {
-        Self { form, allow_unaligned: false, mtp: None, edits: None }
+        Self { form, allow_unaligned: false, mtp: None, precision: PrunedPrecision::default(), edits: None }
     }
 
     /// Checks everything that a checkpoint shows to be impossible, whatever a plan for it drops: what takes hours of scoring or
@@ -70,11 +87,12 @@ impl<'a> PruneOptions<'a> {
 
 impl fmt::Debug for PruneOptions<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { form, allow_unaligned, mtp, edits } = self;
+        let Self { form, allow_unaligned, mtp, precision, edits } = self;
         f.debug_struct("PruneOptions")
             .field("form", form)
             .field("allow_unaligned", allow_unaligned)
             .field("mtp", mtp)
+            .field("precision", precision)
             .field("edits", &edits.as_ref().map(|edits| edits.digest()))
             .finish()
     }
@@ -105,7 +123,7 @@ impl PrunePlan {
     ///
     /// Tensors outside the routed experts are those of the base; rows and columns of the experts are selected on raw bytes, one
     /// matrix at a time, without conversion; only [`PruneOptions::edits`] and factors of pieces are converted. So a plan that keeps everything
-    /// gives every tensor byte for byte. A quantized base is one of BF16 here.
+    /// gives every tensor byte for byte, quantized ones too. A quantized base stays quantized where [`PrunedPrecision`] says so.
     ///
     /// Where experts of `base` share sets of weights, a plan removes whole experts with their rows of the router, and a set when its
     /// last expert goes; units go from a set as a whole, so that its experts must keep the same ([`SharedSets`] makes such plans).
@@ -141,6 +159,31 @@ impl PrunePlan {
             self.validate_edits(edits)?;
             refuse_biases(self, base, options, edits)?;
         }
+        let made = self.pruned(base, options, None)?;
+        let quantized = base.quantization().filter(|_| options.precision == PrunedPrecision::AsBase);
+        let Some(quantization) = quantized else { return Ok(made.model) };
+        if options.form != PruneForm::Uniform || options.edits.is_some() {
+            let why = if options.edits.is_some() { "repaired weights are" } else { "this form is" };
+            let note = format!("{why} written as BF16, not as {quantization}: quantize the outcome with `moe quantize`");
+            return Ok(self.pruned(base, options, Some(After { note: Some(note), sizes: None }))?.model);
+        }
+        let kept = made.quantized(base)?;
+        let note = match kept.cut_groups {
+            0 => format!("stays quantized as {quantization}, every code and scale as it was"),
+            cut => format!("stays quantized as {quantization}; {cut} groups of elements that were cut are rounded again"),
+        };
+        let note = kept.notes.iter().fold(note, |note, more| format!("{note}; {more}"));
+        let layers = kept.model.shape().layers.iter();
+        let layers = layers.map(|layer| kept.model.expert_bytes_on_disk(layer.layer)).collect::<moe_checkpoint::Result<_>>()?;
+        let sizes = (kept.model.bytes_on_disk(), layers);
+        // The record tells the sizes of what is written.
+        let made = self.pruned(base, options, Some(After { note: Some(note), sizes: Some(sizes) }))?;
+        let model = made.quantized(base)?.model;
+        Ok(PrunedModel { model, report: made.model.report })
+    }
+
+    /// The pruned model in BF16. `after` is what the report says of another precision that it gets.
+    fn pruned(&self, base: &Arc<Checkpoint>, options: &PruneOptions<'_>, after: Option<After>) -> Result<Made> {
         let from = base.dequantized()?;
         let mut target = match &options.form {
             PruneForm::Uniform => uniform::target(self, &from, options)?,
@@ -163,6 +206,16 @@ impl PrunePlan {
         for (layer, bytes) in report.layers.iter_mut().zip(tensors.expert_bytes) {
             layer.bytes.after = bytes;
         }
+        if let Some(After { note, sizes }) = after {
+            report.notes.extend(note);
+            if let Some((bytes, layers)) = sizes {
+                report.bytes.after = bytes;
+                report.layers.iter_mut().zip(layers).for_each(|(layer, bytes)| layer.bytes.after = bytes);
+            }
+        }
+        let origins = target.layers.iter().filter(|layer| layer.further.is_none());
+        let origins = origins.map(|layer| (layer.layer, layer.sets.iter().map(origin).collect())).collect();
+        let changed = tensors.made.keys().cloned().collect();
         let record = PruneRecord::new(self, options, &target, &report);
         let step = Step::new(PRUNE_METHOD, base, record.to_value()?, record.summary());
         let description = ModelDescription {
@@ -172,8 +225,36 @@ impl PrunePlan {
         };
         let source = source::PrunedSource::new(self, from, target, tensors.made, options, step);
         let model = Arc::new(Checkpoint::from_source(description, Arc::new(source))?);
-        Ok(PrunedModel { model, report })
+        Ok(Made { model: PrunedModel { model, report }, origins, changed })
     }
+}
+
+/// What the report says of another precision: a note, bytes of all tensors and of the experts of every layer.
+struct After {
+    note: Option<String>,
+    sizes: Option<(u64, Vec<u64>)>,
+}
+
+/// A pruned model in BF16, and what of it comes from where.
+struct Made {
+    model: PrunedModel,
+    /// Of every set of weights of a layer.
+    origins: BTreeMap<usize, Vec<Option<MatrixOrigin>>>,
+    /// Tensors outside the experts that are not those of the base.
+    changed: BTreeSet<String>,
+}
+
+impl Made {
+    fn quantized(&self, base: &Arc<Checkpoint>) -> Result<KeptQuantization> {
+        let origin = |layer: usize, set: usize| self.origins.get(&layer)?.get(set)?.clone();
+        Ok(KeptQuantization::on(&self.model.model, base, &origin, &self.changed)?)
+    }
+}
+
+/// Where a set of weights comes from, if it is a selection of units.
+fn origin(set: &target::TargetSet) -> Option<MatrixOrigin> {
+    let plain = set.width == set.units.len() && (set.down_factor, set.bias_factor) == (1.0, 1.0);
+    plain.then(|| MatrixOrigin { set: set.source, units: set.units.clone() })
 }
 
 /// Refuses biases in a format that has no place for them.
