@@ -461,7 +461,8 @@ mod tests {
                 Element::Integer(bits) => 2.0 / ((1 << bits) - 1) as f32,
             };
             for (found, value) in found.iter().zip(&values) {
-                assert!((found - value).abs() <= 0.55 * step + 1e-3, "{scheme:?}: {value} became {found}");
+                // A scale in BF16 is off by up to one in 512, and with it the largest value.
+                assert!((found - value).abs() <= 0.55 * step + 4e-3, "{scheme:?}: {value} became {found}");
             }
             // Floats on the grid stay there; the grid of integers moves where a group does not reach its last code.
             let again = scheme.encode(&found, (rows, cols));
