@@ -63,12 +63,17 @@ fn what_is_written_is_what_the_model_in_memory_is() {
             let quantized = Quantized::on(&base, &options).unwrap_or_else(|error| panic!("{format}: {error}"));
             let (model, report) = (quantized.model(), quantized.report());
             let out = dir.path().join("out");
-            let written = write(model, &out, &WriteOptions { existing: Existing::Force, ..Default::default() }).unwrap();
+            let written =
+                write(model, &out, &WriteOptions { existing: Existing::Force, ..Default::default() }).unwrap();
             let reopened = Checkpoint::open(&out).unwrap();
             assert!(reopened.quantization().is_some() && model.quantization() == reopened.quantization(), "{format}");
             assert_eq!((written.bytes, report.bytes.after), (model.bytes_on_disk(), model.bytes_on_disk()));
             for info in model.tensors() {
-                assert!(model.bytes(&info.name).unwrap() == reopened.bytes(&info.name).unwrap(), "{format}: {}", info.name);
+                assert!(
+                    model.bytes(&info.name).unwrap() == reopened.bytes(&info.name).unwrap(),
+                    "{format}: {}",
+                    info.name
+                );
             }
             let (in_memory, on_disk) = (weights(model), weights(&reopened));
             assert!(in_memory == on_disk, "{format}");
@@ -82,8 +87,13 @@ fn what_is_written_is_what_the_model_in_memory_is() {
             let linear = part == QuantizedPart::Linear;
             let attention = model.dequantized_f32("model.layers.1.self_attn.q_proj.weight").unwrap();
             assert_eq!(attention.is_some(), linear, "{format}");
-            for dense in ["model.layers.1.mlp.gate.weight", "lm_head.weight", "model.layers.1.mlp.shared_expert_gate.weight"] {
-                assert!(model.dequantized_f32(dense).unwrap().is_none() && model.info(dense).is_ok(), "{format}: {dense}");
+            for dense in
+                ["model.layers.1.mlp.gate.weight", "lm_head.weight", "model.layers.1.mlp.shared_expert_gate.weight"]
+            {
+                assert!(
+                    model.dequantized_f32(dense).unwrap().is_none() && model.info(dense).is_ok(),
+                    "{format}: {dense}"
+                );
             }
             let record = Record::load(&out).unwrap();
             assert_eq!(record.recipe::<QuantizeOptions>(QUANTIZE_METHOD).unwrap(), Some(options), "{format}");
@@ -95,7 +105,10 @@ fn what_is_written_is_what_the_model_in_memory_is() {
             };
             let kept = KeptQuantization::on(&base.dequantized().unwrap(), &base, &origin, &BTreeSet::new()).unwrap();
             assert_eq!((kept.cut_groups, kept.model.raw_config()), (0, base.raw_config()), "{format}");
-            assert!(kept.model.tensors().map(|info| info.spec()).eq(base.tensors().map(|info| info.spec())), "{format}");
+            assert!(
+                kept.model.tensors().map(|info| info.spec()).eq(base.tensors().map(|info| info.spec())),
+                "{format}"
+            );
         }
     }
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use clap::{Parser, ValueEnum};
 use moe_checkpoint::{
-    Checkpoint, Existing, InputMoments, QuantizeOptions, QuantizeReport, Quantized, QuantizedPart, WeightFormat, WriteOptions,
-    check_output, write,
+    Checkpoint, Existing, InputMoments, QuantizeOptions, QuantizeReport, Quantized, QuantizedPart, WeightFormat,
+    WriteOptions, check_output, write,
 };
 use serde::Serialize;
 

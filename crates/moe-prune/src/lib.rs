@@ -100,8 +100,8 @@ pub use curves::{CURVES_VERSION, Curve, CurvePoint, DistortionCurves};
 pub use edits::{EditSizes, EditSource, Edits, EditsFile, ExpertEdit};
 pub use error::{Error, Result};
 pub use form::{
-    Export, FineGrained, LayerPieces, PRUNE_METHOD, Piece, PieceMap, PruneForm, PruneOptions, PruneRecord, PrunedModel, PrunedPrecision,
-    SharedSets, plan_from_masked,
+    Export, FineGrained, LayerPieces, PRUNE_METHOD, Piece, PieceMap, PruneForm, PruneOptions, PruneRecord, PrunedModel,
+    PrunedPrecision, SharedSets, plan_from_masked,
 };
 #[cfg(feature = "repair")]
 pub use form::{ScaleCalibration, ScaleFit, Trial, TrialOptions};

@@ -160,7 +160,8 @@ fn units_go_by_whole_groups_without_a_change_and_others_are_rounded_again() {
             continue;
         }
         // The same number of units, from all groups.
-        let mixed = with_units(&model, |_, unit| (unit as usize * kept / width) != ((unit as usize + 1) * kept / width));
+        let mixed =
+            with_units(&model, |_, unit| (unit as usize * kept / width) != ((unit as usize + 1) * kept / width));
         let report = write_plan(&mixed, &model, dir.path().join(format!("{name}-mixed")), &options).unwrap();
         assert!(report.notes.iter().any(|note| note.contains("rounded again")), "{name}: {report}");
         let mixed_model = Checkpoint::open(dir.path().join(format!("{name}-mixed"))).unwrap();
@@ -179,7 +180,9 @@ fn units_go_by_whole_groups_without_a_change_and_others_are_rounded_again() {
 #[test]
 fn units_that_the_format_cannot_lose_are_an_error_with_the_way_out() {
     let options = PruneOptions { allow_unaligned: true, ..PruneOptions::new(PruneForm::Uniform) };
-    for (name, part) in [("ct-int4-g32-kimi-deepseek_v3", "no multiple of 32"), ("gptq-v1-sym-qwen3_moe", "prune whole experts")] {
+    for (name, part) in
+        [("ct-int4-g32-kimi-deepseek_v3", "no multiple of 32"), ("gptq-v1-sym-qwen3_moe", "prune whole experts")]
+    {
         let model = open(name);
         let plan = with_units(&model, |_, unit| unit % 4 != 0);
         let error = plan.on(&model, &options).unwrap_err().to_string();

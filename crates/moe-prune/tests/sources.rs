@@ -15,8 +15,8 @@ use moe_checkpoint::{Checkpoint, Dtype, Mtp, Reduction, TensorSpec, WriteOptions
 use moe_core::Model;
 use moe_core::device::device;
 use moe_prune::{
-    Budget, EditSource, Edits, ExpertEdit, ExpertPruner, FineGrained, ProtectionMask, PruneForm, PruneOptions, PrunedPrecision,
-    PrunePlan, Pruner, Scope,
+    Budget, EditSource, Edits, ExpertEdit, ExpertPruner, FineGrained, ProtectionMask, PruneForm, PruneOptions,
+    PrunePlan, PrunedPrecision, Pruner, Scope,
 };
 use run::logits_of;
 use tempfile::tempdir;

@@ -136,7 +136,8 @@ impl Format for PackQuantized {
             parts.push(index.name.clone());
         }
         // A row of one group may be a group of the size that the config has, or a row of any size.
-        let sizes = compressed::weights(context.config).filter(|weights| weights["num_bits"].as_u64() == Some(bits as u64));
+        let sizes =
+            compressed::weights(context.config).filter(|weights| weights["num_bits"].as_u64() == Some(bits as u64));
         let mut sizes = sizes.filter_map(|weights| weights["group_size"].as_u64()).map(|size| size as usize);
         let of_config = sizes.find(|size| *size > 0 && cols == groups * size);
         let group_size = of_config.unwrap_or(if groups > 1 { cols / groups } else { usize::MAX });

@@ -102,7 +102,8 @@ impl Scheme {
         if !cols.is_multiple_of(unit) {
             return Some(format!("{cols} columns are no multiple of {unit}"));
         }
-        (height != usize::MAX && !rows.is_multiple_of(height)).then(|| format!("{rows} rows are no multiple of {height}"))
+        (height != usize::MAX && !rows.is_multiple_of(height))
+            .then(|| format!("{rows} rows are no multiple of {height}"))
     }
 
     /// The matrix rounded to nearest.
@@ -221,7 +222,9 @@ impl Scheme {
         match self.element {
             Element::E4m3 => floats::e4m3(code) * factor,
             Element::E2m1 => floats::E2M1[usize::from(code)] * factor,
-            Element::Integer(bits) => (f32::from(code) - zero.map_or((1usize << (bits - 1)) as f32, f32::from)) * factor,
+            Element::Integer(bits) => {
+                (f32::from(code) - zero.map_or((1usize << (bits - 1)) as f32, f32::from)) * factor
+            }
         }
     }
 
@@ -330,7 +333,9 @@ impl Scheme {
         let (rows, cols) = parted.dims;
         let codes = match self.element {
             Element::E4m3 => parted.codes.clone(),
-            Element::E2m1 => parted.codes.chunks(2).map(|pair| pair[0] | pair.get(1).map_or(0, |code| code << 4)).collect(),
+            Element::E2m1 => {
+                parted.codes.chunks(2).map(|pair| pair[0] | pair.get(1).map_or(0, |code| code << 4)).collect()
+            }
             Element::Integer(bits) => {
                 let row_bytes = 4 * (cols * bits).div_ceil(32);
                 let mut out = vec![0u8; rows * row_bytes];
@@ -345,7 +350,9 @@ impl Scheme {
         match self.scale {
             Dtype::F8_E4M3 => scales.extend(parted.scales.iter().map(|scale| floats::to_e4m3(*scale))),
             // The exponent of a power of two; the least is half the least normal number.
-            Dtype::F8_E8M0 | Dtype::U8 => scales.extend(parted.scales.iter().map(|scale| (scale.to_bits() >> 23) as u8)),
+            Dtype::F8_E8M0 | Dtype::U8 => {
+                scales.extend(parted.scales.iter().map(|scale| (scale.to_bits() >> 23) as u8))
+            }
             dtype => {
                 convert::encode(dtype, &parted.scales, &mut scales);
             }

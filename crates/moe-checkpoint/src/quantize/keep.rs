@@ -152,7 +152,8 @@ impl Kept<'_> {
                 self.fused(layer, old, sets)
             }
             _ => {
-                self.notes.push(format!("experts of layer {layer} are in another layout and stay without quantization"));
+                self.notes
+                    .push(format!("experts of layer {layer} are in another layout and stay without quantization"));
                 Ok(())
             }
         }
@@ -163,7 +164,8 @@ impl Kept<'_> {
         let hidden = base.config().hidden_size;
         for (set, origin) in sets.iter().enumerate() {
             let Some(origin) = origin else {
-                self.notes.push(format!("expert {set} of layer {layer} is no selection and stays without quantization"));
+                self.notes
+                    .push(format!("expert {set} of layer {layer} is no selection and stays without quantization"));
                 continue;
             };
             let width = base.shape().layer(layer).map_or(0, |shape| shape.widths[origin.set]);
@@ -221,8 +223,12 @@ impl Kept<'_> {
             let content = sets.iter().map(|set| {
                 let all: Vec<u32> = (0..hidden as u32).collect();
                 let (rows, cols) = match (both, layout) {
-                    (true, ExpertLayout::Interleaved) => (set.units.iter().flat_map(|u| [2 * u, 2 * u + 1]).collect(), all),
-                    (true, _) => (set.units.iter().copied().chain(set.units.iter().map(|u| u + width as u32)).collect(), all),
+                    (true, ExpertLayout::Interleaved) => {
+                        (set.units.iter().flat_map(|u| [2 * u, 2 * u + 1]).collect(), all)
+                    }
+                    (true, _) => {
+                        (set.units.iter().copied().chain(set.units.iter().map(|u| u + width as u32)).collect(), all)
+                    }
                     (false, _) => (all, set.units.clone()),
                 };
                 Content::Selected { weight: name.clone(), matrix: set.set, rows, cols }
@@ -245,7 +251,8 @@ impl Kept<'_> {
             self.cut += scheme.cut(weight.dims, rows, cols) as u64;
         }
         if let (Some(reason), None) = (scheme.misfit(dims), scheme.misfit(weight.dims)) {
-            let reason = format!("{reason}: round the units that are kept to it, or write the model without quantization");
+            let reason =
+                format!("{reason}: round the units that are kept to it, or write the model without quantization");
             return Err(self.refused(weight, reason));
         }
         let number = self.weights.len();
@@ -297,7 +304,8 @@ fn shape(
 ) -> Vec<usize> {
     let (bands, across) = scheme.groups((rows, cols));
     let old_rows = weight.dims.0;
-    let stacked = |shape: Vec<usize>| if weight.stack > 1 || weight.transposed { [&[stack], &shape[..]].concat() } else { shape };
+    let stacked =
+        |shape: Vec<usize>| if weight.stack > 1 || weight.transposed { [&[stack], &shape[..]].concat() } else { shape };
     match part {
         // Blocks of gpt-oss are a dimension of their own.
         0 if old.len() == 4 => stacked(vec![rows, across, old[3]]),
@@ -335,7 +343,8 @@ fn renumbered(value: &Value, moved: &BTreeMap<usize, Vec<Option<usize>>>) -> Val
             Value::Array(items.iter().filter_map(name).collect())
         }
         Value::Object(fields) => {
-            let fields = fields.iter().filter_map(|(key, value)| Some((new_name(key, moved)?, renumbered(value, moved))));
+            let fields =
+                fields.iter().filter_map(|(key, value)| Some((new_name(key, moved)?, renumbered(value, moved))));
             Value::Object(fields.collect())
         }
         other => other.clone(),

@@ -83,7 +83,11 @@ pub struct QuantizeReport {
 impl fmt::Display for QuantizeReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { format, weights, elements, bytes, relative_error, notes } = self;
-        writeln!(f, "{format}: {weights} weights of {elements} elements, {:.2}% relative error", 100.0 * relative_error)?;
+        writeln!(
+            f,
+            "{format}: {weights} weights of {elements} elements, {:.2}% relative error",
+            100.0 * relative_error
+        )?;
         let factor = bytes.before as f64 / bytes.after.max(1) as f64;
         writeln!(f, "bytes of weights: {} -> {} ({factor:.2} times smaller)", bytes.before, bytes.after)?;
         notes.iter().try_for_each(|note| writeln!(f, "note: {note}"))
@@ -284,8 +288,8 @@ impl Made<'_> {
     /// The other linear maps of the decoder layers.
     fn linear(&mut self) -> Result<()> {
         use LayerRole::{
-            DenseDown, DenseGate, DenseUp, Key, LatentKvDown, LatentKvUp, LatentQueryDown, LatentQueryUp, Output, Query,
-            SharedDown, SharedGate, SharedUp, Value,
+            DenseDown, DenseGate, DenseUp, Key, LatentKvDown, LatentKvUp, LatentQueryDown, LatentQueryUp, Output,
+            Query, SharedDown, SharedGate, SharedUp, Value,
         };
         const ROLES: [LayerRole; 14] = [
             Query,
@@ -306,7 +310,8 @@ impl Made<'_> {
         for layer in 0..self.from.config().layers.len() {
             for role in ROLES {
                 let Ok(info) = self.from.role(Role::Layer(layer, role)) else { continue };
-                let (name, [rows, cols]) = (info.name.clone(), <[usize; 2]>::try_from(&info.shape[..]).unwrap_or_default());
+                let (name, [rows, cols]) =
+                    (info.name.clone(), <[usize; 2]>::try_from(&info.shape[..]).unwrap_or_default());
                 self.add(&name, (rows, cols), vec![Content::Tensor(name.clone())], false)?;
             }
         }

@@ -57,7 +57,8 @@ impl InputMoments {
         let id = Self::statistic(layer, expert, part);
         let (sum, columns) = self.statistics.matrix(&id)?;
         if columns != n || sum.len() != n * n {
-            let reason = format!("`{id}` is of {columns} columns, the weight has {n}: the calibration is of another model");
+            let reason =
+                format!("`{id}` is of {columns} columns, the weight has {n}: the calibration is of another model");
             return Err(Error::Quantize { format: "second-order rounding".into(), reason });
         }
         Ok((0..n).any(|at| sum[at * n + at] > 0.0).then_some(sum))
@@ -83,7 +84,8 @@ fn triangle(moments: &[f64], n: usize) -> Option<Vec<f64>> {
             let inverse = factor.inverse();
             if let Ok(factor) = inverse.llt(Side::Lower) {
                 let lower = factor.L();
-                let upper: Vec<f64> = (0..n * n).map(|at| if at % n >= at / n { lower[(at % n, at / n)] } else { 0.0 }).collect();
+                let upper: Vec<f64> =
+                    (0..n * n).map(|at| if at % n >= at / n { lower[(at % n, at / n)] } else { 0.0 }).collect();
                 if upper.iter().all(|value| value.is_finite()) {
                     return Some(upper);
                 }
@@ -103,7 +105,13 @@ impl Scheme {
         let mut out = self.encode(values, dims);
         let global = out.global;
         // No group lies across blocks, but that of a whole row, which begins before any error.
-        let step = if width < BLOCK { width * (BLOCK / width) } else if width < cols { width } else { BLOCK };
+        let step = if width < BLOCK {
+            width * (BLOCK / width)
+        } else if width < cols {
+            width
+        } else {
+            BLOCK
+        };
         let bands = out.codes.par_chunks_mut(height * cols).zip(out.scales.par_chunks_mut(across)).enumerate();
         let zeros: BTreeMap<usize, Vec<u8>> = bands
             .map(|(band, (codes, scales))| {
@@ -197,7 +205,8 @@ mod tests {
     fn damage(inputs: &[f64], n: usize, values: &[f32], rounded: &[f32]) -> f64 {
         let apart: Vec<f64> = values.iter().zip(rounded).map(|(a, b)| f64::from(a - b)).collect();
         let rows = apart.chunks_exact(n);
-        let outputs = rows.flat_map(|row| inputs.chunks_exact(n).map(move |x| x.iter().zip(row).map(|(x, w)| x * w).sum::<f64>()));
+        let outputs = rows
+            .flat_map(|row| inputs.chunks_exact(n).map(move |x| x.iter().zip(row).map(|(x, w)| x * w).sum::<f64>()));
         outputs.map(|output| output * output).sum()
     }
 
@@ -207,9 +216,17 @@ mod tests {
         let values: Vec<f32> = inputs(rows, n).iter().map(|value| *value as f32).collect();
         let x = inputs(400, n);
         let sums = moments(&x, n);
-        let int = |group, zeros| Scheme { element: Element::Integer(4), group, scale: crate::Dtype::BF16, zeros, global: None };
-        let e2m1 = Scheme { element: Element::E2m1, group: (1, 32), scale: crate::Dtype::U8, zeros: false, global: None };
-        let fp8 = Scheme { element: Element::E4m3, group: (4, 80), scale: crate::Dtype::F32, zeros: false, global: None };
+        let int = |group, zeros| Scheme {
+            element: Element::Integer(4),
+            group,
+            scale: crate::Dtype::BF16,
+            zeros,
+            global: None,
+        };
+        let e2m1 =
+            Scheme { element: Element::E2m1, group: (1, 32), scale: crate::Dtype::U8, zeros: false, global: None };
+        let fp8 =
+            Scheme { element: Element::E4m3, group: (4, 80), scale: crate::Dtype::F32, zeros: false, global: None };
         for scheme in [int((1, 32), false), int((1, usize::MAX), false), int((1, 32), true), e2m1, fp8] {
             let nearest = scheme.decode(&scheme.encode(&values, (rows, n)));
             let second = scheme.decode(&scheme.encode_second_order(&values, (rows, n), &sums));
@@ -223,8 +240,13 @@ mod tests {
         let (rows, n) = (4, 64);
         let values: Vec<f32> = inputs(rows, n).iter().map(|value| *value as f32).collect();
         let identity: Vec<f64> = (0..n * n).map(|at| if at % n == at / n { 2.0 } else { 0.0 }).collect();
-        let scheme =
-            Scheme { element: Element::Integer(4), group: (1, 32), scale: crate::Dtype::BF16, zeros: false, global: None };
+        let scheme = Scheme {
+            element: Element::Integer(4),
+            group: (1, 32),
+            scale: crate::Dtype::BF16,
+            zeros: false,
+            global: None,
+        };
         assert_eq!(scheme.encode_second_order(&values, (rows, n), &identity), scheme.encode(&values, (rows, n)));
     }
 }

@@ -74,7 +74,9 @@ impl FromStr for WeightFormat {
             json if json.starts_with('{') => serde_json::from_str(json).map_err(|error| refused(error.to_string()))?,
             _ => {
                 let names = NAMES.join(", ");
-                return Err(refused(format!("expected one of {names}, or JSON such as {{\"type\": \"int\", \"bits\": 4, \"group_size\": 32}}")));
+                return Err(refused(format!(
+                    "expected one of {names}, or JSON such as {{\"type\": \"int\", \"bits\": 4, \"group_size\": 32}}"
+                )));
             }
         };
         format.check().map_err(refused)?;
@@ -131,7 +133,8 @@ impl WeightFormat {
     }
 
     pub(super) fn scheme(&self) -> Scheme {
-        let plain = Scheme { element: Element::E4m3, group: (1, usize::MAX), scale: Dtype::BF16, zeros: false, global: None };
+        let plain =
+            Scheme { element: Element::E4m3, group: (1, usize::MAX), scale: Dtype::BF16, zeros: false, global: None };
         match self {
             Self::Fp8Blocks { block: [rows, cols] } => Scheme { group: (*rows, *cols), scale: Dtype::F32, ..plain },
             Self::Fp8Channels => plain,
@@ -153,7 +156,12 @@ impl WeightFormat {
     }
 
     /// The stored tensors of a weight; several matrices are those of the fused layout of gpt-oss.
-    pub(super) fn stored(&self, name: &str, (rows, cols): (usize, usize), stack: usize) -> Vec<(TensorSpec, StoredPart)> {
+    pub(super) fn stored(
+        &self,
+        name: &str,
+        (rows, cols): (usize, usize),
+        stack: usize,
+    ) -> Vec<(TensorSpec, StoredPart)> {
         let scheme = self.scheme();
         let (bands, across) = scheme.groups((rows, cols));
         let spec = |ending: &str, dtype, shape| TensorSpec { name: format!("{name}{ending}"), dtype, shape };

@@ -218,7 +218,10 @@ fn operations(checkpoint: &Checkpoint, counts: &[usize], widths: &[usize]) -> Ve
         }
     });
     if checkpoint.quantization().is_some() {
-        lines.push("pruned to one width it stays quantized; merged, fine-tuned or in other forms it is written as BF16".to_string());
+        lines.push(
+            "pruned to one width it stays quantized; merged, fine-tuned or in other forms it is written as BF16"
+                .to_string(),
+        );
     }
     if checkpoint.mtp_tensors().next().is_some() {
         lines.push("multi-token prediction: an export must say whether it is kept or dropped".to_string());

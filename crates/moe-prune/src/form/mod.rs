@@ -164,17 +164,21 @@ impl PrunePlan {
         let Some(quantization) = quantized else { return Ok(made.model) };
         if options.form != PruneForm::Uniform || options.edits.is_some() {
             let why = if options.edits.is_some() { "repaired weights are" } else { "this form is" };
-            let note = format!("{why} written as BF16, not as {quantization}: quantize the outcome with `moe quantize`");
+            let note =
+                format!("{why} written as BF16, not as {quantization}: quantize the outcome with `moe quantize`");
             return Ok(self.pruned(base, options, Some(After { note: Some(note), sizes: None }))?.model);
         }
         let kept = made.quantized(base)?;
         let note = match kept.cut_groups {
             0 => format!("stays quantized as {quantization}, every code and scale as it was"),
-            cut => format!("stays quantized as {quantization}; {cut} groups of elements that were cut are rounded again"),
+            cut => {
+                format!("stays quantized as {quantization}; {cut} groups of elements that were cut are rounded again")
+            }
         };
         let note = kept.notes.iter().fold(note, |note, more| format!("{note}; {more}"));
         let layers = kept.model.shape().layers.iter();
-        let layers = layers.map(|layer| kept.model.expert_bytes_on_disk(layer.layer)).collect::<moe_checkpoint::Result<_>>()?;
+        let layers =
+            layers.map(|layer| kept.model.expert_bytes_on_disk(layer.layer)).collect::<moe_checkpoint::Result<_>>()?;
         let sizes = (kept.model.bytes_on_disk(), layers);
         // The record tells the sizes of what is written.
         let made = self.pruned(base, options, Some(After { note: Some(note), sizes: Some(sizes) }))?;
