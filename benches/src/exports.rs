@@ -12,7 +12,7 @@ use moe_importance::ScorerConfig;
 use moe_importance::scorers::Magnitude;
 use moe_merge::{Evidence, MergeOptions, OutputForm, Recipe};
 use moe_prune::{
-    Budget, ExpertPruner, FineGrained, Mtp, ProtectionMask, PruneForm, PruneOptions, PrunePlan, Pruner, Scope,
+    Budget, ExpertPruner, FineGrained, Mtp, ProtectionMask, PruneForm, PruneOptions, PrunePlan, PrunedPrecision, Pruner, Scope,
     UnitPruner,
 };
 use serde::Serialize;
@@ -141,7 +141,10 @@ pub fn export(from: &Arc<Checkpoint>, kind: Kind, to: &Path) -> Result<bool> {
     let (shape, none) = (from.shape(), ProtectionMask::none());
     let routing = &from.config().routing;
     let groups = routing.groups().map_or(1, |groups| groups.count);
-    let plain = |form| PruneOptions { mtp: Some(Mtp::Drop), allow_unaligned: true, ..PruneOptions::new(form) };
+    // Stock loaders are asked about the layouts, in numbers that all of them read.
+    let precision = PrunedPrecision::Bf16;
+    let plain =
+        |form| PruneOptions { mtp: Some(Mtp::Drop), allow_unaligned: true, precision, ..PruneOptions::new(form) };
     let mut how;
     let narrows = matches!(kind, Kind::Uniform | Kind::Pieces | Kind::FineGrained);
     if narrows && from.family().shared_follows_width() {

@@ -14,8 +14,8 @@ use moe_checkpoint::{
 };
 use moe_merge::{CombinationConfig, DominantOnly, GroupingConfig, MergeOptions, OutputForm, Retain, RouterConfig};
 use moe_prune::{
-    Budget, Edits, ExpertEdit, ExpertPruner, FineGrained, PruneForm, PruneOptions, PrunePlan, PrunedModel, Pruner,
-    Scope, SharedSets, UnitPruner,
+    Budget, Edits, ExpertEdit, ExpertPruner, FineGrained, PruneForm, PruneOptions, PrunePlan, PrunedModel,
+    PrunedPrecision, Pruner, Scope, SharedSets, UnitPruner,
 };
 use tempfile::tempdir;
 
@@ -34,7 +34,9 @@ fn dominants_alone_are_expert_pruning_to_the_byte() {
         let dissolved = plan(&recipe, &model);
         let pruned = directory.path().join(format!("{name}-pruned"));
         let mtp = model.mtp_tensors().next().map(|_| Mtp::Drop);
-        let export = PruneOptions { mtp, allow_unaligned: true, ..PruneOptions::new(PruneForm::Uniform) };
+        // Merging writes BF16, and so is it compared.
+        let precision = PrunedPrecision::Bf16;
+        let export = PruneOptions { mtp, allow_unaligned: true, precision, ..PruneOptions::new(PruneForm::Uniform) };
         let plan = PrunePlan::without_experts(model.shape(), model.fingerprint(), &merged.removed()).unwrap();
         let base = Arc::new(Checkpoint::open(model.dir()).unwrap());
         write(plan.on(&base, &export).unwrap().model(), &pruned, &WriteOptions::default()).unwrap();

@@ -162,8 +162,13 @@ impl PrunePlan {
         let made = self.pruned(base, options, None)?;
         let quantized = base.quantization().filter(|_| options.precision == PrunedPrecision::AsBase);
         let Some(quantization) = quantized else { return Ok(made.model) };
-        if options.form != PruneForm::Uniform || options.edits.is_some() {
-            let why = if options.edits.is_some() { "repaired weights are" } else { "this form is" };
+        let further = options.mtp == Some(Mtp::Prune) && base.mtp_tensors().next().is_some();
+        if options.form != PruneForm::Uniform || options.edits.is_some() || further {
+            let why = match (options.edits.is_some(), further) {
+                (true, _) => "repaired weights are",
+                (_, true) => "layers that predict further tokens are pruned, too, and all is",
+                _ => "this form is",
+            };
             let note =
                 format!("{why} written as BF16, not as {quantization}: quantize the outcome with `moe quantize`");
             return Ok(self.pruned(base, options, Some(After { note: Some(note), sizes: None }))?.model);
