@@ -12,8 +12,8 @@ use moe_importance::ScorerConfig;
 use moe_importance::scorers::Magnitude;
 use moe_merge::{Evidence, MergeOptions, OutputForm, Recipe};
 use moe_prune::{
-    Budget, ExpertPruner, FineGrained, Mtp, ProtectionMask, PruneForm, PruneOptions, PrunePlan, PrunedPrecision, Pruner, Scope,
-    UnitPruner,
+    Budget, ExpertPruner, FineGrained, Mtp, ProtectionMask, PruneForm, PruneOptions, PrunePlan, PrunedPrecision,
+    Pruner, Scope, UnitPruner,
 };
 use serde::Serialize;
 
