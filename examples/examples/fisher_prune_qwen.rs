@@ -3,8 +3,7 @@
 use std::process::ExitCode;
 
 use moe::progress::Progress;
-use moe_cli::cli;
-use moe_examples::fisher_prune;
+use moe_cli::{cli, fisher_prune};
 
 fn main() -> ExitCode {
     cli::run(|arguments: fisher_prune::Arguments| {

@@ -4,9 +4,9 @@
 //! magnitude, which needs no data, and prints the plan. `plan.save(...)` keeps it; the program `moe` and every other job
 //! take it from there.
 
-use moe_checkpoint::{Checkpoint, Granularity, Pool, Provenance, Statistics};
-use moe_importance::{Scorer, scorers::Magnitude};
-use moe_prune::{
+use moe::checkpoint::{Checkpoint, Granularity, Pool, Provenance, Statistics};
+use moe::importance::{Scorer, scorers::Magnitude};
+use moe::prune::{
     Allocation, Budget, Error, LayerKept, ModelProbe, Needs, ProtectionMask, PrunePlan, PruneRequest, Pruner, Result,
 };
 use serde_json::{Value, json};

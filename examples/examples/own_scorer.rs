@@ -4,11 +4,10 @@
 //! what it needs on rows of the bundled model and prints which experts a pruner takes out.
 
 use moe::prelude::*;
-use moe_checkpoint::{Denominator, Pool, ProtectionMask, Statistics};
-use moe_importance::scorers::{check_needs, table};
-use moe_importance::statistics::{OUTPUT_NORM, ROUTED_TOKENS};
-use moe_importance::{Calibration, ExpertWeightsSource, Needs};
-use moe_prune::ExpertPruner;
+use moe::checkpoint::{Denominator, Pool, Statistics};
+use moe::importance::scorers::{check_needs, table};
+use moe::importance::statistics::{OUTPUT_NORM, ROUTED_TOKENS};
+use moe::importance::{ExpertWeightsSource, Needs};
 use serde_json::{Value, json};
 
 /// `sqrt(n * sum |f|)`: `n` tokens chose the expert, `f` are its outputs on them.
@@ -28,7 +27,7 @@ impl Scorer for OftenAndLoud {
         Needs::experts([ROUTED_TOKENS, OUTPUT_NORM]).within(Pool::Layer)
     }
 
-    fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> moe_importance::Result<ScoreTable> {
+    fn score(&self, statistics: &Statistics, _: &dyn ExpertWeightsSource) -> moe::importance::Result<ScoreTable> {
         check_needs(self, statistics)?;
         table(self, statistics, Denominator::None, |layer, expert, _| {
             let [often, loud] = [ROUTED_TOKENS, OUTPUT_NORM].map(|id| statistics.expert(id.as_str(), layer));
@@ -40,16 +39,11 @@ impl Scorer for OftenAndLoud {
 /// The plan for the model in this directory.
 pub fn run(model: &str) -> Result<PrunePlan, Box<dyn std::error::Error>> {
     let model = Model::open(model, &device("flex")?, None)?;
-    let (checkpoint, shape) = (model.checkpoint(), model.checkpoint().shape());
-    let tokenizer = Tokenizer::from_dir(checkpoint.dir())?;
-    let options = DatasetOptions { samples: Some(16), length: 64, ..DatasetOptions::default() };
-    let rows = checkpoint.dir().join("data/prose_calibration.jsonl");
-    let data = Dataset::load(&rows, Some(&tokenizer), checkpoint.config().vocab_size, &options)?;
-    let calibration = Calibration::new(&model, &data, WaveOptions::default());
-    let statistics = calibration.scorers([&OftenAndLoud as &dyn Scorer]).run(&mut |_| ())?;
-    let scores = OftenAndLoud.score(&statistics, checkpoint.as_ref())?;
+    let checkpoint = model.checkpoint();
+    let data = rows(&model, checkpoint.dir().join("data/prose_calibration.jsonl"), 16)?;
+    let scores = score(&model, &data, &OftenAndLoud)?;
     let pruner = ExpertPruner::new().for_routing(&checkpoint.config().routing);
-    Ok(pruner.prune(&scores, shape, Budget::Ratio(0.25), &ProtectionMask::none())?.plan)
+    Ok(pruner.prune(&scores, checkpoint.shape(), Budget::Ratio(0.25), &ProtectionMask::none())?.plan)
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -14,7 +14,7 @@ use moe_checkpoint::{
     WriteOptions, grouped_config, write,
 };
 use moe_examples::TINY_MOE;
-use moe_examples::fisher_prune::{Arguments, Finished, run};
+use moe_cli::fisher_prune::{Arguments, Finished, run};
 use moe_prune::PrunePlan;
 use serde_json::Value;
 

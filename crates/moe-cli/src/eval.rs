@@ -35,6 +35,9 @@ pub struct Arguments {
     /// Tokens that go through the model together
     #[arg(long, default_value = "16384", value_parser = cli::non_zero)]
     pub wave_tokens: NonZeroUsize,
+    /// HTML file for the measurements, with sizes and widths of the experts
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
     /// One JSON object on stdout
     #[arg(long)]
     pub json: bool,
@@ -155,6 +158,9 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         bar.label(file.name.clone());
         measured.push(measure(file, &model, tokenizer, waves)?);
         bar.step();
+    }
+    if let Some(path) = &arguments.report {
+        crate::pages::of_measurements(&directory.display().to_string(), &model, &measured)?.write(path)?;
     }
     Ok(Report {
         model: directory.clone(),

@@ -45,7 +45,7 @@ pub struct Arguments {
     /// stock, grouped or stock-copies
     #[arg(long, default_value = "grouped")]
     pub form: OutputForm,
-    /// New directory for the merged checkpoint; its plan goes beside it, as OUT.plan.json
+    /// New directory for the merged checkpoint; its plan and a report go beside it, as OUT.plan.json and OUT.report.html
     #[arg(long)]
     pub out: PathBuf,
     /// Merge all layers on one pass, even if the recipe goes layer by layer
@@ -237,6 +237,9 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
     if let (Some(dense), Some(dir)) = (&arguments.dense, &compact_dir) {
         write(CompactModel::open(dir)?.on(merged.model(), None)?.model(), dense, &write_options)?;
     }
+    // Before the work goes: the merged model reads from it.
+    let page = crate::pages::of_merge(&model, &merged, &plan, test, &calibration[..calibration.len().min(1)])?;
+    page.write(beside(&arguments.out, ".report.html"))?;
     if arguments.work.is_none() {
         std::fs::remove_dir_all(&work).map_err(Error::io(&work))?;
     }

@@ -22,7 +22,7 @@ use crate::{Error, Result, cli, format};
 
 /// Scores the routed experts or units of a checkpoint
 ///
-/// Writes a score file per scorer, and experts.jsonl with the experts of every layer from the best to the worst, for engines that drop
+/// Writes a score file per scorer, report.html, and experts.jsonl with the experts of every layer from the best to the worst, for engines that drop
 /// experts when they load a model.
 #[derive(Clone, Debug, Parser)]
 #[command(after_help = scorers_help())]
@@ -137,7 +137,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     };
     let Collected { statistics, sequences, tokens, seconds, loss } = collected;
     let (mut scores, mut super_experts, mut rankings) = (Vec::new(), None, Vec::new());
-    let mut tables = Vec::new();
+    let (mut tables, mut named) = (Vec::new(), Vec::new());
     if arguments.shard.is_none() {
         for scorer in &scorers {
             tables.push(scorer.score(&statistics, checkpoint.as_ref())?);
@@ -151,6 +151,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         table.save(&path)?;
         rankings.extend(rank_experts(&name, table)?);
         scores.push(path);
+        named.push((name, table));
     }
     if arguments.shard.is_none() {
         if let Some(options) = arguments.super_experts {
@@ -159,6 +160,10 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
             moe_checkpoint::write_json(&arguments.out.join("protect.json"), &serde_json::json!(found.protected()))?;
             super_experts = Some(found.protected());
         }
+    }
+    if !named.is_empty() {
+        let page = crate::pages::of_scores(&arguments.model, tokens, loss, &named)?;
+        page.write(arguments.out.join("report.html"))?;
     }
     let ranking = match rankings.is_empty() {
         true => None,

@@ -6,6 +6,31 @@
 //!
 //! Weights stay in the checkpoint in their stored dtype; they are converted to f32 when used, and what stays in memory is decided
 //! by a limit that never changes results. Experts see only the tokens routed to them.
+//!
+//! ```no_run
+//! use moe_core::data::{Dataset, DatasetOptions, Tokenizer, WaveOptions};
+//! use moe_core::{Engine, EngineOptions, Model, device::device};
+//!
+//! let model = Model::open("models/Qwen1.5-MoE-A2.7B", &device("default")?, Some(8 << 30))?;
+//! let tokenizer = Tokenizer::from_dir(model.checkpoint().dir())?;
+//! let vocabulary = model.config().vocab_size;
+//! let data = Dataset::load("rows.jsonl", Some(&tokenizer), vocabulary, &DatasetOptions::default())?;
+//! let engine = Engine::new(&model, EngineOptions { loss: true, ..EngineOptions::default() });
+//! for wave in data.waves(WaveOptions::default()) {
+//!     let report = engine.run(&wave, &mut moe_core::trace::Nobody)?;
+//!     println!("wave {}: {:?} nats in all, over {} tokens", wave.id, report.loss, report.loss_tokens);
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! | what you want of a model | where |
+//! |---|---|
+//! | run it over rows, forward or forward and backward | [`Engine`], [`trace`] for what an observer sees |
+//! | run it changed, without writing it | [`overlay`], [`adapters`] |
+//! | continue prompts | [`generate`] |
+//! | perplexity, exact answers, choices, divergence from another model | [`evaluate`], [`TeacherLogits`] |
+//! | train it, or something beside its weights | [`train`] with a [`TrainingTask`](train::TrainingTask) |
+//! | know which experts a token goes to, and with which weights | [`router`] |
 
 pub mod adapters;
 pub mod device;

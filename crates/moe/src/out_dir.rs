@@ -153,6 +153,11 @@ impl OutDir {
         self.root.join("report.html")
     }
 
+    /// A figure of the report as a file of its own, for light or for dark ground.
+    pub fn figure(&self, name: &str, ground: &str) -> PathBuf {
+        self.root.join(format!("{name}-{ground}.svg"))
+    }
+
     /// The results for programs.
     pub fn results(&self) -> PathBuf {
         self.root.join(RESULTS)

@@ -319,7 +319,7 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
     let data = [job.data.sequences.len() as u64, job.data.tokens() as u64, job.data.loss_tokens() as u64];
     let left_out = [job.data.dropped as u64, job.data.cut as u64];
     let results = Results { model: job.arguments.model_dir(), data, left_out, before, whole, methods };
-    write_atomic(job.out.report(), report::html(&results)?.as_bytes())?;
+    report::page(&results)?.write(job.out.report())?;
     job.out.finish(&json!(results))?;
     let markdown = report::table(&results).to_markdown();
     write_atomic(job.out.root().join("table.md"), markdown.as_bytes())?;

@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
+use moe::run::Measurement;
 use moe_core::data::Dataset;
 use moe_core::evaluate::{Evaluation, Metric};
 
 use super::{MethodResult, Results};
 use crate::Result;
-use crate::figures::{Lines, Point, lines};
 use crate::format::{count, size};
-use crate::report::Report;
+use crate::report::{Quality, Report};
 use crate::table::Table;
 
 fn value(evaluation: &Evaluation) -> String {
@@ -26,6 +26,16 @@ fn heading(evaluation: &Evaluation) -> String {
         Metric::Perplexity(_) => format!("{} ppl", evaluation.name),
         Metric::Choice(_) => format!("{} choice", evaluation.name),
     }
+}
+
+/// What was measured, as recipes call it.
+fn key(evaluation: &Evaluation) -> String {
+    let metric = match evaluation.metric {
+        Metric::ExactMatch(_) => "exact",
+        Metric::Perplexity(_) => "ppl",
+        Metric::Choice(_) => "choice",
+    };
+    format!("{}_{metric}", evaluation.name)
 }
 
 /// Method by what it learnt, what it kept and what it cost.
@@ -96,7 +106,7 @@ pub fn text(results: &Results, out: &Path) -> String {
 ///
 /// # Errors
 /// Figures that cannot be drawn.
-pub fn html(results: &Results) -> Result<String> {
+pub fn page(results: &Results) -> Result<Report> {
     let mut report = Report::new("Fine-tuning");
     let [rows, tokens, predicted] = results.data.map(count);
     report.paragraph(&format!(
@@ -104,30 +114,22 @@ pub fn html(results: &Results) -> Result<String> {
         results.model.display()
     ));
     report.table(&table(results));
-    report.section("Loss");
-    let series = |method: &MethodResult| {
-        // means over ten steps: single steps are noise
-        let points = method.training.losses.chunks(10).map(|points| {
-            let values = || points.iter().map(|point| point.loss);
-            let y = values().sum::<f64>() / points.len() as f64;
-            let (low, high) = (values().fold(f64::INFINITY, f64::min), values().fold(f64::NEG_INFINITY, f64::max));
-            Point { x: points.last().map_or(0, |point| point.step) as f64, y, low, high }
-        });
-        (method.name.clone(), points.collect())
+    let quality = |of: &str, evaluations: &[Evaluation]| Quality {
+        of: of.into(),
+        measured: evaluations.iter().map(|found| Measurement { key: key(found), value: found.value() }).collect(),
     };
-    let figure = Lines {
-        title: "loss per predicted token".into(),
-        x: "step".into(),
-        series: results.methods.iter().map(series).collect(),
-        base: None,
-        logarithmic_x: false,
-        logarithmic_y: true,
+    let whole = results.whole.iter().map(|found| quality("whole model", found));
+    let before = quality(if results.whole.is_some() { "half of it" } else { "before" }, &results.before);
+    let after = results.methods.iter().map(|method| quality(&method.name, &method.evaluations));
+    report.quality(&whole.chain([before]).chain(after).collect::<Vec<_>>())?;
+    let losses = |method: &MethodResult| {
+        (method.name.clone(), method.training.losses.iter().map(|point| (point.step, point.loss)).collect())
     };
-    report.figure(&lines(&figure)?, "Means over ten steps, with the smallest and largest loss of them.");
+    report.losses(&results.methods.iter().map(losses).collect::<Vec<_>>())?;
     report.section("Recipes");
     for method in &results.methods {
         let recipe = serde_json::to_string_pretty(&method.recipe).unwrap_or_default();
         report.preformatted(&format!("{}\n{recipe}", method.name));
     }
-    Ok(report.to_html())
+    Ok(report)
 }

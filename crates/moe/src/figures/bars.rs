@@ -17,7 +17,7 @@ pub struct Bars {
     pub title: String,
     /// Names of the groups: methods.
     pub groups: Vec<String>,
-    /// Names of the bars of each group, and their values by group.
+    /// Names of the bars of each group, and their values by group. A name may be empty where there is one bar.
     pub series: Vec<(String, Vec<f64>)>,
     /// The value without pruning.
     pub base: f64,
@@ -57,7 +57,8 @@ pub fn bars(bars: &Bars) -> Result<String> {
     svg(&bars.title, height as u32, |area| {
         area.draw_text(&bars.title, &text(18, &INK, HPos::Left, VPos::Top), (left, 2))?;
         let mut x = WIDTH as i32 - right;
-        for (index, (name, _)) in bars.series.iter().enumerate().rev() {
+        let named = bars.series.iter().enumerate().filter(|(_, (name, _))| !name.is_empty());
+        for (index, (name, _)) in named.rev() {
             x -= 7 * name.len() as i32;
             area.draw_text(name, &text(16, &INK, HPos::Left, VPos::Top), (x, 5))?;
             let color = SERIES[index % SERIES.len()];

@@ -42,6 +42,12 @@ svg [fill=\"#010203\"] { fill: var(--ink); } svg [stroke=\"#010203\"] { stroke: 
 svg [fill=\"#040506\"] { fill: var(--faint); } svg [stroke=\"#040506\"] { stroke: var(--faint); }
 ";
 
+/// A figure as a file of its own, for pages whose colors it cannot take: for light ground, or for dark.
+pub fn standalone(svg: &str, dark: bool) -> String {
+    let (ink, faint) = if dark { ("#e3e7eb", "#3a424b") } else { ("#1d2329", "#d4d9de") };
+    svg.replace("\"#010203\"", &format!("\"{ink}\"")).replace("\"#040506\"", &format!("\"{faint}\""))
+}
+
 /// Where a figure is drawn, in pixels.
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 /// What drawing into a string cannot raise, but its types allow.

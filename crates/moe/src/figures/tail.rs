@@ -1,6 +1,6 @@
-//! How unit scores fall off.
+//! How scores fall off.
 
-use moe_checkpoint::ScoreTable;
+use moe_checkpoint::{Granularity, ScoreTable};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, VPos};
 
@@ -11,7 +11,7 @@ use crate::format::{count, percent, tick};
 /// Points of the curve.
 const POINTS: usize = 600;
 
-/// All unit scores of a model from the highest to the lowest on a logarithmic axis, with a line where each of `ratios`
+/// All scores of a model, of units or of experts, from the highest to the lowest on a logarithmic axis, with a line where each of `ratios`
 /// (fractions dropped) would cut.
 ///
 /// # Errors
@@ -30,7 +30,11 @@ pub fn tail(scores: &ScoreTable, ratios: &[f64]) -> Result<String> {
         .filter_map(|index| values.get(index).map(|value| (100.0 * index as f64 / n as f64, *value)))
         .take_while(|(_, value)| *value > 0.0)
         .collect();
-    svg("Unit scores from the highest to the lowest", 320, |area| {
+    let (title, items) = match scores.granularity {
+        Granularity::Unit => ("Unit scores from the highest to the lowest", "units"),
+        Granularity::Expert => ("Expert scores from the highest to the lowest", "experts"),
+    };
+    svg(title, 320, |area| {
         let mut chart = ChartBuilder::on(area)
             .margin(8)
             .margin_right(16)
@@ -38,8 +42,8 @@ pub fn tail(scores: &ScoreTable, ratios: &[f64]) -> Result<String> {
             .y_label_area_size(70)
             .build_cartesian_2d(0.0..100.0f64, (low..high).log_scale())?;
         let description = match zeros {
-            0 => format!("units, highest first (% of {})", count(n as u64)),
-            _ => format!("units, highest first (% of {}; {} score 0)", count(n as u64), count(zeros as u64)),
+            0 => format!("{items}, highest first (% of {})", count(n as u64)),
+            _ => format!("{items}, highest first (% of {}; {} score 0)", count(n as u64), count(zeros as u64)),
         };
         chart
             .configure_mesh()

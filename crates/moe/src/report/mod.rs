@@ -1,14 +1,27 @@
 //! One HTML file with everything in it: no script, no font, no image that is not in the file.
 
+mod merge;
+mod routing;
 mod run;
+mod sections;
 
+use std::path::Path;
+
+use moe_checkpoint::{ScoreTable, write_atomic};
+
+pub use routing::routing;
 pub use run::write_run;
+pub use sections::{ByExpert, Quality, Size};
 
-use crate::figures;
+use crate::{Result, figures};
 
 const STYLE: &str = include_str!("style.css");
 
 /// A report under construction.
+///
+/// Every verb that measures writes one, from the same sections: [`importance`](Report::importance),
+/// [`quality`](Report::quality), [`sizes`](Report::sizes), [`losses`](Report::losses), [`routing`](Report::routing),
+/// [`widths`](Report::widths) and [`groups`](Report::groups).
 #[derive(Clone, Debug)]
 pub struct Report {
     title: String,
@@ -33,7 +46,10 @@ impl Report {
 
     /// Adds an SVG figure and what it shows.
     pub fn figure(&mut self, svg: &str, caption: &str) {
-        self.body.push_str(&format!("<figure>\n{svg}\n<figcaption>{}</figcaption>\n</figure>\n", escape(caption)));
+        let (svg, caption) = (svg.trim_end(), escape(caption));
+        self.body.push_str(&format!(
+            "<figure>\n<div class=\"scroll\">{svg}</div>\n<figcaption>{caption}</figcaption>\n</figure>\n"
+        ));
     }
 
     /// Adds a table.
@@ -57,6 +73,22 @@ impl Report {
              <style>\n{STYLE}{figures}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n{body}</main>\n</body>\n</html>\n"
         )
     }
+}
+
+impl Report {
+    /// Writes the file.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
+        Ok(write_atomic(path.as_ref(), self.to_html().as_bytes())?)
+    }
+}
+
+/// What the scorer of a table is called: its type, from its recipe.
+pub fn scorer_name(scores: &ScoreTable) -> String {
+    let recipe: serde_json::Value = serde_json::from_str(&scores.scorer).unwrap_or_default();
+    recipe["type"].as_str().unwrap_or(&scores.scorer).to_string()
 }
 
 /// Text as HTML.

@@ -10,7 +10,6 @@ mod score;
 
 use std::time::Instant;
 
-use moe_checkpoint::write_atomic;
 use moe_core::memory::process_memory;
 
 pub use arguments::{Arguments, DEFAULT_OUT};
@@ -71,8 +70,7 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
     let model = std::path::absolute(job.arguments.model_dir()).map_err(crate::Error::io(job.arguments.model_dir()))?;
     let results = Results { model, base, methods: methods.collect() };
     let cost = Cost { scoring_speed, seconds, peak_memory: process_memory().map(|memory| memory.peak) };
-    let html = report::html(&job, &scored, &pruned, &results, &cost)?;
-    write_atomic(job.out.report(), html.as_bytes())?;
+    report::page(&job, &scored, &pruned, &results, &cost)?.write(job.out.report())?;
     job.out.finish(&results.to_json())?;
     let text = text(&job, &scored, &pruned, &results, &cost);
     Ok(Finished { results, text })

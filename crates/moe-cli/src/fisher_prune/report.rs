@@ -1,24 +1,26 @@
 //! The report of a run.
 
+use moe_checkpoint::write_atomic;
+
 use super::job::{Job, parsed};
 use super::prune::PrunedModel;
 use super::results::Results;
 use super::score::Scored;
 use super::{Cost, calibration_line, measures, model_line};
 use crate::Result;
-use crate::figures::{Bars, bars, heat_map, tail};
+use crate::figures::{Bars, bars, standalone};
 use crate::format::{count, percent, size};
 use crate::report::Report;
 use crate::table::Table;
 
-/// Everything about a run in one HTML file.
-pub(super) fn html(
+/// Everything about a run; the figures of quality also stand beside it, as files for light and for dark ground.
+pub(super) fn page(
     job: &Job,
     scored: &Scored,
     pruned: &[PrunedModel],
     results: &Results,
     cost: &Cost,
-) -> Result<String> {
+) -> Result<Report> {
     let name = job.arguments.model_dir();
     let name = name.file_name().map_or_else(|| name.display().to_string(), |name| name.to_string_lossy().into_owned());
     let ratios: Vec<String> = job.arguments.ratio.iter().map(|ratio| percent(*ratio)).collect();
@@ -32,24 +34,18 @@ pub(super) fn html(
     for (column, file) in job.evals.iter().enumerate() {
         let figure = quality(job, results, column, file.is_exact());
         let better = if file.is_exact() { "higher is better" } else { "lower is better" };
+        let svg = bars(&figure)?;
+        for (ground, dark) in [("light", false), ("dark", true)] {
+            write_atomic(job.out.figure(&file.key(), ground), standalone(&svg, dark).as_bytes())?;
+        }
         report.figure(
-            &bars(&figure)?,
+            &svg,
             &format!("{}, {better}. Every bar is a checkpoint read back from disk.", file.key()),
         );
     }
 
-    report.section("Where importance sits");
     let criterion = parsed(&scored.tables[0].scorer)["criterion"].as_str().unwrap_or("token").to_owned();
-    report.figure(
-        &heat_map(&scored.tables[0])?,
-        &format!(
-            "Fisher ({criterion}) importance of every expert: the sum over its units, logarithmic colors. Grey is 0."
-        ),
-    );
-    report.figure(
-        &tail(&scored.tables[0], &job.arguments.ratio)?,
-        "Fisher scores of all units. What lies right of a dashed line is dropped when units of the whole model compete.",
-    );
+    report.importance(&format!("Fisher ({criterion})"), &scored.tables[0], &job.arguments.ratio)?;
 
     report.section("Widths after pruning");
     report.table(&widths(pruned));
@@ -57,7 +53,7 @@ pub(super) fn html(
     report.section("How it was made");
     report.table(&provenance(job, scored, cost));
     report.preformatted(&serde_json::to_string_pretty(&job.recipe()).unwrap_or_default());
-    Ok(report.to_html())
+    Ok(report)
 }
 
 fn quality(job: &Job, results: &Results, column: usize, exact: bool) -> Bars {
