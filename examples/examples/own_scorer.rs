@@ -3,11 +3,11 @@
 //! This one asks how often an expert is chosen and how much it then says: the geometric mean of both. The example collects
 //! what it needs on rows of the bundled model and prints which experts a pruner takes out.
 
-use moe::prelude::*;
 use moe::checkpoint::{Denominator, Pool, Statistics};
 use moe::importance::scorers::{check_needs, table};
 use moe::importance::statistics::{OUTPUT_NORM, ROUTED_TOKENS};
 use moe::importance::{ExpertWeightsSource, Needs};
+use moe::prelude::*;
 use serde_json::{Value, json};
 
 /// `sqrt(n * sum |f|)`: `n` tokens chose the expert, `f` are its outputs on them.

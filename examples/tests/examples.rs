@@ -63,7 +63,10 @@ fn score_prune_write_leaves_half_of_the_units() {
 fn reap_leaves_as_many_experts_in_each_layer() {
     let (before, after, left) = reap_experts::reap(TINY_MOE).unwrap();
     assert_eq!(left, [12; 4]);
-    assert!(before.key == "arithmetic_exact" && before.value > 0.95 && after.value <= before.value, "{before:?} {after:?}");
+    assert!(
+        before.key == "arithmetic_exact" && before.value > 0.95 && after.value <= before.value,
+        "{before:?} {after:?}"
+    );
 }
 
 #[test]

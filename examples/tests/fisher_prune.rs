@@ -13,8 +13,8 @@ use moe_checkpoint::{
     Checkpoint, Dtype, ExpertPart, ModelDescription, ModelSource, RawMatrix, ScoreTable, TensorInfo, TensorSpec,
     WriteOptions, grouped_config, write,
 };
-use moe_examples::TINY_MOE;
 use moe_cli::fisher_prune::{Arguments, Finished, run};
+use moe_examples::TINY_MOE;
 use moe_prune::PrunePlan;
 use serde_json::Value;
 

@@ -7,7 +7,7 @@ pub use moe_core::{Engine, EngineOptions, Model, device::device};
 pub use moe_importance::scorers::{Fisher, Reap};
 pub use moe_importance::{Calibration, Scorer, ScorerConfig};
 pub use moe_merge::OutputForm;
-pub use moe_prune::{Budget, Export, ExpertPruner, PruneForm, PruneOptions, PrunePlan, Pruner, Scope, UnitPruner};
+pub use moe_prune::{Budget, ExpertPruner, Export, PruneForm, PruneOptions, PrunePlan, Pruner, Scope, UnitPruner};
 
 pub use crate::eval_file::EvalOptions;
 pub use crate::jobs::{measure, merge, prune, rows, score, training_rows, tune};

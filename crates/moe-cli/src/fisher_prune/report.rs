@@ -38,10 +38,7 @@ pub(super) fn page(
         for (ground, dark) in [("light", false), ("dark", true)] {
             write_atomic(job.out.figure(&file.key(), ground), standalone(&svg, dark).as_bytes())?;
         }
-        report.figure(
-            &svg,
-            &format!("{}, {better}. Every bar is a checkpoint read back from disk.", file.key()),
-        );
+        report.figure(&svg, &format!("{}, {better}. Every bar is a checkpoint read back from disk.", file.key()));
     }
 
     let criterion = parsed(&scored.tables[0].scorer)["criterion"].as_str().unwrap_or("token").to_owned();

@@ -54,7 +54,9 @@ impl Report {
         let (sum, what) = match (scores.granularity, scores.to_experts(Reduction::Sum)) {
             (Granularity::Expert, table) => (table?, "its score"),
             (Granularity::Unit, Ok(table)) => (table, "the sum over its units"),
-            (Granularity::Unit, Err(_)) => (scores.to_experts(Reduction::Max)?, "its best unit, since scores do not add up"),
+            (Granularity::Unit, Err(_)) => {
+                (scores.to_experts(Reduction::Max)?, "its best unit, since scores do not add up")
+            }
         };
         let caption = format!("Importance of every expert by {name}: {what}, in logarithmic colors. Grey is 0.");
         self.figure(&heat_map(&sum)?, &caption);
@@ -67,10 +69,12 @@ impl Report {
             false => format!(" What lies right of a dashed line goes when {item} of the whole model compete."),
         };
         self.figure(&tail(scores, ratios)?, &format!("Scores of all {item} by {name}, from the highest.{cut}"));
-        let mut table = Table::new(["layer", "experts", "least important", "mean", "most important", "never routed to"], 0);
+        let mut table =
+            Table::new(["layer", "experts", "least important", "mean", "most important", "never routed to"], 0);
         for layer in &sum.layers {
             let values: Vec<f64> = layer.flat();
-            let (low, high) = values.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(*v), b.max(*v)));
+            let (low, high) =
+                values.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(*v), b.max(*v)));
             let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;
             let unused = layer.routed.as_ref().map(|counts| counts.iter().filter(|count| **count == 0).count());
             table.row([
@@ -101,7 +105,8 @@ impl Report {
                 keys.push(&found.key);
             }
         }
-        let value = |row: &Quality, key: &str| row.measured.iter().find(|found| found.key == key).map(|found| found.value);
+        let value =
+            |row: &Quality, key: &str| row.measured.iter().find(|found| found.key == key).map(|found| found.value);
         let mut table = Table::new(["model"].into_iter().chain(keys.iter().copied()), 1);
         for row in rows {
             let cells = keys.iter().map(|key| value(row, key).map_or("–".into(), |value| format!("{value:.4}")));
@@ -207,7 +212,8 @@ impl Report {
         let mut table = Table::new(["model", "layer", "experts", "in use", "effective", "largest share"], 1);
         for (name, layers) in models {
             let shares: ByExpert = layers.iter().map(|(layer, counts)| (*layer, shares(counts))).collect();
-            let caption = format!("Share of the choices of a layer that goes to each expert, {name}. Grey is never chosen.");
+            let caption =
+                format!("Share of the choices of a layer that goes to each expert, {name}. Grey is never chosen.");
             self.figure(&heat_map_of(&format!("Routing, {name}"), &shares)?, &caption);
             for (layer, shares) in &shares {
                 let entropy: f64 = shares.iter().filter(|share| **share > 0.0).map(|share| -share * share.ln()).sum();
