@@ -30,8 +30,8 @@ from transformers import (
 
 TOLERANCE = 1e-4
 EXPORTS = ("masked", "uniform", "experts", "pieces", "fine_grained", "merged")
-# Below the smallest vocabulary of a fixture.
-GOLDEN_IDS = [[5, 17, 40, 33, 3, 51, 21, 48]]
+# Below the smallest vocabulary of a fixture, and below what stands for images and sounds in it, which transformers does not embed.
+GOLDEN_IDS = [[5, 17, 30, 33, 3, 31, 21, 36]]
 GOLDEN_POSITIONS = 4
 
 
@@ -44,8 +44,8 @@ def load(directory, dtype):
     if config["model_type"] == "qwen3_5_moe":
         # All of it, vision included, not only the text model.
         kind = Qwen3_5MoeForConditionalGeneration
-    elif "text_config" in config and hasattr(transformers, config["architectures"][0]):
-        # Text models inside others, which no class for text alone loads.
+    elif config["model_type"] == "mistral4" or ("text_config" in config and hasattr(transformers, config["architectures"][0])):
+        # Text models inside others, which no class for text alone loads, and what such a class does not know.
         kind = getattr(transformers, config["architectures"][0])
     model, info = kind.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -54,6 +54,9 @@ def load(directory, dtype):
 
 
 def logits_of(model, ids):
+    if model.config.model_type == "llama4":
+        # The whole fails without images in transformers 5.24; its text model does not.
+        model = model.language_model
     with torch.no_grad():
         return model(input_ids=ids).logits.float()
 

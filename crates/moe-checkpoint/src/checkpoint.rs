@@ -504,6 +504,18 @@ impl Checkpoint {
 
     /// The bytes of one block of an expert that the source makes.
     pub(crate) fn block(&self, layer: usize, set: usize, block: ExpertBlock) -> Result<Cow<'_, [u8]>> {
+        if block == ExpertBlock::Part(ExpertPart::Up) && self.expert_layout(layer)? == ExpertLayout::Gateless {
+            let [gate, up] = [ExpertPart::Gate, ExpertPart::Up].map(|part| self.set_part(layer, set, part));
+            if let (Some(gate), Some(up)) = (gate?, up?)
+                && gate.bytes != up.bytes
+            {
+                return Err(Error::OutOfRange {
+                    what: format!("layer {layer}, expert {set}"),
+                    found: "a gate that is not the up projection".to_string(),
+                    expected: "the same rows, since experts of this model have no gate of their own".to_string(),
+                });
+            }
+        }
         let parts = block.parts().iter().map(|part| {
             let missing = || Error::OutOfRange {
                 what: format!("layer {layer}, expert {set}"),

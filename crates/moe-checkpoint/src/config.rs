@@ -92,7 +92,7 @@ impl ModelConfig {
     pub fn moe_shape(&self) -> MoeShape {
         let layers = self.layers.iter().enumerate().filter_map(|(layer, config)| match &config.ffn {
             Ffn::Moe(moe) => Some(MoeLayerShape { layer, widths: moe.widths.clone() }),
-            Ffn::Dense { .. } => None,
+            Ffn::Dense { .. } | Ffn::None => None,
         });
         MoeShape { hidden_size: self.hidden_size, top_k: self.routing.top_k, layers: layers.collect() }
     }
@@ -116,6 +116,11 @@ impl ModelConfig {
         }
     }
 
+    /// Whether there are such sums in any layer.
+    pub fn kept_sums_anywhere(&self) -> bool {
+        (0..self.layers.len()).any(|layer| self.kept_sums(layer) > 0)
+    }
+
     /// Whether what the experts give goes through a norm before it is added to the residual stream, so that the stream is no linear
     /// function of it.
     pub fn norms_experts(&self) -> bool {
@@ -126,7 +131,7 @@ impl ModelConfig {
     pub fn moe(&self, layer: usize) -> Option<&MoeConfig> {
         match &self.layers.get(layer)?.ffn {
             Ffn::Moe(moe) => Some(moe),
-            Ffn::Dense { .. } => None,
+            Ffn::Dense { .. } | Ffn::None => None,
         }
     }
 }
@@ -141,6 +146,8 @@ pub enum Activation {
     Gelu,
     /// `gelu(g) * u` with the approximation `gelu(x) = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))`.
     GeluTanh,
+    /// `relu(g) * u`.
+    Relu,
     /// `g' * sigmoid(alpha * g') * (u' + 1)` with `g' = min(g, limit)` and `u' = clamp(u, -limit, limit)`, as in gpt-oss.
     /// A unit whose gate and up are zero still gives zero.
     ClampedSwiglu {
@@ -442,6 +449,41 @@ pub enum Mixer {
         /// Tokens that it sees, the current one included.
         kernel: usize,
     },
+    /// A state space layer, Mamba2 (arXiv 2405.21060).
+    Mamba(Mamba),
+    /// Nothing: the layer is a feed-forward half alone.
+    None,
+}
+
+/// A state space layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mamba {
+    /// Heads.
+    pub heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Groups of heads that share what writes and reads the state; divides `heads`.
+    pub groups: usize,
+    /// Width of the state.
+    pub state: usize,
+    /// Tokens that the convolution in front sees, the current one included.
+    pub kernel: usize,
+    /// Whether that has a bias.
+    pub convolution_bias: bool,
+    /// Least step.
+    pub least_step: f64,
+}
+
+impl Mamba {
+    /// Width of all heads.
+    pub fn values(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Channels of the convolution.
+    pub fn channels(&self) -> usize {
+        self.values() + 2 * self.groups * self.state
+    }
 }
 
 /// Gated DeltaNet.
@@ -485,9 +527,13 @@ pub enum Ffn {
     Dense {
         /// Its width.
         intermediate_size: usize,
+        /// Whether it has no gate; see [`MoeConfig::gateless`].
+        gateless: bool,
     },
     /// Routed experts.
     Moe(MoeConfig),
+    /// Nothing: the layer only looks at other tokens.
+    None,
 }
 
 /// MoE block of a decoder layer.
@@ -497,6 +543,10 @@ pub struct MoeConfig {
     pub widths: Vec<usize>,
     /// Biases of every routed expert.
     pub biases: ExpertBiases,
+    /// Whether experts have no gate of their own: files hold up and down alone, and the up projection is the gate, too. With
+    /// [`Activation::Relu`] that is ReLU², `relu(u) u`. A unit is its up row and its down column; whatever asks for its gate row gets its
+    /// up row.
+    pub gateless: bool,
     /// The stored set of weights of every routed expert, `[E]`, in a grouped checkpoint: experts of one set share weights.
     /// Otherwise every expert has its own.
     pub sets: Option<Vec<u32>>,
@@ -535,12 +585,14 @@ pub struct SharedExpert {
     pub packed: bool,
     /// Whether it is a block beside the experts, with norms of its own: `norm(shared(norm(x))) + norm(experts(norm(x)))`.
     pub apart: bool,
+    /// Whether it has no gate; see [`MoeConfig::gateless`].
+    pub gateless: bool,
 }
 
 impl SharedExpert {
     /// One of this width, without extras.
     pub fn new(intermediate_size: usize) -> Self {
-        Self { intermediate_size, gated: false, packed: false, apart: false }
+        Self { intermediate_size, gated: false, packed: false, apart: false, gateless: false }
     }
 }
 

@@ -156,6 +156,7 @@ impl Activation {
                 let inner = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3));
                 0.5 * g * (1.0 + inner.tanh())
             }),
+            Self::Relu => each(gate, up, |gate, up| gate.max(0.0) * up),
             Self::ClampedSwiglu { alpha, limit } => each(gate, up, |gate, up| {
                 let gate = f64::from(gate).min(limit);
                 (gate / (1.0 + (-alpha * gate).exp()) * (f64::from(up).clamp(-limit, limit) + 1.0)) as f32

@@ -183,6 +183,8 @@ fn interleave(matrices: &[&[u8]], rows: usize, cols: usize, size: usize) -> Vec<
 pub enum ExpertLayout {
     /// Three 2-D tensors per expert.
     PerExpert,
+    /// Two 2-D tensors per expert, up and down: experts without a gate ([`MoeConfig::gateless`](crate::MoeConfig::gateless)).
+    Gateless,
     /// Two 3-D tensors per layer; all widths are equal.
     Fused,
     /// Two 3-D tensors per layer, transposed, the columns of gate before those of up: Qwen3-VL and Llama 4 as released. All widths
@@ -244,6 +246,7 @@ impl ExpertLayout {
     pub(crate) fn signature(self) -> &'static [ExpertTensor] {
         match self {
             Self::PerExpert => &[ExpertTensor::Gate(0), ExpertTensor::Up(0), ExpertTensor::Down(0)],
+            Self::Gateless => &[ExpertTensor::Up(0), ExpertTensor::Down(0)],
             Self::Fused | Self::Transposed | Self::Interleaved => &[ExpertTensor::FusedGateUp, ExpertTensor::FusedDown],
             Self::Ragged => &[ExpertTensor::RaggedGateUp, ExpertTensor::RaggedDown],
         }
@@ -266,12 +269,21 @@ impl ExpertLayout {
         let tensor = |tensor, shape, blocks| ExpertTensorLayout { tensor, shape, blocks };
         let uniform = || widths.first().copied().filter(|width| widths.iter().all(|other| other == width));
         match self {
-            Self::PerExpert | Self::Fused | Self::Transposed if biases != ExpertBiases::None => None,
+            Self::PerExpert | Self::Gateless | Self::Fused | Self::Transposed if biases != ExpertBiases::None => None,
             Self::Interleaved if biases != ExpertBiases::All => None,
             Self::PerExpert => {
                 let parts = widths.iter().enumerate().flat_map(|(e, width)| {
                     [
                         tensor(ExpertTensor::Gate(e), vec![*width, hidden_size], vec![(e, part(Gate))]),
+                        tensor(ExpertTensor::Up(e), vec![*width, hidden_size], vec![(e, part(Up))]),
+                        tensor(ExpertTensor::Down(e), vec![hidden_size, *width], vec![(e, part(Down))]),
+                    ]
+                });
+                Some(parts.collect())
+            }
+            Self::Gateless => {
+                let parts = widths.iter().enumerate().flat_map(|(e, width)| {
+                    [
                         tensor(ExpertTensor::Up(e), vec![*width, hidden_size], vec![(e, part(Up))]),
                         tensor(ExpertTensor::Down(e), vec![hidden_size, *width], vec![(e, part(Down))]),
                     ]
@@ -362,6 +374,9 @@ impl ExpertLayout {
             (Self::PerExpert, Gate) => dense(ExpertTensor::Gate(expert), 0),
             (Self::PerExpert, Up) => dense(ExpertTensor::Up(expert), 0),
             (Self::PerExpert, _) => dense(ExpertTensor::Down(expert), 0),
+
+            (Self::Gateless, Gate | Up) => dense(ExpertTensor::Up(expert), 0),
+            (Self::Gateless, _) => dense(ExpertTensor::Down(expert), 0),
 
             (Self::Fused, Gate) => dense(ExpertTensor::FusedGateUp, 2 * before * hidden_size),
             (Self::Fused, Up) => dense(ExpertTensor::FusedGateUp, (2 * before + width) * hidden_size),

@@ -103,6 +103,22 @@ pub enum LayerRole {
     DeltaNorm,
     /// Output projection of gated DeltaNet `[H, value_heads * D_v]`.
     DeltaOutput,
+    /// Gate, inputs and steps of a state space layer `[2 heads * P + 2 groups * N + heads, H]`.
+    MambaInput,
+    /// Convolution of its inputs `[heads * P + 2 groups * N, 1, K]`.
+    MambaConvolution,
+    /// Bias of that `[heads * P + 2 groups * N]`.
+    MambaConvolutionBias,
+    /// Logarithm of its rates `[heads]`.
+    MambaRate,
+    /// Added to its steps `[heads]`.
+    MambaStepBias,
+    /// Factor on its input that is added to its output `[heads]`.
+    MambaSkip,
+    /// Norm of its output `[heads * P]`.
+    MambaNorm,
+    /// Output projection of a state space layer `[H, heads * P]`.
+    MambaOutput,
     /// Both gates and the input of a short convolution `[3 H, H]`.
     ConvolutionInput,
     /// A short convolution `[H, 1, K]`.

@@ -81,7 +81,7 @@ pub use checkpoint::Checkpoint;
 pub use compression::{BeforeAfter, Mtp, Ratio, TopKClamp};
 pub use config::{
     Activation, AttentionConfig, AttentionKind, DeltaNet, Ffn, GroupScore, Groups, LatentAttention, LayerConfig,
-    LocalAttention, Mixer, ModelConfig, MoeConfig, Multipliers, NormKind, NormPlacement, OutputGate, QkNorm,
+    LocalAttention, Mamba, Mixer, ModelConfig, MoeConfig, Multipliers, NormKind, NormPlacement, OutputGate, QkNorm,
     QueryGrowth, RopeConfig, RopeScaling, Routing, RoutingKind, SharedExpert,
 };
 pub use convert::{decode_f32, encode};

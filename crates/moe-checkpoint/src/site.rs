@@ -72,6 +72,10 @@ pub enum LayerSite {
     DeltaBetaDecay,
     /// `[H, value_heads * D_v]` of gated DeltaNet.
     DeltaOutput,
+    /// Gate, inputs and steps of a state space layer `[2 heads * P + 2 groups * N + heads, H]`.
+    MambaInput,
+    /// `[H, heads * P]` of a state space layer.
+    MambaOutput,
     /// Both gates and the input of a short convolution `[3 H, H]`.
     ConvolutionInput,
     /// `[H, H]` of a short convolution.
@@ -102,7 +106,7 @@ pub enum LayerSite {
 
 impl LayerSite {
     /// All of them.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 28] = [
         Self::Query,
         Self::Key,
         Self::Value,
@@ -116,6 +120,8 @@ impl LayerSite {
         Self::DeltaQkvGate,
         Self::DeltaBetaDecay,
         Self::DeltaOutput,
+        Self::MambaInput,
+        Self::MambaOutput,
         Self::ConvolutionInput,
         Self::ConvolutionOutput,
         Self::LatentQueryDown,
@@ -147,6 +153,8 @@ impl LayerSite {
             Self::DeltaQkvGate => &[LayerRole::DeltaQkvGate],
             Self::DeltaBetaDecay => &[LayerRole::DeltaBetaDecay],
             Self::DeltaOutput => &[LayerRole::DeltaOutput],
+            Self::MambaInput => &[LayerRole::MambaInput],
+            Self::MambaOutput => &[LayerRole::MambaOutput],
             Self::ConvolutionInput => &[LayerRole::ConvolutionInput],
             Self::ConvolutionOutput => &[LayerRole::ConvolutionOutput],
             Self::LatentQueryDown => &[LayerRole::LatentQueryDown],
@@ -184,6 +192,8 @@ impl LayerSite {
             Self::DeltaQkvGate => "delta_qkv_gate",
             Self::DeltaBetaDecay => "delta_beta_decay",
             Self::DeltaOutput => "delta_output",
+            Self::MambaInput => "mamba_input",
+            Self::MambaOutput => "mamba_output",
             Self::ConvolutionInput => "convolution_input",
             Self::ConvolutionOutput => "convolution_output",
             Self::LatentQueryDown => "latent_query_down",
@@ -206,9 +216,10 @@ impl LayerSite {
         let delta =
             matches!(self, DeltaQkv | DeltaGate | DeltaBeta | DeltaDecay | DeltaQkvGate | DeltaBetaDecay | DeltaOutput);
         let latent = matches!(self, LatentQueryDown | LatentQueryUp | LatentKvDown | LatentKvUp);
-        delta
-            || latent
-            || matches!(self, Query | Key | Value | Qkv | AttentionGate | Output | ConvolutionInput | ConvolutionOutput)
+        let mamba = matches!(self, MambaInput | MambaOutput);
+        let convolution = matches!(self, ConvolutionInput | ConvolutionOutput);
+        let softmax = matches!(self, Query | Key | Value | Qkv | AttentionGate | Output);
+        delta || latent || mamba || convolution || softmax
     }
 }
 

@@ -6,8 +6,8 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use crate::config::{
-    AttentionKind, DeltaNet, Ffn, LatentAttention, Mixer, ModelConfig, MoeConfig, NormKind, NormPlacement, OutputGate,
-    QkNorm,
+    AttentionKind, DeltaNet, Ffn, LatentAttention, LayerConfig, Mamba, Mixer, ModelConfig, MoeConfig, NormKind,
+    NormPlacement, OutputGate, QkNorm,
 };
 use crate::convert::float_bytes;
 use crate::experts::{ExpertLayout, ExpertTensor};
@@ -98,24 +98,37 @@ fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>, bool)>
                 (LayerRole::ConvolutionTaps, vec![hidden, 1, *kernel]),
                 (LayerRole::ConvolutionOutput, vec![hidden, hidden]),
             ],
+            Mixer::Mamba(mamba) => mamba_roles(hidden, mamba),
+            Mixer::None => Vec::new(),
         };
-        let others = norm_roles(config).into_iter().chain(ffn_roles(config, &layer_config.ffn));
+        let others = norm_roles(config, layer_config).into_iter().chain(ffn_roles(config, &layer_config.ffn));
         let of_layer = move |mixes| move |(role, shape)| (Role::Layer(layer, role), shape, mixes);
         others.map(of_layer(false)).chain(mixing.into_iter().map(of_layer(true)))
     });
     outer.into_iter().map(|(role, shape)| (role, shape, false)).chain(layers)
 }
 
-fn norm_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
+fn norm_roles(config: &ModelConfig, layer: &LayerConfig) -> Vec<(LayerRole, Vec<usize>)> {
     let mut roles = Vec::new();
-    if config.placement != NormPlacement::After {
-        roles.extend([LayerRole::AttentionNorm, LayerRole::FfnNorm]);
-        if config.norm == NormKind::Layer {
-            roles.extend([LayerRole::AttentionNormBias, LayerRole::FfnNormBias]);
+    let halves = [
+        (
+            layer.mixer != Mixer::None,
+            LayerRole::AttentionNorm,
+            LayerRole::AttentionNormBias,
+            LayerRole::AttentionOutputNorm,
+        ),
+        (layer.ffn != Ffn::None, LayerRole::FfnNorm, LayerRole::FfnNormBias, LayerRole::FfnOutputNorm),
+    ];
+    for (_, before, bias, after) in halves.into_iter().filter(|half| half.0) {
+        if config.placement != NormPlacement::After {
+            roles.push(before);
+            if config.norm == NormKind::Layer {
+                roles.push(bias);
+            }
         }
-    }
-    if config.placement != NormPlacement::Before {
-        roles.extend([LayerRole::AttentionOutputNorm, LayerRole::FfnOutputNorm]);
+        if config.placement != NormPlacement::Before {
+            roles.push(after);
+        }
     }
     let mut roles: Vec<_> = roles.into_iter().map(|role| (role, vec![config.hidden_size])).collect();
     if config.layer_scale {
@@ -195,6 +208,23 @@ fn delta_roles(hidden: usize, delta: &DeltaNet) -> Vec<(LayerRole, Vec<usize>)> 
     roles
 }
 
+fn mamba_roles(hidden: usize, mamba: &Mamba) -> Vec<(LayerRole, Vec<usize>)> {
+    let (values, channels, heads) = (mamba.values(), mamba.channels(), mamba.heads);
+    let mut roles = vec![
+        (LayerRole::MambaInput, vec![values + channels + heads, hidden]),
+        (LayerRole::MambaConvolution, vec![channels, 1, mamba.kernel]),
+        (LayerRole::MambaRate, vec![heads]),
+        (LayerRole::MambaStepBias, vec![heads]),
+        (LayerRole::MambaSkip, vec![heads]),
+        (LayerRole::MambaNorm, vec![values]),
+        (LayerRole::MambaOutput, vec![hidden, values]),
+    ];
+    if mamba.convolution_bias {
+        roles.push((LayerRole::MambaConvolutionBias, vec![channels]));
+    }
+    roles
+}
+
 fn latent_roles(config: &ModelConfig, latent: &LatentAttention) -> Vec<(LayerRole, Vec<usize>)> {
     let (hidden, attention) = (config.hidden_size, &config.attention);
     let queries = attention.num_heads * attention.head_dim;
@@ -225,11 +255,15 @@ fn latent_roles(config: &ModelConfig, latent: &LatentAttention) -> Vec<(LayerRol
 fn ffn_roles(config: &ModelConfig, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
     let hidden = config.hidden_size;
     match ffn {
-        Ffn::Dense { intermediate_size } => vec![
-            (LayerRole::DenseGate, vec![*intermediate_size, hidden]),
-            (LayerRole::DenseUp, vec![*intermediate_size, hidden]),
-            (LayerRole::DenseDown, vec![hidden, *intermediate_size]),
-        ],
+        Ffn::None => Vec::new(),
+        Ffn::Dense { intermediate_size, gateless } => {
+            let up_down = [
+                (LayerRole::DenseUp, vec![*intermediate_size, hidden]),
+                (LayerRole::DenseDown, vec![hidden, *intermediate_size]),
+            ];
+            let gate = (!gateless).then(|| (LayerRole::DenseGate, vec![*intermediate_size, hidden]));
+            gate.into_iter().chain(up_down).collect()
+        }
         Ffn::Moe(moe) => {
             let mut roles = vec![(LayerRole::Router, vec![moe.num_experts(), hidden])];
             if config.routing.bias {
@@ -248,7 +282,9 @@ fn ffn_roles(config: &ModelConfig, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
                 match shared.packed {
                     true => roles.push((LayerRole::SharedGateUp, vec![2 * shared.intermediate_size, hidden])),
                     false => {
-                        roles.push((LayerRole::SharedGate, vec![shared.intermediate_size, hidden]));
+                        if !shared.gateless {
+                            roles.push((LayerRole::SharedGate, vec![shared.intermediate_size, hidden]));
+                        }
                         roles.push((LayerRole::SharedUp, vec![shared.intermediate_size, hidden]));
                     }
                 }

@@ -58,13 +58,15 @@ fn shape3(tensor: &Tensor) -> [usize; 3] {
 
 /// Gate, up and down of an expert, found by the names and shapes that each family documents.
 fn canonical(model: &Model, layer: usize, expert: usize) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-    let prefixes = ["model", "model.language_model", "language_model.model"];
+    let prefixes = ["model", "model.language_model", "language_model.model", "backbone"];
     let tensor =
         |name: String| prefixes.iter().find_map(|prefix| model.tensors.get(&format!("{prefix}.layers.{layer}.{name}")));
     for (block, [gate, up, down]) in [
         ("mlp", ["gate_proj", "up_proj", "down_proj"]),
         ("block_sparse_moe", ["w1", "w3", "w2"]),
         ("feed_forward", ["w1", "w3", "w2"]),
+        // without a gate, the up projection is the gate, too
+        ("mixer", ["up_proj", "up_proj", "down_proj"]),
     ] {
         let part = |part: &str| tensor(format!("{block}.experts.{expert}.{part}.weight")).map(f32s);
         if let (Some(gate), Some(up), Some(down)) = (part(gate), part(up), part(down)) {
@@ -293,7 +295,7 @@ fn configs_of_both_dialects() {
 
     let config = open("tf5/qwen2_moe_mixed");
     let dense: Vec<bool> =
-        config.layers.iter().map(|layer| matches!(layer.ffn, Ffn::Dense { intermediate_size: 40 })).collect();
+        config.layers.iter().map(|layer| matches!(layer.ffn, Ffn::Dense { intermediate_size: 40, .. })).collect();
     assert_eq!(dense, [true, false, true, true]);
 
     assert_eq!(open("tf5/qwen2_moe_linear").rope.scaling, RopeScaling::Linear { factor: 2.0 });

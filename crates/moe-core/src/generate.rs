@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Result},
     host::{self, HostView},
     kernels::{attention::AttentionShape, rope::Positions, rows::gather_rows},
-    layers::{ConvolutionState, DeltaState, MixerLayer, slice_rows},
+    layers::{ConvolutionState, DeltaState, MambaState, MixerLayer, slice_rows},
     memory::{self, MemoryPlan, Residency, WaveSize},
     model::Model,
     trace::{Nobody, WaveInfo},
@@ -249,6 +249,10 @@ enum Kept {
     Delta(Option<DeltaState>),
     /// The last rows of a short convolution; none before the first token.
     Convolution(Option<ConvolutionState>),
+    /// The state of a state space layer; none before the first token.
+    Mamba(Option<MambaState>),
+    /// Nothing, of a layer that does not look at other tokens.
+    None,
 }
 
 /// Rows that accumulate on their device.
@@ -306,6 +310,8 @@ impl<'m> Decoder<'m> {
         let empty = |layer: &LayerConfig| match layer.mixer {
             Mixer::DeltaNet(_) => Kept::Delta(None),
             Mixer::ShortConvolution { .. } => Kept::Convolution(None),
+            Mixer::Mamba(_) => Kept::Mamba(None),
+            Mixer::None => Kept::None,
             _ => Kept::Attention(KeyValues::default()),
         };
         let cache = layers.map(|layer| lengths.iter().map(|_| empty(layer)).collect()).collect();
@@ -377,6 +383,21 @@ impl<'m> Decoder<'m> {
                     }
                     middle
                 }
+                MixerLayer::Mamba(mamba) => {
+                    let mut states: Vec<MambaState> = Vec::with_capacity(active.len());
+                    for &sequence in active {
+                        states.push(match &mut self.cache[layer][sequence] {
+                            Kept::Mamba(state) => state.take().unwrap_or_else(|| mamba.start()),
+                            _ => unreachable!("the cache was made for the kinds of the layers"),
+                        });
+                    }
+                    let middle = mamba.step(&x, &spans, &mut states);
+                    for (&sequence, state) in active.iter().zip(states) {
+                        self.cache[layer][sequence] = Kept::Mamba(Some(state));
+                    }
+                    middle
+                }
+                MixerLayer::None => x.clone(),
             };
             x = self.engine.ffn_forward(FfnPass::new(layer, &info), &middle, &mut LayerTape::default(), &mut Nobody)?;
         }

@@ -1,7 +1,7 @@
 //! How much memory a job uses and what it may keep.
 
 use burn::tensor::Device;
-use moe_checkpoint::{AttentionConfig, AttentionKind, DeltaNet, Ffn, Mixer, ModelConfig, OutputGate, QkNorm};
+use moe_checkpoint::{AttentionConfig, AttentionKind, DeltaNet, Ffn, Mamba, Mixer, ModelConfig, OutputGate, QkNorm};
 
 use crate::{
     error::{Error, Result},
@@ -150,6 +150,8 @@ impl MixerSize {
                 let h = config.hidden_size;
                 Self { weights: h * (4 * h + kernel), tape: 3 * h, work: 8 * h }
             }
+            Mixer::Mamba(mamba) => Self::mamba(config.hidden_size, mamba),
+            Mixer::None => Self { weights: 0, tape: 0, work: 0 },
             _ => Self::attention(config, config.attention_of(layer)),
         }
     }
@@ -162,6 +164,17 @@ impl MixerSize {
             weights: h * (channels + 2 * values + 2 * heads) + channels * delta.kernel,
             tape: channels + values + 2 * heads,
             work: 3 * channels + 4 * values + 4 * heads + states,
+        }
+    }
+
+    fn mamba(h: usize, mamba: &Mamba) -> Self {
+        let (channels, values, heads) = (mamba.channels(), mamba.values(), mamba.heads);
+        // States at the beginnings of chunks of all heads, as if they were computed at once.
+        let states = values * mamba.state / CHUNK;
+        Self {
+            weights: h * (2 * values + channels + heads) + channels * mamba.kernel,
+            tape: channels + values + heads,
+            work: 5 * channels + 6 * values + 4 * heads + states,
         }
     }
 
@@ -212,6 +225,7 @@ pub(crate) fn sequence_state_bytes(config: &ModelConfig) -> u64 {
             delta.values() * delta.key_head_dim + delta.kernel.saturating_sub(1) * delta.channels()
         }
         Mixer::ShortConvolution { kernel } => kernel.saturating_sub(1) * config.hidden_size,
+        Mixer::Mamba(mamba) => mamba.values() * mamba.state + mamba.kernel.saturating_sub(1) * mamba.channels(),
         _ => 0,
     });
     f32s(states.sum())
@@ -241,7 +255,8 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
             phases.push(("an attention layer".into(), mixing));
         }
         let (dense_width, moe) = match &layer.ffn {
-            Ffn::Dense { intermediate_size } => (*intermediate_size, None),
+            Ffn::None => (0, None),
+            Ffn::Dense { intermediate_size, .. } => (*intermediate_size, None),
             Ffn::Moe(moe) => (moe.shared.as_ref().map_or(0, |s| s.intermediate_size), Some(moe)),
         };
         let rows = t.min(DENSE_ROWS);

@@ -315,6 +315,14 @@ fn expected_gradients(
                 down_bias: block(tensor("down_proj_bias").unwrap(), h),
             });
         }
+        if let (Some(up), Some(down)) = (tensor("up_proj"), tensor("down_proj")) {
+            // without a gate: that of gate and up together, since one matrix is both
+            return Some(Gradients {
+                gate_up: block(up, width * h),
+                down: block(down, width * h),
+                ..Default::default()
+            });
+        }
         for [gate, up, down] in [["gate_proj", "up_proj", "down_proj"], ["w1", "w3", "w2"]] {
             if (0..64).all(|e| tensor(&format!("{e}.{down}.weight")).is_none()) {
                 continue;
@@ -354,6 +362,10 @@ fn check_gradients(name: &str, dir: &Path, found: &Recorder, expected: &Expected
                     continue;
                 }
                 let mean = match found.gradients.get(&(layer, e)) {
+                    Some(found) if moe.gateless && i == 0 => {
+                        let (gate, up) = found.gate_up.split_at(found.gate_up.len() / 2);
+                        gate.iter().zip(up).map(|(gate, up)| (gate + up) / loss_tokens).collect()
+                    }
                     Some(found) => found.parts()[i].1.iter().map(|v| v / loss_tokens).collect(),
                     None => vec![0.0; expected.len()],
                 };
@@ -592,6 +604,9 @@ parity! {
     tf5_gpt_oss_bf16: "tf5/gpt_oss_bf16",
     tf5_gpt_oss_mxfp4: "tf5/gpt_oss_mxfp4",
     tf5_granitemoe: "tf5/granitemoe",
+    tf5_granitemoehybrid: "tf5/granitemoehybrid",
+    tf5_granitemoehybrid_long: "tf5/granitemoehybrid_long",
+    tf5_granitemoehybrid_rope: "tf5/granitemoehybrid_rope",
     tf5_granitemoeshared: "tf5/granitemoeshared",
     tf5_hunyuan_v1_moe: "tf5/hunyuan_v1_moe",
     tf5_hy_v3: "tf5/hy_v3",
@@ -608,6 +623,8 @@ parity! {
     tf5_mixtral: "tf5/mixtral",
     tf5_mixtral_gelu_tanh: "tf5/mixtral_gelu_tanh",
     tf5_moonlight: "tf5/moonlight",
+    tf5_nemotron_h: "tf5/nemotron_h",
+    tf5_nemotron_h_long: "tf5/nemotron_h_long",
     tf5_olmoe: "tf5/olmoe",
     tf5_phimoe: "tf5/phimoe",
     tf5_phimoe_longrope: "tf5/phimoe_longrope",

@@ -197,10 +197,26 @@ impl Kinds {
     fn of(base: &Checkpoint) -> Self {
         use LayerRole as R;
         const LAYER: [(Kind, &[LayerRole]); 5] = [
-            (Kind::Norms, &[R::AttentionNorm, R::AttentionNormBias, R::FfnNorm, R::FfnNormBias]),
+            (
+                Kind::Norms,
+                &[
+                    R::AttentionNorm,
+                    R::AttentionNormBias,
+                    R::AttentionOutputNorm,
+                    R::FfnNorm,
+                    R::FfnNormBias,
+                    R::FfnOutputNorm,
+                    R::SharedNorm,
+                    R::SharedOutputNorm,
+                    R::ExpertsOutputNorm,
+                    R::LayerScale,
+                ],
+            ),
             (
                 Kind::Attention,
                 &[
+                    R::Qkv,
+                    R::AttentionGate,
                     R::Query,
                     R::Key,
                     R::Value,
@@ -223,6 +239,14 @@ impl Kinds {
                     R::DeltaRateBias,
                     R::DeltaNorm,
                     R::DeltaOutput,
+                    R::MambaInput,
+                    R::MambaConvolution,
+                    R::MambaConvolutionBias,
+                    R::MambaRate,
+                    R::MambaStepBias,
+                    R::MambaSkip,
+                    R::MambaNorm,
+                    R::MambaOutput,
                     R::ConvolutionInput,
                     R::ConvolutionTaps,
                     R::ConvolutionOutput,

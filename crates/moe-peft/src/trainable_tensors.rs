@@ -66,9 +66,12 @@ pub fn linear_maps(checkpoint: &Checkpoint) -> Vec<Place> {
         }
         let Some(moe) = config.moe(layer) else { continue };
         for (expert, &width) in moe.widths.iter().enumerate() {
-            for (map, dims) in
-                [(ExpertSite::GateUp, [2 * width, config.hidden_size]), (ExpertSite::Down, [config.hidden_size, width])]
-            {
+            let maps = [
+                (ExpertSite::GateUp, [2 * width, config.hidden_size]),
+                (ExpertSite::Down, [config.hidden_size, width]),
+            ];
+            // Without a gate, two maps would be one matrix: its up projection stays as it is.
+            for (map, dims) in maps.into_iter().filter(|(map, _)| !moe.gateless || *map == ExpertSite::Down) {
                 places.push(Place { site: Site::Expert { layer, expert, map }, dims });
             }
         }

@@ -66,7 +66,7 @@ impl Family for Llama4 {
         for (index, (layer, rotates)) in all.iter_mut().zip(rotates).enumerate() {
             layer.rotary = rotates;
             layer.chunk = chunk.filter(|_| words.as_ref().map_or(rotates, |words| words[index] == 1));
-            if let crate::Ffn::Dense { intermediate_size } = &mut layer.ffn {
+            if let crate::Ffn::Dense { intermediate_size, .. } = &mut layer.ffn {
                 *intermediate_size = dense;
             }
         }

@@ -21,6 +21,7 @@ mod minimax_m2;
 mod mistral4;
 mod mixtral;
 pub(crate) mod names;
+mod nemotron_h;
 mod olmoe;
 mod phimoe;
 mod qwen2_moe;
@@ -53,8 +54,9 @@ pub(crate) static FAMILIES: &[&dyn Family] = &[
     &flex_olmo::FlexOlmo,
     &gemma4::Gemma4,
     &gpt_oss::GptOss,
-    &granitemoe::GraniteMoe { model_type: "granitemoe", shared: false },
-    &granitemoe::GraniteMoe { model_type: "granitemoeshared", shared: true },
+    &granitemoe::GraniteMoe { model_type: "granitemoe", shared: false, hybrid: false },
+    &granitemoe::GraniteMoe { model_type: "granitemoeshared", shared: true, hybrid: false },
+    &granitemoe::GraniteMoe { model_type: "granitemoehybrid", shared: true, hybrid: true },
     &hunyuan_v1_moe::HunyuanV1Moe,
     &hy_v3::HyV3,
     &kimi_linear::KimiLinear,
@@ -63,6 +65,7 @@ pub(crate) static FAMILIES: &[&dyn Family] = &[
     &minimax_m2::MiniMaxM2,
     &mistral4::Mistral4,
     &mixtral::Mixtral,
+    &nemotron_h::NemotronH,
     &olmoe::Olmoe,
     &phimoe::Phimoe,
     &qwen2_moe::Qwen2Moe,

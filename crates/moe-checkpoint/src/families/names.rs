@@ -51,6 +51,14 @@ pub(crate) fn tensor_name(role: Role) -> String {
         LayerRole::DeltaRateBias => "linear_attn.dt_bias",
         LayerRole::DeltaNorm => "linear_attn.norm.weight",
         LayerRole::DeltaOutput => "linear_attn.out_proj.weight",
+        LayerRole::MambaInput => "mamba.in_proj.weight",
+        LayerRole::MambaConvolution => "mamba.conv1d.weight",
+        LayerRole::MambaConvolutionBias => "mamba.conv1d.bias",
+        LayerRole::MambaRate => "mamba.A_log",
+        LayerRole::MambaStepBias => "mamba.dt_bias",
+        LayerRole::MambaSkip => "mamba.D",
+        LayerRole::MambaNorm => "mamba.norm.weight",
+        LayerRole::MambaOutput => "mamba.out_proj.weight",
         LayerRole::ConvolutionInput => "conv.in_proj.weight",
         LayerRole::ConvolutionTaps => "conv.conv.weight",
         LayerRole::ConvolutionOutput => "conv.out_proj.weight",
@@ -182,6 +190,14 @@ pub(crate) fn size_keys(role: Role) -> &'static str {
         }
         LayerRole::DeltaRate | LayerRole::DeltaRateBias => "`linear_num_value_heads`",
         LayerRole::DeltaNorm => "`linear_value_head_dim`",
+        LayerRole::MambaRate | LayerRole::MambaStepBias | LayerRole::MambaSkip => "the number of state space heads",
+        LayerRole::MambaInput
+        | LayerRole::MambaConvolution
+        | LayerRole::MambaConvolutionBias
+        | LayerRole::MambaNorm
+        | LayerRole::MambaOutput => {
+            "the state space sizes: heads, their width, groups, state, convolution; and `hidden_size`"
+        }
         LayerRole::ConvolutionInput | LayerRole::ConvolutionOutput => "`hidden_size`",
         LayerRole::ConvolutionTaps => "`hidden_size` and `conv_L_cache`",
         LayerRole::LatentQueryDown => "`q_lora_rank` and `hidden_size`",

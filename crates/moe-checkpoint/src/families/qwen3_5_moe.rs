@@ -9,7 +9,7 @@ use crate::config::{
 use crate::family::{CONFIG, Family};
 use crate::json::Fields;
 
-use super::read::MAX_SIZE;
+use super::read::{MAX_HEADS, MAX_SIZE};
 use super::{read, rope};
 
 /// The families `qwen3_5_moe_text` and `qwen3_next`.
@@ -19,9 +19,6 @@ pub(crate) struct Qwen35Moe {
     /// Whether it is Qwen3-Next: projections of gated DeltaNet ordered by key heads, weights divided by their sum if a config says so.
     pub next: bool,
 }
-
-/// Most heads of gated DeltaNet, so that products of them and their width fit.
-const MAX_HEADS: usize = 1 << 14;
 
 impl Qwen35Moe {
     fn delta_net(&self, config: &Fields<'_>) -> Result<DeltaNet> {

@@ -3,8 +3,9 @@
 use serde_json::Value;
 
 use crate::config::{
-    Activation, AttentionConfig, AttentionKind, Ffn, GroupScore, Groups, LayerConfig, Mixer, ModelConfig, MoeConfig,
-    Multipliers, NormKind, NormPlacement, OutputGate, QkNorm, RopeConfig, Routing, RoutingKind, SharedExpert,
+    Activation, AttentionConfig, AttentionKind, Ffn, GroupScore, Groups, LayerConfig, Mamba, Mixer, ModelConfig,
+    MoeConfig, Multipliers, NormKind, NormPlacement, OutputGate, QkNorm, RopeConfig, Routing, RoutingKind,
+    SharedExpert,
 };
 use crate::experts::ExpertBiases;
 use crate::formats;
@@ -200,7 +201,7 @@ impl MoeLayers<'_> {
         let top_k = config.required_integer(self.top_k_key, 1, num_experts)?;
         let widths = vec![size(config, self.width_key)?; num_experts];
         let biases = if self.bias { ExpertBiases::All } else { ExpertBiases::None };
-        let moe = MoeConfig { widths, biases, sets: None, shared: self.shared };
+        let moe = MoeConfig { widths, biases, gateless: false, sets: None, shared: self.shared };
         let intermediate_size = match moe_layers == layers {
             true => 0,
             false => size(config, "intermediate_size")?,
@@ -210,7 +211,7 @@ impl MoeLayers<'_> {
             chunk: None,
             rotary: true,
             mixer: Mixer::Attention,
-            ffn: if is_moe { Ffn::Moe(moe.clone()) } else { Ffn::Dense { intermediate_size } },
+            ffn: if is_moe { Ffn::Moe(moe.clone()) } else { Ffn::Dense { intermediate_size, gateless: false } },
         };
         Ok((is_moe.into_iter().zip(self.windows).map(layer).collect(), top_k))
     }
@@ -360,6 +361,17 @@ pub(super) fn scaling(config: &Fields<'_>, (key, default): (&str, f64)) -> Resul
     Ok(config.positive_float(key)?.unwrap_or(default) as f32)
 }
 
+/// Most heads of linear attention and of state space layers, and largest of their other sizes, so that products of two fit.
+pub(super) const MAX_HEADS: usize = 1 << 14;
+
+/// A state space layer whose groups divide its heads.
+pub(super) fn check_mamba(config: &Fields<'_>, mamba: Mamba, groups: &str, heads: &str) -> Result<Mamba> {
+    match mamba.heads.is_multiple_of(mamba.groups) {
+        true => Ok(mamba),
+        false => Err(config.invalid(groups, format!("a divisor of `{heads}` = {}", mamba.heads))),
+    }
+}
+
 /// A list with one of `words` per layer, as positions in `words`; `None` without the field.
 pub(super) fn layer_words(config: &Fields<'_>, key: &str, layers: usize, words: &[&str]) -> Result<Option<Vec<usize>>> {
     let Some(found) = config.list(key)? else { return Ok(None) };
@@ -435,7 +447,7 @@ pub(super) fn groups(
 pub(super) fn experts_of(layers: &[LayerConfig]) -> usize {
     let counts = layers.iter().filter_map(|layer| match &layer.ffn {
         Ffn::Moe(moe) => Some(moe.num_experts()),
-        Ffn::Dense { .. } => None,
+        Ffn::Dense { .. } | Ffn::None => None,
     });
     counts.max().unwrap_or(0)
 }

@@ -63,6 +63,20 @@ fn attention(config: &ModelConfig) -> String {
     if convolutions > 0 {
         return format!("short convolutions in {convolutions} of {} layers; else {attention}", config.layers.len());
     }
+    let mut spaces = config.layers.iter().filter_map(|layer| match &layer.mixer {
+        Mixer::Mamba(mamba) => Some(mamba),
+        _ => None,
+    });
+    if let Some(mamba) = spaces.next() {
+        return format!(
+            "Mamba2 in {} of {} layers, {} heads of {}, a state of {}; else {attention}",
+            1 + spaces.count(),
+            config.layers.len(),
+            mamba.heads,
+            mamba.head_dim,
+            mamba.state
+        );
+    }
     let mut linear = config.layers.iter().filter_map(|layer| match &layer.mixer {
         Mixer::DeltaNet(delta) => Some(delta),
         _ => None,
@@ -103,7 +117,7 @@ fn softmax_attention(config: &ModelConfig) -> String {
 fn shared(config: &ModelConfig) -> String {
     let shared = config.layers.iter().find_map(|layer| match &layer.ffn {
         Ffn::Moe(moe) => moe.shared.as_ref(),
-        Ffn::Dense { .. } => None,
+        Ffn::Dense { .. } | Ffn::None => None,
     });
     match shared {
         None => "none".to_string(),
@@ -165,7 +179,7 @@ fn biases(config: &ModelConfig) -> u64 {
             let of = |width: &usize| moe.biases.parameters(config.hidden_size, *width) as u64;
             Some(moe.widths.iter().map(of).sum::<u64>())
         }
-        Ffn::Dense { .. } => None,
+        Ffn::Dense { .. } | Ffn::None => None,
     });
     experts.sum()
 }
@@ -175,11 +189,12 @@ fn inactive(config: &ModelConfig) -> u64 {
     let per_layer = config.layers.iter().filter_map(|layer| match &layer.ffn {
         Ffn::Moe(moe) => {
             let hidden = config.hidden_size;
-            let of = |width: &usize| (3 * hidden * width + moe.biases.parameters(hidden, *width)) as u64;
+            let matrices = if moe.gateless { 2 } else { 3 };
+            let of = |width: &usize| (matrices * hidden * width + moe.biases.parameters(hidden, *width)) as u64;
             let all: u64 = moe.widths.iter().map(of).sum();
             Some(all - all * config.routing.top_k as u64 / moe.num_experts() as u64)
         }
-        Ffn::Dense { .. } => None,
+        Ffn::Dense { .. } | Ffn::None => None,
     });
     per_layer.sum()
 }

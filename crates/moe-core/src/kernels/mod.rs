@@ -21,6 +21,8 @@ pub mod product;
 pub mod reduce;
 pub mod rope;
 pub mod rows;
+mod small_products;
+pub mod ssd;
 pub mod swiglu;
 pub mod weight;
 

@@ -25,6 +25,8 @@ pub enum GatedActivation {
     Gelu,
     /// `gelu(g) * v` with the approximation by tanh.
     GeluTanh,
+    /// `relu(g) * v`.
+    Relu,
 }
 
 /// Units `[n, I]` of `gate_up [n, 2I] = [g | v]`.
@@ -179,6 +181,7 @@ impl GatedActivation {
             }
             Self::Gelu => (gelu::on_device(g), v, None),
             Self::GeluTanh => (gelu::tanh_on_device(g), v, None),
+            Self::Relu => ((activation::relu(g.clone()), g.greater_elem(0.0).float()), v, None),
         };
         DeviceUnit { h, derivative, w, clamped }
     }
@@ -189,6 +192,7 @@ impl GatedActivation {
             Self::ClampedSilu { alpha, limit } => clamped_row(g, v, alpha, limit, u),
             Self::Gelu => gelu::row(g, v, u),
             Self::GeluTanh => gelu::tanh_row(g, v, u),
+            Self::Relu => u.iter_mut().zip(g).zip(v).for_each(|((u, g), v)| *u = g.max(0.0) * v),
         }
     }
 
@@ -199,6 +203,7 @@ impl GatedActivation {
             Self::ClampedSilu { alpha, limit } => clamped_row_backward(g, v, alpha, limit, du, dg, dv),
             Self::Gelu => gelu::row_backward(g, v, du, dg, dv),
             Self::GeluTanh => gelu::tanh_row_backward(g, v, du, dg, dv),
+            Self::Relu => relu_row_backward(g, v, du, dg, dv),
         }
     }
 }
@@ -238,17 +243,26 @@ fn clamped_row_backward(g: &[f32], v: &[f32], alpha: f32, limit: f32, du: &[f32]
     }
 }
 
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
+fn relu_row_backward(g: &[f32], v: &[f32], du: &[f32], dg: &mut [f32], dv: &mut [f32]) {
+    for ((((g, v), d), dg), dv) in g.iter().zip(v).zip(du).zip(dg).zip(dv) {
+        *dg = if *g > 0.0 { d * v } else { 0.0 };
+        *dv = d * g.max(0.0);
+    }
+}
+
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;
     use crate::kernels::testing::{assert_close, device, pattern};
 
     /// The limit is inside the range of the patterns, so that clamping happens.
-    const KINDS: [GatedActivation; 4] = [
+    const KINDS: [GatedActivation; 5] = [
         GatedActivation::Silu,
         GatedActivation::ClampedSilu { alpha: 1.7, limit: 0.6 },
         GatedActivation::Gelu,
         GatedActivation::GeluTanh,
+        GatedActivation::Relu,
     ];
 
     #[test]

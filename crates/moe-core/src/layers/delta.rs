@@ -8,7 +8,7 @@ use std::{ops::Range, sync::Arc};
 
 use burn::tensor::Tensor;
 
-use super::{Linear, Norm, sum_of};
+use super::{Linear, Norm, softplus, sum_of};
 use crate::{
     adapters::Wanted,
     host::{self, HostView},
@@ -357,9 +357,4 @@ impl DeltaLayer {
 /// `1 / sqrt(x . x + eps)`.
 fn inverse_length(x: &[f32]) -> f32 {
     1.0 / (math::dot(x, x) + LENGTH_EPS).sqrt()
-}
-
-/// `ln(1 + e^x)`; `x` where the difference is below the precision, as torch has it.
-fn softplus(x: f32) -> f32 {
-    if x > 20.0 { x } else { x.exp().ln_1p() }
 }

@@ -4,7 +4,9 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 
-use super::{AttentionLayer, AttentionTape, ConvolutionLayer, ConvolutionTape, DeltaLayer, DeltaTape};
+use super::{
+    AttentionLayer, AttentionTape, ConvolutionLayer, ConvolutionTape, DeltaLayer, DeltaTape, MambaLayer, MambaTape,
+};
 use crate::{adapters::Wanted, kernels::rope::RotaryTable};
 
 /// What mixes tokens, with its norm and residual.
@@ -16,6 +18,10 @@ pub enum MixerLayer {
     Delta(Box<DeltaLayer>),
     /// A gated short convolution.
     Convolution(Box<ConvolutionLayer>),
+    /// A state space layer.
+    Mamba(Box<MambaLayer>),
+    /// Nothing: the layer is a feed-forward half alone.
+    None,
 }
 
 /// What the backward pass of a [`MixerLayer`] needs of the forward pass.
@@ -29,6 +35,10 @@ pub enum MixerTape {
     Delta(DeltaTape),
     /// Of a gated short convolution.
     Convolution(ConvolutionTape),
+    /// Of a state space layer.
+    Mamba(MambaTape),
+    /// Of nothing.
+    None,
 }
 
 impl MixerLayer {
@@ -38,6 +48,8 @@ impl MixerLayer {
             Self::Attention(layer) => MixerTape::Attention(layer.project(x, table)),
             Self::Delta(layer) => MixerTape::Delta(layer.project(x)),
             Self::Convolution(layer) => MixerTape::Convolution(layer.project(x)),
+            Self::Mamba(layer) => MixerTape::Mamba(layer.project(x)),
+            Self::None => MixerTape::None,
         }
     }
 
@@ -47,6 +59,8 @@ impl MixerLayer {
             (Self::Attention(layer), MixerTape::Attention(tape)) => layer.mix(x, tape, sequences),
             (Self::Delta(layer), MixerTape::Delta(tape)) => layer.mix(x, tape, sequences),
             (Self::Convolution(layer), MixerTape::Convolution(tape)) => layer.mix(x, tape, sequences),
+            (Self::Mamba(layer), MixerTape::Mamba(tape)) => layer.mix(x, tape, sequences),
+            (Self::None, MixerTape::None) => x.clone(),
             _ => unreachable!("a tape belongs to the layer that wrote it"),
         }
     }
@@ -67,6 +81,8 @@ impl MixerLayer {
             }
             (Self::Delta(layer), MixerTape::Delta(tape)) => layer.backward(x, tape, sequences, dy, wanted),
             (Self::Convolution(layer), MixerTape::Convolution(tape)) => layer.backward(x, tape, sequences, dy, wanted),
+            (Self::Mamba(layer), MixerTape::Mamba(tape)) => layer.backward(x, tape, sequences, dy, wanted),
+            (Self::None, MixerTape::None) => wanted.input.then_some(dy),
             _ => unreachable!("a tape belongs to the layer that wrote it"),
         }
     }

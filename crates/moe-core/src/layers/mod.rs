@@ -9,6 +9,7 @@ mod dense;
 mod ffn;
 mod grouped;
 mod latent;
+mod mamba;
 mod mixer;
 mod norm;
 mod short_convolution;
@@ -26,6 +27,7 @@ pub(crate) use ffn::BlockGradients;
 pub use ffn::{ApartNorms, FfnLayer, RouterLayer};
 pub use grouped::{GroupedProjections, HeadGate, HeadNorms, QkvProjections};
 pub use latent::{LatentProjections, LowRankQuery, QueryProjection};
+pub use mamba::{MambaLayer, MambaState, MambaTape};
 pub use mixer::{MixerLayer, MixerTape};
 pub use norm::Norm;
 pub use short_convolution::{ConvolutionLayer, ConvolutionState, ConvolutionTape};
@@ -87,4 +89,9 @@ pub(crate) fn slice_rows(x: &Tensor<2>, rows: &Range<usize>) -> Tensor<2> {
 /// `factor * x`, without an operation where the factor is 1.
 pub(crate) fn scaled(x: Tensor<2>, factor: f32) -> Tensor<2> {
     if factor == 1.0 { x } else { x.mul_scalar(factor) }
+}
+
+/// `ln(1 + e^x)`; `x` where the difference is below the precision, as torch has it.
+pub(crate) fn softplus(x: f32) -> f32 {
+    if x > 20.0 { x } else { x.exp().ln_1p() }
 }

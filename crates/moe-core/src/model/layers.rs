@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use moe_checkpoint::{
-    AttentionKind, DeltaNet, Ffn, LatentAttention, LayerRole, Mixer, NormKind, NormPlacement, OutputGate, QkNorm, Role,
+    AttentionKind, DeltaNet, Ffn, LatentAttention, LayerRole, Mamba, Mixer, NormKind, NormPlacement, OutputGate,
+    QkNorm, Role,
 };
 
 use super::Model;
@@ -12,10 +13,10 @@ use crate::{
     error::{Error, Result},
     experts::ExpertTensors,
     host,
-    kernels::{attention::AttentionShape, delta::DeltaShape, latent::LatentHeads, weight::Weight},
+    kernels::{attention::AttentionShape, delta::DeltaShape, latent::LatentHeads, ssd::SsdShape, weight::Weight},
     layers::{
         ApartNorms, AttentionLayer, ConvolutionLayer, DeltaLayer, DeltaProjections, DenseBlock, FfnLayer,
-        GroupedProjections, HeadGate, HeadNorms, LatentProjections, Linear, LowRankQuery, MixerLayer, Norm,
+        GroupedProjections, HeadGate, HeadNorms, LatentProjections, Linear, LowRankQuery, MambaLayer, MixerLayer, Norm,
         Projections, QkvProjections, QueryProjection, RouterLayer,
     },
     overlay::RoutingOverlay,
@@ -33,6 +34,8 @@ impl Model {
             Mixer::ShortConvolution { kernel } => {
                 MixerLayer::Convolution(Box::new(self.short_convolution(layer, *kernel)?))
             }
+            Mixer::Mamba(mamba) => MixerLayer::Mamba(Box::new(self.mamba(layer, mamba)?)),
+            Mixer::None => MixerLayer::None,
             other => return Err(Error::Unsupported(format!("running {other:?}"))),
         };
         let mut cache = self.lock();
@@ -91,6 +94,33 @@ impl Model {
             input: linear(LayerSite::ConvolutionInput, LayerRole::ConvolutionInput, [3 * h, h])?,
             taps: self.taps(role(LayerRole::ConvolutionTaps), kernel)?,
             output: linear(LayerSite::ConvolutionOutput, LayerRole::ConvolutionOutput, [h, h])?,
+        })
+    }
+
+    fn mamba(&self, layer: usize, mamba: &Mamba) -> Result<MambaLayer> {
+        let config = self.config();
+        let h = config.hidden_size;
+        let role = |r| Role::Layer(layer, r);
+        let linear = |site, weight, shape| self.linear(layer, site, role(weight), None, shape);
+        let values = |r| self.checkpoint.read_f32(role(r));
+        let columns = mamba.values() + mamba.channels() + mamba.heads;
+        Ok(MambaLayer {
+            norm: self.norm(role(LayerRole::AttentionNorm), role(LayerRole::AttentionNormBias))?,
+            input: linear(LayerSite::MambaInput, LayerRole::MambaInput, [columns, h])?,
+            taps: self.taps(role(LayerRole::MambaConvolution), mamba.kernel)?,
+            convolution_bias: match mamba.convolution_bias {
+                true => Some(values(LayerRole::MambaConvolutionBias)?.into()),
+                false => None,
+            },
+            rates: values(LayerRole::MambaRate)?.into_iter().map(|rate| -rate.exp()).collect(),
+            step_bias: values(LayerRole::MambaStepBias)?.into(),
+            least_step: mamba.least_step as f32,
+            skip: values(LayerRole::MambaSkip)?.into(),
+            output_norm: values(LayerRole::MambaNorm)?.into(),
+            eps: config.norm_eps as f32,
+            output: linear(LayerSite::MambaOutput, LayerRole::MambaOutput, [h, mamba.values()])?,
+            shape: SsdShape { heads: mamba.heads, head_dim: mamba.head_dim, groups: mamba.groups, state: mamba.state },
+            residual: config.multipliers.residual as f32,
         })
     }
 
@@ -331,9 +361,11 @@ impl Model {
         };
         let adapter = self.adapters().and_then(|adapters| adapters.block(layer));
         let (dense, router) = match &config.layers[layer].ffn {
-            Ffn::Dense { intermediate_size } => {
+            Ffn::None => (None, None),
+            Ffn::Dense { intermediate_size, gateless } => {
                 let sites = [LayerSite::DenseGateUp, LayerSite::DenseDown];
-                let gate_up = [LayerRole::DenseGate, LayerRole::DenseUp];
+                let gate = if *gateless { LayerRole::DenseUp } else { LayerRole::DenseGate };
+                let gate_up = [gate, LayerRole::DenseUp];
                 let weights = block(sites, &gate_up, LayerRole::DenseDown, *intermediate_size)?;
                 (Some(DenseBlock { weights, gate: None, adapter }), None)
             }
@@ -343,7 +375,9 @@ impl Model {
                         let width = shared.intermediate_size;
                         let site = if shared.packed { LayerSite::SharedPacked } else { LayerSite::SharedGateUp };
                         let sites = [site, LayerSite::SharedDown];
-                        let weights = block(sites, site.roles(), LayerRole::SharedDown, width)?;
+                        let gateless = [LayerRole::SharedUp, LayerRole::SharedUp];
+                        let gate_up = if shared.gateless { &gateless[..] } else { site.roles() };
+                        let weights = block(sites, gate_up, LayerRole::SharedDown, width)?;
                         let gate_role = [role(LayerRole::SharedExpertGate)];
                         let gate = match shared.gated {
                             true => Some(self.site_weight(layer, LayerSite::SharedExpertGate, &gate_role, [1, h])?),
@@ -376,8 +410,10 @@ impl Model {
                 (shared, Some(RouterLayer { linear, norm, selection_bias, scales }))
             }
         };
-        let [norm, output_norm] =
-            self.half_norms(layer, [LayerRole::FfnNorm, LayerRole::FfnNormBias], LayerRole::FfnOutputNorm)?;
+        let [norm, output_norm] = match &config.layers[layer].ffn {
+            Ffn::None => [None, None],
+            _ => self.half_norms(layer, [LayerRole::FfnNorm, LayerRole::FfnNormBias], LayerRole::FfnOutputNorm)?,
+        };
         let apart = match config.moe(layer).and_then(|moe| moe.shared.as_ref()).is_some_and(|shared| shared.apart) {
             true => {
                 let norm = |r| self.rms_norm(role(r), h, config.norm_eps);

@@ -118,6 +118,7 @@ impl Model {
             }
             Activation::Gelu => GatedActivation::Gelu,
             Activation::GeluTanh => GatedActivation::GeluTanh,
+            Activation::Relu => GatedActivation::Relu,
             other => return Err(Error::Unsupported(format!("activation {other:?}"))),
         };
         let (layers, experts) = (config.layers.len(), checkpoint.shape().layers.iter().map(|l| l.widths.len()).sum());

@@ -91,7 +91,10 @@ impl<'a> Maps<'a> {
                 }
             }
             for expert in 0..checkpoint.config().moe(layer).map_or(0, |moe| moe.num_experts()) {
-                for part in [ExpertMap::Gate, ExpertMap::Up, ExpertMap::Down] {
+                let gateless = checkpoint.config().moe(layer).is_some_and(|moe| moe.gateless);
+                let parts = [ExpertMap::Gate, ExpertMap::Up, ExpertMap::Down];
+                // Without a gate, two maps would be one matrix: its up projection stays as it is.
+                for part in parts.into_iter().filter(|part| !gateless || *part == ExpertMap::Down) {
                     let map = Map::Expert { layer, expert, part };
                     maps.all.push(map);
                     let path = maps.path(map, Naming::PerExpert);

@@ -132,7 +132,7 @@ impl OwnWeights {
                 self.experts && self.only.as_ref().is_none_or(listed)
             }
             Site::Layer(_, LayerSite::Router) => self.router,
-            Site::Layer(_, LayerSite::SharedGateUp | LayerSite::SharedDown) => self.shared,
+            Site::Layer(_, LayerSite::SharedGateUp | LayerSite::SharedPacked | LayerSite::SharedDown) => self.shared,
             Site::Layer(_, LayerSite::SharedExpertGate) => self.shared_gate,
             Site::Layer(_, LayerSite::DenseGateUp | LayerSite::DenseDown) => self.dense,
             Site::Layer(_, site) => self.attention && site.is_attention(),

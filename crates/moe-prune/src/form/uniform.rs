@@ -113,7 +113,7 @@ pub(super) fn shared(from: &Checkpoint, width: usize) -> (Option<usize>, Option<
     }
     let shared = from.config().layers.iter().find_map(|layer| match &layer.ffn {
         Ffn::Moe(moe) => moe.shared.as_ref(),
-        Ffn::Dense { .. } => None,
+        Ffn::Dense { .. } | Ffn::None => None,
     });
     let Some(shared) = shared else { return (None, None) };
     let count = shared.intermediate_size.div_ceil(width);

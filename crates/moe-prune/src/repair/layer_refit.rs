@@ -96,6 +96,13 @@ impl LayerRefit {
         if self.sweeps == 0 {
             return Err(Error::InvalidParameter { field: "sweeps", found: "0".into(), expected: "at least 1".into() });
         }
+        if student.config().kept_sums_anywhere() {
+            return Err(Error::InvalidParameter {
+                field: "student",
+                found: format!("`{}`, with norms after the experts", student.config().model_type),
+                expected: "a model whose layers are linear in the down projections; refit each expert by itself".into(),
+            });
+        }
         let shape = |model: &Model| {
             let config = model.config();
             let moe: Vec<usize> = (0..config.layers.len()).filter(|&l| config.moe(l).is_some()).collect();
