@@ -85,7 +85,7 @@ impl fmt::Display for Kind {
 pub struct Report {
     /// Model and way to export.
     pub exports: Vec<(String, Kind)>,
-    /// Where.
+    /// Directory that the exports are written to.
     pub out: PathBuf,
 }
 

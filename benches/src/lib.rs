@@ -30,7 +30,7 @@ pub struct Size {
     pub shared: usize,
     /// Attention heads of width 64.
     pub heads: usize,
-    /// Vocabulary.
+    /// Tokens of the vocabulary.
     pub vocab: usize,
 }
 

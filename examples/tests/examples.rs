@@ -22,6 +22,9 @@ mod own_pruner;
 #[path = "../examples/own_scorer.rs"]
 #[allow(dead_code)]
 mod own_scorer;
+#[path = "../examples/quantize.rs"]
+#[allow(dead_code)]
+mod quantize;
 #[path = "../examples/reap_experts.rs"]
 #[allow(dead_code)]
 mod reap_experts;
@@ -90,6 +93,14 @@ fn every_capability_of_the_bundled_model_is_measured() {
     let keys: Vec<&str> = found.iter().map(|found| found.key.as_str()).collect();
     assert_eq!(keys, ["arithmetic_exact", "facts_exact", "prose_ppl"]);
     assert!(found[0].value > 0.9 && found[1].value > 0.9 && found[2].value < 40.0, "{found:?}");
+}
+
+#[test]
+fn eight_bits_cost_prose_nothing_to_speak_of() {
+    let out = tempfile::tempdir().unwrap();
+    let ([before, after], [was, is]) = quantize::quantized(TINY_MOE, &out.path().join("int8")).unwrap();
+    assert!(after < before && (is / was - 1.0).abs() < 0.02, "{before} {after} {was} {is}");
+    assert_eq!(moe::checkpoint::Checkpoint::open(out.path().join("int8")).unwrap().bytes_on_disk(), after);
 }
 
 #[test]

@@ -48,7 +48,11 @@ enum Verb {
         write: bool,
     },
     /// Find documentation of one word and lines of text beyond 120 columns
-    Prose,
+    Prose {
+        /// First wrap comments that are too long
+        #[arg(long)]
+        write: bool,
+    },
     /// Whole models on a GPU backend against the CPU (Mesa's software Vulkan will do)
     Gpu {
         /// wgpu, vulkan or cuda
@@ -81,7 +85,7 @@ fn main() -> ExitCode {
         Verb::Ci { steps } => ci::run(&steps),
         Verb::Fixtures { write } => fixtures::run(write),
         Verb::Book { check, write } => book::run(check, write),
-        Verb::Prose => prose::run(),
+        Verb::Prose { write } => prose::run(write),
         Verb::Goldens { python } => goldens::run(&python),
         Verb::Gpu { device } => gpu::run(&device),
         Verb::Study(options) => study::run(&options),

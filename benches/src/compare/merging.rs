@@ -26,7 +26,7 @@ pub struct Merging {
 }
 
 impl Merging {
-    /// Everything.
+    /// The whole study.
     pub fn full() -> Self {
         Self { methods: MERGES.iter().map(|line| line.name).collect(), rivals: RIVALS.into() }
     }

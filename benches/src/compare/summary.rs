@@ -10,15 +10,15 @@ use super::settings::Settings;
 /// A figure over draws.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Spread {
-    /// Mean.
+    /// Mean over the draws.
     pub mean: f64,
     /// Standard deviation (of a sample; 0 for one draw).
     pub deviation: f64,
-    /// Smallest.
+    /// Smallest value of a draw.
     pub low: f64,
-    /// Largest.
+    /// Largest value of a draw.
     pub high: f64,
-    /// Draws.
+    /// Number of draws.
     pub draws: usize,
 }
 
@@ -51,7 +51,7 @@ pub struct Summary {
     pub calibrated: Vec<String>,
     /// Capabilities that were measured, and whether questions were answered.
     pub measured: Vec<(String, bool)>,
-    /// Draws.
+    /// Seeds of the draws.
     pub seeds: Vec<u64>,
     half: Amount,
     scorers: Vec<String>,

@@ -328,7 +328,7 @@ pub struct LatentAttention {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum QkNorm {
-    /// None.
+    /// Queries and keys are not normalized.
     None,
     /// Over `head_dim`, one weight `[head_dim]` for all heads.
     Head,
@@ -353,7 +353,7 @@ pub struct RopeConfig {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum RopeScaling {
-    /// None.
+    /// Frequencies are those of the base, unchanged.
     Default,
     /// All frequencies divided by `factor`.
     Linear {

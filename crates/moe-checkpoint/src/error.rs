@@ -122,7 +122,7 @@ pub enum Error {
         what: String,
         /// Decoder layer index.
         layer: usize,
-        /// Expert.
+        /// Index of the expert.
         expert: usize,
         /// Unit, where there is one value per unit.
         unit: Option<usize>,
@@ -134,9 +134,9 @@ pub enum Error {
     NonFiniteMatrix {
         /// What the matrix is.
         what: String,
-        /// Row.
+        /// Row of the value, from 0.
         row: usize,
-        /// Column.
+        /// Column of the value, from 0.
         column: usize,
         /// The value.
         value: f64,
@@ -540,7 +540,7 @@ pub enum Error {
     /// A method that makes weights failed.
     #[error("{source}")]
     Method {
-        /// Why.
+        /// What the method said.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The output is the directory that the model is read from.

@@ -15,7 +15,7 @@ pub struct RawMatrix<'a> {
     pub bytes: Cow<'a, [u8]>,
     /// Their dtype: F32, F16 or BF16.
     pub dtype: Dtype,
-    /// Rows.
+    /// Rows of the part.
     pub rows: usize,
     /// Columns; 1 for a bias.
     pub cols: usize,

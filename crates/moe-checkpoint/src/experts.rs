@@ -72,7 +72,7 @@ impl ExpertPart {
 /// Which biases routed experts have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ExpertBiases {
-    /// None.
+    /// No matrix has a bias.
     #[default]
     None,
     /// One on the output: what a repair adds in a ragged checkpoint.
@@ -216,9 +216,9 @@ pub struct Placement {
     pub tensor: ExpertTensor,
     /// Its element `(0, 0)`.
     pub start: usize,
-    /// Rows.
+    /// Rows of the part.
     pub rows: usize,
-    /// Columns.
+    /// Columns of the part.
     pub cols: usize,
     /// Elements from row to row.
     pub row_stride: usize,

@@ -33,7 +33,7 @@ pub struct ProtectionMask {
 pub struct Protected {
     /// Decoder layer index.
     pub layer: usize,
-    /// Expert.
+    /// Index of the expert in its layer.
     pub expert: usize,
     /// Units, ascending; absent for the whole expert.
     #[serde(default, skip_serializing_if = "Option::is_none")]

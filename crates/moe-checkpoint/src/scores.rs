@@ -51,7 +51,7 @@ pub enum Denominator {
     RoutedTokens,
     /// Sequences of the calibration data.
     Sequences,
-    /// Nothing.
+    /// Sums were not divided.
     None,
     /// Nothing: the values are places in an order, not amounts.
     Ranks,

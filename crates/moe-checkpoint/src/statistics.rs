@@ -18,7 +18,7 @@ pub(crate) const STATISTICS: Kind = Kind { name: "statistics", key: "moe.statist
 pub struct Counts {
     /// Tokens, without padding.
     pub tokens: u64,
-    /// Sequences.
+    /// Sequences that were collected.
     pub sequences: u64,
     /// Tokens whose prediction enters the loss.
     pub loss_tokens: u64,

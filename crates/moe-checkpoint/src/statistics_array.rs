@@ -18,9 +18,9 @@ pub enum ArrayKind {
     /// One matrix of this shape for the whole model, row-major: what is seen of other parts of a model than experts, such as
     /// the covariance of the inputs of a linear map. With [`Fold::Lowest`] it has at most as many rows.
     Matrix {
-        /// Rows.
+        /// Rows of the matrix.
         rows: usize,
-        /// Columns.
+        /// Columns of the matrix.
         columns: usize,
     },
 }
@@ -44,7 +44,7 @@ pub enum Extent {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Fold {
-    /// Added.
+    /// Values of waves are added, in f64.
     Sum,
     /// The larger one is kept. For magnitudes: arrays start at 0.
     Max,

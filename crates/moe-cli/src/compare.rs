@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use moe::eval_file::{EvalFile, EvalOptions};
+use moe::report::routing;
 use moe_core::data::{Tokenizer, Wave, WaveOptions};
 use moe_core::evaluate::divergence;
 use moe_core::{Engine, EngineOptions, Model, TeacherLogits};
@@ -49,6 +50,9 @@ pub struct Arguments {
     /// flex (CPU), wgpu, vulkan or cuda, as far as compiled in
     #[arg(long, default_value = "default")]
     pub device: String,
+    /// HTML file for the comparison: quality, divergence, sizes, widths of experts, and where tokens go
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
     /// One JSON object on stdout
     #[arg(long)]
     pub json: bool,
@@ -154,7 +158,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     let bar = progress.bar("comparing", total as u64, Unit::Count("files"));
     let top = arguments.top.min(vocabulary);
     let teacher = TeacherLogits::record(&Engine::new(&first, EngineOptions::default()), &waves, top)?;
-    let mut models = Vec::with_capacity(candidates.len());
+    let (mut models, mut routings) = (Vec::with_capacity(candidates.len()), Vec::new());
     for (number, candidate) in candidates.iter().enumerate() {
         bar.label(candidate.name());
         let opened = if number == 0 { None } else { Some(candidate.open(arguments)?) };
@@ -166,10 +170,16 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
             measured.push(measure(file, model, &tokenizer, how)?);
             bar.step();
         }
+        if arguments.report.is_some() {
+            routings.push((candidate.name(), routing(model, &waves[..waves.len().min(1)])?));
+        }
         let checkpoint = model.checkpoint();
         let (parameters, bytes) = (checkpoint.parameters(), checkpoint.bytes_on_disk());
         models.push(Compared { name: candidate.name(), parameters, bytes, divergence, measured });
     }
     let tokens = sequences.iter().map(|sequence| sequence.len() - 1).sum();
+    if let Some(path) = &arguments.report {
+        crate::pages::of_comparison(&models, &routings)?.write(path)?;
+    }
     Ok(Report { models, tokens })
 }

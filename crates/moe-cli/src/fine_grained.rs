@@ -137,7 +137,7 @@ pub struct Report {
     pub rows: Vec<Row>,
     /// Which of them was written.
     pub best: usize,
-    /// Where.
+    /// Directory of the model that was written.
     pub out: PathBuf,
 }
 

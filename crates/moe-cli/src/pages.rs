@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-use moe::report::{Quality, Report as Page, Size, routing};
+use moe::report::{ByExpert, Quality, Report as Page, Size, routing};
 use moe::run::Measurement;
 use moe_checkpoint::ScoreTable;
 use moe_core::Model;
 use moe_core::data::Wave;
 use moe_merge::{MergePlan, MergedModel};
 
+use crate::compare::Compared;
 use crate::eval::Measured;
 use crate::merge::Loss;
 use crate::table::Table;
@@ -87,5 +88,27 @@ pub fn of_measurements(name: &str, model: &Model, measured: &[Measured]) -> Resu
     page.table(&table);
     page.sizes(&[Size::of(name, model.checkpoint())])?;
     page.widths(name, model.checkpoint())?;
+    Ok(page)
+}
+
+/// Models on the same rows: what they measure, how far they are from the first, their sizes, and where the tokens of the first wave
+/// go in each.
+///
+/// # Errors
+/// Those of drawing.
+pub fn of_comparison(models: &[Compared], routings: &[(String, ByExpert)]) -> Result<Page> {
+    let mut page = Page::new(format!("{} models compared", models.len()));
+    let quality = models.iter().map(|model| {
+        let found = model.measured.iter().map(|found| Measurement { key: found.key.clone(), value: found.value });
+        let divergence = Measurement { key: "divergence_nats".into(), value: model.divergence };
+        Quality { of: model.name.clone(), measured: found.chain([divergence]).collect() }
+    });
+    page.quality(&quality.collect::<Vec<_>>())?;
+    let sizes = models.iter().map(|model| {
+        let Compared { name, parameters, bytes, .. } = model;
+        Size { of: name.clone(), parameters: *parameters, bytes: *bytes }
+    });
+    page.sizes(&sizes.collect::<Vec<_>>())?;
+    page.routing(routings)?;
     Ok(page)
 }

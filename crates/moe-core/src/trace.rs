@@ -33,7 +33,7 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Nothing.
+    /// No signal at all.
     pub const NONE: Self = Self {
         routing: false,
         units: false,
@@ -50,7 +50,7 @@ impl Signals {
     pub const UNITS: Self = Self { units: true, ..Self::NONE };
     /// Expert outputs.
     pub const OUTPUTS: Self = Self { outputs: true, ..Self::NONE };
-    /// Gradients.
+    /// Gradients of the loss, by a backward sweep.
     pub const GRADIENTS: Self = Self { gradients: true, ..Self::NONE };
     /// Gradients of the router.
     pub const ROUTER_GRADIENTS: Self = Self { router_gradients: true, ..Self::NONE };

@@ -11,7 +11,7 @@ use super::{Conversation, Error, Sequence, Tokenizer};
 /// Rows of one `NAME_test.jsonl` file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EvalSet {
-    /// NAME.
+    /// NAME of the file `NAME_test.jsonl`.
     pub name: String,
     /// What is measured on them.
     pub rows: EvalRows,

@@ -26,7 +26,7 @@ struct Rows<'a> {
     index: usize,
     u: Matrix,
     du: Matrix,
-    /// Outputs.
+    /// Outputs of the expert.
     f: Matrix,
     /// Routing weights as applied, renormalized over the top-k, and softmax over all experts.
     gates: [Vec<f64>; 3],

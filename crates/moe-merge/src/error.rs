@@ -52,7 +52,7 @@ pub enum Error {
     Infeasible {
         /// The model or a layer.
         what: String,
-        /// Why.
+        /// Reason, in words.
         reason: String,
     },
     /// Experts that cannot be combined.
@@ -62,7 +62,7 @@ pub enum Error {
         layer: usize,
         /// The experts.
         experts: Vec<usize>,
-        /// Why.
+        /// Reason, in words.
         reason: String,
     },
     /// Numerics without a result: a decomposition that does not converge, a value that is not finite.
@@ -110,7 +110,7 @@ pub enum Error {
     Output {
         /// The output form.
         form: &'static str,
-        /// Why.
+        /// Reason, in words.
         reason: String,
     },
     /// The operating system refused an operation on a file.

@@ -42,7 +42,7 @@ pub enum LayerWeights {
         /// Weight of the last layer.
         last: f64,
     },
-    /// These.
+    /// These weights, one per layer.
     Given(Vec<f64>),
 }
 

@@ -250,7 +250,7 @@ pub struct Bank {
 }
 
 impl Bank {
-    /// Nothing.
+    /// A bank without parameters.
     pub fn new() -> Self {
         Self::default()
     }

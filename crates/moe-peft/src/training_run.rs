@@ -62,7 +62,7 @@ pub enum RunEvent<'a> {
     Train {
         /// The phase.
         phase: &'a Phase,
-        /// What.
+        /// What happened.
         event: &'a TrainEvent,
     },
 }

@@ -134,7 +134,7 @@ pub enum Error {
     Export {
         /// The export mode.
         mode: &'static str,
-        /// Why.
+        /// Reason, in words.
         reason: String,
     },
     /// The operating system refused an operation on a file.

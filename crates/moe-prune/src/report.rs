@@ -46,7 +46,7 @@ pub struct LayerReport {
     /// Experts as written: those that are left, or pieces of them.
     #[serde(default)]
     pub written: usize,
-    /// Units.
+    /// Units of the layer.
     pub units: BeforeAfter,
     /// Narrowest expert after the plan.
     pub min_width: usize,

@@ -20,7 +20,7 @@ pub struct Progress {
 pub enum Unit {
     /// Anything; the word that follows the number.
     Count(&'static str),
-    /// Bytes.
+    /// Bytes, with their units.
     Bytes,
 }
 
@@ -30,7 +30,7 @@ impl Progress {
         Self { hidden: false }
     }
 
-    /// Nowhere.
+    /// Progress that nobody sees.
     pub fn hidden() -> Self {
         Self { hidden: true }
     }

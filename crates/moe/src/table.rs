@@ -12,7 +12,7 @@ pub struct Table {
     pub header: Vec<String>,
     /// Columns that are text.
     pub left: usize,
-    /// Cells.
+    /// The cells, row by row.
     pub rows: Vec<Vec<String>>,
 }
 

@@ -17,9 +17,9 @@ pub struct Tokens {
     pub mask: Vec<bool>,
     /// `[B, S]`: whether predicting the token counts in the loss; rows may have masks of their own.
     pub counted: Vec<bool>,
-    /// B.
+    /// Rows of the batch, B.
     pub rows: usize,
-    /// S.
+    /// Tokens of every row, S.
     pub length: usize,
 }
 

@@ -54,7 +54,7 @@ impl Default for EngineOptions {
 /// What a sweep over one wave found.
 #[derive(Clone, Debug, PartialEq)]
 pub struct WaveReport {
-    /// Tokens.
+    /// Tokens of the wave.
     pub tokens: usize,
     /// Predicted tokens.
     pub loss_tokens: usize,

@@ -149,7 +149,7 @@ struct Middle {
     ks: Vec<f32>,
     /// `Q S`.
     qs: Vec<f32>,
-    /// U.
+    /// The matrix U of a chunk.
     u: Vec<f32>,
 }
 

@@ -40,7 +40,7 @@ pub struct DeltaLayer {
     pub output_norm: Norm,
     /// Output projection `[H, value_heads * D_v]`.
     pub output: Linear,
-    /// Heads.
+    /// Numbers and widths of the heads.
     pub shape: DeltaShape,
 }
 

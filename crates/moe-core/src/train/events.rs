@@ -72,7 +72,7 @@ pub enum TrainEvent {
     Stopped {
         /// Steps taken before it.
         step: usize,
-        /// Why.
+        /// Reason for the end.
         stop: Stop,
     },
 }

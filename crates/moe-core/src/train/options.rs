@@ -47,7 +47,7 @@ pub struct TrainOptions {
     pub waves_per_step: usize,
     /// Learning rate.
     pub schedule: Schedule,
-    /// Optimizer.
+    /// What turns gradients into steps.
     pub optimizer: Optimizer,
     /// Parameters that are trained in another way than the rest.
     pub groups: Vec<ParameterGroup>,

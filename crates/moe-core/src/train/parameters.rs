@@ -208,7 +208,7 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// None.
+    /// A set without parameters.
     pub fn new() -> Self {
         Self::default()
     }

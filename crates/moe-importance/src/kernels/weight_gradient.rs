@@ -13,7 +13,7 @@ use moe_core::trace::{ExpertGradients, ExpertTrace};
 pub(crate) enum Entry {
     /// Absolute values.
     Magnitude,
-    /// Squares.
+    /// Squares of the gradients.
     Square,
 }
 

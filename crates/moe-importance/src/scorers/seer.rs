@@ -13,7 +13,7 @@ use crate::{Result, StatisticId};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SeerCount {
-    /// One.
+    /// One per token that chose the expert.
     Hard,
     /// Its routing weight.
     #[default]

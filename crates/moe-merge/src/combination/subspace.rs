@@ -28,7 +28,7 @@ pub struct Subspace {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SubspaceRank {
-    /// All.
+    /// All singular values.
     #[default]
     Full,
     /// This many, at most.

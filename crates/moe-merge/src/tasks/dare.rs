@@ -18,7 +18,7 @@ use crate::{Error, Result};
 pub struct Dare {
     /// Probability of an element to go, in [0, 1).
     pub drop: f64,
-    /// Seed.
+    /// Seed of the draws.
     #[serde(default)]
     pub seed: u64,
     /// How the rescaled task vectors are merged.

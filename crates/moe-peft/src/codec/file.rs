@@ -44,7 +44,7 @@ pub enum DeltaBase {
 pub enum DeltaCoding {
     /// Signs at some positions of the concatenated tensors, times one number.
     Ternary {
-        /// Positions.
+        /// Number of elements that are kept.
         kept: u64,
         /// Rice parameter of the gaps.
         rice: u32,
@@ -53,7 +53,7 @@ pub enum DeltaCoding {
     },
     /// Values at some positions of the concatenated tensors.
     Sparse {
-        /// Positions.
+        /// Number of elements that are kept.
         kept: u64,
         /// Rice parameter of the gaps.
         rice: u32,

@@ -98,7 +98,7 @@ impl Dropout {
     }
 }
 
-/// SplitMix64.
+/// One step of the generator SplitMix64.
 pub(crate) fn mix(value: u64) -> u64 {
     let mut z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -16,7 +16,7 @@ pub enum Map {
         layer: usize,
         /// Expert in the layer.
         expert: usize,
-        /// Which.
+        /// Map of the expert.
         part: ExpertMap,
     },
 }

@@ -19,7 +19,7 @@ use crate::{Error, Result, SweepListener};
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Balance {
-    /// None.
+    /// Nothing is added to the loss.
     None {},
     /// `c N sum_i f_i P_i`: `f_i` the share of choices that are expert i. With `per_choice`, of tokens, as in Mixtral's code: k times as
     /// much.
@@ -47,7 +47,7 @@ pub enum Balance {
     /// the sequence; the first half of the experts is the group of type 1, the second that of type 0 (LoRAMoE). Only sequences with a
     /// label count. Minimizing makes `Z` equal, so that the group of a sequence's type gets *less*: the convention of the code.
     Localized {
-        /// Coefficient.
+        /// Factor of the term in the loss.
         weight: f64,
         /// How much the groups differ.
         delta: f64,

@@ -46,7 +46,7 @@ pub(crate) enum Begin {
 pub struct OwnWeights {
     /// Linear maps of attention.
     pub attention: bool,
-    /// Routers.
+    /// Whether routers are trained.
     pub router: bool,
     /// Gate, up and down projections of routed experts.
     pub experts: bool,

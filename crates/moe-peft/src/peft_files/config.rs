@@ -23,19 +23,19 @@ pub struct AdapterConfig {
     pub peft_version: Option<String>,
     /// The model it was trained on.
     pub base_model_name_or_path: Option<String>,
-    /// Rank.
+    /// Rank of the additions.
     pub r: usize,
     /// Numerator of the scale.
     pub lora_alpha: f64,
     /// Dropout in training.
     pub lora_dropout: f64,
-    /// Modules.
+    /// Modules that are adapted.
     pub target_modules: Option<Targets>,
-    /// Parameters.
+    /// Parameters that are adapted without being modules, such as fused experts.
     pub target_parameters: Option<Vec<String>>,
     /// Modules left out.
     pub exclude_modules: Option<Targets>,
-    /// Layers.
+    /// Layers that are adapted; all, if it is absent.
     #[serde(deserialize_with = "one_or_many")]
     pub layers_to_transform: Option<Vec<usize>>,
     /// What stands before the number of a layer.
@@ -47,7 +47,7 @@ pub struct AdapterConfig {
     pub alpha_pattern: Option<Patterns<f64>>,
     /// Scale by the root of the rank.
     pub use_rslora: Option<bool>,
-    /// Magnitudes.
+    /// Whether magnitudes are trained by themselves (DoRA).
     pub use_dora: Option<bool>,
     /// How it began.
     pub init_lora_weights: Value,

@@ -11,7 +11,7 @@ pub struct FusedExperts {
     pub b: Vec<f32>,
     /// Rank per expert.
     pub rank: usize,
-    /// Experts.
+    /// Number of experts of the layer.
     pub experts: usize,
 }
 

@@ -46,7 +46,7 @@ pub fn ragged(base: &Arc<Checkpoint>) -> Arc<Checkpoint> {
     form(base, false, narrower)
 }
 
-/// Both.
+/// A checkpoint that is grouped and ragged.
 pub fn grouped_ragged(base: &Arc<Checkpoint>) -> Arc<Checkpoint> {
     form(base, true, narrower)
 }

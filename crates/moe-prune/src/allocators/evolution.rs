@@ -33,9 +33,9 @@ use crate::{Error, Needs, Questions, Result};
 pub struct Evolution {
     /// Seed of everything random.
     pub seed: u64,
-    /// Candidates.
+    /// Candidates of every generation.
     pub population: usize,
-    /// Generations.
+    /// Number of generations.
     pub generations: usize,
     /// Largest part of a layer, in (0, 1], that one mutation moves.
     pub mutation: f64,

@@ -16,7 +16,7 @@ use crate::{Error, Needs, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Normalized {
-    /// How.
+    /// How the scores of a layer are normalized.
     #[serde(default)]
     pub by: Normalization,
 }

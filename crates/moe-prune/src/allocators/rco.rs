@@ -34,7 +34,7 @@ use crate::{Error, Needs, Questions, Result};
 pub struct Rco {
     /// Seed of the noise.
     pub seed: u64,
-    /// Steps.
+    /// Number of steps of the search.
     pub steps: usize,
     /// Masks per step: an even number, since half of them have the noise of the other half with the opposite sign.
     pub samples: usize,

@@ -30,7 +30,7 @@ pub(super) fn check(from: &Checkpoint, options: &PruneOptions<'_>) -> Result<()>
 
 /// What is to be done.
 enum Choice {
-    /// Nothing.
+    /// There is nothing to choose.
     None,
     /// These tensors go.
     Drop(Vec<String>),

@@ -29,7 +29,7 @@ use crate::{Allocation, Budget, Error, Needs, PrunePlan, Result};
 /// What a pruner works on.
 #[derive(Clone, Copy, Debug)]
 pub struct PruneRequest<'a> {
-    /// Scores.
+    /// Scores that decide.
     pub scores: &'a ScoreTable,
     /// Shape of the model.
     pub shape: &'a MoeShape,

@@ -47,7 +47,7 @@ use crate::{Budget, Error, PrunePlan, Result};
 pub struct Progressive {
     /// What prunes in every round.
     pub pruner: PrunerConfig,
-    /// Rounds.
+    /// Number of rounds.
     pub rounds: usize,
     /// How much goes in which.
     #[serde(default)]

@@ -73,7 +73,8 @@ pub fn bars(bars: &Bars) -> Result<String> {
         let bar = (group_width * 7 / 10 / bars.series.len().max(1) as i32).clamp(2, 90);
         for (g, group) in bars.groups.iter().enumerate() {
             let middle = left + group_width * g as i32 + group_width / 2;
-            area.draw_text(group, &text(16, &INK, HPos::Center, VPos::Top), (middle, height - bottom + 8))?;
+            let label = shortened(group, (group_width / 9).max(4) as usize);
+            area.draw_text(&label, &text(16, &INK, HPos::Center, VPos::Top), (middle, height - bottom + 8))?;
             let start = middle - bar * bars.series.len() as i32 / 2;
             for (s, (_, values)) in bars.series.iter().enumerate() {
                 let (x, value) = (start + bar * s as i32, values[g]);
@@ -93,6 +94,15 @@ pub fn bars(bars: &Bars) -> Result<String> {
     })
 }
 
+/// A name of at most `most` characters: of a longer one its end, where paths differ.
+fn shortened(name: &str, most: usize) -> String {
+    let count = name.chars().count();
+    match count > most {
+        true => format!("…{}", name.chars().skip(count - most + 1).collect::<String>()),
+        false => name.to_string(),
+    }
+}
+
 /// The smallest of 1, 2, 2.5, 5, 10 times a power of ten that is not below `step`.
 fn round_step(step: f64) -> f64 {
     let power = 10f64.powf(step.max(f64::MIN_POSITIVE).log10().floor());
@@ -106,6 +116,12 @@ fn round_step(step: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_names_keep_their_ends() {
+        assert_eq!(shortened("fisher", 6), "fisher");
+        assert_eq!(shortened("out/models/half", 6), "…/half");
+    }
 
     #[test]
     fn steps_are_round() {

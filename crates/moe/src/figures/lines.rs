@@ -12,7 +12,7 @@ use crate::format::tick;
 pub struct Point {
     /// Place on the horizontal axis.
     pub x: f64,
-    /// Value.
+    /// Value on the vertical axis.
     pub y: f64,
     /// Smallest value.
     pub low: f64,

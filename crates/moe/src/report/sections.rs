@@ -128,7 +128,7 @@ impl Report {
                 limit: share.then_some(1.0),
             };
             let better = if share { "higher is better" } else { "lower is better" };
-            self.figure(&bars(&figure)?, &format!("{key}, {better}. The dashed line is {}.", first.of));
+            self.figure(&bars(&figure)?, &format!("{key}, {better}. Dashed: {}.", first.of));
         }
         Ok(())
     }
@@ -155,7 +155,7 @@ impl Report {
                 base: mib(first.bytes),
                 limit: None,
             };
-            self.figure(&bars(&figure)?, &format!("Bytes of all tensors. The dashed line is {}.", first.of));
+            self.figure(&bars(&figure)?, &format!("Bytes of all tensors. Dashed: {}.", first.of));
         }
         Ok(())
     }

@@ -26,13 +26,13 @@ pub enum Optimizer {
     Lamb(Lamb),
     /// Gradient descent with momentum.
     Sgd(Sgd),
-    /// RMSProp.
+    /// RMSProp, as Burn has it.
     RmsProp(RmsProp),
-    /// AdaGrad.
+    /// AdaGrad, as Burn has it.
     AdaGrad(AdaGrad),
-    /// Lion.
+    /// Lion, as Burn has it.
     Lion(Lion),
-    /// Adan.
+    /// Adan, as Burn has it.
     Adan(Adan),
 }
 

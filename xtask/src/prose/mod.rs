@@ -1,5 +1,7 @@
 //! How text reads: no documentation of one word, and no line that runs off the screen.
 
+mod wrap;
+
 use std::fs;
 use std::path::Path;
 
@@ -13,8 +15,9 @@ const FOLDERS: [&str; 5] = ["crates", "examples", "benches", "xtask", "docs"];
 /// Names of folders that hold no text of ours.
 const NOT_OURS: [&str; 2] = ["fixtures", "target"];
 
-/// Lists every documentation comment of one word and every line of comment or page that is too long.
-pub fn run() -> Result<()> {
+/// Lists every documentation comment of one word and every line of comment or page that is too long; with `write`, wraps the
+/// comments first.
+pub fn run(write: bool) -> Result<()> {
     let root = root();
     let mut files = vec![root.join("README.md")];
     for folder in FOLDERS {
@@ -24,19 +27,29 @@ pub fn run() -> Result<()> {
     files.retain(|file| !file.components().any(|part| NOT_OURS.iter().any(|name| part.as_os_str() == *name)));
     let mut faults = Vec::new();
     for file in &files {
-        let text = fs::read_to_string(file).map_err(at(file))?;
+        let mut text = fs::read_to_string(file).map_err(at(file))?;
+        if write && file.extension().is_some_and(|extension| extension == "rs") {
+            let wrapped = wrap::wrapped(&text, COLUMNS);
+            if wrapped != text {
+                fs::write(file, &wrapped).map_err(at(file))?;
+                text = wrapped;
+            }
+        }
         faults.extend(faults_of(file.strip_prefix(&root).unwrap_or(file), &text));
     }
     match faults.is_empty() {
         true => println!("{} files of sentences within {COLUMNS} columns", files.len()),
-        false => return Err(format!("{} lines to mend:\n  {}", faults.len(), faults.join("\n  ")).into()),
+        false => {
+            let advice = "`cargo xtask prose --write` wraps comments";
+            return Err(format!("{} lines to mend; {advice}\n  {}", faults.len(), faults.join("\n  ")).into());
+        }
     }
     Ok(())
 }
 
 fn faults_of(file: &Path, text: &str) -> Vec<String> {
     let is_page = file.extension().is_some_and(|extension| extension == "md");
-    let mut in_code = false;
+    let (mut in_code, mut after_documentation) = (false, false);
     let mut faults = Vec::new();
     for (number, line) in text.lines().enumerate() {
         let trimmed = line.trim_start();
@@ -49,9 +62,11 @@ fn faults_of(file: &Path, text: &str) -> Vec<String> {
         if wraps && columns > COLUMNS {
             faults.push(format!("{}:{}: {columns} columns, at most {COLUMNS}", file.display(), number + 1));
         }
-        if !is_page && is_one_word(trimmed) {
+        // The last word of a sentence may stand alone in its line.
+        if !is_page && !after_documentation && is_one_word(trimmed) {
             faults.push(format!("{}:{}: `{trimmed}` is no sentence", file.display(), number + 1));
         }
+        after_documentation = trimmed.starts_with("///");
     }
     faults
 }
