@@ -140,7 +140,8 @@ fn a_training_is_shown_with_its_losses() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("tuned");
     let (data, test) = (rows("division_train"), rows("division_test"));
-    let arguments = ["tune", "--model", TINY_MOE, "--data", &data, "--samples", "40", "--eval", &test, "--eval-rows", "10"];
+    let arguments =
+        ["tune", "--model", TINY_MOE, "--data", &data, "--samples", "40", "--eval", &test, "--eval-rows", "10"];
     moe(&[&arguments[..], &["--method", "lora", "--steps", "12", "--out", text(&out)]].concat());
     let html = checked(&out.join("report.html"), 2);
     assert!(html.contains("<h2>Loss</h2>") && html.contains("loss per predicted token"));

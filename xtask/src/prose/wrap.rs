@@ -117,7 +117,8 @@ mod tests {
     #[test]
     fn items_of_lists_keep_their_indentation() {
         let text = "//! - one two three four five six\n//! - seven\n//! 1. one two three four five six";
-        let expected = "//! - one two three\n//!   four five six\n//! - seven\n//! 1. one two three\n//!    four five six";
+        let expected =
+            "//! - one two three\n//!   four five six\n//! - seven\n//! 1. one two three\n//!    four five six";
         assert_eq!(wrapped(text, 20), expected);
     }
 
