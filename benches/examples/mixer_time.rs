@@ -1,6 +1,7 @@
-//! Time and memory per token of one linear-attention layer of random weights, forward and backward: gated DeltaNet in the shape of
-//! Qwen3.5-35B-A3B and Mamba2 in that of Nemotron-3-Nano, over texts of 512 and 8,192 tokens (or of as many as are given):
-//! `cargo run --release --example mixer_time -- [TOKENS ...]`. Memory is what a pass holds at its most beyond what was there before.
+//! Time and memory per token of one linear-attention layer of random weights, forward and backward: gated DeltaNet in
+//! the shape of Qwen3.5-35B-A3B and Mamba2 in that of Nemotron-3-Nano, over texts of 512 and 8,192 tokens (or of as
+//! many as are given): `cargo run --release --example mixer_time -- [TOKENS ...]`. Memory is what a pass holds at its
+//! most beyond what was there before.
 
 use std::time::Instant;
 
@@ -85,7 +86,8 @@ fn mamba(hidden: usize, device: &Device) -> MixerLayer {
     }))
 }
 
-/// Seconds of the fastest pass, and bytes that a pass held at its most beyond what was there before, where the system tells.
+/// Seconds of the fastest pass, and bytes that a pass held at its most beyond what was there before, where the system
+/// tells.
 fn measured(mut pass: impl FnMut()) -> (f64, Option<u64>) {
     let before = process_memory().map(|memory| memory.resident);
     let counted = reset_peak();

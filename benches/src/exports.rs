@@ -1,5 +1,5 @@
-//! Every export that stock loaders read, of every checkpoint under a directory: what `xtask/scripts/roundtrip.py` loads in
-//! transformers, and what the test of its results makes again.
+//! Every export that stock loaders read, of every checkpoint under a directory: what `xtask/scripts/roundtrip.py` loads
+//! in transformers, and what the test of its results makes again.
 
 use std::fmt;
 use std::fs;
@@ -49,8 +49,8 @@ pub enum Kind {
     Experts,
     /// Every expert in two pieces (as few as give a width of a multiple of 4), nothing dropped.
     Pieces,
-    /// Every expert in as many pieces, some dropped. All that can be selected are, since which of equal pieces a loader selects is
-    /// its own affair.
+    /// Every expert in as many pieces, some dropped. All that can be selected are, since which of equal pieces a loader
+    /// selects is its own affair.
     FineGrained,
     /// A quarter of the experts merged into those whose router rows are most alike, rows with them.
     Merged,

@@ -1,4 +1,5 @@
-//! Benchmarks: studies of quality, and what the benchmarks of speed share: random checkpoints and waves of a stated shape.
+//! Benchmarks: studies of quality, and what the benchmarks of speed share: random checkpoints and waves of a stated
+//! shape.
 
 pub mod compare;
 pub mod exports;

@@ -23,8 +23,8 @@ use moe_peft::{AdapterSet, FineTune, Setting, TuningMethod};
 use crate::table::Table;
 use crate::{Error, Result, TINY_MOE, cli};
 
-/// Fine-tunes a model in ways that concern its routing, in equal steps on the same waves, and tells what it learnt, how uneven its routing
-/// became, and which experts gradients reach.
+/// Fine-tunes a model in ways that concern its routing, in equal steps on the same waves, and tells what it learnt, how
+/// uneven its routing became, and which experts gradients reach.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "router_study")]
 pub struct Arguments {

@@ -44,7 +44,8 @@ fn the_quick_study_is_whole_and_its_numbers_make_sense() {
     ];
     for job in jobs.iter().flatten() {
         let record = summary.record(&job.case).unwrap_or_else(|| panic!("{} is missing", job.case));
-        // Scores that only compare within a layer, or do not add up, are refused over the whole model, and that is all that is.
+        // Scores that only compare within a layer, or do not add up, are refused over the whole model, and that is all
+        // that is.
         if let Some(reason) = &record.refused {
             assert!(
                 ["may be compared within", "may be added", "add up"].iter().any(|by| reason.contains(by)),

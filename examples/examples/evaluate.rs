@@ -1,7 +1,7 @@
 //! What a model can do: `cargo run --release --example evaluate [DIR]`.
 //!
-//! Measures the bundled model, or the one in a directory that can do the same, on three files of rows: the share of answers
-//! that are exactly right, and the perplexity of text. What is measured follows from the rows.
+//! Measures the bundled model, or the one in a directory that can do the same, on three files of rows: the share of
+//! answers that are exactly right, and the perplexity of text. What is measured follows from the rows.
 
 use std::path::Path;
 

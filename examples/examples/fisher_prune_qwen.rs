@@ -1,4 +1,5 @@
-//! Scores, prunes and measures a Qwen MoE model: `cargo run --release --example fisher_prune_qwen`, or with `-- --help`.
+//! Scores, prunes and measures a Qwen MoE model: `cargo run --release --example fisher_prune_qwen`, or with `--
+//! --help`.
 
 use std::process::ExitCode;
 

@@ -1,7 +1,8 @@
 //! Recovery by LoRA: `cargo run --release --example lora_recovery`.
 //!
-//! Drops half of the units of every expert, which costs a good deal, and trains low-rank additions beside attention and beside
-//! every expert that is left. What is saved is a checkpoint with the additions in its weights, and an adapter that PEFT loads.
+//! Drops half of the units of every expert, which costs a good deal, and trains low-rank additions beside attention and
+//! beside every expert that is left. What is saved is a checkpoint with the additions in its weights, and an adapter
+//! that PEFT loads.
 
 use std::path::Path;
 

@@ -1,7 +1,7 @@
 //! Merging instead of dropping: `cargo run --release --example merge_experts`.
 //!
-//! HC-SMoE (arXiv 2410.08589) joins experts whose mean outputs are alike. A quarter of the experts go; their rows of the router
-//! stay and lead to what they have become part of.
+//! HC-SMoE (arXiv 2410.08589) joins experts whose mean outputs are alike. A quarter of the experts go; their rows of
+//! the router stay and lead to what they have become part of.
 
 use std::path::Path;
 

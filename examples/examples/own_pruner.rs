@@ -1,8 +1,8 @@
 //! A pruner of your own: `cargo run --release --example own_pruner`.
 //!
-//! This one drops the lowest units of every expert, more of them in deeper layers. The example scores the bundled model by
-//! magnitude, which needs no data, and prints the plan. `plan.save(...)` keeps it; the program `moe` and every other job
-//! take it from there.
+//! This one drops the lowest units of every expert, more of them in deeper layers. The example scores the bundled model
+//! by magnitude, which needs no data, and prints the plan. `plan.save(...)` keeps it; the program `moe` and every other
+//! job take it from there.
 
 use moe::checkpoint::{Checkpoint, Granularity, Pool, Provenance, Statistics};
 use moe::importance::{Scorer, scorers::Magnitude};

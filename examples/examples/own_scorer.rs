@@ -1,7 +1,7 @@
 //! A scorer of your own: `cargo run --release --example own_scorer`.
 //!
-//! This one asks how often an expert is chosen and how much it then says: the geometric mean of both. The example collects
-//! what it needs on rows of the bundled model and prints which experts a pruner takes out.
+//! This one asks how often an expert is chosen and how much it then says: the geometric mean of both. The example
+//! collects what it needs on rows of the bundled model and prints which experts a pruner takes out.
 
 use moe::checkpoint::{Denominator, Pool, Statistics};
 use moe::importance::scorers::{check_needs, table};

@@ -1,7 +1,7 @@
 //! Few bits per weight: `cargo run --release --example quantize`.
 //!
-//! Rounds the routed experts of the bundled model to integers of 8 bits in groups of 32, and measures what that cost. Nothing is
-//! computed before the model is run or written; engines read what is written.
+//! Rounds the routed experts of the bundled model to integers of 8 bits in groups of 32, and measures what that cost.
+//! Nothing is computed before the model is run or written; engines read what is written.
 
 use std::path::Path;
 

@@ -1,7 +1,7 @@
 //! Whole experts by REAP (arXiv 2510.13999): `cargo run --release --example reap_experts`.
 //!
-//! Drops a quarter of the experts of every layer, with their rows of the router, and tells what that cost. The outcome has the
-//! shape of an ordinary checkpoint with fewer experts.
+//! Drops a quarter of the experts of every layer, with their rows of the router, and tells what that cost. The outcome
+//! has the shape of an ordinary checkpoint with fewer experts.
 
 use std::path::Path;
 

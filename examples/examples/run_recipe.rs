@@ -1,7 +1,8 @@
 //! A whole chain from one description: `cargo run --release --example run_recipe`.
 //!
-//! The same JSON in a file is what `moe run FILE` takes. Every step's outcome is kept, so that a run that was killed goes on, and
-//! steps that a change of the recipe does not touch are not done again. The directory has a `report.html` in the end.
+//! The same JSON in a file is what `moe run FILE` takes. Every step's outcome is kept, so that a run that was killed
+//! goes on, and steps that a change of the recipe does not touch are not done again. The directory has a `report.html`
+//! in the end.
 
 use std::path::Path;
 

@@ -1,7 +1,7 @@
 //! Score, prune, write: `cargo run --release --example score_prune_write`.
 //!
-//! Scores every unit of the bundled model by its gradients on sums, drops half of them, and writes the smaller checkpoint.
-//! Exchange the two paths for a model directory and a file of rows of your own.
+//! Scores every unit of the bundled model by its gradients on sums, drops half of them, and writes the smaller
+//! checkpoint. Exchange the two paths for a model directory and a file of rows of your own.
 
 use std::path::Path;
 

@@ -98,8 +98,8 @@ fn scores(model: &Checkpoint) -> ScoreTable {
     table
 }
 
-/// Checks that a plan does to a model whose experts share what it does to the one where each has a copy, and that the model is
-/// written as it reads.
+/// Checks that a plan does to a model whose experts share what it does to the one where each has a copy, and that the
+/// model is written as it reads.
 fn compare(
     plan: &PrunePlan,
     [shared, copied]: [&Arc<Checkpoint>; 2],

@@ -9,7 +9,8 @@ use crate::{Result, at, root};
 /// Where the numbers go.
 const GOLDEN: &str = "crates/moe-checkpoint/tests/fixtures/stock_exports.safetensors";
 
-/// Exports the fixtures, runs them in transformers and writes the numbers. `python` has torch, transformers and safetensors.
+/// Exports the fixtures, runs them in transformers and writes the numbers. `python` has torch, transformers and
+/// safetensors.
 pub fn run(python: &Path) -> Result<()> {
     let out = root().join("target/goldens");
     if out.exists() {

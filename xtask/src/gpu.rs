@@ -4,8 +4,8 @@ use std::process::Command;
 
 use crate::{Result, root};
 
-/// Runs the tests that compare a GPU device with the CPU: models in moe-core, scores in moe-importance. `device` is `wgpu`,
-/// `vulkan` or `cuda`. On Mesa 22's software Vulkan take `wgpu`: that driver crashes on the SPIR-V of `vulkan`.
+/// Runs the tests that compare a GPU device with the CPU: models in moe-core, scores in moe-importance. `device` is
+/// `wgpu`, `vulkan` or `cuda`. On Mesa 22's software Vulkan take `wgpu`: that driver crashes on the SPIR-V of `vulkan`.
 pub fn run(device: &str) -> Result<()> {
     let status = Command::new("cargo")
         .args(["test", "--release", "--package", "moe-core", "--package", "moe-importance", "--features"])

@@ -67,7 +67,8 @@ enum Verb {
     },
     /// Compare all ways to prune on the bundled model (an hour on two cores), and write the tables of docs/study.md
     Study(study::Options),
-    /// Fine-tune the bundled model in ways that change its routing (a few minutes on two cores), and write the tables of docs/fine-tuning.md
+    /// Fine-tune the bundled model in ways that change its routing (a few minutes on two cores), and write the tables
+    /// of docs/fine-tuning.md
     RouterStudy(router_study::Options),
     /// Mean, standard deviation and throughput of the last benchmark runs
     BenchReport {

@@ -10,10 +10,10 @@ pub const DEFAULT_OUT: &str = "out/study";
 
 /// Compares ways to prune the routed experts of a model at equal size.
 ///
-/// Without --model: the whole study on the bundled model. Every scorer with every way to prune, calibrated on each of three
-/// capabilities in turn, at four sizes and with three draws of the calibration rows; then repairs, stock exports, allocators
-/// and knock-outs. With --merging: every way to merge instead, and what it is to be compared with. With --model: a table for
-/// a model and data of your own.
+/// Without --model: the whole study on the bundled model. Every scorer with every way to prune, calibrated on each of
+/// three capabilities in turn, at four sizes and with three draws of the calibration rows; then repairs, stock exports,
+/// allocators and knock-outs. With --merging: every way to merge instead, and what it is to be compared with. With
+/// --model: a table for a model and data of your own.
 #[derive(Clone, Debug, clap::Parser)]
 #[command(name = "compare_methods")]
 pub struct Arguments {
@@ -26,10 +26,12 @@ pub struct Arguments {
     /// Rows to measure on, in a file named NAME_test.jsonl; repeatable
     #[arg(long, value_name = "FILE", requires = "model")]
     pub eval: Vec<PathBuf>,
-    /// Scorer by its name in the study, by its own name, or as JSON; repeatable [default: fisher, activation, reap, random]
+    /// Scorer by its name in the study, by its own name, or as JSON; repeatable [default: fisher, activation, reap,
+    /// random]
     #[arg(long, value_name = "SCORER", requires = "model")]
     pub scorer: Vec<String>,
-    /// Way to prune by its name in the study, or a pruner as JSON; repeatable [default: global, layer, uniform, experts]
+    /// Way to prune by its name in the study, or a pruner as JSON; repeatable [default: global, layer, uniform,
+    /// experts]
     #[arg(long, value_name = "PRUNER", requires = "model")]
     pub pruner: Vec<String>,
     /// Fraction of the expert units to drop; repeatable, or a list with commas [default: 0.5]

@@ -16,8 +16,8 @@ use super::layers::LayerErrors;
 use super::rows::HeldOut;
 use crate::Result;
 
-/// Figures by name, `CAPABILITY_FIGURE`: `ppl`, the perplexity; `kl`, the divergence from the full model in nats per predicted
-/// token; `exact`, the share of questions answered exactly; `layer`, what single layers get wrong.
+/// Figures by name, `CAPABILITY_FIGURE`: `ppl`, the perplexity; `kl`, the divergence from the full model in nats per
+/// predicted token; `exact`, the share of questions answered exactly; `layer`, what single layers get wrong.
 pub type Metrics = BTreeMap<String, f64>;
 
 /// What is measured on a model.

@@ -158,7 +158,8 @@ pub(super) fn rounded(value: f64) -> f64 {
     format!("{value:.6e}").parse().unwrap_or(value)
 }
 
-/// Finished measurements by configuration, one JSON object per line as they come. A line that was cut off by a kill is dropped.
+/// Finished measurements by configuration, one JSON object per line as they come. A line that was cut off by a kill is
+/// dropped.
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,

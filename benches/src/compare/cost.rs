@@ -43,8 +43,8 @@ pub struct Cost {
 }
 
 impl Costs {
-    /// Collects for one scorer that needs no gradients, for one that does, for ten, and for all, without writing anything; or
-    /// reads what an earlier run has measured.
+    /// Collects for one scorer that needs no gradients, for one that does, for ten, and for all, without writing
+    /// anything; or reads what an earlier run has measured.
     ///
     /// # Errors
     /// Whatever stops the model; a file that is not one.

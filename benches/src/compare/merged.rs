@@ -51,7 +51,8 @@ pub(super) fn subject<'m>(
     Ok(Subject::exported(full, shown, plan).compressed(report.parameters_before, report.parameters_after))
 }
 
-/// Merges by a recipe; also gives what is left of the full model. Experts that are merged layer by layer are kept under `scratch`.
+/// Merges by a recipe; also gives what is left of the full model. Experts that are merged layer by layer are kept under
+/// `scratch`.
 ///
 /// # Errors
 /// As [`subject`].
@@ -92,7 +93,8 @@ fn expert_bytes(checkpoint: &Checkpoint) -> Result<u64> {
     Ok(layers.map(|layer| checkpoint.expert_bytes_on_disk(layer.layer)).sum::<moe_checkpoint::Result<u64>>()?)
 }
 
-/// The largest rank at which the compressed experts of a checkpoint take at most so many bytes, rows of S and their indices included.
+/// The largest rank at which the compressed experts of a checkpoint take at most so many bytes, rows of S and their
+/// indices included.
 fn rank(checkpoint: &Checkpoint, compression: &Compression, allowed: f64) -> Result<usize> {
     let hidden = checkpoint.shape().hidden_size;
     // Rows of S, the length of the longest, and both dimensions of a matrix together.

@@ -95,8 +95,8 @@ pub struct Form {
 }
 
 impl Form {
-    /// Writes every recipe in every form, at the size at which everything is compared, to see how large that is; or reads what an earlier
-    /// run has found. The first entry is the full model's, as it is.
+    /// Writes every recipe in every form, at the size at which everything is compared, to see how large that is; or
+    /// reads what an earlier run has found. The first entry is the full model's, as it is.
     ///
     /// # Errors
     /// Whatever stops a merge but a form that a recipe does not allow.

@@ -21,8 +21,8 @@ pub struct Draw {
 }
 
 impl Draw {
-    /// The sequences of a draw: rows in a random order of this seed, or the first ones. Which they are does not depend on
-    /// what of them counts in the loss.
+    /// The sequences of a draw: rows in a random order of this seed, or the first ones. Which they are does not depend
+    /// on what of them counts in the loss.
     ///
     /// # Errors
     /// Those of [`Dataset::load`].

@@ -202,7 +202,8 @@ impl Settings {
         jobs
     }
 
-    /// Exports for stock loaders and the ragged ones they are compared with, all of them by the scores of one scorer, some by others.
+    /// Exports for stock loaders and the ragged ones they are compared with, all of them by the scores of one scorer,
+    /// some by others.
     pub fn stock(&self) -> Vec<Job> {
         let mut jobs = Vec::new();
         for (calibrated, seed) in self.draws() {

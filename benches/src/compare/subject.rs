@@ -28,7 +28,8 @@ pub struct Subject<'m> {
     /// What is kept of the exported one: everything.
     whole: Option<PrunePlan>,
     edits: Edits,
-    /// Parameters of routed experts, where they are not those of the plan, and what goes besides of the exported checkpoint.
+    /// Parameters of routed experts, where they are not those of the plan, and what goes besides of the exported
+    /// checkpoint.
     compressed: Option<(u64, u64)>,
 }
 
@@ -135,7 +136,8 @@ impl<'m> Subject<'m> {
     /// Repairs it on these rows.
     ///
     /// # Errors
-    /// Whatever stops the repair; [`Error::Invalid`] for one that needs a plan of the full model where there is an export.
+    /// Whatever stops the repair; [`Error::Invalid`] for one that needs a plan of the full model where there is an
+    /// export.
     pub fn repair(&mut self, step: &RepairStep, rows: &[Wave]) -> Result<()> {
         let student = self.model()?;
         let (base, plan) = self.base();

@@ -95,8 +95,8 @@ impl Summary {
         }
     }
 
-    /// The mean over capabilities of the logarithm of the divergence on the capability that was calibrated on, each by the best of
-    /// the four ways to prune; at the size at which everything is compared.
+    /// The mean over capabilities of the logarithm of the divergence on the capability that was calibrated on, each by
+    /// the best of the four ways to prune; at the size at which everything is compared.
     pub fn rank(&self, scorer: &str) -> Option<f64> {
         let logarithm = |calibrated: &String| {
             let divergence = |method: &&str| {

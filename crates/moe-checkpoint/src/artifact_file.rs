@@ -76,8 +76,8 @@ pub(crate) fn parse_versioned<T: DeserializeOwned>(path: &Path, kind: Kind, json
 /// One tensor to write: name, dtype, shape, little-endian bytes.
 pub(crate) type OutTensor = (String, Dtype, Vec<usize>, Vec<u8>);
 
-/// Writes a file beside its place, as `*.tmp`, and renames it: whole or not at all for whoever reads it after this process was
-/// killed. It is not synced, so that it costs no wait for the disk; after a power cut it may be cut short.
+/// Writes a file beside its place, as `*.tmp`, and renames it: whole or not at all for whoever reads it after this
+/// process was killed. It is not synced, so that it costs no wait for the disk; after a power cut it may be cut short.
 ///
 /// # Errors
 /// What the file system says.

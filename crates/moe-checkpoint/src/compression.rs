@@ -25,8 +25,8 @@ pub struct BeforeAfter {
     pub after: u64,
 }
 
-/// A router that selects more experts than a layer has left: each token gets all of them. A config has one number for all
-/// layers, so that the smallest layer decides.
+/// A router that selects more experts than a layer has left: each token gets all of them. A config has one number for
+/// all layers, so that the smallest layer decides.
 ///
 /// ```
 /// use moe_checkpoint::TopKClamp;
@@ -66,9 +66,9 @@ pub enum Mtp {
     Keep,
     /// They are left out, and the config says that there are none. Loaders that do not use them read the same model.
     Drop,
-    /// Their experts become as wide and as many as those of the decoder, for uniform and fine-grained exports of pruning
-    /// plans. No activations exist for them, so that units are ranked by magnitude: the norm of the gate row times that of
-    /// the up row times that of the down column, and experts by the sum over their units.
+    /// Their experts become as wide and as many as those of the decoder, for uniform and fine-grained exports of
+    /// pruning plans. No activations exist for them, so that units are ranked by magnitude: the norm of the gate row
+    /// times that of the up row times that of the down column, and experts by the sum over their units.
     Prune,
 }
 

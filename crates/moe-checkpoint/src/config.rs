@@ -38,11 +38,13 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// Activation of the gate of every FFN.
     pub hidden_act: Activation,
-    /// Softmax attention, the same in all layers that have it apart from [`LayerConfig::sliding_window`] and [`LayerConfig::rotary`].
+    /// Softmax attention, the same in all layers that have it apart from [`LayerConfig::sliding_window`] and
+    /// [`LayerConfig::rotary`].
     pub attention: AttentionConfig,
     /// Rotary position embedding.
     pub rope: RopeConfig,
-    /// Attention of the layers with a [window](LayerConfig::sliding_window), in families where it is another one than that of the others.
+    /// Attention of the layers with a [window](LayerConfig::sliding_window), in families where it is another one than
+    /// that of the others.
     pub local: Option<Box<LocalAttention>>,
     /// Where the norms of both halves of a layer are.
     pub placement: NormPlacement,
@@ -61,13 +63,14 @@ pub struct ModelConfig {
     pub quantization: Option<Quantization>,
     /// Token ids that end a text: from `generation_config.json`, else `config.json`; empty if neither names one.
     pub eos_token_ids: Vec<u32>,
-    /// `dtype` (transformers 5) or `torch_dtype` (transformers 4), as written. The dtypes of the tensors are what counts.
+    /// `dtype` (transformers 5) or `torch_dtype` (transformers 4), as written. The dtypes of the tensors are what
+    /// counts.
     pub dtype: Option<String>,
 }
 
 impl ModelConfig {
-    /// Reads a `config.json`, of a stock model, a ragged or a grouped one, with the end-of-text ids of `generation_config.json`
-    /// where there is one.
+    /// Reads a `config.json`, of a stock model, a ragged or a grouped one, with the end-of-text ids of
+    /// `generation_config.json` where there is one.
     ///
     /// # Errors
     /// An unknown family, a model without routed experts, quantized weights, or a field that is missing, malformed,
@@ -121,8 +124,8 @@ impl ModelConfig {
         (0..self.layers.len()).any(|layer| self.kept_sums(layer) > 0)
     }
 
-    /// Whether what the experts give goes through a norm before it is added to the residual stream, so that the stream is no linear
-    /// function of it.
+    /// Whether what the experts give goes through a norm before it is added to the residual stream, so that the stream
+    /// is no linear function of it.
     pub fn norms_experts(&self) -> bool {
         self.placement != NormPlacement::Before
     }
@@ -148,8 +151,8 @@ pub enum Activation {
     GeluTanh,
     /// `relu(g) * u`.
     Relu,
-    /// `g' * sigmoid(alpha * g') * (u' + 1)` with `g' = min(g, limit)` and `u' = clamp(u, -limit, limit)`, as in gpt-oss.
-    /// A unit whose gate and up are zero still gives zero.
+    /// `g' * sigmoid(alpha * g') * (u' + 1)` with `g' = min(g, limit)` and `u' = clamp(u, -limit, limit)`, as in
+    /// gpt-oss. A unit whose gate and up are zero still gives zero.
     ClampedSwiglu {
         /// Slope inside the sigmoid.
         alpha: f64,
@@ -220,11 +223,11 @@ pub struct AttentionConfig {
     pub num_kv_heads: usize,
     /// Width of one query and key head; `qk_nope_head_dim + qk_rope_head_dim` for [`AttentionKind::Latent`].
     pub head_dim: usize,
-    /// Dimensions of a head that the rotary embedding turns. The first ones for [`AttentionKind::Grouped`], the last ones
-    /// (`qk_rope_head_dim`) for [`AttentionKind::Latent`].
+    /// Dimensions of a head that the rotary embedding turns. The first ones for [`AttentionKind::Grouped`], the last
+    /// ones (`qk_rope_head_dim`) for [`AttentionKind::Latent`].
     pub rotary_dim: usize,
-    /// Whether query, key and value projections have a bias; for [`AttentionKind::Latent`], the two projections down to the
-    /// latents.
+    /// Whether query, key and value projections have a bias; for [`AttentionKind::Latent`], the two projections down to
+    /// the latents.
     pub qkv_bias: bool,
     /// Whether the output projection has a bias.
     pub output_bias: bool,
@@ -248,8 +251,8 @@ pub struct AttentionConfig {
     pub qkv_clip: Option<f64>,
     /// Whether every head has a learnt logit that takes part in the softmax and has no value.
     pub sinks: bool,
-    /// Factor on the dot products before the softmax where it is not `1 / sqrt(head_dim)`. The square of YaRN's `mscale` in
-    /// DeepSeek models is part of it.
+    /// Factor on the dot products before the softmax where it is not `1 / sqrt(head_dim)`. The square of YaRN's
+    /// `mscale` in DeepSeek models is part of it.
     pub scale: Option<f64>,
 }
 
@@ -282,7 +285,8 @@ pub enum OutputGate {
 }
 
 /// Growth of queries with their position: the query at position `p`, from 0, is multiplied by
-/// `1 + rate * ln(1 + floor((p + offset) / length))`. With [`AttentionKind::Grouped`] it is in layers that do not rotate.
+/// `1 + rate * ln(1 + floor((p + offset) / length))`. With [`AttentionKind::Grouped`] it is in layers that do not
+/// rotate.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct QueryGrowth {
     /// Rate of the growth.
@@ -301,13 +305,14 @@ pub enum AttentionKind {
     Grouped,
     /// Multi-head latent attention (arXiv 2405.04434, section 2.1): keys and values come from a low-rank latent.
     Latent(LatentAttention),
-    /// Something that this view does not describe. The checkpoint can be read, pruned and written; the model cannot run.
+    /// Something that this view does not describe. The checkpoint can be read, pruned and written; the model cannot
+    /// run.
     Other,
 }
 
 /// Multi-head latent attention. `kv_a_proj_with_mqa` gives `[kv_lora_rank latent | qk_rope_head_dim rotary key]`; the
-/// normed latent goes through `kv_b_proj`, whose rows are per head `[qk_nope_head_dim key | v_head_dim value]`. A query head
-/// is `[qk_nope_head_dim | qk_rope_head_dim]`. The rotary key is shared by all heads.
+/// normed latent goes through `kv_b_proj`, whose rows are per head `[qk_nope_head_dim key | v_head_dim value]`. A query
+/// head is `[qk_nope_head_dim | qk_rope_head_dim]`. The rotary key is shared by all heads.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LatentAttention {
     /// Rank of the latent of queries; `None` for a plain query projection.
@@ -360,8 +365,8 @@ pub enum RopeScaling {
         /// Extension of the context.
         factor: f64,
     },
-    /// Frequencies of Llama 3: those whose wavelength is above `original_max_position / low` are divided by `factor`, those below
-    /// `original_max_position / high` stay, between them goes a ramp.
+    /// Frequencies of Llama 3: those whose wavelength is above `original_max_position / low` are divided by `factor`,
+    /// those below `original_max_position / high` stay, between them goes a ramp.
     Llama3 {
         /// Extension of the context.
         factor: f64,
@@ -543,12 +548,12 @@ pub struct MoeConfig {
     pub widths: Vec<usize>,
     /// Biases of every routed expert.
     pub biases: ExpertBiases,
-    /// Whether experts have no gate of their own: files hold up and down alone, and the up projection is the gate, too. With
-    /// [`Activation::Relu`] that is ReLU², `relu(u) u`. A unit is its up row and its down column; whatever asks for its gate row gets its
-    /// up row.
+    /// Whether experts have no gate of their own: files hold up and down alone, and the up projection is the gate, too.
+    /// With [`Activation::Relu`] that is ReLU², `relu(u) u`. A unit is its up row and its down column; whatever asks
+    /// for its gate row gets its up row.
     pub gateless: bool,
-    /// The stored set of weights of every routed expert, `[E]`, in a grouped checkpoint: experts of one set share weights.
-    /// Otherwise every expert has its own.
+    /// The stored set of weights of every routed expert, `[E]`, in a grouped checkpoint: experts of one set share
+    /// weights. Otherwise every expert has its own.
     pub sets: Option<Vec<u32>>,
     /// Expert that every token goes through.
     pub shared: Option<SharedExpert>,
@@ -583,7 +588,8 @@ pub struct SharedExpert {
     pub gated: bool,
     /// Whether one matrix holds its gate and its up projection, the rows of gate first.
     pub packed: bool,
-    /// Whether it is a block beside the experts, with norms of its own: `norm(shared(norm(x))) + norm(experts(norm(x)))`.
+    /// Whether it is a block beside the experts, with norms of its own: `norm(shared(norm(x))) +
+    /// norm(experts(norm(x)))`.
     pub apart: bool,
     /// Whether it has no gate; see [`MoeConfig::gateless`].
     pub gateless: bool,
@@ -611,7 +617,8 @@ pub struct Routing {
     pub norm_eps: f64,
     /// Whether weights multiply what an expert reads instead of what it gives.
     pub on_inputs: bool,
-    /// Whether the router reads the residual stream through a norm of its own, whose weight is `H^-0.5` times what is stored.
+    /// Whether the router reads the residual stream through a norm of its own, whose weight is `H^-0.5` times what is
+    /// stored.
     pub own_norm: bool,
     /// Whether the weight of every expert is multiplied by a factor of its own `[E]` at the end.
     pub expert_scales: bool,
@@ -653,8 +660,8 @@ impl Routing {
         }
     }
 
-    /// Checks that routing by groups still works with these of the `experts` of a layer, and their rows: as many left in every
-    /// group, and enough of them in the selected groups. Routing without groups works with any.
+    /// Checks that routing by groups still works with these of the `experts` of a layer, and their rows: as many left
+    /// in every group, and enough of them in the selected groups. Routing without groups works with any.
     ///
     /// # Errors
     /// [`Error::BrokenRouting`] names the layer.
@@ -699,20 +706,20 @@ pub enum RoutingKind {
     },
     /// The `top_k` largest logits, then softmax over those.
     TopKSoftmax,
-    /// Softmax over all experts, groups selected by [`Groups`], then the `top_k` largest within them (others count as 0).
-    /// Weights are not divided by their sum. DeepSeek-V2's `group_limited_greedy`.
+    /// Softmax over all experts, groups selected by [`Groups`], then the `top_k` largest within them (others count as
+    /// 0). Weights are not divided by their sum. DeepSeek-V2's `group_limited_greedy`.
     SoftmaxGroupTopK {
         /// Groups that experts are selected from.
         groups: Groups,
     },
-    /// Softmax over all experts; the `top_k` largest of softmax plus correction bias are selected; their softmax values are
-    /// divided by `max(sum, norm_min)`. Ernie 4.5.
+    /// Softmax over all experts; the `top_k` largest of softmax plus correction bias are selected; their softmax values
+    /// are divided by `max(sum, norm_min)`. Ernie 4.5.
     SoftmaxCorrected {
         /// Smallest divisor.
         norm_min: f64,
     },
-    /// Sigmoid of every logit; selection by sigmoid plus correction bias, if there is one, within the selected groups, if
-    /// there are any (experts of other groups are never selected).
+    /// Sigmoid of every logit; selection by sigmoid plus correction bias, if there is one, within the selected groups,
+    /// if there are any (experts of other groups are never selected).
     Sigmoid {
         /// Whether the selected weights are divided by their sum plus [`Routing::norm_eps`].
         renormalize: bool,
@@ -721,9 +728,9 @@ pub enum RoutingKind {
         /// Whether whole groups of experts are selected first.
         groups: Option<Groups>,
     },
-    /// Two experts, one after the other (arXiv 2409.12136, at inference): the expert of the largest logit `m` first, weighted
-    /// by the softmax over the experts with `(m - s) / max(|s|, m) <= 2 * jitter_eps`; then the same with that expert
-    /// taken out of the maximum and the softmax.
+    /// Two experts, one after the other (arXiv 2409.12136, at inference): the expert of the largest logit `m` first,
+    /// weighted by the softmax over the experts with `(m - s) / max(|s|, m) <= 2 * jitter_eps`; then the same with that
+    /// expert taken out of the maximum and the softmax.
     Sparsemixer {
         /// Half the relative distance from the maximum within which logits take part in the softmax.
         jitter_eps: f64,

@@ -7,7 +7,8 @@ use safetensors::Dtype;
 
 use crate::experts::Placement;
 
-/// Elements converted at a time: enough to pay for a task, little enough that the pages behind it can be given back early.
+/// Elements converted at a time: enough to pay for a task, little enough that the pages behind it can be given back
+/// early.
 pub(crate) const CHUNK: usize = 256 << 10;
 
 /// Bytes of one element of a dtype that weights are read from, `None` for any other dtype.

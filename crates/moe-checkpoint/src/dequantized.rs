@@ -13,8 +13,8 @@ use crate::source::{ModelDescription, ModelSource};
 use crate::weights::TensorInfo;
 use crate::{Checkpoint, Result};
 
-/// The values of a quantized base as BF16, in the layout of its family, without factors and exponents. It is the same model:
-/// its fingerprint is that of the base.
+/// The values of a quantized base as BF16, in the layout of its family, without factors and exponents. It is the same
+/// model: its fingerprint is that of the base.
 struct Dequantized {
     base: Arc<Checkpoint>,
     /// Layers whose experts need another layout than they are stored in.
@@ -22,8 +22,8 @@ struct Dequantized {
 }
 
 impl Checkpoint {
-    /// The same model without quantization: what every method that changes weights starts from. The model itself where nothing
-    /// is quantized.
+    /// The same model without quantization: what every method that changes weights starts from. The model itself where
+    /// nothing is quantized.
     ///
     /// # Errors
     /// Those of [`Checkpoint::from_source`].

@@ -7,8 +7,8 @@ use safetensors::Dtype;
 use crate::convert;
 use crate::experts::ExpertPart;
 
-/// One matrix of an expert: row-major little-endian elements without alignment. A view of the file where the file holds it
-/// so, else a copy.
+/// One matrix of an expert: row-major little-endian elements without alignment. A view of the file where the file holds
+/// it so, else a copy.
 #[derive(Clone, Debug)]
 pub struct RawMatrix<'a> {
     /// The elements.

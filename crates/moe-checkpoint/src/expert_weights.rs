@@ -52,8 +52,8 @@ impl ExpertWeights {
         }
     }
 
-    /// The expert of these units in this order: slot `i` gets unit `units[i]`. Fewer units prune it; a permutation of all of
-    /// them leaves the function as it was.
+    /// The expert of these units in this order: slot `i` gets unit `units[i]`. Fewer units prune it; a permutation of
+    /// all of them leaves the function as it was.
     ///
     /// ```
     /// use moe_checkpoint::ExpertWeights;

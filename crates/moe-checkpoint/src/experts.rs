@@ -4,7 +4,8 @@ use crate::expert_bytes::{ExpertBytes, RawMatrix};
 use std::borrow::Cow;
 use std::ops::Range;
 
-/// Which tensor of a layer's routed experts, in one of the layouts. `E` experts of width `I` (or `I_e`), hidden size `H`.
+/// Which tensor of a layer's routed experts, in one of the layouts. `E` experts of width `I` (or `I_e`), hidden size
+/// `H`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum ExpertTensor {
@@ -14,8 +15,8 @@ pub enum ExpertTensor {
     Up(usize),
     /// Down projection of one expert `[H, I]`.
     Down(usize),
-    /// Gate and up of all experts: `[E, 2I, H]` in [`ExpertLayout::Fused`], `[E, H, 2I]` in [`ExpertLayout::Interleaved`] and
-    /// [`ExpertLayout::Transposed`].
+    /// Gate and up of all experts: `[E, 2I, H]` in [`ExpertLayout::Fused`], `[E, H, 2I]` in
+    /// [`ExpertLayout::Interleaved`] and [`ExpertLayout::Transposed`].
     FusedGateUp,
     /// Down of all experts: `[E, H, I]` in [`ExpertLayout::Fused`], `[E, I, H]` in [`ExpertLayout::Interleaved`] and
     /// [`ExpertLayout::Transposed`].
@@ -128,16 +129,16 @@ impl ExpertBlock {
         }
     }
 
-    /// The bytes of this block, made from the canonical parts of an expert; `None` if a part is missing or parts that share
-    /// the block differ in dtype.
+    /// The bytes of this block, made from the canonical parts of an expert; `None` if a part is missing or parts that
+    /// share the block differ in dtype.
     pub fn bytes<'a>(self, expert: &'a ExpertBytes<'_>) -> Option<Cow<'a, [u8]>> {
         let view = |matrix: &'a RawMatrix<'_>| RawMatrix { bytes: Cow::Borrowed(&*matrix.bytes), ..*matrix };
         let parts = self.parts().iter().map(|part| expert.part(*part).map(view));
         self.assemble(parts.collect::<Option<Vec<_>>>()?)
     }
 
-    /// The bytes of this block, made from its [parts](ExpertBlock::parts); `None` if they are not as many, or differ in dtype
-    /// or shape.
+    /// The bytes of this block, made from its [parts](ExpertBlock::parts); `None` if they are not as many, or differ in
+    /// dtype or shape.
     pub fn assemble(self, parts: Vec<RawMatrix<'_>>) -> Option<Cow<'_, [u8]>> {
         match (self, <[_; 1]>::try_from(parts)) {
             (Self::Part(_), Ok([matrix])) => Some(matrix.bytes),
@@ -183,15 +184,16 @@ fn interleave(matrices: &[&[u8]], rows: usize, cols: usize, size: usize) -> Vec<
 pub enum ExpertLayout {
     /// Three 2-D tensors per expert.
     PerExpert,
-    /// Two 2-D tensors per expert, up and down: experts without a gate ([`MoeConfig::gateless`](crate::MoeConfig::gateless)).
+    /// Two 2-D tensors per expert, up and down: experts without a gate
+    /// ([`MoeConfig::gateless`](crate::MoeConfig::gateless)).
     Gateless,
     /// Two 3-D tensors per layer; all widths are equal.
     Fused,
-    /// Two 3-D tensors per layer, transposed, the columns of gate before those of up: Qwen3-VL and Llama 4 as released. All widths
-    /// are equal.
+    /// Two 3-D tensors per layer, transposed, the columns of gate before those of up: Qwen3-VL and Llama 4 as released.
+    /// All widths are equal.
     Transposed,
-    /// Two 3-D tensors per layer, transposed, gate and up alternating, and two tensors of biases: gpt-oss. All widths are
-    /// equal.
+    /// Two 3-D tensors per layer, transposed, gate and up alternating, and two tensors of biases: gpt-oss. All widths
+    /// are equal.
     Interleaved,
     /// Two tensors per layer with experts of any width, and one or two of biases if the experts have them
     /// (`docs/ragged-format.md`).
@@ -209,7 +211,8 @@ pub struct ExpertTensorLayout {
     pub blocks: Vec<(usize, ExpertBlock)>,
 }
 
-/// Where one part of one expert is within a tensor: element `(row, col)` is at `start + row * row_stride + col * col_stride`.
+/// Where one part of one expert is within a tensor: element `(row, col)` is at `start + row * row_stride + col *
+/// col_stride`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Placement {
     /// The tensor.

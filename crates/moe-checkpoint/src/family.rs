@@ -207,8 +207,8 @@ pub trait Family: Send + Sync {
         None
     }
 
-    /// Whether the shared expert has the width of a routed one, and a config no other number for it: then no export gives the routed ones
-    /// another width.
+    /// Whether the shared expert has the width of a routed one, and a config no other number for it: then no export
+    /// gives the routed ones another width.
     fn shared_follows_width(&self) -> bool {
         false
     }
@@ -231,8 +231,8 @@ pub trait Family: Send + Sync {
         }
     }
 
-    /// Other words for parts of the decoder, each a list of the family's words and those in their place: how transformers 5 calls in
-    /// memory what a release called otherwise.
+    /// Other words for parts of the decoder, each a list of the family's words and those in their place: how
+    /// transformers 5 calls in memory what a release called otherwise.
     fn other_words(&self) -> &'static [&'static [(&'static str, &'static str)]] {
         &[]
     }
@@ -279,8 +279,8 @@ pub fn family(model_type: &str) -> Result<&'static dyn Family> {
     })
 }
 
-/// The family of a parsed `config.json`; that of the original model for a ragged checkpoint, and that of the text model (`text_config`)
-/// for a wrapper without a family of its own.
+/// The family of a parsed `config.json`; that of the original model for a ragged checkpoint, and that of the text model
+/// (`text_config`) for a wrapper without a family of its own.
 ///
 /// # Errors
 /// [`Error::MissingField`] without `model_type`, [`Error::NotMoe`] for a model without routed experts,

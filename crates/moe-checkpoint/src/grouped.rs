@@ -133,13 +133,13 @@ impl Grouped {
     }
 }
 
-/// The config of a grouped checkpoint: for every MoE layer, the set of weights of each expert, `sets[layer][expert]`, where
-/// every set from 0 to the largest is used. A layer may have fewer experts than `config` says: those are then all it has.
-/// `config` is that of a stock or a ragged checkpoint. All other keys stay as they are.
+/// The config of a grouped checkpoint: for every MoE layer, the set of weights of each expert, `sets[layer][expert]`,
+/// where every set from 0 to the largest is used. A layer may have fewer experts than `config` says: those are then all
+/// it has. `config` is that of a stock or a ragged checkpoint. All other keys stay as they are.
 ///
 /// # Errors
-/// Those of [`ModelConfig::from_json`] for the result: sets for every MoE layer and for no other, at least `top_k` experts
-/// each, experts of one width in a set; and a config that is grouped already.
+/// Those of [`ModelConfig::from_json`] for the result: sets for every MoE layer and for no other, at least `top_k`
+/// experts each, experts of one width in a set; and a config that is grouped already.
 pub fn grouped_config(config: &Value, sets: &BTreeMap<usize, Vec<u32>>) -> Result<Value> {
     let fields = Fields::new(config, CONFIG)?;
     if Grouped::read(config)?.is_some() {
@@ -165,8 +165,8 @@ pub fn grouped_config(config: &Value, sets: &BTreeMap<usize, Vec<u32>>) -> Resul
     Ok(result)
 }
 
-/// The config of a checkpoint, grouped or not, with these sets instead of its own. Where every expert of every layer has a set of
-/// its own and no layer lacks experts, that is the config without grouping.
+/// The config of a checkpoint, grouped or not, with these sets instead of its own. Where every expert of every layer
+/// has a set of its own and no layer lacks experts, that is the config without grouping.
 ///
 /// # Errors
 /// Those of [`grouped_config`] for the result.

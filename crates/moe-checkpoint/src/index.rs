@@ -25,8 +25,8 @@ pub(crate) enum WeightFiles {
 }
 
 impl WeightFiles {
-    /// Finds the weights: what `model.safetensors.index.json` names, or else `model.safetensors`. An index goes before a single file beside
-    /// it, which is a leftover then, unless it is the index whose shards are gone.
+    /// Finds the weights: what `model.safetensors.index.json` names, or else `model.safetensors`. An index goes before
+    /// a single file beside it, which is a leftover then, unless it is the index whose shards are gone.
     pub fn find(dir: &Path) -> Result<Self> {
         let (single, index) = (dir.join(SINGLE_FILE), dir.join(INDEX_FILE));
         if !index.exists() {

@@ -1,8 +1,8 @@
 //! Where the decoder is among the tensors of a checkpoint, and other words for its parts.
 //!
-//! A family names its tensors as it was released. The same decoder is found under other names: inside a model with other modalities
-//! (`model.language_model.`, `language_model.model.`), saved without its head (no prefix), or by the names transformers 5 gives it in
-//! memory. Such a checkpoint is read, and written again, by the names it has.
+//! A family names its tensors as it was released. The same decoder is found under other names: inside a model with
+//! other modalities (`model.language_model.`, `language_model.model.`), saved without its head (no prefix), or by the
+//! names transformers 5 gives it in memory. Such a checkpoint is read, and written again, by the names it has.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -55,7 +55,8 @@ struct Renamed {
     spelling: Spelling,
 }
 
-/// The one family of a spelling. There are few spellings, and each lives as long as the program, as the families themselves do.
+/// The one family of a spelling. There are few spellings, and each lives as long as the program, as the families
+/// themselves do.
 fn interned(family: &'static dyn Family, spelling: Spelling) -> &'static dyn Family {
     static KNOWN: Mutex<BTreeMap<Spelling, &'static Renamed>> = Mutex::new(BTreeMap::new());
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -219,8 +220,8 @@ impl Family for Renamed {
     }
 }
 
-/// What a config that no family describes says of itself, for the question whether it is a Mixture-of-Experts model at all: experts have
-/// been called by one of these words in every config so far, at whatever depth.
+/// What a config that no family describes says of itself, for the question whether it is a Mixture-of-Experts model at
+/// all: experts have been called by one of these words in every config so far, at whatever depth.
 pub(crate) fn mentions_experts(config: &Value) -> bool {
     match config {
         Value::Object(fields) => fields.iter().any(|(name, value)| {
@@ -234,7 +235,8 @@ pub(crate) fn mentions_experts(config: &Value) -> bool {
     }
 }
 
-/// Names of tensors that tell where a checkpoint comes from that has another name in place of `missing`; empty if nothing does.
+/// Names of tensors that tell where a checkpoint comes from that has another name in place of `missing`; empty if
+/// nothing does.
 pub(crate) fn hint<'a>(missing: &str, names: impl Iterator<Item = &'a String> + Clone) -> String {
     if names.clone().any(|name| name.contains(".switch_mlp.")) {
         return "; `switch_mlp` is how MLX names experts: take the original checkpoint, or convert this one back"

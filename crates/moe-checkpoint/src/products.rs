@@ -6,8 +6,8 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-/// Rows of a block of a product with `rows` rows: eight blocks or so, for as many threads, but not so small that packing the
-/// other matrix anew for each costs more than the block, nor so large that it does not matter any more.
+/// Rows of a block of a product with `rows` rows: eight blocks or so, for as many threads, but not so small that
+/// packing the other matrix anew for each costs more than the block, nor so large that it does not matter any more.
 fn block_rows(rows: usize) -> usize {
     rows.div_ceil(8).next_multiple_of(32).clamp(96, 384)
 }

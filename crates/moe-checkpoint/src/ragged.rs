@@ -142,10 +142,10 @@ impl Ragged {
     }
 }
 
-/// The config of a ragged checkpoint with these expert widths per decoder layer, made from the config of a stock model or
-/// of another ragged checkpoint. Experts of the layers in `down_bias` have a bias of down and no other, in a model whose
-/// experts have none of their own. A token gets no more experts than the smallest layer has ([`TopKClamp`]). All other keys
-/// stay as they are.
+/// The config of a ragged checkpoint with these expert widths per decoder layer, made from the config of a stock model
+/// or of another ragged checkpoint. Experts of the layers in `down_bias` have a bias of down and no other, in a model
+/// whose experts have none of their own. A token gets no more experts than the smallest layer has ([`TopKClamp`]). All
+/// other keys stay as they are.
 ///
 /// # Errors
 /// Those of [`ModelConfig::from_json`] for `config`, and the same for the result: widths for every MoE layer and for no

@@ -9,8 +9,8 @@ use safetensors::Dtype;
 use crate::shard::Shard;
 use crate::{Error, Result, TensorSpec};
 
-/// A safetensors file that is no checkpoint, mapped and read tensor by tensor. Its header is checked when it is opened, as that of a
-/// checkpoint is.
+/// A safetensors file that is no checkpoint, mapped and read tensor by tensor. Its header is checked when it is opened,
+/// as that of a checkpoint is.
 pub struct SafetensorsFile {
     path: PathBuf,
     shard: Shard,

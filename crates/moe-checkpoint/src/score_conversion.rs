@@ -47,8 +47,8 @@ impl ScoreTable {
     /// The result is additive if it is a sum of scores that were, over more than their expert.
     ///
     /// # Errors
-    /// [`Error::InvalidScores`] for the sum of scores that are not additive; those of [`ScoreTable::validate`], of this table
-    /// and of the reduced one (a sum can overflow).
+    /// [`Error::InvalidScores`] for the sum of scores that are not additive; those of [`ScoreTable::validate`], of this
+    /// table and of the reduced one (a sum can overflow).
     pub fn to_experts(&self, reduction: Reduction) -> Result<ScoreTable> {
         self.validate()?;
         let mut table = self.clone();
@@ -75,8 +75,8 @@ impl ScoreTable {
     /// (and expert) first, so that the tie-breaker is only read inside its own pool.
     ///
     /// # Errors
-    /// [`Error::InvalidScores`] if the granularities, layers or expert counts do not fit, if the tables are of different
-    /// models, or for more units than distinct f32 values; those of [`ScoreTable::validate`].
+    /// [`Error::InvalidScores`] if the granularities, layers or expert counts do not fit, if the tables are of
+    /// different models, or for more units than distinct f32 values; those of [`ScoreTable::validate`].
     pub fn broadcast(experts: &ScoreTable, tie_breaker: &ScoreTable) -> Result<ScoreTable> {
         experts.validate()?;
         tie_breaker.validate()?;

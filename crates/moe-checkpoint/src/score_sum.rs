@@ -5,16 +5,17 @@ use serde_json::json;
 use crate::{Denominator, Error, LayerScores, Provenance, Result, ScoreTable};
 
 impl ScoreTable {
-    /// `sum_i weight_i table_i` of tables of one scorer and one model on different data: a mixture of domains that is weighed
-    /// after scoring, without collecting anything again. Weights are taken as they are; those that sum to 1 give a mean.
+    /// `sum_i weight_i table_i` of tables of one scorer and one model on different data: a mixture of domains that is
+    /// weighed after scoring, without collecting anything again. Weights are taken as they are; those that sum to 1
+    /// give a mean.
     ///
-    /// The counts of routed tokens are added where all tables have them, so that an expert counts as never routed only if no
-    /// domain routed to it. The provenance names the model, and every part with its weight in the recipe.
+    /// The counts of routed tokens are added where all tables have them, so that an expert counts as never routed only
+    /// if no domain routed to it. The provenance names the model, and every part with its weight in the recipe.
     ///
     /// # Errors
-    /// [`Error::InvalidScores`] names the table (from 0), the field, what was found and what was expected: no table, a weight
-    /// that is no number from 0 on, all weights 0, tables of ranks, of another scorer, granularity, pool, denominator, model or
-    /// shape, or of data that another table has already; those of [`ScoreTable::validate`].
+    /// [`Error::InvalidScores`] names the table (from 0), the field, what was found and what was expected: no table, a
+    /// weight that is no number from 0 on, all weights 0, tables of ranks, of another scorer, granularity, pool,
+    /// denominator, model or shape, or of data that another table has already; those of [`ScoreTable::validate`].
     ///
     /// ```
     /// # use moe_checkpoint::{Denominator, Granularity, LayerScores, Pool, Provenance, ScoreTable};

@@ -83,8 +83,8 @@ pub struct ScoreTable {
     pub granularity: Granularity,
     /// Over what values may be compared.
     pub pool: Pool,
-    /// Over what values may be added, so that the sum stands for the items together: a loss, an amount of output. None for
-    /// shares, ranks, ratios and the like, and wherever a value is not known to be an amount.
+    /// Over what values may be added, so that the sum stands for the items together: a loss, an amount of output. None
+    /// for shares, ranks, ratios and the like, and wherever a value is not known to be an amount.
     pub additive: Option<Pool>,
     /// What sums were divided by.
     pub denominator: Denominator,
@@ -213,8 +213,8 @@ impl ScoreTable {
         self.layers.binary_search_by_key(&layer, |l| l.layer).ok().map(|position| &self.layers[position])
     }
 
-    /// Writes a safetensors file: `layer.{i}` `[experts, units]` f32 per MoE layer, `i` the decoder layer index (experts
-    /// narrower than the widest of their layer are padded with NaN; the metadata has the widths), `routed.{i}`
+    /// Writes a safetensors file: `layer.{i}` `[experts, units]` f32 per MoE layer, `i` the decoder layer index
+    /// (experts narrower than the widest of their layer are padded with NaN; the metadata has the widths), `routed.{i}`
     /// `[experts]` i64, everything else as JSON under the metadata key `moe.scores`. Atomic.
     ///
     /// # Errors

@@ -54,8 +54,8 @@ impl Shard {
             return;
         }
         let advice = memmap2::UncheckedAdvice::DontNeed;
-        // SAFETY: `DontNeed` on a read-only map of a file drops cached page table entries; a later read, through a slice
-        // that is alive now or not, faults the same bytes in from the file again.
+        // SAFETY: `DontNeed` on a read-only map of a file drops cached page table entries; a later read, through a
+        // slice that is alive now or not, faults the same bytes in from the file again.
         let advised = unsafe { self.map.unchecked_advise_range(advice, start, end - start) };
         if let Err(error) = advised {
             // Only the resident size is worse for it.

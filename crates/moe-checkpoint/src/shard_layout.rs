@@ -44,7 +44,8 @@ pub(crate) struct Placed {
     pub bytes: u64,
 }
 
-/// Fills shards in the order of `specs`, up to `max_shard_bytes` of tensor data each. A larger tensor gets its own shard.
+/// Fills shards in the order of `specs`, up to `max_shard_bytes` of tensor data each. A larger tensor gets its own
+/// shard.
 pub(crate) fn lay_out(specs: &[TensorSpec], max_shard_bytes: u64) -> Result<Vec<ShardLayout>> {
     let mut names = HashSet::new();
     let mut groups: Vec<(Vec<usize>, u64)> = Vec::new();

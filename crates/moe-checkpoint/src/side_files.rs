@@ -12,8 +12,8 @@ const WEIGHTS: [&str; 13] =
 /// Folders within folders that are looked into.
 const DEPTH: usize = 4;
 
-/// Copies the side files of a model directory, folders included: tokenizer, generation config, chat templates, code, license.
-/// `config.json`, weights and their indices are left out, as are hidden files and folders. Links are followed.
+/// Copies the side files of a model directory, folders included: tokenizer, generation config, chat templates, code,
+/// license. `config.json`, weights and their indices are left out, as are hidden files and folders. Links are followed.
 ///
 /// Returns the paths within the directory, sorted.
 ///

@@ -4,7 +4,8 @@ use std::fmt;
 
 use crate::{ExpertPart, LayerRole};
 
-/// A linear map of a model: the address by which adapters, training and files mean one matrix, whatever tensors hold it.
+/// A linear map of a model: the address by which adapters, training and files mean one matrix, whatever tensors hold
+/// it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Site {
     /// A map of decoder layer `.0`.
@@ -171,7 +172,8 @@ impl LayerSite {
         }
     }
 
-    /// The map that a tensor belongs to, and its place among the map's tensors; `None` for one that is no matrix of a linear map.
+    /// The map that a tensor belongs to, and its place among the map's tensors; `None` for one that is no matrix of a
+    /// linear map.
     pub fn of(role: LayerRole) -> Option<(Self, usize)> {
         Self::ALL.into_iter().find_map(|site| Some((site, site.roles().iter().position(|r| *r == role)?)))
     }

@@ -14,11 +14,12 @@ use crate::{Checkpoint, Error, Result};
 
 /// What gives a [`Checkpoint`] its weights.
 ///
-/// The files of a model directory are the first source. Every method that changes a model is another: a plan on a checkpoint,
-/// merged experts, folded adapters, an applied delta, a dequantization. It takes a base, says what the new config and tensors
-/// are, and makes bytes when they are asked for. [`Checkpoint::from_source`] verifies config and tensors as if they had been
-/// read from a directory, so that whatever reads a checkpoint (the engine, a scorer, another method, [`write`](crate::write()))
-/// reads the outcome of a method too, and sources stack without an intermediate directory.
+/// The files of a model directory are the first source. Every method that changes a model is another: a plan on a
+/// checkpoint, merged experts, folded adapters, an applied delta, a dequantization. It takes a base, says what the new
+/// config and tensors are, and makes bytes when they are asked for. [`Checkpoint::from_source`] verifies config and
+/// tensors as if they had been read from a directory, so that whatever reads a checkpoint (the engine, a scorer,
+/// another method, [`write`](crate::write())) reads the outcome of a method too, and sources stack without an
+/// intermediate directory.
 ///
 /// A source gives the same bytes however often and from however many threads it is asked.
 ///
@@ -49,29 +50,29 @@ use crate::{Checkpoint, Error, Result};
 /// }
 /// ```
 pub trait ModelSource: Send + Sync {
-    /// Bytes of a tensor as a file holds them, by their range within the tensor. Not asked for tensors of experts that the
-    /// source [makes](ModelSource::makes_experts).
+    /// Bytes of a tensor as a file holds them, by their range within the tensor. Not asked for tensors of experts that
+    /// the source [makes](ModelSource::makes_experts).
     ///
     /// # Errors
     /// Those of reading a base, and [`Error::Method`] for what a method cannot make.
     fn bytes(&self, tensor: &TensorInfo, range: Range<usize>) -> Result<Cow<'_, [u8]>>;
 
-    /// The least number of bytes of a tensor that are worth asking for at once, such as 1 where they are copied and a row
-    /// where rows are computed. Whoever streams a tensor asks for multiples of it. By default all bytes: a tensor is made as a
-    /// whole.
+    /// The least number of bytes of a tensor that are worth asking for at once, such as 1 where they are copied and a
+    /// row where rows are computed. Whoever streams a tensor asks for multiples of it. By default all bytes: a tensor
+    /// is made as a whole.
     fn grain(&self, tensor: &TensorInfo) -> usize {
         tensor.bytes as usize
     }
 
-    /// Whether the routed experts of this MoE layer come from [`ModelSource::expert_part`], and their tensors are made of
-    /// them; otherwise experts are found in the bytes of the tensors.
+    /// Whether the routed experts of this MoE layer come from [`ModelSource::expert_part`], and their tensors are made
+    /// of them; otherwise experts are found in the bytes of the tensors.
     fn makes_experts(&self, layer: usize) -> bool {
         let _ = layer;
         false
     }
 
-    /// One part of a routed expert in canonical orientation, in the dtype of the tensor that holds it. `set` counts sets of
-    /// weights, which are the experts unless these share sets. `None` for a part the expert lacks.
+    /// One part of a routed expert in canonical orientation, in the dtype of the tensor that holds it. `set` counts
+    /// sets of weights, which are the experts unless these share sets. `None` for a part the expert lacks.
     ///
     /// # Errors
     /// As [`ModelSource::bytes`].
@@ -107,8 +108,8 @@ pub trait ModelSource: Send + Sync {
         None
     }
 
-    /// Identifies the model by content, as 64 hex digits. By default the digest of the [step](ModelSource::step), or that of the
-    /// base where there is none.
+    /// Identifies the model by content, as 64 hex digits. By default the digest of the [step](ModelSource::step), or
+    /// that of the base where there is none.
     fn fingerprint(&self, model: &Checkpoint) -> String {
         let _ = model;
         match (self.step(), self.base()) {

@@ -87,8 +87,8 @@ impl Array {
     }
 }
 
-/// Named arrays with a value per unit, a value per expert or a vector per expert, the waves they hold, how much data that
-/// was, and where it came from.
+/// Named arrays with a value per unit, a value per expert or a vector per expert, the waves they hold, how much data
+/// that was, and where it came from.
 ///
 /// Values are kept in f64. Sums of floats depend on their order; [`StatisticsStore`](crate::StatisticsStore) fixes the
 /// order to ascending wave ids, which makes sharded, resumed and uninterrupted collections equal bit for bit.
@@ -194,11 +194,12 @@ impl Statistics {
         Ok(self.array(id)?.kind)
     }
 
-    /// Allocates an array for the whole model, with zeros, unless it is there: waves of one collection must hold the same
-    /// arrays, added to or not.
+    /// Allocates an array for the whole model, with zeros, unless it is there: waves of one collection must hold the
+    /// same arrays, added to or not.
     ///
     /// # Errors
-    /// [`Error::StatisticKind`] for an array of this name with another kind or fold, or a fold that the kind does not take.
+    /// [`Error::StatisticKind`] for an array of this name with another kind or fold, or a fold that the kind does not
+    /// take.
     pub fn allocate(&mut self, id: &str, kind: ArrayKind, fold: Fold) -> Result<()> {
         self.array_mut(id, kind, fold).map(drop)
     }
@@ -230,7 +231,8 @@ impl Statistics {
         Ok(&mut array.layers[position])
     }
 
-    /// The vector of one expert, of the length that `extent` says, for adding to. As [`Statistics::unit_mut`] otherwise.
+    /// The vector of one expert, of the length that `extent` says, for adding to. As [`Statistics::unit_mut`]
+    /// otherwise.
     ///
     /// # Errors
     /// An unknown layer or expert, or an array of this name with another kind or fold.

@@ -24,8 +24,8 @@ struct Meta {
 }
 
 impl Statistics {
-    /// Writes what decoder layer `layer` has of the arrays, in f64, and the matrices that were added to since the last such call:
-    /// what has changed while the layer was seen, for a wave that is gone on with in its middle. The file is
+    /// Writes what decoder layer `layer` has of the arrays, in f64, and the matrices that were added to since the last
+    /// such call: what has changed while the layer was seen, for a wave that is gone on with in its middle. The file is
     /// [renamed](write_renamed), not synced.
     ///
     /// # Errors
@@ -61,7 +61,8 @@ impl Statistics {
     /// Takes what a file of [`Statistics::save_part`] has in place of what is here. The arrays must be allocated.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::MalformedArtifact`] for a file of another layer or other arrays, or one that was cut short.
+    /// [`Error::Io`]; [`Error::MalformedArtifact`] for a file of another layer or other arrays, or one that was cut
+    /// short.
     pub fn load_part(&mut self, layer: usize, path: impl AsRef<Path>) -> Result<()> {
         let file = TensorFile::read(path.as_ref(), PART)?;
         let (meta, tensors): (Meta, Tensors<'_>) = file.parse()?;

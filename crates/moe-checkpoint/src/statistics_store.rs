@@ -21,8 +21,8 @@ const UNFINISHED: &str = "unfinished-";
 /// resumed after a kill to those of one that ran through. Every file is written atomically; what a killed process left
 /// half written is ignored and removed by the next [`StatisticsStore::create_or_resume`].
 ///
-/// One process writes to a store at a time; processes that share the work have a store each. What a run has left of a wave in
-/// progress is in a directory of its own ([`StatisticsStore::unfinished`]), which no other store takes over.
+/// One process writes to a store at a time; processes that share the work have a store each. What a run has left of a
+/// wave in progress is in a directory of its own ([`StatisticsStore::unfinished`]), which no other store takes over.
 ///
 /// ```
 /// use moe_checkpoint::{Fold, MoeLayerShape, MoeShape, Provenance, Statistics, StatisticsStore};
@@ -211,8 +211,8 @@ impl StatisticsStore {
         Ok(folded)
     }
 
-    /// The directory for what a run that is stopped within a wave leaves of it. It is made by whoever uses it, and removed with the
-    /// next [`StatisticsStore::create_or_resume`] if the wave is finished.
+    /// The directory for what a run that is stopped within a wave leaves of it. It is made by whoever uses it, and
+    /// removed with the next [`StatisticsStore::create_or_resume`] if the wave is finished.
     pub fn unfinished(&self, wave: u64) -> PathBuf {
         self.directory.join(format!("{UNFINISHED}{wave:06}"))
     }

@@ -43,8 +43,8 @@ pub(crate) struct Verified {
 /// Checks every tensor that the config calls for, and that no others are in the decoder layers.
 pub(crate) fn verify(weights: &Weights<'_>) -> Result<Verified> {
     let mut expected = HashSet::with_capacity(weights.tensors.len());
-    // Linear attention comes in more variants than configs tell apart. One that does not fit its config cannot run, but scores that
-    // need no run, pruning and writing never look at it.
+    // Linear attention comes in more variants than configs tell apart. One that does not fit its config cannot run, but
+    // scores that need no run, pruning and writing never look at it.
     let linear = weights.config.layers.iter().any(|layer| matches!(layer.mixer, Mixer::DeltaNet(_)));
     let mut unfit = None;
     for (role, shape, mixes) in roles(weights.config) {
@@ -76,7 +76,8 @@ pub(crate) fn verify(weights: &Weights<'_>) -> Result<Verified> {
     Ok(Verified { layouts, unfit })
 }
 
-/// Every tensor of the config other than routed experts, with its shape, and whether it is of what looks at other tokens.
+/// Every tensor of the config other than routed experts, with its shape, and whether it is of what looks at other
+/// tokens.
 fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>, bool)> + '_ {
     let (hidden, vocabulary) = (config.hidden_size, config.vocab_size);
     let mut outer = vec![(Role::Embedding, vec![vocabulary, hidden]), (Role::FinalNorm, vec![hidden])];
@@ -439,7 +440,8 @@ impl Weights<'_> {
         })
     }
 
-    /// Whether a layer after the decoder layers predicts further tokens though the config does not say so: only such a layer has these.
+    /// Whether a layer after the decoder layers predicts further tokens though the config does not say so: only such a
+    /// layer has these.
     fn is_undeclared_mtp(&self, layer: usize) -> bool {
         const MARKS: [&str; 5] = [".eh_proj.", ".enorm.", ".hnorm.", ".shared_head.", ".embed_tokens."];
         layer >= self.config.layers.len()

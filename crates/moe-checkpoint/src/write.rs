@@ -90,8 +90,8 @@ enum Piece {
     Block { layer: usize, set: usize, block: ExpertBlock },
 }
 
-/// Checks what can be known of an output beforehand: that it is not the directory the model is read from, whether it exists, and
-/// that the file system has room for it.
+/// Checks what can be known of an output beforehand: that it is not the directory the model is read from, whether it
+/// exists, and that the file system has room for it.
 ///
 /// # Errors
 /// [`Error::OutputIsInput`], [`Error::OutputExists`], [`Error::OutputUnfinished`], [`Error::NoSpace`].
@@ -114,14 +114,15 @@ pub fn check_room(to: &Path, bytes: u64) -> Result<()> {
     check_space(to.ancestors().find(|path| path.exists()).unwrap_or(Path::new(".")), bytes)
 }
 
-/// Writes a model to the directory `to`, which appears whole or not at all: work happens in `TO.partial`, which a later call with
-/// [`Existing::Resume`] continues.
+/// Writes a model to the directory `to`, which appears whole or not at all: work happens in `TO.partial`, which a later
+/// call with [`Existing::Resume`] continues.
 ///
-/// Tensors that the model's source does not change are copied byte for byte, so that a method that changes nothing reproduces every
-/// tensor; experts that it makes are made one at a time, while the one before is written. Memory is that of two pieces: a matrix
-/// of one expert, or a tensor outside the experts. Side files and folders (tokenizer, chat templates, generation config, license) are
-/// copied, `moe_record.json` tells how the model came about, and its card (`README.md`; an earlier one is kept as `README.base.md`)
-/// tells people. What was written is opened and compared with what was to be written before it gets its name.
+/// Tensors that the model's source does not change are copied byte for byte, so that a method that changes nothing
+/// reproduces every tensor; experts that it makes are made one at a time, while the one before is written. Memory is
+/// that of two pieces: a matrix of one expert, or a tensor outside the experts. Side files and folders (tokenizer, chat
+/// templates, generation config, license) are copied, `moe_record.json` tells how the model came about, and its card
+/// (`README.md`; an earlier one is kept as `README.base.md`) tells people. What was written is opened and compared with
+/// what was to be written before it gets its name.
 ///
 /// ```no_run
 /// use moe_checkpoint::{Checkpoint, WriteOptions, write};
@@ -134,8 +135,9 @@ pub fn check_room(to: &Path, bytes: u64) -> Result<()> {
 /// ```
 ///
 /// # Errors
-/// Before anything is written: those of [`check_output`], [`Error::ResumeMismatch`] for the unfinished output of another model. Later: those of
-/// the model's source, [`Error::Io`], [`Error::Interrupted`]; the input and an earlier output stay as they were.
+/// Before anything is written: those of [`check_output`], [`Error::ResumeMismatch`] for the unfinished output of
+/// another model. Later: those of the model's source, [`Error::Io`], [`Error::Interrupted`]; the input and an earlier
+/// output stay as they were.
 pub fn write(model: &Checkpoint, to: impl AsRef<Path>, options: &WriteOptions<'_>) -> Result<WriteReport> {
     let to = to.as_ref();
     check_output(model, to, options)?;
@@ -246,8 +248,8 @@ fn weights(model: &Checkpoint, mut writer: ShardedWriter, options: &WriteOptions
     writer.finish()
 }
 
-/// Refuses a file system without this much room: that of `dir`, which must exist. Nothing is refused where the system does not
-/// tell.
+/// Refuses a file system without this much room: that of `dir`, which must exist. Nothing is refused where the system
+/// does not tell.
 ///
 /// # Errors
 /// [`Error::NoSpace`].

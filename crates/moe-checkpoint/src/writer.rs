@@ -24,8 +24,8 @@ const COPY_BYTES: usize = 4 << 20;
 pub struct WriterOptions {
     /// Most bytes of tensor data per file; a larger tensor gets its own file. 5 GB, as transformers.
     pub max_shard_bytes: u64,
-    /// Whatever the content of the tensors follows from (source, plan, options), in any form that two runs write alike. An
-    /// unfinished output is only continued if this and the layout are the same.
+    /// Whatever the content of the tensors follows from (source, plan, options), in any form that two runs write alike.
+    /// An unfinished output is only continued if this and the layout are the same.
     pub recipe: String,
 }
 
@@ -48,9 +48,9 @@ pub struct Written {
 
 /// Writes tensors that are known by name, dtype and shape beforehand, slice by slice, into shards.
 ///
-/// A shard is written under a temporary name; when its last tensor is complete it is synced and renamed. A later writer on
-/// the same directory with the same layout and recipe finds it and does not write it again, so that a process killed at any
-/// time loses at most its current shard. Memory is that of one buffer, whatever the sizes.
+/// A shard is written under a temporary name; when its last tensor is complete it is synced and renamed. A later writer
+/// on the same directory with the same layout and recipe finds it and does not write it again, so that a process killed
+/// at any time loses at most its current shard. Memory is that of one buffer, whatever the sizes.
 ///
 /// Tensors are best written in the order of the specs; any order works, at one open file per unfinished shard.
 ///
@@ -90,8 +90,8 @@ impl ShardedWriter {
     /// Lays the tensors out and continues what an earlier writer finished in `dir`, which exists.
     ///
     /// # Errors
-    /// [`Error::InvalidTensorSpec`], [`Error::ResumeMismatch`] if `dir` holds the unfinished output of another layout or
-    /// recipe, [`Error::Io`].
+    /// [`Error::InvalidTensorSpec`], [`Error::ResumeMismatch`] if `dir` holds the unfinished output of another layout
+    /// or recipe, [`Error::Io`].
     pub fn new(dir: impl AsRef<Path>, options: WriterOptions, specs: Vec<TensorSpec>) -> Result<Self> {
         let dir = dir.as_ref().to_path_buf();
         let shards = shard_layout::lay_out(&specs, options.max_shard_bytes)?;
@@ -180,7 +180,8 @@ impl ShardedWriter {
     /// Writes a whole tensor.
     ///
     /// # Errors
-    /// Those of [`ShardedWriter::append`], and [`Error::WrittenLength`] if the bytes are not exactly those of the tensor.
+    /// Those of [`ShardedWriter::append`], and [`Error::WrittenLength`] if the bytes are not exactly those of the
+    /// tensor.
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         let (_, place) = self.place(name)?;
         if bytes.len() as u64 != place.bytes {
@@ -193,8 +194,8 @@ impl ShardedWriter {
     /// Copies a tensor of the same name from a checkpoint, byte for byte, in small slices.
     ///
     /// # Errors
-    /// Those of [`ShardedWriter::append`], [`Error::NoSuchTensor`], and [`Error::InvalidTensorSpec`] if dtype or shape are
-    /// not those of the spec.
+    /// Those of [`ShardedWriter::append`], [`Error::NoSuchTensor`], and [`Error::InvalidTensorSpec`] if dtype or shape
+    /// are not those of the spec.
     pub fn copy(&mut self, from: &Checkpoint, name: &str) -> Result<()> {
         let (number, place) = self.place(name)?;
         let (info, spec) = (from.info(name)?, &self.specs[place.spec]);

@@ -1,5 +1,5 @@
-//! Checkpoints as people hold them: other names, wrappers, leftovers. What is one model opens with the same experts, and what is none is
-//! answered with what it is.
+//! Checkpoints as people hold them: other names, wrappers, leftovers. What is one model opens with the same experts,
+//! and what is none is answered with what it is.
 
 mod common;
 

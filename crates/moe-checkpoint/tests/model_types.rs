@@ -1,5 +1,5 @@
-//! Every `model_type` of transformers 5.24 whose default config speaks of experts: `fixtures/moe_model_types.jsonl` has what each says of
-//! them. Whatever is not read is refused by its name, and none is taken for a model without experts.
+//! Every `model_type` of transformers 5.24 whose default config speaks of experts: `fixtures/moe_model_types.jsonl` has
+//! what each says of them. Whatever is not read is refused by its name, and none is taken for a model without experts.
 
 use moe_checkpoint::{Error, families, family_of};
 use serde_json::Value;

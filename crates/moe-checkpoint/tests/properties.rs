@@ -1,5 +1,5 @@
-//! Nothing that a file can hold makes the reader panic or allocate what the file merely claims, and what it refuses it names: for
-//! one model of every family and of every layout that routed experts have on disk.
+//! Nothing that a file can hold makes the reader panic or allocate what the file merely claims, and what it refuses it
+//! names: for one model of every family and of every layout that routed experts have on disk.
 
 mod common;
 
@@ -51,8 +51,8 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// Files here have some hundred kilobytes, claims go to 2^64. Only the number of experts, of which a config may claim 2^22, takes
-/// memory before a tensor has shown it.
+/// Files here have some hundred kilobytes, claims go to 2^64. Only the number of experts, of which a config may claim
+/// 2^22, takes memory before a tensor has shown it.
 fn assert_little_memory() {
     let (largest, peak) = (LARGEST.load(Ordering::Relaxed), PEAK.load(Ordering::Relaxed));
     assert!(largest <= 16 << 20, "one allocation of {largest} bytes");
@@ -136,7 +136,8 @@ fn subjects() -> &'static [Subject] {
     })
 }
 
-/// A ragged copy whose experts keep fewer units, the later the fewer. Those of the layers `down_bias` get a bias of down.
+/// A ragged copy whose experts keep fewer units, the later the fewer. Those of the layers `down_bias` get a bias of
+/// down.
 fn ragged(name: &str, down_bias: &[usize]) -> Model {
     let checkpoint = Checkpoint::open(fixture(name)).unwrap();
     let mut model = Model::load(&fixture(name));

@@ -1,5 +1,5 @@
-//! Configs and tensors of released models that are too large to bring along: what their configs say, and names, shapes and sizes from
-//! headers over weights that are not there.
+//! Configs and tensors of released models that are too large to bring along: what their configs say, and names, shapes
+//! and sizes from headers over weights that are not there.
 
 use std::fs::{self, File};
 use std::io::Write;

@@ -14,7 +14,8 @@ use moe_checkpoint::{
 };
 use serde_json::json;
 
-/// Experts of a layer in another order, the rows of the router with them: the same model with other numbers for its experts.
+/// Experts of a layer in another order, the rows of the router with them: the same model with other numbers for its
+/// experts.
 struct Permuted {
     base: Arc<Checkpoint>,
     order: Vec<usize>,

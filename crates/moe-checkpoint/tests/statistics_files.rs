@@ -59,7 +59,8 @@ fn store(path: &Path) -> StatisticsStore {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// Shards of any assignment of waves, written in any order and absorbed in any order, fold to the bits of one process.
+    /// Shards of any assignment of waves, written in any order and absorbed in any order, fold to the bits of one
+    /// process.
     #[test]
     fn shards_fold_to_the_bits_of_one_process(
         owners in prop::collection::vec(0usize..4, 1..14),

@@ -16,10 +16,12 @@ pub struct ModelArguments {
     /// Model directory
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
-    /// Saved plan of pruning or merging to run the model under, without writing it; repeatable: each goes on what the one before makes
+    /// Saved plan of pruning or merging to run the model under, without writing it; repeatable: each goes on what the
+    /// one before makes
     #[arg(long, value_name = "FILE")]
     pub plan: Vec<PathBuf>,
-    /// What fine-tuning saved to run the model with: a LoRA in PEFT's files, each with its whole weight; or one mixture; repeatable
+    /// What fine-tuning saved to run the model with: a LoRA in PEFT's files, each with its whole weight; or one
+    /// mixture; repeatable
     #[arg(long, value_name = "DIR")]
     pub adapter: Vec<PathBuf>,
     /// Memory to stay within, such as 8GiB; never changes results
@@ -40,7 +42,8 @@ impl ModelArguments {
     }
 }
 
-/// Opens a model, with the condensers or compressed experts that stand beside its weights, under saved plans, with adapters.
+/// Opens a model, with the condensers or compressed experts that stand beside its weights, under saved plans, with
+/// adapters.
 ///
 /// # Errors
 /// Files that cannot be read or are for another model.
@@ -73,8 +76,8 @@ pub fn open(
     }
 }
 
-/// The model with what fine-tuning saved: any number of LoRAs, each with its whole weight, or one of another kind; the model itself
-/// for none.
+/// The model with what fine-tuning saved: any number of LoRAs, each with its whole weight, or one of another kind; the
+/// model itself for none.
 ///
 /// # Errors
 /// Files that cannot be read or are for another model, several of which one is no LoRA.

@@ -136,7 +136,8 @@ fn prune(
     Ok((pruned.model().clone(), format!("{}\n", pruned.report())))
 }
 
-/// The model that a saved plan makes of another one, to be run rather than written: in the form that keeps widths as they are planned.
+/// The model that a saved plan makes of another one, to be run rather than written: in the form that keeps widths as
+/// they are planned.
 ///
 /// # Errors
 /// A plan that cannot be read or is for another model; one of merging that was fitted on sampled tokens, which only

@@ -17,9 +17,9 @@ use crate::{Error, Result};
 pub const EXIT_CODES: &str = "Exit codes: 0 done; 1 stopped by an error, which stderr says in a line; 2 wrong usage: options or values \
 that do not go together. What is not 0 has written no output directory under its final name.";
 
-/// Runs a program: parses its arguments, logs warnings to stderr, prints what `main` returns to stdout, and turns an error into one
-/// line on stderr and an exit code: 2 for usage, 1 for anything else. `MOE_LOG` changes what is logged, as `info` or
-/// `moe_core=debug,warn` do.
+/// Runs a program: parses its arguments, logs warnings to stderr, prints what `main` returns to stdout, and turns an
+/// error into one line on stderr and an exit code: 2 for usage, 1 for anything else. `MOE_LOG` changes what is logged,
+/// as `info` or `moe_core=debug,warn` do.
 pub fn run<A: Parser>(main: impl FnOnce(A) -> Result<String>) -> ExitCode {
     run_logging(|_| 0, main)
 }
@@ -66,8 +66,8 @@ fn log_filter(variable: Option<&str>, verbosity: u8) -> Result<EnvFilter> {
     })
 }
 
-/// Makes the allocator fast for a program without a memory limit; one that has a limit keeps to it instead: memory that is
-/// kept for the next allocation counts too.
+/// Makes the allocator fast for a program without a memory limit; one that has a limit keeps to it instead: memory that
+/// is kept for the next allocation counts too.
 pub fn allocator(max_memory: Option<u64>) {
     if max_memory.is_none() {
         moe_core::memory::keep_freed_memory();
@@ -105,7 +105,8 @@ fn one_line(message: &str) -> String {
 /// How the rows of a data file are read.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct RowArguments {
-    /// Read a field of rows from another column, as in --field prompt=question; repeatable. Chooses the form of rows that have two
+    /// Read a field of rows from another column, as in --field prompt=question; repeatable. Chooses the form of rows
+    /// that have two
     #[arg(long = "field", value_name = "NAME=COLUMN", value_parser = field)]
     pub fields: Vec<(String, String)>,
     /// Leave out rows that cannot be read, and count them
@@ -131,8 +132,8 @@ fn field(text: &str) -> Result<(String, String), String> {
 /// Rows to work on, from any number of files.
 #[derive(Clone, Debug, clap::Args)]
 pub struct DataArguments {
-    /// Rows to run the model on: .jsonl, .json, .jsonl.gz, .parquet, .txt or a folder; repeatable. Several share the samples evenly,
-    /// or by weights, as in a.jsonl=2
+    /// Rows to run the model on: .jsonl, .json, .jsonl.gz, .parquet, .txt or a folder; repeatable. Several share the
+    /// samples evenly, or by weights, as in a.jsonl=2
     #[arg(long, visible_alias = "calibration", value_name = "FILE[=WEIGHT]")]
     pub data: Vec<Source>,
     /// Which tokens count in the loss: all of a row, or those of its answer alone

@@ -22,8 +22,9 @@ use serde::Serialize;
 use crate::table::Table;
 use crate::{Error, Result, TINY_MOE, cli};
 
-/// Prunes the routed experts of a checkpoint and writes what is left as pieces of one width, each an expert of its own, which
-/// stock loaders read. Tries numbers of pieces and of pieces per token, and writes the export that stays closest to the model.
+/// Prunes the routed experts of a checkpoint and writes what is left as pieces of one width, each an expert of its own,
+/// which stock loaders read. Tries numbers of pieces and of pieces per token, and writes the export that stays closest
+/// to the model.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "fine_grained")]
 pub struct Arguments {
@@ -45,7 +46,8 @@ pub struct Arguments {
     /// Pieces per token, as fractions of the experts per token times the pieces of an expert; a list with commas
     #[arg(long, value_delimiter = ',', default_values_t = [0.5, 0.625, 0.75, 1.0])]
     pub per_token: Vec<f64>,
-    /// Factors of experts: a number for all, or whole or kept (fitted to what they give, as a whole or by what is kept); a list
+    /// Factors of experts: a number for all, or whole or kept (fitted to what they give, as a whole or by what is
+    /// kept); a list
     #[arg(long, value_delimiter = ',', default_values_t = [Factors::Whole, Factors::Constant(0.75)])]
     pub factors: Vec<Factors>,
     /// Also measure the plain exports: one width for all, and ragged

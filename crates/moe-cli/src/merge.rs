@@ -45,7 +45,8 @@ pub struct Arguments {
     /// stock, grouped or stock-copies
     #[arg(long, default_value = "grouped")]
     pub form: OutputForm,
-    /// New directory for the merged checkpoint; its plan and a report go beside it, as OUT.plan.json and OUT.report.html
+    /// New directory for the merged checkpoint; its plan and a report go beside it, as OUT.plan.json and
+    /// OUT.report.html
     #[arg(long)]
     pub out: PathBuf,
     /// Merge all layers on one pass, even if the recipe goes layer by layer
@@ -66,8 +67,8 @@ pub struct Arguments {
     /// Layers that predict further tokens: keep or drop
     #[arg(long, value_parser = crate::prune::mtp)]
     pub mtp: Option<Mtp>,
-    /// Directory for the evidence and the merged experts, which stays: another form or budget reuses what it can; without it,
-    /// OUT.work, which goes when all is written
+    /// Directory for the evidence and the merged experts, which stays: another form or budget reuses what it can;
+    /// without it, OUT.work, which goes when all is written
     #[arg(long)]
     pub work: Option<PathBuf>,
     /// New directory for the model with compressed experts as a plain checkpoint, if the recipe compresses them
@@ -264,7 +265,8 @@ fn recipe(arguments: &Arguments) -> Result<Recipe> {
     step.recipe()
 }
 
-/// Evidence that an earlier run left at `path`, if it is of the same model, rows and options; collected and left there otherwise.
+/// Evidence that an earlier run left at `path`, if it is of the same model, rows and options; collected and left there
+/// otherwise.
 fn evidence(
     model: &Model,
     calibration: &[Wave],

@@ -18,7 +18,8 @@ use crate::{Result, format};
 /// Ratios whose place in the ranking is shown.
 const SHOWN_RATIOS: [f64; 3] = [0.25, 0.5, 0.75];
 
-/// What scores look like: importance by every scorer, and where the tokens of the pass went. `loss` is in nats per token.
+/// What scores look like: importance by every scorer, and where the tokens of the pass went. `loss` is in nats per
+/// token.
 ///
 /// # Errors
 /// Those of drawing.
@@ -91,8 +92,8 @@ pub fn of_measurements(name: &str, model: &Model, measured: &[Measured]) -> Resu
     Ok(page)
 }
 
-/// Models on the same rows: what they measure, how far they are from the first, their sizes, and where the tokens of the first wave
-/// go in each.
+/// Models on the same rows: what they measure, how far they are from the first, their sizes, and where the tokens of
+/// the first wave go in each.
 ///
 /// # Errors
 /// Those of drawing.

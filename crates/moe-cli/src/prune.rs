@@ -50,8 +50,8 @@ pub struct Arguments {
     /// What decides, a name or JSON: unit, expert, novice, subset, two_level, wide
     #[arg(long, value_name = "NAME|JSON|FILE", value_parser = Named::parse)]
     pub pruner: Option<Named>,
-    /// How much each layer keeps, a name or JSON: uniform, layer, global, normalized, hybrid, depth_prior, rate_distortion, rco or
-    /// evolution; the last three ask the running model, on --data
+    /// How much each layer keeps, a name or JSON: uniform, layer, global, normalized, hybrid, depth_prior,
+    /// rate_distortion, rco or evolution; the last three ask the running model, on --data
     #[arg(long, value_name = "NAME|JSON|FILE", value_parser = Named::parse)]
     pub allocator: Option<Named>,
     /// Widths are multiples of this

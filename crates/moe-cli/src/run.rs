@@ -10,7 +10,8 @@ use moe_core::data::Source;
 use crate::Result;
 use crate::progress::Progress;
 
-/// Carries out a recipe: any chain of scoring, protection, pruning, merging, repairs, fine-tuning, measurements and writing, as one JSON file
+/// Carries out a recipe: any chain of scoring, protection, pruning, merging, repairs, fine-tuning, measurements and
+/// writing, as one JSON file
 #[derive(Clone, Debug, Parser)]
 #[command(
     after_help = "Examples:\n  moe run recipe.json --resume\n  moe run reap-25 --model DIR --data rows.jsonl --out OUT\n\nA step's artifact is kept in OUT/steps and reused while nothing that \
@@ -26,7 +27,8 @@ pub struct Arguments {
     /// Model directory, instead of the recipe's
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// Rows to calibrate on, instead of the recipe's; repeatable. Several share the samples evenly, or by weights, as in a.jsonl=2
+    /// Rows to calibrate on, instead of the recipe's; repeatable. Several share the samples evenly, or by weights, as
+    /// in a.jsonl=2
     #[arg(long, visible_alias = "calibration", value_name = "FILE[=WEIGHT]")]
     pub data: Vec<Source>,
     /// Sequences to calibrate on, at most, instead of the recipe's number

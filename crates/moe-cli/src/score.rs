@@ -22,8 +22,8 @@ use crate::{Error, Result, cli, format};
 
 /// Scores the routed experts or units of a checkpoint
 ///
-/// Writes a score file per scorer, report.html, and experts.jsonl with the experts of every layer from the best to the worst, for engines that drop
-/// experts when they load a model.
+/// Writes a score file per scorer, report.html, and experts.jsonl with the experts of every layer from the best to the
+/// worst, for engines that drop experts when they load a model.
 #[derive(Clone, Debug, Parser)]
 #[command(after_help = scorers_help())]
 pub struct Arguments {

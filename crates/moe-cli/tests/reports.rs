@@ -1,5 +1,5 @@
-//! The reports that verbs write for people: one well-formed file each, with every measured number, that asks for nothing from
-//! elsewhere.
+//! The reports that verbs write for people: one well-formed file each, with every measured number, that asks for
+//! nothing from elsewhere.
 
 use std::fs;
 use std::path::Path;

@@ -56,7 +56,8 @@ pub enum Error {
         /// The wave it was computed on.
         wave: u64,
     },
-    /// Training came to a loss, gradient or value that it cannot go on from. The parameters are the best so far, if any were evaluated.
+    /// Training came to a loss, gradient or value that it cannot go on from. The parameters are the best so far, if any
+    /// were evaluated.
     #[error("training diverged at step {step}: {what}; {}", last_state(state))]
     Diverged {
         /// The step, which was not taken.

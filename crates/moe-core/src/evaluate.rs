@@ -78,8 +78,9 @@ impl Evaluation {
     }
 }
 
-/// Evaluates one set: greedy exact match of questions, perplexity over consecutive windows of the joined texts, or the share of questions
-/// whose right choice has the largest sum of log-likelihoods of its tokens (`acc` of lm-evaluation-harness).
+/// Evaluates one set: greedy exact match of questions, perplexity over consecutive windows of the joined texts, or the
+/// share of questions whose right choice has the largest sum of log-likelihoods of its tokens (`acc` of
+/// lm-evaluation-harness).
 ///
 /// # Errors
 /// Those of [`generate`] and [`Engine::run`].
@@ -171,8 +172,8 @@ pub fn cross_entropy(model: &Model, sequences: &[crate::data::Sequence], options
     Ok((loss, tokens))
 }
 
-/// Divergence KL(teacher || model) per predicted token of `waves`, in nats: 0 for a model that predicts as its teacher does. A teacher that
-/// kept only some tokens gives a lower bound, see [`TeacherLogits`].
+/// Divergence KL(teacher || model) per predicted token of `waves`, in nats: 0 for a model that predicts as its teacher
+/// does. A teacher that kept only some tokens gives a lower bound, see [`TeacherLogits`].
 ///
 /// # Errors
 /// Those of [`Engine::run_with`] and [`Distillation`]; [`Error::Input`] if nothing is predicted.

@@ -100,7 +100,8 @@ impl ExpertTensors {
         self.backward_for(gate_up, upstream, row_weights, Tokens::WAVE, want_d_units, false)
     }
 
-    /// The same for some tokens of a wave. With `parameters`, adds up the gradients of what is trained beside the down projection.
+    /// The same for some tokens of a wave. With `parameters`, adds up the gradients of what is trained beside the down
+    /// projection.
     pub fn backward_for(
         &self,
         gate_up: &Tensor<2>,
@@ -113,8 +114,8 @@ impl ExpertTensors {
         self.backward_scaled(gate_up, None, upstream, row_weights, tokens, want_d_units, parameters).0
     }
 
-    /// The same of a block whose units are multiplied by `factors [n, I]` before the down projection, and the gradient at the factors, row
-    /// weight included. The units of the result are those before the factors.
+    /// The same of a block whose units are multiplied by `factors [n, I]` before the down projection, and the gradient
+    /// at the factors, row weight included. The units of the result are those before the factors.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward_scaled(
         &self,

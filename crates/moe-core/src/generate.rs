@@ -43,8 +43,8 @@ pub struct GenerateOptions {
     pub sampling: Sampling,
     /// Token ids that end a completion (not part of it).
     pub stop: Vec<u32>,
-    /// Prompt tokens processed together, about. Batches are smaller where the memory limit of the model asks for it; that changes
-    /// the sums that make a logit in their last bits only.
+    /// Prompt tokens processed together, about. Batches are smaller where the memory limit of the model asks for it;
+    /// that changes the sums that make a logit in their last bits only.
     pub batch_tokens: usize,
 }
 
@@ -103,7 +103,8 @@ fn batches(model: &Model, prompts: &[Vec<u32>], options: &GenerateOptions) -> Re
     for (i, prompt) in prompts.iter().enumerate() {
         if let Some((batch, current)) = batches.last_mut().filter(|_| filled + prompt.len() <= options.batch_tokens)
             && let Ok(larger) = plan(model, &prompts[batch.start..=i], options, limit)
-            // All weights in memory is worth more than a larger batch. Where they are read again for every token, it is not.
+            // All weights in memory is worth more than a larger batch. Where they are read again for every token, it is
+            // not.
             && (larger.residency == current.residency || !everything_stays(model, current))
         {
             (batch.end, *current) = (i + 1, larger);
@@ -232,7 +233,8 @@ fn sample(logits: &[f32], temperature: f32, top_p: f32, random: f32) -> u32 {
     candidates[nucleus - 1].0
 }
 
-/// Keys and values of one sequence in one layer, `[length, kv_heads * D]` each. Values of latent attention are its keys.
+/// Keys and values of one sequence in one layer, `[length, kv_heads * D]` each. Values of latent attention are its
+/// keys.
 #[derive(Default)]
 struct KeyValues {
     keys: Growing,

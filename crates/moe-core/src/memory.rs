@@ -50,9 +50,10 @@ pub fn available_memory() -> Option<u64> {
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
 }
 
-/// Tells the C library's allocator (glibc; nothing elsewhere) to keep freed blocks of up to 1 GiB for the next allocation instead of giving
-/// them back to the kernel at once. A sweep frees and allocates the same large temporaries over and over, and fresh pages cost more than
-/// the arithmetic on them. For programs to call once at their start; a library has no business changing its host's allocator.
+/// Tells the C library's allocator (glibc; nothing elsewhere) to keep freed blocks of up to 1 GiB for the next
+/// allocation instead of giving them back to the kernel at once. A sweep frees and allocates the same large temporaries
+/// over and over, and fresh pages cost more than the arithmetic on them. For programs to call once at their start; a
+/// library has no business changing its host's allocator.
 pub fn keep_freed_memory() {
     #[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
     // SAFETY: sets two numbers of the allocator; valid at any time.
@@ -218,7 +219,8 @@ pub(crate) fn cached_token_bytes(config: &ModelConfig) -> u64 {
     f32s(growing.map(row).sum())
 }
 
-/// Bytes that generation keeps of one sequence however long it is: the states of linear attention and of short convolutions.
+/// Bytes that generation keeps of one sequence however long it is: the states of linear attention and of short
+/// convolutions.
 pub(crate) fn sequence_state_bytes(config: &ModelConfig) -> u64 {
     let states = config.layers.iter().map(|layer| match &layer.mixer {
         Mixer::DeltaNet(delta) => {
@@ -299,7 +301,8 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
     let mut residency = Residency { head: size.head && take(f32s(config.vocab_size * h)), ..Residency::default() };
     let mut keep = vec![Keep::default(); layers];
     if size.gradients {
-        // Every kept number saves the same work, 2H operations; later layers first, since their activations live shorter.
+        // Every kept number saves the same work, 2H operations; later layers first, since their activations live
+        // shorter.
         for (keep, [attention, dense, experts]) in keep.iter_mut().zip(kept).rev() {
             *keep = Keep { experts: take(experts), dense: take(dense), attention: take(attention) };
         }

@@ -1,4 +1,5 @@
-//! Layer inputs waiting for the backward sweep: in memory, in an anonymous file, or in files that another process can go on with.
+//! Layer inputs waiting for the backward sweep: in memory, in an anonymous file, or in files that another process can
+//! go on with.
 
 use std::{
     fs::File,
@@ -132,8 +133,8 @@ impl HiddenStore {
         Ok(Self { slots: (0..slots).map(|_| None).collect(), file, named: None, places: vec![None; slots] })
     }
 
-    /// A store of `slots` tensors with a file in `dir` for each, which outlive the process. `in_memory`: what is put in need not be
-    /// read back.
+    /// A store of `slots` tensors with a file in `dir` for each, which outlive the process. `in_memory`: what is put in
+    /// need not be read back.
     pub fn named(slots: usize, dir: &Path, in_memory: bool) -> Self {
         let named = Some((dir.into(), in_memory));
         Self { slots: (0..slots).map(|_| None).collect(), file: None, named, places: vec![None; slots] }

@@ -1,4 +1,5 @@
-//! Distillation as an objective: divergences of models from themselves and from others, and gradients against difference quotients.
+//! Distillation as an objective: divergences of models from themselves and from others, and gradients against
+//! difference quotients.
 #![cfg(feature = "flex")]
 
 use std::{path::Path, sync::Arc};

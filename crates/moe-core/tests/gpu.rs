@@ -1,5 +1,6 @@
-//! The same waves on the CPU and on a GPU backend: every kernel's device body, forward and backward, inside whole models.
-//! Needs a GPU driver; Mesa's software Vulkan does: `cargo xtask gpu`. `MOE_GPU_DEVICE` names the device, `wgpu` by default.
+//! The same waves on the CPU and on a GPU backend: every kernel's device body, forward and backward, inside whole
+//! models. Needs a GPU driver; Mesa's software Vulkan does: `cargo xtask gpu`. `MOE_GPU_DEVICE` names the device,
+//! `wgpu` by default.
 #![cfg(all(feature = "flex", any(feature = "wgpu", feature = "vulkan", feature = "cuda")))]
 
 use std::{collections::BTreeMap, path::Path};

@@ -1,6 +1,6 @@
-//! What transformers computes for tiny checkpoints of each family, compared with what we compute: logits, layer inputs, router
-//! logits, loss and expert gradients, to 1e-4 absolute; the same bits whether weights are resident or streamed; and what generation
-//! with its cache continues with against the logits of a whole sweep.
+//! What transformers computes for tiny checkpoints of each family, compared with what we compute: logits, layer inputs,
+//! router logits, loss and expert gradients, to 1e-4 absolute; the same bits whether weights are resident or streamed;
+//! and what generation with its cache continues with against the logits of a whole sweep.
 #![cfg(feature = "flex")]
 
 use std::{
@@ -275,8 +275,8 @@ fn check_choices(name: &str, found: &Recorder, expected: &Expected<'_>, valid: &
     }
 }
 
-/// Gradients of an expert's weights under any of the names and layouts that transformers gives them; `None` for a layer that a file has none
-/// of.
+/// Gradients of an expert's weights under any of the names and layouts that transformers gives them; `None` for a layer
+/// that a file has none of.
 fn expected_gradients(
     expected: &Expected<'_>,
     layer: usize,
@@ -379,7 +379,8 @@ fn check_gradients(name: &str, dir: &Path, found: &Recorder, expected: &Expected
     worst
 }
 
-/// Where the processor has matrix units, experts stored as bf16 go there as they are, biased or not; through an overlay they are f32.
+/// Where the processor has matrix units, experts stored as bf16 go there as they are, biased or not; through an overlay
+/// they are f32.
 #[test]
 fn packed_experts_compute_what_f32_experts_do() {
     for name in
@@ -412,8 +413,8 @@ fn packed_experts_compute_what_f32_experts_do() {
     }
 }
 
-/// Quantized checkpoints compute what transformers computes for the weights that the packages of their formats decode, each rounded
-/// once to BF16.
+/// Quantized checkpoints compute what transformers computes for the weights that the packages of their formats decode,
+/// each rounded once to BF16.
 #[test]
 fn quantized_checkpoints_compute_what_their_dequantized_weights_do() {
     let root = fixtures().join("../quantized");
@@ -435,8 +436,8 @@ fn quantized_checkpoints_compute_what_their_dequantized_weights_do() {
     println!("largest difference of logits {worst:e}");
 }
 
-/// What is quantized here computes what stock transformers computes of it, written and dequantized to BF16 by its own reader:
-/// `xtask/scripts/quantized.py` left the logits of the last two positions.
+/// What is quantized here computes what stock transformers computes of it, written and dequantized to BF16 by its own
+/// reader: `xtask/scripts/quantized.py` left the logits of the last two positions.
 #[test]
 fn quantized_models_compute_what_transformers_makes_of_their_files() {
     const CASES: [(&str, &str); 7] = [

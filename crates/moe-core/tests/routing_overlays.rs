@@ -124,7 +124,8 @@ impl Observer for Gradients {
     }
 }
 
-/// Compares the gradients with central differences of the loss. A step that changes which experts a token goes to says nothing.
+/// Compares the gradients with central differences of the loss. A step that changes which experts a token goes to says
+/// nothing.
 fn check_gradients(model: &Model, routers: &Routers) {
     let overlaid = model.with_overlays(None, Some(Arc::new(routers.clone()))).unwrap();
     let mut found = Gradients::default();

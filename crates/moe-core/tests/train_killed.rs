@@ -1,4 +1,5 @@
-//! A process that is killed while it trains, again and again, and goes on each time: it ends where one ends that was left alone.
+//! A process that is killed while it trains, again and again, and goes on each time: it ends where one ends that was
+//! left alone.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

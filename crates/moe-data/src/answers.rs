@@ -3,8 +3,8 @@
 // As Python strips, so that our counts are those of a reference evaluation in Python.
 use crate::template::python::is_space;
 
-/// The answer a completion gives: of its first line, what follows the last `####`, or else the line without its final stops; white space
-/// around it is not part of it.
+/// The answer a completion gives: of its first line, what follows the last `####`, or else the line without its final
+/// stops; white space around it is not part of it.
 ///
 /// ```
 /// use moe_data::extract_answer;
@@ -26,7 +26,8 @@ mod tests {
 
     #[test]
     fn answers_are_those_of_the_python_reference() {
-        // Each pair as computed by: s = c.split("\n")[0]; s.split("####")[-1].strip() if "####" in s else s.strip().rstrip(".")
+        // Each pair as computed by: s = c.split("\n")[0]; s.split("####")[-1].strip() if "####" in s else
+        // s.strip().rstrip(".")
         for (completion, answer) in [
             (" 25 + 11 = 36 ; 36 - 3 = 33 #### 33\n", "33"),
             (" Europe.\n", "Europe"),

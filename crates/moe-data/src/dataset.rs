@@ -14,23 +14,25 @@ use super::rows::{Content, Object, Objects, Place, Reading, Row, content, files,
 use super::waves::{Wave, WaveOptions, waves};
 use super::{Error, LossOver, RowEncoder, Sequence, Tokenizer};
 
-/// What to take from a data file. The defaults are those of published calibration runs (128 sequences of at most 2,048 tokens, in the
-/// order of the file).
+/// What to take from a data file. The defaults are those of published calibration runs (128 sequences of at most 2,048
+/// tokens, in the order of the file).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DatasetOptions {
     /// Sequences at most; `None` takes all. Rows that are dropped do not count. At least 1.
     pub samples: Option<usize>,
-    /// Tokens of a sequence at most; what a row has beyond that is left out (or begins the next sequence when packing). At least 2.
+    /// Tokens of a sequence at most; what a row has beyond that is left out (or begins the next sequence when packing).
+    /// At least 2.
     pub length: usize,
     /// Take rows in a random order with this seed instead of the first ones.
     pub seed: Option<u64>,
-    /// Join rows, with an end-of-sequence token between two of them, and cut the whole into sequences of `length` tokens. Attention then
-    /// sees across rows.
+    /// Join rows, with an end-of-sequence token between two of them, and cut the whole into sequences of `length`
+    /// tokens. Attention then sees across rows.
     pub packing: bool,
     /// Which tokens count in the loss.
     pub loss: LossOver,
-    /// End the completions of rows of plain text with the end-of-sequence token, so that training teaches a model to stop.
+    /// End the completions of rows of plain text with the end-of-sequence token, so that training teaches a model to
+    /// stop.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub end_completions: bool,
     /// Field of the rows that has their label: a whole number of 0 or more, or a name. Not with packing.
@@ -89,22 +91,26 @@ pub struct Dataset {
     pub first_skipped: Option<String>,
     /// Rows that lost their end, since they are longer than the limit.
     pub cut: usize,
-    /// The label of each sequence, if [`DatasetOptions::label`] asks for it; else empty. Names are numbered in the order of the alphabet.
+    /// The label of each sequence, if [`DatasetOptions::label`] asks for it; else empty. Names are numbered in the
+    /// order of the alphabet.
     pub labels: Vec<usize>,
     /// The names that labels are the numbers of; empty if rows have numbers.
     pub label_names: Vec<String>,
-    /// blake3 over lengths, token ids, loss masks and labels, in hexadecimal: what a statistic's provenance calls its data.
+    /// blake3 over lengths, token ids, loss masks and labels, in hexadecimal: what a statistic's provenance calls its
+    /// data.
     pub hash: String,
 }
 
 impl Dataset {
-    /// Reads rows (see [`Row`] and [`Rows`](super::Rows)) or a `.txt` file, which is one text cut into consecutive sequences, or a folder of such files.
-    /// `vocab_size` is the model's; the tokenizer may be left out for rows of `"input_ids"`.
+    /// Reads rows (see [`Row`] and [`Rows`](super::Rows)) or a `.txt` file, which is one text cut into consecutive
+    /// sequences, or a folder of such files. `vocab_size` is the model's; the tokenizer may be left out for rows of
+    /// `"input_ids"`.
     ///
     /// Without a seed the file is read only as far as needed, so a malformed row after the last one taken goes unseen.
     ///
     /// # Errors
-    /// Options out of range, a file that cannot be read, a malformed row (file and line are named), a file without a usable row.
+    /// Options out of range, a file that cannot be read, a malformed row (file and line are named), a file without a
+    /// usable row.
     pub fn load(
         path: impl AsRef<Path>,
         tokenizer: Option<&Tokenizer>,
@@ -173,7 +179,8 @@ impl Dataset {
         self.sequences.iter().map(Sequence::len).max().unwrap_or(0)
     }
 
-    /// The labels of the sequences of `waves`, which are those of [`waves`](Self::waves), by the wave's id; empty without labels.
+    /// The labels of the sequences of `waves`, which are those of [`waves`](Self::waves), by the wave's id; empty
+    /// without labels.
     pub fn labels_of(&self, waves: &[Wave]) -> BTreeMap<u64, Vec<usize>> {
         let mut labels = self.labels.iter().copied();
         let of = |wave: &Wave| (wave.id, labels.by_ref().take(wave.sequences.len()).collect());

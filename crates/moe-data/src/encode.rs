@@ -11,9 +11,9 @@ pub enum LossOver {
     /// Every predicted token, prompts included.
     #[default]
     All,
-    /// Tokens of the completion of `{"prompt", "completion"}` rows, of the output of `{"instruction", "output"}` rows, of the assistant's
-    /// turns of `{"messages"}` rows with what ends them, and those a mask of `{"input_ids"}` rows names. A token that begins in the prompt
-    /// and reaches into the completion does not count.
+    /// Tokens of the completion of `{"prompt", "completion"}` rows, of the output of `{"instruction", "output"}` rows,
+    /// of the assistant's turns of `{"messages"}` rows with what ends them, and those a mask of `{"input_ids"}` rows
+    /// names. A token that begins in the prompt and reaches into the completion does not count.
     Completions,
 }
 
@@ -32,8 +32,8 @@ impl<'a> RowEncoder<'a> {
         Self { tokenizer, vocab_size, loss, end_completions: false }
     }
 
-    /// Whether the completion of a row of plain text ends with the end-of-sequence token, so that a model learns to stop. A chat template
-    /// ends its turns itself.
+    /// Whether the completion of a row of plain text ends with the end-of-sequence token, so that a model learns to
+    /// stop. A chat template ends its turns itself.
     pub fn ending_completions(mut self, yes: bool) -> Self {
         self.end_completions = yes;
         self
@@ -42,8 +42,8 @@ impl<'a> RowEncoder<'a> {
     /// The whole row as one sequence, not truncated.
     ///
     /// # Errors
-    /// No tokenizer or chat template where one is needed, a text or conversation it refuses, an id outside the vocabulary, or a loss over
-    /// completions asked of a row that has none.
+    /// No tokenizer or chat template where one is needed, a text or conversation it refuses, an id outside the
+    /// vocabulary, or a loss over completions asked of a row that has none.
     pub fn sequence(&self, row: &Row) -> Result<Sequence, Error> {
         let sequence = match (row, self.loss) {
             (Row::Text(_) | Row::Ids(_), LossOver::Completions) => {
@@ -104,7 +104,8 @@ impl<'a> RowEncoder<'a> {
         let conversation = chat.conversation();
         let template = self.tokenizer()?.chat(conversation.tools.is_some())?;
         let silenced = chat.silenced()?;
-        // The template has written the special tokens already; a second beginning-of-sequence token is a common mistake.
+        // The template has written the special tokens already; a second beginning-of-sequence token is a common
+        // mistake.
         match self.loss {
             LossOver::Completions => {
                 let counts = |i: usize| i >= chat.completion && !silenced.contains(&i);
@@ -178,9 +179,9 @@ fn alpaca_prompt(instruction: &str, input: &str) -> String {
     }
 }
 
-/// Which tokens lie in one of the ascending `counted` byte ranges. A token of no bytes (added by the tokenizer, or white space that it
-/// trimmed away) follows the token before it when its place does not decide: the end of a sequence belongs to the completion it ends, the
-/// beginning to nobody.
+/// Which tokens lie in one of the ascending `counted` byte ranges. A token of no bytes (added by the tokenizer, or
+/// white space that it trimmed away) follows the token before it when its place does not decide: the end of a sequence
+/// belongs to the completion it ends, the beginning to nobody.
 fn mask(spans: &[(usize, usize)], counted: &[(usize, usize)]) -> Vec<bool> {
     let mut previous = false;
     spans
@@ -199,7 +200,8 @@ mod tests {
 
     #[test]
     fn tokens_count_by_the_bytes_they_stand_for() {
-        // prompt "ab ", completion "cd": a token over the boundary, inside, at the end, and one of no bytes at each end.
+        // prompt "ab ", completion "cd": a token over the boundary, inside, at the end, and one of no bytes at each
+        // end.
         let spans = [(0, 0), (0, 2), (2, 4), (3, 4), (4, 5), (0, 0)];
         assert_eq!(mask(&spans, &[(3, 5)]), [false, false, false, true, true, true]);
         // Two turns: what follows a turn does not count.

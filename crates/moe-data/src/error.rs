@@ -7,7 +7,8 @@ use super::Sequence;
 /// Result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why text, rows or a tokenizer could not be read. Errors of one row are wrapped in [`Error::Row`], which names file and line.
+/// Why text, rows or a tokenizer could not be read. Errors of one row are wrapped in [`Error::Row`], which names file
+/// and line.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -25,8 +25,8 @@ pub enum EvalRows {
     Exact(Vec<Question>),
     /// Rows with `"text"`: perplexity.
     Perplexity(EvalText),
-    /// Rows with `"prompt"`, `"choices"` and `"answer"`: the share of rows whose right choice is the most likely one after the
-    /// prompt.
+    /// Rows with `"prompt"`, `"choices"` and `"answer"`: the share of rows whose right choice is the most likely one
+    /// after the prompt.
     Choice(Vec<ChoiceQuestion>),
 }
 
@@ -71,9 +71,10 @@ pub struct EvalText {
 }
 
 impl EvalText {
-    /// The stream in consecutive windows of `length` tokens; perplexity is over the `length - 1` tokens predicted in each. What is left at
-    /// the end, a last full window included, is not measured, which is how the usual reference loop
-    /// `for i in range(0, len(ids) - length, length)` counts. A stream too short for any window is one window by itself.
+    /// The stream in consecutive windows of `length` tokens; perplexity is over the `length - 1` tokens predicted in
+    /// each. What is left at the end, a last full window included, is not measured, which is how the usual reference
+    /// loop `for i in range(0, len(ids) - length, length)` counts. A stream too short for any window is one window by
+    /// itself.
     pub fn windows(&self, length: usize) -> Vec<Sequence> {
         let length = length.max(Sequence::MIN_LEN);
         let end = self.ids.len().saturating_sub(length);
@@ -100,12 +101,13 @@ impl EvalSet {
         Self::load_with(path, tokenizer, vocab_size, EvalSetOptions { limit, chat: false })
     }
 
-    /// Reads a file named `NAME_test.jsonl`. A row with `"answer"` needs a `"prompt"`, and is a multiple choice if it has
-    /// `"choices"`, of which the answer is one or the position of one from 0; every other row needs a `"text"`.
+    /// Reads a file named `NAME_test.jsonl`. A row with `"answer"` needs a `"prompt"`, and is a multiple choice if it
+    /// has `"choices"`, of which the answer is one or the position of one from 0; every other row needs a `"text"`.
     ///
     /// # Errors
-    /// Another file name, a file that cannot be read or has no row, a malformed row, rows of both kinds, an id outside the model's
-    /// vocabulary, text rows without an end-of-sequence token, nothing to predict from in a prompt or in all of the text.
+    /// Another file name, a file that cannot be read or has no row, a malformed row, rows of both kinds, an id outside
+    /// the model's vocabulary, text rows without an end-of-sequence token, nothing to predict from in a prompt or in
+    /// all of the text.
     pub fn load_with(
         path: impl AsRef<Path>,
         tokenizer: &Tokenizer,
@@ -204,7 +206,8 @@ fn add(
     Ok(())
 }
 
-/// A prompt as the model sees it, and whether the tokenizer adds its special tokens, which a template has written already.
+/// A prompt as the model sees it, and whether the tokenizer adds its special tokens, which a template has written
+/// already.
 fn shown(prompt: &str, (tokenizer, chat): (&Tokenizer, bool)) -> Result<(String, bool), Error> {
     if !chat {
         return Ok((prompt.to_string(), true));

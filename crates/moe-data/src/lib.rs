@@ -1,8 +1,10 @@
-//! Data of a language model: rows of text become [`Sequence`]s of token ids with a loss mask, sequences become [`Wave`]s.
+//! Data of a language model: rows of text become [`Sequence`]s of token ids with a loss mask, sequences become
+//! [`Wave`]s.
 //!
-//! A row is `{"text"}`, `{"prompt", "completion"}` (joined with nothing in between), `{"messages"}` (rendered by the tokenizer's chat
-//! template) or `{"input_ids"}`; a `.txt` file is one long text. No special token is added unless the tokenizer adds it, a row longer than
-//! the limit loses its end, and a row with nothing to predict is dropped and counted.
+//! A row is `{"text"}`, `{"prompt", "completion"}` (joined with nothing in between), `{"messages"}` (rendered by the
+//! tokenizer's chat template) or `{"input_ids"}`; a `.txt` file is one long text. No special token is added unless the
+//! tokenizer adds it, a row longer than the limit loses its end, and a row with nothing to predict is dropped and
+//! counted.
 //!
 //! ```no_run
 //! use moe_data::{Dataset, DatasetOptions, Tokenizer, WaveOptions};

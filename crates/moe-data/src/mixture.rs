@@ -33,9 +33,9 @@ impl FromStr for Source {
 }
 
 impl Dataset {
-    /// Reads several files. Without weights they are read one after the other, as if they were one. With weights each gives its share of
-    /// the sequences, interleaved, so that any first part of the data has the same shares; there are as many sequences as `samples` asks
-    /// for, or as many as the file that runs out first allows.
+    /// Reads several files. Without weights they are read one after the other, as if they were one. With weights each
+    /// gives its share of the sequences, interleaved, so that any first part of the data has the same shares; there are
+    /// as many sequences as `samples` asks for, or as many as the file that runs out first allows.
     ///
     /// ```
     /// # fn main() -> moe_data::Result<()> {
@@ -88,7 +88,8 @@ impl Dataset {
     }
 }
 
-/// How many sequences each source gives: at most what it has, `limit` together, and in proportion to the weights but for rounding.
+/// How many sequences each source gives: at most what it has, `limit` together, and in proportion to the weights but
+/// for rounding.
 fn shares(weights: &[f64], lengths: &[usize], limit: usize) -> Vec<usize> {
     let total: f64 = weights.iter().sum();
     let allowed = weights.iter().zip(lengths).map(|(weight, length)| *length as f64 * total / weight);

@@ -40,8 +40,8 @@ pub struct PreviewToken {
 }
 
 impl Preview {
-    /// The first `count` rows of a file or folder, read as [`Dataset::load`] reads them. Rows are taken in order, whatever seed the options
-    /// have, and are not packed.
+    /// The first `count` rows of a file or folder, read as [`Dataset::load`] reads them. Rows are taken in order,
+    /// whatever seed the options have, and are not packed.
     ///
     /// # Errors
     /// As [`Dataset::load`], as far as the rows shown go.
@@ -92,7 +92,8 @@ impl Preview {
         }
     }
 
-    /// The preview to print: what counts in the loss is green where `color` is understood, and in ⟦brackets⟧ where it is not.
+    /// The preview to print: what counts in the loss is green where `color` is understood, and in ⟦brackets⟧ where it
+    /// is not.
     pub fn to_text(&self, color: bool) -> String {
         let (open, close) = if color { ("\u{1b}[32m", "\u{1b}[0m") } else { ("⟦", "⟧") };
         let mut out = String::new();

@@ -5,8 +5,8 @@
 pub struct Sequence {
     /// Token ids `[length]`.
     pub ids: Vec<u32>,
-    /// `[length]`: whether predicting `ids[t]` counts in the loss; `None` means every token does. Position 0 has nothing before it,
-    /// so it is never predicted, whatever stands there.
+    /// `[length]`: whether predicting `ids[t]` counts in the loss; `None` means every token does. Position 0 has
+    /// nothing before it, so it is never predicted, whatever stands there.
     pub loss: Option<Vec<bool>>,
 }
 

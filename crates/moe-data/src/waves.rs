@@ -27,8 +27,8 @@ impl Wave {
     }
 }
 
-/// How many sequences go into one wave. Part of a recipe: it is never derived from free memory, because another grouping sums in
-/// another order and may change the last bits of a statistic.
+/// How many sequences go into one wave. Part of a recipe: it is never derived from free memory, because another
+/// grouping sums in another order and may change the last bits of a statistic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WaveOptions {
@@ -45,7 +45,8 @@ impl Default for WaveOptions {
     }
 }
 
-/// Groups sequences into waves with ids 0, 1, 2, … Greedy and in order, so that the same sequences always give the same waves.
+/// Groups sequences into waves with ids 0, 1, 2, … Greedy and in order, so that the same sequences always give the same
+/// waves.
 pub fn waves(sequences: &[Sequence], options: WaveOptions) -> Vec<Wave> {
     let mut waves: Vec<Wave> = Vec::new();
     let mut tokens = 0;

@@ -3,16 +3,16 @@
 //! Importance is found in two steps that know nothing of each other:
 //!
 //! 1. [`collectors`] watch a model run and add to named [`Statistics`](moe_checkpoint::Statistics). A [`Collection`]
-//!    runs the collectors that a list of scorers needs, each once, however many scorers share it; a [`Calibration`] drives
-//!    it wave by wave, saves every finished wave, and goes on where an interrupted run stopped. Other crates observe with
-//!    collectors of their own, in the same way.
+//!    runs the collectors that a list of scorers needs, each once, however many scorers share it; a [`Calibration`]
+//!    drives it wave by wave, saves every finished wave, and goes on where an interrupted run stopped. Other crates
+//!    observe with collectors of their own, in the same way.
 //! 2. [`scorers`] turn statistics and expert weights into a [`ScoreTable`](moe_checkpoint::ScoreTable). They are pure:
 //!    they never run the model, and a user can try ten of them on one statistics file.
 //!
 //! What is done with scores (budgets, plans, surgery) is the business of other crates. Any scorer feeds any pruner:
 //! [`ScorerConfig::into_experts`] reduces units to experts, [`ScorerConfig::into_units`] makes units of experts with a
-//! tie-breaker, and both are scorers of their own in recipes (`experts`, `units`). [`SuperExperts`] finds the experts that
-//! nothing should touch.
+//! tie-breaker, and both are scorers of their own in recipes (`experts`, `units`). [`SuperExperts`] finds the experts
+//! that nothing should touch.
 //!
 //! ```
 //! use moe_importance::{Scorer, ScorerConfig};
@@ -27,10 +27,10 @@
 //! ```
 //!
 //! # Scorers
-//! Tokens t are those routed to the expert, T all tokens, n the routed ones. Unit activations u and outputs f are before the
-//! routing weight g; gradients du and d have it. w is a unit's down column. *Cost* is what a pass over the data must compute:
-//! **none** (no data), **routing** (forward, experts unobserved), **units** or **outputs** (forward), **gradients** (forward
-//! and backward); shared by all scorers that need it.
+//! Tokens t are those routed to the expert, T all tokens, n the routed ones. Unit activations u and outputs f are
+//! before the routing weight g; gradients du and d have it. w is a unit's down column. *Cost* is what a pass over the
+//! data must compute: **none** (no data), **routing** (forward, experts unobserved), **units** or **outputs**
+//! (forward), **gradients** (forward and backward); shared by all scorers that need it.
 //!
 //! | scorer | of | formula | statistics | cost | source |
 //! |---|---|---|---|---|---|
@@ -62,23 +62,25 @@
 //! | `experts` | experts | sum, mean, max or mean of the top n of a unit scorer | its own | its own | |
 //! | `units` | units | an expert scorer, then a unit scorer: as tie-breaker or factor | both | both | |
 //!
-//! Scores say over which pool they may be compared and added ([`Needs`]); a pruner refuses what they do not support. Scores of
-//! units, estimates of the loss and shares of the traffic are comparable over the model; norms of outputs (`ean`, `man`, `reap`,
-//! `tenp`), `esft`, `bias` and `aimer` within a layer. Amounts are additive: losses, norms of weights, sums over all tokens.
-//! Shares, ranks, ratios and means over an expert's own tokens are not.
+//! Scores say over which pool they may be compared and added ([`Needs`]); a pruner refuses what they do not support.
+//! Scores of units, estimates of the loss and shares of the traffic are comparable over the model; norms of outputs
+//! (`ean`, `man`, `reap`, `tenp`), `esft`, `bias` and `aimer` within a layer. Amounts are additive: losses, norms of
+//! weights, sums over all tokens. Shares, ranks, ratios and means over an expert's own tokens are not.
 //!
 //! # Features
-//! Without features the crate has no Burn: scorers and statistics files are all that is needed to score. `collect` adds the
-//! collectors, which watch a model of moe-core; `flex` (the default, on the CPU), `wgpu`, `vulkan` and `cuda` imply it.
+//! Without features the crate has no Burn: scorers and statistics files are all that is needed to score. `collect` adds
+//! the collectors, which watch a model of moe-core; `flex` (the default, on the CPU), `wgpu`, `vulkan` and `cuda` imply
+//! it.
 //!
 //! Statistics kept for merging: `output.moments` (mean output), `routing.logit_gram` (inner products of logit columns),
 //! `output.max` (super experts).
 //!
 //! # Adding a method
 //! A program's own scorer implements [`Scorer`]. In this crate a collector is a file in `collectors/` and a line in
-//! [`collectors::registry`]; a scorer is a file in `scorers/` and a line in `scorers/config.rs`. Sums over units or outputs of an expert join the fused passes of
-//! [`collectors::UnitSums`] and [`collectors::OutputSums`] rather than walk the same matrices again. Collectors of other crates
-//! go into a [`Collection`] by [`Collection::with_collectors`].
+//! [`collectors::registry`]; a scorer is a file in `scorers/` and a line in `scorers/config.rs`. Sums over units or
+//! outputs of an expert join the fused passes of [`collectors::UnitSums`] and [`collectors::OutputSums`] rather than
+//! walk the same matrices again. Collectors of other crates go into a [`Collection`] by
+//! [`Collection::with_collectors`].
 #![deny(missing_docs)]
 
 #[cfg(feature = "collect")]

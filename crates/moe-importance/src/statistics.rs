@@ -81,13 +81,15 @@ pub const OUTPUT_RENORMALIZED_SQUARE: StatisticId = StatisticId::new("output.nor
 pub const OUTPUT_SOFTMAX: StatisticId = StatisticId::new("output.norm_softmax");
 /// `sum_t g_t^2 |f_t|` with [`Gate::Softmax`](crate::scorers::Gate::Softmax).
 pub const OUTPUT_SOFTMAX_SQUARE: StatisticId = StatisticId::new("output.norm_softmax_square");
-/// `sum_t g_t |f_t| (1 - cos(x_t, f_t))` with [`Gate::AsApplied`](crate::scorers::Gate::AsApplied) and the expert's input x.
+/// `sum_t g_t |f_t| (1 - cos(x_t, f_t))` with [`Gate::AsApplied`](crate::scorers::Gate::AsApplied) and the expert's
+/// input x.
 pub const OUTPUT_TURN: StatisticId = StatisticId::new("output.turn");
 /// `max_t max_h |f_t[h]|`, folded by the larger one.
 pub const OUTPUT_MAX: StatisticId = StatisticId::new("output.max");
 /// `max |f_t[h]|` over the first routed token of each sequence only.
 pub const OUTPUT_FIRST_MAX: StatisticId = StatisticId::new("output.first_max");
-/// Count, mean `[H]` and summed squared deviations `[H]` of f, a vector of [`Extent::Moments`](moe_checkpoint::Extent::Moments) per expert.
+/// Count, mean `[H]` and summed squared deviations `[H]` of f, a vector of
+/// [`Extent::Moments`](moe_checkpoint::Extent::Moments) per expert.
 pub const OUTPUT_MOMENTS: StatisticId = StatisticId::new("output.moments");
 /// `sum_t <c_tj, f_t> / |f_t|`.
 pub const PROJECTION: StatisticId = StatisticId::new("projection.sum");
@@ -99,8 +101,8 @@ pub const ROUTER_GRADIENT_ABS: StatisticId = StatisticId::new("router_gradient.a
 pub const ROUTER_GRADIENT_SQUARE: StatisticId = StatisticId::new("router_gradient.square");
 /// Per expert, the squared gradients of its router row `[H]`, summed over sequences.
 pub const ROUTER_GRADIENT_SQUARES: StatisticId = StatisticId::new("router_gradient.squares");
-/// Per expert, its softmax probability over *all* experts, summed over *all* tokens, routed to it or not: what the router
-/// prefers, whatever the model makes of it (top-k, renormalization, sigmoid).
+/// Per expert, its softmax probability over *all* experts, summed over *all* tokens, routed to it or not: what the
+/// router prefers, whatever the model makes of it (top-k, renormalization, sigmoid).
 ///
 /// Source: the expert-drop baseline shipped with HectorHHZ/Less-is-MoE (arXiv 2606.05538).
 pub const ROUTER_PROBABILITY: StatisticId = StatisticId::new("routing.probability");
@@ -116,8 +118,8 @@ pub const BIAS_SEQUENCE_MEDIAN: StatisticId = StatisticId::new("routing.bias_seq
 pub const ROUTED_TOKENS: StatisticId = StatisticId::new("routing.tokens");
 /// Per expert, the sum of the routing weights, as the model applies them, over the tokens routed to it.
 pub const ROUTING_WEIGHT: StatisticId = StatisticId::new("routing.weight");
-/// Per expert, the sum of the routing weights over the tokens routed to it, before the factor that all weights of a model carry
-/// (`routed_scaling_factor`).
+/// Per expert, the sum of the routing weights over the tokens routed to it, before the factor that all weights of a
+/// model carry (`routed_scaling_factor`).
 pub const ROUTING_GATE: StatisticId = StatisticId::new("routing.gate");
 /// Per expert, the sum of [`Gate::Renormalized`](crate::scorers::Gate::Renormalized) over the tokens routed to it.
 pub const ROUTING_RENORMALIZED: StatisticId = StatisticId::new("routing.renormalized");
@@ -127,9 +129,9 @@ pub const ROUTING_SOFTMAX: StatisticId = StatisticId::new("routing.softmax");
 ///
 /// `sum_t (dg_t[j]^2 + dv_t[j]^2) * |x_t|^2 + u_t[j]^2 * |d_t|^2`
 ///
-/// with input `x_t`, gradients `dg_t`, `dv_t` at the gate and up pre-activations and `d_t` at the expert's output (routing
-/// weight included). The gradient of one token with respect to a weight matrix is an outer product, so its squares are
-/// products of squares and no weight gradient is formed.
+/// with input `x_t`, gradients `dg_t`, `dv_t` at the gate and up pre-activations and `d_t` at the expert's output
+/// (routing weight included). The gradient of one token with respect to a weight matrix is an outer product, so its
+/// squares are products of squares and no weight gradient is formed.
 ///
 /// Source: the squared-gradient criterion of "Less is MoE", arXiv 2606.05538, per token.
 pub const FISHER_TOKEN: StatisticId = StatisticId::new("fisher.token");

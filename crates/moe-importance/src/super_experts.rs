@@ -13,8 +13,8 @@ pub enum Rows {
     /// All routed tokens: [`OUTPUT_MAX`].
     #[default]
     All,
-    /// The first routed token of each sequence: [`OUTPUT_FIRST_MAX`]. The released profiler reads only the first row of a
-    /// batch of one sequence.
+    /// The first routed token of each sequence: [`OUTPUT_FIRST_MAX`]. The released profiler reads only the first row of
+    /// a batch of one sequence.
     First,
 }
 
@@ -41,8 +41,8 @@ pub struct SuperExpertOptions {
     pub fraction_of_max: f64,
     /// Round the fraction of the maximum down to a whole number, as the released profiler does; default false.
     pub floor: bool,
-    /// Fraction of the decoder layers, from the first, that super experts can be in, rounded half to even; default 0.75.
-    /// `None` for all layers, as REAP's "outliers" variant.
+    /// Fraction of the decoder layers, from the first, that super experts can be in, rounded half to even; default
+    /// 0.75. `None` for all layers, as REAP's "outliers" variant.
     pub layers: Option<f64>,
     /// What later layers are left out of; default [`LateLayers::Ignored`].
     pub late: LateLayers,
@@ -113,10 +113,11 @@ pub struct SuperExpert {
 
 /// The super experts of a model and how they were found: what pruning, merging and quantization leave alone.
 ///
-/// The released profiler puts shared experts into the percentile as well; traces show routed experts only, and so does this.
+/// The released profiler puts shared experts into the percentile as well; traces show routed experts only, and so does
+/// this.
 ///
-/// Source: "Unveiling Super Experts in Mixture-of-Experts Large Language Models", arXiv 2507.23279, and its variant in the
-/// REAP code (arXiv 2510.13999).
+/// Source: "Unveiling Super Experts in Mixture-of-Experts Large Language Models", arXiv 2507.23279, and its variant in
+/// the REAP code (arXiv 2510.13999).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SuperExperts {
@@ -140,8 +141,8 @@ impl SuperExperts {
     /// Finds them. The number of decoder layers is taken as one more than the last MoE layer.
     ///
     /// # Errors
-    /// [`Error::InvalidField`] for options out of range, [`Error::MissingStatistic`], [`Error::NoData`] for statistics of no
-    /// token or a model without experts that enter the thresholds.
+    /// [`Error::InvalidField`] for options out of range, [`Error::MissingStatistic`], [`Error::NoData`] for statistics
+    /// of no token or a model without experts that enter the thresholds.
     pub fn find(statistics: &Statistics, options: SuperExpertOptions) -> Result<Self> {
         options.validate()?;
         let id = options.needs();

@@ -1,5 +1,5 @@
-//! One calibration for everything that is observed: kept, resumed, shared out and folded to the same bits, and a store of more
-//! serves whoever reads less.
+//! One calibration for everything that is observed: kept, resumed, shared out and folded to the same bits, and a store
+//! of more serves whoever reads less.
 #![cfg(feature = "flex")]
 
 use std::num::NonZeroUsize;

@@ -1,5 +1,6 @@
-//! Scores collected on a GPU backend are those collected on the CPU: the device bodies of the collectors' kernels, inside whole
-//! models. Needs a GPU driver; Mesa's software Vulkan does: `cargo xtask gpu`. `MOE_GPU_DEVICE` names the device, `wgpu` by default.
+//! Scores collected on a GPU backend are those collected on the CPU: the device bodies of the collectors' kernels,
+//! inside whole models. Needs a GPU driver; Mesa's software Vulkan does: `cargo xtask gpu`. `MOE_GPU_DEVICE` names the
+//! device, `wgpu` by default.
 #![cfg(all(feature = "flex", any(feature = "wgpu", feature = "vulkan", feature = "cuda")))]
 
 use std::path::Path;

@@ -1,5 +1,5 @@
-//! What a program outside the crate builds on: scorers of its own, what tables say of themselves, and strict recipes. None of
-//! it needs a model or Burn.
+//! What a program outside the crate builds on: scorers of its own, what tables say of themselves, and strict recipes.
+//! None of it needs a model or Burn.
 
 use moe_checkpoint::{
     Denominator, Fold, Granularity, MoeLayerShape, MoeShape, Pool, Provenance, Reduction, ScoreTable, Statistics,

@@ -1,6 +1,7 @@
-//! Seconds and memory that one layer of random weights takes to align and to merge by DERN, by default in the shape of Qwen1.5-MoE-A2.7B:
-//! `cargo run --release --example layer_time -- [EXPERTS] [WIDTH] [HIDDEN] [KEPT] [PAIRS]`. Seconds of all threads together are what a machine
-//! that does other work as well takes notice of: over the number of threads they are what it would take without.
+//! Seconds and memory that one layer of random weights takes to align and to merge by DERN, by default in the shape of
+//! Qwen1.5-MoE-A2.7B: `cargo run --release --example layer_time -- [EXPERTS] [WIDTH] [HIDDEN] [KEPT] [PAIRS]`. Seconds
+//! of all threads together are what a machine that does other work as well takes notice of: over the number of threads
+//! they are what it would take without.
 
 use std::time::Instant;
 

@@ -36,8 +36,8 @@ pub enum Amount {
     Groups(usize),
 }
 
-/// What a budget is shared over. Within a scope, experts of all its layers compete by their importance as a share of their
-/// layer's; every layer keeps its most important expert.
+/// What a budget is shared over. Within a scope, experts of all its layers compete by their importance as a share of
+/// their layer's; every layer keeps its most important expert.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Scope {
@@ -90,9 +90,9 @@ impl GroupBudget {
 
     /// Groups of every layer. Their sum is exactly that of [`GroupBudget::of_layer`].
     ///
-    /// With [`Scope::Model`] this is M-SMoE's rule (arXiv 2310.01334, as its code has it): usage of all layers in one list,
-    /// the most used expert of each layer first of all, the largest win. Its threshold loses ties; here ties go to the lower
-    /// layer, then the lower expert, so that the budget is met to the expert.
+    /// With [`Scope::Model`] this is M-SMoE's rule (arXiv 2310.01334, as its code has it): usage of all layers in one
+    /// list, the most used expert of each layer first of all, the largest win. Its threshold loses ties; here ties go
+    /// to the lower layer, then the lower expert, so that the budget is met to the expert.
     ///
     /// # Errors
     /// [`Error::Infeasible`] where protected experts, or one group per layer, take more than there is.

@@ -28,8 +28,8 @@ pub struct LayerContext<'a> {
     pub importance: &'a [f64],
     /// Experts that stay as they are `[E]`: they absorb nobody and nobody absorbs them.
     pub protected: &'a [bool],
-    /// Groups of neighboring experts of which as many must stay dominant in each, since the router selects among groups and rows of
-    /// the others go; 1 where it does not matter.
+    /// Groups of neighboring experts of which as many must stay dominant in each, since the router selects among groups
+    /// and rows of the others go; 1 where it does not matter.
     pub router_groups: usize,
 }
 
@@ -44,7 +44,8 @@ impl LayerContext<'_> {
         ranked(self.importance)
     }
 
-    /// Mean outputs of every expert `[E, H]`: collected ones, or those of the sampled tokens, on which every expert is run.
+    /// Mean outputs of every expert `[E, H]`: collected ones, or those of the sampled tokens, on which every expert is
+    /// run.
     ///
     /// # Errors
     /// [`Error::MissingEvidence`] without either.

@@ -128,8 +128,8 @@ pub(crate) fn unit_vectors(weights: &ExpertWeights, parts: UnitParts) -> (Vec<f3
     (out, length)
 }
 
-/// The expert whose units are the rows of `vectors`, as [`unit_vectors`] of all parts lays them out; `like` says whether
-/// there are biases and gives that of down.
+/// The expert whose units are the rows of `vectors`, as [`unit_vectors`] of all parts lays them out; `like` says
+/// whether there are biases and gives that of down.
 pub(crate) fn from_unit_vectors(vectors: &[f32], like: &ExpertWeights) -> ExpertWeights {
     let hidden = like.hidden;
     let biased = like.gate_bias.is_some() && like.up_bias.is_some();

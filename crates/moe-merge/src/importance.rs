@@ -21,7 +21,8 @@ pub enum Importance {
         #[serde(default)]
         gate: Gate,
     },
-    /// [`Reap`]: `1 / |X_e| * sum_{t in X_e} g_t[e]^power |f_e(x_t)|`. Power 1 is the paper's, power 2 what REAM's code computes.
+    /// [`Reap`]: `1 / |X_e| * sum_{t in X_e} g_t[e]^power |f_e(x_t)|`. Power 1 is the paper's, power 2 what REAM's code
+    /// computes.
     Reap {
         /// The gate.
         #[serde(default)]
@@ -30,7 +31,8 @@ pub enum Importance {
         #[serde(default = "one")]
         power: u8,
     },
-    /// Scores of a table of any scorer ([`Evidence::add_scores`](crate::Evidence::add_scores)), larger is more important.
+    /// Scores of a table of any scorer ([`Evidence::add_scores`](crate::Evidence::add_scores)), larger is more
+    /// important.
     Score,
     /// All experts alike.
     Equal,

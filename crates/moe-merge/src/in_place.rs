@@ -118,7 +118,8 @@ pub struct LeftAtBase {
 /// Bytes that are compared at a time.
 const COMPARED: usize = 4 << 20;
 
-/// What of each kind stays that of the base, and how much of it the others have changed. Kinds in the order of the model.
+/// What of each kind stays that of the base, and how much of it the others have changed. Kinds in the order of the
+/// model.
 pub(crate) fn left_at_base(base: &Checkpoint, tuned: &[Arc<Checkpoint>]) -> Result<Vec<LeftAtBase>> {
     let kinds = Kinds::of(base);
     let mut left: BTreeMap<Kind, (usize, usize)> = BTreeMap::new();

@@ -8,8 +8,8 @@ pub(crate) use moe_checkpoint::products::{product, product_into, row_products, v
 
 use crate::{Error, Result};
 
-/// Eigenvectors of a symmetric matrix `[n, n]` in f64 that belong to its `count` largest eigenvalues, as columns, largest
-/// first, with the eigenvalues.
+/// Eigenvectors of a symmetric matrix `[n, n]` in f64 that belong to its `count` largest eigenvalues, as columns,
+/// largest first, with the eigenvalues.
 pub(crate) fn leading_eigenvectors(matrix: &Mat<f64>, count: usize) -> Result<(Mat<f64>, Vec<f64>)> {
     let n = matrix.nrows();
     let eigen = matrix
@@ -30,7 +30,8 @@ pub(crate) fn solve_right(a: &Mat<f64>, b: &Mat<f64>) -> Result<Mat<f64>> {
     Ok(llt.solve(b.transpose()).transpose().to_owned())
 }
 
-/// The `[n, n]` sum of outer products of the rows of a row-major `[t, n]` matrix, `x^T x`, each row in f32, pieces in f64.
+/// The `[n, n]` sum of outer products of the rows of a row-major `[t, n]` matrix, `x^T x`, each row in f32, pieces in
+/// f64.
 pub(crate) fn gram_of_rows(x: &[f32], n: usize) -> Mat<f64> {
     cross_gram(x, n, x, n)
 }
@@ -64,8 +65,9 @@ pub(crate) struct TruncatedSvd {
     pub values: Vec<f64>,
 }
 
-/// The leading singular triples of a row-major matrix `[n, length]`, at most `rank`, by subspace iteration from a fixed start in
-/// the space of the columns: the order of the rows does not matter, and exact triples come out exactly where `rank` is full.
+/// The leading singular triples of a row-major matrix `[n, length]`, at most `rank`, by subspace iteration from a fixed
+/// start in the space of the columns: the order of the rows does not matter, and exact triples come out exactly where
+/// `rank` is full.
 pub(crate) fn truncated_svd(matrix: &[f32], length: usize, rank: usize) -> Result<TruncatedSvd> {
     let n = matrix.len() / length.max(1);
     let kept = rank.min(n).min(length);

@@ -16,8 +16,8 @@ pub const MERGE_PLAN_VERSION: u64 = 1;
 
 /// Which experts of a model become one and how, in the indices of that model. A versioned JSON file.
 ///
-/// A plan belongs to one checkpoint, by fingerprint. It says everything that depends on calibration but the sampled tokens
-/// that some alignments and combinations fit on; those are given again when it is applied, and must be the same.
+/// A plan belongs to one checkpoint, by fingerprint. It says everything that depends on calibration but the sampled
+/// tokens that some alignments and combinations fit on; those are given again when it is applied, and must be the same.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MergePlan {
     /// Version of the format.
@@ -53,7 +53,8 @@ pub struct LayerPlan {
     /// Experts that neither absorb nor are absorbed, ascending: they are alone in their groups.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub protected: Vec<u32>,
-    /// Importance that the groups were made by `[E]`; empty if there was none. As f32, so that text and back change nothing.
+    /// Importance that the groups were made by `[E]`; empty if there was none. As f32, so that text and back change
+    /// nothing.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub importance: Vec<f32>,
 }
@@ -175,8 +176,8 @@ impl LayerPlan {
 }
 
 impl MergePlan {
-    /// The plan in which every expert is a group of its own, under this name: what experts that were changed in place are
-    /// written with.
+    /// The plan in which every expert is a group of its own, under this name: what experts that were changed in place
+    /// are written with.
     pub fn keep_all(checkpoint: &Checkpoint, name: &str) -> Self {
         let shape = checkpoint.shape();
         Self {

@@ -15,11 +15,11 @@ use crate::recipe::Recipe;
 use crate::{Error, Result};
 
 impl Recipe {
-    /// The plan of this recipe for a checkpoint. Experts of which anything is protected are left alone: they absorb nobody
-    /// and nobody absorbs them.
+    /// The plan of this recipe for a checkpoint. Experts of which anything is protected are left alone: they absorb
+    /// nobody and nobody absorbs them.
     ///
-    /// The plan is a deterministic function of its arguments. A recipe that is sequential is planned here on what `evidence`
-    /// says of all layers at once; feature `engine` merges layer by layer.
+    /// The plan is a deterministic function of its arguments. A recipe that is sequential is planned here on what
+    /// `evidence` says of all layers at once; feature `engine` merges layer by layer.
     ///
     /// ```no_run
     /// use moe_checkpoint::Checkpoint;

@@ -34,8 +34,8 @@ pub fn shuffled(len: usize, seed: u64) -> Vec<u32> {
     order
 }
 
-/// Keeps the experts that tokens select, each token's in ascending order. Where a small change moves a token from one expert to
-/// another, a loss jumps, and a difference quotient is that jump over the step.
+/// Keeps the experts that tokens select, each token's in ascending order. Where a small change moves a token from one
+/// expert to another, a loss jumps, and a difference quotient is that jump over the step.
 #[cfg(feature = "engine")]
 #[derive(Debug, Default, PartialEq)]
 pub struct Selected(pub Vec<u32>);

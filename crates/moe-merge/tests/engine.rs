@@ -247,7 +247,8 @@ fn compressed_experts_are_shown_in_place_of_their_own() {
         (difference(&logits_of(&formed), &logits_of(&model)), squares)
     };
     let [none, half, all] = [0.0, 0.5, 1.0].map(errors_at);
-    // With all rows of S nothing is lost. Fewer rows are worse matrices, though of a model of random weights not always worse logits.
+    // With all rows of S nothing is lost. Fewer rows are worse matrices, though of a model of random weights not always
+    // worse logits.
     assert!(all.0 < 1e-4 && all.1 < 1e-6, "{all:?}");
     assert!(half.0 > 1e-3 && none.0 > 1e-3, "{half:?} {none:?}");
     assert!(all.1 < 0.01 * half.1 && half.1 < 0.9 * none.1, "{half:?} {none:?}");

@@ -78,8 +78,8 @@ fn every_recipe_in_every_form_runs_as_it_is_written_and_is_refused_before_it_is_
                         assert_written_as_run(merged.model(), &directory.path().join(what.replace(' ', "-")), &what);
                         ran += 1;
                     }
-                    // Layers that share a budget, and groups of the router that dominants come from as they like, may by chance
-                    // be left alike.
+                    // Layers that share a budget, and groups of the router that dominants come from as they like, may
+                    // by chance be left alike.
                     (Err(_), Ok(_)) => assert!(
                         form == OutputForm::Stock
                             && (recipe.budget.scope != Scope::Layer
@@ -113,7 +113,8 @@ fn dominants_stay_as_many_in_each_group_of_the_router() {
             assert_eq!(merged.model().shape().layers[0].num_experts(), experts / 2);
             assert!(run(merged.model()).iter().all(|v| v.is_finite()));
         }
-        // Groups that are too small for the number of experts per token, and what groups cannot share, is said before anything is collected.
+        // Groups that are too small for the number of experts per token, and what groups cannot share, is said before
+        // anything is collected.
         let odd = Recipe::named("dominant-only").unwrap().with_amount(Amount::Groups(groups + 1));
         let mtp = options(OutputForm::Stock, &model).mtp;
         let error = odd.check(&model, OutputForm::Stock, mtp).unwrap_err().to_string();

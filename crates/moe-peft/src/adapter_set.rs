@@ -33,8 +33,8 @@ pub trait SweepListener: std::fmt::Debug + Send + Sync {
     }
 }
 
-/// Adapters by place, and what they train. What makes adapters puts them here; [`Model::with_adapters`](moe_core::Model::with_adapters)
-/// takes the set.
+/// Adapters by place, and what they train. What makes adapters puts them here;
+/// [`Model::with_adapters`](moe_core::Model::with_adapters) takes the set.
 #[derive(Debug)]
 pub struct AdapterSet {
     linear: BTreeMap<Site, Arc<dyn LinearAdapter>>,
@@ -119,7 +119,8 @@ impl AdapterSet {
         self.embedding.replace(adapter).map_or(Ok(()), |_| Err(twice("the embeddings")))
     }
 
-    /// Has the routing of an MoE layer watched in training, with whatever loss the adapter adds to it. There may be many.
+    /// Has the routing of an MoE layer watched in training, with whatever loss the adapter adds to it. There may be
+    /// many.
     pub fn add_router(&mut self, layer: usize, adapter: Arc<dyn RouterAdapter>) {
         self.routers.entry(layer).or_default().push(adapter);
     }
@@ -228,8 +229,8 @@ impl AdapterSet {
         !self.head.is_empty()
     }
 
-    /// Sets how deep something is trained, for sets of which not everything is trained all the time. At first, as deep as there is an
-    /// adapter.
+    /// Sets how deep something is trained, for sets of which not everything is trained all the time. At first, as deep
+    /// as there is an adapter.
     pub fn set_depth(&self, depth: Depth) {
         *self.depth.write().unwrap_or_else(PoisonError::into_inner) = depth;
     }

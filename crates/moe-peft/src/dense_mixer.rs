@@ -1,12 +1,13 @@
 //! DenseMixer: router gradients from all experts (code yaof20/DenseMixer; there is no full paper).
 //!
-//! With top-k routing a router learns only from the experts it chose. Here the output stays the sparse one, bit for bit, while the router gets
-//! the gradient of the mixture of all experts: `v_e = <d loss / d y, E_e(x)>` for every expert e, and from them the gradient of the logits
-//! as [`Router::dense_backward`](moe_core::router::Router::dense_backward) defines it. Weights of experts get the sparse gradient, and what
-//! experts read gets it from those that ran; through the router, what it reads gets the router's.
+//! With top-k routing a router learns only from the experts it chose. Here the output stays the sparse one, bit for
+//! bit, while the router gets the gradient of the mixture of all experts: `v_e = <d loss / d y, E_e(x)>` for every
+//! expert e, and from them the gradient of the logits as
+//! [`Router::dense_backward`](moe_core::router::Router::dense_backward) defines it. Weights of experts get the sparse
+//! gradient, and what experts read gets it from those that ran; through the router, what it reads gets the router's.
 //!
-//! The other experts run in the backward sweep only, in blocks of tokens, so that no `[tokens, experts, hidden]` exists. A model is run as
-//! before.
+//! The other experts run in the backward sweep only, in blocks of tokens, so that no `[tokens, experts, hidden]`
+//! exists. A model is run as before.
 
 use moe_core::adapters::{LayerSite, Site};
 use serde::{Deserialize, Serialize};

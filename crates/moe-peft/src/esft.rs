@@ -10,13 +10,15 @@ pub use moe_importance::scorers::EsftScore;
 
 use crate::{Error, Result, model_weights::OwnWeights};
 
-/// Trains the experts a task uses most, and nothing else: in each layer the best-scored ones until their scores sum to a threshold.
+/// Trains the experts a task uses most, and nothing else: in each layer the best-scored ones until their scores sum to
+/// a threshold.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Esft {
     /// What is counted.
     pub score: EsftScore,
-    /// The threshold p, in (0, 1]; the expert that crosses it is trained, too. The paper takes 0.2 for tokens and 0.1 for gates.
+    /// The threshold p, in (0, 1]; the expert that crosses it is trained, too. The paper takes 0.2 for tokens and 0.1
+    /// for gates.
     pub threshold: f64,
     /// Train shared experts as well.
     pub shared_experts: bool,
@@ -30,8 +32,8 @@ impl Default for Esft {
     }
 }
 
-/// Experts in the order in which they are taken, until their scores sum to `threshold`: the highest first, the lower index on a tie, none
-/// without a score.
+/// Experts in the order in which they are taken, until their scores sum to `threshold`: the highest first, the lower
+/// index on a tie, none without a score.
 pub fn experts_to(scores: &[f64], threshold: f64) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).filter(|e| scores[*e] > 0.0).collect();
     order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
@@ -76,7 +78,8 @@ impl Esft {
     /// The experts of each layer, by a table of their scores: of [`Esft::scores`], or of any other scorer.
     ///
     /// # Errors
-    /// As [`validate`](Self::validate); [`Error::Input`] for a table of units, [`Error::Checkpoint`] for one that is broken.
+    /// As [`validate`](Self::validate); [`Error::Input`] for a table of units, [`Error::Checkpoint`] for one that is
+    /// broken.
     pub fn select(&self, scores: &ScoreTable) -> Result<EsftSelection> {
         self.validate()?;
         scores.validate()?;

@@ -21,8 +21,8 @@ pub enum Target {
     Teacher(Arc<TeacherLogits>),
 }
 
-/// What a method does besides gradient descent: it may change what is trained from step to step, watch gradients, and change values by
-/// rule. Defaults do nothing.
+/// What a method does besides gradient descent: it may change what is trained from step to step, watch gradients, and
+/// change values by rule. Defaults do nothing.
 pub trait TrainingHooks: Send {
     /// Before the gradients of step `step` (from 1).
     ///
@@ -33,8 +33,8 @@ pub trait TrainingHooks: Send {
         Ok(())
     }
 
-    /// The gradient is complete: `factor` times what the parameters hold is that of the mean loss, not clipped. Hooks may add that of a
-    /// loss on the parameters themselves, divided by `factor`, and give its value by name.
+    /// The gradient is complete: `factor` times what the parameters hold is that of the mean loss, not clipped. Hooks
+    /// may add that of a loss on the parameters themselves, divided by `factor`, and give its value by name.
     ///
     /// # Errors
     /// Whatever the hooks find wrong.
@@ -100,8 +100,8 @@ impl TrainingHooks for Plain {}
 
 /// A model whose adapters are trained on waves, for [`moe_core::train::train`].
 ///
-/// Between sweeps values and gradients are with the optimizer; [`with_values`](Self::with_values) lends them for anything else that runs the
-/// model.
+/// Between sweeps values and gradients are with the optimizer; [`with_values`](Self::with_values) lends them for
+/// anything else that runs the model.
 pub struct FineTune {
     model: Model,
     set: Arc<AdapterSet>,
@@ -159,7 +159,8 @@ impl FineTune {
         Self { evaluation: waves, ..self }
     }
 
-    /// The model with its adapters. It can be run only while values are lent to it, or are [settled](crate::Bank::settle).
+    /// The model with its adapters. It can be run only while values are lent to it, or are
+    /// [settled](crate::Bank::settle).
     pub fn model(&self) -> &Model {
         &self.model
     }

@@ -66,8 +66,9 @@ pub(crate) struct InputCollector<S> {
     add: fn(Site, [usize; 2], S, &mut Statistics) -> moe_importance::Result<()>,
 }
 
-/// A model that shows the input `[n, in]` of each of `places` to `see`, as often as the map is run: once per wave, or per piece of it,
-/// and for an expert on its tokens; and the collector of what was seen, which begins as the default in every wave.
+/// A model that shows the input `[n, in]` of each of `places` to `see`, as often as the map is run: once per wave, or
+/// per piece of it, and for an expert on its tokens; and the collector of what was seen, which begins as the default in
+/// every wave.
 ///
 /// # Errors
 /// [`Error::Input`] for a place given twice; those of the model.
@@ -133,8 +134,8 @@ pub(crate) fn sums(name: String, rows: usize, columns: usize) -> StatisticSpec {
     StatisticSpec { id: StatisticId::from(name), kind: ArrayKind::Matrix { rows, columns }, fold: Fold::Sum }
 }
 
-/// `||X_j||^2` of each input column j of the linear maps `places`, over the tokens of `waves` that reach them; zeros for a map that none
-/// reaches. Finished waves are kept in `store`, if there is one, and not run again.
+/// `||X_j||^2` of each input column j of the linear maps `places`, over the tokens of `waves` that reach them; zeros
+/// for a map that none reaches. Finished waves are kept in `store`, if there is one, and not run again.
 ///
 /// # Errors
 /// What stops the model; [`Error::Input`] for no waves; a store of something else.

@@ -27,7 +27,8 @@ pub enum LayerWeights {
     Uniform,
     /// More often the more outliers there are among `|w_ij| * ||X_j||` of its linear maps, as OwLore does.
     Outliers {
-        /// What is so many times the layer's mean is an outlier. 13 in the published runs; pruning by outliers (OWL) takes 3.
+        /// What is so many times the layer's mean is an outlier. 13 in the published runs; pruning by outliers (OWL)
+        /// takes 3.
         times_mean: f64,
     },
     /// Less often the more outliers there are: `max p - p`, rescaled.
@@ -46,7 +47,8 @@ pub enum LayerWeights {
     Given(Vec<f64>),
 }
 
-/// Every so many steps, some decoder layers are drawn; they alone train, and embeddings, final norm and head where they are trained at all.
+/// Every so many steps, some decoder layers are drawn; they alone train, and embeddings, final norm and head where they
+/// are trained at all.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LayerSampling {
@@ -56,7 +58,8 @@ pub struct LayerSampling {
     pub every: usize,
     /// How often a layer is drawn.
     pub weights: LayerWeights,
-    /// Whether the optimizer's moments of layers that stop training are forgotten, which saves memory, rather than kept for their next turn.
+    /// Whether the optimizer's moments of layers that stop training are forgotten, which saves memory, rather than kept
+    /// for their next turn.
     pub drop_state: bool,
     /// Seed of the draws.
     pub seed: u64,
@@ -76,7 +79,8 @@ impl LayerSampling {
     }
 
     /// # Errors
-    /// [`Error::Input`] names the field that is out of range for a model of so many layers; weights that are negative or all zero.
+    /// [`Error::Input`] names the field that is out of range for a model of so many layers; weights that are negative
+    /// or all zero.
     pub fn validate(&self, layers: usize) -> Result<()> {
         if self.layers == 0 || self.layers > layers {
             return Err(Error::input("layers", self.layers, format!("1 to the {layers} of the model")));
@@ -122,8 +126,8 @@ impl LayerSampling {
         normalized(weights)
     }
 
-    /// The layers that train from the draw on that `step` (from 1) belongs to. Depends on nothing but the seed and the number of the draw,
-    /// so that a resumed run draws the same.
+    /// The layers that train from the draw on that `step` (from 1) belongs to. Depends on nothing but the seed and the
+    /// number of the draw, so that a resumed run draws the same.
     pub fn draw(&self, probabilities: &[f64], step: usize) -> BTreeSet<usize> {
         let draw = step.saturating_sub(1) / self.every.max(1);
         let mut random = ChaCha8Rng::seed_from_u64(self.seed);
@@ -155,7 +159,8 @@ impl LayerSampling {
     }
 }
 
-/// A few layers at a time, and the low rank that gradients of their matrices are projected to, if any: LISA without, OwLore with.
+/// A few layers at a time, and the low rank that gradients of their matrices are projected to, if any: LISA without,
+/// OwLore with.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LayerTurns {

@@ -20,8 +20,8 @@ use crate::{
 
 /// A method, in JSON `{"type": "lora", "r": 16, ..}`.
 ///
-/// [`training`](Self::training) is what it is trained with by default: what was published for it, or, where nothing was, what its family takes.
-/// "ours" marks what no source says.
+/// [`training`](Self::training) is what it is trained with by default: what was published for it, or, where nothing
+/// was, what its family takes. "ours" marks what no source says.
 ///
 /// | `type` | what | highest rate | schedule | AdamW | steps | from |
 /// |---|---|--:|---|---|---|---|

@@ -51,8 +51,8 @@ fn lora(change: impl FnOnce(&mut LoraConfig)) -> MethodConfig {
     MethodConfig::Lora(Box::new(config))
 }
 
-/// A mixture beside attention. The published ones that are beside all linear maps are of dense models; beside every routed expert they
-/// would be larger than the experts.
+/// A mixture beside attention. The published ones that are beside all linear maps are of dense models; beside every
+/// routed expert they would be larger than the experts.
 fn beside_attention(config: MixtureConfig) -> MethodConfig {
     MethodConfig::Mixture(Box::new(MixtureConfig { target_modules: attention(), ..config }))
 }

@@ -21,9 +21,11 @@ use crate::{Error, Result};
 
 /// A trained matrix as adapters use it.
 ///
-/// The optimizer owns values and gradients on the host ([`Parameters`]); for a sweep they are [lent](Bank::lend) to the model and then
-/// [returned](Bank::take_back), without a copy on the CPU backend, so that there is one storage of them. Adapters that are only run keep
-/// their values here. Values that are not trained at the moment may be stored elsewhere: as the weights of the base that they
+/// The optimizer owns values and gradients on the host ([`Parameters`]); for a sweep they are [lent](Bank::lend) to the
+/// model and then
+/// [returned](Bank::take_back), without a copy on the CPU backend, so that there is one storage of them. Adapters that
+/// are only run keep their values here. Values that are not trained at the moment may be stored elsewhere: as the
+/// weights of the base that they
 /// [still are](Self::of_base), or in a file.
 pub struct Live {
     name: String,
@@ -102,8 +104,8 @@ impl Live {
         }
     }
 
-    /// The same as `pieces` parts of equal length, one after the other, each of which gets a trust ratio of its own from
-    /// [`Lamb`](moe_core::train::Lamb): the experts of a fused tensor. To be called before it is shared.
+    /// The same as `pieces` parts of equal length, one after the other, each of which gets a trust ratio of its own
+    /// from [`Lamb`](moe_core::train::Lamb): the experts of a fused tensor. To be called before it is shared.
     #[must_use]
     pub fn in_pieces(mut self: Arc<Self>, pieces: usize) -> Arc<Self> {
         if let Some(live) = Arc::get_mut(&mut self) {
@@ -127,8 +129,8 @@ impl Live {
         &self.device
     }
 
-    /// The values; shares them, or reads them where they are stored. To be dropped before the sweep ends, or the next step copies them.
-    /// Where they cannot be read they are zeros, and [`Bank::check_read`] says why.
+    /// The values; shares them, or reads them where they are stored. To be dropped before the sweep ends, or the next
+    /// step copies them. Where they cannot be read they are zeros, and [`Bank::check_read`] says why.
     ///
     /// # Panics
     /// If they were taken back and not lent again: [`Bank`] lends all of them for every sweep.
@@ -192,7 +194,8 @@ impl Live {
         f(&mut gradient);
     }
 
-    /// Adds `factor * dy^T x` for the given columns of `dy [n, ..]` and of `x [n, ..]`, as many as it has rows and columns.
+    /// Adds `factor * dy^T x` for the given columns of `dy [n, ..]` and of `x [n, ..]`, as many as it has rows and
+    /// columns.
     pub fn add_product(&self, dy: &Tensor<2>, rows: Range<usize>, x: &Tensor<2>, columns: Range<usize>, factor: f32) {
         self.add_gradient(|gradient| add_transposed_product(dy, rows, x, columns, factor, gradient));
     }
@@ -245,7 +248,8 @@ pub(crate) fn add_values(values: &[f32], add: &mut dyn FnMut(&[u8])) {
 #[derive(Clone, Debug, Default)]
 pub struct Bank {
     live: BTreeMap<String, Arc<Live>>,
-    /// Counts how often values were handed over, so that what was made from them knows when they may have changed. Clones share it.
+    /// Counts how often values were handed over, so that what was made from them knows when they may have changed.
+    /// Clones share it.
     handed_over: Arc<AtomicU64>,
 }
 
@@ -334,8 +338,8 @@ impl Bank {
         Ok(parameters)
     }
 
-    /// Lends the values of `parameters` to the adapters and, with `gradients`, the gradients of those that are trained. Names that only one
-    /// of both has stay where they are.
+    /// Lends the values of `parameters` to the adapters and, with `gradients`, the gradients of those that are trained.
+    /// Names that only one of both has stay where they are.
     ///
     /// # Errors
     /// [`Error::Core`] for what is lent already.
@@ -384,8 +388,8 @@ impl Bank {
         self.lend(&mut parameters, false)
     }
 
-    /// Sets which values are trained from the next step on: those for which `trained` holds, which are read if they are stored. The
-    /// others keep their values, have no gradient and, with `forget`, lose the optimizer's moments.
+    /// Sets which values are trained from the next step on: those for which `trained` holds, which are read if they are
+    /// stored. The others keep their values, have no gradient and, with `forget`, lose the optimizer's moments.
     ///
     /// # Errors
     /// [`Error::Core`] for names that `parameters` do not have, and for what keeps stored values from being read.

@@ -1,18 +1,20 @@
 //! Losses on router logits beside the objective: load balance and z-loss.
 //!
-//! For a wave of T tokens (there is no padding), E experts and k experts per token, with `p_te` the share of expert e in the scores of token
-//! t (softmax; for sigmoid routing the sigmoid divided by the sum of them) and `P_e` its mean over the tokens:
+//! For a wave of T tokens (there is no padding), E experts and k experts per token, with `p_te` the share of expert e
+//! in the scores of token t (softmax; for sigmoid routing the sigmoid divided by the sum of them) and `P_e` its mean
+//! over the tokens:
 //!
-//! * balance, Switch Transformers' form (arXiv 2101.03961, equations 4 to 6; Mixtral's): `a E sum_e f_e P_e`, `f_e` the share of tokens that go
-//!   to expert e. It is `a k` at perfect balance;
+//! * balance, Switch Transformers' form (arXiv 2101.03961, equations 4 to 6; Mixtral's): `a E sum_e f_e P_e`, `f_e` the
+//!   share of tokens that go to expert e. It is `a k` at perfect balance;
 //! * balance, normalized: `f_e` divided by k, so that it is `a` at perfect balance;
 //! * z-loss (ST-MoE, arXiv 2202.08906, equation 5): `b mean_t (log sum_e exp z_te)^2`, summed over the layers.
 //!
-//! A balance loss counts [over the whole model](BalanceScope::Model), as `load_balancing_loss_func` of Hugging Face's transformers does: the
-//! routers of all layers are concatenated as if they were one with L T tokens, so that layers may be uneven where others make up for it. Or it
-//! is [the sum of those of the layers](BalanceScope::Layer), which is larger by a factor of about L, and more where layers are uneven. A
-//! coefficient belongs to its scope. `f_e` is a constant of the gradient. The losses stand beside the mean loss per predicted token, so that
-//! their gradients are multiplied by the predicted tokens of the wave.
+//! A balance loss counts [over the whole model](BalanceScope::Model), as `load_balancing_loss_func` of Hugging Face's
+//! transformers does: the routers of all layers are concatenated as if they were one with L T tokens, so that layers
+//! may be uneven where others make up for it. Or it is [the sum of those of the layers](BalanceScope::Layer), which is
+//! larger by a factor of about L, and more where layers are uneven. A coefficient belongs to its scope. `f_e` is a
+//! constant of the gradient. The losses stand beside the mean loss per predicted token, so that their gradients are
+//! multiplied by the predicted tokens of the wave.
 
 use std::{
     collections::BTreeMap,
@@ -55,8 +57,8 @@ pub enum BalanceScope {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BalanceLoss {
-    /// Its factor, for the given form and scope; 0 or more. `router_aux_loss_coef` of most configurations is 0.001 to 0.01, for the default
-    /// ones.
+    /// Its factor, for the given form and scope; 0 or more. `router_aux_loss_coef` of most configurations is 0.001 to
+    /// 0.01, for the default ones.
     pub coefficient: f64,
     /// Which form.
     #[serde(default)]
@@ -149,7 +151,8 @@ impl RouterLossReport {
         }
     }
 
-    /// `coefficient * E * f_e`, the gradient of the balance loss with respect to `P_e`, and the tokens that `P_e` is a mean over.
+    /// `coefficient * E * f_e`, the gradient of the balance loss with respect to `P_e`, and the tokens that `P_e` is a
+    /// mean over.
     fn loads(&self, state: &State, layer: usize) -> Option<(Vec<f64>, f64)> {
         let BalanceLoss { coefficient, form, over } = self.losses.balance?;
         let experts = state.wave.get(&layer)?.counts.len();
@@ -236,8 +239,8 @@ impl RouterLosses {
 /// Adds the losses to the routers of all MoE layers. They reach whatever is trained at the router or below it.
 impl TuningMethod for RouterLosses {
     /// # Errors
-    /// As [`validate`](RouterLosses::validate); [`Error::Input`] for a model without routed experts, and for a balance loss over the whole
-    /// model whose layers have different numbers of experts.
+    /// As [`validate`](RouterLosses::validate); [`Error::Input`] for a model without routed experts, and for a balance
+    /// loss over the whole model whose layers have different numbers of experts.
     fn check(&self, on: &Setting<'_>) -> Result<()> {
         self.fits(on.model)
     }
@@ -410,8 +413,9 @@ mod tests {
         }
     }
 
-    /// `load_balancing_loss_func` of transformers 5 (`modeling_mixtral.py`), without a mask: softmax of the concatenated logits, the top
-    /// k of it, `num_experts * sum(mean over tokens of one-hot choices * mean over tokens of probabilities)`.
+    /// `load_balancing_loss_func` of transformers 5 (`modeling_mixtral.py`), without a mask: softmax of the
+    /// concatenated logits, the top k of it, `num_experts * sum(mean over tokens of one-hot choices * mean over tokens
+    /// of probabilities)`.
     fn hugging_face(layers: &[Vec<f32>], experts: usize, k: usize) -> f64 {
         let all: Vec<f32> = layers.concat();
         let tokens = (all.len() / experts) as f64;

@@ -64,7 +64,8 @@ pub struct SavedTuning {
     kinds: Vec<SavedKind>,
 }
 
-/// Looks at what fine-tuning saved in a directory: an adapter, a mixture, or a checkpoint with compressed experts or condensers beside it.
+/// Looks at what fine-tuning saved in a directory: an adapter, a mixture, or a checkpoint with compressed experts or
+/// condensers beside it.
 ///
 /// ```no_run
 /// use moe_core::Model;
@@ -101,13 +102,14 @@ impl SavedTuning {
         &self.kinds
     }
 
-    /// Whether the directory is a checkpoint itself: what was trained of its weights is folded in, and the rest stands beside it.
+    /// Whether the directory is a checkpoint itself: what was trained of its weights is folded in, and the rest stands
+    /// beside it.
     pub fn is_checkpoint(&self) -> bool {
         self.directory.join("config.json").exists()
     }
 
-    /// `base` as it was at the end of training, and what was put into it. For a [checkpoint](Self::is_checkpoint), `base` is the model
-    /// opened from the directory.
+    /// `base` as it was at the end of training, and what was put into it. For a [checkpoint](Self::is_checkpoint),
+    /// `base` is the model opened from the directory.
     ///
     /// # Errors
     /// What keeps a file from being read, or from fitting the model.

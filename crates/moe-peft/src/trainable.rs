@@ -91,8 +91,9 @@ impl Trainable {
         16 * self.trained()
     }
 
-    /// Warns if the names that were asked for are those of feed-forward maps (`gate_proj`, `gate_up_proj`, `w1`, ..) and yet no routed
-    /// expert is trained. That is what becomes of such names in most tools where the experts are one fused tensor.
+    /// Warns if the names that were asked for are those of feed-forward maps (`gate_proj`, `gate_up_proj`, `w1`, ..)
+    /// and yet no routed expert is trained. That is what becomes of such names in most tools where the experts are one
+    /// fused tensor.
     #[must_use]
     pub fn asked_for(mut self, names: &[impl AsRef<str>]) -> Self {
         let feed_forward = |name: &str| {

@@ -90,8 +90,8 @@ pub fn vocabulary(checkpoint: &Checkpoint) -> Result<Vec<[usize; 2]>> {
     Ok(std::iter::once(embeddings).chain(different).filter_map(shape).collect())
 }
 
-/// All vectors of a checkpoint that can be trained: weights and biases of norms, biases of linear maps. Not among them are the biases of
-/// routed experts, the sinks of attention and what is added to router scores for the selection.
+/// All vectors of a checkpoint that can be trained: weights and biases of norms, biases of linear maps. Not among them
+/// are the biases of routed experts, the sinks of attention and what is added to router scores for the selection.
 pub fn vectors(checkpoint: &Checkpoint) -> Vec<VectorPlace> {
     let mut vectors = Vec::new();
     let mut add = |role: Role, depth: Depth, norm: bool| {

@@ -72,7 +72,8 @@ pub type OnRunEvent<'a> = &'a mut dyn FnMut(&RunEvent<'_>) -> Result<()>;
 
 /// Where a recipe is trained.
 ///
-/// In `directory`, `PHASE/` has the saved states of a phase and `PHASE.jsonl` its metrics, every step once, however often it was interrupted.
+/// In `directory`, `PHASE/` has the saved states of a phase and `PHASE.jsonl` its metrics, every step once, however
+/// often it was interrupted.
 #[derive(Clone, Copy, Debug)]
 pub struct TrainingRun<'a> {
     /// The model.
@@ -122,8 +123,8 @@ impl TrainingRun<'_> {
         }
     }
 
-    /// Everything that the recipe, the files and the options show to be wrong, before anything is run or written: the phases, and what is
-    /// to be known about what will be written.
+    /// Everything that the recipe, the files and the options show to be wrong, before anything is run or written: the
+    /// phases, and what is to be known about what will be written.
     fn check(&self, recipe: &Recipe) -> Result<(Vec<String>, Vec<Phase>)> {
         if self.waves.is_empty() {
             return Err(Error::input("training waves", 0, "at least one"));
@@ -159,11 +160,12 @@ impl TrainingRun<'_> {
         }
     }
 
-    /// Trains as `recipe` says. If it asks for evaluations, the last twentieth of the waves is evaluated and not trained on.
+    /// Trains as `recipe` says. If it asks for evaluations, the last twentieth of the waves is evaluated and not
+    /// trained on.
     ///
     /// # Errors
-    /// What is wrong with the recipe for this model and these rows, with the directory, and with what would be written, before anything
-    /// runs; then what stops training.
+    /// What is wrong with the recipe for this model and these rows, with the directory, and with what would be written,
+    /// before anything runs; then what stops training.
     pub fn train(&self, recipe: &Recipe, tell: OnRunEvent<'_>) -> Result<Trained> {
         let (remarks, phases) = self.check(recipe)?;
         std::fs::create_dir_all(self.directory).map_err(|source| Error::Io { path: self.directory.into(), source })?;
@@ -243,7 +245,8 @@ fn adapter_options(base: &Model, weights: &LoraWeights, maps: &Maps<'_>) -> peft
     peft_files::WriteOptions { base_model, ..peft_files::WriteOptions::default() }.fitting(weights, maps)
 }
 
-/// The options of a phase. Later ones see the rows in another order, so that they do not begin with the rows of the first again.
+/// The options of a phase. Later ones see the rows in another order, so that they do not begin with the rows of the
+/// first again.
 fn phase_options(train: &TrainOptions, phase: &Phase, number: usize) -> TrainOptions {
     TrainOptions {
         epochs: train.epochs.max(1),
@@ -266,8 +269,8 @@ fn asked_for(method: &MethodConfig) -> Vec<String> {
 }
 
 impl Trained {
-    /// The model as [`save`](Self::save) writes it, rounded to the dtype of its weights: what is to be measured. `None` for a mixture, which
-    /// depends on its input; its model is that of the [task](Self::task).
+    /// The model as [`save`](Self::save) writes it, rounded to the dtype of its weights: what is to be measured. `None`
+    /// for a mixture, which depends on its input; its model is that of the [task](Self::task).
     ///
     /// # Errors
     /// Those of [`Folded::on`] and [`Folded::run`].
@@ -282,9 +285,9 @@ impl Trained {
         }
     }
 
-    /// Writes what was trained on `base` into `directory`: `adapter` has a LoRA, as PEFT has it, or a mixture, which no weights can be;
-    /// `model` is the checkpoint with all else in its weights, and with the files of compressed experts and condensers beside it.
-    /// [`open`](crate::open()) reads all of it.
+    /// Writes what was trained on `base` into `directory`: `adapter` has a LoRA, as PEFT has it, or a mixture, which no
+    /// weights can be; `model` is the checkpoint with all else in its weights, and with the files of compressed experts
+    /// and condensers beside it. [`open`](crate::open()) reads all of it.
     ///
     /// # Errors
     /// Those of [`Folded::on`] and of the files.

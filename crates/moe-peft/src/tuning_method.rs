@@ -25,9 +25,9 @@ use crate::{
 
 /// A way of fine-tuning.
 ///
-/// It puts adapters, or the model's own weights, into an [`AdapterSet`], and says what else training needs: hooks, groups of parameters, a
-/// model under an overlay. Methods of several phases are asked once per phase. Anything outside this crate that does so is a method like those
-/// in it.
+/// It puts adapters, or the model's own weights, into an [`AdapterSet`], and says what else training needs: hooks,
+/// groups of parameters, a model under an overlay. Methods of several phases are asked once per phase. Anything outside
+/// this crate that does so is a method like those in it.
 ///
 /// ```
 /// use moe_core::Model;
@@ -55,22 +55,24 @@ pub trait TuningMethod: Debug + Send + Sync {
     /// Checks the method against a model, before anything is run or written.
     ///
     /// # Errors
-    /// [`Error::Input`](crate::Error::Input) and [`Error::Unsupported`](crate::Error::Unsupported) for what could never be installed, or
-    /// trained in vain.
+    /// [`Error::Input`](crate::Error::Input) and [`Error::Unsupported`](crate::Error::Unsupported) for what could never
+    /// be installed, or trained in vain.
     fn check(&self, on: &Setting<'_>) -> Result<()> {
         let _ = on;
         Ok(())
     }
 
-    /// The phases of a training of so many steps in all; each has an optimizer, a schedule and saved states of its own. One by default.
+    /// The phases of a training of so many steps in all; each has an optimizer, a schedule and saved states of its own.
+    /// One by default.
     fn phases(&self, steps: usize) -> Vec<Phase> {
         vec![Phase { name: "training", steps }]
     }
 
-    /// Puts what the phase [`Setting::phase`] may train into `set`, without running the model, with the names and shapes that
-    /// [`install`](Self::install) gives it and any values: everything that such a set can show to be wrong is found before a token is
-    /// read. Where the model has to be run to find out what is trained, all that could be. By default what is installed; whatever runs the
-    /// model to be installed, or is large, says it here. [`Setting::take_before`] gives nothing.
+    /// Puts what the phase [`Setting::phase`] may train into `set`, without running the model, with the names and
+    /// shapes that [`install`](Self::install) gives it and any values: everything that such a set can show to be wrong
+    /// is found before a token is read. Where the model has to be run to find out what is trained, all that could be.
+    /// By default what is installed; whatever runs the model to be installed, or is large, says it here.
+    /// [`Setting::take_before`] gives nothing.
     ///
     /// # Errors
     /// What is wrong with the method for this model.
@@ -81,7 +83,8 @@ pub trait TuningMethod: Debug + Send + Sync {
     /// Puts the phase [`Setting::phase`] into `set`.
     ///
     /// # Errors
-    /// What is wrong with the method for this model, and what keeps weights from being read or the model from being run.
+    /// What is wrong with the method for this model, and what keeps weights from being read or the model from being
+    /// run.
     fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed>;
 }
 

@@ -204,7 +204,8 @@ fn lists_of_experts_by_hand() {
     }
 }
 
-/// The experts that a token other than the last goes to: nothing is predicted from the last one, and no other token sees it.
+/// The experts that a token other than the last goes to: nothing is predicted from the last one, and no other token
+/// sees it.
 #[derive(Default)]
 struct Taught(BTreeMap<usize, BTreeSet<usize>>);
 

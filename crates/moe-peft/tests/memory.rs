@@ -159,7 +159,8 @@ fn layers_that_take_turns_are_in_memory_as_f32_only_while_they_train() {
         assert!(*bytes <= most, "step {step}: {bytes} bytes, expected at most {most}");
         assert!(*bytes >= always + 2 * layers[*layer], "step {step}: {bytes}");
     }
-    // Beside what any sweep needs and what trains there is what is just read or written, and nothing of the other layers.
+    // Beside what any sweep needs and what trains there is what is just read or written, and nothing of the other
+    // layers.
     let most = sweep_bytes(&model, &waves[0]) as u64 + 4 * (always + layers[0]) + 2 * layers[0];
     assert!((top as u64) < most, "{top} bytes at most, expected {most}");
 

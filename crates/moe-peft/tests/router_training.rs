@@ -67,7 +67,8 @@ fn losses_on_routers_reach_them_and_what_is_below_and_change_no_output() {
     }
 }
 
-/// A mixture of all experts with the value of the sparse one at the first logits it sees, and the derivative of the dense one there.
+/// A mixture of all experts with the value of the sparse one at the first logits it sees, and the derivative of the
+/// dense one there.
 #[derive(Debug)]
 struct StraightThrough {
     base: Model,
@@ -259,8 +260,8 @@ fn a_balance_loss_over_the_model_has_its_gradient_through_all_layers_and_is_amon
     }
 }
 
-/// What transformers 5.24 computes for a row of the bundled model: `load_balancing_loss_func` over the router logits of all four layers, and
-/// over those of each by itself.
+/// What transformers 5.24 computes for a row of the bundled model: `load_balancing_loss_func` over the router logits of
+/// all four layers, and over those of each by itself.
 #[test]
 fn a_balance_loss_over_the_model_is_that_of_transformers_and_over_layers_another() {
     let path = std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../examples/assets/tiny-moe");

@@ -21,10 +21,11 @@ use crate::{Error, Result};
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Budget {
-    /// Fraction of the units to drop, in (0, 1). A pool of `N` units drops `floor(N * ratio)`, never more, with one exception:
-    /// where widths are multiples ([`WidthLimits::round_to`](crate::WidthLimits::round_to)), what of a width fills no multiple
-    /// goes whatever the ratio, and [`Allocation::notes`](crate::Allocation::notes) say by how much that exceeds it.
-    /// [`Uniform`](crate::Uniform) and [`SubsetPruner`](crate::SubsetPruner) count whole experts, not their units.
+    /// Fraction of the units to drop, in (0, 1). A pool of `N` units drops `floor(N * ratio)`, never more, with one
+    /// exception: where widths are multiples ([`WidthLimits::round_to`](crate::WidthLimits::round_to)), what of a width
+    /// fills no multiple goes whatever the ratio, and [`Allocation::notes`](crate::Allocation::notes) say by how much
+    /// that exceeds it. [`Uniform`](crate::Uniform) and [`SubsetPruner`](crate::SubsetPruner) count whole experts, not
+    /// their units.
     Ratio(f64),
     /// Parameters of routed experts to keep at most. `3 * hidden_size` parameters are one unit.
     KeepParameters(u64),
@@ -36,15 +37,15 @@ pub enum Budget {
     /// counted as BF16: a model that stays quantized is smaller.
     /// Has to be resolved against the checkpoint: [`Budget::resolve`].
     KeepBytes(u64),
-    /// Experts that every MoE layer keeps, all of which have as many now: what a pruner of whole experts is to leave. Has to be
-    /// resolved against the checkpoint: [`Budget::resolve`].
+    /// Experts that every MoE layer keeps, all of which have as many now: what a pruner of whole experts is to leave.
+    /// Has to be resolved against the checkpoint: [`Budget::resolve`].
     ExpertsPerLayer(usize),
 }
 
 impl Budget {
-    /// The budget in parameters of routed experts, where it is one of a whole checkpoint; others stay as they are. What is not in
-    /// routed experts is kept, so that it is taken off first; where layers are stored in different types, the widest counts, so
-    /// that the result is never larger than asked.
+    /// The budget in parameters of routed experts, where it is one of a whole checkpoint; others stay as they are. What
+    /// is not in routed experts is kept, so that it is taken off first; where layers are stored in different types, the
+    /// widest counts, so that the result is never larger than asked.
     ///
     /// ```no_run
     /// use std::sync::Arc;
@@ -57,8 +58,8 @@ impl Budget {
     /// ```
     ///
     /// # Errors
-    /// [`Error::InvalidParameter`] with what the checkpoint has, for a budget that it meets already or that what is not pruned
-    /// exceeds by itself; [`Error::Checkpoint`] for one that cannot be read.
+    /// [`Error::InvalidParameter`] with what the checkpoint has, for a budget that it meets already or that what is not
+    /// pruned exceeds by itself; [`Error::Checkpoint`] for one that cannot be read.
     pub fn resolve(self, checkpoint: &Arc<Checkpoint>) -> Result<Self> {
         if let Self::ExpertsPerLayer(keep) = self {
             return Self::of_experts(checkpoint.shape(), keep);
@@ -153,8 +154,8 @@ impl Budget {
         }
     }
 
-    /// Units kept in a pool of `units` units where `ratio` applies to each pool by itself: `units - floor(units * ratio)`.
-    /// `None` for a parameter budget, which belongs to the whole model.
+    /// Units kept in a pool of `units` units where `ratio` applies to each pool by itself: `units - floor(units *
+    /// ratio)`. `None` for a parameter budget, which belongs to the whole model.
     pub(crate) fn kept_of_pool(&self, units: usize) -> Option<usize> {
         match *self {
             // The product is rounded to f64 before the floor, as in the released code.
@@ -176,8 +177,8 @@ impl Budget {
         }
     }
 
-    /// On which side of it a plan ends where blocks do not meet it: a ratio bounds what goes, numbers of parameters what
-    /// stays.
+    /// On which side of it a plan ends where blocks do not meet it: a ratio bounds what goes, numbers of parameters
+    /// what stays.
     pub(crate) fn side(&self) -> Side {
         match self {
             Budget::Ratio(_) => Side::AtLeast,

@@ -13,8 +13,8 @@ use crate::{Error, Needs, Questions, Result};
 /// Version of the curve format that is written, and the newest that is read.
 pub const CURVES_VERSION: u64 = 1;
 
-/// Distortion at the output of a model as one layer (or expert) after the other loses its lowest-scored units or experts, with
-/// everything else untouched. A versioned JSON file.
+/// Distortion at the output of a model as one layer (or expert) after the other loses its lowest-scored units or
+/// experts, with everything else untouched. A versioned JSON file.
 ///
 /// Distortions of layers nearly add up (the assumption of layer-adaptive pruning by rate and distortion), so the curves
 /// are measured once, for one order of removal, and allocated from for any budget.
@@ -55,8 +55,8 @@ pub struct CurvePoint {
 }
 
 impl DistortionCurves {
-    /// Measures curves at `points` equal steps of every path of removal, the last of which is as far as floors allow. The
-    /// budget of the request plays no part. `progress` is told how many of how many runs are done.
+    /// Measures curves at `points` equal steps of every path of removal, the last of which is as far as floors allow.
+    /// The budget of the request plays no part. `progress` is told how many of how many runs are done.
     ///
     /// # Errors
     /// Those of [`AllocationRequest::validate`] and of the probe; [`Error::InvalidParameter`] for no points.
@@ -127,8 +127,8 @@ impl DistortionCurves {
     /// Reads curves.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::InvalidCurves`] for a file that is not one, of a newer version, or with points that do not
-    /// ascend or are not finite.
+    /// [`Error::Io`], [`Error::InvalidCurves`] for a file that is not one, of a newer version, or with points that do
+    /// not ascend or are not finite.
     pub fn load(path: impl AsRef<FilePath>) -> Result<Self> {
         #[derive(Deserialize)]
         struct Versioned {
@@ -190,9 +190,9 @@ pub(crate) fn ladder(path: &Path, points: usize) -> Vec<usize> {
 }
 
 impl Curve {
-    /// The curve between its points: never falling, and smooth (monotone cubic Hermite interpolation, Fritsch and Carlson
-    /// 1980). A point below an earlier one counts as high as that: losing more is not taken to help. Past the last point it
-    /// goes on straight.
+    /// The curve between its points: never falling, and smooth (monotone cubic Hermite interpolation, Fritsch and
+    /// Carlson 1980). A point below an earlier one counts as high as that: losing more is not taken to help. Past the
+    /// last point it goes on straight.
     ///
     /// ```
     /// use moe_prune::{Curve, CurvePoint, Distortion, Statistic};

@@ -1,16 +1,18 @@
-//! Pruning Mixture-of-Experts checkpoints, from scores to a smaller checkpoint. Nothing but feature `repair` runs the model.
+//! Pruning Mixture-of-Experts checkpoints, from scores to a smaller checkpoint. Nothing but feature `repair` runs the
+//! model.
 //!
 //! This crate owns what happens between a score table and a pruned checkpoint:
 //!
 //! - A [`Budget`] says how much of the routed experts is kept, a [`ProtectionMask`] what stays whatever it scores.
-//! - An [`Allocator`] distributes the budget over layers and experts; a [`Pruner`] says what goes: units inside experts, whole
-//!   experts, or both. Every pruner takes every allocator; the tables below list them.
-//! - A [`ModelProbe`] answers what a candidate would cost. With feature `repair`, `EngineProbe` runs a model under candidates as
-//!   overlays (`PlanOverlay`).
+//! - An [`Allocator`] distributes the budget over layers and experts; a [`Pruner`] says what goes: units inside
+//!   experts, whole experts, or both. Every pruner takes every allocator; the tables below list them.
+//! - A [`ModelProbe`] answers what a candidate would cost. With feature `repair`, `EngineProbe` runs a model under
+//!   candidates as overlays (`PlanOverlay`).
 //! - A [`PrunePlan`] is the result: a versioned JSON file in original indices, made once, applied as often as wanted.
 //! - An [`EditSource`] is what a repair changes beside the plan: [`Edits`] in memory or in a file.
 //! - [`PrunePlan::on`] gives the pruned model in one of the forms of [`PruneForm`], and a [`Report`]: a
-//!   [`Checkpoint`](moe_checkpoint::Checkpoint) whose weights are made when they are read, to be run, changed further, or written.
+//!   [`Checkpoint`](moe_checkpoint::Checkpoint) whose weights are made when they are read, to be run, changed further,
+//!   or written.
 //! - With the feature `repair`, which brings Burn, [`repair`] improves what is left by running the model.
 //!
 //! How scores are made is none of its business: any [`ScoreTable`](moe_checkpoint::ScoreTable) will do.
@@ -35,9 +37,9 @@
 //!
 //! # Allocators
 //!
-//! `{"type": ...}` in recipes. All work on units inside experts and on whole experts, but for [`Rco`]. *Comparable over* is the
-//! pool that unit scores must support ([`Pool`](moe_checkpoint::Pool)); scores of whole experts are always compared within a
-//! layer.
+//! `{"type": ...}` in recipes. All work on units inside experts and on whole experts, but for [`Rco`]. *Comparable
+//! over* is the pool that unit scores must support ([`Pool`](moe_checkpoint::Pool)); scores of whole experts are always
+//! compared within a layer.
 //!
 //! | allocator | type | what | comparable over | probe | source |
 //! |---|---|---|---|---|---|
@@ -51,13 +53,13 @@
 //! | [`Rco`] | `rco` | gradient search over expert masks | | gradients of gains | arXiv 2605.00649 |
 //! | [`Evolution`] | `evolution` | evolution of counts with a fixed order within layers | by [`Within`] | distortion | arXiv 2603.06003 |
 //!
-//! A ratio never drops more than `floor(N * ratio)` of `N` units and a parameter budget is never exceeded, both within one block
-//! (a width multiple, an expert of every group). One thing goes whatever the ratio: what of a width, or of a number of experts,
-//! fills no multiple; [`Allocation::notes`] and the plan say so. What cannot be met together with protection and minimum sizes is
-//! an error. Ties drop the lower layer, expert and unit first. With experts of different widths, whole experts are the blocks, and
-//! one that is too large stays; [`Uniform`] counts experts, not units. No layer is left with fewer experts than the router selects
-//! as long as the budget has more for all alike; if it has not, each token gets all that are left
-//! ([`TopKClamp`](moe_checkpoint::TopKClamp)).
+//! A ratio never drops more than `floor(N * ratio)` of `N` units and a parameter budget is never exceeded, both within
+//! one block (a width multiple, an expert of every group). One thing goes whatever the ratio: what of a width, or of a
+//! number of experts, fills no multiple; [`Allocation::notes`] and the plan say so. What cannot be met together with
+//! protection and minimum sizes is an error. Ties drop the lower layer, expert and unit first. With experts of
+//! different widths, whole experts are the blocks, and one that is too large stays; [`Uniform`] counts experts, not
+//! units. No layer is left with fewer experts than the router selects as long as the budget has more for all alike; if
+//! it has not, each token gets all that are left ([`TopKClamp`](moe_checkpoint::TopKClamp)).
 //!
 //! # Pruners
 //!

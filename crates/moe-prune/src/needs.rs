@@ -4,8 +4,8 @@ use moe_checkpoint::{Granularity, Pool, ScoreTable};
 
 use crate::{Error, Result};
 
-/// What an allocator or a pruner needs of scores and of a model. Declared, so that whatever is missing is an error before the
-/// first token of a calibration, not after it.
+/// What an allocator or a pruner needs of scores and of a model. Declared, so that whatever is missing is an error
+/// before the first token of a calibration, not after it.
 ///
 /// ```
 /// use moe_checkpoint::{Granularity, Pool};
@@ -44,7 +44,8 @@ pub struct Questions {
     pub distortion: bool,
     /// [`ModelProbe::gain_gradient`](crate::ModelProbe::gain_gradient).
     pub gain_gradient: bool,
-    /// [`ModelProbe::layer_errors`](crate::ModelProbe::layer_errors) and [`ModelProbe::settle`](crate::ModelProbe::settle).
+    /// [`ModelProbe::layer_errors`](crate::ModelProbe::layer_errors) and
+    /// [`ModelProbe::settle`](crate::ModelProbe::settle).
     pub layer_errors: bool,
 }
 
@@ -71,8 +72,8 @@ impl Questions {
 }
 
 impl Needs {
-    /// Scores of this granularity, compared over this pool, and nothing else. Whole experts are compared over their layer at
-    /// least.
+    /// Scores of this granularity, compared over this pool, and nothing else. Whole experts are compared over their
+    /// layer at least.
     pub fn new(granularity: Granularity, pool: Pool) -> Self {
         let pool = match granularity {
             Granularity::Unit => pool,

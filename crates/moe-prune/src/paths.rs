@@ -1,5 +1,5 @@
-//! Paths of removal: what goes first, second, third in a layer or an expert, so that an allocator only has to say how far
-//! each of them is walked.
+//! Paths of removal: what goes first, second, third in a layer or an expert, so that an allocator only has to say how
+//! far each of them is walked.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -15,14 +15,16 @@ use crate::plan::LayerKept;
 use crate::ranking::{Queue, Side, compare, queues};
 use crate::{Error, Result};
 
-/// What is walked in one piece when the units of experts go. Whole experts always go layer by layer, lowest score first.
+/// What is walked in one piece when the units of experts go. Whole experts always go layer by layer, lowest score
+/// first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Within {
     /// A layer, whose units compete: lowest score first.
     #[default]
     Compete,
-    /// A layer, whose experts narrow together: the widest loses the next block, so that widths stay as equal as they can.
+    /// A layer, whose experts narrow together: the widest loses the next block, so that widths stay as equal as they
+    /// can.
     Even,
     /// Every expert by itself.
     Expert,
@@ -203,9 +205,9 @@ impl<'a> Problem<'a> {
         self.request.layers(&self.queues, &self.blocks(positions))
     }
 
-    /// Walks paths on and back, so that the budget is met as well as blocks allow, on its side: of a ratio no fewer than
-    /// [`Problem::keep`] units stay, of parameters no more. `gain(path, position)` is what walking back from `position` by one
-    /// step is worth; the worthiest per unit goes first (ties: the later path).
+    /// Walks paths on and back, so that the budget is met as well as blocks allow, on its side: of a ratio no fewer
+    /// than [`Problem::keep`] units stay, of parameters no more. `gain(path, position)` is what walking back from
+    /// `position` by one step is worth; the worthiest per unit goes first (ties: the later path).
     pub fn settle(&self, positions: &mut [usize], gain: impl Fn(usize, usize) -> f64) {
         let worth = |index: usize, to: usize| {
             let path = &self.paths[index];

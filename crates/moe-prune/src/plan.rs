@@ -88,8 +88,8 @@ impl PrunePlan {
         }
     }
 
-    /// The plan that removes these experts of each decoder layer with their router rows, and nothing else. Whether the router
-    /// works without them is for [`PrunePlan::validate`] to say.
+    /// The plan that removes these experts of each decoder layer with their router rows, and nothing else. Whether the
+    /// router works without them is for [`PrunePlan::validate`] to say.
     ///
     /// # Errors
     /// [`Error::InvalidPlan`] for layers and experts that do not exist.
@@ -126,9 +126,10 @@ impl PrunePlan {
         Ok(plan)
     }
 
-    /// The plan that keeps what is listed, in the layers that the list names, and all of the others: whole experts, or some units
-    /// of an expert. The list has the form of a [`ProtectionMask`], `[{"layer":1,"expert":68},{"layer":2,"expert":3,"units":[17]}]`.
-    /// Experts of a named layer that are not listed go with their router rows.
+    /// The plan that keeps what is listed, in the layers that the list names, and all of the others: whole experts, or
+    /// some units of an expert. The list has the form of a [`ProtectionMask`],
+    /// `[{"layer":1,"expert":68},{"layer":2,"expert":3,"units":[17]}]`. Experts of a named layer that are not listed go
+    /// with their router rows.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] for what the model does not have; [`Error::InvalidPlan`] for an empty list.
@@ -275,8 +276,8 @@ impl PrunePlan {
         Ok(())
     }
 
-    /// Checks that routing by groups still works: as many experts left in every group of a layer, and enough of them in the
-    /// selected groups.
+    /// Checks that routing by groups still works: as many experts left in every group of a layer, and enough of them in
+    /// the selected groups.
     ///
     /// # Errors
     /// [`Error::InvalidPlan`] names the layer.

@@ -9,9 +9,9 @@ use crate::allocators::{AllocationRequest, ExpertLimits, Limits, WidthLimits};
 use crate::plan::LayerKept;
 use crate::{Error, Result};
 
-/// What may go, in the order in which it goes: the units of one expert, or the experts of one layer. Gone already before
-/// unprotected before protected, lowest score first, lower index first. What stays is always a tail, in blocks of as many
-/// items each.
+/// What may go, in the order in which it goes: the units of one expert, or the experts of one layer. Gone already
+/// before unprotected before protected, lowest score first, lower index first. What stays is always a tail, in blocks
+/// of as many items each.
 #[derive(Clone)]
 pub(crate) struct Queue {
     /// Decoder layer index.
@@ -149,8 +149,8 @@ impl Queue {
         })
     }
 
-    /// Units that go whatever the budget, since what is left of a width or of a number of experts fills no block. What an
-    /// earlier round dropped does not count.
+    /// Units that go whatever the budget, since what is left of a width or of a number of experts fills no block. What
+    /// an earlier round dropped does not count.
     pub fn remainder(&self) -> usize {
         match &self.units {
             None => self.head - self.gone,
@@ -259,14 +259,15 @@ pub(crate) enum Measure {
 }
 
 /// Blocks that every queue of a pool keeps when they keep `keep` units (or blocks) together, dropping the blocks of the
-/// lowest score first (ties: earlier queue, then the block that goes first). Also the experts that would have lost more if
-/// their floor allowed it.
+/// lowest score first (ties: earlier queue, then the block that goes first). Also the experts that would have lost more
+/// if their floor allowed it.
 ///
-/// Where blocks of different size do not meet `keep`, as little more ([`Side::AtMost`]) or less ([`Side::AtLeast`]) goes as the
-/// order allows: a block that is too large for what is left to drop stays, with what follows it in its queue.
+/// Where blocks of different size do not meet `keep`, as little more ([`Side::AtMost`]) or less ([`Side::AtLeast`])
+/// goes as the order allows: a block that is too large for what is left to drop stays, with what follows it in its
+/// queue.
 ///
-/// The scores of the blocks of a queue ascend, so the greedy choice is the one with the highest kept sum where blocks are of
-/// one size. With blocks of one unit it is the plain stable ascending sort.
+/// The scores of the blocks of a queue ascend, so the greedy choice is the one with the highest kept sum where blocks
+/// are of one size. With blocks of one unit it is the plain stable ascending sort.
 ///
 /// # Errors
 /// [`Error::Infeasible`], with `what` as the pool, if the floors need more than `keep`.

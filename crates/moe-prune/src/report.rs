@@ -40,8 +40,8 @@ pub struct LayerReport {
     /// Experts that go wholly, with their rows of the router.
     #[serde(default)]
     pub removed: usize,
-    /// Experts left without units, which the router still chooses; in a fine-grained export they go with their rows of the
-    /// router.
+    /// Experts left without units, which the router still chooses; in a fine-grained export they go with their rows of
+    /// the router.
     pub emptied: usize,
     /// Experts as written: those that are left, or pieces of them.
     #[serde(default)]

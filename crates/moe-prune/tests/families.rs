@@ -25,8 +25,8 @@ use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
-/// One checkpoint of every family, of every way in which experts are on disk without quantization, and of every routing with
-/// groups, in both generations of transformers.
+/// One checkpoint of every family, of every way in which experts are on disk without quantization, and of every routing
+/// with groups, in both generations of transformers.
 fn checkpoints() -> Vec<(String, Checkpoint)> {
     let variants =
         ["_padded", "_sliding", "_linear", "_long", "_yarn", "_longrope", "_fp8", "_mxfp4", "_sharded", "_tanh"];
@@ -247,7 +247,8 @@ fn fewer_experts_than_a_token_gets_are_all_selected() {
         assert_eq!((written.shape().top_k, written.config().routing.top_k), (1, 1));
         assert!(difference(&logits(&out), &expected) < 1e-5);
     }
-    // Half of them are as many as a token gets: nothing is clamped, and no layer is left with fewer, whatever it scores.
+    // Half of them are as many as a token gets: nothing is clamped, and no layer is left with fewer, whatever it
+    // scores.
     let mut scores = magnitude(&model).to_experts(Reduction::Sum).unwrap();
     scores.layers[0].scores.iter_mut().for_each(|score| score[0] *= 1e-6);
     let pruner = ExpertPruner::with_allocator(AllocatorConfig::Global(Global::default()));

@@ -315,7 +315,8 @@ fn what_cannot_be_expressed_is_refused() {
 #[test]
 fn pieces_that_grouped_products_cannot_run_get_units_of_zeros() {
     let directory = tempdir().unwrap();
-    // Pieces of 12, 6 and 3 units: none is a multiple of 8. Biases of units, shared experts in widths of a routed one, fused experts.
+    // Pieces of 12, 6 and 3 units: none is a multiple of 8. Biases of units, shared experts in widths of a routed one,
+    // fused experts.
     for name in ["tf5/qwen2_moe_bf16", "tf5/gpt_oss", "tf5/deepseek_v3", "tf5/granitemoe"] {
         let model = Checkpoint::open(parity(name)).unwrap();
         let expected = logits(model.dir());

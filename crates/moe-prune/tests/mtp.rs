@@ -1,5 +1,5 @@
-//! Layers of multi-token prediction, pruned like the decoder: one that is a copy of a decoder layer becomes what that becomes
-//! under scores of the same kind.
+//! Layers of multi-token prediction, pruned like the decoder: one that is a copy of a decoder layer becomes what that
+//! becomes under scores of the same kind.
 
 #[allow(dead_code)]
 mod common;

@@ -23,7 +23,8 @@ pub struct EvalOptions {
     pub rows: usize,
     /// Tokens per window of a perplexity over rows of text.
     pub length: usize,
-    /// Generate answers for rows that have one, and count exact matches, instead of the perplexity of their completions.
+    /// Generate answers for rows that have one, and count exact matches, instead of the perplexity of their
+    /// completions.
     pub generate: bool,
     /// New tokens per answer, at most.
     pub max_new_tokens: usize,
@@ -58,8 +59,8 @@ enum Rows {
 }
 
 impl EvalFile {
-    /// Reads all files. Rows of text are for a perplexity. So are rows with answers, of the completions given their prompts,
-    /// unless answers are to be generated.
+    /// Reads all files. Rows of text are for a perplexity. So are rows with answers, of the completions given their
+    /// prompts, unless answers are to be generated.
     ///
     /// # Errors
     /// A file that cannot be read as that, two files of the same name, no tokenizer.
@@ -152,7 +153,8 @@ impl EvalFile {
         }
     }
 
-    /// What a model is run on: prompts of answers, pieces of text, prompts with each of their choices, or prompts with completions.
+    /// What a model is run on: prompts of answers, pieces of text, prompts with each of their choices, or prompts with
+    /// completions.
     pub fn sequences(&self) -> Vec<Sequence> {
         match &self.rows {
             Rows::Completions(data) => data.sequences.clone(),

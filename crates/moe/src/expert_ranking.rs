@@ -15,14 +15,15 @@ pub struct ExpertRanking {
     pub scorer: String,
     /// Decoder layer index.
     pub layer: usize,
-    /// Expert indices `[experts]`, the highest score first. Of equal scores the higher index stands first, as pruners drop the lower one.
+    /// Expert indices `[experts]`, the highest score first. Of equal scores the higher index stands first, as pruners
+    /// drop the lower one.
     pub experts: Vec<usize>,
     /// Their scores, in the same order `[experts]`.
     pub scores: Vec<f32>,
 }
 
-/// Ranks the experts of every MoE layer by a table, in which `scorer` is what it is called. Scores of units become scores of experts by
-/// their sum, or by their mean where they may not be added.
+/// Ranks the experts of every MoE layer by a table, in which `scorer` is what it is called. Scores of units become
+/// scores of experts by their sum, or by their mean where they may not be added.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] for a table that is not valid.

@@ -1,7 +1,7 @@
 //! The usual jobs, a function each: what the verbs of the program do to files, done to models in memory.
 //!
-//! Every function that changes a model gives a [`Model`] again, which can be measured, changed further or written. The crate's page
-//! shows them together.
+//! Every function that changes a model gives a [`Model`] again, which can be measured, changed further or written. The
+//! crate's page shows them together.
 //!
 //! For progress, shards, protection, repairs and budgets that ask the model, take the types behind these functions
 //! ([`Calibration`], [`PruneRequest`](moe_prune::PruneRequest), …) or a [`Recipe`](crate::recipe::Recipe).
@@ -86,7 +86,8 @@ pub fn prune(
 /// The model with its experts merged by a recipe, on evidence from `data`. For recipes that do not go layer by layer.
 ///
 /// # Errors
-/// Parts of the recipe that do not go together or not with the model, one that goes layer by layer, whatever stops the pass.
+/// Parts of the recipe that do not go together or not with the model, one that goes layer by layer, whatever stops the
+/// pass.
 pub fn merge(model: &Model, data: &Dataset, recipe: &moe_merge::Recipe, form: OutputForm) -> Result<Model> {
     if recipe.sequential {
         let reason = "goes layer by layer: merge_sequentially, or the step merge of a recipe, carries it out";
@@ -102,8 +103,8 @@ pub fn merge(model: &Model, data: &Dataset, recipe: &moe_merge::Recipe, form: Ou
     Ok(Model::new(plan.on(base, &options)?.model().clone(), model.device(), model.max_memory())?)
 }
 
-/// Fine-tunes a model by a recipe, in waves of `step_tokens` tokens, and saves into `directory` what came of it: the model with
-/// what was trained in its weights, the adapter, the states to go on from. Gives the folder of the model.
+/// Fine-tunes a model by a recipe, in waves of `step_tokens` tokens, and saves into `directory` what came of it: the
+/// model with what was trained in its weights, the adapter, the states to go on from. Gives the folder of the model.
 ///
 /// # Errors
 /// A method that does not suit the model, whatever stops the training, a method whose outcome no weight can hold.
@@ -126,8 +127,8 @@ pub fn tune(
     saved.model.ok_or_else(|| Error::Invalid("what was trained stays beside the weights, in the adapter".into()))
 }
 
-/// What a model can do on rows of a file named `NAME_test.jsonl`: perplexity of text, share of exact answers, share of right
-/// choices. `tokenizer` is the directory of the tokenizer, since a model that was made in memory may have none.
+/// What a model can do on rows of a file named `NAME_test.jsonl`: perplexity of text, share of exact answers, share of
+/// right choices. `tokenizer` is the directory of the tokenizer, since a model that was made in memory may have none.
 ///
 /// # Errors
 /// A file that cannot be read as that; whatever stops the model.

@@ -1,7 +1,7 @@
 //! Mixture-of-Experts compression and fine-tuning, all crates behind one door.
 //!
-//! The crates that do the work are re-exported under short names, with what a program needs most in [`prelude`]. The usual
-//! jobs are a function each:
+//! The crates that do the work are re-exported under short names, with what a program needs most in [`prelude`]. The
+//! usual jobs are a function each:
 //!
 //! ```no_run
 //! use moe::prelude::*;

@@ -58,8 +58,8 @@ impl OutDir {
         Ok(Self { root })
     }
 
-    /// Checks that what is there was made by the recipe of this run. Ratios and evaluation files may differ: nothing that
-    /// is kept depends on them.
+    /// Checks that what is there was made by the recipe of this run. Ratios and evaluation files may differ: nothing
+    /// that is kept depends on them.
     ///
     /// # Errors
     /// The first part of the recipe that differs.

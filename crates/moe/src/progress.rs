@@ -66,7 +66,8 @@ pub struct Bar {
     log: Option<Mutex<Log>>,
 }
 
-/// When the next line is due, and what speed is measured from: the first position, which an earlier run may have reached.
+/// When the next line is due, and what speed is measured from: the first position, which an earlier run may have
+/// reached.
 #[derive(Debug)]
 struct Log {
     unit: Unit,

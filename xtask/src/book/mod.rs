@@ -17,8 +17,8 @@ const SOURCES: &str = "docs";
 /// Pages outside the book whose relative links are checked with it.
 const PAGES_OUTSIDE: [&str; 4] = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"];
 
-/// Builds the book into `target/book`, or with `check` into a folder that goes again; fails on a link that leads nowhere and on
-/// a page that no chapter names. With `write`, first writes the pages that are generated from the code.
+/// Builds the book into `target/book`, or with `check` into a folder that goes again; fails on a link that leads
+/// nowhere and on a page that no chapter names. With `write`, first writes the pages that are generated from the code.
 pub fn run(check: bool, write: bool) -> Result<()> {
     if write {
         write_reference()?;

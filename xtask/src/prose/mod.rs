@@ -15,8 +15,8 @@ const FOLDERS: [&str; 5] = ["crates", "examples", "benches", "xtask", "docs"];
 /// Names of folders that hold no text of ours.
 const NOT_OURS: [&str; 2] = ["fixtures", "target"];
 
-/// Lists every documentation comment of one word and every line of comment or page that is too long; with `write`, wraps the
-/// comments first.
+/// Lists every documentation comment of one word and every line of comment or page that is too long; with `write`,
+/// wraps the comments first.
 pub fn run(write: bool) -> Result<()> {
     let root = root();
     let mut files = vec![root.join("README.md")];

@@ -1,7 +1,8 @@
 //! Lines of comments that run off the screen, as lines that do not.
 
-/// The text of a source file with every comment of words within `columns`: what does not fit goes to the beginning of the next
-/// line, where that belongs to the same paragraph. Code in documentation, tables and addresses stay as they are.
+/// The text of a source file with every comment of words within `columns`: what does not fit goes to the beginning of
+/// the next line, where that belongs to the same paragraph. Code in documentation, tables and addresses stay as they
+/// are.
 pub fn wrapped(text: &str, columns: usize) -> String {
     let mut waiting: Vec<String> = text.split('\n').rev().map(str::to_owned).collect();
     let mut lines = Vec::with_capacity(waiting.len());
@@ -66,9 +67,9 @@ impl<'a> Comment<'a> {
     fn continues(&self, before: &Comment<'_>) -> bool {
         let text = self.body.trim_start();
         let spaces = self.body.len() - text.len();
-        let begins = item(text) > 0 || text.starts_with(['|', '#', '[', '`']) && !text.starts_with("[`");
-        let fence = text.starts_with("```");
-        self.prefix == before.prefix && !text.is_empty() && !fence && !begins && spaces == before.indent()
+        let link = text.starts_with('[') && !text.starts_with("[`");
+        let begins = item(text) > 0 || text.starts_with(['|', '#']) || text.starts_with("```") || link;
+        self.prefix == before.prefix && !text.is_empty() && !begins && spaces == before.indent()
     }
 
     /// The line within `columns`, and what is left of the text.

@@ -12,7 +12,8 @@ pub const EVIDENCE: &str = "evidence";
 /// Ways to merge that are trained afterwards.
 pub const TRAINED: [&str; 2] = ["mc-smoe-trained", "mc-smoe-distilled"];
 
-/// All ways to merge. Budgets are met by the experts that are left, where experts are compressed by them and by the rank.
+/// All ways to merge. Budgets are met by the experts that are left, where experts are compressed by them and by the
+/// rank.
 #[rustfmt::skip]
 pub const MERGES: &[Line] = &[
     line("dominant-only", r#"{"type": "merge", "recipe": "dominant-only"}"#),
@@ -76,8 +77,8 @@ impl Training {
 }
 
 impl Merge {
-    /// The recipe at a fraction of the bytes of the experts that go. One that compresses merges half of that away, which leaves
-    /// the other half to the rank.
+    /// The recipe at a fraction of the bytes of the experts that go. One that compresses merges half of that away,
+    /// which leaves the other half to the rank.
     ///
     /// # Errors
     /// A recipe that is not known.

@@ -1,5 +1,5 @@
-//! Opens a directory made of the input: config, index and weights, divided at `\0\xFF\0`. Whatever they hold, opening and
-//! reading must return, with a result or an error.
+//! Opens a directory made of the input: config, index and weights, divided at `\0\xFF\0`. Whatever they hold, opening
+//! and reading must return, with a result or an error.
 
 #![no_main]
 

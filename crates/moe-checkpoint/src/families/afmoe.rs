@@ -1,5 +1,5 @@
-//! AFMoE (Trinity): norms before and after both halves of a layer, gates on the heads, rotation in layers with a window only, sigmoid routing
-//! with correction bias.
+//! AFMoE (Trinity): norms before and after both halves of a layer, gates on the heads, rotation in layers with a window
+//! only, sigmoid routing with correction bias.
 
 use serde_json::Value;
 

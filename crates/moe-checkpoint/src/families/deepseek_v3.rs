@@ -1,6 +1,6 @@
-//! DeepSeek-V3, and Kimi-K2, Moonlight and GLM-4.7-Flash, which are the same: latent attention, sigmoid routing with correction bias.
-//! DeepSeek-V3.2 and GLM-5 have an indexer besides, which chooses the keys that a query sees. It changes nothing in texts that are no longer
-//! than the number of keys it may choose; those are the texts that run.
+//! DeepSeek-V3, and Kimi-K2, Moonlight and GLM-4.7-Flash, which are the same: latent attention, sigmoid routing with
+//! correction bias. DeepSeek-V3.2 and GLM-5 have an indexer besides, which chooses the keys that a query sees. It
+//! changes nothing in texts that are no longer than the number of keys it may choose; those are the texts that run.
 
 use serde_json::Value;
 

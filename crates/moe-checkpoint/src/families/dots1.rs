@@ -1,4 +1,5 @@
-//! dots.llm1: norms per head, dense first layers, shared experts, sigmoid routing with correction bias; windows in the last layers.
+//! dots.llm1: norms per head, dense first layers, shared experts, sigmoid routing with correction bias; windows in the
+//! last layers.
 
 use serde_json::Value;
 

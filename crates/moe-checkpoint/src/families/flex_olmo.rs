@@ -1,4 +1,5 @@
-//! FlexOlmo: norms after both halves of a layer instead of before them, norms over the whole query and key, softmax routing.
+//! FlexOlmo: norms after both halves of a layer instead of before them, norms over the whole query and key, softmax
+//! routing.
 
 use serde_json::Value;
 

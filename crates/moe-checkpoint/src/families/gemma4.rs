@@ -1,5 +1,5 @@
-//! Gemma 4 with experts: a dense block beside the routed experts, norms before and after everything, layers with a window that have heads of
-//! their own, a router that reads the residual stream through its own norm.
+//! Gemma 4 with experts: a dense block beside the routed experts, norms before and after everything, layers with a
+//! window that have heads of their own, a router that reads the residual stream through its own norm.
 
 use serde_json::Value;
 
@@ -22,8 +22,8 @@ pub(crate) struct Gemma4;
 const PATTERN: usize = 6;
 
 impl Gemma4 {
-    /// Attention of the layers without a window: `global_head_dim` and `num_global_key_value_heads`, or what `per_layer_config` says of them
-    /// all.
+    /// Attention of the layers without a window: `global_head_dim` and `num_global_key_value_heads`, or what
+    /// `per_layer_config` says of them all.
     fn global(config: &Fields<'_>, plain: &AttentionConfig, full: &[usize]) -> Result<AttentionConfig> {
         let tied_values = config.bool("attention_k_eq_v")?.unwrap_or(false);
         let mut head_dim = config.integer("global_head_dim", 1, MAX_SIZE)?.unwrap_or(512);

@@ -1,4 +1,5 @@
-//! GLM-4.5, and the text model of GLM-4.5V: sigmoid routing with correction bias, a part of the head rotated, dense first layers.
+//! GLM-4.5, and the text model of GLM-4.5V: sigmoid routing with correction bias, a part of the head rotated, dense
+//! first layers.
 
 use serde_json::Value;
 

@@ -1,4 +1,5 @@
-//! GraniteMoE, with and without a shared expert and state space layers: constant multipliers on embedding, residual stream, attention and logits; fused experts.
+//! GraniteMoE, with and without a shared expert and state space layers: constant multipliers on embedding, residual
+//! stream, attention and logits; fused experts.
 
 use serde_json::Value;
 

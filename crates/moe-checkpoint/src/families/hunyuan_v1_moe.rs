@@ -1,4 +1,5 @@
-//! Hunyuan-A13B: norms of query and key heads after their rotation, a shared expert of the width of a routed one, softmax routing.
+//! Hunyuan-A13B: norms of query and key heads after their rotation, a shared expert of the width of a routed one,
+//! softmax routing.
 
 use serde_json::Value;
 

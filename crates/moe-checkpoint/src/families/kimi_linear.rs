@@ -1,5 +1,5 @@
-//! Kimi-Linear: the routed experts. Attention (in most layers a linear one with a decay per channel) is not described, so that such a
-//! checkpoint can be read, pruned and written, but not run.
+//! Kimi-Linear: the routed experts. Attention (in most layers a linear one with a decay per channel) is not described,
+//! so that such a checkpoint can be read, pruned and written, but not run.
 
 use serde_json::Value;
 

@@ -1,5 +1,5 @@
-//! LFM2-MoE: gated short convolutions in most layers, softmax attention with norms per head in the others, sigmoid routing with a bias for
-//! the selection.
+//! LFM2-MoE: gated short convolutions in most layers, softmax attention with norms per head in the others, sigmoid
+//! routing with a bias for the selection.
 
 use serde_json::Value;
 

@@ -1,5 +1,5 @@
-//! Llama 4: chunks that attention does not look beyond, layers without positions whose queries grow, weights that multiply what an expert
-//! reads, a shared expert; experts stored transposed.
+//! Llama 4: chunks that attention does not look beyond, layers without positions whose queries grow, weights that
+//! multiply what an expert reads, a shared expert; experts stored transposed.
 
 use serde_json::Value;
 
@@ -16,8 +16,8 @@ use super::{names, read, rope};
 pub(crate) struct Llama4;
 
 impl Llama4 {
-    /// Whether each layer rotates: `no_rope_layers`, which has a 1 for those that do, by default all but the last of every
-    /// `no_rope_layer_interval` layers.
+    /// Whether each layer rotates: `no_rope_layers`, which has a 1 for those that do, by default all but the last of
+    /// every `no_rope_layer_interval` layers.
     fn rotates(config: &Fields<'_>, layers: usize) -> Result<Vec<bool>> {
         let interval = config.integer("no_rope_layer_interval", 1, MAX_SIZE)?.unwrap_or(4);
         let stated = config.integers("no_rope_layers", 0, 1)?.filter(|stated| !stated.is_empty());

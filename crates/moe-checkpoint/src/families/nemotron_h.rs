@@ -1,5 +1,5 @@
-//! Nemotron-H: layers that are one half each (Mamba2, attention without positions, a dense block, experts), ReLU² blocks without a gate,
-//! sigmoid routing with correction bias.
+//! Nemotron-H: layers that are one half each (Mamba2, attention without positions, a dense block, experts), ReLU²
+//! blocks without a gate, sigmoid routing with correction bias.
 
 use serde_json::Value;
 

@@ -50,8 +50,8 @@ impl Family for Qwen2Moe {
 /// - Without (transformers 4): all layers. `max_window_layers` chooses nothing there: transformers 4.57 builds one mask
 ///   for the whole model and gives it to every layer, whatever that field says.
 ///
-/// Transformers 5 reads a config without `layer_types` in a third way (every other layer below `max_window_layers`). The
-/// version that wrote such a file is followed, since that is the one the model was run with.
+/// Transformers 5 reads a config without `layer_types` in a third way (every other layer below `max_window_layers`).
+/// The version that wrote such a file is followed, since that is the one the model was run with.
 fn sliding_windows(config: &Fields<'_>, layers: usize) -> Result<Vec<Option<usize>>> {
     let window = read::window(config)?;
     let Some(types) = config.list("layer_types")? else { return Ok(vec![window; layers]) };

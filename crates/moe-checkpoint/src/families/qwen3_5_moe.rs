@@ -1,4 +1,5 @@
-//! Qwen3.5-MoE and Qwen3-Next: gated DeltaNet in most layers, gated softmax attention in the others, a gated shared expert.
+//! Qwen3.5-MoE and Qwen3-Next: gated DeltaNet in most layers, gated softmax attention in the others, a gated shared
+//! expert.
 
 use serde_json::Value;
 
@@ -16,7 +17,8 @@ use super::{read, rope};
 pub(crate) struct Qwen35Moe {
     /// `model_type` of its configs.
     pub model_type: &'static str,
-    /// Whether it is Qwen3-Next: projections of gated DeltaNet ordered by key heads, weights divided by their sum if a config says so.
+    /// Whether it is Qwen3-Next: projections of gated DeltaNet ordered by key heads, weights divided by their sum if a
+    /// config says so.
     pub next: bool,
 }
 
@@ -41,7 +43,8 @@ impl Qwen35Moe {
         }
     }
 
-    /// Whether each layer has softmax attention: `layer_types`, by default the last of every `full_attention_interval` layers.
+    /// Whether each layer has softmax attention: `layer_types`, by default the last of every `full_attention_interval`
+    /// layers.
     fn full_attention(config: &Fields<'_>, layers: usize) -> Result<Vec<bool>> {
         let interval = config.integer("full_attention_interval", 1, MAX_SIZE)?.unwrap_or(4);
         let words = read::layer_words(config, "layer_types", layers, &["linear_attention", "full_attention"])?;

@@ -69,7 +69,8 @@ pub(super) fn read(config: &Fields<'_>, dialect: &Dialect) -> Result<RopeConfig>
     Ok(RopeConfig { theta: inner_theta.or(outer_theta).unwrap_or(dialect.theta), interleaved, scaling })
 }
 
-/// Dimensions of a head that are rotated: `partial_rotary_factor`, in `rope_parameters` or beside it, of `head_dim`; or `rotary_dim`.
+/// Dimensions of a head that are rotated: `partial_rotary_factor`, in `rope_parameters` or beside it, of `head_dim`; or
+/// `rotary_dim`.
 pub(super) fn rotary_dim(config: &Fields<'_>, head_dim: usize, default: f64) -> Result<usize> {
     let inner = match config.object("rope_parameters")? {
         Some(parameters) => parameters.positive_float("partial_rotary_factor")?,
@@ -91,8 +92,8 @@ pub(super) fn rotary_dim(config: &Fields<'_>, head_dim: usize, default: f64) -> 
     Ok(rotary)
 }
 
-/// Factor on the dot products of attention where YaRN has an `mscale_all_dim`: DeepSeek multiplies `1 / sqrt(head_dim)` by
-/// the square of `0.1 * mscale_all_dim * ln(factor) + 1`.
+/// Factor on the dot products of attention where YaRN has an `mscale_all_dim`: DeepSeek multiplies `1 / sqrt(head_dim)`
+/// by the square of `0.1 * mscale_all_dim * ln(factor) + 1`.
 pub(super) fn deepseek_scale(rope: &RopeConfig, head_dim: usize) -> Option<f64> {
     let RopeScaling::Yarn { factor, mscale_all_dim: Some(mscale), .. } = rope.scaling else { return None };
     let mscale = if mscale == 0.0 || factor <= 1.0 { return None } else { 0.1 * mscale * factor.ln() + 1.0 };

@@ -1,7 +1,7 @@
 //! AWQ (arXiv 2306.00978), version `gemm`.
 //!
-//! `X.qweight` I32 `[cols, rows / 8]`, packed along the rows in an order of its own; `X.qzeros` I32 `[groups, rows / 8]` likewise;
-//! `X.scales` `[groups, rows]`. Other versions have other layouts.
+//! `X.qweight` I32 `[cols, rows / 8]`, packed along the rows in an order of its own; `X.qzeros` I32 `[groups, rows /
+//! 8]` likewise; `X.scales` `[groups, rows]`. Other versions have other layouts.
 
 use safetensors::Dtype;
 

@@ -1,9 +1,10 @@
 //! bitsandbytes: NF4 and FP4 (arXiv 2305.14314), int8 (arXiv 2208.07339).
 //!
-//! 4 bits: `X.weight` holds the codes of the flattened matrix, two per byte, the high half first, in whatever dtype; `.absmax` the scale of
-//! every run of 64 elements (F32, or U8 where scales are quantized themselves, with `.nested_absmax`, `.nested_quant_map` and an offset);
-//! `.quant_map` F32 `[16]` the values of the codes; `.quant_state.bitsandbytes__nf4` or `__fp4` a JSON text with the shape. 8 bits: `X.weight` I8, `X.SCB`
-//! F32 `[rows]`, the largest magnitude of a row.
+//! 4 bits: `X.weight` holds the codes of the flattened matrix, two per byte, the high half first, in whatever dtype;
+//! `.absmax` the scale of every run of 64 elements (F32, or U8 where scales are quantized themselves, with
+//! `.nested_absmax`, `.nested_quant_map` and an offset); `.quant_map` F32 `[16]` the values of the codes;
+//! `.quant_state.bitsandbytes__nf4` or `__fp4` a JSON text with the shape. 8 bits: `X.weight` I8, `X.SCB` F32 `[rows]`,
+//! the largest magnitude of a row.
 
 use safetensors::Dtype;
 use serde_json::Value;

@@ -12,7 +12,8 @@ use crate::{Error, Result};
 /// Largest side of a block.
 const MAX_SIDE: usize = 1 << 28;
 
-/// How the weights of a checkpoint are quantized, from `quantization_config`. Which weights are is told by their tensors.
+/// How the weights of a checkpoint are quantized, from `quantization_config`. Which weights are is told by their
+/// tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Quantization {
@@ -25,7 +26,8 @@ pub enum Quantization {
     },
     /// FP8 (E4M3) with one scale per tensor: quantization method `fp8` without a block size.
     Fp8Tensors,
-    /// Routed experts as 4-bit floats in blocks of 32 with one power of two each (OCP Microscaling), `mxfp4` of gpt-oss.
+    /// Routed experts as 4-bit floats in blocks of 32 with one power of two each (OCP Microscaling), `mxfp4` of
+    /// gpt-oss.
     Mxfp4,
     /// Any of the formats of compressed-tensors, as llm-compressor writes them.
     CompressedTensors,

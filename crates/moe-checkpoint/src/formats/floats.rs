@@ -75,7 +75,8 @@ mod tests {
         assert!(e8m0(255).is_nan());
     }
 
-    /// Every value goes to its own code, everything between two neighbours to the nearer one and a tie to the even code.
+    /// Every value goes to its own code, everything between two neighbours to the nearer one and a tie to the even
+    /// code.
     fn rounds(codes: &[u8], value: fn(u8) -> f32, nearest: fn(f32) -> u8) {
         for (low, high) in codes.iter().zip(&codes[1..]) {
             let (a, b) = (value(*low), value(*high));

@@ -1,8 +1,9 @@
 //! FP8: elements of E4M3, with a scale per block, per row or per tensor.
 //!
-//! `X.weight` F8_E4M3 with `X.weight_scale_inv` (DeepSeek, Qwen; a multiplier despite its name), `X.scale` (DeepSeek-V4),
-//! `X.qscale_weight` (Mistral) or `X.weight_scale` (compressed-tensors, ModelOpt). Tensors of fused experts `[E, rows, cols]` have
-//! `_scale_inv` after their whole name. Scales are F32, F16, BF16, or powers of two (F8_E8M0, U8).
+//! `X.weight` F8_E4M3 with `X.weight_scale_inv` (DeepSeek, Qwen; a multiplier despite its name), `X.scale`
+//! (DeepSeek-V4), `X.qscale_weight` (Mistral) or `X.weight_scale` (compressed-tensors, ModelOpt). Tensors of fused
+//! experts `[E, rows, cols]` have `_scale_inv` after their whole name. Scales are F32, F16, BF16, or powers of two
+//! (F8_E8M0, U8).
 
 use safetensors::Dtype;
 

@@ -1,8 +1,8 @@
 //! GPTQ (arXiv 2210.17323) as GPTQModel and AutoGPTQ store it.
 //!
-//! `X.qweight` I32 `[cols * bits / 32, rows]`, packed along the columns; `X.qzeros` I32 `[groups, rows * bits / 32]`; `X.scales` `[groups,
-//! rows]`; `X.g_idx` I32 `[cols]`, the group of every column. Version 1 stores zero points less one, taken off whole words with borrow,
-//! so that one is added to the words, with carry, before they are unpacked.
+//! `X.qweight` I32 `[cols * bits / 32, rows]`, packed along the columns; `X.qzeros` I32 `[groups, rows * bits / 32]`;
+//! `X.scales` `[groups, rows]`; `X.g_idx` I32 `[cols]`, the group of every column. Version 1 stores zero points less
+//! one, taken off whole words with borrow, so that one is added to the words, with carry, before they are unpacked.
 
 use safetensors::Dtype;
 

@@ -1,10 +1,10 @@
 //! Integers of compressed-tensors.
 //!
-//! `pack-quantized`: `X.weight_packed` I32 `[rows, ceil(cols * bits / 32)]`, each row a little-endian stream of unsigned codes (the
-//! integer plus `2^(bits - 1)`); `X.weight_scale` `[rows, groups]`; `X.weight_shape` = `[rows, cols]`; asymmetric ones have
-//! `X.weight_zero_point` I32 `[ceil(rows * bits / 32), groups]`, packed the same way along the rows; `X.weight_g_idx` I32 `[cols]`
-//! names the group of every column where they are out of order. `int-quantized`: `X.weight` I8 with `X.weight_scale` `[rows, 1]` or
-//! `[1]` and maybe `X.weight_zero_point` I8.
+//! `pack-quantized`: `X.weight_packed` I32 `[rows, ceil(cols * bits / 32)]`, each row a little-endian stream of
+//! unsigned codes (the integer plus `2^(bits - 1)`); `X.weight_scale` `[rows, groups]`; `X.weight_shape` = `[rows,
+//! cols]`; asymmetric ones have `X.weight_zero_point` I32 `[ceil(rows * bits / 32), groups]`, packed the same way along
+//! the rows; `X.weight_g_idx` I32 `[cols]` names the group of every column where they are out of order.
+//! `int-quantized`: `X.weight` I8 with `X.weight_scale` `[rows, 1]` or `[1]` and maybe `X.weight_zero_point` I8.
 
 use safetensors::Dtype;
 

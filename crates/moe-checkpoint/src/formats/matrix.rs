@@ -47,7 +47,8 @@ pub(crate) enum Codes<'a> {
     },
     /// Rows of `row_bytes`, each a little-endian stream of codes of `bits` bits.
     Bits { bytes: Cow<'a, [u8]>, bits: usize, row_bytes: usize },
-    /// Words `[columns * bits / 32, rows]`: consecutive columns of a row share a word, the first in its low bits (GPTQ).
+    /// Words `[columns * bits / 32, rows]`: consecutive columns of a row share a word, the first in its low bits
+    /// (GPTQ).
     Columns { bytes: Cow<'a, [u8]>, bits: usize },
     /// Words `[columns, rows / 8]` of eight rows in the order 0, 2, 4, 6, 1, 3, 5, 7 (AWQ).
     EightRows(Cow<'a, [u8]>),
@@ -63,7 +64,8 @@ pub(crate) enum Groups {
     Runs(usize),
 }
 
-/// A quantized matrix `[rows, cols]`: element `= (level[code] - zero) * scale + bias`, times `factor`, each operation rounded to f32.
+/// A quantized matrix `[rows, cols]`: element `= (level[code] - zero) * scale + bias`, times `factor`, each operation
+/// rounded to f32.
 pub(crate) struct Matrix<'a> {
     pub rows: usize,
     pub cols: usize,

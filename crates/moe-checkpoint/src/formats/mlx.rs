@@ -1,8 +1,9 @@
-//! MLX: `X.weight` U32 `[.., rows, cols * bits / 32]`, each row a little-endian stream of codes, `X.scales` and `X.biases` `[.., rows, groups]`.
+//! MLX: `X.weight` U32 `[.., rows, cols * bits / 32]`, each row a little-endian stream of codes, `X.scales` and
+//! `X.biases` `[.., rows, groups]`.
 //!
-//! `affine`: code times scale plus bias. `mxfp4`: E2M1 with powers of two (U8) and without biases. Experts are stacked under
-//! `switch_mlp` and are found here under `experts.N`, as the released model has them. `config.json` says bits and group size, for all
-//! weights and for some by their path.
+//! `affine`: code times scale plus bias. `mxfp4`: E2M1 with powers of two (U8) and without biases. Experts are stacked
+//! under `switch_mlp` and are found here under `experts.N`, as the released model has them. `config.json` says bits and
+//! group size, for all weights and for some by their path.
 
 use safetensors::Dtype;
 use serde_json::Value;

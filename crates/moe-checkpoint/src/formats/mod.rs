@@ -1,8 +1,9 @@
 //! Quantized weights: one file per format.
 //!
-//! A format says which tensors a weight is stored as, whatever lists of modules a config has: a weight with companions (scales, zero
-//! points, exponents) is quantized, one without is dense. The config gives what tensors do not show (block sizes, versions), and the
-//! two are checked against each other. What is read is a [`Matrix`] of codes and of parameters of groups, whatever the format.
+//! A format says which tensors a weight is stored as, whatever lists of modules a config has: a weight with companions
+//! (scales, zero points, exponents) is quantized, one without is dense. The config gives what tensors do not show
+//! (block sizes, versions), and the two are checked against each other. What is read is a [`Matrix`] of codes and of
+//! parameters of groups, whatever the format.
 
 mod awq;
 mod bitsandbytes;
@@ -61,7 +62,8 @@ pub(crate) trait Codec: Send + Sync {
     /// The matrix `[rows, cols]` of these stored tensors, in the order of [`Packed::parts`].
     fn open<'a>(&self, dims: (usize, usize), parts: Vec<Part<'a>>) -> Matrix<'a>;
 
-    /// How matrices of this format are made, whose scales are stored in this dtype; `None` for a format that is read only.
+    /// How matrices of this format are made, whose scales are stored in this dtype; `None` for a format that is read
+    /// only.
     fn scheme(&self, scale: Dtype) -> Option<Scheme> {
         let _ = scale;
         None
@@ -136,7 +138,8 @@ impl Packed {
         Ok(Some(Parted::of(&self.codec.open(self.dims, parts), scales, global)))
     }
 
-    /// The matrix and the rows of it that a part of the tensor without quantization is; `None` for a part that is no set of whole rows.
+    /// The matrix and the rows of it that a part of the tensor without quantization is; `None` for a part that is no
+    /// set of whole rows.
     pub fn rows(&self, place: &Placement) -> Option<(usize, Rows)> {
         let (rows, cols) = self.dims;
         let one = (rows * cols).max(1);

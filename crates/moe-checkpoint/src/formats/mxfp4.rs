@@ -1,9 +1,9 @@
 //! MXFP4 (OCP Microscaling 1.0): elements of E2M1, a power of two per 32 of them.
 //!
-//! gpt-oss: `X_blocks` U8 `[E, rows, cols / 32, 16]` and `X_scales` U8 `[E, rows, cols / 32]` hold the transposes of `X`
-//! `[E, cols, rows]`. compressed-tensors: `X.weight_packed` U8 `[rows, cols / 2]`, `X.weight_scale` U8 `[rows, cols / 32]`.
-//! DeepSeek-V4: `X.weight` I8 `[rows, cols / 2]`, `X.scale` or `X.weight_scale_inv` F8_E8M0 `[rows, cols / 32]`. Everywhere the low half of
-//! a byte is the earlier element.
+//! gpt-oss: `X_blocks` U8 `[E, rows, cols / 32, 16]` and `X_scales` U8 `[E, rows, cols / 32]` hold the transposes of
+//! `X` `[E, cols, rows]`. compressed-tensors: `X.weight_packed` U8 `[rows, cols / 2]`, `X.weight_scale` U8 `[rows, cols
+//! / 32]`. DeepSeek-V4: `X.weight` I8 `[rows, cols / 2]`, `X.scale` or `X.weight_scale_inv` F8_E8M0 `[rows, cols /
+//! 32]`. Everywhere the low half of a byte is the earlier element.
 
 use safetensors::Dtype;
 

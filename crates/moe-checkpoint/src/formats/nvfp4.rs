@@ -1,7 +1,8 @@
 //! NVFP4: elements of E2M1, an E4M3 scale per 16 of them and an F32 scale per matrix.
 //!
-//! compressed-tensors: `X.weight_packed` U8 `[rows, cols / 2]`, `X.weight_scale` F8_E4M3 `[rows, cols / 16]`, `X.weight_global_scale` F32
-//! `[1]`, a divisor. ModelOpt: `X.weight` U8, `X.weight_scale`, `X.weight_scale_2` F32 `[]`, a multiplier.
+//! compressed-tensors: `X.weight_packed` U8 `[rows, cols / 2]`, `X.weight_scale` F8_E4M3 `[rows, cols / 16]`,
+//! `X.weight_global_scale` F32 `[1]`, a divisor. ModelOpt: `X.weight` U8, `X.weight_scale`, `X.weight_scale_2` F32
+//! `[]`, a multiplier.
 
 use safetensors::Dtype;
 

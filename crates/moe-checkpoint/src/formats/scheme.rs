@@ -1,5 +1,5 @@
-//! How matrices become codes and parameters, and the bytes of those: rounding to nearest, packing, and taking rows and columns out of
-//! what is quantized already.
+//! How matrices become codes and parameters, and the bytes of those: rounding to nearest, packing, and taking rows and
+//! columns out of what is quantized already.
 
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -270,8 +270,8 @@ impl Scheme {
         bands * across - whole_bands * whole_across
     }
 
-    /// Rows and columns of a quantized matrix, and how many groups had to be quantized again: a group whose elements all come from one
-    /// group keeps their codes, its scale and its zero point.
+    /// Rows and columns of a quantized matrix, and how many groups had to be quantized again: a group whose elements
+    /// all come from one group keeps their codes, its scale and its zero point.
     pub fn select(&self, from: &Parted, rows: &[u32], cols: &[u32]) -> (Parted, usize) {
         let dims = (rows.len(), cols.len());
         let ((height, width), (bands, across)) = (self.sides(dims), self.groups(dims));
@@ -404,8 +404,8 @@ fn power(value: f32) -> f32 {
     if floor == value { value } else { 2.0 * floor }
 }
 
-/// The power of two of a group of E2M1 (OCP Microscaling): that of its largest magnitude, rounded up from 1.75 of it on, over that of the
-/// largest code; 1 for zero.
+/// The power of two of a group of E2M1 (OCP Microscaling): that of its largest magnitude, rounded up from 1.75 of it
+/// on, over that of the largest code; 1 for zero.
 fn shared_power(largest: f32) -> f32 {
     if largest <= 0.0 {
         return 1.0;

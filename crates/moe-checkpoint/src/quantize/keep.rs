@@ -35,16 +35,17 @@ pub struct KeptQuantization {
 }
 
 impl KeptQuantization {
-    /// `pruned`, which a method made of `base` without quantization, in the quantization of `base`. Experts whose units are all left are copied byte
-    /// for byte; of others, groups whose elements were in one group keep its codes and its scale, and groups that are put together
-    /// anew are rounded again. Tensors outside the experts are those of the base, but for those in `changed` (names without
-    /// quantization), which stay without quantization.
+    /// `pruned`, which a method made of `base` without quantization, in the quantization of `base`. Experts whose units
+    /// are all left are copied byte for byte; of others, groups whose elements were in one group keep its codes and its
+    /// scale, and groups that are put together anew are rounded again. Tensors outside the experts are those of the
+    /// base, but for those in `changed` (names without quantization), which stay without quantization.
     ///
-    /// `origin` says where each set of weights of a layer of `pruned` comes from; `None` for one that is more than a selection, which stays
-    /// without quantization.
+    /// `origin` says where each set of weights of a layer of `pruned` comes from; `None` for one that is more than a
+    /// selection, which stays without quantization.
     ///
     /// # Errors
-    /// [`Error::Quantize`] where groups do not divide what is left, or where units are to go from a format that is read only.
+    /// [`Error::Quantize`] where groups do not divide what is left, or where units are to go from a format that is read
+    /// only.
     pub fn on(
         pruned: &Arc<Checkpoint>,
         base: &Arc<Checkpoint>,
@@ -318,7 +319,8 @@ fn shape(
     }
 }
 
-/// The config with what that of the base says of quantization. Experts that lists name by their numbers get their new ones.
+/// The config with what that of the base says of quantization. Experts that lists name by their numbers get their new
+/// ones.
 fn with_quantization(config: &Value, base: &Value, moved: &BTreeMap<usize, Vec<Option<usize>>>) -> Value {
     let mut config = config.clone();
     for key in ["quantization_config", "quantization", "expert_dtype"] {

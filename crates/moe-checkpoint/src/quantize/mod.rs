@@ -98,11 +98,11 @@ impl fmt::Display for QuantizeReport {
 pub const QUANTIZE_METHOD: &str = "quantize";
 
 impl Quantized {
-    /// The quantized model of a base, rounded to nearest whenever its weights are read: what it computes in memory is what is written, bit for
-    /// bit. A base that is quantized already is dequantized first.
+    /// The quantized model of a base, rounded to nearest whenever its weights are read: what it computes in memory is
+    /// what is written, bit for bit. A base that is quantized already is dequantized first.
     ///
-    /// Experts are written one by one, as engines expect quantized ones, whatever the layout of the base; those of gpt-oss in the layout of
-    /// gpt-oss, in MXFP4 alone.
+    /// Experts are written one by one, as engines expect quantized ones, whatever the layout of the base; those of
+    /// gpt-oss in the layout of gpt-oss, in MXFP4 alone.
     ///
     /// ```no_run
     /// use std::sync::Arc;
@@ -117,15 +117,15 @@ impl Quantized {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Quantize`] with the reason: parameters that the format does not have, widths that it cannot divide, a layout of experts
-    /// that it has no place for.
+    /// [`Error::Quantize`] with the reason: parameters that the format does not have, widths that it cannot divide, a
+    /// layout of experts that it has no place for.
     pub fn on(base: &Arc<Checkpoint>, options: &QuantizeOptions) -> Result<Self> {
         Self::rounded(base, options, None)
     }
 
-    /// The same with routed experts rounded so that what rounding a column changes of the output is taken back by the columns after
-    /// it (GPTQ, arXiv 2210.17323), by the second moments of their inputs. Experts that no token of the calibration was routed to, and weights
-    /// outside the experts, are rounded to nearest.
+    /// The same with routed experts rounded so that what rounding a column changes of the output is taken back by the
+    /// columns after it (GPTQ, arXiv 2210.17323), by the second moments of their inputs. Experts that no token of the
+    /// calibration was routed to, and weights outside the experts, are rounded to nearest.
     ///
     /// # Errors
     /// As [`Quantized::on`]; moments of another model are an error when weights are read.

@@ -1,5 +1,6 @@
-//! Rounding that makes up for its own errors (GPTQ, arXiv 2210.17323): columns are rounded one after the other, and what rounding a column
-//! changes of the output is taken back by the columns that follow, as far as the second moments of the inputs allow.
+//! Rounding that makes up for its own errors (GPTQ, arXiv 2210.17323): columns are rounded one after the other, and
+//! what rounding a column changes of the output is taken back by the columns that follow, as far as the second moments
+//! of the inputs allow.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,7 +26,8 @@ pub struct InputMoments {
 }
 
 impl InputMoments {
-    /// The name of the second moments of the inputs of a part of an expert in [`Statistics`]: `[H, H]` for gate and up, `[I, I]` for down.
+    /// The name of the second moments of the inputs of a part of an expert in [`Statistics`]: `[H, H]` for gate and up,
+    /// `[I, I]` for down.
     pub fn statistic(layer: usize, expert: usize, part: ExpertPart) -> String {
         let what = if part == ExpertPart::Down { "units" } else { "inputs" };
         format!("quantize.{what}.{layer}.{expert}")
@@ -49,7 +51,8 @@ impl InputMoments {
         hasher.finalize().to_hex().to_string()
     }
 
-    /// The second moments of the inputs of a part of an expert, `[n, n]`; `None` for an expert that no token was routed to.
+    /// The second moments of the inputs of a part of an expert, `[n, n]`; `None` for an expert that no token was routed
+    /// to.
     ///
     /// # Errors
     /// [`Error::Quantize`] for statistics of another model.
@@ -65,8 +68,8 @@ impl InputMoments {
     }
 }
 
-/// The upper triangle `U` with `U^T U = (X^T X)^-1`, damped until it exists, row-major. Columns that no input reaches are rounded by
-/// themselves.
+/// The upper triangle `U` with `U^T U = (X^T X)^-1`, damped until it exists, row-major. Columns that no input reaches
+/// are rounded by themselves.
 fn triangle(moments: &[f64], n: usize) -> Option<Vec<f64>> {
     let mean = (0..n).map(|at| moments[at * n + at]).sum::<f64>() / n as f64;
     let mut damping = DAMPING * mean;
@@ -97,7 +100,8 @@ fn triangle(moments: &[f64], n: usize) -> Option<Vec<f64>> {
 }
 
 impl Scheme {
-    /// The matrix rounded with these second moments of its inputs, `[cols, cols]`; to nearest where they cannot be inverted.
+    /// The matrix rounded with these second moments of its inputs, `[cols, cols]`; to nearest where they cannot be
+    /// inverted.
     pub(super) fn encode_second_order(&self, values: &[f32], dims: (usize, usize), moments: &[f64]) -> Parted {
         let (rows, cols) = dims;
         let Some(upper) = triangle(moments, cols) else { return self.encode(values, dims) };

@@ -24,8 +24,8 @@ pub enum WeightFormat {
     },
     /// FP8 (E4M3) with a BF16 scale per row, activations per token: `FP8_DYNAMIC` of compressed-tensors.
     Fp8Channels,
-    /// MXFP4 (OCP Microscaling): 4-bit floats with a power of two per 32. In the layout of gpt-oss for `gpt_oss`, of compressed-tensors
-    /// elsewhere.
+    /// MXFP4 (OCP Microscaling): 4-bit floats with a power of two per 32. In the layout of gpt-oss for `gpt_oss`, of
+    /// compressed-tensors elsewhere.
     Mxfp4,
     /// Integers of 4 or 8 bits with a BF16 scale per group: `pack-quantized` of compressed-tensors (W4A16, W8A16).
     Int {
@@ -38,7 +38,8 @@ pub enum WeightFormat {
         #[serde(default = "yes")]
         symmetric: bool,
     },
-    /// NVFP4: 4-bit floats with an E4M3 scale per 16 and an F32 scale per matrix: `nvfp4-pack-quantized` of compressed-tensors.
+    /// NVFP4: 4-bit floats with an E4M3 scale per 16 and an F32 scale per matrix: `nvfp4-pack-quantized` of
+    /// compressed-tensors.
     Nvfp4,
 }
 

@@ -11,11 +11,11 @@ use crate::{Error, Result, TINY_MOE, cli};
 /// Where results go if nothing is said: replaced by the next run that says nothing.
 pub const DEFAULT_OUT: &str = "out/fisher_prune_qwen";
 
-/// Scores every FFN unit of the routed experts of a Mixture-of-Experts model, drops the least important ones, writes the smaller
-/// checkpoints, and measures what they still can do.
+/// Scores every FFN unit of the routed experts of a Mixture-of-Experts model, drops the least important ones, writes
+/// the smaller checkpoints, and measures what they still can do.
 ///
-/// Without arguments it does so to a small bundled model and compares four other ways to score. With --model it scores with
-/// Fisher alone and measures perplexity; --controls and --generate ask for the rest.
+/// Without arguments it does so to a small bundled model and compares four other ways to score. With --model it scores
+/// with Fisher alone and measures perplexity; --controls and --generate ask for the rest.
 #[derive(Clone, Debug, clap::Parser)]
 #[command(name = "fisher_prune_qwen")]
 pub struct Arguments {
@@ -37,7 +37,8 @@ pub struct Arguments {
     /// Fraction of the units to drop; repeatable, or a list with commas
     #[arg(long, value_delimiter = ',', default_values_t = [0.5, 0.7], value_parser = cli::ratio)]
     pub ratio: Vec<f64>,
-    /// uniform (stock loaders), ragged or masked (stock loaders, zeros) [default: uniform for scope expert, else ragged]
+    /// uniform (stock loaders), ragged or masked (stock loaders, zeros) [default: uniform for scope expert, else
+    /// ragged]
     #[arg(long)]
     pub export: Option<Export>,
     /// What becomes of layers that predict further tokens, in models that have them: keep, drop or prune

@@ -52,8 +52,8 @@ pub struct Job {
 }
 
 impl Job {
-    /// Checks the arguments and the files they name, and that the memory limit can hold the work. This is everything that
-    /// can be wrong before hours of work.
+    /// Checks the arguments and the files they name, and that the memory limit can hold the work. This is everything
+    /// that can be wrong before hours of work.
     ///
     /// # Errors
     /// What is wrong.

@@ -31,8 +31,8 @@ struct Measured {
     eval: Eval,
 }
 
-/// Measures the model and every pruned checkpoint: each is opened from disk, as a user would. What an earlier run measured
-/// is taken over.
+/// Measures the model and every pruned checkpoint: each is opened from disk, as a user would. What an earlier run
+/// measured is taken over.
 ///
 /// # Errors
 /// Whatever stops a model.
@@ -99,8 +99,8 @@ fn checkpoint(job: &Job, name: &str, dir: &Path, bar: &crate::progress::Bar) -> 
     Ok(eval)
 }
 
-/// New tokens per second, best of several runs: the same number of tokens for the same prompts, whatever the model says, because a
-/// model that has lost the thread talks longer.
+/// New tokens per second, best of several runs: the same number of tokens for the same prompts, whatever the model
+/// says, because a model that has lost the thread talks longer.
 fn generation_speed(model: &Model, prompts: &[Vec<u32>]) -> Result<f64> {
     let prompts = &prompts[..prompts.len().min(SPEED_PROMPTS)];
     let options = GenerateOptions { max_new_tokens: SPEED_TOKENS, ..GenerateOptions::default() };

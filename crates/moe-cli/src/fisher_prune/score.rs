@@ -18,8 +18,8 @@ pub struct Scored {
     pub collected: CollectProgress,
 }
 
-/// Runs the model over the waves that the output directory does not hold yet, and scores. Also gives the calibration tokens
-/// per second of the waves that this run collected, if there were any.
+/// Runs the model over the waves that the output directory does not hold yet, and scores. Also gives the calibration
+/// tokens per second of the waves that this run collected, if there were any.
 ///
 /// # Errors
 /// Whatever stops the collection; files of another run in the output directory.

@@ -26,8 +26,8 @@ use recorder::{Recorder, gradient_name};
 /// `hidden.{i} [B,S,H]` (the input of each decoder layer), `router_logits.{n} [B*S,E]` (n counts MoE layers) and,
 /// if asked for, `grad.layer.{i}.expert.{e}.{gate,up,down}`, all f32.
 ///
-/// The loss is the mean cross-entropy over all predicted tokens. Positions whose attention_mask is 0 are not run: they are zeros in
-/// the output and predict nothing.
+/// The loss is the mean cross-entropy over all predicted tokens. Positions whose attention_mask is 0 are not run: they
+/// are zeros in the output and predict nothing.
 #[derive(Clone, Debug, clap::Parser)]
 #[command(name = "trace")]
 pub struct Arguments {
@@ -37,7 +37,8 @@ pub struct Arguments {
     /// Directory of a LoRA in PEFT's files, to run the model with
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// .safetensors with `input_ids [B,S]` and perhaps `attention_mask`, or rows: .jsonl, .json, .jsonl.gz, .parquet or a folder
+    /// .safetensors with `input_ids [B,S]` and perhaps `attention_mask`, or rows: .jsonl, .json, .jsonl.gz, .parquet or
+    /// a folder
     #[arg(long, value_name = "FILE")]
     pub tokens: PathBuf,
     /// How rows are read

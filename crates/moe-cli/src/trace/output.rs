@@ -9,8 +9,8 @@ use serde_json::{Map, json};
 
 use crate::{Error, Result};
 
-/// The file being written, `.NAME.partial` until it is finished. What is never written is zero, and takes no space where
-/// the file system knows holes.
+/// The file being written, `.NAME.partial` until it is finished. What is never written is zero, and takes no space
+/// where the file system knows holes.
 #[derive(Debug)]
 pub struct TensorOutput {
     path: PathBuf,

@@ -24,11 +24,12 @@ pub struct Tokens {
 }
 
 impl Tokens {
-    /// Reads a `.safetensors` file with `input_ids [B, S]` (i64 or i32) and perhaps `attention_mask [B, S]`, or [`Rows`], which are padded
-    /// at their ends. `model` is where the tokenizer for rows of text is.
+    /// Reads a `.safetensors` file with `input_ids [B, S]` (i64 or i32) and perhaps `attention_mask [B, S]`, or
+    /// [`Rows`], which are padded at their ends. `model` is where the tokenizer for rows of text is.
     ///
     /// # Errors
-    /// A file that cannot be read, lacks the tensor, or has another shape or dtype; ids outside `0..vocab_size`; no row.
+    /// A file that cannot be read, lacks the tensor, or has another shape or dtype; ids outside `0..vocab_size`; no
+    /// row.
     pub fn load(path: &Path, reading: &Reading, model: &Path, vocab_size: usize) -> Result<Self> {
         let tokens = match path.extension().and_then(|extension| extension.to_str()) {
             Some("safetensors") => Self::from_safetensors(path, vocab_size)?,

@@ -1,5 +1,5 @@
-//! The book (`docs/`) says what the program does: its reference is generated from the code, and its commands and recipes are read
-//! by the program.
+//! The book (`docs/`) says what the program does: its reference is generated from the code, and its commands and
+//! recipes are read by the program.
 
 mod commands;
 mod markdown;

@@ -1,4 +1,5 @@
-//! The backward sweep: from the loss gradient at the last layer's output down to the first MoE layer, or to what is trained.
+//! The backward sweep: from the loss gradient at the last layer's output down to the first MoE layer, or to what is
+//! trained.
 
 use std::sync::Mutex;
 
@@ -21,7 +22,8 @@ use crate::{
     trace::{ExpertGradients, ExpertTrace, Observer, RouterGradients, Signals, SweepPart},
 };
 
-/// Slots of the hidden store for every layer: its input, that of its feed-forward half, and up to two sums that norms come after.
+/// Slots of the hidden store for every layer: its input, that of its feed-forward half, and up to two sums that norms
+/// come after.
 pub(super) const SLOTS: usize = 4;
 
 pub(super) fn input_slot(layer: usize) -> usize {
@@ -220,7 +222,8 @@ impl Engine<'_> {
         Ok(want_input.then_some(dx))
     }
 
-    /// Backward of the routed experts of a layer: the gradient of each routing weight `[T, k]`, and that of `z`, added to `dz`.
+    /// Backward of the routed experts of a layer: the gradient of each routing weight `[T, k]`, and that of `z`, added
+    /// to `dz`.
     #[allow(clippy::too_many_arguments)]
     fn experts_backward(
         &self,

@@ -12,8 +12,8 @@ use crate::{
 };
 
 impl Engine<'_> {
-    /// `<dy[t], E_e(z[t])>` of every token and expert `[T, E]`. Those of the chosen experts are `d_weights [T, k]`; the others run here, on
-    /// so many tokens at a time.
+    /// `<dy[t], E_e(z[t])>` of every token and expert `[T, E]`. Those of the chosen experts are `d_weights [T, k]`; the
+    /// others run here, on so many tokens at a time.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a rule, or a change of routing, without a gradient from all experts.

@@ -53,8 +53,9 @@ pub(super) struct ExpertWanted {
 }
 
 impl Engine<'_> {
-    /// Calls `compute` for each expert and `then` with its result, if it has one, in ascending order. On the host a few experts are
-    /// computed at a time, each mostly by one thread, which wastes less than sharing out every small product.
+    /// Calls `compute` for each expert and `then` with its result, if it has one, in ascending order. On the host a few
+    /// experts are computed at a time, each mostly by one thread, which wastes less than sharing out every small
+    /// product.
     pub(super) fn for_experts<R: Send>(
         &self,
         experts: usize,

@@ -64,8 +64,8 @@ impl<'a> FfnPass<'a> {
 }
 
 impl Engine<'_> {
-    /// Output of the feed-forward half of decoder layer `layer` on `x [T, H]`: `x + ffn(norm(x))`, shown to `observer` (forward
-    /// signals only). The T tokens are one sequence of which nothing is predicted.
+    /// Output of the feed-forward half of decoder layer `layer` on `x [T, H]`: `x + ffn(norm(x))`, shown to `observer`
+    /// (forward signals only). The T tokens are one sequence of which nothing is predicted.
     ///
     /// # Errors
     /// [`Error::Input`] if the observer needs gradients or there is no such layer, and whatever it refuses.
@@ -99,10 +99,12 @@ impl Engine<'_> {
         self.ffn_forward(pass, x, &mut LayerTape::default(), observer)
     }
 
-    /// Routing of tokens with these router logits `[T, E]` in MoE layer `layer`, under `overlay` instead of the model's own.
+    /// Routing of tokens with these router logits `[T, E]` in MoE layer `layer`, under `overlay` instead of the model's
+    /// own.
     ///
     /// # Errors
-    /// [`Error::Input`] if the layer has no experts, the logits are not a multiple of them, or the overlay does not fit.
+    /// [`Error::Input`] if the layer has no experts, the logits are not a multiple of them, or the overlay does not
+    /// fit.
     pub fn route(&self, layer: usize, logits: &[f32], overlay: Option<&dyn RoutingOverlay>) -> Result<Routed> {
         let experts = match self.model.config().moe(layer) {
             Some(moe) if logits.len().is_multiple_of(moe.num_experts().max(1)) => moe.num_experts(),

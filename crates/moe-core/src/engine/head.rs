@@ -12,8 +12,8 @@ use crate::{
 };
 
 impl Engine<'_> {
-    /// Adds the objective of every predicted position to `report`; the gradient of their sum at the last layer's output if the
-    /// observer needs one.
+    /// Adds the objective of every predicted position to `report`; the gradient of their sum at the last layer's output
+    /// if the observer needs one.
     pub(super) fn head(
         &self,
         x: Tensor<2>,

@@ -109,7 +109,8 @@ impl Engine<'_> {
         Ok(Some(ExpertRun { weights, input, gate_up, units, output }))
     }
 
-    /// Backward of all experts of a layer: the gradient of each routing weight `[T, k]`, and that of `z`, added to `dz`.
+    /// Backward of all experts of a layer: the gradient of each routing weight `[T, k]`, and that of `z`, added to
+    /// `dz`.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn modulated_backward(
         &self,

@@ -23,12 +23,13 @@ const MARK: &str = "wave.json";
 const LOSS: &str = "loss.json";
 const VERSION: u64 = 1;
 
-/// A directory with what a sweep over one wave has left so far: the inputs of the layers that the backward sweep comes back to, and
-/// the point the sweep has reached. [`Engine::unfinished`] makes or finds it, [`Engine::go_on`] adds to it; whoever keeps the
-/// results [removes](Self::remove) it.
+/// A directory with what a sweep over one wave has left so far: the inputs of the layers that the backward sweep comes
+/// back to, and the point the sweep has reached. [`Engine::unfinished`] makes or finds it, [`Engine::go_on`] adds to
+/// it; whoever keeps the results [removes](Self::remove) it.
 ///
-/// Every file is written beside its place and renamed; the last one of a part of the sweep says that the part is done. Files are
-/// not synced, which a killed process does not need; what a power cut has left of them is found by length and checksum.
+/// Every file is written beside its place and renamed; the last one of a part of the sweep says that the part is done.
+/// Files are not synced, which a killed process does not need; what a power cut has left of them is found by length and
+/// checksum.
 #[derive(Debug)]
 pub struct UnfinishedWave {
     dir: PathBuf,
@@ -40,7 +41,8 @@ pub struct UnfinishedWave {
 }
 
 impl UnfinishedWave {
-    /// The directory. Observers may keep what is theirs in it, under other names than `*.f32`, `wave.json` and `loss.json`.
+    /// The directory. Observers may keep what is theirs in it, under other names than `*.f32`, `wave.json` and
+    /// `loss.json`.
     pub fn directory(&self) -> &Path {
         &self.dir
     }
@@ -168,16 +170,17 @@ impl UnfinishedWave {
 }
 
 impl Engine<'_> {
-    /// Opens `directory` for a sweep that may be stopped and gone on with, over `wave` for an observer that needs `needs`; empty or as an
-    /// earlier run of the same sweep left it. What another sweep left there is deleted: of another model, wave or `identity`,
-    /// which is whatever the observer's results follow from besides. Nothing if the file system has no room for it, which is
-    /// logged.
+    /// Opens `directory` for a sweep that may be stopped and gone on with, over `wave` for an observer that needs
+    /// `needs`; empty or as an earlier run of the same sweep left it. What another sweep left there is deleted: of
+    /// another model, wave or `identity`, which is whatever the observer's results follow from besides. Nothing if the
+    /// file system has no room for it, which is logged.
     ///
-    /// It needs room for two tensors `[T, H]` per layer that the backward sweep passes (one or two more where norms come after blocks), and
-    /// two more.
+    /// It needs room for two tensors `[T, H]` per layer that the backward sweep passes (one or two more where norms
+    /// come after blocks), and two more.
     ///
     /// # Errors
-    /// [`Error::Input`] if parameters are trained, whose gradients no file has, and for an empty wave; [`Error::Spill`].
+    /// [`Error::Input`] if parameters are trained, whose gradients no file has, and for an empty wave;
+    /// [`Error::Spill`].
     pub fn unfinished(
         &self,
         wave: &Wave,
@@ -227,9 +230,10 @@ impl Engine<'_> {
         Ok(Some(unfinished))
     }
 
-    /// As [`run`](Self::run), from where `unfinished` is, and leaving there what is needed to go on after every part of the sweep. The
-    /// observer is shown the parts that were not done, and [recalls](Observer::recall) the routing of layers that it sees in the
-    /// backward sweep only; its results so far it must have kept itself, after each [`Observer::done`].
+    /// As [`run`](Self::run), from where `unfinished` is, and leaving there what is needed to go on after every part of
+    /// the sweep. The observer is shown the parts that were not done, and [recalls](Observer::recall) the routing of
+    /// layers that it sees in the backward sweep only; its results so far it must have kept itself, after each
+    /// [`Observer::done`].
     ///
     /// # Errors
     /// As [`run`](Self::run); [`Error::Spill`].

@@ -1,18 +1,20 @@
 //! Products of f32 activations with bf16 weights on the matrix units (AMX) of recent x86 processors, exact to f32.
 //!
 //! An f32 number is the sum of three bf16 numbers (8 + 8 + 8 bits of mantissa). Checkpoints store weights as bf16, so
-//! `x w = hi w + mid w + lo w` holds exactly, product by product, and three bf16 tile products with f32 accumulation replace one f32
-//! product: the result differs from an f32 matrix product only by the order of summation, at several times its speed. Weights are
-//! read from the checkpoint in half the memory, without a conversion.
+//! `x w = hi w + mid w + lo w` holds exactly, product by product, and three bf16 tile products with f32 accumulation
+//! replace one f32 product: the result differs from an f32 matrix product only by the order of summation, at several
+//! times its speed. Weights are read from the checkpoint in half the memory, without a conversion.
 //!
-//! Operands are packed into tiles of 1 KiB, 16 rows of 64 bytes, that follow each other in the order in which they are used:
+//! Operands are packed into tiles of 1 KiB, 16 rows of 64 bytes, that follow each other in the order in which they are
+//! used:
 //!
 //! | operand | tile row | tile column | order of tiles |
 //! |---|---|---|---|
 //! | activations `[M, K]` | 16 rows of M | 32 of K | `[M / 16][K / 32][hi, mid, lo]` |
 //! | weights `[K, N]` | 16 pairs of K | 16 of N, each a pair | `[N / 16][K / 32]` |
 //!
-//! Available on Linux where the processor has AMX and the kernel grants its use; `MOE_AMX=0` in the environment turns it off.
+//! Available on Linux where the processor has AMX and the kernel grants its use; `MOE_AMX=0` in the environment turns
+//! it off.
 
 use std::{arch::asm, cell::RefCell, sync::OnceLock};
 
@@ -172,7 +174,8 @@ pub fn multiply(x: &[f32], m: usize, w: &PackedWeights) -> Vec<f32> {
     if m == 0 || w.n == 0 || w.k == 0 {
         return vec![0.0; m * w.n];
     }
-    // Taken out while in use: a nested call on this thread (rayon may steal one) finds an empty buffer, not a borrowed one.
+    // Taken out while in use: a nested call on this thread (rayon may steal one) finds an empty buffer, not a borrowed
+    // one.
     let mut buffer = ACTIVATIONS.take();
     let out = multiply_packed(pack_activations(x, m, w.k, &mut buffer), m, w);
     ACTIVATIONS.set(buffer);
@@ -211,8 +214,9 @@ fn multiply_packed(activations: &[Line], m: usize, w: &PackedWeights) -> Vec<f32
                 let top = &activations[block * per_block..(block + 1) * per_block];
                 let bottom =
                     if rows > TILE { &activations[(block + 1) * per_block..(block + 2) * per_block] } else { top };
-                // SAFETY: panels hold `depth` tiles and row blocks `3 depth`; `out` has room for m x n, and the 32 x 32 block at
-                // (row, column) belongs to this task alone. A block that reaches past the edge goes through the scratch.
+                // SAFETY: panels hold `depth` tiles and row blocks `3 depth`; `out` has room for m x n, and the 32 x 32
+                // block at (row, column) belongs to this task alone. A block that reaches past the edge goes through
+                // the scratch.
                 unsafe {
                     let out = target.0.add(row * n + column);
                     let whole = rows == 2 * TILE && columns == 2 * TILE;
@@ -253,8 +257,8 @@ struct TileConfig {
     rows: [u8; 16],
 }
 
-/// Fetches lines of the activation tiles of the next step into the first-level cache: they stream from the second level, and a tile
-/// load that misses stalls the product behind it.
+/// Fetches lines of the activation tiles of the next step into the first-level cache: they stream from the second
+/// level, and a tile load that misses stalls the product behind it.
 macro_rules! fetch_ahead {
     ($($offset:literal)*) => {
         concat!($("prefetcht0 [{a0} + ", $offset, "]\nprefetcht0 [{a1} + ", $offset, "]\n"),*)

@@ -6,8 +6,8 @@ use multiversion::multiversion;
 
 use super::{for_rows_mut, zeros};
 
-/// `y[t, c] = sum over j of taps[j, c] x[t - (K - 1) + j, c]` for `x [T, C]` and `taps [K, C]`, per sequence. Before the first token of a
-/// sequence are its last `K - 1` rows in `history`, `[K - 1, C]` for each sequence, or zeros.
+/// `y[t, c] = sum over j of taps[j, c] x[t - (K - 1) + j, c]` for `x [T, C]` and `taps [K, C]`, per sequence. Before
+/// the first token of a sequence are its last `K - 1` rows in `history`, `[K - 1, C]` for each sequence, or zeros.
 pub fn causal_convolution(
     x: &[f32],
     taps: &[f32],

@@ -3,13 +3,14 @@
 //! Per head, with keys and queries of width `D_k`, values of width `D_v` and a state `S [D_k, D_v]`:
 //! `S_t = e^{g_t} S_{t-1} + k_t u_t^T` with `u_t = beta_t (v_t - e^{g_t} S_{t-1}^T k_t)`, and `o_t = S_t^T q_t`.
 //!
-//! Within a chunk that begins with the state `S`, with `G` the sums of `g` from its beginning, the `u` solve the triangular system
-//! `(I + L) U = diag(beta) (V - diag(e^G) K S)`, `L_ij = beta_i e^{G_i - G_j} k_i . k_j` for `j < i`. Then
-//! `O = diag(e^G) Q S + M U` with `M_ij = e^{G_i - G_j} q_i . k_j` for `j <= i`, and the state after the chunk is
-//! `e^{G_last} S + K^T diag(e^{G_last - G}) U`. No exponent is positive. Memory grows with the tokens, not with their square: the backward
-//! pass keeps the state at the beginning of every chunk of one head and computes the rest again.
+//! Within a chunk that begins with the state `S`, with `G` the sums of `g` from its beginning, the `u` solve the
+//! triangular system `(I + L) U = diag(beta) (V - diag(e^G) K S)`, `L_ij = beta_i e^{G_i - G_j} k_i . k_j` for `j < i`.
+//! Then `O = diag(e^G) Q S + M U` with `M_ij = e^{G_i - G_j} q_i . k_j` for `j <= i`, and the state after the chunk is
+//! `e^{G_last} S + K^T diag(e^{G_last - G}) U`. No exponent is positive. Memory grows with the tokens, not with their
+//! square: the backward pass keeps the state at the beginning of every chunk of one head and computes the rest again.
 //!
-//! A recurrence over tokens has no form in tensor operations that would pay; on other devices than the CPU it runs on the host as well.
+//! A recurrence over tokens has no form in tensor operations that would pay; on other devices than the CPU it runs on
+//! the host as well.
 
 use std::ops::Range;
 
@@ -231,7 +232,8 @@ impl Chunk<'_> {
         .collect()
     }
 
-    /// Gradients of the chunk from that of its output and, in `d_state`, that of the state after it, which becomes that of the state before.
+    /// Gradients of the chunk from that of its output and, in `d_state`, that of the state after it, which becomes that
+    /// of the state before.
     fn backward(&self, state: &[f32], d_out: &[f32], d_state: &mut [f32], gradients: &mut ChunkGradients<'_>) {
         let (n, dk, dv) = (self.len(), self.dk, self.dv);
         let last = n - 1;
@@ -343,8 +345,8 @@ struct ChunkGradients<'a> {
     beta: &'a mut [f32],
 }
 
-/// Output `[T, value_heads * D_v]` of independent sequences, disjoint row ranges that begin with the states in `states`, one
-/// `[value_heads, D_k, D_v]` per sequence; those hold the states after the sequences then.
+/// Output `[T, value_heads * D_v]` of independent sequences, disjoint row ranges that begin with the states in
+/// `states`, one `[value_heads, D_k, D_v]` per sequence; those hold the states after the sequences then.
 pub fn delta_rule(
     input: &DeltaInput<'_>,
     sequences: &[Range<usize>],

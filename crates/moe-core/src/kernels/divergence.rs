@@ -65,13 +65,14 @@ fn largest_of_row(mut logits: Vec<f32>, top: usize) -> Largest {
     }
 }
 
-/// Sums of `e^(z - max)` over kept logits and over the others, which it replaces by their exponentials. Apart, so that a small rest is exact.
+/// Sums of `e^(z - max)` over kept logits and over the others, which it replaces by their exponentials. Apart, so that
+/// a small rest is exact.
 fn sums(kept: &[f32], others: &mut [f32], max: f32) -> (f64, f64) {
     (row_exp(&mut kept.to_vec(), max), row_exp(others, max))
 }
 
-/// `KL(teacher || softmax(logits))` per row, in nats, and the gradient of the sum; rows without a teacher have neither. Tokens that a teacher
-/// does not list count as one, `q_rest = sum of their q`:
+/// `KL(teacher || softmax(logits))` per row, in nats, and the gradient of the sum; rows without a teacher have neither.
+/// Tokens that a teacher does not list count as one, `q_rest = sum of their q`:
 ///
 /// `KL = sum_v p_v ln(p_v / q_v) + p_rest ln(p_rest / q_rest)`, with gradient `q_v - p_v` for listed tokens and
 /// `q_v (1 - p_rest / q_rest)` for the others.

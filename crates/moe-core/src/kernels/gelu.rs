@@ -13,8 +13,8 @@ const DENSITY: f32 = 0.5 * FRAC_2_SQRT_PI * FRAC_1_SQRT_2;
 const SLOPE: f32 = 2.0 * FRAC_2_SQRT_PI * FRAC_1_SQRT_2;
 const CUBIC: f32 = 0.044_715;
 
-/// erf(x) to 4e-7: the rational function of odd degree 13 over even degree 8 that Eigen and XLA use, on [-4, 4], outside of which
-/// f32 cannot tell erf from its sign.
+/// erf(x) to 4e-7: the rational function of odd degree 13 over even degree 8 that Eigen and XLA use, on [-4, 4],
+/// outside of which f32 cannot tell erf from its sign.
 #[inline(always)]
 fn erf(x: f32) -> f32 {
     let x = x.clamp(-4.0, 4.0);

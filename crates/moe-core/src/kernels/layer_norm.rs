@@ -6,8 +6,8 @@ use multiversion::multiversion;
 use super::{for_rows_mut, math, zeros};
 use crate::host::{self, HostView};
 
-/// `y[t] = weight * (x[t] - mean) / sqrt(variance + eps) + bias` for `x [n, d]`, `weight` and `bias [d]`; mean and variance over
-/// the row.
+/// `y[t] = weight * (x[t] - mean) / sqrt(variance + eps) + bias` for `x [n, d]`, `weight` and `bias [d]`; mean and
+/// variance over the row.
 pub fn layer_norm(x: &Tensor<2>, weight: &Tensor<1>, bias: &Tensor<1>, eps: f32) -> Tensor<2> {
     if host::is_host(&x.device()) { on_host(x, weight, bias, eps) } else { on_device(x, weight, bias, eps) }
 }

@@ -16,8 +16,8 @@ pub struct Losses {
     pub d_logits: Vec<Tensor<2>>,
 }
 
-/// Cross-entropy `-log softmax(logits[t])[target]` of `blocks`, consecutive vocabulary blocks of the logits, `[n, V_b]` each. `targets [n]` are token ids;
-/// rows without one count in neither loss nor gradient.
+/// Cross-entropy `-log softmax(logits[t])[target]` of `blocks`, consecutive vocabulary blocks of the logits, `[n, V_b]`
+/// each. `targets [n]` are token ids; rows without one count in neither loss nor gradient.
 pub fn cross_entropy(blocks: Vec<Tensor<2>>, targets: &[Option<u32>], gradient: bool) -> Losses {
     let Some(first) = blocks.first() else { return Losses { losses: Vec::new(), d_logits: Vec::new() } };
     if host::is_host(&first.device()) {

@@ -2,8 +2,8 @@
 
 /// e^x with a relative error below 2e-7 for x in [-87, 88]; saturates outside instead of overflowing.
 ///
-/// Range reduction x = n ln2 + r with |r| <= ln2/2, degree-6 polynomial in r (coefficients of the Cephes library), exponent bits
-/// from n.
+/// Range reduction x = n ln2 + r with |r| <= ln2/2, degree-6 polynomial in r (coefficients of the Cephes library),
+/// exponent bits from n.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits

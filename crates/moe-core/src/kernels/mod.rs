@@ -1,8 +1,8 @@
 //! The numeric kernels of the decoder, forward and backward.
 //!
-//! Each kernel has one signature and two bodies: a host body for the CPU backend (SIMD loops and rayon over the tensor's
-//! own memory, see [`crate::host`]), where Burn's element-wise kernels are the bottleneck, and a body of Burn tensor
-//! operations for every other device. Tests run both bodies on the CPU backend and compare them.
+//! Each kernel has one signature and two bodies: a host body for the CPU backend (SIMD loops and rayon over the
+//! tensor's own memory, see [`crate::host`]), where Burn's element-wise kernels are the bottleneck, and a body of Burn
+//! tensor operations for every other device. Tests run both bodies on the CPU backend and compare them.
 
 #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), path = "amx_absent.rs")]
 pub(crate) mod amx;

@@ -10,8 +10,8 @@ use crate::host::{self, HostView};
 /// Multiply-adds from which on a product is shared between threads.
 const SHARED: usize = 1 << 21;
 
-/// `out[i, j] += factor * sum_t a[t, rows.start + i] * b[t, columns.start + j]` for `a [n, m]`, `b [n, k]` and `out [rows.len(), columns.len()]`: a
-/// block of the gradient `dy^T x` of a weight.
+/// `out[i, j] += factor * sum_t a[t, rows.start + i] * b[t, columns.start + j]` for `a [n, m]`, `b [n, k]` and `out
+/// [rows.len(), columns.len()]`: a block of the gradient `dy^T x` of a weight.
 ///
 /// # Panics
 /// If the ranges are out of bounds or `out` has another size.
@@ -64,8 +64,9 @@ pub fn add_transposed_product(
     }
 }
 
-/// `out[t, rows.start + i] += sum_j x[t, columns.start + j] * w[i, j]` for `x [n, k]`, `w [rows.len(), columns.len()]` and `out [n, m]`: a block of the
-/// product `x w^T`. With `transposed`, `out[t, columns.start + j] += sum_i x[t, rows.start + i] * w[i, j]`: a block of `x w`.
+/// `out[t, rows.start + i] += sum_j x[t, columns.start + j] * w[i, j]` for `x [n, k]`, `w [rows.len(), columns.len()]`
+/// and `out [n, m]`: a block of the product `x w^T`. With `transposed`, `out[t, columns.start + j] += sum_i x[t,
+/// rows.start + i] * w[i, j]`: a block of `x w`.
 ///
 /// # Panics
 /// If the ranges are out of bounds or `w` has another size.

@@ -1,7 +1,7 @@
 //! Products of small matrices in host memory, added in place.
 //!
-//! What a low-rank adapter multiplies is thin: a few tokens of an expert, a rank of eight. There the cost of a call is what counts, so
-//! these work on slices, with no tensor in between.
+//! What a low-rank adapter multiplies is thin: a few tokens of an expert, a rank of eight. There the cost of a call is
+//! what counts, so these work on slices, with no tensor in between.
 
 use std::ops::Range;
 
@@ -51,8 +51,8 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// `out[i, first + j] (+)= factor * sum_k a[i, k] b[k, j]`, where `out` is row-major, `width` to a row: added with `add`, else in place
-/// of what was there.
+/// `out[i, first + j] (+)= factor * sum_k a[i, k] b[k, j]`, where `out` is row-major, `width` to a row: added with
+/// `add`, else in place of what was there.
 ///
 /// # Panics
 /// If the sizes do not fit.
@@ -75,7 +75,8 @@ pub fn product(out: &mut [f32], width: usize, first: usize, add: bool, factor: f
     }
     let work = a.rows * a.columns * b.columns;
     let parallelism = if work < SHARED { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(0) };
-    // SAFETY: both factors are within their slices and the product is within `out`, all checked above; `out` is borrowed mutably.
+    // SAFETY: both factors are within their slices and the product is within `out`, all checked above; `out` is
+    // borrowed mutably.
     unsafe {
         gemm::gemm(
             a.rows,

@@ -1,5 +1,5 @@
-//! Rotary position embedding of some columns of every head: default, linear, yarn and LongRoPE frequencies; pairs of columns split
-//! by half (Llama) or interleaved (DeepSeek, Ernie).
+//! Rotary position embedding of some columns of every head: default, linear, yarn and LongRoPE frequencies; pairs of
+//! columns split by half (Llama) or interleaved (DeepSeek, Ernie).
 
 use std::ops::Range;
 
@@ -177,8 +177,8 @@ impl Frequencies {
 }
 
 impl RotaryTable {
-    /// Rotates columns `first..first + rotary_dim` of each head of `x [n, heads * D]`, row t by table row t. With `inverse` the
-    /// transposed rotation is applied, which is the gradient.
+    /// Rotates columns `first..first + rotary_dim` of each head of `x [n, heads * D]`, row t by table row t. With
+    /// `inverse` the transposed rotation is applied, which is the gradient.
     pub fn rotate(&self, x: Tensor<2>, heads: usize, first: usize, inverse: bool) -> Tensor<2> {
         let device = x.device();
         if host::is_host(&device) {

@@ -109,7 +109,8 @@ impl RowAccumulator {
         }
     }
 
-    /// Lets `f` change the sum `[tokens, columns]` on the host, given the number of columns. On another device it comes and goes.
+    /// Lets `f` change the sum `[tokens, columns]` on the host, given the number of columns. On another device it comes
+    /// and goes.
     pub(crate) fn on_host(&mut self, f: impl FnOnce(&mut [f32], usize)) {
         match &mut self.sum {
             Sum::Host(sum) => f(sum, self.columns),

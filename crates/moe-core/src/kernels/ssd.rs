@@ -1,12 +1,12 @@
 //! The state space recurrence of Mamba2 (arXiv 2405.21060), forward and backward, in chunks of tokens.
 //!
-//! Per head, with inputs `x_t [P]`, `b_t, c_t [N]` of its group, a step `d_t > 0` and a rate `a < 0`, the state `S [P, N]` and the output are
-//! `S_t = e^{a d_t} S_{t-1} + d_t x_t b_t^T` and `y_t = S_t c_t`.
+//! Per head, with inputs `x_t [P]`, `b_t, c_t [N]` of its group, a step `d_t > 0` and a rate `a < 0`, the state `S [P,
+//! N]` and the output are `S_t = e^{a d_t} S_{t-1} + d_t x_t b_t^T` and `y_t = S_t c_t`.
 //!
 //! Within a chunk that begins with the state `S`, with `G` the sums of `a d` from its beginning and `u_t = d_t x_t`:
 //! `Y = M U + diag(e^G) C S^T` with `M_ij = e^{G_i - G_j} c_i . b_j` for `j <= i`, and the state after the chunk is
-//! `e^{G_last} S + U^T diag(e^{G_last - G}) B`. No exponent is positive. Memory grows with the tokens, not with their square: the backward
-//! pass keeps the state at the beginning of every chunk of one head and computes the rest again.
+//! `e^{G_last} S + U^T diag(e^{G_last - G}) B`. No exponent is positive. Memory grows with the tokens, not with their
+//! square: the backward pass keeps the state at the beginning of every chunk of one head and computes the rest again.
 
 use std::ops::Range;
 
@@ -198,8 +198,8 @@ impl Chunk<'_> {
         self.advance(state);
     }
 
-    /// Gradients of `u`, `b`, `c` and the logarithms of the decay of every token, from that of the output and, in `d_state`, that of the state
-    /// after the chunk, which becomes that of the state before.
+    /// Gradients of `u`, `b`, `c` and the logarithms of the decay of every token, from that of the output and, in
+    /// `d_state`, that of the state after the chunk, which becomes that of the state before.
     fn backward(&self, state: &[f32], d_out: &[f32], d_state: &mut [f32]) -> [Vec<f32>; 4] {
         let (len, p, n) = (self.len(), self.p, self.n);
         let last = len - 1;
@@ -271,8 +271,8 @@ fn scatter(values: &[f32], rows: &Range<usize>, heads: usize, head: usize, width
     }
 }
 
-/// Output `[T, heads * P]` of independent sequences, disjoint row ranges that begin with the states in `states`, one `[heads, P, N]` per
-/// sequence; those hold the states after the sequences then.
+/// Output `[T, heads * P]` of independent sequences, disjoint row ranges that begin with the states in `states`, one
+/// `[heads, P, N]` per sequence; those hold the states after the sequences then.
 pub fn state_space(
     input: &SsdInput<'_>,
     sequences: &[Range<usize>],

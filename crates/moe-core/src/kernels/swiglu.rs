@@ -1,5 +1,5 @@
-//! The gated unit on stacked pre-activations (arXiv 2002.05202), forward and backward: SwiGLU `u = silu(g) * v`, its clamped form in
-//! gpt-oss, and GEGLU `u = gelu(g) * v`.
+//! The gated unit on stacked pre-activations (arXiv 2002.05202), forward and backward: SwiGLU `u = silu(g) * v`, its
+//! clamped form in gpt-oss, and GEGLU `u = gelu(g) * v`.
 
 use burn::tensor::{Bool, Tensor, activation};
 use multiversion::multiversion;
@@ -13,8 +13,8 @@ pub enum GatedActivation {
     /// `silu(g) * v`.
     #[default]
     Silu,
-    /// `g' sigmoid(alpha g') (v' + 1)` with `g' = min(g, limit)` and `v'` clamped to `[-limit, limit]`; gradients of clamped
-    /// values are zero.
+    /// `g' sigmoid(alpha g') (v' + 1)` with `g' = min(g, limit)` and `v'` clamped to `[-limit, limit]`; gradients of
+    /// clamped values are zero.
     ClampedSilu {
         /// Slope inside the sigmoid.
         alpha: f32,
@@ -47,8 +47,8 @@ pub struct SwigluGradients {
     pub d_row_weights: Vec<f32>,
 }
 
-/// Backward of `row_weights[t] * down(swiglu(gate_up[t]))` from `du [n, I]`, the gradient at the units of the *unweighted*
-/// output. `row_weights` of `None` are ones.
+/// Backward of `row_weights[t] * down(swiglu(gate_up[t]))` from `du [n, I]`, the gradient at the units of the
+/// *unweighted* output. `row_weights` of `None` are ones.
 pub fn swiglu_backward(
     gate_up: &Tensor<2>,
     kind: GatedActivation,

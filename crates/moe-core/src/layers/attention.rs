@@ -112,7 +112,8 @@ impl AttentionLayer {
         sum.into_tensor()
     }
 
-    /// Gradient with respect to `x`, if it is wanted, from the gradient of [`mix`](Self::mix)'s result; and those of what is trained.
+    /// Gradient with respect to `x`, if it is wanted, from the gradient of [`mix`](Self::mix)'s result; and those of
+    /// what is trained.
     pub fn backward(
         &self,
         x: &Tensor<2>,

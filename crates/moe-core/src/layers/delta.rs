@@ -1,8 +1,8 @@
 //! Gated DeltaNet (arXiv 2412.06464), the linear attention of Qwen3-Next and Qwen3.5, with its norm and residual.
 //!
-//! Projections give queries, keys and values, a gate on the output, and per head what decays and what is written. Queries, keys and values
-//! go through a short causal convolution and SiLU; queries and keys are divided by their length. The rule itself is
-//! [`delta_rule`]. Its output is normed per head and multiplied by `silu(gate)`.
+//! Projections give queries, keys and values, a gate on the output, and per head what decays and what is written.
+//! Queries, keys and values go through a short causal convolution and SiLU; queries and keys are divided by their
+//! length. The rule itself is [`delta_rule`]. Its output is normed per head and multiplied by `silu(gate)`.
 
 use std::{ops::Range, sync::Arc};
 
@@ -250,7 +250,8 @@ impl DeltaLayer {
         sum.into_tensor()
     }
 
-    /// Gradient with respect to `x`, if it is wanted, from the gradient of [`mix`](Self::mix)'s result; and those of what is trained.
+    /// Gradient with respect to `x`, if it is wanted, from the gradient of [`mix`](Self::mix)'s result; and those of
+    /// what is trained.
     pub fn backward(
         &self,
         x: &Tensor<2>,

@@ -34,7 +34,8 @@ impl DenseBlock {
         self.adapter.is_some() || weights.into_iter().flatten().any(|weight| weight.adapter().is_some())
     }
 
-    /// Adds the block's output on `z [T, H]` to `out`. Keeps the pre-activations of each chunk of rows in `keep` if given.
+    /// Adds the block's output on `z [T, H]` to `out`. Keeps the pre-activations of each chunk of rows in `keep` if
+    /// given.
     pub fn forward(&self, z: &Tensor<2>, out: &mut RowAccumulator, mut keep: Option<&mut Vec<Tensor<2>>>) {
         for_chunks(z.dims()[0], |rows| {
             let (z, tokens) = (slice_rows(z, &rows), Tokens::From(rows.start));
@@ -53,8 +54,8 @@ impl DenseBlock {
         });
     }
 
-    /// Adds the gradient with respect to `z` to `dz`, if there is one, from `dy [T, H]`, the gradient of the output. With `parameters`, also
-    /// those of what is trained are added up.
+    /// Adds the gradient with respect to `z` to `dz`, if there is one, from `dy [T, H]`, the gradient of the output.
+    /// With `parameters`, also those of what is trained are added up.
     pub fn backward(
         &self,
         z: &Tensor<2>,
@@ -96,7 +97,8 @@ impl DenseBlock {
         });
     }
 
-    /// Gradients of a block with an adapter as a whole: with respect to its input, and to the factor on each row of its output.
+    /// Gradients of a block with an adapter as a whole: with respect to its input, and to the factor on each row of its
+    /// output.
     fn adapted_backward(
         &self,
         adapter: &dyn BlockAdapter,

@@ -7,7 +7,8 @@ use burn::tensor::Tensor;
 use super::{DenseBlock, Linear, Norm, scaled};
 use crate::kernels::rows::RowAccumulator;
 
-/// The feed-forward half of a layer with its norms: `x + norm(dense(norm(x)) + experts(norm(x)))`, as far as it has them.
+/// The feed-forward half of a layer with its norms: `x + norm(dense(norm(x)) + experts(norm(x)))`, as far as it has
+/// them.
 #[derive(Clone, Debug)]
 pub struct FfnLayer {
     /// Input norm, where there is one.
@@ -147,8 +148,8 @@ impl FfnLayer {
         }
     }
 
-    /// Gradients at the blocks, from that of the layer's output; `sums` as [`output`](Self::output) kept them. With `parameters`, also those
-    /// of what is trained of the norms.
+    /// Gradients at the blocks, from that of the layer's output; `sums` as [`output`](Self::output) kept them. With
+    /// `parameters`, also those of what is trained of the norms.
     pub(crate) fn block_gradients(&self, dy: Tensor<2>, sums: &[Tensor<2>], parameters: bool) -> BlockGradients {
         let around = scaled(dy, self.scale);
         let half = scaled(around.clone(), self.residual);
@@ -166,8 +167,9 @@ impl FfnLayer {
         }
     }
 
-    /// Gradient with respect to `x`, from those at what the experts read, at what the dense block reads where it is apart, at what the router
-    /// reads where it has a norm, and around the blocks; with `parameters`, also those of what is trained of the norms.
+    /// Gradient with respect to `x`, from those at what the experts read, at what the dense block reads where it is
+    /// apart, at what the router reads where it has a norm, and around the blocks; with `parameters`, also those of
+    /// what is trained of the norms.
     pub(crate) fn input_gradient(
         &self,
         x: &Tensor<2>,

@@ -1,7 +1,8 @@
 //! Multi-head latent attention (arXiv 2405.04434 section 2.1): queries, keys and values through low-rank latents.
 //!
-//! Sweeps expand the latent to keys and values of every head. Generation keeps the latent and the shared rotated key only, and
-//! moves the expansion to the other side of the products ("absorbed"): queries go into the latent space, results come out of it.
+//! Sweeps expand the latent to keys and values of every head. Generation keeps the latent and the shared rotated key
+//! only, and moves the expansion to the other side of the products ("absorbed"): queries go into the latent space,
+//! results come out of it.
 
 use burn::tensor::Tensor;
 
@@ -88,7 +89,8 @@ impl LatentProjections {
         self.kv_up.dims()[1]
     }
 
-    /// Queries rotated, with their latent; latent of keys and values before its norm `[n, R_kv]`; rotated key `[n, rope]`.
+    /// Queries rotated, with their latent; latent of keys and values before its norm `[n, R_kv]`; rotated key `[n,
+    /// rope]`.
     fn down(&self, z: &Tensor<2>, table: &RotaryTable) -> (Tensor<2>, Saved, Tensor<2>) {
         let (q, query) = self.query.forward(z);
         let q = table.grow(table.rotate(q, self.heads.heads, self.heads.nope, false));
@@ -123,8 +125,8 @@ impl LatentProjections {
         sum_of([from_query, self.kv_down.backward(z, &d_both, wanted)])
     }
 
-    /// Queries in the latent space `[n, heads * (R_kv + rope)]`, and `[latent | rotated key]` `[n, R_kv + rope]`, which is all
-    /// that generation keeps of a token.
+    /// Queries in the latent space `[n, heads * (R_kv + rope)]`, and `[latent | rotated key]` `[n, R_kv + rope]`, which
+    /// is all that generation keeps of a token.
     pub(super) fn absorbed(&self, z: &Tensor<2>, table: &RotaryTable) -> (Tensor<2>, Tensor<2>) {
         let (q, saved, shared) = self.down(z, table);
         let (n, LatentHeads { heads, nope, rope, .. }) = (z.dims()[0], self.heads);

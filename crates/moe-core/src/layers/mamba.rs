@@ -1,8 +1,8 @@
 //! A state space layer (Mamba2, arXiv 2405.21060) with its norm and residual.
 //!
-//! One projection of the normed input gives `[gate | x | b | c | steps]`. `x`, `b` and `c` go through a short causal convolution and SiLU, steps
-//! through softplus. The recurrence itself is [`state_space`]; `skip` times `x` is added to what it gives, and the sum times `silu(gate)` is
-//! normed, each group of channels by itself.
+//! One projection of the normed input gives `[gate | x | b | c | steps]`. `x`, `b` and `c` go through a short causal
+//! convolution and SiLU, steps through softplus. The recurrence itself is [`state_space`]; `skip` times `x` is added to
+//! what it gives, and the sum times `silu(gate)` is normed, each group of channels by itself.
 
 use std::{ops::Range, sync::Arc};
 
@@ -161,7 +161,8 @@ impl MambaLayer {
         self.finish(x, normed)
     }
 
-    /// Gradient with respect to `x`, if it is wanted, from the gradient of [`mix`](Self::mix)'s result; and those of what is trained.
+    /// Gradient with respect to `x`, if it is wanted, from the gradient of [`mix`](Self::mix)'s result; and those of
+    /// what is trained.
     pub fn backward(
         &self,
         x: &Tensor<2>,

@@ -65,7 +65,8 @@ impl MixerLayer {
         }
     }
 
-    /// Gradient with respect to `x`, if it is wanted, from the gradient of [`mix`](Self::mix)'s result; and those of what is trained.
+    /// Gradient with respect to `x`, if it is wanted, from the gradient of [`mix`](Self::mix)'s result; and those of
+    /// what is trained.
     pub fn backward(
         &self,
         x: &Tensor<2>,

@@ -1,7 +1,7 @@
 //! Weights of the parts of a decoder layer, and their forward and backward passes.
 //!
-//! Backward passes are written by hand: base weights are frozen, so only gradients with respect to inputs are needed, nothing is
-//! recorded that is not used, and every temporary has a known size.
+//! Backward passes are written by hand: base weights are frozen, so only gradients with respect to inputs are needed,
+//! nothing is recorded that is not used, and every temporary has a known size.
 
 mod attention;
 mod delta;
@@ -65,7 +65,8 @@ impl Linear {
         self.weight.forward(x, trained.as_ref().or(self.bias.as_ref()))
     }
 
-    /// The gradient with respect to `x`, if it is wanted, and those of what is trained. `x` is asked for by an adapter only.
+    /// The gradient with respect to `x`, if it is wanted, and those of what is trained. `x` is asked for by an adapter
+    /// only.
     pub fn backward(&self, x: impl FnOnce() -> Tensor<2>, dy: &Tensor<2>, wanted: Wanted) -> Option<Tensor<2>> {
         if let Some(adapter) = self.bias_adapter.as_ref().filter(|_| wanted.parameters) {
             adapter.add_gradient(&column_sums(dy));

@@ -1,5 +1,5 @@
-//! The gated short convolution of LFM2, with its norm and residual: `x + output(c * convolution(b * u))`, where one projection of the normed
-//! input gives `[b | c | u]`.
+//! The gated short convolution of LFM2, with its norm and residual: `x + output(c * convolution(b * u))`, where one
+//! projection of the normed input gives `[b | c | u]`.
 
 use std::{ops::Range, sync::Arc};
 
@@ -76,7 +76,8 @@ impl ConvolutionLayer {
         self.finish(x, tape, &y)
     }
 
-    /// Gradient with respect to `x`, if it is wanted, from the gradient of [`mix`](Self::mix)'s result; and those of what is trained.
+    /// Gradient with respect to `x`, if it is wanted, from the gradient of [`mix`](Self::mix)'s result; and those of
+    /// what is trained.
     pub fn backward(
         &self,
         x: &Tensor<2>,

@@ -15,8 +15,8 @@ use crate::{
 };
 
 impl Model {
-    /// The same checkpoint, seen through the overlays of this model, with `adapters`, and with a cache of its own. Experts that an overlay
-    /// changes are adapted as changed.
+    /// The same checkpoint, seen through the overlays of this model, with `adapters`, and with a cache of its own.
+    /// Experts that an overlay changes are adapted as changed.
     ///
     /// # Errors
     /// As [`new`](Self::new). Adapters that do not fit the map they are for are found when it is first loaded.

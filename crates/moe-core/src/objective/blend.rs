@@ -9,7 +9,8 @@ use crate::{
     trace::WaveInfo,
 };
 
-/// An objective of `logits / T`. A teacher that was recorded through one of temperature T is compared with through another of the same T.
+/// An objective of `logits / T`. A teacher that was recorded through one of temperature T is compared with through
+/// another of the same T.
 #[derive(Clone, Copy, Debug)]
 pub struct Tempered<O> {
     objective: O,

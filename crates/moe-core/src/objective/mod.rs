@@ -25,9 +25,9 @@ pub trait Objective {
         Ok(())
     }
 
-    /// Losses of some rows and, if asked for, the gradient of their sum in place of the logits. `blocks` are consecutive blocks of the
-    /// vocabulary, `[n, V_b]` each; `targets [n]` are the tokens that follow. Rows without a target have no loss. Rows with one come in the
-    /// order of the wave's tokens, each once.
+    /// Losses of some rows and, if asked for, the gradient of their sum in place of the logits. `blocks` are
+    /// consecutive blocks of the vocabulary, `[n, V_b]` each; `targets [n]` are the tokens that follow. Rows without a
+    /// target have no loss. Rows with one come in the order of the wave's tokens, each once.
     ///
     /// # Errors
     /// Whatever the objective refuses.

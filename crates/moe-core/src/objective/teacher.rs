@@ -16,13 +16,14 @@ use crate::{
     trace::{Nobody, WaveInfo},
 };
 
-/// Next-token distributions of a model at the predicted positions of some waves: the log-probabilities of its `top` most likely tokens, and
-/// that of all others together.
+/// Next-token distributions of a model at the predicted positions of some waves: the log-probabilities of its `top`
+/// most likely tokens, and that of all others together.
 ///
-/// With fewer tokens than the vocabulary has, the others count as one token, which makes the divergence from it a lower bound of the
-/// divergence from the whole distribution (the data processing inequality).
+/// With fewer tokens than the vocabulary has, the others count as one token, which makes the divergence from it a lower
+/// bound of the divergence from the whole distribution (the data processing inequality).
 ///
-/// Held in memory: `8 top + 4` bytes per predicted token, or `4 V + 4` with the whole vocabulary, see [`bytes`](Self::bytes).
+/// Held in memory: `8 top + 4` bytes per predicted token, or `4 V + 4` with the whole vocabulary, see
+/// [`bytes`](Self::bytes).
 #[derive(Clone, Debug, PartialEq)]
 pub struct TeacherLogits {
     top: usize,
@@ -133,8 +134,8 @@ impl Objective for TeacherRecorder {
     }
 }
 
-/// The divergence KL(teacher || model) of each predicted position's next-token distribution, in nats. Waves must be those the teacher was
-/// recorded on; targets only say which positions count.
+/// The divergence KL(teacher || model) of each predicted position's next-token distribution, in nats. Waves must be
+/// those the teacher was recorded on; targets only say which positions count.
 #[derive(Debug)]
 pub struct Distillation<'t> {
     teacher: &'t TeacherLogits,

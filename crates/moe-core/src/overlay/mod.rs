@@ -1,4 +1,5 @@
-//! Running a model under changed experts ([`ExpertOverlay`]) and changed routing ([`RoutingOverlay`]) without writing a checkpoint.
+//! Running a model under changed experts ([`ExpertOverlay`]) and changed routing ([`RoutingOverlay`]) without writing a
+//! checkpoint.
 
 pub(crate) mod routing;
 mod skip;
@@ -14,8 +15,8 @@ use crate::error::{Error, Result};
 
 /// Changes the weights of routed experts as they are loaded: pruning plans, masks, merged experts, distortion curves.
 ///
-/// The result may have another width (0 included); the hidden size must stay. Must be a pure function: an expert may be loaded
-/// many times.
+/// The result may have another width (0 included); the hidden size must stay. Must be a pure function: an expert may be
+/// loaded many times.
 pub trait ExpertOverlay: Send + Sync {
     /// The weights that stand in for expert `expert` of decoder layer `layer`.
     ///

@@ -9,14 +9,14 @@ use crate::{
     trace::{LayerTrace, Observer, Signals},
 };
 
-/// Skips expert i of a token when `w_i < beta * w_1`, with `w_1` its largest routing weight and a `beta` per layer (NAEE, arXiv 2402.14800
-/// section 3.3, there for two experts per token). The best expert always stays.
+/// Skips expert i of a token when `w_i < beta * w_1`, with `w_1` its largest routing weight and a `beta` per layer
+/// (NAEE, arXiv 2402.14800 section 3.3, there for two experts per token). The best expert always stays.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SkipExperts {
     /// Threshold of each layer; layers without one skip nothing.
     pub beta: BTreeMap<usize, f32>,
-    /// Whether the weights that stay are scaled so that a token's weights keep their sum. As NAEE's code does, which divides by the
-    /// remaining sum; turn it off for models whose rule does not normalize the weights.
+    /// Whether the weights that stay are scaled so that a token's weights keep their sum. As NAEE's code does, which
+    /// divides by the remaining sum; turn it off for models whose rule does not normalize the weights.
     pub renormalize: bool,
 }
 
@@ -74,11 +74,12 @@ fn largest(weights: &[f32]) -> f32 {
     weights.iter().copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// Finds the thresholds of [`SkipExperts`]: per layer the median over the calibration tokens of the smallest routing weight of a
-/// token divided by its largest. With two experts per token, that is NAEE's rule, and half of the tokens skip their second expert.
+/// Finds the thresholds of [`SkipExperts`]: per layer the median over the calibration tokens of the smallest routing
+/// weight of a token divided by its largest. With two experts per token, that is NAEE's rule, and half of the tokens
+/// skip their second expert.
 ///
-/// It keeps a ratio for every expert of a token but its best, `4 (k - 1)` bytes per token and layer, so that other shares than a half
-/// are exact, too.
+/// It keeps a ratio for every expert of a token but its best, `4 (k - 1)` bytes per token and layer, so that other
+/// shares than a half are exact, too.
 #[derive(Clone, Debug, Default)]
 pub struct SkipCalibration {
     layers: BTreeMap<usize, Ratios>,
@@ -97,14 +98,15 @@ impl SkipCalibration {
         Self::default()
     }
 
-    /// Per layer the median over tokens of `w_k / w_1`, the mean of the middle two for an even number. Layers of which every token has one
-    /// expert are absent.
+    /// Per layer the median over tokens of `w_k / w_1`, the mean of the middle two for an even number. Layers of which
+    /// every token has one expert are absent.
     pub fn medians(&self) -> BTreeMap<usize, f32> {
         let layers = self.layers.iter().filter(|(_, ratios)| !ratios.values.is_empty());
         layers.map(|(&layer, ratios)| (layer, median(ratios.last_of_each()))).collect()
     }
 
-    /// Per layer the largest threshold that skips at most this share of all (token, expert) pairs beyond the best of each token.
+    /// Per layer the largest threshold that skips at most this share of all (token, expert) pairs beyond the best of
+    /// each token.
     ///
     /// # Errors
     /// [`Error::Input`] for a share outside [0, 1].
@@ -125,7 +127,8 @@ impl SkipCalibration {
             .collect())
     }
 
-    /// Share of the (token, expert) pairs seen in a layer that thresholds of `beta` skip; pairs of a token's best expert count, too.
+    /// Share of the (token, expert) pairs seen in a layer that thresholds of `beta` skip; pairs of a token's best
+    /// expert count, too.
     pub fn share_skipped(&self, layer: usize, beta: f32) -> f64 {
         let Some(ratios) = self.layers.get(&layer).filter(|ratios| !ratios.values.is_empty()) else { return 0.0 };
         let pairs = ratios.values.len() / ratios.per_token * (ratios.per_token + 1);

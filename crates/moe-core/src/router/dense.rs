@@ -12,8 +12,8 @@ impl Router {
     /// Whether the gradient from all experts is defined for the rule.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for SparseMixer, whose weights are no shares of one distribution over all experts, and whose own gradient is
-    /// already an estimate.
+    /// [`Error::Unsupported`] for SparseMixer, whose weights are no shares of one distribution over all experts, and
+    /// whose own gradient is already an estimate.
     pub fn check_dense(&self) -> Result<()> {
         match self.rule {
             Rule::Scores { .. } => Ok(()),
@@ -25,17 +25,17 @@ impl Router {
         }
     }
 
-    /// DenseMixer's gradient with respect to the logits `[T, E]`, from `values [T, E]`: `v_e = <d loss / d y, E_e(x)>`, the gradient of the
-    /// weight of each expert, chosen or not.
+    /// DenseMixer's gradient with respect to the logits `[T, E]`, from `values [T, E]`: `v_e = <d loss / d y, E_e(x)>`,
+    /// the gradient of the weight of each expert, chosen or not.
     ///
-    /// The output `sum over chosen of w_e E_e(x)` is differentiated as if it were `sum over all of u_e E_e(x)` with `u_e = s p_e / c` and
-    /// `u_e = s p_e / stop(c)` for experts that were not chosen: `p` the scores, `s` the router's scale, `c` the sum of the chosen scores where
-    /// the rule divides by it, and else 1. With `g_e = d loss / d p_e`, for a softmax
-    /// `dz_e = p_e (g_e - sum_i p_i g_i)`, for sigmoids `dz_e = p_e (1 - p_e) g_e`. If all experts are chosen, it is
-    /// [`backward`](Self::backward).
+    /// The output `sum over chosen of w_e E_e(x)` is differentiated as if it were `sum over all of u_e E_e(x)` with
+    /// `u_e = s p_e / c` and `u_e = s p_e / stop(c)` for experts that were not chosen: `p` the scores, `s` the router's
+    /// scale, `c` the sum of the chosen scores where the rule divides by it, and else 1. With `g_e = d loss / d p_e`,
+    /// for a softmax `dz_e = p_e (g_e - sum_i p_i g_i)`, for sigmoids `dz_e = p_e (1 - p_e) g_e`. If all experts are
+    /// chosen, it is [`backward`](Self::backward).
     ///
-    /// Source: code of yaof20/DenseMixer, for softmax routing. That sigmoid scores are treated alike, and that experts outside the selected
-    /// groups take part, is inferred. 0 for rules that [`check_dense`](Self::check_dense) refuses.
+    /// Source: code of yaof20/DenseMixer, for softmax routing. That sigmoid scores are treated alike, and that experts
+    /// outside the selected groups take part, is inferred. 0 for rules that [`check_dense`](Self::check_dense) refuses.
     pub fn dense_backward(&self, logits: &[f32], routed: &Routed, values: &[f32]) -> Vec<f32> {
         let (experts, k) = (routed.experts, routed.top_k);
         let mut out = crate::kernels::zeros(logits.len());

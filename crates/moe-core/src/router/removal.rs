@@ -23,8 +23,8 @@ impl Left {
 }
 
 impl Router {
-    /// As [`route`](Self::route), with the experts `removed` (ascending) left out. Everything of the result is in the indices of all
-    /// `experts`.
+    /// As [`route`](Self::route), with the experts `removed` (ascending) left out. Everything of the result is in the
+    /// indices of all `experts`.
     pub fn route_without(&self, logits: &[f32], experts: usize, bias: Option<&[f32]>, removed: &[u32]) -> Routed {
         if removed.is_empty() {
             return self.route(logits, experts, bias);
@@ -36,7 +36,8 @@ impl Router {
         Routed { experts, ..routed }
     }
 
-    /// As [`backward`](Self::backward), for the result of [`route_without`](Self::route_without); 0 for removed experts.
+    /// As [`backward`](Self::backward), for the result of [`route_without`](Self::route_without); 0 for removed
+    /// experts.
     pub fn backward_without(&self, logits: &[f32], routed: &Routed, d_weights: &[f32], removed: &[u32]) -> Vec<f32> {
         if removed.is_empty() {
             return self.backward(logits, routed, d_weights);

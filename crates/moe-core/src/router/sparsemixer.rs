@@ -1,7 +1,8 @@
 //! SparseMixer routing as applied at inference (arXiv 2409.12136), Phi-3.5-MoE's rule.
 //!
-//! Experts are chosen one after the other. The weight of the chosen expert is its softmax over the experts not chosen before whose
-//! logit is close to the largest: `(max - z_e) / max(|z_e|, max) <= 2 jitter`. Weights of a token do not sum to one.
+//! Experts are chosen one after the other. The weight of the chosen expert is its softmax over the experts not chosen
+//! before whose logit is close to the largest: `(max - z_e) / max(|z_e|, max) <= 2 jitter`. Weights of a token do not
+//! sum to one.
 
 use crate::kernels::math;
 

@@ -86,8 +86,8 @@ pub type OnEvent<'a> = &'a mut dyn FnMut(&TrainEvent) -> Result<()>;
 pub struct JsonLines<W>(pub W);
 
 impl JsonLines<BufWriter<File>> {
-    /// Begins a file anew. That is right for a resumed run as well: it tells again what happened before, and what an interrupted
-    /// process wrote after its last saved state did not happen.
+    /// Begins a file anew. That is right for a resumed run as well: it tells again what happened before, and what an
+    /// interrupted process wrote after its last saved state did not happen.
     ///
     /// # Errors
     /// [`Error::Io`] if it cannot be created.
@@ -123,8 +123,8 @@ pub(super) fn auxiliary_names(events: &[TrainEvent]) -> Vec<String> {
 }
 
 impl TrainEvent {
-    /// The event as numbers, which come back bit by bit, as decimal digits need not: [`ROW`] of them, and one for each of `names`, NaN
-    /// for a loss that it has not.
+    /// The event as numbers, which come back bit by bit, as decimal digits need not: [`ROW`] of them, and one for each
+    /// of `names`, NaN for a loss that it has not.
     pub(super) fn to_row(&self, names: &[String]) -> Vec<f64> {
         let mut row = vec![0.0; ROW];
         let mut fill = |numbers: &[f64]| row[..numbers.len()].copy_from_slice(numbers);

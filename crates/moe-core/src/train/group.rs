@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// How the parameters of some names are trained. A parameter belongs to the first group whose pattern matches its name, or to none.
+/// How the parameters of some names are trained. A parameter belongs to the first group whose pattern matches its name,
+/// or to none.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ParameterGroup {
@@ -46,11 +47,13 @@ impl ParameterGroup {
     }
 }
 
-/// Optimizes in a space of low rank: of a gradient `R [m, n]`, AdamW sees `R V [m, r]` if `m >= n` and `U^T R [r, n]` otherwise, where U and V
-/// are the first singular vectors of a recent gradient; its direction is taken back by the same vectors.
+/// Optimizes in a space of low rank: of a gradient `R [m, n]`, AdamW sees `R V [m, r]` if `m >= n` and `U^T R [r, n]`
+/// otherwise, where U and V are the first singular vectors of a recent gradient; its direction is taken back by the
+/// same vectors.
 ///
-/// Source: GaLore (arXiv 2403.03507) as used by OwLore (arXiv 2405.18380). Applies to the last two dimensions of a parameter's shape; vectors are
-/// trained without. Signs of new singular vectors are those that agree with the vectors they replace.
+/// Source: GaLore (arXiv 2403.03507) as used by OwLore (arXiv 2405.18380). Applies to the last two dimensions of a
+/// parameter's shape; vectors are trained without. Signs of new singular vectors are those that agree with the vectors
+/// they replace.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Projection {
@@ -60,7 +63,8 @@ pub struct Projection {
     pub gap: u64,
     /// Factor of the direction.
     pub scale: f64,
-    /// Whether the moments start from zero when the vectors change. The reference keeps them, though they belong to the earlier vectors.
+    /// Whether the moments start from zero when the vectors change. The reference keeps them, though they belong to the
+    /// earlier vectors.
     pub reset_moments: bool,
 }
 

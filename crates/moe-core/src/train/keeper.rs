@@ -48,8 +48,8 @@ impl Keeper {
         self.figures.stale |= self.generation != parameters.generation();
     }
 
-    /// Evaluates after `step` steps; the figure and whether it is the best so far. When parameters have come or gone, what was best before
-    /// cannot be had any more, and this one is the best.
+    /// Evaluates after `step` steps; the figure and whether it is the best so far. When parameters have come or gone,
+    /// what was best before cannot be had any more, and this one is the best.
     pub fn evaluate(
         &mut self,
         task: &mut dyn TrainingTask,

@@ -1,9 +1,9 @@
 //! Training by gradient descent: parameters, optimizers, schedules, and the loop around them.
 //!
-//! A [`TrainingTask`] says how a wave gives gradients and what figure is to fall; [`train`] shuffles, accumulates micro-batches, clips,
-//! steps, evaluates, stops early and keeps the best parameters. It knows nothing of what the parameters are: whatever can be named, has
-//! values and gets gradients. Deterministic: the same waves, options and task give the same bits, and [`train_saved`] gives them also when
-//! it is killed and resumed.
+//! A [`TrainingTask`] says how a wave gives gradients and what figure is to fall; [`train`] shuffles, accumulates
+//! micro-batches, clips, steps, evaluates, stops early and keeps the best parameters. It knows nothing of what the
+//! parameters are: whatever can be named, has values and gets gradients. Deterministic: the same waves, options and
+//! task give the same bits, and [`train_saved`] gives them also when it is killed and resumed.
 //!
 //! ```
 //! use moe_core::data::{Sequence, Wave};

@@ -9,8 +9,8 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Keep {
-    /// Those with the lowest figure in any evaluation, the start included; the last ones without evaluations. Costs a copy of the values, in
-    /// memory or, when the state is saved, in a file.
+    /// Those with the lowest figure in any evaluation, the start included; the last ones without evaluations. Costs a
+    /// copy of the values, in memory or, when the state is saved, in a file.
     #[default]
     Best,
     /// Those after the last step.

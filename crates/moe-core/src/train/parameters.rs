@@ -44,8 +44,9 @@ pub(super) struct Settings {
 
 /// Trainable values with their gradient and what the optimizer remembers.
 ///
-/// Memory is 4 bytes per value, 4 more from its first gradient on, and 8 more from its first step with AdamW on. An inactive parameter has
-/// no gradient, and one whose values are [stored](Parameters::store) elsewhere has no values in memory either.
+/// Memory is 4 bytes per value, 4 more from its first gradient on, and 8 more from its first step with AdamW on. An
+/// inactive parameter has no gradient, and one whose values are [stored](Parameters::store) elsewhere has no values in
+/// memory either.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Parameter {
     /// The values, row-major; empty while they are lent or stored elsewhere.
@@ -94,7 +95,8 @@ impl Parameter {
         Ok(Self { shape, ..Self::new(values) })
     }
 
-    /// A parameter whose values are elsewhere. It is not trained until they are [fetched](Parameters::fetch) and it is made
+    /// A parameter whose values are elsewhere. It is not trained until they are [fetched](Parameters::fetch) and it is
+    /// made
     /// [active](Parameters::set_active).
     pub fn stored(values: Arc<dyn StoredValues>, shape: impl Into<Vec<usize>>) -> Self {
         Self { stored: Some(Stored(values)), shape: shape.into(), active: Some(false), ..Self::new(Vec::new()) }
@@ -161,8 +163,8 @@ impl Parameter {
 
     /// The gradient to add to, zeros at first; `None` if it is not trained now.
     ///
-    /// Asking for it means that the parameter takes part in the next step. A parameter that nobody asked for is left as it is by that step,
-    /// without decay and without momentum, as one without a gradient is in PyTorch.
+    /// Asking for it means that the parameter takes part in the next step. A parameter that nobody asked for is left as
+    /// it is by that step, without decay and without momentum, as one without a gradient is in PyTorch.
     pub fn gradient_mut(&mut self) -> Option<&mut [f32]> {
         if !self.is_active() || self.gradient_lent {
             return None;
@@ -282,8 +284,8 @@ impl Parameters {
         Ok(())
     }
 
-    /// Frees the memory of the values of a parameter that is not trained now: from now on they are those at `storage`, which has to have
-    /// what the parameter had.
+    /// Frees the memory of the values of a parameter that is not trained now: from now on they are those at `storage`,
+    /// which has to have what the parameter had.
     ///
     /// # Errors
     /// [`Error::Input`] for a name that there is not, and for a parameter that is trained now or lent.
@@ -310,8 +312,8 @@ impl Parameters {
         Ok(())
     }
 
-    /// Takes the values out, to be used where they are needed and given back with [`return_values`](Self::return_values) before the next
-    /// step, snapshot or saved state.
+    /// Takes the values out, to be used where they are needed and given back with
+    /// [`return_values`](Self::return_values) before the next step, snapshot or saved state.
     ///
     /// # Errors
     /// [`Error::Input`] for a name that there is not, or values that are lent already or stored elsewhere.
@@ -338,8 +340,8 @@ impl Parameters {
         Ok(())
     }
 
-    /// Takes the gradient out, zeros at first, to be given back with [`return_gradient`](Self::return_gradient). `None` for a parameter that
-    /// is not trained now.
+    /// Takes the gradient out, zeros at first, to be given back with [`return_gradient`](Self::return_gradient). `None`
+    /// for a parameter that is not trained now.
     ///
     /// # Errors
     /// As [`lend_values`](Self::lend_values).
@@ -393,7 +395,8 @@ impl Parameters {
         self.by_name.values().map(of).sum()
     }
 
-    /// Euclidean norm of all gradients together: squares are summed in f64, in pieces whose order does not depend on the number of threads.
+    /// Euclidean norm of all gradients together: squares are summed in f64, in pieces whose order does not depend on
+    /// the number of threads.
     pub fn gradient_norm(&self) -> f64 {
         let squares = |p: &Parameter| -> f64 { piecewise(p.gradient(), square_sum) };
         self.by_name.values().map(squares).sum::<f64>().sqrt()

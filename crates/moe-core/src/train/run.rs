@@ -27,12 +27,14 @@ pub struct TrainReport {
     pub best: Option<Best>,
 }
 
-/// Trains `parameters` on `waves`, without saving anything. In the end they, and the task, have the values that [`Keep`](super::Keep) asks for.
+/// Trains `parameters` on `waves`, without saving anything. In the end they, and the task, have the values that
+/// [`Keep`](super::Keep) asks for.
 ///
 /// # Errors
-/// [`Error::Input`] for options out of range, no parameters or no waves, before anything is run, and for an evaluation that is not finite;
-/// [`Error::Diverged`] for a loss or gradient that is not finite, or a loss that explodes; [`Error::NoGradient`] if the first ten steps, or all
-/// of fewer, brought no parameter any gradient; what stops the task, and what `on_event` returns.
+/// [`Error::Input`] for options out of range, no parameters or no waves, before anything is run, and for an evaluation
+/// that is not finite; [`Error::Diverged`] for a loss or gradient that is not finite, or a loss that explodes;
+/// [`Error::NoGradient`] if the first ten steps, or all of fewer, brought no parameter any gradient; what stops the
+/// task, and what `on_event` returns.
 pub fn train(
     task: &mut dyn TrainingTask,
     parameters: &mut Parameters,
@@ -43,12 +45,13 @@ pub fn train(
     train_saved(task, parameters, waves, options, None, on_event)
 }
 
-/// Trains like [`train`], and saves the whole state of training now and then, so that a process that was killed at any time goes on from there:
-/// the result is bit by bit that of a process that was not. It is called again with the same arguments, the parameters as they were at the
-/// start; what they become is in the state.
+/// Trains like [`train`], and saves the whole state of training now and then, so that a process that was killed at any
+/// time goes on from there: the result is bit by bit that of a process that was not. It is called again with the same
+/// arguments, the parameters as they were at the start; what they become is in the state.
 ///
 /// # Errors
-/// Those of [`train`]; [`Error::State`] names what differs in a state of other options, data or parameters; [`Error::Io`].
+/// Those of [`train`]; [`Error::State`] names what differs in a state of other options, data or parameters;
+/// [`Error::Io`].
 pub fn train_saved(
     task: &mut dyn TrainingTask,
     parameters: &mut Parameters,
@@ -103,7 +106,8 @@ pub fn train_saved(
     }
 }
 
-/// Steps without any gradient after which there is no point in going on. Some may have none: a few experts that no token reached yet.
+/// Steps without any gradient after which there is no point in going on. Some may have none: a few experts that no
+/// token reached yet.
 const PATIENCE: usize = 10;
 
 fn has_gradient(event: &TrainEvent) -> bool {

@@ -15,8 +15,8 @@ pub enum Decay {
     /// On half a cosine wave.
     #[default]
     Cosine,
-    /// On half a cosine wave again and again (SGDR, arXiv 1608.03983): the first for `first` steps, each later one `factor` times as long. A
-    /// wave's first step has the peak.
+    /// On half a cosine wave again and again (SGDR, arXiv 1608.03983): the first for `first` steps, each later one
+    /// `factor` times as long. A wave's first step has the peak.
     CosineRestarts {
         /// Steps of the first wave, at least 1.
         first: usize,
@@ -128,7 +128,8 @@ mod tests {
         assert_eq!(Schedule { warmup_steps: Some(20), ..schedule(Decay::Linear) }.rate(10, 10), 1.0);
     }
 
-    /// `torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=2, T_mult=2)` with a rate of 1: 1, 0.5, 1, 0.8536, 0.5, 0.1464, 1, ...
+    /// `torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=2, T_mult=2)` with a rate of 1: 1, 0.5, 1,
+    /// 0.8536, 0.5, 0.1464, 1, ...
     #[test]
     fn waves_restart_and_grow() {
         let decay = Decay::CosineRestarts { first: 2, factor: 2 };

@@ -4,7 +4,8 @@ use std::{fmt::Debug, sync::Arc};
 
 use crate::error::{Error, Result};
 
-/// Where the values of a parameter are while it is not trained: a file, or the weights of the model that they are still those of.
+/// Where the values of a parameter are while it is not trained: a file, or the weights of the model that they are still
+/// those of.
 pub trait StoredValues: Debug + Send + Sync {
     /// Reads them, row-major: always the same ones.
     ///

@@ -12,11 +12,11 @@ use crate::{
 
 /// What is trained on waves.
 ///
-/// The parameters have the only copy of the weights on the host that is needed: a task may take values or gradients out for a sweep
-/// ([`Parameters::lend_values`], [`Parameters::lend_gradient`]) and gives them back before it returns.
+/// The parameters have the only copy of the weights on the host that is needed: a task may take values or gradients out
+/// for a sweep ([`Parameters::lend_values`], [`Parameters::lend_gradient`]) and gives them back before it returns.
 pub trait TrainingTask {
-    /// Before the gradients of step `step` (from 1) are computed: the place to decide which parameters are active, to add or remove some, or
-    /// to drop their moments. No [`update`](Self::update) follows.
+    /// Before the gradients of step `step` (from 1) are computed: the place to decide which parameters are active, to
+    /// add or remove some, or to drop their moments. No [`update`](Self::update) follows.
     ///
     /// # Errors
     /// Whatever the task finds wrong.
@@ -31,8 +31,8 @@ pub trait TrainingTask {
     /// Whatever stops the model.
     fn accumulate(&mut self, wave: &Wave, parameters: &mut Parameters) -> Result<BatchLoss>;
 
-    /// The gradient of step `step` is complete: `factor` times what the parameters hold is the gradient of the mean loss, not clipped yet.
-    /// The place to add that of a loss on the parameters themselves, divided by `factor`.
+    /// The gradient of step `step` is complete: `factor` times what the parameters hold is the gradient of the mean
+    /// loss, not clipped yet. The place to add that of a loss on the parameters themselves, divided by `factor`.
     ///
     /// # Errors
     /// Whatever the task finds wrong.
@@ -41,8 +41,8 @@ pub trait TrainingTask {
         Ok(())
     }
 
-    /// The losses that stood beside the mean loss since the last call, coefficients included, as means per wave, by name. Asked once per
-    /// step, after [`gradients`](Self::gradients); none by default.
+    /// The losses that stood beside the mean loss since the last call, coefficients included, as means per wave, by
+    /// name. Asked once per step, after [`gradients`](Self::gradients); none by default.
     fn auxiliary(&mut self) -> BTreeMap<String, f64> {
         BTreeMap::new()
     }
@@ -68,8 +68,9 @@ pub trait TrainingTask {
     /// Whatever stops the model.
     fn evaluate(&mut self, parameters: &mut Parameters) -> Result<f64>;
 
-    /// What of the task itself goes into a saved state, so that a resumed run goes on as if nothing had happened: counters, generators of
-    /// random numbers, what is selected. Parameters, their activity and their moments are saved by the loop.
+    /// What of the task itself goes into a saved state, so that a resumed run goes on as if nothing had happened:
+    /// counters, generators of random numbers, what is selected. Parameters, their activity and their moments are saved
+    /// by the loop.
     ///
     /// # Errors
     /// Whatever the task finds wrong.

@@ -76,11 +76,12 @@ impl Chat {
         Conversation { messages: &self.messages, tools, arguments: self.arguments.as_ref() }
     }
 
-    /// Indices of the assistant's messages that are not to count in a loss: `"weight": 0`, `"loss": false`, `"train": false` or
-    /// `"masked": true`.
+    /// Indices of the assistant's messages that are not to count in a loss: `"weight": 0`, `"loss": false`, `"train":
+    /// false` or `"masked": true`.
     ///
     /// # Errors
-    /// Such a field of another type, a weight that is neither 0 nor 1, or a message of somebody else that is to be learned.
+    /// Such a field of another type, a weight that is neither 0 nor 1, or a message of somebody else that is to be
+    /// learned.
     pub fn silenced(&self) -> Result<Vec<usize>, Error> {
         let mut silenced = Vec::new();
         for (i, message) in self.messages.iter().enumerate() {

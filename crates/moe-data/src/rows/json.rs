@@ -34,7 +34,8 @@ impl<R: BufRead> JsonValues<R> {
         Self { reader, line: 0, layout: Layout::Unknown, ahead: None }
     }
 
-    /// The next line that is not blank, without a byte order mark and the white space around it, and whether it is indented.
+    /// The next line that is not blank, without a byte order mark and the white space around it, and whether it is
+    /// indented.
     fn line(&mut self) -> Result<Option<(usize, String)>, (usize, Error)> {
         if let Some(ahead) = self.ahead.take() {
             return Ok(Some(ahead));
@@ -55,8 +56,9 @@ impl<R: BufRead> JsonValues<R> {
         }
     }
 
-    /// The text of a value that begins with `text` on line `number`: more lines as long as it is unfinished. A line that is an object by
-    /// itself and is not indented is the next value, so that one broken line costs no more than itself.
+    /// The text of a value that begins with `text` on line `number`: more lines as long as it is unfinished. A line
+    /// that is an object by itself and is not indented is the next value, so that one broken line costs no more than
+    /// itself.
     fn gather(&mut self, number: usize, mut text: String) -> Found {
         loop {
             match serde_json::from_str::<IgnoredAny>(&text) {

@@ -53,10 +53,11 @@ pub enum Row {
         /// What is to be predicted.
         completion: String,
     },
-    /// `{"messages"}` or `{"conversations"}`, or `{"prompt", "completion"}` of messages: rendered by the tokenizer's chat template.
+    /// `{"messages"}` or `{"conversations"}`, or `{"prompt", "completion"}` of messages: rendered by the tokenizer's
+    /// chat template.
     Messages(Chat),
-    /// `{"instruction", "output"}`, and perhaps `"input"` and `"system"` (Alpaca): a chat where the tokenizer has a template for one, else
-    /// the text Alpaca was trained on.
+    /// `{"instruction", "output"}`, and perhaps `"input"` and `"system"` (Alpaca): a chat where the tokenizer has a
+    /// template for one, else the text Alpaca was trained on.
     Instruction {
         /// What stands before the conversation.
         system: Option<String>,
@@ -84,7 +85,8 @@ impl Row {
     /// Reads a row written as one JSON object. A field that is null counts as absent; fields of no form are ignored.
     ///
     /// # Errors
-    /// Not JSON, not an object, no form or two forms of a row at once, a field of the wrong type, an id that is not a u32.
+    /// Not JSON, not an object, no form or two forms of a row at once, a field of the wrong type, an id that is not a
+    /// u32.
     pub fn parse(text: &str) -> Result<Self, Error> {
         Self::from_fields(fields::object(text)?)
     }

@@ -16,8 +16,9 @@ use crate::Error;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Reading {
-    /// Columns of the file by the field they are read as: `{"prompt": "question", "completion": "answer"}`. If any is given, only the
-    /// fields named here decide what form a row has, which also chooses between two forms that a row has at once.
+    /// Columns of the file by the field they are read as: `{"prompt": "question", "completion": "answer"}`. If any is
+    /// given, only the fields named here decide what form a row has, which also chooses between two forms that a row
+    /// has at once.
     pub fields: BTreeMap<String, String>,
     /// Leave out rows that cannot be read, and count them, instead of stopping at the first.
     pub skip_bad_rows: bool,
@@ -74,8 +75,8 @@ impl Reading {
     }
 }
 
-/// Objects of data files one after the other, with the file and the line (or row) each begins on. A row that is no object is an error
-/// after which reading goes on.
+/// Objects of data files one after the other, with the file and the line (or row) each begins on. A row that is no
+/// object is an error after which reading goes on.
 pub(crate) struct Objects {
     files: VecDeque<PathBuf>,
     current: Option<(PathBuf, Box<dyn Iterator<Item = Read1>>)>,
@@ -159,8 +160,9 @@ impl Iterator for Objects {
     }
 }
 
-/// Rows of data files one after the other: `.jsonl` and `.json` (a row a line, an array of rows, or rows over several lines), either
-/// with `.gz`, `.parquet` (feature `parquet`), or a folder of them. Byte order marks, line ends and blank lines make no difference.
+/// Rows of data files one after the other: `.jsonl` and `.json` (a row a line, an array of rows, or rows over several
+/// lines), either with `.gz`, `.parquet` (feature `parquet`), or a folder of them. Byte order marks, line ends and
+/// blank lines make no difference.
 ///
 /// ```
 /// # fn main() -> moe_data::Result<()> {

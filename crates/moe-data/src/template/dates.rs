@@ -18,7 +18,8 @@ const MONTHS: [&str; 12] = [
 ];
 const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
 
-/// `datetime.strftime` in the C locale for the directives templates use; an unknown one is an error rather than a wrong date.
+/// `datetime.strftime` in the C locale for the directives templates use; an unknown one is an error rather than a wrong
+/// date.
 pub(super) fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = civil(days);

@@ -23,8 +23,8 @@ pub(super) fn from_json(value: &serde_json::Value) -> Value {
     }
 }
 
-/// `tojson(ensure_ascii=False, indent=None, separators=None, sort_keys=False)`: the filter that transformers installs, which unlike
-/// Jinja's own leaves `<`, `>`, `&` and `'` as they are.
+/// `tojson(ensure_ascii=False, indent=None, separators=None, sort_keys=False)`: the filter that transformers installs,
+/// which unlike Jinja's own leaves `<`, `>`, `&` and `'` as they are.
 pub(super) fn tojson(value: &Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
     let mut given = positional.0.into_iter();
     let mut argument = |name: &str| -> Result<Option<Value>, Error> {

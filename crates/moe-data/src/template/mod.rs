@@ -44,11 +44,12 @@ impl<'a> Conversation<'a> {
     }
 }
 
-/// A Jinja chat template with the settings of transformers: block tags take their line with them, values print as Python prints them,
-/// the methods of Python's strings, lists and dictionaries work, and `raise_exception`, `strftime_now` and an unescaped `tojson` exist.
+/// A Jinja chat template with the settings of transformers: block tags take their line with them, values print as
+/// Python prints them, the methods of Python's strings, lists and dictionaries work, and `raise_exception`,
+/// `strftime_now` and an unescaped `tojson` exist.
 ///
-/// Integers beyond 64 bits are read as floats, and a macro has neither `varargs` nor `kwargs`. What a template uses that the engine does
-/// not know is an error that names it.
+/// Integers beyond 64 bits are read as floats, and a macro has neither `varargs` nor `kwargs`. What a template uses
+/// that the engine does not know is an error that names it.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special_tokens: Value,
@@ -81,8 +82,8 @@ impl ChatTemplate {
         Ok(Self { environment, special_tokens, marks_generation })
     }
 
-    /// Fixes what `strftime_now` takes for now, in seconds since 1970 (UTC), so that a template that prints the date gives the same text
-    /// on every day. Without it the clock is asked, and read as UTC.
+    /// Fixes what `strftime_now` takes for now, in seconds since 1970 (UTC), so that a template that prints the date
+    /// gives the same text on every day. Without it the clock is asked, and read as UTC.
     pub fn at_time(mut self, seconds: u64) -> Self {
         self.environment.add_function("strftime_now", move |format: String| strftime(&format, seconds));
         self
@@ -117,9 +118,9 @@ impl ChatTemplate {
 /// Names of a message's reasoning; transformers reads any of them and hands the template the first two.
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
-/// A message for the template as transformers hands it over: without its null fields, because tables of messages fill absent fields by
-/// null; with its reasoning under the names templates read; and with the arguments of tool calls as objects, which data sets often hold
-/// as strings of JSON.
+/// A message for the template as transformers hands it over: without its null fields, because tables of messages fill
+/// absent fields by null; with its reasoning under the names templates read; and with the arguments of tool calls as
+/// objects, which data sets often hold as strings of JSON.
 fn message(message: &serde_json::Value) -> Value {
     let serde_json::Value::Object(fields) = message else { return from_json(message) };
     let mut fields: Map<String, serde_json::Value> = fields

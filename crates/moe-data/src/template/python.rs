@@ -4,7 +4,8 @@ use minijinja::formatting::{FormatStyle, format};
 use minijinja::value::ValueKind;
 use minijinja::{Error, ErrorKind, Value};
 
-/// `repr` of a float: the shortest digits that read back as the same number, with an exponent below 1e-4 and from 1e16 on.
+/// `repr` of a float: the shortest digits that read back as the same number, with an exponent below 1e-4 and from 1e16
+/// on.
 pub(super) fn float(x: f64) -> String {
     if x.is_nan() {
         return "nan".to_owned();
@@ -183,7 +184,8 @@ fn truncated(value: Value) -> Value {
     }
 }
 
-/// `pattern.format(values)`: replacement fields without a format of their own print as Python prints, the others by the engine.
+/// `pattern.format(values)`: replacement fields without a format of their own print as Python prints, the others by the
+/// engine.
 pub(super) fn str_format(pattern: &str, values: &[Value]) -> Result<String, Error> {
     let (positional, named) = match values.split_last() {
         Some((last, first)) if last.is_kwargs() => (first, Some(last)),

@@ -1,7 +1,8 @@
 //! The source of a template, with what the engine reads otherwise than Jinja in Python written in words it reads alike.
 //!
-//! `a ~ b` and `a % b` become calls, because the engine joins values by its own text of them and knows no `%` of strings. The tags
-//! `{% generation %}`, by which transformers marks what the assistant writes, become a filter block that marks its text.
+//! `a ~ b` and `a % b` become calls, because the engine joins values by its own text of them and knows no `%` of
+//! strings. The tags `{% generation %}`, by which transformers marks what the assistant writes, become a filter block
+//! that marks its text.
 
 /// The function `a ~ b` becomes.
 pub(super) const CONCAT: &str = "__concat";

@@ -40,12 +40,13 @@ pub(super) fn unmarked(text: &str) -> (String, Vec<(usize, usize)>) {
 impl ChatTemplate {
     /// Renders a conversation without a generation prompt, and finds the byte ranges of it that the assistant wrote.
     ///
-    /// A template that says so itself, by `{% generation %}`, is taken at its word. Otherwise a turn begins where the rendering of the
-    /// messages before it, with a generation prompt, stops agreeing with the whole. It ends where the rendering that stops after the turn
-    /// ends. Templates that drop the reasoning of earlier turns render a turn longer when it is the last one; then it ends where the
-    /// messages between it and the next turn begin, rendered with the turn left out. Where these renderings do not fit into the whole,
-    /// the turn's words are changed to see where they stand: the turn begins after the heading that a generation prompt has too, and ends
-    /// after what follows the words when the turn is the last one. A turn the template leaves out has no range.
+    /// A template that says so itself, by `{% generation %}`, is taken at its word. Otherwise a turn begins where the
+    /// rendering of the messages before it, with a generation prompt, stops agreeing with the whole. It ends where the
+    /// rendering that stops after the turn ends. Templates that drop the reasoning of earlier turns render a turn
+    /// longer when it is the last one; then it ends where the messages between it and the next turn begin, rendered
+    /// with the turn left out. Where these renderings do not fit into the whole, the turn's words are changed to see
+    /// where they stand: the turn begins after the heading that a generation prompt has too, and ends after what
+    /// follows the words when the turn is the last one. A turn the template leaves out has no range.
     ///
     /// # Errors
     /// As [`render`](Self::render), and if all this gives no way to tell who wrote what.
@@ -98,7 +99,8 @@ impl ChatTemplate {
         Ok((whole, spans))
     }
 
-    /// The range of turn `i` by what is rendered before and up to it, or why it cannot be found so. The turn after it is at `next`.
+    /// The range of turn `i` by what is rendered before and up to it, or why it cannot be found so. The turn after it
+    /// is at `next`.
     fn by_prefix(
         &self,
         conversation: Conversation<'_>,
@@ -147,7 +149,8 @@ impl ChatTemplate {
         Ok(after.map(str::len))
     }
 
-    /// The range of turn `i` by where its own words stand in the whole, at or after byte `from`: `None` if the template leaves it out.
+    /// The range of turn `i` by where its own words stand in the whole, at or after byte `from`: `None` if the template
+    /// leaves it out.
     fn by_words(
         &self,
         conversation: Conversation<'_>,
@@ -191,8 +194,8 @@ impl ChatTemplate {
         Ok(Some((start, whole.len() - after)))
     }
 
-    /// Where the heading of turn `i` ends: the longest beginning of the generation prompt that stands between `from` and its words. Of a
-    /// prompt that also opens a block of reasoning, the heading is the beginning.
+    /// Where the heading of turn `i` ends: the longest beginning of the generation prompt that stands between `from`
+    /// and its words. Of a prompt that also opens a block of reasoning, the heading is the beginning.
     fn heading_end(&self, conversation: Conversation<'_>, whole: &str, i: usize, from: usize, words: usize) -> usize {
         let prompts = [i, conversation.messages.len()].into_iter().filter_map(|count| {
             let closed = self.render(conversation.first(count), false).ok()?;
@@ -238,8 +241,8 @@ fn common_prefix(a: &str, b: &str) -> usize {
 /// What ends a piece of a template's own text: a tag, a line, a name.
 const ENDS: [char; 4] = ['>', ']', ':', '\n'];
 
-/// How far `text` goes along with what is `expected` of it: all of it, or up to the last end of a piece, since two tags may well begin
-/// alike.
+/// How far `text` goes along with what is `expected` of it: all of it, or up to the last end of a piece, since two tags
+/// may well begin alike.
 fn meeting(expected: &str, text: &str) -> usize {
     let common = common_prefix(expected, text);
     match common == expected.len() {
@@ -248,7 +251,8 @@ fn meeting(expected: &str, text: &str) -> usize {
     }
 }
 
-/// Puts marks around a message's words, and says how many. Reasoning that is part of the content gets its own, since templates cut it off.
+/// Puts marks around a message's words, and says how many. Reasoning that is part of the content gets its own, since
+/// templates cut it off.
 fn mark_words(message: &mut Value) -> usize {
     let mut marks = 0;
     let mut mark = |text: &mut Value| {

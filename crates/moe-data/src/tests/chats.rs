@@ -107,7 +107,8 @@ fn alternation_is_no_obstacle_where_turns_stay_as_they_are() {
 
 #[test]
 fn turns_are_found_by_their_words_where_renderings_do_not_fit() {
-    // Tools stand before the last question, as Mistral has it; the turn before is rendered otherwise when it is the last one.
+    // Tools stand before the last question, as Mistral has it; the turn before is rendered otherwise when it is the
+    // last one.
     let tools = "{% for m in messages %}{% if loop.last or (loop.index0 == messages|length - 2) %}{% if m.role == 'user' and tools %}[TOOLS]{{ tools|tojson }}[/TOOLS]{% endif %}{% endif %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% elif m.tool_calls %}[CALLS]{{ m.tool_calls|tojson }}</s>{% else %}{{ m.content|trim }}</s>{% endif %}{% endfor %}";
     let call =
         json!({"role": "assistant", "tool_calls": [{"function": {"name": "get", "arguments": "{\"city\": \"x\"}"}}]});
@@ -121,7 +122,8 @@ fn turns_are_found_by_their_words_where_renderings_do_not_fit() {
     assert!(found[1].ends_with("\"city\": \"x\"}}}]</s>"), "{found:?}");
     assert_eq!(found[2], "no</s>");
 
-    // A template that says how many messages follow, closes reasoning, and names each turn: the heading is not the assistant's.
+    // A template that says how many messages follow, closes reasoning, and names each turn: the heading is not the
+    // assistant's.
     let headed = "{{ messages|length }}{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{{ '<think></think>' if not loop.last else '<think>' + m.reasoning_content|default('') + '</think>' }}{% endif %}{{ m.content.split('</think>')[-1] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}";
     let messages = [user("a"), assistant("<think>hm</think>b"), user("assistant"), assistant("d")];
     assert_eq!(turns(headed, &messages).unwrap(), ["</think>b<|end|>", "</think>d<|end|>"]);

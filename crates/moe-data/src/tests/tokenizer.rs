@@ -45,7 +45,8 @@ fn ids_are_those_of_transformers() {
 fn the_end_of_a_sequence_is_known() {
     let tokenizer = tokenizer();
     assert_eq!((tokenizer.eos_id(), tokenizer.eos_ids(), tokenizer.vocab_size()), (Some(0), &[0][..], 2048));
-    // A string or an object, beside a list of further ids. As in transformers, the older file of special tokens goes first.
+    // A string or an object, beside a list of further ids. As in transformers, the older file of special tokens goes
+    // first.
     let dir = copied(&[
         ("special_tokens_map.json", r#"{"eos_token": {"content": "!", "lstrip": false}, "bos_token": "\""}"#),
         (

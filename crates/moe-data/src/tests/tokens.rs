@@ -1,4 +1,5 @@
-//! Special and added tokens against transformers: tokens.json holds what `AutoTokenizer` makes of each directory (`make_tokens.py`).
+//! Special and added tokens against transformers: tokens.json holds what `AutoTokenizer` makes of each directory
+//! (`make_tokens.py`).
 
 use std::collections::BTreeMap;
 

@@ -48,8 +48,8 @@ fn other_vocabularies(dir: &Path) -> Vec<String> {
     names
 }
 
-/// Sources of chat templates by name and the file each is from. Files of their own go before the configuration, as in transformers:
-/// `chat_template.jinja` is the one named "default", `additional_chat_templates/NAME.jinja` has its name.
+/// Sources of chat templates by name and the file each is from. Files of their own go before the configuration, as in
+/// transformers: `chat_template.jinja` is the one named "default", `additional_chat_templates/NAME.jinja` has its name.
 pub(super) fn template_sources(
     dir: &Path,
     config: &Map<String, Value>,

@@ -12,7 +12,8 @@ use crate::template::{ChatTemplate, Conversation};
 use files::{malformed, read_object, template_sources, tokenizer_json};
 use special::Declared;
 
-/// A Hugging Face tokenizer: `tokenizer.json`, and beside it what is needed to read chats and to know where a text ends.
+/// A Hugging Face tokenizer: `tokenizer.json`, and beside it what is needed to read chats and to know where a text
+/// ends.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     eos: Option<u32>,
@@ -30,17 +31,18 @@ pub(crate) struct Encoded {
 }
 
 impl Tokenizer {
-    /// Reads a model directory: `tokenizer.json`, and where present what `AutoTokenizer` of transformers reads beside it:
-    /// `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` (special and added tokens, which get the ids that
-    /// transformers gives them), `chat_template.jinja` and `additional_chat_templates/` (they go before the templates in the
-    /// configuration) and `generation_config.json` (further end-of-sequence ids). Conversations with tools use the template named
-    /// `tool_use`, if there is one.
+    /// Reads a model directory: `tokenizer.json`, and where present what `AutoTokenizer` of transformers reads beside
+    /// it: `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` (special and added tokens, which
+    /// get the ids that transformers gives them), `chat_template.jinja` and `additional_chat_templates/` (they go
+    /// before the templates in the configuration) and `generation_config.json` (further end-of-sequence ids).
+    /// Conversations with tools use the template named `tool_use`, if there is one.
     ///
-    /// Truncation and padding that `tokenizer.json` may ask for are switched off: how long a sequence may be is for the data options to say.
+    /// Truncation and padding that `tokenizer.json` may ask for are switched off: how long a sequence may be is for the
+    /// data options to say.
     ///
     /// # Errors
-    /// A missing `tokenizer.json` (with the way to make one from the vocabulary that is there) or a malformed one, another file that is
-    /// there but malformed, or an end-of-sequence token that no file lists.
+    /// A missing `tokenizer.json` (with the way to make one from the vocabulary that is there) or a malformed one,
+    /// another file that is there but malformed, or an end-of-sequence token that no file lists.
     pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self, Error> {
         let dir = dir.as_ref();
         let (path, bytes) = tokenizer_json(dir)?;
@@ -112,7 +114,8 @@ impl Tokenizer {
         Ok(self.encode_spans(text, false)?.ids)
     }
 
-    /// As [`encode`](Self::encode), with byte ranges. A rendered chat already holds its special tokens: `special` is false for it.
+    /// As [`encode`](Self::encode), with byte ranges. A rendered chat already holds its special tokens: `special` is
+    /// false for it.
     pub(crate) fn encode_spans(&self, text: &str, special: bool) -> Result<Encoded, Error> {
         let encoding =
             self.inner.encode(text, special).map_err(|error| Error::Tokenize { message: error.to_string() })?;
@@ -170,7 +173,8 @@ impl Tokenizer {
         self
     }
 
-    /// The text of one token for a person to read: special tokens are written out, and bytes that are no character by themselves are `�`.
+    /// The text of one token for a person to read: special tokens are written out, and bytes that are no character by
+    /// themselves are `�`.
     pub fn token_text(&self, id: u32) -> String {
         let piece = self.inner.decode(&[id], false).unwrap_or_default();
         if piece.is_empty() { self.inner.id_to_token(id).unwrap_or_else(|| format!("<{id}>")) } else { piece }

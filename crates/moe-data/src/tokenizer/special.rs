@@ -1,8 +1,8 @@
 //! The special and added tokens a tokenizer's files declare, as `AutoTokenizer` of transformers puts them together.
 //!
 //! `tokenizer.json` alone is not enough: fine-tuned and older checkpoints name tokens in `tokenizer_config.json`
-//! (`added_tokens_decoder`, `extra_special_tokens`, `additional_special_tokens`, `bos_token` and its like), in `special_tokens_map.json`
-//! or in `added_tokens.json`, and a text with such a token has other ids without them.
+//! (`added_tokens_decoder`, `extra_special_tokens`, `additional_special_tokens`, `bos_token` and its like), in
+//! `special_tokens_map.json` or in `added_tokens.json`, and a text with such a token has other ids without them.
 
 use std::path::Path;
 
@@ -26,8 +26,9 @@ pub(super) struct Declared {
 }
 
 impl Declared {
-    /// Reads `tokenizer_config.json` (given as `config`), `special_tokens_map.json` and `added_tokens.json` of a directory. As in
-    /// transformers, the latter two count only where the first has no `"added_tokens_decoder"`, and then go before it.
+    /// Reads `tokenizer_config.json` (given as `config`), `special_tokens_map.json` and `added_tokens.json` of a
+    /// directory. As in transformers, the latter two count only where the first has no `"added_tokens_decoder"`, and
+    /// then go before it.
     pub fn read(dir: &Path, config: &Map<String, Value>, config_path: &Path) -> Result<Self, Error> {
         let mut fields: Vec<(String, Value, &Path)> =
             config.iter().map(|(name, value)| (name.clone(), value.clone(), config_path)).collect();
@@ -121,7 +122,8 @@ impl Declared {
         Ok(Self { named, extra, saved })
     }
 
-    /// Adds what `tokenizer.json` lacks. A token takes the id of the vocabulary's entry of the same text, or the next free one.
+    /// Adds what `tokenizer.json` lacks. A token takes the id of the vocabulary's entry of the same text, or the next
+    /// free one.
     pub fn add_to(&self, tokenizer: &mut tokenizers::Tokenizer) -> Result<(), tokenizers::Error> {
         let is_new = |token: &AddedToken, tokenizer: &tokenizers::Tokenizer| {
             !tokenizer.get_added_tokens_decoder().values().any(|other| other.content == token.content)

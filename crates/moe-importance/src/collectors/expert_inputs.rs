@@ -9,8 +9,8 @@ use super::Collector;
 use crate::Result;
 use crate::statistics::{StatisticId, StatisticSpec};
 
-/// `X^T X` of what every routed expert is given, `[H, H]`, and of its units, `[I, I]`, over the tokens routed to it: what
-/// [`InputMoments`] are made of. That is `H^2 + I^2` numbers per expert.
+/// `X^T X` of what every routed expert is given, `[H, H]`, and of its units, `[I, I]`, over the tokens routed to it:
+/// what [`InputMoments`] are made of. That is `H^2 + I^2` numbers per expert.
 #[derive(Debug)]
 pub struct ExpertInputs {
     statistics: Vec<StatisticSpec>,

@@ -14,8 +14,8 @@ const ROWS: usize = 8;
 /// Tokens whose sums are f32, before they are carried in f64.
 const TOKENS: usize = 32;
 
-/// [`LOGIT_GRAM`]; the logit of an expert that an overlay removed counts as 0. Cosines and distances of the experts' logit columns follow from it, which is what merging groups experts
-/// by (arXiv 2604.04356).
+/// [`LOGIT_GRAM`]; the logit of an expert that an overlay removed counts as 0. Cosines and distances of the experts'
+/// logit columns follow from it, which is what merging groups experts by (arXiv 2604.04356).
 #[derive(Debug)]
 pub struct LogitGram {
     statistics: [StatisticSpec; 1],

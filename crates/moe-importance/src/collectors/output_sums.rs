@@ -29,9 +29,9 @@ pub(super) const PROVIDED: &[StatisticId] = &[
     OUTPUT_MOMENTS,
 ];
 
-/// Any of the statistics named `output.…`, over the tokens t routed to an expert, with its output `f_t` before the routing
-/// weight. One pass yields the norm, largest element and angle of every row, from which all of them but the moments follow;
-/// those are one more pass.
+/// Any of the statistics named `output.…`, over the tokens t routed to an expert, with its output `f_t` before the
+/// routing weight. One pass yields the norm, largest element and angle of every row, from which all of them but the
+/// moments follow; those are one more pass.
 #[derive(Debug)]
 pub struct OutputSums {
     statistics: Vec<StatisticSpec>,

@@ -11,9 +11,9 @@ use crate::statistics::{PROJECTION, PROJECTION_WEIGHTED, StatisticId, StatisticS
 
 pub(super) const PROVIDED: &[StatisticId] = &[PROJECTION, PROJECTION_WEIGHTED];
 
-/// [`PROJECTION`] and [`PROJECTION_WEIGHTED`], over the tokens t routed to the expert: unit j adds `c_tj = u_t[j] w_j` to
-/// the expert's output `f_t`, and `<c_tj, f_t> / |f_t|` is the length of its shadow on it. A zero output has no shadow and
-/// adds 0.
+/// [`PROJECTION`] and [`PROJECTION_WEIGHTED`], over the tokens t routed to the expert: unit j adds `c_tj = u_t[j] w_j`
+/// to the expert's output `f_t`, and `<c_tj, f_t> / |f_t|` is the length of its shadow on it. A zero output has no
+/// shadow and adds 0.
 ///
 /// `<w_j, f_t>` for all units is one matrix product with the down projection, as much work as the output itself.
 ///

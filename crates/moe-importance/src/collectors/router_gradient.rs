@@ -12,9 +12,10 @@ use crate::statistics::{
 
 pub(super) const PROVIDED: &[StatisticId] = &[ROUTER_GRADIENT_ABS, ROUTER_GRADIENT_SQUARE, ROUTER_GRADIENT_SQUARES];
 
-/// Any of [`ROUTER_GRADIENT_ABS`], [`ROUTER_GRADIENT_SQUARE`] and [`ROUTER_GRADIENT_SQUARES`], from the gradient `G_s = sum_t
-/// dz_t x_t^T` of a layer's router weight `[E, H]` from sequence s's loss, the *mean* cross-entropy over its predicted
-/// tokens, with the router's input x and the gradient dz at its logits. A sequence that predicts no token adds 0.
+/// Any of [`ROUTER_GRADIENT_ABS`], [`ROUTER_GRADIENT_SQUARE`] and [`ROUTER_GRADIENT_SQUARES`], from the gradient `G_s =
+/// sum_t dz_t x_t^T` of a layer's router weight `[E, H]` from sequence s's loss, the *mean* cross-entropy over its
+/// predicted tokens, with the router's input x and the gradient dz at its logits. A sequence that predicts no token
+/// adds 0.
 #[derive(Debug)]
 pub struct RouterGradient {
     statistics: Vec<StatisticSpec>,

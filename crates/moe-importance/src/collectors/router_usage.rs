@@ -15,8 +15,8 @@ use crate::statistics::{
 pub(super) const PROVIDED: &[StatisticId] =
     &[ROUTER_PROBABILITY, BIAS_WAVE_MEAN, BIAS_WAVE_MEDIAN, BIAS_SEQUENCE_MEAN, BIAS_SEQUENCE_MEDIAN];
 
-/// [`ROUTER_PROBABILITY`] and the statistics named `routing.bias_…`, from the usage `u_e = sum_t p_t[e]` of an expert, the
-/// softmax probability over all experts summed over the tokens of a wave or a sequence.
+/// [`ROUTER_PROBABILITY`] and the statistics named `routing.bias_…`, from the usage `u_e = sum_t p_t[e]` of an expert,
+/// the softmax probability over all experts summed over the tokens of a wave or a sequence.
 ///
 /// The bias accumulation of ExpertCondenser (arXiv 2604.23036) raises the bias of experts used more than the mean by a
 /// fixed step, lowers that of the others, and adds the bias to the logits of the next batch. Here the bias is *not* fed

@@ -14,7 +14,8 @@ use crate::statistics::{
 pub(super) const PROVIDED: &[StatisticId] =
     &[ROUTED_TOKENS, ROUTING_WEIGHT, ROUTING_GATE, ROUTING_RENORMALIZED, ROUTING_SOFTMAX];
 
-/// [`ROUTED_TOKENS`] and [`ROUTING_WEIGHT`], and [`ROUTING_GATE`], [`ROUTING_RENORMALIZED`] and [`ROUTING_SOFTMAX`] if asked for.
+/// [`ROUTED_TOKENS`] and [`ROUTING_WEIGHT`], and [`ROUTING_GATE`], [`ROUTING_RENORMALIZED`] and [`ROUTING_SOFTMAX`] if
+/// asked for.
 #[derive(Debug)]
 pub struct Routing {
     statistics: Vec<StatisticSpec>,

@@ -28,9 +28,9 @@ pub(super) const PROVIDED: &[StatisticId] = &[
 /// Any of [`FISHER_TOKEN`], [`ACTIVATION_MAGNITUDE`], [`ACTIVATION_WEIGHTED`], [`ACTIVATION_SQUARE_WEIGHTED`],
 /// [`ACTIVATION_SQUARE`], [`GRADIENT_SQUARE`], [`TAYLOR_SUM`], [`TAYLOR_MAGNITUDE`] and [`TAYLOR_SQUARE`].
 ///
-/// Sums over the tokens t routed to the expert, with unit activations `u_t = act(gate x_t) * (up x_t)` (without the routing
-/// weight) and their gradients `du_t` (with it). The loss is the summed cross-entropy: every predicted token has weight 1.
-/// Asks for gradients only if one of the sums needs them.
+/// Sums over the tokens t routed to the expert, with unit activations `u_t = act(gate x_t) * (up x_t)` (without the
+/// routing weight) and their gradients `du_t` (with it). The loss is the summed cross-entropy: every predicted token
+/// has weight 1. Asks for gradients only if one of the sums needs them.
 #[derive(Debug)]
 pub struct UnitSums {
     statistics: Vec<StatisticSpec>,

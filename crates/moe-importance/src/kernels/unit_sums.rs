@@ -1,8 +1,8 @@
 //! Sums over the rows of an expert's unit matrices, any number of them in one walk.
 //!
-//! Units, their gradients and whatever else has a column per unit are read block by block: 64 columns of 32 rows stay in
-//! the first-level cache while every sum that is asked for is formed from them. A second sum costs arithmetic, not memory
-//! traffic.
+//! Units, their gradients and whatever else has a column per unit are read block by block: 64 columns of 32 rows stay
+//! in the first-level cache while every sum that is asked for is formed from them. A second sum costs arithmetic, not
+//! memory traffic.
 
 use std::ops::Range;
 

@@ -8,11 +8,11 @@ use super::table::expert_table;
 use super::{ExpertWeightsSource, Needs, Scorer};
 use crate::Result;
 
-/// `1 - mean|w| / sqrt(mean w^2)` over all entries of the expert's gate, up and down matrices: 0 for weights of one magnitude,
-/// towards 1 for heavy tails. Needs no data, and a scaled expert scores the same.
+/// `1 - mean|w| / sqrt(mean w^2)` over all entries of the expert's gate, up and down matrices: 0 for weights of one
+/// magnitude, towards 1 for heavy tails. Needs no data, and a scaled expert scores the same.
 ///
-/// AIMER prunes the largest ratio first, so that the importance is 1 minus it. Its ratio of an all-zero expert is 0, which would
-/// keep it before all others; here such an expert scores 0, least.
+/// AIMER prunes the largest ratio first, so that the importance is 1 minus it. Its ratio of an all-zero expert is 0,
+/// which would keep it before all others; here such an expert scores 0, least.
 ///
 /// Source: arXiv 2603.18492.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -12,7 +12,8 @@ use crate::statistics::ROUTED_TOKENS;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Average {
-    /// All tokens: what the average token sees, so that what is rarely routed to scores low. Orders as the plain sum does.
+    /// All tokens: what the average token sees, so that what is rarely routed to scores low. Orders as the plain sum
+    /// does.
     #[default]
     AllTokens,
     /// The tokens routed to the expert: what a token that gets there sees. Of a never-routed expert: 0.
@@ -27,7 +28,8 @@ impl Average {
         }
     }
 
-    /// Over which pool such means of amounts may be added: means over other tokens for every expert only within an expert.
+    /// Over which pool such means of amounts may be added: means over other tokens for every expert only within an
+    /// expert.
     pub(super) fn additive(self) -> Pool {
         match self {
             Self::AllTokens => Pool::Global,

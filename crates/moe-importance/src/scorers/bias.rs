@@ -31,13 +31,13 @@ pub enum Around {
     Median,
 }
 
-/// The bias that usage would accumulate: `step * sum over samples of sign(u_e - middle of u)`, with the usage u_e an expert's softmax
-/// probability over all experts, summed over the tokens of a sample.
+/// The bias that usage would accumulate: `step * sum over samples of sign(u_e - middle of u)`, with the usage u_e an
+/// expert's softmax probability over all experts, summed over the tokens of a sample.
 ///
-/// ExpertCondenser (arXiv 2604.23036) and the expert-drop baseline of Less-is-MoE add the bias to the logits of the next batch;
-/// here it is *not* fed back into the softmax, so that samples are independent and shards can be added. Without feedback a clip
-/// of the bias would only flatten the largest scores, so there is none. [`Around::Median`] of an even number of experts is the
-/// mean of the middle two.
+/// ExpertCondenser (arXiv 2604.23036) and the expert-drop baseline of Less-is-MoE add the bias to the logits of the
+/// next batch; here it is *not* fed back into the softmax, so that samples are independent and shards can be added.
+/// Without feedback a clip of the bias would only flatten the largest scores, so there is none. [`Around::Median`] of
+/// an even number of experts is the mean of the middle two.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]

@@ -16,20 +16,20 @@ use crate::{Error, Result};
 /// case must be the name given, which a test checks.
 macro_rules! scorers {
     ($(#[doc = $doc:literal] $variant:ident = $name:literal,)*) => {
-        /// A scorer with its parameters, as it stands in recipes: `{"type": "fisher", "criterion": "token"}`. Parameters that
-        /// are left out have their defaults; unknown ones are refused.
+        /// A scorer with its parameters, as it stands in recipes: `{"type": "fisher", "criterion": "token"}`.
+        /// Parameters that are left out have their defaults; unknown ones are refused.
         ///
         /// ```
         /// use moe_checkpoint::{Granularity, Reduction};
         /// use moe_importance::{Scorer, ScorerConfig};
         ///
-        /// // Experts by the sum of the Fisher importance of their units, and units by the REAP score of their expert, those of one
-        /// // expert by HEAPr's score.
+        /// // Experts by the sum of the Fisher importance of their units, and units by the REAP score of their expert,
+        /// those of one // expert by HEAPr's score.
         /// let fisher: ScorerConfig = serde_json::from_str(r#"{"type": "fisher"}"#)?;
         /// assert_eq!(fisher.into_experts(Reduction::Sum)?.build()?.needs().granularity, Granularity::Expert);
         ///
-        /// let json = r#"{"type": "units", "of": {"type": "reap", "gate": "renormalized"}, "tie_breaker": {"type": "heapr"}}"#;
-        /// let units: ScorerConfig = serde_json::from_str(json)?;
+        /// let json = r#"{"type": "units", "of": {"type": "reap", "gate": "renormalized"}, "tie_breaker": {"type":
+        /// "heapr"}}"#; let units: ScorerConfig = serde_json::from_str(json)?;
         /// assert_eq!(units.build()?.needs().granularity, Granularity::Unit);
         /// # Ok::<(), Box<dyn std::error::Error>>(())
         /// ```

@@ -9,9 +9,9 @@ use super::{Average, ExpertWeightsSource, Needs, Scorer};
 use crate::Result;
 use crate::statistics::{ROUTED_TOKENS, TAYLOR_SQUARE};
 
-/// `mean_t(u_t[j]^2 (d_t . w_j)^2) = mean_t((u_t[j] du_t[j])^2)`: the mean square of the first-order change of a token's loss
-/// when the unit is zeroed. As [`Heapr`](super::Heapr), but activation and gradient of a token stay together, which its
-/// product of means drops.
+/// `mean_t(u_t[j]^2 (d_t . w_j)^2) = mean_t((u_t[j] du_t[j])^2)`: the mean square of the first-order change of a
+/// token's loss when the unit is zeroed. As [`Heapr`](super::Heapr), but activation and gradient of a token stay
+/// together, which its product of means drops.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]

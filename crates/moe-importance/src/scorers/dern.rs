@@ -9,8 +9,8 @@ use super::{Average, ExpertWeightsSource, Needs, Scorer};
 use crate::Result;
 use crate::statistics::{ROUTED_TOKENS, ROUTING_RENORMALIZED};
 
-/// `s_e = (1/N) sum_t [e in the top-k of t] p_t[e]`, with the routing weights p renormalized over the token's top-k and N all
-/// tokens: what DERN drops experts by, and weighs segments with.
+/// `s_e = (1/N) sum_t [e in the top-k of t] p_t[e]`, with the routing weights p renormalized over the token's top-k and
+/// N all tokens: what DERN drops experts by, and weighs segments with.
 ///
 /// Source: arXiv 2509.10377, step 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -9,8 +9,8 @@ use super::{Average, ExpertWeightsSource, Needs, Scorer};
 use crate::Result;
 use crate::statistics::{OUTPUT_NORM, ROUTED_TOKENS};
 
-/// EAN: norm `|f_t|` of the expert's output, the routing weight left out. [`Average::AllTokens`] orders as the published sum,
-/// [`Average::RoutedTokens`] is the published mean, which is [`Man`](super::Man) as well.
+/// EAN: norm `|f_t|` of the expert's output, the routing weight left out. [`Average::AllTokens`] orders as the
+/// published sum, [`Average::RoutedTokens`] is the published mean, which is [`Man`](super::Man) as well.
 ///
 /// Source: the criteria of the REAP code (arXiv 2510.13999), after arXiv 2504.05586.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -13,17 +13,18 @@ use crate::{Result, StatisticId};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EsftScore {
-    /// Share of the selections, `selected / (tokens * k)`; sums to 1 over a layer. The paper trains experts up to a sum of 0.2.
+    /// Share of the selections, `selected / (tokens * k)`; sums to 1 over a layer. The paper trains experts up to a sum
+    /// of 0.2.
     #[default]
     Token,
-    /// Mean gate over the tokens, 0 where the expert is not selected: the routing weight before the factor that all weights of a
-    /// model carry (`routed_scaling_factor`). Not rescaled: the scores of a layer sum to what the gates of a token sum to, which is
-    /// how the published adapters came about. The paper trains experts up to a sum of 0.1.
+    /// Mean gate over the tokens, 0 where the expert is not selected: the routing weight before the factor that all
+    /// weights of a model carry (`routed_scaling_factor`). Not rescaled: the scores of a layer sum to what the gates of
+    /// a token sum to, which is how the published adapters came about. The paper trains experts up to a sum of 0.1.
     Gate,
 }
 
-/// Use of an expert by a task, by which expert-specialized fine-tuning (arXiv 2407.01906) selects what it trains: in each layer,
-/// experts are taken from the most used on until their scores sum to a threshold.
+/// Use of an expert by a task, by which expert-specialized fine-tuning (arXiv 2407.01906) selects what it trains: in
+/// each layer, experts are taken from the most used on until their scores sum to a threshold.
 ///
 /// The released script divides by sums over layers, which does not reproduce the published selections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]

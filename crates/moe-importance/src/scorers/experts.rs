@@ -8,8 +8,8 @@ use super::{ExpertWeightsSource, Fisher, Needs, Scorer, ScorerConfig};
 use crate::{Error, Result};
 
 /// Scores of units reduced to one per expert: what makes any unit criterion an expert criterion. The mean of
-/// [`Fisher`] with [`Criterion::Abs`](super::Criterion::Abs), say, is the mean absolute gradient of all expert weights, an
-/// expert-drop baseline of arXiv 2606.05538.
+/// [`Fisher`] with [`Criterion::Abs`](super::Criterion::Abs), say, is the mean absolute gradient of all expert weights,
+/// an expert-drop baseline of arXiv 2606.05538.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]

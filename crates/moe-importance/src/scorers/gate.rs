@@ -15,8 +15,8 @@ pub enum Gate {
     /// The routing weight as the model applies it.
     #[default]
     AsApplied,
-    /// The routing weight divided by the sum over the token's top-k, whether the model does so or not; without the scaling
-    /// factor of models that have one.
+    /// The routing weight divided by the sum over the token's top-k, whether the model does so or not; without the
+    /// scaling factor of models that have one.
     Renormalized,
     /// The softmax of the router's logits over all experts, whatever the model makes of them (top-k, sigmoid, bias).
     Softmax,

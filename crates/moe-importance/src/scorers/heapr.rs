@@ -9,24 +9,26 @@ use super::{Average, ExpertWeightsSource, Needs, Scorer};
 use crate::Result;
 use crate::statistics::{ACTIVATION_SQUARE, GRADIENT_SQUARE, ROUTED_TOKENS};
 
-/// HEAPr's importance of atomic experts: `mean_t(u_t[j]^2) * mean_t((d_t . w_j)^2)` over the tokens t routed to the expert,
-/// with unit activations u, the gradient d at the expert's output (routing weight included) and the unit's down column w.
+/// HEAPr's importance of atomic experts: `mean_t(u_t[j]^2) * mean_t((d_t . w_j)^2)` over the tokens t routed to the
+/// expert, with unit activations u, the gradient d at the expert's output (routing weight included) and the unit's down
+/// column w.
 ///
-/// The published form multiplies the first mean by `w_j^T M w_j` with the `H x H` matrix `M = mean_t d_t d_t^T`. That is the
-/// second mean, number for number (`w^T d d^T w = (d . w)^2`), and `d_t . w_j` is the gradient at the unit, which the backward
-/// sweep forms anyway: two numbers per unit replace a matrix per expert, and one pass replaces two.
+/// The published form multiplies the first mean by `w_j^T M w_j` with the `H x H` matrix `M = mean_t d_t d_t^T`. That
+/// is the second mean, number for number (`w^T d d^T w = (d . w)^2`), and `d_t . w_j` is the gradient at the unit,
+/// which the backward sweep forms anyway: two numbers per unit replace a matrix per expert, and one pass replaces two.
 ///
-/// Gradients are of the summed cross-entropy; the published ones are of the mean over a batch, a constant factor where all
-/// sequences are equally long. Published scores of never-routed experts are -1, so that they go before dead units of other
-/// experts; here both are 0. Ranked over the whole model, as published.
+/// Gradients are of the summed cross-entropy; the published ones are of the mean over a batch, a constant factor where
+/// all sequences are equally long. Published scores of never-routed experts are -1, so that they go before dead units
+/// of other experts; here both are 0. Ranked over the whole model, as published.
 ///
 /// Source: arXiv 2509.22299.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Heapr {
-    /// Over which tokens: published is [`Average::RoutedTokens`], the default. [`Average::AllTokens`] multiplies that by the share of
-    /// tokens routed to the expert, so that it estimates the mean of [`Coupled`](super::Coupled) over all tokens.
+    /// Over which tokens: published is [`Average::RoutedTokens`], the default. [`Average::AllTokens`] multiplies that
+    /// by the share of tokens routed to the expert, so that it estimates the mean of [`Coupled`](super::Coupled) over
+    /// all tokens.
     pub denominator: Average,
 }
 

@@ -73,9 +73,9 @@ use crate::Result;
 /// Turns statistics and expert weights into scores, higher for more important. Pure: the model is not run, and the same
 /// input gives the same bits.
 ///
-/// A program can have scorers of its own: [`Collection::for_scorers`](crate::Collection::for_scorers) collects what they
-/// need, every pruner takes their tables, and plans record their recipe. The scorers of this crate are also variants of
-/// [`ScorerConfig`], which is how recipes name them.
+/// A program can have scorers of its own: [`Collection::for_scorers`](crate::Collection::for_scorers) collects what
+/// they need, every pruner takes their tables, and plans record their recipe. The scorers of this crate are also
+/// variants of [`ScorerConfig`], which is how recipes name them.
 ///
 /// ```
 /// use moe_checkpoint::{Denominator, Pool, ScoreTable, Statistics};

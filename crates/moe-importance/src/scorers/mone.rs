@@ -9,13 +9,13 @@ use super::{ExpertWeightsSource, Needs, Scorer};
 use crate::Result;
 use crate::statistics::{OUTPUT_MOMENTS, ROUTED_TOKENS, ROUTING_WEIGHT};
 
-/// Spread of the expert's output times its routing score: `|sd_t(f_t)|_2 * (1/T) sum_t g_t`, with the standard deviation of each
-/// output element over the tokens routed to the expert, and the routing weight g, 0 where the expert is not selected, averaged
-/// over all tokens. An expert whose output hardly varies can be replaced by its mean, which
+/// Spread of the expert's output times its routing score: `|sd_t(f_t)|_2 * (1/T) sum_t g_t`, with the standard
+/// deviation of each output element over the tokens routed to the expert, and the routing weight g, 0 where the expert
+/// is not selected, averaged over all tokens. An expert whose output hardly varies can be replaced by its mean, which
 /// [`OUTPUT_MOMENTS`](crate::statistics::OUTPUT_MOMENTS) holds as well.
 ///
-/// The deviation is that of the population: routed to once, an expert does not vary. The published running variance is an
-/// approximation of it; this one is exact.
+/// The deviation is that of the population: routed to once, an expert does not vary. The published running variance is
+/// an approximation of it; this one is exact.
 ///
 /// Source: arXiv 2507.00390.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -4,8 +4,8 @@ use moe_checkpoint::{Granularity, Pool};
 
 use crate::StatisticId;
 
-/// What a scorer declares about itself before anything is run: what it reads, and what the users of its scores may do with
-/// them. The [`ScoreTable`](moe_checkpoint::ScoreTable) that it makes says the same.
+/// What a scorer declares about itself before anything is run: what it reads, and what the users of its scores may do
+/// with them. The [`ScoreTable`](moe_checkpoint::ScoreTable) that it makes says the same.
 ///
 /// ```
 /// use moe_checkpoint::{Granularity, Pool};
@@ -23,8 +23,8 @@ pub struct Needs {
     pub granularity: Granularity,
     /// The widest pool over which its scores may be compared.
     pub pool: Pool,
-    /// The widest pool over which its scores may be added, so that the sum stands for the items together; none for shares,
-    /// ranks, ratios and the like.
+    /// The widest pool over which its scores may be added, so that the sum stands for the items together; none for
+    /// shares, ranks, ratios and the like.
     pub additive: Option<Pool>,
     /// Statistics it reads; none for a scorer that needs no data.
     pub statistics: Vec<StatisticId>,

@@ -9,10 +9,11 @@ use super::{Average, ExpertWeightsSource, Needs, Scorer, Weighting};
 use crate::statistics::{PROJECTION, PROJECTION_WEIGHTED, ROUTED_TOKENS};
 use crate::{Error, Result, StatisticId};
 
-/// `mean_t <c_tj, f_t> / |f_t|`: how far the unit's part `c_tj = u_t[j] w_j` of the expert's output `f_t` points along the whole. A
-/// unit that works against the rest scores below 0.
+/// `mean_t <c_tj, f_t> / |f_t|`: how far the unit's part `c_tj = u_t[j] w_j` of the expert's output `f_t` points along
+/// the whole. A unit that works against the rest scores below 0.
 ///
-/// Source: the unit importance of TENP, arXiv 2606.09885, which takes the mean over routed tokens without routing weight.
+/// Source: the unit importance of TENP, arXiv 2606.09885, which takes the mean over routed tokens without routing
+/// weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]

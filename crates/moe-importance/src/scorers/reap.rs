@@ -11,10 +11,10 @@ use crate::{Error, Result, StatisticId};
 
 /// Router-weighted expert activation: `mean_t g_t |f_t|` over the tokens t routed to the expert.
 ///
-/// The published gate is the softmax over all experts, renormalized over the top-k in current versions, with better results.
-/// [`Gate::AsApplied`], the default, is what the model multiplies with, which is the renormalized one where the model
-/// renormalizes. The released REAM code (arXiv 2604.04356) multiplies by the plain softmax twice: [`Gate::Softmax`] with a
-/// power of 2. [`Average::AllTokens`] gives the published alternative `sum g |f|`.
+/// The published gate is the softmax over all experts, renormalized over the top-k in current versions, with better
+/// results. [`Gate::AsApplied`], the default, is what the model multiplies with, which is the renormalized one where
+/// the model renormalizes. The released REAM code (arXiv 2604.04356) multiplies by the plain softmax twice:
+/// [`Gate::Softmax`] with a power of 2. [`Average::AllTokens`] gives the published alternative `sum g |f|`.
 ///
 /// Published as a comparison within layers, and the table says so: norms of outputs grow with the depth of a layer.
 ///

@@ -33,11 +33,12 @@ pub(super) fn divisor(scorer: &dyn Scorer, count: u64, counted: &'static str) ->
     }
 }
 
-/// A table of `f(layer, expert, width)`, one value per unit or one per expert as `scorer` declares, computed in parallel over
-/// experts and checked to be finite. `denominator` is what `f` divides by.
+/// A table of `f(layer, expert, width)`, one value per unit or one per expert as `scorer` declares, computed in
+/// parallel over experts and checked to be finite. `denominator` is what `f` divides by.
 ///
 /// # Errors
-/// Those of `f`, of the first expert that has one; [`Error::NonFiniteScore`]; values of another number than there are units.
+/// Those of `f`, of the first expert that has one; [`Error::NonFiniteScore`]; values of another number than there are
+/// units.
 pub fn table(
     scorer: &dyn Scorer,
     statistics: &Statistics,

@@ -22,10 +22,11 @@ pub enum TaylorForm {
     LossIncrease,
 }
 
-/// First-order Taylor importance of units: `u_t[j] du_t[j]` is, with the sign turned, the first-order change of the loss when the
-/// unit is zeroed at token t.
+/// First-order Taylor importance of units: `u_t[j] du_t[j]` is, with the sign turned, the first-order change of the
+/// loss when the unit is zeroed at token t.
 ///
-/// Sources: Molchanov et al. 2019 (arXiv 1906.10771) for the criterion; LLM-Pruner (arXiv 2305.11627) for language models.
+/// Sources: Molchanov et al. 2019 (arXiv 1906.10771) for the criterion; LLM-Pruner (arXiv 2305.11627) for language
+/// models.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]

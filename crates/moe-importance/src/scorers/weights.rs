@@ -4,7 +4,8 @@ use moe_checkpoint::{Checkpoint, ExpertWeights, LayerRole, Role};
 
 use crate::{Error, Result};
 
-/// Reads the weights of one routed expert or one router at a time. Scorers read experts in parallel and hold one per thread.
+/// Reads the weights of one routed expert or one router at a time. Scorers read experts in parallel and hold one per
+/// thread.
 pub trait ExpertWeightsSource: Sync {
     /// Weights of an expert; `layer` is the decoder layer index.
     ///

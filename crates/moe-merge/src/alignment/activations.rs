@@ -7,8 +7,8 @@ use super::{Alignment, AlignmentContext, missing_sample, unit_distances};
 use crate::Result;
 use crate::linalg::{normalize_rows, row_products, transposed};
 
-/// The match with the smallest summed distance of the units' activations on sampled tokens, each unit's divided by their
-/// length. Tokens are those of the layer, whether routed to the expert or not.
+/// The match with the smallest summed distance of the units' activations on sampled tokens, each unit's divided by
+/// their length. Tokens are those of the layer, whether routed to the expert or not.
 ///
 /// Source: REAM (arXiv 2604.04356), step 4.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,8 +4,8 @@ use ndarray::Array2;
 
 use crate::{Error, Result};
 
-/// The column of every row of a square matrix `[n, n]` so that each column is taken once and the sum is smallest, by the
-/// algorithm of Jonker and Volgenant (1987).
+/// The column of every row of a square matrix `[n, n]` so that each column is taken once and the sum is smallest, by
+/// the algorithm of Jonker and Volgenant (1987).
 ///
 /// Solved in f64 on costs shifted to start at 0: shortest paths compare sums of many costs.
 ///

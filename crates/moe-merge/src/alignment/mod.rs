@@ -1,7 +1,7 @@
 //! Alignment: which unit of one expert stands for which of another.
 //!
-//! An expert is the sum of its units, so their order means nothing. Averaging two experts unit by unit does mean something
-//! only after their units are matched.
+//! An expert is the sum of its units, so their order means nothing. Averaging two experts unit by unit does mean
+//! something only after their units are matched.
 
 mod activations;
 mod assignment;
@@ -106,7 +106,8 @@ impl AlignmentConfig {
         self.parts().into_iter().try_for_each(Alignment::validate)
     }
 
-    /// The order of `expert`'s units that fits `reference` best: slot `i` gets unit `order[i]`. `None` if nothing is aligned.
+    /// The order of `expert`'s units that fits `reference` best: slot `i` gets unit `order[i]`. `None` if nothing is
+    /// aligned.
     ///
     /// Memory: the cost matrix, as f32 and as f64, `12 I^2` bytes, beside the unit vectors of both experts.
     ///

@@ -8,11 +8,11 @@ use crate::experts::{UnitParts, unit_vectors};
 use crate::linalg::{normalize_rows, truncated_svd};
 use crate::{Error, Result};
 
-/// The match with the smallest summed distance of the units' weight vectors `[gate | up | down]`, each divided by its length,
-/// after a principal component analysis of the units of both experts together.
+/// The match with the smallest summed distance of the units' weight vectors `[gate | up | down]`, each divided by its
+/// length, after a principal component analysis of the units of both experts together.
 ///
-/// Source: REAM (arXiv 2604.04356), step 4, with 64 components. Components are found by subspace iteration from a fixed start
-/// in the space of weights, which the order of the units does not enter.
+/// Source: REAM (arXiv 2604.04356), step 4, with 64 components. Components are found by subspace iteration from a fixed
+/// start in the space of weights, which the order of the units does not enter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PcaMatching {

@@ -10,13 +10,13 @@ use crate::linalg::{normalize_rows, row_products};
 
 /// The match that maximizes the summed inner products of the units' weights, `G_r G_e^T + U_r U_e^T + D_r^T D_e`.
 ///
-/// Source: M-SMoE (arXiv 2310.01334), stage 1; its code does so for experts of two matrices and does not permute gated ones.
-/// That gate, up and down all count in gated experts is inferred.
+/// Source: M-SMoE (arXiv 2310.01334), stage 1; its code does so for experts of two matrices and does not permute gated
+/// ones. That gate, up and down all count in gated experts is inferred.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WeightMatching {
-    /// Whether each unit's weights are divided by their length first, so that large units do not decide; the source does
-    /// not.
+    /// Whether each unit's weights are divided by their length first, so that large units do not decide; the source
+    /// does not.
     #[serde(default)]
     pub normalize: bool,
 }

@@ -8,7 +8,8 @@ use crate::router::RouterAddition;
 
 /// `W = sum_e w_e W_e` matrix by matrix, weights summing to 1 in the group.
 ///
-/// Source: M-SMoE (arXiv 2310.01334), stage 4, and HC-SMoE (arXiv 2410.08589) by usage; REAM (arXiv 2604.04356) by saliency.
+/// Source: M-SMoE (arXiv 2310.01334), stage 4, and HC-SMoE (arXiv 2410.08589) by usage; REAM (arXiv 2604.04356) by
+/// saliency.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Average {

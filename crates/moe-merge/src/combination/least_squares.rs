@@ -11,11 +11,11 @@ use crate::router::RouterAddition;
 use crate::{Error, Result};
 
 /// Gate and up are averaged; down is fitted by least squares so that the merged units reproduce what the members gave:
-/// `D = (Y^T U + l D_0) (U^T U + l I)^-1`, U the merged units of the sampled tokens, Y the target, `D_0` the averaged down.
-/// The ridge pulls towards the average, so on the tokens of the fit the result is never worse than it.
+/// `D = (Y^T U + l D_0) (U^T U + l I)^-1`, U the merged units of the sampled tokens, Y the target, `D_0` the averaged
+/// down. The ridge pulls towards the average, so on the tokens of the fit the result is never worse than it.
 ///
-/// Source: MergeMoE (arXiv 2510.14436), from a digest: the fit follows it; the ridge and the choice of tokens are inferred. Memory:
-/// `8 I (2 I + 3 H)` bytes beside the units `[S, I]` and outputs `[S, H]` of the sampled tokens.
+/// Source: MergeMoE (arXiv 2510.14436), from a digest: the fit follows it; the ridge and the choice of tokens are
+/// inferred. Memory: `8 I (2 I + 3 H)` bytes beside the units `[S, I]` and outputs `[S, H]` of the sampled tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LeastSquaresDown {
@@ -44,11 +44,12 @@ fn default_tokens() -> usize {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FitTarget {
-    /// `sum_e w_e f_e(x)` with the weights of the group, on the tokens routed to a member, or on all where those are too few.
+    /// `sum_e w_e f_e(x)` with the weights of the group, on the tokens routed to a member, or on all where those are
+    /// too few.
     #[default]
     Weighted,
-    /// `sum_e g_t[e] f_e(x_t)`, what token t got of the members it was routed to, by a merged expert that is weighted with
-    /// `sum_e g_t[e]`.
+    /// `sum_e g_t[e] f_e(x_t)`, what token t got of the members it was routed to, by a merged expert that is weighted
+    /// with `sum_e g_t[e]`.
     Routed,
 }
 

@@ -64,8 +64,8 @@ pub enum Reference {
 }
 
 impl LayerJob<'_> {
-    /// Calls `f` with each member of a group, as wide as the widest of them and its units matched, and its weight: by falling
-    /// weight, so that sums do not depend on the numbering of the experts. Two experts are in memory at a time.
+    /// Calls `f` with each member of a group, as wide as the widest of them and its units matched, and its weight: by
+    /// falling weight, so that sums do not depend on the numbering of the experts. Two experts are in memory at a time.
     fn aligned(&self, group: &Group, f: &mut dyn FnMut(&Member<'_>) -> Result<()>) -> Result<()> {
         let layer = self.plan.layer;
         let mut width = 0;
@@ -104,8 +104,8 @@ struct Member<'a> {
 
 /// Makes one expert of every group of a layer.
 pub trait Combination {
-    /// Gives every group to `sink`, and says what is added to the router's rows beside their own. Groups of one member give
-    /// that member unchanged, unless something of other experts comes in.
+    /// Gives every group to `sink`, and says what is added to the router's rows beside their own. Groups of one member
+    /// give that member unchanged, unless something of other experts comes in.
     ///
     /// # Errors
     /// [`Error::MissingEvidence`], [`Error::Incompatible`], [`Error::Numerics`], and those of `sink`.
@@ -129,8 +129,8 @@ pub trait Combination {
         false
     }
 
-    /// Whether what becomes of a group is as wide as its dominant. Otherwise it is as wide as its widest member: units that the
-    /// others lack count as zero.
+    /// Whether what becomes of a group is as wide as its dominant. Otherwise it is as wide as its widest member: units
+    /// that the others lack count as zero.
     fn as_wide_as_dominant(&self) -> bool {
         false
     }
@@ -231,7 +231,8 @@ pub enum Zeros {
     /// Nothing; a group in which nobody has any importance is a plain mean. (M-SMoE's code would make it zero.)
     #[default]
     Mean,
-    /// As much as the least important member that has any, at most one half (REAM); a group without one is a plain mean.
+    /// As much as the least important member that has any, at most one half (REAM); a group without one is a plain
+    /// mean.
     Floor,
 }
 

@@ -12,8 +12,9 @@ use crate::{Error, Result};
 /// For each projection, the members' matrices side by side, `[W_1 … W_n] = U S [V_1 … V_n]`; the merged matrix is
 /// `U S sum_e w_e V_e`.
 ///
-/// Source: Sub-MoE (arXiv 2506.23266). Since `U S V_e = W_e`, at full rank this *is* the weighted average; a smaller rank is its
-/// projection on the leading left singular vectors of the members, `U_r U_r^T sum_e w_e W_e`, which is how it is computed.
+/// Source: Sub-MoE (arXiv 2506.23266). Since `U S V_e = W_e`, at full rank this *is* the weighted average; a smaller
+/// rank is its projection on the leading left singular vectors of the members, `U_r U_r^T sum_e w_e W_e`, which is how
+/// it is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Subspace {

@@ -16,9 +16,9 @@ use crate::{Error, Result};
 
 /// How merged matrices are compressed: `W = L R + S` with `L R` of some rank and few rows of S that are not zero.
 ///
-/// Source: MC-SMoE (arXiv 2310.01334), stage 6, without its training (feature `engine` has `CompactTraining`): `L = U_r sqrt(S_r)`, `R = sqrt(S_r) V_r^T` from the leading
-/// singular triples, `S = W - L R`; instead of importance smoothed over steps of training, rows of S are ranked once, over all
-/// matrices together, by the mean over each row.
+/// Source: MC-SMoE (arXiv 2310.01334), stage 6, without its training (feature `engine` has `CompactTraining`): `L = U_r
+/// sqrt(S_r)`, `R = sqrt(S_r) V_r^T` from the leading singular triples, `S = W - L R`; instead of importance smoothed
+/// over steps of training, rows of S are ranked once, over all matrices together, by the mean over each row.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Compression {
@@ -38,8 +38,8 @@ pub enum RowScore {
     /// Mean absolute element.
     #[default]
     Magnitude,
-    /// Mean of squared elements times the Fisher score of the unit they belong to: that of the row in gate and up, that of
-    /// the column in down. A second-order estimate of what dropping the row costs, without cross terms.
+    /// Mean of squared elements times the Fisher score of the unit they belong to: that of the row in gate and up, that
+    /// of the column in down. A second-order estimate of what dropping the row costs, without cross terms.
     Fisher,
 }
 
@@ -58,9 +58,9 @@ impl Compression {
         }
     }
 
-    /// Share of rows that MC-SMoE's training keeps at a step of `steps`, on its way from 1 to [`keep_rows`](Self::keep_rows):
-    /// 1 for the first `warm_up` steps, the final value for the last `cool_down`, cubic in between:
-    /// `keep = final + (1 - final) (1 - (t - t_0) / (T - t_0 - t_1))^3`.
+    /// Share of rows that MC-SMoE's training keeps at a step of `steps`, on its way from 1 to
+    /// [`keep_rows`](Self::keep_rows): 1 for the first `warm_up` steps, the final value for the last `cool_down`, cubic
+    /// in between: `keep = final + (1 - final) (1 - (t - t_0) / (T - t_0 - t_1))^3`.
     ///
     /// ```
     /// let compression = moe_merge::Compression { rank: 32, keep_rows: 0.1, rows: Default::default() };
@@ -81,8 +81,8 @@ impl Compression {
     }
 }
 
-/// The rows that are kept of several matrices with these scores, `floor(keep * rows)` of all, ties to the earlier matrix and
-/// row; ascending per matrix.
+/// The rows that are kept of several matrices with these scores, `floor(keep * rows)` of all, ties to the earlier
+/// matrix and row; ascending per matrix.
 pub(crate) fn kept_rows(scores: &[Vec<f64>], keep: f64) -> Vec<Vec<u32>> {
     let mut order: Vec<(usize, u32)> =
         scores.iter().enumerate().flat_map(|(m, rows)| (0..rows.len() as u32).map(move |row| (m, row))).collect();

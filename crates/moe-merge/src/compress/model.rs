@@ -21,8 +21,8 @@ pub const COMPACT_FILE: &str = "compact.json";
 /// Version of the format.
 const VERSION: u64 = 1;
 
-/// The experts of a checkpoint as [`CompactExpert`]s, one file per stored set of weights. Everything else of the model stays in the
-/// checkpoint it was made from.
+/// The experts of a checkpoint as [`CompactExpert`]s, one file per stored set of weights. Everything else of the model
+/// stays in the checkpoint it was made from.
 #[derive(Clone, Debug)]
 pub struct CompactModel {
     dir: PathBuf,
@@ -56,16 +56,16 @@ struct Description {
 }
 
 impl Compression {
-    /// Compresses the experts of a checkpoint, grouped ones once, into `to`, which appears whole or not at all. Rows of S compete over
-    /// all matrices of the model. `fisher` are statistics of this very checkpoint and the name of one per unit: scores of experts
-    /// that share weights add up.
+    /// Compresses the experts of a checkpoint, grouped ones once, into `to`, which appears whole or not at all. Rows of
+    /// S compete over all matrices of the model. `fisher` are statistics of this very checkpoint and the name of one
+    /// per unit: scores of experts that share weights add up.
     ///
-    /// Two passes: the first ranks rows and keeps one number for each, the second splits again and writes. Memory is that of a
-    /// few copies of one expert.
+    /// Two passes: the first ranks rows and keeps one number for each, the second splits again and writes. Memory is
+    /// that of a few copies of one expert.
     ///
     /// # Errors
-    /// [`Error::InvalidParameter`] for Fisher scores without statistics, [`Error::OtherModel`] for those of another model, an output
-    /// that exists, and what keeps weights from being read.
+    /// [`Error::InvalidParameter`] for Fisher scores without statistics, [`Error::OtherModel`] for those of another
+    /// model, an output that exists, and what keeps weights from being read.
     pub fn compress(
         &self,
         from: &Checkpoint,
@@ -102,7 +102,8 @@ impl Compression {
     }
 }
 
-/// Writes the stored sets of a checkpoint, of whose S there were `rows` rows, compressed, in the order of [`stored_sets`].
+/// Writes the stored sets of a checkpoint, of whose S there were `rows` rows, compressed, in the order of
+/// [`stored_sets`].
 pub(crate) fn store(
     compression: &Compression,
     from: &Checkpoint,
@@ -384,9 +385,9 @@ impl PartChange for Formed {
 }
 
 impl CompactModel {
-    /// The model that these experts were compressed from, with them in place of its own, their matrices formed as they are read. As
-    /// f32 ([`Dtype::F32`]) it computes what the compressed experts do; in the dtype of each expert of the base (`None`) it is
-    /// the plain checkpoint that stock loaders read.
+    /// The model that these experts were compressed from, with them in place of its own, their matrices formed as they
+    /// are read. As f32 ([`Dtype::F32`]) it computes what the compressed experts do; in the dtype of each expert of the
+    /// base (`None`) it is the plain checkpoint that stock loaders read.
     ///
     /// Reads all files once, for the fingerprint.
     ///
@@ -402,7 +403,8 @@ impl CompactModel {
     /// ```
     ///
     /// # Errors
-    /// [`Error::OtherModel`] for another model than they were compressed from; a file that is missing, malformed, or does not fit.
+    /// [`Error::OtherModel`] for another model than they were compressed from; a file that is missing, malformed, or
+    /// does not fit.
     pub fn on(&self, base: &Arc<Checkpoint>, dtype: Option<Dtype>) -> Result<CompactedModel> {
         if !base.is_model(self.model()) {
             let (path, expected) = (base.dir().to_path_buf(), self.model().to_string());

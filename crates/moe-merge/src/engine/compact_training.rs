@@ -23,14 +23,14 @@ use crate::{Error, Result};
 
 /// How the parts of `W = L R + S` are trained while rows of S go.
 ///
-/// Source: MC-SMoE (arXiv 2310.01334), stages 5 and 6. S starts dense. At each step the importance of an element of S is `|s dLoss/ds|`, that
-/// of a row its mean, smoothed over steps, `I <- smoothing I + (1 - smoothing) |s g|`; rows of S of all matrices compete, those below
-/// [`Compression::keep_at`] are set to zero. The loss is `task * cross-entropy + distillation * KL(teacher || student)` of next-token
-/// distributions at a temperature, without a factor of its square.
+/// Source: MC-SMoE (arXiv 2310.01334), stages 5 and 6. S starts dense. At each step the importance of an element of S
+/// is `|s dLoss/ds|`, that of a row its mean, smoothed over steps, `I <- smoothing I + (1 - smoothing) |s g|`; rows of
+/// S of all matrices compete, those below [`Compression::keep_at`] are set to zero. The loss is `task * cross-entropy +
+/// distillation * KL(teacher || student)` of next-token distributions at a temperature, without a factor of its square.
 ///
-/// What differs from the source: L, R and S of the routed experts are trained and nothing else of the model; importance is taken of S
-/// before a step, where its gradient belongs, not after it; the parts that are kept are those that were best on evaluation waves,
-/// where at any step only the rows are counted that would be kept in the end.
+/// What differs from the source: L, R and S of the routed experts are trained and nothing else of the model; importance
+/// is taken of S before a step, where its gradient belongs, not after it; the parts that are kept are those that were
+/// best on evaluation waves, where at any step only the rows are counted that would be kept in the end.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CompactTraining {
@@ -83,7 +83,8 @@ impl Default for CompactTraining {
 pub struct CompactTrained {
     /// What compressing did.
     pub compact: CompactReport,
-    /// How training went; its figure is the loss per token on the evaluation waves, with the rows that are left in the end.
+    /// How training went; its figure is the loss per token on the evaluation waves, with the rows that are left in the
+    /// end.
     pub train: TrainReport,
 }
 
@@ -131,14 +132,16 @@ impl CompactTraining {
         Ok(self.train.validate()?)
     }
 
-    /// Splits the experts of `merged`, trains the parts on `training` and writes them to `to`, as [`Compression::compress`] does. `teacher` is
-    /// the model before it was merged; ids of waves are different in `training` and `evaluation`. Without evaluation waves, those of training
-    /// decide.
+    /// Splits the experts of `merged`, trains the parts on `training` and writes them to `to`, as
+    /// [`Compression::compress`] does. `teacher` is the model before it was merged; ids of waves are different in
+    /// `training` and `evaluation`. Without evaluation waves, those of training decide.
     ///
-    /// Memory: 16 bytes for each number of L, R and the dense S of all experts, besides a backward sweep and the teacher's distributions.
+    /// Memory: 16 bytes for each number of L, R and the dense S of all experts, besides a backward sweep and the
+    /// teacher's distributions.
     ///
     /// # Errors
-    /// [`Error::InvalidParameter`]; [`Error::Engine`] for models that do not read the same tokens and whatever stops them; an output that exists.
+    /// [`Error::InvalidParameter`]; [`Error::Engine`] for models that do not read the same tokens and whatever stops
+    /// them; an output that exists.
     #[allow(clippy::too_many_arguments)] // two models, two sets of waves, an output
     pub fn fit(
         &self,

@@ -14,10 +14,12 @@ use crate::evidence::{OUTPUT_ALL, OUTPUT_ALL_TOKENS, OUTPUT_GATED};
 /// Tokens that an expert is run on at a time.
 const TOKENS: usize = 2048;
 
-/// Sums of outputs `[E, H]` over all tokens of the layers seen, plain and weighted with the softmax of the router's logits.
+/// Sums of outputs `[E, H]` over all tokens of the layers seen, plain and weighted with the softmax of the router's
+/// logits.
 ///
-/// Costs E / k times the experts of a forward pass. Memory: the inputs `[T, H]` and logits `[T, E]` of a wave in one layer; the logits
-/// of all layers where other statistics ask for gradients, with which experts are shown in the backward sweep.
+/// Costs E / k times the experts of a forward pass. Memory: the inputs `[T, H]` and logits `[T, E]` of a wave in one
+/// layer; the logits of all layers where other statistics ask for gradients, with which experts are shown in the
+/// backward sweep.
 pub(crate) struct DenseMeans<'m> {
     model: &'m Model,
     specs: [StatisticSpec; 3],

@@ -12,8 +12,8 @@ use crate::merged::weights::{LayerRecord, read_group};
 use crate::router::{RouterConfig, RouterMix, RouterRule};
 use crate::{Error, Result};
 
-/// Shows one layer as a merge leaves it: experts of a group are the merged one, experts whose router rows go cannot be routed to,
-/// the others' rows and biases are the mixed ones.
+/// Shows one layer as a merge leaves it: experts of a group are the merged one, experts whose router rows go cannot be
+/// routed to, the others' rows and biases are the mixed ones.
 pub(super) struct LayerOverlay {
     dir: PathBuf,
     checkpoint: Arc<Checkpoint>,

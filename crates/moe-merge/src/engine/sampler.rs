@@ -11,8 +11,9 @@ use serde_json::{Value, json};
 
 use crate::evidence::sample::{KEY, columns, sample_name};
 
-/// Keeps the same `size` tokens of every layer: those whose identity (wave and place) hashes to the smallest numbers. So the
-/// sample depends neither on the order of the waves nor on which layer is looked at, and every token is as likely as any other.
+/// Keeps the same `size` tokens of every layer: those whose identity (wave and place) hashes to the smallest numbers.
+/// So the sample depends neither on the order of the waves nor on which layer is looked at, and every token is as
+/// likely as any other.
 ///
 /// Memory per layer: `8 (H + E + 2 k)` bytes for each sampled token.
 #[derive(Debug)]

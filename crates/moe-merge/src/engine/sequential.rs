@@ -23,10 +23,10 @@ use crate::planner::protected_experts;
 use crate::recipe::Recipe;
 use crate::{Error, Result, Scope};
 
-/// Merges a model layer by layer: all waves run through a layer, the layer is merged on what they showed, and the next layer
-/// sees the merged one's outputs (REAM, arXiv 2604.04356, step 7). Merged experts go to `dir`, an artifact from which
-/// [`MergePlan::on`] makes the model in any form, as often as wanted. A run that was interrupted goes on with the layers that
-/// `dir` has.
+/// Merges a model layer by layer: all waves run through a layer, the layer is merged on what they showed, and the next
+/// layer sees the merged one's outputs (REAM, arXiv 2604.04356, step 7). Merged experts go to `dir`, an artifact from
+/// which [`MergePlan::on`] makes the model in any form, as often as wanted. A run that was interrupted goes on with the
+/// layers that `dir` has.
 ///
 /// ```no_run
 /// use moe_checkpoint::{ProtectionMask, WriteOptions, write};

@@ -116,8 +116,8 @@ impl LayerEvidence {
 
 /// What is known of a model, layer by layer.
 ///
-/// Sums, Grams and mean outputs over routed tokens come from [`Statistics`]; samples and mean outputs over all tokens from the
-/// collectors of feature `engine`. Memory is that
+/// Sums, Grams and mean outputs over routed tokens come from [`Statistics`]; samples and mean outputs over all tokens
+/// from the collectors of feature `engine`. Memory is that
 /// of the samples: per layer and sampled token, `4 (H + E + 2 k)` bytes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Evidence {
@@ -135,9 +135,9 @@ impl Evidence {
         Self { model: checkpoint.fingerprint(), data: String::new(), layers: Vec::new() }
     }
 
-    /// What `statistics` say: every array with a number per expert, `routing.logit_gram`, mean outputs over routed tokens from
-    /// `output.moments`, and what [`EvidenceOptions`](crate::EvidenceOptions) has observed beside: mean outputs over all tokens,
-    /// and samples.
+    /// What `statistics` say: every array with a number per expert, `routing.logit_gram`, mean outputs over routed
+    /// tokens from `output.moments`, and what [`EvidenceOptions`](crate::EvidenceOptions) has observed beside: mean
+    /// outputs over all tokens, and samples.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] for one of these arrays of another kind.

@@ -1,10 +1,10 @@
 //! Some of the tokens that an MoE layer saw.
 
-/// Tokens of one MoE layer: what its router and experts read, and how they were routed. `S` tokens, of all tokens whether
-/// routed to an expert or not.
+/// Tokens of one MoE layer: what its router and experts read, and how they were routed. `S` tokens, of all tokens
+/// whether routed to an expert or not.
 ///
-/// With the weights, everything that merging fits on calibration data follows from it: unit activations, expert outputs, the
-/// Gram matrices of least squares. A method sees as much of the data as was sampled, up to all of it.
+/// With the weights, everything that merging fits on calibration data follows from it: unit activations, expert
+/// outputs, the Gram matrices of least squares. A method sees as much of the data as was sampled, up to all of it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TokenSample {
     /// Inputs of router and experts `[S, H]`.
@@ -23,11 +23,12 @@ pub struct TokenSample {
     pub top_k: usize,
 }
 
-/// Numbers that order the rows of a sample in statistics: the hash of a token in four parts of 16 bits, its wave in four, its
-/// place in the wave in two.
+/// Numbers that order the rows of a sample in statistics: the hash of a token in four parts of 16 bits, its wave in
+/// four, its place in the wave in two.
 pub(crate) const KEY: usize = 10;
 
-/// Name of the sample of a layer in statistics: rows of key, input `[H]`, logits `[E]`, selected experts `[k]` and weights `[k]`.
+/// Name of the sample of a layer in statistics: rows of key, input `[H]`, logits `[E]`, selected experts `[k]` and
+/// weights `[k]`.
 pub(crate) fn sample_name(layer: usize) -> String {
     format!("sample.{layer}")
 }

@@ -17,8 +17,8 @@ pub(super) enum Center {
     Direction,
 }
 
-/// k-means++ with restarts on points given by their inner products; labels `[n]` of the run with the smallest cost, all of
-/// `clusters` used. Ties and random choices go by the order of the points.
+/// k-means++ with restarts on points given by their inner products; labels `[n]` of the run with the smallest cost, all
+/// of `clusters` used. Ties and random choices go by the order of the points.
 pub(super) fn kmeans(gram: &Gram, clusters: usize, center: Center, seed: u64, restarts: usize) -> Vec<usize> {
     let normalized;
     let gram = match center {
@@ -41,7 +41,8 @@ pub(super) fn kmeans(gram: &Gram, clusters: usize, center: Center, seed: u64, re
     best.map(|(_, labels)| labels).unwrap_or_default()
 }
 
-/// Seeds: the first at random, each next with probability proportional to its squared distance from the nearest one so far.
+/// Seeds: the first at random, each next with probability proportional to its squared distance from the nearest one so
+/// far.
 fn plus_plus(gram: &Gram, clusters: usize, rng: &mut ChaCha8Rng) -> Vec<usize> {
     let n = gram.count;
     let mut seeds = vec![rng.random_range(0..n)];

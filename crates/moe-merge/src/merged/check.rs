@@ -63,9 +63,10 @@ pub(super) fn evidence(plan: &MergePlan, given: Option<&Arc<Evidence>>) -> Resul
 }
 
 impl Recipe {
-    /// Refuses what config and headers of a model show to be impossible, before evidence is collected: a model whose experts
-    /// share weights already, a form that has no place for the router or for layers of different sizes, routing by groups of experts
-    /// that the budget does not leave alike, layers that predict further tokens without a choice for them.
+    /// Refuses what config and headers of a model show to be impossible, before evidence is collected: a model whose
+    /// experts share weights already, a form that has no place for the router or for layers of different sizes, routing
+    /// by groups of experts that the budget does not leave alike, layers that predict further tokens without a choice
+    /// for them.
     ///
     /// ```no_run
     /// use moe_checkpoint::Checkpoint;

@@ -47,8 +47,8 @@ impl Slice {
 }
 
 impl MadeLayer {
-    /// Takes the experts of a layer as `combine` gives them; changed ones wait in an anonymous file in `dir`. Group `g` is stored
-    /// in the dtypes of expert `like[g]`, with `widths[g]` units.
+    /// Takes the experts of a layer as `combine` gives them; changed ones wait in an anonymous file in `dir`. Group `g`
+    /// is stored in the dtypes of expert `like[g]`, with `widths[g]` units.
     pub fn fill(
         from: &Checkpoint,
         layer: usize,

@@ -111,8 +111,8 @@ pub(super) fn combine(
     recipe.combination.combine(&job, sink)
 }
 
-/// Does some work on threads of its own. Whoever waits for it may be a thread of a pool, and would take up other work of that pool
-/// while it waits: perhaps work that needs this very outcome.
+/// Does some work on threads of its own. Whoever waits for it may be a thread of a pool, and would take up other work
+/// of that pool while it waits: perhaps work that needs this very outcome.
 fn apart<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(rayon::current_num_threads()).build();
     let pool = pool.map_err(|error| Error::numerics("threads to merge experts on", error))?;

@@ -22,8 +22,9 @@ const RUN_FILE: &str = "run.json";
 /// Version of that file.
 const VERSION: u64 = 1;
 
-/// Experts that a plan merged, in the dtypes of the checkpoint: of a [plan](MergePlan::compute), or of a model that was merged layer by
-/// layer. A directory with one file per layer and one per changed group; `plan.json` is there when it is complete.
+/// Experts that a plan merged, in the dtypes of the checkpoint: of a [plan](MergePlan::compute), or of a model that was
+/// merged layer by layer. A directory with one file per layer and one per changed group; `plan.json` is there when it
+/// is complete.
 #[derive(Clone, Debug)]
 pub struct MergedWeights {
     dir: PathBuf,

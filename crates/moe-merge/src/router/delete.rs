@@ -3,8 +3,8 @@
 use super::{RouterMix, RouterRule};
 use crate::plan::LayerPlan;
 
-/// Rows (and biases) of experts that are not dominant are deleted: tokens that selected them go to whoever comes next. What
-/// REAM (arXiv 2604.04356) and DERN (arXiv 2509.10377) do.
+/// Rows (and biases) of experts that are not dominant are deleted: tokens that selected them go to whoever comes next.
+/// What REAM (arXiv 2604.04356) and DERN (arXiv 2509.10377) do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Delete;
 

@@ -5,10 +5,12 @@ use serde::{Deserialize, Serialize};
 use super::{RouterMix, RouterRule};
 use crate::plan::LayerPlan;
 
-/// One row per group: the mean of its members' rows (and biases) with the weights of the group. Rows of dissolved experts go.
+/// One row per group: the mean of its members' rows (and biases) with the weights of the group. Rows of dissolved
+/// experts go.
 ///
-/// Source: UNCURL (how its router is merged is inferred). With equal rows, a bias of `ln(members)` on the logit of a group makes
-/// the merge exact under a softmax over all experts; only families with a bias on the router's logits have a place for it.
+/// Source: UNCURL (how its router is merged is inferred). With equal rows, a bias of `ln(members)` on the logit of a
+/// group makes the merge exact under a softmax over all experts; only families with a bias on the router's logits have
+/// a place for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MergeRows {

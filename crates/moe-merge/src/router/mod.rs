@@ -34,8 +34,8 @@ pub struct RouterMix {
 
 /// Makes a router for the groups of a layer.
 pub trait RouterRule {
-    /// The new rows; `None` if all E rows stay and an index map leads to the groups, so that the weights of members of one
-    /// group that a token selects add up.
+    /// The new rows; `None` if all E rows stay and an index map leads to the groups, so that the weights of members of
+    /// one group that a token selects add up.
     fn mix(&self, plan: &LayerPlan) -> Option<RouterMix>;
 }
 

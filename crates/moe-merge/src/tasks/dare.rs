@@ -9,8 +9,9 @@ use moe_checkpoint::{ExpertId, ExpertPart};
 use super::{TaskArithmetic, TaskRule, Ties};
 use crate::{Error, Result};
 
-/// Drops each element of each task vector with probability `drop` and divides the others by `1 - drop`, so that the expected change stays;
-/// then merges by another rule. Which elements go depends on the seed, the task and the place of the tensor only.
+/// Drops each element of each task vector with probability `drop` and divides the others by `1 - drop`, so that the
+/// expected change stays; then merges by another rule. Which elements go depends on the seed, the task and the place of
+/// the tensor only.
 ///
 /// Source: DARE (arXiv 2311.03099).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

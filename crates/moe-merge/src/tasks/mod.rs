@@ -1,8 +1,8 @@
 //! Several fine-tuned checkpoints of one base, merged expert by expert.
 //!
-//! A *task vector* is what fine-tuning changed, `tau_k = theta_k - theta_0`. Rules here work on one matrix of one expert at a time, so
-//! that memory stays at that of a few experts whatever the model; everything outside the routed experts stays that of the base, which the
-//! report tells kind by kind.
+//! A *task vector* is what fine-tuning changed, `tau_k = theta_k - theta_0`. Rules here work on one matrix of one
+//! expert at a time, so that memory stays at that of a few experts whatever the model; everything outside the routed
+//! experts stays that of the base, which the report tells kind by kind.
 
 mod arithmetic;
 mod dare;
@@ -23,7 +23,8 @@ use crate::{Error, Result};
 
 /// Turns task vectors of one tensor into what is added to the base.
 pub trait TaskRule {
-    /// The change of a part of an expert, from those of the tasks, all of one length. Task vectors may be used as scratch.
+    /// The change of a part of an expert, from those of the tasks, all of one length. Task vectors may be used as
+    /// scratch.
     fn change(&self, expert: ExpertId, part: ExpertPart, tasks: Vec<Vec<f32>>) -> Vec<f32>;
 
     /// Checks the parameters, for this number of tasks.
@@ -159,9 +160,9 @@ pub struct TaskRecord {
 }
 
 impl TaskRuleConfig {
-    /// The model whose routed experts are those of `base` with the changes of several fine-tuned models, merged by this rule. Parts
-    /// of experts that no task changed are those of the base, bit for bit; everything outside the routed experts is, and the
-    /// report says what of it a task has changed.
+    /// The model whose routed experts are those of `base` with the changes of several fine-tuned models, merged by this
+    /// rule. Parts of experts that no task changed are those of the base, bit for bit; everything outside the routed
+    /// experts is, and the report says what of it a task has changed.
     ///
     /// Memory is that of one matrix per task. Reads everything outside the routed experts once, to compare it.
     ///
@@ -179,8 +180,8 @@ impl TaskRuleConfig {
     /// ```
     ///
     /// # Errors
-    /// [`Error::InvalidParameter`] for a rule that does not go with so many tasks, or none; [`Error::InvalidEvidence`] naming the
-    /// model whose experts differ from the base's in shape.
+    /// [`Error::InvalidParameter`] for a rule that does not go with so many tasks, or none; [`Error::InvalidEvidence`]
+    /// naming the model whose experts differ from the base's in shape.
     pub fn on(&self, base: &Arc<Checkpoint>, tuned: &[Arc<Checkpoint>]) -> Result<MergedTasks> {
         if tuned.is_empty() {
             return Err(Error::parameter("tuned", "no checkpoint", "at least one"));

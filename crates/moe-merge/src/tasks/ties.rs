@@ -7,11 +7,11 @@ use moe_checkpoint::{ExpertId, ExpertPart};
 use super::TaskRule;
 use crate::{Error, Result};
 
-/// Trim each task vector to its largest elements, elect for each element the sign of their sum, and add the mean of those that
-/// have it: `theta_0 + scale * mean_{k: sign agrees} tau_k`.
+/// Trim each task vector to its largest elements, elect for each element the sign of their sum, and add the mean of
+/// those that have it: `theta_0 + scale * mean_{k: sign agrees} tau_k`.
 ///
-/// Source: TIES-Merging (arXiv 2306.01708). The paper trims over the whole model; here each matrix of each expert is trimmed by itself,
-/// exactly `floor(density * n)` elements of it, ties to the earlier one.
+/// Source: TIES-Merging (arXiv 2306.01708). The paper trims over the whole model; here each matrix of each expert is
+/// trimmed by itself, exactly `floor(density * n)` elements of it, ties to the earlier one.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ties {

@@ -11,12 +11,15 @@ use super::report::DeltaReport;
 use super::source::{Opened, TaskVector, elements};
 use crate::{Error, Result};
 
-/// Keeps the largest elements of a task vector, by magnitude over all its tensors together, and codes them in a few bits each.
+/// Keeps the largest elements of a task vector, by magnitude over all its tensors together, and codes them in a few
+/// bits each.
 ///
-/// Source: ComPEFT (arXiv 2311.13171). Exactly `floor(density * elements)` elements are kept, the earlier of equal ones first (tensors in the order of
-/// their names); the authors' code keeps one more, and all ties. Elements that are 0 need no place.
+/// Source: ComPEFT (arXiv 2311.13171). Exactly `floor(density * elements)` elements are kept, the earlier of equal ones
+/// first (tensors in the order of their names); the authors' code keeps one more, and all ties. Elements that are 0
+/// need no place.
 ///
-/// Two passes over the tensors find sigma and the threshold, a third one writes; memory is that of one piece of a tensor.
+/// Two passes over the tensors find sigma and the threshold, a third one writes; memory is that of one piece of a
+/// tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ComPeft {
@@ -30,12 +33,14 @@ pub struct ComPeft {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KeptValues {
-    /// `alpha sigma` with the element's sign; sigma is the unbiased standard deviation of the whole task vector about its mean.
+    /// `alpha sigma` with the element's sign; sigma is the unbiased standard deviation of the whole task vector about
+    /// its mean.
     Scaled {
         /// Factor, above 0; tuned on validation data, about 0.5 to 10.
         alpha: f64,
     },
-    /// The mean of the kept elements, signs included, with the element's sign: the `replace_factor` of -2 in the authors' code.
+    /// The mean of the kept elements, signs included, with the element's sign: the `replace_factor` of -2 in the
+    /// authors' code.
     SignedMean,
     /// The mean magnitude of the kept elements with the element's sign: sparse ternary compression (arXiv 1903.02891).
     MeanMagnitude,
@@ -87,8 +92,8 @@ impl ComPeft {
     /// Writes the delta file, which appears whole or not at all.
     ///
     /// # Errors
-    /// [`Error::Input`] for options out of range, tensors that differ in name or shape from those of the base, and elements that are not finite;
-    /// [`Error::Unsupported`] for quantized weights; what reading and writing fails with.
+    /// [`Error::Input`] for options out of range, tensors that differ in name or shape from those of the base, and
+    /// elements that are not finite; [`Error::Unsupported`] for quantized weights; what reading and writing fails with.
     pub fn encode(&self, from: TaskVector<'_>, to: &Path) -> Result<DeltaReport> {
         self.validate()?;
         let source = from.open()?;
@@ -162,7 +167,8 @@ impl Selection {
         true
     }
 
-    /// The constant, rounded to f16 where that has all its digits, and to f32 where it is too small or too large for it.
+    /// The constant, rounded to f16 where that has all its digits, and to f32 where it is too small or too large for
+    /// it.
     fn scale(&self, values: KeptValues) -> Result<f32> {
         let kept = self.kept.max(1) as f64;
         let scale = match values {
@@ -187,7 +193,8 @@ fn magnitude(value: f32) -> u32 {
     value.to_bits() & 0x7FFF_FFFF
 }
 
-/// Sigma, and the exact threshold by counting: first the upper halves of all magnitudes, then the lower halves of those in the bucket of the threshold.
+/// Sigma, and the exact threshold by counting: first the upper halves of all magnitudes, then the lower halves of those
+/// in the bucket of the threshold.
 fn select(source: &Opened<'_>, density: f64) -> Result<Selection> {
     let total: u64 = source.tensors().iter().map(elements).sum();
     let mut spread = Spread::default();

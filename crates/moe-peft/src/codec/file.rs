@@ -214,7 +214,8 @@ impl Delta {
     /// Reads the table, and the payload once to check its digest.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::File`](crate::Error::File) names what is wrong with a file that is cut short, changed, of another version or no delta.
+    /// [`Error::Io`]; [`Error::File`](crate::Error::File) names what is wrong with a file that is cut short, changed,
+    /// of another version or no delta.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let wrong = |what: &str, found: String, expected: String| Error::File {

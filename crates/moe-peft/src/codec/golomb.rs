@@ -1,7 +1,8 @@
 //! Golomb-Rice coding of sparse signs.
 //!
-//! A kept position is the gap to the one before it (its index for the first), as quotient by `2^b` in unary (ones, then a zero) and remainder in
-//! b bits, then a payload of its own: one sign bit, or the bits of a value. Bits fill bytes from the top; the last byte ends in zeros.
+//! A kept position is the gap to the one before it (its index for the first), as quotient by `2^b` in unary (ones, then
+//! a zero) and remainder in b bits, then a payload of its own: one sign bit, or the bits of a value. Bits fill bytes
+//! from the top; the last byte ends in zeros.
 
 use std::io::{Read, Write};
 
@@ -112,7 +113,8 @@ impl<R: Read> BitReader<R> {
     }
 }
 
-/// Rice parameter for a share q of kept positions: `1 + floor(log2(ln(phi - 1) / ln(1 - q)))` with the golden ratio phi, and at least 0.
+/// Rice parameter for a share q of kept positions: `1 + floor(log2(ln(phi - 1) / ln(1 - q)))` with the golden ratio
+/// phi, and at least 0.
 ///
 /// Source: sparse ternary compression (arXiv 1903.02891), for Bernoulli positions.
 pub fn rice_parameter(q: f64) -> u32 {

@@ -1,8 +1,9 @@
 //! Task vectors as files: what fine-tuning changed, and little else.
 //!
-//! A [`TaskVector`] is the difference of two checkpoints, or an adapter. [`ComPeft`] keeps its largest elements as signs at coded positions, a [`PlainDelta`]
-//! whole tensors or dense differences; both write a [`Delta`] file (`docs/delta-format.md`), which [`Delta::on`] adds to the base, as a model of
-//! its own, or [`Delta::restore_adapter`] turns back into an adapter. Checkpoints are streams: no pass holds more than a piece of a tensor.
+//! A [`TaskVector`] is the difference of two checkpoints, or an adapter. [`ComPeft`] keeps its largest elements as
+//! signs at coded positions, a [`PlainDelta`] whole tensors or dense differences; both write a [`Delta`] file
+//! (`docs/delta-format.md`), which [`Delta::on`] adds to the base, as a model of its own, or [`Delta::restore_adapter`]
+//! turns back into an adapter. Checkpoints are streams: no pass holds more than a piece of a tensor.
 //!
 //! ```no_run
 //! use moe_checkpoint::{Checkpoint, WriteOptions, write};

@@ -22,8 +22,9 @@ const BUFFER: usize = 1 << 16;
 
 /// A base with a delta added: what fine-tuning made of it, as far as the delta has it.
 ///
-/// Everything reads the [model](Patched::model) as it reads a directory. Sums are made piece by piece when they are asked for, and rounded
-/// to the dtype of the base; tensors that the delta does not have are those of the base, byte for byte.
+/// Everything reads the [model](Patched::model) as it reads a directory. Sums are made piece by piece when they are
+/// asked for, and rounded to the dtype of the base; tensors that the delta does not have are those of the base, byte
+/// for byte.
 pub struct Patched {
     model: Arc<Checkpoint>,
     tensors: Vec<String>,
@@ -51,9 +52,9 @@ impl Delta {
     /// Adds the delta to `base`. Its payload is read once, to find where the pieces of each tensor begin.
     ///
     /// # Errors
-    /// [`Error::File`] for a delta of another base or of an adapter, of other tensors, and with a damaged payload. Later, of reading the
-    /// model: those of reading the file, and [`moe_checkpoint::Error::Method`] for sums that are not finite or too large for their dtype,
-    /// naming the tensor.
+    /// [`Error::File`] for a delta of another base or of an adapter, of other tensors, and with a damaged payload.
+    /// Later, of reading the model: those of reading the file, and [`moe_checkpoint::Error::Method`] for sums that are
+    /// not finite or too large for their dtype, naming the tensor.
     pub fn on(&self, base: &Arc<Checkpoint>) -> Result<Patched> {
         match &self.table().base {
             DeltaBase::Checkpoint { fingerprint } if base.is_model(fingerprint) => {}

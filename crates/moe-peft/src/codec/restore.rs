@@ -12,11 +12,12 @@ use super::source::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
 use crate::Result;
 
 impl Delta {
-    /// Writes the adapter that the delta was made from, as far as the delta has it, to the directory `to`, which appears whole or not at all;
-    /// the file of its weights. Memory is that of the adapter.
+    /// Writes the adapter that the delta was made from, as far as the delta has it, to the directory `to`, which
+    /// appears whole or not at all; the file of its weights. Memory is that of the adapter.
     ///
     /// # Errors
-    /// [`Error::File`](crate::Error::File) for a delta of a checkpoint, before anything is written; those of the file system.
+    /// [`Error::File`](crate::Error::File) for a delta of a checkpoint, before anything is written; those of the file
+    /// system.
     pub fn restore_adapter(&self, to: &Path, existing: Existing) -> Result<PathBuf> {
         let DeltaBase::Adapter { start, config } = &self.table().base else {
             return Err(self.wrong("base", "a checkpoint", "an adapter"));

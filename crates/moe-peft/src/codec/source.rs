@@ -26,7 +26,8 @@ pub enum TaskVector<'a> {
         /// What came of it.
         tuned: &'a Checkpoint,
     },
-    /// An adapter in PEFT's format: its tensors less a constant, which is 0 for LoRA (A and B are themselves the task vector) and 1 for (IA)3.
+    /// An adapter in PEFT's format: its tensors less a constant, which is 0 for LoRA (A and B are themselves the task
+    /// vector) and 1 for (IA)3.
     Adapter {
         /// The directory.
         directory: &'a Path,
@@ -135,7 +136,8 @@ impl Opened<'_> {
         Ok(())
     }
 
-    /// Calls `f` with the elements of the task vector of one tensor after the other, in order, by pieces of at most [`CHUNK`].
+    /// Calls `f` with the elements of the task vector of one tensor after the other, in order, by pieces of at most
+    /// [`CHUNK`].
     pub fn stream(&self, mut f: impl FnMut(&TensorSpec, &[f32]) -> Result<()>) -> Result<()> {
         let (mut after, mut before) = (Vec::new(), Vec::new());
         for tensor in self.tensors() {

@@ -1,9 +1,10 @@
 //! Compressed experts in a file.
 //!
-//! `compressed_experts.safetensors`, f32. Per MoE layer, where experts are no wider than the hidden size, `layers.L.compressed_experts`
-//! `[E, 3, H]` as in the reference: factors on gate inputs, on units, of which the first I count, and on up inputs. For wider experts,
-//! which that layout cannot hold, `layers.L.compressed_experts.gate` `[E, H]`, `.units` `[E, I]` and `.up` `[E, H]`. The metadata entry
-//! `compressed_experts` is JSON: `version` 1 and `auxiliary`.
+//! `compressed_experts.safetensors`, f32. Per MoE layer, where experts are no wider than the hidden size,
+//! `layers.L.compressed_experts` `[E, 3, H]` as in the reference: factors on gate inputs, on units, of which the first
+//! I count, and on up inputs. For wider experts, which that layout cannot hold, `layers.L.compressed_experts.gate` `[E,
+//! H]`, `.units` `[E, I]` and `.up` `[E, H]`. The metadata entry `compressed_experts` is JSON: `version` 1 and
+//! `auxiliary`.
 
 use std::path::Path;
 
@@ -57,7 +58,8 @@ impl CompressedLayers {
     /// Adds the compressed experts of a file to `set`.
     ///
     /// # Errors
-    /// What keeps [`CompressedExperts`] from being installed; [`Error::File`] for a file of something else or of another model, [`Error::Io`] if it cannot be read.
+    /// What keeps [`CompressedExperts`] from being installed; [`Error::File`] for a file of something else or of
+    /// another model, [`Error::Io`] if it cannot be read.
     pub fn load(path: impl AsRef<Path>, model: &Model, set: &mut AdapterSet) -> Result<Self> {
         let path = path.as_ref();
         let bytes = read(path)?;

@@ -1,14 +1,15 @@
 //! Compressed experts: the last experts of a token become factors on what the first ones read.
 //!
-//! Source: "Efficiently Editing Mixture-of-Experts Models with Compressed Experts", arXiv 2503.00634, and its code. Of the k experts
-//! `e_1 .. e_k` that routing gives a token, best first, with weights `w_1 .. w_k`, the first `m = k - n` run. Each expert of the layer has a
-//! compressed form `CE[e]`: factors on the input of its gate projection `[H]`, on its units `[I]` and on the input of its up projection
-//! `[H]`, all 1 at first. Those of the last n experts are mixed by their weights, `c = sum q_i CE[e_i]` with `q_i = w_i / sum of the last n`,
-//! and every expert of the token that runs is `f(x; c) = down((act(gate (x * c1)) * (up (x * c3))) * c2)`. Weights stay as they are:
-//! those of the m experts are not divided by their sum again. Shared experts are not modulated.
+//! Source: "Efficiently Editing Mixture-of-Experts Models with Compressed Experts", arXiv 2503.00634, and its code. Of
+//! the k experts `e_1 .. e_k` that routing gives a token, best first, with weights `w_1 .. w_k`, the first `m = k - n`
+//! run. Each expert of the layer has a compressed form `CE[e]`: factors on the input of its gate projection `[H]`, on
+//! its units `[I]` and on the input of its up projection `[H]`, all 1 at first. Those of the last n experts are mixed
+//! by their weights, `c = sum q_i CE[e_i]` with `q_i = w_i / sum of the last n`, and every expert of the token that
+//! runs is `f(x; c) = down((act(gate (x * c1)) * (up (x * c3))) * c2)`. Weights stay as they are: those of the m
+//! experts are not divided by their sum again. Shared experts are not modulated.
 //!
-//! The router learns through the weights of the experts that run and through q. Where the last n weights sum to nothing, q is equal shares
-//! and has no gradient. A training-free start is the model with its m best experts.
+//! The router learns through the weights of the experts that run and through q. Where the last n weights sum to
+//! nothing, q is equal shares and has no gradient. A training-free start is the model with its m best experts.
 
 mod file;
 
@@ -37,7 +38,8 @@ pub struct CompressedExperts {
     pub auxiliary: usize,
 }
 
-/// The compressed experts of a model, by decoder layer: `[E, 2H + I]`, the factors on gate inputs, on units, and on up inputs of each.
+/// The compressed experts of a model, by decoder layer: `[E, 2H + I]`, the factors on gate inputs, on units, and on up
+/// inputs of each.
 #[derive(Clone, Debug, Default)]
 pub struct CompressedLayers {
     auxiliary: usize,
@@ -84,7 +86,8 @@ impl CompressedExperts {
 
 impl CompressedExperts {
     /// # Errors
-    /// [`Error::Input`] if no expert of a token would run, experts of a layer differ in width, or there is no routed expert.
+    /// [`Error::Input`] if no expert of a token would run, experts of a layer differ in width, or there is no routed
+    /// expert.
     fn validate(&self, model: &Model) -> Result<()> {
         let config = model.config();
         let moe = (0..config.layers.len()).filter_map(|layer| Some((layer, config.moe(layer)?)));

@@ -1,8 +1,8 @@
 //! Biases and condensers beside a checkpoint.
 //!
-//! `condensers.safetensors`: per MoE layer `layers.L.bias` f32 `[E]`, `layers.L.usage` f64 `[E]`, `layers.L.routed` u64 `[E]` and, once
-//! selected, `layers.L.condensers` u32 `[r]`, ascending; `r` may be 0. The metadata entry `condensers` is JSON: `version` 1 and `options`
-//! as [`CondenserOptions`].
+//! `condensers.safetensors`: per MoE layer `layers.L.bias` f32 `[E]`, `layers.L.usage` f64 `[E]`, `layers.L.routed` u64
+//! `[E]` and, once selected, `layers.L.condensers` u32 `[r]`, ascending; `r` may be 0. The metadata entry `condensers`
+//! is JSON: `version` 1 and `options` as [`CondenserOptions`].
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -49,8 +49,8 @@ impl Condensers {
     /// Reads a file of [`save`](Self::save) for a model with this configuration.
     ///
     /// # Errors
-    /// As [`new`](Self::new); [`Error::File`](crate::Error::File) and [`Error::Input`](crate::Error::Input) for a file of something else or of
-    /// another model, [`Error::Io`](crate::Error::Io) if it cannot be read.
+    /// As [`new`](Self::new); [`Error::File`](crate::Error::File) and [`Error::Input`](crate::Error::Input) for a file
+    /// of something else or of another model, [`Error::Io`](crate::Error::Io) if it cannot be read.
     pub fn load(path: impl AsRef<Path>, config: &ModelConfig) -> Result<Self> {
         let path = path.as_ref();
         let bytes = read(path)?;

@@ -1,26 +1,29 @@
 //! Condenser experts: routing made more uneven by a bias, and a few experts that every token passes.
 //!
 //! Source: "Preserving Long-Tailed Expert Information in Mixture-of-Experts Tuning", arXiv 2604.23036, and its code
-//! HectorHHZ/ExpertCondenser. In an MoE layer with logits `z [E]` of a token, a bias `b [E]` that no gradient trains, and condensers C:
+//! HectorHHZ/ExpertCondenser. In an MoE layer with logits `z [E]` of a token, a bias `b [E]` that no gradient trains,
+//! and condensers C:
 //!
 //! 1. `p = softmax(z + b)` over all experts: the bias changes weights as well as the choice.
-//! 2. [`CondenserMode::Additive`], the code: the k experts of the largest p, and then C, k + r in all. An expert that is in both counts twice: it
-//!    runs once, with twice its weight. [`CondenserMode::Budget`], the paper's equation 2: the k - r largest outside C, and then C.
-//! 3. Weights are p; where the model normalizes them, divided by their sum over the whole list (twice what counts twice); times the model's
-//!    scale.
+//! 2. [`CondenserMode::Additive`], the code: the k experts of the largest p, and then C, k + r in all. An expert that
+//!    is in both counts twice: it runs once, with twice its weight. [`CondenserMode::Budget`], the paper's equation 2:
+//!    the k - r largest outside C, and then C.
+//! 3. Weights are p; where the model normalizes them, divided by their sum over the whole list (twice what counts
+//!    twice); times the model's scale.
 //!
-//! After each optimizer step, `b_e += speed` where the expert's use `u_e = sum_t p_te` over all tokens of the step is above the mean of the
-//! layer, `b_e -= speed` where it is below: busy experts gain. Phase one learns the bias without condensers; then [`Condensers::select`]
-//! makes the r most starved experts of each layer condensers, once, and phase two trains on with a smaller speed.
+//! After each optimizer step, `b_e += speed` where the expert's use `u_e = sum_t p_te` over all tokens of the step is
+//! above the mean of the layer, `b_e -= speed` where it is below: busy experts gain. Phase one learns the bias without
+//! condensers; then [`Condensers::select`] makes the r most starved experts of each layer condensers, once, and phase
+//! two trains on with a smaller speed.
 //!
-//! Use is taken from the forward pass of sweeps that train, once per wave, and the bias changes only in [`Condensers::step`], so that nothing
-//! that is computed again sees another bias. Bias, use and condensers are saved [beside a checkpoint](Condensers::save); a stock runtime that
-//! ignores them runs another model.
+//! Use is taken from the forward pass of sweeps that train, once per wave, and the bias changes only in
+//! [`Condensers::step`], so that nothing that is computed again sees another bias. Bias, use and condensers are saved
+//! [beside a checkpoint](Condensers::save); a stock runtime that ignores them runs another model.
 //!
-//! Chosen where the sources are silent or look mistaken: condensers are existing routed experts, as in the code; with groups of experts,
-//! groups are ranked by biased scores and limit the choice, while p stays the softmax over all experts, so that a model without bias
-//! and condensers is the stock model and a condenser outside the chosen groups has a weight. Rules other than a softmax have no place for a
-//! bias inside it and are refused.
+//! Chosen where the sources are silent or look mistaken: condensers are existing routed experts, as in the code; with
+//! groups of experts, groups are ranked by biased scores and limit the choice, while p stays the softmax over all
+//! experts, so that a model without bias and condensers is the stock model and a condenser outside the chosen groups
+//! has a weight. Rules other than a softmax have no place for a bias inside it and are refused.
 
 mod file;
 mod rule;
@@ -71,8 +74,8 @@ pub enum Center {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CondenserOptions {
-    /// What a step adds to or takes from the bias of an expert; 0 or more. In phase one the code takes 1e-3 for Qwen1.5-MoE and 1e-4 for
-    /// OLMoE and DeepSeek-V2-Lite, in phase two 5e-5.
+    /// What a step adds to or takes from the bias of an expert; 0 or more. In phase one the code takes 1e-3 for
+    /// Qwen1.5-MoE and 1e-4 for OLMoE and DeepSeek-V2-Lite, in phase two 5e-5.
     pub speed: f32,
     /// How condensers join.
     pub mode: CondenserMode,
@@ -104,7 +107,8 @@ impl CondenserOptions {
     }
 }
 
-/// Biases and condensers of all MoE layers of a model: a [`RoutingOverlay`] to run the model under, and the [`TrainingHooks`] that moves the bias.
+/// Biases and condensers of all MoE layers of a model: a [`RoutingOverlay`] to run the model under, and the
+/// [`TrainingHooks`] that moves the bias.
 #[derive(Debug)]
 pub struct Condensers {
     layers: BTreeMap<usize, Arc<LayerRule>>,
@@ -128,8 +132,8 @@ impl Condensers {
     /// Zero biases and no condensers, for a model with this configuration.
     ///
     /// # Errors
-    /// [`Error::Input`] for options out of range or a model without experts; [`Error::Unsupported`] for a rule without a softmax over all
-    /// experts.
+    /// [`Error::Input`] for options out of range or a model without experts; [`Error::Unsupported`] for a rule without
+    /// a softmax over all experts.
     pub fn new(config: &ModelConfig, options: CondenserOptions) -> Result<Self> {
         options.validate()?;
         let name = match config.routing.kind {
@@ -174,7 +178,8 @@ impl Condensers {
         Arc::new(Overlay(self.layers.clone()))
     }
 
-    /// Has use counted in every sweep that trains adapters of `set`. The model must run under the [overlay](Self::overlay).
+    /// Has use counted in every sweep that trains adapters of `set`. The model must run under the
+    /// [overlay](Self::overlay).
     pub fn count_in(&self, set: &mut AdapterSet) {
         for (&layer, rule) in &self.layers {
             set.add_router(layer, rule.clone());
@@ -198,7 +203,8 @@ impl Condensers {
         Ok(model.with_overlays(model.expert_overlay().cloned(), Some(self.overlay()))?)
     }
 
-    /// Moves the biases by the use counted since the last step, and forgets that use. To be called once after each optimizer step.
+    /// Moves the biases by the use counted since the last step, and forgets that use. To be called once after each
+    /// optimizer step.
     pub fn step(&self) {
         let options = self.options();
         self.layers.values().for_each(|rule| rule.step(&options));
@@ -235,13 +241,13 @@ impl Condensers {
         self.layers.get(&layer).ok_or_else(|| Error::input("layer", layer, "one with routed experts"))
     }
 
-    /// Makes experts condensers: once, and never others. Those of a layer with the lowest bias (or the highest), on a tie the ones with the
-    /// lowest use so far, then the lowest index. Biases that moved by the same steps in the same direction are equal, so that ties are the
-    /// rule.
+    /// Makes experts condensers: once, and never others. Those of a layer with the lowest bias (or the highest), on a
+    /// tie the ones with the lowest use so far, then the lowest index. Biases that moved by the same steps in the same
+    /// direction are equal, so that ties are the rule.
     ///
     /// # Errors
-    /// [`Error::Input`] if condensers were selected before, if there are more than the layers or the mode allow, and if the bias
-    /// of a layer that gets some is zero: without phase one nothing says which experts starve.
+    /// [`Error::Input`] if condensers were selected before, if there are more than the layers or the mode allow, and if
+    /// the bias of a layer that gets some is zero: without phase one nothing says which experts starve.
     pub fn select(&self, counts: &CondenserCounts, starved: Starved) -> Result<()> {
         let learnt: BTreeMap<usize, CondenserLayer> = self.layers().filter_map(|l| Some((l, self.layer(l)?))).collect();
         if let Some((layer, _)) = learnt.iter().find(|(_, learnt)| learnt.condensers.is_some()) {
@@ -284,7 +290,8 @@ impl Condensers {
     /// Takes over what layers had learnt.
     ///
     /// # Errors
-    /// [`Error::Input`] for other layers, other numbers of experts, numbers that are not finite and experts that do not exist.
+    /// [`Error::Input`] for other layers, other numbers of experts, numbers that are not finite and experts that do not
+    /// exist.
     pub fn restore(&self, layers: BTreeMap<usize, CondenserLayer>) -> Result<()> {
         let (found, expected): (Vec<_>, Vec<_>) = (layers.keys().copied().collect(), self.layers().collect());
         if found != expected {

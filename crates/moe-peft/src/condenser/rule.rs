@@ -170,7 +170,8 @@ impl LayerRule {
         rows.flat_map(|row| row.iter().zip(bias).map(|(z, b)| z + b)).collect()
     }
 
-    /// How many times each expert of a token's list counts: those routed to come first, then condensers, then what only fills the list.
+    /// How many times each expert of a token's list counts: those routed to come first, then condensers, then what only
+    /// fills the list.
     fn multiplicity(&self, slot: usize, expert: u32, condensers: &[u32]) -> f32 {
         let first = match self.mode {
             CondenserMode::Additive => self.top_k,

@@ -24,7 +24,8 @@ pub enum Starved {
 pub enum LayerScore {
     /// The standard deviation of its biases.
     BiasDeviation,
-    /// The [Gini coefficient](gini) of how often each of its experts was routed to, to this power (the code tries 1, 2, 3 and 5).
+    /// The [Gini coefficient](gini) of how often each of its experts was routed to, to this power (the code tries 1, 2,
+    /// 3 and 5).
     Gini(f64),
 }
 
@@ -46,7 +47,8 @@ pub enum CondenserCounts {
         /// What a layer's share is proportional to.
         by: LayerScore,
     },
-    /// By thirds of the stack, the earlier ones the larger if they are not equal; the code tries 4-2-0, 0-2-4, 1-3-2 and 2-2-2.
+    /// By thirds of the stack, the earlier ones the larger if they are not equal; the code tries 4-2-0, 0-2-4, 1-3-2
+    /// and 2-2-2.
     Thirds(Depths),
 }
 
@@ -84,9 +86,9 @@ fn deviation(values: &[f32]) -> f64 {
     (values.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / n).sqrt()
 }
 
-/// Shares `total` out in proportion to `scores`, at most `cap` each: what would get more than the cap gets the cap, and the rest is shared
-/// out among the others, until nothing is above it; then by the largest remainders, the lower index first. Scores that are all zero count as
-/// equal.
+/// Shares `total` out in proportion to `scores`, at most `cap` each: what would get more than the cap gets the cap, and
+/// the rest is shared out among the others, until nothing is above it; then by the largest remainders, the lower index
+/// first. Scores that are all zero count as equal.
 fn share_out(total: usize, cap: usize, scores: &[f64]) -> Result<Vec<usize>> {
     if total > cap * scores.len() {
         let expected = format!("at most {cap} in each of {} layers", scores.len());
@@ -142,7 +144,8 @@ pub(super) fn starved(layer: &CondenserLayer, r: usize, which: Starved) -> Vec<u
     experts
 }
 
-/// The Gini coefficient of numbers that are not negative: 0 if all are equal, `1 - 1/n` if one has everything, 0 for none.
+/// The Gini coefficient of numbers that are not negative: 0 if all are equal, `1 - 1/n` if one has everything, 0 for
+/// none.
 pub fn gini(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::{CondenserCounts, CondenserOptions, Condensers, Starved};
 use crate::{AdapterSet, Artifacts, Error, Installed, Phase, Result, Setting, TuningMethod, model_weights::OwnWeights};
 
-/// Fine-tuning with condenser experts: a first phase that learns biases, the choice of condensers, and a second phase with them.
+/// Fine-tuning with condenser experts: a first phase that learns biases, the choice of condensers, and a second phase
+/// with them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CondenserTuning {

@@ -12,8 +12,8 @@ use serde_json::Value;
 use super::maps::Naming;
 use crate::{Error, Result};
 
-/// A low-rank adapter: LoRA (arXiv 2106.09685), with `use_rslora` rsLoRA (2312.03732), with `use_dora` DoRA (2402.09353). The fields
-/// are those of PEFT's `LoraConfig`; what PEFT has not is `naming` and `seed`.
+/// A low-rank adapter: LoRA (arXiv 2106.09685), with `use_rslora` rsLoRA (2312.03732), with `use_dora` DoRA
+/// (2402.09353). The fields are those of PEFT's `LoraConfig`; what PEFT has not is `naming` and `seed`.
 ///
 /// ```
 /// use moe_peft::lora::{LoraConfig, Targets};
@@ -36,9 +36,11 @@ pub struct LoraConfig {
     pub lora_alpha: f64,
     /// Share of inputs that are dropped in training, in [0, 1). 0 for experts in `target_parameters`.
     pub lora_dropout: f64,
-    /// Which modules: a list of names or ends of paths, a regular expression that the whole path has to match, or `all-linear`.
+    /// Which modules: a list of names or ends of paths, a regular expression that the whole path has to match, or
+    /// `all-linear`.
     pub target_modules: Option<Targets>,
-    /// Which parameters, by name or end of path: fused experts (`mlp.experts.gate_up_proj`), a router (`mlp.gate.weight`).
+    /// Which parameters, by name or end of path: fused experts (`mlp.experts.gate_up_proj`), a router
+    /// (`mlp.gate.weight`).
     pub target_parameters: Vec<String>,
     /// Modules that are left out, in the same forms.
     pub exclude_modules: Option<Targets>,
@@ -46,8 +48,8 @@ pub struct LoraConfig {
     pub layers_to_transform: Option<Vec<usize>>,
     /// What stands before the number of a layer in a path, if `layers_to_transform` is to count only there.
     pub layers_pattern: Option<Vec<String>>,
-    /// Other ranks, by regular expression at the end of a path; the first that matches. 0: no addition. For a single expert of
-    /// `target_parameters` the path has its number: `experts.3.gate_up_proj`.
+    /// Other ranks, by regular expression at the end of a path; the first that matches. 0: no addition. For a single
+    /// expert of `target_parameters` the path has its number: `experts.3.gate_up_proj`.
     pub rank_pattern: Patterns<usize>,
     /// Other `lora_alpha`, in the same way.
     pub alpha_pattern: Patterns<f64>,

@@ -53,14 +53,14 @@ impl Covariances {
         self.by_site.get(&maps.site(map)?.0).map(Vec::as_slice)
     }
 
-    /// Runs a model on `waves` and sums `X^T X` of the inputs `X [tokens, in]` of `which` maps, each batch divided by `|max X|^2` (the
-    /// largest number, signed, then its absolute value: what the authors' and PEFT's code do), and by the number of batches. A batch is
-    /// what a map is given at a time: a wave, for an expert its tokens of the wave. Finished waves are kept in `store`, if there is one,
-    /// and not run again.
+    /// Runs a model on `waves` and sums `X^T X` of the inputs `X [tokens, in]` of `which` maps, each batch divided by
+    /// `|max X|^2` (the largest number, signed, then its absolute value: what the authors' and PEFT's code do), and by
+    /// the number of batches. A batch is what a map is given at a time: a wave, for an expert its tokens of the wave.
+    /// Finished waves are kept in `store`, if there is one, and not run again.
     ///
     /// # Errors
-    /// Those of the engine; [`Error::Input`] for a map that no token reached, such as an expert that was never chosen; a store of
-    /// something else.
+    /// Those of the engine; [`Error::Input`] for a map that no token reached, such as an expert that was never chosen;
+    /// a store of something else.
     pub fn collect(model: &Model, waves: &[Wave], which: &[Map], store: Option<&Path>) -> Result<Self> {
         let maps = Maps::new(model.checkpoint());
         let mut places: BTreeMap<Site, ([usize; 2], Map)> = BTreeMap::new();
@@ -124,8 +124,8 @@ const DAMPING: f64 = 0.01;
 /// `||C inv(C) - I||` from which on a covariance has to be damped more.
 const INVERSE_ERROR: f64 = 0.05;
 
-/// `A` and `B` from `W C = U S V^T`, where `C` is the damped covariance: `W = U S (V^T C^-1)` exactly, of which the `rank` largest
-/// components (IPM) or smallest (KPM) are taken, `B = U sqrt(S / s)`, `A = sqrt(S / s) V^T C^-1`.
+/// `A` and `B` from `W C = U S V^T`, where `C` is the damped covariance: `W = U S (V^T C^-1)` exactly, of which the
+/// `rank` largest components (IPM) or smallest (KPM) are taken, `B = U sqrt(S / s)`, `A = sqrt(S / s) V^T C^-1`.
 pub(crate) fn factors(
     weight: &[f32],
     dims: [usize; 2],

@@ -8,8 +8,9 @@ use moe_core::{host::HostView, kernels::weight::Weight};
 use super::linear::Term;
 use crate::Live;
 
-/// `y = g (W x + s B A x)` with `g = m / n`, `n = ||W + s B A||` per output row: the direction is learned by `A` and `B`, the length `m [out]`
-/// by itself. `n` is a constant for the gradients, as in section 4.3 of the paper and in every implementation.
+/// `y = g (W x + s B A x)` with `g = m / n`, `n = ||W + s B A||` per output row: the direction is learned by `A` and
+/// `B`, the length `m [out]` by itself. `n` is a constant for the gradients, as in section 4.3 of the paper and in
+/// every implementation.
 ///
 /// `W + s B A` is never made: with `P = W A^T` and `G = A A^T`,
 /// `n^2 = ||W||^2 + 2 s sum_r B_r P_r + s^2 B G B^T` per row, `r` products with `W` instead of a matrix of its size.
@@ -83,8 +84,8 @@ impl Magnitude {
         m.as_slice().iter().zip(self.norms(term, base).iter()).map(factor).collect()
     }
 
-    /// Adds `(g - 1) W x + g u` to the rows of the term of `y [n, width]`, where `base_output [n, width]` is `W x` and `u [n, rows]` is
-    /// `s B A x`.
+    /// Adds `(g - 1) W x + g u` to the rows of the term of `y [n, width]`, where `base_output [n, width]` is `W x` and
+    /// `u [n, rows]` is `s B A x`.
     pub fn add(&self, term: &Term, base: &Weight, base_output: &[f32], u: &[f32], y: &mut [f32], width: usize) {
         let factors = self.factors(term, base);
         let rows = y.chunks_exact_mut(width).zip(base_output.chunks_exact(width)).zip(u.chunks_exact(factors.len()));
@@ -153,7 +154,8 @@ pub(crate) fn squared_norm(row: &[f32]) -> f64 {
     row.iter().map(|w| f64::from(*w).powi(2)).sum()
 }
 
-/// `||W + s B A||` per row from `||W||^2 [rows]`, `A [r, in]`, `B [rows, r]` and `P = A W^T [r, width]`, whose rows begin at `first`.
+/// `||W + s B A||` per row from `||W||^2 [rows]`, `A [r, in]`, `B [rows, r]` and `P = A W^T [r, width]`, whose rows
+/// begin at `first`.
 pub(crate) fn row_norms(
     weight: &[f64],
     (a, b, rank): (&[f32], &[f32], usize),

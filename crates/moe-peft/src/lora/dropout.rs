@@ -32,7 +32,8 @@ impl SweepClock {
         self.training.store(true, Ordering::Relaxed);
     }
 
-    /// The sweeps that follow are no steps: nothing is dropped, and nothing that training moves besides gradients moves.
+    /// The sweeps that follow are no steps: nothing is dropped, and nothing that training moves besides gradients
+    /// moves.
     pub fn evaluate(&self) {
         self.training.store(false, Ordering::Relaxed);
     }
@@ -63,8 +64,8 @@ impl SweepListener for SweepClock {
     }
 }
 
-/// `x -> m x / (1 - p)`, where `m` is 0 with probability `p` and else 1, by seed, step, wave, place, token and column. A backward sweep
-/// sees the same `m` as the forward one.
+/// `x -> m x / (1 - p)`, where `m` is 0 with probability `p` and else 1, by seed, step, wave, place, token and column.
+/// A backward sweep sees the same `m` as the forward one.
 #[derive(Clone, Debug)]
 pub(crate) struct Dropout {
     pub rate: f32,

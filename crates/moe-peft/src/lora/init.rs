@@ -21,8 +21,8 @@ impl LoraConfig {
     /// Random values of a map follow from the seed and its name, so that they do not depend on what else is adapted.
     ///
     /// # Errors
-    /// Those of [`LoraConfig::targets`] and of reading weights; [`Error::Input`] for a rank above what a decomposition gives, and for
-    /// missing covariances.
+    /// Those of [`LoraConfig::targets`] and of reading weights; [`Error::Input`] for a rank above what a decomposition
+    /// gives, and for missing covariances.
     pub fn init(&self, maps: &Maps<'_>, covariances: Option<&Covariances>) -> Result<LoraWeights> {
         let targets = self.targets(maps)?;
         let mut weights = LoraWeights { dropout: self.lora_dropout, config: self.clone(), ..LoraWeights::default() };
@@ -164,8 +164,8 @@ pub(crate) fn svd(matrix: &Mat<f64>, what: &str) -> Result<(Mat<f64>, Vec<f64>, 
     Ok((svd.U().to_owned(), singular, svd.V().to_owned()))
 }
 
-/// The leading `rank` triples; with `niter` by that many rounds of a subspace iteration from a random start (Halko et al.,
-/// arXiv 0909.4061, algorithm 4.4).
+/// The leading `rank` triples; with `niter` by that many rounds of a subspace iteration from a random start (Halko et
+/// al., arXiv 0909.4061, algorithm 4.4).
 fn pissa(
     weight: &[f32],
     dims: [usize; 2],
@@ -188,7 +188,8 @@ fn pissa(
     Ok(split((&basis * u).as_ref(), &singular, v.as_ref(), 0..rank, s))
 }
 
-/// `W = Q R`: `B` the first columns of `Q`, `A` the first rows of `R`. What is taken from the weight is `s B A`, as in PEFT.
+/// `W = Q R`: `B` the first columns of `Q`, `A` the first rows of `R`. What is taken from the weight is `s B A`, as in
+/// PEFT.
 fn olora(weight: &[f32], dims: [usize; 2], rank: usize) -> (Vec<f32>, Vec<f32>) {
     let qr = matrix(weight, dims).qr();
     let q = qr.compute_thin_Q();

@@ -1,7 +1,7 @@
 //! Losses that keep routers from using few experts.
 //!
-//! Each is a mean over tokens or a figure of a whole wave. Its gradient joins that of the *sum* of token losses, so that it is multiplied by the wave's
-//! predicted tokens: the objective is that of a mean loss plus the balance loss.
+//! Each is a mean over tokens or a figure of a whole wave. Its gradient joins that of the *sum* of token losses, so
+//! that it is multiplied by the wave's predicted tokens: the objective is that of a mean loss plus the balance loss.
 
 use std::{
     collections::BTreeMap,
@@ -21,8 +21,8 @@ use crate::{Error, Result, SweepListener};
 pub enum Balance {
     /// Nothing is added to the loss.
     None {},
-    /// `c N sum_i f_i P_i`: `f_i` the share of choices that are expert i. With `per_choice`, of tokens, as in Mixtral's code: k times as
-    /// much.
+    /// `c N sum_i f_i P_i`: `f_i` the share of choices that are expert i. With `per_choice`, of tokens, as in Mixtral's
+    /// code: k times as much.
     Load {
         /// `c`.
         coefficient: f64,
@@ -31,8 +31,8 @@ pub enum Balance {
         /// Whether the shares of all choices together are 1 or k.
         per_choice: bool,
     },
-    /// `entropy mean H + load N sum_i mean(w_i) P_i` with the entropy of [`Gate::Uncertain`](super::Gate::Uncertain) (DynMoLE). Both over
-    /// real tokens only; the authors' mean of `H` has padding in it.
+    /// `entropy mean H + load N sum_i mean(w_i) P_i` with the entropy of [`Gate::Uncertain`](super::Gate::Uncertain)
+    /// (DynMoLE). Both over real tokens only; the authors' mean of `H` has padding in it.
     Entropy {
         /// Of the entropy.
         q: f64,
@@ -43,9 +43,10 @@ pub enum Balance {
         /// Coefficient of the load.
         load: f64,
     },
-    /// `weight D(Z)`, `Z_bi = Q_bi (1 + delta if the group of i is the type of sequence b, else 1 - delta)`, `Q_bi` the sum of `p_i` over
-    /// the sequence; the first half of the experts is the group of type 1, the second that of type 0 (LoRAMoE). Only sequences with a
-    /// label count. Minimizing makes `Z` equal, so that the group of a sequence's type gets *less*: the convention of the code.
+    /// `weight D(Z)`, `Z_bi = Q_bi (1 + delta if the group of i is the type of sequence b, else 1 - delta)`, `Q_bi` the
+    /// sum of `p_i` over the sequence; the first half of the experts is the group of type 1, the second that of type 0
+    /// (LoRAMoE). Only sequences with a label count. Minimizing makes `Z` equal, so that the group of a sequence's type
+    /// gets *less*: the convention of the code.
     Localized {
         /// Factor of the term in the loss.
         weight: f64,
@@ -54,8 +55,8 @@ pub enum Balance {
         /// `D`.
         dispersion: Dispersion,
     },
-    /// `load sum_i f_i P_i - entropy mean H` with Shannon's entropy in nats and `f` the share of tokens whose best is i (LoRA-Mixer). As
-    /// written, a positive `entropy` spreads the routing.
+    /// `load sum_i f_i P_i - entropy mean H` with Shannon's entropy in nats and `f` the share of tokens whose best is i
+    /// (LoRA-Mixer). As written, a positive `entropy` spreads the routing.
     Specialization {
         /// Coefficient of the load.
         load: f64,

@@ -16,10 +16,11 @@ use moe_core::{
 use super::router::Router;
 use crate::{Live, lora::Dropout};
 
-/// `f(x) = sum_e w_e FFN_e(x)`, where `FFN_e` is the frozen block with the LoRA of expert e on gate, up and down, and one router decides
-/// for all three.
+/// `f(x) = sum_e w_e FFN_e(x)`, where `FFN_e` is the frozen block with the LoRA of expert e on gate, up and down, and
+/// one router decides for all three.
 ///
-/// The frozen gate and up are computed once for all experts, and so is the frozen down, which is linear: it is given `sum_e w_e u_e`.
+/// The frozen gate and up are computed once for all experts, and so is the frozen down, which is linear: it is given
+/// `sum_e w_e u_e`.
 #[derive(Debug)]
 pub(crate) struct MixtureBlock {
     pub router: Arc<Router>,

@@ -44,11 +44,12 @@ pub struct MixtureConfig {
     pub train_experts: bool,
     /// Whether routers are trained.
     pub train_router: bool,
-    /// Directory of a saved mixture that this one goes on from: its experts, and its routers where it has some of the same kind. The second
-    /// stage of LoRA-Mixer starts from the store of the first. Places, ranks and numbers of experts have to be the same.
+    /// Directory of a saved mixture that this one goes on from: its experts, and its routers where it has some of the
+    /// same kind. The second stage of LoRA-Mixer starts from the store of the first. Places, ranks and numbers of
+    /// experts have to be the same.
     pub start: Option<PathBuf>,
-    /// Factor of `||theta - theta_0||^2`, the squared distance of trained experts from those of `start` (LoRA-Mixer's preservation of
-    /// imported experts); 0 or more. It stands beside the mean loss.
+    /// Factor of `||theta - theta_0||^2`, the squared distance of trained experts from those of `start` (LoRA-Mixer's
+    /// preservation of imported experts); 0 or more. It stands beside the mean loss.
     pub preservation: f64,
     /// Where random values begin.
     pub seed: u64,
@@ -135,8 +136,8 @@ fn all_linear() -> Option<Targets> {
 }
 
 impl MixtureConfig {
-    /// MoLA: every map its own router, top 2 of a number of experts that depends on the layer. Balance loss of 1e-3, as in the authors'
-    /// instruction tuning; they leave it out for single tasks. r 8, alpha 16, dropout 0.05.
+    /// MoLA: every map its own router, top 2 of a number of experts that depends on the layer. Balance loss of 1e-3, as
+    /// in the authors' instruction tuning; they leave it out for single tasks. r 8, alpha 16, dropout 0.05.
     pub fn mola(allocation: Allocation) -> Self {
         Self {
             experts: Experts::Shape(allocation),
@@ -147,8 +148,8 @@ impl MixtureConfig {
         }
     }
 
-    /// MixLoRA (arXiv 2404.15159): 8 experts beside a dense block, one router, top 2, the auxiliary loss of Mixtral. r 16, alpha 32.
-    /// Attention gets a [`LoraConfig`] of its own.
+    /// MixLoRA (arXiv 2404.15159): 8 experts beside a dense block, one router, top 2, the auxiliary loss of Mixtral. r
+    /// 16, alpha 32. Attention gets a [`LoraConfig`] of its own.
     pub fn mix_lora() -> Self {
         Self {
             r: 16,
@@ -161,9 +162,9 @@ impl MixtureConfig {
         }
     }
 
-    /// LLaVA-MoLE (arXiv 2401.16160): the one best of 3 experts beside a dense block, at full weight, so that the router learns from the
-    /// balance loss alone. r 32, alpha 16. The loss is the normalized one, `N sum f P`; the paper's coefficient for its own form is
-    /// uncertain.
+    /// LLaVA-MoLE (arXiv 2401.16160): the one best of 3 experts beside a dense block, at full weight, so that the
+    /// router learns from the balance loss alone. r 32, alpha 16. The loss is the normalized one, `N sum f P`; the
+    /// paper's coefficient for its own form is uncertain.
     pub fn llava_mole() -> Self {
         Self {
             experts: Experts::Everywhere(3),
@@ -178,8 +179,8 @@ impl MixtureConfig {
         }
     }
 
-    /// DynMoLE (arXiv 2504.00661): all of 6 experts where the Tsallis entropy of the router is high, else the top of its probability.
-    /// r 24, alpha 48.
+    /// DynMoLE (arXiv 2504.00661): all of 6 experts where the Tsallis entropy of the router is high, else the top of
+    /// its probability. r 24, alpha 48.
     pub fn dyn_mole() -> Self {
         Self {
             experts: Experts::Everywhere(6),
@@ -193,8 +194,8 @@ impl MixtureConfig {
         }
     }
 
-    /// LoRAMoE (arXiv 2312.09979): all of 8 experts, the first half for samples of type 1, the second for type 0. r 4, alpha 32. The
-    /// paper's `beta` and `delta` of 0.1 are recalled; the released script sets both to 0.
+    /// LoRAMoE (arXiv 2312.09979): all of 8 experts, the first half for samples of type 1, the second for type 0. r 4,
+    /// alpha 32. The paper's `beta` and `delta` of 0.1 are recalled; the released script sets both to 0.
     pub fn lora_moe() -> Self {
         Self {
             r: 4,
@@ -217,8 +218,8 @@ impl MixtureConfig {
         }
     }
 
-    /// LoRA-Mixer, second stage: routers over all experts, experts not trained; top 3 outside of training. The coefficients of the loss
-    /// are unknown; the entropy counts as written, which spreads the routing.
+    /// LoRA-Mixer, second stage: routers over all experts, experts not trained; top 3 outside of training. The
+    /// coefficients of the loss are unknown; the entropy counts as written, which spreads the routing.
     pub fn lora_mixer_router() -> Self {
         Self {
             gate: Gate::Dense {},

@@ -24,8 +24,9 @@ pub enum Gate {
     Dense {},
     /// The expert of the sequence's label, with a weight of 1 (first stage of LoRA-Mixer). Without labels none.
     Label {},
-    /// All where `H > threshold`, the Tsallis entropy of `p + epsilon` over its maximum; else those most probable up to a sum of `top_p`,
-    /// the one that crosses it not among them, and always the first `keep_top_k`. `p` as it is (DynMoLE).
+    /// All where `H > threshold`, the Tsallis entropy of `p + epsilon` over its maximum; else those most probable up to
+    /// a sum of `top_p`, the one that crosses it not among them, and always the first `keep_top_k`. `p` as it is
+    /// (DynMoLE).
     Uncertain {
         /// Of the entropy; 1 is Shannon's.
         q: f64,
@@ -38,8 +39,8 @@ pub enum Gate {
         /// Added to probabilities in the entropy.
         epsilon: f64,
     },
-    /// `score = sigmoid(z) + d`, each for `partition` ranks; the `k` best, with `k score / sum of the chosen` (SMoRA). `d` moves after
-    /// every wave of training by `bias_rate` towards equal use.
+    /// `score = sigmoid(z) + d`, each for `partition` ranks; the `k` best, with `k score / sum of the chosen` (SMoRA).
+    /// `d` moves after every wave of training by `bias_rate` towards equal use.
     Ranks {
         /// How many ranks.
         k: usize,
@@ -48,8 +49,8 @@ pub enum Gate {
         /// How fast `d` moves.
         bias_rate: f64,
     },
-    /// `zhat = A x / ||A x||`; the `k` largest, signed, with their softmax at this temperature; outside of training those below `threshold`
-    /// not (MoRAM).
+    /// `zhat = A x / ||A x||`; the `k` largest, signed, with their softmax at this temperature; outside of training
+    /// those below `threshold` not (MoRAM).
     SelfActivated {
         /// How many ranks, at least 2.
         k: usize,
@@ -58,7 +59,8 @@ pub enum Gate {
         /// Least `zhat` outside of training.
         threshold: f64,
     },
-    /// The `k` largest of `A x + d` with a frozen sparse `A`, with a weight of 1 (FlyLoRA). `d` moves as in [`Gate::Ranks`].
+    /// The `k` largest of `A x + d` with a frozen sparse `A`, with a weight of 1 (FlyLoRA). `d` moves as in
+    /// [`Gate::Ranks`].
     Sparse {
         /// How many ranks.
         k: usize,
@@ -349,7 +351,8 @@ fn norm(z: &[f32]) -> f32 {
     z.iter().map(|z| f64::from(*z).powi(2)).sum::<f64>().sqrt().max(1e-12) as f32
 }
 
-/// Distance from q = 1 within which the entropy is Shannon's: nearer, the rounding of probabilities would be more than the difference.
+/// Distance from q = 1 within which the entropy is Shannon's: nearer, the rounding of probabilities would be more than
+/// the difference.
 const SHANNON: f64 = 1e-4;
 
 /// `S_q(p + epsilon) / max S_q` with `S_q = (1 - sum p^q) / (q - 1)`, for q = 1 Shannon's entropy over `ln N`.

@@ -15,9 +15,9 @@ use moe_core::{
 use super::router::Router;
 use crate::{Live, lora::Dropout};
 
-/// Experts beside some rows of a map: `y += s ((x A^T) o w) B^T`, where `A [N r, in]` and `B [out, N r]` are those of all experts and the
-/// gates `w` stand for each rank of an expert. All experts at once are two products of the size of one LoRA of rank `N r`; what is not
-/// chosen has a gate of 0.
+/// Experts beside some rows of a map: `y += s ((x A^T) o w) B^T`, where `A [N r, in]` and `B [out, N r]` are those of
+/// all experts and the gates `w` stand for each rank of an expert. All experts at once are two products of the size of
+/// one LoRA of rank `N r`; what is not chosen has a gate of 0.
 #[derive(Debug)]
 pub(crate) struct Mixture {
     pub rows: Range<usize>,
@@ -27,7 +27,8 @@ pub(crate) struct Mixture {
     pub train_a: bool,
     pub train_b: bool,
     pub scale: f32,
-    /// Atoms of earlier tasks, before those that are trained: `A_0 [R_0, in]`, `B_0 [out, R_0]` with what they count in it.
+    /// Atoms of earlier tasks, before those that are trained: `A_0 [R_0, in]`, `B_0 [out, R_0]` with what they count in
+    /// it.
     pub earlier: Option<Earlier>,
     /// Whether the router sees the input with dropout, as in SMoRA.
     pub router_sees_dropped: bool,
@@ -119,7 +120,8 @@ impl Mixture {
         product(y, width, first, true, self.scale, gated.columns(before..all), b);
     }
 
-    /// Gradients from `dy [n, width]`. That at the input goes to `dx`, that at the router's input to `d_routed` or, without one, to `dx`.
+    /// Gradients from `dy [n, width]`. That at the input goes to `dx`, that at the router's input to `d_routed` or,
+    /// without one, to `dx`.
     #[allow(clippy::too_many_arguments)]
     fn backward(
         &self,

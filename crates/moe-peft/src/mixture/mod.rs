@@ -1,4 +1,5 @@
-//! Mixtures of LoRA experts: one adapter whose router, selection, combine weight and balance loss are parts of their own.
+//! Mixtures of LoRA experts: one adapter whose router, selection, combine weight and balance loss are parts of their
+//! own.
 //!
 //! | recipe | router | selection | weight | balance |
 //! |---|---|---|---|---|
@@ -12,8 +13,8 @@
 //! | [MoRAM](MixtureConfig::moram) | none | top k of `A x` | softmax | none |
 //! | [FlyLoRA](MixtureConfig::fly_lora) | none | top k of `A x` | 1 | bias |
 //!
-//! What a token uses depends on the token, so that none of them is a matrix: [`Mixture::merge`] says so, except where there is but one
-//! expert, and [`Mixture::approximate_merge`] is a choice.
+//! What a token uses depends on the token, so that none of them is a matrix: [`Mixture::merge`] says so, except where
+//! there is but one expert, and [`Mixture::approximate_merge`] is a choice.
 
 mod balance;
 mod block;

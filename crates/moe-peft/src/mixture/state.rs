@@ -7,8 +7,8 @@ use moe_core::train::{Parameters, StateArray, TaskState};
 use super::Mixture;
 use crate::{AdapterSet, Error, Result, TrainingHooks};
 
-/// Saves the biases of selections with the state of training, so that SMoRA and FlyLoRA resume to the same bits. For other mixtures it does
-/// nothing.
+/// Saves the biases of selections with the state of training, so that SMoRA and FlyLoRA resume to the same bits. For
+/// other mixtures it does nothing.
 #[derive(Clone, Debug)]
 pub struct KeepsSelection(pub Arc<Mixture>);
 

@@ -16,7 +16,8 @@ use crate::{AdapterSet, Error, Result, array_file::malformed, lora::Maps};
 
 /// File of options.
 pub const CONFIG_FILE: &str = "mixture_config.json";
-/// File of values: names of trained values, `PATH.mixture.selection_bias`, and `PATH.mixture.earlier_A` and `.earlier_B` of earlier tasks.
+/// File of values: names of trained values, `PATH.mixture.selection_bias`, and `PATH.mixture.earlier_A` and
+/// `.earlier_B` of earlier tasks.
 pub const MODEL_FILE: &str = "mixture.safetensors";
 
 const SELECTION: &str = ".mixture.selection_bias";
@@ -27,8 +28,8 @@ const EARLIER_B: &str = ".mixture.earlier_B";
 type Shaped = (Vec<usize>, Vec<f32>);
 
 impl Mixture {
-    /// Writes the mixture, with the values of an optimizer where it has them. Otherwise values have to be [lent](crate::Bank::lend) or
-    /// settled.
+    /// Writes the mixture, with the values of an optimizer where it has them. Otherwise values have to be
+    /// [lent](crate::Bank::lend) or settled.
     ///
     /// # Errors
     /// [`Error::Io`], and [`Error::Checkpoint`] for the file system.
@@ -76,7 +77,8 @@ impl Mixture {
     /// Reads a mixture and puts it into `set`.
     ///
     /// # Errors
-    /// [`Error::Io`] and [`Error::File`] for files that are missing, malformed, or not of this model; those of [`Mixture::install`].
+    /// [`Error::Io`] and [`Error::File`] for files that are missing, malformed, or not of this model; those of
+    /// [`Mixture::install`].
     pub fn load(dir: impl AsRef<Path>, set: &mut AdapterSet, maps: &Maps<'_>, device: &Device) -> Result<Self> {
         let path = dir.as_ref().join(MODEL_FILE);
         let (config, stored) = read_store(dir.as_ref())?;

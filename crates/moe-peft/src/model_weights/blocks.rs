@@ -13,9 +13,9 @@ use crate::{Error, Live, Result, parameter_bank::add_values};
 
 /// A weight `[out, in]` of which some blocks are trained and the rest is frozen.
 ///
-/// The live block P stands for the block W of the base: `y = x w^T + sum over blocks of x[:, columns] (P - W)^T`, which is the base to the
-/// bit as long as P is W; `dP = dy[:, rows]^T x[:, columns]`. The base stays in its stored form, and of the input only the columns of
-/// trained blocks take part in gradients.
+/// The live block P stands for the block W of the base: `y = x w^T + sum over blocks of x[:, columns] (P - W)^T`, which
+/// is the base to the bit as long as P is W; `dP = dy[:, rows]^T x[:, columns]`. The base stays in its stored form, and
+/// of the input only the columns of trained blocks take part in gradients.
 #[derive(Debug)]
 pub struct OwnBlocks {
     dims: [usize; 2],
@@ -60,8 +60,8 @@ impl Block {
 }
 
 impl OwnBlocks {
-    /// Trains `blocks` of a weight whose values are `matrix [out, in]`, under `name`. `base` is used instead of the checkpoint's weight, if
-    /// given.
+    /// Trains `blocks` of a weight whose values are `matrix [out, in]`, under `name`. `base` is used instead of the
+    /// checkpoint's weight, if given.
     ///
     /// # Errors
     /// [`Error::Input`] for blocks outside the matrix, or none.

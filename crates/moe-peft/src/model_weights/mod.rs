@@ -33,8 +33,8 @@ use crate::{
 pub(crate) enum Begin {
     /// In memory, as f32.
     InMemory,
-    /// In the checkpoint, where matrices of layers stay in their stored form until they are trained. What always trains, and what is
-    /// small, is in memory.
+    /// In the checkpoint, where matrices of layers stay in their stored form until they are trained. What always
+    /// trains, and what is small, is in memory.
     Stored,
     /// In the checkpoint, all of them: to see what would be trained.
     Outlined,
@@ -171,8 +171,8 @@ impl OwnWeights {
         Ok(())
     }
 
-    /// Puts the weights into a set, where they are trained. Experts that share a set of weights in a grouped checkpoint are trained each by
-    /// itself.
+    /// Puts the weights into a set, where they are trained. Experts that share a set of weights in a grouped checkpoint
+    /// are trained each by itself.
     pub(crate) fn put_into(&self, model: &Model, set: &mut AdapterSet, begin: Begin) -> Result<()> {
         let checkpoint = model.checkpoint();
         let mut any = false;

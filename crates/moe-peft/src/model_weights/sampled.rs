@@ -9,12 +9,14 @@ use moe_core::{
 
 use crate::{AdapterSet, Live, Result, TrainingHooks, layer_sampling::LayerSampling, parked_values::Parking};
 
-/// Trains the layers that a [`LayerSampling`] draws; parameters that belong to no layer (embeddings, final norm, head) always.
+/// Trains the layers that a [`LayerSampling`] draws; parameters that belong to no layer (embeddings, final norm, head)
+/// always.
 ///
-/// In memory are f32 values of the matrices that train at the moment, and of no others. A matrix that had no turn yet is that of the
-/// checkpoint, in its stored form. One whose turn is over is parked in a file as f32, so that nothing of what it learnt is lost to the
-/// rounding of the checkpoint's dtype; sweeps read it there, as they read a checkpoint that is not in memory. Biases and norms, which are
-/// small, stay in memory. The optimizer's moments of layers that do not train stay, unless the sampling
+/// In memory are f32 values of the matrices that train at the moment, and of no others. A matrix that had no turn yet
+/// is that of the checkpoint, in its stored form. One whose turn is over is parked in a file as f32, so that nothing of
+/// what it learnt is lost to the rounding of the checkpoint's dtype; sweeps read it there, as they read a checkpoint
+/// that is not in memory. Biases and norms, which are small, stay in memory. The optimizer's moments of layers that do
+/// not train stay, unless the sampling
 /// [drops](LayerSampling::drop_state) them.
 #[derive(Clone, Debug)]
 pub struct SampledLayers {
@@ -90,7 +92,8 @@ impl TrainingHooks for SampledLayers {
             parameters.iter().filter(|(_, p)| p.is_active()).map(|(name, _)| name.to_owned()).collect();
         let layers = active.iter().filter_map(|name| layer_of(name)).collect();
         set.bank().iter().for_each(|live| live.set_trained(active.contains(live.name())));
-        // Stored values are in the file of the state, which goes: those that were never trained are the base's, the others are parked.
+        // Stored values are in the file of the state, which goes: those that were never trained are the base's, the
+        // others are parked.
         for (live, base) in set.bank().iter().filter_map(|live| Some((live, live.base()?))) {
             let Some(parameter) = parameters.get(live.name()).filter(|parameter| parameter.storage().is_some()) else {
                 continue;

@@ -18,18 +18,20 @@ pub struct FusedExperts {
 /// Which side of the parameter `A` is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FusedLayout {
-    /// `A [E r, in]`, `B [out, r E]`: PEFT 0.19.1 and later, and always of parameters stored `[E, in, out]` before 0.19.
+    /// `A [E r, in]`, `B [out, r E]`: PEFT 0.19.1 and later, and always of parameters stored `[E, in, out]` before
+    /// 0.19.
     Standard,
     /// `A [E r, out]`, `B [in, r E]`: PEFT 0.17 and 0.18, of parameters stored `[E, out, in]`.
     Swapped,
 }
 
 impl FusedLayout {
-    /// By the width of `A` and the height of `B`. A square parameter fits both: then by the version of PEFT that wrote it.
+    /// By the width of `A` and the height of `B`. A square parameter fits both: then by the version of PEFT that wrote
+    /// it.
     ///
     /// # Errors
-    /// [`Error::Input`] for shapes that fit neither, and for a square one of an unknown version or of 0.19.0, which swapped the wrong
-    /// case.
+    /// [`Error::Input`] for shapes that fit neither, and for a square one of an unknown version or of 0.19.0, which
+    /// swapped the wrong case.
     pub fn find(
         what: &str,
         (a_width, b_height): (usize, usize),
@@ -87,8 +89,8 @@ impl FusedExperts {
         }
     }
 
-    /// The additions of all experts in the standard layout, and what they count. Missing ones and missing ranks are zeros. Where experts
-    /// count differently, their `B` makes up for it.
+    /// The additions of all experts in the standard layout, and what they count. Missing ones and missing ranks are
+    /// zeros. Where experts count differently, their `B` makes up for it.
     pub fn from_experts(experts: &[Option<LowRank>], [out, inputs]: [usize; 2]) -> (Self, f64) {
         let present = || experts.iter().flatten();
         let rank = present().map(|low| low.rank).max().unwrap_or(1);
@@ -112,8 +114,8 @@ impl FusedExperts {
     }
 }
 
-/// One addition to gate and up from two: `A = [A_gate; A_up]`, `B` block-diagonal, of the rank of both. Where they count differently,
-/// `B` makes up for it; with rsLoRA the scale is kept by `alpha`.
+/// One addition to gate and up from two: `A = [A_gate; A_up]`, `B` block-diagonal, of the rank of both. Where they
+/// count differently, `B` makes up for it; with rsLoRA the scale is kept by `alpha`.
 pub(crate) fn join_gate_up(gate: Option<&LowRank>, up: Option<&LowRank>, width: usize) -> Option<LowRank> {
     let parts: Vec<(&LowRank, usize)> =
         gate.map(|low| (low, 0)).into_iter().chain(up.map(|low| (low, width))).collect();
@@ -138,7 +140,8 @@ pub(crate) fn join_gate_up(gate: Option<&LowRank>, up: Option<&LowRank>, width: 
     Some(LowRank { rslora, ..LowRank::new(a, b, rank, alpha) })
 }
 
-/// Rows that alternate between gate and up, as gates first and then ups: `B` of experts whose gate and up columns alternate.
+/// Rows that alternate between gate and up, as gates first and then ups: `B` of experts whose gate and up columns
+/// alternate.
 pub(crate) fn deinterleave(b: &[f32], rank: usize) -> Vec<f32> {
     let rows = b.len() / rank.max(1);
     (0..rows).step_by(2).chain((1..rows).step_by(2)).flat_map(|row| b[row * rank..(row + 1) * rank].to_vec()).collect()

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 /// What became of every new value, compared bit by bit with what it stands in place of.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Changes {
-    /// Tensors that have other values than those of the base, and the maps that changed them. For a tensor of many experts, each of
-    /// their maps.
+    /// Tensors that have other values than those of the base, and the maps that changed them. For a tensor of many
+    /// experts, each of their maps.
     pub changed: BTreeMap<String, Vec<String>>,
     /// Maps and vectors whose new values are, rounded to the dtype of the tensor, the old ones.
     pub unchanged: Vec<String>,

@@ -1,10 +1,12 @@
 //! New values for maps and vectors of a model: the one way in which trained values and adapters get into weights.
 //!
-//! A [`Rewrite`] says which maps get a new matrix and which tensors new rows; [`Rewrite::on`] is the model that has them. Matrices are made
-//! when they are asked for, from those of the base, and rounded to the dtype of the tensor that holds them.
+//! A [`Rewrite`] says which maps get a new matrix and which tensors new rows; [`Rewrite::on`] is the model that has
+//! them. Matrices are made when they are asked for, from those of the base, and rounded to the dtype of the tensor that
+//! holds them.
 //!
-//! Experts of a [grouped](Checkpoint::grouped) checkpoint share sets of weights, but each may get a matrix of its own. Whoever does gets a set
-//! of its own with it: there is no place in which two experts could be given one matrix by mistake.
+//! Experts of a [grouped](Checkpoint::grouped) checkpoint share sets of weights, but each may get a matrix of its own.
+//! Whoever does gets a set of its own with it: there is no place in which two experts could be given one matrix by
+//! mistake.
 
 mod changes;
 mod layout;

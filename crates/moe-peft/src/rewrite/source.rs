@@ -20,8 +20,8 @@ use crate::{Error, Result, trainable_tensors};
 /// Most parts that wait to be asked for.
 const WAITING: usize = 32;
 
-/// Parts of maps that were made together with another part and were not asked for yet: gate and up are made at once and read one
-/// after the other.
+/// Parts of maps that were made together with another part and were not asked for yet: gate and up are made at once and
+/// read one after the other.
 type Waiting = BTreeMap<(Site, usize), Vec<u8>>;
 
 /// A base with new values.

@@ -69,8 +69,8 @@ impl TrainingHooks for BlockWatch {
 }
 
 impl Smt {
-    /// Puts the selected blocks into a set, where they are trained; everything else is frozen, at the values of the warm-up if `warmed` has
-    /// them (as [`OwnWeights::full`] names them), else at those of the checkpoint.
+    /// Puts the selected blocks into a set, where they are trained; everything else is frozen, at the values of the
+    /// warm-up if `warmed` has them (as [`OwnWeights::full`] names them), else at those of the checkpoint.
     ///
     /// # Errors
     /// What keeps weights from being read; [`Error::Input`] for blocks that are not there.
@@ -134,7 +134,8 @@ impl Smt {
         (warmup, steps.saturating_sub(warmup).max(1))
     }
 
-    /// The blocks that a warm-up without updates selects. Kept in the directory, if there is one: on a large model they take long to find.
+    /// The blocks that a warm-up without updates selects. Kept in the directory, if there is one: on a large model they
+    /// take long to find.
     fn found(&self, on: &Setting<'_>) -> Result<BlockSelection> {
         let places = trainable_tensors::linear_maps(on.model.checkpoint());
         let signature = self.signature(on)?;

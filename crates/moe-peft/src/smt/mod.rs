@@ -1,8 +1,9 @@
 //! SMT: the blocks of the weights that get the strongest gradients are trained, and nothing else (arXiv 2405.15525).
 //!
-//! A warm-up sums gradients; its [scores](BlockScores) select blocks; then the blocks are trained. The published warm-up is full
-//! fine-tuning, whose updates stay, and costs what that costs: [`Warmup::FullFineTuning`]. By default gradients are summed at the weights as
-//! they are, [`Warmup::GradientsOnly`], which needs no f32 copy of the weights, no gradients and no moments.
+//! A warm-up sums gradients; its [scores](BlockScores) select blocks; then the blocks are trained. The published
+//! warm-up is full fine-tuning, whose updates stay, and costs what that costs: [`Warmup::FullFineTuning`]. By default
+//! gradients are summed at the weights as they are, [`Warmup::GradientsOnly`], which needs no f32 copy of the weights,
+//! no gradients and no moments.
 
 mod install;
 mod sums;
@@ -17,7 +18,8 @@ pub use sums::sum_gradients;
 
 use crate::{Error, Result, model_weights::Block, trainable_tensors::Place};
 
-/// The score of a block, of the sum A of the gradients of the warm-up steps. A is signed: gradients of different steps may cancel.
+/// The score of a block, of the sum A of the gradients of the warm-up steps. A is signed: gradients of different steps
+/// may cancel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BlockScore {
@@ -38,7 +40,8 @@ pub enum BlockScore {
 pub enum BlockBudget {
     /// So many.
     Blocks(usize),
-    /// This share of all blocks of the model, rounded down: of all its matrices, embeddings and output head included, as published.
+    /// This share of all blocks of the model, rounded down: of all its matrices, embeddings and output head included,
+    /// as published.
     Share(f64),
 }
 
@@ -46,8 +49,8 @@ pub enum BlockBudget {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Warmup {
-    /// Sums gradients at the weights as they are. Departs from the paper in that the gradients of later steps are those of the first weights;
-    /// at the learning rates it takes (1e-5) weights hardly move in a warm-up.
+    /// Sums gradients at the weights as they are. Departs from the paper in that the gradients of later steps are those
+    /// of the first weights; at the learning rates it takes (1e-5) weights hardly move in a warm-up.
     #[default]
     GradientsOnly,
     /// Trains all weights, as published; the updates stay. 16 bytes of memory per weight with AdamW.
@@ -74,7 +77,8 @@ pub struct Smt {
     pub output: bool,
     /// Whether both compete for the blocks of both.
     pub one_pool: bool,
-    /// Whether the budget of a pool is shared out evenly, as the best blocks of each matrix, rather than to the best of the pool.
+    /// Whether the budget of a pool is shared out evenly, as the best blocks of each matrix, rather than to the best of
+    /// the pool.
     pub per_matrix: bool,
 }
 
@@ -155,8 +159,8 @@ impl Sums {
 }
 
 impl BlockScores {
-    /// Nothing summed yet, over the maps of a model. `vocabulary` are the `[rows, columns]` of its embeddings and output head, which count
-    /// in shares and are never selected.
+    /// Nothing summed yet, over the maps of a model. `vocabulary` are the `[rows, columns]` of its embeddings and
+    /// output head, which count in shares and are never selected.
     ///
     /// # Errors
     /// As [`Smt::validate`].
@@ -260,8 +264,8 @@ impl BlockScores {
         }
     }
 
-    /// The blocks with the highest scores; on a tie the earlier map, row and column. Blocks that never had a gradient, such as those of
-    /// experts without tokens, are never taken.
+    /// The blocks with the highest scores; on a tie the earlier map, row and column. Blocks that never had a gradient,
+    /// such as those of experts without tokens, are never taken.
     ///
     /// # Errors
     /// [`Error::Input`] if that leaves none.

@@ -27,8 +27,8 @@ struct Summing {
 }
 
 impl Summing {
-    /// Of a block, `sum_ij (dy^T x)_ij = sum_t (sum_i dy_ti) (sum_j x_tj)`: a product of what is summed before, so that the gradient itself
-    /// is never formed.
+    /// Of a block, `sum_ij (dy^T x)_ij = sum_t (sum_i dy_ti) (sum_j x_tj)`: a product of what is summed before, so that
+    /// the gradient itself is never formed.
     fn add(&self, x: &Tensor<2>, dy: &Tensor<2>) {
         let factor = *self.factor.read().unwrap_or_else(PoisonError::into_inner);
         let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
@@ -90,9 +90,9 @@ impl Observer for Gradients {
     }
 }
 
-/// Sums the gradients of `steps` steps at the weights as they are: the waves in order, over and over, each step's gradient that of its mean
-/// loss. Memory beside a sweep is one f32 per block with [`BlockScore::MeanAbs`], and one per value of the targeted maps otherwise; neither
-/// weights nor gradients of weights exist in f32.
+/// Sums the gradients of `steps` steps at the weights as they are: the waves in order, over and over, each step's
+/// gradient that of its mean loss. Memory beside a sweep is one f32 per block with [`BlockScore::MeanAbs`], and one per
+/// value of the targeted maps otherwise; neither weights nor gradients of weights exist in f32.
 ///
 /// # Errors
 /// What stops the model; [`Error::Input`] for no waves.

@@ -105,7 +105,8 @@ pub fn in_bf16(model: &Checkpoint) -> bool {
     model.expert_dtype(layer, 0, ExpertPart::Gate).unwrap() == Some(Dtype::BF16)
 }
 
-/// Adapters of all experts that are zero, and such that were trained at a learning rate of 1e-12, folded: the model is as it was.
+/// Adapters of all experts that are zero, and such that were trained at a learning rate of 1e-12, folded: the model is
+/// as it was.
 pub fn learn_nothing(base: &Arc<Checkpoint>, dir: &Path, what: &str) {
     let model = run(base);
     let wave = wave(model.config().vocab_size);

@@ -133,7 +133,8 @@ pub fn check_gradients_of(model: &Model, set: &Arc<AdapterSet>, wave: &Wave, nam
     )
 }
 
-/// Compares each trained matrix's gradient along a direction with difference quotients of the loss, and returns how many.
+/// Compares each trained matrix's gradient along a direction with difference quotients of the loss, and returns how
+/// many.
 pub fn check_gradients_with(set: &AdapterSet, loss: impl Fn(bool) -> f64, names: impl Fn(&str) -> bool) -> usize {
     let mut parameters = set.bank().parameters().unwrap();
     parameters.clear_gradients();
@@ -162,8 +163,8 @@ pub fn check_gradients_with(set: &AdapterSet, loss: impl Fn(bool) -> f64, names:
             set.bank().take_back(&mut parameters, false).unwrap();
             loss
         };
-        // steps that change the loss by so much, to both sides: a large one may change the choice of experts, and so may even a small
-        // one to one side, and a small one is lost in rounding
+        // steps that change the loss by so much, to both sides: a large one may change the choice of experts, and so
+        // may even a small one to one side, and a small one is lost in rounding
         let here = at(0.0);
         let quotients = [2e-2, 4e-3, 1e-3].map(|change| {
             let h = change / slope;

@@ -96,8 +96,9 @@ pub fn noise(len: usize, seed: usize) -> Vec<f32> {
     (0..len).map(|i| ((i * 7919 + seed * 104_729 + 17) % 1009) as f32 / 504.5 - 1.0).collect()
 }
 
-/// Compares a parameter's gradient `found` with difference quotients of `loss` along a direction near it. Steps change the loss by so much to
-/// both sides: a large one may change the choice of experts, and so may even a small one to one side; a very small one is lost in rounding.
+/// Compares a parameter's gradient `found` with difference quotients of `loss` along a direction near it. Steps change
+/// the loss by so much to both sides: a large one may change the choice of experts, and so may even a small one to one
+/// side; a very small one is lost in rounding.
 pub fn check_gradient(bank: &Bank, name: &str, found: &[f32], loss: impl Fn() -> f64) {
     let start = bank.get(name).unwrap().to_vec();
     let norm = found.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();

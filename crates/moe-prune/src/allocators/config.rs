@@ -14,8 +14,8 @@ use super::{
 use crate::probe::ModelProbe;
 use crate::{Needs, Result};
 
-/// An allocator as a line of a recipe: `{"type": "global"}`. Every allocator of this crate has a name; one of your own is
-/// [`AllocatorConfig::own`].
+/// An allocator as a line of a recipe: `{"type": "global"}`. Every allocator of this crate has a name; one of your own
+/// is [`AllocatorConfig::own`].
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 #[non_exhaustive]

@@ -10,8 +10,8 @@ use crate::probe::ModelProbe;
 use crate::recipe::tagged;
 use crate::{Error, Needs, Result};
 
-/// Layers keep units in proportion to a weight times their size. A layer that would keep more than it has keeps all, one
-/// that would fall below its floor keeps that, and the others share the rest, still in proportion.
+/// Layers keep units in proportion to a weight times their size. A layer that would keep more than it has keeps all,
+/// one that would fall below its floor keeps that, and the others share the rest, still in proportion.
 ///
 /// Weights by depth are how MoLA gives higher layers more experts and TENP (arXiv 2606.09885) deeper layers more
 /// experts of full width; its exact schedule is not published.
@@ -50,8 +50,8 @@ pub enum Prior {
         /// Where it ceases to be level, in [`rise`, 1]; 1 for layers that never get less again.
         fall: f64,
     },
-    /// Amounts, not fractions, in proportion to the sum of the dimensions of the experts' matrices, `hidden_size + I` each: the
-    /// released form of Erdos-Renyi-kernel sparsity.
+    /// Amounts, not fractions, in proportion to the sum of the dimensions of the experts' matrices, `hidden_size + I`
+    /// each: the released form of Erdos-Renyi-kernel sparsity.
     Erk,
 }
 
@@ -59,8 +59,8 @@ impl Prior {
     /// Weights of `layers` MoE layers in ascending order; those of [`Prior::Erk`] are 1.
     ///
     /// # Errors
-    /// [`Error::InvalidParameter`] for a weight that is negative or not finite, for all weights 0, another number of them
-    /// than of layers, or a trapezoid whose corners are not in order.
+    /// [`Error::InvalidParameter`] for a weight that is negative or not finite, for all weights 0, another number of
+    /// them than of layers, or a trapezoid whose corners are not in order.
     pub fn weights(&self, layers: usize) -> Result<Vec<f64>> {
         let invalid = |field, found: String, expected: String| Err(Error::InvalidParameter { field, found, expected });
         let place = |index: usize| if layers > 1 { index as f64 / (layers - 1) as f64 } else { 0.0 };
@@ -124,7 +124,8 @@ impl Allocator for DepthPrior {
     }
 }
 
-/// Positions at which what paths keep is in proportion to the amounts of their layers, as far as floors and sizes allow.
+/// Positions at which what paths keep is in proportion to the amounts of their layers, as far as floors and sizes
+/// allow.
 pub(crate) fn spread(problem: &Problem<'_>, amounts: &[f64]) -> Result<Vec<usize>> {
     let sizes: Vec<usize> =
         (0..amounts.len()).map(|l| problem.paths.iter().filter(|p| p.layer == l).map(|p| p.total).sum()).collect();

@@ -10,8 +10,8 @@ use crate::ranking::{Measure, Queue, Side, queues, share};
 use crate::recipe::tagged;
 use crate::{Error, Needs, Result};
 
-/// Every layer first keeps its best units (or experts) up to a fraction of what it would keep if all layers dropped alike;
-/// the rest of the budget goes to the best of the whole model.
+/// Every layer first keeps its best units (or experts) up to a fraction of what it would keep if all layers dropped
+/// alike; the rest of the budget goes to the best of the whole model.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Hybrid {

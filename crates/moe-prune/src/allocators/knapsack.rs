@@ -9,19 +9,19 @@ pub struct Choice {
     pub distortion: f64,
 }
 
-/// The choice of one option per group with the least sum of distortions whose costs sum to no more than `budget`; among equal
-/// sums the one that spends most: a dynamic program over whole units, exact where distortions of groups add. `None` if even
-/// the cheapest options cost more.
+/// The choice of one option per group with the least sum of distortions whose costs sum to no more than `budget`; among
+/// equal sums the one that spends most: a dynamic program over whole units, exact where distortions of groups add.
+/// `None` if even the cheapest options cost more.
 ///
-/// `f_l[b] = min over options of group l of f_{l-1}[b - cost] + distortion`, in `groups * budget * options` steps. Ties go to
-/// the earlier option of the later group.
+/// `f_l[b] = min over options of group l of f_{l-1}[b - cost] + distortion`, in `groups * budget * options` steps. Ties
+/// go to the earlier option of the later group.
 ///
 /// ```
 /// use moe_prune::{Choice, knapsack};
 ///
-/// let group = |options: &[(usize, f64)]| options.iter().map(|(cost, distortion)| Choice { cost: *cost, distortion: *distortion }).collect();
-/// let groups: Vec<Vec<Choice>> = vec![group(&[(2, 0.0), (1, 5.0), (0, 8.0)]), group(&[(2, 0.0), (1, 1.0), (0, 9.0)])];
-/// assert_eq!(knapsack(&groups, 3), Some(vec![0, 1]));
+/// let group = |options: &[(usize, f64)]| options.iter().map(|(cost, distortion)| Choice { cost: *cost, distortion:
+/// *distortion }).collect(); let groups: Vec<Vec<Choice>> = vec![group(&[(2, 0.0), (1, 5.0), (0, 8.0)]), group(&[(2,
+/// 0.0), (1, 1.0), (0, 9.0)])]; assert_eq!(knapsack(&groups, 3), Some(vec![0, 1]));
 /// assert_eq!(knapsack(&groups, 2), Some(vec![1, 1]));
 /// ```
 pub fn knapsack(groups: &[Vec<Choice>], budget: usize) -> Option<Vec<usize>> {

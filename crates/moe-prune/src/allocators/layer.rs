@@ -13,9 +13,9 @@ use crate::{Needs, Result};
 /// Scope L of Fisher-MoE: the pool is one layer, which drops `floor(N_l * ratio)` of its `N_l` units. Widths differ
 /// between experts and may become 0.
 ///
-/// A parameter budget is shared over layers in proportion to their units, by largest remainders. With a width multiple, and
-/// for whole experts, the total is rounded once and shared out in blocks the same way, so that the rounding of single
-/// layers does not add up.
+/// A parameter budget is shared over layers in proportion to their units, by largest remainders. With a width multiple,
+/// and for whole experts, the total is rounded once and shared out in blocks the same way, so that the rounding of
+/// single layers does not add up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PerLayer {}

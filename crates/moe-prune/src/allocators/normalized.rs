@@ -10,8 +10,8 @@ use crate::ranking::{Queue, compare, queues};
 use crate::recipe::tagged;
 use crate::{Error, Needs, Result};
 
-/// All units (or experts) of the model compete by normalized scores. The order within a layer stays; the scores need not be
-/// comparable between layers. Where they become shares of a sum, they must be additive within a layer
+/// All units (or experts) of the model compete by normalized scores. The order within a layer stays; the scores need
+/// not be comparable between layers. Where they become shares of a sum, they must be additive within a layer
 /// ([`ScoreTable::additive`](moe_checkpoint::ScoreTable::additive)).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -21,14 +21,14 @@ pub struct Normalized {
     pub by: Normalization,
 }
 
-/// How the scores of a layer are made comparable with those of other layers. `s_1 <= s_2 <= ...` are the scores of a layer
-/// in ascending order, without what an earlier round dropped.
+/// How the scores of a layer are made comparable with those of other layers. `s_1 <= s_2 <= ...` are the scores of a
+/// layer in ascending order, without what an earlier round dropped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Normalization {
-    /// LAMP (arXiv 2010.07611) of norms: `s_u^2 / (s_u^2 + s_{u+1}^2 + ...)`. The largest of a layer scores 1, so that no
-    /// layer is emptied.
+    /// LAMP (arXiv 2010.07611) of norms: `s_u^2 / (s_u^2 + s_{u+1}^2 + ...)`. The largest of a layer scores 1, so that
+    /// no layer is emptied.
     #[default]
     Lamp,
     /// LAMP of scores that are squares already: `s_u / (s_u + s_{u+1} + ...)`.

@@ -36,11 +36,11 @@ pub struct ExpertLimits {
     /// Groups of neighboring experts that lose as many each; 1 unless the router selects groups first
     /// ([`Routing::groups`]).
     pub groups: usize,
-    /// No layer keeps fewer. It never keeps fewer than the router selects either, unless the budget leaves fewer to all layers
-    /// alike: then each token gets all that are left ([`TopKClamp`](moe_checkpoint::TopKClamp)).
+    /// No layer keeps fewer. It never keeps fewer than the router selects either, unless the budget leaves fewer to all
+    /// layers alike: then each token gets all that are left ([`TopKClamp`](moe_checkpoint::TopKClamp)).
     pub min_experts: usize,
-    /// Every layer keeps a multiple of this many, for experts that are spread over as many devices. What is left of a number
-    /// that is no multiple goes whatever the budget.
+    /// Every layer keeps a multiple of this many, for experts that are spread over as many devices. What is left of a
+    /// number that is no multiple goes whatever the budget.
     pub multiple_of: usize,
     /// Dropped experts keep their rows of the router, so that it may select as many as ever: a layer may lose all.
     pub keeps_router: bool,
@@ -64,8 +64,8 @@ impl ExpertLimits {
         product / a
     }
 
-    /// The limits under which this routing still works: as many experts left in every group, two where groups are ranked
-    /// by their two best, and enough in the groups that are selected.
+    /// The limits under which this routing still works: as many experts left in every group, two where groups are
+    /// ranked by their two best, and enough in the groups that are selected.
     ///
     /// ```
     /// use moe_checkpoint::{GroupScore, Groups, Routing, RoutingKind};
@@ -126,8 +126,8 @@ impl AllocationRequest<'_> {
     /// Checks everything that does not depend on how an allocator works, and what it needs.
     ///
     /// # Errors
-    /// Scores or a probe that do not give what is needed; a parameter outside its range, a table that is not of this model or
-    /// has NaN; protected units that do not exist.
+    /// Scores or a probe that do not give what is needed; a parameter outside its range, a table that is not of this
+    /// model or has NaN; protected units that do not exist.
     pub fn validate(&self, needs: &Needs, probe: &dyn ModelProbe) -> Result<()> {
         needs.check_probe(probe.answers())?;
         self.shape.validate()?;
@@ -175,8 +175,8 @@ impl AllocationRequest<'_> {
         }
     }
 
-    /// Experts of a layer that have to stay for the router: as many as it selects, or as many as the budget leaves to the layer
-    /// if all drop alike. Routing by groups is not clamped.
+    /// Experts of a layer that have to stay for the router: as many as it selects, or as many as the budget leaves to
+    /// the layer if all drop alike. Routing by groups is not clamped.
     pub(crate) fn selected(&self, layer: &MoeLayerShape, limits: ExpertLimits) -> usize {
         let (top_k, experts) = (self.shape.top_k, layer.num_experts());
         if limits.groups > 1 {

@@ -14,8 +14,8 @@ use crate::{Needs, Result};
 /// stay of one width and stock runtimes load the result. Of whole experts, every layer drops `floor(E * ratio)`.
 ///
 /// A width multiple rounds the width up for a ratio (to the nearest multiple at or above `I - floor(I * ratio)`), down
-/// for a parameter budget; groups round the number of experts likewise. Floors above that are an error: one width for all
-/// leaves nothing to redistribute.
+/// for a parameter budget; groups round the number of experts likewise. Floors above that are an error: one width for
+/// all leaves nothing to redistribute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Uniform {}

@@ -1,8 +1,8 @@
 //! Weights that a repair changes, beside a plan.
 //!
-//! A plan says what stays; an [`EditSource`] says which of what stays has other values: down projections refitted to what is
-//! left, a bias in place of what an expert used to give, a retrained router. All of it is in the indices of the model that
-//! the plan is for.
+//! A plan says what stays; an [`EditSource`] says which of what stays has other values: down projections refitted to
+//! what is left, a bias in place of what an expert used to give, a retrained router. All of it is in the indices of the
+//! model that the plan is for.
 
 mod file;
 
@@ -48,8 +48,8 @@ pub trait EditSource: Send + Sync {
     /// Values that cannot be read.
     fn expert(&self, layer: usize, expert: usize) -> Result<Option<ExpertEdit>>;
 
-    /// The router weight `[E, H]` in place of the model's, with rows for all original experts; those of removed experts are
-    /// not looked at.
+    /// The router weight `[E, H]` in place of the model's, with rows for all original experts; those of removed experts
+    /// are not looked at.
     ///
     /// # Errors
     /// Values that cannot be read.
@@ -106,7 +106,8 @@ impl Edits {
         self.routers.insert(layer, weight);
     }
 
-    /// Adds other edits of the same plan, which win where both change the same matrix or bias. The recipe becomes a list of both.
+    /// Adds other edits of the same plan, which win where both change the same matrix or bias. The recipe becomes a
+    /// list of both.
     pub fn extend(&mut self, other: Self) {
         for (id, edit) in other.experts {
             let own = self.experts.entry(id).or_default();
@@ -125,8 +126,8 @@ impl Edits {
         self.recipe = Value::Array(recipes);
     }
 
-    /// Edits of the model that a plan leaves as edits beside that plan: experts get the indices that they have in the model the plan is
-    /// for, and routers rows of zeros for removed experts, which nothing looks at.
+    /// Edits of the model that a plan leaves as edits beside that plan: experts get the indices that they have in the
+    /// model the plan is for, and routers rows of zeros for removed experts, which nothing looks at.
     ///
     /// # Errors
     /// [`Error::InvalidEdits`] for an expert or a router that the plan does not leave.
@@ -178,8 +179,8 @@ impl Edits {
     }
 
     /// Writes a safetensors file, atomically: `layer.{i}.expert.{e}.down` `[H, kept]`, `layer.{i}.expert.{e}.down_bias`
-    /// `[H]` and `layer.{i}.router` `[E, H]`, all f32; [`PrunePlan::digest`], the digest of the edits and their recipe as
-    /// JSON under the metadata key `moe.edits`.
+    /// `[H]` and `layer.{i}.router` `[E, H]`, all f32; [`PrunePlan::digest`], the digest of the edits and their recipe
+    /// as JSON under the metadata key `moe.edits`.
     ///
     /// # Errors
     /// [`Error::InvalidEdits`] for edits that are not of this plan, [`Error::Io`].

@@ -75,8 +75,8 @@ pub enum PruneForm<'a> {
     Ragged,
     /// Shapes as they were, dropped units zeroed: loads in stock runtimes, saves nothing.
     Masked,
-    /// Experts as equal pieces, each an expert of its own: loads in stock runtimes. Takes plans whose widths are multiples of a
-    /// piece, with as many pieces in every layer. An expert without units goes with its router row.
+    /// Experts as equal pieces, each an expert of its own: loads in stock runtimes. Takes plans whose widths are
+    /// multiples of a piece, with as many pieces in every layer. An expert without units goes with its router row.
     FineGrained(FineGrained<'a>),
 }
 

@@ -21,7 +21,8 @@ pub(crate) struct FurtherLayer {
     pub widths: Vec<usize>,
 }
 
-/// What precedes the part of a name that says what a tensor of a layer is: `model.layers.3.` of `model.layers.3.mlp.gate.weight`.
+/// What precedes the part of a name that says what a tensor of a layer is: `model.layers.3.` of
+/// `model.layers.3.mlp.gate.weight`.
 pub(super) fn layer_prefix(name: &str) -> Option<&str> {
     let start = name.find(LAYERS)? + LAYERS.len();
     let digits = name[start..].find('.').filter(|digits| *digits > 0)?;
@@ -118,7 +119,8 @@ impl TargetLayer {
         Ok(tensors.unwrap_or_default())
     }
 
-    /// Dtype of a part of a set of weights as it is read; that of the projection before it for a bias that a repair adds.
+    /// Dtype of a part of a set of weights as it is read; that of the projection before it for a bias that a repair
+    /// adds.
     pub fn dtype(&self, from: &Checkpoint, set: &TargetSet, part: ExpertPart) -> Result<Option<Dtype>> {
         if let Some(further) = &self.further {
             if ExpertPart::BIASES.contains(&part) {

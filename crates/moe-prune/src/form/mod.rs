@@ -35,9 +35,10 @@ use crate::{EditSource, Error, PrunePlan, Report, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PrunedPrecision {
-    /// In the quantization of the base: experts that keep all their units are copied byte for byte; of others, groups of elements
-    /// that stay together keep their codes and their scale, and groups that are cut are rounded again, which the report says. In
-    /// [`PruneForm::Uniform`] without edits; other forms, which no engine reads quantized, are BF16, which the report says, too.
+    /// In the quantization of the base: experts that keep all their units are copied byte for byte; of others, groups
+    /// of elements that stay together keep their codes and their scale, and groups that are cut are rounded again,
+    /// which the report says. In [`PruneForm::Uniform`] without edits; other forms, which no engine reads quantized,
+    /// are BF16, which the report says, too.
     #[default]
     AsBase,
     /// In BF16, without quantization.
@@ -49,8 +50,8 @@ pub enum PrunedPrecision {
 pub struct PruneOptions<'a> {
     /// In which form.
     pub form: PruneForm<'a>,
-    /// Make uniform widths that are no multiple of 8 as they are, which stock loaders may fail on in a forward pass. Without it
-    /// they are refused, and pieces of experts get units of zeros up to a multiple of 8.
+    /// Make uniform widths that are no multiple of 8 as they are, which stock loaders may fail on in a forward pass.
+    /// Without it they are refused, and pieces of experts get units of zeros up to a multiple of 8.
     pub allow_unaligned: bool,
     /// What becomes of layers that predict further tokens. Needed where a checkpoint has them.
     pub mtp: Option<Mtp>,
@@ -66,12 +67,12 @@ impl<'a> PruneOptions<'a> {
         Self { form, allow_unaligned: false, mtp: None, precision: PrunedPrecision::default(), edits: None }
     }
 
-    /// Checks everything that a checkpoint shows to be impossible, whatever a plan for it drops: what takes hours of scoring or
-    /// searching calls this before.
+    /// Checks everything that a checkpoint shows to be impossible, whatever a plan for it drops: what takes hours of
+    /// scoring or searching calls this before.
     ///
     /// # Errors
-    /// [`Error::Export`] with the reason: no routed experts, layers that predict further tokens without a choice or with one that
-    /// cannot be, experts that share sets of weights or a routing that cannot be cut into pieces.
+    /// [`Error::Export`] with the reason: no routed experts, layers that predict further tokens without a choice or
+    /// with one that cannot be, experts that share sets of weights or a routing that cannot be cut into pieces.
     pub fn check(&self, base: &Checkpoint) -> Result<()> {
         if base.shape().units() == 0 {
             return Err(self.form.refused("the model has no routed experts to prune".into()));
@@ -118,15 +119,17 @@ impl PrunedModel {
 }
 
 impl PrunePlan {
-    /// The pruned model, made from `base` whenever its weights are read; nothing of them is read here but what ranks the experts
-    /// of layers that predict further tokens, where those are pruned.
+    /// The pruned model, made from `base` whenever its weights are read; nothing of them is read here but what ranks
+    /// the experts of layers that predict further tokens, where those are pruned.
     ///
-    /// Tensors outside the routed experts are those of the base; rows and columns of the experts are selected on raw bytes, one
-    /// matrix at a time, without conversion; only [`PruneOptions::edits`] and factors of pieces are converted. So a plan that keeps everything
-    /// gives every tensor byte for byte, quantized ones too. A quantized base stays quantized where [`PrunedPrecision`] says so.
+    /// Tensors outside the routed experts are those of the base; rows and columns of the experts are selected on raw
+    /// bytes, one matrix at a time, without conversion; only [`PruneOptions::edits`] and factors of pieces are
+    /// converted. So a plan that keeps everything gives every tensor byte for byte, quantized ones too. A quantized
+    /// base stays quantized where [`PrunedPrecision`] says so.
     ///
-    /// Where experts of `base` share sets of weights, a plan removes whole experts with their rows of the router, and a set when its
-    /// last expert goes; units go from a set as a whole, so that its experts must keep the same ([`SharedSets`] makes such plans).
+    /// Where experts of `base` share sets of weights, a plan removes whole experts with their rows of the router, and a
+    /// set when its last expert goes; units go from a set as a whole, so that its experts must keep the same
+    /// ([`SharedSets`] makes such plans).
     ///
     /// ```no_run
     /// use std::sync::Arc;
@@ -142,9 +145,9 @@ impl PrunePlan {
     /// ```
     ///
     /// # Errors
-    /// [`Error::OtherModel`], [`Error::InvalidPlan`], [`Error::InvalidEdits`], [`Error::Export`] with the reason why this form is
-    /// impossible. What is wrong with values of edits (too large for the dtype of the checkpoint) is an error of reading the
-    /// model.
+    /// [`Error::OtherModel`], [`Error::InvalidPlan`], [`Error::InvalidEdits`], [`Error::Export`] with the reason why
+    /// this form is impossible. What is wrong with values of edits (too large for the dtype of the checkpoint) is an
+    /// error of reading the model.
     pub fn on(&self, base: &Arc<Checkpoint>, options: &PruneOptions<'_>) -> Result<PrunedModel> {
         if !base.is_model(&self.model) {
             let (path, found, expected) = (base.dir().to_path_buf(), base.fingerprint(), self.model.clone());

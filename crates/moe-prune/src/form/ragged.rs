@@ -7,8 +7,8 @@ use super::target::{Target, TargetLayer};
 use crate::{EditSource, PrunePlan, Result};
 
 /// The target of a ragged form: two tensors per MoE layer, widths in the config, a `model_type` that stock loaders
-/// refuse instead of loading random experts. Width 0 is legal. A layer with an expert whose bias is edited gets a tensor of
-/// biases, zero for the others.
+/// refuse instead of loading random experts. Width 0 is legal. A layer with an expert whose bias is edited gets a
+/// tensor of biases, zero for the others.
 pub(super) fn target(plan: &PrunePlan, from: &Checkpoint, edits: Option<&dyn EditSource>) -> Result<Target> {
     let mut layers = Vec::with_capacity(plan.kept.len());
     for kept in &plan.kept {

@@ -84,7 +84,8 @@ impl PruneRecord {
     }
 }
 
-/// A plan whose kept units are bits of hexadecimal digits, unit 8i + j in bit j of byte i: a list of numbers is ten times as long.
+/// A plan whose kept units are bits of hexadecimal digits, unit 8i + j in bit j of byte i: a list of numbers is ten
+/// times as long.
 #[derive(Serialize, Deserialize)]
 struct Packed {
     version: u64,

@@ -98,7 +98,8 @@ pub(super) fn added_bias(
     changed(dtype, values, selection.bias_factor).map(|bytes| made(bytes, dtype, hidden_size, 1))
 }
 
-/// Columns of `units` from a matrix `[rows, kept.len()]`, among `width` columns of zeros: at their places, or one after the other.
+/// Columns of `units` from a matrix `[rows, kept.len()]`, among `width` columns of zeros: at their places, or one after
+/// the other.
 fn edited_columns(
     down: &[f32],
     kept: &[u32],

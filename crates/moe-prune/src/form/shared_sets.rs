@@ -15,8 +15,8 @@ use crate::{Budget, Error, Pruner, Result};
 
 /// The sets of weights of a [grouped](Checkpoint::grouped) checkpoint as if each were one expert: what units go from.
 ///
-/// A unit that goes from a set goes from all its experts. So the scores of a set are made of those of its experts, any pruner works
-/// on the sets, and its plan is spread to the experts again.
+/// A unit that goes from a set goes from all its experts. So the scores of a set are made of those of its experts, any
+/// pruner works on the sets, and its plan is spread to the experts again.
 ///
 /// ```no_run
 /// use moe_checkpoint::{Checkpoint, ProtectionMask, ScoreTable};
@@ -64,11 +64,12 @@ impl SharedSets {
         &self.sets
     }
 
-    /// Scores of the sets: sums over their experts where scores add up, otherwise the highest, since what matters to one expert
-    /// matters. Counts of routed tokens are added up.
+    /// Scores of the sets: sums over their experts where scores add up, otherwise the highest, since what matters to
+    /// one expert matters. Counts of routed tokens are added up.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] for scores of another shape, [`Error::PoolTooNarrow`] for scores that compare within an expert alone.
+    /// [`Error::Checkpoint`] for scores of another shape, [`Error::PoolTooNarrow`] for scores that compare within an
+    /// expert alone.
     pub fn scores(&self, scores: &ScoreTable) -> Result<ScoreTable> {
         scores.validate_for(&self.experts)?;
         if !scores.pool.supports(Pool::Layer) {
@@ -107,11 +108,12 @@ impl SharedSets {
         Ok(mask)
     }
 
-    /// The plan for the experts that does to each what a plan of the sets does to its set: units go from all of them, and all go with
-    /// their rows of the router where the set is removed. The achieved ratio counts units of experts.
+    /// The plan for the experts that does to each what a plan of the sets does to its set: units go from all of them,
+    /// and all go with their rows of the router where the set is removed. The achieved ratio counts units of experts.
     ///
     /// # Errors
-    /// [`Error::InvalidPlan`] for a plan that is none of these sets, or that leaves fewer experts than the router selects.
+    /// [`Error::InvalidPlan`] for a plan that is none of these sets, or that leaves fewer experts than the router
+    /// selects.
     pub fn plan(&self, sets: &PrunePlan) -> Result<PrunePlan> {
         sets.validate(&self.sets)?;
         let layer = |(kept, map): (&LayerKept, &Vec<usize>)| {
@@ -135,8 +137,8 @@ impl SharedSets {
         Ok(plan)
     }
 
-    /// [`SharedSets::plan`] of what a pruner makes of [`SharedSets::scores`]. The budget is one of the sets, which are what is
-    /// stored.
+    /// [`SharedSets::plan`] of what a pruner makes of [`SharedSets::scores`]. The budget is one of the sets, which are
+    /// what is stored.
     ///
     /// # Errors
     /// Those of both, and those of the pruner.
@@ -185,7 +187,8 @@ pub(super) fn check(plan: &PrunePlan, base: &Checkpoint, options: &PruneOptions<
     Ok(())
 }
 
-/// The config that `change` makes of that of a checkpoint, experts sharing sets as the layers say where they did before.
+/// The config that `change` makes of that of a checkpoint, experts sharing sets as the layers say where they did
+/// before.
 pub(super) fn shared_config(
     from: &Checkpoint,
     layers: &[TargetLayer],

@@ -30,7 +30,8 @@ pub(super) struct PrunedSource {
     step: Step,
 }
 
-/// What a repair changed, and the kept units of every expert of the plan, which columns of its down projections belong to.
+/// What a repair changed, and the kept units of every expert of the plan, which columns of its down projections belong
+/// to.
 struct Edited {
     source: Arc<dyn EditSource>,
     kept: BTreeMap<usize, Vec<Vec<u32>>>,

@@ -18,12 +18,13 @@ pub(super) struct Tensors {
 
 /// What a tensor is made of.
 pub(super) enum Made {
-    /// A row of the tensor of the same name, or of an edited router, for every expert of a layer of the target, by position.
+    /// A row of the tensor of the same name, or of an edited router, for every expert of a layer of the target, by
+    /// position.
     Rows(usize, LayerRole),
     /// The tensor of the same name with zeros after its rows (of shape before) or after its columns.
     Pad { rows: usize, cols: usize },
-    /// Blocks of sets of weights of a layer of the target that is none of the decoder's, by position, in file order. All are
-    /// of one size.
+    /// Blocks of sets of weights of a layer of the target that is none of the decoder's, by position, in file order.
+    /// All are of one size.
     Experts(usize, Vec<(usize, ExpertBlock)>),
 }
 

@@ -10,8 +10,8 @@ use crate::{PrunePlan, Result};
 /// Width multiple that the grouped matrix products of stock loaders need: 16 bytes of a 16-bit type.
 pub(super) const ALIGNMENT: usize = 8;
 
-/// The target of a form whose widths all agree. The layout that was read is kept; a ragged checkpoint gets the stock layout of its
-/// family. Where a config says how many times the width of a routed expert the shared experts have,
+/// The target of a form whose widths all agree. The layout that was read is kept; a ragged checkpoint gets the stock
+/// layout of its family. Where a config says how many times the width of a routed expert the shared experts have,
 /// that number follows the width, and the shared experts grow by units of zeros if it has to be rounded up.
 pub(super) fn target(plan: &PrunePlan, from: &Checkpoint, options: &PruneOptions<'_>) -> Result<Target> {
     let refuse = |reason: String| Err(PruneForm::Uniform.refused(reason));
@@ -88,8 +88,8 @@ pub(super) fn aligned(width: usize, from: &Checkpoint) -> bool {
     width.is_multiple_of(ALIGNMENT) || from.shape().uniform_width() == Some(width)
 }
 
-/// The layout of a layer in a checkpoint of one width. Where files may have experts transposed or not, loaders tell by shape and take a
-/// square tensor for one that is not: such a width is written so.
+/// The layout of a layer in a checkpoint of one width. Where files may have experts transposed or not, loaders tell by
+/// shape and take a square tensor for one that is not: such a width is written so.
 pub(super) fn stock_layout(from: &Checkpoint, layer: usize, width: usize) -> Result<ExpertLayout> {
     let layout = match from.expert_layout(layer)? {
         ExpertLayout::Ragged => from.family().stock_layout(),

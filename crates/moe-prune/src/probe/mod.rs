@@ -19,16 +19,16 @@ pub use overlay::PlanOverlay;
 use crate::plan::LayerKept;
 use crate::{Error, Questions, Result};
 
-/// How far a changed model is from the full one, on the probe's data. Divergences are of next-token distributions, in nats
-/// per predicted token: KL(full || changed).
+/// How far a changed model is from the full one, on the probe's data. Divergences are of next-token distributions, in
+/// nats per predicted token: KL(full || changed).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Distortion {
     /// Mean divergence over all predicted tokens.
     pub mean: f64,
     /// Largest mean divergence of one sequence.
     pub worst: f64,
-    /// Mean over predicted tokens of `sum_v min(p_full(v), p_changed(v))`: 1 for equal distributions, 1 minus their total
-    /// variation distance.
+    /// Mean over predicted tokens of `sum_v min(p_full(v), p_changed(v))`: 1 for equal distributions, 1 minus their
+    /// total variation distance.
     pub overlap: f64,
 }
 
@@ -70,16 +70,16 @@ pub trait ModelProbe {
     fn distortion(&mut self, kept: &[LayerKept]) -> Result<Distortion>;
 
     /// Mean divergence with the output of every expert multiplied by a gain `[MoE layer][expert]` on top of its routing
-    /// weight (nothing is renormalized), and its gradient with respect to the gains, of that shape. `batch` counts up: a probe
-    /// may look at another part of its data for each.
+    /// weight (nothing is renormalized), and its gradient with respect to the gains, of that shape. `batch` counts up:
+    /// a probe may look at another part of its data for each.
     ///
     /// # Errors
     /// Whatever keeps the model from running.
     fn gain_gradient(&mut self, gains: &[Vec<f32>], batch: usize) -> Result<(f64, Vec<Vec<f32>>)>;
 
-    /// For every candidate set of experts of decoder layer `layer` (ascending): sum over batches of the Frobenius norm of the
-    /// difference between the layer's output and its output with these experts' logits at minus infinity. Layers that
-    /// [`ModelProbe::settle`] has fixed are as it says, for later layers.
+    /// For every candidate set of experts of decoder layer `layer` (ascending): sum over batches of the Frobenius norm
+    /// of the difference between the layer's output and its output with these experts' logits at minus infinity. Layers
+    /// that [`ModelProbe::settle`] has fixed are as it says, for later layers.
     ///
     /// # Errors
     /// Whatever keeps the model from running.

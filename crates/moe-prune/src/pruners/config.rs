@@ -12,8 +12,8 @@ use super::{
 use crate::probe::ModelProbe;
 use crate::{Allocation, Needs, Result};
 
-/// A pruner as a line of a recipe: `{"type": "unit", "allocator": {"type": "global"}}`. Every pruner of this crate has a name;
-/// one of your own is [`PrunerConfig::own`].
+/// A pruner as a line of a recipe: `{"type": "unit", "allocator": {"type": "global"}}`. Every pruner of this crate has
+/// a name; one of your own is [`PrunerConfig::own`].
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 #[non_exhaustive]

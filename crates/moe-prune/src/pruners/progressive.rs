@@ -12,8 +12,8 @@ use crate::{Budget, Error, PrunePlan, Result};
 
 /// Prunes a little, scores what is left, prunes more. What one round drops stays dropped.
 ///
-/// A round of ratio `r_i` is the same as one-shot pruning of that ratio, but for what earlier rounds decided; the last has
-/// the ratio of the budget, so that the budget is met as by [`Progressive::pruner`] alone.
+/// A round of ratio `r_i` is the same as one-shot pruning of that ratio, but for what earlier rounds decided; the last
+/// has the ratio of the budget, so that the budget is met as by [`Progressive::pruner`] alone.
 ///
 /// ```
 /// use moe_checkpoint::*;

@@ -85,8 +85,8 @@ pub struct UnitPruner {
 }
 
 impl UnitPruner {
-    /// A pruner of this scope. Scope [`Scope::Expert`] makes widths a multiple of 8, which the grouped matrix products of
-    /// stock loaders need in 16-bit types; the others allow any width.
+    /// A pruner of this scope. Scope [`Scope::Expert`] makes widths a multiple of 8, which the grouped matrix products
+    /// of stock loaders need in 16-bit types; the others allow any width.
     pub fn new(scope: Scope) -> Self {
         match scope {
             Scope::Expert => Self::with_allocator(AllocatorConfig::Uniform(Uniform::default())).round_to(8),
@@ -100,8 +100,8 @@ impl UnitPruner {
         Self { allocator, limits: WidthLimits::default() }
     }
 
-    /// Makes every width a multiple of `multiple`. The budget is met to the unit where multiples allow it; otherwise the
-    /// plan reports the difference.
+    /// Makes every width a multiple of `multiple`. The budget is met to the unit where multiples allow it; otherwise
+    /// the plan reports the difference.
     pub fn round_to(mut self, multiple: usize) -> Self {
         self.limits.round_to = multiple;
         self

@@ -12,10 +12,11 @@ use crate::recipe::{reducing, tagged};
 use crate::{Allocation, Budget, Error, Needs, Result};
 
 /// Keeps some experts at full width and slims the others, as TENP (arXiv 2606.09885) does: more whole experts in deeper
-/// layers, a trapezoid over depth. Its exact schedule is not published; the default rises over the first half and stays.
+/// layers, a trapezoid over depth. Its exact schedule is not published; the default rises over the first half and
+/// stays.
 ///
-/// Takes unit scores; a reduction of them decides which experts stay whole. With the default allocator every layer keeps the
-/// same fraction and its slim experts are as wide as each other.
+/// Takes unit scores; a reduction of them decides which experts stay whole. With the default allocator every layer
+/// keeps the same fraction and its slim experts are as wide as each other.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct WideExpertPruner {

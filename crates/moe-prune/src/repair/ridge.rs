@@ -8,8 +8,8 @@ use crate::{Error, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RidgeScale {
-    /// The mean over all kept units of the layer. An expert of few tokens changes little, so that a narrow calibration spares what the model
-    /// knows besides.
+    /// The mean over all kept units of the layer. An expert of few tokens changes little, so that a narrow calibration
+    /// spares what the model knows besides.
     #[default]
     Layer,
     /// The mean over the kept units of each expert: one of few tokens follows them as closely as one of many.

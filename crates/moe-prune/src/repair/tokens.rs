@@ -8,10 +8,11 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TokenWeight {
-    /// As much as any other. Few tokens with huge activations, such as the first of a sequence in many models, then decide.
+    /// As much as any other. Few tokens with huge activations, such as the first of a sequence in many models, then
+    /// decide.
     Equal,
-    /// Divided by the mean square of the residual stream after the layer. Later layers see the stream normed, so that an error is as bad
-    /// as it is long beside the stream.
+    /// Divided by the mean square of the residual stream after the layer. Later layers see the stream normed, so that
+    /// an error is as bad as it is long beside the stream.
     #[default]
     Relative,
 }

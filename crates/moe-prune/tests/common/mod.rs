@@ -29,8 +29,8 @@ pub fn write_plan(
     write_plan_with(plan, model, to, options, &WriteOptions::default())
 }
 
-/// Writes what a plan makes of a checkpoint, which is opened anew for it, and checks that the model reads the same written and
-/// unwritten, and that the report counts what was written.
+/// Writes what a plan makes of a checkpoint, which is opened anew for it, and checks that the model reads the same
+/// written and unwritten, and that the report counts what was written.
 #[allow(dead_code)]
 pub fn write_plan_with(
     plan: &PrunePlan,

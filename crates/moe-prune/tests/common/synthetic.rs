@@ -74,8 +74,8 @@ pub fn emptied(kept: &[LayerKept]) -> Vec<Vec<usize>> {
     kept.iter().map(of).collect()
 }
 
-/// Distortions of layers add: `curves[layer][experts lost]`, where an expert that lost a part of its units counts as that part,
-/// rounded down over the layer.
+/// Distortions of layers add: `curves[layer][experts lost]`, where an expert that lost a part of its units counts as
+/// that part, rounded down over the layer.
 pub struct Additive {
     pub width: usize,
     pub curves: Vec<Vec<f64>>,

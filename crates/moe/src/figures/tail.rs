@@ -11,8 +11,8 @@ use crate::format::{count, percent, tick};
 /// Points of the curve.
 const POINTS: usize = 600;
 
-/// All scores of a model, of units or of experts, from the highest to the lowest on a logarithmic axis, with a line where each of `ratios`
-/// (fractions dropped) would cut.
+/// All scores of a model, of units or of experts, from the highest to the lowest on a logarithmic axis, with a line
+/// where each of `ratios` (fractions dropped) would cut.
 ///
 /// # Errors
 /// Those of drawing.

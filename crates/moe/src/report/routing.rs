@@ -8,7 +8,8 @@ use moe_importance::statistics::ROUTED_TOKENS;
 use super::ByExpert;
 use crate::Result;
 
-/// Tokens that chose each expert, layer by layer, from a forward pass over `waves`. Nothing behind the last router is computed.
+/// Tokens that chose each expert, layer by layer, from a forward pass over `waves`. Nothing behind the last router is
+/// computed.
 ///
 /// # Errors
 /// Whatever stops the model.

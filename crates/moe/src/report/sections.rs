@@ -44,8 +44,8 @@ impl Size {
 }
 
 impl Report {
-    /// Where importance sits: a heat map of layers and experts, the sorted tail of all scores with a line where each of `ratios`
-    /// would cut, and a row of numbers per layer.
+    /// Where importance sits: a heat map of layers and experts, the sorted tail of all scores with a line where each of
+    /// `ratios` would cut, and a row of numbers per layer.
     ///
     /// # Errors
     /// A table that is not valid; those of drawing.
@@ -90,9 +90,9 @@ impl Report {
         Ok(())
     }
 
-    /// What models can do, each beside the first: a table with every number, and bars for every measurement that the first has
-    /// where there are others. Keys are `NAME_exact` and `NAME_choice`, shares, or `NAME_ppl` and `NAME_nats`, of which less is
-    /// better.
+    /// What models can do, each beside the first: a table with every number, and bars for every measurement that the
+    /// first has where there are others. Keys are `NAME_exact` and `NAME_choice`, shares, or `NAME_ppl` and
+    /// `NAME_nats`, of which less is better.
     ///
     /// # Errors
     /// Those of drawing.
@@ -199,8 +199,8 @@ impl Report {
         Ok(())
     }
 
-    /// Which experts tokens go to, in models one after the other: shares of a layer's choices, as heat maps, and per layer the
-    /// largest share and the number of experts that the shares amount to (the exponential of their entropy).
+    /// Which experts tokens go to, in models one after the other: shares of a layer's choices, as heat maps, and per
+    /// layer the largest share and the number of experts that the shares amount to (the exponential of their entropy).
     ///
     /// # Errors
     /// Those of drawing.

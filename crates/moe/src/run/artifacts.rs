@@ -39,7 +39,8 @@ impl Artifacts {
         fs::create_dir_all(&steps).map_err(Error::io(&steps))
     }
 
-    /// The directory of an artifact, and whether it is finished. An unfinished one is there, perhaps with what an earlier run left.
+    /// The directory of an artifact, and whether it is finished. An unfinished one is there, perhaps with what an
+    /// earlier run left.
     pub fn begin(&self, name: &str, of: &[&str]) -> Result<(PathBuf, bool)> {
         let dir = self.out.join("steps").join(format!("{name}-{}", &digest(of)[..16]));
         let finished = dir.join(DONE).exists();

@@ -35,7 +35,8 @@ fn measured(pruner: &mut PrunerConfig) -> Option<(&mut RateDistortion, Limits)> 
 }
 
 impl Run<'_> {
-    /// The pruner with curves from a file where it asks for measured ones: an artifact of its own, which any budget reads.
+    /// The pruner with curves from a file where it asks for measured ones: an artifact of its own, which any budget
+    /// reads.
     pub(super) fn with_curves(
         &self,
         pruner: &PrunerConfig,

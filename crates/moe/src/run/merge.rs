@@ -83,7 +83,8 @@ impl Run<'_> {
         Ok(file)
     }
 
-    /// The experts of the merged model as low-rank and sparse parts, in closed form or trained towards the model before.
+    /// The experts of the merged model as low-rank and sparse parts, in closed form or trained towards the model
+    /// before.
     fn compacted(&self, step: &Merge, compression: Option<&Compression>, before: &Arc<Checkpoint>) -> Result<PathBuf> {
         let calibration = self.calibration()?;
         let of = [json(&step.training)?, json(&compression)?, self.model.fingerprint(), calibration.data.hash.clone()];

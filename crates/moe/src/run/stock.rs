@@ -116,8 +116,8 @@ pub(super) fn settled(step: &Prune, plan: &PrunePlan) -> Result<Chosen> {
     }
 }
 
-/// Prunes in every form that stock loaders read and takes the one whose model stays closest to the full one: one width for all
-/// experts, and experts in pieces, on a third of the calibration data that scores did not need.
+/// Prunes in every form that stock loaders read and takes the one whose model stays closest to the full one: one width
+/// for all experts, and experts in pieces, on a third of the calibration data that scores did not need.
 pub(super) fn search(
     model: &Model,
     scores: &ScoreTable,

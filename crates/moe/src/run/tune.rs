@@ -40,7 +40,8 @@ pub(super) fn rows(step: &Tune, of: &Recipe, tokenizer: Option<&Tokenizer>, voca
     Calibration::load_as(&data, &options, tokenizer, vocab_size)
 }
 
-/// Checks what the recipe and the rows show to be wrong, and the method against the model where that is the one that will be trained.
+/// Checks what the recipe and the rows show to be wrong, and the method against the model where that is the one that
+/// will be trained.
 pub(super) fn check(
     step: &Tune,
     of: &Recipe,

@@ -1,4 +1,5 @@
-//! Causal softmax attention with grouped key/value heads, an optional sliding window and optional sinks, forward and backward.
+//! Causal softmax attention with grouped key/value heads, an optional sliding window and optional sinks, forward and
+//! backward.
 //!
 //! The scores of one block of queries and one head are the largest temporary; nothing of size tokens x tokens exists.
 //! The same kernel serves both sweeps of the engine, so that a recomputed layer has the bits of the first run.
@@ -62,8 +63,8 @@ pub fn attention(
     Tensor::cat(outputs, 0)
 }
 
-/// Attention of the last `q.dims()[0]` tokens of one sequence over its cached keys and values, `[keys, kv_heads * D]` and
-/// `[keys, kv_heads * D_v]`.
+/// Attention of the last `q.dims()[0]` tokens of one sequence over its cached keys and values, `[keys, kv_heads * D]`
+/// and `[keys, kv_heads * D_v]`.
 pub fn attention_cached(q: &Tensor<2>, k: &Tensor<2>, v: &Tensor<2>, shape: &AttentionShape) -> Tensor<2> {
     device::forward(q, k, v, shape)
 }

@@ -10,8 +10,9 @@ use crate::{
     train::{OptimizerState, Parameter, StateArray, parameters::PIECE},
 };
 
-/// `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`, `w <- w - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w)`, in f32 and in the
-/// order of PyTorch's operations; t counts the steps of the parameter. 8 bytes of memory per value besides value and gradient.
+/// `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`, `w <- w - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) +
+/// decay w)`, in f32 and in the order of PyTorch's operations; t counts the steps of the parameter. 8 bytes of memory
+/// per value besides value and gradient.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AdamW {

@@ -180,7 +180,8 @@ fn l2(weight_decay: f64) -> Option<WeightDecayConfig> {
     (weight_decay > 0.0).then_some(WeightDecayConfig { penalty: weight_decay as f32 })
 }
 
-/// A step of one of Burn's optimizers, on the values as one vector. Its state becomes named arrays and counters, so that it is saved like ours.
+/// A step of one of Burn's optimizers, on the values as one vector. Its state becomes named arrays and counters, so
+/// that it is saved like ours.
 pub(super) fn step<O: burn_optim::Optimizer>(
     optimizer: &O,
     name: &str,

@@ -12,8 +12,9 @@ use crate::{
     },
 };
 
-/// Algorithm 2: with Adam's direction r, corrected for its start, and `u = r + decay w`, `w <- w - lr (|w| / |u|) u`. The norms are those of one
-/// piece of the parameter ([`Parameter::in_groups`]), summed in f64; the ratio is 1 where either is 0, and at most `max_ratio`.
+/// Algorithm 2: with Adam's direction r, corrected for its start, and `u = r + decay w`, `w <- w - lr (|w| / |u|) u`.
+/// The norms are those of one piece of the parameter ([`Parameter::in_groups`]), summed in f64; the ratio is 1 where
+/// either is 0, and at most `max_ratio`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Lamb {

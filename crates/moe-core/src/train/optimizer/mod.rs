@@ -60,7 +60,8 @@ impl Optimizer {
     /// One step of every active parameter that has a gradient, which is multiplied by `scale` first and cleared after.
     ///
     /// # Errors
-    /// [`Error::Input`] for values or gradients that are lent; [`Error::Unsupported`] for a projection with an optimizer other than AdamW.
+    /// [`Error::Input`] for values or gradients that are lent; [`Error::Unsupported`] for a projection with an
+    /// optimizer other than AdamW.
     pub fn step(&self, parameters: &mut Parameters, learning_rate: f64, scale: f64) -> Result<()> {
         parameters.check_returned()?;
         for (name, parameter) in parameters.all_mut().filter(|(_, p)| p.touched && p.is_active()) {

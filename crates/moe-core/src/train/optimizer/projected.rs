@@ -8,7 +8,8 @@ use super::{AdamW, adamw::MOMENTS};
 use crate::error::{Error, Result};
 use crate::train::{Parameter, Projection, StateArray, parameters::PIECE};
 
-/// Name of the singular vectors in an [`OptimizerState`](crate::train::OptimizerState): `[matrices, smaller dimension, rank]`.
+/// Name of the singular vectors in an [`OptimizerState`](crate::train::OptimizerState): `[matrices, smaller dimension,
+/// rank]`.
 const BASIS: &str = "basis";
 
 /// Sizes of the matrices of a parameter.
@@ -106,8 +107,9 @@ pub(super) fn step(
     Ok(())
 }
 
-/// The first right singular vectors of `gradient` if it has at least as many rows as columns, else the first left ones, as columns of `out`:
-/// eigenvectors of the smaller Gram matrix in f64. A vector points the way of the one it replaces, or has its largest entry above 0.
+/// The first right singular vectors of `gradient` if it has at least as many rows as columns, else the first left ones,
+/// as columns of `out`: eigenvectors of the smaller Gram matrix in f64. A vector points the way of the one it replaces,
+/// or has its largest entry above 0.
 fn singular_vectors(
     gradient: &[f32],
     sizes: Sizes,

@@ -185,8 +185,8 @@ fn options_are_json() {
     assert!(serde_json::from_str::<TrainOptions>(r#"{"optimizer": {"type": "adamw", "beta3": 0.1}}"#).is_err());
 }
 
-/// A task of everything that a state has to bring back: one of two matrices is active at a time, chosen by a generator of its own; a bias moves
-/// by rule; after step 5 a parameter goes and another comes; values are lent for every sweep.
+/// A task of everything that a state has to bring back: one of two matrices is active at a time, chosen by a generator
+/// of its own; a bias moves by rule; after step 5 a parameter goes and another comes; values are lent for every sweep.
 #[derive(Default)]
 struct Busy {
     generator: u64,

@@ -1,8 +1,8 @@
 //! The state of a training run on disk.
 //!
-//! `step-000120.safetensors` has values, moments and events after step 120, `step-000120.json` the rest. The JSON file is written last and
-//! atomically: a state is there when it is, whenever the process dies. `best-000100.safetensors` has the best values, for as long as a state
-//! refers to them.
+//! `step-000120.safetensors` has values, moments and events after step 120, `step-000120.json` the rest. The JSON file
+//! is written last and atomically: a state is there when it is, whenever the process dies. `best-000100.safetensors`
+//! has the best values, for as long as a state refers to them.
 
 mod signature;
 mod tensors;
@@ -51,7 +51,8 @@ impl Saving {
     /// Whether a run could begin there, as far as files show it: to be asked before work that leads up to it.
     ///
     /// # Errors
-    /// [`Error::Input`] for numbers out of range, [`Error::State`] for the state of an earlier run that is not to be gone on with.
+    /// [`Error::Input`] for numbers out of range, [`Error::State`] for the state of an earlier run that is not to be
+    /// gone on with.
     pub fn check(&self) -> Result<()> {
         for (field, count) in [("every", self.every.unwrap_or(1)), ("keep", self.keep)] {
             if count == 0 {
@@ -144,7 +145,8 @@ pub(super) struct Saved {
     pub task: TaskState,
 }
 
-/// Values in the file of a state. Whoever stores values elsewhere takes them out of it before the next state is saved: old files go.
+/// Values in the file of a state. Whoever stores values elsewhere takes them out of it before the next state is saved:
+/// old files go.
 #[derive(Debug)]
 struct InState {
     file: Arc<SafetensorsFile>,
@@ -318,7 +320,8 @@ impl StateDir {
         file.tensors().map(|tensor| Ok((tensor.name.clone(), Kept::Values(file.f32(&tensor.name)?)))).collect()
     }
 
-    /// Removes states that are too old, best values that no state that is left refers to, and what killed processes left.
+    /// Removes states that are too old, best values that no state that is left refers to, and what killed processes
+    /// left.
     fn clean(&self) -> Result<()> {
         let steps = self.steps()?;
         let old = steps.len().saturating_sub(self.keep);

@@ -14,18 +14,18 @@ use crate::{Error, Result};
 use reassign::{Moved, reassign};
 pub(crate) use recombine::Points;
 
-/// Every unit of an expert that is not dominant is a *segment* `(gate row, up row, down column)`. It moves to the dominant that
-/// holds the most similar segment, if the similarity exceeds `alpha`, else it is lost. Each dominant then has more segments than
-/// units, and weighted spherical k-means makes as many of them as it had.
+/// Every unit of an expert that is not dominant is a *segment* `(gate row, up row, down column)`. It moves to the
+/// dominant that holds the most similar segment, if the similarity exceeds `alpha`, else it is lost. Each dominant then
+/// has more segments than units, and weighted spherical k-means makes as many of them as it had.
 ///
-/// Source: DERN (arXiv 2509.10377), steps 2 and 3, reconstructed from a digest. Choices where that is silent: segments weigh as
-/// much as the importance of the expert they come from; a center has the direction of the weighted mean of unit vectors and
-/// the weighted mean of lengths; a cluster of one segment is that segment, bit for bit; an empty cluster keeps its center; a
-/// dominant that received nothing stays as it is.
+/// Source: DERN (arXiv 2509.10377), steps 2 and 3, reconstructed from a digest. Choices where that is silent: segments
+/// weigh as much as the importance of the expert they come from; a center has the direction of the weighted mean of
+/// unit vectors and the weighted mean of lengths; a cluster of one segment is that segment, bit for bit; an empty
+/// cluster keeps its center; a dominant that received nothing stays as it is.
 ///
-/// Cost per layer, with D dropped and K kept experts of I units: `2 D K I^2 n H` operations for the similarities (n = 2 parts, or 3)
-/// and up to `rounds * 2 K N I 3 H` for the clusters of N segments. Memory: the vectors of up to 8 kept experts, `4 * 8 I n H`
-/// bytes, then for one expert its points twice and similarities, `4 N (6 H + I)` bytes.
+/// Cost per layer, with D dropped and K kept experts of I units: `2 D K I^2 n H` operations for the similarities (n = 2
+/// parts, or 3) and up to `rounds * 2 K N I 3 H` for the clusters of N segments. Memory: the vectors of up to 8 kept
+/// experts, `4 * 8 I n H` bytes, then for one expert its points twice and similarities, `4 N (6 H + I)` bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Segments {
@@ -44,8 +44,8 @@ pub struct Segments {
     /// Most rounds of the k-means.
     #[serde(default = "default_rounds")]
     pub rounds: usize,
-    /// Whether each moved segment adds the `1 / I`-th part of its expert's router row to that of its destination. Off by
-    /// default: it changes the routing.
+    /// Whether each moved segment adds the `1 / I`-th part of its expert's router row to that of its destination. Off
+    /// by default: it changes the routing.
     #[serde(default)]
     pub add_router_rows: bool,
 }
@@ -87,8 +87,8 @@ pub struct SegmentSimilarity {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Centers {
-    /// The segments with the largest absolute element of the gate row. A segment that points exactly where an earlier one
-    /// does is passed over while there are others, since its cluster would stay empty and displace another.
+    /// The segments with the largest absolute element of the gate row. A segment that points exactly where an earlier
+    /// one does is passed over while there are others, since its cluster would stay empty and displace another.
     #[default]
     LargestGate,
     /// The expert's own segments.

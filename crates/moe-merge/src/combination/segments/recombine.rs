@@ -89,8 +89,8 @@ impl Points {
         self.largest_gates(&unit)
     }
 
-    /// The points with the largest absolute element of the gate row, in ascending order; one that points where another of
-    /// them does only if there are no others.
+    /// The points with the largest absolute element of the gate row, in ascending order; one that points where another
+    /// of them does only if there are no others.
     fn largest_gates(&self, unit: &[f32]) -> Vec<usize> {
         let largest =
             |point: usize| self.vector(point)[..self.hidden].iter().fold(0.0f32, |largest, g| largest.max(g.abs()));

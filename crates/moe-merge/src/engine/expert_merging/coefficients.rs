@@ -23,7 +23,8 @@ pub enum Granularity {
     Expert,
 }
 
-/// A coefficient `sigmoid(raw)` for each task and each chunk of each tensor, over task vectors of the routed experts of a base.
+/// A coefficient `sigmoid(raw)` for each task and each chunk of each tensor, over task vectors of the routed experts of
+/// a base.
 #[derive(Clone)]
 pub struct Coefficients {
     base: Arc<Checkpoint>,
@@ -79,13 +80,15 @@ impl Coefficients {
         &self.base
     }
 
-    /// Coefficients in (0, 1) by tensor, each `[tasks, chunks]`. Tensors are called `layer.L.PART` or `layer.L.expert.E.PART`.
+    /// Coefficients in (0, 1) by tensor, each `[tasks, chunks]`. Tensors are called `layer.L.PART` or
+    /// `layer.L.expert.E.PART`.
     pub fn values(&self) -> BTreeMap<&str, Vec<f64>> {
         let value = |raw: &Vec<f32>| raw.iter().map(|raw| sigmoid(f64::from(*raw))).collect();
         self.raw.iter().map(|(name, raw)| (name.as_str(), value(raw))).collect()
     }
 
-    /// The same with one coefficient, by tensor, task and chunk, changed; for tests and curves. Out of range changes nothing.
+    /// The same with one coefficient, by tensor, task and chunk, changed; for tests and curves. Out of range changes
+    /// nothing.
     pub fn with_value(mut self, name: &str, task: usize, chunk: usize, value: f64) -> Self {
         let at = task * self.chunks + chunk;
         if let Some(raw) = self.raw.get_mut(name).and_then(|raw| raw.get_mut(at)) {

@@ -1,4 +1,5 @@
-//! Gradients of coefficients: `d loss / d c_{k,l} = <d loss / d theta_l, tau_{k,l}>`, one expert's weight gradient at a time.
+//! Gradients of coefficients: `d loss / d c_{k,l} = <d loss / d theta_l, tau_{k,l}>`, one expert's weight gradient at a
+//! time.
 
 use std::collections::BTreeMap;
 
@@ -71,8 +72,8 @@ struct Pending {
     trace: moe_core::experts::ExpertTensors,
 }
 
-/// Of the mean squared difference of hidden states from a teacher's after each MoE layer: the gradient reaches the experts of that
-/// layer alone.
+/// Of the mean squared difference of hidden states from a teacher's after each MoE layer: the gradient reaches the
+/// experts of that layer alone.
 pub(super) struct HiddenGradients<'a> {
     coefficients: &'a Coefficients,
     gradients: &'a mut Gradients,

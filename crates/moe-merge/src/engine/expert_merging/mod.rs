@@ -28,11 +28,11 @@ use crate::{Error, Result};
 /// How coefficients are learnt.
 ///
 /// Source: Expert Merging and Expert Merging++ (arXiv 2509.25712). `theta_l = theta0_l + sum_k c_{k,l} tau_{k,l}`,
-/// `c = sigmoid(raw)`, for the matrices of the routed experts; everything else, biases included, stays that of the base. On each
-/// wave of task k, the loss is `beta_k (KL(teacher_k || merged) + lambda mean_l MSE(hidden)) + gamma mean_l sum_k |c_{k,l} - c_0|`
-/// per token. What differs from the source: the gradient of the hidden-state term reaches the experts of the layer it is taken after, and
-/// no earlier ones; the learning rate follows [`TrainOptions`], without warm restarts; importance decides chunks by a number for all
-/// tensors alike, as the source's rule is not published.
+/// `c = sigmoid(raw)`, for the matrices of the routed experts; everything else, biases included, stays that of the
+/// base. On each wave of task k, the loss is `beta_k (KL(teacher_k || merged) + lambda mean_l MSE(hidden)) + gamma
+/// mean_l sum_k |c_{k,l} - c_0|` per token. What differs from the source: the gradient of the hidden-state term reaches
+/// the experts of the layer it is taken after, and no earlier ones; the learning rate follows [`TrainOptions`], without
+/// warm restarts; importance decides chunks by a number for all tensors alike, as the source's rule is not published.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ExpertMerging {
@@ -108,12 +108,12 @@ impl ExpertMerging {
         Ok(self.train.validate()?)
     }
 
-    /// Learns the coefficients. `base` is run under overlays; memory is that of a backward sweep, of the teachers' distributions and, with a
-    /// hidden-state term, of their hidden states on all waves.
+    /// Learns the coefficients. `base` is run under overlays; memory is that of a backward sweep, of the teachers'
+    /// distributions and, with a hidden-state term, of their hidden states on all waves.
     ///
     /// # Errors
-    /// [`Error::InvalidParameter`], [`Error::InvalidEvidence`] for a checkpoint of another shape, [`Error::Infeasible`] for a base whose
-    /// experts share weights, [`Error::Engine`].
+    /// [`Error::InvalidParameter`], [`Error::InvalidEvidence`] for a checkpoint of another shape, [`Error::Infeasible`]
+    /// for a base whose experts share weights, [`Error::Engine`].
     pub fn learn(&self, base: &Model, tasks: &[Task], on_event: OnEvent<'_>) -> Result<(Coefficients, TrainReport)> {
         self.validate(tasks.len())?;
         not_grouped(base.checkpoint())?;

@@ -111,7 +111,8 @@ fn gradients_are_those_of_difference_quotients() {
                     ([above, below], [selected, others])
                 };
                 all += 1;
-                // Where a token leaves an expert for another, the loss jumps, and a quotient is that jump over the step.
+                // Where a token leaves an expert for another, the loss jumps, and a quotient is that jump over the
+                // step.
                 if selected != others {
                     continue;
                 }
@@ -121,7 +122,8 @@ fn gradients_are_those_of_difference_quotients() {
                     (found - expected).abs() < tolerance(&gradients),
                     "{granularity:?} {chunks}, {name} {at}: {found}, expected {expected}"
                 );
-                // Only the last term of the hidden states depends on the layer before the last, through that layer alone.
+                // Only the last term of the hidden states depends on the layer before the last, through that layer
+                // alone.
                 if name.starts_with(&format!("layer.{}.", last - 1)) {
                     let found = hidden_gradients[name][at];
                     let expected = (hidden(&moved(STEP)).0 - hidden(&moved(-STEP)).0) / (2.0 * STEP);

@@ -21,17 +21,18 @@ pub enum ScaleFit {
     /// What the expert gives, as if its pieces together gave the same: `sum g g' |f|^2 / sum g'^2 |f|^2`.
     #[default]
     Whole,
-    /// What the expert gives, by what is left of it: `sum g g' f . f' / sum g'^2 |f'|^2` with `f'` the output of its kept
-    /// units (edited ones, if there are edits).
+    /// What the expert gives, by what is left of it: `sum g g' f . f' / sum g'^2 |f'|^2` with `f'` the output of its
+    /// kept units (edited ones, if there are edits).
     Kept,
 }
 
-/// Watches the model before the export and sums up, over the tokens of every expert, what its best static factor follows
-/// from, for several ways to cut at once: the least squares of `g f - s g' f'`, where `g` is the routing weight of the expert, `f` its
-/// output, and `g' f'` what its pieces give with a factor of 1. With `n` pieces left, of which some are selected with
-/// weights `w`, `g'` is the factor of [`PieceMap`] times the sum of `w` over `n`.
+/// Watches the model before the export and sums up, over the tokens of every expert, what its best static factor
+/// follows from, for several ways to cut at once: the least squares of `g f - s g' f'`, where `g` is the routing weight
+/// of the expert, `f` its output, and `g' f'` what its pieces give with a factor of 1. With `n` pieces left, of which
+/// some are selected with weights `w`, `g'` is the factor of [`PieceMap`] times the sum of `w` over `n`.
 ///
-/// Tokens that are routed to pieces of an expert, but were not to the expert, do not take part: its output there is unknown.
+/// Tokens that are routed to pieces of an expert, but were not to the expert, do not take part: its output there is
+/// unknown.
 pub struct ScaleCalibration<'a> {
     plan: &'a PrunePlan,
     edits: Option<&'a dyn EditSource>,

@@ -53,8 +53,9 @@ impl FineGrained<'_> {
     /// The pieces that a plan leaves.
     ///
     /// # Errors
-    /// [`Error::Export`](crate::Error::Export) with the reason: a routing without an equivalent, widths that are no multiples of
-    /// a piece, layers with different numbers of pieces, groups that cannot be formed, fewer pieces than are selected.
+    /// [`Error::Export`](crate::Error::Export) with the reason: a routing without an equivalent, widths that are no
+    /// multiples of a piece, layers with different numbers of pieces, groups that cannot be formed, fewer pieces than
+    /// are selected.
     pub fn map(&self, plan: &PrunePlan, from: &Checkpoint) -> Result<PieceMap> {
         let routing = &from.config().routing;
         let factor = down_factor(&routing.kind, self.pieces)?;
@@ -151,8 +152,8 @@ impl FineGrained<'_> {
         self.check_split(per_group[0])?;
         let mut all = Vec::with_capacity(counts.iter().sum());
         for group in 0..groups.count {
-            // The pieces of an expert go to different blocks, the least filled ones, so that fillings never differ by more
-            // than one. Experts with most pieces come first: whole ones are in every block.
+            // The pieces of an expert go to different blocks, the least filled ones, so that fillings never differ by
+            // more than one. Experts with most pieces come first: whole ones are in every block.
             let mut experts: Vec<usize> = members(group).collect();
             experts.sort_by_key(|expert| std::cmp::Reverse(counts[*expert]));
             let mut filled: Vec<Vec<Piece>> = vec![Vec::new(); blocks];

@@ -1,12 +1,13 @@
 //! Experts as equal pieces: ragged budgets for stock loaders.
 //!
-//! An MoE layer with `E` experts of width `I` and `k` per token equals one with `E m` experts of width `I / m` and `k m` per
-//! token, if every expert is cut into `m` pieces that all have a copy of its router row: the pieces of an expert tie, and
-//! are selected together. An expert may then keep `n_e` of its `m` pieces, while all pieces have one width.
+//! An MoE layer with `E` experts of width `I` and `k` per token equals one with `E m` experts of width `I / m` and `k
+//! m` per token, if every expert is cut into `m` pieces that all have a copy of its router row: the pieces of an expert
+//! tie, and are selected together. An expert may then keep `n_e` of its `m` pieces, while all pieces have one width.
 //!
-//! The other way round it is how fine-grained experts are explained (DeepSeekMoE, arXiv 2401.06066, section 3.1). With `n_e < m` and a fixed
-//! number of pieces per token the routing is no longer that of the model: pieces of further experts are selected, and the
-//! weights change. [`FineGrained::top_k`] and [`FineGrained::scales`] are there to make up for it.
+//! The other way round it is how fine-grained experts are explained (DeepSeekMoE, arXiv 2401.06066, section 3.1). With
+//! `n_e < m` and a fixed number of pieces per token the routing is no longer that of the model: pieces of further
+//! experts are selected, and the weights change. [`FineGrained::top_k`] and [`FineGrained::scales`] are there to make
+//! up for it.
 
 #[cfg(feature = "repair")]
 mod calibrate;
@@ -53,15 +54,16 @@ pub struct FineGrained<'a> {
     pub pieces: usize,
     /// Pieces per token; `None` is `m` times the experts per token of the model.
     pub top_k: Option<usize>,
-    /// Unit scores: the units that an expert keeps are dealt to its pieces from the highest-scored on, so that all pieces are
-    /// worth the same, the first one most. `None` deals them in the order of their ids.
+    /// Unit scores: the units that an expert keeps are dealt to its pieces from the highest-scored on, so that all
+    /// pieces are worth the same, the first one most. `None` deals them in the order of their ids.
     pub ranking: Option<&'a ScoreTable>,
     /// Factor on the output of every expert, `[MoE layer][expert of the checkpoint]`, e.g. from calibration.
     pub scales: Option<&'a [Vec<f32>]>,
 }
 
 impl<'a> FineGrained<'a> {
-    /// `pieces` of every expert, the same share of them per token as before, units dealt by their ids, no further factor.
+    /// `pieces` of every expert, the same share of them per token as before, units dealt by their ids, no further
+    /// factor.
     pub fn new(pieces: usize) -> Self {
         Self { pieces, top_k: None, ranking: None, scales: None }
     }
@@ -100,8 +102,8 @@ impl<'a> FineGrained<'a> {
             .collect()
     }
 
-    /// The experts that the pieces of a layer become, `width` wide: the expert of the checkpoint that each is a piece of, and its
-    /// weights.
+    /// The experts that the pieces of a layer become, `width` wide: the expert of the checkpoint that each is a piece
+    /// of, and its weights.
     pub(super) fn sets(
         &self,
         kept: &LayerKept,

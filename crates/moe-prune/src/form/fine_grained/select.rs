@@ -51,9 +51,10 @@ impl FineGrained<'_> {
         Ok(units.div_ceil(self.width(from)? * groups).next_multiple_of(step))
     }
 
-    /// The plan that keeps the highest-scored pieces of every layer, as many in each: the units of an expert, ranked, are
-    /// cut into blocks of the width of a piece, and blocks compete by the sum of their scores (ties: lower expert). Where
-    /// the router selects groups of experts first, they compete within their group, and every group keeps as many.
+    /// The plan that keeps the highest-scored pieces of every layer, as many in each: the units of an expert, ranked,
+    /// are cut into blocks of the width of a piece, and blocks compete by the sum of their scores (ties: lower expert).
+    /// Where the router selects groups of experts first, they compete within their group, and every group keeps as
+    /// many.
     ///
     /// The number of units that the ratio leaves in a layer is rounded up to what can be formed.
     ///
@@ -101,8 +102,8 @@ impl FineGrained<'_> {
     }
 }
 
-/// Units of every expert, ascending, in the blocks of `width` units that score highest, `blocks` in each of the groups that
-/// the experts form in order: the units of an expert, ranked, are cut into blocks, which compete by their sums.
+/// Units of every expert, ascending, in the blocks of `width` units that score highest, `blocks` in each of the groups
+/// that the experts form in order: the units of an expert, ranked, are cut into blocks, which compete by their sums.
 pub(in crate::form) fn best_blocks(scores: &[Vec<f32>], width: usize, groups: usize, blocks: usize) -> Vec<Vec<u32>> {
     let rank = |scores: &Vec<f32>| {
         let mut order: Vec<u32> = (0..scores.len() as u32).collect();
