@@ -10,6 +10,7 @@ pub mod fine_grained;
 pub mod finetune;
 pub mod fisher_prune;
 pub mod generate;
+pub mod hub;
 pub mod inspect;
 pub mod merge;
 pub mod pages;

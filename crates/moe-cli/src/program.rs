@@ -5,7 +5,9 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use moe::progress::Progress;
 
-use crate::{apply, cli, compare, delta, eval, finetune, generate, inspect, merge, prune, quantize, run, score, trace};
+use crate::{
+    apply, cli, compare, convert, delta, eval, finetune, generate, hub, inspect, merge, prune, quantize, run, score, trace,
+};
 
 /// Makes Mixture-of-Experts language models small and adaptable: importance of experts and units, pruning, merging, fine-tuning
 ///
@@ -35,6 +37,9 @@ enum Verb {
     Trace(trace::Arguments),
     Delta(delta::Arguments),
     Run(run::Arguments),
+    Convert(convert::Arguments),
+    Pull(hub::PullArguments),
+    Push(hub::PushArguments),
     /// Prints a script that completes verbs and options in a shell
     #[command(after_help = "Example: moe completions bash > /etc/bash_completion.d/moe")]
     Completions {
@@ -74,6 +79,9 @@ pub fn main() -> ExitCode {
             let report = quantize::run(&arguments, Progress::stderr())?;
             cli::shown(&report, arguments.json)
         }
+        Verb::Convert(arguments) => convert::run(&arguments),
+        Verb::Pull(arguments) => hub::pull(&arguments, Progress::stderr()),
+        Verb::Push(arguments) => hub::push(&arguments, Progress::stderr()),
         Verb::Run(arguments) => run::run(&arguments, Progress::stderr()),
         Verb::Merge(arguments) => {
             cli::allocator(arguments.max_memory);

@@ -300,6 +300,16 @@ fn what_is_wrong_is_said_in_a_line() {
     assert!(!out.exists());
 }
 
+#[cfg(not(feature = "hub"))]
+#[test]
+fn without_the_hub_its_verbs_say_how_to_get_it() {
+    for line in [&["pull", "owner/name"][..], &["push", "out", "owner/name"]] {
+        let (code, error) = refused(line);
+        assert!(code == 2 && error.contains("--features hub"), "{error}");
+        assert!(ok(&[line[0], "--help"]).contains("--features hub"));
+    }
+}
+
 #[test]
 fn the_program_explains_itself() {
     let dir = tempfile::tempdir().unwrap();

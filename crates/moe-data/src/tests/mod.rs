@@ -5,6 +5,8 @@ mod datasets;
 mod errors;
 mod evals;
 mod expressions;
+#[cfg(feature = "parquet")]
+mod parquet;
 mod rows;
 mod tokenizer;
 mod tokens;
