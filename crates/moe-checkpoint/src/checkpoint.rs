@@ -117,6 +117,15 @@ impl Checkpoint {
     /// Those of [`Checkpoint::open`] about config and tensors.
     pub fn from_source(description: ModelDescription, source: Arc<dyn ModelSource>) -> Result<Self> {
         let dir = source.base().map_or_else(PathBuf::new, |base| base.dir.clone());
+        Self::from_source_in(dir, description, source)
+    }
+
+    /// The same, for a source that has files in `dir`: those that are no weights go with the model.
+    pub(crate) fn from_source_in(
+        dir: PathBuf,
+        description: ModelDescription,
+        source: Arc<dyn ModelSource>,
+    ) -> Result<Self> {
         let mut steps = source.base().map_or_else(Vec::new, |base| base.steps.clone());
         steps.extend(source.step());
         let ModelDescription { config, generation, tensors } = description;

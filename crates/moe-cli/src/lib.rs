@@ -4,6 +4,7 @@ pub mod adapters;
 pub mod apply;
 pub mod cli;
 pub mod compare;
+pub mod convert;
 pub mod delta;
 pub mod eval;
 pub mod fine_grained;

@@ -136,3 +136,48 @@ fn rows_that_do_not_fit_are_counted_aloud_and_labels_come_from_their_field() {
     assert!(metrics.contains("\"gradient_norm\":") && !metrics.contains("\"gradient_norm\":0.0,"));
     assert!(moe_peft::open(out.join("lora-mixer-experts/adapter")).is_ok());
 }
+
+#[test]
+fn training_options_are_flags_and_a_method_may_be_json() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("out");
+    let data = Path::new(TINY_MOE).join("data");
+    let (one, two) = (data.join("division_train.jsonl"), data.join("facts_calibration.jsonl"));
+    let (one, two) = (format!("{}=3", one.display()), format!("{}=1", two.display()));
+    let flags = [
+        "--model",
+        TINY_MOE,
+        "--data",
+        &one,
+        "--data",
+        &two,
+        "--recipe",
+        r#"{"type": "lora", "r": 4}"#,
+        "--epochs",
+        "1",
+        "--learning-rate",
+        "0.002",
+        "--warmup",
+        "0.5",
+        "--decay",
+        "linear",
+        "--accumulate",
+        "2",
+        "--evaluate-every",
+        "2",
+        "--patience",
+        "3",
+        "--step-tokens",
+        "128",
+    ];
+    let finished = finetune(&out, &flags).unwrap();
+    let recipe = &finished.results.methods[0].recipe;
+    let train = &recipe.train;
+    assert_eq!((train.epochs, train.max_steps, train.waves_per_step), (1, None, 2));
+    assert_eq!((train.evaluate_every, train.patience), (Some(2), Some(3)));
+    assert_eq!((train.schedule.peak, train.schedule.warmup, train.schedule.warmup_steps), (0.002, 0.5, None));
+    assert_eq!(serde_json::json!(train.schedule.decay), "linear");
+    let method = serde_json::to_value(&recipe.method).unwrap();
+    assert!(method["type"] == "lora" && method["r"] == 4, "{method}");
+    assert_eq!(finished.results.data[0], 64);
+}

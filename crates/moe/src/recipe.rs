@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use moe_checkpoint::{Mtp, ProtectionMask, Routing};
+use moe_checkpoint::{Mtp, ProtectionMask, QuantizeOptions, QuantizedPart, Routing};
 use moe_importance::{ScorerConfig, SuperExpertOptions};
 use moe_merge::{Amount, CompactTraining, OutputForm};
 use moe_peft::MethodConfig;
@@ -221,6 +221,8 @@ pub enum Step {
     Repair(Repair),
     /// Fine-tunes the model as it is now.
     Tune(Box<Tune>),
+    /// Rounds the weights of the model as it is now to few bits.
+    Quantize(Quantize),
     /// Measures the model as it is now.
     Evaluate(Evaluate),
     /// Writes the model as it is now.
@@ -237,6 +239,7 @@ impl Step {
             Self::Merge(_) => "merge",
             Self::Repair(_) => "repair",
             Self::Tune(_) => "tune",
+            Self::Quantize(_) => "quantize",
             Self::Evaluate(_) => "evaluate",
             Self::Write(_) => "write",
         }
@@ -529,6 +532,22 @@ fn yes() -> bool {
 }
 
 impl Tune {
+    /// A step of this method, on the rows of calibration, as published.
+    pub fn new(method: Named) -> Self {
+        Self {
+            method,
+            data: Vec::new(),
+            labels: None,
+            samples: None,
+            steps: None,
+            learning_rate: None,
+            step_tokens: step_tokens(),
+            loss: completions(),
+            fold: true,
+            save_every: save_every(),
+        }
+    }
+
     /// What is trained and how, with what the step says of it.
     ///
     /// # Errors
@@ -574,6 +593,37 @@ impl Tune {
     }
 }
 
+/// Rounds the weights to few bits, in the files that engines serve.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Quantize {
+    /// The format: `fp8_blocks`, `fp8_channels`, `int4`, `int8`, `nvfp4`, `mxfp4`, or one with its parameters
+    /// (`{"type": "int", "bits": 4, "group_size": 32}`).
+    pub format: Named,
+    /// `experts`, or `linear` for shared experts, dense blocks and attention as well.
+    #[serde(default)]
+    #[schemars(with = "Value")]
+    pub part: QuantizedPart,
+    /// Whether experts are rounded with error feedback (GPTQ), by the second moments of their inputs on the rows of calibration.
+    #[serde(default)]
+    pub calibrated: bool,
+}
+
+impl Quantize {
+    /// How weights are rounded.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a format that is unknown.
+    pub fn options(&self) -> Result<QuantizeOptions> {
+        let text = match &self.format {
+            Named::Name(name) => name.clone(),
+            Named::Parameters(map) => Value::Object(map.clone()).to_string(),
+        };
+        let format = text.parse().map_err(|error: moe_checkpoint::Error| Error::Usage(error.to_string()))?;
+        Ok(QuantizeOptions { format, part: self.part })
+    }
+}
+
 /// Measures the model.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -612,6 +662,7 @@ published!(
     "reap-refit",
     "reap-protected",
     "reap-lora",
+    "reap-lora-int4",
     "heapr",
     "mone",
     "naee",

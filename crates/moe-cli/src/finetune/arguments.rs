@@ -3,7 +3,10 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use moe::recipe::Named;
 use moe_checkpoint::Mtp;
+use moe_core::data::Source;
+use moe_core::train::Decay;
 
 use crate::{Error, Result, TINY_MOE, cli};
 
@@ -21,18 +24,20 @@ pub struct Arguments {
     /// Hugging Face model directory [default: the bundled tiny-moe]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// Rows to train on: .jsonl with prompt and completion, text, messages or input_ids; or .txt
-    #[arg(long, value_name = "FILE")]
-    pub data: Option<PathBuf>,
+    /// Rows to train on: .jsonl with prompt and completion, text, messages or input_ids; or .txt; repeatable. Several are read one after
+    /// the other, or in shares by weights, as in a.jsonl=2
+    #[arg(long, value_name = "FILE[=WEIGHT]")]
+    pub data: Vec<Source>,
     /// Rows to measure on, in a file named NAME_test.jsonl; repeatable
     #[arg(long, value_name = "FILE")]
     pub eval: Vec<PathBuf>,
     /// A method by name, or a list with commas; `list` prints them [default without --model: several]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     pub method: Vec<String>,
-    /// A method with its training options as JSON, as `recipe.json` of an earlier run has it
-    #[arg(long, value_name = "FILE", conflicts_with = "method")]
-    pub recipe: Option<PathBuf>,
+    /// A method with its options as JSON or a JSON file: {"type": "lora", "r": 8}, or {"method": …, "train": …}, as `recipe.json` of an
+    /// earlier run has it
+    #[arg(long, value_name = "JSON|FILE", conflicts_with = "method", value_parser = Named::parse)]
+    pub recipe: Option<Named>,
     /// First drop half of the units of the routed experts, then train what is left
     #[arg(long)]
     pub recover: bool,
@@ -45,9 +50,27 @@ pub struct Arguments {
     /// Optimizer steps, instead of those of the method's recipe
     #[arg(long, value_name = "STEPS")]
     pub steps: Option<NonZeroUsize>,
+    /// Passes over the rows, instead of those of the method's recipe
+    #[arg(long, value_name = "N", conflicts_with = "steps")]
+    pub epochs: Option<NonZeroUsize>,
     /// Highest learning rate, instead of that of the method's recipe
     #[arg(long, value_name = "RATE")]
     pub learning_rate: Option<f64>,
+    /// Share of the steps in which the rate rises, in [0, 1], instead of that of the method's recipe
+    #[arg(long, value_name = "SHARE")]
+    pub warmup: Option<f64>,
+    /// How the rate falls, instead of as in the method's recipe: constant, linear, cosine …
+    #[arg(long, value_name = "NAME", value_parser = decay)]
+    pub decay: Option<Decay>,
+    /// Batches of --step-tokens whose gradients make a step
+    #[arg(long, value_name = "N")]
+    pub accumulate: Option<NonZeroUsize>,
+    /// Steps between evaluations on a twentieth of the rows, which is not trained on; the best values are kept
+    #[arg(long, value_name = "STEPS")]
+    pub evaluate_every: Option<NonZeroUsize>,
+    /// Stop after as many evaluations in a row without a better one
+    #[arg(long, value_name = "N", requires = "evaluate_every")]
+    pub patience: Option<NonZeroUsize>,
     /// Tokens of a step, about
     #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = cli::non_zero)]
     pub step_tokens: NonZeroUsize,
@@ -105,16 +128,16 @@ impl Arguments {
     ///
     /// # Errors
     /// [`Error::Usage`] for a model of one's own without any.
-    pub fn data_files(&self) -> Result<Vec<(PathBuf, bool)>> {
-        let bundled = |name: &str| PathBuf::from(TINY_MOE).join("data").join(name);
-        match (&self.data, &self.model, self.recover) {
-            (Some(file), ..) => Ok(vec![(file.clone(), false)]),
-            (None, None, false) => Ok(vec![(bundled("division_train.jsonl"), false)]),
-            (None, None, true) => {
+    pub fn data_files(&self) -> Result<Vec<(Vec<Source>, bool)>> {
+        let bundled = |name: &str| vec![Source { path: PathBuf::from(TINY_MOE).join("data").join(name), weight: None }];
+        match (self.data.is_empty(), &self.model, self.recover) {
+            (false, ..) => Ok(vec![(self.data.clone(), false)]),
+            (true, None, false) => Ok(vec![(bundled("division_train.jsonl"), false)]),
+            (true, None, true) => {
                 let rows = [("arithmetic", false), ("facts", false), ("prose", true)];
                 Ok(rows.map(|(name, text)| (bundled(&format!("{name}_calibration.jsonl")), text)).into())
             }
-            (None, Some(_), _) => Err(Error::Usage("--model needs --data FILE: rows to train on".into())),
+            (true, Some(_), _) => Err(Error::Usage("--model needs --data FILE: rows to train on".into())),
         }
     }
 
@@ -132,4 +155,10 @@ impl Arguments {
     pub fn out_dir(&self) -> PathBuf {
         self.out.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_OUT))
     }
+}
+
+/// How a learning rate falls.
+fn decay(text: &str) -> std::result::Result<Decay, String> {
+    let value = if text.starts_with('{') { serde_json::from_str(text) } else { Ok(serde_json::json!(text)) };
+    value.and_then(serde_json::from_value).map_err(|error| error.to_string())
 }

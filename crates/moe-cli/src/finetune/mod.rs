@@ -7,9 +7,10 @@ mod report;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
+use moe::recipe::Tune;
 use moe_checkpoint::{Existing, WriteOptions, write, write_atomic};
 use moe_core::Model;
-use moe_core::data::{Dataset, DatasetOptions, EvalSet, LossOver, Tokenizer, Wave, WaveOptions};
+use moe_core::data::{Dataset, DatasetOptions, EvalSet, LossOver, Source, Tokenizer, Wave, WaveOptions};
 use moe_core::evaluate::{EvaluateOptions, Evaluation, evaluate};
 use moe_core::train::TrainEvent;
 use moe_importance::{Calibration, Scorer, scorers::Fisher};
@@ -94,7 +95,7 @@ impl Job {
             false => None,
         };
         let labels = label_field(&recipes)?;
-        let load = |(file, text): &(PathBuf, bool)| {
+        let load = |(files, text): &(Vec<Source>, bool)| {
             let options = DatasetOptions {
                 samples: Some(arguments.samples),
                 length: arguments.length,
@@ -106,8 +107,8 @@ impl Job {
                 reading: arguments.rows.reading(),
                 ..DatasetOptions::default()
             };
-            let data = Dataset::load(file, tokenizer.as_ref(), model.config().vocab_size, &options)?;
-            crate::cli::left_out(file, &data);
+            let data = Dataset::load_sources(files, tokenizer.as_ref(), model.config().vocab_size, &options)?;
+            files.iter().for_each(|file| crate::cli::left_out(&file.path, &data));
             Ok::<_, moe_core::data::Error>(data)
         };
         let mut data = files.iter().map(load).collect::<Result<Vec<_>, _>>()?;
@@ -181,12 +182,7 @@ fn recipes(arguments: &Arguments) -> Result<Vec<(String, Recipe)>> {
         (true, true) => Vec::new(),
     };
     let mut recipes = match &arguments.recipe {
-        Some(path) => {
-            let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-            let recipe = serde_json::from_str(&text);
-            let recipe: Recipe = recipe.map_err(|error| Error::Invalid(format!("{}: {error}", path.display())))?;
-            vec![("recipe".to_owned(), recipe)]
-        }
+        Some(named) => vec![("recipe".to_owned(), Tune::new(named.clone()).recipe(0)?)],
         None => {
             let bundled = arguments.model.is_none();
             names.into_iter().map(|name| Ok((name.clone(), named(&name, bundled)?))).collect::<Result<_>>()?
@@ -198,7 +194,17 @@ fn recipes(arguments: &Arguments) -> Result<Vec<(String, Recipe)>> {
     for (_, recipe) in &mut recipes {
         let train = &mut recipe.train;
         train.max_steps = arguments.steps.map(Into::into).or(train.max_steps);
+        if let Some(epochs) = arguments.epochs {
+            (train.epochs, train.max_steps) = (epochs.get(), None);
+        }
         train.schedule.peak = arguments.learning_rate.unwrap_or(train.schedule.peak);
+        if let Some(warmup) = arguments.warmup {
+            (train.schedule.warmup, train.schedule.warmup_steps) = (warmup, None);
+        }
+        train.schedule.decay = arguments.decay.unwrap_or(train.schedule.decay);
+        train.waves_per_step = arguments.accumulate.map_or(train.waves_per_step, Into::into);
+        train.evaluate_every = arguments.evaluate_every.map(Into::into).or(train.evaluate_every);
+        train.patience = arguments.patience.map(Into::into).or(train.patience);
         train.validate()?;
         if let Some(seed) = arguments.seed {
             recipe.set_seed(seed);

@@ -110,6 +110,14 @@ fn folder(path: &Path) -> Result<Value> {
     if path.join(moe_merge::COMPACT_FILE).exists() {
         return artifacts::compact(path);
     }
+    if moe_checkpoint::is_flat_ragged(path) {
+        let mut facts = checkpoint::facts(&moe_checkpoint::open_flat_ragged(path)?)?;
+        facts["kind"] = json!(
+            "checkpoint with experts of different widths, as the vLLM plugin of Less-is-MoE reads it (flat ragged)"
+        );
+        facts["operations"] = json!(["moe convert DIR --to ragged --out DIR makes one that the other verbs open"]);
+        return Ok(facts);
+    }
     let tuned = moe_peft::open(path).ok();
     match tuned {
         Some(saved) if !path.join("config.json").exists() => artifacts::tuned(path, &saved),

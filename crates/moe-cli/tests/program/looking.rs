@@ -86,6 +86,24 @@ fn every_artifact_is_known() {
     ok(&["delta", "encode", "--adapter", text(&tuned.join("model-adapter")), "--out", text(&delta)]);
     assert_eq!(kind(&delta), "delta");
 
+    // The ragged model as a plugin of vLLM reads it, and back to the same weights.
+    let (flat, back) = (dir.path().join("flat"), dir.path().join("back"));
+    let ragged = pruned.join("model");
+    ok(&words("convert --to flat-ragged", &[text(&ragged), "--out", text(&flat)]));
+    assert!(kind(&flat).contains("flat ragged"));
+    ok(&words("convert --to ragged", &[text(&flat), "--out", text(&back)]));
+    let (first, second) = (Checkpoint::open(&ragged).unwrap(), Checkpoint::open(&back).unwrap());
+    assert_eq!(first.shape(), second.shape());
+    for info in first.tensors() {
+        let whole = 0..info.bytes as usize;
+        assert_eq!(
+            first.tensor_bytes(&info.name, whole.clone()).unwrap(),
+            second.tensor_bytes(&info.name, whole).unwrap()
+        );
+    }
+    let (_, error) = refused(&words("convert --to flat-ragged", &[TINY_MOE, "--out", text(&dir.path().join("no"))]));
+    assert!(error.contains("--form ragged"), "{error}");
+
     // What was trained is measured as it was before it was written.
     let facts = rows("facts_test");
     let measured = |line: &str, more: &[&str]| -> Value { serde_json::from_str(&ok(&words(line, more))).unwrap() };

@@ -39,6 +39,10 @@ fn small(mut recipe: Recipe, out: &Path) -> Recipe {
                     tune.data = vec![DataFile::Path(of_two_tasks(out))];
                 }
             }
+            // Groups as large as usual do not fit into this model.
+            Step::Quantize(quantize) => {
+                quantize.format = Named::parse(r#"{"type": "int", "bits": 4, "group_size": 32}"#).unwrap();
+            }
             Step::Merge(Merge { training: Some(training), .. }) => training.train.max_steps = Some(2),
             _ => {}
         }

@@ -79,7 +79,8 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
             None => Err(named(Error::Usage("data.calibration names no file, which it needs".into()))),
         };
         let goes_on = matches!(step, Step::Tune(tune) if before.mixture && tune.starts_from_mixture(recipe.seed)?);
-        let changes = matches!(step, Step::Prune(_) | Step::Merge(_) | Step::Repair(_) | Step::Tune(_));
+        let changes =
+            matches!(step, Step::Prune(_) | Step::Merge(_) | Step::Repair(_) | Step::Tune(_) | Step::Quantize(_));
         if before.beside && changes && !goes_on {
             let reason = "what an earlier tune leaves beside the weights (an adapter, a mixture, condensers, compressed experts) would \
                           be lost; it comes after this step, or is folded";
@@ -145,6 +146,16 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
                     }
                     _ => {}
                 }
+            }
+            Step::Quantize(quantize) => {
+                let how = quantize.options().map_err(named)?;
+                if quantize.calibrated {
+                    needs_data()?;
+                }
+                if before.unchanged() {
+                    moe_checkpoint::Quantized::on(&model, &how).map_err(|error| named(error.into()))?;
+                }
+                (before.pruned, before.tuned) = (None, true);
             }
             Step::Evaluate(evaluate) => {
                 let paths = if evaluate.data.is_empty() { &recipe.data.eval } else { &evaluate.data };

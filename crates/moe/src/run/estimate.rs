@@ -42,8 +42,8 @@ pub(super) fn of(recipe: &Recipe, run: &Run<'_>) -> Result<Vec<Estimate>> {
     let (rate, shape) = (speed(&model) * EFFICIENCY, run.model.shape());
     let whole = (run.model.parameters() as f64, run.model.bytes_on_disk() as f64);
     let routed = shape.parameters() as f64;
-    // What is left of the routed experts, as a share.
-    let mut left = 1.0;
+    // What is left of the routed experts, as a share, and of the bytes of those.
+    let (mut left, mut rounded) = (1.0, 1.0);
     let mut estimates = Vec::with_capacity(recipe.steps.len());
     let tokens = run.calibration.as_ref().map_or(0, |data| data.data.tokens()) as f64;
     let waves = run.calibration.as_ref().map_or(0, |data| data.waves.len()) as f64;
@@ -123,8 +123,20 @@ pub(super) fn of(recipe: &Recipe, run: &Run<'_>) -> Result<Vec<Estimate>> {
                 seconds = forward(tokens as f64) + reading(files.len() as f64);
                 peak = memory(recipe.data.wave_tokens.get().min(tokens.max(1)), false)?;
             }
+            Step::Quantize(quantize) => {
+                let report = moe_checkpoint::Quantized::on(&run.model, &quantize.options()?);
+                // What does not fit the model as it is now may fit what is left of it: then nothing is known.
+                rounded = report.map_or(1.0, |made| {
+                    let bytes = made.report().bytes;
+                    bytes.after as f64 / bytes.before.max(1) as f64
+                });
+                if quantize.calibrated {
+                    seconds = 2.0 * forward(tokens) + reading(waves);
+                    peak = memory(largest, false)?;
+                }
+            }
             Step::Write(_) => {
-                let after = whole.1 * (whole.0 - routed * (1.0 - left)) / whole.0;
+                let after = rounded * whole.1 * (whole.0 - routed * (1.0 - left)) / whole.0;
                 seconds = 2.0 * after / DISK;
                 // A piece that is made while the one before is written.
                 peak = 2 * (64 << 20);
@@ -132,7 +144,7 @@ pub(super) fn of(recipe: &Recipe, run: &Run<'_>) -> Result<Vec<Estimate>> {
             Step::Protect(_) => {}
         }
         let parameters = whole.0 - routed * (1.0 - left);
-        let bytes = whole.1 * parameters / whole.0.max(1.0);
+        let bytes = rounded * whole.1 * parameters / whole.0.max(1.0);
         estimates.push(Estimate { seconds, memory: peak, parameters: parameters as u64, bytes: bytes as u64 });
     }
     Ok(estimates)

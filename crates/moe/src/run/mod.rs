@@ -7,6 +7,7 @@ mod check;
 mod curves;
 mod estimate;
 mod merge;
+mod quantize;
 mod steps;
 mod stock;
 mod tune;
@@ -227,6 +228,7 @@ pub fn run(recipe: &Recipe, options: RunOptions) -> Result<RunReport> {
             Step::Merge(step) => run.merge(step),
             Step::Repair(step) => run.repair(step),
             Step::Tune(step) => run.tune(step),
+            Step::Quantize(step) => run.quantize(step),
             Step::Evaluate(step) => run.evaluate(step),
             Step::Write(step) => run.write(step),
         }?;
