@@ -588,19 +588,27 @@ impl Checkpoint {
         self.source.release_all();
     }
 
-    /// Gives the mapped pages of some bytes of a tensor back to the system.
+    /// Gives the mapped pages of some bytes of a tensor back to the system. A name that the model does not have holds no pages.
     pub fn release_range(&self, name: &str, range: Range<usize>) {
         match self.tensors.get(name) {
             Some(info) => self.source.release(info, range),
-            None => self.release_plain(name, range),
+            None => self.release_decoded(name, range),
         }
     }
 
     /// The same for a range of [plain bytes](Checkpoint::plain_bytes).
     pub fn release_plain(&self, name: &str, range: Range<usize>) {
-        let Some(weight) = self.quantized.get(name) else { return self.release_range(name, range) };
-        let one = (2 * weight.dims.0 * weight.dims.1).max(1);
-        self.release_weight(weight, range.start / one..range.end.div_ceil(one));
+        match self.tensors.get(name) {
+            Some(info) if !self.quantized.contains_key(name) => self.source.release(info, range),
+            _ => self.release_decoded(name, range),
+        }
+    }
+
+    fn release_decoded(&self, name: &str, range: Range<usize>) {
+        if let Some(weight) = self.quantized.get(name) {
+            let one = (2 * weight.dims.0 * weight.dims.1).max(1);
+            self.release_weight(weight, range.start / one..range.end.div_ceil(one));
+        }
     }
 
     /// Gives the mapped pages of one tensor back to the system.

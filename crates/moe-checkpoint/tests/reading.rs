@@ -259,6 +259,15 @@ fn streaming_covers_a_tensor_in_order() {
 }
 
 #[test]
+fn releasing_a_tensor_that_the_model_does_not_have_does_nothing() {
+    for name in ["tf5/mixtral", "tf5/deepseek_v3_fp8"] {
+        let checkpoint = Checkpoint::open(fixture(name)).unwrap();
+        checkpoint.release_range("no.such.tensor", 0..16);
+        checkpoint.release_plain("no.such.tensor", 0..16);
+    }
+}
+
+#[test]
 fn the_fingerprint_is_of_the_content_and_not_of_the_files() {
     let mut model = Model::load(&fixture("tf5/qwen3_moe_sharded"));
     let sharded = Checkpoint::open(fixture("tf5/qwen3_moe_sharded")).unwrap().fingerprint();
