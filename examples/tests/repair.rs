@@ -14,7 +14,9 @@ use moe_core::train::{JsonLines, Schedule, TrainEvent, TrainOptions};
 use moe_core::{Engine, EngineOptions, Model, TeacherLogits};
 use moe_examples::TINY_MOE;
 use moe_importance::{Calibration, Scorer};
-use moe_prune::repair::{LayerRefit, MeanOutput, Refit, RouterDistillation, Target, TokenWeight, layer_errors};
+use moe_prune::repair::{
+    LayerRefit, MeanOutput, Refit, Repair, RepairRequest, RouterDistillation, Target, TokenWeight, layer_errors,
+};
 use moe_prune::{
     Budget, EditSource, Edits, ProtectionMask, PruneForm, PruneOptions, PrunePlan, Pruner, Scope, UnitPruner,
 };
@@ -150,6 +152,65 @@ fn refits_bring_layers_and_predictions_back() {
         let written = held_out_divergence(&Model::open(&to, full.device(), None).unwrap());
         let seen = held_out_divergence(&repaired);
         assert_eq!(written, seen, "{form}");
+    }
+}
+
+#[test]
+fn means_that_are_shared_out_and_gone_on_with_are_those_of_one_run_for_any_plan() {
+    let full = model();
+    let (plan, waves) = (half(&full), calibration(40, 1024));
+    assert!(waves.len() > 2);
+    let mean = MeanOutput { by_routing_weight: true, ..MeanOutput::default() };
+    let mut told = Vec::new();
+    let edits = mean.fit(&full, &plan, &waves, &mut |done, of| told.push((done, of))).unwrap();
+    assert_eq!(told.last().map(|(done, of)| done == of), Some(true));
+    assert!(told.windows(2).all(|pair| pair[0].0 <= pair[1].0) && told.len() > waves.len());
+
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let seen = || Calibration::of_waves(&full, &waves).collector(mean.collector());
+    for index in 0..2 {
+        seen().shard(index, 2).store(at(&format!("shard{index}"))).run(&mut |_| ()).unwrap();
+    }
+    let folded = seen().store(at("folded")).absorb([at("shard0"), at("shard1")]).run(&mut |_| ()).unwrap();
+    assert_eq!(mean.edits(&folded, full.checkpoint(), &plan).unwrap(), edits);
+    // The same statistics serve another plan; and a request goes on with them, running nothing.
+    let store = at("folded");
+    let request = RepairRequest { store: Some(&store), ..RepairRequest::new(&full, &plan, &waves) };
+    let mut told = 0;
+    assert_eq!(mean.repair(&request, &mut |_, _| told += 1).unwrap(), edits);
+    assert_eq!(told, 1);
+    let other = without_experts(&full, false);
+    let fitted = mean.fit(&full, &other, &waves, &mut |_, _| ()).unwrap();
+    assert_eq!(mean.edits(&folded, full.checkpoint(), &other).unwrap(), fitted);
+}
+
+#[test]
+fn refits_that_were_stopped_go_on_with_the_layer_they_were_in() {
+    let full = model();
+    let (plan, waves) = (half(&full), calibration(20, 1024));
+    let student = pruned(&full, &plan);
+    let directory = tempfile::tempdir().unwrap();
+    let refits: [&dyn Repair; 3] =
+        [&Refit::default(), &LayerRefit::default(), &LayerRefit { target: Target::Layer, ..LayerRefit::default() }];
+    for (number, refit) in refits.into_iter().enumerate() {
+        let plain = RepairRequest { pruned: Some(&student), ..RepairRequest::new(&full, &plan, &waves) };
+        let whole = refit.repair(&plain, &mut |_, _| ()).unwrap();
+        let store = directory.path().join(number.to_string());
+        let request = RepairRequest { store: Some(&store), ..plain };
+        assert_eq!(refit.repair(&request, &mut |_, _| ()).unwrap(), whole);
+        // Of what that run has left, the last two layers go, as if it had been stopped before them.
+        let layers = std::fs::read_dir(&store).unwrap().next().unwrap().unwrap().path();
+        let file = |layer: usize| layers.join(format!("layer-{layer:04}.safetensors"));
+        let first = std::fs::metadata(file(0)).unwrap().modified().unwrap();
+        std::fs::remove_file(file(2)).unwrap();
+        std::fs::remove_file(file(3)).unwrap();
+        assert_eq!(refit.repair(&request, &mut |_, _| ()).unwrap(), whole, "{number}");
+        assert_eq!(std::fs::metadata(file(0)).unwrap().modified().unwrap(), first, "not done again");
+        assert!(file(3).exists());
+        // Other rows are another fit.
+        let other = RepairRequest { waves: &waves[..1], ..request };
+        assert_ne!(refit.repair(&other, &mut |_, _| ()).unwrap(), whole);
     }
 }
 

@@ -78,11 +78,9 @@ struct Recorder(Vec<Pass>);
 
 impl Observer for Recorder {
     fn needs(&self) -> Signals {
-        Signals::NONE
+        Signals::STREAMS
     }
-}
 
-impl LayerVisitor for Recorder {
     fn output(&mut self, output: &LayerOutput<'_>) -> moe_core::Result<()> {
         self.0.push(Pass {
             layer: output.layer,
@@ -92,7 +90,9 @@ impl LayerVisitor for Recorder {
         });
         Ok(())
     }
+}
 
+impl LayerVisitor for Recorder {
     fn end_layer(&mut self, _: usize) -> moe_core::Result<LayerChange> {
         Ok(LayerChange::default())
     }

@@ -49,6 +49,7 @@ pub mod hub;
 mod index;
 mod json;
 mod model_card;
+mod mtp;
 mod naming;
 mod output_dir;
 mod parallel;

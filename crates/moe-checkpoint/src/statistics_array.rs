@@ -62,6 +62,14 @@ pub enum Fold {
 }
 
 impl ArrayKind {
+    /// Values of an array of this kind of a model of this shape, at most: a matrix that keeps the lowest rows may have fewer.
+    pub fn values(self, shape: &MoeShape) -> usize {
+        match self {
+            Self::Matrix { rows, columns } => rows * columns,
+            _ => shape.layers.iter().map(|layer| self.len(shape, layer)).sum(),
+        }
+    }
+
     /// Values of a layer.
     pub(crate) fn len(self, shape: &MoeShape, layer: &MoeLayerShape) -> usize {
         match self {

@@ -51,12 +51,11 @@ mod store;
 pub mod trace;
 pub mod train;
 
-pub use engine::{
-    Engine, EngineOptions, LayerChange, LayerOutput, LayerSweep, LayerVisitor, UnfinishedWave, WaveReport,
-};
+pub use engine::{Engine, EngineOptions, LayerChange, LayerSweep, LayerVisitor, UnfinishedWave, WaveReport};
 pub use error::{Error, Result};
 pub use model::Model;
 /// Rows, chat templates, tokenizers, data sets and waves: the crate `moe-data`, which knows nothing of Burn.
 pub use moe_data as data;
 pub use objective::{CrossEntropy, Distillation, Objective, TeacherLogits};
 pub use overlay::{ExpertGains, ExpertOverlay, KeepUnits, RemoveExperts, RoutingOverlay, RoutingRule, SkipExperts};
+pub use trace::LayerOutput;

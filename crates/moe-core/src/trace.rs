@@ -28,6 +28,8 @@ pub struct Signals {
     pub parameters: bool,
     /// The input of every decoder layer.
     pub hidden: bool,
+    /// The residual stream before and after the feed-forward half of every MoE layer.
+    pub streams: bool,
     /// The logits of every token.
     pub logits: bool,
 }
@@ -42,6 +44,7 @@ impl Signals {
         router_gradients: false,
         parameters: false,
         hidden: false,
+        streams: false,
         logits: false,
     };
     /// Routing only.
@@ -57,6 +60,9 @@ impl Signals {
 
     /// Gradients of what is trained.
     pub const PARAMETERS: Self = Self { parameters: true, ..Self::NONE };
+
+    /// The residual stream around MoE layers.
+    pub const STREAMS: Self = Self { streams: true, ..Self::NONE };
 
     /// Whether experts must be visited at all.
     pub fn experts(&self) -> bool {
@@ -81,6 +87,7 @@ impl BitOr for Signals {
             router_gradients: self.router_gradients || other.router_gradients,
             parameters: self.parameters || other.parameters,
             hidden: self.hidden || other.hidden,
+            streams: self.streams || other.streams,
             logits: self.logits || other.logits,
         }
     }
@@ -132,6 +139,23 @@ pub struct LayerTrace<'a> {
     pub weights: &'a [f32],
     /// Factor that all weights carry (`routed_scaling_factor`); 1 in models without one.
     pub scale: f32,
+}
+
+/// The residual stream around the feed-forward half of an MoE layer, for one wave.
+#[derive(Debug)]
+pub struct LayerOutput<'a> {
+    /// Decoder layer index.
+    pub layer: usize,
+    /// Position of the wave in the list that was given; 0 where waves are run one by one.
+    pub position: usize,
+    /// The wave.
+    pub wave: &'a WaveInfo,
+    /// Before it `[T, H]`, not normed.
+    pub input: &'a Tensor<2>,
+    /// After it `[T, H]`: `input + residual_factor * (shared + sum of routing weight * expert)`.
+    pub output: &'a Tensor<2>,
+    /// Factor on what the experts add to the stream; 1 in most families.
+    pub residual_factor: f32,
 }
 
 /// Gradients of the summed objective at the routing of one MoE layer, for all tokens of a wave.
@@ -269,6 +293,16 @@ pub trait Observer {
     /// Whatever the observer refuses.
     fn hidden(&mut self, layer: usize, hidden: &Tensor<2>) -> Result<()> {
         let _ = (layer, hidden);
+        Ok(())
+    }
+
+    /// A wave has passed an MoE layer ([`Signals::streams`]); in the forward sweep, after the layer's routing and the experts that are
+    /// shown there.
+    ///
+    /// # Errors
+    /// Whatever the observer refuses.
+    fn output(&mut self, output: &LayerOutput<'_>) -> Result<()> {
+        let _ = output;
         Ok(())
     }
 

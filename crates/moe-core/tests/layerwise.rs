@@ -48,7 +48,7 @@ fn tensor_bits(x: &Tensor<2>) -> Vec<u32> {
 
 impl Observer for Log {
     fn needs(&self) -> Signals {
-        Signals { units: true, outputs: true, hidden: true, logits: true, ..Signals::ROUTING }
+        Signals { units: true, outputs: true, hidden: true, streams: true, logits: true, ..Signals::ROUTING }
     }
     fn begin_wave(&mut self, wave: &WaveInfo) -> Result<()> {
         self.wave = wave.id;
@@ -73,15 +73,16 @@ impl Observer for Log {
         self.events.push((usize::MAX, self.wave, "head", [vec![first as u32], bits(logits.as_slice())].concat()));
         Ok(())
     }
-}
 
-impl LayerVisitor for Log {
     fn output(&mut self, output: &LayerOutput<'_>) -> Result<()> {
         assert_eq!(output.wave.id, self.wave);
         self.inputs.push((output.layer, output.position, tensor_bits(output.input)));
         self.outputs.push((output.layer, output.position, tensor_bits(output.output)));
         Ok(())
     }
+}
+
+impl LayerVisitor for Log {
     fn end_layer(&mut self, layer: usize) -> Result<LayerChange> {
         self.ended.push(layer);
         let change = self.change.as_ref().filter(|(at, _)| *at == layer);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use moe_checkpoint::{Provenance, Statistics, StatisticsStore};
+use moe_checkpoint::{Provenance, Statistics, StatisticsStore, check_space};
 use moe_core::data::{Dataset, Sequence, Wave, WaveOptions, shard};
 use moe_core::{Engine, EngineOptions, Model};
 use serde::{Deserialize, Serialize};
@@ -153,8 +153,9 @@ impl<'a> Calibration<'a> {
         self
     }
 
-    /// Checks what config, files and memory can show: that the statistics are known, that every wave fits into the model's
-    /// memory, and that the store is one of this calibration or of more. Nothing is written.
+    /// Checks what config, files, memory and disk can show: that the statistics are known, that every wave fits into the model's
+    /// memory, that the store is one of this calibration or of more, and that there is room for the waves that it lacks. Nothing is
+    /// written.
     ///
     /// # Errors
     /// [`Error::UnknownStatistic`], [`Error::DuplicateStatistic`], [`Error::StoreLacks`], a store of another model, data or
@@ -170,8 +171,19 @@ impl<'a> Calibration<'a> {
             }
         }
         let engine = Engine::new(self.model, self.options());
-        for wave in self.own_waves()? {
+        let mut left = self.own_waves()?;
+        for wave in &left {
             engine.plan(wave.tokens(), signals)?;
+        }
+        if let Some(directory) = &self.store {
+            if StatisticsStore::exists(directory) {
+                let store = StatisticsStore::open(directory)?;
+                left.retain(|wave| !store.waves().contains(&wave.id));
+            }
+            let specs = self.collectors.iter().chain(&known).flat_map(|c| c.statistics());
+            let values: usize = specs.map(|spec| spec.kind.values(self.shape())).sum();
+            let existing = directory.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
+            check_space(existing, (left.len() * values * 4) as u64)?;
         }
         Ok(())
     }

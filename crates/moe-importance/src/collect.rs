@@ -7,7 +7,7 @@ use burn::tensor::Tensor;
 use moe_checkpoint::{MoeShape, Statistics, StatisticsStore};
 use moe_core::data::Wave;
 use moe_core::host::HostView;
-use moe_core::trace::{ExpertTrace, LayerTrace, Observer, RouterGradients, Signals, SweepPart, WaveInfo};
+use moe_core::trace::{ExpertTrace, LayerOutput, LayerTrace, Observer, RouterGradients, Signals, SweepPart, WaveInfo};
 use moe_core::{Engine, UnfinishedWave, WaveReport};
 
 use crate::{Collection, Error, Result};
@@ -343,6 +343,10 @@ impl Observer for Within<'_, '_> {
 
     fn logits(&mut self, first: usize, logits: &HostView, vocab: usize) -> moe_core::Result<()> {
         self.inner.logits(first, logits, vocab)
+    }
+
+    fn output(&mut self, output: &LayerOutput<'_>) -> moe_core::Result<()> {
+        self.inner.output(output)
     }
 
     fn recall(&mut self, trace: &LayerTrace<'_>) -> moe_core::Result<()> {

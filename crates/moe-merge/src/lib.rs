@@ -95,8 +95,8 @@ pub use error::{Error, Result};
 pub use evidence::{Evidence, LayerEvidence, OutputMean, SCORE, TokenSample};
 pub use experts::{ExpertSource, LayerExperts};
 pub use grouping::{
-    CappedCentroids, Dominant, Grouping, GroupingConfig, Groups, Hierarchical, KMeans, Linkage, Members, Retain,
-    Spectral,
+    CappedCentroids, Dominant, Grouping, GroupingConfig, Groups, Hierarchical, KMeans, Linkage, Members, OwnGrouping,
+    Retain, Spectral,
 };
 pub use importance::Importance;
 pub use in_place::LeftAtBase;

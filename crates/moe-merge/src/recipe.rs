@@ -150,8 +150,10 @@ impl Recipe {
             let found = format!("{:?}", self.budget.scope);
             return Err(Error::parameter("budget.scope", found, "`layer` in a sequential recipe"));
         }
-        if self.router.keeps_rows() && matches!(self.grouping, GroupingConfig::Retain(_)) {
-            let expected = "`delete` or `merge`, since grouping `retain` leaves experts without a group";
+        if self.router.keeps_rows() && self.grouping.dissolves() {
+            let name = self.grouping.recipe();
+            let name = name["type"].as_str().unwrap_or_default();
+            let expected = format!("`delete` or `merge`, since grouping `{name}` leaves experts without a group");
             return Err(Error::parameter("router", "`keep`", expected));
         }
         Ok(())

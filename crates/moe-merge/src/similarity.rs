@@ -158,6 +158,11 @@ fn one() -> f64 {
 pub struct Similarity(pub Vec<Term>);
 
 impl Similarity {
+    /// The spaces of its terms.
+    pub fn features(&self) -> Vec<Features> {
+        self.0.iter().map(|term| term.features).collect()
+    }
+
     /// A single term.
     pub fn of(features: Features, metric: Metric) -> Self {
         Self(vec![Term { features, metric, weight: 1.0 }])

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::{contents, noise, open, parity, plain, plan, written};
-use moe_checkpoint::{Checkpoint, Dtype, ExpertTensor, WriteOptions, encode, write};
+use moe_checkpoint::{Checkpoint, Dtype, ExpertTensor, LayerRole, Role, WriteOptions, encode, write};
 use moe_merge::{CompactModel, Compression, MergeOptions, OutputForm, RowScore, TaskArithmetic, TaskRuleConfig, Ties};
 use tempfile::tempdir;
 
@@ -18,18 +18,22 @@ fn tuned(base: &Checkpoint, to: &Path, expert: usize, seed: u64) {
         let path = entry.unwrap().path();
         std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
     }
+    for layer in &base.shape().layers {
+        disturb(base, to, &base.expert_tensor_name(layer.layer, ExpertTensor::Gate(expert)), seed);
+    }
+}
+
+/// Noise on a tensor of the base in the copy of it in this directory.
+fn disturb(base: &Checkpoint, to: &Path, name: &str, seed: u64) {
     let file = to.join("model.safetensors");
     let mut bytes = std::fs::read(&file).unwrap();
-    for layer in &base.shape().layers {
-        let name = base.expert_tensor_name(layer.layer, ExpertTensor::Gate(expert));
-        let old = base.bytes(&name).unwrap().to_vec();
-        let values = base.tensor_f32(&name).unwrap();
-        let moved: Vec<f32> = values.iter().zip(noise(values.len(), seed)).map(|(v, n)| v + 0.1 * n).collect();
-        let mut new = Vec::new();
-        assert!(encode(Dtype::F32, &moved, &mut new));
-        let at = bytes.windows(old.len()).position(|window| window == old).unwrap();
-        bytes[at..at + old.len()].copy_from_slice(&new);
-    }
+    let old = base.bytes(name).unwrap().to_vec();
+    let values = base.tensor_f32(name).unwrap();
+    let moved: Vec<f32> = values.iter().zip(noise(values.len(), seed)).map(|(v, n)| v + 0.1 * n).collect();
+    let mut new = Vec::new();
+    assert!(encode(Dtype::F32, &moved, &mut new));
+    let at = bytes.windows(old.len()).position(|window| window == old).unwrap();
+    bytes[at..at + old.len()].copy_from_slice(&new);
     std::fs::write(file, bytes).unwrap();
 }
 
@@ -77,6 +81,39 @@ fn tasks_are_added_to_the_experts_they_changed() {
     let other = open(parity("tf4/mixtral"));
     let error = sum.on(&base, &[other]).unwrap_err();
     assert!(error.to_string().contains("mixtral"));
+}
+
+#[test]
+fn what_tasks_have_learnt_outside_the_experts_is_listed_as_left_at_the_base() {
+    let directory = tempdir().unwrap();
+    let base = open(parity("tf4/qwen2_moe"));
+    let dirs = [1usize, 2].map(|expert| {
+        let dir = directory.path().join(format!("tuned-{expert}"));
+        tuned(&base, &dir, expert, expert as u64);
+        dir
+    });
+    let name = |role| base.family().tensor_name(Role::Layer(0, role));
+    let (query, router) = (name(LayerRole::Query), name(LayerRole::Router));
+    disturb(&base, &dirs[0], &query, 5);
+    disturb(&base, &dirs[1], &query, 6);
+    disturb(&base, &dirs[1], &router, 7);
+    let merged = TaskRuleConfig::Ties(Ties { density: 1.0, scale: 1.0 }).on(&base, &dirs.map(open)).unwrap();
+    let report = merged.report();
+    let changed = |kind: &str| report.left.iter().find(|left| left.kind == kind).map(|left| left.changed);
+    assert_eq!((changed("attention"), changed("router")), (Some(1), Some(1)), "{report}");
+    assert_eq!(report.left.iter().map(|left| left.changed).sum::<usize>(), 2, "{report}");
+    // Every tensor outside the routed experts is one of those listed.
+    let outside = base.tensors().filter(|info| !info.name.contains(".experts.")).count();
+    assert_eq!(report.left.iter().map(|left| left.tensors).sum::<usize>(), outside, "{report}");
+    assert_eq!(report.notes().len(), 2);
+    assert!(report.to_string().contains("stay that of the base"), "{report}");
+    let step = merged.model().steps().last().unwrap();
+    assert!(step.summary.contains("though tasks changed attention, router"), "{}", step.summary);
+    let left = &step.recipe["report"]["left"];
+    assert_eq!(*left, serde_json::json!(report.left), "the record has them, too");
+    for tensor in [query, router] {
+        assert_eq!(merged.model().bytes(&tensor).unwrap(), base.bytes(&tensor).unwrap(), "{tensor}");
+    }
 }
 
 fn moe_of(model: &Checkpoint, layer: usize) -> &moe_checkpoint::MoeConfig {

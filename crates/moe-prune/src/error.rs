@@ -18,6 +18,10 @@ pub enum Error {
     #[cfg(feature = "repair")]
     #[error(transparent)]
     Model(Box<moe_core::Error>),
+    /// Statistics of a model that could not be collected or read.
+    #[cfg(feature = "repair")]
+    #[error(transparent)]
+    Statistics(Box<moe_importance::Error>),
     /// A parameter outside its range.
     #[error("{field} is {found}, expected {expected}")]
     InvalidParameter {
@@ -150,6 +154,13 @@ pub enum Error {
 impl From<moe_checkpoint::Error> for Error {
     fn from(error: moe_checkpoint::Error) -> Self {
         Self::Checkpoint(Box::new(error))
+    }
+}
+
+#[cfg(feature = "repair")]
+impl From<moe_importance::Error> for Error {
+    fn from(error: moe_importance::Error) -> Self {
+        Self::Statistics(Box::new(error))
     }
 }
 

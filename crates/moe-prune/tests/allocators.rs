@@ -147,7 +147,7 @@ proptest! {
                 }
                 prop_assert_eq!(found.dropped, all - total);
                 prop_assert_eq!(found.cost, (total * shape.parameters_per_unit()) as u64);
-                prop_assert!(found.predicted.is_finite());
+                prop_assert!(found.predicted.is_some_and(f64::is_finite));
                 for (layer, kept) in shape.layers.iter().zip(&kept) {
                     prop_assert_eq!(layer.layer, kept.layer);
                     for (expert, kept) in kept.experts.iter().enumerate() {
@@ -177,7 +177,7 @@ fn a_budget_that_asks_for_nothing_keeps_everything() {
             let request = request(&scores, &shape, Budget::Ratio(1e-6), &none, 1);
             let found = config.allocate_with(&request, &mut probe(3, 4, 5)).unwrap();
             assert_eq!((found.dropped, units(&found.kept())), (0, shape.units()), "{config:?}");
-            assert!(found.predicted.abs() < 1e-12, "{config:?}");
+            assert!(found.predicted.unwrap().abs() < 1e-12, "{config:?}");
         }
     }
 }
@@ -373,11 +373,13 @@ fn what_does_not_add_up_is_not_added() {
         "the scores may not be added, but the normalization by a share of the layer adds them up over one layer"
     );
     for by in [Normalization::Mean, Normalization::Max] {
-        normalized(by).allocate(&request).unwrap();
+        let found = normalized(by).allocate(&request).unwrap();
+        assert!(found.predicted.is_none() && found.layers.iter().all(|layer| layer.predicted.is_none()), "{by:?}");
     }
     let within = ScoreTable { additive: Some(Pool::Layer), ..shares.clone() };
     let within = AllocationRequest { scores: &within, ..request };
-    normalized(Normalization::Lamp).allocate(&within).unwrap();
+    let found = normalized(Normalization::Lamp).allocate(&within).unwrap();
+    assert!(found.predicted.is_none() && found.layers.iter().all(|layer| layer.predicted.is_some()));
     let error = RateDistortion::default().allocate(&within).unwrap_err().to_string();
     assert_eq!(
         error,

@@ -183,7 +183,7 @@ fn an_allocator_of_ones_own_works_in_every_pruner_and_its_plan_says_so() {
     assert_eq!(found.allocation.allocator, First.recipe());
     assert!(found.plan.kept.iter().flat_map(|layer| &layer.experts).all(|kept| *kept == [0, 1, 2, 3]));
     let expected: f64 = scores.layers.iter().flat_map(|l| &l.scores).flat_map(|s| &s[4..]).map(|s| f64::from(*s)).sum();
-    assert!((found.allocation.predicted - expected).abs() < 1e-9);
+    assert!((found.allocation.predicted.unwrap() - expected).abs() < 1e-9);
     assert_eq!((found.allocation.asked_dropped, found.allocation.dropped), (32, 32));
     // In rounds, as in one.
     let rounds = Progressive { pruner, rounds: 3, schedule: Schedule::Linear };

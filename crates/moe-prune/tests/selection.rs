@@ -239,7 +239,7 @@ fn blocks_of_a_width_multiple_go_by_their_sum() {
     let pruned = prune(&UnitPruner::new(Scope::Global).round_to(2), &layers, Budget::Ratio(0.3)).unwrap();
     // floor(8 * 0.3) = 2 units go: the block of sum 3.
     assert_eq!(kept(&pruned), [[vec![1, 3], vec![0, 1, 2, 3]]]);
-    assert_eq!(pruned.allocation.predicted, 3.0);
+    assert_eq!(pruned.allocation.predicted, Some(3.0));
     assert_eq!(pruned.allocation.cost, 6 * 12);
 }
 

@@ -478,6 +478,18 @@ pub enum Repair {
     RouterDistillation(#[schemars(with = "serde_json::Map<String, Value>")] Box<RouterDistillation>),
 }
 
+impl Repair {
+    /// The repair.
+    pub fn repair(&self) -> &dyn moe_prune::repair::Repair {
+        match self {
+            Self::Refit(repair) => repair,
+            Self::LayerRefit(repair) => repair,
+            Self::MeanOutput(repair) => repair,
+            Self::RouterDistillation(repair) => &**repair,
+        }
+    }
+}
+
 /// Fine-tunes the model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

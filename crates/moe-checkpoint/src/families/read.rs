@@ -401,7 +401,7 @@ pub(super) fn typed_windows(config: &Fields<'_>, sliding: impl Fn(usize) -> bool
 /// Layers of multi-token prediction.
 pub(super) fn mtp_layers(config: &Fields<'_>) -> Result<usize> {
     let mut layers = None;
-    for key in ["num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"] {
+    for key in crate::mtp::KEYS {
         layers = layers.or(config.integer(key, 0, MAX_LAYERS)?);
     }
     Ok(layers.unwrap_or(0))

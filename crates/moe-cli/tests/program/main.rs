@@ -17,7 +17,7 @@ use moe::recipe::{DataFile, Merge, Named, Recipe, Step};
 use moe_checkpoint::{Checkpoint, Record};
 use moe_cli::TINY_MOE;
 use serde_json::{Value, json};
-use support::{contents, find, ok, refused, rows, text};
+use support::{blake3_of, contents, find, moe, ok, refused, rows, text, words};
 
 /// A recipe on the bundled model, small enough to take a second.
 fn small(mut recipe: Recipe, out: &Path) -> Recipe {
@@ -336,4 +336,85 @@ fn the_program_explains_itself() {
     for verb in verbs.into_iter().filter(|verb| *verb != "help") {
         assert!(dir.path().join(format!("moe-{verb}.1")).exists(), "{verb}");
     }
+}
+
+#[test]
+fn a_score_that_was_killed_within_a_wave_goes_on_to_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = rows("prose_calibration");
+    let score = |out: &Path| -> Vec<String> {
+        let line = "score --scorer fisher --samples 64 --length 128 --wave-tokens 8192 --model";
+        words(line, &[TINY_MOE, "--data", &data, "--out", text(out)]).into_iter().map(String::from).collect()
+    };
+    let run = |line: &[String]| ok(&line.iter().map(String::as_str).collect::<Vec<_>>());
+    let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));
+    run(&score(&whole));
+    let mut process = Command::new(env!("CARGO_BIN_EXE_moe"))
+        .args(score(&killed))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    // In the backward sweep: the forward sweep and the head are done.
+    let unfinished = killed.join("statistics/unfinished-000000");
+    let in_progress = || {
+        let mut files = fs::read_dir(&unfinished).into_iter().flatten().flatten();
+        files.any(|file| file.file_name().to_string_lossy().starts_with("backward-"))
+    };
+    while !in_progress() {
+        assert!(process.try_wait().unwrap().is_none(), "it ended before it could be killed");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    process.kill().unwrap();
+    process.wait().unwrap();
+    assert!(unfinished.is_dir(), "killed within the wave");
+    run(&[score(&killed), vec!["--resume".into()]].concat());
+    assert!(!unfinished.exists());
+    for file in ["fisher.safetensors", "statistics/wave-000000.safetensors"] {
+        assert_eq!(blake3_of(&killed.join(file)), blake3_of(&whole.join(file)), "{file}");
+    }
+}
+
+#[test]
+fn a_chain_is_checked_as_it_will_stand_after_each_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let check = |steps: &Value, memory: Option<&str>| {
+        let mut value = json!({"model": TINY_MOE, "out": out, "steps": steps});
+        if let Some(memory) = memory {
+            value["max_memory"] = json!(memory);
+        }
+        let recipe = small(serde_json::from_value(value).unwrap(), &out);
+        let found = moe(&["run", text(&written(&recipe, dir.path())), "--check"]);
+        assert!(!out.exists(), "a check does nothing");
+        (found.status.success(), String::from_utf8_lossy(&found.stderr).into_owned())
+    };
+    let refused = |steps: Value, memory: Option<&str>, reasons: &[&str]| {
+        let (passed, error) = check(&steps, memory);
+        assert!(!passed, "{steps}");
+        assert!(reasons.iter().all(|reason| error.contains(reason)), "{steps}: {error}");
+    };
+    let merge = |form: &str| json!({"merge": {"recipe": "m-smoe", "form": form}});
+    let score = json!({"score": {"scorers": ["magnitude"]}});
+    let prune = json!({"prune": {"budget": {"ratio": 0.25}, "form": "ragged"}});
+    refused(
+        json!([merge("grouped"), score, prune, {"repair": {"type": "refit"}}]),
+        None,
+        &["step 4 (repair)", "share sets of weights"],
+    );
+    // What scores do not support, and what a form has no place for, whatever the scores are.
+    let rates = json!({"prune": {"budget": {"ratio": 0.25}, "form": "ragged",
+        "pruner": {"type": "expert", "allocator": {"type": "rate_distortion"}}}});
+    refused(json!([{"score": {"scorers": ["esft"]}}, rates]), None, &["step 2 (prune)", "compared within one layer"]);
+    let uniform = json!({"prune": {"budget": {"ratio": 0.25}, "form": "uniform",
+        "pruner": {"type": "unit", "allocator": {"type": "global"}}}});
+    refused(json!([score, uniform]), None, &["step 2 (prune)"]);
+    // Memory of every sweep: refits, means, evidence, scores.
+    for step in [json!({"repair": {"type": "layer_refit"}}), json!({"repair": {"type": "mean_output"}})] {
+        refused(json!([score, prune, step]), Some("100MiB"), &["step 3 (repair)", "max_memory"]);
+        let (passed, error) = check(&json!([score, prune, step]), None);
+        assert!(passed, "{error}");
+    }
+    refused(json!([merge("grouped")]), Some("100MiB"), &["step 1 (merge)", "max_memory"]);
+    refused(json!([{"score": {"scorers": ["reap"]}}]), Some("100MiB"), &["step 1 (score)", "max_memory"]);
 }

@@ -44,7 +44,7 @@ pub fn contents(dir: &Path) -> Vec<(String, String)> {
     files
 }
 
-fn blake3_of(path: &Path) -> String {
+pub fn blake3_of(path: &Path) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&fs::read(path).unwrap());
     hasher.finalize().to_hex().to_string()

@@ -13,7 +13,7 @@ use crate::{
     memory::Keep,
     objective::Objective,
     store::{HiddenStore, Part},
-    trace::{Observer, Signals, SweepPart},
+    trace::{LayerOutput, Observer, Signals, SweepPart},
 };
 
 impl Engine<'_> {
@@ -111,7 +111,7 @@ impl Engine<'_> {
                             None => store.put(input_slot(layer), x)?,
                         }
                     }
-                    let skip_output = !to_the_end && Some(layer) == last_moe;
+                    let skip_output = !to_the_end && !needs.streams && Some(layer) == last_moe;
                     let pass = FfnPass {
                         keep,
                         needs,
@@ -120,6 +120,11 @@ impl Engine<'_> {
                         ..FfnPass::new(layer, &prepared.info)
                     };
                     x = self.ffn_forward(pass, &middle, tape, observer)?;
+                    if needs.streams && config.moe(layer).is_some() {
+                        let residual_factor = config.multipliers.residual as f32;
+                        let (wave, input, output) = (&prepared.info, &middle, &x);
+                        observer.output(&LayerOutput { layer, position: 0, wave, input, output, residual_factor })?;
+                    }
                     if backward {
                         match &unfinished {
                             Some(_) => store.put_named(middle_slot(layer), Part::Middle(layer), middle)?,

@@ -12,11 +12,11 @@ use super::{
 use crate::{
     data::Wave,
     error::{Error, Result},
-    memory::{self, WaveSize},
+    memory::{self, MemoryPlan, WaveSize},
     objective::{CrossEntropy, Objective},
     overlay::{ExpertOverlay, RoutingOverlay},
     store::HiddenStore,
-    trace::{Nobody, Observer, Signals, SweepPart, WaveInfo},
+    trace::{LayerOutput, Nobody, Observer, Signals, SweepPart},
 };
 
 /// How a layer is changed for the rest of a sweep.
@@ -42,35 +42,9 @@ impl std::fmt::Debug for LayerChange {
     }
 }
 
-/// The residual stream around the feed-forward half of an MoE layer, for one wave.
-#[derive(Debug)]
-pub struct LayerOutput<'a> {
-    /// Decoder layer index.
-    pub layer: usize,
-    /// Position of the wave in the list that was given.
-    pub position: usize,
-    /// The wave.
-    pub wave: &'a WaveInfo,
-    /// Before it `[T, H]`, not normed.
-    pub input: &'a Tensor<2>,
-    /// After it `[T, H]`: `input + residual_factor * (shared + sum of routing weight * expert)`.
-    pub output: &'a Tensor<2>,
-    /// Factor on what the experts add to the stream; 1 in most families.
-    pub residual_factor: f32,
-}
-
 /// Watches a [layer-by-layer sweep](Engine::run_layerwise) and may change layers. In each layer it sees every wave from `begin_wave` to
 /// `end_wave`, in order.
 pub trait LayerVisitor: Observer {
-    /// A wave has passed an MoE layer.
-    ///
-    /// # Errors
-    /// Whatever the visitor refuses.
-    fn output(&mut self, output: &LayerOutput<'_>) -> Result<()> {
-        let _ = output;
-        Ok(())
-    }
-
     /// All waves have passed an MoE layer. With a change, they pass it again, unobserved, and the next layer sees the changed outputs.
     ///
     /// # Errors
@@ -113,16 +87,15 @@ impl Engine<'_> {
         sweep.finish(visitor, head.then_some(&mut objective))
     }
 
-    /// Starts a layer-by-layer sweep: the waves are embedded and stand before the first layer.
+    /// The memory plan of a layer-by-layer sweep of these waves.
     ///
     /// # Errors
-    /// As [`run`](Self::run); [`Error::Input`] for no waves.
-    pub fn layer_sweep(&self, waves: &[Wave]) -> Result<LayerSweep<'_>> {
-        let waves = waves.iter().map(|wave| Prepared::new(self.model, wave)).collect::<Result<Vec<_>>>()?;
-        let Some(largest) = waves.iter().map(|wave| wave.ids.len()).max() else {
+    /// [`Error::Memory`] if the model's `max_memory` cannot hold it; [`Error::Input`] for no waves.
+    pub fn plan_layerwise(&self, waves: &[Wave]) -> Result<MemoryPlan> {
+        let Some(largest) = waves.iter().map(Wave::tokens).max() else {
             return Err(Error::input("waves of a layer-by-layer sweep", 0, "at least one"));
         };
-        let tokens: usize = waves.iter().map(|wave| wave.ids.len()).sum();
+        let tokens: usize = waves.iter().map(Wave::tokens).sum();
         let size = WaveSize {
             tokens: largest,
             gradients: false,
@@ -131,7 +104,16 @@ impl Engine<'_> {
             experts_together: memory::experts_together(self.model.device()),
             waiting: 2 * 4 * (tokens * self.model.config().hidden_size) as u64,
         };
-        let plan = memory::plan(self.model.config(), size, memory::limit(self.model.max_memory()))?;
+        memory::plan(self.model.config(), size, memory::limit(self.model.max_memory()))
+    }
+
+    /// Starts a layer-by-layer sweep: the waves are embedded and stand before the first layer.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run); [`Error::Input`] for no waves.
+    pub fn layer_sweep(&self, waves: &[Wave]) -> Result<LayerSweep<'_>> {
+        let plan = self.plan_layerwise(waves)?;
+        let waves = waves.iter().map(|wave| Prepared::new(self.model, wave)).collect::<Result<Vec<_>>>()?;
         self.model.set_residency(plan.residency);
         let spill = plan.spill.then_some(self.options.spill_dir.as_path());
         let mut store = HiddenStore::new(2 * waves.len(), spill)?;
@@ -171,11 +153,12 @@ impl LayerSweep<'_> {
             let input = self.engine.attention_forward(layer, &x, wave, &mut tape, false)?;
             let pass = FfnPass { needs, ..FfnPass::new(layer, &wave.info) };
             let output = self.engine.ffn_forward(pass, &input, &mut tape, visitor)?;
-            let (wave, input_of, output_of) = (&wave.info, &input, &output);
-            let seen = LayerOutput { layer, position, wave, input: input_of, output: output_of, residual_factor };
-            visitor.output(&seen)?;
+            if needs.streams {
+                let (wave, input, output) = (&wave.info, &input, &output);
+                visitor.output(&LayerOutput { layer, position, wave, input, output, residual_factor })?;
+            }
             visitor.done(SweepPart::Forward(layer))?;
-            visitor.end_wave(wave)?;
+            visitor.end_wave(&wave.info)?;
             self.store.put(middle_slot(position), input)?;
             self.store.put(stream_slot(position), output)?;
         }

@@ -22,7 +22,7 @@ mod unfinished;
 use std::path::PathBuf;
 
 pub(crate) use forward::{FfnPass, LayerTape};
-pub use layerwise::{LayerChange, LayerOutput, LayerSweep, LayerVisitor};
+pub use layerwise::{LayerChange, LayerSweep, LayerVisitor};
 pub use unfinished::UnfinishedWave;
 
 use crate::{

@@ -88,6 +88,10 @@ impl LayerRouting {
             let (applied, scaled) = scaled(router.route(logits, experts, bias));
             return Ok(Self { applied, scale: router.scale(), changed: None, scaled });
         };
+        let router = match overlay.top_k() {
+            Some(top_k) => &router.at_most(top_k),
+            None => router,
+        };
         check_removed(overlay, layer, experts, router)?;
         check_rule(overlay, layer)?;
         let by = overlay.rule(layer);

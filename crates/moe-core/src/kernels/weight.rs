@@ -39,14 +39,18 @@ pub type Bf16Rows<'a> = &'a [&'a [u8]];
 /// Shows the rows of a matrix to a function, or fails to read them.
 pub type Bf16Source = Box<dyn Fn(&mut dyn FnMut(Bf16Rows<'_>)) -> Result<()> + Send + Sync>;
 
-/// The first failure to read a weight that was put off until its first product. The weight counts as zeros from then on, and whoever
-/// runs the model asks after every layer, so that no result of it is used.
+/// A failure to read a weight that was put off until its first product. The weight counts as zeros from then on, and whoever
+/// runs the model asks after every layer, so that no result of it is used. Of several in a layer, whose experts are read by many
+/// threads, the one whose message sorts first is told.
 #[derive(Clone, Debug, Default)]
 pub struct ReadFailure(Arc<Mutex<Option<Error>>>);
 
 impl ReadFailure {
     fn keep(&self, error: Error) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.as_ref().is_none_or(|kept| error.to_string() < kept.to_string()) {
+            *kept = Some(error);
+        }
     }
 
     /// The failure, if there was one since it was last asked for.

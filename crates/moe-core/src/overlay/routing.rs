@@ -21,6 +21,12 @@ pub trait RoutingOverlay: Send + Sync {
         None
     }
 
+    /// Experts per token at most, in all layers: what a config says of a pruned model of which a layer has fewer left. The rules
+    /// of [`RoutingOverlay::rule`] have numbers of their own.
+    fn top_k(&self) -> Option<usize> {
+        None
+    }
+
     /// Factors `[E]` on the routing weights, after any normalization.
     fn gains(&self, layer: usize) -> Option<Vec<f32>> {
         let _ = layer;

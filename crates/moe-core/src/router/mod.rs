@@ -115,6 +115,11 @@ impl Router {
         Ok(())
     }
 
+    /// The same with at most `top_k` experts per token.
+    pub fn at_most(&self, top_k: usize) -> Self {
+        Self { top_k: self.top_k.min(top_k), ..self.clone() }
+    }
+
     /// Routes tokens by `logits [T, E]`. A token goes to `min(top_k, E)` experts. `bias [E]` is added to the scores for the
     /// selection, not for the weights.
     pub fn route(&self, logits: &[f32], experts: usize, bias: Option<&[f32]>) -> Routed {

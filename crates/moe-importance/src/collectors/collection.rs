@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use moe_checkpoint::{MoeShape, Provenance, Statistics};
-use moe_core::trace::{ExpertTrace, LayerTrace, Observer, RouterGradients, Signals, SweepPart, WaveInfo};
+use moe_core::trace::{ExpertTrace, LayerOutput, LayerTrace, Observer, RouterGradients, Signals, SweepPart, WaveInfo};
 
 use super::{Collector, collectors_for};
 use crate::statistics::{StatisticId, StatisticSpec};
@@ -204,6 +204,16 @@ impl<'a> Collection<'a> {
         Ok(())
     }
 
+    fn see_output(&mut self, output: &LayerOutput<'_>) -> Result<()> {
+        let current = in_progress(&mut self.current, "output of a layer")?;
+        for (collector, needs) in self.collectors.iter_mut().zip(&self.needs) {
+            if needs.streams {
+                collector.output(output, current)?;
+            }
+        }
+        Ok(())
+    }
+
     fn see_again(&mut self, trace: &LayerTrace<'_>) -> Result<()> {
         check_layer(trace, &self.shape)?;
         in_progress(&mut self.current, "routing of a layer")?;
@@ -266,6 +276,10 @@ impl Observer for Collection<'_> {
 
     fn router(&mut self, gradients: &RouterGradients<'_>) -> moe_core::Result<()> {
         self.see_router(gradients).map_err(moe_core::Error::observer)
+    }
+
+    fn output(&mut self, output: &LayerOutput<'_>) -> moe_core::Result<()> {
+        self.see_output(output).map_err(moe_core::Error::observer)
     }
 
     fn recall(&mut self, trace: &LayerTrace<'_>) -> moe_core::Result<()> {

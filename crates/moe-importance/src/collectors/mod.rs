@@ -15,7 +15,7 @@ mod unit_sums;
 
 use burn::tensor::Tensor;
 use moe_checkpoint::Statistics;
-use moe_core::trace::{ExpertGradients, ExpertTrace, LayerTrace, RouterGradients, Signals, WaveInfo};
+use moe_core::trace::{ExpertGradients, ExpertTrace, LayerOutput, LayerTrace, RouterGradients, Signals, WaveInfo};
 use serde_json::Value;
 
 pub use collection::Collection;
@@ -90,6 +90,15 @@ pub trait Collector: Send {
     /// A trace that does not fit the statistics.
     fn expert(&mut self, trace: &ExpertTrace<'_>, into: &mut Statistics) -> Result<()> {
         let _ = (trace, into);
+        Ok(())
+    }
+
+    /// The residual stream around one MoE layer; called if it needs [`Signals::streams`], in the forward sweep.
+    ///
+    /// # Errors
+    /// What was seen does not fit the statistics.
+    fn output(&mut self, output: &LayerOutput<'_>, into: &mut Statistics) -> Result<()> {
+        let _ = (output, into);
         Ok(())
     }
 

@@ -15,6 +15,7 @@ use super::dense::DenseMeans;
 use super::sampler::TokenSampler;
 use crate::Result;
 use crate::evidence::{Evidence, OutputMean};
+use crate::grouping::Grouping;
 use crate::recipe::Recipe;
 use crate::similarity::Features;
 
@@ -36,7 +37,7 @@ impl EvidenceOptions {
     /// What a recipe reads: its statistics, exact mean outputs if it compares them, and `sample` tokens if it fits on some.
     pub fn for_recipe(recipe: &Recipe, sample: usize) -> Self {
         let mut options = Self { statistics: recipe.statistics(), dense_outputs: false, sample: 0, seed: 0 };
-        for features in recipe.grouping.features() {
+        for features in recipe.grouping.needs() {
             match features {
                 Features::RouterLogits => drop(options.statistics.insert(LOGIT_GRAM.to_string())),
                 Features::Outputs { over: OutputMean::Routed } => {

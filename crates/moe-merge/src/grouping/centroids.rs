@@ -1,11 +1,12 @@
 //! Centroids that take what they can hold.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{Dominant, Grouping, Groups, Members, dominants};
+use super::{Dominant, Grouping, Groups, Members, dominants, tagged};
 use crate::Result;
 use crate::context::LayerContext;
-use crate::similarity::Similarity;
+use crate::similarity::{Features, Similarity};
 
 /// The most important experts are centroids. From the most to the least important, each takes the experts nearest to it that
 /// are left until it has `capacity` members, itself included. So many centroids stay alone.
@@ -26,6 +27,14 @@ fn sixteen() -> usize {
 }
 
 impl Grouping for CappedCentroids {
+    fn recipe(&self) -> Value {
+        tagged("capped_centroids", self)
+    }
+
+    fn needs(&self) -> Vec<Features> {
+        self.similarity.features()
+    }
+
     fn group(&self, context: &LayerContext<'_>, count: usize) -> Result<Groups> {
         if self.capacity == 0 {
             return Dominant { similarity: self.similarity.clone(), capacity: None }.group(context, count);

@@ -1,10 +1,11 @@
 //! Dominant experts and those that join them.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{Grouping, Groups, Members, dominants};
+use super::{Grouping, Groups, Members, dominants, tagged};
 use crate::context::LayerContext;
-use crate::similarity::Similarity;
+use crate::similarity::{Features, Similarity};
 use crate::{Error, Result};
 
 /// The most important experts are dominant; each of the others, in falling importance, joins the dominant it is most like.
@@ -22,6 +23,14 @@ pub struct Dominant {
 }
 
 impl Grouping for Dominant {
+    fn recipe(&self) -> Value {
+        tagged("dominant", self)
+    }
+
+    fn needs(&self) -> Vec<Features> {
+        self.similarity.features()
+    }
+
     fn group(&self, context: &LayerContext<'_>, count: usize) -> Result<Groups> {
         let experts = context.count();
         let dominants = dominants(context, count)?;

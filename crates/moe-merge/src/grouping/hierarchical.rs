@@ -1,8 +1,9 @@
 //! Agglomerative clustering.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{Grouping, Groups, cluster_unprotected};
+use super::{Grouping, Groups, cluster_unprotected, tagged};
 use crate::Result;
 use crate::context::LayerContext;
 use crate::similarity::{Features, Metric};
@@ -41,6 +42,14 @@ fn euclidean() -> Metric {
 }
 
 impl Grouping for Hierarchical {
+    fn recipe(&self) -> Value {
+        tagged("hierarchical", self)
+    }
+
+    fn needs(&self) -> Vec<Features> {
+        vec![self.features]
+    }
+
     fn group(&self, context: &LayerContext<'_>, count: usize) -> Result<Groups> {
         let gram = self.features.gram(context)?;
         let distances = self.metric.distances(&gram);

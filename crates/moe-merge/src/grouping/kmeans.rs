@@ -1,9 +1,10 @@
 //! k-means++.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::clustering::{Center, kmeans};
-use super::{Grouping, Groups, cluster_unprotected};
+use super::{Grouping, Groups, cluster_unprotected, tagged};
 use crate::context::LayerContext;
 use crate::similarity::{Features, Metric};
 use crate::{Error, Result};
@@ -34,6 +35,14 @@ fn ten() -> usize {
 }
 
 impl Grouping for KMeans {
+    fn recipe(&self) -> Value {
+        tagged("k_means", self)
+    }
+
+    fn needs(&self) -> Vec<Features> {
+        vec![self.features]
+    }
+
     fn group(&self, context: &LayerContext<'_>, count: usize) -> Result<Groups> {
         let gram = self.features.gram(context)?;
         let gram = if self.metric == Metric::UnitEuclidean { gram.normalized() } else { gram };

@@ -8,7 +8,11 @@ mod kmeans;
 mod retain;
 mod spectral;
 
+use std::fmt;
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 pub use centroids::CappedCentroids;
 pub use dominant::Dominant;
@@ -19,7 +23,7 @@ pub use spectral::Spectral;
 
 use crate::context::LayerContext;
 use crate::importance::ranked;
-use crate::similarity::{Features, Similarity};
+use crate::similarity::Features;
 use crate::{Error, Result};
 
 /// The groups of one layer, in the indices of its experts.
@@ -41,8 +45,8 @@ pub struct Members {
 }
 
 impl Groups {
-    /// Of a label per expert; `None` is in no group. The dominant of a group is its most important member.
-    pub(crate) fn from_labels(labels: &[Option<usize>], importance: &[f64]) -> Self {
+    /// Of a label per expert, counted from 0; `None` is in no group. The dominant of a group is its most important member.
+    pub fn of_labels(labels: &[Option<usize>], importance: &[f64]) -> Self {
         let count = labels.iter().flatten().max().map_or(0, |label| label + 1);
         let mut groups: Vec<Members> = Vec::with_capacity(count);
         for label in 0..count {
@@ -53,6 +57,42 @@ impl Groups {
         Self::sorted(groups, (0..labels.len()).filter(|e| labels[*e].is_none()).collect())
     }
 
+    /// Refuses what is no division of a layer's experts into `count` groups with protected experts alone.
+    fn check(&self, context: &LayerContext<'_>, count: usize, own: &OwnGrouping) -> Result<()> {
+        let (recipe, dissolves) = (&own.recipe, own.dissolves());
+        let wrong = |found: String, expected: &str| {
+            Err(Error::parameter("grouping", format!("{recipe}: layer {}: {found}", context.layer), expected))
+        };
+        let mut seen = vec![0usize; context.count()];
+        let members = self.groups.iter().flat_map(|group| &group.members).chain(&self.dissolved);
+        for expert in members {
+            match seen.get_mut(*expert) {
+                Some(seen) => *seen += 1,
+                None => return wrong(format!("expert {expert}"), "an expert of the layer"),
+            }
+        }
+        if let Some(expert) = seen.iter().position(|times| *times != 1) {
+            return wrong(format!("expert {expert} {} times", seen[expert]), "every expert once");
+        }
+        if let Some(expert) = self.dissolved.first().filter(|_| !dissolves) {
+            return wrong(
+                format!("expert {expert} in no group"),
+                "every expert in a group: `dissolves` says otherwise",
+            );
+        }
+        if self.groups.len() != count {
+            return wrong(format!("{} groups", self.groups.len()), &format!("{count}"));
+        }
+        if let Some(group) = self.groups.iter().find(|group| !group.members.contains(&group.dominant)) {
+            return wrong(format!("dominant {} outside its group", group.dominant), "one of its members");
+        }
+        let shares = |group: &&Members| group.members.len() > 1 && group.members.iter().any(|e| context.protected[*e]);
+        match self.groups.iter().find(shares) {
+            Some(group) => wrong(format!("a protected expert among {:?}", group.members), "protected experts alone"),
+            None => Ok(()),
+        }
+    }
+
     pub(crate) fn sorted(mut groups: Vec<Members>, dissolved: Vec<usize>) -> Self {
         groups.iter_mut().for_each(|group| group.members.sort_unstable());
         groups.sort_by_key(|group| group.dominant);
@@ -61,10 +101,51 @@ impl Groups {
 }
 
 /// Puts the experts of a layer into groups.
+///
+/// One of your own needs three functions, and becomes part of a [`Recipe`](crate::Recipe) by [`GroupingConfig::own`]:
+///
+/// ```
+/// use moe_merge::{Features, Grouping, GroupingConfig, Groups, LayerContext, Recipe, Result};
+/// use serde_json::{Value, json};
+///
+/// /// Deals experts out to the groups like cards, the most important first.
+/// struct Dealt;
+///
+/// impl Grouping for Dealt {
+///     fn recipe(&self) -> Value {
+///         json!({ "type": "dealt" })
+///     }
+///
+///     fn needs(&self) -> Vec<Features> {
+///         Vec::new()
+///     }
+///
+///     fn group(&self, context: &LayerContext<'_>, count: usize) -> Result<Groups> {
+///         let mut labels = vec![None; context.count()];
+///         context.ranked().into_iter().enumerate().for_each(|(rank, expert)| labels[expert] = Some(rank % count));
+///         Ok(Groups::of_labels(&labels, context.importance))
+///     }
+/// }
+///
+/// let recipe = Recipe { grouping: GroupingConfig::own(Dealt), ..Recipe::named("m-smoe")? };
+/// # recipe.validate()?;
+/// # Ok::<(), moe_merge::Error>(())
+/// ```
 pub trait Grouping {
-    /// Exactly `count` groups of the layer's experts. Protected experts are groups of their own. A deterministic function
-    /// that follows the experts, not their order: with the experts permuted, the groups are the permuted ones, as far as
-    /// importance has no ties.
+    /// What it is called and how it works: JSON with a `type`, as recipes and plans carry it.
+    fn recipe(&self) -> Value;
+
+    /// The spaces that it compares experts in, so that the evidence for them is collected.
+    fn needs(&self) -> Vec<Features>;
+
+    /// Whether it leaves experts without a group, whose rows of the router must go then.
+    fn dissolves(&self) -> bool {
+        false
+    }
+
+    /// Exactly `count` groups of the layer's experts, at most as many as there are experts. Protected experts are groups of their own. A
+    /// deterministic function that follows the experts, not their order: with the experts permuted, the groups are the
+    /// permuted ones, as far as importance has no ties.
     ///
     /// # Errors
     /// [`Error::MissingEvidence`], [`Error::Infeasible`] if there cannot be so many groups.
@@ -74,7 +155,9 @@ pub trait Grouping {
     ///
     /// # Errors
     /// [`Error::InvalidParameter`].
-    fn validate(&self) -> Result<()>;
+    fn validate(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Every grouping, as JSON tagged by `type`.
@@ -94,20 +177,65 @@ pub enum GroupingConfig {
     KMeans(KMeans),
     /// The most important experts stay, the others are dissolved (DERN, expert pruning).
     Retain(Retain),
+    /// One that is not of this crate: [`GroupingConfig::own`].
+    Own(OwnGrouping),
+}
+
+/// A grouping of another crate, by its recipe. Read from a plan it says how the plan was made, and groups nothing.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OwnGrouping {
+    recipe: Value,
+    #[serde(skip)]
+    grouping: Option<Arc<dyn Grouping + Send + Sync>>,
+}
+
+impl fmt::Debug for OwnGrouping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.recipe)
+    }
+}
+
+/// Two with the same recipe are the same.
+impl PartialEq for OwnGrouping {
+    fn eq(&self, other: &Self) -> bool {
+        self.recipe == other.recipe
+    }
+}
+
+impl Grouping for OwnGrouping {
+    fn recipe(&self) -> Value {
+        self.recipe.clone()
+    }
+
+    fn needs(&self) -> Vec<Features> {
+        self.grouping.as_ref().map(|grouping| grouping.needs()).unwrap_or_default()
+    }
+
+    fn dissolves(&self) -> bool {
+        self.grouping.as_ref().is_some_and(|grouping| grouping.dissolves())
+    }
+
+    fn group(&self, context: &LayerContext<'_>, count: usize) -> Result<Groups> {
+        let Some(grouping) = &self.grouping else {
+            let expected = "one of this crate, or one that the program gives by `GroupingConfig::own`";
+            return Err(Error::parameter("grouping", &self.recipe, expected));
+        };
+        let groups = grouping.group(context, count)?;
+        groups.check(context, count, self)?;
+        Ok(groups)
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.grouping.as_ref().map_or(Ok(()), |grouping| grouping.validate())
+    }
 }
 
 impl GroupingConfig {
-    /// The spaces that experts are compared in.
-    pub fn features(&self) -> Vec<Features> {
-        let of = |similarity: &Similarity| similarity.0.iter().map(|term| term.features).collect();
-        match self {
-            Self::Dominant(grouping) => of(&grouping.similarity),
-            Self::CappedCentroids(grouping) => of(&grouping.similarity),
-            Self::Spectral(grouping) => of(&grouping.similarity),
-            Self::Hierarchical(grouping) => vec![grouping.features],
-            Self::KMeans(grouping) => vec![grouping.features],
-            Self::Retain(_) => vec![],
-        }
+    /// A grouping of your own, for everything that takes a [`Recipe`](crate::Recipe). Plans that are made with it can be read and
+    /// applied wherever they are; made again only by a program that has it.
+    pub fn own(grouping: impl Grouping + Send + Sync + 'static) -> Self {
+        Self::Own(OwnGrouping { recipe: grouping.recipe(), grouping: Some(Arc::new(grouping)) })
     }
 
     fn grouping(&self) -> &dyn Grouping {
@@ -118,11 +246,24 @@ impl GroupingConfig {
             Self::Spectral(grouping) => grouping,
             Self::KMeans(grouping) => grouping,
             Self::Retain(grouping) => grouping,
+            Self::Own(grouping) => grouping,
         }
     }
 }
 
 impl Grouping for GroupingConfig {
+    fn recipe(&self) -> Value {
+        self.grouping().recipe()
+    }
+
+    fn needs(&self) -> Vec<Features> {
+        self.grouping().needs()
+    }
+
+    fn dissolves(&self) -> bool {
+        self.grouping().dissolves()
+    }
+
     fn group(&self, context: &LayerContext<'_>, count: usize) -> Result<Groups> {
         let experts = context.count();
         if count == 0 || count > experts {
@@ -141,6 +282,15 @@ impl Grouping for GroupingConfig {
     fn validate(&self) -> Result<()> {
         self.grouping().validate()
     }
+}
+
+/// `grouping` as JSON with this `type`.
+fn tagged(name: &str, grouping: &impl Serialize) -> Value {
+    let mut recipe = serde_json::json!({ "type": name });
+    if let (Value::Object(recipe), Ok(Value::Object(fields))) = (&mut recipe, serde_json::to_value(grouping)) {
+        recipe.extend(fields);
+    }
+    recipe
 }
 
 /// Dominants of a layer that others may join: as [`retained`], with somebody among them who absorbs.
@@ -194,7 +344,7 @@ fn cluster_unprotected(
             by_expert[*expert] = Some(at * each + each - alone.len() + further);
         }
     }
-    let groups = Groups::from_labels(&by_expert, context.importance);
+    let groups = Groups::of_labels(&by_expert, context.importance);
     match groups.groups.len() == count {
         true => Ok(groups),
         false => Err(Error::numerics("clustering", format!("{} clusters, expected {count}", groups.groups.len()))),

@@ -2,12 +2,13 @@
 
 use faer::Mat;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::clustering::{Center, kmeans};
-use super::{Grouping, Groups, cluster_unprotected};
+use super::{Grouping, Groups, cluster_unprotected, tagged};
 use crate::context::{Gram, LayerContext};
 use crate::linalg::leading_eigenvectors;
-use crate::similarity::Similarity;
+use crate::similarity::{Features, Similarity};
 use crate::{Error, Result};
 
 /// Experts as a graph whose edges are similarities: the leading eigenvectors of `D^-1/2 A D^-1/2` embed them, rows are
@@ -32,6 +33,14 @@ fn ten() -> usize {
 }
 
 impl Grouping for Spectral {
+    fn recipe(&self) -> Value {
+        tagged("spectral", self)
+    }
+
+    fn needs(&self) -> Vec<Features> {
+        self.similarity.features()
+    }
+
     fn group(&self, context: &LayerContext<'_>, count: usize) -> Result<Groups> {
         let (n, similarity) = (context.count(), self.similarity.matrix(context)?);
         cluster_unprotected(context, count, |experts, clusters| {

@@ -4,7 +4,7 @@ use moe_checkpoint::{Activation, ExpertWeights};
 
 use super::*;
 use crate::evidence::{LayerEvidence, OutputMean, TokenSample};
-use crate::similarity::Metric;
+use crate::similarity::{Metric, Similarity};
 use crate::testing::{expert, noise, shuffled};
 
 const HIDDEN: usize = 6;

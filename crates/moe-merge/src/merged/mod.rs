@@ -178,7 +178,7 @@ impl MergePlan {
         let mut target = target::Target::new(self, &plain, form)?;
         let dropped = mtp::dropped(&plain, form, options.mtp, target.renumbers(&plain))?;
         if !dropped.is_empty() {
-            mtp::without(&plain, &mut target.config);
+            plain.drop_mtp_layers(&mut target.config);
         }
         let tensors = tensors::Tensors::new(&plain, &target, &dropped)?;
         let scratch = options.scratch.clone().unwrap_or_else(std::env::temp_dir);

@@ -3,13 +3,9 @@
 use std::collections::BTreeSet;
 
 use moe_checkpoint::{Checkpoint, Mtp};
-use serde_json::{Value, json};
 
 use super::OutputForm;
 use crate::{Error, Result};
-
-/// Config keys of the number of those layers.
-const KEYS: [&str; 3] = ["num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"];
 
 /// The choice for multi-token prediction, checked: the names of the tensors that are left out. `renumbers` says whether the
 /// config will give another number of experts than it does.
@@ -39,14 +35,5 @@ pub(super) fn dropped(
         }
         Some(Mtp::Prune) => refuse("merging has no way to prune them: keep or drop them"),
         None => refuse("choose whether they are kept or dropped"),
-    }
-}
-
-/// Says in a config that there are no such layers.
-pub(super) fn without(from: &Checkpoint, config: &mut Value) {
-    if let Value::Object(map) = from.family().text_config_mut(config) {
-        for key in KEYS.into_iter().filter(|key| map.contains_key(*key)).collect::<Vec<_>>() {
-            map.insert(key.to_string(), json!(0));
-        }
     }
 }

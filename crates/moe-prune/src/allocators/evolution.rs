@@ -157,7 +157,7 @@ impl Allocator for Evolution {
         }
         let (fitness, best) = candidates.swap_remove(0);
         let mut allocation = problem.allocation(self.recipe(), &best)?;
-        allocation.predicted = fitness;
+        allocation.predicted = Some(fitness);
         allocation.measured = known.get(&best).map(|(_, mean)| *mean);
         allocation.seed = Some(self.seed);
         Ok(allocation)

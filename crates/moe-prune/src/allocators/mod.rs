@@ -19,7 +19,7 @@ mod rco;
 mod request;
 mod uniform;
 
-use moe_checkpoint::{ExpertId, Granularity, ProtectionMask};
+use moe_checkpoint::{ExpertId, Granularity, Pool, ProtectionMask, ScoreTable};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -82,8 +82,10 @@ pub struct Allocation {
     pub asked_dropped: usize,
     /// Units that are dropped.
     pub dropped: usize,
-    /// Predicted distortion: the sum of the dropped scores, or what the curves of the allocator say.
-    pub predicted: f64,
+    /// Predicted distortion: the sum of the dropped scores, or what the curves of the allocator say. None where the scores do not
+    /// add up over the model ([`ScoreTable::adds_up`](moe_checkpoint::ScoreTable::adds_up)): ranks, shares, norms of outputs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted: Option<f64>,
     /// Distortion of the model as allocated, where the allocator had a probe: next to [`Allocation::predicted`] of measured
     /// curves, how well distortions of layers add up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -111,8 +113,9 @@ pub struct LayerAllocation {
     /// Experts that go with their rows of the router, ascending.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub removed: Vec<u32>,
-    /// Predicted distortion of this layer.
-    pub predicted: f64,
+    /// Predicted distortion of this layer; none where scores do not add up within it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted: Option<f64>,
 }
 
 impl LayerAllocation {
@@ -132,6 +135,14 @@ impl LayerAllocation {
     }
 }
 
+/// The predictions of the layers together, if scores add up over the model.
+pub(crate) fn sum_of_layers(scores: &ScoreTable, layers: &[LayerAllocation]) -> Option<f64> {
+    match scores.adds_up(Pool::Global) {
+        true => layers.iter().map(|layer| layer.predicted).sum(),
+        false => None,
+    }
+}
+
 impl Allocation {
     /// The allocation of given numbers of kept blocks `[MoE layer][queue]`: every queue keeps its best.
     pub(crate) fn of_blocks(
@@ -145,7 +156,9 @@ impl Allocation {
         let dropped_score = |(queues, blocks): (&Vec<Queue>, &Vec<usize>)| {
             queues.iter().zip(blocks).map(|(q, b)| q.dropped_score(*b)).sum()
         };
-        let predicted: Vec<f64> = queues.iter().zip(blocks).map(dropped_score).collect();
+        let in_layers = request.scores.adds_up(Pool::Layer);
+        let predicted: Vec<Option<f64>> =
+            queues.iter().zip(blocks).map(|layer| in_layers.then(|| dropped_score(layer))).collect();
         let layers: Vec<LayerAllocation> = request
             .layers(queues, blocks)
             .into_iter()
@@ -167,7 +180,7 @@ impl Allocation {
         Ok(Self {
             allocator,
             budget: request.budget,
-            predicted: layers.iter().map(|layer| layer.predicted).sum(),
+            predicted: sum_of_layers(request.scores, &layers),
             measured: None,
             layers,
             asked_dropped,

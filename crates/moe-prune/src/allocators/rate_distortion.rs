@@ -119,11 +119,12 @@ impl Allocator for RateDistortion {
         };
         let positions = solve(&problem, &rising(&problem, &values), self.block)?;
         let mut allocation = problem.allocation(self.recipe(), &positions)?;
-        allocation.layers.iter_mut().for_each(|layer| layer.predicted = 0.0);
+        let mut predicted = vec![0.0; allocation.layers.len()];
         for ((path, values), position) in problem.paths.iter().zip(&values).zip(&positions) {
-            allocation.layers[path.layer].predicted += values[*position];
+            predicted[path.layer] += values[*position];
         }
-        allocation.predicted = start + allocation.layers.iter().map(|layer| layer.predicted).sum::<f64>();
+        allocation.predicted = Some(start + predicted.iter().sum::<f64>());
+        allocation.layers.iter_mut().zip(predicted).for_each(|(layer, found)| layer.predicted = Some(found));
         if self.curves != CurveSource::Scores {
             allocation.measured = measured(probe, &problem.layers(&positions))?.map(|d| d.of(statistic));
         }

@@ -150,10 +150,11 @@ impl Allocator for Rco {
         let mut allocation = Allocation::of_blocks(self.recipe(), &found, &queues, &blocks, asked, hits)?;
         for (layer, scores) in allocation.layers.iter_mut().zip(&request.scores.layers) {
             let dropped = layer.kept.iter().zip(&scores.scores).filter(|(kept, _)| kept.is_empty());
-            layer.predicted = dropped.map(|(_, score)| f64::from(score[0])).sum();
+            let sum = dropped.map(|(_, score)| f64::from(score[0])).sum();
+            layer.predicted = request.scores.adds_up(Pool::Layer).then_some(sum);
         }
         let kept = found.layers(&queues, &blocks);
-        allocation.predicted = probe.gain_gradient(&gains(&kept), self.steps)?.0;
+        allocation.predicted = Some(probe.gain_gradient(&gains(&kept), self.steps)?.0);
         allocation.measured = measured(probe, &kept)?.map(|distortion| distortion.mean);
         allocation.seed = Some(self.seed);
         Ok(allocation)

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 
 use moe_checkpoint::{Checkpoint, Dtype, ExpertBiases, ExpertLayout, ExpertPart, Mtp, RawMatrix};
-use serde_json::{Value, json};
 
 use super::fine_grained::best_blocks;
 use super::further::{FurtherLayer, layer_prefix};
@@ -11,9 +10,6 @@ use super::target::{Target, TargetLayer, TargetSet};
 use super::{PruneForm, PruneOptions};
 use crate::plan::LayerKept;
 use crate::{PrunePlan, Result};
-
-/// Config keys of the number of those layers.
-const KEYS: [&str; 3] = ["num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"];
 
 /// Whether a form gives the config one width and one number of experts.
 fn is_structural(form: &PruneForm<'_>) -> bool {
@@ -87,11 +83,7 @@ pub(super) fn settle(
         Choice::None => {}
         Choice::Drop(names) => {
             target.dropped.extend(names);
-            if let Value::Object(map) = from.family().text_config_mut(&mut target.config) {
-                for key in KEYS.into_iter().filter(|key| map.contains_key(*key)).collect::<Vec<_>>() {
-                    map.insert(key.to_string(), json!(0));
-                }
-            }
+            from.drop_mtp_layers(&mut target.config);
         }
         Choice::Prune(layers) => {
             for further in layers {

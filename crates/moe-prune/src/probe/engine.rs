@@ -101,7 +101,7 @@ impl<'e> EngineProbe<'e> {
 
 impl ModelProbe for EngineProbe<'_> {
     fn distortion(&mut self, kept: &[LayerKept]) -> Result<Distortion> {
-        let model = PlanOverlay::of_layers(kept).of(self.engine.model())?;
+        let model = PlanOverlay::of_layers(kept, self.engine.model().config().routing.top_k).of(self.engine.model())?;
         let engine = Engine::new(&model, self.engine.options().clone());
         let mut comparison = Comparison::new(&self.teacher);
         let (mut sum, mut tokens, mut worst) = (0.0, 0, f64::NEG_INFINITY);
@@ -211,11 +211,9 @@ fn without(layer: usize, removed: &[u32]) -> LayerChange {
 
 impl Observer for ErrorsOf<'_> {
     fn needs(&self) -> Signals {
-        Signals::NONE
+        Signals::STREAMS
     }
-}
 
-impl LayerVisitor for ErrorsOf<'_> {
     fn output(&mut self, output: &LayerOutput<'_>) -> moe_core::Result<()> {
         if output.layer != self.layer {
             return Ok(());
@@ -233,7 +231,9 @@ impl LayerVisitor for ErrorsOf<'_> {
         }
         Ok(())
     }
+}
 
+impl LayerVisitor for ErrorsOf<'_> {
     fn end_layer(&mut self, layer: usize) -> moe_core::Result<LayerChange> {
         let settled = self.settled.get(&layer).filter(|removed| !removed.is_empty());
         Ok(settled.map_or_else(LayerChange::default, |removed| without(layer, removed)))

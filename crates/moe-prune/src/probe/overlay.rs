@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use moe_checkpoint::ExpertWeights;
+use moe_checkpoint::{ExpertWeights, TopKClamp};
 use moe_core::{ExpertOverlay, KeepUnits, Model, RoutingOverlay};
 
 use crate::plan::LayerKept;
@@ -25,16 +25,18 @@ use crate::{PrunePlan, Result};
 pub struct PlanOverlay {
     units: KeepUnits,
     removed: BTreeMap<usize, Vec<u32>>,
+    top_k: Option<usize>,
 }
 
 impl PlanOverlay {
     /// The overlay of a plan.
     pub fn new(plan: &PrunePlan) -> Self {
-        Self::of_layers(&plan.kept)
+        Self::of_layers(&plan.kept, plan.shape.top_k)
     }
 
-    /// The overlay that keeps this of the MoE layers it names, and all of the others.
-    pub fn of_layers(kept: &[LayerKept]) -> Self {
+    /// The overlay that keeps this of the MoE layers it names, and all of the others, of a model that selects `top_k` experts per
+    /// token: fewer in all layers if one has fewer left, as the config of the pruned model says.
+    pub fn of_layers(kept: &[LayerKept], top_k: usize) -> Self {
         let mut units = KeepUnits::new();
         for layer in kept {
             for (expert, kept) in layer.experts.iter().enumerate() {
@@ -43,7 +45,9 @@ impl PlanOverlay {
         }
         let removed = kept.iter().filter(|layer| !layer.removed.is_empty());
         let removed = removed.map(|layer| (layer.layer, layer.removed.clone())).collect();
-        Self { units, removed }
+        let left = kept.iter().map(|layer| layer.experts.len() - layer.removed.len());
+        let top_k = TopKClamp::of(top_k, left).map(|clamp| clamp.after);
+        Self { units, removed, top_k }
     }
 
     /// The model seen through this overlay; overlays that `model` has are not kept.
@@ -65,5 +69,9 @@ impl ExpertOverlay for PlanOverlay {
 impl RoutingOverlay for PlanOverlay {
     fn removed(&self, layer: usize) -> Option<&[u32]> {
         self.removed.get(&layer).map(Vec::as_slice)
+    }
+
+    fn top_k(&self) -> Option<usize> {
+        self.top_k
     }
 }

@@ -9,7 +9,7 @@ mod two_level;
 mod unit;
 mod wide;
 
-use moe_checkpoint::{ExpertId, Granularity, MoeShape, ProtectionMask, Ratio, ScoreTable};
+use moe_checkpoint::{ExpertId, Granularity, MoeShape, Pool, ProtectionMask, Ratio, ScoreTable};
 use serde_json::{Value, json};
 
 pub use config::{OwnPruner, PrunerConfig};
@@ -21,7 +21,7 @@ pub use two_level::TwoLevelPruner;
 pub use unit::{Scope, UnitPruner};
 pub use wide::WideExpertPruner;
 
-use crate::allocators::{AllocationRequest, LayerAllocation, Limits};
+use crate::allocators::{AllocationRequest, LayerAllocation, Limits, sum_of_layers};
 use crate::plan::{LayerKept, PLAN_VERSION};
 use crate::probe::{ModelProbe, NoProbe};
 use crate::{Allocation, Budget, Error, Needs, PrunePlan, Result};
@@ -48,7 +48,7 @@ impl<'a> PruneRequest<'a> {
     }
 
     /// The allocation that keeps this, all MoE layers in order, for an allocator or pruner with this recipe. What it drops is
-    /// counted, its distortion predicted as the sum of the scores that go.
+    /// counted, its distortion predicted as the sum of the scores that go, if those add up.
     ///
     /// # Errors
     /// [`Error::InvalidPlan`] for layers, experts or units that the model does not have, for protected units that would go,
@@ -89,14 +89,14 @@ impl<'a> PruneRequest<'a> {
                 layer: kept.layer,
                 kept: kept.experts.clone(),
                 removed: kept.removed.clone(),
-                predicted,
+                predicted: self.scores.adds_up(Pool::Layer).then_some(predicted),
             });
         }
         let kept = plan.units_kept();
         Ok(Allocation {
             allocator,
             budget: self.budget,
-            predicted: layers.iter().map(|layer| layer.predicted).sum(),
+            predicted: sum_of_layers(scores, &layers),
             measured: None,
             layers,
             asked_dropped: all - self.budget.kept_units(shape),

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{PruneRequest, Pruner};
-use crate::allocators::{Allocator, AllocatorConfig, ExpertLimits, LayerAllocation, Limits, Uniform};
+use crate::allocators::{Allocator, AllocatorConfig, ExpertLimits, LayerAllocation, Limits, Uniform, sum_of_layers};
 use crate::probe::ModelProbe;
 use crate::recipe::tagged;
 use crate::{Allocation, Needs, Result};
@@ -53,6 +53,8 @@ impl Pruner for NovicePruner {
         };
         let mut layers = allocation.layers.clone();
         drop_ties(&mut layers, request, pool);
+        let predicted = sum_of_layers(request.scores, &layers);
+        let allocation = Allocation { predicted, ..allocation };
         Ok(allocation.with_layers(layers, request.shape))
     }
 }
@@ -74,7 +76,7 @@ fn drop_ties(layers: &mut [LayerAllocation], request: &PruneRequest<'_>, pool: P
             let value = score(request.scores, layer, expert);
             if !kept.is_empty() && !protected && value <= threshold {
                 kept.clear();
-                found.predicted += value;
+                found.predicted = found.predicted.map(|sum| sum + value);
             }
         }
     }

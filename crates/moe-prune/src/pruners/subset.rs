@@ -159,7 +159,7 @@ impl Pruner for SubsetPruner {
                 layer: shape.layer,
                 kept: shape.widths.iter().enumerate().map(kept).collect(),
                 removed: removed.clone(),
-                predicted,
+                predicted: Some(predicted),
             });
         }
         allocation.predicted = layers.iter().map(|layer| layer.predicted).sum();

@@ -108,7 +108,7 @@ impl Pruner for TwoLevelPruner {
             layer: kept.layer,
             kept: kept.experts.clone(),
             removed: kept.removed.clone(),
-            predicted: first.predicted + second.predicted,
+            predicted: first.predicted.zip(second.predicted).map(|(experts, units)| experts + units),
         };
         let layers: Vec<LayerAllocation> = layers.map(joined).collect();
         let mut hits = first.allocation.floor_hits;
@@ -123,7 +123,7 @@ impl Pruner for TwoLevelPruner {
             budget,
             notes,
             asked_dropped: asked,
-            predicted: first.allocation.predicted + second.allocation.predicted,
+            predicted: first.allocation.predicted.zip(second.allocation.predicted).map(|(a, b)| a + b),
             measured: None,
             protected: protect.clone(),
             floor_hits: hits,

@@ -1,6 +1,7 @@
 //! Refit of all kept down columns of a layer together, layer after layer.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use faer::Mat;
@@ -11,11 +12,13 @@ use moe_core::trace::{ExpertTrace, Nobody, Observer, Signals, WaveInfo};
 use moe_core::{Engine, EngineOptions, ExpertOverlay, LayerChange, LayerOutput, LayerSweep, LayerVisitor, Model};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
+use super::finished_layers::FinishedLayers;
 use super::linear::{Normal, Rows, add_gram, cross, diagonal, squares, subtract, to_rows};
 use super::ridge::{RidgeScale, check_ridge};
-use super::{OnLayer, TokenWeight};
-use crate::{Edits, Error, ExpertEdit, Result};
+use super::{OnProgress, Repair, RepairNeeds, RepairRequest, TokenWeight, edits_by};
+use crate::{Edits, Error, ExpertEdit, PrunePlan, Result};
 
 /// What a layer is fitted to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,7 +94,20 @@ impl LayerRefit {
     /// # Errors
     /// [`Error::InvalidParameter`] for parameters out of range and models that are not of the same layers; those of
     /// [`Engine::run_layerwise`].
-    pub fn fit(&self, teacher: &Model, student: &Model, waves: &[Wave], on_layer: OnLayer<'_>) -> Result<Refitted> {
+    pub fn fit(&self, teacher: &Model, student: &Model, waves: &[Wave], on_layer: OnProgress<'_>) -> Result<Refitted> {
+        self.fit_in(teacher, student, waves, None, on_layer)
+    }
+
+    /// As [`fit`](Self::fit), with finished layers kept in `store`. Overlays have no name by which a store could know them again:
+    /// models under some keep nothing.
+    fn fit_in(
+        &self,
+        teacher: &Model,
+        student: &Model,
+        waves: &[Wave],
+        store: Option<&Path>,
+        on_layer: OnProgress<'_>,
+    ) -> Result<Refitted> {
         check_ridge(self.ridge)?;
         if self.sweeps == 0 {
             return Err(Error::InvalidParameter { field: "sweeps", found: "0".into(), expected: "at least 1".into() });
@@ -116,6 +132,11 @@ impl LayerRefit {
             });
         }
         let layers = shape(student).2.len();
+        let plain = |model: &Model| model.expert_overlay().is_none() && model.routing_overlay().is_none();
+        let store = store.filter(|_| plain(teacher) && plain(student));
+        let models = [teacher, student].map(|model| model.checkpoint().fingerprint());
+        let all = PrunePlan::keep_all(student.checkpoint().shape(), student.checkpoint().fingerprint());
+        let finished = FinishedLayers::open(store, &self.recipe(), &all, &models, waves)?;
         let teacher = Engine::new(teacher, EngineOptions::default());
         let student = Engine::new(student, EngineOptions::default());
         let mut sweep = student.layer_sweep(waves)?;
@@ -123,8 +144,15 @@ impl LayerRefit {
             Target::Layer => Source::Stream(Box::new(teacher.layer_sweep(waves)?)),
             Target::Same => Source::Layer(&teacher),
         };
-        let mut visitor =
-            Visitor { refit: *self, source, layer: Layer::default(), fits: Vec::new(), edits: Edits::new() };
+        let mut visitor = Visitor {
+            refit: *self,
+            source,
+            finished,
+            layer: Layer::default(),
+            fits: Vec::new(),
+            edits: Edits::new(),
+            done: None,
+        };
         loop {
             if let Source::Stream(teacher) = &mut visitor.source {
                 teacher.step(&mut Unchanged)?;
@@ -135,8 +163,22 @@ impl LayerRefit {
             on_layer(visitor.fits.len(), layers);
         }
         let mut edits = visitor.edits;
-        edits.recipe = serde_json::json!({ "repair": "layer_refit", "options": self });
+        edits.recipe = self.recipe();
         Ok(Refitted { edits, layers: visitor.fits })
+    }
+}
+
+impl Repair for LayerRefit {
+    fn recipe(&self) -> Value {
+        json!({ "repair": "layer_refit", "options": self })
+    }
+
+    fn needs(&self) -> RepairNeeds {
+        RepairNeeds { pruned: true, own_weights: true, ..RepairNeeds::default() }
+    }
+
+    fn repair(&self, request: &RepairRequest<'_>, on_progress: OnProgress<'_>) -> Result<Edits> {
+        Ok(self.fit_in(request.model, request.pruned()?, request.waves, request.store, on_progress)?.edits)
     }
 }
 
@@ -174,20 +216,33 @@ struct Expert {
 struct Visitor<'a> {
     refit: LayerRefit,
     source: Source<'a>,
+    finished: FinishedLayers,
     layer: Layer,
     fits: Vec<LayerFit>,
     edits: Edits,
+    /// The layer at hand, and what an earlier run has fitted in it.
+    done: Option<(usize, Option<Edits>)>,
+}
+
+impl Visitor<'_> {
+    /// Whether an earlier run has done this layer.
+    fn is_done(&mut self, layer: usize) -> moe_core::Result<bool> {
+        if self.done.as_ref().is_none_or(|(at, _)| *at != layer) {
+            self.done = Some((layer, self.finished.load(layer).map_err(moe_core::Error::observer)?));
+        }
+        Ok(self.done.as_ref().is_some_and(|(_, edits)| edits.is_some()))
+    }
 }
 
 impl Observer for Visitor<'_> {
     fn needs(&self) -> Signals {
-        Signals::UNITS
+        Signals::UNITS | Signals::STREAMS
     }
 
     fn expert(&mut self, trace: &ExpertTrace<'_>) -> moe_core::Result<()> {
         let units = trace.units.expect("asked for");
         let width = units.dims()[1];
-        if width == 0 {
+        if width == 0 || self.is_done(trace.layer)? {
             return Ok(());
         }
         let experts = &mut self.layer.experts;
@@ -212,10 +267,11 @@ impl Observer for Visitor<'_> {
         self.layer.offset += wave.tokens;
         Ok(())
     }
-}
 
-impl LayerVisitor for Visitor<'_> {
     fn output(&mut self, output: &LayerOutput<'_>) -> moe_core::Result<()> {
+        if self.is_done(output.layer)? {
+            return Ok(());
+        }
         let target = match &mut self.source {
             Source::Stream(teacher) => teacher.stream(output.position)?,
             Source::Layer(teacher) => teacher.feed_forward(output.layer, output.input, &mut Nobody)?,
@@ -237,19 +293,36 @@ impl LayerVisitor for Visitor<'_> {
         }
         Ok(())
     }
+}
 
+impl LayerVisitor for Visitor<'_> {
     fn end_layer(&mut self, layer: usize) -> moe_core::Result<LayerChange> {
+        if self.is_done(layer)?
+            && let Some((_, Some(edits))) = self.done.take()
+        {
+            self.layer = Layer::default();
+            let bits = |name: &str| f64::from_bits(edits.recipe[name].as_u64().unwrap_or_default());
+            self.fits.push(LayerFit { layer, before: bits("before"), after: bits("after") });
+            let downs = edits.experts().filter_map(|((_, expert), edit)| Some((expert, edit.down.clone()?)));
+            let fitted = Downs(downs.collect());
+            self.edits.extend(edits);
+            return Ok(LayerChange { experts: Some(Arc::new(fitted)), routing: None });
+        }
         let Layer { offset, mut residual, factor, experts } = std::mem::take(&mut self.layer);
         let hidden = residual.len() / offset.max(1);
         let before = squares(&residual) * factor * factor;
         let downs = descend(&mut residual, hidden, &experts, self.refit);
-        self.fits.push(LayerFit { layer, before, after: squares(&residual) * factor * factor });
+        let fit = LayerFit { layer, before, after: squares(&residual) * factor * factor };
+        self.fits.push(fit);
         let mut fitted = Downs::default();
+        let mut edits = edits_by(json!({ "before": fit.before.to_bits(), "after": fit.after.to_bits() }));
         for (expert, down) in experts.iter().zip(downs) {
             let Some(down) = down else { continue };
-            self.edits.set_expert(layer, expert.expert, ExpertEdit { down: Some(down.clone()), down_bias: None });
+            edits.set_expert(layer, expert.expert, ExpertEdit { down: Some(down.clone()), down_bias: None });
             fitted.0.insert(expert.expert, down);
         }
+        self.finished.save(layer, &edits).map_err(moe_core::Error::observer)?;
+        self.edits.extend(edits);
         Ok(LayerChange { experts: Some(Arc::new(fitted)), routing: None })
     }
 }

@@ -2,22 +2,33 @@
 
 use std::collections::BTreeMap;
 
+use moe_checkpoint::{Checkpoint, Fold, Statistics};
+use moe_core::Model;
 use moe_core::data::Wave;
 use moe_core::host::HostView;
-use moe_core::trace::{ExpertTrace, Observer, Signals};
-use moe_core::{Engine, EngineOptions, LayerChange, LayerOutput, LayerVisitor, Model};
+use moe_core::trace::{ExpertTrace, LayerOutput, Signals, WaveInfo};
+use moe_importance::collectors::Collector;
+use moe_importance::{Calibration, StatisticId, StatisticSpec};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
-use super::{OnLayer, TokenWeight, check_plan, edits_by};
+use super::{OnProgress, Repair, RepairNeeds, RepairRequest, TokenWeight, check_plan, edits_by, own_weights};
 use crate::{Edits, ExpertEdit, PrunePlan, Result};
+
+/// Weighted sums of each unit over the tokens of its expert.
+const UNITS: StatisticId = StatisticId::new("mean_output.units");
+/// Sum of the weights.
+const WEIGHT: StatisticId = StatisticId::new("mean_output.weight");
 
 /// Gives each expert a down bias: the mean over its routed tokens of what its dropped units gave, `W_D mean_t(u_D,t)`, added to the bias it
 /// has. An expert of which no unit stays becomes a constant vector, the *novice* of MoNE (arXiv 2507.00390). Removed experts get none: the
 /// router never picks them.
 ///
-/// An expert without tokens stays as it is. Biases need a format that has them: a ragged export, or gpt-oss. Memory: 8 bytes per unit, and `4 T k I` for
-/// the units of a wave of T tokens with k experts of I units each.
+/// An expert without tokens stays as it is. Biases need a format that has them: a ragged export, or gpt-oss. What is seen of the model does
+/// not depend on the plan: it is a [`Calibration`], which can be kept, gone on with and shared out
+/// ([`MeanOutput::collector`], [`MeanOutput::edits`]), and serves plans of any ratio. Memory: 8 bytes per unit of the model, and
+/// `4 T k I` for the units of a wave of T tokens with k experts of I units each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MeanOutput {
@@ -33,40 +44,88 @@ impl MeanOutput {
     ///
     /// # Errors
     /// [`Error::OtherModel`](crate::Error::OtherModel) and [`Error::InvalidPlan`](crate::Error::InvalidPlan) before anything is run; then
-    /// those of [`Engine::run_layerwise`].
-    pub fn fit(&self, model: &Model, plan: &PrunePlan, waves: &[Wave], on_layer: OnLayer<'_>) -> Result<Edits> {
-        check_plan(plan, model)?;
-        let engine = Engine::new(model, EngineOptions::default());
-        let mut sums = Sums { plan, options: *self, waiting: Vec::new(), experts: BTreeMap::new(), done: 0, on_layer };
-        engine.run_layerwise(waves, &mut sums)?;
-        let biases = sums.experts.into_par_iter().filter(|(_, mean)| mean.weight > 0.0).map(
-            |((layer, expert), mean)| -> Result<_> {
-                let weights = model.checkpoint().expert(layer, expert).map_err(moe_core::Error::from)?;
-                let mut units: Vec<f64> = mean.sums.iter().map(|sum| sum / mean.weight).collect();
-                let kept = &plan.layer(layer).expect("observed because it is in the plan").experts[expert];
-                kept.iter().for_each(|&unit| units[unit as usize] = 0.0);
-                let bias = (0..weights.hidden).map(|h| {
-                    let row = &weights.down[h * weights.width..(h + 1) * weights.width];
-                    let own = weights.down_bias.as_ref().map_or(0.0, |bias| f64::from(bias[h]));
-                    (own + row.iter().zip(&units).map(|(w, u)| f64::from(*w) * u).sum::<f64>()) as f32
-                });
-                Ok(((layer, expert), bias.collect::<Vec<f32>>()))
-            },
-        );
+    /// those of [`Calibration::run`].
+    pub fn fit(&self, model: &Model, plan: &PrunePlan, waves: &[Wave], on_progress: OnProgress<'_>) -> Result<Edits> {
+        self.repair(&RepairRequest::new(model, plan, waves), on_progress)
+    }
+
+    /// What is to be seen of the full model, for a [`Calibration`] of it.
+    pub fn collector(&self) -> Box<dyn Collector> {
+        let specs = [StatisticSpec::unit_sum(UNITS), StatisticSpec::expert_sum(WEIGHT)];
+        Box::new(UnitMeans { specs, options: *self, waiting: Vec::new() })
+    }
+
+    fn calibration<'a>(&self, request: &RepairRequest<'a>) -> Calibration<'a> {
+        let calibration = Calibration::of_waves(request.model, request.waves).collector(self.collector());
+        match request.store {
+            Some(store) => calibration.store(store),
+            None => calibration,
+        }
+    }
+
+    /// The biases for a plan, from what [`MeanOutput::collector`] has seen.
+    ///
+    /// # Errors
+    /// [`Error::OtherModel`](crate::Error::OtherModel) and [`Error::InvalidPlan`](crate::Error::InvalidPlan); statistics of something else;
+    /// weights that cannot be read.
+    pub fn edits(&self, statistics: &Statistics, checkpoint: &Checkpoint, plan: &PrunePlan) -> Result<Edits> {
+        check_plan(plan, checkpoint)?;
+        let places: Vec<(usize, usize)> = plan
+            .kept
+            .iter()
+            .zip(&plan.shape.layers)
+            .flat_map(|(kept, layer)| {
+                let loses = |e: &usize| kept.experts[*e].len() < layer.widths[*e];
+                let stays = |e: &usize| kept.removed.binary_search(&(*e as u32)).is_err();
+                (0..layer.num_experts()).filter(loses).filter(stays).map(|e| (kept.layer, e)).collect::<Vec<_>>()
+            })
+            .collect();
+        let biases = places.into_par_iter().map(|(layer, expert)| -> Result<_> {
+            let weight = statistics.expert(WEIGHT.as_str(), layer)?[expert];
+            if weight <= 0.0 {
+                return Ok(None);
+            }
+            let weights = checkpoint.expert(layer, expert)?;
+            let sums = statistics.unit(UNITS.as_str(), layer, expert)?;
+            let mut units: Vec<f64> = sums.iter().map(|sum| sum / weight).collect();
+            let kept = plan.layer(layer).map(|kept| kept.experts[expert].as_slice()).unwrap_or_default();
+            kept.iter().for_each(|&unit| units[unit as usize] = 0.0);
+            let bias = (0..weights.hidden).map(|h| {
+                let row = &weights.down[h * weights.width..(h + 1) * weights.width];
+                let own = weights.down_bias.as_ref().map_or(0.0, |bias| f64::from(bias[h]));
+                (own + row.iter().zip(&units).map(|(w, u)| f64::from(*w) * u).sum::<f64>()) as f32
+            });
+            Ok(Some(((layer, expert), bias.collect::<Vec<f32>>())))
+        });
         let biases = moe_checkpoint::collect_in_order(biases)?;
-        let recipe = serde_json::json!({ "repair": "mean_output", "options": self });
-        let mut edits = edits_by(recipe);
-        for ((layer, expert), bias) in biases {
+        let mut edits = edits_by(self.recipe());
+        for ((layer, expert), bias) in biases.into_iter().flatten() {
             edits.set_expert(layer, expert, ExpertEdit { down: None, down_bias: Some(bias) });
         }
         Ok(edits)
     }
 }
 
-/// Weighted sums of an expert's units over its tokens.
-struct Mean {
-    sums: Vec<f64>,
-    weight: f64,
+impl Repair for MeanOutput {
+    fn recipe(&self) -> Value {
+        json!({ "repair": "mean_output", "options": self })
+    }
+
+    fn needs(&self) -> RepairNeeds {
+        RepairNeeds { biases: true, own_weights: true, ..RepairNeeds::default() }
+    }
+
+    fn check(&self, request: &RepairRequest<'_>) -> Result<()> {
+        own_weights(self.needs(), request)?;
+        Ok(self.calibration(request).check()?)
+    }
+
+    fn repair(&self, request: &RepairRequest<'_>, on_progress: OnProgress<'_>) -> Result<Edits> {
+        check_plan(request.plan, request.model.checkpoint())?;
+        let statistics =
+            self.calibration(request).run(&mut |at| on_progress(at.tokens_done as usize, at.tokens as usize))?;
+        self.edits(&statistics, request.model.checkpoint(), request.plan)
+    }
 }
 
 /// An expert's tokens of a wave, not yet added.
@@ -78,54 +137,80 @@ struct Waiting {
     width: usize,
 }
 
-struct Sums<'a> {
-    plan: &'a PrunePlan,
+/// Sums of units, each token weighted by what is known of it when the layer is done.
+struct UnitMeans {
+    specs: [StatisticSpec; 2],
     options: MeanOutput,
     waiting: Vec<Waiting>,
-    experts: BTreeMap<(usize, usize), Mean>,
-    done: usize,
-    on_layer: OnLayer<'a>,
 }
 
-impl Observer for Sums<'_> {
-    fn needs(&self) -> Signals {
-        Signals::UNITS
+impl UnitMeans {
+    /// The sums of one expert, and of the weights.
+    fn sums(&self, waiting: &Waiting, factors: &[f32]) -> (Vec<f64>, f64) {
+        let (mut sums, mut total) = (vec![0.0; waiting.width], 0.0);
+        let rows = waiting.units.as_slice().chunks_exact(waiting.width);
+        for ((units, g), row) in rows.zip(&waiting.weights).zip(&waiting.rows) {
+            let g = if self.options.by_routing_weight { f64::from(*g).powi(2) } else { 1.0 };
+            let weight = g * f64::from(factors[*row as usize]).powi(2);
+            total += weight;
+            sums.iter_mut().zip(units).for_each(|(sum, u)| *sum += weight * f64::from(*u));
+        }
+        (sums, total)
+    }
+}
+
+impl Collector for UnitMeans {
+    fn statistics(&self) -> &[StatisticSpec] {
+        &self.specs
     }
 
-    fn expert(&mut self, trace: &ExpertTrace<'_>) -> moe_core::Result<()> {
-        let units = trace.units.expect("asked for");
+    fn needs(&self) -> Signals {
+        Signals::UNITS | Signals::STREAMS
+    }
+
+    fn recipe(&self) -> Option<Value> {
+        Some(json!({ "mean_output": self.options }))
+    }
+
+    fn goes_on(&self) -> bool {
+        true
+    }
+
+    fn begin_wave(&mut self, _: &WaveInfo) -> moe_importance::Result<()> {
+        self.waiting.clear();
+        Ok(())
+    }
+
+    fn expert(&mut self, trace: &ExpertTrace<'_>, _: &mut Statistics) -> moe_importance::Result<()> {
+        let missing = |found: &str, expected: &str| moe_importance::Error::Trace {
+            layer: trace.layer,
+            expert: Some(trace.expert),
+            field: "units",
+            found: found.into(),
+            expected: expected.into(),
+        };
+        if trace.backward.is_some() {
+            return Err(missing("experts in the backward sweep", "a calibration without gradients"));
+        }
+        let units = trace.units.ok_or_else(|| missing("nothing", "what was asked for"))?;
         let width = units.dims()[1];
-        let kept = self.plan.layer(trace.layer).expect("the plan is of this model");
-        let removed = kept.removed.binary_search(&(trace.expert as u32)).is_ok();
-        if !removed && width > 0 && kept.experts[trace.expert].len() < width {
+        if width > 0 {
             let (rows, weights) = (trace.rows.to_vec(), trace.routing_weights.to_vec());
             self.waiting.push(Waiting { expert: trace.expert, rows, weights, units: HostView::new(units), width });
         }
         Ok(())
     }
-}
 
-impl LayerVisitor for Sums<'_> {
-    fn output(&mut self, output: &LayerOutput<'_>) -> moe_core::Result<()> {
+    fn output(&mut self, output: &LayerOutput<'_>, into: &mut Statistics) -> moe_importance::Result<()> {
         let factors = self.options.tokens.factors(output);
-        for Waiting { expert, rows, weights, units, width } in std::mem::take(&mut self.waiting) {
-            let mean = self
-                .experts
-                .entry((output.layer, expert))
-                .or_insert_with(|| Mean { sums: vec![0.0; width], weight: 0.0 });
-            for ((units, g), row) in units.as_slice().chunks_exact(width).zip(weights).zip(rows) {
-                let g = if self.options.by_routing_weight { f64::from(g).powi(2) } else { 1.0 };
-                let weight = g * f64::from(factors[row as usize]).powi(2);
-                mean.weight += weight;
-                mean.sums.iter_mut().zip(units).for_each(|(sum, u)| *sum += weight * f64::from(*u));
-            }
+        let waiting = std::mem::take(&mut self.waiting);
+        let sums: BTreeMap<usize, (Vec<f64>, f64)> =
+            waiting.par_iter().map(|waiting| (waiting.expert, self.sums(waiting, &factors))).collect();
+        for (expert, (sums, weight)) in sums {
+            let units = into.unit_mut(UNITS.as_str(), Fold::Sum, output.layer, expert)?;
+            units.iter_mut().zip(sums).for_each(|(unit, sum)| *unit += sum);
+            into.expert_mut(WEIGHT.as_str(), Fold::Sum, output.layer)?[expert] += weight;
         }
         Ok(())
-    }
-
-    fn end_layer(&mut self, _: usize) -> moe_core::Result<LayerChange> {
-        self.done += 1;
-        (self.on_layer)(self.done, self.plan.kept.len());
-        Ok(LayerChange::default())
     }
 }

@@ -38,11 +38,9 @@ struct Visitor<'a> {
 
 impl Observer for Visitor<'_> {
     fn needs(&self) -> Signals {
-        Signals::NONE
+        Signals::STREAMS
     }
-}
 
-impl LayerVisitor for Visitor<'_> {
     fn output(&mut self, output: &LayerOutput<'_>) -> moe_core::Result<()> {
         let found = self.student.feed_forward(output.layer, output.input, &mut Nobody)?;
         let difference = found - output.output.clone();
@@ -51,7 +49,9 @@ impl LayerVisitor for Visitor<'_> {
         self.sums.1 += squares(moe_core::host::HostView::new(&added).as_slice());
         Ok(())
     }
+}
 
+impl LayerVisitor for Visitor<'_> {
     fn end_layer(&mut self, layer: usize) -> moe_core::Result<LayerChange> {
         let (error, all) = std::mem::take(&mut self.sums);
         self.errors.push(LayerError { layer, error: if all > 0.0 { error / all } else { 0.0 } });

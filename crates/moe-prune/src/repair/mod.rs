@@ -1,6 +1,6 @@
 //! Repairs: better weights for what a pruner left, found by running the model on calibration waves.
 //!
-//! Each repair gives [`Edits`] to apply beside the plan. From cheap to dear:
+//! Each [`Repair`] gives [`Edits`] to apply beside the plan. From cheap to dear:
 //!
 //! | repair | what changes | what it needs |
 //! |---|---|---|
@@ -9,11 +9,19 @@
 //! | [`LayerRefit`] | kept down columns of a layer together, layer after layer | two forward sweeps side by side |
 //! | [`RouterDistillation`] | router rows, by gradient descent on the divergence from the full model | some epochs of forward and backward sweeps |
 //!
+//! What [`MeanOutput`] sees of the full model is a [`Calibration`](moe_importance::Calibration): kept wave by wave, gone on with, shared
+//! out. The refits go through the model layer by layer, all waves at once: [`LayerRefit`] since each layer has to see the layers before
+//! it as they were refitted; [`Refit`], whose layers do not depend on each other, since its Gram matrices of a whole model are too
+//! much to keep wave by wave (10 GB for each wave of Qwen1.5-MoE at a tenth of its units, where one layer takes 0.9 GB in memory).
+//! With a [store](RepairRequest::store), what a refit has done of a layer is kept, and a run that was stopped does not do it again.
+//! [`RouterDistillation`] is a training.
+//!
 //! All of them are deterministic. [`layer_errors`] measures what they achieve in each layer,
 //! [`moe_core::evaluate::divergence`] at the end of the model. [`PrunePlan::on`](crate::PrunePlan::on) gives the
 //! model that a plan and edits make, to be run without writing it; edits of that model, in its own indices, are brought to those of the
 //! plan by [`Edits::of_plan`](crate::Edits::of_plan).
 
+mod finished_layers;
 mod layer_refit;
 mod linear;
 mod mean_output;
@@ -23,6 +31,13 @@ mod ridge;
 mod router_kd;
 mod tokens;
 
+use std::path::Path;
+
+use moe_checkpoint::Checkpoint;
+use moe_core::data::Wave;
+use moe_core::{Engine, EngineOptions, Model};
+use serde_json::Value;
+
 pub use layer_refit::{LayerFit, LayerRefit, Refitted, Target};
 pub use mean_output::MeanOutput;
 pub use measure::{LayerError, layer_errors};
@@ -31,23 +46,143 @@ pub use ridge::RidgeScale;
 pub use router_kd::{RouterDistillation, RouterDistilled};
 pub use tokens::TokenWeight;
 
-use moe_core::Model;
-
 use crate::{Edits, Error, PrunePlan, Result};
 
-/// Told after each MoE layer: how many are done, and how many there are.
-pub type OnLayer<'a> = &'a mut dyn FnMut(usize, usize);
+/// Told how far a repair is: parts done, and parts in all. Refits count MoE layers, what is a calibration tokens, trainings steps.
+pub type OnProgress<'a> = &'a mut dyn FnMut(usize, usize);
+
+/// What a repair works on.
+#[derive(Clone, Copy, Debug)]
+pub struct RepairRequest<'a> {
+    /// The full model.
+    pub model: &'a Model,
+    /// What is left of it.
+    pub plan: &'a PrunePlan,
+    /// The model that the plan, and repairs before this one, have made; for those that [need](RepairNeeds::pruned) it.
+    pub pruned: Option<&'a Model>,
+    /// Data to repair on.
+    pub waves: &'a [Wave],
+    /// Where a repair that can keeps what it has seen, to go on from.
+    pub store: Option<&'a Path>,
+}
+
+impl<'a> RepairRequest<'a> {
+    /// Of a plan for this model: no pruned model, nothing kept.
+    pub fn new(model: &'a Model, plan: &'a PrunePlan, waves: &'a [Wave]) -> Self {
+        Self { model, plan, pruned: None, waves, store: None }
+    }
+
+    /// The pruned model, for a repair that needs it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParameter`] if there is none.
+    pub fn pruned(&self) -> Result<&'a Model> {
+        self.pruned.ok_or_else(|| Error::InvalidParameter {
+            field: "pruned",
+            found: "none".into(),
+            expected: "the pruned model, which this repair changes".into(),
+        })
+    }
+}
+
+/// What a repair must be given, and what its edits must find.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RepairNeeds {
+    /// The pruned model. The edits are in its indices then; otherwise in those of the plan's model.
+    pub pruned: bool,
+    /// A format in which experts have biases.
+    pub biases: bool,
+    /// Experts with weights of their own: it changes those of each, which is not possible where several share a set.
+    pub own_weights: bool,
+}
+
+/// Makes the weights that a plan has left better. One of your own needs these three functions; [`Edits`] are applied by
+/// [`PruneOptions::edits`](crate::PruneOptions::edits).
+///
+/// ```
+/// use moe_prune::repair::{OnProgress, Repair, RepairNeeds, RepairRequest};
+/// use moe_prune::{Edits, ExpertEdit, Result};
+/// use serde_json::{Value, json};
+///
+/// /// Makes what is left of each expert as much larger as the expert got smaller.
+/// struct Louder;
+///
+/// impl Repair for Louder {
+///     fn recipe(&self) -> Value {
+///         json!({ "repair": "louder" })
+///     }
+///
+///     fn needs(&self) -> RepairNeeds {
+///         RepairNeeds::default()
+///     }
+///
+///     fn repair(&self, request: &RepairRequest<'_>, _: OnProgress<'_>) -> Result<Edits> {
+///         let mut edits = Edits::new();
+///         edits.recipe = self.recipe();
+///         for kept in &request.plan.kept {
+///             for (expert, units) in kept.experts.iter().enumerate().filter(|(_, units)| !units.is_empty()) {
+///                 let weights = request.model.checkpoint().expert(kept.layer, expert)?;
+///                 let factor = weights.width as f32 / units.len() as f32;
+///                 // [H, kept units]
+///                 let rows = weights.down.chunks_exact(weights.width);
+///                 let down = rows.flat_map(|row| units.iter().map(move |unit| factor * row[*unit as usize])).collect();
+///                 edits.set_expert(kept.layer, expert, ExpertEdit { down: Some(down), down_bias: None });
+///             }
+///         }
+///         Ok(edits)
+///     }
+/// }
+/// ```
+pub trait Repair {
+    /// What it is called and how it works, as it is recorded with its edits.
+    fn recipe(&self) -> Value;
+
+    /// What it must be given.
+    fn needs(&self) -> RepairNeeds;
+
+    /// The weights that take the place of those that the plan left.
+    ///
+    /// # Errors
+    /// Parameters out of range and a plan of another model, before anything is run; then whatever stops the run.
+    fn repair(&self, request: &RepairRequest<'_>, on_progress: OnProgress<'_>) -> Result<Edits>;
+
+    /// Checks what models and data show before anything is run: that experts have [weights of their own](RepairNeeds::own_weights)
+    /// where they must, and that the sweeps fit into the memory of the models. Neither the plan nor the values of weights need be
+    /// known yet.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParameter`], and [`Error::Model`] for too little memory.
+    fn check(&self, request: &RepairRequest<'_>) -> Result<()> {
+        own_weights(self.needs(), request)?;
+        for model in [Some(request.model), request.pruned].into_iter().flatten() {
+            Engine::new(model, EngineOptions::default()).plan_layerwise(request.waves)?;
+        }
+        Ok(())
+    }
+}
+
+/// Refuses experts that share sets of weights.
+fn own_weights(needs: RepairNeeds, request: &RepairRequest<'_>) -> Result<()> {
+    let checkpoint = request.model.checkpoint();
+    if needs.own_weights && checkpoint.grouped() {
+        return Err(Error::InvalidParameter {
+            field: "repair",
+            found: format!("experts of `{}` that share sets of weights", checkpoint.config().model_type),
+            expected: "experts with weights of their own, such as merging writes in form stock or stock-copies".into(),
+        });
+    }
+    Ok(())
+}
 
 /// No edits yet, made like this.
-fn edits_by(recipe: serde_json::Value) -> Edits {
+fn edits_by(recipe: Value) -> Edits {
     let mut edits = Edits::new();
     edits.recipe = recipe;
     edits
 }
 
 /// Refuses a plan of another model.
-fn check_plan(plan: &PrunePlan, model: &Model) -> Result<()> {
-    let checkpoint = model.checkpoint();
+fn check_plan(plan: &PrunePlan, checkpoint: &Checkpoint) -> Result<()> {
     plan.validate(checkpoint.shape())?;
     plan.validate_routing(checkpoint.config())?;
     if !checkpoint.is_model(&plan.model) {

@@ -7,15 +7,17 @@ use faer::linalg::matmul::matmul;
 use moe_core::data::Wave;
 use moe_core::host::HostView;
 use moe_core::trace::{ExpertTrace, LayerTrace, Observer, Signals};
-use moe_core::{Engine, EngineOptions, LayerChange, LayerOutput, LayerVisitor, Model, RemoveExperts};
+use moe_core::{Engine, EngineOptions, LayerChange, LayerOutput, LayerVisitor, Model, RoutingOverlay};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
+use super::finished_layers::FinishedLayers;
 use super::linear::{Normal, Rows, add_gram, diagonal, to_rows};
 use super::ridge::{RidgeScale, check_ridge};
-use super::{OnLayer, TokenWeight, check_plan, edits_by};
+use super::{OnProgress, Repair, RepairNeeds, RepairRequest, TokenWeight, check_plan, edits_by};
 use crate::plan::LayerKept;
-use crate::{Edits, ExpertEdit, PrunePlan, Result};
+use crate::{Edits, ExpertEdit, PlanOverlay, PrunePlan, Result};
 
 /// Refits the kept down columns of each expert so that they give what all its columns gave, in the least squares over the tokens that the
 /// full model routes to it:
@@ -54,24 +56,51 @@ impl Refit {
     /// [`Error::OtherModel`](crate::Error::OtherModel), [`Error::InvalidPlan`](crate::Error::InvalidPlan) and
     /// [`Error::InvalidParameter`](crate::Error::InvalidParameter) before anything is run; then those of
     /// [`Engine::run_layerwise`].
-    pub fn fit(&self, model: &Model, plan: &PrunePlan, waves: &[Wave], on_layer: OnLayer<'_>) -> Result<Edits> {
+    pub fn fit(&self, model: &Model, plan: &PrunePlan, waves: &[Wave], on_layer: OnProgress<'_>) -> Result<Edits> {
+        self.repair(&RepairRequest::new(model, plan, waves), on_layer)
+    }
+
+    fn fit_in(&self, request: &RepairRequest<'_>, on_layer: OnProgress<'_>) -> Result<Edits> {
+        let RepairRequest { model, plan, waves, store, .. } = *request;
         check_ridge(self.ridge)?;
-        check_plan(plan, model)?;
+        check_plan(plan, model.checkpoint())?;
+        let plain = model.expert_overlay().is_none() && model.routing_overlay().is_none();
+        let models = [model.checkpoint().fingerprint()];
+        let store = store.filter(|_| plain);
+        let finished = FinishedLayers::open(store, &self.recipe(), plan, &models, waves)?;
         let engine = Engine::new(model, EngineOptions::default());
-        let recipe = serde_json::json!({ "repair": "refit", "options": self });
         let mut visitor = Visitor {
             refit: *self,
             engine: &engine,
             plan,
+            routing: PlanOverlay::new(plan),
             tables: BTreeMap::new(),
             grams: BTreeMap::new(),
             waiting: Vec::new(),
-            edits: edits_by(recipe),
+            finished,
+            at: None,
+            edits: Edits::new(),
             done: 0,
             on_layer,
         };
         engine.run_layerwise(waves, &mut visitor)?;
-        Ok(visitor.edits)
+        let mut edits = visitor.edits;
+        edits.recipe = self.recipe();
+        Ok(edits)
+    }
+}
+
+impl Repair for Refit {
+    fn recipe(&self) -> Value {
+        json!({ "repair": "refit", "options": self })
+    }
+
+    fn needs(&self) -> RepairNeeds {
+        RepairNeeds { own_weights: true, ..RepairNeeds::default() }
+    }
+
+    fn repair(&self, request: &RepairRequest<'_>, on_progress: OnProgress<'_>) -> Result<Edits> {
+        self.fit_in(request, on_progress)
     }
 }
 
@@ -99,16 +128,29 @@ struct Visitor<'a> {
     refit: Refit,
     engine: &'a Engine<'a>,
     plan: &'a PrunePlan,
+    /// How the plan routes.
+    routing: PlanOverlay,
     /// Routing weights `[T, E]` of the pruned model in layers that lose experts, for the wave at hand.
     tables: BTreeMap<usize, Vec<f32>>,
     grams: BTreeMap<usize, Grams>,
     waiting: Vec<Waiting>,
+    finished: FinishedLayers,
+    /// The layer at hand, and what an earlier run has fitted in it.
+    at: Option<(usize, Option<Edits>)>,
     edits: Edits,
     done: usize,
-    on_layer: OnLayer<'a>,
+    on_layer: OnProgress<'a>,
 }
 
 impl Visitor<'_> {
+    /// Whether an earlier run has done this layer.
+    fn is_done(&mut self, layer: usize) -> moe_core::Result<bool> {
+        if self.at.as_ref().is_none_or(|(at, _)| *at != layer) {
+            self.at = Some((layer, self.finished.load(layer).map_err(moe_core::Error::observer)?));
+        }
+        Ok(self.at.as_ref().is_some_and(|(_, edits)| edits.is_some()))
+    }
+
     fn kept(&self, layer: usize) -> &LayerKept {
         self.plan.layer(layer).expect("the plan is of this model")
     }
@@ -185,16 +227,17 @@ fn solve(grams: Grams, kept: &[u32], down: Rows<'_>, lambda: f64) -> Option<Vec<
 
 impl Observer for Visitor<'_> {
     fn needs(&self) -> Signals {
-        Signals { units: true, ..Signals::ROUTING }
+        Signals { units: true, streams: true, ..Signals::ROUTING }
     }
 
     fn layer(&mut self, trace: &LayerTrace<'_>) -> moe_core::Result<()> {
-        let removed = &self.kept(trace.layer).removed;
-        if removed.is_empty() {
+        if self.is_done(trace.layer)? {
             return Ok(());
         }
-        let overlay = RemoveExperts::new().remove(trace.layer, removed.iter().copied());
-        let routed = self.engine.route(trace.layer, trace.logits, Some(&overlay))?;
+        if self.routing.removed(trace.layer).is_none() && self.routing.top_k().is_none() {
+            return Ok(());
+        }
+        let routed = self.engine.route(trace.layer, trace.logits, Some(&self.routing))?;
         let mut table = vec![0.0; trace.logits.len()];
         for (slot, (&expert, weight)) in routed.selected.iter().zip(&routed.weights).enumerate() {
             table[slot / routed.top_k * trace.experts + expert as usize] = *weight;
@@ -204,6 +247,9 @@ impl Observer for Visitor<'_> {
     }
 
     fn expert(&mut self, trace: &ExpertTrace<'_>) -> moe_core::Result<()> {
+        if self.is_done(trace.layer)? {
+            return Ok(());
+        }
         let layer = self.kept(trace.layer);
         let kept = &layer.experts[trace.expert];
         let units = trace.units.expect("asked for");
@@ -225,16 +271,24 @@ impl Observer for Visitor<'_> {
         });
         Ok(())
     }
-}
 
-impl LayerVisitor for Visitor<'_> {
     fn output(&mut self, output: &LayerOutput<'_>) -> moe_core::Result<()> {
         self.flush(output);
         self.tables.clear();
         Ok(())
     }
+}
 
+impl LayerVisitor for Visitor<'_> {
     fn end_layer(&mut self, layer: usize) -> moe_core::Result<LayerChange> {
+        if self.is_done(layer)?
+            && let Some((_, Some(edits))) = self.at.take()
+        {
+            self.edits.extend(edits);
+            self.done += 1;
+            (self.on_layer)(self.done, self.plan.kept.len());
+            return Ok(LayerChange::default());
+        }
         let kept = &self.plan.layer(layer).expect("the plan is of this model").experts;
         let checkpoint = self.engine.model().checkpoint();
         let grams = std::mem::take(&mut self.grams);
@@ -247,9 +301,12 @@ impl LayerVisitor for Visitor<'_> {
             Ok((expert, solve(grams, &kept[expert], down, lambda)))
         });
         let fitted = moe_checkpoint::collect_in_order(fitted)?;
+        let mut edits = edits_by(Value::Null);
         for (expert, down) in fitted {
-            self.edits.set_expert(layer, expert, ExpertEdit { down, down_bias: None });
+            edits.set_expert(layer, expert, ExpertEdit { down, down_bias: None });
         }
+        self.finished.save(layer, &edits).map_err(moe_core::Error::observer)?;
+        self.edits.extend(edits);
         self.done += 1;
         (self.on_layer)(self.done, self.plan.kept.len());
         Ok(LayerChange::default())

@@ -9,11 +9,14 @@ use moe_core::evaluate::divergence;
 use moe_core::host::{self, HostView};
 use moe_core::router::Routed;
 use moe_core::trace::{Observer, RouterGradients, Signals};
-use moe_core::train::{BatchLoss, OnEvent, Parameters, Schedule, TrainOptions, TrainReport, TrainingTask, train};
+use moe_core::train::{
+    BatchLoss, OnEvent, Parameters, Schedule, TrainEvent, TrainOptions, TrainReport, TrainingTask, train,
+};
 use moe_core::{Distillation, Engine, EngineOptions, Model, RoutingOverlay, TeacherLogits};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
-use super::edits_by;
+use super::{OnProgress, Repair, RepairNeeds, RepairRequest, edits_by};
 use crate::{Edits, Error, Result};
 
 /// Trains the router weights of a changed model, and nothing else, on the divergence of its next-token distribution from the full model's
@@ -94,6 +97,40 @@ impl RouterDistillation {
             edits.set_router(layer, parameters.get(&name(layer)).expect("inserted above").values.clone());
         }
         Ok(RouterDistilled { edits, report })
+    }
+}
+
+impl Repair for RouterDistillation {
+    fn recipe(&self) -> Value {
+        json!({ "repair": "router_distillation", "options": self })
+    }
+
+    fn needs(&self) -> RepairNeeds {
+        RepairNeeds { pruned: true, ..RepairNeeds::default() }
+    }
+
+    /// Keeps the routers that are best on the waves themselves.
+    fn repair(&self, request: &RepairRequest<'_>, on_progress: OnProgress<'_>) -> Result<Edits> {
+        let mut on_event = |event: &TrainEvent| {
+            if let TrainEvent::Step { step, steps, .. } = event {
+                on_progress(*step, *steps);
+            }
+            Ok(())
+        };
+        Ok(self.fit(request.model, request.pruned()?, request.waves, &[], &mut on_event)?.edits)
+    }
+
+    fn check(&self, request: &RepairRequest<'_>) -> Result<()> {
+        self.train.validate()?;
+        let teacher = Engine::new(request.model, EngineOptions { loss: true, ..EngineOptions::default() });
+        let student = request.pruned.map(|student| Engine::new(student, EngineOptions::default()));
+        for wave in request.waves {
+            teacher.plan(wave.tokens(), Signals::NONE)?;
+            if let Some(student) = &student {
+                student.plan(wave.tokens(), Signals::ROUTER_GRADIENTS)?;
+            }
+        }
+        Ok(())
     }
 }
 

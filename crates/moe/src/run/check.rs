@@ -2,23 +2,28 @@
 
 use std::sync::Arc;
 
-use moe_checkpoint::{Checkpoint, Existing, Granularity, ProtectionMask, ScoreTable, WriteOptions, check_output};
-use moe_core::Model;
+use moe_checkpoint::{
+    Checkpoint, Existing, ExpertBiases, Granularity, ProtectionMask, ScoreTable, WriteOptions, check_output,
+};
 use moe_core::data::{Tokenizer, WaveOptions};
+use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::StatisticId;
+use moe_merge::EvidenceOptions;
 use moe_peft::MethodConfig;
+use moe_prune::repair::RepairRequest;
 use moe_prune::{Budget, Mtp, PruneForm, PruneOptions, PrunePlan, Pruner, Questions};
 
 use super::artifacts::Artifacts;
+use super::chain::{Chain, Scored};
 use super::{Calibration, Run, RunOptions};
 use crate::eval_file::EvalFile;
-use crate::recipe::{Form, Protect, Prune, Recipe, Repair, Step};
+use crate::recipe::{Form, Protect, Prune, Recipe, Step};
 use crate::{Error, Result, format};
 
 /// The steps as far as the recipe alone tells: what stands before each.
 #[derive(Default)]
 struct Before {
-    scored: Vec<String>,
+    scored: Vec<Scored>,
     super_experts: bool,
     pruned: Option<Form>,
     merged: bool,
@@ -70,7 +75,8 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
     };
     EvalFile::load_all(&recipe.data.eval, &Default::default(), tokenizer.as_ref(), model.config())?;
 
-    let engine_model = Model::new(model.clone(), &device, max_memory)?;
+    let engine_of = |model: &Arc<Checkpoint>| Model::new(model.clone(), &device, max_memory);
+    let mut chain = Chain::new(model.clone());
     let mut before = Before::default();
     for (number, step) in recipe.steps.iter().enumerate() {
         let named = |error: Error| Error::Usage(format!("step {} ({}): {error}", number + 1, step.name()));
@@ -92,15 +98,23 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
                 let mut ids: Vec<StatisticId> = Vec::new();
                 for config in &scorers {
                     let scorer = config.build()?;
-                    before.scored.push(scorer.name().to_string());
-                    ids.extend(scorer.needs().statistics);
+                    let needs = scorer.needs();
+                    before.scored.push(Scored {
+                        name: scorer.name().to_string(),
+                        granularity: needs.granularity,
+                        pool: needs.pool,
+                        additive: needs.additive,
+                    });
+                    ids.extend(needs.statistics);
                 }
                 if let Some(options) = score.super_experts().map_err(named)? {
                     before.super_experts = true;
                     ids.push(options.needs());
                 }
                 if !ids.is_empty() {
-                    needs_data()?.observing(&engine_model, ids).check()?;
+                    let store = recipe.out.join("steps");
+                    let engine_model = engine_of(&chain.model)?;
+                    needs_data()?.observing(&engine_model, ids).store(store).check().map_err(|e| named(e.into()))?;
                 }
             }
             Step::Protect(Protect::SuperExperts) if !before.super_experts => {
@@ -112,40 +126,71 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
             Step::Protect(_) => {}
             Step::Prune(prune) => {
                 check_prune(prune, &model, &before, calibration.is_some()).map_err(named)?;
+                chain.prune(prune, &before.scored).map_err(named)?;
                 before.pruned = Some(prune.form);
             }
             Step::Merge(merge) => {
-                let recipe = merge.recipe().map_err(named)?;
-                needs_data()?;
+                let merging = merge.recipe().map_err(named)?;
+                let data = needs_data()?;
                 if before.unchanged() {
-                    recipe.check(&model, merge.form, merge.mtp).map_err(|error| named(error.into()))?;
+                    merging.check(&model, merge.form, merge.mtp).map_err(|error| named(error.into()))?;
                 }
                 if let Some(training) = &merge.training {
                     training.validate().map_err(|error| named(error.into()))?;
                 }
+                let engine_model = engine_of(&chain.model)?;
+                let needed = match merging.sequential {
+                    true => {
+                        let engine = Engine::new(&engine_model, EngineOptions::default());
+                        engine.plan_layerwise(&data.waves).map(drop).map_err(Error::from)
+                    }
+                    false => {
+                        let evidence = EvidenceOptions::for_recipe(&merging, merge.sample);
+                        let seen = moe_importance::Calibration::of_waves(&engine_model, &data.waves);
+                        let seen = evidence.observe(&engine_model, seen).store(recipe.out.join("steps"));
+                        seen.check().map_err(Error::from)
+                    }
+                };
+                needed.map_err(named)?;
+                chain.merge(merge.form);
                 (before.pruned, before.merged) = (None, true);
             }
             Step::Tune(tune) => {
                 let unchanged = before.unchanged();
+                let engine_model = engine_of(&model)?;
                 super::tune::check(tune, recipe, tokenizer.as_ref(), &engine_model, unchanged && !goes_on)
                     .map_err(named)?;
                 let trained = tune.recipe(recipe.seed)?;
                 before.beside = tune.stays_beside(&trained);
                 before.mixture = matches!(trained.method, MethodConfig::Mixture(_));
                 (before.pruned, before.tuned) = (None, true);
+                chain.tune();
             }
             Step::Repair(repair) => {
-                needs_data()?;
-                match (before.pruned, repair) {
-                    (None, _) => {
+                let data = needs_data()?;
+                let repair = repair.repair();
+                let has_biases =
+                    |layer: usize| model.config().moe(layer).is_some_and(|moe| moe.biases != ExpertBiases::None);
+                let biased = model.shape().layers.iter().all(|layer| has_biases(layer.layer));
+                match before.pruned {
+                    None => {
                         return Err(named(Error::Usage("nothing was pruned just before it".into())));
                     }
-                    (Some(Form::Auto | Form::Uniform | Form::FineGrained), Repair::MeanOutput(_)) => {
+                    Some(form) if repair.needs().biases && form != Form::Ragged && !biased => {
                         let reason = "it gives experts a bias, which stock forms have no place for: form ragged";
                         return Err(named(Error::Usage(reason.into())));
                     }
-                    _ => {}
+                    Some(_) => {}
                 }
+                if chain.grouped && repair.needs().own_weights {
+                    let reason = "experts share sets of weights, which it cannot change for each: merge to form stock";
+                    return Err(named(Error::Usage(reason.into())));
+                }
+                let full = engine_of(chain.base.as_ref().unwrap_or(&chain.model))?;
+                let pruned = engine_of(&chain.model)?;
+                let plan = PrunePlan::keep_all(full.checkpoint().shape(), full.checkpoint().fingerprint());
+                let request = RepairRequest { pruned: Some(&pruned), ..RepairRequest::new(&full, &plan, &data.waves) };
+                repair.check(&request).map_err(|error| named(error.into()))?;
             }
             Step::Quantize(quantize) => {
                 let how = quantize.options().map_err(named)?;
@@ -156,6 +201,7 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
                     moe_checkpoint::Quantized::on(&model, &how).map_err(|error| named(error.into()))?;
                 }
                 (before.pruned, before.tuned) = (None, true);
+                chain.quantize();
             }
             Step::Evaluate(evaluate) => {
                 let paths = if evaluate.data.is_empty() { &recipe.data.eval } else { &evaluate.data };
@@ -163,6 +209,7 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
                     return Err(named(Error::Usage("neither data of its own nor data.eval".into())));
                 }
                 let files = EvalFile::load_all(paths, &evaluate.options, tokenizer.as_ref(), model.config())?;
+                let engine_model = engine_of(&chain.model)?;
                 for file in &files {
                     file.check_memory(&engine_model, WaveOptions::Tokens(recipe.data.wave_tokens))?;
                 }
@@ -174,7 +221,7 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
                 }
                 let existing = if options.force { Existing::Force } else { Existing::Resume };
                 if !(options.resume && to.exists()) {
-                    check_output(&model, &to, &WriteOptions { existing, ..WriteOptions::default() })?;
+                    check_output(&chain.model, &to, &WriteOptions { existing, ..WriteOptions::default() })?;
                 }
             }
         }
@@ -246,7 +293,7 @@ fn check_prune(prune: &Prune, model: &Arc<Checkpoint>, before: &Before, has_data
     }
     match &prune.scores {
         None if before.scored.is_empty() => Err(Error::Usage("no earlier score, and no score file".into())),
-        Some(name) if !before.scored.iter().any(|scored| std::path::Path::new(scored) == name.as_path()) => {
+        Some(name) if !before.scored.iter().any(|scored| std::path::Path::new(&scored.name) == name.as_path()) => {
             ScoreTable::load(name)?;
             Ok(())
         }

@@ -3,6 +3,7 @@
 
 mod artifacts;
 mod calibration;
+mod chain;
 mod check;
 mod curves;
 mod estimate;

@@ -8,6 +8,7 @@ use moe_checkpoint::{Checkpoint, Existing, Granularity, Provenance, ScoreTable, 
 use moe_core::data::WaveOptions;
 use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::{Scorer, StatisticId, SuperExperts};
+use moe_prune::repair::RepairRequest;
 use moe_prune::{
     Budget, EditSource, Edits, EngineProbe, FineGrained, ModelProbe, NoProbe, ProbeOptions, PrunePlan, PruneRequest,
     Pruner, Questions,
@@ -243,7 +244,8 @@ impl Run<'_> {
             Repair::MeanOutput(_) => "mean outputs of what went are biases",
             Repair::RouterDistillation(_) => "routers distilled from the full model",
         };
-        let on_top = matches!(step, Repair::LayerRefit(_) | Repair::RouterDistillation(_));
+        let repair = step.repair();
+        let on_top = repair.needs().pruned;
         if pruned.repaired && !on_top {
             return Err(Error::Usage(
                 "repair: refit and mean_output come before layer_refit and router_distillation, which change what they left".into(),
@@ -264,17 +266,20 @@ impl Run<'_> {
         if !reused {
             let teacher = Model::new(pruned.base.clone(), &self.device, self.max_memory)?;
             let student = Model::new(self.model.clone(), &self.device, self.max_memory)?;
-            let layers = self.model.shape().layers.len() as u64;
-            let bar = self.options.progress.bar("repairing", layers, Unit::Count("layers"));
-            let mut on_layer = |done: usize, _: usize| bar.at(done as u64);
-            let (plan, waves) = (&pruned.plan, &calibration.waves);
-            // What is fitted to the pruned model has its indices, what is computed from the full one those of the plan.
-            let edits = match step {
-                Repair::Refit(refit) => refit.fit(&teacher, plan, waves, &mut on_layer)?,
-                Repair::MeanOutput(mean) => mean.fit(&teacher, plan, waves, &mut on_layer)?,
-                Repair::LayerRefit(refit) => refit.fit(&teacher, &student, waves, &mut on_layer)?.edits,
-                Repair::RouterDistillation(kd) => kd.fit(&teacher, &student, waves, &[], &mut |_| Ok(()))?.edits,
+            let bar = self.options.progress.bar("repairing", 0, Unit::Count("parts"));
+            let mut tell = |done: usize, of: usize| {
+                bar.total(of as u64);
+                bar.at(done as u64);
             };
+            let plan = &pruned.plan;
+            let store = dir.join("seen");
+            let request = RepairRequest {
+                pruned: Some(&student),
+                store: Some(&store),
+                ..RepairRequest::new(&teacher, plan, &calibration.waves)
+            };
+            // What is fitted to the pruned model has its indices, what is computed from the full one those of the plan.
+            let edits = repair.repair(&request, &mut tell)?;
             let plan = if on_top { &keep_all } else { plan };
             edits.save(&file, plan)?;
             Artifacts::finish(&dir)?;
