@@ -78,9 +78,15 @@ fn narrowed(expert: &ExpertWeights, units: &[u32]) -> ExpertWeights {
 #[test]
 fn whole_experts_go_from_every_format_without_a_change_of_the_others() {
     let dir = tempfile::tempdir().unwrap();
+    let mut pruned_models = 0;
     for name in fixtures() {
         let model = open(&name);
         let plan = without(&model, |expert| expert % 2 == 0);
+        // Groups that are ranked by their two best cannot lose one of two.
+        if plan.validate_routing(model.config()).is_err() {
+            continue;
+        }
+        pruned_models += 1;
         let out = dir.path().join(&name);
         let report = write_plan(&plan, &model, &out, &PruneOptions::new(PruneForm::Uniform));
         let report = report.unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -106,6 +112,7 @@ fn whole_experts_go_from_every_format_without_a_change_of_the_others() {
             assert_eq!(pruned.bytes(&info.name).unwrap(), model.bytes(&info.name).unwrap(), "{name}: {}", info.name);
         }
     }
+    assert!(pruned_models > 32, "{pruned_models}");
 }
 
 #[test]
