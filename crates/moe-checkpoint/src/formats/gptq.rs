@@ -69,7 +69,7 @@ impl Format for Gptq {
         context.shaped(scales, &[groups, rows], "one scale per group and row")?;
         context.typed(scales, &[Dtype::F16, Dtype::BF16, Dtype::F32])?;
         context.typed(zeros, &[Dtype::I32])?;
-        let bits = if rows == 0 { 0 } else { 32 * words / rows };
+        let bits = (32 * words).checked_div(rows).unwrap_or(0);
         if ![2, 4, 8].contains(&bits) || !rows.is_multiple_of(32 / bits) || main.shape.len() != 2 {
             let reason = format!(
                 "2, 4 or 8 bits ({bits} were found): dequantize it with GPTQModel, or take the original checkpoint"

@@ -104,8 +104,7 @@ impl fmt::Debug for Packed {
 impl Packed {
     /// Matrices that this weight holds.
     pub fn count(&self) -> usize {
-        let one = self.dims.0 * self.dims.1;
-        if one == 0 { 0 } else { self.info.elements() as usize / one }
+        (self.info.elements() as usize).checked_div(self.dims.0 * self.dims.1).unwrap_or(0)
     }
 
     /// One of its matrices, from the bytes of the stored tensors.
