@@ -4,6 +4,10 @@
 
 Without names, all of the list at the end. Another version of transformers or torch gives other bytes, so afterwards run the
 parity tests and `cargo xtask fixtures --write`. Needs torch, transformers and safetensors.
+
+    python xtask/scripts/make_fixtures.py --adapters crates/moe-peft/tests/fixtures/peft [NAME ...]
+
+makes adapters of the checkpoint qwen2_moe, which needs peft as well, and the adapters made before.
 """
 
 import json
@@ -214,10 +218,72 @@ FIXTURES = {
     "unrun/qwen3_5_moe": lambda d: write(d, "qwen3_5_moe", 31, dict(text_config=QWEN35, vision_config=VISION), run=False),
 }
 
+
+ADAPTED = Path(__file__).parents[2] / "crates/moe-checkpoint/tests/fixtures/parity/tf5/qwen2_moe"
+
+
+def write_adapter(directory, seed, config):
+    """An adapter after five steps of AdamW, and the logits of the model with it and with it merged, where peft can merge it. One that
+    began as a part of the weights is also kept as it began (`initial`), and converted to a plain one (`converted`)."""
+    import peft
+
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(ADAPTED, dtype=torch.float32).eval()
+    ids = torch.randint(3, base.config.vocab_size, (2, 19), generator=torch.Generator().manual_seed(seed))
+    config = peft.LoraConfig(lora_alpha=8, r=4, task_type="CAUSAL_LM", **config)
+    model = peft.get_peft_model(base, config)
+    model.router_aux_loss_coef = base.router_aux_loss_coef = 0.0
+    model.peft_config["default"].base_model_name_or_path = "qwen2_moe"
+    residual = isinstance(config.init_lora_weights, str) and config.init_lora_weights in ("pissa", "olora")
+    if residual:
+        init, config.init_lora_weights = config.init_lora_weights, True
+        model.save_pretrained(directory / "initial")
+        config.init_lora_weights = init
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for _ in range(5):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    out = {"input_ids": ids, "logits": model(input_ids=ids).logits.detach()}
+    model.save_pretrained(directory)
+    if residual:
+        model.save_pretrained(directory / "converted", path_initial_model_for_weight_conversion=str(directory / "initial"))
+    try:
+        out["merged_logits"] = model.merge_and_unload()(input_ids=ids).logits.detach()
+    except ValueError:
+        pass
+    for name in [directory / "README.md", directory / "initial/README.md", directory / "converted/README.md"]:
+        name.unlink(missing_ok=True)
+    save_file({name: value.contiguous() for name, value in out.items()}, directory / "expected.safetensors")
+    made = dict(peft=peft.__version__, torch=torch.__version__, transformers=transformers.__version__, seed=seed, base="qwen2_moe")
+    (directory / "made_with.json").write_text(json.dumps(made, sort_keys=True) + "\n")
+
+
+ATTENTION = ["q_proj", "v_proj"]
+ADAPTERS = {
+    "lora_head_embeddings": lambda d: write_adapter(d, 41, dict(target_modules=ATTENTION + ["lm_head", "embed_tokens"])),
+    "lora_modules_to_save": lambda d: write_adapter(
+        d, 42, dict(target_modules=ATTENTION, modules_to_save=["lm_head", "embed_tokens", "input_layernorm"])),
+    "lora_bias": lambda d: write_adapter(d, 43, dict(target_modules=ATTENTION, lora_bias=True)),
+    "lora_trained_biases": lambda d: write_adapter(d, 44, dict(target_modules=ATTENTION, bias="all")),
+    "lora_token_rows": lambda d: write_adapter(d, 45, dict(target_modules=ATTENTION, trainable_token_indices=[5, 17, 42])),
+    "lora_pissa": lambda d: write_adapter(d, 46, dict(target_modules=ATTENTION, init_lora_weights="pissa")),
+    "lora_olora": lambda d: write_adapter(d, 47, dict(target_modules=ATTENTION, init_lora_weights="olora")),
+    "lora_patterns": lambda d: write_adapter(
+        d, 48, dict(target_modules=ATTENTION + ["o_proj"], use_rslora=True, rank_pattern={"layers.1.self_attn.v_proj": 2},
+            alpha_pattern={"o_proj": 3})),
+}
+
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     transformers.utils.logging.disable_progress_bar()
+    if sys.argv[1] == "--adapters":
+        for name in sys.argv[3:] or ADAPTERS:
+            ADAPTERS[name](Path(sys.argv[2]) / name)
+            print(name)
+        sys.exit()
     for name in sys.argv[2:] or FIXTURES:
         FIXTURES[name](Path(sys.argv[1]) / name)
         print(name)

@@ -6,7 +6,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use moe::progress::Progress;
 
 use crate::{
-    apply, cli, compare, convert, delta, eval, finetune, generate, hub, inspect, merge, prune, quantize, run, score,
+    adapter, apply, cli, compare, convert, delta, eval, finetune, generate, hub, inspect, merge, prune, quantize, run, score,
     trace,
 };
 
@@ -36,6 +36,7 @@ enum Verb {
     Compare(compare::Arguments),
     Generate(generate::Arguments),
     Trace(trace::Arguments),
+    Adapter(adapter::Arguments),
     Delta(delta::Arguments),
     Run(run::Arguments),
     Convert(convert::Arguments),
@@ -115,6 +116,7 @@ pub fn main() -> ExitCode {
             let out = arguments.out.display();
             Ok(format!("{tokens} tokens, loss {loss:.6} over {loss_tokens} predicted; {tensors} tensors in {out}\n"))
         }
+        Verb::Adapter(arguments) => adapter::run(arguments),
         Verb::Delta(arguments) => delta::run(arguments),
         Verb::Completions { shell } => {
             let mut script = Vec::new();

@@ -151,7 +151,11 @@ impl VectorAdapter for OwnVector {
 struct OwnEmbedding(Arc<Values>, usize);
 
 impl EmbeddingAdapter for OwnEmbedding {
-    fn rows(&self, ids: &[u32]) -> Vec<f32> {
+    fn replaces(&self) -> bool {
+        true
+    }
+
+    fn rows(&self, ids: &[u32], _: &[f32]) -> Vec<f32> {
         let values = self.0.get();
         ids.iter().flat_map(|id| values[*id as usize * self.1..][..self.1].to_vec()).collect()
     }

@@ -81,7 +81,7 @@ impl Folded {
             return Err(Error::input(format!("values of {}", live.name()), "with an optimizer", "settled ones"));
         }
         let left_out = left_out(set);
-        let digest = digest(set, plain.config().vocab_size);
+        let digest = digest(set, [plain.config().vocab_size, plain.config().hidden_size]);
         let maps: Vec<String> = set.sites().map(|(site, _)| site.path()).collect();
         let summary = format!("what was trained is part of the weights: {} linear maps", maps.len());
         let recipe = json!({"values": digest, "maps": maps, "left_out": left_out});
@@ -149,8 +149,11 @@ impl Folded {
 
 /// Refuses what no weights can be.
 fn foldable(base: &Checkpoint, set: &AdapterSet) -> Result<()> {
-    let input =
-        |place: String| Err(Error::Unsupported(format!("folding the adapter of {place}: it depends on its input")));
+    let input = |place: String| {
+        Err(Error::Unsupported(format!(
+            "folding the adapter of {place}: it depends on its input, or adds to its output"
+        )))
+    };
     if let Some((site, _)) = set.sites().find(|(_, adapter)| !adapter.is_linear()) {
         return input(site.to_string());
     }
@@ -160,6 +163,10 @@ fn foldable(base: &Checkpoint, set: &AdapterSet) -> Result<()> {
     if let Some(layer) = set.first_block() {
         let what = format!("folding the adapter of the block of layer {layer}: it decides by its input");
         return Err(Error::Unsupported(what));
+    }
+    if set.embedding().is_some() && !set.has_head() && tied(base)? {
+        let what = "folding an adapter of the embeddings into the output head, which is the same tensor and has none";
+        return Err(Error::Unsupported(what.into()));
     }
     if set.has_head() && set.embedding().is_none() && tied(base)? {
         let what = "folding an adapter of the output head into the embeddings, which are the same tensor and have none";
@@ -174,7 +181,7 @@ fn left_out(set: &AdapterSet) -> Vec<String> {
 }
 
 /// A hash of everything that the new values follow from besides the base.
-fn digest(set: &AdapterSet, vocabulary: usize) -> String {
+fn digest(set: &AdapterSet, [vocabulary, hidden]: [usize; 2]) -> String {
     let mut hasher = blake3::Hasher::new();
     let mut add = |bytes: &[u8]| {
         hasher.update(bytes);
@@ -198,7 +205,8 @@ fn digest(set: &AdapterSet, vocabulary: usize) -> String {
     if let Some(embedding) = set.embedding() {
         name("embeddings", &mut add);
         let ids: Vec<u32> = (0..vocabulary as u32).collect();
-        ids.chunks(1024).for_each(|ids| add_values(&embedding.rows(ids), &mut add));
+        let nothing = |ids: &[u32]| if embedding.replaces() { Vec::new() } else { vec![0.0; ids.len() * hidden] };
+        ids.chunks(1024).for_each(|ids| add_values(&embedding.rows(ids, &nothing(ids)), &mut add));
     }
     hasher.finalize().to_hex().to_string()
 }
@@ -291,8 +299,12 @@ impl NewRows for Embeddings {
         "embeddings".into()
     }
 
-    fn rows(&self, rows: Range<usize>, _: &Checkpoint) -> Result<Vec<f32>> {
-        Ok(self.0.rows(&rows.map(|row| row as u32).collect::<Vec<_>>()))
+    fn rows(&self, rows: Range<usize>, base: &Checkpoint) -> Result<Vec<f32>> {
+        let old = match self.0.replaces() {
+            true => Vec::new(),
+            false => base.read_f32_rows(Role::Embedding, rows.clone())?,
+        };
+        Ok(self.0.rows(&rows.map(|row| row as u32).collect::<Vec<_>>(), &old))
     }
 }
 

@@ -8,6 +8,7 @@
 //!    the trained values. A method of one's own is one, too.
 //! 3. A [`TrainingRun`] trains a recipe phase by phase, saves states, resumes, and writes metrics. [`FineTune`] is the task that it runs.
 //! 4. [`Trained::save`] writes a checkpoint, an adapter, or both; [`open`](open()) tells what a directory holds and puts it onto a model again.
+//! 5. [`adapter_files`] has the jobs over adapters on disk: merging, combining, converting, looking at them.
 //!
 //! ```
 //! use std::collections::BTreeMap;
@@ -50,6 +51,7 @@
 
 #![deny(missing_docs)]
 
+pub mod adapter_files;
 mod adapter_set;
 mod array_file;
 pub mod codec;

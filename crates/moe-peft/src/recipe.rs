@@ -1,12 +1,14 @@
 //! A whole fine-tuning as one JSON file: the method, losses on routers, and how it is trained.
 
+use std::path::Path;
+
 use moe_core::train::TrainOptions;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use crate::{
     AdapterSet, Error, Installed, MethodConfig, Phase, Result, Setting, TuningMethod, dense_mixer::DenseMixer,
-    named_methods::METHODS, router_loss::RouterLosses,
+    named_methods::METHODS, peft_files::AdapterConfig, router_loss::RouterLosses,
 };
 
 /// What is trained, and how.
@@ -76,6 +78,29 @@ impl Recipe {
                 let known: Vec<&str> = METHODS.iter().map(|method| method.name).collect();
                 Err(Error::input("method", name, format!("one of {}", known.join(", "))))
             }
+        }
+    }
+
+    /// A recipe from a file: a whole one, a [method](MethodConfig) alone, or the `adapter_config.json` of PEFT, whose names are those of
+    /// transformers 5.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and [`Error::File`] for a file that cannot be read or is none of these; [`Error::Unsupported`] for options of PEFT that
+    /// a new adapter cannot be trained with.
+    pub fn load(path: &Path) -> Result<Self> {
+        let malformed =
+            |error: String| crate::array_file::malformed(path, "contents", error, "a recipe of fine-tuning");
+        let text = std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
+        let json: Value = serde_json::from_slice(&text).map_err(|error| malformed(error.to_string()))?;
+        if json.get("peft_type").is_some() {
+            let method = MethodConfig::Lora(Box::new(AdapterConfig::load(path)?.method()?));
+            return Ok(method.into());
+        }
+        let invalid = |error: serde_json::Error| malformed(error.to_string());
+        match json.get("type").is_some() {
+            true => serde_json::from_value::<MethodConfig>(json).map(Self::from).map_err(invalid),
+            // From the text, which says where in it something is wrong.
+            false => serde_json::from_slice(&text).map_err(invalid),
         }
     }
 

@@ -31,7 +31,8 @@ pub struct Arguments {
     /// Rows to measure on, in a file named NAME_test.jsonl; repeatable
     #[arg(long, value_name = "FILE")]
     pub eval: Vec<PathBuf>,
-    /// A method by name, or a list with commas; `list` prints them [default without --model: several]
+    /// A method by name, a list with commas, or a JSON file of a method, such as adapter_config.json of PEFT; `list` prints the names
+    /// [default without --model: several]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     pub method: Vec<String>,
     /// A method with its options as JSON or a JSON file: {"type": "lora", "r": 8}, or {"method": …, "train": …}, as `recipe.json` of an

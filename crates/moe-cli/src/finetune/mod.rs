@@ -185,7 +185,7 @@ fn recipes(arguments: &Arguments) -> Result<Vec<(String, Recipe)>> {
         Some(named) => vec![("recipe".to_owned(), Tune::new(named.clone()).recipe(0)?)],
         None => {
             let bundled = arguments.model.is_none();
-            names.into_iter().map(|name| Ok((name.clone(), named(&name, bundled)?))).collect::<Result<_>>()?
+            names.into_iter().map(|name| Ok((directory_name(&name), named(&name, bundled)?))).collect::<Result<_>>()?
         }
     };
     if recipes.is_empty() {
@@ -214,6 +214,12 @@ fn recipes(arguments: &Arguments) -> Result<Vec<(String, Recipe)>> {
         }
     }
     Ok(recipes)
+}
+
+/// The name of a method as that of its directory: of a file without its folders and extension.
+fn directory_name(method: &str) -> String {
+    let file = method.ends_with(".json").then(|| std::path::Path::new(method).file_stem());
+    file.flatten().map_or_else(|| method.to_owned(), |stem| stem.to_string_lossy().into_owned())
 }
 
 /// The field of labels that recipes ask for.

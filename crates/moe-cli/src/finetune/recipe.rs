@@ -79,6 +79,9 @@ fn training(rate: f64) -> Value {
 /// # Errors
 /// [`Error::Usage`] that lists the names.
 pub fn named(name: &str, for_bundled: bool) -> Result<Recipe> {
+    if name.ends_with(".json") {
+        return Ok(Recipe::load(name.as_ref())?);
+    }
     let unknown = || {
         let known: Vec<&str> = METHODS.iter().map(|method| method.name).collect();
         Error::Usage(format!("--method {name}: known are {}", known.join(", ")))

@@ -1,5 +1,6 @@
 //! The program as a person runs it.
 
+mod adapters;
 mod looking;
 mod merging;
 mod pruning;

@@ -109,8 +109,14 @@ pub trait VectorAdapter: Debug + Send + Sync {
 
 /// Embeddings that are trained.
 pub trait EmbeddingAdapter: Debug + Send + Sync {
-    /// Rows `[ids.len(), H]`, without the model's factor on them. `ids` are below the vocabulary size.
-    fn rows(&self, ids: &[u32]) -> Vec<f32>;
+    /// Whether the rows of the checkpoint are not used, so that they need not be read.
+    fn replaces(&self) -> bool {
+        false
+    }
+
+    /// Rows `[ids.len(), H]`, without the model's factor on them, from those of the checkpoint; empty if they are
+    /// [replaced](Self::replaces). `ids` are below the vocabulary size.
+    fn rows(&self, ids: &[u32], base: &[f32]) -> Vec<f32>;
 
     /// Adds to the gradients of rows: row i of `gradient [ids.len(), H]` to that of `ids[i]`, which may repeat.
     fn add_gradient(&self, ids: &[u32], gradient: &[f32]);

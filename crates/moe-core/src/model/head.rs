@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::Tensor;
-use moe_checkpoint::Role;
+use moe_checkpoint::{ModelConfig, Role};
 
 use super::Model;
 use crate::{
@@ -24,9 +24,13 @@ impl Model {
 
     /// The rows of the output head that are computed together, block by block.
     pub fn head_rows(&self) -> impl Iterator<Item = Range<usize>> {
-        let config = self.config();
+        Self::head_row_blocks(self.config())
+    }
+
+    /// The same for any model with this configuration.
+    pub fn head_row_blocks(config: &ModelConfig) -> impl Iterator<Item = Range<usize>> + use<> {
         let (rows, vocab) = (memory::head_block_rows(config.hidden_size), config.vocab_size);
-        (0..self.head_blocks()).map(move |block| block * rows..((block + 1) * rows).min(vocab))
+        (0..vocab.div_ceil(rows)).map(move |block| block * rows..((block + 1) * rows).min(vocab))
     }
 
     /// Logits of the normed hidden states `h [n, H]`, `[n, V_b]` per block of the vocabulary.

@@ -379,13 +379,14 @@ impl Model {
             return Err(Error::input("token id", id, format!("below the vocabulary size {vocab}")));
         }
         let mut values = Vec::with_capacity(ids.len() * h);
-        match self.adapters.as_ref().and_then(|adapters| adapters.embedding()) {
-            Some(adapter) => values = adapter.rows(ids),
-            None => {
-                for &id in ids {
-                    values.extend(self.checkpoint.read_f32_rows(Role::Embedding, id as usize..id as usize + 1)?);
-                }
+        let adapter = self.adapters.as_ref().and_then(|adapters| adapters.embedding());
+        if !adapter.as_ref().is_some_and(|adapter| adapter.replaces()) {
+            for &id in ids {
+                values.extend(self.checkpoint.read_f32_rows(Role::Embedding, id as usize..id as usize + 1)?);
             }
+        }
+        if let Some(adapter) = adapter {
+            values = adapter.rows(ids, &values);
         }
         let factor = self.config().multipliers.embedding as f32;
         if factor != 1.0 {

@@ -29,6 +29,8 @@ pub(crate) struct Term {
     /// What is taken away again, `s B_0 A_0`, where the adapter began as a part of the weight.
     pub start: Option<Start>,
     pub magnitude: Option<Magnitude>,
+    /// `c [1, out]`, which `B` adds: `s c` is added to the output.
+    pub bias: Option<Arc<Live>>,
     pub dropout: Option<Dropout>,
 }
 
@@ -38,6 +40,13 @@ pub(crate) struct Start {
     pub a: Vec<f32>,
     pub b: Vec<f32>,
     pub rank: usize,
+}
+
+impl Start {
+    /// The same for some rows of the map.
+    pub fn rows(&self, rows: Range<usize>) -> Self {
+        Self { b: self.b[rows.start * self.rank..rows.end * self.rank].to_vec(), ..self.clone() }
+    }
 }
 
 /// Low-rank additions to a linear map `W [out, in]`, each to all of its rows or some: LoRA (arXiv 2106.09685), rsLoRA (2312.03732) by its
@@ -83,6 +92,25 @@ impl Term {
         for (y, delta) in y.chunks_exact_mut(width.max(1)).zip(delta.chunks_exact(out.max(1))) {
             y[first..first + out].iter_mut().zip(delta).for_each(|(y, d)| *y += self.scale * d);
         }
+    }
+
+    /// Adds `s c` to its rows of `y [n, width]`.
+    fn add_bias(&self, y: &mut [f32], width: usize) {
+        let Some(bias) = &self.bias else { return };
+        let bias = HostView::new(&bias.value());
+        for y in y.chunks_exact_mut(width.max(1)) {
+            y[self.rows.clone()].iter_mut().zip(bias.as_slice()).for_each(|(y, c)| *y += self.scale * c);
+        }
+    }
+
+    /// `dc += s sum_t dy_t` of its rows of `dy [n, width]`.
+    fn bias_gradient(&self, dy: &[f32], width: usize) {
+        let Some(bias) = self.bias.as_ref().filter(|bias| bias.is_trained()) else { return };
+        bias.add_gradient(|sum| {
+            for dy in dy.chunks_exact(width.max(1)) {
+                sum.iter_mut().zip(&dy[self.rows.clone()]).for_each(|(sum, dy)| *sum += self.scale * dy);
+            }
+        });
     }
 
     /// Gradients from `dy [n, width]`, of which its rows begin at `first`; `x` is what it was given.
@@ -146,10 +174,15 @@ impl LinearAdapter for LoraLinear {
         self.dims
     }
 
+    fn is_linear(&self) -> bool {
+        self.terms.iter().all(|term| term.bias.is_none())
+    }
+
     fn trained(&self) -> usize {
         let values = |live: &Arc<Live>| live.shape()[0] * live.shape()[1];
         let term = |term: &Term| {
-            values(&term.a) + values(&term.b) + term.magnitude.as_ref().map_or(0, |magnitude| values(magnitude.live()))
+            let magnitude = term.magnitude.as_ref().map_or(0, |magnitude| values(magnitude.live()));
+            values(&term.a) + values(&term.b) + magnitude + term.bias.as_ref().map_or(0, values)
         };
         self.terms.iter().map(term).sum()
     }
@@ -160,7 +193,9 @@ impl LinearAdapter for LoraLinear {
         if n == 0 || out == 0 {
             return y;
         }
-        let plain = |term: &Term| term.magnitude.is_none() && term.dropout.is_none() && term.start.is_none();
+        let plain = |term: &Term| {
+            term.magnitude.is_none() && term.dropout.is_none() && term.start.is_none() && term.bias.is_none()
+        };
         if !host::is_host(&device) && self.terms.iter().all(plain) {
             return self.device_forward(y, x);
         }
@@ -184,6 +219,7 @@ impl LinearAdapter for LoraLinear {
                 }
                 _ => term.add(matrix, n, &mut values, (out, term.rows.start)),
             }
+            term.add_bias(&mut values, out);
         }
         host::from_vec(values, [n, out], &device)
     }
@@ -204,6 +240,9 @@ impl LinearAdapter for LoraLinear {
         let (xs, dys) = (xs.as_slice(), dys.as_slice());
         let mut dx = wanted.input.then(|| host::into_vec(base.backward(dy)));
         for term in &self.terms {
+            if wanted.parameters {
+                term.bias_gradient(dys, out);
+            }
             let dropped = Dropout::apply(term.dropout.as_ref(), xs, n, tokens);
             let input = dropped.as_ref().map_or(xs, |(x, _)| x);
             let matrix = Matrix::new(input, n, inputs);
@@ -241,6 +280,9 @@ impl LinearAdapter for LoraLinear {
     }
 
     fn matrix(&self, base: &Weight) -> Option<Tensor<2>> {
+        if !self.is_linear() {
+            return None;
+        }
         let tensor = base.to_tensor();
         let (device, [out, inputs]) = (tensor.device(), self.dims);
         let weight = HostView::new(&tensor).as_slice().to_vec();
@@ -264,7 +306,7 @@ impl LinearAdapter for LoraLinear {
     }
 
     fn digest(&self, add: &mut dyn FnMut(&[u8])) {
-        for Term { rows, a, b, scale, start, magnitude, dropout: _ } in &self.terms {
+        for Term { rows, a, b, scale, start, magnitude, bias, dropout: _ } in &self.terms {
             [rows.start, rows.end].iter().for_each(|end| add(&(*end as u64).to_le_bytes()));
             add(&scale.to_le_bytes());
             a.digest(add);
@@ -275,6 +317,9 @@ impl LinearAdapter for LoraLinear {
             }
             if let Some(magnitude) = magnitude {
                 magnitude.live().digest(add);
+            }
+            if let Some(bias) = bias {
+                bias.digest(add);
             }
         }
     }

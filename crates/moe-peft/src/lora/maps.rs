@@ -5,6 +5,8 @@ use std::{collections::HashMap, fmt, ops::Range};
 use moe_checkpoint::{Checkpoint, ExpertLayout, ExpertTensor, LayerRole, Role};
 use moe_core::adapters::{ExpertSite, LayerSite, Site};
 
+use crate::trainable_tensors;
+
 /// A matrix of the model that a low-rank addition can be made to. `H` is the hidden size, `I` the width of an expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Map {
@@ -19,6 +21,10 @@ pub enum Map {
         /// Map of the expert.
         part: ExpertMap,
     },
+    /// The token embeddings `[V, H]`.
+    Embedding,
+    /// The output head `[V, H]`.
+    Head,
 }
 
 /// A matrix of a routed expert.
@@ -35,10 +41,11 @@ pub enum ExpertMap {
 }
 
 impl Map {
-    /// Its decoder layer.
-    pub fn layer(&self) -> usize {
+    /// Its decoder layer, if it is in one.
+    pub fn layer(&self) -> Option<usize> {
         match self {
-            Self::Layer(layer, _) | Self::Expert { layer, .. } => *layer,
+            Self::Layer(layer, _) | Self::Expert { layer, .. } => Some(*layer),
+            Self::Embedding | Self::Head => None,
         }
     }
 }
@@ -48,6 +55,8 @@ impl fmt::Display for Map {
         match self {
             Self::Layer(layer, role) => write!(f, "{role:?} of layer {layer}"),
             Self::Expert { layer, expert, part } => write!(f, "{part:?} of expert {expert} of layer {layer}"),
+            Self::Embedding => f.write_str("the embeddings"),
+            Self::Head => f.write_str("the output head"),
         }
     }
 }
@@ -73,12 +82,20 @@ pub struct Maps<'a> {
     by_path: HashMap<String, Map>,
     /// Layer by the module that holds all its experts, under any of its names.
     experts: HashMap<String, usize>,
+    /// Tensors outside of experts by name, under any of their names.
+    tensors: HashMap<String, Role>,
 }
 
 impl<'a> Maps<'a> {
     /// Those of `checkpoint`.
     pub fn new(checkpoint: &'a Checkpoint) -> Self {
-        let mut maps = Self { checkpoint, all: Vec::new(), by_path: HashMap::new(), experts: HashMap::new() };
+        let mut maps = Self {
+            checkpoint,
+            all: Vec::new(),
+            by_path: HashMap::new(),
+            experts: HashMap::new(),
+            tensors: HashMap::new(),
+        };
         for layer in 0..checkpoint.config().layers.len() {
             for role in LayerSite::ALL.into_iter().flat_map(LayerSite::roles).copied() {
                 if maps.shape(Role::Layer(layer, role)).is_none() {
@@ -108,7 +125,38 @@ impl<'a> Maps<'a> {
                 }
             }
         }
+        for map in [Map::Embedding, Map::Head] {
+            maps.by_path.insert(maps.path(map, Naming::PerExpert), map);
+        }
+        let matrices = maps.all.iter().filter_map(|map| match map {
+            Map::Layer(layer, role) => Some(Role::Layer(*layer, *role)),
+            _ => None,
+        });
+        let vectors = trainable_tensors::vectors(checkpoint).into_iter().map(|vector| vector.role);
+        let roles: Vec<Role> = matrices.chain(vectors).chain([Role::Embedding, Role::LmHead]).collect();
+        for role in roles {
+            let name = checkpoint.family().tensor_name(role);
+            maps.tensors.insert(modern(&name, checkpoint), role);
+            maps.tensors.insert(name, role);
+        }
         maps
+    }
+
+    /// The tensor of this name, under any of its names, that is no part of an expert: a matrix of a layer, a vector, the embeddings, the
+    /// output head.
+    pub fn find_tensor(&self, name: &str) -> Option<Role> {
+        self.tensors.get(name).copied()
+    }
+
+    /// The name of a tensor outside of experts as its family has it, in transformers 5.
+    pub fn tensor_name(&self, role: Role) -> String {
+        modern(&self.checkpoint.family().tensor_name(role), self.checkpoint)
+    }
+
+    /// The path of the module that has a tensor.
+    pub fn module_of(&self, role: Role) -> String {
+        let name = self.tensor_name(role);
+        name.rsplit_once('.').map_or_else(|| name.clone(), |(path, _)| path.to_string())
     }
 
     /// The checkpoint.
@@ -142,10 +190,13 @@ impl<'a> Maps<'a> {
                     ExpertMap::Down => [hidden, width],
                 })
             }
+            Map::Embedding => self.shape(Role::Embedding),
+            Map::Head => self.shape(Role::LmHead),
         }
     }
 
-    /// Where the engine computes it: the place, which of its rows, and how many it has. `None` for a map that the model does not have.
+    /// Where the engine computes it: the place, which of its rows, and how many it has. `None` for a map that the model does not have, and
+    /// for embeddings and output head, which are no maps of a layer.
     pub fn site(&self, map: Map) -> Option<(Site, Range<usize>, usize)> {
         let [out, _] = self.dims(map)?;
         let whole = |site| Some((site, 0..out, out));
@@ -170,6 +221,7 @@ impl<'a> Maps<'a> {
                     ExpertMap::Down => whole(at(ExpertSite::Down)),
                 }
             }
+            Map::Embedding | Map::Head => None,
         }
     }
 
@@ -185,6 +237,8 @@ impl<'a> Maps<'a> {
                 ExpertMap::Down => family.expert_tensor_name(layer, ExpertTensor::Down(expert)),
                 ExpertMap::GateUp => format!("{}.{expert}.gate_up_proj", self.experts_path(layer, naming)),
             },
+            Map::Embedding => family.tensor_name(Role::Embedding),
+            Map::Head => family.tensor_name(Role::LmHead),
         };
         let path = name.strip_suffix(".weight").unwrap_or(&name);
         match naming {

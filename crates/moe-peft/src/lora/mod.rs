@@ -6,6 +6,7 @@
 mod config;
 mod dora;
 mod dropout;
+mod embedding;
 mod init;
 mod install;
 mod linear;
@@ -25,4 +26,5 @@ pub use weights::{LoraWeights, LowRank};
 
 pub(crate) use dropout::Dropout;
 pub(crate) use init::{kaiming, magnitudes, normal, random, split, svd};
+pub(crate) use linear::Start;
 pub(crate) use targets::{Compiled, ends_with};

@@ -65,7 +65,7 @@ impl LoraConfig {
                 let excluded = exclude
                     .as_ref()
                     .is_some_and(|exclude| (0..exclude.names()).any(|name| exclude.matches(name, &path, *map)));
-                if !excluded && self.transforms(&path, map.layer()) {
+                if !excluded && map.layer().is_some_and(|layer| self.transforms(&path, layer)) {
                     found.insert(*map, share(&[&path]));
                 }
             }

@@ -26,6 +26,8 @@ pub struct LowRank {
     pub rslora: bool,
     /// DoRA's magnitude `[out]`.
     pub magnitude: Option<Vec<f32>>,
+    /// `c [out]`, which `B` adds (`lora_bias`): the scale times it is added to the output.
+    pub bias: Option<Vec<f32>>,
     /// `A_0` and `B_0`, what the adapter was in the beginning, if that is taken from the weight.
     pub(crate) start: Option<Start>,
 }
@@ -33,7 +35,7 @@ pub struct LowRank {
 impl LowRank {
     /// An addition of `a [rank, in]` and `b [out, rank]` that counts `alpha / rank`.
     pub fn new(a: Vec<f32>, b: Vec<f32>, rank: usize, alpha: f64) -> Self {
-        Self { a, b, rank, alpha, rslora: false, magnitude: None, start: None }
+        Self { a, b, rank, alpha, rslora: false, magnitude: None, bias: None, start: None }
     }
 
     /// What it counts.
@@ -48,7 +50,8 @@ impl LowRank {
 
     /// Trained and frozen numbers.
     pub fn values(&self) -> usize {
-        self.a.len() + self.b.len() + self.magnitude.as_ref().map_or(0, Vec::len)
+        let long = |values: &Option<Vec<f32>>| values.as_ref().map_or(0, Vec::len);
+        self.a.len() + self.b.len() + long(&self.magnitude) + long(&self.bias)
     }
 
     /// Whether the weight has to give up what the adapter was in the beginning.
@@ -75,6 +78,7 @@ impl LowRank {
             alpha,
             rslora: self.rslora,
             magnitude: self.magnitude.clone(),
+            bias: self.bias.clone(),
             start: None,
         }
     }
@@ -103,18 +107,25 @@ impl LowRank {
         if self.b.len() != self.rank * out {
             return wrong("B", self.b.len(), format!("{out} x {}", self.rank));
         }
-        match &self.magnitude {
-            Some(m) if m.len() != out => wrong("the magnitude", m.len(), out.to_string()),
-            _ => Ok(()),
+        for (what, values) in [("the magnitude", &self.magnitude), ("the bias", &self.bias)] {
+            if let Some(values) = values.as_ref().filter(|values| values.len() != out) {
+                return wrong(what, values.len(), out.to_string());
+            }
         }
+        Ok(())
     }
 }
 
-/// The values of an adapter: an addition to each of some maps of a model.
+/// The values of an adapter: an addition to each of some maps of a model, and tensors in place of others.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct LoraWeights {
     /// Additions by map.
     pub maps: BTreeMap<Map, LowRank>,
+    /// Tensors that stand in place of the base's (`modules_to_save`, trained biases): not those of experts.
+    pub whole: BTreeMap<Role, Vec<f32>>,
+    /// Rows `[H]` of the embeddings that stand in place of the base's, by token (`trainable_token_indices`). Where embeddings and output
+    /// head are one tensor, they are rows of both.
+    pub tokens: BTreeMap<u32, Vec<f32>>,
     /// Share of inputs that are dropped in training.
     pub dropout: f64,
     /// What the adapter was made from, or read with.
@@ -124,7 +135,8 @@ pub struct LoraWeights {
 impl LoraWeights {
     /// Trained and frozen numbers.
     pub fn values(&self) -> usize {
-        self.maps.values().map(LowRank::values).sum()
+        let others = self.whole.values().chain(self.tokens.values()).map(Vec::len);
+        self.maps.values().map(LowRank::values).chain(others).sum()
     }
 
     /// The same as additions to the weights as they are: what began as a part of a weight doubles its rank.
@@ -141,6 +153,21 @@ impl LoraWeights {
             let dims = maps.dims(*map).ok_or_else(|| Error::input("an adapted map", map, "a map of the model"))?;
             low.check(*map, dims)?;
         }
+        for (role, values) in &self.whole {
+            let len: usize = maps.checkpoint().role(*role)?.shape.iter().product();
+            if values.len() != len {
+                let what = format!("values of `{}` saved whole", maps.tensor_name(*role));
+                return Err(Error::input(what, values.len(), len));
+            }
+        }
+        let config = maps.checkpoint().config();
+        for (token, row) in &self.tokens {
+            if *token as usize >= config.vocab_size || row.len() != config.hidden_size {
+                let found = format!("token {token} with {} values", row.len());
+                let expected = format!("a token below {} with {}", config.vocab_size, config.hidden_size);
+                return Err(Error::input("a trained row of the embeddings", found, expected));
+            }
+        }
         Ok(())
     }
 }
@@ -154,8 +181,12 @@ impl Maps<'_> {
         let missing = || Error::input("a map", map, "a map of the model");
         let Map::Expert { layer, expert, part } = map else {
             self.dims(map).ok_or_else(missing)?;
-            let Map::Layer(layer, role) = map else { return Err(missing()) };
-            return Ok(self.checkpoint().read_f32(Role::Layer(layer, role))?);
+            let role = match map {
+                Map::Layer(layer, role) => Role::Layer(layer, role),
+                Map::Embedding => Role::Embedding,
+                _ => Role::LmHead,
+            };
+            return Ok(self.checkpoint().read_f32(role)?);
         };
         let read = |part: ExpertPart| -> Result<Vec<f32>> {
             let matrix = self.checkpoint().expert_part(layer, expert, part)?.ok_or_else(missing)?;

@@ -41,6 +41,11 @@ pub fn combine(adapters: &[(&LoraWeights, f64)], how: Combination) -> Result<Lor
         if let Some(map) = weights.maps.iter().find(|(_, low)| low.magnitude.is_some()).map(|(map, _)| map) {
             return Err(Error::Unsupported(format!("combining adapters with DoRA, as that of {map}")));
         }
+        if !(weights.whole.is_empty() && weights.tokens.is_empty()) {
+            let what = "combining adapters with tensors or rows that stand in place of the base's (`modules_to_save`, trained biases, \
+                        `trainable_token_indices`); merge them into the base one after the other";
+            return Err(Error::Unsupported(what.into()));
+        }
     }
     if how == (Combination::Svd { rank: 0 }) {
         return Err(Error::input("rank", 0, "at least 1"));
@@ -59,9 +64,17 @@ pub fn combine(adapters: &[(&LoraWeights, f64)], how: Combination) -> Result<Lor
             Combination::Linear => linear(map, &parts)?,
             Combination::Svd { rank } => cut(map, &cat(&parts, dims), rank)?,
         };
-        maps.insert(map, combined);
+        let mut bias: Option<Vec<f64>> = None;
+        for (low, weight) in &parts {
+            let Some(own) = &low.bias else { continue };
+            let sum = bias.get_or_insert_with(|| vec![0.0; own.len()]);
+            sum.iter_mut().zip(own).for_each(|(sum, c)| *sum += weight * low.scale() * f64::from(*c));
+        }
+        let scale = combined.scale();
+        let bias = bias.map(|sum| sum.into_iter().map(|c| (c / scale) as f32).collect());
+        maps.insert(map, LowRank { bias, ..combined });
     }
-    Ok(LoraWeights { maps, dropout: 0.0, config: first.config.clone() })
+    Ok(LoraWeights { maps, config: first.config.clone(), ..LoraWeights::default() })
 }
 
 /// `A' = [A_1; A_2; ..]`, `B' = [w_1 s_1 B_1, w_2 s_2 B_2, ..]`, of scale 1.
@@ -110,7 +123,6 @@ fn cut(map: Map, low: &LowRank, rank: usize) -> Result<LowRank> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lora::LoraConfig;
     use moe_checkpoint::LayerRole;
 
     const MAP: Map = Map::Layer(0, LayerRole::Query);
@@ -119,7 +131,7 @@ mod tests {
         let numbers =
             |len: usize, seed: usize| (0..len).map(|i| ((i * 7 + seed * 5) % 11) as f32 / 5.0 - 1.0).collect();
         let low = LowRank::new(numbers(rank * 6, seed), numbers(5 * rank, seed + 3), rank, alpha);
-        LoraWeights { maps: [(MAP, low)].into(), dropout: 0.0, config: LoraConfig::default() }
+        LoraWeights { maps: [(MAP, low)].into(), ..LoraWeights::default() }
     }
 
     fn delta(weights: &LoraWeights) -> Vec<f64> {

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, ops::Range, sync::Arc};
 
-use moe_checkpoint::{Checkpoint, Step};
+use moe_checkpoint::{Checkpoint, LayerRole, LayerSite, Role, Step};
 use moe_core::{
     adapters::Site,
     kernels::product::{Matrix, product},
@@ -13,8 +13,9 @@ use serde_json::json;
 use crate::{
     Error, Result,
     lora::{LoraWeights, LowRank, Map, Maps, Naming, magnitudes},
+    model_weights::tied,
     parameter_bank::add_values,
-    rewrite::{Changes, Layout, NewMatrix, Rewrite, Rewritten},
+    rewrite::{Changes, Layout, NewMatrix, NewRows, Rewrite, Rewritten},
 };
 
 /// Name of the method in the record of a model. Its recipe is a [`MergeRecipe`].
@@ -29,7 +30,7 @@ pub struct AppliedMap {
     pub module: String,
     /// Tensors of the model that it went into.
     pub tensors: Vec<String>,
-    /// Its rank.
+    /// Its rank; 0 for values that stand in place of the base's.
     pub rank: usize,
     /// What it counts, with the adapter's weight.
     pub scale: f64,
@@ -85,6 +86,7 @@ impl Merged {
         let plain = base.dequantized()?;
         let maps = Maps::new(&plain);
         let mut sites: BTreeMap<Site, Additions> = BTreeMap::new();
+        let mut tensors: BTreeMap<Role, Vec<(Part, f64)>> = BTreeMap::new();
         for (index, (name, weights, weight)) in adapters.iter().enumerate() {
             weights.check(&maps)?;
             if !weight.is_finite() {
@@ -94,18 +96,49 @@ impl Merged {
                 return Err(Error::input("adapters", format!("`{name}` twice"), "a name of its own for each"));
             }
             for (map, low) in &weights.maps {
+                let part = match map {
+                    Map::Embedding | Map::Head => {
+                        let role = if *map == Map::Head { Role::LmHead } else { Role::Embedding };
+                        tensors.entry(role).or_default().push((Part::Low(low.plain()), *weight));
+                        continue;
+                    }
+                    _ => low.plain(),
+                };
+                if let Some(bias) = &low.bias {
+                    let role = bias_of(&plain, *map)?;
+                    let scaled = bias.iter().map(|c| (low.scale() * f64::from(*c)) as f32).collect();
+                    tensors.entry(role).or_default().push((Part::Added(scaled), *weight));
+                }
                 let (site, rows, dims) = place(&maps, *map)?;
                 let additions = sites.entry(site).or_insert_with(|| Additions { dims, terms: Vec::new() });
-                additions.terms.push((rows, low.plain(), *weight));
+                additions.terms.push((rows, part, *weight));
+            }
+            for (role, values) in &weights.whole {
+                tensors.entry(*role).or_default().push((Part::Whole(values.clone()), *weight));
+            }
+            if !weights.tokens.is_empty() {
+                tensors.entry(Role::Embedding).or_default().push((Part::Rows(weights.tokens.clone()), *weight));
             }
         }
+        if let Some(role) = tensors.iter().find_map(|(role, _)| covered(*role).filter(|site| sites.contains_key(site)))
+        {
+            let expected = "one of both: an addition to a matrix, or another one in its place";
+            return Err(Error::input(format!("adapters of {role}"), "an addition, and a matrix saved whole", expected));
+        }
+        check_tied(&plain, &tensors)?;
         let maps_changed = sites.len();
         let boxed = sites.into_iter().map(|(site, additions)| (site, Box::new(additions) as Box<dyn NewMatrix>));
-        let rewrite = Rewrite { maps: boxed.collect(), tensors: BTreeMap::new(), unchanged: Box::new(|| Ok(())) };
+        let mut rows: BTreeMap<String, Box<dyn NewRows>> = BTreeMap::new();
+        for (role, parts) in tensors {
+            let name = plain.role(role)?.name.clone();
+            rows.insert(name.clone(), Box::new(NewTensor { name, role, parts }));
+        }
+        let tensors_changed = rows.len();
+        let rewrite = Rewrite { maps: boxed.collect(), tensors: rows, unchanged: Box::new(|| Ok(())) };
         let layout = Layout::new(&plain, &rewrite)?;
         let recipe = MergeRecipe { applied: applied(&maps, &layout, adapters)?, values: digest(adapters) };
         let summary = format!(
-            "{} additions of {} adapters merged into {maps_changed} linear maps",
+            "{} parts of {} adapters merged into {maps_changed} linear maps and {tensors_changed} other tensors",
             recipe.applied.len(),
             adapters.len()
         );
@@ -126,7 +159,8 @@ impl Merged {
             let expected = "PiSSA, OLoRA or CorDA, which take a part of the weights";
             return Err(Error::input("init_lora_weights", adapter.config.init_lora_weights, expected));
         }
-        Self::on(base, &[("residual", &LoraWeights { maps, ..adapter.clone() }, 1.0)])
+        let taken = LoraWeights { maps, whole: BTreeMap::new(), tokens: BTreeMap::new(), ..adapter.clone() };
+        Self::on(base, &[("residual", &taken, 1.0)])
     }
 
     /// The model with the adapters.
@@ -173,24 +207,138 @@ impl NewMatrix for Additions {
         let mut matrix = old.to_vec();
         for (rows, low, factor) in &self.terms {
             let range = rows.start * inputs..rows.end * inputs;
-            let weight = &old[range.clone()];
-            let delta = match &low.magnitude {
-                None => delta(low, factor * low.scale()),
-                Some(m) => {
-                    let mut adapted = delta(low, low.scale());
-                    adapted.iter_mut().zip(weight).for_each(|(d, w)| *d += w);
-                    let norms = magnitudes(weight, low, [rows.len(), inputs]);
-                    let rows = adapted.chunks_exact_mut(inputs.max(1)).zip(weight.chunks_exact(inputs.max(1)));
-                    for ((row, w), (m, n)) in rows.zip(m.iter().zip(&norms)) {
-                        let g = if *n == 0.0 { 1.0 } else { m / n };
-                        row.iter_mut().zip(w).for_each(|(d, w)| *d = *factor as f32 * (g * *d - w));
-                    }
-                    adapted
-                }
-            };
+            let delta = change(&old[range.clone()], low, *factor);
             matrix[range].iter_mut().zip(delta).for_each(|(w, d)| *w += d);
         }
         Ok(matrix)
+    }
+}
+
+/// What an addition, times the weight of its adapter, changes of `weight [out, in]`.
+fn change(weight: &[f32], low: &LowRank, factor: f64) -> Vec<f32> {
+    let Some(m) = &low.magnitude else { return delta(low, factor * low.scale()) };
+    let [out, inputs] = low.dims();
+    let mut adapted = delta(low, low.scale());
+    adapted.iter_mut().zip(weight).for_each(|(d, w)| *d += w);
+    let norms = magnitudes(weight, low, [out, inputs]);
+    let rows = adapted.chunks_exact_mut(inputs.max(1)).zip(weight.chunks_exact(inputs.max(1)));
+    for ((row, w), (m, n)) in rows.zip(m.iter().zip(&norms)) {
+        let g = if *n == 0.0 { 1.0 } else { m / n };
+        row.iter_mut().zip(w).for_each(|(d, w)| *d = factor as f32 * (g * *d - w));
+    }
+    adapted
+}
+
+/// Something that adapters do to a tensor outside of the maps of layers.
+enum Part {
+    /// A low-rank addition to embeddings or output head.
+    Low(LowRank),
+    /// Other values.
+    Whole(Vec<f32>),
+    /// Other rows of the embeddings.
+    Rows(BTreeMap<u32, Vec<f32>>),
+    /// Values to be added.
+    Added(Vec<f32>),
+}
+
+/// A tensor with everything that adapters do to it, and their weights.
+struct NewTensor {
+    name: String,
+    role: Role,
+    parts: Vec<(Part, f64)>,
+}
+
+impl NewRows for NewTensor {
+    fn what(&self) -> String {
+        format!("`{}`", self.name)
+    }
+
+    fn rows(&self, rows: Range<usize>, base: &Checkpoint) -> Result<Vec<f32>> {
+        let columns: usize = base.role(self.role)?.shape.iter().skip(1).product();
+        let old = match columns {
+            1 => base.read_f32(self.role)?[rows.clone()].to_vec(),
+            _ => base.read_f32_rows(self.role, rows.clone())?,
+        };
+        let range = rows.start * columns..rows.end * columns;
+        let mut new = old.clone();
+        for (part, factor) in &self.parts {
+            let weight = *factor as f32;
+            match part {
+                Part::Low(low) => {
+                    let b = low.b[rows.start * low.rank..rows.end * low.rank].to_vec();
+                    let magnitude = low.magnitude.as_ref().map(|m| m[rows.clone()].to_vec());
+                    let changed = change(&old, &LowRank { b, magnitude, bias: None, ..low.clone() }, *factor);
+                    new.iter_mut().zip(changed).for_each(|(new, d)| *new += d);
+                }
+                // Exactly what was saved, where it stands alone.
+                Part::Whole(values) if *factor == 1.0 && self.parts.len() == 1 => {
+                    new.copy_from_slice(&values[range.clone()])
+                }
+                Part::Whole(values) => {
+                    let values = values[range.clone()].iter().zip(&old);
+                    new.iter_mut().zip(values).for_each(|(new, (value, old))| *new += weight * (value - old));
+                }
+                Part::Rows(own) => {
+                    for (row, values) in own.range(rows.start as u32..rows.end as u32) {
+                        let at = (*row as usize - rows.start) * columns;
+                        for (i, value) in values.iter().enumerate() {
+                            new[at + i] = match *factor == 1.0 {
+                                true => *value,
+                                false => new[at + i] + weight * (value - old[at + i]),
+                            };
+                        }
+                    }
+                }
+                Part::Added(values) => {
+                    new.iter_mut().zip(&values[range.clone()]).for_each(|(new, d)| *new += weight * d);
+                }
+            }
+        }
+        Ok(new)
+    }
+}
+
+/// The map of a layer that a tensor is the whole of.
+fn covered(role: Role) -> Option<Site> {
+    match role {
+        Role::Layer(layer, role) => LayerSite::of(role).map(|(site, _)| Site::Layer(layer, site)),
+        _ => None,
+    }
+}
+
+/// The bias that a map has in the base, which takes up that of an addition.
+fn bias_of(base: &Checkpoint, map: Map) -> Result<Role> {
+    use LayerRole::*;
+    let role = match map {
+        Map::Layer(layer, role) => match role {
+            Query => Some(QueryBias),
+            Key => Some(KeyBias),
+            Value => Some(ValueBias),
+            Output => Some(OutputBias),
+            LatentQueryDown => Some(LatentQueryDownBias),
+            LatentKvDown => Some(LatentKvDownBias),
+            Router => Some(RouterBias),
+            _ => None,
+        }
+        .map(|bias| Role::Layer(layer, bias)),
+        _ => None,
+    };
+    role.filter(|role| base.role(*role).is_ok()).ok_or_else(|| {
+        Error::Unsupported(format!("merging a bias of B (`lora_bias`) into {map}, which has no bias in the model"))
+    })
+}
+
+/// Refuses to change a tensor that is embeddings and output head for one of both alone.
+fn check_tied(base: &Checkpoint, tensors: &BTreeMap<Role, Vec<(Part, f64)>>) -> Result<()> {
+    let rows_alone = |parts: &[(Part, f64)]| parts.iter().all(|(part, _)| matches!(part, Part::Rows(_)));
+    let (embedding, head) = (tensors.get(&Role::Embedding), tensors.get(&Role::LmHead));
+    let one = head.is_some() || embedding.is_some_and(|parts| !rows_alone(parts));
+    match one && tied(base)? {
+        true => Err(Error::Unsupported(
+            "merging an adapter of embeddings or output head, which are one tensor in this model and would both change"
+                .into(),
+        )),
+        false => Ok(()),
     }
 }
 
@@ -207,7 +355,23 @@ fn delta(low: &LowRank, s: f64) -> Vec<f32> {
 fn applied(maps: &Maps<'_>, layout: &Layout, adapters: &[(&str, &LoraWeights, f64)]) -> Result<Vec<AppliedMap>> {
     let mut applied = Vec::new();
     for (adapter, weights, weight) in adapters {
+        let module = |role: Role| -> Result<AppliedMap> {
+            let tensors = vec![maps.checkpoint().role(role)?.name.clone()];
+            let (adapter, module) = ((*adapter).to_string(), maps.module_of(role));
+            Ok(AppliedMap { adapter, module, tensors, rank: 0, scale: *weight })
+        };
+        for role in weights.whole.keys().copied().chain((!weights.tokens.is_empty()).then_some(Role::Embedding)) {
+            applied.push(module(role)?);
+        }
         for (map, low) in &weights.maps {
+            if let Some(role) = match map {
+                Map::Embedding => Some(Role::Embedding),
+                Map::Head => Some(Role::LmHead),
+                _ => None,
+            } {
+                applied.push(AppliedMap { rank: low.rank, scale: weight * low.scale(), ..module(role)? });
+                continue;
+            }
             let (site, rows, _) = place(maps, *map)?;
             let (mut tensors, mut start) = (Vec::new(), 0);
             for part in layout.parts.get(&site).into_iter().flatten() {
@@ -244,10 +408,18 @@ fn digest(adapters: &[(&str, &LoraWeights, f64)]) -> String {
             let low = low.plain();
             add(map.to_string().as_bytes());
             add(&low.scale().to_le_bytes());
-            [Some(&low.a), Some(&low.b), low.magnitude.as_ref()]
+            [Some(&low.a), Some(&low.b), low.magnitude.as_ref(), low.bias.as_ref()]
                 .into_iter()
                 .flatten()
                 .for_each(|values| add_values(values, &mut add));
+        }
+        for (role, values) in &weights.whole {
+            add(format!("{role:?}").as_bytes());
+            add_values(values, &mut add);
+        }
+        for (token, row) in &weights.tokens {
+            add(&token.to_le_bytes());
+            add_values(row, &mut add);
         }
     }
     hasher.finalize().to_hex().to_string()

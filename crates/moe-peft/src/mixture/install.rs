@@ -166,6 +166,11 @@ impl Mixture {
         Ok(Self { config: config.clone(), clock, running, groups, maps: by_map, blocks, routers, values, earlier })
     }
 
+    /// Places that have a mixture: maps, or blocks as a whole.
+    pub fn places(&self) -> usize {
+        self.maps.len() + self.blocks.len()
+    }
+
     /// What it was made from.
     pub fn config(&self) -> &MixtureConfig {
         &self.config
@@ -357,7 +362,8 @@ impl Builder<'_> {
     }
 
     fn map(&mut self, maps: &Maps<'_>, map: Map) -> Result<Option<MapMixture>> {
-        let (Some((_, rows, _)), Some([out, inputs])) = (maps.site(map), maps.dims(map)) else { return Ok(None) };
+        let (Some((site, rows, _)), Some([out, inputs])) = (maps.site(map), maps.dims(map)) else { return Ok(None) };
+        let layer = site.layer();
         let config = self.config;
         let path = maps.path(map, Naming::PerExpert);
         let layers = maps.checkpoint().config().layers.len();
@@ -366,7 +372,7 @@ impl Builder<'_> {
         let (rank, width) = match by_rank {
             true => (config.r, config.r + earlier.as_ref().map_or(0, |earlier| earlier.rank)),
             false => {
-                let experts = config.experts.of(map.layer(), layers);
+                let experts = config.experts.of(layer, layers);
                 if experts == 0 {
                     return Ok(None);
                 }
@@ -383,7 +389,7 @@ impl Builder<'_> {
             _ => None,
         };
         let place = self.routers.len() as u64;
-        let router = self.router(&path, map.layer(), width, inputs, logits)?;
+        let router = self.router(&path, layer, width, inputs, logits)?;
         let mut numbers = random(config.seed, &path);
         let train_a = config.train_experts && sparse.is_none();
         let a = self.live(format!("{path}.mixture.lora_A"), [rank, inputs], train_a, || match sparse {

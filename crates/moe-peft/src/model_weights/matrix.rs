@@ -100,7 +100,11 @@ impl OwnEmbedding {
 }
 
 impl EmbeddingAdapter for OwnEmbedding {
-    fn rows(&self, ids: &[u32]) -> Vec<f32> {
+    fn replaces(&self) -> bool {
+        true
+    }
+
+    fn rows(&self, ids: &[u32], _: &[f32]) -> Vec<f32> {
         let views: Vec<HostView> = self.blocks.iter().map(|live| HostView::new(&live.value())).collect();
         let row = |id: &u32| {
             let start = *id as usize % self.rows * self.hidden;

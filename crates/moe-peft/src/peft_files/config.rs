@@ -53,6 +53,13 @@ pub struct AdapterConfig {
     pub init_lora_weights: Value,
     /// Modules saved whole.
     pub modules_to_save: Option<Vec<String>>,
+    /// Which biases of the model were trained: `none`, `all` or `lora_only`.
+    pub bias: String,
+    /// Whether `B` adds a bias.
+    pub lora_bias: bool,
+    /// Rows of the embeddings that were trained.
+    #[serde(deserialize_with = "token_indices")]
+    pub trainable_token_indices: Option<Vec<u32>>,
 }
 
 impl Default for AdapterConfig {
@@ -75,7 +82,33 @@ impl Default for AdapterConfig {
             use_dora: None,
             init_lora_weights: Value::Bool(true),
             modules_to_save: None,
+            bias: "none".into(),
+            lora_bias: false,
+            trainable_token_indices: None,
         }
+    }
+}
+
+/// Token indices as a list, or by the name of the embeddings.
+fn token_indices<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<Vec<u32>>, D::Error> {
+    use serde::de::Error as _;
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Indices {
+        List(Vec<u32>),
+        ByModule(std::collections::BTreeMap<String, Vec<u32>>),
+    }
+    match Option::<Indices>::deserialize(deserializer)? {
+        None => Ok(None),
+        Some(Indices::List(list)) => Ok(Some(list)),
+        Some(Indices::ByModule(by)) => match by.len() {
+            0 | 1 => Ok(by.into_values().next()),
+            _ => {
+                let names: Vec<String> = by.into_keys().collect();
+                let names = names.join(", ");
+                Err(D::Error::custom(format!("trainable_token_indices: found {names}, expected the embeddings alone")))
+            }
+        },
     }
 }
 
@@ -95,21 +128,18 @@ fn one_or_many<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
 }
 
 /// Options that change the forward pass and are not implemented, and why they matter.
-const REFUSED: [&str; 14] = [
+const REFUSED: [&str; 11] = [
     "alora_invocation_tokens",
     "arrow_config",
     "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
-    "lora_bias",
     "loftq_config",
     "megatron_config",
     "monteclora_config",
-    "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
     "velora_config",
-    "modules_to_save",
 ];
 
 /// Initializers after which the adapter is an addition to what the weight kept, not to the weight.
@@ -143,12 +173,6 @@ impl AdapterConfig {
                 )));
             }
         }
-        if let Some(bias) = object.get("bias").and_then(Value::as_str).filter(|bias| *bias != "none") {
-            return Err(Error::Unsupported(format!(
-                "{}: `bias`: \"{bias}\": trained biases are not read",
-                path.display()
-            )));
-        }
         serde_json::from_value(raw.clone()).map_err(|error| file("a field", error.to_string(), "a value of its kind"))
     }
 
@@ -156,6 +180,39 @@ impl AdapterConfig {
     pub fn residual(&self) -> Option<&str> {
         let init = self.init_lora_weights.as_str()?;
         RESIDUAL.iter().any(|residual| init.to_lowercase().starts_with(residual)).then_some(init)
+    }
+
+    /// The same as options of a new adapter, whose names are those of transformers 5.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for what PEFT trains besides and this crate trains by other methods.
+    pub fn method(&self) -> Result<LoraConfig> {
+        let besides = [
+            ("bias", (self.bias != "none").then(|| self.bias.clone()), "biases"),
+            ("lora_bias", self.lora_bias.then(|| "true".to_string()), "biases"),
+            (
+                "modules_to_save",
+                self.modules_to_save.as_ref().filter(|names| !names.is_empty()).map(|names| names.join(", ")),
+                "head, embeddings, norms",
+            ),
+            (
+                "trainable_token_indices",
+                self.trainable_token_indices
+                    .as_ref()
+                    .filter(|tokens| !tokens.is_empty())
+                    .map(|tokens| format!("{tokens:?}")),
+                "embeddings",
+            ),
+        ];
+        for (field, value, own) in besides {
+            if let Some(value) = value {
+                return Err(Error::Unsupported(format!(
+                    "`{field}`: {value}: a new adapter trains low-rank additions alone; the model's own weights are trained by \
+                     {{\"type\": \"own\"}} ({own})"
+                )));
+            }
+        }
+        Ok(self.lora(Naming::Fused))
     }
 
     /// The same as options of this crate.
@@ -197,7 +254,7 @@ impl AdapterConfig {
             "arrow_config": null,
             "auto_mapping": null,
             "base_model_name_or_path": self.base_model_name_or_path,
-            "bias": "none",
+            "bias": self.bias,
             "corda_config": null,
             "ensure_weight_tying": false,
             "eva_config": null,
@@ -210,11 +267,11 @@ impl AdapterConfig {
             "layers_to_transform": self.layers_to_transform,
             "loftq_config": {},
             "lora_alpha": number(self.lora_alpha),
-            "lora_bias": false,
+            "lora_bias": self.lora_bias,
             "lora_dropout": self.lora_dropout,
             "megatron_config": null,
             "megatron_core": "megatron.core",
-            "modules_to_save": null,
+            "modules_to_save": self.modules_to_save,
             "peft_type": "LORA",
             "peft_version": VERSION,
             "qalora_group_size": 16,
@@ -224,7 +281,7 @@ impl AdapterConfig {
             "target_modules": self.target_modules,
             "target_parameters": self.target_parameters,
             "task_type": task_type,
-            "trainable_token_indices": null,
+            "trainable_token_indices": self.trainable_token_indices,
             "use_dora": self.use_dora.unwrap_or(false),
             "use_qalora": false,
             "use_rslora": self.use_rslora.unwrap_or(false),
@@ -265,17 +322,37 @@ mod tests {
         assert_eq!(config.version(), Some((0, 19, 1)));
         assert_eq!(config.rank_pattern.unwrap().iter().next(), Some(("b", &2)));
         for (field, value) in [
-            ("lora_bias", "true"),
             ("fan_in_fan_out", "true"),
             ("use_qalora", "true"),
             ("kasa_config", "{\"x\": 1}"),
             ("layer_replication", "[[0, 2]]"),
-            ("modules_to_save", "[\"lm_head\"]"),
         ] {
             let error = load(&format!(r#"{{"peft_type": "LORA", "{field}": {value}}}"#)).unwrap_err().to_string();
             assert!(error.contains(&format!("`{field}`")) && error.contains("adapter_config.json"), "{error}");
         }
-        assert!(load(r#"{"peft_type": "LORA", "bias": "all"}"#).unwrap_err().to_string().contains("`bias`"));
+        let read = load(
+            r#"{"peft_type": "LORA", "bias": "all", "lora_bias": true, "modules_to_save": ["lm_head"],
+                "trainable_token_indices": {"embed_tokens": [3, 5]}}"#,
+        )
+        .unwrap();
+        assert_eq!((&*read.bias, read.lora_bias), ("all", true));
+        assert_eq!(read.trainable_token_indices, Some(vec![3, 5]));
+        let two = r#"{"peft_type": "LORA", "trainable_token_indices": {"a": [1], "b": [2]}}"#;
+        assert!(load(two).unwrap_err().to_string().contains("the embeddings alone"));
+        // as options of a new adapter, what cannot be trained is named
+        for (field, value) in [("bias", "\"all\""), ("lora_bias", "true"), ("modules_to_save", "[\"lm_head\"]")] {
+            let config =
+                load(&format!(r#"{{"peft_type": "LORA", "target_modules": ["q"], "{field}": {value}}}"#)).unwrap();
+            let error = config.method().unwrap_err().to_string();
+            assert!(error.contains(field) && error.contains("own"), "{error}");
+        }
+        let pasted = load(
+            r#"{"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "r": 3, "target_modules": ["q_proj"],
+                "inference_mode": true, "revision": null, "auto_mapping": null, "corda_config": null}"#,
+        )
+        .unwrap();
+        let method = pasted.method().unwrap();
+        assert_eq!((method.r, method.naming), (3, Naming::Fused));
         assert!(load(r#"{"peft_type": "IA3"}"#).unwrap_err().to_string().contains("found `IA3`"));
         assert!(load("[]").is_err() && load(r#"{"peft_type": "LORA", "r": "x"}"#).is_err());
     }

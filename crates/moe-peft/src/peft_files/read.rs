@@ -5,17 +5,18 @@ use std::{
     path::Path,
 };
 
-use moe_checkpoint::{Dtype, RawMatrix};
+use moe_checkpoint::{Dtype, RawMatrix, Role};
 use safetensors::SafeTensors;
 
 use super::{
     CONFIG_FILE, MODEL_FILE, PREFIX,
     config::AdapterConfig,
     fused::{FusedExperts, FusedLayout, deinterleave},
+    write::transposed,
 };
 use crate::{
     Error, Result,
-    lora::{Compiled, ExpertMap, LoraWeights, LowRank, Map, Maps, Naming, ends_with},
+    lora::{Compiled, ExpertMap, LoraWeights, LowRank, Map, Maps, Naming, Start, ends_with},
 };
 
 /// How a directory is read.
@@ -31,7 +32,19 @@ pub struct ReadOptions {
 struct Module {
     a: Option<Values>,
     b: Option<Values>,
+    bias: Option<Values>,
     magnitude: Option<Values>,
+}
+
+/// What a file has.
+#[derive(Debug, Default)]
+struct Contents {
+    modules: BTreeMap<String, Module>,
+    /// Additions to embeddings, `A [r, V]` and `B [H, r]`.
+    embeddings: BTreeMap<String, Module>,
+    whole: BTreeMap<Role, Vec<f32>>,
+    /// Trained rows of the embeddings `[n, H]`.
+    tokens: Option<Values>,
 }
 
 #[derive(Clone, Debug)]
@@ -58,12 +71,46 @@ pub fn read(dir: impl AsRef<Path>, maps: &Maps<'_>, options: ReadOptions) -> Res
         });
     }
     let reader = Reader { dir, maps, config: &config, path: dir.join(MODEL_FILE) };
-    let modules = reader.modules()?;
+    let Contents { modules, embeddings, whole, tokens } = reader.contents()?;
     let fused = modules.keys().any(|path| maps.find_experts(path.trim_end_matches(".base_layer")).is_some());
     let naming = if fused { Naming::Fused } else { Naming::PerExpert };
-    let found = reader.maps(modules)?;
-    let weights = LoraWeights { maps: found, dropout: config.lora_dropout, config: config.lora(naming) };
+    let mut found = reader.maps(modules)?;
+    reader.embeddings(embeddings, &mut found)?;
+    let tokens = reader.tokens(tokens)?;
+    let (dropout, config) = (config.lora_dropout, config.lora(naming));
+    let weights = LoraWeights { maps: found, whole, tokens, dropout, config };
     weights.check(maps)?;
+    Ok(weights)
+}
+
+/// Reads an adapter that began as a part of the weights (PiSSA, OLoRA, CorDA, ..) together with the adapter as it began, `initial`, which
+/// PEFT saves before training: as additions to the weights as they are. [Written](super::write()), it is the plain adapter of twice the rank
+/// that PEFT's `path_initial_model_for_weight_conversion` gives.
+///
+/// # Errors
+/// Those of [`read`]; [`Error::File`] for an initial adapter of other maps or ranks.
+pub fn read_converted(dir: impl AsRef<Path>, initial: impl AsRef<Path>, maps: &Maps<'_>) -> Result<LoraWeights> {
+    let on_residual = ReadOptions { on_residual: true };
+    let (mut weights, first) = (read(dir, maps, on_residual)?, read(initial.as_ref(), maps, on_residual)?);
+    let error = |what: String, found: String, expected: String| Error::File {
+        path: initial.as_ref().join(MODEL_FILE),
+        what,
+        found,
+        expected,
+    };
+    if weights.maps.keys().ne(first.maps.keys()) {
+        let missing = weights.maps.keys().find(|map| !first.maps.contains_key(map));
+        let what = missing.or_else(|| first.maps.keys().find(|map| !weights.maps.contains_key(map)));
+        let what = what.map_or_else(|| "maps".to_string(), |map| format!("addition to {map}"));
+        return Err(error(what, "only one of both adapters has it".into(), "the adapter as it began".into()));
+    }
+    for ((map, low), first) in weights.maps.iter_mut().zip(first.maps.into_values()) {
+        if low.rank != first.rank || (low.scale() - first.scale()).abs() > 1e-9 * low.scale().abs() {
+            let of = |low: &LowRank| format!("rank {}, which counts {}", low.rank, low.scale());
+            return Err(error(format!("addition to {map}"), of(&first), of(low)));
+        }
+        low.start = Some(Start { a: first.a, b: first.b, rank: first.rank });
+    }
     Ok(weights)
 }
 
@@ -84,8 +131,8 @@ impl Reader<'_> {
         }
     }
 
-    /// Tensors by path of their module.
-    fn modules(&self) -> Result<BTreeMap<String, Module>> {
+    /// Tensors by what they are.
+    fn contents(&self) -> Result<Contents> {
         if !self.path.exists() && self.dir.join("adapter_model.bin").exists() {
             let path = self.dir.join("adapter_model.bin");
             return Err(Error::Unsupported(format!("{}: a pickle; save it as {MODEL_FILE}", path.display())));
@@ -93,12 +140,9 @@ impl Reader<'_> {
         let bytes = std::fs::read(&self.path).map_err(|source| Error::Io { path: self.path.clone(), source })?;
         let file =
             SafeTensors::deserialize(&bytes).map_err(|error| self.error("contents", error, "a safetensors file"))?;
-        let mut modules: BTreeMap<String, Module> = BTreeMap::new();
+        let mut contents = Contents::default();
         for (name, view) in file.tensors() {
-            let path = name.strip_prefix(PREFIX).unwrap_or(&name);
-            let (path, kind) = split(path).ok_or_else(|| {
-                self.error(format!("tensor `{name}`"), "no part of a LoRA", "lora_A, lora_B or lora_magnitude_vector")
-            })?;
+            let inner = name.strip_prefix(PREFIX).unwrap_or(&name);
             if view.shape().contains(&0) {
                 return Err(self.error(
                     format!("tensor `{name}`"),
@@ -120,23 +164,105 @@ impl Reader<'_> {
             if values.values.iter().any(|value| !value.is_finite()) {
                 return Err(self.error(format!("tensor `{name}`"), "a number that is not finite", "finite numbers"));
             }
-            let module = modules.entry(path.to_string()).or_default();
+            let Some((path, kind)) = split(inner) else {
+                self.whole(&name, inner, values, &mut contents.whole)?;
+                continue;
+            };
+            let modules = match kind {
+                Kind::EmbeddingA | Kind::EmbeddingB => &mut contents.embeddings,
+                _ => &mut contents.modules,
+            };
             let slot = match kind {
-                Kind::A => &mut module.a,
-                Kind::B => &mut module.b,
-                Kind::Magnitude => &mut module.magnitude,
-                Kind::Other(other) => {
-                    return Err(Error::Unsupported(format!("{}: tensor `{name}`: {other}", self.path.display())));
+                Kind::Tokens => &mut contents.tokens,
+                kind => {
+                    let module = modules.entry(path.to_string()).or_default();
+                    match kind {
+                        Kind::A | Kind::EmbeddingA => &mut module.a,
+                        Kind::B | Kind::EmbeddingB => &mut module.b,
+                        Kind::Bias => &mut module.bias,
+                        _ => &mut module.magnitude,
+                    }
                 }
             };
             if slot.replace(values).is_some() {
                 return Err(self.error(format!("tensor `{name}`"), "a second one for its module", "one adapter"));
             }
         }
-        if modules.is_empty() {
+        let Contents { modules, embeddings, whole, tokens } = &contents;
+        if modules.is_empty() && embeddings.is_empty() && whole.is_empty() && tokens.is_none() {
             return Err(self.error("tensors", "none", "those of a LoRA"));
         }
-        Ok(modules)
+        Ok(contents)
+    }
+
+    /// A tensor of the model itself: one saved whole, or what PEFT saves of embeddings beside an addition to them.
+    fn whole(&self, name: &str, inner: &str, values: Values, into: &mut BTreeMap<Role, Vec<f32>>) -> Result<()> {
+        let beside = inner.contains(".base_layer.");
+        let mut plain = inner.replace(".base_layer.", ".");
+        if let Some((path, rest)) = plain.split_once(".modules_to_save.") {
+            // with the name of the adapter, as files before PEFT 0.8 may have it
+            let last = rest.rsplit_once('.').map_or(rest, |(_, last)| last);
+            plain = format!("{path}.{last}");
+        }
+        let Some(role) = self.maps.find_tensor(&plain) else {
+            let expected = "lora_A, lora_B, lora_magnitude_vector, or a tensor of the model outside its experts";
+            return Err(self.error(format!("tensor `{name}`"), "no part of a LoRA for this model", expected));
+        };
+        let shape = &self.maps.checkpoint().role(role)?.shape;
+        if values.shape != *shape {
+            let found = format!("{:?}", values.shape);
+            return Err(self.error(format!("shape of tensor `{name}`"), found, format!("{shape:?}, as in the model")));
+        }
+        if beside && matches!(role, Role::Embedding | Role::LmHead) {
+            let base = self.maps.checkpoint().read_f32(role)?;
+            // Copies may be rounded to another dtype.
+            let near = |(a, b): (&f32, &f32)| (a - b).abs() <= b.abs() / 128.0 + 1e-6;
+            return match values.values.iter().zip(&base).all(near) {
+                true => Ok(()),
+                false => {
+                    let expected = "those of the model, to which the addition belongs";
+                    Err(self.error(format!("tensor `{name}`"), "other values than the model's", expected))
+                }
+            };
+        }
+        match into.insert(role, values.values) {
+            None => Ok(()),
+            Some(_) => Err(self.error(format!("tensor `{name}`"), "a second one", "one adapter")),
+        }
+    }
+
+    /// Additions to embeddings: `A [r, V]` and `B [H, r]`, the other way around than beside linear maps.
+    fn embeddings(&self, modules: BTreeMap<String, Module>, found: &mut BTreeMap<Map, LowRank>) -> Result<()> {
+        let ranks = Compiled::new("rank_pattern", self.config.rank_pattern.as_ref().unwrap_or(&Default::default()))?;
+        let alphas = Compiled::new("alpha_pattern", self.config.alpha_pattern.as_ref().unwrap_or(&Default::default()))?;
+        for (path, module) in modules {
+            let what = format!("tensors of `{path}`");
+            if self.maps.find(&path) != Some(Map::Embedding) {
+                return Err(self.error(what, "no embeddings of the model", "those of its tokens"));
+            }
+            let [vocabulary, hidden] = self.maps.dims(Map::Embedding).unwrap_or_default();
+            let (a, b, rank) = self.pair(&path, &module, 1)?;
+            self.shapes(&path, &module, [rank, vocabulary], [hidden, rank])?;
+            self.rank(&path, rank, ranks.find(&path).unwrap_or(self.config.r))?;
+            let alpha = alphas.find(&path).unwrap_or(self.config.lora_alpha);
+            let low = LowRank::new(transposed(&b, rank), transposed(&a, vocabulary), rank, alpha);
+            found.insert(Map::Embedding, LowRank { rslora: self.config.use_rslora.unwrap_or(false), ..low });
+        }
+        Ok(())
+    }
+
+    /// Trained rows of the embeddings, by token.
+    fn tokens(&self, rows: Option<Values>) -> Result<BTreeMap<u32, Vec<f32>>> {
+        let indices = self.config.trainable_token_indices.clone().unwrap_or_default();
+        let hidden = self.maps.checkpoint().config().hidden_size;
+        let shape = rows.as_ref().map_or_else(|| vec![0, hidden], |rows| rows.shape.clone());
+        if shape != [indices.len(), hidden] {
+            let expected = format!("[{}, {hidden}], a row for each of `trainable_token_indices`", indices.len());
+            return Err(self.error("trained rows of the embeddings", format!("{shape:?}"), expected));
+        }
+        let values = rows.map(|rows| rows.values).unwrap_or_default();
+        // PEFT keeps them in the order of the list.
+        Ok(indices.into_iter().zip(values.chunks_exact(hidden.max(1)).map(<[f32]>::to_vec)).collect())
     }
 
     fn maps(&self, modules: BTreeMap<String, Module>) -> Result<BTreeMap<Map, LowRank>> {
@@ -166,6 +292,20 @@ impl Reader<'_> {
             self.rank(&path, rank, expected)?;
             let mut low = LowRank::new(a, b, rank, alpha);
             low.rslora = self.config.use_rslora.unwrap_or(false);
+            low.bias = match (module.bias, self.config.lora_bias) {
+                (Some(bias), true) if bias.shape == [dims[0]] => Some(bias.values),
+                (None, false) => None,
+                (bias, wanted) => {
+                    let found =
+                        bias.map_or_else(|| "no bias of B".into(), |bias| format!("a bias of B {:?}", bias.shape));
+                    let expected = if wanted {
+                        format!("one [{}], with `lora_bias`", dims[0])
+                    } else {
+                        "none without `lora_bias`".into()
+                    };
+                    return Err(self.error(format!("tensors of `{path}`"), found, expected));
+                }
+            };
             low.magnitude = match (module.magnitude, self.config.use_dora.unwrap_or(false)) {
                 (Some(m), true) => Some(m.values),
                 (None, false) => None,
@@ -322,8 +462,11 @@ impl Reader<'_> {
 enum Kind {
     A,
     B,
+    Bias,
     Magnitude,
-    Other(&'static str),
+    EmbeddingA,
+    EmbeddingB,
+    Tokens,
 }
 
 /// The module and the part of it that a tensor is. Names of adapters within a name are passed over.
@@ -333,15 +476,19 @@ fn split(name: &str) -> Option<(&str, Kind)> {
         return rest.ends_with("weight").then_some((path, Kind::A));
     }
     if let Some((path, rest)) = marker(".lora_B.") {
-        let kind = if rest.ends_with("bias") { Kind::Other("a bias of B (`lora_bias`)") } else { Kind::B };
+        let kind = if rest.ends_with("bias") { Kind::Bias } else { Kind::B };
         return Some((path, kind));
     }
     if let Some((path, _)) = marker(".lora_magnitude_vector") {
         return Some((path, Kind::Magnitude));
     }
-    for text in [".lora_embedding_A", ".lora_embedding_B"] {
+    for (text, kind) in [
+        (".lora_embedding_A", Kind::EmbeddingA),
+        (".lora_embedding_B", Kind::EmbeddingB),
+        (".token_adapter.trainable_tokens_delta", Kind::Tokens),
+    ] {
         if let Some((path, _)) = marker(text) {
-            return Some((path, Kind::Other("an adapter of embeddings")));
+            return Some((path, kind));
         }
     }
     None

@@ -5,7 +5,7 @@ use std::{
     path::Path,
 };
 
-use moe_checkpoint::{Dtype, LayerRole, write_atomic, write_json};
+use moe_checkpoint::{Dtype, LayerRole, Role, write_atomic, write_json};
 use safetensors::tensor::TensorView;
 
 use super::{
@@ -16,6 +16,7 @@ use super::{
 use crate::{
     Error, Result,
     lora::{ExpertMap, LoraWeights, LowRank, Map, Maps, Naming, Patterns, Targets, ends_with},
+    trainable_tensors,
 };
 
 /// How a directory is written.
@@ -26,6 +27,9 @@ pub struct WriteOptions {
     /// Leave what the adapter took from the weights in the beginning to a base that [`crate::merge`] writes. Otherwise it becomes a
     /// plain adapter of twice the rank.
     pub on_residual: bool,
+    /// Put into `B` what additions count, so that one `lora_alpha` without patterns and without rsLoRA says it for all: what llama.cpp's
+    /// converter reads, which knows no `alpha_pattern` and no rsLoRA.
+    pub one_alpha: bool,
     /// `base_model_name_or_path`.
     pub base_model: Option<String>,
     /// `task_type`.
@@ -34,7 +38,13 @@ pub struct WriteOptions {
 
 impl Default for WriteOptions {
     fn default() -> Self {
-        Self { naming: Naming::Fused, on_residual: false, base_model: None, task_type: "CAUSAL_LM".into() }
+        Self {
+            naming: Naming::Fused,
+            on_residual: false,
+            one_alpha: false,
+            base_model: None,
+            task_type: "CAUSAL_LM".into(),
+        }
     }
 }
 
@@ -45,6 +55,7 @@ struct Written {
     /// Path in the names of tensors.
     key: String,
     parameter: bool,
+    embedding: bool,
     low: LowRank,
     /// `[rows of A, in]`, `[out, columns of B]`.
     shapes: [[usize; 2]; 2],
@@ -60,8 +71,9 @@ struct Written {
 pub fn write(dir: impl AsRef<Path>, weights: &LoraWeights, maps: &Maps<'_>, options: &WriteOptions) -> Result<()> {
     let dir = dir.as_ref();
     let (written, config) = prepare(weights, maps, options)?;
+    let others = others(weights, maps, &written)?;
     std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.to_path_buf(), source })?;
-    write_atomic(dir.join(MODEL_FILE), &serialize(&written, dir)?)?;
+    write_atomic(dir.join(MODEL_FILE), &serialize(&written, others, dir)?)?;
     write_json(&dir.join(CONFIG_FILE), &config.to_json(&options.task_type))?;
     Ok(())
 }
@@ -86,7 +98,7 @@ impl WriteOptions {
         };
         let apart = weights.maps.iter().any(|(map, low)| match map {
             Map::Expert { layer, .. } => low.magnitude.is_some() || widths(*layer),
-            Map::Layer(..) => false,
+            _ => false,
         });
         Self { naming: if apart { Naming::PerExpert } else { Naming::Fused }, ..self }
     }
@@ -140,7 +152,7 @@ fn prepare(weights: &LoraWeights, maps: &Maps<'_>, options: &WriteOptions) -> Re
                     written.push(linear(maps.path(Map::Expert { layer, expert, part }, options.naming), low));
                 }
             }
-            (map, naming) => {
+            (map @ (Map::Expert { .. } | Map::Layer(..)), naming) => {
                 let mut item = linear(maps.path(map, naming), low.clone());
                 // transformers 5 keeps the router as a parameter
                 if naming == Naming::Fused && matches!(map, Map::Layer(_, LayerRole::Router)) {
@@ -149,6 +161,21 @@ fn prepare(weights: &LoraWeights, maps: &Maps<'_>, options: &WriteOptions) -> Re
                 }
                 written.push(item);
             }
+            (map @ (Map::Embedding | Map::Head), naming) => {
+                let embedding = map == Map::Embedding;
+                written.push(Written { embedding, ..linear(maps.path(map, naming), low.clone()) });
+            }
+        }
+    }
+    if let Some(with) = written.iter().find(|item| item.low.bias.is_some()) {
+        if let Some(item) = fused.keys().next() {
+            let what = format!("a bias of B at `{}` beside fused experts of layer {}", with.path, item.0);
+            return Err(Error::Unsupported(format!("{what}: PEFT has no bias for them; write them one by one")));
+        }
+        // One for all, as PEFT has it.
+        for item in written.iter_mut().filter(|item| !item.embedding) {
+            let out = item.low.dims()[0];
+            item.low.bias.get_or_insert_with(|| vec![0.0; out]);
         }
     }
     for ((layer, down), experts) in &fused {
@@ -157,8 +184,59 @@ fn prepare(weights: &LoraWeights, maps: &Maps<'_>, options: &WriteOptions) -> Re
     if written.is_empty() {
         return Err(Error::input("an adapter to write", "no addition", "at least one"));
     }
-    let config = config(&written, weights, maps, options, rslora, dora);
+    let rslora = rslora && !options.one_alpha;
+    if options.one_alpha {
+        fold_scales(&mut written);
+    }
+    let mut config = config(&written, weights, maps, options, rslora, dora);
+    let vectors = trainable_tensors::vectors(maps.checkpoint());
+    let bias = |role: &Role| vectors.iter().any(|vector| vector.role == *role && !vector.norm);
+    let modules: BTreeSet<String> = weights.whole.keys().filter(|r| !bias(r)).map(|r| maps.module_of(*r)).collect();
+    config.modules_to_save = (!modules.is_empty()).then(|| modules.into_iter().collect());
+    if weights.whole.keys().any(bias) {
+        config.bias = "all".into();
+    }
+    config.lora_bias = written.iter().any(|item| item.low.bias.is_some());
+    config.trainable_token_indices = (!weights.tokens.is_empty()).then(|| weights.tokens.keys().copied().collect());
     Ok((written, config))
+}
+
+/// Gives every addition one `lora_alpha`, that of the rank most of them have, and puts the rest of what it counts into `B`.
+fn fold_scales(written: &mut [Written]) {
+    let mut counts: BTreeMap<usize, usize> = BTreeMap::new();
+    written.iter().for_each(|item| *counts.entry(item.low.rank).or_default() += 1);
+    let most = counts.iter().max_by_key(|(rank, count)| (**count, std::cmp::Reverse(**rank)));
+    let alpha = most.map_or(1, |(rank, _)| *rank) as f64;
+    for Written { low, .. } in written {
+        let factor = low.scale() * low.rank as f64 / alpha;
+        let scaled = |values: &mut Vec<f32>| values.iter_mut().for_each(|b| *b = (f64::from(*b) * factor) as f32);
+        scaled(&mut low.b);
+        low.bias.as_mut().map(scaled);
+        (low.alpha, low.rslora) = (alpha, false);
+    }
+}
+
+/// Tensors in place of the base's: those of modules saved whole, trained biases, trained rows of the embeddings.
+fn others(weights: &LoraWeights, maps: &Maps<'_>, written: &[Written]) -> Result<Vec<(String, Vec<usize>, Vec<f32>)>> {
+    let mut tensors = Vec::new();
+    for (role, values) in &weights.whole {
+        let name = maps.tensor_name(*role);
+        // A bias of a module that has an addition is within what the addition wraps.
+        let name = match name.rsplit_once('.') {
+            Some((module, "bias")) if written.iter().any(|item| item.key == module) => {
+                format!("{module}.base_layer.bias")
+            }
+            _ => name,
+        };
+        tensors.push((name, maps.checkpoint().role(*role)?.shape.clone(), values.clone()));
+    }
+    if !weights.tokens.is_empty() {
+        let path = maps.path(Map::Embedding, Naming::Fused);
+        let rows: Vec<f32> = weights.tokens.values().flatten().copied().collect();
+        let shape = vec![weights.tokens.len(), maps.checkpoint().config().hidden_size];
+        tensors.push((format!("{path}.token_adapter.trainable_tokens_delta"), shape, rows));
+    }
+    Ok(tensors)
 }
 
 fn same(mut values: impl Iterator<Item = bool>, what: &str) -> Result<bool> {
@@ -172,7 +250,7 @@ fn same(mut values: impl Iterator<Item = bool>, what: &str) -> Result<bool> {
 fn linear(path: String, low: LowRank) -> Written {
     let [out, inputs] = low.dims();
     let shapes = [[low.rank, inputs], [out, low.rank]];
-    Written { key: path.clone(), path, parameter: false, low, shapes }
+    Written { key: path.clone(), path, parameter: false, embedding: false, low, shapes }
 }
 
 /// One parameter of the experts of a layer; `both`: the other one is adapted, too, so that gate and up are within down.
@@ -204,6 +282,7 @@ fn fused_parameter(
         path: format!("{base}.{}", if down { "down_proj" } else { "gate_up_proj" }),
         key: if both && !down { format!("{base}.base_layer") } else { base },
         parameter: true,
+        embedding: false,
         low,
         shapes: [[columns, inputs], [out, columns]],
     })
@@ -243,6 +322,7 @@ fn config(
             Naming::Fused => !matches!(map, Map::Expert { .. } | Map::Layer(_, LayerRole::Router)),
             Naming::PerExpert => true,
         })
+        .chain(&[Map::Embedding, Map::Head])
         .map(|map| maps.path(*map, options.naming))
         .collect();
     let moe_layers = maps.checkpoint().shape().layers.iter().map(|layer| layer.layer);
@@ -271,6 +351,11 @@ fn config(
     }
 }
 
+/// A matrix with so many columns, the other way around.
+pub(super) fn transposed(values: &[f32], columns: usize) -> Vec<f32> {
+    (0..columns).flat_map(|column| values.iter().skip(column).step_by(columns.max(1)).copied()).collect()
+}
+
 /// `lora_alpha`, without the rounding of a root.
 fn alpha(low: &LowRank) -> f64 {
     let rounded = low.alpha.round();
@@ -289,10 +374,24 @@ fn shortest(chosen: &BTreeSet<&str>, all: &[String], segments: usize) -> Vec<Str
     names.into_iter().collect()
 }
 
-fn serialize(written: &[Written], dir: &Path) -> Result<Vec<u8>> {
+fn serialize(written: &[Written], others: Vec<(String, Vec<usize>, Vec<f32>)>, dir: &Path) -> Result<Vec<u8>> {
     let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
     let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
-    for Written { key, low, shapes: [a, b], .. } in written {
+    for (name, shape, values) in others {
+        tensors.push((format!("{PREFIX}{name}"), shape, bytes(&values)));
+    }
+    for Written { key, low, shapes: [a, b], embedding, .. } in written {
+        if *embedding {
+            // PEFT keeps them the other way around: A [r, V], B [H, r].
+            let ([rank, hidden], [vocabulary, _]) = (*a, *b);
+            let (first, second) = (transposed(&low.b, rank), transposed(&low.a, hidden));
+            tensors.push((format!("{PREFIX}{key}.lora_embedding_A"), vec![rank, vocabulary], bytes(&first)));
+            tensors.push((format!("{PREFIX}{key}.lora_embedding_B"), vec![hidden, rank], bytes(&second)));
+            continue;
+        }
+        if let Some(bias) = &low.bias {
+            tensors.push((format!("{PREFIX}{key}.lora_B.bias"), vec![bias.len()], bytes(bias)));
+        }
         tensors.push((format!("{PREFIX}{key}.lora_A.weight"), a.to_vec(), bytes(&low.a)));
         tensors.push((format!("{PREFIX}{key}.lora_B.weight"), b.to_vec(), bytes(&low.b)));
         if let Some(m) = &low.magnitude {
