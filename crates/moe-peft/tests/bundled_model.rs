@@ -28,10 +28,10 @@ fn opened(path: &Path) -> Model {
     Model::open(path, &device(), None).unwrap()
 }
 
-/// Rows of two tasks in turn, with the name of the task in a field.
+/// Rows of two tasks in turn, with the name of the task in a field; the model has never seen division.
 fn rows(directory: &Path) -> PathBuf {
-    let lines = |name: &str| {
-        let text = fs::read_to_string(bundled().join(format!("data/{name}_calibration.jsonl"))).unwrap();
+    let lines = |name: &str, file: &str| {
+        let text = fs::read_to_string(bundled().join("data").join(file)).unwrap();
         let labelled = text.lines().take(6).map(|line| {
             let mut row: Value = serde_json::from_str(line).unwrap();
             row["task"] = name.into();
@@ -39,7 +39,7 @@ fn rows(directory: &Path) -> PathBuf {
         });
         labelled.collect::<Vec<_>>()
     };
-    let pairs = lines("arithmetic").into_iter().zip(lines("facts"));
+    let pairs = lines("division", "division_train.jsonl").into_iter().zip(lines("facts", "facts_calibration.jsonl"));
     let path = directory.join("rows.jsonl");
     fs::write(&path, pairs.flat_map(|(a, b)| [a, b]).collect::<Vec<_>>().join("\n")).unwrap();
     path
