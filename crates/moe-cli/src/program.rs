@@ -6,8 +6,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 use moe::progress::Progress;
 
 use crate::{
-    adapter, apply, cli, compare, convert, delta, eval, finetune, generate, hub, inspect, merge, prune, quantize, run, score,
-    trace,
+    adapter, apply, cli, compare, convert, delta, eval, finetune, generate, hub, inspect, merge, prune, quantize, run,
+    score, trace,
 };
 
 /// Makes Mixture-of-Experts language models small and adaptable: importance of experts and units, pruning, merging, fine-tuning
