@@ -1,7 +1,8 @@
 //! A grouping of your own, for merging: `cargo run --release --example own_grouping`.
 //!
-//! This one deals the experts of a layer out to the groups like cards, the most important first, so that every group has as much
-//! of what matters. The example collects what the recipe reads on rows of the bundled model, merges and prints the groups.
+//! This one deals the experts of a layer out to the groups like cards, the most important first, so that every group
+//! has as much of what matters. The example collects what the recipe reads on rows of the bundled model, merges and
+//! prints the groups.
 
 use std::sync::Arc;
 

@@ -1,7 +1,7 @@
 //! A repair of your own: `cargo run --release --example own_repair`.
 //!
-//! This one makes what is left of an expert as loud as the whole expert was: one factor on its down columns, from the norms of
-//! its outputs with all units and with those that stay, on rows of the bundled model.
+//! This one makes what is left of an expert as loud as the whole expert was: one factor on its down columns, from the
+//! norms of its outputs with all units and with those that stay, on rows of the bundled model.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

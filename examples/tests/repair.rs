@@ -1,4 +1,5 @@
-//! Repairs on the bundled trained model: what they win back after half of the units, or a quarter of the experts, are gone.
+//! Repairs on the bundled trained model: what they win back after half of the units, or a quarter of the experts, are
+//! gone.
 //!
 //! `cargo test --release --workspace --test repair -- --nocapture` prints the measured divergences.
 
@@ -257,7 +258,8 @@ fn what_is_left_makes_good_for_experts_that_are_gone() {
     assert!(kl < 0.8 * before, "{kl} of {before}");
     assert!(after.iter().zip(&errors_before).all(|(after, before)| after < before), "{after:?}");
 
-    // the router goes on choosing them, and gets a constant: nearer to what they gave, which need not show in the divergence
+    // the router goes on choosing them, and gets a constant: nearer to what they gave, which need not show in the
+    // divergence
     let plan = without_experts(&full, false);
     let student = pruned(&full, &plan);
     let before = errors(&full, &student);

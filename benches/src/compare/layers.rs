@@ -10,9 +10,9 @@ use moe_core::{Engine, EngineOptions, LayerChange, LayerOutput, LayerVisitor, Mo
 
 use crate::Result;
 
-/// The error of each MoE layer by itself, on the stream that the full model gives it: the sum over tokens of `|y' - y|^2` over that of
-/// `|y - x|^2`, for x and y the full model's stream before and after the layer's experts, and y' what the changed layer makes of x. 0 for
-/// the full model, 1 for a layer that adds nothing to the stream.
+/// The error of each MoE layer by itself, on the stream that the full model gives it: the sum over tokens of `|y' -
+/// y|^2` over that of `|y - x|^2`, for x and y the full model's stream before and after the layer's experts, and y'
+/// what the changed layer makes of x. 0 for the full model, 1 for a layer that adds nothing to the stream.
 pub struct LayerErrors {
     passes: Vec<Pass>,
     /// Tokens of each sequence, by wave.

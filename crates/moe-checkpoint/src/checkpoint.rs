@@ -31,9 +31,9 @@ use crate::{Error, Result};
 
 /// A model, read-only, shareable between threads: a directory, or what a method makes of one ([`ModelSource`]).
 ///
-/// Weights are memory-mapped (or made) and read when asked for. Reads that convert give the pages they touched back to the
-/// system, so that resident memory stays that of the results; [`Checkpoint::bytes`] and [`Checkpoint::expert_bytes`] return views
-/// and leave that to [`Checkpoint::release`].
+/// Weights are memory-mapped (or made) and read when asked for. Reads that convert give the pages they touched back to
+/// the system, so that resident memory stays that of the results; [`Checkpoint::bytes`] and
+/// [`Checkpoint::expert_bytes`] return views and leave that to [`Checkpoint::release`].
 ///
 /// The files must not be changed in place while they are open.
 pub struct Checkpoint {
@@ -74,13 +74,14 @@ impl std::fmt::Debug for Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a Hugging Face model directory: `config.json`, `model.safetensors` or `model.safetensors.index.json` with its
-    /// shards. Headers are parsed, weights are not read.
+    /// Opens a Hugging Face model directory: `config.json`, `model.safetensors` or `model.safetensors.index.json` with
+    /// its shards. Headers are parsed, weights are not read.
     ///
     /// # Errors
     /// Every problem that the config and the headers can show, before any weight is read: see the variants of
-    /// [`enum@Error`]. A checkpoint that opens has every tensor its config calls for, with the shape it calls for, as F32,
-    /// F16, BF16 or in a quantization that is read, and no tensor in its decoder layers that the config has no place for.
+    /// [`enum@Error`]. A checkpoint that opens has every tensor its config calls for, with the shape it calls for, as
+    /// F32, F16, BF16 or in a quantization that is read, and no tensor in its decoder layers that the config has no
+    /// place for.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         if !dir.is_dir() {
@@ -110,7 +111,8 @@ impl Checkpoint {
         Self::verified(head, tensors, steps, Arc::new(Files { shards }))
     }
 
-    /// The model that `source` makes: verified as [`Checkpoint::open`] verifies a directory, before any weight is made. Its
+    /// The model that `source` makes: verified as [`Checkpoint::open`] verifies a directory, before any weight is made.
+    /// Its
     /// [directory](Checkpoint::dir) is that of the base.
     ///
     /// # Errors
@@ -208,8 +210,8 @@ impl Checkpoint {
         })
     }
 
-    /// The directory, as given to [`Checkpoint::open`]: of what a method makes, that of the model it started from, which has the
-    /// tokenizer and the other files that are not weights.
+    /// The directory, as given to [`Checkpoint::open`]: of what a method makes, that of the model it started from,
+    /// which has the tokenizer and the other files that are not weights.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -244,8 +246,8 @@ impl Checkpoint {
         self.ragged
     }
 
-    /// Why the model cannot run although its weights can be read, pruned and written: its attention is of a kind that the config does
-    /// not describe, or does not fit the sizes that the config gives it.
+    /// Why the model cannot run although its weights can be read, pruned and written: its attention is of a kind that
+    /// the config does not describe, or does not fit the sizes that the config gives it.
     pub fn cannot_run(&self) -> Option<String> {
         if self.config.attention.kind == AttentionKind::Other {
             return Some(format!("the attention of `{}` is not implemented", self.config.model_type));
@@ -266,28 +268,28 @@ impl Checkpoint {
         self.layouts.get(&layer).copied().ok_or_else(|| self.unknown_layer(layer))
     }
 
-    /// Whether the routed experts of an MoE layer are made part by part, by a [`ModelSource`]; otherwise they lie in the bytes of
-    /// tensors.
+    /// Whether the routed experts of an MoE layer are made part by part, by a [`ModelSource`]; otherwise they lie in
+    /// the bytes of tensors.
     pub fn makes_experts(&self, layer: usize) -> bool {
         self.source.makes_experts(layer)
     }
 
-    /// Identifies the model by content, as 64 hex digits: a BLAKE3 hash over `config.json`, names, dtypes and shapes of all
-    /// tensors and samples of 4 KiB from the start, the middle and the end of each. It does not depend on how the weights
-    /// are spread over files. Of what a method makes it is the digest of its last [step](Checkpoint::steps). Computed on the
-    /// first call.
+    /// Identifies the model by content, as 64 hex digits: a BLAKE3 hash over `config.json`, names, dtypes and shapes of
+    /// all tensors and samples of 4 KiB from the start, the middle and the end of each. It does not depend on how the
+    /// weights are spread over files. Of what a method makes it is the digest of its last [step](Checkpoint::steps).
+    /// Computed on the first call.
     pub fn fingerprint(&self) -> String {
         self.fingerprint.get_or_init(|| self.source.fingerprint(self)).clone()
     }
 
-    /// Whether this is the model that a plan, scores or statistics name by `fingerprint`: by its own fingerprint or, for a
-    /// directory that was written from what a method made, by the digest of the last step.
+    /// Whether this is the model that a plan, scores or statistics name by `fingerprint`: by its own fingerprint or,
+    /// for a directory that was written from what a method made, by the digest of the last step.
     pub fn is_model(&self, fingerprint: &str) -> bool {
         self.fingerprint() == fingerprint || self.steps.last().is_some_and(|step| step.digest == fingerprint)
     }
 
-    /// What methods did to make this model of a released one, the first step first; those in the record of its directory
-    /// included.
+    /// What methods did to make this model of a released one, the first step first; those in the record of its
+    /// directory included.
     pub fn steps(&self) -> &[Step] {
         &self.steps
     }
@@ -310,7 +312,8 @@ impl Checkpoint {
         self.tensors.values()
     }
 
-    /// All tensors as they are without quantization, sorted by name: quantized weights are BF16, under the names of their family.
+    /// All tensors as they are without quantization, sorted by name: quantized weights are BF16, under the names of
+    /// their family.
     pub fn plain_tensors(&self) -> impl Iterator<Item = &TensorInfo> {
         let dense = |info: &&TensorInfo| !self.companions.contains(&info.name);
         let mut all: Vec<&TensorInfo> = self.tensors.values().filter(dense).collect();
@@ -400,8 +403,8 @@ impl Checkpoint {
         counted.map(TensorInfo::elements).sum()
     }
 
-    /// The bytes of a tensor: mapped, without a copy, where a file holds them, and made otherwise. They stay resident until
-    /// [`Checkpoint::release`].
+    /// The bytes of a tensor: mapped, without a copy, where a file holds them, and made otherwise. They stay resident
+    /// until [`Checkpoint::release`].
     ///
     /// # Errors
     /// [`Error::NoSuchTensor`]; those of the [source](ModelSource).
@@ -436,8 +439,8 @@ impl Checkpoint {
         self.decoded_bytes(weight, range)
     }
 
-    /// The values of a quantized weight in f32, each the product of its code and its scale, rounded once: what its [plain
-    /// bytes](Checkpoint::plain_bytes) are rounded from. `None` for a tensor that is not quantized.
+    /// The values of a quantized weight in f32, each the product of its code and its scale, rounded once: what its
+    /// [plain bytes](Checkpoint::plain_bytes) are rounded from. `None` for a tensor that is not quantized.
     ///
     /// # Errors
     /// [`Error::NotANumber`]; those of the [source](ModelSource).
@@ -447,8 +450,8 @@ impl Checkpoint {
         self.decoded(weight, all, 1, |matrix, rows| matrix.f32(rows)).map(Some)
     }
 
-    /// The least number of [plain bytes](Checkpoint::plain_bytes) of a tensor that are worth asking for at once: a row of a quantized
-    /// matrix.
+    /// The least number of [plain bytes](Checkpoint::plain_bytes) of a tensor that are worth asking for at once: a row
+    /// of a quantized matrix.
     pub fn plain_grain(&self, name: &str) -> usize {
         match self.quantized.get(name) {
             Some(weight) if weight.transposed => 2 * weight.dims.0 * weight.dims.1,
@@ -468,8 +471,8 @@ impl Checkpoint {
         }
     }
 
-    /// Calls `f` with the bytes of a tensor, in order, by slices of about `max_bytes` (at least 1), and gives their pages
-    /// back as it goes: a copy of any size within a small resident memory.
+    /// Calls `f` with the bytes of a tensor, in order, by slices of about `max_bytes` (at least 1), and gives their
+    /// pages back as it goes: a copy of any size within a small resident memory.
     ///
     /// # Errors
     /// [`Error::NoSuchTensor`], those of the [source](ModelSource), and those of `f`.
@@ -546,8 +549,8 @@ impl Checkpoint {
         self.config.quantization
     }
 
-    /// Whether a stored tensor only serves a quantized weight of another name (codes, scales, zero points), so that a checkpoint
-    /// without quantization does not have it.
+    /// Whether a stored tensor only serves a quantized weight of another name (codes, scales, zero points), so that a
+    /// checkpoint without quantization does not have it.
     pub fn is_scale(&self, name: &str) -> bool {
         self.companions.contains(name)
     }
@@ -588,7 +591,8 @@ impl Checkpoint {
         self.source.release_all();
     }
 
-    /// Gives the mapped pages of some bytes of a tensor back to the system. A name that the model does not have holds no pages.
+    /// Gives the mapped pages of some bytes of a tensor back to the system. A name that the model does not have holds
+    /// no pages.
     pub fn release_range(&self, name: &str, range: Range<usize>) {
         match self.tensors.get(name) {
             Some(info) => self.source.release(info, range),
@@ -704,9 +708,9 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The weights of a routed expert in their canonical orientation without a cast, from whatever layout: views of the file
-    /// where it holds them so, which stay resident until [`Checkpoint::release_expert`] or [`Checkpoint::release`], else
-    /// copies. Quantized weights are BF16.
+    /// The weights of a routed expert in their canonical orientation without a cast, from whatever layout: views of the
+    /// file where it holds them so, which stay resident until [`Checkpoint::release_expert`] or
+    /// [`Checkpoint::release`], else copies. Quantized weights are BF16.
     ///
     /// # Errors
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`].
@@ -736,8 +740,8 @@ impl Checkpoint {
         self.set_part(layer, set, part)
     }
 
-    /// One part of a set of weights that experts may share, like [`Checkpoint::expert_part`]. Sets are the experts of the layer,
-    /// unless the checkpoint is [grouped](Checkpoint::grouped).
+    /// One part of a set of weights that experts may share, like [`Checkpoint::expert_part`]. Sets are the experts of
+    /// the layer, unless the checkpoint is [grouped](Checkpoint::grouped).
     ///
     /// # Errors
     /// [`Error::UnknownLayer`], [`Error::UnknownExpert`]; those of the [source](ModelSource).
@@ -881,7 +885,8 @@ impl Checkpoint {
         Ok(sliced(Cow::Owned(bytes), range.start - start..range.end - start))
     }
 
-    /// A range of the elements of a quantized weight, as it is without quantization, each as `size` of what `decode` gives.
+    /// A range of the elements of a quantized weight, as it is without quantization, each as `size` of what `decode`
+    /// gives.
     fn decoded<T: Copy>(
         &self,
         weight: &Packed,

@@ -1,5 +1,6 @@
-//! The layout of ragged experts that the vLLM plugin of HectorHHZ/Less-is-MoE reads (its `docs/RAGGED_EXPERTS.md`, format version 1): the
-//! bytes of our own [ragged](crate::ragged_config) layout under other names, for families whose experts are SiLU without biases.
+//! The layout of ragged experts that the vLLM plugin of HectorHHZ/Less-is-MoE reads (its `docs/RAGGED_EXPERTS.md`,
+//! format version 1): the bytes of our own [ragged](crate::ragged_config) layout under other names, for families whose
+//! experts are SiLU without biases.
 //!
 //! | here | there |
 //! |---|---|
@@ -8,7 +9,8 @@
 //! | `….experts.ragged_gate_up` `[2U, H]` | `….experts.gate_up_proj` `[2U * H]` |
 //! | `….experts.ragged_down` `[H * U]` | `….experts.down_proj` `[H * U]` |
 //!
-//! Layers and experts keep their original indices there, so that experts that went with their rows of the router have no place.
+//! Layers and experts keep their original indices there, so that experts that went with their rows of the router have
+//! no place.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -54,8 +56,8 @@ const SAMPLE: usize = 4096;
 /// Writes a ragged model into a new directory in the plugin's layout.
 ///
 /// # Errors
-/// [`Error::Method`] for a model that the layout cannot hold: not ragged, of another family, with experts that went with their rows
-/// of the router, or with biases that a repair added; what keeps bytes from being read or written.
+/// [`Error::Method`] for a model that the layout cannot hold: not ragged, of another family, with experts that went
+/// with their rows of the router, or with biases that a repair added; what keeps bytes from being read or written.
 pub fn write_flat_ragged(model: &Checkpoint, to: impl AsRef<Path>, existing: Existing) -> Result<Written> {
     let config = flat_config(model)?;
     let specs: Vec<TensorSpec> = model.tensors().map(|info| flat_spec(info.spec())).collect();
@@ -94,7 +96,8 @@ pub fn is_flat_ragged(dir: impl AsRef<Path>) -> bool {
 /// Opens a directory in the plugin's layout: a ragged [`Checkpoint`] like any other, whose bytes stay in the files.
 ///
 /// # Errors
-/// A config that is not of this layout, version or a family that it has, naming the field; those of [`Checkpoint::from_source`].
+/// A config that is not of this layout, version or a family that it has, naming the field; those of
+/// [`Checkpoint::from_source`].
 pub fn open_flat_ragged(dir: impl AsRef<Path>) -> Result<Checkpoint> {
     let dir = dir.as_ref();
     let flat = read_json(&dir.join(CONFIG))?;

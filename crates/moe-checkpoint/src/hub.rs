@@ -1,7 +1,7 @@
 //! Fetching a model from the Hugging Face Hub, and publishing one there. Only with feature `hub`, and only when called.
 //!
-//! The Hub is the one at `HF_ENDPOINT`, the token that of `HF_TOKEN` or of `huggingface-cli login`, the cache that of `HF_HOME` or
-//! `HF_HUB_CACHE`, unless options say otherwise.
+//! The Hub is the one at `HF_ENDPOINT`, the token that of `HF_TOKEN` or of `huggingface-cli login`, the cache that of
+//! `HF_HOME` or `HF_HUB_CACHE`, unless options say otherwise.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -128,9 +128,9 @@ fn parts(model: &str) -> Result<(&str, &str)> {
     }
 }
 
-/// The directory of a model: `model` itself if it is one, else the model with this id (`owner/name`), fetched into the local
-/// cache of the Hub unless it is there. Nothing of the network is touched for a directory. Files that an interrupted download has
-/// finished are not fetched again.
+/// The directory of a model: `model` itself if it is one, else the model with this id (`owner/name`), fetched into the
+/// local cache of the Hub unless it is there. Nothing of the network is touched for a directory. Files that an
+/// interrupted download has finished are not fetched again.
 ///
 /// `progress` is called from the threads that download.
 ///
@@ -173,14 +173,14 @@ pub fn fetch(
     Ok(snapshot)
 }
 
-/// Publishes a directory of a model, its card included, as one commit to the repository with this id (`owner/name`), which is made
-/// unless it exists. The address of the commit.
+/// Publishes a directory of a model, its card included, as one commit to the repository with this id (`owner/name`),
+/// which is made unless it exists. The address of the commit.
 ///
 /// `progress` is called from the threads that upload.
 ///
 /// # Errors
-/// Whatever keeps the directory from being a checkpoint, before anything is sent; [`Error::Hub`] with the id and what the Hub or the
-/// network said.
+/// Whatever keeps the directory from being a checkpoint, before anything is sent; [`Error::Hub`] with the id and what
+/// the Hub or the network said.
 pub fn push(
     directory: &Path,
     model: &str,

@@ -2,16 +2,16 @@
 //!
 //! This crate owns everything that is kept in files, and knows the tensors of no framework:
 //!
-//! - [`Checkpoint`] opens a Hugging Face model directory: it verifies config, index, headers and lengths before any weight
-//!   is read, then reads lazily from a memory map. [`ModelConfig`] is the typed view of `config.json`; the JSON itself is
-//!   kept, so that unknown keys survive an edit.
+//! - [`Checkpoint`] opens a Hugging Face model directory: it verifies config, index, headers and lengths before any
+//!   weight is read, then reads lazily from a memory map. [`ModelConfig`] is the typed view of `config.json`; the JSON
+//!   itself is kept, so that unknown keys survive an edit.
 //! - [`Family`] says how the config of a model family reads and what its tensors are called.
 //! - Routed experts have one canonical form, [`ExpertWeights`], whatever their [`ExpertLayout`] on disk.
 //! - [`ShardedWriter`] and [`OutputDir`] write checkpoints as streams, atomically and resumably.
 //! - Feature `hub` adds `hub::fetch`: a model id in place of a directory.
 //! - [`Statistics`], [`ScoreTable`] and [`MoeShape`] are the artifacts that scoring and pruning exchange.
-//! - The words that the other crates share: [`ExpertId`] and [`Site`] address experts and matrices, [`ProtectionMask`] says
-//!   what stays, [`Ratio`], [`BeforeAfter`], [`Mtp`] and [`Progress`] what happens to a checkpoint.
+//! - The words that the other crates share: [`ExpertId`] and [`Site`] address experts and matrices, [`ProtectionMask`]
+//!   says what stays, [`Ratio`], [`BeforeAfter`], [`Mtp`] and [`Progress`] what happens to a checkpoint.
 //!
 //! ```no_run
 //! use moe_checkpoint::{Checkpoint, Role};

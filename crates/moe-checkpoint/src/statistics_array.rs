@@ -15,8 +15,8 @@ pub enum ArrayKind {
     Expert,
     /// A vector per expert, `[experts, len]` per layer.
     Vector(Extent),
-    /// One matrix of this shape for the whole model, row-major: what is seen of other parts of a model than experts, such as
-    /// the covariance of the inputs of a linear map. With [`Fold::Lowest`] it has at most as many rows.
+    /// One matrix of this shape for the whole model, row-major: what is seen of other parts of a model than experts,
+    /// such as the covariance of the inputs of a linear map. With [`Fold::Lowest`] it has at most as many rows.
     Matrix {
         /// Rows of the matrix.
         rows: usize,
@@ -52,9 +52,9 @@ pub enum Fold {
     /// parallel form of Welford's update (Chan, Golub, LeVeque 1979). Sums of squares would cancel where the spread is
     /// small beside the mean; this does not, even from values rounded to f32.
     Moments,
-    /// For matrices: of the rows of both, those with the lowest first `key` numbers are kept, in ascending order, as many as
-    /// the matrix may have. What is drawn at random by a hash of its identity becomes a sample that depends neither on the
-    /// order of the waves nor on how they are shared out.
+    /// For matrices: of the rows of both, those with the lowest first `key` numbers are kept, in ascending order, as
+    /// many as the matrix may have. What is drawn at random by a hash of its identity becomes a sample that depends
+    /// neither on the order of the waves nor on how they are shared out.
     Lowest {
         /// Numbers of a row that order it.
         key: usize,
@@ -62,7 +62,8 @@ pub enum Fold {
 }
 
 impl ArrayKind {
-    /// Values of an array of this kind of a model of this shape, at most: a matrix that keeps the lowest rows may have fewer.
+    /// Values of an array of this kind of a model of this shape, at most: a matrix that keeps the lowest rows may have
+    /// fewer.
     pub fn values(self, shape: &MoeShape) -> usize {
         match self {
             Self::Matrix { rows, columns } => rows * columns,
@@ -119,8 +120,8 @@ impl Extent {
 }
 
 impl Fold {
-    /// Combines `from` into `into`; with [`Fold::Moments`] one vector of [`Extent::Moments`], otherwise any values. Rows of
-    /// [`Fold::Lowest`] are whole only together: [`Statistics::fold`](crate::Statistics::fold) combines them.
+    /// Combines `from` into `into`; with [`Fold::Moments`] one vector of [`Extent::Moments`], otherwise any values.
+    /// Rows of [`Fold::Lowest`] are whole only together: [`Statistics::fold`](crate::Statistics::fold) combines them.
     ///
     /// # Panics
     /// With [`Fold::Lowest`].

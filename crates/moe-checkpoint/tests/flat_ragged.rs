@@ -1,4 +1,5 @@
-//! The layout of ragged experts that the plugin of Less-is-MoE reads, against a directory made by hand as its documentation says.
+//! The layout of ragged experts that the plugin of Less-is-MoE reads, against a directory made by hand as its
+//! documentation says.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -22,7 +23,8 @@ fn stock() -> Checkpoint {
     Checkpoint::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parity/tf5/qwen3_moe")).unwrap()
 }
 
-/// A directory in the plugin's layout: per layer the gate and up rows of each expert, then the down matrices, one after the other.
+/// A directory in the plugin's layout: per layer the gate and up rows of each expert, then the down matrices, one after
+/// the other.
 fn by_hand(dir: &Path, change: impl Fn(&mut Value)) -> PathBuf {
     let model = stock();
     let hidden = model.shape().hidden_size;

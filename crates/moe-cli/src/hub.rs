@@ -13,12 +13,14 @@ pub struct AccessArguments {
     /// Address of the Hub [default: HF_ENDPOINT, or https://huggingface.co]
     #[arg(long, value_name = "URL")]
     pub endpoint: Option<String>,
-    /// File with the token, for models that are not public and for publishing [default: HF_TOKEN, or what huggingface-cli login left]
+    /// File with the token, for models that are not public and for publishing [default: HF_TOKEN, or what
+    /// huggingface-cli login left]
     #[arg(long, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 }
 
-/// Fetches a model by its id into the cache of the Hub, or a directory; an interrupted fetch goes on with the files that it lacks
+/// Fetches a model by its id into the cache of the Hub, or a directory; an interrupted fetch goes on with the files
+/// that it lacks
 #[derive(Clone, Debug, Parser)]
 #[command(
     after_help = "Example: moe inspect $(moe pull Qwen/Qwen1.5-MoE-A2.7B)\n\nNeeds a program built with the feature hub: \

@@ -112,7 +112,7 @@ fn a_merge_is_shown_with_its_groups() {
         has_cell(&html, &format!("{:.4}", report["test"][key].as_f64().unwrap()));
     }
     has_cell(&html, &moe::format::size(report["merge"]["bytes"]["after"].as_u64().unwrap()));
-    assert!(html.contains("Groups of experts by `hc-smoe`"));
+    assert!(html.contains("Groups of experts by hc-smoe"));
 }
 
 #[test]

@@ -1,11 +1,12 @@
 //! Mixture-of-Experts decoder models on [Burn](burn), run wave by wave and layer by layer.
 //!
-//! What this crate owns: the decoder of every supported family, routing ([`router`]), expert compute ([`experts`], [`kernels`]), the
-//! [`engine`] with its forward and backward sweeps under a memory limit ([`memory`]), what a sweep shows to observers ([`trace`]),
-//! generation and evaluation, on tokens made by [`data`]. It knows nothing of scores and plans.
+//! What this crate owns: the decoder of every supported family, routing ([`router`]), expert compute ([`experts`],
+//! [`kernels`]), the [`engine`] with its forward and backward sweeps under a memory limit ([`memory`]), what a sweep
+//! shows to observers ([`trace`]), generation and evaluation, on tokens made by [`data`]. It knows nothing of scores
+//! and plans.
 //!
-//! Weights stay in the checkpoint in their stored dtype; they are converted to f32 when used, and what stays in memory is decided
-//! by a limit that never changes results. Experts see only the tokens routed to them.
+//! Weights stay in the checkpoint in their stored dtype; they are converted to f32 when used, and what stays in memory
+//! is decided by a limit that never changes results. Experts see only the tokens routed to them.
 //!
 //! ```no_run
 //! use moe_core::data::{Dataset, DatasetOptions, Tokenizer, WaveOptions};

@@ -24,7 +24,8 @@ pub struct Signals {
     pub gradients: bool,
     /// Gradients of the router's logits and of the routing weights: costs a backward sweep, too.
     pub router_gradients: bool,
-    /// Gradients of what the model's adapters train, added up in the adapters: costs a backward sweep, as deep as they are.
+    /// Gradients of what the model's adapters train, added up in the adapters: costs a backward sweep, as deep as they
+    /// are.
     pub parameters: bool,
     /// The input of every decoder layer.
     pub hidden: bool,
@@ -169,7 +170,8 @@ pub struct RouterGradients<'a> {
     pub experts: usize,
     /// Experts per token, k.
     pub top_k: usize,
-    /// What the router reads `[T, H]`. With `d_logits`, the gradient of its weight is `d_logits^T input`, that of its bias the column sums.
+    /// What the router reads `[T, H]`. With `d_logits`, the gradient of its weight is `d_logits^T input`, that of its
+    /// bias the column sums.
     pub input: &'a Tensor<2>,
     /// Router logits `[T, E]`; minus infinity for experts that an overlay removed.
     pub logits: &'a [f32],
@@ -181,8 +183,8 @@ pub struct RouterGradients<'a> {
     pub d_weights: &'a [f32],
     /// d loss / d logits `[T, E]`. The choice of experts is not differentiated.
     pub d_logits: &'a [f32],
-    /// d loss / d (a factor on the routing weights of expert e) `[E]`, summed over the tokens: at the gains of a routing overlay, 0
-    /// included, or at 1.
+    /// d loss / d (a factor on the routing weights of expert e) `[E]`, summed over the tokens: at the gains of a
+    /// routing overlay, 0 included, or at 1.
     pub d_gains: &'a [f64],
 }
 
@@ -225,8 +227,8 @@ pub struct ExpertTrace<'a> {
 /// Gradients of the summed objective, usually the cross-entropy (unit weight per predicted token), at one expert.
 #[derive(Clone, Copy, Debug)]
 pub struct ExpertGradients<'a> {
-    /// d loss / d (layer output), *without* the routing weight `[n, H]`. The gradient at the expert's output is row t of
-    /// this times `routing_weights[t]`.
+    /// d loss / d (layer output), *without* the routing weight `[n, H]`. The gradient at the expert's output is row t
+    /// of this times `routing_weights[t]`.
     pub upstream: &'a Tensor<2>,
     /// d loss / d units, routing weight included `[n, I]`.
     pub units: &'a Tensor<2>,
@@ -277,8 +279,8 @@ pub trait Observer {
         Ok(())
     }
 
-    /// Gradients at the routing of an MoE layer ([`Signals::router_gradients`]); in the backward sweep, last layer first, after the
-    /// layer's experts.
+    /// Gradients at the routing of an MoE layer ([`Signals::router_gradients`]); in the backward sweep, last layer
+    /// first, after the layer's experts.
     ///
     /// # Errors
     /// Whatever the observer refuses.
@@ -296,8 +298,8 @@ pub trait Observer {
         Ok(())
     }
 
-    /// A wave has passed an MoE layer ([`Signals::streams`]); in the forward sweep, after the layer's routing and the experts that are
-    /// shown there.
+    /// A wave has passed an MoE layer ([`Signals::streams`]); in the forward sweep, after the layer's routing and the
+    /// experts that are shown there.
     ///
     /// # Errors
     /// Whatever the observer refuses.
@@ -325,8 +327,8 @@ pub trait Observer {
         Ok(())
     }
 
-    /// A part of the sweep is done: whatever it shows has been shown. What the observer keeps now, a run that goes on from the next
-    /// part need not see again.
+    /// A part of the sweep is done: whatever it shows has been shown. What the observer keeps now, a run that goes on
+    /// from the next part need not see again.
     ///
     /// # Errors
     /// Whatever keeps the observer from keeping it.

@@ -14,9 +14,9 @@ use crate::collectors::{Collection, Collector, collectors_for};
 use crate::statistics::StatisticId;
 use crate::{Error, Result, Scorer};
 
-/// One run of a model over data to see something of it: for scorers, for merging, for the start of adapters, for which experts a
-/// task uses. What is seen is a [`Collector`]'s business, and becomes [`Statistics`]; this is the rest of the work, done once:
-/// the store, resuming, shards, folding, and progress.
+/// One run of a model over data to see something of it: for scorers, for merging, for the start of adapters, for which
+/// experts a task uses. What is seen is a [`Collector`]'s business, and becomes [`Statistics`]; this is the rest of the
+/// work, done once: the store, resuming, shards, folding, and progress.
 ///
 /// ```no_run
 /// use moe_core::data::{Dataset, WaveOptions};
@@ -35,8 +35,8 @@ use crate::{Error, Result, Scorer};
 /// # }
 /// ```
 ///
-/// A store that holds more statistics than are asked for serves as well: its waves are gone on with as they were begun, and
-/// any scorer that reads some of them can be asked later.
+/// A store that holds more statistics than are asked for serves as well: its waves are gone on with as they were begun,
+/// and any scorer that reads some of them can be asked later.
 pub struct Calibration<'a> {
     model: &'a Model,
     waves: Vec<Wave>,
@@ -62,8 +62,8 @@ struct CollectionRecipe {
     collectors: Vec<Value>,
 }
 
-/// The recipe that a [`Provenance`] of statistics carries, as one line of JSON: which statistics, and how the data was cut into
-/// waves, since both decide what is in a wave's file. `data` is whatever describes the latter, such as
+/// The recipe that a [`Provenance`] of statistics carries, as one line of JSON: which statistics, and how the data was
+/// cut into waves, since both decide what is in a wave's file. `data` is whatever describes the latter, such as
 /// [`WaveOptions`].
 ///
 /// # Errors
@@ -131,8 +131,9 @@ impl<'a> Calibration<'a> {
         self
     }
 
-    /// Keeps every finished wave in this directory, and goes on with those that it has. What is needed to go on within a wave is there,
-    /// too, as long as the wave is in progress: two tensors `[T, H]` for each layer that the backward sweep comes back to.
+    /// Keeps every finished wave in this directory, and goes on with those that it has. What is needed to go on within
+    /// a wave is there, too, as long as the wave is in progress: two tensors `[T, H]` for each layer that the backward
+    /// sweep comes back to.
     #[must_use]
     pub fn store(mut self, directory: impl Into<PathBuf>) -> Self {
         self.store = Some(directory.into());
@@ -146,20 +147,21 @@ impl<'a> Calibration<'a> {
         self
     }
 
-    /// Runs only the waves `index`, `index + count`, …: one of `count` processes that share the work, each with a store.
+    /// Runs only the waves `index`, `index + count`, …: one of `count` processes that share the work, each with a
+    /// store.
     #[must_use]
     pub fn shard(mut self, index: usize, count: usize) -> Self {
         self.shard = Some((index, count));
         self
     }
 
-    /// Checks what config, files, memory and disk can show: that the statistics are known, that every wave fits into the model's
-    /// memory, that the store is one of this calibration or of more, and that there is room for the waves that it lacks. Nothing is
-    /// written.
+    /// Checks what config, files, memory and disk can show: that the statistics are known, that every wave fits into
+    /// the model's memory, that the store is one of this calibration or of more, and that there is room for the waves
+    /// that it lacks. Nothing is written.
     ///
     /// # Errors
-    /// [`Error::UnknownStatistic`], [`Error::DuplicateStatistic`], [`Error::StoreLacks`], a store of another model, data or
-    /// cut, a shard that is not below the number of shards, no waves, and [`moe_core::Error::Memory`].
+    /// [`Error::UnknownStatistic`], [`Error::DuplicateStatistic`], [`Error::StoreLacks`], a store of another model,
+    /// data or cut, a shard that is not below the number of shards, no waves, and [`moe_core::Error::Memory`].
     pub fn check(&self) -> Result<()> {
         let known = self.registered()?;
         let provenance = self.provenance(&known)?;
@@ -188,14 +190,14 @@ impl<'a> Calibration<'a> {
         Ok(())
     }
 
-    /// Runs every wave that the store does not hold yet and folds. The result depends on model, data and what is observed
-    /// alone, to the last bit: not on interruptions, shards, or there being a store.
+    /// Runs every wave that the store does not hold yet and folds. The result depends on model, data and what is
+    /// observed alone, to the last bit: not on interruptions, shards, or there being a store.
     ///
     /// `progress` is called before the first wave, within waves as layers and experts are done, and after each.
     ///
     /// # Errors
-    /// Those of [`Calibration::check`], before the model is run; then whatever stops the model or an observer, and files that
-    /// cannot be written.
+    /// Those of [`Calibration::check`], before the model is run; then whatever stops the model or an observer, and
+    /// files that cannot be written.
     pub fn run(mut self, progress: &mut dyn FnMut(&Progress)) -> Result<Statistics> {
         self.check()?;
         let mut known = self.registered()?;
@@ -274,8 +276,8 @@ impl<'a> Calibration<'a> {
         Ok(Provenance::new(self.model.checkpoint().fingerprint(), self.data.clone(), recipe))
     }
 
-    /// The provenance of a store of the same data that holds more than is asked for; none if it is this calibration's, or
-    /// another in any other respect.
+    /// The provenance of a store of the same data that holds more than is asked for; none if it is this calibration's,
+    /// or another in any other respect.
     fn larger(&self, store: &StatisticsStore, ours: &Provenance) -> Result<Option<Provenance>> {
         let theirs = store.provenance();
         if ours.recipe == theirs.recipe || (&ours.model, &ours.data) != (&theirs.model, &theirs.data) {

@@ -20,8 +20,8 @@ pub trait WaveRunner {
     /// Whatever stops the model.
     fn run(&mut self, wave: &Wave, observer: &mut dyn Observer) -> moe_core::Result<WaveReport>;
 
-    /// Opens a directory for a wave that may be stopped and [gone on](Self::go_on) with; nothing from a runner that cannot, whose
-    /// waves begin anew. As [`Engine::unfinished`].
+    /// Opens a directory for a wave that may be stopped and [gone on](Self::go_on) with; nothing from a runner that
+    /// cannot, whose waves begin anew. As [`Engine::unfinished`].
     ///
     /// # Errors
     /// A directory that cannot be used.
@@ -134,8 +134,9 @@ impl Progress {
 /// Runs every wave that `store` does not hold yet, writes each as soon as it is finished, and returns the fold of all
 /// waves of the store.
 ///
-/// Where the runner can (an [`Engine`] can, and all collectors of this crate), a wave that was stopped in its middle goes on with the
-/// layer it was in: what is needed for that is kept beside the waves of the store, until the wave is finished.
+/// Where the runner can (an [`Engine`] can, and all collectors of this crate), a wave that was stopped in its middle
+/// goes on with the layer it was in: what is needed for that is kept beside the waves of the store, until the wave is
+/// finished.
 ///
 /// The result depends on the waves alone, to the last bit: not on how often the collection was interrupted, nor on how
 /// many processes shared the waves and had their stores [absorbed](StatisticsStore::absorb), nor on there being a
@@ -263,7 +264,8 @@ struct Within<'a, 'c> {
     progress: Option<&'a mut dyn FnMut(&Progress)>,
 }
 
-/// The part of the work of a forward sweep, where a backward sweep follows: it recomputes and costs about twice as much.
+/// The part of the work of a forward sweep, where a backward sweep follows: it recomputes and costs about twice as
+/// much.
 fn forward_part(needs: Signals) -> f64 {
     if needs.backward() { 1.0 / 3.0 } else { 1.0 }
 }

@@ -7,9 +7,10 @@
 //! - [`Combination`]: how the experts of a group become one;
 //! - [`RouterRule`]: what becomes of the router.
 //!
-//! A [`Recipe`] puts them together; the published methods have [names](Recipe::named). With [`Evidence`] of a model, what statistics and
-//! sampled tokens say, a recipe gives a [`MergePlan`]: a versioned JSON file in original indices, made once, applied as often as wanted.
-//! [`MergePlan::on`] gives the merged model in one of the [`OutputForm`]s, to be run or [written](moe_checkpoint::write()), and a [`MergeReport`].
+//! A [`Recipe`] puts them together; the published methods have [names](Recipe::named). With [`Evidence`] of a model,
+//! what statistics and sampled tokens say, a recipe gives a [`MergePlan`]: a versioned JSON file in original indices,
+//! made once, applied as often as wanted. [`MergePlan::on`] gives the merged model in one of the [`OutputForm`]s, to be
+//! run or [written](moe_checkpoint::write()), and a [`MergeReport`].
 //!
 //! | recipe | groups | units matched by | combined by | router | source |
 //! |---|---|---|---|---|---|
@@ -25,9 +26,9 @@
 //!
 //! Super experts are [protected](moe_checkpoint::ProtectionMask): they absorb nobody and nobody absorbs them.
 //!
-//! Beside that: [`Compression`] of experts into `L R + S`, several fine-tuned checkpoints of one base in one ([`TaskRuleConfig`]: task arithmetic,
-//! TIES, DARE), and with feature `engine` the parts of a compression trained (`CompactTraining`) and coefficients of task vectors learnt on
-//! unlabeled data (`ExpertMerging`).
+//! Beside that: [`Compression`] of experts into `L R + S`, several fine-tuned checkpoints of one base in one
+//! ([`TaskRuleConfig`]: task arithmetic, TIES, DARE), and with feature `engine` the parts of a compression trained
+//! (`CompactTraining`) and coefficients of task vectors learnt on unlabeled data (`ExpertMerging`).
 //!
 //! ```no_run
 //! use std::sync::Arc;

@@ -47,7 +47,8 @@ pub struct Recipe {
     /// What becomes of the router.
     #[serde(default)]
     pub router: RouterConfig,
-    /// Whether a layer is merged on what the layers before it give after they were merged: the model runs while it is merged.
+    /// Whether a layer is merged on what the layers before it give after they were merged: the model runs while it is
+    /// merged.
     #[serde(default)]
     pub sequential: bool,
     /// What is done to the merged matrices afterwards (MC-SMoE).

@@ -12,12 +12,13 @@ use crate::{Error, Result};
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum Features {
-    /// Columns of router logits over all calibration tokens (M-SMoE, UNCURL), by their Gram matrix: logits are never kept.
+    /// Columns of router logits over all calibration tokens (M-SMoE, UNCURL), by their Gram matrix: logits are never
+    /// kept.
     RouterLogits,
     /// Rows of the router's weight.
     RouterRows,
-    /// Matrices of the expert, flattened as they are, units in the order they have; units that it lacks beside the widest are
-    /// zeros.
+    /// Matrices of the expert, flattened as they are, units in the order they have; units that it lacks beside the
+    /// widest are zeros.
     Weights {
         /// Which matrices.
         #[serde(default)]
@@ -168,8 +169,8 @@ impl Similarity {
         Self(vec![Term { features, metric, weight: 1.0 }])
     }
 
-    /// REAM's (arXiv 2604.04356): the mean of the cosine of gated mean outputs and of the nearness of normalized columns of
-    /// router logits.
+    /// REAM's (arXiv 2604.04356): the mean of the cosine of gated mean outputs and of the nearness of normalized
+    /// columns of router logits.
     pub fn ream() -> Self {
         let term = |features, metric| Term { features, metric, weight: 0.5 };
         Self(vec![

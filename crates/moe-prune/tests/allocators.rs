@@ -99,7 +99,8 @@ fn units(kept: &[LayerKept]) -> usize {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// The budget is met to the unit (or multiple, or expert), protected ones stay, the report is right, and twice is the same.
+    /// The budget is met to the unit (or multiple, or expert), protected ones stay, the report is right, and twice is
+    /// the same.
     #[test]
     fn promises(
         layers in 1usize..5, experts in 2usize..7, blocks in 1usize..5, round_to in 1usize..4,

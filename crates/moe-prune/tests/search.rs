@@ -69,8 +69,8 @@ fn a_cliff_is_kept_above_and_concave_curves_are_not_walked_greedily() {
     // The first layer breaks down after two; the second costs more per expert until then.
     let cliff = vec![vec![0.0, 0.1, 0.2, 90.0, 91.0, 92.0], (0..6).map(|r| r as f64).collect()];
     assert_eq!(lost(cliff, measured(5)), [2, 4]);
-    // Losing one expert of the second layer is dear, losing more of it costs nothing: greedy, which takes the cheapest next
-    // step, never starts.
+    // Losing one expert of the second layer is dear, losing more of it costs nothing: greedy, which takes the cheapest
+    // next step, never starts.
     let concave = vec![vec![0.0, 1.0, 2.0, 3.0, 4.0, 5.0], vec![0.0, 1.5, 1.6, 1.7, 1.8, 1.9]];
     assert_eq!(lost(concave, measured(5)), [1, 5]);
     let equal = vec![vec![1.0; 6], vec![1.0; 6]];
@@ -165,8 +165,8 @@ fn curves_are_a_file_that_fits_one_order() {
     }
 }
 
-/// 3 layers of 8 experts. What one expert costs says keep the first of every layer; the pairs say which of the cheap ones must
-/// not go together.
+/// 3 layers of 8 experts. What one expert costs says keep the first of every layer; the pairs say which of the cheap
+/// ones must not go together.
 fn planted() -> Planted {
     let mut noise = Noise(21);
     let importance = (0..24).map(|e| if e % 8 < 2 { 2.0 + noise.next() } else { 0.02 * noise.next() }).collect();

@@ -106,8 +106,8 @@ proptest! {
         }
     }
 
-    /// Widths are multiples, the total is the nearest multiple at or above the budget, whatever the scope. Widths of the
-    /// model are multiples here, as in every real one.
+    /// Widths are multiples, the total is the nearest multiple at or above the budget, whatever the scope. Widths of
+    /// the model are multiples here, as in every real one.
     #[test]
     fn widths_are_multiples_and_the_rounded_budget_is_met(
         blocks in prop::collection::vec(prop::collection::vec(0usize..5, 1..5), 1..5),
@@ -234,7 +234,8 @@ fn ties_drop_the_lower_index_first() {
 
 #[test]
 fn blocks_of_a_width_multiple_go_by_their_sum() {
-    // Blocks of two from the top: expert 0 has {1, 9} then {2, 3} by rank: (9 + 3) and (2 + 1); expert 1 has 4 + 4 and 2 + 2.
+    // Blocks of two from the top: expert 0 has {1, 9} then {2, 3} by rank: (9 + 3) and (2 + 1); expert 1 has 4 + 4 and
+    // 2 + 2.
     let layers = vec![(0, vec![vec![1.0, 9.0, 2.0, 3.0], vec![4.0, 2.0, 2.0, 4.0]])];
     let pruned = prune(&UnitPruner::new(Scope::Global).round_to(2), &layers, Budget::Ratio(0.3)).unwrap();
     // floor(8 * 0.3) = 2 units go: the block of sum 3.

@@ -315,8 +315,8 @@ pub struct Prune {
     pub pruner: Option<Named>,
     /// A saved plan, instead of scores and a pruner.
     pub plan: Option<PathBuf>,
-    /// A file with what stays, in the form of a protection mask, instead of scores and a pruner: experts of the layers that it names
-    /// go unless it lists them, other layers stay whole.
+    /// A file with what stays, in the form of a protection mask, instead of scores and a pruner: experts of the layers
+    /// that it names go unless it lists them, other layers stay whole.
     pub keep_list: Option<PathBuf>,
     /// A saved plan may be of another model, such as a sibling of the same shape.
     pub rebind: bool,
@@ -349,9 +349,9 @@ impl Default for Prune {
 }
 
 impl Prune {
-    /// The pruner for a model that routes like this: for `auto` and `uniform` one width per expert where nothing is said, so that
-    /// stock loaders read the outcome; else units over the whole model. Whole experts go by as many per group where the router
-    /// selects groups first.
+    /// The pruner for a model that routes like this: for `auto` and `uniform` one width per expert where nothing is
+    /// said, so that stock loaders read the outcome; else units over the whole model. Whole experts go by as many per
+    /// group where the router selects groups first.
     ///
     /// # Errors
     /// [`Error::Usage`] for one that is unknown.
@@ -392,8 +392,8 @@ impl Prune {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Form {
-    /// The smallest that stock loaders read: `uniform` where all experts keep one width, else `fine_grained` where they can be
-    /// cut into pieces, else an error that names the other forms.
+    /// The smallest that stock loaders read: `uniform` where all experts keep one width, else `fine_grained` where they
+    /// can be cut into pieces, else an error that names the other forms.
     #[default]
     Auto,
     /// One width for all experts: loads in stock runtimes.
@@ -427,8 +427,8 @@ pub struct Merge {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Value>")]
     pub mtp: Option<Mtp>,
-    /// How the parts of the merged experts are trained on the rows of calibration, towards the model before (MC-SMoE). Without it, a
-    /// recipe that compresses experts does so in closed form.
+    /// How the parts of the merged experts are trained on the rows of calibration, towards the model before (MC-SMoE).
+    /// Without it, a recipe that compresses experts does so in closed form.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<serde_json::Map<String, Value>>")]
     pub training: Option<Box<CompactTraining>>,
@@ -519,7 +519,8 @@ pub struct Tune {
     #[serde(default = "completions")]
     #[schemars(with = "Value")]
     pub loss: moe_core::data::LossOver,
-    /// Whether a LoRA goes into the weights, or stays an adapter beside the model. A mixture always stays one: it depends on its input.
+    /// Whether a LoRA goes into the weights, or stays an adapter beside the model. A mixture always stays one: it
+    /// depends on its input.
     #[serde(default = "yes")]
     pub fold: bool,
     /// Steps between saved states.
@@ -587,7 +588,8 @@ impl Tune {
         Ok(recipe)
     }
 
-    /// Whether it goes on with the mixture that a step before trained: it has a mixture of the same experts to start from, and says none.
+    /// Whether it goes on with the mixture that a step before trained: it has a mixture of the same experts to start
+    /// from, and says none.
     ///
     /// # Errors
     /// Those of [`Tune::recipe`].
@@ -616,7 +618,8 @@ pub struct Quantize {
     #[serde(default)]
     #[schemars(with = "Value")]
     pub part: QuantizedPart,
-    /// Whether experts are rounded with error feedback (GPTQ), by the second moments of their inputs on the rows of calibration.
+    /// Whether experts are rounded with error feedback (GPTQ), by the second moments of their inputs on the rows of
+    /// calibration.
     #[serde(default)]
     pub calibrated: bool,
 }

@@ -279,7 +279,8 @@ pub(super) fn first_dense(
     dense_then_moe(config, expert_count_keys, shared_count_key, 0, &windows)
 }
 
-/// The same with windows and another number of dense layers where the config says nothing. `mlp_layer_types` names the layers in newer configs.
+/// The same with windows and another number of dense layers where the config says nothing. `mlp_layer_types` names the
+/// layers in newer configs.
 pub(super) fn dense_then_moe(
     config: &Fields<'_>,
     expert_count_keys: &'static [&'static str],
@@ -327,8 +328,9 @@ impl Renormalize {
     }
 }
 
-/// What families have in common that route as DeepSeek-V3 does: dense layers first, then experts that are chosen by the sigmoid of
-/// their logits plus a correction bias, from the best groups where there are groups, and shared experts of the width of routed ones.
+/// What families have in common that route as DeepSeek-V3 does: dense layers first, then experts that are chosen by the
+/// sigmoid of their logits plus a correction bias, from the best groups where there are groups, and shared experts of
+/// the width of routed ones.
 pub(super) struct Corrected<'a> {
     /// Config keys of the number of experts.
     pub expert_count_keys: &'static [&'static str],
@@ -361,7 +363,8 @@ pub(super) fn scaling(config: &Fields<'_>, (key, default): (&str, f64)) -> Resul
     Ok(config.positive_float(key)?.unwrap_or(default) as f32)
 }
 
-/// Most heads of linear attention and of state space layers, and largest of their other sizes, so that products of two fit.
+/// Most heads of linear attention and of state space layers, and largest of their other sizes, so that products of two
+/// fit.
 pub(super) const MAX_HEADS: usize = 1 << 14;
 
 /// A state space layer whose groups divide its heads.
@@ -383,7 +386,8 @@ pub(super) fn layer_words(config: &Fields<'_>, key: &str, layers: usize, words: 
     places.map(Some).ok_or_else(|| config.invalid(key, format!("a list of \"{}\"", words.join("\" and \""))))
 }
 
-/// Windows of a family whose `layer_types` say which layers have `sliding_window`; `sliding(layer)` does where they are absent.
+/// Windows of a family whose `layer_types` say which layers have `sliding_window`; `sliding(layer)` does where they are
+/// absent.
 pub(super) fn typed_windows(config: &Fields<'_>, sliding: impl Fn(usize) -> bool) -> Result<Vec<Option<usize>>> {
     let layers = num_layers(config)?;
     let window = plain_window(config)?;

@@ -16,9 +16,10 @@ use crate::{Error, Result, cli};
 
 /// Tells what a file or folder is and what may be done with it
 ///
-/// Knows checkpoints (plain, ragged, grouped, pruned, merged), scores, statistics, evidence, plans of pruning and merging, edits, curves,
-/// rankings, protection masks, adapters, mixtures, condensers, compressed experts, deltas, compact experts, recipes, and rows of data, of
-/// which it shows the first three as tokens, with what counts in the loss in green. Reads headers, not weights.
+/// Knows checkpoints (plain, ragged, grouped, pruned, merged), scores, statistics, evidence, plans of pruning and
+/// merging, edits, curves, rankings, protection masks, adapters, mixtures, condensers, compressed experts, deltas,
+/// compact experts, recipes, and rows of data, of which it shows the first three as tokens, with what counts in the
+/// loss in green. Reads headers, not weights.
 #[derive(Clone, Debug, Parser)]
 #[command(
     after_help = "Examples:\n  moe inspect models/Qwen1.5-MoE-A2.7B\n  moe inspect rows.jsonl --model models/Qwen1.5-MoE-A2.7B --loss answers"
@@ -132,7 +133,8 @@ fn folder(path: &Path) -> Result<Value> {
     }
 }
 
-/// Whether a file is rows of data rather than an artifact, by its name, and by what is in it where the name leaves that open.
+/// Whether a file is rows of data rather than an artifact, by its name, and by what is in it where the name leaves that
+/// open.
 fn is_data(path: &Path) -> Result<bool> {
     let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
     Ok(match extension {

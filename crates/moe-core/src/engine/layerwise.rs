@@ -42,17 +42,19 @@ impl std::fmt::Debug for LayerChange {
     }
 }
 
-/// Watches a [layer-by-layer sweep](Engine::run_layerwise) and may change layers. In each layer it sees every wave from `begin_wave` to
-/// `end_wave`, in order.
+/// Watches a [layer-by-layer sweep](Engine::run_layerwise) and may change layers. In each layer it sees every wave from
+/// `begin_wave` to `end_wave`, in order.
 pub trait LayerVisitor: Observer {
-    /// All waves have passed an MoE layer. With a change, they pass it again, unobserved, and the next layer sees the changed outputs.
+    /// All waves have passed an MoE layer. With a change, they pass it again, unobserved, and the next layer sees the
+    /// changed outputs.
     ///
     /// # Errors
     /// Whatever makes the change impossible.
     fn end_layer(&mut self, layer: usize) -> Result<LayerChange>;
 }
 
-/// Waves on their way through a model, one MoE layer at a time. For sweeps of two models side by side; [`Engine::run_layerwise`] for one.
+/// Waves on their way through a model, one MoE layer at a time. For sweeps of two models side by side;
+/// [`Engine::run_layerwise`] for one.
 ///
 /// It holds two `[T, H]` tensors per wave, in memory or, if the model's `max_memory` leaves no room, in a file.
 pub struct LayerSweep<'e> {
@@ -62,7 +64,8 @@ pub struct LayerSweep<'e> {
     next: usize,
 }
 
-/// Slots of the hidden store: a wave's residual stream before the next layer, and before the feed-forward half of the last one.
+/// Slots of the hidden store: a wave's residual stream before the next layer, and before the feed-forward half of the
+/// last one.
 fn stream_slot(wave: usize) -> usize {
     2 * wave
 }
@@ -72,12 +75,14 @@ fn middle_slot(wave: usize) -> usize {
 }
 
 impl Engine<'_> {
-    /// Runs all waves together, layer by layer. Without changes, the result is that of [`run`](Self::run) on each wave, bit for bit.
+    /// Runs all waves together, layer by layer. Without changes, the result is that of [`run`](Self::run) on each wave,
+    /// bit for bit.
     ///
     /// Reports have losses if [`EngineOptions::loss`](super::EngineOptions::loss) is set or the visitor needs logits.
     ///
     /// # Errors
-    /// As [`run`](Self::run); [`Error::Input`] if the visitor needs gradients, which would belong to neither model, and for no waves.
+    /// As [`run`](Self::run); [`Error::Input`] if the visitor needs gradients, which would belong to neither model, and
+    /// for no waves.
     pub fn run_layerwise(&self, waves: &[Wave], visitor: &mut dyn LayerVisitor) -> Result<Vec<WaveReport>> {
         let needs = visitor.needs();
         let mut sweep = self.layer_sweep(waves)?;
@@ -131,7 +136,8 @@ impl LayerSweep<'_> {
         (self.next..config.layers.len()).find(|&layer| config.moe(layer).is_some())
     }
 
-    /// Takes all waves through the next MoE layer, and the dense layers before it, and gives its index; nothing if none is left.
+    /// Takes all waves through the next MoE layer, and the dense layers before it, and gives its index; nothing if none
+    /// is left.
     ///
     /// # Errors
     /// As [`Engine::run_layerwise`].
@@ -187,8 +193,8 @@ impl LayerSweep<'_> {
         self.store.get(stream_slot(position))
     }
 
-    /// Takes the waves through the layers that are left, unchanged, and to the objective, if there is one. Without one, nothing is left to
-    /// do unless the observer needs layer inputs.
+    /// Takes the waves through the layers that are left, unchanged, and to the objective, if there is one. Without one,
+    /// nothing is left to do unless the observer needs layer inputs.
     ///
     /// # Errors
     /// As [`Engine::run_with`].

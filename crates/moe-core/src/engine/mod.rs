@@ -1,11 +1,12 @@
 //! Sweeps: a wave through the model layer by layer, forward and backward, experts outermost.
 //!
-//! Per wave, forward: attention per sequence, router for the whole wave, then each expert once for all its tokens. Head: an
-//! [`Objective`] and its gradient in pieces of tokens and vocabulary. Backward, from the last to the first MoE layer: what was not kept is
-//! computed again by the same kernels on the same shapes, so memory limits never change a bit of the result. See [`crate::memory`].
+//! Per wave, forward: attention per sequence, router for the whole wave, then each expert once for all its tokens.
+//! Head: an [`Objective`] and its gradient in pieces of tokens and vocabulary. Backward, from the last to the first MoE
+//! layer: what was not kept is computed again by the same kernels on the same shapes, so memory limits never change a
+//! bit of the result. See [`crate::memory`].
 //!
-//! [`Engine::run`] takes one wave through all layers, [`Engine::go_on`] does so with files that a run that was stopped goes on from;
-//! [`Engine::run_layerwise`] takes all waves through one layer after the other.
+//! [`Engine::run`] takes one wave through all layers, [`Engine::go_on`] does so with files that a run that was stopped
+//! goes on from; [`Engine::run_layerwise`] takes all waves through one layer after the other.
 
 mod backward;
 mod dense_router;
@@ -121,8 +122,8 @@ impl<'m> Engine<'m> {
     ///
     /// # Errors
     /// [`Error::Input`](crate::Error::Input) for an empty wave or token ids outside the vocabulary,
-    /// [`Error::Memory`](crate::Error::Memory), [`Error::NotFinite`](crate::Error::NotFinite) for a NaN or infinite loss, and whatever
-    /// the observer refuses.
+    /// [`Error::Memory`](crate::Error::Memory), [`Error::NotFinite`](crate::Error::NotFinite) for a NaN or infinite
+    /// loss, and whatever the observer refuses.
     pub fn run(&self, wave: &Wave, observer: &mut dyn Observer) -> Result<WaveReport> {
         let head = self.needs_head(observer.needs());
         let mut objective = CrossEntropy;

@@ -128,8 +128,8 @@ impl LayerRouting {
         LayerTrace { layer, wave, experts: *experts, top_k: *top_k, logits, selected, weights, scale: self.scale }
     }
 
-    /// Groups the tokens by expert, the first `main` of each token's experts. Skipped experts are left out, and experts whose gain is 0
-    /// unless they are `watched`.
+    /// Groups the tokens by expert, the first `main` of each token's experts. Skipped experts are left out, and experts
+    /// whose gain is 0 unless they are `watched`.
     pub fn dispatch(&self, watched: bool, main: usize) -> Dispatch {
         let k = self.applied.top_k;
         let runs = |slot: usize| main >= k || slot % k < main;

@@ -39,9 +39,9 @@ pub type Bf16Rows<'a> = &'a [&'a [u8]];
 /// Shows the rows of a matrix to a function, or fails to read them.
 pub type Bf16Source = Box<dyn Fn(&mut dyn FnMut(Bf16Rows<'_>)) -> Result<()> + Send + Sync>;
 
-/// A failure to read a weight that was put off until its first product. The weight counts as zeros from then on, and whoever
-/// runs the model asks after every layer, so that no result of it is used. Of several in a layer, whose experts are read by many
-/// threads, the one whose message sorts first is told.
+/// A failure to read a weight that was put off until its first product. The weight counts as zeros from then on, and
+/// whoever runs the model asks after every layer, so that no result of it is used. Of several in a layer, whose experts
+/// are read by many threads, the one whose message sorts first is told.
 #[derive(Clone, Debug, Default)]
 pub struct ReadFailure(Arc<Mutex<Option<Error>>>);
 
@@ -125,9 +125,9 @@ impl Weight {
         host::is_host(device) && amx::available()
     }
 
-    /// A matrix `[outputs, inputs]` of bf16 that `source` shows, `outputs` rows of `2 * inputs` bytes. Becomes f32 at once where
-    /// the device does not [prefer](Self::prefers_bf16) bf16; elsewhere it is read at its first product, and a failure of that is kept
-    /// in `failure`.
+    /// A matrix `[outputs, inputs]` of bf16 that `source` shows, `outputs` rows of `2 * inputs` bytes. Becomes f32 at
+    /// once where the device does not [prefer](Self::prefers_bf16) bf16; elsewhere it is read at its first product, and
+    /// a failure of that is kept in `failure`.
     ///
     /// # Errors
     /// Those of `source` where it is read at once.
@@ -155,8 +155,8 @@ impl Weight {
         }
     }
 
-    /// The matrix as an f32 tensor; a copy where it is packed. With an adapter, the matrix that both are together, where they are one,
-    /// and else the weight without it.
+    /// The matrix as an f32 tensor; a copy where it is packed. With an adapter, the matrix that both are together,
+    /// where they are one, and else the weight without it.
     pub fn to_tensor(&self) -> Tensor<2> {
         match &self.0 {
             Form::Dense(matrix) => Tensor::clone(matrix),
@@ -185,8 +185,8 @@ impl Weight {
         }
     }
 
-    /// `dy w`: the gradient of [`forward`](Self::forward) with respect to `x`, for `dy [n, out]`. With an adapter that depends on its
-    /// input, that of the weight without it.
+    /// `dy w`: the gradient of [`forward`](Self::forward) with respect to `x`, for `dy [n, out]`. With an adapter that
+    /// depends on its input, that of the weight without it.
     pub fn backward(&self, dy: &Tensor<2>) -> Tensor<2> {
         match &self.0 {
             Form::Dense(matrix) => dy.clone().matmul(Tensor::clone(matrix)), // [n, in]
@@ -195,8 +195,8 @@ impl Weight {
         }
     }
 
-    /// The gradient of [`forward_for`](Self::forward_for) with respect to `x`, if it is wanted, and those of what an adapter trains. Only
-    /// an adapter asks for `x`.
+    /// The gradient of [`forward_for`](Self::forward_for) with respect to `x`, if it is wanted, and those of what an
+    /// adapter trains. Only an adapter asks for `x`.
     pub fn gradient(
         &self,
         x: impl FnOnce() -> Tensor<2>,

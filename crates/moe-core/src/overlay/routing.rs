@@ -11,9 +11,10 @@ use crate::{
 
 /// Changes how tokens are routed: experts taken out, gains, other router weights, skipped experts.
 ///
-/// Per layer the changes apply in this order: [`router`](Self::router) gives the logits, [`removed`](Self::removed) leaves out experts,
-/// the model's rule, or [`rule`](Self::rule) in its place, selects and weighs, [`routed`](Self::routed) changes what it found, [`gains`](Self::gains) multiply the weights. Methods
-/// are asked again whenever a layer runs, so that they may answer differently in the next sweep, but not within one.
+/// Per layer the changes apply in this order: [`router`](Self::router) gives the logits, [`removed`](Self::removed)
+/// leaves out experts, the model's rule, or [`rule`](Self::rule) in its place, selects and weighs,
+/// [`routed`](Self::routed) changes what it found, [`gains`](Self::gains) multiply the weights. Methods are asked again
+/// whenever a layer runs, so that they may answer differently in the next sweep, but not within one.
 pub trait RoutingOverlay: Send + Sync {
     /// Experts that no token may be routed to, strictly ascending. Equal to a router without their rows and biases.
     fn removed(&self, layer: usize) -> Option<&[u32]> {
@@ -21,8 +22,8 @@ pub trait RoutingOverlay: Send + Sync {
         None
     }
 
-    /// Experts per token at most, in all layers: what a config says of a pruned model of which a layer has fewer left. The rules
-    /// of [`RoutingOverlay::rule`] have numbers of their own.
+    /// Experts per token at most, in all layers: what a config says of a pruned model of which a layer has fewer left.
+    /// The rules of [`RoutingOverlay::rule`] have numbers of their own.
     fn top_k(&self) -> Option<usize> {
         None
     }
@@ -51,19 +52,21 @@ pub trait RoutingOverlay: Send + Sync {
         None
     }
 
-    /// A rule that routes by the logits in place of the model's. It sees all experts, so that none can be removed beside it.
+    /// A rule that routes by the logits in place of the model's. It sees all experts, so that none can be removed
+    /// beside it.
     fn rule(&self, layer: usize) -> Option<Arc<dyn RoutingRule>> {
         let _ = layer;
         None
     }
 
-    /// Changes the routing of each token. A weight of 0 means that the token skips the expert: it is not computed and not observed.
+    /// Changes the routing of each token. A weight of 0 means that the token skips the expert: it is not computed and
+    /// not observed.
     fn routed(&self, layer: usize, routed: &mut Routed) {
         let _ = (layer, routed);
     }
 
-    /// Turns gradients with respect to the weights after [`routed`](Self::routed), `[T, k]`, into those before it. As given, each weight
-    /// was multiplied by a constant, or belongs to another expert than before and has no gradient.
+    /// Turns gradients with respect to the weights after [`routed`](Self::routed), `[T, k]`, into those before it. As
+    /// given, each weight was multiplied by a constant, or belongs to another expert than before and has no gradient.
     fn routed_backward(&self, layer: usize, before: &Routed, after: &Routed, d_weights: &mut [f32]) {
         let _ = layer;
         for (slot, d) in d_weights.iter_mut().enumerate() {
@@ -73,14 +76,15 @@ pub trait RoutingOverlay: Send + Sync {
     }
 }
 
-/// A way of routing in place of a model's own: which experts a token goes to, with which weights. The number of experts per token may be
-/// another one, the same for all tokens; those that a token does not need stand in it with a weight of 0 and are not computed. A token
-/// never goes to an expert twice: what would count double has twice the weight.
+/// A way of routing in place of a model's own: which experts a token goes to, with which weights. The number of experts
+/// per token may be another one, the same for all tokens; those that a token does not need stand in it with a weight of
+/// 0 and are not computed. A token never goes to an expert twice: what would count double has twice the weight.
 pub trait RoutingRule: Debug + Send + Sync {
     /// Routes by `logits [T, E]`; `bias [E]` is what the model adds for its own selection, if it does.
     fn route(&self, logits: &[f32], experts: usize, bias: Option<&[f32]>) -> Routed;
 
-    /// Gradient with respect to the logits `[T, E]`, from that of each routing weight `[T, k]`. The choice of experts is not differentiated.
+    /// Gradient with respect to the logits `[T, E]`, from that of each routing weight `[T, k]`. The choice of experts
+    /// is not differentiated.
     fn backward(&self, logits: &[f32], routed: &Routed, d_weights: &[f32]) -> Vec<f32>;
 }
 

@@ -1,7 +1,7 @@
 //! Routing: from router logits to experts and weights, and back.
 //!
-//! All semantics live in one enum-configured [`Router`], on the host: `[tokens, experts]` numbers are few, and every backend then
-//! breaks ties the same way (the lower expert index wins).
+//! All semantics live in one enum-configured [`Router`], on the host: `[tokens, experts]` numbers are few, and every
+//! backend then breaks ties the same way (the lower expert index wins).
 
 mod dense;
 mod dispatch;
@@ -97,7 +97,8 @@ impl Router {
     /// Whether the rule can route among `experts` experts.
     ///
     /// # Errors
-    /// [`Error::Input`] if they do not form groups of equal size, or if the groups that are selected hold fewer than `top_k`.
+    /// [`Error::Input`] if they do not form groups of equal size, or if the groups that are selected hold fewer than
+    /// `top_k`.
     pub fn check(&self, experts: usize) -> Result<()> {
         let Rule::Scores { groups: Some(GroupLimit { count, top, .. }), .. } = self.rule else { return Ok(()) };
         if count == 0 || !experts.is_multiple_of(count) {
@@ -120,8 +121,8 @@ impl Router {
         Self { top_k: self.top_k.min(top_k), ..self.clone() }
     }
 
-    /// Routes tokens by `logits [T, E]`. A token goes to `min(top_k, E)` experts. `bias [E]` is added to the scores for the
-    /// selection, not for the weights.
+    /// Routes tokens by `logits [T, E]`. A token goes to `min(top_k, E)` experts. `bias [E]` is added to the scores for
+    /// the selection, not for the weights.
     pub fn route(&self, logits: &[f32], experts: usize, bias: Option<&[f32]>) -> Routed {
         let top_k = self.top_k.min(experts);
         let tokens = logits.len() / experts.max(1);
@@ -210,8 +211,8 @@ impl Router {
         }
     }
 
-    /// Gradient with respect to the logits `[T, E]`, from the gradient of each routing weight `[T, k]`. The choice of experts
-    /// is not differentiated.
+    /// Gradient with respect to the logits `[T, E]`, from the gradient of each routing weight `[T, k]`. The choice of
+    /// experts is not differentiated.
     pub fn backward(&self, logits: &[f32], routed: &Routed, d_weights: &[f32]) -> Vec<f32> {
         let (experts, k) = (routed.experts, routed.top_k);
         let mut out = crate::kernels::zeros(logits.len());

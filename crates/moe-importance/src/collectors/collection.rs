@@ -114,7 +114,8 @@ impl<'a> Collection<'a> {
         self.parts = directory;
     }
 
-    /// Begins the next wave with what is kept of it in this directory, where the sweep through `layers` decoder layers came to `done`.
+    /// Begins the next wave with what is kept of it in this directory, where the sweep through `layers` decoder layers
+    /// came to `done`.
     ///
     /// # Errors
     /// Files that are missing or not what was written.

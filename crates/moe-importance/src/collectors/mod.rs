@@ -36,8 +36,8 @@ use crate::{Error, Result};
 /// Adds what it sees of a wave to the statistics it provides. Never-routed experts are not shown, so that their values
 /// stay 0.
 ///
-/// Implementations keep scratch memory of one expert, and of a wave's routing, at most: what grows with the model belongs
-/// into the statistics.
+/// Implementations keep scratch memory of one expert, and of a wave's routing, at most: what grows with the model
+/// belongs into the statistics.
 pub trait Collector: Send {
     /// The statistics it adds to. A [`Collection`] allocates them at the start of every wave, shown to the collector or
     /// not.
@@ -46,20 +46,20 @@ pub trait Collector: Send {
     /// What it must be shown.
     fn needs(&self) -> Signals;
 
-    /// Whether the whole model has to run, whatever it needs to be shown: for a collector that sees the model through adapters
-    /// of its own.
+    /// Whether the whole model has to run, whatever it needs to be shown: for a collector that sees the model through
+    /// adapters of its own.
     fn needs_forward(&self) -> bool {
         false
     }
 
-    /// Parameters that decide its numbers, if there are any beside the names of its statistics: a seed, a size. Part of the
-    /// recipe of a store.
+    /// Parameters that decide its numbers, if there are any beside the names of its statistics: a seed, a size. Part of
+    /// the recipe of a store.
     fn recipe(&self) -> Option<Value> {
         None
     }
 
-    /// Whether a wave can be gone on with in its middle: whether all that it has seen of a layer is in the statistics when
-    /// [`Collector::end_layer`] returns, and what it keeps of a layer's routing until then comes back with
+    /// Whether a wave can be gone on with in its middle: whether all that it has seen of a layer is in the statistics
+    /// when [`Collector::end_layer`] returns, and what it keeps of a layer's routing until then comes back with
     /// [`Collector::recall`]. If one collector cannot, a wave that was stopped begins anew for all.
     fn goes_on(&self) -> bool {
         false
@@ -111,8 +111,8 @@ pub trait Collector: Send {
         Ok(())
     }
 
-    /// The routing of a layer whose experts are still to come, as [`Collector::layer`] was shown it by the run that this one goes on
-    /// from; the statistics have what it added then.
+    /// The routing of a layer whose experts are still to come, as [`Collector::layer`] was shown it by the run that
+    /// this one goes on from; the statistics have what it added then.
     ///
     /// # Errors
     /// A trace that does not fit.
@@ -121,8 +121,8 @@ pub trait Collector: Send {
         Ok(())
     }
 
-    /// Routing and experts of a decoder layer have been shown: what was gathered over them is added. Layers without experts end, too,
-    /// for what is seen through adapters.
+    /// Routing and experts of a decoder layer have been shown: what was gathered over them is added. Layers without
+    /// experts end, too, for what is seen through adapters.
     ///
     /// # Errors
     /// What was seen does not fit the statistics.

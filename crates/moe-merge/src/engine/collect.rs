@@ -24,8 +24,8 @@ use crate::similarity::Features;
 pub struct EvidenceOptions {
     /// Names of statistics; the numbers of routed tokens are always among them.
     pub statistics: BTreeSet<String>,
-    /// Mean outputs over all tokens, exactly: every expert is run on every token. Without, output similarity runs experts on
-    /// the sampled tokens.
+    /// Mean outputs over all tokens, exactly: every expert is run on every token. Without, output similarity runs
+    /// experts on the sampled tokens.
     pub dense_outputs: bool,
     /// Tokens to sample from every layer.
     pub sample: usize,
@@ -34,7 +34,8 @@ pub struct EvidenceOptions {
 }
 
 impl EvidenceOptions {
-    /// What a recipe reads: its statistics, exact mean outputs if it compares them, and `sample` tokens if it fits on some.
+    /// What a recipe reads: its statistics, exact mean outputs if it compares them, and `sample` tokens if it fits on
+    /// some.
     pub fn for_recipe(recipe: &Recipe, sample: usize) -> Self {
         let mut options = Self { statistics: recipe.statistics(), dense_outputs: false, sample: 0, seed: 0 };
         for features in recipe.grouping.needs() {
@@ -108,9 +109,10 @@ impl EvidenceOptions {
     }
 }
 
-/// Runs a model over waves and keeps what `options` ask for; in `store`, if there is one, wave by wave, so that a run that was
-/// stopped goes on. It is a [`Calibration`] of the model on these waves, with what [`EvidenceOptions::observe`] adds: shards and
-/// other observations go the same way, and [`Evidence::from_statistics`] reads the result.
+/// Runs a model over waves and keeps what `options` ask for; in `store`, if there is one, wave by wave, so that a run
+/// that was stopped goes on. It is a [`Calibration`] of the model on these waves, with what
+/// [`EvidenceOptions::observe`] adds: shards and other observations go the same way, and [`Evidence::from_statistics`]
+/// reads the result.
 ///
 /// ```no_run
 /// use moe_core::{Model, device::device};
@@ -124,8 +126,8 @@ impl EvidenceOptions {
 /// ```
 ///
 /// # Errors
-/// [`Error::Statistics`](crate::Error::Statistics) with what stops the model, unknown statistics, two waves of one id, no
-/// waves, or a store of something else.
+/// [`Error::Statistics`](crate::Error::Statistics) with what stops the model, unknown statistics, two waves of one id,
+/// no waves, or a store of something else.
 pub fn collect_evidence(
     model: &Model,
     waves: &[Wave],

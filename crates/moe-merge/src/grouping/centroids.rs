@@ -8,8 +8,8 @@ use crate::Result;
 use crate::context::LayerContext;
 use crate::similarity::{Features, Similarity};
 
-/// The most important experts are centroids. From the most to the least important, each takes the experts nearest to it that
-/// are left until it has `capacity` members, itself included. So many centroids stay alone.
+/// The most important experts are centroids. From the most to the least important, each takes the experts nearest to it
+/// that are left until it has `capacity` members, itself included. So many centroids stay alone.
 ///
 /// Source: REAM (arXiv 2604.04356). Capacity 0 is its other mode: every expert goes to the centroid it is nearest to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

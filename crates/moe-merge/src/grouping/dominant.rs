@@ -8,10 +8,11 @@ use crate::context::LayerContext;
 use crate::similarity::{Features, Similarity};
 use crate::{Error, Result};
 
-/// The most important experts are dominant; each of the others, in falling importance, joins the dominant it is most like.
+/// The most important experts are dominant; each of the others, in falling importance, joins the dominant it is most
+/// like.
 ///
-/// Source: M-SMoE (arXiv 2310.01334), stage 3, where importance is usage and likeness that of router logits; MergeMoE (arXiv
-/// 2510.14436) with likeness of gate and up weights. Ties of likeness go to the more important dominant.
+/// Source: M-SMoE (arXiv 2310.01334), stage 3, where importance is usage and likeness that of router logits; MergeMoE
+/// (arXiv 2510.14436) with likeness of gate and up weights. Ties of likeness go to the more important dominant.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Dominant {

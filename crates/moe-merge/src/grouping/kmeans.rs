@@ -9,11 +9,11 @@ use crate::context::LayerContext;
 use crate::similarity::{Features, Metric};
 use crate::{Error, Result};
 
-/// k-means++ on the experts, with restarts. Random choices go by rank of importance, so that the numbering of the experts
-/// does not matter.
+/// k-means++ on the experts, with restarts. Random choices go by rank of importance, so that the numbering of the
+/// experts does not matter.
 ///
-/// Source: Sub-MoE (arXiv 2506.23266): outputs with cosine distance, where centers are directions of mean unit vectors. The
-/// other metrics take means.
+/// Source: Sub-MoE (arXiv 2506.23266): outputs with cosine distance, where centers are directions of mean unit vectors.
+/// The other metrics take means.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KMeans {

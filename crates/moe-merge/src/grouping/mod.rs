@@ -45,7 +45,8 @@ pub struct Members {
 }
 
 impl Groups {
-    /// Of a label per expert, counted from 0; `None` is in no group. The dominant of a group is its most important member.
+    /// Of a label per expert, counted from 0; `None` is in no group. The dominant of a group is its most important
+    /// member.
     pub fn of_labels(labels: &[Option<usize>], importance: &[f64]) -> Self {
         let count = labels.iter().flatten().max().map_or(0, |label| label + 1);
         let mut groups: Vec<Members> = Vec::with_capacity(count);
@@ -143,9 +144,9 @@ pub trait Grouping {
         false
     }
 
-    /// Exactly `count` groups of the layer's experts, at most as many as there are experts. Protected experts are groups of their own. A
-    /// deterministic function that follows the experts, not their order: with the experts permuted, the groups are the
-    /// permuted ones, as far as importance has no ties.
+    /// Exactly `count` groups of the layer's experts, at most as many as there are experts. Protected experts are
+    /// groups of their own. A deterministic function that follows the experts, not their order: with the experts
+    /// permuted, the groups are the permuted ones, as far as importance has no ties.
     ///
     /// # Errors
     /// [`Error::MissingEvidence`], [`Error::Infeasible`] if there cannot be so many groups.
@@ -232,8 +233,8 @@ impl Grouping for OwnGrouping {
 }
 
 impl GroupingConfig {
-    /// A grouping of your own, for everything that takes a [`Recipe`](crate::Recipe). Plans that are made with it can be read and
-    /// applied wherever they are; made again only by a program that has it.
+    /// A grouping of your own, for everything that takes a [`Recipe`](crate::Recipe). Plans that are made with it can
+    /// be read and applied wherever they are; made again only by a program that has it.
     pub fn own(grouping: impl Grouping + Send + Sync + 'static) -> Self {
         Self::Own(OwnGrouping { recipe: grouping.recipe(), grouping: Some(Arc::new(grouping)) })
     }
@@ -303,7 +304,8 @@ fn dominants(context: &LayerContext<'_>, count: usize) -> Result<Vec<usize>> {
     Ok(retained)
 }
 
-/// Protected experts, and the most important ones up to `count`, as many of each group of the router. In falling importance.
+/// Protected experts, and the most important ones up to `count`, as many of each group of the router. In falling
+/// importance.
 fn retained(context: &LayerContext<'_>, count: usize) -> Result<Vec<usize>> {
     let ranked = context.ranked();
     let (blocks, each) = context.blocks(count)?;
@@ -320,9 +322,9 @@ fn retained(context: &LayerContext<'_>, count: usize) -> Result<Vec<usize>> {
     Ok(ranked.into_iter().filter(|expert| chosen[*expert]).collect())
 }
 
-/// Clusters the experts that are not protected; those that are become groups of their own. `cluster` is given the experts by
-/// falling importance and how many clusters to make, and labels them in that order. Where as many dominants must stay in each group
-/// of the router, clusters stay within one.
+/// Clusters the experts that are not protected; those that are become groups of their own. `cluster` is given the
+/// experts by falling importance and how many clusters to make, and labels them in that order. Where as many dominants
+/// must stay in each group of the router, clusters stay within one.
 fn cluster_unprotected(
     context: &LayerContext<'_>,
     count: usize,

@@ -8,8 +8,8 @@ use crate::Result;
 use crate::context::LayerContext;
 use crate::similarity::Features;
 
-/// The most important experts stay, each a group of its own; the others are dissolved. Expert pruning, and the first step of
-/// DERN (arXiv 2509.10377).
+/// The most important experts stay, each a group of its own; the others are dissolved. Expert pruning, and the first
+/// step of DERN (arXiv 2509.10377).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Retain {}

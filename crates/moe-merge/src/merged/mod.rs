@@ -35,11 +35,11 @@ const METHOD: &str = "merge";
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum OutputForm {
-    /// One expert per group, router rows of the others deleted (or merged, if the recipe does so): loads in stock runtimes.
-    /// Refused where layers have different numbers of groups.
+    /// One expert per group, router rows of the others deleted (or merged, if the recipe does so): loads in stock
+    /// runtimes. Refused where layers have different numbers of groups.
     Stock,
-    /// One set of weights per group, and an index map from router rows to sets (`docs/grouped-format.md`): the router of the
-    /// recipe, any number of groups per layer. Stock runtimes refuse it.
+    /// One set of weights per group, and an index map from router rows to sets (`docs/grouped-format.md`): the router
+    /// of the recipe, any number of groups per layer. Stock runtimes refuse it.
     Grouped,
     /// Every expert of a group a copy of the merged one, the router as it was: loads in stock runtimes, saves nothing.
     StockCopies,
@@ -79,12 +79,13 @@ pub struct MergeOptions {
     pub form: OutputForm,
     /// The evidence the plan was made from: needed again by recipes that fit on sampled tokens.
     pub evidence: Option<Arc<Evidence>>,
-    /// Experts that were merged before by this plan ([`MergePlan::compute`], or a sequential run); otherwise they are computed when
-    /// they are read.
+    /// Experts that were merged before by this plan ([`MergePlan::compute`], or a sequential run); otherwise they are
+    /// computed when they are read.
     pub merged: Option<MergedWeights>,
     /// What becomes of layers that predict further tokens. Needed where a checkpoint has them.
     pub mtp: Option<Mtp>,
-    /// Where experts that are computed wait, in anonymous files; the system's directory for temporary files if not given.
+    /// Where experts that are computed wait, in anonymous files; the system's directory for temporary files if not
+    /// given.
     pub scratch: Option<PathBuf>,
 }
 
@@ -143,11 +144,12 @@ pub struct MergeRecord {
 }
 
 impl MergePlan {
-    /// The model that this plan makes of `base`. Nothing is merged yet: a layer's merged experts are computed once, by whoever reads
-    /// one of them first, from whatever thread, and wait in an anonymous file. Memory is what the combination states for one layer.
+    /// The model that this plan makes of `base`. Nothing is merged yet: a layer's merged experts are computed once, by
+    /// whoever reads one of them first, from whatever thread, and wait in an anonymous file. Memory is what the
+    /// combination states for one layer.
     ///
-    /// Tensors outside the routed experts and the router are those of the base; experts that do not change are read from it, so
-    /// that a plan that merges nothing gives every tensor and the config as they were.
+    /// Tensors outside the routed experts and the router are those of the base; experts that do not change are read
+    /// from it, so that a plan that merges nothing gives every tensor and the config as they were.
     ///
     /// ```no_run
     /// use std::sync::Arc;
@@ -163,10 +165,10 @@ impl MergePlan {
     /// ```
     ///
     /// # Errors
-    /// All that can be known, before any expert is read: [`Error::OtherModel`], [`Error::InvalidPlan`], [`Error::Infeasible`] for
-    /// a base whose experts share weights already, [`Error::MissingEvidence`], [`Error::Output`] with the reason why this form is
-    /// impossible, [`Error::Checkpoint`] for a scratch directory without room. Whoever reads the model later meets errors of the
-    /// combination.
+    /// All that can be known, before any expert is read: [`Error::OtherModel`], [`Error::InvalidPlan`],
+    /// [`Error::Infeasible`] for a base whose experts share weights already, [`Error::MissingEvidence`],
+    /// [`Error::Output`] with the reason why this form is impossible, [`Error::Checkpoint`] for a scratch directory
+    /// without room. Whoever reads the model later meets errors of the combination.
     pub fn on(&self, base: &Arc<Checkpoint>, options: &MergeOptions) -> Result<MergedModel> {
         self.check_base(base)?;
         let form = options.form;
@@ -217,11 +219,12 @@ impl MergePlan {
         Ok(MergedModel { model, report })
     }
 
-    /// Merges all layers into `dir` and keeps them there: an artifact that [`MergePlan::on`] takes in any form, as often as wanted.
-    /// A run that was interrupted goes on with the layers that `dir` has.
+    /// Merges all layers into `dir` and keeps them there: an artifact that [`MergePlan::on`] takes in any form, as
+    /// often as wanted. A run that was interrupted goes on with the layers that `dir` has.
     ///
     /// # Errors
-    /// As [`MergePlan::on`], but for what concerns forms; those of the combination; [`Error::InvalidPlan`] for a directory of another plan.
+    /// As [`MergePlan::on`], but for what concerns forms; those of the combination; [`Error::InvalidPlan`] for a
+    /// directory of another plan.
     pub fn compute(
         &self,
         base: &Arc<Checkpoint>,

@@ -7,8 +7,8 @@ use moe_checkpoint::{Checkpoint, Mtp};
 use super::OutputForm;
 use crate::{Error, Result};
 
-/// The choice for multi-token prediction, checked: the names of the tensors that are left out. `renumbers` says whether the
-/// config will give another number of experts than it does.
+/// The choice for multi-token prediction, checked: the names of the tensors that are left out. `renumbers` says whether
+/// the config will give another number of experts than it does.
 ///
 /// # Errors
 /// [`Error::Output`] for a checkpoint that has such tensors and no choice, or where they cannot stay.

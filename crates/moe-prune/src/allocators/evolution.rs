@@ -21,10 +21,10 @@ use crate::{Error, Needs, Questions, Result};
 /// EvoESAP (arXiv 2603.06003). Needs a probe, which runs the model once per new candidate: at most
 /// `population * (generations + 1)` times.
 ///
-/// The first candidates are the same fraction of every layer, the global ranking where scores allow it, and mutants of the
-/// former. A generation makes as many children as there are candidates: two parents, each the better of two drawn at random, give
-/// every layer's count at random; then budget moves between random layers, and what is over or missing is made up. The best of
-/// parents and children go on. The source does not give its operators in full; these are ours.
+/// The first candidates are the same fraction of every layer, the global ranking where scores allow it, and mutants of
+/// the former. A generation makes as many children as there are candidates: two parents, each the better of two drawn
+/// at random, give every layer's count at random; then budget moves between random layers, and what is over or missing
+/// is made up. The best of parents and children go on. The source does not give its operators in full; these are ours.
 ///
 /// [`Allocation::predicted`] is the fitness of the result, as a number to be small; [`Allocation::measured`] its mean
 /// divergence.

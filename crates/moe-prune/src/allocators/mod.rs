@@ -1,10 +1,11 @@
 //! How much every layer and expert keeps.
 //!
-//! An [`Allocator`] turns scores and a [`Budget`] into an [`Allocation`]. The same allocators distribute the units inside
-//! experts and whole experts: [`Limits`] says what goes. The rules of "Selection scope" of Fisher-MoE (arXiv 2606.05538 and
-//! its released code) compare raw scores over one pool: an expert ([`Uniform`]), a layer ([`PerLayer`]) or the model
-//! ([`Global`]). The others make layers comparable ([`Normalized`]), guarantee or prescribe them a share ([`Hybrid`],
-//! [`DepthPrior`]), minimize a sum of distortion curves ([`RateDistortion`]) or ask the model ([`Rco`], [`Evolution`]).
+//! An [`Allocator`] turns scores and a [`Budget`] into an [`Allocation`]. The same allocators distribute the units
+//! inside experts and whole experts: [`Limits`] says what goes. The rules of "Selection scope" of Fisher-MoE (arXiv
+//! 2606.05538 and its released code) compare raw scores over one pool: an expert ([`Uniform`]), a layer ([`PerLayer`])
+//! or the model ([`Global`]). The others make layers comparable ([`Normalized`]), guarantee or prescribe them a share
+//! ([`Hybrid`], [`DepthPrior`]), minimize a sum of distortion curves ([`RateDistortion`]) or ask the model ([`Rco`],
+//! [`Evolution`]).
 
 mod config;
 mod depth_prior;
@@ -55,9 +56,9 @@ pub trait Allocator {
     /// Distributes the budget with a model at hand. Allocators that do not ask the model ignore it.
     ///
     /// # Errors
-    /// Those of [`AllocationRequest::validate`] before any work; [`Error::Infeasible`] if floors need more than the budget
-    /// leaves, never a silent clamp; [`Error::Inexact`] if exactness was asked for and the width multiple makes it
-    /// impossible; those of the probe.
+    /// Those of [`AllocationRequest::validate`] before any work; [`Error::Infeasible`] if floors need more than the
+    /// budget leaves, never a silent clamp; [`Error::Inexact`] if exactness was asked for and the width multiple makes
+    /// it impossible; those of the probe.
     fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation>;
 
     /// Distributes the budget, from scores alone.
@@ -82,12 +83,13 @@ pub struct Allocation {
     pub asked_dropped: usize,
     /// Units that are dropped.
     pub dropped: usize,
-    /// Predicted distortion: the sum of the dropped scores, or what the curves of the allocator say. None where the scores do not
-    /// add up over the model ([`ScoreTable::adds_up`](moe_checkpoint::ScoreTable::adds_up)): ranks, shares, norms of outputs.
+    /// Predicted distortion: the sum of the dropped scores, or what the curves of the allocator say. None where the
+    /// scores do not add up over the model ([`ScoreTable::adds_up`](moe_checkpoint::ScoreTable::adds_up)): ranks,
+    /// shares, norms of outputs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predicted: Option<f64>,
-    /// Distortion of the model as allocated, where the allocator had a probe: next to [`Allocation::predicted`] of measured
-    /// curves, how well distortions of layers add up.
+    /// Distortion of the model as allocated, where the allocator had a probe: next to [`Allocation::predicted`] of
+    /// measured curves, how well distortions of layers add up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measured: Option<f64>,
     /// Cost of what is kept, in parameters of routed experts.
@@ -251,8 +253,8 @@ pub(crate) fn common_step<'a>(queues: impl Iterator<Item = &'a Queue>) -> usize 
     queues.map(of_queue).fold(0, gcd).max(1)
 }
 
-/// Shares `total` out so that share `i` is near `quotas[i] / divisor` and at most `caps[i]`: whole parts first, then one
-/// each by largest remainder (ties: lower index), again and again while there is something left that fits.
+/// Shares `total` out so that share `i` is near `quotas[i] / divisor` and at most `caps[i]`: whole parts first, then
+/// one each by largest remainder (ties: lower index), again and again while there is something left that fits.
 pub(crate) fn apportion(quotas: &[u128], divisor: u128, total: usize, caps: &[usize]) -> Vec<usize> {
     let mut shares: Vec<usize> =
         quotas.iter().zip(caps).map(|(quota, cap)| ((quota / divisor) as usize).min(*cap)).collect();

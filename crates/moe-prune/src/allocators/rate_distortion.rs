@@ -13,9 +13,9 @@ use crate::probe::{ModelProbe, Statistic, measured};
 use crate::recipe::tagged;
 use crate::{Error, Needs, Questions, Result};
 
-/// Layer-adaptive pruning by rate and distortion: how far every layer (or expert) is pruned along its order of removal, so
-/// that the sum of their distortions is least. Solved exactly, for curves of any form, by dynamic programming over blocks of
-/// units; what blocks leave of the budget goes where it is worth most.
+/// Layer-adaptive pruning by rate and distortion: how far every layer (or expert) is pruned along its order of removal,
+/// so that the sum of their distortions is least. Solved exactly, for curves of any form, by dynamic programming over
+/// blocks of units; what blocks leave of the budget goes where it is worth most.
 ///
 /// [`Allocation::predicted`] is the sum of the curves. With a probe, [`Allocation::measured`] is the distortion of the
 /// result: the two together say how well distortions add up.
@@ -47,8 +47,8 @@ pub enum CurveSource {
         statistic: Statistic,
     },
     /// The squared error of the layer's own output, at some points of its path, scaled so that the middle one is the
-    /// measured distortion of the model: one run of the model per layer, the rest is local. Only for whole experts that go
-    /// with their rows of the router. Needs a probe.
+    /// measured distortion of the model: one run of the model per layer, the rest is local. Only for whole experts that
+    /// go with their rows of the router. Needs a probe.
     LayerErrors {
         /// Points per layer.
         points: usize,
@@ -207,8 +207,8 @@ fn emptied(experts: &[Vec<u32>]) -> Vec<u32> {
     (0..experts.len() as u32).filter(|expert| experts[*expert as usize].is_empty()).collect()
 }
 
-/// The same curves on a slope on which none of them falls. All positions that meet the budget are as high on it, so that the
-/// least sum among those stays the least; a fall would have the program drop more than the budget asks for.
+/// The same curves on a slope on which none of them falls. All positions that meet the budget are as high on it, so
+/// that the least sum among those stays the least; a fall would have the program drop more than the budget asks for.
 fn rising(problem: &Problem<'_>, values: &CurveValues) -> CurveValues {
     let mut slope = 0.0f64;
     for (path, values) in problem.paths.iter().zip(values) {

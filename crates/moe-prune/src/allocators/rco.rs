@@ -16,19 +16,19 @@ use crate::{Error, Needs, Questions, Result};
 
 /// Differentiable budget search in the manner of RCO (arXiv 2605.00649). Whole experts only; needs a probe.
 ///
-/// Every expert has a logit. A step draws noise, keeps the experts of the highest noisy logits that the budget allows (exactly,
-/// over the whole model, floors and groups included), and asks the probe for the divergence of the model so masked and its
-/// gradient with respect to the mask, which passes straight through to the logits as if the mask were
+/// Every expert has a logit. A step draws noise, keeps the experts of the highest noisy logits that the budget allows
+/// (exactly, over the whole model, floors and groups included), and asks the probe for the divergence of the model so
+/// masked and its gradient with respect to the mask, which passes straight through to the logits as if the mask were
 /// `sigmoid((logit + noise) / temperature)`. The gradient is projected on the tangent of the budget surface
-/// `sum_e c_e sigmoid(logit_e) = B` (normal `c_e p_e (1 - p_e)`), Adam takes a step, a common shift of all logits, found by
-/// bisection, returns to the surface, and the momentum is projected again. Routing weights are not renormalized while
-/// searching.
+/// `sum_e c_e sigmoid(logit_e) = B` (normal `c_e p_e (1 - p_e)`), Adam takes a step, a common shift of all logits,
+/// found by bisection, returns to the surface, and the momentum is projected again. Routing weights are not
+/// renormalized while searching.
 ///
-/// The scores of the request play no part but for [`Rco::prior`]. [`Allocation::predicted`] is the divergence under the final
-/// mask, [`Allocation::measured`] that of the model without the experts.
+/// The scores of the request play no part but for [`Rco::prior`]. [`Allocation::predicted`] is the divergence under the
+/// final mask, [`Allocation::measured`] that of the model without the experts.
 ///
-/// Chosen here, since the source leaves it open: the noise is logistic (the difference of two Gumbel draws, for keeping and
-/// for dropping), antithetic samples come as `noise, -noise`, and the temperature falls geometrically.
+/// Chosen here, since the source leaves it open: the noise is logistic (the difference of two Gumbel draws, for keeping
+/// and for dropping), antithetic samples come as `noise, -noise`, and the temperature falls geometrically.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Rco {

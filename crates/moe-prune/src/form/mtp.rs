@@ -19,7 +19,8 @@ fn is_structural(form: &PruneForm<'_>) -> bool {
 /// Refuses a choice for multi-token prediction that a plan which changes anything cannot carry out.
 ///
 /// # Errors
-/// [`Error::Export`](crate::Error::Export) for a checkpoint that has such tensors and no choice, or where they cannot stay or be pruned.
+/// [`Error::Export`](crate::Error::Export) for a checkpoint that has such tensors and no choice, or where they cannot
+/// stay or be pruned.
 pub(super) fn check(from: &Checkpoint, options: &PruneOptions<'_>) -> Result<()> {
     choice(from, options, false).map(drop)
 }
@@ -198,8 +199,8 @@ fn prune(
     })
 }
 
-/// Product of the norms of every unit's gate row, up row and down column: what it gives is proportional to each of them, apart
-/// from the bend of the activation.
+/// Product of the norms of every unit's gate row, up row and down column: what it gives is proportional to each of
+/// them, apart from the bend of the activation.
 fn magnitude(gate: &RawMatrix<'_>, up: &RawMatrix<'_>, down: &RawMatrix<'_>) -> Vec<f32> {
     let norm = |values: &mut dyn Iterator<Item = f32>| {
         values.map(|value| f64::from(value) * f64::from(value)).sum::<f64>().sqrt()

@@ -22,11 +22,11 @@ use crate::{Error, Result};
 /// How an [`EngineProbe`] works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProbeOptions {
-    /// Tokens of the full model's distribution that are kept per position; the others count as one, which makes divergences
-    /// lower bounds and overlaps upper bounds. By default the whole vocabulary; RCO keeps 20.
+    /// Tokens of the full model's distribution that are kept per position; the others count as one, which makes
+    /// divergences lower bounds and overlaps upper bounds. By default the whole vocabulary; RCO keeps 20.
     pub top: usize,
-    /// Waves of one batch of [`ModelProbe::gain_gradient`]; by default all. Batch `i` takes the `i`-th so many, around and
-    /// around.
+    /// Waves of one batch of [`ModelProbe::gain_gradient`]; by default all. Batch `i` takes the `i`-th so many, around
+    /// and around.
     pub batch_waves: usize,
 }
 
@@ -38,9 +38,9 @@ impl Default for ProbeOptions {
 
 /// Answers from a real model and some waves of data. Changes come as overlays, so that no checkpoint is written.
 ///
-/// A distortion costs a forward sweep of all waves, a gradient a forward and a backward sweep of a batch. The errors of a layer
-/// cost the way to that layer once, and its feed-forward half once per candidate; asking for layers in ascending order goes on from
-/// layer to layer until something is settled, which starts the way anew.
+/// A distortion costs a forward sweep of all waves, a gradient a forward and a backward sweep of a batch. The errors of
+/// a layer cost the way to that layer once, and its feed-forward half once per candidate; asking for layers in
+/// ascending order goes on from layer to layer until something is settled, which starts the way anew.
 pub struct EngineProbe<'e> {
     engine: &'e Engine<'e>,
     waves: Vec<Wave>,
@@ -66,8 +66,8 @@ impl<'e> EngineProbe<'e> {
     /// ([`TeacherLogits::bytes`]).
     ///
     /// # Errors
-    /// [`Error::InvalidParameter`] if nothing is predicted, if a batch has no waves, or for a model that is seen through
-    /// overlays already; those of the engine.
+    /// [`Error::InvalidParameter`] if nothing is predicted, if a batch has no waves, or for a model that is seen
+    /// through overlays already; those of the engine.
     pub fn new(engine: &'e Engine<'e>, waves: Vec<Wave>, options: ProbeOptions) -> Result<Self> {
         let invalid = |field, found: &str, expected: &str| {
             Err(Error::InvalidParameter { field, found: found.into(), expected: expected.into() })

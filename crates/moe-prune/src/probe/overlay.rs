@@ -9,9 +9,9 @@ use moe_core::{ExpertOverlay, KeepUnits, Model, RoutingOverlay};
 use crate::plan::LayerKept;
 use crate::{PrunePlan, Result};
 
-/// Shows a model with only this kept: dropped units are gone, removed experts cannot be routed to, experts without units give nothing. For
-/// searches, which try one candidate after the other on a model that stays open; it evaluates as [`PrunePlan::on`] does, up to the
-/// rounding of other matrix kernels.
+/// Shows a model with only this kept: dropped units are gone, removed experts cannot be routed to, experts without
+/// units give nothing. For searches, which try one candidate after the other on a model that stays open; it evaluates
+/// as [`PrunePlan::on`] does, up to the rounding of other matrix kernels.
 ///
 /// ```no_run
 /// use moe_core::{Model, device::device};
@@ -34,8 +34,8 @@ impl PlanOverlay {
         Self::of_layers(&plan.kept, plan.shape.top_k)
     }
 
-    /// The overlay that keeps this of the MoE layers it names, and all of the others, of a model that selects `top_k` experts per
-    /// token: fewer in all layers if one has fewer left, as the config of the pruned model says.
+    /// The overlay that keeps this of the MoE layers it names, and all of the others, of a model that selects `top_k`
+    /// experts per token: fewer in all layers if one has fewer left, as the config of the pruned model says.
     pub fn of_layers(kept: &[LayerKept], top_k: usize) -> Self {
         let mut units = KeepUnits::new();
         for layer in kept {

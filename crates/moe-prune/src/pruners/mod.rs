@@ -47,12 +47,12 @@ impl<'a> PruneRequest<'a> {
         Self { scores, shape, budget, protect, gone: None }
     }
 
-    /// The allocation that keeps this, all MoE layers in order, for an allocator or pruner with this recipe. What it drops is
-    /// counted, its distortion predicted as the sum of the scores that go, if those add up.
+    /// The allocation that keeps this, all MoE layers in order, for an allocator or pruner with this recipe. What it
+    /// drops is counted, its distortion predicted as the sum of the scores that go, if those add up.
     ///
     /// # Errors
-    /// [`Error::InvalidPlan`] for layers, experts or units that the model does not have, for protected units that would go,
-    /// and for units that an earlier round dropped.
+    /// [`Error::InvalidPlan`] for layers, experts or units that the model does not have, for protected units that would
+    /// go, and for units that an earlier round dropped.
     pub fn allocation(&self, allocator: Value, kept: Vec<LayerKept>) -> Result<Allocation> {
         let (shape, scores) = (self.shape, self.scores);
         scores.validate_for(shape)?;

@@ -11,8 +11,8 @@ use crate::recipe::tagged;
 use crate::{Allocation, Needs, Result};
 
 /// Experts that lose all their units but keep their row of the router, as in MoNE (arXiv 2507.00390): a token that is
-/// routed to such a *novice* gets a constant instead. The plan says which; the constant (the expert's mean output over its
-/// tokens) is a bias that a repair adds, and without it a novice gives nothing.
+/// routed to such a *novice* gets a constant instead. The plan says which; the constant (the expert's mean output over
+/// its tokens) is a bias that a repair adds, and without it a novice gives nothing.
 ///
 /// The router is kept in full, so that a layer may have nothing but novices, and groups do not matter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -20,8 +20,8 @@ use crate::{Allocation, Needs, Result};
 pub struct NovicePruner {
     /// How the budget is distributed: over layers, or over the model, as the source offers both.
     pub allocator: AllocatorConfig,
-    /// As the released code compares: an expert must score strictly more than the best one that goes, so that all that tie
-    /// with it go as well, and the budget may be missed on the small side.
+    /// As the released code compares: an expert must score strictly more than the best one that goes, so that all that
+    /// tie with it go as well, and the budget may be missed on the small side.
     pub strict: bool,
 }
 

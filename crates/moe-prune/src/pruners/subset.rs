@@ -15,8 +15,8 @@ use crate::probe::ModelProbe;
 use crate::recipe::tagged;
 use crate::{Allocation, Error, Needs, Questions, Result};
 
-/// NAEE (arXiv 2402.14800): of every layer, the subset of experts whose removal (logits at minus infinity, renormalized as the
-/// model does) moves the layer's output least in Frobenius norm over the calibration batches. Needs a probe.
+/// NAEE (arXiv 2402.14800): of every layer, the subset of experts whose removal (logits at minus infinity, renormalized
+/// as the model does) moves the layer's output least in Frobenius norm over the calibration batches. Needs a probe.
 ///
 /// How many go is the allocator's decision, from scores; the source takes the same number in every layer. Up to
 /// [`SubsetPruner::limit`] subsets are tried exhaustively; beyond that, the one of the lowest scores and random ones.

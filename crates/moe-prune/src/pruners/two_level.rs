@@ -11,8 +11,8 @@ use crate::probe::ModelProbe;
 use crate::recipe::{reducing, tagged};
 use crate::{Allocation, Budget, Error, Needs, Result, Scope};
 
-/// Drops whole experts up to a part of the budget, then units of the experts that are left until the budget is met, as in
-/// the order that STUN (arXiv 2409.06211) found best: structure first, then what is finer.
+/// Drops whole experts up to a part of the budget, then units of the experts that are left until the budget is met, as
+/// in the order that STUN (arXiv 2409.06211) found best: structure first, then what is finer.
 ///
 /// Takes unit scores. Experts are scored by a reduction of those of their units.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -9,14 +9,16 @@ use serde_json::{Value, json};
 
 use crate::{Edits, Error, PrunePlan, Result};
 
-/// A file of edits per finished layer, in a directory named by all that they follow from. Nothing is kept without a store.
+/// A file of edits per finished layer, in a directory named by all that they follow from. Nothing is kept without a
+/// store.
 pub(super) struct FinishedLayers {
     dir: Option<PathBuf>,
     plan: PrunePlan,
 }
 
 impl FinishedLayers {
-    /// Of a refit with this recipe, whose edits fit `plan`, on these waves. `models` are the fingerprints of the models that run.
+    /// Of a refit with this recipe, whose edits fit `plan`, on these waves. `models` are the fingerprints of the models
+    /// that run.
     ///
     /// # Errors
     /// [`Error::Io`].

@@ -33,14 +33,15 @@ pub enum Target {
 
 /// Refits the down matrices of a changed model so that each of its layers gives what the full model's gives:
 ///
-/// minimize over all `W'_e` of a layer together: `sum_t s_t^2 |y_t - sum_e g'_te W'_e u_te|^2 + sum_e lambda_e |W'_e - W_e|^2`, where y is
-/// the [`Target`] less everything but the routed experts, u and g' are the changed model's own, and s is the token's [weight](TokenWeight). Changed routing and removed experts
-/// are compensated by the experts that are left. By block-coordinate descent on the residual, expert after expert, from the matrices as they
-/// are; layer after layer, each on the streams that the refitted layers before it give.
+/// minimize over all `W'_e` of a layer together: `sum_t s_t^2 |y_t - sum_e g'_te W'_e u_te|^2 + sum_e lambda_e |W'_e -
+/// W_e|^2`, where y is the [`Target`] less everything but the routed experts, u and g' are the changed model's own, and
+/// s is the token's [weight](TokenWeight). Changed routing and removed experts are compensated by the experts that are
+/// left. By block-coordinate descent on the residual, expert after expert, from the matrices as they are; layer after
+/// layer, each on the streams that the refitted layers before it give.
 ///
-/// Works after any pruner: the changed model is a view through overlays or a checkpoint of its own. Memory for one layer, T tokens in all,
-/// k experts of K units per token: `4 T (k K + H)` bytes, and `8 E K K` of factors, besides the streams of both models, `8 T H` each, which go
-/// to a file where their `max_memory` is short.
+/// Works after any pruner: the changed model is a view through overlays or a checkpoint of its own. Memory for one
+/// layer, T tokens in all, k experts of K units per token: `4 T (k K + H)` bytes, and `8 E K K` of factors, besides the
+/// streams of both models, `8 T H` each, which go to a file where their `max_memory` is short.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LayerRefit {
@@ -98,8 +99,8 @@ impl LayerRefit {
         self.fit_in(teacher, student, waves, None, on_layer)
     }
 
-    /// As [`fit`](Self::fit), with finished layers kept in `store`. Overlays have no name by which a store could know them again:
-    /// models under some keep nothing.
+    /// As [`fit`](Self::fit), with finished layers kept in `store`. Overlays have no name by which a store could know
+    /// them again: models under some keep nothing.
     fn fit_in(
         &self,
         teacher: &Model,
@@ -406,7 +407,8 @@ mod tests {
         Expert { expert: index, rows, units, down: values(hidden * width, 20 + index), width }
     }
 
-    /// Two experts that share tokens find the matrices that made the residual, and stay where there is nothing to make good.
+    /// Two experts that share tokens find the matrices that made the residual, and stay where there is nothing to make
+    /// good.
     #[test]
     fn descent_finds_what_was_taken_away() {
         let (tokens, hidden) = (200u32, 4);

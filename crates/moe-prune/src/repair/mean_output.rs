@@ -21,19 +21,19 @@ const UNITS: StatisticId = StatisticId::new("mean_output.units");
 /// Sum of the weights.
 const WEIGHT: StatisticId = StatisticId::new("mean_output.weight");
 
-/// Gives each expert a down bias: the mean over its routed tokens of what its dropped units gave, `W_D mean_t(u_D,t)`, added to the bias it
-/// has. An expert of which no unit stays becomes a constant vector, the *novice* of MoNE (arXiv 2507.00390). Removed experts get none: the
-/// router never picks them.
+/// Gives each expert a down bias: the mean over its routed tokens of what its dropped units gave, `W_D mean_t(u_D,t)`,
+/// added to the bias it has. An expert of which no unit stays becomes a constant vector, the *novice* of MoNE (arXiv
+/// 2507.00390). Removed experts get none: the router never picks them.
 ///
-/// An expert without tokens stays as it is. Biases need a format that has them: a ragged export, or gpt-oss. What is seen of the model does
-/// not depend on the plan: it is a [`Calibration`], which can be kept, gone on with and shared out
-/// ([`MeanOutput::collector`], [`MeanOutput::edits`]), and serves plans of any ratio. Memory: 8 bytes per unit of the model, and
-/// `4 T k I` for the units of a wave of T tokens with k experts of I units each.
+/// An expert without tokens stays as it is. Biases need a format that has them: a ragged export, or gpt-oss. What is
+/// seen of the model does not depend on the plan: it is a [`Calibration`], which can be kept, gone on with and shared
+/// out ([`MeanOutput::collector`], [`MeanOutput::edits`]), and serves plans of any ratio. Memory: 8 bytes per unit of
+/// the model, and `4 T k I` for the units of a wave of T tokens with k experts of I units each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MeanOutput {
-    /// Weigh each token by the square of its routing weight, which makes the bias the best constant for the layer's output, instead of
-    /// equally as MoNE does.
+    /// Weigh each token by the square of its routing weight, which makes the bias the best constant for the layer's
+    /// output, instead of equally as MoNE does.
     pub by_routing_weight: bool,
     /// How much each token counts, besides. MoNE counts them equally.
     pub tokens: TokenWeight,
@@ -43,8 +43,8 @@ impl MeanOutput {
     /// Runs the full model on `waves` and gives the biases.
     ///
     /// # Errors
-    /// [`Error::OtherModel`](crate::Error::OtherModel) and [`Error::InvalidPlan`](crate::Error::InvalidPlan) before anything is run; then
-    /// those of [`Calibration::run`].
+    /// [`Error::OtherModel`](crate::Error::OtherModel) and [`Error::InvalidPlan`](crate::Error::InvalidPlan) before
+    /// anything is run; then those of [`Calibration::run`].
     pub fn fit(&self, model: &Model, plan: &PrunePlan, waves: &[Wave], on_progress: OnProgress<'_>) -> Result<Edits> {
         self.repair(&RepairRequest::new(model, plan, waves), on_progress)
     }
@@ -66,8 +66,8 @@ impl MeanOutput {
     /// The biases for a plan, from what [`MeanOutput::collector`] has seen.
     ///
     /// # Errors
-    /// [`Error::OtherModel`](crate::Error::OtherModel) and [`Error::InvalidPlan`](crate::Error::InvalidPlan); statistics of something else;
-    /// weights that cannot be read.
+    /// [`Error::OtherModel`](crate::Error::OtherModel) and [`Error::InvalidPlan`](crate::Error::InvalidPlan);
+    /// statistics of something else; weights that cannot be read.
     pub fn edits(&self, statistics: &Statistics, checkpoint: &Checkpoint, plan: &PrunePlan) -> Result<Edits> {
         check_plan(plan, checkpoint)?;
         let places: Vec<(usize, usize)> = plan

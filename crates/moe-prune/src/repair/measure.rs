@@ -13,12 +13,13 @@ use crate::Result;
 pub struct LayerError {
     /// Decoder layer index.
     pub layer: usize,
-    /// `sum_t |y'_t - y_t|^2 / sum_t |y_t|^2`, with y what the full model's feed-forward half adds to the residual stream and y' what the
-    /// changed model's adds to the same stream.
+    /// `sum_t |y'_t - y_t|^2 / sum_t |y_t|^2`, with y what the full model's feed-forward half adds to the residual
+    /// stream and y' what the changed model's adds to the same stream.
     pub error: f64,
 }
 
-/// Errors of the layers of `student`, each on the residual stream that `teacher` has there, so that errors of earlier layers do not count.
+/// Errors of the layers of `student`, each on the residual stream that `teacher` has there, so that errors of earlier
+/// layers do not count.
 ///
 /// # Errors
 /// Those of [`Engine::run_layerwise`].

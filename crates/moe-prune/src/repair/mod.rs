@@ -9,17 +9,18 @@
 //! | [`LayerRefit`] | kept down columns of a layer together, layer after layer | two forward sweeps side by side |
 //! | [`RouterDistillation`] | router rows, by gradient descent on the divergence from the full model | some epochs of forward and backward sweeps |
 //!
-//! What [`MeanOutput`] sees of the full model is a [`Calibration`](moe_importance::Calibration): kept wave by wave, gone on with, shared
-//! out. The refits go through the model layer by layer, all waves at once: [`LayerRefit`] since each layer has to see the layers before
-//! it as they were refitted; [`Refit`], whose layers do not depend on each other, since its Gram matrices of a whole model are too
-//! much to keep wave by wave (10 GB for each wave of Qwen1.5-MoE at a tenth of its units, where one layer takes 0.9 GB in memory).
-//! With a [store](RepairRequest::store), what a refit has done of a layer is kept, and a run that was stopped does not do it again.
-//! [`RouterDistillation`] is a training.
+//! What [`MeanOutput`] sees of the full model is a [`Calibration`](moe_importance::Calibration): kept wave by wave,
+//! gone on with, shared out. The refits go through the model layer by layer, all waves at once: [`LayerRefit`] since
+//! each layer has to see the layers before it as they were refitted; [`Refit`], whose layers do not depend on each
+//! other, since its Gram matrices of a whole model are too much to keep wave by wave (10 GB for each wave of
+//! Qwen1.5-MoE at a tenth of its units, where one layer takes 0.9 GB in memory). With a [store](RepairRequest::store),
+//! what a refit has done of a layer is kept, and a run that was stopped does not do it again. [`RouterDistillation`] is
+//! a training.
 //!
 //! All of them are deterministic. [`layer_errors`] measures what they achieve in each layer,
 //! [`moe_core::evaluate::divergence`] at the end of the model. [`PrunePlan::on`](crate::PrunePlan::on) gives the
-//! model that a plan and edits make, to be run without writing it; edits of that model, in its own indices, are brought to those of the
-//! plan by [`Edits::of_plan`](crate::Edits::of_plan).
+//! model that a plan and edits make, to be run without writing it; edits of that model, in its own indices, are brought
+//! to those of the plan by [`Edits::of_plan`](crate::Edits::of_plan).
 
 mod finished_layers;
 mod layer_refit;
@@ -48,7 +49,8 @@ pub use tokens::TokenWeight;
 
 use crate::{Edits, Error, PrunePlan, Result};
 
-/// Told how far a repair is: parts done, and parts in all. Refits count MoE layers, what is a calibration tokens, trainings steps.
+/// Told how far a repair is: parts done, and parts in all. Refits count MoE layers, what is a calibration tokens,
+/// trainings steps.
 pub type OnProgress<'a> = &'a mut dyn FnMut(usize, usize);
 
 /// What a repair works on.
@@ -125,8 +127,9 @@ pub struct RepairNeeds {
 ///                 let factor = weights.width as f32 / units.len() as f32;
 ///                 // [H, kept units]
 ///                 let rows = weights.down.chunks_exact(weights.width);
-///                 let down = rows.flat_map(|row| units.iter().map(move |unit| factor * row[*unit as usize])).collect();
-///                 edits.set_expert(kept.layer, expert, ExpertEdit { down: Some(down), down_bias: None });
+///                 let down = rows.flat_map(|row| units.iter().map(move |unit| factor * row[*unit as
+///                 usize])).collect(); edits.set_expert(kept.layer, expert, ExpertEdit { down: Some(down), down_bias:
+///                 None });
 ///             }
 ///         }
 ///         Ok(edits)
@@ -146,9 +149,9 @@ pub trait Repair {
     /// Parameters out of range and a plan of another model, before anything is run; then whatever stops the run.
     fn repair(&self, request: &RepairRequest<'_>, on_progress: OnProgress<'_>) -> Result<Edits>;
 
-    /// Checks what models and data show before anything is run: that experts have [weights of their own](RepairNeeds::own_weights)
-    /// where they must, and that the sweeps fit into the memory of the models. Neither the plan nor the values of weights need be
-    /// known yet.
+    /// Checks what models and data show before anything is run: that experts have [weights of their
+    /// own](RepairNeeds::own_weights) where they must, and that the sweeps fit into the memory of the models. Neither
+    /// the plan nor the values of weights need be known yet.
     ///
     /// # Errors
     /// [`Error::InvalidParameter`], and [`Error::Model`] for too little memory.

@@ -19,19 +19,21 @@ use super::{OnProgress, Repair, RepairNeeds, RepairRequest, TokenWeight, check_p
 use crate::plan::LayerKept;
 use crate::{Edits, ExpertEdit, PlanOverlay, PrunePlan, Result};
 
-/// Refits the kept down columns of each expert so that they give what all its columns gave, in the least squares over the tokens that the
-/// full model routes to it:
+/// Refits the kept down columns of each expert so that they give what all its columns gave, in the least squares over
+/// the tokens that the full model routes to it:
 ///
-/// minimize over W': `sum_t s_t^2 |g_t W u_t - g'_t W' u_K,t|^2 + lambda |W' - W_K|^2`, so `W' (A + lambda I) = C + lambda W_K` with
-/// `A = sum s^2 g'^2 u_K u_K^T` and `C = W sum s^2 g g' u u_K^T`; s is the token's [weight](TokenWeight).
+/// minimize over W': `sum_t s_t^2 |g_t W u_t - g'_t W' u_K,t|^2 + lambda |W' - W_K|^2`, so `W' (A + lambda I) = C +
+/// lambda W_K` with `A = sum s^2 g'^2 u_K u_K^T` and `C = W sum s^2 g g' u u_K^T`; s is the token's
+/// [weight](TokenWeight).
 ///
-/// `u` are the unit activations, `u_K` the kept ones, `g` the routing weight in the full model and `g'` that of the plan, which differ where
-/// it removes experts. Tokens that come to an expert only because others were removed do not count: it never gave them anything to
-/// imitate. After MergeMoE's fit of merged experts (arXiv 2510.14436), here for dropped units.
+/// `u` are the unit activations, `u_K` the kept ones, `g` the routing weight in the full model and `g'` that of the
+/// plan, which differ where it removes experts. Tokens that come to an expert only because others were removed do not
+/// count: it never gave them anything to imitate. After MergeMoE's fit of merged experts (arXiv 2510.14436), here for
+/// dropped units.
 ///
-/// An expert that loses no units and whose routing is unchanged stays as it is, and so does one without tokens. One layer is done at a
-/// time, in memory `8 E I K` bytes for E experts of I units of which K stay, `8 E K K` more where experts were removed, and
-/// `4 T k I` for the units of a wave of T tokens with k experts each.
+/// An expert that loses no units and whose routing is unchanged stays as it is, and so does one without tokens. One
+/// layer is done at a time, in memory `8 E I K` bytes for E experts of I units of which K stay, `8 E K K` more where
+/// experts were removed, and `4 T k I` for the units of a wave of T tokens with k experts each.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Refit {

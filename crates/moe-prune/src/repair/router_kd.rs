@@ -19,11 +19,12 @@ use serde_json::{Value, json};
 use super::{OnProgress, Repair, RepairNeeds, RepairRequest, edits_by};
 use crate::{Edits, Error, Result};
 
-/// Trains the router weights of a changed model, and nothing else, on the divergence of its next-token distribution from the full model's
-/// (Router KD, arXiv 2603.02217): after pruning, the experts have changed, and the router does not know.
+/// Trains the router weights of a changed model, and nothing else, on the divergence of its next-token distribution
+/// from the full model's (Router KD, arXiv 2603.02217): after pruning, the experts have changed, and the router does
+/// not know.
 ///
-/// The full model's most likely tokens are recorded once ([`TeacherLogits`], which says what memory they take); every step is a forward and a
-/// backward sweep of the changed model. Biases of routers stay as they are.
+/// The full model's most likely tokens are recorded once ([`TeacherLogits`], which says what memory they take); every
+/// step is a forward and a backward sweep of the changed model. Biases of routers stay as they are.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RouterDistillation {
@@ -50,8 +51,8 @@ pub struct RouterDistilled {
 }
 
 impl RouterDistillation {
-    /// Trains the routers of `student` on `waves` and keeps those with the smallest divergence on `evaluation`; on `waves` themselves if that is
-    /// empty. The ids of all waves must differ.
+    /// Trains the routers of `student` on `waves` and keeps those with the smallest divergence on `evaluation`; on
+    /// `waves` themselves if that is empty. The ids of all waves must differ.
     ///
     /// # Errors
     /// [`Error::InvalidParameter`] for no tokens to keep; those of [`train`] and of the sweeps.

@@ -13,7 +13,7 @@ impl Report {
     /// # Errors
     /// Those of drawing.
     pub fn groups(&mut self, plan: &MergePlan) -> Result<()> {
-        self.section(&format!("Groups of experts by `{}`", plan.recipe.name));
+        self.section(&format!("Groups of experts by {}", plan.recipe.name));
         let experts = |layer: usize| {
             let shape = plan.shape.layers.iter().find(|shape| shape.layer == layer);
             shape.map_or(0, |shape| shape.num_experts())

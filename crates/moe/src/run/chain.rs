@@ -45,7 +45,8 @@ impl Chain {
     /// After a pruning.
     ///
     /// # Errors
-    /// Whatever the pruner or the form refuses whatever the scores are: a budget that cannot be met, widths that a form has no place for.
+    /// Whatever the pruner or the form refuses whatever the scores are: a budget that cannot be met, widths that a form
+    /// has no place for.
     pub fn prune(&mut self, step: &Prune, scored: &[Scored]) -> Result<()> {
         let model = self.stand_in(step, scored)?;
         self.base = Some(std::mem::replace(&mut self.model, model));

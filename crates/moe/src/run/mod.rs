@@ -1,5 +1,5 @@
-//! Carrying out a recipe: checked wholly first, then step by step, every step's artifact kept and reused while nothing it follows
-//! from has changed.
+//! Carrying out a recipe: checked wholly first, then step by step, every step's artifact kept and reused while nothing
+//! it follows from has changed.
 
 mod artifacts;
 mod calibration;
@@ -35,7 +35,8 @@ use artifacts::Artifacts;
 /// How a recipe is run.
 #[derive(Clone, Copy, Debug)]
 pub struct RunOptions {
-    /// Go on in the output directory of an earlier run, of this or another version of the recipe; what has not changed is reused.
+    /// Go on in the output directory of an earlier run, of this or another version of the recipe; what has not changed
+    /// is reused.
     pub resume: bool,
     /// Replace models that earlier runs wrote.
     pub force: bool,
@@ -75,7 +76,8 @@ pub struct StepReport {
     pub parameters: u64,
     /// Bytes of the model after it.
     pub bytes: u64,
-    /// Memory that it is expected to take, in bytes, where the recipe is only checked. Then seconds, parameters and bytes are estimates, too.
+    /// Memory that it is expected to take, in bytes, where the recipe is only checked. Then seconds, parameters and
+    /// bytes are estimates, too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<u64>,
 }
@@ -193,11 +195,12 @@ impl Run<'_> {
     }
 }
 
-/// Carries out a recipe. Everything that the config, the files and the recipe show to be wrong is an error before the first step.
+/// Carries out a recipe. Everything that the config, the files and the recipe show to be wrong is an error before the
+/// first step.
 ///
 /// # Errors
-/// What is wrong, then whatever stops a step; artifacts of finished steps stay, and a later run with [`RunOptions::resume`] goes on
-/// from them.
+/// What is wrong, then whatever stops a step; artifacts of finished steps stay, and a later run with
+/// [`RunOptions::resume`] goes on from them.
 pub fn run(recipe: &Recipe, options: RunOptions) -> Result<RunReport> {
     let mut run = check::checked(recipe, options)?;
     let mut steps = Vec::with_capacity(recipe.steps.len());
