@@ -463,7 +463,7 @@ pub enum Mixer {
 /// A state space layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Mamba {
-    /// Heads.
+    /// Number of heads.
     pub heads: usize,
     /// Width of a head.
     pub head_dim: usize,

@@ -21,7 +21,7 @@ pub const CHUNK: usize = 64;
 /// Heads of a state space layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SsdShape {
-    /// Heads.
+    /// Number of heads.
     pub heads: usize,
     /// Width of a head, P.
     pub head_dim: usize,

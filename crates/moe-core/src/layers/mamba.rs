@@ -45,7 +45,7 @@ pub struct MambaLayer {
     pub eps: f32,
     /// Output projection `[H, heads * P]`.
     pub output: Linear,
-    /// Heads.
+    /// Numbers and widths of the heads.
     pub shape: SsdShape,
     /// Factor on the output before it is added to the input.
     pub residual: f32,
