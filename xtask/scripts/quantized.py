@@ -1,7 +1,7 @@
 """Loads quantized checkpoints in stock transformers and leaves what they compute.
 
-    cargo build --release -p moe-checkpoint --example quantize
-    python xtask/scripts/quantized.py target/release/examples/quantize out/quantized [--golden FILE]
+    cargo build --release -p moe-checkpoint --example quantized_exports
+    python xtask/scripts/quantized.py target/release/examples/quantized_exports out/quantized [--golden FILE]
 
 For the bundled model and the MXFP4 fixture, every format that is written loads in transformers (with compressed-tensors where the format is
 one of its own) with no weight missing, unexpected or of another shape, dequantized to BF16, and runs in float32. --golden writes `NAME/FORMAT`, the logits

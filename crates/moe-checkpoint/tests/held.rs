@@ -93,7 +93,7 @@ fn a_wrapper_around_a_known_text_model_opens() {
 #[test]
 fn a_nested_config_with_experts_is_never_called_dense() {
     for config in [
-        json!({"model_type": "llama4", "text_config": {"model_type": "llama4_text", "num_local_experts": 16}}),
+        json!({"model_type": "future_llama", "text_config": {"model_type": "future_llama_text", "num_local_experts": 16}}),
         json!({"model_type": "some_omni", "thinker_config": {"text_config": {"model_type": "other_moe_text"}}}),
         json!({"model_type": "future_vl_moe", "text_config": {"model_type": "future_vl_moe_text"}}),
     ] {

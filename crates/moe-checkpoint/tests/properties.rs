@@ -122,6 +122,8 @@ fn subjects() -> &'static [Subject] {
                      tf5/moonlight tf5/olmoe tf5/phimoe_longrope tf5/qwen2_moe_mixed tf5/qwen3_moe_gelu \
                      tf5/dots1 tf5/exaone_moe tf5/glm4_moe_lite_group tf5/glm4v_moe_full tf5/hy_v3 tf5/kimi_k25_full tf5/minimax_m2 tf5/qwen3_next_mixed tf5/deepseek_v32 \
                      tf5/glm_moe_dsa tf5/mistral4 tf5/lfm2_moe \
+                     tf5/afmoe tf5/flex_olmo tf5/gemma4_full tf5/granitemoehybrid tf5/granitemoeshared \
+                     tf5/hunyuan_v1_moe tf5/llama4_full tf5/nemotron_h tf5/sarvam_moe \
                      tf5/qwen3_omni_moe_thinker tf5/qwen3_vl_moe_full ../unrun/kimi_linear ../unrun/qwen3_5_moe \
                      ../unrun/qwen3_5_moe_text";
         let load = |name: &str| Model::load(&fixture(name));
@@ -408,6 +410,7 @@ fn unmutated_models_of_every_family_and_layout_are_exercised_wholly() {
     let expected = [
         (ExpertLayout::PerExpert, ExpertBiases::None, false),
         (ExpertLayout::PerExpert, ExpertBiases::None, true),
+        (ExpertLayout::Gateless, ExpertBiases::None, false),
         (ExpertLayout::Fused, ExpertBiases::None, false),
         (ExpertLayout::Transposed, ExpertBiases::None, false),
         (ExpertLayout::Interleaved, ExpertBiases::All, false),

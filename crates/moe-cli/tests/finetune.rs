@@ -152,7 +152,7 @@ fn training_options_are_flags_and_a_method_may_be_json() {
         "--data",
         &two,
         "--recipe",
-        r#"{"type": "lora", "r": 4}"#,
+        r#"{"type": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]}"#,
         "--epochs",
         "1",
         "--learning-rate",

@@ -1,5 +1,6 @@
 //! Pruning quantized checkpoints: they stay quantized, and what is kept keeps its codes.
 
+#[allow(dead_code)]
 mod common;
 
 use std::path::{Path, PathBuf};

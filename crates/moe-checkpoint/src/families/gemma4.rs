@@ -95,7 +95,7 @@ impl Family for Gemma4 {
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
         let config = Fields::new(config, CONFIG)?;
         if !config.bool("enable_moe_block")?.unwrap_or(false) {
-            let reason = "`enable_moe_block` is not true: this is a dense Gemma 4".to_string();
+            let reason = "field `enable_moe_block` is missing or false: this is a dense Gemma 4".to_string();
             return Err(crate::Error::NotMoe { file: CONFIG.to_string(), reason });
         }
         for (key, what) in [

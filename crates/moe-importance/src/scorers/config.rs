@@ -23,13 +23,14 @@ macro_rules! scorers {
         /// use moe_checkpoint::{Granularity, Reduction};
         /// use moe_importance::{Scorer, ScorerConfig};
         ///
-        /// // Experts by the sum of the Fisher importance of their units, and units by the REAP score of their expert,
-        /// those of one // expert by HEAPr's score.
+        /// // Experts by the sum of the Fisher importance of their units.
         /// let fisher: ScorerConfig = serde_json::from_str(r#"{"type": "fisher"}"#)?;
         /// assert_eq!(fisher.into_experts(Reduction::Sum)?.build()?.needs().granularity, Granularity::Expert);
         ///
-        /// let json = r#"{"type": "units", "of": {"type": "reap", "gate": "renormalized"}, "tie_breaker": {"type":
-        /// "heapr"}}"#; let units: ScorerConfig = serde_json::from_str(json)?;
+        /// // Units by the REAP score of their expert, and those of one expert by HEAPr's score.
+        /// let units: ScorerConfig = serde_json::from_str(
+        ///     r#"{"type": "units", "of": {"type": "reap", "gate": "renormalized"}, "tie_breaker": {"type": "heapr"}}"#,
+        /// )?;
         /// assert_eq!(units.build()?.needs().granularity, Granularity::Unit);
         /// # Ok::<(), Box<dyn std::error::Error>>(())
         /// ```

@@ -147,14 +147,14 @@ fn parameter_maps(maps: &Maps<'_>, parameter: &str) -> Vec<(Map, Vec<String>)> {
     let mut found = Vec::new();
     for layer in 0..maps.checkpoint().config().layers.len() {
         let experts = maps.experts(layer);
-        if experts == 0 {
-            continue;
-        }
+        let Some(moe) = maps.checkpoint().config().moe(layer).filter(|_| experts > 0) else { continue };
         for naming in [Naming::Fused, Naming::PerExpert] {
             let base = maps.experts_path(layer, naming);
             for (part, name) in [(ExpertMap::GateUp, "gate_up_proj"), (ExpertMap::Down, "down_proj")] {
                 let path = format!("{base}.{name}");
-                if ends_with(&path, parameter) {
+                // Without a gate there is no matrix of gate and up.
+                let there = !moe.gateless || part == ExpertMap::Down;
+                if there && ends_with(&path, parameter) {
                     found.extend((0..experts).map(|expert| {
                         let map = Map::Expert { layer, expert, part };
                         (map, vec![format!("{base}.{expert}.{name}"), path.clone()])

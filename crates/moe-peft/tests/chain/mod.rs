@@ -112,7 +112,12 @@ pub fn learn_nothing(base: &Arc<Checkpoint>, dir: &Path, what: &str) {
     let wave = wave(model.config().vocab_size);
     let before = logits(&model, &wave);
 
-    let weights = experts().init(&Maps::new(base), None).unwrap();
+    let mut config = experts();
+    let gateless = |layer: &moe_checkpoint::MoeLayerShape| base.config().moe(layer.layer).is_some_and(|moe| moe.gateless);
+    if base.shape().layers.iter().all(gateless) {
+        config.target_parameters.retain(|name| !name.contains("gate"));
+    }
+    let weights = config.init(&Maps::new(base), None).unwrap();
     let (set, _) = install(&model, &weights);
     Folded::check(base, &set).unwrap();
     let zero = Folded::on(base, &set).unwrap();

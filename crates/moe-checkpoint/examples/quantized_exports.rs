@@ -1,4 +1,4 @@
-//! Quantizes a model: `cargo run --release -p moe-checkpoint --example quantize -- MODEL FORMAT OUT [linear]`.
+//! Quantizes a model: `cargo run --release -p moe-checkpoint --example quantized_exports -- MODEL FORMAT OUT [linear]`.
 
 use std::sync::Arc;
 
