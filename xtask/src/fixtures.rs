@@ -1,5 +1,5 @@
-//! Integrity of the committed fixtures: parity tests compare against numbers that nobody recomputes, so the files must be the ones that
-//! were made.
+//! Integrity of the committed fixtures: parity tests compare against numbers that nobody recomputes, so the files must
+//! be the ones that were made.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

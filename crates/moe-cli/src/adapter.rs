@@ -60,7 +60,8 @@ pub enum Verb {
         #[command(flatten)]
         output: Output,
     },
-    /// Write an adapter in another layout; what began as a part of the weights (PiSSA, OLoRA, CorDA) becomes a plain LoRA
+    /// Write an adapter in another layout; what began as a part of the weights (PiSSA, OLoRA, CorDA) becomes a plain
+    /// LoRA
     #[command(
         after_help = "Example: moe adapter convert --model models/OLMoE --adapter adapters/math --layout per-expert --one-alpha --out out/for-llama.cpp"
     )]

@@ -25,5 +25,6 @@ pub mod trace;
 
 pub(crate) use moe::{Error, Result, figures, format, progress, report, table};
 
-/// Directory of the bundled checkpoint, a Qwen2-MoE of 3.3 million parameters trained on three capabilities; `data` in it has their rows.
+/// Directory of the bundled checkpoint, a Qwen2-MoE of 3.3 million parameters trained on three capabilities; `data` in
+/// it has their rows.
 pub const TINY_MOE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/assets/tiny-moe");

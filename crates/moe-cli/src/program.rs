@@ -10,9 +10,11 @@ use crate::{
     score, trace,
 };
 
-/// Makes Mixture-of-Experts language models small and adaptable: importance of experts and units, pruning, merging, fine-tuning
+/// Makes Mixture-of-Experts language models small and adaptable: importance of experts and units, pruning, merging,
+/// fine-tuning
 ///
-/// Every verb reads Hugging Face checkpoints and writes what transformers, vLLM and llama.cpp load, unless a form says otherwise.
+/// Every verb reads Hugging Face checkpoints and writes what transformers, vLLM and llama.cpp load, unless a form says
+/// otherwise.
 #[derive(Parser)]
 #[command(name = "moe", version, after_help = cli::EXIT_CODES)]
 struct Program {

@@ -361,8 +361,8 @@ fn check(model: &Model, all: Arc<Everything>, names: impl Fn(&str) -> bool) -> u
                 start.iter().zip(&direction).map(|(v, d)| (f64::from(*v) + h * f64::from(*d)) as f32).collect();
             loss(&adapted, &wave)
         };
-        // steps that change the loss by so much, to both sides: a large one may change the choice of experts, and so may even a small one
-        // to one side, and a small one is lost in rounding
+        // steps that change the loss by so much, to both sides: a large one may change the choice of experts, and so
+        // may even a small one to one side, and a small one is lost in rounding
         let here = at(0.0);
         let quotients = [2e-2, 4e-3, 1e-3].map(|change| {
             let h = change / slope;
@@ -379,14 +379,16 @@ fn check(model: &Model, all: Arc<Everything>, names: impl Fn(&str) -> bool) -> u
 
 #[test]
 fn everything_that_is_trained_has_the_gradient_of_a_difference_quotient() {
-    // biases and a gated shared expert; latents, groups and a dense layer; norms of heads; gated DeltaNet in both forms of its files
+    // biases and a gated shared expert; latents, groups and a dense layer; norms of heads; gated DeltaNet in both forms
+    // of its files
     for name in ["qwen2_moe", "deepseek_v2", "qwen3_moe", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text"] {
         let model = Model::open(fixture(name), &Device::flex(), None).unwrap();
         let all = Arc::new(Everything::own(model.checkpoint()));
         let checked = check(&model, all.clone(), |_| true);
         assert!(checked * 10 > all.parameters.len() * 7, "{name}: {checked} of {}", all.parameters.len());
     }
-    // norms with biases; the gradient through its routers is an estimate, not a derivative, so only what no router reads
+    // norms with biases; the gradient through its routers is an estimate, not a derivative, so only what no router
+    // reads
     let model = Model::open(fixture("phimoe"), &Device::flex(), None).unwrap();
     let last = format!("of layer {}", model.config().layers.len() - 1);
     let above = |name: &str| name.contains("FinalNorm") || (name.contains("of expert") && name.contains(&last));

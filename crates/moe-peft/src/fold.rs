@@ -25,13 +25,13 @@ pub use crate::rewrite::Changes;
 /// Name of the method in the record of a model.
 pub const FOLD: &str = "fold";
 
-/// A model with the adapters of a set folded in: each `w` is the [matrix](LinearAdapter::matrix) that it is with its adapter, rounded to the
-/// dtype it is stored in.
+/// A model with the adapters of a set folded in: each `w` is the [matrix](LinearAdapter::matrix) that it is with its
+/// adapter, rounded to the dtype it is stored in.
 ///
 /// Everything reads the [model](Folded::model) as it reads a directory: the engine evaluates the very bytes that
-/// [`moe_checkpoint::write`] writes. Matrices are made one at a time when they are asked for; tensors that nothing changed are those of the
-/// base, byte for byte. A quantized base becomes plain floats. Experts that share a set of weights in a grouped checkpoint get sets of
-/// their own where they have adapters.
+/// [`moe_checkpoint::write`] writes. Matrices are made one at a time when they are asked for; tensors that nothing
+/// changed are those of the base, byte for byte. A quantized base becomes plain floats. Experts that share a set of
+/// weights in a grouped checkpoint get sets of their own where they have adapters.
 ///
 /// ```no_run
 /// use std::sync::Arc;
@@ -63,17 +63,19 @@ impl fmt::Debug for Folded {
 pub struct FoldCheck {
     /// Bytes of the weights that will be written.
     pub bytes: u64,
-    /// What somebody might not expect: weights that become plain floats, experts that get sets of their own, what no weight can hold.
+    /// What somebody might not expect: weights that become plain floats, experts that get sets of their own, what no
+    /// weight can hold.
     pub remarks: Vec<String>,
 }
 
 impl Folded {
-    /// Folds `set` into `base`. The values must be [settled](crate::Bank::settle), and stay so as long as the model is used.
+    /// Folds `set` into `base`. The values must be [settled](crate::Bank::settle), and stay so as long as the model is
+    /// used.
     ///
     /// # Errors
     /// Those of [`Folded::check`], and [`Error::Input`] for values that an optimizer has. Later, of reading the model:
-    /// [`moe_checkpoint::Error::Method`] for values that were handed to an optimizer in the meantime, and for numbers that are not finite or
-    /// too large for the dtype they are stored in, naming the tensor.
+    /// [`moe_checkpoint::Error::Method`] for values that were handed to an optimizer in the meantime, and for numbers
+    /// that are not finite or too large for the dtype they are stored in, naming the tensor.
     pub fn on(base: &Arc<Checkpoint>, set: &AdapterSet) -> Result<Self> {
         let plain = base.dequantized()?;
         foldable(&plain, set)?;
@@ -93,8 +95,9 @@ impl Folded {
     /// Whether a set can be folded into `base`, before it is trained: its values are not read.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for an adapter that depends on its input, for a block adapter, and for a head that is trained apart from the
-    /// embeddings it is tied to; [`Error::Input`] for adapters that do not fit the model; those of reading headers.
+    /// [`Error::Unsupported`] for an adapter that depends on its input, for a block adapter, and for a head that is
+    /// trained apart from the embeddings it is tied to; [`Error::Input`] for adapters that do not fit the model; those
+    /// of reading headers.
     pub fn check(base: &Arc<Checkpoint>, set: &AdapterSet) -> Result<FoldCheck> {
         let plain = base.dequantized()?;
         foldable(&plain, set)?;
@@ -137,8 +140,8 @@ impl Folded {
         }
     }
 
-    /// Which tensors have other values than those of the base, which maps are rounded to what they were, and what was left out. Makes all
-    /// new values to compare them.
+    /// Which tensors have other values than those of the base, which maps are rounded to what they were, and what was
+    /// left out. Makes all new values to compare them.
     ///
     /// # Errors
     /// Those of reading the model.

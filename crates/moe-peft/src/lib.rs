@@ -1,13 +1,17 @@
 //! Parameter-efficient fine-tuning of Mixture-of-Experts models.
 //!
-//! What is trained is either a part of the model's own weights or an adapter beside a frozen weight. Both reach every linear map of the
-//! model, routed experts included, through [`moe_core::adapters`], and are trained by [`moe_core::train`].
+//! What is trained is either a part of the model's own weights or an adapter beside a frozen weight. Both reach every
+//! linear map of the model, routed experts included, through [`moe_core::adapters`], and are trained by
+//! [`moe_core::train`].
 //!
-//! 1. A [`Recipe`] says what is trained and how: a [`MethodConfig`], losses on routers, training options. It is one JSON file.
-//! 2. Every method is a [`TuningMethod`]: it checks itself against a model, and puts adapters into an [`AdapterSet`], whose [`Bank`] has
-//!    the trained values. A method of one's own is one, too.
-//! 3. A [`TrainingRun`] trains a recipe phase by phase, saves states, resumes, and writes metrics. [`FineTune`] is the task that it runs.
-//! 4. [`Trained::save`] writes a checkpoint, an adapter, or both; [`open`](open()) tells what a directory holds and puts it onto a model again.
+//! 1. A [`Recipe`] says what is trained and how: a [`MethodConfig`], losses on routers, training options. It is one
+//!    JSON file.
+//! 2. Every method is a [`TuningMethod`]: it checks itself against a model, and puts adapters into an [`AdapterSet`],
+//!    whose [`Bank`] has the trained values. A method of one's own is one, too.
+//! 3. A [`TrainingRun`] trains a recipe phase by phase, saves states, resumes, and writes metrics. [`FineTune`] is the
+//!    task that it runs.
+//! 4. [`Trained::save`] writes a checkpoint, an adapter, or both; [`open`](open()) tells what a directory holds and
+//!    puts it onto a model again.
 //! 5. [`adapter_files`] has the jobs over adapters on disk: merging, combining, converting, looking at them.
 //!
 //! ```

@@ -13,7 +13,8 @@ use crate::{
 
 /// What is trained, and how.
 ///
-/// In JSON only `method` has to be there. What stands in `train` changes those fields alone: the others keep what the method is
+/// In JSON only `method` has to be there. What stands in `train` changes those fields alone: the others keep what the
+/// method is
 /// [trained with](MethodConfig::training).
 ///
 /// ```
@@ -81,12 +82,12 @@ impl Recipe {
         }
     }
 
-    /// A recipe from a file: a whole one, a [method](MethodConfig) alone, or the `adapter_config.json` of PEFT, whose names are those of
-    /// transformers 5.
+    /// A recipe from a file: a whole one, a [method](MethodConfig) alone, or the `adapter_config.json` of PEFT, whose
+    /// names are those of transformers 5.
     ///
     /// # Errors
-    /// [`Error::Io`] and [`Error::File`] for a file that cannot be read or is none of these; [`Error::Unsupported`] for options of PEFT that
-    /// a new adapter cannot be trained with.
+    /// [`Error::Io`] and [`Error::File`] for a file that cannot be read or is none of these; [`Error::Unsupported`] for
+    /// options of PEFT that a new adapter cannot be trained with.
     pub fn load(path: &Path) -> Result<Self> {
         let malformed =
             |error: String| crate::array_file::malformed(path, "contents", error, "a recipe of fine-tuning");
@@ -127,7 +128,8 @@ impl Recipe {
     }
 }
 
-/// Puts the fields of `changes` in place of those of `value`, objects within objects. An object of another `type` replaces the whole.
+/// Puts the fields of `changes` in place of those of `value`, objects within objects. An object of another `type`
+/// replaces the whole.
 fn merge(value: &mut Value, changes: Value) {
     match (value, changes) {
         (Value::Object(fields), Value::Object(changes)) => {

@@ -9,7 +9,8 @@ pub fn wrapped(text: &str, columns: usize) -> String {
     let mut in_code = false;
     while let Some(line) = waiting.pop() {
         let Some(comment) = Comment::of(&line) else {
-            in_code = false;
+            // An empty line of a comment ends no code.
+            in_code &= matches!(line.trim(), "///" | "//!");
             lines.push(line);
             continue;
         };
@@ -125,7 +126,7 @@ mod tests {
 
     #[test]
     fn code_tables_and_addresses_stay() {
-        let text = "/// ```\n/// let a = one(two, three, four);\n/// ```\n/// | one | two | three | four |\n// https://a.b/cccccccccccccccccccccc";
+        let text = "/// ```\n/// use a;\n///\n/// let a = one(two, three, four);\n/// ```\n/// | one | two | three | four |\n// https://a.b/cccccccccccccccccccccc";
         assert_eq!(wrapped(text, 20), text);
     }
 }

@@ -13,30 +13,31 @@ use crate::{Error, Result, TINY_MOE, cli};
 /// Where results go if nothing is said: replaced by the next run that says nothing.
 pub const DEFAULT_OUT: &str = "out/finetune_qwen";
 
-/// Fine-tunes a Mixture-of-Experts model, by any method or by several side by side, and measures what it learnt and what it
-/// forgot.
+/// Fine-tunes a Mixture-of-Experts model, by any method or by several side by side, and measures what it learnt and
+/// what it forgot.
 ///
-/// Without arguments it teaches a small bundled model division, which it has never seen, by several methods. With --model and
-/// --data it runs one method (--method or --recipe) on them and writes the result.
+/// Without arguments it teaches a small bundled model division, which it has never seen, by several methods. With
+/// --model and --data it runs one method (--method or --recipe) on them and writes the result.
 #[derive(Clone, Debug, clap::Parser)]
 #[command(name = "finetune_qwen")]
 pub struct Arguments {
     /// Hugging Face model directory [default: the bundled tiny-moe]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// Rows to train on: .jsonl with prompt and completion, text, messages or input_ids; or .txt; repeatable. Several are read one after
-    /// the other, or in shares by weights, as in a.jsonl=2
+    /// Rows to train on: .jsonl with prompt and completion, text, messages or input_ids; or .txt; repeatable. Several
+    /// are read one after the other, or in shares by weights, as in a.jsonl=2
     #[arg(long, value_name = "FILE[=WEIGHT]")]
     pub data: Vec<Source>,
     /// Rows to measure on, in a file named NAME_test.jsonl; repeatable
     #[arg(long, value_name = "FILE")]
     pub eval: Vec<PathBuf>,
-    /// A method by name, a list with commas, or a JSON file of a method, such as adapter_config.json of PEFT; `list` prints the names
+    /// A method by name, a list with commas, or a JSON file of a method, such as adapter_config.json of PEFT; `list`
+    /// prints the names
     /// [default without --model: several]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     pub method: Vec<String>,
-    /// A method with its options as JSON or a JSON file: {"type": "lora", "r": 8}, or {"method": …, "train": …}, as `recipe.json` of an
-    /// earlier run has it
+    /// A method with its options as JSON or a JSON file: {"type": "lora", "r": 8}, or {"method": …, "train": …}, as
+    /// `recipe.json` of an earlier run has it
     #[arg(long, value_name = "JSON|FILE", conflicts_with = "method", value_parser = Named::parse)]
     pub recipe: Option<Named>,
     /// First drop half of the units of the routed experts, then train what is left

@@ -46,7 +46,8 @@ pub struct Results {
     pub model: PathBuf,
     /// Training rows, tokens in them, and tokens that count in the loss.
     pub data: [u64; 3],
-    /// Rows that were left out since nothing of them counts in the loss within `--length`, and rows that lost their end there.
+    /// Rows that were left out since nothing of them counts in the loss within `--length`, and rows that lost their end
+    /// there.
     #[serde(default)]
     pub left_out: [u64; 2],
     /// The model before training; after pruning, if it was pruned first.
@@ -344,8 +345,8 @@ fn halving(job: &Job) -> PruneOptions<'static> {
     PruneOptions { mtp: job.arguments.mtp, ..PruneOptions::new(PruneForm::Uniform) }
 }
 
-/// The model with half of the units of its routed experts, those with the highest Fisher scores on the training rows, at one width for all
-/// experts: what a stock loader would get.
+/// The model with half of the units of its routed experts, those with the highest Fisher scores on the training rows,
+/// at one width for all experts: what a stock loader would get.
 fn halved(job: &Job) -> Result<Model> {
     let checkpoint = job.model.checkpoint();
     let dir = job.out.root().join("half");

@@ -1,12 +1,13 @@
 //! What is put in place of, or beside, the weights of a model, and what of it is trained.
 //!
-//! [`Adapters`] gives, for each [`Site`] of a model, a [`LinearAdapter`]: a low-rank addition, a mixture of them, a weight that is trained
-//! itself. Sweeps, generation and evaluation run through them alike. In the backward sweep, if an observer asks for
-//! [`Signals::parameters`](crate::trace::Signals::parameters), every adapter adds up the gradients of its own parameters; the base weights it
-//! stands beside stay frozen in their stored form. Base weights nobody adapts cost nothing more than in a plain sweep.
+//! [`Adapters`] gives, for each [`Site`] of a model, a [`LinearAdapter`]: a low-rank addition, a mixture of them, a
+//! weight that is trained itself. Sweeps, generation and evaluation run through them alike. In the backward sweep, if
+//! an observer asks for [`Signals::parameters`](crate::trace::Signals::parameters), every adapter adds up the gradients
+//! of its own parameters; the base weights it stands beside stay frozen in their stored form. Base weights nobody
+//! adapts cost nothing more than in a plain sweep.
 //!
-//! Adapters are shared between threads: experts are computed side by side, but one adapter is never called twice at a time, and always in
-//! the same order, so that sums of gradients are the same bits in every run.
+//! Adapters are shared between threads: experts are computed side by side, but one adapter is never called twice at a
+//! time, and always in the same order, so that sums of gradients are the same bits in every run.
 
 mod routing;
 
@@ -23,7 +24,8 @@ use crate::{experts::ExpertTensors, kernels::weight::Weight, trace::WaveInfo};
 /// Which tokens of a wave the rows of a matrix are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tokens<'a> {
-    /// All of them, or a run of them that begins at this one, in order. In generation, a batch of tokens counted from 0.
+    /// All of them, or a run of them that begins at this one, in order. In generation, a batch of tokens counted
+    /// from 0.
     From(usize),
     /// These, ascending.
     Rows(&'a [u32]),
@@ -61,8 +63,8 @@ pub trait LinearAdapter: Debug + Send + Sync {
         false
     }
 
-    /// Whether `f(c x) = c f(x)` for every row: nothing in it depends on the input. It may then be given the rows of its input times
-    /// something, and the gradient of its output without it.
+    /// Whether `f(c x) = c f(x)` for every row: nothing in it depends on the input. It may then be given the rows of
+    /// its input times something, and the gradient of its output without it.
     fn is_linear(&self) -> bool {
         true
     }
@@ -75,7 +77,8 @@ pub trait LinearAdapter: Debug + Send + Sync {
     /// `y [n, out]` of `x [n, in]`, without the bias.
     fn forward(&self, base: &Weight, x: &Tensor<2>, tokens: Tokens<'_>) -> Tensor<2>;
 
-    /// Given `dy [n, out]`, the gradient with respect to `x` if it is wanted. Adds up the gradients of its parameters if they are.
+    /// Given `dy [n, out]`, the gradient with respect to `x` if it is wanted. Adds up the gradients of its parameters
+    /// if they are.
     fn backward(
         &self,
         base: &Weight,
@@ -88,8 +91,8 @@ pub trait LinearAdapter: Debug + Send + Sync {
     /// The matrix `[out, in]` that this map is; `None` if it is none, since it depends on the input.
     fn matrix(&self, base: &Weight) -> Option<Tensor<2>>;
 
-    /// Hands everything that the [matrix](Self::matrix) follows from, besides the base, to a hash: trained and frozen values, scales, the
-    /// rows that they are for. Nothing where there is no matrix.
+    /// Hands everything that the [matrix](Self::matrix) follows from, besides the base, to a hash: trained and frozen
+    /// values, scales, the rows that they are for. Nothing where there is no matrix.
     fn digest(&self, add: &mut dyn FnMut(&[u8]));
 }
 
@@ -122,12 +125,14 @@ pub trait EmbeddingAdapter: Debug + Send + Sync {
     fn add_gradient(&self, ids: &[u32], gradient: &[f32]);
 }
 
-/// A feed-forward block with something beside or instead of its weights as a whole: for what decides once for gate, up and down.
+/// A feed-forward block with something beside or instead of its weights as a whole: for what decides once for gate, up
+/// and down.
 pub trait BlockAdapter: Debug + Send + Sync {
     /// `f(x) [n, H]` of `x [n, H]`, without the factor of a gate or router.
     fn forward(&self, base: &ExpertTensors, x: &Tensor<2>, tokens: Tokens<'_>) -> Tensor<2>;
 
-    /// Given `dy [n, H]`, the gradient with respect to `x` if it is wanted. Adds up the gradients of its parameters if they are.
+    /// Given `dy [n, H]`, the gradient with respect to `x` if it is wanted. Adds up the gradients of its parameters if
+    /// they are.
     fn backward(
         &self,
         base: &ExpertTensors,
@@ -216,8 +221,8 @@ pub trait Adapters: Debug + Send + Sync {
         None
     }
 
-    /// The adapter of the dense block or the shared expert of a decoder layer as a whole. The adapters of its linear maps are not used
-    /// then.
+    /// The adapter of the dense block or the shared expert of a decoder layer as a whole. The adapters of its linear
+    /// maps are not used then.
     fn block(&self, layer: usize) -> Option<Arc<dyn BlockAdapter>> {
         let _ = layer;
         None
@@ -234,8 +239,9 @@ pub trait Adapters: Debug + Send + Sync {
         Vec::new()
     }
 
-    /// Whether the gradient of an MoE layer's router comes from all of its experts instead of the chosen ones: DenseMixer's straight-through
-    /// estimate, see [`Router::dense_backward`](crate::router::Router::dense_backward). The forward pass stays as it is.
+    /// Whether the gradient of an MoE layer's router comes from all of its experts instead of the chosen ones:
+    /// DenseMixer's straight-through estimate, see [`Router::dense_backward`](crate::router::Router::dense_backward).
+    /// The forward pass stays as it is.
     fn dense_router(&self, layer: usize) -> bool {
         let _ = layer;
         false

@@ -39,7 +39,8 @@ impl Model {
         (0..self.head_blocks()).map(|block| Ok(self.capped(self.head_block(block)?.forward(&h)))).collect()
     }
 
-    /// Gradient with respect to `h`, from those of the logits; with `parameters`, also those of what is trained of the head.
+    /// Gradient with respect to `h`, from those of the logits; with `parameters`, also those of what is trained of the
+    /// head.
     pub(crate) fn head_backward(&self, h: &Tensor<2>, d_logits: Vec<Tensor<2>>, parameters: bool) -> Result<Tensor<2>> {
         let wanted = Wanted { input: true, parameters };
         let h = || scaled(h.clone(), self.logits_factor());

@@ -86,8 +86,8 @@ impl Model {
     /// without it, six tenths of the machine's free memory. It never changes results.
     ///
     /// # Errors
-    /// Those of [`Checkpoint::open`], [`Error::Unsupported`] for a rule without an implementation (routing, rope, attention,
-    /// norm, activation), and [`Error::Input`] for routing by groups that do not fit the number of experts.
+    /// Those of [`Checkpoint::open`], [`Error::Unsupported`] for a rule without an implementation (routing, rope,
+    /// attention, norm, activation), and [`Error::Input`] for routing by groups that do not fit the number of experts.
     pub fn open(dir: impl AsRef<Path>, device: &Device, max_memory: Option<u64>) -> Result<Self> {
         Self::new(Arc::new(Checkpoint::open(dir)?), device, max_memory)
     }
@@ -154,12 +154,13 @@ impl Model {
         self.with_overlays(Some(overlay), None)
     }
 
-    /// The same checkpoint seen through overlays of its experts and of its routing, with a cache of its own and without the overlays of
-    /// this model. Sweeps, generation and evaluation honor them alike.
+    /// The same checkpoint seen through overlays of its experts and of its routing, with a cache of its own and without
+    /// the overlays of this model. Sweeps, generation and evaluation honor them alike.
     ///
     /// # Errors
-    /// As [`new`](Self::new); [`Error::Input`] for a routing overlay that does not fit the model: experts that do not exist, none left in
-    /// a layer, gains or router weights of another size, groups of experts that do not lose as many each.
+    /// As [`new`](Self::new); [`Error::Input`] for a routing overlay that does not fit the model: experts that do not
+    /// exist, none left in a layer, gains or router weights of another size, groups of experts that do not lose as many
+    /// each.
     pub fn with_overlays(
         &self,
         experts: Option<Arc<dyn ExpertOverlay>>,
@@ -200,7 +201,8 @@ impl Model {
         self.failure.check()
     }
 
-    /// Fails for a sequence of so many tokens in which queries would not see all keys, but those that an indexer chooses.
+    /// Fails for a sequence of so many tokens in which queries would not see all keys, but those that an indexer
+    /// chooses.
     ///
     /// # Errors
     /// [`Error::Unsupported`].
@@ -354,7 +356,8 @@ impl Model {
         })
     }
 
-    /// Where an expert is cached: experts that share weights share the place. `None` where an overlay may make such experts differ.
+    /// Where an expert is cached: experts that share weights share the place. `None` where an overlay may make such
+    /// experts differ.
     fn expert_index(&self, layer: usize, expert: usize) -> Result<Option<usize>> {
         let config = self.config();
         let mut index = 0;
@@ -439,7 +442,8 @@ impl Model {
         Ok(Weight::dense(host::from_vec(stacked, shape, &self.device)))
     }
 
-    /// The same straight from bf16 storage, where the device multiplies that best; `rows` of the first tensor only, if given.
+    /// The same straight from bf16 storage, where the device multiplies that best; `rows` of the first tensor only, if
+    /// given.
     fn bf16_weight(
         &self,
         roles: &[Role],

@@ -43,8 +43,8 @@ impl CombineAdapters {
     /// Does it.
     ///
     /// # Errors
-    /// What keeps adapters from being read or from fitting the model, those of [`combine`], and an output that cannot be, before anything
-    /// is written; then those of writing.
+    /// What keeps adapters from being read or from fitting the model, those of [`combine`], and an output that cannot
+    /// be, before anything is written; then those of writing.
     pub fn run(&self) -> Result<WrittenAdapter> {
         some(&self.adapters)?;
         OutputDir::check(&self.out, self.existing)?;

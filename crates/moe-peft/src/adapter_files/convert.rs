@@ -11,8 +11,8 @@ use crate::{
     lora::{LoraWeights, Maps},
 };
 
-/// Writes an adapter as PEFT has it, in a layout of choice: one that took a part of the weights becomes plain, experts become fused or come
-/// one by one, a mixture becomes its approximation, the delta of an adapter an adapter again.
+/// Writes an adapter as PEFT has it, in a layout of choice: one that took a part of the weights becomes plain, experts
+/// become fused or come one by one, a mixture becomes its approximation, the delta of an adapter an adapter again.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ConvertAdapter {
     /// Directory of the model that it is for.
@@ -37,8 +37,8 @@ impl ConvertAdapter {
     /// Does it.
     ///
     /// # Errors
-    /// What keeps the adapter from being read, from fitting the model and from being written in this layout, and an output that cannot be,
-    /// before anything is written; then those of writing.
+    /// What keeps the adapter from being read, from fitting the model and from being written in this layout, and an
+    /// output that cannot be, before anything is written; then those of writing.
     pub fn run(&self) -> Result<WrittenAdapter> {
         OutputDir::check(&self.out, self.existing)?;
         let base = Checkpoint::open(&self.base)?;

@@ -151,7 +151,8 @@ impl AdapterFacts {
     }
 }
 
-/// `q_proj` of `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`; `experts` of modules within experts stay together.
+/// `q_proj` of `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`; `experts` of modules within experts
+/// stay together.
 fn module_name(tensor: &str) -> String {
     let path =
         [".lora_", ".mixture.", ".token_adapter.", ".base_layer."].iter().filter_map(|mark| tensor.find(mark)).min();

@@ -18,7 +18,8 @@ use crate::{
     merge::{AppliedMap, Merged},
 };
 
-/// Writes a model with adapters in its weights: first deltas, each on top of the one before, then all low-rank adapters together.
+/// Writes a model with adapters in its weights: first deltas, each on top of the one before, then all low-rank adapters
+/// together.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MergeAdapters {
     /// Directory of the model.
@@ -75,8 +76,8 @@ impl MergeAdapters {
     /// The model with all adapters, as [`run`](Self::run) writes it, and what is to be reported of it.
     ///
     /// # Errors
-    /// What keeps files from being read or from fitting each other; [`Error::Unsupported`] for what no weights can be, and for a delta
-    /// with a weight.
+    /// What keeps files from being read or from fitting each other; [`Error::Unsupported`] for what no weights can be,
+    /// and for a delta with a weight.
     pub fn model(&self) -> Result<(Arc<Checkpoint>, MergedAdapters)> {
         some(&self.adapters)?;
         let mut model = Arc::new(Checkpoint::open(&self.base)?);
@@ -116,7 +117,8 @@ impl MergeAdapters {
     /// Does it.
     ///
     /// # Errors
-    /// Those of [`model`](Self::model) and of an output that cannot be, before anything is written; then those of writing.
+    /// Those of [`model`](Self::model) and of an output that cannot be, before anything is written; then those of
+    /// writing.
     pub fn run(&self) -> Result<MergedAdapters> {
         let options = WriteOptions { existing: self.existing, ..WriteOptions::default() };
         check_output(&*Arc::new(Checkpoint::open(&self.base)?), &self.out, &options)?;

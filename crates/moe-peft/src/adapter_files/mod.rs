@@ -1,8 +1,10 @@
-//! Jobs over adapters as files and directories: merge them into a model, combine them, write them in another layout, look at them.
+//! Jobs over adapters as files and directories: merge them into a model, combine them, write them in another layout,
+//! look at them.
 //!
-//! Each job is an options type with one method `run`, and a report that prints itself and goes into JSON. An adapter is whatever fine-tuning
-//! saved: PEFT's files, fused or one expert at a time; a mixture of LoRA experts; compressed experts and condensers beside a checkpoint; a
-//! delta file. Everything that can be wrong with a job is found before anything is written.
+//! Each job is an options type with one method `run`, and a report that prints itself and goes into JSON. An adapter is
+//! whatever fine-tuning saved: PEFT's files, fused or one expert at a time; a mixture of LoRA experts; compressed
+//! experts and condensers beside a checkpoint; a delta file. Everything that can be wrong with a job is found before
+//! anything is written.
 //!
 //! ```no_run
 //! use moe_peft::adapter_files::{AdapterInput, CombineAdapters, MergeAdapters, inspect};
@@ -50,8 +52,8 @@ pub struct AdapterInput {
     /// The adapter as it began, for one that took a part of the weights (PiSSA, OLoRA, CorDA): PEFT's
     /// `path_initial_model_for_weight_conversion`.
     pub initial: Option<PathBuf>,
-    /// For a mixture, the weight of each of its experts in place of what its routers decide for every token. An approximation; without
-    /// it, only mixtures that are matrices are taken.
+    /// For a mixture, the weight of each of its experts in place of what its routers decide for every token. An
+    /// approximation; without it, only mixtures that are matrices are taken.
     pub experts_at: Option<f64>,
 }
 
@@ -75,8 +77,8 @@ impl AdapterInput {
     /// As low-rank additions to the weights of a model.
     ///
     /// # Errors
-    /// What keeps it from being read or from fitting the model; [`Error::Unsupported`] for what is no addition to weights, and for a
-    /// mixture without [`experts_at`](Self::experts_at) that depends on its input.
+    /// What keeps it from being read or from fitting the model; [`Error::Unsupported`] for what is no addition to
+    /// weights, and for a mixture without [`experts_at`](Self::experts_at) that depends on its input.
     pub fn read(&self, maps: &Maps<'_>) -> Result<LoraWeights> {
         let kinds = open(&self.path)?.kinds().to_vec();
         let kind = kinds.first().copied().unwrap_or(SavedKind::Lora);

@@ -69,7 +69,8 @@ impl EmbeddingAdapter for LoraEmbedding {
     }
 }
 
-/// Rows of a matrix `[V, H]` in place of the base's: `rows[id]` is the row of the trained values `[n, H]` that stands for token `id`.
+/// Rows of a matrix `[V, H]` in place of the base's: `rows[id]` is the row of the trained values `[n, H]` that stands
+/// for token `id`.
 #[derive(Debug)]
 pub(super) struct TokenRows {
     pub rows: BTreeMap<u32, usize>,
@@ -100,7 +101,8 @@ impl EmbeddingAdapter for TokenRows {
     }
 }
 
-/// The same rows in a block of the output head that is the embeddings' tensor. `rows` are those of the block, and of the trained values.
+/// The same rows in a block of the output head that is the embeddings' tensor. `rows` are those of the block, and of
+/// the trained values.
 #[derive(Debug)]
 pub(super) struct TiedRows {
     pub dims: [usize; 2],

@@ -39,7 +39,8 @@ struct Named {
     tokens: Option<Arc<Live>>,
 }
 
-/// The values of one addition. Of the output head, `B` and what is as long as it come in the blocks that the head is computed in.
+/// The values of one addition. Of the output head, `B` and what is as long as it come in the blocks that the head is
+/// computed in.
 #[derive(Clone, Debug)]
 struct Values {
     a: Arc<Live>,
@@ -158,12 +159,13 @@ impl Builder<'_> {
 }
 
 impl Lora {
-    /// Puts adapters by name into `set`. Several additions to one map add up. Trained values are called like PEFT's tensors:
-    /// `model.layers.0.self_attn.q_proj.lora_A`, with `.NAME` for adapters that are not called `default`.
+    /// Puts adapters by name into `set`. Several additions to one map add up. Trained values are called like PEFT's
+    /// tensors: `model.layers.0.self_attn.q_proj.lora_A`, with `.NAME` for adapters that are not called `default`.
     ///
     /// # Errors
-    /// [`Error::Input`] for a map or shape that the model does not have, and for a place that already has an adapter in the set;
-    /// [`Error::Unsupported`] for DoRA on embeddings or with a bias, and for tensors saved whole that nothing can stand in for.
+    /// [`Error::Input`] for a map or shape that the model does not have, and for a place that already has an adapter in
+    /// the set; [`Error::Unsupported`] for DoRA on embeddings or with a bias, and for tensors saved whole that nothing
+    /// can stand in for.
     pub fn install(
         set: &mut AdapterSet,
         maps: &Maps<'_>,

@@ -17,8 +17,8 @@ use crate::{Live, parameter_bank::add_values};
 
 /// `s B A`, added to some rows of a map.
 ///
-/// `y += s (d(x) A^T) B^T` for `x [n, in]`, `A [r, in]`, `B [out, r]` and dropout `d`; nothing of the size of the map is made. Backward:
-/// `dA += s (dy B)^T d(x)`, `dB += s dy^T (d(x) A^T)`, `dx += d(s (dy B) A)`.
+/// `y += s (d(x) A^T) B^T` for `x [n, in]`, `A [r, in]`, `B [out, r]` and dropout `d`; nothing of the size of the map
+/// is made. Backward: `dA += s (dy B)^T d(x)`, `dB += s dy^T (d(x) A^T)`, `dx += d(s (dy B) A)`.
 #[derive(Debug)]
 pub(crate) struct Term {
     /// Rows of the map.
@@ -49,8 +49,8 @@ impl Start {
     }
 }
 
-/// Low-rank additions to a linear map `W [out, in]`, each to all of its rows or some: LoRA (arXiv 2106.09685), rsLoRA (2312.03732) by its
-/// scale, DoRA (2402.09353).
+/// Low-rank additions to a linear map `W [out, in]`, each to all of its rows or some: LoRA (arXiv 2106.09685), rsLoRA
+/// (2312.03732) by its scale, DoRA (2402.09353).
 #[derive(Debug)]
 pub struct LoraLinear {
     dims: [usize; 2],

@@ -69,8 +69,8 @@ pub enum Naming {
     /// `model.layers.0.mlp.experts.3.gate_proj`.
     #[default]
     PerExpert,
-    /// All experts of a layer are two parameters of one module, as in transformers 5: `model.layers.0.mlp.experts`, with
-    /// `gate_up_proj` and `down_proj`.
+    /// All experts of a layer are two parameters of one module, as in transformers 5: `model.layers.0.mlp.experts`,
+    /// with `gate_up_proj` and `down_proj`.
     Fused,
 }
 
@@ -142,8 +142,8 @@ impl<'a> Maps<'a> {
         maps
     }
 
-    /// The tensor of this name, under any of its names, that is no part of an expert: a matrix of a layer, a vector, the embeddings, the
-    /// output head.
+    /// The tensor of this name, under any of its names, that is no part of an expert: a matrix of a layer, a vector,
+    /// the embeddings, the output head.
     pub fn find_tensor(&self, name: &str) -> Option<Role> {
         self.tensors.get(name).copied()
     }
@@ -195,8 +195,8 @@ impl<'a> Maps<'a> {
         }
     }
 
-    /// Where the engine computes it: the place, which of its rows, and how many it has. `None` for a map that the model does not have, and
-    /// for embeddings and output head, which are no maps of a layer.
+    /// Where the engine computes it: the place, which of its rows, and how many it has. `None` for a map that the model
+    /// does not have, and for embeddings and output head, which are no maps of a layer.
     pub fn site(&self, map: Map) -> Option<(Site, Range<usize>, usize)> {
         let [out, _] = self.dims(map)?;
         let whole = |site| Some((site, 0..out, out));
@@ -225,8 +225,8 @@ impl<'a> Maps<'a> {
         }
     }
 
-    /// The path of its module. A matrix of gate and up together has none of its own: that of the experts, the expert's number and
-    /// `gate_up_proj`.
+    /// The path of its module. A matrix of gate and up together has none of its own: that of the experts, the expert's
+    /// number and `gate_up_proj`.
     pub fn path(&self, map: Map, naming: Naming) -> String {
         let family = self.checkpoint.family();
         let name = match map {

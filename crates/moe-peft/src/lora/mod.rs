@@ -1,7 +1,8 @@
 //! Low-rank adapters: LoRA, rsLoRA and DoRA on every linear map, routed experts included.
 //!
-//! [`LoraConfig`] says what is adapted and how, [`LoraConfig::init`] makes [`LoraWeights`] of it, and [`Lora::install`] puts one or
-//! several of them into an [`AdapterSet`](crate::AdapterSet). [`peft`](crate::peft_files) reads and writes them as PEFT's files.
+//! [`LoraConfig`] says what is adapted and how, [`LoraConfig::init`] makes [`LoraWeights`] of it, and [`Lora::install`]
+//! puts one or several of them into an [`AdapterSet`](crate::AdapterSet). [`peft`](crate::peft_files) reads and writes
+//! them as PEFT's files.
 
 mod config;
 mod dora;

@@ -23,18 +23,18 @@ pub struct Share {
 impl LoraConfig {
     /// The maps that are adapted, and with what, by PEFT's rules:
     ///
-    /// - a list names modules by their path or the end of it, a pattern by the whole path; `all-linear` is every linear module of a
-    ///   layer but the router, which transformers keeps as a parameter;
+    /// - a list names modules by their path or the end of it, a pattern by the whole path; `all-linear` is every linear
+    ///   module of a layer but the router, which transformers keeps as a parameter;
     /// - `exclude_modules` are taken away, then all but `layers_to_transform`;
     /// - `target_parameters` name the experts of a layer together, or a router's `weight`;
     /// - ranks and alphas of the first pattern that matches the end of the path.
     ///
-    /// With [`Naming::Fused`] routed experts are no modules. With [`Naming::PerExpert`] they are, so that `gate_proj` means those of the
-    /// experts, too.
+    /// With [`Naming::Fused`] routed experts are no modules. With [`Naming::PerExpert`] they are, so that `gate_proj`
+    /// means those of the experts, too.
     ///
     /// # Errors
-    /// [`Error::Input`] for a malformed pattern, a name that matches nothing, a map that is named in two ways, and a rank above what a
-    /// decomposition of a weight gives.
+    /// [`Error::Input`] for a malformed pattern, a name that matches nothing, a map that is named in two ways, and a
+    /// rank above what a decomposition of a weight gives.
     pub fn targets(&self, maps: &Maps<'_>) -> Result<BTreeMap<Map, Share>> {
         self.validate()?;
         let ranks = Compiled::new("rank_pattern", &self.rank_pattern)?;

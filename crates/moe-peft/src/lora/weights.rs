@@ -59,8 +59,8 @@ impl LowRank {
         self.start.is_some()
     }
 
-    /// The same as an addition to the weight as it is, of twice the rank: `A' = [A; A_0]`, `B' = [B, -B_0]`, `alpha' = 2 alpha` (with
-    /// rsLoRA `sqrt(2) alpha`), so that the scale stays.
+    /// The same as an addition to the weight as it is, of twice the rank: `A' = [A; A_0]`, `B' = [B, -B_0]`, `alpha' =
+    /// 2 alpha` (with rsLoRA `sqrt(2) alpha`), so that the scale stays.
     pub fn plain(&self) -> Self {
         let Some(start) = &self.start else { return self.clone() };
         let rank = self.rank + start.rank;
@@ -123,8 +123,8 @@ pub struct LoraWeights {
     pub maps: BTreeMap<Map, LowRank>,
     /// Tensors that stand in place of the base's (`modules_to_save`, trained biases): not those of experts.
     pub whole: BTreeMap<Role, Vec<f32>>,
-    /// Rows `[H]` of the embeddings that stand in place of the base's, by token (`trainable_token_indices`). Where embeddings and output
-    /// head are one tensor, they are rows of both.
+    /// Rows `[H]` of the embeddings that stand in place of the base's, by token (`trainable_token_indices`). Where
+    /// embeddings and output head are one tensor, they are rows of both.
     pub tokens: BTreeMap<u32, Vec<f32>>,
     /// Share of inputs that are dropped in training.
     pub dropout: f64,

@@ -16,7 +16,8 @@ use crate::{
 pub enum Combination {
     /// All ranks side by side: exactly the weighted sum of the additions.
     Cat,
-    /// `A = sum sign(w_i) sqrt(|w_i s_i|) A_i`, `B = sum sqrt(|w_i s_i|) B_i`: of one rank, and not the sum, since `B_i` meets `A_j`.
+    /// `A = sum sign(w_i) sqrt(|w_i s_i|) A_i`, `B = sum sqrt(|w_i s_i|) B_i`: of one rank, and not the sum, since
+    /// `B_i` meets `A_j`.
     Linear,
     /// The weighted sum, cut to its largest singular values.
     Svd {
@@ -28,8 +29,8 @@ pub enum Combination {
 /// The adapters with their weights as one. Maps that only some of them have are combined from those.
 ///
 /// # Errors
-/// [`Error::Input`] without adapters, for a weight that is not finite or 0, and for unequal ranks in [`Combination::Linear`];
-/// [`Error::Unsupported`] for DoRA, whose additions are not additions of low rank.
+/// [`Error::Input`] without adapters, for a weight that is not finite or 0, and for unequal ranks in
+/// [`Combination::Linear`]; [`Error::Unsupported`] for DoRA, whose additions are not additions of low rank.
 pub fn combine(adapters: &[(&LoraWeights, f64)], how: Combination) -> Result<LoraWeights> {
     let Some((first, _)) = adapters.first() else {
         return Err(Error::input("adapters to combine", "none", "at least one"));

@@ -46,11 +46,12 @@ pub struct MergeRecipe {
     pub values: String,
 }
 
-/// A model with each adapter, times its weight, added to its weights: `W + sum w s B A`, and for DoRA `W + w (g (W + s B A) - W)`, rounded
-/// to the dtype it is stored in.
+/// A model with each adapter, times its weight, added to its weights: `W + sum w s B A`, and for DoRA `W + w (g (W + s
+/// B A) - W)`, rounded to the dtype it is stored in.
 ///
-/// What no adapter touches is that of the base, byte for byte, so that merging nothing gives the same tensors and config. A quantized base
-/// becomes plain floats. Experts that share a set of weights in a grouped checkpoint get sets of their own where they have additions.
+/// What no adapter touches is that of the base, byte for byte, so that merging nothing gives the same tensors and
+/// config. A quantized base becomes plain floats. Experts that share a set of weights in a grouped checkpoint get sets
+/// of their own where they have additions.
 ///
 /// ```no_run
 /// use std::sync::Arc;
@@ -79,9 +80,9 @@ impl Merged {
     /// Merges adapters by name and weight into `base`.
     ///
     /// # Errors
-    /// Those of [`LoraWeights::check`]; [`Error::Input`] for weights that are not finite, and for two adapters of one name. Later, of reading
-    /// the model: [`moe_checkpoint::Error::Method`] for numbers that are not finite or too large for the dtype they are stored in, naming the
-    /// tensor.
+    /// Those of [`LoraWeights::check`]; [`Error::Input`] for weights that are not finite, and for two adapters of one
+    /// name. Later, of reading the model: [`moe_checkpoint::Error::Method`] for numbers that are not finite or too
+    /// large for the dtype they are stored in, naming the tensor.
     pub fn on(base: &Arc<Checkpoint>, adapters: &[(&str, &LoraWeights, f64)]) -> Result<Self> {
         let plain = base.dequantized()?;
         let maps = Maps::new(&plain);
@@ -147,7 +148,8 @@ impl Merged {
         Ok(Self { rewritten, recipe: Arc::new(recipe) })
     }
 
-    /// What the weights kept when `adapter` was begun as a part of them: `W - s B_0 A_0`. To it belongs the adapter that is
+    /// What the weights kept when `adapter` was begun as a part of them: `W - s B_0 A_0`. To it belongs the adapter
+    /// that is
     /// [written](crate::peft_files::write()) with `on_residual`.
     ///
     /// # Errors
@@ -173,8 +175,8 @@ impl Merged {
         &self.recipe.applied
     }
 
-    /// Which tensors have other values than those of the base, and which maps are rounded to what they were. Makes all new values to compare
-    /// them.
+    /// Which tensors have other values than those of the base, and which maps are rounded to what they were. Makes all
+    /// new values to compare them.
     ///
     /// # Errors
     /// Those of reading the model.

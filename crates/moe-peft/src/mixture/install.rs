@@ -97,11 +97,12 @@ struct Builder<'a> {
 }
 
 impl Mixture {
-    /// Puts a new mixture into `set`. Trained values are called `PATH.mixture.lora_A`, `.lora_B`, `.router` and `.router_bias`.
+    /// Puts a new mixture into `set`. Trained values are called `PATH.mixture.lora_A`, `.lora_B`, `.router` and
+    /// `.router_bias`.
     ///
     /// # Errors
-    /// Those of [`MixtureConfig::validate`] and of the targets; [`Error::Input`] for a layer without experts where one is needed, blocks
-    /// in a model without dense or shared ones, and a place that already has an adapter in the set.
+    /// Those of [`MixtureConfig::validate`] and of the targets; [`Error::Input`] for a layer without experts where one
+    /// is needed, blocks in a model without dense or shared ones, and a place that already has an adapter in the set.
     pub fn install(config: &MixtureConfig, set: &mut AdapterSet, maps: &Maps<'_>, device: &Device) -> Result<Self> {
         Self::install_with(config, set, maps, device, &Stored::default())
     }
@@ -181,7 +182,8 @@ impl Mixture {
         &self.clock
     }
 
-    /// Gives the sequences of waves labels: the type of sample for LoRAMoE, the task for LoRA-Mixer, by wave and by sequence in it.
+    /// Gives the sequences of waves labels: the type of sample for LoRAMoE, the task for LoRA-Mixer, by wave and by
+    /// sequence in it.
     pub fn set_labels(&self, labels: BTreeMap<u64, Vec<usize>>) {
         self.running.set_labels(labels);
     }
@@ -218,7 +220,8 @@ impl Mixture {
         }
     }
 
-    /// Plain additions with constant weights in place of the gates: an approximation, which loses what the routers decide.
+    /// Plain additions with constant weights in place of the gates: an approximation, which loses what the routers
+    /// decide.
     ///
     /// # Errors
     /// [`Error::Input`] if means are asked for and the mixture was never run; [`Error::Unsupported`] for blocks.
@@ -258,7 +261,8 @@ impl Mixture {
         Ok(merged)
     }
 
-    /// The values for the next task: atoms so far are frozen and stay, and new ones are added. To be installed in a set of its own.
+    /// The values for the next task: atoms so far are frozen and stay, and new ones are added. To be installed in a set
+    /// of its own.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for mixtures other than of atoms that activate themselves; those of [`Mixture::install`].
@@ -503,8 +507,8 @@ impl MixtureConfig {
 
 impl TuningMethod for MixtureConfig {
     /// # Errors
-    /// Those of [`MixtureConfig::validate`] and of the targets; [`Error::Input`] for missing labels where gate or balance go by them, and
-    /// [`Error::File`] for a `start` that does not fit.
+    /// Those of [`MixtureConfig::validate`] and of the targets; [`Error::Input`] for missing labels where gate or
+    /// balance go by them, and [`Error::File`] for a `start` that does not fit.
     fn check(&self, on: &Setting<'_>) -> Result<()> {
         let maps = Maps::new(on.model.checkpoint());
         self.validate(on.model.config().layers.len())?;

@@ -13,7 +13,8 @@ use crate::{
 /// Version of PEFT whose layout is written.
 pub(super) const VERSION: &str = "0.21.2";
 
-/// The fields of `adapter_config.json` that are read. Others are tolerated, except set ones that would change the forward pass.
+/// The fields of `adapter_config.json` that are read. Others are tolerated, except set ones that would change the
+/// forward pass.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct AdapterConfig {
@@ -149,8 +150,8 @@ impl AdapterConfig {
     /// Reads a file.
     ///
     /// # Errors
-    /// [`Error::File`] for another kind of adapter and a malformed field; [`Error::Unsupported`] names an option that is set and not
-    /// implemented.
+    /// [`Error::File`] for another kind of adapter and a malformed field; [`Error::Unsupported`] names an option that
+    /// is set and not implemented.
     pub fn load(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
         let file = |what: &str, found: String, expected: &str| Error::File {

@@ -22,8 +22,8 @@ use crate::{
 /// How a directory is read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReadOptions {
-    /// The model is what the weights kept when the adapter was begun with PiSSA, OLoRA or the like. Otherwise such files are refused,
-    /// since the adapter alone does not tell what was taken.
+    /// The model is what the weights kept when the adapter was begun with PiSSA, OLoRA or the like. Otherwise such
+    /// files are refused, since the adapter alone does not tell what was taken.
     pub on_residual: bool,
 }
 
@@ -56,8 +56,8 @@ struct Values {
 /// Reads the adapter in `dir` for the model of `maps`.
 ///
 /// # Errors
-/// [`Error::Io`] and [`Error::File`] for files that are missing or malformed; those of [`AdapterConfig::load`]; for a tensor that
-/// belongs to nothing in the model, and one whose shape does not fit, [`Error::File`] with its name.
+/// [`Error::Io`] and [`Error::File`] for files that are missing or malformed; those of [`AdapterConfig::load`]; for a
+/// tensor that belongs to nothing in the model, and one whose shape does not fit, [`Error::File`] with its name.
 pub fn read(dir: impl AsRef<Path>, maps: &Maps<'_>, options: ReadOptions) -> Result<LoraWeights> {
     let dir = dir.as_ref();
     let config_path = dir.join(CONFIG_FILE);
@@ -83,9 +83,10 @@ pub fn read(dir: impl AsRef<Path>, maps: &Maps<'_>, options: ReadOptions) -> Res
     Ok(weights)
 }
 
-/// Reads an adapter that began as a part of the weights (PiSSA, OLoRA, CorDA, ..) together with the adapter as it began, `initial`, which
-/// PEFT saves before training: as additions to the weights as they are. [Written](super::write()), it is the plain adapter of twice the rank
-/// that PEFT's `path_initial_model_for_weight_conversion` gives.
+/// Reads an adapter that began as a part of the weights (PiSSA, OLoRA, CorDA, ..) together with the adapter as it
+/// began, `initial`, which PEFT saves before training: as additions to the weights as they are.
+/// [Written](super::write()), it is the plain adapter of twice the rank that PEFT's
+/// `path_initial_model_for_weight_conversion` gives.
 ///
 /// # Errors
 /// Those of [`read`]; [`Error::File`] for an initial adapter of other maps or ranks.

@@ -22,13 +22,14 @@ use crate::{
 /// How a directory is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WriteOptions {
-    /// Experts one by one, for transformers 4, or fused, for transformers 5. Both load in PEFT 0.21 where it knows the family.
+    /// Experts one by one, for transformers 4, or fused, for transformers 5. Both load in PEFT 0.21 where it knows the
+    /// family.
     pub naming: Naming,
-    /// Leave what the adapter took from the weights in the beginning to a base that [`crate::merge`] writes. Otherwise it becomes a
-    /// plain adapter of twice the rank.
+    /// Leave what the adapter took from the weights in the beginning to a base that [`crate::merge`] writes. Otherwise
+    /// it becomes a plain adapter of twice the rank.
     pub on_residual: bool,
-    /// Put into `B` what additions count, so that one `lora_alpha` without patterns and without rsLoRA says it for all: what llama.cpp's
-    /// converter reads, which knows no `alpha_pattern` and no rsLoRA.
+    /// Put into `B` what additions count, so that one `lora_alpha` without patterns and without rsLoRA says it for all:
+    /// what llama.cpp's converter reads, which knows no `alpha_pattern` and no rsLoRA.
     pub one_alpha: bool,
     /// `base_model_name_or_path`.
     pub base_model: Option<String>,
@@ -63,8 +64,8 @@ struct Written {
 
 /// Writes `weights` as PEFT does. Both files appear whole or not at all.
 ///
-/// With [`Naming::Fused`], additions to gate and up become one of both ranks, and experts of unequal ranks are filled up with zeros. With
-/// [`Naming::PerExpert`], one addition to gate and up becomes two with the same `A`.
+/// With [`Naming::Fused`], additions to gate and up become one of both ranks, and experts of unequal ranks are filled
+/// up with zeros. With [`Naming::PerExpert`], one addition to gate and up becomes two with the same `A`.
 ///
 /// # Errors
 /// Those of [`check`]; [`Error::Io`].
@@ -78,18 +79,19 @@ pub fn write(dir: impl AsRef<Path>, weights: &LoraWeights, maps: &Maps<'_>, opti
     Ok(())
 }
 
-/// Whether [`write()`] can write `weights`. It can then write the same adapter with other values, too: to be asked before training.
+/// Whether [`write()`] can write `weights`. It can then write the same adapter with other values, too: to be asked
+/// before training.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for DoRA on fused experts, and for fused experts of different widths; [`Error::Input`] for a map that the model does
-/// not have, for maps of which some have DoRA or rsLoRA and some have not, and without any map.
+/// [`Error::Unsupported`] for DoRA on fused experts, and for fused experts of different widths; [`Error::Input`] for a
+/// map that the model does not have, for maps of which some have DoRA or rsLoRA and some have not, and without any map.
 pub fn check(weights: &LoraWeights, maps: &Maps<'_>, options: &WriteOptions) -> Result<()> {
     prepare(weights, maps, options).map(drop)
 }
 
 impl WriteOptions {
-    /// The same with the naming that can hold `weights`: fused, as in transformers 5, unless PEFT has no fused form for them, which are DoRA on
-    /// experts and experts of different widths.
+    /// The same with the naming that can hold `weights`: fused, as in transformers 5, unless PEFT has no fused form for
+    /// them, which are DoRA on experts and experts of different widths.
     #[must_use]
     pub fn fitting(self, weights: &LoraWeights, maps: &Maps<'_>) -> Self {
         let widths = |layer| {
@@ -201,7 +203,8 @@ fn prepare(weights: &LoraWeights, maps: &Maps<'_>, options: &WriteOptions) -> Re
     Ok((written, config))
 }
 
-/// Gives every addition one `lora_alpha`, that of the rank most of them have, and puts the rest of what it counts into `B`.
+/// Gives every addition one `lora_alpha`, that of the rank most of them have, and puts the rest of what it counts into
+/// `B`.
 fn fold_scales(written: &mut [Written]) {
     let mut counts: BTreeMap<usize, usize> = BTreeMap::new();
     written.iter().for_each(|item| *counts.entry(item.low.rank).or_default() += 1);
