@@ -122,7 +122,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     {
         for &tokens in &lengths {
             let (x, dy) = (matrix(tokens, hidden, 20, &device), matrix(tokens, hidden, 21, &device));
-            let sequences = [0..tokens];
+            let sequences = vec![0..tokens; 1];
             let print = |pass: &str, (seconds, bytes): (f64, Option<u64>)| {
                 let [kib, mib] = match bytes {
                     Some(bytes) => [

@@ -153,13 +153,11 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         scores.push(path);
         named.push((name, table));
     }
-    if arguments.shard.is_none() {
-        if let Some(options) = arguments.super_experts {
-            let found = SuperExperts::find(&statistics, options)?;
-            moe_checkpoint::write_json(&arguments.out.join("super_experts.json"), &serde_json::json!(found))?;
-            moe_checkpoint::write_json(&arguments.out.join("protect.json"), &serde_json::json!(found.protected()))?;
-            super_experts = Some(found.protected());
-        }
+    if let (None, Some(options)) = (&arguments.shard, arguments.super_experts) {
+        let found = SuperExperts::find(&statistics, options)?;
+        moe_checkpoint::write_json(&arguments.out.join("super_experts.json"), &serde_json::json!(found))?;
+        moe_checkpoint::write_json(&arguments.out.join("protect.json"), &serde_json::json!(found.protected()))?;
+        super_experts = Some(found.protected());
     }
     if !named.is_empty() {
         let page = crate::pages::of_scores(&arguments.model, tokens, loss, &named)?;

@@ -42,6 +42,8 @@ pub struct Live {
 }
 
 /// Where values are.
+// Nearly always the larger one.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 enum Held {
     Here(Tensor<2>),

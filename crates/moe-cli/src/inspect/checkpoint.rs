@@ -153,7 +153,7 @@ fn routing(config: &ModelConfig) -> String {
 
 /// How experts are stored.
 fn layout(layout: Option<&ExpertLayout>) -> String {
-    layout.map_or("none".to_string(), |layout| words(layout))
+    layout.map_or("none".to_string(), words)
 }
 
 /// The name of a variant in words: `FusedTransposed` is "fused transposed". Fields are left out.

@@ -73,7 +73,7 @@ fn widths_and_allocators_are_as_asked() {
     // A unit pruner for stock loaders keeps one width, of eight unless said otherwise.
     let named = plan(dir.path(), "named", "--ratio 0.3 --pruner unit --form uniform", &fisher);
     let width = widths(&named)[0];
-    assert!(width % 8 == 0 && widths(&named).iter().all(|found| *found == width), "{:?}", widths(&named));
+    assert!(width.is_multiple_of(8) && widths(&named).iter().all(|found| *found == width), "{:?}", widths(&named));
     let both =
         plan(dir.path(), "both", "--ratio 0.5 --pruner two_level --multiple-of 2 --round-to 4 --form ragged", &fisher);
     assert!(counts(&both).iter().all(|count| count % 2 == 0), "{:?}", counts(&both));

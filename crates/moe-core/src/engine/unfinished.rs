@@ -83,7 +83,7 @@ impl UnfinishedWave {
     }
 
     fn write_json(&self, name: &str, value: &Value) -> Result<()> {
-        write_renamed(&self.dir.join(name), &[value.to_string().as_bytes()]).map_err(self.failed())
+        write_renamed(self.dir.join(name), &[value.to_string().as_bytes()]).map_err(self.failed())
     }
 
     fn read_json(&self, name: &str) -> Option<Value> {

@@ -163,7 +163,7 @@ impl Chunk<'_> {
     }
 
     /// `C S^T`.
-    fn from_state(&self, state: &[f32]) -> Vec<f32> {
+    fn of_state(&self, state: &[f32]) -> Vec<f32> {
         let mut out = vec![0.0; self.len() * self.p];
         product_nt(self.c, state, self.n, &mut out);
         out
@@ -190,7 +190,7 @@ impl Chunk<'_> {
     /// Output of the chunk, and the state after it in place of the one before it.
     fn forward(&self, state: &mut [f32], out: &mut [f32]) {
         let (len, p) = (self.len(), self.p);
-        for (i, (out, row)) in out.chunks_exact_mut(p).zip(self.from_state(state).chunks_exact(p)).enumerate() {
+        for (i, (out, row)) in out.chunks_exact_mut(p).zip(self.of_state(state).chunks_exact(p)).enumerate() {
             let fade = self.since_start(i);
             out.iter_mut().zip(row).for_each(|(out, x)| *out = fade * x);
         }
@@ -224,7 +224,7 @@ impl Chunk<'_> {
         add_transposed_product(&mixed, d_out, len, &mut du, p);
         let mut d_cb = vec![0.0; len * len];
         product_nt(d_out, &self.u, p, &mut d_cb);
-        let before = self.from_state(state);
+        let before = self.of_state(state);
         let mut scaled_out = d_out.to_vec();
         for i in 0..len {
             for j in 0..len {

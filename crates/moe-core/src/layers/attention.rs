@@ -54,6 +54,8 @@ pub struct AttentionTape {
     saved: Saved,
 }
 
+// One per layer, and nearly always the larger one.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Debug)]
 enum Saved {
     Grouped(grouped::Saved),

@@ -121,7 +121,7 @@ impl MergeAdapters {
     /// writing.
     pub fn run(&self) -> Result<MergedAdapters> {
         let options = WriteOptions { existing: self.existing, ..WriteOptions::default() };
-        check_output(&*Arc::new(Checkpoint::open(&self.base)?), &self.out, &options)?;
+        check_output(&Arc::new(Checkpoint::open(&self.base)?), &self.out, &options)?;
         let (model, report) = self.model()?;
         check_room(&self.out, model.bytes_on_disk())?;
         let written = write(&model, &self.out, &options)?;

@@ -219,8 +219,11 @@ fn fold_scales(written: &mut [Written]) {
     }
 }
 
+/// A tensor of a file: name, shape, values.
+type Named = (String, Vec<usize>, Vec<f32>);
+
 /// Tensors in place of the base's: those of modules saved whole, trained biases, trained rows of the embeddings.
-fn others(weights: &LoraWeights, maps: &Maps<'_>, written: &[Written]) -> Result<Vec<(String, Vec<usize>, Vec<f32>)>> {
+fn others(weights: &LoraWeights, maps: &Maps<'_>, written: &[Written]) -> Result<Vec<Named>> {
     let mut tensors = Vec::new();
     for (role, values) in &weights.whole {
         let name = maps.tensor_name(*role);

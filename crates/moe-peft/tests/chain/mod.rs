@@ -113,7 +113,8 @@ pub fn learn_nothing(base: &Arc<Checkpoint>, dir: &Path, what: &str) {
     let before = logits(&model, &wave);
 
     let mut config = experts();
-    let gateless = |layer: &moe_checkpoint::MoeLayerShape| base.config().moe(layer.layer).is_some_and(|moe| moe.gateless);
+    let gateless =
+        |layer: &moe_checkpoint::MoeLayerShape| base.config().moe(layer.layer).is_some_and(|moe| moe.gateless);
     if base.shape().layers.iter().all(gateless) {
         config.target_parameters.retain(|name| !name.contains("gate"));
     }
