@@ -10,7 +10,7 @@ use crate::progress::Progress;
 /// Which Hub is asked, and who asks.
 #[derive(Clone, Debug, clap::Args)]
 pub struct AccessArguments {
-    /// Address of the Hub [default: HF_ENDPOINT, or https://huggingface.co]
+    /// Address of the Hub [default: HF_ENDPOINT, or `https://huggingface.co`]
     #[arg(long, value_name = "URL")]
     pub endpoint: Option<String>,
     /// File with the token, for models that are not public and for publishing [default: HF_TOKEN, or what

@@ -18,7 +18,7 @@
 //! | [`jobs`] | score, prune, merge, tune, measure: a function each, over models in memory |
 //! | [`recipe`], [`run`] | a whole chain as one JSON file, checked first, resumed, its artifacts reused |
 //! | [`eval_file`] | rows to measure a model on |
-//! | [`report`], [`figures`], [`table`], [`format`] | what is shown to people: one HTML file, SVG, text and Markdown |
+//! | [`report`], [`figures`], [`table`], [`mod@format`] | what is shown to people: one HTML file, SVG, text and Markdown |
 //! | [`out_dir`], [`progress`] | directories of runs; progress on stderr |
 //! | [`checkpoint`], [`core`], [`importance`], [`prune`], [`merge`], [`peft`] | the crates behind it |
 
