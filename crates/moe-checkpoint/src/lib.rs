@@ -113,7 +113,7 @@ pub use scores::{Denominator, Granularity, LayerScores, Pool, ScoreTable};
 pub use shape::{MoeLayerShape, MoeShape};
 pub use shard_layout::TensorSpec;
 pub use side_files::copy_side_files;
-pub use site::{ExpertSite, LayerSite, Site};
+pub use site::{ExpertMatrix, ExpertSite, LayerSite, MatrixId, Site};
 pub use source::{ModelDescription, ModelSource, sliced};
 pub use statistics::{Counts, Statistics};
 pub use statistics_array::{ArrayKind, Extent, Fold};

@@ -1,4 +1,4 @@
-//! Addresses of the linear maps of a model.
+//! Addresses of the linear maps of a model, and of the matrices that they are made of.
 
 use std::fmt;
 
@@ -252,11 +252,113 @@ impl ExpertSite {
     }
 }
 
+/// A matrix of a model, the address by which files of adapters mean it: a tensor that is a linear map, or of a map that
+/// is several tensors, one of them. What is computed is a [`Site`]: [`MatrixId::site`] says which, and which of its
+/// rows. `H` is the hidden size, `I` the width of an expert, `V` the size of the vocabulary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum MatrixId {
+    /// A matrix of decoder layer `.0`.
+    Layer(usize, LayerRole),
+    /// A matrix of a routed expert.
+    Expert {
+        /// Decoder layer.
+        layer: usize,
+        /// Expert in the layer.
+        expert: usize,
+        /// Which matrix.
+        part: ExpertMatrix,
+    },
+    /// The token embeddings `[V, H]`.
+    Embedding,
+    /// The output head `[V, H]`.
+    Head,
+}
+
+/// A matrix of a routed expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ExpertMatrix {
+    /// Gate projection `[I, H]`.
+    Gate,
+    /// Up projection `[I, H]`.
+    Up,
+    /// Both, gate rows first `[2 I, H]`, as one matrix: low-rank additions to it share their `A`.
+    GateUp,
+    /// Down projection `[H, I]`.
+    Down,
+}
+
+impl MatrixId {
+    /// Its decoder layer, if it is in one.
+    pub fn layer(&self) -> Option<usize> {
+        match self {
+            Self::Layer(layer, _) | Self::Expert { layer, .. } => Some(*layer),
+            Self::Embedding | Self::Head => None,
+        }
+    }
+
+    /// The linear map that it is a matrix of, and its place among the matrices of the same number of rows that the map
+    /// is made of: `(place, how many)`, `(0, 1)` for the whole map. `None` for embeddings and output head, which are no
+    /// maps of a layer, and for tensors that are no matrix of a map.
+    pub fn site(&self) -> Option<(Site, (usize, usize))> {
+        match *self {
+            Self::Layer(layer, role) => {
+                let (site, place) = LayerSite::of(role)?;
+                Some((Site::Layer(layer, site), (place, site.roles().len())))
+            }
+            Self::Expert { layer, expert, part } => {
+                let (map, place) = match part {
+                    ExpertMatrix::Gate => (ExpertSite::GateUp, (0, 2)),
+                    ExpertMatrix::Up => (ExpertSite::GateUp, (1, 2)),
+                    ExpertMatrix::GateUp => (ExpertSite::GateUp, (0, 1)),
+                    ExpertMatrix::Down => (ExpertSite::Down, (0, 1)),
+                };
+                Some((Site::Expert { layer, expert, map }, place))
+            }
+            Self::Embedding | Self::Head => None,
+        }
+    }
+}
+
+impl fmt::Display for MatrixId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Layer(layer, role) => write!(f, "{role:?} of layer {layer}"),
+            Self::Expert { layer, expert, part } => write!(f, "{part:?} of expert {expert} of layer {layer}"),
+            Self::Embedding => f.write_str("the embeddings"),
+            Self::Head => f.write_str("the output head"),
+        }
+    }
+}
+
 impl fmt::Display for Site {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Layer(layer, site) => write!(f, "{site:?} of layer {layer}"),
             Self::Expert { layer, expert, map } => write!(f, "{map:?} of expert {expert} of layer {layer}"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_matrix_is_rows_of_one_linear_map() {
+        for site in LayerSite::ALL {
+            for (place, role) in site.roles().iter().enumerate() {
+                let found = MatrixId::Layer(3, *role).site();
+                assert_eq!(found, Some((Site::Layer(3, site), (place, site.roles().len()))), "{role:?}");
+            }
+        }
+        let expert =
+            |part| MatrixId::Expert { layer: 1, expert: 2, part }.site().map(|(site, place)| (site.path(), place));
+        let gate_up = "layers.1.experts.2.gate_up".to_string();
+        assert_eq!(expert(ExpertMatrix::Gate), Some((gate_up.clone(), (0, 2))));
+        assert_eq!(expert(ExpertMatrix::Up), Some((gate_up.clone(), (1, 2))));
+        assert_eq!(expert(ExpertMatrix::GateUp), Some((gate_up, (0, 1))));
+        assert_eq!(expert(ExpertMatrix::Down), Some(("layers.1.experts.2.down".to_string(), (0, 1))));
+        assert_eq!(MatrixId::Layer(0, LayerRole::AttentionNorm).site(), None);
+        assert_eq!((MatrixId::Head.site(), MatrixId::Embedding.site()), (None, None));
     }
 }

@@ -51,6 +51,7 @@ pub mod router;
 mod store;
 pub mod trace;
 pub mod train;
+mod wave_files;
 
 pub use engine::{Engine, EngineOptions, LayerChange, LayerSweep, LayerVisitor, UnfinishedWave, WaveReport};
 pub use error::{Error, Result};

@@ -3,96 +3,18 @@
 
 use std::{
     fs::File,
-    io::{self, Read, Seek, SeekFrom, Write},
+    io::{Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use burn::tensor::{Device, Tensor};
-use moe_checkpoint::write_renamed;
 
 use crate::{
     error::{Error, Result},
     host::{self, HostView},
+    wave_files::{Part, WaveFiles, load},
 };
-
-/// A tensor of a wave in progress.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Part {
-    /// Input of a layer.
-    Input(usize),
-    /// Input of the feed-forward half of a layer.
-    Middle(usize),
-    /// Gradient at the input of a layer.
-    Gradient(usize),
-    /// A sum of blocks of a layer that a norm comes after, and which.
-    Sum(usize, usize),
-}
-
-impl Part {
-    /// Its file.
-    pub fn path(self, dir: &Path) -> PathBuf {
-        let (name, layer) = match self {
-            Self::Input(layer) => ("input", layer),
-            Self::Middle(layer) => ("middle", layer),
-            Self::Gradient(layer) => ("gradient", layer),
-            Self::Sum(layer, which) => return dir.join(format!("sum-{layer:04}-{which}.f32")),
-        };
-        dir.join(format!("{name}-{layer:04}.f32"))
-    }
-}
-
-/// Bytes before the values of a tensor's file: rows, columns, checksum.
-const HEADER: usize = 8 + 8 + 32;
-
-/// Writes a tensor and its checksum.
-pub(crate) fn save(path: &Path, tensor: &Tensor<2>) -> io::Result<()> {
-    let view = HostView::new(tensor);
-    let bytes: &[u8] = bytemuck::cast_slice(view.as_slice());
-    let [rows, columns] = tensor.dims().map(|n| (n as u64).to_le_bytes());
-    write_renamed(path, &[&rows, &columns, blake3::hash(bytes).as_bytes(), bytes])
-}
-
-/// Whether a file is as long as it says.
-pub(crate) fn is_whole(path: &Path) -> bool {
-    let check = || -> io::Result<bool> {
-        let mut file = File::open(path)?;
-        let mut header = [0; HEADER];
-        file.read_exact(&mut header)?;
-        let [rows, columns] = shape(&header);
-        let values = rows.checked_mul(columns).and_then(|n| n.checked_mul(4));
-        Ok(values.is_some_and(|bytes| file.metadata().is_ok_and(|found| found.len() == (HEADER + bytes) as u64)))
-    };
-    check().unwrap_or(false)
-}
-
-/// Reads what [`save`] wrote.
-pub(crate) fn load(path: &Path, device: &Device) -> io::Result<Tensor<2>> {
-    let wrong = || {
-        let advice = "delete the directory to begin the wave anew";
-        io::Error::new(io::ErrorKind::InvalidData, format!("{} is not what was written; {advice}", path.display()))
-    };
-    let mut file = File::open(path)?;
-    let mut header = [0; HEADER];
-    file.read_exact(&mut header)?;
-    if !is_whole(path) {
-        return Err(wrong());
-    }
-    let [rows, columns] = shape(&header);
-    let mut values = vec![0.0f32; rows * columns];
-    file.read_exact(bytemuck::cast_slice_mut(&mut values))?;
-    if blake3::hash(bytemuck::cast_slice(&values)).as_bytes() != &header[16..] {
-        return Err(wrong());
-    }
-    Ok(host::from_vec(values, [rows, columns], device))
-}
-
-fn shape(header: &[u8; HEADER]) -> [usize; 2] {
-    [0, 8].map(|at| {
-        let mut bytes = [0; 8];
-        bytes.copy_from_slice(&header[at..at + 8]);
-        u64::from_le_bytes(bytes) as usize
-    })
-}
 
 /// Tensors put in by index and taken out again. The file is anonymous: it disappears with the process.
 #[derive(Debug)]
@@ -100,7 +22,7 @@ pub(crate) struct HiddenStore {
     slots: Vec<Option<Slot>>,
     file: Option<Spill>,
     /// Files that stay, one by slot, and whether what is in them stays in memory, too.
-    named: Option<(PathBuf, bool)>,
+    named: Option<(Arc<WaveFiles>, bool)>,
     /// Where in the file each slot was last, and how many bytes it had: its place for the next tensor.
     places: Vec<Option<(u64, u64)>>,
 }
@@ -133,10 +55,10 @@ impl HiddenStore {
         Ok(Self { slots: (0..slots).map(|_| None).collect(), file, named: None, places: vec![None; slots] })
     }
 
-    /// A store of `slots` tensors with a file in `dir` for each, which outlive the process. `in_memory`: what is put in
-    /// need not be read back.
-    pub fn named(slots: usize, dir: &Path, in_memory: bool) -> Self {
-        let named = Some((dir.into(), in_memory));
+    /// A store of `slots` tensors with a file of a wave for each, which outlive the process. `in_memory`: what is put in
+    /// need not be read back, and its files are written beside the work that follows.
+    pub fn named(slots: usize, files: Arc<WaveFiles>, in_memory: bool) -> Self {
+        let named = Some((files, in_memory));
         Self { slots: (0..slots).map(|_| None).collect(), file: None, named, places: vec![None; slots] }
     }
 
@@ -151,8 +73,11 @@ impl HiddenStore {
 
     /// Writes a tensor to the file of `part`, and fills the slot with it.
     pub fn put_named(&mut self, slot: usize, part: Part, tensor: Tensor<2>) -> Result<()> {
-        let (dir, _) = self.named.as_ref().expect("a store of files");
-        save(&part.path(dir), &tensor).map_err(|source| Error::Spill { dir: dir.clone(), source })?;
+        let (files, in_memory) = self.named.as_ref().expect("a store of files");
+        files.save(part, &tensor)?;
+        if !in_memory {
+            files.finish()?;
+        }
         let device = tensor.device();
         self.adopt(slot, part, Some(tensor), &device);
         Ok(())
@@ -196,8 +121,10 @@ impl HiddenStore {
         match self.slots[slot].as_ref().expect("each slot is put before it is read") {
             Slot::Memory(tensor) => Ok(Tensor::clone(tensor)),
             Slot::Named { part, device } => {
-                let (dir, _) = self.named.as_ref().expect("named slots are of a store of files");
-                load(&part.path(dir), device).map_err(|source| Error::Spill { dir: dir.clone(), source })
+                let (files, _) = self.named.as_ref().expect("named slots are of a store of files");
+                files.finish()?;
+                let dir = files.directory();
+                load(&part.path(dir), device).map_err(|source| Error::Spill { dir: dir.into(), source })
             }
             Slot::File { at, shape, device } => {
                 let spill = self.file.as_mut().expect("file slots come from a file");
@@ -215,8 +142,6 @@ impl HiddenStore {
 
 #[cfg(all(test, feature = "flex"))]
 mod tests {
-    use std::fs;
-
     use super::*;
     use crate::kernels::testing::{assert_close, pattern};
 
@@ -244,31 +169,6 @@ mod tests {
                 assert_eq!(file.end, 4 * 7 * (1 + 2 + 3 + 4));
             }
         }
-    }
-
-    #[test]
-    fn files_of_a_wave_in_progress_give_back_what_was_put_and_tell_what_is_broken() {
-        let dir = tempfile::tempdir().unwrap();
-        let device = pattern([1, 1], 0).device();
-        for in_memory in [true, false] {
-            let mut store = HiddenStore::named(2, dir.path(), in_memory);
-            store.put_named(1, Part::Middle(3), pattern([2, 5], 1)).unwrap();
-            assert_close(&store.take(1).unwrap(), &pattern([2, 5], 1), 0.0);
-            let mut another = HiddenStore::named(2, dir.path(), in_memory);
-            another.adopt(0, Part::Middle(3), None, &device);
-            assert_close(&another.get(0).unwrap(), &pattern([2, 5], 1), 0.0);
-        }
-        let path = Part::Middle(3).path(dir.path());
-        let whole = fs::read(&path).unwrap();
-        assert!(is_whole(&path) && !is_whole(&dir.path().join("none")));
-        fs::write(&path, &whole[..whole.len() - 1]).unwrap();
-        assert!(!is_whole(&path));
-        let mut flipped = whole.clone();
-        *flipped.last_mut().unwrap() ^= 1;
-        fs::write(&path, &flipped).unwrap();
-        assert!(is_whole(&path));
-        let error = load(&path, &device).unwrap_err().to_string();
-        assert!(error.contains("middle-0003.f32 is not what was written"), "{error}");
     }
 
     #[test]

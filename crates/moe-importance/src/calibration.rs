@@ -173,21 +173,32 @@ impl<'a> Calibration<'a> {
             }
         }
         let engine = Engine::new(self.model, self.options());
-        let mut left = self.own_waves()?;
-        for wave in &left {
+        for wave in self.own_waves()? {
             engine.plan(wave.tokens(), signals)?;
         }
         if let Some(directory) = &self.store {
-            if StatisticsStore::exists(directory) {
-                let store = StatisticsStore::open(directory)?;
-                left.retain(|wave| !store.waves().contains(&wave.id));
-            }
-            let specs = self.collectors.iter().chain(&known).flat_map(|c| c.statistics());
-            let values: usize = specs.map(|spec| spec.kind.values(self.shape())).sum();
             let existing = directory.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
-            check_space(existing, (left.len() * values * 4) as u64)?;
+            check_space(existing, self.space()?)?;
         }
         Ok(())
+    }
+
+    /// Bytes that the statistics of the waves which the store lacks will take there.
+    ///
+    /// # Errors
+    /// [`Error::UnknownStatistic`], a store that cannot be read, a shard that is not below the number of shards, and no
+    /// waves.
+    pub fn space(&self) -> Result<u64> {
+        let Some(directory) = &self.store else { return Ok(0) };
+        let mut left = self.own_waves()?;
+        if StatisticsStore::exists(directory) {
+            let store = StatisticsStore::open(directory)?;
+            left.retain(|wave| !store.waves().contains(&wave.id));
+        }
+        let known = self.registered()?;
+        let specs = self.collectors.iter().chain(&known).flat_map(|c| c.statistics());
+        let values: usize = specs.map(|spec| spec.kind.values(self.shape())).sum();
+        Ok((left.len() * values * 4) as u64)
     }
 
     /// Runs every wave that the store does not hold yet and folds. The result depends on model, data and what is

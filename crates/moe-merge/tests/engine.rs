@@ -13,6 +13,7 @@ use moe_checkpoint::{Checkpoint, ProtectionMask};
 use moe_core::Model;
 use moe_core::data::{Sequence, Wave};
 use moe_core::device::device;
+use moe_importance::{Calibration, statistics::FISHER_SEQUENCE};
 use moe_merge::{
     Amount, Evidence, EvidenceOptions, LayerContext, LayerExperts, MergeOptions, OutputForm, OutputMean, Recipe,
     RouterConfig, collect_evidence, merge_sequentially,
@@ -263,4 +264,23 @@ fn compressed_experts_are_shown_in_place_of_their_own() {
     let other = moe_merge::CompactModel::open(&out).unwrap();
     let stranger = open(parity("tf5/mixtral"));
     assert!(other.on(&stranger, None).unwrap_err().to_string().contains("compact model was made for"));
+}
+
+#[test]
+fn dense_outputs_are_the_same_beside_statistics_that_ask_for_gradients() {
+    let model = model("tf5/qwen2_moe");
+    let options = EvidenceOptions { statistics: BTreeSet::new(), dense_outputs: true, sample: 0, seed: 0 };
+    let alone = collect(&model, &options);
+    // With gradients, experts are shown in the backward sweep, after all layers of the forward sweep.
+    let waves = waves();
+    let calibration = Calibration::of_waves(&model, &waves).statistics([FISHER_SEQUENCE]);
+    let statistics = options.observe(&model, calibration).run(&mut |_| {}).unwrap();
+    let beside = Evidence::from_statistics(&statistics).unwrap();
+    for (alone, beside) in alone.layers.iter().zip(&beside.layers) {
+        assert_eq!(alone.outputs.keys().collect::<Vec<_>>(), [&OutputMean::All, &OutputMean::Gated]);
+        for over in [OutputMean::All, OutputMean::Gated] {
+            assert!(alone.outputs[&over].iter().any(|mean| *mean != 0.0));
+            assert_eq!(alone.outputs[&over], beside.outputs[&over], "{over:?} of layer {}", alone.layer);
+        }
+    }
 }

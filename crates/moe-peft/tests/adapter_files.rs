@@ -8,14 +8,14 @@ use std::{
 };
 
 use common::{Expected, check_gradients_of, device, distance, fixture, logits, model};
-use moe_checkpoint::Existing;
+use moe_checkpoint::{Existing, MatrixId};
 use moe_core::Model;
 use moe_peft::{
     AdapterSet,
     adapter_files::{AdapterInput, AdapterLayout, CombineAdapters, ConvertAdapter, MergeAdapters, inspect},
     codec::{ComPeft, KeptValues, PlainDelta, TaskVector},
     fold::Folded,
-    lora::{Lora, LoraWeights, Map, Maps, Naming},
+    lora::{Lora, LoraWeights, Maps, Naming},
     merge::Combination,
     open,
     peft_files::{self, ReadOptions, WriteOptions},
@@ -136,9 +136,9 @@ fn rows_of_tied_embeddings_are_rows_of_the_head_and_other_adapters_of_one_of_bot
     near(&logits(&merged, &wave), &beside, "merged");
     let folded = Folded::on(model.checkpoint(), &set).unwrap();
     near(&logits(&folded.run(&device(), None).unwrap(), &wave), &beside, "folded");
-    let dims = Maps::new(model.checkpoint()).dims(Map::Head).unwrap();
+    let dims = Maps::new(model.checkpoint()).dims(MatrixId::Head).unwrap();
     let low = moe_peft::lora::LowRank::new(row(3), common::noise(dims[0], 4), 1, 1.0);
-    for map in [Map::Head, Map::Embedding] {
+    for map in [MatrixId::Head, MatrixId::Embedding] {
         let one = LoraWeights { maps: [(map, low.clone())].into(), ..LoraWeights::default() };
         let error = moe_peft::merge::Merged::on(model.checkpoint(), &[("one", &one, 1.0)]).unwrap_err().to_string();
         assert!(error.contains("one tensor in this model"), "{error}");

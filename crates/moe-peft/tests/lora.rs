@@ -5,7 +5,7 @@ mod common;
 use std::{path::Path, sync::Arc};
 
 use common::*;
-use moe_checkpoint::{Checkpoint, LayerRole, write};
+use moe_checkpoint::{Checkpoint, ExpertMatrix, LayerRole, MatrixId, write};
 use moe_core::{
     Engine, EngineOptions, Model,
     data::Wave,
@@ -14,9 +14,7 @@ use moe_core::{
 };
 use moe_peft::{
     AdapterSet,
-    lora::{
-        CordaMethod, ExpertMap, Init, Lora, LoraConfig, LoraWeights, Map, Maps, Naming, Targets, corda::Covariances,
-    },
+    lora::{CordaMethod, Init, Lora, LoraConfig, LoraWeights, Maps, Naming, Targets, corda::Covariances},
     merge::{Combination, Merged, combine},
     peft_files::{self, ReadOptions, WriteOptions},
 };
@@ -158,7 +156,7 @@ fn experts_one_by_one_become_fused_with_the_same_outputs() {
         config.rank_pattern.push(format!(r"experts\.2\.{down}"), 0);
         config.alpha_pattern.push(format!(r"layers\.1\..*experts\.0\.{down}"), 1.0);
         let weights = trained(&config, &maps);
-        let without = Map::Expert { layer: 0, expert: 2, part: ExpertMap::Down };
+        let without = MatrixId::Expert { layer: 0, expert: 2, part: ExpertMatrix::Down };
         assert!(!weights.maps.contains_key(&without));
         let wave = wave(model.config().vocab_size);
         let expected =
@@ -168,7 +166,7 @@ fn experts_one_by_one_become_fused_with_the_same_outputs() {
         peft_files::write(dir.path(), &weights, &maps, &WriteOptions::default()).unwrap();
         let fused = peft_files::read(dir.path(), &maps, ReadOptions::default()).unwrap();
         assert_eq!(fused.config.naming, Naming::Fused);
-        let part = |layer, expert| &fused.maps[&Map::Expert { layer, expert, part: ExpertMap::GateUp }];
+        let part = |layer, expert| &fused.maps[&MatrixId::Expert { layer, expert, part: ExpertMatrix::GateUp }];
         assert_eq!((part(0, 1).rank, part(0, 0).rank), (5, 5));
         assert_eq!((part(1, 0).rank, part(1, 0).alpha), (4, 12.0));
         let found = logits(&model.with_adapters(installed(&model, &[("default", fused)]).0).unwrap(), &wave);
@@ -395,7 +393,7 @@ fn adapters_that_begin_as_a_part_of_the_weight_change_nothing_and_keep_the_rest_
     let maps = Maps::new(model.checkpoint());
     let wave = wave(model.config().vocab_size);
     let plain = logits(&model, &wave);
-    let which: Vec<Map> = maps.all().iter().copied().filter(|map| matches!(map, Map::Layer(..))).collect();
+    let which: Vec<MatrixId> = maps.all().iter().copied().filter(|map| matches!(map, MatrixId::Layer(..))).collect();
     let covariances = Covariances::collect(&model, std::slice::from_ref(&wave), &which, None).unwrap();
     for init in [
         Init::Pissa { niter: None },
@@ -484,10 +482,10 @@ fn targets_follow_the_rules_of_peft() {
     experts.rank_pattern.push(r"experts\.3\.down_proj", 7);
     experts.rank_pattern.push("experts.gate_up_proj", 1);
     let found = experts.targets(&maps).unwrap();
-    let share = |expert, part| found[&Map::Expert { layer: 1, expert, part }].rank;
-    assert_eq!((share(3, ExpertMap::Down), share(2, ExpertMap::Down), share(3, ExpertMap::GateUp)), (7, 3, 1));
+    let share = |expert, part| found[&MatrixId::Expert { layer: 1, expert, part }].rank;
+    assert_eq!((share(3, ExpertMatrix::Down), share(2, ExpertMatrix::Down), share(3, ExpertMatrix::GateUp)), (7, 3, 1));
     let router = LoraConfig { target_parameters: vec!["mlp.gate.weight".into()], ..LoraConfig::default() };
-    assert_eq!(router.targets(&maps).unwrap().keys().next(), Some(&Map::Layer(0, LayerRole::Router)));
+    assert_eq!(router.targets(&maps).unwrap().keys().next(), Some(&MatrixId::Layer(0, LayerRole::Router)));
     for (config, text) in [
         (LoraConfig { target_modules: list(&["q_proj", "query"]), ..LoraConfig::default() }, "`query`"),
         (LoraConfig { target_modules: pattern("q_proj"), ..LoraConfig::default() }, "`q_proj`, which no module's path"),
@@ -578,11 +576,11 @@ fn numbering_the_experts_otherwise_numbers_their_additions_otherwise() {
     let mut moved = weights.clone();
     for (map, low) in &weights.maps {
         match *map {
-            Map::Expert { layer, expert, part } => {
+            MatrixId::Expert { layer, expert, part } => {
                 let expert = order.iter().position(|old| *old == expert).unwrap();
-                moved.maps.insert(Map::Expert { layer, expert, part }, low.clone());
+                moved.maps.insert(MatrixId::Expert { layer, expert, part }, low.clone());
             }
-            Map::Layer(_, LayerRole::Router) => {
+            MatrixId::Layer(_, LayerRole::Router) => {
                 let mut low = low.clone();
                 let rows = |row: usize| low.b[row * low.rank..(row + 1) * low.rank].to_vec();
                 low.b = order.iter().flat_map(|old| rows(*old)).collect();

@@ -12,8 +12,9 @@ use crate::{
     error::Result,
     memory::Keep,
     objective::Objective,
-    store::{HiddenStore, Part},
+    store::HiddenStore,
     trace::{LayerOutput, Observer, Signals, SweepPart},
+    wave_files::Part,
 };
 
 impl Engine<'_> {
@@ -50,7 +51,7 @@ impl Engine<'_> {
         let to_the_end = objective.is_some() || needs.hidden;
         let stop = if to_the_end { layers } else { last_moe.map_or(0, |l| l + 1) };
         let mut store = match &unfinished {
-            Some(unfinished) => HiddenStore::named(SLOTS * layers, unfinished.directory(), !plan.spill),
+            Some(unfinished) => HiddenStore::named(SLOTS * layers, unfinished.files().clone(), !plan.spill),
             None => HiddenStore::new(SLOTS * layers, plan.spill.then_some(self.options.spill_dir.as_path()))?,
         };
         let mut tapes: Vec<LayerTape> = (0..layers).map(|_| LayerTape::default()).collect();

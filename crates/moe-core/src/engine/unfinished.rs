@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
 };
 
 use burn::tensor::{Device, Tensor};
@@ -15,8 +16,8 @@ use crate::{
     data::Wave,
     error::{Error, Result},
     objective::CrossEntropy,
-    store::{self, Part},
     trace::{Observer, Signals, SweepPart},
+    wave_files::{Part, WaveFiles, is_whole, load},
 };
 
 const MARK: &str = "wave.json";
@@ -27,7 +28,8 @@ const VERSION: u64 = 1;
 /// back to, and the point the sweep has reached. [`Engine::unfinished`] makes or finds it, [`Engine::go_on`] adds to
 /// it; whoever keeps the results [removes](Self::remove) it.
 ///
-/// Every file is written beside its place and renamed; the last one of a part of the sweep says that the part is done.
+/// Files are written in a thread of their own while the sweep goes on, so that a sweep that is killed may do a part or
+/// two again. Each is written beside its place and renamed; the last one of a part of the sweep says that the part is done.
 /// Files are not synced, which a killed process does not need; what a power cut has left of them is found by length and
 /// checksum.
 #[derive(Debug)]
@@ -38,6 +40,8 @@ pub struct UnfinishedWave {
     /// Sums of every layer that a norm comes after.
     sums: Vec<usize>,
     done: Option<SweepPart>,
+    /// Who writes, from the first file on.
+    files: OnceLock<Arc<WaveFiles>>,
 }
 
 impl UnfinishedWave {
@@ -63,18 +67,20 @@ impl UnfinishedWave {
     /// [`Error::Spill`].
     pub fn restart(&mut self) -> Result<()> {
         self.done = None;
+        self.files = OnceLock::new();
         if self.dir.exists() {
             fs::remove_dir_all(&self.dir).map_err(self.failed())?;
         }
         fs::create_dir_all(&self.dir).map_err(self.failed())?;
-        self.write_json(MARK, &self.mark)
+        write_renamed(self.dir.join(MARK), &[self.mark.to_string().as_bytes()]).map_err(self.failed())
     }
 
     /// Deletes the directory: the wave is finished.
     ///
     /// # Errors
     /// [`Error::Spill`].
-    pub fn remove(self) -> Result<()> {
+    pub fn remove(mut self) -> Result<()> {
+        drop(self.files.take());
         fs::remove_dir_all(&self.dir).map_err(self.failed())
     }
 
@@ -82,8 +88,9 @@ impl UnfinishedWave {
         |source| Error::Spill { dir: self.dir.clone(), source }
     }
 
-    fn write_json(&self, name: &str, value: &Value) -> Result<()> {
-        write_renamed(self.dir.join(name), &[value.to_string().as_bytes()]).map_err(self.failed())
+    /// Who writes the files.
+    pub(super) fn files(&self) -> &Arc<WaveFiles> {
+        self.files.get_or_init(|| Arc::new(WaveFiles::new(self.dir.clone())))
     }
 
     fn read_json(&self, name: &str) -> Option<Value> {
@@ -91,7 +98,7 @@ impl UnfinishedWave {
     }
 
     fn has(&self, part: Part) -> bool {
-        store::is_whole(&part.path(&self.dir))
+        is_whole(&part.path(&self.dir))
     }
 
     /// What its files say is done: the furthest point of which all is there that the rest of the sweep reads.
@@ -117,9 +124,9 @@ impl UnfinishedWave {
 
     /// The output of this layer, which is the input of the next.
     pub(super) fn forward_done(&mut self, layer: usize, output: &Tensor<2>, depth: Depth) -> Result<()> {
-        self.save(Part::Input(layer + 1), output)?;
+        self.files().save(Part::Input(layer + 1), output)?;
         if !depth.reaches_attention(layer) {
-            self.delete(Part::Input(layer));
+            self.files().delete(Part::Input(layer))?;
         }
         self.done = Some(SweepPart::Forward(layer));
         Ok(())
@@ -129,19 +136,20 @@ impl UnfinishedWave {
     pub(super) fn head_done(&mut self, gradient: &Tensor<2>, report: &WaveReport) -> Result<()> {
         let bits = |loss: &f64| loss.to_bits();
         let sequences = report.sequence_losses.as_ref().map(|losses| losses.iter().map(bits).collect::<Vec<_>>());
-        self.write_json(LOSS, &json!({ "loss": report.loss.as_ref().map(bits), "sequences": sequences }))?;
-        self.save(Part::Gradient(self.layers), gradient)?;
-        self.delete(Part::Input(self.layers));
+        let losses = json!({ "loss": report.loss.as_ref().map(bits), "sequences": sequences });
+        self.files().write(LOSS, losses.to_string().into_bytes())?;
+        self.files().save(Part::Gradient(self.layers), gradient)?;
+        self.files().delete(Part::Input(self.layers))?;
         self.done = Some(SweepPart::Head);
         Ok(())
     }
 
     /// The gradient at the input of this layer.
     pub(super) fn backward_done(&mut self, layer: usize, gradient: &Tensor<2>) -> Result<()> {
-        self.save(Part::Gradient(layer), gradient)?;
+        self.files().save(Part::Gradient(layer), gradient)?;
         let sums = (0..self.sums[layer]).map(|which| Part::Sum(layer, which));
         for part in [Part::Gradient(layer + 1), Part::Input(layer), Part::Middle(layer)].into_iter().chain(sums) {
-            self.delete(part);
+            self.files().delete(part)?;
         }
         self.done = Some(SweepPart::Backward(layer));
         Ok(())
@@ -156,16 +164,7 @@ impl UnfinishedWave {
     }
 
     pub(super) fn load(&self, part: Part, device: &Device) -> Result<Tensor<2>> {
-        store::load(&part.path(&self.dir), device).map_err(self.failed())
-    }
-
-    fn save(&self, part: Part, tensor: &Tensor<2>) -> Result<()> {
-        store::save(&part.path(&self.dir), tensor).map_err(self.failed())
-    }
-
-    /// What is left where it cannot be deleted is only in the way of other files.
-    fn delete(&self, part: Part) {
-        let _ = fs::remove_file(part.path(&self.dir));
+        load(&part.path(&self.dir), device).map_err(self.failed())
     }
 }
 
@@ -215,7 +214,8 @@ impl Engine<'_> {
         let counted = prepared.targets.iter().map(|target| u8::from(target.is_some()));
         hasher.update(&ids.chain(ends).chain(counted).collect::<Vec<u8>>());
         let mark = json!({ "version": VERSION, "wave": wave.id, "digest": hasher.finalize().to_hex().to_string() });
-        let mut unfinished = UnfinishedWave { dir: directory.to_path_buf(), mark, layers, sums, done: None };
+        let mut unfinished =
+            UnfinishedWave { dir: directory.to_path_buf(), mark, layers, sums, done: None, files: OnceLock::new() };
         unfinished.done = unfinished.found(depth);
         if unfinished.done.is_none() {
             if let Err(error) = check_space(parent, needed) {

@@ -4,14 +4,10 @@ use std::{collections::BTreeMap, path::Path};
 
 use burn::tensor::Tensor;
 use faer::{Mat, linalg::solvers::DenseSolveCore};
-use moe_checkpoint::Fold;
+use moe_checkpoint::{Fold, MatrixId};
 use moe_core::{Model, adapters::Site, data::Wave, host::HostView, kernels::outer::add_transposed_product};
 
-use super::{
-    config::CordaMethod,
-    init,
-    maps::{Map, Maps},
-};
+use super::{config::CordaMethod, init, maps::Maps};
 use crate::{
     Error, Result,
     input_watch::{run, statistic, sums, watch},
@@ -34,7 +30,7 @@ impl Covariances {
     ///
     /// # Errors
     /// [`Error::Input`] for another size, a number that is not finite, or a map that the model does not have.
-    pub fn insert(&mut self, maps: &Maps<'_>, map: Map, covariance: Vec<f64>) -> Result<()> {
+    pub fn insert(&mut self, maps: &Maps<'_>, map: MatrixId, covariance: Vec<f64>) -> Result<()> {
         let (site, [_, inputs]) = match (maps.site(map), maps.dims(map)) {
             (Some((site, ..)), Some(dims)) => (site, dims),
             _ => return Err(Error::input("a map", map, "a map of the model")),
@@ -49,7 +45,7 @@ impl Covariances {
     }
 
     /// That of a map's inputs.
-    pub fn of(&self, maps: &Maps<'_>, map: Map) -> Option<&[f64]> {
+    pub fn of(&self, maps: &Maps<'_>, map: MatrixId) -> Option<&[f64]> {
         self.by_site.get(&maps.site(map)?.0).map(Vec::as_slice)
     }
 
@@ -61,9 +57,9 @@ impl Covariances {
     /// # Errors
     /// Those of the engine; [`Error::Input`] for a map that no token reached, such as an expert that was never chosen;
     /// a store of something else.
-    pub fn collect(model: &Model, waves: &[Wave], which: &[Map], store: Option<&Path>) -> Result<Self> {
+    pub fn collect(model: &Model, waves: &[Wave], which: &[MatrixId], store: Option<&Path>) -> Result<Self> {
         let maps = Maps::new(model.checkpoint());
-        let mut places: BTreeMap<Site, ([usize; 2], Map)> = BTreeMap::new();
+        let mut places: BTreeMap<Site, ([usize; 2], MatrixId)> = BTreeMap::new();
         for map in which {
             let (Some((site, _, out)), Some([_, inputs])) = (maps.site(*map), maps.dims(*map)) else {
                 return Err(Error::input("a map", map, "a map of the model"));

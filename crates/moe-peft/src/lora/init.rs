@@ -9,11 +9,12 @@ use super::{
     corda::{self, Covariances},
     dora::squared_norm,
     linear::Start,
-    maps::{Map, Maps, Naming},
+    maps::{Maps, Naming},
     targets::Share,
     weights::{LoraWeights, LowRank},
 };
 use crate::{Error, Result};
+use moe_checkpoint::MatrixId;
 
 impl LoraConfig {
     /// A new adapter for a model. `covariances` of the inputs of maps are for CorDA alone.
@@ -48,7 +49,13 @@ impl LoraConfig {
         Ok(weights)
     }
 
-    fn begin(&self, maps: &Maps<'_>, map: Map, share: Share, covariances: Option<&Covariances>) -> Result<LowRank> {
+    fn begin(
+        &self,
+        maps: &Maps<'_>,
+        map: MatrixId,
+        share: Share,
+        covariances: Option<&Covariances>,
+    ) -> Result<LowRank> {
         let Share { rank, alpha } = share;
         let dims = maps.dims(map).ok_or_else(|| Error::input("an adapted map", map, "a map of the model"))?;
         let [out, inputs] = dims;

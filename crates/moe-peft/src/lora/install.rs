@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 use burn::tensor::Device;
-use moe_checkpoint::{Checkpoint, LayerSite, Role};
+use moe_checkpoint::{Checkpoint, LayerSite, MatrixId, Role};
 use moe_core::{Model, adapters::Site, train::Parameters};
 
 use super::{
@@ -13,7 +13,7 @@ use super::{
     dropout::{Dropout, SweepClock},
     embedding::{EmbeddingTerm, LoraEmbedding, TiedRows, TokenRows},
     linear::{LoraLinear, Term},
-    maps::{Map, Maps, Naming},
+    maps::{Maps, Naming},
     weights::{LoraWeights, LowRank},
 };
 use crate::{
@@ -33,7 +33,7 @@ pub struct Lora {
 #[derive(Debug)]
 struct Named {
     weights: LoraWeights,
-    live: BTreeMap<Map, Values>,
+    live: BTreeMap<MatrixId, Values>,
     /// Tensors in place of the base's, in pieces.
     whole: BTreeMap<Role, Vec<Arc<Live>>>,
     tokens: Option<Arc<Live>>,
@@ -260,7 +260,7 @@ impl Lora {
 fn addition(
     builder: &mut Builder<'_>,
     maps: &Maps<'_>,
-    map: Map,
+    map: MatrixId,
     low: &LowRank,
     dropout: Option<Dropout>,
     places: &mut Places,
@@ -269,7 +269,7 @@ fn addition(
     let [out, inputs] = maps.dims(map).ok_or_else(missing)?;
     let path = maps.path(map, Naming::PerExpert);
     let (scale, start) = (low.scale() as f32, low.start.clone());
-    if map == Map::Embedding {
+    if map == MatrixId::Embedding {
         if low.magnitude.is_some() || low.bias.is_some() || start.is_some() || dropout.is_some() {
             let what = "an addition to embeddings with DoRA, a bias, dropout, or a part of the weight to begin with";
             return Err(Error::Unsupported(what.into()));
@@ -285,7 +285,7 @@ fn addition(
     let a = builder.live(format!("{path}.lora_A"), [low.rank, inputs], &low.a)?;
     let name = |kind: &str| format!("{path}.{kind}");
     let (b, magnitude, bias) = match map {
-        Map::Head => {
+        MatrixId::Head => {
             let b = builder.in_blocks(&name("lora_B"), low.rank, &low.b)?;
             let mut long = |kind: &str, values: &Option<Vec<f32>>| match values {
                 Some(values) => {
@@ -320,7 +320,7 @@ fn addition(
         bias: values.bias.get(block).cloned(),
         dropout: dropout.clone(),
     };
-    if map == Map::Head {
+    if map == MatrixId::Head {
         for (block, rows) in builder.blocks().into_iter().enumerate() {
             let start = start.as_ref().map(|start| start.rows(rows.clone()));
             let terms = places.head.entry((rows.start, rows.end)).or_default();
@@ -353,7 +353,7 @@ impl TuningMethod for LoraConfig {
         let maps = Maps::new(on.model.checkpoint());
         let covariances = match self.init_lora_weights {
             Init::Corda(_) => {
-                let targets: Vec<Map> = self.targets(&maps)?.into_keys().collect();
+                let targets: Vec<MatrixId> = self.targets(&maps)?.into_keys().collect();
                 let waves = &on.waves[..on.waves.len().min(COVARIANCE_WAVES)];
                 Some(Covariances::collect(on.model, waves, &targets, None)?)
             }

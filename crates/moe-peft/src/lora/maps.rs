@@ -1,65 +1,10 @@
 //! The linear maps of a checkpoint, and what PEFT calls them.
 
-use std::{collections::HashMap, fmt, ops::Range};
+use std::{collections::HashMap, ops::Range};
 
-use moe_checkpoint::{Checkpoint, ExpertLayout, ExpertTensor, LayerRole, Role};
-use moe_core::adapters::{ExpertSite, LayerSite, Site};
+use moe_checkpoint::{Checkpoint, ExpertLayout, ExpertMatrix, ExpertTensor, LayerSite, MatrixId, Role, Site};
 
 use crate::trainable_tensors;
-
-/// A matrix of the model that a low-rank addition can be made to. `H` is the hidden size, `I` the width of an expert.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Map {
-    /// A matrix of a decoder layer.
-    Layer(usize, LayerRole),
-    /// A matrix of a routed expert.
-    Expert {
-        /// Decoder layer.
-        layer: usize,
-        /// Expert in the layer.
-        expert: usize,
-        /// Map of the expert.
-        part: ExpertMap,
-    },
-    /// The token embeddings `[V, H]`.
-    Embedding,
-    /// The output head `[V, H]`.
-    Head,
-}
-
-/// A matrix of a routed expert.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum ExpertMap {
-    /// Gate projection `[I, H]`.
-    Gate,
-    /// Up projection `[I, H]`.
-    Up,
-    /// Both, gate rows first `[2 I, H]`: one `A` for both.
-    GateUp,
-    /// Down projection `[H, I]`.
-    Down,
-}
-
-impl Map {
-    /// Its decoder layer, if it is in one.
-    pub fn layer(&self) -> Option<usize> {
-        match self {
-            Self::Layer(layer, _) | Self::Expert { layer, .. } => Some(*layer),
-            Self::Embedding | Self::Head => None,
-        }
-    }
-}
-
-impl fmt::Display for Map {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Layer(layer, role) => write!(f, "{role:?} of layer {layer}"),
-            Self::Expert { layer, expert, part } => write!(f, "{part:?} of expert {expert} of layer {layer}"),
-            Self::Embedding => f.write_str("the embeddings"),
-            Self::Head => f.write_str("the output head"),
-        }
-    }
-}
 
 /// Whose module names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -78,8 +23,8 @@ pub enum Naming {
 #[derive(Debug)]
 pub struct Maps<'a> {
     checkpoint: &'a Checkpoint,
-    all: Vec<Map>,
-    by_path: HashMap<String, Map>,
+    all: Vec<MatrixId>,
+    by_path: HashMap<String, MatrixId>,
     /// Layer by the module that holds all its experts, under any of its names.
     experts: HashMap<String, usize>,
     /// Tensors outside of experts by name, under any of their names.
@@ -101,7 +46,7 @@ impl<'a> Maps<'a> {
                 if maps.shape(Role::Layer(layer, role)).is_none() {
                     continue;
                 }
-                let map = Map::Layer(layer, role);
+                let map = MatrixId::Layer(layer, role);
                 maps.all.push(map);
                 for naming in [Naming::PerExpert, Naming::Fused] {
                     maps.by_path.insert(maps.path(map, naming), map);
@@ -109,10 +54,10 @@ impl<'a> Maps<'a> {
             }
             for expert in 0..checkpoint.config().moe(layer).map_or(0, |moe| moe.num_experts()) {
                 let gateless = checkpoint.config().moe(layer).is_some_and(|moe| moe.gateless);
-                let parts = [ExpertMap::Gate, ExpertMap::Up, ExpertMap::Down];
+                let parts = [ExpertMatrix::Gate, ExpertMatrix::Up, ExpertMatrix::Down];
                 // Without a gate, two maps would be one matrix: its up projection stays as it is.
-                for part in parts.into_iter().filter(|part| !gateless || *part == ExpertMap::Down) {
-                    let map = Map::Expert { layer, expert, part };
+                for part in parts.into_iter().filter(|part| !gateless || *part == ExpertMatrix::Down) {
+                    let map = MatrixId::Expert { layer, expert, part };
                     maps.all.push(map);
                     let path = maps.path(map, Naming::PerExpert);
                     maps.by_path.insert(modern(&path, checkpoint), map);
@@ -125,11 +70,11 @@ impl<'a> Maps<'a> {
                 }
             }
         }
-        for map in [Map::Embedding, Map::Head] {
+        for map in [MatrixId::Embedding, MatrixId::Head] {
             maps.by_path.insert(maps.path(map, Naming::PerExpert), map);
         }
         let matrices = maps.all.iter().filter_map(|map| match map {
-            Map::Layer(layer, role) => Some(Role::Layer(*layer, *role)),
+            MatrixId::Layer(layer, role) => Some(Role::Layer(*layer, *role)),
             _ => None,
         });
         let vectors = trainable_tensors::vectors(checkpoint).into_iter().map(|vector| vector.role);
@@ -165,7 +110,7 @@ impl<'a> Maps<'a> {
     }
 
     /// All maps, layer by layer; of experts gate, up and down.
-    pub fn all(&self) -> &[Map] {
+    pub fn all(&self) -> &[MatrixId] {
         &self.all
     }
 
@@ -175,70 +120,48 @@ impl<'a> Maps<'a> {
     }
 
     /// `[out, in]`; `None` for a map that the model does not have.
-    pub fn dims(&self, map: Map) -> Option<[usize; 2]> {
+    pub fn dims(&self, map: MatrixId) -> Option<[usize; 2]> {
         match map {
-            Map::Layer(layer, role) => {
+            MatrixId::Layer(layer, role) => {
                 LayerSite::of(role)?;
                 self.shape(Role::Layer(layer, role))
             }
-            Map::Expert { layer, expert, part } => {
+            MatrixId::Expert { layer, expert, part } => {
                 let width = *self.checkpoint.config().moe(layer)?.widths.get(expert)?;
                 let hidden = self.checkpoint.config().hidden_size;
                 Some(match part {
-                    ExpertMap::Gate | ExpertMap::Up => [width, hidden],
-                    ExpertMap::GateUp => [2 * width, hidden],
-                    ExpertMap::Down => [hidden, width],
+                    ExpertMatrix::Gate | ExpertMatrix::Up => [width, hidden],
+                    ExpertMatrix::GateUp => [2 * width, hidden],
+                    ExpertMatrix::Down => [hidden, width],
                 })
             }
-            Map::Embedding => self.shape(Role::Embedding),
-            Map::Head => self.shape(Role::LmHead),
+            MatrixId::Embedding => self.shape(Role::Embedding),
+            MatrixId::Head => self.shape(Role::LmHead),
         }
     }
 
     /// Where the engine computes it: the place, which of its rows, and how many it has. `None` for a map that the model
     /// does not have, and for embeddings and output head, which are no maps of a layer.
-    pub fn site(&self, map: Map) -> Option<(Site, Range<usize>, usize)> {
+    pub fn site(&self, map: MatrixId) -> Option<(Site, Range<usize>, usize)> {
         let [out, _] = self.dims(map)?;
-        let whole = |site| Some((site, 0..out, out));
-        let stacked = |site, second: bool| match second {
-            false => Some((site, 0..out, 2 * out)),
-            true => Some((site, out..2 * out, 2 * out)),
-        };
-        match map {
-            Map::Layer(layer, role) => {
-                let (site, place) = LayerSite::of(role)?;
-                match site.roles().len() {
-                    1 => whole(Site::Layer(layer, site)),
-                    _ => stacked(Site::Layer(layer, site), place == 1),
-                }
-            }
-            Map::Expert { layer, expert, part } => {
-                let at = |map| Site::Expert { layer, expert, map };
-                match part {
-                    ExpertMap::Gate => stacked(at(ExpertSite::GateUp), false),
-                    ExpertMap::Up => stacked(at(ExpertSite::GateUp), true),
-                    ExpertMap::GateUp => whole(at(ExpertSite::GateUp)),
-                    ExpertMap::Down => whole(at(ExpertSite::Down)),
-                }
-            }
-            Map::Embedding | Map::Head => None,
-        }
+        let (site, (place, of)) = map.site()?;
+        Some((site, place * out..(place + 1) * out, of * out))
     }
 
     /// The path of its module. A matrix of gate and up together has none of its own: that of the experts, the expert's
     /// number and `gate_up_proj`.
-    pub fn path(&self, map: Map, naming: Naming) -> String {
+    pub fn path(&self, map: MatrixId, naming: Naming) -> String {
         let family = self.checkpoint.family();
         let name = match map {
-            Map::Layer(layer, role) => family.tensor_name(Role::Layer(layer, role)),
-            Map::Expert { layer, expert, part } => match part {
-                ExpertMap::Gate => family.expert_tensor_name(layer, ExpertTensor::Gate(expert)),
-                ExpertMap::Up => family.expert_tensor_name(layer, ExpertTensor::Up(expert)),
-                ExpertMap::Down => family.expert_tensor_name(layer, ExpertTensor::Down(expert)),
-                ExpertMap::GateUp => format!("{}.{expert}.gate_up_proj", self.experts_path(layer, naming)),
+            MatrixId::Layer(layer, role) => family.tensor_name(Role::Layer(layer, role)),
+            MatrixId::Expert { layer, expert, part } => match part {
+                ExpertMatrix::Gate => family.expert_tensor_name(layer, ExpertTensor::Gate(expert)),
+                ExpertMatrix::Up => family.expert_tensor_name(layer, ExpertTensor::Up(expert)),
+                ExpertMatrix::Down => family.expert_tensor_name(layer, ExpertTensor::Down(expert)),
+                ExpertMatrix::GateUp => format!("{}.{expert}.gate_up_proj", self.experts_path(layer, naming)),
             },
-            Map::Embedding => family.tensor_name(Role::Embedding),
-            Map::Head => family.tensor_name(Role::LmHead),
+            MatrixId::Embedding => family.tensor_name(Role::Embedding),
+            MatrixId::Head => family.tensor_name(Role::LmHead),
         };
         let path = name.strip_suffix(".weight").unwrap_or(&name);
         match naming {
@@ -258,7 +181,7 @@ impl<'a> Maps<'a> {
     }
 
     /// The map of a module, by any of its names.
-    pub fn find(&self, path: &str) -> Option<Map> {
+    pub fn find(&self, path: &str) -> Option<MatrixId> {
         self.by_path.get(path).copied()
     }
 

@@ -21,7 +21,7 @@ pub use config::{CordaMethod, Init, LoraConfig, Patterns, Targets};
 pub use dropout::SweepClock;
 pub use install::Lora;
 pub use linear::LoraLinear;
-pub use maps::{ExpertMap, Map, Maps, Naming};
+pub use maps::{Maps, Naming};
 pub use targets::Share;
 pub use weights::{LoraWeights, LowRank};
 

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use fancy_regex::Regex;
-use moe_checkpoint::LayerRole;
+use moe_checkpoint::{ExpertMatrix, LayerRole, MatrixId};
 
 use super::{
     config::{LoraConfig, Patterns, Targets},
-    maps::{ExpertMap, Map, Maps, Naming},
+    maps::{Maps, Naming},
 };
 use crate::{Error, Result};
 
@@ -35,7 +35,7 @@ impl LoraConfig {
     /// # Errors
     /// [`Error::Input`] for a malformed pattern, a name that matches nothing, a map that is named in two ways, and a
     /// rank above what a decomposition of a weight gives.
-    pub fn targets(&self, maps: &Maps<'_>) -> Result<BTreeMap<Map, Share>> {
+    pub fn targets(&self, maps: &Maps<'_>) -> Result<BTreeMap<MatrixId, Share>> {
         self.validate()?;
         let ranks = Compiled::new("rank_pattern", &self.rank_pattern)?;
         let alphas = Compiled::new("alpha_pattern", &self.alpha_pattern)?;
@@ -49,7 +49,7 @@ impl LoraConfig {
             let exclude = self.exclude_modules.as_ref().map(|t| Matcher::new("exclude_modules", t)).transpose()?;
             let mut used = vec![false; include.names()];
             for map in maps.all() {
-                let expert = matches!(map, Map::Expert { .. });
+                let expert = matches!(map, MatrixId::Expert { .. });
                 if expert && self.naming == Naming::Fused {
                     continue;
                 }
@@ -90,9 +90,11 @@ impl LoraConfig {
             }
             for (map, paths) in named {
                 let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
-                let halves = [ExpertMap::Gate, ExpertMap::Up];
+                let halves = [ExpertMatrix::Gate, ExpertMatrix::Up];
                 let half = |part| match map {
-                    Map::Expert { layer, expert, part: ExpertMap::GateUp } => Map::Expert { layer, expert, part },
+                    MatrixId::Expert { layer, expert, part: ExpertMatrix::GateUp } => {
+                        MatrixId::Expert { layer, expert, part }
+                    }
                     map => map,
                 };
                 let twice = halves.into_iter().map(half).find(|map| found.contains_key(map));
@@ -143,25 +145,25 @@ impl LoraConfig {
 }
 
 /// The maps of a parameter, with the paths that patterns are matched with, the narrowest first.
-fn parameter_maps(maps: &Maps<'_>, parameter: &str) -> Vec<(Map, Vec<String>)> {
+fn parameter_maps(maps: &Maps<'_>, parameter: &str) -> Vec<(MatrixId, Vec<String>)> {
     let mut found = Vec::new();
     for layer in 0..maps.checkpoint().config().layers.len() {
         let experts = maps.experts(layer);
         let Some(moe) = maps.checkpoint().config().moe(layer).filter(|_| experts > 0) else { continue };
         for naming in [Naming::Fused, Naming::PerExpert] {
             let base = maps.experts_path(layer, naming);
-            for (part, name) in [(ExpertMap::GateUp, "gate_up_proj"), (ExpertMap::Down, "down_proj")] {
+            for (part, name) in [(ExpertMatrix::GateUp, "gate_up_proj"), (ExpertMatrix::Down, "down_proj")] {
                 let path = format!("{base}.{name}");
                 // Without a gate there is no matrix of gate and up.
-                let there = !moe.gateless || part == ExpertMap::Down;
+                let there = !moe.gateless || part == ExpertMatrix::Down;
                 if there && ends_with(&path, parameter) {
                     found.extend((0..experts).map(|expert| {
-                        let map = Map::Expert { layer, expert, part };
+                        let map = MatrixId::Expert { layer, expert, part };
                         (map, vec![format!("{base}.{expert}.{name}"), path.clone()])
                     }));
                 }
             }
-            let router = Map::Layer(layer, LayerRole::Router);
+            let router = MatrixId::Layer(layer, LayerRole::Router);
             let path = format!("{}.weight", maps.path(router, naming));
             if ends_with(&path, parameter) {
                 found.push((router, vec![path]));
@@ -182,7 +184,7 @@ fn examples(maps: &Maps<'_>, naming: Naming) -> String {
     let mut names: Vec<String> = maps
         .all()
         .iter()
-        .filter(|map| naming == Naming::PerExpert || matches!(map, Map::Layer(..)))
+        .filter(|map| naming == Naming::PerExpert || matches!(map, MatrixId::Layer(..)))
         .filter_map(|map| maps.path(*map, naming).rsplit_once('.').map(|(_, name)| format!("`{name}`")))
         .collect();
     names.sort();
@@ -223,10 +225,10 @@ impl Matcher {
     }
 
     /// Whether a path matches this name.
-    fn matches(&self, name: usize, path: &str, map: Map) -> bool {
+    fn matches(&self, name: usize, path: &str, map: MatrixId) -> bool {
         match self {
             Self::List(names) => ends_with(path, &names[name]),
-            Self::AllLinear => !matches!(map, Map::Layer(_, LayerRole::Router)),
+            Self::AllLinear => !matches!(map, MatrixId::Layer(_, LayerRole::Router)),
             Self::Whole(_, regex) => regex.is_match(path).unwrap_or(false),
         }
     }

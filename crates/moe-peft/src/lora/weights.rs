@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use moe_checkpoint::{ExpertPart, Role};
+use moe_checkpoint::{ExpertMatrix, ExpertPart, MatrixId, Role};
 
 use super::{
     config::{LoraConfig, scale},
     linear::Start,
-    maps::{ExpertMap, Map, Maps},
+    maps::Maps,
 };
 use crate::{Error, Result};
 
@@ -97,7 +97,7 @@ impl LowRank {
     }
 
     /// Whether `dims` and the rank are those of the values.
-    pub(crate) fn check(&self, map: Map, [out, inputs]: [usize; 2]) -> Result<()> {
+    pub(crate) fn check(&self, map: MatrixId, [out, inputs]: [usize; 2]) -> Result<()> {
         let wrong = |what: &str, found: usize, expected: String| {
             Err(Error::input(format!("{what} of {map}"), format!("{found} values"), expected))
         };
@@ -120,7 +120,7 @@ impl LowRank {
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct LoraWeights {
     /// Additions by map.
-    pub maps: BTreeMap<Map, LowRank>,
+    pub maps: BTreeMap<MatrixId, LowRank>,
     /// Tensors that stand in place of the base's (`modules_to_save`, trained biases): not those of experts.
     pub whole: BTreeMap<Role, Vec<f32>>,
     /// Rows `[H]` of the embeddings that stand in place of the base's, by token (`trainable_token_indices`). Where
@@ -177,13 +177,13 @@ impl Maps<'_> {
     ///
     /// # Errors
     /// Those of reading; [`Error::Input`] for a map that the model does not have.
-    pub fn matrix(&self, map: Map) -> Result<Vec<f32>> {
+    pub fn matrix(&self, map: MatrixId) -> Result<Vec<f32>> {
         let missing = || Error::input("a map", map, "a map of the model");
-        let Map::Expert { layer, expert, part } = map else {
+        let MatrixId::Expert { layer, expert, part } = map else {
             self.dims(map).ok_or_else(missing)?;
             let role = match map {
-                Map::Layer(layer, role) => Role::Layer(layer, role),
-                Map::Embedding => Role::Embedding,
+                MatrixId::Layer(layer, role) => Role::Layer(layer, role),
+                MatrixId::Embedding => Role::Embedding,
                 _ => Role::LmHead,
             };
             return Ok(self.checkpoint().read_f32(role)?);
@@ -193,10 +193,10 @@ impl Maps<'_> {
             Ok(matrix.to_f32())
         };
         let matrix = match part {
-            ExpertMap::Gate => read(ExpertPart::Gate)?,
-            ExpertMap::Up => read(ExpertPart::Up)?,
-            ExpertMap::Down => read(ExpertPart::Down)?,
-            ExpertMap::GateUp => [read(ExpertPart::Gate)?, read(ExpertPart::Up)?].concat(),
+            ExpertMatrix::Gate => read(ExpertPart::Gate)?,
+            ExpertMatrix::Up => read(ExpertPart::Up)?,
+            ExpertMatrix::Down => read(ExpertPart::Down)?,
+            ExpertMatrix::GateUp => [read(ExpertPart::Gate)?, read(ExpertPart::Up)?].concat(),
         };
         self.checkpoint().release_expert(layer, expert)?;
         Ok(matrix)

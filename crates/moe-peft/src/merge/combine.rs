@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use moe_checkpoint::MatrixId;
+
 use faer::Mat;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Result,
-    lora::{LoraWeights, LowRank, Map, split, svd},
+    lora::{LoraWeights, LowRank, split, svd},
 };
 
 /// How adapters become one (`add_weighted_adapter` of PEFT).
@@ -51,7 +53,7 @@ pub fn combine(adapters: &[(&LoraWeights, f64)], how: Combination) -> Result<Lor
     if how == (Combination::Svd { rank: 0 }) {
         return Err(Error::input("rank", 0, "at least 1"));
     }
-    let all: BTreeSet<Map> = adapters.iter().flat_map(|(weights, _)| weights.maps.keys().copied()).collect();
+    let all: BTreeSet<MatrixId> = adapters.iter().flat_map(|(weights, _)| weights.maps.keys().copied()).collect();
     let mut maps = BTreeMap::new();
     for map in all {
         let parts: Vec<(LowRank, f64)> =
@@ -92,7 +94,7 @@ fn cat(parts: &[(LowRank, f64)], [out, _]: [usize; 2]) -> LowRank {
     LowRank::new(a, b, rank, rank as f64)
 }
 
-fn linear(map: Map, parts: &[(LowRank, f64)]) -> Result<LowRank> {
+fn linear(map: MatrixId, parts: &[(LowRank, f64)]) -> Result<LowRank> {
     let rank = parts[0].0.rank;
     if let Some((other, _)) = parts.iter().find(|(low, _)| low.rank != rank) {
         return Err(Error::input(format!("rank of {map}"), other.rank, format!("{rank}, that of the first adapter")));
@@ -109,7 +111,7 @@ fn linear(map: Map, parts: &[(LowRank, f64)]) -> Result<LowRank> {
 }
 
 /// `B A = Q_b (R_b R_a^T) Q_a^T`: the singular triples of the small matrix in the middle are those of the whole.
-fn cut(map: Map, low: &LowRank, rank: usize) -> Result<LowRank> {
+fn cut(map: MatrixId, low: &LowRank, rank: usize) -> Result<LowRank> {
     let ([out, inputs], r, s) = (low.dims(), low.rank, low.scale());
     let a = Mat::from_fn(inputs, r, |i, j| f64::from(low.a[j * inputs + i])).qr();
     let b = Mat::from_fn(out, r, |i, j| s * f64::from(low.b[i * r + j])).qr();
@@ -126,7 +128,7 @@ mod tests {
     use super::*;
     use moe_checkpoint::LayerRole;
 
-    const MAP: Map = Map::Layer(0, LayerRole::Query);
+    const MAP: MatrixId = MatrixId::Layer(0, LayerRole::Query);
 
     fn adapter(seed: usize, rank: usize, alpha: f64) -> LoraWeights {
         let numbers =

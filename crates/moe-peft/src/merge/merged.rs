@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, ops::Range, sync::Arc};
 
-use moe_checkpoint::{Checkpoint, LayerRole, LayerSite, Role, Step};
+use moe_checkpoint::{Checkpoint, LayerRole, LayerSite, MatrixId, Role, Step};
 use moe_core::{
     adapters::Site,
     kernels::product::{Matrix, product},
@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::{
     Error, Result,
-    lora::{LoraWeights, LowRank, Map, Maps, Naming, magnitudes},
+    lora::{LoraWeights, LowRank, Maps, Naming, magnitudes},
     model_weights::tied,
     parameter_bank::add_values,
     rewrite::{Changes, Layout, NewMatrix, NewRows, Rewrite, Rewritten},
@@ -98,8 +98,8 @@ impl Merged {
             }
             for (map, low) in &weights.maps {
                 let part = match map {
-                    Map::Embedding | Map::Head => {
-                        let role = if *map == Map::Head { Role::LmHead } else { Role::Embedding };
+                    MatrixId::Embedding | MatrixId::Head => {
+                        let role = if *map == MatrixId::Head { Role::LmHead } else { Role::Embedding };
                         tensors.entry(role).or_default().push((Part::Low(low.plain()), *weight));
                         continue;
                     }
@@ -155,7 +155,7 @@ impl Merged {
     /// # Errors
     /// [`Error::Input`] for an adapter that took nothing; else those of [`Merged::on`].
     pub fn residual(base: &Arc<Checkpoint>, adapter: &LoraWeights) -> Result<Self> {
-        let maps: BTreeMap<Map, LowRank> =
+        let maps: BTreeMap<MatrixId, LowRank> =
             adapter.maps.iter().filter_map(|(map, low)| Some((*map, low.residual()?))).collect();
         if maps.is_empty() {
             let expected = "PiSSA, OLoRA or CorDA, which take a part of the weights";
@@ -186,7 +186,7 @@ impl Merged {
 }
 
 /// Where the engine computes a map: the place, which of its rows, and the shape of all.
-fn place(maps: &Maps<'_>, map: Map) -> Result<(Site, Range<usize>, [usize; 2])> {
+fn place(maps: &Maps<'_>, map: MatrixId) -> Result<(Site, Range<usize>, [usize; 2])> {
     let missing = || Error::input("an adapted map", map, "a map of the model");
     let (site, rows, out) = maps.site(map).ok_or_else(missing)?;
     let [_, inputs] = maps.dims(map).ok_or_else(missing)?;
@@ -309,10 +309,10 @@ fn covered(role: Role) -> Option<Site> {
 }
 
 /// The bias that a map has in the base, which takes up that of an addition.
-fn bias_of(base: &Checkpoint, map: Map) -> Result<Role> {
+fn bias_of(base: &Checkpoint, map: MatrixId) -> Result<Role> {
     use LayerRole::*;
     let role = match map {
-        Map::Layer(layer, role) => match role {
+        MatrixId::Layer(layer, role) => match role {
             Query => Some(QueryBias),
             Key => Some(KeyBias),
             Value => Some(ValueBias),
@@ -367,8 +367,8 @@ fn applied(maps: &Maps<'_>, layout: &Layout, adapters: &[(&str, &LoraWeights, f6
         }
         for (map, low) in &weights.maps {
             if let Some(role) = match map {
-                Map::Embedding => Some(Role::Embedding),
-                Map::Head => Some(Role::LmHead),
+                MatrixId::Embedding => Some(Role::Embedding),
+                MatrixId::Head => Some(Role::LmHead),
                 _ => None,
             } {
                 applied.push(AppliedMap { rank: low.rank, scale: weight * low.scale(), ..module(role)? });

@@ -6,7 +6,7 @@ use std::{
 };
 
 use burn::tensor::Device;
-use moe_checkpoint::LayerRole;
+use moe_checkpoint::{LayerRole, MatrixId};
 use moe_core::{adapters::Site, trace::WaveInfo, train::Parameters};
 use rand::seq::SliceRandom;
 
@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     AdapterSet, Artifacts, Error, Installed, Live, Result, Setting, SweepListener, TuningMethod,
-    lora::{Dropout, LoraWeights, LowRank, Map, Maps, Naming, SweepClock, kaiming, normal, random},
+    lora::{Dropout, LoraWeights, LowRank, Maps, Naming, SweepClock, kaiming, normal, random},
 };
 
 /// A mixture that was put into a set.
@@ -32,7 +32,7 @@ pub struct Mixture {
     clock: Arc<SweepClock>,
     running: Arc<Running>,
     groups: Vec<Arc<Group>>,
-    maps: BTreeMap<Map, Arc<MapMixture>>,
+    maps: BTreeMap<MatrixId, Arc<MapMixture>>,
     blocks: BTreeMap<usize, Arc<MixtureBlock>>,
     /// Routers by the path of what they are for.
     pub(super) routers: BTreeMap<String, Arc<Router>>,
@@ -365,7 +365,7 @@ impl Builder<'_> {
         (rate > 0.0).then(|| Dropout { rate, place, clock: self.clock.clone() })
     }
 
-    fn map(&mut self, maps: &Maps<'_>, map: Map) -> Result<Option<MapMixture>> {
+    fn map(&mut self, maps: &Maps<'_>, map: MatrixId) -> Result<Option<MapMixture>> {
         let (Some((site, rows, _)), Some([out, inputs])) = (maps.site(map), maps.dims(map)) else { return Ok(None) };
         let layer = site.layer();
         let config = self.config;
@@ -429,20 +429,20 @@ impl Builder<'_> {
         use LayerRole::{DenseDown, DenseGate, DenseUp, SharedDown, SharedGate, SharedUp};
         let config = self.config;
         let kinds = [[DenseGate, DenseUp, DenseDown], [SharedGate, SharedUp, SharedDown]];
-        let own = |roles: &&[LayerRole; 3]| maps.dims(Map::Layer(layer, roles[0])).is_some();
+        let own = |roles: &&[LayerRole; 3]| maps.dims(MatrixId::Layer(layer, roles[0])).is_some();
         let Some(roles) = kinds.iter().find(own) else { return Ok(None) };
         let experts = config.experts.of(layer, maps.checkpoint().config().layers.len());
         if experts == 0 {
             return Ok(None);
         }
-        let gate_path = maps.path(Map::Layer(layer, roles[0]), Naming::PerExpert);
+        let gate_path = maps.path(MatrixId::Layer(layer, roles[0]), Naming::PerExpert);
         let path = gate_path.rsplit_once('.').map_or(gate_path.as_str(), |(path, _)| path).to_string();
         let hidden = maps.checkpoint().config().hidden_size;
         let place = 3 * self.routers.len() as u64;
         let router = self.router(&path, layer, experts, hidden, experts)?;
         let mut lives = Vec::with_capacity(3);
         for role in roles {
-            let map = Map::Layer(layer, *role);
+            let map = MatrixId::Layer(layer, *role);
             let [out, inputs] = maps.dims(map).unwrap_or_default();
             let path = maps.path(map, Naming::PerExpert);
             let mut numbers = random(config.seed, &path);

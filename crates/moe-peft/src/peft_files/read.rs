@@ -5,7 +5,7 @@ use std::{
     path::Path,
 };
 
-use moe_checkpoint::{Dtype, RawMatrix, Role};
+use moe_checkpoint::{Dtype, ExpertMatrix, MatrixId, RawMatrix, Role};
 use safetensors::SafeTensors;
 
 use super::{
@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    lora::{Compiled, ExpertMap, LoraWeights, LowRank, Map, Maps, Naming, Start, ends_with},
+    lora::{Compiled, LoraWeights, LowRank, Maps, Naming, Start, ends_with},
 };
 
 /// How a directory is read.
@@ -233,21 +233,21 @@ impl Reader<'_> {
     }
 
     /// Additions to embeddings: `A [r, V]` and `B [H, r]`, the other way around than beside linear maps.
-    fn embeddings(&self, modules: BTreeMap<String, Module>, found: &mut BTreeMap<Map, LowRank>) -> Result<()> {
+    fn embeddings(&self, modules: BTreeMap<String, Module>, found: &mut BTreeMap<MatrixId, LowRank>) -> Result<()> {
         let ranks = Compiled::new("rank_pattern", self.config.rank_pattern.as_ref().unwrap_or(&Default::default()))?;
         let alphas = Compiled::new("alpha_pattern", self.config.alpha_pattern.as_ref().unwrap_or(&Default::default()))?;
         for (path, module) in modules {
             let what = format!("tensors of `{path}`");
-            if self.maps.find(&path) != Some(Map::Embedding) {
+            if self.maps.find(&path) != Some(MatrixId::Embedding) {
                 return Err(self.error(what, "no embeddings of the model", "those of its tokens"));
             }
-            let [vocabulary, hidden] = self.maps.dims(Map::Embedding).unwrap_or_default();
+            let [vocabulary, hidden] = self.maps.dims(MatrixId::Embedding).unwrap_or_default();
             let (a, b, rank) = self.pair(&path, &module, 1)?;
             self.shapes(&path, &module, [rank, vocabulary], [hidden, rank])?;
             self.rank(&path, rank, ranks.find(&path).unwrap_or(self.config.r))?;
             let alpha = alphas.find(&path).unwrap_or(self.config.lora_alpha);
             let low = LowRank::new(transposed(&b, rank), transposed(&a, vocabulary), rank, alpha);
-            found.insert(Map::Embedding, LowRank { rslora: self.config.use_rslora.unwrap_or(false), ..low });
+            found.insert(MatrixId::Embedding, LowRank { rslora: self.config.use_rslora.unwrap_or(false), ..low });
         }
         Ok(())
     }
@@ -266,7 +266,7 @@ impl Reader<'_> {
         Ok(indices.into_iter().zip(values.chunks_exact(hidden.max(1)).map(<[f32]>::to_vec)).collect())
     }
 
-    fn maps(&self, modules: BTreeMap<String, Module>) -> Result<BTreeMap<Map, LowRank>> {
+    fn maps(&self, modules: BTreeMap<String, Module>) -> Result<BTreeMap<MatrixId, LowRank>> {
         let ranks = Compiled::new("rank_pattern", self.config.rank_pattern.as_ref().unwrap_or(&Default::default()))?;
         let alphas = Compiled::new("alpha_pattern", self.config.alpha_pattern.as_ref().unwrap_or(&Default::default()))?;
         let share = |path: &str| {
@@ -333,13 +333,13 @@ impl Reader<'_> {
         layer: usize,
         nested: BTreeMap<usize, (String, Module)>,
         share: &dyn Fn(&str) -> (usize, f64),
-        found: &mut BTreeMap<Map, LowRank>,
+        found: &mut BTreeMap<MatrixId, LowRank>,
     ) -> Result<()> {
-        let dims = |part| self.maps.dims(Map::Expert { layer, expert: 0, part }).unwrap_or_default();
+        let dims = |part| self.maps.dims(MatrixId::Expert { layer, expert: 0, part }).unwrap_or_default();
         let experts = self.maps.experts(layer);
         let base = self.maps.experts_path(layer, Naming::Fused);
         let targets = self.config.target_parameters.clone().unwrap_or_default();
-        let named: Vec<ExpertMap> = [(ExpertMap::GateUp, "gate_up_proj"), (ExpertMap::Down, "down_proj")]
+        let named: Vec<ExpertMatrix> = [(ExpertMatrix::GateUp, "gate_up_proj"), (ExpertMatrix::Down, "down_proj")]
             .into_iter()
             .filter(|(_, name)| targets.iter().any(|target| ends_with(&format!("{base}.{name}"), target)))
             .map(|(part, _)| part)
@@ -349,20 +349,20 @@ impl Reader<'_> {
             return Err(self.error(format!("tensors of `{base}`"), "fused experts", "one by one: their widths differ"));
         }
         let (transposed, version) = (self.maps.is_transposed(), self.config.version());
-        let fits = |part: ExpertMap, module: &Module| {
+        let fits = |part: ExpertMatrix, module: &Module| {
             let (Some(a), Some(b)) = (&module.a, &module.b) else { return false };
             let [out, inputs] = dims(part);
             let shape = (a.shape.last().copied().unwrap_or(0), b.shape.first().copied().unwrap_or(0));
             shape == (inputs, out) || shape == (out, inputs)
         };
         // the first that was registered is the innermost
-        let mut parts: Vec<ExpertMap> = match (nested.len(), named.as_slice()) {
-            (2, _) => vec![ExpertMap::Down, ExpertMap::GateUp],
+        let mut parts: Vec<ExpertMatrix> = match (nested.len(), named.as_slice()) {
+            (2, _) => vec![ExpertMatrix::Down, ExpertMatrix::GateUp],
             (1, [part]) => vec![*part],
             (1, _) => {
                 let Some((path, module)) = nested.values().next() else { return Ok(()) };
-                let all: Vec<ExpertMap> =
-                    [ExpertMap::GateUp, ExpertMap::Down].into_iter().filter(|part| fits(*part, module)).collect();
+                let all: Vec<ExpertMatrix> =
+                    [ExpertMatrix::GateUp, ExpertMatrix::Down].into_iter().filter(|part| fits(*part, module)).collect();
                 if all.len() != 1 {
                     let found = format!("shapes that fit {} parameters", all.len());
                     return Err(self.error(format!("tensors of `{path}`"), found, "`target_parameters` that name one"));
@@ -375,13 +375,13 @@ impl Reader<'_> {
         };
         if nested.len() == 2 {
             let agree =
-                |parts: &[ExpertMap]| parts.iter().zip(nested.values()).all(|(p, (_, module))| fits(*p, module));
+                |parts: &[ExpertMatrix]| parts.iter().zip(nested.values()).all(|(p, (_, module))| fits(*p, module));
             if !agree(&parts) {
                 parts.reverse();
             }
         }
         for (part, (path, module)) in parts.into_iter().zip(nested.into_values()) {
-            let name = if part == ExpertMap::GateUp { "gate_up_proj" } else { "down_proj" };
+            let name = if part == ExpertMatrix::GateUp { "gate_up_proj" } else { "down_proj" };
             let parameter = format!("{base}.{name}");
             let (a, b, rank) = self.pair(&path, &module, experts)?;
             let (expected, alpha) = share(&parameter);
@@ -400,20 +400,20 @@ impl Reader<'_> {
             let fused = FusedExperts { a, b, rank, experts };
             for expert in 0..experts {
                 let (a, mut b) = fused.expert(expert, dims, layout);
-                if part == ExpertMap::GateUp && transposed {
+                if part == ExpertMatrix::GateUp && transposed {
                     b = deinterleave(&b, rank);
                 }
                 let low =
                     LowRank { rslora: self.config.use_rslora.unwrap_or(false), ..LowRank::new(a, b, rank, alpha) };
-                let taken: BTreeSet<ExpertMap> = match part {
-                    ExpertMap::GateUp => [ExpertMap::GateUp, ExpertMap::Gate, ExpertMap::Up].into(),
+                let taken: BTreeSet<ExpertMatrix> = match part {
+                    ExpertMatrix::GateUp => [ExpertMatrix::GateUp, ExpertMatrix::Gate, ExpertMatrix::Up].into(),
                     part => [part].into(),
                 };
-                if taken.iter().any(|part| found.contains_key(&Map::Expert { layer, expert, part: *part })) {
+                if taken.iter().any(|part| found.contains_key(&MatrixId::Expert { layer, expert, part: *part })) {
                     let what = format!("tensors of `{path}`");
                     return Err(self.error(what, format!("a second addition to expert {expert}"), "one"));
                 }
-                found.insert(Map::Expert { layer, expert, part }, low);
+                found.insert(MatrixId::Expert { layer, expert, part }, low);
             }
         }
         Ok(())

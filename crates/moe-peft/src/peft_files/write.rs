@@ -5,7 +5,7 @@ use std::{
     path::Path,
 };
 
-use moe_checkpoint::{Dtype, LayerRole, Role, write_atomic, write_json};
+use moe_checkpoint::{Dtype, ExpertMatrix, LayerRole, MatrixId, Role, write_atomic, write_json};
 use safetensors::tensor::TensorView;
 
 use super::{
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    lora::{ExpertMap, LoraWeights, LowRank, Map, Maps, Naming, Patterns, Targets, ends_with},
+    lora::{LoraWeights, LowRank, Maps, Naming, Patterns, Targets, ends_with},
     trainable_tensors,
 };
 
@@ -99,7 +99,7 @@ impl WriteOptions {
             moe.is_some_and(|moe| moe.widths.iter().any(|width| *width != moe.widths[0]))
         };
         let apart = weights.maps.iter().any(|(map, low)| match map {
-            Map::Expert { layer, .. } => low.magnitude.is_some() || widths(*layer),
+            MatrixId::Expert { layer, .. } => low.magnitude.is_some() || widths(*layer),
             _ => false,
         });
         Self { naming: if apart { Naming::PerExpert } else { Naming::Fused }, ..self }
@@ -109,7 +109,7 @@ impl WriteOptions {
 /// What is written.
 fn prepare(weights: &LoraWeights, maps: &Maps<'_>, options: &WriteOptions) -> Result<(Vec<Written>, AdapterConfig)> {
     weights.check(maps)?;
-    let chosen: BTreeMap<Map, LowRank> = weights
+    let chosen: BTreeMap<MatrixId, LowRank> = weights
         .maps
         .iter()
         .map(|(map, low)| (*map, if options.on_residual { low.on_residual() } else { low.plain() }))
@@ -120,51 +120,51 @@ fn prepare(weights: &LoraWeights, maps: &Maps<'_>, options: &WriteOptions) -> Re
     let mut fused: BTreeMap<(usize, bool), Vec<Option<LowRank>>> = BTreeMap::new();
     for (map, low) in &chosen {
         match (*map, options.naming) {
-            (Map::Expert { .. }, Naming::Fused) if dora => {
+            (MatrixId::Expert { .. }, Naming::Fused) if dora => {
                 return Err(Error::Unsupported(format!(
                     "{map}: PEFT has no DoRA for fused experts; write them one by one"
                 )));
             }
-            (Map::Expert { layer, expert, part: ExpertMap::Gate | ExpertMap::Up }, Naming::Fused)
-                if chosen.contains_key(&Map::Expert { layer, expert, part: ExpertMap::GateUp }) =>
+            (MatrixId::Expert { layer, expert, part: ExpertMatrix::Gate | ExpertMatrix::Up }, Naming::Fused)
+                if chosen.contains_key(&MatrixId::Expert { layer, expert, part: ExpertMatrix::GateUp }) =>
             {
                 let found = "one to both, and one to it alone";
                 return Err(Error::input(format!("additions to {map}"), found, "one; combine them first"));
             }
-            (Map::Expert { layer, expert, part }, Naming::Fused) => {
-                let down = part == ExpertMap::Down;
+            (MatrixId::Expert { layer, expert, part }, Naming::Fused) => {
+                let down = part == ExpertMatrix::Down;
                 let slots = fused.entry((layer, down)).or_insert_with(|| vec![None; maps.experts(layer)]);
                 match part {
-                    ExpertMap::Down | ExpertMap::GateUp => slots[expert] = Some(low.clone()),
-                    ExpertMap::Gate | ExpertMap::Up => {
-                        let of = |part| chosen.get(&Map::Expert { layer, expert, part });
+                    ExpertMatrix::Down | ExpertMatrix::GateUp => slots[expert] = Some(low.clone()),
+                    ExpertMatrix::Gate | ExpertMatrix::Up => {
+                        let of = |part| chosen.get(&MatrixId::Expert { layer, expert, part });
                         let width = low.dims()[0];
-                        slots[expert] = join_gate_up(of(ExpertMap::Gate), of(ExpertMap::Up), width);
+                        slots[expert] = join_gate_up(of(ExpertMatrix::Gate), of(ExpertMatrix::Up), width);
                     }
                 }
             }
-            (Map::Expert { layer, expert, part: ExpertMap::GateUp }, Naming::PerExpert) => {
+            (MatrixId::Expert { layer, expert, part: ExpertMatrix::GateUp }, Naming::PerExpert) => {
                 let half = low.b.len() / 2;
-                for (part, b) in [(ExpertMap::Gate, &low.b[..half]), (ExpertMap::Up, &low.b[half..])] {
+                for (part, b) in [(ExpertMatrix::Gate, &low.b[..half]), (ExpertMatrix::Up, &low.b[half..])] {
                     let m = low.magnitude.as_ref().map(|m| match part {
-                        ExpertMap::Gate => m[..m.len() / 2].to_vec(),
+                        ExpertMatrix::Gate => m[..m.len() / 2].to_vec(),
                         _ => m[m.len() / 2..].to_vec(),
                     });
                     let low = LowRank { b: b.to_vec(), magnitude: m, ..low.clone() };
-                    written.push(linear(maps.path(Map::Expert { layer, expert, part }, options.naming), low));
+                    written.push(linear(maps.path(MatrixId::Expert { layer, expert, part }, options.naming), low));
                 }
             }
-            (map @ (Map::Expert { .. } | Map::Layer(..)), naming) => {
+            (map @ (MatrixId::Expert { .. } | MatrixId::Layer(..)), naming) => {
                 let mut item = linear(maps.path(map, naming), low.clone());
                 // transformers 5 keeps the router as a parameter
-                if naming == Naming::Fused && matches!(map, Map::Layer(_, LayerRole::Router)) {
+                if naming == Naming::Fused && matches!(map, MatrixId::Layer(_, LayerRole::Router)) {
                     item.parameter = true;
                     item.path = format!("{}.weight", item.path);
                 }
                 written.push(item);
             }
-            (map @ (Map::Embedding | Map::Head), naming) => {
-                let embedding = map == Map::Embedding;
+            (map @ (MatrixId::Embedding | MatrixId::Head), naming) => {
+                let embedding = map == MatrixId::Embedding;
                 written.push(Written { embedding, ..linear(maps.path(map, naming), low.clone()) });
             }
         }
@@ -237,7 +237,7 @@ fn others(weights: &LoraWeights, maps: &Maps<'_>, written: &[Written]) -> Result
         tensors.push((name, maps.checkpoint().role(*role)?.shape.clone(), values.clone()));
     }
     if !weights.tokens.is_empty() {
-        let path = maps.path(Map::Embedding, Naming::Fused);
+        let path = maps.path(MatrixId::Embedding, Naming::Fused);
         let rows: Vec<f32> = weights.tokens.values().flatten().copied().collect();
         let shape = vec![weights.tokens.len(), maps.checkpoint().config().hidden_size];
         tensors.push((format!("{path}.token_adapter.trainable_tokens_delta"), shape, rows));
@@ -268,8 +268,8 @@ fn fused_parameter(
     both: bool,
     rslora: bool,
 ) -> Result<Written> {
-    let part = if down { ExpertMap::Down } else { ExpertMap::GateUp };
-    let dims = |expert| maps.dims(Map::Expert { layer, expert, part }).unwrap_or_default();
+    let part = if down { ExpertMatrix::Down } else { ExpertMatrix::GateUp };
+    let dims = |expert| maps.dims(MatrixId::Expert { layer, expert, part }).unwrap_or_default();
     let [out, inputs] = dims(0);
     if (0..experts.len()).any(|expert| dims(expert) != [out, inputs]) {
         return Err(Error::Unsupported(format!(
@@ -325,17 +325,17 @@ fn config(
         .all()
         .iter()
         .filter(|map| match options.naming {
-            Naming::Fused => !matches!(map, Map::Expert { .. } | Map::Layer(_, LayerRole::Router)),
+            Naming::Fused => !matches!(map, MatrixId::Expert { .. } | MatrixId::Layer(_, LayerRole::Router)),
             Naming::PerExpert => true,
         })
-        .chain(&[Map::Embedding, Map::Head])
+        .chain(&[MatrixId::Embedding, MatrixId::Head])
         .map(|map| maps.path(*map, options.naming))
         .collect();
     let moe_layers = maps.checkpoint().shape().layers.iter().map(|layer| layer.layer);
     let all_parameters: Vec<String> = moe_layers
         .flat_map(|layer| {
             let base = maps.experts_path(layer, Naming::Fused);
-            let router = maps.path(Map::Layer(layer, LayerRole::Router), Naming::Fused);
+            let router = maps.path(MatrixId::Layer(layer, LayerRole::Router), Naming::Fused);
             [format!("{base}.gate_up_proj"), format!("{base}.down_proj"), format!("{router}.weight")]
         })
         .collect();

@@ -15,6 +15,7 @@ use moe_prune::{Budget, Mtp, PruneForm, PruneOptions, PrunePlan, Pruner, Questio
 
 use super::artifacts::Artifacts;
 use super::chain::{Chain, Scored};
+use super::disk::Disk;
 use super::{Calibration, Run, RunOptions};
 use crate::eval_file::EvalFile;
 use crate::recipe::{Form, Protect, Prune, Recipe, Step};
@@ -78,6 +79,7 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
     let engine_of = |model: &Arc<Checkpoint>| Model::new(model.clone(), &device, max_memory);
     let mut chain = Chain::new(model.clone());
     let mut before = Before::default();
+    let mut disk = Disk::default();
     for (number, step) in recipe.steps.iter().enumerate() {
         let named = |error: Error| Error::Usage(format!("step {} ({}): {error}", number + 1, step.name()));
         let needs_data = || match &calibration {
@@ -114,7 +116,9 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
                 if !ids.is_empty() {
                     let store = recipe.out.join("steps");
                     let engine_model = engine_of(&chain.model)?;
-                    needs_data()?.observing(&engine_model, ids).store(store).check().map_err(|e| named(e.into()))?;
+                    let seen = needs_data()?.observing(&engine_model, ids).store(store.clone());
+                    seen.check().map_err(|e| named(e.into()))?;
+                    disk.add(&store, seen.space().map_err(|e| named(e.into()))?).map_err(named)?;
                 }
             }
             Step::Protect(Protect::SuperExperts) if !before.super_experts => {
@@ -148,7 +152,8 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
                         let evidence = EvidenceOptions::for_recipe(&merging, merge.sample);
                         let seen = moe_importance::Calibration::of_waves(&engine_model, &data.waves);
                         let seen = evidence.observe(&engine_model, seen).store(recipe.out.join("steps"));
-                        seen.check().map_err(Error::from)
+                        let space = seen.check().and_then(|()| seen.space()).map_err(Error::from);
+                        space.and_then(|bytes| disk.add(&recipe.out, bytes))
                     }
                 };
                 needed.map_err(named)?;
@@ -222,6 +227,7 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
                 let existing = if options.force { Existing::Force } else { Existing::Resume };
                 if !(options.resume && to.exists()) {
                     check_output(&chain.model, &to, &WriteOptions { existing, ..WriteOptions::default() })?;
+                    disk.add(&to, chain.model.bytes_on_disk()).map_err(named)?;
                 }
             }
         }

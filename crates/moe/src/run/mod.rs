@@ -6,6 +6,7 @@ mod calibration;
 mod chain;
 mod check;
 mod curves;
+mod disk;
 mod estimate;
 mod merge;
 mod quantize;
