@@ -4,11 +4,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Parser;
+use moe::jobs::SavedPlan;
 use moe::recipe::Form;
 use moe_checkpoint::{Checkpoint, Existing, Mtp, WriteOptions, write};
-use moe_merge::{Evidence, MergeOptions, MergePlan, OutputForm};
+use moe_merge::{Evidence, MergeOptions, OutputForm};
 use moe_prune::{EditSource, Edits, FineGrained, PruneForm, PruneOptions, PrunePlan, PrunedPrecision};
-use serde_json::Value;
 
 use crate::progress::{Progress, Unit};
 use crate::{Error, Result};
@@ -68,23 +68,25 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments, progress: Progress) -> Result<String> {
     let mut model = Arc::new(Checkpoint::open(&arguments.model)?);
     let mut told = String::new();
-    let last_prune = arguments.plan.iter().rposition(|path| is_prune(path).unwrap_or(false));
-    for (number, path) in arguments.plan.iter().enumerate() {
-        if is_prune(path)? {
-            let edits = arguments.edits.as_ref().filter(|_| Some(number) == last_prune);
-            let (pruned, report) = prune(arguments, path, edits, &model)?;
-            (model, told) = (pruned, told + &report);
-        } else {
-            let mut plan = MergePlan::load(path)?;
-            if arguments.rebind && !model.is_model(&plan.model) {
-                plan.validate(model.shape())?;
-                plan.model = model.fingerprint();
+    let plans = arguments.plan.iter().map(|path| SavedPlan::load(path)).collect::<Result<Vec<_>>>()?;
+    let last_prune = plans.iter().rposition(|plan| matches!(plan, SavedPlan::Prune(_)));
+    if arguments.edits.is_some() && last_prune.is_none() {
+        return Err(Error::Usage("--edits: goes with a plan of pruning, and there is none".into()));
+    }
+    for (number, plan) in plans.into_iter().enumerate() {
+        match if arguments.rebind { plan.rebound(&model)? } else { plan } {
+            SavedPlan::Prune(plan) => {
+                let edits = arguments.edits.as_ref().filter(|_| Some(number) == last_prune);
+                let (pruned, report) = prune(arguments, &plan, edits, &model)?;
+                (model, told) = (pruned, told + &report);
             }
-            let evidence = arguments.evidence.as_ref().map(Evidence::load).transpose()?.map(Arc::new);
-            let options = MergeOptions { evidence, mtp: arguments.mtp, ..MergeOptions::new(arguments.merged_form) };
-            let merged = plan.on(&model, &options)?;
-            told += &format!("{}\n", merged.report());
-            model = merged.model().clone();
+            SavedPlan::Merge(plan) => {
+                let evidence = arguments.evidence.as_ref().map(Evidence::load).transpose()?.map(Arc::new);
+                let options = MergeOptions { evidence, mtp: arguments.mtp, ..MergeOptions::new(arguments.merged_form) };
+                let merged = plan.on(&model, &options)?;
+                told += &format!("{}\n", merged.report());
+                model = merged.model().clone();
+            }
         }
     }
     let bar = progress.bar("writing", model.bytes_on_disk(), Unit::Bytes);
@@ -101,35 +103,17 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<String> {
     Ok(format!("{told}{}\n", arguments.out.display()))
 }
 
-/// Whether a file is a plan of pruning rather than of merging.
-fn is_prune(path: &PathBuf) -> Result<bool> {
-    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-    let value: Value =
-        serde_json::from_str(&text).map_err(|error| Error::Invalid(format!("{}: {error}", path.display())))?;
-    Ok(value.get("kept").is_some())
-}
-
 fn prune(
     arguments: &Arguments,
-    path: &PathBuf,
+    plan: &PrunePlan,
     edits: Option<&PathBuf>,
     model: &Arc<Checkpoint>,
 ) -> Result<(Arc<Checkpoint>, String)> {
-    let mut plan = PrunePlan::load(path)?;
-    if arguments.rebind && !model.is_model(&plan.model) {
-        plan.validate(model.shape())?;
-        plan.model = model.fingerprint();
-    }
     let edits = match edits {
-        Some(path) => Some(Arc::new(Edits::load(path, &plan)?) as Arc<dyn EditSource>),
+        Some(path) => Some(Arc::new(Edits::load(path, plan)?) as Arc<dyn EditSource>),
         None => None,
     };
-    let form = match arguments.form {
-        Form::Auto | Form::Uniform => PruneForm::Uniform,
-        Form::Ragged => PruneForm::Ragged,
-        Form::Masked => PruneForm::Masked,
-        Form::FineGrained => PruneForm::FineGrained(FineGrained::new(arguments.pieces)),
-    };
+    let form = arguments.form.with(FineGrained::new(arguments.pieces));
     let precision = if arguments.bf16 { PrunedPrecision::Bf16 } else { PrunedPrecision::AsBase };
     let options = PruneOptions { mtp: arguments.mtp, edits, precision, ..PruneOptions::new(form) };
     let pruned = plan.on(model, &options)?;
@@ -145,10 +129,14 @@ fn prune(
 pub fn planned(model: &Arc<Checkpoint>, path: &PathBuf) -> Result<Arc<Checkpoint>> {
     // What becomes of layers that predict further tokens makes no difference to a model that is only run.
     let mtp = model.mtp_tensors().next().is_some().then_some(Mtp::Drop);
-    if is_prune(path)? {
-        let options = PruneOptions { mtp, ..PruneOptions::new(PruneForm::Ragged) };
-        return Ok(PrunePlan::load(path)?.on(model, &options)?.model().clone());
-    }
-    let options = MergeOptions { mtp, ..MergeOptions::new(OutputForm::Grouped) };
-    Ok(MergePlan::load(path)?.on(model, &options)?.model().clone())
+    Ok(match SavedPlan::load(path)? {
+        SavedPlan::Prune(plan) => {
+            let options = PruneOptions { mtp, ..PruneOptions::new(PruneForm::Ragged) };
+            plan.on(model, &options)?.model().clone()
+        }
+        SavedPlan::Merge(plan) => {
+            let options = MergeOptions { mtp, ..MergeOptions::new(OutputForm::Grouped) };
+            plan.on(model, &options)?.model().clone()
+        }
+    })
 }

@@ -6,17 +6,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
+use moe::jobs::{Merged, Merging};
 use moe::recipe::{Merge, Named};
-use moe_checkpoint::{Checkpoint, Dtype, Existing, Mtp, OutputDir, ProtectionMask, WriteOptions, write, write_atomic};
+use moe_checkpoint::{Checkpoint, Dtype, Existing, Mtp, OutputDir, ProtectionMask, WriteOptions, check_space, write};
 use moe_core::data::{Source, Tokenizer, Wave};
 use moe_core::{Engine, EngineOptions, Model, TeacherLogits, evaluate};
-use moe_merge::{
-    Amount, CompactModel, CompactReport, Evidence, EvidenceOptions, MergeOptions, MergeReport, OutputForm, Recipe,
-    collect_evidence, merge_sequentially,
-};
+use moe_merge::{Amount, CompactModel, CompactReport, MergeReport, OutputForm, Recipe};
 use serde::Serialize;
 
-use crate::progress::{Progress, Unit};
+use crate::progress::Progress;
 use crate::{Error, Result, cli, format};
 
 /// Merges routed experts of a checkpoint
@@ -185,37 +183,36 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
         None => ProtectionMask::none(),
     };
     let model = Model::open(&arguments.model, &moe_core::device::device(&arguments.device)?, arguments.max_memory)?;
-    let mtp = arguments.mtp;
-    protect.validate(model.checkpoint().shape())?;
-    recipe.check(model.checkpoint(), arguments.form, mtp)?;
     let calibration = rows(arguments, &model, None)?;
     let test = arguments.test.as_deref().map(|path| rows(arguments, &model, Some(path))).transpose()?;
+    let merging = Merging {
+        model: &model,
+        waves: &calibration,
+        recipe: &recipe,
+        protect: &protect,
+        form: arguments.form,
+        mtp: arguments.mtp,
+        sample: arguments.sample,
+        at_once: arguments.at_once,
+    };
+    merging.check()?;
+    let work = arguments.work.clone().unwrap_or_else(|| beside(&arguments.out, ".work"));
+    check_space(&work, merging.check_passes(&work)?)?;
     if arguments.check {
         return Ok(None);
     }
 
     let start = Instant::now();
-    let work = arguments.work.clone().unwrap_or_else(|| beside(&arguments.out, ".work"));
     if arguments.force && arguments.work.is_none() && work.exists() {
         std::fs::remove_dir_all(&work).map_err(Error::io(&work))?;
     }
-    let options = EvidenceOptions::for_recipe(&recipe, arguments.sample);
     // Merged experts are those of one plan; evidence serves many.
-    let of = serde_json::json!([recipe, protect, options.digest(&model, &calibration), arguments.at_once]).to_string();
+    let evidence = merging.evidence_options().digest(&model, &calibration);
+    let of = serde_json::json!([recipe, protect, evidence, arguments.at_once]).to_string();
     let merged_dir = work.join(format!("merged-{}", &blake3::hash(of.as_bytes()).to_hex()[..16]));
-    let (weights, collect_seconds) = if recipe.sequential && !arguments.at_once {
-        (merge_sequentially(&model, &calibration, &recipe, &protect, &options, &merged_dir)?, 0.0)
-    } else {
-        let evidence =
-            Arc::new(evidence(&model, &calibration, &options, &work.join("evidence.safetensors"), progress)?);
-        let collected = start.elapsed().as_secs_f64();
-        let plan = recipe.plan(model.checkpoint(), &evidence, &protect)?;
-        (plan.compute(model.checkpoint(), Some(&evidence), &merged_dir)?, collected)
-    };
+    let Merged { model: merged, weights, collect_seconds } = merging.merge(&work, &merged_dir, progress)?;
     let plan = weights.plan().clone();
     plan.save(beside(&arguments.out, ".plan.json"))?;
-    let options = MergeOptions { merged: Some(weights), mtp, ..MergeOptions::new(arguments.form) };
-    let merged = plan.on(model.checkpoint(), &options)?;
     let mut shown = merged.model().clone();
     let compact = match (&recipe.compression, &compact_dir) {
         (Some(how), Some(dir)) => {
@@ -263,35 +260,6 @@ fn recipe(arguments: &Arguments) -> Result<Recipe> {
     };
     let step = Merge { amount, ..Merge::new(arguments.recipe.clone()) };
     step.recipe()
-}
-
-/// Evidence that an earlier run left at `path`, if it is of the same model, rows and options; collected and left there
-/// otherwise.
-fn evidence(
-    model: &Model,
-    calibration: &[Wave],
-    options: &EvidenceOptions,
-    path: &Path,
-    progress: Progress,
-) -> Result<Evidence> {
-    let asked = path.with_extension("json");
-    let digest = options.digest(model, calibration);
-    if path.exists() && std::fs::read_to_string(&asked).is_ok_and(|found| found == digest) {
-        return Ok(Evidence::load(path)?);
-    }
-    // Waves of other evidence are kept apart: they may be wanted again.
-    let waves = path.with_extension(format!("{}.waves", &digest[..16]));
-    let bar = progress.bar("collecting", 0, Unit::Count("tokens"));
-    let evidence = collect_evidence(model, calibration, options, Some(&waves), &mut |at| {
-        bar.total(at.tokens);
-        bar.at(at.tokens_done);
-    })?;
-    drop(bar);
-    evidence.save(path)?;
-    // Last: without it, what stands beside it is not whole.
-    write_atomic(&asked, digest.as_bytes())?;
-    std::fs::remove_dir_all(&waves).map_err(Error::io(&waves))?;
-    Ok(evidence)
 }
 
 /// Waves of the rows of calibration, or of a file to measure on that is read like them.

@@ -5,18 +5,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::{Parser, ValueEnum};
+use moe::jobs::{QuantizeRows, quantize};
 use moe_checkpoint::{
-    Checkpoint, Existing, InputMoments, QuantizeOptions, QuantizeReport, Quantized, QuantizedPart, WeightFormat,
-    WriteOptions, check_output, write,
+    Checkpoint, Existing, QuantizeOptions, QuantizeReport, QuantizedPart, WeightFormat, WriteOptions, check_output,
+    write,
 };
+use moe_core::Model;
+use moe_core::data::{Dataset, Tokenizer};
 use serde::Serialize;
 
-use moe_core::Model;
-use moe_core::data::Tokenizer;
-use moe_importance::{Calibration, ExpertInputs};
-
 use crate::progress::{Progress, Unit};
-use crate::{Result, cli};
+use crate::{Error, Result, cli};
 
 /// Rounds the weights of a model to few bits, in the files that engines serve
 #[derive(Clone, Debug, Parser)]
@@ -106,22 +105,37 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         Part::Linear => QuantizedPart::Linear,
     };
     let how = QuantizeOptions { format: arguments.format.clone(), part };
-    // What does not fit is said before the model is run.
-    let mut quantized = Quantized::on(&base, &how)?;
-    if !arguments.data.data.is_empty() {
-        quantized = Quantized::calibrated(&base, &how, &moments(arguments, &base, progress)?)?;
+    let rows = match arguments.data.data.is_empty() {
+        true => None,
+        false => Some(rows(arguments, &base)?),
+    };
+    let mut store = arguments.out.clone().into_os_string();
+    store.push(".work");
+    let store = PathBuf::from(store);
+    if arguments.force && store.exists() {
+        std::fs::remove_dir_all(&store).map_err(Error::io(&store))?;
     }
+    let calibrated = rows.as_ref().map(|(model, data)| QuantizeRows {
+        model,
+        data,
+        waves: arguments.data.waves(),
+        store: &store,
+    });
+    let quantized = quantize(&base, &how, calibrated, progress)?;
     let bar = progress.bar("writing", quantized.model().bytes_on_disk(), Unit::Bytes);
     let tell = |at: &moe_checkpoint::Progress<'_>| {
         bar.at(at.done);
         Ok(())
     };
     write(quantized.model(), &arguments.out, &WriteOptions { progress: Some(&tell), ..options })?;
+    if store.exists() {
+        std::fs::remove_dir_all(&store).map_err(Error::io(&store))?;
+    }
     Ok(Report { quantized: quantized.report().clone(), out: arguments.out.clone() })
 }
 
-/// Runs the model on the calibration rows.
-fn moments(arguments: &Arguments, base: &Arc<Checkpoint>, progress: Progress) -> Result<InputMoments> {
+/// The model to be run, and the rows to calibrate on.
+fn rows(arguments: &Arguments, base: &Arc<Checkpoint>) -> Result<(Model, Dataset)> {
     let device = moe_core::device::device(&arguments.device)?;
     let model = Model::new(base.clone(), &device, arguments.max_memory)?;
     let tokenizer = match arguments.model.join("tokenizer.json").exists() {
@@ -129,13 +143,7 @@ fn moments(arguments: &Arguments, base: &Arc<Checkpoint>, progress: Progress) ->
         false => None,
     };
     let data = arguments.data.load(tokenizer.as_ref(), model.config().vocab_size)?;
-    let bar = progress.bar("calibrating", 0, Unit::Count("tokens"));
-    let calibration = Calibration::new(&model, &data, arguments.data.waves());
-    let statistics = calibration.collector(Box::new(ExpertInputs::of(base))).run(&mut |at| {
-        bar.total(at.tokens);
-        bar.at(at.tokens_done);
-    })?;
-    Ok(InputMoments::new(statistics))
+    Ok((model, data))
 }
 
 #[cfg(test)]

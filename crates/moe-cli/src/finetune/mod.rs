@@ -7,14 +7,14 @@ mod report;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use moe::recipe::Tune;
+use moe::jobs;
+use moe::recipe::{TrainingChanges, Tune};
 use moe_checkpoint::{Existing, WriteOptions, write, write_atomic};
 use moe_core::Model;
 use moe_core::data::{Dataset, DatasetOptions, EvalSet, LossOver, Source, Tokenizer, Wave, WaveOptions};
 use moe_core::evaluate::{EvaluateOptions, Evaluation, evaluate};
-use moe_core::train::TrainEvent;
 use moe_importance::{Calibration, Scorer, scorers::Fisher};
-use moe_peft::{METHODS, Recipe, RunEvent, Setting, TrainingCost, TrainingRun, TuningMethod};
+use moe_peft::{METHODS, Recipe, Setting, TrainingCost, TrainingRun, TuningMethod};
 use moe_prune::{Budget, ProtectionMask, PruneForm, PruneOptions, Pruner, Scope, SharedSets, UnitPruner};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -192,21 +192,19 @@ fn recipes(arguments: &Arguments) -> Result<Vec<(String, Recipe)>> {
     if recipes.is_empty() {
         return Err(Error::Usage("--model needs --method NAME (`--method list` prints them) or --recipe FILE".into()));
     }
+    let count = |given: Option<std::num::NonZeroUsize>| given.map(Into::into);
+    let changes = TrainingChanges {
+        steps: count(arguments.steps),
+        epochs: count(arguments.epochs),
+        learning_rate: arguments.learning_rate,
+        warmup: arguments.warmup,
+        decay: arguments.decay,
+        accumulate: count(arguments.accumulate),
+        evaluate_every: count(arguments.evaluate_every),
+        patience: count(arguments.patience),
+    };
     for (_, recipe) in &mut recipes {
-        let train = &mut recipe.train;
-        train.max_steps = arguments.steps.map(Into::into).or(train.max_steps);
-        if let Some(epochs) = arguments.epochs {
-            (train.epochs, train.max_steps) = (epochs.get(), None);
-        }
-        train.schedule.peak = arguments.learning_rate.unwrap_or(train.schedule.peak);
-        if let Some(warmup) = arguments.warmup {
-            (train.schedule.warmup, train.schedule.warmup_steps) = (warmup, None);
-        }
-        train.schedule.decay = arguments.decay.unwrap_or(train.schedule.decay);
-        train.waves_per_step = arguments.accumulate.map_or(train.waves_per_step, Into::into);
-        train.evaluate_every = arguments.evaluate_every.map(Into::into).or(train.evaluate_every);
-        train.patience = arguments.patience.map(Into::into).or(train.patience);
-        train.validate()?;
+        changes.apply(recipe)?;
         if let Some(seed) = arguments.seed {
             recipe.set_seed(seed);
         }
@@ -292,39 +290,16 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
             save_every: job.arguments.save_every.get(),
             resume: job.existing == OutExisting::Resume,
         };
-        let mut bar = None;
-        let trained = training.train(recipe, &mut |event| {
-            match event {
-                RunEvent::Begins { phase, trainable } => {
-                    write_atomic(dir.join("trainable.txt"), trainable.to_string().as_bytes())?;
-                    // several methods side by side would fill the screen; their tables are in their directories
-                    if job.recipes.len() == 1 {
-                        progress.say(&trainable.to_string());
-                    } else {
-                        trainable.warnings.iter().for_each(|warning| progress.say(&format!("{name}: {warning}")));
-                    }
-                    bar = Some(progress.bar(name, phase.steps as u64, Unit::Count("steps")));
-                }
-                RunEvent::Train { event: TrainEvent::Step { step, loss, .. }, .. } => {
-                    if let Some(bar) = &bar {
-                        bar.at(*step as u64);
-                        bar.label(format!("{name}: loss {loss:.3}"));
-                    }
-                }
-                RunEvent::Train { .. } => {}
-            }
-            Ok(())
-        })?;
-        drop(bar);
+        // Several methods side by side would fill the screen; their tables are in their directories.
+        let told = job.recipes.len() == 1;
+        let trained = jobs::train(&training, recipe, name, told, progress)?;
         // What is measured is what is written, rounded to the dtype of the weights.
         let written = trained.as_written(&job.model, job.arguments.max_memory)?;
         let evaluations = job.measure(written.as_ref().unwrap_or(trained.task.model()), name, progress)?;
-        let saved = trained.save(&job.model, &dir, Existing::Force)?;
+        let saved = jobs::save(&training, recipe, &trained)?;
         if let (Some(path), Some(changes)) = (&saved.model, &saved.changes) {
             progress.say(&format!("{}: {changes}", path.display()));
         }
-        let recipe_json = serde_json::to_vec_pretty(recipe).unwrap_or_default();
-        write_atomic(dir.join("recipe.json"), &recipe_json)?;
         let result = MethodResult { name: name.clone(), recipe: recipe.clone(), evaluations, training: trained.cost };
         write_atomic(done, &serde_json::to_vec_pretty(&result).unwrap_or_default())?;
         methods.push(result);

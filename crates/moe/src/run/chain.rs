@@ -9,6 +9,7 @@ use moe_prune::{Budget, ExpertPruner, FineGrained, PrunePlan, Pruner, Questions,
 
 use super::stock::{self, Chosen};
 use crate::Result;
+use crate::jobs::prune_plan;
 use crate::recipe::{Form, Prune};
 
 /// What a scorer's table will be good for.
@@ -75,10 +76,7 @@ impl Chain {
             // What an earlier step leaves has other indices, which only that step shows.
             (Some(_), _) | (_, Some(_)) if !self.untouched => return Ok(base.clone()),
             (Some(path), _) => {
-                let mut plan = PrunePlan::load(path)?;
-                if step.rebind {
-                    plan.model = base.fingerprint();
-                }
+                let plan = prune_plan(path, base, step.rebind)?;
                 let chosen = stock::settled(step, &plan)?;
                 (plan, chosen)
             }

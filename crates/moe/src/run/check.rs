@@ -6,9 +6,8 @@ use moe_checkpoint::{
     Checkpoint, Existing, ExpertBiases, Granularity, ProtectionMask, ScoreTable, WriteOptions, check_output,
 };
 use moe_core::data::{Tokenizer, WaveOptions};
-use moe_core::{Engine, EngineOptions, Model};
+use moe_core::Model;
 use moe_importance::StatisticId;
-use moe_merge::EvidenceOptions;
 use moe_peft::MethodConfig;
 use moe_prune::repair::RepairRequest;
 use moe_prune::{Budget, Mtp, PruneForm, PruneOptions, PrunePlan, Pruner, Questions};
@@ -18,6 +17,7 @@ use super::chain::{Chain, Scored};
 use super::disk::Disk;
 use super::{Calibration, Run, RunOptions};
 use crate::eval_file::EvalFile;
+use crate::jobs::Merging;
 use crate::recipe::{Form, Protect, Prune, Recipe, Step};
 use crate::{Error, Result, format};
 
@@ -136,27 +136,25 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
             Step::Merge(merge) => {
                 let merging = merge.recipe().map_err(named)?;
                 let data = needs_data()?;
-                if before.unchanged() {
-                    merging.check(&model, merge.form, merge.mtp).map_err(|error| named(error.into()))?;
-                }
                 if let Some(training) = &merge.training {
                     training.validate().map_err(|error| named(error.into()))?;
                 }
                 let engine_model = engine_of(&chain.model)?;
-                let needed = match merging.sequential {
-                    true => {
-                        let engine = Engine::new(&engine_model, EngineOptions::default());
-                        engine.plan_layerwise(&data.waves).map(drop).map_err(Error::from)
-                    }
-                    false => {
-                        let evidence = EvidenceOptions::for_recipe(&merging, merge.sample);
-                        let seen = moe_importance::Calibration::of_waves(&engine_model, &data.waves);
-                        let seen = evidence.observe(&engine_model, seen).store(recipe.out.join("steps"));
-                        let space = seen.check().and_then(|()| seen.space()).map_err(Error::from);
-                        space.and_then(|bytes| disk.add(&recipe.out, bytes))
-                    }
+                let merging = Merging {
+                    model: &engine_model,
+                    waves: &data.waves,
+                    recipe: &merging,
+                    protect: &ProtectionMask::none(),
+                    form: merge.form,
+                    mtp: merge.mtp,
+                    sample: merge.sample,
+                    at_once: false,
                 };
-                needed.map_err(named)?;
+                if before.unchanged() {
+                    merging.check().map_err(named)?;
+                }
+                let bytes = merging.check_passes(&recipe.out.join("steps")).map_err(named)?;
+                disk.add(&recipe.out, bytes).map_err(named)?;
                 chain.merge(merge.form);
                 (before.pruned, before.merged) = (None, true);
             }
@@ -263,12 +261,7 @@ pub(super) fn prune_options<'a>(form: PruneForm<'a>, mtp: Option<Mtp>) -> PruneO
 }
 
 fn check_prune(prune: &Prune, model: &Arc<Checkpoint>, before: &Before, has_data: bool) -> Result<()> {
-    let form = match prune.form {
-        Form::Auto | Form::Uniform => PruneForm::Uniform,
-        Form::Masked => PruneForm::Masked,
-        Form::Ragged => PruneForm::Ragged,
-        Form::FineGrained => PruneForm::FineGrained(moe_prune::FineGrained::new(prune.pieces.unwrap_or(2))),
-    };
+    let form = prune.form.with(moe_prune::FineGrained::new(prune.pieces.unwrap_or(2)));
     prune_options(form, prune.mtp).check(model)?;
     if let Some(path) = prune.plan.as_ref().or(prune.keep_list.as_ref()) {
         if prune.scores.is_some() || prune.budget.is_some() || prune.pruner.is_some() {

@@ -6,14 +6,12 @@ use std::sync::Arc;
 use moe_checkpoint::Checkpoint;
 use moe_core::Model;
 use moe_core::train::TrainEvent;
-use moe_merge::{
-    CompactModel, Compression, Evidence, EvidenceOptions, MergeOptions, MergePlan, MergedWeights, collect_evidence,
-    merge_sequentially,
-};
+use moe_merge::{CompactModel, Compression};
 
 use super::Run;
 use super::artifacts::Artifacts;
 use super::steps::{Done, json, save};
+use crate::jobs::Merging;
 use crate::progress::Unit;
 use crate::recipe::Merge;
 use crate::{Error, Result};
@@ -24,33 +22,34 @@ impl Run<'_> {
         let base = self.model.clone();
         let recipe = step.recipe()?;
         let calibration = self.calibration()?;
-        let options = EvidenceOptions::for_recipe(&recipe, step.sample);
+        let model = self.engine_model()?;
+        let merging = Merging {
+            model: &model,
+            waves: &calibration.waves,
+            recipe: &recipe,
+            protect: &self.protect,
+            form: step.form,
+            mtp: step.mtp,
+            sample: step.sample,
+            at_once: false,
+        };
         let of = [json(step)?, base.fingerprint(), calibration.data.hash.clone(), json(&self.protect)?];
         let (dir, reused) = self.artifacts.begin("merge", &of.each_ref().map(String::as_str))?;
-        let (plan_file, merged_dir) = (dir.join("plan.json"), dir.join("merged"));
-        let mut how = MergeOptions { mtp: step.mtp, ..MergeOptions::new(step.form) };
-        if recipe.sequential {
-            if !reused {
-                let bar = self.options.progress.bar("merging", calibration.waves.len() as u64, Unit::Count("waves"));
-                let (model, waves) = (self.engine_model()?, &calibration.waves);
-                let merged = merge_sequentially(&model, waves, &recipe, &self.protect, &options, &merged_dir)?;
-                merged.plan().save(&plan_file)?;
-                bar.step();
+        // Evidence is an artifact of its own, which any recipe, budget and form reads.
+        let (evidence, _) = match merging.layer_by_layer() {
+            true => (dir.clone(), true),
+            false => {
+                let digest = merging.evidence_options().digest(&model, &calibration.waves);
+                self.artifacts.begin("evidence", &[&digest])?
             }
-            how.merged = Some(MergedWeights::open(&merged_dir)?);
-        } else {
-            let evidence = Arc::new(Evidence::load(self.evidence(&options)?)?);
-            if !reused {
-                recipe.plan(&base, &evidence, &self.protect)?.save(&plan_file)?;
-            }
-            how.evidence = Some(evidence);
-        }
+        };
+        let merged = merging.merge(&evidence, &dir.join("merged"), self.options.progress)?;
         if !reused {
+            merged.weights.plan().save(dir.join("plan.json"))?;
             Artifacts::finish(&dir)?;
         }
-        let merged = MergePlan::load(&plan_file)?.on(&base, &how)?;
         let mut summary = format!("experts merged by `{}`, form {}", recipe.name, step.form);
-        self.model = merged.model().clone();
+        self.model = merged.model.model().clone();
         if step.training.is_some() || recipe.compression.is_some() {
             let compact = CompactModel::open(self.compacted(step, recipe.compression.as_ref(), &base)?)?;
             let trained = if step.training.is_some() { ", trained" } else { "" };
@@ -59,28 +58,6 @@ impl Run<'_> {
         }
         self.pruned = None;
         Ok(Done { summary, reused, artifact: Some(dir), measured: vec![] })
-    }
-
-    /// Evidence of the model as it is now: an artifact of its own, which any recipe, budget and form reads.
-    fn evidence(&self, options: &EvidenceOptions) -> Result<PathBuf> {
-        let calibration = self.calibration()?;
-        let model = self.engine_model()?;
-        let (dir, reused) = self.artifacts.begin("evidence", &[&options.digest(&model, &calibration.waves)])?;
-        let file = dir.join("evidence.safetensors");
-        if !reused {
-            let tokens = calibration.data.tokens() as u64;
-            let bar = self.options.progress.bar("collecting evidence", tokens, Unit::Count("tokens"));
-            let waves = dir.join("waves");
-            let evidence = collect_evidence(&model, &calibration.waves, options, Some(&waves), &mut |at| {
-                bar.at(at.tokens_done);
-            })?;
-            evidence.save(&file)?;
-            if waves.exists() {
-                std::fs::remove_dir_all(&waves).map_err(Error::io(&waves))?;
-            }
-            Artifacts::finish(&dir)?;
-        }
-        Ok(file)
     }
 
     /// The experts of the merged model as low-rank and sparse parts, in closed form or trained towards the model

@@ -1,13 +1,10 @@
 //! The step that rounds weights to few bits.
 
-use moe_checkpoint::{InputMoments, Quantized};
-use moe_importance::ExpertInputs;
-
 use super::Run;
 use super::artifacts::Artifacts;
 use super::steps::{Done, json, save};
 use crate::Result;
-use crate::progress::Unit;
+use crate::jobs::{QuantizeRows, quantize};
 use crate::recipe::Quantize;
 
 impl Run<'_> {
@@ -21,16 +18,19 @@ impl Run<'_> {
         };
         let of = [json(step)?, base.fingerprint(), data, format!("{:?}", self.recipe.data.wave_tokens)];
         let (dir, reused) = self.artifacts.begin("quantize", &of.each_ref().map(String::as_str))?;
-        // What does not fit is said before the model is run.
-        let mut quantized = Quantized::on(&base, &options)?;
-        if step.calibrated {
-            let data = self.calibration()?;
-            let model = self.engine_model()?;
-            let bar = self.options.progress.bar("calibrating", data.data.tokens() as u64, Unit::Count("tokens"));
-            let calibration = data.observing(&model, []).collector(Box::new(ExpertInputs::of(&base)));
-            let statistics = calibration.store(dir.join("inputs")).run(&mut |at| bar.at(at.tokens_done))?;
-            quantized = Quantized::calibrated(&base, &options, &InputMoments::new(statistics))?;
-        }
+        let model = match step.calibrated {
+            true => Some(self.engine_model()?),
+            false => None,
+        };
+        let store = dir.join("inputs");
+        let rows = match &model {
+            Some(model) => {
+                let calibration = self.calibration()?;
+                Some(QuantizeRows { model, data: &calibration.data, waves: calibration.options, store: &store })
+            }
+            None => None,
+        };
+        let quantized = quantize(&base, &options, rows, self.options.progress)?;
         if !reused {
             save(&dir.join("report.json"), quantized.report())?;
             Artifacts::finish(&dir)?;

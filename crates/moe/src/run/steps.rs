@@ -20,6 +20,7 @@ use super::check::mask;
 use super::stock::{self, Chosen};
 use super::{Measurement, PrunedState, Run};
 use crate::eval_file::EvalFile;
+use crate::jobs::prune_plan;
 use crate::progress::Unit;
 use crate::recipe::{Evaluate, Form, Protect, Prune, Repair, Score, Write};
 use crate::{Error, Result, format};
@@ -178,11 +179,7 @@ impl Run<'_> {
     /// What a pruning keeps, and in which form.
     fn plan(&self, step: &Prune, base: &Arc<Checkpoint>, scores: Option<&ScoreTable>) -> Result<(PrunePlan, Chosen)> {
         if let Some(path) = &step.plan {
-            let mut plan = PrunePlan::load(path)?;
-            if step.rebind && !base.is_model(&plan.model) {
-                plan.validate(base.shape())?;
-                plan.model = base.fingerprint();
-            }
+            let plan = prune_plan(path, base, step.rebind)?;
             let chosen = stock::settled(step, &plan)?;
             return Ok((plan, chosen));
         }

@@ -77,17 +77,12 @@ impl Chosen {
         edits: Option<Arc<dyn EditSource>>,
     ) -> Result<PrunedModel> {
         let ranking = ranking.filter(|table| table.granularity == moe_checkpoint::Granularity::Unit);
-        let form = match self.form {
-            Form::Uniform | Form::Auto => PruneForm::Uniform,
-            Form::Ragged => PruneForm::Ragged,
-            Form::Masked => PruneForm::Masked,
-            Form::FineGrained => PruneForm::FineGrained(FineGrained {
-                top_k: self.top_k,
-                ranking,
-                scales: self.scales.as_deref(),
-                ..FineGrained::new(self.pieces.unwrap_or(2))
-            }),
-        };
+        let form = self.form.with(FineGrained {
+            top_k: self.top_k,
+            ranking,
+            scales: self.scales.as_deref(),
+            ..FineGrained::new(self.pieces.unwrap_or(2))
+        });
         Ok(plan.on(base, &PruneOptions { mtp, edits, ..PruneOptions::new(form) })?)
     }
 }

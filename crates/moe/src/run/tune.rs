@@ -3,18 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use moe_checkpoint::{Checkpoint, Existing, write_json};
+use moe_checkpoint::Checkpoint;
 use moe_core::Model;
 use moe_core::data::{DatasetOptions, Tokenizer, WaveOptions};
-use moe_core::train::TrainEvent;
-use moe_peft::{MethodConfig, RunEvent, Setting, TrainingRun, TuningMethod};
+use moe_peft::{MethodConfig, Setting, TrainingRun, TuningMethod};
 
 use super::artifacts::Artifacts;
-use super::steps::{Done, json, save};
+use super::steps::{Done, json};
 use super::{Calibration, Run};
-use crate::progress::Unit;
 use crate::recipe::{Data, Recipe, Tune};
-use crate::{Error, Result};
+use crate::{Error, Result, jobs};
 
 /// The rows that a step trains on, in waves of a step's tokens.
 pub(super) fn rows(step: &Tune, of: &Recipe, tokenizer: Option<&Tokenizer>, vocab_size: usize) -> Result<Calibration> {
@@ -85,28 +83,9 @@ impl Run<'_> {
                 save_every: step.save_every.get(),
                 resume: true,
             };
-            let mut bar = None;
-            let progress = self.options.progress;
-            let trained = training.train(&recipe, &mut |event| {
-                match event {
-                    RunEvent::Begins { phase, trainable } => {
-                        trainable.warnings.iter().for_each(|warning| progress.say(warning));
-                        bar = Some(progress.bar(phase.name, phase.steps as u64, Unit::Count("steps")));
-                    }
-                    RunEvent::Train { event: TrainEvent::Step { step, loss, .. }, .. } => {
-                        if let Some(bar) = &bar {
-                            bar.at(*step as u64);
-                            bar.label(format!("loss {loss:.3}"));
-                        }
-                    }
-                    RunEvent::Train { .. } => {}
-                }
-                Ok(())
-            })?;
-            drop(bar);
-            trained.save(&model, &dir, Existing::Force)?;
-            save(&dir.join("recipe.json"), &recipe)?;
-            write_json(&dir.join("training.json"), &serde_json::json!(trained.cost))?;
+            let name = recipe_name(&recipe)?;
+            let trained = jobs::train(&training, &recipe, &name, false, self.options.progress)?;
+            jobs::save(&training, &recipe, &trained)?;
             Artifacts::finish(&dir)?;
         }
         let (adapter, folded) = (dir.join("adapter"), dir.join("model"));

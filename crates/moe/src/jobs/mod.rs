@@ -3,10 +3,23 @@
 //! Every function that changes a model gives a [`Model`] again, which can be measured, changed further or written. The
 //! crate's page shows them together.
 //!
+//! The jobs that verbs of the program and steps of recipes share keep what they find in directories, so that they go on
+//! where they were stopped: [`Merging`], [`quantize`], [`train`] and [`save`], [`SavedPlan`].
+//!
 //! For progress, shards, protection, repairs and budgets that ask the model, take the types behind these functions
 //! ([`Calibration`], [`PruneRequest`](moe_prune::PruneRequest), …) or a [`Recipe`](crate::recipe::Recipe).
 
+mod merging;
+mod plans;
+mod quantizing;
+mod tuning;
+
 use std::path::{Path, PathBuf};
+
+pub use merging::{Merged, Merging};
+pub use plans::{SavedPlan, prune_plan};
+pub use quantizing::{QuantizeRows, quantize};
+pub use tuning::{save, train};
 
 use moe_checkpoint::{Existing, ProtectionMask, ScoreTable};
 use moe_core::Model;

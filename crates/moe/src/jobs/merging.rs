@@ -1,0 +1,159 @@
+//! Merging in directories that keep what was collected and merged: what `moe merge` and the step `merge` carry out.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use moe_checkpoint::{Mtp, ProtectionMask, write_atomic};
+use moe_core::data::Wave;
+use moe_core::{Engine, EngineOptions, Model};
+use moe_importance::Calibration;
+use moe_merge::{
+    Amount, Evidence, EvidenceOptions, MergeOptions, MergedModel, MergedWeights, OutputForm, Recipe, collect_evidence,
+    merge_sequentially,
+};
+
+use crate::progress::{Progress, Unit};
+use crate::{Error, Result};
+
+/// What is merged, how, and on which rows.
+#[derive(Clone, Copy, Debug)]
+pub struct Merging<'a> {
+    /// The model.
+    pub model: &'a Model,
+    /// The rows that evidence is collected on.
+    pub waves: &'a [Wave],
+    /// The recipe.
+    pub recipe: &'a Recipe,
+    /// Experts that nothing may change.
+    pub protect: &'a ProtectionMask,
+    /// What the outcome looks like.
+    pub form: OutputForm,
+    /// What becomes of layers that predict further tokens.
+    pub mtp: Option<Mtp>,
+    /// Tokens of each layer that alignments and least squares see.
+    pub sample: usize,
+    /// Whether all layers are merged on one pass, even if the recipe goes layer by layer.
+    pub at_once: bool,
+}
+
+/// A merged model, and how long the model was run for it.
+pub struct Merged {
+    /// The model with its report.
+    pub model: MergedModel,
+    /// The merged experts, with the plan that they follow.
+    pub weights: MergedWeights,
+    /// Seconds of collecting evidence: 0 where it was there, and in a merge layer by layer.
+    pub collect_seconds: f64,
+}
+
+impl Merging<'_> {
+    /// Checks what recipe, protection, form and model show to be wrong.
+    ///
+    /// # Errors
+    /// Parts that do not go together or not with the model.
+    pub fn check(&self) -> Result<()> {
+        self.protect.validate(self.model.checkpoint().shape())?;
+        Ok(self.recipe.check(self.model.checkpoint(), self.form, self.mtp)?)
+    }
+
+    /// Checks that the passes over the rows have the memory they need, and the room below `work`. Gives the bytes that
+    /// evidence and merged experts take there, at most.
+    ///
+    /// # Errors
+    /// Memory or room that does not do.
+    pub fn check_passes(&self, work: &Path) -> Result<u64> {
+        let merged = self.bytes_merged()?;
+        if self.layer_by_layer() {
+            Engine::new(self.model, EngineOptions::default()).plan_layerwise(self.waves)?;
+            return Ok(merged);
+        }
+        let seen = Calibration::of_waves(self.model, self.waves);
+        let seen = self.evidence_options().observe(self.model, seen).store(work);
+        seen.check()?;
+        Ok(seen.space()? + merged)
+    }
+
+    /// Bytes of the experts that are left, in the dtype of the base: of those, the ones that were merged are kept.
+    fn bytes_merged(&self) -> Result<u64> {
+        let base = self.model.checkpoint();
+        let mut bytes = 0.0;
+        for layer in &base.shape().layers {
+            let left = match self.recipe.budget.amount {
+                Amount::Ratio(ratio) => 1.0 - ratio,
+                Amount::Groups(groups) => (groups as f64 / layer.num_experts().max(1) as f64).min(1.0),
+            };
+            bytes += left * base.expert_bytes_on_disk(layer.layer)? as f64;
+        }
+        Ok(bytes as u64)
+    }
+
+    /// Whether each layer is merged before the next one is run.
+    pub fn layer_by_layer(&self) -> bool {
+        self.recipe.sequential && !self.at_once
+    }
+
+    /// What is collected.
+    pub fn evidence_options(&self) -> EvidenceOptions {
+        EvidenceOptions::for_recipe(self.recipe, self.sample)
+    }
+
+    /// The evidence of this model, these rows and what the recipe reads, in `directory`: loaded if an earlier run left
+    /// it there, otherwise collected and left there. A run that was killed goes on with the waves it has.
+    ///
+    /// # Errors
+    /// Files that cannot be read or written; whatever stops the model.
+    pub fn evidence(&self, directory: &Path, progress: Progress) -> Result<Evidence> {
+        let (path, asked) = (directory.join("evidence.safetensors"), directory.join("evidence.json"));
+        let options = self.evidence_options();
+        let digest = options.digest(self.model, self.waves);
+        if path.exists() && std::fs::read_to_string(&asked).is_ok_and(|found| found == digest) {
+            return Ok(Evidence::load(path)?);
+        }
+        // Waves of other evidence are kept apart: they may be wanted again.
+        let waves = directory.join(format!("evidence.{}.waves", &digest[..16]));
+        let bar = progress.bar("collecting", 0, Unit::Count("tokens"));
+        let evidence = collect_evidence(self.model, self.waves, &options, Some(&waves), &mut |at| {
+            bar.total(at.tokens);
+            bar.at(at.tokens_done);
+        })?;
+        drop(bar);
+        evidence.save(&path)?;
+        // Last: without it, what stands beside it is not whole.
+        write_atomic(&asked, digest.as_bytes())?;
+        if waves.exists() {
+            std::fs::remove_dir_all(&waves).map_err(Error::io(&waves))?;
+        }
+        Ok(evidence)
+    }
+
+    /// Merges. Evidence is in `evidence` and serves other recipes, budgets and forms; merged experts are in `merged`,
+    /// which is a directory of this merge alone. What an earlier run left in either is gone on with, and merged experts
+    /// that are complete need neither evidence nor another pass.
+    ///
+    /// # Errors
+    /// A plan that the recipe cannot make, whatever stops the model, a directory of another merge.
+    pub fn merge(&self, evidence: &Path, merged: &Path, progress: Progress) -> Result<Merged> {
+        let base = self.model.checkpoint();
+        let mut collect_seconds = 0.0;
+        // A directory that is complete opens.
+        let weights = if let Ok(complete) = MergedWeights::open(merged) {
+            complete
+        } else if self.layer_by_layer() {
+            let bar = progress.bar("merging layer by layer", 0, Unit::Count("layers"));
+            let options = self.evidence_options();
+            let weights = merge_sequentially(self.model, self.waves, self.recipe, self.protect, &options, merged)?;
+            drop(bar);
+            weights
+        } else {
+            let start = Instant::now();
+            let evidence = Arc::new(self.evidence(evidence, progress)?);
+            collect_seconds = start.elapsed().as_secs_f64();
+            let plan = self.recipe.plan(base, &evidence, self.protect)?;
+            plan.compute(base, Some(&evidence), merged)?
+        };
+        let options = MergeOptions { merged: Some(weights.clone()), mtp: self.mtp, ..MergeOptions::new(self.form) };
+        let model = weights.plan().on(base, &options)?;
+        Ok(Merged { model, weights, collect_seconds })
+    }
+}

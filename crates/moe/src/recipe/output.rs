@@ -1,0 +1,65 @@
+//! Steps that round, measure and write what was made.
+
+use std::path::PathBuf;
+
+use moe_checkpoint::{QuantizeOptions, QuantizedPart};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::Named;
+use crate::eval_file::EvalOptions;
+use crate::{Error, Result};
+
+/// Rounds the weights to few bits, in the files that engines serve.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Quantize {
+    /// The format: `fp8_blocks`, `fp8_channels`, `int4`, `int8`, `nvfp4`, `mxfp4`, or one with its parameters
+    /// (`{"type": "int", "bits": 4, "group_size": 32}`).
+    pub format: Named,
+    /// `experts`, or `linear` for shared experts, dense blocks and attention as well.
+    #[serde(default)]
+    #[schemars(with = "Value")]
+    pub part: QuantizedPart,
+    /// Whether experts are rounded with error feedback (GPTQ), by the second moments of their inputs on the rows of
+    /// calibration.
+    #[serde(default)]
+    pub calibrated: bool,
+}
+
+impl Quantize {
+    /// How weights are rounded.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a format that is unknown.
+    pub fn options(&self) -> Result<QuantizeOptions> {
+        let text = match &self.format {
+            Named::Name(name) => name.clone(),
+            Named::Parameters(map) => Value::Object(map.clone()).to_string(),
+        };
+        let format = text.parse().map_err(|error: moe_checkpoint::Error| Error::Usage(error.to_string()))?;
+        Ok(QuantizeOptions { format, part: self.part })
+    }
+}
+
+/// Measures the model.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Evaluate {
+    /// Files named `NAME_test.jsonl`; by default those of the recipe.
+    pub data: Vec<PathBuf>,
+    /// How they are measured.
+    #[schemars(with = "serde_json::Map<String, Value>")]
+    pub options: EvalOptions,
+}
+
+/// Writes the model.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Write {
+    /// Where; by default `model` in the directory of the recipe.
+    pub to: Option<PathBuf>,
+    /// Most bytes of tensor data per file, such as `5GB`.
+    pub shard_size: Option<String>,
+}
