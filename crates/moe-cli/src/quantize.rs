@@ -115,12 +115,8 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     if arguments.force && store.exists() {
         std::fs::remove_dir_all(&store).map_err(Error::io(&store))?;
     }
-    let calibrated = rows.as_ref().map(|(model, data)| QuantizeRows {
-        model,
-        data,
-        waves: arguments.data.waves(),
-        store: &store,
-    });
+    let calibrated =
+        rows.as_ref().map(|(model, data)| QuantizeRows { model, data, waves: arguments.data.waves(), store: &store });
     let quantized = quantize(&base, &how, calibrated, progress)?;
     let bar = progress.bar("writing", quantized.model().bytes_on_disk(), Unit::Bytes);
     let tell = |at: &moe_checkpoint::Progress<'_>| {

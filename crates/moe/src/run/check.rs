@@ -5,8 +5,8 @@ use std::sync::Arc;
 use moe_checkpoint::{
     Checkpoint, Existing, ExpertBiases, Granularity, ProtectionMask, ScoreTable, WriteOptions, check_output,
 };
-use moe_core::data::{Tokenizer, WaveOptions};
 use moe_core::Model;
+use moe_core::data::{Tokenizer, WaveOptions};
 use moe_importance::StatisticId;
 use moe_peft::MethodConfig;
 use moe_prune::repair::RepairRequest;
