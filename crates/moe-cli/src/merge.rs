@@ -197,7 +197,8 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
     };
     merging.check()?;
     let work = arguments.work.clone().unwrap_or_else(|| beside(&arguments.out, ".work"));
-    check_space(&work, merging.check_passes(&work)?)?;
+    let existing_folder = work.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
+    check_space(existing_folder, merging.check_passes(&work)?)?;
     if arguments.check {
         return Ok(None);
     }
