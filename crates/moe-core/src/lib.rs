@@ -58,6 +58,8 @@ pub use error::{Error, Result};
 pub use model::Model;
 /// Rows, chat templates, tokenizers, data sets and waves: the crate `moe-data`, which knows nothing of Burn.
 pub use moe_data as data;
+#[cfg(feature = "nn")]
+pub use moe_nn as nn;
 pub use objective::{CrossEntropy, Distillation, Objective, TeacherLogits};
 pub use overlay::{ExpertGains, ExpertOverlay, KeepUnits, RemoveExperts, RoutingOverlay, RoutingRule, SkipExperts};
 pub use trace::LayerOutput;

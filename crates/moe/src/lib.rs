@@ -37,6 +37,8 @@ pub mod run;
 pub mod table;
 
 pub use error::{Error, Result};
+#[cfg(feature = "nn")]
+pub use moe_core::nn;
 pub use {
     moe_checkpoint as checkpoint, moe_core as core, moe_importance as importance, moe_merge as merge, moe_peft as peft,
     moe_prune as prune,
