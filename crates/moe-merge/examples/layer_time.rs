@@ -3,6 +3,7 @@
 //! of all threads together are what a machine that does other work as well takes notice of: over the number of threads
 //! they are what it would take without.
 
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use moe_checkpoint::{Activation, ExpertWeights};
@@ -99,7 +100,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     );
 
     let sample = sample(2048, &experts);
-    let context = AlignmentContext { sample: Some(&sample), activation: Activation::Silu, layer: 0 };
+    let basis = OnceLock::new();
+    let (activation, source) = (Activation::Silu, &experts as &dyn ExpertSource);
+    let context = AlignmentContext { sample: Some(&sample), activation, layer: 0, experts: source, basis: &basis };
     for name in [r#"{"type": "weights"}"#, r#"{"type": "activations"}"#, r#"{"type": "pca"}"#] {
         let alignment: AlignmentConfig = serde_json::from_str(name)?;
         let reference = experts.expert(0)?;
@@ -134,6 +137,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         sample: None,
         activation: Activation::Silu,
         alignment: &AlignmentConfig::None,
+        basis: &OnceLock::new(),
         reference: Reference::Dominant,
     };
     // Random weights are nowhere alike: everything is moved, which is the most work there can be.

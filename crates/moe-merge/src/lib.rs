@@ -76,7 +76,7 @@ mod tasks;
 mod testing;
 
 pub use alignment::{
-    ActivationMatching, Alignment, AlignmentConfig, AlignmentContext, PcaMatching, WeightMatching, assign,
+    ActivationMatching, Alignment, AlignmentConfig, AlignmentContext, PcaMatching, UnitBasis, WeightMatching, assign,
 };
 pub use budget::{Amount, GroupBudget, Scope};
 pub use combination::{

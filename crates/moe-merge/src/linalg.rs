@@ -73,10 +73,7 @@ pub(crate) fn truncated_svd(matrix: &[f32], length: usize, rank: usize) -> Resul
     let kept = rank.min(n).min(length);
     let directions = (kept + EXTRA).min(n).min(length);
     let a = view(matrix, n, length);
-    // A start without structure: multiples of an irrational number, folded.
-    let start = |i: usize| ((i as f64 * 0.618_033_988_749_895).fract() - 0.5) as f32;
-    let mut basis: Vec<f32> =
-        (0..length * directions).map(|i| start(i + 1) * start(i / directions.max(1) + 7)).collect();
+    let mut basis = start(length, directions);
     for _ in 0..ROUNDS {
         let image = product(a, view(&basis, length, directions)); // [n, d]
         let back = product(a.transpose(), view(&image, n, directions)); // [length, d]
@@ -92,6 +89,49 @@ pub(crate) fn truncated_svd(matrix: &[f32], length: usize, rank: usize) -> Resul
         directions: product(view(&basis, length, directions), axes),
         values: squares.iter().map(|square| square.max(0.0).sqrt()).collect(),
     })
+}
+
+/// Rounds of the subspace iteration of [`leading_directions`], each of which makes all rows again.
+const PASSES: usize = 3;
+
+/// Rows of a matrix, some at a time, given to the function it gets.
+pub(crate) type Rows<'a> = &'a dyn Fn(&mut dyn FnMut(&[f32])) -> Result<()>;
+
+/// As [`truncated_svd`] of a matrix with `length` columns whose rows are not in memory together: its right singular
+/// vectors, row-major `[length, rank]`, and its singular values.
+pub(crate) fn leading_directions(length: usize, rank: usize, rows: Rows<'_>) -> Result<(Vec<f32>, Vec<f64>)> {
+    let kept = rank.min(length);
+    let directions = (kept + EXTRA).min(length);
+    let mut basis = start(length, directions);
+    for _ in 0..PASSES {
+        let mut back = vec![0.0f32; length * directions];
+        rows(&mut |rows| {
+            let a = view(rows, rows.len() / length.max(1), length);
+            let image = product(a, view(&basis, length, directions));
+            product_into(&mut back, true, a.transpose(), view(&image, rows.len() / length.max(1), directions));
+        })?;
+        basis = orthonormal(&back, length, directions);
+    }
+    let mut gram = Mat::<f64>::zeros(directions, directions);
+    rows(&mut |rows| {
+        let image = product(view(rows, rows.len() / length.max(1), length), view(&basis, length, directions));
+        gram += gram_of_rows(&image, directions);
+    })?;
+    let (axes, squares) = leading_eigenvectors(&gram, kept)?;
+    let axes: Vec<f32> = (0..directions * kept).map(|k| axes[(k / kept, k % kept)] as f32).collect();
+    let found = product(view(&basis, length, directions), view(&axes, directions, kept));
+    Ok((found, squares.iter().map(|square| square.max(0.0).sqrt()).collect()))
+}
+
+/// A start without structure, row-major `[length, directions]`: the mixed bits of the indices, in [-0.5, 0.5).
+fn start(length: usize, directions: usize) -> Vec<f32> {
+    let mixed = |i: u64| {
+        let x = i.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        x ^ (x >> 31)
+    };
+    (0..(length * directions) as u64).map(|i| (mixed(i) >> 40) as f32 / (1 << 24) as f32 - 0.5).collect()
 }
 
 /// An orthonormal basis `[rows, cols]` of the columns.

@@ -8,19 +8,22 @@ mod assignment;
 mod pca;
 mod weights;
 
+use std::sync::OnceLock;
+
 use moe_checkpoint::{Activation, ExpertWeights};
 use serde::{Deserialize, Serialize};
 
 pub use activations::ActivationMatching;
 pub use assignment::assign;
-pub use pca::PcaMatching;
+pub use pca::{PcaMatching, UnitBasis};
 pub use weights::WeightMatching;
 
 use crate::evidence::TokenSample;
+use crate::experts::ExpertSource;
 use crate::{Error, Result};
 
 /// What a match may look at beside the weights.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct AlignmentContext<'a> {
     /// Sampled tokens of the layer.
     pub sample: Option<&'a TokenSample>,
@@ -28,6 +31,10 @@ pub struct AlignmentContext<'a> {
     pub activation: Activation,
     /// Decoder layer index, for messages.
     pub layer: usize,
+    /// All experts of the layer.
+    pub experts: &'a dyn ExpertSource,
+    /// What units are compared in, found when the first two are.
+    pub basis: &'a OnceLock<UnitBasis>,
 }
 
 /// Matches the units of two experts of one width.

@@ -3,16 +3,18 @@
 use moe_checkpoint::ExpertWeights;
 use serde::{Deserialize, Serialize};
 
-use super::{Alignment, AlignmentContext};
-use crate::experts::{UnitParts, unit_vectors};
-use crate::linalg::{normalize_rows, truncated_svd};
+use super::{Alignment, AlignmentContext, unit_distances};
+use crate::experts::{ExpertSource, UnitParts, unit_vectors};
+use crate::linalg::{leading_directions, normalize_rows, product, row_products, view};
 use crate::{Error, Result};
 
 /// The match with the smallest summed distance of the units' weight vectors `[gate | up | down]`, each divided by its
-/// length, after a principal component analysis of the units of both experts together.
+/// length, after a principal component analysis of the units of all experts of the layer. Components count in proportion
+/// to their singular values, and what is left of a vector is divided by its length again.
 ///
-/// Source: REAM (arXiv 2604.04356), step 4, with 64 components. Components are found by subspace iteration from a fixed
-/// start in the space of weights, which the order of the units does not enter.
+/// Source: REAM (arXiv 2604.04356), step 4, with 64 components, as its code has it. Components are found by subspace
+/// iteration from a fixed start in the space of weights, which the order of units and experts does not enter but by
+/// rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PcaMatching {
@@ -31,16 +33,86 @@ impl Default for PcaMatching {
     }
 }
 
+/// The leading components of the units of all experts of a layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UnitBasis {
+    /// Mean of the unit vectors, each divided by its length.
+    mean: Vec<f32>,
+    /// Components times their singular values, row-major `[length, kept]`.
+    directions: Vec<f32>,
+    /// Number of components.
+    kept: usize,
+}
+
+impl UnitBasis {
+    /// Reads every expert once for the mean and once for each round of the subspace iteration; one is in memory at a
+    /// time.
+    fn of(experts: &dyn ExpertSource, components: usize) -> Result<Self> {
+        let (mut sum, mut units) = (Vec::new(), 0);
+        for expert in 0..experts.count() {
+            let (points, length) = normalized(&experts.expert(expert)?);
+            sum.resize(length, 0.0f64);
+            for row in points.chunks_exact(length.max(1)) {
+                sum.iter_mut().zip(row).for_each(|(sum, v)| *sum += f64::from(*v));
+                units += 1;
+            }
+        }
+        let mean: Vec<f32> = sum.iter().map(|sum| (sum / f64::from(units.max(1))) as f32).collect();
+        let length = mean.len();
+        let (directions, values) = leading_directions(length, components.min(units as usize), &|visit| {
+            for expert in 0..experts.count() {
+                let mut points = normalized(&experts.expert(expert)?).0;
+                subtract(&mut points, &mean);
+                visit(&points);
+            }
+            Ok(())
+        })?;
+        let kept = values.len();
+        let directions =
+            directions.chunks_exact(kept.max(1)).flat_map(|row| row.iter().zip(&values).map(|(v, s)| v * *s as f32));
+        Ok(Self { directions: directions.collect(), mean, kept })
+    }
+
+    /// Units in the components, row-major `[I, kept]`, each divided by its length.
+    fn place(&self, expert: &ExpertWeights) -> Vec<f32> {
+        let (mut points, length) = normalized(expert);
+        subtract(&mut points, &self.mean);
+        let rows = points.len() / length.max(1);
+        let mut placed = product(view(&points, rows, length), view(&self.directions, length, self.kept));
+        normalize_rows(&mut placed, self.kept);
+        placed
+    }
+}
+
+/// Unit vectors, each divided by its length, and their number of elements.
+fn normalized(expert: &ExpertWeights) -> (Vec<f32>, usize) {
+    let (mut points, length) = unit_vectors(expert, UnitParts::ALL);
+    normalize_rows(&mut points, length);
+    (points, length)
+}
+
+fn subtract(points: &mut [f32], mean: &[f32]) {
+    for row in points.chunks_exact_mut(mean.len().max(1)) {
+        row.iter_mut().zip(mean).for_each(|(v, mean)| *v -= mean);
+    }
+}
+
 impl Alignment for PcaMatching {
-    fn costs(&self, reference: &ExpertWeights, expert: &ExpertWeights, _: &AlignmentContext<'_>) -> Result<Vec<f32>> {
-        let (mut points, length) = unit_vectors(reference, UnitParts::ALL);
-        points.extend(unit_vectors(expert, UnitParts::ALL).0);
-        normalize_rows(&mut points, length);
-        center(&mut points, length);
-        let scores = truncated_svd(&points, length, self.components)?.scores;
-        let kept = scores.len() / (2 * reference.width).max(1);
-        let (a, b) = scores.split_at(reference.width * kept);
-        Ok(distances(a, b, kept))
+    fn costs(
+        &self,
+        reference: &ExpertWeights,
+        expert: &ExpertWeights,
+        context: &AlignmentContext<'_>,
+    ) -> Result<Vec<f32>> {
+        let basis = match context.basis.get() {
+            Some(basis) => basis,
+            None => {
+                let found = UnitBasis::of(context.experts, self.components)?;
+                context.basis.get_or_init(|| found)
+            }
+        };
+        let (a, b) = (basis.place(reference), basis.place(expert));
+        Ok(unit_distances(row_products(&a, &b, basis.kept)))
     }
 
     fn validate(&self) -> Result<()> {
@@ -51,60 +123,68 @@ impl Alignment for PcaMatching {
     }
 }
 
-/// Takes the mean of the rows out of each.
-fn center(points: &mut [f32], length: usize) {
-    let mut mean = vec![0.0f64; length];
-    let count = points.len() / length.max(1);
-    for row in points.chunks_exact(length.max(1)) {
-        mean.iter_mut().zip(row).for_each(|(mean, v)| *mean += f64::from(*v));
-    }
-    for row in points.chunks_exact_mut(length.max(1)) {
-        row.iter_mut().zip(&mean).for_each(|(v, mean)| *v -= (mean / count as f64) as f32);
-    }
-}
-
-/// Euclidean distances of rows `[n, k]` and `[n, k]`.
-fn distances(a: &[f32], b: &[f32], k: usize) -> Vec<f32> {
-    let squares = |rows: &[f32]| -> Vec<f32> {
-        rows.chunks_exact(k.max(1)).map(|row| crate::linalg::dot(row, row) as f32).collect()
-    };
-    let (left, right) = (squares(a), squares(b));
-    let mut out = crate::linalg::row_products(a, b, k);
-    for (row, square) in out.chunks_exact_mut(right.len().max(1)).zip(&left) {
-        row.iter_mut().zip(&right).for_each(|(p, other)| *p = (square + other - 2.0 * *p).max(0.0).sqrt());
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::noise;
+    use crate::testing::{expert, noise};
 
     #[test]
-    fn with_all_components_distances_are_those_of_the_points() {
-        let (n, length) = (12, 5);
-        let mut points = noise(n * length, 3);
-        center(&mut points, length);
-        let scores = truncated_svd(&points, length, 64).unwrap().scores;
-        let found = distances(&scores, &scores, length);
-        let expected = distances(&points, &points, length);
-        for (k, (found, expected)) in found.iter().zip(&expected).enumerate() {
-            assert!(k / n == k % n || (found - expected).abs() < 1e-4, "{found} {expected}");
+    fn components_are_those_of_all_units_of_the_layer_times_their_singular_values() {
+        const HIDDEN: usize = 5;
+        let experts: Vec<ExpertWeights> = (0..3).map(|seed| expert(HIDDEN, 9, seed)).collect();
+        let basis = UnitBasis::of(&experts, 4).unwrap();
+        let length = 3 * HIDDEN;
+        let all: Vec<f32> = experts.iter().flat_map(|e| normalized(e).0).collect();
+        let rows = all.len() / length;
+        let mean = |c: usize| (0..rows).map(|r| f64::from(all[r * length + c])).sum::<f64>() / rows as f64;
+        let means: Vec<f64> = (0..length).map(mean).collect();
+        let centered = faer::Mat::from_fn(rows, length, |r, c| f64::from(all[r * length + c]) - means[c]);
+        let svd = centered.thin_svd().unwrap();
+        for (component, expected) in (0..4).map(|j| svd.S().column_vector()[j]).enumerate() {
+            let column = |c: usize| f64::from(basis.directions[c * 4 + component]);
+            let found: Vec<f64> = (0..length).map(column).collect();
+            let norm = found.iter().map(|v| v * v).sum::<f64>().sqrt();
+            assert!((norm - expected).abs() < 1e-3 * expected, "{norm} {expected}");
+            let along: f64 = (0..length).map(|c| found[c] / norm * svd.V()[(c, component)]).sum();
+            assert!((along.abs() - 1.0).abs() < 1e-3, "component {component}: {along}");
         }
     }
 
     #[test]
-    fn the_leading_direction_is_the_one_of_largest_spread() {
-        let length = 6;
-        let along = noise(20, 1);
-        let mut points: Vec<f32> = noise(20 * length, 2).iter().map(|v| v * 0.01).collect();
-        points.chunks_exact_mut(length).zip(&along).for_each(|(row, a)| row[2] += 3.0 * a);
-        center(&mut points, length);
-        let scores = truncated_svd(&points, length, 1).unwrap().scores;
-        let sign = (scores[0] * points[2]).signum();
-        for (score, row) in scores.iter().zip(points.chunks_exact(length)) {
-            assert!((sign * score - row[2]).abs() < 0.05);
-        }
+    fn a_third_expert_of_the_layer_decides_what_two_are_compared_in() {
+        const HIDDEN: usize = 4;
+        // The units of two experts differ along two directions; only a third expert says which of them counts.
+        let unit = |along: [f32; 2]| [1.0, along[0], along[1], 0.0];
+        let of = |rows: &[[f32; HIDDEN]]| ExpertWeights {
+            gate: rows.concat(),
+            up: vec![0.0; rows.len() * HIDDEN],
+            down: vec![0.0; rows.len() * HIDDEN],
+            ..expert(HIDDEN, rows.len(), 1)
+        };
+        let reference = of(&[unit([0.3, 0.1]), unit([-0.3, -0.1])]);
+        let other = of(&[unit([0.3, -0.1]), unit([-0.3, 0.1])]);
+        let spread = |at: usize| {
+            let rows = noise(20, 7).into_iter().flat_map(|v| [v, -v]).map(|v| {
+                let mut along = [0.0; 2];
+                along[at] = 4.0 * v;
+                unit(along)
+            });
+            of(&rows.collect::<Vec<_>>())
+        };
+        let order = |third: ExpertWeights| {
+            let experts = vec![reference.clone(), other.clone(), third];
+            let basis = std::sync::OnceLock::new();
+            let context = AlignmentContext {
+                sample: None,
+                activation: moe_checkpoint::Activation::Silu,
+                layer: 0,
+                experts: &experts,
+                basis: &basis,
+            };
+            let costs = PcaMatching { components: 1 }.costs(&reference, &other, &context).unwrap();
+            crate::alignment::assign(&costs, 2).unwrap()
+        };
+        assert_eq!(order(spread(0)), [0, 1]);
+        assert_eq!(order(spread(1)), [1, 0]);
     }
 }

@@ -1,3 +1,5 @@
+use std::sync::OnceLock;
+
 use moe_checkpoint::{Activation, ExpertWeights};
 
 use super::*;
@@ -22,7 +24,9 @@ fn sample() -> TokenSample {
 
 fn order(alignment: &AlignmentConfig, a: &ExpertWeights, b: &ExpertWeights) -> Vec<u32> {
     let sample = sample();
-    let context = AlignmentContext { sample: Some(&sample), activation: Activation::Silu, layer: 0 };
+    let (experts, basis) = (vec![a.clone(), b.clone()], OnceLock::new());
+    let (activation, experts) = (Activation::Silu, &experts as &dyn ExpertSource);
+    let context = AlignmentContext { sample: Some(&sample), activation, layer: 0, experts, basis: &basis };
     alignment.order(a, b, &context).unwrap().unwrap()
 }
 
@@ -78,7 +82,9 @@ fn weights_are_matched_by_their_largest_products() {
 #[test]
 fn activations_need_a_sample_and_none_needs_nothing() {
     let weights = expert(HIDDEN, 3, 1);
-    let context = AlignmentContext { sample: None, activation: Activation::Silu, layer: 7 };
+    let (experts, basis) = (vec![weights.clone()], OnceLock::new());
+    let (activation, experts) = (Activation::Silu, &experts as &dyn ExpertSource);
+    let context = AlignmentContext { sample: None, activation, layer: 7, experts, basis: &basis };
     for alignment in every_alignment().into_iter().filter(AlignmentConfig::needs_sample) {
         let message = alignment.order(&weights, &weights, &context).unwrap_err().to_string();
         assert!(message.contains("layer 7") && message.contains("sample"), "{message}");

@@ -6,6 +6,8 @@ mod least_squares;
 pub(crate) mod segments;
 mod subspace;
 
+use std::sync::OnceLock;
+
 use moe_checkpoint::{Activation, ExpertWeights};
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +17,7 @@ pub use least_squares::{FitTarget, LeastSquaresDown};
 pub use segments::{Centers, Scale, SegmentSimilarity, Segments};
 pub use subspace::{Subspace, SubspaceRank};
 
-use crate::alignment::{AlignmentConfig, AlignmentContext};
+use crate::alignment::{AlignmentConfig, AlignmentContext, UnitBasis};
 use crate::evidence::{LayerEvidence, TokenSample};
 use crate::experts::{ExpertSource, check_alike, padded};
 use crate::importance::Importance;
@@ -48,6 +50,8 @@ pub struct LayerJob<'a> {
     pub activation: Activation,
     /// How units are matched.
     pub alignment: &'a AlignmentConfig,
+    /// What units are compared in, found when the first two are.
+    pub basis: &'a OnceLock<UnitBasis>,
     /// To whose units the others are matched.
     pub reference: Reference,
 }
@@ -78,7 +82,8 @@ impl LayerJob<'_> {
             Reference::First => group.members.first().map_or(0, |e| *e as usize),
         };
         let reference = expert_of(reference_index)?;
-        let context = AlignmentContext { sample: self.sample, activation: self.activation, layer };
+        let (sample, activation, experts, basis) = (self.sample, self.activation, self.experts, self.basis);
+        let context = AlignmentContext { sample, activation, layer, experts, basis };
         for (expert, weight) in group.by_weight() {
             if expert == reference_index {
                 f(&Member { weight, weights: &reference })?;
@@ -231,8 +236,8 @@ pub enum Zeros {
     /// Nothing; a group in which nobody has any importance is a plain mean. (M-SMoE's code would make it zero.)
     #[default]
     Mean,
-    /// As much as the least important member that has any, at most one half (REAM); a group without one is a plain
-    /// mean.
+    /// As much as the least important expert of the layer that has any, at most one half (REAM); in a layer without one
+    /// a group is a plain mean.
     Floor,
 }
 
@@ -250,7 +255,7 @@ impl GroupWeights {
         let all = self.importance.of(evidence, experts)?;
         let mut weights: Vec<f64> = members.iter().map(|member| all[*member]).collect();
         if self.zeros == Zeros::Floor {
-            let least = weights.iter().copied().filter(|w| *w > 0.0).fold(f64::INFINITY, f64::min);
+            let least = all.iter().copied().filter(|w| *w > 0.0).fold(f64::INFINITY, f64::min);
             if least.is_finite() {
                 weights.iter_mut().filter(|w| **w == 0.0).for_each(|w| *w = least.min(0.5));
             }

@@ -39,6 +39,7 @@ impl Bench {
             sample: self.sample.as_ref(),
             activation: Activation::Silu,
             alignment: &self.alignment,
+            basis: &OnceLock::new(),
             reference: Reference::Dominant,
         };
         let mut merged = None;
@@ -162,6 +163,10 @@ fn zero_weights_become_a_mean_or_a_floor() {
     assert_eq!(weights(Zeros::Floor, &[3.0, 0.0, 1.0], &[0, 1, 2]), [0.6, 0.2, 0.2]);
     assert_eq!(weights(Zeros::Floor, &[8.0, 0.0, 0.0], &[0, 2]), [1.0 / 1.5, 0.5 / 1.5]);
     assert_eq!(weights(Zeros::Floor, &[8.0, 0.0, 0.0], &[1, 2]), [0.5, 0.5]);
+    // The least important expert may be of another group.
+    let saliency = [0.30, 0.22, 0.15, 0.10, 0.04, 0.004, 0.0, 0.0];
+    let floored = weights(Zeros::Floor, &saliency, &[0, 6]);
+    assert!((floored[0] - 0.30 / 0.304).abs() < 1e-6 && (floored[1] - 0.004 / 0.304).abs() < 1e-6, "{floored:?}");
     assert_eq!(weights(Zeros::Mean, &[0.0, 1.0], &[0]), [1.0]);
 }
 

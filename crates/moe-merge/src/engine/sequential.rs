@@ -1,6 +1,7 @@
 //! Layers merged one after the other, each on what the merged layers before it give.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use moe_checkpoint::{ExpertId, ProtectionMask, Ratio};
 use moe_checkpoint::{LayerRole, Role, Statistics};
@@ -189,6 +190,7 @@ impl Sequential<'_> {
                         sample: evidence.sample.as_ref(),
                         activation: checkpoint.config().hidden_act,
                         alignment: &self.recipe.alignment,
+                        basis: &OnceLock::new(),
                         reference: self.recipe.reference,
                     };
                     self.recipe.combination.combine(&job, sink)

@@ -17,13 +17,10 @@ use crate::similarity::{Features, Similarity};
 pub struct CappedCentroids {
     /// What makes experts alike.
     pub similarity: Similarity,
-    /// Most members of a group, the centroid included.
-    #[serde(default = "sixteen")]
-    pub capacity: usize,
-}
-
-fn sixteen() -> usize {
-    16
+    /// Most members of a group, the centroid included. By default an eighth of the experts of the layer, which are the 16
+    /// of 128 that REAM was measured with, or as many as fill the groups where that is more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capacity: Option<usize>,
 }
 
 impl Grouping for CappedCentroids {
@@ -36,13 +33,16 @@ impl Grouping for CappedCentroids {
     }
 
     fn group(&self, context: &LayerContext<'_>, count: usize) -> Result<Groups> {
-        if self.capacity == 0 {
+        if self.capacity == Some(0) {
             return Dominant { similarity: self.similarity.clone(), capacity: None }.group(context, count);
         }
         let experts = context.count();
         let centroids = dominants(context, count)?;
         let similarity = self.similarity.matrix(context)?;
         let mut left: Vec<usize> = context.ranked().into_iter().filter(|e| !centroids.contains(e)).collect();
+        let open = centroids.iter().filter(|centroid| !context.protected[**centroid]).count();
+        let filling = (left.len() + open).div_ceil(open.max(1));
+        let capacity = self.capacity.unwrap_or_else(|| (experts / 8).max(filling));
         let mut groups = Vec::with_capacity(count);
         for centroid in centroids {
             let mut members = vec![centroid];
@@ -50,15 +50,14 @@ impl Grouping for CappedCentroids {
                 let likeness = |expert: usize| similarity[centroid * experts + expert];
                 // Stable: of equally near ones, the more important is taken.
                 left.sort_by(|a, b| likeness(*b).total_cmp(&likeness(*a)));
-                members.extend(left.drain(..left.len().min(self.capacity - 1)));
+                members.extend(left.drain(..left.len().min(capacity - 1)));
                 left.sort_by(|a, b| context.importance[*b].total_cmp(&context.importance[*a]).then(a.cmp(b)));
             }
             groups.push(Members { dominant: centroid, members });
         }
         if !left.is_empty() {
             let reason = format!(
-                "{experts} experts do not fit into {count} groups of at most {}: {} are left over",
-                self.capacity,
+                "{experts} experts do not fit into {count} groups of at most {capacity}: {} are left over",
                 left.len()
             );
             return Err(context.infeasible(reason));

@@ -93,7 +93,7 @@ fn every_grouping() -> Vec<GroupingConfig> {
             [
                 GroupingConfig::Dominant(Dominant { similarity: similarity.clone(), capacity: None }),
                 GroupingConfig::Dominant(Dominant { similarity: similarity.clone(), capacity: Some(4) }),
-                GroupingConfig::CappedCentroids(CappedCentroids { similarity: similarity.clone(), capacity: 5 }),
+                GroupingConfig::CappedCentroids(CappedCentroids { similarity: similarity.clone(), capacity: Some(5) }),
                 GroupingConfig::Spectral(Spectral { similarity, seed: 5, restarts: 3 }),
             ]
         })
@@ -185,7 +185,7 @@ fn clones_share_a_group() {
     let similarity = Similarity::of(Features::RouterLogits, Metric::Cosine);
     for grouping in [
         GroupingConfig::Dominant(Dominant { similarity: similarity.clone(), capacity: None }),
-        GroupingConfig::CappedCentroids(CappedCentroids { similarity: Similarity::ream(), capacity: 3 }),
+        GroupingConfig::CappedCentroids(CappedCentroids { similarity: Similarity::ream(), capacity: Some(3) }),
         GroupingConfig::Hierarchical(Hierarchical {
             features: Features::Outputs { over: all },
             metric: Metric::Euclidean,
@@ -234,13 +234,20 @@ use crate::context::Gram;
 fn capacities_hold_and_may_be_too_small() {
     let layer = Layer::new(11);
     let similarity = Similarity::of(Features::RouterLogits, Metric::Cosine);
-    let capped = GroupingConfig::CappedCentroids(CappedCentroids { similarity: similarity.clone(), capacity: 4 });
+    let capped = GroupingConfig::CappedCentroids(CappedCentroids { similarity: similarity.clone(), capacity: Some(4) });
     let groups = layer.group(&capped, 5).unwrap();
     let mut sizes: Vec<usize> = groups.groups.iter().map(|g| g.members.len()).collect();
     sizes.sort_unstable();
     // Two full groups, and three centroids alone: the first ones take what they can hold.
     assert_eq!(sizes, [1, 1, 1, 4, 4]);
     assert!(layer.group(&capped, 2).unwrap_err().to_string().contains("3 are left over"));
+    // In proportion to the experts, or what fills the groups.
+    let largest = |count| {
+        let grouping = CappedCentroids { similarity: similarity.clone(), capacity: None };
+        let groups = layer.group(&GroupingConfig::CappedCentroids(grouping), count).unwrap();
+        groups.groups.iter().map(|g| g.members.len()).max().unwrap()
+    };
+    assert_eq!([8, 5, 2, 1].map(largest), [2, 3, 6, 11]);
     let limited = GroupingConfig::Dominant(Dominant { similarity, capacity: Some(3) });
     assert!(layer.group(&limited, 4).unwrap().groups.iter().all(|g| g.members.len() <= 3));
     assert!(layer.group(&limited, 3).unwrap_err().to_string().contains("at most 3"));

@@ -106,6 +106,7 @@ pub(super) fn combine(
         sample: evidence.and_then(|evidence| evidence.layer(layer)?.sample.as_ref()),
         activation: base.config().hidden_act,
         alignment: &recipe.alignment,
+        basis: &OnceLock::new(),
         reference: recipe.reference,
     };
     recipe.combination.combine(&job, sink)

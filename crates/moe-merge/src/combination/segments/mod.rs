@@ -19,7 +19,8 @@ pub(crate) use recombine::Points;
 /// has more segments than units, and weighted spherical k-means makes as many of them as it had.
 ///
 /// Source: DERN (arXiv 2509.10377), steps 2 and 3, reconstructed from a digest. Choices where that is silent: segments
-/// weigh as much as the importance of the expert they come from; a center has the direction of the weighted mean of
+/// weigh as much as the importance of the expert they come from, and each that moves adds the `1 / I`-th part of it to
+/// the importance of its destination, whose own segments weigh as much as both; a center has the direction of the weighted mean of
 /// unit vectors and the weighted mean of lengths; a cluster of one segment is that segment, bit for bit; an empty
 /// cluster keeps its center; a dominant that received nothing stays as it is.
 ///
@@ -158,7 +159,11 @@ impl Segments {
         let own = job.experts.expert(dominant)?;
         let (mut vectors, length) = unit_vectors(&own, UnitParts::ALL);
         let weight = |expert: usize| job.plan.importance.get(expert).map_or(1.0, |v| f64::from(*v));
-        let mut weights = vec![weight(dominant); own.width];
+        let taken: f64 = moved.chunk_by(|a, b| a.expert == b.expert).try_fold(0.0, |sum, run| {
+            let width = job.experts.width(run[0].expert)?.max(1);
+            Ok::<_, Error>(sum + weight(run[0].expert) * run.len() as f64 / width as f64)
+        })?;
+        let mut weights = vec![weight(dominant) + taken; own.width];
         // Moved segments ascend by expert: each is read once.
         for run in moved.chunk_by(|a, b| a.expert == b.expert) {
             let source = job.experts.expert(run[0].expert)?;

@@ -1,7 +1,9 @@
+use std::sync::OnceLock;
+
 use moe_checkpoint::{Activation, ExpertWeights};
 
 use super::*;
-use crate::alignment::AlignmentConfig;
+use crate::alignment::{AlignmentConfig, UnitBasis};
 use crate::combination::Reference;
 use crate::plan::{Group, LayerPlan};
 use crate::testing::{biased_expert, expert, noise, shuffled};
@@ -19,8 +21,9 @@ fn plan(experts: usize, kept: &[u32], importance: &[f64]) -> LayerPlan {
 }
 
 fn job<'a>(plan: &'a LayerPlan, experts: &'a Vec<ExpertWeights>) -> LayerJob<'a> {
+    static NONE: OnceLock<UnitBasis> = OnceLock::new();
     let (activation, reference) = (Activation::Silu, Reference::Dominant);
-    LayerJob { plan, experts, sample: None, activation, alignment: &AlignmentConfig::None, reference }
+    LayerJob { plan, experts, sample: None, activation, alignment: &AlignmentConfig::None, basis: &NONE, reference }
 }
 
 fn combine(segments: &Segments, plan: &LayerPlan, experts: &Vec<ExpertWeights>) -> (Vec<Merged>, Vec<RouterAddition>) {
@@ -252,4 +255,25 @@ fn an_expert_is_the_sum_of_its_segments() {
     }
     let expected = whole.forward(&x, Activation::Silu);
     assert!(sum.iter().zip(expected).all(|(a, b)| (a - f64::from(b)).abs() < 1e-5));
+}
+
+#[test]
+fn a_moved_segment_adds_its_share_of_importance_to_its_destination() {
+    // One unit each: they become one, which points to the weighted mean of their directions.
+    let experts = vec![expert(HIDDEN, 1, 1), expert(HIDDEN, 1, 2)];
+    let (kept, dropped) = (0.5, 0.2);
+    let segments = Segments { alpha: -1.0, ..Segments::default() };
+    let (merged, _) = combine(&segments, &plan(2, &[0], &[kept, dropped]), &experts);
+    let Merged::Changed(found) = &merged[0] else { panic!("{merged:?}") };
+    let direction = |expert: &ExpertWeights| {
+        let (mut vector, length) = unit_vectors(expert, UnitParts::ALL);
+        crate::linalg::normalize_rows(&mut vector, length);
+        vector
+    };
+    let (a, b) = (direction(&experts[0]), direction(&experts[1]));
+    let mut expected: Vec<f32> =
+        a.iter().zip(&b).map(|(a, b)| (kept + dropped) as f32 * a + dropped as f32 * b).collect();
+    let length = expected.len();
+    crate::linalg::normalize_rows(&mut expected, length);
+    assert!(direction(found).iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-6));
 }
