@@ -68,6 +68,7 @@ const NAMED: [(&str, &str); 10] = [
     ("dern", include_str!("recipes/dern.json")),
     ("uncurl", include_str!("recipes/uncurl.json")),
     ("dominant-only", include_str!("recipes/dominant-only.json")),
+    ("reap-sequential", include_str!("recipes/reap-sequential.json")),
 ];
 
 impl Recipe {

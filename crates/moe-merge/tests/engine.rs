@@ -284,3 +284,27 @@ fn dense_outputs_are_the_same_beside_statistics_that_ask_for_gradients() {
         }
     }
 }
+
+#[test]
+fn sequential_reap_keeps_what_is_salient_in_the_model_pruned_so_far() {
+    let directory = tempdir().unwrap();
+    let model = model("tf5/qwen2_moe");
+    let recipe = Recipe::named("reap-sequential").unwrap().with_amount(Amount::Ratio(0.5));
+    let options = EvidenceOptions::for_recipe(&recipe, 0);
+    let none = ProtectionMask::none();
+    let merged = merge_sequentially(&model, &waves(), &recipe, &none, &options, directory.path()).unwrap();
+    let last = merged.plan().layers.len() - 1;
+    let mut so_far = merged.plan().clone();
+    let (layer, count) = (so_far.layers[last].layer, model.checkpoint().shape().layers[last].num_experts());
+    so_far.layers[last] = moe_merge::LayerPlan::keep_all(layer, count);
+    let below = so_far.on(model.checkpoint(), &MergeOptions::new(OutputForm::Grouped)).unwrap();
+    let below = Model::new(below.model().clone(), model.device(), None).unwrap();
+    let importance = &collect(&below, &options).layers[last];
+    let saliency = recipe.importance.of(importance, count).unwrap();
+    let mut ranked: Vec<u32> = (0..count as u32).collect();
+    ranked.sort_by(|a, b| saliency[*b as usize].total_cmp(&saliency[*a as usize]));
+    ranked.truncate(count / 2);
+    ranked.sort_unstable();
+    let kept: Vec<u32> = merged.plan().layers[last].groups.iter().map(|group| group.dominant).collect();
+    assert_eq!(kept, ranked);
+}
