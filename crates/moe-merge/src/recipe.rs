@@ -57,7 +57,7 @@ pub struct Recipe {
 }
 
 /// Names and files of the published methods.
-const NAMED: [(&str, &str); 10] = [
+const NAMED: [(&str, &str); 11] = [
     ("m-smoe", include_str!("recipes/m-smoe.json")),
     ("mc-smoe", include_str!("recipes/mc-smoe.json")),
     ("hc-smoe", include_str!("recipes/hc-smoe.json")),

@@ -297,6 +297,7 @@ fn sequential_reap_keeps_what_is_salient_in_the_model_pruned_so_far() {
     let mut so_far = merged.plan().clone();
     let (layer, count) = (so_far.layers[last].layer, model.checkpoint().shape().layers[last].num_experts());
     so_far.layers[last] = moe_merge::LayerPlan::keep_all(layer, count);
+    so_far.ratio.achieved = 1.0 - so_far.groups() as f64 / so_far.experts() as f64;
     let below = so_far.on(model.checkpoint(), &MergeOptions::new(OutputForm::Grouped)).unwrap();
     let below = Model::new(below.model().clone(), model.device(), None).unwrap();
     let importance = &collect(&below, &options).layers[last];

@@ -27,6 +27,7 @@ published!(
     "m-smoe",
     "mc-smoe",
     "hc-smoe",
+    "reap-sequential",
     "ream",
     "dern",
     "mergemoe",
