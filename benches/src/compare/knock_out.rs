@@ -40,6 +40,7 @@ mod tests {
     #[test]
     fn the_best_units_go() {
         let shape = MoeShape {
+            gateless: false,
             hidden_size: 4,
             top_k: 1,
             layers: vec![MoeLayerShape { layer: 0, widths: vec![2, 2] }, MoeLayerShape { layer: 3, widths: vec![2] }],

@@ -175,12 +175,12 @@ impl Checkpoint {
         for (layer, layout) in layouts.iter().filter(|(layer, _)| source.makes_experts(**layer)) {
             let Some(moe) = config.moe(*layer) else { continue };
             let widths = moe.stored_widths();
-            for tensor in layout.tensors(config.hidden_size, &widths, moe.biases).into_iter().flatten() {
+            for tensor in layout.tensors(config.expert_hidden_size(), &widths, moe.biases).into_iter().flatten() {
                 let name = family.expert_tensor_name(*layer, tensor.tensor);
                 let size = tensors.get(&name).map_or(0, |info| info.dtype.bitsize() / 8);
                 let mut start = 0;
                 let blocks = tensor.blocks.into_iter().map(|(set, block)| {
-                    let dims = block.parts().iter().map(|part| part.dims(config.hidden_size, widths[set]));
+                    let dims = block.parts().iter().map(|part| part.dims(config.expert_hidden_size(), widths[set]));
                     let elements: usize = dims.map(|(rows, cols)| rows * cols).sum();
                     let begin = start;
                     start += elements * size;
@@ -373,7 +373,8 @@ impl Checkpoint {
     /// [`Error::UnknownLayer`].
     pub fn expert_bytes_on_disk(&self, layer: usize) -> Result<u64> {
         let moe = self.config.moe(layer).ok_or_else(|| self.unknown_layer(layer))?;
-        let tensors = self.expert_layout(layer)?.tensors(self.config.hidden_size, &moe.stored_widths(), moe.biases);
+        let tensors =
+            self.expert_layout(layer)?.tensors(self.config.expert_hidden_size(), &moe.stored_widths(), moe.biases);
         let mut bytes = 0;
         for tensor in tensors.into_iter().flatten() {
             let info = self.info(&self.family.expert_tensor_name(layer, tensor.tensor))?;
@@ -703,7 +704,7 @@ impl Checkpoint {
             convert::decode(matrix.dtype, &matrix.bytes, buffer, |_| {});
         }
         self.release_set(layer, set);
-        weights.hidden = self.config.hidden_size;
+        weights.hidden = self.config.expert_hidden_size();
         weights.width = weights.gate.len() / weights.hidden;
         Ok(())
     }
@@ -802,7 +803,7 @@ impl Checkpoint {
     fn place(&self, layer: usize, set: usize, part: ExpertPart) -> Result<(&TensorInfo, Placement)> {
         let moe = self.config.moe(layer).ok_or_else(|| self.unknown_layer(layer))?;
         let layout = self.expert_layout(layer)?;
-        let place = layout.place(self.config.hidden_size, &moe.stored_widths(), set, part);
+        let place = layout.place(self.config.expert_hidden_size(), &moe.stored_widths(), set, part);
         Ok((self.info(&self.family.expert_tensor_name(layer, place.tensor))?, place))
     }
 

@@ -54,6 +54,9 @@ pub struct ModelConfig {
     pub logit_cap: Option<f64>,
     /// How routed experts are selected and weighted.
     pub routing: Routing,
+    /// Width of a latent that routed experts read and give in place of the residual stream: one map goes down to it in
+    /// front of the experts, one up from the sum of what they give. Router and shared experts read the residual stream.
+    pub expert_latent: Option<usize>,
     /// Decoder layers in order.
     pub layers: Vec<LayerConfig>,
     /// Layers after the last decoder layer that predict further tokens (multi-token prediction), as the config declares
@@ -97,7 +100,14 @@ impl ModelConfig {
             Ffn::Moe(moe) => Some(MoeLayerShape { layer, widths: moe.widths.clone() }),
             Ffn::Dense { .. } | Ffn::None => None,
         });
-        MoeShape { hidden_size: self.hidden_size, top_k: self.routing.top_k, layers: layers.collect() }
+        let gateless = (0..self.layers.len()).any(|layer| self.moe(layer).is_some_and(|moe| moe.gateless));
+        let hidden_size = self.expert_hidden_size();
+        MoeShape { gateless, hidden_size, top_k: self.routing.top_k, layers: layers.collect() }
+    }
+
+    /// Width of what routed experts read and give: the [latent](Self::expert_latent), or the residual stream.
+    pub fn expert_hidden_size(&self) -> usize {
+        self.expert_latent.unwrap_or(self.hidden_size)
     }
 
     /// Softmax attention of a decoder layer that has it.
@@ -111,12 +121,14 @@ impl ModelConfig {
         self.local.as_deref().filter(|_| windowed)
     }
 
-    /// Sums of blocks of a layer that a backward pass through norms after them needs.
+    /// Sums of blocks of a layer that a backward pass through norms or a map after them needs.
     pub fn kept_sums(&self, layer: usize) -> usize {
-        match self.moe(layer).and_then(|moe| moe.shared.as_ref()).is_some_and(|shared| shared.apart) {
-            true => 2,
-            false => usize::from(self.norms_experts()),
-        }
+        let latent = usize::from(self.expert_latent.is_some() && self.moe(layer).is_some());
+        latent
+            + match self.moe(layer).and_then(|moe| moe.shared.as_ref()).is_some_and(|shared| shared.apart) {
+                true => 2,
+                false => usize::from(self.norms_experts()),
+            }
     }
 
     /// Whether there are such sums in any layer.
@@ -127,7 +139,23 @@ impl ModelConfig {
     /// Whether what the experts give goes through a norm before it is added to the residual stream, so that the stream
     /// is no linear function of it.
     pub fn norms_experts(&self) -> bool {
-        self.placement != NormPlacement::Before
+        matches!(self.placement, NormPlacement::After | NormPlacement::Both)
+    }
+
+    /// Whether the feed-forward half of a layer reads what the attention half does, instead of what that gives.
+    pub fn is_parallel(&self) -> bool {
+        self.placement == NormPlacement::Parallel
+    }
+
+    /// Factor on what the feed-forward half of a layer gives before it is added to the residual stream.
+    pub fn ffn_factor(&self, layer: usize) -> f64 {
+        let averaged = self.moe(layer).and_then(|moe| moe.shared.as_ref()).is_some_and(|shared| shared.averaged);
+        self.multipliers.residual * if averaged { 0.5 } else { 1.0 }
+    }
+
+    /// Activation of the routed experts of a layer.
+    pub fn expert_activation(&self, layer: usize) -> Activation {
+        self.hidden_act.bounded(self.moe(layer).and_then(|moe| moe.limit))
     }
 
     /// The MoE block of a decoder layer, or `None` if the layer is dense or does not exist.
@@ -151,6 +179,11 @@ pub enum Activation {
     GeluTanh,
     /// `relu(g) * u`.
     Relu,
+    /// `min(silu(g), limit) * clamp(u, -limit, limit)`.
+    BoundedSilu {
+        /// The bound.
+        limit: f64,
+    },
     /// `g' * sigmoid(alpha * g') * (u' + 1)` with `g' = min(g, limit)` and `u' = clamp(u, -limit, limit)`, as in
     /// gpt-oss. A unit whose gate and up are zero still gives zero.
     ClampedSwiglu {
@@ -159,6 +192,13 @@ pub enum Activation {
         /// Bound of gate and up.
         limit: f64,
     },
+}
+
+impl Activation {
+    /// The same with bounds, where there are some.
+    pub fn bounded(self, limit: Option<f64>) -> Self {
+        limit.map_or(self, |limit| Self::BoundedSilu { limit })
+    }
 }
 
 /// Kind of the norms around attention, FFN and head.
@@ -171,6 +211,8 @@ pub enum NormKind {
     RmsOnePlus,
     /// Mean taken out, division by the standard deviation, a weight and a bias.
     Layer,
+    /// The same without a bias.
+    LayerUnbiased,
 }
 
 /// Where the norms of both halves of a layer are.
@@ -184,6 +226,8 @@ pub enum NormPlacement {
     After,
     /// On both: `x + norm(half(norm(x)))`.
     Both,
+    /// One on what both halves read, which are side by side: `x + attention(norm(x)) + ffn(norm(x))`.
+    Parallel,
 }
 
 /// Attention of layers with a window, where it is another one than that of the others.
@@ -282,6 +326,8 @@ pub enum OutputGate {
     Query,
     /// A projection of their own.
     Projection,
+    /// A projection of their own that gives one per head.
+    Head,
 }
 
 /// Growth of queries with their position: the query at position `p`, from 0, is multiplied by
@@ -557,6 +603,8 @@ pub struct MoeConfig {
     pub sets: Option<Vec<u32>>,
     /// Expert that every token goes through.
     pub shared: Option<SharedExpert>,
+    /// Bound of the units' factors; see [`Activation::BoundedSilu`].
+    pub limit: Option<f64>,
 }
 
 impl MoeConfig {
@@ -593,12 +641,24 @@ pub struct SharedExpert {
     pub apart: bool,
     /// Whether it has no gate; see [`MoeConfig::gateless`].
     pub gateless: bool,
+    /// Whether its output and that of the routed experts together are averaged instead of added.
+    pub averaged: bool,
+    /// Bound of its units' factors; see [`Activation::BoundedSilu`].
+    pub limit: Option<f64>,
 }
 
 impl SharedExpert {
     /// One of this width, without extras.
     pub fn new(intermediate_size: usize) -> Self {
-        Self { intermediate_size, gated: false, packed: false, apart: false, gateless: false }
+        Self {
+            intermediate_size,
+            gated: false,
+            packed: false,
+            apart: false,
+            gateless: false,
+            averaged: false,
+            limit: None,
+        }
     }
 }
 

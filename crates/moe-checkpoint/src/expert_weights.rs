@@ -157,6 +157,10 @@ impl Activation {
                 0.5 * g * (1.0 + inner.tanh())
             }),
             Self::Relu => each(gate, up, |gate, up| gate.max(0.0) * up),
+            Self::BoundedSilu { limit } => each(gate, up, |gate, up| {
+                let gate = f64::from(gate);
+                ((gate / (1.0 + (-gate).exp())).min(limit) * f64::from(up).clamp(-limit, limit)) as f32
+            }),
             Self::ClampedSwiglu { alpha, limit } => each(gate, up, |gate, up| {
                 let gate = f64::from(gate).min(limit);
                 (gate / (1.0 + (-alpha * gate).exp()) * (f64::from(up).clamp(-limit, limit) + 1.0)) as f32
@@ -237,6 +241,9 @@ mod tests {
         assert!((Activation::Silu.unit(1.0, 2.0) - 2.0 * 0.731_058_6).abs() < 1e-6);
         assert!((Activation::Gelu.unit(1.0, 2.0) - 2.0 * 0.841_344_7).abs() < 1e-6);
         assert!((Activation::GeluTanh.unit(1.0, 2.0) - 2.0 * 0.841_192).abs() < 1e-6);
+        let bounded = Activation::BoundedSilu { limit: 0.7 };
+        assert!((bounded.unit(1.0, -2.0) + 0.7 * 0.7).abs() < 1e-6);
+        assert!((bounded.unit(-1.0, 0.5) + 0.5 * 0.268_941_4).abs() < 1e-6);
         let clamped = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
         assert!((clamped.unit(9.0, -9.0) - -6.0 * 7.0 / (1.0 + (-1.702f32 * 7.0).exp())).abs() < 1e-4);
     }

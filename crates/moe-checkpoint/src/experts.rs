@@ -15,10 +15,14 @@ pub enum ExpertTensor {
     Up(usize),
     /// Down projection of one expert `[H, I]`.
     Down(usize),
+    /// Gate of all experts `[E, I, H]` in [`ExpertLayout::Stacked`].
+    StackedGate,
+    /// Up of all experts `[E, I, H]` in [`ExpertLayout::Stacked`].
+    StackedUp,
     /// Gate and up of all experts: `[E, 2I, H]` in [`ExpertLayout::Fused`], `[E, H, 2I]` in
     /// [`ExpertLayout::Interleaved`] and [`ExpertLayout::Transposed`].
     FusedGateUp,
-    /// Down of all experts: `[E, H, I]` in [`ExpertLayout::Fused`], `[E, I, H]` in [`ExpertLayout::Interleaved`] and
+    /// Down of all experts: `[E, H, I]` in [`ExpertLayout::Fused`] and [`ExpertLayout::Stacked`], `[E, I, H]` in [`ExpertLayout::Interleaved`] and
     /// [`ExpertLayout::Transposed`].
     FusedDown,
     /// Biases of gate and up of all experts, alternating `[E, 2I]`.
@@ -189,6 +193,8 @@ pub enum ExpertLayout {
     Gateless,
     /// Two 3-D tensors per layer; all widths are equal.
     Fused,
+    /// Three 3-D tensors per layer, gate, up and down; all widths are equal: Step-3.5 and Step-3.7.
+    Stacked,
     /// Two 3-D tensors per layer, transposed, the columns of gate before those of up: Qwen3-VL and Llama 4 as released.
     /// All widths are equal.
     Transposed,
@@ -251,6 +257,7 @@ impl ExpertLayout {
             Self::PerExpert => &[ExpertTensor::Gate(0), ExpertTensor::Up(0), ExpertTensor::Down(0)],
             Self::Gateless => &[ExpertTensor::Up(0), ExpertTensor::Down(0)],
             Self::Fused | Self::Transposed | Self::Interleaved => &[ExpertTensor::FusedGateUp, ExpertTensor::FusedDown],
+            Self::Stacked => &[ExpertTensor::StackedGate, ExpertTensor::StackedUp, ExpertTensor::FusedDown],
             Self::Ragged => &[ExpertTensor::RaggedGateUp, ExpertTensor::RaggedDown],
         }
     }
@@ -272,7 +279,11 @@ impl ExpertLayout {
         let tensor = |tensor, shape, blocks| ExpertTensorLayout { tensor, shape, blocks };
         let uniform = || widths.first().copied().filter(|width| widths.iter().all(|other| other == width));
         match self {
-            Self::PerExpert | Self::Gateless | Self::Fused | Self::Transposed if biases != ExpertBiases::None => None,
+            Self::PerExpert | Self::Gateless | Self::Fused | Self::Stacked | Self::Transposed
+                if biases != ExpertBiases::None =>
+            {
+                None
+            }
             Self::Interleaved if biases != ExpertBiases::All => None,
             Self::PerExpert => {
                 let parts = widths.iter().enumerate().flat_map(|(e, width)| {
@@ -301,6 +312,15 @@ impl ExpertLayout {
                         vec![experts, width.checked_mul(2)?, hidden_size],
                         each(&[part(Gate), part(Up)]),
                     ),
+                    tensor(ExpertTensor::FusedDown, vec![experts, hidden_size, width], each(&[part(Down)])),
+                ])
+            }
+            Self::Stacked => {
+                let width = uniform()?;
+                let stack = |which, one| tensor(which, vec![experts, width, hidden_size], each(&[part(one)]));
+                Some(vec![
+                    stack(ExpertTensor::StackedGate, Gate),
+                    stack(ExpertTensor::StackedUp, Up),
                     tensor(ExpertTensor::FusedDown, vec![experts, hidden_size, width], each(&[part(Down)])),
                 ])
             }
@@ -385,6 +405,10 @@ impl ExpertLayout {
             (Self::Fused, Up) => dense(ExpertTensor::FusedGateUp, (2 * before + width) * hidden_size),
             (Self::Fused, _) => dense(ExpertTensor::FusedDown, before * hidden_size),
 
+            (Self::Stacked, Gate) => dense(ExpertTensor::StackedGate, before * hidden_size),
+            (Self::Stacked, Up) => dense(ExpertTensor::StackedUp, before * hidden_size),
+            (Self::Stacked, _) => dense(ExpertTensor::FusedDown, before * hidden_size),
+
             (Self::Transposed, Gate) => strided(ExpertTensor::FusedGateUp, 2 * before * hidden_size, 1, 2 * width),
             (Self::Transposed, Up) => {
                 strided(ExpertTensor::FusedGateUp, 2 * before * hidden_size + width, 1, 2 * width)
@@ -418,6 +442,7 @@ mod tests {
         for (layout, widths, biases) in [
             (ExpertLayout::PerExpert, vec![2, 0, 5], ExpertBiases::None),
             (ExpertLayout::Fused, vec![4, 4], ExpertBiases::None),
+            (ExpertLayout::Stacked, vec![4, 4], ExpertBiases::None),
             (ExpertLayout::Transposed, vec![4, 4], ExpertBiases::None),
             (ExpertLayout::Interleaved, vec![4, 4], ExpertBiases::All),
             (ExpertLayout::Ragged, vec![2, 0, 5, 1], ExpertBiases::None),

@@ -57,7 +57,7 @@ pub enum LayerRole {
     LayerScale,
     /// Projections of queries, keys and values in one `[(heads + 2 kv_heads) * D, H]`.
     Qkv,
-    /// Projection of the gates on the outputs of the heads `[heads * D, H]`.
+    /// Projection of the gates on the outputs of the heads `[heads * D, H]`; one per head `[heads, H]`.
     AttentionGate,
     /// Query projection `[heads * D, H]`; in latent attention, where queries have no latent.
     Query,
@@ -151,6 +151,10 @@ pub enum LayerRole {
     RouterNorm,
     /// Factors on the weights of the experts `[E]`.
     ExpertScale,
+    /// Projection of what routed experts read down to their latent `[L, H]`.
+    ExpertLatentDown,
+    /// Projection of what they give together up from it `[H, L]`.
+    ExpertLatentUp,
     /// Gate and up projection of the shared expert in one `[2 I, H]`.
     SharedGateUp,
     /// Gate projection of the shared expert `[I, H]`.
@@ -213,20 +217,22 @@ pub trait Family: Send + Sync {
         false
     }
 
-    /// The object with the text model's fields: the config itself, or a part of it in models with other modalities.
+    /// Where a config has the text model's fields, if that is a part of it in models with other modalities: keys from the
+    /// outermost in, separated by dots.
     fn text_key(&self) -> Option<&'static str> {
         None
     }
 
     /// The object with the text model's fields; the config itself where there is none.
     fn text_config<'a>(&self, config: &'a Value) -> &'a Value {
-        self.text_key().and_then(|key| config.get(key)).unwrap_or(config)
+        self.text_key().and_then(|place| naming::inner(config, place)).unwrap_or(config)
     }
 
     /// The same, to change it.
     fn text_config_mut<'a>(&self, config: &'a mut Value) -> &'a mut Value {
-        match self.text_key().filter(|key| config.get(key).is_some()) {
-            Some(key) => &mut config[key],
+        match self.text_key().filter(|place| naming::inner(config, place).is_some()) {
+            // Looked at twice, since what is borrowed to be given away cannot be fallen back from.
+            Some(place) => naming::inner_mut(config, place).unwrap_or_else(|| unreachable!("it is there")),
             None => config,
         }
     }

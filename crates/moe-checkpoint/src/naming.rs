@@ -34,12 +34,24 @@ const HEADS: [&str; 5] =
 const SHARED: [&str; 6] =
     ["tie_word_embeddings", "quantization_config", "quantization", "dtype", "torch_dtype", "eos_token_id"];
 const EMBEDDING: &str = "embed_tokens.weight";
+/// Where configs of models with other modalities have that of the text model: keys from the outermost in.
+const TEXT_MODELS: [&str; 2] = ["text_config", "thinker_config.text_config"];
+
+/// The config at such a place.
+pub(crate) fn inner<'a>(config: &'a Value, place: &str) -> Option<&'a Value> {
+    place.split('.').try_fold(config, |config, key| config.get(key))
+}
+
+/// The same, to change it.
+pub(crate) fn inner_mut<'a>(config: &'a mut Value, place: &str) -> Option<&'a mut Value> {
+    place.split('.').try_fold(config, |config, key| config.get_mut(key))
+}
 
 /// A family by other names, or inside a wrapper.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Spelling {
     model_type: &'static str,
-    /// Config key of the text model, in a wrapper that no family of its own describes.
+    /// Place of the text model in the config, in a wrapper that no family of its own describes.
     text_key: Option<&'static str>,
     /// The family's prefix and the one in its place.
     prefix: Option<(String, &'static str)>,
@@ -65,14 +77,14 @@ fn interned(family: &'static dyn Family, spelling: Spelling) -> &'static dyn Fam
 
 /// The family of the text model in a wrapper, such as `kimi_k25` around `deepseek_v3`.
 pub(crate) fn wrapped(config: &Value, families: &[&'static dyn Family]) -> Option<&'static dyn Family> {
-    let text = config.get("text_config")?.as_object()?;
+    let (place, text) = TEXT_MODELS.into_iter().find_map(|place| Some((place, inner(config, place)?.as_object()?)))?;
     let find = |name: &str| families.iter().copied().find(|family| family.model_type() == name);
     let named = |config: &Map<String, Value>| config.get("model_type").and_then(Value::as_str).map(str::to_string);
     // Without a `model_type` of its own, the text model is that of the wrapper.
     let own = named(text).or_else(|| Some(format!("{}_text", named(config.as_object()?)?)))?;
     let family = find(&own)?;
     let model_type = family.model_type();
-    let spelling = Spelling { model_type, text_key: Some("text_config"), prefix: None, head: None, words: &[] };
+    let spelling = Spelling { model_type, text_key: Some(place), prefix: None, head: None, words: &[] };
     Some(interned(family, spelling))
 }
 
@@ -134,19 +146,23 @@ impl Family for Renamed {
         let Some(key) = self.spelling.text_key else { return self.family.parse(config, generation) };
         let outer = Fields::new(config, CONFIG)?;
         let expected = "the config of the text model";
-        let mut text: Map<String, Value> = match outer.value(key) {
+        let mut text: Map<String, Value> = match inner(config, key) {
             Some(Value::Object(text)) => text.clone(),
             Some(_) => return Err(outer.invalid(key, expected)),
             None => return Err(outer.missing(key, expected)),
         };
+        // The configs around it, the nearest first.
+        let ends = key.rmatch_indices('.').map(|(end, _)| &key[..end]);
+        let around: Vec<&Value> = ends.filter_map(|place| inner(config, place)).chain([config]).collect();
+        let said = |name: &str| around.iter().filter_map(|config| config.get(name)).find(|value| !value.is_null());
         for name in SHARED {
-            if let (Some(value), None | Some(Value::Null)) = (outer.value(name), text.get(name)) {
+            if let (Some(value), None | Some(Value::Null)) = (said(name), text.get(name)) {
                 text.insert(name.to_string(), value.clone());
             }
         }
         // transformers ties by the model around it.
         let tied = "tie_word_embeddings";
-        if let Some(value) = outer.value(tied) {
+        if let Some(value) = said(tied) {
             text.insert(tied.to_string(), value.clone());
         }
         // Fields are named by their place in the whole config.

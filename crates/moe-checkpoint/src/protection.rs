@@ -165,7 +165,7 @@ mod tests {
     #[test]
     fn what_does_not_exist_is_named() {
         let layers = vec![MoeLayerShape { layer: 2, widths: vec![4, 4] }];
-        let shape = MoeShape { hidden_size: 2, top_k: 1, layers };
+        let shape = MoeShape { gateless: false, hidden_size: 2, top_k: 1, layers };
         for (json, part) in [
             (r#"[{"layer":1,"expert":0}]"#, "MoE layers are [2]"),
             (r#"[{"layer":2,"expert":2}]"#, "2 experts"),

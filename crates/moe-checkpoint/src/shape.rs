@@ -12,7 +12,7 @@ use crate::{Error, Result};
 /// ```
 /// use moe_checkpoint::{MoeLayerShape, MoeShape};
 ///
-/// let shape = MoeShape { hidden_size: 8, top_k: 2, layers: vec![MoeLayerShape { layer: 1, widths: vec![4, 4, 2] }] };
+/// let shape = MoeShape { gateless: false, hidden_size: 8, top_k: 2, layers: vec![MoeLayerShape { layer: 1, widths: vec![4, 4, 2] }] };
 /// shape.validate()?;
 /// assert_eq!(shape.units(), 10);
 /// assert_eq!(shape.parameters(), 10 * 3 * 8);
@@ -21,12 +21,16 @@ use crate::{Error, Result};
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MoeShape {
-    /// Width of the residual stream, `H`.
+    /// Width of what routed experts read and give, `H`: that of the residual stream, or of the
+    /// [latent](crate::ModelConfig::expert_latent) in models whose experts read one.
     pub hidden_size: usize,
     /// Experts selected per token.
     pub top_k: usize,
     /// MoE layers in ascending decoder layer order.
     pub layers: Vec<MoeLayerShape>,
+    /// Whether a unit has no gate row: two vectors instead of three.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub gateless: bool,
 }
 
 /// One MoE layer of a [`MoeShape`].
@@ -69,9 +73,10 @@ impl MoeShape {
         self.layers.iter().map(MoeLayerShape::units).sum()
     }
 
-    /// Parameters that one unit holds: a gate row, an up row and a down column, `3 * hidden_size`.
+    /// Parameters that one unit holds: a gate row, an up row and a down column, `3 * hidden_size`; without a gate,
+    /// `2 * hidden_size`.
     pub fn parameters_per_unit(&self) -> usize {
-        3 * self.hidden_size
+        if self.gateless { 2 * self.hidden_size } else { 3 * self.hidden_size }
     }
 
     /// Parameters of all routed experts.
@@ -140,7 +145,7 @@ mod tests {
 
     fn shape(layers: &[(usize, &[usize])]) -> MoeShape {
         let layers = layers.iter().map(|(layer, widths)| MoeLayerShape { layer: *layer, widths: widths.to_vec() });
-        MoeShape { hidden_size: 4, top_k: 2, layers: layers.collect() }
+        MoeShape { gateless: false, hidden_size: 4, top_k: 2, layers: layers.collect() }
     }
 
     #[test]
@@ -149,6 +154,7 @@ mod tests {
         shape.validate().unwrap();
         assert_eq!(shape.units(), 7);
         assert_eq!(shape.parameters(), 7 * 12);
+        assert_eq!(MoeShape { gateless: true, ..shape.clone() }.parameters(), 7 * 8);
         assert_eq!(shape.position(4), Some(1));
         assert_eq!(shape.layer(2), None);
         assert_eq!(shape.layers[0].offsets(), vec![0, 3, 3, 5]);
@@ -168,6 +174,8 @@ mod tests {
         assert!(message(shape(&[(3, &[1, 1]), (3, &[1, 1])])).contains("ascending"));
         assert!(message(shape(&[(3, &[1])])).contains("top_k"));
         assert!(message(shape(&[(0, &[usize::MAX, 2])])).contains("too large"));
-        assert!(message(MoeShape { hidden_size: 0, top_k: 1, layers: vec![] }).contains("hidden_size"));
+        assert!(
+            message(MoeShape { gateless: false, hidden_size: 0, top_k: 1, layers: vec![] }).contains("hidden_size")
+        );
     }
 }

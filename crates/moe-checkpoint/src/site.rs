@@ -55,7 +55,7 @@ pub enum LayerSite {
     Value,
     /// Rows of queries, keys and values in one matrix `[(heads + 2 kv_heads) * D, H]`.
     Qkv,
-    /// Gates on the outputs of the heads `[heads * D, H]`.
+    /// Gates on the outputs of the heads `[heads * D, H]`; one per head `[heads, H]`.
     AttentionGate,
     /// `[H, heads * D_v]`.
     Output,
@@ -91,7 +91,11 @@ pub enum LayerSite {
     LatentKvUp,
     /// `[E, H]`.
     Router,
-    /// Gate rows, then up rows, of the shared expert `[2 I, H]`.
+    /// To the latent that routed experts read `[L, H]`.
+    ExpertLatentDown,
+    /// From the sum of what they give there `[H, L]`.
+    ExpertLatentUp,
+    /// Gate rows, then up rows, of the shared expert `[2 I, H]`; up rows alone `[I, H]` where it has no gate.
     SharedGateUp,
     /// The same in one matrix.
     SharedPacked,
@@ -99,7 +103,7 @@ pub enum LayerSite {
     SharedDown,
     /// Gate on the output of the shared expert `[1, H]`.
     SharedExpertGate,
-    /// Gate rows, then up rows, of a dense layer `[2 I, H]`.
+    /// Gate rows, then up rows, of a dense layer `[2 I, H]`; up rows alone `[I, H]` where it has no gate.
     DenseGateUp,
     /// `[H, I]` of a dense layer.
     DenseDown,
@@ -107,7 +111,7 @@ pub enum LayerSite {
 
 impl LayerSite {
     /// All of them.
-    pub const ALL: [Self; 28] = [
+    pub const ALL: [Self; 30] = [
         Self::Query,
         Self::Key,
         Self::Value,
@@ -130,6 +134,8 @@ impl LayerSite {
         Self::LatentKvDown,
         Self::LatentKvUp,
         Self::Router,
+        Self::ExpertLatentDown,
+        Self::ExpertLatentUp,
         Self::SharedGateUp,
         Self::SharedPacked,
         Self::SharedDown,
@@ -163,6 +169,8 @@ impl LayerSite {
             Self::LatentKvDown => &[LayerRole::LatentKvDown],
             Self::LatentKvUp => &[LayerRole::LatentKvUp],
             Self::Router => &[LayerRole::Router],
+            Self::ExpertLatentDown => &[LayerRole::ExpertLatentDown],
+            Self::ExpertLatentUp => &[LayerRole::ExpertLatentUp],
             Self::SharedGateUp => &[LayerRole::SharedGate, LayerRole::SharedUp],
             Self::SharedPacked => &[LayerRole::SharedGateUp],
             Self::SharedDown => &[LayerRole::SharedDown],
@@ -203,6 +211,8 @@ impl LayerSite {
             Self::LatentKvDown => "latent_kv_down",
             Self::LatentKvUp => "latent_kv_up",
             Self::Router => "router",
+            Self::ExpertLatentDown => "expert_latent_down",
+            Self::ExpertLatentUp => "expert_latent_up",
             Self::SharedGateUp => "shared_gate_up",
             Self::SharedPacked => "shared_packed",
             Self::SharedDown => "shared_down",
@@ -228,7 +238,7 @@ impl LayerSite {
 /// A linear map of a routed expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ExpertSite {
-    /// Gate rows, then up rows `[2 I, H]`.
+    /// Gate rows, then up rows `[2 I, H]`; up rows alone `[I, H]` of experts without a gate.
     GateUp,
     /// `[H, I]`.
     Down,

@@ -96,7 +96,7 @@ impl Array {
 /// ```
 /// use moe_checkpoint::{Fold, MoeLayerShape, MoeShape, Provenance, Statistics};
 ///
-/// let shape = MoeShape { hidden_size: 4, top_k: 1, layers: vec![MoeLayerShape { layer: 0, widths: vec![3, 2] }] };
+/// let shape = MoeShape { gateless: false, hidden_size: 4, top_k: 1, layers: vec![MoeLayerShape { layer: 0, widths: vec![3, 2] }] };
 /// let mut statistics = Statistics::new(&shape, Provenance::new("model", "data", "{}"));
 /// statistics.begin(0);
 /// statistics.unit_mut("fisher", Fold::Sum, 0, 1)?[0] += 0.5;

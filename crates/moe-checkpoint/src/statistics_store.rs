@@ -29,7 +29,7 @@ const UNFINISHED: &str = "unfinished-";
 ///
 /// # let directory = tempfile::tempdir().unwrap();
 /// # let directory = directory.path().join("statistics");
-/// let shape = MoeShape { hidden_size: 4, top_k: 1, layers: vec![MoeLayerShape { layer: 0, widths: vec![2] }] };
+/// let shape = MoeShape { gateless: false, hidden_size: 4, top_k: 1, layers: vec![MoeLayerShape { layer: 0, widths: vec![2] }] };
 /// let provenance = Provenance::new("model", "data", "{}");
 /// let mut store = StatisticsStore::create_or_resume(&directory, &shape, &provenance)?;
 /// for wave in (0..3).filter(|wave| !store.waves().contains(wave)).collect::<Vec<_>>() {

@@ -120,14 +120,20 @@ fn norm_roles(config: &ModelConfig, layer: &LayerConfig) -> Vec<(LayerRole, Vec<
         ),
         (layer.ffn != Ffn::None, LayerRole::FfnNorm, LayerRole::FfnNormBias, LayerRole::FfnOutputNorm),
     ];
+    let early = |norm| match config.placement {
+        NormPlacement::After => false,
+        // One norm for both halves.
+        NormPlacement::Parallel => norm == LayerRole::AttentionNorm,
+        NormPlacement::Before | NormPlacement::Both => true,
+    };
     for (_, before, bias, after) in halves.into_iter().filter(|half| half.0) {
-        if config.placement != NormPlacement::After {
+        if early(before) {
             roles.push(before);
             if config.norm == NormKind::Layer {
                 roles.push(bias);
             }
         }
-        if config.placement != NormPlacement::Before {
+        if config.norms_experts() {
             roles.push(after);
         }
     }
@@ -160,8 +166,10 @@ fn attention_roles(config: &ModelConfig, layer: usize) -> Vec<(LayerRole, Vec<us
                 roles.push((LayerRole::KeyBias, vec![keys]));
                 roles.push((LayerRole::ValueBias, vec![keys]));
             }
-            if attention.gate == OutputGate::Projection {
-                roles.push((LayerRole::AttentionGate, vec![queries, hidden]));
+            match attention.gate {
+                OutputGate::Projection => roles.push((LayerRole::AttentionGate, vec![queries, hidden])),
+                OutputGate::Head => roles.push((LayerRole::AttentionGate, vec![attention.num_heads, hidden])),
+                OutputGate::None | OutputGate::Query => {}
             }
         }
         AttentionKind::Latent(latent) => roles.extend(latent_roles(config, latent)),
@@ -279,6 +287,10 @@ fn ffn_roles(config: &ModelConfig, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
             if config.routing.expert_scales {
                 roles.push((LayerRole::ExpertScale, vec![moe.num_experts()]));
             }
+            if let Some(latent) = config.expert_latent {
+                roles.push((LayerRole::ExpertLatentDown, vec![latent, hidden]));
+                roles.push((LayerRole::ExpertLatentUp, vec![hidden, latent]));
+            }
             if let Some(shared) = &moe.shared {
                 match shared.packed {
                     true => roles.push((LayerRole::SharedGateUp, vec![2 * shared.intermediate_size, hidden])),
@@ -382,15 +394,17 @@ impl Weights<'_> {
             true => "`moe_ragged.expert_widths`".to_string(),
             false => format!("`{}`", self.family.width_key()),
         };
-        let fields = format!("{width}, the number of experts and `hidden_size`");
-        let tensors = layout.tensors(self.config.hidden_size, &moe.stored_widths(), moe.biases).ok_or_else(|| {
-            Error::ExpertLayout {
-                dir: self.dir.to_path_buf(),
-                layer,
-                found: format!("the layout {layout:?}"),
-                expected: format!("one that holds the different widths of {width}"),
-            }
-        })?;
+        let read = if self.config.expert_latent.is_some() { "the width of the latent" } else { "`hidden_size`" };
+        let fields = format!("{width}, the number of experts and {read}");
+        let tensors =
+            layout.tensors(self.config.expert_hidden_size(), &moe.stored_widths(), moe.biases).ok_or_else(|| {
+                Error::ExpertLayout {
+                    dir: self.dir.to_path_buf(),
+                    layer,
+                    found: format!("the layout {layout:?}"),
+                    expected: format!("one that holds the different widths of {width}"),
+                }
+            })?;
         for tensor in tensors {
             let name = self.family.expert_tensor_name(layer, tensor.tensor);
             self.check(&name, tensor.shape, &fields)?;
@@ -417,7 +431,7 @@ impl Weights<'_> {
         {
             // One orientation fits unless both do, in one of the two tensors: `2I = H` and `I = H` exclude each other.
             let fits = |layout: ExpertLayout| {
-                let tensors = layout.tensors(self.config.hidden_size, &moe.stored_widths(), moe.biases)?;
+                let tensors = layout.tensors(self.config.expert_hidden_size(), &moe.stored_widths(), moe.biases)?;
                 let found = |tensor| Some(&self.tensors.get(&self.family.expert_tensor_name(layer, tensor))?.shape);
                 Some(tensors.iter().all(|tensor| found(tensor.tensor) == Some(&tensor.shape)))
             };

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use common::{Model, Tensor, assert_parts, copy_dir, fixture, message};
-use moe_checkpoint::{Checkpoint, Dtype, Role};
+use moe_checkpoint::{Checkpoint, Dtype, Role, UniformShape, uniform_shape_config};
 use serde_json::{Value, json};
 
 /// A copy whose tensors have other names.
@@ -88,6 +88,32 @@ fn a_wrapper_around_a_known_text_model_opens() {
     // What is missing is said of the whole.
     wrapper.tensors.remove("language_model.model.norm.weight");
     assert_parts(&wrapper.refusal(), &["`language_model.model.norm.weight`", "`kimi_k25` around a `deepseek_v3`"]);
+}
+
+/// Qwen3-Omni as a whole: the thinker within its config and its names, and a talker whose experts are its own.
+#[test]
+fn a_whole_omni_model_is_its_thinker() {
+    let thinker = Model::load(&fixture("tf5/qwen3_omni_moe_thinker"));
+    let mut whole = renamed(&thinker, |name| format!("thinker.{name}"));
+    let talker = json!({"model_type": "qwen3_omni_moe_talker_text", "num_experts": 4, "moe_intermediate_size": 8});
+    whole.config = json!({
+        "model_type": "qwen3_omni_moe", "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
+        "thinker_config": thinker.config, "talker_config": {"text_config": talker}, "enable_audio_output": true
+    });
+    let tower = Tensor { dtype: Dtype::F32, shape: vec![1], bytes: vec![0; 4] };
+    whole.tensors.insert("talker.model.layers.0.mlp.experts.0.gate_proj.weight".into(), tower);
+    assert_same(&thinker, &whole);
+    let (_dir, opened) = whole.open();
+    let opened = opened.unwrap();
+    assert_eq!(opened.family().text_key(), Some("thinker_config.text_config"));
+    let shape = UniformShape { width: 8, experts: Some(3), shared_experts: None, top_k: None, groups: None };
+    let config = uniform_shape_config(opened.raw_config(), shape).unwrap();
+    let text = &config["thinker_config"]["text_config"];
+    assert_eq!((&text["num_experts"], &text["moe_intermediate_size"]), (&json!(3), &json!(8)));
+    assert_eq!(config["talker_config"], whole.config["talker_config"]);
+    // Errors name the place of a field in the whole.
+    whole.config["thinker_config"]["text_config"]["hidden_size"] = json!("wide");
+    assert_parts(&whole.refusal(), &["thinker_config.text_config.hidden_size", "wide"]);
 }
 
 #[test]

@@ -17,7 +17,7 @@ fn no_mixture_of_experts_of_transformers_is_taken_for_another_model() {
         let model_type = config["model_type"].as_str().unwrap();
         match family_of(config) {
             Ok(family) => {
-                let text = config.get("text_config").unwrap_or(config)["model_type"].as_str().unwrap();
+                let text = family.text_config(config)["model_type"].as_str().unwrap();
                 assert!([model_type, text].contains(&family.model_type()), "{model_type}: {}", family.model_type());
             }
             Err(Error::UnknownFamily { found, known, .. }) => {

@@ -119,7 +119,7 @@ fn numbers_must_be_finite_and_the_place_is_named() {
 #[test]
 fn a_table_of_another_shape_is_refused() {
     let layer = |layer, widths: &[usize]| MoeLayerShape { layer, widths: widths.to_vec() };
-    let shape = |layers| MoeShape { hidden_size: 4, top_k: 1, layers };
+    let shape = |layers| MoeShape { gateless: false, hidden_size: 4, top_k: 1, layers };
     let table = units(Pool::Global, vec![(1, vec![vec![1.0, 2.0], vec![3.0]])]);
     table.validate_for(&shape(vec![layer(1, &[2, 1])])).unwrap();
     for (other, part) in [

@@ -12,7 +12,7 @@ use tempfile::tempdir;
 fn shape() -> MoeShape {
     let layers =
         vec![MoeLayerShape { layer: 0, widths: vec![3, 0, 2] }, MoeLayerShape { layer: 2, widths: vec![1, 4, 1] }];
-    MoeShape { hidden_size: 4, top_k: 2, layers }
+    MoeShape { gateless: false, hidden_size: 4, top_k: 2, layers }
 }
 
 fn provenance() -> Provenance {

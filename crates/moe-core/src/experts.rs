@@ -48,6 +48,22 @@ impl ExpertTensors {
         }
     }
 
+    /// The same of an expert without a gate of its own, whose gate is its up projection: held once where both are the
+    /// same.
+    pub fn gateless(weights: ExpertWeights, device: &Device) -> Self {
+        if weights.gate != weights.up || weights.up_bias.is_some() {
+            return Self::new(weights, device);
+        }
+        let ExpertWeights { up, down, down_bias, width, hidden, .. } = weights;
+        Self {
+            gate_up: Weight::dense(host::from_vec(up, [width, hidden], device)).twice(),
+            gate_up_bias: None,
+            down: Weight::dense(host::from_vec(down, [hidden, width], device)),
+            down_bias: down_bias.map(|bias| host::from_vec(bias, [hidden], device)),
+            activation: GatedActivation::Silu,
+        }
+    }
+
     /// The same with another activation.
     pub fn with_activation(self, activation: GatedActivation) -> Self {
         Self { activation, ..self }

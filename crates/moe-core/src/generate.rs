@@ -401,7 +401,8 @@ impl<'m> Decoder<'m> {
                 }
                 MixerLayer::None => x.clone(),
             };
-            x = self.engine.ffn_forward(FfnPass::new(layer, &info), &middle, &mut LayerTape::default(), &mut Nobody)?;
+            let (pass, half) = (FfnPass::new(layer, &info), self.engine.half(&x, &middle));
+            x = self.engine.ffn_forward(pass, half, &mut LayerTape::default(), &mut Nobody)?;
         }
         let last: Vec<u32> = spans.iter().map(|s| s.end as u32 - 1).collect();
         let norm = model.final_norm()?;

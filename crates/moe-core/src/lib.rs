@@ -62,4 +62,4 @@ pub use moe_data as data;
 pub use moe_nn as nn;
 pub use objective::{CrossEntropy, Distillation, Objective, TeacherLogits};
 pub use overlay::{ExpertGains, ExpertOverlay, KeepUnits, RemoveExperts, RoutingOverlay, RoutingRule, SkipExperts};
-pub use trace::LayerOutput;
+pub use trace::{HalfInput, LayerOutput};

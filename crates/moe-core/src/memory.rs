@@ -256,13 +256,16 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
         if phases.iter().all(|(_, bytes)| *bytes < mixing) {
             phases.push(("an attention layer".into(), mixing));
         }
-        let (dense_width, moe) = match &layer.ffn {
-            Ffn::None => (0, None),
-            Ffn::Dense { intermediate_size, .. } => (*intermediate_size, None),
-            Ffn::Moe(moe) => (moe.shared.as_ref().map_or(0, |s| s.intermediate_size), Some(moe)),
+        let (dense_width, dense_gateless, moe) = match &layer.ffn {
+            Ffn::None => (0, false, None),
+            Ffn::Dense { intermediate_size, gateless } => (*intermediate_size, *gateless, None),
+            Ffn::Moe(moe) => {
+                let shared = moe.shared.as_ref();
+                (shared.map_or(0, |s| s.intermediate_size), shared.is_some_and(|s| s.gateless), Some(moe))
+            }
         };
         let rows = t.min(DENSE_ROWS);
-        let dense_weights = f32s(3 * dense_width * h);
+        let dense_weights = f32s(if dense_gateless { 2 } else { 3 } * dense_width * h);
         let norms = 4 * config.kept_sums(i) as u64 * hidden;
         let mut work = dense_weights + f32s(rows * (2 * h + 6 * dense_width)) + 3 * hidden + norms;
         let mut experts_kept = 0;
@@ -271,14 +274,19 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
             let k = config.routing.top_k.min(experts);
             // an expert rarely gets more than four times its fair share
             let routed = t.min(4 * t * k / experts + 64);
+            // what experts read and give, and their matrices
+            let (e, matrices) = (config.expert_hidden_size(), if moe.gateless { 2 } else { 3 });
             let expert =
-                size.experts_together as u64 * (2 * f32s(3 * widest * h) + f32s(routed * (4 * h + 8 * widest)));
-            work = work.max(dense_weights + expert + 3 * hidden + norms + f32s(t * (experts + 4 * k)));
+                size.experts_together as u64 * (2 * f32s(matrices * widest * e) + f32s(routed * (4 * e + 8 * widest)));
+            let latent = config.expert_latent.map_or(0, |latent| f32s(3 * t * latent + 2 * latent * h));
+            work = work.max(dense_weights + expert + 3 * hidden + norms + latent + f32s(t * (experts + 4 * k)));
             experts_kept = f32s(t * k * 2 * moe.widths.iter().sum::<usize>() / experts);
-            expert_bytes.extend(moe.stored_widths().iter().map(|w| f32s(3 * w * h)));
+            expert_bytes.extend(moe.stored_widths().iter().map(|w| f32s(matrices * w * e)));
         }
         phases.push((format!("the feed-forward part of layer {i}"), work));
-        layer_weights.push(mixer_weights + dense_weights + f32s(h * moe.map_or(0, |m| m.num_experts())));
+        let around = config.expert_latent.filter(|_| moe.is_some()).map_or(0, |latent| 2 * latent);
+        let rows = moe.map_or(0, |m| m.num_experts()) + around;
+        layer_weights.push(mixer_weights + dense_weights + f32s(h * rows));
         kept.push([tape, f32s(t * 2 * dense_width), experts_kept]);
     }
     let (what, largest) = phases.into_iter().max_by_key(|(_, bytes)| *bytes).unwrap_or_default();

@@ -151,12 +151,36 @@ pub struct LayerOutput<'a> {
     pub position: usize,
     /// The wave.
     pub wave: &'a WaveInfo,
-    /// Before it `[T, H]`, not normed.
+    /// What it is added to `[T, H]`, not normed.
     pub input: &'a Tensor<2>,
+    /// What its norm reads `[T, H]`: the same, or the input of the layer where both halves are side by side.
+    pub read: &'a Tensor<2>,
     /// After it `[T, H]`: `input + residual_factor * (shared + sum of routing weight * expert)`.
     pub output: &'a Tensor<2>,
     /// Factor on what the experts add to the stream; 1 in most families.
     pub residual_factor: f32,
+}
+
+impl<'a> LayerOutput<'a> {
+    /// What the half reads and what it is added to.
+    pub fn half(&self) -> HalfInput<'a> {
+        HalfInput { stream: self.input, read: self.read }
+    }
+}
+
+/// What a half of a layer is given.
+#[derive(Clone, Copy, Debug)]
+pub struct HalfInput<'a> {
+    /// What it is added to `[T, H]`.
+    pub stream: &'a Tensor<2>,
+    /// What its norm reads `[T, H]`: the same, unless both halves of the layer are side by side.
+    pub read: &'a Tensor<2>,
+}
+
+impl<'a> From<&'a Tensor<2>> for HalfInput<'a> {
+    fn from(stream: &'a Tensor<2>) -> Self {
+        Self { stream, read: stream }
+    }
 }
 
 /// Gradients of the summed objective at the routing of one MoE layer, for all tokens of a wave.

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::collect::{Progress, collect_reporting};
 use crate::collectors::{Collection, Collector, collectors_for};
-use crate::statistics::StatisticId;
+use crate::statistics::{ROUTER_GRADIENT_SQUARES, StatisticId};
 use crate::{Error, Result, Scorer};
 
 /// One run of a model over data to see something of it: for scorers, for merging, for the start of adapters, for which
@@ -165,6 +165,12 @@ impl<'a> Calibration<'a> {
     pub fn check(&self) -> Result<()> {
         let known = self.registered()?;
         let provenance = self.provenance(&known)?;
+        let config = self.model.config();
+        if let Some(width) = config.expert_latent
+            && known.iter().flat_map(|c| c.statistics()).any(|spec| spec.id == ROUTER_GRADIENT_SQUARES)
+        {
+            return Err(crate::collectors::latent_router_rows(config.hidden_size, width));
+        }
         let signals = self.collectors.iter().chain(&known).fold(moe_core::trace::Signals::NONE, |s, c| s | c.needs());
         if let Some(directory) = self.store.as_deref().filter(|directory| StatisticsStore::exists(directory)) {
             let store = StatisticsStore::open(directory)?;

@@ -210,7 +210,7 @@ mod tests {
     /// Maxima of 8 layers of 32 experts between 1 and 2, with some of (layer, expert, value) planted.
     fn statistics(planted: &[(usize, usize, f64)], seed: u64) -> Statistics {
         let layers = (0..8).map(|layer| MoeLayerShape { layer, widths: vec![4; 32] }).collect();
-        let shape = MoeShape { hidden_size: 4, top_k: 2, layers };
+        let shape = MoeShape { gateless: false, hidden_size: 4, top_k: 2, layers };
         let mut statistics = Statistics::new(&shape, Provenance::new("model", "data", "{}"));
         statistics.add_counts(100, 1, 99);
         for layer in 0..8 {

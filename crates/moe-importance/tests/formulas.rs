@@ -442,7 +442,7 @@ fn aimer_knows_tails_and_not_scale() {
         vec![0.0; n],
     ]);
     let layers = vec![moe_checkpoint::MoeLayerShape { layer: 0, widths: vec![1; 5] }];
-    let shape = moe_checkpoint::MoeShape { hidden_size: n / 3, top_k: 1, layers };
+    let shape = moe_checkpoint::MoeShape { gateless: false, hidden_size: n / 3, top_k: 1, layers };
     let statistics = Statistics::new(&shape, common::provenance());
     let scores = Aimer::new().score(&statistics, &experts).unwrap().layers[0].scores.concat();
     assert!((1.0 - scores[0] - (2.0 / std::f32::consts::PI).sqrt()).abs() < 5e-3, "{scores:?}");

@@ -40,7 +40,7 @@ impl Scorer for Heat {
 
 fn statistics() -> Statistics {
     let layers = vec![MoeLayerShape { layer: 1, widths: vec![3, 2] }, MoeLayerShape { layer: 4, widths: vec![2, 2] }];
-    let shape = MoeShape { hidden_size: 4, top_k: 1, layers };
+    let shape = MoeShape { gateless: false, hidden_size: 4, top_k: 1, layers };
     let mut statistics = Statistics::new(&shape, Provenance::new("model", "data", "{}"));
     statistics.begin(0);
     for layer in [1, 4] {

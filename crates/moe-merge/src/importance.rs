@@ -107,7 +107,7 @@ fn check_count(evidence: &LayerEvidence, found: usize, expected: usize) -> Resul
 fn scored(scorer: &dyn Scorer, evidence: &LayerEvidence, experts: usize) -> Result<Vec<f64>> {
     let layer = evidence.layer;
     let layers = vec![MoeLayerShape { layer, widths: vec![0; experts] }];
-    let shape = MoeShape { hidden_size: 1, top_k: 1, layers };
+    let shape = MoeShape { gateless: false, hidden_size: 1, top_k: 1, layers };
     let mut statistics = Statistics::new(&shape, Provenance::new("", "", "{}"));
     for id in scorer.needs().statistics {
         let sums = evidence.sum(id.as_str(), "importance")?;

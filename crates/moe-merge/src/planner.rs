@@ -69,7 +69,7 @@ impl Recipe {
                 experts: &LayerExperts { checkpoint, layer: share.layer },
                 router: Some(&router),
                 evidence: evidence.layer(share.layer).unwrap_or(&unknown),
-                activation: checkpoint.config().hidden_act,
+                activation: checkpoint.config().expert_activation(share.layer),
                 importance: &share.importance,
                 protected: &share.protected,
                 router_groups: self.router_groups(checkpoint),

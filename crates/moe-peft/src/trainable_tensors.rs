@@ -1,6 +1,6 @@
 //! The linear maps and vectors of a checkpoint that can be trained, and the tensors they are made of.
 
-use moe_checkpoint::{Checkpoint, ExpertWeights, LayerRole, Role};
+use moe_checkpoint::{Checkpoint, ExpertPart, ExpertWeights, LayerRole, Role};
 use moe_core::adapters::{Depth, ExpertSite, LayerSite, Site};
 
 use crate::Result;
@@ -46,9 +46,27 @@ const VECTORS: [(LayerRole, bool, bool); 15] = [
     (LayerRole::RouterBias, false, false),
 ];
 
-/// The tensors of a layer's map, in the order of its rows.
-pub fn roles(layer: usize, site: LayerSite) -> impl Iterator<Item = Role> {
-    site.roles().iter().map(move |role| Role::Layer(layer, *role))
+/// The tensors of a layer's map, in the order of its rows: up alone of a block without a gate.
+pub fn roles(checkpoint: &Checkpoint, layer: usize, site: LayerSite) -> impl Iterator<Item = Role> {
+    let there = |role: &LayerRole| checkpoint.role(Role::Layer(layer, *role)).is_ok();
+    let all = match site.roles() {
+        [gate, up] if !there(gate) && there(up) => &site.roles()[1..],
+        all => all,
+    };
+    all.iter().map(move |role| Role::Layer(layer, *role))
+}
+
+/// The parts of an expert's map, in the order of its rows: up alone of an expert without a gate.
+pub fn expert_parts(checkpoint: &Checkpoint, layer: usize, map: ExpertSite) -> &'static [ExpertPart] {
+    match map {
+        ExpertSite::GateUp if is_gateless(checkpoint, layer) => &[ExpertPart::Up],
+        map => map.parts(),
+    }
+}
+
+/// Whether the routed experts of a layer have no gate.
+pub fn is_gateless(checkpoint: &Checkpoint, layer: usize) -> bool {
+    checkpoint.config().moe(layer).is_some_and(|moe| moe.gateless)
 }
 
 /// All linear maps of a checkpoint but embeddings and head: layer by layer, those of routed experts last.
@@ -58,7 +76,7 @@ pub fn linear_maps(checkpoint: &Checkpoint) -> Vec<Place> {
     for layer in 0..config.layers.len() {
         for site in LayerSite::ALL {
             let shape = |role| <[usize; 2]>::try_from(&checkpoint.role(role).ok()?.shape[..]).ok();
-            let shapes: Option<Vec<[usize; 2]>> = roles(layer, site).map(shape).collect();
+            let shapes: Option<Vec<[usize; 2]>> = roles(checkpoint, layer, site).map(shape).collect();
             if let Some(shapes) = shapes {
                 let dims = [shapes.iter().map(|shape| shape[0]).sum(), shapes[0][1]];
                 places.push(Place { site: Site::Layer(layer, site), dims });
@@ -66,12 +84,8 @@ pub fn linear_maps(checkpoint: &Checkpoint) -> Vec<Place> {
         }
         let Some(moe) = config.moe(layer) else { continue };
         for (expert, &width) in moe.widths.iter().enumerate() {
-            let maps = [
-                (ExpertSite::GateUp, [2 * width, config.hidden_size]),
-                (ExpertSite::Down, [config.hidden_size, width]),
-            ];
-            // Without a gate, two maps would be one matrix: its up projection stays as it is.
-            for (map, dims) in maps.into_iter().filter(|(map, _)| !moe.gateless || *map == ExpertSite::Down) {
+            let (hidden, parts) = (config.expert_hidden_size(), if moe.gateless { 1 } else { 2 });
+            for (map, dims) in [(ExpertSite::GateUp, [parts * width, hidden]), (ExpertSite::Down, [hidden, width])] {
                 places.push(Place { site: Site::Expert { layer, expert, map }, dims });
             }
         }
@@ -118,7 +132,7 @@ pub fn read(checkpoint: &Checkpoint, site: Site) -> Result<Vec<f32>> {
     match site {
         Site::Layer(layer, site) => {
             let mut values = Vec::new();
-            for role in roles(layer, site) {
+            for role in roles(checkpoint, layer, site) {
                 values.extend(checkpoint.read_f32(role)?);
             }
             Ok(values)
@@ -126,6 +140,7 @@ pub fn read(checkpoint: &Checkpoint, site: Site) -> Result<Vec<f32>> {
         Site::Expert { layer, expert, map } => {
             let ExpertWeights { mut gate, up, down, .. } = checkpoint.expert(layer, expert)?;
             Ok(match map {
+                ExpertSite::GateUp if is_gateless(checkpoint, layer) => up,
                 ExpertSite::GateUp => {
                     gate.extend_from_slice(&up);
                     gate

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use moe_checkpoint::{Checkpoint, ExpertPart, MoeLayerShape, MoeShape};
+use moe_checkpoint::{Checkpoint, ExpertLayout, ExpertPart, MoeLayerShape, MoeShape};
 use serde::{Deserialize, Serialize};
 
 use crate::ranking::Side;
@@ -27,7 +27,8 @@ pub enum Budget {
     /// that exceeds it. [`Uniform`](crate::Uniform) and [`SubsetPruner`](crate::SubsetPruner) count whole experts, not
     /// their units.
     Ratio(f64),
-    /// Parameters of routed experts to keep at most. `3 * hidden_size` parameters are one unit.
+    /// Parameters of routed experts to keep at most. One unit is
+    /// [`MoeShape::parameters_per_unit`] of them.
     KeepParameters(u64),
     /// Parameters of routed experts to drop at least.
     DropParameters(u64),
@@ -199,7 +200,10 @@ fn experts(shape: &MoeShape) -> impl Iterator<Item = (usize, usize, usize)> {
 /// Bytes that one unit of an expert takes.
 fn unit_bytes(checkpoint: &Checkpoint, layer: usize, expert: usize) -> Result<u64> {
     let hidden = checkpoint.shape().hidden_size;
+    // Where files have no gate, it is the up projection.
+    let gateless = checkpoint.expert_layout(layer)? == ExpertLayout::Gateless;
     let parts = ExpertPart::ALL.into_iter().chain([ExpertPart::GateBias, ExpertPart::UpBias]);
+    let parts = parts.filter(|part| !gateless || *part != ExpertPart::Gate);
     let mut bytes = 0;
     for part in parts {
         if let Some(dtype) = checkpoint.expert_dtype(layer, expert, part)? {
@@ -216,7 +220,7 @@ mod tests {
 
     fn shape() -> MoeShape {
         let layers = vec![MoeLayerShape { layer: 0, widths: vec![10, 11] }];
-        MoeShape { hidden_size: 2, top_k: 1, layers }
+        MoeShape { gateless: false, hidden_size: 2, top_k: 1, layers }
     }
 
     #[test]
@@ -241,7 +245,7 @@ mod tests {
     fn experts_per_layer_are_a_ratio_that_no_rounding_spoils() {
         for experts in 2..130 {
             let layers = vec![MoeLayerShape { layer: 0, widths: vec![3; experts] }];
-            let shape = MoeShape { hidden_size: 2, top_k: 1, layers };
+            let shape = MoeShape { gateless: false, hidden_size: 2, top_k: 1, layers };
             for keep in 1..experts {
                 let Budget::Ratio(ratio) = Budget::of_experts(&shape, keep).unwrap() else { unreachable!() };
                 assert_eq!((experts as f64 * ratio).floor() as usize, experts - keep, "{keep} of {experts}");
@@ -250,7 +254,7 @@ mod tests {
         }
         let layers = vec![3, 4].into_iter().enumerate();
         let layers = layers.map(|(layer, count)| MoeLayerShape { layer, widths: vec![2; count] }).collect();
-        let ragged = MoeShape { hidden_size: 2, top_k: 1, layers };
+        let ragged = MoeShape { gateless: false, hidden_size: 2, top_k: 1, layers };
         assert!(Budget::of_experts(&ragged, 2).unwrap_err().to_string().contains("3 to 4 experts"));
     }
 

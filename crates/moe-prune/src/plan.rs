@@ -449,7 +449,7 @@ mod tests {
     #[test]
     fn masks_follow_a_plan() {
         let layers = vec![MoeLayerShape { layer: 2, widths: vec![4; 3] }];
-        let shape = MoeShape { hidden_size: 2, top_k: 1, layers };
+        let shape = MoeShape { gateless: false, hidden_size: 2, top_k: 1, layers };
         let mut plan = PrunePlan::keep_all(&shape, "model");
         plan.kept[0].experts = vec![vec![], vec![1, 3], vec![0, 1, 2, 3]];
         plan.kept[0].removed = vec![0];

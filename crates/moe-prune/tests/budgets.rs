@@ -115,7 +115,7 @@ fn shapes(widths: impl Strategy<Value = usize>) -> impl Strategy<Value = MoeShap
     prop::collection::vec(prop::collection::vec(widths, 4), 1..4).prop_map(|layers| {
         let layers = layers.into_iter().enumerate();
         let layers = layers.map(|(l, widths)| MoeLayerShape { layer: 2 * l + 1, widths }).collect();
-        MoeShape { hidden_size: 2, top_k: 1, layers }
+        MoeShape { gateless: false, hidden_size: 2, top_k: 1, layers }
     })
 }
 

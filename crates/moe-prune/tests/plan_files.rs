@@ -8,7 +8,7 @@ use tempfile::tempdir;
 
 fn shape() -> MoeShape {
     let layers = vec![MoeLayerShape { layer: 1, widths: vec![4, 4] }, MoeLayerShape { layer: 3, widths: vec![4, 0] }];
-    MoeShape { hidden_size: 8, top_k: 2, layers }
+    MoeShape { gateless: false, hidden_size: 8, top_k: 2, layers }
 }
 
 fn plan() -> PrunePlan {

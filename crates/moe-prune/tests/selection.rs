@@ -11,6 +11,7 @@ const SCOPES: [Scope; 3] = [Scope::Expert, Scope::Layer, Scope::Global];
 fn table(layers: &[(usize, Vec<Vec<f32>>)]) -> (ScoreTable, MoeShape) {
     let widths = |scores: &[Vec<f32>]| scores.iter().map(Vec::len).collect();
     let shape = MoeShape {
+        gateless: false,
         hidden_size: 4,
         top_k: 1,
         layers: layers.iter().map(|(layer, s)| MoeLayerShape { layer: *layer, widths: widths(s) }).collect(),

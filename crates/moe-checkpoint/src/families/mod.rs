@@ -1,6 +1,7 @@
 //! The families, one file each, and their registry.
 
 mod afmoe;
+mod cohere2_moe;
 mod deepseek_v2;
 mod deepseek_v3;
 mod dots1;
@@ -30,6 +31,7 @@ mod qwen3_moe;
 mod read;
 mod rope;
 mod sarvam_moe;
+mod step3p5;
 
 use crate::experts::ExpertLayout;
 use crate::family::Family;
@@ -40,6 +42,7 @@ pub(crate) use read::MAX_SIZE;
 /// Every family. Adding one is its file, and a line here.
 pub(crate) static FAMILIES: &[&dyn Family] = &[
     &afmoe::Afmoe,
+    &cohere2_moe::Cohere2Moe,
     &deepseek_v2::DeepseekV2,
     &deepseek_v3::DeepseekV3 { model_type: "deepseek_v3", dense: 0, indexer: false },
     &deepseek_v3::DeepseekV3 { model_type: "kimi_k2", dense: 0, indexer: false },
@@ -87,4 +90,5 @@ pub(crate) static FAMILIES: &[&dyn Family] = &[
     &qwen3_5_moe::Qwen35Moe { model_type: "qwen3_5_moe_text", next: false },
     &qwen3_5_moe::Qwen35Moe { model_type: "qwen3_next", next: true },
     &sarvam_moe::SarvamMoe,
+    &step3p5::Step3p5,
 ];

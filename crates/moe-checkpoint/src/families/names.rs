@@ -73,6 +73,8 @@ pub(crate) fn tensor_name(role: Role) -> String {
         LayerRole::Router => "mlp.gate.weight",
         LayerRole::RouterBias => "mlp.gate.bias",
         LayerRole::CorrectionBias => "mlp.gate.e_score_correction_bias",
+        LayerRole::ExpertLatentDown => "mlp.fc1_latent_proj.weight",
+        LayerRole::ExpertLatentUp => "mlp.fc2_latent_proj.weight",
         LayerRole::SharedGate => "mlp.shared_expert.gate_proj.weight",
         LayerRole::SharedUp => "mlp.shared_expert.up_proj.weight",
         LayerRole::SharedDown => "mlp.shared_expert.down_proj.weight",
@@ -91,6 +93,8 @@ pub(crate) fn expert_tensor_name(layer: usize, tensor: ExpertTensor) -> String {
         ExpertTensor::Gate(expert) => format!("{experts}.{expert}.gate_proj.weight"),
         ExpertTensor::Up(expert) => format!("{experts}.{expert}.up_proj.weight"),
         ExpertTensor::Down(expert) => format!("{experts}.{expert}.down_proj.weight"),
+        ExpertTensor::StackedGate => format!("{experts}.gate_proj"),
+        ExpertTensor::StackedUp => format!("{experts}.up_proj"),
         ExpertTensor::FusedGateUp => format!("{experts}.gate_up_proj"),
         ExpertTensor::FusedDown => format!("{experts}.down_proj"),
         ExpertTensor::RaggedGateUp => format!("{experts}.ragged_gate_up"),
@@ -211,6 +215,7 @@ pub(crate) fn size_keys(role: Role) -> &'static str {
             "the number of experts (`num_experts`, `num_local_experts` or `n_routed_experts`) and `hidden_size`"
         }
         LayerRole::RouterBias | LayerRole::CorrectionBias | LayerRole::ExpertScale => "the number of experts",
+        LayerRole::ExpertLatentDown | LayerRole::ExpertLatentUp => "`moe_latent_size` and `hidden_size`",
         LayerRole::SharedGate | LayerRole::SharedUp | LayerRole::SharedDown | LayerRole::SharedGateUp => {
             "the width of the shared experts (`shared_expert_intermediate_size`, or their number times that of a routed one) and `hidden_size`"
         }

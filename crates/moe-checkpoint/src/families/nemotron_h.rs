@@ -1,5 +1,5 @@
 //! Nemotron-H: layers that are one half each (Mamba2, attention without positions, a dense block, experts), ReLU²
-//! blocks without a gate, sigmoid routing with correction bias.
+//! blocks without a gate, sigmoid routing with correction bias; experts may read a latent of the residual stream.
 
 use serde_json::Value;
 
@@ -89,9 +89,6 @@ impl Family for NemotronH {
                 return Err(config.invalid(key, "false, as in all released models"));
             }
         }
-        if config.value("moe_latent_size").is_some() {
-            return Err(config.invalid("moe_latent_size", "null: experts that read a latent are not supported"));
-        }
         for (key, only) in [("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu")] {
             if config.string(key)?.is_some_and(|found| found != only) {
                 return Err(config.invalid(key, format!("\"{only}\"")));
@@ -151,6 +148,7 @@ impl Family for NemotronH {
         Ok(ModelConfig {
             hidden_act: Activation::Relu,
             norm_eps,
+            expert_latent: config.integer("moe_latent_size", 1, MAX_SIZE)?,
             mtp_layers: read::mtp_layers(&config)?,
             ..model.read(&config, generation)?
         })

@@ -201,7 +201,7 @@ impl MoeLayers<'_> {
         let top_k = config.required_integer(self.top_k_key, 1, num_experts)?;
         let widths = vec![size(config, self.width_key)?; num_experts];
         let biases = if self.bias { ExpertBiases::All } else { ExpertBiases::None };
-        let moe = MoeConfig { widths, biases, gateless: false, sets: None, shared: self.shared };
+        let moe = MoeConfig { widths, biases, gateless: false, sets: None, shared: self.shared, limit: None };
         let intermediate_size = match moe_layers == layers {
             true => 0,
             false => size(config, "intermediate_size")?,
@@ -486,6 +486,7 @@ impl Model {
             layer_scale: false,
             logit_cap: None,
             routing: self.routing,
+            expert_latent: None,
             layers: self.layers,
             mtp_layers: 0,
             quantization: formats::quantization(config)?,

@@ -69,6 +69,15 @@ pub(super) fn read(config: &Fields<'_>, dialect: &Dialect) -> Result<RopeConfig>
     Ok(RopeConfig { theta: inner_theta.or(outer_theta).unwrap_or(dialect.theta), interleaved, scaling })
 }
 
+/// That of one kind of layer, from its own parameters.
+pub(super) fn of_layers(config: &Fields<'_>, parameters: &Fields<'_>, dialect: &Dialect) -> Result<RopeConfig> {
+    Ok(RopeConfig {
+        theta: parameters.positive_float("rope_theta")?.unwrap_or(dialect.theta),
+        interleaved: dialect.interleaved,
+        scaling: read_scaling(config, parameters, dialect)?,
+    })
+}
+
 /// Dimensions of a head that are rotated: `partial_rotary_factor`, in `rope_parameters` or beside it, of `head_dim`; or
 /// `rotary_dim`.
 pub(super) fn rotary_dim(config: &Fields<'_>, head_dim: usize, default: f64) -> Result<usize> {

@@ -162,7 +162,7 @@ impl Kept<'_> {
 
     fn per_expert(&mut self, layer: usize, sets: &[Option<MatrixOrigin>]) -> Result<()> {
         let base = self.base;
-        let hidden = base.config().hidden_size;
+        let hidden = base.config().expert_hidden_size();
         for (set, origin) in sets.iter().enumerate() {
             let Some(origin) = origin else {
                 self.notes
@@ -204,7 +204,7 @@ impl Kept<'_> {
     /// Experts of a layer in one stack.
     fn fused(&mut self, layer: usize, layout: ExpertLayout, sets: &[Option<MatrixOrigin>]) -> Result<()> {
         let base = self.base;
-        let hidden = base.config().hidden_size;
+        let hidden = base.config().expert_hidden_size();
         let width = base.shape().layer(layer).map_or(0, |shape| shape.widths[0]);
         let Some(sets) = sets.iter().cloned().collect::<Option<Vec<MatrixOrigin>>>() else {
             self.notes.push(format!("experts of layer {layer} are no selection and stay without quantization"));

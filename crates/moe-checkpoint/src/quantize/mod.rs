@@ -265,7 +265,7 @@ impl Made<'_> {
             for (part, tensor) in ExpertPart::ALL.into_iter().zip(tensors) {
                 let name = self.from.expert_tensor_name(layer, tensor);
                 let width = self.from.shape().layer(layer).map_or(0, |shape| shape.widths[set]);
-                let dims = part.dims(self.from.config().hidden_size, width);
+                let dims = part.dims(self.from.config().expert_hidden_size(), width);
                 let content = Content::Expert { layer, set, part };
                 self.add(&name, dims, vec![content], true)?;
             }
@@ -275,7 +275,7 @@ impl Made<'_> {
 
     /// Experts of gpt-oss.
     fn fused(&mut self, layer: usize, experts: usize) -> Result<()> {
-        let hidden = self.from.config().hidden_size;
+        let hidden = self.from.config().expert_hidden_size();
         let width = self.from.shape().layer(layer).map_or(0, |shape| shape.widths[0]);
         let both = (0..experts).map(|set| Content::GateUp { layer, set }).collect();
         let down = (0..experts).map(|set| Content::Expert { layer, set, part: ExpertPart::Down }).collect();

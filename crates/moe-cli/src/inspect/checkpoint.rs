@@ -176,7 +176,7 @@ fn words(value: impl std::fmt::Debug) -> String {
 fn biases(config: &ModelConfig) -> u64 {
     let experts = config.layers.iter().filter_map(|layer| match &layer.ffn {
         Ffn::Moe(moe) => {
-            let of = |width: &usize| moe.biases.parameters(config.hidden_size, *width) as u64;
+            let of = |width: &usize| moe.biases.parameters(config.expert_hidden_size(), *width) as u64;
             Some(moe.widths.iter().map(of).sum::<u64>())
         }
         Ffn::Dense { .. } | Ffn::None => None,
@@ -188,7 +188,7 @@ fn biases(config: &ModelConfig) -> u64 {
 fn inactive(config: &ModelConfig) -> u64 {
     let per_layer = config.layers.iter().filter_map(|layer| match &layer.ffn {
         Ffn::Moe(moe) => {
-            let hidden = config.hidden_size;
+            let hidden = config.expert_hidden_size();
             let matrices = if moe.gateless { 2 } else { 3 };
             let of = |width: &usize| (matrices * hidden * width + moe.biases.parameters(hidden, *width)) as u64;
             let all: u64 = moe.widths.iter().map(of).sum();

@@ -22,8 +22,8 @@ use crate::{
     trace::{ExpertGradients, ExpertTrace, Observer, RouterGradients, Signals, SweepPart},
 };
 
-/// Slots of the hidden store for every layer: its input, that of its feed-forward half, and up to two sums that norms
-/// come after.
+/// Slots of the hidden store for every layer: its input, what its feed-forward half reads, and up to two sums that norms
+/// or a map come after.
 pub(super) const SLOTS: usize = 4;
 
 pub(super) fn input_slot(layer: usize) -> usize {
@@ -48,6 +48,13 @@ pub(super) struct Backward<'a> {
     pub needs: Signals,
     /// Layers that are left.
     pub from: usize,
+}
+
+/// `a + b`.
+fn added(a: Tensor<2>, b: &Tensor<2>) -> Tensor<2> {
+    let mut sum = RowAccumulator::from_tensor(a);
+    sum.add(b);
+    sum.into_tensor()
 }
 
 impl Engine<'_> {
@@ -84,13 +91,19 @@ impl Engine<'_> {
     ) -> Result<Option<Tensor<2>>> {
         let mut tape = std::mem::take(&mut sweep.tapes[layer]);
         let mixer = tape.mixer.take();
-        let middle = sweep.store.take(middle_slot(layer))?;
+        let read = sweep.store.take(middle_slot(layer))?;
         let kept = sum_slots(layer).take(self.model.config().kept_sums(layer));
         tape.sums = kept.map(|slot| sweep.store.take(slot)).collect::<Result<_>>()?;
-        let d_middle = self.ffn_backward(sweep, layer, &middle, dy, tape, observer)?;
+        let gradients = self.ffn_backward(sweep, layer, &read, dy, tape, observer)?;
         self.model.check_reads()?;
-        let Some(d_middle) = d_middle else { return Ok(None) };
-        drop(middle);
+        let Some([d_read, around]) = gradients else { return Ok(None) };
+        drop(read);
+        // Side by side, what the feed-forward half reads is the input of the layer.
+        let parallel = self.model.config().is_parallel();
+        let (d_middle, beside) = match parallel {
+            true => (around, Some(d_read)),
+            false => (added(d_read, &around), None),
+        };
         if !sweep.depth.reaches_attention(layer) {
             return Ok(None);
         }
@@ -101,7 +114,10 @@ impl Engine<'_> {
         let wanted = Wanted { input: sweep.depth.reaches_below(layer), parameters: sweep.needs.parameters };
         let dx = weights.backward(&x, &tape, spans, table, d_middle, wanted);
         self.model.check_reads()?;
-        Ok(dx)
+        Ok(match (dx, beside) {
+            (Some(dx), Some(beside)) => Some(added(dx, &beside)),
+            (dx, _) => dx,
+        })
     }
 
     /// The routing of a layer that an earlier run took forward: by the same kernels on the same numbers.
@@ -125,55 +141,73 @@ impl Engine<'_> {
         Ok(routing)
     }
 
-    /// Gradient at the input of the feed-forward half, unless it is the last one asked for.
+    /// Gradients through the feed-forward half at what it reads, and around it at what it is added to, unless it is the
+    /// last one asked for.
     fn ffn_backward(
         &self,
         sweep: &Backward<'_>,
         layer: usize,
-        middle: &Tensor<2>,
+        given: &Tensor<2>,
         dy: Tensor<2>,
         tape: LayerTape,
         observer: &mut dyn Observer,
-    ) -> Result<Option<Tensor<2>>> {
+    ) -> Result<Option<[Tensor<2>; 2]>> {
         let needs = sweep.needs;
         let wave = &sweep.prepared.info;
         let want_input = sweep.depth.reaches_below_feed_forward(layer);
         let parameters = needs.parameters;
         let ffn = self.model.ffn(layer)?;
-        let z = ffn.normed(middle);
+        let z = ffn.normed(given);
         let BlockGradients { experts: d_blocks, dense: d_dense, around } =
             ffn.block_gradients(dy, &tape.sums, parameters);
         let [tokens, hidden] = z.dims();
         // a norm that is trained is behind the experts
-        let want_dz = want_input || (parameters && ffn.trains_norms());
+        let want_dz = want_input || (parameters && (ffn.trains_norms() || ffn.trains_latent()));
         let mut d_router_input = None;
         let mut dz = want_dz.then(|| RowAccumulator::zeros(tokens, hidden, self.model.device()));
         let routing = match (tape.routing, &ffn.router) {
             (None, Some(router)) => {
-                Some(self.routing_again(sweep, layer, &router.input(middle, &z), router, observer)?)
+                Some(self.routing_again(sweep, layer, &router.input(given, &z), router, observer)?)
             }
             (routing, _) => routing,
         };
         if let (Some(routing), Some(router)) = (&routing, &ffn.router) {
             let routed = &routing.applied;
             let kept = tape.experts.into_iter().map(Mutex::new).collect::<Vec<_>>();
-            let d_weights = match self.modulated(layer, &z, routed, needs)? {
-                Some(modulated) => {
-                    let dz = dz.as_mut();
-                    self.modulated_backward(layer, &modulated, &z, &d_blocks, routing, &kept, dz, parameters)?
+            let expert_input = ffn.expert_input(&z);
+            let latent = ffn.latent.as_ref().filter(|_| want_dz);
+            let mut d_latent =
+                latent.map(|_| RowAccumulator::zeros(tokens, expert_input.dims()[1], self.model.device()));
+            let into = d_latent.as_mut().or(dz.as_mut());
+            let d_weights = match self.modulated(layer, &expert_input, routed, needs)? {
+                Some(modulated) => self.modulated_backward(
+                    layer,
+                    &modulated,
+                    &expert_input,
+                    &d_blocks,
+                    routing,
+                    &kept,
+                    into,
+                    parameters,
+                )?,
+                None => {
+                    self.experts_backward(sweep, layer, &expert_input, &d_blocks, routing, &kept, into, observer)?
                 }
-                None => self.experts_backward(sweep, layer, &z, &d_blocks, routing, &kept, dz.as_mut(), observer)?,
             };
+            if let (Some(dz), Some(d_latent)) = (&mut dz, d_latent) {
+                let wanted = Wanted { input: true, parameters };
+                dz.add(&ffn.latent_gradient(&z, &d_latent.into_tensor(), wanted).expect("wanted"));
+            }
             if dz.is_some() || needs.router_gradients || (parameters && router.linear.is_trained()) {
                 let overlay = self.model.routing_overlay().map(|overlay| &**overlay);
-                let read = router.input(middle, &z);
+                let read = router.input(given, &z);
                 let logits = HostView::new(&router.linear.forward(&read));
                 let logits = logits.as_slice();
                 let removed = overlay.and_then(|overlay| overlay.removed(layer)).unwrap_or_default();
                 let mut gradients = routing.backward(self.model.router(), layer, logits, &d_weights, overlay);
                 if let Some(adapters) = self.model.adapters().filter(|_| parameters) {
                     if adapters.dense_router(layer) {
-                        let values = self.expert_values(layer, &z, &d_blocks, routing, &d_weights)?;
+                        let values = self.expert_values(layer, &expert_input, &d_blocks, routing, &d_weights)?;
                         gradients.logits = self.model.router().dense_backward(logits, routed, &values);
                     }
                     let losses = adapters.router(layer);
@@ -210,7 +244,7 @@ impl Engine<'_> {
         if let Some(dense) = ffn.dense.as_ref().filter(|dense| dz.is_some() || (parameters && dense.is_trained())) {
             if ffn.apart.is_some() {
                 let mut through = dz.is_some().then(|| RowAccumulator::zeros(tokens, hidden, self.model.device()));
-                let read = ffn.dense_input(middle, &z);
+                let read = ffn.dense_input(given, &z);
                 dense.backward(&read, &d_dense, tape.dense, through.as_mut(), parameters);
                 d_dense_input = through.map(RowAccumulator::into_tensor);
             } else {
@@ -218,8 +252,8 @@ impl Engine<'_> {
             }
         }
         let Some(dz) = dz else { return Ok(None) };
-        let dx = ffn.input_gradient(middle, dz, [d_dense_input, d_router_input], &around, parameters);
-        Ok(want_input.then_some(dx))
+        let through = ffn.input_gradient(given, dz, [d_dense_input, d_router_input], parameters);
+        Ok(want_input.then_some([through, around]))
     }
 
     /// Backward of the routed experts of a layer: the gradient of each routing weight `[T, k]`, and that of `z`, added

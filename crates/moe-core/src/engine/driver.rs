@@ -104,6 +104,8 @@ impl Engine<'_> {
                     let through = backward && depth.reaches_attention(layer);
                     let keep = if backward { plan.keep[layer] } else { Keep::default() };
                     let middle = self.attention_forward(layer, &x, &prepared, tape, keep.attention && through)?;
+                    // What the feed-forward half reads, where that is not what the attention half gives.
+                    let beside = config.is_parallel().then(|| x.clone());
                     if through {
                         match &unfinished {
                             // the layer before has left it
@@ -120,16 +122,24 @@ impl Engine<'_> {
                         keep_sums: backward,
                         ..FfnPass::new(layer, &prepared.info)
                     };
-                    x = self.ffn_forward(pass, &middle, tape, observer)?;
+                    let half = self.half(beside.as_ref().unwrap_or(&middle), &middle);
+                    x = self.ffn_forward(pass, half, tape, observer)?;
                     if needs.streams && config.moe(layer).is_some() {
-                        let residual_factor = config.multipliers.residual as f32;
-                        let (wave, input, output) = (&prepared.info, &middle, &x);
-                        observer.output(&LayerOutput { layer, position: 0, wave, input, output, residual_factor })?;
+                        observer.output(&LayerOutput {
+                            layer,
+                            position: 0,
+                            wave: &prepared.info,
+                            input: half.stream,
+                            read: half.read,
+                            output: &x,
+                            residual_factor: config.ffn_factor(layer) as f32,
+                        })?;
                     }
                     if backward {
+                        let read = beside.unwrap_or(middle);
                         match &unfinished {
-                            Some(_) => store.put_named(middle_slot(layer), Part::Middle(layer), middle)?,
-                            None => store.put(middle_slot(layer), middle)?,
+                            Some(_) => store.put_named(middle_slot(layer), Part::Middle(layer), read)?,
+                            None => store.put(middle_slot(layer), read)?,
                         }
                         for (which, sum) in std::mem::take(&mut tape.sums).into_iter().enumerate() {
                             let slot = sum_slots(layer).start + which;

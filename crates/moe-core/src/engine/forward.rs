@@ -15,7 +15,7 @@ use crate::{
     memory::Keep,
     overlay::RoutingOverlay,
     router::Routed,
-    trace::{ExpertTrace, Observer, SequenceInfo, Signals, WaveInfo},
+    trace::{ExpertTrace, HalfInput, Observer, SequenceInfo, Signals, WaveInfo},
 };
 
 /// What the forward sweep leaves for the backward sweep of one layer.
@@ -64,23 +64,28 @@ impl<'a> FfnPass<'a> {
 }
 
 impl Engine<'_> {
-    /// Output of the feed-forward half of decoder layer `layer` on `x [T, H]`: `x + ffn(norm(x))`, shown to `observer`
-    /// (forward signals only). The T tokens are one sequence of which nothing is predicted.
+    /// Output of the feed-forward half of decoder layer `layer` on `input`: `stream + ffn(norm(read))`, shown to
+    /// `observer` (forward signals only). The T tokens are one sequence of which nothing is predicted.
     ///
     /// # Errors
     /// [`Error::Input`] if the observer needs gradients or there is no such layer, and whatever it refuses.
-    pub fn feed_forward(&self, layer: usize, x: &Tensor<2>, observer: &mut dyn Observer) -> Result<Tensor<2>> {
-        self.feed_forward_changed(layer, x, &LayerChange::default(), observer)
+    pub fn feed_forward<'t>(
+        &self,
+        layer: usize,
+        input: impl Into<HalfInput<'t>>,
+        observer: &mut dyn Observer,
+    ) -> Result<Tensor<2>> {
+        self.feed_forward_changed(layer, input, &LayerChange::default(), observer)
     }
 
     /// As [`feed_forward`](Self::feed_forward), with the layer changed.
     ///
     /// # Errors
     /// As [`feed_forward`](Self::feed_forward), and those of the change.
-    pub fn feed_forward_changed(
+    pub fn feed_forward_changed<'t>(
         &self,
         layer: usize,
-        x: &Tensor<2>,
+        input: impl Into<HalfInput<'t>>,
         change: &LayerChange,
         observer: &mut dyn Observer,
     ) -> Result<Tensor<2>> {
@@ -92,11 +97,12 @@ impl Engine<'_> {
         if layer >= layers {
             return Err(Error::input("layer", layer, format!("below {layers}")));
         }
-        let tokens = x.dims()[0];
+        let input = input.into();
+        let tokens = input.stream.dims()[0];
         let sequences = vec![SequenceInfo { tokens: 0..tokens, loss_tokens: 0 }];
         let wave = WaveInfo { id: 0, tokens, sequences };
         let pass = FfnPass { needs, change: Some(change), ..FfnPass::new(layer, &wave) };
-        self.ffn_forward(pass, x, &mut LayerTape::default(), observer)
+        self.ffn_forward(pass, input, &mut LayerTape::default(), observer)
     }
 
     /// Routing of tokens with these router logits `[T, E]` in MoE layer `layer`, under `overlay` instead of the model's
@@ -117,6 +123,11 @@ impl Engine<'_> {
         let ffn = self.model.ffn(layer)?;
         let Some(router) = &ffn.router else { return Err(Error::input("layer", layer, "one with a router")) };
         Ok(LayerRouting::new(self.model.router(), layer, logits, experts, router, overlay)?.applied)
+    }
+
+    /// What the feed-forward half of a layer is given, from the layer's input and what its attention half gives.
+    pub(crate) fn half<'t>(&self, x: &'t Tensor<2>, middle: &'t Tensor<2>) -> HalfInput<'t> {
+        HalfInput { stream: middle, read: if self.model.config().is_parallel() { x } else { middle } }
     }
 
     pub(super) fn attention_forward(
@@ -140,7 +151,7 @@ impl Engine<'_> {
     pub(crate) fn ffn_forward(
         &self,
         pass: FfnPass<'_>,
-        middle: &Tensor<2>,
+        HalfInput { stream, read: given }: HalfInput<'_>,
         tape: &mut LayerTape,
         observer: &mut dyn Observer,
     ) -> Result<Tensor<2>> {
@@ -148,10 +159,10 @@ impl Engine<'_> {
         let routing = change.and_then(|change| change.routing.as_ref()).or(self.model.routing_overlay()).map(|r| &**r);
         let overlay = change.and_then(|change| change.experts.as_deref());
         let ffn = self.model.ffn_routed_by(layer, routing)?;
-        let z = ffn.normed(middle);
-        let mut sums = ffn.sums(middle);
+        let z = ffn.normed(given);
+        let mut sums = ffn.sums(stream);
         if let Some(router) = &ffn.router {
-            let logits = HostView::new(&router.linear.forward(&router.input(middle, &z)));
+            let logits = HostView::new(&router.linear.forward(&router.input(given, &z)));
             let logits = logits.as_slice();
             let experts = router.linear.weight.dims()[0];
             let routed = LayerRouting::new(self.model.router(), layer, logits, experts, router, routing)?;
@@ -166,7 +177,8 @@ impl Engine<'_> {
                 }
                 watchers.iter().for_each(|watcher| watcher.routed(&trace));
             }
-            let modulated = self.modulated(layer, &z, &routed.applied, needs)?;
+            let read = ffn.expert_input(&z);
+            let modulated = self.modulated(layer, &read, &routed.applied, needs)?;
             let main = modulated.as_ref().map_or(usize::MAX, |modulated| modulated.main);
             let dispatch = routed.dispatch(needs.experts() || needs.backward(), main);
             let observe = needs.experts() && !needs.gradients;
@@ -175,7 +187,7 @@ impl Engine<'_> {
                 let want_output = !skip_output || needs.outputs;
                 let run = |e: usize| match &modulated {
                     Some(modulated) => self.modulated_forward(layer, e, modulated, &dispatch, overlay),
-                    None => self.expert_forward(layer, e, &z, &dispatch, overlay, want_output, observe),
+                    None => self.expert_forward(layer, e, &read, &dispatch, overlay, want_output, observe),
                 };
                 self.for_experts(experts, run, |e, run: ExpertRun| {
                     let tokens = dispatch.expert(e);
@@ -206,7 +218,7 @@ impl Engine<'_> {
             tape.routing = Some(routed);
         }
         if let Some(dense) = ffn.dense.as_ref().filter(|_| !skip_output) {
-            let z = ffn.dense_input(middle, &z);
+            let z = ffn.dense_input(given, &z);
             if keep.dense {
                 dense.forward(&z, sums.dense(), Some(tape.dense.get_or_insert_default()));
             } else {
@@ -214,7 +226,7 @@ impl Engine<'_> {
             }
         }
         self.model.check_reads()?;
-        let (output, kept) = ffn.output(middle, sums);
+        let (output, kept) = ffn.output(stream, sums);
         if keep_sums {
             tape.sums = kept;
         }

@@ -64,14 +64,18 @@ pub struct LayerSweep<'e> {
     next: usize,
 }
 
-/// Slots of the hidden store: a wave's residual stream before the next layer, and before the feed-forward half of the
-/// last one.
+/// Slots of the hidden store: a wave's residual stream before the next layer, what the feed-forward half of the last one
+/// is added to, and what that reads where it is something else.
 fn stream_slot(wave: usize) -> usize {
-    2 * wave
+    3 * wave
 }
 
 fn middle_slot(wave: usize) -> usize {
-    2 * wave + 1
+    3 * wave + 1
+}
+
+fn beside_slot(wave: usize) -> usize {
+    3 * wave + 2
 }
 
 impl Engine<'_> {
@@ -107,7 +111,9 @@ impl Engine<'_> {
             head: true,
             head_tokens: self.options.head_tokens,
             experts_together: memory::experts_together(self.model.device()),
-            waiting: 2 * 4 * (tokens * self.model.config().hidden_size) as u64,
+            waiting: if self.model.config().is_parallel() { 3 } else { 2 }
+                * 4
+                * (tokens * self.model.config().hidden_size) as u64,
         };
         memory::plan(self.model.config(), size, memory::limit(self.model.max_memory()))
     }
@@ -121,7 +127,7 @@ impl Engine<'_> {
         let waves = waves.iter().map(|wave| Prepared::new(self.model, wave)).collect::<Result<Vec<_>>>()?;
         self.model.set_residency(plan.residency);
         let spill = plan.spill.then_some(self.options.spill_dir.as_path());
-        let mut store = HiddenStore::new(2 * waves.len(), spill)?;
+        let mut store = HiddenStore::new(3 * waves.len(), spill)?;
         for (position, wave) in waves.iter().enumerate() {
             store.put(stream_slot(position), self.model.embed(&wave.ids)?)?;
         }
@@ -148,7 +154,7 @@ impl LayerSweep<'_> {
         }
         let Some(layer) = self.next_moe_layer() else { return Ok(None) };
         self.dense_layers(layer, needs, visitor)?;
-        let residual_factor = self.engine.model.config().multipliers.residual as f32;
+        let config = self.engine.model.config();
         for (position, wave) in self.waves.iter().enumerate() {
             visitor.begin_wave(&wave.info)?;
             let x = self.store.take(stream_slot(position))?;
@@ -158,22 +164,38 @@ impl LayerSweep<'_> {
             let mut tape = LayerTape::default();
             let input = self.engine.attention_forward(layer, &x, wave, &mut tape, false)?;
             let pass = FfnPass { needs, ..FfnPass::new(layer, &wave.info) };
-            let output = self.engine.ffn_forward(pass, &input, &mut tape, visitor)?;
+            let half = self.engine.half(&x, &input);
+            let output = self.engine.ffn_forward(pass, half, &mut tape, visitor)?;
             if needs.streams {
-                let (wave, input, output) = (&wave.info, &input, &output);
-                visitor.output(&LayerOutput { layer, position, wave, input, output, residual_factor })?;
+                visitor.output(&LayerOutput {
+                    layer,
+                    position,
+                    wave: &wave.info,
+                    input: half.stream,
+                    read: half.read,
+                    output: &output,
+                    residual_factor: config.ffn_factor(layer) as f32,
+                })?;
             }
             visitor.done(SweepPart::Forward(layer))?;
             visitor.end_wave(&wave.info)?;
+            if config.is_parallel() {
+                self.store.put(beside_slot(position), x)?;
+            }
             self.store.put(middle_slot(position), input)?;
             self.store.put(stream_slot(position), output)?;
         }
         let change = visitor.end_layer(layer)?;
         for (position, wave) in self.waves.iter().enumerate() {
             let input = self.store.take(middle_slot(position))?;
+            let beside = match config.is_parallel() {
+                true => Some(self.store.take(beside_slot(position))?),
+                false => None,
+            };
             if !change.is_none() {
                 let pass = FfnPass { change: Some(&change), ..FfnPass::new(layer, &wave.info) };
-                let output = self.engine.ffn_forward(pass, &input, &mut LayerTape::default(), &mut Nobody)?;
+                let half = self.engine.half(beside.as_ref().unwrap_or(&input), &input);
+                let output = self.engine.ffn_forward(pass, half, &mut LayerTape::default(), &mut Nobody)?;
                 self.store.put(stream_slot(position), output)?;
             }
         }
@@ -235,8 +257,8 @@ impl LayerSweep<'_> {
                 }
                 let mut tape = LayerTape::default();
                 let middle = self.engine.attention_forward(layer, &x, wave, &mut tape, false)?;
-                let output =
-                    self.engine.ffn_forward(FfnPass::new(layer, &wave.info), &middle, &mut tape, &mut Nobody)?;
+                let (pass, half) = (FfnPass::new(layer, &wave.info), self.engine.half(&x, &middle));
+                let output = self.engine.ffn_forward(pass, half, &mut tape, &mut Nobody)?;
                 self.store.put(stream_slot(position), output)?;
             }
         }

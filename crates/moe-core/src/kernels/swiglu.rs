@@ -27,6 +27,11 @@ pub enum GatedActivation {
     GeluTanh,
     /// `relu(g) * v`.
     Relu,
+    /// `min(silu(g), limit) * v'` with `v'` clamped to `[-limit, limit]`; gradients of clamped values are zero.
+    BoundedSilu {
+        /// Bound of the activated gate and of up.
+        limit: f32,
+    },
 }
 
 /// Units `[n, I]` of `gate_up [n, 2I] = [g | v]`.
@@ -182,6 +187,11 @@ impl GatedActivation {
             Self::Gelu => (gelu::on_device(g), v, None),
             Self::GeluTanh => (gelu::tanh_on_device(g), v, None),
             Self::Relu => ((activation::relu(g.clone()), g.greater_elem(0.0).float()), v, None),
+            Self::BoundedSilu { limit } => {
+                let (h, derivative) = silu(g, 1.0);
+                let clamped = (h.clone().greater_elem(limit), v.clone().abs().greater_elem(limit));
+                ((h.clamp_max(limit), derivative), v.clamp(-limit, limit), Some(clamped))
+            }
         };
         DeviceUnit { h, derivative, w, clamped }
     }
@@ -193,6 +203,7 @@ impl GatedActivation {
             Self::Gelu => gelu::row(g, v, u),
             Self::GeluTanh => gelu::tanh_row(g, v, u),
             Self::Relu => u.iter_mut().zip(g).zip(v).for_each(|((u, g), v)| *u = g.max(0.0) * v),
+            Self::BoundedSilu { limit } => bounded_row(g, v, limit, u),
         }
     }
 
@@ -204,6 +215,7 @@ impl GatedActivation {
             Self::Gelu => gelu::row_backward(g, v, du, dg, dv),
             Self::GeluTanh => gelu::tanh_row_backward(g, v, du, dg, dv),
             Self::Relu => relu_row_backward(g, v, du, dg, dv),
+            Self::BoundedSilu { limit } => bounded_row_backward(g, v, limit, du, dg, dv),
         }
     }
 }
@@ -244,6 +256,23 @@ fn clamped_row_backward(g: &[f32], v: &[f32], alpha: f32, limit: f32, du: &[f32]
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
+fn bounded_row(g: &[f32], v: &[f32], limit: f32, u: &mut [f32]) {
+    for ((u, g), v) in u.iter_mut().zip(g).zip(v) {
+        *u = math::silu(*g).min(limit) * v.clamp(-limit, limit);
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
+fn bounded_row_backward(g: &[f32], v: &[f32], limit: f32, du: &[f32], dg: &mut [f32], dv: &mut [f32]) {
+    for ((((g, v), d), dg), dv) in g.iter().zip(v).zip(du).zip(dg).zip(dv) {
+        let s = math::sigmoid(*g);
+        let (inside_h, inside_v) = (g * s <= limit, v.abs() <= limit);
+        *dg = if inside_h { d * v.clamp(-limit, limit) * math::silu_derivative(*g, s) } else { 0.0 };
+        *dv = if inside_v { d * (g * s).min(limit) } else { 0.0 };
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
 fn relu_row_backward(g: &[f32], v: &[f32], du: &[f32], dg: &mut [f32], dv: &mut [f32]) {
     for ((((g, v), d), dg), dv) in g.iter().zip(v).zip(du).zip(dg).zip(dv) {
         *dg = if *g > 0.0 { d * v } else { 0.0 };
@@ -257,9 +286,10 @@ mod tests {
     use crate::kernels::testing::{assert_close, device, pattern};
 
     /// The limit is inside the range of the patterns, so that clamping happens.
-    const KINDS: [GatedActivation; 5] = [
+    const KINDS: [GatedActivation; 6] = [
         GatedActivation::Silu,
         GatedActivation::ClampedSilu { alpha: 1.7, limit: 0.6 },
+        GatedActivation::BoundedSilu { limit: 0.3 },
         GatedActivation::Gelu,
         GatedActivation::GeluTanh,
         GatedActivation::Relu,

@@ -29,6 +29,8 @@ enum Form {
     Packed(Arc<Packed>),
     /// Not read, since an adapter stands in for it.
     Absent([usize; 2]),
+    /// The rows of a matrix, then the same rows again.
+    Twice(Arc<Weight>),
     /// With something beside or instead of it.
     Adapted(Arc<(Weight, Arc<dyn LinearAdapter>)>),
 }
@@ -94,10 +96,25 @@ impl Weight {
         Self(Form::Adapted(Arc::new((self, adapter))))
     }
 
+    /// The rows of this matrix, then the same rows again, held and multiplied once: gate and up of experts whose up
+    /// projection is the gate, too.
+    pub fn twice(self) -> Self {
+        Self(Form::Twice(Arc::new(self)))
+    }
+
+    /// The matrix that this one is [twice](Self::twice).
+    pub fn once(&self) -> Option<&Self> {
+        match &self.0 {
+            Form::Twice(once) => Some(once),
+            _ => None,
+        }
+    }
+
     /// The adapter on it.
     pub fn adapter(&self) -> Option<&Arc<dyn LinearAdapter>> {
         match &self.0 {
             Form::Adapted(both) => Some(&both.1),
+            Form::Twice(once) => once.adapter(),
             _ => None,
         }
     }
@@ -116,6 +133,10 @@ impl Weight {
                 let (inputs, device, failure) = (packed.inputs, packed.device.clone(), packed.failure.clone());
                 Self(Form::Packed(Arc::new(Packed::new([outputs, inputs], device, source, failure))))
             })),
+            Form::Twice(once) => {
+                let halves = once.adapter().is_none() && at == once.dims()[0];
+                halves.then(|| [0, 1].map(|_| Self::clone(once)))
+            }
             Form::Absent(_) | Form::Adapted(_) => None,
         }
     }
@@ -151,6 +172,10 @@ impl Weight {
             Form::Dense(matrix) => matrix.dims(),
             Form::Packed(packed) => [packed.outputs, packed.inputs],
             Form::Absent(dims) => *dims,
+            Form::Twice(once) => {
+                let [outputs, inputs] = once.dims();
+                [2 * outputs, inputs]
+            }
             Form::Adapted(both) => both.0.dims(),
         }
     }
@@ -162,6 +187,10 @@ impl Weight {
             Form::Dense(matrix) => Tensor::clone(matrix),
             Form::Packed(packed) => packed.to_tensor(),
             Form::Absent(dims) => unreachable!("a weight {dims:?} that an adapter stands in for is used by it alone"),
+            Form::Twice(once) => {
+                let matrix = once.to_tensor();
+                Tensor::cat(vec![matrix.clone(), matrix], 0)
+            }
             Form::Adapted(both) => both.1.matrix(&both.0).unwrap_or_else(|| both.0.to_tensor()),
         }
     }
@@ -177,6 +206,10 @@ impl Weight {
             Form::Dense(matrix) => x.clone().matmul(Tensor::clone(matrix).transpose()), // [n, out]
             Form::Packed(packed) => packed.multiply(x, packed.outputs, packed.forward()),
             Form::Absent(dims) => unreachable!("a weight {dims:?} that an adapter stands in for is used by it alone"),
+            Form::Twice(once) => {
+                let y = once.forward_for(x, None, tokens);
+                Tensor::cat(vec![y.clone(), y], 1)
+            }
             Form::Adapted(both) => both.1.forward(&both.0, x, tokens),
         };
         match bias {
@@ -191,6 +224,7 @@ impl Weight {
         match &self.0 {
             Form::Dense(matrix) => dy.clone().matmul(Tensor::clone(matrix)), // [n, in]
             Form::Packed(packed) => packed.multiply(dy, packed.inputs, packed.backward()),
+            Form::Twice(once) => once.backward(&sum_of_halves(dy)),
             Form::Absent(_) | Form::Adapted(_) => dy.clone().matmul(self.to_tensor()),
         }
     }
@@ -208,6 +242,7 @@ impl Weight {
             Form::Adapted(both) if wanted.input || wanted.parameters => {
                 both.1.backward(&both.0, &x(), dy, tokens, wanted)
             }
+            Form::Twice(once) => once.gradient(x, &sum_of_halves(dy), tokens, wanted),
             _ => wanted.input.then(|| self.backward(dy)),
         }
     }
@@ -268,6 +303,15 @@ impl Packed {
     }
 }
 
+/// The first half of the columns plus the second one.
+fn sum_of_halves(dy: &Tensor<2>) -> Tensor<2> {
+    let half = dy.dims()[1] / 2;
+    if half == 0 {
+        return dy.clone();
+    }
+    dy.clone().narrow(1, 0, half) + dy.clone().narrow(1, half, half)
+}
+
 fn add_bias(y: Tensor<2>, bias: &Tensor<1>) -> Tensor<2> {
     let device = y.device();
     if !host::is_host(&device) {
@@ -307,6 +351,21 @@ mod tests {
         let bias = bias.reshape([outputs]);
         assert_close(&packed.forward(&x, Some(&bias)), &dense.forward(&x, Some(&bias)), 1e-5);
         assert_close(&packed.backward(&dy), &dense.backward(&dy), 1e-5);
+    }
+
+    #[test]
+    fn a_matrix_twice_is_the_matrix_below_itself() {
+        let once = Weight::dense(pattern([6, 5], 1));
+        let twice = once.clone().twice();
+        let stacked = Weight::dense(Tensor::cat(vec![once.to_tensor(), once.to_tensor()], 0));
+        assert_eq!(twice.dims(), [12, 5]);
+        assert_close(&twice.to_tensor(), &stacked.to_tensor(), 0.0);
+        let (x, dy, bias) = (pattern([4, 5], 2), pattern([4, 12], 3), pattern([1, 12], 4).reshape([12]));
+        assert_close(&twice.forward(&x, Some(&bias)), &stacked.forward(&x, Some(&bias)), 1e-6);
+        assert_close(&twice.backward(&dy), &stacked.backward(&dy), 1e-5);
+        let [first, second] = twice.split_rows(6).unwrap();
+        assert_close(&first.to_tensor(), &second.to_tensor(), 0.0);
+        assert!(twice.split_rows(5).is_none());
     }
 
     #[test]

@@ -5,7 +5,10 @@ use std::sync::Arc;
 use burn::tensor::Tensor;
 
 use super::{DenseBlock, Linear, Norm, scaled};
-use crate::kernels::rows::RowAccumulator;
+use crate::{
+    adapters::{Tokens, Wanted},
+    kernels::{rows::RowAccumulator, weight::Weight},
+};
 
 /// The feed-forward half of a layer with its norms: `x + norm(dense(norm(x)) + experts(norm(x)))`, as far as it has
 /// them.
@@ -17,6 +20,8 @@ pub struct FfnLayer {
     pub output_norm: Option<Norm>,
     /// Norms of a dense block apart from the experts.
     pub apart: Option<Box<ApartNorms>>,
+    /// Maps around experts that read a latent.
+    pub latent: Option<Box<LatentMaps>>,
     /// Dense block of a dense layer, shared expert of an MoE layer.
     pub dense: Option<DenseBlock>,
     /// Router of an MoE layer.
@@ -38,6 +43,15 @@ pub struct ApartNorms {
     pub experts_output: Norm,
 }
 
+/// Maps around routed experts that read and give a latent of width `L` in place of the residual stream.
+#[derive(Clone, Debug)]
+pub struct LatentMaps {
+    /// Down to the latent, in front of the experts `[L, H]`.
+    pub down: Weight,
+    /// Up from the sum of what they give `[H, L]`.
+    pub up: Weight,
+}
+
 /// Weights of a router.
 #[derive(Clone, Debug)]
 pub struct RouterLayer {
@@ -54,13 +68,14 @@ pub struct RouterLayer {
 /// What the blocks of a layer add up to, row by row.
 pub(crate) struct BlockSums {
     experts: RowAccumulator,
+    latent: Option<RowAccumulator>,
     dense: Option<RowAccumulator>,
 }
 
 impl BlockSums {
     /// What experts are added to.
     pub fn experts(&mut self) -> &mut RowAccumulator {
-        &mut self.experts
+        self.latent.as_mut().unwrap_or(&mut self.experts)
     }
 
     /// What the dense block is added to.
@@ -71,7 +86,7 @@ impl BlockSums {
 
 /// Gradients at what the blocks of a layer give.
 pub(crate) struct BlockGradients {
-    /// At the sum of the experts `[T, H]`.
+    /// At the sum of the experts `[T, H]`, or of their latents `[T, L]`.
     pub experts: Tensor<2>,
     /// At the output of the dense block `[T, H]`.
     pub dense: Tensor<2>,
@@ -87,9 +102,26 @@ impl RouterLayer {
 }
 
 impl FfnLayer {
-    /// What the experts read of `x`, and the dense block unless it is apart.
+    /// What the router and the dense block read of `x` unless they have norms of their own, and the experts but for a
+    /// latent.
     pub fn normed(&self, x: &Tensor<2>) -> Tensor<2> {
         self.norm.as_ref().map_or_else(|| x.clone(), |norm| norm.forward(x))
+    }
+
+    /// What the experts read of `z`, as [`normed`](Self::normed) gave it.
+    pub fn expert_input(&self, z: &Tensor<2>) -> Tensor<2> {
+        self.latent.as_ref().map_or_else(|| z.clone(), |latent| latent.down.forward(z, None))
+    }
+
+    /// Gradient with respect to `z` from that of what experts read of it, if they read a latent; and those of what is
+    /// trained.
+    pub(crate) fn latent_gradient(&self, z: &Tensor<2>, d_read: &Tensor<2>, wanted: Wanted) -> Option<Tensor<2>> {
+        self.latent.as_ref()?.down.gradient(|| z.clone(), d_read, Tokens::WAVE, wanted)
+    }
+
+    /// Whether something between `z` and what experts read of it is trained.
+    pub(crate) fn trains_latent(&self) -> bool {
+        self.latent.as_ref().is_some_and(|latent| latent.down.adapter().is_some())
     }
 
     /// What the dense block reads of `x [T, H]`, given what the experts read.
@@ -111,17 +143,24 @@ impl FfnLayer {
 
     /// What outputs of the blocks on `x` are added to, for [`output`](Self::output).
     pub(crate) fn sums(&self, x: &Tensor<2>) -> BlockSums {
-        let zeros = || RowAccumulator::zeros(x.dims()[0], x.dims()[1], &x.device());
+        let zeros = |width: usize| RowAccumulator::zeros(x.dims()[0], width, &x.device());
+        let hidden = x.dims()[1];
         BlockSums {
-            experts: if self.is_plain() { RowAccumulator::from_tensor(x.clone()) } else { zeros() },
-            dense: self.apart.is_some().then(zeros),
+            experts: if self.is_plain() { RowAccumulator::from_tensor(x.clone()) } else { zeros(hidden) },
+            latent: self.latent.as_ref().map(|latent| zeros(latent.up.dims()[1])),
+            dense: self.apart.is_some().then(|| zeros(hidden)),
         }
     }
 
-    /// `x` plus what the blocks give, and the sums that a backward pass through norms after the blocks needs.
-    pub(crate) fn output(&self, x: &Tensor<2>, sums: BlockSums) -> (Tensor<2>, Vec<Tensor<2>>) {
+    /// `x` plus what the blocks give, and the sums that a backward pass through norms after the blocks needs, that of
+    /// the latents last.
+    pub(crate) fn output(&self, x: &Tensor<2>, mut sums: BlockSums) -> (Tensor<2>, Vec<Tensor<2>>) {
+        let latents = sums.latent.take().map(RowAccumulator::into_tensor);
+        if let (Some(latent), Some(latents)) = (&self.latent, &latents) {
+            sums.experts.add(&latent.up.forward(latents, None));
+        }
         if self.is_plain() {
-            return (sums.experts.into_tensor(), Vec::new());
+            return (sums.experts.into_tensor(), latents.into_iter().collect());
         }
         let kept: Vec<Tensor<2>> =
             std::iter::once(sums.experts).chain(sums.dense).map(RowAccumulator::into_tensor).collect();
@@ -133,7 +172,8 @@ impl FfnLayer {
         let mut out = RowAccumulator::from_tensor(scaled(half, self.residual));
         out.add(x);
         let after = self.output_norm.is_some() || self.apart.is_some();
-        (scaled(out.into_tensor(), self.scale), if after { kept } else { Vec::new() })
+        let kept = if after { kept } else { Vec::new() };
+        (scaled(out.into_tensor(), self.scale), kept.into_iter().chain(latents).collect())
     }
 
     /// The sum of the blocks from the sums of each.
@@ -153,29 +193,38 @@ impl FfnLayer {
     pub(crate) fn block_gradients(&self, dy: Tensor<2>, sums: &[Tensor<2>], parameters: bool) -> BlockGradients {
         let around = scaled(dy, self.scale);
         let half = scaled(around.clone(), self.residual);
+        let (sums, latents) = match (&self.latent, sums) {
+            (Some(_), [sums @ .., latents]) => (sums, Some(latents)),
+            _ => (sums, None),
+        };
         let total = match &self.output_norm {
             Some(norm) => norm.backward(&self.total(sums), &half, parameters),
             None => half,
         };
-        match (&self.apart, sums) {
+        let mut gradients = match (&self.apart, sums) {
             (Some(apart), [experts, dense]) => BlockGradients {
                 experts: apart.experts_output.backward(experts, &total, parameters),
                 dense: apart.dense_output.backward(dense, &total, parameters),
                 around,
             },
             _ => BlockGradients { experts: total.clone(), dense: total, around },
+        };
+        if let (Some(latent), Some(latents)) = (&self.latent, latents) {
+            let wanted = Wanted { input: true, parameters };
+            let through = latent.up.gradient(|| latents.clone(), &gradients.experts, Tokens::WAVE, wanted);
+            gradients.experts = through.expect("wanted");
         }
+        gradients
     }
 
-    /// Gradient with respect to `x`, from those at what the experts read, at what the dense block reads where it is
-    /// apart, at what the router reads where it has a norm, and around the blocks; with `parameters`, also those of
-    /// what is trained of the norms.
+    /// Gradient with respect to `x` through the blocks, from those at what the experts read, at what the dense block
+    /// reads where it is apart and at what the router reads where it has a norm; with `parameters`, also those of what
+    /// is trained of the norms.
     pub(crate) fn input_gradient(
         &self,
         x: &Tensor<2>,
         dz: RowAccumulator,
         [d_dense, d_router]: [Option<Tensor<2>>; 2],
-        around: &Tensor<2>,
         parameters: bool,
     ) -> Tensor<2> {
         let dz = dz.into_tensor();
@@ -191,7 +240,6 @@ impl FfnLayer {
         if let (Some(norm), Some(d_router)) = (norm, d_router) {
             dx.add(&norm.backward(x, &d_router, parameters));
         }
-        dx.add(around);
         dx.into_tensor()
     }
 }

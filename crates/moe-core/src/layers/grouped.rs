@@ -47,6 +47,8 @@ pub enum HeadGate {
     Query,
     /// A projection `[heads * D, H]`.
     Projection(Box<Linear>),
+    /// A projection `[heads, H]`: one for all columns of a head.
+    Head(Box<Linear>),
 }
 
 /// Norms of queries and keys.
@@ -119,6 +121,7 @@ impl GroupedProjections {
             HeadGate::None => (q, None),
             HeadGate::Query => split_gate(q, shape),
             HeadGate::Projection(gate) => (q, Some(gate.forward(z))),
+            HeadGate::Head(gate) => (q, Some(for_columns(gate.forward(z), shape.head_dim))),
         };
         let saved = Saved {
             qk: (self.norms.is_some() || self.clip.is_some()).then(|| (q.clone(), k.clone())),
@@ -208,6 +211,9 @@ impl GroupedProjections {
         match (&self.gate, d_gate) {
             (HeadGate::Query, Some(d_gate)) => dq = join_gate(dq, d_gate, shape),
             (HeadGate::Projection(gate), Some(d_gate)) => through_gate = gate.backward(z, &d_gate, wanted),
+            (HeadGate::Head(gate), Some(d_gate)) => {
+                through_gate = gate.backward(z, &over_columns(d_gate, shape.head_dim), wanted);
+            }
             _ => {}
         }
         sum_of([self.qkv.backward(z, [dq, dk, dv], wanted), through_gate])
@@ -231,6 +237,19 @@ fn split_gate(both: Tensor<2>, shape: &AttentionShape) -> (Tensor<2>, Option<Ten
     let both = both.reshape([n, heads, 2 * head_dim]); // [n, heads, 2 D]
     let part = |first: usize| both.clone().narrow(2, first, head_dim).reshape([n, heads * head_dim]);
     (part(0), Some(part(head_dim)))
+}
+
+/// A number per head `[n, heads]` for every column of the head `[n, heads * D]`.
+fn for_columns(x: Tensor<2>, head_dim: usize) -> Tensor<2> {
+    let [n, heads] = x.dims();
+    x.reshape([n, heads, 1]).repeat_dim(2, head_dim).reshape([n, heads * head_dim])
+}
+
+/// The sum of the columns of every head `[n, heads]` of `[n, heads * D]`.
+fn over_columns(x: Tensor<2>, head_dim: usize) -> Tensor<2> {
+    let [n, columns] = x.dims();
+    let heads = columns / head_dim;
+    x.reshape([n, heads, head_dim]).sum_dim(2).reshape([n, heads])
 }
 
 /// The reverse of [`split_gate`].

@@ -24,7 +24,7 @@ pub use attention::{AttentionLayer, AttentionTape, CacheEntry, Projections};
 pub use delta::{DeltaLayer, DeltaProjections, DeltaState, DeltaTape};
 pub use dense::{DENSE_ROWS, DenseBlock};
 pub(crate) use ffn::BlockGradients;
-pub use ffn::{ApartNorms, FfnLayer, RouterLayer};
+pub use ffn::{ApartNorms, FfnLayer, LatentMaps, RouterLayer};
 pub use grouped::{GroupedProjections, HeadGate, HeadNorms, QkvProjections};
 pub use latent::{LatentProjections, LowRankQuery, QueryProjection};
 pub use mamba::{MambaLayer, MambaState, MambaTape};

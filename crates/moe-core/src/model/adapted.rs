@@ -83,8 +83,13 @@ impl Model {
         let (gate_up, down) = (adapters.linear(site(ExpertSite::GateUp)), adapters.linear(site(ExpertSite::Down)));
         let mut expert = load()?;
         let add = |weight: &mut Weight, map, adapter| -> Result<()> {
-            let base = weight.clone();
-            *weight = self.adapted(&site(map).to_string(), base.dims(), adapter, || Ok(base))?;
+            let what = site(map).to_string();
+            let on = |base: Weight| self.adapted(&what, base.dims(), adapter, || Ok(base));
+            // An adapter of what is both gate and up is on the one matrix that both are.
+            *weight = match weight.once() {
+                Some(once) => on(once.clone())?.twice(),
+                None => on(weight.clone())?,
+            };
             Ok(())
         };
         add(&mut expert.gate_up, ExpertSite::GateUp, gate_up)?;

@@ -7,7 +7,7 @@ use moe_checkpoint::{
     QkNorm, Role,
 };
 
-use super::Model;
+use super::{Model, gated_activation};
 use crate::{
     adapters::LayerSite,
     error::{Error, Result},
@@ -16,8 +16,8 @@ use crate::{
     kernels::{attention::AttentionShape, delta::DeltaShape, latent::LatentHeads, ssd::SsdShape, weight::Weight},
     layers::{
         ApartNorms, AttentionLayer, ConvolutionLayer, DeltaLayer, DeltaProjections, DenseBlock, FfnLayer,
-        GroupedProjections, HeadGate, HeadNorms, LatentProjections, Linear, LowRankQuery, MambaLayer, MixerLayer, Norm,
-        Projections, QkvProjections, QueryProjection, RouterLayer,
+        GroupedProjections, HeadGate, HeadNorms, LatentMaps, LatentProjections, Linear, LowRankQuery, MambaLayer,
+        MixerLayer, Norm, Projections, QkvProjections, QueryProjection, RouterLayer,
     },
     overlay::RoutingOverlay,
 };
@@ -179,7 +179,7 @@ impl Model {
         let config = self.config();
         let role = |r| Role::Layer(layer, r);
         let (early, late) = match config.placement {
-            NormPlacement::Before => (true, false),
+            NormPlacement::Before | NormPlacement::Parallel => (true, false),
             NormPlacement::After => (false, true),
             NormPlacement::Both => (true, true),
             other => return Err(Error::Unsupported(format!("norms {other:?}"))),
@@ -245,6 +245,10 @@ impl Model {
                 OutputGate::Query => HeadGate::Query,
                 OutputGate::Projection => {
                     HeadGate::Projection(Box::new(plain(LayerSite::AttentionGate, LayerRole::AttentionGate, q)?))
+                }
+                OutputGate::Head => {
+                    let gate = plain(LayerSite::AttentionGate, LayerRole::AttentionGate, a.num_heads)?;
+                    HeadGate::Head(Box::new(gate))
                 }
                 other => return Err(Error::Unsupported(format!("gates on heads {other:?}"))),
             },
@@ -349,14 +353,18 @@ impl Model {
         let config = self.config();
         let h = config.hidden_size;
         let role = |r| Role::Layer(layer, r);
-        let block = |sites: [LayerSite; 2], gate_up: &[LayerRole], down, width: usize| -> Result<ExpertTensors> {
-            let gate_up: Vec<Role> = gate_up.iter().map(|r| role(*r)).collect();
+        let block = |sites: [LayerSite; 2], gateless: bool, width: usize, limit| -> Result<ExpertTensors> {
+            // Without a gate the last of its tensors, up, is the gate, too.
+            let [all, down] = sites.map(LayerSite::roles);
+            let gate_up: Vec<Role> = all[if gateless { 1 } else { 0 }..].iter().map(|r| role(*r)).collect();
+            let rows = if gateless { width } else { 2 * width };
+            let weight = self.site_weight(layer, sites[0], &gate_up, [rows, h])?;
             Ok(ExpertTensors {
-                gate_up: self.site_weight(layer, sites[0], &gate_up, [2 * width, h])?,
+                gate_up: if gateless { weight.twice() } else { weight },
                 gate_up_bias: None,
-                down: self.site_weight(layer, sites[1], &[role(down)], [h, width])?,
+                down: self.site_weight(layer, sites[1], &[role(down[0])], [h, width])?,
                 down_bias: None,
-                activation: self.activation,
+                activation: gated_activation(config.hidden_act.bounded(limit))?,
             })
         };
         let adapter = self.adapters().and_then(|adapters| adapters.block(layer));
@@ -364,9 +372,7 @@ impl Model {
             Ffn::None => (None, None),
             Ffn::Dense { intermediate_size, gateless } => {
                 let sites = [LayerSite::DenseGateUp, LayerSite::DenseDown];
-                let gate = if *gateless { LayerRole::DenseUp } else { LayerRole::DenseGate };
-                let gate_up = [gate, LayerRole::DenseUp];
-                let weights = block(sites, &gate_up, LayerRole::DenseDown, *intermediate_size)?;
+                let weights = block(sites, *gateless, *intermediate_size, None)?;
                 (Some(DenseBlock { weights, gate: None, adapter }), None)
             }
             Ffn::Moe(moe) => {
@@ -375,9 +381,7 @@ impl Model {
                         let width = shared.intermediate_size;
                         let site = if shared.packed { LayerSite::SharedPacked } else { LayerSite::SharedGateUp };
                         let sites = [site, LayerSite::SharedDown];
-                        let gateless = [LayerRole::SharedUp, LayerRole::SharedUp];
-                        let gate_up = if shared.gateless { &gateless[..] } else { site.roles() };
-                        let weights = block(sites, gate_up, LayerRole::SharedDown, width)?;
+                        let weights = block(sites, shared.gateless, width, shared.limit)?;
                         let gate_role = [role(LayerRole::SharedExpertGate)];
                         let gate = match shared.gated {
                             true => Some(self.site_weight(layer, LayerSite::SharedExpertGate, &gate_role, [1, h])?),
@@ -412,7 +416,13 @@ impl Model {
         };
         let [norm, output_norm] = match &config.layers[layer].ffn {
             Ffn::None => [None, None],
-            _ => self.half_norms(layer, [LayerRole::FfnNorm, LayerRole::FfnNormBias], LayerRole::FfnOutputNorm)?,
+            _ => {
+                let before = match config.is_parallel() {
+                    true => [LayerRole::AttentionNorm, LayerRole::AttentionNormBias],
+                    false => [LayerRole::FfnNorm, LayerRole::FfnNormBias],
+                };
+                self.half_norms(layer, before, LayerRole::FfnOutputNorm)?
+            }
         };
         let apart = match config.moe(layer).and_then(|moe| moe.shared.as_ref()).is_some_and(|shared| shared.apart) {
             true => {
@@ -425,12 +435,29 @@ impl Model {
             }
             false => None,
         };
+        let latent = match config.expert_latent.filter(|_| router.is_some()) {
+            Some(width) => Some(Box::new(LatentMaps {
+                down: self.site_weight(
+                    layer,
+                    LayerSite::ExpertLatentDown,
+                    &[role(LayerRole::ExpertLatentDown)],
+                    [width, h],
+                )?,
+                up: self.site_weight(
+                    layer,
+                    LayerSite::ExpertLatentUp,
+                    &[role(LayerRole::ExpertLatentUp)],
+                    [h, width],
+                )?,
+            })),
+            None => None,
+        };
         let scale = match config.layer_scale {
             true => self.checkpoint.read_f32(role(LayerRole::LayerScale))?.first().copied().unwrap_or(1.0),
             false => 1.0,
         };
-        let residual = config.multipliers.residual as f32;
-        let loaded = FfnLayer { norm, output_norm, apart, dense, router, residual, scale };
+        let residual = config.ffn_factor(layer) as f32;
+        let loaded = FfnLayer { norm, output_norm, apart, latent, dense, router, residual, scale };
         let mut cache = self.lock();
         if layer < cache.residency.layers {
             cache.ffn[layer] = Some(loaded.clone());
@@ -458,6 +485,10 @@ impl Model {
         let bias = match config.norm {
             NormKind::Rms | NormKind::RmsOnePlus => None,
             NormKind::Layer => Some(self.vector(bias, config.hidden_size)?),
+            NormKind::LayerUnbiased => {
+                let zeros = vec![0.0; config.hidden_size];
+                Some(host::from_vec(zeros, [config.hidden_size], &self.device))
+            }
             other => return Err(Error::Unsupported(format!("norm {other:?}"))),
         };
         Ok(Norm { bias, bias_adapter, ..self.rms_norm(weight, config.hidden_size, config.norm_eps)? })

@@ -47,7 +47,8 @@ pub struct Model {
     /// Of layers with a window, where they have their own.
     local_rope: Option<RotaryEmbedding>,
     router: Router,
-    activation: GatedActivation,
+    /// Of the routed experts of every layer.
+    activations: Vec<GatedActivation>,
     failure: ReadFailure,
     cache: Mutex<Cache>,
 }
@@ -111,16 +112,8 @@ impl Model {
         for moe in (0..config.layers.len()).filter_map(|layer| config.moe(layer)) {
             router.check(moe.num_experts())?;
         }
-        let activation = match config.hidden_act {
-            Activation::Silu => GatedActivation::Silu,
-            Activation::ClampedSwiglu { alpha, limit } => {
-                GatedActivation::ClampedSilu { alpha: alpha as f32, limit: limit as f32 }
-            }
-            Activation::Gelu => GatedActivation::Gelu,
-            Activation::GeluTanh => GatedActivation::GeluTanh,
-            Activation::Relu => GatedActivation::Relu,
-            other => return Err(Error::Unsupported(format!("activation {other:?}"))),
-        };
+        let activations = (0..config.layers.len()).map(|layer| gated_activation(config.expert_activation(layer)));
+        let activations = activations.collect::<Result<_>>()?;
         let (layers, experts) = (config.layers.len(), checkpoint.shape().layers.iter().map(|l| l.widths.len()).sum());
         let cache = Cache {
             mixers: (0..layers).map(|_| None).collect(),
@@ -139,7 +132,7 @@ impl Model {
             rope,
             local_rope,
             router,
-            activation,
+            activations,
             failure: ReadFailure::default(),
             cache,
             checkpoint,
@@ -248,9 +241,9 @@ impl Model {
         &self.router
     }
 
-    /// How gate and up become a unit.
-    pub fn activation(&self) -> GatedActivation {
-        self.activation
+    /// How gate and up of the routed experts of a layer become a unit.
+    pub fn activation(&self, layer: usize) -> GatedActivation {
+        self.activations.get(layer).copied().unwrap_or_default()
     }
 
     /// Decides what stays in memory from now on and drops what does not.
@@ -285,7 +278,7 @@ impl Model {
         }
         let loaded = self.adapted_expert(layer, expert, || match &self.experts {
             Some(overlay) => {
-                Ok(self.on_device(overlay.apply(layer, expert, self.checkpoint.expert(layer, expert)?)?))
+                Ok(self.on_device(layer, overlay.apply(layer, expert, self.checkpoint.expert(layer, expert)?)?))
             }
             None => self.load_expert(layer, expert),
         })?;
@@ -308,11 +301,13 @@ impl Model {
             weights = own.apply(layer, expert, weights)?;
         }
         let weights = overlay.apply(layer, expert, weights)?;
-        self.adapted_expert(layer, expert, || Ok(self.on_device(weights)))
+        self.adapted_expert(layer, expert, || Ok(self.on_device(layer, weights)))
     }
 
-    fn on_device(&self, weights: ExpertWeights) -> ExpertTensors {
-        ExpertTensors::new(weights, &self.device).with_activation(self.activation)
+    fn on_device(&self, layer: usize, weights: ExpertWeights) -> ExpertTensors {
+        let gateless = self.config().moe(layer).is_some_and(|moe| moe.gateless);
+        let make = if gateless { ExpertTensors::gateless } else { ExpertTensors::new };
+        make(weights, &self.device).with_activation(self.activation(layer))
     }
 
     fn load_expert(&self, layer: usize, expert: usize) -> Result<ExpertTensors> {
@@ -322,9 +317,9 @@ impl Model {
             packed = packed && self.checkpoint.expert_dtype(layer, expert, part)? == Some(Dtype::BF16);
         }
         if !packed {
-            return Ok(self.on_device(self.checkpoint.expert(layer, expert)?));
+            return Ok(self.on_device(layer, self.checkpoint.expert(layer, expert)?));
         }
-        let (width, hidden) = (config.moe(layer).map_or(0, |moe| moe.widths[expert]), config.hidden_size);
+        let (width, hidden) = (config.moe(layer).map_or(0, |moe| moe.widths[expert]), config.expert_hidden_size());
         let source = |parts: &'static [ExpertPart]| -> Bf16Source {
             let checkpoint = self.checkpoint.clone();
             Box::new(move |f| {
@@ -347,12 +342,18 @@ impl Model {
             Ok(Some(host::from_vec(values, [len], &self.device)))
         };
         const GATE_UP: [ExpertPart; 2] = [ExpertPart::Gate, ExpertPart::Up];
+        let stacked = |parts: &'static [ExpertPart]| {
+            Weight::from_bf16([parts.len() * width, hidden], &self.device, source(parts), &self.failure)
+        };
         Ok(ExpertTensors {
-            gate_up: Weight::from_bf16([2 * width, hidden], &self.device, source(&GATE_UP), &self.failure)?,
+            gate_up: match config.moe(layer).is_some_and(|moe| moe.gateless) {
+                true => stacked(&GATE_UP[1..])?.twice(),
+                false => stacked(&GATE_UP)?,
+            },
             gate_up_bias: bias(&[ExpertPart::GateBias, ExpertPart::UpBias])?,
             down: Weight::from_bf16([hidden, width], &self.device, source(&[ExpertPart::Down]), &self.failure)?,
             down_bias: bias(&[ExpertPart::DownBias])?,
-            activation: self.activation,
+            activation: self.activation(layer),
         })
     }
 
@@ -472,6 +473,21 @@ impl Model {
     pub(super) fn vector(&self, role: Role, len: usize) -> Result<Tensor<1>> {
         Ok(host::from_vec(self.checkpoint.read_f32(role)?, [len], &self.device))
     }
+}
+
+/// The kernel of an activation.
+fn gated_activation(activation: Activation) -> Result<GatedActivation> {
+    Ok(match activation {
+        Activation::Silu => GatedActivation::Silu,
+        Activation::ClampedSwiglu { alpha, limit } => {
+            GatedActivation::ClampedSilu { alpha: alpha as f32, limit: limit as f32 }
+        }
+        Activation::BoundedSilu { limit } => GatedActivation::BoundedSilu { limit: limit as f32 },
+        Activation::Gelu => GatedActivation::Gelu,
+        Activation::GeluTanh => GatedActivation::GeluTanh,
+        Activation::Relu => GatedActivation::Relu,
+        other => return Err(Error::Unsupported(format!("activation {other:?}"))),
+    })
 }
 
 fn rows<'a>(matrix: &'a RawMatrix<'_>) -> impl Iterator<Item = &'a [u8]> {

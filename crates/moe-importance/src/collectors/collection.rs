@@ -355,9 +355,10 @@ fn check_router(gradients: &RouterGradients<'_>, shape: &MoeShape) -> Result<()>
         let expected = experts.map_or("no MoE layer".into(), |n| n.to_string());
         return fail("router gradients", format!("{} experts", gradients.experts), expected);
     }
-    let (tokens, found) = (gradients.wave.tokens, gradients.input.dims());
-    if found != [tokens, shape.hidden_size] {
-        return fail("router input", format!("shape {found:?}"), format!("{:?}", [tokens, shape.hidden_size]));
+    // Its width is that of the residual stream, which experts that read a latent do not have.
+    let (tokens, [found, _]) = (gradients.wave.tokens, gradients.input.dims());
+    if found != tokens {
+        return fail("router input", format!("{found} rows"), tokens.to_string());
     }
     match gradients.d_logits.len() {
         found if found == tokens * gradients.experts => Ok(()),

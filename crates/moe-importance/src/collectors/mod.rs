@@ -26,6 +26,7 @@ pub use logit_gram::LogitGram;
 pub use output_sums::OutputSums;
 pub use projection::Projection;
 pub use router_gradient::RouterGradient;
+pub(crate) use router_gradient::latent as latent_router_rows;
 pub use router_usage::RouterUsage;
 pub use routing::Routing;
 pub use unit_sums::UnitSums;

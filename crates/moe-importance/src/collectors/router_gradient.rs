@@ -34,6 +34,14 @@ impl RouterGradient {
     }
 }
 
+/// The refusal of a vector per router row where that is wider than what experts read.
+pub(crate) fn latent(rows: usize, experts: usize) -> crate::Error {
+    crate::Error::Run(moe_core::Error::Unsupported(format!(
+        "statistic `{ROUTER_GRADIENT_SQUARES}` of a model whose experts read a latent of width {experts}, while rows of its router have {rows} \
+         numbers; `{ROUTER_GRADIENT_ABS}` and `{ROUTER_GRADIENT_SQUARE}` are one number per expert"
+    )))
+}
+
 impl Collector for RouterGradient {
     fn statistics(&self) -> &[StatisticSpec] {
         &self.statistics
@@ -61,6 +69,9 @@ impl Collector for RouterGradient {
                 for StatisticSpec { id, .. } in &self.statistics {
                     if *id == ROUTER_GRADIENT_SQUARES {
                         let out = into.vector_mut(id.as_str(), Extent::Hidden, Fold::Sum, gradients.layer, expert)?;
+                        if out.len() != hidden {
+                            return Err(latent(hidden, out.len()));
+                        }
                         out.iter_mut().zip(entries()).for_each(|(out, g)| *out += g * g);
                         continue;
                     }

@@ -247,6 +247,7 @@ impl Case {
 /// A model of one MoE layer (decoder layer 3) of `experts` experts, all as large as `case`.
 pub fn shape(case: &Case, experts: usize) -> MoeShape {
     MoeShape {
+        gateless: false,
         hidden_size: case.hidden(),
         top_k: 1,
         layers: vec![MoeLayerShape { layer: 3, widths: vec![case.width(); experts] }],

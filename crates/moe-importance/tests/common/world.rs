@@ -120,7 +120,7 @@ impl World {
     pub fn shape(&self) -> MoeShape {
         let widths = |layer: &WorldLayer| layer.experts.iter().map(|e| e.case.width()).collect();
         let layers = self.layers.iter().map(|l| MoeLayerShape { layer: l.layer, widths: widths(l) }).collect();
-        MoeShape { hidden_size: self.hidden, top_k: self.top_k, layers }
+        MoeShape { gateless: false, hidden_size: self.hidden, top_k: self.top_k, layers }
     }
 
     /// Experts of layer `l` in the order of `experts`, units of each in the order of `units`.

@@ -51,7 +51,7 @@ impl<'m> DenseMeans<'m> {
     /// Runs every expert on the tokens of a layer.
     fn flush(&mut self, layer: usize, into: &mut Statistics) -> Result<()> {
         let Some(Pending { experts, logits, inputs, seen }) = self.pending.remove(&layer) else { return Ok(()) };
-        let hidden = self.model.config().hidden_size;
+        let hidden = self.model.config().expert_hidden_size();
         let tokens: Vec<usize> = (0..seen.len()).filter(|token| seen[*token]).collect();
         let counts = into.expert_mut(OUTPUT_ALL_TOKENS.as_str(), Fold::Sum, layer)?;
         counts.iter_mut().for_each(|count| *count += tokens.len() as f64);

@@ -104,7 +104,7 @@ pub(super) fn combine(
         plan: of_layer,
         experts: &experts,
         sample: evidence.and_then(|evidence| evidence.layer(layer)?.sample.as_ref()),
-        activation: base.config().hidden_act,
+        activation: base.config().expert_activation(layer),
         alignment: &recipe.alignment,
         basis: &OnceLock::new(),
         reference: recipe.reference,

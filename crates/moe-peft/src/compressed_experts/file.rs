@@ -68,7 +68,7 @@ impl CompressedLayers {
             return Err(malformed(path, "version", header.version, VERSION));
         }
         let config = model.config();
-        let h = config.hidden_size;
+        let h = config.expert_hidden_size();
         arrays.only(|array| {
             let known = |layer: usize| array == name(layer) || array.starts_with(&format!("{}.", name(layer)));
             (0..config.layers.len()).any(|layer| config.moe(layer).is_some() && known(layer))

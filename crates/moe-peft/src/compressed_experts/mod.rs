@@ -71,11 +71,11 @@ impl CompressedExperts {
         for (layer, moe) in moe.filter(|_| self.auxiliary > 0) {
             let top_k = config.routing.top_k.min(moe.num_experts());
             let width = moe.widths.first().copied().unwrap_or(0);
-            let shape = [moe.num_experts(), 2 * config.hidden_size + width];
+            let shape = [moe.num_experts(), 2 * config.expert_hidden_size() + width];
             let live = Live::new(name(layer), shape, values(layer, shape)?, model.device())?;
             set.bank_mut().insert(live.clone())?;
             let reached = Mutex::new(vec![false; shape[0]]);
-            let (main, hidden) = (top_k - self.auxiliary, config.hidden_size);
+            let (main, hidden) = (top_k - self.auxiliary, config.expert_hidden_size());
             let compressed = Arc::new(CompressedLayer { main, hidden, width, live, reached });
             set.add_modulation(layer, compressed.clone())?;
             layers.insert(layer, compressed);

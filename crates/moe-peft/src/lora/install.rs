@@ -117,7 +117,9 @@ impl Builder<'_> {
                     Role::Layer(layer, role) => LayerSite::of(role).map(|(site, _)| (layer, site)),
                     _ => None,
                 };
-                let Some((layer, site)) = site.filter(|(_, site)| site.roles().len() == 1) else {
+                let Some((layer, site)) =
+                    site.filter(|(layer, site)| trainable_tensors::roles(self.checkpoint, *layer, *site).count() == 1)
+                else {
                     let what = format!(
                         "`{path}` saved whole: only matrices and vectors that the model computes by themselves"
                     );

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, ops::Range};
 
-use moe_checkpoint::{Checkpoint, ExpertLayout, ExpertMatrix, ExpertTensor, LayerSite, MatrixId, Role, Site};
+use moe_checkpoint::{Checkpoint, ExpertLayout, ExpertMatrix, ExpertSite, ExpertTensor, LayerSite, MatrixId, Role, Site};
 
 use crate::trainable_tensors;
 
@@ -53,10 +53,9 @@ impl<'a> Maps<'a> {
                 }
             }
             for expert in 0..checkpoint.config().moe(layer).map_or(0, |moe| moe.num_experts()) {
-                let gateless = checkpoint.config().moe(layer).is_some_and(|moe| moe.gateless);
                 let parts = [ExpertMatrix::Gate, ExpertMatrix::Up, ExpertMatrix::Down];
-                // Without a gate, two maps would be one matrix: its up projection stays as it is.
-                for part in parts.into_iter().filter(|part| !gateless || *part == ExpertMatrix::Down) {
+                let gateless = trainable_tensors::is_gateless(checkpoint, layer);
+                for part in parts.into_iter().filter(|part| !gateless || *part != ExpertMatrix::Gate) {
                     let map = MatrixId::Expert { layer, expert, part };
                     maps.all.push(map);
                     let path = maps.path(map, Naming::PerExpert);
@@ -127,8 +126,12 @@ impl<'a> Maps<'a> {
                 self.shape(Role::Layer(layer, role))
             }
             MatrixId::Expert { layer, expert, part } => {
-                let width = *self.checkpoint.config().moe(layer)?.widths.get(expert)?;
-                let hidden = self.checkpoint.config().hidden_size;
+                let moe = self.checkpoint.config().moe(layer)?;
+                let width = *moe.widths.get(expert)?;
+                if moe.gateless && matches!(part, ExpertMatrix::Gate | ExpertMatrix::GateUp) {
+                    return None;
+                }
+                let hidden = self.checkpoint.config().expert_hidden_size();
                 Some(match part {
                     ExpertMatrix::Gate | ExpertMatrix::Up => [width, hidden],
                     ExpertMatrix::GateUp => [2 * width, hidden],
@@ -144,8 +147,23 @@ impl<'a> Maps<'a> {
     /// does not have, and for embeddings and output head, which are no maps of a layer.
     pub fn site(&self, map: MatrixId) -> Option<(Site, Range<usize>, usize)> {
         let [out, _] = self.dims(map)?;
-        let (site, (place, of)) = map.site()?;
+        let (site, place) = map.site()?;
+        // Without a gate, the map is its up projection alone.
+        let (place, of) = if self.is_up_alone(site) { (0, 1) } else { place };
         Some((site, place * out..(place + 1) * out, of * out))
+    }
+
+    /// Whether the block that a map of gate and up is of has no gate.
+    fn is_up_alone(&self, site: Site) -> bool {
+        match site {
+            Site::Layer(layer, map) => {
+                map.roles().len() == 2 && trainable_tensors::roles(self.checkpoint, layer, map).count() == 1
+            }
+            Site::Expert { layer, map: ExpertSite::GateUp, .. } => {
+                trainable_tensors::is_gateless(self.checkpoint, layer)
+            }
+            Site::Expert { .. } => false,
+        }
     }
 
     /// The path of its module. A matrix of gate and up together has none of its own: that of the experts, the expert's
@@ -178,6 +196,15 @@ impl<'a> Maps<'a> {
             Naming::PerExpert => path.to_string(),
             Naming::Fused => modern(path, self.checkpoint),
         }
+    }
+
+    /// The two parameters that hold all experts of a layer in transformers 5, and which map of each expert they are.
+    pub fn fused_parameters(&self, layer: usize) -> [(ExpertMatrix, &'static str); 2] {
+        let first = match trainable_tensors::is_gateless(self.checkpoint, layer) {
+            true => (ExpertMatrix::Up, "up_proj"),
+            false => (ExpertMatrix::GateUp, "gate_up_proj"),
+        };
+        [first, (ExpertMatrix::Down, "down_proj")]
     }
 
     /// The map of a module, by any of its names.

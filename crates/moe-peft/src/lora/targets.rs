@@ -149,14 +149,14 @@ fn parameter_maps(maps: &Maps<'_>, parameter: &str) -> Vec<(MatrixId, Vec<String
     let mut found = Vec::new();
     for layer in 0..maps.checkpoint().config().layers.len() {
         let experts = maps.experts(layer);
-        let Some(moe) = maps.checkpoint().config().moe(layer).filter(|_| experts > 0) else { continue };
+        if experts == 0 {
+            continue;
+        }
         for naming in [Naming::Fused, Naming::PerExpert] {
             let base = maps.experts_path(layer, naming);
-            for (part, name) in [(ExpertMatrix::GateUp, "gate_up_proj"), (ExpertMatrix::Down, "down_proj")] {
+            for (part, name) in maps.fused_parameters(layer) {
                 let path = format!("{base}.{name}");
-                // Without a gate there is no matrix of gate and up.
-                let there = !moe.gateless || part == ExpertMatrix::Down;
-                if there && ends_with(&path, parameter) {
+                if ends_with(&path, parameter) {
                     found.extend((0..experts).map(|expert| {
                         let map = MatrixId::Expert { layer, expert, part };
                         (map, vec![format!("{base}.{expert}.{name}"), path.clone()])

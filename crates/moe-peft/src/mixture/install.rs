@@ -429,7 +429,12 @@ impl Builder<'_> {
         use LayerRole::{DenseDown, DenseGate, DenseUp, SharedDown, SharedGate, SharedUp};
         let config = self.config;
         let kinds = [[DenseGate, DenseUp, DenseDown], [SharedGate, SharedUp, SharedDown]];
-        let own = |roles: &&[LayerRole; 3]| maps.dims(MatrixId::Layer(layer, roles[0])).is_some();
+        let there = |role| maps.dims(MatrixId::Layer(layer, role)).is_some();
+        if let Some([_, up, _]) = kinds.iter().find(|[gate, up, _]| there(*up) && !there(*gate)) {
+            let what = format!("a mixture in place of {up:?} of layer {layer}, which has no gate");
+            return Err(Error::Unsupported(what));
+        }
+        let own = |roles: &&[LayerRole; 3]| there(roles[0]);
         let Some(roles) = kinds.iter().find(own) else { return Ok(None) };
         let experts = config.experts.of(layer, maps.checkpoint().config().layers.len());
         if experts == 0 {

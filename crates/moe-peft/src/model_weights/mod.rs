@@ -133,6 +133,10 @@ impl OwnWeights {
             }
             Site::Layer(_, LayerSite::Router) => self.router,
             Site::Layer(_, LayerSite::SharedGateUp | LayerSite::SharedPacked | LayerSite::SharedDown) => self.shared,
+            // Without them, experts do not read what they did.
+            Site::Layer(_, LayerSite::ExpertLatentDown | LayerSite::ExpertLatentUp) => {
+                self.experts && self.only.is_none()
+            }
             Site::Layer(_, LayerSite::SharedExpertGate) => self.shared_gate,
             Site::Layer(_, LayerSite::DenseGateUp | LayerSite::DenseDown) => self.dense,
             Site::Layer(_, site) => self.attention && site.is_attention(),

@@ -339,7 +339,9 @@ impl Reader<'_> {
         let experts = self.maps.experts(layer);
         let base = self.maps.experts_path(layer, Naming::Fused);
         let targets = self.config.target_parameters.clone().unwrap_or_default();
-        let named: Vec<ExpertMatrix> = [(ExpertMatrix::GateUp, "gate_up_proj"), (ExpertMatrix::Down, "down_proj")]
+        let parameters = self.maps.fused_parameters(layer);
+        let [first, _] = parameters.map(|(part, _)| part);
+        let named: Vec<ExpertMatrix> = parameters
             .into_iter()
             .filter(|(_, name)| targets.iter().any(|target| ends_with(&format!("{base}.{name}"), target)))
             .map(|(part, _)| part)
@@ -357,12 +359,12 @@ impl Reader<'_> {
         };
         // the first that was registered is the innermost
         let mut parts: Vec<ExpertMatrix> = match (nested.len(), named.as_slice()) {
-            (2, _) => vec![ExpertMatrix::Down, ExpertMatrix::GateUp],
+            (2, _) => vec![ExpertMatrix::Down, first],
             (1, [part]) => vec![*part],
             (1, _) => {
                 let Some((path, module)) = nested.values().next() else { return Ok(()) };
                 let all: Vec<ExpertMatrix> =
-                    [ExpertMatrix::GateUp, ExpertMatrix::Down].into_iter().filter(|part| fits(*part, module)).collect();
+                    [first, ExpertMatrix::Down].into_iter().filter(|part| fits(*part, module)).collect();
                 if all.len() != 1 {
                     let found = format!("shapes that fit {} parameters", all.len());
                     return Err(self.error(format!("tensors of `{path}`"), found, "`target_parameters` that name one"));
@@ -381,7 +383,8 @@ impl Reader<'_> {
             }
         }
         for (part, (path, module)) in parts.into_iter().zip(nested.into_values()) {
-            let name = if part == ExpertMatrix::GateUp { "gate_up_proj" } else { "down_proj" };
+            let [up, down] = parameters.map(|(_, name)| name);
+            let name = if part == ExpertMatrix::Down { down } else { up };
             let parameter = format!("{base}.{name}");
             let (a, b, rank) = self.pair(&path, &module, experts)?;
             let (expected, alpha) = share(&parameter);

@@ -136,6 +136,7 @@ fn prepare(weights: &LoraWeights, maps: &Maps<'_>, options: &WriteOptions) -> Re
                 let slots = fused.entry((layer, down)).or_insert_with(|| vec![None; maps.experts(layer)]);
                 match part {
                     ExpertMatrix::Down | ExpertMatrix::GateUp => slots[expert] = Some(low.clone()),
+                    part if maps.fused_parameters(layer)[0].0 == part => slots[expert] = Some(low.clone()),
                     ExpertMatrix::Gate | ExpertMatrix::Up => {
                         let of = |part| chosen.get(&MatrixId::Expert { layer, expert, part });
                         let width = low.dims()[0];
@@ -268,7 +269,8 @@ fn fused_parameter(
     both: bool,
     rslora: bool,
 ) -> Result<Written> {
-    let part = if down { ExpertMatrix::Down } else { ExpertMatrix::GateUp };
+    let [first, second] = maps.fused_parameters(layer);
+    let (part, name) = if down { second } else { first };
     let dims = |expert| maps.dims(MatrixId::Expert { layer, expert, part }).unwrap_or_default();
     let [out, inputs] = dims(0);
     if (0..experts.len()).any(|expert| dims(expert) != [out, inputs]) {
@@ -285,7 +287,7 @@ fn fused_parameter(
     let alpha = scale * if rslora { (fused.rank as f64).sqrt() } else { fused.rank as f64 };
     let low = LowRank { rslora, ..LowRank::new(fused.a, fused.b, fused.rank, alpha) };
     Ok(Written {
-        path: format!("{base}.{}", if down { "down_proj" } else { "gate_up_proj" }),
+        path: format!("{base}.{name}"),
         key: if both && !down { format!("{base}.base_layer") } else { base },
         parameter: true,
         embedding: false,

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use moe_checkpoint::{Checkpoint, Dtype, ExpertPart, ModelDescription, TensorSpec, regrouped_config};
+use moe_checkpoint::{Checkpoint, Dtype, ModelDescription, TensorSpec, regrouped_config};
 use moe_core::adapters::{ExpertSite, Site};
 
 use super::Rewrite;
@@ -65,7 +65,7 @@ impl Layout {
         for site in rewrite.maps.keys() {
             let Site::Layer(layer, map) = *site else { continue };
             let mut parts = Vec::new();
-            for role in trainable_tensors::roles(layer, map) {
+            for role in trainable_tensors::roles(base, layer, map) {
                 let info = base.role(role)?;
                 let [rows, cols] = <[usize; 2]>::try_from(&info.shape[..]).unwrap_or_default();
                 layout.places.insert(info.name.clone(), (*site, parts.len()));
@@ -113,8 +113,8 @@ impl Layout {
                         continue;
                     }
                     let mut parts = Vec::new();
-                    for part in expert_parts(map) {
-                        let place = layout.place(base.config().hidden_size, &widths, of(*expert), *part);
+                    for part in trainable_tensors::expert_parts(base, layer, map) {
+                        let place = layout.place(base.config().expert_hidden_size(), &widths, of(*expert), *part);
                         let missing = || Error::input(format!("{part:?} of {site}"), "none", "a matrix");
                         parts.push(Part {
                             tensor: base.expert_tensor_name(layer, place.tensor),
@@ -143,7 +143,7 @@ impl Layout {
         widths: &[usize],
     ) -> Result<()> {
         let Some(moe) = base.config().moe(layer) else { return Ok(()) };
-        let (layout, hidden) = (base.expert_layout(layer)?, base.config().hidden_size);
+        let (layout, hidden) = (base.expert_layout(layer)?, base.config().expert_hidden_size());
         let tensors = |widths: &[usize]| layout.tensors(hidden, widths, moe.biases).unwrap_or_default();
         let old: BTreeSet<String> = tensors(&moe.stored_widths())
             .into_iter()
@@ -170,13 +170,5 @@ impl Layout {
             spec.shape.iter().map(|size| *size as u64).product::<u64>() * spec.dtype.bitsize() as u64 / 8
         };
         self.description.tensors.iter().map(bytes).sum()
-    }
-}
-
-/// The parts of an expert's map, in the order of its rows.
-pub(super) fn expert_parts(map: ExpertSite) -> &'static [ExpertPart] {
-    match map {
-        ExpertSite::GateUp => &[ExpertPart::Gate, ExpertPart::Up],
-        ExpertSite::Down => &[ExpertPart::Down],
     }
 }

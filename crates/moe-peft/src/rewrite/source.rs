@@ -11,10 +11,7 @@ use moe_checkpoint::{Checkpoint, ExpertPart, ModelSource, RawMatrix, Step, Tenso
 use moe_core::adapters::{ExpertSite, Site};
 use rayon::prelude::*;
 
-use super::{
-    Changes, Layout, NewRows, Part, Rewrite, encoded,
-    layout::{SetOrigin, expert_parts},
-};
+use super::{Changes, Layout, NewRows, Part, Rewrite, encoded, layout::SetOrigin};
 use crate::{Error, Result, trainable_tensors};
 
 /// Most parts that wait to be asked for.
@@ -103,14 +100,14 @@ impl Source {
         match site {
             Site::Layer(layer, map) => {
                 let read = |role| Ok(self.base.bytes(&self.base.role(role)?.name)?);
-                trainable_tensors::roles(layer, map).map(read).collect()
+                trainable_tensors::roles(&self.base, layer, map).map(read).collect()
             }
             Site::Expert { layer, expert, map } => {
                 let read = |part: &ExpertPart| {
                     let missing = || Error::input(format!("{part:?} of {site}"), "none", "a matrix");
                     Ok(self.base.expert_part(layer, expert, *part)?.ok_or_else(missing)?.bytes)
                 };
-                expert_parts(map).iter().map(read).collect()
+                trainable_tensors::expert_parts(&self.base, layer, map).iter().map(read).collect()
             }
         }
     }
@@ -156,8 +153,16 @@ impl Source {
         let Some(SetOrigin { set: old, expert }) = self.origin(layer, set) else {
             return Ok(self.base.set_part(layer, set, part)?);
         };
+        // Without a gate, the up projection is the gate, too.
+        let wanted = match part {
+            ExpertPart::Gate if trainable_tensors::is_gateless(&self.base, layer) => ExpertPart::Up,
+            part => part,
+        };
         let place = expert.and_then(|expert| {
-            let at = |map: ExpertSite| Some((map, expert_parts(map).iter().position(|other| *other == part)?));
+            let at = |map: ExpertSite| {
+                let parts = trainable_tensors::expert_parts(&self.base, layer, map);
+                Some((map, parts.iter().position(|other| *other == wanted)?))
+            };
             let (map, index) = [ExpertSite::GateUp, ExpertSite::Down].into_iter().find_map(at)?;
             let site = Site::Expert { layer, expert, map };
             self.rewrite.maps.contains_key(&site).then_some((site, index))

@@ -116,7 +116,7 @@ pub fn learn_nothing(base: &Arc<Checkpoint>, dir: &Path, what: &str) {
     let gateless =
         |layer: &moe_checkpoint::MoeLayerShape| base.config().moe(layer.layer).is_some_and(|moe| moe.gateless);
     if base.shape().layers.iter().all(gateless) {
-        config.target_parameters.retain(|name| !name.contains("gate"));
+        config.target_parameters.iter_mut().for_each(|name| *name = name.replace("gate_up_proj", "up_proj"));
     }
     let weights = config.init(&Maps::new(base), None).unwrap();
     let (set, _) = install(&model, &weights);

@@ -76,7 +76,7 @@ fn form(base: &Arc<Checkpoint>, grouped: bool, width: impl Fn(usize, usize) -> u
         shared.insert(layer, (0..moe.num_experts()).map(|expert| of(expert) as u32).collect::<Vec<u32>>());
         sets.insert(layer, own);
     }
-    let hidden = base.config().hidden_size;
+    let hidden = base.config().expert_hidden_size();
     for (layer, own) in &sets {
         let moe = base.config().moe(*layer).unwrap();
         let before = base.expert_layout(*layer).unwrap();
@@ -116,7 +116,7 @@ impl ModelSource for Form {
     fn expert_part(&self, layer: usize, set: usize, part: ExpertPart) -> Result<Option<RawMatrix<'_>>> {
         let (origin, width) = self.sets[&layer][set];
         let Some(matrix) = self.base.set_part(layer, origin, part)? else { return Ok(None) };
-        let (rows, cols) = part.dims(self.base.config().hidden_size, width);
+        let (rows, cols) = part.dims(self.base.config().expert_hidden_size(), width);
         let size = matrix.element_bytes();
         let kept = (0..rows).flat_map(|row| matrix.row(row).unwrap()[..cols * size].to_vec()).collect();
         Ok(Some(RawMatrix { bytes: Cow::Owned(kept), dtype: matrix.dtype, rows, cols }))

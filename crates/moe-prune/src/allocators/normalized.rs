@@ -139,7 +139,7 @@ mod tests {
             provenance: Provenance::new("", "", "{}"),
         };
         let layers = vec![MoeLayerShape { layer: 0, widths: vec![scores.len()] }];
-        let shape = MoeShape { hidden_size: 1, top_k: 1, layers };
+        let shape = MoeShape { gateless: false, hidden_size: 1, top_k: 1, layers };
         let (budget, protect) = (Budget::Ratio(0.5), ProtectionMask::none());
         let limits = Limits::Units(WidthLimits::default());
         let request =

@@ -4,7 +4,7 @@ use super::*;
 
 fn plan() -> PrunePlan {
     let layers = vec![MoeLayerShape { layer: 3, widths: vec![2, 2, 2] }];
-    let mut plan = PrunePlan::keep_all(&MoeShape { hidden_size: 2, top_k: 1, layers }, "model");
+    let mut plan = PrunePlan::keep_all(&MoeShape { gateless: false, hidden_size: 2, top_k: 1, layers }, "model");
     plan.kept[0].experts[0] = vec![1];
     plan.kept[0].experts[2].clear();
     plan.kept[0].removed = vec![2];

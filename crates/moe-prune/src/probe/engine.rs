@@ -224,7 +224,7 @@ impl Observer for ErrorsOf<'_> {
                 continue;
             }
             let change = without(self.layer, candidate);
-            let changed = self.engine.feed_forward_changed(self.layer, output.input, &change, &mut Nobody)?;
+            let changed = self.engine.feed_forward_changed(self.layer, output.half(), &change, &mut Nobody)?;
             let changed = HostView::new(&changed);
             let squared = |(a, b): (&f32, &f32)| (f64::from(*a) - f64::from(*b)).powi(2);
             *error += full.as_slice().iter().zip(changed.as_slice()).map(squared).sum::<f64>().sqrt();

@@ -22,7 +22,7 @@ use crate::{Allocation, Needs, Result};
 /// use moe_checkpoint::*;
 /// use moe_prune::{Budget, ExpertPruner, ProtectionMask, Pruner};
 ///
-/// let shape = MoeShape { hidden_size: 4, top_k: 1, layers: vec![MoeLayerShape { layer: 0, widths: vec![2; 4] }] };
+/// let shape = MoeShape { gateless: false, hidden_size: 4, top_k: 1, layers: vec![MoeLayerShape { layer: 0, widths: vec![2; 4] }] };
 /// let scores = vec![vec![0.1], vec![0.4], vec![0.3], vec![0.2]];
 /// let scores = ScoreTable {
 ///     scorer: "{}".into(),

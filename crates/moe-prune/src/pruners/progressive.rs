@@ -19,7 +19,7 @@ use crate::{Budget, Error, PrunePlan, Result};
 /// use moe_checkpoint::*;
 /// use moe_prune::{Budget, Progressive, ProtectionMask, PrunePlan, PrunerConfig, Schedule, Scope, UnitPruner};
 ///
-/// let shape = MoeShape { hidden_size: 4, top_k: 1, layers: vec![MoeLayerShape { layer: 0, widths: vec![2, 2] }] };
+/// let shape = MoeShape { gateless: false, hidden_size: 4, top_k: 1, layers: vec![MoeLayerShape { layer: 0, widths: vec![2, 2] }] };
 /// let table = |scores: Vec<Vec<f32>>| ScoreTable {
 ///     scorer: "{}".into(),
 ///     granularity: Granularity::Unit,

@@ -59,7 +59,7 @@ impl FromStr for Scope {
 /// use moe_prune::{Budget, ProtectionMask, Pruner, Scope, UnitPruner};
 ///
 /// let layers = vec![MoeLayerShape { layer: 0, widths: vec![2, 2] }];
-/// let shape = MoeShape { hidden_size: 4, top_k: 1, layers };
+/// let shape = MoeShape { gateless: false, hidden_size: 4, top_k: 1, layers };
 /// let scores = ScoreTable {
 ///     scorer: "{}".into(),
 ///     granularity: Granularity::Unit,

@@ -102,6 +102,7 @@ mod tests {
     fn the_best_experts_stay_whole_and_the_others_are_alike() {
         let layers = 3;
         let shape = MoeShape {
+            gateless: false,
             hidden_size: 2,
             top_k: 1,
             layers: (0..layers).map(|layer| MoeLayerShape { layer, widths: vec![10; 4] }).collect(),

@@ -116,7 +116,7 @@ impl LayerRefit {
         if student.config().kept_sums_anywhere() {
             return Err(Error::InvalidParameter {
                 field: "student",
-                found: format!("`{}`, with norms after the experts", student.config().model_type),
+                found: format!("`{}`, with norms or a map after the experts", student.config().model_type),
                 expected: "a model whose layers are linear in the down projections; refit each expert by itself".into(),
             });
         }
@@ -275,7 +275,7 @@ impl Observer for Visitor<'_> {
         }
         let target = match &mut self.source {
             Source::Stream(teacher) => teacher.stream(output.position)?,
-            Source::Layer(teacher) => teacher.feed_forward(output.layer, output.input, &mut Nobody)?,
+            Source::Layer(teacher) => teacher.feed_forward(output.layer, output.half(), &mut Nobody)?,
         };
         let residual = (target - output.output.clone()).mul_scalar(1.0 / output.residual_factor);
         let factors = self.refit.tokens.factors(output);

@@ -43,7 +43,7 @@ impl Observer for Visitor<'_> {
     }
 
     fn output(&mut self, output: &LayerOutput<'_>) -> moe_core::Result<()> {
-        let found = self.student.feed_forward(output.layer, output.input, &mut Nobody)?;
+        let found = self.student.feed_forward(output.layer, output.half(), &mut Nobody)?;
         let difference = found - output.output.clone();
         let added = output.output.clone() - output.input.clone();
         self.sums.0 += squares(moe_core::host::HostView::new(&difference).as_slice());

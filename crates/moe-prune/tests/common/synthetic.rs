@@ -8,7 +8,7 @@ use moe_prune::{
 /// `layers` MoE layers (every second decoder layer) of `experts` experts of this width; the router selects one.
 pub fn shape(layers: usize, experts: usize, width: usize) -> MoeShape {
     let layer = |l: usize| MoeLayerShape { layer: 2 * l + 1, widths: vec![width; experts] };
-    MoeShape { hidden_size: 2, top_k: 1, layers: (0..layers).map(layer).collect() }
+    MoeShape { gateless: false, hidden_size: 2, top_k: 1, layers: (0..layers).map(layer).collect() }
 }
 
 /// A table of these scores, by MoE layer and expert.
