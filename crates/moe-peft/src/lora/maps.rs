@@ -2,7 +2,9 @@
 
 use std::{collections::HashMap, ops::Range};
 
-use moe_checkpoint::{Checkpoint, ExpertLayout, ExpertMatrix, ExpertSite, ExpertTensor, LayerSite, MatrixId, Role, Site};
+use moe_checkpoint::{
+    Checkpoint, ExpertLayout, ExpertMatrix, ExpertSite, ExpertTensor, LayerSite, MatrixId, Role, Site,
+};
 
 use crate::trainable_tensors;
 
