@@ -349,6 +349,14 @@ impl Checkpoint {
         self.info(&self.family.tensor_name(self.untied(role)))
     }
 
+    /// The tensor of a role as it is without quantization.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::role`].
+    pub fn plain_role(&self, role: Role) -> Result<&TensorInfo> {
+        self.plain_info(&self.family.tensor_name(self.untied(role)))
+    }
+
     /// Sum of the bytes of all tensors.
     pub fn bytes_on_disk(&self) -> u64 {
         self.tensors.values().map(|tensor| tensor.bytes).sum()

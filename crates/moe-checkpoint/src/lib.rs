@@ -101,7 +101,7 @@ pub use parallel::collect_in_order;
 pub use protection::{Protected, ProtectionMask};
 pub use provenance::Provenance;
 pub use quantize::{
-    InputMoments, KeptQuantization, MatrixOrigin, QUANTIZE_METHOD, QuantizeOptions, QuantizeReport, Quantized,
+    BasePrecision, InputMoments, KeptQuantization, MatrixOrigin, QUANTIZE_METHOD, QuantizeOptions, QuantizeReport, Quantized,
     QuantizedPart, WeightFormat,
 };
 pub use ragged::{UniformShape, dequantized_config, ragged_config, uniform_config, uniform_shape_config};

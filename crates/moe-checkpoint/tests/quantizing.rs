@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
@@ -9,8 +10,8 @@ use std::sync::Arc;
 
 use common::{assert_parts, fixture, message};
 use moe_checkpoint::{
-    Checkpoint, Existing, ExpertPart, KeptQuantization, MatrixOrigin, QUANTIZE_METHOD, QuantizeOptions, Quantized,
-    QuantizedPart, Record, WeightFormat, WriteOptions, write,
+    BasePrecision, Checkpoint, Existing, ExpertPart, KeptQuantization, MatrixOrigin, ModelDescription, ModelSource,
+    QUANTIZE_METHOD, QuantizeOptions, Quantized, QuantizedPart, Record, TensorInfo, WeightFormat, WriteOptions, write,
 };
 
 fn tiny_moe() -> Arc<Checkpoint> {
@@ -33,6 +34,7 @@ fn formats() -> Vec<(WeightFormat, f64)> {
         (WeightFormat::Fp8Channels, 3.0),
         (WeightFormat::Mxfp4, 14.0),
         (WeightFormat::Nvfp4, 11.0),
+        (WeightFormat::Nf4, 11.0),
         (int(4, Some(32), true), 12.0),
         (int(4, Some(32), false), 11.0),
         (int(4, None, true), 16.0),
@@ -125,6 +127,9 @@ fn bytes_are_those_of_the_format() {
     assert_eq!(of(WeightFormat::Fp8Blocks { block: [32, 32] }), elements + 4 * elements / 1024);
     assert_eq!(of(WeightFormat::Mxfp4), elements / 2 + elements / 32);
     assert_eq!(of(WeightFormat::Nvfp4), elements / 2 + elements / 16 + 4 * 4 * 16 * 3);
+    // Codes, F32 scales, the table of values and a text with the shape.
+    let state = r#"{"quant_type":"nf4","blocksize":64,"dtype":"bfloat16","shape":[128,96]}"#.len() as u64;
+    assert_eq!(of(WeightFormat::Nf4), elements / 2 + 4 * elements / 64 + (64 + state) * 4 * 16 * 3);
     // Codes, BF16 scales, and 16 bytes of shape per matrix.
     assert_eq!(of(int(4, Some(32), true)), elements / 2 + 2 * elements / 32 + 16 * 4 * 16 * 3);
 }
@@ -183,4 +188,101 @@ fn matrices_outside_the_experts_that_do_not_fit_stay_as_they_are_and_are_named()
     let router = "model.layers.1.mlp.gate".to_string();
     assert!(lists.contains(&router) && lists.contains(&"lm_head".to_string()), "{lists:?}");
     assert!(fs::read_dir(base.dir()).unwrap().count() > 1);
+}
+
+#[test]
+fn a_model_held_in_memory_is_the_same_and_holds_what_would_be_made_again() {
+    let base = tiny_moe();
+    assert!(Arc::ptr_eq(&base.packed_in_memory().unwrap(), &base), "nothing of it is quantized");
+    for format in [WeightFormat::Nf4, int(4, Some(32), false), WeightFormat::Mxfp4] {
+        let options = QuantizeOptions { format: format.clone(), part: QuantizedPart::Linear };
+        let quantized = Quantized::on(&base, &options).unwrap();
+        let held = quantized.model().packed_in_memory().unwrap();
+        assert_eq!(held.fingerprint(), quantized.model().fingerprint());
+        assert_eq!(held.packed_bytes(), quantized.model().packed_bytes());
+        let expert = "model.layers.1.mlp.experts.3.down_proj.weight";
+        for info in quantized.model().tensors() {
+            let bytes = held.bytes(&info.name).unwrap();
+            assert!(bytes == quantized.model().bytes(&info.name).unwrap(), "{format}: {}", info.name);
+            let borrowed = matches!(bytes, std::borrow::Cow::Borrowed(_));
+            assert!(borrowed || !info.name.starts_with(expert), "{format}: {} is made again", info.name);
+        }
+        assert!(weights(&held) == weights(quantized.model()), "{format}");
+        // A held model is no other than the held one.
+        assert!(Arc::ptr_eq(&held.packed_in_memory().unwrap(), &held));
+    }
+}
+
+/// The bundled model with twice the down projection of an expert.
+struct Doubled(Arc<Checkpoint>, String);
+
+impl ModelSource for Doubled {
+    fn bytes(&self, tensor: &TensorInfo, range: std::ops::Range<usize>) -> moe_checkpoint::Result<Cow<'_, [u8]>> {
+        let bytes = self.0.tensor_bytes(&tensor.name, range)?;
+        if tensor.name != self.1 {
+            return Ok(bytes);
+        }
+        let double = |bytes: &[u8]| half::bf16::from_f32(2.0 * half::bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32());
+        Ok(Cow::Owned(bytes.chunks(2).flat_map(|bytes| double(bytes).to_le_bytes()).collect()))
+    }
+
+    fn base(&self) -> Option<&Arc<Checkpoint>> {
+        Some(&self.0)
+    }
+}
+
+#[test]
+fn new_values_are_rounded_in_the_format_of_the_base_and_the_rest_is_copied() {
+    let base = tiny_moe();
+    let changed = "model.layers.1.mlp.experts.3.down_proj.weight".to_string();
+    for (format, _) in formats() {
+        let options = QuantizeOptions { format: format.clone(), part: QuantizedPart::Experts };
+        let quantized = Quantized::on(&base, &options).unwrap().model().clone();
+        let plain = quantized.dequantized().unwrap();
+        let description = ModelDescription::of(&plain);
+        let doubled = Doubled(plain.clone(), changed.clone());
+        let doubled = Arc::new(Checkpoint::from_source(description, Arc::new(doubled)).unwrap());
+        let names = BTreeSet::from([changed.clone()]);
+        let again = KeptQuantization::requantized(&doubled, &quantized, &names).unwrap().model;
+        assert_eq!(again.raw_config(), quantized.raw_config(), "{format}");
+        assert!(again.tensors().map(|info| info.spec()).eq(quantized.tensors().map(|info| info.spec())), "{format}");
+        let other = |info: &&TensorInfo| again.bytes(&info.name).unwrap() != quantized.bytes(&info.name).unwrap();
+        let others: Vec<&str> = again.tensors().filter(other).map(|info| info.name.as_str()).collect();
+        let stem = changed.strip_suffix(".weight").unwrap();
+        assert!(!others.is_empty() && others.iter().all(|name| name.starts_with(stem)), "{format}: {others:?}");
+        // Twice a matrix that is on the grid is on the grid, with twice the scales; integers need not reach their ends.
+        let [found, old] = [&again, &quantized].map(|model| model.dequantized_f32(&changed).unwrap().unwrap());
+        let apart: f64 = found.iter().zip(&old).map(|(a, b)| f64::from(a - 2.0 * b).powi(2)).sum();
+        let whole: f64 = found.iter().map(|value| f64::from(*value).powi(2)).sum();
+        let bound = if matches!(format, WeightFormat::Int { .. }) { 0.08 } else { 0.01 };
+        assert!((apart / whole).sqrt() < bound, "{format}: {}", (apart / whole).sqrt());
+        assert_eq!(again.steps().last().unwrap().method, "requantize");
+        assert_ne!(again.fingerprint(), quantized.fingerprint());
+    }
+    let gptq = Arc::new(Checkpoint::open(quantized_fixture("gptq-v1-sym-qwen3_moe")).unwrap());
+    let plain = gptq.dequantized().unwrap();
+    let name = gptq.plain_tensors().find(|info| info.name.contains("experts.0.down_proj")).unwrap().name.clone();
+    let refused = KeptQuantization::requantized(&plain, &gptq, &BTreeSet::from([name])).map(|_| ());
+    assert_parts(&message(refused), &["GPTQ", "down_proj", "read only", "BF16"]);
+}
+
+fn quantized_fixture(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/quantized").join(name)
+}
+
+#[test]
+fn precisions_of_a_base_fit_the_model() {
+    let base = tiny_moe();
+    let format = |name: &str| name.parse::<BasePrecision>().unwrap().format(&base);
+    assert_eq!(format("int4"), int(4, Some(32), true));
+    assert_eq!(format("fp8"), WeightFormat::Fp8Channels);
+    for name in ["nf4", "int4", "int8", "fp8", "mxfp4", "nvfp4"] {
+        let precision: BasePrecision = name.parse().unwrap();
+        assert_eq!(precision.to_string(), name);
+        let quantized = precision.on(&base).unwrap();
+        let attention = quantized.model().dequantized_f32("model.layers.1.self_attn.q_proj.weight").unwrap();
+        assert!(attention.is_some(), "{name}");
+    }
+    let unknown = "nf5".parse::<BasePrecision>().map(|_| ());
+    assert_parts(&message(unknown), &["nf5", "nf4, int4, int8, fp8, mxfp4"]);
 }

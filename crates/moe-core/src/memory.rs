@@ -128,6 +128,8 @@ pub struct WaveSize {
     pub experts_together: usize,
     /// Bytes of other waves that wait for their turn, in memory or in a file.
     pub waiting: u64,
+    /// Whether weights are decoded wherever they are used, so that none of them stays converted.
+    pub decoded_per_use: bool,
 }
 
 /// Code, stacks, mapped pages, the tokenizer, and what the allocator keeps between blocks.
@@ -306,7 +308,9 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
     let sums: usize = (0..layers).map(|layer| config.kept_sums(layer)).sum();
     let inputs = if size.gradients { (2 * layers + sums) as u64 * hidden } else { 0 };
     let spill = !take(inputs + size.waiting);
-    let mut residency = Residency { head: size.head && take(f32s(config.vocab_size * h)), ..Residency::default() };
+    let stays = !size.decoded_per_use;
+    let head = stays && size.head && take(f32s(config.vocab_size * h));
+    let mut residency = Residency { head, ..Residency::default() };
     let mut keep = vec![Keep::default(); layers];
     if size.gradients {
         // Every kept number saves the same work, 2H operations; later layers first, since their activations live
@@ -315,10 +319,10 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
             *keep = Keep { experts: take(experts), dense: take(dense), attention: take(attention) };
         }
     }
-    while residency.layers < layers && take(layer_weights[residency.layers]) {
+    while stays && residency.layers < layers && take(layer_weights[residency.layers]) {
         residency.layers += 1;
     }
-    while residency.experts < expert_bytes.len() && take(expert_bytes[residency.experts]) {
+    while stays && residency.experts < expert_bytes.len() && take(expert_bytes[residency.experts]) {
         residency.experts += 1;
     }
     Ok(MemoryPlan { residency, keep, spill, expected: limit - free })

@@ -3,13 +3,14 @@
 use std::{collections::BTreeMap, fmt, ops::Range, sync::Arc};
 
 use burn::tensor::Device;
-use moe_checkpoint::{Checkpoint, Role, Step};
+use moe_checkpoint::{Checkpoint, KeptQuantization, Role, Step};
 use moe_core::{
     Model,
     adapters::{Adapters, EmbeddingAdapter, LinearAdapter, Site, VectorAdapter},
     host,
     kernels::weight::Weight,
 };
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::{
@@ -22,6 +23,18 @@ use crate::{
 
 pub use crate::rewrite::Changes;
 
+/// What quantized weights become when adapters are folded into them. Weights without quantization stay in their dtype.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FoldPrecision {
+    /// The whole model in BF16: the decoded weights with what was trained, rounded once.
+    #[default]
+    Bf16,
+    /// The format of the base: matrices with new values are rounded to it again, all others keep their bytes. As small
+    /// as the base; what was trained is rounded with the weight, so measure it.
+    AsBase,
+}
+
 /// Name of the method in the record of a model.
 pub const FOLD: &str = "fold";
 
@@ -30,7 +43,8 @@ pub const FOLD: &str = "fold";
 ///
 /// Everything reads the [model](Folded::model) as it reads a directory: the engine evaluates the very bytes that
 /// [`moe_checkpoint::write`] writes. Matrices are made one at a time when they are asked for; tensors that nothing
-/// changed are those of the base, byte for byte. A quantized base becomes plain floats. Experts that share a set of
+/// changed are those of the base, byte for byte. A quantized base becomes plain floats, or is
+/// [rounded again](FoldPrecision::AsBase). Experts that share a set of
 /// weights in a grouped checkpoint get sets of their own where they have adapters.
 ///
 /// ```no_run
@@ -48,6 +62,8 @@ pub const FOLD: &str = "fold";
 #[derive(Clone)]
 pub struct Folded {
     rewritten: Rewritten,
+    /// The same in the quantization of the base.
+    requantized: Option<Arc<Checkpoint>>,
     beside: Option<Arc<AdapterSet>>,
     left_out: Vec<String>,
 }
@@ -89,7 +105,22 @@ impl Folded {
         let recipe = json!({"values": digest, "maps": maps, "left_out": left_out});
         let rewrite = rewrite(&plain, set)?;
         let rewritten = rewrite.on(&plain, |_| Step::new(FOLD, &plain, recipe, summary))?;
-        Ok(Self { rewritten, beside: set.beside_weights().map(Arc::new), left_out })
+        Ok(Self { rewritten, requantized: None, beside: set.beside_weights().map(Arc::new), left_out })
+    }
+
+    /// The same, with quantized weights in this precision.
+    ///
+    /// # Errors
+    /// As [`Folded::on`]; [`moe_checkpoint::Error::Quantize`] for [`FoldPrecision::AsBase`] on a format that is read
+    /// only.
+    pub fn in_precision(base: &Arc<Checkpoint>, set: &AdapterSet, precision: FoldPrecision) -> Result<Self> {
+        let folded = Self::on(base, set)?;
+        if precision == FoldPrecision::Bf16 || base.quantization().is_none() {
+            return Ok(folded);
+        }
+        let names = folded.rewritten.tensors();
+        let kept = KeptQuantization::requantized(folded.rewritten.model(), base, &names)?;
+        Ok(Self { requantized: Some(kept.model), ..folded })
     }
 
     /// Whether a set can be folded into `base`, before it is trained: its values are not read.
@@ -99,12 +130,36 @@ impl Folded {
     /// trained apart from the embeddings it is tied to; [`Error::Input`] for adapters that do not fit the model; those
     /// of reading headers.
     pub fn check(base: &Arc<Checkpoint>, set: &AdapterSet) -> Result<FoldCheck> {
+        Self::check_in_precision(base, set, FoldPrecision::Bf16)
+    }
+
+    /// The same, with quantized weights in this precision.
+    ///
+    /// # Errors
+    /// As [`Folded::check`]; [`moe_checkpoint::Error::Quantize`] for [`FoldPrecision::AsBase`] on a format that is read
+    /// only.
+    pub fn check_in_precision(
+        base: &Arc<Checkpoint>,
+        set: &AdapterSet,
+        precision: FoldPrecision,
+    ) -> Result<FoldCheck> {
         let plain = base.dequantized()?;
         foldable(&plain, set)?;
-        let layout = Layout::new(&plain, &rewrite(&plain, set)?)?;
+        let rewrite = rewrite(&plain, set)?;
+        let layout = Layout::new(&plain, &rewrite)?;
         let mut remarks = Vec::new();
-        if let Some(quantization) = base.quantization() {
-            remarks.push(format!("the weights, quantized as {quantization}, will be written as BF16"));
+        let mut bytes = layout.bytes();
+        match (base.quantization(), precision) {
+            (Some(quantization), FoldPrecision::Bf16) => {
+                remarks.push(format!("the weights, quantized as {quantization}, will be written as BF16"));
+            }
+            (Some(quantization), FoldPrecision::AsBase) => {
+                let names = layout.tensors().into_iter().chain(rewrite.tensors.keys().cloned()).collect();
+                KeptQuantization::requantized(&plain, base, &names)?;
+                bytes = base.bytes_on_disk();
+                remarks.push(format!("weights with new values will be rounded again, as {quantization}"));
+            }
+            (None, _) => {}
         }
         if !layout.ungrouped.is_empty() {
             let [before, after] =
@@ -120,12 +175,12 @@ impl Folded {
         remarks.extend(
             left_out(set).into_iter().map(|what| format!("{what}: no weight can hold it, it stays beside the model")),
         );
-        Ok(FoldCheck { bytes: layout.bytes(), remarks })
+        Ok(FoldCheck { bytes, remarks })
     }
 
     /// The model with what was trained.
     pub fn model(&self) -> &Arc<Checkpoint> {
-        self.rewritten.model()
+        self.requantized.as_ref().unwrap_or(self.rewritten.model())
     }
 
     /// The model as it is written, to be run, with what [no weight holds](Changes::left_out) beside it.

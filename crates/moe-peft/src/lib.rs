@@ -17,7 +17,7 @@
 //! ```
 //! use std::collections::BTreeMap;
 //! use moe_core::{Model, data::{Sequence, Wave}};
-//! use moe_peft::{Recipe, TrainingRun, open};
+//! use moe_peft::{Recipe, TrainingRun, fold::FoldPrecision, open};
 //! # let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/../moe-checkpoint/tests/fixtures/parity/tf5/qwen2_moe");
 //!
 //! let model = Model::open(fixtures, &moe_core::device::device("default")?, None)?;
@@ -28,7 +28,8 @@
 //! )?;
 //! let out = tempfile::tempdir()?;
 //! let (labels, directory) = (BTreeMap::new(), out.path());
-//! let run = TrainingRun { model: &model, waves: &waves, labels: &labels, directory, save_every: 50, resume: false };
+//! let fold = FoldPrecision::Bf16;
+//! let run = TrainingRun { model: &model, waves: &waves, labels: &labels, directory, save_every: 50, resume: false, fold };
 //! let trained = run.train(&recipe, &mut |_| Ok(()))?;
 //! assert_eq!(trained.cost.losses.len(), 3);
 //! let saved = trained.save(&model, directory, moe_checkpoint::Existing::Refuse)?;

@@ -61,7 +61,7 @@ impl Trainable {
             let trained = set.vector(vector.role).map(|adapter| adapter.trained());
             add(if vector.norm { "norms" } else { "biases" }.into(), vector.len, trained);
         }
-        let size = |role: Role| checkpoint.role(role).map_or(0, |info| info.shape.iter().product());
+        let size = |role: Role| checkpoint.plain_role(role).map_or(0, |info| info.shape.iter().product());
         let rows = |prefix: &str| -> usize {
             let live = set.bank().iter().filter(|live| live.name().starts_with(prefix) && live.is_trained());
             live.map(|live| live.shape().iter().product::<usize>()).sum()

@@ -75,7 +75,7 @@ pub fn linear_maps(checkpoint: &Checkpoint) -> Vec<Place> {
     let mut places = Vec::new();
     for layer in 0..config.layers.len() {
         for site in LayerSite::ALL {
-            let shape = |role| <[usize; 2]>::try_from(&checkpoint.role(role).ok()?.shape[..]).ok();
+            let shape = |role| <[usize; 2]>::try_from(&checkpoint.plain_role(role).ok()?.shape[..]).ok();
             let shapes: Option<Vec<[usize; 2]>> = roles(checkpoint, layer, site).map(shape).collect();
             if let Some(shapes) = shapes {
                 let dims = [shapes.iter().map(|shape| shape[0]).sum(), shapes[0][1]];
@@ -98,7 +98,7 @@ pub fn linear_maps(checkpoint: &Checkpoint) -> Vec<Place> {
 /// # Errors
 /// What keeps their shapes from being found.
 pub fn vocabulary(checkpoint: &Checkpoint) -> Result<Vec<[usize; 2]>> {
-    let (embeddings, head) = (checkpoint.role(Role::Embedding)?, checkpoint.role(Role::LmHead)?);
+    let (embeddings, head) = (checkpoint.plain_role(Role::Embedding)?, checkpoint.plain_role(Role::LmHead)?);
     let different = (head.name != embeddings.name).then_some(head);
     let shape = |info: &moe_checkpoint::TensorInfo| <[usize; 2]>::try_from(&info.shape[..]).ok();
     Ok(std::iter::once(embeddings).chain(different).filter_map(shape).collect())
@@ -109,7 +109,7 @@ pub fn vocabulary(checkpoint: &Checkpoint) -> Result<Vec<[usize; 2]>> {
 pub fn vectors(checkpoint: &Checkpoint) -> Vec<VectorPlace> {
     let mut vectors = Vec::new();
     let mut add = |role: Role, depth: Depth, norm: bool| {
-        if let Ok(info) = checkpoint.role(role) {
+        if let Ok(info) = checkpoint.plain_role(role) {
             vectors.push(VectorPlace { role, len: info.shape.iter().product(), depth, norm });
         }
     };

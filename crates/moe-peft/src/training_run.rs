@@ -18,7 +18,7 @@ use crate::{
     AdapterSet, Artifacts, Error, FineTune, MethodConfig, Phase, PhaseEnd, Recipe, Result, Setting, TuningMethod,
     compressed_experts::CompressedLayers,
     condenser::Condensers,
-    fold::{Changes, FoldCheck, Folded},
+    fold::{Changes, FoldCheck, FoldPrecision, Folded},
     lora::{LoraWeights, Maps, Targets},
     peft_files,
     trainable::Trainable,
@@ -88,6 +88,8 @@ pub struct TrainingRun<'a> {
     pub save_every: usize,
     /// Whether to go on with what an interrupted run left.
     pub resume: bool,
+    /// What quantized weights become that adapters are folded into.
+    pub fold: FoldPrecision,
 }
 
 /// A trained model.
@@ -98,6 +100,8 @@ pub struct Trained {
     pub artifacts: Artifacts,
     /// What it cost.
     pub cost: TrainingCost,
+    /// What quantized weights become that adapters are folded into.
+    pub fold: FoldPrecision,
 }
 
 /// What was saved where.
@@ -211,7 +215,7 @@ impl TrainingRun<'_> {
                 // Tenths, which JSON gives back to the bit.
                 cost.tokens_per_second = (10.0 * tokens as f64 / f64::max(seconds, 1e-9)).round() / 10.0;
                 cost.peak_memory = cost.phases.values().copied().max();
-                return Ok(Trained { task, artifacts, cost });
+                return Ok(Trained { task, artifacts, cost, fold: self.fold });
             }
             setting = setting.after(PhaseEnd { parameters, artifacts });
         }
@@ -227,7 +231,7 @@ impl TrainingRun<'_> {
         if artifacts.mixture.is_some() {
             return Ok(vec!["a mixture depends on its input: it stays beside the weights, as an adapter".into()]);
         }
-        let FoldCheck { bytes, remarks } = Folded::check(self.model.checkpoint(), set)?;
+        let FoldCheck { bytes, remarks } = Folded::check_in_precision(self.model.checkpoint(), set, self.fold)?;
         check_room(&self.directory.join(MODEL), bytes)?;
         Ok(remarks)
     }
@@ -278,7 +282,8 @@ impl Trained {
         if self.artifacts.mixture.is_some() {
             return Ok(None);
         }
-        let model = Folded::on(base.checkpoint(), self.task.set())?.run(base.device(), max_memory)?;
+        let folded = Folded::in_precision(base.checkpoint(), self.task.set(), self.fold)?;
+        let model = folded.run(base.device(), max_memory)?;
         match &self.artifacts.condensers {
             Some(condensers) => condensers.applied_to(&model).map(Some),
             None => Ok(Some(model)),
@@ -304,7 +309,7 @@ impl Trained {
             saved.adapter = Some(adapter);
             return Ok(saved);
         }
-        let folded = Folded::on(base.checkpoint(), self.task.set())?;
+        let folded = Folded::in_precision(base.checkpoint(), self.task.set(), self.fold)?;
         write(folded.model(), &model, &WriteOptions { existing, ..WriteOptions::default() })?;
         if let Some(compressed) = &self.artifacts.compressed {
             compressed.save(model.join(CompressedLayers::FILE))?;

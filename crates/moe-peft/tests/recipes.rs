@@ -20,6 +20,7 @@ use moe_core::{
 use moe_peft::{
     AdapterSet, FineTune, MethodConfig, Recipe, Result, RunEvent, SavedKind, Setting, Trained, TrainingRun,
     TuningMethod,
+    fold::FoldPrecision,
     lora::{Maps, Targets},
     mixture::{Experts, Gate, Mixture, MixtureConfig},
     model_weights::OwnWeights,
@@ -63,7 +64,7 @@ impl Rows {
 
     fn run<'a>(&'a self, directory: &'a Path, resume: bool) -> TrainingRun<'a> {
         let (model, waves, labels) = (&self.base, &self.waves[..], &self.labels);
-        TrainingRun { model, waves, labels, directory, save_every: 2, resume }
+        TrainingRun { model, waves, labels, directory, save_every: 2, resume, fold: FoldPrecision::Bf16 }
     }
 }
 

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::integers::signed_levels;
 use super::matrix::{Codes, Groups, Matrix, Part};
+use super::scheme::{Element, Scheme};
 use super::{Codec, Context, Format, Found, Packed, module};
 use crate::Result;
 use crate::weights::TensorInfo;
@@ -18,12 +19,22 @@ use crate::weights::TensorInfo;
 /// The format.
 pub(super) struct BitsAndBytes;
 
+/// Elements that share a scale in what is written.
+pub(crate) const BLOCK: usize = 64;
+
+/// NF4 with an F32 scale per run of so many elements.
+pub(crate) fn nf4(length: usize) -> Scheme {
+    Scheme { element: Element::Nf4, group: (1, length), scale: Dtype::F32, zeros: false, global: None }
+}
+
 /// One over 127, as bitsandbytes has it.
 const PER_CODE: f32 = 7.874_016e-3;
 
 /// 4-bit codes in runs of the flattened matrix.
 struct Runs {
     length: usize,
+    /// Whether codes are those of NF4.
+    nf4: bool,
     nested: Option<Nested>,
 }
 
@@ -51,6 +62,12 @@ impl Codec for Runs {
         let levels = (0..256).map(|code| map[code % 16]).collect();
         let codes = Codes::Halves { bytes: codes.bytes, high_first: true };
         Matrix::scaled(dims, codes, levels, Groups::Runs(self.length), scales)
+    }
+
+    fn scheme(&self, scale: Dtype) -> Option<Scheme> {
+        // The second stored tensor is the table of values; scales that are quantized themselves are read only.
+        let _ = scale;
+        (self.nested.is_none() && self.nf4).then(|| nf4(self.length))
     }
 }
 
@@ -152,7 +169,7 @@ fn four_bits(context: &Context<'_>, main: &TensorInfo, absmax: &TensorInfo) -> R
         transposed: false,
         parts,
         format: if state.name.ends_with("nf4") { "bitsandbytes NF4" } else { "bitsandbytes FP4" },
-        codec: Box::new(Runs { length, nested }),
+        codec: Box::new(Runs { length, nf4: state.name.ends_with("nf4"), nested }),
     };
     let mut packed = context.packed(found)?;
     packed.bytes += state.bytes;

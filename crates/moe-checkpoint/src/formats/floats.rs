@@ -23,6 +23,32 @@ pub(crate) fn e4m3(byte: u8) -> f32 {
 pub(crate) const E2M1: [f32; 16] =
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
+/// Values of the 4-bit codes NF4 (QLoRA, arXiv 2305.14314), as bitsandbytes has them: quantiles of a normal distribution
+/// within [-1, 1].
+pub(crate) const NF4: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+/// The NF4 code nearest to a value, the lower one on a tie.
+pub(crate) fn to_nf4(value: f32) -> u8 {
+    NF4.windows(2).filter(|pair| value > (pair[0] + pair[1]) / 2.0).count() as u8
+}
+
 /// Largest value of E4M3.
 pub(crate) const E4M3_MAX: f32 = 448.0;
 

@@ -6,7 +6,7 @@
 //! parameters of groups, whatever the format.
 
 mod awq;
-mod bitsandbytes;
+pub(crate) mod bitsandbytes;
 mod compressed;
 mod config;
 pub(crate) mod floats;

@@ -15,6 +15,8 @@ pub(crate) enum Element {
     E4m3,
     /// Four bits of E2M1, the earlier element in the low half of a byte.
     E2m1,
+    /// Four bits of NF4, the earlier element in the high half of a byte. Groups are runs of the flattened matrix.
+    Nf4,
     /// An unsigned integer of so many bits, in a little-endian stream of whole words per row.
     Integer(usize),
 }
@@ -80,20 +82,34 @@ struct Group {
 const E2M1_MAX: f32 = 6.0;
 
 impl Scheme {
+    /// Whether groups are runs of the flattened matrix, across rows. Such a matrix is one row to everything below.
+    pub fn is_flat(&self) -> bool {
+        self.element == Element::Nf4
+    }
+
+    /// Rows and columns as groups see them.
+    fn seen(&self, (rows, cols): (usize, usize)) -> (usize, usize) {
+        if self.is_flat() { (1, rows * cols) } else { (rows, cols) }
+    }
+
     /// Sides of a group in a matrix of these sides.
-    pub fn sides(&self, (rows, cols): (usize, usize)) -> (usize, usize) {
+    pub fn sides(&self, dims: (usize, usize)) -> (usize, usize) {
+        let (rows, cols) = self.seen(dims);
         (self.group.0.min(rows).max(1), self.group.1.min(cols).max(1))
     }
 
     /// Groups along the rows and along the columns.
     pub fn groups(&self, dims: (usize, usize)) -> (usize, usize) {
-        let (height, width) = self.sides(dims);
-        (dims.0.div_ceil(height), dims.1.div_ceil(width))
+        let ((height, width), (rows, cols)) = (self.sides(dims), self.seen(dims));
+        (rows.div_ceil(height), cols.div_ceil(width))
     }
 
     /// Why a matrix of so many columns cannot be stored; `None` if it can be.
     pub fn misfit(&self, (rows, cols): (usize, usize)) -> Option<String> {
         let (height, width) = self.group;
+        if self.is_flat() {
+            return None;
+        }
         let unit = match self.element {
             _ if width != usize::MAX => width,
             Element::E2m1 => 2,
@@ -108,7 +124,7 @@ impl Scheme {
 
     /// The matrix rounded to nearest.
     pub fn encode(&self, values: &[f32], dims: (usize, usize)) -> Parted {
-        let (rows, cols) = dims;
+        let (rows, cols) = self.seen(dims);
         let ((height, width), (bands, across)) = (self.sides(dims), self.groups(dims));
         let global = self.global_of(values);
         let mut out = Parted {
@@ -190,6 +206,7 @@ impl Scheme {
                 (_, Some(Global::Multiplies), Some(global)) => (self.stored(largest / global / E2M1_MAX), 0),
                 _ => (safe(self.stored(largest / E2M1_MAX)), 0),
             },
+            Element::Nf4 => (safe(self.stored(largest)), 0),
             Element::Integer(bits) => {
                 let most = ((1usize << bits) - 1) as f32;
                 if !self.zeros {
@@ -209,6 +226,7 @@ impl Scheme {
         match self.element {
             Element::E4m3 => floats::to_e4m3(scaled),
             Element::E2m1 => floats::to_e2m1(scaled),
+            Element::Nf4 => floats::to_nf4(scaled),
             Element::Integer(bits) => {
                 let zero = zero.map_or((1usize << (bits - 1)) as f32, f32::from);
                 (scaled.round_ties_even() + zero).clamp(0.0, ((1usize << bits) - 1) as f32) as u8
@@ -222,6 +240,7 @@ impl Scheme {
         match self.element {
             Element::E4m3 => floats::e4m3(code) * factor,
             Element::E2m1 => floats::E2M1[usize::from(code)] * factor,
+            Element::Nf4 => floats::NF4[usize::from(code)] * factor,
             Element::Integer(bits) => {
                 (f32::from(code) - zero.map_or((1usize << (bits - 1)) as f32, f32::from)) * factor
             }
@@ -231,7 +250,7 @@ impl Scheme {
     /// The values of a matrix, row-major.
     pub fn decode(&self, parted: &Parted) -> Vec<f32> {
         let ((height, width), (_, across)) = (self.sides(parted.dims), self.groups(parted.dims));
-        let cols = parted.dims.1.max(1);
+        let cols = self.seen(parted.dims).1.max(1);
         let value = |(at, code): (usize, &u8)| {
             let group = at / cols / height * across + at % cols / width;
             self.value(*code, parted.scales[group], parted.zeros.get(group).copied(), parted.global)
@@ -243,7 +262,7 @@ impl Scheme {
     pub fn bits(&self) -> usize {
         match self.element {
             Element::E4m3 => 8,
-            Element::E2m1 => 4,
+            Element::E2m1 | Element::Nf4 => 4,
             Element::Integer(bits) => bits,
         }
     }
@@ -252,7 +271,7 @@ impl Scheme {
     pub fn code_columns(&self, cols: usize) -> usize {
         match self.element {
             Element::E4m3 => cols,
-            Element::E2m1 => cols / 2,
+            Element::E2m1 | Element::Nf4 => cols / 2,
             Element::Integer(bits) => (cols * bits).div_ceil(32),
         }
     }
@@ -336,6 +355,7 @@ impl Scheme {
             Element::E2m1 => {
                 parted.codes.chunks(2).map(|pair| pair[0] | pair.get(1).map_or(0, |code| code << 4)).collect()
             }
+            Element::Nf4 => parted.codes.chunks(2).map(|pair| pair[0] << 4 | pair.get(1).copied().unwrap_or(0)).collect(),
             Element::Integer(bits) => {
                 let row_bytes = 4 * (cols * bits).div_ceil(32);
                 let mut out = vec![0u8; rows * row_bytes];
@@ -433,6 +453,7 @@ mod tests {
             float(Element::E4m3, (all, all), Dtype::F32),
             float(Element::E4m3, (2, 16), Dtype::F8_E8M0),
             float(Element::E2m1, (1, 32), Dtype::U8),
+            float(Element::Nf4, (1, 64), Dtype::F32),
             global(Global::Divides),
             global(Global::Multiplies),
             float(Element::Integer(4), (1, 32), Dtype::BF16),
@@ -465,6 +486,7 @@ mod tests {
             let step = match scheme.element {
                 Element::E4m3 => 32.0 / 448.0,
                 Element::E2m1 => 2.0 / 4.0,
+                Element::Nf4 => floats::NF4[1] - floats::NF4[0],
                 Element::Integer(bits) => 2.0 / ((1 << bits) - 1) as f32,
             };
             for (found, value) in found.iter().zip(&values) {
@@ -484,7 +506,7 @@ mod tests {
     #[test]
     fn groups_that_come_from_one_group_keep_their_codes() {
         let dims = (6, 64);
-        for scheme in schemes() {
+        for scheme in schemes().into_iter().filter(|scheme| !scheme.is_flat()) {
             let parted = scheme.encode(&values(dims.0, dims.1), dims);
             let whole = decoded(&scheme, &parted);
             let expect = |rows: &[u32], cols: &[u32]| -> Vec<f32> {

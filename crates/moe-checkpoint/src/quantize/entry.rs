@@ -64,6 +64,12 @@ pub(super) fn entry(options: &QuantizeOptions, dense: &[String], fused: bool) ->
             scheme["group_size"] = json!(group_size);
             compressed("pack-quantized", scheme, Value::Null)
         }
+        WeightFormat::Nf4 => json!({
+            "_load_in_4bit": true, "_load_in_8bit": false, "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_quant_storage": "uint8", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": false,
+            "llm_int8_skip_modules": dense, "llm_int8_threshold": 6.0, "load_in_4bit": true, "load_in_8bit": false,
+            "quant_method": "bitsandbytes",
+        }),
         WeightFormat::Nvfp4 => {
             let mut scheme = weights(4, "float", "tensor_group", true);
             (scheme["group_size"], scheme["scale_dtype"]) = (json!(16), json!("torch.float8_e4m3fn"));

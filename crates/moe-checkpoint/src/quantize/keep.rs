@@ -10,6 +10,7 @@ use super::source::{Content, QuantizedSource, Stored, Weight};
 use crate::experts::{ExpertLayout, ExpertPart, ExpertTensor};
 use crate::formats::scheme::Scheme;
 use crate::formats::{Packed, module};
+use crate::record::Step;
 use crate::shard_layout::TensorSpec;
 use crate::source::ModelDescription;
 use crate::{Checkpoint, Error, Result};
@@ -76,13 +77,50 @@ impl KeptQuantization {
         for weight in base.quantized_weights().filter(|weight| !experts.contains(&weight.info.name)) {
             kept.outside(weight, changed)?;
         }
+        kept.finish(&moved, None)
+    }
+
+    /// `changed`, which has the tensors of `base` without quantization and new values in those of `names`, in the
+    /// quantization of `base`: new values are rounded to nearest in the format that the weight has, all other stored
+    /// tensors are those of the base, byte for byte. Scales of activations stay those of the base.
+    ///
+    /// # Errors
+    /// [`Error::Quantize`] for a weight with new values in a format that is read only.
+    pub fn requantized(changed: &Arc<Checkpoint>, base: &Arc<Checkpoint>, names: &BTreeSet<String>) -> Result<Self> {
+        let mut kept = Kept {
+            pruned: changed,
+            base,
+            stored: BTreeMap::new(),
+            shares: BTreeMap::new(),
+            weights: Vec::new(),
+            replaced: BTreeSet::new(),
+            cut: 0,
+            notes: Vec::new(),
+        };
+        for weight in base.quantized_weights() {
+            match names.contains(&weight.info.name) {
+                true => kept.requantized(weight)?,
+                false => kept.copy(weight, &weight.info.name)?,
+            }
+        }
+        let rounded = kept.weights.len();
+        let recipe = serde_json::json!({ "rounded": rounded });
+        let summary = format!("{rounded} weights with new values rounded in the format of the base");
+        let step = Step::new(REQUANTIZE_METHOD, changed, recipe, summary);
+        kept.finish(&BTreeMap::new(), Some(step))
+    }
+}
+
+impl Kept<'_> {
+    /// The model of everything that was listed.
+    fn finish(self, moved: &BTreeMap<usize, Vec<Option<usize>>>, step: Option<Step>) -> Result<KeptQuantization> {
+        let Kept { pruned, base, mut stored, shares, weights, replaced, cut, notes } = self;
         // Scales of caches and the like belong to no weight.
         let of_weights: BTreeSet<&String> =
             base.quantized_weights().flat_map(|weight| weight.parts.iter().chain(&weight.others)).collect();
         for info in base.tensors().filter(|info| base.is_scale(&info.name) && !of_weights.contains(&info.name)) {
-            kept.stored.insert(info.name.clone(), (info.spec(), Stored::Copy(info.name.clone())));
+            stored.insert(info.name.clone(), (info.spec(), Stored::Copy(info.name.clone())));
         }
-        let Kept { mut stored, shares, weights, replaced, cut, notes, .. } = kept;
         for (name, (stack, of)) in shares {
             let info = base.info(&name)?;
             let shape = [&[of.len()], &info.shape[1..]].concat();
@@ -93,21 +131,24 @@ impl KeptQuantization {
             stored.insert(info.name.clone(), (info.spec(), Stored::Plain));
         }
         let description = ModelDescription {
-            config: with_quantization(pruned.raw_config(), base.raw_config(), &moved),
+            config: with_quantization(pruned.raw_config(), base.raw_config(), moved),
             generation: pruned.raw_generation_config().cloned(),
             tensors: stored.values().map(|(spec, _)| spec.clone()).collect(),
         };
         let stored = stored.into_iter().map(|(name, (_, content))| (name, content)).collect();
-        let source = QuantizedSource::new(pruned.clone(), base.clone(), stored, weights, None);
+        let source = QuantizedSource::new(pruned.clone(), base.clone(), stored, weights, None).with_step(step);
         let model = Arc::new(Checkpoint::from_source(description, Arc::new(source))?);
-        Ok(Self { model, cut_groups: cut, notes })
+        Ok(KeptQuantization { model, cut_groups: cut, notes })
     }
 }
 
+/// Name of the step of [`KeptQuantization::requantized`] in records.
+const REQUANTIZE_METHOD: &str = "requantize";
+
 /// What is kept, while it is listed.
 struct Kept<'a> {
-    pruned: &'a Checkpoint,
-    base: &'a Checkpoint,
+    pruned: &'a Arc<Checkpoint>,
+    base: &'a Arc<Checkpoint>,
     stored: BTreeMap<String, (TensorSpec, Stored)>,
     /// Stacks of the base: how many parts they have, and which are kept.
     shares: BTreeMap<String, (usize, Vec<usize>)>,
@@ -121,6 +162,41 @@ struct Kept<'a> {
 impl Kept<'_> {
     fn refused(&self, weight: &Packed, reason: String) -> Error {
         Error::Quantize { format: weight.format.to_string(), reason: format!("`{}`: {reason}", weight.info.name) }
+    }
+
+    /// A weight with new values, in the format of the base.
+    fn requantized(&mut self, weight: &Packed) -> Result<()> {
+        let name = &weight.info.name;
+        let Some(scheme) = weight.scheme() else {
+            return Err(self.refused(weight, "this format is read only: write the model in BF16".into()));
+        };
+        if weight.count() != weight.stack {
+            return Err(self.refused(weight, "it shares stored tensors with others: write the model in BF16".into()));
+        }
+        let content = (0..weight.stack).map(|matrix| Content::Matrix {
+            name: name.clone(),
+            matrix,
+            dims: weight.dims,
+            transposed: weight.transposed,
+        });
+        let number = self.weights.len();
+        for (index, stored) in weight.parts.iter().enumerate() {
+            let spec = self.base.info(stored)?.spec();
+            // The table of values of NF4 lies between codes and scales.
+            let content = match (scheme.is_flat(), index) {
+                (true, 1) => Stored::Copy(stored.clone()),
+                (true, 2) => Stored::Part { weight: number, part: 1 },
+                (_, part) => Stored::Part { weight: number, part },
+            };
+            self.stored.insert(spec.name.clone(), (spec, content));
+        }
+        for stored in &weight.others {
+            let spec = self.base.info(stored)?.spec();
+            self.stored.insert(spec.name.clone(), (spec, Stored::Copy(stored.clone())));
+        }
+        self.weights.push(Weight { name: name.clone(), dims: weight.dims, scheme, content: content.collect() });
+        self.replaced.insert(name.clone());
+        Ok(())
     }
 
     /// A weight outside the experts.
@@ -241,7 +317,7 @@ impl Kept<'_> {
 
     /// Rows and columns of a weight, under another name.
     fn selected(&mut self, weight: &Packed, name: &str, content: Vec<Content>) -> Result<()> {
-        let Some(scheme) = weight.scheme() else {
+        let Some(scheme) = weight.scheme().filter(|scheme| !scheme.is_flat()) else {
             let reason = "units cannot be taken out of this format: prune whole experts, or write the model without quantization";
             return Err(self.refused(weight, reason.into()));
         };

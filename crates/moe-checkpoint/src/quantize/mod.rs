@@ -1,6 +1,8 @@
 //! Quantization: a model whose weights are rounded to few bits, in the files that engines serve.
 
+mod base_precision;
 mod entry;
+mod held;
 mod keep;
 mod second_order;
 mod source;
@@ -12,6 +14,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub use base_precision::BasePrecision;
 pub use keep::{KeptQuantization, MatrixOrigin};
 pub use second_order::InputMoments;
 pub use weight_format::WeightFormat;
@@ -130,6 +133,10 @@ impl Quantized {
     /// # Errors
     /// As [`Quantized::on`]; moments of another model are an error when weights are read.
     pub fn calibrated(base: &Arc<Checkpoint>, options: &QuantizeOptions, moments: &InputMoments) -> Result<Self> {
+        if options.format == WeightFormat::Nf4 {
+            let reason = "scales run across rows, so that errors cannot be passed on: leave calibration out";
+            return Err(Error::Quantize { format: options.format.to_string(), reason: reason.into() });
+        }
         Self::rounded(base, options, Some(moments))
     }
 

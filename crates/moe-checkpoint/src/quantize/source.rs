@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::convert;
 use crate::expert_bytes::RawMatrix;
 use crate::experts::{ExpertPart, ExpertTensor};
 use crate::formats;
@@ -27,6 +28,8 @@ pub(super) enum Content {
     Expert { layer: usize, set: usize, part: ExpertPart },
     /// Rows of gate and up of a set in turn, gate first.
     GateUp { layer: usize, set: usize },
+    /// One of the matrices of a tensor of the model, of these sides; in the tensor transposed where said so.
+    Matrix { name: String, matrix: usize, dims: (usize, usize), transposed: bool },
     /// Rows and columns of a matrix of a quantized weight of the base.
     Selected { weight: String, matrix: usize, rows: Vec<u32>, cols: Vec<u32> },
 }
@@ -71,6 +74,8 @@ pub(super) struct QuantizedSource {
     stored: BTreeMap<String, Stored>,
     weights: Vec<Weight>,
     step: Option<Step>,
+    /// Whether the step was done to the model without quantization.
+    on_plain: bool,
     /// Second moments of the inputs of experts, where these are rounded by them.
     moments: Option<InputMoments>,
     kept: Mutex<VecDeque<((usize, usize), Packed)>>,
@@ -87,7 +92,13 @@ impl QuantizedSource {
         weights: Vec<Weight>,
         step: Option<Step>,
     ) -> Self {
-        Self { from, base, stored, weights, step, moments: None, kept: Mutex::new(VecDeque::new()) }
+        let on_plain = step.is_none();
+        Self { from, base, stored, weights, step, on_plain, moments: None, kept: Mutex::new(VecDeque::new()) }
+    }
+
+    /// A step that was done to the model without quantization.
+    pub fn with_step(self, step: Option<Step>) -> Self {
+        Self { step, on_plain: true, ..self }
     }
 
     pub fn with_moments(self, moments: Option<&InputMoments>) -> Self {
@@ -142,6 +153,16 @@ fn values(from: &Checkpoint, content: &Content) -> Result<Vec<f32>> {
             let cols = gate.cols.max(1);
             let (gate, up) = (gate.to_f32(), up.to_f32());
             gate.chunks(cols).zip(up.chunks(cols)).flat_map(|(gate, up)| [gate, up].concat()).collect()
+        }
+        Content::Matrix { name, matrix, dims: (rows, cols), transposed } => {
+            let info = from.info(name)?;
+            let one = rows * cols * info.dtype.bitsize() / 8;
+            let mut values = Vec::with_capacity(rows * cols);
+            convert::decode_f32(info.dtype, &from.tensor_bytes(name, matrix * one..(matrix + 1) * one)?, &mut values);
+            match transposed {
+                true => (0..rows * cols).map(|at| values[at % cols * rows + at / cols]).collect(),
+                false => values,
+            }
         }
         Content::Selected { .. } => Vec::new(),
     })
@@ -228,7 +249,9 @@ impl ModelSource for QuantizedSource {
             Some(Stored::Part { weight, .. }) => {
                 for content in &self.weights[*weight].content {
                     match content {
-                        Content::Tensor(name) => drop(self.from.release_tensor(name)),
+                        Content::Tensor(name) | Content::Matrix { name, .. } => {
+                            drop(self.from.release_tensor(name));
+                        }
                         Content::Expert { layer, set, .. } | Content::GateUp { layer, set } => {
                             self.from.release_set(*layer, *set);
                         }
@@ -245,7 +268,7 @@ impl ModelSource for QuantizedSource {
     }
 
     fn base(&self) -> Option<&Arc<Checkpoint>> {
-        Some(if self.step.is_some() { &self.base } else { &self.from })
+        Some(if self.on_plain { &self.from } else { &self.base })
     }
 
     fn step(&self) -> Option<Step> {

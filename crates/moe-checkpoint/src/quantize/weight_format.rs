@@ -7,7 +7,7 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use crate::formats::scheme::{Element, Global, Scheme};
-use crate::formats::{mxfp4, nvfp4};
+use crate::formats::{bitsandbytes, floats, mxfp4, nvfp4};
 use crate::shard_layout::TensorSpec;
 use crate::{Error, Result};
 
@@ -38,6 +38,9 @@ pub enum WeightFormat {
         #[serde(default = "yes")]
         symmetric: bool,
     },
+    /// NF4 (QLoRA, arXiv 2305.14314): 4-bit quantiles of a normal distribution with an F32 scale per 64 elements, as
+    /// bitsandbytes stores them. Read by engines outside experts alone: what a base of fine-tuning is held in.
+    Nf4,
     /// NVFP4: 4-bit floats with an E4M3 scale per 16 and an F32 scale per matrix: `nvfp4-pack-quantized` of
     /// compressed-tensors.
     Nvfp4,
@@ -56,12 +59,12 @@ fn yes() -> bool {
 }
 
 /// Names of formats with their usual parameters.
-pub(crate) const NAMES: [&str; 6] = ["fp8_blocks", "fp8_channels", "mxfp4", "int4", "int8", "nvfp4"];
+pub(crate) const NAMES: [&str; 7] = ["fp8_blocks", "fp8_channels", "mxfp4", "int4", "int8", "nvfp4", "nf4"];
 
 impl FromStr for WeightFormat {
     type Err = Error;
 
-    /// A name (`fp8_blocks`, `fp8_channels`, `mxfp4`, `int4`, `int8`, `nvfp4`), or the format as JSON.
+    /// A name (`fp8_blocks`, `fp8_channels`, `mxfp4`, `int4`, `int8`, `nvfp4`, `nf4`), or the format as JSON.
     fn from_str(text: &str) -> Result<Self> {
         let refused = |reason: String| Error::Quantize { format: text.chars().take(80).collect(), reason };
         let integers = |bits| Self::Int { bits, group_size: group(), symmetric: true };
@@ -72,6 +75,7 @@ impl FromStr for WeightFormat {
             "int4" => integers(4),
             "int8" => integers(8),
             "nvfp4" => Self::Nvfp4,
+            "nf4" => Self::Nf4,
             json if json.starts_with('{') => serde_json::from_str(json).map_err(|error| refused(error.to_string()))?,
             _ => {
                 let names = NAMES.join(", ");
@@ -99,6 +103,7 @@ impl fmt::Display for WeightFormat {
                 }
             }
             Self::Nvfp4 => f.write_str("NVFP4"),
+            Self::Nf4 => f.write_str("NF4"),
         }
     }
 }
@@ -146,6 +151,7 @@ impl WeightFormat {
                 zeros: !symmetric,
                 ..plain
             },
+            Self::Nf4 => bitsandbytes::nf4(bitsandbytes::BLOCK),
             Self::Nvfp4 => Scheme {
                 element: Element::E2m1,
                 group: (1, nvfp4::GROUP),
@@ -196,6 +202,22 @@ impl WeightFormat {
                 let shape = [rows as i64, cols as i64].iter().flat_map(|side| side.to_le_bytes()).collect();
                 out.push((spec("_shape", Dtype::I64, vec![2]), StoredPart::Constant(shape)));
                 out
+            }
+            Self::Nf4 => {
+                let bytes = |floats: &[f32]| floats.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+                let state = serde_json::json!({
+                    "quant_type": "nf4", "blocksize": bitsandbytes::BLOCK, "dtype": "bfloat16", "shape": [rows, cols],
+                });
+                let state = state.to_string().into_bytes();
+                vec![
+                    made(0)(spec("", Dtype::U8, vec![(rows * cols).div_ceil(2), 1])),
+                    made(1)(spec(".absmax", Dtype::F32, vec![across])),
+                    (spec(".quant_map", Dtype::F32, vec![16]), StoredPart::Constant(bytes(&floats::NF4))),
+                    (
+                        spec(".quant_state.bitsandbytes__nf4", Dtype::U8, vec![state.len()]),
+                        StoredPart::Constant(state),
+                    ),
+                ]
             }
             Self::Nvfp4 => vec![
                 made(0)(spec("_packed", Dtype::U8, vec![rows, cols / 2])),

@@ -4,9 +4,10 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use moe::recipe::Named;
-use moe_checkpoint::Mtp;
+use moe_checkpoint::{BasePrecision, Mtp};
 use moe_core::data::Source;
 use moe_core::train::Decay;
+use moe_peft::fold::FoldPrecision;
 
 use crate::{Error, Result, TINY_MOE, cli};
 
@@ -43,6 +44,13 @@ pub struct Arguments {
     /// First drop half of the units of the routed experts, then train what is left
     #[arg(long)]
     pub recover: bool,
+    /// Round the base to this while it is trained on, and keep it packed in memory (QLoRA): nf4, int4, int8, fp8, mxfp4
+    /// or nvfp4. A model that is quantized already is kept packed as it is
+    #[arg(long, value_name = "NAME", value_parser = base_precision)]
+    pub base_precision: Option<BasePrecision>,
+    /// What quantized weights become in what is written: bf16, or as-base for the format of the base
+    #[arg(long, value_name = "PRECISION", default_value = "bf16", value_parser = fold_precision)]
+    pub fold: FoldPrecision,
     /// With --recover, what becomes of layers that predict further tokens, in models that have them: drop or prune
     #[arg(long)]
     pub mtp: Option<Mtp>,
@@ -156,6 +164,20 @@ impl Arguments {
     /// The output directory.
     pub fn out_dir(&self) -> PathBuf {
         self.out.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_OUT))
+    }
+}
+
+/// What a base is rounded to.
+fn base_precision(text: &str) -> std::result::Result<BasePrecision, String> {
+    text.parse().map_err(|error: moe_checkpoint::Error| error.to_string())
+}
+
+/// What quantized weights become.
+fn fold_precision(text: &str) -> std::result::Result<FoldPrecision, String> {
+    match text {
+        "bf16" => Ok(FoldPrecision::Bf16),
+        "as-base" => Ok(FoldPrecision::AsBase),
+        _ => Err("expected bf16 or as-base".into()),
     }
 }
 

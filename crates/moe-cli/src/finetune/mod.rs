@@ -6,10 +6,12 @@ mod report;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use burn::tensor::Device;
 use moe::jobs;
 use moe::recipe::{TrainingChanges, Tune};
-use moe_checkpoint::{Existing, WriteOptions, write, write_atomic};
+use moe_checkpoint::{Checkpoint, Existing, WriteOptions, write, write_atomic};
 use moe_core::Model;
 use moe_core::data::{Dataset, DatasetOptions, EvalSet, LossOver, Source, Tokenizer, Wave, WaveOptions};
 use moe_core::evaluate::{EvaluateOptions, Evaluation, evaluate};
@@ -89,7 +91,12 @@ impl Job {
         };
         let out = OutDir::check(&arguments.out_dir(), existing)?;
         let device = moe_core::device::device(&arguments.device)?;
-        let model = Model::open(arguments.model_dir(), &device, arguments.max_memory)?;
+        let checkpoint = Arc::new(Checkpoint::open(arguments.model_dir())?);
+        // Half of the units are chosen and dropped at the precision of the checkpoint.
+        let model = match arguments.recover {
+            true => Model::new(checkpoint, &device, arguments.max_memory)?,
+            false => trained_on(&checkpoint, &device, &arguments)?,
+        };
         let files = arguments.data_files()?;
         let tokenizer = match arguments.model_dir().join("tokenizer.json").exists() {
             true => Some(Tokenizer::from_dir(arguments.model_dir())?),
@@ -150,6 +157,8 @@ impl Job {
             "model_fingerprint": self.model.checkpoint().fingerprint(),
             "calibration": { "hash": self.data.hash, "wave_tokens": self.arguments.step_tokens },
             "recover": self.arguments.recover,
+            "base_precision": self.arguments.base_precision,
+            "fold": self.arguments.fold,
             "methods": methods,
         })
     }
@@ -289,6 +298,7 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
             directory: &dir,
             save_every: job.arguments.save_every.get(),
             resume: job.existing == OutExisting::Resume,
+            fold: job.arguments.fold,
         };
         // Several methods side by side would fill the screen; their tables are in their directories.
         let told = job.recipes.len() == 1;
@@ -344,5 +354,17 @@ fn halved(job: &Job) -> Result<Model> {
             &WriteOptions { existing, ..WriteOptions::default() },
         )?;
     }
-    Ok(Model::open(dir, job.model.device(), job.arguments.max_memory)?)
+    trained_on(&Arc::new(Checkpoint::open(dir)?), job.model.device(), &job.arguments)
+}
+
+/// The model as it is trained on: rounded to the precision that was asked for, and, if it is quantized, packed in memory
+/// and decoded wherever it is used.
+fn trained_on(checkpoint: &Arc<Checkpoint>, device: &Device, arguments: &Arguments) -> Result<Model> {
+    let base = match arguments.base_precision {
+        Some(precision) => precision.on(checkpoint)?.model().clone(),
+        None => checkpoint.packed_in_memory()?,
+    };
+    let packed = base.quantization().is_some();
+    let model = Model::new(base, device, arguments.max_memory)?;
+    Ok(if packed { model.with_weights_decoded_per_use() } else { model })
 }

@@ -114,6 +114,7 @@ impl Engine<'_> {
             waiting: if self.model.config().is_parallel() { 3 } else { 2 }
                 * 4
                 * (tokens * self.model.config().hidden_size) as u64,
+            decoded_per_use: self.model.decodes_per_use(),
         };
         memory::plan(self.model.config(), size, memory::limit(self.model.max_memory()))
     }

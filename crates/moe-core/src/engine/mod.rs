@@ -110,6 +110,7 @@ impl<'m> Engine<'m> {
             head_tokens: self.options.head_tokens,
             experts_together: memory::experts_together(self.model.device()),
             waiting: 0,
+            decoded_per_use: self.model.decodes_per_use(),
         };
         memory::plan(self.model.config(), size, memory::limit(self.model.max_memory()))
     }

@@ -24,6 +24,7 @@ impl Model {
         let mut model = Self::new(self.checkpoint.clone(), &self.device, self.max_memory)?;
         (model.experts, model.routing) = (self.experts.clone(), self.routing.clone());
         model.adapters = Some(adapters);
+        model.decoded_per_use = self.decoded_per_use;
         Ok(model)
     }
 

@@ -39,6 +39,7 @@ pub struct Model {
     checkpoint: Arc<Checkpoint>,
     device: Device,
     max_memory: Option<u64>,
+    decoded_per_use: bool,
     experts: Option<Arc<dyn ExpertOverlay>>,
     routing: Option<Arc<dyn RoutingOverlay>>,
     adapters: Option<Arc<dyn Adapters>>,
@@ -125,6 +126,7 @@ impl Model {
         Ok(Self {
             device: device.clone(),
             max_memory,
+            decoded_per_use: false,
             experts: None,
             routing: None,
             adapters: None,
@@ -164,7 +166,24 @@ impl Model {
             overlay::routing::check(&**routing, model.config(), &model.router)?;
         }
         (model.experts, model.routing) = (experts, routing);
+        model.decoded_per_use = self.decoded_per_use;
         Ok(model)
+    }
+
+    /// The same model whose weights are decoded wherever they are used: between uses there are only the bytes that the
+    /// checkpoint holds, so that a [packed](moe_checkpoint::Checkpoint::packed_in_memory) checkpoint takes the memory of
+    /// its codes and scales whatever `max_memory` is, and a sweep decodes each matrix once forward and once backward.
+    /// Adapters, overlays and generation work as ever, and results are the same to the bit.
+    #[must_use]
+    pub fn with_weights_decoded_per_use(mut self) -> Self {
+        self.set_residency(Residency::default());
+        self.decoded_per_use = true;
+        self
+    }
+
+    /// Whether [weights are decoded wherever they are used](Self::with_weights_decoded_per_use).
+    pub fn decodes_per_use(&self) -> bool {
+        self.decoded_per_use
     }
 
     /// The overlay its experts are seen through.

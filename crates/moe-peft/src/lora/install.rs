@@ -125,7 +125,7 @@ impl Builder<'_> {
                     );
                     return Err(Error::Unsupported(what));
                 };
-                let shape = <[usize; 2]>::try_from(&self.checkpoint.role(role)?.shape[..]).unwrap_or_default();
+                let shape = <[usize; 2]>::try_from(&self.checkpoint.plain_role(role)?.shape[..]).unwrap_or_default();
                 let live = self.live(name, shape, values)?;
                 self.set.add(Site::Layer(layer, site), Arc::new(OwnMatrix(live.clone())))?;
                 Ok(vec![live])

@@ -225,7 +225,7 @@ impl<'a> Maps<'a> {
     }
 
     fn shape(&self, role: Role) -> Option<[usize; 2]> {
-        <[usize; 2]>::try_from(self.checkpoint.role(role).ok()?.shape.as_slice()).ok()
+        <[usize; 2]>::try_from(self.checkpoint.plain_role(role).ok()?.shape.as_slice()).ok()
     }
 }
 

@@ -154,7 +154,7 @@ impl LoraWeights {
             low.check(*map, dims)?;
         }
         for (role, values) in &self.whole {
-            let len: usize = maps.checkpoint().role(*role)?.shape.iter().product();
+            let len: usize = maps.checkpoint().plain_role(*role)?.shape.iter().product();
             if values.len() != len {
                 let what = format!("values of `{}` saved whole", maps.tensor_name(*role));
                 return Err(Error::input(what, values.len(), len));

@@ -209,7 +209,7 @@ impl Reader<'_> {
             let expected = "lora_A, lora_B, lora_magnitude_vector, or a tensor of the model outside its experts";
             return Err(self.error(format!("tensor `{name}`"), "no part of a LoRA for this model", expected));
         };
-        let shape = &self.maps.checkpoint().role(role)?.shape;
+        let shape = &self.maps.checkpoint().plain_role(role)?.shape;
         if values.shape != *shape {
             let found = format!("{:?}", values.shape);
             return Err(self.error(format!("shape of tensor `{name}`"), found, format!("{shape:?}, as in the model")));

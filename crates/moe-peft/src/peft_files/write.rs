@@ -235,7 +235,7 @@ fn others(weights: &LoraWeights, maps: &Maps<'_>, written: &[Written]) -> Result
             }
             _ => name,
         };
-        tensors.push((name, maps.checkpoint().role(*role)?.shape.clone(), values.clone()));
+        tensors.push((name, maps.checkpoint().plain_role(*role)?.shape.clone(), values.clone()));
     }
     if !weights.tokens.is_empty() {
         let path = maps.path(MatrixId::Embedding, Naming::Fused);

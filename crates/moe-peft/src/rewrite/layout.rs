@@ -41,6 +41,11 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
+    /// Names of the tensors of maps with new matrices.
+    pub fn tensors(&self) -> BTreeSet<String> {
+        self.parts.values().flatten().map(|part| part.tensor.clone()).collect()
+    }
+
     /// Checks that what is new fits the base.
     pub fn new(base: &Checkpoint, rewrite: &Rewrite) -> Result<Self> {
         let known: BTreeMap<Site, [usize; 2]> =

@@ -12,7 +12,11 @@ mod changes;
 mod layout;
 mod source;
 
-use std::{collections::BTreeMap, ops::Range, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    sync::Arc,
+};
 
 use moe_checkpoint::{Checkpoint, Dtype, Step, decode_f32, encode};
 use moe_core::adapters::Site;
@@ -81,6 +85,11 @@ impl Rewrite {
 impl Rewritten {
     pub fn model(&self) -> &Arc<Checkpoint> {
         &self.model
+    }
+
+    /// Names of the tensors that may have new values.
+    pub fn tensors(&self) -> BTreeSet<String> {
+        self.source.tensors()
     }
 
     /// What became of every map and tensor: makes all of them.

@@ -2,7 +2,7 @@
 
 use std::{
     borrow::Cow,
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -33,6 +33,12 @@ pub(super) struct Source {
 impl Source {
     pub fn new(base: Arc<Checkpoint>, rewrite: Rewrite, layout: Layout, step: Step) -> Self {
         Self { base, rewrite, layout, step, waiting: Mutex::default() }
+    }
+
+    /// Names of the tensors that may have new values.
+    pub fn tensors(&self) -> BTreeSet<String> {
+        let rows = self.rewrite.tensors.keys().cloned();
+        self.layout.tensors().into_iter().chain(rows).collect()
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {

@@ -27,6 +27,7 @@ use moe_core::data::{Dataset, DatasetOptions, LossOver, Tokenizer, WaveOptions};
 use moe_importance::{Calibration, Scorer};
 use moe_merge::{EvidenceOptions, MergeOptions, OutputForm, collect_evidence};
 use moe_peft::TrainingRun;
+use moe_peft::fold::FoldPrecision;
 use moe_prune::{Budget, PruneForm, PruneOptions, Pruner};
 
 use crate::eval_file::{EvalFile, EvalOptions};
@@ -135,7 +136,7 @@ pub fn tune(
     std::fs::create_dir_all(directory).map_err(Error::io(directory))?;
     let waves = data.waves(WaveOptions::Tokens(step_tokens));
     let labels = data.labels_of(&waves);
-    let run = TrainingRun { model, waves: &waves, labels: &labels, directory, save_every: SAVE_EVERY, resume: false };
+    let run = TrainingRun { model, waves: &waves, labels: &labels, directory, save_every: SAVE_EVERY, resume: false, fold: FoldPrecision::Bf16 };
     let saved = run.train(recipe, &mut |_| Ok(()))?.save(model, directory, Existing::Refuse)?;
     saved.model.ok_or_else(|| Error::Invalid("what was trained stays beside the weights, in the adapter".into()))
 }

@@ -2,8 +2,10 @@
 
 use std::num::NonZeroUsize;
 
+use moe_checkpoint::BasePrecision;
 use moe_core::train::Decay;
 use moe_peft::MethodConfig;
+use moe_peft::fold::FoldPrecision;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -44,6 +46,15 @@ pub struct Tune {
     /// depends on its input.
     #[serde(default = "yes")]
     pub fold: bool,
+    /// What the base is rounded to while it is trained on (QLoRA): `nf4`, `int4`, `int8`, `fp8`, `mxfp4` or `nvfp4`;
+    /// by default it stays what it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub base_precision: Option<BasePrecision>,
+    /// What quantized weights become when a LoRA goes into them: `bf16`, or `as_base` for the format of the base.
+    #[serde(default)]
+    #[schemars(with = "String")]
+    pub fold_precision: FoldPrecision,
     /// Steps between saved states.
     #[serde(default = "save_every")]
     pub save_every: NonZeroUsize,
@@ -78,6 +89,8 @@ impl Tune {
             step_tokens: step_tokens(),
             loss: completions(),
             fold: true,
+            base_precision: None,
+            fold_precision: FoldPrecision::default(),
             save_every: save_every(),
         }
     }

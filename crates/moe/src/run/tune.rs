@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use burn::tensor::Device;
 use moe_checkpoint::Checkpoint;
 use moe_core::Model;
 use moe_core::data::{DatasetOptions, Tokenizer, WaveOptions};
@@ -70,10 +71,15 @@ impl Run<'_> {
         let WaveOptions::Tokens(tokens) = rows.options else {
             return Err(Error::Invalid("tune: rows that are not in waves of tokens".into()));
         };
-        let of = [json(&recipe)?, self.model.fingerprint(), rows.data.hash.clone(), tokens.to_string()];
+        let base = match step.base_precision {
+            Some(precision) => precision.on(&self.model)?.model().clone(),
+            None => self.model.clone(),
+        };
+        let fold = json(&step.fold_precision)?;
+        let of = [json(&recipe)?, base.fingerprint(), rows.data.hash.clone(), tokens.to_string(), fold];
         let (dir, reused) = self.artifacts.begin("tune", &of.each_ref().map(String::as_str))?;
         if !reused {
-            let model = Model::new(self.model.clone(), &self.device, self.max_memory)?;
+            let model = engine_model(&base, &self.device, self.max_memory)?;
             let labels = rows.data.labels_of(&rows.waves);
             let training = TrainingRun {
                 model: &model,
@@ -82,6 +88,7 @@ impl Run<'_> {
                 directory: &dir,
                 save_every: step.save_every.get(),
                 resume: true,
+                fold: step.fold_precision,
             };
             let name = recipe_name(&recipe)?;
             let trained = jobs::train(&training, &recipe, &name, false, self.options.progress)?;
@@ -131,6 +138,14 @@ impl Run<'_> {
             }
         }
         Ok(Some(target))
+    }
+}
+
+/// What is trained on: a quantized base stays packed and is decoded wherever it is used.
+fn engine_model(base: &Arc<Checkpoint>, device: &Device, max_memory: Option<u64>) -> Result<Model> {
+    match base.quantization() {
+        Some(_) => Ok(Model::new(base.packed_in_memory()?, device, max_memory)?.with_weights_decoded_per_use()),
+        None => Ok(Model::new(base.clone(), device, max_memory)?),
     }
 }
 
