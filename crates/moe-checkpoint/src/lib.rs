@@ -101,8 +101,8 @@ pub use parallel::collect_in_order;
 pub use protection::{Protected, ProtectionMask};
 pub use provenance::Provenance;
 pub use quantize::{
-    BasePrecision, InputMoments, KeptQuantization, MatrixOrigin, QUANTIZE_METHOD, QuantizeOptions, QuantizeReport, Quantized,
-    QuantizedPart, WeightFormat,
+    BasePrecision, InputMoments, KeptQuantization, MatrixOrigin, QUANTIZE_METHOD, QuantizeOptions, QuantizeReport,
+    Quantized, QuantizedPart, WeightFormat,
 };
 pub use ragged::{UniformShape, dequantized_config, ragged_config, uniform_config, uniform_shape_config};
 pub use record::{RECORD_FILE, Record, Step};

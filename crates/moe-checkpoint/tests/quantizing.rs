@@ -222,7 +222,8 @@ impl ModelSource for Doubled {
         if tensor.name != self.1 {
             return Ok(bytes);
         }
-        let double = |bytes: &[u8]| half::bf16::from_f32(2.0 * half::bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32());
+        let double =
+            |bytes: &[u8]| half::bf16::from_f32(2.0 * half::bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32());
         Ok(Cow::Owned(bytes.chunks(2).flat_map(|bytes| double(bytes).to_le_bytes()).collect()))
     }
 

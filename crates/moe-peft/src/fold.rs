@@ -138,11 +138,7 @@ impl Folded {
     /// # Errors
     /// As [`Folded::check`]; [`moe_checkpoint::Error::Quantize`] for [`FoldPrecision::AsBase`] on a format that is read
     /// only.
-    pub fn check_in_precision(
-        base: &Arc<Checkpoint>,
-        set: &AdapterSet,
-        precision: FoldPrecision,
-    ) -> Result<FoldCheck> {
+    pub fn check_in_precision(base: &Arc<Checkpoint>, set: &AdapterSet, precision: FoldPrecision) -> Result<FoldCheck> {
         let plain = base.dequantized()?;
         foldable(&plain, set)?;
         let rewrite = rewrite(&plain, set)?;

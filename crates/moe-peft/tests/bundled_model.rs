@@ -72,7 +72,8 @@ impl Job {
     fn train(&self, method: Value, train: Value, directory: &Path) -> (Trained, SavedPaths) {
         let recipe: Recipe = serde_json::from_value(json!({"method": method, "train": train})).unwrap();
         let (model, waves, labels) = (&self.base, &self.waves[..], &self.labels);
-        let run = TrainingRun { model, waves, labels, directory, save_every: 50, resume: false, fold: FoldPrecision::Bf16 };
+        let run =
+            TrainingRun { model, waves, labels, directory, save_every: 50, resume: false, fold: FoldPrecision::Bf16 };
         let trained = run.train(&recipe, &mut |_| Ok(())).unwrap();
         let saved = trained.save(model, directory, Existing::Refuse).unwrap();
         (trained, saved)
@@ -221,7 +222,15 @@ fn a_pasted_config_of_peft_is_a_method() {
     let waves = tuning::waves(&base, 1);
     let labels = BTreeMap::new();
     let directory = &dir.path().join("out");
-    let run = TrainingRun { model: &base, waves: &waves, labels: &labels, directory, save_every: 5, resume: false, fold: FoldPrecision::Bf16 };
+    let run = TrainingRun {
+        model: &base,
+        waves: &waves,
+        labels: &labels,
+        directory,
+        save_every: 5,
+        resume: false,
+        fold: FoldPrecision::Bf16,
+    };
     let short =
         Recipe { train: moe_core::train::TrainOptions { max_steps: Some(1), ..recipe.train.clone() }, ..recipe };
     let trained = run.train(&short, &mut |_| Ok(())).unwrap();

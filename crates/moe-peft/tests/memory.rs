@@ -206,7 +206,15 @@ fn turns_go_on_after_an_interruption_with_what_was_parked() {
     let labels = BTreeMap::new();
     let run = |name: &str, resume: bool, stop: Option<usize>| {
         let directory = &dir.path().join(name);
-        let run = TrainingRun { model: &model, waves: &waves, labels: &labels, directory, save_every: 1, resume, fold: FoldPrecision::Bf16 };
+        let run = TrainingRun {
+            model: &model,
+            waves: &waves,
+            labels: &labels,
+            directory,
+            save_every: 1,
+            resume,
+            fold: FoldPrecision::Bf16,
+        };
         let trained = run.train(&recipe(7), &mut |event| match event {
             RunEvent::Train { event: TrainEvent::Step { step, .. }, .. } if Some(*step) == stop => {
                 Err(moe_core::Error::observer("stopped").into())

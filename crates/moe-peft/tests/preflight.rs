@@ -43,7 +43,15 @@ fn unreadable(model: &Model) -> Vec<Wave> {
 
 fn refused(model: &Model, recipe: &Recipe, directory: &Path, resume: bool) -> String {
     let (waves, labels) = (unreadable(model), BTreeMap::new());
-    let run = TrainingRun { model, waves: &waves, labels: &labels, directory, save_every: 1, resume, fold: FoldPrecision::Bf16 };
+    let run = TrainingRun {
+        model,
+        waves: &waves,
+        labels: &labels,
+        directory,
+        save_every: 1,
+        resume,
+        fold: FoldPrecision::Bf16,
+    };
     run.train(recipe, &mut |_| Ok(())).err().unwrap().to_string()
 }
 
@@ -107,7 +115,15 @@ fn what_a_method_says_of_itself_is_refused_before_the_model_is_run() {
     }
     let (waves, labels) = (Vec::new(), BTreeMap::new());
     let directory = &dir.path().join("none");
-    let run = TrainingRun { model: &model, waves: &waves, labels: &labels, directory, save_every: 1, resume: false, fold: FoldPrecision::Bf16 };
+    let run = TrainingRun {
+        model: &model,
+        waves: &waves,
+        labels: &labels,
+        directory,
+        save_every: 1,
+        resume: false,
+        fold: FoldPrecision::Bf16,
+    };
     let error = run.train(&recipe(&json!({"type": "esft"}), json!({})), &mut |_| Ok(())).err().unwrap().to_string();
     assert!(error.contains("training waves: found 0") && !directory.exists(), "{error}");
 }
@@ -150,7 +166,15 @@ fn what_is_outlined_has_the_names_and_shapes_of_what_is_trained() {
         assert!(places(&installed).iter().all(|site| all.contains(site)), "{name}");
         let labels = BTreeMap::new();
         let directory = &dir.path().join(name);
-        let run = TrainingRun { model: &model, waves: &rows, labels: &labels, directory, save_every: 1, resume: false, fold: FoldPrecision::Bf16 };
+        let run = TrainingRun {
+            model: &model,
+            waves: &rows,
+            labels: &labels,
+            directory,
+            save_every: 1,
+            resume: false,
+            fold: FoldPrecision::Bf16,
+        };
         let mut short = recipe.clone();
         short.train.max_steps = Some(2);
         run.train(&short, &mut |_| Ok(())).unwrap().save(&model, directory, Existing::Refuse).unwrap();

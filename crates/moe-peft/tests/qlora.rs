@@ -154,15 +154,17 @@ fn a_base_that_is_rounded_on_the_fly_takes_its_packed_bytes_and_little_besides()
             let held = quantized.packed_bytes();
             // Held once: rounding works matrix by matrix.
             assert!((bytes as u64) < held + held / 4 + (2 << 20), "{name}: {bytes} to hold {held}");
-            let model =
-                Model::new(quantized, &common::device(), None).unwrap().with_weights_decoded_per_use();
+            let model = Model::new(quantized, &common::device(), None).unwrap().with_weights_decoded_per_use();
             let dir = dir.path().join(format!("{name}-{dora}"));
             let (training, trained) = peak(|| train(&model, &waves, &recipe, FoldPrecision::Bf16, &dir));
             // Values, gradients and two moments of each; the same sweep over a base whose weights are converted once
             // holds all of them as f32, and this one none.
             let adapters = 4 * 4 * trained.cost.trained;
             assert!(training as u64 > adapters && held * 3 < converted, "{name}: {training}, {adapters}, {held}");
-            assert!(training as u64 + converted < full as u64 + (1 << 20), "{name}: {training} with {converted}, {full}");
+            assert!(
+                training as u64 + converted < full as u64 + (1 << 20),
+                "{name}: {training} with {converted}, {full}"
+            );
         }
     }
 }

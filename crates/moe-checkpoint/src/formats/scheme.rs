@@ -355,7 +355,9 @@ impl Scheme {
             Element::E2m1 => {
                 parted.codes.chunks(2).map(|pair| pair[0] | pair.get(1).map_or(0, |code| code << 4)).collect()
             }
-            Element::Nf4 => parted.codes.chunks(2).map(|pair| pair[0] << 4 | pair.get(1).copied().unwrap_or(0)).collect(),
+            Element::Nf4 => {
+                parted.codes.chunks(2).map(|pair| pair[0] << 4 | pair.get(1).copied().unwrap_or(0)).collect()
+            }
             Element::Integer(bits) => {
                 let row_bytes = 4 * (cols * bits).div_ceil(32);
                 let mut out = vec![0u8; rows * row_bytes];

@@ -213,10 +213,7 @@ impl WeightFormat {
                     made(0)(spec("", Dtype::U8, vec![(rows * cols).div_ceil(2), 1])),
                     made(1)(spec(".absmax", Dtype::F32, vec![across])),
                     (spec(".quant_map", Dtype::F32, vec![16]), StoredPart::Constant(bytes(&floats::NF4))),
-                    (
-                        spec(".quant_state.bitsandbytes__nf4", Dtype::U8, vec![state.len()]),
-                        StoredPart::Constant(state),
-                    ),
+                    (spec(".quant_state.bitsandbytes__nf4", Dtype::U8, vec![state.len()]), StoredPart::Constant(state)),
                 ]
             }
             Self::Nvfp4 => vec![

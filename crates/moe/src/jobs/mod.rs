@@ -136,7 +136,15 @@ pub fn tune(
     std::fs::create_dir_all(directory).map_err(Error::io(directory))?;
     let waves = data.waves(WaveOptions::Tokens(step_tokens));
     let labels = data.labels_of(&waves);
-    let run = TrainingRun { model, waves: &waves, labels: &labels, directory, save_every: SAVE_EVERY, resume: false, fold: FoldPrecision::Bf16 };
+    let run = TrainingRun {
+        model,
+        waves: &waves,
+        labels: &labels,
+        directory,
+        save_every: SAVE_EVERY,
+        resume: false,
+        fold: FoldPrecision::Bf16,
+    };
     let saved = run.train(recipe, &mut |_| Ok(()))?.save(model, directory, Existing::Refuse)?;
     saved.model.ok_or_else(|| Error::Invalid("what was trained stays beside the weights, in the adapter".into()))
 }
