@@ -8,6 +8,7 @@ mod goldens;
 mod gpu;
 mod prose;
 mod router_study;
+mod sessions;
 mod study;
 
 use std::path::{Path, PathBuf};
@@ -53,6 +54,9 @@ enum Verb {
         #[arg(long)]
         write: bool,
     },
+    /// Run the commands of docs/sessions.md and docs/jobs/by-one-command.md again and compare what they print with what
+    /// the pages show, numbers apart (a minute or two on two cores)
+    Sessions(sessions::Options),
     /// Whole models on a GPU backend against the CPU (Mesa's software Vulkan will do)
     Gpu {
         /// wgpu, vulkan or cuda
@@ -88,6 +92,7 @@ fn main() -> ExitCode {
         Verb::Book { check, write } => book::run(check, write),
         Verb::Prose { write } => prose::run(write),
         Verb::Goldens { python } => goldens::run(&python),
+        Verb::Sessions(options) => sessions::run(&options),
         Verb::Gpu { device } => gpu::run(&device),
         Verb::Study(options) => study::run(&options),
         Verb::RouterStudy(options) => router_study::run(&options),

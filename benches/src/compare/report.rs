@@ -5,7 +5,7 @@ use super::catalog::{EVIDENCE, EXPERTS, GLOBAL, GRID, LAYER, MAIN_SCORER, UNIFOR
 use super::study::Finished;
 use super::tables::{Section, curves, knock_outs};
 use crate::Result;
-use crate::figures::{Bars, Lines, Point, bars, heat_map, lines, tail};
+use crate::figures::{Bars, Lines, Point, bars, lines};
 use crate::format::percent;
 use crate::report::Report;
 
@@ -41,8 +41,16 @@ pub fn html(study: &Finished, sections: &[Section]) -> Result<String> {
         }
         report.table(&section.table);
         if section.id == "equal-size" {
-            report.section("Where importance sits");
-            importance(study)?.iter().for_each(|(svg, caption)| report.figure(svg, caption));
+            for calibrated in &study.summary.calibrated {
+                let key = (calibrated.clone(), study.summary.seeds[0]);
+                if let Some(tables) = study.lab.scored.get(&key).and_then(|scored| scored.tables.get(MAIN_SCORER)) {
+                    report.importance(
+                        &format!("{MAIN_SCORER}, {calibrated}"),
+                        &tables.units,
+                        &study.settings.ratios,
+                    )?;
+                }
+            }
         }
     }
     report.section("How it was made");
@@ -65,28 +73,6 @@ fn figures(study: &Finished, id: &str) -> Result<Vec<(String, String)>> {
         "allocators" => study.summary.calibrated.iter().map(|calibrated| layers(study, calibrated)).collect(),
         _ => Ok(Vec::new()),
     }
-}
-
-/// Where importance sits, and how it falls off.
-fn importance(study: &Finished) -> Result<Vec<(String, String)>> {
-    let mut figures = Vec::new();
-    for calibrated in &study.summary.calibrated {
-        let key = (calibrated.clone(), study.summary.seeds[0]);
-        let Some(tables) = study.lab.scored.get(&key).and_then(|scored| scored.tables.get(MAIN_SCORER)) else {
-            continue;
-        };
-        figures.push((
-            heat_map(&tables.units)?,
-            format!(
-                "{calibrated}: {MAIN_SCORER} importance of every expert, the sum over its units; logarithmic colors."
-            ),
-        ));
-        figures.push((
-            tail(&tables.units, &study.settings.ratios)?,
-            format!("{calibrated}: {MAIN_SCORER} scores of all units. What lies right of a dashed line is dropped by {GLOBAL}."),
-        ));
-    }
-    Ok(figures)
 }
 
 /// Divergence by size.

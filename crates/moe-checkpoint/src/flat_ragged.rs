@@ -1,6 +1,8 @@
 //! The layout of ragged experts that the vLLM plugin of HectorHHZ/Less-is-MoE reads (its `docs/RAGGED_EXPERTS.md`,
-//! format version 1): the bytes of our own [ragged](crate::ragged_config) layout under other names, for families whose
-//! experts are SiLU without biases.
+//! format versions 1 and 2): the bytes of our own [ragged](crate::ragged_config) layout under other names. Version 1 is
+//! for families whose experts are SiLU without biases, version 2 for gpt-oss and Gemma 4, whose experts it describes by
+//! their activation and whether they have biases. The documentation does not name the tensors of biases; the names are
+//! those of the plugin's code (`intdim/ragged.py`).
 //!
 //! | here | there |
 //! |---|---|
@@ -8,6 +10,8 @@
 //! | `moe_ragged.expert_widths` | `less_is_moe.expert_intermediate_sizes` |
 //! | `….experts.ragged_gate_up` `[2U, H]` | `….experts.gate_up_proj` `[2U * H]` |
 //! | `….experts.ragged_down` `[H * U]` | `….experts.down_proj` `[H * U]` |
+//! | `….experts.ragged_gate_up_bias` `[2U]` | `….experts.gate_up_proj_bias` `[2U]` |
+//! | `….experts.ragged_down_bias` `[E, H]` | `….experts.down_proj_bias` `[E, H]` |
 //!
 //! Layers and experts keep their original indices there, so that experts that went with their rows of the router have
 //! no place.
@@ -33,21 +37,83 @@ use crate::{
 
 /// Key of the plugin's object in `config.json`.
 const KEY: &str = "less_is_moe";
-/// Version of that object.
-const VERSION: usize = 1;
-/// What it calls the layout.
-const LAYOUT: &str = "flat_gate_up_down_v1";
 /// What its architectures begin with.
 const PREFIX: &str = "Ragged";
-/// Model types that the plugin reads in this version, and their architectures.
-const FAMILIES: [(&str, &str); 4] = [
-    ("qwen2_moe", "Qwen2MoeForCausalLM"),
-    ("olmoe", "OlmoeForCausalLM"),
-    ("qwen3_moe", "Qwen3MoeForCausalLM"),
-    ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM"),
+
+/// A family that the plugin reads.
+struct Described {
+    model_type: &'static str,
+    architecture: &'static str,
+    /// Activation and biases as version 2 says them; none where version 1 implies them.
+    experts: Option<(&'static str, bool)>,
+}
+
+impl Described {
+    const fn plain(model_type: &'static str, architecture: &'static str) -> Self {
+        Self { model_type, architecture, experts: None }
+    }
+
+    fn version(&self) -> usize {
+        if self.experts.is_some() { 2 } else { 1 }
+    }
+
+    /// What the plugin calls the layout.
+    fn layout(&self) -> &'static str {
+        if self.experts.is_some() { "flat_gate_up_down_v2" } else { "flat_gate_up_down_v1" }
+    }
+
+    fn biases(&self) -> ExpertBiases {
+        if self.experts.is_some_and(|(_, biases)| biases) { ExpertBiases::All } else { ExpertBiases::None }
+    }
+
+    /// Whether experts compute what the plugin takes for granted, as far as the config of the family may say otherwise.
+    fn check(&self, fields: &Fields<'_>) -> Result<()> {
+        let named = |key: &str, expected: &str| match fields.string(key)? {
+            Some(found) if found != expected => Err(fields.invalid(key, format!("\"{expected}\""))),
+            _ => Ok(()),
+        };
+        match self.model_type {
+            "gemma4_text" => named("hidden_activation", "gelu_pytorch_tanh")?,
+            _ => named("hidden_act", "silu")?,
+        }
+        let limit = fields.value("swiglu_limit").and_then(Value::as_f64).unwrap_or(7.0);
+        if self.model_type == "gpt_oss" && limit != 7.0 {
+            return Err(fields.invalid("swiglu_limit", "7"));
+        }
+        if fields.value("quantization_config").is_some_and(|found| !found.is_null()) {
+            return Err(fields.invalid("quantization_config", "none: the plugin reads BF16"));
+        }
+        Ok(())
+    }
+}
+
+/// Model types that the plugin reads.
+const FAMILIES: [Described; 6] = [
+    Described::plain("qwen2_moe", "Qwen2MoeForCausalLM"),
+    Described::plain("olmoe", "OlmoeForCausalLM"),
+    Described::plain("qwen3_moe", "Qwen3MoeForCausalLM"),
+    Described::plain("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM"),
+    Described { model_type: "gpt_oss", architecture: "GptOssForCausalLM", experts: Some(("swigluoai", true)) },
+    Described { model_type: "gemma4_text", architecture: "Gemma4ForCausalLM", experts: Some(("gelu_tanh", false)) },
 ];
-/// Our name of the tensor, and the plugin's.
-const NAMES: [(&str, &str); 2] = [("ragged_gate_up", "gate_up_proj"), ("ragged_down", "down_proj")];
+
+/// The family of a model type.
+fn described(model_type: &str) -> Option<&'static Described> {
+    FAMILIES.iter().find(|family| family.model_type == model_type)
+}
+
+/// Names of the model types there are.
+fn known() -> String {
+    FAMILIES.map(|family| family.model_type).join(", ")
+}
+
+/// Our name of the tensor, and the plugin's. The first two are one dimension there.
+const NAMES: [(&str, &str); 4] = [
+    ("ragged_gate_up", "gate_up_proj"),
+    ("ragged_down", "down_proj"),
+    ("ragged_gate_up_bias", "gate_up_proj_bias"),
+    ("ragged_down_bias", "down_proj_bias"),
+];
 /// Bytes copied at a time.
 const COPY_BYTES: usize = 4 << 20;
 /// Bytes of one sample of a fingerprint.
@@ -62,7 +128,7 @@ pub fn write_flat_ragged(model: &Checkpoint, to: impl AsRef<Path>, existing: Exi
     let config = flat_config(model)?;
     let specs: Vec<TensorSpec> = model.tensors().map(|info| flat_spec(info.spec())).collect();
     let output = OutputDir::create(to.as_ref(), existing)?;
-    let recipe = json!({ "layout": LAYOUT, "model": model.fingerprint() }).to_string();
+    let recipe = json!({ "layout": config[KEY]["weight_layout"], "model": model.fingerprint() }).to_string();
     let mut writer = ShardedWriter::new(output.path(), WriterOptions { recipe, ..WriterOptions::default() }, specs)?;
     for info in model.tensors() {
         let name = flat_name(&info.name).unwrap_or_else(|| info.name.clone());
@@ -185,6 +251,7 @@ fn flat_name(name: &str) -> Option<String> {
 
 fn flat_spec(spec: TensorSpec) -> TensorSpec {
     match flat_name(&spec.name) {
+        Some(name) if name.ends_with("_bias") => TensorSpec { name, ..spec },
         Some(name) => TensorSpec { name, shape: vec![spec.shape.iter().product()], ..spec },
         None => spec,
     }
@@ -197,6 +264,9 @@ fn own_spec(spec: &TensorSpec, hidden: usize) -> Result<TensorSpec> {
         NAMES.iter().find(|(_, flat)| *flat == tensor).map(|(own, _)| (format!("{experts}.{own}"), *own))
     });
     let Some((name, own)) = own else { return Ok(spec.clone()) };
+    if own.ends_with("_bias") {
+        return Ok(TensorSpec { name, ..spec.clone() });
+    }
     let [elements] = spec.shape[..] else {
         let reason = format!("shape {:?}, expected one dimension: experts one after the other", spec.shape);
         return Err(Error::InvalidTensorSpec { tensor: spec.name.clone(), reason });
@@ -216,10 +286,10 @@ fn flat_config(model: &Checkpoint) -> Result<Value> {
         return Err(no("expected a ragged checkpoint whose experts share no weights".into()));
     }
     let config = model.config();
-    let Some((model_type, architecture)) = FAMILIES.iter().find(|(name, _)| *name == config.model_type) else {
-        let known: Vec<&str> = FAMILIES.iter().map(|(name, _)| *name).collect();
-        return Err(no(format!("family {}, the layout is for {}", config.model_type, known.join(", "))));
+    let Some(family) = described(&config.model_type) else {
+        return Err(no(format!("family {}, the layout is for {}", config.model_type, known())));
     };
+    family.check(&Fields::new(model.raw_config(), CONFIG)?)?;
     let mut sizes = Map::new();
     let counts: BTreeSet<usize> = model.shape().layers.iter().map(|layer| layer.num_experts()).collect();
     for (number, layer) in config.layers.iter().enumerate() {
@@ -228,8 +298,9 @@ fn flat_config(model: &Checkpoint) -> Result<Value> {
                 "layer {number} is dense, the layout is for models of which every layer has experts"
             )));
         };
-        if moe.biases != ExpertBiases::None {
-            return Err(no(format!("layer {number}: experts have biases, for which the layout has no place")));
+        if moe.biases != family.biases() {
+            let reason = "experts have biases that the family has not, for which the layout has no place";
+            return Err(no(format!("layer {number}: {reason}")));
         }
         sizes.insert(number.to_string(), json!(moe.widths));
     }
@@ -241,9 +312,14 @@ fn flat_config(model: &Checkpoint) -> Result<Value> {
     }
     let Value::Object(fields) = &mut raw else { return Err(no("config.json is no object".into())) };
     fields.shift_remove("moe_ragged");
-    fields.insert("model_type".into(), json!(model_type));
-    fields.insert("architectures".into(), json!([format!("{PREFIX}{architecture}")]));
-    let object = json!({ "format_version": VERSION, "weight_layout": LAYOUT, "expert_intermediate_sizes": sizes });
+    fields.insert("model_type".into(), json!(family.model_type));
+    fields.insert("architectures".into(), json!([format!("{PREFIX}{}", family.architecture)]));
+    let mut object = json!({
+        "format_version": family.version(), "weight_layout": family.layout(), "expert_intermediate_sizes": sizes,
+    });
+    if let Some((activation, bias)) = family.experts {
+        object["expert_options"] = json!({ "activation": activation, "bias": bias });
+    }
     fields.insert(KEY.into(), object);
     Ok(raw)
 }
@@ -253,18 +329,21 @@ fn own_config(flat: &Value) -> Result<Value> {
     let fields = Fields::new(flat, CONFIG)?;
     let object = fields.object(KEY)?;
     let object = object.ok_or_else(|| fields.missing(KEY, "an object: the directory is in another layout"))?;
-    let version = object.required_integer("format_version", 1, usize::MAX)?;
-    if version != VERSION {
-        return Err(object.invalid("format_version", format!("{VERSION}, the version this crate reads")));
-    }
-    if object.string("weight_layout")? != Some(LAYOUT) {
-        return Err(object.invalid("weight_layout", format!("\"{LAYOUT}\"")));
-    }
-    let model_type = fields.string("model_type")?;
-    let Some((_, architecture)) = FAMILIES.iter().find(|(name, _)| Some(*name) == model_type) else {
-        let known: Vec<&str> = FAMILIES.iter().map(|(name, _)| *name).collect();
-        return Err(fields.invalid("model_type", format!("one of {}", known.join(", "))));
+    let Some(family) = fields.string("model_type")?.and_then(described) else {
+        return Err(fields.invalid("model_type", format!("one of {}", known())));
     };
+    let version = object.required_integer("format_version", 1, usize::MAX)?;
+    if version != family.version() {
+        return Err(object.invalid("format_version", format!("{}, that of this family", family.version())));
+    }
+    if object.string("weight_layout")? != Some(family.layout()) {
+        return Err(object.invalid("weight_layout", format!("\"{}\"", family.layout())));
+    }
+    let options = family.experts.map(|(activation, bias)| json!({ "activation": activation, "bias": bias }));
+    if let Some(expected) = options.filter(|expected| object.value("expert_options") != Some(expected)) {
+        return Err(object.invalid("expert_options", expected.to_string()));
+    }
+    family.check(&fields)?;
     let layers = object.object("expert_intermediate_sizes")?;
     let layers = layers.ok_or_else(|| object.missing("expert_intermediate_sizes", "widths by layer"))?;
     let mut widths = BTreeMap::new();
@@ -277,7 +356,7 @@ fn own_config(flat: &Value) -> Result<Value> {
     let mut stock = flat.clone();
     if let Value::Object(fields) = &mut stock {
         fields.shift_remove(KEY);
-        fields.insert("architectures".into(), json!([architecture]));
+        fields.insert("architectures".into(), json!([family.architecture]));
     }
     ragged_config(&stock, &widths, &BTreeSet::new())
 }

@@ -1,196 +1,21 @@
 //! Fetching and publishing, against a server on this machine that speaks the Hub's API.
 #![cfg(feature = "hub")]
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+#[path = "hub/server.rs"]
+mod server;
+
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use moe_checkpoint::Checkpoint;
 use moe_checkpoint::hub::{HubAccess, HubOptions, HubProgress, PushOptions, fetch, push};
-use serde_json::{Value, json};
-
-const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
-const TOKEN: &str = "hf_of_this_test";
-
-/// What the server has and what it was asked.
-#[derive(Default)]
-struct State {
-    files: BTreeMap<String, Vec<u8>>,
-    /// Files whose connection breaks in the middle.
-    breaks: BTreeSet<String>,
-    /// Files that are listed and not there.
-    missing: BTreeSet<String>,
-    /// Contents that were asked for, in order.
-    asked: Vec<String>,
-    /// Revisions that were asked for.
-    revisions: Vec<String>,
-    /// Commits: the message, and the names of files.
-    commits: Vec<(String, Vec<String>)>,
-    private: Option<bool>,
-}
-
-/// A Hub with one private repository, `owner/name`.
-struct Hub {
-    endpoint: String,
-    state: Arc<Mutex<State>>,
-}
+use server::{Hub, TOKEN, files_of, model};
 
 impl Hub {
-    fn start(files: BTreeMap<String, Vec<u8>>) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let state = Arc::new(Mutex::new(State { files, ..State::default() }));
-        let shared = state.clone();
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let state = shared.clone();
-                std::thread::spawn(move || while answer(&stream, &state).is_some() {});
-            }
-        });
-        Self { endpoint, state }
-    }
-
     fn access(&self, cache: &Path) -> HubAccess {
         HubAccess { endpoint: Some(self.endpoint.clone()), token: Some(TOKEN.into()), cache: Some(cache.into()) }
     }
-}
-
-/// Answers one request; none when the connection ends.
-fn answer(stream: &TcpStream, state: &Mutex<State>) -> Option<()> {
-    let mut reader = BufReader::new(stream.try_clone().ok()?);
-    let mut line = String::new();
-    reader.read_line(&mut line).ok().filter(|read| *read > 0)?;
-    let mut words = line.split_whitespace();
-    let (method, target) = (words.next()?.to_string(), words.next()?.to_string());
-    let (mut length, mut token) = (0, false);
-    loop {
-        let mut header = String::new();
-        reader.read_line(&mut header).ok()?;
-        let header = header.trim_end();
-        if header.is_empty() {
-            break;
-        }
-        let (name, value) = header.split_once(':')?;
-        match name.to_ascii_lowercase().as_str() {
-            "content-length" => length = value.trim().parse().ok()?,
-            "authorization" => token = value.trim() == format!("Bearer {TOKEN}"),
-            "expect" => drop(stream.try_clone().ok()?.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")),
-            _ => {}
-        }
-    }
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body).ok()?;
-    let path = target.split('?').next()?.to_string();
-    let reply = if token { respond(&method, &path, &body, &mut state.lock().unwrap()) } else { Reply::status(401) };
-    let mut out = stream.try_clone().ok()?;
-    let mut head = format!("HTTP/1.1 {} X\r\nContent-Length: {}\r\n", reply.status, reply.body.len());
-    reply.headers.iter().for_each(|(name, value)| head += &format!("{name}: {value}\r\n"));
-    out.write_all(format!("{head}\r\n").as_bytes()).ok()?;
-    if method == "HEAD" {
-        return Some(());
-    }
-    if reply.breaks {
-        out.write_all(&reply.body[..reply.body.len() / 2]).ok()?;
-        let _ = out.shutdown(std::net::Shutdown::Both);
-        return None;
-    }
-    out.write_all(&reply.body).ok()
-}
-
-struct Reply {
-    status: u16,
-    headers: Vec<(&'static str, String)>,
-    body: Vec<u8>,
-    breaks: bool,
-}
-
-impl Reply {
-    fn status(status: u16) -> Self {
-        Self { status, headers: Vec::new(), body: b"{}".to_vec(), breaks: false }
-    }
-
-    fn json(value: &Value) -> Self {
-        let headers = vec![("Content-Type", "application/json".to_string())];
-        Self { headers, body: value.to_string().into_bytes(), ..Self::status(200) }
-    }
-}
-
-fn respond(method: &str, path: &str, body: &[u8], state: &mut State) -> Reply {
-    if let Some(revision) = path.strip_prefix("/api/models/owner/name/revision/") {
-        state.revisions.push(revision.to_string());
-        return Reply::json(&json!({"id": "owner/name", "sha": COMMIT}));
-    }
-    if path.starts_with("/api/models/owner/name/tree/") {
-        let files = state
-            .files
-            .iter()
-            .map(|(name, bytes)| json!({"type": "file", "oid": etag(bytes), "size": bytes.len(), "path": name}));
-        return Reply::json(&files.collect());
-    }
-    if let Some(name) = path.strip_prefix(&format!("/owner/name/resolve/{COMMIT}/")) {
-        let Some(bytes) = state.files.get(name).filter(|_| !state.missing.contains(name)).cloned() else {
-            return Reply::status(404);
-        };
-        if method == "GET" {
-            state.asked.push(name.to_string());
-        }
-        let headers = vec![("ETag", format!("\"{}\"", etag(&bytes))), ("X-Repo-Commit", COMMIT.to_string())];
-        let breaks = method == "GET" && state.breaks.remove(name);
-        return Reply { headers, body: bytes, breaks, ..Reply::status(200) };
-    }
-    match (method, path) {
-        ("POST", "/api/repos/create") => {
-            let request: Value = serde_json::from_slice(body).unwrap();
-            assert_eq!((&request["organization"], &request["name"]), (&json!("owner"), &json!("name")));
-            if state.private.is_some() {
-                return Reply::status(409);
-            }
-            state.private = request["private"].as_bool();
-            Reply::json(&json!({"url": "http://hub/owner/name"}))
-        }
-        ("POST", "/api/models/owner/name/preupload/main") => {
-            let request: Value = serde_json::from_slice(body).unwrap();
-            let files = request["files"].as_array().unwrap().iter();
-            let files: Vec<Value> = files
-                .map(|file| json!({"path": file["path"], "uploadMode": "regular", "shouldIgnore": false}))
-                .collect();
-            Reply::json(&json!({"files": files}))
-        }
-        ("POST", "/api/models/owner/name/commit/main") => {
-            let lines: Vec<Value> = body
-                .split(|byte| *byte == b'\n')
-                .filter(|l| !l.is_empty())
-                .map(|l| serde_json::from_slice(l).unwrap())
-                .collect();
-            let message = lines[0]["value"]["summary"].as_str().unwrap().to_string();
-            let names = lines[1..].iter().map(|line| {
-                assert!(line["key"] == "file" && !line["value"]["content"].as_str().unwrap().is_empty());
-                line["value"]["path"].as_str().unwrap().to_string()
-            });
-            state.commits.push((message, names.collect()));
-            Reply::json(&json!({"commitUrl": "http://hub/owner/name/commit/1", "commitOid": COMMIT}))
-        }
-        _ => Reply::status(404),
-    }
-}
-
-fn etag(bytes: &[u8]) -> String {
-    blake3::hash(bytes).to_hex()[..40].to_string()
-}
-
-/// A small model.
-fn model() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parity/tf5/qwen2_moe")
-}
-
-fn files_of(directory: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entries =
-        std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file());
-    entries
-        .map(|path| (path.file_name().unwrap().to_str().unwrap().to_string(), std::fs::read(path).unwrap()))
-        .collect()
 }
 
 /// Names of the files that a cache of the Hub has completely.

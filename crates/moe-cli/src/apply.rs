@@ -1,5 +1,6 @@
 //! Applying saved plans.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -7,8 +8,9 @@ use clap::Parser;
 use moe::jobs::SavedPlan;
 use moe::recipe::Form;
 use moe_checkpoint::{Checkpoint, Existing, Mtp, WriteOptions, write};
-use moe_merge::{Evidence, MergeOptions, OutputForm};
-use moe_prune::{EditSource, Edits, FineGrained, PruneForm, PruneOptions, PrunePlan, PrunedPrecision};
+use moe_merge::{Evidence, MergeOptions, MergeReport, OutputForm};
+use moe_prune::{EditSource, Edits, FineGrained, PruneForm, PruneOptions, PrunePlan, PrunedModel, PrunedPrecision};
+use serde::Serialize;
 
 use crate::progress::{Progress, Unit};
 use crate::{Error, Result};
@@ -59,32 +61,82 @@ pub struct Arguments {
     /// Replace an output that is there
     #[arg(long)]
     pub force: bool,
+    /// One JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
 }
 
-/// Applies the plans and writes; text to print.
+/// What was applied.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// What each plan did, in order.
+    pub applied: Vec<Applied>,
+    /// Parameters of the outcome.
+    pub parameters: u64,
+    /// Bytes of its tensors.
+    pub bytes: u64,
+    /// The directory.
+    pub out: PathBuf,
+}
+
+/// What one plan did.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Applied {
+    /// A plan of pruning.
+    Prune(moe_prune::Report),
+    /// A plan of merging.
+    Merge(MergeReport),
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for applied in &self.applied {
+            match applied {
+                Applied::Prune(report) => writeln!(f, "{report}")?,
+                Applied::Merge(report) => writeln!(f, "{report}")?,
+            }
+        }
+        writeln!(f, "{}", self.out.display())
+    }
+}
+
+/// Applies the plans and writes.
 ///
 /// # Errors
 /// Plans that do not fit, forms that are impossible, an output that exists: before anything is written.
-pub fn run(arguments: &Arguments, progress: Progress) -> Result<String> {
+pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     let mut model = Arc::new(Checkpoint::open(&arguments.model)?);
-    let mut told = String::new();
+    let mut applied = Vec::new();
     let plans = arguments.plan.iter().map(|path| SavedPlan::load(path)).collect::<Result<Vec<_>>>()?;
     let last_prune = plans.iter().rposition(|plan| matches!(plan, SavedPlan::Prune(_)));
     if arguments.edits.is_some() && last_prune.is_none() {
         return Err(Error::Usage("--edits: goes with a plan of pruning, and there is none".into()));
     }
     for (number, plan) in plans.into_iter().enumerate() {
-        match if arguments.rebind { plan.rebound(&model)? } else { plan } {
+        let plan = match (arguments.rebind, model.is_model(plan.model())) {
+            (true, _) => plan.rebound(&model)?,
+            (false, true) => plan,
+            (false, false) => {
+                let (path, made_for) = (arguments.plan[number].display(), plan.model());
+                let found = format!("{} is {}", model.dir().display(), model.fingerprint());
+                return Err(Error::Invalid(format!(
+                    "{path}: made for the model {made_for}, and {found}; --rebind gives it to a sibling of the same shape"
+                )));
+            }
+        };
+        match plan {
             SavedPlan::Prune(plan) => {
                 let edits = arguments.edits.as_ref().filter(|_| Some(number) == last_prune);
-                let (pruned, report) = prune(arguments, &plan, edits, &model)?;
-                (model, told) = (pruned, told + &report);
+                let pruned = prune(arguments, &plan, edits, &model)?;
+                applied.push(Applied::Prune(pruned.report().clone()));
+                model = pruned.model().clone();
             }
             SavedPlan::Merge(plan) => {
                 let evidence = arguments.evidence.as_ref().map(Evidence::load).transpose()?.map(Arc::new);
                 let options = MergeOptions { evidence, mtp: arguments.mtp, ..MergeOptions::new(arguments.merged_form) };
                 let merged = plan.on(&model, &options)?;
-                told += &format!("{}\n", merged.report());
+                applied.push(Applied::Merge(merged.report().clone()));
                 model = merged.model().clone();
             }
         }
@@ -100,7 +152,8 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<String> {
         _ => Existing::Refuse,
     };
     write(&model, &arguments.out, &WriteOptions { existing, progress: Some(&tell), ..WriteOptions::default() })?;
-    Ok(format!("{told}{}\n", arguments.out.display()))
+    let (parameters, bytes) = (model.parameters(), model.bytes_on_disk());
+    Ok(Report { applied, parameters, bytes, out: arguments.out.clone() })
 }
 
 fn prune(
@@ -108,7 +161,7 @@ fn prune(
     plan: &PrunePlan,
     edits: Option<&PathBuf>,
     model: &Arc<Checkpoint>,
-) -> Result<(Arc<Checkpoint>, String)> {
+) -> Result<PrunedModel> {
     let edits = match edits {
         Some(path) => Some(Arc::new(Edits::load(path, plan)?) as Arc<dyn EditSource>),
         None => None,
@@ -116,8 +169,7 @@ fn prune(
     let form = arguments.form.with(FineGrained::new(arguments.pieces));
     let precision = if arguments.bf16 { PrunedPrecision::Bf16 } else { PrunedPrecision::AsBase };
     let options = PruneOptions { mtp: arguments.mtp, edits, precision, ..PruneOptions::new(form) };
-    let pruned = plan.on(model, &options)?;
-    Ok((pruned.model().clone(), format!("{}\n", pruned.report())))
+    Ok(plan.on(model, &options)?)
 }
 
 /// The model that a saved plan makes of another one, to be run rather than written: in the form that keeps widths as

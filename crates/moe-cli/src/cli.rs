@@ -17,6 +17,9 @@ use crate::{Error, Result};
 pub const EXIT_CODES: &str = "Exit codes: 0 done; 1 stopped by an error, which stderr says in a line; 2 wrong usage: options or values \
 that do not go together. What is not 0 has written no output directory under its final name.";
 
+/// Columns of tables whose cells are sentences.
+pub const COLUMNS: u16 = 120;
+
 /// Runs a program: parses its arguments, logs warnings to stderr, prints what `main` returns to stdout, and turns an
 /// error into one line on stderr and an exit code: 2 for usage, 1 for anything else. `MOE_LOG` changes what is logged,
 /// as `info` or `moe_core=debug,warn` do.

@@ -1,21 +1,40 @@
 //! What fine-tuning changed, as a small file.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use moe_checkpoint::{Checkpoint, Existing, WriteOptions, check_output, write};
 use moe_peft::codec::{ComPeft, Delta, DeltaBase, DeltaReport, KeptValues, PlainDelta, TaskVector};
+use serde::Serialize;
 
 use crate::format::{count, size};
 use crate::{Error, Result};
 
 /// Writes what fine-tuning changed as a small file (ComPEFT), or adds such a file to its base.
 #[derive(Clone, Debug, clap::Parser)]
-#[command(name = "delta")]
+#[command(
+    name = "delta",
+    after_help = "Examples:\n  moe delta encode --base DIR --tuned DIR --density 0.1 --out domain.delta\n  \
+moe delta apply domain.delta --base DIR --out OUT"
+)]
 pub struct Arguments {
     /// What to do
     #[command(subcommand)]
     pub verb: Verb,
+    /// One JSON object on stdout
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// What was written.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The file or directory.
+    pub out: PathBuf,
+    /// Sizes, of a delta.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub delta: Option<DeltaReport>,
 }
 
 /// What to do.
@@ -62,11 +81,11 @@ pub enum Verb {
     },
 }
 
-/// Does it; what was written, for a terminal.
+/// Does it.
 ///
 /// # Errors
 /// Arguments that do not go together, and what stops it.
-pub fn run(arguments: Arguments) -> Result<String> {
+pub fn run(arguments: Arguments) -> Result<Report> {
     match arguments.verb {
         Verb::Encode { base, tuned, adapter, density, alpha, plain, out } => {
             let open = |dir: &PathBuf| Checkpoint::open(dir);
@@ -84,7 +103,7 @@ pub fn run(arguments: Arguments) -> Result<String> {
                 true => PlainDelta::Changed.encode(vector, &out)?,
                 false => ComPeft { density, values: KeptValues::Scaled { alpha } }.encode(vector, &out)?,
             };
-            Ok(text(&report, &out.display().to_string()))
+            Ok(Report { out, delta: Some(report) })
         }
         Verb::Apply { delta, base, out, force } => {
             let existing = if force { Existing::Force } else { Existing::Refuse };
@@ -102,20 +121,22 @@ pub fn run(arguments: Arguments) -> Result<String> {
                 }
                 (_, None) => return Err(Error::Usage("this is the delta of a checkpoint: --base DIR".into())),
             }
-            Ok(format!("{}: written\n", out.display()))
+            Ok(Report { out, delta: None })
         }
     }
 }
 
-fn text(report: &DeltaReport, out: &str) -> String {
-    let DeltaReport { tensors, elements, kept, payload_bytes, file_bytes, dense_bytes, .. } = *report;
-    format!(
-        "{out}: {tensors} tensors, {} of {} elements kept, {} ({} without its table of tensors), {:.1} times smaller than the {} of 16 bits each\n",
-        count(kept),
-        count(elements),
-        size(file_bytes),
-        size(payload_bytes),
-        report.ratio(),
-        size(dense_bytes),
-    )
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let out = self.out.display();
+        let Some(report) = &self.delta else { return writeln!(f, "{out}: written") };
+        let DeltaReport { tensors, elements, kept, payload_bytes, file_bytes, dense_bytes, .. } = *report;
+        let (kept, elements, ratio) = (count(kept), count(elements), report.ratio());
+        let [file, payload, dense] = [file_bytes, payload_bytes, dense_bytes].map(size);
+        writeln!(
+            f,
+            "{out}: {tensors} tensors, {kept} of {elements} elements kept, {file} ({payload} without its table of tensors), \
+             {ratio:.1} times smaller than the {dense} of 16 bits each"
+        )
+    }
 }

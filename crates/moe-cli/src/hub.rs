@@ -38,6 +38,9 @@ pub struct PullArguments {
     /// Only what the cache has: no network
     #[arg(long)]
     pub offline: bool,
+    /// One JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
     /// Which Hub, and who asks
     #[command(flatten)]
     pub access: AccessArguments,
@@ -64,6 +67,9 @@ pub struct PushArguments {
     /// A new repository can be seen by its owner alone
     #[arg(long)]
     pub private: bool,
+    /// One JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
     /// Which Hub, and who asks
     #[command(flatten)]
     pub access: AccessArguments,
@@ -79,7 +85,10 @@ pub fn pull(arguments: &PullArguments, progress: Progress) -> Result<String> {
     let (revision, offline) = (arguments.revision.clone(), arguments.offline);
     let options = moe_checkpoint::hub::HubOptions { revision, offline, access };
     let directory = moe_checkpoint::hub::fetch(&arguments.model, &options, shown(progress, "fetching"))?;
-    Ok(format!("{}\n", directory.display()))
+    Ok(match arguments.json {
+        true => format!("{}\n", serde_json::json!({ "model": arguments.model, "directory": directory })),
+        false => format!("{}\n", directory.display()),
+    })
 }
 
 /// Publishes; the address of the commit, to be printed.
@@ -96,7 +105,10 @@ pub fn push(arguments: &PushArguments, progress: Progress) -> Result<String> {
     };
     let model = &arguments.model;
     let commit = moe_checkpoint::hub::push(&arguments.directory, model, &options, shown(progress, "publishing"))?;
-    Ok(format!("{commit}\n"))
+    Ok(match arguments.json {
+        true => format!("{}\n", serde_json::json!({ "model": model, "commit": commit })),
+        false => format!("{commit}\n"),
+    })
 }
 
 #[cfg(feature = "hub")]

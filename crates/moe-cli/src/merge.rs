@@ -12,6 +12,7 @@ use moe_checkpoint::{Checkpoint, Dtype, Existing, Mtp, OutputDir, ProtectionMask
 use moe_core::data::{Source, Tokenizer, Wave};
 use moe_core::{Engine, EngineOptions, Model, TeacherLogits, evaluate};
 use moe_merge::{Amount, CompactModel, CompactReport, MergeReport, OutputForm, Recipe};
+use moe_prune::Budget;
 use serde::Serialize;
 
 use crate::progress::Progress;
@@ -35,14 +36,21 @@ pub struct Arguments {
     #[arg(long, value_name = "NAME|JSON|FILE", value_parser = Named::parse)]
     pub recipe: Named,
     /// Fraction of the experts to merge away; without it, as many as the recipe says (half, in a published one)
-    #[arg(long, value_parser = cli::ratio)]
+    #[arg(long, value_parser = cli::ratio, group = "budget")]
     pub ratio: Option<f64>,
     /// Experts that are left in every layer, or on average where the recipe shares its budget over layers
-    #[arg(long, value_name = "N", value_parser = cli::at_least(1), conflicts_with = "ratio")]
+    #[arg(long, value_name = "N", value_parser = cli::at_least(1), group = "budget")]
     pub experts_per_layer: Option<usize>,
-    /// stock, grouped or stock-copies
-    #[arg(long, default_value = "grouped")]
-    pub form: OutputForm,
+    /// Parameters of routed experts to keep, at most: as many whole experts as they make
+    #[arg(long, value_name = "N", group = "budget")]
+    pub keep_parameters: Option<u64>,
+    /// Bytes of the whole checkpoint to keep, at most, such as 24GB: as many whole experts as they make
+    #[arg(long, value_name = "SIZE", value_parser = cli::bytes, group = "budget")]
+    pub keep_bytes: Option<u64>,
+    /// stock, grouped or stock-copies [default: stock where the recipe leaves as many experts in every layer, else
+    /// grouped, which these crates read]
+    #[arg(long)]
+    pub form: Option<OutputForm>,
     /// New directory for the merged checkpoint; its plan and a report go beside it, as OUT.plan.json and
     /// OUT.report.html
     #[arg(long)]
@@ -156,7 +164,7 @@ impl fmt::Display for Report {
 /// # Errors
 /// Whatever is wrong with the arguments or the files they name, and whatever stops the run.
 pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> {
-    let recipe = recipe(arguments)?;
+    let mut recipe = recipe(arguments)?;
     let existing = match (arguments.force, arguments.resume) {
         (true, _) => Existing::Force,
         (false, true) => Existing::Resume,
@@ -183,14 +191,18 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
         None => ProtectionMask::none(),
     };
     let model = Model::open(&arguments.model, &moe_core::device::device(&arguments.device)?, arguments.max_memory)?;
+    if let Some(amount) = kept(arguments, &model)? {
+        recipe = recipe.with_amount(amount);
+    }
     let calibration = rows(arguments, &model, None)?;
     let test = arguments.test.as_deref().map(|path| rows(arguments, &model, Some(path))).transpose()?;
+    let form = form(arguments, &recipe, &model, progress);
     let merging = Merging {
         model: &model,
         waves: &calibration,
         recipe: &recipe,
         protect: &protect,
-        form: arguments.form,
+        form,
         mtp: arguments.mtp,
         sample: arguments.sample,
         at_once: arguments.at_once,
@@ -261,6 +273,39 @@ fn recipe(arguments: &Arguments) -> Result<Recipe> {
     };
     let step = Merge { amount, ..Merge::new(arguments.recipe.clone()) };
     step.recipe()
+}
+
+/// How many experts are left of each layer by a budget of parameters or bytes, if that is how it was given.
+fn kept(arguments: &Arguments, model: &Model) -> Result<Option<Amount>> {
+    let (flag, budget) = match (arguments.keep_parameters, arguments.keep_bytes) {
+        (Some(count), _) => ("--keep-parameters", Budget::KeepParameters(count)),
+        (None, Some(bytes)) => ("--keep-bytes", Budget::KeepBytes(bytes)),
+        (None, None) => return Ok(None),
+    };
+    let shape = model.checkpoint().shape();
+    let Budget::KeepParameters(parameters) = budget.resolve(model.checkpoint())? else { return Ok(None) };
+    let per_group: u64 = shape
+        .layers
+        .iter()
+        .map(|layer| (layer.units() / layer.num_experts().max(1) * shape.parameters_per_unit()) as u64)
+        .sum();
+    match parameters / per_group.max(1) {
+        0 => {
+            Err(Error::Usage(format!("{flag}: less than one expert of every layer, which has {per_group} parameters")))
+        }
+        groups => Ok(Some(Amount::Groups(groups as usize))),
+    }
+}
+
+/// The form that is asked for, or the best one that stock loaders read; said aloud if there is none.
+fn form(arguments: &Arguments, recipe: &Recipe, model: &Model, progress: Progress) -> OutputForm {
+    arguments.form.unwrap_or_else(|| match recipe.check(model.checkpoint(), OutputForm::Stock, arguments.mtp) {
+        Ok(()) => OutputForm::Stock,
+        Err(reason) => {
+            progress.say(&format!("form grouped, which these crates read: {reason}"));
+            OutputForm::Grouped
+        }
+    })
 }
 
 /// Waves of the rows of calibration, or of a file to measure on that is read like them.

@@ -78,12 +78,12 @@ pub fn main() -> ExitCode {
             cli::shown(&report, arguments.json)
         }
         Verb::Prune(arguments) => prune::run(&arguments, Progress::stderr()),
-        Verb::Apply(arguments) => apply::run(&arguments, Progress::stderr()),
+        Verb::Apply(arguments) => cli::shown(&apply::run(&arguments, Progress::stderr())?, arguments.json),
         Verb::Quantize(arguments) => {
             let report = quantize::run(&arguments, Progress::stderr())?;
             cli::shown(&report, arguments.json)
         }
-        Verb::Convert(arguments) => convert::run(&arguments),
+        Verb::Convert(arguments) => cli::shown(&convert::run(&arguments)?, arguments.json),
         Verb::Pull(arguments) => hub::pull(&arguments, Progress::stderr()),
         Verb::Push(arguments) => hub::push(&arguments, Progress::stderr()),
         Verb::Run(arguments) => run::run(&arguments, Progress::stderr()),
@@ -114,12 +114,13 @@ pub fn main() -> ExitCode {
         }
         Verb::Trace(arguments) => {
             cli::allocator(arguments.max_memory);
-            let trace::Summary { loss, tokens, loss_tokens, tensors } = trace::trace(&arguments)?;
-            let out = arguments.out.display();
-            Ok(format!("{tokens} tokens, loss {loss:.6} over {loss_tokens} predicted; {tensors} tensors in {out}\n"))
+            cli::shown(&trace::trace(&arguments)?, arguments.json)
         }
         Verb::Adapter(arguments) => adapter::run(arguments),
-        Verb::Delta(arguments) => delta::run(arguments),
+        Verb::Delta(arguments) => {
+            let json = arguments.json;
+            cli::shown(&delta::run(arguments)?, json)
+        }
         Verb::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Program::command(), "moe", &mut script);

@@ -7,8 +7,8 @@ use moe::recipe::{Evaluate, Recipe, Step};
 use moe::run::{RunOptions, run as run_recipe};
 use moe_core::data::Source;
 
-use crate::Result;
 use crate::progress::Progress;
+use crate::{Error, Result};
 
 /// Carries out a recipe: any chain of scoring, protection, pruning, merging, repairs, fine-tuning, measurements and
 /// writing, as one JSON file
@@ -18,7 +18,7 @@ use crate::progress::Progress;
 it follows from changes, also when other steps of the recipe do."
 )]
 pub struct Arguments {
-    /// The recipe: a JSON file, or the name of a published one; `list` tells what there is
+    /// The recipe: a JSON file, JSON, or the name of a published one; `list` tells what there is
     #[arg(required_unless_present = "schema")]
     pub recipe: Option<String>,
     /// Print the JSON Schema of recipes, for editors
@@ -74,11 +74,12 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<String> {
         for name in Recipe::names() {
             table.row([name.to_string(), Recipe::published(name)?.about]);
         }
-        return Ok(format!("{}\n", table.to_text()));
+        return Ok(format!("{}\n", table.to_text_within(crate::cli::COLUMNS)));
     }
-    let mut recipe = match Path::new(name).exists() {
-        true => Recipe::load(name)?,
-        false => Recipe::published(name)?,
+    let mut recipe = match (name.trim_start().starts_with('{'), Path::new(name).exists()) {
+        (true, _) => serde_json::from_str(name).map_err(|error| Error::Usage(format!("the recipe: {error}")))?,
+        (false, true) => Recipe::load(name)?,
+        (false, false) => Recipe::published(name)?,
     };
     if let Some(model) = &arguments.model {
         recipe.model.clone_from(model);

@@ -78,9 +78,15 @@ pub struct Report {
     /// Experts of every layer from the best to the worst, by every scorer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ranking: Option<PathBuf>,
+    /// Mask that protects super experts, if they were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub protect: Option<PathBuf>,
     /// Super experts, if they were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub super_experts: Option<Vec<ExpertId>>,
+    /// What the scores look like, for people; none for a shard.
+    #[serde(rename = "report", skip_serializing_if = "Option::is_none")]
+    pub page: Option<PathBuf>,
     /// Sequences of the whole data set.
     pub sequences: usize,
     /// Tokens collected in this run.
@@ -110,7 +116,8 @@ impl fmt::Display for Report {
         for ExpertId { layer, expert } in self.super_experts.iter().flatten() {
             writeln!(f, "super expert: layer {layer}, expert {expert}")?;
         }
-        self.scores.iter().chain(&self.ranking).try_for_each(|path| writeln!(f, "{}", path.display()))
+        let files = self.scores.iter().chain(&self.ranking).chain(&self.protect);
+        files.chain(&self.page).try_for_each(|path| writeln!(f, "{}", path.display()))
     }
 }
 
@@ -137,6 +144,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     };
     let Collected { statistics, sequences, tokens, seconds, loss } = collected;
     let (mut scores, mut super_experts, mut rankings) = (Vec::new(), None, Vec::new());
+    let (mut protect, mut report) = (None, None);
     let (mut tables, mut named) = (Vec::new(), Vec::new());
     if arguments.shard.is_none() {
         for scorer in &scorers {
@@ -156,12 +164,16 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     if let (None, Some(options)) = (&arguments.shard, arguments.super_experts) {
         let found = SuperExperts::find(&statistics, options)?;
         moe_checkpoint::write_json(&arguments.out.join("super_experts.json"), &serde_json::json!(found))?;
-        moe_checkpoint::write_json(&arguments.out.join("protect.json"), &serde_json::json!(found.protected()))?;
+        let path = arguments.out.join("protect.json");
+        moe_checkpoint::write_json(&path, &serde_json::json!(found.protected()))?;
+        protect = Some(path);
         super_experts = Some(found.protected());
     }
     if !named.is_empty() {
         let page = crate::pages::of_scores(&arguments.model, tokens, loss, &named)?;
-        page.write(arguments.out.join("report.html"))?;
+        let path = arguments.out.join("report.html");
+        page.write(&path)?;
+        report = Some(path);
     }
     let ranking = match rankings.is_empty() {
         true => None,
@@ -173,6 +185,8 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     };
     Ok(Report {
         scores,
+        protect,
+        page: report,
         ranking,
         super_experts,
         sequences,
@@ -251,7 +265,7 @@ fn scorers_help() -> String {
     let lines = ScorerConfig::DESCRIPTIONS.iter().map(|(name, what)| format!("  {name:<17}{}", what.trim()));
     format!(
         "Examples:\n  moe score --model DIR --data rows.jsonl --scorer fisher --scorer reap --out scores\n  \
-moe score --model DIR --statistics scores --scorer activation --out again\n\nScorers (parameters and formulas: documentation of moe-importance):\n{}",
+moe score --model DIR --statistics scores --scorer frequency --out again\n\nScorers (parameters and formulas: documentation of moe-importance):\n{}",
         lines.collect::<Vec<_>>().join("\n")
     )
 }

@@ -23,6 +23,7 @@ fn arguments(model: PathBuf, tokens: PathBuf, out: PathBuf) -> Arguments {
         grads: true,
         device: "flex".into(),
         wave_tokens,
+        json: false,
     }
 }
 

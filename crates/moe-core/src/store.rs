@@ -55,8 +55,8 @@ impl HiddenStore {
         Ok(Self { slots: (0..slots).map(|_| None).collect(), file, named: None, places: vec![None; slots] })
     }
 
-    /// A store of `slots` tensors with a file of a wave for each, which outlive the process. `in_memory`: what is put in
-    /// need not be read back, and its files are written beside the work that follows.
+    /// A store of `slots` tensors with a file of a wave for each, which outlive the process. `in_memory`: what is put
+    /// in need not be read back, and its files are written beside the work that follows.
     pub fn named(slots: usize, files: Arc<WaveFiles>, in_memory: bool) -> Self {
         let named = Some((files, in_memory));
         Self { slots: (0..slots).map(|_| None).collect(), file: None, named, places: vec![None; slots] }

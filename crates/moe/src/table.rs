@@ -1,7 +1,7 @@
 //! Tables, as text and as HTML.
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
-use comfy_table::{CellAlignment, Table as TextTable};
+use comfy_table::{CellAlignment, ContentArrangement, Table as TextTable};
 
 use crate::report::escape;
 
@@ -29,12 +29,21 @@ impl Table {
 
     /// For a terminal.
     pub fn to_text(&self) -> String {
+        self.text_table().to_string()
+    }
+
+    /// For a terminal, within so many columns: cells of sentences take several lines.
+    pub fn to_text_within(&self, columns: u16) -> String {
+        self.text_table().set_content_arrangement(ContentArrangement::Dynamic).set_width(columns).to_string()
+    }
+
+    fn text_table(&self) -> TextTable {
         let mut table = TextTable::new();
         table.load_style(UTF8_FULL_CONDENSED).set_header(&self.header).add_rows(&self.rows);
         for column in table.column_iter_mut().skip(self.left) {
             column.set_cell_alignment(CellAlignment::Right);
         }
-        table.to_string()
+        table
     }
 
     /// For a page of documentation.

@@ -53,11 +53,12 @@ fn faults_of(file: &Path, text: &str) -> Vec<String> {
     let mut faults = Vec::new();
     for (number, line) in text.lines().enumerate() {
         let trimmed = line.trim_start();
-        if is_page && trimmed.starts_with("```") {
+        let fence = if is_page { trimmed } else { words_of_comment(trimmed).unwrap_or_default() };
+        if fence.starts_with("```") {
             in_code = !in_code;
         }
         // A row of a table cannot be wrapped, and code is what it is.
-        let wraps = if is_page { !in_code && !trimmed.starts_with('|') } else { is_comment(trimmed) };
+        let wraps = !in_code && if is_page { !trimmed.starts_with('|') } else { is_comment(trimmed) };
         let columns = line.chars().count();
         if wraps && columns > COLUMNS {
             faults.push(format!("{}:{}: {columns} columns, at most {COLUMNS}", file.display(), number + 1));
@@ -73,9 +74,12 @@ fn faults_of(file: &Path, text: &str) -> Vec<String> {
 
 /// Whether a line is a comment of words, rather than a row of a table in one or an address.
 fn is_comment(line: &str) -> bool {
-    let Some(text) = line.strip_prefix("//") else { return false };
-    let text = text.trim_start_matches(['/', '!']).trim_start();
-    !text.starts_with('|') && text.contains(' ')
+    words_of_comment(line).is_some_and(|text| !text.starts_with('|') && text.contains(' '))
+}
+
+/// What a line of comment says.
+fn words_of_comment(line: &str) -> Option<&str> {
+    line.strip_prefix("//").map(|text| text.trim_start_matches(['/', '!']).trim_start())
 }
 
 /// Whether a line documents something by a single word.
@@ -108,5 +112,6 @@ mod tests {
         assert_eq!(faults("a.md", &format!("{long}\n")).len(), 1);
         assert!(faults("a.rs", &format!("let a = \"{long}\";\n//! | {long} |\n")).is_empty());
         assert!(faults("a.md", &format!("| {long} |\n```\n{long}\n```\n")).is_empty());
+        assert_eq!(faults("a.rs", &format!("/// ```\n/// {long}\n/// ```\n/// {long}\n")).len(), 1);
     }
 }

@@ -20,7 +20,11 @@ pub const DEFAULT_OUT: &str = "out/finetune_qwen";
 /// Without arguments it teaches a small bundled model division, which it has never seen, by several methods. With
 /// --model and --data it runs one method (--method or --recipe) on them and writes the result.
 #[derive(Clone, Debug, clap::Parser)]
-#[command(name = "finetune_qwen")]
+#[command(
+    name = "finetune_qwen",
+    after_help = "Examples:\n  moe tune --model DIR --data rows.jsonl --method lora --out OUT\n  \
+moe tune --model DIR --data rows.jsonl --eval rows_test.jsonl --method '{\"type\": \"lora\", \"r\": 8}' --epochs 2 --out OUT"
+)]
 pub struct Arguments {
     /// Hugging Face model directory [default: the bundled tiny-moe]
     #[arg(long, value_name = "DIR")]
@@ -32,11 +36,11 @@ pub struct Arguments {
     /// Rows to measure on, in a file named NAME_test.jsonl; repeatable
     #[arg(long, value_name = "FILE")]
     pub eval: Vec<PathBuf>,
-    /// A method by name, a list with commas, or a JSON file of a method, such as adapter_config.json of PEFT; `list`
-    /// prints the names
-    /// [default without --model: several]
-    #[arg(long, value_name = "NAME", value_delimiter = ',')]
-    pub method: Vec<String>,
+    /// A method by name, a list of names with commas, JSON such as {"type": "lora", "r": 8}, or a JSON file of a
+    /// method, such as adapter_config.json of PEFT; repeatable; `list` prints the names [default without --model:
+    /// several]
+    #[arg(long, value_name = "NAME|JSON|FILE", value_parser = methods)]
+    pub method: Vec<Methods>,
     /// A method with its options as JSON or a JSON file: {"type": "lora", "r": 8}, or {"method": …, "train": …}, as
     /// `recipe.json` of an earlier run has it
     #[arg(long, value_name = "JSON|FILE", conflicts_with = "method", value_parser = Named::parse)]
@@ -179,6 +183,16 @@ fn fold_precision(text: &str) -> std::result::Result<FoldPrecision, String> {
         "as-base" => Ok(FoldPrecision::AsBase),
         _ => Err("expected bf16 or as-base".into()),
     }
+}
+
+/// What one `--method` names: names and files, or a method as JSON.
+pub type Methods = Vec<String>;
+
+fn methods(text: &str) -> Result<Methods> {
+    Ok(match text.trim_start().starts_with('{') {
+        true => vec![text.to_string()],
+        false => text.split(',').map(|name| name.trim().to_string()).collect(),
+    })
 }
 
 /// How a learning rate falls.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use burn::tensor::Device;
 use moe::jobs;
-use moe::recipe::{TrainingChanges, Tune};
+use moe::recipe::{Named, TrainingChanges, Tune};
 use moe_checkpoint::{Checkpoint, Existing, WriteOptions, write, write_atomic};
 use moe_core::Model;
 use moe_core::data::{Dataset, DatasetOptions, EvalSet, LossOver, Source, Tokenizer, Wave, WaveOptions};
@@ -187,7 +187,7 @@ impl Job {
 /// The methods of a command line, with what it changes of them.
 fn recipes(arguments: &Arguments) -> Result<Vec<(String, Recipe)>> {
     let names: Vec<String> = match (arguments.method.is_empty(), arguments.model.is_some()) {
-        (false, _) => arguments.method.clone(),
+        (false, _) => arguments.method.concat(),
         (true, false) => DEFAULT_METHODS.iter().map(|name| (*name).to_owned()).collect(),
         (true, true) => Vec::new(),
     };
@@ -195,7 +195,7 @@ fn recipes(arguments: &Arguments) -> Result<Vec<(String, Recipe)>> {
         Some(named) => vec![("recipe".to_owned(), Tune::new(named.clone()).recipe(0)?)],
         None => {
             let bundled = arguments.model.is_none();
-            names.into_iter().map(|name| Ok((directory_name(&name), named(&name, bundled)?))).collect::<Result<_>>()?
+            names.into_iter().map(|name| of_method(&name, bundled)).collect::<Result<_>>()?
         }
     };
     if recipes.is_empty() {
@@ -222,6 +222,16 @@ fn recipes(arguments: &Arguments) -> Result<Vec<(String, Recipe)>> {
         }
     }
     Ok(recipes)
+}
+
+/// A method that was named or given as JSON, and what its directory is called.
+fn of_method(name: &str, bundled: bool) -> Result<(String, Recipe)> {
+    if !name.trim_start().starts_with('{') {
+        return Ok((directory_name(name), named(name, bundled)?));
+    }
+    let method = Named::parse(name).map_err(|error| Error::Usage(format!("--method: {error}")))?;
+    let called = method.object("type").get("type").and_then(|name| name.as_str()).unwrap_or("own").to_string();
+    Ok((called, Tune::new(method).recipe(0)?))
 }
 
 /// The name of a method as that of its directory: of a file without its folders and extension.
@@ -254,7 +264,7 @@ pub fn list() -> String {
 /// # Errors
 /// Those of [`run`].
 pub fn print(arguments: Arguments, progress: Progress) -> Result<String> {
-    if arguments.method.iter().any(|name| name == "list") {
+    if arguments.method.iter().flatten().any(|name| name == "list") {
         return Ok(list());
     }
     let json = arguments.json;

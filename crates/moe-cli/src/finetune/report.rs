@@ -38,11 +38,27 @@ fn key(evaluation: &Evaluation) -> String {
     format!("{}_{metric}", evaluation.name)
 }
 
+/// What a training cost, by column.
+const COSTS: [&str; 5] = ["steps", "trained values", "peak memory", "tokens/s", "last loss"];
+
+/// What a method cost, as [`COSTS`] says.
+fn costs(method: &MethodResult) -> [String; 5] {
+    let training = &method.training;
+    let last: Vec<f64> = training.losses.iter().rev().take(10).map(|point| point.loss).collect();
+    [
+        training.losses.len().to_string(),
+        count(training.trained),
+        training.peak_memory.map_or("–".into(), size),
+        count(training.tokens_per_second as u64),
+        format!("{:.3}", last.iter().sum::<f64>() / last.len().max(1) as f64),
+    ]
+}
+
 /// Method by what it learnt, what it kept and what it cost.
 pub fn table(results: &Results) -> Table {
     let mut header = vec!["method".to_owned()];
     header.extend(results.before.iter().map(heading));
-    header.extend(["steps", "trained values", "peak memory", "tokens/s", "last loss"].map(str::to_owned));
+    header.extend(COSTS.map(str::to_owned));
     let mut table = Table::new(header, 1);
     let none = ["", "", "", "", ""].map(str::to_owned);
     let row = |name: &str, evaluations: &[Evaluation], rest: [String; 5]| {
@@ -52,16 +68,8 @@ pub fn table(results: &Results) -> Table {
         table.row(row("(whole model)", whole, none.clone()));
     }
     table.row(row(if results.whole.is_some() { "(half of it)" } else { "(before)" }, &results.before, none));
-    for MethodResult { name, evaluations, training, .. } in &results.methods {
-        let last: Vec<f64> = training.losses.iter().rev().take(10).map(|point| point.loss).collect();
-        let rest = [
-            training.losses.len().to_string(),
-            count(training.trained),
-            training.peak_memory.map_or("–".into(), size),
-            count(training.tokens_per_second as u64),
-            format!("{:.3}", last.iter().sum::<f64>() / last.len().max(1) as f64),
-        ];
-        table.row(row(name, evaluations, rest));
+    for method in &results.methods {
+        table.row(row(&method.name, &method.evaluations, costs(method)));
     }
     table
 }
@@ -113,7 +121,11 @@ pub fn page(results: &Results) -> Result<Report> {
         "{}, trained on {rows} rows with {tokens} tokens, of which {predicted} count in the loss.",
         results.model.display()
     ));
-    report.table(&table(results));
+    let mut training = Table::new(["method"].into_iter().chain(COSTS), 1);
+    for method in &results.methods {
+        training.row([method.name.clone()].into_iter().chain(costs(method)));
+    }
+    report.table(&training);
     let quality = |of: &str, evaluations: &[Evaluation]| Quality {
         of: of.into(),
         measured: evaluations.iter().map(|found| Measurement { key: key(found), value: found.value() }).collect(),

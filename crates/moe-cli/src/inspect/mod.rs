@@ -73,7 +73,10 @@ impl fmt::Display for Facts {
                         }
                     }
                 }
-                value => writeln!(f, "{name:<18} {value}")?,
+                value => match value.as_u64().filter(|number| *number >= 10_000) {
+                    Some(number) => writeln!(f, "{name:<18} {}", crate::format::count(number))?,
+                    None => writeln!(f, "{name:<18} {value}")?,
+                },
             }
         }
         match self.text.is_empty() {

@@ -29,7 +29,10 @@ use recorder::{Recorder, gradient_name};
 /// The loss is the mean cross-entropy over all predicted tokens. Positions whose attention_mask is 0 are not run: they
 /// are zeros in the output and predict nothing.
 #[derive(Clone, Debug, clap::Parser)]
-#[command(name = "trace")]
+#[command(
+    name = "trace",
+    after_help = "Example: moe trace --model DIR --tokens rows.jsonl --out trace.safetensors --grads"
+)]
 pub struct Arguments {
     /// Hugging Face model directory
     #[arg(long, value_name = "DIR")]
@@ -59,10 +62,13 @@ pub struct Arguments {
     /// Tokens run together; a longer row is run by itself
     #[arg(long, value_name = "TOKENS", default_value = "16384", value_parser = cli::non_zero)]
     pub wave_tokens: NonZeroUsize,
+    /// One JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What was run.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Summary {
     /// Mean cross-entropy, in nats.
     pub loss: f64,
@@ -72,6 +78,13 @@ pub struct Summary {
     pub loss_tokens: usize,
     /// Tensors written.
     pub tensors: usize,
+}
+
+impl std::fmt::Display for Summary {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { loss, tokens, loss_tokens, tensors } = self;
+        writeln!(f, "{tokens} tokens, loss {loss:.6} over {loss_tokens} predicted; {tensors} tensors written")
+    }
 }
 
 /// Runs the model and writes the file.

@@ -47,8 +47,15 @@ pub fn check(command: &[String]) -> Result<(), String> {
         Err(error) => return Err(error.to_string().lines().next().unwrap_or_default().to_owned()),
     }
     match command {
-        [_, verb, recipe, ..] if verb == "run" && !recipe.starts_with('-') && !recipe.ends_with(".json") => {
-            Recipe::published(recipe).map(|_| ()).map_err(|error| error.to_string())
+        [_, verb, recipe, ..] if verb == "run" && recipe.starts_with('{') => {
+            serde_json::from_str::<Recipe>(recipe).map(|_| ()).map_err(|error| error.to_string())
+        }
+        [_, verb, recipe, ..] if verb == "run" && recipe != "list" && !recipe.starts_with('-') => {
+            if recipe.ends_with(".json") {
+                Ok(())
+            } else {
+                Recipe::published(recipe).map(drop).map_err(|e| e.to_string())
+            }
         }
         _ => Ok(()),
     }

@@ -31,9 +31,9 @@ pub fn page() -> String {
     for (name, what) in ScorerConfig::DESCRIPTIONS {
         page.push_str(&format!("| `{name}` | {} |\n", cell(what)));
     }
-    page.push_str("\n## Recipes of merging\n\nWhat `recipe` of a merge may name: ");
+    page.push_str("\n## Recipes of merging\n\n");
     let names: Vec<String> = moe_merge::Recipe::names().map(|name| format!("`{name}`")).collect();
-    page.push_str(&format!("{}.\n", names.join(", ")));
+    page.push_str(&paragraph(&format!("What `recipe` of a merge may name: {}.", names.join(", "))));
     page.push_str("\n## Methods of fine-tuning\n\n| name | what it trains | source |\n|---|---|---|\n");
     for method in moe_peft::METHODS {
         page.push_str(&format!("| `{}` | {} | {} |\n", method.name, cell(method.words), method.source));

@@ -29,9 +29,9 @@ const VERSION: u64 = 1;
 /// it; whoever keeps the results [removes](Self::remove) it.
 ///
 /// Files are written in a thread of their own while the sweep goes on, so that a sweep that is killed may do a part or
-/// two again. Each is written beside its place and renamed; the last one of a part of the sweep says that the part is done.
-/// Files are not synced, which a killed process does not need; what a power cut has left of them is found by length and
-/// checksum.
+/// two again. Each is written beside its place and renamed; the last one of a part of the sweep says that the part is
+/// done. Files are not synced, which a killed process does not need; what a power cut has left of them is found by
+/// length and checksum.
 #[derive(Debug)]
 pub struct UnfinishedWave {
     dir: PathBuf,

@@ -49,7 +49,7 @@ pub struct LoraFacts {
     pub peft_version: Option<String>,
     /// The model it was trained on, as the file says.
     pub base_model: Option<String>,
-    /// Rank.
+    /// Rank of the additions.
     pub r: usize,
     /// Numerator of the scale.
     pub lora_alpha: f64,
@@ -221,7 +221,13 @@ impl fmt::Display for AdapterFacts {
         writeln!(f, "{}: {tensors} tensors, {values} values, {bytes} bytes", kinds.join(" and "))?;
         if let Some(lora) = lora {
             let LoraFacts { r, lora_alpha, use_rslora, use_dora, init_lora_weights, .. } = lora;
-            write!(f, "r {r}, lora_alpha {lora_alpha}, begun as {init_lora_weights}")?;
+            let begun = init_lora_weights.to_string();
+            let begun = match begun.trim_matches('"') {
+                "true" => "at zero".to_string(),
+                "false" => "at random".to_string(),
+                other => format!("as {other}"),
+            };
+            write!(f, "r {r}, lora_alpha {lora_alpha}, begun {begun}")?;
             for (name, on) in [("rsLoRA", *use_rslora), ("DoRA", *use_dora)] {
                 if on {
                     write!(f, ", {name}")?;

@@ -30,7 +30,7 @@ impl fmt::Display for Changes {
         write!(f, "{} tensors changed", self.changed.len())?;
         if !self.unchanged.is_empty() {
             let (count, names) = (self.unchanged.len(), listed(&self.unchanged));
-            write!(f, "; {count} new values are, rounded, the old ones: {names}")?;
+            write!(f, "; {count} matrices are, rounded, as they were: {names}")?;
         }
         if !self.left_out.is_empty() {
             write!(f, "; left beside the weights: {}", listed(&self.left_out))?;

@@ -33,6 +33,14 @@ impl SavedPlan {
         })
     }
 
+    /// Fingerprint of the model that it is of.
+    pub fn model(&self) -> &str {
+        match self {
+            Self::Prune(plan) => &plan.model,
+            Self::Merge(plan) => &plan.model,
+        }
+    }
+
     /// The plan as one of this model, whose layers and experts must be shaped as those it was made for: base and chat
     /// model, FP8 and BF16. The plan itself, if it is of this model already.
     ///

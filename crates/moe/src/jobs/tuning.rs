@@ -7,8 +7,8 @@ use moe_peft::{Recipe, RunEvent, SavedPaths, Trained, TrainingRun};
 use crate::progress::{Progress, Unit};
 use crate::{Error, Result};
 
-/// Trains by a recipe, called `name`, and shows how far it is. The directory of the run gets `trainable.txt`, a table of
-/// what is trained, which is also shown if `told`; warnings always are.
+/// Trains by a recipe, called `name`, and shows how far it is. The directory of the run gets `trainable.txt`, a table
+/// of what is trained, which is also shown if `told`; warnings always are.
 ///
 /// # Errors
 /// What is wrong with the recipe for this model and these rows, before anything runs; whatever stops the training.

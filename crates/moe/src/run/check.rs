@@ -81,7 +81,14 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
     let mut before = Before::default();
     let mut disk = Disk::default();
     for (number, step) in recipe.steps.iter().enumerate() {
-        let named = |error: Error| Error::Usage(format!("step {} ({}): {error}", number + 1, step.name()));
+        let named = |error: Error| {
+            let text = format!("step {} ({}): {error}", number + 1, step.name());
+            match error {
+                // Files, not what the recipe says.
+                Error::Io { .. } | Error::Checkpoint(_) | Error::Data(_) => Error::Invalid(text),
+                _ => Error::Usage(text),
+            }
+        };
         let needs_data = || match &calibration {
             Some(calibration) => Ok(calibration),
             None => Err(named(Error::Usage("data.calibration names no file, which it needs".into()))),

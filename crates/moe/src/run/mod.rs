@@ -99,7 +99,7 @@ impl fmt::Display for RunReport {
         if self.steps.iter().any(|step| step.memory.is_some()) {
             let mut table = Table::new(["step", "about, seconds", "memory", "parameters after", "bytes after"], 1);
             for step in &self.steps {
-                let memory = step.memory.map_or(String::new(), format::size);
+                let memory = step.memory.filter(|bytes| *bytes > 0).map_or("–".into(), format::size);
                 let (parameters, bytes) = (format::count(step.parameters), format::size(step.bytes));
                 table.row([step.step.clone(), format!("{:.1}", step.seconds), memory, parameters, bytes]);
             }

@@ -164,9 +164,8 @@ impl Run<'_> {
         let chosen: Chosen = load(&dir.join("form.json"))?;
         let pruned = chosen.on(&plan, &base, step.mtp, scores.as_ref(), None)?;
         let summary = format!(
-            "{} of {} units dropped, form {}{}",
-            plan.shape.units() - plan.units_kept(),
-            plan.shape.units(),
+            "{}, form {}{}",
+            dropped(&plan),
             chosen.name(),
             chosen.divergence.map_or(String::new(), |nats| format!(" (chosen by divergence: {nats:.4} nats)"))
         );
@@ -373,6 +372,23 @@ impl Run<'_> {
         };
         self.written.push(to.clone());
         Ok(Done { summary, reused: false, artifact: Some(to), measured: vec![] })
+    }
+}
+
+/// What a plan drops, in words: whole experts, units of those that stay, or both.
+fn dropped(plan: &PrunePlan) -> String {
+    let (mut experts, mut units_of_experts) = (0, 0);
+    for (kept, shape) in plan.kept.iter().zip(&plan.shape.layers) {
+        experts += kept.removed.len();
+        units_of_experts += kept.removed.iter().map(|expert| shape.widths[*expert as usize]).sum::<usize>();
+    }
+    let (all_experts, units) =
+        (plan.shape.layers.iter().map(|layer| layer.num_experts()).sum::<usize>(), plan.shape.units());
+    let more = (units - plan.units_kept()).saturating_sub(units_of_experts);
+    match (experts, more) {
+        (0, _) => format!("{more} of {units} units dropped"),
+        (_, 0) => format!("{experts} of {all_experts} experts dropped"),
+        _ => format!("{experts} of {all_experts} experts and {more} of {units} units dropped"),
     }
 }
 
