@@ -10,6 +10,7 @@ pub mod attention;
 pub mod convolution;
 pub mod delta;
 pub mod divergence;
+mod few_rows;
 mod gelu;
 pub mod latent;
 pub mod layer_norm;

@@ -9,7 +9,7 @@ use burn::tensor::{Device, Tensor};
 
 use super::{
     amx::{self, PackedWeights},
-    for_rows_mut,
+    few_rows, for_rows_mut,
 };
 use crate::{
     adapters::{LinearAdapter, Tokens, Wanted},
@@ -203,7 +203,10 @@ impl Weight {
     /// The same for some tokens of a wave.
     pub fn forward_for(&self, x: &Tensor<2>, bias: Option<&Tensor<1>>, tokens: Tokens<'_>) -> Tensor<2> {
         let y = match &self.0 {
-            Form::Dense(matrix) => x.clone().matmul(Tensor::clone(matrix).transpose()), // [n, out]
+            Form::Dense(matrix) => match tokens {
+                Tokens::Rows(_) => multiply_rows(x, matrix),
+                Tokens::From(_) => x.clone().matmul(Tensor::clone(matrix).transpose()), // [n, out]
+            },
             Form::Packed(packed) => packed.multiply(x, packed.outputs, packed.forward()),
             Form::Absent(dims) => unreachable!("a weight {dims:?} that an adapter stands in for is used by it alone"),
             Form::Twice(once) => {
@@ -310,6 +313,17 @@ fn sum_of_halves(dy: &Tensor<2>) -> Tensor<2> {
         return dy.clone();
     }
     dy.clone().narrow(1, 0, half) + dy.clone().narrow(1, half, half)
+}
+
+/// `x w^T` of `x [n, in]` and `w [out, in]`, for the tokens of one expert: how many there are is a matter of the wave, and
+/// not of how a sweep cuts it into pieces, so that the kernel may depend on it.
+fn multiply_rows(x: &Tensor<2>, w: &Tensor<2>) -> Tensor<2> {
+    let ([n, inputs], [outputs, _]) = (x.dims(), w.dims());
+    if !few_rows::NUMBERS.contains(&n) || inputs == 0 || outputs == 0 || !host::is_host(&x.device()) {
+        return x.clone().matmul(w.clone().transpose());
+    }
+    let (view, matrix) = (HostView::new(x), HostView::new(w));
+    host::from_vec(few_rows::multiply(view.as_slice(), matrix.as_slice(), inputs), [n, outputs], &x.device())
 }
 
 fn add_bias(y: Tensor<2>, bias: &Tensor<1>) -> Tensor<2> {
