@@ -14,7 +14,7 @@ use crate::convert;
 use crate::expert_bytes::{ExpertBytes, RawMatrix};
 use crate::expert_weights::ExpertWeights;
 use crate::experts::{ExpertBiases, ExpertBlock, ExpertLayout, ExpertPart, ExpertTensor, Placement};
-use crate::family::{Family, Role, family_of};
+use crate::family::{Family, Role, dense_family_of, family_of};
 use crate::files::Files;
 use crate::formats::matrix::{Matrix, Part, Rows};
 use crate::formats::{self, Packed, Quantization};
@@ -83,7 +83,19 @@ impl Checkpoint {
     /// F32, F16, BF16 or in a quantization that is read, and no tensor in its decoder layers that the config has no
     /// place for.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
-        let dir = dir.as_ref();
+        Self::open_of(dir.as_ref(), Kind::Moe)
+    }
+
+    /// Opens the directory of a dense model, to make experts of it: `llama` (SmolLM and others), `mistral`, `qwen2`,
+    /// `qwen3`. It has no routed experts, and [`Checkpoint::open`] refuses it by name.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::open`], and [`Error::UnknownFamily`] for a model that is not of a dense family.
+    pub fn open_dense(dir: impl AsRef<Path>) -> Result<Self> {
+        Self::open_of(dir.as_ref(), Kind::Dense)
+    }
+
+    fn open_of(dir: &Path, kind: Kind) -> Result<Self> {
         if !dir.is_dir() {
             return Err(Error::NotADirectory { path: dir.to_path_buf() });
         }
@@ -91,11 +103,11 @@ impl Checkpoint {
         let raw_config = read_json(&config_path)?;
         let generation_path = dir.join("generation_config.json");
         let raw_generation = generation_path.exists().then(|| read_json(&generation_path)).transpose()?;
-        let head = match Head::read(dir, raw_config.clone(), raw_generation.clone()) {
+        let head = match Head::read(dir, raw_config.clone(), raw_generation.clone(), kind) {
             Err(error) if naming::is_unread_quantization(&error) && weights::are_plain(dir) => {
                 // A config that outlived its quantization: what is written from here on does not carry it along.
                 tracing::warn!("{error}; the weights are plain, so that the config is read without it");
-                Head::read(dir, naming::without_quantization(raw_config), raw_generation)?
+                Head::read(dir, naming::without_quantization(raw_config), raw_generation, kind)?
             }
             head => head?,
         };
@@ -104,7 +116,7 @@ impl Checkpoint {
         let head = match head.config.quantization {
             Some(quantization) if tensors.values().all(weights::is_plain) => {
                 tracing::warn!("{}: the weights are plain, whatever config.json says of {quantization}", dir.display());
-                Head::read(dir, naming::without_quantization(head.raw_config), head.raw_generation)?
+                Head::read(dir, naming::without_quantization(head.raw_config), head.raw_generation, kind)?
             }
             _ => head,
         };
@@ -131,7 +143,10 @@ impl Checkpoint {
         let mut steps = source.base().map_or_else(Vec::new, |base| base.steps.clone());
         steps.extend(source.step());
         let ModelDescription { config, generation, tensors } = description;
-        let head = Head::read(&dir, config, generation)?;
+        // What is made of a dense model is dense as long as its config says so.
+        let dense = source.base().is_some_and(|base| base.is_dense()) && dense_family_of(&config).is_ok();
+        let kind = if dense { Kind::Dense } else { Kind::Moe };
+        let head = Head::read(&dir, config, generation, kind)?;
         let file: Arc<Path> = Arc::from(dir.as_path());
         let mut infos = BTreeMap::new();
         for spec in tensors {
@@ -253,6 +268,12 @@ impl Checkpoint {
             return Some(format!("the attention of `{}` is not implemented", self.config.model_type));
         }
         self.unfit.clone()
+    }
+
+    /// Whether the model has no routed experts: what [`Checkpoint::open_dense`] opens, and what was made of it without
+    /// adding any.
+    pub fn is_dense(&self) -> bool {
+        self.shape.layers.is_empty()
     }
 
     /// Whether experts share sets of weights, in the format of `docs/grouped-format.md`.
@@ -982,9 +1003,22 @@ struct Head {
     ragged: bool,
 }
 
+/// What sort of model a config may be of.
+#[derive(Clone, Copy)]
+enum Kind {
+    /// One with routed experts.
+    Moe,
+    /// One without.
+    Dense,
+}
+
 impl Head {
-    fn read(dir: &Path, raw_config: Value, raw_generation: Option<Value>) -> Result<Self> {
+    fn read(dir: &Path, raw_config: Value, raw_generation: Option<Value>, kind: Kind) -> Result<Self> {
         let parse = || -> Result<_> {
+            if let Kind::Dense = kind {
+                let family = dense_family_of(&raw_config)?;
+                return Ok((family, false, family.parse(&raw_config, raw_generation.as_ref())?));
+            }
             let original = Grouped::read(&raw_config)?.map(|grouped| grouped.original);
             let original = original.as_ref().unwrap_or(&raw_config);
             let ragged = Ragged::read(original)?;

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::config::ModelConfig;
 use crate::experts::{ExpertLayout, ExpertTensor};
-use crate::families::{FAMILIES, names};
+use crate::families::{DENSE, FAMILIES, names};
 use crate::json::Fields;
 use crate::naming;
 use crate::{Error, Result};
@@ -305,6 +305,23 @@ pub fn family_of(config: &Value) -> Result<&'static dyn Family> {
             known()
         );
         Error::NotMoe { file: CONFIG.to_string(), reason }
+    })
+}
+
+/// The dense family of a parsed `config.json`.
+///
+/// # Errors
+/// [`Error::MissingField`] without `model_type`, [`Error::UnknownFamily`] for one that is not dense or not known.
+pub(crate) fn dense_family_of(config: &Value) -> Result<&'static dyn Family> {
+    let fields = Fields::new(config, CONFIG)?;
+    let known = || DENSE.iter().map(|family| family.model_type()).collect::<Vec<_>>().join(", ");
+    let expected = || format!("one of the dense families: {}", known());
+    let model_type = fields.string("model_type")?.ok_or_else(|| fields.missing("model_type", expected()))?;
+    let found = DENSE.iter().copied().find(|family| family.model_type() == model_type);
+    found.ok_or_else(|| Error::UnknownFamily {
+        file: CONFIG.to_string(),
+        found: model_type.chars().take(80).collect(),
+        known: format!("dense ones: {}", known()),
     })
 }
 

@@ -74,6 +74,7 @@ mod similarity;
 mod tasks;
 #[cfg(test)]
 mod testing;
+mod upcycle;
 
 pub use alignment::{
     ActivationMatching, Alignment, AlignmentConfig, AlignmentContext, PcaMatching, UnitBasis, WeightMatching, assign,
@@ -108,3 +109,4 @@ pub use report::{LayerMergeReport, MergeReport};
 pub use router::{Delete, Keep, MergeRows, RouterAddition, RouterConfig, RouterMix, RouterRule};
 pub use similarity::{Features, Metric, Similarity, Term, WeightParts};
 pub use tasks::{Dare, DareThen, MergedTasks, TaskArithmetic, TaskRecord, TaskReport, TaskRule, TaskRuleConfig, Ties};
+pub use upcycle::{ClusterBy, RouterStart, UpcycleInputs, UpcycleMethod, UpcycleReport, UpcycledModel, Upcycling};

@@ -27,7 +27,10 @@ impl Family for Mixtral {
         let model = read::Model {
             model_type: self.model_type(),
             attention: plain,
-            rope: rope::read(&config, &rope::Dialect { theta: 1_000_000.0, ..rope::Dialect::new(max_position) })?,
+            rope: rope::read(
+                &config,
+                &rope::Dialect { theta: 1_000_000.0, llama3: true, ..rope::Dialect::new(max_position) },
+            )?,
             routing: Routing::new(top_k, RoutingKind::SoftmaxTopK { renormalize: true }),
             layers,
         };

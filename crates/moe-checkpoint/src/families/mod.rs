@@ -4,6 +4,7 @@ mod afmoe;
 mod cohere2_moe;
 mod deepseek_v2;
 mod deepseek_v3;
+mod dense;
 mod dots1;
 mod ernie4_5_moe;
 mod exaone_moe;
@@ -37,6 +38,7 @@ use crate::experts::ExpertLayout;
 use crate::family::Family;
 use read::Renormalize;
 
+pub(crate) use dense::DENSE;
 pub(crate) use read::MAX_SIZE;
 
 /// Every family. Adding one is its file, and a line here.

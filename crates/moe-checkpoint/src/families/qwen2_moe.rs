@@ -32,7 +32,7 @@ impl Family for Qwen2Moe {
         let model = read::Model {
             model_type: self.model_type(),
             attention,
-            rope: rope::read(&config, &rope::Dialect::new(max_position))?,
+            rope: rope::read(&config, &rope::Dialect { llama3: true, ..rope::Dialect::new(max_position) })?,
             routing: Routing::new(top_k, RoutingKind::SoftmaxTopK { renormalize }),
             layers,
         };
