@@ -22,6 +22,7 @@ pub mod quantize;
 pub mod run;
 pub mod score;
 pub mod trace;
+pub mod upcycle;
 
 pub(crate) use moe::{Error, Result, figures, format, progress, report, table};
 

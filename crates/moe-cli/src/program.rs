@@ -7,7 +7,7 @@ use moe::progress::Progress;
 
 use crate::{
     adapter, apply, cli, compare, convert, delta, eval, finetune, generate, hub, inspect, merge, prune, quantize, run,
-    score, trace,
+    score, trace, upcycle,
 };
 
 /// Makes Mixture-of-Experts language models small and adaptable: importance of experts and units, pruning, merging,
@@ -31,6 +31,7 @@ enum Verb {
     Score(score::Arguments),
     Prune(Box<prune::Arguments>),
     Merge(merge::Arguments),
+    Upcycle(Box<upcycle::Arguments>),
     Apply(apply::Arguments),
     Quantize(quantize::Arguments),
     Tune(finetune::Arguments),
@@ -90,6 +91,13 @@ pub fn main() -> ExitCode {
         Verb::Merge(arguments) => {
             cli::allocator(arguments.max_memory);
             match merge::run(&arguments, Progress::stderr())? {
+                Some(report) => cli::shown(&report, arguments.json),
+                None => Ok("checked: nothing was done\n".into()),
+            }
+        }
+        Verb::Upcycle(arguments) => {
+            cli::allocator(arguments.max_memory);
+            match upcycle::run(&arguments)? {
                 Some(report) => cli::shown(&report, arguments.json),
                 None => Ok("checked: nothing was done\n".into()),
             }

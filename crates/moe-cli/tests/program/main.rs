@@ -8,6 +8,7 @@ mod pruning;
 mod recipes;
 mod scoring;
 mod support;
+mod upcycling;
 
 use std::fs;
 use std::num::NonZeroUsize;

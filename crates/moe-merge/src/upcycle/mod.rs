@@ -89,8 +89,8 @@ impl fmt::Display for UpcycleReport {
             parameters.before, parameters.after, active.before, active.after
         )?;
         let function = if self.exact { "that of the dense model" } else { "not that of the dense model: train it" };
-        write!(f, "function: {function}")?;
-        self.notes.iter().try_for_each(|note| write!(f, "\nnote: {note}"))
+        writeln!(f, "function: {function}")?;
+        self.notes.iter().try_for_each(|note| writeln!(f, "note: {note}"))
     }
 }
 
