@@ -3,8 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use moe::recipe::{Data, DataFile, Named};
 use moe_checkpoint::Checkpoint;
 use moe_core::Model;
+use moe_core::adaptive::{RoutingConfig, RunTime};
+use moe_core::data::{Tokenizer, Wave};
+use moe_core::decode::{Decoding, DecodingConfig, Speculative};
 use moe_peft::lora::{Lora, LoraWeights, Maps};
 use moe_peft::{AdapterSet, SavedKind, peft_files};
 
@@ -24,6 +28,17 @@ pub struct ModelArguments {
     /// mixture; repeatable
     #[arg(long, value_name = "DIR")]
     pub adapter: Vec<PathBuf>,
+    /// How tokens are routed, instead of what the model says: a rule by its name, as JSON, or in a .json file, such as
+    /// '{"type": "top_k", "k": 2}'
+    #[arg(long, value_name = "RULE")]
+    pub routing: Option<String>,
+    /// Rows that thresholds of the routing are found on, where the rule says none; repeatable
+    #[arg(long, value_name = "FILE", requires = "routing")]
+    pub routing_data: Vec<PathBuf>,
+    /// Layers that tokens go through, in order: such as 0-3,5,5,6a without layer 4, layer 5 twice, and of layer 6 the
+    /// attention alone
+    #[arg(long, value_name = "LAYERS")]
+    pub layers: Option<moe_core::depth::LayerPath>,
     /// Memory to stay within, such as 8GiB; never changes results
     #[arg(long, value_name = "SIZE", value_parser = crate::cli::bytes)]
     pub max_memory: Option<u64>,
@@ -38,11 +53,103 @@ impl ModelArguments {
     /// # Errors
     /// Files that cannot be read or are for another model.
     pub fn open(&self) -> Result<Model> {
-        open(&self.model, &self.plan, &self.adapter, &self.device, self.max_memory)
+        let model = open(&self.model, &self.plan, &self.adapter, &self.device, self.max_memory)?;
+        let routing = match &self.routing {
+            None => None,
+            Some(text) => Some(Named::parse(text).map_err(Error::Usage)?.read::<RoutingConfig>("type", "routing")?),
+        };
+        let run_time = RunTime { routing, layers: self.layers.clone() }.or(RunTime::beside(&self.model)?);
+        let run_time = match run_time.needs_rows() {
+            true => run_time.calibrated(&model, &self.waves(&model)?)?,
+            false if !self.routing_data.is_empty() => {
+                return Err(Error::Usage("--routing-data: the rule has no threshold to be found".into()));
+            }
+            false => run_time,
+        };
+        Ok(run_time.on(&model)?.unwrap_or(model))
+    }
+
+    /// The rows that thresholds are found on.
+    fn waves(&self, model: &Model) -> Result<Vec<Wave>> {
+        if self.routing_data.is_empty() {
+            return Err(Error::Usage("--routing: has thresholds to be found, on rows of --routing-data".into()));
+        }
+        let tokenizer = match self.model.join("tokenizer.json").exists() {
+            true => Some(Tokenizer::from_dir(&self.model)?),
+            false => None,
+        };
+        let data = Data {
+            calibration: self.routing_data.iter().cloned().map(DataFile::Path).collect(),
+            length: model.config().max_position_embeddings.min(2048),
+            ..Data::default()
+        };
+        Ok(moe::run::Calibration::load(&data, None, tokenizer.as_ref(), model.config().vocab_size)?.waves)
     }
 }
 
-/// Opens a model, with the condensers or compressed experts that stand beside its weights, under saved plans, with
+/// How the next token is found.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct DecodingArguments {
+    /// How several sources make the next token: plain, contrastive, self_contrast, fusion or speculative, by name, as
+    /// JSON, or in a .json file
+    #[arg(long, value_name = "DECODING", conflicts_with = "draft")]
+    pub decoding: Option<String>,
+    /// Model that decoding needs beside the one that is generated with: the weak one, the draft, or a tuned one and
+    /// its base in turn; repeatable
+    #[arg(long = "with", value_name = "DIR", requires = "decoding")]
+    pub with: Vec<PathBuf>,
+    /// Smaller model that proposes tokens, which the model accepts or replaces: the text is the model's own
+    #[arg(long, value_name = "DIR")]
+    pub draft: Option<PathBuf>,
+    /// Tokens that the draft proposes at a time
+    #[arg(long, default_value_t = 4, value_parser = crate::cli::at_least(1), requires = "draft")]
+    pub draft_tokens: usize,
+}
+
+/// A way of decoding and the models that it needs.
+#[derive(Debug, Default)]
+pub struct Sources {
+    config: DecodingConfig,
+    models: Vec<Model>,
+}
+
+impl DecodingArguments {
+    /// Opens the models that it needs.
+    ///
+    /// # Errors
+    /// Arguments that say nothing known, models that cannot be opened.
+    pub fn sources(&self, model: &ModelArguments) -> Result<Sources> {
+        let config = match (&self.decoding, &self.draft) {
+            (_, Some(_)) => DecodingConfig::Speculative(Speculative { tokens: self.draft_tokens }),
+            (Some(text), None) => Named::parse(text).map_err(Error::Usage)?.read("type", "decoding")?,
+            (None, None) => DecodingConfig::Plain,
+        };
+        let mut models = Vec::new();
+        for directory in self.with.iter().chain(&self.draft) {
+            let opened = open(directory, &[], &[], &model.device, model.max_memory)?;
+            let run_time = RunTime::beside(directory)?;
+            models.push(run_time.on(&opened)?.unwrap_or(opened));
+        }
+        Ok(Sources { config, models })
+    }
+}
+
+impl Sources {
+    /// The way of decoding, for a model.
+    ///
+    /// # Errors
+    /// Another number of models than it needs, or one with another vocabulary.
+    pub fn decoding(&self, model: &Model) -> Result<Decoding<'_>> {
+        Ok(Decoding::new(self.config.clone(), model, self.models.iter().collect())?)
+    }
+
+    /// Whether the model decodes alone.
+    pub fn is_plain(&self) -> bool {
+        self.config == DecodingConfig::Plain
+    }
+}
+
+/// Opens a model, with what fine-tuning left beside its weights (condensers, null experts), under saved plans, with
 /// adapters.
 ///
 /// # Errors
@@ -61,7 +168,7 @@ pub fn open(
     }
     let model = Model::new(checkpoint, &device, max_memory)?;
     let beside = moe_peft::open(directory).ok().filter(|saved| {
-        saved.kinds().iter().any(|kind| matches!(kind, SavedKind::CompressedExperts | SavedKind::Condensers))
+        saved.kinds().iter().any(|kind| SavedKind::BESIDE_WEIGHTS.contains(kind))
     });
     match beside {
         None => model_with(model, adapters),

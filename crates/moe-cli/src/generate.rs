@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 
 use clap::Parser;
 use moe_core::data::{Conversation, Tokenizer};
-use moe_core::generate::{GenerateOptions, Sampling, generate};
+use moe_core::generate::{GenerateOptions, Sampling, generate_with};
 use serde_json::json;
 
 use crate::{Error, Result, cli};
@@ -37,6 +37,9 @@ pub struct Arguments {
     /// Text that ends a completion; repeatable
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
+    /// How the next token is found
+    #[command(flatten)]
+    pub decoding: crate::adapters::DecodingArguments,
     /// One JSON object per prompt on stdout
     #[arg(long)]
     pub json: bool,
@@ -49,6 +52,8 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<String> {
     let tokenizer = Tokenizer::from_dir(&arguments.model.model)?;
     let model = arguments.model.open()?;
+    let sources = arguments.decoding.sources(&arguments.model)?;
+    let decoding = sources.decoding(&model)?;
     let mut prompts = arguments.prompt.clone();
     if prompts.is_empty() {
         let mut text = String::new();
@@ -83,14 +88,23 @@ pub fn run(arguments: &Arguments) -> Result<String> {
             }
             stdout_gone || arguments.stop.iter().any(|stop| text.contains(stop.as_str()))
         };
-        let completion = generate(&model, &[ids], &options, &mut ended)?.concat();
+        let (completion, report) = generate_with(&model, &[ids], &options, &decoding, &mut ended)?;
+        let completion = completion.concat();
         let text = tokenizer.decode(&completion)?;
         if arguments.json {
-            out += &format!("{}\n", json!({ "prompt": prompt, "completion": text, "tokens": completion.len() }));
+            let mut told = json!({ "prompt": prompt, "completion": text, "tokens": completion.len() });
+            if !sources.is_plain() {
+                told["decoding"] = json!(report);
+            }
+            out += &format!("{told}\n");
         } else if !stdout_gone {
             let rest = text.get(shown..).unwrap_or_default();
             // Whoever reads may have gone, as head does.
             let _ = show(&format!("{rest}\n"));
+            if let Some(share) = report.acceptance() {
+                let (accepted, proposed) = (100.0 * share, report.proposed);
+                eprintln!("{} tokens in {} steps, {accepted:.1}% of {proposed} proposals accepted", report.tokens, report.steps);
+            }
         }
     }
     Ok(out)

@@ -2,37 +2,17 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Device, Tensor};
-use moe_checkpoint::{LayerConfig, Mixer};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+pub use crate::decode::Sampling;
 use crate::{
-    engine::{Engine, EngineOptions, FfnPass, LayerTape},
+    decode::{Decoder, Decoding, DecodingReport, Wanted, speculate},
     error::{Error, Result},
-    host::{self, HostView},
-    kernels::{attention::AttentionShape, rope::Positions, rows::gather_rows},
-    layers::{ConvolutionState, DeltaState, MambaState, MixerLayer, slice_rows},
+    host::HostView,
     memory::{self, MemoryPlan, Residency, WaveSize},
     model::Model,
-    trace::{Nobody, WaveInfo},
 };
-
-/// How the next token is chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Sampling {
-    /// The most likely token; the lower id on a tie.
-    Greedy,
-    /// Temperature and nucleus sampling: from the smallest set of tokens whose probability reaches `top_p`.
-    TopP {
-        /// Divides the logits; above 0.
-        temperature: f32,
-        /// In (0, 1].
-        top_p: f32,
-        /// Seed; every prompt has its own stream, so results do not depend on batching.
-        seed: u64,
-    },
-}
 
 /// Options of [`generate`].
 #[derive(Clone, Debug)]
@@ -63,28 +43,56 @@ pub fn generate(
     model: &Model,
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
-    mut ended: impl FnMut(&[u32]) -> bool,
+    ended: impl FnMut(&[u32]) -> bool,
 ) -> Result<Vec<Vec<u32>>> {
-    if let Sampling::TopP { temperature, top_p, .. } = options.sampling {
-        if !(temperature > 0.0 && temperature.is_finite()) {
-            return Err(Error::input("temperature", temperature, "a finite number above 0"));
-        }
-        if !(top_p > 0.0 && top_p <= 1.0) {
-            return Err(Error::input("top_p", top_p, "a number in (0, 1]"));
-        }
-    }
+    Ok(generate_with(model, prompts, options, &Decoding::default(), ended)?.0)
+}
+
+/// Continues each prompt by a way of decoding, which may ask other models as well; without any, [`generate`].
+///
+/// The memory limit of each model is divided by the number of models that take part.
+///
+/// # Errors
+/// As [`generate`].
+pub fn generate_with(
+    model: &Model,
+    prompts: &[Vec<u32>],
+    options: &GenerateOptions,
+    decoding: &Decoding<'_>,
+    mut ended: impl FnMut(&[u32]) -> bool,
+) -> Result<(Vec<Vec<u32>>, DecodingReport)> {
+    options.sampling.validate()?;
+    let models: Vec<&Model> = std::iter::once(model).chain(decoding.others()).collect();
     if let Some(i) = prompts.iter().position(Vec::is_empty) {
         return Err(Error::input(format!("prompt {i}"), "no tokens", "at least one"));
     }
-    if let Some(longest) = prompts.iter().map(Vec::len).max() {
-        model.check_length(longest + options.max_new_tokens)?;
+    for model in &models {
+        check_causal(model)?;
+        if let Some(longest) = prompts.iter().map(Vec::len).max() {
+            model.check_length(longest + options.max_new_tokens)?;
+        }
     }
     let mut completions = Vec::with_capacity(prompts.len());
-    for (batch, plan) in batches(model, prompts, options)? {
-        model.set_residency(plan.residency);
-        completions.extend(generate_batch(model, &prompts[batch.clone()], batch.start, options, &mut ended)?);
+    let mut report = DecodingReport::default();
+    for (batch, plans) in batches(&models, prompts, options)? {
+        models.iter().zip(plans).for_each(|(model, plan)| model.set_residency(plan.residency));
+        let (new, did) = generate_batch(&models, &prompts[batch.clone()], batch.start, options, decoding, &mut ended)?;
+        completions.extend(new);
+        report.add(&did);
     }
-    Ok(completions)
+    Ok((completions, report))
+}
+
+/// Refuses routing of a token by what comes after it.
+fn check_causal(model: &Model) -> Result<()> {
+    let Some(overlay) = model.routing_overlay() else { return Ok(()) };
+    let rules = (0..model.config().layers.len()).filter_map(|layer| Some((layer, overlay.rule(layer)?)));
+    match rules.into_iter().find(|(_, rule)| !rule.is_causal()) {
+        Some((layer, _)) => Err(Error::Unsupported(format!(
+            "generation with the routing rule of layer {layer}, under which experts of a token depend on later tokens"
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// Checks that the memory limit of `model` can hold every prompt and its completion.
@@ -92,25 +100,37 @@ pub fn generate(
 /// # Errors
 /// [`Error::Memory`].
 pub fn check_memory(model: &Model, prompts: &[Vec<u32>], options: &GenerateOptions) -> Result<()> {
-    batches(model, prompts, options).map(drop)
+    batches(&[model], prompts, options).map(drop)
 }
 
-/// Consecutive prompts of about `batch_tokens` tokens together, and how each batch uses memory.
-fn batches(model: &Model, prompts: &[Vec<u32>], options: &GenerateOptions) -> Result<Vec<(Range<usize>, MemoryPlan)>> {
-    let limit = memory::limit(model.max_memory());
-    let mut batches: Vec<(Range<usize>, MemoryPlan)> = Vec::new();
+/// Consecutive prompts of about `batch_tokens` tokens together, and how each batch uses the memory of each model.
+fn batches(
+    models: &[&Model],
+    prompts: &[Vec<u32>],
+    options: &GenerateOptions,
+) -> Result<Vec<(Range<usize>, Vec<MemoryPlan>)>> {
+    let share = |model: &Model| memory::limit(model.max_memory()) / models.len() as u64;
+    let plans = |prompts: &[Vec<u32>]| -> Result<Vec<MemoryPlan>> {
+        models.iter().map(|model| plan(model, prompts, options, share(model))).collect()
+    };
+    let mut batches: Vec<(Range<usize>, Vec<MemoryPlan>)> = Vec::new();
     let mut filled = 0;
     for (i, prompt) in prompts.iter().enumerate() {
+        // All weights in memory is worth more than a larger batch. Where they are read again for every token, it is not.
+        let may_grow = |current: &[MemoryPlan], larger: &[MemoryPlan]| {
+            let pairs = models.iter().zip(current.iter().zip(larger));
+            pairs.into_iter().all(|(model, (current, larger))| {
+                larger.residency == current.residency || !everything_stays(model, current)
+            })
+        };
         if let Some((batch, current)) = batches.last_mut().filter(|_| filled + prompt.len() <= options.batch_tokens)
-            && let Ok(larger) = plan(model, &prompts[batch.start..=i], options, limit)
-            // All weights in memory is worth more than a larger batch. Where they are read again for every token, it is
-            // not.
-            && (larger.residency == current.residency || !everything_stays(model, current))
+            && let Ok(larger) = plans(&prompts[batch.start..=i])
+            && may_grow(current, &larger)
         {
             (batch.end, *current) = (i + 1, larger);
             filled += prompt.len();
         } else {
-            batches.push((i..i + 1, plan(model, &prompts[i..=i], options, limit)?));
+            batches.push((i..i + 1, plans(&prompts[i..=i])?));
             filled = prompt.len();
         }
     }
@@ -148,15 +168,15 @@ fn plan(model: &Model, prompts: &[Vec<u32>], options: &GenerateOptions, limit: u
 }
 
 fn generate_batch(
-    model: &Model,
+    models: &[&Model],
     prompts: &[Vec<u32>],
     first: usize,
     options: &GenerateOptions,
+    decoding: &Decoding<'_>,
     ended: &mut impl FnMut(&[u32]) -> bool,
-) -> Result<Vec<Vec<u32>>> {
-    let lengths = prompts.iter().map(|prompt| prompt.len() + options.max_new_tokens).collect();
-    let mut decoder = Decoder::new(model, lengths);
-    let mut completions = vec![Vec::new(); prompts.len()];
+) -> Result<(Vec<Vec<u32>>, DecodingReport)> {
+    let lengths: Vec<usize> = prompts.iter().map(|prompt| prompt.len() + options.max_new_tokens).collect();
+    let mut decoders: Vec<Decoder<'_>> = models.iter().map(|model| Decoder::new(model, lengths.clone())).collect();
     let mut random: Vec<ChaCha8Rng> = match options.sampling {
         Sampling::TopP { seed, .. } => (first..first + prompts.len())
             .map(|i| {
@@ -167,24 +187,36 @@ fn generate_batch(
             .collect(),
         Sampling::Greedy => Vec::new(),
     };
+    if let Some(speculative) = decoding.speculative() {
+        let (Some(draft), Some(target)) = (decoders.pop(), decoders.pop()) else {
+            return Err(Error::input("models of a speculation", 1, "the model and a draft"));
+        };
+        let how = (speculative, options.sampling, options.stop.as_slice(), options.max_new_tokens);
+        return speculate(target, draft, prompts, random, how, ended);
+    }
+    let mut completions = vec![Vec::new(); prompts.len()];
+    let mut report = DecodingReport::default();
     let mut active: Vec<usize> = (0..prompts.len()).collect();
     let mut input: Vec<Vec<u32>> = prompts.to_vec();
+    let vocab = models[0].config().vocab_size;
     for _ in 0..options.max_new_tokens {
         if active.is_empty() {
             break;
         }
-        let logits = decoder.step(&active, &input)?;
-        let logits = HostView::new(&logits);
-        let vocab = model.config().vocab_size;
+        let feed = |decoder: &mut Decoder<'_>| Ok(HostView::new(&decoder.feed(&active, &input, Wanted::Last)?));
+        let logits: Vec<HostView> = decoders.iter_mut().map(feed).collect::<Result<_>>()?;
         let mut still = Vec::new();
         input.clear();
-        for (&sequence, logits) in active.iter().zip(logits.as_slice().chunks_exact(vocab)) {
-            let token = match options.sampling {
-                Sampling::Greedy => greedy(logits),
-                Sampling::TopP { temperature, top_p, .. } => {
-                    sample(logits, temperature, top_p, random[sequence].random::<f32>())
-                }
+        for (row, &sequence) in active.iter().enumerate() {
+            let of = row * vocab..(row + 1) * vocab;
+            let rows: Vec<&[f32]> = logits.iter().map(|view| &view.as_slice()[of.clone()]).collect();
+            let mixed = decoding.mix().map(|mix| mix.mix(&rows));
+            let number = match options.sampling {
+                Sampling::Greedy => 0.0,
+                Sampling::TopP { .. } => random[sequence].random::<f32>(),
             };
+            let token = options.sampling.choose(mixed.as_deref().unwrap_or(rows[0]), number);
+            report.steps += 1;
             if options.stop.contains(&token) {
                 continue;
             }
@@ -196,290 +228,21 @@ fn generate_batch(
         }
         active = still;
     }
-    Ok(completions)
+    report.tokens = completions.iter().map(Vec::len).sum();
+    Ok((completions, report))
 }
 
-fn greedy(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = i;
-        }
-    }
-    best as u32
-}
-
-/// Nucleus sampling with `random` in [0, 1).
-fn sample(logits: &[f32], temperature: f32, top_p: f32, random: f32) -> u32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut candidates: Vec<(u32, f32)> =
-        logits.iter().enumerate().map(|(i, l)| (i as u32, ((l - max) / temperature).exp())).collect();
-    candidates.sort_by(|a, b| b.1.total_cmp(&a.1));
-    let total: f32 = candidates.iter().map(|c| c.1).sum();
-    let mut mass = 0.0;
-    let nucleus = candidates
-        .iter()
-        .position(|c| {
-            mass += c.1;
-            mass >= top_p * total
-        })
-        .map_or(candidates.len(), |i| i + 1);
-    let mut remaining = random * candidates[..nucleus].iter().map(|c| c.1).sum::<f32>();
-    for (id, weight) in &candidates[..nucleus] {
-        if remaining < *weight {
-            return *id;
-        }
-        remaining -= weight;
-    }
-    candidates[nucleus - 1].0
-}
-
-/// Keys and values of one sequence in one layer, `[length, kv_heads * D]` each. Values of latent attention are its
-/// keys.
-#[derive(Default)]
-struct KeyValues {
-    keys: Growing,
-    values: Option<Growing>,
-}
-
-/// What is kept of one sequence in one layer.
-// One per layer, and the larger variant is the usual one.
-#[allow(clippy::large_enum_variant)]
-enum Kept {
-    /// Its keys and values, which grow.
-    Attention(KeyValues),
-    /// The state of a linear attention, which does not; none before the first token.
-    Delta(Option<DeltaState>),
-    /// The last rows of a short convolution; none before the first token.
-    Convolution(Option<ConvolutionState>),
-    /// The state of a state space layer; none before the first token.
-    Mamba(Option<MambaState>),
-    /// Nothing, of a layer that does not look at other tokens.
-    None,
-}
-
-/// Rows that accumulate on their device.
-#[derive(Default)]
-struct Growing {
-    host: Vec<f32>,
-    device: Option<Tensor<2>>,
-}
-
-impl KeyValues {
-    /// Adds tokens of a sequence that has at most `length` of them in the end.
-    fn push(&mut self, k: Tensor<2>, v: Option<Tensor<2>>, length: usize, device: &Device) {
-        self.keys.push(k, length, device);
-        if let Some(v) = v {
-            self.values.get_or_insert_default().push(v, length, device);
-        }
-    }
-
-    fn values(&self) -> &Growing {
-        self.values.as_ref().unwrap_or(&self.keys)
-    }
-}
-
-impl Growing {
-    fn push(&mut self, rows: Tensor<2>, length: usize, device: &Device) {
-        if host::is_host(device) {
-            if self.host.is_empty() {
-                // No more than planned for, which doubling would exceed. Pages are taken as they are written.
-                self.host.reserve_exact(length * rows.dims()[1]);
-            }
-            self.host.extend_from_slice(HostView::new(&rows).as_slice());
-        } else {
-            self.device = Some(match self.device.take() {
-                Some(all) => Tensor::cat(vec![all, rows], 0),
-                None => rows,
-            });
-        }
-    }
-}
-
-struct Decoder<'m> {
-    model: &'m Model,
-    engine: Engine<'m>,
-    /// `[layer][sequence]`.
-    cache: Vec<Vec<Kept>>,
-    /// Tokens of each sequence that were fed.
-    fed: Vec<usize>,
-    /// Tokens each sequence may have in the end.
-    lengths: Vec<usize>,
-}
-
-impl<'m> Decoder<'m> {
-    fn new(model: &'m Model, lengths: Vec<usize>) -> Self {
-        let layers = model.config().layers.iter();
-        let empty = |layer: &LayerConfig| match layer.mixer {
-            Mixer::DeltaNet(_) => Kept::Delta(None),
-            Mixer::ShortConvolution { .. } => Kept::Convolution(None),
-            Mixer::Mamba(_) => Kept::Mamba(None),
-            Mixer::None => Kept::None,
-            _ => Kept::Attention(KeyValues::default()),
-        };
-        let cache = layers.map(|layer| lengths.iter().map(|_| empty(layer)).collect()).collect();
-        let fed = vec![0; lengths.len()];
-        Self { model, engine: Engine::new(model, EngineOptions::default()), cache, fed, lengths }
-    }
-
-    /// Feeds new tokens of the sequences `active`; logits after the last token of each, `[active, V]`.
-    fn step(&mut self, active: &[usize], input: &[Vec<u32>]) -> Result<Tensor<2>> {
-        let (model, device) = (self.model, self.model.device());
-        let ids: Vec<u32> = input.iter().flatten().copied().collect();
-        let mut spans = Vec::with_capacity(active.len());
-        let mut start = 0;
-        for tokens in input {
-            spans.push(start..start + tokens.len());
-            start += tokens.len();
-        }
-        let positions: Vec<Positions> = active
-            .iter()
-            .zip(&spans)
-            .map(|(&s, span)| {
-                let start = self.fed[s];
-                Positions { range: start..start + span.len(), length: self.lengths[s] }
-            })
-            .collect();
-        active.iter().zip(&spans).for_each(|(&s, span)| self.fed[s] += span.len());
-        let tables = model.rotary_tables(&positions);
-        let info = WaveInfo { id: 0, tokens: ids.len(), sequences: Vec::new() };
-        let mut x = model.embed(&ids)?;
-        for layer in 0..model.config().layers.len() {
-            let middle = match model.mixer(layer)? {
-                MixerLayer::Attention(attention) => {
-                    let entry = attention.cache_entry(&x, tables.of(model.config(), layer));
-                    for (&sequence, span) in active.iter().zip(&spans) {
-                        let rows = |t: &Tensor<2>| slice_rows(t, span);
-                        let v = entry.v.as_ref().map(rows);
-                        if let Kept::Attention(kept) = &mut self.cache[layer][sequence] {
-                            kept.push(rows(&entry.k), v, self.lengths[sequence], device);
-                        }
-                    }
-                    let heads = self.attend(layer, &entry.q, active, &spans, &attention.cached_shape());
-                    attention.residual(&x, &attention.cached_heads(heads, entry.gate.as_ref()))
-                }
-                MixerLayer::Delta(delta) => {
-                    let mut states: Vec<DeltaState> = Vec::with_capacity(active.len());
-                    for &sequence in active {
-                        states.push(match &mut self.cache[layer][sequence] {
-                            Kept::Delta(state) => state.take().unwrap_or_else(|| delta.start()),
-                            _ => unreachable!("the cache was made for the kinds of the layers"),
-                        });
-                    }
-                    let middle = delta.step(&x, &spans, &mut states.iter_mut().collect::<Vec<_>>());
-                    for (&sequence, state) in active.iter().zip(states) {
-                        self.cache[layer][sequence] = Kept::Delta(Some(state));
-                    }
-                    middle
-                }
-                MixerLayer::Convolution(convolution) => {
-                    let mut states: Vec<ConvolutionState> = Vec::with_capacity(active.len());
-                    for &sequence in active {
-                        states.push(match &mut self.cache[layer][sequence] {
-                            Kept::Convolution(state) => state.take().unwrap_or_else(|| convolution.start()),
-                            _ => unreachable!("the cache was made for the kinds of the layers"),
-                        });
-                    }
-                    let middle = convolution.step(&x, &spans, &mut states);
-                    for (&sequence, state) in active.iter().zip(states) {
-                        self.cache[layer][sequence] = Kept::Convolution(Some(state));
-                    }
-                    middle
-                }
-                MixerLayer::Mamba(mamba) => {
-                    let mut states: Vec<MambaState> = Vec::with_capacity(active.len());
-                    for &sequence in active {
-                        states.push(match &mut self.cache[layer][sequence] {
-                            Kept::Mamba(state) => state.take().unwrap_or_else(|| mamba.start()),
-                            _ => unreachable!("the cache was made for the kinds of the layers"),
-                        });
-                    }
-                    let middle = mamba.step(&x, &spans, &mut states);
-                    for (&sequence, state) in active.iter().zip(states) {
-                        self.cache[layer][sequence] = Kept::Mamba(Some(state));
-                    }
-                    middle
-                }
-                MixerLayer::None => x.clone(),
-            };
-            let (pass, half) = (FfnPass::new(layer, &info), self.engine.half(&x, &middle));
-            x = self.engine.ffn_forward(pass, half, &mut LayerTape::default(), &mut Nobody)?;
-        }
-        let last: Vec<u32> = spans.iter().map(|s| s.end as u32 - 1).collect();
-        let norm = model.final_norm()?;
-        let h = norm.forward(&gather_rows(&x, &last));
-        let logits = Tensor::cat(model.head_forward(&h)?, 1);
-        model.check_reads()?;
-        Ok(logits)
-    }
-
-    fn attend(
-        &self,
-        layer: usize,
-        q: &Tensor<2>,
-        active: &[usize],
-        spans: &[Range<usize>],
-        shape: &AttentionShape,
-    ) -> Tensor<2> {
-        let cache = |s: usize| match &self.cache[layer][s] {
-            Kept::Attention(kept) => kept,
-            _ => unreachable!("only attention has keys"),
-        };
-        #[cfg(feature = "flex")]
-        if host::is_host(&q.device()) {
-            use crate::kernels::attention::cpu::{Cached, forward_spans};
-            let cached: Vec<Cached<'_>> = active
-                .iter()
-                .zip(spans)
-                .map(|(&s, span)| Cached {
-                    queries: span.clone(),
-                    keys: &cache(s).keys.host,
-                    values: &cache(s).values().host,
-                })
-                .collect();
-            return forward_spans(q, &cached, shape);
-        }
-        let outputs = active
-            .iter()
-            .zip(spans)
-            .map(|(&s, span)| {
-                let rows = |x: &Growing| x.device.clone().expect("pushed above");
-                let (k, v) = (rows(&cache(s).keys), rows(cache(s).values()));
-                crate::kernels::attention::attention_cached(&slice_rows(q, span), &k, &v, shape)
-            })
-            .collect();
-        Tensor::cat(outputs, 0)
-    }
-}
-
-#[cfg(test)]
+#[cfg(all(test, feature = "flex"))]
 mod tests {
+    use burn::tensor::Device;
+
     use super::*;
 
-    #[test]
-    fn greedy_takes_the_lower_id_on_a_tie() {
-        assert_eq!(greedy(&[1.0, 3.0, 3.0]), 1);
-        assert_eq!(greedy(&[f32::NEG_INFINITY, -5.0]), 1);
-    }
-
-    #[test]
-    fn sampling_stays_in_the_nucleus_and_follows_probabilities() {
-        let logits = [0.0, 2.0, 1.0, -3.0];
-        assert!((0..100).all(|i| sample(&logits, 1.0, 0.5, i as f32 / 100.0) == 1));
-        let n = 10_000;
-        let hits = (0..n).filter(|&i| sample(&logits, 1.0, 1.0, i as f32 / n as f32) == 2).count();
-        let total: f64 = logits.iter().map(|l: &f32| (*l as f64).exp()).sum();
-        assert!((hits as f64 / n as f64 - 1f64.exp() / total).abs() < 1e-3);
-        assert_eq!(sample(&logits, 0.01, 1.0, 0.999), 1);
-    }
-
-    #[cfg(feature = "flex")]
     fn fixture(name: &str, max_memory: Option<u64>) -> Model {
         let fixtures = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../moe-checkpoint/tests/fixtures/parity");
         Model::open(fixtures.join(name), &Device::flex(), max_memory).unwrap()
     }
 
-    #[cfg(feature = "flex")]
     fn needed(model: &Model, prompts: &[Vec<u32>], options: &GenerateOptions) -> u64 {
         match check_memory(model, prompts, options) {
             Err(Error::Memory { needed, limit: 1, .. }) => needed,
@@ -487,7 +250,6 @@ mod tests {
         }
     }
 
-    #[cfg(feature = "flex")]
     #[test]
     fn keys_and_values_count_in_memory() {
         let prompts = [vec![3; 5]];
@@ -501,7 +263,6 @@ mod tests {
         }
     }
 
-    #[cfg(feature = "flex")]
     #[test]
     fn a_small_limit_splits_batches_and_continues_alike() {
         let prompts: Vec<Vec<u32>> =
@@ -509,12 +270,12 @@ mod tests {
         let options = GenerateOptions { max_new_tokens: 12, ..Default::default() };
         for name in ["tf5/qwen2_moe", "tf5/deepseek_v3_yarn"] {
             let unlimited = fixture(name, None);
-            assert_eq!(batches(&unlimited, &prompts, &options).unwrap().len(), 1);
+            assert_eq!(batches(&[&unlimited], &prompts, &options).unwrap().len(), 1);
             let alone = prompts.iter().map(|p| needed(&fixture(name, Some(1)), std::slice::from_ref(p), &options));
             let small = fixture(name, alone.max());
-            let split = batches(&small, &prompts, &options).unwrap();
+            let split = batches(&[&small], &prompts, &options).unwrap();
             assert!(split.len() > 2, "{name}: {split:?}");
-            assert!(split.iter().all(|(_, plan)| plan.expected <= small.max_memory().unwrap()));
+            assert!(split.iter().all(|(_, plan)| plan[0].expected <= small.max_memory().unwrap()));
             let covered: Vec<usize> = split.iter().flat_map(|(batch, _)| batch.clone()).collect();
             assert_eq!(covered, [0, 1, 2, 3, 4]);
             let [a, b] = [unlimited, small].map(|model| generate(&model, &prompts, &options, |_| false).unwrap());
@@ -522,7 +283,6 @@ mod tests {
         }
     }
 
-    #[cfg(feature = "flex")]
     #[test]
     fn weights_that_stay_are_not_pushed_out_by_a_larger_batch() {
         let prompts = vec![vec![5; 20]; 8];
@@ -533,9 +293,9 @@ mod tests {
         // one prompt and all weights fit, and a little more
         let alone = plan(&whole, &prompts[..1], &options, memory::limit(None)).unwrap().expected;
         let limited = fixture("tf5/qwen2_moe", Some(alone + 1000));
-        let split = batches(&limited, &prompts, &options).unwrap();
+        let split = batches(&[&limited], &prompts, &options).unwrap();
         assert_eq!(split.len(), 8);
-        assert!(split.iter().all(|(_, plan)| everything_stays(&limited, plan)));
+        assert!(split.iter().all(|(_, plan)| everything_stays(&limited, &plan[0])));
         // without them, all prompts would fit
         assert!(needed(&one, &prompts[..2], &options) < alone);
     }

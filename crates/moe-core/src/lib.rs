@@ -28,12 +28,19 @@
 //! |---|---|
 //! | run it over rows, forward or forward and backward | [`Engine`], [`trace`] for what an observer sees |
 //! | run it changed, without writing it | [`overlay`], [`adapters`] |
+//! | run it with fewer or other experts per token | [`adaptive`] |
+//! | leave layers out, repeat them, drop them | [`depth`] |
+//! | steer its routing by data or by the prompt | [`steering`] |
+//! | decode from several models at once | [`decode`] |
 //! | continue prompts | [`generate`] |
 //! | perplexity, exact answers, choices, divergence from another model | [`evaluate`], [`TeacherLogits`] |
 //! | train it, or something beside its weights | [`train`] with a [`TrainingTask`](train::TrainingTask) |
 //! | know which experts a token goes to, and with which weights | [`router`] |
 
 pub mod adapters;
+pub mod adaptive;
+pub mod decode;
+pub mod depth;
 pub mod device;
 pub mod engine;
 pub mod error;
@@ -48,6 +55,7 @@ pub mod model;
 pub mod objective;
 pub mod overlay;
 pub mod router;
+pub mod steering;
 mod store;
 pub mod trace;
 pub mod train;
@@ -61,5 +69,8 @@ pub use moe_data as data;
 #[cfg(feature = "nn")]
 pub use moe_nn as nn;
 pub use objective::{CrossEntropy, Distillation, Objective, TeacherLogits};
-pub use overlay::{ExpertGains, ExpertOverlay, KeepUnits, RemoveExperts, RoutingOverlay, RoutingRule, SkipExperts};
+pub use overlay::{
+    ExpertGains, ExpertOverlay, KeepUnits, LogitTransform, RemoveExperts, RouterTokens, RoutingOverlay, RoutingRule,
+    RuleGradients, SkipExperts,
+};
 pub use trace::{HalfInput, LayerOutput};

@@ -313,6 +313,15 @@ pub trait Observer {
         Ok(())
     }
 
+    /// The residual stream after the last layer that runs `[T, H]`, before the final norm ([`Signals::hidden`]).
+    ///
+    /// # Errors
+    /// Whatever the observer refuses.
+    fn last_hidden(&mut self, hidden: &Tensor<2>) -> Result<()> {
+        let _ = hidden;
+        Ok(())
+    }
+
     /// The input of decoder layer `layer` `[T, H]` ([`Signals::hidden`]).
     ///
     /// # Errors

@@ -343,6 +343,10 @@ impl Observer for Within<'_, '_> {
         self.inner.hidden(layer, hidden)
     }
 
+    fn last_hidden(&mut self, hidden: &Tensor<2>) -> moe_core::Result<()> {
+        self.inner.last_hidden(hidden)
+    }
+
     fn logits(&mut self, first: usize, logits: &HostView, vocab: usize) -> moe_core::Result<()> {
         self.inner.logits(first, logits, vocab)
     }

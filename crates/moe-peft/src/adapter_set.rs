@@ -235,7 +235,7 @@ impl AdapterSet {
         *self.depth.write().unwrap_or_else(PoisonError::into_inner) = depth;
     }
 
-    fn reach(&mut self, depth: Depth) {
+    pub(crate) fn reach(&mut self, depth: Depth) {
         let own = self.depth.get_mut().unwrap_or_else(PoisonError::into_inner);
         *own = own.deeper(depth);
     }

@@ -48,6 +48,10 @@
 //! | LoRA, rsLoRA, DoRA, PiSSA, OLoRA, CorDA | `lora` | [`LoraConfig`](lora::LoraConfig) | low-rank additions | PEFT adapter and checkpoint |
 //! | [mixtures of LoRA experts](mixture) | `mixture` | [`MixtureConfig`](mixture::MixtureConfig) | additions and their routers | mixture |
 //! | compressed experts (2503.00634) | `compressed_experts` | [`Compressed`](method_config::Compressed) | factors of experts that do not run | checkpoint and file |
+//! | null experts, AdaMoE (2406.13233) | `null_experts` | [`NullExpertTuning`](null_experts::NullExpertTuning) | rows of the router that stand for nothing | checkpoint and file |
+//! | recurrent router, RMoE (2408.06793) | `recurrent_router` | [`RecurrentRouterTuning`](recurrent_router::RecurrentRouterTuning) | a router across layers | checkpoint and file |
+//! | loss-free balance (2408.15664) | `loss_free` | [`LossFree`](loss_free::LossFree) | weights, under a bias that follows the load | checkpoint |
+//! | SMoE-Dropout (2303.01610) | `smoe_dropout` | [`SmoeDropout`](smoe_dropout::SmoeDropout) | experts, under random routers | checkpoint and `run_time.json` |
 //! | condenser experts (2604.23036) | `condensers` | [`CondenserTuning`](condenser::CondenserTuning) | weights, under a bias of routing | checkpoint and file |
 //! | losses on routers | beside any | [`RouterLosses`](router_loss::RouterLosses) | | |
 //! | DenseMixer | beside what trains routers | [`DenseMixer`](dense_mixer::DenseMixer) | | |
@@ -69,19 +73,23 @@ mod fine_tune;
 pub mod fold;
 pub mod input_watch;
 pub mod layer_sampling;
+pub mod loss_free;
 pub mod lora;
 pub mod merge;
 pub mod method_config;
 pub mod mixture;
 pub mod model_weights;
 mod named_methods;
+pub mod null_experts;
 mod parameter_bank;
 mod parked_values;
 pub mod peft_files;
 mod recipe;
+pub mod recurrent_router;
 mod rewrite;
 pub mod router_loss;
 mod saved_tuning;
+pub mod smoe_dropout;
 pub mod smt;
 pub mod trainable;
 pub mod trainable_tensors;

@@ -12,9 +12,13 @@ use crate::{
     condenser::CondenserTuning,
     esft::{Esft, EsftSelection},
     layer_sampling::LayerTurns,
+    loss_free::LossFree,
     lora::{Init, LoraConfig},
     mixture::{Gate, MixtureConfig},
     model_weights::OwnWeights,
+    null_experts::NullExpertTuning,
+    recurrent_router::RecurrentRouterTuning,
+    smoe_dropout::SmoeDropout,
     smt::Smt,
 };
 
@@ -39,6 +43,10 @@ use crate::{
 /// | `mixture`, label | | 2e-4 | cosine to 0, 3% warm-up | .9, .999 | 2 epochs | ours: LoRA-Mixer's are unknown |
 /// | `compressed_experts` | [`Compressed`] | 2e-5 | cosine to 0, 3% warm-up | .9, .999 | 2 epochs | arXiv 2503.00634 |
 /// | `condensers` | [`CondenserTuning`] | 1e-5 | cosine to 10%, 10% warm-up | .9, .999 | 2 epochs (ours) | code of arXiv 2604.23036 |
+/// | `null_experts` | [`NullExpertTuning`] | 5e-5 | constant (ours) | .9, .999 | 2 epochs | arXiv 2406.13233 |
+/// | `recurrent_router` | [`RecurrentRouterTuning`] | 1e-3 | cosine to 0, 3% warm-up | .9, .999 | 2 epochs | ours: it was published for training from scratch |
+/// | `loss_free` | [`LossFree`] | 1e-5 | constant | .9, .95, decay 0.1 | 500 | as `esft`; ours |
+/// | `smoe_dropout` | [`SmoeDropout`] | 3e-5 | cosine to 0, 3% warm-up | .9, .999 | 500 | ours: it was published for training from scratch |
 ///
 /// Gradients are clipped at a norm of 1 throughout, nothing is evaluated on the way and the last values are kept.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -63,6 +71,14 @@ pub enum MethodConfig {
     CompressedExperts(Compressed),
     /// Uneven routing, and experts that every token passes.
     Condensers(CondenserTuning),
+    /// Experts that do nothing.
+    NullExperts(NullExpertTuning),
+    /// A router across layers.
+    RecurrentRouter(RecurrentRouterTuning),
+    /// Balance by a bias instead of a loss.
+    LossFree(LossFree),
+    /// Experts under random routers.
+    SmoeDropout(SmoeDropout),
 }
 
 /// Compressed experts, and what is trained beside them.
@@ -139,6 +155,10 @@ impl MethodConfig {
             Self::Mixture(config) => config.clone(),
             Self::CompressedExperts(compressed) => Box::new(compressed.clone()),
             Self::Condensers(tuning) => Box::new(tuning.clone()),
+            Self::NullExperts(tuning) => Box::new(tuning.clone()),
+            Self::RecurrentRouter(tuning) => Box::new(tuning.clone()),
+            Self::LossFree(method) => Box::new(method.clone()),
+            Self::SmoeDropout(method) => Box::new(method.clone()),
         }
     }
 
@@ -148,6 +168,8 @@ impl MethodConfig {
             Self::Layers(turns) => turns.sampling.seed = seed,
             Self::Lora(config) => config.seed = seed,
             Self::Mixture(config) => config.seed = seed,
+            Self::RecurrentRouter(tuning) => tuning.router.seed = seed,
+            Self::SmoeDropout(method) => method.seed = seed,
             _ => {}
         }
     }
@@ -160,6 +182,8 @@ impl MethodConfig {
             Self::Esft(esft) => esft.non_expert_modules,
             Self::CompressedExperts(compressed) => compressed.own.router,
             Self::Condensers(tuning) => tuning.weights.router,
+            // DenseMixer knows the model's own rule alone
+            Self::NullExperts(_) | Self::RecurrentRouter(_) | Self::LossFree(_) | Self::SmoeDropout(_) => false,
             Self::Smt(_) | Self::Lora(_) | Self::Mixture(_) => false,
         }
     }
@@ -195,6 +219,10 @@ impl MethodConfig {
             },
             Self::CompressedExperts(_) => (2e-5, cosine, plain, epochs(2)),
             Self::Condensers(_) => (1e-5, Schedule { warmup: 0.1, final_share: 0.1, ..cosine }, plain, epochs(2)),
+            Self::NullExperts(_) => (5e-5, constant, plain, epochs(2)),
+            Self::RecurrentRouter(_) => (1e-3, cosine, plain, epochs(2)),
+            Self::LossFree(_) => (1e-5, constant, adamw(0.95, 0.1), some(500)),
+            Self::SmoeDropout(_) => (3e-5, cosine, plain, some(500)),
         };
         TrainOptions {
             epochs,

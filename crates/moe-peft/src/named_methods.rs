@@ -6,10 +6,14 @@ use crate::{
     condenser::CondenserTuning,
     esft::{Esft, EsftScore},
     layer_sampling::{LayerSampling, LayerTurns},
+    loss_free::LossFree,
     lora::{CordaMethod, Init, LoraConfig, Targets},
     method_config::Compressed,
     mixture::{Allocation, MixtureConfig},
     model_weights::OwnWeights,
+    null_experts::NullExpertTuning,
+    recurrent_router::RecurrentRouterTuning,
+    smoe_dropout::SmoeDropout,
     smt::{BlockBudget, Smt},
 };
 use moe_core::train::Projection;
@@ -118,6 +122,18 @@ pub const METHODS: &[NamedMethod] = &[
     named("moram", "ranks that activate themselves", "arXiv 2506.21035", || beside_attention(MixtureConfig::moram())),
     named("flylora", "sparse frozen projections beside attention, 8 of 32 ranks per token", "arXiv 2510.08396", || {
         beside_attention(MixtureConfig::fly_lora())
+    }),
+    named("null-experts", "routers, and rows of them that stand for nothing", "arXiv 2406.13233", || {
+        MethodConfig::NullExperts(NullExpertTuning::default())
+    }),
+    named("recurrent-router", "a router across layers, beside the model", "arXiv 2408.06793", || {
+        MethodConfig::RecurrentRouter(RecurrentRouterTuning::default())
+    }),
+    named("loss-free", "experts and routers, under a bias that balances the load", "arXiv 2408.15664", || {
+        MethodConfig::LossFree(LossFree::default())
+    }),
+    named("smoe-dropout", "experts, under random routers and ever more per token", "arXiv 2303.01610", || {
+        MethodConfig::SmoeDropout(SmoeDropout::default())
     }),
     named("condensers", "experts and routers, under a bias that makes routing uneven", "arXiv 2604.23036", || {
         MethodConfig::Condensers(CondenserTuning::default())

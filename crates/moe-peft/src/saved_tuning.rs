@@ -14,7 +14,9 @@ use crate::{
     condenser::Condensers,
     lora::{Lora, Maps},
     mixture::{self, Mixture},
+    null_experts::NullExperts,
     peft_files::{self, ReadOptions},
+    recurrent_router::RecurrentRouter,
 };
 
 /// What a directory holds.
@@ -29,11 +31,26 @@ pub enum SavedKind {
     CompressedExperts,
     /// Condenser experts and biases of routing.
     Condensers,
+    /// Null experts.
+    NullExperts,
+    /// A recurrent router.
+    RecurrentRouter,
 }
 
 impl SavedKind {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Lora, Self::Mixture, Self::CompressedExperts, Self::Condensers];
+    pub const ALL: [Self; 6] = [
+        Self::Lora,
+        Self::Mixture,
+        Self::CompressedExperts,
+        Self::Condensers,
+        Self::NullExperts,
+        Self::RecurrentRouter,
+    ];
+
+    /// The kinds that stand beside the weights of a checkpoint, in its directory.
+    pub const BESIDE_WEIGHTS: [Self; 4] =
+        [Self::CompressedExperts, Self::Condensers, Self::NullExperts, Self::RecurrentRouter];
 
     /// The file that it is known by.
     pub fn file(self) -> &'static str {
@@ -42,6 +59,8 @@ impl SavedKind {
             Self::Mixture => mixture::CONFIG_FILE,
             Self::CompressedExperts => CompressedLayers::FILE,
             Self::Condensers => Condensers::FILE,
+            Self::NullExperts => NullExperts::FILE,
+            Self::RecurrentRouter => RecurrentRouter::FILE,
         }
     }
 }
@@ -53,6 +72,8 @@ impl fmt::Display for SavedKind {
             Self::Mixture => "a mixture of LoRA experts",
             Self::CompressedExperts => "compressed experts",
             Self::Condensers => "condenser experts",
+            Self::NullExperts => "null experts",
+            Self::RecurrentRouter => "a recurrent router",
         })
     }
 }
@@ -134,6 +155,16 @@ impl SavedTuning {
                     let condensers = Condensers::load(self.directory.join(Condensers::FILE), base.config())?;
                     model = Some(condensers.applied_to(base)?);
                     artifacts.condensers = Some(Arc::new(condensers));
+                }
+                SavedKind::NullExperts => {
+                    let nulls = NullExperts::load(self.directory.join(NullExperts::FILE), base)?;
+                    model = Some(nulls.applied_to(model.as_ref().unwrap_or(base))?);
+                    artifacts.null_experts = Some(Arc::new(nulls));
+                }
+                SavedKind::RecurrentRouter => {
+                    let router = RecurrentRouter::load(self.directory.join(RecurrentRouter::FILE), base)?;
+                    model = Some(router.applied_to(model.as_ref().unwrap_or(base))?);
+                    artifacts.recurrent_router = Some(Arc::new(router));
                 }
             }
         }

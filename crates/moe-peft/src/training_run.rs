@@ -7,6 +7,7 @@ use std::{
 
 use moe_checkpoint::{Existing, WriteOptions, check_output, check_room, write, write_json};
 use moe_core::{
+    adaptive::RunTime,
     Model,
     data::Wave,
     memory,
@@ -19,6 +20,8 @@ use crate::{
     compressed_experts::CompressedLayers,
     condenser::Condensers,
     fold::{Changes, FoldCheck, FoldPrecision, Folded},
+    null_experts::NullExperts,
+    recurrent_router::RecurrentRouter,
     lora::{LoraWeights, Maps, Targets},
     peft_files,
     trainable::Trainable,
@@ -284,10 +287,7 @@ impl Trained {
         }
         let folded = Folded::in_precision(base.checkpoint(), self.task.set(), self.fold)?;
         let model = folded.run(base.device(), max_memory)?;
-        match &self.artifacts.condensers {
-            Some(condensers) => condensers.applied_to(&model).map(Some),
-            None => Ok(Some(model)),
-        }
+        Ok(Some(self.artifacts.beside(&model)?.unwrap_or(model)))
     }
 
     /// Writes what was trained on `base` into `directory`: `adapter` has a LoRA, as PEFT has it, or a mixture, which no
@@ -310,7 +310,23 @@ impl Trained {
             return Ok(saved);
         }
         let folded = Folded::in_precision(base.checkpoint(), self.task.set(), self.fold)?;
-        write(folded.model(), &model, &WriteOptions { existing, ..WriteOptions::default() })?;
+        let routing = self.artifacts.routing();
+        // a bias goes into the tensor that a family has for it
+        let export = routing.as_ref().map(|routing| routing.export(base)).transpose()?.flatten();
+        let written = match &export {
+            Some(export) => export.on(folded.model())?,
+            None => folded.model().clone(),
+        };
+        write(&written, &model, &WriteOptions { existing, ..WriteOptions::default() })?;
+        if let Some(routing) = routing.filter(|_| export.is_none()) {
+            RunTime { routing: Some(routing), ..RunTime::default() }.save_beside(&model)?;
+        }
+        if let Some(nulls) = &self.artifacts.null_experts {
+            nulls.save(model.join(NullExperts::FILE))?;
+        }
+        if let Some(router) = &self.artifacts.recurrent_router {
+            router.save(model.join(RecurrentRouter::FILE))?;
+        }
         if let Some(compressed) = &self.artifacts.compressed {
             compressed.save(model.join(CompressedLayers::FILE))?;
         }

@@ -9,6 +9,7 @@ use std::{
 
 use moe_core::{
     Model,
+    adaptive::RoutingConfig,
     data::Wave,
     train::{ParameterGroup, Parameters},
 };
@@ -17,9 +18,13 @@ use crate::{
     AdapterSet, Result, TrainingHooks,
     compressed_experts::CompressedLayers,
     condenser::Condensers,
+    loss_free::BalanceBias,
     lora::Lora,
     mixture::Mixture,
+    null_experts::NullExperts,
+    recurrent_router::RecurrentRouter,
     router_loss::{RouterLossReport, RouterLosses},
+    smoe_dropout::RandomRouting,
     smt::BlockWatch,
 };
 
@@ -222,9 +227,45 @@ pub struct Artifacts {
     pub router_losses: Option<Arc<RouterLossReport>>,
     /// Sums of gradients by block.
     pub blocks: Option<BlockWatch>,
+    /// Experts that do nothing.
+    pub null_experts: Option<Arc<NullExperts>>,
+    /// A router across layers.
+    pub recurrent_router: Option<Arc<RecurrentRouter>>,
+    /// A bias that balances the load.
+    pub balance_bias: Option<Arc<BalanceBias>>,
+    /// Random routers.
+    pub random_routing: Option<Arc<RandomRouting>>,
 }
 
 impl Artifacts {
+    /// The routing that the trained model is to be run with, where it is another one than the model's and needs no
+    /// weights.
+    pub fn routing(&self) -> Option<RoutingConfig> {
+        let bias = self.balance_bias.as_ref().map(|bias| bias.routing());
+        bias.or_else(|| self.random_routing.as_ref().map(|random| random.routing()))
+    }
+
+    /// A model with what stands beside its weights: condensers, null experts, a recurrent router, another routing;
+    /// `None` where nothing does.
+    ///
+    /// # Errors
+    /// Those of each.
+    pub fn beside(&self, model: &Model) -> Result<Option<Model>> {
+        if let Some(condensers) = &self.condensers {
+            return condensers.applied_to(model).map(Some);
+        }
+        if let Some(nulls) = &self.null_experts {
+            return nulls.applied_to(model).map(Some);
+        }
+        if let Some(router) = &self.recurrent_router {
+            return router.applied_to(model).map(Some);
+        }
+        match self.routing() {
+            Some(routing) => Ok(Some(routing.on(model)?)),
+            None => Ok(None),
+        }
+    }
+
     fn and(self, other: Self) -> Self {
         Self {
             lora: self.lora.or(other.lora),
@@ -233,6 +274,10 @@ impl Artifacts {
             condensers: self.condensers.or(other.condensers),
             router_losses: self.router_losses.or(other.router_losses),
             blocks: self.blocks.or(other.blocks),
+            null_experts: self.null_experts.or(other.null_experts),
+            recurrent_router: self.recurrent_router.or(other.recurrent_router),
+            balance_bias: self.balance_bias.or(other.balance_bias),
+            random_routing: self.random_routing.or(other.random_routing),
         }
     }
 }

@@ -5,7 +5,7 @@ mod tuning;
 use std::sync::{Arc, RwLock};
 
 use moe_core::{
-    Model, RoutingOverlay, RoutingRule,
+    Model, RouterTokens, RoutingOverlay, RoutingRule, RuleGradients,
     adapters::{ExpertSite, LayerSite, Site},
     router::Routed,
     train::TrainEvent,
@@ -34,7 +34,7 @@ fn losses_on_routers_reach_them_and_what_is_below_and_change_no_output() {
         let base = model(name);
         let wave = &waves(&base, 1)[0];
         let balance = Some(BalanceLoss { coefficient: 0.5, form, over: BalanceScope::Layer });
-        let losses = RouterLosses { balance, z: Some(0.05) };
+        let losses = RouterLosses { balance, z: Some(0.05), ..RouterLosses::default() };
         let mut set = AdapterSet::new();
         let last = base.config().layers.len() - 1;
         OwnWeights { router: true, norms: true, layers: Some([last].into()), ..OwnWeights::default() }
@@ -109,7 +109,8 @@ impl StraightThrough {
 struct Shared(Arc<StraightThrough>);
 
 impl RoutingRule for Shared {
-    fn route(&self, logits: &[f32], experts: usize, bias: Option<&[f32]>) -> Routed {
+    fn route(&self, tokens: &RouterTokens<'_>) -> moe_core::Result<Routed> {
+        let RouterTokens { logits, experts, bias, .. } = *tokens;
         let this = &self.0;
         let mut first = this.first.write().unwrap();
         let (chosen, start) = first.get_or_insert_with(|| {
@@ -128,10 +129,10 @@ impl RoutingRule for Shared {
             }
         }
         let selected = (0..logits.len()).map(|i| (i % experts) as u32).collect();
-        Routed { experts, top_k: experts, selected, weights }
+        Ok(Routed { experts, top_k: experts, selected, weights })
     }
 
-    fn backward(&self, _: &[f32], _: &Routed, _: &[f32]) -> Vec<f32> {
+    fn backward(&self, _: &RouterTokens<'_>, _: &Routed, _: &[f32], _: bool) -> moe_core::Result<RuleGradients> {
         unreachable!("only run forward")
     }
 }
@@ -221,7 +222,7 @@ fn a_balance_loss_over_the_model_has_its_gradient_through_all_layers_and_is_amon
     let base = model("qwen2_moe");
     let wave = &waves(&base, 1)[0];
     let balance = Some(BalanceLoss { coefficient: 0.5, form: BalanceForm::Switch, over: BalanceScope::Model });
-    let losses = RouterLosses { balance, z: Some(0.01) };
+    let losses = RouterLosses { balance, z: Some(0.01), ..RouterLosses::default() };
     let mut set = AdapterSet::new();
     OwnWeights::router().install(&Setting::new(&base), &mut set).unwrap();
     let report = losses.install(&Setting::new(&base), &mut set).unwrap().artifacts.router_losses.unwrap();
@@ -273,7 +274,7 @@ fn a_balance_loss_over_the_model_is_that_of_transformers_and_over_layers_another
         let balance = Some(BalanceLoss { coefficient: 1.0, form: BalanceForm::Switch, over });
         let mut set = AdapterSet::new();
         OwnWeights::router().install(&Setting::new(&base), &mut set).unwrap();
-        let losses = RouterLosses { balance, z: None };
+        let losses = RouterLosses { balance, ..RouterLosses::default() };
         let report = losses.install(&Setting::new(&base), &mut set).unwrap().artifacts.router_losses.unwrap();
         sweep(&base.with_adapters(Arc::new(set)).unwrap(), &wave);
         report.take().into_values().map(|losses| losses.balance).collect::<Vec<f64>>()

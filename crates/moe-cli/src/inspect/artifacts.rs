@@ -104,7 +104,7 @@ fn tensors(path: &Path) -> Result<Value> {
         }));
     }
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    for kind in [SavedKind::CompressedExperts, SavedKind::Condensers] {
+    for kind in SavedKind::BESIDE_WEIGHTS {
         if name == kind.file() {
             return Ok(json!({
                 "kind": kind.to_string(),

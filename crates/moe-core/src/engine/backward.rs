@@ -14,10 +14,11 @@ use super::{
 };
 use crate::{
     adapters::{Depth, Wanted},
+    depth::PathStep,
     error::Result,
     host::{self, HostView},
     kernels::rows::RowAccumulator,
-    layers::{BlockGradients, RouterLayer},
+    layers::{BlockGradients, RouterLayer, sum_of},
     store::HiddenStore,
     trace::{ExpertGradients, ExpertTrace, Observer, RouterGradients, Signals, SweepPart},
 };
@@ -46,7 +47,7 @@ pub(super) struct Backward<'a> {
     /// Below it nobody asks for gradients.
     pub depth: Depth,
     pub needs: Signals,
-    /// Layers that are left.
+    /// Steps of the model's path that are left.
     pub from: usize,
 }
 
@@ -65,15 +66,16 @@ impl Engine<'_> {
         observer: &mut dyn Observer,
         mut unfinished: Option<&mut UnfinishedWave>,
     ) -> Result<()> {
-        for layer in (0..sweep.from).rev() {
-            if !sweep.depth.reaches_feed_forward(layer) {
+        let steps = self.model.path().steps();
+        for at in (0..sweep.from).rev() {
+            if !sweep.depth.reaches_feed_forward(at) {
                 return Ok(());
             }
-            let dx = self.layer_backward(&mut sweep, layer, dy, observer)?;
-            observer.done(SweepPart::Backward(layer))?;
+            let dx = self.step_backward(&mut sweep, at, dy, observer)?;
+            observer.done(SweepPart::Backward(steps[at].layer))?;
             let Some(dx) = dx else { return Ok(()) };
             if let Some(unfinished) = &mut unfinished {
-                unfinished.backward_done(layer, &dx)?;
+                unfinished.backward_done(at, &dx)?;
             }
             dy = dx;
         }
@@ -81,37 +83,48 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Gradient at the input of a layer, unless the sweep ends in it.
-    fn layer_backward(
+    /// Gradient at the input of a step of the path, unless the sweep ends in it.
+    fn step_backward(
         &self,
         sweep: &mut Backward<'_>,
-        layer: usize,
+        at: usize,
         dy: Tensor<2>,
         observer: &mut dyn Observer,
     ) -> Result<Option<Tensor<2>>> {
-        let mut tape = std::mem::take(&mut sweep.tapes[layer]);
+        let PathStep { layer, attention, feed_forward } = self.model.path().steps()[at];
+        let mut tape = std::mem::take(&mut sweep.tapes[at]);
         let mixer = tape.mixer.take();
-        let read = sweep.store.take(middle_slot(layer))?;
-        let kept = sum_slots(layer).take(self.model.config().kept_sums(layer));
-        tape.sums = kept.map(|slot| sweep.store.take(slot)).collect::<Result<_>>()?;
-        let gradients = self.ffn_backward(sweep, layer, &read, dy, tape, observer)?;
-        self.model.check_reads()?;
-        let Some([d_read, around]) = gradients else { return Ok(None) };
-        drop(read);
+        let read = sweep.store.take(middle_slot(at))?;
         // Side by side, what the feed-forward half reads is the input of the layer.
-        let parallel = self.model.config().is_parallel();
-        let (d_middle, beside) = match parallel {
-            true => (around, Some(d_read)),
-            false => (added(d_read, &around), None),
+        let (d_middle, beside) = match feed_forward {
+            true => {
+                let kept = sum_slots(at).take(self.model.config().kept_sums(layer));
+                tape.sums = kept.map(|slot| sweep.store.take(slot)).collect::<Result<_>>()?;
+                let gradients = self.ffn_backward(sweep, at, &read, dy, tape, observer)?;
+                self.model.check_reads()?;
+                let Some([d_read, around]) = gradients else { return Ok(None) };
+                match self.model.config().is_parallel() {
+                    true => (around, Some(d_read)),
+                    false => (added(d_read, &around), None),
+                }
+            }
+            false => (dy, None),
         };
-        if !sweep.depth.reaches_attention(layer) {
+        drop(read);
+        if !sweep.depth.reaches_attention(at) {
             return Ok(None);
         }
-        let x = sweep.store.take(input_slot(layer))?;
+        let x = sweep.store.take(input_slot(at))?;
+        if !attention {
+            return Ok(Some(match beside {
+                Some(beside) => added(d_middle, &beside),
+                None => d_middle,
+            }));
+        }
         let weights = self.model.mixer(layer)?;
         let (table, spans) = (sweep.prepared.tables.of(self.model.config(), layer), &sweep.prepared.spans);
         let tape = mixer.unwrap_or_else(|| weights.project(&x, table));
-        let wanted = Wanted { input: sweep.depth.reaches_below(layer), parameters: sweep.needs.parameters };
+        let wanted = Wanted { input: sweep.depth.reaches_below(at), parameters: sweep.needs.parameters };
         let dx = weights.backward(&x, &tape, spans, table, d_middle, wanted);
         self.model.check_reads()?;
         Ok(match (dx, beside) {
@@ -132,10 +145,11 @@ impl Engine<'_> {
         let overlay = self.model.routing_overlay().map(|overlay| &**overlay);
         let logits = HostView::new(&router.linear.forward(read));
         let (logits, experts) = (logits.as_slice(), router.linear.weight.dims()[0]);
-        let routing = LayerRouting::new(self.model.router(), layer, logits, experts, router, overlay)?;
+        let tokens = self.router_tokens(layer, router, read, logits, &sweep.prepared.info);
+        let routing = LayerRouting::new(&tokens, router.scales.as_ref(), overlay)?;
         if sweep.needs.routing {
             let removed = overlay.and_then(|overlay| overlay.removed(layer)).unwrap_or_default();
-            let logits = visible_logits(logits, experts, removed);
+            let logits = visible_logits(routing.logits(logits), experts, removed);
             observer.recall(&routing.trace(layer, &sweep.prepared.info, &logits))?;
         }
         Ok(routing)
@@ -146,15 +160,16 @@ impl Engine<'_> {
     fn ffn_backward(
         &self,
         sweep: &Backward<'_>,
-        layer: usize,
+        at: usize,
         given: &Tensor<2>,
         dy: Tensor<2>,
         tape: LayerTape,
         observer: &mut dyn Observer,
     ) -> Result<Option<[Tensor<2>; 2]>> {
         let needs = sweep.needs;
+        let layer = self.model.path().steps()[at].layer;
         let wave = &sweep.prepared.info;
-        let want_input = sweep.depth.reaches_below_feed_forward(layer);
+        let want_input = sweep.depth.reaches_below_feed_forward(at);
         let parameters = needs.parameters;
         let ffn = self.model.ffn(layer)?;
         let z = ffn.normed(given);
@@ -198,13 +213,16 @@ impl Engine<'_> {
                 let wanted = Wanted { input: true, parameters };
                 dz.add(&ffn.latent_gradient(&z, &d_latent.into_tensor(), wanted).expect("wanted"));
             }
-            if dz.is_some() || needs.router_gradients || (parameters && router.linear.is_trained()) {
+            // what changes or replaces the routing may be trained itself
+            let trained = parameters && (router.linear.is_trained() || !routing.is_own());
+            if dz.is_some() || needs.router_gradients || trained {
                 let overlay = self.model.routing_overlay().map(|overlay| &**overlay);
                 let read = router.input(given, &z);
                 let logits = HostView::new(&router.linear.forward(&read));
-                let logits = logits.as_slice();
+                let tokens = self.router_tokens(layer, router, &read, logits.as_slice(), wave);
+                let logits = routing.logits(logits.as_slice());
                 let removed = overlay.and_then(|overlay| overlay.removed(layer)).unwrap_or_default();
-                let mut gradients = routing.backward(self.model.router(), layer, logits, &d_weights, overlay);
+                let mut gradients = routing.backward(&tokens, &d_weights, overlay, parameters)?;
                 if let Some(adapters) = self.model.adapters().filter(|_| parameters) {
                     if adapters.dense_router(layer) {
                         let values = self.expert_values(layer, &expert_input, &d_blocks, routing, &d_weights)?;
@@ -230,9 +248,12 @@ impl Engine<'_> {
                         d_gains: &gradients.gains,
                     })?;
                 }
-                let d_logits = host::from_vec(gradients.logits, [tokens, routed.experts], self.model.device());
+                let below = routing.through_change(&tokens, gradients.logits, parameters)?;
+                let d_logits = host::from_vec(below.logits, [tokens.tokens(), routed.experts], self.model.device());
                 let wanted = Wanted { input: dz.is_some(), parameters };
                 let through = router.linear.backward(|| read.clone(), &d_logits, wanted);
+                let beside = [gradients.input, below.input].into_iter().filter(|_| dz.is_some());
+                let through = sum_of(std::iter::once(through).chain(beside));
                 match (&mut dz, through) {
                     (Some(_), through @ Some(_)) if router.norm.is_some() => d_router_input = through,
                     (Some(dz), Some(through)) => dz.add(&through),

@@ -1,5 +1,7 @@
 //! One wave through all layers.
 
+use moe_checkpoint::ModelConfig;
+
 use super::{
     Engine, UnfinishedWave, WaveReport,
     backward::{Backward, SLOTS, input_slot, middle_slot, sum_slots},
@@ -9,6 +11,7 @@ use super::{
 use crate::{
     adapters::Depth,
     data::Wave,
+    depth::PathStep,
     error::Result,
     memory::Keep,
     objective::Objective,
@@ -17,15 +20,36 @@ use crate::{
     wave_files::Part,
 };
 
+/// Whether a step of a path runs routed experts.
+fn runs_experts(config: &ModelConfig, step: &PathStep) -> bool {
+    step.feed_forward && config.moe(step.layer).is_some()
+}
+
 impl Engine<'_> {
     /// How deep the backward sweep goes for these signals.
     pub(super) fn depth(&self, needs: Signals) -> Depth {
         let config = self.model.config();
-        let first_moe = (0..config.layers.len()).find(|&l| config.moe(l).is_some());
+        let path = self.model.path();
+        let first_moe = path.steps().iter().find(|step| runs_experts(config, step)).map(|step| step.layer);
         let observed =
             (needs.gradients || needs.router_gradients).then_some(first_moe).flatten().map(Depth::FeedForward);
         let trained = self.model.adapters().filter(|_| needs.parameters).map(|adapters| adapters.depth());
         observed.into_iter().chain(trained).fold(Depth::Head, Depth::deeper)
+    }
+
+    /// The same in steps of the model's path, which is ascending where something goes back through it.
+    fn depth_in_steps(&self, needs: Signals) -> Depth {
+        let steps = self.model.path().steps();
+        let from = |layer: usize| steps.iter().position(|step| step.layer >= layer);
+        let depth = self.depth(needs);
+        let (Depth::Attention(layer) | Depth::FeedForward(layer)) = depth else { return depth };
+        match (from(layer), depth) {
+            (None, _) => Depth::Head,
+            // what is after a layer that is left out: everything from the next one on
+            (Some(step), _) if steps[step].layer > layer => Depth::Attention(step),
+            (Some(step), Depth::Attention(_)) => Depth::Attention(step),
+            (Some(step), _) => Depth::FeedForward(step),
+        }
     }
 
     pub(super) fn sweep(
@@ -36,18 +60,23 @@ impl Engine<'_> {
         mut unfinished: Option<&mut UnfinishedWave>,
     ) -> Result<WaveReport> {
         let needs = observer.needs();
+        self.check_depth(needs)?;
+        if unfinished.is_some() {
+            self.check_whole("files to go on from")?;
+        }
         let prepared = Prepared::new(self.model, wave)?;
         let plan = self.plan_with(prepared.ids.len(), needs.backward(), objective.is_some())?;
         self.model.set_residency(plan.residency);
         observer.begin_wave(&prepared.info)?;
 
         let (config, device) = (self.model.config(), self.model.device());
-        let layers = config.layers.len();
-        let depth = self.depth(needs);
+        let steps = self.model.path().steps();
+        let layers = steps.len();
+        let depth = self.depth_in_steps(needs);
         if let Some(adapters) = self.model.adapters() {
             adapters.begin_wave(&prepared.info);
         }
-        let last_moe = (0..layers).rev().find(|&l| config.moe(l).is_some());
+        let last_moe = (0..layers).rev().find(|&step| runs_experts(config, &steps[step]));
         let to_the_end = objective.is_some() || needs.hidden;
         let stop = if to_the_end { layers } else { last_moe.map_or(0, |l| l + 1) };
         let mut store = match &unfinished {
@@ -68,7 +97,7 @@ impl Engine<'_> {
         for layer in 0..left {
             if depth.reaches_feed_forward(layer) {
                 store.adopt(middle_slot(layer), Part::Middle(layer), None, device);
-                for (which, slot) in sum_slots(layer).take(config.kept_sums(layer)).enumerate() {
+                for (which, slot) in sum_slots(layer).take(config.kept_sums(steps[layer].layer)).enumerate() {
                     store.adopt(slot, Part::Sum(layer, which), None, device);
                 }
             }
@@ -96,25 +125,42 @@ impl Engine<'_> {
                     (Some(_), Some(unfinished)) => unfinished.load(Part::Input(first), device)?,
                     _ => self.model.embed(&prepared.ids)?,
                 };
-                for (layer, tape) in tapes.iter_mut().enumerate().take(stop).skip(first) {
+                for (at, tape) in tapes.iter_mut().enumerate().take(stop).skip(first) {
+                    let PathStep { layer, attention, feed_forward } = steps[at];
                     if needs.hidden {
                         observer.hidden(layer, &x)?;
                     }
-                    let backward = needs.backward() && depth.reaches_feed_forward(layer);
-                    let through = backward && depth.reaches_attention(layer);
+                    if let Some(rule) = self.model.depth_rule() {
+                        x = self.decided_layer(layer, x, &prepared, &**rule, observer)?;
+                        observer.done(SweepPart::Forward(layer))?;
+                        continue;
+                    }
+                    let backward = needs.backward() && depth.reaches_feed_forward(at);
+                    let through = backward && depth.reaches_attention(at);
                     let keep = if backward { plan.keep[layer] } else { Keep::default() };
-                    let middle = self.attention_forward(layer, &x, &prepared, tape, keep.attention && through)?;
+                    let middle = match attention {
+                        true => self.attention_forward(layer, &x, &prepared, tape, keep.attention && through)?,
+                        false => x.clone(),
+                    };
                     // What the feed-forward half reads, where that is not what the attention half gives.
                     let beside = config.is_parallel().then(|| x.clone());
                     if through {
                         match &unfinished {
                             // the layer before has left it
-                            Some(_) if layer > 0 => store.adopt(input_slot(layer), Part::Input(layer), Some(x), device),
-                            Some(_) => store.put_named(input_slot(layer), Part::Input(layer), x)?,
-                            None => store.put(input_slot(layer), x)?,
+                            Some(_) if at > 0 => store.adopt(input_slot(at), Part::Input(at), Some(x), device),
+                            Some(_) => store.put_named(input_slot(at), Part::Input(at), x)?,
+                            None => store.put(input_slot(at), x)?,
                         }
                     }
-                    let skip_output = !to_the_end && !needs.streams && Some(layer) == last_moe;
+                    if !feed_forward {
+                        if backward {
+                            store.put(middle_slot(at), middle.clone())?;
+                        }
+                        x = middle;
+                        observer.done(SweepPart::Forward(layer))?;
+                        continue;
+                    }
+                    let skip_output = !to_the_end && !needs.streams && Some(at) == last_moe;
                     let pass = FfnPass {
                         keep,
                         needs,
@@ -138,13 +184,13 @@ impl Engine<'_> {
                     if backward {
                         let read = beside.unwrap_or(middle);
                         match &unfinished {
-                            Some(_) => store.put_named(middle_slot(layer), Part::Middle(layer), read)?,
-                            None => store.put(middle_slot(layer), read)?,
+                            Some(_) => store.put_named(middle_slot(at), Part::Middle(at), read)?,
+                            None => store.put(middle_slot(at), read)?,
                         }
                         for (which, sum) in std::mem::take(&mut tape.sums).into_iter().enumerate() {
-                            let slot = sum_slots(layer).start + which;
+                            let slot = sum_slots(at).start + which;
                             match &unfinished {
-                                Some(_) => store.put_named(slot, Part::Sum(layer, which), sum)?,
+                                Some(_) => store.put_named(slot, Part::Sum(at, which), sum)?,
                                 None => store.put(slot, sum)?,
                             }
                         }
@@ -153,6 +199,9 @@ impl Engine<'_> {
                     if let Some(unfinished) = unfinished.as_mut().filter(|_| !skip_output) {
                         unfinished.forward_done(layer, &x, depth)?;
                     }
+                }
+                if needs.hidden {
+                    observer.last_hidden(&x)?;
                 }
                 let gradient = match objective {
                     Some(objective) => self.head(x, &prepared, needs, objective, observer, &mut report)?,

@@ -11,9 +11,9 @@ use super::{
 use crate::{
     error::{Error, Result},
     host::HostView,
-    layers::MixerTape,
+    layers::{MixerTape, RouterLayer},
     memory::Keep,
-    overlay::RoutingOverlay,
+    overlay::{RouterTokens, RoutingOverlay},
     router::Routed,
     trace::{ExpertTrace, HalfInput, Observer, SequenceInfo, Signals, WaveInfo},
 };
@@ -122,7 +122,38 @@ impl Engine<'_> {
         };
         let ffn = self.model.ffn(layer)?;
         let Some(router) = &ffn.router else { return Err(Error::input("layer", layer, "one with a router")) };
-        Ok(LayerRouting::new(self.model.router(), layer, logits, experts, router, overlay)?.applied)
+        let tokens = logits.len() / experts.max(1);
+        let wave = WaveInfo { id: 0, tokens, sequences: vec![SequenceInfo { tokens: 0..tokens, loss_tokens: 0 }] };
+        let tokens = RouterTokens {
+            layer,
+            experts,
+            logits,
+            bias: router.selection_bias.as_deref(),
+            input: None,
+            router: self.model.router(),
+            wave: &wave,
+        };
+        Ok(LayerRouting::new(&tokens, router.scales.as_ref(), overlay)?.applied)
+    }
+
+    /// The tokens of a layer as what routes them sees them.
+    pub(super) fn router_tokens<'a>(
+        &'a self,
+        layer: usize,
+        router: &'a RouterLayer,
+        read: &'a Tensor<2>,
+        logits: &'a [f32],
+        wave: &'a WaveInfo,
+    ) -> RouterTokens<'a> {
+        RouterTokens {
+            layer,
+            experts: router.linear.weight.dims()[0],
+            logits,
+            bias: router.selection_bias.as_deref(),
+            input: Some(read),
+            router: self.model.router(),
+            wave,
+        }
     }
 
     /// What the feed-forward half of a layer is given, from the layer's input and what its attention half gives.
@@ -162,10 +193,14 @@ impl Engine<'_> {
         let z = ffn.normed(given);
         let mut sums = ffn.sums(stream);
         if let Some(router) = &ffn.router {
-            let logits = HostView::new(&router.linear.forward(&router.input(given, &z)));
+            let read = router.input(given, &z);
+            let logits = HostView::new(&router.linear.forward(&read));
             let logits = logits.as_slice();
             let experts = router.linear.weight.dims()[0];
-            let routed = LayerRouting::new(self.model.router(), layer, logits, experts, router, routing)?;
+            let tokens = self.router_tokens(layer, router, &read, logits, wave);
+            let routed = LayerRouting::new(&tokens, router.scales.as_ref(), routing)?;
+            self.model.count_routed_tokens(tokens.tokens());
+            let logits = routed.logits(logits);
             let adapters = self.model.adapters().filter(|_| needs.parameters);
             let watchers = adapters.map(|adapters| adapters.router(layer)).unwrap_or_default();
             if needs.routing || !watchers.is_empty() {

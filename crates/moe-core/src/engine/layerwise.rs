@@ -124,6 +124,7 @@ impl Engine<'_> {
     /// # Errors
     /// As [`run`](Self::run); [`Error::Input`] for no waves.
     pub fn layer_sweep(&self, waves: &[Wave]) -> Result<LayerSweep<'_>> {
+        self.check_whole("a layer-by-layer sweep")?;
         let plan = self.plan_layerwise(waves)?;
         let waves = waves.iter().map(|wave| Prepared::new(self.model, wave)).collect::<Result<Vec<_>>>()?;
         self.model.set_residency(plan.residency);
@@ -233,6 +234,14 @@ impl LayerSweep<'_> {
         let mut reports: Vec<WaveReport> = self.waves.iter().map(|wave| WaveReport::new(&wave.info)).collect();
         if objective.is_some() || needs.hidden {
             self.dense_layers(self.engine.model.config().layers.len(), needs, observer)?;
+        }
+        if needs.hidden {
+            for (position, wave) in self.waves.iter().enumerate() {
+                let x = self.store.get(stream_slot(position))?;
+                observer.begin_wave(&wave.info)?;
+                observer.last_hidden(&x)?;
+                observer.end_wave(&wave.info)?;
+            }
         }
         if let Some(objective) = &mut objective {
             for (position, (wave, report)) in self.waves.iter().zip(&mut reports).enumerate() {

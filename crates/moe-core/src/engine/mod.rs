@@ -9,6 +9,7 @@
 //! goes on from; [`Engine::run_layerwise`] takes all waves through one layer after the other.
 
 mod backward;
+mod depth;
 mod dense_router;
 mod driver;
 mod experts;

@@ -2,14 +2,15 @@
 
 use std::{borrow::Cow, sync::Arc};
 
+use burn::tensor::Tensor;
+
 use crate::{
     error::Result,
-    layers::RouterLayer,
     overlay::{
-        RoutingOverlay, RoutingRule,
+        LogitTransform, RouterTokens, RoutingOverlay, RoutingRule, RuleGradients,
         routing::{check_removed, check_rule, refusal},
     },
-    router::{Dispatch, Routed, Router},
+    router::{Dispatch, Routed},
     trace::{LayerTrace, WaveInfo},
 };
 
@@ -46,6 +47,8 @@ impl Scaled {
 }
 
 struct Changed {
+    /// What changed the logits, and what they became.
+    logits: Option<(Arc<dyn LogitTransform>, Vec<f32>)>,
     /// What routed in place of the model's rule.
     by: Option<Arc<dyn RoutingRule>>,
     /// By that, or the model's rule.
@@ -57,27 +60,26 @@ struct Changed {
 
 /// Gradients of a layer's routing.
 pub(super) struct RoutingGradients {
-    /// With respect to the router logits `[T, E]`.
+    /// With respect to the logits that tokens were routed by `[T, E]`.
     pub logits: Vec<f32>,
+    /// With respect to what the router reads, besides the way through the logits `[T, H]`.
+    pub input: Option<Tensor<2>>,
     /// With respect to a factor on the weights of each expert `[E]`.
     pub gains: Vec<f64>,
 }
 
 impl LayerRouting {
-    /// Routes by `logits [T, E]`.
+    /// Routes tokens by the router's logits.
     ///
     /// # Errors
     /// [`Error::Input`](crate::Error::Input) for an overlay that does not fit the layer.
     pub fn new(
-        router: &Router,
-        layer: usize,
-        logits: &[f32],
-        experts: usize,
-        weights: &RouterLayer,
+        tokens: &RouterTokens<'_>,
+        scales: Option<&Arc<[f32]>>,
         overlay: Option<&dyn RoutingOverlay>,
     ) -> Result<Self> {
-        let bias = weights.selection_bias.as_deref();
-        let scaled = |rule: Routed| match &weights.scales {
+        let RouterTokens { layer, experts, bias, router, .. } = *tokens;
+        let scaled = |rule: Routed| match scales {
             Some(factors) => {
                 let scaled = Scaled { factors: factors.clone(), rule };
                 (scaled.apply(), Some(scaled))
@@ -85,7 +87,7 @@ impl LayerRouting {
             None => (rule, None),
         };
         let Some(overlay) = overlay else {
-            let (applied, scaled) = scaled(router.route(logits, experts, bias));
+            let (applied, scaled) = scaled(router.route(tokens.logits, experts, bias));
             return Ok(Self { applied, scale: router.scale(), changed: None, scaled });
         };
         let router = match overlay.top_k() {
@@ -94,17 +96,36 @@ impl LayerRouting {
         };
         check_removed(overlay, layer, experts, router)?;
         check_rule(overlay, layer)?;
+        let logits = match overlay.logits(layer) {
+            Some(by) => {
+                let logits = by.forward(tokens)?;
+                if logits.len() != tokens.logits.len() {
+                    let expected = format!("{} numbers", tokens.logits.len());
+                    return Err(refusal("changed logits", layer, format!("{} numbers", logits.len()), expected));
+                }
+                Some((by, logits))
+            }
+            None => None,
+        };
+        let tokens = RouterTokens { router, ..*tokens };
+        let tokens = match &logits {
+            Some((_, logits)) => tokens.with_logits(logits),
+            None => tokens,
+        };
         let by = overlay.rule(layer);
         let (rule, scaled) = match &by {
             Some(by) => {
-                let routed = by.route(logits, experts, bias);
+                let routed = by.route(&tokens)?;
                 let k = routed.top_k;
-                let slots = logits.len() / experts.max(1) * k;
+                let slots = tokens.tokens() * k;
                 let expected = Routed { experts, top_k: k, selected: vec![u32::MAX; slots], weights: vec![0.0; slots] };
                 check_routed(layer, &expected, &routed)?;
-                (routed, None)
+                scaled(routed)
             }
-            None => scaled(router.route_without(logits, experts, bias, overlay.removed(layer).unwrap_or_default())),
+            None => {
+                let removed = overlay.removed(layer).unwrap_or_default();
+                scaled(router.route_without(tokens.logits, experts, bias, removed))
+            }
         };
         let mut seen = rule.clone();
         overlay.routed(layer, &mut seen);
@@ -119,7 +140,13 @@ impl LayerRouting {
         }
         // The weights of another rule are what it says.
         let scale = if by.is_some() { 1.0 } else { router.scale() };
-        Ok(Self { applied, scale, changed: Some(Changed { by, rule, seen, gains }), scaled })
+        Ok(Self { applied, scale, changed: Some(Changed { logits, by, rule, seen, gains }), scaled })
+    }
+
+    /// The logits that tokens were routed by, given those of the router.
+    pub fn logits<'a>(&'a self, own: &'a [f32]) -> &'a [f32] {
+        let changed = self.changed.as_ref().and_then(|changed| changed.logits.as_ref());
+        changed.map_or(own, |(_, logits)| logits)
     }
 
     /// What is shown of it; `logits` as the router gives them, without removed experts.
@@ -144,18 +171,24 @@ impl LayerRouting {
 
     /// Whether the weights are those of the model's own rule.
     pub fn is_own(&self) -> bool {
-        self.changed.as_ref().is_none_or(|changed| changed.by.is_none() && changed.rule == self.applied)
+        let own = |changed: &Changed| changed.by.is_none() && changed.logits.is_none() && changed.rule == self.applied;
+        self.changed.as_ref().is_none_or(own)
     }
 
-    /// From the gradient of each weight as applied `[T, k]`.
+    /// Gradients at the logits that tokens were routed by, from that of each weight as applied `[T, k]`. `tokens` have
+    /// the logits of the router.
+    ///
+    /// # Errors
+    /// Those of the overlay's rule.
     pub fn backward(
         &self,
-        router: &Router,
-        layer: usize,
-        logits: &[f32],
+        tokens: &RouterTokens<'_>,
         d_weights: &[f32],
         overlay: Option<&dyn RoutingOverlay>,
-    ) -> RoutingGradients {
+        parameters: bool,
+    ) -> Result<RoutingGradients> {
+        let tokens = tokens.with_logits(self.logits(tokens.logits));
+        let layer = tokens.layer;
         let (rule, seen, gains) = match &self.changed {
             None => (&self.applied, &self.applied, None),
             Some(changed) => (&changed.rule, &changed.seen, changed.gains.as_ref()),
@@ -180,11 +213,27 @@ impl LayerRouting {
             scaled.on(&rule.selected, d.to_mut());
             rule = &scaled.rule;
         }
-        let logits = match self.changed.as_ref().and_then(|changed| changed.by.as_ref()) {
-            Some(by) => by.backward(logits, rule, &d),
-            None => router.backward_without(logits, rule, &d, removed),
+        let RuleGradients { logits, input } = match self.changed.as_ref().and_then(|changed| changed.by.as_ref()) {
+            Some(by) => by.backward(&tokens, rule, &d, parameters)?,
+            None => tokens.router.backward_without(tokens.logits, rule, &d, removed).into(),
         };
-        RoutingGradients { logits, gains: d_gains }
+        Ok(RoutingGradients { logits, input, gains: d_gains })
+    }
+
+    /// Gradients at the logits of the router, from that of those that tokens were routed by `[T, E]`.
+    ///
+    /// # Errors
+    /// Those of what changed them.
+    pub fn through_change(
+        &self,
+        tokens: &RouterTokens<'_>,
+        d_logits: Vec<f32>,
+        parameters: bool,
+    ) -> Result<RuleGradients> {
+        match self.changed.as_ref().and_then(|changed| changed.logits.as_ref()) {
+            Some((by, _)) => by.backward(tokens, &d_logits, parameters),
+            None => Ok(d_logits.into()),
+        }
     }
 }
 

@@ -122,6 +122,16 @@ impl RowAccumulator {
         }
     }
 
+    /// `sum[rows[i]] = y[i]`.
+    pub(crate) fn set_rows(&mut self, rows: &[u32], y: &Tensor<2>) {
+        let view = HostView::new(y);
+        self.on_host(|sum, columns| {
+            for (&row, y) in rows.iter().zip(view.as_slice().chunks_exact(columns.max(1))) {
+                sum[row as usize * columns..(row as usize + 1) * columns].copy_from_slice(y);
+            }
+        });
+    }
+
     /// The sum.
     pub fn into_tensor(self) -> Tensor<2> {
         match self.sum {

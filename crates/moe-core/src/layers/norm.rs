@@ -25,6 +25,8 @@ pub struct Norm {
     pub eps: f32,
     /// Added to the weight as it is stored: 1 in families that store it less one, else 0.
     pub offset: f32,
+    /// Whether every row that a LayerNorm reads has mean zero already, so that it is an RMSNorm with a bias.
+    pub centered: bool,
     /// What stands in for the weight and is trained.
     pub weight_adapter: Option<Arc<dyn VectorAdapter>>,
     /// What stands in for the bias and is trained.
@@ -34,7 +36,7 @@ pub struct Norm {
 impl Norm {
     /// A frozen norm.
     pub fn new(weight: Tensor<1>, bias: Option<Tensor<1>>, eps: f32) -> Self {
-        Self { weight, bias, eps, offset: 0.0, weight_adapter: None, bias_adapter: None }
+        Self { weight, bias, eps, offset: 0.0, centered: false, weight_adapter: None, bias_adapter: None }
     }
 
     /// `norm(x)`.
@@ -44,7 +46,11 @@ impl Norm {
             None => rms_norm(x, &weight, self.eps),
             Some(bias) => {
                 let trained = self.bias_adapter.as_ref().map(|adapter| adapter.value());
-                layer_norm(x, &weight, trained.as_ref().unwrap_or(bias), self.eps)
+                let bias = trained.as_ref().unwrap_or(bias);
+                match self.centered {
+                    true => rms_norm(x, &weight, self.eps) + bias.clone().unsqueeze::<2>(),
+                    false => layer_norm(x, &weight, bias, self.eps),
+                }
             }
         }
     }

@@ -23,6 +23,7 @@ impl Model {
     pub fn with_adapters(&self, adapters: Arc<dyn Adapters>) -> Result<Self> {
         let mut model = Self::new(self.checkpoint.clone(), &self.device, self.max_memory)?;
         (model.experts, model.routing) = (self.experts.clone(), self.routing.clone());
+        (model.path, model.depth, model.centered) = (self.path.clone(), self.depth.clone(), self.centered);
         model.adapters = Some(adapters);
         model.decoded_per_use = self.decoded_per_use;
         Ok(model)

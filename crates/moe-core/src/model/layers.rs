@@ -491,7 +491,8 @@ impl Model {
             }
             other => return Err(Error::Unsupported(format!("norm {other:?}"))),
         };
-        Ok(Norm { bias, bias_adapter, ..self.rms_norm(weight, config.hidden_size, config.norm_eps)? })
+        let centered = self.centered && bias.is_some();
+        Ok(Norm { bias, bias_adapter, centered, ..self.rms_norm(weight, config.hidden_size, config.norm_eps)? })
     }
 
     fn rms_norm(&self, weight: Role, len: usize, eps: f64) -> Result<Norm> {

@@ -10,7 +10,9 @@ use std::{
 };
 
 use burn::tensor::{Device, Tensor};
-use moe_checkpoint::{Activation, Checkpoint, Dtype, ExpertPart, ExpertWeights, ModelConfig, RawMatrix, Role};
+use moe_checkpoint::{
+    Activation, Checkpoint, Dtype, ExpertPart, ExpertWeights, ModelConfig, RawMatrix, Role, StreamEdit,
+};
 
 mod adapted;
 mod head;
@@ -18,6 +20,8 @@ mod layers;
 
 use crate::{
     adapters::Adapters,
+    adaptive::RunTime,
+    depth::{DepthRule, LayerPath},
     error::{Error, Result},
     experts::ExpertTensors,
     host,
@@ -28,7 +32,7 @@ use crate::{
     },
     layers::{FfnLayer, Linear, MixerLayer, Norm},
     memory::Residency,
-    overlay::{self, ExpertOverlay, RoutingOverlay},
+    overlay::{self, ExpertOverlay, RoutingOverlay, StackedRouting},
     router::Router,
 };
 
@@ -43,7 +47,12 @@ pub struct Model {
     experts: Option<Arc<dyn ExpertOverlay>>,
     routing: Option<Arc<dyn RoutingOverlay>>,
     adapters: Option<Arc<dyn Adapters>>,
+    path: Arc<LayerPath>,
+    depth: Option<Arc<dyn DepthRule>>,
+    /// Whether the residual stream has mean zero, so that LayerNorms are RMSNorms.
+    centered: bool,
     expert_rows: AtomicU64,
+    routed_tokens: AtomicU64,
     rope: RotaryEmbedding,
     /// Of layers with a window, where they have their own.
     local_rope: Option<RotaryEmbedding>,
@@ -84,14 +93,18 @@ impl std::fmt::Debug for Model {
 }
 
 impl Model {
-    /// Opens the checkpoint directory `dir` on `device`. `max_memory` in bytes bounds what sweeps and generation keep;
+    /// Opens the checkpoint directory `dir` on `device`, and runs it as the file
+    /// [`run_time.json`](crate::adaptive::RunTime::save_beside) in it says, if there is one. `max_memory` in bytes bounds what sweeps and generation keep;
     /// without it, six tenths of the machine's free memory. It never changes results.
     ///
     /// # Errors
     /// Those of [`Checkpoint::open`], [`Error::Unsupported`] for a rule without an implementation (routing, rope,
-    /// attention, norm, activation), and [`Error::Input`] for routing by groups that do not fit the number of experts.
+    /// attention, norm, activation), and [`Error::Input`] for routing by groups that do not fit the number of experts,
+    /// and for run-time options that do not fit the model.
     pub fn open(dir: impl AsRef<Path>, device: &Device, max_memory: Option<u64>) -> Result<Self> {
-        Self::new(Arc::new(Checkpoint::open(dir)?), device, max_memory)
+        let run_time = RunTime::beside(dir.as_ref())?;
+        let model = Self::new(Arc::new(Checkpoint::open(dir)?), device, max_memory)?;
+        Ok(run_time.on(&model)?.unwrap_or(model))
     }
 
     /// The same for a checkpoint that is already open.
@@ -130,7 +143,11 @@ impl Model {
             experts: None,
             routing: None,
             adapters: None,
+            path: Arc::new(LayerPath::whole(checkpoint.config().layers.len())),
+            depth: None,
+            centered: false,
             expert_rows: AtomicU64::new(0),
+            routed_tokens: AtomicU64::new(0),
             rope,
             local_rope,
             router,
@@ -167,7 +184,75 @@ impl Model {
         }
         (model.experts, model.routing) = (experts, routing);
         model.decoded_per_use = self.decoded_per_use;
+        (model.path, model.depth, model.centered) = (self.path.clone(), self.depth.clone(), self.centered);
         Ok(model)
+    }
+
+    /// The same model, overlays and adapters included, with `routing` on top of what changes its routing already.
+    ///
+    /// # Errors
+    /// As [`with_overlays`](Self::with_overlays), and [`Error::Input`] for a layer in which both have a rule, or remove
+    /// experts.
+    pub fn routed_by(&self, routing: Arc<dyn RoutingOverlay>) -> Result<Self> {
+        let routing: Arc<dyn RoutingOverlay> = match &self.routing {
+            Some(own) => Arc::new(StackedRouting::new(own.clone(), routing, self.config().layers.len())?),
+            None => routing,
+        };
+        let model = self.with_overlays(self.experts.clone(), Some(routing))?;
+        Ok(Self { adapters: self.adapters.clone(), ..model })
+    }
+
+    /// The same model, overlays and adapters included, whose tokens go through these layers. What the embeddings and
+    /// the head do stays as it is.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for layers that the model does not have; [`Error::Unsupported`] where a rule decides about
+    /// depth already.
+    pub fn with_path(&self, path: LayerPath) -> Result<Self> {
+        path.check(self.config().layers.len())?;
+        if self.depth.is_some() {
+            return Err(Error::Unsupported("a path of layers beside a rule that decides about them".into()));
+        }
+        let model = self.with_overlays(self.experts.clone(), self.routing.clone())?;
+        Ok(Self { adapters: self.adapters.clone(), path: Arc::new(path), ..model })
+    }
+
+    /// The same model, overlays and adapters included, of which `rule` decides while it runs how often sequences go
+    /// through a layer and which tokens skip its feed-forward half.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a model under a path that leaves layers out or repeats them.
+    pub fn with_depth_rule(&self, rule: Arc<dyn DepthRule>) -> Result<Self> {
+        if !self.path.is_whole(self.config().layers.len()) {
+            return Err(Error::Unsupported("a rule that decides about layers beside a path of layers".into()));
+        }
+        let model = self.with_overlays(self.experts.clone(), self.routing.clone())?;
+        Ok(Self { adapters: self.adapters.clone(), depth: Some(rule), ..model })
+    }
+
+    /// The same model with the mean taken out of its residual stream, so that its LayerNorms run as RMSNorms: exact but
+    /// for rounding (arXiv 2305.14858). The checkpoint is that of [`StreamEdit::Center`], which its family's loaders
+    /// read as LayerNorms with the same outcome.
+    ///
+    /// # Errors
+    /// Those of [`StreamEdit::on`]: for models that have no LayerNorms, or something else that reads the stream.
+    /// [`Error::Unsupported`] for a model with overlays or adapters, which may write means of their own.
+    pub fn with_folded_norms(&self) -> Result<Self> {
+        if self.experts.is_some() || self.routing.is_some() || self.adapters.is_some() {
+            return Err(Error::Unsupported("folding norms of a model with overlays or adapters".into()));
+        }
+        let model = Self::new(StreamEdit::Center.on(&self.checkpoint)?, &self.device, self.max_memory)?;
+        Ok(Self { path: self.path.clone(), depth: self.depth.clone(), centered: true, ..model })
+    }
+
+    /// The layers that its tokens go through: all, once, unless it is under a [path](Self::with_path).
+    pub fn path(&self) -> &Arc<LayerPath> {
+        &self.path
+    }
+
+    /// What decides about depth while it runs.
+    pub fn depth_rule(&self) -> Option<&Arc<dyn DepthRule>> {
+        self.depth.as_ref()
     }
 
     /// The same model whose weights are decoded wherever they are used: between uses there are only the bytes that the
@@ -199,6 +284,16 @@ impl Model {
     /// How many (token, routed expert) pairs this model has computed in forward passes so far, generation included.
     pub fn expert_rows(&self) -> u64 {
         self.expert_rows.load(Ordering::Relaxed)
+    }
+
+    /// How many (token, MoE layer) pairs this model has passed in forward passes so far, generation included: with
+    /// [`expert_rows`](Self::expert_rows), the experts that a token goes to on average.
+    pub fn routed_tokens(&self) -> u64 {
+        self.routed_tokens.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn count_routed_tokens(&self, tokens: usize) {
+        self.routed_tokens.fetch_add(tokens as u64, Ordering::Relaxed);
     }
 
     pub(crate) fn count_expert_rows(&self, rows: usize) {

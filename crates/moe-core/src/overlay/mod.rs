@@ -3,12 +3,16 @@
 
 pub(crate) mod routing;
 mod skip;
+mod stacked;
 
 use std::{collections::BTreeMap, sync::Arc};
 
 use moe_checkpoint::ExpertWeights;
 
-pub use routing::{ExpertGains, RemoveExperts, RoutingOverlay, RoutingRule};
+pub use routing::{
+    ExpertGains, LogitTransform, RemoveExperts, RouterTokens, RoutingOverlay, RoutingRule, RuleGradients,
+};
+pub use stacked::StackedRouting;
 pub use skip::{SkipCalibration, SkipExperts};
 
 use crate::error::{Error, Result};

@@ -2,19 +2,22 @@
 
 use std::{collections::BTreeMap, fmt::Debug, sync::Arc};
 
+use burn::tensor::Tensor;
 use moe_checkpoint::ModelConfig;
 
 use crate::{
     error::{Error, Result},
     router::{Routed, Router},
+    trace::WaveInfo,
 };
 
 /// Changes how tokens are routed: experts taken out, gains, other router weights, skipped experts.
 ///
-/// Per layer the changes apply in this order: [`router`](Self::router) gives the logits, [`removed`](Self::removed)
-/// leaves out experts, the model's rule, or [`rule`](Self::rule) in its place, selects and weighs,
-/// [`routed`](Self::routed) changes what it found, [`gains`](Self::gains) multiply the weights. Methods are asked again
-/// whenever a layer runs, so that they may answer differently in the next sweep, but not within one.
+/// Per layer the changes apply in this order: [`router`](Self::router) gives the logits, [`logits`](Self::logits)
+/// changes them, [`removed`](Self::removed) leaves out experts, the model's rule, or [`rule`](Self::rule) in its place,
+/// selects and weighs, [`routed`](Self::routed) changes what it found, [`gains`](Self::gains) multiply the weights.
+/// Methods are asked again whenever a layer runs, so that they may answer differently in the next sweep, but not within
+/// one.
 pub trait RoutingOverlay: Send + Sync {
     /// Experts that no token may be routed to, strictly ascending. Equal to a router without their rows and biases.
     fn removed(&self, layer: usize) -> Option<&[u32]> {
@@ -52,6 +55,12 @@ pub trait RoutingOverlay: Send + Sync {
         None
     }
 
+    /// What changes the logits that a layer's router gives, before anything is selected by them.
+    fn logits(&self, layer: usize) -> Option<Arc<dyn LogitTransform>> {
+        let _ = layer;
+        None
+    }
+
     /// A rule that routes by the logits in place of the model's. It sees all experts, so that none can be removed
     /// beside it.
     fn rule(&self, layer: usize) -> Option<Arc<dyn RoutingRule>> {
@@ -76,16 +85,111 @@ pub trait RoutingOverlay: Send + Sync {
     }
 }
 
+/// The tokens of an MoE layer as what routes them sees them: T tokens, E experts, hidden size H.
+#[derive(Clone, Copy, Debug)]
+pub struct RouterTokens<'a> {
+    /// Decoder layer index.
+    pub layer: usize,
+    /// Experts, E.
+    pub experts: usize,
+    /// Router logits `[T, E]`.
+    pub logits: &'a [f32],
+    /// What the model adds for its own selection, if it does `[E]`.
+    pub bias: Option<&'a [f32]>,
+    /// What the router reads `[T, H]`, normed as it reads it; `None` where logits alone are known
+    /// ([`Engine::route`](crate::Engine::route)).
+    pub input: Option<&'a Tensor<2>>,
+    /// The model's own rule.
+    pub router: &'a Router,
+    /// The wave whose tokens they are, with the rows of every sequence; in generation, the tokens of one step.
+    pub wave: &'a WaveInfo,
+}
+
+impl<'a> RouterTokens<'a> {
+    /// Number of tokens, T.
+    pub fn tokens(&self) -> usize {
+        self.logits.len() / self.experts.max(1)
+    }
+
+    /// What the router reads.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where logits alone are known.
+    pub fn read(&self) -> Result<&'a Tensor<2>> {
+        let missing = || refusal("input of the router", self.layer, "logits alone", "the tokens as the router reads them");
+        self.input.ok_or_else(missing)
+    }
+
+    /// The same tokens with other logits `[T, E]`.
+    pub fn with_logits<'b>(&self, logits: &'b [f32]) -> RouterTokens<'b>
+    where
+        'a: 'b,
+    {
+        RouterTokens { logits, ..*self }
+    }
+}
+
+/// Gradients below a rule or a change of the logits.
+#[derive(Clone, Debug)]
+pub struct RuleGradients {
+    /// With respect to the logits that were given `[T, E]`.
+    pub logits: Vec<f32>,
+    /// With respect to what the router reads, besides the way through the logits `[T, H]`.
+    pub input: Option<Tensor<2>>,
+}
+
+impl From<Vec<f32>> for RuleGradients {
+    fn from(logits: Vec<f32>) -> Self {
+        Self { logits, input: None }
+    }
+}
+
 /// A way of routing in place of a model's own: which experts a token goes to, with which weights. The number of experts
 /// per token may be another one, the same for all tokens; those that a token does not need stand in it with a weight of
-/// 0 and are not computed. A token never goes to an expert twice: what would count double has twice the weight.
+/// 0 and are not computed. A token never goes to an expert twice: what would count double has twice the weight. Factors
+/// that a model has on the weights of its experts are applied to what the rule gives.
 pub trait RoutingRule: Debug + Send + Sync {
-    /// Routes by `logits [T, E]`; `bias [E]` is what the model adds for its own selection, if it does.
-    fn route(&self, logits: &[f32], experts: usize, bias: Option<&[f32]>) -> Routed;
+    /// Routes tokens.
+    ///
+    /// # Errors
+    /// Whatever makes it impossible.
+    fn route(&self, tokens: &RouterTokens<'_>) -> Result<Routed>;
 
-    /// Gradient with respect to the logits `[T, E]`, from that of each routing weight `[T, k]`. The choice of experts
-    /// is not differentiated.
-    fn backward(&self, logits: &[f32], routed: &Routed, d_weights: &[f32]) -> Vec<f32>;
+    /// Gradients from that of each routing weight `[T, k]`. The choice of experts is not differentiated. With
+    /// `parameters`, adds up those of whatever the rule trains.
+    ///
+    /// # Errors
+    /// As [`route`](Self::route), and for rules without a gradient.
+    fn backward(
+        &self,
+        tokens: &RouterTokens<'_>,
+        routed: &Routed,
+        d_weights: &[f32],
+        parameters: bool,
+    ) -> Result<RuleGradients>;
+
+    /// Whether the routing of a token follows from the token and those before it in its sequence, whatever else is in
+    /// the wave. Generation refuses rules of which that is not so: what they do to a prompt depends on its completion.
+    fn is_causal(&self) -> bool {
+        true
+    }
+}
+
+/// Changes the logits of a router before anything is selected by them: shifts, steering, routers beside the model's.
+/// Observers and losses see the changed logits.
+pub trait LogitTransform: Debug + Send + Sync {
+    /// The logits `[T, E]` in place of [`RouterTokens::logits`].
+    ///
+    /// # Errors
+    /// Whatever makes it impossible.
+    fn forward(&self, tokens: &RouterTokens<'_>) -> Result<Vec<f32>>;
+
+    /// Gradients from that of the changed logits `[T, E]`. With `parameters`, adds up those of what is trained. Called
+    /// from the last to the first layer of a sweep, once for each [`forward`](Self::forward).
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    fn backward(&self, tokens: &RouterTokens<'_>, d_logits: &[f32], parameters: bool) -> Result<RuleGradients>;
 }
 
 /// Refuses an overlay that does not fit the model.

@@ -7,6 +7,7 @@ mod dense;
 mod dispatch;
 mod removal;
 mod selection;
+mod sets;
 mod sparsemixer;
 
 use moe_checkpoint::{GroupScore, Groups, Routing, RoutingKind};
@@ -14,6 +15,7 @@ use rayon::prelude::*;
 
 pub use dispatch::{Dispatch, ExpertRows};
 use selection::{GroupLimit, GroupRank};
+pub use sets::Combine;
 
 use crate::{
     error::{Error, Result},
@@ -92,6 +94,19 @@ impl Router {
             other => return Err(Error::Unsupported(format!("routing {other:?}"))),
         };
         Ok(Self { top_k: routing.top_k, scale: routing.scale, norm_eps: routing.norm_eps as f32, rule })
+    }
+
+    /// Whether the rule has a place for a bias on the selection.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for SparseMixer, which selects by logits alone.
+    pub fn check_bias(&self) -> Result<()> {
+        match self.rule {
+            Rule::Scores { .. } => Ok(()),
+            Rule::Sparsemixer { .. } => {
+                Err(Error::Unsupported("a bias on the selection with SparseMixer routing, which selects by logits".into()))
+            }
+        }
     }
 
     /// Whether the rule can route among `experts` experts.

@@ -4,7 +4,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use moe_checkpoint::{Routing, RoutingKind};
 use moe_core::{
-    RoutingRule,
+    RouterTokens, RoutingRule, RuleGradients,
     adapters::RouterAdapter,
     kernels::math,
     router::{Routed, Router},
@@ -190,12 +190,13 @@ fn median(values: &[f64]) -> f64 {
 }
 
 impl RoutingRule for LayerRule {
-    fn route(&self, logits: &[f32], experts: usize, _: Option<&[f32]>) -> Routed {
+    fn route(&self, tokens: &RouterTokens<'_>) -> moe_core::Result<Routed> {
+        let RouterTokens { logits, experts, .. } = *tokens;
         let state = self.read();
         let biased = self.biased(logits, &state.learnt.bias);
         let condensers = state.learnt.condensers.as_deref().unwrap_or_default();
         let Some(beside) = state.beside.as_ref().filter(|_| !condensers.is_empty()) else {
-            return self.router.route(&biased, experts, None);
+            return Ok(self.router.route(&biased, experts, None));
         };
         let excluded: Option<Vec<f32>> = (self.mode == CondenserMode::Budget).then(|| {
             let out = |e: u32| if condensers.contains(&e) { f32::NEG_INFINITY } else { 0.0 };
@@ -226,16 +227,23 @@ impl RoutingRule for LayerRule {
                 weights.iter_mut().for_each(|w| *w = *w / divisor * self.routing.scale);
             },
         );
-        Routed { experts, top_k: slots, selected, weights }
+        Ok(Routed { experts, top_k: slots, selected, weights })
     }
 
     /// `w_s = scale m_s p_s / c` with the multiplicity m, and c the sum of `m p` over the list or 1.
-    fn backward(&self, logits: &[f32], routed: &Routed, d_weights: &[f32]) -> Vec<f32> {
+    fn backward(
+        &self,
+        tokens: &RouterTokens<'_>,
+        routed: &Routed,
+        d_weights: &[f32],
+        _: bool,
+    ) -> moe_core::Result<RuleGradients> {
+        let logits = tokens.logits;
         let state = self.read();
         let biased = self.biased(logits, &state.learnt.bias);
         let condensers = state.learnt.condensers.as_deref().unwrap_or_default();
         if condensers.is_empty() {
-            return self.router.backward(&biased, routed, d_weights);
+            return Ok(self.router.backward(&biased, routed, d_weights).into());
         }
         let (experts, k) = (routed.experts, routed.top_k);
         let mut out = vec![0.0f32; logits.len()];
@@ -253,7 +261,7 @@ impl RoutingRule for LayerRule {
                 out[*e as usize] += w * (d - through_sum);
             }
         });
-        out
+        Ok(out.into())
     }
 }
 

@@ -1,5 +1,6 @@
 //! A whole job as one JSON file.
 
+mod adapt;
 mod data;
 mod merge;
 mod named;
@@ -16,6 +17,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub use adapt::Adapt;
 pub use data::{Data, DataFile, DataRows};
 pub use merge::Merge;
 pub use named::Named;
@@ -94,6 +96,8 @@ pub enum Step {
     Tune(Box<Tune>),
     /// Rounds the weights of the model as it is now to few bits.
     Quantize(Quantize),
+    /// Changes how the model as it is now is run: experts per token, layers.
+    Adapt(Adapt),
     /// Measures the model as it is now.
     Evaluate(Evaluate),
     /// Writes the model as it is now.
@@ -111,6 +115,7 @@ impl Step {
             Self::Repair(_) => "repair",
             Self::Tune(_) => "tune",
             Self::Quantize(_) => "quantize",
+            Self::Adapt(_) => "adapt",
             Self::Evaluate(_) => "evaluate",
             Self::Write(_) => "write",
         }

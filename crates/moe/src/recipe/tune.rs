@@ -134,7 +134,13 @@ impl Tune {
     pub fn stays_beside(&self, recipe: &moe_peft::Recipe) -> bool {
         let beside = matches!(
             recipe.method,
-            MethodConfig::Mixture(_) | MethodConfig::Condensers(_) | MethodConfig::CompressedExperts(_)
+            MethodConfig::Mixture(_)
+                | MethodConfig::Condensers(_)
+                | MethodConfig::CompressedExperts(_)
+                | MethodConfig::NullExperts(_)
+                | MethodConfig::RecurrentRouter(_)
+                | MethodConfig::LossFree(_)
+                | MethodConfig::SmoeDropout(_)
         );
         beside || !self.fold
     }

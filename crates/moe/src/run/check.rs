@@ -31,6 +31,8 @@ struct Before {
     tuned: bool,
     /// Whether something stays beside the weights, which no step that changes experts could take along.
     beside: bool,
+    /// Whether the model is run in another way than its config says.
+    adapted: bool,
     /// Whether that is a mixture, which the next stage of its training may start from.
     mixture: bool,
 }
@@ -99,6 +101,10 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
         if before.beside && changes && !goes_on {
             let reason = "what an earlier tune leaves beside the weights (an adapter, a mixture, condensers, compressed experts) would \
                           be lost; it comes after this step, or is folded";
+            return Err(named(Error::Usage(reason.into())));
+        }
+        if before.adapted && changes {
+            let reason = "an earlier adapt changes how the model is run; it comes after the steps that change the model";
             return Err(named(Error::Usage(reason.into())));
         }
         match step {
@@ -213,6 +219,14 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
                 (before.pruned, before.tuned) = (None, true);
                 chain.quantize();
             }
+            Step::Adapt(adapt) => {
+                let on = before.unchanged().then(|| engine_of(&model)).transpose()?;
+                super::adapt::check(adapt, on.as_ref(), calibration.is_some()).map_err(named)?;
+                // layers are numbered anew, or stand in a file beside the model
+                before.adapted = true;
+                (before.pruned, before.tuned) = (None, true);
+                chain.quantize();
+            }
             Step::Evaluate(evaluate) => {
                 let paths = if evaluate.data.is_empty() { &recipe.data.eval } else { &evaluate.data };
                 if paths.is_empty() {
@@ -251,6 +265,7 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
         protect: ProtectionMask::none(),
         pruned: None,
         beside: None,
+        run_time: moe_core::adaptive::RunTime::beside(&recipe.model)?,
         measured: Vec::new(),
         written: Vec::new(),
     })

@@ -135,6 +135,14 @@ pub(super) fn of(recipe: &Recipe, run: &Run<'_>) -> Result<Vec<Estimate>> {
                     peak = memory(largest, false)?;
                 }
             }
+            Step::Adapt(adapt) => {
+                let rows = adapt.routing()?.is_some_and(|rule| rule.needs_rows())
+                    || adapt.drop.as_ref().is_some_and(|rule| rule.needs_rows());
+                if rows {
+                    seconds = forward(tokens) + reading(waves);
+                    peak = memory(largest, false)?;
+                }
+            }
             Step::Write(_) => {
                 let after = rounded * whole.1 * (whole.0 - routed * (1.0 - left)) / whole.0;
                 seconds = 2.0 * after / DISK;

@@ -1,6 +1,7 @@
 //! Carrying out a recipe: checked wholly first, then step by step, every step's artifact kept and reused while nothing
 //! it follows from has changed.
 
+mod adapt;
 mod artifacts;
 mod calibration;
 mod chain;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 use burn::tensor::Device;
 use moe_checkpoint::{Checkpoint, ProtectionMask, ScoreTable, write_atomic};
 use moe_core::Model;
+use moe_core::adaptive::RunTime;
 use moe_core::data::Tokenizer;
 use moe_prune::{Edits, PrunePlan};
 use serde::{Deserialize, Serialize};
@@ -165,6 +167,8 @@ pub(crate) struct Run<'a> {
     pruned: Option<PrunedState>,
     /// What fine-tuning left beside the weights: an adapter, or a checkpoint with files of its own.
     beside: Option<PathBuf>,
+    /// How the model is run.
+    run_time: RunTime,
     /// The last measurements, for the card of a model that is written.
     measured: Vec<Measurement>,
     written: Vec<PathBuf>,
@@ -174,18 +178,23 @@ impl Run<'_> {
     /// The model as it is now, to be run.
     fn engine_model(&self) -> Result<Model> {
         let model = Model::new(self.model.clone(), &self.device, self.max_memory)?;
-        match &self.beside {
-            Some(dir) => Ok(moe_peft::open(dir)?.onto(&model)?.0),
-            None => Ok(model),
-        }
+        let model = match &self.beside {
+            Some(dir) => moe_peft::open(dir)?.onto(&model)?.0,
+            None => model,
+        };
+        Ok(self.run_time.on(&model)?.unwrap_or(model))
     }
 
     /// What the model as it is now follows from.
     fn identity(&self) -> String {
         let artifact = self.beside.as_deref().and_then(std::path::Path::parent).and_then(std::path::Path::file_name);
-        match artifact {
+        let weights = match artifact {
             Some(name) => format!("{} with {}", self.model.fingerprint(), name.to_string_lossy()),
             None => self.model.fingerprint(),
+        };
+        match self.run_time.is_plain() {
+            true => weights,
+            false => format!("{weights} run as {}", serde_json::json!(self.run_time)),
         }
     }
 
@@ -234,6 +243,7 @@ pub fn run(recipe: &Recipe, options: RunOptions) -> Result<RunReport> {
             Step::Repair(step) => run.repair(step),
             Step::Tune(step) => run.tune(step),
             Step::Quantize(step) => run.quantize(step),
+            Step::Adapt(step) => run.adapt(step),
             Step::Evaluate(step) => run.evaluate(step),
             Step::Write(step) => run.write(step),
         }?;

@@ -44,7 +44,7 @@ pub(super) fn save(path: &Path, value: &impl Serialize) -> Result<()> {
     Ok(write_json(path, &value)?)
 }
 
-fn load<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
+pub(super) fn load<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
     let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
     serde_json::from_str(&text).map_err(|error| Error::Invalid(format!("{}: {error}", path.display())))
 }
@@ -338,6 +338,14 @@ impl Run<'_> {
         Ok(Done { summary, reused, artifact: Some(dir), measured: self.measured.clone() })
     }
 
+    /// Puts what the model is run with beside a model that was written.
+    fn write_run_time(&self, to: &Path) -> Result<()> {
+        match self.run_time.is_plain() {
+            true => Ok(()),
+            false => Ok(self.run_time.save_beside(to)?),
+        }
+    }
+
     /// Writes the model.
     pub(super) fn write(&mut self, step: &Write) -> Result<Done> {
         let to = step.to.clone().unwrap_or_else(|| self.recipe.out.join("model"));
@@ -346,6 +354,7 @@ impl Run<'_> {
             // A finished directory of this very model is what the step would write.
             if Checkpoint::open(&to)?.is_model(&self.model.fingerprint()) {
                 self.write_beside(&to)?;
+                self.write_run_time(&to)?;
                 self.written.push(to.clone());
                 return Ok(Done { summary, reused: true, artifact: Some(to), measured: vec![] });
             }
@@ -370,6 +379,7 @@ impl Run<'_> {
             Some(adapter) => format!("{summary}, what goes with it to {}", adapter.display()),
             None => summary,
         };
+        self.write_run_time(&to)?;
         self.written.push(to.clone());
         Ok(Done { summary, reused: false, artifact: Some(to), measured: vec![] })
     }

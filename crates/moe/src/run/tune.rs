@@ -6,6 +6,7 @@ use std::sync::Arc;
 use burn::tensor::Device;
 use moe_checkpoint::Checkpoint;
 use moe_core::Model;
+use moe_core::adaptive::RunTime;
 use moe_core::data::{DatasetOptions, Tokenizer, WaveOptions};
 use moe_peft::{MethodConfig, Setting, TrainingRun, TuningMethod};
 
@@ -100,6 +101,7 @@ impl Run<'_> {
         let beside = match step.fold && folded.exists() {
             true => {
                 self.model = Arc::new(Checkpoint::open(&folded)?);
+                self.run_time = RunTime::beside(&folded)?.or(std::mem::take(&mut self.run_time));
                 // Condensers and compressed experts are files beside the weights.
                 moe_peft::open(&folded).is_ok().then_some(folded)
             }

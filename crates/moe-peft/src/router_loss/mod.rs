@@ -14,7 +14,10 @@
 //! may be uneven where others make up for it. Or it is [the sum of those of the layers](BalanceScope::Layer), which is
 //! larger by a factor of about L, and more where layers are uneven. A coefficient belongs to its scope. `f_e` is a
 //! constant of the gradient. The losses stand beside the mean loss per predicted token, so that their gradients are
-//! multiplied by the predicted tokens of the wave.
+//! multiplied by the predicted tokens of the wave. [`ShareLosses`] are the others by their names: entropy, mutual
+//! information, coefficient of variation, balance within sequences and over devices, smoothness.
+
+mod shares;
 
 use std::{
     collections::BTreeMap,
@@ -28,6 +31,9 @@ use moe_core::{
     trace::{LayerTrace, WaveInfo},
 };
 use serde::{Deserialize, Serialize};
+
+use shares::Seen;
+pub use shares::{DeviceBalance, ShareLosses};
 
 use crate::{AdapterSet, Artifacts, Error, Installed, Result, Setting, SweepListener, TuningMethod};
 
@@ -76,6 +82,9 @@ pub struct RouterLosses {
     pub balance: Option<BalanceLoss>,
     /// Factor of the z-loss; 0 or more. ST-MoE's is 0.001.
     pub z: Option<f64>,
+    /// Losses on the shares of experts.
+    #[serde(skip_serializing_if = "ShareLosses::is_none")]
+    pub shares: ShareLosses,
 }
 
 /// Mean losses per wave of a layer, coefficients included. Those of all layers sum to the losses of the model.
@@ -115,6 +124,8 @@ struct LayerSums {
     shares: Vec<f64>,
     /// Sum over the tokens of the squared `log sum exp`.
     z: f64,
+    /// What losses on shares look at, where there are any.
+    seen: Option<Seen>,
 }
 
 impl RouterLossReport {
@@ -187,7 +198,11 @@ impl SweepListener for RouterLossReport {
         let layers = self.last(&self.lock());
         let sum = |of: fn(&LayerLosses) -> f64| layers.values().map(of).sum::<f64>();
         let balance = self.losses.balance.map(|_| ("router_balance", sum(|losses| losses.balance)));
-        balance.into_iter().chain(self.losses.z.map(|_| ("router_z", sum(|losses| losses.z)))).collect()
+        let mut all: Vec<_> =
+            balance.into_iter().chain(self.losses.z.map(|_| ("router_z", sum(|losses| losses.z)))).collect();
+        let state = self.lock();
+        all.extend(state.wave.values().filter_map(|sums| sums.seen.as_ref()).flat_map(|seen| self.losses.shares.values(seen)));
+        all
     }
 }
 
@@ -201,7 +216,7 @@ impl RouterLosses {
                 return Err(Error::input(field, value, "a finite number of 0 or more"));
             }
         }
-        Ok(())
+        self.shares.validate()
     }
 
     fn fits(&self, model: &Model) -> Result<()> {
@@ -212,6 +227,7 @@ impl RouterLosses {
         let Some((_, experts)) = layers.first() else {
             return Err(Error::input("layers with routers", 0, "at least one, for losses on them"));
         };
+        layers.iter().try_for_each(|(layer, experts)| self.shares.fits(*layer, *experts))?;
         let whole = self.balance.is_some_and(|balance| balance.over == BalanceScope::Model);
         match layers.iter().find(|(_, other)| other != experts) {
             Some((layer, other)) if whole => {
@@ -270,6 +286,20 @@ struct Scores {
 }
 
 impl LayerLoss {
+    /// What losses on shares look at.
+    fn seen(&self, trace: &LayerTrace<'_>) -> Seen {
+        let (experts, k) = (trace.experts.max(1), trace.top_k.max(1));
+        let shares = trace.logits.chunks_exact(experts).flat_map(|logits| self.scores(logits).shares).collect();
+        let sequences: Vec<_> = trace.wave.sequences.iter().map(|sequence| sequence.tokens.clone()).collect();
+        let mut counts = vec![0.0; sequences.len() * experts];
+        for (s, rows) in sequences.iter().enumerate() {
+            let slots = rows.start * k..rows.end * k;
+            let chosen = trace.selected[slots.clone()].iter().zip(&trace.weights[slots]).filter(|(_, w)| **w != 0.0);
+            chosen.for_each(|(e, _)| counts[s * experts + *e as usize] += 1.0);
+        }
+        Seen { experts, shares, counts, sequences }
+    }
+
     fn scores(&self, logits: &[f32]) -> Scores {
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let exp = |z: &f32| (f64::from(*z) - f64::from(max)).exp();
@@ -298,6 +328,9 @@ impl RouterAdapter for LayerLoss {
             sums.z += log_sum * log_sum;
             sums.tokens += 1.0;
         }
+        if !self.report.losses.shares.is_none() {
+            sums.seen = Some(self.seen(trace));
+        }
         self.report.lock().wave.insert(trace.layer, sums);
     }
 
@@ -307,7 +340,11 @@ impl RouterAdapter for LayerLoss {
         let experts = trace.experts.max(1);
         let predicted = trace.wave.loss_tokens() as f64;
         let own = (trace.logits.len() / experts).max(1) as f64;
-        for (logits, d) in trace.logits.chunks_exact(experts).zip(d_logits.chunks_exact_mut(experts)) {
+        let on_shares = (!self.report.losses.shares.is_none()).then(|| {
+            let seen = self.seen(trace);
+            self.report.losses.shares.gradient(&seen)
+        });
+        for (t, (logits, d)) in trace.logits.chunks_exact(experts).zip(d_logits.chunks_exact_mut(experts)).enumerate() {
             let Scores { shares, slopes, log_sum } = self.scores(logits);
             let balance = loads.as_ref().map(|(loads, tokens)| {
                 let mean = loads.iter().zip(&shares).map(|(f, p)| f * p).sum::<f64>();
@@ -315,10 +352,17 @@ impl RouterAdapter for LayerLoss {
             });
             // of log sum exp the derivative is the softmax, whatever the rule
             let z = self.report.losses.z.map(|z| 2.0 * z * log_sum * predicted / own);
+            let on_shares = on_shares.as_ref().map(|all| {
+                let g = &all[t * experts..(t + 1) * experts];
+                (g, g.iter().zip(&shares).map(|(g, p)| g * p).sum::<f64>())
+            });
             for (e, d) in d.iter_mut().enumerate() {
                 let mut sum = 0.0;
                 if let Some((loads, mean, factor)) = &balance {
                     sum += factor * shares[e] * slopes[e] * (loads[e] - mean);
+                }
+                if let Some((g, mean)) = on_shares {
+                    sum += predicted * shares[e] * slopes[e] * (g[e] - mean);
                 }
                 if let Some(z) = z {
                     sum += z * (f64::from(logits[e]) - log_sum).exp();
@@ -344,7 +388,7 @@ mod tests {
 
     fn balance(coefficient: f64, form: BalanceForm) -> RouterLosses {
         let over = BalanceScope::Layer;
-        RouterLosses { balance: Some(BalanceLoss { coefficient, form, over }), z: None }
+        RouterLosses { balance: Some(BalanceLoss { coefficient, form, over }), ..RouterLosses::default() }
     }
 
     /// The losses of these logits, with experts chosen beforehand.
@@ -367,7 +411,7 @@ mod tests {
         let found =
             losses(&adapter(balance(1.0, BalanceForm::Switch), false), &wave, &[9.0, 0.0, 9.0, 0.0], 2, &[0, 0]);
         assert!((found.balance - 2.0 / (1.0 + (-9.0f64).exp())).abs() < 1e-12);
-        let z = adapter(RouterLosses { balance: None, z: Some(0.1) }, false);
+        let z = adapter(RouterLosses { z: Some(0.1), ..RouterLosses::default() }, false);
         let found = losses(&z, &wave, &[0.0; 8], 4, &[0, 1, 2, 3]);
         assert!((found.z - 0.1 * 4f64.ln().powi(2)).abs() < 1e-12);
     }
@@ -378,11 +422,22 @@ mod tests {
         let logits: Vec<f32> = (0..12).map(|i| ((i * 7 % 11) as f32 - 5.0) * 0.3).collect();
         let selected = [0, 1, 2, 0, 3, 1];
         let both = RouterLosses { z: Some(0.3), ..balance(0.7, BalanceForm::Switch) };
+        let shares = ShareLosses {
+            entropy: Some(0.2),
+            mutual_information: Some(0.5),
+            variation: Some(0.3),
+            sequence_balance: Some(0.4),
+            smoothness: Some(0.6),
+            ..ShareLosses::default()
+        };
+        let on_shares = RouterLosses { shares, ..RouterLosses::default() };
         for (config, sigmoid) in [
             (both, false),
             (both, true),
             (balance(0.7, BalanceForm::Normalized), false),
             (balance(1.0, BalanceForm::Switch), true),
+            (on_shares, false),
+            (on_shares, true),
         ] {
             let adapter = adapter(config, sigmoid);
             let weights = [1.0; 6];
@@ -405,7 +460,9 @@ mod tests {
                     let mut moved = logits.clone();
                     moved[i] += h;
                     let found = losses(&adapter, &wave, &moved, 4, &selected);
-                    (found.balance + found.z) * 5.0
+                    let told = adapter.report.losses();
+                    let shares: f64 = told.iter().filter(|(name, _)| !["router_balance", "router_z"].contains(name)).map(|(_, l)| l).sum();
+                    (found.balance + found.z + shares) * 5.0
                 };
                 let numeric = (at(1e-2) - at(-1e-2)) / 2e-2;
                 assert!((numeric + 0.25 - f64::from(found[i])).abs() < 1e-4, "{i}: {numeric} {}", found[i]);
@@ -446,7 +503,7 @@ mod tests {
         let wave = wave(tokens, 3);
         let run = |over: BalanceScope| {
             let balance = Some(BalanceLoss { coefficient: 1.0, form: BalanceForm::Switch, over });
-            let adapter = adapter(RouterLosses { balance, z: None }, false);
+            let adapter = adapter(RouterLosses { balance, ..RouterLosses::default() }, false);
             adapter.report.begin_wave(&wave);
             for (layer, logits) in layers.iter().enumerate() {
                 let selected: Vec<u32> = logits.chunks_exact(experts).flat_map(|row| best(row, k)).collect();

@@ -1,0 +1,186 @@
+//! All ways of decoding as one tagged value.
+
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Contrastive, Fusion, LogitMix, Speculative};
+use crate::{
+    Model,
+    adaptive::{Ranks, RoutingConfig},
+    error::{Error, Result},
+    router::Combine,
+};
+
+/// How the next token is found from one or several sources, in JSON `{"type": "contrastive", "beta": 0.5}`: see the
+/// table in [the module](super).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+#[non_exhaustive]
+pub enum DecodingConfig {
+    /// The model alone.
+    #[default]
+    Plain,
+    /// A strong model against a weak one.
+    Contrastive(Contrastive),
+    /// The model against itself under weaker routing.
+    SelfContrast(SelfContrast),
+    /// Small tuned models steer.
+    Fusion(Fusion),
+    /// A draft proposes.
+    Speculative(Speculative),
+}
+
+/// SCMoE: contrasts a model with itself under weaker routing, without another model (arXiv 2405.14507).
+///
+/// The paper's settings are for two experts per token; where experts are many and small, a set of ranks beyond the
+/// model's own is a better weak side than a single expert.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SelfContrast {
+    /// The weak routing: by default a single expert, the third best, as SCMoE's example has it.
+    pub weak: RoutingConfig,
+    /// The scores of both.
+    pub scores: Contrastive,
+}
+
+impl Default for SelfContrast {
+    fn default() -> Self {
+        let weak = RoutingConfig::Ranks(Ranks { ranks: vec![2], combine: Combine::Model });
+        Self { weak, scores: Contrastive::default() }
+    }
+}
+
+impl DecodingConfig {
+    /// Models that it needs beside the one that is generated with.
+    pub fn other_models(&self) -> usize {
+        match self {
+            Self::Plain | Self::SelfContrast(_) => 0,
+            Self::Contrastive(_) | Self::Speculative(_) => 1,
+            Self::Fusion(fusion) => 2 * fusion.pairs,
+        }
+    }
+
+    /// # Errors
+    /// [`Error::Input`] names the field that is out of range.
+    pub fn validate(&self) -> Result<()> {
+        match self {
+            Self::Plain => Ok(()),
+            Self::Contrastive(scores) => scores.validate(),
+            Self::SelfContrast(contrast) => contrast.scores.validate(),
+            Self::Fusion(fusion) => fusion.validate(),
+            Self::Speculative(speculative) => speculative.validate(),
+        }
+    }
+}
+
+impl FromStr for DecodingConfig {
+    type Err = Error;
+
+    /// Reads JSON, or a name for everything as published.
+    fn from_str(text: &str) -> Result<Self> {
+        let text = text.trim();
+        let read = match text.starts_with('{') {
+            true => serde_json::from_str(text),
+            false => serde_json::from_value(serde_json::json!({ "type": text })),
+        };
+        read.map_err(|error| Error::input("decoding", format!("`{text}`: {error}"), "a name or JSON with its type"))
+    }
+}
+
+/// A way of decoding with the models that it needs beside the one that is generated with.
+#[derive(Debug, Default)]
+pub struct Decoding<'m> {
+    config: DecodingConfig,
+    others: Vec<&'m Model>,
+    /// The model under weaker routing.
+    weak: Option<Model>,
+}
+
+impl<'m> Decoding<'m> {
+    /// A way of decoding for `model`, with the other models that it needs: the weak one, the draft, or tuned and
+    /// untuned ones in turn.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names a parameter out of range, another number of models than it needs, or one with another
+    /// vocabulary; those of [`RoutingConfig::on`].
+    pub fn new(config: DecodingConfig, model: &Model, others: Vec<&'m Model>) -> Result<Self> {
+        config.validate()?;
+        if others.len() != config.other_models() {
+            let expected = format!("{} beside the one that is generated with", config.other_models());
+            return Err(Error::input("models to decode with", others.len(), expected));
+        }
+        let vocabulary = model.config().vocab_size;
+        if let Some(other) = others.iter().find(|other| other.config().vocab_size != vocabulary) {
+            let what = format!("vocabulary of {}", other.checkpoint().dir().display());
+            let expected = format!("{vocabulary} tokens, those of the model: logits are of the same tokens");
+            return Err(Error::input(what, other.config().vocab_size, expected));
+        }
+        let weak = match &config {
+            DecodingConfig::SelfContrast(contrast) => Some(contrast.weak.on(model)?),
+            _ => None,
+        };
+        Ok(Self { config, others, weak })
+    }
+
+    /// Whether the model decodes alone.
+    pub fn is_plain(&self) -> bool {
+        self.config == DecodingConfig::Plain
+    }
+
+    /// Its configuration.
+    pub fn config(&self) -> &DecodingConfig {
+        &self.config
+    }
+
+    /// What makes one row of logits of several; `None` for the model alone and where a draft proposes.
+    pub(crate) fn mix(&self) -> Option<&dyn LogitMix> {
+        match &self.config {
+            DecodingConfig::Plain | DecodingConfig::Speculative(_) => None,
+            DecodingConfig::Contrastive(scores) => Some(scores),
+            DecodingConfig::SelfContrast(contrast) => Some(&contrast.scores),
+            DecodingConfig::Fusion(fusion) => Some(fusion),
+        }
+    }
+
+    /// How a draft proposes.
+    pub(crate) fn speculative(&self) -> Option<&Speculative> {
+        match &self.config {
+            DecodingConfig::Speculative(speculative) => Some(speculative),
+            _ => None,
+        }
+    }
+
+    /// The models beside the one that is generated with.
+    pub(crate) fn others(&self) -> Vec<&Model> {
+        self.others.iter().copied().chain(&self.weak).collect()
+    }
+}
+
+/// What decoding did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DecodingReport {
+    /// Tokens of all completions.
+    pub tokens: usize,
+    /// Steps of a sequence in which the model was asked: one for each token, or for several where a draft proposes.
+    pub steps: usize,
+    /// Tokens that a draft proposed.
+    pub proposed: usize,
+    /// Of these, tokens that the model accepted.
+    pub accepted: usize,
+}
+
+impl DecodingReport {
+    /// Share of the proposed tokens that were accepted; `None` without any.
+    pub fn acceptance(&self) -> Option<f64> {
+        (self.proposed > 0).then(|| self.accepted as f64 / self.proposed as f64)
+    }
+
+    /// Adds what others did.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.tokens += other.tokens;
+        self.steps += other.steps;
+        self.proposed += other.proposed;
+        self.accepted += other.accepted;
+    }
+}

@@ -1,0 +1,337 @@
+//! A model that is fed tokens of sequences and keeps what it needs of those before.
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+
+use super::cache::{Kept, Mark};
+use crate::{
+    engine::{Engine, EngineOptions, FfnPass, LayerTape},
+    error::Result,
+    host,
+    kernels::{
+        attention::AttentionShape,
+        rope::Positions,
+        rows::{RowAccumulator, gather_rows},
+    },
+    layers::{ConvolutionState, DeltaState, MambaState, MixerLayer, slice_rows},
+    model::{Model, RotaryTables},
+    trace::{HalfInput, Nobody, SequenceInfo, WaveInfo},
+};
+
+/// Which rows of what was fed logits are computed of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted<'a> {
+    /// The last one of each sequence.
+    Last,
+    /// So many of the last ones of each sequence.
+    Tail(&'a [usize]),
+}
+
+/// A model with the caches of some sequences.
+pub(crate) struct Decoder<'m> {
+    model: &'m Model,
+    engine: Engine<'m>,
+    /// By place: a step of the model's path, or a layer and round where depth is decided while it runs. `[sequence]`
+    /// each.
+    cache: Vec<Vec<Kept>>,
+    /// How often each sequence goes through a layer, decided from its prompt: `[layer][sequence]`.
+    times: Vec<Vec<u8>>,
+    /// Tokens of each sequence that were fed.
+    fed: Vec<usize>,
+    /// Tokens each sequence may have in the end.
+    lengths: Vec<usize>,
+    /// Where each sequence was before its last tokens were fed, where somebody may go back.
+    marks: Vec<Option<(usize, Vec<Mark>)>>,
+}
+
+/// Tokens of some sequences on their way through the layers.
+struct Batch<'a> {
+    active: &'a [usize],
+    spans: &'a [Range<usize>],
+    tables: &'a RotaryTables,
+    info: &'a WaveInfo,
+}
+
+impl<'m> Decoder<'m> {
+    /// For sequences that have at most these numbers of tokens in the end.
+    pub fn new(model: &'m Model, lengths: Vec<usize>) -> Self {
+        let config = model.config();
+        let mixers: Vec<usize> = match model.depth_rule() {
+            // two rounds of every layer
+            Some(_) => (0..config.layers.len()).flat_map(|layer| [layer; 2]).collect(),
+            None => model.path().steps().iter().map(|step| step.layer).collect(),
+        };
+        let empty = |layer: &usize| lengths.iter().map(|_| Kept::empty(&config.layers[*layer].mixer)).collect();
+        let cache = mixers.iter().map(empty).collect();
+        let fed = vec![0; lengths.len()];
+        let times = vec![vec![1; lengths.len()]; config.layers.len()];
+        let marks = lengths.iter().map(|_| None).collect();
+        let engine = Engine::new(model, EngineOptions::default());
+        Self { model, engine, cache, times, fed, lengths, marks }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &'m Model {
+        self.model
+    }
+
+    /// Tokens of a sequence that were fed.
+    pub fn fed(&self, sequence: usize) -> usize {
+        self.fed[sequence]
+    }
+
+    /// Notes where these sequences are, to [go back](Self::rewind) to.
+    pub fn mark(&mut self, active: &[usize]) {
+        for &sequence in active {
+            let kept = self.cache.iter().map(|place| place[sequence].mark()).collect();
+            self.marks[sequence] = Some((self.fed[sequence], kept));
+        }
+    }
+
+    /// Forgets the tokens of a sequence after the first `length`, of which those after its mark may have to be fed
+    /// again: gives where to go on from, `length` itself where keys and values are all that is kept.
+    pub fn rewind(&mut self, sequence: usize, length: usize) -> usize {
+        let Some((marked, marks)) = self.marks[sequence].take() else { return self.fed[sequence] };
+        if length >= self.fed[sequence] {
+            return self.fed[sequence];
+        }
+        let growing = marks.iter().all(|mark| matches!(mark, Mark::Rows(_) | Mark::None));
+        let target = if growing { length } else { marked };
+        for (place, mark) in self.cache.iter_mut().zip(marks) {
+            let mark = match mark {
+                // a layer that the sequence does not go through has no rows
+                Mark::Rows(rows) if growing => Mark::Rows(rows + if place[sequence].is_fed() { target - marked } else { 0 }),
+                other => other,
+            };
+            place[sequence].rewind(mark);
+        }
+        self.fed[sequence] = target;
+        target
+    }
+
+    /// Feeds new tokens of the sequences `active`; logits `[rows, V]` after the rows that are wanted.
+    pub fn feed(&mut self, active: &[usize], input: &[Vec<u32>], wanted: Wanted<'_>) -> Result<Tensor<2>> {
+        let model = self.model;
+        let ids: Vec<u32> = input.iter().flatten().copied().collect();
+        let mut spans = Vec::with_capacity(active.len());
+        let mut start = 0;
+        for tokens in input {
+            spans.push(start..start + tokens.len());
+            start += tokens.len();
+        }
+        let positions = self.positions(active, &spans);
+        let tables = model.rotary_tables(&positions);
+        let info = info_of(&spans);
+        let batch = Batch { active, spans: &spans, tables: &tables, info: &info };
+        let mut x = model.embed(&ids)?;
+        if model.depth_rule().is_some() {
+            for layer in 0..model.config().layers.len() {
+                x = self.decided_layer(layer, x, &batch)?;
+            }
+        } else {
+            let path = model.path();
+            for (place, step) in path.steps().iter().enumerate() {
+                let middle = match step.attention {
+                    true => self.mix(place, step.layer, &x, &batch)?,
+                    false => x.clone(),
+                };
+                x = match step.feed_forward {
+                    true => self.feed_forward(step.layer, self.engine.half(&x, &middle), &info)?,
+                    false => middle,
+                };
+            }
+        }
+        active.iter().zip(&spans).for_each(|(&s, span)| self.fed[s] += span.len());
+        let rows: Vec<u32> = match wanted {
+            Wanted::Last => spans.iter().map(|s| s.end as u32 - 1).collect(),
+            Wanted::Tail(counts) => {
+                let tail = |(span, count): (&Range<usize>, &usize)| (span.end - count.min(&span.len()))..span.end;
+                spans.iter().zip(counts).flat_map(tail).map(|row| row as u32).collect()
+            }
+        };
+        let norm = model.final_norm()?;
+        let h = norm.forward(&gather_rows(&x, &rows));
+        let logits = Tensor::cat(model.head_forward(&h)?, 1);
+        model.check_reads()?;
+        Ok(logits)
+    }
+
+    fn positions(&self, active: &[usize], spans: &[Range<usize>]) -> Vec<Positions> {
+        let of = |(&s, span): (&usize, &Range<usize>)| {
+            let start = self.fed[s];
+            Positions { range: start..start + span.len(), length: self.lengths[s] }
+        };
+        active.iter().zip(spans).map(of).collect()
+    }
+
+    /// A layer that some sequences pass and others repeat, and whose feed-forward half some tokens skip.
+    fn decided_layer(&mut self, layer: usize, x: Tensor<2>, batch: &Batch<'_>) -> Result<Tensor<2>> {
+        let rule = self.model.depth_rule().expect("asked for with a rule").clone();
+        // decided once, from the prompt
+        let new: Vec<usize> = (0..batch.active.len()).filter(|i| self.fed[batch.active[*i]] == 0).collect();
+        if !new.is_empty() {
+            let (part, rows, spans) = part_of(&x, batch.spans, &new);
+            let info = info_of(&spans);
+            if let Some(times) = rule.times(layer, &part, &info)? {
+                self.engine.check_times(layer, &times, new.len())?;
+                new.iter().zip(times).for_each(|(i, times)| self.times[layer][batch.active[*i]] = times);
+            }
+            drop(rows);
+        }
+        let mut x = x;
+        for round in 0..2 {
+            let run: Vec<usize> =
+                (0..batch.active.len()).filter(|i| self.times[layer][batch.active[*i]] > round).collect();
+            if run.is_empty() {
+                break;
+            }
+            let place = 2 * layer + usize::from(round);
+            if run.len() == batch.active.len() {
+                let middle = self.mix(place, layer, &x, batch)?;
+                let half = self.engine.half(&x, &middle);
+                x = self.engine.decided_feed_forward(layer, half, batch.info, &*rule, &mut Nobody)?;
+                continue;
+            }
+            let (part, rows, spans) = part_of(&x, batch.spans, &run);
+            let active: Vec<usize> = run.iter().map(|i| batch.active[*i]).collect();
+            let tables = self.model.rotary_tables(&self.positions(&active, &spans));
+            let info = info_of(&spans);
+            let batch = Batch { active: &active, spans: &spans, tables: &tables, info: &info };
+            let middle = self.mix(place, layer, &part, &batch)?;
+            let half = self.engine.half(&part, &middle);
+            let part = self.engine.decided_feed_forward(layer, half, &info, &*rule, &mut Nobody)?;
+            let mut whole = RowAccumulator::from_tensor(x);
+            whole.set_rows(&rows, &part);
+            x = whole.into_tensor();
+        }
+        Ok(x)
+    }
+
+    fn feed_forward(&self, layer: usize, half: HalfInput<'_>, info: &WaveInfo) -> Result<Tensor<2>> {
+        self.engine.ffn_forward(FfnPass::new(layer, info), half, &mut LayerTape::default(), &mut Nobody)
+    }
+
+    /// The half of a layer that looks at other tokens.
+    fn mix(&mut self, place: usize, layer: usize, x: &Tensor<2>, batch: &Batch<'_>) -> Result<Tensor<2>> {
+        let Batch { active, spans, tables, .. } = *batch;
+        let (model, device) = (self.model, self.model.device());
+        let cache = &mut self.cache[place];
+        Ok(match model.mixer(layer)? {
+            MixerLayer::Attention(attention) => {
+                let entry = attention.cache_entry(x, tables.of(model.config(), layer));
+                for (&sequence, span) in active.iter().zip(spans) {
+                    let rows = |t: &Tensor<2>| slice_rows(t, span);
+                    let v = entry.v.as_ref().map(rows);
+                    if let Kept::Attention(kept) = &mut cache[sequence] {
+                        kept.push(rows(&entry.k), v, self.lengths[sequence], device);
+                    }
+                }
+                let heads = self.attend(place, &entry.q, active, spans, &attention.cached_shape());
+                attention.residual(x, &attention.cached_heads(heads, entry.gate.as_ref()))
+            }
+            MixerLayer::Delta(delta) => {
+                let mut states: Vec<DeltaState> = Vec::with_capacity(active.len());
+                for &sequence in active {
+                    states.push(match &mut cache[sequence] {
+                        Kept::Delta(state) => state.take().unwrap_or_else(|| delta.start()),
+                        _ => unreachable!("the cache was made for the kinds of the layers"),
+                    });
+                }
+                let middle = delta.step(x, spans, &mut states.iter_mut().collect::<Vec<_>>());
+                for (&sequence, state) in active.iter().zip(states) {
+                    cache[sequence] = Kept::Delta(Some(state));
+                }
+                middle
+            }
+            MixerLayer::Convolution(convolution) => {
+                let mut states: Vec<ConvolutionState> = Vec::with_capacity(active.len());
+                for &sequence in active {
+                    states.push(match &mut cache[sequence] {
+                        Kept::Convolution(state) => state.take().unwrap_or_else(|| convolution.start()),
+                        _ => unreachable!("the cache was made for the kinds of the layers"),
+                    });
+                }
+                let middle = convolution.step(x, spans, &mut states);
+                for (&sequence, state) in active.iter().zip(states) {
+                    cache[sequence] = Kept::Convolution(Some(state));
+                }
+                middle
+            }
+            MixerLayer::Mamba(mamba) => {
+                let mut states: Vec<MambaState> = Vec::with_capacity(active.len());
+                for &sequence in active {
+                    states.push(match &mut cache[sequence] {
+                        Kept::Mamba(state) => state.take().unwrap_or_else(|| mamba.start()),
+                        _ => unreachable!("the cache was made for the kinds of the layers"),
+                    });
+                }
+                let middle = mamba.step(x, spans, &mut states);
+                for (&sequence, state) in active.iter().zip(states) {
+                    cache[sequence] = Kept::Mamba(Some(state));
+                }
+                middle
+            }
+            MixerLayer::None => x.clone(),
+        })
+    }
+
+    fn attend(
+        &self,
+        place: usize,
+        q: &Tensor<2>,
+        active: &[usize],
+        spans: &[Range<usize>],
+        shape: &AttentionShape,
+    ) -> Tensor<2> {
+        let cache = |s: usize| match &self.cache[place][s] {
+            Kept::Attention(kept) => kept,
+            _ => unreachable!("only attention has keys"),
+        };
+        #[cfg(feature = "flex")]
+        if host::is_host(&q.device()) {
+            use crate::kernels::attention::cpu::{Cached, forward_spans};
+            let cached: Vec<Cached<'_>> = active
+                .iter()
+                .zip(spans)
+                .map(|(&s, span)| Cached {
+                    queries: span.clone(),
+                    keys: &cache(s).keys.host,
+                    values: &cache(s).values().host,
+                })
+                .collect();
+            return forward_spans(q, &cached, shape);
+        }
+        let outputs = active
+            .iter()
+            .zip(spans)
+            .map(|(&s, span)| {
+                let (k, v) = (cache(s).keys.on_device(), cache(s).values().on_device());
+                crate::kernels::attention::attention_cached(&slice_rows(q, span), &k, &v, shape)
+            })
+            .collect();
+        Tensor::cat(outputs, 0)
+    }
+}
+
+fn info_of(spans: &[Range<usize>]) -> WaveInfo {
+    let sequence = |span: &Range<usize>| SequenceInfo { tokens: span.clone(), loss_tokens: 0 };
+    let tokens = spans.last().map_or(0, |span| span.end);
+    WaveInfo { id: 0, tokens, sequences: spans.iter().map(sequence).collect() }
+}
+
+/// The rows of some of the spans, which rows they are, and their spans among themselves.
+pub(crate) fn part_of(
+    x: &Tensor<2>,
+    spans: &[Range<usize>],
+    which: &[usize],
+) -> (Tensor<2>, Vec<u32>, Vec<Range<usize>>) {
+    let rows: Vec<u32> = which.iter().flat_map(|i| spans[*i].clone()).map(|row| row as u32).collect();
+    let mut start = 0;
+    let mut own = Vec::with_capacity(which.len());
+    for i in which {
+        own.push(start..start + spans[*i].len());
+        start += spans[*i].len();
+    }
+    (gather_rows(x, &rows), rows, own)
+}

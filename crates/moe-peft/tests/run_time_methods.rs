@@ -1,0 +1,213 @@
+//! Null experts, recurrent routers, balancing biases and random routers: gradients on whole models, neutral beginnings,
+//! what is saved and opened again.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use burn::tensor::Device;
+use moe_checkpoint::Existing;
+use moe_core::{
+    Engine, EngineOptions, Model,
+    adaptive::RunTime,
+    data::{Sequence, Wave},
+    generate::{GenerateOptions, generate},
+    trace::{Nobody, Observer, Signals},
+};
+use moe_peft::{
+    AdapterSet, Recipe, Setting, TrainingRun, TuningMethod,
+    null_experts::{NullExpertOptions, NullExpertTuning, NullExperts, NullInit},
+    recurrent_router::{Cell, RecurrentForm, RecurrentOptions, RecurrentRouter, RecurrentRouterTuning},
+};
+
+fn model(name: &str) -> Model {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../moe-checkpoint/tests/fixtures/parity/tf5");
+    Model::open(fixtures.join(name), &Device::flex(), None).unwrap()
+}
+
+fn waves(model: &Model, count: u64) -> Vec<Wave> {
+    let vocab = model.config().vocab_size.min(90);
+    let sequence = |seed: usize, n: usize| {
+        Sequence::new((0..n).map(|i| ((i * i * 7 + i * 3 + seed * 11) % vocab) as u32).collect())
+    };
+    (0..count).map(|id| Wave { id, sequences: vec![sequence(id as usize + 1, 13), sequence(id as usize + 4, 9)] }).collect()
+}
+
+fn loss(model: &Model, wave: &Wave) -> f64 {
+    let engine = Engine::new(model, EngineOptions { loss: true, ..EngineOptions::default() });
+    engine.run(wave, &mut Nobody).unwrap().loss.unwrap()
+}
+
+struct Trains;
+
+impl Observer for Trains {
+    fn needs(&self) -> Signals {
+        Signals::PARAMETERS
+    }
+}
+
+fn sweep(model: &Model, wave: &Wave) {
+    let engine = Engine::new(model, EngineOptions { loss: true, ..EngineOptions::default() });
+    engine.run(wave, &mut Trains).unwrap();
+}
+
+/// Compares gradients of everything in the bank with difference quotients of the loss.
+fn check(model: &Model, set: AdapterSet, wave: &Wave, least: usize) {
+    let set = Arc::new(set);
+    let trained = model.with_adapters(set.clone()).unwrap();
+    sweep(&trained, wave);
+    let gradients: Vec<(String, Vec<f32>)> =
+        set.bank().iter().map(|live| (live.name().to_string(), live.gradient())).collect();
+    let mut compared = 0;
+    for (name, gradient) in gradients {
+        let mut order: Vec<usize> = (0..gradient.len()).collect();
+        order.sort_by(|a, b| gradient[*b].abs().total_cmp(&gradient[*a].abs()));
+        for &i in order.iter().take(4) {
+            let at = |h: f32| {
+                let mut parameters = set.bank().parameters().unwrap();
+                parameters.get_mut(&name).unwrap().values[i] += h;
+                set.bank().lend(&mut parameters, false).unwrap();
+                let loss = loss(&trained, wave);
+                set.bank().take_back(&mut parameters, false).unwrap();
+                parameters.get_mut(&name).unwrap().values[i] -= h;
+                set.bank().settle(parameters).unwrap();
+                loss
+            };
+            let slope = |h: f32| (at(h) - at(-h)) / (2.0 * f64::from(h));
+            let (numeric, wider) = (slope(5e-3), slope(1e-2));
+            // a step that changes which experts later tokens go to says nothing
+            if (numeric - wider).abs() < 0.03 * numeric.abs().max(0.05) {
+                let found = f64::from(gradient[i]);
+                assert!((numeric - found).abs() < 0.05 * found.abs().max(0.1), "{name} {i}: {numeric} {found}");
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared >= least, "{compared}");
+}
+
+#[test]
+fn gradients_of_a_recurrent_router_go_through_the_states_of_all_layers() {
+    for (cell, form) in [
+        (Cell::Gru, RecurrentForm::Beside),
+        (Cell::Gru, RecurrentForm::Instead),
+        (Cell::Rnn, RecurrentForm::Beside),
+        (Cell::Identity, RecurrentForm::Instead),
+    ] {
+        let model = model("qwen2_moe");
+        let wave = &waves(&model, 1)[0];
+        let options = RecurrentOptions { width: 6, cell, form, seed: 3 };
+        let router = RecurrentRouter::new(&model, options).unwrap();
+        let mut set = AdapterSet::new();
+        router.train_in(&mut set).unwrap();
+        // outputs that are not zero
+        let mut parameters = set.bank().parameters().unwrap();
+        let names: Vec<String> = parameters.iter().map(|(name, _)| name.to_string()).collect();
+        for name in names.iter().filter(|name| name.ends_with("output")) {
+            let values = &mut parameters.get_mut(name).unwrap().values;
+            values.iter_mut().enumerate().for_each(|(i, v)| *v = (i as f32 * 1.7).sin());
+        }
+        set.bank().settle(parameters).unwrap();
+        check(&router.applied_to(&model).unwrap(), set, wave, 8);
+    }
+}
+
+#[test]
+fn gradients_of_null_experts_match_difference_quotients() {
+    let model = model("qwen3_moe");
+    let wave = &waves(&model, 1)[0];
+    let nulls = NullExperts::new(&model, &NullExpertOptions::default()).unwrap();
+    let mut set = AdapterSet::new();
+    nulls.train_in(&mut set).unwrap();
+    check(&nulls.applied_to(&model).unwrap(), set, wave, 4);
+}
+
+#[test]
+fn what_is_put_beside_a_model_begins_as_the_model_bit_for_bit() {
+    let model = model("qwen2_moe");
+    let wave = &waves(&model, 1)[0];
+    let before = loss(&model, wave).to_bits();
+    let router = RecurrentRouter::new(&model, RecurrentOptions { width: 8, ..RecurrentOptions::default() }).unwrap();
+    let beside = router.applied_to(&model).unwrap();
+    assert_eq!(loss(&beside, wave).to_bits(), before);
+    // again: states begin anew in every sweep
+    assert_eq!(loss(&beside, wave).to_bits(), before);
+    let none = NullExpertOptions { nulls: Some(0), top_k: Some(model.router().top_k()), init: NullInit::Zeros };
+    let nulls = NullExperts::new(&model, &none).unwrap();
+    assert_eq!(loss(&nulls.applied_to(&model).unwrap(), wave).to_bits(), before);
+    assert!(beside.with_path("0".parse().unwrap()).is_ok() && router.applied_to(&beside).is_err());
+}
+
+#[test]
+fn a_recurrent_router_has_no_memory_of_earlier_tokens() {
+    let model = model("qwen2_moe");
+    let options = RecurrentOptions { width: 8, form: RecurrentForm::Instead, ..RecurrentOptions::default() };
+    let model = RecurrentRouter::new(&model, options).unwrap().applied_to(&model).unwrap();
+    let options = GenerateOptions { max_new_tokens: 6, ..GenerateOptions::default() };
+    let together = generate(&model, &[vec![5, 9, 3], vec![7; 4]], &options, |_| false).unwrap();
+    for (prompt, expected) in [vec![5, 9, 3], vec![7; 4]].iter().zip(together) {
+        let mut ids = prompt.clone();
+        for token in expected {
+            let one = GenerateOptions { max_new_tokens: 1, ..options.clone() };
+            let next = generate(&model, &[ids.clone()], &one, |_| false).unwrap().concat();
+            assert_eq!(next, [token]);
+            ids.extend(next);
+        }
+    }
+}
+
+#[test]
+fn every_method_is_trained_saved_and_opened_again_as_it_was() {
+    for (name, family, method) in [
+        ("null-experts", "qwen3_moe", r#"{"type": "null_experts"}"#),
+        ("recurrent-router", "qwen2_moe", r#"{"type": "recurrent_router", "router": {"width": 8}}"#),
+        ("loss-free", "qwen2_moe", r#"{"type": "loss_free", "speed": 0.05}"#),
+        ("loss-free", "deepseek_v3", r#"{"type": "loss_free", "speed": 0.05}"#),
+        ("smoe-dropout", "qwen2_moe", r#"{"type": "smoe_dropout", "steps": 4}"#),
+    ] {
+        let base = model(family);
+        let waves = waves(&base, 3);
+        let json = format!(
+            r#"{{"method": {method}, "router_losses": {{"shares": {{"entropy": 0.01, "sequence_balance": 0.01}}}},
+            "train": {{"max_steps": 4, "schedule": {{"type": "schedule", "peak": 0.003}}}}}}"#
+        );
+        let mut recipe: Recipe = serde_json::from_str(&json.replace(r#", "schedule": {"type": "schedule", "peak": 0.003}"#, "")).unwrap();
+        recipe.train.schedule.peak = 3e-3;
+        let out = tempfile::tempdir().unwrap();
+        let labels = Default::default();
+        let training = TrainingRun {
+            model: &base,
+            waves: &waves,
+            labels: &labels,
+            directory: out.path(),
+            save_every: 2,
+            resume: false,
+        };
+        let trained = training.train(&recipe, &mut |_| Ok(())).unwrap();
+        let saved = trained.save(&base, out.path(), Existing::Force).unwrap();
+        let expected = loss(&trained.as_written(&base, None).unwrap().unwrap(), &waves[0]);
+        assert_ne!(expected, loss(&base, &waves[0]), "{name}");
+        let dir = saved.model.unwrap();
+        let reopened = Model::open(&dir, &Device::flex(), None).unwrap();
+        let reopened = match moe_peft::open(&dir) {
+            Ok(kinds) => kinds.onto(&reopened).unwrap().0,
+            Err(_) => reopened,
+        };
+        assert_eq!(loss(&reopened, &waves[0]).to_bits(), expected.to_bits(), "{name} {family}");
+        let beside = RunTime::beside(&dir).unwrap();
+        assert_eq!(beside.is_plain(), matches!(name, "null-experts" | "recurrent-router") || family == "deepseek_v3", "{name}");
+    }
+}
+
+#[test]
+fn wrong_methods_are_explained() {
+    let base = model("deepseek_v3");
+    let setting = Setting::new(&base);
+    let message = |method: &dyn TuningMethod| method.check(&setting).unwrap_err().to_string();
+    assert!(message(&NullExpertTuning::default()).contains("null experts with routing"));
+    let none = RecurrentRouterTuning { router: RecurrentOptions { width: 0, ..Default::default() }, ..Default::default() };
+    assert!(message(&none).contains("width: found 0"));
+    let base = model("qwen3_moe");
+    let setting = Setting::new(&base);
+    let odd = NullExpertTuning { experts: NullExpertOptions { nulls: Some(3), ..Default::default() }, ..Default::default() };
+    assert!(odd.check(&setting).unwrap_err().to_string().contains("a multiple of the"));
+}
