@@ -1,6 +1,7 @@
 //! Benchmarks: studies of quality, and what the benchmarks of speed share: random checkpoints and waves of a stated
 //! shape.
 
+pub mod adaptive_study;
 pub mod compare;
 pub mod exports;
 pub mod router_study;

@@ -1,5 +1,6 @@
 //! `cargo xtask <verb>`: the checks and reports people and CI run.
 
+mod adaptive_study;
 mod bench_report;
 mod book;
 mod ci;
@@ -71,6 +72,9 @@ enum Verb {
     },
     /// Compare all ways to prune on the bundled model (an hour on two cores), and write the tables of docs/study.md
     Study(study::Options),
+    /// Run the bundled model under rules of routing, paths of layers and ways of decoding (a few minutes on two cores),
+    /// and write the tables of docs/adaptive.md
+    AdaptiveStudy(adaptive_study::Options),
     /// Fine-tune the bundled model in ways that change its routing (a few minutes on two cores), and write the tables
     /// of docs/fine-tuning.md
     RouterStudy(router_study::Options),
@@ -95,6 +99,7 @@ fn main() -> ExitCode {
         Verb::Sessions(options) => sessions::run(&options),
         Verb::Gpu { device } => gpu::run(&device),
         Verb::Study(options) => study::run(&options),
+        Verb::AdaptiveStudy(options) => adaptive_study::run(&options),
         Verb::RouterStudy(options) => router_study::run(&options),
         Verb::BenchReport { run, json } => bench_report::run(run, json),
     };

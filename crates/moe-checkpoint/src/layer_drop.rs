@@ -87,6 +87,10 @@ impl LayerDrop {
                 return refuse(format!("layer {new}, which was layer {old}, {reason}"));
             }
         }
+        let same = ModelConfig { layers: parsed.layers.clone(), ..base.config().clone() };
+        if parsed != same {
+            return refuse("the config would say something else of the layers that are left".into());
+        }
         let Some(prefix) = prefix_of_layers(base) else { return refuse("no tensor of a layer is known by name".into()) };
         let layer_of = |name: &str| -> Option<usize> { name.strip_prefix(&prefix)?.split('.').next()?.parse().ok() };
         let mut names = BTreeMap::new();

@@ -181,6 +181,7 @@ fn every_method_is_trained_saved_and_opened_again_as_it_was() {
             directory: out.path(),
             save_every: 2,
             resume: false,
+            fold: Default::default(),
         };
         let trained = training.train(&recipe, &mut |_| Ok(())).unwrap();
         let saved = trained.save(&base, out.path(), Existing::Force).unwrap();
@@ -210,4 +211,22 @@ fn wrong_methods_are_explained() {
     let setting = Setting::new(&base);
     let odd = NullExpertTuning { experts: NullExpertOptions { nulls: Some(3), ..Default::default() }, ..Default::default() };
     assert!(odd.check(&setting).unwrap_err().to_string().contains("a multiple of the"));
+}
+
+#[test]
+fn experts_that_predict_a_token_alone_are_right_for_it() {
+    use moe_peft::router_loss::RouterTargets;
+    let model = model("qwen2_moe");
+    let waves = waves(&model, 1);
+    let experts = model.config().moe(1).unwrap().num_experts();
+    let targets = RouterTargets::by_trial(&model, 1, &waves, 0.5).unwrap();
+    let row = &targets.targets[&(0, 1)];
+    assert_eq!(row.len(), waves[0].tokens() * experts);
+    // the last token of a sequence has nothing to predict
+    assert!(row[12 * experts..13 * experts].iter().all(|right| !right));
+    let setting = Setting::new(&model).with_waves(&waves);
+    targets.check(&setting).unwrap();
+    let fewer = RouterTargets { targets: Arc::new([((0, 1), vec![true; 3])].into()), ..targets };
+    assert!(fewer.check(&setting).unwrap_err().to_string().contains("targets of wave 0 in layer 1: found 3"));
+    assert!(RouterTargets::by_trial(&model, 99, &waves, 0.5).is_err());
 }

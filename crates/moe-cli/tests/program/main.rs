@@ -1,6 +1,7 @@
 //! The program as a person runs it.
 
 mod adapters;
+mod adaptive;
 mod jobs;
 mod looking;
 mod merging;

@@ -8,7 +8,6 @@ use super::cache::{Kept, Mark};
 use crate::{
     engine::{Engine, EngineOptions, FfnPass, LayerTape},
     error::Result,
-    host,
     kernels::{
         attention::AttentionShape,
         rope::Positions,
@@ -289,7 +288,7 @@ impl<'m> Decoder<'m> {
             _ => unreachable!("only attention has keys"),
         };
         #[cfg(feature = "flex")]
-        if host::is_host(&q.device()) {
+        if crate::host::is_host(&q.device()) {
             use crate::kernels::attention::cpu::{Cached, forward_spans};
             let cached: Vec<Cached<'_>> = active
                 .iter()

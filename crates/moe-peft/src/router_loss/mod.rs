@@ -18,6 +18,7 @@
 //! information, coefficient of variation, balance within sequences and over devices, smoothness.
 
 mod shares;
+mod targets;
 
 use std::{
     collections::BTreeMap,
@@ -34,6 +35,7 @@ use serde::{Deserialize, Serialize};
 
 use shares::Seen;
 pub use shares::{DeviceBalance, ShareLosses};
+pub use targets::RouterTargets;
 
 use crate::{AdapterSet, Artifacts, Error, Installed, Result, Setting, SweepListener, TuningMethod};
 
