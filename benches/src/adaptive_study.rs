@@ -171,8 +171,8 @@ fn measure(setting: &Setting, model: &Model, tokenizer: &Tokenizer, draw: &Draw)
             Model::new(left, model.device(), model.max_memory())?
         }
         Way::Decode { config, others: of } => {
-            decoding = serde_json::from_value(config.clone())
-                .map_err(|error| Error::Invalid(format!("{config}: {error}")))?;
+            decoding =
+                serde_json::from_value(config.clone()).map_err(|error| Error::Invalid(format!("{config}: {error}")))?;
             for options in of {
                 others.push(under(model, options, &draw.waves)?);
             }
@@ -221,12 +221,16 @@ pub fn run(arguments: &Arguments) -> Result<String> {
     let mut tables = String::new();
     for table in ["routing", "depth", "decoding"] {
         let keys: Vec<String> = draws[0].files.iter().map(EvalFile::key).collect();
-        tables += &format!("<!-- study:adaptive-{table} -->\n\n| | {} | experts per token | layers | seconds |", keys.join(" | "));
+        tables += &format!(
+            "<!-- study:adaptive-{table} -->\n\n| | {} | experts per token | layers | seconds |",
+            keys.join(" | ")
+        );
         tables += if table == "decoding" { " accepted |\n" } else { "\n" };
         tables += &format!("|---|{}--:|--:|--:|", "--:|".repeat(keys.len()));
         tables += if table == "decoding" { "--:|\n" } else { "\n" };
         for setting in all.iter().filter(|setting| setting.table == table) {
-            let found = draws.iter().map(|draw| measure(setting, &model, &tokenizer, draw)).collect::<Result<Vec<_>>>()?;
+            let found =
+                draws.iter().map(|draw| measure(setting, &model, &tokenizer, draw)).collect::<Result<Vec<_>>>()?;
             let quality = (0..keys.len()).map(|i| shown(found.iter().map(move |m| m.quality[i])));
             let quality: Vec<String> = quality.collect();
             let experts = found.iter().map(|m| m.experts).sum::<f64>() / found.len() as f64;

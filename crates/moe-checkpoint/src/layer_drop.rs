@@ -91,7 +91,9 @@ impl LayerDrop {
         if parsed != same {
             return refuse("the config would say something else of the layers that are left".into());
         }
-        let Some(prefix) = prefix_of_layers(base) else { return refuse("no tensor of a layer is known by name".into()) };
+        let Some(prefix) = prefix_of_layers(base) else {
+            return refuse("no tensor of a layer is known by name".into());
+        };
         let layer_of = |name: &str| -> Option<usize> { name.strip_prefix(&prefix)?.split('.').next()?.parse().ok() };
         let mut names = BTreeMap::new();
         let mut tensors = Vec::new();
@@ -180,7 +182,8 @@ fn per_layer(map: &mut Map<String, Value>, kept: &[usize], count: usize) {
         match value {
             // lists of frequencies and of token ids are no lists of layers
             Value::Array(values)
-                if values.len() == count && (values.iter().all(Value::is_string) || key.contains("layer") || key.contains("topk")) =>
+                if values.len() == count
+                    && (values.iter().all(Value::is_string) || key.contains("layer") || key.contains("topk")) =>
             {
                 *values = kept.iter().map(|layer| values[*layer].clone()).collect();
             }

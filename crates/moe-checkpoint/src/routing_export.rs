@@ -44,7 +44,9 @@ impl RoutingExport {
         let mut description = ModelDescription::of(base);
         if let Some(top_k) = self.top_k {
             if Ragged::read(base.raw_config())?.is_some() || base.grouped() {
-                return Err(refuse("experts per token in a ragged or grouped checkpoint: keep routing.json beside it".into()));
+                return Err(refuse(
+                    "experts per token in a ragged or grouped checkpoint: keep routing.json beside it".into(),
+                ));
             }
             let family = base.family();
             let serde_json::Value::Object(map) = family.text_config_mut(&mut description.config) else {

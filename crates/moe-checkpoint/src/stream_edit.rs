@@ -70,7 +70,8 @@ impl StreamEdit {
                 _ => spec,
             }
         };
-        let description = ModelDescription { tensors: base.tensors().map(spec).collect(), ..ModelDescription::of(base) };
+        let description =
+            ModelDescription { tensors: base.tensors().map(spec).collect(), ..ModelDescription::of(base) };
         let step = Step::new(name, base, json!({}), summary);
         Checkpoint::from_source(description, Arc::new(Edited { base: base.clone(), edits, step })).map(Arc::new)
     }

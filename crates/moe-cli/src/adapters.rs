@@ -167,9 +167,9 @@ pub fn open(
         checkpoint = crate::apply::planned(&checkpoint, plan)?;
     }
     let model = Model::new(checkpoint, &device, max_memory)?;
-    let beside = moe_peft::open(directory).ok().filter(|saved| {
-        saved.kinds().iter().any(|kind| SavedKind::BESIDE_WEIGHTS.contains(kind))
-    });
+    let beside = moe_peft::open(directory)
+        .ok()
+        .filter(|saved| saved.kinds().iter().any(|kind| SavedKind::BESIDE_WEIGHTS.contains(kind)));
     match beside {
         None => model_with(model, adapters),
         Some(saved) if plans.is_empty() && adapters.is_empty() => Ok(saved.onto(&model)?.0),

@@ -103,7 +103,10 @@ pub fn run(arguments: &Arguments) -> Result<String> {
             let _ = show(&format!("{rest}\n"));
             if let Some(share) = report.acceptance() {
                 let (accepted, proposed) = (100.0 * share, report.proposed);
-                eprintln!("{} tokens in {} steps, {accepted:.1}% of {proposed} proposals accepted", report.tokens, report.steps);
+                eprintln!(
+                    "{} tokens in {} steps, {accepted:.1}% of {proposed} proposals accepted",
+                    report.tokens, report.steps
+                );
             }
         }
     }

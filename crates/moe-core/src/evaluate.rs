@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     data::{EvalRows, EvalSet, Tokenizer, Wave, WaveOptions, extract_answer, waves},
+    decode::{Decoding, DecodingReport},
     engine::{Engine, EngineOptions},
     error::{Error, Result},
-    decode::{Decoding, DecodingReport},
     generate::{GenerateOptions, Sampling, generate_with},
     model::Model,
     objective::{Distillation, TeacherLogits},

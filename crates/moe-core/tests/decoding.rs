@@ -161,7 +161,9 @@ fn batches_and_ends_work_under_every_way() {
 fn samples_are_reproducible_whatever_the_batch() {
     let model = model();
     let small = draft(&model);
-    for (json, others) in [("contrastive", vec![&small]), ("speculative", vec![&small]), ("fusion", vec![&small, &model])] {
+    for (json, others) in
+        [("contrastive", vec![&small]), ("speculative", vec![&small]), ("fusion", vec![&small, &model])]
+    {
         let sampling = Sampling::TopP { temperature: 3.0, top_p: 0.95, seed: 5 };
         let options = GenerateOptions { sampling, ..options(&model) };
         let (a, _) = decoded(&model, others.clone(), json, &prompts(), &options);
@@ -192,7 +194,8 @@ fn speculative_samples_follow_the_models_distribution() {
         }
     }
     let total = (n as u64 * seeds) as f64;
-    let distance: f64 = (0..first[0].len()).map(|v| (first[0][v] as f64 - first[1][v] as f64).abs() / total).sum::<f64>() / 2.0;
+    let distance: f64 =
+        (0..first[0].len()).map(|v| (first[0][v] as f64 - first[1][v] as f64).abs() / total).sum::<f64>() / 2.0;
     // two samples of 1200 over a few dozen likely tokens
     assert!(distance < 0.15, "{distance}");
 }
@@ -211,5 +214,7 @@ fn wrong_sources_are_explained() {
     assert!(message("sampling", vec![]).contains("sampling"));
     assert!(message(r#"{"type": "contrastive", "gamma": 1.0}"#, vec![&model]).contains("gamma"));
     assert!(message(r#"{"type": "fusion", "pairs": 0}"#, vec![]).contains("pairs"));
-    assert!(message(r#"{"type": "self_contrast", "weak": {"type": "ranks", "ranks": [99]}}"#, vec![]).contains("ranks"));
+    assert!(
+        message(r#"{"type": "self_contrast", "weak": {"type": "ranks", "ranks": [99]}}"#, vec![]).contains("ranks")
+    );
 }

@@ -144,7 +144,8 @@ fn scaled_norms_are_the_explicit_factor_and_keep_it_when_layers_go() {
     use moe_checkpoint::{LayerRole, Role};
     for layer in 0..base.config().layers.len() {
         for role in [LayerRole::AttentionNorm, LayerRole::FfnNorm] {
-            let (plain, found) = (base.read_f32(Role::Layer(layer, role)).unwrap(), scaled.read_f32(Role::Layer(layer, role)).unwrap());
+            let (plain, found) =
+                (base.read_f32(Role::Layer(layer, role)).unwrap(), scaled.read_f32(Role::Layer(layer, role)).unwrap());
             let factor = 1.0 / ((layer + 1) as f32).sqrt();
             assert!(plain.iter().zip(&found).all(|(a, b)| (a * factor - b).abs() < 1e-6));
         }

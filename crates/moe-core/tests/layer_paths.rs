@@ -204,7 +204,13 @@ fn gradients_under_a_path_match_difference_quotients() {
                 let mut values = vec![1.0; gains.len()];
                 values[expert] += h;
                 let overlay = moe_core::ExpertGains::new().set(layer, values);
-                loss(&model.with_overlays(None, Some(Arc::new(overlay))).unwrap().with_path(path.parse().unwrap()).unwrap())
+                loss(
+                    &model
+                        .with_overlays(None, Some(Arc::new(overlay)))
+                        .unwrap()
+                        .with_path(path.parse().unwrap())
+                        .unwrap(),
+                )
             };
             let slope = |h: f32| (at(h) - at(-h)) / (2.0 * f64::from(h));
             let (numeric, wider) = (slope(4e-3), slope(8e-3));
@@ -226,7 +232,8 @@ fn what_a_path_cannot_do_is_explained() {
     assert!(error("0-9").contains("layer of a path: found 4, expected below 4"));
     let repeated = model.with_path("0,1,1,2,3".parse().unwrap()).unwrap();
     let wave = wave(90);
-    let message = Engine::new(&repeated, EngineOptions::default()).run(&wave, &mut Gains::default()).unwrap_err().to_string();
+    let message =
+        Engine::new(&repeated, EngineOptions::default()).run(&wave, &mut Gains::default()).unwrap_err().to_string();
     assert!(message.contains("repeats layers"), "{message}");
     let skipped = model.with_path("0,2-3".parse().unwrap()).unwrap();
     let message = Engine::new(&skipped, EngineOptions::default()).layer_sweep(&[wave]).err().unwrap().to_string();

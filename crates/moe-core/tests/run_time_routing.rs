@@ -220,10 +220,9 @@ fn generation_follows_a_rule_token_by_token_as_a_sweep_does() {
 #[test]
 fn what_depends_on_later_tokens_is_not_generated_with() {
     let model = fixture("qwen2_moe");
-    for json in [
-        r#"{"type": "capacity", "factor": 1.0}"#,
-        r#"{"type": "expert_choice", "factor": 2.0, "acausal": true}"#,
-    ] {
+    for json in
+        [r#"{"type": "capacity", "factor": 1.0}"#, r#"{"type": "expert_choice", "factor": 2.0, "acausal": true}"#]
+    {
         let ruled = rule(json).on(&model).unwrap();
         assert!(loss(&ruled).is_finite());
         let error = generate(&ruled, &[vec![1, 2]], &GenerateOptions::default(), |_| false).unwrap_err().to_string();
@@ -317,10 +316,7 @@ fn wrong_rules_are_explained() {
             r#"{"type": "intervene", "at": [{"layer": 0, "experts": [999]}], "mode": {"type": "ban"}}"#,
             "expert to steer in layer 0: found 999",
         ),
-        (
-            r#"{"type": "intervene", "at": [], "mode": {"type": "soft", "lambda": 3.0}}"#,
-            "lambda: found 3",
-        ),
+        (r#"{"type": "intervene", "at": [], "mode": {"type": "soft", "lambda": 3.0}}"#, "lambda: found 3"),
     ] {
         let found = message(json);
         assert!(found.contains(expected), "{json}: {found}");

@@ -9,7 +9,9 @@ use moe_core::{
     adaptive::{Intervention, RoutingConfig, Steering},
     data::{Sequence, Tokenizer, Wave},
     generate::{GenerateOptions, generate},
-    steering::{Pathways, PathwaysMethod, ReferenceStore, Rewiring, RewiredLayers, RewiringReport, RoutingProfile, RowOverride},
+    steering::{
+        Pathways, PathwaysMethod, ReferenceStore, RewiredLayers, Rewiring, RewiringReport, RoutingProfile, RowOverride,
+    },
     trace::{LayerTrace, Nobody, Observer, Signals},
 };
 
@@ -90,12 +92,22 @@ fn vectors_are_reset_and_stand_in_the_chosen_layers_alone() {
 }
 
 fn store(model: &Model) -> ReferenceStore {
-    let rows = ["finds 4 plums, then 5 more, and loses 1", "finds 8 plums, then 3 more, and loses 2", "finds 7 hats, then 7 more, and loses 3", "finds 12 pens, then 6 more, and loses 4"];
+    let rows = [
+        "finds 4 plums, then 5 more, and loses 1",
+        "finds 8 plums, then 3 more, and loses 2",
+        "finds 7 hats, then 7 more, and loses 3",
+        "finds 12 pens, then 6 more, and loses 4",
+    ];
     let names = ["Hana", "Ola", "Mia", "Ben"];
     let texts: Vec<String> = rows
         .iter()
         .zip(names)
-        .map(|(row, name)| format!("Question: {name} {row}. How many {} remain?\nAnswer:", row.split(' ').nth(2).unwrap().trim_end_matches(',')))
+        .map(|(row, name)| {
+            format!(
+                "Question: {name} {row}. How many {} remain?\nAnswer:",
+                row.split(' ').nth(2).unwrap().trim_end_matches(',')
+            )
+        })
         .collect();
     let prompts = encoded(&texts.iter().map(String::as_str).collect::<Vec<_>>());
     let answers = generate(model, &prompts, &GenerateOptions { max_new_tokens: 4, ..options() }, |_| false).unwrap();
@@ -169,7 +181,15 @@ fn an_override_changes_one_token_of_its_layers_in_as_many_passes_as_it_is_told()
     rows.set(1, [(2, new.clone())].into(), 1);
     let changed = look(&under);
     assert_eq!(changed[..2], before[..2]);
-    let starts: Vec<usize> = wave.sequences.iter().scan(0, |at, s| { let start = *at; *at += s.len(); Some(start) }).collect();
+    let starts: Vec<usize> = wave
+        .sequences
+        .iter()
+        .scan(0, |at, s| {
+            let start = *at;
+            *at += s.len();
+            Some(start)
+        })
+        .collect();
     for (t, row) in changed[2].1.chunks(16).enumerate() {
         let replaced = starts.iter().any(|start| start + 1 == t);
         assert_eq!(row == &new[..], replaced, "{t}");
@@ -180,7 +200,9 @@ fn an_override_changes_one_token_of_its_layers_in_as_many_passes_as_it_is_told()
 #[test]
 fn a_profile_steers_toward_the_experts_of_a_task() {
     let model = model();
-    let sums: Vec<_> = (0..4).map(|i| format!("Question: Hana finds {i} plums, then 2 more, and loses 1. How many plums remain?\nAnswer:")).collect();
+    let sums: Vec<_> = (0..4)
+        .map(|i| format!("Question: Hana finds {i} plums, then 2 more, and loses 1. How many plums remain?\nAnswer:"))
+        .collect();
     let profile = |texts: &[&str]| {
         let mut seen = RoutingProfile::new();
         let sequences = encoded(texts).into_iter().map(Sequence::new).collect();

@@ -253,7 +253,16 @@ mod tests {
         for _ in 0..400 {
             let routed = bias.layers[&0].route(&tokens).unwrap();
             let (selected, weights) = (&routed.selected, &routed.weights);
-            let trace = LayerTrace { layer: 0, wave: &wave, experts: 2, top_k: 1, logits: &logits, selected, weights, scale: 1.0 };
+            let trace = LayerTrace {
+                layer: 0,
+                wave: &wave,
+                experts: 2,
+                top_k: 1,
+                logits: &logits,
+                selected,
+                weights,
+                scale: 1.0,
+            };
             bias.layers[&0].routed(&trace);
             bias.step();
         }

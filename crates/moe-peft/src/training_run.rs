@@ -7,8 +7,8 @@ use std::{
 
 use moe_checkpoint::{Existing, WriteOptions, check_output, check_room, write, write_json};
 use moe_core::{
-    adaptive::RunTime,
     Model,
+    adaptive::RunTime,
     data::Wave,
     memory,
     train::{JsonLines, Saving, TrainEvent, TrainOptions, train_saved},
@@ -20,10 +20,10 @@ use crate::{
     compressed_experts::CompressedLayers,
     condenser::Condensers,
     fold::{Changes, FoldCheck, FoldPrecision, Folded},
-    null_experts::NullExperts,
-    recurrent_router::RecurrentRouter,
     lora::{LoraWeights, Maps, Targets},
+    null_experts::NullExperts,
     peft_files,
+    recurrent_router::RecurrentRouter,
     trainable::Trainable,
 };
 

@@ -29,7 +29,9 @@ fn waves(model: &Model, count: u64) -> Vec<Wave> {
     let sequence = |seed: usize, n: usize| {
         Sequence::new((0..n).map(|i| ((i * i * 7 + i * 3 + seed * 11) % vocab) as u32).collect())
     };
-    (0..count).map(|id| Wave { id, sequences: vec![sequence(id as usize + 1, 13), sequence(id as usize + 4, 9)] }).collect()
+    (0..count)
+        .map(|id| Wave { id, sequences: vec![sequence(id as usize + 1, 13), sequence(id as usize + 4, 9)] })
+        .collect()
 }
 
 fn loss(model: &Model, wave: &Wave) -> f64 {
@@ -170,7 +172,8 @@ fn every_method_is_trained_saved_and_opened_again_as_it_was() {
             r#"{{"method": {method}, "router_losses": {{"shares": {{"entropy": 0.01, "sequence_balance": 0.01}}}},
             "train": {{"max_steps": 4, "schedule": {{"type": "schedule", "peak": 0.003}}}}}}"#
         );
-        let mut recipe: Recipe = serde_json::from_str(&json.replace(r#", "schedule": {"type": "schedule", "peak": 0.003}"#, "")).unwrap();
+        let mut recipe: Recipe =
+            serde_json::from_str(&json.replace(r#", "schedule": {"type": "schedule", "peak": 0.003}"#, "")).unwrap();
         recipe.train.schedule.peak = 3e-3;
         let out = tempfile::tempdir().unwrap();
         let labels = Default::default();
@@ -195,7 +198,11 @@ fn every_method_is_trained_saved_and_opened_again_as_it_was() {
         };
         assert_eq!(loss(&reopened, &waves[0]).to_bits(), expected.to_bits(), "{name} {family}");
         let beside = RunTime::beside(&dir).unwrap();
-        assert_eq!(beside.is_plain(), matches!(name, "null-experts" | "recurrent-router") || family == "deepseek_v3", "{name}");
+        assert_eq!(
+            beside.is_plain(),
+            matches!(name, "null-experts" | "recurrent-router") || family == "deepseek_v3",
+            "{name}"
+        );
     }
 }
 
@@ -205,11 +212,13 @@ fn wrong_methods_are_explained() {
     let setting = Setting::new(&base);
     let message = |method: &dyn TuningMethod| method.check(&setting).unwrap_err().to_string();
     assert!(message(&NullExpertTuning::default()).contains("null experts with routing"));
-    let none = RecurrentRouterTuning { router: RecurrentOptions { width: 0, ..Default::default() }, ..Default::default() };
+    let none =
+        RecurrentRouterTuning { router: RecurrentOptions { width: 0, ..Default::default() }, ..Default::default() };
     assert!(message(&none).contains("width: found 0"));
     let base = model("qwen3_moe");
     let setting = Setting::new(&base);
-    let odd = NullExpertTuning { experts: NullExpertOptions { nulls: Some(3), ..Default::default() }, ..Default::default() };
+    let odd =
+        NullExpertTuning { experts: NullExpertOptions { nulls: Some(3), ..Default::default() }, ..Default::default() };
     assert!(odd.check(&setting).unwrap_err().to_string().contains("a multiple of the"));
 }
 

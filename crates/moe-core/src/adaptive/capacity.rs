@@ -207,7 +207,8 @@ impl RoutingRule for CapacityRule {
         }
         // weights of what was dropped are constants, those that stay what they were among all
         let whole = tokens.router.route(tokens.logits, tokens.experts, tokens.bias);
-        let d: Vec<f32> = d_weights.iter().zip(&routed.weights).map(|(d, w)| if *w == 0.0 { 0.0 } else { *d }).collect();
+        let d: Vec<f32> =
+            d_weights.iter().zip(&routed.weights).map(|(d, w)| if *w == 0.0 { 0.0 } else { *d }).collect();
         Ok(tokens.router.backward(tokens.logits, &whole, &d).into())
     }
 

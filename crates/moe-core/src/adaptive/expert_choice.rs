@@ -86,8 +86,12 @@ impl RoutingRule for ChoiceRule {
         }
         let weights = vec![0.0; selected.len()];
         let mut routed = Routed { experts, top_k: experts, selected, weights };
-        let members: Vec<bool> =
-            routed.selected.iter().enumerate().map(|(slot, &e)| chosen[slot / experts * experts + e as usize]).collect();
+        let members: Vec<bool> = routed
+            .selected
+            .iter()
+            .enumerate()
+            .map(|(slot, &e)| chosen[slot / experts * experts + e as usize])
+            .collect();
         router.weigh_members(tokens.logits, &mut routed, |slot| members[slot]);
         Ok(routed)
     }

@@ -86,7 +86,11 @@ impl Intervention {
             };
             let count = moe.num_experts();
             if let Some(expert) = experts.iter().find(|e| **e as usize >= count) {
-                return Err(Error::input(format!("expert to steer in layer {layer}"), expert, format!("below {count}")));
+                return Err(Error::input(
+                    format!("expert to steer in layer {layer}"),
+                    expert,
+                    format!("below {count}"),
+                ));
             }
             let k = model.router().top_k();
             if matches!(self.mode, Steering::Ban {}) && count.saturating_sub(experts.len()) < k {

@@ -46,7 +46,8 @@ impl SelectionBias {
 /// Refuses another number of values than a layer has experts, and values that are not finite.
 pub(super) fn check_values(values: &[f32], layer: usize, experts: usize, what: &str) -> Result<()> {
     if values.len() != experts || values.iter().any(|value| !value.is_finite()) {
-        let found = format!("{} numbers{}", values.len(), if values.len() == experts { ", not all finite" } else { "" });
+        let found =
+            format!("{} numbers{}", values.len(), if values.len() == experts { ", not all finite" } else { "" });
         return Err(Error::input(format!("{what} of layer {layer}"), found, format!("{experts} finite numbers")));
     }
     Ok(())

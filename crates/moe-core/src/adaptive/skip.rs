@@ -34,9 +34,7 @@ impl Skip {
             return Err(Error::input("skip", "beta and share", "one of them, or none for the median"));
         }
         match self.share {
-            Some(share) if !(0.0..=1.0).contains(&share) => {
-                Err(Error::input("share", share, "a number in [0, 1]"))
-            }
+            Some(share) if !(0.0..=1.0).contains(&share) => Err(Error::input("share", share, "a number in [0, 1]")),
             _ => Ok(()),
         }
     }

@@ -1,6 +1,6 @@
 //! Rules on logits alone, against their definitions.
 
-use moe_checkpoint::{Groups, GroupScore, Routing, RoutingKind};
+use moe_checkpoint::{GroupScore, Groups, Routing, RoutingKind};
 
 use super::*;
 use crate::{
@@ -114,13 +114,13 @@ fn top_p_grows_with_its_share_and_follows_a_permutation() {
     let (own, logits) = (router(true), logits(20));
     let mut last = vec![0; 20];
     for tau in [0.0, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0] {
-        let sizes: Vec<usize> =
-            top_p(tau, Mass::AllExperts, E, &own, &logits, E).iter().map(|set| set.len()).collect();
+        let sizes: Vec<usize> = top_p(tau, Mass::AllExperts, E, &own, &logits, E).iter().map(|set| set.len()).collect();
         assert!(sizes.iter().zip(&last).all(|(now, before)| now >= before));
         last = sizes;
     }
     let permuted: Vec<f32> = logits.chunks(E).flat_map(|row| [3, 0, 5, 1, 2, 4].map(|e: usize| row[e])).collect();
-    let (a, b) = (top_p(0.6, Mass::AllExperts, E, &own, &logits, E), top_p(0.6, Mass::AllExperts, E, &own, &permuted, E));
+    let (a, b) =
+        (top_p(0.6, Mass::AllExperts, E, &own, &logits, E), top_p(0.6, Mass::AllExperts, E, &own, &permuted, E));
     for (a, b) in a.iter().zip(&b) {
         assert_eq!(*a, b.iter().map(|e| [3, 0, 5, 1, 2, 4][*e as usize]).collect::<Vec<u32>>());
     }
@@ -214,7 +214,8 @@ fn room_for_everyone_drops_nobody_and_what_is_left_may_be_divided_by_its_sum() {
     let own = router(false);
     let (logits, wave) = (logits(10), wave(&[10]));
     let whole = own.route(&logits, E, None);
-    let run = |capacity: Capacity| super::capacity::tests::rule(capacity).route(&tokens(&own, &logits, E, &wave)).unwrap();
+    let run =
+        |capacity: Capacity| super::capacity::tests::rule(capacity).route(&tokens(&own, &logits, E, &wave)).unwrap();
     assert_eq!(run(Capacity::new(E as f64)), whole);
     let found = run(Capacity { renormalize: true, ..Capacity::new(0.5) });
     for weights in found.weights.chunks(2) {
@@ -251,7 +252,10 @@ fn every_expert_chooses_as_many_tokens_and_a_later_token_changes_an_earlier_one(
     // the last token becomes the one that every expert wants most
     let others: Vec<f32> = logits[..E].to_vec();
     logits[11 * E..].copy_from_slice(&others);
-    logits[11 * E..].iter_mut().enumerate().for_each(|(e, z)| *z = if chosen.contains(&(e as u32)) { 9.0 } else { 0.0 });
+    logits[11 * E..]
+        .iter_mut()
+        .enumerate()
+        .for_each(|(e, z)| *z = if chosen.contains(&(e as u32)) { 9.0 } else { 0.0 });
     let again = sets(&rule.route(&tokens(&own, &logits, E, &wave)).unwrap());
     assert_ne!(again[..11], found[..11]);
     assert!(!rule.is_causal());

@@ -140,9 +140,7 @@ mod tests {
     fn log_ratios_are_those_of_the_probabilities() {
         let settings = Contrastive { beta: 1.0, contrast: Contrast::LogRatio, ..Contrastive::default() };
         let found = settings.mix(&[&A, &B]);
-        let p = |row: &[f32], i: usize| {
-            f64::from(row[i]).exp() / row.iter().map(|z| f64::from(*z).exp()).sum::<f64>()
-        };
+        let p = |row: &[f32], i: usize| f64::from(row[i]).exp() / row.iter().map(|z| f64::from(*z).exp()).sum::<f64>();
         for i in [0, 1, 3, 4] {
             assert!((f64::from(found[i]) - (p(&A, i) / p(&B, i)).ln()).abs() < 1e-5);
         }

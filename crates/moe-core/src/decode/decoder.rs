@@ -100,7 +100,9 @@ impl<'m> Decoder<'m> {
         for (place, mark) in self.cache.iter_mut().zip(marks) {
             let mark = match mark {
                 // a layer that the sequence does not go through has no rows
-                Mark::Rows(rows) if growing => Mark::Rows(rows + if place[sequence].is_fed() { target - marked } else { 0 }),
+                Mark::Rows(rows) if growing => {
+                    Mark::Rows(rows + if place[sequence].is_fed() { target - marked } else { 0 })
+                }
                 other => other,
             };
             place[sequence].rewind(mark);

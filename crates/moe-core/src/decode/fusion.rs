@@ -197,7 +197,8 @@ mod tests {
                 let row: Vec<f64> = l.iter().zip(t.iter().zip(&b)).map(|(l, (t, b))| l + alpha * (t - b)).collect();
                 (divergence(&row, &l) - target).abs()
             };
-            let grid = (0..=20_000).map(|i| f64::from(i) * 1e-4).min_by(|a, b| value(*a).total_cmp(&value(*b))).unwrap();
+            let grid =
+                (0..=20_000).map(|i| f64::from(i) * 1e-4).min_by(|a, b| value(*a).total_cmp(&value(*b))).unwrap();
             assert!((found - grid).abs() < 2e-4, "{seed}: {found} {grid}");
         }
     }

@@ -270,7 +270,14 @@ mod tests {
     fn rules_choose_the_least_influence_the_closest_span_and_the_deepest_but_the_last() {
         let table = seen(
             &[0.5, 0.1, 0.3, 0.05, 0.4, 0.6],
-            &[&[0.3, 0.4, 0.5, 0.5, 0.6, 0.7], &[0.1, 0.35, 0.4, 0.5, 0.5], &[0.2, 0.2, 0.4, 0.4], &[0.05, 0.3, 0.4], &[0.2, 0.5], &[0.6]],
+            &[
+                &[0.3, 0.4, 0.5, 0.5, 0.6, 0.7],
+                &[0.1, 0.35, 0.4, 0.5, 0.5],
+                &[0.2, 0.2, 0.4, 0.4],
+                &[0.05, 0.3, 0.4],
+                &[0.2, 0.5],
+                &[0.6],
+            ],
         );
         let choose = |rule: DropRule| rule.layers(6, Some(&table)).unwrap();
         assert_eq!(choose(DropRule::Influence { layers: 2 }), [1, 3]);

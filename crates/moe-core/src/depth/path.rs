@@ -134,7 +134,8 @@ impl FromStr for LayerPath {
 
     fn from_str(text: &str) -> Result<Self> {
         let wrong = |part: &str| {
-            let expected = "layers and ranges such as `0-3,5,5,6a,7f`, `a` for attention and `f` for feed-forward alone";
+            let expected =
+                "layers and ranges such as `0-3,5,5,6a,7f`, `a` for attention and `f` for feed-forward alone";
             Error::input("path of layers", format!("`{part}`"), expected)
         };
         let mut steps = Vec::new();

@@ -351,8 +351,12 @@ impl TrainingTask for Task<'_> {
                 let Some(windows) = self.seen.windows.get(&(wave.id, layer, s)) else { continue };
                 let Some(parameter) = parameters.get_mut(&name(layer)) else { continue };
                 let values = parameter.values.clone();
-                let (loss, d) =
-                    focal(mean_logits(&values, windows), usize::from(*label), self.gamma, self.weights[usize::from(*label)]);
+                let (loss, d) = focal(
+                    mean_logits(&values, windows),
+                    usize::from(*label),
+                    self.gamma,
+                    self.weights[usize::from(*label)],
+                );
                 total.loss += loss;
                 total.tokens += 1;
                 let Some(gradient) = parameter.gradient_mut() else { continue };
@@ -437,6 +441,8 @@ mod tests {
             }
         }
         let (value, slope) = gelu(0.5);
-        assert!((value - 0.345_714).abs() < 1e-5 && ((gelu(0.5 + 1e-6).0 - gelu(0.5 - 1e-6).0) / 2e-6 - slope).abs() < 1e-6);
+        assert!(
+            (value - 0.345_714).abs() < 1e-5 && ((gelu(0.5 + 1e-6).0 - gelu(0.5 - 1e-6).0) / 2e-6 - slope).abs() < 1e-6
+        );
     }
 }

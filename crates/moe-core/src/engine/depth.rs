@@ -143,7 +143,9 @@ impl Engine<'_> {
             return refuse("gradients and observed experts while depth is decided as a model runs");
         }
         if !self.model.path().ascends() && (needs.backward() || needs.experts()) {
-            return refuse("gradients and observed experts of a model whose path repeats layers, or changes their order");
+            return refuse(
+                "gradients and observed experts of a model whose path repeats layers, or changes their order",
+            );
         }
         Ok(())
     }

@@ -9,8 +9,8 @@
 //! goes on from; [`Engine::run_layerwise`] takes all waves through one layer after the other.
 
 mod backward;
-mod depth;
 mod dense_router;
+mod depth;
 mod driver;
 mod experts;
 mod forward;

@@ -12,8 +12,8 @@ use moe_checkpoint::ExpertWeights;
 pub use routing::{
     ExpertGains, LogitTransform, RemoveExperts, RouterTokens, RoutingOverlay, RoutingRule, RuleGradients,
 };
-pub use stacked::StackedRouting;
 pub use skip::{SkipCalibration, SkipExperts};
+pub use stacked::StackedRouting;
 
 use crate::error::{Error, Result};
 

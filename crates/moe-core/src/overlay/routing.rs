@@ -116,7 +116,8 @@ impl<'a> RouterTokens<'a> {
     /// # Errors
     /// [`Error::Input`] where logits alone are known.
     pub fn read(&self) -> Result<&'a Tensor<2>> {
-        let missing = || refusal("input of the router", self.layer, "logits alone", "the tokens as the router reads them");
+        let missing =
+            || refusal("input of the router", self.layer, "logits alone", "the tokens as the router reads them");
         self.input.ok_or_else(missing)
     }
 

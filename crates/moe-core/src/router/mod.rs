@@ -103,9 +103,9 @@ impl Router {
     pub fn check_bias(&self) -> Result<()> {
         match self.rule {
             Rule::Scores { .. } => Ok(()),
-            Rule::Sparsemixer { .. } => {
-                Err(Error::Unsupported("a bias on the selection with SparseMixer routing, which selects by logits".into()))
-            }
+            Rule::Sparsemixer { .. } => Err(Error::Unsupported(
+                "a bias on the selection with SparseMixer routing, which selects by logits".into(),
+            )),
         }
     }
 

@@ -43,7 +43,8 @@ impl Router {
             (_, Combine::Model) => {}
             (Rule::Scores { renormalize, .. }, combine) => *renormalize = combine == Combine::Renorm,
             (Rule::Sparsemixer { .. }, _) => {
-                let what = "raw or renormalized weights with SparseMixer routing: every choice has a softmax of its own";
+                let what =
+                    "raw or renormalized weights with SparseMixer routing: every choice has a softmax of its own";
                 return Err(Error::Unsupported(what.into()));
             }
         }
@@ -88,7 +89,8 @@ impl Router {
         if k == 0 {
             return;
         }
-        let tokens = routed.weights.par_chunks_mut(k).zip(routed.selected.par_chunks(k)).zip(logits.par_chunks(experts));
+        let tokens =
+            routed.weights.par_chunks_mut(k).zip(routed.selected.par_chunks(k)).zip(logits.par_chunks(experts));
         tokens.enumerate().with_min_len(64).for_each_init(
             || (Vec::new(), Vec::new()),
             |(chosen, found), (t, ((weights, selected), logits))| {

@@ -269,7 +269,8 @@ impl Pathways {
                         let mut w: Vec<f64> = softmax(logits).iter().map(|w| a * f64::from(*w)).collect();
                         for (reference, k) in near.iter().zip(&kernel) {
                             let of = reference.rows.get(layer).filter(|row| row.len() == w.len());
-                            let missing = || Error::input(format!("reference's shares of layer {layer}"), "none", w.len());
+                            let missing =
+                                || Error::input(format!("reference's shares of layer {layer}"), "none", w.len());
                             let of = of.ok_or_else(missing)?;
                             let factor = (1.0 - a) * k / kernel.iter().sum::<f64>();
                             w.iter_mut().zip(of).for_each(|(w, p)| *w += factor * f64::from(*p));

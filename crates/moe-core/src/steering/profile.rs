@@ -165,10 +165,15 @@ mod tests {
 
     #[test]
     fn the_experts_of_a_biased_router_are_found_and_equal_domains_do_not_diverge() {
-        let general = profile(&[[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]], 2);
-        let task = profile(&[[0.0, 0.0, 3.0, 0.0], [0.0, 0.0, 3.0, 0.0], [0.0, 0.0, 3.0, 0.0], [3.0, 0.0, 0.0, 0.0]], 2);
+        let general =
+            profile(&[[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]], 2);
+        let task =
+            profile(&[[0.0, 0.0, 3.0, 0.0], [0.0, 0.0, 3.0, 0.0], [0.0, 0.0, 3.0, 0.0], [3.0, 0.0, 0.0, 0.0]], 2);
         let found = task.experts_beyond(&general, 0.3).unwrap();
-        assert_eq!(found.iter().map(|found| (found.layer, found.experts.clone())).collect::<Vec<_>>(), [(0, vec![2]), (1, vec![2])]);
+        assert_eq!(
+            found.iter().map(|found| (found.layer, found.experts.clone())).collect::<Vec<_>>(),
+            [(0, vec![2]), (1, vec![2])]
+        );
         assert_eq!(task.frequencies(0).unwrap(), [0.25, 0.0, 0.75, 0.0]);
         assert!(general.divergences(&general).unwrap().iter().all(|(_, d)| d.abs() < 1e-12));
         assert!(task.divergences(&general).unwrap().iter().all(|(_, d)| *d > 0.01));

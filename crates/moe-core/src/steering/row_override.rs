@@ -65,7 +65,11 @@ impl LogitTransform for RowOverride {
         let Some(row) = state.rows.get(&tokens.layer).filter(|_| state.passes > 0) else { return Ok(out) };
         if row.len() != tokens.experts {
             let expected = tokens.experts;
-            return Err(Error::input(format!("logits in place of those of layer {}", tokens.layer), row.len(), expected));
+            return Err(Error::input(
+                format!("logits in place of those of layer {}", tokens.layer),
+                row.len(),
+                expected,
+            ));
         }
         for t in Self::replaced(&state, tokens) {
             out[t * tokens.experts..(t + 1) * tokens.experts].copy_from_slice(row);

@@ -66,7 +66,8 @@ impl NullExperts {
                 return Err(malformed(path, "top_k", header.top_k, format!("1 to {}", moe.num_experts())));
             }
             let live = Live::new(name(layer), shape, rows, model.device())?;
-            layers.insert(layer, Arc::new(NullLayer::new(layer, moe.num_experts(), header.top_k, live, balance.clone())));
+            layers
+                .insert(layer, Arc::new(NullLayer::new(layer, moe.num_experts(), header.top_k, live, balance.clone())));
         }
         arrays.only(|found| layers.keys().any(|layer| name(*layer) == found))?;
         Ok(Self { layers, balance })

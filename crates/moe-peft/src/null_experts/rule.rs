@@ -187,7 +187,8 @@ mod tests {
         let tokens = logits.len() / N;
         let (router, wave) = (router(), wave(tokens));
         let x: Tensor<2> = host::from_vec(x.to_vec(), [tokens, H], &Device::flex());
-        let at = RouterTokens { layer: 0, experts: N, logits, bias: None, input: Some(&x), router: &router, wave: &wave };
+        let at =
+            RouterTokens { layer: 0, experts: N, logits, bias: None, input: Some(&x), router: &router, wave: &wave };
         f(&at)
     }
 

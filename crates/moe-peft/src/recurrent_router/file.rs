@@ -51,7 +51,8 @@ impl RecurrentRouter {
         if header.version != VERSION {
             return Err(malformed(path, "version", header.version, VERSION));
         }
-        let read = Self::with(model.config(), header.options, model.device(), &mut |name, shape| arrays.need(name, &shape))?;
+        let read =
+            Self::with(model.config(), header.options, model.device(), &mut |name, shape| arrays.need(name, &shape))?;
         arrays.only(|found| read.lives().any(|live| live.name() == found))?;
         Ok(read)
     }

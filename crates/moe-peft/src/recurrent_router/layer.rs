@@ -160,7 +160,9 @@ impl LogitTransform for RecurrentLayer {
         if sweep.layers.len() != self.place + 1 {
             return Err(missing(tokens.layer, "backward without the layers after it"));
         }
-        let Some(tape) = sweep.layers.pop() else { return Err(missing(tokens.layer, "backward without a forward pass")) };
+        let Some(tape) = sweep.layers.pop() else {
+            return Err(missing(tokens.layer, "backward without a forward pass"));
+        };
         let tensor = |values: Vec<f32>, columns: usize| host::from_vec(values, [count, columns], &device);
         let d_logits_tensor = tensor(d_logits.to_vec(), tokens.experts);
         let mut d_after = HostView::new(&d_logits_tensor.clone().matmul(self.output.value())).as_slice().to_vec();
@@ -183,7 +185,8 @@ impl LogitTransform for RecurrentLayer {
         let (mut d_u, mut d_before) = (tensor(d_u, r), tensor(d_before, r));
         let [input_weight, state_weight, input_bias, state_bias] = self.shared.lives();
         if gates > 0 {
-            let (d_input_tensor, d_state_tensor) = (tensor(d_input.clone(), gates * r), tensor(d_state.clone(), gates * r));
+            let (d_input_tensor, d_state_tensor) =
+                (tensor(d_input.clone(), gates * r), tensor(d_state.clone(), gates * r));
             d_u = d_u + d_input_tensor.clone().matmul(input_weight.value());
             d_before = d_before + d_state_tensor.clone().matmul(state_weight.value());
             if parameters {

@@ -107,12 +107,16 @@ impl RecurrentRouter {
             Live::new(name, shape, values, device)
         };
         let gates = options.cell.gates();
-        let shared = Arc::new(Shared::new(options.cell, r, [
-            live("recurrent_router.cell.input_weight".into(), [gates * r, r])?,
-            live("recurrent_router.cell.state_weight".into(), [gates * r, r])?,
-            live("recurrent_router.cell.input_bias".into(), [1, gates * r])?,
-            live("recurrent_router.cell.state_bias".into(), [1, gates * r])?,
-        ]));
+        let shared = Arc::new(Shared::new(
+            options.cell,
+            r,
+            [
+                live("recurrent_router.cell.input_weight".into(), [gates * r, r])?,
+                live("recurrent_router.cell.state_weight".into(), [gates * r, r])?,
+                live("recurrent_router.cell.input_bias".into(), [1, gates * r])?,
+                live("recurrent_router.cell.state_bias".into(), [1, gates * r])?,
+            ],
+        ));
         let mut layers = BTreeMap::new();
         let moe = (0..config.layers.len()).filter_map(|layer| Some((layer, config.moe(layer)?.num_experts())));
         for (place, (layer, experts)) in moe.enumerate() {

@@ -203,7 +203,9 @@ impl SweepListener for RouterLossReport {
         let mut all: Vec<_> =
             balance.into_iter().chain(self.losses.z.map(|_| ("router_z", sum(|losses| losses.z)))).collect();
         let state = self.lock();
-        all.extend(state.wave.values().filter_map(|sums| sums.seen.as_ref()).flat_map(|seen| self.losses.shares.values(seen)));
+        all.extend(
+            state.wave.values().filter_map(|sums| sums.seen.as_ref()).flat_map(|seen| self.losses.shares.values(seen)),
+        );
         all
     }
 }
@@ -463,7 +465,11 @@ mod tests {
                     moved[i] += h;
                     let found = losses(&adapter, &wave, &moved, 4, &selected);
                     let told = adapter.report.losses();
-                    let shares: f64 = told.iter().filter(|(name, _)| !["router_balance", "router_z"].contains(name)).map(|(_, l)| l).sum();
+                    let shares: f64 = told
+                        .iter()
+                        .filter(|(name, _)| !["router_balance", "router_z"].contains(name))
+                        .map(|(_, l)| l)
+                        .sum();
                     (found.balance + found.z + shares) * 5.0
                 };
                 let numeric = (at(1e-2) - at(-1e-2)) / 2e-2;

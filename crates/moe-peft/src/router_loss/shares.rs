@@ -358,7 +358,10 @@ mod tests {
     #[test]
     fn a_device_of_one_expert_is_plain_balance_and_wrong_groups_are_refused() {
         let seen = seen(softmax(&(0..24).map(|i| (f64::from(i) * 0.9).cos()).collect::<Vec<_>>(), 6), 6, vec![0..4]);
-        let of = |devices| ShareLosses { device_balance: Some(DeviceBalance { coefficient: 1.0, devices }), ..ShareLosses::default() };
+        let of = |devices| ShareLosses {
+            device_balance: Some(DeviceBalance { coefficient: 1.0, devices }),
+            ..ShareLosses::default()
+        };
         let whole = ShareLosses { sequence_balance: Some(1.0), ..ShareLosses::default() };
         assert!((of(6).values(&seen)[0].1 - whole.values(&seen)[0].1).abs() < 1e-12);
         let error = of(4).fits(3, 6).unwrap_err().to_string();

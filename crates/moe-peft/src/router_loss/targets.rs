@@ -40,7 +40,8 @@ impl RouterTargets {
         let mut targets: BTreeMap<(u64, usize), Vec<bool>> = BTreeMap::new();
         for expert in 0..experts {
             let weights = ForcedWeights::Equal;
-            let forced = Forced { experts: vec![vec![expert as u32]], label: Some(0), weights, labels: BTreeMap::new() };
+            let forced =
+                Forced { experts: vec![vec![expert as u32]], label: Some(0), weights, labels: BTreeMap::new() };
             let mut routing = forced.on(model)?;
             routing.rules.retain(|of, _| *of == layer);
             let under = model.routed_by(Arc::new(routing))?;
@@ -48,9 +49,10 @@ impl RouterTargets {
             for wave in waves {
                 let mut seen = Predicted::default();
                 engine.run(wave, &mut seen)?;
-                let next = wave.sequences.iter().flat_map(|sequence| {
-                    (1..=sequence.ids.len()).map(|t| sequence.counts(t).then(|| sequence.ids[t]))
-                });
+                let next = wave
+                    .sequences
+                    .iter()
+                    .flat_map(|sequence| (1..=sequence.ids.len()).map(|t| sequence.counts(t).then(|| sequence.ids[t])));
                 let row = targets.entry((wave.id, layer)).or_insert_with(|| vec![false; wave.tokens() * experts]);
                 for (t, next) in next.enumerate() {
                     row[t * experts + expert] = next.is_some() && seen.0.get(t).copied() == next;

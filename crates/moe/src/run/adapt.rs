@@ -22,8 +22,8 @@ pub(super) fn check(step: &Adapt, model: Option<&Model>, has_rows: bool) -> Resu
         return Err(Error::Usage("layers and drop: one of them, since dropping numbers the layers anew".into()));
     }
     let routing = step.routing()?;
-    let rows = routing.as_ref().is_some_and(|rule| rule.needs_rows())
-        || step.drop.as_ref().is_some_and(DropRule::needs_rows);
+    let rows =
+        routing.as_ref().is_some_and(|rule| rule.needs_rows()) || step.drop.as_ref().is_some_and(DropRule::needs_rows);
     if rows && !has_rows {
         return Err(Error::Usage("data.calibration names no file, on which thresholds or layers are measured".into()));
     }

@@ -104,7 +104,8 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
             return Err(named(Error::Usage(reason.into())));
         }
         if before.adapted && changes {
-            let reason = "an earlier adapt changes how the model is run; it comes after the steps that change the model";
+            let reason =
+                "an earlier adapt changes how the model is run; it comes after the steps that change the model";
             return Err(named(Error::Usage(reason.into())));
         }
         match step {
