@@ -22,8 +22,8 @@ pub enum ExpertTensor {
     /// Gate and up of all experts: `[E, 2I, H]` in [`ExpertLayout::Fused`], `[E, H, 2I]` in
     /// [`ExpertLayout::Interleaved`] and [`ExpertLayout::Transposed`].
     FusedGateUp,
-    /// Down of all experts: `[E, H, I]` in [`ExpertLayout::Fused`] and [`ExpertLayout::Stacked`], `[E, I, H]` in [`ExpertLayout::Interleaved`] and
-    /// [`ExpertLayout::Transposed`].
+    /// Down of all experts: `[E, H, I]` in [`ExpertLayout::Fused`] and [`ExpertLayout::Stacked`], `[E, I, H]` in
+    /// [`ExpertLayout::Interleaved`] and [`ExpertLayout::Transposed`].
     FusedDown,
     /// Biases of gate and up of all experts, alternating `[E, 2I]`.
     FusedGateUpBias,

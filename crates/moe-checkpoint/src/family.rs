@@ -217,8 +217,8 @@ pub trait Family: Send + Sync {
         false
     }
 
-    /// Where a config has the text model's fields, if that is a part of it in models with other modalities: keys from the
-    /// outermost in, separated by dots.
+    /// Where a config has the text model's fields, if that is a part of it in models with other modalities: keys from
+    /// the outermost in, separated by dots.
     fn text_key(&self) -> Option<&'static str> {
         None
     }

@@ -1,6 +1,6 @@
 //! What the command lines of all programs share: values of options, errors, output.
 
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
 
@@ -44,7 +44,10 @@ pub fn run_logging<A: Parser>(verbosity: impl FnOnce(&A) -> u8, main: impl FnOnc
             return ExitCode::from(error.exit_code());
         }
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    // Colors are for people who look, not for files and pipes.
+    let colors = std::io::stderr().is_terminal();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colors);
+    log.without_time().init();
     match main(arguments).and_then(|text| print(&text)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

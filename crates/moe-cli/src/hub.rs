@@ -19,8 +19,8 @@ pub struct AccessArguments {
     pub token_file: Option<PathBuf>,
 }
 
-/// Fetches a model by its id into the cache of the Hub, or a directory; an interrupted fetch goes on with the files
-/// that it lacks
+/// Fetches a model by its id into the cache of the Hub and prints its directory there; an interrupted fetch goes on
+/// with the files that it lacks
 #[derive(Clone, Debug, Parser)]
 #[command(
     after_help = "Example: moe inspect $(moe pull Qwen/Qwen1.5-MoE-A2.7B)\n\nNeeds a program built with the feature hub: \

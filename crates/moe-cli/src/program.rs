@@ -10,13 +10,20 @@ use crate::{
     score, trace, upcycle,
 };
 
+/// What a person who has a model and some rows would do.
+const FIRST_STEPS: &str = "First steps:
+  moe inspect DIR                                                        what the model is
+  moe prune --model DIR --data rows.jsonl --ratio 0.5 --out OUT --check  what halving its experts would take
+  moe prune --model DIR --data rows.jsonl --ratio 0.5 --out OUT          do it
+  moe run list                                                           published methods, by name";
+
 /// Makes Mixture-of-Experts language models small and adaptable: importance of experts and units, pruning, merging,
 /// fine-tuning
 ///
 /// Every verb reads Hugging Face checkpoints and writes what transformers, vLLM and llama.cpp load, unless a form says
 /// otherwise.
 #[derive(Parser)]
-#[command(name = "moe", version, after_help = cli::EXIT_CODES)]
+#[command(name = "moe", version, after_help = format!("{FIRST_STEPS}\n\n{}", cli::EXIT_CODES))]
 struct Program {
     /// Log what happens to stderr; twice for more. MOE_LOG chooses finely: MOE_LOG=moe_core=debug
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]

@@ -1,5 +1,5 @@
-//! What a layer of experts costs beside a dense network of the same active size: time and peak memory of one forward and
-//! backward pass.
+//! What a layer of experts costs beside a dense network of the same active size: time and peak memory of one forward
+//! and backward pass.
 //!
 //! `cargo run --release -p moe-nn --example dispatch_cost [TOKENS [HIDDEN [ACTIVE]]]`
 

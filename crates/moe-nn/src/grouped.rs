@@ -1,8 +1,8 @@
 //! Products of rows with one matrix per expert: the operation that Burn lacks, with its derivative.
 //!
-//! Cutting stacked weights or sorted tokens into experts with `slice` costs, in Burn's backward pass, zeros of the whole
-//! input *per expert*: for 128 experts of 768 × 2048, a hundred gigabytes per matrix. Here the cuts are made outside the
-//! graph, and the backward pass allocates one gradient of the rows and one of the matrices.
+//! Cutting stacked weights or sorted tokens into experts with `slice` costs, in Burn's backward pass, zeros of the
+//! whole input *per expert*: for 128 experts of 768 × 2048, a hundred gigabytes per matrix. Here the cuts are made
+//! outside the graph, and the backward pass allocates one gradient of the rows and one of the matrices.
 
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
@@ -194,8 +194,8 @@ pub fn grouped_product(rows: Tensor<2>, matrices: Tensor<3>, offsets: &[usize]) 
     Tensor::from_dispatch(product)
 }
 
-/// For every expert the sum of `left^T right` over its rows: `[rows, in] x [rows, out] -> [experts, in, out]`, zeros for
-/// an expert without rows. Differentiable in both arguments.
+/// For every expert the sum of `left^T right` over its rows: `[rows, in] x [rows, out] -> [experts, in, out]`, zeros
+/// for an expert without rows. Differentiable in both arguments.
 ///
 /// # Panics
 ///

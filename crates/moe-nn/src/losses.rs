@@ -20,16 +20,16 @@ fn shares(routing: &Routing) -> Tensor<2> {
 }
 
 /// The load-balance loss of Switch Transformers (arXiv 2101.03961, equation 4) for any number of experts per token:
-/// `E * sum_e f_e P_e`, with `f_e` the share of tokens that chose e and `P_e` the mean probability of e. It is the number
-/// of experts per token at perfect balance. Null experts count as columns that share one load.
+/// `E * sum_e f_e P_e`, with `f_e` the share of tokens that chose e and `P_e` the mean probability of e. It is the
+/// number of experts per token at perfect balance. Null experts count as columns that share one load.
 pub fn balance(routing: &Routing) -> Tensor<1> {
     let columns = routing.logits.dims()[1];
     let probabilities = normalized(routing).mean_dim(0); // [1, columns]
     (shares(routing) * probabilities).sum() * columns as f32
 }
 
-/// The balance loss over all layers as Hugging Face's `load_balancing_loss_func` has it: `E * sum_e f_e P_e` with f and P
-/// over the tokens of all layers together.
+/// The balance loss over all layers as Hugging Face's `load_balancing_loss_func` has it: `E * sum_e f_e P_e` with f and
+/// P over the tokens of all layers together.
 ///
 /// # Panics
 ///
@@ -64,7 +64,8 @@ pub fn expert_balance(routing: &Routing) -> Tensor<1> {
     balance(routing) / routing.assignment.slots() as f32
 }
 
-/// The z-loss of ST-MoE (arXiv 2202.08906, equation 5): the mean square of `log sum_e exp(z_e)`, which keeps logits small.
+/// The z-loss of ST-MoE (arXiv 2202.08906, equation 5): the mean square of `log sum_e exp(z_e)`, which keeps logits
+/// small.
 pub fn router_z(routing: &Routing) -> Tensor<1> {
     let logits = routing.logits.clone();
     // log sum exp(z) = z - log_softmax(z), the same for every column.
@@ -80,8 +81,8 @@ pub fn entropy(routing: &Routing) -> Tensor<1> {
     entropies(normalized(routing)).mean()
 }
 
-/// The mutual-information loss of ModuleFormer (arXiv 2306.04640): `-(H(mean_t p_t) - mean_t H(p_t))`. It is `-ln E` for
-/// routers that are decided for each token and balanced over all, and 0 where all tokens are routed alike.
+/// The mutual-information loss of ModuleFormer (arXiv 2306.04640): `-(H(mean_t p_t) - mean_t H(p_t))`. It is `-ln E`
+/// for routers that are decided for each token and balanced over all, and 0 where all tokens are routed alike.
 pub fn mutual_information(routing: &Routing) -> Tensor<1> {
     let probabilities = normalized(routing);
     entropies(probabilities.clone()).mean() - entropies(probabilities.mean_dim(0)).sum()
@@ -95,8 +96,8 @@ pub fn importance(routing: &Routing) -> Tensor<1> {
     ((sums - mean.clone()) / mean).square().mean()
 }
 
-/// The squared distance of a mean from its target: the global budget of Duo-LLM (arXiv 2410.10846), with `used` the share
-/// of the larger choice per token and layer.
+/// The squared distance of a mean from its target: the global budget of Duo-LLM (arXiv 2410.10846), with `used` the
+/// share of the larger choice per token and layer.
 pub fn budget<const D: usize>(used: Tensor<D>, target: f64) -> Tensor<1> {
     (used.mean() - target).square()
 }

@@ -11,11 +11,11 @@ use crate::assignment::Assignment;
 pub struct RouteContext<'a> {
     /// The token ids, one per row, for routers that go by them.
     pub token_ids: Option<&'a [u32]>,
-    /// True for rows that are padding. A layer leaves them out before it routes, so that they take no capacity, count in
-    /// no loss and come out as zeros.
+    /// True for rows that are padding. A layer leaves them out before it routes, so that they take no capacity, count
+    /// in no loss and come out as zeros.
     pub padding: Option<&'a [bool]>,
-    /// Whether a token must not depend on later ones, as in a language model. Routers that compare the tokens of a batch
-    /// with each other refuse it.
+    /// Whether a token must not depend on later ones, as in a language model. Routers that compare the tokens of a
+    /// batch with each other refuse it.
     pub causal: bool,
 }
 
@@ -24,8 +24,8 @@ pub struct RouteContext<'a> {
 pub struct Routing {
     /// Logits in f32, `[tokens, columns]`. There is a column per expert, and further ones for null experts.
     pub logits: Tensor<2>,
-    /// The scores that weights are taken from, `[tokens, columns]`: rows that sum to one for a softmax, and whatever the
-    /// router's [`Score`] says for others.
+    /// The scores that weights are taken from, `[tokens, columns]`: rows that sum to one for a softmax, and whatever
+    /// the router's [`Score`] says for others.
     pub scores: Tensor<2>,
     /// The experts of each token.
     pub assignment: Assignment,
@@ -81,7 +81,8 @@ pub enum Combine {
 }
 
 impl Combine {
-    /// The weights `[tokens, slots]` of an assignment, 0 in empty places. A token without an expert has no weight at all.
+    /// The weights `[tokens, slots]` of an assignment, 0 in empty places. A token without an expert has no weight at
+    /// all.
     pub fn weights(self, logits: &Tensor<2>, scores: &Tensor<2>, assignment: &Assignment) -> Tensor<2> {
         let device = logits.device();
         let mask = assignment.mask(&device);

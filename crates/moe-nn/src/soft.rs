@@ -20,8 +20,9 @@ pub struct SoftMoeConfig {
     pub slots: usize,
 }
 
-/// Soft MoE (arXiv 2308.00951): every expert reads `slots` weighted means of the tokens, and every token gets a weighted
-/// mean of all their outputs. Nothing is dropped and nothing chosen, but tokens of a sequence mix: it is for encoders.
+/// Soft MoE (arXiv 2308.00951): every expert reads `slots` weighted means of the tokens, and every token gets a
+/// weighted mean of all their outputs. Nothing is dropped and nothing chosen, but tokens of a sequence mix: it is for
+/// encoders.
 #[derive(Module, Debug)]
 pub struct SoftMoe<X: Module> {
     /// A direction per slot, `[hidden, experts * slots]`.

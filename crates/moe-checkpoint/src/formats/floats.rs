@@ -23,8 +23,8 @@ pub(crate) fn e4m3(byte: u8) -> f32 {
 pub(crate) const E2M1: [f32; 16] =
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
-/// Values of the 4-bit codes NF4 (QLoRA, arXiv 2305.14314), as bitsandbytes has them: quantiles of a normal distribution
-/// within [-1, 1].
+/// Values of the 4-bit codes NF4 (QLoRA, arXiv 2305.14314), as bitsandbytes has them: quantiles of a normal
+/// distribution within [-1, 1].
 pub(crate) const NF4: [f32; 16] = [
     -1.0,
     -0.696_192_8,

@@ -8,7 +8,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use burn::tensor::Device;
 use moe::jobs;
 use moe::recipe::{Named, TrainingChanges, Tune};
 use moe_checkpoint::{Checkpoint, Existing, WriteOptions, write, write_atomic};
@@ -95,7 +94,7 @@ impl Job {
         // Half of the units are chosen and dropped at the precision of the checkpoint.
         let model = match arguments.recover {
             true => Model::new(checkpoint, &device, arguments.max_memory)?,
-            false => trained_on(&checkpoint, &device, &arguments)?,
+            false => jobs::trained_on(&checkpoint, arguments.base_precision, &device, arguments.max_memory)?,
         };
         let files = arguments.data_files()?;
         let tokenizer = match arguments.model_dir().join("tokenizer.json").exists() {
@@ -364,17 +363,6 @@ fn halved(job: &Job) -> Result<Model> {
             &WriteOptions { existing, ..WriteOptions::default() },
         )?;
     }
-    trained_on(&Arc::new(Checkpoint::open(dir)?), job.model.device(), &job.arguments)
-}
-
-/// The model as it is trained on: rounded to the precision that was asked for, and, if it is quantized, packed in memory
-/// and decoded wherever it is used.
-fn trained_on(checkpoint: &Arc<Checkpoint>, device: &Device, arguments: &Arguments) -> Result<Model> {
-    let base = match arguments.base_precision {
-        Some(precision) => precision.on(checkpoint)?.model().clone(),
-        None => checkpoint.packed_in_memory()?,
-    };
-    let packed = base.quantization().is_some();
-    let model = Model::new(base, device, arguments.max_memory)?;
-    Ok(if packed { model.with_weights_decoded_per_use() } else { model })
+    let Arguments { base_precision, max_memory, .. } = job.arguments;
+    jobs::trained_on(&Arc::new(Checkpoint::open(dir)?), base_precision, job.model.device(), max_memory)
 }

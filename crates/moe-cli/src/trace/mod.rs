@@ -22,9 +22,11 @@ pub use tokens::Tokens;
 use crate::{Error, Result, cli};
 use recorder::{Recorder, gradient_name};
 
-/// Runs a model on given tokens and writes every number to a safetensors file: `logits [B,S,V]`, `loss []`,
-/// `hidden.{i} [B,S,H]` (the input of each decoder layer), `router_logits.{n} [B*S,E]` (n counts MoE layers) and,
-/// if asked for, `grad.layer.{i}.expert.{e}.{gate,up,down}`, all f32.
+/// Runs a model on given tokens and writes every number to a safetensors file
+///
+/// The tensors are `logits [B,S,V]`, `loss []`, `hidden.{i} [B,S,H]` (the input of each decoder layer),
+/// `router_logits.{n} [B*S,E]` (n counts MoE layers) and, if asked for, `grad.layer.{i}.expert.{e}.{gate,up,down}`, all
+/// f32.
 ///
 /// The loss is the mean cross-entropy over all predicted tokens. Positions whose attention_mask is 0 are not run: they
 /// are zeros in the output and predict nothing.

@@ -9,7 +9,10 @@ const FROM_WORKSPACE: &str = "cargo run --release --bin moe -- ";
 /// The commands of a block that call the program, each as its words.
 pub fn of_block(block: &str) -> Vec<Vec<String>> {
     let joined = block.replace("\\\n", " ");
-    let lines = joined.lines().map(|line| line.trim_start().trim_start_matches("$ "));
+    // Where commands have prompts, the other lines are what they print.
+    let prompts = joined.lines().any(|line| line.starts_with("$ "));
+    let lines = joined.lines().filter(|line| !prompts || line.starts_with("$ "));
+    let lines = lines.map(|line| line.trim_start().trim_start_matches("$ "));
     let commands = lines.filter_map(|line| match line.strip_prefix(FROM_WORKSPACE) {
         Some(rest) => Some(format!("moe {rest}")),
         None => line.starts_with("moe ").then(|| line.to_owned()),

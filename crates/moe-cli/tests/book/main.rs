@@ -80,6 +80,7 @@ fn an_unknown_verb_or_flag_is_found() {
     assert!(matches!(&check("$ moe inspect DIR --json")[..], [Ok(())]));
     assert!(matches!(&check("moe inspect \\\n    DIR\nls\n# moe nothing")[..], [Ok(())]));
     assert!(matches!(&check("cargo run --release --bin moe -- inspect 'a b'")[..], [Ok(())]));
+    assert_eq!(check("$ moe inspect DIR\noperations  ls\n    moe no verb\n").len(), 1, "what a command prints is none");
     assert!(check("moe inspect DIR --colour")[0].is_err() && check("moe prunes")[0].is_err());
     assert!(check("moe run no-such-recipe --out OUT")[0].is_err());
     assert!(check("moe inspect DIR | head")[0].is_ok(), "a pipe ends the command");

@@ -14,7 +14,13 @@ pub fn page() -> String {
     );
     page.push_str(&paragraph(&about(&program)));
     if let Some(after) = program.get_after_help() {
-        page.push_str(&paragraph(&after.to_string()));
+        for part in after.to_string().split("\n\n") {
+            // Lines of commands stay lines.
+            match part.contains("\n  ") {
+                true => page.push_str(&format!("```text\n{part}\n```\n\n")),
+                false => page.push_str(&paragraph(part)),
+            }
+        }
     }
     page.push_str("| verb | what it does |\n|---|---|\n");
     for verb in verbs(&program) {

@@ -6,7 +6,7 @@ use moe_checkpoint::Checkpoint;
 use moe_cli::TINY_MOE;
 use serde_json::{Value, json};
 
-use crate::support::{find, ok, refused, rows, text, words};
+use crate::support::{find, moe, ok, refused, rows, text, words};
 
 fn json_of(line: &[&str]) -> Value {
     serde_json::from_str(&ok(&[line, &["--json"]].concat())).unwrap()
@@ -83,6 +83,11 @@ fn a_merge_takes_the_form_that_stock_loaders_read_where_there_is_one() {
         Checkpoint::open(out).unwrap()
     };
     let (stock, shared) = (merge("hc-smoe"), merge("m-smoe"));
+    // What a warning says is words wherever it goes, and no codes of colors.
+    let (out, recipe) = (dir.path().join("again"), "hc-smoe");
+    let given = ["--model", TINY_MOE, "--data", &data, "--recipe", recipe, "--out", text(&out)];
+    let said = String::from_utf8(moe(&words("merge --ratio 0.5 --samples 8 --length 48", &given)).stderr).unwrap();
+    assert!(said.contains("WARN") && !said.contains('\u{1b}'), "{said}");
     assert!(!stock.grouped() && stock.shape().layers.iter().all(|layer| layer.num_experts() == 8));
     assert!(shared.grouped(), "its layers keep different numbers of experts");
     // As many experts as there is room for: one more in every layer would be too many bytes.

@@ -23,8 +23,8 @@ use crate::{
     trace::{ExpertGradients, ExpertTrace, Observer, RouterGradients, Signals, SweepPart},
 };
 
-/// Slots of the hidden store for every layer: its input, what its feed-forward half reads, and up to two sums that norms
-/// or a map come after.
+/// Slots of the hidden store for every layer: its input, what its feed-forward half reads, and up to two sums that
+/// norms or a map come after.
 pub(super) const SLOTS: usize = 4;
 
 pub(super) fn input_slot(layer: usize) -> usize {

@@ -64,8 +64,8 @@ pub struct LayerSweep<'e> {
     next: usize,
 }
 
-/// Slots of the hidden store: a wave's residual stream before the next layer, what the feed-forward half of the last one
-/// is added to, and what that reads where it is something else.
+/// Slots of the hidden store: a wave's residual stream before the next layer, what the feed-forward half of the last
+/// one is added to, and what that reads where it is something else.
 fn stream_slot(wave: usize) -> usize {
     3 * wave
 }

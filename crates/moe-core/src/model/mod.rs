@@ -256,9 +256,9 @@ impl Model {
     }
 
     /// The same model whose weights are decoded wherever they are used: between uses there are only the bytes that the
-    /// checkpoint holds, so that a [packed](moe_checkpoint::Checkpoint::packed_in_memory) checkpoint takes the memory of
-    /// its codes and scales whatever `max_memory` is, and a sweep decodes each matrix once forward and once backward.
-    /// Adapters, overlays and generation work as ever, and results are the same to the bit.
+    /// checkpoint holds, so that a [packed](moe_checkpoint::Checkpoint::packed_in_memory) checkpoint takes the memory
+    /// of its codes and scales whatever `max_memory` is, and a sweep decodes each matrix once forward and once
+    /// backward. Adapters, overlays and generation work as ever, and results are the same to the bit.
     #[must_use]
     pub fn with_weights_decoded_per_use(mut self) -> Self {
         self.set_residency(Residency::default());

@@ -9,8 +9,8 @@ use crate::linalg::{leading_directions, normalize_rows, product, row_products, v
 use crate::{Error, Result};
 
 /// The match with the smallest summed distance of the units' weight vectors `[gate | up | down]`, each divided by its
-/// length, after a principal component analysis of the units of all experts of the layer. Components count in proportion
-/// to their singular values, and what is left of a vector is divided by its length again.
+/// length, after a principal component analysis of the units of all experts of the layer. Components count in
+/// proportion to their singular values, and what is left of a vector is divided by its length again.
 ///
 /// Source: REAM (arXiv 2604.04356), step 4, with 64 components, as its code has it. Components are found by subspace
 /// iteration from a fixed start in the space of weights, which the order of units and experts does not enter but by

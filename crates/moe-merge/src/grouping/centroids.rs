@@ -17,8 +17,8 @@ use crate::similarity::{Features, Similarity};
 pub struct CappedCentroids {
     /// What makes experts alike.
     pub similarity: Similarity,
-    /// Most members of a group, the centroid included. By default an eighth of the experts of the layer, which are the 16
-    /// of 128 that REAM was measured with, or as many as fill the groups where that is more.
+    /// Most members of a group, the centroid included. By default an eighth of the experts of the layer, which are the
+    /// 16 of 128 that REAM was measured with, or as many as fill the groups where that is more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capacity: Option<usize>,
 }

@@ -22,8 +22,8 @@ pub struct FilmExpertsConfig {
 /// `down(gamma_e * h + beta_e)` with `h = act(gate(x)) * up(x)` of one common network: an expert is two vectors.
 ///
 /// The feature-modulated experts of MoFME (arXiv 2312.16610) in the form of FiLM, with vectors in place of matrices. At
-/// the start gamma is 1 and beta 0, so that every expert is the common network. That network runs once per row, hence once
-/// per expert that a token chose.
+/// the start gamma is 1 and beta 0, so that every expert is the common network. That network runs once per row, hence
+/// once per expert that a token chose.
 #[derive(Module, Debug)]
 pub struct FilmExperts {
     /// The common network.

@@ -1,8 +1,8 @@
 //! Expert networks: what runs on the tokens of each expert.
 //!
-//! They see tokens sorted by expert and know nothing of routers. Matrices of all experts are stacked, `[experts, in, out]`,
-//! so that one parameter is one entry of an optimizer. An expert without a token then has a gradient of zeros, where it
-//! would have none if it were a module of its own: optimizers with momentum or weight decay go on moving it.
+//! They see tokens sorted by expert and know nothing of routers. Matrices of all experts are stacked, `[experts, in,
+//! out]`, so that one parameter is one entry of an optimizer. An expert without a token then has a gradient of zeros,
+//! where it would have none if it were a module of its own: optimizers with momentum or weight decay go on moving it.
 
 mod film;
 mod gated;
@@ -30,7 +30,8 @@ pub trait ExpertNetworks: Module + ModuleDisplay {
     /// The number of experts.
     fn num_experts(&self) -> usize;
 
-    /// The outputs of sorted rows: `[rows, hidden] -> [rows, hidden]`, at least one row, whose experts `segments` names.
+    /// The outputs of sorted rows: `[rows, hidden] -> [rows, hidden]`, at least one row, whose experts `segments`
+    /// names.
     fn forward(&self, rows: Tensor<2>, segments: &Segments) -> Tensor<2>;
 }
 

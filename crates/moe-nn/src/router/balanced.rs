@@ -26,9 +26,9 @@ pub struct BalancedRouterConfig {
     pub tolerance: f64,
 }
 
-/// Sinkhorn routing (S-BASE, arXiv 2202.01169, as in Megatron-LM): in training, experts are chosen by `exp(logits)` scaled
-/// so that all rows and all columns have equal sums; in evaluation by the logits. Weights are those of the logits alone:
-/// a sigmoid for one expert per token, a softmax over all experts for more.
+/// Sinkhorn routing (S-BASE, arXiv 2202.01169, as in Megatron-LM): in training, experts are chosen by `exp(logits)`
+/// scaled so that all rows and all columns have equal sums; in evaluation by the logits. Weights are those of the
+/// logits alone: a sigmoid for one expert per token, a softmax over all experts for more.
 #[derive(Module, Debug)]
 pub struct BalancedRouter {
     /// Hidden to experts.
@@ -58,7 +58,8 @@ impl BalancedRouterConfig {
     }
 }
 
-/// Scales the rows and columns of `exp(logits)`, `[rows, columns]`, until all rows have equal sums and all columns, too.
+/// Scales the rows and columns of `exp(logits)`, `[rows, columns]`, until all rows have equal sums and all columns,
+/// too.
 fn sinkhorn(logits: &[f32], columns: usize, iterations: usize, tolerance: f64) -> Vec<f32> {
     let rows = logits.len() / columns;
     // Row factors undo whatever is subtracted from a row.

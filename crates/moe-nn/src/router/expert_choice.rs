@@ -22,8 +22,8 @@ pub struct ExpertChoiceRouterConfig {
 }
 
 /// Every expert takes the tokens that score it highest, all equally many: perfectly balanced by construction (expert
-/// choice, arXiv 2202.09368). A token's experts depend on the other tokens of the batch, later ones included, so that it
-/// refuses causal models.
+/// choice, arXiv 2202.09368). A token's experts depend on the other tokens of the batch, later ones included, so that
+/// it refuses causal models.
 #[derive(Module, Debug)]
 pub struct ExpertChoiceRouter {
     /// Hidden to experts.

@@ -26,8 +26,8 @@ pub struct HashRouterConfig {
     pub seed: u64,
 }
 
-/// A fixed table from token ids to experts (Hash Layers, arXiv 2106.04426). Ids are dealt out evenly; the k experts of an
-/// id differ. It needs [`RouteContext::token_ids`].
+/// A fixed table from token ids to experts (Hash Layers, arXiv 2106.04426). Ids are dealt out evenly; the k experts of
+/// an id differ. It needs [`RouteContext::token_ids`].
 #[derive(Module, Debug)]
 pub struct HashRouter {
     num_experts: usize,

@@ -1,7 +1,7 @@
 //! Routers: which experts a token goes to, and with what weight.
 //!
-//! Scores are tensors on the device, with gradients; the choice is made on the host, where ties go to the lower index on
-//! every backend.
+//! Scores are tensors on the device, with gradients; the choice is made on the host, where ties go to the lower index
+//! on every backend.
 
 mod balanced;
 mod expert_choice;

@@ -23,9 +23,9 @@ pub struct NullExpertRouterConfig {
     pub top_k: usize,
 }
 
-/// AdaMoE (arXiv 2406.13233): true and null experts compete for the places of a token; places that null experts win stay
-/// empty, and the weights of the others sum to one. [`balance`](crate::losses::balance) treats null experts as the paper
-/// does.
+/// AdaMoE (arXiv 2406.13233): true and null experts compete for the places of a token; places that null experts win
+/// stay empty, and the weights of the others sum to one. [`balance`](crate::losses::balance) treats null experts as the
+/// paper does.
 #[derive(Module, Debug)]
 pub struct NullExpertRouter {
     /// Hidden to true experts and then null experts.

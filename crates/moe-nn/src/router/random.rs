@@ -37,8 +37,8 @@ pub struct RandomRouterConfig {
     pub schedule: GrowthSchedule,
 }
 
-/// SMoE-Dropout (arXiv 2303.01610): a frozen random router with more experts per token as training goes on. Afterwards it
-/// runs with any number of them, best with all.
+/// SMoE-Dropout (arXiv 2303.01610): a frozen random router with more experts per token as training goes on. Afterwards
+/// it runs with any number of them, best with all.
 #[derive(Module, Debug)]
 pub struct RandomRouter {
     /// Hidden to experts, frozen.

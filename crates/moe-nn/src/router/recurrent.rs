@@ -101,8 +101,8 @@ impl RecurrentRouter {
         self.gate.weight.dims()[1]
     }
 
-    /// Routes `[tokens, hidden]` with the state that the layer before left, none in the first layer; the second value is
-    /// the state for the next layer, `[tokens, d_router]`, with its gradient attached.
+    /// Routes `[tokens, hidden]` with the state that the layer before left, none in the first layer; the second value
+    /// is the state for the next layer, `[tokens, d_router]`, with its gradient attached.
     pub fn route(&self, x: Tensor<2>, state: Option<Tensor<2>>, cell: &GruCell) -> (Routing, Tensor<2>) {
         let u = logits(x, &self.project);
         let before = state.unwrap_or_else(|| u.zeros_like());

@@ -22,11 +22,11 @@ pub enum Noise {
         /// The distance from 1, e.g. 0.01.
         eps: f64,
     },
-    /// Gumbel noise on the logits that experts are chosen by; weights do not see it. The choice is then a sample without
-    /// replacement from the softmax.
+    /// Gumbel noise on the logits that experts are chosen by; weights do not see it. The choice is then a sample
+    /// without replacement from the softmax.
     Gumbel,
-    /// Normal noise on the logits, with a deviation that a second linear map learns: noisy top-k gating (Shazeer et al.,
-    /// arXiv 1701.06538, equations 3 to 5).
+    /// Normal noise on the logits, with a deviation that a second linear map learns: noisy top-k gating (Shazeer et
+    /// al., arXiv 1701.06538, equations 3 to 5).
     Learned,
 }
 
@@ -64,8 +64,8 @@ pub struct TopKRouterConfig {
     /// Whether logits have a bias.
     #[config(default = false)]
     pub bias: bool,
-    /// Whether experts are chosen by scores plus a bias that weights do not see, which [`TopKRouter::update_bias`] moves
-    /// (loss-free balancing, arXiv 2408.15664).
+    /// Whether experts are chosen by scores plus a bias that weights do not see, which [`TopKRouter::update_bias`]
+    /// moves (loss-free balancing, arXiv 2408.15664).
     #[config(default = false)]
     pub selection_bias: bool,
     /// Groups of experts.

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 pub use merging::{Merged, Merging};
 pub use plans::{SavedPlan, prune_plan};
 pub use quantizing::{QuantizeRows, quantize};
-pub use tuning::{save, train};
+pub use tuning::{save, train, trained_on};
 
 use moe_checkpoint::{Existing, ProtectionMask, ScoreTable};
 use moe_core::Model;

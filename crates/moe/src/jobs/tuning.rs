@@ -1,11 +1,35 @@
 //! Training in a directory that keeps its states: what `moe tune` and the step `tune` carry out.
 
-use moe_checkpoint::{Existing, write_atomic, write_json};
+use std::sync::Arc;
+
+use burn::tensor::Device;
+use moe_checkpoint::{BasePrecision, Checkpoint, Existing, write_atomic, write_json};
+use moe_core::Model;
 use moe_core::train::TrainEvent;
 use moe_peft::{Recipe, RunEvent, SavedPaths, Trained, TrainingRun};
 
 use crate::progress::{Progress, Unit};
 use crate::{Error, Result};
+
+/// The model as it is trained on: rounded to a precision if one is asked for, and, if it is quantized, packed in memory
+/// and decoded wherever it is used.
+///
+/// # Errors
+/// Widths that the precision cannot divide, weights that cannot be read.
+pub fn trained_on(
+    checkpoint: &Arc<Checkpoint>,
+    precision: Option<BasePrecision>,
+    device: &Device,
+    max_memory: Option<u64>,
+) -> Result<Model> {
+    let base = match precision {
+        Some(precision) => precision.on(checkpoint)?.model().clone(),
+        None => checkpoint.packed_in_memory()?,
+    };
+    let packed = base.quantization().is_some();
+    let model = Model::new(base, device, max_memory)?;
+    Ok(if packed { model.with_weights_decoded_per_use() } else { model })
+}
 
 /// Trains by a recipe, called `name`, and shows how far it is. The directory of the run gets `trainable.txt`, a table
 /// of what is trained, which is also shown if `told`; warnings always are.

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use burn::tensor::Device;
 use moe_checkpoint::Checkpoint;
 use moe_core::Model;
 use moe_core::adaptive::RunTime;
@@ -72,15 +71,11 @@ impl Run<'_> {
         let WaveOptions::Tokens(tokens) = rows.options else {
             return Err(Error::Invalid("tune: rows that are not in waves of tokens".into()));
         };
-        let base = match step.base_precision {
-            Some(precision) => precision.on(&self.model)?.model().clone(),
-            None => self.model.clone(),
-        };
-        let fold = json(&step.fold_precision)?;
-        let of = [json(&recipe)?, base.fingerprint(), rows.data.hash.clone(), tokens.to_string(), fold];
+        let precision = json(&(step.base_precision, step.fold_precision))?;
+        let of = [json(&recipe)?, self.model.fingerprint(), rows.data.hash.clone(), tokens.to_string(), precision];
         let (dir, reused) = self.artifacts.begin("tune", &of.each_ref().map(String::as_str))?;
         if !reused {
-            let model = engine_model(&base, &self.device, self.max_memory)?;
+            let model = jobs::trained_on(&self.model, step.base_precision, &self.device, self.max_memory)?;
             let labels = rows.data.labels_of(&rows.waves);
             let training = TrainingRun {
                 model: &model,
@@ -140,14 +135,6 @@ impl Run<'_> {
             }
         }
         Ok(Some(target))
-    }
-}
-
-/// What is trained on: a quantized base stays packed and is decoded wherever it is used.
-fn engine_model(base: &Arc<Checkpoint>, device: &Device, max_memory: Option<u64>) -> Result<Model> {
-    match base.quantization() {
-        Some(_) => Ok(Model::new(base.packed_in_memory()?, device, max_memory)?.with_weights_decoded_per_use()),
-        None => Ok(Model::new(base.clone(), device, max_memory)?),
     }
 }
 

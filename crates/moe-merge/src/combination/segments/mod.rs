@@ -20,9 +20,9 @@ pub(crate) use recombine::Points;
 ///
 /// Source: DERN (arXiv 2509.10377), steps 2 and 3, reconstructed from a digest. Choices where that is silent: segments
 /// weigh as much as the importance of the expert they come from, and each that moves adds the `1 / I`-th part of it to
-/// the importance of its destination, whose own segments weigh as much as both; a center has the direction of the weighted mean of
-/// unit vectors and the weighted mean of lengths; a cluster of one segment is that segment, bit for bit; an empty
-/// cluster keeps its center; a dominant that received nothing stays as it is.
+/// the importance of its destination, whose own segments weigh as much as both; a center has the direction of the
+/// weighted mean of unit vectors and the weighted mean of lengths; a cluster of one segment is that segment, bit for
+/// bit; an empty cluster keeps its center; a dominant that received nothing stays as it is.
 ///
 /// Cost per layer, with D dropped and K kept experts of I units: `2 D K I^2 n H` operations for the similarities (n = 2
 /// parts, or 3) and up to `rounds * 2 K N I 3 H` for the clusters of N segments. Memory: the vectors of up to 8 kept
