@@ -188,7 +188,7 @@ impl LinearAdapter for LoraLinear {
     }
 
     fn forward(&self, base: &Weight, x: &Tensor<2>, tokens: Tokens<'_>) -> Tensor<2> {
-        let y = base.forward(x, None);
+        let y = base.forward_for(x, None, tokens);
         let ([out, inputs], n, device) = (self.dims, x.dims()[0], x.device());
         if n == 0 || out == 0 {
             return y;
@@ -209,7 +209,9 @@ impl LinearAdapter for LoraLinear {
             match (&term.magnitude, &pristine) {
                 (Some(magnitude), Some(pristine)) => {
                     let base_output = match &dropped {
-                        Some((x, _)) => base.forward(&host::from_vec(x.clone(), [n, inputs], &device), None),
+                        Some((x, _)) => {
+                            base.forward_for(&host::from_vec(x.clone(), [n, inputs], &device), None, tokens)
+                        }
                         None => pristine.clone(),
                     };
                     let mut u = vec![0.0; n * term.rows.len()];

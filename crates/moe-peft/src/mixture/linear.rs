@@ -194,7 +194,7 @@ impl LinearAdapter for MixtureLinear {
     }
 
     fn forward(&self, base: &Weight, x: &Tensor<2>, tokens: Tokens<'_>) -> Tensor<2> {
-        let y = base.forward(x, None);
+        let y = base.forward_for(x, None, tokens);
         let ([out, inputs], n, device) = (self.dims, x.dims()[0], x.device());
         if n == 0 || out == 0 {
             return y;
