@@ -1,5 +1,5 @@
 //! Time and memory per token of one linear-attention layer of random weights, forward and backward: gated DeltaNet in
-//! the shape of Qwen3.5-35B-A3B and Mamba2 in that of Nemotron-3-Nano, over texts of 512 and 8,192 tokens (or of as
+//! the shape of Qwen3.5-35B-A3B, Kimi delta attention in that of Kimi-Linear-48B-A3B and Mamba2 in that of Nemotron-3-Nano, over texts of 512 and 8,192 tokens (or of as
 //! many as are given): `cargo run --release --example mixer_time -- [TOKENS ...]`. Memory is what a pass holds at its
 //! most beyond what was there before.
 
@@ -9,10 +9,13 @@ use burn::tensor::{Device, Tensor};
 use moe_core::adapters::Wanted;
 use moe_core::device::device;
 use moe_core::host;
+use moe_core::kernels::channel_delta::ChannelDeltaShape;
 use moe_core::kernels::delta::DeltaShape;
 use moe_core::kernels::ssd::SsdShape;
 use moe_core::kernels::weight::Weight;
-use moe_core::layers::{DeltaLayer, DeltaProjections, Linear, MambaLayer, MixerLayer, Norm};
+use moe_core::layers::{
+    ChannelDeltaLayer, DeltaLayer, DeltaProjections, Linear, MambaLayer, MixerLayer, Norm, WideProjection,
+};
 use moe_core::memory::{process_memory, reset_peak};
 
 /// Passes that are timed; the fastest counts.
@@ -61,6 +64,29 @@ fn delta_net(hidden: usize, device: &Device) -> MixerLayer {
         rate_bias: numbers(shape.value_heads, 6).into(),
         output_norm: norm(shape.value_dim, device),
         output: linear(hidden, values, 7, device),
+        shape,
+    }))
+}
+
+fn channel_delta(hidden: usize, device: &Device) -> MixerLayer {
+    let shape = ChannelDeltaShape { heads: 32, key_dim: 128, value_dim: 128 };
+    let width = shape.heads * shape.value_dim;
+    let low_rank = |seed| {
+        let (down, up) = (linear(128, hidden, seed, device), linear(width, 128, seed + 1, device));
+        WideProjection::LowRank(Box::new([down, up]))
+    };
+    MixerLayer::ChannelDelta(Box::new(ChannelDeltaLayer {
+        norm: norm(hidden, device),
+        qkv: Box::new([1, 2, 3].map(|seed| linear(width, hidden, seed, device))),
+        taps: numbers(KERNEL * 3 * width, 4).into(),
+        decay: low_rank(5),
+        rate: vec![0.5; shape.heads].into(),
+        rate_bias: numbers(width, 7).into(),
+        lower_bound: None,
+        beta: linear(shape.heads, hidden, 8, device),
+        gate: low_rank(9),
+        output_norm: norm(shape.value_dim, device),
+        output: linear(hidden, width, 11, device),
         shape,
     }))
 }
@@ -116,10 +142,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     .table(&[]);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     println!("{threads} threads");
-    println!("{:<28} {:>7} {:<9} {:>12} {:>14} {:>10}", "layer", "tokens", "pass", "us / token", "KiB / token", "MiB");
-    for (name, hidden, layer) in
-        [("gated DeltaNet, H 2048", 2048, delta_net(2048, &device)), ("Mamba2, H 2688", 2688, mamba(2688, &device))]
-    {
+    println!("{:<29} {:>7} {:<9} {:>12} {:>14} {:>10}", "layer", "tokens", "pass", "us / token", "KiB / token", "MiB");
+    for (name, hidden, layer) in [
+        ("gated DeltaNet, H 2048", 2048, delta_net(2048, &device)),
+        ("Kimi delta attention, H 2304", 2304, channel_delta(2304, &device)),
+        ("Mamba2, H 2688", 2688, mamba(2688, &device)),
+    ] {
         for &tokens in &lengths {
             let (x, dy) = (matrix(tokens, hidden, 20, &device), matrix(tokens, hidden, 21, &device));
             let sequences = vec![0..tokens; 1];
@@ -132,7 +160,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     None => ["-".into(), "-".into()],
                 };
                 let time = 1e6 * seconds / tokens as f64;
-                println!("{name:<28} {tokens:>7} {pass:<9} {time:>12.1} {kib:>14} {mib:>10}");
+                println!("{name:<29} {tokens:>7} {pass:<9} {time:>12.1} {kib:>14} {mib:>10}");
             };
             print("forward", measured(|| drop(layer.mix(&x, &layer.project(&x, &table), &sequences))));
             let wanted = Wanted { input: true, parameters: false };

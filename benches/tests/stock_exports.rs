@@ -53,11 +53,7 @@ fn stock_transformers_computes_the_same() {
     let directory = tempfile::tempdir().unwrap();
     let from = fixtures().join("parity/tf5");
     let (mut compared, mut worst) = (0, 0f32);
-    // Exports of models with state space layers have no goldens.
-    let skipped =
-        ["granitemoehybrid", "granitemoehybrid_long", "granitemoehybrid_rope", "nemotron_h", "nemotron_h_long"]
-            .map(String::from);
-    for model in models(&from, &skipped).unwrap() {
+    for model in models(&from, &[]).unwrap() {
         let checkpoint = Arc::new(Checkpoint::open(from.join(&model)).unwrap());
         let vocabulary = checkpoint.config().vocab_size;
         for kind in Kind::ALL {
@@ -89,4 +85,36 @@ fn stock_transformers_computes_the_same() {
     // One tensor is the input.
     assert_eq!(compared, golden.len() - 1);
     println!("{compared} exports, largest difference {worst:.1e}");
+}
+
+/// Checkpoints under a directory, by the `model_type` of their family.
+fn by_family(directory: &Path) -> Vec<(String, String)> {
+    let names = models(directory, &[]).unwrap().into_iter();
+    let family = |name: &String| Checkpoint::open(directory.join(name)).unwrap().config().model_type.clone();
+    names.map(|name| (family(&name), name)).collect()
+}
+
+#[test]
+fn every_family_has_a_fixture_a_row_in_the_table_and_an_export_that_transformers_ran() {
+    let bytes = fs::read(fixtures().join("stock_exports.safetensors")).unwrap();
+    let golden = SafeTensors::deserialize(&bytes).unwrap();
+    let exported: Vec<&str> = golden.names().into_iter().filter_map(|name| Some(name.split_once('/')?.0)).collect();
+    let (run, unrun) = (by_family(&fixtures().join("parity/tf5")), by_family(&fixtures().join("unrun")));
+    let guide = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/families.md")).unwrap();
+    let firsts = guide.lines().filter_map(|line| line.strip_prefix("| ")?.split_once(" |").map(|(first, _)| first));
+    let rows: Vec<&str> = firsts.flat_map(|first| first.split('`').skip(1).step_by(2)).collect();
+    for family in moe_checkpoint::families() {
+        let name = family.model_type();
+        let mut own = run.iter().filter(|(of, _)| of == name).map(|(_, fixture)| fixture.as_str()).peekable();
+        if own.peek().is_some() {
+            assert!(own.any(|fixture| exported.contains(&fixture)), "{name} has no golden export");
+        } else {
+            assert!(unrun.iter().any(|(of, _)| of == name), "{name} has no fixture");
+        }
+        // Text models inside others are called by the whole.
+        let whole = name.strip_suffix("_text").unwrap_or(name);
+        let row =
+            [name, whole].iter().any(|name| rows.contains(name)) || rows.contains(&format!("{whole}_thinker").as_str());
+        assert!(row, "{name} has no row in docs/families.md");
+    }
 }

@@ -5,7 +5,7 @@
 
 For the bundled model and the MXFP4 fixture, every format that is written loads in transformers (with compressed-tensors where the format is
 one of its own) with no weight missing, unexpected or of another shape, dequantized to BF16, and runs in float32. --golden writes `NAME/FORMAT`, the logits
-of the last two positions `[2, V]`, and `input_ids [1, 8]`: crates/moe-core/tests/parity.rs compares ours with them. What transformers 5.24 is known to
+of the last two positions `[2, V]`, and `input_ids [1, 8]`: crates/moe-core/tests/parity/weights.rs compares ours with them. What transformers 5.24 is known to
 read wrongly is listed in KNOWN and must still be wrong, so that this list is looked at when it is not. Needs torch, transformers, accelerate, compressed-tensors and
 safetensors. Exits with 1 if a check fails.
 """

@@ -6,7 +6,7 @@
 
 For every model: each export loads with no weight missing, unexpected or of another shape; a forward pass in float32 and in
 bfloat16 gives finite logits; the structurally pruned model computes what the masked one does. Logits are left beside each
-export in `expected.safetensors` (`input_ids`, `logits`); the ignored test of `crates/moe-core/tests/parity.rs` compares ours with them. --golden writes `input_ids [1, 8]` and the
+export in `expected.safetensors` (`input_ids`, `logits`); the ignored test of `crates/moe-core/tests/parity/exports.rs` compares ours with them. --golden writes `input_ids [1, 8]` and the
 float32 logits of the last four positions of every export, as MODEL/EXPORT `[4, V]`: `cargo xtask goldens` calls it so.
 
 `width` stands for a model whose own width keeps stock loaders from running it in bfloat16. Needs torch, transformers and safetensors.

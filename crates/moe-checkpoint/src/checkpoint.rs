@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use safetensors::Dtype;
 use serde_json::Value;
 
-use crate::config::{AttentionKind, Ffn, ModelConfig};
+use crate::config::{Ffn, ModelConfig};
 use crate::convert;
 use crate::expert_bytes::{ExpertBytes, RawMatrix};
 use crate::expert_weights::ExpertWeights;
@@ -264,9 +264,6 @@ impl Checkpoint {
     /// Why the model cannot run although its weights can be read, pruned and written: its attention is of a kind that
     /// the config does not describe, or does not fit the sizes that the config gives it.
     pub fn cannot_run(&self) -> Option<String> {
-        if self.config.attention.kind == AttentionKind::Other {
-            return Some(format!("the attention of `{}` is not implemented", self.config.model_type));
-        }
         self.unfit.clone()
     }
 

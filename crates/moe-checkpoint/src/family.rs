@@ -85,19 +85,34 @@ pub enum LayerRole {
     DeltaQkv,
     /// Gate on the output of gated DeltaNet `[value_heads * D_v, H]`.
     DeltaGate,
-    /// How much every head of gated DeltaNet writes `[value_heads, H]`.
+    /// Down projection of the gate on the output of Kimi delta attention `[D, H]`.
+    DeltaGateDown,
+    /// Up projection of that `[heads * D, D]`.
+    DeltaGateUp,
+    /// How much every head of a delta rule writes `[value_heads, H]`.
     DeltaBeta,
-    /// How fast every head of gated DeltaNet forgets `[value_heads, H]`.
+    /// How fast every head of gated DeltaNet forgets `[value_heads, H]`; every channel of Kimi delta attention
+    /// `[heads * D, H]`.
     DeltaDecay,
+    /// Down projection of how fast channels of Kimi delta attention forget `[D, H]`.
+    DeltaDecayDown,
+    /// Up projection of that `[heads * D, D]`.
+    DeltaDecayUp,
+    /// Convolution of the queries of Kimi delta attention `[heads * D, 1, K]`.
+    QueryConvolution,
+    /// Convolution of its keys `[heads * D, 1, K]`.
+    KeyConvolution,
+    /// Convolution of its values `[heads * D, 1, K]`.
+    ValueConvolution,
     /// Queries, keys, values and gates of gated DeltaNet, per key head `[2 key_heads * D_k + 2 value_heads * D_v, H]`.
     DeltaQkvGate,
     /// How much every head of gated DeltaNet writes and how fast it forgets, per key head `[2 value_heads, H]`.
     DeltaBetaDecay,
     /// Convolution of queries, keys and values `[2 key_heads * D_k + value_heads * D_v, 1, K]`.
     DeltaConvolution,
-    /// Logarithm of the rate of forgetting `[value_heads]`.
+    /// Logarithm of the rate of forgetting, one per head.
     DeltaRate,
-    /// Added to what [`DeltaDecay`](Self::DeltaDecay) gives `[value_heads]`.
+    /// Added to what [`DeltaDecay`](Self::DeltaDecay) gives `[value_heads]`, `[heads * D]` in Kimi delta attention.
     DeltaRateBias,
     /// Norm of every head of the output of gated DeltaNet `[D_v]`.
     DeltaNorm,
@@ -259,6 +274,11 @@ pub trait Family: Send + Sync {
     /// Config keys of the number of experts per token. A config has the first of them, and maybe others that agree.
     fn top_k_keys(&self) -> &'static [&'static str] {
         &["num_experts_per_tok"]
+    }
+
+    /// Config keys of the number of groups of experts. A config with groups has one of them, or several that agree.
+    fn group_count_keys(&self) -> &'static [&'static str] {
+        &["n_group"]
     }
 
     /// Config keys that give the size of a tensor, for error messages.

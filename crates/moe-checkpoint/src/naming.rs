@@ -231,6 +231,10 @@ impl Family for Renamed {
         self.family.top_k_keys()
     }
 
+    fn group_count_keys(&self) -> &'static [&'static str] {
+        self.family.group_count_keys()
+    }
+
     fn size_keys(&self, role: Role) -> &'static str {
         self.family.size_keys(role)
     }

@@ -244,7 +244,11 @@ pub fn uniform_shape_config(config: &Value, shape: UniformShape) -> Result<Value
             }
         }
         if let Some((count, top)) = shape.groups {
-            map.insert("n_group".to_string(), json!(count));
+            let keys = family.group_count_keys();
+            let there: Vec<_> = keys.iter().filter(|key| map.contains_key(**key)).collect();
+            for key in if there.is_empty() { vec![&keys[0]] } else { there } {
+                map.insert(key.to_string(), json!(count));
+            }
             map.insert("topk_group".to_string(), json!(top));
         }
         if let (Some(key), Some(count)) = (family.shared_count_key(), shape.shared_experts) {

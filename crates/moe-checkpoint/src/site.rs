@@ -63,10 +63,18 @@ pub enum LayerSite {
     DeltaQkv,
     /// Gate on the output of gated DeltaNet `[value_heads * D_v, H]`.
     DeltaGate,
-    /// How much gated DeltaNet writes `[value_heads, H]`.
+    /// Down projection of the gate on the output of Kimi delta attention `[D, H]`.
+    DeltaGateDown,
+    /// Up projection of that `[heads * D, D]`.
+    DeltaGateUp,
+    /// How much a delta rule writes `[value_heads, H]`.
     DeltaBeta,
-    /// How fast gated DeltaNet forgets `[value_heads, H]`.
+    /// How fast gated DeltaNet forgets `[value_heads, H]`, or Kimi delta attention `[heads * D, H]`.
     DeltaDecay,
+    /// Down projection of how fast Kimi delta attention forgets `[D, H]`.
+    DeltaDecayDown,
+    /// Up projection of that `[heads * D, D]`.
+    DeltaDecayUp,
     /// Queries, keys, values and gates of gated DeltaNet, per key head `[2 key_heads * D_k + 2 value_heads * D_v, H]`.
     DeltaQkvGate,
     /// How much gated DeltaNet writes and how fast it forgets, per key head `[2 value_heads, H]`.
@@ -111,7 +119,7 @@ pub enum LayerSite {
 
 impl LayerSite {
     /// All of them.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 34] = [
         Self::Query,
         Self::Key,
         Self::Value,
@@ -120,8 +128,12 @@ impl LayerSite {
         Self::Output,
         Self::DeltaQkv,
         Self::DeltaGate,
+        Self::DeltaGateDown,
+        Self::DeltaGateUp,
         Self::DeltaBeta,
         Self::DeltaDecay,
+        Self::DeltaDecayDown,
+        Self::DeltaDecayUp,
         Self::DeltaQkvGate,
         Self::DeltaBetaDecay,
         Self::DeltaOutput,
@@ -157,6 +169,10 @@ impl LayerSite {
             Self::DeltaGate => &[LayerRole::DeltaGate],
             Self::DeltaBeta => &[LayerRole::DeltaBeta],
             Self::DeltaDecay => &[LayerRole::DeltaDecay],
+            Self::DeltaGateDown => &[LayerRole::DeltaGateDown],
+            Self::DeltaGateUp => &[LayerRole::DeltaGateUp],
+            Self::DeltaDecayDown => &[LayerRole::DeltaDecayDown],
+            Self::DeltaDecayUp => &[LayerRole::DeltaDecayUp],
             Self::DeltaQkvGate => &[LayerRole::DeltaQkvGate],
             Self::DeltaBetaDecay => &[LayerRole::DeltaBetaDecay],
             Self::DeltaOutput => &[LayerRole::DeltaOutput],
@@ -199,6 +215,10 @@ impl LayerSite {
             Self::DeltaGate => "delta_gate",
             Self::DeltaBeta => "delta_beta",
             Self::DeltaDecay => "delta_decay",
+            Self::DeltaGateDown => "delta_gate_down",
+            Self::DeltaGateUp => "delta_gate_up",
+            Self::DeltaDecayDown => "delta_decay_down",
+            Self::DeltaDecayUp => "delta_decay_up",
             Self::DeltaQkvGate => "delta_qkv_gate",
             Self::DeltaBetaDecay => "delta_beta_decay",
             Self::DeltaOutput => "delta_output",
@@ -227,11 +247,12 @@ impl LayerSite {
         use LayerSite::*;
         let delta =
             matches!(self, DeltaQkv | DeltaGate | DeltaBeta | DeltaDecay | DeltaQkvGate | DeltaBetaDecay | DeltaOutput);
+        let low_rank = matches!(self, DeltaGateDown | DeltaGateUp | DeltaDecayDown | DeltaDecayUp);
         let latent = matches!(self, LatentQueryDown | LatentQueryUp | LatentKvDown | LatentKvUp);
         let mamba = matches!(self, MambaInput | MambaOutput);
         let convolution = matches!(self, ConvolutionInput | ConvolutionOutput);
         let softmax = matches!(self, Query | Key | Value | Qkv | AttentionGate | Output);
-        delta || latent || mamba || convolution || softmax
+        delta || low_rank || latent || mamba || convolution || softmax
     }
 }
 

@@ -6,8 +6,8 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use crate::config::{
-    AttentionKind, DeltaNet, Ffn, LatentAttention, LayerConfig, Mamba, Mixer, ModelConfig, MoeConfig, NormKind,
-    NormPlacement, OutputGate, QkNorm,
+    AttentionKind, ChannelDelta, DeltaNet, Ffn, LatentAttention, LayerConfig, Mamba, Mixer, ModelConfig, MoeConfig,
+    NormKind, NormPlacement, OutputGate, QkNorm,
 };
 use crate::convert::float_bytes;
 use crate::experts::{ExpertLayout, ExpertTensor};
@@ -45,7 +45,8 @@ pub(crate) fn verify(weights: &Weights<'_>) -> Result<Verified> {
     let mut expected = HashSet::with_capacity(weights.tensors.len());
     // Linear attention comes in more variants than configs tell apart. One that does not fit its config cannot run, but
     // scores that need no run, pruning and writing never look at it.
-    let linear = weights.config.layers.iter().any(|layer| matches!(layer.mixer, Mixer::DeltaNet(_)));
+    let is_linear = |mixer: &Mixer| matches!(mixer, Mixer::DeltaNet(_) | Mixer::ChannelDelta(_));
+    let linear = weights.config.layers.iter().any(|layer| is_linear(&layer.mixer));
     let mut unfit = None;
     for (role, shape, mixes) in roles(weights.config) {
         match weights.check_role(role, shape) {
@@ -94,6 +95,7 @@ fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>, bool)>
         let mixing = match &layer_config.mixer {
             Mixer::Attention => attention_roles(config, layer),
             Mixer::DeltaNet(delta) => delta_roles(config.hidden_size, delta),
+            Mixer::ChannelDelta(delta) => channel_delta_roles(config.hidden_size, delta),
             Mixer::ShortConvolution { kernel } => vec![
                 (LayerRole::ConvolutionInput, vec![3 * hidden, hidden]),
                 (LayerRole::ConvolutionTaps, vec![hidden, 1, *kernel]),
@@ -152,7 +154,6 @@ fn attention_roles(config: &ModelConfig, layer: usize) -> Vec<(LayerRole, Vec<us
     let values = attention.num_heads * attention.value_head_dim();
     let mut roles = Vec::new();
     match &attention.kind {
-        AttentionKind::Other => return Vec::new(),
         AttentionKind::Grouped if attention.packed => roles.push((LayerRole::Qkv, vec![queries + 2 * keys, hidden])),
         AttentionKind::Grouped => {
             let with_gates = if attention.gate == OutputGate::Query { 2 * queries } else { queries };
@@ -172,7 +173,12 @@ fn attention_roles(config: &ModelConfig, layer: usize) -> Vec<(LayerRole, Vec<us
                 OutputGate::None | OutputGate::Query => {}
             }
         }
-        AttentionKind::Latent(latent) => roles.extend(latent_roles(config, latent)),
+        AttentionKind::Latent(latent) => {
+            roles.extend(latent_roles(config, latent));
+            if attention.gate == OutputGate::Head {
+                roles.push((LayerRole::AttentionGate, vec![attention.num_heads, hidden]));
+            }
+        }
     }
     roles.push((LayerRole::Output, vec![hidden, values]));
     if attention.output_bias {
@@ -214,6 +220,35 @@ fn delta_roles(hidden: usize, delta: &DeltaNet) -> Vec<(LayerRole, Vec<usize>)> 
         (LayerRole::DeltaNorm, vec![delta.value_head_dim]),
         (LayerRole::DeltaOutput, vec![hidden, values]),
     ]);
+    roles
+}
+
+fn channel_delta_roles(hidden: usize, delta: &ChannelDelta) -> Vec<(LayerRole, Vec<usize>)> {
+    let (width, dim, heads) = (delta.width(), delta.head_dim, delta.heads);
+    let mut roles = vec![
+        (LayerRole::Query, vec![width, hidden]),
+        (LayerRole::Key, vec![width, hidden]),
+        (LayerRole::Value, vec![width, hidden]),
+        (LayerRole::QueryConvolution, vec![width, 1, delta.kernel]),
+        (LayerRole::KeyConvolution, vec![width, 1, delta.kernel]),
+        (LayerRole::ValueConvolution, vec![width, 1, delta.kernel]),
+        (LayerRole::DeltaRate, vec![heads]),
+        (LayerRole::DeltaRateBias, vec![width]),
+        (LayerRole::DeltaBeta, vec![heads, hidden]),
+        (LayerRole::DeltaNorm, vec![dim]),
+        (LayerRole::Output, vec![hidden, width]),
+    ];
+    roles.extend(match delta.low_rank {
+        true => vec![
+            (LayerRole::DeltaDecayDown, vec![dim, hidden]),
+            (LayerRole::DeltaDecayUp, vec![width, dim]),
+            (LayerRole::DeltaGateDown, vec![dim, hidden]),
+            (LayerRole::DeltaGateUp, vec![width, dim]),
+        ],
+        false => {
+            vec![(LayerRole::DeltaDecay, vec![width, hidden]), (LayerRole::AttentionGate, vec![width, hidden])]
+        }
+    });
     roles
 }
 
@@ -333,10 +368,13 @@ fn is_quantized(dtype: Dtype) -> bool {
 impl Weights<'_> {
     fn check_role(&self, role: Role, shape: Vec<usize>) -> Result<String> {
         let name = self.family.tensor_name(role);
-        // Ernie stores its correction bias as one row.
-        let row = matches!(role, Role::Layer(_, LayerRole::CorrectionBias))
-            && self.tensors.get(&name).is_some_and(|info| info.shape.len() == 2);
-        let shape = if row { [vec![1], shape].concat() } else { shape };
+        // Ernie stores its correction bias as one row, Kimi-Linear its rates as they multiply heads.
+        let found = self.tensors.get(&name).map_or(1, |info| info.shape.len());
+        let shape = match role {
+            Role::Layer(_, LayerRole::CorrectionBias) if found == 2 => [vec![1], shape].concat(),
+            Role::Layer(_, LayerRole::DeltaRate) if found == 4 => [vec![1, 1], shape, vec![1]].concat(),
+            _ => shape,
+        };
         self.check(&name, shape, self.family.size_keys(role))?;
         Ok(name)
     }
@@ -468,7 +506,7 @@ impl Weights<'_> {
     /// Refuses tensors of decoder layers that would silently go unused. Tensors elsewhere are carried along.
     fn check_expected(&self, info: &TensorInfo, expected: &HashSet<String>, carried: bool) -> Result<()> {
         let Some(layer) = self.family.layer_of(&info.name) else { return Ok(()) };
-        if (carried || self.config.attention.kind == AttentionKind::Other) && info.name.contains("attn.") {
+        if carried && (info.name.contains("attn.") || info.name.contains(".attention.")) {
             return Ok(());
         }
         // The indexer is carried along: it changes nothing in the texts that run.

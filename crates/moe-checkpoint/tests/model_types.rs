@@ -1,8 +1,8 @@
 //! Every `model_type` of transformers 5.24 whose default config speaks of experts: `fixtures/moe_model_types.jsonl` has
 //! what each says of them. Whatever is not read is refused by its name, and none is taken for a model without experts.
 
-use moe_checkpoint::{Error, families, family_of};
-use serde_json::Value;
+use moe_checkpoint::{Error, ModelConfig, UniformShape, families, family_of, uniform_shape_config};
+use serde_json::{Value, json};
 
 fn configs() -> Vec<Value> {
     let lines = include_str!("fixtures/moe_model_types.jsonl").lines();
@@ -35,5 +35,37 @@ fn every_family_that_transformers_knows_is_in_the_list() {
     // Kimi-K2 comes with code of its own.
     for family in families().iter().filter(|family| family.model_type() != "kimi_k2") {
         assert!(listed.iter().any(|name| name == family.model_type()), "{}", family.model_type());
+    }
+}
+
+#[test]
+fn either_name_of_a_key_is_read_and_the_one_that_is_there_is_written() {
+    let own: Value = serde_json::from_str(include_str!("fixtures/parity/tf5/bailing_hybrid/config.json")).unwrap();
+    let mut other = own.clone();
+    let map = other.as_object_mut().unwrap();
+    let names = [
+        ("num_experts_per_token", "num_experts_per_tok"),
+        ("num_expert_group", "n_group"),
+        ("moe_renormalize", "norm_topk_prob"),
+    ];
+    for (from, to) in names {
+        let value = map.remove(from).unwrap();
+        map.insert(to.to_string(), value);
+    }
+    let read = |config: &Value| ModelConfig::from_json(config, None).unwrap();
+    assert_eq!(read(&own), read(&other));
+    for (config, [groups, top_k]) in
+        [(own, ["num_expert_group", "num_experts_per_token"]), (other, ["n_group", "num_experts_per_tok"])]
+    {
+        let shape = UniformShape {
+            width: 8,
+            experts: Some(24),
+            top_k: Some(6),
+            groups: Some((6, 3)),
+            ..UniformShape::default()
+        };
+        let written = uniform_shape_config(&config, shape).unwrap();
+        assert_eq!((&written[groups], &written["topk_group"], &written[top_k]), (&json!(6), &json!(3), &json!(6)));
+        assert_eq!(written.as_object().unwrap().len(), config.as_object().unwrap().len());
     }
 }

@@ -1,12 +1,14 @@
 //! How much memory a job uses and what it may keep.
 
 use burn::tensor::Device;
-use moe_checkpoint::{AttentionConfig, AttentionKind, DeltaNet, Ffn, Mamba, Mixer, ModelConfig, OutputGate, QkNorm};
+use moe_checkpoint::{
+    AttentionConfig, AttentionKind, ChannelDelta, DeltaNet, Ffn, Mamba, Mixer, ModelConfig, OutputGate, QkNorm,
+};
 
 use crate::{
     error::{Error, Result},
     host,
-    kernels::delta::CHUNK,
+    kernels::CHUNK,
     layers::DENSE_ROWS,
 };
 
@@ -149,6 +151,7 @@ impl MixerSize {
     fn new(config: &ModelConfig, layer: usize) -> Self {
         match &config.layers[layer].mixer {
             Mixer::DeltaNet(delta) => Self::delta(config.hidden_size, delta),
+            Mixer::ChannelDelta(delta) => Self::channel_delta(config.hidden_size, delta),
             Mixer::ShortConvolution { kernel } => {
                 let h = config.hidden_size;
                 Self { weights: h * (4 * h + kernel), tape: 3 * h, work: 8 * h }
@@ -167,6 +170,18 @@ impl MixerSize {
             weights: h * (channels + 2 * values + 2 * heads) + channels * delta.kernel,
             tape: channels + values + 2 * heads,
             work: 3 * channels + 4 * values + 4 * heads + states,
+        }
+    }
+
+    fn channel_delta(h: usize, delta: &ChannelDelta) -> Self {
+        let (width, heads) = (delta.width(), delta.heads);
+        // States at the beginnings of chunks of all heads, as if they were computed at once.
+        let states = width * delta.head_dim / CHUNK;
+        let wide = if delta.low_rank { delta.head_dim * (h + width) } else { h * width };
+        Self {
+            weights: h * (4 * width + heads) + 2 * wide + 3 * width * delta.kernel,
+            tape: 5 * width + heads,
+            work: 15 * width + 4 * heads + states,
         }
     }
 
@@ -189,9 +204,10 @@ impl MixerSize {
             AttentionKind::Latent(latent) => {
                 let down = latent.kv_lora_rank + latent.qk_rope_head_dim;
                 let up = a.num_heads * (latent.qk_nope_head_dim + latent.v_head_dim);
+                let gates = if a.gate == OutputGate::Head { a.num_heads } else { 0 };
                 let (query, rank) = latent.q_lora_rank.map_or((h * q, 0), |rank| (rank * (h + q), rank));
                 Self {
-                    weights: query + h * down + latent.kv_lora_rank * up + h * values,
+                    weights: query + h * down + latent.kv_lora_rank * up + h * (values + gates),
                     tape: 2 * q + values + down + rank,
                     work: up + values + rank + down,
                 }
@@ -227,6 +243,9 @@ pub(crate) fn sequence_state_bytes(config: &ModelConfig) -> u64 {
     let states = config.layers.iter().map(|layer| match &layer.mixer {
         Mixer::DeltaNet(delta) => {
             delta.values() * delta.key_head_dim + delta.kernel.saturating_sub(1) * delta.channels()
+        }
+        Mixer::ChannelDelta(delta) => {
+            delta.width() * delta.head_dim + delta.kernel.saturating_sub(1) * 3 * delta.width()
         }
         Mixer::ShortConvolution { kernel } => kernel.saturating_sub(1) * config.hidden_size,
         Mixer::Mamba(mamba) => mamba.values() * mamba.state + mamba.kernel.saturating_sub(1) * mamba.channels(),

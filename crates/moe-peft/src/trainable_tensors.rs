@@ -1,6 +1,6 @@
 //! The linear maps and vectors of a checkpoint that can be trained, and the tensors they are made of.
 
-use moe_checkpoint::{Checkpoint, ExpertPart, ExpertWeights, LayerRole, Role};
+use moe_checkpoint::{Checkpoint, ExpertPart, ExpertWeights, Ffn, LayerRole, Mixer, NormPlacement, Role};
 use moe_core::adapters::{Depth, ExpertSite, LayerSite, Site};
 
 use crate::Result;
@@ -113,8 +113,18 @@ pub fn vectors(checkpoint: &Checkpoint) -> Vec<VectorPlace> {
             vectors.push(VectorPlace { role, len: info.shape.iter().product(), depth, norm });
         }
     };
-    for layer in 0..checkpoint.config().layers.len() {
+    let config = checkpoint.config();
+    for (layer, halves) in config.layers.iter().enumerate() {
         for (role, norm, attention) in VECTORS {
+            // Some names are those of another vector in layers that lack a half, or a norm in front of it.
+            let before = matches!(
+                role,
+                LayerRole::AttentionNorm | LayerRole::AttentionNormBias | LayerRole::FfnNorm | LayerRole::FfnNormBias
+            );
+            let half = if attention { halves.mixer != Mixer::None } else { halves.ffn != Ffn::None };
+            if !half || (before && config.placement == NormPlacement::After) {
+                continue;
+            }
             let depth = if attention { Depth::Attention(layer) } else { Depth::FeedForward(layer) };
             add(Role::Layer(layer, role), depth, norm);
         }

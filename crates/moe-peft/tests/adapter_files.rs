@@ -8,14 +8,14 @@ use std::{
 };
 
 use common::{Expected, check_gradients_of, device, distance, fixture, logits, model};
-use moe_checkpoint::{Existing, MatrixId};
+use moe_checkpoint::{Existing, LayerRole, MatrixId, Role};
 use moe_core::Model;
 use moe_peft::{
     AdapterSet,
     adapter_files::{AdapterInput, AdapterLayout, CombineAdapters, ConvertAdapter, MergeAdapters, inspect},
     codec::{ComPeft, KeptValues, PlainDelta, TaskVector},
     fold::Folded,
-    lora::{Lora, LoraWeights, Maps, Naming},
+    lora::{Lora, LoraConfig, LoraWeights, Maps, Naming, Targets},
     merge::Combination,
     open,
     peft_files::{self, ReadOptions, WriteOptions},
@@ -117,6 +117,54 @@ fn what_is_trained_of_adapters_that_were_read_has_its_gradient() {
     weights.tokens = wave.sequences[0].ids[..3].iter().map(|id| (*id, row.clone())).collect();
     let (_, set) = with(&model, weights);
     assert_eq!(check_gradients_of(&model, &set, &wave, |live| live.contains("embed_tokens")), 1);
+}
+
+/// New adapters train modules whole and rows of the embeddings, as PEFT's `modules_to_save` and
+/// `trainable_token_indices`; saved and read again, they are the same.
+#[test]
+fn a_new_adapter_trains_modules_and_rows_beside_its_additions() {
+    let model = model("qwen2_moe");
+    let maps = Maps::new(model.checkpoint());
+    let wave = common::wave(model.config().vocab_size);
+    let token = wave.sequences[0].ids[1];
+    let config = LoraConfig {
+        target_modules: Some(Targets::list(["q_proj"])),
+        modules_to_save: vec!["lm_head".into(), "layers.1.post_attention_layernorm".into()],
+        trainable_token_indices: vec![token],
+        ..LoraConfig::default()
+    };
+    let weights = config.init(&maps, None).unwrap();
+    let norm = Role::Layer(1, LayerRole::FfnNorm);
+    assert_eq!(weights.whole.keys().copied().collect::<Vec<_>>(), [Role::LmHead, norm]);
+    let (begun, set) = with(&model, weights.clone());
+    assert_eq!(logits(&begun, &wave), logits(&model, &wave), "it begins as the model");
+    for part in ["lm_head", "post_attention_layernorm", "embed_tokens"] {
+        assert!(check_gradients_of(&model, &set, &wave, |live| live.contains(part)) > 0, "{part}");
+    }
+    let mut trained = weights;
+    trained.whole.values_mut().chain(trained.tokens.values_mut()).flatten().for_each(|x| *x = 1.5 * *x + 0.01);
+    let dir = tempfile::tempdir().unwrap();
+    peft_files::write(dir.path(), &trained, &maps, &WriteOptions::default()).unwrap();
+    let again = peft_files::read(dir.path(), &maps, ReadOptions::default()).unwrap();
+    assert_eq!((&again.whole, &again.tokens), (&trained.whole, &trained.tokens));
+    assert!(distance(&logits(&with(&model, again).0, &wave), &logits(&model, &wave)) > 1e-2);
+
+    let refused = |change: &dyn Fn(&mut LoraConfig)| {
+        let mut config = config.clone();
+        change(&mut config);
+        config.init(&maps, None).unwrap_err().to_string()
+    };
+    let unknown = refused(&|config| config.modules_to_save = vec!["lm_heads".into()]);
+    assert!(unknown.contains("`lm_heads`, which no module is called"), "{unknown}");
+    let twice = refused(&|config| config.modules_to_save = vec!["q_proj".into()]);
+    assert!(twice.contains("one of both"), "{twice}");
+    let past = refused(&|config| config.trainable_token_indices = vec![1 << 20]);
+    assert!(past.contains("trainable_token_indices") && past.contains("vocabulary"), "{past}");
+    let both = refused(&|config| config.modules_to_save = vec!["embed_tokens".into()]);
+    assert!(both.contains("one of both"), "{both}");
+    let tied = common::model("ernie4_5_moe");
+    let error = config.init(&Maps::new(tied.checkpoint()), None).unwrap_err().to_string();
+    assert!(error.contains("one tensor in this model"), "{error}");
 }
 
 #[test]

@@ -64,6 +64,11 @@ fn fused() -> LoraConfig {
     }
 }
 
+/// Maps of experts without a gate, of blocks like them beside, and around experts that read a latent.
+fn gateless() -> [&'static str; 4] {
+    ["up_proj", "down_proj", "fc1_latent_proj", "fc2_latent_proj"]
+}
+
 /// Values of an adapter that does something.
 fn trained(config: &LoraConfig, maps: &Maps<'_>) -> LoraWeights {
     let mut weights = config.init(maps, None).unwrap();
@@ -288,6 +293,40 @@ fn adapters_on_one_map_add_up() {
     assert!(Lora::install(&mut set, &maps, &[("a", a.clone()), ("a", a)], &device()).is_err());
 }
 
+/// What is both gate and up has one adapter, whose gradient is that of both; fused files call it `up_proj`, as
+/// transformers 5 does.
+#[test]
+fn experts_without_a_gate_have_adapters_on_their_up_projection() {
+    let model = model("nemotron_h_latent");
+    let maps = Maps::new(model.checkpoint());
+    let wave = wave(model.config().vocab_size);
+    let one_by_one = LoraConfig { target_modules: Some(Targets::list(gateless())), ..everything() };
+    let parameters = ["experts.up_proj", "experts.down_proj"].map(String::from).to_vec();
+    let together = LoraConfig { target_modules: None, target_parameters: parameters, ..fused() };
+    for (config, parts) in
+        [(one_by_one, &["up_proj", "fc1_latent", "fc2_latent", "shared_experts"][..]), (together, &["up_proj"])]
+    {
+        let weights = trained(&config, &maps);
+        let (set, _) = installed(&model, &[("default", weights.clone())]);
+        let adapted = logits(&model.with_adapters(set.clone()).unwrap(), &wave);
+        assert!(distance(&adapted, &logits(&model, &wave)) > 1e-2);
+        for part in parts {
+            assert!(check_gradients_of(&model, &set, &wave, |live| live.contains(part)) > 0, "{part}");
+        }
+        for naming in [Naming::PerExpert, Naming::Fused] {
+            let dir = tempfile::tempdir().unwrap();
+            let options = WriteOptions { naming, ..WriteOptions::default() };
+            peft_files::write(dir.path(), &weights, &maps, &options).unwrap();
+            let again = peft_files::read(dir.path(), &maps, ReadOptions::default()).unwrap();
+            assert_eq!(again.maps.keys().collect::<Vec<_>>(), weights.maps.keys().collect::<Vec<_>>());
+            let found = logits(&model.with_adapters(installed(&model, &[("default", again)]).0).unwrap(), &wave);
+            assert!(distance(&found, &adapted) < 1e-5);
+        }
+    }
+    let gate = LoraConfig { target_modules: Some(Targets::list(["gate_proj"])), ..everything() };
+    assert!(gate.init(&maps, None).unwrap_err().to_string().contains("`gate_proj`, which no module is called"));
+}
+
 #[test]
 fn merged_is_adapted_and_nothing_merged_is_the_checkpoint() {
     for (base, config, dora) in [
@@ -305,6 +344,8 @@ fn merged_is_adapted_and_nothing_merged_is_the_checkpoint() {
             LoraConfig { target_modules: Some(Targets::Pattern("all-linear".into())), ..everything() },
             false,
         ),
+        ("nemotron_h_latent", LoraConfig { target_modules: Some(Targets::list(gateless())), ..everything() }, false),
+        ("nemotron_h_latent", LoraConfig { target_modules: Some(Targets::list(gateless())), ..everything() }, true),
     ] {
         let model = model(base);
         let maps = Maps::new(model.checkpoint());

@@ -312,6 +312,27 @@ fn what_cannot_be_expressed_is_refused() {
     assert!(!out.exists() && !directory.path().join("out.partial").exists());
 }
 
+/// Pieces of an expert tie, and runtimes break ties in their own ways: where a token gets some of an expert's pieces
+/// alone, the report says so.
+#[test]
+fn pieces_per_token_that_cut_an_expert_are_told() {
+    let directory = tempdir().unwrap();
+    let model = Checkpoint::open(parity("tf5/qwen3_moe")).unwrap();
+    let told = |plan: &PrunePlan, how: FineGrained<'_>| {
+        let options = PruneOptions { allow_unaligned: true, ..PruneOptions::new(PruneForm::FineGrained(how)) };
+        let out = directory.path().join("out");
+        let report = write_plan_with(plan, &model, &out, &options, &force()).unwrap();
+        report.notes.iter().any(|note| note.contains("these tie"))
+    };
+    let how = FineGrained::new(2);
+    assert!(!told(&keep_all(&model), how), "two pieces of every expert, an even number per token");
+    assert!(told(&keep_all(&model), FineGrained { top_k: Some(3), ..how }));
+    let plan = how.prune(&magnitude(&model), &model, 0.3).unwrap();
+    assert!(told(&plan, how), "some experts have one piece");
+    let all = how.map(&plan, &model).unwrap().layers[0].pieces.len();
+    assert!(!told(&plan, FineGrained { top_k: Some(all), ..how }), "all are selected");
+}
+
 #[test]
 fn pieces_that_grouped_products_cannot_run_get_units_of_zeros() {
     let directory = tempdir().unwrap();

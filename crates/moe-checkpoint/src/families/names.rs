@@ -42,6 +42,13 @@ pub(crate) fn tensor_name(role: Role) -> String {
         LayerRole::Sinks => "self_attn.sinks",
         LayerRole::DeltaQkv => "linear_attn.in_proj_qkv.weight",
         LayerRole::DeltaGate => "linear_attn.in_proj_z.weight",
+        LayerRole::DeltaGateDown => "self_attn.g_a_proj.weight",
+        LayerRole::DeltaGateUp => "self_attn.g_b_proj.weight",
+        LayerRole::DeltaDecayDown => "self_attn.f_a_proj.weight",
+        LayerRole::DeltaDecayUp => "self_attn.f_b_proj.weight",
+        LayerRole::QueryConvolution => "self_attn.q_conv1d.weight",
+        LayerRole::KeyConvolution => "self_attn.k_conv1d.weight",
+        LayerRole::ValueConvolution => "self_attn.v_conv1d.weight",
         LayerRole::DeltaBeta => "linear_attn.in_proj_b.weight",
         LayerRole::DeltaDecay => "linear_attn.in_proj_a.weight",
         LayerRole::DeltaQkvGate => "linear_attn.in_proj_qkvz.weight",
@@ -146,6 +153,21 @@ pub(super) fn block_sparse_expert(layer: usize, tensor: ExpertTensor) -> String 
     }
 }
 
+/// Name of a tensor in families with Kimi delta attention, all of whose tensors are in `self_attn`.
+pub(super) fn channel_delta(role: Role) -> String {
+    let Role::Layer(layer, of) = role else { return tensor_name(role) };
+    let name = match of {
+        LayerRole::DeltaRate => "A_log",
+        LayerRole::DeltaRateBias => "dt_bias",
+        LayerRole::DeltaBeta => "b_proj.weight",
+        LayerRole::DeltaDecay => "f_proj.weight",
+        LayerRole::AttentionGate => "g_proj.weight",
+        LayerRole::DeltaNorm => "o_norm.weight",
+        _ => return tensor_name(role),
+    };
+    format!("model.layers.{layer}.self_attn.{name}")
+}
+
 /// Decoder layer of a tensor, by its name.
 pub(crate) fn layer_of(name: &str) -> Option<usize> {
     name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
@@ -188,6 +210,15 @@ pub(crate) fn size_keys(role: Role) -> &'static str {
         | LayerRole::DeltaConvolution
         | LayerRole::DeltaOutput => {
             "`linear_num_key_heads`, `linear_num_value_heads`, `linear_key_head_dim`, `linear_value_head_dim`, `linear_conv_kernel_dim` and `hidden_size`"
+        }
+        LayerRole::DeltaGateDown
+        | LayerRole::DeltaGateUp
+        | LayerRole::DeltaDecayDown
+        | LayerRole::DeltaDecayUp
+        | LayerRole::QueryConvolution
+        | LayerRole::KeyConvolution
+        | LayerRole::ValueConvolution => {
+            "the heads of linear attention, their width and convolution (`linear_attn_config`, or `linear_num_heads`, `linear_head_dim` and `linear_conv_kernel_dim`) and `hidden_size`"
         }
         LayerRole::DeltaBeta | LayerRole::DeltaDecay | LayerRole::DeltaBetaDecay => {
             "`linear_num_value_heads` and `hidden_size`"

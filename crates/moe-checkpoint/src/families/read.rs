@@ -428,17 +428,28 @@ pub(super) fn groups(
     top_k: usize,
     score: GroupScore,
 ) -> Result<Option<Groups>> {
-    let count = config.integer("n_group", 0, MAX_EXPERTS)?.unwrap_or(1).max(1);
+    groups_of(config, "n_group", num_experts, top_k, score)
+}
+
+/// The same with another key for the number of groups.
+pub(super) fn groups_of(
+    config: &Fields<'_>,
+    key: &str,
+    num_experts: usize,
+    top_k: usize,
+    score: GroupScore,
+) -> Result<Option<Groups>> {
+    let count = config.integer(key, 0, MAX_EXPERTS)?.unwrap_or(1).max(1);
     let top = config.integer("topk_group", 0, MAX_EXPERTS)?.unwrap_or(1).max(1);
     if !num_experts.is_multiple_of(count) {
-        return Err(config.invalid("n_group", format!("a divisor of the number of experts {num_experts}")));
+        return Err(config.invalid(key, format!("a divisor of the number of experts {num_experts}")));
     }
     if top > count {
-        return Err(config.invalid("topk_group", format!("at most `n_group` = {count}")));
+        return Err(config.invalid("topk_group", format!("at most `{key}` = {count}")));
     }
     let size = num_experts / count;
     if count > 1 && score == GroupScore::TopTwoSum && size < 2 {
-        return Err(config.invalid("n_group", "groups of at least two experts, whose two best rank a group"));
+        return Err(config.invalid(key, "groups of at least two experts, whose two best rank a group"));
     }
     if top * size < top_k {
         let expected = format!("enough groups of {size} experts for `num_experts_per_tok` = {top_k}");

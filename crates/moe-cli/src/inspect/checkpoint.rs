@@ -15,7 +15,6 @@ pub(super) fn facts(checkpoint: &Checkpoint) -> Result<Value> {
         .iter()
         .map(|layer| checkpoint.expert_layout(layer.layer))
         .collect::<moe_checkpoint::Result<_>>()?;
-    let dense = config.layers.len() - shape.layers.len();
     let (total, routed) = (checkpoint.parameters(), shape.parameters() + biases(config));
     let mtp: u64 = checkpoint.mtp_tensors().map(|tensor| tensor.elements()).sum();
     let made: Vec<String> =
@@ -29,11 +28,15 @@ pub(super) fn facts(checkpoint: &Checkpoint) -> Result<Value> {
         "kind": kind,
         "made by": if made.is_empty() { json!("as released") } else { json!(made) },
         "family": config.model_type,
-        "layers": format!("{} ({} MoE, {dense} dense)", config.layers.len(), shape.layers.len()),
+        "layers": layers(config),
         "hidden size": config.hidden_size,
         "attention": attention(config),
         "routed experts": format!("{} per MoE layer, {} per token", range(&counts), shape.top_k),
         "expert width": range(&widths),
+        "experts read": match config.expert_latent {
+            Some(width) => format!("a latent of width {width}"),
+            None => "the residual stream".to_string(),
+        },
         "expert layout": format!("{}{}", layout(layouts.first()), if layouts.windows(2).all(|l| l[0] == l[1]) { "" } else { ", mixed" }),
         "shared experts": shared(config),
         "routing": routing(config),
@@ -56,6 +59,31 @@ fn range(values: &[usize]) -> String {
     }
 }
 
+/// How many layers there are of which kind: those with experts, those with another feed-forward half, and those that only
+/// look at other tokens, by how they do.
+fn layers(config: &ModelConfig) -> String {
+    let mut counts: Vec<(&str, usize)> = Vec::new();
+    for layer in &config.layers {
+        let kind = match (&layer.ffn, &layer.mixer) {
+            (Ffn::Moe(_), _) => "MoE",
+            (Ffn::Dense { .. }, _) => "dense",
+            (Ffn::None, Mixer::Attention) => "attention alone",
+            (Ffn::None, Mixer::DeltaNet(_)) => "gated DeltaNet alone",
+            (Ffn::None, Mixer::ChannelDelta(_)) => "Kimi delta attention alone",
+            (Ffn::None, Mixer::ShortConvolution { .. }) => "short convolution alone",
+            (Ffn::None, Mixer::Mamba(_)) => "Mamba2 alone",
+            (Ffn::None, _) => "of another kind",
+        };
+        match counts.iter_mut().find(|(known, _)| *known == kind) {
+            Some((_, count)) => *count += 1,
+            None => counts.push((kind, 1)),
+        }
+    }
+    counts.sort_by_key(|(kind, _)| *kind != "MoE");
+    let counts: Vec<String> = counts.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+    format!("{} ({})", config.layers.len(), counts.join(", "))
+}
+
 fn attention(config: &ModelConfig) -> String {
     let attention = softmax_attention(config);
     let convolutions =
@@ -75,6 +103,19 @@ fn attention(config: &ModelConfig) -> String {
             mamba.heads,
             mamba.head_dim,
             mamba.state
+        );
+    }
+    let mut by_channel = config.layers.iter().filter_map(|layer| match &layer.mixer {
+        Mixer::ChannelDelta(delta) => Some(delta),
+        _ => None,
+    });
+    if let Some(delta) = by_channel.next() {
+        return format!(
+            "Kimi delta attention in {} of {} layers, {} heads of {}; else {attention}",
+            1 + by_channel.count(),
+            config.layers.len(),
+            delta.heads,
+            delta.head_dim
         );
     }
     let mut linear = config.layers.iter().filter_map(|layer| match &layer.mixer {
@@ -122,6 +163,9 @@ fn shared(config: &ModelConfig) -> String {
     match shared {
         None => "none".to_string(),
         Some(shared) if shared.gated => format!("width {}, gated", shared.intermediate_size),
+        Some(shared) if shared.averaged => {
+            format!("width {}, averaged with the routed ones", shared.intermediate_size)
+        }
         Some(shared) => format!("width {}", shared.intermediate_size),
     }
 }

@@ -21,6 +21,21 @@ fn kind(path: &Path) -> String {
     shown["kind"].as_str().unwrap().to_string()
 }
 
+/// Layers are called what they are, also where they are one half alone.
+#[test]
+fn layers_without_a_feed_forward_half_are_not_called_dense() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../moe-checkpoint/tests/fixtures/parity/tf5");
+    for (name, expected) in [
+        ("nemotron_h", "6 (2 MoE, 2 Mamba2 alone, 1 attention alone, 1 dense)"),
+        ("nemotron_h_latent", "4 (2 MoE, 1 Mamba2 alone, 1 attention alone)"),
+        ("qwen2_moe_mixed", "4 (1 MoE, 3 dense)"),
+        ("qwen3_5_moe_text", "3 (3 MoE)"),
+    ] {
+        let shown: Value = serde_json::from_str(&ok(&["inspect", text(&fixtures.join(name)), "--json"])).unwrap();
+        assert_eq!(shown["layers"], expected, "{name}");
+    }
+}
+
 /// Runs a recipe of these steps and gives its directory.
 fn run(dir: &Path, name: &str, steps: &Value) -> std::path::PathBuf {
     let out = dir.join(name);

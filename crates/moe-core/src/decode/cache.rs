@@ -54,7 +54,7 @@ impl Kept {
     /// What a layer with this mixer keeps before the first token.
     pub fn empty(mixer: &Mixer) -> Self {
         match mixer {
-            Mixer::DeltaNet(_) => Self::Delta(None),
+            Mixer::DeltaNet(_) | Mixer::ChannelDelta(_) => Self::Delta(None),
             Mixer::ShortConvolution { .. } => Self::Convolution(None),
             Mixer::Mamba(_) => Self::Mamba(None),
             Mixer::None => Self::None,

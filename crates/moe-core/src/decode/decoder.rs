@@ -232,18 +232,10 @@ impl<'m> Decoder<'m> {
                 attention.residual(x, &attention.cached_heads(heads, entry.gate.as_ref()))
             }
             MixerLayer::Delta(delta) => {
-                let mut states: Vec<DeltaState> = Vec::with_capacity(active.len());
-                for &sequence in active {
-                    states.push(match &mut cache[sequence] {
-                        Kept::Delta(state) => state.take().unwrap_or_else(|| delta.start()),
-                        _ => unreachable!("the cache was made for the kinds of the layers"),
-                    });
-                }
-                let middle = delta.step(x, spans, &mut states.iter_mut().collect::<Vec<_>>());
-                for (&sequence, state) in active.iter().zip(states) {
-                    cache[sequence] = Kept::Delta(Some(state));
-                }
-                middle
+                with_delta_states(cache, active, || delta.start(), |states| delta.step(x, spans, states))
+            }
+            MixerLayer::ChannelDelta(delta) => {
+                with_delta_states(cache, active, || delta.start(), |states| delta.step(x, spans, states))
             }
             MixerLayer::Convolution(convolution) => {
                 let mut states: Vec<ConvolutionState> = Vec::with_capacity(active.len());
@@ -313,6 +305,27 @@ impl<'m> Decoder<'m> {
             .collect();
         Tensor::cat(outputs, 0)
     }
+}
+
+/// What `step` makes of the states of sequences in a layer with linear attention, which it moves on.
+fn with_delta_states(
+    cache: &mut [Kept],
+    active: &[usize],
+    start: impl Fn() -> DeltaState,
+    step: impl FnOnce(&mut [&mut DeltaState]) -> Tensor<2>,
+) -> Tensor<2> {
+    let mut states: Vec<DeltaState> = Vec::with_capacity(active.len());
+    for &sequence in active {
+        states.push(match &mut cache[sequence] {
+            Kept::Delta(state) => state.take().unwrap_or_else(&start),
+            _ => unreachable!("the cache was made for the kinds of the layers"),
+        });
+    }
+    let middle = step(&mut states.iter_mut().collect::<Vec<_>>());
+    for (&sequence, state) in active.iter().zip(states) {
+        cache[sequence] = Kept::Delta(Some(state));
+    }
+    middle
 }
 
 fn info_of(spans: &[Range<usize>]) -> WaveInfo {

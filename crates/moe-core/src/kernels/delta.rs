@@ -14,14 +14,11 @@
 
 use std::ops::Range;
 
-use multiversion::multiversion;
-use rayon::prelude::*;
-
-use super::math;
-use super::small_products::{add_product, add_scaled, add_transposed_product, product_nt};
-
-/// Tokens that are computed together.
-pub const CHUNK: usize = 64;
+use super::{
+    math,
+    recurrence::{Decays, chunks, each_head, gather, of_each_token, run_heads, scatter},
+    small_products::{add_product, add_scaled, add_transposed_product, product_nt, subtract_rows},
+};
 
 /// Heads of a delta rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,38 +84,24 @@ struct Head {
 impl Head {
     fn new(input: &DeltaInput<'_>, rows: &Range<usize>, head: usize, shape: &DeltaShape) -> Self {
         let key_head = head / (shape.value_heads / shape.key_heads);
-        let gather = |x: &[f32], heads: usize, head: usize, width: usize| {
-            let row = |t: usize| &x[(t * heads + head) * width..][..width];
-            rows.clone().flat_map(|t| row(t).iter().copied()).collect::<Vec<f32>>()
-        };
         Self {
-            q: gather(input.q, shape.key_heads, key_head, shape.key_dim),
-            k: gather(input.k, shape.key_heads, key_head, shape.key_dim),
-            v: gather(input.v, shape.value_heads, head, shape.value_dim),
-            g: gather(input.g, shape.value_heads, head, 1),
-            beta: gather(input.beta, shape.value_heads, head, 1),
+            q: gather(input.q, rows, shape.key_heads, key_head, shape.key_dim),
+            k: gather(input.k, rows, shape.key_heads, key_head, shape.key_dim),
+            v: gather(input.v, rows, shape.value_heads, head, shape.value_dim),
+            g: gather(input.g, rows, shape.value_heads, head, 1),
+            beta: gather(input.beta, rows, shape.value_heads, head, 1),
             dk: shape.key_dim,
             dv: shape.value_dim,
         }
     }
 
-    fn chunks(&self) -> impl DoubleEndedIterator<Item = Range<usize>> + use<> {
-        let tokens = self.g.len();
-        (0..tokens.div_ceil(CHUNK)).map(move |i| i * CHUNK..((i + 1) * CHUNK).min(tokens))
-    }
-
     fn chunk(&self, rows: &Range<usize>) -> Chunk<'_> {
         let keys = rows.start * self.dk..rows.end * self.dk;
-        let mut sum = 0.0f32;
-        let decay = self.g[rows.clone()].iter().map(|g| {
-            sum += g;
-            sum
-        });
         Chunk {
             q: &self.q[keys.clone()],
             k: &self.k[keys],
             v: &self.v[rows.start * self.dv..rows.end * self.dv],
-            decay: decay.collect(),
+            decays: Decays::new(self.g[rows.clone()].iter().copied()),
             beta: &self.beta[rows.clone()],
             dk: self.dk,
             dv: self.dv,
@@ -131,8 +114,7 @@ struct Chunk<'a> {
     q: &'a [f32],
     k: &'a [f32],
     v: &'a [f32],
-    /// Sums of the logarithms of the decay from the first token on, G.
-    decay: Vec<f32>,
+    decays: Decays,
     beta: &'a [f32],
     dk: usize,
     dv: usize,
@@ -159,31 +141,14 @@ impl Chunk<'_> {
         self.beta.len()
     }
 
-    /// `e^{G_i - G_j}`.
-    fn fade(&self, i: usize, j: usize) -> f32 {
-        math::exp(self.decay[i] - self.decay[j])
-    }
-
-    fn since_start(&self, i: usize) -> f32 {
-        math::exp(self.decay[i])
-    }
-
     fn middle(&self, state: &[f32]) -> Middle {
         let (n, dk, dv) = (self.len(), self.dk, self.dv);
-        let (mut kk, mut mixed, mut lower) = (vec![0.0; n * n], vec![0.0; n * n], vec![0.0; n * n]);
+        let (mut kk, mut lower) = (vec![0.0; n * n], vec![0.0; n * n]);
         product_nt(self.k, self.k, dk, &mut kk);
-        product_nt(self.q, self.k, dk, &mut mixed);
+        let mixed = self.decays.products(self.q, self.k, dk);
         for i in 0..n {
-            for j in 0..n {
-                if j > i {
-                    mixed[i * n + j] = 0.0;
-                    continue;
-                }
-                let fade = self.fade(i, j);
-                mixed[i * n + j] *= fade;
-                if j < i {
-                    lower[i * n + j] = self.beta[i] * fade * kk[i * n + j];
-                }
+            for j in 0..i {
+                lower[i * n + j] = self.beta[i] * self.decays.between(i, j) * kk[i * n + j];
             }
         }
         let (mut ks, mut qs) = (vec![0.0; n * dv], vec![0.0; n * dv]);
@@ -193,7 +158,7 @@ impl Chunk<'_> {
         for i in 0..n {
             let (before, rest) = u.split_at_mut(i * dv);
             let row = &mut rest[..dv];
-            let (beta, fade) = (self.beta[i], self.since_start(i));
+            let (beta, fade) = (self.beta[i], self.decays.since_start(i));
             for ((u, v), ks) in row.iter_mut().zip(&self.v[i * dv..]).zip(&ks[i * dv..]) {
                 *u = beta * (v - fade * ks);
             }
@@ -207,7 +172,7 @@ impl Chunk<'_> {
         let (n, dv) = (self.len(), self.dv);
         let Middle { mixed, qs, u, .. } = self.middle(state);
         for i in 0..n {
-            let fade = self.since_start(i);
+            let fade = self.decays.since_start(i);
             out[i * dv..(i + 1) * dv].iter_mut().zip(&qs[i * dv..]).for_each(|(out, qs)| *out = fade * qs);
         }
         add_product(&mixed, &u, n, out, dv);
@@ -217,19 +182,9 @@ impl Chunk<'_> {
     /// The state after the chunk in place of the one before it.
     fn advance(&self, state: &mut [f32], u: &[f32]) {
         let last = self.len() - 1;
-        let fade = self.since_start(last);
+        let fade = self.decays.since_start(last);
         state.iter_mut().for_each(|s| *s *= fade);
-        add_transposed_product(self.k, &self.faded(u, last), self.dk, state, self.dv);
-    }
-
-    /// Rows times `e^{G_last - G}`.
-    fn faded(&self, x: &[f32], last: usize) -> Vec<f32> {
-        let rows = x.chunks_exact(self.dv).enumerate();
-        rows.flat_map(|(j, row)| {
-            let fade = self.fade(last, j);
-            row.iter().map(move |x| x * fade)
-        })
-        .collect()
+        add_transposed_product(self.k, &self.decays.to_the_end(u, self.dv), self.dk, state, self.dv);
     }
 
     /// Gradients of the chunk from that of its output and, in `d_state`, that of the state after it, which becomes that
@@ -239,22 +194,21 @@ impl Chunk<'_> {
         let last = n - 1;
         let Middle { kk, lower, mixed, ks, qs, u } = self.middle(state);
         let mut d_decay = vec![0.0f32; n];
-        let row = |x: &'_ [f32], i: usize, width: usize| -> Vec<f32> { x[i * width..(i + 1) * width].to_vec() };
 
         // The state after the chunk.
         let mut k_ds = vec![0.0; n * dv];
         add_product(self.k, d_state, dk, &mut k_ds, dv);
         let mut u_ds = vec![0.0; n * dk];
         product_nt(&u, d_state, dv, &mut u_ds);
-        let mut du = self.faded(&k_ds, last);
+        let mut du = self.decays.to_the_end(&k_ds, dv);
         for j in 0..n {
-            let fade = self.fade(last, j);
+            let fade = self.decays.between(last, j);
             let moved = fade * math::dot(&self.k[j * dk..(j + 1) * dk], &u_ds[j * dk..(j + 1) * dk]);
             d_decay[last] += moved;
             d_decay[j] -= moved;
             add_scaled(&u_ds[j * dk..(j + 1) * dk], fade, &mut gradients.k[j * dk..(j + 1) * dk]);
         }
-        d_decay[last] += self.since_start(last) * math::dot(state, d_state);
+        d_decay[last] += self.decays.since_start(last) * math::dot(state, d_state);
 
         // The output: M U and the state before.
         add_transposed_product(&mixed, d_out, n, &mut du, dv);
@@ -272,9 +226,9 @@ impl Chunk<'_> {
                 let moved = d * mixed[i * n + j];
                 d_decay[i] += moved;
                 d_decay[j] -= moved;
-                d_qk[i * n + j] = d * self.fade(i, j);
+                d_qk[i * n + j] = d * self.decays.between(i, j);
             }
-            let fade = self.since_start(i);
+            let fade = self.decays.since_start(i);
             d_decay[i] += fade * math::dot(&d_out[i * dv..(i + 1) * dv], &qs[i * dv..(i + 1) * dv]);
             scaled_out[i * dv..(i + 1) * dv].iter_mut().for_each(|d| *d *= fade);
         }
@@ -286,18 +240,18 @@ impl Chunk<'_> {
 
         // The triangular system, from its last row up: du becomes the gradient of its right side.
         for i in (0..n).rev() {
-            let solved = row(&du, i, dv);
+            let solved = du[i * dv..(i + 1) * dv].to_vec();
             for j in 0..i {
                 add_scaled(&solved, -lower[i * n + j], &mut du[j * dv..(j + 1) * dv]);
             }
         }
         let mut scaled_written = vec![0.0; n * dv];
         for i in 0..n {
-            let (beta, fade) = (self.beta[i], self.since_start(i));
+            let (beta, fade) = (self.beta[i], self.decays.since_start(i));
             let (dr, rows) = (&du[i * dv..(i + 1) * dv], i * dv..(i + 1) * dv);
             for j in 0..i {
                 let d = -math::dot(dr, &u[j * dv..(j + 1) * dv]);
-                let (moved, faded) = (d * lower[i * n + j], self.fade(i, j));
+                let (moved, faded) = (d * lower[i * n + j], self.decays.between(i, j));
                 d_decay[i] += moved;
                 d_decay[j] -= moved;
                 gradients.beta[i] += d * faded * kk[i * n + j];
@@ -323,16 +277,13 @@ impl Chunk<'_> {
         add_product(&d_kk, self.k, n, gradients.k, dk);
         add_transposed_product(&d_kk, self.k, n, gradients.k, dk);
 
-        let fade = self.since_start(last);
+        let fade = self.decays.since_start(last);
         d_state.iter_mut().for_each(|d| *d *= fade);
         add_transposed_product(self.q, &scaled_out, dk, d_state, dv);
         add_transposed_product(self.k, &scaled_written, dk, d_state, dv);
 
-        let mut sum = 0.0;
-        for i in (0..n).rev() {
-            sum += d_decay[i];
-            gradients.g[i] = sum;
-        }
+        of_each_token(&mut d_decay, 1);
+        gradients.g.copy_from_slice(&d_decay);
     }
 }
 
@@ -353,28 +304,15 @@ pub fn delta_rule(
     shape: &DeltaShape,
     states: &mut [Vec<f32>],
 ) -> Vec<f32> {
-    let per_head = shape.key_dim * shape.value_dim;
-    let tasks: Vec<(usize, usize, &mut [f32])> = states
-        .iter_mut()
-        .enumerate()
-        .flat_map(|(s, state)| state.chunks_exact_mut(per_head).enumerate().map(move |(head, state)| (s, head, state)))
-        .collect();
-    let outputs: Vec<(usize, usize, Vec<f32>)> = tasks
-        .into_par_iter()
-        .map(|(s, head, state)| {
-            let data = Head::new(input, &sequences[s], head, shape);
-            let mut out = vec![0.0; data.v.len()];
-            for rows in data.chunks() {
-                data.chunk(&rows).forward(state, &mut out[rows.start * data.dv..rows.end * data.dv]);
-            }
-            (s, head, out)
-        })
-        .collect();
-    let mut out = vec![0.0; input.v.len()];
-    for (s, head, values) in outputs {
-        scatter(&values, &sequences[s], shape.value_heads, head, shape.value_dim, &mut out);
-    }
-    out
+    let sizes = [shape.value_heads, shape.value_dim];
+    run_heads(sequences, sizes, states, vec![0.0; input.v.len()], |rows, head, state| {
+        let data = Head::new(input, rows, head, shape);
+        let mut out = vec![0.0; data.v.len()];
+        for rows in chunks(data.g.len()) {
+            data.chunk(&rows).forward(state, &mut out[rows.start * data.dv..rows.end * data.dv]);
+        }
+        out
+    })
 }
 
 /// Gradients of [`delta_rule`] from zero states, given the gradient `d_out` of its output.
@@ -384,19 +322,6 @@ pub fn delta_rule_backward(
     shape: &DeltaShape,
     d_out: &[f32],
 ) -> DeltaGradients {
-    let tasks: Vec<(usize, usize)> =
-        (0..sequences.len()).flat_map(|s| (0..shape.value_heads).map(move |head| (s, head))).collect();
-    let found: Vec<DeltaGradients> = tasks
-        .par_iter()
-        .map(|&(s, head)| {
-            let rows = &sequences[s];
-            let d_out: Vec<f32> = rows
-                .clone()
-                .flat_map(|t| d_out[(t * shape.value_heads + head) * shape.value_dim..][..shape.value_dim].to_vec())
-                .collect();
-            head_backward(&Head::new(input, rows, head, shape), &d_out)
-        })
-        .collect();
     let mut all = DeltaGradients {
         q: vec![0.0; input.q.len()],
         k: vec![0.0; input.k.len()],
@@ -404,21 +329,25 @@ pub fn delta_rule_backward(
         g: vec![0.0; input.g.len()],
         beta: vec![0.0; input.beta.len()],
     };
-    for (&(s, head), found) in tasks.iter().zip(found) {
-        let (rows, key_head) = (&sequences[s], head / (shape.value_heads / shape.key_heads));
+    let run = |rows: &Range<usize>, head: usize| {
+        let d_out = gather(d_out, rows, shape.value_heads, head, shape.value_dim);
+        head_backward(&Head::new(input, rows, head, shape), &d_out)
+    };
+    each_head(sequences, shape.value_heads, run, |rows, head, found| {
+        let key_head = head / (shape.value_heads / shape.key_heads);
         scatter(&found.q, rows, shape.key_heads, key_head, shape.key_dim, &mut all.q);
         scatter(&found.k, rows, shape.key_heads, key_head, shape.key_dim, &mut all.k);
         scatter(&found.v, rows, shape.value_heads, head, shape.value_dim, &mut all.v);
         scatter(&found.g, rows, shape.value_heads, head, 1, &mut all.g);
         scatter(&found.beta, rows, shape.value_heads, head, 1, &mut all.beta);
-    }
+    });
     all
 }
 
 fn head_backward(head: &Head, d_out: &[f32]) -> DeltaGradients {
     let (dk, dv, tokens) = (head.dk, head.dv, head.g.len());
     let mut states = vec![vec![0.0; dk * dv]];
-    for rows in head.chunks() {
+    for rows in chunks(tokens) {
         let (chunk, mut state) = (head.chunk(&rows), states[states.len() - 1].clone());
         let u = chunk.middle(&state).u;
         chunk.advance(&mut state, &u);
@@ -433,7 +362,7 @@ fn head_backward(head: &Head, d_out: &[f32]) -> DeltaGradients {
         beta: vec![0.0; tokens],
     };
     let mut d_state = vec![0.0; dk * dv];
-    for (rows, state) in head.chunks().rev().zip(states.into_iter().rev()) {
+    for (rows, state) in chunks(tokens).rev().zip(states.into_iter().rev()) {
         let (keys, values) = (rows.start * dk..rows.end * dk, rows.start * dv..rows.end * dv);
         let mut gradients = ChunkGradients {
             q: &mut all.q[keys.clone()],
@@ -447,36 +376,15 @@ fn head_backward(head: &Head, d_out: &[f32]) -> DeltaGradients {
     all
 }
 
-/// Adds rows of one head to those of all heads.
-fn scatter(values: &[f32], rows: &Range<usize>, heads: usize, head: usize, width: usize, out: &mut [f32]) {
-    for (t, values) in rows.clone().zip(values.chunks_exact(width)) {
-        out[(t * heads + head) * width..][..width].iter_mut().zip(values).for_each(|(out, value)| *out += value);
-    }
-}
-
-/// `out -= sum of factors[j] rows[j]`.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
-fn subtract_rows(factors: &[f32], rows: &[f32], out: &mut [f32]) {
-    let n = out.len();
-    for (factor, row) in factors.iter().zip(rows.chunks_exact(n)) {
-        out.iter_mut().zip(row).for_each(|(out, x)| *out -= factor * x);
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::recurrence::{
+        CHUNK,
+        testing::{check_gradients, values},
+    };
     use super::*;
 
     const SHAPE: DeltaShape = DeltaShape { key_heads: 2, value_heads: 4, key_dim: 3, value_dim: 5 };
-
-    fn values(count: usize, seed: u32) -> Vec<f32> {
-        let next = |i: usize| {
-            let mut x = (i as u32).wrapping_mul(0x9E37_79B9) ^ seed.wrapping_mul(0x85EB_CA6B);
-            x = (x ^ (x >> 15)).wrapping_mul(0x2C1B_3C6D);
-            ((x ^ (x >> 12)) >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..count).map(next).collect()
-    }
 
     /// Queries, keys, values, decays and betas of so many tokens.
     fn case(tokens: usize) -> [Vec<f32>; 5] {
@@ -555,18 +463,7 @@ mod tests {
         let sequences = [0..5, 5..tokens];
         let d_out = values(tokens * 20, 9);
         let found = delta_rule_backward(&input(&case), &sequences, &SHAPE, &d_out);
-        let parts = [&found.q, &found.k, &found.v, &found.g, &found.beta];
-        for (part, found) in parts.into_iter().enumerate() {
-            for i in (0..found.len()).step_by(found.len() / 37) {
-                let at = |h: f32| -> f64 {
-                    let mut moved = case.clone();
-                    moved[part][i] += h;
-                    recurrence(&moved, &sequences).iter().zip(&d_out).map(|(o, d)| f64::from(*o) * f64::from(*d)).sum()
-                };
-                let numeric = (at(1e-2) - at(-1e-2)) / 2e-2;
-                let close = (numeric - f64::from(found[i])).abs() < 3e-3 * (1.0 + numeric.abs());
-                assert!(close, "part {part}, {i}: {} and {numeric}", found[i]);
-            }
-        }
+        let parts = [&found.q[..], &found.k, &found.v, &found.g, &found.beta];
+        check_gradients(&case, parts, &d_out, |case| recurrence(case, &sequences));
     }
 }

@@ -7,6 +7,7 @@
 #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), path = "amx_absent.rs")]
 pub(crate) mod amx;
 pub mod attention;
+pub mod channel_delta;
 pub mod convolution;
 pub mod delta;
 pub mod divergence;
@@ -19,6 +20,7 @@ pub mod math;
 pub mod norm;
 pub mod outer;
 pub mod product;
+mod recurrence;
 pub mod reduce;
 pub mod rope;
 pub mod rows;
@@ -29,6 +31,8 @@ pub mod weight;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use rayon::prelude::*;
+
+pub use recurrence::CHUNK;
 
 /// Rows per parallel piece so that a piece holds about 16k elements: big enough to pay for the hand-over.
 pub(crate) fn rows_per_piece(columns: usize) -> usize {

@@ -50,3 +50,12 @@ pub(super) fn add_transposed_product(a: &[f32], b: &[f32], m: usize, out: &mut [
 pub(super) fn add_scaled(x: &[f32], factor: f32, out: &mut [f32]) {
     out.iter_mut().zip(x).for_each(|(out, x)| *out += factor * x);
 }
+
+/// `out -= sum of factors[j] rows[j]`.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
+pub(super) fn subtract_rows(factors: &[f32], rows: &[f32], out: &mut [f32]) {
+    let n = out.len();
+    for (factor, row) in factors.iter().zip(rows.chunks_exact(n)) {
+        out.iter_mut().zip(row).for_each(|(out, x)| *out -= factor * x);
+    }
+}

@@ -10,13 +10,11 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
-use super::math;
-use super::small_products::{add_product, add_scaled, add_transposed_product, product_nt};
-
-/// Tokens that are computed together.
-pub const CHUNK: usize = 64;
+use super::{
+    math,
+    recurrence::{Decays, chunks, each_head, gather, of_each_token, run_heads, scatter},
+    small_products::{add_product, add_scaled, add_transposed_product, product_nt},
+};
 
 /// Heads of a state space layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,8 +86,7 @@ struct Chunk<'a> {
     c: &'a [f32],
     /// Inputs times steps.
     u: Vec<f32>,
-    /// Sums of the logarithms of the decay from the first token on.
-    decay: Vec<f32>,
+    decays: Decays,
     p: usize,
     n: usize,
 }
@@ -108,27 +105,15 @@ impl Head {
         }
     }
 
-    fn chunks(&self) -> impl DoubleEndedIterator<Item = Range<usize>> + use<> {
-        let tokens = self.steps.len();
-        (0..tokens.div_ceil(CHUNK)).map(move |i| i * CHUNK..((i + 1) * CHUNK).min(tokens))
-    }
-
     fn chunk(&self, rows: &Range<usize>) -> Chunk<'_> {
         let (p, n) = (self.p, self.n);
         let steps = &self.steps[rows.clone()];
         let x = self.x[rows.start * p..rows.end * p].chunks_exact(p).zip(steps);
-        let mut sum = 0.0f32;
         Chunk {
             b: &self.b[rows.start * n..rows.end * n],
             c: &self.c[rows.start * n..rows.end * n],
             u: x.flat_map(|(row, step)| row.iter().map(move |x| x * step)).collect(),
-            decay: steps
-                .iter()
-                .map(|step| {
-                    sum += self.rate * step;
-                    sum
-                })
-                .collect(),
+            decays: Decays::new(steps.iter().map(|step| self.rate * step)),
             p,
             n,
         }
@@ -137,29 +122,12 @@ impl Head {
 
 impl Chunk<'_> {
     fn len(&self) -> usize {
-        self.decay.len()
-    }
-
-    /// `e^{G_i - G_j}`.
-    fn fade(&self, i: usize, j: usize) -> f32 {
-        math::exp(self.decay[i] - self.decay[j])
-    }
-
-    fn since_start(&self, i: usize) -> f32 {
-        math::exp(self.decay[i])
+        self.decays.len()
     }
 
     /// M, on and below the diagonal.
     fn mixed(&self) -> Vec<f32> {
-        let len = self.len();
-        let mut mixed = vec![0.0; len * len];
-        product_nt(self.c, self.b, self.n, &mut mixed);
-        for i in 0..len {
-            for j in 0..len {
-                mixed[i * len + j] *= if j > i { 0.0 } else { self.fade(i, j) };
-            }
-        }
-        mixed
+        self.decays.products(self.c, self.b, self.n)
     }
 
     /// `C S^T`.
@@ -169,29 +137,18 @@ impl Chunk<'_> {
         out
     }
 
-    /// Rows of width `width` times `e^{G_last - G}`.
-    fn faded(&self, x: &[f32], width: usize) -> Vec<f32> {
-        let last = self.len() - 1;
-        let rows = x.chunks_exact(width).enumerate();
-        rows.flat_map(|(j, row)| {
-            let fade = self.fade(last, j);
-            row.iter().map(move |x| x * fade)
-        })
-        .collect()
-    }
-
     /// The state after the chunk in place of the one before it.
     fn advance(&self, state: &mut [f32]) {
-        let fade = self.since_start(self.len() - 1);
+        let fade = self.decays.since_start(self.len() - 1);
         state.iter_mut().for_each(|s| *s *= fade);
-        add_transposed_product(&self.u, &self.faded(self.b, self.n), self.p, state, self.n);
+        add_transposed_product(&self.u, &self.decays.to_the_end(self.b, self.n), self.p, state, self.n);
     }
 
     /// Output of the chunk, and the state after it in place of the one before it.
     fn forward(&self, state: &mut [f32], out: &mut [f32]) {
         let (len, p) = (self.len(), self.p);
         for (i, (out, row)) in out.chunks_exact_mut(p).zip(self.of_state(state).chunks_exact(p)).enumerate() {
-            let fade = self.since_start(i);
+            let fade = self.decays.since_start(i);
             out.iter_mut().zip(row).for_each(|(out, x)| *out = fade * x);
         }
         add_product(&self.mixed(), &self.u, len, out, p);
@@ -209,16 +166,16 @@ impl Chunk<'_> {
         // The state after the chunk.
         let mut b_ds = vec![0.0; len * p];
         product_nt(self.b, d_state, n, &mut b_ds);
-        let mut du = self.faded(&b_ds, p);
+        let mut du = self.decays.to_the_end(&b_ds, p);
         let mut u_ds = vec![0.0; len * n];
         add_product(&self.u, d_state, p, &mut u_ds, n);
-        let mut db = self.faded(&u_ds, n);
+        let mut db = self.decays.to_the_end(&u_ds, n);
         for j in 0..len {
             let moved = math::dot(&self.b[j * n..(j + 1) * n], &db[j * n..(j + 1) * n]);
             d_decay[last] += moved;
             d_decay[j] -= moved;
         }
-        d_decay[last] += self.since_start(last) * math::dot(state, d_state);
+        d_decay[last] += self.decays.since_start(last) * math::dot(state, d_state);
 
         // The output: M U and the state before.
         add_transposed_product(&mixed, d_out, len, &mut du, p);
@@ -235,9 +192,9 @@ impl Chunk<'_> {
                 let moved = d_cb[i * len + j] * mixed[i * len + j];
                 d_decay[i] += moved;
                 d_decay[j] -= moved;
-                d_cb[i * len + j] *= self.fade(i, j);
+                d_cb[i * len + j] *= self.decays.between(i, j);
             }
-            let (fade, row) = (self.since_start(i), i * p..(i + 1) * p);
+            let (fade, row) = (self.decays.since_start(i), i * p..(i + 1) * p);
             d_decay[i] += fade * math::dot(&d_out[row.clone()], &before[row.clone()]);
             scaled_out[row].iter_mut().for_each(|d| *d *= fade);
         }
@@ -246,28 +203,12 @@ impl Chunk<'_> {
         add_product(&d_cb, self.b, len, &mut dc, n);
         add_transposed_product(&d_cb, self.c, len, &mut db, n);
 
-        let fade = self.since_start(last);
+        let fade = self.decays.since_start(last);
         d_state.iter_mut().for_each(|d| *d *= fade);
         add_transposed_product(&scaled_out, self.c, p, d_state, n);
 
-        let mut sum = 0.0;
-        for d in d_decay.iter_mut().rev() {
-            sum += *d;
-            *d = sum;
-        }
+        of_each_token(&mut d_decay, 1);
         [du, db, dc, d_decay]
-    }
-}
-
-/// Rows of one head side by side.
-fn gather(x: &[f32], rows: &Range<usize>, heads: usize, head: usize, width: usize) -> Vec<f32> {
-    rows.clone().flat_map(|t| x[(t * heads + head) * width..][..width].iter().copied()).collect()
-}
-
-/// Adds rows of one head to those of all heads.
-fn scatter(values: &[f32], rows: &Range<usize>, heads: usize, head: usize, width: usize, out: &mut [f32]) {
-    for (t, values) in rows.clone().zip(values.chunks_exact(width)) {
-        add_scaled(values, 1.0, &mut out[(t * heads + head) * width..][..width]);
     }
 }
 
@@ -279,28 +220,15 @@ pub fn state_space(
     shape: &SsdShape,
     states: &mut [Vec<f32>],
 ) -> Vec<f32> {
-    let per_head = shape.head_dim * shape.state;
-    let tasks: Vec<(usize, usize, &mut [f32])> = states
-        .iter_mut()
-        .enumerate()
-        .flat_map(|(s, state)| state.chunks_exact_mut(per_head).enumerate().map(move |(head, state)| (s, head, state)))
-        .collect();
-    let outputs: Vec<(usize, usize, Vec<f32>)> = tasks
-        .into_par_iter()
-        .map(|(s, head, state)| {
-            let data = Head::new(input, &sequences[s], head, shape);
-            let mut out = vec![0.0; data.x.len()];
-            for rows in data.chunks() {
-                data.chunk(&rows).forward(state, &mut out[rows.start * data.p..rows.end * data.p]);
-            }
-            (s, head, out)
-        })
-        .collect();
-    let mut out = super::zeros(input.x.len());
-    for (s, head, values) in outputs {
-        scatter(&values, &sequences[s], shape.heads, head, shape.head_dim, &mut out);
-    }
-    out
+    let sizes = [shape.heads, shape.head_dim];
+    run_heads(sequences, sizes, states, super::zeros(input.x.len()), |rows, head, state| {
+        let data = Head::new(input, rows, head, shape);
+        let mut out = vec![0.0; data.x.len()];
+        for rows in chunks(data.steps.len()) {
+            data.chunk(&rows).forward(state, &mut out[rows.start * data.p..rows.end * data.p]);
+        }
+        out
+    })
 }
 
 /// Gradients of [`state_space`] from zero states, given the gradient `d_out` of its output.
@@ -316,24 +244,17 @@ pub fn state_space_backward(
         c: vec![0.0; input.c.len()],
         steps: vec![0.0; input.steps.len()],
     };
-    let tasks: Vec<(usize, usize)> =
-        (0..sequences.len()).flat_map(|s| (0..shape.heads).map(move |head| (s, head))).collect();
-    // Heads of a group add to the same rows: a few at a time, and added up in their order.
-    for tasks in tasks.chunks(2 * rayon::current_num_threads().max(1)) {
-        let run = |&(s, head): &(usize, usize)| {
-            let rows = &sequences[s];
-            let d_out = gather(d_out, rows, shape.heads, head, shape.head_dim);
-            head_backward(&Head::new(input, rows, head, shape), &d_out)
-        };
-        let found: Vec<SsdGradients> = tasks.par_iter().map(run).collect();
-        for (&(s, head), found) in tasks.iter().zip(found) {
-            let (rows, group) = (&sequences[s], head / (shape.heads / shape.groups));
-            scatter(&found.x, rows, shape.heads, head, shape.head_dim, &mut all.x);
-            scatter(&found.b, rows, shape.groups, group, shape.state, &mut all.b);
-            scatter(&found.c, rows, shape.groups, group, shape.state, &mut all.c);
-            scatter(&found.steps, rows, shape.heads, head, 1, &mut all.steps);
-        }
-    }
+    let run = |rows: &Range<usize>, head: usize| {
+        let d_out = gather(d_out, rows, shape.heads, head, shape.head_dim);
+        head_backward(&Head::new(input, rows, head, shape), &d_out)
+    };
+    each_head(sequences, shape.heads, run, |rows, head, found| {
+        let group = head / (shape.heads / shape.groups);
+        scatter(&found.x, rows, shape.heads, head, shape.head_dim, &mut all.x);
+        scatter(&found.b, rows, shape.groups, group, shape.state, &mut all.b);
+        scatter(&found.c, rows, shape.groups, group, shape.state, &mut all.c);
+        scatter(&found.steps, rows, shape.heads, head, 1, &mut all.steps);
+    });
     all
 }
 
@@ -341,7 +262,7 @@ fn head_backward(head: &Head, d_out: &[f32]) -> SsdGradients {
     let (p, n) = (head.p, head.n);
     let mut state = vec![0.0; p * n];
     let mut states = Vec::new();
-    for rows in head.chunks() {
+    for rows in chunks(head.steps.len()) {
         states.push(state.clone());
         head.chunk(&rows).advance(&mut state);
     }
@@ -352,7 +273,7 @@ fn head_backward(head: &Head, d_out: &[f32]) -> SsdGradients {
         steps: vec![0.0; head.steps.len()],
     };
     let mut d_state = vec![0.0; p * n];
-    for (rows, state) in head.chunks().rev().zip(states.into_iter().rev()) {
+    for (rows, state) in chunks(head.steps.len()).rev().zip(states.into_iter().rev()) {
         let d_out = &d_out[rows.start * p..rows.end * p];
         let [du, db, dc, d_decay] = head.chunk(&rows).backward(&state, d_out, &mut d_state);
         all.b[rows.start * n..rows.end * n].copy_from_slice(&db);
@@ -368,18 +289,13 @@ fn head_backward(head: &Head, d_out: &[f32]) -> SsdGradients {
 
 #[cfg(test)]
 mod tests {
+    use super::super::recurrence::{
+        CHUNK,
+        testing::{check_gradients, values},
+    };
     use super::*;
 
     const SHAPE: SsdShape = SsdShape { heads: 4, head_dim: 5, groups: 2, state: 3 };
-
-    fn values(count: usize, seed: u32) -> Vec<f32> {
-        let next = |i: usize| {
-            let mut x = (i as u32).wrapping_mul(0x9E37_79B9) ^ seed.wrapping_mul(0x85EB_CA6B);
-            x = (x ^ (x >> 15)).wrapping_mul(0x2C1B_3C6D);
-            ((x ^ (x >> 12)) >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..count).map(next).collect()
-    }
 
     const RATES: [f32; 4] = [-0.1, -0.5, -1.5, -0.02];
 
@@ -451,17 +367,7 @@ mod tests {
         let sequences = [0..5, 5..tokens];
         let d_out = values(tokens * 20, 9);
         let found = state_space_backward(&input(&case), &sequences, &SHAPE, &d_out);
-        for (part, found) in [&found.x, &found.b, &found.c, &found.steps].into_iter().enumerate() {
-            for i in (0..found.len()).step_by(found.len() / 37) {
-                let at = |h: f32| -> f64 {
-                    let mut moved = case.clone();
-                    moved[part][i] += h;
-                    recurrence(&moved, &sequences).iter().zip(&d_out).map(|(o, d)| f64::from(*o) * f64::from(*d)).sum()
-                };
-                let numeric = (at(1e-2) - at(-1e-2)) / 2e-2;
-                let close = (numeric - f64::from(found[i])).abs() < 3e-3 * (1.0 + numeric.abs());
-                assert!(close, "part {part}, {i}: {} and {numeric}", found[i]);
-            }
-        }
+        let parts = [&found.x[..], &found.b, &found.c, &found.steps];
+        check_gradients(&case, parts, &d_out, |case| recurrence(case, &sequences));
     }
 }

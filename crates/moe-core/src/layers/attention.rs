@@ -91,7 +91,7 @@ impl AttentionLayer {
             }
             Projections::Latent(latent) => {
                 let ([q, k, v], saved) = latent.project(&z, table);
-                AttentionTape { q, k, v, gate: None, saved: Saved::Latent(saved) }
+                AttentionTape { q, k, v, gate: latent.gates(&z), saved: Saved::Latent(saved) }
             }
         }
     }
@@ -155,7 +155,7 @@ impl AttentionLayer {
                 grouped.backward(&z, saved, &tape.v, table, &self.shape, [dq, dk, dv], d_gate, wanted_z)
             }
             (Projections::Latent(latent), Saved::Latent(saved)) => {
-                latent.backward(&z, saved, table, [dq, dk, dv], wanted_z)
+                latent.backward(&z, saved, table, [dq, dk, dv], d_gate, wanted_z)
             }
             _ => unreachable!("a tape belongs to the layer that wrote it"),
         }?;
@@ -180,7 +180,7 @@ impl AttentionLayer {
             }
             Projections::Latent(latent) => {
                 let (q, k) = latent.absorbed(&z, table);
-                CacheEntry { q, k, v: None, gate: None }
+                CacheEntry { q, k, v: None, gate: latent.gates(&z) }
             }
         }
     }
@@ -197,7 +197,7 @@ impl AttentionLayer {
     pub fn cached_heads(&self, heads: Tensor<2>, gate: Option<&Tensor<2>>) -> Tensor<2> {
         match &self.projections {
             Projections::Grouped(_) => gated(heads, gate),
-            Projections::Latent(latent) => latent.expand_absorbed(heads),
+            Projections::Latent(latent) => gated(latent.expand_absorbed(heads), gate),
         }
     }
 }

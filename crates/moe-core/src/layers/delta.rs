@@ -8,20 +8,21 @@ use std::{ops::Range, sync::Arc};
 
 use burn::tensor::Tensor;
 
-use super::{Linear, Norm, softplus, sum_of};
+use super::{
+    Linear, Norm,
+    convolved_heads::{ConvolvedHeads, HeadColumns},
+    softplus, sum_of,
+};
 use crate::{
     adapters::Wanted,
     host::{self, HostView},
     kernels::{
-        convolution::{advance_history, causal_convolution, causal_convolution_backward},
+        convolution::advance_history,
         delta::{DeltaInput, DeltaShape, delta_rule, delta_rule_backward},
         math,
         rows::RowAccumulator,
     },
 };
-
-/// Added to the square of the length of queries and keys.
-const LENGTH_EPS: f32 = 1e-6;
 
 /// Gated DeltaNet with its norm.
 #[derive(Clone, Debug)]
@@ -70,25 +71,22 @@ pub struct DeltaTape {
 #[derive(Clone, Debug)]
 pub struct DeltaState {
     /// The last `K - 1` rows that went into the convolution.
-    history: Vec<f32>,
+    pub(super) history: Vec<f32>,
     /// `[value_heads, D_k, D_v]`.
-    state: Vec<f32>,
+    pub(super) state: Vec<f32>,
 }
 
 /// What the rule is given, and what that was made of.
 struct Ready {
-    /// `[T, C]` after the convolution, before SiLU.
-    convolved: Vec<f32>,
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
+    heads: ConvolvedHeads,
     g: Vec<f32>,
     beta: Vec<f32>,
 }
 
 impl Ready {
     fn input(&self) -> DeltaInput<'_> {
-        DeltaInput { q: &self.q, k: &self.k, v: &self.v, g: &self.g, beta: &self.beta }
+        let ConvolvedHeads { q, k, v, .. } = &self.heads;
+        DeltaInput { q, k, v, g: &self.g, beta: &self.beta }
     }
 }
 
@@ -189,37 +187,22 @@ impl DeltaLayer {
         widths(&self.shape)[2]
     }
 
+    fn columns(&self) -> HeadColumns {
+        let [keys, values, _] = widths(&self.shape);
+        HeadColumns { keys, values, key_dim: self.shape.key_dim }
+    }
+
     /// The projections of `x [T, H]`.
     pub fn project(&self, x: &Tensor<2>) -> DeltaTape {
         self.inputs.forward(&self.norm.forward(x), &self.shape)
     }
 
     fn ready(&self, tape: &DeltaTape, sequences: &[Range<usize>], history: Option<&[Vec<f32>]>) -> Ready {
-        let [keys, _, channels] = widths(&self.shape);
-        let convolved = causal_convolution(&tape.qkv, &self.taps, channels, sequences, history);
-        let tokens = convolved.len() / channels;
-        let part = |from: usize, to: usize| -> Vec<f32> {
-            let rows = (0..tokens).flat_map(|t| convolved[t * channels + from..t * channels + to].iter());
-            rows.map(|x| math::silu(*x)).collect()
-        };
-        let (mut q, mut k, v) = (part(0, keys), part(keys, 2 * keys), part(2 * keys, channels));
-        let scale = self.query_scale();
-        for head in q.chunks_exact_mut(self.shape.key_dim) {
-            let factor = scale * inverse_length(head);
-            head.iter_mut().for_each(|x| *x *= factor);
-        }
-        for head in k.chunks_exact_mut(self.shape.key_dim) {
-            let factor = inverse_length(head);
-            head.iter_mut().for_each(|x| *x *= factor);
-        }
+        let heads = ConvolvedHeads::new(&tape.qkv, &self.taps, &self.columns(), sequences, history);
         let per_head = self.rate.iter().zip(self.rate_bias.iter()).cycle();
         let g = tape.decay.iter().zip(per_head).map(|(a, (rate, bias))| -rate * softplus(a + bias)).collect();
         let beta = tape.beta.iter().map(|b| math::sigmoid(*b)).collect();
-        Ready { convolved, q, k, v, g, beta }
-    }
-
-    fn query_scale(&self) -> f32 {
-        (self.shape.key_dim as f32).powf(-0.5)
+        Ready { heads, g, beta }
     }
 
     /// Norm of every head of `core [T, value_heads * D_v]`, as rows `[T * value_heads, D_v]`.
@@ -279,7 +262,7 @@ impl DeltaLayer {
         let d_core = HostView::new(&d_core);
         let d = delta_rule_backward(&ready.input(), sequences, &self.shape, d_core.as_slice());
         let d_tape = DeltaTape {
-            qkv: self.convolution_backward(&ready, &d.q, &d.k, &d.v, sequences),
+            qkv: ready.heads.backward([&d.q, &d.k, &d.v], &self.taps, &self.columns(), sequences),
             gate: d_gate,
             beta: d.beta.iter().zip(&ready.beta).map(|(d, b)| d * b * (1.0 - b)).collect(),
             decay: {
@@ -297,38 +280,6 @@ impl DeltaLayer {
             dx.add(&dy);
             dx.into_tensor()
         })
-    }
-
-    /// From gradients of queries, keys and values as the rule has them to that of what went into the convolution.
-    fn convolution_backward(
-        &self,
-        ready: &Ready,
-        dq: &[f32],
-        dk: &[f32],
-        dv: &[f32],
-        sequences: &[Range<usize>],
-    ) -> Vec<f32> {
-        let [keys, values, channels] = widths(&self.shape);
-        let width = self.shape.key_dim;
-        let mut d = vec![0.0; ready.convolved.len()];
-        for (t, (d, convolved)) in d.chunks_exact_mut(channels).zip(ready.convolved.chunks_exact(channels)).enumerate()
-        {
-            for (part, (given, scale)) in [(dq, self.query_scale()), (dk, 1.0)].into_iter().enumerate() {
-                for head in 0..keys / width {
-                    let at = part * keys + head * width;
-                    let x: Vec<f32> = convolved[at..at + width].iter().map(|x| math::silu(*x)).collect();
-                    let given = &given[t * keys + head * width..][..width];
-                    let inverse = inverse_length(&x);
-                    let along = inverse.powi(3) * math::dot(&x, given);
-                    for ((d, x), given) in d[at..at + width].iter_mut().zip(&x).zip(given) {
-                        *d = scale * (given * inverse - x * along);
-                    }
-                }
-            }
-            d[2 * keys..].copy_from_slice(&dv[t * values..(t + 1) * values]);
-            d.iter_mut().zip(convolved).for_each(|(d, x)| *d *= math::silu_derivative(*x, math::sigmoid(*x)));
-        }
-        causal_convolution_backward(&d, &self.taps, channels, sequences)
     }
 
     /// The state before the first token of a sequence.
@@ -353,9 +304,4 @@ impl DeltaLayer {
         }
         self.residual(x, &self.gated(&self.heads(core, &x.device()), &tape.gate).0)
     }
-}
-
-/// `1 / sqrt(x . x + eps)`.
-fn inverse_length(x: &[f32]) -> f32 {
-    1.0 / (math::dot(x, x) + LENGTH_EPS).sqrt()
 }

@@ -240,13 +240,13 @@ fn split_gate(both: Tensor<2>, shape: &AttentionShape) -> (Tensor<2>, Option<Ten
 }
 
 /// A number per head `[n, heads]` for every column of the head `[n, heads * D]`.
-fn for_columns(x: Tensor<2>, head_dim: usize) -> Tensor<2> {
+pub(super) fn for_columns(x: Tensor<2>, head_dim: usize) -> Tensor<2> {
     let [n, heads] = x.dims();
     x.reshape([n, heads, 1]).repeat_dim(2, head_dim).reshape([n, heads * head_dim])
 }
 
 /// The sum of the columns of every head `[n, heads]` of `[n, heads * D]`.
-fn over_columns(x: Tensor<2>, head_dim: usize) -> Tensor<2> {
+pub(super) fn over_columns(x: Tensor<2>, head_dim: usize) -> Tensor<2> {
     let [n, columns] = x.dims();
     let heads = columns / head_dim;
     x.reshape([n, heads, head_dim]).sum_dim(2).reshape([n, heads])

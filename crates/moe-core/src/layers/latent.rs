@@ -6,7 +6,11 @@
 
 use burn::tensor::Tensor;
 
-use super::{Linear, Norm, sum_of};
+use super::{
+    Linear, Norm,
+    grouped::{for_columns, over_columns},
+    sum_of,
+};
 use crate::{
     adapters::{Tokens, Wanted},
     kernels::{attention::AttentionShape, latent::LatentHeads, rope::RotaryTable, weight::Weight},
@@ -25,6 +29,10 @@ pub struct LatentProjections {
     pub kv_up: Weight,
     /// Sizes of the heads.
     pub heads: LatentHeads,
+    /// Whether queries and the shared key are rotated.
+    pub rotary: bool,
+    /// Projection of gates on the outputs of the heads `[heads, H]`, where there are some.
+    pub gate: Option<Linear>,
 }
 
 /// Projection to the queries.
@@ -93,10 +101,19 @@ impl LatentProjections {
     /// rope]`.
     fn down(&self, z: &Tensor<2>, table: &RotaryTable) -> (Tensor<2>, Saved, Tensor<2>) {
         let (q, query) = self.query.forward(z);
-        let q = table.grow(table.rotate(q, self.heads.heads, self.heads.nope, false));
-        let both = table.rotate(self.kv_down.forward(z), 1, self.rank(), false); // [n, R_kv + rope]
+        let q = table.grow(self.rotate(q, table, self.heads.heads, self.heads.nope, false));
+        let both = self.rotate(self.kv_down.forward(z), table, 1, self.rank(), false); // [n, R_kv + rope]
         let shared = both.clone().narrow(1, self.rank(), self.heads.rope);
         (q, Saved { query, kv: both.narrow(1, 0, self.rank()) }, shared)
+    }
+
+    fn rotate(&self, x: Tensor<2>, table: &RotaryTable, heads: usize, first: usize, inverse: bool) -> Tensor<2> {
+        if self.rotary { table.rotate(x, heads, first, inverse) } else { x }
+    }
+
+    /// Logits of the gates on the outputs of the heads, for every column of a head `[n, heads * value]`.
+    pub(super) fn gates(&self, z: &Tensor<2>) -> Option<Tensor<2>> {
+        self.gate.as_ref().map(|gate| for_columns(gate.forward(z), self.heads.value))
     }
 
     pub(super) fn project(&self, z: &Tensor<2>, table: &RotaryTable) -> ([Tensor<2>; 3], Saved) {
@@ -113,16 +130,21 @@ impl LatentProjections {
         saved: &Saved,
         table: &RotaryTable,
         [dq, dk, dv]: [Tensor<2>; 3],
+        d_gate: Option<Tensor<2>>,
         wanted: Wanted,
     ) -> Option<Tensor<2>> {
-        let dq = table.rotate(table.grow(dq), self.heads.heads, self.heads.nope, true);
+        let dq = self.rotate(table.grow(dq), table, self.heads.heads, self.heads.nope, true);
         let from_query = self.query.backward(z, saved.query.as_ref(), &dq, wanted);
         let (d_kv, d_shared) = self.heads.join_backward(&dk, &dv);
         let through = Wanted { input: true, ..wanted };
         let d_normed = self.kv_up.gradient(|| self.kv_norm.forward(&saved.kv), &d_kv, Tokens::WAVE, through)?;
         let d_latent = self.kv_norm.backward(&saved.kv, &d_normed, wanted.parameters);
-        let d_both = table.rotate(Tensor::cat(vec![d_latent, d_shared], 1), 1, self.rank(), true);
-        sum_of([from_query, self.kv_down.backward(z, &d_both, wanted)])
+        let d_both = self.rotate(Tensor::cat(vec![d_latent, d_shared], 1), table, 1, self.rank(), true);
+        let from_gate = match (&self.gate, d_gate) {
+            (Some(gate), Some(d)) => gate.backward(z, &over_columns(d, self.heads.value), wanted),
+            _ => None,
+        };
+        sum_of([from_query, self.kv_down.backward(z, &d_both, wanted), from_gate])
     }
 
     /// Queries in the latent space `[n, heads * (R_kv + rope)]`, and `[latent | rotated key]` `[n, R_kv + rope]`, which

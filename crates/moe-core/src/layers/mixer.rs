@@ -5,7 +5,8 @@ use std::ops::Range;
 use burn::tensor::Tensor;
 
 use super::{
-    AttentionLayer, AttentionTape, ConvolutionLayer, ConvolutionTape, DeltaLayer, DeltaTape, MambaLayer, MambaTape,
+    AttentionLayer, AttentionTape, ChannelDeltaLayer, ChannelDeltaTape, ConvolutionLayer, ConvolutionTape, DeltaLayer,
+    DeltaTape, MambaLayer, MambaTape,
 };
 use crate::{adapters::Wanted, kernels::rope::RotaryTable};
 
@@ -16,6 +17,8 @@ pub enum MixerLayer {
     Attention(Box<AttentionLayer>),
     /// Gated DeltaNet.
     Delta(Box<DeltaLayer>),
+    /// Kimi delta attention.
+    ChannelDelta(Box<ChannelDeltaLayer>),
     /// A gated short convolution.
     Convolution(Box<ConvolutionLayer>),
     /// A state space layer.
@@ -33,6 +36,8 @@ pub enum MixerTape {
     Attention(AttentionTape),
     /// Of gated DeltaNet.
     Delta(DeltaTape),
+    /// Of Kimi delta attention.
+    ChannelDelta(ChannelDeltaTape),
     /// Of a gated short convolution.
     Convolution(ConvolutionTape),
     /// Of a state space layer.
@@ -47,6 +52,7 @@ impl MixerLayer {
         match self {
             Self::Attention(layer) => MixerTape::Attention(layer.project(x, table)),
             Self::Delta(layer) => MixerTape::Delta(layer.project(x)),
+            Self::ChannelDelta(layer) => MixerTape::ChannelDelta(layer.project(x)),
             Self::Convolution(layer) => MixerTape::Convolution(layer.project(x)),
             Self::Mamba(layer) => MixerTape::Mamba(layer.project(x)),
             Self::None => MixerTape::None,
@@ -58,6 +64,7 @@ impl MixerLayer {
         match (self, tape) {
             (Self::Attention(layer), MixerTape::Attention(tape)) => layer.mix(x, tape, sequences),
             (Self::Delta(layer), MixerTape::Delta(tape)) => layer.mix(x, tape, sequences),
+            (Self::ChannelDelta(layer), MixerTape::ChannelDelta(tape)) => layer.mix(x, tape, sequences),
             (Self::Convolution(layer), MixerTape::Convolution(tape)) => layer.mix(x, tape, sequences),
             (Self::Mamba(layer), MixerTape::Mamba(tape)) => layer.mix(x, tape, sequences),
             (Self::None, MixerTape::None) => x.clone(),
@@ -81,6 +88,9 @@ impl MixerLayer {
                 layer.backward(x, tape, sequences, table, dy, wanted)
             }
             (Self::Delta(layer), MixerTape::Delta(tape)) => layer.backward(x, tape, sequences, dy, wanted),
+            (Self::ChannelDelta(layer), MixerTape::ChannelDelta(tape)) => {
+                layer.backward(x, tape, sequences, dy, wanted)
+            }
             (Self::Convolution(layer), MixerTape::Convolution(tape)) => layer.backward(x, tape, sequences, dy, wanted),
             (Self::Mamba(layer), MixerTape::Mamba(tape)) => layer.backward(x, tape, sequences, dy, wanted),
             (Self::None, MixerTape::None) => wanted.input.then_some(dy),

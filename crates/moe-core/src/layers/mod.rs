@@ -4,6 +4,8 @@
 //! nothing is recorded that is not used, and every temporary has a known size.
 
 mod attention;
+mod channel_delta;
+mod convolved_heads;
 mod delta;
 mod dense;
 mod ffn;
@@ -21,6 +23,7 @@ use std::{ops::Range, sync::Arc};
 use burn::tensor::Tensor;
 
 pub use attention::{AttentionLayer, AttentionTape, CacheEntry, Projections};
+pub use channel_delta::{ChannelDeltaLayer, ChannelDeltaTape, WideProjection};
 pub use delta::{DeltaLayer, DeltaProjections, DeltaState, DeltaTape};
 pub use dense::{DENSE_ROWS, DenseBlock};
 pub(crate) use ffn::BlockGradients;

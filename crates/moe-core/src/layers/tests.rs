@@ -86,6 +86,8 @@ fn latent(low_rank: bool) -> AttentionLayer {
         norm: Some(norm(HIDDEN, 5, false)),
         output_norm: None,
         projections: Projections::Latent(Box::new(LatentProjections {
+            rotary: true,
+            gate: None,
             query,
             kv_down: linear([3 + 2, HIDDEN], 6),
             kv_norm: norm(3, 7, false),

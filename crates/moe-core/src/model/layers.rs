@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use moe_checkpoint::{
-    AttentionKind, DeltaNet, Ffn, LatentAttention, LayerRole, Mamba, Mixer, NormKind, NormPlacement, OutputGate,
-    QkNorm, Role,
+    AttentionKind, ChannelDelta, DeltaNet, Ffn, LatentAttention, LayerRole, Mamba, Mixer, NormKind, NormPlacement,
+    OutputGate, QkNorm, Role,
 };
 
 use super::{Model, gated_activation};
@@ -13,11 +13,14 @@ use crate::{
     error::{Error, Result},
     experts::ExpertTensors,
     host,
-    kernels::{attention::AttentionShape, delta::DeltaShape, latent::LatentHeads, ssd::SsdShape, weight::Weight},
+    kernels::{
+        attention::AttentionShape, channel_delta::ChannelDeltaShape, delta::DeltaShape, latent::LatentHeads,
+        ssd::SsdShape, weight::Weight,
+    },
     layers::{
-        ApartNorms, AttentionLayer, ConvolutionLayer, DeltaLayer, DeltaProjections, DenseBlock, FfnLayer,
-        GroupedProjections, HeadGate, HeadNorms, LatentMaps, LatentProjections, Linear, LowRankQuery, MambaLayer,
-        MixerLayer, Norm, Projections, QkvProjections, QueryProjection, RouterLayer,
+        ApartNorms, AttentionLayer, ChannelDeltaLayer, ConvolutionLayer, DeltaLayer, DeltaProjections, DenseBlock,
+        FfnLayer, GroupedProjections, HeadGate, HeadNorms, LatentMaps, LatentProjections, Linear, LowRankQuery,
+        MambaLayer, MixerLayer, Norm, Projections, QkvProjections, QueryProjection, RouterLayer, WideProjection,
     },
     overlay::RoutingOverlay,
 };
@@ -31,6 +34,7 @@ impl Model {
         let loaded = match &self.config().layers[layer].mixer {
             Mixer::Attention => MixerLayer::Attention(Box::new(self.attention(layer)?)),
             Mixer::DeltaNet(delta) => MixerLayer::Delta(Box::new(self.delta(layer, delta)?)),
+            Mixer::ChannelDelta(delta) => MixerLayer::ChannelDelta(Box::new(self.channel_delta(layer, delta)?)),
             Mixer::ShortConvolution { kernel } => {
                 MixerLayer::Convolution(Box::new(self.short_convolution(layer, *kernel)?))
             }
@@ -82,6 +86,65 @@ impl Model {
                 key_dim: delta.key_head_dim,
                 value_dim: delta.value_head_dim,
             },
+        })
+    }
+
+    fn channel_delta(&self, layer: usize, delta: &ChannelDelta) -> Result<ChannelDeltaLayer> {
+        let config = self.config();
+        let (h, width, heads) = (config.hidden_size, delta.width(), delta.heads);
+        let role = |r| Role::Layer(layer, r);
+        let linear = |site, weight, shape| self.linear(layer, site, role(weight), None, shape);
+        let values = |r| self.checkpoint.read_f32(role(r));
+        let wide = |full: (LayerSite, LayerRole), narrow: [(LayerSite, LayerRole); 2]| -> Result<WideProjection> {
+            Ok(match delta.low_rank {
+                false => WideProjection::Full(Box::new(linear(full.0, full.1, [width, h])?)),
+                true => {
+                    let [down, up] = narrow;
+                    WideProjection::LowRank(Box::new([
+                        linear(down.0, down.1, [delta.head_dim, h])?,
+                        linear(up.0, up.1, [width, delta.head_dim])?,
+                    ]))
+                }
+            })
+        };
+        let taps = [LayerRole::QueryConvolution, LayerRole::KeyConvolution, LayerRole::ValueConvolution]
+            .map(|r| self.taps(role(r), delta.kernel));
+        let [q, k, v] = taps;
+        let (q, k, v) = (q?, k?, v?);
+        let of_tap = |tap: usize| [&q, &k, &v].map(|taps| &taps[tap * width..(tap + 1) * width]).concat();
+        let norm = role(LayerRole::DeltaNorm);
+        Ok(ChannelDeltaLayer {
+            norm: self.norm(role(LayerRole::AttentionNorm), role(LayerRole::AttentionNormBias))?,
+            qkv: Box::new([
+                linear(LayerSite::Query, LayerRole::Query, [width, h])?,
+                linear(LayerSite::Key, LayerRole::Key, [width, h])?,
+                linear(LayerSite::Value, LayerRole::Value, [width, h])?,
+            ]),
+            taps: (0..delta.kernel).flat_map(of_tap).collect(),
+            decay: wide(
+                (LayerSite::DeltaDecay, LayerRole::DeltaDecay),
+                [
+                    (LayerSite::DeltaDecayDown, LayerRole::DeltaDecayDown),
+                    (LayerSite::DeltaDecayUp, LayerRole::DeltaDecayUp),
+                ],
+            )?,
+            rate: values(LayerRole::DeltaRate)?.into_iter().map(f32::exp).collect(),
+            rate_bias: values(LayerRole::DeltaRateBias)?.into(),
+            lower_bound: delta.lower_bound.map(|bound| bound as f32),
+            beta: linear(LayerSite::DeltaBeta, LayerRole::DeltaBeta, [heads, h])?,
+            gate: wide(
+                (LayerSite::AttentionGate, LayerRole::AttentionGate),
+                [
+                    (LayerSite::DeltaGateDown, LayerRole::DeltaGateDown),
+                    (LayerSite::DeltaGateUp, LayerRole::DeltaGateUp),
+                ],
+            )?,
+            output_norm: Norm {
+                weight_adapter: self.adapters().and_then(|adapters| adapters.vector(norm)),
+                ..Norm::new(self.vector(norm, delta.head_dim)?, None, config.norm_eps as f32)
+            },
+            output: linear(LayerSite::Output, LayerRole::Output, [h, width])?,
+            shape: ChannelDeltaShape { heads, key_dim: delta.head_dim, value_dim: delta.head_dim },
         })
     }
 
@@ -283,6 +346,15 @@ impl Model {
                     norm: self.rms_norm(role(LayerRole::LatentQueryNorm), rank, latent.norm_eps)?,
                     up: weight(LayerSite::LatentQueryUp, LayerRole::LatentQueryUp, [q, rank])?,
                 })),
+            },
+            rotary: config.layers[layer].rotary,
+            gate: match a.gate {
+                OutputGate::None => None,
+                OutputGate::Head => {
+                    let (site, gate) = (LayerSite::AttentionGate, role(LayerRole::AttentionGate));
+                    Some(self.linear(layer, site, gate, None, [a.num_heads, h])?)
+                }
+                other => return Err(Error::Unsupported(format!("gates {other:?} on heads of latent attention"))),
             },
             kv_down: down(
                 LayerSite::LatentKvDown,

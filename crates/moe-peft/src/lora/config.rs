@@ -59,6 +59,15 @@ pub struct LoraConfig {
     pub use_dora: bool,
     /// How `A` and `B` begin.
     pub init_lora_weights: Init,
+    /// Modules outside experts whose own tensors are trained whole beside the additions, by name or end of path:
+    /// `lm_head`, `embed_tokens`, norms, routers. Every number of theirs is trained and saved, and an optimizer keeps
+    /// moments of each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub modules_to_save: Vec<String>,
+    /// Tokens whose rows of the embeddings are trained, such as new ones; rows of both where embeddings and output head
+    /// are one tensor.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub trainable_token_indices: Vec<u32>,
     /// Whose module names `target_modules` and the patterns are about.
     pub naming: Naming,
     /// Where random values and dropout begin.
@@ -81,6 +90,8 @@ impl Default for LoraConfig {
             use_rslora: false,
             use_dora: false,
             init_lora_weights: Init::Kaiming,
+            modules_to_save: Vec::new(),
+            trainable_token_indices: Vec::new(),
             naming: Naming::PerExpert,
             seed: 0,
         }

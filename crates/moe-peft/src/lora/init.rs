@@ -1,5 +1,7 @@
 //! How adapters begin.
 
+use std::collections::BTreeSet;
+
 use faer::Mat;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -14,7 +16,7 @@ use super::{
     weights::{LoraWeights, LowRank},
 };
 use crate::{Error, Result};
-use moe_checkpoint::MatrixId;
+use moe_checkpoint::{MatrixId, Role};
 
 impl LoraConfig {
     /// A new adapter for a model. `covariances` of the inputs of maps are for CorDA alone.
@@ -30,7 +32,66 @@ impl LoraConfig {
         for (map, share) in targets {
             weights.maps.insert(map, self.begin(maps, map, share, covariances)?);
         }
+        let checkpoint = maps.checkpoint();
+        for role in self.saved_whole(maps, weights.maps.keys())? {
+            weights.whole.insert(role, checkpoint.read_f32(role)?);
+        }
+        for &token in &self.trainable_token_indices {
+            let row = token as usize..token as usize + 1;
+            weights.tokens.insert(token, checkpoint.read_f32_rows(Role::Embedding, row)?);
+        }
         Ok(weights)
+    }
+
+    /// The tensors of `modules_to_save`, once they and `trainable_token_indices` are found to fit the model and the
+    /// additions beside them.
+    pub(crate) fn saved_whole<'m>(
+        &self,
+        maps: &Maps<'_>,
+        beside: impl Iterator<Item = &'m MatrixId> + Clone,
+    ) -> Result<BTreeSet<Role>> {
+        let checkpoint = maps.checkpoint();
+        let mut found = BTreeSet::new();
+        for module in &self.modules_to_save {
+            let roles = maps.of_module(module);
+            if roles.is_empty() {
+                let expected =
+                    "modules outside experts, by name or end of path, such as `lm_head`, `embed_tokens`, `norm`";
+                return Err(Error::input(
+                    "modules_to_save",
+                    format!("`{module}`, which no module is called"),
+                    expected,
+                ));
+            }
+            found.extend(roles);
+        }
+        let (embeddings, head) = (checkpoint.role(Role::Embedding)?, checkpoint.role(Role::LmHead)?);
+        let vocabulary = found.iter().find(|role| matches!(role, Role::Embedding | Role::LmHead));
+        if let Some(role) = vocabulary.filter(|_| embeddings.name == head.name) {
+            let expected = "`trainable_token_indices`, which trains rows of both, or {\"type\": \"own\", \"embeddings\": true}: embeddings \
+                            and output head are one tensor in this model";
+            return Err(Error::input("modules_to_save", format!("`{}`", maps.module_of(*role)), expected));
+        }
+        for role in &found {
+            let twice = |map: &MatrixId| matches!((map, role), (MatrixId::Layer(layer, of), Role::Layer(l, r)) if layer == l && of == r);
+            if let Some(map) = beside.clone().find(|map| twice(map)) {
+                let found = format!("`{}`, and an addition to {map}", maps.module_of(*role));
+                return Err(Error::input("modules_to_save", found, "one of both"));
+            }
+        }
+        let vocabulary = checkpoint.config().vocab_size;
+        if let Some(token) = self.trainable_token_indices.iter().find(|token| **token as usize >= vocabulary) {
+            return Err(Error::input(
+                "trainable_token_indices",
+                token,
+                format!("below the vocabulary size {vocabulary}"),
+            ));
+        }
+        if !self.trainable_token_indices.is_empty() && found.contains(&Role::Embedding) {
+            let found = "rows of the embeddings, and in `modules_to_save` all of them";
+            return Err(Error::input("trainable_token_indices", found, "one of both"));
+        }
+        Ok(found)
     }
 
     /// The same with other values, for which no weight is read.
@@ -46,6 +107,12 @@ impl LoraConfig {
             let low = LowRank::new(a, b, rank, alpha);
             weights.maps.insert(map, LowRank { rslora: self.use_rslora, start, magnitude, ..low });
         }
+        for role in self.saved_whole(maps, weights.maps.keys())? {
+            let elements = maps.checkpoint().role(role)?.shape.iter().product();
+            weights.whole.insert(role, vec![0.0; elements]);
+        }
+        let row = vec![0.0; maps.checkpoint().config().hidden_size];
+        weights.tokens = self.trainable_token_indices.iter().map(|token| (*token, row.clone())).collect();
         Ok(weights)
     }
 

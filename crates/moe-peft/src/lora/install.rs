@@ -342,7 +342,8 @@ impl TuningMethod for LoraConfig {
     /// # Errors
     /// As [`LoraConfig::targets`].
     fn check(&self, on: &Setting<'_>) -> Result<()> {
-        self.targets(&Maps::new(on.model.checkpoint())).map(drop)
+        let maps = Maps::new(on.model.checkpoint());
+        self.saved_whole(&maps, self.targets(&maps)?.keys()).map(drop)
     }
 
     fn outline(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {

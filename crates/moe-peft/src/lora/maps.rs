@@ -1,11 +1,15 @@
 //! The linear maps of a checkpoint, and what PEFT calls them.
 
-use std::{collections::HashMap, ops::Range};
+use std::{
+    collections::{BTreeSet, HashMap},
+    ops::Range,
+};
 
 use moe_checkpoint::{
     Checkpoint, ExpertLayout, ExpertMatrix, ExpertSite, ExpertTensor, LayerSite, MatrixId, Role, Site,
 };
 
+use super::targets::ends_with;
 use crate::trainable_tensors;
 
 /// Whose module names.
@@ -103,6 +107,12 @@ impl<'a> Maps<'a> {
     pub fn module_of(&self, role: Role) -> String {
         let name = self.tensor_name(role);
         name.rsplit_once('.').map_or_else(|| name.clone(), |(path, _)| path.to_string())
+    }
+
+    /// The tensors of the modules outside of experts that are called so, by their path or the end of it.
+    pub fn of_module(&self, module: &str) -> BTreeSet<Role> {
+        let of = |name: &String| name.rsplit_once('.').is_some_and(|(path, _)| ends_with(path, module));
+        self.tensors.iter().filter(|(name, _)| of(name)).map(|(_, role)| *role).collect()
     }
 
     /// The checkpoint.

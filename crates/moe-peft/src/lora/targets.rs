@@ -73,8 +73,9 @@ impl LoraConfig {
                 if let Targets::List(names) = targets
                     && ["lm_head", "embed_tokens", "embed_out", "wte"].iter().any(|end| ends_with(&names[name], end))
                 {
-                    let expected = "maps of decoder layers: there are no low-rank additions to embeddings and output head here. Their \
-                                    own weights can be trained: {\"type\": \"own\", \"head\": true} or \"embeddings\"";
+                    let expected = "maps of decoder layers: new adapters have no low-rank additions to embeddings and output head. Their \
+                                    own weights can be trained: name them in `modules_to_save`, or rows of tokens in \
+                                    `trainable_token_indices`";
                     return Err(Error::input("target_modules", format!("`{}`", names[name]), expected));
                 }
                 let expected = format!("names of modules such as {}", examples(maps, self.naming));

@@ -191,25 +191,12 @@ impl AdapterConfig {
         let besides = [
             ("bias", (self.bias != "none").then(|| self.bias.clone()), "biases"),
             ("lora_bias", self.lora_bias.then(|| "true".to_string()), "biases"),
-            (
-                "modules_to_save",
-                self.modules_to_save.as_ref().filter(|names| !names.is_empty()).map(|names| names.join(", ")),
-                "head, embeddings, norms",
-            ),
-            (
-                "trainable_token_indices",
-                self.trainable_token_indices
-                    .as_ref()
-                    .filter(|tokens| !tokens.is_empty())
-                    .map(|tokens| format!("{tokens:?}")),
-                "embeddings",
-            ),
         ];
         for (field, value, own) in besides {
             if let Some(value) = value {
                 return Err(Error::Unsupported(format!(
-                    "`{field}`: {value}: a new adapter trains low-rank additions alone; the model's own weights are trained by \
-                     {{\"type\": \"own\"}} ({own})"
+                    "`{field}`: {value}: a new adapter trains low-rank additions, `modules_to_save` and `trainable_token_indices`; other \
+                     weights of the model are trained by {{\"type\": \"own\"}} ({own})"
                 )));
             }
         }
@@ -232,6 +219,8 @@ impl AdapterConfig {
             use_rslora: self.use_rslora.unwrap_or(false),
             use_dora: self.use_dora.unwrap_or(false),
             init_lora_weights: Init::try_from(self.init_lora_weights.clone()).unwrap_or(Init::Kaiming),
+            modules_to_save: self.modules_to_save.clone().unwrap_or_default(),
+            trainable_token_indices: self.trainable_token_indices.clone().unwrap_or_default(),
             naming,
             seed: 0,
         }
@@ -341,12 +330,16 @@ mod tests {
         let two = r#"{"peft_type": "LORA", "trainable_token_indices": {"a": [1], "b": [2]}}"#;
         assert!(load(two).unwrap_err().to_string().contains("the embeddings alone"));
         // as options of a new adapter, what cannot be trained is named
-        for (field, value) in [("bias", "\"all\""), ("lora_bias", "true"), ("modules_to_save", "[\"lm_head\"]")] {
+        for (field, value) in [("bias", "\"all\""), ("lora_bias", "true")] {
             let config =
                 load(&format!(r#"{{"peft_type": "LORA", "target_modules": ["q"], "{field}": {value}}}"#)).unwrap();
             let error = config.method().unwrap_err().to_string();
             assert!(error.contains(field) && error.contains("own"), "{error}");
         }
+        let more = r#"{"peft_type": "LORA", "target_modules": ["q"], "modules_to_save": ["lm_head"],
+                       "trainable_token_indices": [3]}"#;
+        let method = load(more).unwrap().method().unwrap();
+        assert_eq!((method.modules_to_save, method.trainable_token_indices), (vec!["lm_head".to_string()], vec![3]));
         let pasted = load(
             r#"{"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "r": 3, "target_modules": ["q_proj"],
                 "inference_mode": true, "revision": null, "auto_mapping": null, "corda_config": null}"#,

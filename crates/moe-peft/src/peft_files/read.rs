@@ -67,7 +67,11 @@ pub fn read(dir: impl AsRef<Path>, maps: &Maps<'_>, options: ReadOptions) -> Res
             path: config_path,
             what: "init_lora_weights".into(),
             found: format!("\"{init}\", which takes a part of the base weights"),
-            expected: "an adapter converted to plain LoRA, or the option that the model is what was left".into(),
+            expected: "the adapter as it began, too, which PEFT saves before the first step \
+                       (`path_initial_model_for_weight_conversion`): what the weights gave up follows from it alone, since decomposing \
+                       them again gives other vectors. `moe adapter convert` makes a plain adapter of both (`--initial DIR`); or say that \
+                       the model is what the weights kept"
+                .into(),
         });
     }
     let reader = Reader { dir, maps, config: &config, path: dir.join(MODEL_FILE) };

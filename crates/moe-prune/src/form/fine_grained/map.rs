@@ -49,6 +49,25 @@ impl LayerPieces {
     }
 }
 
+impl PieceMap {
+    /// How many of the pieces of a layer can be selected for one token: all, or those of the selected groups.
+    fn selectable(&self, layer: &LayerPieces) -> usize {
+        let pieces = layer.pieces.len();
+        self.routing.groups().map_or(pieces, |groups| pieces / groups.count * groups.top)
+    }
+
+    /// Whether the pieces per token may end within those of one expert, which tie. Which of them a token gets is up to
+    /// whoever runs the model then.
+    pub fn cuts_experts(&self) -> bool {
+        self.layers.iter().any(|layer| {
+            let counts = || layer.counts.iter().copied().filter(|count| *count > 0);
+            let alike = counts().max() == counts().min();
+            let whole = alike && counts().max().is_some_and(|count| self.routing.top_k.is_multiple_of(count));
+            self.routing.top_k < self.selectable(layer) && !whole
+        })
+    }
+}
+
 impl FineGrained<'_> {
     /// The pieces that a plan leaves.
     ///

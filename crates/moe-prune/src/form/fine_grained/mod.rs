@@ -193,6 +193,14 @@ pub(super) fn target(
         let layer = TargetLayer::kept(from, kept, stock_layout(from, kept.layer, width)?);
         layers.push(TargetLayer { rows, sets, correction_factor: map.correction_factor, ..layer });
     }
+    let mut notes = notes(map.width, width);
+    if map.cuts_experts() {
+        notes.push(format!(
+            "{} pieces per token end within those of one expert for some tokens; these tie, and stock runtimes take others of \
+             them than an evaluation here: their outputs differ",
+            map.routing.top_k
+        ));
+    }
     let (shared_experts, shared_width) = shared(from, width);
     let shape = UniformShape {
         width,
@@ -202,7 +210,7 @@ pub(super) fn target(
         groups: map.routing.groups().map(|groups| (groups.count, groups.top)),
     };
     let config = uniform_shape_config(from.raw_config(), shape)?;
-    Ok(Target { shared_width, notes: notes(map.width, width), ..Target::new(config, layers) })
+    Ok(Target { shared_width, notes, ..Target::new(config, layers) })
 }
 
 /// What the report says beyond the numbers.

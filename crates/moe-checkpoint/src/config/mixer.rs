@@ -1,0 +1,109 @@
+//! What looks at other tokens in a decoder layer.
+
+/// What looks at other tokens in a decoder layer.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Mixer {
+    /// [`ModelConfig::attention`](super::ModelConfig::attention).
+    Attention,
+    /// Gated DeltaNet (arXiv 2412.06464), a linear attention.
+    DeltaNet(DeltaNet),
+    /// Kimi delta attention (arXiv 2510.26692), a linear attention that forgets by channel.
+    ChannelDelta(ChannelDelta),
+    /// A gated convolution of every channel by itself.
+    ShortConvolution {
+        /// Tokens that it sees, the current one included.
+        kernel: usize,
+    },
+    /// A state space layer, Mamba2 (arXiv 2405.21060).
+    Mamba(Mamba),
+    /// Nothing: the layer is a feed-forward half alone.
+    None,
+}
+
+/// A state space layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mamba {
+    /// Number of heads.
+    pub heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Groups of heads that share what writes and reads the state; divides `heads`.
+    pub groups: usize,
+    /// Width of the state.
+    pub state: usize,
+    /// Tokens that the convolution in front sees, the current one included.
+    pub kernel: usize,
+    /// Whether that has a bias.
+    pub convolution_bias: bool,
+    /// Least step.
+    pub least_step: f64,
+}
+
+impl Mamba {
+    /// Width of all heads.
+    pub fn values(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Channels of the convolution.
+    pub fn channels(&self) -> usize {
+        self.values() + 2 * self.groups * self.state
+    }
+}
+
+/// Kimi delta attention.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ChannelDelta {
+    /// Heads of queries, keys and values.
+    pub heads: usize,
+    /// Width of a head of any of them.
+    pub head_dim: usize,
+    /// Tokens that the convolutions in front see, the current one included.
+    pub kernel: usize,
+    /// Whether the projections of decays and gates go through one of the width of a head.
+    pub low_rank: bool,
+    /// Least logarithm of a decay, where decays are `e^{bound * sigmoid(..)}`; else they are `e^{-rate * softplus(..)}`.
+    pub lower_bound: Option<f64>,
+}
+
+impl ChannelDelta {
+    /// Width of all queries, and of all keys and values.
+    pub fn width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+}
+
+/// Gated DeltaNet.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeltaNet {
+    /// Heads of queries and keys.
+    pub key_heads: usize,
+    /// Heads of values; a multiple of `key_heads`.
+    pub value_heads: usize,
+    /// Width of a query or key head.
+    pub key_head_dim: usize,
+    /// Width of a value head.
+    pub value_head_dim: usize,
+    /// Tokens that the convolution in front sees, the current one included.
+    pub kernel: usize,
+    /// Whether files have two projections, ordered by key heads, instead of four.
+    pub grouped: bool,
+}
+
+impl DeltaNet {
+    /// Width of all queries, and of all keys.
+    pub fn keys(&self) -> usize {
+        self.key_heads * self.key_head_dim
+    }
+
+    /// Width of all values.
+    pub fn values(&self) -> usize {
+        self.value_heads * self.value_head_dim
+    }
+
+    /// Channels of the convolution: queries, keys and values.
+    pub fn channels(&self) -> usize {
+        2 * self.keys() + self.values()
+    }
+}
