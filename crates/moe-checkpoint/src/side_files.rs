@@ -21,6 +21,10 @@ const DEPTH: usize = 4;
 /// [`Error::Io`] with the file.
 pub fn copy_side_files(from: &Path, to: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
+    // A model that was never in a directory.
+    if from.as_os_str().is_empty() {
+        return Ok(names);
+    }
     copy_folder(from, to, "", DEPTH, &mut names)?;
     names.sort();
     Ok(names)

@@ -5,7 +5,7 @@ use burn::tensor::{Bool, Device, IndexingUpdateOp, Int, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use crate::dispatch::dispatch;
-use crate::experts::{ExpertNetworks, GatedExperts, GatedExpertsConfig, SharedExpert, SharedExpertConfig};
+use crate::experts::{Activation, ExpertNetworks, GatedExperts, GatedExpertsConfig, SharedExpert, SharedExpertConfig};
 use crate::losses::{LossWeights, RouterLosses};
 use crate::router::{Router, TopKRouter, TopKRouterConfig};
 use crate::routing::{RouteContext, Routing};
@@ -184,6 +184,9 @@ pub struct MoeConfig {
     pub top_k: usize,
     /// The router, where it is not the usual one of this size: then its own sizes are replaced by those above.
     pub router: Option<TopKRouterConfig>,
+    /// The activation of the experts' gates.
+    #[config(default = "Activation::Silu")]
+    pub activation: Activation,
     /// A network that every token runs through; its `d_model` is replaced by that above.
     pub shared: Option<SharedExpertConfig>,
     /// The limit of tokens per expert; none drops no token.
@@ -194,16 +197,21 @@ pub struct MoeConfig {
 }
 
 impl MoeConfig {
+    /// The router, with the sizes of the layer.
+    pub fn router_config(&self) -> TopKRouterConfig {
+        let router = self.router.clone().unwrap_or_else(|| TopKRouterConfig::new(self.d_model, self.num_experts));
+        TopKRouterConfig { d_model: self.d_model, num_experts: self.num_experts, top_k: self.top_k, ..router }
+    }
+
     /// Makes the layer.
     ///
     /// # Panics
     ///
     /// If sizes do not fit together, as [`TopKRouterConfig::init`] says.
     pub fn init(&self, device: &Device) -> SwigluMoe {
-        let router = self.router.clone().unwrap_or_else(|| TopKRouterConfig::new(self.d_model, self.num_experts));
-        let router =
-            TopKRouterConfig { d_model: self.d_model, num_experts: self.num_experts, top_k: self.top_k, ..router };
-        let experts = GatedExpertsConfig::new(self.d_model, self.d_ff, self.num_experts);
+        let router = self.router_config();
+        let experts =
+            GatedExpertsConfig::new(self.d_model, self.d_ff, self.num_experts).with_activation(self.activation);
         let mut layer = MoeLayer::new(router.init(device), experts.init(device)).with_losses(self.losses);
         if let Some(capacity) = self.capacity {
             layer = layer.with_capacity(capacity);

@@ -25,6 +25,7 @@
 //! The products of experts are one operation with a derivative of its own ([`grouped_product`]), since cutting tensors
 //! into experts inside Burn's graph costs a copy of the whole tensor per expert in the backward pass.
 
+pub mod architectures;
 pub mod assignment;
 pub mod dispatch;
 pub mod experts;
@@ -35,6 +36,7 @@ mod record;
 pub mod router;
 mod routing;
 mod soft;
+pub mod transformer;
 
 pub use assignment::{Assignment, Segments};
 pub use dispatch::dispatch;
@@ -46,3 +48,4 @@ pub use record::RoutingRecord;
 pub use router::*;
 pub use routing::{Combine, RouteContext, Routing, Score};
 pub use soft::{SoftMoe, SoftMoeConfig};
+pub use transformer::*;

@@ -56,9 +56,9 @@ pub struct GatedExperts {
     /// `[experts, hidden]`.
     pub down_bias: Option<Param<Tensor<2>>>,
     #[module(skip)]
-    activation: Activation,
+    pub(crate) activation: Activation,
     #[module(skip)]
-    clamped: Option<Clamped>,
+    pub(crate) clamped: Option<Clamped>,
 }
 
 impl GatedExpertsConfig {

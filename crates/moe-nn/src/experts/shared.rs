@@ -30,7 +30,7 @@ pub struct FeedForward {
     /// Intermediate to hidden.
     pub down: Linear,
     #[module(skip)]
-    activation: Activation,
+    pub(crate) activation: Activation,
 }
 
 impl FeedForwardConfig {
