@@ -9,7 +9,7 @@ use burn::module::{Module, ModuleDisplay};
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_optim::{AdamWConfig, GradientsParams, Optimizer};
+use burn_optim::{AdamWConfig, GradientsParams};
 use moe_nn::architectures::*;
 use moe_nn::*;
 
@@ -118,7 +118,7 @@ fn batch(step: usize, device: &Device) -> Tensor<2, Int> {
 
 fn train<L: Layer>(name: &str, layer: L, steps: usize, device: &Device) {
     device.seed(1);
-    let parameters = layer.num_params();
+    let parameters = Module::num_params(&layer);
     let mut model = Model::new(layer, device);
     let mut optimizer = AdamWConfig::new().init();
     let (mut last, mut load, start) = (0.0, None, Instant::now());

@@ -116,7 +116,7 @@ fn what_modules_lack_is_listed_wholly() {
 
 #[test]
 fn a_few_steps_lower_the_loss() {
-    use burn_optim::{AdamWConfig, GradientsParams, Optimizer};
+    use burn_optim::{AdamWConfig, GradientsParams};
     let losses = LossWeights { balance: 0.01, z: 0.001, ..LossWeights::default() };
     let moe = MoeConfig::new(16, 16, 4).with_losses(losses);
     let mut model = TransformerConfig::new(20, 16, 2, AttentionConfig::new(4, 2, 4), moe).init(&autodiff());
