@@ -138,8 +138,10 @@ fn decisions_of_a_rule_hold_for_each_sequence_and_token_by_itself() {
         let prompts = [vec![50, 61, 72, 83], vec![99; 3], vec![7, 8]];
         let options = GenerateOptions { max_new_tokens: 5, ..GenerateOptions::default() };
         let found = generate(&under, &prompts, &options, |_| false).unwrap();
-        let single: Vec<Vec<u32>> =
-            prompts.iter().map(|p| generate(&under, &[p.clone()], &options, |_| false).unwrap().concat()).collect();
+        let single: Vec<Vec<u32>> = prompts
+            .iter()
+            .map(|p| generate(&under, std::slice::from_ref(p), &options, |_| false).unwrap().concat())
+            .collect();
         assert_eq!(found, single, "{shown}");
         if shown.contains("times: false") {
             for (prompt, found) in prompts.iter().zip(found) {

@@ -128,7 +128,7 @@ fn remixing_with_the_prompts_own_routing_is_the_model_and_others_do_not_raise_th
     store.save(&file).unwrap();
     assert_eq!(ReferenceStore::load(&file).unwrap(), store);
     let prompt = prompts()[0].clone();
-    let expected = generate(&model, &[prompt.clone()], &options(), |_| false).unwrap().concat();
+    let expected = generate(&model, std::slice::from_ref(&prompt), &options(), |_| false).unwrap().concat();
     let methods = [
         PathwaysMethod::Kernel { own: vec![1.0] },
         PathwaysMethod::Descent { steps: 0, rate: 1e-2, last_rate: 1e-5 },
@@ -137,7 +137,7 @@ fn remixing_with_the_prompts_own_routing_is_the_model_and_others_do_not_raise_th
     ];
     for (i, method) in methods.into_iter().enumerate() {
         let pathways = Pathways { most_similar: 1.0, layers: 2, method, ..Pathways::default() };
-        let found = pathways.generate(&model, &[prompt.clone()], &store, &options(), |_| false).unwrap();
+        let found = pathways.generate(&model, std::slice::from_ref(&prompt), &store, &options(), |_| false).unwrap();
         let (completion, remixed) = &found[0];
         assert!(remixed.losses.1 <= remixed.losses.0, "{remixed:?}");
         assert_eq!((remixed.rows.keys().copied().collect::<Vec<_>>(), remixed.neighbors.len()), (vec![2, 3], 3));

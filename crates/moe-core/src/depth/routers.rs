@@ -94,7 +94,7 @@ impl LayerRouter {
         WIDTH * hidden + WIDTH + CLASSES * WIDTH + CLASSES
     }
 
-    fn parts<'a>(values: &'a [f32], hidden: usize) -> (&'a [f32], &'a [f32], &'a [f32], &'a [f32]) {
+    fn parts(values: &[f32], hidden: usize) -> (&[f32], &[f32], &[f32], &[f32]) {
         let (w1, rest) = values.split_at(WIDTH * hidden);
         let (b1, rest) = rest.split_at(WIDTH);
         let (w2, b2) = rest.split_at(CLASSES * WIDTH);

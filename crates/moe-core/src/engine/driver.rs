@@ -94,10 +94,10 @@ impl Engine<'_> {
             Some(SweepPart::Head) => (stop, layers),
             Some(SweepPart::Backward(layer)) => (stop, layer),
         };
-        for layer in 0..left {
+        for (layer, step) in steps.iter().enumerate().take(left) {
             if depth.reaches_feed_forward(layer) {
                 store.adopt(middle_slot(layer), Part::Middle(layer), None, device);
-                for (which, slot) in sum_slots(layer).take(config.kept_sums(steps[layer].layer)).enumerate() {
+                for (which, slot) in sum_slots(layer).take(config.kept_sums(step.layer)).enumerate() {
                     store.adopt(slot, Part::Sum(layer, which), None, device);
                 }
             }

@@ -120,7 +120,9 @@ impl Router {
         tokens.with_min_len(64).for_each_init(
             || (Vec::new(), Vec::new(), Vec::new()),
             |(selected, weights, d), (t, (out, logits))| {
-                (selected.clear(), weights.clear(), d.clear());
+                selected.clear();
+                weights.clear();
+                d.clear();
                 for slot in (t * k..(t + 1) * k).filter(|slot| routed.weights[*slot] != 0.0) {
                     selected.push(routed.selected[slot]);
                     weights.push(routed.weights[slot]);

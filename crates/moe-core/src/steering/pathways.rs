@@ -180,7 +180,9 @@ impl ReferenceStore {
         let mut references = Vec::new();
         for (prompt, answer) in samples {
             let options = GenerateOptions { max_new_tokens: answer.len(), ..GenerateOptions::default() };
-            if answer.is_empty() || generate(model, &[prompt.clone()], &options, |_| false)?.concat() != *answer {
+            if answer.is_empty()
+                || generate(model, std::slice::from_ref(prompt), &options, |_| false)?.concat() != *answer
+            {
                 continue;
             }
             let seen = look(model, prompt)?;
@@ -393,7 +395,7 @@ impl Pathways {
         for prompt in prompts {
             let found = self.remix(&overridden, &rows, prompt, store)?;
             rows.set(prompt.len().saturating_sub(1), found.rows.clone(), 1);
-            let completion = generate(&overridden, &[prompt.clone()], options, &mut ended)?.concat();
+            let completion = generate(&overridden, std::slice::from_ref(prompt), options, &mut ended)?.concat();
             rows.reset();
             all.push((completion, found));
         }

@@ -122,7 +122,7 @@ impl Rewiring {
         if self.every == 0 {
             return Err(Error::input("every", 0, "at least 1"));
         }
-        if !(self.clip > 0.0) {
+        if self.clip.is_nan() || self.clip <= 0.0 {
             return Err(Error::input("clip", self.clip, "a number above 0"));
         }
         match self.layers {

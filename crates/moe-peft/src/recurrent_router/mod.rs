@@ -67,6 +67,9 @@ pub struct RecurrentRouter {
     layers: BTreeMap<usize, Arc<RecurrentLayer>>,
 }
 
+/// Values of an array by name and shape.
+type Values<'a> = dyn FnMut(&str, [usize; 2]) -> Result<Vec<f32>> + 'a;
+
 impl RecurrentRouter {
     /// A new one: even weights in `[-r^-0.5, r^-0.5]`, as PyTorch begins a GRU, `A` in `[-H^-0.5, H^-0.5]`, and `G` of
     /// zeros where it stands beside the model's router.
@@ -96,7 +99,7 @@ impl RecurrentRouter {
         config: &ModelConfig,
         options: RecurrentOptions,
         device: &burn::tensor::Device,
-        values: &mut dyn FnMut(&str, [usize; 2]) -> Result<Vec<f32>>,
+        values: &mut Values<'_>,
     ) -> Result<Self> {
         let (r, hidden) = (options.width, config.hidden_size);
         if r == 0 {

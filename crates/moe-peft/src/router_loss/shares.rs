@@ -333,13 +333,13 @@ mod tests {
         // six tokens, each wholly for its own expert
         let mut one_hot = vec![0.0; 36];
         (0..6).for_each(|t| one_hot[t * 6 + t] = 1.0);
-        let balanced = seen(one_hot, 6, vec![0..6]);
+        let balanced = seen(one_hot, 6, std::iter::once(0..6).collect());
         assert_eq!(value(&losses[0], &balanced), 0.0);
         assert!((value(&losses[1], &balanced) + 0.7 * 6f64.ln()).abs() < 1e-6);
         assert!((value(&losses[2], &balanced) - 0.7 * 6f64.ln()).abs() < 1e-9);
         assert!(value(&losses[3], &balanced).abs() < 1e-12);
         // all alike: no information, whatever the shares
-        let alike = seen([0.5, 0.2, 0.1, 0.1, 0.05, 0.05].repeat(5), 6, vec![0..5]);
+        let alike = seen([0.5, 0.2, 0.1, 0.1, 0.05, 0.05].repeat(5), 6, std::iter::once(0..5).collect());
         assert!(value(&losses[1], &alike).abs() < 1e-6);
         assert_eq!(value(&losses[6], &alike), 0.0);
         // uniform shares, choices in turn
@@ -349,7 +349,7 @@ mod tests {
             assert!((value(losses, &uniform) - 0.7).abs() < 1e-9, "{losses:?}");
         }
         // everything to two experts of one device: E / k times, and three devices' worth
-        let collapsed = seen([0.5, 0.5, 0.0, 0.0, 0.0, 0.0].repeat(4), 6, vec![0..4]);
+        let collapsed = seen([0.5, 0.5, 0.0, 0.0, 0.0, 0.0].repeat(4), 6, std::iter::once(0..4).collect());
         assert!((value(&losses[4], &collapsed) - 0.7 * 3.0).abs() < 1e-9);
         assert!((value(&losses[5], &collapsed) - 0.7 * 3.0).abs() < 1e-9);
         assert!((value(&losses[3], &collapsed) - 0.7 * 2.0).abs() < 1e-9);
@@ -357,7 +357,11 @@ mod tests {
 
     #[test]
     fn a_device_of_one_expert_is_plain_balance_and_wrong_groups_are_refused() {
-        let seen = seen(softmax(&(0..24).map(|i| (f64::from(i) * 0.9).cos()).collect::<Vec<_>>(), 6), 6, vec![0..4]);
+        let seen = seen(
+            softmax(&(0..24).map(|i| (f64::from(i) * 0.9).cos()).collect::<Vec<_>>(), 6),
+            6,
+            std::iter::once(0..4).collect(),
+        );
         let of = |devices| ShareLosses {
             device_balance: Some(DeviceBalance { coefficient: 1.0, devices }),
             ..ShareLosses::default()
