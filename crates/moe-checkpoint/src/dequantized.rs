@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::config::Ffn;
+use crate::config::{Ffn, ModelConfig};
 use crate::expert_bytes::RawMatrix;
 use crate::experts::ExpertPart;
-use crate::ragged::dequantized_config;
+use crate::ragged::{dequantized_config, ragged_config};
 use crate::source::{ModelDescription, ModelSource};
 use crate::weights::TensorInfo;
 use crate::{Checkpoint, Result};
@@ -35,8 +35,13 @@ impl Checkpoint {
         let moe = self.config().layers.iter().enumerate().filter(|(_, layer)| matches!(layer.ffn, Ffn::Moe(_)));
         let layers = moe.map(|(layer, _)| layer).filter(|layer| self.experts_are_transposed(*layer)).collect();
         let tensors = self.plain_tensors().map(TensorInfo::spec).collect();
-        let description =
-            ModelDescription { config: dequantized_config(self.raw_config()), tensors, ..ModelDescription::of(self) };
+        let mut config = dequantized_config(self.raw_config());
+        if ModelConfig::from_json(&config, None)?.moe_shape() != *self.shape() && !self.ragged() && !self.grouped() {
+            // Numbers of experts that differ by layer stand in what was said of quantization.
+            let widths = self.shape().layers.iter().map(|layer| (layer.layer, layer.widths.clone())).collect();
+            config = ragged_config(&config, &widths, &BTreeSet::new())?;
+        }
+        let description = ModelDescription { config, tensors, ..ModelDescription::of(self) };
         let source = Dequantized { base: self.clone(), layers };
         Checkpoint::from_source(description, Arc::new(source)).map(Arc::new)
     }

@@ -75,6 +75,7 @@ mod statistics;
 mod statistics_array;
 mod statistics_part;
 mod statistics_store;
+mod stored_expert;
 mod stream_edit;
 mod verify;
 mod weights;
@@ -105,7 +106,7 @@ pub use parallel::collect_in_order;
 pub use protection::{Protected, ProtectionMask};
 pub use provenance::Provenance;
 pub use quantize::{
-    BasePrecision, InputMoments, KeptQuantization, MatrixOrigin, QUANTIZE_METHOD, QuantizeOptions, QuantizeReport,
+    BasePrecision, ExpertFormat, ExpertFormats, expert_bytes, InputMoments, KeptQuantization, MatrixOrigin, QUANTIZE_METHOD, QuantizeOptions, QuantizeReport,
     Quantized, QuantizedPart, WeightFormat,
 };
 pub use ragged::{UniformShape, dequantized_config, ragged_config, uniform_config, uniform_shape_config};
@@ -123,6 +124,7 @@ pub use source::{ModelDescription, ModelSource, sliced};
 pub use statistics::{Counts, Statistics};
 pub use statistics_array::{ArrayKind, Extent, Fold};
 pub use statistics_store::StatisticsStore;
+pub use stored_expert::StoredExpert;
 pub use stream_edit::StreamEdit;
 pub use weights::TensorInfo;
 pub use write::{OnProgress, Progress, WriteOptions, WriteReport, check_output, check_room, check_space, write};

@@ -210,3 +210,44 @@ fn codes_that_are_no_numbers_are_an_error_with_the_tensor() {
     let error = opened.unwrap().expert(1, 0).unwrap_err().to_string();
     assert_parts(&error, &["experts.0.down_proj.weight", "FP8", "damaged"]);
 }
+
+#[test]
+fn layers_have_as_many_experts_as_compressed_tensors_says_of_each() {
+    let mut pruned = model("ct-int8-g32-w8a16-qwen3_moe");
+    let whole = Checkpoint::open(folder().join("ct-int8-g32-w8a16-qwen3_moe")).unwrap();
+    let layers = whole.config().layers.len();
+    let cut = whole.shape().layers.last().unwrap().layer;
+    let (count, top_k) = (whole.shape().layer(cut).unwrap().num_experts(), whole.config().routing.top_k);
+    assert!(count > top_k);
+    let last = format!("model.layers.{cut}.mlp.experts.{}.", count - 1);
+    pruned.tensors.retain(|name, _| !name.starts_with(&last));
+    let router = pruned.tensor(&format!("model.layers.{cut}.mlp.gate.weight"));
+    let row = router.bytes.len() / count;
+    router.bytes.truncate(row * (count - 1));
+    router.shape[0] = count - 1;
+    let mut counts = vec![serde_json::Value::Null; layers];
+    counts[cut] = (count - 1).into();
+    let sparsity = serde_json::json!({"method": "prune", "num_experts": counts});
+    assert!(pruned.open().1.is_err(), "without it the config asks for {count}");
+    pruned.config["quantization_config"]["moe_sparsity_config"] = sparsity;
+    let (_dir, opened) = pruned.open();
+    let opened = Arc::new(opened.unwrap());
+    assert_eq!(opened.shape().layer(cut).unwrap().num_experts(), count - 1);
+    // Without quantization it is a ragged model with the same experts.
+    let plain = opened.dequantized().unwrap();
+    assert_eq!(plain.shape(), opened.shape());
+    for expert in 0..count - 1 {
+        assert_eq!(plain.expert(cut, expert).unwrap(), whole.expert(cut, expert).unwrap());
+    }
+    pruned.config["quantization_config"]["moe_sparsity_config"]["num_experts"] = serde_json::json!(vec![1; layers + 1]);
+    assert_parts(&pruned.refusal(), &["config.json", "moe_sparsity_config.num_experts", "one per decoder layer"]);
+    counts_refused(&mut pruned, layers, cut, top_k - 1);
+}
+
+/// Fewer experts than a token is routed to.
+fn counts_refused(model: &mut Model, layers: usize, layer: usize, count: usize) {
+    let mut counts = vec![serde_json::Value::Null; layers];
+    counts[layer] = count.into();
+    model.config["quantization_config"]["moe_sparsity_config"]["num_experts"] = serde_json::json!(counts);
+    assert_parts(&model.refusal(), &["config.json", "num_experts[", &format!("at least {}", count + 1)]);
+}

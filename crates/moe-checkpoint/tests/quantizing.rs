@@ -277,7 +277,7 @@ fn precisions_of_a_base_fit_the_model() {
     let format = |name: &str| name.parse::<BasePrecision>().unwrap().format(&base);
     assert_eq!(format("int4"), int(4, Some(32), true));
     assert_eq!(format("fp8"), WeightFormat::Fp8Channels);
-    for name in ["nf4", "int4", "int8", "fp8", "mxfp4", "nvfp4"] {
+    for name in ["nf4", "int4", "int6", "int8", "fp8", "mxfp4", "nvfp4"] {
         let precision: BasePrecision = name.parse().unwrap();
         assert_eq!(precision.to_string(), name);
         let quantized = precision.on(&base).unwrap();
@@ -285,5 +285,5 @@ fn precisions_of_a_base_fit_the_model() {
         assert!(attention.is_some(), "{name}");
     }
     let unknown = "nf5".parse::<BasePrecision>().map(|_| ());
-    assert_parts(&message(unknown), &["nf5", "nf4, int4, int8, fp8, mxfp4"]);
+    assert_parts(&message(unknown), &["nf5", "nf4, int4, int6, int8, fp8, mxfp4"]);
 }

@@ -45,6 +45,7 @@ pub mod device;
 pub mod engine;
 pub mod error;
 pub mod evaluate;
+pub mod expert_cache;
 pub mod experts;
 pub mod generate;
 pub mod host;

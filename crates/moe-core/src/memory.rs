@@ -132,6 +132,8 @@ pub struct WaveSize {
     pub waiting: u64,
     /// Whether weights are decoded wherever they are used, so that none of them stays converted.
     pub decoded_per_use: bool,
+    /// Bytes of a cache of experts, in whose stead none stays converted; 0 without one.
+    pub expert_cache: u64,
 }
 
 /// Code, stacks, mapped pages, the tokenizer, and what the allocator keeps between blocks.
@@ -311,7 +313,7 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
         kept.push([tape, f32s(t * 2 * dense_width), experts_kept]);
     }
     let (what, largest) = phases.into_iter().max_by_key(|(_, bytes)| *bytes).unwrap_or_default();
-    let needed = BASE + largest + hidden;
+    let needed = BASE + largest + hidden + size.expert_cache;
     if needed > limit {
         return Err(Error::Memory { limit, needed, what: format!("{what}, with a wave of {t} tokens,") });
     }
@@ -341,7 +343,7 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
     while stays && residency.layers < layers && take(layer_weights[residency.layers]) {
         residency.layers += 1;
     }
-    while stays && residency.experts < expert_bytes.len() && take(expert_bytes[residency.experts]) {
+    while stays && size.expert_cache == 0 && residency.experts < expert_bytes.len() && take(expert_bytes[residency.experts]) {
         residency.experts += 1;
     }
     Ok(MemoryPlan { residency, keep, spill, expected: limit - free })

@@ -34,9 +34,9 @@ pub enum Budget {
     DropParameters(u64),
     /// Parameters of the whole model to keep at most. Has to be resolved against the checkpoint: [`Budget::resolve`].
     KeepTotalParameters(u64),
-    /// Bytes of the whole checkpoint to keep at most, quantized weights
-    /// counted as BF16: a model that stays quantized is smaller.
-    /// Has to be resolved against the checkpoint: [`Budget::resolve`].
+    /// Bytes of the whole checkpoint to keep at most. Quantized weights count as they are stored, since a model that is
+    /// pruned to one width stays quantized; one that is to be written as BF16 is budgeted as
+    /// [`Checkpoint::dequantized`]. Has to be resolved against the checkpoint: [`Budget::resolve`].
     KeepBytes(u64),
     /// Experts that every MoE layer keeps, all of which have as many now: what a pruner of whole experts is to leave.
     /// Has to be resolved against the checkpoint: [`Budget::resolve`].
@@ -79,12 +79,23 @@ impl Budget {
         let (total, per_unit, in_units) = match self {
             Self::KeepBytes(_) => {
                 let (mut widest, mut sum) = (0, 0);
+                if checkpoint.quantization().is_some() {
+                    // Codes with their share of scales and whatever else a weight is stored as, rounded up.
+                    for layer in &shape.layers {
+                        let bytes = checkpoint.expert_bytes_on_disk(layer.layer)?;
+                        let units: usize = layer.widths.iter().sum();
+                        widest = widest.max(bytes.div_ceil(units.max(1) as u64));
+                        sum += bytes;
+                    }
+                    (checkpoint.bytes_on_disk(), widest, sum)
+                } else {
                 for (layer, expert, width) in experts(shape) {
                     let unit = unit_bytes(&written, layer, expert)?;
                     widest = widest.max(unit);
                     sum += unit * width as u64;
                 }
                 (written.bytes_on_disk(), widest, sum)
+                }
             }
             _ => (written.parameters(), shape.parameters_per_unit() as u64, shape.parameters()),
         };

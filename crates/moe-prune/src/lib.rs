@@ -81,6 +81,8 @@ mod curves;
 mod edits;
 mod error;
 mod form;
+#[cfg(feature = "repair")]
+mod mixed_precision;
 mod needs;
 mod paths;
 mod plan;
@@ -107,6 +109,11 @@ pub use form::{
 };
 #[cfg(feature = "repair")]
 pub use form::{ScaleCalibration, ScaleFit, Trial, TrialOptions};
+#[cfg(feature = "repair")]
+pub use mixed_precision::{
+    MixedPrecision, PrecisionAllocation, PrecisionGroup, PrecisionGroupOptions, PrecisionOption, RoundedExperts,
+    Sensitivities, best_allocation,
+};
 pub use needs::{Needs, Questions, Sums};
 pub use paths::Within;
 pub use plan::{LayerKept, PLAN_VERSION, PrunePlan};

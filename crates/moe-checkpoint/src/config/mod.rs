@@ -94,7 +94,11 @@ impl ModelConfig {
             return Ok(parsed);
         }
         match Ragged::read(config)? {
-            None => family_of(config)?.parse(config, generation),
+            None => {
+                let mut parsed = family_of(config)?.parse(config, generation)?;
+                crate::formats::compressed::experts_per_layer(config, &mut parsed)?;
+                Ok(parsed)
+            }
             Some(ragged) => {
                 let mut parsed = family_of(&ragged.original)?.parse(&ragged.original, generation)?;
                 ragged.apply(&mut parsed)?;

@@ -7,7 +7,7 @@
 
 mod awq;
 pub(crate) mod bitsandbytes;
-mod compressed;
+pub(crate) mod compressed;
 mod config;
 pub(crate) mod floats;
 mod fp8;

@@ -18,6 +18,8 @@ pub enum BasePrecision {
     Nf4,
     /// Symmetric integers of 4 bits, in the largest groups of 128, 64 or 32 that divide the matrices.
     Int4,
+    /// Symmetric integers of 6 bits, in groups as with 4.
+    Int6,
     /// Symmetric integers of 8 bits, in groups as with 4.
     Int8,
     /// FP8 (E4M3) with a scale per row.
@@ -29,9 +31,10 @@ pub enum BasePrecision {
 }
 
 /// Names of precisions.
-const NAMES: [(&str, BasePrecision); 6] = [
+const NAMES: [(&str, BasePrecision); 7] = [
     ("nf4", BasePrecision::Nf4),
     ("int4", BasePrecision::Int4),
+    ("int6", BasePrecision::Int6),
     ("int8", BasePrecision::Int8),
     ("fp8", BasePrecision::Fp8),
     ("mxfp4", BasePrecision::Mxfp4),
@@ -41,7 +44,7 @@ const NAMES: [(&str, BasePrecision); 6] = [
 impl FromStr for BasePrecision {
     type Err = Error;
 
-    /// `nf4`, `int4`, `int8`, `fp8`, `mxfp4` or `nvfp4`.
+    /// `nf4`, `int4`, `int6`, `int8`, `fp8`, `mxfp4` or `nvfp4`.
     fn from_str(text: &str) -> Result<Self> {
         NAMES.iter().find(|(name, _)| *name == text).map(|(_, precision)| *precision).ok_or_else(|| {
             let names = NAMES.map(|(name, _)| name).join(", ");
@@ -67,6 +70,7 @@ impl BasePrecision {
         match self {
             Self::Nf4 => WeightFormat::Nf4,
             Self::Int4 => WeightFormat::Int { bits: 4, group_size, symmetric: true },
+            Self::Int6 => WeightFormat::Int { bits: 6, group_size, symmetric: true },
             Self::Int8 => WeightFormat::Int { bits: 8, group_size, symmetric: true },
             Self::Fp8 => WeightFormat::Fp8Channels,
             Self::Mxfp4 => WeightFormat::Mxfp4,

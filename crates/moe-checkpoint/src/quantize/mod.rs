@@ -2,6 +2,7 @@
 
 mod base_precision;
 mod entry;
+mod expert_formats;
 mod held;
 mod keep;
 mod second_order;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 pub use base_precision::BasePrecision;
+pub use expert_formats::{ExpertFormat, ExpertFormats, expert_bytes};
 pub use keep::{KeptQuantization, MatrixOrigin};
 pub use second_order::InputMoments;
 pub use weight_format::WeightFormat;
@@ -123,7 +125,27 @@ impl Quantized {
     /// [`Error::Quantize`] with the reason: parameters that the format does not have, widths that it cannot divide, a
     /// layout of experts that it has no place for.
     pub fn on(base: &Arc<Checkpoint>, options: &QuantizeOptions) -> Result<Self> {
-        Self::rounded(base, options, None)
+        Self::rounded(base, options, None, None)
+    }
+
+    /// The same with a format of its own for every routed expert (mixed precision); [`QuantizeOptions::format`] is that
+    /// of weights outside the routed experts, where these are quantized. Experts that stay as they are have to be
+    /// stored one by one in the base.
+    ///
+    /// # Errors
+    /// As [`Quantized::on`] and [`ExpertFormats::new`].
+    pub fn mixed(
+        base: &Arc<Checkpoint>,
+        options: &QuantizeOptions,
+        formats: &ExpertFormats,
+        moments: Option<&InputMoments>,
+    ) -> Result<Self> {
+        let formats = ExpertFormats::new(base, formats.groups().to_vec())?;
+        if options.part == QuantizedPart::Linear && !options.format.is_mixable() {
+            let reason = "no engine reads it beside other formats: choose fp8_channels, mxfp4, nvfp4 or integers";
+            return Err(Error::Quantize { format: options.format.to_string(), reason: reason.into() });
+        }
+        Self::rounded(base, options, Some(&formats), moments)
     }
 
     /// The same with routed experts rounded so that what rounding a column changes of the output is taken back by the
@@ -137,10 +159,15 @@ impl Quantized {
             let reason = "scales run across rows, so that errors cannot be passed on: leave calibration out";
             return Err(Error::Quantize { format: options.format.to_string(), reason: reason.into() });
         }
-        Self::rounded(base, options, Some(moments))
+        Self::rounded(base, options, None, Some(moments))
     }
 
-    fn rounded(base: &Arc<Checkpoint>, options: &QuantizeOptions, moments: Option<&InputMoments>) -> Result<Self> {
+    fn rounded(
+        base: &Arc<Checkpoint>,
+        options: &QuantizeOptions,
+        formats: Option<&ExpertFormats>,
+        moments: Option<&InputMoments>,
+    ) -> Result<Self> {
         let refused = |reason: String| Error::Quantize { format: options.format.to_string(), reason };
         options.format.check().map_err(refused)?;
         let from = base.dequantized()?;
@@ -152,11 +179,23 @@ impl Quantized {
             let what = if from.ragged() { "experts of different widths" } else { "experts that share weights" };
             return Err(refused(format!("no engine reads quantized {what}: export with one width first")));
         }
-        let fused = options.format == WeightFormat::Mxfp4 && from.config().model_type == "gpt_oss";
+        let by_expert = formats.map(ExpertFormats::by_expert);
+        for format in by_expert.iter().flat_map(|formats| formats.values().flatten()) {
+            format.check().map_err(refused)?;
+        }
+        let fused = formats.is_none() && options.format == WeightFormat::Mxfp4 && from.config().model_type == "gpt_oss";
         if fused && options.part == QuantizedPart::Linear {
             return Err(refused("gpt-oss has routed experts in MXFP4 alone: choose the part `experts`".into()));
         }
-        let mut made = Made { from: &from, options, stored: BTreeMap::new(), weights: Vec::new(), kept: Vec::new() };
+        let mut made = Made {
+            from: &from,
+            options,
+            by_expert: by_expert.unwrap_or_default(),
+            stored: BTreeMap::new(),
+            weights: Vec::new(),
+            formats: Vec::new(),
+            kept: Vec::new(),
+        };
         for (layer, config) in from.config().layers.iter().enumerate() {
             if let Ffn::Moe(moe) = &config.ffn {
                 match fused {
@@ -168,7 +207,7 @@ impl Quantized {
         if options.part == QuantizedPart::Linear {
             made.linear()?;
         }
-        let Made { mut stored, weights, kept, .. } = made;
+        let Made { mut stored, weights, formats: of_weights, kept, by_expert, .. } = made;
         if let Some((name, reason)) = kept.first() {
             notes.push(format!("{} matrices stay as they are, such as `{name}`: {reason}", kept.len()));
         }
@@ -177,7 +216,19 @@ impl Quantized {
         }
         let mut replaced: BTreeSet<String> = weights.iter().map(|weight| weight.name.clone()).collect();
         for layer in &from.shape().layers {
-            replaced.extend(source::expert_names(&from, layer.layer, layer.num_experts()));
+            let names = source::expert_names(&from, layer.layer, layer.num_experts());
+            // Experts that stay as they are, one by one.
+            let stays = |expert: &usize| by_expert.get(&(layer.layer, *expert)).is_some_and(Option::is_none);
+            let kept: Vec<String> = (0..layer.num_experts())
+                .filter(stays)
+                .flat_map(|set| [ExpertTensor::Gate(set), ExpertTensor::Up(set), ExpertTensor::Down(set)])
+                .map(|tensor| from.expert_tensor_name(layer.layer, tensor))
+                .collect();
+            if let Some(name) = kept.iter().find(|name| from.info(name).is_err()) {
+                let reason = format!("`{name}` cannot stay as it is: experts of this model are stored together");
+                return Err(refused(reason));
+            }
+            replaced.extend(names.into_iter().filter(|name| !kept.contains(name)));
         }
         for info in from.tensors().filter(|info| !replaced.contains(&info.name)) {
             stored.insert(info.name.clone(), (info.spec(), Stored::Plain));
@@ -185,14 +236,37 @@ impl Quantized {
         let dense = entry::dense_modules(&from, &replaced);
         let mut config = from.raw_config().clone();
         if let Some(config) = config.as_object_mut() {
-            config.insert("quantization_config".into(), entry::entry(options, &dense, fused));
+            let entry = match formats {
+                Some(_) => entry::mixed_entry(&entry::targets(&weights, &of_weights), &dense),
+                None => entry::entry(options, &dense, fused),
+            };
+            config.insert("quantization_config".into(), entry);
         }
         let elements = weights.iter().map(|weight| (weight.stack() * weight.dims.0 * weight.dims.1) as u64).sum();
-        let summary = format!("{} ({} weights)", options.format, weights.len());
+        let summary = match formats {
+            Some(_) => format!("mixed precision ({} weights)", weights.len()),
+            None => format!("{} ({} weights)", options.format, weights.len()),
+        };
         let mut recipe = serde_json::to_value(options).map_err(|error| refused(error.to_string()))?;
         if let (Some(moments), Some(recipe)) = (moments, recipe.as_object_mut()) {
             recipe.insert("calibration".into(), moments.digest().into());
             notes.push("experts are rounded with error feedback, by the second moments of their inputs".into());
+        }
+        if let (Some(formats), Some(recipe)) = (formats, recipe.as_object_mut()) {
+            recipe.insert("experts".into(), serde_json::json!(formats));
+            let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+            for group in formats.groups() {
+                let name = group.format.as_ref().map_or("as it is".to_string(), ToString::to_string);
+                *counts.entry(name).or_default() += group.experts.len();
+            }
+            if counts.len() > 1 {
+                notes.push(
+                    "transformers 5.24 reads all experts in the format of the first group of the config, wrongly: load it where the \
+                     scheme of every module is looked up"
+                        .into(),
+                );
+            }
+            notes.extend(counts.into_iter().map(|(name, count)| format!("{count} experts: {name}")));
         }
         let step = Step::new(QUANTIZE_METHOD, base, recipe, summary);
         let description = ModelDescription {
@@ -225,8 +299,12 @@ impl Quantized {
 struct Made<'a> {
     from: &'a Checkpoint,
     options: &'a QuantizeOptions,
+    /// Formats of single experts, in mixed precision.
+    by_expert: BTreeMap<(usize, usize), Option<WeightFormat>>,
     stored: BTreeMap<String, (crate::TensorSpec, Stored)>,
     weights: Vec<Weight>,
+    /// The format of each.
+    formats: Vec<WeightFormat>,
     /// Weights that stay as they are, and why.
     kept: Vec<(String, String)>,
 }
@@ -237,17 +315,24 @@ impl Made<'_> {
     }
 
     /// Adds a weight of this name; refuses or keeps one whose sides do not fit.
-    fn add(&mut self, name: &str, dims: (usize, usize), content: Vec<Content>, must: bool) -> Result<()> {
-        let scheme = self.options.format.scheme();
+    fn add(
+        &mut self,
+        name: &str,
+        dims: (usize, usize),
+        content: Vec<Content>,
+        must: bool,
+        format: &WeightFormat,
+    ) -> Result<()> {
+        let scheme = format.scheme();
         if let Some(reason) = scheme.misfit(dims) {
             if must {
-                return Err(self.refused(format!("`{name}`: {reason}; {}", self.options.format.way_out())));
+                return Err(self.refused(format!("`{name}`: {reason}; {}", format.way_out())));
             }
             self.kept.push((name.to_string(), reason));
             return Ok(());
         }
         let weight = self.weights.len();
-        for (spec, part) in self.options.format.stored(name, dims, content.len()) {
+        for (spec, part) in format.stored(name, dims, content.len()) {
             let content = match part {
                 weight_format::StoredPart::Made(part) => Stored::Part { weight, part },
                 weight_format::StoredPart::Constant(bytes) => Stored::Constant(bytes),
@@ -255,6 +340,7 @@ impl Made<'_> {
             self.stored.insert(spec.name.clone(), (spec, content));
         }
         self.weights.push(Weight { name: name.to_string(), dims, scheme, content });
+        self.formats.push(format.clone());
         Ok(())
     }
 
@@ -268,13 +354,15 @@ impl Made<'_> {
             )));
         }
         for set in 0..experts {
+            let own = self.by_expert.get(&(layer, set)).cloned();
+            let Some(format) = own.unwrap_or_else(|| Some(self.options.format.clone())) else { continue };
             let tensors = [ExpertTensor::Gate(set), ExpertTensor::Up(set), ExpertTensor::Down(set)];
             for (part, tensor) in ExpertPart::ALL.into_iter().zip(tensors) {
                 let name = self.from.expert_tensor_name(layer, tensor);
                 let width = self.from.shape().layer(layer).map_or(0, |shape| shape.widths[set]);
                 let dims = part.dims(self.from.config().expert_hidden_size(), width);
                 let content = Content::Expert { layer, set, part };
-                self.add(&name, dims, vec![content], true)?;
+                self.add(&name, dims, vec![content], true, &format)?;
             }
         }
         Ok(())
@@ -288,8 +376,9 @@ impl Made<'_> {
         let down = (0..experts).map(|set| Content::Expert { layer, set, part: ExpertPart::Down }).collect();
         let name = |tensor| self.from.expert_tensor_name(layer, tensor);
         let names = [name(ExpertTensor::FusedGateUp), name(ExpertTensor::FusedDown)];
-        self.add(&names[0], (2 * width, hidden), both, true)?;
-        self.add(&names[1], (hidden, width), down, true)
+        let format = &self.options.format.clone();
+        self.add(&names[0], (2 * width, hidden), both, true, format)?;
+        self.add(&names[1], (hidden, width), down, true, format)
     }
 
     /// The other linear maps of the decoder layers.
@@ -319,7 +408,8 @@ impl Made<'_> {
                 let Ok(info) = self.from.role(Role::Layer(layer, role)) else { continue };
                 let (name, [rows, cols]) =
                     (info.name.clone(), <[usize; 2]>::try_from(&info.shape[..]).unwrap_or_default());
-                self.add(&name, (rows, cols), vec![Content::Tensor(name.clone())], false)?;
+                let format = self.options.format.clone();
+                self.add(&name, (rows, cols), vec![Content::Tensor(name.clone())], false, &format)?;
             }
         }
         Ok(())

@@ -27,9 +27,9 @@ pub enum WeightFormat {
     /// MXFP4 (OCP Microscaling): 4-bit floats with a power of two per 32. In the layout of gpt-oss for `gpt_oss`, of
     /// compressed-tensors elsewhere.
     Mxfp4,
-    /// Integers of 4 or 8 bits with a BF16 scale per group: `pack-quantized` of compressed-tensors (W4A16, W8A16).
+    /// Integers of 2, 4, 6 or 8 bits with a BF16 scale per group: `pack-quantized` of compressed-tensors (W4A16, W8A16).
     Int {
-        /// Bits of a code: 4 or 8.
+        /// Bits of a code: 2, 4, 6 or 8; 4 and 8 are what engines have kernels for.
         bits: usize,
         /// Columns that share a scale; none for whole rows.
         #[serde(default = "group")]
@@ -59,12 +59,12 @@ fn yes() -> bool {
 }
 
 /// Names of formats with their usual parameters.
-pub(crate) const NAMES: [&str; 7] = ["fp8_blocks", "fp8_channels", "mxfp4", "int4", "int8", "nvfp4", "nf4"];
+pub(crate) const NAMES: [&str; 8] = ["fp8_blocks", "fp8_channels", "mxfp4", "int4", "int6", "int8", "nvfp4", "nf4"];
 
 impl FromStr for WeightFormat {
     type Err = Error;
 
-    /// A name (`fp8_blocks`, `fp8_channels`, `mxfp4`, `int4`, `int8`, `nvfp4`, `nf4`), or the format as JSON.
+    /// A name (`fp8_blocks`, `fp8_channels`, `mxfp4`, `int4`, `int6`, `int8`, `nvfp4`, `nf4`), or the format as JSON.
     fn from_str(text: &str) -> Result<Self> {
         let refused = |reason: String| Error::Quantize { format: text.chars().take(80).collect(), reason };
         let integers = |bits| Self::Int { bits, group_size: group(), symmetric: true };
@@ -73,6 +73,7 @@ impl FromStr for WeightFormat {
             "fp8_channels" => Self::Fp8Channels,
             "mxfp4" => Self::Mxfp4,
             "int4" => integers(4),
+            "int6" => integers(6),
             "int8" => integers(8),
             "nvfp4" => Self::Nvfp4,
             "nf4" => Self::Nf4,
@@ -108,6 +109,10 @@ impl fmt::Display for WeightFormat {
     }
 }
 
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
 /// A stored tensor of a weight.
 pub(super) enum StoredPart {
     /// By its position in what a scheme packs.
@@ -121,9 +126,11 @@ impl WeightFormat {
     pub(super) fn check(&self) -> std::result::Result<(), String> {
         match self {
             Self::Fp8Blocks { block } if block.contains(&0) => Err(format!("blocks of {block:?} elements")),
-            Self::Int { bits, .. } if ![4, 8].contains(bits) => Err(format!("{bits} bits; expected 4 or 8")),
+            Self::Int { bits, .. } if ![2, 4, 6, 8].contains(bits) => {
+                Err(format!("{bits} bits; expected 4 or 8, or 2 or 6, which compressed-tensors reads from 0.20 on"))
+            }
             Self::Int { group_size: Some(size), bits, .. } if *size == 0 || !(size * bits).is_multiple_of(32) => {
-                Err(format!("groups of {size}; expected whole 32-bit words, a multiple of {}", 32 / bits))
+                Err(format!("groups of {size}; expected whole 32-bit words, a multiple of {}", 32 / gcd(32, *bits)))
             }
             _ => Ok(()),
         }

@@ -199,6 +199,19 @@ impl Engine<'_> {
             let experts = router.linear.weight.dims()[0];
             let tokens = self.router_tokens(layer, router, &read, logits, wave);
             let routed = LayerRouting::new(&tokens, router.scales.as_ref(), routing)?;
+            if let Some(stream) = self.model.expert_stream() {
+                stream.begin_layer(layer, &routed.applied);
+                if let Some(next) = stream.next_layer(layer).filter(|_| stream.options().prefetch) {
+                    // The next layer's router on what this one's reads: mostly the experts that it will choose.
+                    let ahead = self.model.ffn(next)?;
+                    if let Some(router) = &ahead.router {
+                        let read = router.input(given, &z);
+                        let logits = HostView::new(&router.linear.forward(&read));
+                        let tokens = self.router_tokens(next, router, &read, logits.as_slice(), wave);
+                        stream.prefetch(next, &LayerRouting::new(&tokens, router.scales.as_ref(), None)?.applied);
+                    }
+                }
+            }
             self.model.count_routed_tokens(tokens.tokens());
             let logits = routed.logits(logits);
             let adapters = self.model.adapters().filter(|_| needs.parameters);

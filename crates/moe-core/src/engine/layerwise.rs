@@ -115,6 +115,7 @@ impl Engine<'_> {
                 * 4
                 * (tokens * self.model.config().hidden_size) as u64,
             decoded_per_use: self.model.decodes_per_use(),
+            expert_cache: self.model.expert_cache_bytes(),
         };
         memory::plan(self.model.config(), size, memory::limit(self.model.max_memory()))
     }

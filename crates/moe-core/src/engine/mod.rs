@@ -112,6 +112,7 @@ impl<'m> Engine<'m> {
             experts_together: memory::experts_together(self.model.device()),
             waiting: 0,
             decoded_per_use: self.model.decodes_per_use(),
+            expert_cache: self.model.expert_cache_bytes(),
         };
         memory::plan(self.model.config(), size, memory::limit(self.model.max_memory()))
     }

@@ -23,6 +23,7 @@ use crate::{
     adaptive::RunTime,
     depth::{DepthRule, LayerPath},
     error::{Error, Result},
+    expert_cache::{ExpertCacheOptions, ExpertCacheStatistics, ExpertStream},
     experts::ExpertTensors,
     host,
     kernels::{
@@ -44,6 +45,7 @@ pub struct Model {
     device: Device,
     max_memory: Option<u64>,
     decoded_per_use: bool,
+    stream: Option<ExpertStream>,
     experts: Option<Arc<dyn ExpertOverlay>>,
     routing: Option<Arc<dyn RoutingOverlay>>,
     adapters: Option<Arc<dyn Adapters>>,
@@ -140,6 +142,7 @@ impl Model {
             device: device.clone(),
             max_memory,
             decoded_per_use: false,
+            stream: None,
             experts: None,
             routing: None,
             adapters: None,
@@ -266,6 +269,44 @@ impl Model {
         self
     }
 
+    /// The same model that reads its routed experts through a cache of so many bytes, for generation where they do not all
+    /// fit. Without a second precision results are those of the model. Overlays and adapters of experts do not go with
+    /// it: a model that is made of this one by them has no cache.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a threshold outside [0, 1], a model with overlays or adapters of experts, and a second
+    /// precision with other experts.
+    pub fn with_expert_cache(mut self, options: ExpertCacheOptions) -> Result<Self> {
+        if self.experts.is_some() || self.adapters.is_some() {
+            return Err(Error::input("a model with a cache of experts", "overlays or adapters", "neither"));
+        }
+        if let Some(low) = &options.low {
+            if !(0.0..=1.0).contains(&low.threshold) {
+                return Err(Error::input("threshold", low.threshold, "a number in [0, 1]"));
+            }
+            if low.model.shape() != self.checkpoint.shape() {
+                return Err(Error::input("the second precision", "other experts", "the model's, in another format"));
+            }
+        }
+        self.set_residency(Residency::default());
+        self.stream = Some(ExpertStream::new(&self.checkpoint, options));
+        Ok(self)
+    }
+
+    /// What the cache of experts did, if there is one.
+    pub fn expert_cache_statistics(&self) -> Option<ExpertCacheStatistics> {
+        self.stream.as_ref().map(ExpertStream::statistics)
+    }
+
+    pub(crate) fn expert_stream(&self) -> Option<&ExpertStream> {
+        self.stream.as_ref()
+    }
+
+    /// Bytes of the cache of experts; 0 without one.
+    pub(crate) fn expert_cache_bytes(&self) -> u64 {
+        self.stream.as_ref().map_or(0, |stream| stream.options().bytes.max(1))
+    }
+
     /// Whether [weights are decoded wherever they are used](Self::with_weights_decoded_per_use).
     pub fn decodes_per_use(&self) -> bool {
         self.decoded_per_use
@@ -386,6 +427,9 @@ impl Model {
     /// # Errors
     /// [`Error::Checkpoint`] if it cannot be read, or the overlay's error.
     pub fn expert(&self, layer: usize, expert: usize) -> Result<ExpertTensors> {
+        if let Some(stream) = &self.stream {
+            return Ok(self.on_device(layer, stream.expert(layer, expert)?));
+        }
         let index = self.expert_index(layer, expert)?;
         if let Some(found) = index.and_then(|index| self.lock().experts[index].clone()) {
             return Ok(found);

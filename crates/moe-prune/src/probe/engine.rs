@@ -10,8 +10,8 @@ use moe_core::kernels::divergence::Distribution;
 use moe_core::kernels::loss::Losses;
 use moe_core::trace::{Nobody, Observer, RouterGradients, Signals, WaveInfo};
 use moe_core::{
-    Distillation, Engine, ExpertGains, LayerChange, LayerOutput, LayerSweep, LayerVisitor, Objective, RemoveExperts,
-    TeacherLogits,
+    Distillation, Engine, ExpertGains, LayerChange, LayerOutput, LayerSweep, LayerVisitor, Model, Objective,
+    RemoveExperts, TeacherLogits,
 };
 use rayon::prelude::*;
 
@@ -85,6 +85,27 @@ impl<'e> EngineProbe<'e> {
         Ok(Self { engine, waves, teacher, options, settled: BTreeMap::new(), sweep: None })
     }
 
+    /// How far a model is from the full one: any model with its vocabulary, quantized or pruned or both, as it is.
+    ///
+    /// # Errors
+    /// Those of the engine.
+    pub fn distortion_of(&self, model: &Model) -> Result<Distortion> {
+        let engine = Engine::new(model, self.engine.options().clone());
+        let mut comparison = Comparison::new(&self.teacher);
+        let (mut sum, mut tokens, mut worst) = (0.0, 0, f64::NEG_INFINITY);
+        for wave in &self.waves {
+            let report = engine.run_with(wave, &mut comparison, &mut Nobody)?;
+            sum += report.loss.unwrap_or(0.0);
+            tokens += report.loss_tokens;
+            for (sequence, loss) in wave.sequences.iter().zip(report.sequence_losses.unwrap_or_default()) {
+                if sequence.loss_tokens() > 0 {
+                    worst = worst.max(loss / sequence.loss_tokens() as f64);
+                }
+            }
+        }
+        Ok(Distortion { mean: sum / tokens as f64, worst, overlap: comparison.overlap / tokens as f64 })
+    }
+
     /// MoE layers in ascending order.
     fn moe_layers(&self) -> Vec<usize> {
         self.engine.model().checkpoint().shape().layers.iter().map(|layer| layer.layer).collect()
@@ -101,21 +122,8 @@ impl<'e> EngineProbe<'e> {
 
 impl ModelProbe for EngineProbe<'_> {
     fn distortion(&mut self, kept: &[LayerKept]) -> Result<Distortion> {
-        let model = PlanOverlay::of_layers(kept, self.engine.model().config().routing.top_k).of(self.engine.model())?;
-        let engine = Engine::new(&model, self.engine.options().clone());
-        let mut comparison = Comparison::new(&self.teacher);
-        let (mut sum, mut tokens, mut worst) = (0.0, 0, f64::NEG_INFINITY);
-        for wave in &self.waves {
-            let report = engine.run_with(wave, &mut comparison, &mut Nobody)?;
-            sum += report.loss.unwrap_or(0.0);
-            tokens += report.loss_tokens;
-            for (sequence, loss) in wave.sequences.iter().zip(report.sequence_losses.unwrap_or_default()) {
-                if sequence.loss_tokens() > 0 {
-                    worst = worst.max(loss / sequence.loss_tokens() as f64);
-                }
-            }
-        }
-        Ok(Distortion { mean: sum / tokens as f64, worst, overlap: comparison.overlap / tokens as f64 })
+        let overlay = PlanOverlay::of_layers(kept, self.engine.model().config().routing.top_k);
+        self.distortion_of(&overlay.of(self.engine.model())?)
     }
 
     fn gain_gradient(&mut self, gains: &[Vec<f32>], batch: usize) -> Result<(f64, Vec<Vec<f32>>)> {

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 pub use merging::{Merged, Merging};
 pub use plans::{SavedPlan, prune_plan};
-pub use quantizing::{QuantizeRows, quantize};
+pub use quantizing::{QuantizeRows, quantize, quantize_mixed};
 pub use tuning::{save, train, trained_on};
 
 use moe_checkpoint::{Existing, ProtectionMask, ScoreTable};

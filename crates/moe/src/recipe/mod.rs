@@ -21,7 +21,7 @@ pub use adapt::Adapt;
 pub use data::{Data, DataFile, DataRows};
 pub use merge::Merge;
 pub use named::Named;
-pub use output::{Evaluate, Quantize, Write};
+pub use output::{Evaluate, MixedBits, Quantize, Write};
 pub use prune::{Form, Prune};
 pub use repair::Repair;
 pub use score::{Protect, Score};

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use moe_checkpoint::{QuantizeOptions, QuantizedPart};
+use moe_checkpoint::{BasePrecision, QuantizeOptions, QuantizedPart};
+use moe_prune::PrecisionGroup;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -26,6 +27,25 @@ pub struct Quantize {
     /// calibration.
     #[serde(default)]
     pub calibrated: bool,
+    /// Experts in several formats, chosen by how much each changes what the model predicts on the rows of calibration;
+    /// `format` is then that of other weights alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mixed: Option<MixedBits>,
+}
+
+/// Mixed precision: the formats of experts with which a model of so many bytes diverges least.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MixedBits {
+    /// What is chosen from: `int4`, `int6`, `int8`, `fp8`, `mxfp4`, `nvfp4`.
+    #[schemars(with = "Vec<String>")]
+    pub formats: Vec<BasePrecision>,
+    /// Bytes of the whole model, at most.
+    pub keep_bytes: u64,
+    /// `layer` for one format per layer, or `expert` for one per expert.
+    #[serde(default)]
+    #[schemars(with = "Value")]
+    pub within: PrecisionGroup,
 }
 
 impl Quantize {

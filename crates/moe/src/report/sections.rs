@@ -13,6 +13,20 @@ use crate::table::Table;
 /// Steps of training that a point of a loss curve is the mean of.
 const STEPS_PER_POINT: usize = 10;
 
+/// Models by bytes, the ones that no other beats marked.
+pub fn frontier_table(points: &[FrontierPoint]) -> Table {
+    let mut table = Table::new(["model", "how far", "bytes", "divergence", "best at its size"], 2);
+    let best = FrontierPoint::best(points);
+    let mut all: Vec<&FrontierPoint> = points.iter().collect();
+    all.sort_by_key(|point| point.bytes);
+    for point in all {
+        let mark = if best.contains(&point) { "yes" } else { "" };
+        let divergence = format!("{:.4}", point.divergence);
+        table.row([point.of.clone(), point.what.clone(), point.bytes.to_string(), divergence, mark.into()]);
+    }
+    table
+}
+
 /// A value for every expert of some decoder layers: the layer, and a value per expert.
 pub type ByExpert = Vec<(usize, Vec<f64>)>;
 
@@ -23,6 +37,34 @@ pub struct Quality {
     pub of: String,
     /// The measurements, by their keys.
     pub measured: Vec<Measurement>,
+}
+
+/// A model between size and quality.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FrontierPoint {
+    /// What was done, apart from how far: points of one name are one curve.
+    pub of: String,
+    /// How far, in words.
+    pub what: String,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+    /// Divergence of its predictions from those of the whole model, in nats per token.
+    pub divergence: f64,
+}
+
+impl FrontierPoint {
+    /// Of some points, those that no other is both smaller and closer than, by bytes.
+    pub fn best(points: &[Self]) -> Vec<&Self> {
+        let beaten = |point: &Self| {
+            points.iter().any(|other| {
+                let no_worse = other.bytes <= point.bytes && other.divergence <= point.divergence;
+                no_worse && (other.bytes, other.divergence) != (point.bytes, point.divergence)
+            })
+        };
+        let mut best: Vec<&Self> = points.iter().filter(|point| !beaten(point)).collect();
+        best.sort_by_key(|point| point.bytes);
+        best
+    }
 }
 
 /// How large a model is.
@@ -44,6 +86,43 @@ impl Size {
 }
 
 impl Report {
+    /// What is best at a given size: divergence against bytes, a curve per way to save them, and a table in which the
+    /// models that no other beats are marked.
+    ///
+    /// # Errors
+    /// Those of drawing.
+    pub fn frontier(&mut self, points: &[FrontierPoint]) -> Result<()> {
+        self.section("What is best at a given size");
+        let mut names: Vec<&str> = Vec::new();
+        for point in points {
+            if !names.contains(&point.of.as_str()) {
+                names.push(&point.of);
+            }
+        }
+        let curve = |name: &&str| {
+            let mut of: Vec<&FrontierPoint> = points.iter().filter(|point| point.of == **name).collect();
+            of.sort_by_key(|point| point.bytes);
+            let place = |point: &&FrontierPoint| {
+                let y = point.divergence.max(1e-6);
+                Point { x: point.bytes as f64 / 1e6, y, low: y, high: y }
+            };
+            (name.to_string(), of.iter().map(place).collect())
+        };
+        let figure = Lines {
+            title: "Divergence by size".into(),
+            x: "megabytes of weights".into(),
+            series: names.iter().map(curve).collect(),
+            base: None,
+            logarithmic_x: false,
+            logarithmic_y: true,
+        };
+        let caption = "Divergence of next-token distributions from those of the whole model, in nats per token, by the bytes of \
+                       all tensors. Lower left is better.";
+        self.figure(&lines(&figure)?, caption);
+        self.table(&frontier_table(points));
+        Ok(())
+    }
+
     /// Where importance sits: a heat map of layers and experts, the sorted tail of all scores with a line where each of
     /// `ratios` would cut, and a row of numbers per layer.
     ///

@@ -4,7 +4,7 @@ use super::Run;
 use super::artifacts::Artifacts;
 use super::steps::{Done, json, save};
 use crate::Result;
-use crate::jobs::{QuantizeRows, quantize};
+use crate::jobs::{QuantizeRows, quantize, quantize_mixed};
 use crate::recipe::Quantize;
 
 impl Run<'_> {
@@ -12,13 +12,14 @@ impl Run<'_> {
     pub(super) fn quantize(&mut self, step: &Quantize) -> Result<Done> {
         let options = step.options()?;
         let base = self.model.clone();
-        let data = match step.calibrated {
+        let reads = step.calibrated || step.mixed.is_some();
+        let data = match reads {
             true => self.calibration()?.data.hash.clone(),
             false => String::new(),
         };
         let of = [json(step)?, base.fingerprint(), data, format!("{:?}", self.recipe.data.wave_tokens)];
         let (dir, reused) = self.artifacts.begin("quantize", &of.each_ref().map(String::as_str))?;
-        let model = match step.calibrated {
+        let model = match reads {
             true => Some(self.engine_model()?),
             false => None,
         };
@@ -30,15 +31,30 @@ impl Run<'_> {
             }
             None => None,
         };
-        let quantized = quantize(&base, &options, rows, self.options.progress)?;
+        let progress = self.options.progress;
+        let (quantized, allocation) = match (&step.mixed, rows) {
+            (Some(mixed), Some(rows)) => {
+                let (quantized, allocation) =
+                    quantize_mixed(&base, &options, mixed, rows, step.calibrated, progress)?;
+                (quantized, Some(allocation))
+            }
+            (_, rows) => (quantize(&base, &options, rows, progress)?, None),
+        };
         if !reused {
+            if let Some(allocation) = &allocation {
+                save(&dir.join("allocation.json"), allocation)?;
+            }
             save(&dir.join("report.json"), quantized.report())?;
             Artifacts::finish(&dir)?;
         }
         let bytes = quantized.report().bytes;
         let summary = format!(
             "weights rounded{}: {} become {}",
-            if step.calibrated { " with error feedback" } else { "" },
+            match (&allocation, step.calibrated) {
+                (Some(allocation), _) => format!(" to {:.2} bits per weight of experts", allocation.bits),
+                (None, true) => " with error feedback".into(),
+                (None, false) => String::new(),
+            },
             crate::format::size(bytes.before),
             crate::format::size(bytes.after)
         );
