@@ -9,7 +9,8 @@ use burn::tensor::Device;
 use moe::table::Table;
 use moe_checkpoint::{BasePrecision, Checkpoint, ExpertWeights, QuantizeOptions, Quantized, WeightFormat};
 use moe_core::device::device;
-use moe_core::{ExpertTensors, host};
+use moe_core::experts::ExpertTensors;
+use moe_core::host;
 
 /// Passes that are timed.
 const PASSES: usize = 5;
