@@ -25,8 +25,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let device = device("flex")?;
     let base = Arc::new(Checkpoint::open(directory)?);
     let data = rows(&Model::new(base.clone(), &device, None)?, &file, PROMPTS)?;
-    let prompts: Vec<Vec<u32>> =
-        data.sequences.iter().map(|row| row.ids.iter().take(24).copied().collect()).collect();
+    let prompts: Vec<Vec<u32>> = data.sequences.iter().map(|row| row.ids.iter().take(24).copied().collect()).collect();
     let format = BasePrecision::Int4.format(&base);
     let low = Quantized::on(&base, &QuantizeOptions::new(format))?.model().packed_in_memory()?;
     let mut all = 0;

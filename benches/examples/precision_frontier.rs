@@ -56,7 +56,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let Some(allocation) = sensitivities.uniform(Some(format)) else { continue };
             let (bytes, divergence) = measured(&allocation)?;
             ends.push(bytes);
-            points.push(FrontierPoint { of: format!("{name}, one format"), what: format.to_string(), bytes, divergence });
+            points.push(FrontierPoint {
+                of: format!("{name}, one format"),
+                what: format.to_string(),
+                bytes,
+                divergence,
+            });
         }
         let (least, most) = (ends[0], ends[ends.len() - 1]);
         for step in 1..=BUDGETS {

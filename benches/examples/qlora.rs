@@ -107,6 +107,8 @@ fn main() -> Result<(), Error> {
         ]);
     }
     println!("{}", table.to_text());
-    println!("{DRAWS} draws, {steps} steps, rank 8 beside attention and experts; losses in nats per token, mean (least to most)");
+    println!(
+        "{DRAWS} draws, {steps} steps, rank 8 beside attention and experts; losses in nats per token, mean (least to most)"
+    );
     Ok(())
 }

@@ -40,7 +40,8 @@ fn experts(model: &Checkpoint) -> Vec<(usize, usize)> {
 fn times(model: &Checkpoint, device: &Device) -> moe_checkpoint::Result<(f64, [f64; 3])> {
     let all = experts(model);
     let mut weights = ExpertWeights::default();
-    let decode = fastest(|| all.iter().try_for_each(|(layer, expert)| model.expert_into(*layer, *expert, &mut weights)))?;
+    let decode =
+        fastest(|| all.iter().try_for_each(|(layer, expert)| model.expert_into(*layer, *expert, &mut weights)))?;
     let hidden = model.config().hidden_size;
     let mut products = [0.0; 3];
     for (seconds, rows) in products.iter_mut().zip(ROWS) {

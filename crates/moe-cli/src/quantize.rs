@@ -8,8 +8,8 @@ use clap::{Parser, ValueEnum};
 use moe::jobs::{QuantizeRows, quantize, quantize_mixed};
 use moe::recipe::MixedBits;
 use moe_checkpoint::{
-    BasePrecision, Checkpoint, Existing, QuantizeOptions, QuantizeReport, QuantizedPart, WeightFormat, WriteOptions, check_output,
-    write,
+    BasePrecision, Checkpoint, Existing, QuantizeOptions, QuantizeReport, QuantizedPart, WeightFormat, WriteOptions,
+    check_output, write,
 };
 use moe_core::Model;
 use moe_core::data::{Dataset, Tokenizer};

@@ -153,7 +153,7 @@ fn plan(model: &Model, prompts: &[Vec<u32>], options: &GenerateOptions, limit: u
         experts_together: memory::experts_together(model.device()),
         waiting: 0,
         decoded_per_use: model.decodes_per_use(),
-            expert_cache: model.expert_cache_bytes(),
+        expert_cache: model.expert_cache_bytes(),
     };
     let in_the_end = tokens.saturating_add(prompts.len().saturating_mul(options.max_new_tokens)) as u64;
     let states = (prompts.len() as u64).saturating_mul(memory::sequence_state_bytes(model.config()));

@@ -343,7 +343,11 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
     while stays && residency.layers < layers && take(layer_weights[residency.layers]) {
         residency.layers += 1;
     }
-    while stays && size.expert_cache == 0 && residency.experts < expert_bytes.len() && take(expert_bytes[residency.experts]) {
+    while stays
+        && size.expert_cache == 0
+        && residency.experts < expert_bytes.len()
+        && take(expert_bytes[residency.experts])
+    {
         residency.experts += 1;
     }
     Ok(MemoryPlan { residency, keep, spill, expected: limit - free })

@@ -193,7 +193,8 @@ fn misses(policy: EvictionPolicy) -> u64 {
 
 #[test]
 fn frequent_experts_stay_where_recency_alone_would_let_them_go() {
-    let (lru, priority) = (misses(EvictionPolicy::Lru), misses(EvictionPolicy::Priority { weights: [0.1, 0.7, 0.2, 0.0] }));
+    let (lru, priority) =
+        (misses(EvictionPolicy::Lru), misses(EvictionPolicy::Priority { weights: [0.1, 0.7, 0.2, 0.0] }));
     assert!(priority < lru, "{priority} against {lru}");
 }
 

@@ -89,12 +89,12 @@ impl Budget {
                     }
                     (checkpoint.bytes_on_disk(), widest, sum)
                 } else {
-                for (layer, expert, width) in experts(shape) {
-                    let unit = unit_bytes(&written, layer, expert)?;
-                    widest = widest.max(unit);
-                    sum += unit * width as u64;
-                }
-                (written.bytes_on_disk(), widest, sum)
+                    for (layer, expert, width) in experts(shape) {
+                        let unit = unit_bytes(&written, layer, expert)?;
+                        widest = widest.max(unit);
+                        sum += unit * width as u64;
+                    }
+                    (written.bytes_on_disk(), widest, sum)
                 }
             }
             _ => (written.parameters(), shape.parameters_per_unit() as u64, shape.parameters()),

@@ -130,7 +130,9 @@ pub(super) fn targets(weights: &[Weight], formats: &[WeightFormat]) -> Vec<(Weig
         };
         let module = module(&weight.name);
         let expert = match weight.content.first() {
-            Some(Content::Expert { set, .. }) => module.rsplit_once(&format!(".{set}.")).map(|(before, _)| (before, *set)),
+            Some(Content::Expert { set, .. }) => {
+                module.rsplit_once(&format!(".{set}.")).map(|(before, _)| (before, *set))
+            }
             _ => None,
         };
         match expert {

@@ -55,7 +55,9 @@ impl ExpertFormats {
         }
         let other = formats.iter().filter_map(|group| group.format.as_ref()).find(|format| !format.is_mixable());
         if let Some(format) = other {
-            let reason = format!("{format} is read in a checkpoint of its own alone: choose among fp8_channels, mxfp4, nvfp4, integers");
+            let reason = format!(
+                "{format} is read in a checkpoint of its own alone: choose among fp8_channels, mxfp4, nvfp4, integers"
+            );
             return refused(reason);
         }
         Ok(Self(formats))

@@ -114,9 +114,9 @@ impl<V: Clone> CacheState<V> {
 
     /// Whether a copy in this or a higher precision is there.
     pub fn contains(&self, layer: usize, expert: usize, precision: Precision) -> bool {
-        [Precision::High, precision].iter().any(|copy| {
-            self.entries.contains_key(&ExpertKey { layer, expert, precision: *copy })
-        })
+        [Precision::High, precision]
+            .iter()
+            .any(|copy| self.entries.contains_key(&ExpertKey { layer, expert, precision: *copy }))
     }
 
     /// Puts a copy that was read in; `ahead` for one that nobody has asked for yet, which stays until its layer has run.

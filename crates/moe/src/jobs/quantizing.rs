@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use moe_checkpoint::{Checkpoint, InputMoments, QuantizeOptions, Quantized};
-use moe_core::{Engine, EngineOptions, Model};
 use moe_core::data::{Dataset, WaveOptions};
+use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::{Calibration, ExpertInputs};
 use moe_prune::{EngineProbe, MixedPrecision, PrecisionAllocation, ProbeOptions};
 

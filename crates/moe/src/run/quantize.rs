@@ -34,8 +34,7 @@ impl Run<'_> {
         let progress = self.options.progress;
         let (quantized, allocation) = match (&step.mixed, rows) {
             (Some(mixed), Some(rows)) => {
-                let (quantized, allocation) =
-                    quantize_mixed(&base, &options, mixed, rows, step.calibrated, progress)?;
+                let (quantized, allocation) = quantize_mixed(&base, &options, mixed, rows, step.calibrated, progress)?;
                 (quantized, Some(allocation))
             }
             (_, rows) => (quantize(&base, &options, rows, progress)?, None),
