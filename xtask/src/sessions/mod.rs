@@ -12,8 +12,9 @@ use page::{Page, alike};
 
 /// The pages, in the order in which they are run.
 const PAGES: [&str; 2] = ["docs/sessions.md", "docs/jobs/by-one-command.md"];
-/// The bundled model, and what the pages call it.
-const MODEL: (&str, &str) = ("examples/assets/tiny-moe", "tiny-moe");
+/// The bundled model and a dense one with random weights, and what the pages call them.
+const MODELS: [(&str, &str); 2] =
+    [("examples/assets/tiny-moe", "tiny-moe"), ("crates/moe-merge/tests/fixtures/dense/llama", "tiny-llama")];
 
 /// What is run.
 #[derive(clap::Args)]
@@ -88,19 +89,20 @@ fn built(root: &Path) -> Result<PathBuf> {
     }
 }
 
-/// An empty directory with the bundled model in it.
+/// An empty directory with the models in it.
 fn scratch(root: &Path, page: &Path) -> Result<PathBuf> {
     let dir = root.join("target/sessions").join(page.file_stem().unwrap_or_default());
     if dir.exists() {
         fs::remove_dir_all(&dir).map_err(at(&dir))?;
     }
     fs::create_dir_all(&dir).map_err(at(&dir))?;
-    let (model, name) = (root.join(MODEL.0), dir.join(MODEL.1));
-    let copied = Command::new("cp").arg("-r").args([&model, &name]).status()?;
-    match copied.success() {
-        true => Ok(dir),
-        false => Err(format!("{}: cannot be copied", model.display()).into()),
+    for (model, name) in MODELS {
+        let copied = Command::new("cp").arg("-r").args([root.join(model), dir.join(name)]).status()?;
+        if !copied.success() {
+            return Err(format!("{model}: cannot be copied").into());
+        }
     }
+    Ok(dir)
 }
 
 /// What a terminal would show of a command, with its exit status where that is not 0.

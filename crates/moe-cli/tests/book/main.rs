@@ -61,6 +61,18 @@ fn every_command_of_the_book_is_one_of_the_program() {
 }
 
 #[test]
+fn every_verb_has_a_session() {
+    let page = std::fs::read_to_string(docs().join("sessions.md")).unwrap();
+    let program = moe_cli::program::command();
+    for verb in program.get_subcommands().filter(|verb| !verb.is_hide_set() && verb.get_name() != "help") {
+        let name = verb.get_name();
+        // Two verbs need a server, which a test of theirs has.
+        let call = if ["pull", "push"].contains(&name) { format!("\nmoe {name} ") } else { format!("\n$ moe {name} ") };
+        assert!(page.contains(&call), "docs/sessions.md has no session of `moe {name}`");
+    }
+}
+
+#[test]
 fn every_recipe_of_the_book_is_read() {
     let mut read = 0;
     for (page, blocks) in markdown::blocks(&docs(), &["json"]) {
