@@ -175,7 +175,7 @@ impl Chunk<'_> {
     }
 
     /// Rows times `e^G`.
-    fn from_start(&self, x: &[f32]) -> Vec<f32> {
+    fn decayed_since_start(&self, x: &[f32]) -> Vec<f32> {
         times_exp(x, self.sums.iter().copied())
     }
 
@@ -268,7 +268,7 @@ impl Chunk<'_> {
     fn middle(&self, state: &[f32]) -> Middle {
         let (n, dk, dv) = (self.len(), self.dk, self.dv);
         let (kk, mixed) = (self.products(self.k), self.products(self.q));
-        let (k_start, q_start) = (self.from_start(self.k), self.from_start(self.q));
+        let (k_start, q_start) = (self.decayed_since_start(self.k), self.decayed_since_start(self.q));
         let (mut ks, mut qs) = (vec![0.0; n * dv], vec![0.0; n * dv]);
         add_product(&k_start, state, dk, &mut ks, dv);
         add_product(&q_start, state, dk, &mut qs, dv);
@@ -379,7 +379,7 @@ impl Chunk<'_> {
         let mut d_start = vec![0.0; start.len()];
         product_nt(d, state, self.dv, &mut d_start);
         add_products(&d_start, start, 1.0, d_sums);
-        add_scaled(&self.from_start(&d_start), 1.0, d_x);
+        add_scaled(&self.decayed_since_start(&d_start), 1.0, d_x);
     }
 }
 
