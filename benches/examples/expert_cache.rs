@@ -1,5 +1,5 @@
-//! Generation with experts that do not all fit: plain streaming, an LRU, and the policies of HOBBIT and EdgeMoE, with and
-//! without a second precision and loading ahead, at a quarter of the bytes of the routed experts:
+//! Generation with experts that do not all fit: plain streaming, an LRU, and the policies of HOBBIT and EdgeMoE, with
+//! and without a second precision and loading ahead, at a quarter of the bytes of the routed experts:
 //! `cargo run --release -p moe-benches --example expert_cache -- [MODEL ROWS.jsonl [SHARE]]`.
 
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! Time and memory per token of one linear-attention layer of random weights, forward and backward: gated DeltaNet in
-//! the shape of Qwen3.5-35B-A3B, Kimi delta attention in that of Kimi-Linear-48B-A3B and Mamba2 in that of Nemotron-3-Nano, over texts of 512 and 8,192 tokens (or of as
-//! many as are given): `cargo run --release --example mixer_time -- [TOKENS ...]`. Memory is what a pass holds at its
-//! most beyond what was there before.
+//! the shape of Qwen3.5-35B-A3B, Kimi delta attention in that of Kimi-Linear-48B-A3B and Mamba2 in that of
+//! Nemotron-3-Nano, over texts of 512 and 8,192 tokens (or of as many as are given): `cargo run --release --example
+//! mixer_time -- [TOKENS ...]`. Memory is what a pass holds at its most beyond what was there before.
 
 use std::time::Instant;
 

@@ -1,5 +1,5 @@
-//! What is best at a given size: whole and pruned models of the bundled model (or of `MODEL ROWS.jsonl`) in one format and
-//! in several, by bytes and by divergence from the whole model on calibration rows:
+//! What is best at a given size: whole and pruned models of the bundled model (or of `MODEL ROWS.jsonl`) in one format
+//! and in several, by bytes and by divergence from the whole model on calibration rows:
 //! `cargo run --release -p moe-benches --example precision_frontier -- [MODEL ROWS [OUT.html]]`. Experts go by REAP.
 
 use moe::jobs::{prune, rows, score};

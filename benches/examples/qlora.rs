@@ -1,6 +1,7 @@
-//! Memory and loss of a LoRA on bases of several precisions against the BF16 base, three draws of the adapter and of the
-//! order of rows each: `cargo run --release -p moe-benches --example qlora -- [MODEL ROWS.jsonl [STEPS]]`, by default on
-//! the bundled model and the rows of division, which it has never seen. Losses are of rows that were not trained on.
+//! Memory and loss of a LoRA on bases of several precisions against the BF16 base, three draws of the adapter and of
+//! the order of rows each: `cargo run --release -p moe-benches --example qlora -- [MODEL ROWS.jsonl [STEPS]]`, by
+//! default on the bundled model and the rows of division, which it has never seen. Losses are of rows that were not
+//! trained on.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use moe_peft::{Recipe, TrainingRun};
 
 type Error = Box<dyn std::error::Error>;
 
-/// Draws.
+/// Draws of rows and of the start of the adapters.
 const DRAWS: u64 = 3;
 /// Rows, of which a fifth is for measuring.
 const ROWS: usize = 600;

@@ -1,5 +1,6 @@
-//! What decoding costs: reading every routed expert of the bundled model (or of `MODEL`) from memory in each format, and
-//! the products of some rows with it, against BF16: `cargo run --release -p moe-benches --example quantized_speed --
+//! What decoding costs: reading every routed expert of the bundled model (or of `MODEL`) from memory in each format,
+//! and the products of some rows with it, against BF16: `cargo run --release -p moe-benches --example quantized_speed
+//! --
 //! [MODEL]`. The fastest of several passes counts; one thread per core.
 
 use std::sync::Arc;

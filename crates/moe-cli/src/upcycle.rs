@@ -43,8 +43,8 @@ pub struct Arguments {
     /// Units of the network that every token runs through
     #[arg(long, value_name = "UNITS", default_value_t = 0)]
     pub shared_width: usize,
-    /// What routers begin with: zero, random or teacher, or one with its numbers as JSON [default: zero where all experts
-    /// run, teacher where there is --data and experts are parts, else random]
+    /// What routers begin with: zero, random or teacher, or one with its numbers as JSON [default: zero where all
+    /// experts run, teacher where there is --data and experts are parts, else random]
     #[arg(long, value_name = "NAME|JSON", value_parser = tagged::<RouterStart>)]
     pub router: Option<RouterStart>,
     /// Seed of what is drawn: noise, redrawn units, routers, clusters
@@ -94,7 +94,8 @@ fn tagged<T: DeserializeOwned>(text: &str) -> std::result::Result<T, String> {
     serde_json::from_value(value).map_err(|error| error.to_string())
 }
 
-/// Checks everything, runs the dense model where that is needed, and writes. `None` if everything was only to be checked.
+/// Checks everything, runs the dense model where that is needed, and writes. `None` if everything was only to be
+/// checked.
 ///
 /// # Errors
 /// Whatever is wrong with the arguments or the files they name, and whatever stops the run.

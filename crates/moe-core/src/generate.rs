@@ -116,7 +116,8 @@ fn batches(
     let mut batches: Vec<(Range<usize>, Vec<MemoryPlan>)> = Vec::new();
     let mut filled = 0;
     for (i, prompt) in prompts.iter().enumerate() {
-        // All weights in memory is worth more than a larger batch. Where they are read again for every token, it is not.
+        // All weights in memory is worth more than a larger batch. Where they are read again for every token, it is
+        // not.
         let may_grow = |current: &[MemoryPlan], larger: &[MemoryPlan]| {
             let pairs = models.iter().zip(current.iter().zip(larger));
             pairs.into_iter().all(|(model, (current, larger))| {

@@ -1,5 +1,5 @@
-//! Architectures side by side: a small language model with one layer each, trained for some hundred steps on text, at about
-//! equal active parameters. Prints the loss of the last steps, how even the loads are, and the time.
+//! Architectures side by side: a small language model with one layer each, trained for some hundred steps on text, at
+//! about equal active parameters. Prints the loss of the last steps, how even the loads are, and the time.
 //!
 //! `cargo run --release -p moe-nn --example architectures [STEPS]`
 

@@ -1,9 +1,9 @@
-//! A small Mixture of Experts from scratch: a language model of bytes, trained on text, with the loads of its experts, and
-//! written as a stock Qwen2-MoE.
+//! A small Mixture of Experts from scratch: a language model of bytes, trained on text, with the loads of its experts,
+//! and written as a stock Qwen2-MoE.
 //!
 //! `cargo run --release -p moe-nn --example train_moe [TEXT [OUT [STEPS]]]`; afterwards, for example,
-//! `moe prune --model OUT ...`. The loop is written out: `burn-train` would add features to Burn for whoever builds these
-//! crates.
+//! `moe prune --model OUT ...`. The loop is written out: `burn-train` would add features to Burn for whoever builds
+//! these crates.
 
 use std::time::Instant;
 

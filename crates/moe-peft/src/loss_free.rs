@@ -2,8 +2,8 @@
 //!
 //! Source: arXiv 2408.15664, as Megatron-LM has it. Experts are selected by `score + b_e`, and weighed by the score
 //! alone. After every optimizer step `b_e += speed * sign(mean load - load_e)`, with the loads of all tokens of the
-//! step; no gradient trains `b`. Near balance the sign oscillates, so that loads stay within about a tenth of their mean
-//! however long it goes on: [`LossFree::dead_band`] leaves experts alone that are near enough.
+//! step; no gradient trains `b`. Near balance the sign oscillates, so that loads stay within about a tenth of their
+//! mean however long it goes on: [`LossFree::dead_band`] leaves experts alone that are near enough.
 //!
 //! The bias ends in the tensor that a family has for it, or in `run_time.json` beside the model.
 

@@ -28,8 +28,8 @@ pub enum PrecisionGroup {
 ///
 /// Every group of experts is rounded to every format alone, with all others as they are, and the divergence of the
 /// model's predictions is measured: the sensitivities that EdgeMoE orders experts by. Divergences of groups nearly add
-/// up, as those of pruned layers do ([`RateDistortion`](crate::RateDistortion)), so that the best formats within so many
-/// bytes are a [`knapsack`].
+/// up, as those of pruned layers do ([`RateDistortion`](crate::RateDistortion)), so that the best formats within so
+/// many bytes are a [`knapsack`].
 ///
 /// Units go into the same knapsack by [`best_allocation`]: stock loaders read one width, so that the options are one
 /// whole model per pruning ratio, each with the best formats that the bytes left allow.
@@ -70,7 +70,7 @@ pub struct PrecisionGroupOptions {
     pub layer: usize,
     /// Its experts.
     pub experts: Vec<usize>,
-    /// Formats.
+    /// What it may be stored in, and at which loss.
     pub options: Vec<PrecisionOption>,
 }
 

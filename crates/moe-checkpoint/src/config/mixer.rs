@@ -63,7 +63,8 @@ pub struct ChannelDelta {
     pub kernel: usize,
     /// Whether the projections of decays and gates go through one of the width of a head.
     pub low_rank: bool,
-    /// Least logarithm of a decay, where decays are `e^{bound * sigmoid(..)}`; else they are `e^{-rate * softplus(..)}`.
+    /// Least logarithm of a decay, where decays are `e^{bound * sigmoid(..)}`; else they are `e^{-rate *
+    /// softplus(..)}`.
     pub lower_bound: Option<f64>,
 }
 

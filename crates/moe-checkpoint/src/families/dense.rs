@@ -1,7 +1,7 @@
 //! Dense decoders: no experts, but what experts can be made of.
 //!
-//! They are read by [`Checkpoint::open_dense`](crate::Checkpoint::open_dense) alone: whatever needs experts refuses them by
-//! name, as before.
+//! They are read by [`Checkpoint::open_dense`](crate::Checkpoint::open_dense) alone: whatever needs experts refuses
+//! them by name, as before.
 
 use serde_json::Value;
 

@@ -19,8 +19,8 @@ use super::{latent, names, read, rope};
 pub(crate) struct KimiLinear {
     /// `model_type` of its configs.
     pub model_type: &'static str,
-    /// Whether it is Bailing hybrid: latent attention rotates and has a gate per head, decays and output gates of linear
-    /// attention have one projection each, and tensors have other names.
+    /// Whether it is Bailing hybrid: latent attention rotates and has a gate per head, decays and output gates of
+    /// linear attention have one projection each, and tensors have other names.
     pub bailing: bool,
 }
 

@@ -11,8 +11,9 @@ pub(super) fn weights(config: &Value) -> impl Iterator<Item = &Value> {
     groups.map(|(_, group)| &group["weights"]).filter(|weights| weights.is_object())
 }
 
-/// Takes the number of routed experts of each layer from `moe_sparsity_config` (compressed-tensors 0.20, as REAP and MoNe
-/// leave it: `{"method": "prune", "num_experts": [null, 129, …]}`, an entry per decoder layer); null leaves the config's.
+/// Takes the number of routed experts of each layer from `moe_sparsity_config` (compressed-tensors 0.20, as REAP and
+/// MoNe leave it: `{"method": "prune", "num_experts": [null, 129, …]}`, an entry per decoder layer); null leaves the
+/// config's.
 ///
 /// # Errors
 /// [`Error::InvalidField`] for a list that does not fit the model.

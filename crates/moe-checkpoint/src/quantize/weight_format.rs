@@ -27,7 +27,8 @@ pub enum WeightFormat {
     /// MXFP4 (OCP Microscaling): 4-bit floats with a power of two per 32. In the layout of gpt-oss for `gpt_oss`, of
     /// compressed-tensors elsewhere.
     Mxfp4,
-    /// Integers of 2, 4, 6 or 8 bits with a BF16 scale per group: `pack-quantized` of compressed-tensors (W4A16, W8A16).
+    /// Integers of 2, 4, 6 or 8 bits with a BF16 scale per group: `pack-quantized` of compressed-tensors (W4A16,
+    /// W8A16).
     Int {
         /// Bits of a code: 2, 4, 6 or 8; 4 and 8 are what engines have kernels for.
         bits: usize,

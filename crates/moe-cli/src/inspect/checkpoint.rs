@@ -59,8 +59,8 @@ fn range(values: &[usize]) -> String {
     }
 }
 
-/// How many layers there are of which kind: those with experts, those with another feed-forward half, and those that only
-/// look at other tokens, by how they do.
+/// How many layers there are of which kind: those with experts, those with another feed-forward half, and those that
+/// only look at other tokens, by how they do.
 fn layers(config: &ModelConfig) -> String {
     let mut counts: Vec<(&str, usize)> = Vec::new();
     for layer in &config.layers {

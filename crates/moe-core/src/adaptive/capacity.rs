@@ -92,7 +92,7 @@ impl CapacityGroup {
 }
 
 impl CapacityFormula {
-    /// C.
+    /// The most tokens that an expert takes.
     pub fn capacity(self, factor: f64, tokens: usize, experts: usize, top_k: usize) -> usize {
         let (t, e) = (tokens as f64, experts.max(1) as f64);
         match self {

@@ -13,8 +13,8 @@ use crate::{
 };
 
 /// Sends every token to the experts at these places of its order of preference, counted from 0: `[2]` is the third
-/// best, `[0, .., k - 1]` the model's own choice. SCMoE's weak routing (arXiv 2405.14507), whose code divides the weights
-/// by their sum.
+/// best, `[0, .., k - 1]` the model's own choice. SCMoE's weak routing (arXiv 2405.14507), whose code divides the
+/// weights by their sum.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ranks {

@@ -75,7 +75,7 @@ pub enum DropRule {
         /// Layers that go.
         layers: usize,
     },
-    /// These.
+    /// The layers of a list.
     List {
         /// The layers.
         layers: Vec<usize>,

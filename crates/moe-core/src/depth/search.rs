@@ -17,9 +17,9 @@ pub type Rounds = Vec<u8>;
 /// `Q / n + exploration sqrt(ln N / n) - length_penalty * length / L`, now and then at random. The reward of a path is
 /// whatever the caller says of it, such as 1 where the answer is right.
 ///
-/// The reference lets a layer be repeated more than twice, which no label of three classes can hold, and counts the path
-/// itself as an action: here layers run at most twice, and every action changes the path. It also ends the search with
-/// the first wrong answer that turns right; [`stop_early`](Self::stop_early) says so.
+/// The reference lets a layer be repeated more than twice, which no label of three classes can hold, and counts the
+/// path itself as an action: here layers run at most twice, and every action changes the path. It also ends the search
+/// with the first wrong answer that turns right; [`stop_early`](Self::stop_early) says so.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PathSearch {

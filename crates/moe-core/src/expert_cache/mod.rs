@@ -1,5 +1,5 @@
-//! Routed experts between memory and disk, where not all fit: in two precisions, loaded ahead by the next layer's router,
-//! kept by a policy (HOBBIT, arXiv 2411.01433; EdgeMoE, arXiv 2308.14352).
+//! Routed experts between memory and disk, where not all fit: in two precisions, loaded ahead by the next layer's
+//! router, kept by a policy (HOBBIT, arXiv 2411.01433; EdgeMoE, arXiv 2308.14352).
 
 mod state;
 mod stream;
@@ -87,8 +87,9 @@ impl ExpertCacheStatistics {
     }
 }
 
-/// Which experts of a token are read in high precision: `selected` and `scores` are those of the token, `true` for high.
-/// Scores are normalized to sum to 1, and sorted; an expert is high where those before it have no more than `threshold`.
+/// Which experts of a token are read in high precision: `selected` and `scores` are those of the token, `true` for
+/// high. Scores are normalized to sum to 1, and sorted; an expert is high where those before it have no more than
+/// `threshold`.
 pub fn high_precision(scores: &[f32], threshold: f32) -> Vec<bool> {
     let total: f32 = scores.iter().map(|score| score.max(0.0)).sum();
     let mut order: Vec<usize> = (0..scores.len()).collect();

@@ -119,8 +119,8 @@ impl<V: Clone> CacheState<V> {
             .any(|copy| self.entries.contains_key(&ExpertKey { layer, expert, precision: *copy }))
     }
 
-    /// Puts a copy that was read in; `ahead` for one that nobody has asked for yet, which stays until its layer has run.
-    /// Whether there was a place for it: one that is larger than what may be evicted is not kept.
+    /// Puts a copy that was read in; `ahead` for one that nobody has asked for yet, which stays until its layer has
+    /// run. Whether there was a place for it: one that is larger than what may be evicted is not kept.
     pub fn put(&mut self, key: ExpertKey, value: V, bytes: u64, ahead: bool) -> bool {
         self.statistics.bytes_read += bytes;
         self.statistics.prefetched += u64::from(ahead);

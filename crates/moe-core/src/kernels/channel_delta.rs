@@ -1,5 +1,5 @@
-//! The delta rule with a decay per channel, Kimi delta attention (arXiv 2510.26692, section 3), forward and backward, in
-//! chunks of tokens.
+//! The delta rule with a decay per channel, Kimi delta attention (arXiv 2510.26692, section 3), forward and backward,
+//! in chunks of tokens.
 //!
 //! Per head, with keys and queries of width `D_k`, values of width `D_v` and a state `S [D_k, D_v]`:
 //! `S_t = diag(e^{g_t}) S_{t-1} + k_t u_t^T` with `u_t = beta_t (v_t - (diag(e^{g_t}) S_{t-1})^T k_t)`, and
@@ -7,8 +7,8 @@
 //!
 //! Within a chunk that begins with the state `S`, with `G` the sums of `g` from its beginning and `*` by channel, the
 //! `u` solve `(I + L) U = diag(beta) (V - (K * e^G) S)` with `L_ij = beta_i k_i . (e^{G_i - G_j} * k_j)` for `j < i`.
-//! Then `O = (Q * e^G) S + M U` with `M_ij = q_i . (e^{G_i - G_j} * k_j)` for `j <= i`, and the state after the chunk is
-//! `diag(e^{G_last}) S + (K * e^{G_last - G})^T U`.
+//! Then `O = (Q * e^G) S + M U` with `M_ij = q_i . (e^{G_i - G_j} * k_j)` for `j <= i`, and the state after the chunk
+//! is `diag(e^{G_last}) S + (K * e^{G_last - G})^T U`.
 //!
 //! `e^{G_i - G_j}` is no product of something of i and something of j that would not overflow. Between blocks of
 //! [`BLOCK`] tokens it is one of two numbers of at most 1, with the sum at the later block's beginning in the middle;
@@ -141,7 +141,7 @@ struct Chunk<'a> {
 struct Middle {
     /// `k_i . (e^{G_i - G_j} * k_j)`, on and below the diagonal.
     kk: Vec<f32>,
-    /// M.
+    /// The same of queries with keys.
     mixed: Vec<f32>,
     /// `K * e^G`.
     k_start: Vec<f32>,
@@ -185,8 +185,8 @@ impl Chunk<'_> {
         times_exp(self.k, last.zip(&self.sums).map(|(last, sum)| last - sum))
     }
 
-    /// Rows `block` of `a` times `e^{G - G_start}`, and the keys before the block times `e^{G_start - G}`, `G_start` the
-    /// sum at the block's first token.
+    /// Rows `block` of `a` times `e^{G - G_start}`, and the keys before the block times `e^{G_start - G}`, `G_start`
+    /// the sum at the block's first token.
     fn around(&self, a: &[f32], block: &Range<usize>) -> [Vec<f32>; 2] {
         let (first, own) = (block.start * self.dk, block.start * self.dk..block.end * self.dk);
         let start = &self.sums[self.row(block.start)];
@@ -459,8 +459,8 @@ mod tests {
 
     const SHAPE: ChannelDeltaShape = ChannelDeltaShape { heads: 2, key_dim: 3, value_dim: 5 };
 
-    /// Queries, keys, values, decays and betas of so many tokens; decays up to 3 per token, so that products of those of
-    /// a chunk are far below what a number can hold the inverse of.
+    /// Queries, keys, values, decays and betas of so many tokens; decays up to 3 per token, so that products of those
+    /// of a chunk are far below what a number can hold the inverse of.
     fn case(tokens: usize) -> [Vec<f32>; 5] {
         let decays = values(tokens * 6, 4).into_iter().map(|x| -1.5 * (x + 1.0)).collect();
         let betas = values(tokens * 2, 5).into_iter().map(|x| 0.5 + 0.4 * x).collect();

@@ -315,8 +315,8 @@ fn sum_of_halves(dy: &Tensor<2>) -> Tensor<2> {
     dy.clone().narrow(1, 0, half) + dy.clone().narrow(1, half, half)
 }
 
-/// `x w^T` of `x [n, in]` and `w [out, in]`, for the tokens of one expert: how many there are is a matter of the wave, and
-/// not of how a sweep cuts it into pieces, so that the kernel may depend on it.
+/// `x w^T` of `x [n, in]` and `w [out, in]`, for the tokens of one expert: how many there are is a matter of the wave,
+/// and not of how a sweep cuts it into pieces, so that the kernel may depend on it.
 fn multiply_rows(x: &Tensor<2>, w: &Tensor<2>) -> Tensor<2> {
     let ([n, inputs], [outputs, _]) = (x.dims(), w.dims());
     if !few_rows::NUMBERS.contains(&n) || inputs == 0 || outputs == 0 || !host::is_host(&x.device()) {

@@ -96,8 +96,9 @@ impl std::fmt::Debug for Model {
 
 impl Model {
     /// Opens the checkpoint directory `dir` on `device`, and runs it as the file
-    /// [`run_time.json`](crate::adaptive::RunTime::save_beside) in it says, if there is one. `max_memory` in bytes bounds what sweeps and generation keep;
-    /// without it, six tenths of the machine's free memory. It never changes results.
+    /// [`run_time.json`](crate::adaptive::RunTime::save_beside) in it says, if there is one. `max_memory` in bytes
+    /// bounds what sweeps and generation keep; without it, six tenths of the machine's free memory. It never changes
+    /// results.
     ///
     /// # Errors
     /// Those of [`Checkpoint::open`], [`Error::Unsupported`] for a rule without an implementation (routing, rope,
@@ -269,9 +270,9 @@ impl Model {
         self
     }
 
-    /// The same model that reads its routed experts through a cache of so many bytes, for generation where they do not all
-    /// fit. Without a second precision results are those of the model. Overlays and adapters of experts do not go with
-    /// it: a model that is made of this one by them has no cache.
+    /// The same model that reads its routed experts through a cache of so many bytes, for generation where they do not
+    /// all fit. Without a second precision results are those of the model. Overlays and adapters of experts do not go
+    /// with it: a model that is made of this one by them has no cache.
     ///
     /// # Errors
     /// [`Error::Input`] for a threshold outside [0, 1], a model with overlays or adapters of experts, and a second

@@ -44,11 +44,11 @@ pub struct ReferenceStore {
 
 /// Test-time remixing of experts (C3PO, arXiv 2504.07964).
 ///
-/// The neighbors of a prompt are the `neighbors` references that lie nearest, by a Gaussian kernel of the distance whose
-/// width is the median distance of the neighbors; those more similar than `most_similar` are left out. In the last
-/// `layers` MoE layers, the shares `w` of the experts at the prompt's last token become `a w + (1 - a) w'`, with `w'` the
-/// kernel mean of the neighbors' shares, or are found by descent on the neighbors' loss. Then the model's own rule
-/// selects and weighs. Tokens that are generated are routed as always.
+/// The neighbors of a prompt are the `neighbors` references that lie nearest, by a Gaussian kernel of the distance
+/// whose width is the median distance of the neighbors; those more similar than `most_similar` are left out. In the
+/// last `layers` MoE layers, the shares `w` of the experts at the prompt's last token become `a w + (1 - a) w'`, with
+/// `w'` the kernel mean of the neighbors' shares, or are found by descent on the neighbors' loss. Then the model's own
+/// rule selects and weighs. Tokens that are generated are routed as always.
 ///
 /// Softmax models alone: the shares are its logits' softmax.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -18,10 +18,10 @@ use crate::{
 /// steps of descent on its next-token cross-entropy at the prompt, and again after every `every` new tokens on all that
 /// is there. Between, tokens are generated with the vectors as they are. They begin at zero for every prompt.
 ///
-/// Keys and values are computed anew after each adaptation. Source: the rewiring paper by its public reviews, which give
-/// steps, rate and interval; optimizer, choice of layers and treatment of the cache are documented choices. Where
-/// weights are normalized over the chosen experts, the gradient of every other expert is zero, so that vectors weigh the
-/// chosen experts anew rather than choose others.
+/// Keys and values are computed anew after each adaptation. Source: the rewiring paper by its public reviews, which
+/// give steps, rate and interval; optimizer, choice of layers and treatment of the cache are documented choices. Where
+/// weights are normalized over the chosen experts, the gradient of every other expert is zero, so that vectors weigh
+/// the chosen experts anew rather than choose others.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Rewiring {

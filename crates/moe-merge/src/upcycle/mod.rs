@@ -1,16 +1,16 @@
 //! Experts of dense models: copies, parts, clusters, several models.
 //!
-//! The outcome is a model over models, as that of every method is: it is run, pruned, trained or written like any other,
-//! and what stock transformers loads is the sibling family with experts (`mixtral` for Llama and Mistral, `qwen2_moe`,
-//! `qwen3_moe`).
+//! The outcome is a model over models, as that of every method is: it is run, pruned, trained or written like any
+//! other, and what stock transformers loads is the sibling family with experts (`mixtral` for Llama and Mistral,
+//! `qwen2_moe`, `qwen3_moe`).
 //!
 //! # Exactness
 //!
 //! A gated network is the sum of its units, so that parts of it sum to it. Routing weights sum to one over the chosen
-//! experts; the down projection of a part is therefore multiplied by the number of parts, which with a router of zeros and
-//! all parts chosen gives the network back. With `k` of `N` parts the sum is scaled by `N / k`, as in FactorLLM
-//! (arXiv 2408.11855). A shared part goes through a gate of zeros, whose sigmoid is a half, and is doubled. In f32 and for
-//! powers of two nothing else is rounded.
+//! experts; the down projection of a part is therefore multiplied by the number of parts, which with a router of zeros
+//! and all parts chosen gives the network back. With `k` of `N` parts the sum is scaled by `N / k`, as in FactorLLM
+//! (arXiv 2408.11855). A shared part goes through a gate of zeros, whose sigmoid is a half, and is doubled. In f32 and
+//! for powers of two nothing else is rounded.
 
 mod partition;
 mod recipe;
@@ -63,7 +63,7 @@ pub struct UpcycleReport {
     pub shared_width: usize,
     /// What the routers begin with.
     pub router: RouterStart,
-    /// Parameters.
+    /// Parameters of the whole model.
     pub parameters: BeforeAfter,
     /// Parameters that one token runs through, embeddings included.
     pub active: BeforeAfter,
@@ -114,8 +114,8 @@ impl UpcycledModel {
 }
 
 impl Upcycling {
-    /// The Mixture of Experts that this recipe makes of a dense model. Nothing is read yet: experts are made when they are
-    /// asked for.
+    /// The Mixture of Experts that this recipe makes of a dense model. Nothing is read yet: experts are made when they
+    /// are asked for.
     ///
     /// ```no_run
     /// use std::sync::Arc;
@@ -131,8 +131,8 @@ impl Upcycling {
     /// ```
     ///
     /// # Errors
-    /// [`Error::InvalidParameter`] for numbers that do not go together or with the model; [`Error::Infeasible`] for a model
-    /// with experts, models of different sizes, or one that no stock family with experts can hold;
+    /// [`Error::InvalidParameter`] for numbers that do not go together or with the model; [`Error::Infeasible`] for a
+    /// model with experts, models of different sizes, or one that no stock family with experts can hold;
     /// [`Error::OtherModel`] for evidence of another model; [`Error::InvalidEvidence`] for directions of other sizes.
     pub fn on(&self, base: &Arc<Checkpoint>, inputs: &UpcycleInputs) -> Result<UpcycledModel> {
         let dense = target::dense_width(base)?;

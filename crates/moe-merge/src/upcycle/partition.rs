@@ -25,8 +25,8 @@ impl Partition {
         Self { shared: (0..shared as u32).collect(), parts: (0..parts).map(part).collect() }
     }
 
-    /// Parts of units whose features `[width, columns]` have near directions. `activity` ranks units for the shared part,
-    /// highest first; without it the first units are shared.
+    /// Parts of units whose features `[width, columns]` have near directions. `activity` ranks units for the shared
+    /// part, highest first; without it the first units are shared.
     pub fn clustered(
         mut features: Vec<f32>,
         columns: usize,
@@ -53,8 +53,8 @@ impl Partition {
     }
 }
 
-/// Labels `[n]` of clusters of equal sizes of rows of unit length: k-means whose assignments go by descending cosine as long
-/// as a cluster has room.
+/// Labels `[n]` of clusters of equal sizes of rows of unit length: k-means whose assignments go by descending cosine as
+/// long as a cluster has room.
 fn balanced(rows: &[f32], columns: usize, clusters: usize, seed: u64) -> Vec<usize> {
     let n = rows.len() / columns;
     let size = n / clusters;

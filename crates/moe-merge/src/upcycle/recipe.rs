@@ -41,15 +41,15 @@ pub struct Upcycling {
 #[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum UpcycleMethod {
-    /// A copy of the network (sparse upcycling, arXiv 2212.05055): whatever the router, the function is that of the dense
-    /// model.
+    /// A copy of the network (sparse upcycling, arXiv 2212.05055): whatever the router, the function is that of the
+    /// dense model.
     Copy {
         /// Normal noise on the weights of all copies but the first, in standard deviations of each matrix.
         #[serde(default)]
         noise: f64,
     },
-    /// A copy with units drawn anew, others in every expert (Drop-Upcycling, arXiv 2502.19261): normal, with the mean and
-    /// the deviation of the weights they replace.
+    /// A copy with units drawn anew, others in every expert (Drop-Upcycling, arXiv 2502.19261): normal, with the mean
+    /// and the deviation of the weights they replace.
     Drop {
         /// The fraction of units drawn anew.
         #[serde(default = "half")]
@@ -93,8 +93,8 @@ pub enum ClusterBy {
     /// The directions of their gate rows are near.
     #[default]
     Weights,
-    /// They are active on the same tokens of a sample: the absolute activations have a high cosine. Shared units are those
-    /// that are active most, on average.
+    /// They are active on the same tokens of a sample: the absolute activations have a high cosine. Shared units are
+    /// those that are active most, on average.
     Activations,
 }
 
@@ -112,14 +112,16 @@ pub enum RouterStart {
         #[serde(default = "std")]
         std: f64,
     },
-    /// What the network itself says on a sample of tokens: FactorLLM's prior-approximate target, the experts whose outputs
-    /// are nearest to the network's own output times `k / E`, fitted by ridge regression. Only where experts are parts.
+    /// What the network itself says on a sample of tokens: FactorLLM's prior-approximate target, the experts whose
+    /// outputs are nearest to the network's own output times `k / E`, fitted by ridge regression. Only where experts
+    /// are parts.
     Teacher {
         /// The ridge, relative to the mean square of an input.
         #[serde(default = "ridge")]
         ridge: f64,
     },
-    /// Directions that are given, one per expert and layer, such as mean hidden states of prompts for each (mergekit-moe).
+    /// Directions that are given, one per expert and layer, such as mean hidden states of prompts for each
+    /// (mergekit-moe).
     Prototypes,
 }
 

@@ -153,8 +153,8 @@ fn spell_out_theta(config: &mut Map<String, Value>, theta: f64) {
     }
 }
 
-/// The name of a tensor of the sibling where the decoder of the dense model is, which may be found under another prefix than
-/// the family's own.
+/// The name of a tensor of the sibling where the decoder of the dense model is, which may be found under another prefix
+/// than the family's own.
 pub(super) fn in_place(base: &Checkpoint, layer: usize, name: String) -> String {
     let found = base.family().tensor_name(Role::Layer(layer, LayerRole::DenseGate));
     match found.strip_suffix(&format!("layers.{layer}.mlp.gate_proj.weight")) {

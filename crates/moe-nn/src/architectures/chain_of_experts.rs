@@ -32,9 +32,9 @@ pub struct ChainOfExpertsConfig {
     pub inner_residual: bool,
 }
 
-/// Chain-of-Experts (arXiv 2506.18945): `x' = shared(x) + sum s_i F_i(x) + x` in each round, one pool of experts, a router
-/// of its own per round, `top_k / rounds` experts each. A block around it adds no residual of its own if the inner one is
-/// there.
+/// Chain-of-Experts (arXiv 2506.18945): `x' = shared(x) + sum s_i F_i(x) + x` in each round, one pool of experts, a
+/// router of its own per round, `top_k / rounds` experts each. A block around it adds no residual of its own if the
+/// inner one is there.
 #[derive(Module, Debug)]
 pub struct ChainOfExperts {
     /// The router of each round.

@@ -10,8 +10,8 @@ use crate::router::TopKRouterConfig;
 use crate::routing::Combine;
 
 /// DeepSeekMoE (arXiv 2401.06066): of `num_experts` experts of width `d_ff` with `top_k` per token, each is cut into
-/// `segments`, `shared` of the pieces are for all tokens, and a token chooses `segments * top_k - shared` of the others. The
-/// active size stays; weights are not renormalized. Balance it by `expert_balance` or `device_balance`.
+/// `segments`, `shared` of the pieces are for all tokens, and a token chooses `segments * top_k - shared` of the
+/// others. The active size stays; weights are not renormalized. Balance it by `expert_balance` or `device_balance`.
 #[derive(Config, Debug)]
 pub struct DeepSeekMoeConfig {
     /// Hidden size.

@@ -17,9 +17,9 @@ pub struct ScaledNormConfig {
     pub epsilon: f64,
 }
 
-/// The output of a norm times `1 / sqrt(block)`, for both norms of a block and not for the last norm (the curse of depth,
-/// arXiv 2502.05795): the variance of outputs no longer grows exponentially with depth. For training from the start; not
-/// together with initialization scaled by depth.
+/// The output of a norm times `1 / sqrt(block)`, for both norms of a block and not for the last norm (the curse of
+/// depth, arXiv 2502.05795): the variance of outputs no longer grows exponentially with depth. For training from the
+/// start; not together with initialization scaled by depth.
 #[derive(Module, Debug)]
 pub struct ScaledNorm {
     /// The norm.

@@ -49,12 +49,12 @@ pub struct MemoryLayerConfig {
     pub softmax: bool,
 }
 
-/// A memory layer. A query has two halves; a slot's score is the sum of the scores of its row's and its column's key; the
-/// best slots are found among the best rows times the best columns, which is exact, since a slot of the answer has both of
-/// its keys among them. Ties go to the lower slot.
+/// A memory layer. A query has two halves; a slot's score is the sum of the scores of its row's and its column's key;
+/// the best slots are found among the best rows times the best columns, which is exact, since a slot of the answer has
+/// both of its keys among them. Ties go to the lower slot.
 ///
-/// Tables are read by one `select` each, whose gradient is of the size of the table: for tables of up to some ten million
-/// numbers.
+/// Tables are read by one `select` each, whose gradient is of the size of the table: for tables of up to some ten
+/// million numbers.
 #[derive(Module, Debug)]
 pub struct MemoryLayer {
     /// Hidden to `heads * 2 * key_dim`.

@@ -32,8 +32,8 @@ pub struct MofmeLayerConfig {
 /// The feature-modulated experts of MoFME (arXiv 2312.16610): `y = down(h * sum_e w_e gamma_e + sum_e w_e beta_e)` with
 /// `h = act(gate(x)) * up(x)`. An expert is two vectors instead of the two square matrices of the paper, and the common
 /// network runs once per token. In training the weights are a mean over samples of the router under dropout, in which a
-/// sample counts the less the farther it is from their mean, relative to their deviation: the diagonal form of the paper's
-/// whitening.
+/// sample counts the less the farther it is from their mean, relative to their deviation: the diagonal form of the
+/// paper's whitening.
 #[derive(Module, Debug)]
 pub struct MofmeLayer {
     /// The common network.

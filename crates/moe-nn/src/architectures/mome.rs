@@ -27,10 +27,10 @@ pub struct MomeConfig {
     pub shared: usize,
 }
 
-/// The mixture of Matryoshka experts (MoME, arXiv 2510.04136): `x + sum_shared + sum_top-k g_i expert_i` beside a frozen
-/// block, an expert being down, GELU, up with a tiny bottleneck. Sequences pooled to several granularities go through the
-/// very same router and experts, one call each; losses are averaged over them. Up projections begin at zero, so that the
-/// model begins as its base.
+/// The mixture of Matryoshka experts (MoME, arXiv 2510.04136): `x + sum_shared + sum_top-k g_i expert_i` beside a
+/// frozen block, an expert being down, GELU, up with a tiny bottleneck. Sequences pooled to several granularities go
+/// through the very same router and experts, one call each; losses are averaged over them. Up projections begin at
+/// zero, so that the model begins as its base.
 #[derive(Module, Debug)]
 pub struct Mome {
     /// The router of all granularities.

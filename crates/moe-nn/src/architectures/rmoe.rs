@@ -20,8 +20,8 @@ pub struct RmoeStackConfig {
     pub d_ff: usize,
 }
 
-/// The layers of experts of an RMoE (arXiv 2408.06793), without what stands between them: a [`RecurrentRouter`] and experts
-/// per layer, and the one [`GruCell`] that carries a token's state from layer to layer.
+/// The layers of experts of an RMoE (arXiv 2408.06793), without what stands between them: a [`RecurrentRouter`] and
+/// experts per layer, and the one [`GruCell`] that carries a token's state from layer to layer.
 #[derive(Module, Debug)]
 pub struct RmoeStack {
     /// The routers.
@@ -49,8 +49,8 @@ impl RmoeStackConfig {
 }
 
 impl RmoeStack {
-    /// Runs one layer on `[tokens, hidden]` with the state that the layer before left, none in the first: output, routing
-    /// and the state for the next layer.
+    /// Runs one layer on `[tokens, hidden]` with the state that the layer before left, none in the first: output,
+    /// routing and the state for the next layer.
     ///
     /// # Panics
     ///

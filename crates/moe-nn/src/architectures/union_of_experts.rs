@@ -33,9 +33,9 @@ pub struct UnionOfExpertsConfig {
     pub routing: UnionRouting,
 }
 
-/// Union-of-Experts (arXiv 2503.02495): the gate and up maps of one network are cut by columns and its down map by rows, as
-/// tensor parallelism cuts them. Parts have weight 1, chosen or not: with all of them the layer is the network. The
-/// published code multiplies no gate either.
+/// Union-of-Experts (arXiv 2503.02495): the gate and up maps of one network are cut by columns and its down map by
+/// rows, as tensor parallelism cuts them. Parts have weight 1, chosen or not: with all of them the layer is the
+/// network. The published code multiplies no gate either.
 #[derive(Module, Debug)]
 pub struct UnionOfExperts {
     /// Hidden to parts. It gets no gradient from outputs: weights are 1; train it by a loss on its routing.

@@ -24,8 +24,8 @@ pub struct WideNetConfig {
 }
 
 /// WideNet (arXiv 2107.11817): attention, router and experts are those of one block at every depth; norms alone are
-/// private, and send a token to other experts at other depths. The block is held once, so that its gradient is the sum over
-/// depths.
+/// private, and send a token to other experts at other depths. The block is held once, so that its gradient is the sum
+/// over depths.
 #[derive(Module, Debug)]
 pub struct WideNet {
     /// The attention of all depths.
@@ -56,8 +56,8 @@ impl WideNetConfig {
 }
 
 impl WideNet {
-    /// `[batch, tokens, hidden] -> [batch, tokens, hidden]`, with the sum of the routers' losses and the routing of each
-    /// depth.
+    /// `[batch, tokens, hidden] -> [batch, tokens, hidden]`, with the sum of the routers' losses and the routing of
+    /// each depth.
     pub fn forward(&self, x: Tensor<3>) -> (Tensor<3>, Option<Tensor<1>>, Vec<Routing>) {
         let (mut x, mut loss, mut routings) = (x, None, Vec::new());
         for (attention, ffn) in self.attention_norms.iter().zip(&self.ffn_norms) {

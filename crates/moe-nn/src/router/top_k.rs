@@ -14,7 +14,7 @@ use crate::routing::{Combine, RouteContext, Routing, Score, host, logits};
 /// Noise in training, for exploration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub enum Noise {
-    /// None.
+    /// No noise.
     #[default]
     None,
     /// What the router reads is multiplied by uniform numbers within `1 - eps` and `1 + eps` (Switch Transformers).

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 /// Norms of queries and keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum QkNorm {
-    /// None.
+    /// No norms.
     #[default]
     None,
     /// Of every head (Qwen3).

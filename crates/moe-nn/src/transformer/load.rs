@@ -1,8 +1,8 @@
 //! From a checkpoint.
 //!
-//! Reading goes through `moe-checkpoint` and not through `burn-store`, which maps tensors to parameters of the same shape:
-//! here one parameter holds the matrices of all experts of a layer, and files have them apart, fused, transposed or
-//! quantized. What is read is what the engine runs.
+//! Reading goes through `moe-checkpoint` and not through `burn-store`, which maps tensors to parameters of the same
+//! shape: here one parameter holds the matrices of all experts of a layer, and files have them apart, fused, transposed
+//! or quantized. What is read is what the engine runs.
 
 use burn::module::Param;
 use burn::nn::{Embedding, Linear, RmsNorm};
@@ -322,8 +322,8 @@ impl Reader<'_> {
 }
 
 impl MoeTransformer {
-    /// Reads a checkpoint in f32: of the families of Qwen2-MoE, Qwen3-MoE, Mixtral, OLMoE, DeepSeek-V2 and whatever else
-    /// has nothing that these modules lack. On an autodiff device it is ready to be trained.
+    /// Reads a checkpoint in f32: of the families of Qwen2-MoE, Qwen3-MoE, Mixtral, OLMoE, DeepSeek-V2 and whatever
+    /// else has nothing that these modules lack. On an autodiff device it is ready to be trained.
     ///
     /// ```no_run
     /// use burn::tensor::Device;

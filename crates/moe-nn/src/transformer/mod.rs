@@ -101,8 +101,8 @@ pub struct TransformerOutput {
 }
 
 impl TransformerOutput {
-    /// The mean cross-entropy of the next token in nats, for the ids `[batch, tokens]` that the model read, without router
-    /// losses.
+    /// The mean cross-entropy of the next token in nats, for the ids `[batch, tokens]` that the model read, without
+    /// router losses.
     pub fn next_token_loss(&self, ids: Tensor<2, Int>) -> Tensor<1> {
         let [batch, tokens, vocabulary] = self.logits.dims();
         let rows = batch * (tokens - 1);

@@ -162,13 +162,13 @@ impl Collected<'_> {
 }
 
 impl MoeTransformer {
-    /// This model as a checkpoint: to be [written](moe_checkpoint::write()), pruned, run by the engine. With the checkpoint
-    /// that it was read from, names, layouts, dtypes and side files are that one's; without, it is a stock `qwen3_moe` if
-    /// it has norms of queries and keys, else a `qwen2_moe`, in f32.
+    /// This model as a checkpoint: to be [written](moe_checkpoint::write()), pruned, run by the engine. With the
+    /// checkpoint that it was read from, names, layouts, dtypes and side files are that one's; without, it is a stock
+    /// `qwen3_moe` if it has norms of queries and keys, else a `qwen2_moe`, in f32.
     ///
     /// # Errors
-    /// [`LoadError::NotRepresentable`], which lists everything that the stock families lack; those of verification, for a
-    /// base of another shape.
+    /// [`LoadError::NotRepresentable`], which lists everything that the stock families lack; those of verification, for
+    /// a base of another shape.
     pub fn to_checkpoint(
         &self,
         config: &TransformerConfig,

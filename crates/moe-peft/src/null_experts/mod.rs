@@ -10,8 +10,8 @@
 //! experts changes nothing. The official code does this otherwise in two ways, which are not followed. The coefficient
 //! is tight in the first half of the training and loose in the second.
 //!
-//! Rules without a softmax, with groups, or with a bias on the selection are refused: null experts would need a place in
-//! each.
+//! Rules without a softmax, with groups, or with a bias on the selection are refused: null experts would need a place
+//! in each.
 
 mod file;
 mod rule;

@@ -1,8 +1,8 @@
 //! A recurrent router beside a checkpoint.
 //!
 //! `recurrent_router.safetensors`: `recurrent_router.cell.{input,state}_weight` `[gates r, r]` and `_bias`
-//! `[1, gates r]`; per MoE layer `recurrent_router.layers.L.input` `[r, H]` and `.output` `[E, r]`; all f32. The metadata
-//! entry `recurrent_router` is JSON: `version` 1 and `options` as [`RecurrentOptions`].
+//! `[1, gates r]`; per MoE layer `recurrent_router.layers.L.input` `[r, H]` and `.output` `[E, r]`; all f32. The
+//! metadata entry `recurrent_router` is JSON: `version` 1 and `options` as [`RecurrentOptions`].
 
 use std::path::Path;
 

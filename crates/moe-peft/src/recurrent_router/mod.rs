@@ -1,13 +1,14 @@
 //! A recurrent router across layers, beside a model whose weights may stay frozen.
 //!
 //! Source: RMoE, arXiv 2408.06793, and its code. A token has a state that goes from MoE layer to MoE layer, not from
-//! token to token: with `u_i = A_i x_i` of what the router of layer i reads, `h_i = cell(u_i, h_{i-1})` by one cell that
-//! all layers share (`h` is 0 before the first), and logits `G_i h_i`. The gradient goes through the states of all
+//! token to token: with `u_i = A_i x_i` of what the router of layer i reads, `h_i = cell(u_i, h_{i-1})` by one cell
+//! that all layers share (`h` is 0 before the first), and logits `G_i h_i`. The gradient goes through the states of all
 //! layers. The cell is a GRU: `s = sigma(W_s u + b_s + U_s h + c_s)`, `q` alike, `n = tanh(W_n u + b_n + s (U_n h +
 //! c_n))`, `h' = (1 - q) n + q h`, with matrices and biases of its own in each place, as the code has them.
 //!
 //! Beside a trained model the logits are added to those of the router ([`RecurrentForm::Beside`]), with `G` of zeros at
-//! first: the model as it was, bit for bit. [`RecurrentForm::Instead`] is the published form, for training from scratch.
+//! first: the model as it was, bit for bit. [`RecurrentForm::Instead`] is the published form, for training from
+//! scratch.
 
 mod cell;
 mod file;

@@ -57,14 +57,14 @@ impl Seen {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ShareLosses {
-    /// Entropy of a token's shares, mean over tokens: sharp routing, of which dynamic top-p (arXiv 2403.07652) needs few
-    /// experts.
+    /// Entropy of a token's shares, mean over tokens: sharp routing, of which dynamic top-p (arXiv 2403.07652) needs
+    /// few experts.
     pub entropy: Option<f64>,
     /// `-(H(mean shares) - mean H(shares))`: the mutual information of tokens and experts (ModuleFormer, arXiv
     /// 2306.04640), balanced over all and decided for each. `-log E` at best, 0 where all tokens route alike.
     pub mutual_information: Option<f64>,
-    /// `H(mean shares)`: few experts stay in use. ModuleFormer names such a loss for fine-tuning and releases none; this
-    /// form is ours.
+    /// `H(mean shares)`: few experts stay in use. ModuleFormer names such a loss for fine-tuning and releases none;
+    /// this form is ours.
     pub concentration: Option<f64>,
     /// Squared coefficient of variation of the experts' summed shares (arXiv 1701.06538): 0 at balance.
     pub variation: Option<f64>,

@@ -26,9 +26,9 @@ pub struct RouterTargets {
 }
 
 impl RouterTargets {
-    /// Targets of a layer by trial: an expert is right for a token if the model, with all of that layer's tokens sent to
-    /// this expert alone, predicts the next token. One sweep for every expert; tokens without a next one have no right
-    /// expert.
+    /// Targets of a layer by trial: an expert is right for a token if the model, with all of that layer's tokens sent
+    /// to this expert alone, predicts the next token. One sweep for every expert; tokens without a next one have no
+    /// right expert.
     ///
     /// # Errors
     /// [`Error::Input`] for a layer without experts, and whatever stops the model.
