@@ -45,7 +45,7 @@ fn every_fixture_reads_as_the_safetensors_crate_reads_it() {
             for (expert, width) in layer.widths.iter().enumerate() {
                 let weights = checkpoint.expert(layer.layer, expert).unwrap();
                 let (gate, up, down) = canonical(&model, layer.layer, expert);
-                assert_eq!((weights.width, weights.hidden), (*width, checkpoint.config().hidden_size));
+                assert_eq!((weights.width, weights.hidden), (*width, checkpoint.config().expert_hidden_size()));
                 assert_eq!((&weights.gate, &weights.up, &weights.down), (&gate, &up, &down), "{}", dir.display());
             }
         }
@@ -58,7 +58,7 @@ fn shape3(tensor: &Tensor) -> [usize; 3] {
 
 /// Gate, up and down of an expert, found by the names and shapes that each family documents.
 fn canonical(model: &Model, layer: usize, expert: usize) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-    let prefixes = ["model", "model.language_model", "language_model.model", "backbone"];
+    let prefixes = ["model", "model.language_model", "language_model.model", "backbone", "thinker.model"];
     let tensor =
         |name: String| prefixes.iter().find_map(|prefix| model.tensors.get(&format!("{prefix}.layers.{layer}.{name}")));
     for (block, [gate, up, down]) in [
@@ -72,6 +72,15 @@ fn canonical(model: &Model, layer: usize, expert: usize) -> (Vec<f32>, Vec<f32>,
         if let (Some(gate), Some(up), Some(down)) = (part(gate), part(up), part(down)) {
             return (gate, up, down);
         }
+    }
+    // a stack of the experts' matrices
+    let stack = |part: &str| {
+        let matrices = tensor(format!("moe.{part}.weight"))?;
+        let [_, rows, cols] = shape3(matrices);
+        Some(f32s(matrices)[expert * rows * cols..][..rows * cols].to_vec())
+    };
+    if let (Some(gate), Some(up), Some(down)) = (stack("gate_proj"), stack("up_proj"), stack("down_proj")) {
+        return (gate, up, down);
     }
     if let Some(fused) = tensor("block_sparse_moe.input_linear.weight".into()) {
         let [_, both, hidden] = fused.shape[..] else { panic!() };

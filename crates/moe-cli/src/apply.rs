@@ -178,7 +178,7 @@ fn prune(
 /// # Errors
 /// A plan that cannot be read or is for another model; one of merging that was fitted on sampled tokens, which only
 /// `moe apply --evidence` has.
-pub fn planned(model: &Arc<Checkpoint>, path: &PathBuf) -> Result<Arc<Checkpoint>> {
+pub fn planned(model: &Arc<Checkpoint>, path: &std::path::Path) -> Result<Arc<Checkpoint>> {
     // What becomes of layers that predict further tokens makes no difference to a model that is only run.
     let mtp = model.mtp_tensors().next().is_some().then_some(Mtp::Drop);
     Ok(match SavedPlan::load(path)? {

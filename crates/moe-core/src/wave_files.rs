@@ -112,7 +112,7 @@ pub(crate) struct WaveFiles {
 }
 
 enum Job {
-    Tensor(PathBuf, Tensor<2>),
+    Tensor(PathBuf, Box<Tensor<2>>),
     Bytes(PathBuf, Vec<u8>),
     Delete(PathBuf),
     /// Says that all before it is done.
@@ -160,7 +160,7 @@ impl WaveFiles {
     /// # Errors
     /// [`Error::Spill`] for a file asked for earlier.
     pub fn save(&self, part: Part, tensor: &Tensor<2>) -> Result<()> {
-        self.ask(Job::Tensor(part.path(&self.dir), tensor.clone()))
+        self.ask(Job::Tensor(part.path(&self.dir), Box::new(tensor.clone())))
     }
 
     /// Asks for a file of bytes.

@@ -78,7 +78,9 @@ fn experts_of_small_gate_scores_are_read_in_four_bits() {
     let low = |threshold| Some(LowPrecision { model: int4(&base), threshold });
     let (plain, full) = run(&base, options(all / 4, EvictionPolicy::Lru));
     let (found, one) = run(&base, ExpertCacheOptions { low: low(1.0), ..options(all / 4, EvictionPolicy::Lru) });
-    assert_eq!((found, one), (plain, full), "at 1 all are high");
+    // Which thread is first decides who is still there, and not what comes out.
+    assert_eq!(found, plain);
+    assert!(one.misses[0] > 0 && one.misses[1] == 0, "at 1 all are high: {one:?}");
     let (_, half) = run(&base, ExpertCacheOptions { low: low(0.6), ..options(all / 4, EvictionPolicy::Lru) });
     assert!(half.misses[1] > 0 && half.bytes_read < full.bytes_read, "{half:?} {full:?}");
     assert!(half.hit_rate() >= full.hit_rate(), "{half:?} {full:?}");

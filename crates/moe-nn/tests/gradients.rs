@@ -61,7 +61,7 @@ fn check_layer<X: ExpertNetworks, const D: usize>(
     let rows = (0..7).flat_map(|token| {
         let mut row = [0.0, 0.0, 0.0, 0.3, -0.2, 0.5];
         row[token % 3] = 1.5;
-        row[(token + 1 + token / 3) % 3] -= 1.0;
+        row[(token + 1 + token / 3 % 2) % 3] = -1.0;
         row
     });
     let rows = Tensor::<2>::from_data(TensorData::new(rows.collect::<Vec<f32>>(), [7, 6]), &plain());

@@ -115,11 +115,14 @@ pub(super) fn mixed_entry(targets: &[(WeightFormat, Vec<String>)], dense: &[Stri
     compressed(format, Value::Object(groups), &dense)
 }
 
+/// Numbers of experts by what stands before them in the names of their modules.
+type ExpertsOfLayers = BTreeMap<String, BTreeSet<usize>>;
+
 /// Formats and the modules that have them, as patterns: one per layer for experts, one per module for others.
 pub(super) fn targets(weights: &[Weight], formats: &[WeightFormat]) -> Vec<(WeightFormat, Vec<String>)> {
     // By layer (what stands before the number of an expert): formats, and experts that have each.
-    let mut by_format: Vec<(WeightFormat, BTreeMap<String, BTreeSet<usize>>, Vec<String>)> = Vec::new();
-    let mut counts: BTreeMap<String, BTreeSet<usize>> = BTreeMap::new();
+    let mut by_format: Vec<(WeightFormat, ExpertsOfLayers, Vec<String>)> = Vec::new();
+    let mut counts = ExpertsOfLayers::new();
     for (weight, format) in weights.iter().zip(formats) {
         let at = match by_format.iter().position(|(found, ..)| found == format) {
             Some(at) => at,

@@ -117,6 +117,8 @@ fn last_rows<const X: usize>(x: &[[f32; LANES]], w: &[f32], width: usize, out: &
 }
 
 /// `out[i, j]` of row `i` of the matrix and row `j` of a group.
+// Loops over indices of arrays are what compilers keep in registers here.
+#[allow(clippy::needless_range_loop)]
 #[inline(always)]
 fn tile<const W: usize, const X: usize>(x: &[[f32; LANES]], w: &[f32], width: usize, out: &mut [f32], n: usize) {
     let mut sums = [[[0.0f32; LANES]; X]; W];

@@ -174,7 +174,7 @@ impl Attention {
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         let [batch, tokens, _] = x.dims();
         let (q, k, v) = match self.config.latent.clone() {
-            Some(latent) => self.from_latent(x, &latent),
+            Some(latent) => self.through_latent(x, &latent),
             None => self.grouped(x),
         };
         let width = q.dims()[3];
@@ -225,7 +225,7 @@ impl Attention {
         (q, repeated(k), repeated(v))
     }
 
-    fn from_latent(&self, x: Tensor<3>, latent: &LatentConfig) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
+    fn through_latent(&self, x: Tensor<3>, latent: &LatentConfig) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
         let [batch, tokens, _] = x.dims();
         let config = &self.config;
         let (heads, nope, rope, v_dim) = (config.heads, latent.nope_dim, latent.rope_dim, latent.v_dim);

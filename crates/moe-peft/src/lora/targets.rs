@@ -75,7 +75,7 @@ impl LoraConfig {
                 {
                     let expected = "maps of decoder layers: new adapters have no low-rank additions to embeddings and output head. Their \
                                     own weights can be trained: name them in `modules_to_save`, or rows of tokens in \
-                                    `trainable_token_indices`";
+                                    `trainable_token_indices`, or use {\"type\": \"own\", \"head\": true}";
                     return Err(Error::input("target_modules", format!("`{}`", names[name]), expected));
                 }
                 let expected = format!("names of modules such as {}", examples(maps, self.naming));

@@ -160,6 +160,7 @@ impl PrunePlan {
         shared_sets::check(self, base, options)?;
         if let Some(edits) = options.edits.as_deref() {
             self.validate_edits(edits)?;
+            refuse_routers_of_latents(self, base, edits)?;
             refuse_biases(self, base, options, edits)?;
         }
         let made = self.pruned(base, options, None)?;
@@ -270,6 +271,23 @@ fn origin(set: &target::TargetSet) -> Option<MatrixOrigin> {
 }
 
 /// Refuses biases in a format that has no place for them.
+/// A router reads the residual stream, and where experts work in a latent, edits have no width for its rows.
+fn refuse_routers_of_latents(plan: &PrunePlan, base: &Checkpoint, edits: &dyn EditSource) -> Result<()> {
+    if base.config().expert_latent.is_none() {
+        return Ok(());
+    }
+    for kept in &plan.kept {
+        if edits.router(kept.layer)?.is_some() {
+            return Err(Error::invalid_edits(format!(
+                "layer {}: a router is edited, but experts of `{}` work in a latent: such routers stay as they are",
+                kept.layer,
+                base.config().model_type
+            )));
+        }
+    }
+    Ok(())
+}
+
 fn refuse_biases(
     plan: &PrunePlan,
     base: &Checkpoint,

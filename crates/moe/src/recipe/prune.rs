@@ -1,8 +1,9 @@
 //! The step that drops units or experts, and what a pruned model looks like.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use moe_checkpoint::{Mtp, Routing};
+use moe_checkpoint::{Checkpoint, Mtp, Routing};
 use moe_prune::{Budget, ExpertPruner, FineGrained, PruneForm, PrunerConfig, Scope, UnitPruner};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -58,6 +59,20 @@ impl Default for Prune {
 }
 
 impl Prune {
+    /// The budget in numbers of `base`. Bytes are those of the form: one width stays in the quantization of the base,
+    /// the other forms are BF16.
+    ///
+    /// # Errors
+    /// A budget that the model cannot meet.
+    pub(crate) fn budget_on(&self, base: &Arc<Checkpoint>) -> Result<Option<Budget>> {
+        let Some(budget) = self.budget else { return Ok(None) };
+        let stays = matches!(self.form, Form::Auto | Form::Uniform);
+        Ok(Some(match base.quantization().is_some() && !stays {
+            true => budget.resolve(&base.dequantized()?)?,
+            false => budget.resolve(base)?,
+        }))
+    }
+
     /// The pruner for a model that routes like this: for `auto` and `uniform` one width per expert where nothing is
     /// said, so that stock loaders read the outcome; else units over the whole model. Whole experts go by as many per
     /// group where the router selects groups first.

@@ -96,8 +96,7 @@ impl Chain {
     /// A plan by scores that say nothing; none where only the running model decides.
     fn planned(&self, step: &Prune, scored: &[Scored]) -> Result<Option<(PrunePlan, Chosen)>> {
         let base = &self.model;
-        let Some(budget) = step.budget else { return Ok(None) };
-        let budget = budget.resolve(base)?;
+        let Some(budget) = step.budget_on(base)? else { return Ok(None) };
         let table = |granularity, pool, additive| stand_in_scores(base, granularity, pool, additive);
         let named = |name: &Path| scored.iter().rev().find(|found| Path::new(&found.name) == name);
         let found = match &step.scores {

@@ -307,8 +307,10 @@ fn check_prune(prune: &Prune, model: &Arc<Checkpoint>, before: &Before, has_data
     if pruner.needs().probe != Questions::NONE && !has_data {
         return Err(Error::Usage("data.calibration names no file, on which the pruner asks the running model".into()));
     }
-    let Some(budget) = prune.budget else { return Err(Error::Usage("budget: says not how much is kept".into())) };
-    budget.resolve(model)?.validate(model.shape())?;
+    let (Some(budget), Some(resolved)) = (prune.budget, prune.budget_on(model)?) else {
+        return Err(Error::Usage("budget: says not how much is kept".into()));
+    };
+    resolved.validate(model.shape())?;
     if matches!(budget, Budget::ExpertsPerLayer(_)) && pruner.needs().granularity != Granularity::Expert {
         let reason = "experts_per_layer: the pruner drops units; expert, novice or subset drop whole experts";
         return Err(Error::Usage(reason.into()));

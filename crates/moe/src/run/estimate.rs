@@ -169,7 +169,7 @@ fn kept(prune: &Prune, run: &Run<'_>) -> Result<f64> {
         let plan = PrunePlan::keep_only(shape, run.model.fingerprint(), &super::check::mask(path)?)?;
         return Ok(plan.units_kept() as f64 / shape.units().max(1) as f64);
     }
-    Ok(match prune.budget.map(|budget| budget.resolve(&run.model)).transpose()? {
+    Ok(match prune.budget_on(&run.model)? {
         Some(Budget::Ratio(ratio)) => 1.0 - ratio,
         Some(Budget::KeepParameters(count)) => count as f64 / shape.parameters().max(1) as f64,
         Some(Budget::DropParameters(count)) => 1.0 - count as f64 / shape.parameters().max(1) as f64,

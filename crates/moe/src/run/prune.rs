@@ -86,10 +86,9 @@ impl Run<'_> {
             let chosen = stock::settled(step, &plan)?;
             return Ok((plan, chosen));
         }
-        let (Some(scores), Some(budget)) = (scores, step.budget) else {
+        let (Some(scores), Some(budget)) = (scores, step.budget_on(base)?) else {
             return Err(Error::Usage("prune: needs scores and a budget".into()));
         };
-        let budget = budget.resolve(base)?;
         if let (Form::FineGrained, Budget::Ratio(ratio)) = (step.form, budget) {
             let pieces = FineGrained {
                 top_k: step.pieces_per_token,
