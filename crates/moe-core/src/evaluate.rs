@@ -84,7 +84,7 @@ impl Evaluation {
 /// lm-evaluation-harness).
 ///
 /// # Errors
-/// Those of [`generate`] and [`Engine::run`].
+/// Those of [`generate`](crate::generate::generate()) and [`Engine::run`].
 pub fn evaluate(model: &Model, tokenizer: &Tokenizer, set: &EvalSet, options: &EvaluateOptions) -> Result<Evaluation> {
     Ok(evaluate_with(model, tokenizer, set, options, &Decoding::default())?.0)
 }

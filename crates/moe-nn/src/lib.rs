@@ -1,7 +1,7 @@
 //! Mixture-of-Experts modules for [Burn](https://burn.dev).
 //!
-//! A layer is a [`Router`](router::Router), which says where tokens go, and
-//! [`ExpertNetworks`](experts::ExpertNetworks), which see them sorted by expert: [`MoeLayer`] joins any of both, with a
+//! A layer is a [`Router`], which says where tokens go, and
+//! [`ExpertNetworks`], which see them sorted by expert: [`MoeLayer`] joins any of both, with a
 //! shared expert, a capacity and losses if wanted. Everything is a `Module` with a `Config`, runs on every backend, and
 //! trains by Burn's autodiff.
 //!

@@ -11,7 +11,7 @@
 //! is `diag(e^{G_last}) S + (K * e^{G_last - G})^T U`.
 //!
 //! `e^{G_i - G_j}` is no product of something of i and something of j that would not overflow. Between blocks of
-//! [`BLOCK`] tokens it is one of two numbers of at most 1, with the sum at the later block's beginning in the middle;
+//! `BLOCK` tokens it is one of two numbers of at most 1, with the sum at the later block's beginning in the middle;
 //! within a block it is computed as it stands.
 
 use std::ops::Range;

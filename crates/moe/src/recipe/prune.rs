@@ -78,7 +78,7 @@ impl Prune {
     /// group where the router selects groups first.
     ///
     /// # Errors
-    /// [`Error::Usage`] for one that is unknown.
+    /// [`Error::Usage`](crate::Error::Usage) for one that is unknown.
     pub fn pruner(&self, routing: &Routing) -> Result<PrunerConfig> {
         let unit = || match self.form {
             Form::Auto | Form::Uniform => UnitPruner::new(Scope::Expert),
