@@ -54,8 +54,8 @@ impl Merge {
     /// The recipe, at the amount that is asked for.
     ///
     /// # Errors
-    /// [`Error::Usage`](crate::Error::Usage) for one that is unknown, [`Error::Merge`](crate::Error::Merge) for parts that
-    /// do not go together.
+    /// [`Error::Usage`](crate::Error::Usage) for one that is unknown, [`Error::Merge`](crate::Error::Merge) for parts
+    /// that do not go together.
     pub fn recipe(&self) -> Result<moe_merge::Recipe> {
         let recipe = match &self.recipe {
             Named::Name(name) => moe_merge::Recipe::named(name)?,
