@@ -10,10 +10,11 @@ use serde_json::{Map, Value};
 use super::fields;
 use crate::Error;
 
+/// A row with its number, or what is wrong with the row of this number.
+type Numbered = Result<(usize, Map<String, Value>), (usize, Error)>;
+
 /// The rows as objects, without their null fields, numbered from 1.
-pub(super) fn objects(
-    path: &Path,
-) -> Result<Box<dyn Iterator<Item = Result<(usize, Map<String, Value>), (usize, Error)>>>, Error> {
+pub(super) fn objects(path: &Path) -> Result<Box<dyn Iterator<Item = Numbered>>, Error> {
     let wrong = |error: ::parquet::errors::ParquetError| Error::io(path)(std::io::Error::other(error));
     let file = File::open(path).map_err(Error::io(path))?;
     let reader = SerializedFileReader::new(file).map_err(wrong)?;
