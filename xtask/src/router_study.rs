@@ -1,10 +1,8 @@
 //! The study of `router_study`, and its tables in the guide.
 
-use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 
-use crate::{Result, at, root, study};
+use crate::{Result, study};
 
 /// The page with its tables.
 const PAGE: &str = "docs/fine-tuning.md";
@@ -25,21 +23,5 @@ pub struct Options {
 
 /// Runs the study, and writes its tables into the page if asked to.
 pub fn run(options: &Options) -> Result<()> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    command.args(["run", "--release", "--example", "router_study", "--", "--out"]).arg(&options.out);
-    if let Some(steps) = options.steps {
-        command.args(["--steps", &steps.to_string()]);
-    }
-    if !command.current_dir(root()).status()?.success() {
-        return Err("the study failed".into());
-    }
-    if options.write {
-        let (page, tables) = (root().join(PAGE), root().join(&options.out));
-        let read = |path: &PathBuf| fs::read_to_string(path).map_err(at(path));
-        let written = study::replace(&read(&page)?, &read(&tables)?).map_err(at(&page))?;
-        fs::write(&page, written).map_err(at(&page))?;
-        println!("{PAGE}: written");
-    }
-    Ok(())
+    study::tables("router_study", PAGE, &options.out, ("--steps", options.steps), options.write)
 }

@@ -1,7 +1,7 @@
 //! The study of `compare_methods`, and the guide's page of it.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::{Result, at, root};
@@ -70,6 +70,28 @@ pub fn run(options: &Options) -> Result<()> {
         let written = splice(&read(&page)?, &read(&tables)?).map_err(at(&page))?;
         fs::write(&page, written).map_err(at(&page))?;
         println!("{name}: written");
+    }
+    Ok(())
+}
+
+/// Runs an example of the benchmarks that leaves tables in `out`, with a number after its flag if one is given, and writes
+/// the tables into a page if asked to.
+pub fn tables(example: &str, page: &str, out: &Path, number: (&str, Option<u32>), write: bool) -> Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(["run", "--release", "--example", example, "--", "--out"]).arg(out);
+    if let (flag, Some(number)) = number {
+        command.args([flag, &number.to_string()]);
+    }
+    if !command.current_dir(root()).status()?.success() {
+        return Err("the study failed".into());
+    }
+    if write {
+        let (path, tables) = (root().join(page), root().join(out));
+        let read = |path: &PathBuf| fs::read_to_string(path).map_err(at(path));
+        let written = replace(&read(&path)?, &read(&tables)?).map_err(at(&path))?;
+        fs::write(&path, written).map_err(at(&path))?;
+        println!("{page}: written");
     }
     Ok(())
 }

@@ -44,6 +44,19 @@ pub enum Budget {
 }
 
 impl Budget {
+    /// As [`resolve`](Self::resolve), with the bytes of what will be written: pruned to one width
+    /// ([`PruneForm::Uniform`](crate::PruneForm::Uniform)), a quantized model stays in its format if it is to; the other
+    /// forms are BF16.
+    ///
+    /// # Errors
+    /// As [`resolve`](Self::resolve).
+    pub fn resolve_as(self, checkpoint: &Arc<Checkpoint>, stays_quantized: bool) -> Result<Self> {
+        match checkpoint.quantization().is_some() && !stays_quantized {
+            true => self.resolve(&checkpoint.dequantized()?),
+            false => self.resolve(checkpoint),
+        }
+    }
+
     /// The budget in parameters of routed experts, where it is one of a whole checkpoint; others stay as they are. What
     /// is not in routed experts is kept, so that it is taken off first; where layers are stored in different types, the
     /// widest counts, so that the result is never larger than asked.

@@ -92,11 +92,7 @@ pub fn prune(
     form: PruneForm<'_>,
 ) -> Result<Model> {
     let base = model.checkpoint();
-    // One width stays in the quantization of the base, other forms are BF16.
-    let budget = match form {
-        PruneForm::Uniform => budget.resolve(base)?,
-        _ => budget.resolve(&base.dequantized()?)?,
-    };
+    let budget = budget.resolve_as(base, form == PruneForm::Uniform)?;
     let plan = pruner.prune(scores, base.shape(), budget, &ProtectionMask::none())?.plan;
     let pruned = plan.on(base, &PruneOptions::new(form))?;
     Ok(Model::new(pruned.model().clone(), model.device(), model.max_memory())?)

@@ -59,18 +59,13 @@ impl Default for Prune {
 }
 
 impl Prune {
-    /// The budget in numbers of `base`. Bytes are those of the form: one width stays in the quantization of the base,
-    /// the other forms are BF16.
+    /// The budget in numbers of `base`, and in bytes of the form.
     ///
     /// # Errors
     /// A budget that the model cannot meet.
     pub(crate) fn budget_on(&self, base: &Arc<Checkpoint>) -> Result<Option<Budget>> {
-        let Some(budget) = self.budget else { return Ok(None) };
         let stays = matches!(self.form, Form::Auto | Form::Uniform);
-        Ok(Some(match base.quantization().is_some() && !stays {
-            true => budget.resolve(&base.dequantized()?)?,
-            false => budget.resolve(base)?,
-        }))
+        Ok(self.budget.map(|budget| budget.resolve_as(base, stays)).transpose()?)
     }
 
     /// The pruner for a model that routes like this: for `auto` and `uniform` one width per expert where nothing is
