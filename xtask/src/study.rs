@@ -74,8 +74,8 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Runs an example of the benchmarks that leaves tables in `out`, with a number after its flag if one is given, and writes
-/// the tables into a page if asked to.
+/// Runs an example of the benchmarks that leaves tables in `out`, with a number after its flag if one is given, and
+/// writes the tables into a page if asked to.
 pub fn tables(example: &str, page: &str, out: &Path, number: (&str, Option<u32>), write: bool) -> Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);

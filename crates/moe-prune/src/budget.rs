@@ -45,8 +45,8 @@ pub enum Budget {
 
 impl Budget {
     /// As [`resolve`](Self::resolve), with the bytes of what will be written: pruned to one width
-    /// ([`PruneForm::Uniform`](crate::PruneForm::Uniform)), a quantized model stays in its format if it is to; the other
-    /// forms are BF16.
+    /// ([`PruneForm::Uniform`](crate::PruneForm::Uniform)), a quantized model stays in its format if it is to; the
+    /// other forms are BF16.
     ///
     /// # Errors
     /// As [`resolve`](Self::resolve).
