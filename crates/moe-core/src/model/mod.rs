@@ -1,7 +1,6 @@
 //! A decoder model whose weights are read from a checkpoint piece by piece.
 
 use std::{
-    ops::Range,
     path::Path,
     sync::{
         Arc, Mutex,
@@ -9,31 +8,33 @@ use std::{
     },
 };
 
-use burn::tensor::{Device, Tensor};
-use moe_checkpoint::{
-    Activation, Checkpoint, Dtype, ExpertPart, ExpertWeights, ModelConfig, RawMatrix, Role, StreamEdit,
-};
+use burn::tensor::Device;
+use moe_checkpoint::{Activation, Checkpoint, ModelConfig};
 
 mod adapted;
+mod attention;
+mod experts;
+mod ffn;
 mod head;
-mod layers;
+mod mixers;
+mod tensors;
+mod views;
 
 use crate::{
     adapters::Adapters,
     adaptive::RunTime,
     depth::{DepthRule, LayerPath},
     error::{Error, Result},
-    expert_cache::{ExpertCacheOptions, ExpertCacheStatistics, ExpertStream},
+    expert_cache::{ExpertCacheStatistics, ExpertStream},
     experts::ExpertTensors,
-    host,
     kernels::{
         rope::{Positions, RotaryEmbedding, RotaryTable},
         swiglu::GatedActivation,
-        weight::{Bf16Source, ReadFailure, Weight},
+        weight::ReadFailure,
     },
     layers::{FfnLayer, Linear, MixerLayer, Norm},
     memory::Residency,
-    overlay::{self, ExpertOverlay, RoutingOverlay, StackedRouting},
+    overlay::{ExpertOverlay, RoutingOverlay},
     router::Router,
 };
 
@@ -162,93 +163,6 @@ impl Model {
         })
     }
 
-    /// The same checkpoint seen through `overlay`, with a cache of its own and without the overlays of this model.
-    ///
-    /// # Errors
-    /// As [`new`](Self::new).
-    pub fn with_overlay(&self, overlay: Arc<dyn ExpertOverlay>) -> Result<Self> {
-        self.with_overlays(Some(overlay), None)
-    }
-
-    /// The same checkpoint seen through overlays of its experts and of its routing, with a cache of its own and without
-    /// the overlays of this model. Sweeps, generation and evaluation honor them alike.
-    ///
-    /// # Errors
-    /// As [`new`](Self::new); [`Error::Input`] for a routing overlay that does not fit the model: experts that do not
-    /// exist, none left in a layer, gains or router weights of another size, groups of experts that do not lose as many
-    /// each.
-    pub fn with_overlays(
-        &self,
-        experts: Option<Arc<dyn ExpertOverlay>>,
-        routing: Option<Arc<dyn RoutingOverlay>>,
-    ) -> Result<Self> {
-        let mut model = Self::new(self.checkpoint.clone(), &self.device, self.max_memory)?;
-        if let Some(routing) = &routing {
-            overlay::routing::check(&**routing, model.config(), &model.router)?;
-        }
-        (model.experts, model.routing) = (experts, routing);
-        model.decoded_per_use = self.decoded_per_use;
-        (model.path, model.depth, model.centered) = (self.path.clone(), self.depth.clone(), self.centered);
-        Ok(model)
-    }
-
-    /// The same model, overlays and adapters included, with `routing` on top of what changes its routing already.
-    ///
-    /// # Errors
-    /// As [`with_overlays`](Self::with_overlays), and [`Error::Input`] for a layer in which both have a rule, or remove
-    /// experts.
-    pub fn routed_by(&self, routing: Arc<dyn RoutingOverlay>) -> Result<Self> {
-        let routing: Arc<dyn RoutingOverlay> = match &self.routing {
-            Some(own) => Arc::new(StackedRouting::new(own.clone(), routing, self.config().layers.len())?),
-            None => routing,
-        };
-        let model = self.with_overlays(self.experts.clone(), Some(routing))?;
-        Ok(Self { adapters: self.adapters.clone(), ..model })
-    }
-
-    /// The same model, overlays and adapters included, whose tokens go through these layers. What the embeddings and
-    /// the head do stays as it is.
-    ///
-    /// # Errors
-    /// [`Error::Input`] for layers that the model does not have; [`Error::Unsupported`] where a rule decides about
-    /// depth already.
-    pub fn with_path(&self, path: LayerPath) -> Result<Self> {
-        path.check(self.config().layers.len())?;
-        if self.depth.is_some() {
-            return Err(Error::Unsupported("a path of layers beside a rule that decides about them".into()));
-        }
-        let model = self.with_overlays(self.experts.clone(), self.routing.clone())?;
-        Ok(Self { adapters: self.adapters.clone(), path: Arc::new(path), ..model })
-    }
-
-    /// The same model, overlays and adapters included, of which `rule` decides while it runs how often sequences go
-    /// through a layer and which tokens skip its feed-forward half.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] for a model under a path that leaves layers out or repeats them.
-    pub fn with_depth_rule(&self, rule: Arc<dyn DepthRule>) -> Result<Self> {
-        if !self.path.is_whole(self.config().layers.len()) {
-            return Err(Error::Unsupported("a rule that decides about layers beside a path of layers".into()));
-        }
-        let model = self.with_overlays(self.experts.clone(), self.routing.clone())?;
-        Ok(Self { adapters: self.adapters.clone(), depth: Some(rule), ..model })
-    }
-
-    /// The same model with the mean taken out of its residual stream, so that its LayerNorms run as RMSNorms: exact but
-    /// for rounding (arXiv 2305.14858). The checkpoint is that of [`StreamEdit::Center`], which its family's loaders
-    /// read as LayerNorms with the same outcome.
-    ///
-    /// # Errors
-    /// Those of [`StreamEdit::on`]: for models that have no LayerNorms, or something else that reads the stream.
-    /// [`Error::Unsupported`] for a model with overlays or adapters, which may write means of their own.
-    pub fn with_folded_norms(&self) -> Result<Self> {
-        if self.experts.is_some() || self.routing.is_some() || self.adapters.is_some() {
-            return Err(Error::Unsupported("folding norms of a model with overlays or adapters".into()));
-        }
-        let model = Self::new(StreamEdit::Center.on(&self.checkpoint)?, &self.device, self.max_memory)?;
-        Ok(Self { path: self.path.clone(), depth: self.depth.clone(), centered: true, ..model })
-    }
-
     /// The layers that its tokens go through: all, once, unless it is under a [path](Self::with_path).
     pub fn path(&self) -> &Arc<LayerPath> {
         &self.path
@@ -257,41 +171,6 @@ impl Model {
     /// What decides about depth while it runs.
     pub fn depth_rule(&self) -> Option<&Arc<dyn DepthRule>> {
         self.depth.as_ref()
-    }
-
-    /// The same model whose weights are decoded wherever they are used: between uses there are only the bytes that the
-    /// checkpoint holds, so that a [packed](moe_checkpoint::Checkpoint::packed_in_memory) checkpoint takes the memory
-    /// of its codes and scales whatever `max_memory` is, and a sweep decodes each matrix once forward and once
-    /// backward. Adapters, overlays and generation work as ever, and results are the same to the bit.
-    #[must_use]
-    pub fn with_weights_decoded_per_use(mut self) -> Self {
-        self.set_residency(Residency::default());
-        self.decoded_per_use = true;
-        self
-    }
-
-    /// The same model that reads its routed experts through a cache of so many bytes, for generation where they do not
-    /// all fit. Without a second precision results are those of the model. Overlays and adapters of experts do not go
-    /// with it: a model that is made of this one by them has no cache.
-    ///
-    /// # Errors
-    /// [`Error::Input`] for a threshold outside [0, 1], a model with overlays or adapters of experts, and a second
-    /// precision with other experts.
-    pub fn with_expert_cache(mut self, options: ExpertCacheOptions) -> Result<Self> {
-        if self.experts.is_some() || self.adapters.is_some() {
-            return Err(Error::input("a model with a cache of experts", "overlays or adapters", "neither"));
-        }
-        if let Some(low) = &options.low {
-            if !(0.0..=1.0).contains(&low.threshold) {
-                return Err(Error::input("threshold", low.threshold, "a number in [0, 1]"));
-            }
-            if low.model.shape() != self.checkpoint.shape() {
-                return Err(Error::input("the second precision", "other experts", "the model's, in another format"));
-            }
-        }
-        self.set_residency(Residency::default());
-        self.stream = Some(ExpertStream::new(&self.checkpoint, options));
-        Ok(self)
     }
 
     /// What the cache of experts did, if there is one.
@@ -422,216 +301,6 @@ impl Model {
         // a panic elsewhere cannot leave the cache half-changed: entries are whole or absent
         self.cache.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
-
-    /// Routed expert `expert` of decoder layer `layer`, through the overlay.
-    ///
-    /// # Errors
-    /// [`Error::Checkpoint`] if it cannot be read, or the overlay's error.
-    pub fn expert(&self, layer: usize, expert: usize) -> Result<ExpertTensors> {
-        if let Some(stream) = &self.stream {
-            return Ok(self.on_device(layer, stream.expert(layer, expert)?));
-        }
-        let index = self.expert_index(layer, expert)?;
-        if let Some(found) = index.and_then(|index| self.lock().experts[index].clone()) {
-            return Ok(found);
-        }
-        let loaded = self.adapted_expert(layer, expert, || match &self.experts {
-            Some(overlay) => {
-                Ok(self.on_device(layer, overlay.apply(layer, expert, self.checkpoint.expert(layer, expert)?)?))
-            }
-            None => self.load_expert(layer, expert),
-        })?;
-        let mut cache = self.lock();
-        if let Some(index) = index.filter(|index| *index < cache.residency.experts) {
-            cache.experts[index] = Some(loaded.clone());
-        }
-        Ok(loaded)
-    }
-
-    /// An expert as `overlay` changes what this model has.
-    pub(crate) fn replaced_expert(
-        &self,
-        overlay: &dyn ExpertOverlay,
-        layer: usize,
-        expert: usize,
-    ) -> Result<ExpertTensors> {
-        let mut weights = self.checkpoint.expert(layer, expert)?;
-        if let Some(own) = &self.experts {
-            weights = own.apply(layer, expert, weights)?;
-        }
-        let weights = overlay.apply(layer, expert, weights)?;
-        self.adapted_expert(layer, expert, || Ok(self.on_device(layer, weights)))
-    }
-
-    fn on_device(&self, layer: usize, weights: ExpertWeights) -> ExpertTensors {
-        let gateless = self.config().moe(layer).is_some_and(|moe| moe.gateless);
-        let make = if gateless { ExpertTensors::gateless } else { ExpertTensors::new };
-        make(weights, &self.device).with_activation(self.activation(layer))
-    }
-
-    fn load_expert(&self, layer: usize, expert: usize) -> Result<ExpertTensors> {
-        let config = self.config();
-        let mut packed = Weight::prefers_bf16(&self.device);
-        for part in ExpertPart::ALL {
-            packed = packed && self.checkpoint.expert_dtype(layer, expert, part)? == Some(Dtype::BF16);
-        }
-        if !packed {
-            return Ok(self.on_device(layer, self.checkpoint.expert(layer, expert)?));
-        }
-        let (width, hidden) = (config.moe(layer).map_or(0, |moe| moe.widths[expert]), config.expert_hidden_size());
-        let source = |parts: &'static [ExpertPart]| -> Bf16Source {
-            let checkpoint = self.checkpoint.clone();
-            Box::new(move |f| {
-                let mut matrices = Vec::with_capacity(parts.len());
-                for part in parts {
-                    matrices.extend(checkpoint.expert_part(layer, expert, *part)?);
-                }
-                f(&matrices.iter().flat_map(rows).collect::<Vec<_>>());
-                Ok(checkpoint.release_expert(layer, expert)?)
-            })
-        };
-        // Biases are few: f32 beside the packed matrices.
-        let bias = |parts: &[ExpertPart]| -> Result<Option<Tensor<1>>> {
-            let mut values = Vec::new();
-            for part in parts {
-                let Some(bias) = self.checkpoint.expert_part(layer, expert, *part)? else { return Ok(None) };
-                values.extend(bias.to_f32());
-            }
-            let len = values.len();
-            Ok(Some(host::from_vec(values, [len], &self.device)))
-        };
-        const GATE_UP: [ExpertPart; 2] = [ExpertPart::Gate, ExpertPart::Up];
-        let stacked = |parts: &'static [ExpertPart]| {
-            Weight::from_bf16([parts.len() * width, hidden], &self.device, source(parts), &self.failure)
-        };
-        Ok(ExpertTensors {
-            gate_up: match config.moe(layer).is_some_and(|moe| moe.gateless) {
-                true => stacked(&GATE_UP[1..])?.twice(),
-                false => stacked(&GATE_UP)?,
-            },
-            gate_up_bias: bias(&[ExpertPart::GateBias, ExpertPart::UpBias])?,
-            down: Weight::from_bf16([hidden, width], &self.device, source(&[ExpertPart::Down]), &self.failure)?,
-            down_bias: bias(&[ExpertPart::DownBias])?,
-            activation: self.activation(layer),
-        })
-    }
-
-    /// Where an expert is cached: experts that share weights share the place. `None` where an overlay may make such
-    /// experts differ.
-    fn expert_index(&self, layer: usize, expert: usize) -> Result<Option<usize>> {
-        let config = self.config();
-        let mut index = 0;
-        for l in &self.checkpoint.shape().layers {
-            let Some(moe) = config.moe(l.layer) else { continue };
-            if l.layer == layer && expert < moe.num_experts() {
-                let differ = moe.sets.is_some() && (self.experts.is_some() || self.adapters.is_some());
-                return Ok((!differ).then_some(index + moe.stored(expert)));
-            }
-            index += moe.stored_widths().len();
-        }
-        Err(Error::input("routed expert", format!("layer {layer}, expert {expert}"), "one of the model's"))
-    }
-
-    /// Embeddings of token ids `[T, H]`.
-    ///
-    /// # Errors
-    /// [`Error::Input`] for an id past the vocabulary.
-    pub fn embed(&self, ids: &[u32]) -> Result<Tensor<2>> {
-        let (h, vocab) = (self.config().hidden_size, self.config().vocab_size);
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
-            return Err(Error::input("token id", id, format!("below the vocabulary size {vocab}")));
-        }
-        let mut values = Vec::with_capacity(ids.len() * h);
-        let adapter = self.adapters.as_ref().and_then(|adapters| adapters.embedding());
-        if !adapter.as_ref().is_some_and(|adapter| adapter.replaces()) {
-            for &id in ids {
-                values.extend(self.checkpoint.read_f32_rows(Role::Embedding, id as usize..id as usize + 1)?);
-            }
-        }
-        if let Some(adapter) = adapter {
-            values = adapter.rows(ids, &values);
-        }
-        let factor = self.config().multipliers.embedding as f32;
-        if factor != 1.0 {
-            values.iter_mut().for_each(|x| *x *= factor);
-        }
-        Ok(host::from_vec(values, [ids.len(), h], &self.device))
-    }
-
-    /// The norm before the head.
-    pub(crate) fn final_norm(&self) -> Result<Norm> {
-        if let Some(found) = &self.lock().final_norm {
-            return Ok(found.clone());
-        }
-        let loaded = self.norm(Role::FinalNorm, Role::FinalNormBias)?;
-        self.lock().final_norm = Some(loaded.clone());
-        Ok(loaded)
-    }
-
-    /// Block `block` of the output head, from memory if it stays there.
-    fn cached_head_block(&self, block: usize, load: impl Fn(usize) -> Result<Linear>) -> Result<Linear> {
-        if let Some(found) = &self.lock().head {
-            return Ok(found[block].clone());
-        }
-        if self.lock().residency.head {
-            let all = (0..self.head_blocks()).map(load).collect::<Result<Vec<_>>>()?;
-            let found = all[block].clone();
-            self.lock().head = Some(all);
-            return Ok(found);
-        }
-        load(block)
-    }
-
-    /// Some rows of a matrix.
-    fn row_weight(&self, role: Role, rows: Range<usize>, shape: [usize; 2]) -> Result<Weight> {
-        if let Some(weight) = self.bf16_weight(&[role], Some(rows.clone()), shape)? {
-            return Ok(weight);
-        }
-        Ok(Weight::dense(host::from_vec(self.checkpoint.read_f32_rows(role, rows)?, shape, &self.device)))
-    }
-
-    /// The rows of some tensors, one after the other, as one weight.
-    pub(super) fn weight(&self, roles: &[Role], shape: [usize; 2]) -> Result<Weight> {
-        if let Some(weight) = self.bf16_weight(roles, None, shape)? {
-            return Ok(weight);
-        }
-        let mut stacked = self.checkpoint.read_f32(roles[0])?;
-        for role in &roles[1..] {
-            stacked.extend(self.checkpoint.read_f32(*role)?);
-        }
-        Ok(Weight::dense(host::from_vec(stacked, shape, &self.device)))
-    }
-
-    /// The same straight from bf16 storage, where the device multiplies that best; `rows` of the first tensor only, if
-    /// given.
-    fn bf16_weight(
-        &self,
-        roles: &[Role],
-        rows: Option<Range<usize>>,
-        [outputs, inputs]: [usize; 2],
-    ) -> Result<Option<Weight>> {
-        let infos = roles.iter().map(|&role| Ok(self.checkpoint.role(role)?)).collect::<Result<Vec<_>>>()?;
-        if !(Weight::prefers_bf16(&self.device) && infos.iter().all(|info| info.dtype == Dtype::BF16)) {
-            return Ok(None);
-        }
-        let names: Vec<String> = infos.iter().map(|info| info.name.clone()).collect();
-        let checkpoint = self.checkpoint.clone();
-        let source: Bf16Source = Box::new(move |f| {
-            let read = |name: &String| match &rows {
-                Some(rows) => checkpoint.tensor_bytes(name, 2 * inputs * rows.start..2 * inputs * rows.end),
-                None => checkpoint.bytes(name),
-            };
-            let parts = names.iter().map(read).collect::<moe_checkpoint::Result<Vec<_>>>()?;
-            f(&parts.iter().flat_map(|bytes| bytes.chunks_exact(2 * inputs)).collect::<Vec<_>>());
-            names.iter().try_for_each(|name| checkpoint.release_tensor(name))?;
-            Ok(())
-        });
-        Ok(Some(Weight::from_bf16([outputs, inputs], &self.device, source, &self.failure)?))
-    }
-
-    pub(super) fn vector(&self, role: Role, len: usize) -> Result<Tensor<1>> {
-        Ok(host::from_vec(self.checkpoint.read_f32(role)?, [len], &self.device))
-    }
 }
 
 /// The kernel of an activation.
@@ -647,8 +316,4 @@ fn gated_activation(activation: Activation) -> Result<GatedActivation> {
         Activation::Relu => GatedActivation::Relu,
         other => return Err(Error::Unsupported(format!("activation {other:?}"))),
     })
-}
-
-fn rows<'a>(matrix: &'a RawMatrix<'_>) -> impl Iterator<Item = &'a [u8]> {
-    (0..matrix.rows).filter_map(|i| matrix.row(i))
 }
