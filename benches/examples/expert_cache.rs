@@ -35,21 +35,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let bytes = (share * all as f64) as u64;
     let lowered = |threshold| Some(LowPrecision { model: low.clone(), threshold });
     let cases = [
-        ("plain streaming", 0, EvictionPolicy::Lru, None, false),
-        ("LRU", bytes, EvictionPolicy::Lru, None, false),
-        ("priority", bytes, EvictionPolicy::priority(), None, false),
-        ("distance", bytes, EvictionPolicy::Distance, None, false),
-        ("priority, ahead", bytes, EvictionPolicy::priority(), None, true),
-        ("LRU, two precisions", bytes, EvictionPolicy::Lru, lowered(0.6), false),
-        ("priority, two precisions", bytes, EvictionPolicy::priority(), lowered(0.6), false),
-        ("priority, two precisions, ahead", bytes, EvictionPolicy::priority(), lowered(0.6), true),
-        ("everything stays", all, EvictionPolicy::Lru, None, false),
+        ("plain streaming", 0, EvictionPolicy::Lru, None, false, None),
+        ("LRU", bytes, EvictionPolicy::Lru, None, false, None),
+        ("priority", bytes, EvictionPolicy::priority(), None, false, None),
+        ("distance", bytes, EvictionPolicy::Distance, None, false, None),
+        ("priority, ahead", bytes, EvictionPolicy::priority(), None, true, None),
+        ("LRU, two precisions", bytes, EvictionPolicy::Lru, lowered(0.6), false, None),
+        ("priority, two precisions", bytes, EvictionPolicy::priority(), lowered(0.6), false, None),
+        ("priority, two precisions, ahead", bytes, EvictionPolicy::priority(), lowered(0.6), true, None),
+        ("priority, three levels, ahead", bytes, EvictionPolicy::priority(), lowered(0.6), true, Some(0.9)),
+        ("everything stays", all, EvictionPolicy::Lru, None, false, None),
     ];
-    let header = ["cache", "hit rate", "read high", "read low", "ahead (used)", "MB read", "tokens/s", "same tokens"];
+    let header = ["cache", "hit rate", "read high", "read low", "skipped", "ahead (used)", "MB read", "tokens/s", "same tokens"];
     let mut table = Table::new(header, 1);
     let mut expected: Option<Vec<Vec<u32>>> = None;
-    for (name, bytes, policy, low, prefetch) in cases {
-        let options = ExpertCacheOptions { bytes, policy, low, prefetch };
+    for (name, bytes, policy, low, prefetch, skip) in cases {
+        let options = ExpertCacheOptions { bytes, policy, low, prefetch, skip };
         let model = Model::new(base.clone(), &device, None)?.with_expert_cache(options)?;
         let start = Instant::now();
         let how = GenerateOptions { max_new_tokens: TOKENS, ..GenerateOptions::default() };
@@ -68,6 +69,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             format!("{:.3}", statistics.hit_rate()),
             statistics.misses[0].to_string(),
             statistics.misses[1].to_string(),
+            statistics.skipped.to_string(),
             format!("{} ({})", statistics.prefetched, statistics.prefetched_used),
             format!("{:.1}", statistics.bytes_read as f64 / 1e6),
             format!("{:.1}", count as f64 / seconds),

@@ -9,8 +9,8 @@ use moe_core::{
     Model,
     device::device,
     expert_cache::{
-        CacheState, EvictionPolicy, ExpertCacheOptions, ExpertCacheStatistics, ExpertKey, LowPrecision, Precision,
-        high_precision,
+        CacheState, EvictionPolicy, ExpertCacheOptions, ExpertCacheStatistics, ExpertKey, ExpertLevel, LowPrecision, Precision,
+        expert_levels,
     },
     generate::{GenerateOptions, generate},
 };
@@ -40,7 +40,7 @@ fn run(base: &Arc<Checkpoint>, options: ExpertCacheOptions) -> (Vec<Vec<u32>>, E
 }
 
 fn options(bytes: u64, policy: EvictionPolicy) -> ExpertCacheOptions {
-    ExpertCacheOptions { bytes, policy, low: None, prefetch: false }
+    ExpertCacheOptions { bytes, policy, low: None, prefetch: false, skip: None }
 }
 
 #[test]
@@ -105,6 +105,10 @@ fn what_does_not_go_with_a_cache_is_refused() {
     let wrong = ExpertCacheOptions { low: threshold, ..options(0, EvictionPolicy::Lru) };
     let error = model().with_expert_cache(wrong).unwrap_err().to_string();
     assert!(error.contains("threshold") && error.contains("1.5"), "{error}");
+    let low = Some(LowPrecision { model: base.clone(), threshold: 0.6 });
+    let wrong = ExpertCacheOptions { low, skip: Some(0.5), ..options(0, EvictionPolicy::Lru) };
+    let error = model().with_expert_cache(wrong).unwrap_err().to_string();
+    assert!(error.contains("skip") && error.contains("0.6"), "{error}");
 }
 
 #[test]
@@ -130,6 +134,12 @@ fn an_expert_from_its_stored_bytes_is_the_expert() {
     assert!(stored < 3 * 96 * 128, "{stored}");
 }
 
+/// Which experts of a token are high, where none is skipped.
+fn high_precision(scores: &[f32], threshold: f32) -> Vec<bool> {
+    let levels = expert_levels(scores, threshold, 1.0);
+    levels.into_iter().map(|level| level == ExpertLevel::Runs(Precision::High)).collect()
+}
+
 #[test]
 fn the_first_experts_of_a_token_are_read_in_high_precision() {
     assert_eq!(high_precision(&[0.1, 0.7, 0.2], 0.6), [false, true, false]);
@@ -139,6 +149,38 @@ fn the_first_experts_of_a_token_are_read_in_high_precision() {
     // The order of the scores and their sum do not matter.
     assert_eq!(high_precision(&[1.4, 0.2, 0.4], 0.6), [true, false, false]);
     assert_eq!(high_precision(&[0.9, 0.1], 0.0), [true, false]);
+}
+
+#[test]
+fn the_last_experts_of_a_token_are_skipped() {
+    let (high, low) = (ExpertLevel::Runs(Precision::High), ExpertLevel::Runs(Precision::Low));
+    // Before them lie 0, 0.65, 0.85 and 0.95 of the scores.
+    let scores = [0.1, 0.65, 0.05, 0.2];
+    assert_eq!(expert_levels(&scores, 0.6, 0.9), [low, high, ExpertLevel::Skipped, low]);
+    assert_eq!(expert_levels(&scores, 0.6, 0.6), [ExpertLevel::Skipped, high, ExpertLevel::Skipped, ExpertLevel::Skipped]);
+    assert_eq!(expert_levels(&scores, 1.0, 1.0), [high; 4]);
+    assert_eq!(expert_levels(&[0.0, 0.0], 0.0, 0.0), [high; 2], "scores of nothing decide nothing");
+}
+
+#[test]
+fn skipped_experts_are_neither_read_nor_computed() {
+    let base = tiny_moe();
+    let all: u64 = (0..4).map(|layer| base.expert_bytes_on_disk(layer).unwrap()).sum();
+    let (plain, full) = run(&base, options(0, EvictionPolicy::Lru));
+    let skipping = |skip| ExpertCacheOptions { skip: Some(skip), ..options(0, EvictionPolicy::Lru) };
+    let (same, none) = run(&base, skipping(1.0));
+    assert_eq!((same, none.skipped, none.bytes_read), (plain, 0, full.bytes_read));
+    let (_, some) = run(&base, skipping(0.6));
+    assert!(some.skipped > 0 && some.bytes_read < full.bytes_read, "{some:?} {full:?}");
+    // Nothing but the first expert of a token: what a model of one expert per token gives that keeps its weight.
+    let (_, one) = run(&base, skipping(0.0));
+    assert!(one.bytes_read < some.bytes_read, "{one:?} {some:?}");
+    assert_eq!(one.bytes_read, one.misses[0] * all / 64);
+    // Three levels read less than two.
+    let low = || Some(LowPrecision { model: int4(&base), threshold: 0.5 });
+    let (_, two) = run(&base, ExpertCacheOptions { low: low(), ..options(0, EvictionPolicy::Lru) });
+    let (_, three) = run(&base, ExpertCacheOptions { low: low(), ..skipping(0.7) });
+    assert!(three.skipped > 0 && three.bytes_read < two.bytes_read, "{three:?} {two:?}");
 }
 
 fn key(layer: usize, expert: usize) -> ExpertKey {

@@ -198,9 +198,9 @@ impl Engine<'_> {
             let logits = logits.as_slice();
             let experts = router.linear.weight.dims()[0];
             let tokens = self.router_tokens(layer, router, &read, logits, wave);
-            let routed = LayerRouting::new(&tokens, router.scales.as_ref(), routing)?;
+            let mut routed = LayerRouting::new(&tokens, router.scales.as_ref(), routing)?;
             if let Some(stream) = self.model.expert_stream() {
-                stream.begin_layer(layer, &routed.applied);
+                let skipped = stream.begin_layer(layer, &routed.applied);
                 if let Some(next) = stream.next_layer(layer).filter(|_| stream.options().prefetch) {
                     // The next layer's router on what this one's reads: mostly the experts that it will choose.
                     let ahead = self.model.ffn(next)?;
@@ -210,6 +210,9 @@ impl Engine<'_> {
                         let tokens = self.router_tokens(next, router, &read, logits.as_slice(), wave);
                         stream.prefetch(next, &LayerRouting::new(&tokens, router.scales.as_ref(), None)?.applied);
                     }
+                }
+                if skipped.contains(&true) {
+                    routed = routed.skipping(&skipped);
                 }
             }
             self.model.count_routed_tokens(tokens.tokens());

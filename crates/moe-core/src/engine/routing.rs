@@ -143,6 +143,23 @@ impl LayerRouting {
         Ok(Self { applied, scale, changed: Some(Changed { logits, by, rule, seen, gains }), scaled })
     }
 
+    /// The same with these choices `[T, k]` left out: their weights are 0 and no expert sees them.
+    pub fn skipping(mut self, skipped: &[bool]) -> Self {
+        let zero = |weights: &mut [f32]| {
+            weights.iter_mut().zip(skipped).filter(|(_, skipped)| **skipped).for_each(|(weight, _)| *weight = 0.0);
+        };
+        let rule = self.applied.clone();
+        zero(&mut self.applied.weights);
+        match &mut self.changed {
+            Some(changed) => zero(&mut changed.seen.weights),
+            None => {
+                let seen = self.applied.clone();
+                self.changed = Some(Changed { logits: None, by: None, rule, seen, gains: None });
+            }
+        }
+        self
+    }
+
     /// The logits that tokens were routed by, given those of the router.
     pub fn logits<'a>(&'a self, own: &'a [f32]) -> &'a [f32] {
         let changed = self.changed.as_ref().and_then(|changed| changed.logits.as_ref());

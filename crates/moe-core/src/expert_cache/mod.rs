@@ -60,6 +60,10 @@ pub struct ExpertCacheOptions {
     /// Whether experts that the next layer's router would choose for what this layer's router reads are loaded while
     /// this layer runs.
     pub prefetch: bool,
+    /// An expert is left out of a token's output where the experts before it, in order of their gate scores, have more
+    /// than this share of the token's scores together (`T2`; HOBBIT 0.9). The weights of the others stay as they are,
+    /// and the first expert always runs. `None` leaves nobody out.
+    pub skip: Option<f32>,
 }
 
 /// What a cache did.
@@ -77,6 +81,8 @@ pub struct ExpertCacheStatistics {
     pub prefetched_used: u64,
     /// Most bytes that were held.
     pub peak_bytes: u64,
+    /// Choices of tokens that were left out, each an expert of a token.
+    pub skipped: u64,
 }
 
 impl ExpertCacheStatistics {
@@ -87,17 +93,31 @@ impl ExpertCacheStatistics {
     }
 }
 
-/// Which experts of a token are read in high precision: `selected` and `scores` are those of the token, `true` for
-/// high. Scores are normalized to sum to 1, and sorted; an expert is high where those before it have no more than
-/// `threshold`.
-pub fn high_precision(scores: &[f32], threshold: f32) -> Vec<bool> {
+/// What an expert is to a token (HOBBIT, arXiv 2411.01433, section 3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExpertLevel {
+    /// It runs, in this precision.
+    Runs(Precision),
+    /// It is left out.
+    Skipped,
+}
+
+/// The levels of a token's experts by their gate scores `[k]`, in the order of these. Scores are normalized to sum to
+/// 1 and sorted; an expert is high where those before it have no more than `high` together, skipped where they have
+/// more than `skip`, and low between the two. The first expert is high.
+pub fn expert_levels(scores: &[f32], high: f32, skip: f32) -> Vec<ExpertLevel> {
     let total: f32 = scores.iter().map(|score| score.max(0.0)).sum();
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
-    let (mut high, mut before) = (vec![false; scores.len()], 0.0f32);
+    let (mut levels, mut before) = (vec![ExpertLevel::Runs(Precision::Low); scores.len()], 0.0f32);
     for (rank, at) in order.into_iter().enumerate() {
-        high[at] = rank == 0 || total <= 0.0 || before / total <= threshold;
+        let share = if total > 0.0 { before / total } else { 0.0 };
+        if rank == 0 || share <= high {
+            levels[at] = ExpertLevel::Runs(Precision::High);
+        } else if share > skip {
+            levels[at] = ExpertLevel::Skipped;
+        }
         before += scores[at].max(0.0);
     }
-    high
+    levels
 }

@@ -91,6 +91,11 @@ impl<V: Clone> CacheState<V> {
         self.entries.iter_mut().filter(|(key, _)| key.layer < layer).for_each(|(_, entry)| entry.pinned = false);
     }
 
+    /// So many choices of tokens were left out.
+    pub fn count_skipped(&mut self, choices: u64) {
+        self.statistics.skipped += choices;
+    }
+
     /// The copy that serves an expert in this precision, if there is one: one in high precision serves both. Counts the
     /// use, and a hit or a miss.
     pub fn get(&mut self, layer: usize, expert: usize, precision: Precision) -> Option<V> {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use moe_checkpoint::{Checkpoint, ExpertWeights, StoredExpert};
 
-use super::{CacheState, ExpertCacheOptions, ExpertCacheStatistics, ExpertKey, Precision, high_precision};
+use super::{CacheState, ExpertCacheOptions, ExpertCacheStatistics, ExpertKey, ExpertLevel, Precision, expert_levels};
 use crate::error::Result;
 use crate::router::Routed;
 
@@ -105,35 +105,44 @@ impl ExpertStream {
         self.shared.layers.get(next).copied().filter(|next| *next > layer)
     }
 
-    /// Precision that each expert is needed in: high if any token needs it so.
-    fn needs(&self, routed: &Routed) -> BTreeMap<usize, Precision> {
-        let threshold = self.options.low.as_ref().map_or(f32::INFINITY, |low| low.threshold);
-        let mut needs = BTreeMap::new();
+    /// What every choice of every token is, `[tokens, k]`.
+    fn levels(&self, routed: &Routed) -> Vec<ExpertLevel> {
+        let high = self.options.low.as_ref().map_or(f32::INFINITY, |low| low.threshold);
+        let skip = self.options.skip.unwrap_or(f32::INFINITY);
+        // Without a second precision whoever is not skipped is high.
+        let high = high.min(skip);
         let width = routed.top_k.max(1);
-        for (selected, scores) in routed.selected.chunks(width).zip(routed.weights.chunks(width)) {
-            for (expert, high) in selected.iter().zip(high_precision(scores, threshold)) {
-                let needed = needs.entry(*expert as usize).or_insert(Precision::Low);
-                if high {
-                    *needed = Precision::High;
-                }
-            }
+        routed.weights.chunks(width).flat_map(|scores| expert_levels(scores, high, skip)).collect()
+    }
+
+    /// Precision that each expert is needed in: high if any token needs it so.
+    fn needs(routed: &Routed, levels: &[ExpertLevel]) -> BTreeMap<usize, Precision> {
+        let mut needs = BTreeMap::new();
+        for (expert, level) in routed.selected.iter().zip(levels) {
+            let ExpertLevel::Runs(precision) = level else { continue };
+            let needed = needs.entry(*expert as usize).or_insert(Precision::Low);
+            *needed = (*needed).min(*precision);
         }
         needs
     }
 
-    /// A layer is about to run with this routing.
-    pub fn begin_layer(&self, layer: usize, routed: &Routed) {
-        let (layer, needs) = (self.position(layer), self.needs(routed));
+    /// A layer is about to run with this routing. Which choices `[tokens, k]` are to be left out.
+    pub fn begin_layer(&self, layer: usize, routed: &Routed) -> Vec<bool> {
+        let levels = self.levels(routed);
+        let (layer, needs) = (self.position(layer), Self::needs(routed, &levels));
+        let skipped: Vec<bool> = levels.iter().map(|level| *level == ExpertLevel::Skipped).collect();
         let mut state = self.shared.lock();
         state.cache.begin_layer(layer);
+        state.cache.count_skipped(skipped.iter().filter(|skipped| **skipped).count() as u64);
         state.needed.retain(|(other, _), _| *other != layer);
         state.needed.extend(needs.into_iter().map(|(expert, precision)| ((layer, expert), precision)));
+        skipped
     }
 
     /// Begins to load what a layer that is still to come would be routed to.
     pub fn prefetch(&self, layer: usize, routed: &Routed) {
         let Some(ahead) = &self.ahead else { return };
-        let (layer, needs) = (self.position(layer), self.needs(routed));
+        let (layer, needs) = (self.position(layer), Self::needs(routed, &self.levels(routed)));
         let mut state = self.shared.lock();
         for (expert, precision) in needs {
             let key = ExpertKey { layer, expert, precision };

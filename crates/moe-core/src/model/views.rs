@@ -113,12 +113,12 @@ impl Model {
     }
 
     /// The same model that reads its routed experts through a cache of so many bytes, for generation where they do not
-    /// all fit. Without a second precision results are those of the model. Overlays and adapters of experts do not go
-    /// with it: a model that is made of this one by them has no cache.
+    /// all fit. Without a second precision and without skipping results are those of the model. Overlays and adapters of
+    /// experts do not go with it: a model that is made of this one by them has no cache.
     ///
     /// # Errors
-    /// [`Error::Input`] for a threshold outside [0, 1], a model with overlays or adapters of experts, and a second
-    /// precision with other experts.
+    /// [`Error::Input`] for a threshold outside [0, 1], one of skipping below it, a model with overlays or adapters of
+    /// experts, and a second precision with other experts.
     pub fn with_expert_cache(mut self, options: ExpertCacheOptions) -> Result<Self> {
         if self.experts.is_some() || self.adapters.is_some() {
             return Err(Error::input("a model with a cache of experts", "overlays or adapters", "neither"));
@@ -129,6 +129,13 @@ impl Model {
             }
             if low.model.shape() != self.checkpoint.shape() {
                 return Err(Error::input("the second precision", "other experts", "the model's, in another format"));
+            }
+        }
+        if let Some(skip) = options.skip {
+            let least = options.low.as_ref().map_or(0.0, |low| low.threshold);
+            if !(least..=1.0).contains(&skip) {
+                let expected = format!("a number in [{least}, 1], from the threshold of the second precision on");
+                return Err(Error::input("skip", skip, expected));
             }
         }
         self.set_residency(Residency::default());
