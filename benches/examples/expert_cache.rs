@@ -46,7 +46,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ("priority, three levels, ahead", bytes, EvictionPolicy::priority(), lowered(0.6), true, Some(0.9)),
         ("everything stays", all, EvictionPolicy::Lru, None, false, None),
     ];
-    let header = ["cache", "hit rate", "read high", "read low", "skipped", "ahead (used)", "MB read", "tokens/s", "same tokens"];
+    let header =
+        ["cache", "hit rate", "read high", "read low", "skipped", "ahead (used)", "MB read", "tokens/s", "same tokens"];
     let mut table = Table::new(header, 1);
     let mut expected: Option<Vec<Vec<u32>>> = None;
     for (name, bytes, policy, low, prefetch, skip) in cases {

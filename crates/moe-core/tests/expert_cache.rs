@@ -9,8 +9,8 @@ use moe_core::{
     Model,
     device::device,
     expert_cache::{
-        CacheState, EvictionPolicy, ExpertCacheOptions, ExpertCacheStatistics, ExpertKey, ExpertLevel, LowPrecision, Precision,
-        expert_levels,
+        CacheState, EvictionPolicy, ExpertCacheOptions, ExpertCacheStatistics, ExpertKey, ExpertLevel, LowPrecision,
+        Precision, expert_levels,
     },
     generate::{GenerateOptions, generate},
 };
@@ -157,7 +157,10 @@ fn the_last_experts_of_a_token_are_skipped() {
     // Before them lie 0, 0.65, 0.85 and 0.95 of the scores.
     let scores = [0.1, 0.65, 0.05, 0.2];
     assert_eq!(expert_levels(&scores, 0.6, 0.9), [low, high, ExpertLevel::Skipped, low]);
-    assert_eq!(expert_levels(&scores, 0.6, 0.6), [ExpertLevel::Skipped, high, ExpertLevel::Skipped, ExpertLevel::Skipped]);
+    assert_eq!(
+        expert_levels(&scores, 0.6, 0.6),
+        [ExpertLevel::Skipped, high, ExpertLevel::Skipped, ExpertLevel::Skipped]
+    );
     assert_eq!(expert_levels(&scores, 1.0, 1.0), [high; 4]);
     assert_eq!(expert_levels(&[0.0, 0.0], 0.0, 0.0), [high; 2], "scores of nothing decide nothing");
 }
