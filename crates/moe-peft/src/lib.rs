@@ -50,6 +50,7 @@
 //! | compressed experts (2503.00634) | `compressed_experts` | [`Compressed`](method_config::Compressed) | factors of experts that do not run | checkpoint and file |
 //! | null experts, AdaMoE (2406.13233) | `null_experts` | [`NullExpertTuning`](null_experts::NullExpertTuning) | rows of the router that stand for nothing | checkpoint and file |
 //! | recurrent router, RMoE (2408.06793) | `recurrent_router` | [`RecurrentRouterTuning`](recurrent_router::RecurrentRouterTuning) | a router across layers | checkpoint and file |
+//! | two sizes per token, Duo-LLM (2410.10846) | `duo` | [`DuoTuning`](duo::DuoTuning) | a choice of many or few experts under a budget | checkpoint and file |
 //! | loss-free balance (2408.15664) | `loss_free` | [`LossFree`](loss_free::LossFree) | weights, under a bias that follows the load | checkpoint |
 //! | SMoE-Dropout (2303.01610) | `smoe_dropout` | [`SmoeDropout`](smoe_dropout::SmoeDropout) | experts, under random routers | checkpoint and `run_time.json` |
 //! | condenser experts (2604.23036) | `condensers` | [`CondenserTuning`](condenser::CondenserTuning) | weights, under a bias of routing | checkpoint and file |
@@ -67,6 +68,7 @@ pub mod codec;
 pub mod compressed_experts;
 pub mod condenser;
 pub mod dense_mixer;
+pub mod duo;
 mod error;
 pub mod esft;
 mod fine_tune;

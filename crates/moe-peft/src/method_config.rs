@@ -10,6 +10,7 @@ use crate::{
     AdapterSet, Installed, Phase, Result, Setting, TuningMethod,
     compressed_experts::CompressedExperts,
     condenser::CondenserTuning,
+    duo::DuoTuning,
     esft::{Esft, EsftSelection},
     layer_sampling::LayerTurns,
     lora::{Init, LoraConfig},
@@ -45,6 +46,7 @@ use crate::{
 /// | `condensers` | [`CondenserTuning`] | 1e-5 | cosine to 10%, 10% warm-up | .9, .999 | 2 epochs (ours) | code of arXiv 2604.23036 |
 /// | `null_experts` | [`NullExpertTuning`] | 5e-5 | constant (ours) | .9, .999 | 2 epochs | arXiv 2406.13233 |
 /// | `recurrent_router` | [`RecurrentRouterTuning`] | 1e-3 | cosine to 0, 3% warm-up | .9, .999 | 2 epochs | ours: it was published for training from scratch |
+/// | `duo` | [`DuoTuning`] | 1e-3 | cosine to 0, 3% warm-up | .9, .999 | 200 | ours: it was published for training from scratch |
 /// | `loss_free` | [`LossFree`] | 1e-5 | constant | .9, .95, decay 0.1 | 500 | as `esft`; ours |
 /// | `smoe_dropout` | [`SmoeDropout`] | 3e-5 | cosine to 0, 3% warm-up | .9, .999 | 500 | ours: it was published for training from scratch |
 ///
@@ -75,6 +77,8 @@ pub enum MethodConfig {
     NullExperts(NullExpertTuning),
     /// A router across layers.
     RecurrentRouter(RecurrentRouterTuning),
+    /// Many or few experts for every token, under a budget.
+    Duo(DuoTuning),
     /// Balance by a bias instead of a loss.
     LossFree(LossFree),
     /// Experts under random routers.
@@ -157,6 +161,7 @@ impl MethodConfig {
             Self::Condensers(tuning) => Box::new(tuning.clone()),
             Self::NullExperts(tuning) => Box::new(tuning.clone()),
             Self::RecurrentRouter(tuning) => Box::new(tuning.clone()),
+            Self::Duo(tuning) => Box::new(tuning.clone()),
             Self::LossFree(method) => Box::new(method.clone()),
             Self::SmoeDropout(method) => Box::new(method.clone()),
         }
@@ -183,7 +188,11 @@ impl MethodConfig {
             Self::CompressedExperts(compressed) => compressed.own.router,
             Self::Condensers(tuning) => tuning.weights.router,
             // DenseMixer knows the model's own rule alone
-            Self::NullExperts(_) | Self::RecurrentRouter(_) | Self::LossFree(_) | Self::SmoeDropout(_) => false,
+            Self::NullExperts(_)
+            | Self::RecurrentRouter(_)
+            | Self::Duo(_)
+            | Self::LossFree(_)
+            | Self::SmoeDropout(_) => false,
             Self::Smt(_) | Self::Lora(_) | Self::Mixture(_) => false,
         }
     }
@@ -221,6 +230,7 @@ impl MethodConfig {
             Self::Condensers(_) => (1e-5, Schedule { warmup: 0.1, final_share: 0.1, ..cosine }, plain, epochs(2)),
             Self::NullExperts(_) => (5e-5, constant, plain, epochs(2)),
             Self::RecurrentRouter(_) => (1e-3, cosine, plain, epochs(2)),
+            Self::Duo(_) => (1e-3, cosine, plain, some(200)),
             Self::LossFree(_) => (1e-5, constant, adamw(0.95, 0.1), some(500)),
             Self::SmoeDropout(_) => (3e-5, cosine, plain, some(500)),
         };

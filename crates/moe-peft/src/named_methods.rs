@@ -4,6 +4,7 @@ use crate::{
     MethodConfig,
     compressed_experts::CompressedExperts,
     condenser::CondenserTuning,
+    duo::DuoTuning,
     esft::{Esft, EsftScore},
     layer_sampling::{LayerSampling, LayerTurns},
     lora::{CordaMethod, Init, LoraConfig, Targets},
@@ -128,6 +129,9 @@ pub const METHODS: &[NamedMethod] = &[
     }),
     named("recurrent-router", "a router across layers, beside the model", "arXiv 2408.06793", || {
         MethodConfig::RecurrentRouter(RecurrentRouterTuning::default())
+    }),
+    named("duo", "a choice of many or few experts for every token, under a budget", "arXiv 2410.10846", || {
+        MethodConfig::Duo(DuoTuning::default())
     }),
     named("loss-free", "experts and routers, under a bias that balances the load", "arXiv 2408.15664", || {
         MethodConfig::LossFree(LossFree::default())

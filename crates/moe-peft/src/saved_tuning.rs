@@ -12,6 +12,7 @@ use crate::{
     AdapterSet, Artifacts, Error, Result,
     compressed_experts::CompressedLayers,
     condenser::Condensers,
+    duo::Duo,
     lora::{Lora, Maps},
     mixture::{self, Mixture},
     null_experts::NullExperts,
@@ -35,22 +36,25 @@ pub enum SavedKind {
     NullExperts,
     /// A recurrent router.
     RecurrentRouter,
+    /// A choice of two numbers of experts.
+    Duo,
 }
 
 impl SavedKind {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Lora,
         Self::Mixture,
         Self::CompressedExperts,
         Self::Condensers,
         Self::NullExperts,
         Self::RecurrentRouter,
+        Self::Duo,
     ];
 
     /// The kinds that stand beside the weights of a checkpoint, in its directory.
-    pub const BESIDE_WEIGHTS: [Self; 4] =
-        [Self::CompressedExperts, Self::Condensers, Self::NullExperts, Self::RecurrentRouter];
+    pub const BESIDE_WEIGHTS: [Self; 5] =
+        [Self::CompressedExperts, Self::Condensers, Self::NullExperts, Self::RecurrentRouter, Self::Duo];
 
     /// The file that it is known by.
     pub fn file(self) -> &'static str {
@@ -61,6 +65,7 @@ impl SavedKind {
             Self::Condensers => Condensers::FILE,
             Self::NullExperts => NullExperts::FILE,
             Self::RecurrentRouter => RecurrentRouter::FILE,
+            Self::Duo => Duo::FILE,
         }
     }
 }
@@ -74,6 +79,7 @@ impl fmt::Display for SavedKind {
             Self::Condensers => "condenser experts",
             Self::NullExperts => "null experts",
             Self::RecurrentRouter => "a recurrent router",
+            Self::Duo => "a choice of sizes",
         })
     }
 }
@@ -165,6 +171,11 @@ impl SavedTuning {
                     let router = RecurrentRouter::load(self.directory.join(RecurrentRouter::FILE), base)?;
                     model = Some(router.applied_to(model.as_ref().unwrap_or(base))?);
                     artifacts.recurrent_router = Some(Arc::new(router));
+                }
+                SavedKind::Duo => {
+                    let duo = Duo::load(self.directory.join(Duo::FILE), base)?;
+                    model = Some(duo.applied_to(model.as_ref().unwrap_or(base))?);
+                    artifacts.duo = Some(Arc::new(duo));
                 }
             }
         }

@@ -19,6 +19,7 @@ use crate::{
     AdapterSet, Artifacts, Error, FineTune, MethodConfig, Phase, PhaseEnd, Recipe, Result, Setting, TuningMethod,
     compressed_experts::CompressedLayers,
     condenser::Condensers,
+    duo::Duo,
     fold::{Changes, FoldCheck, FoldPrecision, Folded},
     lora::{LoraWeights, Maps, Targets},
     null_experts::NullExperts,
@@ -323,6 +324,9 @@ impl Trained {
         }
         if let Some(nulls) = &self.artifacts.null_experts {
             nulls.save(model.join(NullExperts::FILE))?;
+        }
+        if let Some(duo) = &self.artifacts.duo {
+            duo.save(model.join(Duo::FILE))?;
         }
         if let Some(router) = &self.artifacts.recurrent_router {
             router.save(model.join(RecurrentRouter::FILE))?;

@@ -18,6 +18,7 @@ use crate::{
     AdapterSet, Result, TrainingHooks,
     compressed_experts::CompressedLayers,
     condenser::Condensers,
+    duo::Duo,
     lora::Lora,
     loss_free::BalanceBias,
     mixture::Mixture,
@@ -233,6 +234,8 @@ pub struct Artifacts {
     pub recurrent_router: Option<Arc<RecurrentRouter>>,
     /// A bias that balances the load.
     pub balance_bias: Option<Arc<BalanceBias>>,
+    /// A choice of two sizes.
+    pub duo: Option<Arc<Duo>>,
     /// Random routers.
     pub random_routing: Option<Arc<RandomRouting>>,
 }
@@ -260,6 +263,10 @@ impl Artifacts {
         if let Some(router) = &self.recurrent_router {
             return router.applied_to(model).map(Some);
         }
+        if let Some(duo) = &self.duo {
+            duo.set_temperature(None);
+            return duo.applied_to(model).map(Some);
+        }
         match self.routing() {
             Some(routing) => Ok(Some(routing.on(model)?)),
             None => Ok(None),
@@ -277,6 +284,7 @@ impl Artifacts {
             null_experts: self.null_experts.or(other.null_experts),
             recurrent_router: self.recurrent_router.or(other.recurrent_router),
             balance_bias: self.balance_bias.or(other.balance_bias),
+            duo: self.duo.or(other.duo),
             random_routing: self.random_routing.or(other.random_routing),
         }
     }

@@ -41,6 +41,7 @@ const BUNDLED: &[Bundled] = &[
     bundled("flylora", 5e-3, ""),
     bundled("null-experts", 2e-3, ""),
     bundled("recurrent-router", 3e-3, ""),
+    bundled("duo", 1e-2, ""),
     bundled("loss-free", 5e-4, ""),
     bundled("smoe-dropout", 1e-3, ""),
     bundled("condensers", 5e-4, ""),

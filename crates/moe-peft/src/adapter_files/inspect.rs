@@ -108,7 +108,7 @@ pub fn inspect(path: &Path, base: Option<&Path>) -> Result<AdapterFacts> {
             SavedKind::Lora => peft_files::MODEL_FILE,
             SavedKind::Mixture => mixture::MODEL_FILE,
             SavedKind::CompressedExperts => CompressedLayers::FILE,
-            SavedKind::Condensers | SavedKind::NullExperts | SavedKind::RecurrentRouter => kind.file(),
+            SavedKind::Condensers | SavedKind::NullExperts | SavedKind::RecurrentRouter | SavedKind::Duo => kind.file(),
         };
         facts.add_file(&path.join(file))?;
         match kind {

@@ -139,6 +139,7 @@ impl Tune {
                 | MethodConfig::CompressedExperts(_)
                 | MethodConfig::NullExperts(_)
                 | MethodConfig::RecurrentRouter(_)
+                | MethodConfig::Duo(_)
                 | MethodConfig::LossFree(_)
                 | MethodConfig::SmoeDropout(_)
         );
