@@ -1,11 +1,10 @@
 //! Experts that take so many tokens and drop the rest.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{RunTimeRouting, per_layer::moe_layers};
+use super::RunTimeRouting;
 use crate::{
     Model,
     error::{Error, Result},
@@ -135,10 +134,7 @@ impl Capacity {
         if self.renormalize {
             model.router().with_combine(Combine::Renorm)?;
         }
-        let rule: Arc<dyn RoutingRule> = Arc::new(CapacityRule(self.clone()));
-        let layers = moe_layers(model.config())?;
-        let rules = layers.into_iter().map(|(layer, _)| (layer, rule.clone())).collect();
-        Ok(RunTimeRouting { rules, ..RunTimeRouting::default() })
+        RunTimeRouting::everywhere(model.config(), CapacityRule(self.clone()))
     }
 
     /// Whether the second choice of a token is kept that weighs `weight`.

@@ -1,15 +1,13 @@
 //! Experts that choose tokens.
 
-use std::sync::Arc;
-
 use serde::{Deserialize, Serialize};
 
-use super::{CapacityGroup, RunTimeRouting, per_layer::moe_layers};
+use super::{CapacityGroup, RunTimeRouting, members::Members};
 use crate::{
     Model,
     error::{Error, Result},
-    overlay::{RouterTokens, RoutingRule, RuleGradients},
-    router::{Combine, Routed},
+    overlay::RouterTokens,
+    router::{Combine, Routed, Router},
 };
 
 /// Expert choice routing (arXiv 2202.09368, as in flaxformer): every expert takes its `round(factor T / E)` tokens with
@@ -50,17 +48,17 @@ impl ExpertChoice {
             return Err(Error::input("expert_choice", "a decoder", expected));
         }
         model.router().with_combine(Combine::Raw)?;
-        let rule: Arc<dyn RoutingRule> = Arc::new(ChoiceRule(self.clone()));
-        let layers = moe_layers(model.config())?;
-        let rules = layers.into_iter().map(|(layer, _)| (layer, rule.clone())).collect();
-        Ok(RunTimeRouting { rules, ..RunTimeRouting::default() })
+        RunTimeRouting::everywhere(model.config(), ChoiceRule(self.clone()))
     }
 }
 
-impl RoutingRule for ChoiceRule {
-    fn route(&self, tokens: &RouterTokens<'_>) -> Result<Routed> {
+impl Members for ChoiceRule {
+    fn combine(&self) -> Combine {
+        Combine::Raw
+    }
+
+    fn choose(&self, tokens: &RouterTokens<'_>, router: &Router) -> Result<Routed> {
         let (experts, count) = (tokens.experts, tokens.tokens());
-        let router = tokens.router.with_combine(Combine::Raw)?;
         let mut shares = Vec::new();
         let mut scores = Vec::with_capacity(tokens.logits.len());
         for logits in tokens.logits.chunks_exact(experts) {
@@ -96,18 +94,7 @@ impl RoutingRule for ChoiceRule {
         Ok(routed)
     }
 
-    fn backward(
-        &self,
-        tokens: &RouterTokens<'_>,
-        routed: &Routed,
-        d_weights: &[f32],
-        _: bool,
-    ) -> Result<RuleGradients> {
-        let router = tokens.router.with_combine(Combine::Raw)?;
-        Ok(router.members_backward(tokens.logits, routed, d_weights).into())
-    }
-
-    fn is_causal(&self) -> bool {
+    fn looks_back_only(&self) -> bool {
         false
     }
 }
@@ -115,6 +102,7 @@ impl RoutingRule for ChoiceRule {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::overlay::RoutingRule;
 
     pub fn rule(choice: ExpertChoice) -> impl RoutingRule {
         ChoiceRule(choice)

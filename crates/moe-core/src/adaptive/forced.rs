@@ -1,7 +1,6 @@
 //! Experts by the label of a sequence.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -71,9 +70,7 @@ impl Forced {
         }
         // SparseMixer chooses its experts one after the other by their logits, and has no weight for any others
         model.router().with_combine(Combine::Raw)?;
-        let rule: Arc<dyn RoutingRule> = Arc::new(ForcedRule(self.clone()));
-        let rules = layers.into_iter().map(|(layer, _)| (layer, rule.clone())).collect();
-        Ok(RunTimeRouting { rules, ..RunTimeRouting::default() })
+        RunTimeRouting::everywhere(model.config(), ForcedRule(self.clone()))
     }
 
     /// The experts of every token; `None` for those that the model routes.

@@ -28,6 +28,7 @@ mod config;
 mod expert_choice;
 mod forced;
 mod intervention;
+mod members;
 mod overlay;
 mod per_layer;
 mod random_router;

@@ -1,15 +1,13 @@
 //! Experts by their rank.
 
-use std::sync::Arc;
-
 use serde::{Deserialize, Serialize};
 
-use super::{RunTimeRouting, per_layer::moe_layers};
+use super::{RunTimeRouting, members::Members, per_layer::moe_layers};
 use crate::{
     Model,
     error::{Error, Result},
-    overlay::{RouterTokens, RoutingRule, RuleGradients},
-    router::{Combine, Routed},
+    overlay::RouterTokens,
+    router::{Combine, Routed, Router},
 };
 
 /// Sends every token to the experts at these places of its order of preference, counted from 0: `[2]` is the third
@@ -45,15 +43,16 @@ impl Ranks {
                 return Err(Error::input(format!("ranks in layer {layer}"), format!("{:?}", self.ranks), expected));
             }
         }
-        let rule: Arc<dyn RoutingRule> = Arc::new(RankRule(self.clone()));
-        let rules = layers.into_iter().map(|(layer, _)| (layer, rule.clone())).collect();
-        Ok(RunTimeRouting { rules, ..RunTimeRouting::default() })
+        RunTimeRouting::everywhere(model.config(), RankRule(self.clone()))
     }
 }
 
-impl RoutingRule for RankRule {
-    fn route(&self, tokens: &RouterTokens<'_>) -> Result<Routed> {
-        let router = tokens.router.with_combine(self.0.combine)?;
+impl Members for RankRule {
+    fn combine(&self) -> Combine {
+        self.0.combine
+    }
+
+    fn choose(&self, tokens: &RouterTokens<'_>, router: &Router) -> Result<Routed> {
         let ranks = &self.0.ranks;
         let depth = ranks.iter().max().map_or(1, |rank| rank + 1);
         let order = router.with_top_k(depth).route(tokens.logits, tokens.experts, tokens.bias);
@@ -63,16 +62,5 @@ impl RoutingRule for RankRule {
         let mut routed = Routed { experts: tokens.experts, top_k: ranks.len(), selected, weights };
         router.weigh_members(tokens.logits, &mut routed, |_| true);
         Ok(routed)
-    }
-
-    fn backward(
-        &self,
-        tokens: &RouterTokens<'_>,
-        routed: &Routed,
-        d_weights: &[f32],
-        _: bool,
-    ) -> Result<RuleGradients> {
-        let router = tokens.router.with_combine(self.0.combine)?;
-        Ok(router.members_backward(tokens.logits, routed, d_weights).into())
     }
 }

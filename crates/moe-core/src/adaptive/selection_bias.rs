@@ -1,15 +1,14 @@
 //! A bias on the choice of experts.
 
-use std::sync::Arc;
-
+use moe_checkpoint::ModelConfig;
 use serde::{Deserialize, Serialize};
 
-use super::{RunTimeRouting, per_layer::PerLayer};
+use super::{RunTimeRouting, members::Members, per_layer::PerLayer};
 use crate::{
     Model,
     error::{Error, Result},
-    overlay::{RouterTokens, RoutingRule, RuleGradients},
-    router::Routed,
+    overlay::RouterTokens,
+    router::{Routed, Router},
 };
 
 /// Adds to the scores of experts for the choice, not for the weights: what loss-free balancing (arXiv 2408.15664)
@@ -33,14 +32,24 @@ impl SelectionBias {
     /// [`Error::Unsupported`] for SparseMixer, which selects by logits alone.
     pub fn on(&self, model: &Model) -> Result<RunTimeRouting> {
         model.router().check_bias()?;
-        let mut routing = RunTimeRouting::default();
-        let indices: Vec<usize> = (0..self.bias.len()).collect();
-        for (layer, experts, index) in PerLayer::Each(indices).of(model.config(), "bias")? {
-            check_values(&self.bias[index], layer, experts, "bias")?;
-            routing.rules.insert(layer, Arc::new(BiasRule(self.bias[index].clone())));
-        }
-        Ok(routing)
+        RunTimeRouting::by_layer(lists(model.config(), &self.bias, "bias")?, |_, _, bias| Ok(BiasRule(bias.to_vec())))
     }
+}
+
+/// A list `[E]` for each MoE layer of a model, in order: the layers with their numbers of experts and their lists.
+///
+/// # Errors
+/// [`Error::Input`] names `what` for another number of lists than the model has MoE layers, and for those that
+/// [`check_values`] refuses.
+pub(super) fn lists<'v>(
+    config: &ModelConfig,
+    values: &'v [Vec<f32>],
+    what: &str,
+) -> Result<Vec<(usize, usize, &'v [f32])>> {
+    let lists: Vec<&[f32]> = values.iter().map(Vec::as_slice).collect();
+    let of_layers = PerLayer::Each(lists).of(config, what)?;
+    of_layers.iter().try_for_each(|(layer, experts, list)| check_values(list, *layer, *experts, what))?;
+    Ok(of_layers)
 }
 
 /// Refuses another number of values than a layer has experts, and values that are not finite.
@@ -53,32 +62,23 @@ pub(super) fn check_values(values: &[f32], layer: usize, experts: usize, what: &
     Ok(())
 }
 
-impl RoutingRule for BiasRule {
-    fn route(&self, tokens: &RouterTokens<'_>) -> Result<Routed> {
+impl Members for BiasRule {
+    fn choose(&self, tokens: &RouterTokens<'_>, router: &Router) -> Result<Routed> {
         if self.0.iter().all(|bias| *bias == 0.0) {
-            return Ok(tokens.router.route(tokens.logits, tokens.experts, tokens.bias));
+            return Ok(router.route(tokens.logits, tokens.experts, tokens.bias));
         }
         let bias: Vec<f32> = match tokens.bias {
             Some(own) => own.iter().zip(&self.0).map(|(own, more)| own + more).collect(),
             None => self.0.clone(),
         };
-        Ok(tokens.router.route(tokens.logits, tokens.experts, Some(&bias)))
-    }
-
-    fn backward(
-        &self,
-        tokens: &RouterTokens<'_>,
-        routed: &Routed,
-        d_weights: &[f32],
-        _: bool,
-    ) -> Result<RuleGradients> {
-        Ok(tokens.router.backward(tokens.logits, routed, d_weights).into())
+        Ok(router.route(tokens.logits, tokens.experts, Some(&bias)))
     }
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::overlay::RoutingRule;
 
     pub fn rule(bias: Vec<f32>) -> impl RoutingRule {
         BiasRule(bias)

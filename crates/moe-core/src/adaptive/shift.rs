@@ -4,7 +4,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use serde::{Deserialize, Serialize};
 
-use super::{RunTimeRouting, per_layer::PerLayer, selection_bias::check_values};
+use super::{
+    RunTimeRouting,
+    selection_bias::{check_values, lists},
+};
 use crate::{
     Model,
     error::Result,
@@ -27,10 +30,8 @@ impl Shift {
     /// finite.
     pub fn on(&self, model: &Model) -> Result<RunTimeRouting> {
         let mut routing = RunTimeRouting::default();
-        let indices: Vec<usize> = (0..self.delta.len()).collect();
-        for (layer, experts, index) in PerLayer::Each(indices).of(model.config(), "delta")? {
-            check_values(&self.delta[index], layer, experts, "delta")?;
-            routing.logits.insert(layer, Arc::new(LogitShift::new(self.delta[index].clone())));
+        for (layer, _, delta) in lists(model.config(), &self.delta, "delta")? {
+            routing.logits.insert(layer, Arc::new(LogitShift::new(delta.to_vec())));
         }
         Ok(routing)
     }

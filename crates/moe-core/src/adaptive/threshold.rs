@@ -1,15 +1,13 @@
 //! Experts below a logit.
 
-use std::sync::Arc;
-
 use serde::{Deserialize, Serialize};
 
-use super::{PerLayer, RunTimeRouting};
+use super::{PerLayer, RunTimeRouting, members::Members};
 use crate::{
     Model,
     error::{Error, Result},
-    overlay::{RouterTokens, RoutingRule, RuleGradients},
-    router::Routed,
+    overlay::RouterTokens,
+    router::{Routed, Router},
 };
 
 /// Of the experts that the model selects for a token, those stay whose logit is at least `logit`: what top-k would do
@@ -41,20 +39,16 @@ impl Threshold {
     /// # Errors
     /// [`Error::Input`] for a logit that is not a number.
     pub fn on(&self, model: &Model) -> Result<RunTimeRouting> {
-        let mut routing = RunTimeRouting::default();
-        for (layer, _, logit) in self.logit.of(model.config(), "logit")? {
-            if logit.is_nan() {
-                return Err(Error::input(format!("logit of layer {layer}"), logit, "a number"));
-            }
-            routing.rules.insert(layer, Arc::new(ThresholdRule { logit, nulls: self.nulls }));
-        }
-        Ok(routing)
+        RunTimeRouting::by_layer(self.logit.of(model.config(), "logit")?, |layer, _, logit| match logit.is_nan() {
+            true => Err(Error::input(format!("logit of layer {layer}"), logit, "a number")),
+            false => Ok(ThresholdRule { logit, nulls: self.nulls }),
+        })
     }
 }
 
-impl RoutingRule for ThresholdRule {
-    fn route(&self, tokens: &RouterTokens<'_>) -> Result<Routed> {
-        let mut routed = tokens.router.route(tokens.logits, tokens.experts, tokens.bias);
+impl Members for ThresholdRule {
+    fn choose(&self, tokens: &RouterTokens<'_>, router: &Router) -> Result<Routed> {
+        let mut routed = router.route(tokens.logits, tokens.experts, tokens.bias);
         let k = routed.top_k.max(1);
         let kept = k.saturating_sub(self.nulls.unwrap_or(k));
         let mut stays = Vec::with_capacity(routed.selected.len());
@@ -64,24 +58,15 @@ impl RoutingRule for ThresholdRule {
             let rank = |slot: usize| (0..k).filter(|o| before(*o, slot)).count();
             stays.extend((0..k).map(|slot| logit(slot) >= self.logit || rank(slot) < kept));
         }
-        tokens.router.weigh_members(tokens.logits, &mut routed, |slot| stays[slot]);
+        router.weigh_members(tokens.logits, &mut routed, |slot| stays[slot]);
         Ok(routed)
-    }
-
-    fn backward(
-        &self,
-        tokens: &RouterTokens<'_>,
-        routed: &Routed,
-        d_weights: &[f32],
-        _: bool,
-    ) -> Result<RuleGradients> {
-        Ok(tokens.router.members_backward(tokens.logits, routed, d_weights).into())
     }
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::overlay::RoutingRule;
 
     pub fn rule(logit: f32, nulls: Option<usize>) -> impl RoutingRule {
         ThresholdRule { logit, nulls }

@@ -1,7 +1,5 @@
 //! Another number of experts per token.
 
-use std::sync::Arc;
-
 use serde::{Deserialize, Serialize};
 
 use super::{PerLayer, RunTimeRouting};
@@ -39,12 +37,10 @@ impl TopK {
     /// model's rule cannot give.
     pub fn on(&self, model: &Model) -> Result<RunTimeRouting> {
         model.router().with_combine(self.combine)?;
-        let mut routing = RunTimeRouting::default();
-        for (layer, experts, k) in self.k.of(model.config(), "k")? {
+        RunTimeRouting::by_layer(self.k.of(model.config(), "k")?, |layer, experts, k| {
             check_k(model, layer, experts, k)?;
-            routing.rules.insert(layer, Arc::new(KRule { k, combine: self.combine }));
-        }
-        Ok(routing)
+            Ok(KRule { k, combine: self.combine })
+        })
     }
 }
 

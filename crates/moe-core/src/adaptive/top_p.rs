@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{PerLayer, RunTimeRouting};
+use super::{PerLayer, RunTimeRouting, members::Members};
 use crate::{
     Model,
     error::{Error, Result},
-    overlay::{RouterTokens, RoutingRule, RuleGradients},
+    overlay::RouterTokens,
     router::{Combine, Routed, Router},
     trace::{LayerTrace, Observer, Signals},
 };
@@ -100,29 +100,21 @@ fn taken(held: &[f64], tau: f64, min_k: usize) -> usize {
     crossing.map_or(held.len(), |at| at + 1).max(min_k).min(held.len())
 }
 
-impl RoutingRule for PRule {
-    fn route(&self, tokens: &RouterTokens<'_>) -> Result<Routed> {
-        let router = tokens.router.with_combine(self.combine)?;
+impl Members for PRule {
+    fn combine(&self) -> Combine {
+        self.combine
+    }
+
+    fn choose(&self, tokens: &RouterTokens<'_>, router: &Router) -> Result<Routed> {
         let limit = self.limit;
         let own = (self.mass == Mass::TrainedTopK).then(|| router.top_k().min(tokens.experts));
         // the whole is that of the model's own experts, though fewer may be taken
-        let mut routed = ordered(&router, tokens, own.unwrap_or(limit).max(limit));
+        let mut routed = ordered(router, tokens, own.unwrap_or(limit).max(limit));
         let k = routed.top_k;
-        let held = masses(&router, tokens.logits, tokens.experts, (&routed.selected, k), Of { limit, own });
+        let held = masses(router, tokens.logits, tokens.experts, (&routed.selected, k), Of { limit, own });
         let taken: Vec<usize> = held.chunks_exact(limit).map(|held| taken(held, self.tau, self.min_k)).collect();
         router.weigh_members(tokens.logits, &mut routed, |slot| slot % k < taken[slot / k]);
         Ok(routed)
-    }
-
-    fn backward(
-        &self,
-        tokens: &RouterTokens<'_>,
-        routed: &Routed,
-        d_weights: &[f32],
-        _: bool,
-    ) -> Result<RuleGradients> {
-        let router = tokens.router.with_combine(self.combine)?;
-        Ok(router.members_backward(tokens.logits, routed, d_weights).into())
     }
 }
 
@@ -160,16 +152,14 @@ impl TopP {
         let Some(tau) = &self.tau else {
             return Err(Error::input("tau", "experts per token on average", "a share: rows to calibrate it on"));
         };
-        let mut routing = RunTimeRouting::default();
-        for (layer, experts, tau) in tau.of(model.config(), "tau")? {
+        RunTimeRouting::by_layer(tau.of(model.config(), "tau")?, |layer, experts, tau| {
             if !(0.0..=1.0).contains(&tau) {
                 return Err(Error::input(format!("tau of layer {layer}"), tau, "a share in [0, 1]"));
             }
             let limit = self.limit(&router, experts);
             let Self { min_k, combine, mass, .. } = *self;
-            routing.rules.insert(layer, Arc::new(PRule { tau, min_k: min_k.min(limit), limit, combine, mass }));
-        }
-        Ok(routing)
+            Ok(PRule { tau, min_k: min_k.min(limit), limit, combine, mass })
+        })
     }
 
     /// The same with a `tau` for every layer that gives the tokens seen by `calibration` the mean number of experts
@@ -264,6 +254,7 @@ impl Observer for TopPCalibration {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::overlay::RoutingRule;
 
     pub fn rule(tau: f64, min_k: usize, limit: usize, mass: Mass) -> impl RoutingRule {
         PRule { tau, min_k, limit, combine: Combine::Model, mass }
