@@ -142,10 +142,13 @@ impl fmt::Display for Report {
         for measured in &self.measured {
             if let Some(report) = &measured.decoding {
                 write!(f, "{}: {} tokens in {} steps of a sequence", measured.key, report.tokens, report.steps)?;
-                match report.acceptance() {
-                    Some(share) => writeln!(f, ", {:.1}% of {} proposals accepted", 100.0 * share, report.proposed)?,
-                    None => writeln!(f)?,
+                if let Some(share) = report.acceptance() {
+                    write!(f, ", {:.1}% of {} proposals accepted", 100.0 * share, report.proposed)?;
                 }
+                if let Some(share) = report.shared() {
+                    write!(f, ", {:.1}% of the layers of the weak routing shared", 100.0 * share)?;
+                }
+                writeln!(f)?;
             }
         }
         Ok(())

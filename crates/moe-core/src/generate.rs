@@ -2,12 +2,13 @@
 
 use std::ops::Range;
 
+use burn::tensor::Tensor;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 pub use crate::decode::Sampling;
 use crate::{
-    decode::{Decoder, Decoding, DecodingReport, Wanted, speculate},
+    decode::{Decoder, Decoding, DecodingReport, SharedPass, Wanted, speculate},
     error::{Error, Result},
     host::HostView,
     memory::{self, MemoryPlan, Residency, WaveSize},
@@ -196,6 +197,10 @@ fn generate_batch(
         let how = (speculative, options.sampling, options.stop.as_slice(), options.max_new_tokens);
         return speculate(target, draft, prompts, random, how, ended);
     }
+    let mut shared = match decoders.as_slice() {
+        [strong, weak] if decoding.shares_passes() => SharedPass::new(strong, weak, prompts.len()),
+        _ => None,
+    };
     let mut completions = vec![Vec::new(); prompts.len()];
     let mut report = DecodingReport::default();
     let mut active: Vec<usize> = (0..prompts.len()).collect();
@@ -205,8 +210,14 @@ fn generate_batch(
         if active.is_empty() {
             break;
         }
-        let feed = |decoder: &mut Decoder<'_>| Ok(HostView::new(&decoder.feed(&active, &input, Wanted::Last)?));
-        let logits: Vec<HostView> = decoders.iter_mut().map(feed).collect::<Result<_>>()?;
+        let logits: Vec<Tensor<2>> = match (&mut shared, decoders.as_mut_slice()) {
+            (Some(shared), [strong, weak]) => shared.feed([strong, weak], &active, &input, &mut report)?.into(),
+            (_, decoders) => {
+                let feed = |decoder: &mut Decoder<'_>| decoder.feed(&active, &input, Wanted::Last);
+                decoders.iter_mut().map(feed).collect::<Result<_>>()?
+            }
+        };
+        let logits: Vec<HostView> = logits.iter().map(HostView::new).collect();
         let mut still = Vec::new();
         input.clear();
         for (row, &sequence) in active.iter().enumerate() {

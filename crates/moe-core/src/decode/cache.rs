@@ -10,7 +10,7 @@ use crate::{
 
 /// Keys and values of one sequence in one layer, `[length, kv_heads * D]` each. Values of latent attention are its
 /// keys.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct KeyValues {
     pub keys: Growing,
     values: Option<Growing>,
@@ -19,6 +19,7 @@ pub(super) struct KeyValues {
 /// What is kept of one sequence in one layer.
 // One per layer, and the larger variant is the usual one.
 #[allow(clippy::large_enum_variant)]
+#[derive(Clone)]
 pub(super) enum Kept {
     /// Its keys and values, which grow.
     Attention(KeyValues),
@@ -43,7 +44,7 @@ pub(super) enum Mark {
 }
 
 /// Rows that accumulate on their device.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Growing {
     pub host: Vec<f32>,
     device: Option<Tensor<2>>,
@@ -116,10 +117,8 @@ impl Growing {
     fn push(&mut self, rows: Tensor<2>, length: usize, device: &Device) {
         self.rows += rows.dims()[0];
         if host::is_host(device) {
-            if self.host.is_empty() {
-                // No more than planned for, which doubling would exceed. Pages are taken as they are written.
-                self.host.reserve_exact(length * rows.dims()[1]);
-            }
+            // No more than planned for, which doubling would exceed. Pages are taken as they are written.
+            self.host.reserve_exact((length * rows.dims()[1]).saturating_sub(self.host.len()));
             self.host.extend_from_slice(HostView::new(&rows).as_slice());
         } else {
             self.device = Some(match self.device.take() {

@@ -34,7 +34,8 @@ pub enum DecodingConfig {
 /// SCMoE: contrasts a model with itself under weaker routing, without another model (arXiv 2405.14507).
 ///
 /// The paper's settings are for two experts per token; where experts are many and small, a set of ranks beyond the
-/// model's own is a better weak side than a single expert.
+/// model's own is a better weak side than a single expert. Layers run once for both routings as far as these agree, to
+/// the same bits ([`DecodingReport::shared`]).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SelfContrast {
@@ -143,6 +144,11 @@ impl<'m> Decoding<'m> {
         }
     }
 
+    /// Whether its two sources are one model under two routings.
+    pub(crate) fn shares_passes(&self) -> bool {
+        self.weak.is_some()
+    }
+
     /// How a draft proposes.
     pub(crate) fn speculative(&self) -> Option<&Speculative> {
         match &self.config {
@@ -168,6 +174,16 @@ pub struct DecodingReport {
     pub proposed: usize,
     /// Of these, tokens that the model accepted.
     pub accepted: usize,
+    /// Halves of layers that the weak routing of a model against itself went through, for every sequence and step.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub weak_halves: usize,
+    /// Of these, halves that ran once for both.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub shared_halves: usize,
+}
+
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 impl DecodingReport {
@@ -176,8 +192,15 @@ impl DecodingReport {
         (self.proposed > 0).then(|| self.accepted as f64 / self.proposed as f64)
     }
 
+    /// Share of the layers of a model against itself that ran once for both routings; `None` for other ways.
+    pub fn shared(&self) -> Option<f64> {
+        (self.weak_halves > 0).then(|| self.shared_halves as f64 / self.weak_halves as f64)
+    }
+
     /// Adds what others did.
     pub(crate) fn add(&mut self, other: &Self) {
+        self.weak_halves += other.weak_halves;
+        self.shared_halves += other.shared_halves;
         self.tokens += other.tokens;
         self.steps += other.steps;
         self.proposed += other.proposed;

@@ -44,12 +44,27 @@ pub(crate) struct Decoder<'m> {
     marks: Vec<Option<(usize, Vec<Mark>)>>,
 }
 
+/// New tokens of some sequences.
+pub(super) struct Fed {
+    /// The rows of every sequence.
+    spans: Vec<Range<usize>>,
+    tables: RotaryTables,
+    info: WaveInfo,
+}
+
+impl Fed {
+    /// Before the first layer.
+    pub(super) fn batch<'a>(&'a self, active: &'a [usize]) -> Batch<'a> {
+        Batch { active, spans: &self.spans, tables: &self.tables, info: &self.info }
+    }
+}
+
 /// Tokens of some sequences on their way through the layers.
-struct Batch<'a> {
+pub(super) struct Batch<'a> {
     active: &'a [usize],
     spans: &'a [Range<usize>],
     tables: &'a RotaryTables,
-    info: &'a WaveInfo,
+    pub(super) info: &'a WaveInfo,
 }
 
 impl<'m> Decoder<'m> {
@@ -114,18 +129,8 @@ impl<'m> Decoder<'m> {
     /// Feeds new tokens of the sequences `active`; logits `[rows, V]` after the rows that are wanted.
     pub fn feed(&mut self, active: &[usize], input: &[Vec<u32>], wanted: Wanted<'_>) -> Result<Tensor<2>> {
         let model = self.model;
-        let ids: Vec<u32> = input.iter().flatten().copied().collect();
-        let mut spans = Vec::with_capacity(active.len());
-        let mut start = 0;
-        for tokens in input {
-            spans.push(start..start + tokens.len());
-            start += tokens.len();
-        }
-        let positions = self.positions(active, &spans);
-        let tables = model.rotary_tables(&positions);
-        let info = info_of(&spans);
-        let batch = Batch { active, spans: &spans, tables: &tables, info: &info };
-        let mut x = model.embed(&ids)?;
+        let (fed, mut x) = self.begin(active, input)?;
+        let batch = fed.batch(active);
         if model.depth_rule().is_some() {
             for layer in 0..model.config().layers.len() {
                 x = self.decided_layer(layer, x, &batch)?;
@@ -138,24 +143,64 @@ impl<'m> Decoder<'m> {
                     false => x.clone(),
                 };
                 x = match step.feed_forward {
-                    true => self.feed_forward(step.layer, self.engine.half(&x, &middle), &info)?,
+                    true => self.feed_forward(step.layer, self.engine.half(&x, &middle), batch.info)?,
                     false => middle,
                 };
             }
         }
-        active.iter().zip(&spans).for_each(|(&s, span)| self.fed[s] += span.len());
+        self.end(active, &fed, &x, wanted)
+    }
+
+    /// New tokens of the sequences `active`, embedded.
+    pub(super) fn begin(&self, active: &[usize], input: &[Vec<u32>]) -> Result<(Fed, Tensor<2>)> {
+        let ids: Vec<u32> = input.iter().flatten().copied().collect();
+        let mut spans = Vec::with_capacity(active.len());
+        let mut start = 0;
+        for tokens in input {
+            spans.push(start..start + tokens.len());
+            start += tokens.len();
+        }
+        let tables = self.model.rotary_tables(&self.positions(active, &spans));
+        let info = info_of(&spans);
+        Ok((Fed { spans, tables, info }, self.model.embed(&ids)?))
+    }
+
+    /// Logits of what left the last layer; its tokens have been fed.
+    pub(super) fn end(
+        &mut self,
+        active: &[usize],
+        fed: &Fed,
+        x: &Tensor<2>,
+        wanted: Wanted<'_>,
+    ) -> Result<Tensor<2>> {
+        self.has_fed(active, fed);
         let rows: Vec<u32> = match wanted {
-            Wanted::Last => spans.iter().map(|s| s.end as u32 - 1).collect(),
+            Wanted::Last => fed.spans.iter().map(|s| s.end as u32 - 1).collect(),
             Wanted::Tail(counts) => {
                 let tail = |(span, count): (&Range<usize>, &usize)| (span.end - count.min(&span.len()))..span.end;
-                spans.iter().zip(counts).flat_map(tail).map(|row| row as u32).collect()
+                fed.spans.iter().zip(counts).flat_map(tail).map(|row| row as u32).collect()
             }
         };
-        let norm = model.final_norm()?;
-        let h = norm.forward(&gather_rows(&x, &rows));
-        let logits = Tensor::cat(model.head_forward(&h)?, 1);
-        model.check_reads()?;
+        let norm = self.model.final_norm()?;
+        let h = norm.forward(&gather_rows(x, &rows));
+        let logits = Tensor::cat(self.model.head_forward(&h)?, 1);
+        self.model.check_reads()?;
         Ok(logits)
+    }
+
+    /// Tokens have been fed, whoever took them through the layers.
+    pub(super) fn has_fed(&mut self, active: &[usize], fed: &Fed) {
+        active.iter().zip(&fed.spans).for_each(|(&s, span)| self.fed[s] += span.len());
+    }
+
+    /// What runs its layers.
+    pub(super) fn engine(&self) -> &Engine<'m> {
+        &self.engine
+    }
+
+    /// Keeps of a sequence at a place what `other` keeps of it.
+    pub(super) fn keep_as(&mut self, other: &Self, place: usize, sequence: usize) {
+        self.cache[place][sequence] = other.cache[place][sequence].clone();
     }
 
     fn positions(&self, active: &[usize], spans: &[Range<usize>]) -> Vec<Positions> {
@@ -209,12 +254,12 @@ impl<'m> Decoder<'m> {
         Ok(x)
     }
 
-    fn feed_forward(&self, layer: usize, half: HalfInput<'_>, info: &WaveInfo) -> Result<Tensor<2>> {
+    pub(super) fn feed_forward(&self, layer: usize, half: HalfInput<'_>, info: &WaveInfo) -> Result<Tensor<2>> {
         self.engine.ffn_forward(FfnPass::new(layer, info), half, &mut LayerTape::default(), &mut Nobody)
     }
 
     /// The half of a layer that looks at other tokens.
-    fn mix(&mut self, place: usize, layer: usize, x: &Tensor<2>, batch: &Batch<'_>) -> Result<Tensor<2>> {
+    pub(super) fn mix(&mut self, place: usize, layer: usize, x: &Tensor<2>, batch: &Batch<'_>) -> Result<Tensor<2>> {
         let Batch { active, spans, tables, .. } = *batch;
         let (model, device) = (self.model, self.model.device());
         let cache = &mut self.cache[place];

@@ -20,6 +20,7 @@ mod decoder;
 mod fusion;
 mod mix;
 mod sampling;
+mod shared_pass;
 mod speculative;
 
 pub use config::{Decoding, DecodingConfig, DecodingReport, SelfContrast};
@@ -28,5 +29,6 @@ pub(crate) use decoder::{Decoder, Wanted, part_of};
 pub use fusion::Fusion;
 pub use mix::LogitMix;
 pub use sampling::Sampling;
+pub(crate) use shared_pass::SharedPass;
 pub use speculative::Speculative;
 pub(crate) use speculative::speculate;

@@ -136,6 +136,17 @@ impl Engine<'_> {
         Ok(LayerRouting::new(&tokens, router.scales.as_ref(), overlay)?.applied)
     }
 
+    /// Where the tokens of a layer go, as the model routes them; `None` in a layer without experts.
+    pub(crate) fn routed(&self, layer: usize, half: HalfInput<'_>, wave: &WaveInfo) -> Result<Option<Routed>> {
+        let overlay = self.model.routing_overlay().map(|overlay| &**overlay);
+        let ffn = self.model.ffn_routed_by(layer, overlay)?;
+        let Some(router) = &ffn.router else { return Ok(None) };
+        let read = router.input(half.read, &ffn.normed(half.read));
+        let logits = HostView::new(&router.linear.forward(&read));
+        let tokens = self.router_tokens(layer, router, &read, logits.as_slice(), wave);
+        Ok(Some(LayerRouting::new(&tokens, router.scales.as_ref(), overlay)?.applied))
+    }
+
     /// The tokens of a layer as what routes them sees them.
     pub(super) fn router_tokens<'a>(
         &'a self,
