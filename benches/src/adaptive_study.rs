@@ -6,11 +6,11 @@ use std::time::Instant;
 
 use clap::Parser;
 use moe::eval_file::{EvalFile, EvalOptions};
+use moe_core::Model;
 use moe_core::adaptive::RunTime;
 use moe_core::data::{Tokenizer, Wave, WaveOptions};
 use moe_core::decode::{Decoding, DecodingConfig};
-use moe_core::depth::{DropRule, Influence, LayerPath};
-use moe_core::{Engine, EngineOptions, Model};
+use moe_core::depth::{LayerChoice, LayerPath};
 use serde_json::{Value, json};
 
 use crate::{Error, Result};
@@ -38,7 +38,7 @@ const SETS: [&str; 3] = ["arithmetic", "facts", "prose"];
 /// A way to run the model.
 enum Way {
     RunTime(Value),
-    Drop(DropRule),
+    Drop(LayerChoice),
     Decode { config: Value, others: Vec<Value> },
 }
 
@@ -89,7 +89,9 @@ fn settings(top_k: usize, layers: usize) -> Vec<Setting> {
     let last = layers - 1;
     path(format!("0-{},{last}a", last - 1));
     path(format!("0-1,1-{last}"));
-    for rule in [DropRule::Influence { layers: 1 }, DropRule::Angular { layers: 1 }, DropRule::Angular { layers: 2 }] {
+    for rule in
+        [LayerChoice::Influence { layers: 1 }, LayerChoice::Angular { layers: 1 }, LayerChoice::Angular { layers: 2 }]
+    {
         let name = serde_json::to_string(&rule).unwrap_or_default();
         all.push(Setting { table: "depth", name: format!("dropped by `{name}`"), way: Way::Drop(rule) });
     }
@@ -163,10 +165,8 @@ fn measure(setting: &Setting, model: &Model, tokenizer: &Tokenizer, draw: &Draw)
     let model = match &setting.way {
         Way::RunTime(options) => under(model, options, &draw.waves)?,
         Way::Drop(rule) => {
-            let mut seen = Influence::new(model.config().layers.len());
-            let engine = Engine::new(model, EngineOptions::default());
-            draw.waves.iter().try_for_each(|wave| engine.run(wave, &mut seen).map(drop))?;
-            let layers = rule.layers(model.config().layers.len(), Some(&seen.layers()?))?;
+            let seen = rule.measure(model, &draw.waves)?;
+            let layers = rule.layers(model.config().layers.len(), seen.as_deref())?;
             let left = moe_checkpoint::LayerDrop::new(layers).on(model.checkpoint())?;
             Model::new(left, model.device(), model.max_memory())?
         }

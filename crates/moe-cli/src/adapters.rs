@@ -7,8 +7,9 @@ use moe::recipe::{Data, DataFile, Named};
 use moe_checkpoint::Checkpoint;
 use moe_core::Model;
 use moe_core::adaptive::{RoutingConfig, RunTime};
-use moe_core::data::{Tokenizer, Wave};
+use moe_core::data::{LossOver, Tokenizer, Wave};
 use moe_core::decode::{Decoding, DecodingConfig, Speculative};
+use moe_core::depth::DepthConfig;
 use moe_peft::lora::{Lora, LoraWeights, Maps};
 use moe_peft::{AdapterSet, SavedKind, peft_files};
 
@@ -32,13 +33,17 @@ pub struct ModelArguments {
     /// '{"type": "top_k", "k": 2}'
     #[arg(long, value_name = "RULE")]
     pub routing: Option<String>,
-    /// Rows that thresholds of the routing are found on, where the rule says none; repeatable
-    #[arg(long, value_name = "FILE", requires = "routing")]
+    /// Rows that thresholds of the routing, scores and routers of layers, and references of decoding are found on, where
+    /// these say none; repeatable
+    #[arg(long, value_name = "FILE")]
     pub routing_data: Vec<PathBuf>,
     /// Layers that tokens go through, in order: such as 0-3,5,5,6a without layer 4, layer 5 twice, and of layer 6 the
-    /// attention alone
-    #[arg(long, value_name = "LAYERS")]
-    pub layers: Option<moe_core::depth::LayerPath>,
+    /// attention alone; or a rule as JSON or in a .json file, such as '{"type": "token_skip", "share": 0.2}'
+    #[arg(long, value_name = "LAYERS", value_parser = layers)]
+    pub layers: Option<DepthConfig>,
+    /// Run LayerNorms as RMSNorms, without the mean of the residual stream
+    #[arg(long)]
+    pub fold_norms: bool,
     /// Memory to stay within, such as 8GiB; never changes results
     #[arg(long, value_name = "SIZE", value_parser = crate::cli::bytes)]
     pub max_memory: Option<u64>,
@@ -48,31 +53,47 @@ pub struct ModelArguments {
 }
 
 impl ModelArguments {
-    /// The model, under its plans and with its adapters.
+    /// The model, under its plans and with its adapters, and how it decodes unless it is asked to otherwise.
     ///
     /// # Errors
     /// Files that cannot be read or are for another model.
     pub fn open(&self) -> Result<Model> {
+        Ok(self.open_decoding(None)?.0)
+    }
+
+    /// The same with a way of decoding that may learn from rows; the one that stands beside the model, if none is given.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_decoding(&self, decoding: Option<DecodingConfig>) -> Result<(Model, DecodingConfig)> {
+        let asked = decoding.clone();
+        let own = decoding.filter(|decoding| decoding.other_models() == 0);
         let model = open(&self.model, &self.plan, &self.adapter, &self.device, self.max_memory)?;
         let routing = match &self.routing {
             None => None,
             Some(text) => Some(Named::parse(text).map_err(Error::Usage)?.read::<RoutingConfig>("type", "routing")?),
         };
-        let run_time = RunTime { routing, layers: self.layers.clone() }.or(RunTime::beside(&self.model)?);
+        let beside = RunTime::beside(&self.model)?;
+        let asked_for = RunTime { routing, layers: self.layers.clone(), decoding: own, fold_norms: self.fold_norms };
+        let run_time = asked_for.or(beside);
         let run_time = match run_time.needs_rows() {
-            true => run_time.calibrated(&model, &self.waves(&model)?)?,
+            true => run_time.calibrated(&model, &self.waves(&model, run_time.needs_answers())?)?,
             false if !self.routing_data.is_empty() => {
-                return Err(Error::Usage("--routing-data: the rule has no threshold to be found".into()));
+                let what = "neither --routing, --layers nor --decoding has anything to be found on rows";
+                return Err(Error::Usage(format!("--routing-data: {what}")));
             }
             false => run_time,
         };
-        Ok(run_time.on(&model)?.unwrap_or(model))
+        let other = asked.filter(|decoding| decoding.other_models() > 0);
+        let decoding = other.or(run_time.decoding.clone()).unwrap_or_default();
+        Ok((run_time.on(&model)?.unwrap_or(model), decoding))
     }
 
-    /// The rows that thresholds are found on.
-    fn waves(&self, model: &Model) -> Result<Vec<Wave>> {
+    /// The rows that thresholds and the like are found on.
+    fn waves(&self, model: &Model, answers: bool) -> Result<Vec<Wave>> {
         if self.routing_data.is_empty() {
-            return Err(Error::Usage("--routing: has thresholds to be found, on rows of --routing-data".into()));
+            let what = "--routing, --layers or --decoding: has something to be found, on rows of --routing-data";
+            return Err(Error::Usage(what.into()));
         }
         let tokenizer = match self.model.join("tokenizer.json").exists() {
             true => Some(Tokenizer::from_dir(&self.model)?),
@@ -81,6 +102,7 @@ impl ModelArguments {
         let data = Data {
             calibration: self.routing_data.iter().cloned().map(DataFile::Path).collect(),
             length: model.config().max_position_embeddings.min(2048),
+            loss: if answers { LossOver::Completions } else { LossOver::All },
             ..Data::default()
         };
         Ok(moe::run::Calibration::load(&data, None, tokenizer.as_ref(), model.config().vocab_size)?.waves)
@@ -90,8 +112,8 @@ impl ModelArguments {
 /// How the next token is found.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct DecodingArguments {
-    /// How several sources make the next token: plain, contrastive, self_contrast, fusion or speculative, by name, as
-    /// JSON, or in a .json file
+    /// How the next token is found: plain, contrastive, self_contrast, fusion, speculative, rewiring or pathways, by
+    /// name, as JSON, or in a .json file
     #[arg(long, value_name = "DECODING", conflicts_with = "draft")]
     pub decoding: Option<String>,
     /// Model that decoding needs beside the one that is generated with: the weak one, the draft, or a tuned one and
@@ -111,26 +133,30 @@ pub struct DecodingArguments {
 pub struct Sources {
     config: DecodingConfig,
     models: Vec<Model>,
+    /// Whether the arguments say so.
+    asked_for: bool,
 }
 
 impl DecodingArguments {
-    /// Opens the models that it needs.
+    /// Opens the model that is generated with, and those that decoding needs beside it.
     ///
     /// # Errors
     /// Arguments that say nothing known, models that cannot be opened.
-    pub fn sources(&self, model: &ModelArguments) -> Result<Sources> {
+    pub fn sources(&self, model: &ModelArguments) -> Result<(Model, Sources)> {
         let config = match (&self.decoding, &self.draft) {
-            (_, Some(_)) => DecodingConfig::Speculative(Speculative { tokens: self.draft_tokens }),
-            (Some(text), None) => Named::parse(text).map_err(Error::Usage)?.read("type", "decoding")?,
-            (None, None) => DecodingConfig::Plain,
+            (_, Some(_)) => Some(DecodingConfig::Speculative(Speculative { tokens: self.draft_tokens })),
+            (Some(text), None) => Some(Named::parse(text).map_err(Error::Usage)?.read("type", "decoding")?),
+            (None, None) => None,
         };
+        let asked_for = config.is_some();
+        let (strong, config) = model.open_decoding(config)?;
         let mut models = Vec::new();
         for directory in self.with.iter().chain(&self.draft) {
             let opened = open(directory, &[], &[], &model.device, model.max_memory)?;
             let run_time = RunTime::beside(directory)?;
             models.push(run_time.on(&opened)?.unwrap_or(opened));
         }
-        Ok(Sources { config, models })
+        Ok((strong, Sources { config, models, asked_for }))
     }
 }
 
@@ -143,10 +169,25 @@ impl Sources {
         Ok(Decoding::new(self.config.clone(), model, self.models.iter().collect())?)
     }
 
+    /// Whether the arguments ask for another way than the model alone.
+    pub fn is_asked_for(&self) -> bool {
+        self.asked_for && !self.is_plain()
+    }
+
     /// Whether the model decodes alone.
     pub fn is_plain(&self) -> bool {
         self.config == DecodingConfig::Plain
     }
+}
+
+/// A path of layers, or a rule as JSON or in a file of JSON.
+pub fn layers(text: &str) -> std::result::Result<DepthConfig, String> {
+    let from_file = text.trim().ends_with(".json");
+    let text = match from_file {
+        true => std::fs::read_to_string(text.trim()).map_err(|error| format!("{text}: {error}"))?,
+        false => text.to_string(),
+    };
+    text.parse().map_err(|error: moe_core::Error| error.to_string())
 }
 
 /// Opens a model, with what fine-tuning left beside its weights (condensers, null experts), under saved plans, with

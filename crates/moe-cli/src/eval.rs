@@ -160,7 +160,7 @@ impl fmt::Display for Report {
 /// # Errors
 /// Whatever is wrong with the arguments or the files they name, and whatever stops the model.
 pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
-    let model = arguments.model.open()?;
+    let (model, sources) = arguments.decoding.sources(&arguments.model)?;
     let directory = &arguments.model.model;
     let tokenizer = match directory.join("tokenizer.json").exists() {
         true => Some(Tokenizer::from_dir(directory)?),
@@ -172,9 +172,8 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     for file in &files {
         file.check_memory(&model, waves)?;
     }
-    let sources = arguments.decoding.sources(&arguments.model)?;
     let decoding = sources.decoding(&model)?;
-    if !sources.is_plain() && !files.iter().any(EvalFile::is_exact) {
+    if sources.is_asked_for() && !files.iter().any(EvalFile::is_exact) {
         let reason = "no file has answers to generate, and likelihoods are those of the model alone";
         return Err(Error::Usage(format!("--decoding: {reason}")));
     }

@@ -51,8 +51,7 @@ pub struct Arguments {
 /// Whatever is wrong with the arguments, and whatever stops the model.
 pub fn run(arguments: &Arguments) -> Result<String> {
     let tokenizer = Tokenizer::from_dir(&arguments.model.model)?;
-    let model = arguments.model.open()?;
-    let sources = arguments.decoding.sources(&arguments.model)?;
+    let (model, sources) = arguments.decoding.sources(&arguments.model)?;
     let decoding = sources.decoding(&model)?;
     let mut prompts = arguments.prompt.clone();
     if prompts.is_empty() {

@@ -1,5 +1,6 @@
 //! The program `moe`: every verb maps files to one job.
 
+pub mod adapt;
 pub mod adapter;
 pub mod adapters;
 pub mod apply;

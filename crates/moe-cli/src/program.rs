@@ -6,8 +6,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 use moe::progress::Progress;
 
 use crate::{
-    adapter, apply, cli, compare, convert, delta, eval, finetune, generate, hub, inspect, merge, prune, quantize, run,
-    score, trace, upcycle,
+    adapt, adapter, apply, cli, compare, convert, delta, eval, finetune, generate, hub, inspect, merge, prune,
+    quantize, run, score, trace, upcycle,
 };
 
 /// What a person who has a model and some rows would do.
@@ -42,6 +42,7 @@ enum Verb {
     Apply(apply::Arguments),
     Quantize(quantize::Arguments),
     Tune(finetune::Arguments),
+    Adapt(Box<adapt::Arguments>),
     Eval(eval::Arguments),
     Compare(compare::Arguments),
     Generate(generate::Arguments),
@@ -113,6 +114,7 @@ pub fn main() -> ExitCode {
             cli::allocator(arguments.max_memory);
             finetune::print(arguments, Progress::stderr())
         }
+        Verb::Adapt(arguments) => adapt::run(&arguments, Progress::stderr()),
         Verb::Eval(arguments) => {
             cli::allocator(arguments.model.max_memory);
             let report = eval::run(&arguments, Progress::stderr())?;

@@ -73,8 +73,13 @@ pub fn generate_with(
             model.check_length(longest + options.max_new_tokens)?;
         }
     }
-    let mut completions = Vec::with_capacity(prompts.len());
     let mut report = DecodingReport::default();
+    if let Some(found) = decoding.by_prompt(model, prompts, options, &mut ended)? {
+        report.tokens = found.iter().map(Vec::len).sum();
+        report.steps = report.tokens;
+        return Ok((found, report));
+    }
+    let mut completions = Vec::with_capacity(prompts.len());
     for (batch, plans) in batches(&models, prompts, options)? {
         models.iter().zip(plans).for_each(|(model, plan)| model.set_residency(plan.residency));
         let (new, did) = generate_batch(&models, &prompts[batch.clone()], batch.start, options, decoding, &mut ended)?;

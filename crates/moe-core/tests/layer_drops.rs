@@ -11,7 +11,7 @@ use moe_checkpoint::{Checkpoint, LayerDrop, WriteOptions, write};
 use moe_core::{
     Engine, EngineOptions, Model,
     data::{Sequence, Wave},
-    depth::{DropRule, Influence, LayerPath},
+    depth::{Influence, LayerChoice, LayerPath},
     trace::Nobody,
 };
 
@@ -113,7 +113,7 @@ fn influence_is_measured_before_the_final_norm_and_chooses_what_changes_least() 
         assert_eq!(found.spans.len(), count - found.layer);
         assert!(found.spans.iter().all(|d| (0.0..=1.0).contains(d)) && found.feed_forward.is_some());
     }
-    let least = DropRule::Influence { layers: 1 }.layers(count, Some(&layers)).unwrap();
+    let least = LayerChoice::Influence { layers: 1 }.layers(count, Some(&layers)).unwrap();
     assert!(layers.iter().all(|found| found.block >= layers[least[0]].block));
     assert!(Influence::new(4).layers().unwrap_err().to_string().contains("tokens to measure layers on"));
 }

@@ -153,7 +153,7 @@ fn the_number_of_experts_goes_into_the_config_and_the_rest_beside_the_model() {
     assert!(RunTime::beside(out.path()).unwrap().is_plain());
     let to = out.path().join("model");
     write(model.checkpoint(), &to, &WriteOptions::default()).unwrap();
-    let run_time = RunTime { routing: Some(skip.clone()), layers: Some("0,1a".parse().unwrap()) };
+    let run_time = RunTime { routing: Some(skip.clone()), layers: Some("0,1a".parse().unwrap()), ..RunTime::default() };
     run_time.save_beside(&to).unwrap();
     assert_eq!(RunTime::beside(&to).unwrap(), run_time);
     let expected = skip.on(&model.with_path("0,1a".parse().unwrap()).unwrap()).unwrap();

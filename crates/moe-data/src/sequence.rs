@@ -36,6 +36,15 @@ impl Sequence {
             && self.loss.as_ref().is_none_or(|mask| mask.get(position).copied().unwrap_or(false))
     }
 
+    /// What stands before the first token that counts in the loss, and the tokens from there on that do: a prompt and its
+    /// answer. `None` where every token counts, or where one of the two is empty.
+    pub fn prompt_and_answer(&self) -> Option<(&[u32], &[u32])> {
+        self.loss.as_ref()?;
+        let start = (1..self.ids.len()).find(|t| self.counts(*t))?;
+        let end = (start..self.ids.len()).find(|t| !self.counts(*t)).unwrap_or(self.ids.len());
+        Some((&self.ids[..start], &self.ids[start..end]))
+    }
+
     /// Number of predicted tokens that count in the loss: the denominator of a mean over the sequence.
     pub fn loss_tokens(&self) -> usize {
         match &self.loss {
@@ -58,5 +67,9 @@ mod tests {
         assert_eq!(masked.loss_tokens(), 1);
         assert_eq!([0, 1, 2].map(|t| masked.counts(t)), [false, false, true]);
         assert_eq!(Sequence::new(vec![]).loss_tokens(), 0);
+        assert_eq!(masked.prompt_and_answer(), Some((&[5, 6][..], &[7][..])));
+        let two = Sequence { ids: vec![5, 6, 7, 8], loss: Some(vec![false, true, true, false]) };
+        assert_eq!(two.prompt_and_answer(), Some((&[5][..], &[6, 7][..])));
+        assert_eq!(all.prompt_and_answer(), None);
     }
 }

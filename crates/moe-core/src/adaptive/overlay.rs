@@ -45,7 +45,8 @@ impl RunTimeRouting {
         layers: Vec<(usize, usize, V)>,
         rule: impl Fn(usize, usize, V) -> Result<R>,
     ) -> Result<Self> {
-        let made = |(layer, experts, value)| Ok((layer, Arc::new(rule(layer, experts, value)?) as Arc<dyn RoutingRule>));
+        let made =
+            |(layer, experts, value)| Ok((layer, Arc::new(rule(layer, experts, value)?) as Arc<dyn RoutingRule>));
         Ok(Self { rules: layers.into_iter().map(made).collect::<Result<_>>()?, ..Self::default() })
     }
 }

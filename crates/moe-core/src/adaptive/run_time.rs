@@ -8,11 +8,13 @@ use super::RoutingConfig;
 use crate::{
     Model,
     data::Wave,
-    depth::LayerPath,
+    decode::DecodingConfig,
+    depth::DepthConfig,
     error::{Error, Result},
 };
 
-/// How a model is run: its routing, and the layers that tokens go through. Nothing changes by default.
+/// How a model is run: its routing, the layers that tokens go through, how the next token is found, and its norms.
+/// Nothing changes by default.
 ///
 /// ```
 /// use moe_core::adaptive::RunTime;
@@ -28,9 +30,15 @@ pub struct RunTime {
     /// How tokens are routed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub routing: Option<RoutingConfig>,
-    /// The layers that tokens go through, such as `0-3,5,5,6a`.
+    /// The layers that tokens go through: a path such as `0-3,5,5,6a`, or a rule.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub layers: Option<LayerPath>,
+    pub layers: Option<DepthConfig>,
+    /// How the next token is found, in a way that needs no other model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decoding: Option<DecodingConfig>,
+    /// Whether LayerNorms run as RMSNorms ([`Model::with_folded_norms`]).
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub fold_norms: bool,
 }
 
 impl RunTime {
@@ -45,43 +53,83 @@ impl RunTime {
     /// Whether numbers of it are found on calibration rows.
     pub fn needs_rows(&self) -> bool {
         self.routing.as_ref().is_some_and(RoutingConfig::needs_rows)
+            || self.layers.as_ref().is_some_and(DepthConfig::needs_rows)
+            || self.decoding.as_ref().is_some_and(DecodingConfig::needs_rows)
     }
 
-    /// The same with every number said, found on `waves` where it was not: under the path of layers, which is the model
-    /// that will be run.
+    /// Whether these rows need prompts and answers, with a loss over the answers alone.
+    pub fn needs_answers(&self) -> bool {
+        self.layers.as_ref().is_some_and(DepthConfig::needs_answers)
+            || self.decoding.as_ref().is_some_and(DecodingConfig::needs_rows)
+    }
+
+    /// The same with everything found on `waves` that it does not say: layers first, then the routing of the model that
+    /// runs these, then what decoding learns from that model.
     ///
     /// # Errors
-    /// As [`RoutingConfig::calibrated`].
+    /// As [`RoutingConfig::calibrated`], [`DepthConfig::calibrated`] and [`DecodingConfig::calibrated`].
     pub fn calibrated(&self, model: &Model, waves: &[Wave]) -> Result<Self> {
-        let Some(routing) = self.routing.as_ref().filter(|routing| routing.needs_rows()) else {
+        if !self.needs_rows() {
             return Ok(self.clone());
-        };
-        let under = Self { routing: None, layers: self.layers.clone() }.on(model)?;
-        let routing = routing.calibrated(under.as_ref().unwrap_or(model), waves)?;
-        Ok(Self { routing: Some(routing), layers: self.layers.clone() })
+        }
+        if waves.is_empty() {
+            return Err(Error::input("waves to calibrate on", 0, "at least one"));
+        }
+        let mut found = Self { fold_norms: self.fold_norms, ..Self::default() };
+        if let Some(layers) = &self.layers {
+            let under = found.on(model)?;
+            found.layers = Some(layers.calibrated(under.as_ref().unwrap_or(model), waves)?);
+        }
+        if let Some(routing) = &self.routing {
+            let under = found.on(model)?;
+            found.routing = Some(routing.calibrated(under.as_ref().unwrap_or(model), waves)?);
+        }
+        if let Some(decoding) = &self.decoding {
+            let under = found.on(model)?;
+            found.decoding = Some(decoding.calibrated(under.as_ref().unwrap_or(model), waves)?);
+        }
+        Ok(found)
     }
 
-    /// The model run like this; `None` for the model itself, where nothing changes.
+    /// The model run like this; `None` for the model itself, where nothing of it changes. How it
+    /// [decodes](Self::decoding) is for whoever generates.
     ///
     /// # Errors
-    /// As [`RoutingConfig::on`] and [`Model::with_path`].
+    /// As [`RoutingConfig::on`], [`DepthConfig::on`] and [`Model::with_folded_norms`]; [`Error::Input`] for decoding
+    /// that is out of range or needs other models.
     pub fn on(&self, model: &Model) -> Result<Option<Model>> {
-        let mut found = match &self.layers {
-            Some(path) => Some(model.with_path(path.clone())?),
-            None => None,
+        if let Some(decoding) = &self.decoding {
+            decoding.validate()?;
+            if decoding.other_models() > 0 {
+                let found = format!("{} beside the model", decoding.other_models());
+                return Err(Error::input("models that decoding needs", found, "none, in run-time options of a model"));
+            }
+        }
+        let mut found = match self.fold_norms {
+            true => Some(model.with_folded_norms()?),
+            false => None,
         };
+        if let Some(layers) = &self.layers {
+            found = Some(layers.on(found.as_ref().unwrap_or(model))?);
+        }
         if let Some(routing) = &self.routing {
             found = Some(routing.on(found.as_ref().unwrap_or(model))?);
         }
         Ok(found)
     }
 
-    /// Writes it as `run_time.json` into the directory of a model, where [`Model::open`] finds it.
+    /// Writes it as `run_time.json` into the directory of a model, where [`Model::open`] finds it, with the files that
+    /// it needs: routers of layers, references of pathways.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if it cannot be written.
+    /// [`Error::Checkpoint`] and [`Error::Io`] if it cannot be written.
     pub fn save_beside(&self, directory: &Path) -> Result<()> {
-        let value = serde_json::to_value(self).map_err(|error| Error::input("run-time options", error, "JSON"))?;
+        let saved = Self {
+            layers: self.layers.as_ref().map(|layers| layers.saved_into(directory)).transpose()?,
+            decoding: self.decoding.as_ref().map(|decoding| decoding.saved_into(directory)).transpose()?,
+            ..self.clone()
+        };
+        let value = serde_json::to_value(saved).map_err(|error| Error::input("run-time options", error, "JSON"))?;
         Ok(moe_checkpoint::write_json(&directory.join(Self::FILE), &value)?)
     }
 
@@ -95,13 +143,23 @@ impl RunTime {
             return Ok(Self::default());
         }
         let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let read = serde_json::from_str(&text);
-        read.map_err(|error| Error::input(path.display().to_string(), error, "run-time options"))
+        let read: Self = serde_json::from_str(&text)
+            .map_err(|error| Error::input(path.display().to_string(), error, "run-time options"))?;
+        Ok(Self {
+            layers: read.layers.map(|layers| layers.found_in(directory)),
+            decoding: read.decoding.map(|decoding| decoding.found_in(directory)),
+            ..read
+        })
     }
 
     /// This on top of what stands beside a model: what it says counts, and what it leaves out stays.
     #[must_use]
     pub fn or(self, beside: Self) -> Self {
-        Self { routing: self.routing.or(beside.routing), layers: self.layers.or(beside.layers) }
+        Self {
+            routing: self.routing.or(beside.routing),
+            layers: self.layers.or(beside.layers),
+            decoding: self.decoding.or(beside.decoding),
+            fold_norms: self.fold_norms || beside.fold_norms,
+        }
     }
 }

@@ -1,6 +1,8 @@
 //! All ways of decoding as one tagged value.
 
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -8,8 +10,12 @@ use super::{Contrastive, Fusion, LogitMix, Speculative};
 use crate::{
     Model,
     adaptive::{Ranks, RoutingConfig},
+    data::Wave,
+    depth::copied,
     error::{Error, Result},
+    generate::GenerateOptions,
     router::Combine,
+    steering::{Pathways, ReferenceStore, Rewiring},
 };
 
 /// How the next token is found from one or several sources, in JSON `{"type": "contrastive", "beta": 0.5}`: see the
@@ -29,6 +35,37 @@ pub enum DecodingConfig {
     Fusion(Fusion),
     /// A draft proposes.
     Speculative(Speculative),
+    /// Vectors on the router's logits are fitted to every prompt.
+    Rewiring(Rewiring),
+    /// The routing of a prompt's last token is mixed from that of similar prompts.
+    Pathways(PathwaysConfig),
+}
+
+/// C3PO with its references: from a file, or found on rows with answers.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PathwaysConfig {
+    /// How routing is mixed.
+    pub remix: Pathways,
+    /// File of [`ReferenceStore::save`]; without one, references are found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// References in memory.
+    #[serde(skip)]
+    pub store: Option<Arc<ReferenceStore>>,
+}
+
+impl PathwaysConfig {
+    /// The references, read if they are in a file.
+    fn references(&self) -> Result<Arc<ReferenceStore>> {
+        match (&self.store, &self.file) {
+            (Some(store), _) => Ok(store.clone()),
+            (None, Some(file)) => Ok(Arc::new(ReferenceStore::load(file)?)),
+            (None, None) => {
+                Err(Error::input("pathways", "no file", "one of references, or rows with answers to find them on"))
+            }
+        }
+    }
 }
 
 /// SCMoE: contrasts a model with itself under weaker routing, without another model (arXiv 2405.14507).
@@ -56,7 +93,7 @@ impl DecodingConfig {
     /// Models that it needs beside the one that is generated with.
     pub fn other_models(&self) -> usize {
         match self {
-            Self::Plain | Self::SelfContrast(_) => 0,
+            Self::Plain | Self::SelfContrast(_) | Self::Rewiring(_) | Self::Pathways(_) => 0,
             Self::Contrastive(_) | Self::Speculative(_) => 1,
             Self::Fusion(fusion) => 2 * fusion.pairs,
         }
@@ -71,7 +108,62 @@ impl DecodingConfig {
             Self::SelfContrast(contrast) => contrast.scores.validate(),
             Self::Fusion(fusion) => fusion.validate(),
             Self::Speculative(speculative) => speculative.validate(),
+            Self::Rewiring(rewiring) => rewiring.validate(),
+            Self::Pathways(_) => Ok(()),
         }
+    }
+
+    /// Whether it learns from rows with answers.
+    pub fn needs_rows(&self) -> bool {
+        matches!(self, Self::Pathways(PathwaysConfig { file: None, store: None, .. }))
+    }
+
+    /// The same with what it learns from `waves`: prompts that `model` answers rightly, for pathways.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for rows without answers, or with fewer right ones than a prompt learns from; whatever stops the
+    /// model.
+    pub fn calibrated(&self, model: &Model, waves: &[Wave]) -> Result<Self> {
+        let Self::Pathways(config) = self else { return Ok(self.clone()) };
+        if !self.needs_rows() {
+            return Ok(self.clone());
+        }
+        let sequences = waves.iter().flat_map(|wave| &wave.sequences);
+        let samples: Vec<(Vec<u32>, Vec<u32>)> = sequences
+            .filter_map(|sequence| sequence.prompt_and_answer())
+            .map(|(prompt, answer)| (prompt.to_vec(), answer.to_vec()))
+            .collect();
+        if samples.is_empty() {
+            let expected = "at least one, and a loss over completions alone";
+            return Err(Error::input("rows with a prompt and an answer", 0, expected));
+        }
+        let store = ReferenceStore::collect(model, &samples)?;
+        config.remix.validate(store.references.len())?;
+        Ok(Self::Pathways(PathwaysConfig { store: Some(Arc::new(store)), ..config.clone() }))
+    }
+
+    /// Writes what is no JSON of it into a directory, and says where it is there.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] and [`Error::Io`] if it cannot be written.
+    pub(crate) fn saved_into(&self, directory: &Path) -> Result<Self> {
+        let Self::Pathways(config) = self else { return Ok(self.clone()) };
+        let to = directory.join(ReferenceStore::FILE);
+        match (&config.store, &config.file) {
+            (Some(store), _) => store.save(&to)?,
+            (None, Some(from)) => copied(from, &to)?,
+            (None, None) => return Ok(self.clone()),
+        }
+        let file = Some(PathBuf::from(ReferenceStore::FILE));
+        Ok(Self::Pathways(PathwaysConfig { file, store: None, ..config.clone() }))
+    }
+
+    /// The same with files that are named relative to a directory.
+    pub(crate) fn found_in(mut self, directory: &Path) -> Self {
+        if let Self::Pathways(PathwaysConfig { file: Some(file), .. }) = &mut self {
+            *file = directory.join(&*file);
+        }
+        self
     }
 }
 
@@ -96,6 +188,8 @@ pub struct Decoding<'m> {
     others: Vec<&'m Model>,
     /// The model under weaker routing.
     weak: Option<Model>,
+    /// References of pathways.
+    references: Option<Arc<ReferenceStore>>,
 }
 
 impl<'m> Decoding<'m> {
@@ -104,7 +198,7 @@ impl<'m> Decoding<'m> {
     ///
     /// # Errors
     /// [`Error::Input`] names a parameter out of range, another number of models than it needs, or one with another
-    /// vocabulary; those of [`RoutingConfig::on`].
+    /// vocabulary; those of [`RoutingConfig::on`], and of reading references.
     pub fn new(config: DecodingConfig, model: &Model, others: Vec<&'m Model>) -> Result<Self> {
         config.validate()?;
         if others.len() != config.other_models() {
@@ -121,7 +215,15 @@ impl<'m> Decoding<'m> {
             DecodingConfig::SelfContrast(contrast) => Some(contrast.weak.on(model)?),
             _ => None,
         };
-        Ok(Self { config, others, weak })
+        let references = match &config {
+            DecodingConfig::Pathways(pathways) => {
+                let store = pathways.references()?;
+                pathways.remix.validate(store.references.len())?;
+                Some(store)
+            }
+            _ => None,
+        };
+        Ok(Self { config, others, weak, references })
     }
 
     /// Whether the model decodes alone.
@@ -137,11 +239,35 @@ impl<'m> Decoding<'m> {
     /// What makes one row of logits of several; `None` for the model alone and where a draft proposes.
     pub(crate) fn mix(&self) -> Option<&dyn LogitMix> {
         match &self.config {
-            DecodingConfig::Plain | DecodingConfig::Speculative(_) => None,
+            DecodingConfig::Plain
+            | DecodingConfig::Speculative(_)
+            | DecodingConfig::Rewiring(_)
+            | DecodingConfig::Pathways(_) => None,
             DecodingConfig::Contrastive(scores) => Some(scores),
             DecodingConfig::SelfContrast(contrast) => Some(&contrast.scores),
             DecodingConfig::Fusion(fusion) => Some(fusion),
         }
+    }
+
+    /// Continues every prompt by itself, where each is learned from first.
+    pub(crate) fn by_prompt(
+        &self,
+        model: &Model,
+        prompts: &[Vec<u32>],
+        options: &GenerateOptions,
+        ended: &mut impl FnMut(&[u32]) -> bool,
+    ) -> Result<Option<Vec<Vec<u32>>>> {
+        let found: Vec<Vec<u32>> = match (&self.config, &self.references) {
+            (DecodingConfig::Rewiring(rewiring), _) => {
+                rewiring.generate(model, prompts, options, ended)?.into_iter().map(|(text, _)| text).collect()
+            }
+            (DecodingConfig::Pathways(pathways), Some(store)) => {
+                let found = pathways.remix.generate(model, prompts, store, options, ended)?;
+                found.into_iter().map(|(text, _)| text).collect()
+            }
+            _ => return Ok(None),
+        };
+        Ok(Some(found))
     }
 
     /// Whether its two sources are one model under two routings.

@@ -166,13 +166,7 @@ impl<'m> Decoder<'m> {
     }
 
     /// Logits of what left the last layer; its tokens have been fed.
-    pub(super) fn end(
-        &mut self,
-        active: &[usize],
-        fed: &Fed,
-        x: &Tensor<2>,
-        wanted: Wanted<'_>,
-    ) -> Result<Tensor<2>> {
+    pub(super) fn end(&mut self, active: &[usize], fed: &Fed, x: &Tensor<2>, wanted: Wanted<'_>) -> Result<Tensor<2>> {
         self.has_fed(active, fed);
         let rows: Vec<u32> = match wanted {
             Wanted::Last => fed.spans.iter().map(|s| s.end as u32 - 1).collect(),

@@ -12,6 +12,8 @@
 //! | `self_contrast` | none | [`SelfContrast`]: the same under the model's own weaker routing | SCMoE, arXiv 2405.14507 |
 //! | `fusion` | pairs of a tuned and an untuned model | [`Fusion`]: what tuning changed is added, as much as the step asks for | arXiv 2406.15480 |
 //! | `speculative` | a draft | [`Speculative`]: the draft proposes, the model accepts: what the model alone would give | arXiv 2211.17192 |
+//! | `rewiring` | none | [`Rewiring`](crate::steering::Rewiring): vectors on the router's logits, fitted to every prompt | |
+//! | `pathways` | none | [`Pathways`](crate::steering::Pathways): routing mixed from that of similar prompts | C3PO, arXiv 2504.07964 |
 
 mod cache;
 mod config;
@@ -23,7 +25,7 @@ mod sampling;
 mod shared_pass;
 mod speculative;
 
-pub use config::{Decoding, DecodingConfig, DecodingReport, SelfContrast};
+pub use config::{Decoding, DecodingConfig, DecodingReport, PathwaysConfig, SelfContrast};
 pub use contrastive::{Contrast, Contrastive};
 pub(crate) use decoder::{Decoder, Wanted, part_of};
 pub use fusion::Fusion;

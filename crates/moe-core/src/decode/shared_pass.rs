@@ -98,13 +98,7 @@ impl SharedPass {
 }
 
 /// Whether both send all tokens to the same experts with the same weights.
-fn agree(
-    strong: &Decoder<'_>,
-    weak: &Decoder<'_>,
-    layer: usize,
-    half: HalfInput<'_>,
-    info: &WaveInfo,
-) -> Result<bool> {
+fn agree(strong: &Decoder<'_>, weak: &Decoder<'_>, layer: usize, half: HalfInput<'_>, info: &WaveInfo) -> Result<bool> {
     let a = strong.engine().routed(layer, half, info)?;
     let b = weak.engine().routed(layer, half, info)?;
     // an expert with a weight of zero may run in one of them and not in the other

@@ -54,89 +54,10 @@ pub struct LayerInfluence {
     /// Angular distance `arccos(cos) / pi` over the span of n layers that begins with it, for n = 1, 2, ..; mean over
     /// the last tokens of sequences, in [0, 1].
     pub spans: Vec<f64>,
-}
-
-/// Which layers go.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
-pub enum DropRule {
-    /// Those with the least block influence, wherever they are (ShortGPT).
-    Influence {
-        /// Layers that go.
-        layers: usize,
-    },
-    /// The span of neighbors with the least angular distance (arXiv 2403.17887).
-    Angular {
-        /// Layers that go.
-        layers: usize,
-    },
-    /// The deepest ones but the last: the same paper's simple rule, which needs healing.
-    Deepest {
-        /// Layers that go.
-        layers: usize,
-    },
-    /// The layers of a list.
-    List {
-        /// The layers.
-        layers: Vec<usize>,
-    },
-}
-
-impl DropRule {
-    /// Whether it looks at how a model changes what goes through it.
-    pub fn needs_rows(&self) -> bool {
-        matches!(self, Self::Influence { .. } | Self::Angular { .. })
-    }
-
-    /// The layers that go from a model of so many, ascending, by what was seen of it.
-    ///
-    /// # Errors
-    /// [`Error::Input`] for more layers than may go, and for a rule without what it needs to have seen.
-    pub fn layers(&self, count: usize, seen: Option<&[LayerInfluence]>) -> Result<Vec<usize>> {
-        let most = match self {
-            Self::Deepest { .. } => count.saturating_sub(2),
-            _ => count.saturating_sub(1),
-        };
-        let n = match self {
-            Self::Influence { layers } | Self::Angular { layers } | Self::Deepest { layers } => *layers,
-            Self::List { layers } => layers.len(),
-        };
-        if n > most {
-            return Err(Error::input("layers to drop", n, format!("at most {most} of {count}")));
-        }
-        let seen = || match seen {
-            Some(seen) if seen.len() == count => Ok(seen),
-            Some(seen) => Err(Error::input("layers with an influence", seen.len(), count)),
-            None => Err(Error::input("influence of layers", "none", "rows that it is measured on")),
-        };
-        Ok(match self {
-            Self::List { layers } => {
-                let mut layers = layers.clone();
-                layers.sort_unstable();
-                layers.dedup();
-                if let Some(layer) = layers.iter().find(|layer| **layer >= count) {
-                    return Err(Error::input("layer to drop", layer, format!("below {count}")));
-                }
-                layers
-            }
-            Self::Deepest { .. } => (count - 1 - n..count - 1).collect(),
-            Self::Influence { .. } => {
-                let seen = seen()?;
-                let mut order: Vec<usize> = (0..count).collect();
-                order.sort_by(|a, b| seen[*a].block.total_cmp(&seen[*b].block));
-                let mut layers = order[..n].to_vec();
-                layers.sort_unstable();
-                layers
-            }
-            Self::Angular { .. } if n == 0 => Vec::new(),
-            Self::Angular { .. } => {
-                let seen = seen()?;
-                let distance = |start: &usize| seen[*start].spans[n - 1];
-                let start = (0..=count - n).min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap_or(0);
-                (start..start + n).collect()
-            }
-        })
-    }
+    /// Mean rank of its attention maps over heads and sequences, where it was measured
+    /// ([`attention_ranks`](super::attention_ranks)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention_rank: Option<f64>,
 }
 
 /// Cosine of two rows, in [-1, 1], and their lengths. Of a row of zeros, a half.
@@ -172,6 +93,7 @@ impl Influence {
             feed_forward: (sums.half.1 > 0).then(|| 1.0 - sums.half.0 / sums.half.1 as f64),
             norm_ratio: sums.ratio / tokens,
             spans: (layer + 1..side).map(|end| self.angles[layer * side + end] / self.sequences as f64).collect(),
+            attention_rank: None,
         };
         Ok(self.sums.iter().enumerate().map(of).collect())
     }
@@ -254,45 +176,6 @@ impl Observer for Influence {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn seen(blocks: &[f64], spans: &[&[f64]]) -> Vec<LayerInfluence> {
-        let of = |(layer, (block, spans)): (usize, (&f64, &&[f64]))| LayerInfluence {
-            layer,
-            block: *block,
-            feed_forward: None,
-            norm_ratio: 1.0,
-            spans: spans.to_vec(),
-        };
-        blocks.iter().zip(spans).enumerate().map(of).collect()
-    }
-
-    #[test]
-    fn rules_choose_the_least_influence_the_closest_span_and_the_deepest_but_the_last() {
-        let table = seen(
-            &[0.5, 0.1, 0.3, 0.05, 0.4, 0.6],
-            &[
-                &[0.3, 0.4, 0.5, 0.5, 0.6, 0.7],
-                &[0.1, 0.35, 0.4, 0.5, 0.5],
-                &[0.2, 0.2, 0.4, 0.4],
-                &[0.05, 0.3, 0.4],
-                &[0.2, 0.5],
-                &[0.6],
-            ],
-        );
-        let choose = |rule: DropRule| rule.layers(6, Some(&table)).unwrap();
-        assert_eq!(choose(DropRule::Influence { layers: 2 }), [1, 3]);
-        // spans [a, b) of 2 layers: the least is [2, 4)
-        assert_eq!(choose(DropRule::Angular { layers: 2 }), [2, 3]);
-        assert_eq!(choose(DropRule::Angular { layers: 1 }), [3]);
-        assert_eq!(choose(DropRule::Angular { layers: 3 }), [1, 2, 3]);
-        assert_eq!(choose(DropRule::Deepest { layers: 2 }), [3, 4]);
-        assert_eq!(choose(DropRule::List { layers: vec![4, 0, 4] }), [0, 4]);
-        assert_eq!(choose(DropRule::Angular { layers: 0 }), [0usize; 0]);
-        let error = DropRule::Influence { layers: 6 }.layers(6, Some(&table)).unwrap_err().to_string();
-        assert!(error.contains("found 6, expected at most 5 of 6"), "{error}");
-        let error = DropRule::Angular { layers: 1 }.layers(6, None).unwrap_err().to_string();
-        assert!(error.contains("influence of layers"), "{error}");
-    }
 
     #[test]
     fn a_turned_row_has_influence_two_and_a_longer_one_none() {

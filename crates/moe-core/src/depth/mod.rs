@@ -2,12 +2,16 @@
 //!
 //! A [`LayerPath`] leaves layers out, repeats them, or runs one of their halves ([`Model::with_path`]). A [`DepthRule`]
 //! decides while the model runs, for every sequence how often it goes through a layer, for every token whether it
-//! passes the feed-forward half ([`Model::with_depth_rule`]). [`Influence`] says which layers change least, a
-//! [`DropRule`] which of them go; `moe_checkpoint::LayerDrop` writes the model without them, which stock loaders read.
+//! passes the feed-forward half ([`Model::with_depth_rule`]); a [`DepthConfig`] is either of these in JSON.
+//! [`Influence`] says which layers change least, [`attention_ranks`] in which tokens attend alike, and a [`LayerChoice`]
+//! chooses some of them; `moe_checkpoint::LayerDrop` writes the model without them, which stock loaders read.
 //!
 //! [`Model::with_path`]: crate::Model::with_path
 //! [`Model::with_depth_rule`]: crate::Model::with_depth_rule
 
+mod attention_rank;
+mod choice;
+mod config;
 mod influence;
 mod path;
 mod routers;
@@ -15,7 +19,11 @@ mod rule;
 mod search;
 mod token_skip;
 
-pub use influence::{DropRule, Influence, LayerInfluence};
+pub use attention_rank::attention_ranks;
+pub use choice::LayerChoice;
+pub(crate) use config::copied;
+pub use config::{DepthConfig, LayerRoutersConfig, TokenSkipConfig};
+pub use influence::{Influence, LayerInfluence};
 pub use path::{LayerPath, PathStep};
 pub use routers::{LayerRouterTraining, LayerRouters};
 pub use rule::DepthRule;

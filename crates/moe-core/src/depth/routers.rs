@@ -16,7 +16,10 @@ use crate::{
     error::{Error, Result},
     host::HostView,
     trace::{Observer, Signals, WaveInfo},
-    train::{BatchLoss, OnEvent, Parameters, TrainOptions, TrainReport, TrainingTask, train},
+    train::{
+        AdamW, BatchLoss, Decay, OnEvent, Optimizer, Parameters, Schedule, TrainOptions, TrainReport, TrainingTask,
+        train,
+    },
 };
 
 /// Windows that a sequence is cut into, at most; tokens that are over are not looked at.
@@ -54,7 +57,7 @@ pub struct LayerRouterTraining {
     /// all N labels. The released code has 0.999 whatever the counts are, with which the numbers saturate at 1000 and
     /// nothing is rebalanced.
     pub balance_classes: bool,
-    /// Optimizer and schedule.
+    /// Optimizer and schedule: by default AdamW at 1e-3 with a decay of 0.01, 25 epochs along a cosine, as published.
     pub train: TrainOptions,
     /// Seed of what routers begin as.
     pub seed: u64,
@@ -62,7 +65,14 @@ pub struct LayerRouterTraining {
 
 impl Default for LayerRouterTraining {
     fn default() -> Self {
-        Self { gamma: 2.0, balance_classes: true, train: TrainOptions::default(), seed: 0 }
+        let train = TrainOptions {
+            epochs: 25,
+            schedule: Schedule { peak: 1e-3, warmup: 0.1, decay: Decay::Cosine, ..Schedule::constant(1e-3) },
+            optimizer: Optimizer::AdamW(AdamW { weight_decay: 0.01, ..AdamW::default() }),
+            evaluate_every: None,
+            ..TrainOptions::default()
+        };
+        Self { gamma: 2.0, balance_classes: true, train, seed: 0 }
     }
 }
 
@@ -217,6 +227,9 @@ impl LayerRouters {
         }
         Ok((routers, report, right as f64 / all.max(1) as f64))
     }
+
+    /// Name of the file beside a model.
+    pub const FILE: &str = "layer_routers.safetensors";
 
     fn rounds(&self, layer: usize, windows: &[Vec<f64>]) -> u8 {
         let logits = mean_logits(&self.layers[layer].values, windows);

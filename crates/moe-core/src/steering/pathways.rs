@@ -192,6 +192,9 @@ impl ReferenceStore {
         Ok(Self { version: 1, references })
     }
 
+    /// Name of the file beside a model.
+    pub const FILE: &str = "references.json";
+
     /// Writes the store.
     ///
     /// # Errors

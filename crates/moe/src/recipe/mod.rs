@@ -17,7 +17,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub use adapt::Adapt;
+pub use adapt::{Adapt, Norms};
 pub use data::{Data, DataFile, DataRows};
 pub use merge::Merge;
 pub use named::Named;

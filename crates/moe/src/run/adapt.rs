@@ -2,44 +2,49 @@
 
 use std::sync::Arc;
 
-use moe_checkpoint::{Checkpoint, LayerDrop};
+use moe_checkpoint::{Checkpoint, LayerDrop, StreamEdit};
+use moe_core::Model;
 use moe_core::adaptive::RunTime;
-use moe_core::depth::{DropRule, Influence, LayerInfluence};
-use moe_core::{Engine, EngineOptions, Model};
 
 use super::Run;
 use super::artifacts::Artifacts;
 use super::steps::{Done, json, load, save};
-use crate::recipe::Adapt;
+use crate::recipe::{Adapt, Norms};
 use crate::{Error, Result};
 
 /// Checks what recipe and config show to be wrong; `model` is the one that the step is on, if that is known.
 pub(super) fn check(step: &Adapt, model: Option<&Model>, has_rows: bool) -> Result<()> {
     if *step == Adapt::default() {
-        return Err(Error::Usage("none of routing, layers and drop".into()));
+        return Err(Error::Usage("none of routing, layers, drop, decoding and norms".into()));
     }
     if step.layers.is_some() && step.drop.is_some() {
         return Err(Error::Usage("layers and drop: one of them, since dropping numbers the layers anew".into()));
     }
-    let routing = step.routing()?;
-    let rows =
-        routing.as_ref().is_some_and(|rule| rule.needs_rows()) || step.drop.as_ref().is_some_and(DropRule::needs_rows);
-    if rows && !has_rows {
-        return Err(Error::Usage("data.calibration names no file, on which thresholds or layers are measured".into()));
+    let run_time = step.run_time()?;
+    if step.needs_rows()? && !has_rows {
+        let what = "on which thresholds, layers, routers or references are found";
+        return Err(Error::Usage(format!("data.calibration names no file, {what}")));
     }
     let Some(model) = model else { return Ok(()) };
     let count = model.config().layers.len();
-    match &step.drop {
-        Some(rule @ (DropRule::List { .. } | DropRule::Deepest { .. })) => {
-            LayerDrop::new(rule.layers(count, None)?).on(model.checkpoint())?;
+    if let Some(choice) = &step.drop {
+        if choice.needs_rows() {
+            if choice.count() >= count {
+                return Err(Error::Usage(format!("drop: {} layers of a model with {count}", choice.count())));
+            }
+        } else {
+            LayerDrop::new(choice.layers(count, None)?).on(model.checkpoint())?;
         }
-        Some(DropRule::Influence { layers } | DropRule::Angular { layers }) if *layers >= count => {
-            return Err(Error::Usage(format!("drop: {layers} layers of a model with {count}")));
-        }
-        _ => {}
     }
-    let routing = routing.filter(|rule| !rule.needs_rows());
-    RunTime { routing, layers: step.layers.clone() }.on(model)?;
+    if step.norms == Some(Norms::Scale) {
+        StreamEdit::ScaleNorms.on(model.checkpoint())?;
+    }
+    RunTime {
+        routing: run_time.routing.filter(|rule| !rule.needs_rows()),
+        layers: run_time.layers.filter(|layers| !layers.needs_rows()),
+        ..run_time
+    }
+    .on(model)?;
     Ok(())
 }
 
@@ -49,36 +54,39 @@ impl Run<'_> {
         let data = self.calibration.as_ref().map_or(String::new(), |data| data.data.hash.clone());
         let of = [json(step)?, self.identity(), data];
         let (dir, reused) = self.artifacts.begin("adapt", &of.each_ref().map(String::as_str))?;
-        let (layers_file, run_time_file) = (dir.join("dropped.json"), dir.join("run_time.json"));
+        let layers_file = dir.join("dropped.json");
         if !reused {
             let model = self.engine_model()?;
             let count = model.config().layers.len();
             let dropped = match &step.drop {
                 None => Vec::new(),
-                Some(rule) => {
-                    let seen = rule.needs_rows().then(|| self.influence(&model)).transpose()?;
+                Some(choice) => {
+                    let seen = match choice.needs_rows() {
+                        true => choice.measure(&model, &self.calibration()?.waves)?,
+                        false => None,
+                    };
                     if let Some(seen) = &seen {
                         save(&dir.join("influence.json"), seen)?;
                     }
-                    rule.layers(count, seen.as_deref())?
+                    choice.layers(count, seen.as_deref())?
                 }
             };
             let under = match dropped.is_empty() {
                 true => model,
                 false => Model::new(LayerDrop::new(dropped.clone()).on(&self.model)?, &self.device, self.max_memory)?,
             };
-            let run_time = RunTime { routing: step.routing()?, layers: step.layers.clone() };
+            let run_time = step.run_time()?;
             let run_time = match run_time.needs_rows() {
                 true => run_time.calibrated(&under, &self.calibration()?.waves)?,
                 false => run_time,
             };
             run_time.on(&under)?;
             save(&layers_file, &dropped)?;
-            save(&run_time_file, &run_time)?;
+            run_time.save_beside(&dir)?;
             Artifacts::finish(&dir)?;
         }
         let dropped: Vec<usize> = load(&layers_file)?;
-        let mut run_time: RunTime = load(&run_time_file)?;
+        let mut run_time = RunTime::beside(&dir)?;
         let mut what = Vec::new();
         if !dropped.is_empty() {
             if !self.run_time.is_plain() || self.beside.is_some() {
@@ -87,6 +95,10 @@ impl Run<'_> {
             self.change(LayerDrop::new(dropped.clone()).on(&self.model)?);
             let listed: Vec<String> = dropped.iter().map(ToString::to_string).collect();
             what.push(format!("layers {} dropped", listed.join(", ")));
+        }
+        if step.norms == Some(Norms::Scale) {
+            self.change(StreamEdit::ScaleNorms.on(&self.model)?);
+            what.push("norms scaled by depth".into());
         }
         if let Some(routing) = run_time.routing.take_if(|_| self.beside.is_none()) {
             let model = Model::new(self.model.clone(), &self.device, self.max_memory)?;
@@ -108,15 +120,5 @@ impl Run<'_> {
     fn change(&mut self, model: Arc<Checkpoint>) {
         self.model = model;
         self.pruned = None;
-    }
-
-    /// What layers change on the rows of calibration.
-    fn influence(&self, model: &Model) -> Result<Vec<LayerInfluence>> {
-        let mut seen = Influence::new(model.config().layers.len());
-        let engine = Engine::new(model, EngineOptions::default());
-        for wave in &self.calibration()?.waves {
-            engine.run(wave, &mut seen)?;
-        }
-        Ok(seen.layers()?)
     }
 }

@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use moe_checkpoint::{Checkpoint, Denominator, Granularity, LayerScores, Pool, ProtectionMask, ScoreTable};
+use moe_checkpoint::{Checkpoint, Denominator, Granularity, LayerDrop, LayerScores, Pool, ProtectionMask, ScoreTable};
+use moe_core::depth::LayerChoice;
 use moe_merge::OutputForm;
 use moe_prune::{Budget, ExpertPruner, FineGrained, PrunePlan, Pruner, Questions, Scope, UnitPruner};
 
@@ -68,6 +69,19 @@ impl Chain {
     /// After quantization, which changes no shape.
     pub fn quantize(&mut self) {
         (self.base, self.untouched) = (None, false);
+    }
+
+    /// After layers were taken out. Which ones only the running model may know; they are taken from the end then.
+    pub fn drop(&mut self, choice: Option<&LayerChoice>) {
+        (self.base, self.untouched) = (None, false);
+        let Some(choice) = choice else { return };
+        let count = self.model.config().layers.len();
+        let layers = match choice.needs_rows() {
+            true => Ok((count - choice.count().min(count)..count).collect()),
+            false => choice.layers(count, None),
+        };
+        let left = layers.ok().and_then(|layers: Vec<usize>| LayerDrop::new(layers).on(&self.model).ok());
+        self.model = left.unwrap_or_else(|| self.model.clone());
     }
 
     fn stand_in(&self, step: &Prune, scored: &[Scored]) -> Result<Arc<Checkpoint>> {

@@ -223,10 +223,10 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
             Step::Adapt(adapt) => {
                 let on = before.unchanged().then(|| engine_of(&model)).transpose()?;
                 super::adapt::check(adapt, on.as_ref(), calibration.is_some()).map_err(named)?;
-                // layers are numbered anew, or stand in a file beside the model
-                before.adapted = true;
+                // what stands in a file beside the model would be lost
+                before.adapted |= !adapt.run_time().map_err(named)?.is_plain();
                 (before.pruned, before.tuned) = (None, true);
-                chain.quantize();
+                chain.drop(adapt.drop.as_ref());
             }
             Step::Evaluate(evaluate) => {
                 let paths = if evaluate.data.is_empty() { &recipe.data.eval } else { &evaluate.data };

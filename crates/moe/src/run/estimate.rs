@@ -136,8 +136,7 @@ pub(super) fn of(recipe: &Recipe, run: &Run<'_>) -> Result<Vec<Estimate>> {
                 }
             }
             Step::Adapt(adapt) => {
-                let rows = adapt.routing()?.is_some_and(|rule| rule.needs_rows())
-                    || adapt.drop.as_ref().is_some_and(|rule| rule.needs_rows());
+                let rows = adapt.needs_rows()?;
                 if rows {
                     seconds = forward(tokens) + reading(waves);
                     peak = memory(largest, false)?;

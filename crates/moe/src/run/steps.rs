@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use moe_checkpoint::{Checkpoint, Existing, WriteOptions, write, write_json};
 use moe_core::data::WaveOptions;
+use moe_core::decode::Decoding;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::Artifacts;
@@ -51,12 +52,13 @@ impl Run<'_> {
         let file = dir.join("evaluation.json");
         if !reused {
             let model = self.engine_model()?;
+            let decoding = Decoding::new(self.run_time.decoding.clone().unwrap_or_default(), &model, vec![])?;
             let waves = WaveOptions::Tokens(self.recipe.data.wave_tokens);
             let bar = self.options.progress.bar("measuring", files.len() as u64, Unit::Count("files"));
             let mut measured = Vec::with_capacity(files.len());
             for file in &files {
                 bar.label(format!("measuring {}", file.name));
-                let (value, _) = file.measure(&model, tokenizer, waves)?;
+                let (value, _, _) = file.measure_with(&model, tokenizer, waves, &decoding)?;
                 measured.push(Measurement { key: file.key(), value });
                 bar.step();
             }
