@@ -62,7 +62,9 @@ pub mod trace;
 pub mod train;
 mod wave_files;
 
-pub use engine::{Engine, EngineOptions, LayerChange, LayerSweep, LayerVisitor, UnfinishedWave, WaveReport};
+pub use engine::{
+    Engine, EngineOptions, LayerChange, LayerSweep, LayerVisitor, RouteTrial, UnfinishedWave, WaveReport,
+};
 pub use error::{Error, Result};
 pub use model::Model;
 /// Rows, chat templates, tokenizers, data sets and waves: the crate `moe-data`, which knows nothing of Burn.

@@ -276,6 +276,12 @@ pub trait Observer {
     /// What it needs; asked once before a sweep.
     fn needs(&self) -> Signals;
 
+    /// The first decoder layer whose gradients it looks at; asked once before a sweep, which goes back no further for
+    /// it. One that looks at the last layer alone costs the backward pass of that layer.
+    fn first_layer(&self) -> usize {
+        0
+    }
+
     /// A wave begins.
     ///
     /// # Errors

@@ -51,6 +51,10 @@
 //! | null experts, AdaMoE (2406.13233) | `null_experts` | [`NullExpertTuning`](null_experts::NullExpertTuning) | rows of the router that stand for nothing | checkpoint and file |
 //! | recurrent router, RMoE (2408.06793) | `recurrent_router` | [`RecurrentRouterTuning`](recurrent_router::RecurrentRouterTuning) | a router across layers | checkpoint and file |
 //! | two sizes per token, Duo-LLM (2410.10846) | `duo` | [`DuoTuning`](duo::DuoTuning) | a choice of many or few experts under a budget | checkpoint and file |
+//! | gamma-MoD (2410.13859), MindSkip (2410.13184) | `token_skip` | [`TokenSkipTuning`](token_skip::TokenSkipTuning) | scores by which tokens skip | checkpoint and `run_time.json` |
+//! | final-layer router (2605.07260) | `final_router` | [`FinalRouterTuning`](final_router::FinalRouterTuning) | the last router | checkpoint |
+//! | right experts, DriftMoE (2507.18464) | `router_targets` | [`RouterTargetTuning`](router_loss::RouterTargetTuning) | a router | checkpoint |
+//! | experts by label, Contrastive MoE | `label_experts` | [`LabelExperts`](label_experts::LabelExperts) | experts of a row's label | checkpoint |
 //! | loss-free balance (2408.15664) | `loss_free` | [`LossFree`](loss_free::LossFree) | weights, under a bias that follows the load | checkpoint |
 //! | SMoE-Dropout (2303.01610) | `smoe_dropout` | [`SmoeDropout`](smoe_dropout::SmoeDropout) | experts, under random routers | checkpoint and `run_time.json` |
 //! | condenser experts (2604.23036) | `condensers` | [`CondenserTuning`](condenser::CondenserTuning) | weights, under a bias of routing | checkpoint and file |
@@ -71,9 +75,11 @@ pub mod dense_mixer;
 pub mod duo;
 mod error;
 pub mod esft;
+pub mod final_router;
 mod fine_tune;
 pub mod fold;
 pub mod input_watch;
+pub mod label_experts;
 pub mod layer_sampling;
 pub mod lora;
 pub mod loss_free;
@@ -93,6 +99,7 @@ pub mod router_loss;
 mod saved_tuning;
 pub mod smoe_dropout;
 pub mod smt;
+pub mod token_skip;
 pub mod trainable;
 pub mod trainable_tensors;
 mod training_run;

@@ -12,6 +12,8 @@ use crate::{
     condenser::CondenserTuning,
     duo::DuoTuning,
     esft::{Esft, EsftSelection},
+    final_router::FinalRouterTuning,
+    label_experts::LabelExperts,
     layer_sampling::LayerTurns,
     lora::{Init, LoraConfig},
     loss_free::LossFree,
@@ -19,8 +21,10 @@ use crate::{
     model_weights::OwnWeights,
     null_experts::NullExpertTuning,
     recurrent_router::RecurrentRouterTuning,
+    router_loss::RouterTargetTuning,
     smoe_dropout::SmoeDropout,
     smt::Smt,
+    token_skip::TokenSkipTuning,
 };
 
 /// A method, in JSON `{"type": "lora", "r": 16, ..}`.
@@ -47,6 +51,10 @@ use crate::{
 /// | `null_experts` | [`NullExpertTuning`] | 5e-5 | constant (ours) | .9, .999 | 2 epochs | arXiv 2406.13233 |
 /// | `recurrent_router` | [`RecurrentRouterTuning`] | 1e-3 | cosine to 0, 3% warm-up | .9, .999 | 2 epochs | ours: it was published for training from scratch |
 /// | `duo` | [`DuoTuning`] | 1e-3 | cosine to 0, 3% warm-up | .9, .999 | 200 | ours: it was published for training from scratch |
+/// | `token_skip` | [`TokenSkipTuning`] | 1e-3 | cosine to 0, 3% warm-up | .9, .999 | 1 epoch | arXiv 2410.13859; rate ours |
+/// | `final_router` | [`FinalRouterTuning`] | 1e-4 | constant (ours) | .9, .999 | 2 epochs (ours) | arXiv 2605.07260, of which the abstract is known |
+/// | `router_targets` | [`RouterTargetTuning`] | 1e-3 | constant (ours) | .9, .999 | 2 epochs (ours) | arXiv 2507.18464 |
+/// | `label_experts` | [`LabelExperts`] | 1e-5 | constant | .9, .95, decay 0.1 | 500 | as `esft`; ours |
 /// | `loss_free` | [`LossFree`] | 1e-5 | constant | .9, .95, decay 0.1 | 500 | as `esft`; ours |
 /// | `smoe_dropout` | [`SmoeDropout`] | 3e-5 | cosine to 0, 3% warm-up | .9, .999 | 500 | ours: it was published for training from scratch |
 ///
@@ -79,6 +87,14 @@ pub enum MethodConfig {
     RecurrentRouter(RecurrentRouterTuning),
     /// Many or few experts for every token, under a budget.
     Duo(DuoTuning),
+    /// Tokens that skip feed-forward halves of redundant layers.
+    TokenSkip(TokenSkipTuning),
+    /// The last router, taught by routes that it could have taken.
+    FinalRouter(FinalRouterTuning),
+    /// A router, taught which experts are right.
+    RouterTargets(RouterTargetTuning),
+    /// Experts by the labels of rows.
+    LabelExperts(LabelExperts),
     /// Balance by a bias instead of a loss.
     LossFree(LossFree),
     /// Experts under random routers.
@@ -162,6 +178,10 @@ impl MethodConfig {
             Self::NullExperts(tuning) => Box::new(tuning.clone()),
             Self::RecurrentRouter(tuning) => Box::new(tuning.clone()),
             Self::Duo(tuning) => Box::new(tuning.clone()),
+            Self::TokenSkip(tuning) => Box::new(tuning.clone()),
+            Self::FinalRouter(tuning) => Box::new(*tuning),
+            Self::RouterTargets(tuning) => Box::new(tuning.clone()),
+            Self::LabelExperts(method) => Box::new(method.clone()),
             Self::LossFree(method) => Box::new(method.clone()),
             Self::SmoeDropout(method) => Box::new(method.clone()),
         }
@@ -175,6 +195,7 @@ impl MethodConfig {
             Self::Mixture(config) => config.seed = seed,
             Self::RecurrentRouter(tuning) => tuning.router.seed = seed,
             Self::SmoeDropout(method) => method.seed = seed,
+            Self::FinalRouter(method) => method.seed = seed,
             _ => {}
         }
     }
@@ -191,6 +212,10 @@ impl MethodConfig {
             Self::NullExperts(_)
             | Self::RecurrentRouter(_)
             | Self::Duo(_)
+            | Self::TokenSkip(_)
+            | Self::FinalRouter(_)
+            | Self::RouterTargets(_)
+            | Self::LabelExperts(_)
             | Self::LossFree(_)
             | Self::SmoeDropout(_) => false,
             Self::Smt(_) | Self::Lora(_) | Self::Mixture(_) => false,
@@ -231,6 +256,10 @@ impl MethodConfig {
             Self::NullExperts(_) => (5e-5, constant, plain, epochs(2)),
             Self::RecurrentRouter(_) => (1e-3, cosine, plain, epochs(2)),
             Self::Duo(_) => (1e-3, cosine, plain, some(200)),
+            Self::TokenSkip(_) => (1e-3, cosine, plain, epochs(1)),
+            Self::FinalRouter(_) => (1e-4, constant, plain, epochs(2)),
+            Self::RouterTargets(_) => (1e-3, constant, plain, epochs(2)),
+            Self::LabelExperts(_) => (1e-5, constant, adamw(0.95, 0.1), some(500)),
             Self::LossFree(_) => (1e-5, constant, adamw(0.95, 0.1), some(500)),
             Self::SmoeDropout(_) => (3e-5, cosine, plain, some(500)),
         };

@@ -6,6 +6,8 @@ use crate::{
     condenser::CondenserTuning,
     duo::DuoTuning,
     esft::{Esft, EsftScore},
+    final_router::FinalRouterTuning,
+    label_experts::LabelExperts,
     layer_sampling::{LayerSampling, LayerTurns},
     lora::{CordaMethod, Init, LoraConfig, Targets},
     loss_free::LossFree,
@@ -14,8 +16,10 @@ use crate::{
     model_weights::OwnWeights,
     null_experts::NullExpertTuning,
     recurrent_router::RecurrentRouterTuning,
+    router_loss::RouterTargetTuning,
     smoe_dropout::SmoeDropout,
     smt::{BlockBudget, Smt},
+    token_skip::TokenSkipTuning,
 };
 use moe_core::train::Projection;
 
@@ -132,6 +136,18 @@ pub const METHODS: &[NamedMethod] = &[
     }),
     named("duo", "a choice of many or few experts for every token, under a budget", "arXiv 2410.10846", || {
         MethodConfig::Duo(DuoTuning::default())
+    }),
+    named("gamma-mod", "tokens that skip halves of redundant layers, by a trained score", "arXiv 2410.13859", || {
+        MethodConfig::TokenSkip(TokenSkipTuning::default())
+    }),
+    named("final-router", "the last router, by routes that it could have taken", "arXiv 2605.07260", || {
+        MethodConfig::FinalRouter(FinalRouterTuning::default())
+    }),
+    named("router-targets", "a router, by which experts are right for a token", "arXiv 2507.18464", || {
+        MethodConfig::RouterTargets(RouterTargetTuning::default())
+    }),
+    named("label-experts", "experts by the labels of rows, whatever the router says", "Contrastive MoE", || {
+        MethodConfig::LabelExperts(LabelExperts::default())
     }),
     named("loss-free", "experts and routers, under a bias that balances the load", "arXiv 2408.15664", || {
         MethodConfig::LossFree(LossFree::default())

@@ -8,7 +8,6 @@ use std::{
 use moe_checkpoint::{Existing, WriteOptions, check_output, check_room, write, write_json};
 use moe_core::{
     Model,
-    adaptive::RunTime,
     data::Wave,
     memory,
     train::{JsonLines, Saving, TrainEvent, TrainOptions, train_saved},
@@ -311,16 +310,17 @@ impl Trained {
             return Ok(saved);
         }
         let folded = Folded::in_precision(base.checkpoint(), self.task.set(), self.fold)?;
-        let routing = self.artifacts.routing();
+        let mut run_time = self.artifacts.run_time();
         // a bias goes into the tensor that a family has for it
-        let export = routing.as_ref().map(|routing| routing.export(base)).transpose()?.flatten();
+        let export = run_time.routing.as_ref().map(|routing| routing.export(base)).transpose()?.flatten();
         let written = match &export {
             Some(export) => export.on(folded.model())?,
             None => folded.model().clone(),
         };
         write(&written, &model, &WriteOptions { existing, ..WriteOptions::default() })?;
-        if let Some(routing) = routing.filter(|_| export.is_none()) {
-            RunTime { routing: Some(routing), ..RunTime::default() }.save_beside(&model)?;
+        run_time.routing = run_time.routing.filter(|_| export.is_none());
+        if !run_time.is_plain() {
+            run_time.save_beside(&model)?;
         }
         if let Some(nulls) = &self.artifacts.null_experts {
             nulls.save(model.join(NullExperts::FILE))?;

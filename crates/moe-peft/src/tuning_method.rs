@@ -9,7 +9,7 @@ use std::{
 
 use moe_core::{
     Model,
-    adaptive::RoutingConfig,
+    adaptive::RunTime,
     data::Wave,
     train::{ParameterGroup, Parameters},
 };
@@ -27,6 +27,7 @@ use crate::{
     router_loss::{RouterLossReport, RouterLosses},
     smoe_dropout::RandomRouting,
     smt::BlockWatch,
+    token_skip::TokenSkipRouter,
 };
 
 /// A way of fine-tuning.
@@ -238,14 +239,17 @@ pub struct Artifacts {
     pub duo: Option<Arc<Duo>>,
     /// Random routers.
     pub random_routing: Option<Arc<RandomRouting>>,
+    /// Scores by which tokens skip feed-forward halves.
+    pub token_skip: Option<Arc<TokenSkipRouter>>,
 }
 
 impl Artifacts {
-    /// The routing that the trained model is to be run with, where it is another one than the model's and needs no
-    /// weights.
-    pub fn routing(&self) -> Option<RoutingConfig> {
+    /// How the trained model is to be run, where that is another way than the model's and needs no weights.
+    pub fn run_time(&self) -> RunTime {
         let bias = self.balance_bias.as_ref().map(|bias| bias.routing());
-        bias.or_else(|| self.random_routing.as_ref().map(|random| random.routing()))
+        let routing = bias.or_else(|| self.random_routing.as_ref().map(|random| random.routing()));
+        let layers = self.token_skip.as_ref().map(|skip| skip.layers());
+        RunTime { routing, layers, ..RunTime::default() }
     }
 
     /// A model with what stands beside its weights: condensers, null experts, a recurrent router, another routing;
@@ -267,10 +271,7 @@ impl Artifacts {
             duo.set_temperature(None);
             return duo.applied_to(model).map(Some);
         }
-        match self.routing() {
-            Some(routing) => Ok(Some(routing.on(model)?)),
-            None => Ok(None),
-        }
+        Ok(self.run_time().on(model)?)
     }
 
     fn and(self, other: Self) -> Self {
@@ -286,6 +287,7 @@ impl Artifacts {
             balance_bias: self.balance_bias.or(other.balance_bias),
             duo: self.duo.or(other.duo),
             random_routing: self.random_routing.or(other.random_routing),
+            token_skip: self.token_skip.or(other.token_skip),
         }
     }
 }

@@ -365,3 +365,28 @@ fn group_limits_bound_what_a_token_can_reach() {
     let found = top_p(1.0, Mass::AllExperts, own.reachable(E), &own, &logits(20), E);
     assert!(found.iter().all(|set| set.len() == 2 && set[0] / 2 == set[1] / 2), "{found:?}");
 }
+
+#[test]
+fn sampled_routes_have_k_different_experts_with_the_weights_of_their_own_logits() {
+    for own in [router(true), router(false), sigmoid()] {
+        let (wave, logits) = (wave(&[40]), logits(40));
+        let tokens = tokens(&own, &logits, E, &wave);
+        let plain = own.route(&logits, E, None);
+        assert_eq!(super::sampled::tests::rule(0.0, 1).route(&tokens).unwrap(), plain);
+        let (first, second) = (super::sampled::tests::rule(1.0, 1), super::sampled::tests::rule(1.0, 2));
+        let (a, b) = (first.route(&tokens).unwrap(), second.route(&tokens).unwrap());
+        assert_eq!(a, super::sampled::tests::rule(1.0, 1).route(&tokens).unwrap());
+        assert!(a.selected != b.selected && a.selected != plain.selected);
+        for (t, set) in sets(&a).into_iter().enumerate() {
+            let mut different = set.clone();
+            different.sort_unstable();
+            different.dedup();
+            assert_eq!((different.len(), set.len()), (own.top_k(), own.top_k()), "{t}");
+        }
+        // with little noise, mostly the model's own
+        let little = super::sampled::tests::rule(0.05, 3).route(&tokens).unwrap();
+        let same = sets(&little).iter().zip(sets(&plain)).filter(|(a, b)| **a == *b).count();
+        assert!(same > 25, "{same}");
+        check_gradient(&first, &own, &wave);
+    }
+}

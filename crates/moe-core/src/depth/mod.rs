@@ -28,4 +28,4 @@ pub use path::{LayerPath, PathStep};
 pub use routers::{LayerRouterTraining, LayerRouters};
 pub use rule::DepthRule;
 pub use search::{FoundPath, PathSearch, Rounds, path_of};
-pub use token_skip::{SkipScore, TokenSkip};
+pub use token_skip::{SkipInput, SkipScore, TokenSkip};

@@ -31,4 +31,28 @@ pub trait DepthRule: Debug + Send + Sync {
         let _ = (layer, middle, wave);
         Ok(None)
     }
+
+    /// Whether it decides by [`factors`](Self::factors) alone: [`times`](Self::times) is always `None`. Only such a rule
+    /// can be gone back through, since every sequence passes every layer once.
+    fn is_by_token(&self) -> bool {
+        false
+    }
+
+    /// Given the gradient at each token's factor `[T]`, that at what enters the half `[T, H]`, if factors depend on it.
+    /// Adds up the gradients of what the rule has to train if `parameters` are wanted, those of losses of its own
+    /// included, which are multiplied by [`WaveInfo::loss_tokens`]. Asked where [`factors`](Self::factors) gave some.
+    ///
+    /// # Errors
+    /// Whatever makes it impossible.
+    fn factors_backward(
+        &self,
+        layer: usize,
+        middle: &Tensor<2>,
+        wave: &WaveInfo,
+        d_factors: &[f32],
+        parameters: bool,
+    ) -> Result<Option<Tensor<2>>> {
+        let _ = (layer, middle, wave, d_factors, parameters);
+        Ok(None)
+    }
 }

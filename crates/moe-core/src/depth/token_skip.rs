@@ -10,7 +10,7 @@ use crate::{
     Engine, EngineOptions, Model,
     data::Wave,
     error::{Error, Result},
-    host::HostView,
+    host::{self, HostView},
     layers::Norm,
     trace::{LayerOutput, Observer, Signals, WaveInfo},
 };
@@ -24,7 +24,40 @@ use crate::{
 /// that were trained elsewhere go in as [`SkipScore`]s.
 #[derive(Clone, Debug)]
 pub struct TokenSkip {
-    layers: BTreeMap<usize, (SkipScore, Option<Norm>)>,
+    layers: BTreeMap<usize, (SkipScore, SkipInput)>,
+}
+
+/// What scores of tokens are made of: what enters the feed-forward half of a layer, through the norm of that half.
+#[derive(Clone, Debug)]
+pub struct SkipInput(Option<Norm>);
+
+impl SkipInput {
+    /// That of a layer.
+    ///
+    /// # Errors
+    /// Those of reading the model.
+    pub fn of(model: &Model, layer: usize) -> Result<Self> {
+        Ok(Self(model.ffn(layer)?.norm))
+    }
+
+    /// Of the tokens that enter the half `[T, H]`.
+    pub fn read(&self, middle: &Tensor<2>) -> HostView {
+        HostView::new(&self.0.as_ref().map_or_else(|| middle.clone(), |norm| norm.forward(middle)))
+    }
+
+    /// Gradient at what enters the half, from that at what is [read](Self::read) of it `[T, H]`.
+    pub fn backward(&self, middle: &Tensor<2>, d: Tensor<2>) -> Tensor<2> {
+        match &self.0 {
+            Some(norm) => norm.backward(middle, &d, false),
+            None => d,
+        }
+    }
+
+    /// Gradient at what enters the half, from that at each token's score `weight . read + bias` `[T]`.
+    pub fn scores_backward(&self, middle: &Tensor<2>, weight: &[f32], d_scores: &[f32]) -> Tensor<2> {
+        let rows = d_scores.iter().flat_map(|d| weight.iter().map(move |w| d * w)).collect();
+        self.backward(middle, host::from_vec(rows, middle.dims(), &middle.device()))
+    }
 }
 
 /// The score of a token in one layer: `weight . norm(x) + bias`.
@@ -61,8 +94,7 @@ impl TokenSkip {
             if score.weight.len() != hidden {
                 return Err(Error::input(format!("skip score of layer {layer}"), score.weight.len(), hidden));
             }
-            let norm = model.ffn(layer)?.norm;
-            if layers.insert(layer, (score, norm)).is_some() {
+            if layers.insert(layer, (score, SkipInput::of(model, layer)?)).is_some() {
                 return Err(Error::input(format!("skip scores of layer {layer}"), "two", "one"));
             }
         }
@@ -85,11 +117,11 @@ impl TokenSkip {
         if let Some(layer) = layers.iter().find(|layer| model.config().moe(**layer).is_none()) {
             return Err(Error::input("layer to skip in", layer, "one with routed experts"));
         }
-        let mut norms = BTreeMap::new();
+        let mut inputs = BTreeMap::new();
         for &layer in layers {
-            norms.insert(layer, model.ffn(layer)?.norm);
+            inputs.insert(layer, SkipInput::of(model, layer)?);
         }
-        let mut seen = Seen { norms: norms.clone(), layers: BTreeMap::new() };
+        let mut seen = Seen { inputs: inputs.clone(), layers: BTreeMap::new() };
         let engine = Engine::new(model, EngineOptions::default());
         waves.iter().try_for_each(|wave| engine.run(wave, &mut seen).map(drop))?;
         let mut scores = Vec::new();
@@ -97,8 +129,8 @@ impl TokenSkip {
             let score = regression(*layer, inputs, targets, model.config().hidden_size, share, ridge)?;
             scores.push(score);
         }
-        if scores.len() != norms.len() {
-            return Err(Error::input("layers seen", scores.len(), norms.len()));
+        if scores.len() != inputs.len() {
+            return Err(Error::input("layers seen", scores.len(), inputs.len()));
         }
         Self::new(model, scores)
     }
@@ -107,10 +139,6 @@ impl TokenSkip {
     pub fn scores(&self) -> impl Iterator<Item = &SkipScore> {
         self.layers.values().map(|(score, _)| score)
     }
-}
-
-fn normed(norm: Option<&Norm>, x: &Tensor<2>) -> HostView {
-    HostView::new(&norm.map_or_else(|| x.clone(), |norm| norm.forward(x)))
 }
 
 fn regression(
@@ -162,9 +190,13 @@ fn score(weight: &[f32], bias: f32, row: &[f32]) -> f32 {
 }
 
 impl DepthRule for TokenSkip {
+    fn is_by_token(&self) -> bool {
+        true
+    }
+
     fn factors(&self, layer: usize, middle: &Tensor<2>, _: &WaveInfo) -> Result<Option<Vec<f32>>> {
-        let Some((own, norm)) = self.layers.get(&layer) else { return Ok(None) };
-        let view = normed(norm.as_ref(), middle);
+        let Some((own, input)) = self.layers.get(&layer) else { return Ok(None) };
+        let view = input.read(middle);
         let rows = view.as_slice().chunks_exact(own.weight.len());
         Ok(Some(
             rows.map(|row| {
@@ -178,11 +210,25 @@ impl DepthRule for TokenSkip {
             .collect(),
         ))
     }
+
+    fn factors_backward(
+        &self,
+        layer: usize,
+        middle: &Tensor<2>,
+        wave: &WaveInfo,
+        d_factors: &[f32],
+        _: bool,
+    ) -> Result<Option<Tensor<2>>> {
+        let Some((own, input)) = self.layers.get(&layer).filter(|(own, _)| own.scaled) else { return Ok(None) };
+        let factors = self.factors(layer, middle, wave)?.unwrap_or_default();
+        let d_scores: Vec<f32> = d_factors.iter().zip(factors).map(|(d, f)| d * f * (1.0 - f)).collect();
+        Ok(Some(input.scores_backward(middle, &own.weight, &d_scores)))
+    }
 }
 
 /// What enters feed-forward halves, and how much they change it.
 struct Seen {
-    norms: BTreeMap<usize, Option<Norm>>,
+    inputs: BTreeMap<usize, SkipInput>,
     layers: BTreeMap<usize, (Vec<f32>, Vec<f64>)>,
 }
 
@@ -192,8 +238,8 @@ impl Observer for Seen {
     }
 
     fn output(&mut self, output: &LayerOutput<'_>) -> Result<()> {
-        let Some(norm) = self.norms.get(&output.layer) else { return Ok(()) };
-        let read = normed(norm.as_ref(), output.read);
+        let Some(input) = self.inputs.get(&output.layer) else { return Ok(()) };
+        let read = input.read(output.read);
         let (before, after) = (HostView::new(output.input), HostView::new(output.output));
         let columns = output.input.dims()[1];
         let (inputs, targets) = self.layers.entry(output.layer).or_default();

@@ -100,9 +100,18 @@ impl Engine<'_> {
             true => {
                 let kept = sum_slots(at).take(self.model.config().kept_sums(layer));
                 tape.sums = kept.map(|slot| sweep.store.take(slot)).collect::<Result<_>>()?;
+                let (dy, beside_half) = match tape.factors.take() {
+                    None => (dy, None),
+                    Some(factors) => {
+                        let (wave, parameters) = (&sweep.prepared.info, sweep.needs.parameters);
+                        let (dy, beside) = self.factors_backward(layer, &read, wave, (&factors, dy), parameters)?;
+                        (dy, Some(beside))
+                    }
+                };
                 let gradients = self.ffn_backward(sweep, at, &read, dy, tape, observer)?;
                 self.model.check_reads()?;
                 let Some([d_read, around]) = gradients else { return Ok(None) };
+                let around = beside_half.iter().fold(around, added);
                 match self.model.config().is_parallel() {
                     true => (around, Some(d_read)),
                     false => (added(d_read, &around), None),

@@ -16,8 +16,35 @@ use crate::{
         rope::Positions,
         rows::{RowAccumulator, gather_rows},
     },
-    trace::{HalfInput, Observer, SequenceInfo, Signals, WaveInfo},
+    trace::{HalfInput, Nobody, Observer, SequenceInfo, Signals, WaveInfo},
 };
+
+/// Factors of a layer, one for each token.
+fn checked(factors: Option<Vec<f32>>, layer: usize, tokens: usize) -> Result<Option<Vec<f32>>> {
+    match factors {
+        Some(factors) if factors.len() != tokens || factors.iter().any(|f| !f.is_finite()) => {
+            let found = format!("{} numbers", factors.len());
+            Err(Error::input(format!("factors of layer {layer}"), found, format!("{tokens} finite numbers")))
+        }
+        factors => Ok(factors),
+    }
+}
+
+/// `x + factor (y - x)` for every row; rows with a factor of 1 stay as they are.
+pub(super) fn blend(x: &Tensor<2>, y: Tensor<2>, factors: &[f32]) -> Tensor<2> {
+    if factors.iter().all(|factor| *factor == 1.0) {
+        return y;
+    }
+    let x = HostView::new(x);
+    let mut blended = RowAccumulator::from_tensor(y);
+    blended.on_host(|values, columns| {
+        let pairs = values.chunks_exact_mut(columns).zip(x.as_slice().chunks_exact(columns));
+        for ((y, x), factor) in pairs.zip(factors).filter(|(_, factor)| **factor != 1.0) {
+            y.iter_mut().zip(x).for_each(|(y, x)| *y = x + factor * (*y - x));
+        }
+    });
+    blended.into_tensor()
+}
 
 impl Engine<'_> {
     /// Refuses what a depth rule must not say.
@@ -44,13 +71,10 @@ impl Engine<'_> {
         let needs = observer.needs();
         let pass = |wave| FfnPass { needs, ..FfnPass::new(layer, wave) };
         let tokens = half.stream.dims()[0];
-        let Some(factors) = rule.factors(layer, half.read, wave)?.filter(|f| f.iter().any(|f| *f != 1.0)) else {
+        let factors = checked(rule.factors(layer, half.read, wave)?, layer, tokens)?;
+        let Some(factors) = factors.filter(|f| f.iter().any(|f| *f != 1.0)) else {
             return self.ffn_forward(pass(wave), half, &mut LayerTape::default(), observer);
         };
-        if factors.len() != tokens || factors.iter().any(|f| !f.is_finite()) {
-            let found = format!("{} numbers", factors.len());
-            return Err(Error::input(format!("factors of layer {layer}"), found, format!("{tokens} finite numbers")));
-        }
         let rows: Vec<u32> = (0..tokens as u32).filter(|t| factors[*t as usize] != 0.0).collect();
         if rows.is_empty() {
             return Ok(half.stream.clone());
@@ -67,20 +91,58 @@ impl Engine<'_> {
         let (input, read) = (gather_rows(half.stream, &rows), gather_rows(half.read, &rows));
         let some_of = HalfInput { stream: &input, read: &read };
         let mut output = self.ffn_forward(pass(&some), some_of, &mut LayerTape::default(), observer)?;
-        if rows.iter().any(|t| factors[*t as usize] != 1.0) {
-            let input = HostView::new(&input);
-            let mut scaled = RowAccumulator::from_tensor(output);
-            scaled.on_host(|values, columns| {
-                let pairs = values.chunks_exact_mut(columns).zip(input.as_slice().chunks_exact(columns));
-                for ((y, x), t) in pairs.zip(&rows).filter(|(_, t)| factors[**t as usize] != 1.0) {
-                    y.iter_mut().zip(x).for_each(|(y, x)| *y = x + factors[*t as usize] * (*y - x));
-                }
-            });
-            output = scaled.into_tensor();
-        }
+        output = blend(&input, output, &rows.iter().map(|t| factors[*t as usize]).collect::<Vec<_>>());
         let mut whole = RowAccumulator::from_tensor(half.stream.clone());
         whole.set_rows(&rows, &output);
         Ok(whole.into_tensor())
+    }
+
+    /// What each token of a wave gets of the feed-forward half of a layer, where a rule says.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for another number of factors than tokens.
+    pub(super) fn factors(&self, layer: usize, read: &Tensor<2>, wave: &WaveInfo) -> Result<Option<Vec<f32>>> {
+        let Some(rule) = self.model.depth_rule() else { return Ok(None) };
+        checked(rule.factors(layer, read, wave)?, layer, wave.tokens)
+    }
+
+    /// The gradient at what a layer with factors gives, taken apart: that at what its feed-forward half gives, and that
+    /// at what enters it besides the way through the half. The half is run again for it.
+    pub(super) fn factors_backward(
+        &self,
+        layer: usize,
+        middle: &Tensor<2>,
+        wave: &WaveInfo,
+        (factors, dy): (&[f32], Tensor<2>),
+        parameters: bool,
+    ) -> Result<(Tensor<2>, Tensor<2>)> {
+        let half = HalfInput { stream: middle, read: middle };
+        let whole = self.ffn_forward(FfnPass::new(layer, wave), half, &mut LayerTape::default(), &mut Nobody)?;
+        let columns = middle.dims()[1];
+        let (x, y, d) = (HostView::new(middle), HostView::new(&whole), HostView::new(&dy));
+        let rows = x.as_slice().chunks_exact(columns).zip(y.as_slice().chunks_exact(columns));
+        let along = |((x, y), d): ((&[f32], &[f32]), &[f32])| -> f32 {
+            x.iter().zip(y).zip(d).map(|((x, y), d)| d * (y - x)).sum()
+        };
+        let d_factors: Vec<f32> = rows.zip(d.as_slice().chunks_exact(columns)).map(along).collect();
+        let through = match self.model.depth_rule() {
+            Some(rule) => rule.factors_backward(layer, middle, wave, &d_factors, parameters)?,
+            None => None,
+        };
+        let times = |of: &dyn Fn(f32) -> f32| {
+            let mut scaled = RowAccumulator::from_tensor(dy.clone());
+            scaled.on_host(|values, columns| {
+                for (row, factor) in values.chunks_exact_mut(columns).zip(factors) {
+                    row.iter_mut().for_each(|d| *d *= of(*factor));
+                }
+            });
+            scaled
+        };
+        let mut around = times(&|factor| 1.0 - factor);
+        if let Some(through) = through {
+            around.add(&through);
+        }
+        Ok((times(&|factor| factor).into_tensor(), around.into_tensor()))
     }
 
     /// A layer in a sweep, as a rule decides it.
@@ -139,8 +201,15 @@ impl Engine<'_> {
     /// [`Error::Unsupported`].
     pub(super) fn check_depth(&self, needs: Signals) -> Result<()> {
         let refuse = |what: &str| Err(Error::Unsupported(what.to_string()));
-        if self.model.depth_rule().is_some() && (needs.backward() || needs.experts() || needs.streams) {
-            return refuse("gradients and observed experts while depth is decided as a model runs");
+        if let Some(rule) = self.model.depth_rule() {
+            if needs.experts() || needs.streams || needs.gradients {
+                return refuse("observed experts while depth is decided as a model runs");
+            }
+            if needs.backward() && (!rule.is_by_token() || self.model.config().is_parallel()) {
+                return refuse(
+                    "gradients while sequences pass or repeat layers, or of halves that run side by side and that tokens skip",
+                );
+            }
         }
         if !self.model.path().ascends() && (needs.backward() || needs.experts()) {
             return refuse(

@@ -5,6 +5,7 @@ use moe_checkpoint::ModelConfig;
 use super::{
     Engine, UnfinishedWave, WaveReport,
     backward::{Backward, SLOTS, input_slot, middle_slot, sum_slots},
+    depth::blend,
     forward::{FfnPass, LayerTape},
     prepare::Prepared,
 };
@@ -26,11 +27,12 @@ fn runs_experts(config: &ModelConfig, step: &PathStep) -> bool {
 }
 
 impl Engine<'_> {
-    /// How deep the backward sweep goes for these signals.
-    pub(super) fn depth(&self, needs: Signals) -> Depth {
+    /// How deep the backward sweep goes for these signals, of which nobody looks at layers before `first`.
+    pub(super) fn depth(&self, needs: Signals, first: usize) -> Depth {
         let config = self.model.config();
         let path = self.model.path();
-        let first_moe = path.steps().iter().find(|step| runs_experts(config, step)).map(|step| step.layer);
+        let looked_at = |step: &&PathStep| step.layer >= first && runs_experts(config, step);
+        let first_moe = path.steps().iter().find(looked_at).map(|step| step.layer);
         let observed =
             (needs.gradients || needs.router_gradients).then_some(first_moe).flatten().map(Depth::FeedForward);
         let trained = self.model.adapters().filter(|_| needs.parameters).map(|adapters| adapters.depth());
@@ -38,10 +40,10 @@ impl Engine<'_> {
     }
 
     /// The same in steps of the model's path, which is ascending where something goes back through it.
-    fn depth_in_steps(&self, needs: Signals) -> Depth {
+    fn depth_in_steps(&self, needs: Signals, first: usize) -> Depth {
         let steps = self.model.path().steps();
         let from = |layer: usize| steps.iter().position(|step| step.layer >= layer);
-        let depth = self.depth(needs);
+        let depth = self.depth(needs, first);
         let (Depth::Attention(layer) | Depth::FeedForward(layer)) = depth else { return depth };
         match (from(layer), depth) {
             (None, _) => Depth::Head,
@@ -72,7 +74,7 @@ impl Engine<'_> {
         let (config, device) = (self.model.config(), self.model.device());
         let steps = self.model.path().steps();
         let layers = steps.len();
-        let depth = self.depth_in_steps(needs);
+        let depth = self.depth_in_steps(needs, observer.first_layer());
         if let Some(adapters) = self.model.adapters() {
             adapters.begin_wave(&prepared.info);
         }
@@ -130,7 +132,8 @@ impl Engine<'_> {
                     if needs.hidden {
                         observer.hidden(layer, &x)?;
                     }
-                    if let Some(rule) = self.model.depth_rule() {
+                    let rule = self.model.depth_rule();
+                    if let Some(rule) = rule.filter(|_| !needs.backward()) {
                         x = self.decided_layer(layer, x, &prepared, &**rule, observer)?;
                         observer.done(SweepPart::Forward(layer))?;
                         continue;
@@ -170,6 +173,10 @@ impl Engine<'_> {
                     };
                     let half = self.half(beside.as_ref().unwrap_or(&middle), &middle);
                     x = self.ffn_forward(pass, half, tape, observer)?;
+                    if let Some(factors) = self.factors(layer, half.read, &prepared.info)? {
+                        x = blend(half.stream, x, &factors);
+                        tape.factors = Some(factors);
+                    }
                     if needs.streams && config.moe(layer).is_some() {
                         observer.output(&LayerOutput {
                             layer,

@@ -27,6 +27,8 @@ pub(crate) struct LayerTape {
     pub(super) routing: Option<LayerRouting>,
     /// Sums of the blocks that a norm comes after.
     pub(super) sums: Vec<Tensor<2>>,
+    /// What each token gets of the feed-forward half, where a rule says.
+    pub(super) factors: Option<Vec<f32>>,
 }
 
 /// How the feed-forward half of a layer is run.

@@ -18,6 +18,7 @@ mod head;
 mod layerwise;
 mod modulated;
 mod prepare;
+mod route_trials;
 mod routing;
 mod unfinished;
 
@@ -25,6 +26,7 @@ use std::path::PathBuf;
 
 pub(crate) use forward::{FfnPass, LayerTape};
 pub use layerwise::{LayerChange, LayerSweep, LayerVisitor};
+pub use route_trials::RouteTrial;
 pub use unfinished::UnfinishedWave;
 
 use crate::{

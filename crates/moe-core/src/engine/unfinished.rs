@@ -191,7 +191,7 @@ impl Engine<'_> {
             return Err(Error::input("observer needs", "gradients of parameters", "what can be kept in files"));
         }
         let prepared = Prepared::new(self.model, wave)?;
-        let (config, depth) = (self.model.config(), self.depth(needs));
+        let (config, depth) = (self.model.config(), self.depth(needs, 0));
         let layers = config.layers.len();
         let sums: Vec<usize> = (0..layers).map(|layer| config.kept_sums(layer)).collect();
         let kept: usize = (0..layers)

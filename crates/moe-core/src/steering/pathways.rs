@@ -108,6 +108,8 @@ pub struct Remixed {
 struct Seen {
     wave: Option<WaveInfo>,
     position: Option<usize>,
+    /// The first layer that is changed.
+    first: usize,
     logits: BTreeMap<usize, Vec<f32>>,
     gradients: BTreeMap<usize, Vec<f32>>,
     mean: Vec<f32>,
@@ -126,6 +128,10 @@ impl Observer for Seen {
             None => Signals { routing: true, hidden: true, ..Signals::NONE },
             Some(_) => Signals::ROUTER_GRADIENTS,
         }
+    }
+
+    fn first_layer(&self) -> usize {
+        self.first
     }
 
     fn begin_wave(&mut self, wave: &WaveInfo) -> Result<()> {
@@ -295,7 +301,8 @@ impl Pathways {
                 for step in 0..*steps {
                     let mut gradients: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
                     for (reference, k) in near.iter().zip(&kernel) {
-                        let mut seen = Seen { position: Some(reference.prompt.len() - 1), ..Seen::default() };
+                        let first = critical.iter().copied().min().unwrap_or(0);
+                        let mut seen = Seen { position: Some(reference.prompt.len() - 1), first, ..Seen::default() };
                         self.answer(overridden, rows, reference, &at, &mut seen)?;
                         for (layer, d) in seen.gradients.iter().filter(|(layer, _)| at.contains_key(layer)) {
                             let sum = gradients.entry(*layer).or_insert_with(|| vec![0.0; d.len()]);

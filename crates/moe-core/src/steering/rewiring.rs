@@ -80,6 +80,8 @@ pub struct Rewired {
 /// Gradients at the logits, summed over tokens, and how decided layers route.
 #[derive(Default)]
 struct Seen {
+    /// The first layer that has a vector to fit.
+    first: usize,
     gradients: BTreeMap<usize, Vec<f64>>,
     undecided: BTreeMap<usize, f64>,
 }
@@ -87,6 +89,10 @@ struct Seen {
 impl Observer for Seen {
     fn needs(&self) -> Signals {
         Signals { routing: true, ..Signals::ROUTER_GRADIENTS }
+    }
+
+    fn first_layer(&self) -> usize {
+        self.first
     }
 
     fn layer(&mut self, trace: &LayerTrace<'_>) -> Result<()> {
@@ -216,13 +222,14 @@ impl Rewiring {
         }
         let wave = Wave { id: 0, sequences: vec![Sequence::new(context.to_vec())] };
         let engine = Engine::new(&rewired.model, EngineOptions { loss: true, ..EngineOptions::default() });
-        let (mut first, mut layers) = (None, None);
+        let (mut before, mut layers): (_, Option<Vec<usize>>) = (None, None);
         for _ in 0..self.steps {
-            let mut seen = Seen::default();
+            let first = layers.iter().flatten().copied().min().unwrap_or(0);
+            let mut seen = Seen { first, ..Seen::default() };
             let found = engine.run(&wave, &mut seen)?;
             report.sweeps += 1;
             let tokens = found.loss_tokens.max(1) as f64;
-            first.get_or_insert(found.loss.unwrap_or(0.0) / tokens);
+            before.get_or_insert(found.loss.unwrap_or(0.0) / tokens);
             let layers: &Vec<usize> = layers.get_or_insert_with(|| self.chosen(&seen.undecided));
             for layer in layers {
                 let (Some(gradient), Some(shift)) = (seen.gradients.get(layer), rewired.shifts.get(layer)) else {
@@ -235,7 +242,7 @@ impl Rewiring {
             }
         }
         let found = engine.run(&wave, &mut crate::trace::Nobody)?;
-        report.losses.push((first.unwrap_or(0.0), found.loss.unwrap_or(0.0) / found.loss_tokens.max(1) as f64));
+        report.losses.push((before.unwrap_or(0.0), found.loss.unwrap_or(0.0) / found.loss_tokens.max(1) as f64));
         Ok(())
     }
 

@@ -5,7 +5,10 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::{NullExpertOptions, NullExperts};
-use crate::{AdapterSet, Artifacts, Error, Installed, Phase, Result, Setting, TuningMethod, model_weights::OwnWeights};
+use crate::{
+    AdapterSet, Artifacts, Error, Installed, Phase, Result, Setting, TuningMethod, lora::LoraConfig,
+    model_weights::OwnWeights,
+};
 
 /// Trains null experts into a model, with some of its own weights: half of the steps under a tight balance, half under
 /// a loose one (AdaMoE, arXiv 2406.13233).
@@ -20,6 +23,9 @@ pub struct NullExpertTuning {
     pub last_balance: f64,
     /// The model's own weights that are trained as well.
     pub weights: OwnWeights,
+    /// Low-rank additions that are trained as well, as the paper's adaptation of a large model has them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Box<LoraConfig>>,
 }
 
 impl Default for NullExpertTuning {
@@ -29,6 +35,7 @@ impl Default for NullExpertTuning {
             balance: 0.02,
             last_balance: 1e-4,
             weights: OwnWeights { router: true, ..OwnWeights::default() },
+            lora: None,
         }
     }
 }
@@ -50,6 +57,9 @@ impl TuningMethod for NullExpertTuning {
             return Err(Error::Unsupported("null experts on a model whose routing is changed already".into()));
         }
         NullExperts::new(on.model, &self.experts)?;
+        if let Some(lora) = &self.lora {
+            lora.check(on)?;
+        }
         if self.has_weights() { self.weights.check(on) } else { Ok(()) }
     }
 
@@ -59,10 +69,13 @@ impl TuningMethod for NullExpertTuning {
     }
 
     fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
-        let installed = match self.has_weights() {
+        let mut installed = match self.has_weights() {
             true => self.weights.install(on, set)?,
             false => Installed::default(),
         };
+        if let Some(lora) = &self.lora {
+            installed = installed.and(lora.install(on, set)?);
+        }
         let before = on.take_before();
         let nulls = match &before {
             None => Arc::new(NullExperts::new(on.model, &self.experts)?),
@@ -86,7 +99,11 @@ impl TuningMethod for NullExpertTuning {
         if self.has_weights() {
             self.weights.outline(on, set)?;
         }
+        let lora = match &self.lora {
+            Some(lora) => lora.outline(on, set)?,
+            None => Installed::default(),
+        };
         NullExperts::new(on.model, &self.experts)?.train_in(set)?;
-        Ok(Installed::default())
+        Ok(lora)
     }
 }

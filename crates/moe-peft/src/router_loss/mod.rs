@@ -35,7 +35,7 @@ use serde::{Deserialize, Serialize};
 
 use shares::Seen;
 pub use shares::{DeviceBalance, ShareLosses};
-pub use targets::RouterTargets;
+pub use targets::{RouterTargetTuning, RouterTargets};
 
 use crate::{AdapterSet, Artifacts, Error, Installed, Result, Setting, SweepListener, TuningMethod};
 

@@ -12,7 +12,9 @@ use moe_core::{
     trace::{LayerTrace, Observer, Signals, WaveInfo},
 };
 
-use crate::{AdapterSet, Error, Installed, Result, Setting, SweepListener, TuningMethod};
+use serde::{Deserialize, Serialize};
+
+use crate::{AdapterSet, Error, Installed, Result, Setting, SweepListener, TuningMethod, model_weights::OwnWeights};
 
 /// Binary cross-entropy of the sigmoid of every router logit to whether the expert is right for the token (DriftMoE,
 /// arXiv 2507.18464): several experts may be, or none. Mean over tokens and experts, times a coefficient, summed over
@@ -60,6 +62,58 @@ impl RouterTargets {
             }
         }
         Ok(Self { coefficient, targets: Arc::new(targets) })
+    }
+}
+
+/// Trains a router on which experts are right, found [by trial](RouterTargets::by_trial) on the rows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RouterTargetTuning {
+    /// The layer; the last one with experts by default.
+    pub layer: Option<usize>,
+    /// Factor of the loss.
+    pub coefficient: f64,
+    /// The weights that are trained; the layer's router by default.
+    pub weights: Option<OwnWeights>,
+}
+
+impl Default for RouterTargetTuning {
+    fn default() -> Self {
+        Self { layer: None, coefficient: 1.0, weights: None }
+    }
+}
+
+impl RouterTargetTuning {
+    fn layer(&self, model: &Model) -> Result<usize> {
+        let config = model.config();
+        let last = (0..config.layers.len()).rev().find(|layer| config.moe(*layer).is_some());
+        let layer = self.layer.or(last).filter(|layer| config.moe(*layer).is_some());
+        let found = self.layer.map_or("none".to_string(), |layer| layer.to_string());
+        layer.ok_or_else(|| Error::input("layer of the targets", found, "one with routed experts"))
+    }
+
+    fn weights(&self, layer: usize) -> OwnWeights {
+        let router = || OwnWeights { layers: Some([layer].into()), ..OwnWeights::router() };
+        self.weights.clone().unwrap_or_else(router)
+    }
+}
+
+impl TuningMethod for RouterTargetTuning {
+    fn check(&self, on: &Setting<'_>) -> Result<()> {
+        let none = RouterTargets { coefficient: self.coefficient, targets: Arc::default() };
+        none.check(on)?;
+        self.weights(self.layer(on.model)?).check(on)
+    }
+
+    fn outline(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        self.weights(self.layer(on.model)?).outline(on, set)
+    }
+
+    fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
+        let layer = self.layer(on.model)?;
+        let installed = self.weights(layer).install(on, set)?;
+        let targets = RouterTargets::by_trial(on.model, layer, on.waves, self.coefficient)?;
+        Ok(installed.and(targets.install(on, set)?))
     }
 }
 

@@ -140,6 +140,7 @@ impl Tune {
                 | MethodConfig::NullExperts(_)
                 | MethodConfig::RecurrentRouter(_)
                 | MethodConfig::Duo(_)
+                | MethodConfig::TokenSkip(_)
                 | MethodConfig::LossFree(_)
                 | MethodConfig::SmoeDropout(_)
         );
