@@ -6,11 +6,17 @@ use std::time::Instant;
 
 use clap::Parser;
 use moe::eval_file::{EvalFile, EvalOptions};
-use moe_core::Model;
+use moe::jobs::score;
+use moe_checkpoint::BasePrecision;
 use moe_core::adaptive::RunTime;
-use moe_core::data::{Tokenizer, Wave, WaveOptions};
-use moe_core::decode::{Decoding, DecodingConfig};
+use moe_core::data::{Dataset, LossOver, Tokenizer, Wave, WaveOptions};
+use moe_core::decode::{Decoding, DecodingConfig, DecodingReport};
 use moe_core::depth::{LayerChoice, LayerPath};
+use moe_core::{Engine, EngineOptions, Model};
+use moe_importance::Reap;
+use moe_prune::{
+    Candidate, EngineProbe, ExpertPruner, MixedPrecision, ProbeOptions, PrunerConfig, Sensitivities, best_allocation,
+};
 use serde_json::{Value, json};
 
 use crate::{Error, Result};
@@ -30,6 +36,9 @@ pub struct Arguments {
     /// Model directory, with rows in its folder `data`
     #[arg(long, value_name = "DIR", default_value = crate::TINY_MOE)]
     pub model: PathBuf,
+    /// What the tables of another model are called: `adaptive-NAME-routing` and so on
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
 }
 
 /// What is measured.
@@ -56,9 +65,12 @@ struct Measured {
     layers: f64,
     seconds: f64,
     acceptance: Option<f64>,
+    /// Share of the layers of a model against itself that ran once.
+    shared: Option<f64>,
 }
 
 fn settings(top_k: usize, layers: usize) -> Vec<Setting> {
+    let skip = json!({ "type": "skip", "beta": 0.3 });
     let mut all = Vec::new();
     let mut routing = |name: String, rule: Value| {
         all.push(Setting { table: "routing", name, way: Way::RunTime(json!({ "routing": rule })) });
@@ -89,9 +101,17 @@ fn settings(top_k: usize, layers: usize) -> Vec<Setting> {
     let last = layers - 1;
     path(format!("0-{},{last}a", last - 1));
     path(format!("0-1,1-{last}"));
-    for rule in
-        [LayerChoice::Influence { layers: 1 }, LayerChoice::Angular { layers: 1 }, LayerChoice::Angular { layers: 2 }]
-    {
+    for share in [0.1, 0.25] {
+        let rule = json!({ "type": "token_skip", "share": share });
+        let name = format!("`token_skip`, {share} of all tokens in each layer");
+        all.push(Setting { table: "depth", name, way: Way::RunTime(json!({ "layers": rule })) });
+    }
+    for rule in [
+        LayerChoice::AttentionRank { layers: 1 },
+        LayerChoice::Influence { layers: 1 },
+        LayerChoice::Angular { layers: 1 },
+        LayerChoice::Angular { layers: 2 },
+    ] {
         let name = serde_json::to_string(&rule).unwrap_or_default();
         all.push(Setting { table: "depth", name: format!("dropped by `{name}`"), way: Way::Drop(rule) });
     }
@@ -109,6 +129,10 @@ fn settings(top_k: usize, layers: usize) -> Vec<Setting> {
         decode(&format!("`contrastive` against {of}"), json!({ "type": "contrastive" }), vec![draft.clone()]);
     }
     decode("`self_contrast`, the third expert", json!({ "type": "self_contrast" }), vec![]);
+    let rewiring = json!({ "type": "rewiring", "every": 16 });
+    decode("`rewiring`, every 16 tokens", rewiring, vec![]);
+    decode("`pathways`, kernel of 3 neighbors", json!({ "type": "pathways" }), vec![]);
+    decode("`self_contrast`, all that weigh enough", json!({ "type": "self_contrast", "weak": skip }), vec![]);
     let ranks = json!({ "type": "ranks", "ranks": (top_k..2 * top_k).collect::<Vec<_>>() });
     decode("`self_contrast`, the next experts", json!({ "type": "self_contrast", "weak": ranks }), vec![]);
     all
@@ -129,6 +153,8 @@ fn lines(from: &Path, to: &Path, first: usize, count: usize) -> Result<()> {
 struct Draw {
     files: Vec<EvalFile>,
     waves: Vec<Wave>,
+    /// Rows of facts and sums with their answers, which references are found on.
+    answers: Vec<Wave>,
 }
 
 impl Draw {
@@ -145,9 +171,13 @@ impl Draw {
         }
         let options = EvalOptions { rows: arguments.rows, max_new_tokens: 28, ..EvalOptions::default() };
         let files = EvalFile::load_all(&paths, &options, Some(tokenizer), model.config())?;
-        let data = moe::recipe::Data { calibration: rows, length: 128, ..moe::recipe::Data::default() };
-        let waves = moe::run::Calibration::load(&data, None, Some(tokenizer), model.config().vocab_size)?.waves;
-        Ok(Self { files, waves })
+        let load = |calibration, loss| {
+            let data = moe::recipe::Data { calibration, length: 128, loss, ..moe::recipe::Data::default() };
+            moe::run::Calibration::load(&data, None, Some(tokenizer), model.config().vocab_size)
+        };
+        let answered = rows.iter().filter(|file| !file.path().ends_with("prose_calibration.jsonl")).cloned().collect();
+        let answers = load(answered, LossOver::Completions)?.waves;
+        Ok(Self { files, waves: load(rows, LossOver::All)?.waves, answers })
     }
 }
 
@@ -173,6 +203,7 @@ fn measure(setting: &Setting, model: &Model, tokenizer: &Tokenizer, draw: &Draw)
         Way::Decode { config, others: of } => {
             decoding =
                 serde_json::from_value(config.clone()).map_err(|error| Error::Invalid(format!("{config}: {error}")))?;
+            decoding = decoding.calibrated(model, &draw.answers)?;
             for options in of {
                 others.push(under(model, options, &draw.waves)?);
             }
@@ -180,18 +211,78 @@ fn measure(setting: &Setting, model: &Model, tokenizer: &Tokenizer, draw: &Draw)
         }
     };
     let decoding = Decoding::new(decoding, &model, others.iter().collect())?;
-    let (mut proposed, mut accepted) = (0, 0);
+    let mut did = DecodingReport::default();
     for file in &draw.files {
         let start = Instant::now();
         let (value, _, report) = file.measure_with(&model, tokenizer, WaveOptions::default(), &decoding)?;
         measured.seconds += start.elapsed().as_secs_f64();
         measured.quality.push(value);
-        (proposed, accepted) = (proposed + report.proposed, accepted + report.accepted);
+        did.add(&report);
     }
     measured.experts = model.expert_rows() as f64 / model.routed_tokens().max(1) as f64;
     measured.layers = model.path().length();
-    measured.acceptance = (proposed > 0).then(|| f64::from(accepted as u32) / f64::from(proposed as u32));
+    (measured.acceptance, measured.shared) = (did.acceptance(), did.shared());
     Ok(measured)
+}
+
+/// What competes for a budget of bytes before experts are rounded.
+const CANDIDATES: [&str; 5] = [
+    r#"{"type": "whole"}"#,
+    r#"{"type": "pruned", "pruner": {"type": "expert"}, "ratio": 0.25}"#,
+    r#"{"type": "pruned", "pruner": {"type": "expert"}, "ratio": 0.5}"#,
+    r#"{"type": "layers", "choice": {"type": "influence", "layers": 1}}"#,
+    r#"{"type": "layers", "choice": {"type": "influence", "layers": 2}}"#,
+];
+
+/// Layers, experts and bits in one budget: the divergence that each candidate is predicted to have within so many
+/// bytes, in how many draws it is the best.
+fn budget_table(named: &str, model: &Model, draws: &[Draw]) -> Result<String> {
+    let formats = [BasePrecision::Int4, BasePrecision::Int8].map(|precision| precision.format(model.checkpoint()));
+    let how = MixedPrecision::new(formats.into());
+    // by draw and candidate
+    let mut found: Vec<Vec<Sensitivities>> = Vec::new();
+    let mut names = Vec::new();
+    for draw in draws {
+        let engine = Engine::new(model, EngineOptions::default());
+        let probe = EngineProbe::new(&engine, draw.waves.clone(), ProbeOptions::default())?;
+        let sequences = draw.waves.iter().flat_map(|wave| wave.sequences.clone()).collect();
+        let scores = score(model, &Dataset::from_sequences(sequences), &Reap::default())?;
+        let mut of_draw = Vec::new();
+        names.clear();
+        for json in CANDIDATES {
+            let mut candidate: Candidate =
+                serde_json::from_str(json).map_err(|error| Error::Invalid(format!("{json}: {error}")))?;
+            if let Candidate::Pruned { pruner, .. } = &mut candidate {
+                *pruner = PrunerConfig::Expert(ExpertPruner::new().for_routing(&model.config().routing));
+            }
+            let made = candidate.on(model, Some(&scores), &draw.waves)?;
+            let made = Model::new(made, model.device(), model.max_memory())?;
+            of_draw.push(how.measure(&made, &probe, &mut |_, _| ())?);
+            names.push(candidate.to_string());
+        }
+        found.push(of_draw);
+    }
+    let whole = model.checkpoint().bytes_on_disk();
+    let mut table =
+        format!("<!-- study:adaptive-{named}budget -->\n\n| share of the bytes | {} |\n", names.join(" | "));
+    table += &format!("|--:|{}\n", "--:|".repeat(names.len()));
+    for share in [0.3, 0.35, 0.4, 0.5, 0.6] {
+        let bytes = (share * whole as f64) as u64;
+        let cell = |candidate: usize| {
+            let fits: Option<Vec<f64>> =
+                found.iter().map(|of| of[candidate].allocate(bytes).ok().map(|found| found.predicted)).collect();
+            let chosen = |of: &&Vec<Sensitivities>| best_allocation(of, bytes).is_some_and(|(i, _)| i == candidate);
+            let best = found.iter().filter(chosen).count();
+            match fits {
+                Some(values) if best > 0 => format!("{}, best of {best}", shown(values.into_iter())),
+                Some(values) => shown(values.into_iter()),
+                None => "–".into(),
+            }
+        };
+        let cells: Vec<String> = (0..names.len()).map(cell).collect();
+        table += &format!("| {share} | {} |\n", cells.join(" | "));
+    }
+    Ok(table + &format!("\n<!-- /study:adaptive-{named}budget -->\n\n"))
 }
 
 /// Mean and standard deviation.
@@ -219,15 +310,16 @@ pub fn run(arguments: &Arguments) -> Result<String> {
     }
     let all = settings(model.router().top_k(), model.config().layers.len());
     let mut tables = String::new();
+    let named = arguments.name.as_ref().map_or(String::new(), |name| format!("{name}-"));
     for table in ["routing", "depth", "decoding"] {
         let keys: Vec<String> = draws[0].files.iter().map(EvalFile::key).collect();
         tables += &format!(
-            "<!-- study:adaptive-{table} -->\n\n| | {} | experts per token | layers | seconds |",
+            "<!-- study:adaptive-{named}{table} -->\n\n| | {} | experts per token | layers | seconds |",
             keys.join(" | ")
         );
-        tables += if table == "decoding" { " accepted |\n" } else { "\n" };
+        tables += if table == "decoding" { " accepted | layers shared |\n" } else { "\n" };
         tables += &format!("|---|{}--:|--:|--:|", "--:|".repeat(keys.len()));
-        tables += if table == "decoding" { "--:|\n" } else { "\n" };
+        tables += if table == "decoding" { "--:|--:|\n" } else { "\n" };
         for setting in all.iter().filter(|setting| setting.table == table) {
             let found =
                 draws.iter().map(|draw| measure(setting, &model, &tokenizer, draw)).collect::<Result<Vec<_>>>()?;
@@ -241,15 +333,18 @@ pub fn run(arguments: &Arguments) -> Result<String> {
                 quality.join(" | "),
                 found[0].layers
             );
-            let accepted: Vec<f64> = found.iter().filter_map(|m| m.acceptance).collect();
-            tables += &match (table, accepted.is_empty()) {
-                ("decoding", false) => format!(" {} |\n", shown(accepted.iter().copied())),
-                ("decoding", true) => " |\n".to_string(),
-                _ => "\n".to_string(),
-            };
+            if table == "decoding" {
+                for of in [|m: &Measured| m.acceptance, |m: &Measured| m.shared] {
+                    let shares: Vec<f64> = found.iter().filter_map(of).collect();
+                    let cell = if shares.is_empty() { String::new() } else { shown(shares.iter().copied()) };
+                    tables += &format!(" {cell} |");
+                }
+            }
+            tables.push('\n');
         }
-        tables += &format!("\n<!-- /study:adaptive-{table} -->\n\n");
+        tables += &format!("\n<!-- /study:adaptive-{named}{table} -->\n\n");
     }
+    tables += &budget_table(&named, &model, &draws)?;
     if let Some(parent) = arguments.out.parent() {
         std::fs::create_dir_all(parent).map_err(Error::io(parent))?;
     }

@@ -16,6 +16,12 @@ pub struct Options {
     /// Draws of the rows, instead of three
     #[arg(long, value_name = "N")]
     draws: Option<u32>,
+    /// Model directory with rows in its folder `data`, instead of the bundled one
+    #[arg(long, value_name = "DIR", requires = "name")]
+    model: Option<PathBuf>,
+    /// What the tables of that model are called: adaptive-NAME-routing and so on
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
     /// Write the tables into docs/adaptive.md
     #[arg(long)]
     write: bool,
@@ -23,5 +29,11 @@ pub struct Options {
 
 /// Runs the study, and writes its tables into the page if asked to.
 pub fn run(options: &Options) -> Result<()> {
-    study::tables("adaptive_study", PAGE, &options.out, ("--draws", options.draws), options.write)
+    let model = options.model.as_ref().map(|model| std::path::absolute(model)).transpose()?;
+    let flags = [
+        ("--draws", options.draws.map(|draws| draws.to_string())),
+        ("--model", model.map(|model| model.display().to_string())),
+        ("--name", options.name.clone()),
+    ];
+    study::tables("adaptive_study", PAGE, &options.out, &flags, options.write)
 }

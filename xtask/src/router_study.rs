@@ -23,5 +23,11 @@ pub struct Options {
 
 /// Runs the study, and writes its tables into the page if asked to.
 pub fn run(options: &Options) -> Result<()> {
-    study::tables("router_study", PAGE, &options.out, ("--steps", options.steps), options.write)
+    study::tables(
+        "router_study",
+        PAGE,
+        &options.out,
+        &[("--steps", options.steps.map(|steps| steps.to_string()))],
+        options.write,
+    )
 }

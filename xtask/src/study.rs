@@ -76,12 +76,14 @@ pub fn run(options: &Options) -> Result<()> {
 
 /// Runs an example of the benchmarks that leaves tables in `out`, with a number after its flag if one is given, and
 /// writes the tables into a page if asked to.
-pub fn tables(example: &str, page: &str, out: &Path, number: (&str, Option<u32>), write: bool) -> Result<()> {
+pub fn tables(example: &str, page: &str, out: &Path, flags: &[(&str, Option<String>)], write: bool) -> Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command.args(["run", "--release", "--example", example, "--", "--out"]).arg(out);
-    if let (flag, Some(number)) = number {
-        command.args([flag, &number.to_string()]);
+    for (flag, value) in flags {
+        if let Some(value) = value {
+            command.args([*flag, value]);
+        }
     }
     if !command.current_dir(root()).status()?.success() {
         return Err("the study failed".into());

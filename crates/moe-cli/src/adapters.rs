@@ -79,7 +79,7 @@ impl ModelArguments {
         let run_time = match run_time.needs_rows() {
             true => run_time.calibrated(&model, &self.waves(&model, run_time.needs_answers())?)?,
             false if !self.routing_data.is_empty() => {
-                let what = "neither --routing, --layers nor --decoding has anything to be found on rows";
+                let what = "no threshold, score, router or reference is to be found on rows";
                 return Err(Error::Usage(format!("--routing-data: {what}")));
             }
             false => run_time,

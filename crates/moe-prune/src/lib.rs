@@ -77,6 +77,8 @@
 
 mod allocators;
 mod budget;
+#[cfg(feature = "repair")]
+mod candidates;
 mod curves;
 mod edits;
 mod error;
@@ -100,6 +102,8 @@ pub use allocators::{
     Prior, RateDistortion, Rco, Uniform, WidthLimits, knapsack,
 };
 pub use budget::Budget;
+#[cfg(feature = "repair")]
+pub use candidates::Candidate;
 pub use curves::{CURVES_VERSION, Curve, CurvePoint, DistortionCurves};
 pub use edits::{EditSizes, EditSource, Edits, EditsFile, ExpertEdit};
 pub use error::{Error, Result};

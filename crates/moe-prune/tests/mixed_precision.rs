@@ -16,8 +16,8 @@ use moe_core::data::{Sequence, Wave};
 use moe_core::device::device;
 use moe_core::{Engine, EngineOptions, Model};
 use moe_prune::{
-    Budget, EngineProbe, ExpertPruner, MixedPrecision, PrecisionGroup, ProbeOptions, ProtectionMask, PruneForm,
-    PruneOptions, Pruner, Sensitivities, best_allocation,
+    Budget, Candidate, EngineProbe, ExpertPruner, MixedPrecision, PrecisionGroup, ProbeOptions, ProtectionMask,
+    PruneForm, PruneOptions, Pruner, Sensitivities, best_allocation,
 };
 use run::{logits, logits_of};
 
@@ -152,4 +152,47 @@ fn a_budget_in_bytes_counts_quantized_experts_as_they_are_stored() {
         assert!(bytes <= asked && bytes + spare >= asked, "{name}: {bytes} of {asked}");
         assert!(Budget::KeepBytes(base.bytes_on_disk()).resolve(&base).is_err(), "{name}: it has no more");
     }
+}
+
+#[test]
+fn layers_experts_and_bits_compete_in_one_budget_of_bytes() {
+    let base = tiny_moe();
+    let full = model(&base);
+    let waves = waves(2048);
+    let engine = Engine::new(&full, EngineOptions::default());
+    let probe = EngineProbe::new(&engine, waves.clone(), ProbeOptions::default()).unwrap();
+    let candidates: Vec<Candidate> = [
+        r#"{"type": "whole"}"#,
+        r#"{"type": "pruned", "pruner": {"type": "expert"}, "ratio": 0.5}"#,
+        r#"{"type": "layers", "choice": {"type": "influence", "layers": 1}}"#,
+        r#"{"type": "layers", "choice": {"type": "list", "layers": [0, 2, 3]}}"#,
+    ]
+    .iter()
+    .map(|json| serde_json::from_str(json).unwrap())
+    .collect();
+    let names: Vec<String> = candidates.iter().map(ToString::to_string).collect();
+    assert_eq!(names, ["all layers and experts", "50% pruned by `expert`", "1 layer less", "3 layers less"]);
+    let scores = magnitude(&base).to_experts(Reduction::Sum).unwrap();
+    let how = MixedPrecision::new(formats(&base, &["int4", "int8"]));
+    let mut found = Vec::new();
+    for candidate in &candidates {
+        let made = candidate.on(&full, Some(&scores), &waves).unwrap();
+        assert_eq!(made.config().layers.len(), [4, 4, 3, 1][found.len()]);
+        found.push(how.measure(&model(&made), &probe, &mut |_, _| ()).unwrap());
+    }
+    assert!(candidates[1].on(&full, None, &waves).unwrap_err().to_string().contains("scores"));
+    let least = |found: &Sensitivities| found.uniform(Some(&how.formats[0])).unwrap().bytes;
+    let most = |found: &Sensitivities| found.uniform(Some(&how.formats[1])).unwrap().bytes;
+    // all bytes: nothing goes; fewer than all experts take in the smallest format: something else does
+    assert_eq!(best_allocation(&found, most(&found[0])).unwrap().0, 0);
+    let (chosen, allocation) = best_allocation(&found, least(&found[0]) - 1).unwrap();
+    assert!(chosen > 0 && allocation.bytes < least(&found[0]), "{chosen}");
+    let predicted = |of: &Sensitivities| of.allocate(least(&found[0]) - 1).map_or(f64::INFINITY, |a| a.predicted);
+    assert!(found.iter().all(|of| predicted(of) >= allocation.predicted));
+    // so small that only a model of one layer is left
+    let (chosen, allocation) = best_allocation(&found, least(&found[3])).unwrap();
+    assert_eq!(chosen, 3);
+    let made = candidates[3].on(&full, None, &waves).unwrap();
+    assert_eq!(allocation.on(&made, None).unwrap().model().bytes_on_disk(), allocation.bytes);
+    assert!(best_allocation(&found, least(&found[3]) - 1).is_none());
 }

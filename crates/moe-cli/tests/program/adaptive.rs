@@ -116,3 +116,67 @@ fn a_step_changes_how_a_model_is_run_and_what_is_written() {
         assert!(error.contains(expected), "{name}: {error}");
     }
 }
+
+#[test]
+fn adapt_writes_what_it_found_on_rows_and_every_verb_follows_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let facts = rows("facts_calibration");
+    let generated = |model: &str, more: &[&str]| -> Value {
+        let line = ["--model", model, "--prompt", "Aruba lies in", "--json"];
+        serde_json::from_str(&ok(&words("generate --max-new-tokens 5", &[&line[..], more].concat()))).unwrap()
+    };
+    for (name, more, file) in [
+        ("skipping", &["--layers", r#"{"type": "token_skip", "share": 0.2}"#][..], "run_time.json"),
+        (
+            "routed",
+            &[
+                "--layers",
+                r#"{"type": "layer_routers", "search": {"simulations": 2}, "training": {"train": {"epochs": 2}}}"#,
+            ],
+            "layer_routers.safetensors",
+        ),
+        ("remixed", &["--decoding", r#"{"type": "pathways", "remix": {"neighbors": 2}}"#], "references.json"),
+        ("rewired", &["--decoding", r#"{"type": "rewiring", "steps": 1, "every": 4}"#], "run_time.json"),
+        ("shallow", &["--drop", r#"{"type": "attention_rank", "layers": 1}"#], "config.json"),
+    ] {
+        let out = dir.path().join(name);
+        let mut line = vec!["--model", TINY_MOE, "--out", text(&out)];
+        line.extend(more);
+        if name != "rewired" {
+            line.extend(["--data", &facts]);
+        }
+        ok(&words("adapt --samples 6 --length 48", &line));
+        let model = out.join("model");
+        assert!(model.join(file).exists(), "{name}");
+        let found = generated(text(&model), &[]);
+        assert!(found["tokens"].as_u64().unwrap() > 0, "{name}");
+        if more[0] == "--layers" && name == "skipping" {
+            // the same from flags, on the same rows
+            let flags = ["--layers", text(&model.join("run_time.json")).strip_suffix(".json").unwrap()];
+            assert!(
+                refused(&words("generate --prompt A", &["--model", TINY_MOE, flags[0], flags[1]])).1.contains("path")
+            );
+        }
+    }
+    // a setting that changes nothing gives the model's own text
+    let plain = generated(TINY_MOE, &[]);
+    let idle = r#"{"type": "token_skip", "share": 0.0}"#;
+    let found = generated(TINY_MOE, &["--layers", idle, "--routing-data", &facts]);
+    assert_eq!(found["completion"], plain["completion"]);
+    let still = generated(TINY_MOE, &["--decoding", r#"{"type": "rewiring", "learning_rate": 0.0}"#]);
+    assert_eq!(still["completion"], plain["completion"]);
+    let shared = generated(TINY_MOE, &["--decoding", "self_contrast"]);
+    assert!(shared["decoding"]["shared_halves"].as_u64() < shared["decoding"]["weak_halves"].as_u64());
+    for (more, expected) in [
+        (&["--layers", "layer_routers"][..], "data.calibration names no file"),
+        (&["--norms", "fold"], "RMSNorms already"),
+        (&["--decoding", "speculative"], "run-time options"),
+        (&["--routing", r#"{"type": "top_k", "k": 2}"#, "--data", &facts], "nothing of what is asked for"),
+        (&[], "none of routing, layers and drop"),
+    ] {
+        let out = dir.path().join("refused");
+        let line = [&["--model", TINY_MOE, "--out", text(&out)][..], more].concat();
+        let (_, error) = refused(&words("adapt", &line));
+        assert!(error.contains(expected), "{more:?}: {error}");
+    }
+}

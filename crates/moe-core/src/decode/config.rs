@@ -324,7 +324,7 @@ impl DecodingReport {
     }
 
     /// Adds what others did.
-    pub(crate) fn add(&mut self, other: &Self) {
+    pub fn add(&mut self, other: &Self) {
         self.weak_halves += other.weak_halves;
         self.shared_halves += other.shared_halves;
         self.tokens += other.tokens;

@@ -15,7 +15,7 @@ use crate::{Error, Result};
 /// Checks what recipe and config show to be wrong; `model` is the one that the step is on, if that is known.
 pub(super) fn check(step: &Adapt, model: Option<&Model>, has_rows: bool) -> Result<()> {
     if *step == Adapt::default() {
-        return Err(Error::Usage("none of routing, layers, drop, decoding and norms".into()));
+        return Err(Error::Usage("none of routing, layers and drop, and neither decoding nor norms".into()));
     }
     if step.layers.is_some() && step.drop.is_some() {
         return Err(Error::Usage("layers and drop: one of them, since dropping numbers the layers anew".into()));
