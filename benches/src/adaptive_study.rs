@@ -13,7 +13,7 @@ use moe_core::data::{Dataset, LossOver, Tokenizer, Wave, WaveOptions};
 use moe_core::decode::{Decoding, DecodingConfig, DecodingReport};
 use moe_core::depth::{LayerChoice, LayerPath};
 use moe_core::{Engine, EngineOptions, Model};
-use moe_importance::Reap;
+use moe_importance::scorers::Reap;
 use moe_prune::{
     Candidate, EngineProbe, ExpertPruner, MixedPrecision, ProbeOptions, PrunerConfig, Sensitivities, best_allocation,
 };
