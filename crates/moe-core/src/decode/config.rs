@@ -255,7 +255,7 @@ impl<'m> Decoding<'m> {
         model: &Model,
         prompts: &[Vec<u32>],
         options: &GenerateOptions,
-        ended: &mut impl FnMut(&[u32]) -> bool,
+        ended: &mut dyn FnMut(&[u32]) -> bool,
     ) -> Result<Option<Vec<Vec<u32>>>> {
         let found: Vec<Vec<u32>> = match (&self.config, &self.references) {
             (DecodingConfig::Rewiring(rewiring), _) => {
