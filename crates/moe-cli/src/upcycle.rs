@@ -9,7 +9,8 @@ use moe_checkpoint::{Checkpoint, Existing, WriteOptions, check_output, write};
 use moe_core::Model;
 use moe_core::data::{Sequence, Tokenizer, Wave};
 use moe_merge::{
-    Evidence, EvidenceOptions, RouterStart, UpcycleInputs, UpcycleMethod, UpcycleReport, Upcycling, collect_evidence,
+    Evidence, EvidenceOptions, PartScale, RouterStart, UpcycleInputs, UpcycleMethod, UpcycleReport, Upcycling,
+    collect_evidence,
 };
 use serde::de::DeserializeOwned;
 
@@ -47,6 +48,9 @@ pub struct Arguments {
     /// experts run, teacher where there is --data and experts are parts, else random]
     #[arg(long, value_name = "NAME|JSON", value_parser = tagged::<RouterStart>)]
     pub router: Option<RouterStart>,
+    /// What the chosen k of N parts are multiplied by: mean for N / k, sum for 1
+    #[arg(long, value_name = "NAME", value_parser = named::<PartScale>, default_value = "mean")]
+    pub scale: PartScale,
     /// Seed of what is drawn: noise, redrawn units, routers, clusters
     #[arg(long, value_name = "SEED", default_value_t = 0)]
     pub draw: u64,
@@ -94,6 +98,11 @@ fn tagged<T: DeserializeOwned>(text: &str) -> std::result::Result<T, String> {
     serde_json::from_value(value).map_err(|error| error.to_string())
 }
 
+/// A value by its name.
+fn named<T: DeserializeOwned>(text: &str) -> std::result::Result<T, String> {
+    serde_json::from_value(text.into()).map_err(|error| error.to_string())
+}
+
 /// Checks everything, runs the dense model where that is needed, and writes. `None` if everything was only to be
 /// checked.
 ///
@@ -115,6 +124,7 @@ pub fn run(arguments: &Arguments) -> Result<Option<UpcycleReport>> {
         top_k: arguments.top_k,
         shared_width: arguments.shared_width,
         router,
+        scale: arguments.scale,
         seed: arguments.draw,
     };
     let sampled = !arguments.data.data.is_empty();

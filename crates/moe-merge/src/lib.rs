@@ -109,4 +109,6 @@ pub use report::{LayerMergeReport, MergeReport};
 pub use router::{Delete, Keep, MergeRows, RouterAddition, RouterConfig, RouterMix, RouterRule};
 pub use similarity::{Features, Metric, Similarity, Term, WeightParts};
 pub use tasks::{Dare, DareThen, MergedTasks, TaskArithmetic, TaskRecord, TaskReport, TaskRule, TaskRuleConfig, Ties};
-pub use upcycle::{ClusterBy, RouterStart, UpcycleInputs, UpcycleMethod, UpcycleReport, UpcycledModel, Upcycling};
+pub use upcycle::{
+    ClusterBy, PartScale, RouterStart, UpcycleInputs, UpcycleMethod, UpcycleReport, UpcycledModel, Upcycling,
+};

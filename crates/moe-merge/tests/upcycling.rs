@@ -12,7 +12,8 @@ use moe_core::host::HostView;
 use moe_core::trace::{Observer, Signals};
 use moe_core::{Engine, EngineOptions};
 use moe_merge::{
-    ClusterBy, Evidence, EvidenceOptions, RouterStart, UpcycleInputs, UpcycleMethod, Upcycling, collect_evidence,
+    ClusterBy, Evidence, EvidenceOptions, PartScale, RouterStart, UpcycleInputs, UpcycleMethod, Upcycling,
+    collect_evidence,
 };
 use tempfile::tempdir;
 
@@ -120,6 +121,7 @@ fn copies_and_all_parts_are_the_dense_model() {
             split(16, 4),          // four copies of four parts, one copy per token
             tops(split(16, 4), 8), // two copies per token
             cluster(ClusterBy::Weights),
+            Upcycling { scale: PartScale::Sum, ..cluster(ClusterBy::Weights) },
         ] {
             let made = recipe.on(&base, &UpcycleInputs::default()).unwrap();
             assert!(made.report().exact, "{name}: {recipe:?}");
@@ -226,6 +228,23 @@ fn the_teacher_sends_tokens_where_their_units_are() {
 }
 
 #[test]
+fn parts_stand_for_all_or_are_added_as_they_are() {
+    let base = dense("llama");
+    let recipe = |scale| Upcycling { top_k: Some(2), scale, ..Upcycling::new(UpcycleMethod::Split { copies: 1 }, 8) };
+    let down = |scale| on(&recipe(scale), &base).expert_part(1, 3, ExpertPart::Down).unwrap().unwrap().to_f32();
+    let (mean, sum) = (down(PartScale::Mean), down(PartScale::Sum));
+    assert!(mean.iter().zip(&sum).all(|(mean, sum)| *mean == sum * 4.0), "8 parts of which 2 are chosen");
+    // The parts of a network point different ways: two of eight are nearer to it as they are.
+    let evidence = Some(sample(&base, "llama"));
+    let taught = |scale| {
+        let inputs = UpcycleInputs { evidence: evidence.clone(), ..UpcycleInputs::default() };
+        difference(recipe(scale).on(&base, &inputs).unwrap().model(), "llama")
+    };
+    let (mean, sum) = (taught(PartScale::Mean), taught(PartScale::Sum));
+    assert!(sum < mean, "{sum} as they are, {mean} times four");
+}
+
+#[test]
 fn several_models_become_experts_of_one() {
     let base = dense("llama");
     let other = on_disk_with_other_networks(&base);
@@ -308,6 +327,10 @@ fn what_cannot_be_is_refused_by_what_is_wrong_with_it() {
         (Upcycling { top_k: Some(9), ..split(8) }, "top_k is 9, expected 1 to the number of experts 8"),
         (Upcycling::new(UpcycleMethod::Split { copies: 3 }, 8), "copies is 3, expected a divisor of the 8 experts"),
         (Upcycling { shared_width: 8, ..Upcycling::new(UpcycleMethod::Copy { noise: 0.0 }, 8) }, "shared_width is 8"),
+        (
+            Upcycling { scale: PartScale::Sum, ..Upcycling::new(UpcycleMethod::Copy { noise: 0.0 }, 8) },
+            "scale is sum, expected mean where experts are not parts",
+        ),
         (Upcycling::new(UpcycleMethod::Copy { noise: -1.0 }, 8), "noise is -1"),
         (Upcycling::new(UpcycleMethod::Drop { ratio: 1.5 }, 8), "ratio is 1.5, expected 0 to 1"),
         (Upcycling::new(UpcycleMethod::Cluster { by: ClusterBy::Activations }, 8), "sample is none"),

@@ -68,6 +68,11 @@ fn the_teacher_runs_the_dense_model_on_rows() {
     assert!(report.contains("not that of the dense model"), "{report}");
     let router = Checkpoint::open(&out).unwrap().read_f32(Role::Layer(0, LayerRole::Router)).unwrap();
     assert!(router.iter().any(|value| *value != 0.0));
+    let down = |out: &Path| Checkpoint::open(out).unwrap().expert(0, 0).unwrap().down;
+    let mean = down(&out);
+    ok(&words("upcycle --experts 4 --top-k 2 --scale sum --force", &files));
+    assert!(down(&out).iter().zip(&mean).all(|(sum, mean)| sum * 2.0 == *mean));
+    assert!(refused(&words("upcycle --experts 4 --scale most", &files)).contains("most"));
     let checked = ok(&words("upcycle --experts 4 --top-k 2 --force --check", &files));
     assert_eq!(checked, "checked: nothing was done\n");
     let without = ["--model", LLAMA, "--out", text(&out), "--method", method];

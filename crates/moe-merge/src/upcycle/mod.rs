@@ -9,7 +9,8 @@
 //! A gated network is the sum of its units, so that parts of it sum to it. Routing weights sum to one over the chosen
 //! experts; the down projection of a part is therefore multiplied by the number of parts, which with a router of zeros
 //! and all parts chosen gives the network back. With `k` of `N` parts the sum is scaled by `N / k`, as in FactorLLM
-//! (arXiv 2408.11855). A shared part goes through a gate of zeros, whose sigmoid is a half, and is doubled. In f32 and
+//! (arXiv 2408.11855); [`PartScale::Sum`] multiplies by `k` instead, so that the chosen parts are added as they are. A
+//! shared part goes through a gate of zeros, whose sigmoid is a half, and is doubled. In f32 and
 //! for powers of two nothing else is rounded.
 
 mod partition;
@@ -26,7 +27,7 @@ use moe_checkpoint::{BeforeAfter, Checkpoint, ExpertPart, LayerRole, ModelDescri
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-pub use recipe::{ClusterBy, RouterStart, UpcycleMethod, Upcycling};
+pub use recipe::{ClusterBy, PartScale, RouterStart, UpcycleMethod, Upcycling};
 
 use crate::evidence::Evidence;
 use crate::{Error, Result};
@@ -63,6 +64,8 @@ pub struct UpcycleReport {
     pub shared_width: usize,
     /// What the routers begin with.
     pub router: RouterStart,
+    /// What chosen parts are multiplied by.
+    pub scale: PartScale,
     /// Parameters of the whole model.
     pub parameters: BeforeAfter,
     /// Parameters that one token runs through, embeddings included.
@@ -214,8 +217,8 @@ impl Upcycling {
         let before = base.parameters();
         let mut notes = Vec::new();
         let plain_f32 = base.plain_tensors().all(|info| info.dtype == moe_checkpoint::Dtype::F32);
-        if self.parts() > 1 && !self.parts().is_power_of_two() && !plain_f32 {
-            notes.push(format!("weights are stored in 16 bits, and {} times a weight is rounded", self.parts()));
+        if self.parts() > 1 && !(self.factor() as usize).is_power_of_two() && !plain_f32 {
+            notes.push(format!("weights are stored in 16 bits, and {} times a weight is rounded", self.factor()));
         }
         if target.stored_shared > self.shared_width {
             let width = target.stored_shared;
@@ -235,6 +238,7 @@ impl Upcycling {
             },
             shared_width: self.shared_width,
             router,
+            scale: self.scale,
             parameters: BeforeAfter { before, after },
             active: BeforeAfter { before, after: after - one * (self.experts - self.top_k()) as u64 },
             exact: self.is_exact(),

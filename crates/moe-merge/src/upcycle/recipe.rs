@@ -31,6 +31,9 @@ pub struct Upcycling {
     /// What the router begins with; see [`Upcycling::router`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub router: Option<RouterStart>,
+    /// What the chosen parts of a network are multiplied by. Only where experts are parts of one network.
+    #[serde(default)]
+    pub scale: PartScale,
     /// Seed of everything that is drawn.
     #[serde(default)]
     pub seed: u64,
@@ -98,6 +101,20 @@ pub enum ClusterBy {
     Activations,
 }
 
+/// What the chosen `k` of `N` parts are multiplied by, at equal weights. With all parts both are the network.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum PartScale {
+    /// `N / k`: the chosen parts stand for all (FactorLLM). The length of the output is kept if parts point the same
+    /// way.
+    #[default]
+    Mean,
+    /// 1: the parts that are not chosen are left out (MoEfication). The better start where parts point different ways,
+    /// as those of trained networks do.
+    Sum,
+}
+
 /// What a router begins with. Weights are a softmax of the logits, renormalized over the chosen experts.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]
@@ -112,9 +129,9 @@ pub enum RouterStart {
         #[serde(default = "std")]
         std: f64,
     },
-    /// What the network itself says on a sample of tokens: FactorLLM's prior-approximate target, the experts whose
-    /// outputs are nearest to the network's own output times `k / E`, fitted by ridge regression. Only where experts
-    /// are parts.
+    /// What the network itself says on a sample of tokens, fitted by ridge regression: the experts whose outputs are
+    /// nearest to the network's own output times `k / E`, FactorLLM's prior-approximate target; with
+    /// [`PartScale::Sum`], nearest to the whole output, of which they leave least. Only where experts are parts.
     Teacher {
         /// The ridge, relative to the mean square of an input.
         #[serde(default = "ridge")]
@@ -136,7 +153,7 @@ fn ridge() -> f64 {
 impl Upcycling {
     /// A recipe with defaults.
     pub fn new(method: UpcycleMethod, experts: usize) -> Self {
-        Self { method, experts, top_k: None, shared_width: 0, router: None, seed: 0 }
+        Self { method, experts, top_k: None, shared_width: 0, router: None, scale: PartScale::Mean, seed: 0 }
     }
 
     /// The dense model as a Mixture of one expert: its very function, for whatever observes experts.
@@ -150,6 +167,22 @@ impl Upcycling {
             UpcycleMethod::Split { copies } => self.experts / copies.max(1),
             UpcycleMethod::Cluster { .. } => self.experts,
             _ => 1,
+        }
+    }
+
+    /// What the down projection of a part is multiplied by, since weights of the chosen experts sum to one.
+    pub(super) fn factor(&self) -> f32 {
+        match self.scale {
+            PartScale::Mean => self.parts() as f32,
+            PartScale::Sum => self.top_k() as f32,
+        }
+    }
+
+    /// The share of the network's output that the teacher wants an expert to be near.
+    pub(super) fn teacher_share(&self) -> f32 {
+        match self.scale {
+            PartScale::Mean => self.top_k() as f32 / self.experts as f32,
+            PartScale::Sum => 1.0,
         }
     }
 
@@ -228,6 +261,9 @@ impl Upcycling {
                 shared_width.to_string(),
                 "0 where experts are not parts of one network".into(),
             );
+        }
+        if self.scale == PartScale::Sum && !cut {
+            return invalid("scale", "sum".into(), "mean where experts are not parts of one network".into());
         }
         if shared_width >= width || !(width - shared_width).is_multiple_of(parts) {
             let expected = format!("a width below {width} that leaves a multiple of {parts} units");

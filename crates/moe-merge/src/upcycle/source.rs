@@ -122,6 +122,7 @@ impl Upcycled {
             experts: self.recipe.experts,
             parts: self.recipe.parts(),
             top_k: self.recipe.top_k(),
+            target: self.recipe.teacher_share(),
             hidden: self.base().config().hidden_size,
             seed: self.recipe.seed,
             prototypes: self.prototypes.as_ref().and_then(|rows| rows.get(&layer)).map(Vec::as_slice),
@@ -182,7 +183,7 @@ impl Upcycled {
             UpcycleMethod::Split { .. } | UpcycleMethod::Cluster { .. } => {
                 let parts = self.recipe.parts();
                 let units = &self.partition(layer)?.parts[expert % parts];
-                self.units((0, layer, expert), part, units, parts as f32)?
+                self.units((0, layer, expert), part, units, self.recipe.factor())?
             }
         };
         let cells = bytes.len() / (dtype.bitsize() / 8);

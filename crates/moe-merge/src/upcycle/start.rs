@@ -30,6 +30,8 @@ pub(super) struct Start<'a> {
     pub experts: usize,
     pub parts: usize,
     pub top_k: usize,
+    /// What the network's output is multiplied by where the teacher compares parts with it.
+    pub target: f32,
     pub hidden: usize,
     pub seed: u64,
     /// Directions that were given, `[experts, hidden]`.
@@ -74,7 +76,7 @@ impl Start<'_> {
     }
 
     /// `W = Y^T X (X^T X + lambda I)^-1` for labels `Y [S, E]`: 1 for the k experts with the smallest
-    /// `|F_e(x) - F(x) k / E|^2`, less `k / E`.
+    /// `|F_e(x) - t F(x)|^2`, less `k / E`, where `t` is the target's factor.
     fn teacher(
         &self,
         sample: &TokenSample,
@@ -89,7 +91,7 @@ impl Start<'_> {
         }
         let routed = network.select_units(&partition.parts.concat())?;
         let mut target = routed.forward(&sample.inputs, activation); // [S, H]
-        target.iter_mut().for_each(|value| *value *= share);
+        target.iter_mut().for_each(|value| *value *= self.target);
         let mut distances = vec![0f64; tokens * self.experts];
         for (expert, units) in partition.parts.iter().enumerate() {
             let output = network.select_units(units)?.forward(&sample.inputs, activation);
