@@ -1,14 +1,11 @@
 //! A pruner of your own: `cargo run --release --example own_pruner`.
 //!
 //! This one drops the lowest units of every expert, more of them in deeper layers. The example scores the bundled model
-//! by magnitude, which needs no data, and prints the plan. `plan.save(...)` keeps it; the program `moe` and every other
-//! job take it from there.
+//! by magnitude, which needs no data, and prints the plan. `plan.save(...)` keeps it for the program `moe`.
 
-use moe::checkpoint::{Checkpoint, Granularity, Pool, Provenance, Statistics};
+use moe::checkpoint::{Checkpoint, Granularity, Pool, ProtectionMask, Provenance, Statistics};
 use moe::importance::{Scorer, scorers::Magnitude};
-use moe::prune::{
-    Allocation, Budget, Error, LayerKept, ModelProbe, Needs, ProtectionMask, PrunePlan, PruneRequest, Pruner, Result,
-};
+use moe::prune::{Allocation, Budget, LayerKept, ModelProbe, Needs, PrunePlan, PruneRequest, Pruner, Result};
 use serde_json::{Value, json};
 
 /// Layer `l` of `n` loses `2 (l + 1) / (n + 1)` times the ratio: on average the ratio.
@@ -26,10 +23,7 @@ impl Pruner for Deeper {
 
     fn allocate_with(&self, request: &PruneRequest<'_>, _: &mut dyn ModelProbe) -> Result<Allocation> {
         let layers = request.shape.layers.len() as f64;
-        let Budget::Ratio(ratio) = request.budget else {
-            let found = format!("{:?}", request.budget);
-            return Err(Error::InvalidParameter { field: "budget", found, expected: "a ratio".into() });
-        };
+        let ratio = request.budget.ratio(request.shape)?;
         let kept = request.scores.layers.iter().enumerate().map(|(l, layer)| {
             let lost = (ratio * 2.0 * (l + 1) as f64 / (layers + 1.0)).min(1.0);
             let best = |scores: &Vec<f32>| {
@@ -55,7 +49,7 @@ pub fn run(model: &str) -> std::result::Result<PrunePlan, Box<dyn std::error::Er
 }
 
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
-    let plan = run(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tiny-moe"))?;
+    let plan = run(moe_examples::TINY_MOE)?;
     for layer in &plan.kept {
         println!("layer {}: {:?} units left", layer.layer, layer.experts.iter().map(Vec::len).collect::<Vec<_>>());
     }

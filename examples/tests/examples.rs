@@ -16,15 +16,9 @@ mod lora_recovery;
 #[path = "../examples/merge_experts.rs"]
 #[allow(dead_code)]
 mod merge_experts;
-#[path = "../examples/own_grouping.rs"]
-#[allow(dead_code)]
-mod own_grouping;
 #[path = "../examples/own_pruner.rs"]
 #[allow(dead_code)]
 mod own_pruner;
-#[path = "../examples/own_repair.rs"]
-#[allow(dead_code)]
-mod own_repair;
 #[path = "../examples/own_scorer.rs"]
 #[allow(dead_code)]
 mod own_scorer;
@@ -128,38 +122,20 @@ fn a_sum_is_continued_with_its_answer() {
 }
 
 #[test]
-fn a_grouping_of_ones_own_merges_and_its_plan_can_be_read_and_applied_but_not_made_again() {
-    let merged = own_grouping::run(TINY_MOE).unwrap();
-    let record = merged.model().steps().last().unwrap().recipe.to_string();
-    assert!(record.contains(r#""type":"dealt""#), "{record}");
-    let json = serde_json::to_string(&moe_merge::GroupingConfig::own(own_grouping::Dealt)).unwrap();
-    assert_eq!(json, r#"{"type":"own","recipe":{"type":"dealt"}}"#);
-    let read: moe_merge::GroupingConfig = serde_json::from_str(&json).unwrap();
-    assert_eq!(read, moe_merge::GroupingConfig::own(own_grouping::Dealt));
-    let recipe = moe_merge::Recipe { grouping: read, ..moe_merge::Recipe::named("m-smoe").unwrap() };
-    let base = moe_checkpoint::Checkpoint::open(TINY_MOE).unwrap();
-    let evidence = moe_merge::Evidence::none(&base);
-    let error = recipe.plan(&base, &evidence, &moe_checkpoint::ProtectionMask::none()).unwrap_err().to_string();
-    assert!(error.contains("dealt") || error.contains("routing.tokens"), "{error}");
-}
-
-#[test]
-fn a_repair_of_ones_own_makes_edits_that_are_recorded() {
-    let (model, edits) = own_repair::run(TINY_MOE).unwrap();
-    let shape = model.shape();
-    let experts: usize = shape.layers.iter().map(|layer| layer.num_experts()).sum();
-    assert!(edits.experts().count() > experts / 2, "{} of {experts}", edits.experts().count());
-    assert_eq!(edits.recipe["repair"], "as_loud");
-    // An expert is louder than the plan alone leaves it.
-    let base = moe_checkpoint::Checkpoint::open(TINY_MOE).unwrap();
-    let ((layer, expert), _) = edits.experts().next().unwrap();
-    let (whole, left) = (base.expert(layer, expert).unwrap(), model.expert(layer, expert).unwrap());
-    assert_eq!(left.width * 2, whole.width);
-    let ratio = left.down[0] / whole.down[0];
-    assert!(
-        ratio > 1.0
-            && left.down.iter().zip(whole.down.iter().step_by(2)).all(|(a, b)| (a - ratio * b).abs() <= 0.01 * b.abs())
-    );
-    let step = model.steps().last().unwrap();
-    assert!(step.recipe["edits"].is_string(), "{}", step.recipe);
+fn there_are_eight_to_twelve_examples_of_20_to_60_lines_and_each_is_run_here_or_beside() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let here = std::fs::read_to_string(dir.join("tests/examples.rs")).unwrap();
+    // Programs whose jobs have test files of their own.
+    let beside = ["fisher_prune_qwen", "finetune_qwen"];
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(dir.join("examples")).unwrap() {
+        let path = entry.unwrap().path();
+        let lines = std::fs::read_to_string(&path).unwrap().lines().count();
+        assert!((20..=60).contains(&lines), "{}: {lines} lines", path.display());
+        let name = path.file_stem().unwrap().to_str().unwrap().to_string();
+        let run = beside.contains(&name.as_str()) || here.contains(&format!("{name}::"));
+        assert!(run, "{name}: no test runs it");
+        names.push(name);
+    }
+    assert!((8..=12).contains(&names.len()), "{}: {names:?}", names.len());
 }

@@ -9,7 +9,6 @@ pub mod compare;
 pub mod convert;
 pub mod delta;
 pub mod eval;
-pub mod fine_grained;
 pub mod finetune;
 pub mod fisher_prune;
 pub mod generate;

@@ -179,6 +179,19 @@ impl Budget {
         }
     }
 
+    /// The fraction of the units of routed experts that goes: the ratio, or what a number of parameters comes to. For
+    /// pruners that share a ratio out by a rule of their own.
+    ///
+    /// # Errors
+    /// As [`validate`](Self::validate).
+    pub fn ratio(&self, shape: &MoeShape) -> Result<f64> {
+        self.validate(shape)?;
+        Ok(match *self {
+            Budget::Ratio(ratio) => ratio,
+            _ => 1.0 - self.kept_units(shape) as f64 / shape.units().max(1) as f64,
+        })
+    }
+
     /// Units kept in a pool of `units` units where `ratio` applies to each pool by itself: `units - floor(units *
     /// ratio)`. `None` for a parameter budget, which belongs to the whole model.
     pub(crate) fn kept_of_pool(&self, units: usize) -> Option<usize> {
@@ -263,6 +276,15 @@ mod tests {
         assert_eq!(Budget::KeepParameters(65).kept_units(&shape()), 10);
         assert_eq!(Budget::DropParameters(61).kept_units(&shape()), 10);
         assert_eq!(Budget::DropParameters(60).kept_units(&shape()), 11);
+    }
+
+    #[test]
+    fn every_budget_of_routed_experts_is_a_ratio() {
+        assert_eq!(Budget::Ratio(0.3).ratio(&shape()).unwrap(), 0.3);
+        // 10 of 21 units stay, and 11.
+        assert_eq!(Budget::KeepParameters(65).ratio(&shape()).unwrap(), 1.0 - 10.0 / 21.0);
+        assert_eq!(Budget::DropParameters(60).ratio(&shape()).unwrap(), 1.0 - 11.0 / 21.0);
+        assert!(Budget::KeepBytes(60).ratio(&shape()).unwrap_err().to_string().contains("whole checkpoint"));
     }
 
     #[test]

@@ -5,10 +5,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use clap::Parser;
+use moe_benches::fine_grained::{Arguments, Factors, run};
 use moe_checkpoint::{
     Checkpoint, Dtype, ModelDescription, ModelSource, Record, TensorInfo, TensorSpec, WriteOptions, write,
 };
-use moe_cli::fine_grained::{Arguments, Factors, run};
 use moe_prune::{Export, PRUNE_METHOD, PruneRecord};
 
 fn arguments(more: &[&str], out: &std::path::Path) -> Arguments {

@@ -2,7 +2,8 @@
 
 use std::process::ExitCode;
 
-use moe_cli::{cli, fine_grained};
+use moe_benches::fine_grained;
+use moe_cli::cli;
 
 fn main() -> ExitCode {
     cli::run(|arguments: fine_grained::Arguments| {

@@ -1,4 +1,4 @@
-//! A repair of your own: `cargo run --release --example own_repair`.
+//! A repair of your own.
 //!
 //! This one makes what is left of an expert as loud as the whole expert was: one factor on its down columns, from the
 //! norms of its outputs with all units and with those that stay, on rows of the bundled model.
@@ -103,10 +103,4 @@ pub fn run(model: &str) -> Result<(Arc<Checkpoint>, Edits), Box<dyn std::error::
     let edits = AsLoud.repair(&request, &mut |_, _| ())?;
     let options = PruneOptions { edits: Some(Arc::new(edits.clone())), ..PruneOptions::new(PruneForm::Uniform) };
     Ok((plan.on(checkpoint, &options)?.model().clone(), edits))
-}
-
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let (model, edits) = run(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tiny-moe"))?;
-    println!("{} experts repaired by {}; {} parameters", edits.experts().count(), edits.recipe, model.parameters());
-    Ok(())
 }

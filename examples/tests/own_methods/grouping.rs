@@ -1,8 +1,7 @@
-//! A grouping of your own, for merging: `cargo run --release --example own_grouping`.
+//! A grouping of your own, for merging.
 //!
 //! This one deals the experts of a layer out to the groups like cards, the most important first, so that every group
-//! has as much of what matters. The example collects what the recipe reads on rows of the bundled model, merges and
-//! prints the groups.
+//! has as much of what matters.
 
 use std::sync::Arc;
 
@@ -55,10 +54,4 @@ pub fn run(model: &str) -> Result<MergedModel, Box<dyn std::error::Error>> {
     let plan = recipe.plan(checkpoint, &evidence, &ProtectionMask::none())?;
     let options = MergeOptions { evidence: Some(Arc::new(evidence)), ..MergeOptions::new(OutputForm::Grouped) };
     Ok(plan.on(checkpoint, &options)?)
-}
-
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let merged = run(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tiny-moe"))?;
-    print!("{}", merged.report());
-    Ok(())
 }
