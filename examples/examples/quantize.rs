@@ -6,6 +6,7 @@
 use std::path::Path;
 
 use moe::checkpoint::{QuantizeOptions, Quantized, WeightFormat};
+use moe::format::size;
 use moe::prelude::*;
 
 /// Bytes of the model and its perplexity on prose, before and after.
@@ -25,6 +26,6 @@ pub fn quantized(model: &str, out: &Path) -> moe::Result<([u64; 2], [f64; 2])> {
 fn main() -> moe::Result<()> {
     let out = std::env::temp_dir().join("moe-examples-int8");
     let ([before, after], [was, is]) = quantized(moe_examples::TINY_MOE, &out)?;
-    println!("{before} bytes became {after}; perplexity of prose was {was:.2} and is {is:.2}");
+    println!("{} became {}; perplexity of prose was {was:.2} and is {is:.2}", size(before), size(after));
     Ok(())
 }

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::human::{count, size};
 use crate::{Error, Result};
 
 /// The fraction of a model that goes: of the units of its routed experts, or of the experts themselves.
@@ -23,6 +24,18 @@ pub struct BeforeAfter {
     pub before: u64,
     /// Of the result.
     pub after: u64,
+}
+
+impl BeforeAfter {
+    /// Bytes before and after, for people: `6.27 MiB -> 5.14 MiB`.
+    pub fn sizes(&self) -> String {
+        format!("{} -> {}", size(self.before), size(self.after))
+    }
+
+    /// Numbers of parameters, units or tokens before and after, for people: `3,287,680 -> 2,108,032`.
+    pub fn counts(&self) -> String {
+        format!("{} -> {}", count(self.before), count(self.after))
+    }
 }
 
 /// A router that selects more experts than a layer has left: each token gets all of them. A config has one number for

@@ -44,6 +44,7 @@ mod flat_ragged;
 mod formats;
 mod grouped;
 mod header;
+pub mod human;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod index;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use moe_checkpoint::human::size;
 use moe_checkpoint::{BeforeAfter, ExpertId, Ratio};
 use serde::{Deserialize, Serialize};
 
@@ -55,7 +56,7 @@ impl fmt::Display for MergeReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{:>5} {:>8} {:>8} {:>6} {:>6} {:>8} {:>9} {:>9} {:>14} {:>14}",
+            "{:>5} {:>8} {:>8} {:>6} {:>6} {:>8} {:>9} {:>9} {:>12} {:>12}",
             "layer",
             "experts",
             "sets",
@@ -70,7 +71,7 @@ impl fmt::Display for MergeReport {
         for layer in &self.layers {
             writeln!(
                 f,
-                "{:>5} {:>8} {:>8} {:>6} {:>6} {:>8} {:>9} {:>9} {:>14} {:>14}",
+                "{:>5} {:>8} {:>8} {:>6} {:>6} {:>8} {:>9} {:>9} {:>12} {:>12}",
                 layer.layer,
                 layer.experts.before,
                 layer.experts.after,
@@ -79,8 +80,8 @@ impl fmt::Display for MergeReport {
                 layer.largest,
                 layer.dissolved,
                 layer.protected,
-                layer.bytes.before,
-                layer.bytes.after
+                size(layer.bytes.before),
+                size(layer.bytes.after)
             )?;
         }
         let Self { form, recipe, ratio, bytes, .. } = self;
@@ -90,7 +91,7 @@ impl fmt::Display for MergeReport {
             100.0 * ratio.achieved,
             100.0 * ratio.asked
         )?;
-        write!(f, "weights, written as {form}: {} -> {} bytes", bytes.before, bytes.after)?;
+        write!(f, "weights, written as {form}: {}", bytes.sizes())?;
         for note in &self.notes {
             write!(f, "\nnote: {note}")?;
         }

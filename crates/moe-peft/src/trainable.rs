@@ -3,6 +3,7 @@
 use std::fmt;
 
 use moe_checkpoint::Role;
+use moe_checkpoint::human::size;
 use moe_core::{
     Model,
     adapters::{Adapters, ExpertSite, LayerSite, Site},
@@ -134,7 +135,7 @@ impl fmt::Display for Trainable {
         }
         let share = 100.0 * self.trained() as f64 / self.values().max(1) as f64;
         writeln!(f, "{:<26} {:>9} {:>9} {:>14} {:>12} ({share:.2}%)", "all", "", "", self.values(), self.trained())?;
-        writeln!(f, "trained values, gradients and moments: {:.1} MiB", self.bytes() as f64 / (1 << 20) as f64)?;
+        writeln!(f, "trained values, gradients and moments: {}", size(self.bytes()))?;
         self.warnings.iter().try_for_each(|warning| writeln!(f, "warning: {warning}"))
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use moe_checkpoint::human::{count, size};
 use moe_checkpoint::{BeforeAfter, Checkpoint, ExpertId, Ratio};
 use serde::{Deserialize, Serialize};
 
@@ -133,13 +134,14 @@ impl fmt::Display for Report {
         let dropped = units.before - units.after;
         writeln!(
             f,
-            "{dropped} of {} routed-expert units dropped: {:.4}% ({:.4}% asked)",
-            units.before,
+            "{} of {} routed-expert units dropped: {:.4}% ({:.4}% asked)",
+            count(dropped),
+            count(units.before),
             100.0 * ratio.achieved,
             100.0 * ratio.asked
         )?;
-        writeln!(f, "parameters: {} -> {}", parameters.before, parameters.after)?;
-        write!(f, "weights, {} export: {} -> {}", self.export, size(bytes.before), size(bytes.after))?;
+        writeln!(f, "parameters: {}", parameters.counts())?;
+        write!(f, "weights, {} export: {}", self.export, bytes.sizes())?;
         for note in &self.notes {
             write!(f, "\nnote: {note}")?;
         }
@@ -151,25 +153,5 @@ impl fmt::Display for Report {
             write!(f, "\nnever routed to by the calibration data: {count} experts, {}{rest}", names.join(", "))?;
         }
         Ok(())
-    }
-}
-
-/// Bytes with a binary unit.
-fn size(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let step = (bytes.max(1).ilog2() / 10).min(4);
-    if step == 0 {
-        return format!("{bytes} B");
-    }
-    format!("{:.2} {}", bytes as f64 / (1u64 << (10 * step)) as f64, UNITS[step as usize])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes() {
-        assert_eq!([size(0), size(1023), size(1024), size(3 << 29)], ["0 B", "1023 B", "1.00 KiB", "1.50 GiB"]);
     }
 }

@@ -1,14 +1,6 @@
 //! Numbers for people.
 
-/// Bytes with a binary unit: `6.30 MiB`.
-pub fn size(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let step = (bytes.max(1).ilog2() / 10).min(4);
-    match step {
-        0 => format!("{bytes} B"),
-        _ => format!("{:.2} {}", bytes as f64 / (1u64 << (10 * step)) as f64, UNITS[step as usize]),
-    }
-}
+pub use moe_checkpoint::human::{count, size};
 
 /// A number of bytes: `2GiB`, `500 MB`, `1.5G` (binary, as `GiB`), `1048576`.
 ///
@@ -38,19 +30,6 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     };
     let bytes = number * unit;
     if bytes >= 1.0 && bytes < u64::MAX as f64 { Ok(bytes as u64) } else { Err(bad()) }
-}
-
-/// A count with separators: `3,301,504`.
-pub fn count(count: u64) -> String {
-    let digits = count.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }
 
 /// A fraction as percents, with a decimal where it needs one: `50%`, `66.7%`.

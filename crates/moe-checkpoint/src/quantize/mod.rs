@@ -25,6 +25,7 @@ use crate::compression::BeforeAfter;
 use crate::config::Ffn;
 use crate::experts::{ExpertLayout, ExpertPart, ExpertTensor};
 use crate::family::{LayerRole, Role};
+use crate::human::count;
 use crate::record::Step;
 use crate::source::ModelDescription;
 use crate::{Checkpoint, Error, Result};
@@ -90,11 +91,12 @@ impl fmt::Display for QuantizeReport {
         let Self { format, weights, elements, bytes, relative_error, notes } = self;
         writeln!(
             f,
-            "{format}: {weights} weights of {elements} elements, {:.2}% relative error",
+            "{format}: {weights} weights of {} elements, {:.2}% relative error",
+            count(*elements),
             100.0 * relative_error
         )?;
         let factor = bytes.before as f64 / bytes.after.max(1) as f64;
-        writeln!(f, "bytes of weights: {} -> {} ({factor:.2} times smaller)", bytes.before, bytes.after)?;
+        writeln!(f, "weights: {} ({factor:.2} times smaller)", bytes.sizes())?;
         notes.iter().try_for_each(|note| writeln!(f, "note: {note}"))
     }
 }

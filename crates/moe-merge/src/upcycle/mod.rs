@@ -86,11 +86,7 @@ impl fmt::Display for UpcycleReport {
             "{experts} experts of width {} (of {}), {top_k} per token, shared {shared_width}",
             width.after, width.before
         )?;
-        writeln!(
-            f,
-            "parameters {} -> {}, active {} -> {}",
-            parameters.before, parameters.after, active.before, active.after
-        )?;
+        writeln!(f, "parameters {}, active {}", parameters.counts(), active.counts())?;
         let function = if self.exact { "that of the dense model" } else { "not that of the dense model: train it" };
         writeln!(f, "function: {function}")?;
         self.notes.iter().try_for_each(|note| writeln!(f, "note: {note}"))

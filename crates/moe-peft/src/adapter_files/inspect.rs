@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fmt, path::Path};
 
 use burn::tensor::Device;
+use moe_checkpoint::human::{count, size};
 use moe_checkpoint::{Checkpoint, SafetensorsFile};
 use serde::Serialize;
 use serde_json::Value;
@@ -218,7 +219,7 @@ fn of_delta(path: &Path) -> Result<AdapterFacts> {
 impl fmt::Display for AdapterFacts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { kinds, tensors, values, bytes, lora, options, modules, fits } = self;
-        writeln!(f, "{}: {tensors} tensors, {values} values, {bytes} bytes", kinds.join(" and "))?;
+        writeln!(f, "{}: {tensors} tensors, {} values, {}", kinds.join(" and "), count(*values), size(*bytes))?;
         if let Some(lora) = lora {
             let LoraFacts { r, lora_alpha, use_rslora, use_dora, init_lora_weights, .. } = lora;
             let begun = init_lora_weights.to_string();

@@ -7,6 +7,7 @@ use std::{
     sync::Arc,
 };
 
+use moe_checkpoint::human::size;
 use moe_checkpoint::{Checkpoint, Existing, WriteOptions, check_output, check_room, write};
 use serde::Serialize;
 
@@ -63,7 +64,7 @@ impl fmt::Display for MergedAdapters {
         if !unchanged.is_empty() {
             writeln!(f, "{} new values are, rounded, the old ones", unchanged.len())?;
         }
-        writeln!(f, "{}: {changed} tensors changed by low-rank adapters, {bytes} bytes", path.display())
+        writeln!(f, "{}: {changed} tensors changed by low-rank adapters, {}", path.display(), size(*bytes))
     }
 }
 

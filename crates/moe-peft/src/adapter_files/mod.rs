@@ -26,6 +26,7 @@ mod merge;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
+use moe_checkpoint::human::{count, size};
 use moe_checkpoint::{Existing, OutputDir};
 use serde::Serialize;
 
@@ -155,7 +156,8 @@ impl std::fmt::Display for WrittenAdapter {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { path, additions, replaced, values, layout, bytes } = self;
         let layout = if *layout == Naming::Fused { "fused" } else { "one by one" };
-        write!(f, "{}: {additions} additions of {values} values, experts {layout}, {bytes} bytes", path.display())?;
+        let (path, values, bytes) = (path.display(), count(*values as u64), size(*bytes));
+        write!(f, "{path}: {additions} additions of {values} values, experts {layout}, {bytes}")?;
         if *replaced > 0 {
             write!(f, "; {replaced} tensors and rows in place of the base's")?;
         }

@@ -22,7 +22,7 @@ pub fn frontier_table(points: &[FrontierPoint]) -> Table {
     for point in all {
         let mark = if best.contains(&point) { "yes" } else { "" };
         let divergence = format!("{:.4}", point.divergence);
-        table.row([point.of.clone(), point.what.clone(), point.bytes.to_string(), divergence, mark.into()]);
+        table.row([point.of.clone(), point.what.clone(), size(point.bytes), divergence, mark.into()]);
     }
     table
 }
