@@ -1,8 +1,11 @@
 //! Routed experts: how files store them.
 
-use crate::expert_bytes::{ExpertBytes, RawMatrix};
 use std::borrow::Cow;
+use std::fmt;
 use std::ops::Range;
+
+use crate::expert_bytes::{ExpertBytes, RawMatrix};
+use crate::human::variant;
 
 /// Which tensor of a layer's routed experts, in one of the layouts. `E` experts of width `I` (or `I_e`), hidden size
 /// `H`.
@@ -55,6 +58,12 @@ pub enum ExpertPart {
     UpBias,
     /// `[H]`, added to the output.
     DownBias,
+}
+
+impl fmt::Display for ExpertPart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&variant(self))
+    }
 }
 
 impl ExpertPart {
@@ -204,6 +213,12 @@ pub enum ExpertLayout {
     /// Two tensors per layer with experts of any width, and one or two of biases if the experts have them
     /// (`docs/ragged-format.md`).
     Ragged,
+}
+
+impl fmt::Display for ExpertLayout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&variant(self))
+    }
 }
 
 /// One tensor of a layer's routed experts: its shape, and the blocks it is made of in file order.

@@ -2,11 +2,14 @@
 //!
 //! A family is one file in `families/` and one line in its registry.
 
+use std::fmt;
+
 use serde_json::Value;
 
 use crate::config::ModelConfig;
 use crate::experts::{ExpertLayout, ExpertTensor};
 use crate::families::{DENSE, FAMILIES, names};
+use crate::human::variant;
 use crate::json::Fields;
 use crate::naming;
 use crate::{Error, Result};
@@ -30,6 +33,21 @@ pub enum Role {
     LmHeadBias,
     /// A tensor of a decoder layer.
     Layer(usize, LayerRole),
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Layer(layer, role) => write!(f, "{role} of layer {layer}"),
+            _ => f.write_str(&variant(self)),
+        }
+    }
+}
+
+impl fmt::Display for LayerRole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&variant(self))
+    }
 }
 
 /// A tensor of a decoder layer other than its routed experts.

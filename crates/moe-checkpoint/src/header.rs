@@ -118,7 +118,7 @@ fn check_span(path: &Path, name: &str, tensor: &RawTensor) -> Result<()> {
         Some(bytes) => format!("{bytes} bytes"),
         None => "a whole number of bytes that can be counted".to_string(),
     };
-    let expected = format!("{needs} for {dtype:?} of shape {:?}", tensor.shape);
+    let expected = format!("{needs} for {dtype} of shape {:?}", tensor.shape);
     Err(Error::TensorOffsets { path: path.to_path_buf(), tensor: name.to_string(), begin, end, expected })
 }
 

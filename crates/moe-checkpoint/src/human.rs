@@ -1,4 +1,6 @@
-//! Numbers for people: what all reports, tables and pages show. JSON keeps them as they are.
+//! Numbers and names for people: what all reports, tables, pages and messages show. JSON keeps numbers as they are.
+
+use std::fmt::Debug;
 
 /// Bytes with a binary unit: `6.30 MiB`.
 ///
@@ -31,6 +33,28 @@ pub fn count(count: u64) -> String {
             text.push(',');
         }
         text.push(digit);
+    }
+    text
+}
+
+/// The name of a variant of an enum as files and options spell names, without its fields: `gate_up`.
+///
+/// ```
+/// use moe_checkpoint::{ExpertLayout, ExpertMatrix, human::variant};
+///
+/// assert_eq!([variant(&ExpertMatrix::GateUp), variant(&ExpertLayout::PerExpert)], ["gate_up", "per_expert"]);
+/// ```
+pub fn variant(value: &impl Debug) -> String {
+    let name = format!("{value:?}");
+    let name = name.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default();
+    let mut text = String::with_capacity(name.len() + 4);
+    let mut before = '_';
+    for letter in name.chars() {
+        if letter.is_uppercase() && (before.is_lowercase() || before.is_numeric()) {
+            text.push('_');
+        }
+        text.extend(letter.to_lowercase());
+        before = letter;
     }
     text
 }

@@ -44,9 +44,9 @@ mod flat_ragged;
 mod formats;
 mod grouped;
 mod header;
-pub mod human;
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod human;
 mod index;
 mod json;
 mod layer_drop;

@@ -83,7 +83,7 @@ impl ScoreTable {
         let invalid = |reason: String| Err(Error::InvalidScores { reason });
         if experts.granularity != Granularity::Expert || tie_breaker.granularity != Granularity::Unit {
             return invalid(format!(
-                "broadcast takes expert scores and a unit tie-breaker, found {:?} and {:?}",
+                "broadcast takes expert scores and a unit tie-breaker, found {} and {}",
                 experts.granularity, tie_breaker.granularity
             ));
         }

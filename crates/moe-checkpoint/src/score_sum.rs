@@ -93,10 +93,11 @@ impl ScoreTable {
             false => Err(format!("{field}: found {found}, expected {expected} as in table 0")),
         };
         differs("scorer", self.scorer.clone(), first.scorer.clone())?;
-        differs("granularity", format!("{:?}", self.granularity), format!("{:?}", first.granularity))?;
-        differs("pool", format!("{:?}", self.pool), format!("{:?}", first.pool))?;
-        differs("additive", format!("{:?}", self.additive), format!("{:?}", first.additive))?;
-        differs("denominator", format!("{:?}", self.denominator), format!("{:?}", first.denominator))?;
+        differs("granularity", self.granularity.to_string(), first.granularity.to_string())?;
+        differs("pool", self.pool.to_string(), first.pool.to_string())?;
+        let additive = |table: &ScoreTable| table.additive.map_or("nothing".to_string(), |pool| pool.to_string());
+        differs("additive", additive(self), additive(first))?;
+        differs("denominator", self.denominator.to_string(), first.denominator.to_string())?;
         differs("model", self.provenance.model.clone(), first.provenance.model.clone())?;
         let layers = |table: &ScoreTable| format!("{:?}", table.layers.iter().map(|l| l.layer).collect::<Vec<_>>());
         differs("MoE layers", layers(self), layers(first))?;

@@ -1,11 +1,13 @@
 //! Importance scores of units or experts, with what a user of them must know, and their file.
 
+use std::fmt;
 use std::path::Path;
 
 use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
 use crate::artifact_file::{Kind, OutTensor, TensorFile, Tensors, write_tensors};
+use crate::human::variant;
 use crate::{Error, ExpertId, MoeLayerShape, MoeShape, Provenance, Result};
 
 /// Version 2 added what may be added up; tables of version 1 may not.
@@ -33,6 +35,18 @@ pub enum Pool {
     Global,
 }
 
+impl fmt::Display for Granularity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&variant(self))
+    }
+}
+
+impl fmt::Display for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&variant(self))
+    }
+}
+
 impl Pool {
     /// Whether values of this pool may be compared over `wanted`.
     pub fn supports(self, wanted: Pool) -> bool {
@@ -55,6 +69,12 @@ pub enum Denominator {
     None,
     /// Nothing: the values are places in an order, not amounts.
     Ranks,
+}
+
+impl fmt::Display for Denominator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&variant(self))
+    }
 }
 
 /// Scores of the units or experts of a model. Higher is always more important.
@@ -136,9 +156,7 @@ impl ScoreTable {
         let invalid = |reason: String| Err(Error::InvalidScores { reason });
         if let Some(additive) = self.additive.filter(|additive| *additive > self.pool) {
             let pool = self.pool;
-            return invalid(format!(
-                "additive: found {additive:?}, expected {pool:?} at most, the pool of comparisons"
-            ));
+            return invalid(format!("additive: found {additive}, expected {pool} at most, the pool of comparisons"));
         }
         for pair in self.layers.windows(2) {
             if pair[0].layer >= pair[1].layer {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::human::variant;
 use crate::{ExpertPart, LayerRole};
 
 /// A linear map of a model: the address by which adapters, training and files mean one matrix, whatever tensors hold
@@ -115,6 +116,12 @@ pub enum LayerSite {
     DenseGateUp,
     /// `[H, I]` of a dense layer.
     DenseDown,
+}
+
+impl fmt::Display for LayerSite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 impl LayerSite {
@@ -265,6 +272,12 @@ pub enum ExpertSite {
     Down,
 }
 
+impl fmt::Display for ExpertSite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 impl ExpertSite {
     /// The parts of an expert it is made of, whose rows follow each other.
     pub fn parts(self) -> &'static [ExpertPart] {
@@ -318,6 +331,12 @@ pub enum ExpertMatrix {
     Down,
 }
 
+impl fmt::Display for ExpertMatrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&variant(self))
+    }
+}
+
 impl MatrixId {
     /// Its decoder layer, if it is in one.
     pub fn layer(&self) -> Option<usize> {
@@ -353,8 +372,8 @@ impl MatrixId {
 impl fmt::Display for MatrixId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Layer(layer, role) => write!(f, "{role:?} of layer {layer}"),
-            Self::Expert { layer, expert, part } => write!(f, "{part:?} of expert {expert} of layer {layer}"),
+            Self::Layer(layer, role) => write!(f, "{role} of layer {layer}"),
+            Self::Expert { layer, expert, part } => write!(f, "{part} of expert {expert} of layer {layer}"),
             Self::Embedding => f.write_str("the embeddings"),
             Self::Head => f.write_str("the output head"),
         }
@@ -364,8 +383,8 @@ impl fmt::Display for MatrixId {
 impl fmt::Display for Site {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Layer(layer, site) => write!(f, "{site:?} of layer {layer}"),
-            Self::Expert { layer, expert, map } => write!(f, "{map:?} of expert {expert} of layer {layer}"),
+            Self::Layer(layer, site) => write!(f, "{site} of layer {layer}"),
+            Self::Expert { layer, expert, map } => write!(f, "{map} of expert {expert} of layer {layer}"),
         }
     }
 }

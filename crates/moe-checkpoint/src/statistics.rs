@@ -258,7 +258,11 @@ impl Statistics {
         let kind = ArrayKind::Matrix { rows, columns };
         if matches!(fold, Fold::Lowest { .. }) {
             let expected = "a fold of matrices of fixed size".into();
-            return Err(Error::StatisticKind { id: id.to_string(), found: format!("{kind:?} {fold:?}"), expected });
+            return Err(Error::StatisticKind {
+                id: id.to_string(),
+                found: format!("{kind}, folded by {fold}"),
+                expected,
+            });
         }
         let array = self.array_mut(id, kind, fold)?;
         array.touched = true;
@@ -288,11 +292,9 @@ impl Statistics {
         let array = self.array(id)?;
         match array.kind {
             ArrayKind::Matrix { columns, .. } => Ok((&array.layers[0], columns)),
-            kind => Err(Error::StatisticKind {
-                id: id.to_string(),
-                found: "a matrix".into(),
-                expected: format!("{kind:?}"),
-            }),
+            kind => {
+                Err(Error::StatisticKind { id: id.to_string(), found: "a matrix".into(), expected: kind.to_string() })
+            }
         }
     }
 
@@ -349,7 +351,12 @@ impl Statistics {
             };
             let (ours, theirs) = (signature(self), signature(other));
             if ours != theirs {
-                return Err(Error::StatisticsDiffer { found: format!("{theirs:?}"), expected: format!("{ours:?}") });
+                let told = |of: &[(String, ArrayKind, Fold)]| {
+                    let one =
+                        |(id, kind, fold): &(String, ArrayKind, Fold)| format!("`{id}` ({kind}, folded by {fold})");
+                    of.iter().map(one).collect::<Vec<_>>().join(", ")
+                };
+                return Err(Error::StatisticsDiffer { found: told(&theirs), expected: told(&ours) });
             }
             for (array, from) in self.arrays.values_mut().zip(other.arrays.values()) {
                 array.combine(from, &self.shape);
@@ -411,7 +418,7 @@ impl Statistics {
         let mut expected = 0;
         for (id, ArrayMeta { kind, fold }) in meta.arrays {
             if !kind.takes(fold) {
-                return Err(tensors.malformed(format!("statistic `{id}`: {kind:?} cannot be folded by {fold:?}")));
+                return Err(tensors.malformed(format!("statistic `{id}`: {kind} cannot be folded by {fold}")));
             }
             let mut layers = Vec::with_capacity(meta.shape.layers.len());
             let mut read = |name: &str, dims: &[usize], layer: Option<&MoeLayerShape>| {
@@ -479,8 +486,8 @@ impl Statistics {
         if array.kind != kind {
             return Err(Error::StatisticKind {
                 id: id.to_string(),
-                found: format!("{kind:?}"),
-                expected: format!("{:?}", array.kind),
+                found: kind.to_string(),
+                expected: array.kind.to_string(),
             });
         }
         Ok(array)
@@ -495,8 +502,8 @@ impl Statistics {
             Some(array) if array.kind == kind && array.fold == fold => Ok(array),
             other => Err(Error::StatisticKind {
                 id: id.to_string(),
-                found: format!("{kind:?} {fold:?}"),
-                expected: other.map_or("a fold of that kind".into(), |a| format!("{:?} {:?}", a.kind, a.fold)),
+                found: format!("{kind}, folded by {fold}"),
+                expected: other.map_or("a fold of that kind".into(), |a| format!("{}, folded by {}", a.kind, a.fold)),
             }),
         }
     }

@@ -1,7 +1,10 @@
 //! What an array of statistics holds, and how two waves of it become one.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
+use crate::human::variant;
 use crate::{MoeLayerShape, MoeShape};
 
 /// What an array of [`Statistics`](crate::Statistics) holds.
@@ -59,6 +62,26 @@ pub enum Fold {
         /// Numbers of a row that order it.
         key: usize,
     },
+}
+
+impl fmt::Display for ArrayKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unit => f.write_str("a value per unit"),
+            Self::Expert => f.write_str("a value per expert"),
+            Self::Vector(extent) => write!(f, "a vector per expert ({})", variant(extent)),
+            Self::Matrix { rows, columns } => write!(f, "a matrix [{rows}, {columns}]"),
+        }
+    }
+}
+
+impl fmt::Display for Fold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Lowest { key } => write!(f, "lowest by {key}"),
+            _ => f.write_str(&variant(self)),
+        }
+    }
 }
 
 impl ArrayKind {

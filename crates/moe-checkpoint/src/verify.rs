@@ -439,7 +439,7 @@ impl Weights<'_> {
                 Error::ExpertLayout {
                     dir: self.dir.to_path_buf(),
                     layer,
-                    found: format!("the layout {layout:?}"),
+                    found: format!("the layout {layout}"),
                     expected: format!("one that holds the different widths of {width}"),
                 }
             })?;

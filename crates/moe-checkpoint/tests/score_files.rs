@@ -198,7 +198,7 @@ fn pools_are_ordered() {
 fn nothing_adds_up_over_more_than_it_may_be_compared_over() {
     let wide = ScoreTable { additive: Some(Pool::Global), ..units(Pool::Layer, vec![(0, vec![vec![1.0]])]) };
     let error = wide.validate().unwrap_err().to_string();
-    assert!(error.contains("additive: found Global, expected Layer at most"), "{error}");
+    assert!(error.contains("additive: found global, expected layer at most"), "{error}");
     assert!(units(Pool::Layer, vec![]).adds_up(Pool::Expert) && !units(Pool::Layer, vec![]).adds_up(Pool::Global));
 }
 

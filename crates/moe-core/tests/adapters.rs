@@ -444,8 +444,8 @@ fn a_sweep_goes_as_deep_as_something_is_trained() {
     let has = |names: &[String], text: &str| names.iter().any(|name| name.contains(text));
     let top = reached(Depth::FeedForward(last));
     assert!(has(&top, "head") && has(&top, &format!("of layer {last}")));
-    assert!(!has(&top, &format!("Query of layer {last}")) && !has(&top, "embedding"));
-    assert!(has(&reached(Depth::Attention(last)), &format!("Query of layer {last}")));
+    assert!(!has(&top, &format!("query of layer {last}")) && !has(&top, "embedding"));
+    assert!(has(&reached(Depth::Attention(last)), &format!("query of layer {last}")));
     assert!(!has(&reached(Depth::Attention(0)), "embedding"));
     assert!(has(&reached(Depth::Embedding), "embedding"));
 }
@@ -460,5 +460,5 @@ fn an_adapter_of_another_shape_is_refused_by_name() {
     let error = Engine::new(&adapted, EngineOptions { loss: true, ..EngineOptions::default() })
         .run(&wave(model.config().vocab_size), &mut Nobody)
         .unwrap_err();
-    assert!(error.to_string().contains("Down of expert 2 of layer 1: found [2, 3]"), "{error}");
+    assert!(error.to_string().contains("down of expert 2 of layer 1: found [2, 3]"), "{error}");
 }

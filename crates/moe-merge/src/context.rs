@@ -53,7 +53,8 @@ impl LayerContext<'_> {
         if let Some(found) = self.evidence.outputs.get(&over) {
             return Ok(found.clone());
         }
-        let what = format!("mean outputs ({over:?}) or a sample of the layer's tokens");
+        let what =
+            format!("mean outputs over {} or a sample of the layer's tokens", moe_checkpoint::human::variant(&over));
         let sample = self.evidence.sample.as_ref().filter(|sample| sample.tokens() > 0);
         let sample = sample.ok_or_else(|| self.evidence.missing("output similarity", what))?;
         let hidden = sample.hidden;

@@ -12,9 +12,9 @@ use crate::{Error, Result};
 /// largest first, with the eigenvalues.
 pub(crate) fn leading_eigenvectors(matrix: &Mat<f64>, count: usize) -> Result<(Mat<f64>, Vec<f64>)> {
     let n = matrix.nrows();
-    let eigen = matrix
-        .self_adjoint_eigen(Side::Lower)
-        .map_err(|error| Error::numerics("eigenvectors of a symmetric matrix", format!("{error:?}")))?;
+    let eigen = matrix.self_adjoint_eigen(Side::Lower).map_err(|error| {
+        Error::numerics("eigenvectors of a symmetric matrix", moe_checkpoint::human::variant(&error))
+    })?;
     let (vectors, values) = (eigen.U(), eigen.S().column_vector());
     // Ascending in the library.
     let column = |j: usize| n - 1 - j;
@@ -24,8 +24,12 @@ pub(crate) fn leading_eigenvectors(matrix: &Mat<f64>, count: usize) -> Result<(M
 
 /// Solves `x a = b` for `x [m, n]`, with `a [n, n]` symmetric and positive definite and `b [m, n]` row-major.
 pub(crate) fn solve_right(a: &Mat<f64>, b: &Mat<f64>) -> Result<Mat<f64>> {
-    let llt = Llt::new(a.as_ref(), Side::Lower)
-        .map_err(|error| Error::numerics("Cholesky decomposition", format!("{error:?}; use a larger ridge")))?;
+    let llt = Llt::new(a.as_ref(), Side::Lower).map_err(|error| {
+        Error::numerics(
+            "Cholesky decomposition",
+            format!("{}; use a larger ridge", moe_checkpoint::human::variant(&error)),
+        )
+    })?;
     // a is symmetric: (x a)^T = a x^T.
     Ok(llt.solve(b.transpose()).transpose().to_owned())
 }

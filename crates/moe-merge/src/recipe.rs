@@ -149,7 +149,7 @@ impl Recipe {
             compression.validate()?;
         }
         if self.sequential && self.budget.scope != Scope::Layer {
-            let found = format!("{:?}", self.budget.scope);
+            let found = moe_checkpoint::human::variant(&self.budget.scope);
             return Err(Error::parameter("budget.scope", found, "`layer` in a sequential recipe"));
         }
         if self.router.keeps_rows() && self.grouping.dissolves() {

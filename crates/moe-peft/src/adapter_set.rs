@@ -98,7 +98,7 @@ impl AdapterSet {
     /// [`Error::Input`] if it has one.
     pub fn add_vector(&mut self, role: Role, depth: Depth, adapter: Arc<dyn VectorAdapter>) -> Result<()> {
         self.reach(depth);
-        self.vectors.insert(role, adapter).map_or(Ok(()), |_| Err(twice(format!("{role:?}"))))
+        self.vectors.insert(role, adapter).map_or(Ok(()), |_| Err(twice(role.to_string())))
     }
 
     /// Puts an adapter on the dense block or shared expert of a layer.
@@ -153,7 +153,7 @@ impl AdapterSet {
     /// # Errors
     /// As [`add_vector`](Self::add_vector).
     pub fn add_frozen_vector(&mut self, role: Role, adapter: Arc<dyn VectorAdapter>) -> Result<()> {
-        self.vectors.insert(role, adapter).map_or(Ok(()), |_| Err(twice(format!("{role:?}"))))
+        self.vectors.insert(role, adapter).map_or(Ok(()), |_| Err(twice(role.to_string())))
     }
 
     /// The same on the embeddings.

@@ -253,7 +253,7 @@ fn digest(set: &AdapterSet, [vocabulary, hidden]: [usize; 2]) -> String {
         adapter.digest(&mut add);
     }
     for (role, adapter) in set.vectors() {
-        name(&format!("{role:?}"), &mut add);
+        name(&format!("{role}"), &mut add);
         add_values(&host::into_vec(adapter.value()), &mut add);
     }
     if let Some(embedding) = set.embedding() {
@@ -282,7 +282,7 @@ fn rewrite(base: &Checkpoint, set: &AdapterSet) -> Result<Rewrite> {
         }
     }
     if let Some(role) = left.keys().next() {
-        return Err(Error::input("a trained vector", format!("{role:?}"), "a vector of the model"));
+        return Err(Error::input("a trained vector", role, "a vector of the model"));
     }
     if let Some(embedding) = set.embedding() {
         tensors.insert(base.role(Role::Embedding)?.name.clone(), Box::new(Embeddings(embedding)));
@@ -335,13 +335,13 @@ struct Vector {
 
 impl NewRows for Vector {
     fn what(&self) -> String {
-        format!("{:?}", self.role)
+        self.role.to_string()
     }
 
     fn rows(&self, rows: Range<usize>, _: &Checkpoint) -> Result<Vec<f32>> {
         let values = host::into_vec(self.adapter.value());
         let length =
-            || Error::input(format!("new values of {:?}", self.role), values.len(), format!("at least {}", rows.end));
+            || Error::input(format!("new values of {}", self.role), values.len(), format!("at least {}", rows.end));
         Ok(values.get(rows.clone()).ok_or_else(length)?.to_vec())
     }
 }

@@ -124,9 +124,9 @@ impl<S: Debug + Default + Send + 'static> Collector for InputCollector<S> {
     }
 }
 
-/// What is seen of a map, as statistics call it: `inputs.squares.Query_of_layer_3`.
+/// What is seen of a map, as statistics call it: `inputs.squares.layers.3.query`.
 pub(crate) fn statistic(what: &str, site: Site) -> String {
-    format!("inputs.{what}.{}", site.to_string().replace(' ', "_"))
+    format!("inputs.{what}.{}", site.path())
 }
 
 /// A matrix of sums.

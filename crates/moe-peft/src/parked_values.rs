@@ -27,8 +27,8 @@ impl fmt::Debug for OfCheckpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Map(_, site) => write!(f, "{site}"),
-            Self::Vector(_, role) => write!(f, "{role:?}"),
-            Self::Rows(_, role, rows) => write!(f, "rows {rows:?} of {role:?}"),
+            Self::Vector(_, role) => write!(f, "{role}"),
+            Self::Rows(_, role, rows) => write!(f, "rows {rows:?} of {role}"),
         }
     }
 }

@@ -532,7 +532,7 @@ fn targets_follow_the_rules_of_peft() {
         (LoraConfig { target_modules: pattern("q_proj"), ..LoraConfig::default() }, "`q_proj`, which no module's path"),
         (LoraConfig { target_modules: pattern("("), ..LoraConfig::default() }, "a regular expression"),
         (LoraConfig { target_parameters: vec!["experts".into()], ..LoraConfig::default() }, "`experts`"),
-        (LoraConfig { target_modules: list(&["gate_proj"]), ..fused() }, "targets of Gate of expert 0 of layer 0"),
+        (LoraConfig { target_modules: list(&["gate_proj"]), ..fused() }, "targets of gate of expert 0 of layer 0"),
     ] {
         let error = config.targets(&maps).unwrap_err().to_string();
         assert!(error.contains(text), "{error}");

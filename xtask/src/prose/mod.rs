@@ -1,4 +1,5 @@
-//! How text reads: no documentation of one word, and no line that runs off the screen.
+//! How text reads: no documentation of one word, no line that runs off the screen, and no message that shows a person
+//! a value as Rust's debugging does.
 
 mod wrap;
 
@@ -15,8 +16,36 @@ const FOLDERS: [&str; 5] = ["crates", "examples", "benches", "xtask", "docs"];
 /// Names of folders that hold no text of ours.
 const NOT_OURS: [&str; 2] = ["fixtures", "target"];
 
-/// Lists every documentation comment of one word and every line of comment or page that is too long; with `write`,
-/// wraps the comments first.
+/// Names by which values go that have words for people: enums, errors, settings. Lists of numbers have none.
+const WITH_WORDS: [&str; 24] = [
+    "biases",
+    "budget",
+    "coding",
+    "compression",
+    "denominator",
+    "error",
+    "fold",
+    "format",
+    "granularity",
+    "kind",
+    "layout",
+    "map",
+    "matrix",
+    "method",
+    "norm",
+    "other",
+    "part",
+    "pool",
+    "role",
+    "routing",
+    "scope",
+    "self",
+    "site",
+    "up",
+];
+
+/// Lists every documentation comment of one word, every line of comment or page that is too long, and every message of
+/// a crate that shows a value with words as debugging does; with `write`, wraps the comments first.
 pub fn run(write: bool) -> Result<()> {
     let root = root();
     let mut files = vec![root.join("README.md")];
@@ -50,9 +79,14 @@ pub fn run(write: bool) -> Result<()> {
 fn faults_of(file: &Path, text: &str) -> Vec<String> {
     let is_page = file.extension().is_some_and(|extension| extension == "md");
     let (mut in_code, mut after_documentation) = (false, false);
+    let mut in_library = is_library(file);
     let mut faults = Vec::new();
     for (number, line) in text.lines().enumerate() {
         let trimmed = line.trim_start();
+        in_library &= line != "#[cfg(test)]";
+        if in_library && let Some(name) = shown_as_debugged(trimmed) {
+            faults.push(format!("{}:{}: `{name}` is shown as debugging shows it", file.display(), number + 1));
+        }
         let fence = if is_page { trimmed } else { words_of_comment(trimmed).unwrap_or_default() };
         if fence.starts_with("```") {
             in_code = !in_code;
@@ -70,6 +104,31 @@ fn faults_of(file: &Path, text: &str) -> Vec<String> {
         after_documentation = trimmed.starts_with("///");
     }
     faults
+}
+
+/// Whether a file is part of a crate that people use, rather than of its tests.
+fn is_library(file: &Path) -> bool {
+    let parts: Vec<_> = file.iter().filter_map(|part| part.to_str()).collect();
+    matches!(parts[..], ["crates", _, "src", ..]) && !parts.iter().any(|part| *part == "tests" || *part == "tests.rs")
+}
+
+/// What a line formats with `:?` that has words of its own. What stops a program that has a bug may show anything.
+fn shown_as_debugged(line: &str) -> Option<&str> {
+    if line.starts_with("//") || ["assert", "panic!", "unreachable!", ".expect("].iter().any(|word| line.contains(word))
+    {
+        return None;
+    }
+    let inline = line.match_indices(":?}").filter_map(|(end, _)| {
+        let name = &line[line[..end].rfind('{')? + 1..end];
+        WITH_WORDS.contains(&name).then_some(name)
+    });
+    let positional = line.split_once("{:?}").into_iter().flat_map(|(_, rest)| {
+        rest.split(|c: char| !(c.is_alphanumeric() || c == '_' || c == '.')).filter_map(|argument| {
+            let (of, field) = argument.rsplit_once('.')?;
+            (!of.is_empty() && WITH_WORDS.contains(&field)).then_some(field)
+        })
+    });
+    inline.chain(positional).next()
 }
 
 /// Whether a line is a comment of words, rather than a row of a table in one or an address.
@@ -103,6 +162,19 @@ mod tests {
             ["a.rs:1: `/// Which.` is no sentence"]
         );
         assert!(faults("a.rs", "// Which.\n/// `name`.\n").is_empty());
+    }
+
+    #[test]
+    fn messages_show_words_and_no_debugging() {
+        let of = |line: &str| faults("crates/moe/src/a.rs", line).len();
+        assert_eq!(of("refuse(format!(\"{part:?} of expert {expert}\"))"), 1);
+        assert_eq!(of("format!(\"found {:?}\", self.granularity)"), 1);
+        assert_eq!(of("format!(\"{part} of shape {:?}, {layers:?}\", info.shape)"), 0);
+        assert_eq!(
+            of("unreachable!(\"{other:?}\")\n// {part:?}\n#[cfg(test)]\nmod tests { format!(\"{part:?}\") }"),
+            0
+        );
+        assert_eq!(faults("crates/moe/tests/a.rs", "format!(\"{part:?}\")").len(), 0);
     }
 
     #[test]

@@ -113,7 +113,7 @@ impl Checkpoint {
         let read = |part: ExpertPart| {
             let missing = || Error::OutOfRange {
                 what: format!("layer {layer}, expert {expert}"),
-                found: format!("no {part:?}"),
+                found: format!("no {part}"),
                 expected: "every part that its config has".to_string(),
             };
             self.set_part(layer, set, part)?.ok_or_else(missing)
@@ -172,7 +172,7 @@ impl Checkpoint {
         let parts = block.parts().iter().map(|part| {
             let missing = || Error::OutOfRange {
                 what: format!("layer {layer}, expert {set}"),
-                found: format!("no {part:?}"),
+                found: format!("no {part}"),
                 expected: "every part that its config has".to_string(),
             };
             self.set_part(layer, set, *part)?.ok_or_else(missing)

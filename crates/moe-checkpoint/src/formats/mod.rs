@@ -245,7 +245,7 @@ impl<'a> Context<'a> {
         if allowed.contains(&info.dtype) {
             return Ok(());
         }
-        let names: Vec<String> = allowed.iter().map(|dtype| format!("{dtype:?}")).collect();
+        let names: Vec<String> = allowed.iter().map(|dtype| format!("{dtype}")).collect();
         Err(Error::UnsupportedDtype {
             file: info.file.to_path_buf(),
             tensor: info.name.clone(),

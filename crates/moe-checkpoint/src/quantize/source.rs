@@ -139,7 +139,7 @@ fn values(from: &Checkpoint, content: &Content) -> Result<Vec<f32>> {
     let part = |layer: usize, set: usize, part: ExpertPart| -> Result<RawMatrix<'_>> {
         let missing = || crate::Error::OutOfRange {
             what: format!("layer {layer}, expert {set}"),
-            found: format!("no {part:?}"),
+            found: format!("no {part}"),
             expected: "every part that its config has".to_string(),
         };
         from.set_part(layer, set, part)?.ok_or_else(missing)

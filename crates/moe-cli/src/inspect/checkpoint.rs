@@ -202,18 +202,7 @@ fn layout(layout: Option<&ExpertLayout>) -> String {
 
 /// The name of a variant in words: `FusedTransposed` is "fused transposed". Fields are left out.
 fn words(value: impl std::fmt::Debug) -> String {
-    let name = format!("{value:?}");
-    let name = name.split([' ', '{', '(']).next().unwrap_or_default();
-    let mut text = String::new();
-    let mut before = ' ';
-    for letter in name.chars() {
-        if letter.is_uppercase() && before.is_lowercase() {
-            text.push(' ');
-        }
-        text.extend(letter.to_lowercase());
-        before = letter;
-    }
-    text
+    moe_checkpoint::human::variant(&value).replace('_', " ")
 }
 
 /// Biases of routed experts.

@@ -128,7 +128,7 @@ fn integers(path: &Path, name: &str, view: &TensorView<'_>) -> Result<Vec<i64>> 
         Dtype::I64 => bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b)).collect(),
         Dtype::I32 => bytes.as_chunks().0.iter().map(|b| i64::from(i32::from_le_bytes(*b))).collect(),
         Dtype::U8 | Dtype::BOOL => bytes.iter().map(|b| i64::from(*b)).collect(),
-        other => return invalid(path, format!("`{name}` is {other:?}, expected I64 or I32")),
+        other => return invalid(path, format!("`{name}` is {other}, expected I64 or I32")),
     })
 }
 

@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use burn::tensor::{Device, Tensor};
+use moe_checkpoint::human::variant;
 use moe_checkpoint::{QueryGrowth, RopeConfig, RopeScaling};
 use multiversion::multiversion;
 
@@ -129,7 +130,7 @@ impl RotaryEmbedding {
                 };
                 ((0..half).map(scaled).collect(), 1.0)
             }
-            other => return Err(Error::Unsupported(format!("rope scaling {other:?}"))),
+            other => return Err(Error::Unsupported(format!("rope scaling {}", variant(&other)))),
         };
         let frequencies = Frequencies::new(frequencies, factor);
         Ok(Self { interleaved: rope.interleaved, frequencies, long, growth: None })

@@ -1,5 +1,6 @@
 //! Softmax attention of a decoder layer, read from the checkpoint.
 
+use moe_checkpoint::human::variant;
 use moe_checkpoint::{AttentionKind, LatentAttention, LayerRole, OutputGate, QkNorm, Role};
 
 use super::Model;
@@ -34,7 +35,7 @@ impl Model {
             projections: match &a.kind {
                 AttentionKind::Grouped => Projections::Grouped(Box::new(self.grouped(layer)?)),
                 AttentionKind::Latent(latent) => Projections::Latent(Box::new(self.latent(layer, latent)?)),
-                other => return Err(Error::Unsupported(format!("attention {other:?}"))),
+                other => return Err(Error::Unsupported(format!("attention {}", variant(&other)))),
             },
             output: self.linear(
                 layer,
@@ -95,7 +96,7 @@ impl Model {
                     let norm = || self.unit_norm(a.head_dim);
                     rotary.then(|| HeadNorms { query: norm(), key: norm(), per_head: true, after_rotation })
                 }
-                other => return Err(Error::Unsupported(format!("norm of queries and keys {other:?}"))),
+                other => return Err(Error::Unsupported(format!("norm of queries and keys {}", variant(&other)))),
             },
             value_norm: a.value_norm.then(|| self.unit_norm(a.head_dim)),
             clip: a.qkv_clip.map(|bound| bound as f32),
@@ -111,7 +112,7 @@ impl Model {
                     let gate = plain(LayerSite::AttentionGate, LayerRole::AttentionGate, a.num_heads)?;
                     HeadGate::Head(Box::new(gate))
                 }
-                other => return Err(Error::Unsupported(format!("gates on heads {other:?}"))),
+                other => return Err(Error::Unsupported(format!("gates on heads {}", variant(&other)))),
             },
         })
     }
@@ -152,7 +153,7 @@ impl Model {
                     let (site, gate) = (LayerSite::AttentionGate, role(LayerRole::AttentionGate));
                     Some(self.linear(layer, site, gate, None, [a.num_heads, h])?)
                 }
-                other => return Err(Error::Unsupported(format!("gates {other:?} on heads of latent attention"))),
+                other => return Err(Error::Unsupported(format!("gates {} on heads of latent attention", variant(&other)))),
             },
             kv_down: down(
                 LayerSite::LatentKvDown,

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use moe_checkpoint::human::variant;
 use moe_checkpoint::{ChannelDelta, DeltaNet, LayerRole, Mamba, Mixer, Role};
 
 use super::Model;
@@ -29,7 +30,7 @@ impl Model {
             }
             Mixer::Mamba(mamba) => MixerLayer::Mamba(Box::new(self.mamba(layer, mamba)?)),
             Mixer::None => MixerLayer::None,
-            other => return Err(Error::Unsupported(format!("running {other:?}"))),
+            other => return Err(Error::Unsupported(format!("running {}", variant(&other)))),
         };
         let mut cache = self.lock();
         if layer < cache.residency.layers {

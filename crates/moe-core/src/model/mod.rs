@@ -9,6 +9,7 @@ use std::{
 };
 
 use burn::tensor::Device;
+use moe_checkpoint::human::variant;
 use moe_checkpoint::{Activation, Checkpoint, ModelConfig};
 
 mod adapted;
@@ -314,6 +315,6 @@ fn gated_activation(activation: Activation) -> Result<GatedActivation> {
         Activation::Gelu => GatedActivation::Gelu,
         Activation::GeluTanh => GatedActivation::GeluTanh,
         Activation::Relu => GatedActivation::Relu,
-        other => return Err(Error::Unsupported(format!("activation {other:?}"))),
+        other => return Err(Error::Unsupported(format!("activation {}", variant(&other)))),
     })
 }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::Tensor;
+use moe_checkpoint::human::variant;
 use moe_checkpoint::{Dtype, LayerRole, NormKind, NormPlacement, Role};
 
 use super::Model;
@@ -140,7 +141,7 @@ impl Model {
                 let zeros = vec![0.0; config.hidden_size];
                 Some(host::from_vec(zeros, [config.hidden_size], &self.device))
             }
-            other => return Err(Error::Unsupported(format!("norm {other:?}"))),
+            other => return Err(Error::Unsupported(format!("norm {}", variant(&other)))),
         };
         let centered = self.centered && bias.is_some();
         Ok(Norm { bias, bias_adapter, centered, ..self.rms_norm(weight, config.hidden_size, config.norm_eps)? })
@@ -170,7 +171,7 @@ impl Model {
             NormPlacement::Before | NormPlacement::Parallel => (true, false),
             NormPlacement::After => (false, true),
             NormPlacement::Both => (true, true),
-            other => return Err(Error::Unsupported(format!("norms {other:?}"))),
+            other => return Err(Error::Unsupported(format!("norms {}", variant(&other)))),
         };
         let [weight, bias] = before;
         Ok([

@@ -157,8 +157,12 @@ impl Objective for Distillation<'_> {
         };
         if found.info != *wave {
             let field = format!("tokens and sequences of wave {} of a distillation", wave.id);
-            let expected = format!("what the teacher was recorded on, {:?}", found.info);
-            return Err(Error::input(field, format!("{wave:?}"), expected));
+            let told = |wave: &WaveInfo| {
+                let each = wave.sequences.iter().map(|s| format!("{} ({} predicted)", s.tokens.len(), s.loss_tokens));
+                format!("sequences of {} tokens", each.collect::<Vec<_>>().join(", "))
+            };
+            let expected = format!("what the teacher was recorded on, {}", told(&found.info));
+            return Err(Error::input(field, told(wave), expected));
         }
         (self.wave, self.at) = (Some(found), 0);
         Ok(())

@@ -10,6 +10,7 @@ mod selection;
 mod sets;
 mod sparsemixer;
 
+use moe_checkpoint::human::variant;
 use moe_checkpoint::{GroupScore, Groups, Routing, RoutingKind};
 use rayon::prelude::*;
 
@@ -91,7 +92,7 @@ impl Router {
                 Rule::Scores { score: Score::Sigmoid, renormalize: *renormalize, groups }
             }
             RoutingKind::Sparsemixer { jitter_eps } => Rule::Sparsemixer { jitter: *jitter_eps as f32 },
-            other => return Err(Error::Unsupported(format!("routing {other:?}"))),
+            other => return Err(Error::Unsupported(format!("routing {}", variant(&other)))),
         };
         Ok(Self { top_k: routing.top_k, scale: routing.scale, norm_eps: routing.norm_eps as f32, rule })
     }
@@ -288,7 +289,7 @@ impl GroupLimit {
         let rank = match groups.score {
             GroupScore::Max => GroupRank::Largest,
             GroupScore::TopTwoSum => GroupRank::TwoLargest,
-            other => return Err(Error::Unsupported(format!("ranking of groups by {other:?}"))),
+            other => return Err(Error::Unsupported(format!("ranking of groups by {}", variant(&other)))),
         };
         Ok(Self { count: groups.count, top: groups.top, rank })
     }

@@ -241,7 +241,7 @@ fn write(path: &Path, from: &Checkpoint, set: &Set, expert: &CompactExpert) -> R
     let mut floats = |name: String, dtype: Dtype, shape: Vec<usize>, values: &[f32]| {
         let mut bytes = Vec::new();
         if !encode(dtype, values, &mut bytes) {
-            return Err(malformed(format!("`{name}` cannot be stored as {dtype:?}")));
+            return Err(malformed(format!("`{name}` cannot be stored as {dtype}")));
         }
         tensors.push((name, dtype, shape, bytes));
         Ok(())
@@ -421,7 +421,7 @@ impl CompactModel {
         }
         let Description { compression, report, .. } = self.description;
         let recipe = serde_json::json!({
-            "compression": compression, "report": report, "dtype": dtype.map(|dtype| format!("{dtype:?}")),
+            "compression": compression, "report": report, "dtype": dtype.map(|dtype| format!("{dtype}")),
             "experts": hasher.finalize().to_hex().to_string(),
         });
         let summary = format!(

@@ -69,7 +69,7 @@ fn rows_in_place(
     let Some((bytes, dtype)) = router_rows::mixed(checkpoint, layer, role, mix)? else { return Ok(None) };
     let mut mixed = Vec::new();
     if !decode_f32(dtype, &bytes, &mut mixed) {
-        return Err(Error::numerics(format!("layer {layer}: {role:?}"), format!("{dtype:?} cannot be read")));
+        return Err(Error::numerics(format!("layer {layer}: {role}"), format!("{dtype} cannot be read")));
     }
     let mut rows = checkpoint.read_f32(moe_checkpoint::Role::Layer(layer, role))?;
     let length = mixed.len() / record.plan.groups.len().max(1);

@@ -58,7 +58,7 @@ pub fn merge_sequentially(
 ) -> Result<MergedWeights> {
     recipe.validate()?;
     if recipe.budget.scope != Scope::Layer {
-        let found = format!("{:?}", recipe.budget.scope);
+        let found = moe_checkpoint::human::variant(&recipe.budget.scope);
         return Err(Error::parameter("budget.scope", found, "`layer`, to merge one layer after the other"));
     }
     let checkpoint = model.checkpoint();

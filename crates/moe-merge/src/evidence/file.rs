@@ -133,7 +133,7 @@ fn read(bytes: &[u8]) -> Result<Evidence> {
         let view = tensors.tensor(&name).map_err(|error| invalid(format!("{name}: {error}")))?;
         match view.dtype() == dtype {
             true => Ok(view.data().to_vec()),
-            false => Err(invalid(format!("{name} is {:?}, expected {dtype:?}", view.dtype()))),
+            false => Err(invalid(format!("{name} is {:?}, expected {dtype}", view.dtype()))),
         }
     };
     let mut layers = Vec::with_capacity(meta.layers.len());

@@ -156,8 +156,9 @@ impl Recipe {
                 let layout = base.family().stock_layout();
                 if layout.tensors(base.shape().hidden_size, &layer.widths[..1], biases).is_none() {
                     return refuse(format!(
-                        "layer {}: {layout:?} experts cannot have the biases {biases:?}",
-                        layer.layer
+                        "layer {}: {layout} experts cannot have the biases {}",
+                        layer.layer,
+                        moe_checkpoint::human::variant(&biases)
                     ));
                 }
             }

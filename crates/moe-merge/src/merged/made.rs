@@ -170,7 +170,7 @@ pub(super) fn encoded(
         let (rows, cols) = part.dims(weights.hidden, weights.width);
         let values = weights.part(part).filter(|values| values.len() == rows * cols);
         let values = values.ok_or_else(|| {
-            let reason = format!("a merged expert has no {part:?} of its shape");
+            let reason = format!("a merged expert has no {part} of its shape");
             Error::Incompatible { layer, experts: vec![like], reason }
         })?;
         let bytes = encoded_part((layer, like), part, dtype, values)?;
@@ -190,11 +190,11 @@ pub(crate) fn encoded_part(
     let incompatible = |reason: String| Error::Incompatible { layer, experts: vec![expert], reason };
     let mut bytes = Vec::with_capacity(values.len() * dtype.bitsize() / 8);
     if !encode(dtype, values, &mut bytes) {
-        return Err(incompatible(format!("{part:?} cannot be stored as {dtype:?}")));
+        return Err(incompatible(format!("{part} cannot be stored as {dtype}")));
     }
     let stored = RawMatrix { bytes: bytes.as_slice().into(), dtype, rows: values.len(), cols: 1 };
     if stored.to_f32().iter().any(|value| !value.is_finite()) {
-        return Err(incompatible(format!("a merged value of {part:?} is not finite as {dtype:?}")));
+        return Err(incompatible(format!("a merged value of {part} is not finite as {dtype}")));
     }
     Ok(bytes)
 }

@@ -46,7 +46,7 @@ pub(crate) fn mixed(
         }
         let sum: Vec<f32> = sum.into_iter().map(|v| v as f32).collect();
         if !encode(dtype, &sum, &mut out) || sum.iter().any(|v| !v.is_finite()) {
-            let reason = format!("rows of tensor `{}` cannot be mixed as {dtype:?}", info.name);
+            let reason = format!("rows of tensor `{}` cannot be mixed as {dtype}", info.name);
             return Err(Error::Incompatible { layer, experts: vec![], reason });
         }
     }

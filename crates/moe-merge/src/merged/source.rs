@@ -80,7 +80,7 @@ impl Merged {
 
     fn router(&self, layer: usize, role: LayerRole) -> Result<Vec<u8>> {
         let target = &self.layer(layer)?.target;
-        let lacking = || Error::invalid_plan(format!("layer {layer}: {role:?} is mixed, and there is none"));
+        let lacking = || Error::invalid_plan(format!("layer {layer}: {role} is mixed, and there is none"));
         let mut mix = target.mix.clone().ok_or_else(lacking)?;
         if self.plan.recipe.combination.adds_to_router() {
             mix.add(&self.made(layer)?.additions);

@@ -61,7 +61,7 @@ fn expert_tensors(from: &Checkpoint, target: &Target, layer: &TargetLayer) -> Re
     let widths = layer.widths();
     let tensors = layout
         .tensors(from.shape().hidden_size, &widths, *biases)
-        .ok_or_else(|| refuse(format!("layer {number}: {layout:?} experts cannot have widths {widths:?}")))?;
+        .ok_or_else(|| refuse(format!("layer {number}: {layout} experts cannot have widths {widths:?}")))?;
     let mut out = Vec::with_capacity(tensors.len());
     for tensor in tensors {
         let name = from.expert_tensor_name(*number, tensor.tensor);
@@ -70,10 +70,10 @@ fn expert_tensors(from: &Checkpoint, target: &Target, layer: &TargetLayer) -> Re
             let dominant = dominants[groups[*written]];
             for part in block.parts() {
                 let found = from.expert_dtype(*number, dominant, *part)?;
-                let found = found.ok_or_else(|| refuse(format!("tensor `{name}` would hold {part:?}, absent")))?;
+                let found = found.ok_or_else(|| refuse(format!("tensor `{name}` would hold {part}, absent")))?;
                 if let Some(other) = dtype.replace(found).filter(|other| *other != found) {
                     return Err(refuse(format!(
-                        "tensor `{name}` would hold experts of dtypes {other:?} and {found:?}; they must agree"
+                        "tensor `{name}` would hold experts of dtypes {other} and {found}; they must agree"
                     )));
                 }
             }

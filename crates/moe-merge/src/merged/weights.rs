@@ -253,7 +253,7 @@ fn read_expert(path: &Path) -> Result<ExpertWeights> {
         let matrix = RawMatrix { bytes: view.data().into(), dtype: view.dtype(), rows: *rows, cols: *cols };
         Ok(Some((matrix.to_f32(), *rows, *cols)))
     };
-    let required = |part: ExpertPart| read(part)?.ok_or_else(|| malformed(format!("it has no {part:?}")));
+    let required = |part: ExpertPart| read(part)?.ok_or_else(|| malformed(format!("it has no {part}")));
     let optional = |part: ExpertPart| Ok::<_, Error>(read(part)?.map(|(values, ..)| values));
     let ((gate, width, hidden), (up, ..), (down, ..)) =
         (required(ExpertPart::Gate)?, required(ExpertPart::Up)?, required(ExpertPart::Down)?);

@@ -265,7 +265,7 @@ fn same_sizes(base: &Checkpoint, other: &Checkpoint, all: bool) -> Result<()> {
         let found = other.plain_info(&info.name)?;
         if found.shape != info.shape || (all && found.dtype != info.dtype) {
             let TensorInfo { name, shape, dtype, .. } = found;
-            let reason = format!("`{name}` is {dtype:?} {shape:?}, that of the base {:?} {:?}", info.dtype, info.shape);
+            let reason = format!("`{name}` is {dtype} {shape:?}, that of the base {:?} {:?}", info.dtype, info.shape);
             return Err(Error::infeasible(other.dir().display().to_string(), reason));
         }
     }

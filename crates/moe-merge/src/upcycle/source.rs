@@ -59,7 +59,7 @@ impl Upcycled {
 
     /// A part of the dense network of a model, and its dtype.
     fn dense(&self, model: usize, layer: usize, part: ExpertPart) -> Result<(Vec<f32>, Dtype)> {
-        let lacking = || Error::invalid_plan(format!("layer {layer}: there is no {part:?}"));
+        let lacking = || Error::invalid_plan(format!("layer {layer}: there is no {part}"));
         let role = dense_role(layer, part).ok_or_else(lacking)?;
         let model = &self.models[model];
         Ok((model.read_f32(role)?, model.role(role)?.dtype))

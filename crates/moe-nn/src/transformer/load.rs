@@ -288,7 +288,7 @@ impl Reader<'_> {
             for expert in 0..experts {
                 let lacking = || LoadError::NotRepresentable {
                     what: format!("layer {layer}"),
-                    reasons: vec![format!("expert {expert} has no {part:?}")],
+                    reasons: vec![format!("expert {expert} has no {part}")],
                 };
                 values.extend(self.checkpoint.expert_part(layer, expert, part)?.ok_or_else(lacking)?.to_f32());
                 self.checkpoint.release_expert(layer, expert)?;

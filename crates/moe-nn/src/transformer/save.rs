@@ -35,7 +35,7 @@ fn encoded(values: &[f32], dtype: Dtype, what: &str) -> moe_checkpoint::Result<V
     match encode(dtype, values, &mut bytes) && values.iter().all(|value| value.is_finite()) {
         true => Ok(bytes),
         false => Err(moe_checkpoint::Error::method(std::io::Error::other(format!(
-            "{what}: values that are not finite, or no {dtype:?}"
+            "{what}: values that are not finite, or no {dtype}"
         )))),
     }
 }

@@ -83,7 +83,7 @@ impl ComPeft {
                 Err(Error::input("alpha", alpha, "a finite number above 0"))
             }
             KeptValues::Unchanged { dtype } if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) => {
-                Err(Error::input("dtype of kept values", format!("{dtype:?}"), "F32, F16 or BF16"))
+                Err(Error::input("dtype of kept values", dtype, "F32, F16 or BF16"))
             }
             _ => Ok(()),
         }

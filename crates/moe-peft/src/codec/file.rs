@@ -300,7 +300,7 @@ impl Delta {
             elements =
                 sum.ok_or_else(|| self.wrong("shape", format!("{:?}", tensor.shape), "one that can be counted"))?;
             if !float(tensor.dtype) {
-                return Err(self.wrong(&tensor.name, format!("{:?}", tensor.dtype), "F32, F16 or BF16"));
+                return Err(self.wrong(&tensor.name, tensor.dtype.to_string(), "F32, F16 or BF16"));
             }
             if index > 0 && table.tensors[index - 1].name >= tensor.name {
                 return Err(self.wrong("order of tensors", &tensor.name, "each once, by name"));
@@ -311,7 +311,9 @@ impl Delta {
             DeltaCoding::Sparse { kept, rice, dtype } if float(dtype) => (kept, rice, 1 + dtype.bitsize() as u64),
             DeltaCoding::Changed => (0, 0, 0),
             DeltaCoding::Difference { dtype } if float(dtype) => (0, 0, 0),
-            _ => return Err(self.wrong("dtype", format!("{:?}", table.coding), "F32, F16 or BF16")),
+            DeltaCoding::Sparse { dtype, .. } | DeltaCoding::Difference { dtype } => {
+                return Err(self.wrong("dtype", dtype.to_string(), "F32, F16 or BF16"));
+            }
         };
         if kept > elements || rice > 30 || kept.saturating_mul(bits) > table.payload_bytes.saturating_mul(8) {
             let found = format!("{kept} positions with parameter {rice}");

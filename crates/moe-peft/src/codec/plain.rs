@@ -35,7 +35,7 @@ impl PlainDelta {
         if let Self::Difference { dtype } = self
             && !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
         {
-            return Err(Error::input("dtype of differences", format!("{dtype:?}"), "F32, F16 or BF16"));
+            return Err(Error::input("dtype of differences", dtype, "F32, F16 or BF16"));
         }
         let source = from.open()?;
         let mut changed = BTreeSet::new();

@@ -82,7 +82,7 @@ impl<'a> TaskVector<'a> {
                 for tensor in &tensors {
                     if !matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
                         let what = format!("dtype of {} in {}", tensor.name, file.path().display());
-                        return Err(Error::input(what, format!("{:?}", tensor.dtype), "F32, F16 or BF16"));
+                        return Err(Error::input(what, tensor.dtype.to_string(), "F32, F16 or BF16"));
                     }
                 }
                 Ok(Opened::Adapter { file, start, config, tensors })
@@ -159,7 +159,7 @@ impl Opened<'_> {
                     _ => {}
                 }
                 if !read {
-                    let found = format!("{:?}", tensor.dtype);
+                    let found = tensor.dtype.to_string();
                     return Err(Error::input(format!("dtype of {}", tensor.name), found, "F32, F16 or BF16"));
                 }
                 if let Some(bad) = after.iter().find(|value| !value.is_finite()) {

@@ -231,9 +231,9 @@ pub(crate) fn split(
 
 /// Singular triples, largest first.
 pub(crate) fn svd(matrix: &Mat<f64>, what: &str) -> Result<(Mat<f64>, Vec<f64>, Mat<f64>)> {
-    let svd = matrix
-        .thin_svd()
-        .map_err(|error| Error::input(format!("singular values of {what}"), format!("{error:?}"), "finite weights"))?;
+    let svd = matrix.thin_svd().map_err(|error| {
+        Error::input(format!("singular values of {what}"), moe_checkpoint::human::variant(&error), "finite weights")
+    })?;
     let singular = svd.S().column_vector().iter().copied().collect();
     Ok((svd.U().to_owned(), singular, svd.V().to_owned()))
 }

@@ -178,7 +178,7 @@ mod tests {
         let sum: Vec<f64> = delta(&x).iter().zip(delta(&y)).map(|(x, y)| x + y).collect();
         assert!(!close(&delta(&two), &sum));
         let other = combine(&[(&x, 1.0), (&adapter(3, 3, 1.0), 1.0)], Combination::Linear).unwrap_err().to_string();
-        assert!(other.contains("rank of Query of layer 0: found 3"), "{other}");
+        assert!(other.contains("rank of query of layer 0: found 3"), "{other}");
         assert!(combine(&[(&x, 0.0)], Combination::Cat).is_err() && combine(&[], Combination::Cat).is_err());
     }
 }

@@ -416,7 +416,7 @@ fn digest(adapters: &[(&str, &LoraWeights, f64)]) -> String {
                 .for_each(|values| add_values(values, &mut add));
         }
         for (role, values) in &weights.whole {
-            add(format!("{role:?}").as_bytes());
+            add(format!("{role}").as_bytes());
             add_values(values, &mut add);
         }
         for (token, row) in &weights.tokens {

@@ -431,7 +431,7 @@ impl Builder<'_> {
         let kinds = [[DenseGate, DenseUp, DenseDown], [SharedGate, SharedUp, SharedDown]];
         let there = |role| maps.dims(MatrixId::Layer(layer, role)).is_some();
         if let Some([_, up, _]) = kinds.iter().find(|[gate, up, _]| there(*up) && !there(*gate)) {
-            let what = format!("a mixture in place of {up:?} of layer {layer}, which has no gate");
+            let what = format!("a mixture in place of {up} of layer {layer}, which has no gate");
             return Err(Error::Unsupported(what));
         }
         let own = |roles: &&[LayerRole; 3]| there(roles[0]);

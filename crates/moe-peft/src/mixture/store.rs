@@ -118,7 +118,7 @@ pub(super) fn read_store(dir: &Path) -> Result<(MixtureConfig, Stored)> {
     let mut halves: BTreeMap<String, [Option<Shaped>; 2]> = BTreeMap::new();
     for (name, view) in file.tensors() {
         if view.dtype() != Dtype::F32 {
-            return Err(error(&path, &format!("tensor `{name}`"), format!("{:?}", view.dtype()), "F32"));
+            return Err(error(&path, &format!("tensor `{name}`"), view.dtype().to_string(), "F32"));
         }
         let values: Vec<f32> = view.data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
         if let Some(path) = name.strip_suffix(SELECTION) {

@@ -202,7 +202,7 @@ impl OwnWeights {
         any |= self.attach_vocabulary(model, set, begin == Begin::Outlined)?;
         if !any {
             let expected = "a part that the model has; nothing would be trained";
-            return Err(Error::input("trained weights", format!("{self:?}"), expected));
+            return Err(Error::input("trained weights", serde_json::json!(self), expected));
         }
         checkpoint.release();
         Ok(())
@@ -286,19 +286,7 @@ pub(crate) fn tied(checkpoint: &Checkpoint) -> Result<bool> {
 /// Name of a vector among the parameters.
 pub(crate) fn vector_name(role: Role) -> String {
     match role {
-        Role::Layer(layer, role) => format!("layers.{layer}.{}", snake(&format!("{role:?}"))),
-        other => snake(&format!("{other:?}")),
+        Role::Layer(layer, role) => format!("layers.{layer}.{role}"),
+        other => other.to_string(),
     }
-}
-
-/// `QueryBias` as `query_bias`.
-fn snake(name: &str) -> String {
-    let mut out = String::new();
-    for (i, c) in name.chars().enumerate() {
-        if c.is_ascii_uppercase() && i > 0 {
-            out.push('_');
-        }
-        out.push(c.to_ascii_lowercase());
-    }
-    out
 }

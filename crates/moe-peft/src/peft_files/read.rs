@@ -157,7 +157,7 @@ impl Reader<'_> {
                 ));
             }
             if !matches!(view.dtype(), Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-                return Err(self.error(format!("tensor `{name}`"), format!("{:?}", view.dtype()), "F32, F16 or BF16"));
+                return Err(self.error(format!("tensor `{name}`"), view.dtype().to_string(), "F32, F16 or BF16"));
             }
             let matrix = RawMatrix {
                 bytes: view.data().into(),

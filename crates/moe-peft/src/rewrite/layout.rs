@@ -120,7 +120,7 @@ impl Layout {
                     let mut parts = Vec::new();
                     for part in trainable_tensors::expert_parts(base, layer, map) {
                         let place = layout.place(base.config().expert_hidden_size(), &widths, of(*expert), *part);
-                        let missing = || Error::input(format!("{part:?} of {site}"), "none", "a matrix");
+                        let missing = || Error::input(format!("{part} of {site}"), "none", "a matrix");
                         parts.push(Part {
                             tensor: base.expert_tensor_name(layer, place.tensor),
                             dtype: base.expert_dtype(layer, *expert, *part)?.ok_or_else(missing)?,

@@ -102,7 +102,7 @@ impl Rewritten {
 pub(crate) fn encoded(tensor: &str, dtype: Dtype, values: &[f32]) -> Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(values.len() * dtype.bitsize() / 8);
     if !encode(dtype, values, &mut bytes) {
-        return Err(Error::input(format!("dtype of tensor `{tensor}`"), format!("{dtype:?}"), "F32, F16 or BF16"));
+        return Err(Error::input(format!("dtype of tensor `{tensor}`"), dtype, "F32, F16 or BF16"));
     }
     let mut largest = 0f32;
     for value in values {
@@ -117,8 +117,6 @@ pub(crate) fn encoded(tensor: &str, dtype: Dtype, values: &[f32]) -> Result<Vec<
     decode_f32(dtype, &stored, &mut again);
     match again.first().is_some_and(|value| value.is_finite()) {
         true => Ok(bytes),
-        false => {
-            Err(Error::input(format!("new values of tensor `{tensor}`"), largest, format!("numbers of {dtype:?}")))
-        }
+        false => Err(Error::input(format!("new values of tensor `{tensor}`"), largest, format!("numbers of {dtype}"))),
     }
 }

@@ -110,7 +110,7 @@ impl Source {
             }
             Site::Expert { layer, expert, map } => {
                 let read = |part: &ExpertPart| {
-                    let missing = || Error::input(format!("{part:?} of {site}"), "none", "a matrix");
+                    let missing = || Error::input(format!("{part} of {site}"), "none", "a matrix");
                     Ok(self.base.expert_part(layer, expert, *part)?.ok_or_else(missing)?.bytes)
                 };
                 trainable_tensors::expert_parts(&self.base, layer, map).iter().map(read).collect()

@@ -251,7 +251,7 @@ impl BlockScores {
             if let Some(budget) = budget.filter(|budget| self.count(*budget) == 0) {
                 let expected =
                     format!("at least one of the model's {} blocks of {} by {1}", self.total, self.smt.block);
-                return Err(Error::input(field, format!("{budget:?}"), expected));
+                return Err(Error::input(field, serde_json::json!(budget), expected));
             }
         }
         Ok(())

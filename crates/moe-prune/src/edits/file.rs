@@ -159,7 +159,7 @@ impl EditsFile {
                 .ok_or_else(|| invalid(format!("tensor `{name}` is of no expert or router that the plan keeps")))?;
             if info.dtype != Dtype::F32 || info.shape != shape {
                 let (dtype, found) = (info.dtype, &info.shape);
-                return Err(invalid(format!("tensor `{name}` is {dtype:?} {found:?}, expected F32 {shape:?}")));
+                return Err(invalid(format!("tensor `{name}` is {dtype} {found:?}, expected F32 {shape:?}")));
             }
             let (begin, end) = (info.data_offsets.0 as u64, info.data_offsets.1 as u64);
             let values: usize = shape.iter().product();

@@ -100,7 +100,7 @@ impl PrunedSource {
                 added_bias(self.base.shape().hidden_size, dtype.unwrap_or(Dtype::F32), &selection)
             }
         };
-        made.map(Some).map_err(|reason| self.refused(layer, format!("expert {}, {part:?}", set.expert), reason))
+        made.map(Some).map_err(|reason| self.refused(layer, format!("expert {}, {part}", set.expert), reason))
     }
 
     /// The rows of a tensor that belong to the experts that are left.

@@ -97,7 +97,7 @@ impl Tensors {
                 "experts of {label} have a bias on their output, which `{}` has no place for: export as ragged",
                 from.config().model_type
             )),
-            _ => refuse(format!("{label}: {layout:?} experts cannot have widths {widths:?}")),
+            _ => refuse(format!("{label}: {layout} experts cannot have widths {widths:?}")),
         })?;
         let mut sum = 0;
         for tensor in tensors {
@@ -110,7 +110,7 @@ impl Tensors {
                         .ok_or_else(|| refuse(format!("tensor `{name}` would hold biases, but there are none")))?;
                     if let Some(other) = dtype.replace(found).filter(|other| *other != found) {
                         return Err(refuse(format!(
-                            "tensor `{name}` would hold experts of dtypes {other:?} and {found:?}; they must agree"
+                            "tensor `{name}` would hold experts of dtypes {other} and {found}; they must agree"
                         )));
                     }
                 }

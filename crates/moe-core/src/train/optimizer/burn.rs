@@ -215,7 +215,9 @@ pub(super) fn step<O: burn_optim::Optimizer>(
     }
     for (key, data) in sink.tensors {
         let shape = data.shape().to_vec();
-        let values = data.try_into_vec::<f32>().map_err(|error| Error::Unsupported(format!("{key}: {error:?}")))?;
+        let values = data
+            .try_into_vec::<f32>()
+            .map_err(|error| Error::Unsupported(format!("{key}: {}", moe_checkpoint::human::variant(&error))))?;
         parameter.state.arrays.insert(key, StateArray { shape, values });
     }
     for (key, value) in sink.scalars {

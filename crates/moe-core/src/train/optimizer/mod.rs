@@ -87,7 +87,10 @@ impl Optimizer {
                 projected::step(&adamw, &projection, name, parameter, rate, scale)?;
             }
             (_, Some(_)) => {
-                return Err(Error::Unsupported(format!("a projection of the gradient of {name} with {self:?}")));
+                return Err(Error::Unsupported(format!(
+                    "a projection of the gradient of {name} with {}",
+                    moe_checkpoint::human::variant(self)
+                )));
             }
             (Self::Lamb(lamb), None) => {
                 Lamb { weight_decay: decay(lamb.weight_decay), ..*lamb }.step(parameter, rate, scale);

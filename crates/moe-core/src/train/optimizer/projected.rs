@@ -124,7 +124,7 @@ fn singular_vectors(
         false => (wide.as_ref(), wide.transpose()),
     };
     matmul(gram.as_mut(), Accum::Replace, left, right, 1.0, Par::Seq);
-    let eigen = gram.self_adjoint_eigen(Side::Lower).map_err(|error| format!("{error:?}"))?;
+    let eigen = gram.self_adjoint_eigen(Side::Lower).map_err(|error| moe_checkpoint::human::variant(&error))?;
     let vectors = eigen.U();
     for k in 0..sizes.rank {
         // eigenvalues ascend

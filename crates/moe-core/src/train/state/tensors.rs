@@ -113,7 +113,7 @@ pub(super) fn f64(file: &SafetensorsFile, name: &str, shape: &[usize]) -> Result
 fn check(file: &SafetensorsFile, name: &str, dtype: Dtype, shape: &[usize]) -> Result<()> {
     let found = file.tensor(name)?;
     if (found.dtype, found.shape.as_slice()) != (dtype, shape) {
-        let (found, expected) = (format!("{:?} {:?}", found.dtype, found.shape), format!("{dtype:?} {shape:?}"));
+        let (found, expected) = (format!("{:?} {:?}", found.dtype, found.shape), format!("{dtype} {shape:?}"));
         return Err(Error::state(file.path(), name, found, expected));
     }
     Ok(())

@@ -246,7 +246,10 @@ fn down_factor(kind: &RoutingKind, pieces: usize) -> Result<f32> {
             "sparsemixer takes one expert after the other, so that pieces of an expert are not selected together"
                 .into(),
         )),
-        other => Err(refused(format!("routing {other:?} has no known equivalent with pieces"))),
+        other => Err(refused(format!(
+            "routing {} has no known equivalent with pieces",
+            moe_checkpoint::human::variant(&other)
+        ))),
     }
 }
 
