@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
-use moe::jobs::{Merged, Merging};
-use moe::recipe::{Merge, Named};
+use moe::jobs::{Merged, Merging, train_parts};
+use moe::recipe::{Merge, Named, TrainingChanges};
 use moe_checkpoint::{Checkpoint, Dtype, Existing, Mtp, OutputDir, ProtectionMask, WriteOptions, check_space, write};
 use moe_core::data::{Source, Tokenizer, Wave};
+use moe_core::train::TrainReport;
 use moe_core::{Engine, EngineOptions, Model, TeacherLogits, evaluate};
-use moe_merge::{Amount, CompactModel, CompactReport, MergeReport, OutputForm, Recipe};
+use moe_merge::{Amount, CompactModel, CompactReport, CompactTraining, MergeReport, OutputForm, Recipe};
 use moe_prune::Budget;
 use serde::Serialize;
 
@@ -22,7 +23,8 @@ use crate::{Error, Result, cli, format};
 #[derive(Clone, Debug, Parser)]
 #[command(after_help = format!(
     "Examples:\n  moe merge --model DIR --data rows.jsonl --recipe hc-smoe --ratio 0.25 --form stock --out OUT\n  \
-moe merge --model DIR --data rows.jsonl --recipe ream --experts-per-layer 48 --work evidence --plan-only --out OUT\n\nRecipes: {}",
+moe merge --model DIR --data rows.jsonl --recipe ream --experts-per-layer 48 --work evidence --plan-only --out OUT\n  \
+moe merge --model DIR --data rows.jsonl --recipe mc-smoe --train --epochs 2 --form grouped --dense DENSE --out OUT\n\nRecipes: {}",
     Recipe::names().collect::<Vec<_>>().join(", ")
 ))]
 pub struct Arguments {
@@ -77,7 +79,20 @@ pub struct Arguments {
     /// without it, OUT.work, which goes when all is written
     #[arg(long)]
     pub work: Option<PathBuf>,
-    /// New directory for the model with compressed experts as a plain checkpoint, if the recipe compresses them
+    /// Train the low-rank and sparse parts of the merged experts on the rows, towards the model before (MC-SMoE): as
+    /// published, or with settings as JSON or a JSON file. They are in OUT.compact
+    #[arg(long, value_name = "JSON|FILE", num_args = 0..=1, default_missing_value = "{}", value_parser = Named::parse)]
+    pub train: Option<Named>,
+    /// Steps of that training, instead of those of its settings
+    #[arg(long, value_name = "STEPS", requires = "train", value_parser = cli::at_least(1))]
+    pub steps: Option<usize>,
+    /// Passes of that training over the rows, instead of those of its settings
+    #[arg(long, value_name = "N", requires = "train", conflicts_with = "steps", value_parser = cli::at_least(1))]
+    pub epochs: Option<usize>,
+    /// Highest learning rate of that training, instead of that of its settings
+    #[arg(long, value_name = "RATE", requires = "train")]
+    pub learning_rate: Option<f64>,
+    /// New directory for the model with compressed experts as a plain checkpoint, if they are compressed
     #[arg(long)]
     pub dense: Option<PathBuf>,
     /// Tokens of each layer that alignments and least squares see
@@ -111,9 +126,12 @@ pub struct Report {
     pub collect_seconds: f64,
     /// Seconds of planning and writing, or of merging layer by layer with the runs in between.
     pub merge_seconds: f64,
-    /// What compressing the merged experts did, if the recipe does so: they are in OUT.compact.
+    /// What compressing the merged experts did, if they were compressed: they are in OUT.compact.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compact: Option<CompactReport>,
+    /// How training their parts went, if they were trained; its figure is the loss per token on a twentieth of the rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub training: Option<TrainReport>,
     /// Cross-entropy of the test rows before and after, and the divergence KL(before || after), in nats per token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub test: Option<Loss>,
@@ -151,6 +169,9 @@ impl fmt::Display for Report {
             let (before, after) = (format::size(compact.bytes_before), format::size(compact.bytes_after));
             writeln!(f, "experts compressed: {before} -> {after}")?;
         }
+        if let Some(TrainReport { steps, before: Some(before), best: Some(best), .. }) = &self.training {
+            writeln!(f, "parts trained: {steps} steps, {before:.4} -> {:.4} of loss per token", best.value)?;
+        }
         if let Some(Loss { before, after, divergence }) = self.test {
             writeln!(f, "test: {before:.4} -> {after:.4} nats per token, KL {divergence:.4}")?;
         }
@@ -169,9 +190,10 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
         (false, true) => Existing::Resume,
         (false, false) => Existing::Refuse,
     };
-    let compact_dir = recipe.compression.is_some().then(|| beside(&arguments.out, ".compact"));
+    let training = training(arguments)?;
+    let compact_dir = (training.is_some() || recipe.compression.is_some()).then(|| beside(&arguments.out, ".compact"));
     if arguments.dense.is_some() && compact_dir.is_none() {
-        let reason = format!("--dense: recipe `{}` compresses no experts", recipe.name);
+        let reason = format!("--dense: recipe `{}` compresses no experts, and there is no --train", recipe.name);
         return Err(Error::Invalid(reason));
     }
     for out in [Some(&arguments.out), arguments.dense.as_ref()].into_iter().flatten() {
@@ -226,19 +248,33 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
     let plan = weights.plan().clone();
     plan.save(beside(&arguments.out, ".plan.json"))?;
     let mut shown = merged.model().clone();
-    let compact = match (&recipe.compression, &compact_dir) {
-        (Some(how), Some(dir)) => {
-            let report = how.compress(&shown, dir, None, arguments.force || arguments.resume)?;
-            shown = CompactModel::open(dir)?.on(&shown, Some(Dtype::F32))?.model().clone();
-            Some(report)
+    let (compact, trained) = match (&training, &recipe.compression, &compact_dir) {
+        (Some(how), _, Some(dir)) => {
+            let merged = Model::new(shown.clone(), model.device(), arguments.max_memory)?;
+            let trained = train_parts(how, &model, &merged, &calibration, dir, progress)?;
+            (Some(trained.compact), Some(trained.train))
         }
-        _ => None,
+        (None, Some(how), Some(dir)) => {
+            (Some(how.compress(&shown, dir, None, arguments.force || arguments.resume)?), None)
+        }
+        _ => (None, None),
     };
+    if let (Some(_), Some(dir)) = (&compact, &compact_dir) {
+        shown = CompactModel::open(dir)?.on(&shown, Some(Dtype::F32))?.model().clone();
+    }
     let merge_seconds = start.elapsed().as_secs_f64() - collect_seconds;
     if arguments.plan_only {
         let tokens = calibration.iter().map(Wave::tokens).sum();
         let merge = merged.report().clone();
-        return Ok(Some(Report { compact, merge, tokens, collect_seconds, merge_seconds, test: None }));
+        return Ok(Some(Report {
+            compact,
+            training: trained,
+            merge,
+            tokens,
+            collect_seconds,
+            merge_seconds,
+            test: None,
+        }));
     }
     let test = test.map(|test| loss(arguments, &model, &shown, &test)).transpose()?;
     let measured: Vec<(String, String)> = test.iter().flat_map(Loss::measured).collect();
@@ -255,6 +291,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
     }
     Ok(Some(Report {
         compact,
+        training: trained,
         merge: merged.report().clone(),
         tokens: calibration.iter().map(Wave::tokens).sum(),
         collect_seconds,
@@ -272,6 +309,20 @@ fn recipe(arguments: &Arguments) -> Result<Recipe> {
     };
     let step = Merge { amount, ..Merge::new(arguments.recipe.clone()) };
     step.recipe()
+}
+
+/// How the parts of merged experts are trained, if they are.
+fn training(arguments: &Arguments) -> Result<Option<CompactTraining>> {
+    let Some(settings) = &arguments.train else { return Ok(None) };
+    let Named::Parameters(settings) = settings else {
+        return Err(Error::Usage("--train: takes JSON or a JSON file, and settings have no names".into()));
+    };
+    let mut training: CompactTraining = serde_json::from_value(serde_json::Value::Object(settings.clone()))
+        .map_err(|error| Error::Usage(format!("--train: {error}")))?;
+    let Arguments { steps, epochs, learning_rate, .. } = *arguments;
+    TrainingChanges { steps, epochs, learning_rate, ..TrainingChanges::default() }.apply(&mut training.train)?;
+    training.validate()?;
+    Ok(Some(training))
 }
 
 /// How many experts are left of each layer by a budget of parameters or bytes, if that is how it was given.

@@ -212,7 +212,7 @@ fn recipes(arguments: &Arguments) -> Result<Vec<(String, Recipe)>> {
         patience: count(arguments.patience),
     };
     for (_, recipe) in &mut recipes {
-        changes.apply(recipe)?;
+        changes.apply(&mut recipe.train)?;
         if let Some(seed) = arguments.seed {
             recipe.set_seed(seed);
         }

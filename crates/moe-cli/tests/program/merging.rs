@@ -5,7 +5,7 @@ use std::path::Path;
 
 use moe_checkpoint::Checkpoint;
 use moe_cli::TINY_MOE;
-use moe_merge::MergePlan;
+use moe_merge::{CompactModel, MergePlan};
 use serde_json::json;
 
 use crate::support::{contents, ok, refused, rows, text, words};
@@ -70,6 +70,35 @@ fn protected_experts_absorb_nobody_and_a_recipe_may_be_json() {
     let (_, error) =
         refused(&words("merge --recipe hc-smoes --ratio 0.5", &["--model", TINY_MOE, "--data", &data, "--out", "x"]));
     assert!(error.contains("hc-smoes") && error.contains("sub-moe"), "{error}");
+}
+
+#[test]
+fn parts_of_merged_experts_are_trained_by_flags() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, dense, data) = (dir.path().join("out"), dir.path().join("dense"), rows("arithmetic_calibration"));
+    let files = ["--model", TINY_MOE, "--data", &data, "--dense", text(&dense), "--out", text(&out)];
+    // Waves of 512 tokens, so that there are some to train on and one to measure on.
+    let flags = format!("merge {SMALL} --wave-tokens 512 --recipe mc-smoe --ratio 0.5 --form grouped --json");
+    let settings = ["--train", r#"{"compression": {"rank": 8, "keep_rows": 0.1}}"#, "--steps", "3"];
+    let report: Value = serde_json::from_str(&ok(&words(&flags, &[&files[..], &settings].concat()))).unwrap();
+    assert_eq!(report["training"]["steps"], 3, "{report}");
+    let [before, best] = [&report["training"]["before"], &report["training"]["best"]["value"]].map(Value::as_f64);
+    assert!(best.unwrap() <= before.unwrap(), "{report}");
+    let compact = CompactModel::open(dir.path().join("out.compact")).unwrap();
+    assert_eq!(compact.compression().rank, 8);
+    // The plain checkpoint holds what was trained: smaller experts, as many parameters as merged ones.
+    let (merged, plain) = (Checkpoint::open(&out).unwrap(), Checkpoint::open(&dense).unwrap());
+    assert_eq!(plain.parameters(), merged.parameters());
+    assert_ne!(plain.expert(0, 0).unwrap().up, merged.expert(0, 0).unwrap().up);
+    // Without training, other parts of the same size.
+    let (closed, line) = (dir.path().join("closed"), ["--model", TINY_MOE, "--data", &data]);
+    ok(&words(&flags, &[&line[..], &["--out", text(&closed)]].concat()));
+    let closed = CompactModel::open(dir.path().join("closed.compact")).unwrap();
+    assert_ne!(closed.compression().rank, 8, "the recipe's own");
+    let (_, error) = refused(&words(&flags, &[&files[..], &["--train", r#"{"rnk": 8}"#, "--force"]].concat()));
+    assert!(error.contains("--train") && error.contains("rnk"), "{error}");
+    let (_, error) = refused(&words(&flags, &[&files[..], &["--steps", "3", "--force"]].concat()));
+    assert!(error.contains("--train"), "{error}");
 }
 
 #[test]

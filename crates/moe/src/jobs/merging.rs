@@ -6,11 +6,12 @@ use std::time::Instant;
 
 use moe_checkpoint::{Mtp, ProtectionMask, write_atomic};
 use moe_core::data::Wave;
+use moe_core::train::TrainEvent;
 use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::Calibration;
 use moe_merge::{
-    Amount, Evidence, EvidenceOptions, MergeOptions, MergedModel, MergedWeights, OutputForm, Recipe, collect_evidence,
-    merge_sequentially,
+    Amount, CompactTrained, CompactTraining, Evidence, EvidenceOptions, MergeOptions, MergedModel, MergedWeights,
+    OutputForm, Recipe, collect_evidence, merge_sequentially,
 };
 
 use crate::progress::{Progress, Unit};
@@ -45,6 +46,31 @@ pub struct Merged {
     pub weights: MergedWeights,
     /// Seconds of collecting evidence: 0 where it was there, and in a merge layer by layer.
     pub collect_seconds: f64,
+}
+
+/// Trains the low-rank and sparse parts of the experts of a merged model on `waves`, towards the model before (MC-SMoE),
+/// and writes them to the directory `to`, which is replaced. The last twentieth of the waves decides which values are
+/// kept.
+///
+/// # Errors
+/// Options out of range, models that do not read the same tokens, whatever stops them.
+pub fn train_parts(
+    training: &CompactTraining,
+    before: &Model,
+    merged: &Model,
+    waves: &[Wave],
+    to: &Path,
+    progress: Progress,
+) -> Result<CompactTrained> {
+    let held_out = if waves.len() > 1 { waves.len().div_ceil(20) } else { 0 };
+    let (train, evaluation) = waves.split_at(waves.len() - held_out);
+    let bar = progress.bar("training parts", training.train.steps(train.len()) as u64, Unit::Count("steps"));
+    Ok(training.fit(before, merged, train, evaluation, to, true, &mut |event| {
+        if let TrainEvent::Step { step, .. } = event {
+            bar.at(*step as u64);
+        }
+        Ok(())
+    })?)
 }
 
 impl Merging<'_> {

@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 
 use moe_checkpoint::BasePrecision;
-use moe_core::train::Decay;
+use moe_core::train::{Decay, TrainOptions};
 use moe_peft::MethodConfig;
 use moe_peft::fold::FoldPrecision;
 use schemars::JsonSchema;
@@ -106,7 +106,7 @@ impl Tune {
             Named::Parameters(_) => self.method.read::<moe_peft::MethodConfig>("type", "method")?.into(),
         };
         let changes = TrainingChanges { steps: self.steps, learning_rate: self.learning_rate, ..Default::default() };
-        changes.apply(&mut recipe)?;
+        changes.apply(&mut recipe.train)?;
         if seed != 0 {
             recipe.set_seed(seed);
         }
@@ -171,12 +171,11 @@ pub struct TrainingChanges {
 }
 
 impl TrainingChanges {
-    /// Changes a recipe.
+    /// Changes the options of a training.
     ///
     /// # Errors
     /// [`Error::Peft`](crate::Error::Peft) names the option that is out of range.
-    pub fn apply(&self, recipe: &mut moe_peft::Recipe) -> Result<()> {
-        let train = &mut recipe.train;
+    pub fn apply(&self, train: &mut TrainOptions) -> Result<()> {
         train.max_steps = self.steps.or(train.max_steps);
         if let Some(epochs) = self.epochs {
             (train.epochs, train.max_steps) = (epochs, None);

@@ -5,14 +5,12 @@ use std::sync::Arc;
 
 use moe_checkpoint::Checkpoint;
 use moe_core::Model;
-use moe_core::train::TrainEvent;
 use moe_merge::{CompactModel, Compression};
 
 use super::Run;
 use super::artifacts::Artifacts;
 use super::steps::{Done, json, save};
-use crate::jobs::Merging;
-use crate::progress::Unit;
+use crate::jobs::{Merging, train_parts};
 use crate::recipe::Merge;
 use crate::{Error, Result};
 
@@ -72,18 +70,8 @@ impl Run<'_> {
                 (Some(training), _) => {
                     let teacher = Model::new(before.clone(), &self.device, self.max_memory)?;
                     let student = self.engine_model()?;
-                    let waves = &calibration.waves;
-                    // The last twentieth decides which parts are kept.
-                    let held_out = if waves.len() > 1 { waves.len().div_ceil(20) } else { 0 };
-                    let (train, evaluation) = waves.split_at(waves.len() - held_out);
-                    let steps = training.train.steps(train.len()) as u64;
-                    let bar = self.options.progress.bar("training parts", steps, Unit::Count("steps"));
-                    let trained = training.fit(&teacher, &student, train, evaluation, &to, true, &mut |event| {
-                        if let TrainEvent::Step { step, .. } = event {
-                            bar.at(*step as u64);
-                        }
-                        Ok(())
-                    })?;
+                    let (waves, progress) = (&calibration.waves, self.options.progress);
+                    let trained = train_parts(training, &teacher, &student, waves, &to, progress)?;
                     save(&dir.join("training.json"), &trained)?;
                 }
                 (None, Some(compression)) => drop(compression.compress(&self.model, &to, None, true)?),
