@@ -6,7 +6,7 @@ use std::path::Path;
 use moe_checkpoint::Checkpoint;
 use moe_cli::TINY_MOE;
 use moe_merge::{CompactModel, MergePlan};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::{contents, ok, refused, rows, text, words};
 
@@ -77,8 +77,7 @@ fn parts_of_merged_experts_are_trained_by_flags() {
     let dir = tempfile::tempdir().unwrap();
     let (out, dense, data) = (dir.path().join("out"), dir.path().join("dense"), rows("arithmetic_calibration"));
     let files = ["--model", TINY_MOE, "--data", &data, "--dense", text(&dense), "--out", text(&out)];
-    // Waves of 512 tokens, so that there are some to train on and one to measure on.
-    let flags = format!("merge {SMALL} --wave-tokens 512 --recipe mc-smoe --ratio 0.5 --form grouped --json");
+    let flags = format!("merge {SMALL} --recipe mc-smoe --ratio 0.5 --form grouped --json");
     let settings = ["--train", r#"{"compression": {"rank": 8, "keep_rows": 0.1}}"#, "--steps", "3"];
     let report: Value = serde_json::from_str(&ok(&words(&flags, &[&files[..], &settings].concat()))).unwrap();
     assert_eq!(report["training"]["steps"], 3, "{report}");
