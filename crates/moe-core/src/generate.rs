@@ -1,4 +1,7 @@
-//! Generation with a key/value cache, many prompts at a time, without padding.
+//! Generation with a key/value cache, many prompts at a time, without padding: all from the start by [`generate`], or
+//! coming and going between tokens by [`Sequences`].
+
+mod sequences;
 
 use std::ops::Range;
 
@@ -6,6 +9,7 @@ use burn::tensor::Tensor;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+pub use self::sequences::{Made, ScoredToken, SequenceOptions, Sequences};
 pub use crate::decode::Sampling;
 use crate::{
     decode::{Decoder, Decoding, DecodingReport, SharedPass, Wanted, speculate},
@@ -151,19 +155,31 @@ fn everything_stays(model: &Model, plan: &MemoryPlan) -> bool {
 
 /// How a batch uses `limit` bytes, the keys and values of the tokens that there may be in the end included.
 fn plan(model: &Model, prompts: &[Vec<u32>], options: &GenerateOptions, limit: u64) -> Result<MemoryPlan> {
-    let tokens = prompts.iter().map(Vec::len).sum();
+    let tokens: usize = prompts.iter().map(Vec::len).sum();
+    let in_the_end = tokens.saturating_add(prompts.len().saturating_mul(options.max_new_tokens)) as u64;
+    plan_of(model, [tokens, prompts.len()], prompts.len() as u64, in_the_end, limit)
+}
+
+/// How `limit` bytes are used where at most `tokens` are fed together and logits of `rows` of them computed, for so many
+/// sequences of so many tokens in the end.
+fn plan_of(
+    model: &Model,
+    [tokens, rows]: [usize; 2],
+    sequences: u64,
+    in_the_end: u64,
+    limit: u64,
+) -> Result<MemoryPlan> {
     let size = WaveSize {
         tokens,
         gradients: false,
         head: true,
-        head_tokens: prompts.len(),
+        head_tokens: rows,
         experts_together: memory::experts_together(model.device()),
         waiting: 0,
         decoded_per_use: model.decodes_per_use(),
         expert_cache: model.expert_cache_bytes(),
     };
-    let in_the_end = tokens.saturating_add(prompts.len().saturating_mul(options.max_new_tokens)) as u64;
-    let states = (prompts.len() as u64).saturating_mul(memory::sequence_state_bytes(model.config()));
+    let states = sequences.saturating_mul(memory::sequence_state_bytes(model.config()));
     let cache = in_the_end.saturating_mul(memory::cached_token_bytes(model.config())).saturating_add(states);
     match memory::plan(model.config(), size, limit.saturating_sub(cache)) {
         Ok(plan) => Ok(MemoryPlan { expected: plan.expected + cache, ..plan }),

@@ -31,6 +31,8 @@ pub(crate) enum Wanted<'a> {
 pub(crate) struct Decoder<'m> {
     model: &'m Model,
     engine: Engine<'m>,
+    /// The layer of each place.
+    mixers: Vec<usize>,
     /// By place: a step of the model's path, or a layer and round where depth is decided while it runs. `[sequence]`
     /// each.
     cache: Vec<Vec<Kept>>,
@@ -42,6 +44,8 @@ pub(crate) struct Decoder<'m> {
     lengths: Vec<usize>,
     /// Where each sequence was before its last tokens were fed, where somebody may go back.
     marks: Vec<Option<(usize, Vec<Mark>)>>,
+    /// Sequences that have ended, whose numbers are free.
+    ended: Vec<usize>,
 }
 
 /// New tokens of some sequences.
@@ -76,13 +80,42 @@ impl<'m> Decoder<'m> {
             Some(_) => (0..config.layers.len()).flat_map(|layer| [layer; 2]).collect(),
             None => model.path().steps().iter().map(|step| step.layer).collect(),
         };
-        let empty = |layer: &usize| lengths.iter().map(|_| Kept::empty(&config.layers[*layer].mixer)).collect();
-        let cache = mixers.iter().map(empty).collect();
-        let fed = vec![0; lengths.len()];
-        let times = vec![vec![1; lengths.len()]; config.layers.len()];
-        let marks = lengths.iter().map(|_| None).collect();
+        let cache = mixers.iter().map(|_| Vec::with_capacity(lengths.len())).collect();
+        let times = vec![Vec::with_capacity(lengths.len()); config.layers.len()];
         let engine = Engine::new(model, EngineOptions::default());
-        Self { model, engine, cache, times, fed, lengths, marks }
+        let (fed, marks, ended) = (Vec::new(), Vec::new(), Vec::new());
+        let mut decoder = Self { model, engine, mixers, cache, times, fed, lengths: Vec::new(), marks, ended };
+        lengths.into_iter().for_each(|length| drop(decoder.begin(length)));
+        decoder
+    }
+
+    /// A further sequence, that has at most `length` tokens in the end: its number, which may be that of one that has
+    /// [ended](Self::end).
+    pub fn begin(&mut self, length: usize) -> usize {
+        if let Some(sequence) = self.ended.pop() {
+            self.lengths[sequence] = length;
+            return sequence;
+        }
+        let layers = &self.model.config().layers;
+        for (place, layer) in self.cache.iter_mut().zip(&self.mixers) {
+            place.push(Kept::empty(&layers[*layer].mixer));
+        }
+        self.times.iter_mut().for_each(|times| times.push(1));
+        self.fed.push(0);
+        self.lengths.push(length);
+        self.marks.push(None);
+        self.lengths.len() - 1
+    }
+
+    /// Forgets a sequence.
+    pub fn end(&mut self, sequence: usize) {
+        let layers = &self.model.config().layers;
+        for (place, layer) in self.cache.iter_mut().zip(&self.mixers) {
+            place[sequence] = Kept::empty(&layers[*layer].mixer);
+        }
+        self.times.iter_mut().for_each(|times| times[sequence] = 1);
+        (self.fed[sequence], self.marks[sequence]) = (0, None);
+        self.ended.push(sequence);
     }
 
     /// The model.
