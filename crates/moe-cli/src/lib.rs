@@ -21,6 +21,7 @@ pub mod prune;
 pub mod quantize;
 pub mod run;
 pub mod score;
+pub mod serve;
 pub mod trace;
 pub mod upcycle;
 

@@ -6,8 +6,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 use moe::progress::Progress;
 
 use crate::{
-    adapt, adapter, apply, cli, compare, convert, delta, eval, finetune, generate, hub, inspect, merge, prune,
-    quantize, run, score, trace, upcycle,
+    adapt, adapter, apply, cli, compare, convert, delta, eval, finetune, generate, hub, inspect, merge, prune, quantize,
+    run, score, serve, trace, upcycle,
 };
 
 /// What a person who has a model and some rows would do.
@@ -46,6 +46,7 @@ enum Verb {
     Eval(eval::Arguments),
     Compare(compare::Arguments),
     Generate(generate::Arguments),
+    Serve(serve::Arguments),
     Trace(trace::Arguments),
     Adapter(adapter::Arguments),
     Delta(delta::Arguments),
@@ -128,6 +129,10 @@ pub fn main() -> ExitCode {
         Verb::Generate(arguments) => {
             cli::allocator(arguments.model.max_memory);
             generate::run(&arguments)
+        }
+        Verb::Serve(arguments) => {
+            cli::allocator(arguments.model.max_memory);
+            serve::run(&arguments, Progress::stderr()).map(|()| String::new())
         }
         Verb::Trace(arguments) => {
             cli::allocator(arguments.max_memory);
