@@ -181,7 +181,7 @@ fn completions_and_chats_are_those_of_the_model_whole_or_streamed() {
         ("/v1/completions", json!({"prompt": "a", "frequency_penalty": 1}), 400, "frequency_penalty"),
         ("/v1/completions", json!({"prompt": [999_999]}), 400, "vocabulary"),
         ("/v1/completions", json!({"prompt": "a", "max_tokens": 1_000_000}), 400, "at most"),
-        ("/v1/completions", json!({"prompt": []}), 400, "no tokens"),
+        ("/v1/completions", json!({"prompt": []}), 400, "at least one"),
         ("/v1/chat/completions", json!({"prompt": "a"}), 400, "prompt"),
     ] {
         let (found, message) = server.refused(path, &body);
