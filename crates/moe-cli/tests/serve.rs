@@ -11,7 +11,8 @@ use moe_core::data::{Sequence, Tokenizer, Wave};
 use moe_core::{Engine, EngineOptions, Model};
 use serde_json::{Value, json};
 
-const TEMPLATE: &str = "{% for m in messages %}{{ 'Question: ' if m.role == 'user' else 'Answer:' }}{{ m.content }}\n{% endfor %}Answer:";
+const TEMPLATE: &str =
+    "{% for m in messages %}{{ 'Question: ' if m.role == 'user' else 'Answer:' }}{{ m.content }}\n{% endfor %}Answer:";
 
 struct Server {
     process: Child,
@@ -258,8 +259,7 @@ fn what_the_queue_does_not_hold_is_refused_and_the_rest_is_answered() {
     let server = Server::start(Path::new(TINY_MOE), &["--batch", "1", "--queue", "2"]);
     let long = json!({"prompt": "The ", "max_tokens": 60, "temperature": 1.0, "seed": 1, "n": 16});
     let statuses: Vec<(u16, String)> = std::thread::scope(|scope| {
-        let clients: Vec<_> =
-            (0..12).map(|_| scope.spawn(|| server.ask("/v1/completions", Some(&long)))).collect();
+        let clients: Vec<_> = (0..12).map(|_| scope.spawn(|| server.ask("/v1/completions", Some(&long)))).collect();
         clients.into_iter().map(|client| client.join().unwrap()).collect()
     });
     let of = |status: u16| statuses.iter().filter(|(found, _)| *found == status).count();

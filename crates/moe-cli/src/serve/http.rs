@@ -187,7 +187,11 @@ fn refused(refused: &Refused) -> Response {
 
 /// Checks a request, puts it into the queue and replies, whole or in parts. A client that hangs up drops this, and with
 /// it the receiver, which the worker sees before its next step.
-async fn answer(front: Arc<Front>, body: Bytes, read: fn(&[u8], &Served) -> std::result::Result<Job, Refused>) -> Response {
+async fn answer(
+    front: Arc<Front>,
+    body: Bytes,
+    read: fn(&[u8], &Served) -> std::result::Result<Job, Refused>,
+) -> Response {
     let checked = tokio::task::spawn_blocking(move || {
         let job = read(&body, &front.served)?;
         for (index, choice) in job.choices.iter().enumerate() {

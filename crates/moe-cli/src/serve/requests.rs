@@ -212,11 +212,9 @@ impl Common {
     fn sampling(&self, index: usize, seed: u64) -> Sampling {
         match self.temperature.unwrap_or(1.0) {
             0.0 => Sampling::Greedy,
-            temperature => Sampling::TopP {
-                temperature,
-                top_p: self.top_p.unwrap_or(1.0),
-                seed: seed.wrapping_add(index as u64),
-            },
+            temperature => {
+                Sampling::TopP { temperature, top_p: self.top_p.unwrap_or(1.0), seed: seed.wrapping_add(index as u64) }
+            }
         }
     }
 

@@ -85,7 +85,9 @@ impl<'m> Decoder<'m> {
         let engine = Engine::new(model, EngineOptions::default());
         let (fed, marks, ended) = (Vec::new(), Vec::new(), Vec::new());
         let mut decoder = Self { model, engine, mixers, cache, times, fed, lengths: Vec::new(), marks, ended };
-        lengths.into_iter().for_each(|length| drop(decoder.begin(length)));
+        for length in lengths {
+            decoder.begin(length);
+        }
         decoder
     }
 
