@@ -129,7 +129,8 @@ pub struct Report {
     /// What compressing the merged experts did, if they were compressed: they are in OUT.compact.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compact: Option<CompactReport>,
-    /// How training their parts went, if they were trained; its figure is the loss per token on a twentieth of the rows.
+    /// How training their parts went, if they were trained; its figure is the loss per token on a twentieth of the
+    /// rows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub training: Option<TrainReport>,
     /// Cross-entropy of the test rows before and after, and the divergence KL(before || after), in nats per token.

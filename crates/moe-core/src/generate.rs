@@ -160,8 +160,8 @@ fn plan(model: &Model, prompts: &[Vec<u32>], options: &GenerateOptions, limit: u
     plan_of(model, [tokens, prompts.len()], prompts.len() as u64, in_the_end, limit)
 }
 
-/// How `limit` bytes are used where at most `tokens` are fed together and logits of `rows` of them computed, for so many
-/// sequences of so many tokens in the end.
+/// How `limit` bytes are used where at most `tokens` are fed together and logits of `rows` of them computed, for so
+/// many sequences of so many tokens in the end.
 fn plan_of(
     model: &Model,
     [tokens, rows]: [usize; 2],

@@ -164,8 +164,9 @@ impl<'m> Sequences<'m> {
     /// A further sequence, that takes part from the next step on: its number among those that have not ended.
     ///
     /// # Errors
-    /// [`Error::Input`] for an empty prompt, an id outside the vocabulary, more tokens than the model has positions for,
-    /// or sampling parameters out of range; [`Error::Memory`] if the memory limit cannot hold it beside the others.
+    /// [`Error::Input`] for an empty prompt, an id outside the vocabulary, more tokens than the model has positions
+    /// for, or sampling parameters out of range; [`Error::Memory`] if the memory limit cannot hold it beside the
+    /// others.
     pub fn begin(&mut self, prompt: Vec<u32>, options: SequenceOptions) -> Result<usize> {
         Self::check(self.model, &prompt, &options)?;
         let new = prompt.len() + options.max_new_tokens;

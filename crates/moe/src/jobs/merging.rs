@@ -48,9 +48,9 @@ pub struct Merged {
     pub collect_seconds: f64,
 }
 
-/// Trains the low-rank and sparse parts of the experts of a merged model on `waves`, towards the model before (MC-SMoE),
-/// and writes them to the directory `to`, which is replaced. The last twentieth of the waves decides which values are
-/// kept.
+/// Trains the low-rank and sparse parts of the experts of a merged model on `waves`, towards the model before
+/// (MC-SMoE), and writes them to the directory `to`, which is replaced. The last twentieth of the waves decides which
+/// values are kept.
 ///
 /// # Errors
 /// Options out of range, models that do not read the same tokens, whatever stops them.
