@@ -3,6 +3,8 @@
 //! The Hub is the one at `HF_ENDPOINT`, the token that of `HF_TOKEN` or of `huggingface-cli login`, the cache that of
 //! `HF_HOME` or `HF_HUB_CACHE`, unless options say otherwise.
 
+mod large_files;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,10 +13,14 @@ use hf_hub::repository::{RepoTreeEntry, RepoTypeModel};
 use hf_hub::{HFClient, HFClientSync};
 
 use crate::{Checkpoint, Error, Result};
+use large_files::LargeFiles;
 
 /// What of a repository is fetched: what [`Checkpoint::open`](crate::Checkpoint::open) and exports read.
 const PATTERNS: [&str; 9] =
     ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "README*"];
+
+/// Bytes of a shard that are asked for at a time.
+const PIECE: u64 = 64 << 20;
 
 /// What of a directory is published: the same, and nothing of a run that was interrupted.
 const PUBLISHED: [&str; 1] = ["*"];
@@ -61,6 +67,8 @@ pub struct HubOptions {
     pub revision: Option<String>,
     /// Only what the local cache has: no network.
     pub offline: bool,
+    /// Bytes of a shard that are asked for at a time, and lost at most when a fetch breaks off; 64 MiB if absent.
+    pub piece_bytes: Option<std::num::NonZeroU64>,
     /// Which Hub, and who asks.
     pub access: HubAccess,
 }
@@ -89,7 +97,8 @@ impl std::fmt::Debug for HubAccess {
 }
 
 impl HubAccess {
-    fn client(&self) -> hf_hub::HFResult<HFClientSync> {
+    /// The client, and its cache.
+    fn client(&self) -> hf_hub::HFResult<(HFClientSync, PathBuf)> {
         let mut builder = HFClient::builder();
         if let Some(endpoint) = &self.endpoint {
             builder = builder.endpoint(endpoint);
@@ -100,7 +109,9 @@ impl HubAccess {
         if let Some(cache) = &self.cache {
             builder = builder.cache_dir(cache);
         }
-        builder.build_sync()
+        let client = builder.build()?;
+        let cache = client.cache_dir().to_path_buf();
+        Ok((HFClientSync::from_inner(client)?, cache))
     }
 }
 
@@ -130,7 +141,8 @@ fn parts(model: &str) -> Result<(&str, &str)> {
 
 /// The directory of a model: `model` itself if it is one, else the model with this id (`owner/name`), fetched into the
 /// local cache of the Hub unless it is there. Nothing of the network is touched for a directory. Files that an
-/// interrupted download has finished are not fetched again.
+/// interrupted download has finished are not fetched again, and of a shard that it had begun only what is missing, as
+/// long as the Hub has the same content (its ETag) under that name.
 ///
 /// `progress` is called from the threads that download.
 ///
@@ -147,8 +159,15 @@ pub fn fetch(
     }
     let failed = |reason: String| Error::Hub { model: model.to_string(), reason };
     let (owner, name) = parts(model)?;
-    let client = options.access.client().map_err(|error| failed(error.to_string()))?;
+    let (client, cache) = options.access.client().map_err(|error| failed(error.to_string()))?;
     let repository = client.model(owner, name);
+    let progress = Arc::new(progress);
+    if !options.offline {
+        let blobs = cache.join(format!("models--{owner}--{name}")).join("blobs");
+        let (revision, piece) = (options.revision.clone(), options.piece_bytes.map_or(PIECE, u64::from));
+        let large = LargeFiles { repository: &repository, blobs, revision, piece, tell: &*progress };
+        large.fetch().map_err(failed)?;
+    }
     let download = repository
         .snapshot_download()
         .maybe_revision(options.revision.clone())
@@ -194,7 +213,7 @@ pub fn push(
         Some(step) => format!("{}: {}", step.method, step.summary),
         None => "Upload model".to_string(),
     });
-    let client = options.access.client().map_err(|error| failed(error.to_string()))?;
+    let (client, _) = options.access.client().map_err(|error| failed(error.to_string()))?;
     let made =
         client.create_repository().repo_id(model).repo_type(RepoTypeModel).private(options.private).exist_ok(true);
     made.send().map_err(|error| failed(error.to_string()))?;
@@ -206,12 +225,12 @@ pub fn push(
         .commit_message(message)
         .allow_patterns(PUBLISHED.map(String::from).to_vec())
         .ignore_patterns(UNPUBLISHED.map(String::from).to_vec())
-        .progress(Arc::new(Handler(progress)));
+        .progress(Arc::new(Handler(Arc::new(progress))));
     let commit = upload.send().map_err(|error| failed(error.to_string()))?;
     Ok(commit.commit_url.or(commit.commit_oid).unwrap_or_else(|| format!("{model}: committed")))
 }
 
-struct Handler<F>(F);
+struct Handler<F>(Arc<F>);
 
 impl<F: Fn(HubProgress) + Send + Sync> ProgressHandler for Handler<F> {
     fn on_progress(&self, event: &ProgressEvent) {

@@ -72,6 +72,77 @@ fn a_model_is_fetched_and_an_interrupted_fetch_goes_on() {
 }
 
 #[test]
+fn a_fetch_that_broke_off_goes_on_within_the_file() {
+    let cache = tempfile::tempdir().unwrap();
+    let files = files_of(&model());
+    let size = files["model.safetensors"].len() as u64;
+    let piece = size / 7;
+    let hub = Hub::start(files);
+    hub.state.lock().unwrap().breaks_from.insert("model.safetensors".into(), 3 * piece);
+    let options = HubOptions {
+        access: hub.access(cache.path()),
+        piece_bytes: std::num::NonZeroU64::new(piece),
+        ..HubOptions::default()
+    };
+    let from = |asked: usize| -> Vec<u64> {
+        hub.state.lock().unwrap().pieces[asked..].iter().map(|(_, start)| *start).collect()
+    };
+    let error = fetch("owner/name", &options, |_| {}).unwrap_err().to_string();
+    assert!(error.contains("model.safetensors"), "{error}");
+    assert_eq!(from(0), [0, piece, 2 * piece, 3 * piece]);
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let tell = told.clone();
+    let directory = fetch("owner/name", &options, move |at| tell.lock().unwrap().push(at)).unwrap();
+    assert_eq!(Checkpoint::open(&directory).unwrap().fingerprint(), Checkpoint::open(model()).unwrap().fingerprint());
+    assert_eq!(from(4)[0], 3 * piece, "what was there is not fetched again");
+    let first = told.lock().unwrap().iter().find_map(|at| match at {
+        HubProgress::File { done, .. } => Some(*done),
+        _ => None,
+    });
+    assert_eq!(first, Some(3 * piece), "and counts as done");
+    assert!(!hub.state.lock().unwrap().asked.iter().any(|name| name == "model.safetensors"), "never as a whole");
+}
+
+#[test]
+fn pieces_of_two_contents_are_never_put_together() {
+    let cache = tempfile::tempdir().unwrap();
+    let files = files_of(&model());
+    let content = files["model.safetensors"].clone();
+    let piece = content.len() as u64 / 5;
+    let hub = Hub::start(files);
+    let options = HubOptions {
+        access: hub.access(cache.path()),
+        piece_bytes: std::num::NonZeroU64::new(piece),
+        ..HubOptions::default()
+    };
+    let broken = |hub: &Hub| {
+        hub.state.lock().unwrap().breaks_from.insert("model.safetensors".into(), 2 * piece);
+        fetch("owner/name", &options, |_| {}).unwrap_err().to_string()
+    };
+    broken(&hub);
+    // The Hub has another content of that name now: nothing of the first is used.
+    let sha256 = |bytes: &[u8]| -> String {
+        use sha2::{Digest, Sha256};
+        Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    };
+    hub.state.lock().unwrap().etags.insert("model.safetensors".into(), sha256(&content));
+    let asked = hub.state.lock().unwrap().pieces.len();
+    broken(&hub);
+    assert_eq!(hub.state.lock().unwrap().pieces[asked].1, 0);
+    // What was there and is wrong is found by its digest, and fetched anew.
+    let blobs = cache.path().join("models--owner--name/blobs");
+    let incomplete = blobs.join(format!("{}.moe-incomplete", sha256(&content)));
+    let mut bytes = std::fs::read(&incomplete).unwrap();
+    assert_eq!(bytes.len() as u64, 2 * piece);
+    bytes[100] ^= 1;
+    std::fs::write(&incomplete, bytes).unwrap();
+    let error = fetch("owner/name", &options, |_| {}).unwrap_err().to_string();
+    assert!(error.contains("digest") && error.contains("model.safetensors") && !incomplete.exists(), "{error}");
+    let directory = fetch("owner/name", &options, |_| {}).unwrap();
+    assert_eq!(std::fs::read(directory.join("model.safetensors")).unwrap(), content);
+}
+
+#[test]
 fn what_the_hub_refuses_is_said() {
     let cache = tempfile::tempdir().unwrap();
     let hub = Hub::start(files_of(&model()));

@@ -20,7 +20,7 @@ pub struct AccessArguments {
 }
 
 /// Fetches a model by its id into the cache of the Hub and prints its directory there; an interrupted fetch goes on
-/// with the files that it lacks
+/// with what it lacks, within a file, too
 #[derive(Clone, Debug, Parser)]
 #[command(
     after_help = "Example: moe inspect $(moe pull Qwen/Qwen1.5-MoE-A2.7B)\n\nNeeds a program built with the feature hub: \
@@ -83,7 +83,7 @@ pub struct PushArguments {
 pub fn pull(arguments: &PullArguments, progress: Progress) -> Result<String> {
     let access = arguments.access.access(arguments.cache.clone())?;
     let (revision, offline) = (arguments.revision.clone(), arguments.offline);
-    let options = moe_checkpoint::hub::HubOptions { revision, offline, access };
+    let options = moe_checkpoint::hub::HubOptions { revision, offline, access, ..Default::default() };
     let directory = moe_checkpoint::hub::fetch(&arguments.model, &options, shown(progress, "fetching"))?;
     Ok(match arguments.json {
         true => format!("{}\n", serde_json::json!({ "model": arguments.model, "directory": directory })),

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -21,6 +22,12 @@ pub struct State {
     pub files: BTreeMap<String, Vec<u8>>,
     /// Files whose connection breaks in the middle.
     pub breaks: BTreeSet<String>,
+    /// Files whose connection breaks in the middle of the first piece that begins at this byte or later.
+    pub breaks_from: BTreeMap<String, u64>,
+    /// Names that the server gives to contents, other than its own.
+    pub etags: BTreeMap<String, String>,
+    /// Pieces that were asked for: of which file, from which byte.
+    pub pieces: Vec<(String, u64)>,
     /// Files that are listed and not there.
     pub missing: BTreeSet<String>,
     /// Contents that were asked for, in order.
@@ -65,7 +72,7 @@ fn answer(stream: &TcpStream, state: &Mutex<State>) -> Option<()> {
     reader.read_line(&mut line).ok().filter(|read| *read > 0)?;
     let mut words = line.split_whitespace();
     let (method, target) = (words.next()?.to_string(), words.next()?.to_string());
-    let (mut length, mut token) = (0, false);
+    let (mut length, mut token, mut range) = (0, false, None);
     loop {
         let mut header = String::new();
         reader.read_line(&mut header).ok()?;
@@ -76,6 +83,10 @@ fn answer(stream: &TcpStream, state: &Mutex<State>) -> Option<()> {
         let (name, value) = header.split_once(':')?;
         match name.to_ascii_lowercase().as_str() {
             "content-length" => length = value.trim().parse().ok()?,
+            "range" => {
+                let (start, end) = value.trim().strip_prefix("bytes=")?.split_once('-')?;
+                range = Some(start.parse::<u64>().ok()?..end.parse::<u64>().ok()? + 1);
+            }
             "authorization" => token = value.trim() == format!("Bearer {TOKEN}"),
             "expect" => drop(stream.try_clone().ok()?.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")),
             _ => {}
@@ -84,7 +95,7 @@ fn answer(stream: &TcpStream, state: &Mutex<State>) -> Option<()> {
     let mut body = vec![0; length];
     reader.read_exact(&mut body).ok()?;
     let path = target.split('?').next()?.to_string();
-    let reply = if token { respond(&method, &path, &body, &mut state.lock().unwrap()) } else { Reply::status(401) };
+    let reply = if token { respond(&method, &path, &body, range, &mut state.lock().unwrap()) } else { Reply::status(401) };
     let mut out = stream.try_clone().ok()?;
     let mut head = format!("HTTP/1.1 {} X\r\nContent-Length: {}\r\n", reply.status, reply.body.len());
     reply.headers.iter().for_each(|(name, value)| head += &format!("{name}: {value}\r\n"));
@@ -118,7 +129,7 @@ impl Reply {
     }
 }
 
-fn respond(method: &str, path: &str, body: &[u8], state: &mut State) -> Reply {
+fn respond(method: &str, path: &str, body: &[u8], range: Option<Range<u64>>, state: &mut State) -> Reply {
     if let Some(revision) = path.strip_prefix("/api/models/owner/name/revision/") {
         state.revisions.push(revision.to_string());
         return Reply::json(&json!({"id": "owner/name", "sha": COMMIT}));
@@ -137,7 +148,18 @@ fn respond(method: &str, path: &str, body: &[u8], state: &mut State) -> Reply {
         if method == "GET" {
             state.asked.push(name.to_string());
         }
-        let headers = vec![("ETag", format!("\"{}\"", etag(&bytes))), ("X-Repo-Commit", COMMIT.to_string())];
+        let named = state.etags.get(name).cloned().unwrap_or_else(|| etag(&bytes));
+        let mut headers = vec![("ETag", format!("\"{named}\"")), ("X-Repo-Commit", COMMIT.to_string())];
+        if let Some(range) = range {
+            state.pieces.push((name.to_string(), range.start));
+            let breaks = state.breaks_from.get(name).is_some_and(|from| range.start >= *from);
+            if breaks {
+                state.breaks_from.remove(name);
+            }
+            headers.push(("Content-Range", format!("bytes {}-{}/{}", range.start, range.end - 1, bytes.len())));
+            let body = bytes[range.start as usize..range.end as usize].to_vec();
+            return Reply { headers, body, breaks, ..Reply::status(206) };
+        }
         let breaks = method == "GET" && state.breaks.remove(name);
         return Reply { headers, body: bytes, breaks, ..Reply::status(200) };
     }
