@@ -7,6 +7,7 @@ mod ci;
 mod fixtures;
 mod goldens;
 mod gpu;
+mod package;
 mod prose;
 mod router_study;
 mod sessions;
@@ -65,6 +66,8 @@ enum Verb {
         #[arg(default_value = "wgpu", value_parser = ["wgpu", "vulkan", "cuda"])]
         device: String,
     },
+    /// Pack every crate that is published, as a registry would get it, and show how large the packages are
+    Package(package::Options),
     /// What stock transformers computes for every export of the fixtures, for the test stock_exports
     Goldens {
         /// An interpreter with torch, transformers and safetensors
@@ -101,6 +104,7 @@ fn main() -> ExitCode {
         Verb::Prose { write } => prose::run(write),
         Verb::Goldens { python } => goldens::run(&python),
         Verb::Sessions(options) => sessions::run(&options),
+        Verb::Package(options) => package::run(&options),
         Verb::Gpu { device } => gpu::run(&device),
         Verb::Study(options) => study::run(&options),
         Verb::AdaptiveStudy(options) => adaptive_study::run(&options),

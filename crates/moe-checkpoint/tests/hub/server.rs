@@ -95,7 +95,8 @@ fn answer(stream: &TcpStream, state: &Mutex<State>) -> Option<()> {
     let mut body = vec![0; length];
     reader.read_exact(&mut body).ok()?;
     let path = target.split('?').next()?.to_string();
-    let reply = if token { respond(&method, &path, &body, range, &mut state.lock().unwrap()) } else { Reply::status(401) };
+    let reply =
+        if token { respond(&method, &path, &body, range, &mut state.lock().unwrap()) } else { Reply::status(401) };
     let mut out = stream.try_clone().ok()?;
     let mut head = format!("HTTP/1.1 {} X\r\nContent-Length: {}\r\n", reply.status, reply.body.len());
     reply.headers.iter().for_each(|(name, value)| head += &format!("{name}: {value}\r\n"));
