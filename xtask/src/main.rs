@@ -7,6 +7,7 @@ mod ci;
 mod fixtures;
 mod goldens;
 mod gpu;
+mod lm_eval;
 mod package;
 mod prose;
 mod router_study;
@@ -74,6 +75,8 @@ enum Verb {
         #[arg(long, default_value = "python3")]
         python: PathBuf,
     },
+    /// Serve the bundled model by `moe serve`, let lm-eval judge it on its own rows, and compare with `moe eval`
+    LmEval(lm_eval::Options),
     /// Compare all ways to prune on the bundled model (an hour on two cores), and write the tables of docs/study.md
     Study(study::Options),
     /// Run the bundled model under rules of routing, paths of layers and ways of decoding (a few minutes on two cores),
@@ -104,6 +107,7 @@ fn main() -> ExitCode {
         Verb::Prose { write } => prose::run(write),
         Verb::Goldens { python } => goldens::run(&python),
         Verb::Sessions(options) => sessions::run(&options),
+        Verb::LmEval(options) => lm_eval::run(&options),
         Verb::Package(options) => package::run(&options),
         Verb::Gpu { device } => gpu::run(&device),
         Verb::Study(options) => study::run(&options),

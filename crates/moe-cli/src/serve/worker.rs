@@ -174,13 +174,16 @@ fn take(made: Made, sequences: &mut Sequences<'_>, running: &mut [Option<Open>],
                 sequences.end(sequence);
             }
         }
-        Made::Ended { sequence, stopped } => {
+        Made::Ended { sequence, stop } => {
             let Some(mut open) = running[sequence].take() else { return };
             let text = open.text.finish(&served.tokenizer);
-            if !text.is_empty() {
-                open.tell(Event::Made { text, tokens: Vec::new() });
+            // Clients that read scores count on one token more than the prompt has, whatever it is.
+            let scored = stop.iter().filter(|_| open.choice.options.scores.is_some());
+            let tokens: Vec<Told> = scored.map(|token| told(token, served)).collect();
+            if !text.is_empty() || !tokens.is_empty() {
+                open.tell(Event::Made { text, tokens });
             }
-            open.tell(Event::Ended { stopped, tokens: open.tokens });
+            open.tell(Event::Ended { stopped: stop.is_some(), tokens: open.tokens });
         }
     }
 }

@@ -71,8 +71,8 @@ pub enum Made {
     Ended {
         /// Which sequence.
         sequence: usize,
-        /// Whether by a stop token, rather than at its last token.
-        stopped: bool,
+        /// The stop token that ended it, unless it ended at its last token.
+        stop: Option<ScoredToken>,
     },
 }
 
@@ -268,22 +268,22 @@ impl<'m> Sequences<'m> {
                 continue;
             }
             let new = running.tokens.len() - running.prompt;
-            let stopped = match rows.last().filter(|_| new < running.options.max_new_tokens) {
-                None => Some(false),
+            let end = match rows.last().filter(|_| new < running.options.max_new_tokens) {
+                None => Some(None),
                 Some(row) => {
                     let number = running.random.as_mut().map_or(0.0, |random| random.random::<f32>());
-                    let id = running.options.sampling.choose(row, number);
-                    if running.options.stop.contains(&id) {
-                        Some(true)
+                    let token = scored(row, running.options.sampling.choose(row, number), running.options.scores);
+                    if running.options.stop.contains(&token.id) {
+                        Some(Some(token))
                     } else {
-                        running.tokens.push(id);
-                        made.push(Made::Token { sequence, token: scored(row, id, running.options.scores) });
-                        (new + 1 == running.options.max_new_tokens).then_some(false)
+                        running.tokens.push(token.id);
+                        made.push(Made::Token { sequence, token });
+                        (new + 1 == running.options.max_new_tokens).then_some(None)
                     }
                 }
             };
-            if let Some(stopped) = stopped {
-                made.push(Made::Ended { sequence, stopped });
+            if let Some(stop) = end {
+                made.push(Made::Ended { sequence, stop });
                 ended.push(sequence);
             }
         }
@@ -391,7 +391,7 @@ mod tests {
             for made in sequences.step().unwrap() {
                 match made {
                     Made::Scored { tokens: new, .. } => tokens.extend(new),
-                    Made::Ended { stopped, .. } => assert!(!stopped),
+                    Made::Ended { stop, .. } => assert_eq!(stop, None),
                     Made::Token { .. } => panic!("no token was asked for"),
                 }
             }
