@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use moe::report::{ByExpert, Quality, Report as Page, Size, routing};
+use moe::report::{ByExpert, Quality, Report as Page, Size, model_name, routing};
 use moe::run::Measurement;
 use moe_checkpoint::ScoreTable;
 use moe_core::Model;
@@ -24,7 +24,7 @@ const SHOWN_RATIOS: [f64; 3] = [0.25, 0.5, 0.75];
 /// # Errors
 /// Those of drawing.
 pub fn of_scores(model: &Path, tokens: u64, loss: Option<f64>, tables: &[(String, &ScoreTable)]) -> Result<Page> {
-    let mut page = Page::new(format!("Scores of {}", model.display()));
+    let mut page = Page::new(format!("Scores of {}", model_name(model)));
     let loss = loss.map_or(String::new(), |loss| format!(", whose loss is {loss:.4} nats per token"));
     page.paragraph(&format!("{} tokens were collected in this run{loss}.", format::count(tokens)));
     for (name, table) in tables {
@@ -51,7 +51,7 @@ pub fn of_merge(
     waves: &[Wave],
 ) -> Result<Page> {
     let report = merged.report();
-    let mut page = Page::new(format!("{} merged by {}", model.checkpoint().dir().display(), plan.recipe.name));
+    let mut page = Page::new(format!("{} merged by {}", model_name(model.checkpoint().dir()), plan.recipe.name));
     let [asked, achieved] = [report.ratio.asked, report.ratio.achieved].map(format::percent);
     page.paragraph(&format!("{achieved} of the experts went ({asked} asked), written as {}.", report.form));
     report.notes.iter().for_each(|note| page.paragraph(note));

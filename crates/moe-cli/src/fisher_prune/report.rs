@@ -21,8 +21,7 @@ pub(super) fn page(
     results: &Results,
     cost: &Cost,
 ) -> Result<Report> {
-    let name = job.arguments.model_dir();
-    let name = name.file_name().map_or_else(|| name.display().to_string(), |name| name.to_string_lossy().into_owned());
+    let name = moe::report::model_name(&job.arguments.model_dir());
     let ratios: Vec<String> = job.arguments.ratio.iter().map(|ratio| percent(*ratio)).collect();
     let mut report = Report::new(format!("{name} with {} of its expert units dropped", ratios.join(" and ")));
     report.paragraph(&format!("{}.", model_line(job)));

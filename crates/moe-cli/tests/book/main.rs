@@ -67,7 +67,11 @@ fn every_verb_has_a_session() {
     for verb in program.get_subcommands().filter(|verb| !verb.is_hide_set() && verb.get_name() != "help") {
         let name = verb.get_name();
         // Verbs that need a server or are one have tests of their own.
-        let call = if ["pull", "push", "serve"].contains(&name) { format!("\nmoe {name} ") } else { format!("\n$ moe {name} ") };
+        let call = if ["pull", "push", "serve"].contains(&name) {
+            format!("\nmoe {name} ")
+        } else {
+            format!("\n$ moe {name} ")
+        };
         assert!(page.contains(&call), "docs/sessions.md has no session of `moe {name}`");
     }
 }

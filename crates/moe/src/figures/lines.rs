@@ -68,7 +68,13 @@ impl Axis {
 
     /// Round values to mark: 1, 2 and 5 times powers of ten if there are few decades, or steps of one size.
     fn marks(&self) -> Vec<f64> {
-        if !self.logarithmic {
+        let marks = self.marks_of(self.logarithmic);
+        // Within less than a decade there may be no power of ten, and steps of one size look even.
+        if marks.len() < 2 { self.marks_of(false) } else { marks }
+    }
+
+    fn marks_of(&self, logarithmic: bool) -> Vec<f64> {
+        if !logarithmic {
             let rough = (self.high - self.low) / 5.0;
             let power = 10f64.powf(rough.log10().floor());
             let step = [1.0, 2.0, 5.0, 10.0].map(|factor| factor * power).into_iter().find(|step| *step >= rough);
@@ -107,6 +113,10 @@ pub fn lines(figure: &Lines) -> Result<String> {
             true => points().map(|point| point.x).collect(),
             false => x_axis.marks(),
         };
+        // Between whole numbers, such as steps, there is nothing.
+        if points().all(|point| point.x.fract() == 0.0) {
+            marks.retain(|mark| mark.fract() == 0.0);
+        }
         marks.sort_by(f64::total_cmp);
         marks.dedup();
         for mark in marks {
@@ -156,6 +166,8 @@ mod tests {
     fn marks_are_round_and_inside() {
         let linear = Axis { low: 0.0, high: 1.0, logarithmic: false };
         assert_eq!(linear.marks().iter().map(|m| tick(*m)).collect::<Vec<_>>(), ["0", "0.2", "0.4", "0.6", "0.8", "1"]);
+        let narrow = Axis { low: 3.6, high: 4.4, logarithmic: true };
+        assert_eq!(narrow.marks().iter().map(|m| tick(*m)).collect::<Vec<_>>(), ["3.6", "3.8", "4", "4.2", "4.4"]);
         let logarithmic = Axis { low: 0.03, high: 2.0, logarithmic: true };
         let marks: Vec<String> = logarithmic.marks().iter().map(|m| tick(*m)).collect();
         assert_eq!(marks, ["0.05", "0.1", "0.2", "0.5", "1", "2"]);

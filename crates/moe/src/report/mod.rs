@@ -85,6 +85,14 @@ impl Report {
     }
 }
 
+/// What a model is called in headings: the name of its directory.
+pub fn model_name(directory: &Path) -> String {
+    // `.` and paths that end in `..` have a name only once they are resolved.
+    let resolved = directory.canonicalize();
+    let name = resolved.as_deref().unwrap_or(directory).file_name().map(|name| name.to_string_lossy().into_owned());
+    name.unwrap_or_else(|| directory.display().to_string())
+}
+
 /// What the scorer of a table is called: its type, from its recipe.
 pub fn scorer_name(scores: &ScoreTable) -> String {
     let recipe: serde_json::Value = serde_json::from_str(&scores.scorer).unwrap_or_default();
@@ -99,6 +107,13 @@ pub fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_model_is_called_by_its_directory() {
+        let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+        assert_eq!([model_name(here), model_name(&here.join("src/.."))], ["moe", "moe"]);
+        assert_eq!(model_name(Path::new("models/not-there")), "not-there");
+    }
 
     #[test]
     fn text_is_escaped() {

@@ -27,7 +27,7 @@ const BEFORE: &str = "before";
 pub fn write_run(recipe: &Recipe, report: &RunReport) -> Result<()> {
     let json = serde_json::to_vec_pretty(report).map_err(|error| Error::Invalid(format!("the report: {error}")))?;
     write_atomic(recipe.out.join("report.json"), &json)?;
-    let mut page = Report::new(format!("{}: {} steps", recipe.model.display(), recipe.steps.len()));
+    let mut page = Report::new(format!("{}: {} steps", super::model_name(&recipe.model), recipe.steps.len()));
     if !recipe.about.is_empty() {
         page.paragraph(&recipe.about);
     }
