@@ -36,7 +36,6 @@ impl Refused {
 }
 
 /// What the server knows that requests are checked against.
-#[derive(Debug)]
 pub struct Served {
     /// Name of the model.
     pub name: String,
