@@ -239,7 +239,7 @@ async fn whole(mut events: UnboundedReceiver<(usize, Event)>, mut gathered: Gath
     cut_off()
 }
 
-async fn parts(mut events: UnboundedReceiver<(usize, Event)>, mut streamed: Streamed) -> Response {
+async fn parts(mut events: UnboundedReceiver<(usize, Event)>, streamed: Streamed) -> Response {
     // What cannot be begun has a status of its own, since nothing was sent.
     let first = match events.recv().await {
         None => return cut_off(),
