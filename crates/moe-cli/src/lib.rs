@@ -1,4 +1,5 @@
 //! The program `moe`: every verb maps files to one job.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod adapt;
 pub mod adapter;

@@ -82,6 +82,7 @@
 //! walk the same matrices again. Collectors of other crates go into a [`Collection`] by
 //! [`Collection::with_collectors`].
 #![deny(missing_docs)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[cfg(feature = "collect")]
 pub mod calibration;

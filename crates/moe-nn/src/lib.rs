@@ -24,6 +24,7 @@
 //!
 //! The products of experts are one operation with a derivative of its own ([`grouped_product`]), since cutting tensors
 //! into experts inside Burn's graph costs a copy of the whole tensor per expert in the backward pass.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod architectures;
 pub mod assignment;

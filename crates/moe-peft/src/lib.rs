@@ -64,6 +64,7 @@
 //! [`MethodConfig`] has the table of what each is trained with by default, [`METHODS`] those that have a name.
 
 #![deny(missing_docs)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod adapter_files;
 mod adapter_set;

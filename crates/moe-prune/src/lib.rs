@@ -74,6 +74,7 @@
 //! | [`Progressive`] | | any of them in rounds, scored anew after each | as its pruner | as its pruner | |
 
 #![deny(missing_docs)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod allocators;
 mod budget;

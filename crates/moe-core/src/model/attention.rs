@@ -153,7 +153,9 @@ impl Model {
                     let (site, gate) = (LayerSite::AttentionGate, role(LayerRole::AttentionGate));
                     Some(self.linear(layer, site, gate, None, [a.num_heads, h])?)
                 }
-                other => return Err(Error::Unsupported(format!("gates {} on heads of latent attention", variant(&other)))),
+                other => {
+                    return Err(Error::Unsupported(format!("gates {} on heads of latent attention", variant(&other))));
+                }
             },
             kv_down: down(
                 LayerSite::LatentKvDown,
