@@ -14,6 +14,7 @@ mod router_study;
 mod sessions;
 mod smollm;
 mod study;
+mod validate;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -75,6 +76,8 @@ enum Verb {
         #[arg(long, default_value = "python3")]
         python: PathBuf,
     },
+    /// What a release has to pass beside `ci`, by tools of their own: cargo-deny, cargo-hack, typos, packages
+    Validate(validate::Options),
     /// Serve the bundled model by `moe serve`, let lm-eval judge it on its own rows, and compare with `moe eval`
     LmEval(lm_eval::Options),
     /// Compare all ways to prune on the bundled model (an hour on two cores), and write the tables of docs/study.md
@@ -107,6 +110,7 @@ fn main() -> ExitCode {
         Verb::Prose { write } => prose::run(write),
         Verb::Goldens { python } => goldens::run(&python),
         Verb::Sessions(options) => sessions::run(&options),
+        Verb::Validate(options) => validate::run(&options),
         Verb::LmEval(options) => lm_eval::run(&options),
         Verb::Package(options) => package::run(&options),
         Verb::Gpu { device } => gpu::run(&device),
