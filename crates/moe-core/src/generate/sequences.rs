@@ -324,7 +324,7 @@ mod tests {
     }
 
     fn prompt(seed: u32, length: u32) -> Vec<u32> {
-        (0..length).map(|i| (seed * 17 + i * 5) % 90 + 3).collect()
+        (0..length).map(|i| (seed * 17 + i * 5) % 50 + 3).collect()
     }
 
     /// What is made until all have ended, by sequence.
