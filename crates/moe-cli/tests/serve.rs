@@ -263,8 +263,8 @@ fn what_the_queue_does_not_hold_is_refused_and_the_rest_is_answered() {
         clients.into_iter().map(|client| client.join().unwrap()).collect()
     });
     let of = |status: u16| statuses.iter().filter(|(found, _)| *found == status).count();
-    // One under way, two in the queue, and one that the worker took out of it before.
-    assert!(of(200) >= 3 && of(429) >= 1 && of(200) + of(429) == 12, "{statuses:?}");
+    // Two in the queue, and what the worker has taken out of it before the others came.
+    assert!(of(200) >= 2 && of(429) >= 1 && of(200) + of(429) == 12, "{statuses:?}");
     let (_, full) = statuses.iter().find(|(status, _)| *status == 429).unwrap();
     assert!(full.contains("queue"), "{full}");
 }
