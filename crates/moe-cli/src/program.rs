@@ -6,8 +6,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 use moe::progress::Progress;
 
 use crate::{
-    adapt, adapter, apply, cli, compare, convert, delta, eval, finetune, generate, hub, inspect, merge, prune, quantize,
-    run, score, serve, trace, upcycle,
+    adapt, adapter, apply, cli, compare, convert, delta, eval, finetune, generate, hub, inspect, merge, prune,
+    quantize, run, score, serve, trace, upcycle,
 };
 
 /// What a person who has a model and some rows would do.
