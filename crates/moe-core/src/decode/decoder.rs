@@ -86,14 +86,14 @@ impl<'m> Decoder<'m> {
         let (fed, marks, ended) = (Vec::new(), Vec::new(), Vec::new());
         let mut decoder = Self { model, engine, mixers, cache, times, fed, lengths: Vec::new(), marks, ended };
         for length in lengths {
-            decoder.begin(length);
+            decoder.admit(length);
         }
         decoder
     }
 
     /// A further sequence, that has at most `length` tokens in the end: its number, which may be that of one that has
-    /// [ended](Self::end).
-    pub fn begin(&mut self, length: usize) -> usize {
+    /// [ended](Self::dismiss).
+    pub fn admit(&mut self, length: usize) -> usize {
         if let Some(sequence) = self.ended.pop() {
             self.lengths[sequence] = length;
             return sequence;
@@ -110,7 +110,7 @@ impl<'m> Decoder<'m> {
     }
 
     /// Forgets a sequence.
-    pub fn end(&mut self, sequence: usize) {
+    pub fn dismiss(&mut self, sequence: usize) {
         let layers = &self.model.config().layers;
         for (place, layer) in self.cache.iter_mut().zip(&self.mixers) {
             place[sequence] = Kept::empty(&layers[*layer].mixer);

@@ -180,7 +180,7 @@ impl<'m> Sequences<'m> {
             Sampling::TopP { seed, .. } => Some(ChaCha8Rng::seed_from_u64(seed)),
             Sampling::Greedy => None,
         };
-        let sequence = self.decoder.begin(new);
+        let sequence = self.decoder.admit(new);
         let running = Running { options, random, prompt: prompt.len(), tokens: prompt, read: 0 };
         if sequence == self.running.len() {
             self.running.push(None);
@@ -199,7 +199,7 @@ impl<'m> Sequences<'m> {
     /// Ends a sequence, as when nobody waits for it. One that has ended already is none of them.
     pub fn end(&mut self, sequence: usize) {
         if self.running.get_mut(sequence).and_then(Option::take).is_some() {
-            self.decoder.end(sequence);
+            self.decoder.dismiss(sequence);
             self.order.retain(|other| *other != sequence);
         }
     }
