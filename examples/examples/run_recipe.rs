@@ -31,7 +31,7 @@ pub fn chain(model: &str, out: &Path) -> Result<RunReport, Box<dyn std::error::E
         ],
     }))?;
     let progress = moe::progress::Progress::hidden();
-    Ok(run(&recipe, RunOptions { resume: true, force: false, check: false, progress })?)
+    Ok(run(&recipe, RunOptions { resume: true, force: false, check: false, progress, shard: None, absorb: &[] })?)
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -216,6 +216,46 @@ fn refits_that_were_stopped_go_on_with_the_layer_they_were_in() {
 }
 
 #[test]
+fn refits_that_are_shared_out_are_those_of_one_run() {
+    let full = model();
+    let (plan, waves) = (half(&full), calibration(20, 1024));
+    let student = pruned(&full, &plan);
+    let directory = tempfile::tempdir().unwrap();
+    let plain = RepairRequest { pruned: Some(&student), ..RepairRequest::new(&full, &plan, &waves) };
+    let repairs: [(&str, &dyn Repair); 2] = [("refit", &Refit::default()), ("mean", &MeanOutput::default())];
+    for (name, repair) in repairs {
+        let whole = repair.repair(&plain, &mut |_, _| ()).unwrap();
+        let stores = [0, 1, 2].map(|index| directory.path().join(format!("{name}{index}")));
+        for (index, store) in stores.iter().enumerate() {
+            let request = RepairRequest { store: Some(store), shard: Some((index, 3)), ..plain };
+            repair.check(&request).unwrap();
+            let part = repair.repair(&request, &mut |_, _| ()).unwrap();
+            assert_ne!(part, whole, "{name}");
+        }
+        let store = directory.path().join(name);
+        let request = RepairRequest { store: Some(&store), absorb: &stores, ..plain };
+        let mut told = 0;
+        assert_eq!(repair.repair(&request, &mut |_, _| told += 1).unwrap(), whole, "{name}");
+        assert!(told <= 1, "{name}: the model was run again");
+        // Without one of the parts, what is missing is done.
+        let store = directory.path().join(format!("{name}-two"));
+        let request = RepairRequest { store: Some(&store), absorb: &stores[1..], ..plain };
+        assert_eq!(repair.repair(&request, &mut |_, _| ()).unwrap(), whole, "{name}");
+    }
+    let expect = |repair: &dyn Repair, request: RepairRequest<'_>, word: &str| {
+        let error = repair.repair(&request, &mut |_, _| ()).unwrap_err().to_string();
+        assert!(error.contains(word), "{error}");
+    };
+    let (store, other) = (directory.path().join("new"), [directory.path().join("mean")]);
+    let kept = RepairRequest { store: Some(&store), ..plain };
+    expect(&Refit::default(), RepairRequest { shard: Some((0, 2)), ..plain }, "store is none");
+    expect(&Refit::default(), RepairRequest { shard: Some((2, 2)), ..kept }, "2/2");
+    expect(&Refit::default(), RepairRequest { absorb: &other, ..kept }, "mean, without layers-");
+    expect(&LayerRefit::default(), RepairRequest { shard: Some((0, 2)), ..kept }, "one process");
+    expect(&RouterDistillation::default(), RepairRequest { absorb: &other, ..kept }, "one process");
+}
+
+#[test]
 fn there_is_nothing_to_repair_where_everything_is_kept() {
     let full = model();
     let all = PrunePlan::keep_all(full.checkpoint().shape(), full.checkpoint().fingerprint());

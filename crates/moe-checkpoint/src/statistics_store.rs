@@ -159,6 +159,24 @@ impl StatisticsStore {
         Ok(())
     }
 
+    /// Whether this store has all waves of another, byte for byte: it was taken over before.
+    ///
+    /// # Errors
+    /// Those of [`StatisticsStore::open`], and [`Error::Io`].
+    pub fn holds(&self, other: impl AsRef<Path>) -> Result<bool> {
+        let other = Self::open(other)?;
+        for wave in &other.waves {
+            let bytes = |store: &Self| {
+                let path = store.wave_path(*wave);
+                fs::read(&path).map_err(io(&path))
+            };
+            if !self.waves.contains(wave) || bytes(self)? != bytes(&other)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Copies in the waves of another store of the same model, data and recipe. Everything is checked before the first
     /// file is copied.
     ///

@@ -2,6 +2,7 @@
 
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -124,6 +125,28 @@ impl RowArguments {
     /// As the data crate takes it.
     pub fn reading(&self) -> Reading {
         Reading { fields: self.fields.iter().cloned().collect(), skip_bad_rows: self.skip_bad_rows }
+    }
+}
+
+/// How work is shared with other processes: each does its part, and the last takes over the others.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct ShareArguments {
+    /// Do only shard I of N, as I/N from 0, of the work that can be shared out, and end there: of what scores are made
+    /// of and of the evidence of merges every Nth wave, of refits every Nth layer
+    #[arg(long, value_name = "I/N", value_parser = part)]
+    pub shard: Option<(usize, usize)>,
+    /// Take over the part of another run of the same job, its --out; repeatable
+    #[arg(long, value_name = "DIR")]
+    pub absorb: Vec<PathBuf>,
+}
+
+/// `I/N`.
+fn part(text: &str) -> Result<(usize, usize), String> {
+    let bad = || format!("found `{text}`, expected a shard such as 0/4");
+    let (index, count) = text.split_once('/').ok_or_else(bad)?;
+    match (index.trim().parse(), count.trim().parse()) {
+        (Ok(index), Ok(count)) if index < count => Ok((index, count)),
+        _ => Err(bad()),
     }
 }
 
@@ -310,5 +333,11 @@ mod tests {
     fn usage_errors_become_one_line() {
         let message = "error: invalid value '2'\n\nUsage: x [OPTIONS]\n\nFor more information, try '--help'.\n";
         assert_eq!(one_line(message), "error: invalid value '2'; For more information, try '--help'");
+    }
+
+    #[test]
+    fn shards_are_counted_from_zero() {
+        assert_eq!(part("1/4"), Ok((1, 4)));
+        assert!(part("4/4").is_err() && part("x").is_err());
     }
 }

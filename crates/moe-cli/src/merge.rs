@@ -110,6 +110,9 @@ pub struct Arguments {
     /// Replace an output that exists, and start over what an earlier run left
     #[arg(long)]
     pub force: bool,
+    /// How the evidence is shared with other processes, each with a --work of its own: --absorb names those
+    #[command(flatten)]
+    pub share: cli::ShareArguments,
     /// One JSON object on stdout
     #[arg(long)]
     pub json: bool,
@@ -228,6 +231,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
         mtp: arguments.mtp,
         sample: arguments.sample,
         at_once: arguments.at_once,
+        absorb: &arguments.share.absorb,
     };
     merging.check()?;
     let work = arguments.work.clone().unwrap_or_else(|| beside(&arguments.out, ".work"));
@@ -240,6 +244,13 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
     let start = Instant::now();
     if arguments.force && arguments.work.is_none() && work.exists() {
         std::fs::remove_dir_all(&work).map_err(Error::io(&work))?;
+    }
+    if let Some(shard) = arguments.share.shard {
+        let Some(work) = &arguments.work else {
+            return Err(Error::Usage("--shard: expected --work, where the share is left".into()));
+        };
+        merging.share(work, shard, progress)?;
+        return Ok(None);
     }
     // Merged experts are those of one plan; evidence serves many.
     let evidence = merging.evidence_options().digest(&model, &calibration);

@@ -101,6 +101,10 @@ pub fn main() -> ExitCode {
             cli::allocator(arguments.max_memory);
             match merge::run(&arguments, Progress::stderr())? {
                 Some(report) => cli::shown(&report, arguments.json),
+                None if arguments.share.shard.is_some() => {
+                    let work = arguments.work.as_deref().unwrap_or(&arguments.out);
+                    Ok(format!("a share of the evidence: {}\n", work.display()))
+                }
                 None => Ok("checked: nothing was done\n".into()),
             }
         }

@@ -1,6 +1,6 @@
 //! Pruning from the command line: a recipe made of flags.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use moe::recipe::{self, Evaluate, Form, Named, Prune, Recipe, Repair, Score, Step, Write};
@@ -99,6 +99,9 @@ pub struct Arguments {
     /// Replace an output that is there
     #[arg(long)]
     pub force: bool,
+    /// How the work is shared with other processes
+    #[command(flatten)]
+    pub share: cli::ShareArguments,
     /// Check everything and do nothing
     #[arg(long)]
     pub check: bool,
@@ -172,13 +175,11 @@ impl Arguments {
         if !self.plan_only {
             steps.push(Step::Write(Write { to: Some(self.out.clone()), shard_size: None }));
         }
-        let mut work = self.out.clone().into_os_string();
-        work.push(".steps");
         Ok(Recipe {
             about: String::new(),
             model: self.model.clone(),
             data: self.data.to_recipe(&self.eval),
-            out: work.into(),
+            out: steps_of(&self.out),
             seed: self.data.seed.unwrap_or_default(),
             max_memory: self.max_memory.clone(),
             device: self.device.clone(),
@@ -252,6 +253,13 @@ fn kind(pruner: &Map<String, Value>) -> &str {
     pruner.get("type").and_then(Value::as_str).unwrap_or_default()
 }
 
+/// Where the artifacts of a run go.
+fn steps_of(out: &Path) -> PathBuf {
+    let mut steps = out.as_os_str().to_os_string();
+    steps.push(".steps");
+    steps.into()
+}
+
 /// Makes the recipe and carries it out; text to print.
 ///
 /// # Errors
@@ -265,7 +273,10 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<String> {
     cli::allocator(recipe.max_memory.as_ref().map(|_| 0));
     let Arguments { resume, force, check, .. } = *arguments;
     let resume = resume || force;
-    let report: RunReport = run_recipe(&recipe, RunOptions { resume, force, check, progress })?;
+    // What another process did is beside its --out.
+    let absorb: Vec<PathBuf> = arguments.share.absorb.iter().map(|out| steps_of(out)).collect();
+    let (shard, absorb) = (arguments.share.shard, absorb.as_slice());
+    let report: RunReport = run_recipe(&recipe, RunOptions { resume, force, check, progress, shard, absorb })?;
     let mut text = cli::shown(&report, arguments.json)?;
     if arguments.plan_only && !arguments.json {
         let plans = report.steps.iter().filter(|step| step.step == "prune").filter_map(|step| step.artifact.as_ref());

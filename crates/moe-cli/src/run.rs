@@ -55,6 +55,9 @@ pub struct Arguments {
     /// Replace a model that an earlier run wrote
     #[arg(long)]
     pub force: bool,
+    /// How the work is shared with other processes
+    #[command(flatten)]
+    pub share: crate::cli::ShareArguments,
     /// One JSON object on stdout
     #[arg(long)]
     pub json: bool,
@@ -103,5 +106,6 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<String> {
     }
     crate::cli::allocator(recipe.max_memory.as_ref().map(|_| 0));
     let Arguments { check, resume, force, json, .. } = *arguments;
-    crate::cli::shown(&run_recipe(&recipe, RunOptions { resume, force, check, progress })?, json)
+    let (shard, absorb) = (arguments.share.shard, &arguments.share.absorb);
+    crate::cli::shown(&run_recipe(&recipe, RunOptions { resume, force, check, progress, shard, absorb })?, json)
 }

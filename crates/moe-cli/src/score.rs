@@ -53,12 +53,9 @@ pub struct Arguments {
     /// Continue an interrupted run in --out
     #[arg(long)]
     pub resume: bool,
-    /// Collect only shard I of N, as I/N, and score nothing
-    #[arg(long, value_name = "I/N", value_parser = part)]
-    pub shard: Option<(usize, usize)>,
-    /// Take over the waves of another run of the same job, a shard's --out; repeatable
-    #[arg(long, value_name = "DIR")]
-    pub absorb: Vec<PathBuf>,
+    /// How the work is shared with other processes; a share scores nothing
+    #[command(flatten)]
+    pub share: cli::ShareArguments,
     /// Memory to stay within, such as 8GiB; never changes results
     #[arg(long, value_name = "SIZE", value_parser = cli::bytes)]
     pub max_memory: Option<u64>,
@@ -146,7 +143,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     let (mut scores, mut super_experts, mut rankings) = (Vec::new(), None, Vec::new());
     let (mut protect, mut report) = (None, None);
     let (mut tables, mut named) = (Vec::new(), Vec::new());
-    if arguments.shard.is_none() {
+    if arguments.share.shard.is_none() {
         for scorer in &scorers {
             tables.push(scorer.score(&statistics, checkpoint.as_ref())?);
         }
@@ -161,7 +158,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         scores.push(path);
         named.push((name, table));
     }
-    if let (None, Some(options)) = (&arguments.shard, arguments.super_experts) {
+    if let (None, Some(options)) = (&arguments.share.shard, arguments.super_experts) {
         let found = SuperExperts::find(&statistics, options)?;
         moe_checkpoint::write_json(&arguments.out.join("super_experts.json"), &serde_json::json!(found))?;
         let path = arguments.out.join("protect.json");
@@ -220,8 +217,8 @@ fn collect(arguments: &Arguments, model: &Model, scorers: &[Box<dyn Scorer>], pr
     let mut calibration = Calibration::new(model, &data, arguments.data.waves())
         .statistics(ids)
         .store(arguments.out.join("statistics"))
-        .absorb(arguments.absorb.iter().map(|other| other.join("statistics")));
-    if let Some((index, count)) = arguments.shard {
+        .absorb(arguments.share.absorb.iter().map(|other| other.join("statistics")));
+    if let Some((index, count)) = arguments.share.shard {
         calibration = calibration.shard(index, count);
     }
     let bar = progress.bar("collecting", 0, Unit::Count("tokens"));
@@ -281,16 +278,6 @@ fn super_experts(text: &str) -> Result<SuperExpertOptions, String> {
     }
 }
 
-/// `I/N`.
-fn part(text: &str) -> Result<(usize, usize), String> {
-    let bad = || format!("found `{text}`, expected a shard such as 0/4");
-    let (index, count) = text.split_once('/').ok_or_else(bad)?;
-    match (index.trim().parse(), count.trim().parse()) {
-        (Ok(index), Ok(count)) if index < count => Ok((index, count)),
-        _ => Err(bad()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -319,11 +306,5 @@ mod tests {
         assert_eq!(super_experts("reap").unwrap(), SuperExpertOptions::reap());
         assert_eq!(super_experts(r#"{"percentile": 99}"#).unwrap().percentile, 99.0);
         assert!(super_experts("most").unwrap_err().contains("most"));
-    }
-
-    #[test]
-    fn shards_are_counted_from_zero() {
-        assert_eq!(part("1/4"), Ok((1, 4)));
-        assert!(part("4/4").is_err() && part("x").is_err());
     }
 }

@@ -13,7 +13,7 @@ use burn::tensor::{Device, Tensor};
 use crate::{
     error::{Error, Result},
     host::{self, HostView},
-    wave_files::{Part, WaveFiles, load},
+    wave_files::{Part, WaveFiles, Writer, load},
 };
 
 /// Tensors put in by index and taken out again. The file is anonymous: it disappears with the process.
@@ -38,7 +38,7 @@ struct Spill {
 enum Slot {
     Memory(Box<Tensor<2>>),
     File { at: u64, shape: [usize; 2], device: Device },
-    Named { part: Part, device: Device },
+    Named { part: Part, device: Device, by: Writer },
 }
 
 impl HiddenStore {
@@ -62,12 +62,13 @@ impl HiddenStore {
         Self { slots: (0..slots).map(|_| None).collect(), file: None, named, places: vec![None; slots] }
     }
 
-    /// Fills a slot of a store of files with `part`, whose file is there; its tensor, if it is at hand.
+    /// Fills a slot of a store of files with `part`, whose file is there: its tensor, if this process wrote it.
     pub fn adopt(&mut self, slot: usize, part: Part, tensor: Option<Tensor<2>>, device: &Device) {
         let in_memory = self.named.as_ref().is_some_and(|(_, in_memory)| *in_memory);
+        let by = if tensor.is_some() { Writer::This } else { Writer::Earlier };
         self.slots[slot] = Some(match tensor.filter(|_| in_memory) {
             Some(tensor) => Slot::Memory(Box::new(tensor)),
-            None => Slot::Named { part, device: device.clone() },
+            None => Slot::Named { part, device: device.clone(), by },
         });
     }
 
@@ -120,11 +121,11 @@ impl HiddenStore {
     pub fn get(&mut self, slot: usize) -> Result<Tensor<2>> {
         match self.slots[slot].as_ref().expect("each slot is put before it is read") {
             Slot::Memory(tensor) => Ok(Tensor::clone(tensor)),
-            Slot::Named { part, device } => {
+            Slot::Named { part, device, by } => {
                 let (files, _) = self.named.as_ref().expect("named slots are of a store of files");
                 files.finish()?;
                 let dir = files.directory();
-                load(&part.path(dir), device).map_err(|source| Error::Spill { dir: dir.into(), source })
+                load(&part.path(dir), *by, device).map_err(|source| Error::Spill { dir: dir.into(), source })
             }
             Slot::File { at, shape, device } => {
                 let spill = self.file.as_mut().expect("file slots come from a file");

@@ -228,7 +228,10 @@ impl<'a> Calibration<'a> {
             }
             let mut opened = StatisticsStore::create_or_resume(directory, self.shape(), &provenance)?;
             for other in &self.absorb {
-                opened.absorb(other)?;
+                // A run that goes on has taken them over before.
+                if !opened.holds(other)? {
+                    opened.absorb(other)?;
+                }
             }
             store = Some(opened);
         } else if let Some(other) = self.absorb.first() {

@@ -128,3 +128,35 @@ fn a_model_with_a_bias_of_its_router_is_merged_layer_by_layer() {
         |dir: &Path| contents(dir).into_iter().filter(|(name, _)| name.ends_with("safetensors")).collect::<Vec<_>>();
     assert_eq!(weights(&sequential), weights(&again));
 }
+
+#[test]
+fn evidence_that_is_shared_out_merges_as_that_of_one_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = rows("arithmetic_calibration");
+    let at = |name: &str| dir.path().join(name);
+    let arguments = |flags: &str, name: &str, more: &[&str]| {
+        let line = format!("merge {flags} --ratio 0.25 {SMALL} --model {TINY_MOE} --data {data}");
+        let own = ["--out".to_string(), text(&at(name)).to_string()];
+        line.split_whitespace().map(String::from).chain(own).chain(more.iter().map(|m| m.to_string())).collect()
+    };
+    let run = |arguments: Vec<String>| ok(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    let merge = |name: &str, more: &[&str]| run(arguments("--recipe hc-smoe", name, more));
+    merge("whole", &[]);
+    let (work0, work1, work) = (at("work0"), at("work1"), at("work"));
+    let told = merge("a", &["--shard", "0/2", "--work", text(&work0)]);
+    assert!(told.contains("a share of the evidence") && !at("a").exists(), "{told}");
+    merge("b", &["--shard", "1/2", "--work", text(&work1)]);
+    let taken = ["--absorb", text(&work0), "--absorb", text(&work1), "--work", text(&work)];
+    merge("together", &taken);
+    let model = |name: &str| contents(&at(name)).into_iter().filter(|(name, _)| name.ends_with("safetensors")).collect();
+    let (whole, together): (Vec<_>, Vec<_>) = (model("whole"), model("together"));
+    assert_eq!(whole, together);
+
+    let refuse = |arguments: Vec<String>| refused(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    let (_, error) = refuse(arguments("--recipe hc-smoe", "c", &["--shard", "0/2"]));
+    assert!(error.contains("expected --work"), "{error}");
+    let (_, error) = refuse(arguments("--recipe ream", "c", &["--shard", "0/2", "--work", text(&at("work2"))]));
+    assert!(error.contains("layer by layer"), "{error}");
+    let (_, error) = refuse(arguments("--recipe hc-smoe", "c", &["--absorb", text(&at("whole"))]));
+    assert!(error.contains("found no evidence"), "{error}");
+}

@@ -8,7 +8,7 @@ use moe_cli::TINY_MOE;
 use moe_prune::PrunePlan;
 use serde_json::json;
 
-use crate::support::{find, ok, refused, rows, text, words};
+use crate::support::{blake3_of, find, ok, refused, rows, text, words};
 
 /// Scores by fisher and reap.
 fn scores(dir: &Path) -> (PathBuf, PathBuf) {
@@ -150,4 +150,65 @@ fn flags_that_would_do_nothing_are_refused() {
         assert!(code == 2 && error.contains(message), "{flags}: {error}");
     }
     assert!(!out.exists());
+}
+
+/// Layers of a refit, and waves of what scores are made of, done by several processes and taken over by one.
+#[test]
+fn work_that_is_shared_out_gives_the_model_of_one_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let (fisher, _) = scores(dir.path());
+    let data = rows("arithmetic_calibration");
+    let out = |name: &str| dir.path().join(name);
+    let flags = "prune --ratio 0.5 --repair refit --samples 8 --length 48";
+    let prune = |name: &str, more: &[&str]| {
+        let (out, scores) = (out(name), text(&fisher).to_string());
+        let files = ["--model", TINY_MOE, "--scores", &scores, "--data", &data, "--out", text(&out)];
+        ok(&words(flags, &[&files[..], more].concat()))
+    };
+    prune("whole", &[]);
+    let told = prune("one", &["--shard", "0/2"]);
+    assert!(told.contains("share 0 of 2") && !out("one").exists(), "{told}");
+    prune("two", &["--shard", "1/2"]);
+    let taken = ["--absorb", text(&out("one")), "--absorb", text(&out("two"))].map(String::from);
+    let taken: Vec<&str> = taken.iter().map(String::as_str).collect();
+    prune("together", &taken);
+    let digest = |name: &str| blake3_of(&find_file(&out(name), "safetensors"));
+    assert_eq!(digest("whole"), digest("together"));
+
+    // A recipe that scores shares the scoring; the run that takes over does the rest.
+    let recipe = out("recipe.json");
+    let steps = json!([{"score": {"scorers": ["fisher"]}}, {"prune": {"budget": {"ratio": 0.5}}}, {"write": {}}]);
+    let of_rows = json!({"calibration": [{"path": data}], "samples": 8, "length": 48, "wave_tokens": 128});
+    let whole = json!({"model": TINY_MOE, "data": of_rows, "out": out("r"), "steps": steps});
+    fs::write(&recipe, whole.to_string()).unwrap();
+    let run = |name: &str, more: &[&str]| {
+        let out = out(name);
+        ok(&[&["run", text(&recipe), "--out", text(&out)][..], more].concat())
+    };
+    run("r", &[]);
+    run("r0", &["--shard", "0/2"]);
+    run("r1", &["--shard", "1/2"]);
+    let (r0, r1) = (out("r0"), out("r1"));
+    let taken = ["--absorb", text(&r0), "--absorb", text(&r1)];
+    run("r2", &taken);
+    run("r2", &[&taken[..], &["--resume"]].concat());
+    let model = |name: &str| blake3_of(&find_file(&out(name).join("model"), "safetensors"));
+    assert_eq!(model("r"), model("r2"));
+
+    // What cannot be shared out is refused before work, and so are parts that are not there.
+    let (model, missing) = (["--model", TINY_MOE, "--data", &data], out("nowhere"));
+    let more = ["--scores", text(&fisher), "--out", text(&missing)];
+    let flags = "prune --ratio 0.5 --repair layer_refit --shard 0/2";
+    let (code, error) = refused(&words(flags, &[&model[..], &more].concat()));
+    assert!(code == 2 && error.contains("no step whose work can be shared out"), "{code}: {error}");
+    let flags = "prune --ratio 0.5 --repair refit --absorb nobody";
+    let (_, error) = refused(&words(flags, &[&model[..], &more].concat()));
+    assert!(error.contains("nobody.steps: found no steps"), "{error}");
+}
+
+/// The first file of a directory that ends like this.
+fn find_file(dir: &Path, ending: &str) -> PathBuf {
+    let mut files: Vec<PathBuf> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files.into_iter().find(|path| path.extension().is_some_and(|found| found == ending)).unwrap()
 }

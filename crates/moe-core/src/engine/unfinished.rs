@@ -17,7 +17,7 @@ use crate::{
     error::{Error, Result},
     objective::CrossEntropy,
     trace::{Observer, Signals, SweepPart},
-    wave_files::{Part, WaveFiles, is_whole, load},
+    wave_files::{Part, WaveFiles, Writer, is_whole, load},
 };
 
 const MARK: &str = "wave.json";
@@ -164,7 +164,7 @@ impl UnfinishedWave {
     }
 
     pub(super) fn load(&self, part: Part, device: &Device) -> Result<Tensor<2>> {
-        load(&part.path(&self.dir), device).map_err(self.failed())
+        load(&part.path(&self.dir), Writer::Earlier, device).map_err(self.failed())
     }
 }
 

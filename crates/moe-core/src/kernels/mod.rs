@@ -29,6 +29,8 @@ pub mod ssd;
 pub mod swiglu;
 pub mod weight;
 
+use std::mem::MaybeUninit;
+
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use rayon::prelude::*;
 
@@ -54,6 +56,36 @@ pub(crate) fn for_rows_mut(data: &mut [f32], columns: usize, f: impl Fn(usize, &
             f(piece * step + i, row);
         }
     });
+}
+
+/// `n` rows of `columns` values, each written by `f(row_index, row)`, in parallel. A row is zero when its turn comes: it
+/// is zeroed in the cache, and not all rows in memory before.
+pub(crate) fn new_rows(n: usize, columns: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
+    let len = n * columns;
+    let mut rows = Vec::with_capacity(len);
+    if len > 0 {
+        let step = rows_per_piece(columns);
+        let all = &mut rows.spare_capacity_mut()[..len];
+        let piece = |(piece, rows): (usize, &mut [MaybeUninit<f32>])| {
+            for (i, row) in rows.chunks_exact_mut(columns).enumerate() {
+                f(piece * step + i, zeroed(row));
+            }
+        };
+        match n <= step {
+            true => piece((0, all)),
+            false => all.par_chunks_mut(step * columns).enumerate().for_each(piece),
+        }
+    }
+    // SAFETY: the chunks are rows and cover all of them, and each was zeroed.
+    unsafe { rows.set_len(len) };
+    rows
+}
+
+/// Memory that nothing was written to, as zeros.
+pub(crate) fn zeroed(memory: &mut [MaybeUninit<f32>]) -> &mut [f32] {
+    memory.fill(MaybeUninit::new(0.0));
+    // SAFETY: every value was written above, and `MaybeUninit<f32>` lies in memory as `f32` does.
+    unsafe { &mut *(std::ptr::from_mut(memory) as *mut [f32]) }
 }
 
 /// Row indices as a device tensor.

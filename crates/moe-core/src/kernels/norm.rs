@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 use multiversion::multiversion;
 
-use super::{for_rows_mut, math, zeros};
+use super::{math, new_rows};
 use crate::host::{self, HostView};
 
 /// `y[t] = weight * x[t] / sqrt(mean(x[t]^2) + eps)` for `x [n, d]`, `weight [d]`.
@@ -24,8 +24,7 @@ fn on_host(x: &Tensor<2>, weight: &Tensor<1>, eps: f32) -> Tensor<2> {
     let [n, d] = x.dims();
     let (xs, ws) = (HostView::new(x), HostView::new(weight));
     let (xs, ws) = (xs.as_slice(), ws.as_slice());
-    let mut out = zeros(n * d);
-    for_rows_mut(&mut out, d, |t, y| norm_row(&xs[t * d..(t + 1) * d], ws, eps, y));
+    let out = new_rows(n, d, |t, y| norm_row(&xs[t * d..(t + 1) * d], ws, eps, y));
     host::from_vec(out, [n, d], &x.device())
 }
 
@@ -42,8 +41,7 @@ fn backward_on_host(x: &Tensor<2>, weight: &Tensor<1>, eps: f32, dy: &Tensor<2>)
     let [n, d] = x.dims();
     let (xs, ws, dys) = (HostView::new(x), HostView::new(weight), HostView::new(dy));
     let (xs, ws, dys) = (xs.as_slice(), ws.as_slice(), dys.as_slice());
-    let mut out = zeros(n * d);
-    for_rows_mut(&mut out, d, |t, dx| {
+    let out = new_rows(n, d, |t, dx| {
         let rows = t * d..(t + 1) * d;
         norm_row_backward(&xs[rows.clone()], ws, eps, &dys[rows], dx);
     });

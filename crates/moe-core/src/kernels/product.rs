@@ -1,4 +1,4 @@
-//! Products of small matrices in host memory, added in place.
+//! Products of matrices in host memory.
 //!
 //! What a low-rank adapter multiplies is thin: a few tokens of an expert, a rank of eight. There the cost of a call is
 //! what counts, so these work on slices, with no tensor in between.
@@ -57,7 +57,7 @@ impl<'a> Matrix<'a> {
 /// # Panics
 /// If the sizes do not fit.
 pub fn product(out: &mut [f32], width: usize, first: usize, add: bool, factor: f32, a: Matrix<'_>, b: Matrix<'_>) {
-    assert_eq!(a.columns, b.rows, "columns of the first factor and rows of the second");
+    check(&a, &b);
     assert_eq!(out.len(), a.rows * width, "{} rows of {width}", a.rows);
     assert!(first + b.columns <= width, "{} columns from {first} of {width}", b.columns);
     if a.rows == 0 || b.columns == 0 {
@@ -69,20 +69,50 @@ pub fn product(out: &mut [f32], width: usize, first: usize, add: bool, factor: f
         }
         return;
     }
-    for matrix in [&a, &b] {
+    // SAFETY: the product is within `out`, which is borrowed mutably, and its values may be read.
+    unsafe { multiply(out.as_mut_ptr().add(first), width, add, factor, a, b) };
+}
+
+/// `a b`, row-major, in memory that nothing was written to before.
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn new_product(a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
+    check(&a, &b);
+    let len = a.rows * b.columns;
+    if a.columns == 0 || len == 0 {
+        return vec![0.0; len];
+    }
+    let mut out = Vec::with_capacity(len);
+    // SAFETY: there is room for all rows; nothing of it is read, and all of it is written.
+    unsafe {
+        multiply(out.as_mut_ptr(), b.columns, false, 1.0, a, b);
+        out.set_len(len);
+    }
+    out
+}
+
+fn check(a: &Matrix<'_>, b: &Matrix<'_>) {
+    assert_eq!(a.columns, b.rows, "columns of the first factor and rows of the second");
+    for matrix in [a, b].into_iter().filter(|matrix| matrix.rows > 0 && matrix.columns > 0) {
         let last = (matrix.rows - 1) * matrix.row_stride + (matrix.columns - 1) * matrix.column_stride;
         assert!(last < matrix.values.len(), "a matrix within its values");
     }
+}
+
+/// # Safety
+/// Both factors are [checked](check) and not empty; `out` is valid for `a.rows` rows `width` apart, for reads, too, if
+/// `add` is set.
+unsafe fn multiply(out: *mut f32, width: usize, add: bool, factor: f32, a: Matrix<'_>, b: Matrix<'_>) {
     let work = a.rows * a.columns * b.columns;
     let parallelism = if work < SHARED { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(0) };
-    // SAFETY: both factors are within their slices and the product is within `out`, all checked above; `out` is
-    // borrowed mutably.
+    // SAFETY: as the caller says.
     unsafe {
         gemm::gemm(
             a.rows,
             b.columns,
             a.columns,
-            out.as_mut_ptr().add(first),
+            out,
             1,
             width as isize,
             add,

@@ -3,7 +3,7 @@
 use burn::tensor::{Device, Tensor};
 use rayon::prelude::*;
 
-use super::{for_rows_mut, index_tensor, rows_per_piece, zeros};
+use super::{for_rows_mut, index_tensor, new_rows, rows_per_piece, zeros};
 use crate::host::{self, HostView};
 
 /// `x[rows]`, `[rows.len(), columns]`.
@@ -15,8 +15,7 @@ pub fn gather_rows(x: &Tensor<2>, rows: &[u32]) -> Tensor<2> {
     let columns = x.dims()[1];
     let view = HostView::new(x);
     let values = view.as_slice();
-    let mut out = zeros(rows.len() * columns);
-    for_rows_mut(&mut out, columns, |i, row| {
+    let out = new_rows(rows.len(), columns, |i, row| {
         let start = rows[i] as usize * columns;
         row.copy_from_slice(&values[start..start + columns]);
     });

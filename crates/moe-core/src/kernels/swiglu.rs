@@ -4,7 +4,7 @@
 use burn::tensor::{Bool, Tensor, activation};
 use multiversion::multiversion;
 
-use super::{for_rows_mut, gelu, math, zeros};
+use super::{gelu, math, new_rows, zeroed, zeros};
 use crate::host::{self, HostView};
 
 /// How gate and up become a unit.
@@ -73,8 +73,7 @@ fn on_host(gate_up: &Tensor<2>, kind: GatedActivation) -> Tensor<2> {
     let width = double / 2;
     let view = HostView::new(gate_up);
     let values = view.as_slice();
-    let mut out = zeros(n * width);
-    for_rows_mut(&mut out, width, |t, u| {
+    let out = new_rows(n, width, |t, u| {
         let (g, v) = values[t * double..(t + 1) * double].split_at(width);
         kind.row(g, v, u);
     });
@@ -98,19 +97,19 @@ fn backward_on_host(
     let view = HostView::new(gate_up);
     let values = view.as_slice();
     let mut d_units = host::into_vec(du); // scaled in place by the row weights
-    let mut units = zeros(n * width);
-    let mut d_gate_up = zeros(n * double);
+    let (mut units, mut d_gate_up) = (Vec::with_capacity(n * width), Vec::with_capacity(n * double));
     let mut d_row_weights = zeros(n);
     let step = super::rows_per_piece(double);
     use rayon::prelude::*;
     if width > 0 {
-        units
+        units.spare_capacity_mut()[..n * width]
             .par_chunks_mut(step * width)
             .zip(d_units.par_chunks_mut(step * width))
-            .zip(d_gate_up.par_chunks_mut(step * double))
+            .zip(d_gate_up.spare_capacity_mut()[..n * double].par_chunks_mut(step * double))
             .zip(d_row_weights.par_chunks_mut(step))
             .enumerate()
             .for_each(|(piece, (((units, d_units), d_gate_up), d_row_weights))| {
+                let (units, d_gate_up) = (zeroed(units), zeroed(d_gate_up));
                 for (i, dw) in d_row_weights.iter_mut().enumerate() {
                     let t = piece * step + i;
                     let (g, v) = values[t * double..(t + 1) * double].split_at(width);
@@ -124,6 +123,11 @@ fn backward_on_host(
                     kind.row_backward(g, v, weight, du, dg, dv);
                 }
             });
+    }
+    // SAFETY: the pieces cover both, and each was zeroed; without columns, both are empty.
+    unsafe {
+        units.set_len(n * width);
+        d_gate_up.set_len(n * double);
     }
     SwigluGradients {
         units: host::from_vec(units, [n, width], &device),

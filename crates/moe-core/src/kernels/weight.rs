@@ -10,6 +10,7 @@ use burn::tensor::{Device, Tensor};
 use super::{
     amx::{self, PackedWeights},
     few_rows, for_rows_mut,
+    product::{Matrix, new_product},
 };
 use crate::{
     adapters::{LinearAdapter, Tokens, Wanted},
@@ -205,7 +206,7 @@ impl Weight {
         let y = match &self.0 {
             Form::Dense(matrix) => match tokens {
                 Tokens::Rows(_) => multiply_rows(x, matrix),
-                Tokens::From(_) => x.clone().matmul(Tensor::clone(matrix).transpose()), // [n, out]
+                Tokens::From(_) => multiply(x, matrix, true), // [n, out]
             },
             Form::Packed(packed) => packed.multiply(x, packed.outputs, packed.forward()),
             Form::Absent(dims) => unreachable!("a weight {dims:?} that an adapter stands in for is used by it alone"),
@@ -225,7 +226,7 @@ impl Weight {
     /// depends on its input, that of the weight without it.
     pub fn backward(&self, dy: &Tensor<2>) -> Tensor<2> {
         match &self.0 {
-            Form::Dense(matrix) => dy.clone().matmul(Tensor::clone(matrix)), // [n, in]
+            Form::Dense(matrix) => multiply(dy, matrix, false), // [n, in]
             Form::Packed(packed) => packed.multiply(dy, packed.inputs, packed.backward()),
             Form::Twice(once) => once.backward(&sum_of_halves(dy)),
             Form::Absent(_) | Form::Adapted(_) => dy.clone().matmul(self.to_tensor()),
@@ -315,12 +316,26 @@ fn sum_of_halves(dy: &Tensor<2>) -> Tensor<2> {
     dy.clone().narrow(1, 0, half) + dy.clone().narrow(1, half, half)
 }
 
+/// `x w`, or `x w^T`.
+fn multiply(x: &Tensor<2>, w: &Tensor<2>, transposed: bool) -> Tensor<2> {
+    let ([n, inner], [rows, columns], device) = (x.dims(), w.dims(), x.device());
+    if !host::is_host(&device) {
+        let w = Tensor::clone(w);
+        return x.clone().matmul(if transposed { w.transpose() } else { w });
+    }
+    let (x, w) = (HostView::new(x), HostView::new(w));
+    let w = Matrix::new(w.as_slice(), rows, columns);
+    let w = if transposed { w.transposed() } else { w };
+    let outputs = if transposed { rows } else { columns };
+    host::from_vec(new_product(Matrix::new(x.as_slice(), n, inner), w), [n, outputs], &device)
+}
+
 /// `x w^T` of `x [n, in]` and `w [out, in]`, for the tokens of one expert: how many there are is a matter of the wave,
 /// and not of how a sweep cuts it into pieces, so that the kernel may depend on it.
 fn multiply_rows(x: &Tensor<2>, w: &Tensor<2>) -> Tensor<2> {
     let ([n, inputs], [outputs, _]) = (x.dims(), w.dims());
     if !few_rows::NUMBERS.contains(&n) || inputs == 0 || outputs == 0 || !host::is_host(&x.device()) {
-        return x.clone().matmul(w.clone().transpose());
+        return multiply(x, w, true);
     }
     let (view, matrix) = (HostView::new(x), HostView::new(w));
     host::from_vec(few_rows::multiply(view.as_slice(), matrix.as_slice(), inputs), [n, outputs], &x.device())

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use super::finished_layers::FinishedLayers;
 use super::linear::{Normal, Rows, add_gram, cross, diagonal, squares, subtract, to_rows};
 use super::ridge::{RidgeScale, check_ridge};
-use super::{OnProgress, Repair, RepairNeeds, RepairRequest, TokenWeight, edits_by};
+use super::{OnProgress, Repair, RepairNeeds, RepairRequest, TokenWeight, check_shares, edits_by};
 use crate::{Edits, Error, ExpertEdit, PrunePlan, Result};
 
 /// What a layer is fitted to.
@@ -179,6 +179,7 @@ impl Repair for LayerRefit {
     }
 
     fn repair(&self, request: &RepairRequest<'_>, on_progress: OnProgress<'_>) -> Result<Edits> {
+        check_shares(self.needs(), request)?;
         Ok(self.fit_in(request.model, request.pruned()?, request.waves, request.store, on_progress)?.edits)
     }
 }

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{OnProgress, Repair, RepairNeeds, RepairRequest, TokenWeight, check_plan, edits_by, own_weights};
+use super::{OnProgress, Repair, RepairNeeds, RepairRequest, TokenWeight, check_plan, check_shares, edits_by, own_weights};
 use crate::{Edits, ExpertEdit, PrunePlan, Result};
 
 /// Weighted sums of each unit over the tokens of its expert.
@@ -56,7 +56,11 @@ impl MeanOutput {
     }
 
     fn calibration<'a>(&self, request: &RepairRequest<'a>) -> Calibration<'a> {
-        let calibration = Calibration::of_waves(request.model, request.waves).collector(self.collector());
+        let mut calibration = Calibration::of_waves(request.model, request.waves).collector(self.collector());
+        if let Some((index, count)) = request.shard {
+            calibration = calibration.shard(index, count);
+        }
+        let calibration = calibration.absorb(request.absorb.iter().cloned());
         match request.store {
             Some(store) => calibration.store(store),
             None => calibration,
@@ -112,15 +116,17 @@ impl Repair for MeanOutput {
     }
 
     fn needs(&self) -> RepairNeeds {
-        RepairNeeds { biases: true, own_weights: true, ..RepairNeeds::default() }
+        RepairNeeds { biases: true, own_weights: true, shares: true, ..RepairNeeds::default() }
     }
 
     fn check(&self, request: &RepairRequest<'_>) -> Result<()> {
         own_weights(self.needs(), request)?;
+        check_shares(self.needs(), request)?;
         Ok(self.calibration(request).check()?)
     }
 
     fn repair(&self, request: &RepairRequest<'_>, on_progress: OnProgress<'_>) -> Result<Edits> {
+        check_shares(self.needs(), request)?;
         check_plan(request.plan, request.model.checkpoint())?;
         let statistics =
             self.calibration(request).run(&mut |at| on_progress(at.tokens_done as usize, at.tokens as usize))?;

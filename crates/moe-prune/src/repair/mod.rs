@@ -15,7 +15,9 @@
 //! other, since its Gram matrices of a whole model are too much to keep wave by wave (10 GB for each wave of
 //! Qwen1.5-MoE at a tenth of its units, where one layer takes 0.9 GB in memory). With a [store](RepairRequest::store),
 //! what a refit has done of a layer is kept, and a run that was stopped does not do it again. [`RouterDistillation`] is
-//! a training.
+//! a training. Processes share [`Refit`] by layers and [`MeanOutput`] by waves ([`RepairRequest::shard`],
+//! [`RepairRequest::absorb`]), to the bits of one process; the other two are one chain of steps, each of which follows
+//! from the one before.
 //!
 //! All of them are deterministic. [`layer_errors`] measures what they achieve in each layer,
 //! [`moe_core::evaluate::divergence`] at the end of the model. [`PrunePlan::on`](crate::PrunePlan::on) gives the
@@ -32,7 +34,7 @@ mod ridge;
 mod router_kd;
 mod tokens;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use moe_checkpoint::Checkpoint;
 use moe_core::data::Wave;
@@ -66,12 +68,23 @@ pub struct RepairRequest<'a> {
     pub waves: &'a [Wave],
     /// Where a repair that can keeps what it has seen, to go on from.
     pub store: Option<&'a Path>,
+    /// Does only the part `index` of `count`, counted from 0, for a repair whose work can be [shared](RepairNeeds::shares):
+    /// its parts are layers or waves, dealt out in turn. The part is then in the store; the edits are those of the part,
+    /// and of use only to whoever looks at it.
+    pub shard: Option<(usize, usize)>,
+    /// Stores of other parts of the same work, which are taken over.
+    pub absorb: &'a [PathBuf],
 }
 
 impl<'a> RepairRequest<'a> {
     /// Of a plan for this model: no pruned model, nothing kept.
     pub fn new(model: &'a Model, plan: &'a PrunePlan, waves: &'a [Wave]) -> Self {
-        Self { model, plan, pruned: None, waves, store: None }
+        Self { model, plan, pruned: None, waves, store: None, shard: None, absorb: &[] }
+    }
+
+    /// Whether the part at this position is done here.
+    fn is_own(&self, position: usize) -> bool {
+        self.shard.is_none_or(|(index, count)| position % count == index)
     }
 
     /// The pruned model, for a repair that needs it.
@@ -96,6 +109,8 @@ pub struct RepairNeeds {
     pub biases: bool,
     /// Experts with weights of their own: it changes those of each, which is not possible where several share a set.
     pub own_weights: bool,
+    /// Its work can be shared out: it heeds [`RepairRequest::shard`] and [`RepairRequest::absorb`].
+    pub shares: bool,
 }
 
 /// Makes the weights that a plan has left better. One of your own needs these three functions; [`Edits`] are applied by
@@ -157,6 +172,7 @@ pub trait Repair {
     /// [`Error::InvalidParameter`], and [`Error::Model`] for too little memory.
     fn check(&self, request: &RepairRequest<'_>) -> Result<()> {
         own_weights(self.needs(), request)?;
+        check_shares(self.needs(), request)?;
         for model in [Some(request.model), request.pruned].into_iter().flatten() {
             Engine::new(model, EngineOptions::default()).plan_layerwise(request.waves)?;
         }
@@ -175,6 +191,24 @@ fn own_weights(needs: RepairNeeds, request: &RepairRequest<'_>) -> Result<()> {
         });
     }
     Ok(())
+}
+
+/// Refuses to share what cannot be, and shares that nobody would find again.
+fn check_shares(needs: RepairNeeds, request: &RepairRequest<'_>) -> Result<()> {
+    let refused = |field, found: String, expected: &str| {
+        Err(Error::InvalidParameter { field, found, expected: expected.into() })
+    };
+    if !needs.shares && (request.shard.is_some() || !request.absorb.is_empty()) {
+        let expected = "a repair whose parts do not follow from each other, such as refit and mean_output";
+        return refused("shard", "a repair that is done in one process".into(), expected);
+    }
+    match request.shard {
+        Some((index, count)) if index >= count => {
+            refused("shard", format!("{index}/{count}"), "an index below the count, from 0")
+        }
+        Some(_) if request.store.is_none() => refused("store", "none".into(), "one, which a shard leaves its part in"),
+        _ => Ok(()),
+    }
 }
 
 /// No edits yet, made like this.

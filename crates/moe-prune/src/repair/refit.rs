@@ -1,6 +1,6 @@
 //! Refit of the kept down columns of every expert, in closed form.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use faer::Mat;
 use faer::linalg::matmul::matmul;
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::finished_layers::FinishedLayers;
 use super::linear::{Normal, Rows, add_gram, diagonal, to_rows};
 use super::ridge::{RidgeScale, check_ridge};
-use super::{OnProgress, Repair, RepairNeeds, RepairRequest, TokenWeight, check_plan, edits_by};
+use super::{OnProgress, Repair, RepairNeeds, RepairRequest, TokenWeight, check_plan, check_shares, edits_by};
 use crate::plan::LayerKept;
 use crate::{Edits, ExpertEdit, PlanOverlay, PrunePlan, Result};
 
@@ -31,8 +31,8 @@ use crate::{Edits, ExpertEdit, PlanOverlay, PrunePlan, Result};
 /// count: it never gave them anything to imitate. After MergeMoE's fit of merged experts (arXiv 2510.14436), here for
 /// dropped units.
 ///
-/// An expert that loses no units and whose routing is unchanged stays as it is, and so does one without tokens. One
-/// layer is done at a time, in memory `8 E I K` bytes for E experts of I units of which K stay, `8 E K K` more where
+/// An expert that loses no units and whose routing is unchanged stays as it is, and so does one without tokens. Layers
+/// do not depend on each other, so that processes can [share](RepairRequest::shard) them. One is done at a time, in memory `8 E I K` bytes for E experts of I units of which K stay, `8 E K K` more where
 /// experts were removed, and `4 T k I` for the units of a wave of T tokens with k experts each.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -70,6 +70,17 @@ impl Refit {
         let models = [model.checkpoint().fingerprint()];
         let store = store.filter(|_| plain);
         let finished = FinishedLayers::open(store, &self.recipe(), plan, &models, waves)?;
+        for other in request.absorb {
+            finished.absorb(other)?;
+        }
+        let (mut edits, mut todo) = (Edits::new(), BTreeSet::new());
+        let own = plan.kept.iter().enumerate().filter(|(position, _)| request.is_own(*position));
+        for layer in own.clone().map(|(_, kept)| kept.layer) {
+            match finished.load(layer)? {
+                Some(found) => edits.extend(found),
+                None => drop(todo.insert(layer)),
+            }
+        }
         let engine = Engine::new(model, EngineOptions::default());
         let mut visitor = Visitor {
             refit: *self,
@@ -80,12 +91,15 @@ impl Refit {
             grams: BTreeMap::new(),
             waiting: Vec::new(),
             finished,
-            at: None,
-            edits: Edits::new(),
-            done: 0,
+            edits,
+            layers: own.count(),
+            todo,
             on_layer,
         };
-        engine.run_layerwise(waves, &mut visitor)?;
+        if !visitor.todo.is_empty() {
+            let mut sweep = engine.layer_sweep(waves)?;
+            while !visitor.todo.is_empty() && sweep.step(&mut visitor)?.is_some() {}
+        }
         let mut edits = visitor.edits;
         edits.recipe = self.recipe();
         Ok(edits)
@@ -98,10 +112,11 @@ impl Repair for Refit {
     }
 
     fn needs(&self) -> RepairNeeds {
-        RepairNeeds { own_weights: true, ..RepairNeeds::default() }
+        RepairNeeds { own_weights: true, shares: true, ..RepairNeeds::default() }
     }
 
     fn repair(&self, request: &RepairRequest<'_>, on_progress: OnProgress<'_>) -> Result<Edits> {
+        check_shares(self.needs(), request)?;
         self.fit_in(request, on_progress)
     }
 }
@@ -137,22 +152,14 @@ struct Visitor<'a> {
     grams: BTreeMap<usize, Grams>,
     waiting: Vec<Waiting>,
     finished: FinishedLayers,
-    /// The layer at hand, and what an earlier run has fitted in it.
-    at: Option<(usize, Option<Edits>)>,
     edits: Edits,
-    done: usize,
+    /// Layers of this run, and those of them that nobody has fitted yet.
+    layers: usize,
+    todo: BTreeSet<usize>,
     on_layer: OnProgress<'a>,
 }
 
 impl Visitor<'_> {
-    /// Whether an earlier run has done this layer.
-    fn is_done(&mut self, layer: usize) -> moe_core::Result<bool> {
-        if self.at.as_ref().is_none_or(|(at, _)| *at != layer) {
-            self.at = Some((layer, self.finished.load(layer).map_err(moe_core::Error::observer)?));
-        }
-        Ok(self.at.as_ref().is_some_and(|(_, edits)| edits.is_some()))
-    }
-
     fn kept(&self, layer: usize) -> &LayerKept {
         self.plan.layer(layer).expect("the plan is of this model")
     }
@@ -233,10 +240,8 @@ impl Observer for Visitor<'_> {
     }
 
     fn layer(&mut self, trace: &LayerTrace<'_>) -> moe_core::Result<()> {
-        if self.is_done(trace.layer)? {
-            return Ok(());
-        }
-        if self.routing.removed(trace.layer).is_none() && self.routing.top_k().is_none() {
+        let unchanged = self.routing.removed(trace.layer).is_none() && self.routing.top_k().is_none();
+        if unchanged || !self.todo.contains(&trace.layer) {
             return Ok(());
         }
         let routed = self.engine.route(trace.layer, trace.logits, Some(&self.routing))?;
@@ -249,7 +254,7 @@ impl Observer for Visitor<'_> {
     }
 
     fn expert(&mut self, trace: &ExpertTrace<'_>) -> moe_core::Result<()> {
-        if self.is_done(trace.layer)? {
+        if !self.todo.contains(&trace.layer) {
             return Ok(());
         }
         let layer = self.kept(trace.layer);
@@ -275,7 +280,9 @@ impl Observer for Visitor<'_> {
     }
 
     fn output(&mut self, output: &LayerOutput<'_>) -> moe_core::Result<()> {
-        self.flush(output);
+        if self.todo.contains(&output.layer) {
+            self.flush(output);
+        }
         self.tables.clear();
         Ok(())
     }
@@ -283,12 +290,7 @@ impl Observer for Visitor<'_> {
 
 impl LayerVisitor for Visitor<'_> {
     fn end_layer(&mut self, layer: usize) -> moe_core::Result<LayerChange> {
-        if self.is_done(layer)?
-            && let Some((_, Some(edits))) = self.at.take()
-        {
-            self.edits.extend(edits);
-            self.done += 1;
-            (self.on_layer)(self.done, self.plan.kept.len());
+        if !self.todo.remove(&layer) {
             return Ok(LayerChange::default());
         }
         let kept = &self.plan.layer(layer).expect("the plan is of this model").experts;
@@ -309,8 +311,7 @@ impl LayerVisitor for Visitor<'_> {
         }
         self.finished.save(layer, &edits).map_err(moe_core::Error::observer)?;
         self.edits.extend(edits);
-        self.done += 1;
-        (self.on_layer)(self.done, self.plan.kept.len());
+        (self.on_layer)(self.layers - self.todo.len(), self.layers);
         Ok(LayerChange::default())
     }
 }

@@ -16,7 +16,7 @@ use moe_core::{Distillation, Engine, EngineOptions, Model, RoutingOverlay, Teach
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{OnProgress, Repair, RepairNeeds, RepairRequest, edits_by};
+use super::{OnProgress, Repair, RepairNeeds, RepairRequest, check_shares, edits_by};
 use crate::{Edits, Error, Result};
 
 /// Trains the router weights of a changed model, and nothing else, on the divergence of its next-token distribution
@@ -112,6 +112,7 @@ impl Repair for RouterDistillation {
 
     /// Keeps the routers that are best on the waves themselves.
     fn repair(&self, request: &RepairRequest<'_>, on_progress: OnProgress<'_>) -> Result<Edits> {
+        check_shares(self.needs(), request)?;
         let mut on_event = |event: &TrainEvent| {
             if let TrainEvent::Step { step, steps, .. } = event {
                 on_progress(*step, *steps);

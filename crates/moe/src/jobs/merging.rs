@@ -1,17 +1,17 @@
 //! Merging in directories that keep what was collected and merged: what `moe merge` and the step `merge` carry out.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use moe_checkpoint::{Mtp, ProtectionMask, write_atomic};
+use moe_checkpoint::{Mtp, ProtectionMask, Statistics, write_atomic};
 use moe_core::data::Wave;
 use moe_core::train::TrainEvent;
 use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::Calibration;
 use moe_merge::{
     Amount, CompactTrained, CompactTraining, Evidence, EvidenceOptions, MergeOptions, MergedModel, MergedWeights,
-    OutputForm, Recipe, collect_evidence, merge_sequentially,
+    OutputForm, Recipe, merge_sequentially,
 };
 
 use crate::progress::{Progress, Unit};
@@ -36,6 +36,8 @@ pub struct Merging<'a> {
     pub sample: usize,
     /// Whether all layers are merged on one pass, even if the recipe goes layer by layer.
     pub at_once: bool,
+    /// Directories in which other processes left their shares of the evidence, which are taken over.
+    pub absorb: &'a [PathBuf],
 }
 
 /// A merged model, and how long the model was run for it.
@@ -136,21 +138,59 @@ impl Merging<'_> {
         if path.exists() && std::fs::read_to_string(&asked).is_ok_and(|found| found == digest) {
             return Ok(Evidence::load(path)?);
         }
-        // Waves of other evidence are kept apart: they may be wanted again.
-        let waves = directory.join(format!("evidence.{}.waves", &digest[..16]));
-        let bar = progress.bar("collecting", 0, Unit::Count("tokens"));
-        let evidence = collect_evidence(self.model, self.waves, &options, Some(&waves), &mut |at| {
-            bar.total(at.tokens);
-            bar.at(at.tokens_done);
-        })?;
-        drop(bar);
+        let evidence = Evidence::from_statistics(&self.seen(directory, None, progress)?)?;
+        evidence.validate(self.model.checkpoint().shape())?;
         evidence.save(&path)?;
         // Last: without it, what stands beside it is not whole.
         write_atomic(&asked, digest.as_bytes())?;
+        let waves = self.waves_in(directory);
         if waves.exists() {
             std::fs::remove_dir_all(&waves).map_err(Error::io(&waves))?;
         }
         Ok(evidence)
+    }
+
+    /// Collects one share of the evidence, `(index, count)`, in `directory`: the waves index, index + count, …
+    ///
+    /// # Errors
+    /// A recipe that is merged layer by layer, where each layer is seen as the layers before it were merged; whatever
+    /// stops the model.
+    pub fn share(&self, directory: &Path, shard: (usize, usize), progress: Progress) -> Result<()> {
+        if self.layer_by_layer() {
+            let reason = format!(
+                "a share of `{}`: it merges layer by layer, each layer on what the merged ones before it give",
+                self.recipe.name
+            );
+            return Err(Error::Usage(reason));
+        }
+        self.seen(directory, Some(shard), progress).map(drop)
+    }
+
+    /// Waves of other evidence are kept apart: they may be wanted again.
+    fn waves_in(&self, directory: &Path) -> PathBuf {
+        let digest = self.evidence_options().digest(self.model, self.waves);
+        directory.join(format!("evidence.{}.waves", &digest[..16]))
+    }
+
+    fn seen(&self, directory: &Path, shard: Option<(usize, usize)>, progress: Progress) -> Result<Statistics> {
+        let others: Vec<PathBuf> = self.absorb.iter().map(|other| self.waves_in(other)).collect();
+        if let Some((other, _)) = self.absorb.iter().zip(&others).find(|(_, waves)| !waves.exists()) {
+            let reason = "found no evidence of this model, recipe and data, expected a share of it";
+            return Err(Error::Invalid(format!("{}: {reason}", other.display())));
+        }
+        let mut calibration = self
+            .evidence_options()
+            .observe(self.model, Calibration::of_waves(self.model, self.waves))
+            .store(self.waves_in(directory))
+            .absorb(others);
+        if let Some((index, count)) = shard {
+            calibration = calibration.shard(index, count);
+        }
+        let bar = progress.bar("collecting", 0, Unit::Count("tokens"));
+        Ok(calibration.run(&mut |at| {
+            bar.total(at.tokens);
+            bar.at(at.tokens_done);
+        })?)
     }
 
     /// Merges. Evidence is in `evidence` and serves other recipes, budgets and forms; merged experts are in `merged`,

@@ -114,7 +114,7 @@ impl Run<'_> {
             what.push("run-time options beside the model".into());
             self.run_time = run_time.or(std::mem::take(&mut self.run_time));
         }
-        Ok(Done { summary: what.join(", "), reused, artifact: Some(dir), measured: vec![] })
+        Ok(Done { summary: what.join(", "), reused, artifact: Some(dir), ..Done::default() })
     }
 
     fn change(&mut self, model: Arc<Checkpoint>) {

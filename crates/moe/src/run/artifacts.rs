@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::progress::Progress;
 use crate::{Error, Result};
 
 /// What a finished artifact has.
@@ -48,6 +49,16 @@ impl Artifacts {
             fs::create_dir_all(&dir).map_err(Error::io(&dir))?;
         }
         Ok((dir, finished))
+    }
+
+    /// The same artifact in the output directories of other runs. Those that do not have it are told.
+    pub fn of_others(&self, dir: &Path, others: &[PathBuf], progress: Progress) -> Vec<PathBuf> {
+        let name = dir.strip_prefix(&self.out).unwrap_or(dir);
+        let (found, missing): (Vec<_>, Vec<_>) = others.iter().partition(|other| other.join(name).exists());
+        for other in missing {
+            progress.say(&format!("{}: nothing to take over, no {}", other.display(), name.display()));
+        }
+        found.into_iter().map(|other| other.join(name)).collect()
     }
 
     /// Says that an artifact is whole.

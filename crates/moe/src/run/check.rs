@@ -45,7 +45,7 @@ impl Before {
 }
 
 /// A run of which everything that can be known has been checked.
-pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
+pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result<Run<'a>> {
     if recipe.steps.is_empty() {
         return Err(Error::Usage("steps: a recipe needs at least one".into()));
     }
@@ -54,6 +54,7 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
             return Err(Error::Usage(format!("{field}: missing, expected a directory")));
         }
     }
+    check_share(recipe, options)?;
     let artifacts = Artifacts::new(&recipe.out);
     artifacts.check(options.resume || options.check)?;
     let device = moe_core::device::device(&recipe.device)?;
@@ -163,6 +164,7 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
                     mtp: merge.mtp,
                     sample: merge.sample,
                     at_once: false,
+                    absorb: &[],
                 };
                 if before.unchanged() {
                     merging.check().map_err(named)?;
@@ -270,6 +272,30 @@ pub(crate) fn checked(recipe: &Recipe, options: RunOptions) -> Result<Run<'_>> {
         measured: Vec::new(),
         written: Vec::new(),
     })
+}
+
+/// Refuses a share of what cannot be shared out, and shares that are not there.
+fn check_share(recipe: &Recipe, options: RunOptions<'_>) -> Result<()> {
+    if let Some(missing) = options.absorb.iter().find(|other| !other.join("steps").is_dir()) {
+        let path = missing.display();
+        return Err(Error::Invalid(format!("{path}: found no steps, expected the output directory of another run")));
+    }
+    if options.shard.is_none() {
+        return Ok(());
+    }
+    for step in &recipe.steps {
+        let shares = match step {
+            Step::Score(_) => true,
+            Step::Merge(merge) => !merge.recipe()?.sequential,
+            Step::Repair(repair) => repair.repair().needs().shares,
+            _ => false,
+        };
+        if shares {
+            return Ok(());
+        }
+    }
+    let reason = "no step whose work can be shared out: expected scores, a merge on one pass, refit or mean_output";
+    Err(Error::Usage(format!("a share: {reason}")))
 }
 
 /// A protection mask from a file.

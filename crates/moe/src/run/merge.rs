@@ -30,6 +30,7 @@ impl Run<'_> {
             mtp: step.mtp,
             sample: step.sample,
             at_once: false,
+            absorb: &[],
         };
         let of = [json(step)?, base.fingerprint(), calibration.data.hash.clone(), json(&self.protect)?];
         let (dir, reused) = self.artifacts.begin("merge", &of.each_ref().map(String::as_str))?;
@@ -41,6 +42,12 @@ impl Run<'_> {
                 self.artifacts.begin("evidence", &[&digest])?
             }
         };
+        let others = self.artifacts.of_others(&evidence, self.options.absorb, self.options.progress);
+        let merging = Merging { absorb: &others, ..merging };
+        if let Some(shard) = self.options.shard.filter(|_| !reused) {
+            merging.share(&evidence, shard, self.options.progress)?;
+            return Ok(Done::share(shard, "the evidence", evidence));
+        }
         let merged = merging.merge(&evidence, &dir.join("merged"), self.options.progress)?;
         if !reused {
             merged.weights.plan().save(dir.join("plan.json"))?;
@@ -55,7 +62,7 @@ impl Run<'_> {
             self.model = compact.on(&self.model, None)?.model().clone();
         }
         self.pruned = None;
-        Ok(Done { summary, reused, artifact: Some(dir), measured: vec![] })
+        Ok(Done { summary, reused, artifact: Some(dir), ..Done::default() })
     }
 
     /// The experts of the merged model as low-rank and sparse parts, in closed form or trained towards the model

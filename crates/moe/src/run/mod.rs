@@ -39,7 +39,7 @@ use artifacts::Artifacts;
 
 /// How a recipe is run.
 #[derive(Clone, Copy, Debug)]
-pub struct RunOptions {
+pub struct RunOptions<'a> {
     /// Go on in the output directory of an earlier run, of this or another version of the recipe; what has not changed
     /// is reused.
     pub resume: bool,
@@ -49,6 +49,12 @@ pub struct RunOptions {
     pub check: bool,
     /// Where progress is shown.
     pub progress: Progress,
+    /// Does the share `index` of `count`, counted from 0, of the first step that is not done and can be shared out
+    /// (what scores are made of and the evidence of merges by waves, refits by layers), and ends there. The steps
+    /// before it are done by every share, measurements and models are left to the run that takes over all of them.
+    pub shard: Option<(usize, usize)>,
+    /// Output directories of runs that did other shares, whose parts are taken over.
+    pub absorb: &'a [PathBuf],
 }
 
 /// A figure of merit of a model, at a step.
@@ -154,7 +160,7 @@ struct PrunedState {
 /// Where a run is.
 pub(crate) struct Run<'a> {
     recipe: &'a Recipe,
-    options: RunOptions,
+    options: RunOptions<'a>,
     device: Device,
     max_memory: Option<u64>,
     artifacts: Artifacts,
@@ -213,7 +219,7 @@ impl Run<'_> {
 /// # Errors
 /// What is wrong, then whatever stops a step; artifacts of finished steps stay, and a later run with
 /// [`RunOptions::resume`] goes on from them.
-pub fn run(recipe: &Recipe, options: RunOptions) -> Result<RunReport> {
+pub fn run(recipe: &Recipe, options: RunOptions<'_>) -> Result<RunReport> {
     let mut run = check::checked(recipe, options)?;
     let mut steps = Vec::with_capacity(recipe.steps.len());
     if options.check {
@@ -235,7 +241,11 @@ pub fn run(recipe: &Recipe, options: RunOptions) -> Result<RunReport> {
     run.artifacts.open(options.resume)?;
     let json = serde_json::to_vec_pretty(recipe).map_err(|error| Error::Invalid(format!("the recipe: {error}")))?;
     write_atomic(recipe.out.join("recipe.json"), &json)?;
+    let mut shared = false;
     for step in &recipe.steps {
+        if options.shard.is_some() && matches!(step, Step::Write(_)) {
+            continue;
+        }
         let start = std::time::Instant::now();
         let done = match step {
             Step::Score(step) => run.score(step),
@@ -262,6 +272,16 @@ pub fn run(recipe: &Recipe, options: RunOptions) -> Result<RunReport> {
         };
         options.progress.say(&format!("{}: {}", report.step, report.summary));
         steps.push(report);
+        if done.share {
+            shared = true;
+            break;
+        }
+    }
+    if let (Some((index, count)), false) = (options.shard, shared) {
+        return Err(Error::Usage(format!(
+            "share {index} of {count}: no step is left whose work can be shared out; scores, evidence of merges, refit and \
+             mean_output can"
+        )));
     }
     let peak_rss_mib = moe_core::memory::process_memory().map(|memory| memory.peak as f64 / (1 << 20) as f64);
     let report = RunReport { steps, written: run.written, peak_rss_mib };

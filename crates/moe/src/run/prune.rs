@@ -71,7 +71,7 @@ impl Run<'_> {
         self.model = pruned.model().clone();
         self.pruned =
             Some(PrunedState { base, plan, step: step.clone(), chosen, scores, edits: None, repaired: false });
-        Ok(Done { summary, reused, artifact: Some(dir), measured: vec![] })
+        Ok(Done { summary, reused, artifact: Some(dir), ..Done::default() })
     }
 
     /// What a pruning keeps, and in which form.
@@ -167,13 +167,19 @@ impl Run<'_> {
             };
             let plan = &pruned.plan;
             let store = dir.join("seen");
+            let others = self.artifacts.of_others(&store, self.options.absorb, self.options.progress);
             let request = RepairRequest {
                 pruned: Some(&student),
                 store: Some(&store),
+                shard: self.options.shard,
+                absorb: &others,
                 ..RepairRequest::new(&teacher, plan, &calibration.waves)
             };
             // What is fitted to the pruned model has its indices, what is computed from the full one those of the plan.
             let edits = repair.repair(&request, &mut tell)?;
+            if let Some(shard) = self.options.shard {
+                return Ok(Done::share(shard, "the repair", dir));
+            }
             let plan = if on_top { &keep_all } else { plan };
             edits.save(&file, plan)?;
             Artifacts::finish(&dir)?;
@@ -184,7 +190,7 @@ impl Run<'_> {
             self.model = repaired.model().clone();
             pruned.repaired = true;
             self.pruned = Some(pruned);
-            return Ok(Done { summary: summary.into(), reused, artifact: Some(dir), measured: vec![] });
+            return Ok(Done { summary: summary.into(), reused, artifact: Some(dir), ..Done::default() });
         }
         let mut edits = Edits::load(&file, &pruned.plan)?;
         if let Some(earlier) = pruned.edits.as_deref() {
@@ -202,7 +208,7 @@ impl Run<'_> {
         self.model = repaired.model().clone();
         pruned.edits = Some(edits);
         self.pruned = Some(pruned);
-        Ok(Done { summary: summary.into(), reused, artifact: Some(dir), measured: vec![] })
+        Ok(Done { summary: summary.into(), reused, artifact: Some(dir), ..Done::default() })
     }
 }
 

@@ -59,6 +59,6 @@ impl Run<'_> {
         );
         self.model = quantized.model().clone();
         self.pruned = None;
-        Ok(Done { summary, reused, artifact: Some(dir), measured: vec![] })
+        Ok(Done { summary, reused, artifact: Some(dir), ..Done::default() })
     }
 }

@@ -43,7 +43,12 @@ impl Run<'_> {
                     tokens = data.data.tokens();
                     let model = self.engine_model()?;
                     let bar = self.options.progress.bar("scoring", tokens as u64, Unit::Count("tokens"));
-                    let calibration = data.observing(&model, ids).store(store);
+                    let others = self.artifacts.of_others(&store, self.options.absorb, self.options.progress);
+                    let calibration = data.observing(&model, ids).store(&store).absorb(others);
+                    if let Some((index, count)) = self.options.shard {
+                        calibration.shard(index, count).run(&mut |at| bar.at(at.tokens_done))?;
+                        return Ok(Done::share((index, count), "what scores are made of", store));
+                    }
                     calibration.run(&mut |at| bar.at(at.tokens_done))?
                 }
             };
@@ -69,7 +74,7 @@ impl Run<'_> {
             0 => format!("scores by {}", names.join(", ")),
             tokens => format!("scores by {} from one pass over {tokens} tokens", names.join(", ")),
         };
-        Ok(Done { summary, reused, artifact: Some(dir), measured: vec![] })
+        Ok(Done { summary, reused, artifact: Some(dir), ..Done::default() })
     }
 
     /// Protects experts from what follows.

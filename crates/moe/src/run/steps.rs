@@ -21,6 +21,16 @@ pub(super) struct Done {
     pub reused: bool,
     pub artifact: Option<PathBuf>,
     pub measured: Vec<Measurement>,
+    /// Only a share of the step was done, so that the run ends here.
+    pub share: bool,
+}
+
+impl Done {
+    /// One share of a step.
+    pub fn share((index, count): (usize, usize), of: &str, artifact: PathBuf) -> Self {
+        let summary = format!("share {index} of {count} of {of}; a run that takes over all shares goes on from them");
+        Self { summary, artifact: Some(artifact), share: true, ..Self::default() }
+    }
 }
 
 /// JSON of what can be JSON.
@@ -41,6 +51,10 @@ pub(super) fn load<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
 impl Run<'_> {
     /// Measures the model.
     pub(super) fn evaluate(&mut self, step: &Evaluate) -> Result<Done> {
+        if self.options.shard.is_some() {
+            let summary = "not measured by a run that does a share".into();
+            return Ok(Done { summary, ..Done::default() });
+        }
         let paths = if step.data.is_empty() { &self.recipe.data.eval } else { &step.data };
         let Some(tokenizer) = &self.tokenizer else {
             return Err(Error::Invalid(format!("{}: has no tokenizer.json", self.recipe.model.display())));
@@ -68,7 +82,7 @@ impl Run<'_> {
         self.measured = load(&file)?;
         let summary =
             format!("measured on {}", files.iter().map(|file| file.name.as_str()).collect::<Vec<_>>().join(", "));
-        Ok(Done { summary, reused, artifact: Some(dir), measured: self.measured.clone() })
+        Ok(Done { summary, reused, artifact: Some(dir), measured: self.measured.clone(), ..Done::default() })
     }
 
     /// Puts what the model is run with beside a model that was written.
@@ -89,7 +103,7 @@ impl Run<'_> {
                 self.write_beside(&to)?;
                 self.write_run_time(&to)?;
                 self.written.push(to.clone());
-                return Ok(Done { summary, reused: true, artifact: Some(to), measured: vec![] });
+                return Ok(Done { summary, reused: true, artifact: Some(to), ..Done::default() });
             }
             let advice = "force to replace it";
             return Err(Error::Invalid(format!("{}: another model is there; {advice}", to.display())));
@@ -114,6 +128,6 @@ impl Run<'_> {
         };
         self.write_run_time(&to)?;
         self.written.push(to.clone());
-        Ok(Done { summary, reused: false, artifact: Some(to), measured: vec![] })
+        Ok(Done { summary, reused: false, artifact: Some(to), ..Done::default() })
     }
 }

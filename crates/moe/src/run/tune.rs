@@ -111,7 +111,7 @@ impl Run<'_> {
         self.pruned = None;
         let sequences = rows.data.sequences.len();
         let summary = format!("trained by `{name}` on {sequences} sequences, {how}");
-        Ok(Done { summary, reused, artifact: Some(dir), measured: vec![] })
+        Ok(Done { summary, reused, artifact: Some(dir), ..Done::default() })
     }
 
     /// Puts what stays beside the weights beside a model that was written; where, if that is a folder of its own.
