@@ -218,7 +218,7 @@ fn refits_that_were_stopped_go_on_with_the_layer_they_were_in() {
 #[test]
 fn refits_that_are_shared_out_are_those_of_one_run() {
     let full = model();
-    let (plan, waves) = (half(&full), calibration(20, 1024));
+    let (plan, waves) = (half(&full), calibration(40, 1024));
     let student = pruned(&full, &plan);
     let directory = tempfile::tempdir().unwrap();
     let plain = RepairRequest { pruned: Some(&student), ..RepairRequest::new(&full, &plan, &waves) };

@@ -285,6 +285,8 @@ pub fn run(recipe: &Recipe, options: RunOptions<'_>) -> Result<RunReport> {
     }
     let peak_rss_mib = moe_core::memory::process_memory().map(|memory| memory.peak as f64 / (1 << 20) as f64);
     let report = RunReport { steps, written: run.written, peak_rss_mib };
-    crate::report::write_run(recipe, &report)?;
+    if !shared {
+        crate::report::write_run(recipe, &report)?;
+    }
     Ok(report)
 }
