@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use moe::recipe::{Data, DataFile, Named};
 use moe_checkpoint::Checkpoint;
-use moe_core::Model;
 use moe_core::adaptive::{RoutingConfig, RunTime};
 use moe_core::data::{LossOver, Tokenizer, Wave};
 use moe_core::decode::{Decoding, DecodingConfig, Speculative};
 use moe_core::depth::DepthConfig;
+use moe_core::{Model, Precision};
 use moe_peft::lora::{Lora, LoraWeights, Maps};
 use moe_peft::{AdapterSet, SavedKind, peft_files};
 
@@ -50,6 +50,9 @@ pub struct ModelArguments {
     /// flex (CPU), wgpu, vulkan or cuda, as far as compiled in
     #[arg(long, default_value = "default")]
     pub device: String,
+    /// f32, or bf16: activations are rounded once per product, where the processor multiplies pairs of bf16
+    #[arg(long, default_value = "f32", value_name = "f32|bf16")]
+    pub precision: Precision,
 }
 
 impl ModelArguments {
@@ -69,6 +72,7 @@ impl ModelArguments {
         let asked = decoding.clone();
         let own = decoding.filter(|decoding| decoding.other_models() == 0);
         let model = open(&self.model, &self.plan, &self.adapter, &self.device, self.max_memory)?;
+        let model = model.with_precision(self.precision);
         let routing = match &self.routing {
             None => None,
             Some(text) => Some(Named::parse(text).map_err(Error::Usage)?.read::<RoutingConfig>("type", "routing")?),
@@ -152,7 +156,7 @@ impl DecodingArguments {
         let (strong, config) = model.open_decoding(config)?;
         let mut models = Vec::new();
         for directory in self.with.iter().chain(&self.draft) {
-            let opened = open(directory, &[], &[], &model.device, model.max_memory)?;
+            let opened = open(directory, &[], &[], &model.device, model.max_memory)?.with_precision(model.precision);
             let run_time = RunTime::beside(directory)?;
             models.push(run_time.on(&opened)?.unwrap_or(opened));
         }

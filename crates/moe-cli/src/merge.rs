@@ -11,7 +11,7 @@ use moe::recipe::{Merge, Named, TrainingChanges};
 use moe_checkpoint::{Checkpoint, Dtype, Existing, Mtp, OutputDir, ProtectionMask, WriteOptions, check_space, write};
 use moe_core::data::{Source, Tokenizer, Wave};
 use moe_core::train::TrainReport;
-use moe_core::{Engine, EngineOptions, Model, TeacherLogits, evaluate};
+use moe_core::{Engine, EngineOptions, Model, Precision, TeacherLogits, evaluate};
 use moe_merge::{Amount, CompactModel, CompactReport, CompactTraining, MergeReport, OutputForm, Recipe};
 use moe_prune::Budget;
 use serde::Serialize;
@@ -104,6 +104,9 @@ pub struct Arguments {
     /// flex (CPU), wgpu, vulkan or cuda, as far as compiled in
     #[arg(long, default_value = "default")]
     pub device: String,
+    /// f32, or bf16: activations are rounded once per product, where the processor multiplies pairs of bf16
+    #[arg(long, default_value = "f32", value_name = "f32|bf16")]
+    pub precision: Precision,
     /// Go on with an output that an earlier run left unfinished
     #[arg(long, conflicts_with = "force")]
     pub resume: bool,
@@ -215,7 +218,8 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
         }
         None => ProtectionMask::none(),
     };
-    let model = Model::open(&arguments.model, &moe_core::device::device(&arguments.device)?, arguments.max_memory)?;
+    let model = Model::open(&arguments.model, &moe_core::device::device(&arguments.device)?, arguments.max_memory)?
+        .with_precision(arguments.precision);
     if let Some(amount) = kept(arguments, &model)? {
         recipe = recipe.with_amount(amount);
     }
@@ -262,7 +266,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
     let mut shown = merged.model().clone();
     let (compact, trained) = match (&training, &recipe.compression, &compact_dir) {
         (Some(how), _, Some(dir)) => {
-            let merged = Model::new(shown.clone(), model.device(), arguments.max_memory)?;
+            let merged = model.like(shown.clone())?;
             let trained = train_parts(how, &model, &merged, &calibration, dir, progress)?;
             (Some(trained.compact), Some(trained.train))
         }
@@ -385,7 +389,7 @@ fn rows(arguments: &Arguments, model: &Model, test: Option<&Path>) -> Result<Vec
 
 /// What the merged model lost on some waves.
 fn loss(arguments: &Arguments, model: &Model, merged: &Arc<Checkpoint>, waves: &[Wave]) -> Result<Loss> {
-    let merged = Model::new(merged.clone(), model.device(), arguments.max_memory)?;
+    let merged = model.like(merged.clone())?;
     let teacher = TeacherLogits::record(&Engine::new(model, EngineOptions::default()), waves, usize::MAX)?;
     let cross_entropy = |model: &Model| -> Result<f64> {
         let engine = Engine::new(model, EngineOptions { loss: true, ..EngineOptions::default() });

@@ -66,7 +66,7 @@ pub fn of_merge(
     }
     page.sizes(&[Size::of("before", model.checkpoint()), Size::of("merged", merged.model())])?;
     page.groups(plan)?;
-    let after = Model::new(merged.model().clone(), model.device(), model.max_memory())?;
+    let after = model.like(merged.model().clone())?;
     page.routing(&[("before".into(), routing(model, waves)?), ("merged".into(), routing(&after, waves)?)])?;
     page.widths("merged", merged.model())?;
     page.section("The recipe");

@@ -6,6 +6,7 @@ use clap::Parser;
 use moe::recipe::{self, Evaluate, Form, Named, Prune, Recipe, Repair, Score, Step, Write};
 use moe::run::{RunOptions, RunReport, run as run_recipe};
 use moe_checkpoint::Mtp;
+use moe_core::Precision;
 use moe_prune::Budget;
 use serde_json::{Map, Value, json};
 
@@ -93,6 +94,9 @@ pub struct Arguments {
     /// flex (CPU), wgpu, vulkan or cuda, as far as compiled in
     #[arg(long, default_value = "default")]
     pub device: String,
+    /// f32, or bf16: activations are rounded once per product, where the processor multiplies pairs of bf16
+    #[arg(long, default_value = "f32", value_name = "f32|bf16")]
+    pub precision: Precision,
     /// Go on with what an interrupted run left
     #[arg(long)]
     pub resume: bool,
@@ -182,6 +186,7 @@ impl Arguments {
             out: steps_of(&self.out),
             seed: self.data.seed.unwrap_or_default(),
             max_memory: self.max_memory.clone(),
+            precision: self.precision,
             device: self.device.clone(),
             steps,
         })

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Parser;
 use moe::recipe::{Evaluate, Recipe, Step};
 use moe::run::{RunOptions, run as run_recipe};
+use moe_core::Precision;
 use moe_core::data::Source;
 
 use crate::progress::Progress;
@@ -40,6 +41,10 @@ pub struct Arguments {
     /// Memory to stay within, such as 8GiB, instead of the recipe's; never changes results
     #[arg(long, value_name = "SIZE")]
     pub max_memory: Option<String>,
+    /// f32, or bf16, instead of the recipe's: activations are rounded once per product, where the processor multiplies
+    /// pairs of bf16
+    #[arg(long, value_name = "f32|bf16")]
+    pub precision: Option<Precision>,
     /// Rows to measure on before the first and after the last change, in a file named NAME_test.jsonl; repeatable
     #[arg(long, value_name = "FILE")]
     pub eval: Vec<PathBuf>,
@@ -96,6 +101,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<String> {
     recipe.data.samples = arguments.samples.unwrap_or(recipe.data.samples);
     recipe.data.length = arguments.length.unwrap_or(recipe.data.length);
     recipe.max_memory = arguments.max_memory.clone().or(recipe.max_memory);
+    recipe.precision = arguments.precision.unwrap_or(recipe.precision);
     if !arguments.eval.is_empty() {
         recipe.data.eval.clone_from(&arguments.eval);
         if !recipe.steps.iter().any(|step| matches!(step, Step::Evaluate(_))) {

@@ -9,9 +9,9 @@ use clap::Parser;
 use moe::expert_ranking::{rank_experts, to_json_lines};
 use moe::recipe::Named;
 use moe_checkpoint::{Checkpoint, ExpertId, Statistics, StatisticsStore};
-use moe_core::Model;
 use moe_core::data::Tokenizer;
 use moe_core::memory::process_memory;
+use moe_core::{Model, Precision};
 use moe_importance::{
     Calibration, Progress as Seen, Scorer, ScorerConfig, StatisticId, SuperExpertOptions, SuperExperts,
 };
@@ -62,6 +62,9 @@ pub struct Arguments {
     /// flex (CPU), wgpu, vulkan or cuda, as far as compiled in
     #[arg(long, default_value = "default")]
     pub device: String,
+    /// f32, or bf16: activations are rounded once per product, where the processor multiplies pairs of bf16
+    #[arg(long, default_value = "f32", value_name = "f32|bf16")]
+    pub precision: Precision,
     /// One JSON object on stdout
     #[arg(long)]
     pub json: bool,
@@ -135,7 +138,8 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     let collected = match &arguments.statistics {
         Some(directory) => saved(directory, &checkpoint)?,
         None => {
-            let model = Model::new(checkpoint.clone(), &device, arguments.max_memory)?;
+            let model =
+                Model::new(checkpoint.clone(), &device, arguments.max_memory)?.with_precision(arguments.precision);
             collect(arguments, &model, &scorers, progress)?
         }
     };

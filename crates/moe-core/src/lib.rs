@@ -56,6 +56,7 @@ pub mod memory;
 pub mod model;
 pub mod objective;
 pub mod overlay;
+mod precision;
 pub mod router;
 pub mod steering;
 mod store;
@@ -77,4 +78,5 @@ pub use overlay::{
     ExpertGains, ExpertOverlay, KeepUnits, LogitTransform, RemoveExperts, RouterTokens, RoutingOverlay, RoutingRule,
     RuleGradients, SkipExperts,
 };
+pub use precision::Precision;
 pub use trace::{HalfInput, LayerOutput};

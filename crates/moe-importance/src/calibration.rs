@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use moe_checkpoint::{Provenance, Statistics, StatisticsStore, check_space};
 use moe_core::data::{Dataset, Sequence, Wave, WaveOptions, shard};
-use moe_core::{Engine, EngineOptions, Model};
+use moe_core::{Engine, EngineOptions, Model, Precision};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -57,6 +57,9 @@ struct CollectionRecipe {
     statistics: BTreeSet<String>,
     /// How the data was cut into waves.
     data: Value,
+    /// How products were computed.
+    #[serde(default, skip_serializing_if = "Precision::is_f32")]
+    precision: Precision,
     /// Parameters of collectors that have some.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     collectors: Vec<Value>,
@@ -75,13 +78,17 @@ pub fn recipe(ids: &[StatisticId], data: &impl Serialize) -> Result<String> {
         reason: error.to_string(),
     })?;
     let collectors = collectors_for(ids)?;
-    Ok(recipe_of(collectors.iter().map(|collector| &**collector), data))
+    Ok(recipe_of(collectors.iter().map(|collector| &**collector), data, Precision::F32))
 }
 
-fn recipe_of<'c>(collectors: impl Iterator<Item = &'c (dyn Collector + 'c)> + Clone, data: Value) -> String {
+fn recipe_of<'c>(
+    collectors: impl Iterator<Item = &'c (dyn Collector + 'c)> + Clone,
+    data: Value,
+    precision: Precision,
+) -> String {
     let ids = collectors.clone().flat_map(|c| c.statistics()).map(|spec| spec.id.to_string()).collect();
     let parameters = collectors.filter_map(|collector| collector.recipe()).collect();
-    serde_json::json!(CollectionRecipe { statistics: ids, data, collectors: parameters }).to_string()
+    serde_json::json!(CollectionRecipe { statistics: ids, data, precision, collectors: parameters }).to_string()
 }
 
 impl<'a> Calibration<'a> {
@@ -292,7 +299,8 @@ impl<'a> Calibration<'a> {
         if let Some(spec) = all.clone().flat_map(|c| c.statistics()).find(|spec| !seen.insert(spec.id.clone())) {
             return Err(Error::DuplicateStatistic { id: spec.id.to_string() });
         }
-        let recipe = recipe_of(all.map(|collector| &**collector as &dyn Collector), self.how.clone());
+        let all = all.map(|collector| &**collector as &dyn Collector);
+        let recipe = recipe_of(all, self.how.clone(), self.model.precision());
         Ok(Provenance::new(self.model.checkpoint().fingerprint(), self.data.clone(), recipe))
     }
 
@@ -305,7 +313,9 @@ impl<'a> Calibration<'a> {
         }
         let parse = |provenance: &Provenance| serde_json::from_str::<CollectionRecipe>(&provenance.recipe).ok();
         let (Some(wanted), Some(held)) = (parse(ours), parse(theirs)) else { return Ok(None) };
-        if wanted.data != held.data || wanted.collectors.iter().any(|c| !held.collectors.contains(c)) {
+        if (&wanted.data, wanted.precision) != (&held.data, held.precision)
+            || wanted.collectors.iter().any(|c| !held.collectors.contains(c))
+        {
             return Ok(None);
         }
         let missing: Vec<&str> = wanted.statistics.difference(&held.statistics).map(String::as_str).collect();

@@ -286,7 +286,7 @@ impl Trained {
             return Ok(None);
         }
         let folded = Folded::in_precision(base.checkpoint(), self.task.set(), self.fold)?;
-        let model = folded.run(base.device(), max_memory)?;
+        let model = folded.run(base.device(), max_memory)?.with_precision(base.precision());
         Ok(Some(self.artifacts.beside(&model)?.unwrap_or(model)))
     }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use moe::recipe::Named;
 use moe_checkpoint::{BasePrecision, Mtp};
+use moe_core::Precision;
 use moe_core::data::Source;
 use moe_core::train::Decay;
 use moe_peft::fold::FoldPrecision;
@@ -121,6 +122,9 @@ pub struct Arguments {
     /// flex (CPU), wgpu, vulkan, cuda, or default: the fastest that is compiled in
     #[arg(long, default_value = "default")]
     pub device: String,
+    /// f32, or bf16: activations are rounded once per product, where the processor multiplies pairs of bf16
+    #[arg(long, default_value = "f32", value_name = "f32|bf16")]
+    pub precision: Precision,
     /// Print one JSON object instead of tables
     #[arg(long)]
     pub json: bool,

@@ -96,6 +96,7 @@ impl Job {
             true => Model::new(checkpoint, &device, arguments.max_memory)?,
             false => jobs::trained_on(&checkpoint, arguments.base_precision, &device, arguments.max_memory)?,
         };
+        let model = model.with_precision(arguments.precision);
         let files = arguments.data_files()?;
         let tokenizer = match arguments.model_dir().join("tokenizer.json").exists() {
             true => Some(Tokenizer::from_dir(arguments.model_dir())?),
@@ -363,6 +364,7 @@ fn halved(job: &Job) -> Result<Model> {
             &WriteOptions { existing, ..WriteOptions::default() },
         )?;
     }
-    let Arguments { base_precision, max_memory, .. } = job.arguments;
-    jobs::trained_on(&Arc::new(Checkpoint::open(dir)?), base_precision, job.model.device(), max_memory)
+    let Arguments { base_precision, max_memory, precision, .. } = job.arguments;
+    let model = jobs::trained_on(&Arc::new(Checkpoint::open(dir)?), base_precision, job.model.device(), max_memory)?;
+    Ok(model.with_precision(precision))
 }

@@ -148,7 +148,8 @@ fn evidence_that_is_shared_out_merges_as_that_of_one_process() {
     merge("b", &["--shard", "1/2", "--work", text(&work1)]);
     let taken = ["--absorb", text(&work0), "--absorb", text(&work1), "--work", text(&work)];
     merge("together", &taken);
-    let model = |name: &str| contents(&at(name)).into_iter().filter(|(name, _)| name.ends_with("safetensors")).collect();
+    let model =
+        |name: &str| contents(&at(name)).into_iter().filter(|(name, _)| name.ends_with("safetensors")).collect();
     let (whole, together): (Vec<_>, Vec<_>) = (model("whole"), model("together"));
     assert_eq!(whole, together);
 

@@ -21,16 +21,8 @@ use std::{arch::asm, cell::RefCell, sync::OnceLock};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-/// One cache line, one row of a tile.
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(64))]
-pub struct Line([u16; 32]);
+use super::packed::{DEPTH, Line, PackedWeights, TILE, Target, ZERO};
 
-const ZERO: Line = Line([0; 32]);
-/// Rows of a tile; also columns of a result tile.
-const TILE: usize = 16;
-/// Depth of a tile: elements of K.
-const DEPTH: usize = 32;
 /// Pieces of an f32 number.
 const PIECES: usize = 3;
 
@@ -50,66 +42,6 @@ pub fn available() -> bool {
         leaf.edx & wanted == wanted
             && unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) } == 0
     })
-}
-
-/// A `[K, N]` operand of bf16 weights in tiles.
-#[derive(Clone, Debug)]
-pub struct PackedWeights {
-    k: usize,
-    n: usize,
-    tiles: Vec<Line>,
-}
-
-impl PackedWeights {
-    /// Packs the transpose of a row-major matrix: `rows[o]` holds the K weights of output o (N of them).
-    pub fn transposed(rows: &[&[u8]], k: usize) -> Self {
-        let n = rows.len();
-        let depth = k.div_ceil(DEPTH);
-        let mut tiles = vec![ZERO; n.div_ceil(TILE) * depth * TILE];
-        tiles.par_chunks_mut((depth * TILE).max(1)).zip(rows.par_chunks(TILE)).for_each(|(tiles, rows)| {
-            for (column, row) in rows.iter().enumerate() {
-                scatter_pairs(row, column, tiles);
-            }
-        });
-        Self { k, n, tiles }
-    }
-
-    /// Packs a row-major matrix as it is: `rows[o]` holds row o of K, N weights each.
-    pub fn straight(rows: &[&[u8]], n: usize) -> Self {
-        let k = rows.len();
-        let depth = k.div_ceil(DEPTH);
-        let mut tiles = vec![ZERO; n.div_ceil(TILE) * depth * TILE];
-        tiles.par_chunks_mut((depth * TILE).max(1)).enumerate().for_each(|(block, tiles)| {
-            let first = 2 * block * TILE;
-            let bytes = first..2 * n.min((block + 1) * TILE);
-            for (pair, line) in rows.chunks(2).zip(tiles) {
-                interleave(&pair[0][bytes.clone()], pair.get(1).map(|row| &row[bytes.clone()]), line);
-            }
-        });
-        Self { k, n, tiles }
-    }
-}
-
-/// Writes the pairs of one row into column `column` of consecutive lines.
-fn scatter_pairs(row: &[u8], column: usize, lines: &mut [Line]) {
-    let (pairs, last) = row.as_chunks::<4>();
-    for (pair, line) in pairs.iter().zip(lines.iter_mut()) {
-        line.0[2 * column] = u16::from_le_bytes([pair[0], pair[1]]);
-        line.0[2 * column + 1] = u16::from_le_bytes([pair[2], pair[3]]);
-    }
-    if let [low, high] = last {
-        lines[pairs.len()].0[2 * column] = u16::from_le_bytes([*low, *high]);
-    }
-}
-
-/// Up to 16 elements of two rows, alternating.
-fn interleave(even: &[u8], odd: Option<&[u8]>, line: &mut Line) {
-    for (i, e) in even.as_chunks::<2>().0.iter().enumerate() {
-        line.0[2 * i] = u16::from_le_bytes(*e);
-    }
-    for (i, o) in odd.unwrap_or_default().as_chunks::<2>().0.iter().enumerate() {
-        line.0[2 * i + 1] = u16::from_le_bytes(*o);
-    }
 }
 
 thread_local! {
@@ -171,6 +103,7 @@ const ACTIVATION_BYTES: usize = 1 << 20;
 /// The sum over k goes in the same order for every row, whatever m is.
 pub fn multiply(x: &[f32], m: usize, w: &PackedWeights) -> Vec<f32> {
     assert_eq!(x.len(), m * w.k, "activations [m, k]");
+    assert!(available(), "the processor has matrix units");
     if m == 0 || w.n == 0 || w.k == 0 {
         return vec![0.0; m * w.n];
     }
@@ -200,14 +133,10 @@ fn multiply_packed(activations: &[Line], m: usize, w: &PackedWeights) -> Vec<f32
         let tiles = Tiles::configure();
         let mut scratch = [0.0f32; 4 * TILE * TILE];
         for column in (first_column..n.min(first_column + TASK_COLUMNS)).step_by(2 * TILE) {
-            let panel = |column: usize| {
-                let block = column / TILE;
-                &w.tiles[block * depth * TILE..(block + 1) * depth * TILE]
-            };
             let columns = (n - column).min(2 * TILE);
-            let left = panel(column);
+            let left = w.panel(column);
             // a missing second half repeats the first; its result is not copied out
-            let right = if columns > TILE { panel(column + TILE) } else { left };
+            let right = if columns > TILE { w.panel(column + TILE) } else { left };
             for block in (first_block..row_blocks.min(first_block + task_blocks)).step_by(2) {
                 let row = block * TILE;
                 let rows = (m - row).min(2 * TILE);
@@ -240,11 +169,6 @@ fn multiply_packed(activations: &[Line], m: usize, w: &PackedWeights) -> Vec<f32
     out
 }
 
-struct Target(*mut f32);
-
-// SAFETY: tasks write disjoint blocks.
-unsafe impl Sync for Target {}
-
 /// The tile registers of this thread, configured as eight tiles of 16 rows of 64 bytes until dropped.
 struct Tiles;
 
@@ -266,7 +190,7 @@ macro_rules! fetch_ahead {
 }
 
 impl Tiles {
-    /// Only called where [`available`] has been true: a [`PackedWeights`] is made nowhere else.
+    /// Only called where [`available`] has been true, which [`multiply`] asks for.
     fn configure() -> Self {
         let mut config = TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         config.row_bytes[..8].fill(64);
@@ -405,19 +329,7 @@ impl Drop for Tiles {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn values(n: usize, seed: u32) -> Vec<f32> {
-        (0..n as u32)
-            .map(|i| {
-                let x = (i ^ seed.wrapping_mul(0x9E37_79B9)).wrapping_mul(0x85EB_CA6B);
-                ((x ^ (x >> 13)).wrapping_mul(0xC2B2_AE35) >> 8) as f32 / (1 << 23) as f32 - 1.0
-            })
-            .collect()
-    }
-
-    fn bf16(values: &[f32]) -> Vec<u8> {
-        values.iter().flat_map(|v| ((v.to_bits() >> 16) as u16).to_le_bytes()).collect()
-    }
+    use crate::kernels::packed::testing::{check_products, check_rows, values};
 
     #[test]
     fn three_pieces_make_up_an_f32_exactly() {
@@ -431,42 +343,15 @@ mod tests {
 
     #[test]
     fn products_are_as_accurate_as_f32_in_both_orientations_and_at_every_edge() {
-        if !available() {
-            return;
-        }
-        for (m, k, n) in [(1, 1, 1), (16, 32, 16), (17, 33, 31), (40, 70, 300), (33, 64, 32), (128, 257, 65)] {
-            let x = values(m * k, 1);
-            let matrix = bf16(&values(k * n, 2)); // [n, k] for transposed, [k, n] for straight
-            let at = |i: usize| f32::from_bits(u32::from(u16::from_le_bytes([matrix[2 * i], matrix[2 * i + 1]])) << 16);
-            let check = |packed: &PackedWeights, weight: &dyn Fn(usize, usize) -> f32| {
-                let found = multiply(&x, m, packed);
-                for t in 0..m {
-                    for j in 0..n {
-                        let terms = (0..k).map(|i| x[t * k + i] as f64 * weight(i, j) as f64);
-                        let (sum, size) = terms.fold((0.0, 0.0), |(s, a), v| (s + v, a + v.abs()));
-                        let error = (found[t * n + j] as f64 - sum).abs();
-                        assert!(error <= 1e-6 * size + 1e-30, "{m} {k} {n} at {t},{j}: {} for {sum}", found[t * n + j]);
-                    }
-                }
-            };
-            let rows: Vec<&[u8]> = matrix.chunks(2 * k).collect();
-            check(&PackedWeights::transposed(&rows, k), &|i, j| at(j * k + i));
-            let rows: Vec<&[u8]> = matrix.chunks(2 * n).collect();
-            check(&PackedWeights::straight(&rows, n), &|i, j| at(i * n + j));
+        if available() {
+            check_products(multiply, |x| x);
         }
     }
 
     #[test]
     fn a_row_does_not_depend_on_the_others() {
-        if !available() {
-            return;
-        }
-        let (m, k, n) = (50, 96, 48);
-        let (x, matrix) = (values(m * k, 3), bf16(&values(k * n, 4)));
-        let packed = PackedWeights::straight(&matrix.chunks(2 * n).collect::<Vec<_>>(), n);
-        let all = multiply(&x, m, &packed);
-        for t in [0, 17, 49] {
-            assert_eq!(multiply(&x[t * k..(t + 1) * k], 1, &packed), all[t * n..(t + 1) * n]);
+        if available() {
+            check_rows(multiply);
         }
     }
 }

@@ -7,6 +7,8 @@
 #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), path = "amx_absent.rs")]
 pub(crate) mod amx;
 pub mod attention;
+#[cfg_attr(not(target_arch = "x86_64"), path = "bf16_dot_absent.rs")]
+pub(crate) mod bf16_dot;
 pub mod channel_delta;
 pub mod convolution;
 pub mod delta;
@@ -19,6 +21,7 @@ pub mod loss;
 pub mod math;
 pub mod norm;
 pub mod outer;
+mod packed;
 pub mod product;
 mod recurrence;
 pub mod reduce;

@@ -8,14 +8,15 @@ use std::{
 use burn::tensor::{Device, Tensor};
 
 use super::{
-    amx::{self, PackedWeights},
-    few_rows, for_rows_mut,
+    amx, bf16_dot, few_rows, for_rows_mut,
+    packed::PackedWeights,
     product::{Matrix, new_product},
 };
 use crate::{
     adapters::{LinearAdapter, Tokens, Wanted},
     error::{Error, Result},
     host::{self, HostView},
+    precision::Precision,
 };
 
 /// A weight matrix `[out, in]`. Cloning shares it.
@@ -26,7 +27,7 @@ pub struct Weight(Form);
 enum Form {
     /// f32 on the device.
     Dense(Box<Tensor<2>>),
-    /// bf16 in the checkpoint, packed for the matrix units of the CPU when a direction is first used.
+    /// bf16 in the checkpoint, packed for products of pairs when a direction is first used.
     Packed(Arc<Packed>),
     /// Not read, since an adapter stands in for it.
     Absent([usize; 2]),
@@ -69,6 +70,7 @@ struct Packed {
     outputs: usize,
     inputs: usize,
     device: Device,
+    precision: Precision,
     source: Bf16Source,
     failure: ReadFailure,
     forward: OnceLock<PackedWeights>,
@@ -132,7 +134,8 @@ impl Weight {
                 let (outputs, whole) = (rows.len(), packed.clone());
                 let source: Bf16Source = Box::new(move |f| (whole.source)(&mut |all| f(&all[rows.clone()])));
                 let (inputs, device, failure) = (packed.inputs, packed.device.clone(), packed.failure.clone());
-                Self(Form::Packed(Arc::new(Packed::new([outputs, inputs], device, source, failure))))
+                let part = Packed::new([outputs, inputs], device, packed.precision, source, failure);
+                Self(Form::Packed(Arc::new(part)))
             })),
             Form::Twice(once) => {
                 let halves = once.adapter().is_none() && at == once.dims()[0];
@@ -142,9 +145,10 @@ impl Weight {
         }
     }
 
-    /// Whether bf16 weights on `device` should come through [`from_bf16`](Self::from_bf16).
-    pub fn prefers_bf16(device: &Device) -> bool {
-        host::is_host(device) && amx::available()
+    /// Whether bf16 weights on `device` should come through [`from_bf16`](Self::from_bf16) for products in this
+    /// precision.
+    pub fn prefers_bf16(device: &Device, precision: Precision) -> bool {
+        host::is_host(device) && (amx::available() || precision == Precision::Bf16 && bf16_dot::available())
     }
 
     /// A matrix `[outputs, inputs]` of bf16 that `source` shows, `outputs` rows of `2 * inputs` bytes. Becomes f32 at
@@ -156,12 +160,13 @@ impl Weight {
     pub fn from_bf16(
         [outputs, inputs]: [usize; 2],
         device: &Device,
+        precision: Precision,
         source: Bf16Source,
         failure: &ReadFailure,
     ) -> Result<Self> {
-        let packed = Packed::new([outputs, inputs], device.clone(), source, failure.clone());
+        let packed = Packed::new([outputs, inputs], device.clone(), precision, source, failure.clone());
         // Asking also obtains the right to use the matrix units, without which they fault.
-        match Self::prefers_bf16(device) {
+        match Self::prefers_bf16(device, precision) {
             true => Ok(Self(Form::Packed(Arc::new(packed)))),
             false => Ok(Self::dense(packed.read()?)),
         }
@@ -253,9 +258,15 @@ impl Weight {
 }
 
 impl Packed {
-    fn new([outputs, inputs]: [usize; 2], device: Device, source: Bf16Source, failure: ReadFailure) -> Self {
+    fn new(
+        [outputs, inputs]: [usize; 2],
+        device: Device,
+        precision: Precision,
+        source: Bf16Source,
+        failure: ReadFailure,
+    ) -> Self {
         let (forward, backward) = (OnceLock::new(), OnceLock::new());
-        Self { outputs, inputs, device, source, failure, forward, backward }
+        Self { outputs, inputs, device, precision, source, failure, forward, backward }
     }
 
     fn forward(&self) -> &PackedWeights {
@@ -303,7 +314,10 @@ impl Packed {
     fn multiply(&self, x: &Tensor<2>, columns: usize, weights: &PackedWeights) -> Tensor<2> {
         let n = x.dims()[0];
         let view = HostView::new(x);
-        host::from_vec(amx::multiply(view.as_slice(), n, weights), [n, columns], &self.device)
+        // On the matrix units, a product as exact as one in f32 is as fast as one of rounded activations beside them.
+        let rounded = self.precision == Precision::Bf16 && bf16_dot::available() && !amx::available();
+        let multiply = if rounded { bf16_dot::multiply } else { amx::multiply };
+        host::from_vec(multiply(view.as_slice(), n, weights), [n, columns], &self.device)
     }
 }
 
@@ -361,7 +375,7 @@ mod tests {
 
     #[test]
     fn packed_and_dense_weights_agree() {
-        if !Weight::prefers_bf16(&device()) {
+        if !Weight::prefers_bf16(&device(), Precision::F32) {
             return;
         }
         let (outputs, inputs) = (37, 50);
@@ -373,7 +387,8 @@ mod tests {
             f(&bytes.chunks(2 * inputs).collect::<Vec<_>>());
             Ok(())
         });
-        let packed = Weight::from_bf16([outputs, inputs], &device(), source, &ReadFailure::default()).unwrap();
+        let packed =
+            Weight::from_bf16([outputs, inputs], &device(), Precision::F32, source, &ReadFailure::default()).unwrap();
         let dense = Weight::dense(packed.to_tensor());
         assert_eq!(packed.dims(), dense.dims());
         let (x, dy, bias) = (pattern([21, inputs], 2), pattern([21, outputs], 3), pattern([1, outputs], 4));
@@ -401,7 +416,7 @@ mod tests {
     fn a_weight_that_cannot_be_read_is_an_error_and_no_panic() {
         let broken = || -> Bf16Source { Box::new(|_| Err(Error::input("tensor `w`", "nothing", "bytes"))) };
         let failure = ReadFailure::default();
-        let packed = Packed::new([3, 4], device(), broken(), failure.clone());
+        let packed = Packed::new([3, 4], device(), Precision::F32, broken(), failure.clone());
         assert_eq!(host::into_vec(packed.to_tensor()), [0.0; 12]);
         assert!(failure.check().unwrap_err().to_string().contains("tensor `w`"));
         assert!(failure.check().is_ok(), "it is told once");
@@ -410,8 +425,8 @@ mod tests {
             PackedWeights::transposed(rows, 4)
         });
         assert!(failure.check().is_err());
-        if !Weight::prefers_bf16(&device()) {
-            assert!(Weight::from_bf16([3, 4], &device(), broken(), &failure).is_err());
+        if !Weight::prefers_bf16(&device(), Precision::F32) {
+            assert!(Weight::from_bf16([3, 4], &device(), Precision::F32, broken(), &failure).is_err());
         }
     }
 }

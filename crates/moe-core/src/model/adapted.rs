@@ -12,6 +12,7 @@ use crate::{
     experts::ExpertTensors,
     host::HostView,
     kernels::weight::Weight,
+    precision::Precision,
 };
 
 impl Model {
@@ -21,7 +22,7 @@ impl Model {
     /// # Errors
     /// As [`new`](Self::new). Adapters that do not fit the map they are for are found when it is first loaded.
     pub fn with_adapters(&self, adapters: Arc<dyn Adapters>) -> Result<Self> {
-        let mut model = Self::new(self.checkpoint.clone(), &self.device, self.max_memory)?;
+        let mut model = self.like(self.checkpoint.clone())?;
         (model.experts, model.routing) = (self.experts.clone(), self.routing.clone());
         (model.path, model.depth, model.centered) = (self.path.clone(), self.depth.clone(), self.centered);
         model.adapters = Some(adapters);
@@ -70,7 +71,9 @@ impl Model {
             let expected = "one that is a matrix, since generation moves this map to the other side of products";
             return Err(Error::input(format!("adapter of {}", what()), "one that depends on its input", expected));
         }
-        self.adapted(&what(), dims, adapter, || self.weight(roles, dims))
+        // A choice of experts is no place to round at: two that are close would change places.
+        let precision = if site == LayerSite::Router { Precision::F32 } else { self.precision };
+        self.adapted(&what(), dims, adapter, || self.weight(roles, dims, precision))
     }
 
     /// An expert with its adapters.

@@ -61,7 +61,7 @@ impl Model {
 
     fn load_expert(&self, layer: usize, expert: usize) -> Result<ExpertTensors> {
         let config = self.config();
-        let mut packed = Weight::prefers_bf16(&self.device);
+        let mut packed = Weight::prefers_bf16(&self.device, self.precision);
         for part in ExpertPart::ALL {
             packed = packed && self.checkpoint.expert_dtype(layer, expert, part)? == Some(Dtype::BF16);
         }
@@ -92,7 +92,7 @@ impl Model {
         };
         const GATE_UP: [ExpertPart; 2] = [ExpertPart::Gate, ExpertPart::Up];
         let stacked = |parts: &'static [ExpertPart]| {
-            Weight::from_bf16([parts.len() * width, hidden], &self.device, source(parts), &self.failure)
+            Weight::from_bf16([parts.len() * width, hidden], &self.device, self.precision, source(parts), &self.failure)
         };
         Ok(ExpertTensors {
             gate_up: match config.moe(layer).is_some_and(|moe| moe.gateless) {
@@ -100,7 +100,13 @@ impl Model {
                 false => stacked(&GATE_UP)?,
             },
             gate_up_bias: bias(&[ExpertPart::GateBias, ExpertPart::UpBias])?,
-            down: Weight::from_bf16([hidden, width], &self.device, source(&[ExpertPart::Down]), &self.failure)?,
+            down: Weight::from_bf16(
+                [hidden, width],
+                &self.device,
+                self.precision,
+                source(&[ExpertPart::Down]),
+                &self.failure,
+            )?,
             down_bias: bias(&[ExpertPart::DownBias])?,
             activation: self.activation(layer),
         })

@@ -36,6 +36,7 @@ use crate::{
     layers::{FfnLayer, Linear, MixerLayer, Norm},
     memory::Residency,
     overlay::{ExpertOverlay, RoutingOverlay},
+    precision::Precision,
     router::Router,
 };
 
@@ -46,6 +47,7 @@ pub struct Model {
     checkpoint: Arc<Checkpoint>,
     device: Device,
     max_memory: Option<u64>,
+    precision: Precision,
     decoded_per_use: bool,
     stream: Option<ExpertStream>,
     experts: Option<Arc<dyn ExpertOverlay>>,
@@ -144,6 +146,7 @@ impl Model {
         Ok(Self {
             device: device.clone(),
             max_memory,
+            precision: Precision::F32,
             decoded_per_use: false,
             stream: None,
             experts: None,
@@ -162,6 +165,11 @@ impl Model {
             cache,
             checkpoint,
         })
+    }
+
+    /// How its products with weights are computed.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// The layers that its tokens go through: all, once, unless it is under a [path](Self::with_path).

@@ -13,6 +13,7 @@ use crate::{
     host,
     kernels::weight::{Bf16Source, Weight},
     layers::{Linear, Norm},
+    precision::Precision,
 };
 
 impl Model {
@@ -68,15 +69,15 @@ impl Model {
 
     /// Some rows of a matrix.
     pub(super) fn row_weight(&self, role: Role, rows: Range<usize>, shape: [usize; 2]) -> Result<Weight> {
-        if let Some(weight) = self.bf16_weight(&[role], Some(rows.clone()), shape)? {
+        if let Some(weight) = self.bf16_weight(&[role], Some(rows.clone()), shape, self.precision)? {
             return Ok(weight);
         }
         Ok(Weight::dense(host::from_vec(self.checkpoint.read_f32_rows(role, rows)?, shape, &self.device)))
     }
 
     /// The rows of some tensors, one after the other, as one weight.
-    pub(super) fn weight(&self, roles: &[Role], shape: [usize; 2]) -> Result<Weight> {
-        if let Some(weight) = self.bf16_weight(roles, None, shape)? {
+    pub(super) fn weight(&self, roles: &[Role], shape: [usize; 2], precision: Precision) -> Result<Weight> {
+        if let Some(weight) = self.bf16_weight(roles, None, shape, precision)? {
             return Ok(weight);
         }
         let mut stacked = self.checkpoint.read_f32(roles[0])?;
@@ -93,9 +94,10 @@ impl Model {
         roles: &[Role],
         rows: Option<Range<usize>>,
         [outputs, inputs]: [usize; 2],
+        precision: Precision,
     ) -> Result<Option<Weight>> {
         let infos = roles.iter().map(|&role| Ok(self.checkpoint.role(role)?)).collect::<Result<Vec<_>>>()?;
-        if !(Weight::prefers_bf16(&self.device) && infos.iter().all(|info| info.dtype == Dtype::BF16)) {
+        if !(Weight::prefers_bf16(&self.device, precision) && infos.iter().all(|info| info.dtype == Dtype::BF16)) {
             return Ok(None);
         }
         let names: Vec<String> = infos.iter().map(|info| info.name.clone()).collect();
@@ -110,7 +112,7 @@ impl Model {
             names.iter().try_for_each(|name| checkpoint.release_tensor(name))?;
             Ok(())
         });
-        Ok(Some(Weight::from_bf16([outputs, inputs], &self.device, source, &self.failure)?))
+        Ok(Some(Weight::from_bf16([outputs, inputs], &self.device, precision, source, &self.failure)?))
     }
 
     pub(super) fn vector(&self, role: Role, len: usize) -> Result<Tensor<1>> {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use moe_checkpoint::StreamEdit;
+use moe_checkpoint::{Checkpoint, StreamEdit};
 
 use super::Model;
 use crate::{
@@ -11,9 +11,40 @@ use crate::{
     expert_cache::{ExpertCacheOptions, ExpertStream},
     memory::Residency,
     overlay::{self, ExpertOverlay, RoutingOverlay, StackedRouting},
+    precision::Precision,
 };
 
 impl Model {
+    /// Another checkpoint on the device, within the memory and in the precision of this model.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn like(&self, checkpoint: Arc<Checkpoint>) -> Result<Self> {
+        Ok(Self { precision: self.precision, ..Self::new(checkpoint, &self.device, self.max_memory)? })
+    }
+
+    /// What results follow from, besides data: the fingerprint of the checkpoint, and the precision if it is not f32.
+    /// Overlays and adapters are not in it.
+    pub fn identity(&self) -> String {
+        match self.precision {
+            Precision::F32 => self.checkpoint.fingerprint(),
+            other => format!("{} in {other}", self.checkpoint.fingerprint()),
+        }
+    }
+
+    /// The same model whose products with weights are computed in this precision. Where the processor cannot, they stay
+    /// in f32, and a line says so.
+    #[must_use]
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        if !precision.is_available(&self.device) {
+            tracing::warn!("products stay in f32: this processor has no {precision} products (AVX-512-BF16)");
+            return self;
+        }
+        self.set_residency(Residency::default());
+        self.precision = precision;
+        self
+    }
+
     /// The same checkpoint seen through `overlay`, with a cache of its own and without the overlays of this model.
     ///
     /// # Errors
@@ -34,7 +65,7 @@ impl Model {
         experts: Option<Arc<dyn ExpertOverlay>>,
         routing: Option<Arc<dyn RoutingOverlay>>,
     ) -> Result<Self> {
-        let mut model = Self::new(self.checkpoint.clone(), &self.device, self.max_memory)?;
+        let mut model = self.like(self.checkpoint.clone())?;
         if let Some(routing) = &routing {
             overlay::routing::check(&**routing, model.config(), &model.router)?;
         }
@@ -97,7 +128,7 @@ impl Model {
         if self.experts.is_some() || self.routing.is_some() || self.adapters.is_some() {
             return Err(Error::Unsupported("folding norms of a model with overlays or adapters".into()));
         }
-        let model = Self::new(StreamEdit::Center.on(&self.checkpoint)?, &self.device, self.max_memory)?;
+        let model = self.like(StreamEdit::Center.on(&self.checkpoint)?)?;
         Ok(Self { path: self.path.clone(), depth: self.depth.clone(), centered: true, ..model })
     }
 

@@ -58,7 +58,7 @@ impl EvidenceOptions {
     pub fn digest(&self, model: &Model, waves: &[Wave]) -> String {
         let Self { statistics, dense_outputs, sample, seed } = self;
         let what = serde_json::json!({
-            "model": model.checkpoint().fingerprint(), "data": waves_hash(waves), "statistics": statistics,
+            "model": model.identity(), "data": waves_hash(waves), "statistics": statistics,
             "dense": dense_outputs, "sample": sample, "seed": seed,
         });
         blake3::hash(what.to_string().as_bytes()).to_hex().to_string()

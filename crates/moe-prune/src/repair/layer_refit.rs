@@ -135,7 +135,7 @@ impl LayerRefit {
         let layers = shape(student).2.len();
         let plain = |model: &Model| model.expert_overlay().is_none() && model.routing_overlay().is_none();
         let store = store.filter(|_| plain(teacher) && plain(student));
-        let models = [teacher, student].map(|model| model.checkpoint().fingerprint());
+        let models = [teacher, student].map(Model::identity);
         let all = PrunePlan::keep_all(student.checkpoint().shape(), student.checkpoint().fingerprint());
         let finished = FinishedLayers::open(store, &self.recipe(), &all, &models, waves)?;
         let teacher = Engine::new(teacher, EngineOptions::default());

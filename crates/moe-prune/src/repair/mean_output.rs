@@ -13,7 +13,9 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{OnProgress, Repair, RepairNeeds, RepairRequest, TokenWeight, check_plan, check_shares, edits_by, own_weights};
+use super::{
+    OnProgress, Repair, RepairNeeds, RepairRequest, TokenWeight, check_plan, check_shares, edits_by, own_weights,
+};
 use crate::{Edits, ExpertEdit, PrunePlan, Result};
 
 /// Weighted sums of each unit over the tokens of its expert.

@@ -195,9 +195,8 @@ fn own_weights(needs: RepairNeeds, request: &RepairRequest<'_>) -> Result<()> {
 
 /// Refuses to share what cannot be, and shares that nobody would find again.
 fn check_shares(needs: RepairNeeds, request: &RepairRequest<'_>) -> Result<()> {
-    let refused = |field, found: String, expected: &str| {
-        Err(Error::InvalidParameter { field, found, expected: expected.into() })
-    };
+    let refused =
+        |field, found: String, expected: &str| Err(Error::InvalidParameter { field, found, expected: expected.into() });
     if !needs.shares && (request.shard.is_some() || !request.absorb.is_empty()) {
         let expected = "a repair whose parts do not follow from each other, such as refit and mean_output";
         return refused("shard", "a repair that is done in one process".into(), expected);

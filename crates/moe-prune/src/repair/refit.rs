@@ -67,7 +67,7 @@ impl Refit {
         check_ridge(self.ridge)?;
         check_plan(plan, model.checkpoint())?;
         let plain = model.expert_overlay().is_none() && model.routing_overlay().is_none();
-        let models = [model.checkpoint().fingerprint()];
+        let models = [model.identity()];
         let store = store.filter(|_| plain);
         let finished = FinishedLayers::open(store, &self.recipe(), plan, &models, waves)?;
         for other in request.absorb {

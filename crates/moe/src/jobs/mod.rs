@@ -95,7 +95,7 @@ pub fn prune(
     let budget = budget.resolve_as(base, form == PruneForm::Uniform)?;
     let plan = pruner.prune(scores, base.shape(), budget, &ProtectionMask::none())?.plan;
     let pruned = plan.on(base, &PruneOptions::new(form))?;
-    Ok(Model::new(pruned.model().clone(), model.device(), model.max_memory())?)
+    Ok(model.like(pruned.model().clone())?)
 }
 
 /// The model with its experts merged by a recipe, on evidence from `data`. For recipes that do not go layer by layer.
@@ -115,7 +115,7 @@ pub fn merge(model: &Model, data: &Dataset, recipe: &moe_merge::Recipe, form: Ou
     let evidence = collect_evidence(model, &waves, &options, None, &mut |_| ())?;
     let plan = recipe.plan(base, &evidence, &ProtectionMask::none())?;
     let options = MergeOptions { evidence: Some(evidence.into()), ..MergeOptions::new(form) };
-    Ok(Model::new(plan.on(base, &options)?.model().clone(), model.device(), model.max_memory())?)
+    Ok(model.like(plan.on(base, &options)?.model().clone())?)
 }
 
 /// Fine-tunes a model by a recipe, in waves of `step_tokens` tokens, and saves into `directory` what came of it: the

@@ -13,6 +13,7 @@ mod tune;
 
 use std::path::{Path, PathBuf};
 
+use moe_core::Precision;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -67,6 +68,10 @@ pub struct Recipe {
     /// Memory to stay within, such as `8GiB`. Never changes results.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_memory: Option<String>,
+    /// How products with weights are computed: `f32`, or `bf16`, which rounds activations once per product.
+    #[serde(default, skip_serializing_if = "Precision::is_f32")]
+    #[schemars(with = "String")]
+    pub precision: Precision,
     /// `default`, `flex` (CPU), `wgpu`, `vulkan` or `cuda`, as far as compiled in.
     #[serde(default = "default_device")]
     pub device: String,

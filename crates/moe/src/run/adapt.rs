@@ -73,7 +73,7 @@ impl Run<'_> {
             };
             let under = match dropped.is_empty() {
                 true => model,
-                false => Model::new(LayerDrop::new(dropped.clone()).on(&self.model)?, &self.device, self.max_memory)?,
+                false => self.model_of(LayerDrop::new(dropped.clone()).on(&self.model)?)?,
             };
             let run_time = step.run_time()?;
             let run_time = match run_time.needs_rows() {
@@ -101,7 +101,7 @@ impl Run<'_> {
             what.push("norms scaled by depth".into());
         }
         if let Some(routing) = run_time.routing.take_if(|_| self.beside.is_none()) {
-            let model = Model::new(self.model.clone(), &self.device, self.max_memory)?;
+            let model = self.model_of(self.model.clone())?;
             match routing.export(&model)? {
                 Some(export) => {
                     self.change(export.on(&self.model)?);

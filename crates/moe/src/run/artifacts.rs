@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use moe_core::Precision;
+
 use crate::progress::Progress;
 use crate::{Error, Result};
 
@@ -12,11 +14,13 @@ const DONE: &str = "done.json";
 /// The artifacts of a run: `OUT/steps/NAME-DIGEST`.
 pub(crate) struct Artifacts {
     out: PathBuf,
+    /// How the model is run, which every artifact follows from.
+    precision: Precision,
 }
 
 impl Artifacts {
-    pub fn new(out: &Path) -> Self {
-        Self { out: out.to_path_buf() }
+    pub fn new(out: &Path, precision: Precision) -> Self {
+        Self { out: out.to_path_buf(), precision }
     }
 
     /// Checks that the directory may be used.
@@ -43,7 +47,9 @@ impl Artifacts {
     /// The directory of an artifact, and whether it is finished. An unfinished one is there, perhaps with what an
     /// earlier run left.
     pub fn begin(&self, name: &str, of: &[&str]) -> Result<(PathBuf, bool)> {
-        let dir = self.out.join("steps").join(format!("{name}-{}", &digest(of)[..16]));
+        let precision = (!self.precision.is_f32()).then(|| self.precision.name());
+        let of: Vec<&str> = of.iter().copied().chain(precision).collect();
+        let dir = self.out.join("steps").join(format!("{name}-{}", &digest(&of)[..16]));
         let finished = dir.join(DONE).exists();
         if !finished {
             fs::create_dir_all(&dir).map_err(Error::io(&dir))?;

@@ -55,7 +55,7 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
         }
     }
     check_share(recipe, options)?;
-    let artifacts = Artifacts::new(&recipe.out);
+    let artifacts = Artifacts::new(&recipe.out, recipe.precision);
     artifacts.check(options.resume || options.check)?;
     let device = moe_core::device::device(&recipe.device)?;
     let max_memory = recipe.max_memory.as_deref().map(format::parse_size).transpose();
@@ -79,7 +79,9 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
     };
     EvalFile::load_all(&recipe.data.eval, &Default::default(), tokenizer.as_ref(), model.config())?;
 
-    let engine_of = |model: &Arc<Checkpoint>| Model::new(model.clone(), &device, max_memory);
+    let engine_of = |model: &Arc<Checkpoint>| -> moe_core::Result<Model> {
+        Ok(Model::new(model.clone(), &device, max_memory)?.with_precision(recipe.precision))
+    };
     let mut chain = Chain::new(model.clone());
     let mut before = Before::default();
     let mut disk = Disk::default();

@@ -75,7 +75,7 @@ impl Run<'_> {
         if !reused {
             match (&step.training, compression) {
                 (Some(training), _) => {
-                    let teacher = Model::new(before.clone(), &self.device, self.max_memory)?;
+                    let teacher = self.model_of(before.clone())?;
                     let student = self.engine_model()?;
                     let (waves, progress) = (&calibration.waves, self.options.progress);
                     let trained = train_parts(training, &teacher, &student, waves, &to, progress)?;

@@ -185,12 +185,17 @@ pub(crate) struct Run<'a> {
 impl Run<'_> {
     /// The model as it is now, to be run.
     fn engine_model(&self) -> Result<Model> {
-        let model = Model::new(self.model.clone(), &self.device, self.max_memory)?;
+        let model = self.model_of(self.model.clone())?;
         let model = match &self.beside {
             Some(dir) => moe_peft::open(dir)?.onto(&model)?.0,
             None => model,
         };
         Ok(self.run_time.on(&model)?.unwrap_or(model))
+    }
+
+    /// A checkpoint, to be run as the recipe says.
+    fn model_of(&self, checkpoint: Arc<Checkpoint>) -> Result<Model> {
+        Ok(Model::new(checkpoint, &self.device, self.max_memory)?.with_precision(self.recipe.precision))
     }
 
     /// What the model as it is now follows from.

@@ -158,8 +158,8 @@ impl Run<'_> {
         let (dir, reused) = self.artifacts.begin("repair", &of.each_ref().map(String::as_str))?;
         let file = dir.join("edits.safetensors");
         if !reused {
-            let teacher = Model::new(pruned.base.clone(), &self.device, self.max_memory)?;
-            let student = Model::new(self.model.clone(), &self.device, self.max_memory)?;
+            let teacher = self.model_of(pruned.base.clone())?;
+            let student = self.model_of(self.model.clone())?;
             let bar = self.options.progress.bar("repairing", 0, Unit::Count("parts"));
             let mut tell = |done: usize, of: usize| {
                 bar.total(of as u64);

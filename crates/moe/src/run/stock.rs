@@ -149,7 +149,7 @@ pub(super) fn search(
         });
     match uniform {
         Ok((plan, form, on)) => {
-            let student = Model::new(on.model().clone(), model.device(), model.max_memory())?;
+            let student = model.like(on.model().clone())?;
             let divergence = divergence(&student, &teacher, comparison)?;
             offer(&plan, Chosen { divergence: Some(divergence), ..form });
         }

@@ -75,7 +75,8 @@ impl Run<'_> {
         let of = [json(&recipe)?, self.model.fingerprint(), rows.data.hash.clone(), tokens.to_string(), precision];
         let (dir, reused) = self.artifacts.begin("tune", &of.each_ref().map(String::as_str))?;
         if !reused {
-            let model = jobs::trained_on(&self.model, step.base_precision, &self.device, self.max_memory)?;
+            let model = jobs::trained_on(&self.model, step.base_precision, &self.device, self.max_memory)?
+                .with_precision(self.recipe.precision);
             let labels = rows.data.labels_of(&rows.waves);
             let training = TrainingRun {
                 model: &model,

@@ -295,7 +295,7 @@ impl FineGrained<'_> {
                 ..PruneOptions::new(PruneForm::FineGrained(how))
             };
             let pruned = plan.on(from, &export)?;
-            let pruned_model = Model::new(pruned.model().clone(), model.device(), model.max_memory())?;
+            let pruned_model = model.like(pruned.model().clone())?;
             let engine = Engine::new(&pruned_model, EngineOptions::default());
             let (mut loss, mut tokens) = (0.0, 0);
             for wave in options.comparison {

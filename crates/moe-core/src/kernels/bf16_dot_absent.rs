@@ -1,0 +1,13 @@
+//! Stands in for dot products of bf16 where the processor has none.
+
+use super::packed::PackedWeights;
+
+/// Never.
+pub fn available() -> bool {
+    false
+}
+
+/// Only called where they are available.
+pub fn multiply(_: &[f32], _: usize, _: &PackedWeights) -> Vec<f32> {
+    unreachable!("a product by instructions that are not there")
+}
