@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use moe::recipe::{Adapt, Data, Evaluate, Named, Norms, Recipe, Step, Write};
 use moe::run::{RunOptions, run as run_recipe};
+use moe_core::Precision;
 use moe_core::data::{LossOver, Source};
 use moe_core::depth::{DepthConfig, LayerChoice};
 
@@ -66,6 +67,9 @@ pub struct Arguments {
     /// flex (CPU), wgpu, vulkan or cuda, as far as compiled in
     #[arg(long, default_value = "default")]
     pub device: String,
+    /// f32, or bf16: activations are rounded once per product, where the processor multiplies pairs of bf16
+    #[arg(long, default_value = "f32", value_name = "f32|bf16")]
+    pub precision: Precision,
     /// Check everything and do nothing
     #[arg(long)]
     pub check: bool,
@@ -129,10 +133,12 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<String> {
         out: arguments.out.clone(),
         seed: 0,
         max_memory: arguments.max_memory.clone(),
+        precision: arguments.precision,
         device: arguments.device.clone(),
         steps,
     };
     crate::cli::allocator(recipe.max_memory.as_ref().map(|_| 0));
     let Arguments { check, resume, force, json, .. } = *arguments;
-    crate::cli::shown(&run_recipe(&recipe, RunOptions { resume, force, check, progress })?, json)
+    let options = RunOptions { resume, force, check, progress, shard: None, absorb: &[] };
+    crate::cli::shown(&run_recipe(&recipe, options)?, json)
 }

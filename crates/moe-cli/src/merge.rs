@@ -292,7 +292,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
             test: None,
         }));
     }
-    let test = test.map(|test| loss(arguments, &model, &shown, &test)).transpose()?;
+    let test = test.map(|test| loss(&model, &shown, &test)).transpose()?;
     let measured: Vec<(String, String)> = test.iter().flat_map(Loss::measured).collect();
     let write_options = WriteOptions { existing, measured: &measured, ..WriteOptions::default() };
     write(merged.model(), &arguments.out, &write_options)?;
@@ -388,7 +388,7 @@ fn rows(arguments: &Arguments, model: &Model, test: Option<&Path>) -> Result<Vec
 }
 
 /// What the merged model lost on some waves.
-fn loss(arguments: &Arguments, model: &Model, merged: &Arc<Checkpoint>, waves: &[Wave]) -> Result<Loss> {
+fn loss(model: &Model, merged: &Arc<Checkpoint>, waves: &[Wave]) -> Result<Loss> {
     let merged = model.like(merged.clone())?;
     let teacher = TeacherLogits::record(&Engine::new(model, EngineOptions::default()), waves, usize::MAX)?;
     let cross_entropy = |model: &Model| -> Result<f64> {

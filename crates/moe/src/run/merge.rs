@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use moe_checkpoint::Checkpoint;
-use moe_core::Model;
 use moe_merge::{CompactModel, Compression};
 
 use super::Run;

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use moe_checkpoint::{Checkpoint, Granularity, ScoreTable};
-use moe_core::{Engine, EngineOptions, Model};
+use moe_core::{Engine, EngineOptions};
 use moe_prune::repair::RepairRequest;
 use moe_prune::{
     Budget, EditSource, Edits, EngineProbe, FineGrained, ModelProbe, NoProbe, ProbeOptions, PrunePlan, PruneRequest,
