@@ -123,7 +123,7 @@ fn rounded_activations_give_nearly_what_f32_gives() {
             size += f64::from(*b).powi(2);
         }
         let share = (difference / size.max(f64::MIN_POSITIVE)).sqrt();
-        assert!(share < 0.02, "{what}: {share}");
+        assert!(share < 0.05, "{what}: {share}");
         share
     };
     for name in ["tf5/qwen2_moe_bf16", "tf5/gpt_oss_bf16", "tf5/deepseek_v3_bf16", "tf5/deepseek_v3_fp8"] {

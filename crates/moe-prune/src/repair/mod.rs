@@ -68,9 +68,9 @@ pub struct RepairRequest<'a> {
     pub waves: &'a [Wave],
     /// Where a repair that can keeps what it has seen, to go on from.
     pub store: Option<&'a Path>,
-    /// Does only the part `index` of `count`, counted from 0, for a repair whose work can be [shared](RepairNeeds::shares):
-    /// its parts are layers or waves, dealt out in turn. The part is then in the store; the edits are those of the part,
-    /// and of use only to whoever looks at it.
+    /// Does only the part `index` of `count`, counted from 0, for a repair whose work can be
+    /// [shared](RepairNeeds::shares): its parts are layers or waves, dealt out in turn. The part is then in the store;
+    /// the edits are those of the part, and of use only to whoever looks at it.
     pub shard: Option<(usize, usize)>,
     /// Stores of other parts of the same work, which are taken over.
     pub absorb: &'a [PathBuf],

@@ -32,8 +32,9 @@ use crate::{Edits, ExpertEdit, PlanOverlay, PrunePlan, Result};
 /// dropped units.
 ///
 /// An expert that loses no units and whose routing is unchanged stays as it is, and so does one without tokens. Layers
-/// do not depend on each other, so that processes can [share](RepairRequest::shard) them. One is done at a time, in memory `8 E I K` bytes for E experts of I units of which K stay, `8 E K K` more where
-/// experts were removed, and `4 T k I` for the units of a wave of T tokens with k experts each.
+/// do not depend on each other, so that processes can [share](RepairRequest::shard) them. One is done at a time, in
+/// memory `8 E I K` bytes for E experts of I units of which K stay, `8 E K K` more where experts were removed, and `4 T
+/// k I` for the units of a wave of T tokens with k experts each.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Refit {
