@@ -31,12 +31,12 @@ pub struct Arguments {
     /// How tokens are routed: a rule by its name, as JSON, or in a .json file
     #[arg(long, value_name = "RULE")]
     pub routing: Option<String>,
-    /// Layers that tokens go through, in order, such as 0-3,5,5,6a; or token_skip or layer_routers, by name, as JSON, or
-    /// in a .json file
+    /// Layers that tokens go through, in order, such as 0-3,5,5,6a; or token_skip or layer_routers, by name, as JSON,
+    /// or in a .json file
     #[arg(long, value_name = "LAYERS", conflicts_with = "drop")]
     pub layers: Option<String>,
-    /// Layers that are taken out: influence, angular, attention_rank or deepest with their number, or a list, as JSON or
-    /// in a .json file
+    /// Layers that are taken out: influence, angular, attention_rank or deepest with their number, or a list, as JSON
+    /// or in a .json file
     #[arg(long, value_name = "CHOICE")]
     pub drop: Option<String>,
     /// How the next token is found: self_contrast, rewiring or pathways, by name, as JSON, or in a .json file

@@ -33,8 +33,8 @@ pub struct ModelArguments {
     /// '{"type": "top_k", "k": 2}'
     #[arg(long, value_name = "RULE")]
     pub routing: Option<String>,
-    /// Rows that thresholds of the routing, scores and routers of layers, and references of decoding are found on, where
-    /// these say none; repeatable
+    /// Rows that thresholds of the routing, scores and routers of layers, and references of decoding are found on,
+    /// where these say none; repeatable
     #[arg(long, value_name = "FILE")]
     pub routing_data: Vec<PathBuf>,
     /// Layers that tokens go through, in order: such as 0-3,5,5,6a without layer 4, layer 5 twice, and of layer 6 the
@@ -64,7 +64,8 @@ impl ModelArguments {
         Ok(self.open_decoding(None)?.0)
     }
 
-    /// The same with a way of decoding that may learn from rows; the one that stands beside the model, if none is given.
+    /// The same with a way of decoding that may learn from rows; the one that stands beside the model, if none is
+    /// given.
     ///
     /// # Errors
     /// As [`open`](Self::open).

@@ -36,8 +36,8 @@ impl Sequence {
             && self.loss.as_ref().is_none_or(|mask| mask.get(position).copied().unwrap_or(false))
     }
 
-    /// What stands before the first token that counts in the loss, and the tokens from there on that do: a prompt and its
-    /// answer. `None` where every token counts, or where one of the two is empty.
+    /// What stands before the first token that counts in the loss, and the tokens from there on that do: a prompt and
+    /// its answer. `None` where every token counts, or where one of the two is empty.
     pub fn prompt_and_answer(&self) -> Option<(&[u32], &[u32])> {
         self.loss.as_ref()?;
         let start = (1..self.ids.len()).find(|t| self.counts(*t))?;

@@ -86,8 +86,8 @@ fn trials(model: &Model, wave: &Wave, method: &FinalRouterTuning) -> Result<Vec<
 }
 
 /// The gaps between the best sampled routes of the last layer and the router's own, over the predicted tokens of
-/// `waves`, in ten bins of the probability that the model gives to the next token: what a pruned model, say, has lost by
-/// its routing.
+/// `waves`, in ten bins of the probability that the model gives to the next token: what a pruned model, say, has lost
+/// by its routing.
 ///
 /// # Errors
 /// Those of [`Engine::route_trials`].

@@ -8,9 +8,9 @@ use crate::{
     router::{Routed, Router},
 };
 
-/// Another route of equal compute for every token: as many experts as the model's, the best by logits with Gumbel noise,
-/// and hence without repetition; their weights are what the model's rule gives these experts by the logits as they are.
-/// How routes are sampled to see whether the router's are right (arXiv 2605.07260).
+/// Another route of equal compute for every token: as many experts as the model's, the best by logits with Gumbel
+/// noise, and hence without repetition; their weights are what the model's rule gives these experts by the logits as
+/// they are. How routes are sampled to see whether the router's are right (arXiv 2605.07260).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SampledRoutes {
     /// Factor on the noise; 0 is the model's own route.
@@ -23,8 +23,8 @@ impl SampledRoutes {
     /// The rules of a model's layers.
     ///
     /// # Errors
-    /// [`Error::Input`] for a temperature out of range; [`Error::Unsupported`] for SparseMixer, which has no weights for
-    /// other experts than its own.
+    /// [`Error::Input`] for a temperature out of range; [`Error::Unsupported`] for SparseMixer, which has no weights
+    /// for other experts than its own.
     pub fn on(&self, model: &Model) -> Result<RunTimeRouting> {
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             return Err(Error::input("temperature", self.temperature, "a finite number of 0 or more"));

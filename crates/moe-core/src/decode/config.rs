@@ -121,8 +121,8 @@ impl DecodingConfig {
     /// The same with what it learns from `waves`: prompts that `model` answers rightly, for pathways.
     ///
     /// # Errors
-    /// [`Error::Input`] for rows without answers, or with fewer right ones than a prompt learns from; whatever stops the
-    /// model.
+    /// [`Error::Input`] for rows without answers, or with fewer right ones than a prompt learns from; whatever stops
+    /// the model.
     pub fn calibrated(&self, model: &Model, waves: &[Wave]) -> Result<Self> {
         let Self::Pathways(config) = self else { return Ok(self.clone()) };
         if !self.needs_rows() {

@@ -24,8 +24,9 @@ const SEQUENCES: usize = 32;
 /// `None` for layers whose tokens are mixed by something else than attention over keys. A low rank says that tokens
 /// attend alike, which makes a layer a candidate for skipping.
 ///
-/// Singular values above `T * eps * s_max` count, with `eps` that of f32, as `torch.linalg.matrix_rank` counts them: the
-/// paper does not say its tolerance. The first 32 sequences of `waves` are looked at, and of each the first 256 tokens.
+/// Singular values above `T * eps * s_max` count, with `eps` that of f32, as `torch.linalg.matrix_rank` counts them:
+/// the paper does not say its tolerance. The first 32 sequences of `waves` are looked at, and of each the first 256
+/// tokens.
 ///
 /// # Errors
 /// [`Error::Input`] for no sequence; whatever stops the model.

@@ -3,8 +3,9 @@
 //! A [`LayerPath`] leaves layers out, repeats them, or runs one of their halves ([`Model::with_path`]). A [`DepthRule`]
 //! decides while the model runs, for every sequence how often it goes through a layer, for every token whether it
 //! passes the feed-forward half ([`Model::with_depth_rule`]); a [`DepthConfig`] is either of these in JSON.
-//! [`Influence`] says which layers change least, [`attention_ranks`] in which tokens attend alike, and a [`LayerChoice`]
-//! chooses some of them; `moe_checkpoint::LayerDrop` writes the model without them, which stock loaders read.
+//! [`Influence`] says which layers change least, [`attention_ranks`] in which tokens attend alike, and a
+//! [`LayerChoice`] chooses some of them; `moe_checkpoint::LayerDrop` writes the model without them, which stock loaders
+//! read.
 //!
 //! [`Model::with_path`]: crate::Model::with_path
 //! [`Model::with_depth_rule`]: crate::Model::with_depth_rule

@@ -32,8 +32,8 @@ pub trait DepthRule: Debug + Send + Sync {
         Ok(None)
     }
 
-    /// Whether it decides by [`factors`](Self::factors) alone: [`times`](Self::times) is always `None`. Only such a rule
-    /// can be gone back through, since every sequence passes every layer once.
+    /// Whether it decides by [`factors`](Self::factors) alone: [`times`](Self::times) is always `None`. Only such a
+    /// rule can be gone back through, since every sequence passes every layer once.
     fn is_by_token(&self) -> bool {
         false
     }

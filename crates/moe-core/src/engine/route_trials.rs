@@ -67,8 +67,8 @@ impl Engine<'_> {
     /// all layers before it run once.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for a model whose last layer has no experts, or that is under a path or rule of layers; as
-    /// [`run`](Self::run).
+    /// [`Error::Unsupported`] for a model whose last layer has no experts, or that is under a path or rule of layers;
+    /// as [`run`](Self::run).
     pub fn route_trials(&self, wave: &Wave, changes: &[LayerChange]) -> Result<Vec<RouteTrial>> {
         self.check_whole("routings of the last layer")?;
         let config = self.model.config();
