@@ -29,10 +29,11 @@
 //! let out = tempfile::tempdir()?;
 //! let (labels, directory) = (BTreeMap::new(), out.path());
 //! let fold = FoldPrecision::Bf16;
-//! let run = TrainingRun { model: &model, waves: &waves, labels: &labels, directory, save_every: 50, resume: false,
-//! fold }; let trained = run.train(&recipe, &mut |_| Ok(()))?; assert_eq!(trained.cost.losses.len(), 3); let saved =
-//! trained.save(&model, directory, moe_checkpoint::Existing::Refuse)?; let (tuned, _) =
-//! open(saved.adapter.unwrap())?.onto(&model)?;
+//! let run = TrainingRun { model: &model, waves: &waves, labels: &labels, directory, save_every: 50, resume: false, fold };
+//! let trained = run.train(&recipe, &mut |_| Ok(()))?;
+//! assert_eq!(trained.cost.losses.len(), 3);
+//! let saved = trained.save(&model, directory, moe_checkpoint::Existing::Refuse)?;
+//! let (tuned, _) = open(saved.adapter.unwrap())?.onto(&model)?;
 //! # let _ = tuned;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
