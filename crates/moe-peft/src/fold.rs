@@ -162,10 +162,10 @@ impl Folded {
                 layout.ungrouped.values().fold([0, 0], |sum, sets| [sum[0] + sets[0], sum[1] + sets[1]]);
             remarks.push(format!(
                 "experts of {} layers share sets of weights and are trained one by one: {after} sets will be written in place \
-                 of {before}, {} bytes in place of {}",
+                 of {before}, {} in place of {}",
                 layout.ungrouped.len(),
-                layout.bytes(),
-                base.bytes_on_disk(),
+                moe_checkpoint::human::size(layout.bytes()),
+                moe_checkpoint::human::size(base.bytes_on_disk()),
             ));
         }
         remarks.extend(
