@@ -41,7 +41,7 @@ pub struct Options {
     /// Experts per token [default: 4]
     #[arg(long, value_name = "K", default_value_t = 4)]
     top_k: usize,
-    /// Steps of training [default: 200, or 4 of the small model]
+    /// Steps of training [default: 100, or 4 of the small model]
     #[arg(long)]
     steps: Option<usize>,
     /// Tokens of a step, about [default: 2048, or 512 of the small model]
@@ -60,7 +60,7 @@ pub struct Options {
 
 impl Options {
     fn steps(&self) -> usize {
-        self.steps.unwrap_or(if self.tiny { 4 } else { 200 })
+        self.steps.unwrap_or(if self.tiny { 4 } else { 100 })
     }
 
     fn step_tokens(&self) -> usize {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use clap::Parser;
 use moe_checkpoint::{Checkpoint, Existing, WriteOptions, check_output, write};
 use moe_core::Model;
-use moe_core::data::{Sequence, Tokenizer, Wave};
+use moe_core::data::{Sequence, Source, Tokenizer, Wave};
 use moe_merge::{
     Evidence, EvidenceOptions, PartScale, RouterStart, UpcycleInputs, UpcycleMethod, UpcycleReport, Upcycling,
     collect_evidence,
@@ -25,14 +25,15 @@ use crate::{Error, Result, cli};
 moe upcycle --model Qwen3-0.6B --method '{\"type\": \"drop\", \"ratio\": 0.5}' --experts 8 --top-k 2 --out OUT\n  \
 moe upcycle --model DIR --method '{\"type\": \"cluster\", \"by\": \"activations\"}' --experts 8 --top-k 4 --data rows.jsonl --out OUT\n  \
 moe upcycle --model CHAT --method models --from CODE --from MATH --experts 3 --prompts prompts.json --out OUT\n\n\
-Methods: copy (noise 0), drop (ratio 0.5), split (copies 1), cluster (by weights or activations), models (average false).\n\
+Methods: copy (noise 0), drop (ratio 0.5), split (copies 1), cluster (by weights or activations), domains (share 0.5; a \
+file of --data per expert), ternary (zero false), models (average false).\n\
 Routers: zero, random (std 0.02), teacher (ridge 0.01; needs --data)."
 )]
 pub struct Arguments {
     /// Directory of a dense Hugging Face checkpoint
     #[arg(long)]
     pub model: PathBuf,
-    /// What an expert is: copy, drop, split, cluster or models, or one with its numbers as JSON
+    /// What an expert is: copy, drop, split, cluster, domains, ternary or models, or one with its numbers as JSON
     #[arg(long, value_name = "NAME|JSON", value_parser = tagged::<UpcycleMethod>)]
     pub method: UpcycleMethod,
     /// Routed experts per layer
@@ -60,7 +61,7 @@ pub struct Arguments {
     /// JSON file with a list of prompts per expert: routers begin with the mean of what each layer reads on them
     #[arg(long, value_name = "FILE", conflicts_with = "router")]
     pub prompts: Option<PathBuf>,
-    /// Rows to run the dense model on, for clusters by activations and the teacher
+    /// Rows to run the dense model on, for clusters by activations, the teacher, and domains, a file each
     #[command(flatten)]
     pub data: cli::DataArguments,
     /// Tokens of each layer that are kept of them
@@ -128,8 +129,10 @@ pub fn run(arguments: &Arguments) -> Result<Option<UpcycleReport>> {
         seed: arguments.draw,
     };
     let sampled = !arguments.data.data.is_empty();
+    let by_domain = matches!(recipe.method, UpcycleMethod::Domains { .. });
     if !sampled && recipe.needs_sample() {
-        return Err(Error::Usage("--data FILE: clusters by activations and the teacher look at tokens".into()));
+        let reason = "--data FILE: clusters by activations, domains and the teacher look at tokens";
+        return Err(Error::Usage(reason.into()));
     }
     let one = Upcycling::one_expert().on(&dense, &UpcycleInputs::default())?.model().clone();
     if sampled && !recipe.needs_sample() && !matches!(recipe.router(true), RouterStart::Teacher { .. }) {
@@ -139,7 +142,11 @@ pub fn run(arguments: &Arguments) -> Result<Option<UpcycleReport>> {
     // Everything that the numbers and the models show, before any token is run.
     let stand_in = UpcycleInputs {
         others: others.clone(),
-        evidence: sampled.then(|| Arc::new(Evidence::none(&one))),
+        evidence: (sampled && !by_domain).then(|| Arc::new(Evidence::none(&one))),
+        domains: match by_domain {
+            true => arguments.data.data.iter().map(|_| Arc::new(Evidence::none(&one))).collect(),
+            false => Vec::new(),
+        },
         prototypes: prompts.is_some().then(|| {
             let rows = vec![0.0; recipe.experts * dense.config().hidden_size];
             (0..dense.config().layers.len()).map(|layer| (layer, rows.clone())).collect()
@@ -152,12 +159,18 @@ pub fn run(arguments: &Arguments) -> Result<Option<UpcycleReport>> {
         true => Some(Tokenizer::from_dir(&arguments.model)?),
         false => None,
     };
-    let waves = match sampled {
-        true => {
-            let rows = arguments.data.load(tokenizer.as_ref(), dense.config().vocab_size)?;
-            rows.waves(arguments.data.waves())
+    let waves = |data: &cli::DataArguments| {
+        let rows = data.load(tokenizer.as_ref(), dense.config().vocab_size)?;
+        Ok::<_, Error>(rows.waves(data.waves()))
+    };
+    // The rows of each sample: of each domain, or of all files.
+    let samples = match (sampled, by_domain) {
+        (true, true) => {
+            let of = |file: &Source| waves(&cli::DataArguments { data: vec![file.clone()], ..arguments.data.clone() });
+            arguments.data.data.iter().map(of).collect::<Result<Vec<_>>>()?
         }
-        false => Vec::new(),
+        (true, false) => vec![waves(&arguments.data)?],
+        (false, _) => Vec::new(),
     };
     let prompts = prompts.map(|prompts| tokens(&prompts, tokenizer.as_ref())).transpose()?;
     if arguments.check {
@@ -166,8 +179,10 @@ pub fn run(arguments: &Arguments) -> Result<Option<UpcycleReport>> {
     let mut inputs = UpcycleInputs { others, ..UpcycleInputs::default() };
     if runs {
         let model = Model::new(one, &moe_core::device::device(&arguments.device)?, arguments.max_memory)?;
-        if sampled {
-            inputs.evidence = Some(Arc::new(sample(&model, &waves, arguments.sample)?));
+        let mut evidence = samples.iter().map(|waves| sample(&model, waves, arguments.sample).map(Arc::new));
+        match by_domain {
+            true => inputs.domains = evidence.collect::<Result<_>>()?,
+            false => inputs.evidence = evidence.next().transpose()?,
         }
         inputs.prototypes = prompts.map(|prompts| prototypes(&model, &prompts)).transpose()?;
     }

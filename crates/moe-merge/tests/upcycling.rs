@@ -71,11 +71,18 @@ fn difference(model: &Arc<Checkpoint>, name: &str) -> f32 {
     logits.0.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
+/// What the model of one expert saw of the expected rows.
 fn sample(base: &Arc<Checkpoint>, name: &str) -> Arc<Evidence> {
+    sample_of(base, name, 0..2)
+}
+
+/// The same of some of the rows.
+fn sample_of(base: &Arc<Checkpoint>, name: &str, rows: std::ops::Range<usize>) -> Arc<Evidence> {
     let one = on(&Upcycling::one_expert(), base);
     let model = Model::new(one, &device("flex").unwrap(), None).unwrap();
     let options = EvidenceOptions { statistics: BTreeSet::new(), dense_outputs: false, sample: 64, seed: 0 };
-    Arc::new(collect_evidence(&model, &[expected(name).0], &options, None, &mut |_| {}).unwrap())
+    let wave = Wave { id: 0, sequences: expected(name).0.sequences[rows].to_vec() };
+    Arc::new(collect_evidence(&model, &[wave], &options, None, &mut |_| {}).unwrap())
 }
 
 #[test]
@@ -245,6 +252,73 @@ fn parts_stand_for_all_or_are_added_as_they_are() {
 }
 
 #[test]
+fn domains_become_experts_of_their_most_active_units_and_routers_know_them() {
+    let base = dense("llama");
+    let domains = vec![sample_of(&base, "llama", 0..1), sample_of(&base, "llama", 1..2)];
+    let recipe = Upcycling { shared_width: 16, ..Upcycling::new(UpcycleMethod::Domains { share: 0.5 }, 2) };
+    let inputs = UpcycleInputs { domains: domains.clone(), ..UpcycleInputs::default() };
+    let made = recipe.on(&base, &inputs).unwrap();
+    assert_eq!((made.report().width.after, made.report().shared_width, made.report().top_k), (16, 16, 1));
+    assert!(!made.report().exact);
+    let model = made.model();
+    let rows = |values: Vec<f32>| -> Vec<Vec<u32>> {
+        values.chunks_exact(32).map(|row| row.iter().map(|value| value.to_bits()).collect()).collect()
+    };
+    for layer in 0..2 {
+        let whole = rows(base.read_f32(Role::Layer(layer, LayerRole::DenseUp)).unwrap());
+        let shared = rows(model.read_f32(Role::Layer(layer, LayerRole::SharedUp)).unwrap());
+        let router = model.read_f32(Role::Layer(layer, LayerRole::Router)).unwrap();
+        for (domain, evidence) in domains.iter().enumerate() {
+            let own = rows(model.expert_part(layer, domain, ExpertPart::Up).unwrap().unwrap().to_f32());
+            assert!(own.iter().all(|row| whole.contains(row) && !shared.contains(row)), "layer {layer}");
+            // Most tokens of a domain go to its expert.
+            let inputs = &evidence.layer(layer).unwrap().sample.as_ref().unwrap().inputs;
+            let logit = |token: &[f32], expert: usize| -> f32 {
+                token.iter().zip(&router[expert * 32..][..32]).map(|(a, b)| a * b).sum()
+            };
+            let right = inputs.chunks_exact(32).filter(|token| logit(token, domain) > logit(token, 1 - domain)).count();
+            assert!(right * 4 >= inputs.len() / 32 * 3, "layer {layer}, domain {domain}: {right}");
+        }
+    }
+    // Experts of all units are the dense model, whatever the router.
+    let whole = Upcycling::new(UpcycleMethod::Domains { share: 1.0 }, 2);
+    assert!(difference(whole.on(&base, &inputs).unwrap().model(), "llama") < 1e-4);
+    let three = Upcycling { experts: 3, ..recipe.clone() };
+    assert!(refusal(&three, &base, &inputs).contains("experts is 3, expected 2, one per domain"));
+    let narrow = Upcycling { shared_width: 32, ..recipe };
+    assert!(refusal(&narrow, &base, &inputs).contains("more than the 32 shared of 64 units"));
+}
+
+#[test]
+fn ternary_experts_stand_beside_the_whole_network() {
+    let base = dense("qwen2");
+    let ternary = |zero| Upcycling::new(UpcycleMethod::Ternary { zero }, 4);
+    let still = ternary(true).on(&base, &UpcycleInputs::default()).unwrap();
+    assert!(still.report().exact && difference(still.model(), "qwen2") < 1e-4);
+    let made = ternary(false).on(&base, &UpcycleInputs::default()).unwrap();
+    assert_eq!((made.report().exact, made.report().shared_width, made.report().top_k), (false, 64, 1));
+    let parts = [
+        (ExpertPart::Gate, LayerRole::DenseGate),
+        (ExpertPart::Up, LayerRole::DenseUp),
+        (ExpertPart::Down, LayerRole::DenseDown),
+    ];
+    for (part, role) in parts {
+        let values = made.model().expert_part(1, 2, part).unwrap().unwrap().to_f32();
+        let dense = base.read_f32(Role::Layer(1, role)).unwrap();
+        let sum: f64 = dense.iter().map(|value| f64::from(value.abs())).sum();
+        let scale = (sum / dense.len() as f64) as f32;
+        for (from, to) in dense.iter().zip(&values) {
+            let expected = if from.abs() < scale / 2.0 { 0.0 } else { scale.copysign(*from) };
+            assert!((to - expected).abs() < 1e-6 * scale, "{from} became {to}, expected {expected}");
+        }
+    }
+    let shared = Upcycling { shared_width: 8, ..ternary(true) };
+    assert!(refusal(&shared, &base, &UpcycleInputs::default()).contains("shared_width is 8"));
+    let of_norms = refusal(&ternary(true), &dense("qwen3"), &UpcycleInputs::default());
+    assert!(of_norms.contains("another method than `ternary`"), "{of_norms}");
+}
+
+#[test]
 fn several_models_become_experts_of_one() {
     let base = dense("llama");
     let other = on_disk_with_other_networks(&base);
@@ -257,7 +331,8 @@ fn several_models_become_experts_of_one() {
         router: Some(RouterStart::Prototypes),
         ..Upcycling::new(UpcycleMethod::Models { average: false }, 2)
     };
-    let inputs = UpcycleInputs { others: vec![other.clone()], prototypes: Some(prototypes), evidence: None };
+    let inputs =
+        UpcycleInputs { others: vec![other.clone()], prototypes: Some(prototypes), ..UpcycleInputs::default() };
     let made = recipe.on(&base, &inputs).unwrap().model().clone();
     let down = |expert| made.expert_part(1, expert, ExpertPart::Down).unwrap().unwrap().to_f32();
     assert_eq!(down(0), base.read_f32(Role::Layer(1, LayerRole::DenseDown)).unwrap());

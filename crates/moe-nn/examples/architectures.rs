@@ -8,7 +8,7 @@ use std::time::Instant;
 use burn::module::{Module, ModuleDisplay};
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig};
 use burn::tensor::activation::log_softmax;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Gradients, Int, Tensor, TensorData};
 use burn_optim::{AdamWConfig, GradientsParams};
 use moe_nn::architectures::*;
 use moe_nn::*;
@@ -25,6 +25,14 @@ const CONTEXT: RouteContext<'static> = RouteContext { token_ids: None, padding: 
 /// A layer to compare: output of `[tokens, hidden]`, losses, and routing if there is any.
 trait Layer: Module + ModuleDisplay {
     fn run(&self, x: Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>);
+
+    /// The layer at a place of the training, from 0 to 1.
+    fn at(self, _progress: f64) -> Self {
+        self
+    }
+
+    /// What the layer learns from gradients by itself.
+    fn observe(&self, _gradients: &Gradients) {}
 }
 
 impl<R: Router, X: ExpertNetworks> Layer for MoeLayer<R, X> {
@@ -73,6 +81,67 @@ impl Layer for DuoLayer {
 impl Layer for MemoryLayer {
     fn run(&self, x: Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>) {
         (self.forward(x).0, None, None)
+    }
+}
+
+impl Layer for StickBreakingAttention {
+    fn run(&self, x: Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>) {
+        let (output, routing) = self.forward(x.reshape([BATCH, LENGTH, D]));
+        let loss = losses::mutual_information(&routing) * 0.01;
+        (output.reshape([BATCH * LENGTH, D]), Some(loss), Some(routing))
+    }
+}
+
+impl Layer for AttentionMixture {
+    fn run(&self, x: Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>) {
+        (self.forward(x.reshape([BATCH, LENGTH, D])).0.reshape([BATCH * LENGTH, D]), None, None)
+    }
+}
+
+impl Layer for CoarseToFine {
+    fn run(&self, x: Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>) {
+        let x = x.reshape([BATCH, LENGTH, D]);
+        // The first token is what is known of a sequence before all others.
+        let context = x.clone().narrow(1, 0, 1).reshape([BATCH, D]);
+        let output = self.forward(x, context);
+        // All experts are as good as any for text of one kind: the coarse choice is to be even.
+        let even = output.coarse.zeros_like() + 0.5;
+        let loss = losses::balance(&output.routing) + output.coarse_loss(even);
+        (output.hidden.reshape([BATCH * LENGTH, D]), Some(loss * 0.01), Some(output.routing))
+    }
+}
+
+impl Layer for UltraMem {
+    fn run(&self, x: Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>) {
+        self.update_sides();
+        (self.forward(0, x).0, None, None)
+    }
+}
+
+/// A dense network behind a norm that goes its way over the steps, and sees every batch.
+#[derive(Module, Debug)]
+struct Normed<N: Module> {
+    norm: N,
+    network: FeedForward,
+}
+
+impl Layer for Normed<ProgressiveNorm> {
+    fn run(&self, x: Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>) {
+        (self.network.forward(self.norm.forward(x)), None, None)
+    }
+
+    fn at(self, progress: f64) -> Self {
+        Self { norm: self.norm.at(progress), ..self }
+    }
+}
+
+impl Layer for Normed<UnifiedNorm> {
+    fn run(&self, x: Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>) {
+        (self.network.forward(self.norm.forward(x)), None, None)
+    }
+
+    fn observe(&self, gradients: &Gradients) {
+        self.norm.observe(gradients);
     }
 }
 
@@ -132,7 +201,10 @@ fn train<L: Layer>(name: &str, layer: L, steps: usize, device: &Device) {
             Some(router_loss) => loss + router_loss,
             None => loss,
         };
-        let gradients = GradientsParams::from_grads(total.backward(), &model);
+        let gradients = total.backward();
+        model.layer.observe(&gradients);
+        model.layer = model.layer.at((step + 1) as f64 / steps as f64);
+        let gradients = GradientsParams::from_grads(gradients, &model);
         model = optimizer.step(3e-3, model, gradients);
     }
     let load = load.map_or("-".to_string(), |load| format!("{load:.2}"));
@@ -190,4 +262,19 @@ fn main() {
         steps,
         device,
     );
+    let shared = UltraMemConfig::new(D, 32).with_top_k(32).with_value_dim(D).with_pre_value_dim(D);
+    train("UltraMemV2, 32 x 32 slots", shared.init(device), steps, device);
+    let gate = || MlpRouterConfig::new(D, 4).with_d_router(16);
+    train("ModuleFormer attention", StickBreakingAttentionConfig::new(D, 2, 16, gate()).init(device), steps, device);
+    let mixed = AttentionMixtureConfig::new(D, 2, AttentionConfig::new(4, 2, D / 4)).with_shared_keys(true);
+    train("BAM attention, 2", mixed.init(device), steps, device);
+    train("MoVA, 2 of 8", CoarseToFineConfig::new(D, D, ACTIVE / 2, 8).with_chosen(2).init(device), steps, device);
+    let capabilities = CapabilityExpertsConfig::new(D, ACTIVE / 4, 4).with_capabilities(2).with_rank(4).init(device);
+    let task = TopKRouterConfig::new(D, 4).with_top_k(1).with_combine(Combine::Raw).init(device);
+    train("DMoERM, 2 of 4 tasks", MoeLayer::new(task, capabilities).with_losses(balance), steps, device);
+    let network = || FeedForwardConfig::new(D, ACTIVE).init(device);
+    let norm = ProgressiveNormConfig::new(D).init(device);
+    train("dense, SLAB's norm", Normed { norm, network: network() }, steps, device);
+    let norm = UnifiedNormConfig::new(D).with_warmup(20).init(device);
+    train("dense, Unified Norm", Normed { norm, network: network() }, steps, device);
 }

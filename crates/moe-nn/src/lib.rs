@@ -36,6 +36,7 @@ pub mod losses;
 mod record;
 pub mod router;
 mod routing;
+mod smoothed_scale;
 mod soft;
 pub mod transformer;
 

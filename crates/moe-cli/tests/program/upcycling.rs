@@ -84,6 +84,28 @@ fn the_teacher_runs_the_dense_model_on_rows() {
 }
 
 #[test]
+fn every_file_of_rows_is_a_domain() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, factor: usize| {
+        let path = dir.path().join(name);
+        let ids = |salt: usize| (0..30).map(|i| (i * factor + salt) % 96).collect::<Vec<usize>>();
+        let lines: Vec<String> = (0..3).map(|salt| json!({"input_ids": ids(salt)}).to_string()).collect();
+        fs::write(&path, lines.join("\n")).unwrap();
+        path
+    };
+    let (code, prose, out) = (file("code.jsonl", 7), file("prose.jsonl", 11), dir.path().join("out"));
+    let method = r#"{"type": "domains", "share": 0.75}"#;
+    let model = ["--model", LLAMA, "--out", text(&out), "--method", method];
+    let files = [&model[..], &["--data", text(&code), "--data", text(&prose)]].concat();
+    let report = ok(&words("upcycle --experts 2 --shared-width 16", &files));
+    assert!(report.contains("2 experts of width 32 (of 64), 1 per token, shared 16"), "{report}");
+    let checkpoint = Checkpoint::open(&out).unwrap();
+    assert_ne!(checkpoint.expert(0, 0).unwrap().up, checkpoint.expert(0, 1).unwrap().up);
+    let third = refused(&words("upcycle --experts 3 --force", &files));
+    assert!(third.contains("expected 2, one per domain"), "{third}");
+}
+
+#[test]
 fn models_with_experts_and_prompts_without_a_tokenizer_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (out, prompts) = (dir.path().join("out"), dir.path().join("prompts.json"));

@@ -43,6 +43,8 @@ pub struct UpcycleInputs {
     pub others: Vec<Arc<Checkpoint>>,
     /// Tokens that the layers saw, collected on [`Upcycling::one_expert`] of the dense model.
     pub evidence: Option<Arc<Evidence>>,
+    /// The same of the rows of each domain, for [`UpcycleMethod::Domains`].
+    pub domains: Vec<Arc<Evidence>>,
     /// Directions of experts by layer, `[experts, hidden]` row-major, for [`RouterStart::Prototypes`].
     pub prototypes: Option<BTreeMap<usize, Vec<f32>>>,
 }
@@ -135,8 +137,8 @@ impl Upcycling {
     /// [`Error::OtherModel`] for evidence of another model; [`Error::InvalidEvidence`] for directions of other sizes.
     pub fn on(&self, base: &Arc<Checkpoint>, inputs: &UpcycleInputs) -> Result<UpcycledModel> {
         let dense = target::dense_width(base)?;
-        let sampled = inputs.evidence.is_some();
-        self.validate(dense, 1 + inputs.others.len(), sampled)?;
+        let sampled = inputs.evidence.is_some() || !inputs.domains.is_empty();
+        self.validate(dense, 1 + inputs.others.len(), (inputs.evidence.is_some(), inputs.domains.len()))?;
         let mut models = vec![base.dequantized()?];
         for other in &inputs.others {
             models.push(other.dequantized()?);
@@ -146,7 +148,7 @@ impl Upcycling {
         let target = target::Target::new(&models[0], self)?;
         let router = self.router(sampled);
         self.check_prototypes(router, &models[0], inputs)?;
-        if let Some(evidence) = &inputs.evidence {
+        for evidence in inputs.evidence.iter().chain(&inputs.domains) {
             let of = Self::one_expert().on(base, &UpcycleInputs::default())?;
             if !of.model.is_model(&evidence.model) {
                 let (path, expected) = (base.dir().to_path_buf(), evidence.model.clone());
@@ -158,6 +160,7 @@ impl Upcycling {
         recipe["recipe"] = json!(self);
         recipe["models"] = models.iter().map(|model| json!(model.fingerprint())).collect();
         recipe["evidence"] = json!(inputs.evidence.as_ref().map(|evidence| evidence.digest()));
+        recipe["domains"] = inputs.domains.iter().map(|evidence| json!(evidence.digest())).collect();
         recipe["prototypes"] = json!(inputs.prototypes.as_ref().map(digest_of));
         let summary = format!(
             "{} routed experts of width {} made of a dense `{}` by `{}`",
@@ -173,6 +176,7 @@ impl Upcycling {
             recipe: self.clone(),
             router,
             evidence: inputs.evidence.clone(),
+            domains: inputs.domains.clone(),
             prototypes: inputs.prototypes.clone(),
             made: made(&models[0], target.family, target.stored_shared)?,
             partitions: models[0].config().layers.iter().map(|_| OnceLock::new()).collect(),
@@ -216,23 +220,24 @@ impl Upcycling {
         if self.parts() > 1 && !(self.factor() as usize).is_power_of_two() && !plain_f32 {
             notes.push(format!("weights are stored in 16 bits, and {} times a weight is rounded", self.factor()));
         }
-        if target.stored_shared > self.shared_width {
+        let shared = self.shared(target.dense);
+        if target.stored_shared > shared {
             let width = target.stored_shared;
             notes.push(format!("`{}` has a shared expert in any case: here {width} units of zeros", target.family));
         }
         if self.top_k() < self.experts && router == RouterStart::Zero {
             notes.push("a router of zeros sends all tokens to the first experts until it is trained".into());
         }
+        if matches!(self.method, UpcycleMethod::Ternary { zero: false }) {
+            notes.push("ternary experts are added to the whole network: the output is about twice as large".into());
+        }
         UpcycleReport {
             family: [base.config().model_type.clone(), target.family.to_string()],
             method: self.name().to_string(),
             experts: self.experts,
             top_k: self.top_k(),
-            width: BeforeAfter {
-                before: (target.width * self.parts() + self.shared_width) as u64,
-                after: target.width as u64,
-            },
-            shared_width: self.shared_width,
+            width: BeforeAfter { before: target.dense as u64, after: target.width as u64 },
+            shared_width: shared,
             router,
             scale: self.scale,
             parameters: BeforeAfter { before, after },

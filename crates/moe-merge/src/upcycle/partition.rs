@@ -8,12 +8,12 @@ use crate::linalg::{normalize_rows, row_products};
 /// Rounds of balanced k-means.
 const ROUNDS: usize = 10;
 
-/// The units of a network, each in one place.
+/// The units of a network, and where they go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Partition {
     /// Units that every token runs through.
     pub shared: Vec<u32>,
-    /// Units of each part, equally many.
+    /// Units of each part, equally many. Parts of domains overlap, others do not.
     pub parts: Vec<Vec<u32>>,
 }
 
@@ -23,6 +23,35 @@ impl Partition {
         let size = (width - shared) / parts;
         let part = |part: usize| ((shared + part * size) as u32..(shared + (part + 1) * size) as u32).collect();
         Self { shared: (0..shared as u32).collect(), parts: (0..parts).map(part).collect() }
+    }
+
+    /// For each domain the `width` units that are most active on it, by `activity[domain][unit]`, beside `shared` units
+    /// that all domains have: those whose rank is best in the domain where it is worst. With as many shared units as
+    /// all domains' most active ones have in common, that is Read-ME's intersection of masks.
+    pub fn of_domains(activity: &[Vec<f64>], shared: usize, width: usize) -> Self {
+        let units = activity.first().map_or(0, Vec::len);
+        let order = |of: &Vec<f64>| -> Vec<u32> {
+            let mut order: Vec<u32> = (0..units as u32).collect();
+            order.sort_by(|a, b| of[*b as usize].total_cmp(&of[*a as usize]).then(a.cmp(b)));
+            order
+        };
+        let orders: Vec<Vec<u32>> = activity.iter().map(order).collect();
+        let mut worst = vec![0; units];
+        for order in &orders {
+            order.iter().enumerate().for_each(|(rank, unit)| worst[*unit as usize] = rank.max(worst[*unit as usize]));
+        }
+        let mut common: Vec<u32> = (0..units as u32).collect();
+        common.sort_by_key(|unit| (worst[*unit as usize], *unit));
+        common.truncate(shared);
+        common.sort_unstable();
+        let part = |order: &Vec<u32>| {
+            let own = order.iter().copied().filter(|unit| common.binary_search(unit).is_err());
+            let mut own: Vec<u32> = own.take(width).collect();
+            own.sort_unstable();
+            own
+        };
+        let parts = orders.iter().map(part).collect();
+        Self { shared: common, parts }
     }
 
     /// Parts of units whose features `[width, columns]` have near directions. `activity` ranks units for the shared
@@ -111,6 +140,17 @@ mod tests {
             assert_eq!(part.len(), 8);
             assert!(part.iter().all(|unit| unit % 3 == part[0] % 3), "{part:?}");
         }
+    }
+
+    #[test]
+    fn domains_share_what_all_of_them_use_and_overlap_where_two_do() {
+        // Unit 0 is used most by both; 1 and 2 by both or one of them, 3 by the first, 4 by the second, 5 by none.
+        let activity = [vec![9.0, 8.0, 7.0, 6.0, 0.1, 0.0], vec![9.0, 8.0, 0.2, 0.1, 7.0, 0.0]];
+        let found = Partition::of_domains(&activity, 1, 3);
+        assert_eq!((found.shared, found.parts), (vec![0], vec![vec![1, 2, 3], vec![1, 2, 4]]));
+        // Masks of three units have units 0 and 1 in common.
+        let found = Partition::of_domains(&activity, 2, 1);
+        assert_eq!((found.shared, found.parts), (vec![0, 1], vec![vec![2], vec![4]]));
     }
 
     #[test]

@@ -71,6 +71,21 @@ pub enum UpcycleMethod {
         #[serde(default)]
         by: ClusterBy,
     },
+    /// The units that are most active on the rows of one domain, out of those that are not shared (Read-ME,
+    /// arXiv 2410.19123): experts overlap where domains do. Needs a sample of tokens per domain, an expert each.
+    Domains {
+        /// The share of the network's units that a domain keeps, shared ones included.
+        #[serde(default = "half")]
+        share: f64,
+    },
+    /// The network with its weights rounded to -1, 0 and 1 times the mean absolute value of each matrix, beside the
+    /// whole network as the shared expert (MoTE, arXiv 2506.14435).
+    Ternary {
+        /// Whether experts begin with a down projection of zeros, so that the function stays that of the dense model,
+        /// which they would be added to. Not so in the paper.
+        #[serde(default)]
+        zero: bool,
+    },
     /// The network of one of several dense models of the same sizes: the base and others in order (mergekit-moe; the
     /// feed-forward experts of BAM, arXiv 2408.08274).
     Models {
@@ -131,7 +146,8 @@ pub enum RouterStart {
     },
     /// What the network itself says on a sample of tokens, fitted by ridge regression: the experts whose outputs are
     /// nearest to the network's own output times `k / E`, FactorLLM's prior-approximate target; with
-    /// [`PartScale::Sum`], nearest to the whole output, of which they leave least. Only where experts are parts.
+    /// [`PartScale::Sum`], nearest to the whole output, of which they leave least; with [`UpcycleMethod::Domains`], the
+    /// expert of the domain that a token is of. Only where experts are parts.
     Teacher {
         /// The ridge, relative to the mean square of an input.
         #[serde(default = "ridge")]
@@ -186,26 +202,50 @@ impl Upcycling {
         }
     }
 
-    /// Experts per token: if not given, all parts of one network, or two of several (one of one).
+    /// Width of an expert that is made of a network of width `dense`.
+    pub(super) fn width(&self, dense: usize) -> usize {
+        match self.method {
+            UpcycleMethod::Domains { share } => (share * dense as f64).round() as usize - self.shared_width,
+            UpcycleMethod::Ternary { .. } => dense,
+            _ => (dense - self.shared_width) / self.parts(),
+        }
+    }
+
+    /// Width of the shared expert beside experts that are made of a network of width `dense`.
+    pub(super) fn shared(&self, dense: usize) -> usize {
+        if let UpcycleMethod::Ternary { .. } = self.method { dense } else { self.shared_width }
+    }
+
+    /// Whether experts are units of one network, so that some of them may be shared, and a teacher tells which to take.
+    fn cuts(&self) -> bool {
+        use UpcycleMethod::{Cluster, Domains, Split};
+        matches!(self.method, Cluster { .. } | Split { copies: 1 } | Domains { .. })
+    }
+
+    /// Experts per token: if not given, all parts of one network, one expert of a domain or of ternary weights, else
+    /// two (one of one).
     pub fn top_k(&self) -> usize {
-        let several = if self.parts() > 1 { self.parts() } else { 2 };
-        self.top_k.unwrap_or_else(|| several.min(self.experts))
+        let usual = match self.method {
+            UpcycleMethod::Domains { .. } | UpcycleMethod::Ternary { .. } => 1,
+            _ if self.parts() > 1 => self.parts(),
+            _ => 2,
+        };
+        self.top_k.unwrap_or_else(|| usual.min(self.experts))
     }
 
     /// What the router begins with: if not given, zeros where all experts run, the teacher where there is a sample and
     /// experts are parts, else random numbers.
     pub fn router(&self, sampled: bool) -> RouterStart {
-        let of_parts = matches!(self.method, UpcycleMethod::Cluster { .. } | UpcycleMethod::Split { copies: 1 });
         self.router.unwrap_or(match () {
-            () if self.top_k() == self.experts && of_parts => RouterStart::Zero,
-            () if sampled && of_parts => RouterStart::Teacher { ridge: ridge() },
+            () if self.top_k() == self.experts && self.cuts() => RouterStart::Zero,
+            () if sampled && self.cuts() => RouterStart::Teacher { ridge: ridge() },
             () => RouterStart::Random { std: std() },
         })
     }
 
     /// Whether it needs a sample of tokens.
     pub fn needs_sample(&self) -> bool {
-        matches!(self.method, UpcycleMethod::Cluster { by: ClusterBy::Activations })
+        matches!(self.method, UpcycleMethod::Cluster { by: ClusterBy::Activations } | UpcycleMethod::Domains { .. })
             || matches!(self.router, Some(RouterStart::Teacher { .. }))
     }
 
@@ -221,12 +261,13 @@ impl Upcycling {
                 self.top_k().is_multiple_of(self.parts())
                     && matches!(self.router(false), RouterStart::Random { std } if std > 0.0)
             }
-            UpcycleMethod::Models { .. } => false,
+            UpcycleMethod::Ternary { zero } => zero,
+            UpcycleMethod::Domains { .. } | UpcycleMethod::Models { .. } => false,
         }
     }
 
     /// Checks the numbers among themselves.
-    pub(super) fn validate(&self, width: usize, models: usize, sampled: bool) -> Result<()> {
+    pub(super) fn validate(&self, width: usize, models: usize, (sampled, domains): (bool, usize)) -> Result<()> {
         let invalid = |field, found: String, expected: String| Err(Error::parameter(field, found, expected));
         let Self { experts, shared_width, .. } = *self;
         if experts == 0 {
@@ -245,6 +286,16 @@ impl Upcycling {
             UpcycleMethod::Split { copies } if copies == 0 || !experts.is_multiple_of(copies) => {
                 return invalid("copies", copies.to_string(), format!("a divisor of the {experts} experts"));
             }
+            UpcycleMethod::Domains { share } => {
+                let kept = (share * width as f64).round();
+                if !(share > 0.0 && share <= 1.0) || kept <= shared_width as f64 {
+                    let expected = format!("0 to 1, and more than the {shared_width} shared of {width} units");
+                    return invalid("share", share.to_string(), expected);
+                }
+                if domains != experts {
+                    return invalid("experts", experts.to_string(), format!("{domains}, one per domain"));
+                }
+            }
             UpcycleMethod::Models { .. } if models != experts => {
                 return invalid("experts", experts.to_string(), format!("{models}, one per model, the base included"));
             }
@@ -253,8 +304,10 @@ impl Upcycling {
         if models > 1 && !matches!(self.method, UpcycleMethod::Models { .. }) {
             return invalid("method", self.name().into(), "`models`, since several models are given".into());
         }
-        let parts = self.parts();
-        let cut = matches!(self.method, UpcycleMethod::Cluster { .. } | UpcycleMethod::Split { copies: 1 });
+        if domains > 0 && !matches!(self.method, UpcycleMethod::Domains { .. }) {
+            return invalid("method", self.name().into(), "`domains`, since samples of domains are given".into());
+        }
+        let (parts, cut) = (self.parts(), self.cuts());
         if shared_width > 0 && !cut {
             return invalid(
                 "shared_width",
@@ -262,14 +315,14 @@ impl Upcycling {
                 "0 where experts are not parts of one network".into(),
             );
         }
-        if self.scale == PartScale::Sum && !cut {
+        if self.scale == PartScale::Sum && !(cut && domains == 0) {
             return invalid("scale", "sum".into(), "mean where experts are not parts of one network".into());
         }
         if shared_width >= width || !(width - shared_width).is_multiple_of(parts) {
             let expected = format!("a width below {width} that leaves a multiple of {parts} units");
             return invalid("shared_width", shared_width.to_string(), expected);
         }
-        if self.needs_sample() && !sampled {
+        if self.needs_sample() && !sampled && domains == 0 {
             return invalid("sample", "none".into(), "tokens that a model of one expert saw".into());
         }
         match self.router {
@@ -292,6 +345,8 @@ impl Upcycling {
             UpcycleMethod::Drop { .. } => "drop",
             UpcycleMethod::Split { .. } => "split",
             UpcycleMethod::Cluster { .. } => "cluster",
+            UpcycleMethod::Domains { .. } => "domains",
+            UpcycleMethod::Ternary { .. } => "ternary",
             UpcycleMethod::Models { .. } => "models",
         }
     }

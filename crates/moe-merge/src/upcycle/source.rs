@@ -14,7 +14,7 @@ use rand::seq::SliceRandom;
 use super::partition::Partition;
 use super::start::{Start, generator, normal};
 use super::{ClusterBy, RouterStart, UpcycleMethod, Upcycling};
-use crate::evidence::Evidence;
+use crate::evidence::{Evidence, TokenSample};
 use crate::merged::encoded_part;
 use crate::{Error, Result};
 
@@ -33,6 +33,7 @@ pub(super) struct Upcycled {
     /// The base, and others in order.
     pub models: Vec<Arc<Checkpoint>>,
     pub evidence: Option<Arc<Evidence>>,
+    pub domains: Vec<Arc<Evidence>>,
     /// Directions of experts by layer, `[experts, hidden]` each.
     pub prototypes: Option<BTreeMap<usize, Vec<f32>>>,
     /// Tensors of shared experts and routers, by name.
@@ -47,6 +48,11 @@ const DENSE: [(ExpertPart, LayerRole); 3] = [
     (ExpertPart::Up, LayerRole::DenseUp),
     (ExpertPart::Down, LayerRole::DenseDown),
 ];
+
+/// The tokens that a layer saw, if there are any.
+fn sampled(evidence: &Evidence, layer: usize) -> Option<&TokenSample> {
+    evidence.layer(layer)?.sample.as_ref().filter(|sample| sample.tokens() > 0)
+}
 
 fn dense_role(layer: usize, part: ExpertPart) -> Option<Role> {
     DENSE.iter().find(|(of, _)| *of == part).map(|(_, role)| Role::Layer(layer, *role))
@@ -87,19 +93,16 @@ impl Upcycled {
                 Partition::clustered(gate, hidden, None, (shared, parts), seed.wrapping_add(layer as u64))
             }
             UpcycleMethod::Cluster { by: ClusterBy::Activations } => {
-                let network = self.network(layer)?;
-                let sample = self.sample(layer)?;
-                let activation = self.base().config().hidden_act;
-                let units = network.unit_activations(&sample.inputs, activation); // [S, I]
-                let (tokens, width) = (sample.tokens(), network.width);
-                let mut features = vec![0.0; width * tokens];
-                for (token, row) in units.chunks_exact(width).enumerate() {
-                    row.iter().enumerate().for_each(|(unit, value)| features[unit * tokens + token] = value.abs());
-                }
-                let sum = |row: &[f32]| row.iter().map(|value| f64::from(*value)).sum();
-                let activity: Vec<f64> = features.chunks_exact(tokens).map(sum).collect();
-                let seed = seed.wrapping_add(layer as u64);
+                let (features, activity) = self.activity(layer, self.sample(layer)?)?;
+                let (tokens, seed) = (features.len() / activity.len(), seed.wrapping_add(layer as u64));
                 Partition::clustered(features, tokens, Some(&activity), (shared, parts), seed)
+            }
+            UpcycleMethod::Domains { .. } => {
+                let samples = self.domain_samples(layer)?;
+                let activity = |sample| Ok(self.activity(layer, sample)?.1);
+                let activity = samples.into_iter().map(activity).collect::<Result<Vec<Vec<f64>>>>()?;
+                let width = self.recipe.width(activity.first().map_or(0, Vec::len));
+                Partition::of_domains(&activity, shared, width)
             }
             _ => {
                 let width = self.base().role(Role::Layer(layer, LayerRole::DenseGate))?.shape[0];
@@ -109,10 +112,29 @@ impl Upcycled {
         Ok(place.get_or_init(|| partition))
     }
 
-    fn sample(&self, layer: usize) -> Result<&crate::evidence::TokenSample> {
+    /// Absolute activations of every unit on a sample, `[units, tokens]`, and the mean of each.
+    fn activity(&self, layer: usize, sample: &TokenSample) -> Result<(Vec<f32>, Vec<f64>)> {
+        let network = self.network(layer)?;
+        let units = network.unit_activations(&sample.inputs, self.base().config().hidden_act); // [S, I]
+        let (tokens, width) = (sample.tokens(), network.width);
+        let mut features = vec![0.0; width * tokens];
+        for (token, row) in units.chunks_exact(width).enumerate() {
+            row.iter().enumerate().for_each(|(unit, value)| features[unit * tokens + token] = value.abs());
+        }
+        let mean = |row: &[f32]| row.iter().map(|value| f64::from(*value)).sum::<f64>() / tokens as f64;
+        let activity = features.chunks_exact(tokens).map(mean).collect();
+        Ok((features, activity))
+    }
+
+    /// The tokens of each domain that a layer saw.
+    fn domain_samples(&self, layer: usize) -> Result<Vec<&TokenSample>> {
+        let missing = || Error::MissingEvidence { layer, part: "upcycling", what: "a sample of every domain".into() };
+        self.domains.iter().map(|evidence| sampled(evidence, layer).ok_or_else(missing)).collect()
+    }
+
+    fn sample(&self, layer: usize) -> Result<&TokenSample> {
         let missing = || Error::MissingEvidence { layer, part: "upcycling", what: "a sample of tokens".into() };
-        let sample = self.evidence.as_ref().and_then(|evidence| evidence.layer(layer)?.sample.as_ref());
-        sample.filter(|sample| sample.tokens() > 0).ok_or_else(missing)
+        self.evidence.as_ref().and_then(|evidence| sampled(evidence, layer)).ok_or_else(missing)
     }
 
     fn router(&self, layer: usize, dtype: Dtype) -> Result<Vec<u8>> {
@@ -127,6 +149,7 @@ impl Upcycled {
             seed: self.recipe.seed,
             prototypes: self.prototypes.as_ref().and_then(|rows| rows.get(&layer)).map(Vec::as_slice),
             sample: self.sample(layer).ok(),
+            domains: self.domain_samples(layer)?,
         };
         let network = || Ok((self.network(layer)?, self.partition(layer)?.clone()));
         let rows = start.rows(network, self.base().config().hidden_act)?;
@@ -138,10 +161,16 @@ impl Upcycled {
             Made::Router => self.router(layer, tensor.dtype),
             // The sigmoid of 0 is a half, and the shared down projection is doubled.
             Made::SharedGate => Ok(vec![0; tensor.bytes as usize]),
-            Made::Shared(_) if self.recipe.shared_width == 0 => Ok(vec![0; tensor.bytes as usize]),
             Made::Shared(part) => {
-                let units = &self.partition(layer)?.shared;
-                Ok(self.units((0, layer, 0), part, units, 2.0)?.0)
+                let units: Cow<'_, [u32]> = match self.recipe.method {
+                    UpcycleMethod::Ternary { .. } => {
+                        let width = self.base().role(Role::Layer(layer, LayerRole::DenseGate))?.shape[0];
+                        (0..width as u32).collect::<Vec<u32>>().into()
+                    }
+                    _ if self.recipe.shared_width == 0 => return Ok(vec![0; tensor.bytes as usize]),
+                    _ => (&self.partition(layer)?.shared[..]).into(),
+                };
+                Ok(self.units((0, layer, 0), part, &units, 2.0)?.0)
             }
         }
     }
@@ -176,6 +205,18 @@ impl Upcycled {
                 (encoded_part((layer, expert), part, dtype, &values)?, dtype)
             }
             UpcycleMethod::Drop { ratio } if ratio > 0.0 => self.dropped(layer, expert, part, ratio)?,
+            UpcycleMethod::Ternary { zero } => {
+                let (mut values, dtype) = self.dense(0, layer, part)?;
+                match zero && part == ExpertPart::Down {
+                    true => values.fill(0.0),
+                    false => ternary(&mut values),
+                }
+                (encoded_part((layer, expert), part, dtype, &values)?, dtype)
+            }
+            UpcycleMethod::Domains { .. } => {
+                let units = &self.partition(layer)?.parts[expert];
+                self.units((0, layer, expert), part, units, 1.0)?
+            }
             UpcycleMethod::Copy { .. } | UpcycleMethod::Drop { .. } | UpcycleMethod::Models { .. } => {
                 let from = &self.models[model];
                 (as_it_is(from)?, from.role(role)?.dtype)
@@ -241,6 +282,15 @@ fn selected(values: &[f32], hidden: usize, part: ExpertPart, units: &[u32], fact
             values.chunks_exact(width).flat_map(|row| units.iter().map(|unit| row[*unit as usize] * factor)).collect()
         }
         _ => units.iter().flat_map(|unit| &values[*unit as usize * hidden..][..hidden]).copied().collect(),
+    }
+}
+
+/// Rounds to -1, 0 and 1 times the mean absolute value.
+fn ternary(values: &mut [f32]) {
+    let sum: f64 = values.iter().map(|value| f64::from(value.abs())).sum();
+    let scale = (sum / values.len().max(1) as f64) as f32;
+    if scale > 0.0 {
+        values.iter_mut().for_each(|value| *value = (*value / scale).round().clamp(-1.0, 1.0) * scale);
     }
 }
 

@@ -38,6 +38,8 @@ pub(super) struct Start<'a> {
     pub prototypes: Option<&'a [f32]>,
     /// Tokens that the layer saw.
     pub sample: Option<&'a TokenSample>,
+    /// Tokens of each domain.
+    pub domains: Vec<&'a TokenSample>,
 }
 
 impl Start<'_> {
@@ -61,6 +63,15 @@ impl Start<'_> {
             }
             RouterStart::Prototypes => {
                 Ok(self.prototypes.ok_or_else(|| missing("the router", "directions of experts"))?.to_vec())
+            }
+            RouterStart::Teacher { ridge } if !self.domains.is_empty() => {
+                let inputs: Vec<f32> = self.domains.iter().flat_map(|sample| &sample.inputs).copied().collect();
+                let share = 1.0 / self.experts as f32;
+                let labels = self.domains.iter().enumerate().flat_map(|(domain, sample)| {
+                    let label = move |expert: usize| if expert == domain { 1.0 - share } else { -share };
+                    (0..sample.tokens() * self.experts).map(move |place| label(place % self.experts))
+                });
+                self.fitted(&inputs, &labels.collect::<Vec<f32>>(), ridge)
             }
             RouterStart::Teacher { ridge } => {
                 let sample = self.sample.ok_or_else(|| missing("the router", "a sample of tokens"))?;
@@ -106,10 +117,16 @@ impl Start<'_> {
             order.sort_by(|a, b| distances[*a].total_cmp(&distances[*b]).then(a.cmp(b)));
             order.into_iter().take(self.top_k).for_each(|expert| labels[expert] += 1.0);
         }
-        let mut gram = gram_of_rows(&sample.inputs, hidden);
+        self.fitted(&sample.inputs, &labels, ridge)
+    }
+
+    /// The rows whose logits are nearest to `labels [S, E]` on `inputs [S, H]`.
+    fn fitted(&self, inputs: &[f32], labels: &[f32], ridge: f64) -> Result<Vec<f32>> {
+        let hidden = self.hidden;
+        let mut gram = gram_of_rows(inputs, hidden);
         let mean = (0..hidden).map(|i| gram[(i, i)]).sum::<f64>() / hidden as f64;
         (0..hidden).for_each(|i| gram[(i, i)] += ridge * mean.max(f64::MIN_POSITIVE));
-        let rows = solve_right(&gram, &cross_gram(&labels, self.experts, &sample.inputs, hidden))?; // [E, H]
+        let rows = solve_right(&gram, &cross_gram(labels, self.experts, inputs, hidden))?; // [E, H]
         Ok((0..self.experts * hidden).map(|i| rows[(i / hidden, i % hidden)] as f32).collect())
     }
 }

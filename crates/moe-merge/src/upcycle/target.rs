@@ -3,7 +3,7 @@
 use moe_checkpoint::{Checkpoint, Dtype, ExpertTensor, Ffn, LayerRole, QkNorm, Role, TensorSpec, family};
 use serde_json::{Map, Value, json};
 
-use super::Upcycling;
+use super::{UpcycleMethod, Upcycling};
 use crate::{Error, Result};
 
 /// Units of a shared expert of zeros, in families that cannot be without one.
@@ -14,6 +14,8 @@ pub(super) struct Target {
     pub config: Value,
     pub tensors: Vec<TensorSpec>,
     pub family: &'static str,
+    /// Width of the dense network.
+    pub dense: usize,
     /// Width of one routed expert.
     pub width: usize,
     /// Width of the shared expert as it is stored: that of the recipe, or of zeros where the family needs one.
@@ -38,13 +40,14 @@ pub(super) fn dense_width(base: &Checkpoint) -> Result<usize> {
 fn sibling(base: &Checkpoint, recipe: &Upcycling) -> Result<&'static str> {
     let config = base.config();
     let attention = &config.attention;
-    let shared = recipe.shared_width > 0;
+    let shared = recipe.shared_width > 0 || matches!(recipe.method, UpcycleMethod::Ternary { .. });
     let windows = config.layers.iter().any(|layer| layer.sliding_window.is_some());
     let refused = |reason: &str| Err(Error::infeasible(format!("`{}`", config.model_type), reason));
     if attention.qk_norm == QkNorm::Head {
         return match shared {
             true => refused(
-                "norms of queries and keys and a shared expert are together in no stock family: leave `shared_width` out",
+                "norms of queries and keys and a shared expert are together in no stock family: leave `shared_width` \
+                 out, and take another method than `ternary`",
             ),
             false => Ok("qwen3_moe"),
         };
@@ -65,14 +68,14 @@ impl Target {
     pub fn new(base: &Checkpoint, recipe: &Upcycling) -> Result<Self> {
         let dense = dense_width(base)?;
         let family = sibling(base, recipe)?;
-        let width = (dense - recipe.shared_width) / recipe.parts();
+        let (width, shared) = (recipe.width(dense), recipe.shared(dense));
         let stored_shared = match family {
-            "qwen2_moe" if recipe.shared_width == 0 => NO_SHARED,
-            _ => recipe.shared_width,
+            "qwen2_moe" if shared == 0 => NO_SHARED,
+            _ => shared,
         };
         let config = config(base, recipe, family, (width, stored_shared, dense))?;
         let tensors = tensors(base, recipe, family, (width, stored_shared))?;
-        Ok(Self { config, tensors, family, width, stored_shared })
+        Ok(Self { config, tensors, family, dense, width, stored_shared })
     }
 }
 

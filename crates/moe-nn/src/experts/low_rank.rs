@@ -38,7 +38,8 @@ pub struct LowRankMap {
 }
 
 impl LowRankMap {
-    fn new(experts: usize, [input, output]: [usize; 2], rank: usize, zero: bool, device: &Device) -> Self {
+    /// Makes the map of each expert, of zeros if wanted.
+    pub(crate) fn new(experts: usize, [input, output]: [usize; 2], rank: usize, zero: bool, device: &Device) -> Self {
         let b = if zero {
             Initializer::Zeros.init([experts, rank, output], device)
         } else {
@@ -47,7 +48,7 @@ impl LowRankMap {
         LowRankMap { a: matrices(experts, input, rank, device), b }
     }
 
-    fn forward(&self, rows: Tensor<2>, segments: &Segments) -> Tensor<2> {
+    pub(crate) fn forward(&self, rows: Tensor<2>, segments: &Segments) -> Tensor<2> {
         let inner = grouped_product(rows, self.a.val(), segments.offsets()); // [rows, rank]
         grouped_product(inner, self.b.val(), segments.offsets())
     }
