@@ -35,7 +35,6 @@ FORMATS = {
     "int4_asymmetric": INT | {"symmetric": False},
     "int6": INT | {"bits": 6},
     "int8": INT | {"bits": 8},
-    "ternary": "ternary",
     "nf4": "nf4",
 }
 FORMS = {
