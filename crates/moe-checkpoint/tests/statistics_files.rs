@@ -324,9 +324,9 @@ fn matrices_belong_to_the_model_and_samples_keep_the_lowest_rows() {
     assert_eq!([keys[1][1], keys[2][1]], [3.0, 7.0], "the next number of the key decides");
 
     for (error, part) in [
-        (statistics.matrix("routed").err(), "Expert"),
+        (statistics.matrix("routed").err(), "value per expert"),
         (statistics.matrix("nothing").err(), "nothing"),
-        (statistics.matrix_mut("covariance", [2, 2], Fold::Sum).err(), "rows: 2"),
+        (statistics.matrix_mut("covariance", [2, 2], Fold::Sum).err(), "a matrix [2, 2]"),
         (statistics.matrix_mut("other", [2, 2], Fold::Lowest { key: 1 }).err(), "fixed size"),
         (statistics.add_rows("sample", [5, 4], 3, &[0.0; 5]).err(), "rows of 4"),
         (statistics.add_rows("other", [5, 4], 5, &[]).err(), "a fold of that kind"),

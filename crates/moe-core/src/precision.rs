@@ -22,7 +22,7 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// Both.
+    /// Both of them, the default first.
     pub const ALL: [Self; 2] = [Self::F32, Self::Bf16];
 
     /// Its name in recipes.

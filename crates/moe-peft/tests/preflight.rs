@@ -106,7 +106,7 @@ fn what_a_method_says_of_itself_is_refused_before_the_model_is_run() {
             json!({"type": "layers", "sampling": {"layers": 1, "weights": {"linear": {"first": 0, "last": 0}}}}),
             "weights of layers",
         ),
-        (json!({"type": "smt", "attention": {"share": 1e-9}}), "attention: found Share"),
+        (json!({"type": "smt", "attention": {"share": 1e-9}}), r#"attention: found {"share":1e-9}"#),
     ];
     for (method, expected) in wrong {
         let out = dir.path().join("out");

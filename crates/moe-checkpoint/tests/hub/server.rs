@@ -142,11 +142,12 @@ fn respond(method: &str, path: &str, body: &[u8], range: Option<Range<u64>>, sta
             .map(|(name, bytes)| json!({"type": "file", "oid": etag(bytes), "size": bytes.len(), "path": name}));
         return Reply::json(&files.collect());
     }
-    if let Some(name) = path.strip_prefix(&format!("/owner/name/resolve/{COMMIT}/")) {
+    // By branch, tag or commit, all of which are this one.
+    if let Some((_, name)) = path.strip_prefix("/owner/name/resolve/").and_then(|rest| rest.split_once('/')) {
         let Some(bytes) = state.files.get(name).filter(|_| !state.missing.contains(name)).cloned() else {
             return Reply::status(404);
         };
-        if method == "GET" {
+        if method == "GET" && range.is_none() {
             state.asked.push(name.to_string());
         }
         let named = state.etags.get(name).cloned().unwrap_or_else(|| etag(&bytes));

@@ -2,7 +2,7 @@
 
 use super::packed::PackedWeights;
 
-/// Never.
+/// Always false: there are none here.
 pub fn available() -> bool {
     false
 }
