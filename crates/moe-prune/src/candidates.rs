@@ -20,7 +20,7 @@ use crate::{Budget, Error, PruneForm, PruneOptions, Pruner, PrunerConfig, Result
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Candidate {
-    /// Nothing.
+    /// The model as it is.
     Whole,
     /// Units or experts.
     Pruned {

@@ -61,8 +61,8 @@ pub(crate) fn for_rows_mut(data: &mut [f32], columns: usize, f: impl Fn(usize, &
     });
 }
 
-/// `n` rows of `columns` values, each written by `f(row_index, row)`, in parallel. A row is zero when its turn comes: it
-/// is zeroed in the cache, and not all rows in memory before.
+/// `n` rows of `columns` values, each written by `f(row_index, row)`, in parallel. A row is zero when its turn comes:
+/// it is zeroed in the cache, and not all rows in memory before.
 pub(crate) fn new_rows(n: usize, columns: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
     let len = n * columns;
     let mut rows = Vec::with_capacity(len);

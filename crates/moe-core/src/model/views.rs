@@ -144,8 +144,8 @@ impl Model {
     }
 
     /// The same model that reads its routed experts through a cache of so many bytes, for generation where they do not
-    /// all fit. Without a second precision and without skipping results are those of the model. Overlays and adapters of
-    /// experts do not go with it: a model that is made of this one by them has no cache.
+    /// all fit. Without a second precision and without skipping results are those of the model. Overlays and adapters
+    /// of experts do not go with it: a model that is made of this one by them has no cache.
     ///
     /// # Errors
     /// [`Error::Input`] for a threshold outside [0, 1], one of skipping below it, a model with overlays or adapters of
