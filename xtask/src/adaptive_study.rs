@@ -29,7 +29,7 @@ pub struct Options {
 
 /// Runs the study, and writes its tables into the page if asked to.
 pub fn run(options: &Options) -> Result<()> {
-    let model = options.model.as_ref().map(|model| std::path::absolute(model)).transpose()?;
+    let model = options.model.as_ref().map(std::path::absolute).transpose()?;
     let flags = [
         ("--draws", options.draws.map(|draws| draws.to_string())),
         ("--model", model.map(|model| model.display().to_string())),

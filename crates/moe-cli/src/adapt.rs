@@ -114,7 +114,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<String> {
     if !arguments.data.is_empty() && !adapt.needs_rows()? {
         return Err(Error::Usage("--data: nothing of what is asked for is found on rows".into()));
     }
-    let mut steps = vec![Step::Adapt(adapt), Step::Write(Write::default())];
+    let mut steps = vec![Step::Adapt(Box::new(adapt)), Step::Write(Write::default())];
     if !arguments.eval.is_empty() {
         steps.insert(0, Step::Evaluate(Evaluate::default()));
         steps.insert(2, Step::Evaluate(Evaluate::default()));

@@ -30,6 +30,7 @@ const ROWS_PER_WAVE: usize = 16;
 /// | a path | [`LayerPath`]: layers left out, repeated, or run with one of their halves | all layers, once |
 /// | `layer_routers` | [`LayerRoutersConfig`]: a router per layer says how often a sequence runs it (Dr.LLM) | routers as they begin |
 /// | `token_skip` | [`TokenSkipConfig`]: tokens with a low score pass the feed-forward half | share 0 |
+#[allow(clippy::large_enum_variant)] // one for a run
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Value", into = "Value")]
 #[non_exhaustive]
@@ -42,7 +43,11 @@ pub enum DepthConfig {
     TokenSkip(TokenSkipConfig),
 }
 
+/// How often the layers are run, by sequence.
+type Labels = BTreeMap<u64, Vec<Rounds>>;
+
 /// The rules among them, as they stand in JSON.
+#[allow(clippy::large_enum_variant)] // one for a run
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 enum Rule {
@@ -192,7 +197,7 @@ pub(crate) fn copied(from: &Path, to: &Path) -> Result<()> {
 
 impl LayerRoutersConfig {
     /// How often every layer runs on the best path found for each row, and the rows' prompts, in waves of a few.
-    fn labels(&self, model: &Model, waves: &[Wave]) -> Result<(BTreeMap<u64, Vec<Rounds>>, Vec<Wave>)> {
+    fn labels(&self, model: &Model, waves: &[Wave]) -> Result<(Labels, Vec<Wave>)> {
         let mut found = Vec::new();
         for sequence in waves.iter().flat_map(|wave| &wave.sequences) {
             let Some((prompt, answer)) = sequence.prompt_and_answer() else {

@@ -7,8 +7,8 @@
 
 use std::{
     arch::x86_64::{
-        __m512bh, _mm256_storeu_si256, _mm512_castsi512_ps, _mm512_cvtneps_pbh, _mm512_dpbf16_ps, _mm512_load_si512,
-        _mm512_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
+        __m256bh, __m256i, __m512bh, _mm256_storeu_si256, _mm512_castsi512_ps, _mm512_cvtneps_pbh, _mm512_dpbf16_ps,
+        _mm512_load_si512, _mm512_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
     },
     cell::RefCell,
     sync::OnceLock,
@@ -84,7 +84,7 @@ fn round_row(x: &[f32], out: &mut [u16]) {
         // SAFETY: 16 values are read and written, both unaligned.
         unsafe {
             let rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(x.as_ptr()));
-            _mm256_storeu_si256(out.as_mut_ptr().cast(), std::mem::transmute(rounded));
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), std::mem::transmute::<__m256bh, __m256i>(rounded));
         }
     };
     for (x, out) in blocks.iter().zip(out_blocks.as_chunks_mut::<TILE>().0) {

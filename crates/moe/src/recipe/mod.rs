@@ -102,7 +102,7 @@ pub enum Step {
     /// Rounds the weights of the model as it is now to few bits.
     Quantize(Quantize),
     /// Changes how the model as it is now is run: experts per token, layers.
-    Adapt(Adapt),
+    Adapt(Box<Adapt>),
     /// Measures the model as it is now.
     Evaluate(Evaluate),
     /// Writes the model as it is now.
