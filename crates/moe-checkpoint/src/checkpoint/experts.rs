@@ -5,6 +5,8 @@ use std::borrow::Cow;
 use safetensors::Dtype;
 
 use super::Checkpoint;
+#[cfg(doc)]
+use crate::ModelSource;
 use crate::convert;
 use crate::expert_bytes::{ExpertBytes, RawMatrix};
 use crate::expert_weights::ExpertWeights;

@@ -12,6 +12,8 @@ use crate::formats::matrix::{Matrix, Part, Rows};
 use crate::formats::{self, Packed, Quantization};
 use crate::source::sliced;
 use crate::weights::TensorInfo;
+#[cfg(doc)]
+use crate::{Error, ModelSource};
 
 impl Checkpoint {
     /// Whether the weights are quantized. They are read as BF16 then.

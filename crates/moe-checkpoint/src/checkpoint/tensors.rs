@@ -6,6 +6,8 @@ use std::ops::Range;
 use safetensors::Dtype;
 
 use super::Checkpoint;
+#[cfg(doc)]
+use crate::ModelSource;
 use crate::convert;
 use crate::family::Role;
 use crate::source::sliced;

@@ -123,7 +123,7 @@ impl TokenSkipRouter {
     /// `model` whose tokens skip by these scores.
     ///
     /// # Errors
-    /// [`Error::Unsupported`](crate::Error::Unsupported) for a model under a path of layers or another rule.
+    /// [`Error::Unsupported`] for a model under a path of layers or another rule.
     pub fn applied_to(&self, model: &Model) -> Result<Model> {
         if model.depth_rule().is_some() {
             return Err(Error::Unsupported("tokens that skip layers of which a rule decides already".into()));
