@@ -135,7 +135,7 @@ pub struct ShareArguments {
     /// of and of the evidence of merges every Nth wave, of refits every Nth layer
     #[arg(long, value_name = "I/N", value_parser = part)]
     pub shard: Option<(usize, usize)>,
-    /// Take over the part of another run of the same job, its --out; repeatable
+    /// Take over the part of another run of the same job, its --out (of moe merge, its --work); repeatable
     #[arg(long, value_name = "DIR")]
     pub absorb: Vec<PathBuf>,
 }

@@ -1,12 +1,17 @@
-//! Files of named arrays with a JSON header: safetensors whose metadata has one entry.
+//! Files of named arrays with a JSON header: safetensors whose metadata has one entry, an object with a `version`.
 
 use std::{collections::HashMap, path::Path};
 
 use moe_checkpoint::write_atomic;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Serialize, de::DeserializeOwned};
+use serde_json::{Map, Value};
 
 use crate::{Error, Result};
+
+/// The version of all these files, the field of their headers that is read first.
+const VERSION: u64 = 1;
+const VERSION_FIELD: &str = "version";
 
 /// Numbers of a kind that files hold.
 pub(crate) trait Number: Copy {
@@ -51,10 +56,14 @@ impl ArrayWriter {
         self.0.push((name, T::DTYPE, shape.to_vec(), bytes));
     }
 
-    /// Writes the file, or leaves an earlier one as it was.
+    /// Writes the file, or leaves an earlier one as it was. `header` is an object, to which the version is added.
     pub fn write(&self, path: &Path, key: &str, header: &impl Serialize) -> Result<()> {
         let invalid = |error: String| malformed(path, "contents", error, "arrays that can be written");
-        let json = serde_json::to_string(header).map_err(|error| invalid(error.to_string()))?;
+        let header = serde_json::to_value(header).map_err(|error| invalid(error.to_string()))?;
+        let Value::Object(fields) = header else { return Err(invalid(format!("a header that is {header}"))) };
+        let mut all = Map::from_iter([(VERSION_FIELD.to_string(), VERSION.into())]);
+        all.extend(fields);
+        let json = Value::Object(all).to_string();
         let views = self.0.iter().map(|(name, dtype, shape, bytes)| {
             let view = TensorView::new(*dtype, shape.clone(), bytes);
             Ok((name.as_str(), view.map_err(|error| invalid(error.to_string()))?))
@@ -79,7 +88,13 @@ impl<'a> ArrayReader<'a> {
         let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| refuse(error.to_string()))?;
         let json = metadata.metadata().as_ref().and_then(|map| map.get(key));
         let json = json.ok_or_else(|| refuse(format!("no `{key}` in its metadata")))?;
-        let header = serde_json::from_str(json).map_err(|error| refuse(error.to_string()))?;
+        let mut fields: Map<String, Value> = serde_json::from_str(json).map_err(|error| refuse(error.to_string()))?;
+        // First: a later version may have other fields.
+        let version = fields.remove(VERSION_FIELD).unwrap_or_default();
+        if version != VERSION {
+            return Err(malformed(path, VERSION_FIELD, version, VERSION));
+        }
+        let header = serde_json::from_value(Value::Object(fields)).map_err(|error| refuse(error.to_string()))?;
         let arrays = SafeTensors::deserialize(bytes).map_err(|error| refuse(error.to_string()))?;
         Ok((header, Self { path, arrays }))
     }

@@ -114,6 +114,9 @@ pub fn route_gaps(model: &Model, waves: &[Wave], method: &FinalRouterTuning) -> 
 impl FinalRouterTuning {
     /// What the router of the last layer is taught on a wave.
     fn targets(&self, model: &Model, wave: &Wave, experts: usize) -> Result<Targets> {
+        if self.routes == 0 {
+            return Ok(Targets::default());
+        }
         let found = trials(model, wave, self)?;
         let Some(own) = found.first() else { return Ok(Targets::default()) };
         let tokens = own.logits.len() / experts.max(1);
@@ -124,7 +127,7 @@ impl FinalRouterTuning {
                 targets.shares.extend(std::iter::repeat_n(0.0, experts));
                 continue;
             };
-            if (-loss).exp() >= self.fragile || self.routes == 0 {
+            if (-loss).exp() >= self.fragile {
                 model.router().shares(&own.logits[t * experts..(t + 1) * experts], &mut shares);
                 targets.shares.extend_from_slice(&shares);
                 targets.weights[t] = self.keep;

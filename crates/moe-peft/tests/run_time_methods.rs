@@ -163,7 +163,7 @@ fn every_method_is_trained_saved_and_opened_again_as_it_was() {
         ("null-experts", "qwen3_moe", r#"{"type": "null_experts"}"#),
         ("null-experts", "qwen3_moe", r#"{"type": "null_experts", "lora": {"r": 4, "target_modules": ["q_proj"]}}"#),
         ("gamma-mod", "qwen2_moe", r#"{"type": "token_skip", "run": 0.6}"#),
-        ("gamma-mod", "deepseek_v3", r#"{"type": "token_skip", "shared": false, "scaled": false, "bias": 0.1}"#),
+        ("gamma-mod", "deepseek_v3", r#"{"type": "token_skip", "shared": false, "scaled": false, "bias": -0.05}"#),
         ("final-router", "qwen3_moe", r#"{"type": "final_router", "routes": 3, "fragile": 1.0}"#),
         ("final-router", "deepseek_v3", r#"{"type": "final_router", "routes": 3, "fragile": 1.0}"#),
         ("router-targets", "qwen2_moe", r#"{"type": "router_targets"}"#),
@@ -196,8 +196,8 @@ fn every_method_is_trained_saved_and_opened_again_as_it_was() {
         let trained = training.train(&recipe, &mut |_| Ok(())).unwrap();
         let saved = trained.save(&base, out.path(), Existing::Force).unwrap();
         let expected = loss(&trained.as_written(&base, None).unwrap().unwrap(), &waves[0]);
-        // large everywhere, or a score above the threshold for all tokens, as it began
-        assert!(name == "duo" || method.contains(r#""scaled": false"#) || expected != loss(&base, &waves[0]), "{name}");
+        // large everywhere, as it began
+        assert!(name == "duo" || expected != loss(&base, &waves[0]), "{name}");
         let dir = saved.model.unwrap();
         let reopened = Model::open(&dir, &Device::flex(), None).unwrap();
         let reopened = match moe_peft::open(&dir) {
@@ -416,7 +416,7 @@ fn the_last_router_is_taught_by_better_routes_and_costs_the_backward_pass_of_its
         route_gaps(&planted, &waves[..1], &FinalRouterTuning { routes: 8, ..FinalRouterTuning::default() }).unwrap();
     assert_eq!(gaps.iter().map(|gap| gap.tokens).sum::<usize>(), waves[0].loss_tokens());
     assert!(gaps.iter().all(|gap| gap.gap >= 0.0) && gaps.iter().any(|gap| gap.gap > 0.0), "{gaps:?}");
-    let method = FinalRouterTuning { fragile: 0.9, ..FinalRouterTuning::default() };
+    let method = FinalRouterTuning { fragile: 0.9, sharpness: 0.2, ..FinalRouterTuning::default() };
     let setting = Setting::new(&planted).with_waves(&waves);
     let mut set = AdapterSet::new();
     method.install(&setting, &mut set).unwrap();
@@ -438,13 +438,13 @@ fn the_last_router_is_taught_by_better_routes_and_costs_the_backward_pass_of_its
     train(&mut task, &mut parameters, &waves, &options, &mut |_| Ok(())).unwrap();
     set.bank().settle(parameters).unwrap();
     let taught = all(&trained);
-    assert!(taught < wrong - 0.25 * (wrong - right), "{right} {wrong} {taught}");
+    assert!(taught < wrong - 0.4 * (wrong - right), "{right} {wrong} {taught}");
     // no routes, nothing to teach
     let mut set = AdapterSet::new();
     FinalRouterTuning { routes: 0, ..method }.install(&setting, &mut set).unwrap();
     let set = Arc::new(set);
     sweep(&planted.with_adapters(set.clone()).unwrap(), &waves[0]);
-    assert!(set.bank().iter().next().unwrap().gradient().iter().all(|d| d.abs() < 1e-3));
+    assert!(set.bank().iter().next().unwrap().gradient().iter().all(|d| *d == 0.0));
     let dense = FinalRouterTuning::default().check(&Setting::new(&model("glm4_moe"))).err().map(|e| e.to_string());
     assert!(dense.is_none(), "{dense:?}");
 }

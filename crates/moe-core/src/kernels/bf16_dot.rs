@@ -1,5 +1,5 @@
 //! Products of activations that are rounded to bf16 with bf16 weights, summed in f32: AVX-512's dot products of pairs
-//! (`vdpbf16ps`), at two to three times the speed of an f32 product.
+//! (`vdpbf16ps`).
 //!
 //! A block of up to 12 rows and 32 columns is in registers over all of K; each step loads two lines of weights and
 //! spreads a pair of each row. Each element is one sum in one order, so that a row is the same whatever rows there are

@@ -314,8 +314,7 @@ impl Packed {
     fn multiply(&self, x: &Tensor<2>, columns: usize, weights: &PackedWeights) -> Tensor<2> {
         let n = x.dims()[0];
         let view = HostView::new(x);
-        // On the matrix units, a product as exact as one in f32 is as fast as one of rounded activations beside them.
-        let rounded = self.precision == Precision::Bf16 && bf16_dot::available() && !amx::available();
+        let rounded = self.precision == Precision::Bf16 && bf16_dot::available();
         let multiply = if rounded { bf16_dot::multiply } else { amx::multiply };
         host::from_vec(multiply(view.as_slice(), n, weights), [n, columns], &self.device)
     }

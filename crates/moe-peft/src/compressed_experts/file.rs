@@ -14,15 +14,14 @@ use serde::{Deserialize, Serialize};
 use super::{CompressedExperts, CompressedLayers, name};
 use crate::{
     AdapterSet, Error, Result,
-    array_file::{ArrayReader, ArrayWriter, malformed, read},
+    array_file::{ArrayReader, ArrayWriter, read},
 };
 
 const KEY: &str = "compressed_experts";
-const VERSION: u64 = 1;
 
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Header {
-    version: u64,
     auxiliary: usize,
 }
 
@@ -52,7 +51,7 @@ impl CompressedLayers {
                 }
             }
         }
-        arrays.write(path.as_ref(), KEY, &Header { version: VERSION, auxiliary: self.auxiliary })
+        arrays.write(path.as_ref(), KEY, &Header { auxiliary: self.auxiliary })
     }
 
     /// Adds the compressed experts of a file to `set`.
@@ -64,9 +63,6 @@ impl CompressedLayers {
         let path = path.as_ref();
         let bytes = read(path)?;
         let (header, arrays): (Header, _) = ArrayReader::new(path, &bytes, KEY)?;
-        if header.version != VERSION {
-            return Err(malformed(path, "version", header.version, VERSION));
-        }
         let config = model.config();
         let h = config.expert_hidden_size();
         arrays.only(|array| {

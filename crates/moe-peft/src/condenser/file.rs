@@ -12,15 +12,14 @@ use serde::{Deserialize, Serialize};
 use super::{CondenserLayer, CondenserOptions, Condensers};
 use crate::{
     Result,
-    array_file::{ArrayReader, ArrayWriter, malformed, read},
+    array_file::{ArrayReader, ArrayWriter, read},
 };
 
 const KEY: &str = "condensers";
-const VERSION: u64 = 1;
 
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Header {
-    version: u64,
     options: CondenserOptions,
 }
 
@@ -43,7 +42,7 @@ impl Condensers {
                 arrays.add(format!("layers.{layer}.condensers"), &[condensers.len()], &condensers);
             }
         }
-        arrays.write(path.as_ref(), KEY, &Header { version: VERSION, options: self.options() })
+        arrays.write(path.as_ref(), KEY, &Header { options: self.options() })
     }
 
     /// Reads a file of [`save`](Self::save) for a model with this configuration.
@@ -55,9 +54,6 @@ impl Condensers {
         let path = path.as_ref();
         let bytes = read(path)?;
         let (header, arrays): (Header, _) = ArrayReader::new(path, &bytes, KEY)?;
-        if header.version != VERSION {
-            return Err(malformed(path, "version", header.version, VERSION));
-        }
         let all = Self::new(config, header.options)?;
         let mut layers = BTreeMap::new();
         for (&layer, rule) in &all.layers {

@@ -11,16 +11,14 @@ use serde::{Deserialize, Serialize};
 use super::{Duo, DuoTuning, name};
 use crate::{
     Result,
-    array_file::{ArrayReader, ArrayWriter, malformed, read},
+    array_file::{ArrayReader, ArrayWriter, read},
 };
 
 const KEY: &str = "duo";
-const VERSION: u64 = 1;
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Header {
-    version: u64,
     big: usize,
     small: usize,
 }
@@ -40,7 +38,7 @@ impl Duo {
             arrays.add(name(layer), &rule.live().shape(), &rule.live().to_vec());
             (big, small) = rule.sizes();
         }
-        arrays.write(path.as_ref(), KEY, &Header { version: VERSION, big, small })
+        arrays.write(path.as_ref(), KEY, &Header { big, small })
     }
 
     /// Reads a file of [`save`](Self::save) for a model; the choice is hard.
@@ -52,9 +50,6 @@ impl Duo {
         let path = path.as_ref();
         let bytes = read(path)?;
         let (header, arrays): (Header, _) = ArrayReader::new(path, &bytes, KEY)?;
-        if header.version != VERSION {
-            return Err(malformed(path, "version", header.version, VERSION));
-        }
         let method = DuoTuning { small: header.small, ..DuoTuning::default() };
         let read = Self::with(model, &method, header.big, &mut |name, hidden| arrays.need(name, &[1, hidden + 1]))?;
         arrays.only(|found| read.layers.keys().any(|layer| name(*layer) == found))?;

@@ -16,12 +16,10 @@ use crate::{
 };
 
 const KEY: &str = "null_experts";
-const VERSION: u64 = 1;
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Header {
-    version: u64,
     top_k: usize,
 }
 
@@ -40,7 +38,7 @@ impl NullExperts {
             arrays.add(name(layer), &rule.rows().shape(), &rule.rows().to_vec());
             top_k = rule.top_k();
         }
-        arrays.write(path.as_ref(), KEY, &Header { version: VERSION, top_k })
+        arrays.write(path.as_ref(), KEY, &Header { top_k })
     }
 
     /// Reads a file of [`save`](Self::save) for a model.
@@ -53,9 +51,6 @@ impl NullExperts {
         Self::check(config)?;
         let bytes = read(path)?;
         let (header, arrays): (Header, _) = ArrayReader::new(path, &bytes, KEY)?;
-        if header.version != VERSION {
-            return Err(malformed(path, "version", header.version, VERSION));
-        }
         let balance = Arc::new(RwLock::new(0.0));
         let mut layers = std::collections::BTreeMap::new();
         for (layer, moe) in (0..config.layers.len()).filter_map(|layer| Some((layer, config.moe(layer)?))) {

@@ -12,16 +12,14 @@ use serde::{Deserialize, Serialize};
 use super::{RecurrentOptions, RecurrentRouter};
 use crate::{
     Result,
-    array_file::{ArrayReader, ArrayWriter, malformed, read},
+    array_file::{ArrayReader, ArrayWriter, read},
 };
 
 const KEY: &str = "recurrent_router";
-const VERSION: u64 = 1;
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Header {
-    version: u64,
     options: RecurrentOptions,
 }
 
@@ -36,7 +34,7 @@ impl RecurrentRouter {
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let mut arrays = ArrayWriter::default();
         self.lives().for_each(|live| arrays.add(live.name().to_string(), &live.shape(), &live.to_vec()));
-        arrays.write(path.as_ref(), KEY, &Header { version: VERSION, options: self.options })
+        arrays.write(path.as_ref(), KEY, &Header { options: self.options })
     }
 
     /// Reads a file of [`save`](Self::save) for a model.
@@ -48,9 +46,6 @@ impl RecurrentRouter {
         let path = path.as_ref();
         let bytes = read(path)?;
         let (header, arrays): (Header, _) = ArrayReader::new(path, &bytes, KEY)?;
-        if header.version != VERSION {
-            return Err(malformed(path, "version", header.version, VERSION));
-        }
         let read =
             Self::with(model.config(), header.options, model.device(), &mut |name, shape| arrays.need(name, &shape))?;
         arrays.only(|found| read.lives().any(|live| live.name() == found))?;
