@@ -175,8 +175,10 @@ pub(super) fn compact(path: &Path) -> Result<Value> {
         "kind": "compact experts: low rank and sparse rows of a merged model",
         "model": compact.model(),
         "compression": compact.compression(),
-        "parameters": format!("{} -> {}", report.parameters_before, report.parameters_after),
-        "bytes": format!("{} -> {}", report.bytes_before, report.bytes_after),
+        "parameters before": report.parameters_before,
+        "parameters after": report.parameters_after,
+        "bytes before": report.bytes_before,
+        "bytes after": report.bytes_after,
         "operations": ["the dense model: moe merge … --dense DIR"],
     }))
 }

@@ -73,9 +73,12 @@ impl fmt::Display for Facts {
                         }
                     }
                 }
-                value => match value.as_u64().filter(|number| *number >= 10_000) {
-                    Some(number) => writeln!(f, "{name:<18} {}", crate::format::count(number))?,
-                    None => writeln!(f, "{name:<18} {value}")?,
+                value => match value.as_u64() {
+                    Some(bytes) if name.starts_with("bytes") => {
+                        writeln!(f, "{name:<18} {}", crate::format::size(bytes))?;
+                    }
+                    Some(number) if number >= 10_000 => writeln!(f, "{name:<18} {}", crate::format::count(number))?,
+                    _ => writeln!(f, "{name:<18} {value}")?,
                 },
             }
         }
