@@ -9,12 +9,12 @@ use burn::tensor::{Device, Tensor};
 use moe_core::adapters::Wanted;
 use moe_core::device::device;
 use moe_core::host;
-use moe_core::kernels::channel_delta::ChannelDeltaShape;
-use moe_core::kernels::delta::DeltaShape;
+use moe_core::kernels::delta::{DecayPer, DeltaShape};
 use moe_core::kernels::ssd::SsdShape;
 use moe_core::kernels::weight::Weight;
 use moe_core::layers::{
-    ChannelDeltaLayer, DeltaLayer, DeltaProjections, Linear, MambaLayer, MixerLayer, Norm, WideProjection,
+    ApartProjections, DeltaLayer, DeltaProjections, GateActivation, Linear, MambaLayer, MixerLayer, Norm,
+    WideProjection,
 };
 use moe_core::memory::{process_memory, reset_peak};
 
@@ -48,7 +48,7 @@ fn norm(len: usize, device: &Device) -> Norm {
 }
 
 fn delta_net(hidden: usize, device: &Device) -> MixerLayer {
-    let shape = DeltaShape { key_heads: 16, value_heads: 32, key_dim: 128, value_dim: 128 };
+    let shape = DeltaShape { key_heads: 16, value_heads: 32, key_dim: 128, value_dim: 128, decay: DecayPer::Head };
     let (keys, values) = (shape.key_heads * shape.key_dim, shape.value_heads * shape.value_dim);
     let channels = 2 * keys + values;
     MixerLayer::Delta(Box::new(DeltaLayer {
@@ -62,6 +62,8 @@ fn delta_net(hidden: usize, device: &Device) -> MixerLayer {
         taps: numbers(KERNEL * channels, 5).into(),
         rate: vec![0.5; shape.value_heads].into(),
         rate_bias: numbers(shape.value_heads, 6).into(),
+        lower_bound: None,
+        gate: GateActivation::Silu,
         output_norm: norm(shape.value_dim, device),
         output: linear(hidden, values, 7, device),
         shape,
@@ -69,22 +71,26 @@ fn delta_net(hidden: usize, device: &Device) -> MixerLayer {
 }
 
 fn channel_delta(hidden: usize, device: &Device) -> MixerLayer {
-    let shape = ChannelDeltaShape { heads: 32, key_dim: 128, value_dim: 128 };
-    let width = shape.heads * shape.value_dim;
+    let (heads, decay) = (32, DecayPer::Channel);
+    let shape = DeltaShape { key_heads: heads, value_heads: heads, key_dim: 128, value_dim: 128, decay };
+    let width = heads * shape.value_dim;
     let low_rank = |seed| {
         let (down, up) = (linear(128, hidden, seed, device), linear(width, 128, seed + 1, device));
         WideProjection::LowRank(Box::new([down, up]))
     };
-    MixerLayer::ChannelDelta(Box::new(ChannelDeltaLayer {
+    MixerLayer::Delta(Box::new(DeltaLayer {
         norm: norm(hidden, device),
-        qkv: Box::new([1, 2, 3].map(|seed| linear(width, hidden, seed, device))),
+        inputs: DeltaProjections::Apart(Box::new(ApartProjections {
+            qkv: [1, 2, 3].map(|seed| linear(width, hidden, seed, device)),
+            gate: low_rank(9),
+            beta: linear(heads, hidden, 8, device),
+            decay: low_rank(5),
+        })),
         taps: numbers(KERNEL * 3 * width, 4).into(),
-        decay: low_rank(5),
-        rate: vec![0.5; shape.heads].into(),
+        rate: vec![0.5; heads].into(),
         rate_bias: numbers(width, 7).into(),
         lower_bound: None,
-        beta: linear(shape.heads, hidden, 8, device),
-        gate: low_rank(9),
+        gate: GateActivation::Sigmoid,
         output_norm: norm(shape.value_dim, device),
         output: linear(hidden, width, 11, device),
         shape,

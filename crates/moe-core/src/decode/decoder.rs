@@ -308,9 +308,6 @@ impl<'m> Decoder<'m> {
             MixerLayer::Delta(delta) => {
                 with_delta_states(cache, active, || delta.start(), |states| delta.step(x, spans, states))
             }
-            MixerLayer::ChannelDelta(delta) => {
-                with_delta_states(cache, active, || delta.start(), |states| delta.step(x, spans, states))
-            }
             MixerLayer::Convolution(convolution) => {
                 let mut states: Vec<ConvolutionState> = Vec::with_capacity(active.len());
                 for &sequence in active {

@@ -5,8 +5,7 @@ use std::ops::Range;
 use burn::tensor::Tensor;
 
 use super::{
-    AttentionLayer, AttentionTape, ChannelDeltaLayer, ChannelDeltaTape, ConvolutionLayer, ConvolutionTape, DeltaLayer,
-    DeltaTape, MambaLayer, MambaTape,
+    AttentionLayer, AttentionTape, ConvolutionLayer, ConvolutionTape, DeltaLayer, DeltaTape, MambaLayer, MambaTape,
 };
 use crate::{adapters::Wanted, kernels::rope::RotaryTable};
 
@@ -15,10 +14,8 @@ use crate::{adapters::Wanted, kernels::rope::RotaryTable};
 pub enum MixerLayer {
     /// Softmax attention.
     Attention(Box<AttentionLayer>),
-    /// Gated DeltaNet.
+    /// Gated DeltaNet or Kimi delta attention.
     Delta(Box<DeltaLayer>),
-    /// Kimi delta attention.
-    ChannelDelta(Box<ChannelDeltaLayer>),
     /// A gated short convolution.
     Convolution(Box<ConvolutionLayer>),
     /// A state space layer.
@@ -34,10 +31,8 @@ pub enum MixerLayer {
 pub enum MixerTape {
     /// Of softmax attention.
     Attention(AttentionTape),
-    /// Of gated DeltaNet.
+    /// Of a delta rule.
     Delta(DeltaTape),
-    /// Of Kimi delta attention.
-    ChannelDelta(ChannelDeltaTape),
     /// Of a gated short convolution.
     Convolution(ConvolutionTape),
     /// Of a state space layer.
@@ -52,7 +47,6 @@ impl MixerLayer {
         match self {
             Self::Attention(layer) => MixerTape::Attention(layer.project(x, table)),
             Self::Delta(layer) => MixerTape::Delta(layer.project(x)),
-            Self::ChannelDelta(layer) => MixerTape::ChannelDelta(layer.project(x)),
             Self::Convolution(layer) => MixerTape::Convolution(layer.project(x)),
             Self::Mamba(layer) => MixerTape::Mamba(layer.project(x)),
             Self::None => MixerTape::None,
@@ -64,7 +58,6 @@ impl MixerLayer {
         match (self, tape) {
             (Self::Attention(layer), MixerTape::Attention(tape)) => layer.mix(x, tape, sequences),
             (Self::Delta(layer), MixerTape::Delta(tape)) => layer.mix(x, tape, sequences),
-            (Self::ChannelDelta(layer), MixerTape::ChannelDelta(tape)) => layer.mix(x, tape, sequences),
             (Self::Convolution(layer), MixerTape::Convolution(tape)) => layer.mix(x, tape, sequences),
             (Self::Mamba(layer), MixerTape::Mamba(tape)) => layer.mix(x, tape, sequences),
             (Self::None, MixerTape::None) => x.clone(),
@@ -88,9 +81,6 @@ impl MixerLayer {
                 layer.backward(x, tape, sequences, table, dy, wanted)
             }
             (Self::Delta(layer), MixerTape::Delta(tape)) => layer.backward(x, tape, sequences, dy, wanted),
-            (Self::ChannelDelta(layer), MixerTape::ChannelDelta(tape)) => {
-                layer.backward(x, tape, sequences, dy, wanted)
-            }
             (Self::Convolution(layer), MixerTape::Convolution(tape)) => layer.backward(x, tape, sequences, dy, wanted),
             (Self::Mamba(layer), MixerTape::Mamba(tape)) => layer.backward(x, tape, sequences, dy, wanted),
             (Self::None, MixerTape::None) => wanted.input.then_some(dy),

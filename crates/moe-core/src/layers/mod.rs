@@ -4,7 +4,6 @@
 //! nothing is recorded that is not used, and every temporary has a known size.
 
 mod attention;
-mod channel_delta;
 mod convolved_heads;
 mod delta;
 mod dense;
@@ -23,8 +22,9 @@ use std::{ops::Range, sync::Arc};
 use burn::tensor::Tensor;
 
 pub use attention::{AttentionLayer, AttentionTape, CacheEntry, Projections};
-pub use channel_delta::{ChannelDeltaLayer, ChannelDeltaTape, WideProjection};
-pub use delta::{DeltaLayer, DeltaProjections, DeltaState, DeltaTape};
+pub use delta::{
+    ApartProjections, DeltaLayer, DeltaProjections, DeltaState, DeltaTape, GateActivation, WideProjection,
+};
 pub use dense::{DENSE_ROWS, DenseBlock};
 pub(crate) use ffn::BlockGradients;
 pub use ffn::{ApartNorms, FfnLayer, LatentMaps, RouterLayer};

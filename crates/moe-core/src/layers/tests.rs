@@ -8,7 +8,7 @@ use crate::{
     host,
     kernels::{
         attention::{AttentionShape, attention_cached},
-        delta::DeltaShape,
+        delta::{DecayPer, DeltaShape},
         latent::LatentHeads,
         rope::{Positions, RotaryEmbedding, RotaryTable},
         testing::{assert_close, pattern},
@@ -174,7 +174,7 @@ fn every_kind_of_grouped_projections_has_the_gradient_of_a_difference_quotient()
 }
 
 fn delta(grouped: bool) -> DeltaLayer {
-    let shape = DeltaShape { key_heads: 2, value_heads: 4, key_dim: 3, value_dim: 2 };
+    let shape = DeltaShape { key_heads: 2, value_heads: 4, key_dim: 3, value_dim: 2, decay: DecayPer::Head };
     let small = |len: usize, seed: u32| host::into_vec(pattern([1, len], seed));
     DeltaLayer {
         norm: norm(HIDDEN, 6, false),
@@ -190,16 +190,44 @@ fn delta(grouped: bool) -> DeltaLayer {
         taps: small(3 * 20, 7).into(),
         rate: [0.3, 0.7, 0.1, 1.2].into(),
         rate_bias: small(4, 8).into(),
+        lower_bound: None,
+        gate: GateActivation::Silu,
         output_norm: norm(2, 9, false),
         output: linear([HIDDEN, 8], 10),
         shape,
     }
 }
 
+/// Kimi delta attention, its wide projections in one matrix or through narrow ones, its decays bounded or not.
+fn channel_delta(low_rank: bool) -> DeltaLayer {
+    let shape = DeltaShape { key_heads: 2, value_heads: 2, key_dim: 3, value_dim: 3, decay: DecayPer::Channel };
+    let small = |len: usize, seed: u32| host::into_vec(pattern([1, len], seed));
+    let wide = |seed: u32| match low_rank {
+        true => WideProjection::LowRank(Box::new([linear([2, HIDDEN], seed), linear([6, 2], seed + 1)])),
+        false => WideProjection::Full(Box::new(linear([6, HIDDEN], seed))),
+    };
+    DeltaLayer {
+        norm: norm(HIDDEN, 6, false),
+        inputs: DeltaProjections::Apart(Box::new(ApartProjections {
+            qkv: [1, 2, 3].map(|seed| linear([6, HIDDEN], seed)),
+            gate: wide(11),
+            beta: linear([2, HIDDEN], 4),
+            decay: wide(13),
+        })),
+        taps: small(3 * 18, 7).into(),
+        rate: [0.3, 0.7].into(),
+        rate_bias: small(6, 8).into(),
+        lower_bound: (!low_rank).then_some(-2.0),
+        gate: GateActivation::Sigmoid,
+        output_norm: norm(3, 9, false),
+        output: linear([HIDDEN, 6], 10),
+        shape,
+    }
+}
+
 #[test]
 fn gated_delta_net_has_the_gradient_of_a_difference_quotient() {
-    for grouped in [false, true] {
-        let layer = delta(grouped);
+    for layer in [delta(false), delta(true), channel_delta(false), channel_delta(true)] {
         let (x, dy) = (pattern([TOKENS, HIDDEN], 20), pattern([TOKENS, HIDDEN], 21));
         let sequences = [0..2, 2..TOKENS];
         let wanted = Wanted { input: true, parameters: false };
@@ -262,7 +290,12 @@ fn a_short_convolution_has_the_gradient_of_a_difference_quotient_and_steps_throu
 
 #[test]
 fn gated_delta_net_steps_through_a_text_as_it_sweeps() {
-    let layer = delta(true);
+    for layer in [delta(true), channel_delta(true)] {
+        steps_through_a_text_as_it_sweeps(&layer);
+    }
+}
+
+fn steps_through_a_text_as_it_sweeps(layer: &DeltaLayer) {
     let x = pattern([TOKENS, HIDDEN], 20);
     let whole = layer.mix(&x, &layer.project(&x), std::slice::from_ref(&(0..TOKENS)));
     let mut state = layer.start();

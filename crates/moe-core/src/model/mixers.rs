@@ -9,9 +9,13 @@ use super::Model;
 use crate::{
     adapters::LayerSite,
     error::{Error, Result},
-    kernels::{channel_delta::ChannelDeltaShape, delta::DeltaShape, ssd::SsdShape},
+    kernels::{
+        delta::{DecayPer, DeltaShape},
+        ssd::SsdShape,
+    },
     layers::{
-        ChannelDeltaLayer, ConvolutionLayer, DeltaLayer, DeltaProjections, MambaLayer, MixerLayer, Norm, WideProjection,
+        ApartProjections, ConvolutionLayer, DeltaLayer, DeltaProjections, GateActivation, MambaLayer, MixerLayer, Norm,
+        WideProjection,
     },
 };
 
@@ -24,7 +28,7 @@ impl Model {
         let loaded = match &self.config().layers[layer].mixer {
             Mixer::Attention => MixerLayer::Attention(Box::new(self.attention(layer)?)),
             Mixer::DeltaNet(delta) => MixerLayer::Delta(Box::new(self.delta(layer, delta)?)),
-            Mixer::ChannelDelta(delta) => MixerLayer::ChannelDelta(Box::new(self.channel_delta(layer, delta)?)),
+            Mixer::ChannelDelta(delta) => MixerLayer::Delta(Box::new(self.channel_delta(layer, delta)?)),
             Mixer::ShortConvolution { kernel } => {
                 MixerLayer::Convolution(Box::new(self.short_convolution(layer, *kernel)?))
             }
@@ -64,6 +68,8 @@ impl Model {
             taps: self.taps(role(LayerRole::DeltaConvolution), delta.kernel)?,
             rate: values(LayerRole::DeltaRate)?.into_iter().map(f32::exp).collect(),
             rate_bias: values(LayerRole::DeltaRateBias)?.into(),
+            lower_bound: None,
+            gate: GateActivation::Silu,
             // As it is stored, whatever the norms of the residual stream are.
             output_norm: Norm {
                 weight_adapter: self.adapters().and_then(|adapters| adapters.vector(norm)),
@@ -75,11 +81,12 @@ impl Model {
                 value_heads: heads,
                 key_dim: delta.key_head_dim,
                 value_dim: delta.value_head_dim,
+                decay: DecayPer::Head,
             },
         })
     }
 
-    fn channel_delta(&self, layer: usize, delta: &ChannelDelta) -> Result<ChannelDeltaLayer> {
+    fn channel_delta(&self, layer: usize, delta: &ChannelDelta) -> Result<DeltaLayer> {
         let config = self.config();
         let (h, width, heads) = (config.hidden_size, delta.width(), delta.heads);
         let role = |r| Role::Layer(layer, r);
@@ -103,38 +110,43 @@ impl Model {
         let (q, k, v) = (q?, k?, v?);
         let of_tap = |tap: usize| [&q, &k, &v].map(|taps| &taps[tap * width..(tap + 1) * width]).concat();
         let norm = role(LayerRole::DeltaNorm);
-        Ok(ChannelDeltaLayer {
+        let qkv = [
+            linear(LayerSite::Query, LayerRole::Query, [width, h])?,
+            linear(LayerSite::Key, LayerRole::Key, [width, h])?,
+            linear(LayerSite::Value, LayerRole::Value, [width, h])?,
+        ];
+        let decay = wide(
+            (LayerSite::DeltaDecay, LayerRole::DeltaDecay),
+            [
+                (LayerSite::DeltaDecayDown, LayerRole::DeltaDecayDown),
+                (LayerSite::DeltaDecayUp, LayerRole::DeltaDecayUp),
+            ],
+        )?;
+        let gate = wide(
+            (LayerSite::AttentionGate, LayerRole::AttentionGate),
+            [(LayerSite::DeltaGateDown, LayerRole::DeltaGateDown), (LayerSite::DeltaGateUp, LayerRole::DeltaGateUp)],
+        )?;
+        let beta = linear(LayerSite::DeltaBeta, LayerRole::DeltaBeta, [heads, h])?;
+        Ok(DeltaLayer {
             norm: self.norm(role(LayerRole::AttentionNorm), role(LayerRole::AttentionNormBias))?,
-            qkv: Box::new([
-                linear(LayerSite::Query, LayerRole::Query, [width, h])?,
-                linear(LayerSite::Key, LayerRole::Key, [width, h])?,
-                linear(LayerSite::Value, LayerRole::Value, [width, h])?,
-            ]),
+            inputs: DeltaProjections::Apart(Box::new(ApartProjections { qkv, gate, beta, decay })),
             taps: (0..delta.kernel).flat_map(of_tap).collect(),
-            decay: wide(
-                (LayerSite::DeltaDecay, LayerRole::DeltaDecay),
-                [
-                    (LayerSite::DeltaDecayDown, LayerRole::DeltaDecayDown),
-                    (LayerSite::DeltaDecayUp, LayerRole::DeltaDecayUp),
-                ],
-            )?,
             rate: values(LayerRole::DeltaRate)?.into_iter().map(f32::exp).collect(),
             rate_bias: values(LayerRole::DeltaRateBias)?.into(),
             lower_bound: delta.lower_bound.map(|bound| bound as f32),
-            beta: linear(LayerSite::DeltaBeta, LayerRole::DeltaBeta, [heads, h])?,
-            gate: wide(
-                (LayerSite::AttentionGate, LayerRole::AttentionGate),
-                [
-                    (LayerSite::DeltaGateDown, LayerRole::DeltaGateDown),
-                    (LayerSite::DeltaGateUp, LayerRole::DeltaGateUp),
-                ],
-            )?,
+            gate: GateActivation::Sigmoid,
             output_norm: Norm {
                 weight_adapter: self.adapters().and_then(|adapters| adapters.vector(norm)),
                 ..Norm::new(self.vector(norm, delta.head_dim)?, None, config.norm_eps as f32)
             },
             output: linear(LayerSite::Output, LayerRole::Output, [h, width])?,
-            shape: ChannelDeltaShape { heads, key_dim: delta.head_dim, value_dim: delta.head_dim },
+            shape: DeltaShape {
+                key_heads: heads,
+                value_heads: heads,
+                key_dim: delta.head_dim,
+                value_dim: delta.head_dim,
+                decay: DecayPer::Channel,
+            },
         })
     }
 

@@ -1,17 +1,23 @@
-//! Gated DeltaNet (arXiv 2412.06464), the linear attention of Qwen3-Next and Qwen3.5, with its norm and residual.
+//! Linear attention by a delta rule, with its norm and residual: gated DeltaNet (arXiv 2412.06464) of Qwen3-Next and
+//! Qwen3.5, whose heads forget, and Kimi delta attention (arXiv 2510.26692) of Kimi-Linear and Bailing hybrid, whose
+//! channels do.
 //!
-//! Projections give queries, keys and values, a gate on the output, and per head what decays and what is written.
-//! Queries, keys and values go through a short causal convolution and SiLU; queries and keys are divided by their
-//! length. The rule itself is [`delta_rule`]. Its output is normed per head and multiplied by `silu(gate)`.
+//! Projections give queries, keys and values, a gate on the output, and what decays and what is written. Queries, keys
+//! and values go through a short causal convolution and SiLU; queries and keys are divided by their length. The rule
+//! itself is [`delta_rule`]. Its output is normed per head and multiplied by an activation of the gate.
+
+mod projections;
 
 use std::{ops::Range, sync::Arc};
 
 use burn::tensor::Tensor;
 
+pub use projections::{ApartProjections, DeltaProjections, WideProjection};
+
 use super::{
     Linear, Norm,
     convolved_heads::{ConvolvedHeads, HeadColumns},
-    softplus, sum_of,
+    softplus,
 };
 use crate::{
     adapters::Wanted,
@@ -24,7 +30,7 @@ use crate::{
     },
 };
 
-/// Gated DeltaNet with its norm.
+/// Linear attention by a delta rule, with its norm.
 #[derive(Clone, Debug)]
 pub struct DeltaLayer {
     /// Input norm.
@@ -35,8 +41,12 @@ pub struct DeltaLayer {
     pub taps: Arc<[f32]>,
     /// Rate of the decay per head `[value_heads]`, `e^{A_log}`.
     pub rate: Arc<[f32]>,
-    /// Added to the projected decay `[value_heads]`.
+    /// Added to the projected decays `[decays]`.
     pub rate_bias: Arc<[f32]>,
+    /// Least logarithm of a decay, where decays are sigmoids between it and 0.
+    pub lower_bound: Option<f32>,
+    /// What the gate goes through.
+    pub gate: GateActivation,
     /// Norm of every head of the output `[D_v]`.
     pub output_norm: Norm,
     /// Output projection `[H, value_heads * D_v]`.
@@ -45,13 +55,30 @@ pub struct DeltaLayer {
     pub shape: DeltaShape,
 }
 
-/// Projections of the normed input, in one of the two forms of files.
-#[derive(Clone, Debug)]
-pub enum DeltaProjections {
-    /// Queries, keys and values; gate; what is written; decay.
-    Separate(Box<[Linear; 4]>),
-    /// Per key head its query, key, values and gates; per key head what is written and the decays of its value heads.
-    Grouped(Box<[Linear; 2]>),
+/// What a gate on the output goes through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GateActivation {
+    /// `x sigmoid(x)`.
+    Silu,
+    /// `sigmoid(x)`.
+    Sigmoid,
+}
+
+impl GateActivation {
+    fn value(self, x: f32) -> f32 {
+        match self {
+            Self::Silu => math::silu(x),
+            Self::Sigmoid => math::sigmoid(x),
+        }
+    }
+
+    fn derivative(self, x: f32) -> f32 {
+        let s = math::sigmoid(x);
+        match self {
+            Self::Silu => math::silu_derivative(x, s),
+            Self::Sigmoid => s * (1.0 - s),
+        }
+    }
 }
 
 /// What the projections give, row-major: all that the rest is computed from.
@@ -59,11 +86,11 @@ pub enum DeltaProjections {
 pub struct DeltaTape {
     /// `[T, C]`: queries, keys, values.
     qkv: Vec<f32>,
-    /// `[T, value_heads * D_v]`.
+    /// `[T, value_heads * D_v]`, before its activation.
     gate: Vec<f32>,
     /// `[T, value_heads]`, before the sigmoid.
     beta: Vec<f32>,
-    /// `[T, value_heads]`, before the bias and softplus.
+    /// `[T, decays]`, before the bias.
     decay: Vec<f32>,
 }
 
@@ -71,9 +98,9 @@ pub struct DeltaTape {
 #[derive(Clone, Debug)]
 pub struct DeltaState {
     /// The last `K - 1` rows that went into the convolution.
-    pub(super) history: Vec<f32>,
+    history: Vec<f32>,
     /// `[value_heads, D_k, D_v]`.
-    pub(super) state: Vec<f32>,
+    state: Vec<f32>,
 }
 
 /// What the rule is given, and what that was made of.
@@ -96,92 +123,6 @@ fn widths(shape: &DeltaShape) -> [usize; 3] {
     [keys, values, 2 * keys + values]
 }
 
-impl DeltaProjections {
-    fn forward(&self, z: &Tensor<2>, shape: &DeltaShape) -> DeltaTape {
-        let values = |linear: &Linear| host::into_vec(linear.forward(z));
-        match self {
-            Self::Separate(maps) => {
-                let [qkv, gate, beta, decay] = &**maps;
-                DeltaTape { qkv: values(qkv), gate: values(gate), beta: values(beta), decay: values(decay) }
-            }
-            Self::Grouped(maps) => {
-                let (both, small) = (values(&maps[0]), values(&maps[1]));
-                let (columns, small_columns) = (grouped_columns(shape), grouped_small_columns(shape));
-                let pick = |x: &[f32], columns: &[usize], width: usize| -> Vec<f32> {
-                    x.chunks_exact(width).flat_map(|row| columns.iter().map(move |c| row[*c])).collect()
-                };
-                let [_, gate, qkv] = widths(shape);
-                let heads = shape.value_heads;
-                DeltaTape {
-                    qkv: pick(&both, &columns[..qkv], qkv + gate),
-                    gate: pick(&both, &columns[qkv..], qkv + gate),
-                    beta: pick(&small, &small_columns[..heads], 2 * heads),
-                    decay: pick(&small, &small_columns[heads..], 2 * heads),
-                }
-            }
-        }
-    }
-
-    /// Gradient with respect to `z`, if it is wanted.
-    fn backward(
-        &self,
-        z: &dyn Fn() -> Tensor<2>,
-        d: &DeltaTape,
-        shape: &DeltaShape,
-        wanted: Wanted,
-        device: &burn::tensor::Device,
-    ) -> Option<Tensor<2>> {
-        let [_, gate, qkv] = widths(shape);
-        let heads = shape.value_heads;
-        let tokens = d.beta.len() / heads;
-        let tensor = |values: Vec<f32>, columns: usize| host::from_vec(values, [tokens, columns], device);
-        match self {
-            Self::Separate(maps) => {
-                let parts = [(&d.qkv, qkv), (&d.gate, gate), (&d.beta, heads), (&d.decay, heads)];
-                let parts = maps.iter().zip(parts);
-                sum_of(parts.map(|(map, (d, columns))| map.backward(z, &tensor(d.clone(), columns), wanted)))
-            }
-            Self::Grouped(maps) => {
-                let place = |parts: [&[f32]; 2], columns: &[usize]| -> Vec<f32> {
-                    let widths = parts.map(|part| part.len() / tokens);
-                    let mut out = vec![0.0; tokens * columns.len()];
-                    for (t, row) in out.chunks_exact_mut(columns.len()).enumerate() {
-                        let first = &parts[0][t * widths[0]..(t + 1) * widths[0]];
-                        let second = &parts[1][t * widths[1]..(t + 1) * widths[1]];
-                        columns.iter().zip(first.iter().chain(second)).for_each(|(c, d)| row[*c] = *d);
-                    }
-                    out
-                };
-                let both = place([&d.qkv, &d.gate], &grouped_columns(shape));
-                let small = place([&d.beta, &d.decay], &grouped_small_columns(shape));
-                sum_of([
-                    maps[0].backward(z, &tensor(both, qkv + gate), wanted),
-                    maps[1].backward(z, &tensor(small, 2 * heads), wanted),
-                ])
-            }
-        }
-    }
-}
-
-/// Columns of queries, keys, values and gates, in this order, in a projection that has them per key head.
-fn grouped_columns(shape: &DeltaShape) -> Vec<usize> {
-    let (dk, values) = (shape.key_dim, shape.value_heads / shape.key_heads * shape.value_dim);
-    let width = 2 * dk + 2 * values;
-    let part = |start: usize, len: usize| {
-        (0..shape.key_heads).flat_map(move |head| head * width + start..head * width + start + len)
-    };
-    part(0, dk).chain(part(dk, dk)).chain(part(2 * dk, values)).chain(part(2 * dk + values, values)).collect()
-}
-
-/// Columns of what is written and of the decays, in this order, in a projection that has them per key head.
-fn grouped_small_columns(shape: &DeltaShape) -> Vec<usize> {
-    let each = shape.value_heads / shape.key_heads;
-    let part = |start: usize| {
-        (0..shape.key_heads).flat_map(move |head| 2 * each * head + start..2 * each * head + start + each)
-    };
-    part(0).chain(part(each)).collect()
-}
-
 impl DeltaLayer {
     fn channels(&self) -> usize {
         widths(&self.shape)[2]
@@ -197,10 +138,20 @@ impl DeltaLayer {
         self.inputs.forward(&self.norm.forward(x), &self.shape)
     }
 
+    /// The rate of the head of each decay, and what is added to its logit, decay by decay.
+    fn rates(&self) -> impl Iterator<Item = (f32, f32)> + Clone {
+        let per_head = self.shape.decays() / self.shape.value_heads;
+        let of_head = self.rate.iter().flat_map(move |rate| std::iter::repeat_n(*rate, per_head));
+        of_head.zip(self.rate_bias.iter().copied()).cycle()
+    }
+
     fn ready(&self, tape: &DeltaTape, sequences: &[Range<usize>], history: Option<&[Vec<f32>]>) -> Ready {
         let heads = ConvolvedHeads::new(&tape.qkv, &self.taps, &self.columns(), sequences, history);
-        let per_head = self.rate.iter().zip(self.rate_bias.iter()).cycle();
-        let g = tape.decay.iter().zip(per_head).map(|(a, (rate, bias))| -rate * softplus(a + bias)).collect();
+        let logits = tape.decay.iter().zip(self.rates());
+        let g = match self.lower_bound {
+            Some(bound) => logits.map(|(a, (rate, bias))| bound * math::sigmoid(rate * (a + bias))).collect(),
+            None => logits.map(|(a, (rate, bias))| -rate * softplus(a + bias)).collect(),
+        };
         let beta = tape.beta.iter().map(|b| math::sigmoid(*b)).collect();
         Ready { heads, g, beta }
     }
@@ -211,10 +162,10 @@ impl DeltaLayer {
         host::from_vec(core, [rows, self.shape.value_dim], device)
     }
 
-    /// `norm(core) * silu(gate)` as `[T, value_heads * D_v]`, and `norm(core)`.
+    /// `norm(core)` times the activated gate as `[T, value_heads * D_v]`, and `norm(core)`.
     fn gated(&self, core: &Tensor<2>, gate: &[f32]) -> (Tensor<2>, Vec<f32>) {
         let normed = host::into_vec(self.output_norm.forward(core));
-        let values = normed.iter().zip(gate).map(|(x, gate)| x * math::silu(*gate)).collect();
+        let values = normed.iter().zip(gate).map(|(x, gate)| x * self.gate.value(*gate)).collect();
         let columns = self.shape.value_heads * self.shape.value_dim;
         (host::from_vec(values, [normed.len() / columns, columns], &core.device()), normed)
     }
@@ -252,12 +203,9 @@ impl DeltaLayer {
         let d_gated = self.output.backward(|| gated, &dy, Wanted { input: true, ..wanted })?;
         let d_gated = HostView::new(&d_gated);
         let d_gated = d_gated.as_slice();
-        let d_gate = d_gated.iter().zip(&normed).zip(&tape.gate).map(|((d, x), gate)| {
-            let s = math::sigmoid(*gate);
-            d * x * math::silu_derivative(*gate, s)
-        });
-        let d_gate: Vec<f32> = d_gate.collect();
-        let d_normed = d_gated.iter().zip(&tape.gate).map(|(d, gate)| d * math::silu(*gate)).collect();
+        let gates = d_gated.iter().zip(&normed).zip(&tape.gate);
+        let d_gate = gates.map(|((d, x), gate)| d * x * self.gate.derivative(*gate)).collect();
+        let d_normed = d_gated.iter().zip(&tape.gate).map(|(d, gate)| d * self.gate.value(*gate)).collect();
         let d_core = self.output_norm.backward(&core, &self.heads(d_normed, &device), wanted.parameters);
         let d_core = HostView::new(&d_core);
         let d = delta_rule_backward(&ready.input(), sequences, &self.shape, d_core.as_slice());
@@ -265,11 +213,7 @@ impl DeltaLayer {
             qkv: ready.heads.backward([&d.q, &d.k, &d.v], &self.taps, &self.columns(), sequences),
             gate: d_gate,
             beta: d.beta.iter().zip(&ready.beta).map(|(d, b)| d * b * (1.0 - b)).collect(),
-            decay: {
-                let per_head = self.rate.iter().zip(self.rate_bias.iter()).cycle();
-                let all = d.g.iter().zip(&tape.decay).zip(per_head);
-                all.map(|((d, a), (rate, bias))| -rate * d * math::sigmoid(a + bias)).collect()
-            },
+            decay: self.decay_backward(&d.g, &tape.decay),
         };
         let z = || self.norm.forward(x);
         let wanted_z = Wanted { input: wanted.input || self.norm.is_trained(), ..wanted };
@@ -280,6 +224,20 @@ impl DeltaLayer {
             dx.add(&dy);
             dx.into_tensor()
         })
+    }
+
+    /// From gradients at the logarithms of the decays to those at their logits.
+    fn decay_backward(&self, d: &[f32], logits: &[f32]) -> Vec<f32> {
+        let all = d.iter().zip(logits).zip(self.rates());
+        match self.lower_bound {
+            Some(bound) => all
+                .map(|((d, a), (rate, bias))| {
+                    let s = math::sigmoid(rate * (a + bias));
+                    d * bound * s * (1.0 - s) * rate
+                })
+                .collect(),
+            None => all.map(|((d, a), (rate, bias))| -rate * d * math::sigmoid(a + bias)).collect(),
+        }
     }
 
     /// The state before the first token of a sequence.
