@@ -49,6 +49,7 @@ mod tests {
             layer,
             scores: scores.iter().map(|expert| expert.to_vec()).collect(),
             routed: None,
+            whole: None,
         };
         let scores = ScoreTable {
             scorer: "{}".into(),

@@ -117,7 +117,7 @@ pub use routing_export::RoutingExport;
 pub use safetensors::Dtype;
 pub use safetensors_file::SafetensorsFile;
 pub use score_conversion::Reduction;
-pub use scores::{Denominator, Granularity, LayerScores, Pool, ScoreTable};
+pub use scores::{Denominator, Granularity, LayerScores, Pool, ScoreTable, WholeScores};
 pub use shape::{MoeLayerShape, MoeShape};
 pub use shard_layout::TensorSpec;
 pub use side_files::copy_side_files;

@@ -59,8 +59,9 @@ impl ScoreTable {
             }
             table.additive = self.additive.filter(|pool| reduction == Reduction::Sum && *pool > Pool::Expert);
             table.granularity = Granularity::Expert;
-            for values in table.layers.iter_mut().flat_map(|layer| &mut layer.scores) {
-                *values = vec![reduction.apply(values)];
+            for layer in &mut table.layers {
+                layer.scores.iter_mut().for_each(|values| *values = vec![reduction.apply(values)]);
+                layer.whole = None;
             }
             table.validate()?;
         }
@@ -107,7 +108,12 @@ impl ScoreTable {
                 .layers
                 .iter()
                 .zip(&tie_breaker.layers)
-                .map(|(e, t)| LayerScores { layer: e.layer, scores: t.scores.clone(), routed: e.routed.clone() })
+                .map(|(e, t)| LayerScores {
+                    layer: e.layer,
+                    scores: t.scores.clone(),
+                    routed: e.routed.clone(),
+                    whole: None,
+                })
                 .collect(),
         };
         let mut units: Vec<Unit> = Vec::new();

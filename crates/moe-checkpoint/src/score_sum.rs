@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::{Denominator, Error, LayerScores, Provenance, Result, ScoreTable};
+use crate::{Denominator, Error, LayerScores, Provenance, Result, ScoreTable, WholeScores};
 
 impl ScoreTable {
     /// `sum_i weight_i table_i` of tables of one scorer and one model on different data: a mixture of domains that is
@@ -25,7 +25,7 @@ impl ScoreTable {
     /// #     pool: Pool::Global,
     /// #     additive: None,
     /// #     denominator: Denominator::AllTokens,
-    /// #     layers: vec![LayerScores { layer: 0, scores: scores.map(|s| vec![s]).into(), routed: None }],
+    /// #     layers: vec![LayerScores { layer: 0, scores: scores.map(|s| vec![s]).into(), routed: None, whole: None }],
     /// #     provenance: Provenance::new("model", data, "{}"),
     /// # };
     /// let (code, prose) = (table("code", [1.0, 0.0]), table("prose", [0.0, 0.5]));
@@ -74,6 +74,7 @@ impl ScoreTable {
                 .try_fold(vec![0u64; layer.scores.len()], |sum, routed| {
                     Some(sum.iter().zip(routed?).map(|(sum, count)| sum + count).collect())
                 });
+            layer.whole = whole_sum(&parts);
         }
         let part = |(weight, table): &(f64, &ScoreTable)| {
             let Provenance { data, recipe, .. } = &table.provenance;
@@ -98,6 +99,11 @@ impl ScoreTable {
         let additive = |table: &ScoreTable| table.additive.map_or("nothing".to_string(), |pool| pool.to_string());
         differs("additive", additive(self), additive(first))?;
         differs("denominator", self.denominator.to_string(), first.denominator.to_string())?;
+        let wholes = |table: &ScoreTable| match table.layers.iter().all(|layer| layer.whole.is_some()) {
+            true => "weights of layers and experts".to_string(),
+            false => "none".to_string(),
+        };
+        differs("wholes", wholes(self), wholes(first))?;
         differs("model", self.provenance.model.clone(), first.provenance.model.clone())?;
         let layers = |table: &ScoreTable| format!("{:?}", table.layers.iter().map(|l| l.layer).collect::<Vec<_>>());
         differs("MoE layers", layers(self), layers(first))?;
@@ -107,4 +113,18 @@ impl ScoreTable {
         }
         Ok(())
     }
+}
+
+/// The weights of wholes of all parts together; none where a part has none.
+fn whole_sum(parts: &[(f64, &LayerScores)]) -> Option<WholeScores> {
+    let wholes: Vec<(f64, &WholeScores)> =
+        parts.iter().map(|(weight, part)| Some((*weight, part.whole.as_ref()?))).collect::<Option<_>>()?;
+    let sum = |value: &dyn Fn(&WholeScores) -> f32| {
+        wholes.iter().map(|(weight, whole)| weight * f64::from(value(whole))).sum::<f64>() as f32
+    };
+    let experts = wholes.first()?.1.experts.len();
+    Some(WholeScores {
+        layer: sum(&|whole| whole.layer),
+        experts: (0..experts).map(|expert| sum(&|whole| whole.experts[expert])).collect(),
+    })
 }

@@ -88,7 +88,7 @@ impl fmt::Display for Denominator {
 ///     pool: Pool::Global,
 ///     additive: Some(Pool::Global),
 ///     denominator: Denominator::None,
-///     layers: vec![LayerScores { layer: 0, scores: vec![vec![1.0, 2.0], vec![4.0]], routed: None }],
+///     layers: vec![LayerScores { layer: 0, scores: vec![vec![1.0, 2.0], vec![4.0]], routed: None, whole: None }],
 ///     provenance: Provenance::new("model", "", "{}"),
 /// };
 /// table.validate()?;
@@ -123,6 +123,18 @@ pub struct LayerScores {
     pub scores: Vec<Vec<f32>>,
     /// Tokens routed to each expert, if the model was run.
     pub routed: Option<Vec<u64>>,
+    /// What the layer and its experts weigh as wholes, beside the scores of their units.
+    pub whole: Option<WholeScores>,
+}
+
+/// What a scorer of units says of a layer and of its experts as wholes: how a budget is shared out among them, where
+/// that does not follow from which of their units matter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WholeScores {
+    /// Of the layer, beside other layers: an amount from 0 on.
+    pub layer: f32,
+    /// Of every expert, beside the others of the layer; below 0 where the layer is better without it.
+    pub experts: Vec<f32>,
 }
 
 impl LayerScores {
@@ -166,7 +178,10 @@ impl ScoreTable {
                 ));
             }
         }
-        for LayerScores { layer, scores, routed } in &self.layers {
+        for LayerScores { layer, scores, routed, whole } in &self.layers {
+            if let Some(whole) = whole {
+                self.validate_whole(*layer, scores.len(), whole)?;
+            }
             if let Some(routed) = routed.as_ref().filter(|routed| routed.len() != scores.len()) {
                 return invalid(format!("layer {layer}: {} routed counts for {} experts", routed.len(), scores.len()));
             }
@@ -189,6 +204,26 @@ impl ScoreTable {
             }
         }
         Ok(())
+    }
+
+    fn validate_whole(&self, layer: usize, experts: usize, whole: &WholeScores) -> Result<()> {
+        let invalid = |reason: String| Err(Error::InvalidScores { reason: format!("layer {layer}: {reason}") });
+        if self.granularity == Granularity::Expert {
+            return invalid("weights of wholes beside scores of experts, expected none".into());
+        }
+        if whole.experts.len() != experts {
+            return invalid(format!("weights of {} experts, expected {experts}", whole.experts.len()));
+        }
+        if !(whole.layer.is_finite() && whole.layer >= 0.0) {
+            return invalid(format!("weight of the layer {}, expected a number from 0 on", whole.layer));
+        }
+        match whole.experts.iter().position(|weight| !weight.is_finite()) {
+            None => Ok(()),
+            Some(expert) => {
+                let value = f64::from(whole.experts[expert]);
+                Err(Error::NonFinite { what: "weight".into(), layer, expert, unit: None, value })
+            }
+        }
     }
 
     /// [`ScoreTable::validate`], and that the table is of a model of this shape.
@@ -233,14 +268,15 @@ impl ScoreTable {
 
     /// Writes a safetensors file: `layer.{i}` `[experts, units]` f32 per MoE layer, `i` the decoder layer index
     /// (experts narrower than the widest of their layer are padded with NaN; the metadata has the widths), `routed.{i}`
-    /// `[experts]` i64, everything else as JSON under the metadata key `moe.scores`. Atomic.
+    /// `[experts]` i64, `whole.{i}` `[1 + experts]` f32 (the layer, then its experts), everything else as JSON under the
+    /// metadata key `moe.scores`. Atomic.
     ///
     /// # Errors
     /// Those of [`ScoreTable::validate`], [`Error::Io`].
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         self.validate()?;
         let mut tensors: Vec<OutTensor> = Vec::new();
-        for LayerScores { layer, scores, routed } in &self.layers {
+        for LayerScores { layer, scores, routed, whole } in &self.layers {
             let units = scores.iter().map(Vec::len).max().unwrap_or(0);
             let padded = scores
                 .iter()
@@ -250,6 +286,10 @@ impl ScoreTable {
             if let Some(routed) = routed {
                 let bytes = routed.iter().flat_map(|count| count.to_le_bytes()).collect();
                 tensors.push((format!("routed.{layer}"), Dtype::I64, vec![routed.len()], bytes));
+            }
+            if let Some(WholeScores { layer: weight, experts }) = whole {
+                let bytes = [&[*weight], &experts[..]].concat().into_iter().flat_map(f32::to_le_bytes).collect();
+                tensors.push((format!("whole.{layer}"), Dtype::F32, vec![1 + experts.len()], bytes));
             }
         }
         let meta = Meta {
@@ -292,7 +332,16 @@ impl ScoreTable {
             } else {
                 None
             };
-            layers.push(LayerScores { layer, scores, routed });
+            let name = format!("whole.{layer}");
+            let whole = match tensors.contains(&name) {
+                false => None,
+                true => {
+                    expected += 1;
+                    let values = tensors.f32(&name, &[1 + widths.len()])?;
+                    Some(WholeScores { layer: values[0], experts: values[1..].to_vec() })
+                }
+            };
+            layers.push(LayerScores { layer, scores, routed, whole });
         }
         if tensors.len() != expected {
             return Err(tensors.malformed(format!("{} tensors, expected {expected}", tensors.len())));

@@ -37,11 +37,14 @@
 //! | `fisher` `token` | units | `(1/T) sum (dg^2 + dv^2) \|x\|^2 + u^2 \|d\|^2` | `fisher.token` | gradients | arXiv 2606.05538 |
 //! | `fisher` `sequence` | units | mean over sequences of squared gradients of 3H weights | `fisher.sequence` | gradients, Gram matrices | arXiv 2606.05538 |
 //! | `fisher` `abs` | units | mean over sequences and 3H weights of absolute gradients | `fisher.abs` | weight gradients | HectorHHZ/Less-is-MoE |
+//! | `fisher` `abs`, `parts` | units | the same over the gate, up or down weights alone | `fisher.abs_…` | weight gradients | HectorHHZ/Less-is-MoE |
 //! | `heapr` | units | `mean(u^2) mean((d.w)^2)` | `activation.square`, `gradient.square` | gradients | arXiv 2509.22299 |
 //! | `coupled` | units | `mean((u du)^2)` | `taylor.square` | gradients | exact form of `heapr` |
 //! | `taylor` | units | `mean \|u du\|`, `\|mean u du\|` or `-mean u du` | `taylor.magnitude`, `taylor.sum` | gradients | arXiv 1906.10771 |
 //! | `activation` | units | `mean(g^p \|u\|) \|w\|`, p = 0, 1, 2 | `activation.magnitude…` | units | baseline of arXiv 2606.05538 |
 //! | `projection` | units | `mean(u <w, f> / \|f\|)`, also times g | `projection.…` | outputs and one product more | arXiv 2606.09885 |
+//! | `channel_norms` | units | `(\|u\| + \|up\| + \|gate\|) / 3`, norms over routed tokens | `activation.square`, `gate.square`, `up.square` | units and one product more | MoE-Slimming, ICML 2026 |
+//! | `slimming` | units | a scorer of units, with weights of experts and layers for the allocator `coverage` | its own, `attribution.sum` | its own, outputs | MoE-Slimming, ICML 2026 |
 //! | `magnitude` | units | norm of the unit's 3H weights | – | none | baseline of arXiv 2606.05538 |
 //! | `router_score` | units | router probability or weight, then a unit scorer | `routing.probability`, `routing.weight` | routing | baseline of arXiv 2606.05538 |
 //! | `random` | units | seeded noise | – | none | control |
@@ -55,6 +58,8 @@
 //! | `man` | experts | mean of `\|f\|` or `\|f\|^2` over routed tokens | `output.norm`, `output.square` | outputs | arXiv 2606.15716 |
 //! | `reap` | experts | mean or sum of `g^p \|f\|`, p = 1, 2, three gates | `output.norm_…` | outputs | arXiv 2510.13999, 2604.04356 |
 //! | `tenp` | experts | `(1/T) sum g \|f\| (1 - cos(x, f))` | `output.turn` | outputs | arXiv 2606.09885 |
+//! | `attribution` | experts | `(1/T) sum 2 a (1 - a) <m, o> / (\|y\|^2 + 1e-6)`, o = g f, m their sum, y the stream; second order | `attribution.…` | outputs | MoE-Slimming, ICML 2026 |
+//! | `coalition` | experts | Shapley value `(1/T) sum <m, o> / \|m\|^2` | `coalition.share` | outputs | arXiv 2606.09886 |
 //! | `mone` | experts | `\|sd(f)\| (1/T) sum g` | `output.moments` | outputs | arXiv 2507.00390 |
 //! | `aimer` | experts | `1 - mean \|w\| / sqrt(mean w^2)` over all weights | – | none | arXiv 2603.18492 |
 //! | `expert_magnitude` | experts | norm of all weights | – | none | baseline of arXiv 2606.05538 |
@@ -64,7 +69,7 @@
 //!
 //! Scores say over which pool they may be compared and added ([`Needs`]); a pruner refuses what they do not support.
 //! Scores of units, estimates of the loss and shares of the traffic are comparable over the model; norms of outputs
-//! (`ean`, `man`, `reap`, `tenp`), `esft`, `bias` and `aimer` within a layer. Amounts are additive: losses, norms of
+//! (`ean`, `man`, `reap`, `tenp`, `attribution`, `coalition`, `channel_norms`), `esft`, `bias` and `aimer` within a layer. Amounts are additive: losses, norms of
 //! weights, sums over all tokens. Shares, ranks, ratios and means over an expert's own tokens are not.
 //!
 //! # Features

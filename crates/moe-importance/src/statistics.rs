@@ -58,8 +58,25 @@ impl StatisticSpec {
     }
 }
 
+/// Per expert, `sum_t <m_t, o_t> / (|y_t|^2 + 1e-6)`: what the expert adds to the residual stream, `o_t = g_t f_t`, along
+/// what all routed experts of the token add, `m_t`, relative to the stream `y_t` after the layer.
+pub const ATTRIBUTION: StatisticId = StatisticId::new("attribution.sum");
+/// As [`ATTRIBUTION`], every coordinate of `m_t * o_t / (|y_t|^2 + 1e-6)` clipped within a wave to plus and minus the 99%
+/// quantile of its size over the expert's tokens, where these are more than two.
+pub const ATTRIBUTION_CLIPPED: StatisticId = StatisticId::new("attribution.clipped");
+/// Per expert, `sum_t |o_t|^2 / (|y_t|^2 + 1e-6)`, as [`ATTRIBUTION`] has it.
+pub const ATTRIBUTION_SQUARE: StatisticId = StatisticId::new("attribution.square");
+/// Per expert, `sum_t <m_t, o_t> / |m_t|^2`, as [`ATTRIBUTION`] has it: its Shapley value in the game that a token's
+/// experts play for the squared norm of what they add together, as a share.
+pub const COALITION: StatisticId = StatisticId::new("coalition.share");
 /// Per unit, the mean absolute gradient of its 3H weights, summed over sequences.
 pub const FISHER_ABS: StatisticId = StatisticId::new("fisher.abs");
+/// Per unit, the mean absolute gradient of its gate row, summed over sequences.
+pub const FISHER_ABS_GATE: StatisticId = StatisticId::new("fisher.abs_gate");
+/// Per unit, the mean absolute gradient of its up row, summed over sequences.
+pub const FISHER_ABS_UP: StatisticId = StatisticId::new("fisher.abs_up");
+/// Per unit, the mean absolute gradient of its down column, summed over sequences.
+pub const FISHER_ABS_DOWN: StatisticId = StatisticId::new("fisher.abs_down");
 /// Per unit, the squared gradients of its 3H weights, summed over sequences.
 pub const FISHER_SEQUENCE: StatisticId = StatisticId::new("fisher.sequence");
 /// `sum_t z_t[e] z_t[e']` of the router logits of all tokens, a matrix `[E, E]` per layer, as one vector of
@@ -143,6 +160,10 @@ pub const ACTIVATION_WEIGHTED: StatisticId = StatisticId::new("activation.magnit
 pub const ACTIVATION_SQUARE_WEIGHTED: StatisticId = StatisticId::new("activation.magnitude_square_weighted");
 /// `sum_t u_t[j]^2`.
 pub const ACTIVATION_SQUARE: StatisticId = StatisticId::new("activation.square");
+/// `sum_t v_t[j]^2` of the gate pre-activation v of the unit.
+pub const GATE_SQUARE: StatisticId = StatisticId::new("gate.square");
+/// `sum_t v_t[j]^2` of the up pre-activation v of the unit.
+pub const UP_SQUARE: StatisticId = StatisticId::new("up.square");
 /// `sum_t du_t[j]^2`.
 pub const GRADIENT_SQUARE: StatisticId = StatisticId::new("gradient.square");
 /// `sum_t u_t[j] du_t[j]`.

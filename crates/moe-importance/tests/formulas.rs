@@ -450,3 +450,168 @@ fn aimer_knows_tails_and_not_scale() {
     assert!(scores[2] > scores[0], "heavier tails are kept");
     assert!(scores[3].abs() < 1e-6 && scores[4] == 0.0, "{scores:?}");
 }
+
+/// What an expert adds at its rows, what all experts of these tokens add, and the squares of the stream after the layer.
+fn attributed(r: &Rows<'_>) -> (Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<f64>) {
+    let (added, stream) = (r.layer.added(), r.layer.stream());
+    let of = |t: &usize| added[*t].iter().find(|(e, _)| *e == r.index).unwrap().1.clone();
+    let together = |t: &usize| {
+        let hidden = r.world.hidden;
+        (0..hidden).map(|h| added[*t].iter().map(|(_, values)| values[h]).sum()).collect()
+    };
+    let tokens = &r.expert.tokens;
+    (
+        tokens.iter().map(of).collect(),
+        tokens.iter().map(together).collect(),
+        tokens.iter().map(|t| dot(&stream, *t, &stream, *t) + 1e-6).collect(),
+    )
+}
+
+#[test]
+fn attribution_is_the_slope_of_the_loss_of_the_scaled_layer() {
+    let world = world();
+    // The loss of a layer whose routed experts count alpha times, one of them (1 + step) times that.
+    let loss = |r: &Rows<'_>, alpha: f64, step: f64| -> f64 {
+        let (added, stream) = (r.layer.added(), r.layer.stream());
+        let of_token = |(t, added): (usize, &Vec<(usize, Vec<f64>)>)| -> f64 {
+            let change = |h: usize| {
+                let scaled = added.iter().map(|(e, v)| if *e == r.index { (1.0 + step) * v[h] } else { v[h] });
+                alpha * scaled.sum::<f64>() - added.iter().map(|(_, v)| v[h]).sum::<f64>()
+            };
+            (0..r.world.hidden).map(|h| change(h).powi(2)).sum::<f64>() / (dot(&stream, t, &stream, t) + 1e-6)
+        };
+        added.iter().enumerate().map(of_token).sum()
+    };
+    for alpha in [0.9, 0.5] {
+        let json = format!(r#"{{"type":"attribution","clip":false,"alpha":{alpha}}}"#);
+        check(&world, &json, |r| vec![-(loss(r, alpha, 1e-4) - loss(r, alpha, -1e-4)) / 2e-4 / r.all()]);
+        // The loss is quadratic: with the second order it is the whole change that removing the expert makes.
+        let json = format!(r#"{{"type":"attribution","clip":false,"order":"second","alpha":{alpha}}}"#);
+        check(&world, &json, |r| vec![(loss(r, alpha, -1.0) - loss(r, alpha, 0.0)) / r.all()]);
+    }
+    check(&world, r#"{"type":"attribution"}"#, |r| {
+        let (o, m, squares) = attributed(r);
+        let clipped = |h: usize| -> f64 {
+            let values: Vec<f64> = (0..r.n()).map(|t| m[t][h] * o[t][h] / squares[t]).collect();
+            let mut sizes: Vec<f64> = values.iter().map(|value| value.abs()).collect();
+            sizes.sort_by(f64::total_cmp);
+            let bound = match sizes.len() {
+                0..=2 => f64::INFINITY,
+                n => {
+                    let place = 0.99 * (n - 1) as f64;
+                    let below = place.floor() as usize;
+                    let above = (below + 1).min(n - 1);
+                    sizes[below] + place.fract() * (sizes[above] - sizes[below])
+                }
+            };
+            values.iter().map(|value| value.clamp(-bound, bound)).sum()
+        };
+        vec![0.18 * (0..r.world.hidden).map(clipped).sum::<f64>() / r.all()]
+    });
+    let error = serde_json::from_str::<ScorerConfig>(r#"{"type":"attribution","alpha":1.0}"#).unwrap().build();
+    assert!(error.err().unwrap().to_string().contains("field `alpha`: found 1, expected a number between 0 and 1"));
+}
+
+#[test]
+fn coalition_is_the_shapley_value_of_the_experts_of_a_token() {
+    let world = World::random(10, &[5, 6, 3, 5, 4], 3, &SEQUENCES, 12);
+    // The mean marginal value of an expert over all orders in which the experts of a token come in.
+    check(&world, r#"{"type":"coalition","signed":true}"#, |r| {
+        let worth = |members: &[&Vec<f64>]| -> f64 {
+            (0..r.world.hidden).map(|h| members.iter().map(|v| v[h]).sum::<f64>().powi(2)).sum()
+        };
+        let of_token = |added: &Vec<(usize, Vec<f64>)>| -> f64 {
+            let Some(own) = added.iter().find(|(e, _)| *e == r.index).map(|(_, v)| v) else { return 0.0 };
+            let others: Vec<&Vec<f64>> = added.iter().filter(|(e, _)| *e != r.index).map(|(_, v)| v).collect();
+            let [a, b] = others[..] else { panic!("three experts per token") };
+            let margin = |before: &[&Vec<f64>]| worth(&[before, &[own]].concat()) - worth(before);
+            let mean = (2.0 * margin(&[]) + margin(&[a]) + margin(&[b]) + 2.0 * margin(&[a, b])) / 6.0;
+            mean / worth(&[a, b, own])
+        };
+        vec![r.layer.added().iter().map(of_token).sum::<f64>() / r.all()]
+    });
+    let statistics = world.collect(&[moe_importance::statistics::COALITION, moe_importance::statistics::ROUTED_TOKENS]);
+    for layer in score(&world, &statistics, r#"{"type":"coalition","signed":true}"#) {
+        let sum: f32 = layer.concat().iter().sum();
+        assert!((sum - 1.0).abs() < 1e-5, "the experts of a token share what they give: {sum}");
+    }
+    for layer in score(&world, &statistics, r#"{"type":"coalition"}"#) {
+        assert!(layer.concat().iter().all(|value| *value >= 0.0));
+    }
+}
+
+#[test]
+fn channel_norms_are_norms_and_slimming_weighs_experts_and_layers_beside_them() {
+    let world = world();
+    check(&world, r#"{"type":"channel_norms"}"#, |r| {
+        let [gate, up] =
+            [&r.expert.case.gate, &r.expert.case.up].map(|matrix| r.expert.case.input.times_transposed(matrix));
+        let norm = |m: &Matrix, j: usize| r.sum(|t| m.at(t, j).powi(2)).sqrt();
+        r.units(|j| (norm(&r.u, j) + norm(&up, j) + norm(&gate, j)) / 3.0)
+    });
+    let config: ScorerConfig = serde_json::from_str(r#"{"type":"slimming"}"#).unwrap();
+    let slimming = config.build().unwrap();
+    let statistics = world.collect(&slimming.needs().statistics);
+    let table = slimming.score(&statistics, &world).unwrap();
+    let channels = score(&world, &statistics, r#"{"type":"channel_norms"}"#);
+    let experts = score(&world, &statistics, r#"{"type":"attribution"}"#);
+    for (position, layer) in table.layers.iter().enumerate() {
+        assert_eq!(layer.scores, channels[position]);
+        let whole = layer.whole.as_ref().unwrap();
+        assert_eq!(whole.experts, experts[position].concat());
+        let (added, stream) = (world.layers[position].added(), world.layers[position].stream());
+        let of_token = |(t, added): (usize, &Vec<(usize, Vec<f64>)>)| -> f64 {
+            let sum = |h: usize| added.iter().map(|(_, v)| v[h]).sum::<f64>();
+            (0..world.hidden).map(|h| sum(h).powi(2)).sum::<f64>() / (dot(&stream, t, &stream, t) + 1e-6)
+        };
+        let loss = added.iter().enumerate().map(of_token).sum::<f64>() / world.tokens() as f64;
+        assert!((f64::from(whole.layer) - loss).abs() < 1e-5 * loss, "{} and {loss}", whole.layer);
+    }
+    // The file keeps them; one score per expert has no wholes beside it.
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("scores.safetensors");
+    table.save(&path).unwrap();
+    assert_eq!(moe_checkpoint::ScoreTable::load(&path).unwrap(), table);
+    let reduced = table.to_experts(moe_checkpoint::Reduction::Sum).unwrap();
+    assert!(reduced.layers.iter().all(|layer| layer.whole.is_none()));
+}
+
+#[test]
+fn gradients_of_single_matrices_make_up_those_of_all() {
+    let world = world();
+    let all = [r#"["gate"]"#, r#"["up"]"#, r#"["down"]"#, r#"["gate","up"]"#]
+        .map(|parts| format!(r#"{{"type":"fisher","criterion":"abs","parts":{parts}}}"#));
+    let needs = |json: &str| serde_json::from_str::<ScorerConfig>(json).unwrap().build().unwrap().needs().statistics;
+    let whole = r#"{"type":"fisher","criterion":"abs"}"#;
+    let mut ids = needs(whole);
+    all.iter().for_each(|json| ids.extend(needs(json)));
+    let statistics = world.collect(&ids);
+    let [gate, up, down, both] = all.each_ref().map(|json| score(&world, &statistics, json));
+    let whole = score(&world, &statistics, whole);
+    for (layer, of_layer) in world.layers.iter().enumerate() {
+        for expert in 0..of_layer.experts.len() {
+            for (unit, all) in whole[layer][expert].iter().enumerate() {
+                let of = |scores: &Vec<Vec<Vec<f32>>>| scores[layer][expert][unit];
+                let mean = (of(&gate) + of(&up) + of(&down)) / 3.0;
+                assert!((mean - all).abs() <= 1e-5 * all.abs(), "{mean} and {all}");
+                let mean = (of(&gate) + of(&up)) / 2.0;
+                assert!((mean - of(&both)).abs() <= 1e-5 * mean.abs());
+            }
+        }
+    }
+    // One sequence, by hand: the gate row's gradient is the outer product of its pre-activation gradients and inputs.
+    let case = Case::random(4, 3, &[SequenceCase { rows: 5, loss_tokens: 5 }], 6);
+    let ids = needs(&all[2]);
+    let found = common::collect_one(&case, &ids);
+    let gradients = case.weight_gradients(0..5);
+    let id = moe_importance::statistics::FISHER_ABS_DOWN;
+    for (unit, gradients) in gradients.iter().enumerate() {
+        let expected = gradients[8..12].iter().map(|g| (g / 5.0).abs()).sum::<f64>() / 4.0;
+        let sum = found.unit(id.as_str(), 3, 1).unwrap()[unit];
+        assert!((sum - expected).abs() < 1e-5 * expected, "{sum} and {expected}");
+    }
+    for bad in [r#"{"type":"fisher","parts":["up"]}"#, r#"{"type":"fisher","criterion":"abs","parts":[]}"#] {
+        let error = serde_json::from_str::<ScorerConfig>(bad).unwrap().build().err().unwrap().to_string();
+        assert!(error.contains("field `parts`"), "{error}");
+    }
+}

@@ -29,7 +29,8 @@ fn depends_on_place(scorer: &dyn Scorer) -> bool {
 }
 
 fn depends_on_waves(scorer: &dyn Scorer) -> bool {
-    scorer.recipe().to_string().contains(r#""sample":"wave""#)
+    let recipe = scorer.recipe().to_string();
+    recipe.contains(r#""sample":"wave""#) || recipe.contains(r#""clip":true"#)
 }
 
 fn bits(table: &ScoreTable) -> Vec<u32> {

@@ -65,6 +65,7 @@ fn scores(model: &Checkpoint) -> ScoreTable {
             .map(|(expert, width)| positive(*width, expert + layer.layer).into_iter().map(|v| v as f32).collect())
             .collect(),
         routed: None,
+        whole: None,
     });
     ScoreTable {
         scorer: r#"{"type":"noise"}"#.into(),

@@ -48,6 +48,7 @@
 //! | [`Global`] | `global` | all units or experts of the model compete | model | | scope G |
 //! | [`Normalized`] | `normalized` | compete by scores normalized per layer: LAMP, sum, mean, max, coverage | layer | | arXiv 2010.07611, 2606.09886 |
 //! | [`Hybrid`] | `hybrid` | a guaranteed share per layer, the rest by global rank | model | | |
+//! | [`Coverage`] | `coverage` | the least units that cover a part of the scores of each layer and expert, by their weights as wholes | layer | | MoE-Slimming, ICML 2026 |
 //! | [`DepthPrior`] | `depth_prior` | shares by layer weights: a list, linear, trapezoid, ERK | by [`Within`] | | MoLA, arXiv 2606.09885 |
 //! | [`RateDistortion`] | `rate_distortion` | the least sum of distortion curves, by dynamic programming | model, or by [`Within`] | measured curves, layer errors | layer-adaptive pruning by rate and distortion |
 //! | [`Rco`] | `rco` | gradient search over expert masks | | gradients of gains | arXiv 2605.00649 |
@@ -98,7 +99,7 @@ pub mod repair;
 mod report;
 
 pub use allocators::{
-    Allocation, AllocationRequest, Allocator, AllocatorConfig, Choice, CurveSource, DepthPrior, Evolution,
+    Allocation, AllocationRequest, Allocator, AllocatorConfig, Choice, Coverage, CurveSource, DepthPrior, Evolution,
     ExpertLimits, Fitness, Global, Hybrid, LayerAllocation, Limits, Normalization, Normalized, OwnAllocator, PerLayer,
     Prior, RateDistortion, Rco, Uniform, WidthLimits, knapsack,
 };

@@ -360,6 +360,9 @@ impl PrunePlan {
             if let Some(routed) = &mut layer.routed {
                 *routed = experts.iter().map(|expert| routed[*expert]).collect();
             }
+            if let Some(whole) = &mut layer.whole {
+                whole.experts = experts.iter().map(|expert| whole.experts[*expert]).collect();
+            }
         }
         Ok(table)
     }
@@ -388,6 +391,11 @@ impl PrunePlan {
             }
             layer.scores = spread;
             layer.routed = layer.routed.as_ref().map(|_| routed);
+            if let Some(whole) = &mut layer.whole {
+                let mut experts = vec![0.0; shape.num_experts()];
+                kept.experts_kept().into_iter().zip(&whole.experts).for_each(|(old, weight)| experts[old] = *weight);
+                whole.experts = experts;
+            }
         }
         Ok(table)
     }

@@ -24,7 +24,7 @@ fn table(layers: &[(usize, Vec<Vec<f32>>)]) -> (ScoreTable, MoeShape) {
         denominator: Denominator::AllTokens,
         layers: layers
             .iter()
-            .map(|(layer, scores)| LayerScores { layer: *layer, scores: scores.clone(), routed: None })
+            .map(|(layer, scores)| LayerScores { layer: *layer, scores: scores.clone(), routed: None, whole: None })
             .collect(),
         provenance: Provenance::new("model", "data", "{}"),
     };

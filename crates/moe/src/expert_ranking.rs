@@ -72,7 +72,7 @@ mod tests {
             pool: Pool::Global,
             additive: Some(Pool::Global),
             denominator: Denominator::None,
-            layers: vec![LayerScores { layer: 3, scores, routed: None }],
+            layers: vec![LayerScores { layer: 3, scores, routed: None, whole: None }],
             provenance: Provenance::new("model", "data", "{}"),
         };
         let found = rank_experts("fisher", &table).unwrap();

@@ -45,6 +45,7 @@ pub fn magnitude(checkpoint: &Checkpoint) -> ScoreTable {
         layer: layer.layer,
         scores: (0..layer.num_experts()).map(|e| norms(&checkpoint.expert(layer.layer, e).unwrap())).collect(),
         routed: None,
+        whole: None,
     });
     ScoreTable {
         scorer: r#"{"type":"magnitude"}"#.into(),

@@ -1,8 +1,11 @@
 //! Collectors: from what a model run shows to named statistics.
 
+mod attribution;
+mod channel_squares;
 mod collection;
 mod expert_inputs;
 mod fisher_abs;
+mod fisher_parts;
 mod fisher_sequence;
 mod gates;
 mod logit_gram;
@@ -18,9 +21,12 @@ use moe_checkpoint::Statistics;
 use moe_core::trace::{ExpertGradients, ExpertTrace, LayerOutput, LayerTrace, RouterGradients, Signals, WaveInfo};
 use serde_json::Value;
 
+pub use attribution::Attribution;
+pub use channel_squares::ChannelSquares;
 pub use collection::Collection;
 pub use expert_inputs::ExpertInputs;
 pub use fisher_abs::FisherAbs;
+pub use fisher_parts::FisherParts;
 pub use fisher_sequence::FisherSequence;
 pub use logit_gram::LogitGram;
 pub use output_sums::OutputSums;
@@ -157,6 +163,9 @@ pub fn registry() -> &'static [Provider] {
         Provider { provides: unit_sums::PROVIDED, make: |ids| Box::new(UnitSums::new(ids)) },
         Provider { provides: &[FISHER_SEQUENCE], make: |_| Box::new(FisherSequence::new()) },
         Provider { provides: &[FISHER_ABS], make: |_| Box::new(FisherAbs::new()) },
+        Provider { provides: fisher_parts::PROVIDED, make: |ids| Box::new(FisherParts::new(ids)) },
+        Provider { provides: attribution::PROVIDED, make: |ids| Box::new(Attribution::new(ids)) },
+        Provider { provides: channel_squares::PROVIDED, make: |ids| Box::new(ChannelSquares::new(ids)) },
         Provider { provides: projection::PROVIDED, make: |ids| Box::new(Projection::new(ids)) },
         Provider { provides: output_sums::PROVIDED, make: |ids| Box::new(OutputSums::new(ids)) },
         Provider { provides: routing::PROVIDED, make: |ids| Box::new(Routing::new(ids)) },

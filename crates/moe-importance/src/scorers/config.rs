@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
-    Activation, Aimer, Bias, Combine, Coupled, Dern, Ean, Esft, ExpertMagnitude, Experts, Fisher, Frequency, Heapr,
-    Magnitude, Man, Mone, Projection, Random, Reap, RouterScore, RouterTaylor, RoutingWeight, Scorer, Seer, Taylor,
-    Tenp, Units,
+    Activation, Aimer, Attribution, Bias, ChannelNorms, Coalition, Combine, Coupled, Dern, Ean, Esft, ExpertMagnitude,
+    Experts, Fisher, Frequency, Heapr, Magnitude, Man, Mone, Projection, Random, Reap, RouterScore, RouterTaylor,
+    RoutingWeight, Scorer, Seer, Slimming, Taylor, Tenp, Units,
 };
 use crate::{Error, Result};
 
@@ -97,6 +97,10 @@ scorers! {
     Activation = "activation",
     /// Units: projection of the unit's part on the expert's output.
     Projection = "projection",
+    /// Units: norms of gate, up and their product over the routed tokens.
+    ChannelNorms = "channel_norms",
+    /// Units: norms of channels, with weights of experts and layers beside them.
+    Slimming = "slimming",
     /// Units: norm of the unit's weights.
     Magnitude = "magnitude",
     /// Units: preference of the router, with a scorer of units below it.
@@ -123,6 +127,10 @@ scorers! {
     RouterTaylor = "router_taylor",
     /// Experts: output that turns the hidden state.
     Tenp = "tenp",
+    /// Experts: part of what the layer adds to the residual stream.
+    Attribution = "attribution",
+    /// Experts: Shapley value among the experts of a token.
+    Coalition = "coalition",
     /// Experts: mean renormalized routing weight.
     Dern = "dern",
     /// Experts: share in the routing of the layer.

@@ -76,6 +76,7 @@ fn table_as(
             layer: layer.layer,
             scores: collect_in_order(scores)?,
             routed: routed(statistics, layer.layer)?,
+            whole: None,
         })
     });
     let table = ScoreTable {

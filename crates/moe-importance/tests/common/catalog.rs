@@ -19,6 +19,13 @@ pub fn catalog() -> Vec<String> {
         r#"{"type":"esft","score":"token"}"#,
         r#"{"type":"esft","score":"gate"}"#,
         r#"{"type":"mone"}"#,
+        r#"{"type":"channel_norms"}"#,
+        r#"{"type":"slimming"}"#,
+        r#"{"type":"slimming","channels":{"type":"heapr"},"experts":{"type":"reap"}}"#,
+        r#"{"type":"coalition"}"#,
+        r#"{"type":"coalition","signed":true}"#,
+        r#"{"type":"fisher","criterion":"abs","parts":["gate"]}"#,
+        r#"{"type":"fisher","criterion":"abs","parts":["up","down"]}"#,
         r#"{"type":"router_score"}"#,
         r#"{"type":"router_score","router":"weight","combine":"multiply","unit":{"type":"activation"}}"#,
         r#"{"type":"units","of":{"type":"reap"},"tie_breaker":{"type":"heapr"}}"#,
@@ -47,6 +54,7 @@ pub fn catalog() -> Vec<String> {
     vary("routing_weight", &[gate, denominator]);
     vary("ean", &[denominator]);
     vary("reap", &[gate, ("power", &["1", "2"]), denominator]);
+    vary("attribution", &[("order", &[r#""first""#, r#""second""#]), ("clip", &["true", "false"])]);
     vary("router_taylor", &[("form", &[r#""taylor""#, r#""abs""#, r#""square""#])]);
     vary("bias", &[("sample", &[r#""wave""#, r#""sequence""#]), ("around", &[r#""mean""#, r#""median""#])]);
     let reductions = ["\"sum\"", "\"mean\"", "\"max\"", r#"{"top":2}"#];

@@ -7,7 +7,8 @@ use burn::tensor::Device;
 use moe_checkpoint::{ExpertWeights, MoeLayerShape, MoeShape, Statistics};
 use moe_core::experts::ExpertTensors;
 use moe_core::trace::{
-    ExpertGradients, ExpertTrace, LayerTrace, Observer, RouterGradients, Segment, SequenceInfo, WaveInfo,
+    ExpertGradients, ExpertTrace, LayerOutput, LayerTrace, Observer, RouterGradients, Segment, SequenceInfo, SweepPart,
+    WaveInfo,
 };
 use moe_importance::{Collection, Error, ExpertWeightsSource, Result, StatisticId};
 use rand::SeedableRng;
@@ -61,6 +62,30 @@ pub struct WorldLayer {
 }
 
 impl WorldLayer {
+    /// What every expert of a token adds to the residual stream, by token: the expert and `[H]`.
+    pub fn added(&self) -> Vec<Vec<(usize, Vec<f64>)>> {
+        let mut added = vec![Vec::new(); self.input.rows];
+        for (e, expert) in self.experts.iter().enumerate() {
+            let outputs = expert.outputs();
+            for (row, token) in expert.tokens.iter().enumerate() {
+                let value = |h: usize| expert.case.routing[row] * outputs.at(row, h);
+                added[*token].push((e, (0..outputs.columns).map(value).collect()));
+            }
+        }
+        added
+    }
+
+    /// The residual stream after the layer `[T, H]`, where `input` is what it is before.
+    pub fn stream(&self) -> Matrix {
+        let mut stream = self.input.clone();
+        for (token, added) in self.added().into_iter().enumerate() {
+            for (h, value) in added.iter().flat_map(|(_, values)| values.iter().enumerate()) {
+                stream.values[token * stream.columns + h] += value;
+            }
+        }
+        stream
+    }
+
     /// Softmax over all experts of a token.
     pub fn softmax(&self, token: usize) -> Vec<f64> {
         let row: Vec<f64> = (0..self.logits.columns).map(|e| self.logits.at(token, e)).collect();
@@ -175,6 +200,17 @@ impl World {
                 weights: &weights,
                 scale: SCALE,
             })?;
+            let rows: Vec<usize> = tokens.clone().collect();
+            let input = layer.input.select_rows(&rows).tensor();
+            observer.output(&LayerOutput {
+                layer: layer.layer,
+                position: 0,
+                wave: &info,
+                input: &input,
+                read: &input,
+                output: &layer.stream().select_rows(&rows).tensor(),
+                residual_factor: 1.0,
+            })?;
         }
         for layer in self.layers.iter().rev() {
             for (e, expert) in layer.experts.iter().enumerate() {
@@ -198,6 +234,9 @@ impl World {
                 d_logits: &f32s(&layer.d_logits),
                 d_gains: &vec![0.0; layer.experts.len()],
             })?;
+            // Whichever of the two sweeps shows experts to the observer, this layer is done.
+            observer.done(SweepPart::Forward(layer.layer))?;
+            observer.done(SweepPart::Backward(layer.layer))?;
         }
         observer.end_wave(&info)
     }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
 use super::{
-    Allocation, AllocationRequest, Allocator, DepthPrior, Evolution, Global, Hybrid, Normalized, PerLayer,
+    Allocation, AllocationRequest, Allocator, Coverage, DepthPrior, Evolution, Global, Hybrid, Normalized, PerLayer,
     RateDistortion, Rco, Uniform,
 };
 use crate::probe::ModelProbe;
@@ -30,6 +30,8 @@ pub enum AllocatorConfig {
     Normalized(Normalized),
     /// A guaranteed share for every layer, the rest by global rank.
     Hybrid(Hybrid),
+    /// Every layer and expert keeps a part of its own scores that follows from its weight as a whole.
+    Coverage(Coverage),
     /// Shares by depth.
     DepthPrior(DepthPrior),
     /// The least sum of distortion curves.
@@ -73,6 +75,7 @@ impl AllocatorConfig {
             Self::Global(allocator) => allocator,
             Self::Normalized(allocator) => allocator,
             Self::Hybrid(allocator) => allocator,
+            Self::Coverage(allocator) => allocator,
             Self::DepthPrior(allocator) => allocator,
             Self::RateDistortion(allocator) => allocator,
             Self::Rco(allocator) => allocator,

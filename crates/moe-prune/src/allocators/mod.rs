@@ -8,6 +8,7 @@
 //! [`Evolution`]).
 
 mod config;
+mod coverage;
 mod depth_prior;
 mod evolution;
 mod global;
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use config::{AllocatorConfig, OwnAllocator};
+pub use coverage::Coverage;
 pub use depth_prior::{DepthPrior, Prior};
 pub use evolution::{Evolution, Fitness};
 pub use global::Global;

@@ -135,7 +135,7 @@ mod tests {
             pool: Pool::Layer,
             additive: Some(Pool::Layer),
             denominator: Denominator::None,
-            layers: vec![LayerScores { layer: 0, scores: vec![scores.to_vec()], routed: None }],
+            layers: vec![LayerScores { layer: 0, scores: vec![scores.to_vec()], routed: None, whole: None }],
             provenance: Provenance::new("", "", "{}"),
         };
         let layers = vec![MoeLayerShape { layer: 0, widths: vec![scores.len()] }];

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use moe_checkpoint::{
     Checkpoint, Granularity, LayerScores, MoeLayerShape, MoeShape, Pool, Protected, ProtectionMask, Ratio, ScoreTable,
-    regrouped_config, ungrouped_config,
+    WholeScores, regrouped_config, ungrouped_config,
 };
 use serde_json::Value;
 
@@ -86,7 +86,12 @@ impl SharedSets {
                 pairs.for_each(|(sum, score)| *sum = if adds_up { *sum + score } else { sum.max(*score) });
                 routed[*set] += layer.routed.as_ref().map_or(0, |counts| counts[expert]);
             }
-            LayerScores { layer: layer.layer, scores: sums, routed: layer.routed.as_ref().map(|_| routed) }
+            let whole = layer.whole.as_ref().map(|whole| {
+                let mut experts = vec![0.0; sums.len()];
+                map.iter().zip(&whole.experts).for_each(|(set, weight)| experts[*set] += weight);
+                WholeScores { layer: whole.layer, experts }
+            });
+            LayerScores { layer: layer.layer, scores: sums, routed: layer.routed.as_ref().map(|_| routed), whole }
         });
         Ok(ScoreTable { layers: layers.collect(), ..scores.clone() })
     }

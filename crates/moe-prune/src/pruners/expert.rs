@@ -30,7 +30,7 @@ use crate::{Allocation, Needs, Result};
 ///     pool: Pool::Layer,
 ///     additive: None,
 ///     denominator: Denominator::None,
-///     layers: vec![LayerScores { layer: 0, scores, routed: None }],
+///     layers: vec![LayerScores { layer: 0, scores, routed: None, whole: None }],
 ///     provenance: Provenance::new("model", "data", "{}"),
 /// };
 /// let plan = ExpertPruner::new().prune(&scores, &shape, Budget::Ratio(0.5), &ProtectionMask::none())?.plan;

@@ -26,7 +26,7 @@ use crate::{Budget, Error, PrunePlan, Result};
 ///     pool: Pool::Global,
 ///     additive: None,
 ///     denominator: Denominator::None,
-///     layers: vec![LayerScores { layer: 0, scores, routed: None }],
+///     layers: vec![LayerScores { layer: 0, scores, routed: None, whole: None }],
 ///     provenance: Provenance::new("model", "data", "{}"),
 /// };
 /// let pruner = PrunerConfig::Unit(UnitPruner::new(Scope::Global));

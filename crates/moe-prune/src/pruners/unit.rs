@@ -66,7 +66,7 @@ impl FromStr for Scope {
 ///     pool: Pool::Global,
 ///     additive: None,
 ///     denominator: Denominator::None,
-///     layers: vec![LayerScores { layer: 0, scores: vec![vec![0.1, 0.2], vec![0.9, 0.8]], routed: None }],
+///     layers: vec![LayerScores { layer: 0, scores: vec![vec![0.1, 0.2], vec![0.9, 0.8]], routed: None, whole: None }],
 ///     provenance: Provenance::new("model", "data", "{}"),
 /// };
 /// let pruner = UnitPruner::new(Scope::Global);

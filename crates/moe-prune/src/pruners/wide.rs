@@ -118,6 +118,7 @@ mod tests {
                     layer,
                     scores: (0..4).map(|e| (0..10).map(|u| (e * 10 + u) as f32).collect()).collect(),
                     routed: None,
+                    whole: None,
                 })
                 .collect(),
             provenance: Provenance::new("model", "", "{}"),

@@ -23,6 +23,7 @@ published!(
     "reap-lora-int4",
     "heapr",
     "mone",
+    "moe-slimming",
     "naee",
     "m-smoe",
     "mc-smoe",

@@ -170,6 +170,7 @@ fn stand_in_scores(model: &Checkpoint, granularity: Granularity, pool: Pool, add
             })
             .collect(),
         routed: None,
+        whole: None,
     });
     ScoreTable {
         scorer: r#"{"type":"stand_in"}"#.into(),
