@@ -78,7 +78,7 @@
 //! it.
 //!
 //! Statistics kept for merging: `output.moments` (mean output), `routing.logit_gram` (inner products of logit columns),
-//! `output.max` (super experts).
+//! `output.max` (super experts). Kept for zeros in weights: `input.square_weighted` and `unit.square_weighted`.
 //!
 //! # Adding a method
 //! A program's own scorer implements [`Scorer`]. In this crate a collector is a file in `collectors/` and a line in

@@ -82,6 +82,11 @@ pub const FISHER_SEQUENCE: StatisticId = StatisticId::new("fisher.sequence");
 /// `sum_t z_t[e] z_t[e']` of the router logits of all tokens, a matrix `[E, E]` per layer, as one vector of
 /// [`Extent::Experts`](moe_checkpoint::Extent::Experts) per expert.
 pub const LOGIT_GRAM: StatisticId = StatisticId::new("routing.logit_gram");
+/// `sum_t g_t^2 x_t[h]^2` of the expert's input x, with the routing weight g as the model applies it: a vector of
+/// [`Extent::Hidden`](moe_checkpoint::Extent::Hidden) per expert.
+pub const INPUT_SQUARE_WEIGHTED: StatisticId = StatisticId::new("input.square_weighted");
+/// `sum_t g_t^2 u_t[j]^2` with the routing weight g as the model applies it.
+pub const UNIT_SQUARE_WEIGHTED: StatisticId = StatisticId::new("unit.square_weighted");
 /// `sum_t |f_t|`.
 pub const OUTPUT_NORM: StatisticId = StatisticId::new("output.norm");
 /// `sum_t |f_t|^2`.

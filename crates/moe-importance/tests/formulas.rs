@@ -615,3 +615,25 @@ fn gradients_of_single_matrices_make_up_those_of_all() {
         assert!(error.contains("field `parts`"), "{error}");
     }
 }
+
+#[test]
+fn squares_of_inputs_count_by_the_squared_routing_weight() {
+    use moe_importance::statistics::{INPUT_SQUARE_WEIGHTED, UNIT_SQUARE_WEIGHTED};
+    let world = world();
+    let statistics = world.collect(&[INPUT_SQUARE_WEIGHTED, UNIT_SQUARE_WEIGHTED]);
+    for layer in &world.layers {
+        for index in 0..layer.experts.len() {
+            let r = Rows::new(&world, layer, index);
+            let sum = |m: &Matrix, j: usize| r.sum(|t| (r.gates[0][t] * m.at(t, j)).powi(2));
+            let inputs = statistics.vector(INPUT_SQUARE_WEIGHTED.as_str(), Extent::Hidden, layer.layer, index).unwrap();
+            let units = statistics.unit(UNIT_SQUARE_WEIGHTED.as_str(), layer.layer, index).unwrap();
+            assert_eq!((inputs.len(), units.len()), (world.hidden, r.expert.case.width()));
+            for (found, expected) in inputs.iter().enumerate().map(|(h, found)| (found, sum(&r.expert.case.input, h))) {
+                assert!((found - expected).abs() <= 1e-5 * expected, "{found} and {expected}");
+            }
+            for (found, expected) in units.iter().enumerate().map(|(j, found)| (found, sum(&r.u, j))) {
+                assert!((found - expected).abs() <= 1e-5 * expected, "{found} and {expected}");
+            }
+        }
+    }
+}

@@ -26,7 +26,7 @@
 //!
 //! Super experts are [protected](moe_checkpoint::ProtectionMask): they absorb nobody and nobody absorbs them.
 //!
-//! Beside that: [`Compression`] of experts into `L R + S`, several fine-tuned checkpoints of one base in one
+//! Beside that: [`Sparsity`] of experts (MoE-Pruner, arXiv 2410.12013), [`Compression`] of experts into `L R + S`, several fine-tuned checkpoints of one base in one
 //! ([`TaskRuleConfig`]: task arithmetic, TIES, DARE), and with feature `engine` the parts of a compression trained
 //! (`CompactTraining`) and coefficients of task vectors learnt on unlabeled data (`ExpertMerging`).
 //!
@@ -72,6 +72,7 @@ mod recipe;
 mod report;
 mod router;
 mod similarity;
+mod sparse;
 mod tasks;
 #[cfg(test)]
 mod testing;
@@ -103,6 +104,7 @@ pub use grouping::{
 };
 pub use importance::Importance;
 pub use in_place::LeftAtBase;
+pub use sparse::{INPUT_SQUARES, SPARSE, Sparse, SparseReport, Sparsity, UNIT_SQUARES};
 pub use merged::{MergeOptions, MergeRecord, MergedModel, MergedWeights, OutputForm};
 pub use plan::{Group, LayerPlan, MERGE_PLAN_VERSION, MergePlan};
 pub use recipe::Recipe;

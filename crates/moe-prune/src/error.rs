@@ -75,6 +75,14 @@ pub enum Error {
         /// Pool over which the table says that they may be.
         supported: Option<Pool>,
     },
+    /// Scores of units alone, where layers and experts are weighed as wholes.
+    #[error(
+        "scores of {scorer} without weights of layers and experts as wholes, by which the budget is shared out; scorer `slimming` gives them"
+    )]
+    NeedsWholes {
+        /// Recipe of the scorer.
+        scorer: String,
+    },
     /// Expert scores where unit scores are needed.
     #[error(
         "the table scores experts, so that all units of an expert tie; combine it with a unit tie-breaker first (ScoreTable::broadcast)"

@@ -24,6 +24,8 @@ pub struct Needs {
     pub pool: Pool,
     /// Sums of scores, the widest of them; `None` where scores are compared and no more.
     pub additive: Option<Sums>,
+    /// Whether layers and experts are weighed as wholes ([`WholeScores`](moe_checkpoint::WholeScores)).
+    pub wholes: bool,
     /// What a model is asked.
     pub probe: Questions,
 }
@@ -79,13 +81,18 @@ impl Needs {
             Granularity::Unit => pool,
             Granularity::Expert => pool.max(Pool::Layer),
         };
-        Self { granularity, pool, additive: None, probe: Questions::NONE }
+        Self { granularity, pool, additive: None, wholes: false, probe: Questions::NONE }
     }
 
     /// The same, with scores that `what` adds up over a pool.
     pub fn adding(self, over: Pool, what: &'static str) -> Self {
         let wider = self.additive.filter(|sums| sums.over >= over);
         Self { additive: Some(wider.unwrap_or(Sums { over, what })), ..self }
+    }
+
+    /// The same, with weights of layers and experts as wholes beside the scores.
+    pub fn weighing_wholes(self) -> Self {
+        Self { wholes: true, ..self }
     }
 
     /// The same, with these questions to a model.
@@ -96,7 +103,8 @@ impl Needs {
     /// Whether a table supports what is done with its scores. Its values are not looked at.
     ///
     /// # Errors
-    /// [`Error::NeedsUnitScores`], [`Error::NeedsExpertScores`], [`Error::PoolTooNarrow`], [`Error::NotAdditive`].
+    /// [`Error::NeedsUnitScores`], [`Error::NeedsExpertScores`], [`Error::PoolTooNarrow`], [`Error::NotAdditive`],
+    /// [`Error::NeedsWholes`].
     pub fn check_scores(&self, scores: &ScoreTable) -> Result<()> {
         match (self.granularity, scores.granularity) {
             (Granularity::Unit, Granularity::Expert) => return Err(Error::NeedsUnitScores),
@@ -105,6 +113,9 @@ impl Needs {
         }
         if !scores.pool.supports(self.pool) {
             return Err(Error::PoolTooNarrow { wanted: self.pool, supported: scores.pool });
+        }
+        if self.wholes && scores.layers.iter().any(|layer| layer.whole.is_none()) {
+            return Err(Error::NeedsWholes { scorer: scores.scorer.clone() });
         }
         match self.additive.filter(|sums| !scores.adds_up(sums.over)) {
             Some(Sums { over, what }) => Err(Error::NotAdditive { what, wanted: over, supported: scores.additive }),

@@ -137,5 +137,5 @@ fn scores_without_wholes_are_refused_with_the_scorer_that_has_them() {
     let scores = Noise(1).units(&shape);
     let error = pruner(Coverage::default()).prune(&scores, &shape, Budget::Ratio(0.5), &ProtectionMask::none());
     let error = error.unwrap_err().to_string();
-    assert!(error.contains("without weights of layers and experts") && error.contains("slimming"), "{error}");
+    assert!(error.contains("without weights of layers and experts") && error.contains("`slimming`"), "{error}");
 }

@@ -15,6 +15,7 @@ mod router_gradient;
 mod router_usage;
 mod routing;
 mod unit_sums;
+mod weighted_inputs;
 
 use burn::tensor::Tensor;
 use moe_checkpoint::Statistics;
@@ -36,6 +37,7 @@ pub(crate) use router_gradient::latent as latent_router_rows;
 pub use router_usage::RouterUsage;
 pub use routing::Routing;
 pub use unit_sums::UnitSums;
+pub use weighted_inputs::WeightedInputs;
 
 use crate::statistics::{FISHER_ABS, FISHER_SEQUENCE, LOGIT_GRAM, StatisticId, StatisticSpec};
 use crate::{Error, Result};
@@ -171,6 +173,7 @@ pub fn registry() -> &'static [Provider] {
         Provider { provides: routing::PROVIDED, make: |ids| Box::new(Routing::new(ids)) },
         Provider { provides: router_gradient::PROVIDED, make: |ids| Box::new(RouterGradient::new(ids)) },
         Provider { provides: router_usage::PROVIDED, make: |ids| Box::new(RouterUsage::new(ids)) },
+        Provider { provides: weighted_inputs::PROVIDED, make: |ids| Box::new(WeightedInputs::new(ids)) },
         Provider { provides: &[LOGIT_GRAM], make: |_| Box::new(LogitGram::new()) },
     ];
     PROVIDERS

@@ -28,6 +28,9 @@ pub struct Needs {
     pub additive: Option<Pool>,
     /// Statistics it reads; none for a scorer that needs no data.
     pub statistics: Vec<StatisticId>,
+    /// Whether it weighs layers and experts as wholes beside the scores of their units
+    /// ([`WholeScores`](moe_checkpoint::WholeScores)).
+    pub wholes: bool,
     /// Whether it reads weights of experts or routers. If not, [`NoWeights`](crate::NoWeights) will do.
     pub weights: bool,
 }
@@ -45,7 +48,7 @@ impl Needs {
 
     fn of(granularity: Granularity, statistics: impl IntoIterator<Item = StatisticId>) -> Self {
         let statistics = Vec::from_iter(statistics);
-        Self { granularity, pool: Pool::Global, additive: None, statistics, weights: false }
+        Self { granularity, pool: Pool::Global, additive: None, statistics, wholes: false, weights: false }
     }
 
     /// Comparable within this pool only.
@@ -62,6 +65,13 @@ impl Needs {
     pub fn additive(mut self, pool: Pool) -> Self {
         let pool = pool.min(self.pool);
         self.additive = (self.granularity == Granularity::Unit || pool > Pool::Expert).then_some(pool);
+        self
+    }
+
+    /// With weights of layers and experts as wholes beside the scores.
+    #[must_use]
+    pub fn with_wholes(mut self) -> Self {
+        self.wholes = true;
         self
     }
 

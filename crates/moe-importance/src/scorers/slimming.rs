@@ -66,7 +66,7 @@ impl Scorer for Slimming {
                 statistics.push(id);
             }
         });
-        let needs = Needs::units(statistics).weights(channels.weights || experts.weights);
+        let needs = Needs::units(statistics).with_wholes().weights(channels.weights || experts.weights);
         let pool = channels.pool.min(Pool::Layer);
         match channels.additive {
             Some(additive) => needs.within(pool).additive(additive.min(pool)),

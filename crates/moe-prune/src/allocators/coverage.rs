@@ -60,7 +60,7 @@ impl Allocator for Coverage {
 
     fn needs(&self, granularity: Granularity) -> Needs {
         let pool = Pool::Layer;
-        Needs::new(granularity, pool).adding(pool, "the part of the scores of a layer that is covered")
+        Needs::new(granularity, pool).adding(pool, "the part of the scores of a layer that is covered").weighing_wholes()
     }
 
     fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
@@ -68,14 +68,8 @@ impl Allocator for Coverage {
             return Err(Error::NeedsUnitScores);
         }
         request.validate(&self.needs(Granularity::Unit), probe)?;
-        let wholes: Vec<&WholeScores> =
-            request.scores.layers.iter().map(|layer| layer.whole.as_ref()).collect::<Option<_>>().ok_or_else(|| {
-                Error::InvalidParameter {
-                    field: "scores",
-                    found: format!("scores of {} without weights of layers and experts", request.scores.scorer),
-                    expected: "scores with both, as scorer `slimming` makes them".into(),
-                }
-            })?;
+        // All layers have them: that was checked.
+        let wholes: Vec<&WholeScores> = request.scores.layers.iter().filter_map(|layer| layer.whole.as_ref()).collect();
         let problem = Problem::new(request, Within::Expert)?;
         let weights = smoothed(&wholes.iter().map(|whole| f64::from(whole.layer)).collect::<Vec<_>>(), self.smoothing);
         let size = problem.step;

@@ -48,6 +48,7 @@ impl Pruner for TwoLevelPruner {
     fn needs(&self) -> Needs {
         let (experts, units) = (self.experts.needs(), self.units.needs());
         let needs = Needs::new(Granularity::Unit, experts.pool.max(units.pool)).asking(experts.probe);
+        let needs = if units.wholes { needs.weighing_wholes() } else { needs };
         let sums = [experts.additive, units.additive].into_iter().flatten();
         reducing(sums.fold(needs, |needs, sums| needs.adding(sums.over, sums.what)), self.reduction)
     }

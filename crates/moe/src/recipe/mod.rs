@@ -9,6 +9,7 @@ mod prune;
 mod published;
 mod repair;
 mod score;
+mod sparsify;
 mod tune;
 
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ pub use output::{Evaluate, MixedBits, Quantize, Write};
 pub use prune::{Form, Prune};
 pub use repair::Repair;
 pub use score::{Protect, Score};
+pub use sparsify::Sparsify;
 pub use tune::{TrainingChanges, Tune};
 
 use crate::{Error, Result};
@@ -101,6 +103,8 @@ pub enum Step {
     Tune(Box<Tune>),
     /// Rounds the weights of the model as it is now to few bits.
     Quantize(Quantize),
+    /// Puts zeros into the weights of experts, on the rows of calibration.
+    Sparsify(Sparsify),
     /// Changes how the model as it is now is run: experts per token, layers.
     Adapt(Box<Adapt>),
     /// Measures the model as it is now.
@@ -120,6 +124,7 @@ impl Step {
             Self::Repair(_) => "repair",
             Self::Tune(_) => "tune",
             Self::Quantize(_) => "quantize",
+            Self::Sparsify(_) => "sparsify",
             Self::Adapt(_) => "adapt",
             Self::Evaluate(_) => "evaluate",
             Self::Write(_) => "write",

@@ -24,6 +24,8 @@ published!(
     "heapr",
     "mone",
     "moe-slimming",
+    "moe-pruner",
+    "shape",
     "naee",
     "m-smoe",
     "mc-smoe",

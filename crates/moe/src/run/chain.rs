@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use moe_checkpoint::{Checkpoint, Denominator, Granularity, LayerDrop, LayerScores, Pool, ProtectionMask, ScoreTable};
+use moe_checkpoint::{
+    Checkpoint, Denominator, Granularity, LayerDrop, LayerScores, Pool, ProtectionMask, ScoreTable, WholeScores,
+};
 use moe_core::depth::LayerChoice;
 use moe_merge::OutputForm;
 use moe_prune::{Budget, ExpertPruner, FineGrained, PrunePlan, Pruner, Questions, Scope, UnitPruner};
@@ -24,6 +26,8 @@ pub(super) struct Scored {
     pub pool: Pool,
     /// Over which they add up.
     pub additive: Option<Pool>,
+    /// Whether layers and experts are weighed beside them.
+    pub wholes: bool,
 }
 
 /// What stands before a step.
@@ -111,17 +115,18 @@ impl Chain {
     fn planned(&self, step: &Prune, scored: &[Scored]) -> Result<Option<(PrunePlan, Chosen)>> {
         let base = &self.model;
         let Some(budget) = step.budget_on(base)? else { return Ok(None) };
-        let table = |granularity, pool, additive| stand_in_scores(base, granularity, pool, additive);
+        let table = |granularity, pool, additive, wholes| stand_in_scores(base, granularity, pool, additive, wholes);
         let named = |name: &Path| scored.iter().rev().find(|found| Path::new(&found.name) == name);
         let found = match &step.scores {
             None => scored.first(),
             Some(name) => named(name),
         };
         let scores = match (found, &step.scores) {
-            (Some(found), _) => table(found.granularity, found.pool, found.additive),
+            (Some(found), _) => table(found.granularity, found.pool, found.additive, found.wholes),
             (None, Some(path)) => {
                 let file = ScoreTable::load(path)?;
-                table(file.granularity, file.pool, file.additive)
+                let wholes = file.layers.iter().all(|layer| layer.whole.is_some());
+                table(file.granularity, file.pool, file.additive, wholes)
             }
             (None, None) => return Ok(None),
         };
@@ -139,7 +144,7 @@ impl Chain {
         }
         // The running model decides what goes, or in which form: as much as this, if it can go like this.
         let granularity = pruner.needs().granularity;
-        let like = table(granularity, Pool::Global, Some(Pool::Global));
+        let like = table(granularity, Pool::Global, Some(Pool::Global), false);
         let found = match granularity {
             Granularity::Expert => {
                 let pruner = ExpertPruner::new().for_routing(&base.config().routing);
@@ -153,7 +158,13 @@ impl Chain {
 }
 
 /// Scores without ties that say nothing, for what depends on no score.
-fn stand_in_scores(model: &Checkpoint, granularity: Granularity, pool: Pool, additive: Option<Pool>) -> ScoreTable {
+fn stand_in_scores(
+    model: &Checkpoint,
+    granularity: Granularity,
+    pool: Pool,
+    additive: Option<Pool>,
+    wholes: bool,
+) -> ScoreTable {
     let mut state = 0x9E37_79B9_7F4A_7C15_u64;
     let mut next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -170,7 +181,7 @@ fn stand_in_scores(model: &Checkpoint, granularity: Granularity, pool: Pool, add
             })
             .collect(),
         routed: None,
-        whole: None,
+        whole: wholes.then(|| WholeScores { layer: 1.0, experts: vec![1.0; layer.num_experts()] }),
     });
     ScoreTable {
         scorer: r#"{"type":"stand_in"}"#.into(),

@@ -100,7 +100,7 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
         };
         let goes_on = matches!(step, Step::Tune(tune) if before.mixture && tune.starts_from_mixture(recipe.seed)?);
         let changes =
-            matches!(step, Step::Prune(_) | Step::Merge(_) | Step::Repair(_) | Step::Tune(_) | Step::Quantize(_));
+            !matches!(step, Step::Score(_) | Step::Protect(_) | Step::Adapt(_) | Step::Evaluate(_) | Step::Write(_));
         if before.beside && changes && !goes_on {
             let reason = "what an earlier tune leaves beside the weights (an adapter, a mixture, condensers, compressed experts) would \
                           be lost; it comes after this step, or is folded";
@@ -123,6 +123,7 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
                         granularity: needs.granularity,
                         pool: needs.pool,
                         additive: needs.additive,
+                        wholes: needs.wholes,
                     });
                     ids.extend(needs.statistics);
                 }
@@ -221,6 +222,16 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
                 if before.unchanged() {
                     moe_checkpoint::Quantized::on(&model, &how).map_err(|error| named(error.into()))?;
                 }
+                (before.pruned, before.tuned) = (None, true);
+                chain.quantize();
+            }
+            Step::Sparsify(sparsify) => {
+                sparsify.sparsity.validate().map_err(|error| named(error.into()))?;
+                let engine_model = engine_of(&chain.model)?;
+                let store = recipe.out.join("steps");
+                let seen = needs_data()?.observing(&engine_model, super::sparsify::SEEN.to_vec()).store(store.clone());
+                seen.check().map_err(|error| named(error.into()))?;
+                disk.add(&store, seen.space().map_err(|error| named(error.into()))?).map_err(named)?;
                 (before.pruned, before.tuned) = (None, true);
                 chain.quantize();
             }

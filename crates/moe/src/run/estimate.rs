@@ -135,6 +135,10 @@ pub(super) fn of(recipe: &Recipe, run: &Run<'_>) -> Result<Vec<Estimate>> {
                     peak = memory(largest, false)?;
                 }
             }
+            Step::Sparsify(_) => {
+                seconds = forward(tokens) + reading(waves);
+                peak = memory(largest, false)?;
+            }
             Step::Adapt(adapt) => {
                 let rows = adapt.needs_rows()?;
                 if rows {

@@ -13,6 +13,7 @@ mod merge;
 mod prune;
 mod quantize;
 mod score;
+mod sparsify;
 mod steps;
 mod stock;
 mod tune;
@@ -260,6 +261,7 @@ pub fn run(recipe: &Recipe, options: RunOptions<'_>) -> Result<RunReport> {
             Step::Repair(step) => run.repair(step),
             Step::Tune(step) => run.tune(step),
             Step::Quantize(step) => run.quantize(step),
+            Step::Sparsify(step) => run.sparsify(step),
             Step::Adapt(step) => run.adapt(step),
             Step::Evaluate(step) => run.evaluate(step),
             Step::Write(step) => run.write(step),
