@@ -19,7 +19,13 @@ use crate::{Target, root, scratch};
 
 /// All targets.
 pub const TARGETS: &[Target] = &[
-    Target { name: "header", run: header, corpus: &["adapter_model.safetensors", "/expected.safetensors"], seeds: &[], made: nothing },
+    Target {
+        name: "header",
+        run: header,
+        corpus: &["adapter_model.safetensors", "/expected.safetensors"],
+        seeds: &[],
+        made: nothing,
+    },
     Target { name: "index", run: index, corpus: &["model.safetensors.index.json"], seeds: &[INDEX], made: nothing },
     Target {
         name: "config",
@@ -109,7 +115,8 @@ fn shape() -> MoeShape {
 /// What a writer leaves in a file.
 fn written(name: &str, write: impl Fn(&Path) -> moe_checkpoint::Result<()>) -> Vec<u8> {
     let path = scratch::file(name, &[]);
-    write(&path).and_then(|()| fs::read(&path).map_err(|source| moe_checkpoint::Error::Io { path: path.clone(), source }))
+    write(&path)
+        .and_then(|()| fs::read(&path).map_err(|source| moe_checkpoint::Error::Io { path: path.clone(), source }))
         .unwrap_or_else(|error| panic!("{error}"))
 }
 
@@ -248,7 +255,8 @@ fn recipes(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     if let Ok(recipe) = serde_json::from_str::<moe::recipe::Recipe>(text) {
         let again = serde_json::to_string(&recipe).unwrap_or_else(|error| panic!("{error}"));
-        let read = serde_json::from_str::<moe::recipe::Recipe>(&again).unwrap_or_else(|error| panic!("{again}: {error}"));
+        let read =
+            serde_json::from_str::<moe::recipe::Recipe>(&again).unwrap_or_else(|error| panic!("{again}: {error}"));
         assert_eq!(read, recipe, "{again}");
     }
     let _ = moe_merge::Recipe::from_json(text);

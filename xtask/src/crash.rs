@@ -55,7 +55,15 @@ pub fn run(options: &Options) -> Result<()> {
     };
     let dir = root.join("target/crash");
     let mut table = Table::new();
-    table.set_header(["verb", "undisturbed", "runs", "kills", "kills before the first file", "files compared", "differ"]);
+    table.set_header([
+        "verb",
+        "undisturbed",
+        "runs",
+        "kills",
+        "kills before the first file",
+        "files compared",
+        "differ",
+    ]);
     let mut faults = Vec::new();
     for verb in VERBS.into_iter().filter(|verb| options.verbs.is_empty() || options.verbs.iter().any(|v| v == verb)) {
         let _ = fs::remove_dir_all(&dir);
@@ -111,10 +119,16 @@ impl Job<'_> {
         };
         match self.verb {
             "score" => add("--scorer fisher --scorer reap --samples 32 --length 64 --wave-tokens 512"),
-            "prune" => add("--scorer fisher --ratio 0.5 --form ragged --repair refit --samples 24 --length 48 --wave-tokens 512"),
+            "prune" => add(
+                "--scorer fisher --ratio 0.5 --form ragged --repair refit --samples 24 --length 48 --wave-tokens 512",
+            ),
             "merge" => add("--recipe m-smoe --ratio 0.5 --samples 24 --length 48 --wave-tokens 512 --sample 128"),
-            "tune" => add("--method lora --steps 12 --step-tokens 128 --save-every 2 --samples 24 --length 48 --eval-rows 4"),
-            "quantize" => add(r#"--format {"type":"int","bits":4,"group_size":32} --part linear --samples 16 --length 48"#),
+            "tune" => {
+                add("--method lora --steps 12 --step-tokens 128 --save-every 2 --samples 24 --length 48 --eval-rows 4")
+            }
+            "quantize" => {
+                add(r#"--format {"type":"int","bits":4,"group_size":32} --part linear --samples 16 --length 48"#)
+            }
             _ => {
                 let steps = serde_json::json!([
                     {"score": {"scorers": ["fisher"]}},
@@ -133,6 +147,17 @@ impl Job<'_> {
         }
         command.args(["--model", &model, "--data", &rows, "--out"]).arg(out);
         Ok(command)
+    }
+
+    /// Goes on with what was killed, and names what differs from an undisturbed run. A run that was killed after all was
+    /// written has nothing to go on with, and says so.
+    fn goes_on(&self, name: &str, whole: &BTreeMap<String, String>) -> Result<Vec<String>> {
+        let ended = self.finish(name, true);
+        let wrong = different(whole, &sums(&self.dir.join(name).join("out"))?);
+        Ok(match ended {
+            Err(error) if !wrong.is_empty() => vec![error.to_string(), wrong.join(", ")],
+            _ => wrong,
+        })
     }
 
     /// Runs the command to its end.
@@ -183,10 +208,7 @@ impl Job<'_> {
                 outcome.early += usize::from(!self.dir.join(&name).join("out").exists());
                 waited.push(format!("{:.3} s", wait.as_secs_f64()));
             }
-            let wrong = match self.finish(&name, true) {
-                Ok(()) => different(&whole, &sums(&self.dir.join(&name).join("out"))?),
-                Err(error) => vec![error.to_string()],
-            };
+            let wrong = self.goes_on(&name, &whole)?;
             if !wrong.is_empty() {
                 outcome.differ += 1;
                 faults.push(format!("{}, killed after {}: {}", self.verb, waited.join(", then "), wrong.join(", ")));

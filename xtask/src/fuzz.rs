@@ -45,7 +45,8 @@ pub fn compiler() -> Option<Result<i32>> {
     let arguments: Vec<_> = arguments.collect();
     let says = |first: &str, second: &str| arguments.windows(2).any(|pair| pair[0] == first && pair[1] == second);
     // Scripts and macros run in the compiler, where nothing counts.
-    let plain = says("--crate-name", "build_script_build") || says("--crate-type", "proc-macro") || !is_build(&arguments);
+    let plain =
+        says("--crate-name", "build_script_build") || says("--crate-type", "proc-macro") || !is_build(&arguments);
     let mut command = Command::new(&compiler);
     command.args(&arguments);
     if !plain {
@@ -117,7 +118,8 @@ fn build(root: &Path) -> Result<PathBuf> {
 fn targets(root: &Path) -> Result<Vec<String>> {
     let path = root.join("fuzz/src/targets.rs");
     let text = fs::read_to_string(&path).map_err(at(&path))?;
-    let names: Vec<String> = text.split("name: \"").skip(1).filter_map(|rest| Some(rest.split_once('"')?.0.into())).collect();
+    let names: Vec<String> =
+        text.split("name: \"").skip(1).filter_map(|rest| Some(rest.split_once('"')?.0.into())).collect();
     match names.is_empty() {
         true => Err(format!("{}: no targets, expected `name: \"…\"`", path.display()).into()),
         false => Ok(names),
@@ -147,7 +149,13 @@ impl Fuzzed {
             .arg(&corpus)
             .arg(format!("-artifact_prefix={}/", faults.display()))
             .arg(format!("-max_total_time={seconds}"))
-            .args(["-max_len=65536", "-timeout=20", "-rss_limit_mb=2048", "-print_final_stats=1", "-use_value_profile=1"])
+            .args([
+                "-max_len=65536",
+                "-timeout=20",
+                "-rss_limit_mb=2048",
+                "-print_final_stats=1",
+                "-use_value_profile=1",
+            ])
             .env("MOE_FUZZ_TARGET", name)
             .env("MOE_FUZZ_CORPUS", &corpus)
             .current_dir(&dir)
@@ -197,7 +205,8 @@ mod tests {
 
     #[test]
     fn numbers_are_read_from_what_the_fuzzer_prints() {
-        let text = "#12\tNEW    cov: 310 ft: 411\n#4096\tpulse  cov: 322 ft: 500\nstat::number_of_executed_units: 5000\n";
+        let text =
+            "#12\tNEW    cov: 310 ft: 411\n#4096\tpulse  cov: 322 ft: 500\nstat::number_of_executed_units: 5000\n";
         assert_eq!(last_number(text, "stat::number_of_executed_units:"), Some(5000));
         assert_eq!(last_number(text, "cov:"), Some(322));
         assert_eq!(last_number(text, "#"), Some(4096));

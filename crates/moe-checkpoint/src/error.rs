@@ -577,7 +577,7 @@ pub enum Error {
     /// Another process is writing the output.
     #[error("{}: another process is writing this output", path.display())]
     OutputBusy {
-        /// The partial directory.
+        /// The directory that it writes to.
         path: PathBuf,
     },
     /// The unfinished output was made by another plan.

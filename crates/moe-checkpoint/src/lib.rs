@@ -103,7 +103,7 @@ pub use flat_ragged::{is_flat_ragged, open_flat_ragged, write_flat_ragged};
 pub use formats::Quantization;
 pub use grouped::{grouped_config, regrouped_config, ungrouped_config};
 pub use layer_drop::LayerDrop;
-pub use output_dir::{Existing, OutputDir};
+pub use output_dir::{Existing, OutputDir, lock_directory};
 pub use parallel::collect_in_order;
 pub use protection::{Protected, ProtectionMask};
 pub use provenance::Provenance;

@@ -54,7 +54,7 @@ impl OutputDir {
         Self::check(&out, existing)?;
         let unfinished = exists(&partial);
         fs::create_dir_all(&partial).map_err(io(&partial))?;
-        let lock = lock(&partial)?;
+        let lock = lock_directory(&partial)?;
         if unfinished && existing == Existing::Force {
             clear(&partial)?;
         }
@@ -137,13 +137,17 @@ fn exists(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
 }
 
-fn lock(dir: &Path) -> Result<File> {
+/// Locks a directory against other processes for as long as the file that is returned lives. Where a file system has no
+/// locks, nothing but the protection is lost.
+///
+/// # Errors
+/// [`Error::OutputBusy`] if another process has it, [`Error::Io`].
+pub fn lock_directory(dir: &Path) -> Result<File> {
     let path = dir.join(LOCK_FILE);
     let file = File::create(&path).map_err(|source| Error::io(&path, source))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(Error::OutputBusy { path: dir.to_path_buf() }),
-        // Not every file system has locks; without one, nothing but the protection is lost.
         Err(TryLockError::Error(error)) => {
             tracing::debug!(path = %path.display(), %error, "not locked");
             Ok(file)

@@ -1,13 +1,14 @@
 //! A directory of statistics, one file per wave: what makes collecting resumable and shardable.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
 use crate::artifact_file::{Kind, TEMPORARY_SUFFIX, parse_versioned, write_atomic};
+use crate::output_dir::lock_directory;
 use crate::{Error, MoeShape, Provenance, Result, Statistics};
 
 const STORE: Kind = Kind { name: "statistics store", key: "", version: 1 };
@@ -21,7 +22,7 @@ const UNFINISHED: &str = "unfinished-";
 /// resumed after a kill to those of one that ran through. Every file is written atomically; what a killed process left
 /// half written is ignored and removed by the next [`StatisticsStore::create_or_resume`].
 ///
-/// One process writes to a store at a time; processes that share the work have a store each. What a run has left of a
+/// One process writes to a store at a time, for which it is locked; processes that share the work have a store each. What a run has left of a
 /// wave in progress is in a directory of its own ([`StatisticsStore::unfinished`]), which no other store takes over.
 ///
 /// ```
@@ -47,6 +48,8 @@ pub struct StatisticsStore {
     shape: MoeShape,
     provenance: Provenance,
     waves: BTreeSet<u64>,
+    /// Holds the lock while it lives; none where the store is only read.
+    _lock: Option<File>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -61,15 +64,18 @@ impl StatisticsStore {
     ///
     /// # Errors
     /// [`Error::ProvenanceMismatch`] or [`Error::InvalidShape`] if the directory holds another collection,
-    /// [`Error::MalformedArtifact`] if it holds wave files but no `store.json`, [`Error::Io`].
+    /// [`Error::MalformedArtifact`] if it holds wave files but no `store.json`, [`Error::OutputBusy`] while another
+    /// process writes to it, [`Error::Io`].
     pub fn create_or_resume(directory: impl AsRef<Path>, shape: &MoeShape, provenance: &Provenance) -> Result<Self> {
         let directory = directory.as_ref();
         shape.validate()?;
         fs::create_dir_all(directory).map_err(io(directory))?;
-        remove_leftovers(directory)?;
         if directory.join(STORE_FILE).exists() {
-            let store = Self::open(directory)?;
-            store.expect(shape, provenance, &store.directory.display().to_string(), true)?;
+            Self::open(directory)?.expect(shape, provenance, &directory.display().to_string(), true)?;
+            let lock = lock_directory(directory)?;
+            remove_leftovers(directory)?;
+            // What another process had finished before it let go is there now.
+            let store = Self { _lock: Some(lock), ..Self::open(directory)? };
             if store.provenance.crate_version != provenance.crate_version {
                 let (found, now) = (&store.provenance.crate_version, &provenance.crate_version);
                 tracing::warn!(
@@ -88,6 +94,8 @@ impl StatisticsStore {
         if let Some((_, path)) = wave_files(directory)?.into_iter().next() {
             return Err(Error::malformed(&path, STORE.name, format!("a wave file without a {STORE_FILE} beside it")));
         }
+        let lock = lock_directory(directory)?;
+        remove_leftovers(directory)?;
         let file = StoreFile { version: STORE.version, shape: shape.clone(), provenance: provenance.clone() };
         let path = directory.join(STORE_FILE);
         let json = serde_json::to_vec_pretty(&file).map_err(|e| Error::malformed(&path, STORE.name, e.to_string()))?;
@@ -97,6 +105,7 @@ impl StatisticsStore {
             shape: file.shape,
             provenance: file.provenance,
             waves: BTreeSet::new(),
+            _lock: Some(lock),
         })
     }
 
@@ -116,7 +125,7 @@ impl StatisticsStore {
         let StoreFile { shape, provenance, .. } = parse_versioned(&path, STORE, &json)?;
         shape.validate().map_err(|error| Error::malformed(&path, STORE.name, error.to_string()))?;
         let waves = wave_files(directory)?.into_keys().collect();
-        Ok(Self { directory: directory.to_path_buf(), shape, provenance, waves })
+        Ok(Self { directory: directory.to_path_buf(), shape, provenance, waves, _lock: None })
     }
 
     /// The directory.

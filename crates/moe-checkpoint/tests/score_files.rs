@@ -16,7 +16,10 @@ fn table(granularity: Granularity, pool: Pool, layers: Vec<(usize, Vec<Vec<f32>>
         pool,
         additive: Some(pool),
         denominator: Denominator::AllTokens,
-        layers: layers.into_iter().map(|(layer, scores)| LayerScores { layer, scores, routed: None, whole: None }).collect(),
+        layers: layers
+            .into_iter()
+            .map(|(layer, scores)| LayerScores { layer, scores, routed: None, whole: None })
+            .collect(),
         provenance: Provenance::new("model", "data", "{}"),
     }
 }

@@ -338,3 +338,17 @@ fn matrices_belong_to_the_model_and_samples_keep_the_lowest_rows() {
     let error = statistics.save(&path).unwrap_err().to_string();
     assert!(error.contains("statistic `covariance`: row 2, column 1 is NaN"), "{error}");
 }
+
+#[test]
+fn a_store_that_is_written_to_is_locked_and_may_be_read() {
+    let directory = tempdir().unwrap();
+    let path = directory.path().join("store");
+    let mut first = store(&path);
+    first.write(&wave(0, 5)).unwrap();
+    let busy = StatisticsStore::create_or_resume(&path, &shape(), &provenance()).unwrap_err();
+    assert!(matches!(busy, Error::OutputBusy { .. }), "{busy}");
+    assert!(busy.to_string().contains("another process is writing"), "{busy}");
+    assert_eq!(StatisticsStore::open(&path).unwrap().waves().len(), 1);
+    drop(first);
+    assert_eq!(store(&path).waves().len(), 1);
+}

@@ -2,13 +2,14 @@
 
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind as ClapError;
 use moe::recipe::{Data, DataFile, DataRows};
 use moe::run::Calibration;
+use moe_checkpoint::Checkpoint;
 use moe_core::data::{Dataset, LossOver, Reading, Source, Tokenizer, WaveOptions};
 use tracing_subscriber::EnvFilter;
 
@@ -281,6 +282,11 @@ pub fn at_least(minimum: usize) -> impl Fn(&str) -> Result<usize, String> + Clon
 /// A message that says so.
 pub fn non_zero(text: &str) -> Result<NonZeroUsize, String> {
     at_least(1)(text).map(|count| NonZeroUsize::new(count).unwrap_or(NonZeroUsize::MIN))
+}
+
+/// Whether a finished directory holds this very model: what a killed run had named before it was done.
+pub(crate) fn is_written(model: &Checkpoint, to: &Path) -> bool {
+    Checkpoint::open(to).is_ok_and(|written| written.is_model(&model.fingerprint()))
 }
 
 #[cfg(test)]

@@ -1,9 +1,11 @@
 //! Text from a model.
 
 use std::io::{Read, Write};
+use std::path::PathBuf;
 
 use clap::Parser;
-use moe_core::data::{Conversation, Tokenizer};
+use moe_core::Model;
+use moe_core::data::{Conversation, Source, Tokenizer};
 use moe_core::generate::{GenerateOptions, Sampling, generate_with};
 use serde_json::json;
 
@@ -11,7 +13,10 @@ use crate::{Error, Result, cli};
 
 /// Continues prompts, streamed to the terminal
 #[derive(Clone, Debug, Parser)]
-#[command(after_help = "Example: moe generate --model out/pruned --chat --prompt \"What is a mixture of experts?\"")]
+#[command(
+    after_help = "Examples:\n  moe generate --model out/pruned --chat --prompt \"What is a mixture of experts?\"\n  \
+moe generate --model DIR --rows code.jsonl=2 --rows prose.jsonl --temperature 0.7 --for-calibration own.jsonl"
+)]
 pub struct Arguments {
     /// What continues them
     #[command(flatten)]
@@ -37,12 +42,41 @@ pub struct Arguments {
     /// Text that ends a completion; repeatable
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
+    /// Instead of printing, write rows to calibrate on to this file: the prompts of --rows with what the model makes of
+    /// them, as tokens, of which those of the model count in a loss over answers
+    #[arg(long, value_name = "FILE", requires = "rows", conflicts_with_all = ["prompt", "chat", "json"])]
+    pub for_calibration: Option<PathBuf>,
+    /// Rows whose prompts are continued: what stands before their first answer, or the first tokens of a text;
+    /// repeatable, FILE=WEIGHT for other shares
+    #[arg(long, value_name = "FILE[=WEIGHT]", requires = "for_calibration")]
+    pub rows: Vec<Source>,
+    /// Rows, at most, over all files
+    #[arg(long, default_value_t = 128, requires = "for_calibration")]
+    pub samples: usize,
+    /// Tokens of a text that are its prompt
+    #[arg(long, default_value_t = 32, value_parser = cli::at_least(1), requires = "for_calibration")]
+    pub text_tokens: usize,
+    /// Tokens of a prompt, at most: the last ones
+    #[arg(long, default_value_t = 1024, value_parser = cli::at_least(1), requires = "for_calibration")]
+    pub prompt_tokens: usize,
     /// How the next token is found
     #[command(flatten)]
     pub decoding: crate::adapters::DecodingArguments,
     /// One JSON object per prompt on stdout
     #[arg(long)]
     pub json: bool,
+}
+
+impl Arguments {
+    /// How a prompt is continued.
+    pub(crate) fn options(&self, tokenizer: &Tokenizer, model: &Model) -> GenerateOptions {
+        let sampling = match self.temperature {
+            None => Sampling::Greedy,
+            Some(temperature) => Sampling::TopP { temperature, top_p: self.top_p, seed: self.seed },
+        };
+        let stop = tokenizer.eos_ids().iter().chain(&model.config().eos_token_ids).copied().collect();
+        GenerateOptions { max_new_tokens: self.max_new_tokens, sampling, stop, ..GenerateOptions::default() }
+    }
 }
 
 /// Generates; what it returns is still to be printed.
@@ -53,19 +87,16 @@ pub fn run(arguments: &Arguments) -> Result<String> {
     let tokenizer = Tokenizer::from_dir(&arguments.model.model)?;
     let (model, sources) = arguments.decoding.sources(&arguments.model)?;
     let decoding = sources.decoding(&model)?;
+    if let Some(to) = &arguments.for_calibration {
+        return crate::own_rows::write(arguments, &tokenizer, &model, &decoding, to);
+    }
     let mut prompts = arguments.prompt.clone();
     if prompts.is_empty() {
         let mut text = String::new();
         std::io::stdin().read_to_string(&mut text).map_err(Error::io("standard input"))?;
         prompts.push(text.trim_end_matches('\n').to_string());
     }
-    let sampling = match arguments.temperature {
-        None => Sampling::Greedy,
-        Some(temperature) => Sampling::TopP { temperature, top_p: arguments.top_p, seed: arguments.seed },
-    };
-    let stop: Vec<u32> = tokenizer.eos_ids().iter().chain(&model.config().eos_token_ids).copied().collect();
-    let options =
-        GenerateOptions { max_new_tokens: arguments.max_new_tokens, sampling, stop, ..GenerateOptions::default() };
+    let options = arguments.options(&tokenizer, &model);
     // Text appears as it is made; JSON is of whole completions.
     let streamed = !arguments.json;
     let mut out = String::new();

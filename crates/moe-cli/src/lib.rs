@@ -13,6 +13,7 @@ pub mod eval;
 pub mod finetune;
 pub mod fisher_prune;
 pub mod generate;
+mod own_rows;
 pub mod hub;
 pub mod inspect;
 pub mod merge;

@@ -203,8 +203,13 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
         let reason = format!("--dense: recipe `{}` compresses no experts, and there is no --train", recipe.name);
         return Err(Error::Invalid(reason));
     }
+    let work = arguments.work.clone().unwrap_or_else(|| beside(&arguments.out, ".work"));
+    // A run that was killed after the model had its name leaves its work: what comes after the model is made up for.
+    let ended = arguments.resume && work.exists();
     for out in [Some(&arguments.out), arguments.dense.as_ref()].into_iter().flatten() {
-        OutputDir::check(out, existing)?;
+        if !(ended && out.exists()) {
+            OutputDir::check(out, existing)?;
+        }
     }
     if let Some(dir) = &compact_dir {
         let replaced = if existing == Existing::Refuse { Existing::Refuse } else { Existing::Force };
@@ -238,7 +243,6 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
         absorb: &arguments.share.absorb,
     };
     merging.check()?;
-    let work = arguments.work.clone().unwrap_or_else(|| beside(&arguments.out, ".work"));
     let existing_folder = work.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
     check_space(existing_folder, merging.check_passes(&work)?)?;
     if arguments.check {
@@ -295,9 +299,15 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
     let test = test.map(|test| loss(&model, &shown, &test)).transpose()?;
     let measured: Vec<(String, String)> = test.iter().flat_map(Loss::measured).collect();
     let write_options = WriteOptions { existing, measured: &measured, ..WriteOptions::default() };
-    write(merged.model(), &arguments.out, &write_options)?;
+    let written = |model: &Arc<Checkpoint>, to: &Path| -> Result<()> {
+        if !(ended && cli::is_written(model, to)) {
+            write(model, to, &write_options)?;
+        }
+        Ok(())
+    };
+    written(merged.model(), &arguments.out)?;
     if let (Some(dense), Some(dir)) = (&arguments.dense, &compact_dir) {
-        write(CompactModel::open(dir)?.on(merged.model(), None)?.model(), dense, &write_options)?;
+        written(CompactModel::open(dir)?.on(merged.model(), None)?.model(), dense)?;
     }
     // Before the work goes: the merged model reads from it.
     let page = crate::pages::of_merge(&model, &merged, &plan, test, &calibration[..calibration.len().min(1)])?;

@@ -134,7 +134,14 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         _ => Existing::Refuse,
     };
     let options = WriteOptions { existing, ..WriteOptions::default() };
-    check_output(&base, &arguments.out, &options)?;
+    let mut store = arguments.out.clone().into_os_string();
+    store.push(".work");
+    let store = PathBuf::from(store);
+    // A run that was killed after the model had its name leaves its work, which then only has to go.
+    let ended = arguments.resume && store.exists() && arguments.out.exists();
+    if !ended {
+        check_output(&base, &arguments.out, &options)?;
+    }
     let part = match arguments.part {
         Part::Experts => QuantizedPart::Experts,
         Part::Linear => QuantizedPart::Linear,
@@ -151,9 +158,6 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         true => None,
         false => Some(rows(arguments, &base)?),
     };
-    let mut store = arguments.out.clone().into_os_string();
-    store.push(".work");
-    let store = PathBuf::from(store);
     if arguments.force && store.exists() {
         std::fs::remove_dir_all(&store).map_err(Error::io(&store))?;
     }
@@ -176,7 +180,9 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         bar.at(at.done);
         Ok(())
     };
-    write(quantized.model(), &arguments.out, &WriteOptions { progress: Some(&tell), ..options })?;
+    if !(ended && cli::is_written(quantized.model(), &arguments.out)) {
+        write(quantized.model(), &arguments.out, &WriteOptions { progress: Some(&tell), ..options })?;
+    }
     if store.exists() {
         std::fs::remove_dir_all(&store).map_err(Error::io(&store))?;
     }

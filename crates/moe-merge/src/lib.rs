@@ -104,13 +104,13 @@ pub use grouping::{
 };
 pub use importance::Importance;
 pub use in_place::LeftAtBase;
-pub use sparse::{INPUT_SQUARES, SPARSE, Sparse, SparseReport, Sparsity, UNIT_SQUARES};
 pub use merged::{MergeOptions, MergeRecord, MergedModel, MergedWeights, OutputForm};
 pub use plan::{Group, LayerPlan, MERGE_PLAN_VERSION, MergePlan};
 pub use recipe::Recipe;
 pub use report::{LayerMergeReport, MergeReport};
 pub use router::{Delete, Keep, MergeRows, RouterAddition, RouterConfig, RouterMix, RouterRule};
 pub use similarity::{Features, Metric, Similarity, Term, WeightParts};
+pub use sparse::{INPUT_SQUARES, SPARSE, Sparse, SparseReport, Sparsity, UNIT_SQUARES};
 pub use tasks::{Dare, DareThen, MergedTasks, TaskArithmetic, TaskRecord, TaskReport, TaskRule, TaskRuleConfig, Ties};
 pub use upcycle::{
     ClusterBy, PartScale, RouterStart, UpcycleInputs, UpcycleMethod, UpcycleReport, UpcycledModel, Upcycling,

@@ -233,7 +233,8 @@ mod tests {
         Sparsity::TWO_OF_FOUR.apply(&mut matrix, &[1.0; 6]);
         assert_eq!(matrix, [0.0, 0.0, 3.0, 4.0, 0.5, 0.25]);
         assert_eq!((Sparsity::TWO_OF_FOUR.zeros(6), Sparsity::Unstructured(0.5).zeros(7)), (2, 3));
-        for bad in [Sparsity::Unstructured(1.0), Sparsity::Unstructured(f64::NAN), Sparsity::Pattern { keep: 4, of: 4 }] {
+        for bad in [Sparsity::Unstructured(1.0), Sparsity::Unstructured(f64::NAN), Sparsity::Pattern { keep: 4, of: 4 }]
+        {
             assert!(bad.validate().is_err(), "{bad:?}");
         }
     }

@@ -50,10 +50,9 @@ fn the_least_weights_of_every_row_are_zero_and_the_rest_is_the_base() {
                             (part(&base, layer.layer, expert, of), part(model, layer.layer, expert, of));
                         let squares = match of {
                             ExpertPart::Down => statistics.unit(UNIT_SQUARES, layer.layer, expert).unwrap().to_vec(),
-                            _ => statistics
-                                .vector(INPUT_SQUARES, Extent::Hidden, layer.layer, expert)
-                                .unwrap()
-                                .to_vec(),
+                            _ => {
+                                statistics.vector(INPUT_SQUARES, Extent::Hidden, layer.layer, expert).unwrap().to_vec()
+                            }
                         };
                         for (before, after) in before.chunks(squares.len()).zip(after.chunks(squares.len())) {
                             let gone = (0..squares.len()).filter(|i| after[*i] == 0.0 && before[*i] != 0.0).count();
@@ -63,7 +62,8 @@ fn the_least_weights_of_every_row_are_zero_and_the_rest_is_the_base() {
                             if let Sparsity::Unstructured(_) = sparsity {
                                 let size = |i: usize| f64::from(before[i]).abs() * squares[i].sqrt();
                                 let least = kept.map(size).fold(f64::INFINITY, f64::min);
-                                let most = (0..squares.len()).filter(|i| after[*i] == 0.0).map(size).fold(0.0, f64::max);
+                                let most =
+                                    (0..squares.len()).filter(|i| after[*i] == 0.0).map(size).fold(0.0, f64::max);
                                 assert!(most <= least, "{name}: {most} went, {least} stayed");
                             }
                             zeros += sparsity.zeros(squares.len()) as u64;

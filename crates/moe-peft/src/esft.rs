@@ -150,7 +150,8 @@ mod tests {
 
     #[test]
     fn a_table_of_scores_selects_and_one_of_units_is_refused() {
-        let layer = LayerScores { layer: 1, scores: vec![vec![0.5], vec![0.375], vec![0.125]], routed: None, whole: None };
+        let layer =
+            LayerScores { layer: 1, scores: vec![vec![0.5], vec![0.375], vec![0.125]], routed: None, whole: None };
         let table = ScoreTable {
             scorer: r#"{"type":"esft"}"#.into(),
             granularity: Granularity::Expert,

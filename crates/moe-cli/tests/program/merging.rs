@@ -161,3 +161,27 @@ fn evidence_that_is_shared_out_merges_as_that_of_one_process() {
     let (_, error) = refuse(arguments("--recipe hc-smoe", "c", &["--absorb", text(&at("whole"))]));
     assert!(error.contains("found no evidence"), "{error}");
 }
+
+#[test]
+fn what_was_killed_after_the_model_had_its_name_is_made_up_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, kept, data) = (dir.path().join("out"), dir.path().join("kept"), rows("arithmetic_calibration"));
+    let line = format!("merge --recipe hc-smoe --ratio 0.5 --form grouped {SMALL}");
+    let files = ["--model", TINY_MOE, "--data", &data, "--out", text(&out)];
+    ok(&words(&line, &[&files[..], &["--work", text(&kept)]].concat()));
+    let (model, report) = (contents(&out), dir.path().join("out.report.html"));
+    let work = dir.path().join("out.work");
+    // As it stands between the name of the model and the report.
+    fs::rename(&kept, &work).unwrap();
+    fs::remove_file(&report).unwrap();
+    let again = [&files[..], &["--resume"]].concat();
+    ok(&words(&line, &again));
+    assert!(report.exists() && !work.exists());
+    assert_eq!(contents(&out), model);
+    // Done is done, and another model is not what the run was to write.
+    assert!(refused(&words(&line, &again)).1.contains("exists"));
+    fs::create_dir(&work).unwrap();
+    let other = line.replace("0.5", "0.25");
+    assert!(refused(&words(&other, &again)).1.contains("exists"));
+    assert_eq!(contents(&out), model);
+}

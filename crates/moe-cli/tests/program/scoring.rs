@@ -111,3 +111,29 @@ fn shards_are_collected_apart_and_scored_together() {
     let table = |name: &str| fs::read(out(name).join("fisher.safetensors")).unwrap();
     assert_eq!(table("whole"), table("together"));
 }
+
+#[test]
+fn a_model_is_calibrated_on_what_it_says_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let own = dir.path().join("own.jsonl");
+    let (sums, facts) = (rows("arithmetic_calibration"), format!("{}=2", rows("facts_calibration")));
+    let flags = ["--model", TINY_MOE, "--rows", &sums, "--rows", &facts, "--for-calibration", text(&own)];
+    let line = words("generate --samples 6 --max-new-tokens 5", &flags);
+    assert!(ok(&line).contains("rows of"));
+    let lines = fs::read_to_string(&own).unwrap();
+    assert_eq!(lines.lines().count(), 6, "{lines}");
+    for line in lines.lines() {
+        let row: serde_json::Value = serde_json::from_str(line).unwrap();
+        let of = |name: &str| row[name].as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect::<Vec<_>>();
+        let (ids, labels) = (of("input_ids"), of("labels"));
+        let answer = labels.iter().position(|label| *label != -100).unwrap();
+        assert!(answer > 0 && ids.len() == labels.len() && ids.len() - answer <= 5, "{line}");
+        assert_eq!(ids[answer..], labels[answer..]);
+    }
+    let scores = dir.path().join("scores");
+    let flags = ["--model", TINY_MOE, "--data", text(&own), "--out", text(&scores)];
+    ok(&words("score --scorer fisher --loss answers", &flags));
+    assert!(scores.join("fisher.safetensors").exists());
+    assert!(refused(&line).1.contains("exists"));
+    assert_eq!(refused(&words("generate --rows x.jsonl", &["--model", TINY_MOE])).0, 2);
+}

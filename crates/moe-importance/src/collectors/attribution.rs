@@ -8,9 +8,7 @@ use moe_core::trace::{ExpertTrace, LayerOutput, Signals, WaveInfo};
 use rayon::prelude::*;
 
 use super::{Collector, outputs};
-use crate::statistics::{
-    ATTRIBUTION, ATTRIBUTION_CLIPPED, ATTRIBUTION_SQUARE, COALITION, StatisticId, StatisticSpec,
-};
+use crate::statistics::{ATTRIBUTION, ATTRIBUTION_CLIPPED, ATTRIBUTION_SQUARE, COALITION, StatisticId, StatisticSpec};
 use crate::{Error, Result};
 
 pub(super) const PROVIDED: &[StatisticId] = &[ATTRIBUTION, ATTRIBUTION_CLIPPED, ATTRIBUTION_SQUARE, COALITION];
@@ -108,7 +106,8 @@ impl Collector for Attribution {
             found: "no residual stream after the layer".into(),
             expected: format!("{} rows of {hidden} values", self.tokens),
         };
-        let (inverses, factor) = self.streams.remove(&layer).filter(|(i, _)| i.len() == self.tokens).ok_or_else(missing)?;
+        let (inverses, factor) =
+            self.streams.remove(&layer).filter(|(i, _)| i.len() == self.tokens).ok_or_else(missing)?;
         // What all experts of a token add, in the order of the experts.
         let mut together = vec![0.0f32; self.tokens * hidden];
         for of in &shown {

@@ -4,8 +4,8 @@ use moe_checkpoint::{Granularity, Pool, ScoreTable, Statistics, WholeScores};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::units::nested;
 use super::table::divisor;
+use super::units::nested;
 use super::{Attribution, ChannelNorms, ExpertWeightsSource, Needs, Scorer, ScorerConfig};
 use crate::Result;
 use crate::statistics::ATTRIBUTION;
@@ -78,12 +78,8 @@ impl Scorer for Slimming {
         let channels = nested(self, "channels", &self.channels, Granularity::Unit)?.score(statistics, weights)?;
         let experts = nested(self, "experts", &self.experts, Granularity::Expert)?.score(statistics, weights)?;
         let (needs, tokens) = (self.needs(), divisor(self, statistics.tokens(), "tokens")?);
-        let mut table = ScoreTable {
-            scorer: self.recipe().to_string(),
-            pool: needs.pool,
-            additive: needs.additive,
-            ..channels
-        };
+        let mut table =
+            ScoreTable { scorer: self.recipe().to_string(), pool: needs.pool, additive: needs.additive, ..channels };
         for (layer, experts) in table.layers.iter_mut().zip(experts.layers) {
             let losses = statistics.expert(ATTRIBUTION.as_str(), layer.layer)?;
             layer.whole = Some(WholeScores {

@@ -60,7 +60,9 @@ impl Allocator for Coverage {
 
     fn needs(&self, granularity: Granularity) -> Needs {
         let pool = Pool::Layer;
-        Needs::new(granularity, pool).adding(pool, "the part of the scores of a layer that is covered").weighing_wholes()
+        Needs::new(granularity, pool)
+            .adding(pool, "the part of the scores of a layer that is covered")
+            .weighing_wholes()
     }
 
     fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {

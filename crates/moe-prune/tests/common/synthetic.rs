@@ -13,8 +13,12 @@ pub fn shape(layers: usize, experts: usize, width: usize) -> MoeShape {
 
 /// A table of these scores, by MoE layer and expert.
 pub fn table(granularity: Granularity, scores: &[Vec<Vec<f32>>]) -> ScoreTable {
-    let layer =
-        |(l, scores): (usize, &Vec<Vec<f32>>)| LayerScores { layer: 2 * l + 1, scores: scores.clone(), routed: None, whole: None };
+    let layer = |(l, scores): (usize, &Vec<Vec<f32>>)| LayerScores {
+        layer: 2 * l + 1,
+        scores: scores.clone(),
+        routed: None,
+        whole: None,
+    };
     ScoreTable {
         scorer: r#"{"type":"synthetic"}"#.into(),
         granularity,

@@ -1,6 +1,6 @@
 //! Artifacts of steps, named by everything they follow from.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use moe_core::Precision;
@@ -16,11 +16,13 @@ pub(crate) struct Artifacts {
     out: PathBuf,
     /// How the model is run, which every artifact follows from.
     precision: Precision,
+    /// Holds the lock of the directory while it lives.
+    _lock: Option<File>,
 }
 
 impl Artifacts {
     pub fn new(out: &Path, precision: Precision) -> Self {
-        Self { out: out.to_path_buf(), precision }
+        Self { out: out.to_path_buf(), precision, _lock: None }
     }
 
     /// Checks that the directory may be used.
@@ -37,11 +39,13 @@ impl Artifacts {
         }
     }
 
-    /// Makes the directory.
-    pub fn open(&self, resume: bool) -> Result<()> {
+    /// Makes the directory, and locks it against other processes.
+    pub fn open(&mut self, resume: bool) -> Result<()> {
         self.check(resume)?;
         let steps = self.out.join("steps");
-        fs::create_dir_all(&steps).map_err(Error::io(&steps))
+        fs::create_dir_all(&steps).map_err(Error::io(&steps))?;
+        self._lock = Some(moe_checkpoint::lock_directory(&steps)?);
+        Ok(())
     }
 
     /// The directory of an artifact, and whether it is finished. An unfinished one is there, perhaps with what an
@@ -81,4 +85,21 @@ pub(crate) fn digest(of: &[&str]) -> String {
         hasher.update(part.as_bytes());
     }
     hasher.finalize().to_hex().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_runs_in_one_directory_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let mut first = Artifacts::new(&out, Precision::default());
+        first.open(false).unwrap();
+        let busy = Artifacts::new(&out, Precision::default()).open(true).unwrap_err().to_string();
+        assert!(busy.contains("another process is writing"), "{busy}");
+        drop(first);
+        Artifacts::new(&out, Precision::default()).open(true).unwrap();
+    }
 }

@@ -24,7 +24,8 @@ impl Run<'_> {
         let file = dir.join("inputs.safetensors");
         if !reused {
             let model = self.engine_model()?;
-            let bar = self.options.progress.bar("looking at inputs", calibration.data.tokens() as u64, Unit::Count("tokens"));
+            let bar =
+                self.options.progress.bar("looking at inputs", calibration.data.tokens() as u64, Unit::Count("tokens"));
             let observing = calibration.observing(&model, SEEN.to_vec()).store(dir.join("seen"));
             observing.run(&mut |at| bar.at(at.tokens_done))?.save(&file)?;
         }
