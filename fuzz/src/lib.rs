@@ -1,5 +1,5 @@
-//! Everything that the crates read from files of others, as functions of bytes: whatever the bytes are, they are read or
-//! refused with an error. A panic, an overflow, a hang or memory without bound is a fault.
+//! Everything that the crates read from files of others, as functions of bytes: whatever the bytes are, they are read
+//! or refused with an error. A panic, an overflow, a hang or memory without bound is a fault.
 //!
 //! `cargo xtask fuzz` runs them under libFuzzer, with the fixtures of the repository as corpora; the test of this crate
 //! runs them on those files and on some that were changed at random.

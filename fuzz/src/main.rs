@@ -1,5 +1,5 @@
-//! The fuzzer: gives inputs to the target that `MOE_FUZZ_TARGET` names, after it has written the inputs to begin with into
-//! the folder `MOE_FUZZ_CORPUS`.
+//! The fuzzer: gives inputs to the target that `MOE_FUZZ_TARGET` names, after it has written the inputs to begin with
+//! into the folder `MOE_FUZZ_CORPUS`.
 #![no_main]
 
 use std::path::PathBuf;

@@ -9,7 +9,7 @@ use moe_checkpoint::{
     Provenance, Record, SafetensorsFile, ScoreTable, Statistics, WholeScores,
 };
 use moe_data::{ChatTemplate, Conversation, Reading, Row, Rows, Tokenizer};
-use moe_importance::{Scorer, ScorerConfig};
+use moe_importance::ScorerConfig;
 use moe_peft::lora::Maps;
 use moe_peft::{codec, peft_files};
 use moe_prune::{DistortionCurves, Edits, PrunePlan, Pruner, PrunerConfig};

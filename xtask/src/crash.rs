@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use comfy_table::Table;
 
@@ -149,8 +149,8 @@ impl Job<'_> {
         Ok(command)
     }
 
-    /// Goes on with what was killed, and names what differs from an undisturbed run. A run that was killed after all was
-    /// written has nothing to go on with, and says so.
+    /// Goes on with what was killed, and names what differs from an undisturbed run. A run that was killed after all
+    /// was written has nothing to go on with, and says so.
     fn goes_on(&self, name: &str, whole: &BTreeMap<String, String>) -> Result<Vec<String>> {
         let ended = self.finish(name, true);
         let wrong = different(whole, &sums(&self.dir.join(name).join("out"))?);

@@ -268,8 +268,8 @@ impl ScoreTable {
 
     /// Writes a safetensors file: `layer.{i}` `[experts, units]` f32 per MoE layer, `i` the decoder layer index
     /// (experts narrower than the widest of their layer are padded with NaN; the metadata has the widths), `routed.{i}`
-    /// `[experts]` i64, `whole.{i}` `[1 + experts]` f32 (the layer, then its experts), everything else as JSON under the
-    /// metadata key `moe.scores`. Atomic.
+    /// `[experts]` i64, `whole.{i}` `[1 + experts]` f32 (the layer, then its experts), everything else as JSON under
+    /// the metadata key `moe.scores`. Atomic.
     ///
     /// # Errors
     /// Those of [`ScoreTable::validate`], [`Error::Io`].

@@ -22,8 +22,9 @@ const UNFINISHED: &str = "unfinished-";
 /// resumed after a kill to those of one that ran through. Every file is written atomically; what a killed process left
 /// half written is ignored and removed by the next [`StatisticsStore::create_or_resume`].
 ///
-/// One process writes to a store at a time, for which it is locked; processes that share the work have a store each. What a run has left of a
-/// wave in progress is in a directory of its own ([`StatisticsStore::unfinished`]), which no other store takes over.
+/// One process writes to a store at a time, for which it is locked; processes that share the work have a store each.
+/// What a run has left of a wave in progress is in a directory of its own ([`StatisticsStore::unfinished`]), which no
+/// other store takes over.
 ///
 /// ```
 /// use moe_checkpoint::{Fold, MoeLayerShape, MoeShape, Provenance, Statistics, StatisticsStore};

@@ -69,8 +69,9 @@
 //!
 //! Scores say over which pool they may be compared and added ([`Needs`]); a pruner refuses what they do not support.
 //! Scores of units, estimates of the loss and shares of the traffic are comparable over the model; norms of outputs
-//! (`ean`, `man`, `reap`, `tenp`, `attribution`, `coalition`, `channel_norms`), `esft`, `bias` and `aimer` within a layer. Amounts are additive: losses, norms of
-//! weights, sums over all tokens. Shares, ranks, ratios and means over an expert's own tokens are not.
+//! (`ean`, `man`, `reap`, `tenp`, `attribution`, `coalition`, `channel_norms`), `esft`, `bias` and `aimer` within a
+//! layer. Amounts are additive: losses, norms of weights, sums over all tokens. Shares, ranks, ratios and means over an
+//! expert's own tokens are not.
 //!
 //! # Features
 //! Without features the crate has no Burn: scorers and statistics files are all that is needed to score. `collect` adds

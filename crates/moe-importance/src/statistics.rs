@@ -58,11 +58,11 @@ impl StatisticSpec {
     }
 }
 
-/// Per expert, `sum_t <m_t, o_t> / (|y_t|^2 + 1e-6)`: what the expert adds to the residual stream, `o_t = g_t f_t`, along
-/// what all routed experts of the token add, `m_t`, relative to the stream `y_t` after the layer.
+/// Per expert, `sum_t <m_t, o_t> / (|y_t|^2 + 1e-6)`: what the expert adds to the residual stream, `o_t = g_t f_t`,
+/// along what all routed experts of the token add, `m_t`, relative to the stream `y_t` after the layer.
 pub const ATTRIBUTION: StatisticId = StatisticId::new("attribution.sum");
-/// As [`ATTRIBUTION`], every coordinate of `m_t * o_t / (|y_t|^2 + 1e-6)` clipped within a wave to plus and minus the 99%
-/// quantile of its size over the expert's tokens, where these are more than two.
+/// As [`ATTRIBUTION`], every coordinate of `m_t * o_t / (|y_t|^2 + 1e-6)` clipped within a wave to plus and minus the
+/// 99% quantile of its size over the expert's tokens, where these are more than two.
 pub const ATTRIBUTION_CLIPPED: StatisticId = StatisticId::new("attribution.clipped");
 /// Per expert, `sum_t |o_t|^2 / (|y_t|^2 + 1e-6)`, as [`ATTRIBUTION`] has it.
 pub const ATTRIBUTION_SQUARE: StatisticId = StatisticId::new("attribution.square");

@@ -451,7 +451,8 @@ fn aimer_knows_tails_and_not_scale() {
     assert!(scores[3].abs() < 1e-6 && scores[4] == 0.0, "{scores:?}");
 }
 
-/// What an expert adds at its rows, what all experts of these tokens add, and the squares of the stream after the layer.
+/// What an expert adds at its rows, what all experts of these tokens add, and the squares of the stream after the
+/// layer.
 fn attributed(r: &Rows<'_>) -> (Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<f64>) {
     let (added, stream) = (r.layer.added(), r.layer.stream());
     let of = |t: &usize| added[*t].iter().find(|(e, _)| *e == r.index).unwrap().1.clone();

@@ -26,9 +26,10 @@
 //!
 //! Super experts are [protected](moe_checkpoint::ProtectionMask): they absorb nobody and nobody absorbs them.
 //!
-//! Beside that: [`Sparsity`] of experts (MoE-Pruner, arXiv 2410.12013), [`Compression`] of experts into `L R + S`, several fine-tuned checkpoints of one base in one
-//! ([`TaskRuleConfig`]: task arithmetic, TIES, DARE), and with feature `engine` the parts of a compression trained
-//! (`CompactTraining`) and coefficients of task vectors learnt on unlabeled data (`ExpertMerging`).
+//! Beside that: [`Sparsity`] of experts (MoE-Pruner, arXiv 2410.12013), [`Compression`] of experts into `L R + S`,
+//! several fine-tuned checkpoints of one base in one ([`TaskRuleConfig`]: task arithmetic, TIES, DARE), and with
+//! feature `engine` the parts of a compression trained (`CompactTraining`) and coefficients of task vectors learnt on
+//! unlabeled data (`ExpertMerging`).
 //!
 //! ```no_run
 //! use std::sync::Arc;

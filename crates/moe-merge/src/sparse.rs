@@ -23,8 +23,8 @@ pub const SPARSE: &str = "sparse";
 /// tokens routed to the expert, each times its routing weight g; the weights of one output row compete. Where inputs
 /// were never seen, sizes of weights decide.
 ///
-/// Source: MoE-Pruner (arXiv 2410.12013), Wanda with routing weights, in its unstructured and semi-structured forms. The
-/// shapes stay, so that stock loaders read the outcome; engines with kernels for 2:4 gain by it, others do not.
+/// Source: MoE-Pruner (arXiv 2410.12013), Wanda with routing weights, in its unstructured and semi-structured forms.
+/// The shapes stay, so that stock loaders read the outcome; engines with kernels for 2:4 gain by it, others do not.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Sparsity {

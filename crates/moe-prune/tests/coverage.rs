@@ -54,7 +54,9 @@ fn equal_layers_keep_alike_and_a_dominant_channel_needs_few() {
     let one = synthetic::table(moe_checkpoint::Granularity::Unit, &[flat.clone(), peaked, flat]);
     let one = with_wholes(one, |_, _| 1.0);
     let found = widths(&pruner(Coverage::default()), &one, &shape, 0.5);
-    assert!(found[1].iter().sum::<usize>() <= 2 && found[0] == found[2], "{found:?}");
+    let [first, peaked, last] = [0, 1, 2].map(|layer: usize| found[layer].iter().sum::<usize>());
+    // Of 24 units one layer needs but one, and 23 do not halve: the earlier of two equal layers has the odd one.
+    assert_eq!((first, peaked, last), (12, 1, 11), "{found:?}");
 }
 
 #[test]

@@ -9,8 +9,8 @@ use super::{ExpertWeightsSource, Needs, Scorer};
 use crate::Result;
 use crate::statistics::{ACTIVATION_SQUARE, GATE_SQUARE, ROUTED_TOKENS, UP_SQUARE};
 
-/// `(|u_j| + |up_j| + |gate_j|) / 3`, norms over the tokens routed to the expert of the unit's activation and of its two
-/// pre-activations. The norms are not divided by the number of tokens, so that often used experts score higher.
+/// `(|u_j| + |up_j| + |gate_j|) / 3`, norms over the tokens routed to the expert of the unit's activation and of its
+/// two pre-activations. The norms are not divided by the number of tokens, so that often used experts score higher.
 ///
 /// Comparable within a layer; coverage adds the scores up.
 ///

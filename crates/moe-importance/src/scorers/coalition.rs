@@ -9,16 +9,16 @@ use super::{Average, ExpertWeightsSource, Needs, Scorer};
 use crate::Result;
 use crate::statistics::{COALITION, ROUTED_TOKENS};
 
-/// The mean Shapley value of an expert in the coalitions that tokens choose: a coalition S of a token's experts is worth
-/// `|sum_S o_e|^2 / |m|^2`, with the experts' outputs times their routing weights o and the sum m of all of them. The
-/// Shapley value of this game is `<o_e, m> / |m|^2`, since every pair of a token's experts shares twice its inner
+/// The mean Shapley value of an expert in the coalitions that tokens choose: a coalition S of a token's experts is
+/// worth `|sum_S o_e|^2 / |m|^2`, with the experts' outputs times their routing weights o and the sum m of all of them.
+/// The Shapley value of this game is `<o_e, m> / |m|^2`, since every pair of a token's experts shares twice its inner
 /// product evenly; the values of a token's experts add up to 1.
 ///
 /// Values below 0 count as 0, as the published selection covers a part of the *non-negative* mass; `signed` keeps them.
 /// With the allocator `normalized` by `coverage` the number of experts per layer follows as published.
 ///
-/// Source: SHAPE, arXiv 2606.09886, which defines Shapley-style values over the top-k coalitions of routing traces. What
-/// a coalition is worth is not given in what of it was available; the squared norm is the choice made here.
+/// Source: SHAPE, arXiv 2606.09886, which defines Shapley-style values over the top-k coalitions of routing traces.
+/// What a coalition is worth is not given in what of it was available; the squared norm is the choice made here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]

@@ -93,8 +93,8 @@ impl From<Parts> for Vec<Part> {
 pub struct Fisher {
     /// The criterion; default [`Criterion::Token`].
     pub criterion: Criterion,
-    /// Of which matrices the gradients count; default all. Some of them, for [`Criterion::Abs`] alone, are a baseline of
-    /// the released code: the mean is over their weights. With the mean of [`Experts`](super::Experts) it is the
+    /// Of which matrices the gradients count; default all. Some of them, for [`Criterion::Abs`] alone, are a baseline
+    /// of the released code: the mean is over their weights. With the mean of [`Experts`](super::Experts) it is the
     /// published one of whole experts.
     #[serde(skip_serializing_if = "Parts::all")]
     pub parts: Parts,

@@ -11,8 +11,8 @@ use crate::Result;
 use crate::statistics::ATTRIBUTION;
 
 /// The scores of `channels`, with what every expert and every layer weighs as a whole beside them
-/// ([`WholeScores`]): the experts by `experts`, a layer by its loss `(1/T) sum_t |m_t|^2 / (|y_t|^2 + 1e-6)`, how much of
-/// the residual stream after it its routed experts make. The allocator `coverage` shares a budget out by both.
+/// ([`WholeScores`]): the experts by `experts`, a layer by its loss `(1/T) sum_t |m_t|^2 / (|y_t|^2 + 1e-6)`, how much
+/// of the residual stream after it its routed experts make. The allocator `coverage` shares a budget out by both.
 ///
 /// The loss of a layer is the sum of the attributions of its experts, unclipped and of first order.
 ///

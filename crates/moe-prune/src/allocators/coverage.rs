@@ -19,12 +19,12 @@ use crate::{Error, Needs, Result};
 ///   order. A layer of weight w keeps the least that covers a part `s w` of their sum, for the one level s that meets
 ///   the budget. The weights are those of the layers, smoothed: [`smoothing`](Self::smoothing) times their square root,
 ///   each time clamped to one standard deviation around the mean, then divided by the mean.
-/// - **Experts.** Of what the layer keeps, an expert of weight a keeps its best units that cover a part `m c` of its own
-///   sum, with `c = sqrt(max(a, 0))` as a share of the layer, at least 1e-6, for the one m that meets the layer's number.
-///   So an important expert keeps a larger part of its own scores, and a flat one many units for it.
-/// - **Narrow experts.** What is narrower than [`min_units`](Self::min_units) goes as a whole; its units go to layers in
-///   proportion to the room that their other experts have, and to these experts likewise.
-///   With [`remove_emptied`](Self::remove_emptied), experts without units go with their rows of the router.
+/// - **Experts.** Of what the layer keeps, an expert of weight a keeps its best units that cover a part `m c` of its
+///   own sum, with `c = sqrt(max(a, 0))` as a share of the layer, at least 1e-6, for the one m that meets the layer's
+///   number. So an important expert keeps a larger part of its own scores, and a flat one many units for it.
+/// - **Narrow experts.** What is narrower than [`min_units`](Self::min_units) goes as a whole; its units go to layers
+///   in proportion to the room that their other experts have, and to these experts likewise. With
+///   [`remove_emptied`](Self::remove_emptied), experts without units go with their rows of the router.
 ///
 /// The released code looks for s and m by 32 bisections, and then adds or drops single units; here the level at which
 /// every unit enters is sorted, which is what the bisections approach and meets the budget exactly. Where the release
@@ -166,8 +166,8 @@ fn candidates(scores: &[f64], weight: f64, owner: usize, floor: usize, into: &mu
     }
 }
 
-/// How many candidates of each of `owners` are among the first `keep`: by level, then the higher score, then the earlier
-/// owner.
+/// How many candidates of each of `owners` are among the first `keep`: by level, then the higher score, then the
+/// earlier owner.
 fn first(mut candidates: Vec<Candidate>, owners: usize, keep: usize) -> Vec<usize> {
     // Stable: the candidates of an owner stand in order.
     candidates.sort_by(|a, b| {

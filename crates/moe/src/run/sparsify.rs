@@ -39,6 +39,6 @@ impl Run<'_> {
         let summary = format!("{} of {} weights of experts are zero ({share:.1}%)", report.zeros, report.weights);
         self.model = sparse.model().clone();
         self.pruned = None;
-        Ok(Done { summary, reused, artifact: Some(dir), measured: vec![] })
+        Ok(Done { summary, reused, artifact: Some(dir), ..Done::default() })
     }
 }
