@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fmt, ops::Range, sync::Arc};
 
 use burn::tensor::Device;
-use moe_checkpoint::{Checkpoint, KeptQuantization, Role, Step};
+use moe_checkpoint::{Checkpoint, KeptQuantization, QuantizeOptions, Quantized, Role, Step, WeightFormat};
 use moe_core::{
     Model,
     adapters::{Adapters, EmbeddingAdapter, LinearAdapter, Site, VectorAdapter},
@@ -121,6 +121,15 @@ impl Folded {
         let names = folded.rewritten.tensors();
         let kept = KeptQuantization::requantized(folded.rewritten.model(), base, &names)?;
         Ok(Self { requantized: Some(kept.model), ..folded })
+    }
+
+    /// The same with its routed experts packed in a format, which is that they were trained in.
+    ///
+    /// # Errors
+    /// [`moe_checkpoint::Error::Quantize`] for widths that the format cannot divide.
+    pub fn packed(self, format: &WeightFormat) -> Result<Self> {
+        let quantized = Quantized::on(self.rewritten.model(), &QuantizeOptions::new(format.clone()))?;
+        Ok(Self { requantized: Some(quantized.model().clone()), ..self })
     }
 
     /// Whether a set can be folded into `base`, before it is trained: its values are not read.

@@ -57,6 +57,7 @@
 //! | experts by label, Contrastive MoE | `label_experts` | [`LabelExperts`](label_experts::LabelExperts) | experts of a row's label | checkpoint |
 //! | loss-free balance (2408.15664) | `loss_free` | [`LossFree`](loss_free::LossFree) | weights, under a bias that follows the load | checkpoint |
 //! | SMoE-Dropout (2303.01610) | `smoe_dropout` | [`SmoeDropout`](smoe_dropout::SmoeDropout) | experts, under random routers | checkpoint and `run_time.json` |
+//! | MoTE (2506.14435) | `mote` | [`Mote`](mote::Mote) | routed experts as ternary matrices, and routers | checkpoint with experts in two bits |
 //! | condenser experts (2604.23036) | `condensers` | [`CondenserTuning`](condenser::CondenserTuning) | weights, under a bias of routing | checkpoint and file |
 //! | losses on routers | beside any | [`RouterLosses`](router_loss::RouterLosses) | | |
 //! | DenseMixer | beside what trains routers | [`DenseMixer`](dense_mixer::DenseMixer) | | |
@@ -88,6 +89,7 @@ pub mod merge;
 pub mod method_config;
 pub mod mixture;
 pub mod model_weights;
+pub mod mote;
 mod named_methods;
 pub mod null_experts;
 mod parameter_bank;

@@ -19,6 +19,7 @@ use crate::{
     loss_free::LossFree,
     mixture::{Gate, MixtureConfig},
     model_weights::OwnWeights,
+    mote::Mote,
     null_experts::NullExpertTuning,
     recurrent_router::RecurrentRouterTuning,
     router_loss::RouterTargetTuning,
@@ -56,6 +57,7 @@ use crate::{
 /// | `router_targets` | [`RouterTargetTuning`] | 1e-3 | constant (ours) | .9, .999 | 2 epochs (ours) | arXiv 2507.18464 |
 /// | `label_experts` | [`LabelExperts`] | 1e-5 | constant | .9, .95, decay 0.1 | 500 | as `esft`; ours |
 /// | `loss_free` | [`LossFree`] | 1e-5 | constant | .9, .95, decay 0.1 | 500 | as `esft`; ours |
+/// | `mote` | [`Mote`] | 1e-4 | cosine to 0, 3% warm-up | .9, .999 | 500 | ours: the paper's are unknown |
 /// | `smoe_dropout` | [`SmoeDropout`] | 3e-5 | cosine to 0, 3% warm-up | .9, .999 | 500 | ours: it was published for training from scratch |
 ///
 /// Gradients are clipped at a norm of 1 throughout, nothing is evaluated on the way and the last values are kept.
@@ -97,6 +99,8 @@ pub enum MethodConfig {
     LabelExperts(LabelExperts),
     /// Balance by a bias instead of a loss.
     LossFree(LossFree),
+    /// Ternary experts.
+    Mote(Mote),
     /// Experts under random routers.
     SmoeDropout(SmoeDropout),
 }
@@ -183,6 +187,7 @@ impl MethodConfig {
             Self::RouterTargets(tuning) => Box::new(tuning.clone()),
             Self::LabelExperts(method) => Box::new(method.clone()),
             Self::LossFree(method) => Box::new(method.clone()),
+            Self::Mote(method) => Box::new(*method),
             Self::SmoeDropout(method) => Box::new(method.clone()),
         }
     }
@@ -208,6 +213,7 @@ impl MethodConfig {
             Self::Esft(esft) => esft.non_expert_modules,
             Self::CompressedExperts(compressed) => compressed.own.router,
             Self::Condensers(tuning) => tuning.weights.router,
+            Self::Mote(method) => method.router,
             // DenseMixer knows the model's own rule alone
             Self::NullExperts(_)
             | Self::RecurrentRouter(_)
@@ -261,6 +267,7 @@ impl MethodConfig {
             Self::RouterTargets(_) => (1e-3, constant, plain, epochs(2)),
             Self::LabelExperts(_) => (1e-5, constant, adamw(0.95, 0.1), some(500)),
             Self::LossFree(_) => (1e-5, constant, adamw(0.95, 0.1), some(500)),
+            Self::Mote(_) => (1e-4, cosine, plain, some(500)),
             Self::SmoeDropout(_) => (3e-5, cosine, plain, some(500)),
         };
         TrainOptions {

@@ -14,6 +14,7 @@ use crate::{
     method_config::Compressed,
     mixture::{Allocation, MixtureConfig},
     model_weights::OwnWeights,
+    mote::Mote,
     null_experts::NullExpertTuning,
     recurrent_router::RecurrentRouterTuning,
     router_loss::RouterTargetTuning,
@@ -154,6 +155,9 @@ pub const METHODS: &[NamedMethod] = &[
     }),
     named("smoe-dropout", "experts, under random routers and ever more per token", "arXiv 2303.01610", || {
         MethodConfig::SmoeDropout(SmoeDropout::default())
+    }),
+    named("mote", "experts that run as ternary matrices, and routers", "arXiv 2506.14435", || {
+        MethodConfig::Mote(Mote::default())
     }),
     named("condensers", "experts and routers, under a bias that makes routing uneven", "arXiv 2604.23036", || {
         MethodConfig::Condensers(CondenserTuning::default())

@@ -276,6 +276,14 @@ fn asked_for(method: &MethodConfig) -> Vec<String> {
 }
 
 impl Trained {
+    /// What was trained in the weights, packed where it was trained in a format.
+    fn folded(&self, base: &Model) -> Result<Folded> {
+        match &self.artifacts.packed {
+            Some(format) => Folded::on(base.checkpoint(), self.task.set())?.packed(format),
+            None => Folded::in_precision(base.checkpoint(), self.task.set(), self.fold),
+        }
+    }
+
     /// The model as [`save`](Self::save) writes it, rounded to the dtype of its weights: what is to be measured. `None`
     /// for a mixture, which depends on its input; its model is that of the [task](Self::task).
     ///
@@ -285,7 +293,7 @@ impl Trained {
         if self.artifacts.mixture.is_some() {
             return Ok(None);
         }
-        let folded = Folded::in_precision(base.checkpoint(), self.task.set(), self.fold)?;
+        let folded = self.folded(base)?;
         let model = folded.run(base.device(), max_memory)?.with_precision(base.precision());
         Ok(Some(self.artifacts.beside(&model)?.unwrap_or(model)))
     }
@@ -309,7 +317,7 @@ impl Trained {
             saved.adapter = Some(adapter);
             return Ok(saved);
         }
-        let folded = Folded::in_precision(base.checkpoint(), self.task.set(), self.fold)?;
+        let folded = self.folded(base)?;
         let mut run_time = self.artifacts.run_time();
         // a bias goes into the tensor that a family has for it
         let export = run_time.routing.as_ref().map(|routing| routing.export(base)).transpose()?.flatten();

@@ -7,6 +7,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use moe_checkpoint::WeightFormat;
 use moe_core::{
     Model,
     adaptive::RunTime,
@@ -241,6 +242,8 @@ pub struct Artifacts {
     pub random_routing: Option<Arc<RandomRouting>>,
     /// Scores by which tokens skip feed-forward halves.
     pub token_skip: Option<Arc<TokenSkipRouter>>,
+    /// The format that routed experts were trained in, and are packed in when they are saved.
+    pub packed: Option<WeightFormat>,
 }
 
 impl Artifacts {
@@ -288,6 +291,7 @@ impl Artifacts {
             duo: self.duo.or(other.duo),
             random_routing: self.random_routing.or(other.random_routing),
             token_skip: self.token_skip.or(other.token_skip),
+            packed: self.packed.or(other.packed),
         }
     }
 }

@@ -19,6 +19,9 @@ pub(crate) enum Element {
     Nf4,
     /// An unsigned integer of so many bits, in a little-endian stream of whole words per row.
     Integer(usize),
+    /// -1, 0 or 1 times one scale of the whole matrix, which every row repeats; stored as [`Element::Integer`] of two
+    /// bits.
+    Ternary,
 }
 
 /// How the scale of a matrix and those of groups make a factor.
@@ -159,6 +162,9 @@ impl Scheme {
     /// The scale of a matrix.
     fn global_of(&self, values: &[f32]) -> Option<f32> {
         let largest = values.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+        if self.element == Element::Ternary {
+            return Some(ternary_scale(values));
+        }
         let most = E2M1_MAX * floats::E4M3_MAX;
         self.global.map(|global| match global {
             _ if largest == 0.0 => 1.0,
@@ -207,6 +213,7 @@ impl Scheme {
                 _ => (safe(self.stored(largest / E2M1_MAX)), 0),
             },
             Element::Nf4 => (safe(self.stored(largest)), 0),
+            Element::Ternary => (safe(self.stored(global.unwrap_or_else(|| ternary_scale(values)))), 0),
             Element::Integer(bits) => {
                 let most = ((1usize << bits) - 1) as f32;
                 if !self.zeros {
@@ -227,6 +234,7 @@ impl Scheme {
             Element::E4m3 => floats::to_e4m3(scaled),
             Element::E2m1 => floats::to_e2m1(scaled),
             Element::Nf4 => floats::to_nf4(scaled),
+            Element::Ternary => (scaled.round_ties_even().clamp(-1.0, 1.0) + 2.0) as u8,
             Element::Integer(bits) => {
                 let zero = zero.map_or((1usize << (bits - 1)) as f32, f32::from);
                 (scaled.round_ties_even() + zero).clamp(0.0, ((1usize << bits) - 1) as f32) as u8
@@ -241,6 +249,7 @@ impl Scheme {
             Element::E4m3 => floats::e4m3(code) * factor,
             Element::E2m1 => floats::E2M1[usize::from(code)] * factor,
             Element::Nf4 => floats::NF4[usize::from(code)] * factor,
+            Element::Ternary => (f32::from(code) - 2.0) * factor,
             Element::Integer(bits) => {
                 (f32::from(code) - zero.map_or((1usize << (bits - 1)) as f32, f32::from)) * factor
             }
@@ -263,6 +272,7 @@ impl Scheme {
         match self.element {
             Element::E4m3 => 8,
             Element::E2m1 | Element::Nf4 => 4,
+            Element::Ternary => 2,
             Element::Integer(bits) => bits,
         }
     }
@@ -272,7 +282,7 @@ impl Scheme {
         match self.element {
             Element::E4m3 => cols,
             Element::E2m1 | Element::Nf4 => cols / 2,
-            Element::Integer(bits) => (cols * bits).div_ceil(32),
+            Element::Integer(_) | Element::Ternary => (cols * self.bits()).div_ceil(32),
         }
     }
 
@@ -358,7 +368,8 @@ impl Scheme {
             Element::Nf4 => {
                 parted.codes.chunks(2).map(|pair| pair[0] << 4 | pair.get(1).copied().unwrap_or(0)).collect()
             }
-            Element::Integer(bits) => {
+            Element::Integer(_) | Element::Ternary => {
+                let bits = self.bits();
                 let row_bytes = 4 * (cols * bits).div_ceil(32);
                 let mut out = vec![0u8; rows * row_bytes];
                 if cols > 0 {
@@ -395,7 +406,8 @@ impl Scheme {
             }
             out.push(packed);
         }
-        out.extend(parted.global.map(|global| global.to_le_bytes().to_vec()));
+        // That of ternary matrices is what every row has.
+        out.extend(parted.global.filter(|_| self.global.is_some()).map(|global| global.to_le_bytes().to_vec()));
         out
     }
 }
@@ -410,6 +422,16 @@ fn to_stream(codes: impl Iterator<Item = u8>, bits: usize, out: &mut [u8]) {
             out[byte + 1] |= high;
         }
     }
+}
+
+/// The scale of a ternary matrix: the mean magnitude (BitNet b1.58, arXiv 2402.17764), or, of one that is ternary
+/// already, the magnitude that it has.
+fn ternary_scale(values: &[f32]) -> f32 {
+    let largest = values.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+    if values.iter().all(|value| *value == 0.0 || value.abs() == largest) {
+        return largest;
+    }
+    (values.iter().map(|value| f64::from(value.abs())).sum::<f64>() / values.len().max(1) as f64) as f32
 }
 
 /// A scale to divide by: 1 for that of zeros.
@@ -490,6 +512,7 @@ mod tests {
                 Element::E2m1 => 2.0 / 4.0,
                 Element::Nf4 => floats::NF4[1] - floats::NF4[0],
                 Element::Integer(bits) => 2.0 / ((1 << bits) - 1) as f32,
+                Element::Ternary => 1.0,
             };
             for (found, value) in found.iter().zip(&values) {
                 // A scale in BF16 is off by up to one in 512, and with it the largest value.
@@ -556,6 +579,35 @@ mod tests {
         let matrix = Matrix::scaled((2, 5), stream, levels, Groups::Grid { rows: 1, cols: 5 }, vec![1.0; 2]);
         let found: Vec<u8> = matrix.f32(Rows::range(0..2)).unwrap().iter().map(|value| *value as u8).collect();
         assert_eq!(found, codes);
+    }
+
+    #[test]
+    fn ternary_matrices_have_three_values_and_stay_what_they_are() {
+        let scheme = Scheme {
+            element: Element::Ternary,
+            group: (1, usize::MAX),
+            scale: Dtype::BF16,
+            zeros: false,
+            global: None,
+        };
+        let dims = (6, 40);
+        let values = values(dims.0, dims.1);
+        let parted = scheme.encode(&values, dims);
+        let mean = values.iter().map(|value| value.abs()).sum::<f32>() / values.len() as f32;
+        let scale = half::bf16::from_f32(mean).to_f32();
+        assert!(parted.scales.iter().all(|found| *found == scale), "{:?} {mean}", parted.scales);
+        let found = scheme.decode(&parted);
+        for (found, value) in found.iter().zip(&values) {
+            let expected = (value / scale).round_ties_even().clamp(-1.0, 1.0) * scale;
+            assert_eq!(*found, expected, "{value}");
+        }
+        assert!([-scale, 0.0, scale].iter().all(|level| found.contains(level)));
+        let again = scheme.encode(&found, dims);
+        assert_eq!(scheme.decode(&again), found);
+        let [codes, scales] = <[Vec<u8>; 2]>::try_from(scheme.pack(&again)).unwrap();
+        // Two bits per element, rows of whole words, and a BF16 scale per row.
+        assert_eq!((codes.len(), scales.len()), (6 * 4 * 3, 6 * 2));
+        assert!(scheme.decode(&scheme.encode(&[0.0; 8], (2, 4))).iter().all(|value| *value == 0.0));
     }
 
     #[test]

@@ -76,6 +76,7 @@ fn group(format: &WeightFormat, targets: Value) -> (&'static str, Value) {
             scheme["group_size"] = json!(group_size);
             ("pack-quantized", scheme)
         }
+        WeightFormat::Ternary => ("pack-quantized", weights(2, "int", "channel", true)),
         WeightFormat::Nvfp4 => {
             let mut scheme = weights(4, "float", "tensor_group", true);
             (scheme["group_size"], scheme["scale_dtype"]) = (json!(16), json!("torch.float8_e4m3fn"));

@@ -86,7 +86,7 @@ impl ExpertFormats {
 impl WeightFormat {
     /// Whether other formats may stand beside it in one checkpoint.
     pub fn is_mixable(&self) -> bool {
-        matches!(self, Self::Fp8Channels | Self::Mxfp4 | Self::Nvfp4 | Self::Int { .. })
+        matches!(self, Self::Fp8Channels | Self::Mxfp4 | Self::Nvfp4 | Self::Int { .. } | Self::Ternary)
     }
 
     /// Bytes that a matrix takes, codes and everything beside them.

@@ -39,6 +39,10 @@ pub enum WeightFormat {
         #[serde(default = "yes")]
         symmetric: bool,
     },
+    /// Ternary: -1, 0 or 1 times the mean magnitude of the matrix (BitNet b1.58, arXiv 2402.17764), as `pack-quantized`
+    /// integers of 2 bits whose rows all have one BF16 scale. What experts that were trained so
+    /// (MoTE, arXiv 2506.14435) are packed in; others lose too much.
+    Ternary,
     /// NF4 (QLoRA, arXiv 2305.14314): 4-bit quantiles of a normal distribution with an F32 scale per 64 elements, as
     /// bitsandbytes stores them. Read by engines outside experts alone: what a base of fine-tuning is held in.
     Nf4,
@@ -60,12 +64,14 @@ fn yes() -> bool {
 }
 
 /// Names of formats with their usual parameters.
-pub(crate) const NAMES: [&str; 8] = ["fp8_blocks", "fp8_channels", "mxfp4", "int4", "int6", "int8", "nvfp4", "nf4"];
+pub(crate) const NAMES: [&str; 9] =
+    ["fp8_blocks", "fp8_channels", "mxfp4", "int4", "int6", "int8", "nvfp4", "nf4", "ternary"];
 
 impl FromStr for WeightFormat {
     type Err = Error;
 
-    /// A name (`fp8_blocks`, `fp8_channels`, `mxfp4`, `int4`, `int6`, `int8`, `nvfp4`, `nf4`), or the format as JSON.
+    /// A name (`fp8_blocks`, `fp8_channels`, `mxfp4`, `int4`, `int6`, `int8`, `nvfp4`, `nf4`,
+    /// `ternary`), or the format as JSON.
     fn from_str(text: &str) -> Result<Self> {
         let refused = |reason: String| Error::Quantize { format: text.chars().take(80).collect(), reason };
         let integers = |bits| Self::Int { bits, group_size: group(), symmetric: true };
@@ -78,6 +84,7 @@ impl FromStr for WeightFormat {
             "int8" => integers(8),
             "nvfp4" => Self::Nvfp4,
             "nf4" => Self::Nf4,
+            "ternary" => Self::Ternary,
             json if json.starts_with('{') => serde_json::from_str(json).map_err(|error| refused(error.to_string()))?,
             _ => {
                 let names = NAMES.join(", ");
@@ -106,6 +113,7 @@ impl fmt::Display for WeightFormat {
             }
             Self::Nvfp4 => f.write_str("NVFP4"),
             Self::Nf4 => f.write_str("NF4"),
+            Self::Ternary => f.write_str("ternary"),
         }
     }
 }
@@ -160,6 +168,7 @@ impl WeightFormat {
                 ..plain
             },
             Self::Nf4 => bitsandbytes::nf4(bitsandbytes::BLOCK),
+            Self::Ternary => Scheme { element: Element::Ternary, ..plain },
             Self::Nvfp4 => Scheme {
                 element: Element::E2m1,
                 group: (1, nvfp4::GROUP),
@@ -199,6 +208,7 @@ impl WeightFormat {
                 made(0)(spec("_packed", Dtype::U8, vec![rows, cols / 2])),
                 made(1)(spec("_scale", Dtype::U8, vec![rows, across])),
             ],
+            Self::Ternary => Self::Int { bits: 2, group_size: None, symmetric: true }.stored(name, (rows, cols), stack),
             Self::Int { bits, symmetric, .. } => {
                 let mut out = vec![
                     made(0)(spec("_packed", Dtype::I32, vec![rows, (cols * bits).div_ceil(32)])),

@@ -186,9 +186,7 @@ impl OwnWeights {
             if dims.contains(&0) {
                 continue;
             }
-            let stored = || OfCheckpoint::Map(checkpoint.clone(), site);
-            let live = live(model, site.path(), dims, begin != Begin::InMemory, stored)?;
-            set.bank_mut().insert(live.clone())?;
+            let live = put_map(model, set, site, dims, begin)?;
             set.add(site, Arc::new(OwnMatrix(live)))?;
             any = true;
         }
@@ -262,6 +260,20 @@ impl TuningMethod for OwnWeights {
         self.put_into(on.model, set, Begin::Outlined)?;
         Ok(Installed::default())
     }
+}
+
+/// Puts the values of a map among the parameters of a set.
+pub(crate) fn put_map(
+    model: &Model,
+    set: &mut AdapterSet,
+    site: Site,
+    dims: [usize; 2],
+    begin: Begin,
+) -> Result<Arc<Live>> {
+    let stored = || OfCheckpoint::Map(model.checkpoint().clone(), site);
+    let live = live(model, site.path(), dims, begin != Begin::InMemory, stored)?;
+    set.bank_mut().insert(live.clone())?;
+    Ok(live)
 }
 
 /// Values of a checkpoint, read now or left there.
