@@ -140,7 +140,7 @@ fn a_model_without_a_shared_expert_is_refused_with_the_way_out() {
         resume: false,
         fold: FoldPrecision::Bf16,
     };
-    let error = run.train(&recipe(1), &mut |_| Ok(())).unwrap_err().to_string();
+    let error = run.train(&recipe(1), &mut |_| Ok(())).err().unwrap().to_string();
     assert!(error.contains("shared expert") && error.contains("without_shared"), "{error}");
     let mut allowed = recipe(1);
     allowed.method = serde_json::from_value(serde_json::json!({"type": "mote", "without_shared": true})).unwrap();
