@@ -191,6 +191,14 @@ fn what_is_not_read_is_refused_by_name_with_the_way_out() {
     let scale = scaled.tensors[&named(&scaled, "down_proj.weight_scale_2")].clone();
     scaled.tensors.insert("model.layers.0.mlp.experts.0.down_proj.pre_quant_scale".into(), scale);
     assert_parts(&scaled.refusal(), &["pre_quant_scale", "fold"]);
+    let scale = scaled.tensors[&named(&scaled, "down_proj.weight_scale_2")].clone();
+    for (ending, parts) in
+        [("svdquant_lora_a", ["SVDQuant", "original checkpoint"]), ("weight_bitmask", ["2:4", "decompress them"])]
+    {
+        let mut beside = model("modelopt-nvfp4-qwen3_moe");
+        beside.tensors.insert(format!("model.layers.0.mlp.experts.0.down_proj.{ending}"), scale.clone());
+        assert_parts(&beside.refusal(), &[ending, parts[0], parts[1]]);
+    }
     let mut tiled = model("bnb-int8-qwen3_moe");
     let name = named(&tiled, "down_proj.weight_format");
     tiled.tensor(&name).bytes = vec![2];

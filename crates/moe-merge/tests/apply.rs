@@ -47,6 +47,32 @@ fn merging_nothing_is_byte_identical() {
 }
 
 #[test]
+fn quantized_models_of_every_format_of_the_table_are_merged_into_bf16() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let text = std::fs::read_to_string(root.join("docs/quantization.md")).unwrap();
+    let rows: Vec<&str> = text.lines().filter(|line| line.starts_with('|') && line.contains("| `")).collect();
+    assert_eq!(rows.len(), 23);
+    let directory = tempdir().unwrap();
+    for row in rows {
+        let name = row.split('|').nth(2).unwrap().trim().trim_matches('`');
+        let model = open(root.join("crates/moe-checkpoint/tests/fixtures/quantized").join(name));
+        let plan = plan(&plain(0.5), &model);
+        let out = directory.path().join(name);
+        written(&plan, &model, &out, &options(OutputForm::Grouped, &model)).unwrap();
+        let merged = Checkpoint::open(&out).unwrap();
+        assert_eq!(merged.quantization(), None, "{name}");
+        let layer = plan.layers[0].layer;
+        let dtype = merged.expert_dtype(layer, 0, moe_checkpoint::ExpertPart::Down).unwrap();
+        assert_eq!(dtype, Some(moe_checkpoint::Dtype::BF16), "{name}");
+        // Who stays alone keeps the values of its codes.
+        for group in plan.layers[0].groups.iter().filter(|group| group.members.len() == 1) {
+            let expert = group.members[0] as usize;
+            assert_eq!(merged.expert(layer, expert).unwrap(), model.expert(layer, expert).unwrap(), "{name}");
+        }
+    }
+}
+
+#[test]
 fn a_grouped_checkpoint_gives_the_logits_of_copies_and_is_smaller() {
     let directory = tempdir().unwrap();
     for (name, model) in checkpoints().into_iter().filter(|(name, _)| !name.contains("qwen3_5")) {

@@ -3,11 +3,12 @@
 #[allow(dead_code)]
 mod common;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::{contents, write_plan};
-use moe_checkpoint::{Checkpoint, Dtype, ExpertWeights};
+use moe_checkpoint::{Checkpoint, Dtype, ExpertWeights, KeptQuantization};
 use moe_prune::{PruneForm, PruneOptions, PrunePlan, PrunedPrecision};
 
 fn fixture(name: &str) -> PathBuf {
@@ -117,6 +118,59 @@ fn whole_experts_go_from_every_format_without_a_change_of_the_others() {
 }
 
 #[test]
+fn numbers_of_experts_by_layer_stand_in_what_compressed_tensors_says_of_sparsity() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["ct-int8-g32-w8a16-qwen3_moe", "ct-nvfp4-qwen3_moe", "ct-mixed-qwen3_moe", "llmc-w4a16-qwen3_moe"] {
+        let model = open(name);
+        let last = model.shape().layers.last().unwrap().layer;
+        let mut plan = PrunePlan::keep_all(model.shape(), model.fingerprint());
+        let kept = plan.kept.iter_mut().find(|kept| kept.layer == last).unwrap();
+        kept.experts[1].clear();
+        kept.removed.push(1);
+        let plan = counted(plan);
+        let out = dir.path().join(name);
+        let report = write_plan(&plan, &model, &out, &PruneOptions::new(PruneForm::Uniform));
+        let report = report.unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert!(report.notes.iter().any(|note| note.contains("every code and scale as it was")), "{name}: {report}");
+        let pruned = Arc::new(Checkpoint::open(&out).unwrap());
+        assert_eq!(pruned.quantization(), model.quantization(), "{name}");
+        let raw = pruned.raw_config();
+        assert_eq!(raw["model_type"], model.raw_config()["model_type"], "{name}");
+        assert_eq!(raw["num_experts"], model.raw_config()["num_experts"], "{name}");
+        let sparsity = &raw["quantization_config"]["moe_sparsity_config"];
+        let counts: Vec<usize> = (0..model.config().layers.len())
+            .map(|layer| model.shape().layer(layer).unwrap().num_experts() - usize::from(layer == last))
+            .collect();
+        assert_eq!(*sparsity, serde_json::json!({"method": "prune", "num_experts": counts}), "{name}");
+        for layer in &model.shape().layers {
+            let left = (0..layer.num_experts()).filter(|expert| layer.layer != last || *expert != 1);
+            for (new, old) in left.enumerate() {
+                let (found, expected) = (pruned.expert(layer.layer, new), model.expert(layer.layer, old));
+                assert_eq!(found.unwrap(), expected.unwrap(), "{name}, layer {}, expert {old}", layer.layer);
+            }
+        }
+        // The same from every other layer: one number for all, which the config says again.
+        let mut even = PrunePlan::keep_all(pruned.shape(), pruned.fingerprint());
+        for kept in even.kept.iter_mut().filter(|kept| kept.layer != last) {
+            kept.experts[0].clear();
+            kept.removed.push(0);
+        }
+        let even = counted(even).on(&pruned, &PruneOptions::new(PruneForm::Uniform)).unwrap();
+        let raw = even.model().raw_config();
+        assert!(raw["quantization_config"]["moe_sparsity_config"].is_null(), "{name}");
+        assert_eq!(raw["num_experts"], model.shape().layers[0].num_experts() - 1, "{name}");
+        assert_eq!(even.model().quantization(), model.quantization(), "{name}");
+    }
+    // Formats that have no place for them say where there is one.
+    let model = open("gptq-v1-sym-qwen3_moe");
+    let mut plan = PrunePlan::keep_all(model.shape(), model.fingerprint());
+    plan.kept[0].experts[0].clear();
+    plan.kept[0].removed.push(0);
+    let error = counted(plan).on(&model, &PruneOptions::new(PruneForm::Uniform)).unwrap_err().to_string();
+    assert!(error.contains("one number of experts") && error.contains("compressed-tensors"), "{error}");
+}
+
+#[test]
 fn a_plan_that_keeps_everything_reproduces_every_stored_tensor() {
     for name in fixtures() {
         let model = open(&name);
@@ -211,21 +265,30 @@ fn units_that_the_format_cannot_lose_are_an_error_with_the_way_out() {
     assert!(ragged.report().notes.iter().any(|note| note.contains("written as BF16")), "{}", ragged.report());
 }
 
-/// The rows of the table in docs/quantization.md: fixture, what writes it, how units go.
-fn table() -> Vec<[String; 3]> {
+/// The rows of the table in docs/quantization.md: fixture, what writes it, how experts and how units go, what merging
+/// and tuning write.
+fn table() -> Vec<[String; 6]> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/quantization.md");
     let text = std::fs::read_to_string(path).unwrap();
     let rows = text.lines().filter(|line| line.starts_with('|') && line.contains("| `"));
     let cell = |row: &str, at: usize| row.split('|').nth(at).unwrap().trim().trim_matches('`').to_string();
-    rows.map(|row| [cell(row, 2), cell(row, 3), cell(row, 4)]).collect()
+    rows.map(|row| [2, 3, 4, 5, 6, 7].map(|at| cell(row, at))).collect()
 }
 
 #[test]
 fn the_table_of_formats_says_what_is() {
     let rows = table();
     assert_eq!(rows.len(), 23);
-    for [name, written, units] in &rows {
+    for [name, written, experts, units, merged, tuned] in &rows {
         let model = open(name);
+        // That experts go is a test of its own, and so is merging.
+        assert_eq!((experts.as_str(), merged.as_str()), ("kept", "to BF16"), "{name}");
+        let plain = model.dequantized().unwrap();
+        let trained: BTreeSet<String> =
+            model.plain_tensors().map(|info| info.name.clone()).filter(|name| name.contains("experts.")).collect();
+        let as_base = KeptQuantization::requantized(&plain, &model, &trained);
+        assert_eq!(as_base.is_ok(), tuned == "either", "{name}: {tuned}, {as_base:?}");
+        assert!(tuned == "either" || tuned == "to BF16", "{name}: {tuned}");
         assert!(model.quantization().is_some(), "{name}");
         assert_eq!(written.parse::<moe_checkpoint::WeightFormat>().is_ok(), written != "no", "{name}: {written}");
         let width = model.shape().layers[0].widths[0];

@@ -9,7 +9,8 @@ use serde_json::Value;
 use super::source::{Content, QuantizedSource, Stored, Weight};
 use crate::experts::{ExpertLayout, ExpertPart, ExpertTensor};
 use crate::formats::scheme::Scheme;
-use crate::formats::{Packed, module};
+use crate::formats::{self, Packed, module};
+use crate::ragged::{UniformShape, uniform_shape_config};
 use crate::record::Step;
 use crate::shard_layout::TensorSpec;
 use crate::source::ModelDescription;
@@ -80,6 +81,14 @@ impl KeptQuantization {
         kept.finish(&moved, None)
     }
 
+    /// Whether layers may have different numbers of experts in the quantization of `base`: compressed-tensors says them
+    /// in `moe_sparsity_config`, for experts that are stored one by one.
+    pub fn counts_by_layer(base: &Checkpoint) -> bool {
+        let one_by_one = |layer: usize| base.expert_layout(layer).is_ok_and(|found| found == ExpertLayout::PerExpert);
+        formats::entry(base.raw_config())["quant_method"] == "compressed-tensors"
+            && base.shape().layers.iter().all(|layer| one_by_one(layer.layer))
+    }
+
     /// `changed`, which has the tensors of `base` without quantization and new values in those of `names`, in the
     /// quantization of `base`: new values are rounded to nearest in the format that the weight has, all other stored
     /// tensors are those of the base, byte for byte. Scales of activations stay those of the base.
@@ -130,8 +139,14 @@ impl Kept<'_> {
         for info in pruned.tensors().filter(|info| !replaced.contains(&info.name)) {
             stored.insert(info.name.clone(), (info.spec(), Stored::Plain));
         }
+        let counted = !formats::entry(base.raw_config())["moe_sparsity_config"].is_null();
+        let config = match KeptQuantization::counts_by_layer(base) {
+            true if pruned.ragged() => with_counts(&uniform(pruned)?, pruned, base, moved),
+            true if counted => with_counts(pruned.raw_config(), pruned, base, moved),
+            _ => with_quantization(pruned.raw_config(), base.raw_config(), moved),
+        };
         let description = ModelDescription {
-            config: with_quantization(pruned.raw_config(), base.raw_config(), moved),
+            config,
             generation: pruned.raw_generation_config().cloned(),
             tensors: stored.values().map(|(spec, _)| spec.clone()).collect(),
         };
@@ -408,6 +423,38 @@ fn with_quantization(config: &Value, base: &Value, moved: &BTreeMap<usize, Vec<O
             }
         }
     }
+    config
+}
+
+/// The config of a stock model with as many experts as the layer with most has.
+fn uniform(pruned: &Checkpoint) -> Result<Value> {
+    let shape = pruned.shape();
+    let experts = shape.layers.iter().map(|layer| layer.num_experts()).max();
+    let width = shape.uniform_width().unwrap_or(0);
+    uniform_shape_config(pruned.raw_config(), UniformShape { width, experts, ..UniformShape::default() })
+}
+
+/// The same with numbers of experts by layer, where they differ.
+fn with_counts(
+    config: &Value,
+    pruned: &Checkpoint,
+    base: &Checkpoint,
+    moved: &BTreeMap<usize, Vec<Option<usize>>>,
+) -> Value {
+    let mut config = with_quantization(config, base.raw_config(), moved);
+    let shape = pruned.shape();
+    let layer = |layer: usize| shape.layer(layer).map(|shape| shape.num_experts());
+    let counts: Vec<Option<usize>> = (0..pruned.config().layers.len()).map(layer).collect();
+    let mut found = counts.iter().flatten();
+    let first = found.next();
+    let differ = found.any(|count| Some(count) != first);
+    let text = config["text_config"]["quantization_config"].is_object();
+    let entry =
+        if text { &mut config["text_config"]["quantization_config"] } else { &mut config["quantization_config"] };
+    entry["moe_sparsity_config"] = match differ {
+        true => serde_json::json!({ "method": "prune", "num_experts": counts }),
+        false => Value::Null,
+    };
     config
 }
 

@@ -199,7 +199,10 @@ impl PrunePlan {
     fn pruned(&self, base: &Arc<Checkpoint>, options: &PruneOptions<'_>, after: Option<After>) -> Result<Made> {
         let from = base.dequantized()?;
         let mut target = match &options.form {
-            PruneForm::Uniform => uniform::target(self, &from, options)?,
+            PruneForm::Uniform => {
+                let keeps = options.precision == PrunedPrecision::AsBase && options.edits.is_none();
+                uniform::target(self, &from, options, keeps && KeptQuantization::counts_by_layer(base))?
+            }
             PruneForm::Ragged => ragged::target(self, &from, options.edits.as_deref())?,
             PruneForm::Masked => masked::target(self, &from)?,
             PruneForm::FineGrained(how) => fine_grained::target(self, &from, how, options)?,

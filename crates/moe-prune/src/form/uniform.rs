@@ -1,6 +1,8 @@
 //! Structural export with one width for all experts: what stock loaders read.
 
-use moe_checkpoint::{Checkpoint, ExpertLayout, Ffn, UniformShape, uniform_shape_config};
+use std::collections::BTreeSet;
+
+use moe_checkpoint::{Checkpoint, ExpertLayout, Ffn, UniformShape, ragged_config, uniform_shape_config};
 
 use super::shared_sets::shared_config;
 use super::target::{Target, TargetLayer};
@@ -13,7 +15,15 @@ pub(super) const ALIGNMENT: usize = 8;
 /// The target of a form whose widths all agree. The layout that was read is kept; a ragged checkpoint gets the stock
 /// layout of its family. Where a config says how many times the width of a routed expert the shared experts have,
 /// that number follows the width, and the shared experts grow by units of zeros if it has to be rounded up.
-pub(super) fn target(plan: &PrunePlan, from: &Checkpoint, options: &PruneOptions<'_>) -> Result<Target> {
+///
+/// Numbers of experts may differ by layer where `by_layer` says that the quantization that is kept has a place for
+/// them: the config is then that of a ragged model, and becomes a stock one with its quantization.
+pub(super) fn target(
+    plan: &PrunePlan,
+    from: &Checkpoint,
+    options: &PruneOptions<'_>,
+    by_layer: bool,
+) -> Result<Target> {
     let refuse = |reason: String| Err(PruneForm::Uniform.refused(reason));
     let shape = plan.pruned_shape();
     let mut widths = shape.layers.iter().flat_map(|l| l.widths.iter().enumerate().map(|(e, w)| (l.layer, e, *w)));
@@ -35,9 +45,12 @@ pub(super) fn target(plan: &PrunePlan, from: &Checkpoint, options: &PruneOptions
     // Where experts share, the config says how many there are in every layer.
     let other = shape.layers.iter().find(|layer| layer.num_experts() != experts && !from.grouped());
     if let Some(other) = other {
+        if by_layer && from.shape().uniform_width() == Some(width) {
+            return counts_by_layer(plan, from);
+        }
         return refuse(format!(
             "stock loaders read one number of experts for all layers, but layer {first_layer} keeps {experts} and layer {} \
-             keeps {}; export as ragged",
+             keeps {}; export as ragged, or prune whole experts of a model that compressed-tensors has quantized",
             other.layer,
             other.num_experts()
         ));
@@ -51,6 +64,15 @@ pub(super) fn target(plan: &PrunePlan, from: &Checkpoint, options: &PruneOptions
     let shape = UniformShape { width, experts, top_k, shared_experts, ..UniformShape::default() };
     let config = shared_config(from, &layers, |config| Ok(uniform_shape_config(config, shape)?))?;
     Ok(Target { shared_width, ..Target::new(config, layers) })
+}
+
+/// Whole experts go, more from some layers than from others.
+fn counts_by_layer(plan: &PrunePlan, from: &Checkpoint) -> Result<Target> {
+    let layer = |kept: &crate::plan::LayerKept| Ok(TargetLayer::kept(from, kept, from.expert_layout(kept.layer)?));
+    let layers = plan.kept.iter().map(layer).collect::<Result<Vec<_>>>()?;
+    let widths = layers.iter().map(|layer| (layer.layer, layer.widths())).collect();
+    let config = shared_config(from, &layers, |config| Ok(ragged_config(config, &widths, &BTreeSet::new())?))?;
+    Ok(Target::new(config, layers))
 }
 
 /// Refuses a width that stock loaders fail on, unless it is wanted.
