@@ -108,8 +108,10 @@ pub use parallel::collect_in_order;
 pub use protection::{Protected, ProtectionMask};
 pub use provenance::Provenance;
 pub use quantize::{
-    BasePrecision, ExpertFormat, ExpertFormats, InputMoments, KeptQuantization, MatrixOrigin, QUANTIZE_METHOD,
-    QuantizeOptions, QuantizeReport, Quantized, QuantizedPart, WeightFormat, expert_bytes,
+    ActivationAware, BasePrecision, ExpertAware, ExpertFormat, ExpertFormats, InputMoments, InputRanges,
+    KeptQuantization, LayerSmoothing, MatrixOrigin, QUANTIZE_METHOD, QuantizeOptions, QuantizeReport, Quantized,
+    QuantizedPart, RoundedRouter, RouterInputs, RouterRounding, Smoothed, SmoothedLayer, Smoothing, WeightFormat,
+    expert_bytes,
 };
 pub use ragged::{UniformShape, dequantized_config, ragged_config, uniform_config, uniform_shape_config};
 pub use record::{RECORD_FILE, Record, Step};

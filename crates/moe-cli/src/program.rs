@@ -89,6 +89,10 @@ pub fn main() -> ExitCode {
         }
         Verb::Prune(arguments) => prune::run(&arguments, Progress::stderr()),
         Verb::Apply(arguments) => cli::shown(&apply::run(&arguments, Progress::stderr())?, arguments.json),
+        Verb::Quantize(arguments) if arguments.frontier => {
+            let report = quantize::run_frontier(&arguments, Progress::stderr())?;
+            cli::shown(&report, arguments.json)
+        }
         Verb::Quantize(arguments) => {
             let report = quantize::run(&arguments, Progress::stderr())?;
             cli::shown(&report, arguments.json)

@@ -5,11 +5,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::{Parser, ValueEnum};
-use moe::jobs::{QuantizeRows, quantize, quantize_mixed};
+use moe::jobs::{
+    FrontierOptions, QuantizeCalibration, QuantizeRows, QuantizeWith, QuantizedModel, frontier, quantize_calibrated,
+    quantize_mixed,
+};
 use moe::recipe::MixedBits;
+use moe::report::{FrontierPoint, frontier_table};
 use moe_checkpoint::{
-    BasePrecision, Checkpoint, Existing, QuantizeOptions, QuantizeReport, QuantizedPart, WeightFormat, WriteOptions,
-    check_output, write,
+    BasePrecision, Checkpoint, Existing, QuantizeOptions, QuantizeReport, Quantized, QuantizedPart, RouterRounding,
+    Smoothing, WeightFormat, WriteOptions, check_output, write,
 };
 use moe_core::Model;
 use moe_core::data::{Dataset, Tokenizer};
@@ -26,32 +30,55 @@ use crate::{Error, Result, cli};
 layout)\n\nExamples:\n  moe quantize --model Qwen3-30B-A3B --format int4 --out Qwen3-int4\n  \
 moe quantize --model DIR --format '{\"type\": \"int\", \"bits\": 4, \"group_size\": 32}' --part linear --out OUT --json\n  \
 moe quantize --model DIR --format int4 --calibration rows.jsonl --samples 64 --out OUT\n  \
-moe quantize --model DIR --mixed int4,int8 --keep-bytes 20GiB --calibration rows.jsonl --samples 64 --out OUT"
+moe quantize --model DIR --format int4 --smooth awq --calibration rows.jsonl --samples 64 --out OUT\n  \
+moe quantize --model DIR --mixed int4,int8 --keep-bytes 20GiB --calibration rows.jsonl --samples 64 --out OUT\n  \
+moe quantize --model DIR --frontier --calibration rows.jsonl --samples 24 --out FRONTIER"
 )]
+#[command(group(clap::ArgGroup::new("budget").args(["keep_bytes", "frontier"])))]
 pub struct Arguments {
     /// Model directory
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
     /// The format: a name, or JSON with its parameters
-    #[arg(long, value_name = "NAME|JSON", value_parser = format, required_unless_present = "mixed")]
+    #[arg(long, value_name = "NAME|JSON", value_parser = format, required_unless_present_any = ["mixed", "frontier"])]
     pub format: Option<WeightFormat>,
     /// Several precisions, separated by commas, of which every layer gets the one that changes the model least within
     /// --keep-bytes, measured on the rows of --calibration: int4, int6, int8, fp8, mxfp4, nvfp4
-    #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = precision, requires = "keep_bytes")]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = precision, requires = "budget")]
     pub mixed: Vec<BasePrecision>,
     /// With --mixed, bytes of the whole model at most, such as 8GiB
     #[arg(long, value_name = "SIZE", value_parser = cli::bytes, requires = "mixed")]
     pub keep_bytes: Option<u64>,
+    /// Write no model, but a report of what is best at a given size on the rows of --calibration: the whole model and
+    /// ones with experts or units pruned, in every precision of --mixed (int4,int6,int8 if none are given), by layer
+    /// and in one; OUT becomes a folder with report.html and frontier.json
+    #[arg(long, conflicts_with_all = ["format", "nearest", "smooth", "router_bits", "balance", "resume"])]
+    pub frontier: bool,
+    /// With --frontier, shares that are pruned, of experts and of units
+    #[arg(long, value_name = "SHARES", value_delimiter = ',', default_value = "0.25,0.5", requires = "frontier")]
+    pub ratios: Vec<f64>,
     /// With --mixed, what gets one precision: the experts of a layer, or every expert by itself
     #[arg(long, value_name = "GROUP", default_value = "layer", requires = "mixed")]
     pub within: Within,
-    /// With --mixed, do not round with error feedback
-    #[arg(long, requires = "mixed")]
+    /// Do not round with error feedback, whatever the rows of --calibration are for besides
+    #[arg(long)]
     pub nearest: bool,
+    /// Factors on the input channels of experts, folded into norms, router, shared experts and up projections, by the
+    /// rows of --calibration: `awq` (searched for the least damage of rounding), `eaquant` (the largest that any expert
+    /// asks for), or JSON with parameters
+    #[arg(long, value_name = "NAME|JSON", value_parser = smoothing)]
+    pub smooth: Option<Smoothing>,
+    /// Round routers to so many bits, clipped so that they choose the same experts on the rows of --calibration
+    #[arg(long, value_name = "BITS")]
+    pub router_bits: Option<u32>,
+    /// Repeat rows of --calibration until every expert has this share of an even load, such as 0.5
+    #[arg(long, value_name = "SHARE")]
+    pub balance: Option<f64>,
     /// Which weights
     #[arg(long, default_value = "experts")]
     pub part: Part,
-    /// Rows to calibrate on: experts are rounded with error feedback (GPTQ) by the second moments of their inputs
+    /// Rows to calibrate on: experts are rounded with error feedback (GPTQ) by the second moments of their inputs,
+    /// unless --nearest
     #[command(flatten)]
     pub data: cli::DataArguments,
     /// Memory to stay within while calibrating, such as 8GiB; never changes results
@@ -101,6 +128,8 @@ pub struct Report {
     /// With several formats, which expert has which.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allocation: Option<PrecisionAllocation>,
+    /// What calibration found besides.
+    pub calibration: QuantizeCalibration,
     /// The directory.
     pub out: PathBuf,
 }
@@ -110,8 +139,54 @@ impl fmt::Display for Report {
         if let Some(PrecisionAllocation { bits, predicted, .. }) = &self.allocation {
             writeln!(f, "{bits:.2} bits per weight of experts; predicted divergence {predicted:.4} nats per token")?;
         }
-        writeln!(f, "{}{}", self.quantized, self.out.display())
+        writeln!(f, "{}{}{}", self.calibration, self.quantized, self.out.display())
     }
+}
+
+/// What is best at a given size.
+#[derive(Clone, Debug, Serialize)]
+pub struct FrontierReport {
+    /// The models that were measured.
+    pub points: Vec<FrontierPoint>,
+    /// The folder of the report.
+    pub out: PathBuf,
+}
+
+impl fmt::Display for FrontierReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", frontier_table(&self.points).to_text())?;
+        writeln!(f, "{}", self.out.join("report.html").display())
+    }
+}
+
+/// Measures what is best at a given size, and writes the report.
+///
+/// # Errors
+/// No rows, an output that exists, parameters that do not fit the model: before the model is run.
+pub fn run_frontier(arguments: &Arguments, progress: Progress) -> Result<FrontierReport> {
+    let base = Arc::new(Checkpoint::open(&arguments.model)?);
+    if arguments.data.data.is_empty() {
+        return Err(Error::Usage("--frontier measures on rows: give some by --calibration".into()));
+    }
+    if arguments.out.exists() && !arguments.force {
+        return Err(Error::Usage(format!("{} exists: give --force to replace its report", arguments.out.display())));
+    }
+    let mut options = FrontierOptions { ratios: arguments.ratios.clone(), ..FrontierOptions::default() };
+    if !arguments.mixed.is_empty() {
+        options.formats = arguments.mixed.clone();
+    }
+    let (model, data) = rows(arguments, &base)?;
+    let points = frontier(&model, &data, arguments.data.waves(), &options, progress)?;
+    std::fs::create_dir_all(&arguments.out).map_err(Error::io(&arguments.out))?;
+    let mut report = moe::report::Report::new("Bits, experts and units at equal bytes");
+    report.frontier(&points)?;
+    report.write(arguments.out.join("report.html"))?;
+    moe_checkpoint::write_json(&arguments.out.join("frontier.json"), &serde_json::json!(points))?;
+    Ok(FrontierReport { points, out: arguments.out.clone() })
+}
+
+fn smoothing(text: &str) -> std::result::Result<Smoothing, String> {
+    text.parse().map_err(|error: moe_checkpoint::Error| error.to_string())
 }
 
 fn precision(text: &str) -> std::result::Result<BasePrecision, String> {
@@ -151,30 +226,48 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         return Err(Error::Usage("--format or --mixed".into()));
     };
     let how = QuantizeOptions { format, part };
-    if !arguments.mixed.is_empty() && arguments.data.data.is_empty() {
-        return Err(Error::Usage("--mixed measures on rows: give some by --calibration".into()));
-    }
+    let routers = arguments.router_bits.map(|bits| RouterRounding { bits, ..RouterRounding::default() });
+    let (smooth, balance) = (arguments.smooth, arguments.balance);
+    let with = QuantizeWith { smooth, routers, balance, second_order: !arguments.nearest };
+    with.check()?;
     let rows = match arguments.data.data.is_empty() {
-        true => None,
-        false => Some(rows(arguments, &base)?),
+        true => {
+            let asked = [
+                ("--mixed", !arguments.mixed.is_empty()),
+                ("--smooth", with.smooth.is_some()),
+                ("--router-bits", with.routers.is_some()),
+                ("--balance", with.balance.is_some()),
+            ];
+            if let Some((name, _)) = asked.iter().find(|(_, asked)| *asked) {
+                return Err(Error::Usage(format!("{name} measures on rows: give some by --calibration")));
+            }
+            None
+        }
+        false => {
+            if arguments.nearest && arguments.mixed.is_empty() && with.passes() == usize::from(with.balance.is_some()) {
+                return Err(Error::Usage("--nearest leaves nothing for the rows of --calibration to do".into()));
+            }
+            Some(rows(arguments, &base)?)
+        }
     };
     if arguments.force && store.exists() {
         std::fs::remove_dir_all(&store).map_err(Error::io(&store))?;
     }
     let calibrated =
         rows.as_ref().map(|(model, data)| QuantizeRows { model, data, waves: arguments.data.waves(), store: &store });
-    let (quantized, allocation) = match (calibrated, arguments.keep_bytes) {
+    let made = match (calibrated, arguments.keep_bytes) {
         (Some(rows), Some(keep_bytes)) if !arguments.mixed.is_empty() => {
             let within = match arguments.within {
                 Within::Layer => PrecisionGroup::Layer,
                 Within::Expert => PrecisionGroup::Expert,
             };
             let mixed = MixedBits { formats: arguments.mixed.clone(), keep_bytes, within };
-            let (quantized, allocation) = quantize_mixed(&base, &how, &mixed, rows, !arguments.nearest, progress)?;
-            (quantized, Some(allocation))
+            quantize_mixed(&base, &how, &mixed, rows, &with, progress)?
         }
-        (calibrated, _) => (quantize(&base, &how, calibrated, progress)?, None),
+        (Some(rows), _) => quantize_calibrated(&base, &how, rows, &with, progress)?,
+        (None, _) => QuantizedModel::from(Quantized::on(&base, &how)?),
     };
+    let QuantizedModel { quantized, allocation, calibration } = made;
     let bar = progress.bar("writing", quantized.model().bytes_on_disk(), Unit::Bytes);
     let tell = |at: &moe_checkpoint::Progress<'_>| {
         bar.at(at.done);
@@ -186,7 +279,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     if store.exists() {
         std::fs::remove_dir_all(&store).map_err(Error::io(&store))?;
     }
-    Ok(Report { quantized: quantized.report().clone(), allocation, out: arguments.out.clone() })
+    Ok(Report { quantized: quantized.report().clone(), allocation, calibration, out: arguments.out.clone() })
 }
 
 /// The model to be run, and the rows to calibrate on.
@@ -226,6 +319,76 @@ mod tests {
         assert!(codes(&nearest) != codes(&calibrated));
         assert_eq!(calibrated.steps().len(), 1);
         assert!(calibrated.steps()[0].recipe["calibration"].is_string());
+    }
+
+    #[test]
+    fn factors_and_rounded_routers_are_written_with_what_was_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let rows = format!("{}/data/facts_calibration.jsonl", crate::TINY_MOE);
+        let format = r#"{"type": "int", "bits": 4, "group_size": 32}"#;
+        let with = |name: &str, more: &[&str]| {
+            let out = dir.path().join(name).display().to_string();
+            let plain = ["quantize", "--model", crate::TINY_MOE, "--format", format, "--nearest", "--out", &out];
+            let arguments = Arguments::try_parse_from([&plain[..], more].concat()).unwrap();
+            run(&arguments, Progress::hidden())
+        };
+        let data = ["--calibration", &rows, "--samples", "8"];
+        let all = ["--smooth", "awq", "--router-bits", "8", "--balance", "0.5"];
+        let report = with("awq", &[&all[..], &data].concat()).unwrap();
+        let text = report.to_string();
+        assert_eq!((report.calibration.smoothing.len(), report.calibration.routers.len()), (4, 4), "{text}");
+        assert!(report.calibration.smoothing.iter().all(|layer| layer.damage.unwrap() <= 1.0), "{text}");
+        assert!(report.calibration.smoothing.iter().any(|layer| layer.damage.unwrap() < 0.999), "{text}");
+        assert!(report.calibration.routers.iter().all(|router| router.overlap > 0.97), "{text}");
+        let balance = report.calibration.balance.as_ref().unwrap();
+        assert!(balance.starved_after <= balance.starved_before && balance.rows.len() >= 8, "{text}");
+        assert!(text.contains("damage of rounding times") && text.contains("of the choices kept"), "{text}");
+        let written = Checkpoint::open(dir.path().join("awq")).unwrap();
+        let methods: Vec<&str> = written.steps().iter().map(|step| step.method.as_str()).collect();
+        assert_eq!(methods, ["smooth", "round_routers", "quantize"]);
+        let report = with("eaquant", &[&["--smooth", "eaquant"][..], &data].concat()).unwrap();
+        assert!(report.calibration.smoothing.iter().all(|layer| layer.inputs > 0 && layer.damage.is_none()));
+        // Nothing is done in vain.
+        for (wrong, part) in [
+            (with("a", &["--smooth", "awq"]), "--smooth measures on rows"),
+            (with("b", &["--balance", "0.5"]), "--balance measures on rows"),
+            (with("c", &data), "nothing for the rows"),
+            (with("d", &[&["--balance", "0.5"][..], &data].concat()), "nothing for the rows"),
+            (with("e", &[&["--smooth", "awq", "--balance=-1"][..], &data].concat()), "above 0"),
+        ] {
+            let error = wrong.unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_frontier_is_a_report_of_models_of_every_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let rows = format!("{}/data/facts_calibration.jsonl", crate::TINY_MOE);
+        let out = dir.path().join("frontier");
+        let shown = out.display().to_string();
+        let plain = ["quantize", "--model", crate::TINY_MOE, "--frontier", "--ratios", "0.5", "--mixed", "int4,int8"];
+        let with = |more: &[&str]| Arguments::try_parse_from([&plain[..], &["--out", &shown], more].concat()).unwrap();
+        let error = run_frontier(&with(&[]), Progress::hidden()).unwrap_err().to_string();
+        assert!(error.contains("--calibration"), "{error}");
+        let data = ["--calibration", &rows, "--samples", "4"];
+        let report = run_frontier(&with(&data), Progress::hidden()).unwrap();
+        // The whole model and two pruned ones: BF16, two formats and four budgets each; then the best within eight.
+        assert_eq!(report.points.len(), 3 * 7 + 8, "{report}");
+        let whole = &report.points[0];
+        assert!(whole.what == "BF16" && whole.divergence.abs() < 1e-9, "{report}");
+        assert!(report.points[1..].iter().all(|point| point.bytes < whole.bytes && point.divergence > 0.0));
+        // Whatever is chosen within a budget diverges no more than it would with everything pruned and in 4 bits.
+        let worst = report.points.iter().map(|point| point.divergence).fold(0.0, f64::max);
+        let chosen: Vec<&FrontierPoint> = report.points.iter().filter(|point| point.of.starts_with("chosen")).collect();
+        assert!(chosen.iter().all(|point| point.divergence <= worst));
+        assert!(chosen.last().unwrap().divergence < chosen[0].divergence, "{report}");
+        let html = std::fs::read_to_string(out.join("report.html")).unwrap();
+        assert!(html.contains("Divergence by size") && html.contains("<svg"));
+        let saved: Vec<FrontierPoint> =
+            serde_json::from_slice(&std::fs::read(out.join("frontier.json")).unwrap()).unwrap();
+        assert_eq!(saved.len(), report.points.len());
+        assert!(run_frontier(&with(&data), Progress::hidden()).unwrap_err().to_string().contains("exists"));
     }
 
     #[test]

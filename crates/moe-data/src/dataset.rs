@@ -191,6 +191,16 @@ impl Dataset {
     pub fn waves(&self, options: WaveOptions) -> Vec<Wave> {
         waves(&self.sequences, options)
     }
+
+    /// The sequences at these places, each as often as it is named, as a data set of their own. Places beyond the end
+    /// are left out.
+    #[must_use]
+    pub fn taken(&self, places: &[usize]) -> Self {
+        let sequences: Vec<Sequence> = places.iter().filter_map(|at| self.sequences.get(*at).cloned()).collect();
+        let labels: Vec<usize> = places.iter().filter_map(|at| self.labels.get(*at).copied()).collect();
+        let hash = hash(&sequences, &labels);
+        Self { sequences, labels, hash, ..self.clone() }
+    }
 }
 
 fn is_usable(sequence: &Sequence) -> bool {

@@ -90,6 +90,7 @@
 #![deny(missing_docs)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod balance;
 #[cfg(feature = "collect")]
 pub mod calibration;
 #[cfg(feature = "collect")]
@@ -103,12 +104,13 @@ pub mod scorers;
 pub mod statistics;
 pub mod super_experts;
 
+pub use balance::{BalancedRows, RowUse};
 #[cfg(feature = "collect")]
 pub use calibration::{Calibration, recipe};
 #[cfg(feature = "collect")]
 pub use collect::{Progress, WaveRunner, collect};
 #[cfg(feature = "collect")]
-pub use collectors::{Collection, Collector, ExpertInputs};
+pub use collectors::{Collection, Collector, ExpertInputRanges, ExpertInputs, RouterSample};
 pub use error::{Error, Result};
 pub use scorers::{ExpertWeightsSource, Needs, NoWeights, Scorer, ScorerConfig};
 pub use statistics::{StatisticId, StatisticSpec};

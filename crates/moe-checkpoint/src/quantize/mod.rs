@@ -5,7 +5,9 @@ mod entry;
 mod expert_formats;
 mod held;
 mod keep;
+mod router;
 mod second_order;
+mod smoothing;
 mod source;
 mod weight_format;
 
@@ -18,7 +20,9 @@ use serde::{Deserialize, Serialize};
 pub use base_precision::BasePrecision;
 pub use expert_formats::{ExpertFormat, ExpertFormats, expert_bytes};
 pub use keep::{KeptQuantization, MatrixOrigin};
+pub use router::{RoundedRouter, RouterInputs, RouterRounding};
 pub use second_order::InputMoments;
+pub use smoothing::{ActivationAware, ExpertAware, InputRanges, LayerSmoothing, Smoothed, SmoothedLayer, Smoothing};
 pub use weight_format::WeightFormat;
 
 use crate::compression::BeforeAfter;
@@ -157,7 +161,7 @@ impl Quantized {
     /// # Errors
     /// As [`Quantized::on`]; moments of another model are an error when weights are read.
     pub fn calibrated(base: &Arc<Checkpoint>, options: &QuantizeOptions, moments: &InputMoments) -> Result<Self> {
-        if options.format == WeightFormat::Nf4 {
+        if matches!(options.format, WeightFormat::Nf4 | WeightFormat::Ternary) {
             let reason = "scales run across rows, so that errors cannot be passed on: leave calibration out";
             return Err(Error::Quantize { format: options.format.to_string(), reason: reason.into() });
         }

@@ -9,10 +9,9 @@ use faer::linalg::solvers::DenseSolveCore;
 use faer::{Mat, Side};
 use rayon::prelude::*;
 
-use crate::Statistics;
 use crate::experts::ExpertPart;
 use crate::formats::scheme::{Parted, Scheme};
-use crate::{Error, Result};
+use crate::{Checkpoint, Error, Fold, Result, Statistics};
 
 /// Added to the diagonal of the second moments, in its mean: as the authors have it.
 const DAMPING: f64 = 0.01;
@@ -49,6 +48,34 @@ impl InputMoments {
             }
         }
         hasher.finalize().to_hex().to_string()
+    }
+
+    /// The same with experts that no token was routed to given the inputs of all others, as far as they read the same:
+    /// gate and up. What their units would be nobody has seen.
+    ///
+    /// # Errors
+    /// Those of [`Statistics::matrix`] for statistics of another model.
+    pub fn with_unseen_experts(self, model: &Checkpoint) -> Result<Self> {
+        let mut statistics = Statistics::clone(&self.statistics);
+        for layer in &model.shape().layers {
+            let ids: Vec<String> =
+                (0..layer.num_experts()).map(|expert| Self::statistic(layer.layer, expert, ExpertPart::Gate)).collect();
+            let mut all: Vec<f64> = Vec::new();
+            let mut unseen = Vec::new();
+            for id in &ids {
+                let (sum, columns) = statistics.matrix(id)?;
+                if (0..columns).all(|at| sum[at * columns + at] == 0.0) {
+                    unseen.push((id, columns));
+                }
+                all.resize(sum.len(), 0.0);
+                all.iter_mut().zip(sum).for_each(|(all, sum)| *all += sum);
+            }
+            for (id, columns) in unseen {
+                let rows = all.len() / columns.max(1);
+                statistics.matrix_mut(id, [rows, columns], Fold::Sum)?.copy_from_slice(&all);
+            }
+        }
+        Ok(Self::new(statistics))
     }
 
     /// The second moments of the inputs of a part of an expert, `[n, n]`; `None` for an expert that no token was routed

@@ -25,7 +25,7 @@ use serde_json::Value;
 pub use attribution::Attribution;
 pub use channel_squares::ChannelSquares;
 pub use collection::Collection;
-pub use expert_inputs::ExpertInputs;
+pub use expert_inputs::{ExpertInputRanges, ExpertInputs, RouterSample};
 pub use fisher_abs::FisherAbs;
 pub use fisher_parts::FisherParts;
 pub use fisher_sequence::FisherSequence;

@@ -4,11 +4,12 @@
 //! crate's page shows them together.
 //!
 //! The jobs that verbs of the program and steps of recipes share keep what they find in directories, so that they go on
-//! where they were stopped: [`Merging`], [`train_parts`], [`quantize`], [`train`] and [`save`], [`SavedPlan`].
+//! where they were stopped: [`Merging`], [`train_parts`], [`quantize_calibrated`], [`train`] and [`save`], [`SavedPlan`].
 //!
 //! For progress, shards, protection, repairs and budgets that ask the model, take the types behind these functions
 //! ([`Calibration`], [`PruneRequest`](moe_prune::PruneRequest), …) or a [`Recipe`](crate::recipe::Recipe).
 
+mod frontier;
 mod merging;
 mod plans;
 mod quantizing;
@@ -16,9 +17,13 @@ mod tuning;
 
 use std::path::{Path, PathBuf};
 
+pub use frontier::{FrontierOptions, frontier};
 pub use merging::{Merged, Merging, train_parts};
 pub use plans::{SavedPlan, prune_plan};
-pub use quantizing::{QuantizeRows, quantize, quantize_mixed};
+pub use quantizing::{
+    QuantizeCalibration, QuantizeRows, QuantizeWith, QuantizedModel, SmoothingSummary, quantize_calibrated,
+    quantize_mixed,
+};
 pub use tuning::{save, train, trained_on};
 
 use moe_checkpoint::{Existing, ProtectionMask, ScoreTable};

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use moe_checkpoint::{BasePrecision, QuantizeOptions, QuantizedPart};
+use moe_checkpoint::{BasePrecision, QuantizeOptions, QuantizedPart, RouterRounding, Smoothing};
 use moe_prune::PrecisionGroup;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::Named;
 use crate::eval_file::EvalOptions;
+use crate::jobs::QuantizeWith;
 use crate::{Error, Result};
 
 /// Rounds the weights to few bits, in the files that engines serve.
@@ -27,6 +28,19 @@ pub struct Quantize {
     /// calibration.
     #[serde(default)]
     pub calibrated: bool,
+    /// Factors on the input channels of experts that are folded into what comes before, found on the rows of
+    /// calibration: `{"type": "awq"}` or `{"type": "eaquant"}`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Value>")]
+    pub smooth: Option<Smoothing>,
+    /// Routers rounded so that they choose the same experts on the rows of calibration, `{"bits": 8}`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Value>")]
+    pub routers: Option<RouterRounding>,
+    /// Calibrate on rows by which every expert gets at least this share of the tokens that it would get if all got the
+    /// same: rows with tokens of starved experts come more than once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balance: Option<f64>,
     /// Experts in several formats, chosen by how much each changes what the model predicts on the rows of calibration;
     /// `format` is then that of other weights alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -49,6 +63,17 @@ pub struct MixedBits {
 }
 
 impl Quantize {
+    /// What the rows of calibration are for.
+    pub fn with(&self) -> QuantizeWith {
+        let Self { smooth, routers, balance, calibrated, .. } = *self;
+        QuantizeWith { smooth, routers, balance, second_order: calibrated }
+    }
+
+    /// Whether it reads the rows of calibration.
+    pub fn reads_rows(&self) -> bool {
+        self.mixed.is_some() || self.with() != QuantizeWith::default()
+    }
+
     /// How weights are rounded.
     ///
     /// # Errors

@@ -130,8 +130,9 @@ pub(super) fn of(recipe: &Recipe, run: &Run<'_>) -> Result<Vec<Estimate>> {
                     let bytes = made.report().bytes;
                     bytes.after as f64 / bytes.before.max(1) as f64
                 });
-                if quantize.calibrated {
-                    seconds = 2.0 * forward(tokens) + reading(waves);
+                if quantize.reads_rows() {
+                    let passes = quantize.with().passes() + usize::from(quantize.mixed.is_some());
+                    seconds = 2.0 * passes as f64 * forward(tokens) + reading(waves);
                     peak = memory(largest, false)?;
                 }
             }

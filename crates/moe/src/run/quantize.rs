@@ -1,10 +1,12 @@
 //! The step that rounds weights to few bits.
 
+use moe_checkpoint::Quantized;
+
 use super::Run;
 use super::artifacts::Artifacts;
 use super::steps::{Done, json, save};
 use crate::Result;
-use crate::jobs::{QuantizeRows, quantize, quantize_mixed};
+use crate::jobs::{QuantizeRows, QuantizedModel, quantize_calibrated, quantize_mixed};
 use crate::recipe::Quantize;
 
 impl Run<'_> {
@@ -12,7 +14,7 @@ impl Run<'_> {
     pub(super) fn quantize(&mut self, step: &Quantize) -> Result<Done> {
         let options = step.options()?;
         let base = self.model.clone();
-        let reads = step.calibrated || step.mixed.is_some();
+        let reads = step.reads_rows();
         let data = match reads {
             true => self.calibration()?.data.hash.clone(),
             false => String::new(),
@@ -32,16 +34,18 @@ impl Run<'_> {
             None => None,
         };
         let progress = self.options.progress;
-        let (quantized, allocation) = match (&step.mixed, rows) {
-            (Some(mixed), Some(rows)) => {
-                let (quantized, allocation) = quantize_mixed(&base, &options, mixed, rows, step.calibrated, progress)?;
-                (quantized, Some(allocation))
-            }
-            (_, rows) => (quantize(&base, &options, rows, progress)?, None),
+        let made = match (&step.mixed, rows) {
+            (Some(mixed), Some(rows)) => quantize_mixed(&base, &options, mixed, rows, &step.with(), progress)?,
+            (_, Some(rows)) => quantize_calibrated(&base, &options, rows, &step.with(), progress)?,
+            (_, None) => QuantizedModel::from(Quantized::on(&base, &options)?),
         };
+        let QuantizedModel { quantized, allocation, calibration } = made;
         if !reused {
             if let Some(allocation) = &allocation {
                 save(&dir.join("allocation.json"), allocation)?;
+            }
+            if reads {
+                save(&dir.join("calibration.json"), &calibration)?;
             }
             save(&dir.join("report.json"), quantized.report())?;
             Artifacts::finish(&dir)?;
