@@ -175,6 +175,7 @@ pub fn run_frontier(arguments: &Arguments, progress: Progress) -> Result<Frontie
     if !arguments.mixed.is_empty() {
         options.formats = arguments.mixed.clone();
     }
+    options.check(&base)?;
     let (model, data) = rows(arguments, &base)?;
     let points = frontier(&model, &data, arguments.data.waves(), &options, progress)?;
     std::fs::create_dir_all(&arguments.out).map_err(Error::io(&arguments.out))?;
@@ -229,7 +230,6 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     let routers = arguments.router_bits.map(|bits| RouterRounding { bits, ..RouterRounding::default() });
     let (smooth, balance) = (arguments.smooth, arguments.balance);
     let with = QuantizeWith { smooth, routers, balance, second_order: !arguments.nearest };
-    with.check()?;
     let rows = match arguments.data.data.is_empty() {
         true => {
             let asked = [
@@ -244,6 +244,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
             None
         }
         false => {
+            with.check(&base)?;
             if arguments.nearest && arguments.mixed.is_empty() && with.passes() == usize::from(with.balance.is_some()) {
                 return Err(Error::Usage("--nearest leaves nothing for the rows of --calibration to do".into()));
             }
@@ -295,142 +296,4 @@ fn rows(arguments: &Arguments, base: &Arc<Checkpoint>) -> Result<(Model, Dataset
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn calibration_changes_the_codes_and_not_the_layout() {
-        let dir = tempfile::tempdir().unwrap();
-        let rows = format!("{}/data/facts_calibration.jsonl", crate::TINY_MOE);
-        let format = r#"{"type": "int", "bits": 4, "group_size": 32}"#;
-        let written = |name: &str, more: &[&str]| {
-            let out = dir.path().join(name).display().to_string();
-            let plain = ["quantize", "--model", crate::TINY_MOE, "--format", format, "--out", &out];
-            run(&Arguments::try_parse_from([&plain[..], more].concat()).unwrap(), Progress::hidden()).unwrap();
-            Checkpoint::open(out).unwrap()
-        };
-        let nearest = written("nearest", &[]);
-        let calibrated = written("calibrated", &["--calibration", &rows, "--samples", "8"]);
-        assert!(nearest.tensors().map(|info| info.spec()).eq(calibrated.tensors().map(|info| info.spec())));
-        let codes = |model: &Checkpoint| {
-            let packed = model.tensors().filter(|info| info.name.ends_with("weight_packed"));
-            packed.map(|info| model.bytes(&info.name).unwrap().into_owned()).collect::<Vec<_>>()
-        };
-        assert!(codes(&nearest) != codes(&calibrated));
-        assert_eq!(calibrated.steps().len(), 1);
-        assert!(calibrated.steps()[0].recipe["calibration"].is_string());
-    }
-
-    #[test]
-    fn factors_and_rounded_routers_are_written_with_what_was_found() {
-        let dir = tempfile::tempdir().unwrap();
-        let rows = format!("{}/data/facts_calibration.jsonl", crate::TINY_MOE);
-        let format = r#"{"type": "int", "bits": 4, "group_size": 32}"#;
-        let with = |name: &str, more: &[&str]| {
-            let out = dir.path().join(name).display().to_string();
-            let plain = ["quantize", "--model", crate::TINY_MOE, "--format", format, "--nearest", "--out", &out];
-            let arguments = Arguments::try_parse_from([&plain[..], more].concat()).unwrap();
-            run(&arguments, Progress::hidden())
-        };
-        let data = ["--calibration", &rows, "--samples", "8"];
-        let all = ["--smooth", "awq", "--router-bits", "8", "--balance", "0.5"];
-        let report = with("awq", &[&all[..], &data].concat()).unwrap();
-        let text = report.to_string();
-        assert_eq!((report.calibration.smoothing.len(), report.calibration.routers.len()), (4, 4), "{text}");
-        assert!(report.calibration.smoothing.iter().all(|layer| layer.damage.unwrap() <= 1.0), "{text}");
-        assert!(report.calibration.smoothing.iter().any(|layer| layer.damage.unwrap() < 0.999), "{text}");
-        assert!(report.calibration.routers.iter().all(|router| router.overlap > 0.97), "{text}");
-        let balance = report.calibration.balance.as_ref().unwrap();
-        assert!(balance.starved_after <= balance.starved_before && balance.rows.len() >= 8, "{text}");
-        assert!(text.contains("damage of rounding times") && text.contains("of the choices kept"), "{text}");
-        let written = Checkpoint::open(dir.path().join("awq")).unwrap();
-        let methods: Vec<&str> = written.steps().iter().map(|step| step.method.as_str()).collect();
-        assert_eq!(methods, ["smooth", "round_routers", "quantize"]);
-        let report = with("eaquant", &[&["--smooth", "eaquant"][..], &data].concat()).unwrap();
-        assert!(report.calibration.smoothing.iter().all(|layer| layer.inputs > 0 && layer.damage.is_none()));
-        // Nothing is done in vain.
-        for (wrong, part) in [
-            (with("a", &["--smooth", "awq"]), "--smooth measures on rows"),
-            (with("b", &["--balance", "0.5"]), "--balance measures on rows"),
-            (with("c", &data), "nothing for the rows"),
-            (with("d", &[&["--balance", "0.5"][..], &data].concat()), "nothing for the rows"),
-            (with("e", &[&["--smooth", "awq", "--balance=-1"][..], &data].concat()), "above 0"),
-        ] {
-            let error = wrong.unwrap_err().to_string();
-            assert!(error.contains(part), "{error}");
-        }
-    }
-
-    #[test]
-    fn the_frontier_is_a_report_of_models_of_every_size() {
-        let dir = tempfile::tempdir().unwrap();
-        let rows = format!("{}/data/facts_calibration.jsonl", crate::TINY_MOE);
-        let out = dir.path().join("frontier");
-        let shown = out.display().to_string();
-        let plain = ["quantize", "--model", crate::TINY_MOE, "--frontier", "--ratios", "0.5", "--mixed", "int4,int8"];
-        let with = |more: &[&str]| Arguments::try_parse_from([&plain[..], &["--out", &shown], more].concat()).unwrap();
-        let error = run_frontier(&with(&[]), Progress::hidden()).unwrap_err().to_string();
-        assert!(error.contains("--calibration"), "{error}");
-        let data = ["--calibration", &rows, "--samples", "4"];
-        let report = run_frontier(&with(&data), Progress::hidden()).unwrap();
-        // The whole model and two pruned ones: BF16, two formats and four budgets each; then the best within eight.
-        assert_eq!(report.points.len(), 3 * 7 + 8, "{report}");
-        let whole = &report.points[0];
-        assert!(whole.what == "BF16" && whole.divergence.abs() < 1e-9, "{report}");
-        assert!(report.points[1..].iter().all(|point| point.bytes < whole.bytes && point.divergence > 0.0));
-        // Whatever is chosen within a budget diverges no more than it would with everything pruned and in 4 bits.
-        let worst = report.points.iter().map(|point| point.divergence).fold(0.0, f64::max);
-        let chosen: Vec<&FrontierPoint> = report.points.iter().filter(|point| point.of.starts_with("chosen")).collect();
-        assert!(chosen.iter().all(|point| point.divergence <= worst));
-        assert!(chosen.last().unwrap().divergence < chosen[0].divergence, "{report}");
-        let html = std::fs::read_to_string(out.join("report.html")).unwrap();
-        assert!(html.contains("Divergence by size") && html.contains("<svg"));
-        let saved: Vec<FrontierPoint> =
-            serde_json::from_slice(&std::fs::read(out.join("frontier.json")).unwrap()).unwrap();
-        assert_eq!(saved.len(), report.points.len());
-        assert!(run_frontier(&with(&data), Progress::hidden()).unwrap_err().to_string().contains("exists"));
-    }
-
-    #[test]
-    fn several_precisions_share_out_the_bytes_that_there_are() {
-        let dir = tempfile::tempdir().unwrap();
-        let rows = format!("{}/data/facts_calibration.jsonl", crate::TINY_MOE);
-        let out = dir.path().join("mixed").display().to_string();
-        let plain = ["quantize", "--model", crate::TINY_MOE, "--mixed", "int4,int8", "--out", &out];
-        let with = |more: &[&str]| Arguments::try_parse_from([&plain[..], more].concat());
-        assert!(with(&[]).is_err(), "a budget is needed");
-        let no_rows = run(&with(&["--keep-bytes", "3800KB"]).unwrap(), Progress::hidden()).unwrap_err();
-        assert!(no_rows.to_string().contains("--calibration"), "{no_rows}");
-        let arguments = with(&["--keep-bytes", "3800KB", "--calibration", &rows, "--samples", "4"]).unwrap();
-        let report = run(&arguments, Progress::hidden()).unwrap();
-        let allocation = report.allocation.clone().unwrap();
-        assert!(allocation.bytes <= 3_800_000 && allocation.bits > 4.5 && allocation.bits < 8.5, "{report}");
-        let written = Checkpoint::open(&out).unwrap();
-        assert_eq!(written.bytes_on_disk(), allocation.bytes);
-        let groups = written.raw_config()["quantization_config"]["config_groups"].as_object().unwrap().len();
-        assert_eq!(groups, 2, "{report}");
-    }
-
-    #[test]
-    fn the_bundled_model_is_quantized_and_opens_again() {
-        let dir = tempfile::tempdir().unwrap();
-        let out = dir.path().join("int4");
-        let json = r#"{"type": "int", "bits": 4, "group_size": 32}"#;
-        let arguments = |out: &PathBuf, format: &str| {
-            let out = out.display().to_string();
-            Arguments::try_parse_from(["quantize", "--model", crate::TINY_MOE, "--format", format, "--out", &out])
-        };
-        let report = run(&arguments(&out, json).unwrap(), Progress::hidden()).unwrap();
-        let text = report.to_string();
-        assert!(text.contains("int4 in groups of 32") && text.contains("times smaller"), "{text}");
-        let written = Checkpoint::open(&out).unwrap();
-        assert!(written.quantization().is_some());
-        assert_eq!(written.bytes_on_disk(), report.quantized.bytes.after);
-        assert!(report.quantized.bytes.after * 2 < report.quantized.bytes.before);
-        let again = run(&arguments(&out, json).unwrap(), Progress::hidden()).unwrap_err().to_string();
-        assert!(again.contains("exists"), "{again}");
-        let wrong = run(&arguments(&dir.path().join("b"), "fp8_blocks").unwrap(), Progress::hidden()).unwrap_err();
-        assert!(wrong.to_string().contains("96 rows"), "{wrong}");
-        assert!(arguments(&out, "int7").unwrap_err().to_string().contains("fp8_channels"));
-    }
-}
+mod tests;

@@ -123,7 +123,7 @@ impl Folded {
         Ok(Self { requantized: Some(kept.model), ..folded })
     }
 
-    /// The same with its routed experts packed in a format, which is that they were trained in.
+    /// The same with its routed experts packed in the format that they were trained in.
     ///
     /// # Errors
     /// [`moe_checkpoint::Error::Quantize`] for widths that the format cannot divide.

@@ -23,7 +23,8 @@ use crate::{
 ///
 /// The paper begins with a dense model, whose FFN becomes the shared expert and every routed one:
 /// `moe upcycle --method copy` with a shared expert, or any Mixture of Experts that has one. What is saved is packed in
-/// two bits per weight ([`WeightFormat::Ternary`]), and runs as it was trained.
+/// two bits per weight ([`WeightFormat::Ternary`]), and runs as it was trained. Activations are not rounded: the paper
+/// has them in 8 bits, which the format that is written does not ask of an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Mote {
@@ -100,10 +101,7 @@ impl TernaryMatrix {
         let [rows, cols] = self.live.shape();
         let values = host::into_vec(values);
         let one = (rows / self.parts * cols).max(1);
-        let parts = values.chunks(one).flat_map(|part| {
-            // Every matrix has a ternary form.
-            WeightFormat::Ternary.round(part, part.len() / cols.max(1), cols).unwrap_or_else(|_| part.to_vec())
-        });
+        let parts = values.chunks(one).flat_map(|part| WeightFormat::ternary(part, cols));
         host::from_vec(parts.collect(), [rows, cols], device)
     }
 

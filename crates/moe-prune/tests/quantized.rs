@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::{contents, write_plan};
-use moe_checkpoint::{Checkpoint, Dtype, ExpertWeights, KeptQuantization};
+use moe_checkpoint::{
+    Checkpoint, Dtype, ExpertWeights, KeptQuantization, QuantizeOptions, Quantized, WriteOptions, write,
+};
 use moe_prune::{PruneForm, PruneOptions, PrunePlan, PrunedPrecision};
 
 fn fixture(name: &str) -> PathBuf {
@@ -120,15 +122,21 @@ fn whole_experts_go_from_every_format_without_a_change_of_the_others() {
 #[test]
 fn numbers_of_experts_by_layer_stand_in_what_compressed_tensors_says_of_sparsity() {
     let dir = tempfile::tempdir().unwrap();
-    for name in ["ct-int8-g32-w8a16-qwen3_moe", "ct-nvfp4-qwen3_moe", "ct-mixed-qwen3_moe", "llmc-w4a16-qwen3_moe"] {
-        let model = open(name);
+    // The fixtures have one layer with experts.
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/assets/tiny-moe");
+    let tiny = Arc::new(Checkpoint::open(tiny).unwrap());
+    for name in ["nvfp4", "fp8_channels", r#"{"type": "int", "bits": 4, "group_size": 32}"#] {
+        let options = QuantizeOptions::new(name.parse().unwrap());
+        let base = dir.path().join(format!("{} whole", options.format));
+        write(Quantized::on(&tiny, &options).unwrap().model(), &base, &WriteOptions::default()).unwrap();
+        let model = Arc::new(Checkpoint::open(base).unwrap());
         let last = model.shape().layers.last().unwrap().layer;
         let mut plan = PrunePlan::keep_all(model.shape(), model.fingerprint());
         let kept = plan.kept.iter_mut().find(|kept| kept.layer == last).unwrap();
         kept.experts[1].clear();
         kept.removed.push(1);
         let plan = counted(plan);
-        let out = dir.path().join(name);
+        let out = dir.path().join(format!("{}", options.format));
         let report = write_plan(&plan, &model, &out, &PruneOptions::new(PruneForm::Uniform));
         let report = report.unwrap_or_else(|error| panic!("{name}: {error}"));
         assert!(report.notes.iter().any(|note| note.contains("every code and scale as it was")), "{name}: {report}");
@@ -162,7 +170,8 @@ fn numbers_of_experts_by_layer_stand_in_what_compressed_tensors_says_of_sparsity
         assert_eq!(even.model().quantization(), model.quantization(), "{name}");
     }
     // Formats that have no place for them say where there is one.
-    let model = open("gptq-v1-sym-qwen3_moe");
+    let options = QuantizeOptions::new(r#"{"type": "fp8_blocks", "block": [32, 32]}"#.parse().unwrap());
+    let model = Quantized::on(&tiny, &options).unwrap().model().clone();
     let mut plan = PrunePlan::keep_all(model.shape(), model.fingerprint());
     plan.kept[0].experts[0].clear();
     plan.kept[0].removed.push(0);

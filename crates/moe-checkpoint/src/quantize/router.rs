@@ -54,7 +54,8 @@ pub struct RoundedRouter {
     pub divergence: f64,
     /// See [`divergence`](Self::divergence).
     pub unclipped_divergence: f64,
-    /// Share of the chosen experts that are chosen still.
+    /// Of the `k` experts with the highest logits, the share that has them still. These are the chosen ones unless the
+    /// family adds correction biases or chooses within groups.
     pub overlap: f64,
 }
 
@@ -78,8 +79,8 @@ impl RouterInputs {
     /// Why the router of a layer cannot be looked at so; `None` where it can.
     pub fn refusal(model: &Checkpoint) -> Option<String> {
         let config = model.config();
-        let own = config.routing.own_norm || config.expert_latent.is_some();
-        own.then(|| "routers of this family do not read what experts read".to_string())
+        let apart = config.routing.own_norm || config.routing.on_inputs || config.expert_latent.is_some();
+        apart.then(|| "routers of this family do not read what experts read".to_string())
     }
 }
 
@@ -88,18 +89,27 @@ fn refused(reason: impl Into<String>) -> Error {
 }
 
 impl RouterRounding {
-    /// The model with its routers rounded, and what that did.
+    /// Checks the parameters.
     ///
     /// # Errors
-    /// [`Error::Quantize`] for other bits or shares, families whose routers do not read what experts read, and a sample
-    /// of another model or of no tokens.
-    pub fn on(&self, base: &Arc<Checkpoint>, inputs: &RouterInputs) -> Result<(Arc<Checkpoint>, Vec<RoundedRouter>)> {
+    /// [`Error::Quantize`] for bits outside 2 to 8, and for a share outside [0, 1].
+    pub fn check(&self) -> Result<()> {
         if !(2..=8).contains(&self.bits) {
             return Err(refused(format!("{} bits; expected 2 to 8", self.bits)));
         }
         if !(0.0..=1.0).contains(&self.further) {
             return Err(refused(format!("`further` is {}; expected a number in [0, 1]", self.further)));
         }
+        Ok(())
+    }
+
+    /// The model with its routers rounded, and what that did.
+    ///
+    /// # Errors
+    /// [`Error::Quantize`] for other bits or shares, families whose routers do not read what experts read, and a sample
+    /// of another model or of no tokens.
+    pub fn on(&self, base: &Arc<Checkpoint>, inputs: &RouterInputs) -> Result<(Arc<Checkpoint>, Vec<RoundedRouter>)> {
+        self.check()?;
         if let Some(reason) = RouterInputs::refusal(base) {
             return Err(refused(reason));
         }

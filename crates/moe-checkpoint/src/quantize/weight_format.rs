@@ -154,6 +154,15 @@ impl WeightFormat {
         }
     }
 
+    /// The values of a matrix `[rows, cols]` as [`WeightFormat::Ternary`] keeps them, in BF16: every matrix has such a
+    /// form.
+    pub fn ternary(values: &[f32], cols: usize) -> Vec<f32> {
+        let scheme = Self::Ternary.scheme();
+        let rows = values.len().checked_div(cols).unwrap_or(0);
+        let decoded = scheme.decode(&scheme.encode(values, (rows, cols)));
+        decoded.into_iter().map(|value| half::bf16::from_f32(value).to_f32()).collect()
+    }
+
     pub(super) fn scheme(&self) -> Scheme {
         let plain =
             Scheme { element: Element::E4m3, group: (1, usize::MAX), scale: Dtype::BF16, zeros: false, global: None };

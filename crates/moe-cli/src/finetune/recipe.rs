@@ -48,6 +48,7 @@ const BUNDLED: &[Bundled] = &[
     bundled("label-experts", 5e-4, ""),
     bundled("loss-free", 5e-4, ""),
     bundled("smoe-dropout", 1e-3, ""),
+    bundled("mote", 2e-3, ""),
     bundled("condensers", 5e-4, ""),
     bundled("compressed-experts", 5e-4, ""),
     bundled("router", 1e-2, ""),

@@ -1,6 +1,6 @@
 //! What is best at a given size: fewer experts, fewer units, fewer bits, and all of these at equal bytes.
 
-use moe_checkpoint::{BasePrecision, WeightFormat};
+use moe_checkpoint::{BasePrecision, Checkpoint, WeightFormat};
 use moe_core::data::{Dataset, WaveOptions};
 use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::{ScorerConfig, scorers::Reap};
@@ -36,14 +36,42 @@ impl Default for FrontierOptions {
     }
 }
 
+impl FrontierOptions {
+    /// Checks everything that can be told before `base` is run.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for ratios outside (0, 1), no formats, a base that is quantized and one whose experts differ in
+    /// width or share weights.
+    pub fn check(&self, base: &Checkpoint) -> Result<()> {
+        if let Some(ratio) = self.ratios.iter().find(|ratio| !(**ratio > 0.0 && **ratio < 1.0)) {
+            return Err(Error::Usage(format!("ratios: found {ratio}, expected shares between 0 and 1")));
+        }
+        if self.formats.is_empty() {
+            return Err(Error::Usage("formats: found none, expected at least one".into()));
+        }
+        if let Some(format) = base.quantization() {
+            let reason = format!("found a model in {format}, expected one that is not quantized: dequantize it first");
+            return Err(Error::Usage(format!("a frontier: {reason}")));
+        }
+        if base.ragged() || base.grouped() {
+            let reason = "found experts that differ in width or share weights, expected one width for all";
+            return Err(Error::Usage(format!("a frontier: {reason}")));
+        }
+        Ok(())
+    }
+}
+
 /// The models between size and quality: the whole one, and ones with experts pruned by REAP (arXiv 2510.13999) and with
 /// units pruned by a diagonal Fisher approximation, each in BF16, in every format, and with a format per layer within
 /// several budgets; then, at the same budgets for all, whichever of them is predicted to diverge least
 /// (`best_allocation`: bits and what is pruned in one knapsack). Every point is measured on the rows: the divergence of
 /// next-token distributions from those of the whole model.
 ///
+/// Where units go, widths are multiples of a group of the formats, so that what is pruned may differ from what was asked
+/// for: names say what it is, and a ratio that leaves a model which is there already is left out with a line.
+///
 /// # Errors
-/// Ratios outside (0, 1), no formats, widths that a format cannot divide; whatever stops a run.
+/// What [`FrontierOptions::check`] refuses, widths that a format cannot divide; whatever stops a run.
 pub fn frontier(
     whole: &Model,
     data: &Dataset,
@@ -51,12 +79,8 @@ pub fn frontier(
     options: &FrontierOptions,
     progress: Progress,
 ) -> Result<Vec<FrontierPoint>> {
-    if let Some(ratio) = options.ratios.iter().find(|ratio| !(**ratio > 0.0 && **ratio < 1.0)) {
-        return Err(Error::Usage(format!("ratios: found {ratio}, expected shares between 0 and 1")));
-    }
-    if options.formats.is_empty() {
-        return Err(Error::Usage("formats: found none, expected at least one".into()));
-    }
+    options.check(whole.checkpoint())?;
+    let shape = whole.checkpoint().shape();
     let engine = Engine::new(whole, EngineOptions::default());
     let probe = EngineProbe::new(&engine, data.waves(waves), ProbeOptions::default())?;
     let mut models = vec![("whole".to_string(), whole.with_overlays(None, None)?)];
@@ -66,15 +90,21 @@ pub fn frontier(
             .map_err(|error| Error::Invalid(error.to_string()))?;
         let units = score(whole, data, &*fisher.build()?)?;
         for ratio in &options.ratios {
-            let percent = 100.0 * ratio;
             let pruner = ExpertPruner::new().for_routing(&whole.config().routing);
-            let pruned = prune(whole, &experts, &pruner, Budget::Ratio(*ratio), PruneForm::Uniform)?;
-            models.push((format!("{percent:.0}% of the experts pruned"), pruned));
+            let without_experts = prune(whole, &experts, &pruner, Budget::Ratio(*ratio), PruneForm::Uniform)?;
             // Widths of whole groups of every format.
             let width = whole.checkpoint().shape().uniform_width().unwrap_or(0);
-            let pruner = UnitPruner::new(Scope::Expert).round_to(round_to(width));
-            let pruned = prune(whole, &units, &pruner, Budget::Ratio(*ratio), PruneForm::Uniform)?;
-            models.push((format!("{percent:.0}% of the units pruned"), pruned));
+            let pruner = UnitPruner::new(Scope::Expert).round_to(round_to(width, *ratio));
+            let narrower = prune(whole, &units, &pruner, Budget::Ratio(*ratio), PruneForm::Uniform)?;
+            for (what, pruned) in [("experts", without_experts), ("units", narrower)] {
+                let gone = 1.0 - pruned.checkpoint().shape().units() as f64 / shape.units().max(1) as f64;
+                let name = format!("{:.0}% of the {what} pruned", 100.0 * gone);
+                if gone == 0.0 || models.iter().any(|(other, _)| *other == name) {
+                    progress.say(&format!("{ratio} of the {what}: rounded to whole groups this is there already"));
+                    continue;
+                }
+                models.push((name, pruned));
+            }
         }
     }
     let bar = progress.bar("measuring the frontier", models.len() as u64, Unit::Count("models"));
@@ -117,9 +147,12 @@ pub fn frontier(
     Ok(points)
 }
 
-/// The largest of the usual group sizes that divides a width.
-fn round_to(width: usize) -> usize {
-    [128, 64, 32, 16, 8].into_iter().find(|size| width.is_multiple_of(*size)).unwrap_or(1)
+/// The largest of the usual group sizes that divides a width and is no more than what goes of it; the smallest one that
+/// divides it, where less goes.
+fn round_to(width: usize, ratio: f64) -> usize {
+    let sizes: Vec<usize> = [128, 64, 32].into_iter().filter(|size| width.is_multiple_of(*size)).collect();
+    let few = |size: &&usize| **size as f64 <= ratio * width as f64;
+    sizes.iter().find(few).or(sizes.last()).copied().unwrap_or(1)
 }
 
 /// So many budgets between the least and the most of some sizes.
@@ -132,6 +165,6 @@ fn budgets(sizes: &[u64], count: u64) -> Vec<u64> {
 fn measured(model: &Model, allocation: &PrecisionAllocation, probe: &EngineProbe<'_>) -> Result<(u64, f64)> {
     let quantized = allocation.on(model.checkpoint(), None)?;
     let bytes = quantized.model().bytes_on_disk();
-    let model = Model::new(quantized.model().clone(), model.device(), model.max_memory())?;
+    let model = model.like(quantized.model().clone())?;
     Ok((bytes, probe.distortion_of(&model)?.mean))
 }

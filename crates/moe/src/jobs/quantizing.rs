@@ -70,8 +70,11 @@ pub struct SmoothingSummary {
     pub units: usize,
     /// What rounding changes of outputs with the factors over what it changes without them, on rows that were tried;
     /// where factors were searched.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damage: Option<f64>,
+    /// Why inputs or units of the layer take no factors.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
 }
 
 /// A quantized model, and how it came about.
@@ -101,12 +104,15 @@ impl fmt::Display for QuantizeCalibration {
                 rows.len()
             )?;
         }
-        for SmoothingSummary { layer, inputs, units, damage } in &self.smoothing {
+        for SmoothingSummary { layer, inputs, units, damage, left_out } in &self.smoothing {
             write!(f, "layer {layer}: factors on {inputs} input channels and {units} units")?;
-            match damage {
-                Some(damage) => writeln!(f, ", damage of rounding times {damage:.3}")?,
-                None => writeln!(f)?,
+            if let Some(damage) = damage {
+                write!(f, ", damage of rounding times {damage:.3}")?;
             }
+            for reason in left_out {
+                write!(f, "; {reason}")?;
+            }
+            writeln!(f)?;
         }
         for RoundedRouter { layer, clip, divergence, unclipped_divergence, overlap } in &self.routers {
             writeln!(
@@ -121,17 +127,35 @@ impl fmt::Display for QuantizeCalibration {
 }
 
 impl QuantizeWith {
-    /// Checks what can be told without a model.
+    /// Checks everything that can be told before `base` is run.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a share of balance that is not above 0.
-    pub fn check(&self) -> Result<()> {
-        match self.balance {
-            Some(share) if !(share.is_finite() && share > 0.0) => {
-                Err(Error::Usage(format!("balance: found {share}, expected a share above 0")))
-            }
-            _ => Ok(()),
+    /// [`Error::Usage`] for a share of balance that is not above 0, for balanced rows that nothing is calibrated on, for
+    /// routers that cannot be looked at, and for factors that no layer takes; other parameters out of their range.
+    pub fn check(&self, base: &Checkpoint) -> Result<()> {
+        self.smooth.as_ref().map(Smoothing::check).transpose()?;
+        self.routers.as_ref().map(RouterRounding::check).transpose()?;
+        if let Some(share) = self.balance.filter(|share| !(share.is_finite() && *share > 0.0)) {
+            return Err(Error::Usage(format!("balance: found {share}, expected a share above 0")));
         }
+        if self.balance.is_some() && self.passes() == 1 {
+            let expected = "error feedback, factors or rounded routers that are calibrated on the rows";
+            return Err(Error::Usage(format!("balance: found nothing that balanced rows change; expected {expected}")));
+        }
+        if self.routers.is_some()
+            && let Some(reason) = RouterInputs::refusal(base)
+        {
+            return Err(Error::Usage(format!("rounding routers: {reason}")));
+        }
+        let refusals: Vec<[Option<String>; 2]> =
+            base.shape().layers.iter().map(|layer| Smoothed::refusals(base, layer.layer)).collect();
+        if self.smooth.is_some() && refusals.iter().all(|[inputs, units]| inputs.is_some() && units.is_some()) {
+            let mut reasons: Vec<String> = refusals.into_iter().flatten().flatten().collect();
+            reasons.sort();
+            reasons.dedup();
+            return Err(Error::Usage(format!("smoothing: no layer takes factors: {}", reasons.join("; "))));
+        }
+        Ok(())
     }
 
     /// Runs over the rows that it takes.
@@ -181,7 +205,7 @@ pub fn quantize_mixed(
     let formats = mixed.formats.iter().map(|precision| precision.format(base)).collect();
     let choice = MixedPrecision { within: mixed.within, ..MixedPrecision::new(formats) };
     let Prepared { base, moments, calibration } = prepare(base, how, rows, with, progress)?;
-    let prepared = Model::new(base.clone(), rows.model.device(), rows.model.max_memory())?;
+    let prepared = rows.model.like(base.clone())?;
     let engine = Engine::new(&prepared, EngineOptions::default());
     let probe = EngineProbe::new(&engine, rows.data.waves(rows.waves), ProbeOptions::default())?;
     let bar = progress.bar("measuring precisions", 0, Unit::Count("runs"));
@@ -209,12 +233,7 @@ fn prepare(
     with: &QuantizeWith,
     progress: Progress,
 ) -> Result<Prepared> {
-    with.check()?;
-    if with.routers.is_some()
-        && let Some(reason) = RouterInputs::refusal(base)
-    {
-        return Err(Error::Usage(format!("rounding routers: {reason}")));
-    }
+    with.check(base)?;
     let mut calibration = QuantizeCalibration::default();
     let balanced = match with.balance {
         Some(share) => {
@@ -238,7 +257,7 @@ fn prepare(
     };
     let mut base = base.clone();
     let mut changed: Option<Model> = None;
-    let remade = |base: &Arc<Checkpoint>| Model::new(base.clone(), rows.model.device(), rows.model.max_memory());
+    let remade = |base: &Arc<Checkpoint>| rows.model.like(base.clone());
     if let Some(smooth) = &with.smooth {
         let plain = base.dequantized()?;
         let factors: Vec<LayerSmoothing> = match smooth {
@@ -248,7 +267,7 @@ fn prepare(
                     .iter()
                     .map(|layer| {
                         let damage = (layer.damage_before > 0.0).then(|| layer.damage_after / layer.damage_before);
-                        SmoothingSummary { damage, ..SmoothingSummary::of(&layer.factors) }
+                        SmoothingSummary { damage, ..SmoothingSummary::of(&plain, &layer.factors) }
                     })
                     .collect();
                 found.into_iter().map(|layer| layer.factors).collect()
@@ -257,7 +276,7 @@ fn prepare(
                 let collector = Box::new(ExpertInputRanges::of(&base));
                 let ranges = InputRanges::new(pass(rows.model, "ranges", collector)?);
                 let found = smoothing.factors(&plain, &ranges)?;
-                calibration.smoothing = found.iter().map(SmoothingSummary::of).collect();
+                calibration.smoothing = found.iter().map(|layer| SmoothingSummary::of(&plain, layer)).collect();
                 found
             }
             other => return Err(Error::Usage(format!("{other:?} is not known to this job"))),
@@ -281,9 +300,12 @@ fn prepare(
 }
 
 impl SmoothingSummary {
-    fn of(factors: &LayerSmoothing) -> Self {
+    fn of(model: &Checkpoint, factors: &LayerSmoothing) -> Self {
+        let [inputs, units] = Smoothed::refusals(model, factors.layer);
+        let named = |what: &'static str| move |reason: String| format!("none on {what}: {reason}");
+        let left_out = inputs.map(named("inputs")).into_iter().chain(units.map(named("units"))).collect();
         let changed = |factors: &[f32]| factors.iter().filter(|factor| **factor != 1.0).count();
         let units = factors.units.iter().map(|units| changed(units)).sum();
-        Self { layer: factors.layer, inputs: changed(&factors.inputs), units, damage: None }
+        Self { layer: factors.layer, inputs: changed(&factors.inputs), units, damage: None, left_out }
     }
 }

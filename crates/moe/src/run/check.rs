@@ -216,7 +216,7 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
             }
             Step::Quantize(quantize) => {
                 let how = quantize.options().map_err(named)?;
-                quantize.with().check().map_err(named)?;
+                quantize.with().check(&model).map_err(named)?;
                 if quantize.reads_rows() {
                     needs_data()?;
                 }

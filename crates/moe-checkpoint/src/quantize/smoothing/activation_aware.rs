@@ -46,6 +46,18 @@ pub struct SmoothedLayer {
 }
 
 impl ActivationAware {
+    /// Checks the parameters.
+    ///
+    /// # Errors
+    /// [`Error::Quantize`] for a grid of 0.
+    pub fn check(&self) -> Result<()> {
+        if self.grid == 0 {
+            let reason = "a grid of 0 exponents; expected at least 1".to_string();
+            return Err(Error::Quantize { format: "activation-aware scaling".into(), reason });
+        }
+        Ok(())
+    }
+
     /// The factors of all layers of `model` for weights in `format`. Layers whose inputs or units take no factors get
     /// none, and so do units of experts that no token of the calibration was routed to.
     ///
@@ -57,10 +69,7 @@ impl ActivationAware {
         format: &WeightFormat,
         moments: &InputMoments,
     ) -> Result<Vec<SmoothedLayer>> {
-        if self.grid == 0 {
-            let reason = "a grid of 0 exponents; expected at least 1".to_string();
-            return Err(Error::Quantize { format: "activation-aware scaling".into(), reason });
-        }
+        self.check()?;
         let scheme = format.scheme();
         model.shape().layers.iter().map(|layer| self.layer(model, &scheme, moments, layer.layer)).collect()
     }
@@ -218,8 +227,8 @@ mod tests {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
         };
-        let values: Vec<f32> = (0..rows * n).map(|_| next()).collect();
-        // Two channels are forty times as large as the others.
+        // Two channels whose weights are far from the largest of their groups are forty times as large as the others.
+        let values: Vec<f32> = (0..rows * n).map(|at| if at % n < 2 { 0.2 * next() } else { next() }).collect();
         let gram: Vec<f64> = (0..n * n)
             .map(|at| match at % n == at / n {
                 true => {

@@ -73,6 +73,20 @@ fn largest_columns(values: &[f32], cols: usize, into: &mut [f64]) {
 }
 
 impl ExpertAware {
+    /// Checks the parameters.
+    ///
+    /// # Errors
+    /// [`Error::Quantize`] for ones outside [0, 1].
+    pub fn check(&self) -> Result<()> {
+        for (field, value) in [("alpha", self.alpha), ("units", self.units)] {
+            if !(0.0..=1.0).contains(&value) {
+                let reason = format!("`{field}` is {value}; expected a number in [0, 1]");
+                return Err(Error::Quantize { format: "expert-aware smoothing".into(), reason });
+            }
+        }
+        Ok(())
+    }
+
     /// Factors of one expert's inputs, from the largest inputs and the largest weights of every channel.
     pub fn expert_factors(&self, inputs: &[f64], weights: &[f64]) -> Vec<f64> {
         let factor = |(x, w): (&f64, &f64)| x.max(LEAST).powf(self.alpha) / w.max(LEAST).powf(1.0 - self.alpha);
@@ -86,12 +100,7 @@ impl ExpertAware {
     /// # Errors
     /// [`Error::Quantize`] for parameters outside [0, 1] and for ranges of another model; those of reading weights.
     pub fn factors(&self, model: &Checkpoint, ranges: &InputRanges) -> Result<Vec<LayerSmoothing>> {
-        for (field, value) in [("alpha", self.alpha), ("units", self.units)] {
-            if !(0.0..=1.0).contains(&value) {
-                let reason = format!("`{field}` is {value}; expected a number in [0, 1]");
-                return Err(Error::Quantize { format: "expert-aware smoothing".into(), reason });
-            }
-        }
+        self.check()?;
         model.shape().layers.iter().map(|layer| self.layer(model, ranges, layer.layer)).collect()
     }
 

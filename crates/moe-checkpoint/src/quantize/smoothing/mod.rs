@@ -50,6 +50,19 @@ pub enum Smoothing {
     Eaquant(ExpertAware),
 }
 
+impl Smoothing {
+    /// Checks the parameters.
+    ///
+    /// # Errors
+    /// [`Error::Quantize`] naming the one that is out of its range.
+    pub fn check(&self) -> Result<()> {
+        match self {
+            Self::Awq(search) => search.check(),
+            Self::Eaquant(smoothing) => smoothing.check(),
+        }
+    }
+}
+
 impl FromStr for Smoothing {
     type Err = Error;
 
@@ -71,8 +84,9 @@ impl FromStr for Smoothing {
 ///
 /// Factors move nothing but the place of a magnitude: `norm / s` and `W s` for inputs, `up / u` and `down u` for units.
 /// With powers of two ([`LayerSmoothing::powers_of_two`]) every product is exact, and the model computes the same
-/// numbers to the bit wherever its kernels add in one order. With others the norm is rounded to its dtype, and the
-/// factors are those that the rounded norm has, so that what is left is one rounding of every weight.
+/// numbers to the bit wherever its kernels add in one order, but for norms whose weight is one plus what is stored.
+/// There, and with other factors, the norm is rounded to its dtype, and the factors are those that the rounded norm
+/// has, so that what is left is one rounding of every weight.
 #[derive(Clone, Debug)]
 pub struct Smoothed {
     model: Arc<Checkpoint>,
@@ -130,6 +144,11 @@ pub(super) fn units_refusal(model: &Checkpoint, layer: usize) -> Option<String> 
 }
 
 impl Smoothed {
+    /// Why a layer takes no factors on its inputs, and none on its units: `[inputs, units]`, `None` where it takes them.
+    pub fn refusals(model: &Checkpoint, layer: usize) -> [Option<String>; 2] {
+        [inputs_refusal(model, layer), units_refusal(model, layer)]
+    }
+
     /// `base`, without quantization, with these factors.
     ///
     /// # Errors
