@@ -144,7 +144,7 @@ pub(super) fn units_refusal(model: &Checkpoint, layer: usize) -> Option<String> 
 }
 
 impl Smoothed {
-    /// Why a layer takes no factors on its inputs, and none on its units: `[inputs, units]`, `None` where it takes them.
+    /// Why a layer takes no factors on its inputs and none on its units, `[inputs, units]`; `None` where it takes them.
     pub fn refusals(model: &Checkpoint, layer: usize) -> [Option<String>; 2] {
         [inputs_refusal(model, layer), units_refusal(model, layer)]
     }
