@@ -21,28 +21,107 @@ pub(crate) const TEMPORARY_SUFFIX: &str = ".tmp";
 /// # Errors
 /// [`Error::Io`] with the path; `path` is untouched then.
 pub fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
-    static COUNTER: AtomicU64 = AtomicU64::new(0);
-    let path = path.as_ref();
-    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let directory = match path.parent() {
+    let mut file = AtomicFile::create(path)?;
+    file.write_all(bytes).map_err(|source| Error::io(&file.path, source))?;
+    file.finish()
+}
+
+/// A file that has its name once it is whole: until [`AtomicFile::finish`] it is `.NAME.tmp` beside its place, and
+/// dropped before that it is removed. What a killed process left there is written over by the next one that writes the
+/// same file; while another writer is at it, this one has a file of its own.
+#[derive(Debug)]
+pub struct AtomicFile {
+    path: PathBuf,
+    temporary: PathBuf,
+    file: File,
+    finished: bool,
+}
+
+impl AtomicFile {
+    /// Begins the file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the path.
+    pub fn create(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_path_buf();
+        let (file, temporary) = temporary_file(&path).map_err(|source| Error::io(&path, source))?;
+        Ok(Self { path, temporary, file, finished: false })
+    }
+
+    /// The path until it is finished, for what writes to a path.
+    pub fn temporary(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Makes what was written durable, and gives it its name.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the path; a file of that name is untouched then.
+    pub fn finish(mut self) -> Result<()> {
+        let named = self.file.sync_all().and_then(|()| fs::rename(&self.temporary, &self.path));
+        named.map_err(|source| Error::io(&self.path, source))?;
+        self.finished = true;
+        // The rename itself is durable only once the directory is; not every file system lets a directory be synced.
+        let _ = File::open(directory_of(&self.path)).and_then(|directory| directory.sync_all());
+        Ok(())
+    }
+}
+
+impl Write for AtomicFile {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Drop for AtomicFile {
+    fn drop(&mut self) {
+        if !self.finished {
+            // Best effort: the error that matters is an earlier one.
+            let _ = fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
-    };
+    }
+}
+
+/// An empty file beside `path`, locked where that can be.
+fn temporary_file(path: &Path) -> std::io::Result<(File, PathBuf)> {
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let common = directory_of(path).join(format!(".{name}{TEMPORARY_SUFFIX}"));
+    let file = File::options().write(true).create(true).truncate(false).open(&common)?;
+    if file.try_lock().is_ok() && is_at(&file, &common) {
+        file.set_len(0)?;
+        return Ok((file, common));
+    }
     let unique = COUNTER.fetch_add(1, Ordering::Relaxed);
-    let temporary = directory.join(format!(".{name}.{}-{unique}{TEMPORARY_SUFFIX}", std::process::id()));
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        // The rename itself is durable only once the directory is; not every file system lets a directory be synced.
-        File::open(directory).and_then(|d| d.sync_all()).or(Ok(()))
-    };
-    write().map_err(|source| {
-        // Best effort: the error that matters is the first one.
-        let _ = fs::remove_file(&temporary);
-        Error::Io { path: path.to_path_buf(), source }
-    })
+    let own = directory_of(path).join(format!(".{name}.{}-{unique}{TEMPORARY_SUFFIX}", std::process::id()));
+    Ok((File::create(&own)?, own))
+}
+
+/// Whether the file still has this name: another writer may have finished it between opening and locking.
+#[cfg(unix)]
+fn is_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (file.metadata(), fs::metadata(path)) {
+        (Ok(own), Ok(there)) => (own.dev(), own.ino()) == (there.dev(), there.ino()),
+        _ => false,
+    }
+}
+
+/// Elsewhere nothing tells, so that every writer has a file of its own.
+#[cfg(not(unix))]
+fn is_at(_: &File, _: &Path) -> bool {
+    false
 }
 
 /// What sort of artifact a file is: its metadata key and the version written and at most read.
@@ -195,5 +274,58 @@ impl Tensors<'_> {
     pub fn i64(&self, name: &str, shape: &[usize]) -> Result<Vec<i64>> {
         let view = self.checked(name, shape, &[Dtype::I64])?;
         Ok(view.data().as_chunks().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(directory: &Path) -> Vec<String> {
+        let entries = fs::read_dir(directory).unwrap();
+        let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn what_a_killed_writer_left_is_written_over_and_nothing_stays_beside() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.json");
+        // As a killed process leaves it: longer than what comes.
+        std::mem::forget({
+            let mut killed = AtomicFile::create(&path).unwrap();
+            killed.write_all(b"half of something long").unwrap();
+            killed.file.unlock().unwrap();
+            killed
+        });
+        assert_eq!(names(directory.path()), [".a.json.tmp"]);
+        write_atomic(&path, b"{}").unwrap();
+        assert_eq!((names(directory.path()), fs::read(&path).unwrap()), (vec!["a.json".into()], b"{}".to_vec()));
+    }
+
+    #[test]
+    fn writers_of_one_file_do_not_meet() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a");
+        let (mut first, mut second) = (AtomicFile::create(&path).unwrap(), AtomicFile::create(&path).unwrap());
+        assert_ne!(first.temporary(), second.temporary());
+        first.write_all(b"first").unwrap();
+        second.write_all(b"second").unwrap();
+        first.finish().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"first");
+        second.finish().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"second");
+        drop(AtomicFile::create(&path).unwrap());
+        assert_eq!((names(directory.path()), fs::read(&path).unwrap()), (vec!["a".into()], b"second".to_vec()));
+        // Many at a time: one of them is there, whole.
+        let texts: Vec<Vec<u8>> = (0..8u8).map(|n| vec![b'a' + n; 100_000]).collect();
+        std::thread::scope(|scope| {
+            for text in &texts {
+                scope.spawn(|| (0..20).for_each(|_| write_atomic(&path, text).unwrap()));
+            }
+        });
+        assert!(texts.contains(&fs::read(&path).unwrap()));
+        assert_eq!(names(directory.path()), ["a"]);
     }
 }

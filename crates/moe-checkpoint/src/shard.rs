@@ -24,7 +24,11 @@ impl Shard {
     pub fn open(path: &Path) -> Result<(Self, Vec<HeaderTensor>)> {
         let io = |source| Error::io(path, source);
         let file = File::open(path).map_err(io)?;
-        let length = file.metadata().map_err(io)?.len();
+        let metadata = file.metadata().map_err(io)?;
+        if metadata.is_dir() {
+            return Err(io(std::io::Error::from(std::io::ErrorKind::IsADirectory)));
+        }
+        let length = metadata.len();
         if length < header::LENGTH_BYTES as u64 {
             return Err(Error::NoHeader { path: path.to_path_buf(), found: length });
         }

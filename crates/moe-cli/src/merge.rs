@@ -198,6 +198,9 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
         (false, false) => Existing::Refuse,
     };
     let training = training(arguments)?;
+    if training.is_none() {
+        recipe.compression.as_ref().map_or(Ok(()), |how| how.check_scores(false))?;
+    }
     let compact_dir = (training.is_some() || recipe.compression.is_some()).then(|| beside(&arguments.out, ".compact"));
     if arguments.dense.is_some() && compact_dir.is_none() {
         let reason = format!("--dense: recipe `{}` compresses no experts, and there is no --train", recipe.name);

@@ -48,7 +48,7 @@ pub struct Arguments {
     /// What stays, chosen by hand, in the form of --protect: of the layers that the file names all other experts go
     #[arg(long, value_name = "FILE", group = "budget", conflicts_with_all = ["scores", "scorer", "pruner", "allocator", "protect"])]
     pub keep_list: Option<PathBuf>,
-    /// What decides, a name or JSON: unit, expert, novice, subset, two_level, wide
+    /// What decides, a name or JSON: unit, expert, novice, subset, genetic, two_level, wide
     #[arg(long, value_name = "NAME|JSON|FILE", value_parser = Named::parse)]
     pub pruner: Option<Named>,
     /// How much each layer keeps, a name or JSON: uniform, layer, global, normalized, hybrid, depth_prior,
@@ -223,9 +223,9 @@ impl Arguments {
                 "--round-to, --min-width: widths stay as they are where pruner `{name}` drops whole experts"
             )));
         }
-        if self.multiple_of.is_some() && !["expert", "subset"].contains(&name.as_str()) {
+        if self.multiple_of.is_some() && !["expert", "subset", "genetic"].contains(&name.as_str()) {
             return Err(Error::Usage(format!(
-                "--multiple-of: pruner `{name}` leaves as many experts as there are; expert, subset and two_level do not"
+                "--multiple-of: pruner `{name}` leaves as many experts as there are; expert, subset, genetic and two_level do not"
             )));
         }
         self.fill(&mut object, limits)?;
@@ -251,7 +251,7 @@ impl Arguments {
 }
 
 /// Pruners that drop whole experts.
-const WHOLE: [&str; 3] = ["expert", "novice", "subset"];
+const WHOLE: [&str; 4] = ["expert", "novice", "subset", "genetic"];
 
 /// What a pruner is called.
 fn kind(pruner: &Map<String, Value>) -> &str {

@@ -18,6 +18,11 @@ use crate::merged::encoded_part;
 pub(crate) trait PartChange: Send + Sync + 'static {
     /// The values of a part that the set has; `None` if they stay.
     fn part(&self, base: &Checkpoint, layer: usize, set: usize, part: ExpertPart) -> Result<Option<Vec<f32>>>;
+
+    /// All bytes of a tensor outside the routed experts, if they change.
+    fn tensor(&self, _name: &str) -> Option<&[u8]> {
+        None
+    }
 }
 
 struct InPlace<C> {
@@ -67,7 +72,10 @@ impl<C: PartChange> InPlace<C> {
 
 impl<C: PartChange> ModelSource for InPlace<C> {
     fn bytes(&self, tensor: &TensorInfo, range: Range<usize>) -> CheckpointResult<Cow<'_, [u8]>> {
-        self.base.tensor_bytes(&tensor.name, range)
+        match self.change.tensor(&tensor.name) {
+            Some(bytes) => Ok(bytes[range].into()),
+            None => self.base.tensor_bytes(&tensor.name, range),
+        }
     }
 
     fn grain(&self, tensor: &TensorInfo) -> usize {

@@ -61,6 +61,7 @@ mod context;
 mod engine;
 mod error;
 mod evidence;
+mod expert_map;
 mod experts;
 mod grouping;
 mod importance;
@@ -88,16 +89,18 @@ pub use combination::{
     LeastSquaresDown, Merged, Reference, Scale, SegmentSimilarity, Segments, Subspace, SubspaceRank, Zeros,
 };
 pub use compress::{
-    COMPACT_FILE, CompactExpert, CompactModel, CompactReport, CompactedModel, Compression, LowRankSparse, RowScore,
+    COMPACT_FILE, CompactExpert, CompactModel, CompactReport, CompactedModel, Compression, LowRankSparse, Ranks,
+    RowScore,
 };
 pub use context::{Gram, LayerContext};
 #[cfg(feature = "engine")]
 pub use engine::{
-    Coefficients, CompactTrained, CompactTraining, EvidenceOptions, ExpertMerging, Granularity, Task, collect_evidence,
-    merge_sequentially,
+    Coefficients, CompactTrained, CompactTraining, EvidenceOptions, Evolved, ExpertEvolution, ExpertMerging, Fitness,
+    Granularity, Task, collect_evidence, merge_sequentially,
 };
 pub use error::{Error, Result};
 pub use evidence::{Evidence, LayerEvidence, OutputMean, SCORE, TokenSample};
+pub use expert_map::{EXPERT_MAP, ExpertMap, LayerMap};
 pub use experts::{ExpertSource, LayerExperts};
 pub use grouping::{
     CappedCentroids, Dominant, Grouping, GroupingConfig, Groups, Hierarchical, KMeans, Linkage, Members, OwnGrouping,

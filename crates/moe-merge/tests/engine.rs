@@ -223,14 +223,14 @@ fn a_budget_that_layers_share_cannot_be_spent_one_after_the_other() {
 
 #[test]
 fn compressed_experts_are_shown_in_place_of_their_own() {
-    use moe_merge::{CompactModel, Compression, RowScore};
+    use moe_merge::{CompactModel, Compression, Ranks, RowScore};
     let directory = tempdir().unwrap();
     let model = model("tf5/qwen2_moe");
     let checkpoint = model.checkpoint();
     // How far the logits are from the model's, and the matrices from its matrices.
     let errors_at = |keep_rows: f64| {
         let out = directory.path().join(keep_rows.to_string());
-        let how = Compression { rank: 6, keep_rows, rows: RowScore::Magnitude };
+        let how = Compression { rank: 6, keep_rows, rows: RowScore::Magnitude, ranks: Ranks::Same };
         how.compress(checkpoint, &out, None, false).unwrap();
         let compact = CompactModel::open(&out).unwrap();
         let mut squares = 0.0;
@@ -257,10 +257,32 @@ fn compressed_experts_are_shown_in_place_of_their_own() {
     let id = moe_importance::StatisticId::from("fisher.token".to_string());
     let calibration = moe_importance::Calibration::of_waves(&model, &waves()).statistics([id]);
     let statistics = calibration.run(&mut |_| {}).unwrap();
-    let how = Compression { rank: 6, keep_rows: 0.5, rows: RowScore::Fisher };
+    let how = Compression { rank: 6, keep_rows: 0.5, rows: RowScore::Fisher, ranks: Ranks::Same };
     let out = directory.path().join("fisher");
     let report = how.compress(model.checkpoint(), &out, Some((&statistics, "fisher.token")), false).unwrap();
     assert_eq!(report.rows_kept, report.rows / 2);
+    // Ranks of 6 on average, the higher the more important an expert is.
+    let unequal = Compression { keep_rows: 0.0, rows: RowScore::Magnitude, ranks: Ranks::Importance, ..how };
+    let ranked = directory.path().join("ranks");
+    unequal.compress(model.checkpoint(), &ranked, Some((&statistics, "fisher.token")), false).unwrap();
+    let compact = CompactModel::open(&ranked).unwrap();
+    let mut found: Vec<(f64, usize)> = Vec::new();
+    for layer in &model.checkpoint().shape().layers {
+        for expert in 0..layer.num_experts() {
+            let importance = statistics.unit("fisher.token", layer.layer, expert).unwrap().iter().sum();
+            let expert = compact.expert(layer.layer, expert).unwrap();
+            assert_eq!((expert.gate.rank, expert.down.rank), (expert.up.rank, expert.up.rank));
+            found.push((importance, expert.gate.rank));
+        }
+    }
+    found.sort_by(|a, b| a.0.total_cmp(&b.0));
+    assert!(found.windows(2).all(|pair| pair[0].1 <= pair[1].1), "{found:?}");
+    assert!(found[0].1 < found[found.len() - 1].1, "{found:?}");
+    let sum: usize = found.iter().map(|(_, rank)| rank).sum();
+    assert!(sum <= 6 * found.len() && sum > 5 * found.len(), "{found:?}");
+    compact.on(model.checkpoint(), None).unwrap();
+    let refused = unequal.compress(model.checkpoint(), &directory.path().join("x"), None, false).unwrap_err();
+    assert!(refused.to_string().contains("compression.ranks"), "{refused}");
     let other = moe_merge::CompactModel::open(&out).unwrap();
     let stranger = open(parity("tf5/mixtral"));
     assert!(other.on(&stranger, None).unwrap_err().to_string().contains("compact model was made for"));

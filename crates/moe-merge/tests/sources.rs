@@ -20,7 +20,8 @@ use moe_core::Model;
 use moe_core::device::device;
 use moe_merge::{
     Amount, CombinationConfig, CompactModel, Compression, DominantOnly, Error, Evidence, Group, GroupingConfig,
-    LayerPlan, MergeOptions, MergePlan, MergedWeights, OutputForm, Recipe, Retain, RouterConfig, RowScore, Scope,
+    LayerPlan, MergeOptions, MergePlan, MergedWeights, OutputForm, Ranks, Recipe, Retain, RouterConfig, RowScore,
+    Scope,
 };
 use rayon::prelude::*;
 use tempfile::tempdir;
@@ -351,7 +352,7 @@ fn a_merged_model_is_merged_again_and_compressed_without_a_directory_between() {
             }
             _ => base.clone(),
         };
-        let how = Compression { rank: 3, keep_rows: 0.25, rows: RowScore::Magnitude };
+        let how = Compression { rank: 3, keep_rows: 0.25, rows: RowScore::Magnitude, ranks: Ranks::Same };
         let dir = directory.path().join(format!("{what}-compact"));
         how.compress(&base, &dir, None, false).unwrap();
         let compact = CompactModel::open(&dir).unwrap();

@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use common::{contents, noise, open, parity, plain, plan, written};
 use moe_checkpoint::{Checkpoint, Dtype, ExpertTensor, LayerRole, Role, WriteOptions, encode, write};
-use moe_merge::{CompactModel, Compression, MergeOptions, OutputForm, RowScore, TaskArithmetic, TaskRuleConfig, Ties};
+use moe_merge::{
+    CompactModel, Compression, MergeOptions, OutputForm, Ranks, RowScore, TaskArithmetic, TaskRuleConfig, Ties,
+};
 use tempfile::tempdir;
 
 /// The base with noise on the gate of one expert per layer, written in place of the original.
@@ -127,7 +129,7 @@ fn a_merged_checkpoint_is_compressed_once_per_set() {
     let merged = directory.path().join("merged");
     written(&plan(&plain(0.5), &model), &model, &merged, &MergeOptions::new(OutputForm::Grouped)).unwrap();
     let merged = open(merged);
-    let how = Compression { rank: 4, keep_rows: 0.25, rows: RowScore::Magnitude };
+    let how = Compression { rank: 4, keep_rows: 0.25, rows: RowScore::Magnitude, ranks: Ranks::Same };
     let out = directory.path().join("compact");
     let report = how.compress(&merged, &out, None, false).unwrap();
     let compact = CompactModel::open(&out).unwrap();

@@ -3,12 +3,9 @@
 use std::{
     fmt,
     fs::{self, File},
-    io::{BufReader, BufWriter, Read, Write},
+    io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use moe_checkpoint::{Checkpoint, Role};
@@ -51,61 +48,46 @@ fn into_core(error: Error) -> moe_core::Error {
     }
 }
 
-/// A directory of parked values, which goes with the last of them. It is made when the first values come.
+/// Where values are parked: in files without names, which go with the values, and with the process however it ends.
 #[derive(Debug)]
 pub(crate) struct Parking {
     directory: PathBuf,
-    count: AtomicU64,
 }
-
-/// Numbers the directories of this process.
-static PARKINGS: AtomicU64 = AtomicU64::new(0);
 
 impl Parking {
     /// In `directory`, if there is one, or in the system's directory for temporary files.
     pub fn new(directory: Option<&Path>) -> Arc<Self> {
-        let number = PARKINGS.fetch_add(1, Ordering::Relaxed);
-        let name = format!("parked-{}-{number}", std::process::id());
-        let directory = match directory {
-            Some(directory) => directory.join(name),
-            None => std::env::temp_dir().join(format!("moe-{name}")),
-        };
-        Arc::new(Self { directory, count: AtomicU64::new(0) })
+        Arc::new(Self { directory: directory.map_or_else(std::env::temp_dir, Path::to_path_buf) })
     }
 
     /// Writes values to a file of their own: exactly, as f32.
-    pub fn park(self: &Arc<Self>, values: &[f32]) -> Result<Arc<dyn StoredValues>> {
-        let path = self.directory.join(format!("{}.f32", self.count.fetch_add(1, Ordering::Relaxed)));
-        let io = |source| Error::Io { path: path.clone(), source };
+    pub fn park(&self, values: &[f32]) -> Result<Arc<dyn StoredValues>> {
+        let io = |source| Error::Io { path: self.directory.clone(), source };
         fs::create_dir_all(&self.directory).map_err(io)?;
-        let mut file = BufWriter::new(File::create(&path).map_err(io)?);
+        let mut file = BufWriter::new(tempfile::tempfile_in(&self.directory).map_err(io)?);
         for value in values {
             file.write_all(&value.to_le_bytes()).map_err(io)?;
         }
-        file.flush().map_err(io)?;
-        Ok(Arc::new(Parked { path, len: values.len(), _parking: self.clone() }))
-    }
-}
-
-impl Drop for Parking {
-    fn drop(&mut self) {
-        // What cannot be removed is a file too many and no wrong result.
-        let _ = fs::remove_dir(&self.directory);
+        let file = file.into_inner().map_err(|error| io(error.into_error()))?;
+        Ok(Arc::new(Parked { directory: self.directory.clone(), file: Mutex::new(file), len: values.len() }))
     }
 }
 
 /// Values in a file, which goes with them.
 #[derive(Debug)]
 struct Parked {
-    path: PathBuf,
+    /// For messages.
+    directory: PathBuf,
+    file: Mutex<File>,
     len: usize,
-    _parking: Arc<Parking>,
 }
 
 impl StoredValues for Parked {
     fn read(&self) -> moe_core::Result<Vec<f32>> {
-        let io = |source| moe_core::Error::Io { path: self.path.clone(), source };
-        let mut file = BufReader::with_capacity(1 << 16, File::open(&self.path).map_err(io)?);
+        let io = |source| moe_core::Error::Io { path: self.directory.clone(), source };
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        file.seek(SeekFrom::Start(0)).map_err(io)?;
+        let mut file = BufReader::with_capacity(1 << 16, &mut *file);
         let mut values = Vec::with_capacity(self.len);
         let mut bytes = [0; 4];
         for _ in 0..self.len {
@@ -113,12 +95,6 @@ impl StoredValues for Parked {
             values.push(f32::from_le_bytes(bytes));
         }
         Ok(values)
-    }
-}
-
-impl Drop for Parked {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
     }
 }
 

@@ -49,7 +49,7 @@
 //! | [`Normalized`] | `normalized` | compete by scores normalized per layer: LAMP, sum, mean, max, coverage | layer | | arXiv 2010.07611, 2606.09886 |
 //! | [`Hybrid`] | `hybrid` | a guaranteed share per layer, the rest by global rank | model | | |
 //! | [`Coverage`] | `coverage` | the least units that cover a part of the scores of each layer and expert, by their weights as wholes | layer | | MoE-Slimming, ICML 2026 |
-//! | [`DepthPrior`] | `depth_prior` | shares by layer weights: a list, linear, trapezoid, ERK | by [`Within`] | | MoLA, arXiv 2606.09885 |
+//! | [`DepthPrior`] | `depth_prior` | shares by layer weights: a list, linear, trapezoid, ERK, or what a layer does to the model | by [`Within`] | distortion, for importance | MoLA, arXiv 2606.09885, 2411.01016 |
 //! | [`RateDistortion`] | `rate_distortion` | the least sum of distortion curves, by dynamic programming | model, or by [`Within`] | measured curves, layer errors | layer-adaptive pruning by rate and distortion |
 //! | [`Rco`] | `rco` | gradient search over expert masks | | gradients of gains | arXiv 2605.00649 |
 //! | [`Evolution`] | `evolution` | evolution of counts with a fixed order within layers | by [`Within`] | distortion | arXiv 2603.06003 |
@@ -70,6 +70,7 @@
 //! | [`ExpertPruner`] | `expert` | whole experts with their rows of the router; a number per layer is for ragged exports only | experts | | REAP, arXiv 2510.13999 |
 //! | [`NovicePruner`] | `novice` | all units of experts that the router goes on choosing | experts | | MoNE, arXiv 2507.00390 |
 //! | [`SubsetPruner`] | `subset` | the experts whose removal moves the layer's output least | experts, for counts | layer errors | NAEE, arXiv 2402.14800 |
+//! | [`GeneticPruner`] | `genetic` | sets of experts that are evolved for every layer and chosen for neighboring layers together | experts, for counts | layer errors, distortion | MoE-I², arXiv 2411.01016 |
 //! | [`TwoLevelPruner`] | `two_level` | whole experts, then units of the others | units | | arXiv 2409.06211 |
 //! | [`WideExpertPruner`] | `wide` | units of all but some whole experts per layer | units | | TENP, arXiv 2606.09885 |
 //! | [`Progressive`] | | any of them in rounds, scored anew after each | as its pruner | as its pruner | |
@@ -127,8 +128,8 @@ pub use probe::{Distortion, ModelProbe, NoProbe, Statistic};
 #[cfg(feature = "repair")]
 pub use probe::{EngineProbe, PlanOverlay, ProbeOptions};
 pub use pruners::{
-    ExpertPruner, NovicePruner, OwnPruner, Progressive, PruneRequest, Pruned, Pruner, PrunerConfig, Round, Schedule,
-    Scope, SubsetPruner, TwoLevelPruner, UnitPruner, WideExpertPruner,
+    ExpertPruner, GeneticPruner, NovicePruner, OwnPruner, Progressive, PruneRequest, Pruned, Pruner, PrunerConfig,
+    Round, Schedule, Scope, SubsetPruner, TwoLevelPruner, UnitPruner, WideExpertPruner,
 };
 pub use report::{LayerReport, Report};
 

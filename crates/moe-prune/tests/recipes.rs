@@ -9,10 +9,10 @@ use std::path::PathBuf;
 use moe_checkpoint::{Granularity, Pool, ScoreTable};
 use moe_prune::{
     Allocation, AllocationRequest, Allocator, AllocatorConfig, Budget, CurveSource, DepthPrior, Error, Evolution,
-    ExpertPruner, Fitness, Global, Hybrid, LayerKept, ModelProbe, Needs, NoProbe, Normalization, Normalized,
-    NovicePruner, PerLayer, Prior, Progressive, ProtectionMask, PruneRequest, Pruner, PrunerConfig, Questions,
-    RateDistortion, Rco, Result, Schedule, Scope, Statistic, SubsetPruner, TwoLevelPruner, Uniform, UnitPruner,
-    WideExpertPruner, Within,
+    ExpertPruner, Fitness, GeneticPruner, Global, Hybrid, LayerKept, ModelProbe, Needs, NoProbe, Normalization,
+    Normalized, NovicePruner, PerLayer, Prior, Progressive, ProtectionMask, PruneRequest, Pruner, PrunerConfig,
+    Questions, RateDistortion, Rco, Result, Schedule, Scope, Statistic, SubsetPruner, TwoLevelPruner, Uniform,
+    UnitPruner, WideExpertPruner, Within,
 };
 use serde_json::{Value, json};
 use synthetic::{Noise, shape};
@@ -29,6 +29,7 @@ fn allocators() -> Vec<AllocatorConfig> {
         Prior::Linear { first: 1.0, last: 2.0 },
         Prior::Trapezoid { edge: 1.0, top: 2.0, rise: 0.25, fall: 0.75 },
         Prior::Erk,
+        Prior::Importance,
     ];
     let mut all = vec![
         AllocatorConfig::Uniform(Uniform::default()),
@@ -52,6 +53,7 @@ fn pruners() -> Vec<PrunerConfig> {
         PrunerConfig::Expert(ExpertPruner::default().groups(2)),
         PrunerConfig::Novice(NovicePruner { strict: true, ..NovicePruner::default() }),
         PrunerConfig::Subset(SubsetPruner::default()),
+        PrunerConfig::Genetic(GeneticPruner::default()),
         PrunerConfig::TwoLevel(TwoLevelPruner::default()),
         PrunerConfig::Wide(WideExpertPruner::default()),
     ];

@@ -6,9 +6,9 @@ mod synthetic;
 
 use moe_checkpoint::Granularity;
 use moe_prune::{
-    AllocationRequest, Allocator, Budget, CurveSource, DistortionCurves, Error, Evolution, Fitness, Global, Limits,
-    NovicePruner, ProtectionMask, PruneRequest, Pruner, RateDistortion, Rco, Statistic, SubsetPruner, WidthLimits,
-    Within,
+    AllocationRequest, Allocator, AllocatorConfig, Budget, CurveSource, DepthPrior, DistortionCurves, Error, Evolution,
+    Fitness, GeneticPruner, Global, Limits, NovicePruner, Prior, ProtectionMask, PruneRequest, Pruner, RateDistortion,
+    Rco, Statistic, SubsetPruner, WidthLimits, Within,
 };
 use proptest::prelude::*;
 use synthetic::{Additive, Noise, Planted, emptied, expert_table, experts_request, shape, table};
@@ -235,6 +235,121 @@ fn evolution_finds_planted_counts_and_repeats_itself() {
     assert_eq!(run(1), run(1));
     let all: Vec<_> = (0..8).map(|seed| run(seed).kept()).collect();
     assert!(all.iter().any(|kept| *kept != all[0]));
+}
+
+/// The sets of four of eight experts, and what each costs in a layer.
+fn brute_force(model: &Planted, layer: usize) -> Vec<(f64, Vec<u32>)> {
+    let subsets = (0u32..256).filter(|subset| subset.count_ones() == 4);
+    let mut all: Vec<(f64, Vec<u32>)> = subsets
+        .map(|subset| {
+            let lost = |e: &usize| e / 8 == layer && subset & (1 << (e % 8)) != 0;
+            let gains: Vec<f64> = (0..24).map(|e| if lost(&e) { 0.0 } else { 1.0 }).collect();
+            (model.cost(&gains), (0..8).filter(|e| subset & (1 << e) != 0).collect())
+        })
+        .collect();
+    all.sort_by(|a, b| a.0.total_cmp(&b.0));
+    all
+}
+
+#[test]
+fn genetic_search_finds_the_best_set_of_a_layer() {
+    let (shape, none) = (shape(3, 8, 4), ProtectionMask::none());
+    let scores = descending(3, 8);
+    let mut model = planted();
+    let request = PruneRequest::new(&scores, &shape, Budget::Ratio(0.5), &none);
+    let allocator = AllocatorConfig::Uniform(Default::default());
+    let alone = GeneticPruner { allocator, keep: 1, block: 1, population: 16, ..GeneticPruner::default() };
+    for seed in 0..3 {
+        let found = GeneticPruner { seed, ..alone.clone() }.prune_with(&request, &mut model).unwrap();
+        for layer in 0..3 {
+            assert_eq!(found.plan.kept[layer].removed, brute_force(&model, layer)[0].1, "seed {seed}, layer {layer}");
+        }
+        assert_eq!(found.allocation.measured, Some(model.cost_of(&found.plan.kept)));
+        assert_eq!(found.allocation.seed, Some(seed));
+    }
+    let once = alone.prune_with(&request, &mut model).unwrap();
+    assert_eq!(alone.prune_with(&request, &mut model).unwrap(), once, "the same seed draws the same");
+    // What is protected stays, and fewer sets than the population are no trouble.
+    let mut protect = ProtectionMask::none();
+    (0..3).for_each(|expert| protect.protect_expert(3, expert));
+    let held = PruneRequest { protect: &protect, ..request };
+    let found = alone.prune_with(&held, &mut model).unwrap();
+    assert!(found.plan.kept[1].removed.iter().all(|expert| *expert >= 3), "{:?}", found.plan.kept[1].removed);
+}
+
+#[test]
+fn blocks_of_layers_see_what_single_layers_cannot() {
+    let (shape, none) = (shape(3, 8, 4), ProtectionMask::none());
+    let scores = descending(3, 8);
+    let mut model = planted();
+    let request = PruneRequest::new(&scores, &shape, Budget::Ratio(0.5), &none);
+    // What the best sets of the first two layers lose must not go together.
+    let [first, second] = [0, 1].map(|layer| brute_force(&model, layer)[0].1.clone());
+    let only = |set: &[u32], other: &[u32]| *set.iter().find(|e| !other.contains(e)).unwrap() as usize;
+    let next = brute_force(&model, 0)[1].1.clone();
+    model.pairs.push((only(&first, &next), 8 + second[0] as usize, 0.5));
+    let pruner = |keep, block| GeneticPruner {
+        allocator: AllocatorConfig::Uniform(Default::default()),
+        keep,
+        block,
+        ..GeneticPruner::default()
+    };
+    let cost = |keep, block, model: &mut Planted| {
+        let found = pruner(keep, block).prune_with(&request, model).unwrap();
+        model.cost_of(&found.plan.kept)
+    };
+    let (alone, one_by_one, together) = (cost(1, 1, &mut model), cost(3, 1, &mut model), cost(3, 2, &mut model));
+    assert!(together < alone && together <= one_by_one, "{together}, {one_by_one}, {alone}");
+    // The best that the kept sets of both layers have, by trying all.
+    let sets = [0, 1, 2].map(|layer| brute_force(&model, layer)[..3].to_vec());
+    let mut best = f64::INFINITY;
+    for (a, b) in (0..9).map(|code| (code / 3, code % 3)) {
+        let lost = |e: usize| match e / 8 {
+            0 => sets[0][a].1.contains(&(e as u32)),
+            1 => sets[1][b].1.contains(&(e as u32 - 8)),
+            _ => sets[2][0].1.contains(&(e as u32 - 16)),
+        };
+        best = best.min(model.cost(&(0..24).map(|e| if lost(e) { 0.0 } else { 1.0 }).collect::<Vec<_>>()));
+    }
+    assert!((together - best).abs() < 1e-9, "{together} instead of {best}");
+}
+
+#[test]
+fn layers_keep_in_proportion_to_what_losing_one_of_their_experts_does() {
+    let (shape, none) = (shape(3, 8, 4), ProtectionMask::none());
+    let scores = descending(3, 8);
+    // 1, 2 and 3 per expert: of 12 experts the layers keep 2, 4 and 6.
+    let importance = (0..24).map(|e| (1 + e / 8) as f64).collect();
+    let mut model = Planted { experts: 8, importance, pairs: Vec::new(), settled: Vec::new() };
+    let request = experts_request(&scores, &shape, Budget::Ratio(0.5), &none);
+    let prior = DepthPrior { prior: Prior::Importance, within: Within::default() };
+    let found = prior.allocate_with(&request, &mut model).unwrap();
+    assert_eq!(emptied(&found.kept()).iter().map(Vec::len).collect::<Vec<_>>(), [6, 4, 2]);
+    let error = prior.allocate(&request).unwrap_err();
+    assert!(matches!(error, Error::NeedsProbe { .. }), "{error}");
+    model.importance = vec![0.0; 24];
+    let error = prior.allocate_with(&request, &mut model).unwrap_err().to_string();
+    assert!(error.contains("no expert is missed"), "{error}");
+}
+
+#[test]
+fn genetic_search_refuses_what_it_cannot_do() {
+    let (shape, none, scores) = (shape(3, 8, 4), ProtectionMask::none(), descending(3, 8));
+    let request = PruneRequest::new(&scores, &shape, Budget::Ratio(0.5), &none);
+    let default = GeneticPruner::default;
+    for (pruner, field) in [
+        (GeneticPruner { population: 1, ..default() }, "population"),
+        (GeneticPruner { mutation: 1.5, ..default() }, "mutation"),
+        (GeneticPruner { keep: 0, ..default() }, "keep"),
+        (GeneticPruner { keep: 33, ..default() }, "keep"),
+        (GeneticPruner { block: 0, ..default() }, "block"),
+        (GeneticPruner { keep: 10, block: 5, ..default() }, "block"),
+    ] {
+        let error = pruner.prune_with(&request, &mut planted()).unwrap_err().to_string();
+        assert!(error.contains(field), "{error}");
+    }
+    let error = default().prune(&scores, &shape, Budget::Ratio(0.5), &none).unwrap_err();
+    assert!(matches!(error, Error::NeedsProbe { .. }), "{error}");
 }
 
 #[test]

@@ -42,6 +42,7 @@ pub const METHODS: &[Line] = &[
     line("experts_evolution", r#"{"type": "expert", "allocator": {"type": "evolution", "population": 8, "generations": 6}}"#),
     line("experts_rco", r#"{"type": "expert", "allocator": {"type": "rco", "steps": 60, "samples": 2}}"#),
     line("experts_subset", r#"{"type": "subset", "limit": 100}"#),
+    line("moe_i2", r#"{"type": "genetic"}"#),
     line("pieces4", r#"{"type": "pieces", "pieces": 4, "scaled": true}"#),
     line("pieces4_k10", r#"{"type": "pieces", "pieces": 4, "top_k": 10, "scaled": true}"#),
     line("pieces4_unscaled", r#"{"type": "pieces", "pieces": 4}"#),
@@ -56,7 +57,7 @@ pub const UNIT_ALLOCATORS: &[&str] = &[
 
 /// Ways to choose whole experts, compared with [`EXPERTS`].
 pub const EXPERT_ALLOCATORS: &[&str] =
-    &["experts_global", "experts_dp", "experts_evolution", "experts_rco", "experts_subset"];
+    &["experts_global", "experts_dp", "experts_evolution", "experts_rco", "experts_subset", "moe_i2"];
 
 /// Exports that stock loaders read, and what they are compared with, each with a repair.
 #[rustfmt::skip]
@@ -111,7 +112,9 @@ impl Method {
     /// What it reads: scores of units, or of experts.
     pub fn reads(&self) -> Granularity {
         match self {
-            Self::Pruner(PrunerConfig::Expert(_) | PrunerConfig::Novice(_) | PrunerConfig::Subset(_))
+            Self::Pruner(
+                PrunerConfig::Expert(_) | PrunerConfig::Novice(_) | PrunerConfig::Subset(_) | PrunerConfig::Genetic(_),
+            )
             | Self::Merge(_) => Granularity::Expert,
             _ => Granularity::Unit,
         }
@@ -125,6 +128,9 @@ impl Method {
             }
             Self::Pruner(PrunerConfig::Subset(pruner)) => {
                 Self::Pruner(PrunerConfig::Subset(pruner.for_routing(routing)))
+            }
+            Self::Pruner(PrunerConfig::Genetic(pruner)) => {
+                Self::Pruner(PrunerConfig::Genetic(pruner.for_routing(routing)))
             }
             other => other,
         }

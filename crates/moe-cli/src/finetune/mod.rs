@@ -297,7 +297,15 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
     for (name, recipe) in &job.recipes {
         let dir = job.out.root().join(name);
         let done = dir.join("result.json");
-        if let Some(result) = std::fs::read(&done).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
+        let finished = std::fs::read(&done).ok().and_then(|bytes| serde_json::from_slice::<MethodResult>(&bytes).ok());
+        if let Some(result) = finished {
+            if result.recipe != *recipe {
+                return Err(Error::Invalid(format!(
+                    "{}: --resume goes on with the same run, but this was trained by another recipe; repeat its arguments, \
+                     choose another --out, or --force",
+                    done.display()
+                )));
+            }
             methods.push(result);
             continue;
         }

@@ -2,6 +2,8 @@
 
 mod adapters;
 mod adaptive;
+mod edges;
+mod faults;
 mod jobs;
 mod looking;
 mod merging;
@@ -47,6 +49,7 @@ fn small(mut recipe: Recipe, out: &Path) -> Recipe {
             Step::Quantize(quantize) => {
                 quantize.format = Named::parse(r#"{"type": "int", "bits": 4, "group_size": 32}"#).unwrap();
             }
+            Step::Evolve(evolve) => (evolve.population, evolve.pruning, evolve.merging) = (3, 1, 1),
             Step::Merge(Merge { training: Some(training), .. }) => training.train.max_steps = Some(2),
             _ => {}
         }

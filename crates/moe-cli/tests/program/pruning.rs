@@ -212,3 +212,51 @@ fn find_file(dir: &Path, ending: &str) -> PathBuf {
     files.sort();
     files.into_iter().find(|path| path.extension().is_some_and(|found| found == ending)).unwrap()
 }
+
+/// What stock loaders read is chosen by what the model says on rows: plain uniform widths are among it, rounded up to a
+/// multiple of 8, and the report tells what every form came to.
+#[test]
+fn the_form_is_the_one_of_the_least_measured_divergence() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, recipe) = (dir.path().join("out"), dir.path().join("recipe.json"));
+    let value = json!({
+        "model": TINY_MOE, "out": out,
+        "data": {"calibration": [rows("arithmetic_calibration")], "samples": 24, "length": 48, "wave_tokens": 256},
+        "steps": [{"score": {"scorers": ["fisher"]}}, {"prune": {"budget": {"ratio": 0.35}}}, {"write": {}}]
+    });
+    fs::write(&recipe, value.to_string()).unwrap();
+    let report: serde_json::Value = serde_json::from_str(&ok(&["run", text(&recipe), "--json"])).unwrap();
+    let summary = report["steps"][1]["summary"].as_str().unwrap().to_string();
+    assert!(summary.contains("chosen by divergence in nats: "), "{summary}");
+    for form in ["uniform 0.", "fine_grained in 2 pieces 0.", "fine_grained in 4 pieces 0."] {
+        assert!(summary.contains(form), "{summary}");
+    }
+    let form: serde_json::Value = serde_json::from_str(&fs::read_to_string(find(&out, "form.json")).unwrap()).unwrap();
+    let tried = form["tried"].as_array().unwrap();
+    let divergence = |of: &serde_json::Value| of["divergence"].as_f64().unwrap();
+    let least = tried.iter().map(divergence).fold(f64::INFINITY, f64::min);
+    assert_eq!(divergence(&form), least, "{form}");
+    let uniform = tried.iter().find(|tried| tried["form"] == "uniform").unwrap();
+    // 65 % of 96 are 62.4 units.
+    assert_eq!(uniform["width"], 64);
+    assert!(tried.iter().all(|tried| tried["width"].as_u64().unwrap() % 8 == 0), "{form}");
+    // The model that was written is of the form that was chosen.
+    let model = Checkpoint::open(out.join("model")).unwrap();
+    let width = model.shape().uniform_width().unwrap() as u64;
+    assert!(tried.iter().any(|tried| divergence(tried) == least && tried["width"] == width), "{width}: {form}");
+}
+
+#[test]
+fn scores_of_experts_where_units_go_are_refused_before_anything_is_scored() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, data) = (dir.path().join("out"), rows("arithmetic_calibration"));
+    for form in ["auto", "uniform", "ragged"] {
+        let line = format!("prune --scorer reap --ratio 0.5 --form {form} --samples 8 --length 48");
+        let files = ["--model", TINY_MOE, "--data", &data, "--out", text(&out)];
+        for more in [&["--check"][..], &[]] {
+            let (_, error) = refused(&words(&line, &[&files[..], more].concat()));
+            assert!(error.contains("the table scores experts") && !error.contains("one pass"), "{form}: {error}");
+        }
+        assert!(!out.exists(), "{form}");
+    }
+}

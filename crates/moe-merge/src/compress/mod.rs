@@ -3,6 +3,7 @@
 mod expert;
 mod matrix;
 mod model;
+mod ranks;
 
 use serde::{Deserialize, Serialize};
 
@@ -11,6 +12,7 @@ pub use matrix::LowRankSparse;
 pub use model::{COMPACT_FILE, CompactModel, CompactReport, CompactedModel};
 #[cfg(feature = "engine")]
 pub(crate) use model::{Set, store, stored_sets};
+pub use ranks::Ranks;
 
 use crate::{Error, Result};
 
@@ -29,6 +31,9 @@ pub struct Compression {
     /// What rows are ranked by.
     #[serde(default)]
     pub rows: RowScore,
+    /// How the rank is shared out over experts.
+    #[serde(default)]
+    pub ranks: Ranks,
 }
 
 /// What rows of S are ranked by.
@@ -58,12 +63,37 @@ impl Compression {
         }
     }
 
+    /// Whether ranks or rows follow from Fisher scores of units, which have to be given then.
+    pub fn needs_scores(&self) -> bool {
+        self.rows == RowScore::Fisher || self.ranks == Ranks::Importance
+    }
+
+    /// Checks that Fisher scores are given where they are needed.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParameter`].
+    pub fn check_scores(&self, given: bool) -> Result<()> {
+        let (field, found, otherwise) = match (given, self.ranks, self.rows) {
+            (true, ..) | (_, Ranks::Same, RowScore::Magnitude) => return Ok(()),
+            (_, Ranks::Importance, _) => ("compression.ranks", "importance", "same"),
+            (_, _, RowScore::Fisher) => ("compression.rows", "fisher", "magnitude"),
+        };
+        let found = format!("`{found}` without Fisher scores of units");
+        let expected = format!("`{otherwise}`, or Fisher scores, as the step `decompose` of a recipe collects them");
+        Err(Error::parameter(field, found, expected))
+    }
+
     /// Share of rows that MC-SMoE's training keeps at a step of `steps`, on its way from 1 to
     /// [`keep_rows`](Self::keep_rows): 1 for the first `warm_up` steps, the final value for the last `cool_down`, cubic
     /// in between: `keep = final + (1 - final) (1 - (t - t_0) / (T - t_0 - t_1))^3`.
     ///
     /// ```
-    /// let compression = moe_merge::Compression { rank: 32, keep_rows: 0.1, rows: Default::default() };
+    /// let compression = moe_merge::Compression {
+    ///     rank: 32,
+    ///     keep_rows: 0.1,
+    ///     rows: Default::default(),
+    ///     ranks: Default::default(),
+    /// };
     /// assert_eq!(compression.keep_at(50, 1000, 50, 200), 1.0);
     /// assert!((compression.keep_at(425, 1000, 50, 200) - (0.1 + 0.9 / 8.0)).abs() < 1e-12);
     /// assert_eq!(compression.keep_at(800, 1000, 50, 200), 0.1);

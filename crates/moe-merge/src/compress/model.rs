@@ -12,7 +12,8 @@ use moe_checkpoint::{
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
 
-use super::{CompactExpert, Compression, LowRankSparse, RowScore, kept_rows};
+use super::ranks::shared_out;
+use super::{CompactExpert, Compression, LowRankSparse, Ranks, kept_rows};
 use crate::in_place::{self, PartChange};
 use crate::{Error, Result};
 
@@ -81,14 +82,13 @@ impl Compression {
             let fingerprint = from.fingerprint();
             return Err(Error::OtherModel { what: "statistics", path, found: fingerprint, expected });
         }
-        if self.rows == RowScore::Fisher && fisher.is_none() {
-            return Err(Error::parameter("compression.rows", "`fisher`", "`magnitude`, or Fisher scores of units"));
-        }
+        self.check_scores(fisher.is_some())?;
         let sets = stored_sets(from);
+        let ranks = self.ranks_of(from, &sets, fisher)?;
         let mut scores: Vec<Vec<f64>> = Vec::with_capacity(3 * sets.len());
-        for set in &sets {
+        for (set, rank) in sets.iter().zip(&ranks) {
             let importance = fisher.map(|fisher| set.importance(fisher)).transpose()?;
-            let split = CompactExpert::split(&from.expert(set.layer, set.experts[0])?, self.rank)?;
+            let split = CompactExpert::split(&from.expert(set.layer, set.experts[0])?, *rank)?;
             scores.extend(split.row_scores(self.rows, importance.as_deref())?);
         }
         let kept = kept_rows(&scores, self.keep_rows);
@@ -97,8 +97,21 @@ impl Compression {
             let set = &sets[at];
             let expert = from.expert(set.layer, set.experts[0])?;
             let kept = &kept[3 * at..3 * at + 3];
-            Ok(CompactExpert::split(&expert, self.rank)?.keep_rows([&kept[0], &kept[1], &kept[2]]))
+            Ok(CompactExpert::split(&expert, ranks[at])?.keep_rows([&kept[0], &kept[1], &kept[2]]))
         })
+    }
+
+    /// The rank of every stored set.
+    fn ranks_of(&self, from: &Checkpoint, sets: &[Set], fisher: Option<(&Statistics, &str)>) -> Result<Vec<usize>> {
+        let (Ranks::Importance, Some(fisher)) = (self.ranks, fisher) else { return Ok(vec![self.rank; sets.len()]) };
+        let (mut importance, mut most) = (Vec::with_capacity(sets.len()), Vec::with_capacity(sets.len()));
+        for set in sets {
+            let units = set.importance(fisher)?;
+            // Experts without units have matrices of no rank, and no share.
+            importance.push(units.iter().sum());
+            most.push(units.len().min(from.shape().hidden_size));
+        }
+        Ok(shared_out(&importance, &most, self.rank))
     }
 }
 
@@ -425,8 +438,16 @@ impl CompactModel {
             "experts": hasher.finalize().to_hex().to_string(),
         });
         let summary = format!(
-            "matrices of routed experts replaced by rank {} and {} of {} rows, {} parameters by {}",
-            compression.rank, report.rows_kept, report.rows, report.parameters_before, report.parameters_after
+            "matrices of routed experts replaced by {} {} and {} of {} rows, {} parameters by {}",
+            match compression.ranks {
+                Ranks::Same => "rank",
+                Ranks::Importance => "mean rank",
+            },
+            compression.rank,
+            report.rows_kept,
+            report.rows,
+            report.parameters_before,
+            report.parameters_after
         );
         let step = Step::new("compress", &base, recipe, summary);
         Ok(CompactedModel { model: in_place::model(&base, Formed(self.clone()), dtype, step)?, report })

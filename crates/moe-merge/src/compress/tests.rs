@@ -53,7 +53,7 @@ fn the_compact_form_is_the_masked_one() {
 fn an_expert_runs_without_its_matrices() {
     for make in [expert, biased_expert] {
         let weights = make(8, 12, 5);
-        let compression = Compression { rank: 3, keep_rows: 0.25, rows: RowScore::Magnitude };
+        let compression = Compression { rank: 3, keep_rows: 0.25, rows: RowScore::Magnitude, ranks: Ranks::Same };
         let compact = CompactExpert::compress(&weights, &compression, None).unwrap();
         let x = noise(6 * 8, 6);
         let found = compact.forward(&x, Activation::Silu);
@@ -61,7 +61,7 @@ fn an_expert_runs_without_its_matrices() {
         assert!(close(&found, &expected, 1e-4));
         let kept = compact.gate.kept.len() + compact.up.kept.len() + compact.down.kept.len();
         assert_eq!(kept, (12 + 12 + 8) / 4);
-        let whole = Compression { rank: 3, keep_rows: 1.0, rows: RowScore::Magnitude };
+        let whole = Compression { rank: 3, keep_rows: 1.0, rows: RowScore::Magnitude, ranks: Ranks::Same };
         let whole = CompactExpert::compress(&weights, &whole, None).unwrap().dense();
         assert!(close(&whole.gate, &weights.gate, 1e-6) && close(&whole.down, &weights.down, 1e-6));
     }
@@ -94,7 +94,7 @@ fn fisher_scores_weigh_rows_by_their_units() {
 
 #[test]
 fn the_schedule_has_its_break_points() {
-    let compression = Compression { rank: 1, keep_rows: 0.1, rows: RowScore::Magnitude };
+    let compression = Compression { rank: 1, keep_rows: 0.1, rows: RowScore::Magnitude, ranks: Ranks::Same };
     let keep = |step| compression.keep_at(step, 500, 50, 200);
     assert_eq!([keep(0), keep(50), keep(300), keep(500)], [1.0, 1.0, 0.1, 0.1]);
     assert!((keep(175) - (0.1 + 0.9 * 0.125)).abs() < 1e-12);

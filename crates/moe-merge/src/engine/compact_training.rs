@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::gradients::weight_gradients;
 use crate::compress::{
-    CompactExpert, CompactReport, Compression, LowRankSparse, RowScore, Set, kept_rows, store, stored_sets,
+    CompactExpert, CompactReport, Compression, LowRankSparse, Ranks, RowScore, Set, kept_rows, store, stored_sets,
 };
 use crate::linalg::{product_into, view};
 use crate::{Error, Result};
@@ -59,7 +59,7 @@ impl Default for CompactTraining {
         let schedule = Schedule { peak: 1e-4, decay: Decay::Linear, final_share: 0.0, ..Schedule::default() };
         let adamw = AdamW { beta1: 0.9, beta2: 0.98, epsilon: 1e-6, weight_decay: 0.01 };
         Self {
-            compression: Compression { rank: 32, keep_rows: 0.1, rows: RowScore::Magnitude },
+            compression: Compression { rank: 32, keep_rows: 0.1, rows: RowScore::Magnitude, ranks: Ranks::Same },
             warm_up: 0.1,
             cool_down: 0.4,
             smoothing: 0.85,
@@ -101,6 +101,9 @@ impl CompactTraining {
                 "`fisher`",
                 "`magnitude`: training finds importances itself",
             ));
+        }
+        if self.compression.ranks != Ranks::Same {
+            return Err(Error::parameter("compression.ranks", "`importance`", "`same`: trained parts have one rank"));
         }
         let shares = [("warm_up", self.warm_up), ("cool_down", self.cool_down), ("smoothing", self.smoothing)];
         for (field, value) in shares {

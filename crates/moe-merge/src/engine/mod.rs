@@ -3,6 +3,7 @@
 mod collect;
 mod compact_training;
 mod dense;
+mod evolution;
 mod expert_merging;
 mod gradients;
 mod overlay;
@@ -11,5 +12,6 @@ mod sequential;
 
 pub use collect::{EvidenceOptions, collect_evidence};
 pub use compact_training::{CompactTrained, CompactTraining};
+pub use evolution::{Evolved, ExpertEvolution, Fitness};
 pub use expert_merging::{Coefficients, ExpertMerging, Granularity, Task};
 pub use sequential::merge_sequentially;

@@ -6,9 +6,10 @@ use serde_json::Value;
 
 use super::{Allocation, AllocationRequest, Allocator};
 use crate::paths::{Problem, Within};
-use crate::probe::ModelProbe;
+use crate::plan::LayerKept;
+use crate::probe::{ModelProbe, everything};
 use crate::recipe::tagged;
-use crate::{Error, Needs, Result};
+use crate::{Error, Needs, Questions, Result};
 
 /// Layers keep units in proportion to a weight times their size. A layer that would keep more than it has keeps all,
 /// one that would fall below its floor keeps that, and the others share the rest, still in proportion.
@@ -53,10 +54,14 @@ pub enum Prior {
     /// Amounts, not fractions, in proportion to the sum of the dimensions of the experts' matrices, `hidden_size + I`
     /// each: the released form of Erdos-Renyi-kernel sparsity.
     Erk,
+    /// What losing one expert of the layer does to the model, as a mean over its experts: the divergence from the full
+    /// model, which a probe measures once per expert. The analysis of layers of MoE-I² (arXiv 2411.01016).
+    Importance,
 }
 
 impl Prior {
-    /// Weights of `layers` MoE layers in ascending order; those of [`Prior::Erk`] are 1.
+    /// Weights of `layers` MoE layers in ascending order; those of [`Prior::Erk`] and, as long as no model was asked,
+    /// of [`Prior::Importance`] are 1.
     ///
     /// # Errors
     /// [`Error::InvalidParameter`] for a weight that is negative or not finite, for all weights 0, another number of
@@ -83,7 +88,7 @@ impl Prior {
                 };
                 (0..layers).map(|l| of(place(l))).collect()
             }
-            Self::Erk => vec![1.0; layers],
+            Self::Erk | Self::Importance => vec![1.0; layers],
         };
         if let Some(layer) = weights.iter().position(|weight| !(weight.is_finite() && *weight >= 0.0)) {
             let found = format!("{} for MoE layer number {layer}", weights[layer]);
@@ -112,15 +117,60 @@ impl Allocator for DepthPrior {
     }
 
     fn needs(&self, granularity: Granularity) -> Needs {
-        Needs::new(granularity, self.within.pool())
+        let needs = Needs::new(granularity, self.within.pool());
+        match self.prior {
+            Prior::Importance => needs.asking(Questions { distortion: true, ..Questions::NONE }),
+            _ => needs,
+        }
     }
 
     fn allocate_with(&self, request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Allocation> {
         request.validate(&self.needs(request.granularity()), probe)?;
-        let amounts = self.prior.amounts(request.shape)?;
+        let amounts = match self.prior {
+            Prior::Importance => importance(request, probe)?,
+            _ => self.prior.amounts(request.shape)?,
+        };
         let problem = Problem::new(request, self.within)?;
         let positions = spread(&problem, &amounts)?;
         problem.allocation(self.recipe(), &positions)
+    }
+}
+
+/// Of every layer, the mean divergence of the model without one of its experts, times its units.
+fn importance(request: &AllocationRequest<'_>, probe: &mut dyn ModelProbe) -> Result<Vec<f64>> {
+    let whole = request.gone.map_or_else(|| everything(request.shape), <[LayerKept]>::to_vec);
+    let mut amounts = Vec::with_capacity(whole.len());
+    for (position, layer) in request.shape.layers.iter().enumerate() {
+        let (mut sum, mut count) = (0.0, 0);
+        for expert in 0..layer.num_experts() {
+            if whole[position].experts[expert].is_empty() {
+                continue;
+            }
+            let mut without = whole.clone();
+            without[position].experts[expert].clear();
+            if layer.num_experts() - without[position].removed.len() > request.shape.top_k {
+                without[position].removed.push(expert as u32);
+                without[position].removed.sort_unstable();
+            }
+            let divergence = probe.distortion(&without)?.mean;
+            if !divergence.is_finite() {
+                let (layer, expected) = (layer.layer, "finite distortions".into());
+                let found = format!("a distortion of {divergence} without expert {expert} of layer {layer}");
+                return Err(Error::InvalidParameter { field: "probe", found, expected });
+            }
+            // A model may be a hair better without an expert.
+            sum += divergence.max(0.0);
+            count += 1;
+        }
+        amounts.push(sum / f64::from(count.max(1)) * layer.units() as f64);
+    }
+    match amounts.iter().any(|amount| *amount > 0.0) {
+        true => Ok(amounts),
+        false => Err(Error::InvalidParameter {
+            field: "prior.importance",
+            found: "a model that no expert is missed in".into(),
+            expected: "a layer that changes the model; more data, perhaps".into(),
+        }),
     }
 }
 

@@ -2,11 +2,12 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use moe_checkpoint::AtomicFile;
 use safetensors::tensor::{Dtype, Metadata, View};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -87,21 +88,12 @@ pub(super) fn save(edits: &Edits, path: &Path, plan: &PrunePlan) -> Result<()> {
     let json = serde_json::to_string(&meta).map_err(|error| Error::invalid_edits(error.to_string()))?;
     let metadata = HashMap::from([(KEY.to_string(), json)]);
 
-    let io = |source| Error::Io { path: path.to_path_buf(), source };
-    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let temporary = path.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
-    let written = safetensors::serialize_to_file(tensors, Some(metadata), &temporary)
-        .map_err(|error| match error {
-            safetensors::SafeTensorError::IoError(source) => io(source),
-            other => Error::invalid_edits(other.to_string()).in_file(path),
-        })
-        .and_then(|()| File::open(&temporary).and_then(|file| file.sync_all()).map_err(io))
-        .and_then(|()| fs::rename(&temporary, path).map_err(io));
-    if written.is_err() {
-        // The error that matters is the first one.
-        let _ = fs::remove_file(&temporary);
-    }
-    written
+    let file = AtomicFile::create(path)?;
+    safetensors::serialize_to_file(tensors, Some(metadata), file.temporary()).map_err(|error| match error {
+        safetensors::SafeTensorError::IoError(source) => Error::Io { path: path.to_path_buf(), source },
+        other => Error::invalid_edits(other.to_string()).in_file(path),
+    })?;
+    Ok(file.finish()?)
 }
 
 /// A file of [`Edits::save`], of which one expert is read at a time. The file must not change while it is open.

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
 use super::{
-    ExpertPruner, NovicePruner, PruneRequest, Pruner, SubsetPruner, TwoLevelPruner, UnitPruner, WideExpertPruner,
+    ExpertPruner, GeneticPruner, NovicePruner, PruneRequest, Pruner, SubsetPruner, TwoLevelPruner, UnitPruner,
+    WideExpertPruner,
 };
 use crate::probe::ModelProbe;
 use crate::{Allocation, Needs, Result};
@@ -26,6 +27,8 @@ pub enum PrunerConfig {
     Novice(NovicePruner),
     /// Whole experts: the subset whose removal changes the output of its layer least.
     Subset(SubsetPruner),
+    /// Whole experts: sets of every layer are evolved, and chosen for neighboring layers together.
+    Genetic(GeneticPruner),
     /// Whole experts first, then units of the others.
     TwoLevel(TwoLevelPruner),
     /// Units, but for some experts of every layer that stay whole.
@@ -64,6 +67,7 @@ impl PrunerConfig {
             Self::Expert(pruner) => pruner,
             Self::Novice(pruner) => pruner,
             Self::Subset(pruner) => pruner,
+            Self::Genetic(pruner) => pruner,
             Self::TwoLevel(pruner) => pruner,
             Self::Wide(pruner) => pruner,
             Self::Own(pruner) => &*pruner.0,

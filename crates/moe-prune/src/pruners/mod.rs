@@ -2,6 +2,7 @@
 
 mod config;
 mod expert;
+mod genetic;
 mod novice;
 mod progressive;
 mod subset;
@@ -14,6 +15,7 @@ use serde_json::{Value, json};
 
 pub use config::{OwnPruner, PrunerConfig};
 pub use expert::ExpertPruner;
+pub use genetic::GeneticPruner;
 pub use novice::NovicePruner;
 pub use progressive::{Progressive, Round, Schedule};
 pub use subset::SubsetPruner;

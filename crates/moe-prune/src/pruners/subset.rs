@@ -64,25 +64,14 @@ impl SubsetPruner {
         shape: &MoeLayerShape,
         lowest: &[u32],
     ) -> Vec<Vec<u32>> {
-        let per_group = lowest.len() / self.groups;
-        let gone = |expert: u32| request.gone.is_some_and(|gone| gone[position].experts[expert as usize].is_empty());
-        let free = |expert: &u32| {
-            request.protect.count(shape.layer, *expert as usize, shape.widths[*expert as usize]) == 0 && !gone(*expert)
-        };
-        let size = shape.num_experts() / self.groups;
-        let members = |group: usize| (group * size) as u32..((group + 1) * size) as u32;
-        // What is gone already is part of every subset.
-        let groups: Vec<(Vec<u32>, Vec<u32>)> = (0..self.groups)
-            .map(|group| (members(group).filter(|e| gone(*e)).collect(), members(group).filter(free).collect()))
-            .collect();
-        let picks = |gone: &[u32]| per_group.saturating_sub(gone.len());
-        let count = groups.iter().try_fold(1usize, |count, (gone, free)| {
-            combinations(free.len(), picks(gone)).and_then(|n| count.checked_mul(n))
+        let groups = choices(request, position, shape, self.groups, lowest.len());
+        let count = groups.iter().try_fold(1usize, |count, group| {
+            combinations(group.free.len(), group.picks).and_then(|n| count.checked_mul(n))
         });
         if count.is_some_and(|count| count <= self.limit.max(1)) {
             let mut all: Vec<Vec<u32>> = vec![Vec::new()];
-            for (gone, free) in &groups {
-                let subsets = subsets(free, picks(gone));
+            for GroupChoice { gone, free, picks } in &groups {
+                let subsets = subsets(free, *picks);
                 let extend = |found: &Vec<u32>| {
                     let more = subsets.iter().map(|subset| [found, gone, subset.as_slice()].concat());
                     more.collect::<Vec<_>>()
@@ -103,9 +92,9 @@ impl SubsetPruner {
                 break;
             }
             let mut subset = Vec::with_capacity(lowest.len());
-            for (gone, free) in &groups {
+            for GroupChoice { gone, free, picks } in &groups {
                 let mut shuffled = free.clone();
-                let (drawn, _) = shuffled.partial_shuffle(&mut random, picks(gone));
+                let (drawn, _) = shuffled.partial_shuffle(&mut random, *picks);
                 subset.extend_from_slice(drawn);
                 subset.extend_from_slice(gone);
             }
@@ -166,6 +155,37 @@ impl Pruner for SubsetPruner {
         allocation.seed = Some(self.seed);
         Ok(allocation.with_layers(layers, request.shape))
     }
+}
+
+/// What may go of a group of neighboring experts.
+pub(super) struct GroupChoice {
+    /// Gone already: part of every subset.
+    pub gone: Vec<u32>,
+    /// Experts that may go, ascending.
+    pub free: Vec<u32>,
+    /// How many of them go.
+    pub picks: usize,
+}
+
+/// What may go of every group of a layer that loses `removed` experts, as many of every group; none is protected.
+pub(super) fn choices(
+    request: &PruneRequest<'_>,
+    position: usize,
+    shape: &MoeLayerShape,
+    groups: usize,
+    removed: usize,
+) -> Vec<GroupChoice> {
+    let gone = |expert: u32| request.gone.is_some_and(|gone| gone[position].experts[expert as usize].is_empty());
+    let free = |expert: &u32| {
+        request.protect.count(shape.layer, *expert as usize, shape.widths[*expert as usize]) == 0 && !gone(*expert)
+    };
+    let size = shape.num_experts() / groups;
+    let of_group = |group: usize| {
+        let members = (group * size) as u32..((group + 1) * size) as u32;
+        let gone: Vec<u32> = members.clone().filter(|expert| gone(*expert)).collect();
+        GroupChoice { picks: (removed / groups).saturating_sub(gone.len()), free: members.filter(free).collect(), gone }
+    };
+    (0..groups).map(of_group).collect()
 }
 
 /// `n` over `k`, if it can be counted.

@@ -2,6 +2,8 @@
 
 mod adapt;
 mod data;
+mod decompose;
+mod evolve;
 mod merge;
 mod named;
 mod output;
@@ -21,6 +23,8 @@ use serde_json::Value;
 
 pub use adapt::{Adapt, Norms};
 pub use data::{Data, DataFile, DataRows};
+pub use decompose::Decompose;
+pub use evolve::Evolve;
 pub use merge::Merge;
 pub use named::Named;
 pub use output::{Evaluate, MixedBits, Quantize, Write};
@@ -105,6 +109,10 @@ pub enum Step {
     Quantize(Quantize),
     /// Puts zeros into the weights of experts, on the rows of calibration.
     Sparsify(Sparsify),
+    /// Searches for the experts that stay, and for what they are made of, by running the model.
+    Evolve(Evolve),
+    /// Replaces the matrices of experts by low-rank ones.
+    Decompose(Decompose),
     /// Changes how the model as it is now is run: experts per token, layers.
     Adapt(Box<Adapt>),
     /// Measures the model as it is now.
@@ -125,6 +133,8 @@ impl Step {
             Self::Tune(_) => "tune",
             Self::Quantize(_) => "quantize",
             Self::Sparsify(_) => "sparsify",
+            Self::Evolve(_) => "evolve",
+            Self::Decompose(_) => "decompose",
             Self::Adapt(_) => "adapt",
             Self::Evaluate(_) => "evaluate",
             Self::Write(_) => "write",

@@ -102,6 +102,9 @@ impl Prune {
             PrunerConfig::Subset(subset) if (subset.groups, subset.min_experts) == (1, 0) => {
                 PrunerConfig::Subset(subset.for_routing(routing))
             }
+            PrunerConfig::Genetic(genetic) if (genetic.groups, genetic.min_experts) == (1, 0) => {
+                PrunerConfig::Genetic(genetic.for_routing(routing))
+            }
             other => other,
         })
     }

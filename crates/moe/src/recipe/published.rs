@@ -13,6 +13,8 @@ macro_rules! published {
 published!(
     "fisher-moe",
     "fisher-stock",
+    "less-is-moe-router",
+    "less-is-moe-gradients",
     "stun",
     "rate-distortion",
     "reap-25",
@@ -25,6 +27,8 @@ published!(
     "mone",
     "moe-slimming",
     "moe-pruner",
+    "moe-i2",
+    "eep",
     "shape",
     "naee",
     "m-smoe",

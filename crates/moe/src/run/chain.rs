@@ -4,10 +4,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use moe_checkpoint::{
-    Checkpoint, Denominator, Granularity, LayerDrop, LayerScores, Pool, ProtectionMask, ScoreTable, WholeScores,
+    Checkpoint, Denominator, Granularity, LayerDrop, LayerScores, Mtp, Pool, ProtectionMask, ScoreTable, WholeScores,
 };
 use moe_core::depth::LayerChoice;
-use moe_merge::OutputForm;
+use moe_merge::{ExpertMap, LayerMap, OutputForm};
 use moe_prune::{Budget, ExpertPruner, FineGrained, PrunePlan, Pruner, Questions, Scope, UnitPruner};
 
 use super::stock::{self, Chosen};
@@ -63,6 +63,19 @@ impl Chain {
     /// After a merge, whose outcome has at most the size of what it is made from.
     pub fn merge(&mut self, form: OutputForm) {
         (self.base, self.untouched, self.grouped) = (None, false, form == OutputForm::Grouped);
+    }
+
+    /// After a search for as many experts of every layer; which ones only the running model knows.
+    ///
+    /// # Errors
+    /// What no such model can be made of.
+    pub fn evolve(&mut self, experts: usize, mtp: Option<Mtp>) -> Result<()> {
+        let first: Vec<u32> = (0..experts as u32).collect();
+        let layers = self.model.shape().layers.iter();
+        let layers = layers.map(|layer| LayerMap::keep(layer.layer, &first, layer.num_experts())).collect();
+        let model = ExpertMap::new(&self.model, layers)?.on(&self.model, mtp)?;
+        (self.base, self.untouched, self.grouped, self.model) = (None, false, false, model);
+        Ok(())
     }
 
     /// After fine-tuning, which changes values and gives experts that share sets of weights their own where it has to.
@@ -137,6 +150,7 @@ impl Chain {
         }
         let none = ProtectionMask::none();
         let pruner = step.pruner(&base.config().routing)?;
+        pruner.needs().check_scores(&scores)?;
         if pruner.needs().probe == Questions::NONE && !(step.form == Form::Auto && step.pruner.is_none()) {
             let plan = pruner.prune(&scores, base.shape(), budget, &none)?.plan;
             let chosen = stock::settled(step, &plan)?;

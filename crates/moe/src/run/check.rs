@@ -156,6 +156,9 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
                 let data = needs_data()?;
                 if let Some(training) = &merge.training {
                     training.validate().map_err(|error| named(error.into()))?;
+                } else {
+                    let compression = merging.compression.as_ref();
+                    compression.map_or(Ok(()), |how| how.check_scores(false)).map_err(|error| named(error.into()))?;
                 }
                 let engine_model = engine_of(&chain.model)?;
                 let merging = Merging {
@@ -233,6 +236,27 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
                 let seen = needs_data()?.observing(&engine_model, super::sparsify::SEEN.to_vec()).store(store.clone());
                 seen.check().map_err(|error| named(error.into()))?;
                 disk.add(&store, seen.space().map_err(|error| named(error.into()))?).map_err(named)?;
+                (before.pruned, before.tuned) = (None, true);
+                chain.quantize();
+            }
+            Step::Evolve(evolve) => {
+                needs_data()?;
+                let search = evolve.search(recipe.seed);
+                search.check(&chain.model).map_err(|error| named(error.into()))?;
+                chain.evolve(evolve.experts, evolve.mtp).map_err(named)?;
+                (before.pruned, before.merged) = (None, true);
+            }
+            Step::Decompose(decompose) => {
+                let compression = decompose.compression();
+                compression.validate().map_err(|error| named(error.into()))?;
+                if compression.needs_scores() {
+                    let engine_model = engine_of(&chain.model)?;
+                    let store = recipe.out.join("steps");
+                    let ids = super::decompose::SEEN.to_vec();
+                    let seen = needs_data()?.observing(&engine_model, ids).store(store.clone());
+                    seen.check().map_err(|error| named(error.into()))?;
+                    disk.add(&store, seen.space().map_err(|error| named(error.into()))?).map_err(named)?;
+                }
                 (before.pruned, before.tuned) = (None, true);
                 chain.quantize();
             }
@@ -352,7 +376,7 @@ fn check_prune(prune: &Prune, model: &Arc<Checkpoint>, before: &Before, has_data
     };
     resolved.validate(model.shape())?;
     if matches!(budget, Budget::ExpertsPerLayer(_)) && pruner.needs().granularity != Granularity::Expert {
-        let reason = "experts_per_layer: the pruner drops units; expert, novice or subset drop whole experts";
+        let reason = "experts_per_layer: the pruner drops units; expert, novice, subset or genetic drop whole experts";
         return Err(Error::Usage(reason.into()));
     }
     match &prune.scores {

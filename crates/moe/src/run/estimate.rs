@@ -140,6 +140,19 @@ pub(super) fn of(recipe: &Recipe, run: &Run<'_>) -> Result<Vec<Estimate>> {
                 seconds = forward(tokens) + reading(waves);
                 peak = memory(largest, false)?;
             }
+            Step::Evolve(step) => {
+                let runs = (step.population * (1 + step.pruning + step.merging)) as f64;
+                seconds = runs * forward(tokens) + reading(runs * waves);
+                peak = memory(largest, false)?;
+                let experts = shape.layers.first().map_or(1, |layer| layer.num_experts()).max(1) as f64;
+                left *= (step.experts as f64 / experts).min(1.0);
+            }
+            Step::Decompose(step) => {
+                if step.compression().needs_scores() {
+                    seconds = forward(tokens) * (1.0 + BACKWARD) + reading(waves);
+                    peak = memory(largest, true)?;
+                }
+            }
             Step::Adapt(adapt) => {
                 let rows = adapt.needs_rows()?;
                 if rows {

@@ -7,8 +7,10 @@ mod calibration;
 mod chain;
 mod check;
 mod curves;
+mod decompose;
 mod disk;
 mod estimate;
+mod evolve;
 mod merge;
 mod prune;
 mod quantize;
@@ -262,6 +264,8 @@ pub fn run(recipe: &Recipe, options: RunOptions<'_>) -> Result<RunReport> {
             Step::Tune(step) => run.tune(step),
             Step::Quantize(step) => run.quantize(step),
             Step::Sparsify(step) => run.sparsify(step),
+            Step::Evolve(step) => run.evolve(step),
+            Step::Decompose(step) => run.decompose(step),
             Step::Adapt(step) => run.adapt(step),
             Step::Evaluate(step) => run.evaluate(step),
             Step::Write(step) => run.write(step),

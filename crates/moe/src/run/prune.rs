@@ -62,12 +62,7 @@ impl Run<'_> {
         let plan = PrunePlan::load(dir.join("plan.json"))?;
         let chosen: Chosen = load(&dir.join("form.json"))?;
         let pruned = chosen.on(&plan, &base, step.mtp, scores.as_ref(), None)?;
-        let summary = format!(
-            "{}, form {}{}",
-            dropped(&plan),
-            chosen.name(),
-            chosen.divergence.map_or(String::new(), |nats| format!(" (chosen by divergence: {nats:.4} nats)"))
-        );
+        let summary = format!("{}, form {}{}", dropped(&plan), chosen.name(), chosen.why());
         self.model = pruned.model().clone();
         self.pruned =
             Some(PrunedState { base, plan, step: step.clone(), chosen, scores, edits: None, repaired: false });

@@ -16,8 +16,12 @@ use crate::progress::{Progress, Unit};
 use crate::recipe::{Form, Prune};
 use crate::{Error, Result};
 
-/// Pieces of an expert that are tried.
-const PIECES: [usize; 2] = [2, 4];
+/// Pieces of an expert that are tried: eight where they stay as wide as kernels of serving engines like it.
+const PIECES: [usize; 3] = [2, 4, 8];
+/// Widths that are multiples of it need no zeros beside them in stock loaders.
+const ALIGNMENT: usize = 8;
+/// Widths that are multiples of it are what kernels of serving engines are tuned for.
+const SERVING: usize = 64;
 /// Pieces per token that are tried, as shares of those that keep what a token computes.
 const PER_TOKEN: [f64; 3] = [0.5, 0.75, 1.0];
 /// Likeliest tokens per position that divergences are of.
@@ -36,11 +40,31 @@ pub(super) struct Chosen {
     /// Divergence from the full model, in nats, if it decided.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub divergence: Option<f64>,
+    /// Everything that was tried, if divergence decided.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tried: Vec<Tried>,
+}
+
+/// A form that was tried.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Tried {
+    /// What it is called.
+    form: String,
+    /// Pieces per token, where experts are in pieces.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    top_k: Option<usize>,
+    /// Units that an expert or a piece has.
+    width: usize,
+    /// Divergence from the full model, in nats; none where the form is impossible.
+    divergence: Option<f64>,
+    /// Why it is impossible.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
 }
 
 impl Chosen {
     fn plain(form: Form) -> Self {
-        Self { form, pieces: None, top_k: None, scales: None, divergence: None }
+        Self { form, pieces: None, top_k: None, scales: None, divergence: None, tried: Vec::new() }
     }
 
     pub fn pieces(pieces: usize, top_k: Option<usize>) -> Self {
@@ -65,6 +89,27 @@ impl Chosen {
             (Form::Masked, _) => "masked".into(),
             (Form::FineGrained, None) => "fine_grained".into(),
         }
+    }
+
+    /// How it was chosen: the least divergence of every form that was tried, and what was impossible.
+    pub fn why(&self) -> String {
+        if self.tried.is_empty() {
+            return String::new();
+        }
+        let mut forms: Vec<&Tried> = self.tried.iter().collect();
+        forms.sort_by(|a, b| a.divergence.unwrap_or(f64::INFINITY).total_cmp(&b.divergence.unwrap_or(f64::INFINITY)));
+        let mut told: Vec<(&str, String)> = Vec::new();
+        for tried in forms {
+            if told.iter().all(|(form, _)| *form != tried.form) {
+                let found = match tried.divergence {
+                    Some(nats) => format!("{nats:.4}"),
+                    None => "impossible".into(),
+                };
+                told.push((&tried.form, format!("{} {found}", tried.form)));
+            }
+        }
+        let told: Vec<String> = told.into_iter().map(|(_, told)| told).collect();
+        format!(" (chosen by divergence in nats: {})", told.join(", "))
     }
 
     /// The model that a plan makes in this form.
@@ -128,7 +173,11 @@ pub(super) fn search(
         1 => (&data.waves[..], &data.waves[..]),
         _ => data.waves.split_at(split),
     };
-    let bar = progress.bar("choosing a form", 1 + PIECES.len() as u64, Unit::Count("forms"));
+    let whole = base.shape().uniform_width().unwrap_or(0);
+    let pieces: Vec<usize> = PIECES.into_iter().filter(|pieces| fits(whole, *pieces)).collect();
+    // Where no number of pieces fits, stock loaders get zeros beside the units of a piece.
+    let pieces = if pieces.is_empty() { PIECES[..2].to_vec() } else { pieces };
+    let bar = progress.bar("choosing a form", 1 + pieces.len() as u64, Unit::Count("forms"));
     let engine = Engine::new(model, EngineOptions::default());
     let tokens = TEACHER_TOKENS.min(model.config().vocab_size);
     let teacher = TeacherLogits::record(&engine, comparison, tokens)?;
@@ -139,8 +188,18 @@ pub(super) fn search(
             best = Some((plan.clone(), chosen));
         }
     };
-    let mut reasons = Vec::new();
+    let mut all_tried: Vec<Tried> = Vec::new();
+    let impossible = |form: String, width: usize, error: moe_prune::Error| Tried {
+        form,
+        top_k: None,
+        width,
+        divergence: None,
+        reason: Some(error.to_string()),
+    };
+    // A width between two multiples is the upper one in stock loaders: units in place of zeros.
+    let aligned = if whole > ALIGNMENT && whole.is_multiple_of(ALIGNMENT) { ALIGNMENT } else { 1 };
     let uniform = UnitPruner::new(Scope::Expert)
+        .round_to(aligned)
         .prune(scores, base.shape(), Budget::Ratio(ratio), &ProtectionMask::none())
         .and_then(|pruned| {
             let form = Chosen::plain(Form::Uniform);
@@ -151,12 +210,15 @@ pub(super) fn search(
         Ok((plan, form, on)) => {
             let student = model.like(on.model().clone())?;
             let divergence = divergence(&student, &teacher, comparison)?;
-            offer(&plan, Chosen { divergence: Some(divergence), ..form });
+            let width = plan.pruned_shape().uniform_width().unwrap_or(0);
+            let divergence = Some(divergence);
+            all_tried.push(Tried { form: form.name(), top_k: None, width, divergence, reason: None });
+            offer(&plan, Chosen { divergence, ..form });
         }
-        Err(error) => reasons.push(error.to_string()),
+        Err(error) => all_tried.push(impossible("uniform".into(), 0, error)),
     }
     bar.step();
-    for pieces in PIECES {
+    for pieces in pieces {
         let how = FineGrained { ranking: Some(scores), ..FineGrained::new(pieces) };
         let all = model.config().routing.top_k * pieces;
         let mut top_k: Vec<usize> =
@@ -172,17 +234,67 @@ pub(super) fn search(
             Ok((trials, plan)) => {
                 for trial in trials {
                     let chosen = Chosen::pieces(pieces, Some(trial.top_k));
+                    all_tried.push(Tried {
+                        form: chosen.name(),
+                        top_k: chosen.top_k,
+                        width: whole / pieces,
+                        divergence: Some(trial.divergence),
+                        reason: None,
+                    });
                     offer(&plan, Chosen { scales: Some(trial.scales), divergence: Some(trial.divergence), ..chosen });
                 }
             }
-            Err(error) => reasons.push(error.to_string()),
+            Err(error) => {
+                all_tried.push(impossible(Chosen::pieces(pieces, None).name(), whole / pieces, error));
+            }
         }
         bar.step();
     }
-    best.ok_or_else(|| {
-        let reasons = reasons.join("; ");
-        Error::Invalid(format!(
-            "no form that stock loaders read is possible: {reasons}. Form ragged opens with these crates"
-        ))
-    })
+    match best {
+        Some((plan, chosen)) => Ok((plan, Chosen { tried: all_tried, ..chosen })),
+        None => {
+            let reasons: Vec<String> = all_tried.into_iter().filter_map(|tried| tried.reason).collect();
+            Err(Error::Invalid(format!(
+                "no form that stock loaders read is possible: {}. Form ragged opens with these crates",
+                reasons.join("; ")
+            )))
+        }
+    }
+}
+
+/// Whether pieces of experts of this width are of a width that stock loaders run as it is.
+fn fits(width: usize, pieces: usize) -> bool {
+    let multiple = if pieces > 4 { SERVING } else { ALIGNMENT };
+    width.is_multiple_of(pieces) && (width / pieces).is_multiple_of(multiple) && width > 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_have_widths_that_kernels_run() {
+        let tried = |width: usize| PIECES.into_iter().filter(|pieces| fits(width, *pieces)).collect::<Vec<_>>();
+        assert_eq!(tried(96), [2, 4]);
+        assert_eq!(tried(768), [2, 4], "eight pieces of 96 are no multiple of 64");
+        assert_eq!(tried(1024), [2, 4, 8]);
+        assert_eq!(tried(1408), [2, 4]);
+        assert_eq!(tried(24), Vec::<usize>::new());
+        assert_eq!(tried(0), Vec::<usize>::new());
+    }
+
+    #[test]
+    fn what_was_tried_is_told_once_per_form_the_least_first() {
+        let tried = |form: &str, divergence: Option<f64>| Tried {
+            form: form.into(),
+            top_k: None,
+            width: 8,
+            divergence,
+            reason: None,
+        };
+        let all = vec![tried("a", Some(0.3)), tried("b", Some(0.25)), tried("a", Some(0.125)), tried("c", None)];
+        let chosen = Chosen { tried: all, ..Chosen::plain(Form::Uniform) };
+        assert_eq!(chosen.why(), " (chosen by divergence in nats: a 0.1250, b 0.2500, c impossible)");
+        assert_eq!(Chosen::plain(Form::Uniform).why(), "");
+    }
 }

@@ -38,7 +38,7 @@ fn world() -> World {
 
 fn options() -> CompactTraining {
     let mut options = CompactTraining {
-        compression: Compression { rank: 3, keep_rows: 0.25, rows: RowScore::Magnitude },
+        compression: Compression { rank: 3, keep_rows: 0.25, rows: RowScore::Magnitude, ranks: Ranks::Same },
         ..CompactTraining::default()
     };
     options.train.epochs = 20;
@@ -188,4 +188,6 @@ fn parameters_out_of_range_are_named() {
     assert!(message(CompactTraining { task: 0.0, distillation: 0.0, ..options() }).contains("one above 0"));
     let fisher = Compression { rows: RowScore::Fisher, ..options().compression };
     assert!(message(CompactTraining { compression: fisher, ..options() }).contains("importances itself"));
+    let unequal = Compression { ranks: Ranks::Importance, ..options().compression };
+    assert!(message(CompactTraining { compression: unequal, ..options() }).contains("one rank"));
 }
