@@ -134,6 +134,53 @@ def write_quantized(directory, model_type, seed, config, quantize, quantization_
     expect(reference.eval(), directory, seed)
 
 
+def write_renamed(directory, model_type, seed, config, rename, released):
+    """Saves the weights of a model under the names of a release that is no part of transformers. What is expected is what
+    `model_type` computes, which is the same formula."""
+    model = make(model_type, seed, config).float()
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = rename({name: value.detach().clone() for name, value in model.state_dict().items()})
+    save_file({name: value.contiguous() for name, value in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(released, indent=2, sort_keys=True) + "\n")
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__, "seed": seed, "computed_by": model_type}
+    (directory / "made_with.json").write_text(json.dumps(versions))
+    expect(model, directory, seed)
+    # Under the names that the parity test looks for.
+    expected = load_file(directory / "expected.safetensors")
+    expected = {name.replace(".block_sparse_moe.", ".mlp."): value for name, value in expected.items()}
+    save_file(expected, directory / "expected.safetensors")
+
+
+def bailing(tensors):
+    """Names of Ling and Ring with full attention."""
+    out, qkv = {}, {}
+    for name, value in tensors.items():
+        name = name.replace("model.embed_tokens.", "model.word_embeddings.").replace(".block_sparse_moe.", ".mlp.")
+        name = name.replace(".mlp.router.layer.", ".mlp.gate.").replace(".mlp.router.weight", ".mlp.gate.weight")
+        if name.endswith(".experts.gate_up_proj"):
+            for expert, both in enumerate(value):
+                for part, rows in zip(("gate_proj", "up_proj"), both.chunk(2)):
+                    out[name.replace("gate_up_proj", f"{expert}.{part}.weight")] = rows
+        elif name.endswith(".experts.down_proj"):
+            for expert, rows in enumerate(value):
+                out[name.replace("down_proj", f"{expert}.down_proj.weight")] = rows
+        elif ".shared_mlp.input_linear." in name:
+            for part, rows in zip(("gate_proj", "up_proj"), value.chunk(2)):
+                out[name.replace(".shared_mlp.input_linear.", f".mlp.shared_experts.{part}.")] = rows
+        elif ".shared_mlp.output_linear." in name:
+            out[name.replace(".shared_mlp.output_linear.", ".mlp.shared_experts.down_proj.")] = value
+        elif any(f".self_attn.{part}_proj." in name for part in "qkv"):
+            layer, part = name.split(".self_attn.")[0], name.split(".self_attn.")[1][0]
+            qkv.setdefault(layer, {})[part] = value
+        else:
+            for old, new in [(".o_proj.", ".dense."), (".q_norm.", ".query_layernorm."), (".k_norm.", ".key_layernorm.")]:
+                name = name.replace(f".self_attn{old}", f".attention{new}")
+            out[name.replace(".e_score_correction_bias", ".expert_bias")] = value
+    for layer, parts in qkv.items():
+        out[f"{layer}.attention.query_key_value.weight"] = torch.cat([parts[part] for part in "qkv"])
+    return out
+
+
 def mxfp4(tensors):
     """Experts of gpt-oss in blocks of 32 FP4 elements with an exponent each."""
     levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -180,6 +227,12 @@ QWEN35 = COMMON | dict(
     num_experts_per_tok=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5, mrope_section=[1, 1, 0]),
 )
 VISION = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, num_position_embeddings=16, patch_size=4)
+# Ling and Ring with full attention, small: the second version has what `V2` adds.
+BAILING = COMMON | dict(vocab_size=53, hidden_size=16, num_experts_per_tok=2)
+V2 = dict(
+    head_dim=8, moe_intermediate_size=12, first_k_dense_replace=1, n_group=2, topk_group=1, norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+)
 FIXTURES = {
     "parity/tf5/deepseek_v2_yarn": lambda d: write(
         d, "deepseek_v2", 21, LATENT | dict(n_shared_experts=2, q_lora_rank=None, n_group=1, topk_group=1, topk_method="greedy"),
@@ -214,6 +267,21 @@ FIXTURES = {
         d, "qwen3_moe", 28, COMMON | dict(head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, hidden_act="gelu")),
     "parity/tf5/mixtral_gelu_tanh": lambda d: write(
         d, "mixtral", 29, COMMON | dict(intermediate_size=16, num_local_experts=4, num_experts_per_tok=2, hidden_act="gelu_pytorch_tanh")),
+    "parity/tf5/bailing_moe": lambda d: write_renamed(
+        d, "granitemoeshared", 34, BAILING | dict(intermediate_size=12, shared_intermediate_size=24, num_local_experts=6,
+            embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0, attention_multiplier=4 ** -0.5), bailing,
+        BAILING | dict(model_type="bailing_moe", architectures=["BailingMoeForCausalLM"], head_dim=None, num_experts=6,
+            num_shared_experts=2, intermediate_size=28, moe_intermediate_size=12, norm_topk_prob=True, first_k_dense_replace=0,
+            rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None, use_bias=False, use_qkv_bias=False, norm_head=False,
+            norm_softmax=False, multi_gate=False, hidden_act="silu", torch_dtype="float32")),
+    "parity/tf5/bailing_moe_v2": lambda d: write_renamed(
+        d, "glm4_moe", 35, BAILING | V2 | dict(num_hidden_layers=3, intermediate_size=28, n_routed_experts=6, n_shared_experts=1,
+            use_qk_norm=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)), bailing,
+        BAILING | V2 | dict(num_hidden_layers=3, model_type="bailing_moe", architectures=["BailingMoeV2ForCausalLM"], num_experts=6,
+            num_shared_experts=1, intermediate_size=28, rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None,
+            partial_rotary_factor=0.5, use_bias=False, use_qkv_bias=False, use_qk_norm=True, use_rmsnorm=True, hidden_act="silu",
+            moe_router_enable_expert_bias=True, moe_shared_expert_intermediate_size=12, score_function="sigmoid",
+            scoring_func="sigmoid", topk_method="noaux_tc", router_dtype="fp32", num_nextn_predict_layers=0, torch_dtype="float32")),
     "unrun/qwen3_5_moe_text": lambda d: write(d, "qwen3_5_moe_text", 30, QWEN35, run=False),
     "unrun/qwen3_5_moe": lambda d: write(d, "qwen3_5_moe", 31, dict(text_config=QWEN35, vision_config=VISION), run=False),
 }

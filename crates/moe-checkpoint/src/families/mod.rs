@@ -92,6 +92,8 @@ pub(crate) static FAMILIES: &[&dyn Family] = &[
     },
     &qwen3_5_moe::Qwen35Moe { model_type: "qwen3_5_moe_text", next: false },
     &qwen3_5_moe::Qwen35Moe { model_type: "qwen3_next", next: true },
-    &sarvam_moe::SarvamMoe,
+    &sarvam_moe::SarvamMoe { model_type: "sarvam_moe", bailing: false },
+    &sarvam_moe::SarvamMoe { model_type: "bailing_moe", bailing: true },
+    &sarvam_moe::SarvamMoe { model_type: "bailing_moe_v2", bailing: true },
     &step3p5::Step3p5,
 ];

@@ -1,21 +1,53 @@
-//! Sarvam: GLM-4.5 by other names, with the projections of queries, keys and values in one matrix.
+//! Sarvam, and Ling and Ring with full attention: GLM-4.5 by other names, with the projections of queries, keys and
+//! values in one matrix. The first Ling models choose experts by a softmax instead.
 
 use serde_json::Value;
 
 use crate::Result;
-use crate::config::{AttentionConfig, ModelConfig};
+use crate::config::{AttentionConfig, ModelConfig, QkNorm, Routing, RoutingKind};
 use crate::family::{CONFIG, Family, LayerRole, Role};
 use crate::json::Fields;
 
 use super::read::Renormalize;
 use super::{names, read, rope};
 
-/// The family `sarvam_moe`.
-pub(crate) struct SarvamMoe;
+/// The families `sarvam_moe`, `bailing_moe` and `bailing_moe_v2`.
+pub(crate) struct SarvamMoe {
+    /// `model_type` of its configs.
+    pub model_type: &'static str,
+    /// Whether it is Ling or Ring, whose configs say more and have other defaults. Those of the second version may call
+    /// themselves by the name of the first.
+    pub bailing: bool,
+}
+
+impl SarvamMoe {
+    /// Whether experts are chosen by sigmoids with a correction bias rather than by a softmax.
+    fn corrects(&self, config: &Fields<'_>) -> Result<bool> {
+        if !self.bailing {
+            return Ok(true);
+        }
+        let mut found = None;
+        for key in ["score_function", "scoring_func"] {
+            match config.string(key)? {
+                None => {}
+                Some("sigmoid") => found = Some(true),
+                Some("softmax") => found = Some(false),
+                Some(_) => return Err(config.invalid(key, "\"sigmoid\" or \"softmax\"")),
+            }
+        }
+        let bias = config.bool("moe_router_enable_expert_bias")?;
+        if let (Some(sigmoid), Some(bias)) = (found, bias)
+            && sigmoid != bias
+        {
+            return Err(config.invalid("moe_router_enable_expert_bias", "true with sigmoids, false with a softmax"));
+        }
+        Ok(found.or(bias).unwrap_or(self.model_type == "bailing_moe_v2"))
+    }
+}
 
 impl Family for SarvamMoe {
     fn model_type(&self) -> &'static str {
-        "sarvam_moe"
+        self.model_type
     }
 
     fn parse(&self, config: &Value, generation: Option<&Value>) -> Result<ModelConfig> {
@@ -26,20 +58,41 @@ impl Family for SarvamMoe {
             Some(_) => "n_shared_experts",
             None => "num_shared_experts",
         };
-        let moe = read::Corrected {
-            expert_count_keys: self.expert_count_keys(),
-            shared_count_key,
-            dense: 1,
-            windows: &windows,
-            renormalize: Renormalize::Default(true),
-            scale: ("routed_scaling_factor", 2.5),
+        let dense = if self.bailing { 0 } else { 1 };
+        let (layers, routing) = match self.corrects(&config)? {
+            true => {
+                let moe = read::Corrected {
+                    expert_count_keys: self.expert_count_keys(),
+                    shared_count_key,
+                    dense,
+                    windows: &windows,
+                    renormalize: Renormalize::Default(true),
+                    scale: ("routed_scaling_factor", 2.5),
+                };
+                moe.read(&config)?
+            }
+            false => {
+                let keys = self.expert_count_keys();
+                let (layers, top_k) = read::dense_then_moe(&config, keys, shared_count_key, dense, &windows)?;
+                let renormalize = Renormalize::Default(false).read(&config)?;
+                let scale = read::scaling(&config, ("routed_scaling_factor", 1.0))?;
+                (layers, Routing { scale, ..Routing::new(top_k, RoutingKind::SoftmaxTopK { renormalize }) })
+            }
         };
-        let (layers, routing) = moe.read(&config)?;
         let plain = read::attention(&config)?;
-        let qk_norm = match config.bool("use_qk_norm")?.unwrap_or(true) {
-            true => crate::QkNorm::Head,
-            false => crate::QkNorm::None,
+        let qk_norm = match config.bool("use_qk_norm")?.unwrap_or(!self.bailing) {
+            true => QkNorm::Head,
+            false => QkNorm::None,
         };
+        for (key, what) in [
+            ("norm_head", "heads whose columns are normalized are not supported; false"),
+            ("norm_softmax", "logits that are normalized are not supported; false"),
+            ("multi_gate", "a router for every kind of input is not supported; false"),
+        ] {
+            if config.bool(key)?.unwrap_or(false) {
+                return Err(config.invalid(key, what));
+            }
+        }
         for key in ["attention_bias", "use_qkv_bias", "use_bias"] {
             if config.bool(key)?.unwrap_or(false) {
                 return Err(config.invalid(key, "false, as in all released models"));
@@ -75,10 +128,13 @@ impl Family for SarvamMoe {
     }
 
     fn shared_count_key(&self) -> Option<&'static str> {
-        Some("n_shared_experts")
+        Some(if self.bailing { "num_shared_experts" } else { "n_shared_experts" })
     }
 
     fn expert_count_keys(&self) -> &'static [&'static str] {
-        &["n_routed_experts", "num_experts", "num_local_experts"]
+        match self.bailing {
+            true => &["num_experts", "n_routed_experts"],
+            false => &["n_routed_experts", "num_experts", "num_local_experts"],
+        }
     }
 }

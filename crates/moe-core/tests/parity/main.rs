@@ -224,6 +224,8 @@ parity! {
     tf5_afmoe: "tf5/afmoe",
     tf5_bailing_hybrid: "tf5/bailing_hybrid",
     tf5_bailing_hybrid_long: "tf5/bailing_hybrid_long",
+    tf5_bailing_moe: "tf5/bailing_moe",
+    tf5_bailing_moe_v2: "tf5/bailing_moe_v2",
     tf5_cohere2_moe: "tf5/cohere2_moe",
     tf5_deepseek_v2: "tf5/deepseek_v2",
     tf5_deepseek_v2_group: "tf5/deepseek_v2_group",
