@@ -137,7 +137,10 @@ def write_quantized(directory, model_type, seed, config, quantize, quantization_
 def write_renamed(directory, model_type, seed, config, rename, released):
     """Saves the weights of a model under the names of a release that is no part of transformers. What is expected is what
     `model_type` computes, which is the same formula."""
-    model = make(model_type, seed, config).float()
+    made = make(model_type, seed, config)
+    # Buffers that no file has, such as rotary frequencies, are those of a model that is loaded.
+    model = AutoModelForCausalLM.from_config(made.config, dtype=torch.float32, attn_implementation="eager").eval()
+    model.load_state_dict(made.state_dict())
     directory.mkdir(parents=True, exist_ok=True)
     tensors = rename({name: value.detach().clone() for name, value in model.state_dict().items()})
     save_file({name: value.contiguous() for name, value in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
@@ -276,7 +279,7 @@ FIXTURES = {
             norm_softmax=False, multi_gate=False, hidden_act="silu", torch_dtype="float32")),
     "parity/tf5/bailing_moe_v2": lambda d: write_renamed(
         d, "glm4_moe", 35, BAILING | V2 | dict(num_hidden_layers=3, intermediate_size=28, n_routed_experts=6, n_shared_experts=1,
-            use_qk_norm=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)), bailing,
+            rms_norm_eps=1e-6, use_qk_norm=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)), bailing,
         BAILING | V2 | dict(num_hidden_layers=3, model_type="bailing_moe", architectures=["BailingMoeV2ForCausalLM"], num_experts=6,
             num_shared_experts=1, intermediate_size=28, rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None,
             partial_rotary_factor=0.5, use_bias=False, use_qkv_bias=False, use_qk_norm=True, use_rmsnorm=True, hidden_act="silu",

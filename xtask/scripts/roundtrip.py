@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -35,8 +36,68 @@ GOLDEN_IDS = [[5, 17, 30, 33, 3, 31, 21, 36]]
 GOLDEN_POSITIONS = 4
 
 
+def load_bailing(directory, config, dtype):
+    """Ling and Ring with full attention are no part of transformers: the model there that is the same formula, with the tensors
+    under its names. All of them must have a place."""
+    second = config.get("score_function") == "sigmoid"
+    shared = dict(config, tie_word_embeddings=False)
+    rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    if second:
+        rope["partial_rotary_factor"] = config["partial_rotary_factor"]
+        shared |= dict(n_routed_experts=config["num_experts"], n_shared_experts=config["num_shared_experts"])
+        model_type = "glm4_moe"
+    else:
+        width = config["hidden_size"] // config["num_attention_heads"]
+        shared |= dict(head_dim=width, intermediate_size=config["moe_intermediate_size"], num_local_experts=config["num_experts"],
+            shared_intermediate_size=config["num_shared_experts"] * config["moe_intermediate_size"], embedding_multiplier=1.0,
+            residual_multiplier=1.0, logits_scaling=1.0, attention_multiplier=width ** -0.5)
+        model_type = "granitemoeshared"
+    for key in ("model_type", "architectures", "rope_theta", "rope_scaling", "torch_dtype", "partial_rotary_factor"):
+        shared.pop(key, None)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **shared, rope_parameters=rope), dtype=dtype, attn_implementation="eager"
+    )
+    tensors = load_file(directory / "model.safetensors")
+    own = {}
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    for name, value in tensors.items():
+        name = name.replace("model.word_embeddings.", "model.embed_tokens.")
+        for new, old in [(".o_proj.", ".dense."), (".q_norm.", ".query_layernorm."), (".k_norm.", ".key_layernorm.")]:
+            name = name.replace(f".attention{old}", f".self_attn{new}")
+        name = name.replace(".gate.expert_bias", ".gate.e_score_correction_bias")
+        if ".attention.query_key_value." in name:
+            dim = value.shape[0] // (heads + 2 * groups)
+            parts = value.split([heads * dim, groups * dim, groups * dim])
+            own |= {name.replace(".attention.query_key_value.", f".self_attn.{part}_proj."): rows for part, rows in zip("qkv", parts)}
+            continue
+        own[name] = value
+    for layer in range(config["num_hidden_layers"]):
+        block = f"model.layers.{layer}.mlp"
+        if f"{block}.gate.weight" not in own:
+            continue
+        expert = lambda e, part: own.pop(f"{block}.experts.{e}.{part}_proj.weight")
+        count = config["num_experts"]
+        gate_up = torch.stack([torch.cat([expert(e, "gate"), expert(e, "up")]) for e in range(count)])
+        down = torch.stack([expert(e, "down") for e in range(count)])
+        if second:
+            own |= {f"{block}.experts.gate_up_proj": gate_up, f"{block}.experts.down_proj": down}
+            continue
+        sparse = f"model.layers.{layer}.block_sparse_moe"
+        names = {name for name in model.state_dict() if name.startswith(sparse)}
+        router = next(name for name in names if "router" in name)
+        own |= {f"{sparse}.experts.gate_up_proj": gate_up, f"{sparse}.experts.down_proj": down, router: own.pop(f"{block}.gate.weight")}
+        part = lambda which: own.pop(f"{block}.shared_experts.{which}_proj.weight")
+        own[f"model.layers.{layer}.shared_mlp.input_linear.weight"] = torch.cat([part("gate"), part("up")])
+        own[f"model.layers.{layer}.shared_mlp.output_linear.weight"] = part("down")
+    missing = model.load_state_dict({name: value.to(dtype) for name, value in own.items()}, strict=False)
+    wrong = {"missing_keys": missing.missing_keys[:3], "unexpected_keys": missing.unexpected_keys[:3]}
+    return model.eval(), {kind: names for kind, names in wrong.items() if names}
+
+
 def load(directory, dtype):
     config = json.loads((directory / "config.json").read_text())
+    if config["model_type"].startswith("bailing_moe"):
+        return load_bailing(directory, config, dtype)
     kind, options = AutoModelForCausalLM, {}
     if config["model_type"] == "kimi_k2":
         # DeepSeek-V3 under another name, for which the released model brings code of its own.
