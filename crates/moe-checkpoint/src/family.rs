@@ -152,6 +152,16 @@ pub enum LayerRole {
     MambaNorm,
     /// Output projection of a state space layer `[H, heads * P]`.
     MambaOutput,
+    /// Queries, keys and values of lightning attention, head by head `[3 heads * D, H]`.
+    LightningQkv,
+    /// Gate on its output `[heads * D, H]`.
+    LightningGate,
+    /// Norm of its output `[heads * D]`.
+    LightningNorm,
+    /// Its output projection `[H, heads * D]`.
+    LightningOutput,
+    /// Rates at which its heads forget `[heads, 1, 1]`, which files may leave out.
+    LightningRate,
     /// Both gates and the input of a short convolution `[3 H, H]`.
     ConvolutionInput,
     /// A short convolution `[H, 1, K]`.

@@ -86,6 +86,12 @@ pub enum LayerSite {
     MambaInput,
     /// `[H, heads * P]` of a state space layer.
     MambaOutput,
+    /// Queries, keys and values of lightning attention, head by head `[3 heads * D, H]`.
+    LightningQkv,
+    /// Gate on its output `[heads * D, H]`.
+    LightningGate,
+    /// `[H, heads * D]` of lightning attention.
+    LightningOutput,
     /// Both gates and the input of a short convolution `[3 H, H]`.
     ConvolutionInput,
     /// `[H, H]` of a short convolution.
@@ -126,7 +132,7 @@ impl fmt::Display for LayerSite {
 
 impl LayerSite {
     /// All of them.
-    pub const ALL: [Self; 34] = [
+    pub const ALL: [Self; 37] = [
         Self::Query,
         Self::Key,
         Self::Value,
@@ -146,6 +152,9 @@ impl LayerSite {
         Self::DeltaOutput,
         Self::MambaInput,
         Self::MambaOutput,
+        Self::LightningQkv,
+        Self::LightningGate,
+        Self::LightningOutput,
         Self::ConvolutionInput,
         Self::ConvolutionOutput,
         Self::LatentQueryDown,
@@ -185,6 +194,9 @@ impl LayerSite {
             Self::DeltaOutput => &[LayerRole::DeltaOutput],
             Self::MambaInput => &[LayerRole::MambaInput],
             Self::MambaOutput => &[LayerRole::MambaOutput],
+            Self::LightningQkv => &[LayerRole::LightningQkv],
+            Self::LightningGate => &[LayerRole::LightningGate],
+            Self::LightningOutput => &[LayerRole::LightningOutput],
             Self::ConvolutionInput => &[LayerRole::ConvolutionInput],
             Self::ConvolutionOutput => &[LayerRole::ConvolutionOutput],
             Self::LatentQueryDown => &[LayerRole::LatentQueryDown],
@@ -231,6 +243,9 @@ impl LayerSite {
             Self::DeltaOutput => "delta_output",
             Self::MambaInput => "mamba_input",
             Self::MambaOutput => "mamba_output",
+            Self::LightningQkv => "lightning_qkv",
+            Self::LightningGate => "lightning_gate",
+            Self::LightningOutput => "lightning_output",
             Self::ConvolutionInput => "convolution_input",
             Self::ConvolutionOutput => "convolution_output",
             Self::LatentQueryDown => "latent_query_down",
@@ -257,9 +272,10 @@ impl LayerSite {
         let low_rank = matches!(self, DeltaGateDown | DeltaGateUp | DeltaDecayDown | DeltaDecayUp);
         let latent = matches!(self, LatentQueryDown | LatentQueryUp | LatentKvDown | LatentKvUp);
         let mamba = matches!(self, MambaInput | MambaOutput);
+        let lightning = matches!(self, LightningQkv | LightningGate | LightningOutput);
         let convolution = matches!(self, ConvolutionInput | ConvolutionOutput);
         let softmax = matches!(self, Query | Key | Value | Qkv | AttentionGate | Output);
-        delta || low_rank || latent || mamba || convolution || softmax
+        delta || low_rank || latent || mamba || lightning || convolution || softmax
     }
 }
 

@@ -86,7 +86,7 @@ fn centered(base: &Arc<Checkpoint>) -> Result<BTreeMap<String, Edit>> {
     if config.tie_word_embeddings {
         return Err(refuse("the head is the embedding, and reads a stream that is not centered"));
     }
-    if config.placement != NormPlacement::Before {
+    if config.placement != NormPlacement::Before || config.normed_residual.is_some() {
         return Err(refuse("norms come after the halves of layers, and write means of their own"));
     }
     let mut edits = BTreeMap::new();
@@ -125,7 +125,8 @@ fn centered(base: &Arc<Checkpoint>) -> Result<BTreeMap<String, Edit>> {
 
 fn scaled(base: &Arc<Checkpoint>) -> Result<BTreeMap<String, Edit>> {
     let config = base.config();
-    if config.placement != NormPlacement::Before || config.norm == NormKind::RmsOnePlus {
+    let carried = config.normed_residual.is_some();
+    if config.placement != NormPlacement::Before || carried || config.norm == NormKind::RmsOnePlus {
         return Err(refuse("norms that are not the weights of what both halves of a layer read"));
     }
     let mut edits = BTreeMap::new();

@@ -6,8 +6,8 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use crate::config::{
-    AttentionKind, ChannelDelta, DeltaNet, Ffn, LatentAttention, LayerConfig, Mamba, Mixer, ModelConfig, MoeConfig,
-    NormKind, NormPlacement, OutputGate, QkNorm,
+    AttentionKind, ChannelDelta, DeltaNet, Ffn, LatentAttention, LayerConfig, LightningAttention, Mamba, Mixer,
+    ModelConfig, MoeConfig, NormKind, NormPlacement, OutputGate, QkNorm,
 };
 use crate::convert::float_bytes;
 use crate::experts::{ExpertLayout, ExpertTensor};
@@ -102,6 +102,7 @@ fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>, bool)>
                 (LayerRole::ConvolutionOutput, vec![hidden, hidden]),
             ],
             Mixer::Mamba(mamba) => mamba_roles(hidden, mamba),
+            Mixer::Lightning(lightning) => lightning_roles(hidden, lightning),
             Mixer::None => Vec::new(),
         };
         let others = norm_roles(config, layer_config).into_iter().chain(ffn_roles(config, &layer_config.ffn));
@@ -267,6 +268,16 @@ fn mamba_roles(hidden: usize, mamba: &Mamba) -> Vec<(LayerRole, Vec<usize>)> {
         roles.push((LayerRole::MambaConvolutionBias, vec![channels]));
     }
     roles
+}
+
+fn lightning_roles(hidden: usize, lightning: &LightningAttention) -> Vec<(LayerRole, Vec<usize>)> {
+    let width = lightning.width();
+    vec![
+        (LayerRole::LightningQkv, vec![3 * width, hidden]),
+        (LayerRole::LightningGate, vec![width, hidden]),
+        (LayerRole::LightningNorm, vec![width]),
+        (LayerRole::LightningOutput, vec![hidden, width]),
+    ]
 }
 
 fn latent_roles(config: &ModelConfig, latent: &LatentAttention) -> Vec<(LayerRole, Vec<usize>)> {
@@ -515,6 +526,12 @@ impl Weights<'_> {
         }
         // A constant that old files store.
         if expected.contains(&info.name) || info.name.ends_with(".rotary_emb.inv_freq") {
+            return Ok(());
+        }
+        // Rates of lightning attention, and what follows from them.
+        const RATES: [&str; 4] = [".slope_rate", ".query_decay", ".key_decay", ".diagonal_decay"];
+        let lightning = self.config.layers.get(layer).is_some_and(|layer| matches!(layer.mixer, Mixer::Lightning(_)));
+        if lightning && RATES.iter().any(|name| info.name.ends_with(name)) {
             return Ok(());
         }
         let layers = self.config.layers.len();

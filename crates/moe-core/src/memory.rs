@@ -2,7 +2,8 @@
 
 use burn::tensor::Device;
 use moe_checkpoint::{
-    AttentionConfig, AttentionKind, ChannelDelta, DeltaNet, Ffn, Mamba, Mixer, ModelConfig, OutputGate, QkNorm,
+    AttentionConfig, AttentionKind, ChannelDelta, DeltaNet, Ffn, LightningAttention, Mamba, Mixer, ModelConfig,
+    OutputGate, QkNorm,
 };
 
 use crate::{
@@ -159,6 +160,7 @@ impl MixerSize {
                 Self { weights: h * (4 * h + kernel), tape: 3 * h, work: 8 * h }
             }
             Mixer::Mamba(mamba) => Self::mamba(config.hidden_size, mamba),
+            Mixer::Lightning(lightning) => Self::lightning(config.hidden_size, lightning),
             Mixer::None => Self { weights: 0, tape: 0, work: 0 },
             _ => Self::attention(config, config.attention_of(layer)),
         }
@@ -196,6 +198,13 @@ impl MixerSize {
             tape: channels + values + heads,
             work: 5 * channels + 6 * values + 4 * heads + states,
         }
+    }
+
+    fn lightning(h: usize, lightning: &LightningAttention) -> Self {
+        let width = lightning.width();
+        // States at the beginnings of chunks of all heads, as if they were computed at once.
+        let states = width * lightning.head_dim / CHUNK;
+        Self { weights: 5 * h * width, tape: 4 * width, work: 14 * width + states }
     }
 
     fn attention(config: &ModelConfig, a: &AttentionConfig) -> Self {
@@ -250,6 +259,7 @@ pub(crate) fn sequence_state_bytes(config: &ModelConfig) -> u64 {
             delta.width() * delta.head_dim + delta.kernel.saturating_sub(1) * 3 * delta.width()
         }
         Mixer::ShortConvolution { kernel } => kernel.saturating_sub(1) * config.hidden_size,
+        Mixer::Lightning(lightning) => lightning.width() * lightning.head_dim,
         Mixer::Mamba(mamba) => mamba.values() * mamba.state + mamba.kernel.saturating_sub(1) * mamba.channels(),
         _ => 0,
     });

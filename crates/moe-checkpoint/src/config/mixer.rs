@@ -17,8 +17,35 @@ pub enum Mixer {
     },
     /// A state space layer, Mamba2 (arXiv 2405.21060).
     Mamba(Mamba),
+    /// Lightning attention (arXiv 2401.04658), a linear attention whose heads forget at constant rates.
+    Lightning(LightningAttention),
     /// Nothing: the layer is a feed-forward half alone.
     None,
+}
+
+/// Lightning attention. Head `h` of `heads`, from 0, forgets by `e^{-r}` per token, `r = 2^{-8 (h + 1) / heads}` times
+/// the layer's factor, unless the weights say otherwise.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LightningAttention {
+    /// Number of heads.
+    pub heads: usize,
+    /// Width of a head of queries, keys and values.
+    pub head_dim: usize,
+    /// Factor on the rates.
+    pub factor: f64,
+}
+
+impl LightningAttention {
+    /// Columns of queries, of keys, and of values.
+    pub fn width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// The rate of every head.
+    pub fn rates(&self) -> Vec<f64> {
+        let base = 2f64.powf(-8.0 / self.heads as f64);
+        (1..=self.heads).map(|head| base.powi(head as i32) * self.factor).collect()
+    }
 }
 
 /// A state space layer.

@@ -20,7 +20,7 @@ use crate::shape::{MoeLayerShape, MoeShape};
 
 pub use attention::{AttentionConfig, AttentionKind, LatentAttention, LocalAttention, OutputGate, QkNorm, QueryGrowth};
 pub use ffn::{Activation, Ffn, MoeConfig, SharedExpert};
-pub use mixer::{ChannelDelta, DeltaNet, Mamba, Mixer};
+pub use mixer::{ChannelDelta, DeltaNet, LightningAttention, Mamba, Mixer};
 pub use rope::{RopeConfig, RopeScaling};
 pub use routing::{GroupScore, Groups, Routing, RoutingKind};
 
@@ -57,6 +57,9 @@ pub struct ModelConfig {
     pub local: Option<Box<LocalAttention>>,
     /// Where the norms of both halves of a layer are.
     pub placement: NormPlacement,
+    /// Factors of a model whose halves of layers are added to what they read, after its norm, instead of to the
+    /// residual stream: `a norm(x) + b half(norm(x))`.
+    pub normed_residual: Option<NormedResidual>,
     /// Whether every layer multiplies its whole output by a factor of its own.
     pub layer_scale: bool,
     /// Bound `c` of the logits, `c * tanh(logit / c)`.
@@ -163,7 +166,22 @@ impl ModelConfig {
     /// Factor on what the feed-forward half of a layer gives before it is added to the residual stream.
     pub fn ffn_factor(&self, layer: usize) -> f64 {
         let averaged = self.moe(layer).and_then(|moe| moe.shared.as_ref()).is_some_and(|shared| shared.averaged);
-        self.multipliers.residual * if averaged { 0.5 } else { 1.0 }
+        let half = self.normed_residual.as_ref().map_or(self.multipliers.residual, |factors| factors.ffn.half);
+        half * if averaged { 0.5 } else { 1.0 }
+    }
+
+    /// Factor on the normed input that the feed-forward half of a layer is added to, where it is added to that.
+    pub fn ffn_carry(&self) -> Option<f64> {
+        self.normed_residual.as_ref().map(|factors| factors.ffn.carry)
+    }
+
+    /// Factors of the half of a layer that looks at other tokens: on what it gives, and on the normed input that this is
+    /// added to, where it is added to that.
+    pub fn mixer_factors(&self, layer: usize) -> (f64, Option<f64>) {
+        let linear = self.layers.get(layer).is_some_and(|layer| layer.mixer != Mixer::Attention);
+        let of = |factors: &NormedResidual| if linear { factors.linear } else { factors.full };
+        let factors = self.normed_residual.as_ref().map(of);
+        factors.map_or((self.multipliers.residual, None), |factors| (factors.half, Some(factors.carry)))
     }
 
     /// Activation of the routed experts of a layer.
@@ -207,6 +225,26 @@ pub enum NormPlacement {
     Both,
     /// One on what both halves read, which are side by side: `x + attention(norm(x)) + ffn(norm(x))`.
     Parallel,
+}
+
+/// Factors of halves of layers that are added to their normed input.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NormedResidual {
+    /// Of softmax attention.
+    pub full: HalfFactors,
+    /// Of linear attention.
+    pub linear: HalfFactors,
+    /// Of the feed-forward half.
+    pub ffn: HalfFactors,
+}
+
+/// Factors of a half of a layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HalfFactors {
+    /// On the normed input.
+    pub carry: f64,
+    /// On what the half gives.
+    pub half: f64,
 }
 
 /// Constant factors on the residual stream.

@@ -66,6 +66,11 @@ pub(crate) fn tensor_name(role: Role) -> String {
         LayerRole::MambaSkip => "mamba.D",
         LayerRole::MambaNorm => "mamba.norm.weight",
         LayerRole::MambaOutput => "mamba.out_proj.weight",
+        LayerRole::LightningQkv => "self_attn.qkv_proj.weight",
+        LayerRole::LightningGate => "self_attn.output_gate.weight",
+        LayerRole::LightningNorm => "self_attn.norm.weight",
+        LayerRole::LightningOutput => "self_attn.out_proj.weight",
+        LayerRole::LightningRate => "self_attn.slope_rate",
         LayerRole::ConvolutionInput => "conv.in_proj.weight",
         LayerRole::ConvolutionTaps => "conv.conv.weight",
         LayerRole::ConvolutionOutput => "conv.out_proj.weight",
@@ -233,6 +238,11 @@ pub(crate) fn size_keys(role: Role) -> &'static str {
         | LayerRole::MambaOutput => {
             "the state space sizes: heads, their width, groups, state, convolution; and `hidden_size`"
         }
+        LayerRole::LightningQkv
+        | LayerRole::LightningGate
+        | LayerRole::LightningNorm
+        | LayerRole::LightningOutput
+        | LayerRole::LightningRate => "`num_attention_heads`, `head_dim` and `hidden_size`",
         LayerRole::ConvolutionInput | LayerRole::ConvolutionOutput => "`hidden_size`",
         LayerRole::ConvolutionTaps => "`hidden_size` and `conv_L_cache`",
         LayerRole::LatentQueryDown => "`q_lora_rank` and `hidden_size`",

@@ -494,6 +494,7 @@ impl Model {
             rope: self.rope,
             local: None,
             placement: NormPlacement::Before,
+            normed_residual: None,
             layer_scale: false,
             logit_cap: None,
             routing: self.routing,

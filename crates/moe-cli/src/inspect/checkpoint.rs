@@ -72,6 +72,7 @@ fn layers(config: &ModelConfig) -> String {
             (Ffn::None, Mixer::ChannelDelta(_)) => "Kimi delta attention alone",
             (Ffn::None, Mixer::ShortConvolution { .. }) => "short convolution alone",
             (Ffn::None, Mixer::Mamba(_)) => "Mamba2 alone",
+            (Ffn::None, Mixer::Lightning(_)) => "lightning attention alone",
             (Ffn::None, _) => "of another kind",
         };
         match counts.iter_mut().find(|(known, _)| *known == kind) {
@@ -103,6 +104,19 @@ fn attention(config: &ModelConfig) -> String {
             mamba.heads,
             mamba.head_dim,
             mamba.state
+        );
+    }
+    let mut lightning = config.layers.iter().filter_map(|layer| match &layer.mixer {
+        Mixer::Lightning(lightning) => Some(lightning),
+        _ => None,
+    });
+    if let Some(first) = lightning.next() {
+        return format!(
+            "lightning attention in {} of {} layers, {} heads of {}; else {attention}",
+            1 + lightning.count(),
+            config.layers.len(),
+            first.heads,
+            first.head_dim
         );
     }
     let mut by_channel = config.layers.iter().filter_map(|layer| match &layer.mixer {

@@ -5,7 +5,7 @@ use moe_checkpoint::Mixer;
 
 use crate::{
     host::{self, HostView},
-    layers::{ConvolutionState, DeltaState, MambaState},
+    layers::{ConvolutionState, DeltaState, LightningState, MambaState},
 };
 
 /// Keys and values of one sequence in one layer, `[length, kv_heads * D]` each. Values of latent attention are its
@@ -29,6 +29,8 @@ pub(super) enum Kept {
     Convolution(Option<ConvolutionState>),
     /// The state of a state space layer; none before the first token.
     Mamba(Option<MambaState>),
+    /// The state of lightning attention; none before the first token.
+    Lightning(Option<LightningState>),
     /// Nothing, of a layer that does not look at other tokens.
     None,
 }
@@ -40,6 +42,7 @@ pub(super) enum Mark {
     Delta(Option<DeltaState>),
     Convolution(Option<ConvolutionState>),
     Mamba(Option<MambaState>),
+    Lightning(Option<LightningState>),
     None,
 }
 
@@ -58,6 +61,7 @@ impl Kept {
             Mixer::DeltaNet(_) | Mixer::ChannelDelta(_) => Self::Delta(None),
             Mixer::ShortConvolution { .. } => Self::Convolution(None),
             Mixer::Mamba(_) => Self::Mamba(None),
+            Mixer::Lightning(_) => Self::Lightning(None),
             Mixer::None => Self::None,
             _ => Self::Attention(KeyValues::default()),
         }
@@ -75,6 +79,7 @@ impl Kept {
             Self::Delta(state) => Mark::Delta(state.clone()),
             Self::Convolution(state) => Mark::Convolution(state.clone()),
             Self::Mamba(state) => Mark::Mamba(state.clone()),
+            Self::Lightning(state) => Mark::Lightning(state.clone()),
             Self::None => Mark::None,
         }
     }
@@ -86,6 +91,7 @@ impl Kept {
             (Self::Delta(state), Mark::Delta(marked)) => *state = marked,
             (Self::Convolution(state), Mark::Convolution(marked)) => *state = marked,
             (Self::Mamba(state), Mark::Mamba(marked)) => *state = marked,
+            (Self::Lightning(state), Mark::Lightning(marked)) => *state = marked,
             _ => {}
         }
     }

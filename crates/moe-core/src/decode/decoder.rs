@@ -13,7 +13,7 @@ use crate::{
         rope::Positions,
         rows::{RowAccumulator, gather_rows},
     },
-    layers::{ConvolutionState, DeltaState, MambaState, MixerLayer, slice_rows},
+    layers::{ConvolutionState, DeltaState, LightningState, MambaState, MixerLayer, slice_rows},
     model::{Model, RotaryTables},
     trace::{HalfInput, Nobody, SequenceInfo, WaveInfo},
 };
@@ -333,6 +333,20 @@ impl<'m> Decoder<'m> {
                 let middle = mamba.step(x, spans, &mut states);
                 for (&sequence, state) in active.iter().zip(states) {
                     cache[sequence] = Kept::Mamba(Some(state));
+                }
+                middle
+            }
+            MixerLayer::Lightning(lightning) => {
+                let mut states: Vec<LightningState> = Vec::with_capacity(active.len());
+                for &sequence in active {
+                    states.push(match &mut cache[sequence] {
+                        Kept::Lightning(state) => state.take().unwrap_or_else(|| lightning.start()),
+                        _ => unreachable!("the cache was made for the kinds of the layers"),
+                    });
+                }
+                let middle = lightning.step(x, spans, &mut states);
+                for (&sequence, state) in active.iter().zip(states) {
+                    cache[sequence] = Kept::Lightning(Some(state));
                 }
                 middle
             }

@@ -18,7 +18,7 @@ use crate::{
     error::Result,
     host::{self, HostView},
     kernels::rows::RowAccumulator,
-    layers::{BlockGradients, RouterLayer, sum_of},
+    layers::{BlockGradients, RouterLayer, scaled, sum_of},
     store::HiddenStore,
     trace::{ExpertGradients, ExpertTrace, Observer, RouterGradients, Signals, SweepPart},
 };
@@ -281,7 +281,15 @@ impl Engine<'_> {
                 dense.backward(&z, &d_dense, tape.dense, dz.as_mut(), parameters);
             }
         }
-        let Some(dz) = dz else { return Ok(None) };
+        let Some(mut dz) = dz else { return Ok(None) };
+        let around = match ffn.carry {
+            // What the blocks are added to is what they read.
+            Some(carry) => {
+                dz.add(&scaled(around, carry));
+                Tensor::zeros([tokens, hidden], self.model.device())
+            }
+            None => around,
+        };
         let through = ffn.input_gradient(given, dz, [d_dense_input, d_router_input], parameters);
         Ok(want_input.then_some([through, around]))
     }

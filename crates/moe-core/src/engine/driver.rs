@@ -182,7 +182,7 @@ impl Engine<'_> {
                             layer,
                             position: 0,
                             wave: &prepared.info,
-                            input: half.stream,
+                            input: &self.model.ffn(layer)?.carried(half.stream),
                             read: half.read,
                             output: &x,
                             residual_factor: config.ffn_factor(layer) as f32,

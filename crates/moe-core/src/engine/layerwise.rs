@@ -174,7 +174,7 @@ impl LayerSweep<'_> {
                     layer,
                     position,
                     wave: &wave.info,
-                    input: half.stream,
+                    input: &self.engine.model.ffn(layer)?.carried(half.stream),
                     read: half.read,
                     output: &output,
                     residual_factor: config.ffn_factor(layer) as f32,

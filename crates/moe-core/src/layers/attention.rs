@@ -29,6 +29,8 @@ pub struct AttentionLayer {
     pub shape: AttentionShape,
     /// Factor on the output before it is added to the input.
     pub residual: f32,
+    /// Factor on the normed input, where the output is added to that instead of the input itself.
+    pub carry: Option<f32>,
 }
 
 /// What makes queries, keys and values of the normed input.
@@ -110,7 +112,10 @@ impl AttentionLayer {
             None => output,
         };
         let mut sum = RowAccumulator::from_tensor(scaled(output, self.residual));
-        sum.add(x);
+        match self.carry {
+            Some(carry) => sum.add(&scaled(self.normed(x), carry)),
+            None => sum.add(x),
+        }
         sum.into_tensor()
     }
 
@@ -159,13 +164,23 @@ impl AttentionLayer {
             }
             _ => unreachable!("a tape belongs to the layer that wrote it"),
         }?;
+        let dz = match self.carry {
+            Some(carry) => {
+                let mut dz = RowAccumulator::from_tensor(dz);
+                dz.add(&scaled(dy.clone(), carry));
+                dz.into_tensor()
+            }
+            None => dz,
+        };
         let dx = match &self.norm {
             Some(norm) => norm.backward(x, &dz, wanted.parameters),
             None => dz,
         };
         wanted.input.then(|| {
             let mut dx = RowAccumulator::from_tensor(dx);
-            dx.add(&dy);
+            if self.carry.is_none() {
+                dx.add(&dy);
+            }
             dx.into_tensor()
         })
     }

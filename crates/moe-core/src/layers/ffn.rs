@@ -30,6 +30,8 @@ pub struct FfnLayer {
     pub residual: f32,
     /// Factor on the sum of input and output.
     pub scale: f32,
+    /// Factor on the normed input, where the output is added to that instead of the input itself.
+    pub carry: Option<f32>,
 }
 
 /// Norms of a dense block and of the experts beside it, each with its own.
@@ -129,9 +131,18 @@ impl FfnLayer {
         self.apart.as_ref().map_or_else(|| z.clone(), |apart| apart.dense_input.forward(x))
     }
 
+    /// What the output of the blocks on `x` is added to.
+    pub(crate) fn carried(&self, x: &Tensor<2>) -> Tensor<2> {
+        self.carry.map_or_else(|| x.clone(), |carry| scaled(self.normed(x), carry))
+    }
+
     /// Whether the output is the input plus the sum of the blocks.
     fn is_plain(&self) -> bool {
-        self.output_norm.is_none() && self.apart.is_none() && self.residual == 1.0 && self.scale == 1.0
+        self.output_norm.is_none()
+            && self.apart.is_none()
+            && self.residual == 1.0
+            && self.scale == 1.0
+            && self.carry.is_none()
     }
 
     /// Whether one of its norms is trained.
@@ -170,7 +181,7 @@ impl FfnLayer {
             None => total,
         };
         let mut out = RowAccumulator::from_tensor(scaled(half, self.residual));
-        out.add(x);
+        out.add(&self.carried(x));
         let after = self.output_norm.is_some() || self.apart.is_some();
         let kept = if after { kept } else { Vec::new() };
         (scaled(out.into_tensor(), self.scale), kept.into_iter().chain(latents).collect())

@@ -5,7 +5,8 @@ use std::ops::Range;
 use burn::tensor::Tensor;
 
 use super::{
-    AttentionLayer, AttentionTape, ConvolutionLayer, ConvolutionTape, DeltaLayer, DeltaTape, MambaLayer, MambaTape,
+    AttentionLayer, AttentionTape, ConvolutionLayer, ConvolutionTape, DeltaLayer, DeltaTape, LightningLayer,
+    LightningTape, MambaLayer, MambaTape,
 };
 use crate::{adapters::Wanted, kernels::rope::RotaryTable};
 
@@ -20,6 +21,8 @@ pub enum MixerLayer {
     Convolution(Box<ConvolutionLayer>),
     /// A state space layer.
     Mamba(Box<MambaLayer>),
+    /// Lightning attention.
+    Lightning(Box<LightningLayer>),
     /// Nothing: the layer is a feed-forward half alone.
     None,
 }
@@ -37,6 +40,8 @@ pub enum MixerTape {
     Convolution(ConvolutionTape),
     /// Of a state space layer.
     Mamba(MambaTape),
+    /// Of lightning attention.
+    Lightning(LightningTape),
     /// Of nothing.
     None,
 }
@@ -49,6 +54,7 @@ impl MixerLayer {
             Self::Delta(layer) => MixerTape::Delta(layer.project(x)),
             Self::Convolution(layer) => MixerTape::Convolution(layer.project(x)),
             Self::Mamba(layer) => MixerTape::Mamba(layer.project(x)),
+            Self::Lightning(layer) => MixerTape::Lightning(layer.project(x)),
             Self::None => MixerTape::None,
         }
     }
@@ -60,6 +66,7 @@ impl MixerLayer {
             (Self::Delta(layer), MixerTape::Delta(tape)) => layer.mix(x, tape, sequences),
             (Self::Convolution(layer), MixerTape::Convolution(tape)) => layer.mix(x, tape, sequences),
             (Self::Mamba(layer), MixerTape::Mamba(tape)) => layer.mix(x, tape, sequences),
+            (Self::Lightning(layer), MixerTape::Lightning(tape)) => layer.mix(x, tape, sequences),
             (Self::None, MixerTape::None) => x.clone(),
             _ => unreachable!("a tape belongs to the layer that wrote it"),
         }
@@ -83,6 +90,7 @@ impl MixerLayer {
             (Self::Delta(layer), MixerTape::Delta(tape)) => layer.backward(x, tape, sequences, dy, wanted),
             (Self::Convolution(layer), MixerTape::Convolution(tape)) => layer.backward(x, tape, sequences, dy, wanted),
             (Self::Mamba(layer), MixerTape::Mamba(tape)) => layer.backward(x, tape, sequences, dy, wanted),
+            (Self::Lightning(layer), MixerTape::Lightning(tape)) => layer.backward(x, tape, sequences, dy, wanted),
             (Self::None, MixerTape::None) => wanted.input.then_some(dy),
             _ => unreachable!("a tape belongs to the layer that wrote it"),
         }

@@ -69,6 +69,7 @@ fn grouped(per_head: bool, clip: Option<f32>) -> AttentionLayer {
         output: linear([HIDDEN, 8], 7),
         shape: shape(1, 4, 4),
         residual: 0.7,
+        carry: None,
     }
 }
 
@@ -97,6 +98,7 @@ fn latent(low_rank: bool) -> AttentionLayer {
         output: linear([HIDDEN, 8], 9),
         shape: shape(2, 5, 4),
         residual: 1.0,
+        carry: None,
     }
 }
 

@@ -54,7 +54,8 @@ impl Model {
                 chunk: config.layers[layer].chunk,
                 sinks,
             },
-            residual: config.multipliers.residual as f32,
+            residual: config.mixer_factors(layer).0 as f32,
+            carry: config.mixer_factors(layer).1.map(|carry| carry as f32),
         })
     }
 

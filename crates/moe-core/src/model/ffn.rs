@@ -171,7 +171,8 @@ impl Model {
             false => 1.0,
         };
         let residual = config.ffn_factor(layer) as f32;
-        let loaded = FfnLayer { norm, output_norm, apart, latent, dense, router, residual, scale };
+        let carry = config.ffn_carry().map(|carry| carry as f32);
+        let loaded = FfnLayer { norm, output_norm, apart, latent, dense, router, residual, scale, carry };
         let mut cache = self.lock();
         if layer < cache.residency.layers {
             cache.ffn[layer] = Some(loaded.clone());

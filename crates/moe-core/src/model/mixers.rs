@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use moe_checkpoint::human::variant;
-use moe_checkpoint::{ChannelDelta, DeltaNet, LayerRole, Mamba, Mixer, Role};
+use moe_checkpoint::{ChannelDelta, DeltaNet, LayerRole, LightningAttention, Mamba, Mixer, Role};
 
 use super::Model;
 use crate::{
@@ -14,8 +14,8 @@ use crate::{
         ssd::SsdShape,
     },
     layers::{
-        ApartProjections, ConvolutionLayer, DeltaLayer, DeltaProjections, GateActivation, MambaLayer, MixerLayer, Norm,
-        WideProjection,
+        ApartProjections, ConvolutionLayer, DeltaLayer, DeltaProjections, GateActivation, LightningLayer, MambaLayer,
+        MixerLayer, Norm, WideProjection,
     },
 };
 
@@ -33,6 +33,7 @@ impl Model {
                 MixerLayer::Convolution(Box::new(self.short_convolution(layer, *kernel)?))
             }
             Mixer::Mamba(mamba) => MixerLayer::Mamba(Box::new(self.mamba(layer, mamba)?)),
+            Mixer::Lightning(lightning) => MixerLayer::Lightning(Box::new(self.lightning(layer, lightning)?)),
             Mixer::None => MixerLayer::None,
             other => return Err(Error::Unsupported(format!("running {}", variant(&other)))),
         };
@@ -186,6 +187,36 @@ impl Model {
             output: linear(LayerSite::MambaOutput, LayerRole::MambaOutput, [h, mamba.values()])?,
             shape: SsdShape { heads: mamba.heads, head_dim: mamba.head_dim, groups: mamba.groups, state: mamba.state },
             residual: config.multipliers.residual as f32,
+        })
+    }
+
+    fn lightning(&self, layer: usize, lightning: &LightningAttention) -> Result<LightningLayer> {
+        let config = self.config();
+        let (h, width) = (config.hidden_size, lightning.width());
+        let role = |r| Role::Layer(layer, r);
+        let linear = |site, weight, shape| self.linear(layer, site, role(weight), None, shape);
+        let stored = role(LayerRole::LightningRate);
+        let rates: Vec<f32> = match self.checkpoint.role(stored).is_ok() {
+            true => self.checkpoint.read_f32(stored)?,
+            false => lightning.rates().into_iter().map(|rate| rate as f32).collect(),
+        };
+        if rates.len() != lightning.heads {
+            let expected = format!("{}, one for each head", lightning.heads);
+            return Err(Error::input(format!("rates of lightning attention of layer {layer}"), rates.len(), expected));
+        }
+        let norm = role(LayerRole::LightningNorm);
+        let (residual, carry) = config.mixer_factors(layer);
+        Ok(LightningLayer {
+            norm: self.norm(role(LayerRole::AttentionNorm), role(LayerRole::AttentionNormBias))?,
+            qkv: linear(LayerSite::LightningQkv, LayerRole::LightningQkv, [3 * width, h])?,
+            gate: linear(LayerSite::LightningGate, LayerRole::LightningGate, [width, h])?,
+            // Whatever `rms_norm_eps` says.
+            output_norm: self.rms_norm(norm, width, 1e-6)?,
+            output: linear(LayerSite::LightningOutput, LayerRole::LightningOutput, [h, width])?,
+            rates: rates.into_iter().map(|rate| -rate).collect(),
+            head_dim: lightning.head_dim,
+            residual: residual as f32,
+            carry: carry.map(|carry| carry as f32),
         })
     }
 

@@ -266,6 +266,7 @@ parity! {
     tf5_llama4_text: "tf5/llama4_text",
     tf5_llama4_text_long: "tf5/llama4_text_long",
     tf5_llama4_text_topk2: "tf5/llama4_text_topk2",
+    tf5_minimax: "tf5/minimax",
     tf5_minimax_m2: "tf5/minimax_m2",
     tf5_mistral4: "tf5/mistral4",
     tf5_mistral4_full: "tf5/mistral4_full",

@@ -55,7 +55,8 @@ fn described(config: &ModelConfig) -> Result<TransformerConfig, LoadError> {
     let attention = &config.attention;
     refuse(config.norm == NormKind::Rms, "its norms are no RMS norms");
     refuse(config.placement == NormPlacement::Before, "it has norms after the halves of a layer");
-    refuse(config.multipliers == Multipliers::default(), "it has factors on the residual stream");
+    let factors = config.multipliers != Multipliers::default() || config.normed_residual.is_some();
+    refuse(!factors, "it has factors on the residual stream");
     refuse(config.logit_cap.is_none() && !config.head_bias, "its logits are bounded or biased");
     refuse(config.local.is_none() && !config.layer_scale, "layers have attention or factors of their own");
     refuse(config.rope.scaling == RopeScaling::Default, "its rotary embedding is scaled");
