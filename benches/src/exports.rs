@@ -150,6 +150,10 @@ pub fn export(from: &Arc<Checkpoint>, kind: Kind, to: &Path) -> Result<bool> {
     if narrows && from.family().shared_follows_width() {
         return Ok(false);
     }
+    let counts = matches!(kind, Kind::Experts | Kind::Pieces | Kind::FineGrained | Kind::Merged);
+    if counts && from.family().attention_has_experts() {
+        return Ok(false);
+    }
     let (plan, options) = match kind {
         Kind::Uniform | Kind::Masked => {
             let plan = UnitPruner::new(Scope::Expert).prune(&magnitude(from)?, shape, Budget::Ratio(0.5), &none)?.plan;

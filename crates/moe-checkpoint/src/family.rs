@@ -184,6 +184,18 @@ pub enum LayerRole {
     LatentKvNorm,
     /// Projection from the latent `[heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank]`.
     LatentKvUp,
+    /// Router of a mixture of attention heads `[E, H]`.
+    HeadRouter,
+    /// Query projections of its experts `[E, kv_heads * D, H]`.
+    HeadQueries,
+    /// Output projections of its experts `[E, H, kv_heads * D]`.
+    HeadOutputs,
+    /// Added to what it gives `[H]`.
+    HeadBias,
+    /// Projection of its keys, then of its values `[2 kv_heads * D, H]`.
+    HeadKeyValue,
+    /// Added to the sum of what routed experts give `[H]`.
+    ExpertsBias,
     /// Router `[E, H]`.
     Router,
     /// Bias on the router logits `[E]`.
@@ -298,6 +310,12 @@ pub trait Family: Send + Sync {
 
     /// Config keys of the number of routed experts. A config has one of them, or several that agree.
     fn expert_count_keys(&self) -> &'static [&'static str];
+
+    /// Whether attention has as many experts as the feed-forward halves and takes as many for a token, and a config no
+    /// other numbers for them: then no export of one width has other numbers of experts.
+    fn attention_has_experts(&self) -> bool {
+        false
+    }
 
     /// Config keys of the number of experts per token. A config has the first of them, and maybe others that agree.
     fn top_k_keys(&self) -> &'static [&'static str] {

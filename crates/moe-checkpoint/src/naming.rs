@@ -204,6 +204,10 @@ impl Family for Renamed {
         self.family.shared_follows_width()
     }
 
+    fn attention_has_experts(&self) -> bool {
+        self.family.attention_has_experts()
+    }
+
     fn text_key(&self) -> Option<&'static str> {
         self.spelling.text_key.or(self.family.text_key())
     }

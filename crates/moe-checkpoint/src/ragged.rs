@@ -235,6 +235,17 @@ pub fn uniform_shape_config(config: &Value, shape: UniformShape) -> Result<Value
         None => config.clone(),
     };
     let family = family_of(&result)?;
+    if family.attention_has_experts() {
+        let fields = Fields::new(&result, CONFIG)?;
+        for (keys, value) in [(family.expert_count_keys(), shape.experts), (family.top_k_keys(), shape.top_k)] {
+            let is_there = |key: &&&str| fields.value(key).is_some();
+            let Some((key, value)) = keys.iter().find(is_there).zip(value) else { continue };
+            if fields.value(key).and_then(Value::as_u64) != Some(value as u64) {
+                let expected = format!("as it is, not {value}, since attention has as many experts; widths can change");
+                return Err(fields.invalid(key, expected));
+            }
+        }
+    }
     if let Value::Object(map) = family.text_config_mut(&mut result) {
         map.insert(family.width_key().to_string(), json!(shape.width));
         // Every key that is there: they must agree.

@@ -104,6 +104,8 @@ pub enum LayerSite {
     LatentKvDown,
     /// From the latent to keys and values `[heads * (nope + value), R_kv]`.
     LatentKvUp,
+    /// Keys, then values, of a mixture of attention heads `[2 kv_heads * D, H]`.
+    HeadKeyValue,
     /// `[E, H]`.
     Router,
     /// To the latent that routed experts read `[L, H]`.
@@ -132,7 +134,7 @@ impl fmt::Display for LayerSite {
 
 impl LayerSite {
     /// All of them.
-    pub const ALL: [Self; 37] = [
+    pub const ALL: [Self; 38] = [
         Self::Query,
         Self::Key,
         Self::Value,
@@ -161,6 +163,7 @@ impl LayerSite {
         Self::LatentQueryUp,
         Self::LatentKvDown,
         Self::LatentKvUp,
+        Self::HeadKeyValue,
         Self::Router,
         Self::ExpertLatentDown,
         Self::ExpertLatentUp,
@@ -203,6 +206,7 @@ impl LayerSite {
             Self::LatentQueryUp => &[LayerRole::LatentQueryUp],
             Self::LatentKvDown => &[LayerRole::LatentKvDown],
             Self::LatentKvUp => &[LayerRole::LatentKvUp],
+            Self::HeadKeyValue => &[LayerRole::HeadKeyValue],
             Self::Router => &[LayerRole::Router],
             Self::ExpertLatentDown => &[LayerRole::ExpertLatentDown],
             Self::ExpertLatentUp => &[LayerRole::ExpertLatentUp],
@@ -252,6 +256,7 @@ impl LayerSite {
             Self::LatentQueryUp => "latent_query_up",
             Self::LatentKvDown => "latent_kv_down",
             Self::LatentKvUp => "latent_kv_up",
+            Self::HeadKeyValue => "head_key_value",
             Self::Router => "router",
             Self::ExpertLatentDown => "expert_latent_down",
             Self::ExpertLatentUp => "expert_latent_up",
@@ -274,7 +279,7 @@ impl LayerSite {
         let mamba = matches!(self, MambaInput | MambaOutput);
         let lightning = matches!(self, LightningQkv | LightningGate | LightningOutput);
         let convolution = matches!(self, ConvolutionInput | ConvolutionOutput);
-        let softmax = matches!(self, Query | Key | Value | Qkv | AttentionGate | Output);
+        let softmax = matches!(self, Query | Key | Value | Qkv | AttentionGate | Output | HeadKeyValue);
         delta || low_rank || latent || mamba || lightning || convolution || softmax
     }
 }

@@ -6,8 +6,8 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use crate::config::{
-    AttentionKind, ChannelDelta, DeltaNet, Ffn, LatentAttention, LayerConfig, LightningAttention, Mamba, Mixer,
-    ModelConfig, MoeConfig, NormKind, NormPlacement, OutputGate, QkNorm,
+    AttentionKind, ChannelDelta, DeltaNet, Ffn, HeadMixture, LatentAttention, LayerConfig, LightningAttention, Mamba,
+    Mixer, ModelConfig, MoeConfig, NormKind, NormPlacement, OutputGate, QkNorm,
 };
 use crate::convert::float_bytes;
 use crate::experts::{ExpertLayout, ExpertTensor};
@@ -103,6 +103,7 @@ fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>, bool)>
             ],
             Mixer::Mamba(mamba) => mamba_roles(hidden, mamba),
             Mixer::Lightning(lightning) => lightning_roles(hidden, lightning),
+            Mixer::HeadMixture(mixture) => head_mixture_roles(hidden, mixture),
             Mixer::None => Vec::new(),
         };
         let others = norm_roles(config, layer_config).into_iter().chain(ffn_roles(config, &layer_config.ffn));
@@ -280,6 +281,17 @@ fn lightning_roles(hidden: usize, lightning: &LightningAttention) -> Vec<(LayerR
     ]
 }
 
+fn head_mixture_roles(hidden: usize, mixture: &HeadMixture) -> Vec<(LayerRole, Vec<usize>)> {
+    let (experts, width) = (mixture.experts, mixture.width());
+    vec![
+        (LayerRole::HeadRouter, vec![experts, hidden]),
+        (LayerRole::HeadQueries, vec![experts, width, hidden]),
+        (LayerRole::HeadOutputs, vec![experts, hidden, width]),
+        (LayerRole::HeadBias, vec![hidden]),
+        (LayerRole::HeadKeyValue, vec![2 * width, hidden]),
+    ]
+}
+
 fn latent_roles(config: &ModelConfig, latent: &LatentAttention) -> Vec<(LayerRole, Vec<usize>)> {
     let (hidden, attention) = (config.hidden_size, &config.attention);
     let queries = attention.num_heads * attention.head_dim;
@@ -326,6 +338,9 @@ fn ffn_roles(config: &ModelConfig, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
             }
             if config.routing.correction_bias() {
                 roles.push((LayerRole::CorrectionBias, vec![moe.num_experts()]));
+            }
+            if moe.output_bias {
+                roles.push((LayerRole::ExpertsBias, vec![hidden]));
             }
             if config.routing.own_norm {
                 roles.push((LayerRole::RouterNorm, vec![hidden]));

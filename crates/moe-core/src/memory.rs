@@ -2,8 +2,8 @@
 
 use burn::tensor::Device;
 use moe_checkpoint::{
-    AttentionConfig, AttentionKind, ChannelDelta, DeltaNet, Ffn, LightningAttention, Mamba, Mixer, ModelConfig,
-    OutputGate, QkNorm,
+    AttentionConfig, AttentionKind, ChannelDelta, DeltaNet, Ffn, HeadMixture, LightningAttention, Mamba, Mixer,
+    ModelConfig, OutputGate, QkNorm,
 };
 
 use crate::{
@@ -161,6 +161,7 @@ impl MixerSize {
             }
             Mixer::Mamba(mamba) => Self::mamba(config.hidden_size, mamba),
             Mixer::Lightning(lightning) => Self::lightning(config.hidden_size, lightning),
+            Mixer::HeadMixture(mixture) => Self::head_mixture(config.hidden_size, mixture),
             Mixer::None => Self { weights: 0, tape: 0, work: 0 },
             _ => Self::attention(config, config.attention_of(layer)),
         }
@@ -197,6 +198,15 @@ impl MixerSize {
             weights: h * (2 * values + channels + heads) + channels * mamba.kernel,
             tape: channels + values + heads,
             work: 5 * channels + 6 * values + 4 * heads + states,
+        }
+    }
+
+    fn head_mixture(h: usize, mixture: &HeadMixture) -> Self {
+        let (width, chosen) = (mixture.width(), mixture.top_k * mixture.width());
+        Self {
+            weights: h * (2 * mixture.experts * width + 2 * width + mixture.experts),
+            tape: chosen + 2 * width + mixture.experts + 2 * mixture.top_k,
+            work: 5 * chosen + 4 * width + 2 * mixture.experts,
         }
     }
 
@@ -244,7 +254,8 @@ pub(crate) fn cached_token_bytes(config: &ModelConfig) -> u64 {
             _ => a.num_kv_heads * (a.head_dim + a.value_head_dim()),
         }
     };
-    let growing = (0..config.layers.len()).filter(|layer| config.layers[*layer].mixer == Mixer::Attention);
+    let has_keys = |mixer: &Mixer| matches!(mixer, Mixer::Attention | Mixer::HeadMixture(_));
+    let growing = (0..config.layers.len()).filter(|layer| has_keys(&config.layers[*layer].mixer));
     f32s(growing.map(row).sum())
 }
 

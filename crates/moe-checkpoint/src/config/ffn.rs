@@ -72,6 +72,8 @@ pub struct MoeConfig {
     pub shared: Option<SharedExpert>,
     /// Bound of the units' factors; see [`Activation::BoundedSilu`].
     pub limit: Option<f64>,
+    /// Whether a bias is added to the sum of what the experts give.
+    pub output_bias: bool,
 }
 
 impl MoeConfig {

@@ -19,8 +19,32 @@ pub enum Mixer {
     Mamba(Mamba),
     /// Lightning attention (arXiv 2401.04658), a linear attention whose heads forget at constant rates.
     Lightning(LightningAttention),
+    /// Softmax attention whose query heads and output projections are experts of their own.
+    HeadMixture(HeadMixture),
     /// Nothing: the layer is a feed-forward half alone.
     None,
+}
+
+/// Mixture of attention heads (arXiv 2210.05144): every expert has query heads, as many as there are heads of keys and
+/// values, which all experts share, and an output projection. The experts of a token are chosen as those of its
+/// feed-forward half are, by a router of its own.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HeadMixture {
+    /// Number of experts.
+    pub experts: usize,
+    /// Experts of a token.
+    pub top_k: usize,
+    /// Heads of keys and values, and query heads of an expert.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+impl HeadMixture {
+    /// Columns of keys, of values, and of the queries of an expert.
+    pub fn width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
 }
 
 /// Lightning attention. Head `h` of `heads`, from 0, forgets by `e^{-r}` per token, `r = 2^{-8 (h + 1) / heads}` times

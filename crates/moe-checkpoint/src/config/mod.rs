@@ -20,7 +20,7 @@ use crate::shape::{MoeLayerShape, MoeShape};
 
 pub use attention::{AttentionConfig, AttentionKind, LatentAttention, LocalAttention, OutputGate, QkNorm, QueryGrowth};
 pub use ffn::{Activation, Ffn, MoeConfig, SharedExpert};
-pub use mixer::{ChannelDelta, DeltaNet, LightningAttention, Mamba, Mixer};
+pub use mixer::{ChannelDelta, DeltaNet, HeadMixture, LightningAttention, Mamba, Mixer};
 pub use rope::{RopeConfig, RopeScaling};
 pub use routing::{GroupScore, Groups, Routing, RoutingKind};
 
@@ -37,6 +37,8 @@ pub struct ModelConfig {
     pub norm: NormKind,
     /// Epsilon of those norms, and of the norms of queries and keys of [`AttentionKind::Grouped`].
     pub norm_eps: f64,
+    /// Epsilon of the norm before the head, where it is another one.
+    pub final_norm_eps: Option<f64>,
     /// Whether the head is the embedding.
     pub tie_word_embeddings: bool,
     /// Whether the head has a bias `[V]`.

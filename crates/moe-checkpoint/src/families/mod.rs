@@ -15,6 +15,7 @@ mod gpt_oss;
 mod granitemoe;
 mod hunyuan_v1_moe;
 mod hy_v3;
+mod jetmoe;
 mod kimi_linear;
 mod latent;
 mod lfm2_moe;
@@ -65,6 +66,7 @@ pub(crate) static FAMILIES: &[&dyn Family] = &[
     &granitemoe::GraniteMoe { model_type: "granitemoehybrid", shared: true, hybrid: true },
     &hunyuan_v1_moe::HunyuanV1Moe,
     &hy_v3::HyV3,
+    &jetmoe::JetMoe,
     &kimi_linear::KimiLinear { model_type: "bailing_hybrid", bailing: true },
     &kimi_linear::KimiLinear { model_type: "kimi_linear", bailing: false },
     &lfm2_moe::Lfm2Moe,

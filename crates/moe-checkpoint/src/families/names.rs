@@ -82,6 +82,12 @@ pub(crate) fn tensor_name(role: Role) -> String {
         LayerRole::LatentKvDownBias => "self_attn.kv_a_proj_with_mqa.bias",
         LayerRole::LatentKvNorm => "self_attn.kv_a_layernorm.weight",
         LayerRole::LatentKvUp => "self_attn.kv_b_proj.weight",
+        LayerRole::HeadRouter => "self_attention.experts.router.layer.weight",
+        LayerRole::HeadQueries => "self_attention.experts.input_linear.weight",
+        LayerRole::HeadOutputs => "self_attention.experts.output_linear.weight",
+        LayerRole::HeadBias => "self_attention.experts.bias",
+        LayerRole::HeadKeyValue => "self_attention.kv_proj.weight",
+        LayerRole::ExpertsBias => "mlp.bias",
         LayerRole::Router => "mlp.gate.weight",
         LayerRole::RouterBias => "mlp.gate.bias",
         LayerRole::CorrectionBias => "mlp.gate.e_score_correction_bias",
@@ -198,6 +204,8 @@ pub(crate) fn size_keys(role: Role) -> &'static str {
         | LayerRole::ExpertsOutputNorm
         | LayerRole::RouterNorm
         | LayerRole::OutputBias
+        | LayerRole::HeadBias
+        | LayerRole::ExpertsBias
         | LayerRole::SharedExpertGate => "`hidden_size`",
         LayerRole::LayerScale => "nothing: it is one number",
         LayerRole::Qkv => "`num_attention_heads`, `num_key_value_heads`, `head_dim` and `hidden_size`",
@@ -252,6 +260,11 @@ pub(crate) fn size_keys(role: Role) -> &'static str {
         LayerRole::LatentKvDownBias => "`kv_lora_rank` and `qk_rope_head_dim`",
         LayerRole::LatentKvNorm => "`kv_lora_rank`",
         LayerRole::LatentKvUp => "`num_attention_heads`, `qk_nope_head_dim`, `v_head_dim` and `kv_lora_rank`",
+        LayerRole::HeadRouter => "`num_local_experts` and `hidden_size`",
+        LayerRole::HeadQueries | LayerRole::HeadOutputs => {
+            "`num_local_experts`, `num_key_value_heads`, `kv_channels` and `hidden_size`"
+        }
+        LayerRole::HeadKeyValue => "`num_key_value_heads`, `kv_channels` and `hidden_size`",
         LayerRole::Router => {
             "the number of experts (`num_experts`, `num_local_experts` or `n_routed_experts`) and `hidden_size`"
         }

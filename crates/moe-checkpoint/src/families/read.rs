@@ -201,7 +201,15 @@ impl MoeLayers<'_> {
         let top_k = config.required_integer(self.top_k_key, 1, num_experts)?;
         let widths = vec![size(config, self.width_key)?; num_experts];
         let biases = if self.bias { ExpertBiases::All } else { ExpertBiases::None };
-        let moe = MoeConfig { widths, biases, gateless: false, sets: None, shared: self.shared, limit: None };
+        let moe = MoeConfig {
+            widths,
+            biases,
+            gateless: false,
+            sets: None,
+            shared: self.shared,
+            limit: None,
+            output_bias: false,
+        };
         let intermediate_size = match moe_layers == layers {
             true => 0,
             false => size(config, "intermediate_size")?,
@@ -485,6 +493,7 @@ impl Model {
             vocab_size: size(config, "vocab_size")?,
             norm: NormKind::Rms,
             norm_eps: norm_eps(config)?,
+            final_norm_eps: None,
             tie_word_embeddings: config.bool("tie_word_embeddings")?.unwrap_or(false),
             head_bias: false,
             multipliers: Multipliers::default(),

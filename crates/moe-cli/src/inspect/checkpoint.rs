@@ -72,6 +72,7 @@ fn layers(config: &ModelConfig) -> String {
             (Ffn::None, Mixer::ChannelDelta(_)) => "Kimi delta attention alone",
             (Ffn::None, Mixer::ShortConvolution { .. }) => "short convolution alone",
             (Ffn::None, Mixer::Mamba(_)) => "Mamba2 alone",
+            (Ffn::None, Mixer::HeadMixture(_)) => "a mixture of attention heads alone",
             (Ffn::None, Mixer::Lightning(_)) => "lightning attention alone",
             (Ffn::None, _) => "of another kind",
         };
@@ -104,6 +105,12 @@ fn attention(config: &ModelConfig) -> String {
             mamba.heads,
             mamba.head_dim,
             mamba.state
+        );
+    }
+    if let Some(Mixer::HeadMixture(mixture)) = config.layers.first().map(|layer| &layer.mixer) {
+        return format!(
+            "mixture of heads, {} of {} experts per token with {} heads of {} each",
+            mixture.top_k, mixture.experts, mixture.kv_heads, mixture.head_dim
         );
     }
     let mut lightning = config.layers.iter().filter_map(|layer| match &layer.mixer {

@@ -350,6 +350,16 @@ impl<'m> Decoder<'m> {
                 }
                 middle
             }
+            MixerLayer::HeadMixture(mixture) => {
+                let tape = mixture.project(x, tables.of(model.config(), layer));
+                for (&sequence, span) in active.iter().zip(spans) {
+                    if let Kept::Attention(kept) = &mut cache[sequence] {
+                        let (k, v) = (slice_rows(&tape.k, span), slice_rows(&tape.v, span));
+                        kept.push(k, Some(v), self.lengths[sequence], device);
+                    }
+                }
+                mixture.finish(x, &tape, &self.attend(place, &tape.q, active, spans, &mixture.shape, None))
+            }
             MixerLayer::None => x.clone(),
         })
     }

@@ -32,6 +32,8 @@ pub struct FfnLayer {
     pub scale: f32,
     /// Factor on the normed input, where the output is added to that instead of the input itself.
     pub carry: Option<f32>,
+    /// Added to the output `[H]`, where there is one.
+    pub bias: Option<Tensor<1>>,
 }
 
 /// Norms of a dense block and of the experts beside it, each with its own.
@@ -131,9 +133,13 @@ impl FfnLayer {
         self.apart.as_ref().map_or_else(|| z.clone(), |apart| apart.dense_input.forward(x))
     }
 
-    /// What the output of the blocks on `x` is added to.
+    /// What the output of the blocks on `x` is added to, a bias on it included.
     pub(crate) fn carried(&self, x: &Tensor<2>) -> Tensor<2> {
-        self.carry.map_or_else(|| x.clone(), |carry| scaled(self.normed(x), carry))
+        let carried = self.carry.map_or_else(|| x.clone(), |carry| scaled(self.normed(x), carry));
+        match &self.bias {
+            Some(bias) => carried + bias.clone().unsqueeze::<2>(), // [T, H]
+            None => carried,
+        }
     }
 
     /// Whether the output is the input plus the sum of the blocks.
@@ -143,6 +149,7 @@ impl FfnLayer {
             && self.residual == 1.0
             && self.scale == 1.0
             && self.carry.is_none()
+            && self.bias.is_none()
     }
 
     /// Whether one of its norms is trained.

@@ -5,8 +5,8 @@ use std::ops::Range;
 use burn::tensor::Tensor;
 
 use super::{
-    AttentionLayer, AttentionTape, ConvolutionLayer, ConvolutionTape, DeltaLayer, DeltaTape, LightningLayer,
-    LightningTape, MambaLayer, MambaTape,
+    AttentionLayer, AttentionTape, ConvolutionLayer, ConvolutionTape, DeltaLayer, DeltaTape, HeadMixtureLayer,
+    HeadMixtureTape, LightningLayer, LightningTape, MambaLayer, MambaTape,
 };
 use crate::{adapters::Wanted, kernels::rope::RotaryTable};
 
@@ -23,6 +23,8 @@ pub enum MixerLayer {
     Mamba(Box<MambaLayer>),
     /// Lightning attention.
     Lightning(Box<LightningLayer>),
+    /// A mixture of attention heads.
+    HeadMixture(Box<HeadMixtureLayer>),
     /// Nothing: the layer is a feed-forward half alone.
     None,
 }
@@ -42,6 +44,8 @@ pub enum MixerTape {
     Mamba(MambaTape),
     /// Of lightning attention.
     Lightning(LightningTape),
+    /// Of a mixture of attention heads.
+    HeadMixture(HeadMixtureTape),
     /// Of nothing.
     None,
 }
@@ -55,6 +59,7 @@ impl MixerLayer {
             Self::Convolution(layer) => MixerTape::Convolution(layer.project(x)),
             Self::Mamba(layer) => MixerTape::Mamba(layer.project(x)),
             Self::Lightning(layer) => MixerTape::Lightning(layer.project(x)),
+            Self::HeadMixture(layer) => MixerTape::HeadMixture(layer.project(x, table)),
             Self::None => MixerTape::None,
         }
     }
@@ -67,6 +72,7 @@ impl MixerLayer {
             (Self::Convolution(layer), MixerTape::Convolution(tape)) => layer.mix(x, tape, sequences),
             (Self::Mamba(layer), MixerTape::Mamba(tape)) => layer.mix(x, tape, sequences),
             (Self::Lightning(layer), MixerTape::Lightning(tape)) => layer.mix(x, tape, sequences),
+            (Self::HeadMixture(layer), MixerTape::HeadMixture(tape)) => layer.mix(x, tape, sequences),
             (Self::None, MixerTape::None) => x.clone(),
             _ => unreachable!("a tape belongs to the layer that wrote it"),
         }
@@ -91,6 +97,9 @@ impl MixerLayer {
             (Self::Convolution(layer), MixerTape::Convolution(tape)) => layer.backward(x, tape, sequences, dy, wanted),
             (Self::Mamba(layer), MixerTape::Mamba(tape)) => layer.backward(x, tape, sequences, dy, wanted),
             (Self::Lightning(layer), MixerTape::Lightning(tape)) => layer.backward(x, tape, sequences, dy, wanted),
+            (Self::HeadMixture(layer), MixerTape::HeadMixture(tape)) => {
+                layer.backward(x, tape, sequences, table, dy, wanted)
+            }
             (Self::None, MixerTape::None) => wanted.input.then_some(dy),
             _ => unreachable!("a tape belongs to the layer that wrote it"),
         }

@@ -171,8 +171,12 @@ impl Model {
             false => 1.0,
         };
         let residual = config.ffn_factor(layer) as f32;
+        let bias = match config.moe(layer).is_some_and(|moe| moe.output_bias) {
+            true => Some(self.vector(role(LayerRole::ExpertsBias), h)?),
+            false => None,
+        };
         let carry = config.ffn_carry().map(|carry| carry as f32);
-        let loaded = FfnLayer { norm, output_norm, apart, latent, dense, router, residual, scale, carry };
+        let loaded = FfnLayer { norm, output_norm, apart, latent, dense, router, residual, scale, carry, bias };
         let mut cache = self.lock();
         if layer < cache.residency.layers {
             cache.ffn[layer] = Some(loaded.clone());

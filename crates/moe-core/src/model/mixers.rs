@@ -3,20 +3,26 @@
 use std::sync::Arc;
 
 use moe_checkpoint::human::variant;
-use moe_checkpoint::{ChannelDelta, DeltaNet, LayerRole, LightningAttention, Mamba, Mixer, Role};
+use moe_checkpoint::{
+    ChannelDelta, DeltaNet, HeadMixture, LayerRole, LightningAttention, Mamba, Mixer, Role, Routing, RoutingKind,
+};
 
 use super::Model;
 use crate::{
     adapters::LayerSite,
     error::{Error, Result},
+    host,
     kernels::{
+        attention::AttentionShape,
         delta::{DecayPer, DeltaShape},
         ssd::SsdShape,
+        weight::Weight,
     },
     layers::{
-        ApartProjections, ConvolutionLayer, DeltaLayer, DeltaProjections, GateActivation, LightningLayer, MambaLayer,
-        MixerLayer, Norm, WideProjection,
+        ApartProjections, ConvolutionLayer, DeltaLayer, DeltaProjections, GateActivation, HeadMixtureLayer,
+        LightningLayer, MambaLayer, MixerLayer, Norm, WideProjection,
     },
+    router::Router,
 };
 
 impl Model {
@@ -34,6 +40,7 @@ impl Model {
             }
             Mixer::Mamba(mamba) => MixerLayer::Mamba(Box::new(self.mamba(layer, mamba)?)),
             Mixer::Lightning(lightning) => MixerLayer::Lightning(Box::new(self.lightning(layer, lightning)?)),
+            Mixer::HeadMixture(mixture) => MixerLayer::HeadMixture(Box::new(self.head_mixture(layer, mixture)?)),
             Mixer::None => MixerLayer::None,
             other => return Err(Error::Unsupported(format!("running {}", variant(&other)))),
         };
@@ -217,6 +224,45 @@ impl Model {
             head_dim: lightning.head_dim,
             residual: residual as f32,
             carry: carry.map(|carry| carry as f32),
+        })
+    }
+
+    fn head_mixture(&self, layer: usize, mixture: &HeadMixture) -> Result<HeadMixtureLayer> {
+        let (h, width) = (self.config().hidden_size, mixture.width());
+        let role = |r| Role::Layer(layer, r);
+        // Matrices of a stack, one by one.
+        let stack = |r, [rows, columns]: [usize; 2]| -> Result<Vec<Weight>> {
+            let matrix = |expert: usize| {
+                let values = self.checkpoint.read_f32_rows(role(r), expert..expert + 1)?;
+                Ok(Weight::dense(host::from_vec(values, [rows, columns], self.device())))
+            };
+            (0..mixture.experts).map(matrix).collect()
+        };
+        let rule = Routing::new(mixture.top_k, RoutingKind::TopKSoftmax);
+        Ok(HeadMixtureLayer {
+            norm: self.norm(role(LayerRole::AttentionNorm), role(LayerRole::AttentionNormBias))?,
+            router: self.weight(&[role(LayerRole::HeadRouter)], [mixture.experts, h])?,
+            rule: Router::new(&rule)?,
+            queries: stack(LayerRole::HeadQueries, [width, h])?,
+            outputs: stack(LayerRole::HeadOutputs, [h, width])?,
+            key_value: self.linear(
+                layer,
+                LayerSite::HeadKeyValue,
+                role(LayerRole::HeadKeyValue),
+                None,
+                [2 * width, h],
+            )?,
+            bias: self.vector(role(LayerRole::HeadBias), h)?,
+            shape: AttentionShape {
+                heads: mixture.top_k * mixture.kv_heads,
+                kv_heads: mixture.kv_heads,
+                head_dim: mixture.head_dim,
+                value_dim: mixture.head_dim,
+                scale: (mixture.head_dim as f32).powf(-0.5),
+                window: None,
+                chunk: None,
+                sinks: None,
+            },
         })
     }
 

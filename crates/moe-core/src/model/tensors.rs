@@ -48,7 +48,10 @@ impl Model {
         if let Some(found) = &self.lock().final_norm {
             return Ok(found.clone());
         }
-        let loaded = self.norm(Role::FinalNorm, Role::FinalNormBias)?;
+        let mut loaded = self.norm(Role::FinalNorm, Role::FinalNormBias)?;
+        if let Some(eps) = self.config().final_norm_eps {
+            loaded.eps = eps as f32;
+        }
         self.lock().final_norm = Some(loaded.clone());
         Ok(loaded)
     }

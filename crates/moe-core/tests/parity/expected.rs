@@ -49,6 +49,12 @@ pub fn expected_gradients(
     let block = |x: Vec<f32>, size: usize| x[expert * size..(expert + 1) * size].to_vec();
     let names = expected.0.names();
     let of_layer = |name: &&&str| name.starts_with("grad.") && name.contains(&format!("layers.{layer}."));
+    // JetMoE: fused without a name for the experts; attention has such ones, too
+    let jetmoe = |part: &str| expected.floats(&format!("grad.model.layers.{layer}.mlp.{part}_linear.weight"));
+    if let (Some(gate_up), Some(down)) = (jetmoe("input"), jetmoe("output")) {
+        let (gate_up, down) = (block(gate_up, 2 * width * h), block(down, width * h));
+        return Some(Gradients { gate_up, down, ..Default::default() });
+    }
     let prefix =
         |name: &&str| -> Option<String> { Some(name[..name.find(".experts.")? + ".experts".len()].to_string()) };
     if let Some(prefix) = names.iter().filter(|name| of_layer(name)).find_map(prefix) {

@@ -55,6 +55,7 @@ fn described(config: &ModelConfig) -> Result<TransformerConfig, LoadError> {
     let attention = &config.attention;
     refuse(config.norm == NormKind::Rms, "its norms are no RMS norms");
     refuse(config.placement == NormPlacement::Before, "it has norms after the halves of a layer");
+    refuse(config.final_norm_eps.is_none(), "the norm before its head has an epsilon of its own");
     let factors = config.multipliers != Multipliers::default() || config.normed_residual.is_some();
     refuse(!factors, "it has factors on the residual stream");
     refuse(config.logit_cap.is_none() && !config.head_bias, "its logits are bounded or biased");
