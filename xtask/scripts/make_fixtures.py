@@ -7,7 +7,7 @@ parity tests and `cargo xtask fixtures --write`. Needs torch, transformers and s
 
     python xtask/scripts/make_fixtures.py --adapters crates/moe-peft/tests/fixtures/peft [NAME ...]
 
-makes adapters of the checkpoint qwen2_moe, which needs peft as well, and the adapters made before.
+makes adapters of the checkpoints qwen2_moe and nemotron_h, which needs peft as well, and the adapters made before.
 """
 
 import json
@@ -290,21 +290,21 @@ FIXTURES = {
 }
 
 
-ADAPTED = Path(__file__).parents[2] / "crates/moe-checkpoint/tests/fixtures/parity/tf5/qwen2_moe"
+ADAPTED = Path(__file__).parents[2] / "crates/moe-checkpoint/tests/fixtures/parity/tf5"
 
 
-def write_adapter(directory, seed, config):
+def write_adapter(directory, seed, config, base_name="qwen2_moe"):
     """An adapter after five steps of AdamW, and the logits of the model with it and with it merged, where peft can merge it. One that
     began as a part of the weights is also kept as it began (`initial`), and converted to a plain one (`converted`)."""
     import peft
 
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(ADAPTED, dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(ADAPTED / base_name, dtype=torch.float32).eval()
     ids = torch.randint(3, base.config.vocab_size, (2, 19), generator=torch.Generator().manual_seed(seed))
     config = peft.LoraConfig(lora_alpha=8, r=4, task_type="CAUSAL_LM", **config)
     model = peft.get_peft_model(base, config)
     model.router_aux_loss_coef = base.router_aux_loss_coef = 0.0
-    model.peft_config["default"].base_model_name_or_path = "qwen2_moe"
+    model.peft_config["default"].base_model_name_or_path = base_name
     residual = isinstance(config.init_lora_weights, str) and config.init_lora_weights in ("pissa", "olora")
     if residual:
         init, config.init_lora_weights = config.init_lora_weights, True
@@ -327,7 +327,7 @@ def write_adapter(directory, seed, config):
     for name in [directory / "README.md", directory / "initial/README.md", directory / "converted/README.md"]:
         name.unlink(missing_ok=True)
     save_file({name: value.contiguous() for name, value in out.items()}, directory / "expected.safetensors")
-    made = dict(peft=peft.__version__, torch=torch.__version__, transformers=transformers.__version__, seed=seed, base="qwen2_moe")
+    made = dict(peft=peft.__version__, torch=torch.__version__, transformers=transformers.__version__, seed=seed, base=base_name)
     (directory / "made_with.json").write_text(json.dumps(made, sort_keys=True) + "\n")
 
 
@@ -344,6 +344,9 @@ ADAPTERS = {
     "lora_patterns": lambda d: write_adapter(
         d, 48, dict(target_modules=ATTENTION + ["o_proj"], use_rslora=True, rank_pattern={"layers.1.self_attn.v_proj": 2},
             alpha_pattern={"o_proj": 3})),
+    "lora_gateless": lambda d: write_adapter(
+        d, 49, dict(target_modules=ATTENTION + ["up_proj", "down_proj"],
+            target_parameters=["mixer.experts.up_proj", "mixer.experts.down_proj"]), "nemotron_h"),
 }
 
 if __name__ == "__main__":

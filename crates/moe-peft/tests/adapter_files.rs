@@ -64,6 +64,39 @@ fn every_kind_of_tensor_gives_the_logits_of_peft_and_merged_those_of_peft_merged
     }
 }
 
+/// Experts that have no gate, as PEFT adapts their parameters, with the shared expert, a dense layer and attention: read,
+/// run, merged, and written under the names and with the shapes that PEFT itself gives such an adapter.
+#[test]
+fn an_adapter_of_experts_without_a_gate_gives_the_logits_of_peft_and_is_written_as_peft_writes_it() {
+    let model = model("nemotron_h");
+    let maps = Maps::new(model.checkpoint());
+    let from = peft("lora_gateless");
+    let expected = Expected::load(&from.join("expected.safetensors"));
+    let wave = expected.wave();
+    near(&logits(&open(&from).unwrap().onto(&model).unwrap().0, &wave), &expected.values("logits"), "read");
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("merged");
+    MergeAdapters::new(fixture("nemotron_h"), vec![AdapterInput::new(from.clone())], &out).run().unwrap();
+    let merged = Model::open(&out, &device(), None).unwrap();
+    near(&logits(&merged, &wave), &expected.values("merged_logits"), "merged");
+    let weights = peft_files::read(&from, &maps, ReadOptions::default()).unwrap();
+    for naming in [Naming::Fused, Naming::PerExpert] {
+        let out = dir.path().join(format!("{naming:?}"));
+        peft_files::write(&out, &weights, &maps, &WriteOptions { naming, ..WriteOptions::default() }).unwrap();
+        let again = peft_files::read(&out, &maps, ReadOptions::default()).unwrap();
+        assert_eq!(again.maps, weights.maps, "{naming:?}");
+        near(&logits(&with(&model, again).0, &wave), &expected.values("logits"), "written");
+    }
+    let shapes = |dir: &Path| {
+        let bytes = std::fs::read(dir.join(peft_files::MODEL_FILE)).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let mut shapes: Vec<_> = tensors.iter().map(|(name, t)| (name.to_string(), t.shape().to_vec())).collect();
+        shapes.sort();
+        shapes
+    };
+    assert_eq!(shapes(&dir.path().join("Fused")), shapes(&from));
+}
+
 #[test]
 fn adapters_survive_writing_and_reading_with_all_that_is_in_them() {
     let model = model("qwen2_moe");

@@ -51,7 +51,7 @@ fn values(count: usize, salt: usize) -> Vec<f32> {
 }
 
 /// Another router in every layer, and other down columns and a bias in every third expert.
-fn edits(plan: &PrunePlan, biases: bool, routers: bool) -> Arc<dyn EditSource> {
+fn edits(model: &Checkpoint, plan: &PrunePlan, biases: bool) -> Arc<dyn EditSource> {
     let (mut edits, hidden) = (Edits::new(), plan.shape.hidden_size);
     for kept in &plan.kept {
         for expert in kept.experts_kept().into_iter().step_by(3) {
@@ -59,9 +59,8 @@ fn edits(plan: &PrunePlan, biases: bool, routers: bool) -> Arc<dyn EditSource> {
             let down_bias = biases.then(|| values(hidden, expert + 1));
             edits.set_expert(kept.layer, expert, ExpertEdit { down: Some(down), down_bias });
         }
-        if routers {
-            edits.set_router(kept.layer, values(kept.experts.len() * hidden, kept.layer));
-        }
+        // Routers read the residual stream, whatever experts read.
+        edits.set_router(kept.layer, values(kept.experts.len() * model.config().hidden_size, kept.layer));
     }
     Arc::new(edits)
 }
@@ -83,13 +82,16 @@ fn what_is_run_is_what_is_written_to_the_bit() {
             ("masked", plan(&model, Scope::Layer, 0.6), options(PruneForm::Masked)),
         ];
         let repaired = plan(&model, Scope::Layer, 0.3);
-        let latent = model.config().expert_latent.is_some();
-        if latent {
-            let routers = PruneOptions { edits: Some(edits(&repaired, true, true)), ..options(PruneForm::Ragged) };
-            let error = repaired.on(&model, &routers).unwrap_err().to_string();
-            assert!(error.contains("work in a latent"), "{error}");
+        if model.config().expert_latent.is_some() {
+            // Rows as wide as the latent fit no router.
+            let mut narrow = Edits::new();
+            let kept = &repaired.kept[0];
+            narrow.set_router(kept.layer, values(kept.experts.len() * repaired.shape.hidden_size, 0));
+            let narrow = PruneOptions { edits: Some(Arc::new(narrow)), ..options(PruneForm::Ragged) };
+            let error = repaired.on(&model, &narrow).unwrap_err().to_string();
+            assert!(error.contains("router") && error.contains("16]"), "{error}");
         }
-        let edits = edits(&repaired, true, !latent);
+        let edits = edits(&model, &repaired, true);
         cases.push(("repaired", repaired, PruneOptions { edits: Some(edits), ..options(PruneForm::Ragged) }));
         let experts = scores.to_experts(Reduction::Sum).unwrap();
         let pruner = ExpertPruner::new().groups(groups);
@@ -204,7 +206,7 @@ fn the_same_plan_is_the_same_model_and_another_is_another() {
     }
     found.push(prints(
         &half,
-        &PruneOptions { edits: Some(edits(&half, false, true)), ..PruneOptions::new(PruneForm::Uniform) },
+        &PruneOptions { edits: Some(edits(&model, &half, false)), ..PruneOptions::new(PruneForm::Uniform) },
     ));
     let all = found.len();
     found.sort();

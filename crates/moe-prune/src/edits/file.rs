@@ -1,7 +1,7 @@
 //! Edits on disk: a safetensors file of which one expert is read at a time.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -82,7 +82,8 @@ pub(super) fn save(edits: &Edits, path: &Path, plan: &PrunePlan) -> Result<()> {
         }
     }
     for (layer, values) in edits.routers() {
-        tensors.insert(router_name(layer), Values { shape: vec![values.len() / hidden, hidden], values });
+        let experts = plan.layer(layer).map_or(1, |kept| kept.experts.len()).max(1);
+        tensors.insert(router_name(layer), Values { shape: vec![experts, values.len() / experts], values });
     }
     let meta = Meta { version: VERSION, plan: plan.digest(), digest: edits.digest(), recipe: edits.recipe.clone() };
     let json = serde_json::to_string(&meta).map_err(|error| Error::invalid_edits(error.to_string()))?;
@@ -145,16 +146,23 @@ impl EditsFile {
         let expected = length - 8 - header_bytes;
         let mut places = HashMap::new();
         let mut allowed = shapes(plan);
+        let routers: HashSet<String> = plan.kept.iter().map(|kept| router_name(kept.layer)).collect();
         for (name, info) in header.tensors() {
             let shape = allowed
                 .remove(&name)
                 .ok_or_else(|| invalid(format!("tensor `{name}` is of no expert or router that the plan keeps")))?;
-            if info.dtype != Dtype::F32 || info.shape != shape {
+            // Rows of a router are wider than what experts read where that is a latent of the residual stream.
+            let is_wider = || match (info.shape[..], &shape[..]) {
+                ([rows, width], [experts, hidden]) => rows == *experts && width > *hidden,
+                _ => false,
+            };
+            let fits = info.shape == shape || (routers.contains(&name) && is_wider());
+            if info.dtype != Dtype::F32 || !fits {
                 let (dtype, found) = (info.dtype, &info.shape);
                 return Err(invalid(format!("tensor `{name}` is {dtype} {found:?}, expected F32 {shape:?}")));
             }
             let (begin, end) = (info.data_offsets.0 as u64, info.data_offsets.1 as u64);
-            let values: usize = shape.iter().product();
+            let values: usize = info.shape.iter().product();
             if end > expected || end.checked_sub(begin) != Some(4 * values as u64) {
                 return Err(invalid(format!("tensor `{name}` is at bytes {begin}..{end} of {expected}: cut off?")));
             }

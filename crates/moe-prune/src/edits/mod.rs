@@ -147,13 +147,13 @@ impl Edits {
         }
         for (layer, weight) in self.routers {
             let (layer_kept, experts) = kept(layer)?;
-            let hidden = plan.shape.hidden_size;
-            if weight.len() != experts.len() * hidden {
-                let (found, rows) = (weight.len(), experts.len());
-                return Err(Error::invalid_edits(format!(
-                    "layer {layer}: router has {found} values, expected [{rows}, {hidden}], a row for every expert that is left"
-                )));
-            }
+            let hidden = router_width(plan, weight.len(), experts.len()).ok_or_else(|| {
+                let (found, rows, hidden) = (weight.len(), experts.len(), plan.shape.hidden_size);
+                Error::invalid_edits(format!(
+                    "layer {layer}: router has {found} values, expected [{rows}, {hidden}], a row for every expert \
+                     that is left"
+                ))
+            })?;
             let mut rows = vec![0.0; layer_kept.experts.len() * hidden];
             for (row, old) in weight.chunks_exact(hidden).zip(experts) {
                 rows[old * hidden..(old + 1) * hidden].copy_from_slice(row);
@@ -228,6 +228,13 @@ impl Edits {
     }
 }
 
+/// Width of the rows of a router of so many values and experts: that of what experts read or, where these read a latent
+/// of the residual stream, more, since routers read the stream itself. `None` if it cannot be.
+fn router_width(plan: &PrunePlan, values: usize, experts: usize) -> Option<usize> {
+    let width = values.checked_div(experts)?;
+    (width * experts == values && width >= plan.shape.hidden_size).then_some(width)
+}
+
 impl EditSource for Edits {
     fn expert(&self, layer: usize, expert: usize) -> Result<Option<ExpertEdit>> {
         Ok(self.experts.get(&(layer, expert)).cloned())
@@ -296,9 +303,10 @@ impl PrunePlan {
             }
             if let Some(found) = edits.router(layer)?.map(|weight| weight.len()) {
                 let experts = kept.experts.len();
-                if found != experts * hidden {
+                if router_width(self, found, experts).is_none() {
                     return Err(Error::invalid_edits(format!(
-                        "layer {layer}: router has {found} values, expected [{experts}, {hidden}], a row for every original expert"
+                        "layer {layer}: router has {found} values, expected [{experts}, {hidden}], a row for every \
+                         original expert"
                     )));
                 }
             }

@@ -160,7 +160,7 @@ impl PrunePlan {
         shared_sets::check(self, base, options)?;
         if let Some(edits) = options.edits.as_deref() {
             self.validate_edits(edits)?;
-            refuse_routers_of_latents(self, base, edits)?;
+            check_routers(self, base, edits)?;
             refuse_biases(self, base, options, edits)?;
         }
         let made = self.pruned(base, options, None)?;
@@ -273,24 +273,22 @@ fn origin(set: &target::TargetSet) -> Option<MatrixOrigin> {
     plain.then(|| MatrixOrigin { set: set.source, units: set.units.clone() })
 }
 
-/// Refuses biases in a format that has no place for them.
-/// A router reads the residual stream, and where experts work in a latent, edits have no width for its rows.
-fn refuse_routers_of_latents(plan: &PrunePlan, base: &Checkpoint, edits: &dyn EditSource) -> Result<()> {
-    if base.config().expert_latent.is_none() {
-        return Ok(());
-    }
+/// Checks that edited routers have a row as wide as the residual stream for every expert.
+fn check_routers(plan: &PrunePlan, base: &Checkpoint, edits: &dyn EditSource) -> Result<()> {
+    let hidden = base.config().hidden_size;
     for kept in &plan.kept {
-        if edits.router(kept.layer)?.is_some() {
+        let (layer, experts) = (kept.layer, kept.experts.len());
+        if let Some(found) = edits.router(layer)?.map(|weight| weight.len()).filter(|len| *len != experts * hidden) {
             return Err(Error::invalid_edits(format!(
-                "layer {}: a router is edited, but experts of `{}` work in a latent: such routers stay as they are",
-                kept.layer,
-                base.config().model_type
+                "layer {layer}: router has {found} values, expected [{experts}, {hidden}], a row for every original \
+                 expert"
             )));
         }
     }
     Ok(())
 }
 
+/// Refuses biases in a format that has no place for them.
 fn refuse_biases(
     plan: &PrunePlan,
     base: &Checkpoint,

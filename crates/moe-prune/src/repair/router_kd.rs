@@ -124,12 +124,6 @@ impl Repair for RouterDistillation {
 
     fn check(&self, request: &RepairRequest<'_>) -> Result<()> {
         self.train.validate()?;
-        let config = request.model.config();
-        if config.expert_latent.is_some() {
-            let (found, expected) =
-                (config.model_type.clone(), "a model whose experts read the residual stream".into());
-            return Err(Error::InvalidParameter { field: "router_distillation", found, expected });
-        }
         let teacher = Engine::new(request.model, EngineOptions { loss: true, ..EngineOptions::default() });
         let student = request.pruned.map(|student| Engine::new(student, EngineOptions::default()));
         for wave in request.waves {
