@@ -63,10 +63,10 @@ def edit(directory, changes):
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def expect(model, directory, seed):
-    """Writes what `model` computes."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, model.config.vocab_size, (2, 19), generator=generator)
+def expect(model, directory, seed, ids=None):
+    """Writes what `model` computes, of random ids if there are none."""
+    if ids is None:
+        ids = torch.randint(3, model.config.vocab_size, (2, 19), generator=torch.Generator().manual_seed(seed))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".experts." in name)
     # The auxiliary loss of some families is no part of what is expected.
@@ -132,6 +132,50 @@ def write_quantized(directory, model_type, seed, config, quantize, quantization_
     assert all(value.dtype in (torch.bfloat16, torch.float32) for value in state.values())
     reference.load_state_dict(state)
     expect(reference.eval(), directory, seed)
+
+
+def write_indexed(directory, model_type, seed, config, shape, released=None):
+    """A model whose indexer chooses among more keys than it may take. Scores of keys are zero where no head of the indexer has
+    a positive product, and torch breaks such ties by how its selection happens to swap: the ids are drawn until the last chosen key
+    and the first one that is not are the same whichever of equal keys come first, and stay so when the embedding moves a little."""
+    write(directory, model_type, seed, config, run=False)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    plain = torch.Tensor.topk
+
+    def run(ids, later_first=None):
+        def topk(x, k, dim=-1, **options):
+            # scores of keys have a row for every query
+            if later_first is None or x.dim() != 3 or x.shape[-1] != ids.shape[1]:
+                return plain(x, k, dim, **options)
+            order = x.flip(-1).argsort(dim=-1, descending=True, stable=True) if later_first else None
+            order = x.argsort(dim=-1, descending=True, stable=True) if order is None else x.shape[-1] - 1 - order
+            return torch.return_types.topk((x.gather(-1, order[..., :k]), order[..., :k]))
+
+        torch.Tensor.topk = topk
+        try:
+            with torch.no_grad():
+                return model(input_ids=ids, use_cache=False).logits
+        finally:
+            torch.Tensor.topk = plain
+
+    generator = torch.Generator().manual_seed(seed)
+    embedding = model.model.embed_tokens.weight.data
+    for draws in range(1, 10000):
+        ids = torch.randint(3, model.config.vocab_size, shape, generator=generator)
+        logits = run(ids)
+        if max((run(ids, later) - logits).abs().max() for later in (False, True)) > 1e-6:
+            continue
+        kept = embedding.clone()
+        embedding.mul_(1 + 1e-6 * torch.randn(embedding.shape, generator=generator))
+        moved = (run(ids) - logits).abs().max()
+        embedding.copy_(kept)
+        if moved < 1e-3:
+            break
+    else:
+        raise ValueError(f"{directory}: ties whatever the ids")
+    print(f"{directory.name}: {draws} draws of ids")
+    expect(model, directory, seed, ids)
+    edit(directory, released or {})
 
 
 def write_renamed(directory, model_type, seed, config, rename, released):
@@ -230,6 +274,14 @@ QWEN35 = COMMON | dict(
     num_experts_per_tok=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5, mrope_section=[1, 1, 0]),
 )
 VISION = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, num_position_embeddings=16, patch_size=4)
+# An indexer of as many heads that a key without a positive product is rare.
+INDEXED = COMMON | dict(
+    vocab_size=53, hidden_size=16, num_key_value_heads=4, intermediate_size=28, moe_intermediate_size=12, n_routed_experts=6,
+    n_shared_experts=1, num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=8, v_head_dim=8,
+    index_n_heads=16, index_head_dim=12, routed_scaling_factor=2.5,
+)
+FEW = INDEXED | dict(num_hidden_layers=3, qk_rope_head_dim=4, index_topk=6)
+MANY = INDEXED | dict(vocab_size=37, qk_rope_head_dim=8, index_topk=24)
 # Ling and Ring with full attention, small: the second version has what `V2` adds.
 BAILING = COMMON | dict(vocab_size=53, hidden_size=16, num_experts_per_tok=2)
 V2 = dict(
@@ -270,6 +322,20 @@ FIXTURES = {
         d, "qwen3_moe", 28, COMMON | dict(head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, hidden_act="gelu")),
     "parity/tf5/mixtral_gelu_tanh": lambda d: write(
         d, "mixtral", 29, COMMON | dict(intermediate_size=16, num_local_experts=4, num_experts_per_tok=2, hidden_act="gelu_pytorch_tanh")),
+    "parity/tf5/deepseek_v32_topk": lambda d: write_indexed(
+        d, "deepseek_v32", 36, FEW | dict(n_group=2, topk_group=1, first_k_dense_replace=1, mlp_layer_types=["dense", "sparse", "sparse"]),
+        (2, 19)),
+    "parity/tf5/deepseek_v32_long": lambda d: write_indexed(
+        d, "deepseek_v32", 37, MANY | dict(n_group=2, topk_group=1, first_k_dense_replace=1, mlp_layer_types=["dense", "sparse"],
+            rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32, beta_fast=4.0,
+                beta_slow=0.2, mscale=0.7, mscale_all_dim=1.0)), (1, 131)),
+    "parity/tf5/glm_moe_dsa_topk": lambda d: write_indexed(
+        d, "glm_moe_dsa", 38, FEW | dict(n_group=1, topk_group=1, first_k_dense_replace=1, mlp_layer_types=["dense", "sparse", "sparse"],
+            indexer_types=["full", "shared", "full"], rms_norm_eps=1e-5), (2, 19),
+        released=dict(indexer_types=..., index_topk_pattern="FSF")),
+    "parity/tf5/glm_moe_dsa_long": lambda d: write_indexed(
+        d, "glm_moe_dsa", 39, MANY | dict(n_group=1, topk_group=1, first_k_dense_replace=1, mlp_layer_types=["dense", "sparse"],
+            indexer_types=["full", "shared"], rms_norm_eps=1e-5), (1, 131)),
     "parity/tf5/bailing_moe": lambda d: write_renamed(
         d, "granitemoeshared", 34, BAILING | dict(intermediate_size=12, shared_intermediate_size=24, num_local_experts=6,
             embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0, attention_multiplier=4 ** -0.5), bailing,
