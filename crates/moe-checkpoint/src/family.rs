@@ -196,6 +196,16 @@ pub enum LayerRole {
     HeadKeyValue,
     /// Added to the sum of what routed experts give `[H]`.
     ExpertsBias,
+    /// Queries of an indexer, from the latent of queries `[index_heads * index_dim, q_lora_rank]`.
+    IndexerQuery,
+    /// Keys of an indexer, one head `[index_dim, H]`.
+    IndexerKey,
+    /// Weight of the LayerNorm of those `[index_dim]`.
+    IndexerKeyNorm,
+    /// Its bias `[index_dim]`.
+    IndexerKeyNormBias,
+    /// Weights of the heads of an indexer `[index_heads, H]`.
+    IndexerHeads,
     /// Router `[E, H]`.
     Router,
     /// Bias on the router logits `[E]`.

@@ -93,7 +93,9 @@ fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>, bool)>
     }
     let layers = config.layers.iter().enumerate().flat_map(move |(layer, layer_config)| {
         let mixing = match &layer_config.mixer {
-            Mixer::Attention => attention_roles(config, layer),
+            Mixer::Attention => {
+                attention_roles(config, layer).into_iter().chain(indexer_roles(config, layer)).collect()
+            }
             Mixer::DeltaNet(delta) => delta_roles(config.hidden_size, delta),
             Mixer::ChannelDelta(delta) => channel_delta_roles(config.hidden_size, delta),
             Mixer::ShortConvolution { kernel } => vec![
@@ -199,6 +201,25 @@ fn attention_roles(config: &ModelConfig, layer: usize) -> Vec<(LayerRole, Vec<us
         roles.push((LayerRole::Sinks, vec![attention.num_heads]));
     }
     roles
+}
+
+/// The indexer of a layer that has one.
+fn indexer_roles(config: &ModelConfig, layer: usize) -> Vec<(LayerRole, Vec<usize>)> {
+    let attention = config.attention_of(layer);
+    let Some(selection) = attention.selects.as_ref().filter(|selection| selection.is_own(layer)) else {
+        return Vec::new();
+    };
+    let rank = match &attention.kind {
+        AttentionKind::Latent(latent) => latent.q_lora_rank.unwrap_or(config.hidden_size),
+        AttentionKind::Grouped => config.hidden_size,
+    };
+    vec![
+        (LayerRole::IndexerQuery, vec![selection.heads * selection.head_dim, rank]),
+        (LayerRole::IndexerKey, vec![selection.head_dim, config.hidden_size]),
+        (LayerRole::IndexerKeyNorm, vec![selection.head_dim]),
+        (LayerRole::IndexerKeyNormBias, vec![selection.head_dim]),
+        (LayerRole::IndexerHeads, vec![selection.heads, config.hidden_size]),
+    ]
 }
 
 fn delta_roles(hidden: usize, delta: &DeltaNet) -> Vec<(LayerRole, Vec<usize>)> {
@@ -535,7 +556,7 @@ impl Weights<'_> {
         if carried && (info.name.contains("attn.") || info.name.contains(".attention.")) {
             return Ok(());
         }
-        // The indexer is carried along: it changes nothing in the texts that run.
+        // Layers that take the keys of another layer may have an indexer in the files all the same.
         if self.config.attention.selects.is_some() && info.name.contains(".self_attn.indexer.") {
             return Ok(());
         }

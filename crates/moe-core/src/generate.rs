@@ -73,9 +73,6 @@ pub fn generate_with(
     }
     for model in &models {
         check_causal(model)?;
-        if let Some(longest) = prompts.iter().map(Vec::len).max() {
-            model.check_length(longest + options.max_new_tokens)?;
-        }
     }
     let mut report = DecodingReport::default();
     if let Some(found) = decoding.by_prompt(model, prompts, options, &mut ended)? {

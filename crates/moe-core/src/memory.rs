@@ -151,7 +151,7 @@ struct MixerSize {
 }
 
 impl MixerSize {
-    fn new(config: &ModelConfig, layer: usize) -> Self {
+    fn new(config: &ModelConfig, layer: usize, tokens: usize) -> Self {
         match &config.layers[layer].mixer {
             Mixer::DeltaNet(delta) => Self::delta(config.hidden_size, delta),
             Mixer::ChannelDelta(delta) => Self::channel_delta(config.hidden_size, delta),
@@ -163,8 +163,24 @@ impl MixerSize {
             Mixer::Lightning(lightning) => Self::lightning(config.hidden_size, lightning),
             Mixer::HeadMixture(mixture) => Self::head_mixture(config.hidden_size, mixture),
             Mixer::None => Self { weights: 0, tape: 0, work: 0 },
-            _ => Self::attention(config, config.attention_of(layer)),
+            _ => Self::attention(config, config.attention_of(layer)).with_indexer(config, layer, tokens),
         }
+    }
+
+    /// The same with an indexer where the layer has one, and the keys that queries of a wave of so many tokens see.
+    fn with_indexer(self, config: &ModelConfig, layer: usize, tokens: usize) -> Self {
+        let Some(selection) = &config.attention_of(layer).selects else { return self };
+        let chosen = if tokens > selection.keys { selection.keys } else { 0 };
+        let (weights, work) = match (selection.is_own(layer), &config.attention.kind) {
+            (true, AttentionKind::Latent(latent)) => {
+                let (dim, queries) = (selection.head_dim, selection.heads * selection.head_dim);
+                let rank = latent.q_lora_rank.unwrap_or(config.hidden_size);
+                let weights = queries * rank + (dim + selection.heads) * config.hidden_size;
+                (weights, 2 * (queries + dim + selection.heads) + rank + chosen)
+            }
+            _ => (0, 0),
+        };
+        Self { weights: self.weights + weights, tape: self.tape + chosen, work: self.work + work }
     }
 
     fn delta(h: usize, delta: &DeltaNet) -> Self {
@@ -250,7 +266,10 @@ pub(crate) fn cached_token_bytes(config: &ModelConfig) -> u64 {
     let row = |layer: usize| {
         let a = config.attention_of(layer);
         match &a.kind {
-            AttentionKind::Latent(latent) => latent.kv_lora_rank + latent.qk_rope_head_dim,
+            AttentionKind::Latent(latent) => {
+                let indexed = a.selects.as_ref().filter(|selection| selection.is_own(layer));
+                latent.kv_lora_rank + latent.qk_rope_head_dim + indexed.map_or(0, |selection| selection.head_dim)
+            }
             _ => a.num_kv_heads * (a.head_dim + a.value_head_dim()),
         }
     };
@@ -277,6 +296,15 @@ pub(crate) fn sequence_state_bytes(config: &ModelConfig) -> u64 {
     f32s(states.sum())
 }
 
+/// Bytes of the keys that layers choose for layers after them, in a wave of so many tokens.
+fn shared_keys(config: &ModelConfig, tokens: usize) -> u64 {
+    let Some(selection) = config.attention.selects.as_ref().filter(|selection| tokens > selection.keys) else {
+        return 0;
+    };
+    let layers = (0..config.layers.len()).filter(|layer| selection.is_shared(*layer)).count();
+    f32s(layers * tokens * selection.keys)
+}
+
 /// Plans a wave within `limit` bytes.
 ///
 /// # Errors
@@ -294,7 +322,7 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
     let mut expert_bytes = Vec::new();
     let mut kept = Vec::new(); // bytes of [attention, dense, experts] activations per layer
     for (i, layer) in config.layers.iter().enumerate() {
-        let mixer = MixerSize::new(config, i);
+        let mixer = MixerSize::new(config, i, t);
         let (mixer_weights, tape) = (f32s(mixer.weights), f32s(t * mixer.tape));
         let mixing = mixer_weights + tape + f32s(t * (mixer.work + h)) + if size.gradients { tape + hidden } else { 0 };
         if phases.iter().all(|(_, bytes)| *bytes < mixing) {
@@ -334,7 +362,7 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
         kept.push([tape, f32s(t * 2 * dense_width), experts_kept]);
     }
     let (what, largest) = phases.into_iter().max_by_key(|(_, bytes)| *bytes).unwrap_or_default();
-    let needed = BASE + largest + hidden + size.expert_cache;
+    let needed = BASE + largest + hidden + size.expert_cache + shared_keys(config, t);
     if needed > limit {
         return Err(Error::Memory { limit, needed, what: format!("{what}, with a wave of {t} tokens,") });
     }

@@ -42,8 +42,8 @@ pub struct AttentionConfig {
     pub packed: bool,
     /// Where logits of gates come from, whose sigmoid multiplies the outputs of the heads.
     pub gate: OutputGate,
-    /// Most keys that a query sees, where an indexer chooses them; sequences up to so many tokens see all.
-    pub selects: Option<usize>,
+    /// Indexer that chooses the keys a query sees, where there is one.
+    pub selects: Option<KeySelection>,
     /// Growth of queries with their position.
     pub growth: Option<QueryGrowth>,
     /// Bound that queries, keys and values are clamped to, after the norm and before the rotary embedding.
@@ -67,6 +67,35 @@ impl AttentionConfig {
             AttentionKind::Grouped => self.head_dim,
             AttentionKind::Latent(latent) => latent.v_head_dim,
         }
+    }
+}
+
+/// An indexer, which chooses the keys that a query sees (DeepSeek Sparse Attention, arXiv 2512.02556): those with the
+/// largest `sum over its heads of w_h relu(q_h . k)`, of keys that have one head, and queries made from the latent of
+/// queries. A query with no more keys before it sees all of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeySelection {
+    /// Most keys that a query sees.
+    pub keys: usize,
+    /// Heads of the indexer.
+    pub heads: usize,
+    /// Width of its queries and keys, of which the first `qk_rope_head_dim` columns are rotated.
+    pub head_dim: usize,
+    /// Whether neighboring columns are rotated together; otherwise those of both halves.
+    pub interleaved: bool,
+    /// The layer whose indexer chooses the keys of every decoder layer: itself, or one before it.
+    pub chosen_by: Vec<usize>,
+}
+
+impl KeySelection {
+    /// Whether a decoder layer has an indexer of its own.
+    pub fn is_own(&self, layer: usize) -> bool {
+        self.chosen_by.get(layer) == Some(&layer)
+    }
+
+    /// Whether layers after this one take the keys that it chooses.
+    pub fn is_shared(&self, layer: usize) -> bool {
+        self.chosen_by.iter().filter(|by| **by == layer).count() > 1
     }
 }
 

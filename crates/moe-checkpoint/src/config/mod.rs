@@ -18,7 +18,9 @@ use crate::grouped::Grouped;
 use crate::ragged::Ragged;
 use crate::shape::{MoeLayerShape, MoeShape};
 
-pub use attention::{AttentionConfig, AttentionKind, LatentAttention, LocalAttention, OutputGate, QkNorm, QueryGrowth};
+pub use attention::{
+    AttentionConfig, AttentionKind, KeySelection, LatentAttention, LocalAttention, OutputGate, QkNorm, QueryGrowth,
+};
 pub use ffn::{Activation, Ffn, MoeConfig, SharedExpert};
 pub use mixer::{ChannelDelta, DeltaNet, HeadMixture, LightningAttention, Mamba, Mixer};
 pub use rope::{RopeConfig, RopeScaling};

@@ -88,6 +88,11 @@ pub(crate) fn tensor_name(role: Role) -> String {
         LayerRole::HeadBias => "self_attention.experts.bias",
         LayerRole::HeadKeyValue => "self_attention.kv_proj.weight",
         LayerRole::ExpertsBias => "mlp.bias",
+        LayerRole::IndexerQuery => "self_attn.indexer.wq_b.weight",
+        LayerRole::IndexerKey => "self_attn.indexer.wk.weight",
+        LayerRole::IndexerKeyNorm => "self_attn.indexer.k_norm.weight",
+        LayerRole::IndexerKeyNormBias => "self_attn.indexer.k_norm.bias",
+        LayerRole::IndexerHeads => "self_attn.indexer.weights_proj.weight",
         LayerRole::Router => "mlp.gate.weight",
         LayerRole::RouterBias => "mlp.gate.bias",
         LayerRole::CorrectionBias => "mlp.gate.e_score_correction_bias",
@@ -265,6 +270,10 @@ pub(crate) fn size_keys(role: Role) -> &'static str {
             "`num_local_experts`, `num_key_value_heads`, `kv_channels` and `hidden_size`"
         }
         LayerRole::HeadKeyValue => "`num_key_value_heads`, `kv_channels` and `hidden_size`",
+        LayerRole::IndexerQuery => "`index_n_heads`, `index_head_dim` and `q_lora_rank`",
+        LayerRole::IndexerKey => "`index_head_dim` and `hidden_size`",
+        LayerRole::IndexerKeyNorm | LayerRole::IndexerKeyNormBias => "`index_head_dim`",
+        LayerRole::IndexerHeads => "`index_n_heads` and `hidden_size`",
         LayerRole::Router => {
             "the number of experts (`num_experts`, `num_local_experts` or `n_routed_experts`) and `hidden_size`"
         }

@@ -14,6 +14,8 @@ use crate::{
 pub(super) struct KeyValues {
     pub keys: Growing,
     values: Option<Growing>,
+    /// Keys of the layer's indexer, where it may have to choose.
+    pub indexed: Growing,
 }
 
 /// What is kept of one sequence in one layer.
@@ -113,6 +115,7 @@ impl KeyValues {
     /// Forgets all rows but the first.
     pub fn truncate(&mut self, rows: usize) {
         self.keys.truncate(rows);
+        self.indexed.truncate(rows);
         if let Some(values) = &mut self.values {
             values.truncate(rows);
         }
@@ -120,7 +123,7 @@ impl KeyValues {
 }
 
 impl Growing {
-    fn push(&mut self, rows: Tensor<2>, length: usize, device: &Device) {
+    pub fn push(&mut self, rows: Tensor<2>, length: usize, device: &Device) {
         self.rows += rows.dims()[0];
         if host::is_host(device) {
             // No more than planned for, which doubling would exceed. Pages are taken as they are written.
@@ -137,6 +140,19 @@ impl Growing {
     /// The rows, on a device that is not the host.
     pub fn on_device(&self) -> Tensor<2> {
         self.device.clone().expect("rows are pushed before they are read")
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The rows as a tensor, which on the host is a copy.
+    pub fn tensor(&self, device: &Device) -> Tensor<2> {
+        match &self.device {
+            Some(all) => all.clone(),
+            None => host::from_vec(self.host.clone(), [self.rows, self.host.len() / self.rows.max(1)], device),
+        }
     }
 
     fn truncate(&mut self, rows: usize) {

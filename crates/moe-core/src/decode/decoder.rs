@@ -1,6 +1,6 @@
 //! A model that is fed tokens of sequences and keeps what it needs of those before.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use burn::tensor::Tensor;
 
@@ -9,11 +9,14 @@ use crate::{
     engine::{Engine, EngineOptions, FfnPass, LayerTape},
     error::Result,
     kernels::{
-        attention::AttentionShape,
+        attention::{AttentionShape, Selection},
         rope::Positions,
         rows::{RowAccumulator, gather_rows},
     },
-    layers::{ConvolutionState, DeltaState, LightningState, MambaState, MixerLayer, slice_rows},
+    layers::{
+        AttentionLayer, CacheEntry, ChosenKeys, ConvolutionState, DeltaState, LightningState, MambaState, MixerLayer,
+        slice_rows,
+    },
     model::{Model, RotaryTables},
     trace::{HalfInput, Nobody, SequenceInfo, WaveInfo},
 };
@@ -54,12 +57,19 @@ pub(super) struct Fed {
     spans: Vec<Range<usize>>,
     tables: RotaryTables,
     info: WaveInfo,
+    /// Keys that layers chose.
+    chosen: ChosenKeys,
 }
 
 impl Fed {
     /// Before the first layer.
     pub(super) fn batch<'a>(&'a self, active: &'a [usize]) -> Batch<'a> {
-        Batch { active, spans: &self.spans, tables: &self.tables, info: &self.info }
+        self.batch_of(active, &self.chosen)
+    }
+
+    /// The same for another model, in which layers choose keys of their own.
+    pub(super) fn batch_of<'a>(&'a self, active: &'a [usize], chosen: &'a ChosenKeys) -> Batch<'a> {
+        Batch { active, spans: &self.spans, tables: &self.tables, info: &self.info, chosen }
     }
 }
 
@@ -69,6 +79,7 @@ pub(super) struct Batch<'a> {
     spans: &'a [Range<usize>],
     tables: &'a RotaryTables,
     pub(super) info: &'a WaveInfo,
+    pub(super) chosen: &'a ChosenKeys,
 }
 
 impl<'m> Decoder<'m> {
@@ -168,6 +179,8 @@ impl<'m> Decoder<'m> {
         let batch = fed.batch(active);
         if model.depth_rule().is_some() {
             for layer in 0..model.config().layers.len() {
+                // Other tokens may pass the next layer, which can therefore take no keys from this one.
+                let batch = Batch { chosen: &ChosenKeys::default(), ..batch };
                 x = self.decided_layer(layer, x, &batch)?;
             }
         } else {
@@ -197,7 +210,7 @@ impl<'m> Decoder<'m> {
         }
         let tables = self.model.rotary_tables(&self.positions(active, &spans));
         let info = info_of(&spans);
-        Ok((Fed { spans, tables, info }, self.model.embed(&ids)?))
+        Ok((Fed { spans, tables, info, chosen: ChosenKeys::default() }, self.model.embed(&ids)?))
     }
 
     /// Logits of what left the last layer; its tokens have been fed.
@@ -272,7 +285,7 @@ impl<'m> Decoder<'m> {
             let active: Vec<usize> = run.iter().map(|i| batch.active[*i]).collect();
             let tables = self.model.rotary_tables(&self.positions(&active, &spans));
             let info = info_of(&spans);
-            let batch = Batch { active: &active, spans: &spans, tables: &tables, info: &info };
+            let batch = Batch { active: &active, spans: &spans, tables: &tables, info: &info, ..*batch };
             let middle = self.mix(place, layer, &part, &batch)?;
             let half = self.engine.half(&part, &middle);
             let part = self.engine.decided_feed_forward(layer, half, &info, &*rule, &mut Nobody)?;
@@ -299,10 +312,17 @@ impl<'m> Decoder<'m> {
                     let rows = |t: &Tensor<2>| slice_rows(t, span);
                     let v = entry.v.as_ref().map(rows);
                     if let Kept::Attention(kept) = &mut cache[sequence] {
-                        kept.push(rows(&entry.k), v, self.lengths[sequence], device);
+                        let length = self.lengths[sequence];
+                        kept.push(rows(&entry.k), v, length, device);
+                        let may_choose = attention.choice.as_ref().is_some_and(|choice| length > choice.keys());
+                        if let Some(indexed) = entry.indexed.as_ref().filter(|_| may_choose) {
+                            kept.indexed.push(rows(&indexed.keys), length, device);
+                        }
                     }
                 }
-                let heads = self.attend(place, &entry.q, active, spans, &attention.cached_shape());
+                let selection = self.chosen_keys(place, &attention, &entry, batch)?;
+                let shape = attention.cached_shape();
+                let heads = self.attend(place, &entry.q, active, spans, &shape, selection.as_deref());
                 attention.residual(x, &attention.cached_heads(heads, entry.gate.as_ref()))
             }
             MixerLayer::Delta(delta) => {
@@ -364,6 +384,36 @@ impl<'m> Decoder<'m> {
         })
     }
 
+    /// The keys that new queries see, where these are not all before them.
+    fn chosen_keys(
+        &self,
+        place: usize,
+        attention: &AttentionLayer,
+        entry: &CacheEntry,
+        batch: &Batch<'_>,
+    ) -> Result<Option<Arc<Selection>>> {
+        let kept = |sequence: usize| match &self.cache[place][sequence] {
+            Kept::Attention(kept) => kept,
+            _ => unreachable!("only attention has keys"),
+        };
+        let Some(choice) = &attention.choice else { return Ok(None) };
+        if batch.active.iter().all(|&sequence| kept(sequence).keys.rows() <= choice.keys()) {
+            return Ok(None);
+        }
+        let device = self.model.device();
+        let indexed = || entry.indexed.clone().expect("the layer has an indexer");
+        let selection = choice.choose(batch.chosen, indexed, |_| {
+            let spans = batch.active.iter().zip(batch.spans);
+            spans
+                .map(|(&sequence, span)| {
+                    let long = kept(sequence).keys.rows() > choice.keys();
+                    (span.clone(), long.then(|| kept(sequence).indexed.tensor(device)))
+                })
+                .collect()
+        })?;
+        Ok(Some(selection))
+    }
+
     fn attend(
         &self,
         place: usize,
@@ -371,6 +421,7 @@ impl<'m> Decoder<'m> {
         active: &[usize],
         spans: &[Range<usize>],
         shape: &AttentionShape,
+        selection: Option<&Selection>,
     ) -> Tensor<2> {
         let cache = |s: usize| match &self.cache[place][s] {
             Kept::Attention(kept) => kept,
@@ -388,14 +439,15 @@ impl<'m> Decoder<'m> {
                     values: &cache(s).values().host,
                 })
                 .collect();
-            return forward_spans(q, &cached, shape);
+            return forward_spans(q, &cached, shape, selection);
         }
         let outputs = active
             .iter()
             .zip(spans)
             .map(|(&s, span)| {
                 let (k, v) = (cache(s).keys.on_device(), cache(s).values().on_device());
-                crate::kernels::attention::attention_cached(&slice_rows(q, span), &k, &v, shape)
+                let part = selection.map(|selection| selection.part(span));
+                crate::kernels::attention::attention_cached(&slice_rows(q, span), &k, &v, shape, part.as_ref())
             })
             .collect();
         Tensor::cat(outputs, 0)

@@ -8,6 +8,7 @@ use super::{
 };
 use crate::{
     error::Result,
+    layers::ChosenKeys,
     trace::{HalfInput, WaveInfo},
 };
 
@@ -38,6 +39,8 @@ impl SharedPass {
     ) -> Result<[Tensor<2>; 2]> {
         let (fed, mut x) = strong.begin(active, input)?;
         let batch = fed.batch(active);
+        let weak_chosen = ChosenKeys::default();
+        let weak_batch = fed.batch_of(active, &weak_chosen);
         // the weak stream, where it is another one
         let mut other: Option<Tensor<2>> = None;
         let path = strong.model().path().clone();
@@ -59,10 +62,14 @@ impl SharedPass {
                                     weak.keep_as(strong, place, sequence);
                                 }
                             }
-                            Some(weak.mix(place, layer, other.as_ref().unwrap_or(&x), &batch)?)
+                            Some(weak.mix(place, layer, other.as_ref().unwrap_or(&x), &weak_batch)?)
                         }
                     };
-                    (strong.mix(place, layer, &x, &batch)?, other_middle)
+                    let middle = strong.mix(place, layer, &x, &batch)?;
+                    if other_middle.is_none() {
+                        weak_chosen.follow(batch.chosen);
+                    }
+                    (middle, other_middle)
                 }
             };
             if !step.feed_forward {

@@ -8,10 +8,10 @@ use crate::{
     error::{Error, Result},
     host::{self, HostView},
     kernels::{
-        attention::{AttentionShape, attention},
+        attention::{AttentionShape, Selection, attention},
         rope::Positions,
     },
-    layers::{MixerLayer, slice_rows},
+    layers::{ChosenKeys, MixerLayer, slice_rows},
     trace::{Observer, Signals, WaveInfo},
 };
 
@@ -37,7 +37,7 @@ pub fn attention_ranks(model: &Model, waves: &[Wave]) -> Result<Vec<Option<f64>>
         return Err(Error::input("sequences to measure attention on", 0, "at least one"));
     }
     let engine = Engine::new(model, EngineOptions::default());
-    let mut ranks = Ranks { model, wave: None, sums: vec![None; model.config().layers.len()] };
+    let mut ranks = Ranks { model, wave: None, chosen: Vec::new(), sums: vec![None; model.config().layers.len()] };
     for (id, sequence) in sequences.into_iter().enumerate() {
         engine.run(&Wave { id: id as u64, sequences: vec![sequence] }, &mut ranks)?;
     }
@@ -47,6 +47,8 @@ pub fn attention_ranks(model: &Model, waves: &[Wave]) -> Result<Vec<Option<f64>>
 struct Ranks<'m> {
     model: &'m Model,
     wave: Option<WaveInfo>,
+    /// Keys that layers chose, for every sequence.
+    chosen: Vec<ChosenKeys>,
     /// Sum of the ranks of every layer, and their number.
     sums: Vec<Option<(f64, f64)>>,
 }
@@ -58,19 +60,21 @@ impl Observer for Ranks<'_> {
 
     fn begin_wave(&mut self, wave: &WaveInfo) -> Result<()> {
         self.wave = Some(wave.clone());
+        self.chosen = wave.sequences.iter().map(|_| ChosenKeys::default()).collect();
         Ok(())
     }
 
     fn hidden(&mut self, layer: usize, hidden: &Tensor<2>) -> Result<()> {
         let MixerLayer::Attention(attention) = self.model.mixer(layer)? else { return Ok(()) };
         let Some(wave) = &self.wave else { return Ok(()) };
-        for sequence in &wave.sequences {
+        for (sequence, chosen) in wave.sequences.iter().zip(&self.chosen) {
             let tokens = sequence.tokens.len();
             let tables = self.model.rotary_tables(&[Positions { range: 0..tokens, length: tokens }]);
             let x = slice_rows(hidden, &sequence.tokens);
-            let tape = attention.project(&x, tables.of(self.model.config(), layer));
+            let table = tables.of(self.model.config(), layer);
+            let tape = attention.project_chosen(&x, table, std::slice::from_ref(&(0..tokens)), chosen)?;
             let (sum, count) = self.sums[layer].get_or_insert((0.0, 0.0));
-            for map in maps(&tape.q, &tape.k, &attention.shape) {
+            for map in maps(&tape.q, &tape.k, &attention.shape, tape.selection.as_deref()) {
                 *sum += rank(&map, tokens)? as f64;
                 *count += 1.0;
             }
@@ -80,7 +84,7 @@ impl Observer for Ranks<'_> {
 }
 
 /// The attention map `[T, T]` of every head of one sequence: what attention makes of values that are one-hot.
-fn maps(q: &Tensor<2>, k: &Tensor<2>, shape: &AttentionShape) -> Vec<Vec<f32>> {
+fn maps(q: &Tensor<2>, k: &Tensor<2>, shape: &AttentionShape, selection: Option<&Selection>) -> Vec<Vec<f32>> {
     let tokens = q.dims()[0];
     let mut one_hot = vec![0.0f32; tokens * shape.kv_heads * tokens];
     for t in 0..tokens {
@@ -90,7 +94,7 @@ fn maps(q: &Tensor<2>, k: &Tensor<2>, shape: &AttentionShape) -> Vec<Vec<f32>> {
     }
     let values = host::from_vec(one_hot, [tokens, shape.kv_heads * tokens], &q.device());
     let shape = AttentionShape { value_dim: tokens, ..shape.clone() };
-    let found = HostView::new(&attention(q, k, &values, std::slice::from_ref(&(0..tokens)), &shape));
+    let found = HostView::new(&attention(q, k, &values, std::slice::from_ref(&(0..tokens)), &shape, selection));
     let rows = |head: usize| {
         let row = move |t: usize| (t * shape.heads + head) * tokens..(t * shape.heads + head + 1) * tokens;
         (0..tokens).map(row)
@@ -133,7 +137,7 @@ mod tests {
         let values = |seed: f32, n: usize| (0..n).map(|i| (i as f32 * 1.7 + seed).sin()).collect::<Vec<f32>>();
         let q = host::from_vec(values(0.3, tokens * 8), [tokens, 8], &device);
         let k = host::from_vec(values(1.1, tokens * 4), [tokens, 4], &device);
-        let found = maps(&q, &k, &shape);
+        let found = maps(&q, &k, &shape, None);
         let (q, k) = (HostView::new(&q), HostView::new(&k));
         for (head, map) in found.iter().enumerate() {
             for t in 0..tokens {

@@ -132,7 +132,10 @@ impl Engine<'_> {
         }
         let weights = self.model.mixer(layer)?;
         let (table, spans) = (sweep.prepared.tables.of(self.model.config(), layer), &sweep.prepared.spans);
-        let tape = mixer.unwrap_or_else(|| weights.project(&x, table));
+        let tape = match mixer {
+            Some(tape) => tape,
+            None => weights.project(&x, table, spans, &sweep.prepared.chosen)?,
+        };
         let wanted = Wanted { input: sweep.depth.reaches_below(at), parameters: sweep.needs.parameters };
         let dx = weights.backward(&x, &tape, spans, table, d_middle, wanted);
         self.model.check_reads()?;

@@ -16,6 +16,7 @@ use crate::{
         rope::Positions,
         rows::{RowAccumulator, gather_rows},
     },
+    layers::ChosenKeys,
     trace::{HalfInput, Nobody, Observer, SequenceInfo, Signals, WaveInfo},
 };
 
@@ -170,7 +171,8 @@ impl Engine<'_> {
                 break;
             }
             if run.len() == count {
-                let projected = mixer.project(&x, prepared.tables.of(self.model.config(), layer));
+                let table = prepared.tables.of(self.model.config(), layer);
+                let projected = mixer.project(&x, table, &prepared.spans, &ChosenKeys::default())?;
                 let middle = mixer.mix(&x, &projected, &prepared.spans);
                 x = self.decided_feed_forward(layer, self.half(&x, &middle), &prepared.info, rule, observer)?;
                 continue;
@@ -178,7 +180,8 @@ impl Engine<'_> {
             let (part, rows, spans) = part_of(&x, &prepared.spans, &run);
             let positions: Vec<_> = spans.iter().map(|s| Positions { range: 0..s.len(), length: s.len() }).collect();
             let tables = self.model.rotary_tables(&positions);
-            let projected = mixer.project(&part, tables.of(self.model.config(), layer));
+            let table = tables.of(self.model.config(), layer);
+            let projected = mixer.project(&part, table, &spans, &ChosenKeys::default())?;
             let middle = mixer.mix(&part, &projected, &spans);
             let sequence = |(i, span): (&usize, &std::ops::Range<usize>)| SequenceInfo {
                 tokens: span.clone(),

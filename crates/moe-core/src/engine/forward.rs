@@ -183,7 +183,8 @@ impl Engine<'_> {
         keep: bool,
     ) -> Result<Tensor<2>> {
         let mixer = self.model.mixer(layer)?;
-        let projected = mixer.project(x, prepared.tables.of(self.model.config(), layer));
+        let projected =
+            mixer.project(x, prepared.tables.of(self.model.config(), layer), &prepared.spans, &prepared.chosen)?;
         let middle = mixer.mix(x, &projected, &prepared.spans);
         if keep {
             tape.mixer = Some(projected);

@@ -6,6 +6,7 @@ use crate::{
     data::Wave,
     error::{Error, Result},
     kernels::rope::Positions,
+    layers::ChosenKeys,
     model::{Model, RotaryTables},
     trace::{SequenceInfo, WaveInfo},
 };
@@ -18,6 +19,8 @@ pub(super) struct Prepared {
     pub targets: Vec<Option<u32>>,
     pub spans: Vec<Range<usize>>,
     pub tables: RotaryTables,
+    /// Keys that layers chose on the way forward.
+    pub chosen: ChosenKeys,
 }
 
 impl Prepared {
@@ -28,7 +31,6 @@ impl Prepared {
             if sequence.ids.is_empty() {
                 return Err(Error::input(format!("wave {} sequence {i}", wave.id), "no tokens", "at least one"));
             }
-            model.check_length(sequence.ids.len())?;
             let start = ids.len();
             ids.extend_from_slice(&sequence.ids);
             for t in 1..=sequence.ids.len() {
@@ -43,6 +45,6 @@ impl Prepared {
         info.tokens = ids.len();
         let positions: Vec<_> = spans.iter().map(|s| Positions { range: 0..s.len(), length: s.len() }).collect();
         let tables = model.rotary_tables(&positions);
-        Ok(Self { info, ids, targets, spans, tables })
+        Ok(Self { info, ids, targets, spans, tables, chosen: ChosenKeys::default() })
     }
 }

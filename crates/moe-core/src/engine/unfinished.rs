@@ -172,7 +172,7 @@ impl Engine<'_> {
     /// Opens `directory` for a sweep that may be stopped and gone on with, over `wave` for an observer that needs
     /// `needs`; empty or as an earlier run of the same sweep left it. What another sweep left there is deleted: of
     /// another model, wave or `identity`, which is whatever the observer's results follow from besides. Nothing if the
-    /// file system has no room for it, which is logged.
+    /// file system has no room for it, or layers take the keys that a layer before them chose, which is logged.
     ///
     /// It needs room for two tensors `[T, H]` per layer that the backward sweep passes (one or two more where norms
     /// come after blocks), and two more.
@@ -191,6 +191,15 @@ impl Engine<'_> {
             return Err(Error::input("observer needs", "gradients of parameters", "what can be kept in files"));
         }
         let prepared = Prepared::new(self.model, wave)?;
+        if let Some(keys) = self.shares_keys().filter(|keys| prepared.spans.iter().any(|s| s.len() > *keys)) {
+            // What a layer chose is in no file, and a layer that takes the same keys could not go on without it.
+            tracing::warn!(
+                "wave {}: layers share the {keys} keys that an indexer chooses; stopped within the wave, a run begins \
+                 it anew",
+                wave.id
+            );
+            return Ok(None);
+        }
         let (config, depth) = (self.model.config(), self.depth(needs, 0));
         let layers = config.layers.len();
         let sums: Vec<usize> = (0..layers).map(|layer| config.kept_sums(layer)).collect();
@@ -228,6 +237,13 @@ impl Engine<'_> {
             unfinished.restart()?;
         }
         Ok(Some(unfinished))
+    }
+
+    /// Keys that a query sees, where layers take those that a layer before them chose.
+    fn shares_keys(&self) -> Option<usize> {
+        let config = self.model.config();
+        let selection = config.attention.selects.as_ref()?;
+        (0..config.layers.len()).any(|layer| selection.is_shared(layer)).then_some(selection.keys)
     }
 
     /// As [`run`](Self::run), from where `unfinished` is, and leaving there what is needed to go on after every part of

@@ -156,7 +156,6 @@ impl<'m> Sequences<'m> {
             let found = format!("{} and {} new ones", prompt.len(), options.max_new_tokens);
             return Err(Error::input("tokens of the prompt", found, format!("{longest} together at most")));
         }
-        model.check_length(tokens)?;
         plan_of(model, Self::pieces(model, 1, prompt.len()), 1, tokens as u64, memory::limit(model.max_memory()))?;
         Ok(())
     }

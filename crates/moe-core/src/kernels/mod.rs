@@ -14,6 +14,7 @@ pub mod delta;
 pub mod divergence;
 mod few_rows;
 mod gelu;
+pub mod indexer;
 pub mod latent;
 pub mod layer_norm;
 pub mod loss;

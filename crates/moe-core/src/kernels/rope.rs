@@ -189,6 +189,11 @@ impl RotaryTable {
         }
     }
 
+    /// The same with the columns that are turned together neighboring or not.
+    pub fn paired(&self, interleaved: bool) -> Self {
+        Self { interleaved, ..self.clone() }
+    }
+
     /// Queries `x [n, heads * D]` grown by their positions, or their gradient back: row t times the factor of row t.
     pub fn grow(&self, x: Tensor<2>) -> Tensor<2> {
         match &self.growth {

@@ -1,14 +1,19 @@
 //! Self-attention with its norm and residual, whatever makes queries, keys and values.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use burn::tensor::{Tensor, activation::sigmoid};
 
-use super::{GroupedProjections, LatentProjections, Linear, Norm, grouped, latent, scaled};
+use super::{
+    ChosenKeys, GroupedProjections, KeyChoice, LatentProjections, Linear, Norm, grouped,
+    indexer::{Indexed, whole_sequences},
+    latent, scaled,
+};
 use crate::{
     adapters::Wanted,
+    error::Result,
     kernels::{
-        attention::{AttentionShape, attention, attention_backward},
+        attention::{AttentionShape, Selection, attention, attention_backward},
         rope::RotaryTable,
         rows::RowAccumulator,
     },
@@ -27,6 +32,8 @@ pub struct AttentionLayer {
     pub output: Linear,
     /// Heads, scale, window and sinks.
     pub shape: AttentionShape,
+    /// How the keys that a query sees are chosen, where they are.
+    pub choice: Option<KeyChoice>,
     /// Factor on the output before it is added to the input.
     pub residual: f32,
     /// Factor on the normed input, where the output is added to that instead of the input itself.
@@ -53,6 +60,8 @@ pub struct AttentionTape {
     pub v: Tensor<2>,
     /// Logits of the gates on the outputs of the heads `[T, heads * D_v]`, where the layer has them.
     pub gate: Option<Tensor<2>>,
+    /// The keys that queries see, where these are not all before them.
+    pub selection: Option<Arc<Selection>>,
     saved: Saved,
 }
 
@@ -75,6 +84,8 @@ pub struct CacheEntry {
     pub v: Option<Tensor<2>>,
     /// Logits of the gates on the outputs of the heads `[n, heads * D_v]`, where the layer has them.
     pub gate: Option<Tensor<2>>,
+    /// What the layer's own indexer makes of the tokens, where it has one.
+    pub indexed: Option<Indexed>,
 }
 
 impl AttentionLayer {
@@ -89,18 +100,49 @@ impl AttentionLayer {
         match &self.projections {
             Projections::Grouped(grouped) => {
                 let ([q, k, v], gate, saved) = grouped.project(&z, table, &self.shape);
-                AttentionTape { q, k, v, gate, saved: Saved::Grouped(saved) }
+                AttentionTape { q, k, v, gate, selection: None, saved: Saved::Grouped(saved) }
             }
             Projections::Latent(latent) => {
                 let ([q, k, v], saved) = latent.project(&z, table);
-                AttentionTape { q, k, v, gate: latent.gates(&z), saved: Saved::Latent(saved) }
+                AttentionTape { q, k, v, gate: latent.gates(&z), selection: None, saved: Saved::Latent(saved) }
             }
+        }
+    }
+
+    /// The same, with the keys that the queries of `sequences` see.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`](crate::Error::Unsupported) where a layer that chooses them did not run.
+    pub fn project_chosen(
+        &self,
+        x: &Tensor<2>,
+        table: &RotaryTable,
+        sequences: &[Range<usize>],
+        chosen: &ChosenKeys,
+    ) -> Result<AttentionTape> {
+        let mut tape = self.project(x, table);
+        let longest = sequences.iter().map(Range::len).max().unwrap_or(0);
+        if let Some(choice) = self.choice.as_ref().filter(|choice| longest > choice.keys()) {
+            let indexed = || self.indexed(&self.normed(x), &tape.saved, table).expect("the layer has an indexer");
+            let spans = |indexed: &Indexed| whole_sequences(indexed, sequences, choice.keys());
+            tape.selection = Some(choice.choose(chosen, indexed, spans)?);
+        }
+        Ok(tape)
+    }
+
+    /// What the layer's own indexer makes of `z`.
+    fn indexed(&self, z: &Tensor<2>, saved: &Saved, table: &RotaryTable) -> Option<Indexed> {
+        match (&self.choice, &self.projections, saved) {
+            (Some(KeyChoice::Own { indexer, .. }), Projections::Latent(latent), Saved::Latent(saved)) => {
+                Some(indexer.read(z, &latent.query_latent(saved)?, table))
+            }
+            _ => None,
         }
     }
 
     /// `x + attention(norm(x))`, given the projections of `x`.
     pub fn mix(&self, x: &Tensor<2>, tape: &AttentionTape, sequences: &[Range<usize>]) -> Tensor<2> {
-        let heads = attention(&tape.q, &tape.k, &tape.v, sequences, &self.shape);
+        let heads = attention(&tape.q, &tape.k, &tape.v, sequences, &self.shape, tape.selection.as_deref());
         self.residual(x, &gated(heads, tape.gate.as_ref()))
     }
 
@@ -130,7 +172,8 @@ impl AttentionLayer {
         dy: Tensor<2>,
         wanted: Wanted,
     ) -> Option<Tensor<2>> {
-        let heads = || attention(&tape.q, &tape.k, &tape.v, sequences, &self.shape);
+        let selection = tape.selection.as_deref();
+        let heads = || attention(&tape.q, &tape.k, &tape.v, sequences, &self.shape, selection);
         let through = Wanted { input: true, ..wanted };
         let d_output = scaled(dy.clone(), self.residual);
         let d_output = match &self.output_norm {
@@ -149,7 +192,7 @@ impl AttentionLayer {
                 (d_gated.clone() * open, Some(d_gated * heads * closing))
             }
         };
-        let (dq, dk, dv) = attention_backward(&tape.q, &tape.k, &tape.v, sequences, &self.shape, &d_heads);
+        let (dq, dk, dv) = attention_backward(&tape.q, &tape.k, &tape.v, sequences, &self.shape, selection, &d_heads);
         drop(d_heads);
         let z = || self.normed(x);
         // a norm that is trained is behind the projections
@@ -191,11 +234,12 @@ impl AttentionLayer {
         match &self.projections {
             Projections::Grouped(grouped) => {
                 let ([q, k, v], gate, _) = grouped.project(&z, table, &self.shape);
-                CacheEntry { q, k, v: Some(v), gate }
+                CacheEntry { q, k, v: Some(v), gate, indexed: None }
             }
             Projections::Latent(latent) => {
-                let (q, k) = latent.absorbed(&z, table);
-                CacheEntry { q, k, v: None, gate: latent.gates(&z) }
+                let (q, k, saved) = latent.absorbed(&z, table);
+                let indexed = self.indexed(&z, &Saved::Latent(saved), table);
+                CacheEntry { q, k, v: None, gate: latent.gates(&z), indexed }
             }
         }
     }

@@ -111,6 +111,14 @@ impl LatentProjections {
         if self.rotary { table.rotate(x, heads, first, inverse) } else { x }
     }
 
+    /// The normed latent of queries `[n, R_q]`, where there is one.
+    pub(super) fn query_latent(&self, saved: &Saved) -> Option<Tensor<2>> {
+        match (&self.query, &saved.query) {
+            (QueryProjection::LowRank(query), Some(latent)) => Some(query.norm.forward(latent)),
+            _ => None,
+        }
+    }
+
     /// Logits of the gates on the outputs of the heads, for every column of a head `[n, heads * value]`.
     pub(super) fn gates(&self, z: &Tensor<2>) -> Option<Tensor<2>> {
         self.gate.as_ref().map(|gate| for_columns(gate.forward(z), self.heads.value))
@@ -148,15 +156,15 @@ impl LatentProjections {
     }
 
     /// Queries in the latent space `[n, heads * (R_kv + rope)]`, and `[latent | rotated key]` `[n, R_kv + rope]`, which
-    /// is all that generation keeps of a token.
-    pub(super) fn absorbed(&self, z: &Tensor<2>, table: &RotaryTable) -> (Tensor<2>, Tensor<2>) {
+    /// is all that generation keeps of a token; and the latents.
+    pub(super) fn absorbed(&self, z: &Tensor<2>, table: &RotaryTable) -> (Tensor<2>, Tensor<2>, Saved) {
         let (q, saved, shared) = self.down(z, table);
         let (n, LatentHeads { heads, nope, rope, .. }) = (z.dims()[0], self.heads);
         let q = q.reshape([n, heads, nope + rope]).swap_dims(0, 1); // [heads, n, nope + rope]
         let latent = q.clone().narrow(2, 0, nope).matmul(self.up(0, nope)); // [heads, n, R_kv]
         let q = Tensor::cat(vec![latent, q.narrow(2, nope, rope)], 2);
         let q = q.swap_dims(0, 1).reshape([n, heads * (self.rank() + rope)]);
-        (q, Tensor::cat(vec![self.kv_norm.forward(&saved.kv), shared], 1))
+        (q, Tensor::cat(vec![self.kv_norm.forward(&saved.kv), shared], 1), saved)
     }
 
     /// Shape of attention with queries in the latent space: one key head for all, which is the value too.

@@ -5,10 +5,10 @@ use std::ops::Range;
 use burn::tensor::Tensor;
 
 use super::{
-    AttentionLayer, AttentionTape, ConvolutionLayer, ConvolutionTape, DeltaLayer, DeltaTape, HeadMixtureLayer,
-    HeadMixtureTape, LightningLayer, LightningTape, MambaLayer, MambaTape,
+    AttentionLayer, AttentionTape, ChosenKeys, ConvolutionLayer, ConvolutionTape, DeltaLayer, DeltaTape,
+    HeadMixtureLayer, HeadMixtureTape, LightningLayer, LightningTape, MambaLayer, MambaTape,
 };
-use crate::{adapters::Wanted, kernels::rope::RotaryTable};
+use crate::{adapters::Wanted, error::Result, kernels::rope::RotaryTable};
 
 /// What mixes tokens, with its norm and residual.
 #[derive(Clone, Debug)]
@@ -51,17 +51,26 @@ pub enum MixerTape {
 }
 
 impl MixerLayer {
-    /// The projections of `x [T, H]`, rotated by `table` where the layer rotates.
-    pub fn project(&self, x: &Tensor<2>, table: &RotaryTable) -> MixerTape {
-        match self {
-            Self::Attention(layer) => MixerTape::Attention(layer.project(x, table)),
+    /// The projections of `x [T, H]`, rotated by `table` where the layer rotates, and the keys that its queries see.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`](crate::Error::Unsupported) where a layer that chooses keys for this one did not run.
+    pub fn project(
+        &self,
+        x: &Tensor<2>,
+        table: &RotaryTable,
+        sequences: &[Range<usize>],
+        chosen: &ChosenKeys,
+    ) -> Result<MixerTape> {
+        Ok(match self {
+            Self::Attention(layer) => MixerTape::Attention(layer.project_chosen(x, table, sequences, chosen)?),
             Self::Delta(layer) => MixerTape::Delta(layer.project(x)),
             Self::Convolution(layer) => MixerTape::Convolution(layer.project(x)),
             Self::Mamba(layer) => MixerTape::Mamba(layer.project(x)),
             Self::Lightning(layer) => MixerTape::Lightning(layer.project(x)),
             Self::HeadMixture(layer) => MixerTape::HeadMixture(layer.project(x, table)),
             Self::None => MixerTape::None,
-        }
+        })
     }
 
     /// `x` plus what the layer makes of it, given the projections of `x`.

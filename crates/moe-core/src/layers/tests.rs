@@ -70,6 +70,7 @@ fn grouped(per_head: bool, clip: Option<f32>) -> AttentionLayer {
         shape: shape(1, 4, 4),
         residual: 0.7,
         carry: None,
+        choice: None,
     }
 }
 
@@ -99,6 +100,7 @@ fn latent(low_rank: bool) -> AttentionLayer {
         shape: shape(2, 5, 4),
         residual: 1.0,
         carry: None,
+        choice: None,
     }
 }
 
@@ -331,7 +333,7 @@ fn absorbed_latent_attention_equals_the_expanded_one() {
         let expanded = layer.mix(&x, &layer.project(&x, &table), std::slice::from_ref(&(0..TOKENS)));
         let entry = layer.cache_entry(&x, &table);
         assert_eq!((entry.k.dims(), entry.v.is_none()), ([TOKENS, 5], true));
-        let heads = attention_cached(&entry.q, &entry.k, &entry.k, &layer.cached_shape());
+        let heads = attention_cached(&entry.q, &entry.k, &entry.k, &layer.cached_shape(), None);
         assert_close(&layer.residual(&x, &layer.cached_heads(heads, None)), &expanded, 1e-5);
     }
 }

@@ -1,16 +1,16 @@
 //! Softmax attention of a decoder layer, read from the checkpoint.
 
 use moe_checkpoint::human::variant;
-use moe_checkpoint::{AttentionKind, LatentAttention, LayerRole, OutputGate, QkNorm, Role};
+use moe_checkpoint::{AttentionConfig, AttentionKind, LatentAttention, LayerRole, OutputGate, QkNorm, Role};
 
 use super::Model;
 use crate::{
     adapters::LayerSite,
     error::{Error, Result},
-    kernels::{attention::AttentionShape, latent::LatentHeads},
+    kernels::{attention::AttentionShape, indexer::IndexerShape, latent::LatentHeads},
     layers::{
-        AttentionLayer, GroupedProjections, HeadGate, HeadNorms, LatentProjections, LowRankQuery, Projections,
-        QkvProjections, QueryProjection,
+        AttentionLayer, GroupedProjections, HeadGate, HeadNorms, IndexerLayer, KeyChoice, LatentProjections,
+        LowRankQuery, Norm, Projections, QkvProjections, QueryProjection,
     },
 };
 
@@ -56,7 +56,35 @@ impl Model {
             },
             residual: config.mixer_factors(layer).0 as f32,
             carry: config.mixer_factors(layer).1.map(|carry| carry as f32),
+            choice: self.key_choice(layer, a)?,
         })
+    }
+
+    /// How the keys of a layer are chosen, where they are.
+    fn key_choice(&self, layer: usize, a: &AttentionConfig) -> Result<Option<KeyChoice>> {
+        let Some(selection) = &a.selects else { return Ok(None) };
+        let by = selection.chosen_by.get(layer).copied().unwrap_or(layer);
+        if by != layer {
+            return Ok(Some(KeyChoice::Of { layer: by, keys: selection.keys }));
+        }
+        let rank = match &a.kind {
+            AttentionKind::Latent(LatentAttention { q_lora_rank: Some(rank), .. }) => *rank,
+            other => return Err(Error::Unsupported(format!("an indexer beside {other:?}"))),
+        };
+        let (h, heads, dim) = (self.config().hidden_size, selection.heads, selection.head_dim);
+        let weight = |role, shape| self.weight(&[Role::Layer(layer, role)], shape);
+        let vector = |role| self.vector(Role::Layer(layer, role), dim);
+        let indexer = IndexerLayer {
+            query: weight(LayerRole::IndexerQuery, [heads * dim, rank])?,
+            key: weight(LayerRole::IndexerKey, [dim, h])?,
+            // Whatever `rms_norm_eps` says.
+            key_norm: Norm::new(vector(LayerRole::IndexerKeyNorm)?, Some(vector(LayerRole::IndexerKeyNormBias)?), 1e-6),
+            heads: weight(LayerRole::IndexerHeads, [heads, h])?,
+            shape: IndexerShape { heads, head_dim: dim, keys: selection.keys },
+            interleaved: selection.interleaved,
+        };
+        let shared_as = selection.is_shared(layer).then_some(layer);
+        Ok(Some(KeyChoice::Own { indexer: Box::new(indexer), shared_as }))
     }
 
     fn grouped(&self, layer: usize) -> Result<GroupedProjections> {

@@ -238,22 +238,6 @@ impl Model {
         self.failure.check()
     }
 
-    /// Fails for a sequence of so many tokens in which queries would not see all keys, but those that an indexer
-    /// chooses.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`].
-    pub(crate) fn check_length(&self, tokens: usize) -> Result<()> {
-        match self.config().attention.selects {
-            Some(keys) if tokens > keys => Err(Error::Unsupported(format!(
-                "running `{}` on a sequence of {tokens} tokens: its indexer would choose {keys} keys for each of them (`index_topk`); \
-                 sequences of up to {keys} tokens",
-                self.config().model_type
-            ))),
-            _ => Ok(()),
-        }
-    }
-
     /// Its configuration.
     pub fn config(&self) -> &ModelConfig {
         self.checkpoint.config()

@@ -4,7 +4,6 @@ use burn::tensor::Device;
 use moe_core::{
     Engine, EngineOptions, Error, Model,
     data::{Sequence, Wave},
-    generate::{GenerateOptions, generate},
 };
 
 use crate::{fixtures, observed::Recorder};
@@ -25,23 +24,20 @@ fn models_that_are_not_run_are_refused_at_once() {
     }
 }
 
-/// Texts in which an indexer would choose keys are refused by name, in sweeps and in generation.
+/// A layer that takes the keys of another one does not run without it, except on texts in which all see all.
 #[test]
-fn texts_longer_than_an_indexer_sees_are_refused() {
-    for name in ["deepseek_v32", "glm_moe_dsa"] {
-        let model = Model::open(fixtures().join("tf5").join(name), &Device::flex(), None).unwrap();
-        let limit = model.config().attention.selects.unwrap();
-        let ids = |count: usize| (0..count).map(|i| (i % 50) as u32).collect::<Vec<_>>();
-        let run = |count: usize| {
-            let wave = Wave { id: 0, sequences: vec![Sequence::new(ids(count))] };
-            Engine::new(&model, EngineOptions::default()).run(&wave, &mut Recorder::default())
-        };
-        run(limit).unwrap();
-        let options = GenerateOptions { max_new_tokens: 3, ..Default::default() };
-        let generated = generate(&model, &[ids(limit - 2)], &options, |_| false).map(drop);
-        for error in [run(limit + 1).map(drop).unwrap_err(), generated.unwrap_err()] {
-            let text = error.to_string();
-            assert!(text.contains(name) && text.contains("index_topk") && text.contains("65"), "{text}");
-        }
-    }
+fn layers_that_share_chosen_keys_need_the_layer_that_chooses() {
+    let dir = fixtures().join("tf5/glm_moe_dsa_topk");
+    let model = Model::open(dir, &Device::flex(), None).unwrap();
+    let selection = model.config().attention.selects.clone().unwrap();
+    assert_eq!(selection.chosen_by, [0, 0, 2]);
+    let part = model.with_path("1-2".parse().unwrap()).unwrap();
+    let run = |count: usize| {
+        let ids = (0..count).map(|i| (i % 50) as u32).collect();
+        let wave = Wave { id: 0, sequences: vec![Sequence::new(ids)] };
+        Engine::new(&part, EngineOptions::default()).run(&wave, &mut Recorder::default())
+    };
+    run(selection.keys).unwrap();
+    let error = run(selection.keys + 1).unwrap_err().to_string();
+    assert!(error.contains("layer 0") && error.contains("6 tokens"), "{error}");
 }

@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::AttentionShape;
+use super::{AttentionShape, Selection};
 use crate::{
     host::{self, HostView},
     kernels::{math, zeros},
@@ -108,11 +108,30 @@ fn blocks(first_query: usize, keys: usize, shape: &AttentionShape) -> Vec<Block>
         .collect()
 }
 
-/// Scores of query head `head` -> attention weights, in place; invisible keys become 0.
-fn softmax_block(scores: &mut [f32], block: &Block, head: usize, shape: &AttentionShape) {
+/// Scores of query head `head` -> attention weights, in place; invisible keys become 0. `first` is the row of the
+/// first query in what the selection is of.
+fn softmax_block(
+    scores: &mut [f32],
+    block: &Block,
+    head: usize,
+    shape: &AttentionShape,
+    first: usize,
+    selection: Option<&Selection>,
+) {
     let sink = shape.sinks.as_ref().map(|sinks| sinks[head]);
     let width = block.keys.len();
-    for (row, position) in scores.chunks_exact_mut(width).zip(block.queries.clone()) {
+    let mut chosen = Vec::new();
+    for (i, (row, position)) in scores.chunks_exact_mut(width).zip(block.queries.clone()).enumerate() {
+        if let Some(keys) = selection.and_then(|selection| selection.keys(first + i)) {
+            let places = || keys.iter().filter_map(|key| (*key as usize).checked_sub(block.keys.start));
+            chosen.clear();
+            chosen.extend(places().map(|place| row[place]));
+            let end = chosen.len();
+            softmax_row(&mut chosen, 0, end, sink);
+            row.fill(0.0);
+            places().zip(&chosen).for_each(|(place, weight)| row[place] = *weight);
+            continue;
+        }
         let visible = shape.first_key(position) - block.keys.start..position + 1 - block.keys.start;
         softmax_row(row, visible.start, visible.end, sink);
     }
@@ -184,6 +203,7 @@ pub fn forward(
     v: &Tensor<2>,
     sequences: &[Range<usize>],
     shape: &AttentionShape,
+    selection: Option<&Selection>,
 ) -> Tensor<2> {
     let (k_columns, v_columns) = (shape.kv_heads * shape.head_dim, shape.kv_heads * shape.value_dim);
     let (ks, vs) = (HostView::new(k), HostView::new(v));
@@ -196,11 +216,16 @@ pub fn forward(
             values: &vs[s.start * v_columns..s.end * v_columns],
         })
         .collect();
-    forward_spans(q, &spans, shape)
+    forward_spans(q, &spans, shape, selection)
 }
 
-/// Attention of the last `queries.len()` positions of each span.
-pub fn forward_spans(q: &Tensor<2>, spans: &[Cached<'_>], shape: &AttentionShape) -> Tensor<2> {
+/// Attention of the last `queries.len()` positions of each span; the selection is of the rows of `q`.
+pub fn forward_spans(
+    q: &Tensor<2>,
+    spans: &[Cached<'_>],
+    shape: &AttentionShape,
+    selection: Option<&Selection>,
+) -> Tensor<2> {
     let (d, d_v) = (shape.head_dim, shape.value_dim);
     let (q_columns, k_columns) = (shape.heads * d, shape.kv_heads * d);
     let (o_columns, v_columns) = (shape.heads * d_v, shape.kv_heads * d_v);
@@ -235,7 +260,7 @@ pub fn forward_spans(q: &Tensor<2>, spans: &[Cached<'_>], shape: &AttentionShape
                 unsafe {
                     let s = Matrix::block(scores, width);
                     multiply(s, q, k.t(), [m, d, width], shape.scale, false);
-                    softmax_block(scores, block, head, shape);
+                    softmax_block(scores, block, head, shape, row, selection);
                     multiply(o, Matrix::block(scores, width), v, [m, width, d_v], 1.0, false);
                 }
             }
@@ -250,6 +275,7 @@ pub fn backward(
     v: &Tensor<2>,
     sequences: &[Range<usize>],
     shape: &AttentionShape,
+    selection: Option<&Selection>,
     d_out: &Tensor<2>,
 ) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
     let (d, d_v) = (shape.head_dim, shape.value_dim);
@@ -289,7 +315,7 @@ pub fn backward(
                     // columns of its key/value head (dk, dv) and of that head's query heads (dq).
                     unsafe {
                         multiply(Matrix::block(p, width), q, k.t(), [m, d, width], shape.scale, false);
-                        softmax_block(p, block, head, shape);
+                        softmax_block(p, block, head, shape, row, selection);
                         multiply(dv, Matrix::block(p, width).t(), d_out, [width, m, d_v], 1.0, true);
                         multiply(Matrix::block(ds, width), d_out, v.t(), [m, d_v, width], 1.0, false);
                         softmax_backward_block(p, ds, width, shape.scale);

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use burn::tensor::{Tensor, activation};
 
-use super::{AttentionShape, rows};
+use super::{AttentionShape, Selection, rows};
 use crate::host;
 
 /// Scores held at once, in elements.
@@ -39,11 +39,21 @@ fn chunks(q: &Tensor<2>, keys: usize, shape: &AttentionShape) -> impl Iterator<I
 }
 
 /// Attention weights of some queries, `[heads, queries, keys]`.
-fn weights(q: Tensor<3>, k: &Tensor<3>, first_position: usize, shape: &AttentionShape) -> Tensor<3> {
+fn weights(
+    q: Tensor<3>,
+    k: &Tensor<3>,
+    first_position: usize,
+    shape: &AttentionShape,
+    (first_row, selection): (usize, Option<&Selection>),
+) -> Tensor<3> {
     let (queries, keys) = (q.dims()[1], k.dims()[1]);
     let mut mask = vec![f32::MIN / 2.0; queries * keys];
     for i in 0..queries {
         let position = first_position + i;
+        if let Some(chosen) = selection.and_then(|selection| selection.keys(first_row + i)) {
+            chosen.iter().for_each(|key| mask[i * keys + *key as usize] = 0.0);
+            continue;
+        }
         mask[i * keys + shape.first_key(position)..=i * keys + position].fill(0.0);
     }
     let mask = host::from_vec(mask, [1, queries, keys], &q.device());
@@ -58,14 +68,21 @@ fn weights(q: Tensor<3>, k: &Tensor<3>, first_position: usize, shape: &Attention
     }
 }
 
-pub fn forward(q: &Tensor<2>, k: &Tensor<2>, v: &Tensor<2>, shape: &AttentionShape) -> Tensor<2> {
+pub fn forward(
+    q: &Tensor<2>,
+    k: &Tensor<2>,
+    v: &Tensor<2>,
+    shape: &AttentionShape,
+    selection: Option<&Selection>,
+) -> Tensor<2> {
     let groups = shape.heads / shape.kv_heads;
     let (queries, keys) = (q.dims()[0], k.dims()[0]);
     let (k, v) = (spread(split(k, shape.kv_heads), groups), spread(split(v, shape.kv_heads), groups));
     let outputs = chunks(q, keys, shape)
         .map(|chunk| {
             let first = keys - queries + chunk.start;
-            merge(weights(split(&rows(q, &chunk), shape.heads), &k, first, shape).matmul(v.clone()))
+            let of = (chunk.start, selection);
+            merge(weights(split(&rows(q, &chunk), shape.heads), &k, first, shape, of).matmul(v.clone()))
         })
         .collect();
     Tensor::cat(outputs, 0)
@@ -76,6 +93,7 @@ pub fn backward(
     k: &Tensor<2>,
     v: &Tensor<2>,
     shape: &AttentionShape,
+    selection: Option<&Selection>,
     d_out: &Tensor<2>,
 ) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
     let groups = shape.heads / shape.kv_heads;
@@ -85,7 +103,7 @@ pub fn backward(
     for chunk in chunks(q, keys, shape) {
         let first = keys - q.dims()[0] + chunk.start;
         let (q, d_out) = (split(&rows(q, &chunk), shape.heads), split(&rows(d_out, &chunk), shape.heads));
-        let p = weights(q.clone(), &k, first, shape); // [heads, chunk, keys]
+        let p = weights(q.clone(), &k, first, shape, (chunk.start, selection)); // [heads, chunk, keys]
         dv = dv + p.clone().swap_dims(1, 2).matmul(d_out.clone());
         let dp = d_out.matmul(v.clone().swap_dims(1, 2));
         let inner = (p.clone() * dp.clone()).sum_dim(2); // [heads, chunk, 1]

@@ -14,8 +14,11 @@ use crate::host;
 #[cfg(feature = "flex")]
 pub(crate) mod cpu;
 mod device;
+mod selection;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
+
+pub use selection::Selection;
 
 /// What an attention layer is, apart from its projections.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,26 +50,40 @@ impl AttentionShape {
 }
 
 /// Attention of independent sequences: `q [T, heads * D]`, `k [T, kv_heads * D]`, `v [T, kv_heads * D_v]` ->
-/// `[T, heads * D_v]`. `sequences` are disjoint row ranges; tokens see earlier tokens of their own sequence only.
+/// `[T, heads * D_v]`. `sequences` are disjoint row ranges; tokens see earlier tokens of their own sequence only, and
+/// of these the keys of the selection, where there is one.
 pub fn attention(
     q: &Tensor<2>,
     k: &Tensor<2>,
     v: &Tensor<2>,
     sequences: &[Range<usize>],
     shape: &AttentionShape,
+    selection: Option<&Selection>,
 ) -> Tensor<2> {
     #[cfg(feature = "flex")]
     if host::is_host(&q.device()) {
-        return cpu::forward(q, k, v, sequences, shape);
+        return cpu::forward(q, k, v, sequences, shape, selection);
     }
-    let outputs = sequences.iter().map(|s| device::forward(&rows(q, s), &rows(k, s), &rows(v, s), shape)).collect();
+    let outputs = sequences
+        .iter()
+        .map(|s| {
+            let part = selection.map(|selection| selection.part(s));
+            device::forward(&rows(q, s), &rows(k, s), &rows(v, s), shape, part.as_ref())
+        })
+        .collect();
     Tensor::cat(outputs, 0)
 }
 
 /// Attention of the last `q.dims()[0]` tokens of one sequence over its cached keys and values, `[keys, kv_heads * D]`
 /// and `[keys, kv_heads * D_v]`.
-pub fn attention_cached(q: &Tensor<2>, k: &Tensor<2>, v: &Tensor<2>, shape: &AttentionShape) -> Tensor<2> {
-    device::forward(q, k, v, shape)
+pub fn attention_cached(
+    q: &Tensor<2>,
+    k: &Tensor<2>,
+    v: &Tensor<2>,
+    shape: &AttentionShape,
+    selection: Option<&Selection>,
+) -> Tensor<2> {
+    device::forward(q, k, v, shape, selection)
 }
 
 /// Gradients of [`attention`] with respect to `q`, `k` and `v`, given the gradient of its output.
@@ -76,15 +93,18 @@ pub fn attention_backward(
     v: &Tensor<2>,
     sequences: &[Range<usize>],
     shape: &AttentionShape,
+    selection: Option<&Selection>,
     d_out: &Tensor<2>,
 ) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
     #[cfg(feature = "flex")]
     if host::is_host(&q.device()) {
-        return cpu::backward(q, k, v, sequences, shape, d_out);
+        return cpu::backward(q, k, v, sequences, shape, selection, d_out);
     }
     let (mut dq, mut dk, mut dv) = (Vec::new(), Vec::new(), Vec::new());
     for s in sequences {
-        let (q, k, v) = device::backward(&rows(q, s), &rows(k, s), &rows(v, s), shape, &rows(d_out, s));
+        let part = selection.map(|selection| selection.part(s));
+        let (q, k, v) = (rows(q, s), rows(k, s), rows(v, s));
+        let (q, k, v) = device::backward(&q, &k, &v, shape, part.as_ref(), &rows(d_out, s));
         dq.push(q);
         dk.push(k);
         dv.push(v);
