@@ -9,7 +9,7 @@ use moe_checkpoint::{
     Checkpoint, ExpertLayout, ExpertMatrix, ExpertSite, ExpertTensor, LayerSite, MatrixId, Role, Site,
 };
 
-use super::targets::ends_with;
+use super::{modern::modern, targets::ends_with};
 use crate::trainable_tensors;
 
 /// Whose module names.
@@ -236,15 +236,5 @@ impl<'a> Maps<'a> {
 
     fn shape(&self, role: Role) -> Option<[usize; 2]> {
         <[usize; 2]>::try_from(self.checkpoint.plain_role(role).ok()?.shape.as_slice()).ok()
-    }
-}
-
-/// The path of a module in transformers 5, which renamed the blocks of some families.
-fn modern(path: &str, checkpoint: &Checkpoint) -> String {
-    match checkpoint.config().model_type.as_str() {
-        "mixtral" => path.replace(".block_sparse_moe.", ".mlp."),
-        "phimoe" => path.replace(".block_sparse_moe.gate", ".mlp.router").replace(".block_sparse_moe.", ".mlp."),
-        "granitemoe" => path.replace(".router.layer", ".router"),
-        _ => path.to_string(),
     }
 }

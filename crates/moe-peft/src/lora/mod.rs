@@ -12,6 +12,7 @@ mod init;
 mod install;
 mod linear;
 mod maps;
+mod modern;
 mod targets;
 mod weights;
 
