@@ -337,3 +337,71 @@ fn absorbed_latent_attention_equals_the_expanded_one() {
         assert_close(&layer.residual(&x, &layer.cached_heads(heads, None)), &expanded, 1e-5);
     }
 }
+
+/// Checks the gradient of a layer `run` at `x` against difference quotients of `sum(dy * run(x))`.
+fn check_quotients(x: &Tensor<2>, dy: &Tensor<2>, found: Tensor<2>, run: impl Fn(&Tensor<2>) -> Tensor<2>) {
+    let values = host::into_vec(x.clone());
+    for (i, found) in host::into_vec(found).into_iter().enumerate() {
+        let at = |h: f32| -> f64 {
+            let mut moved = values.clone();
+            moved[i] += h;
+            let y = run(&host::from_vec(moved, x.dims(), &dy.device()));
+            host::into_vec(y * dy.clone()).into_iter().map(f64::from).sum()
+        };
+        // The quotient without its error of the second order.
+        let quotient = |h: f32| (at(h) - at(-h)) / (2.0 * f64::from(h));
+        let numeric = (4.0 * quotient(1e-3) - quotient(2e-3)) / 3.0;
+        let close = (numeric - f64::from(found)).abs() < 6e-3 * (1.0 + numeric.abs());
+        assert!(close, "{i}: {found} and {numeric}");
+    }
+}
+
+#[test]
+fn lightning_attention_has_the_gradient_of_a_difference_quotient_and_steps_through_a_text_as_it_sweeps() {
+    for carry in [None, Some(1.3)] {
+        let layer = LightningLayer {
+            norm: norm(HIDDEN, 6, false),
+            qkv: linear([18, HIDDEN], 1),
+            gate: linear([6, HIDDEN], 2),
+            output_norm: norm(6, 3, false),
+            output: linear([HIDDEN, 6], 4),
+            rates: [-0.7, -0.2].into(),
+            head_dim: 3,
+            residual: 0.6,
+            carry,
+        };
+        let (x, dy) = (pattern([TOKENS, HIDDEN], 20), pattern([TOKENS, HIDDEN], 21));
+        let sequences = [0..2, 2..TOKENS];
+        let wanted = Wanted { input: true, parameters: false };
+        let found = layer.backward(&x, &layer.project(&x), &sequences, dy.clone(), wanted).unwrap();
+        check_quotients(&x, &dy, found, |x| layer.mix(x, &layer.project(x), &sequences));
+        let whole = layer.mix(&x, &layer.project(&x), std::slice::from_ref(&(0..TOKENS)));
+        let mut states = [layer.start()];
+        let pieces = [0..2, 2..3, 3..TOKENS].map(|rows| {
+            let piece = x.clone().narrow(0, rows.start, rows.len());
+            layer.step(&piece, std::slice::from_ref(&(0..rows.len())), &mut states)
+        });
+        assert_close(&Tensor::cat(pieces.to_vec(), 0), &whole, 1e-5);
+    }
+}
+
+#[test]
+fn a_mixture_of_heads_has_the_gradient_of_a_difference_quotient() {
+    let rule = moe_checkpoint::Routing::new(2, moe_checkpoint::RoutingKind::TopKSoftmax);
+    let shape = AttentionShape { heads: 4, ..shape(2, 2, 2) };
+    let layer = HeadMixtureLayer {
+        norm: norm(HIDDEN, 6, false),
+        router: weight([3, HIDDEN], 5),
+        rule: crate::router::Router::new(&rule).unwrap(),
+        queries: (0..3).map(|expert| weight([4, HIDDEN], 30 + expert)).collect(),
+        outputs: (0..3).map(|expert| weight([HIDDEN, 4], 40 + expert)).collect(),
+        key_value: linear([8, HIDDEN], 1),
+        bias: vector(HIDDEN, 2),
+        shape,
+    };
+    let (x, dy, table) = (pattern([TOKENS, HIDDEN], 20), pattern([TOKENS, HIDDEN], 21), table(2, false));
+    let sequences = [0..2, 2..TOKENS];
+    let wanted = Wanted { input: true, parameters: false };
+    let found = layer.backward(&x, &layer.project(&x, &table), &sequences, &table, dy.clone(), wanted).unwrap();
+    check_quotients(&x, &dy, found, |x| layer.mix(x, &layer.project(x, &table), &sequences));
+}
