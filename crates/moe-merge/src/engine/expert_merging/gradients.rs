@@ -103,7 +103,7 @@ impl<'a> HiddenGradients<'a> {
         let difference: Vec<f32> = after.as_slice().iter().zip(target.as_slice()).map(|(a, b)| a - b).collect();
         let share = self.factor / layers / difference.len().max(1) as f64;
         self.loss += share * difference.iter().map(|d| f64::from(*d).powi(2)).sum::<f64>();
-        let residual = self.coefficients.base().config().multipliers.residual as f32;
+        let residual = self.coefficients.base().config().ffn_factor(self.layer) as f32;
         for Pending { expert, rows, weights, input, trace } in std::mem::take(&mut self.pending) {
             let rows: Vec<f32> = rows
                 .iter()
