@@ -150,7 +150,7 @@ pub fn export(from: &Arc<Checkpoint>, kind: Kind, to: &Path) -> Result<bool> {
     if narrows && from.family().shared_follows_width() {
         return Ok(false);
     }
-    let counts = matches!(kind, Kind::Experts | Kind::Pieces | Kind::FineGrained | Kind::Merged);
+    let counts = matches!(kind, Kind::Pieces | Kind::FineGrained | Kind::Merged);
     if counts && from.family().attention_has_experts() {
         return Ok(false);
     }

@@ -322,7 +322,7 @@ pub trait Family: Send + Sync {
     fn expert_count_keys(&self) -> &'static [&'static str];
 
     /// Whether attention has as many experts as the feed-forward halves and takes as many for a token, and a config no
-    /// other numbers for them: then no export of one width has other numbers of experts.
+    /// other numbers for them: then an export that changes these changes attention, too, or is refused.
     fn attention_has_experts(&self) -> bool {
         false
     }

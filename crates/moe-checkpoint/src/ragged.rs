@@ -214,6 +214,9 @@ pub struct UniformShape {
     pub top_k: Option<usize>,
     /// Number of groups of experts, and of those selected; `None` leaves the config's.
     pub groups: Option<(usize, usize)>,
+    /// Whether attention is given as many experts, where a config has one number for both; otherwise another number is
+    /// refused there. See [`Family::attention_has_experts`](crate::Family::attention_has_experts).
+    pub attention_follows: bool,
 }
 
 /// The config of a stock model whose routed experts all have this width, made from the config of a stock model or of a
@@ -235,7 +238,7 @@ pub fn uniform_shape_config(config: &Value, shape: UniformShape) -> Result<Value
         None => config.clone(),
     };
     let family = family_of(&result)?;
-    if family.attention_has_experts() {
+    if family.attention_has_experts() && !shape.attention_follows {
         let fields = Fields::new(&result, CONFIG)?;
         for (keys, value) in [(family.expert_count_keys(), shape.experts), (family.top_k_keys(), shape.top_k)] {
             let is_there = |key: &&&str| fields.value(key).is_some();

@@ -106,7 +106,7 @@ fn a_whole_omni_model_is_its_thinker() {
     let (_dir, opened) = whole.open();
     let opened = opened.unwrap();
     assert_eq!(opened.family().text_key(), Some("thinker_config.text_config"));
-    let shape = UniformShape { width: 8, experts: Some(3), shared_experts: None, top_k: None, groups: None };
+    let shape = UniformShape { width: 8, experts: Some(3), ..UniformShape::default() };
     let config = uniform_shape_config(opened.raw_config(), shape).unwrap();
     let text = &config["thinker_config"]["text_config"];
     assert_eq!((&text["num_experts"], &text["moe_intermediate_size"]), (&json!(3), &json!(8)));

@@ -207,6 +207,38 @@ fn experts_go_with_their_router_rows_and_biases() {
 }
 
 #[test]
+fn attention_of_experts_keeps_as_many_of_them_in_a_uniform_export_and_all_in_a_ragged_one() {
+    let directory = tempdir().unwrap();
+    let model = Checkpoint::open(parity("tf5/jetmoe")).unwrap();
+    let plan = expert_plan(&model, 0.4).unwrap();
+    let left = plan.kept[0].experts_kept().len();
+    assert_eq!((model.shape().layers[0].num_experts(), left), (6, 4));
+    let stacks = [LayerRole::HeadRouter, LayerRole::HeadQueries, LayerRole::HeadOutputs];
+    for mode in [PruneForm::Uniform, PruneForm::Ragged] {
+        let out = directory.path().join(mode.name());
+        let report = write_plan(&plan, &model, &out, &PruneOptions::new(mode)).unwrap();
+        let out = Checkpoint::open(out).unwrap();
+        assert_eq!(report.notes.iter().any(|note| note.contains("attention keeps 4 experts")), mode.name() == "uniform");
+        for layer in 0..2 {
+            let [router, queries, outputs] =
+                stacks.map(|role| model.read_f32(Role::Layer(layer, role)).unwrap()).map(|values| {
+                    values.chunks(values.len() / 6).map(<[f32]>::to_vec).collect::<Vec<_>>()
+                });
+            let square = |values: &[f32]| values.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>();
+            let mut order: Vec<usize> = (0..6).collect();
+            order.sort_by_key(|e| std::cmp::Reverse((1e9 * square(&queries[*e]) * square(&outputs[*e])) as u64));
+            let mut best = if mode.name() == "uniform" { order[..left].to_vec() } else { order };
+            best.sort_unstable();
+            for (role, before) in stacks.into_iter().zip([router, queries, outputs]) {
+                let expected: Vec<f32> = best.iter().flat_map(|expert| before[*expert].clone()).collect();
+                assert_eq!(out.read_f32(Role::Layer(layer, role)).unwrap(), expected, "{role:?}");
+            }
+        }
+        assert_eq!(out.raw_config()["num_local_experts"], if mode.name() == "uniform" { 4 } else { 6 });
+    }
+}
+
+#[test]
 fn groups_and_top_k_are_protected() {
     let model = Checkpoint::open(parity("tf5/deepseek_v3")).unwrap();
     let mut plan = PrunePlan::keep_all(model.shape(), model.fingerprint());

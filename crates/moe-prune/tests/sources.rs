@@ -114,6 +114,13 @@ fn what_is_run_is_what_is_written_to_the_bit() {
             // a config has no place for another width of the routed experts alone
             cases.retain(|(what, ..)| !["uniform", "pieces", "padded pieces"].contains(what));
         }
+        if model.family().attention_has_experts() {
+            // nor for pieces of experts of one half alone
+            for (what, plan, options) in cases.extract_if(.., |(what, ..)| what.contains("pieces")) {
+                let error = plan.on(&model, &options).unwrap_err().to_string();
+                assert!(error.contains("num_") && error.contains("attention has as many"), "{what}: {error}");
+            }
+        }
         for (index, (what, plan, options)) in cases.into_iter().enumerate() {
             let pruned = plan.on(&model, &options).unwrap();
             let unwritten = run(pruned.model());

@@ -12,6 +12,7 @@ use crate::{
         AttentionLayer, GroupedProjections, HeadGate, HeadNorms, IndexerLayer, KeyChoice, LatentProjections,
         LowRankQuery, Norm, Projections, QkvProjections, QueryProjection,
     },
+    precision::Precision,
 };
 
 impl Model {
@@ -69,10 +70,11 @@ impl Model {
         }
         let rank = match &a.kind {
             AttentionKind::Latent(LatentAttention { q_lora_rank: Some(rank), .. }) => *rank,
-            other => return Err(Error::Unsupported(format!("an indexer beside {other:?}"))),
+            other => return Err(Error::Unsupported(format!("an indexer beside {}", variant(other)))),
         };
         let (h, heads, dim) = (self.config().hidden_size, selection.heads, selection.head_dim);
-        let weight = |role, shape| self.weight(&[Role::Layer(layer, role)], shape);
+        // In f32 as routers are: keys that are close would change places by rounding alone.
+        let weight = |role, shape| self.weight(&[Role::Layer(layer, role)], shape, Precision::F32);
         let vector = |role| self.vector(Role::Layer(layer, role), dim);
         let indexer = IndexerLayer {
             query: weight(LayerRole::IndexerQuery, [heads * dim, rank])?,

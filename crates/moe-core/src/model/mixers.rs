@@ -22,6 +22,7 @@ use crate::{
         ApartProjections, ConvolutionLayer, DeltaLayer, DeltaProjections, GateActivation, HeadMixtureLayer,
         LightningLayer, MambaLayer, MixerLayer, Norm, WideProjection,
     },
+    precision::Precision,
     router::Router,
 };
 
@@ -241,7 +242,7 @@ impl Model {
         let rule = Routing::new(mixture.top_k, RoutingKind::TopKSoftmax);
         Ok(HeadMixtureLayer {
             norm: self.norm(role(LayerRole::AttentionNorm), role(LayerRole::AttentionNormBias))?,
-            router: self.weight(&[role(LayerRole::HeadRouter)], [mixture.experts, h])?,
+            router: self.weight(&[role(LayerRole::HeadRouter)], [mixture.experts, h], Precision::F32)?,
             rule: Router::new(&rule)?,
             queries: stack(LayerRole::HeadQueries, [width, h])?,
             outputs: stack(LayerRole::HeadOutputs, [h, width])?,

@@ -1,5 +1,6 @@
 //! What a plan makes of a checkpoint: another checkpoint, whose weights are made when they are read.
 
+mod attention;
 mod export;
 mod fine_grained;
 mod further;

@@ -139,6 +139,18 @@ impl PrunedSource {
         Ok(sliced(Cow::Owned(out), range.start - start..range.end - start).into_owned())
     }
 
+    /// A range of a tensor that has these blocks along the first dimension of the one of the same name.
+    fn picked(&self, tensor: &TensorInfo, kept: &[usize], range: Range<usize>) -> Result<Vec<u8>> {
+        let size = (tensor.bytes as usize / kept.len().max(1)).max(1);
+        let wanted = range.start / size..range.end.div_ceil(size).min(kept.len());
+        let mut out = Vec::with_capacity(wanted.len() * size);
+        for block in &kept[wanted.clone()] {
+            out.extend_from_slice(&self.base.tensor_bytes(&tensor.name, block * size..(block + 1) * size)?);
+        }
+        let start = wanted.start * size;
+        Ok(sliced(Cow::Owned(out), range.start - start..range.end - start).into_owned())
+    }
+
     /// A range of a tensor of blocks of one size, of experts that are none of the decoder's.
     fn blocks(
         &self,
@@ -183,6 +195,7 @@ impl ModelSource for PrunedSource {
             None => return self.base.tensor_bytes(&tensor.name, range),
             Some(Made::Rows(position, role)) => sliced(Cow::Owned(self.rows(tensor, layer(*position), *role)?), range),
             Some(Made::Pad { rows, cols }) => Cow::Owned(self.padded(tensor, (*rows, *cols), range)?),
+            Some(Made::Blocks(kept)) => Cow::Owned(self.picked(tensor, kept, range)?),
             Some(Made::Experts(position, blocks)) => {
                 Cow::Owned(self.blocks(tensor, (layer(*position), blocks), range)?)
             }
@@ -194,6 +207,7 @@ impl ModelSource for PrunedSource {
             None => self.base.grain(&tensor.name),
             Some(Made::Rows(..)) => tensor.bytes as usize,
             Some(Made::Pad { .. }) => tensor.shape[1] * tensor.dtype.bitsize() / 8,
+            Some(Made::Blocks(kept)) => tensor.bytes as usize / kept.len().max(1),
             Some(Made::Experts(_, blocks)) => tensor.bytes as usize / blocks.len().max(1),
         }
     }
@@ -219,7 +233,7 @@ impl ModelSource for PrunedSource {
                 blocks[done].iter().for_each(|(set, _)| layer.release(&self.base, &layer.sets[*set]));
             }
             // A tensor that the base lacks has no pages.
-            Some(Made::Rows(..) | Made::Pad { .. }) => drop(self.base.release_tensor(&tensor.name)),
+            Some(Made::Rows(..) | Made::Pad { .. } | Made::Blocks(_)) => drop(self.base.release_tensor(&tensor.name)),
         }
     }
 

@@ -16,6 +16,8 @@ pub(super) struct Target {
     pub layers: Vec<TargetLayer>,
     /// Width of the shared experts, where it grows by units of zeros.
     pub shared_width: Option<usize>,
+    /// Experts of attention that stay, by decoder layer, where it has fewer than before.
+    pub attention: BTreeMap<usize, Vec<usize>>,
     /// Tensors that are left out.
     pub dropped: BTreeSet<String>,
     /// What a user should know besides.
@@ -25,7 +27,8 @@ pub(super) struct Target {
 impl Target {
     /// A target that leaves everything but these layers.
     pub fn new(config: Value, layers: Vec<TargetLayer>) -> Self {
-        Self { config, layers, shared_width: None, dropped: BTreeSet::new(), notes: Vec::new() }
+        let (attention, dropped) = (BTreeMap::new(), BTreeSet::new());
+        Self { config, layers, shared_width: None, attention, dropped, notes: Vec::new() }
     }
 
     /// A hash of what the plan does not say about the content of experts.
@@ -42,6 +45,10 @@ impl Target {
                 set.units.iter().for_each(|unit| number(*unit as usize));
                 [set.down_factor, set.bias_factor].into_iter().for_each(|factor| number(factor.to_bits() as usize));
             }
+        }
+        for (layer, experts) in &self.attention {
+            number(*layer);
+            experts.iter().for_each(|expert| number(*expert));
         }
         hasher.finalize().to_hex().to_string()
     }

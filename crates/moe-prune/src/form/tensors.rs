@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use moe_checkpoint::{Checkpoint, Dtype, ExpertBiases, ExpertBlock, LayerRole, Role, TensorInfo, TensorSpec};
 
+use super::attention;
 use super::target::{Target, TargetLayer};
 use crate::{EditSource, Error, Result};
 
@@ -23,6 +24,8 @@ pub(super) enum Made {
     Rows(usize, LayerRole),
     /// The tensor of the same name with zeros after its rows (of shape before) or after its columns.
     Pad { rows: usize, cols: usize },
+    /// These blocks along the first dimension of the tensor of the same name.
+    Blocks(Vec<usize>),
     /// Blocks of sets of weights of a layer of the target that is none of the decoder's, by position, in file order.
     /// All are of one size.
     Experts(usize, Vec<(usize, ExpertBlock)>),
@@ -63,6 +66,11 @@ pub(super) fn tensors(
             pads.extend([LayerRole::SharedGate, LayerRole::SharedUp, LayerRole::SharedDown].map(name));
         }
     }
+    let mut blocks: BTreeMap<String, &Vec<usize>> = BTreeMap::new();
+    for (layer, kept) in &target.attention {
+        let name = |role| from.family().tensor_name(Role::Layer(*layer, role));
+        blocks.extend(attention::STACKS.map(|role| (name(role), kept)));
+    }
     for info in from.tensors() {
         if target.dropped.contains(&info.name) || layer_of.contains(&info.name) {
             continue;
@@ -72,6 +80,9 @@ pub(super) fn tensors(
             let layer = &target.layers[*position];
             spec.shape = kept_shape(info, layer.widths_before(from).len(), layer.rows.len());
             out.made.insert(info.name.clone(), Made::Rows(*position, *role));
+        } else if let Some(kept) = blocks.get(&info.name) {
+            spec.shape[0] = kept.len();
+            out.made.insert(info.name.clone(), Made::Blocks(kept.to_vec()));
         } else if let (Some(width), [rows, cols]) =
             (target.shared_width.filter(|_| pads.contains(&info.name)), &info.shape[..])
         {

@@ -1,9 +1,10 @@
 //! Structural export with one width for all experts: what stock loaders read.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use moe_checkpoint::{Checkpoint, ExpertLayout, Ffn, UniformShape, ragged_config, uniform_shape_config};
 
+use super::attention;
 use super::shared_sets::shared_config;
 use super::target::{Target, TargetLayer};
 use super::{PruneForm, PruneOptions};
@@ -45,7 +46,7 @@ pub(super) fn target(
     // Where experts share, the config says how many there are in every layer.
     let other = shape.layers.iter().find(|layer| layer.num_experts() != experts && !from.grouped());
     if let Some(other) = other {
-        if by_layer && from.shape().uniform_width() == Some(width) {
+        if by_layer && from.shape().uniform_width() == Some(width) && !from.family().attention_has_experts() {
             return counts_by_layer(plan, from);
         }
         return refuse(format!(
@@ -61,9 +62,23 @@ pub(super) fn target(
     let (shared_experts, shared_width) = shared(from, width);
     let experts = (!from.grouped() && (removed || from.ragged())).then_some(experts);
     let top_k = plan.top_k_clamp().map(|clamp| clamp.after);
-    let shape = UniformShape { width, experts, top_k, shared_experts, ..UniformShape::default() };
+    let attention = match experts {
+        Some(count) if from.family().attention_has_experts() => attention::kept(from, count)?,
+        _ => BTreeMap::new(),
+    };
+    let shape =
+        UniformShape { width, experts, top_k, shared_experts, attention_follows: true, ..UniformShape::default() };
     let config = shared_config(from, &layers, |config| Ok(uniform_shape_config(config, shape)?))?;
-    Ok(Target { shared_width, ..Target::new(config, layers) })
+    let notes = attention.values().next().map(|kept| {
+        format!(
+            "attention keeps {} experts in every layer, too, those with the largest weights, since a config of `{}` has \
+             one number of experts for both halves",
+            kept.len(),
+            from.config().model_type
+        )
+    });
+    let notes = notes.into_iter().collect();
+    Ok(Target { shared_width, attention, notes, ..Target::new(config, layers) })
 }
 
 /// Whole experts go, more from some layers than from others.

@@ -93,7 +93,7 @@ fn selected_keys_alone_are_seen() {
     let shape = AttentionShape { sinks: None, ..shape(2, 1, 4, 0.5, None) };
     let sequences = [0..150, 150..190];
     let n = 190;
-    let seen = |position: usize| (0..=position as u32).filter(|key| key % 3 == 0 || *key as usize == position);
+    let seen = |position: usize| (0..=position as u32).filter(move |key| key % 3 == 0 || *key as usize == position);
     let of = |position: usize| if position < 6 { Vec::new() } else { seen(position).collect() };
     let selection = Selection::new(sequences.iter().flat_map(|s| (0..s.len()).map(of)));
     let (q, k, v, d) = (pattern([n, 8], 1), pattern([n, 4], 2), pattern([n, 4], 3), pattern([n, 8], 4));
