@@ -124,7 +124,8 @@ fn subjects() -> &'static [Subject] {
                      tf5/glm_moe_dsa tf5/mistral4 tf5/lfm2_moe \
                      tf5/afmoe tf5/flex_olmo tf5/gemma4_full tf5/granitemoehybrid tf5/granitemoeshared \
                      tf5/hunyuan_v1_moe tf5/llama4_full tf5/nemotron_h tf5/nemotron_h_latent tf5/sarvam_moe tf5/cohere2_moe tf5/step3p7_full \
-                     tf5/qwen3_omni_moe_thinker tf5/qwen3_vl_moe_full tf5/kimi_linear tf5/bailing_hybrid ../unrun/qwen3_5_moe \
+                     tf5/qwen3_omni_moe_thinker tf5/qwen3_vl_moe_full tf5/kimi_linear tf5/bailing_hybrid \
+                     tf5/bailing_moe tf5/bailing_moe_v2 tf5/minimax tf5/jetmoe tf5/glm_moe_dsa_topk ../unrun/qwen3_5_moe \
                      ../unrun/qwen3_5_moe_text";
         let load = |name: &str| Model::load(&fixture(name));
         let mut subjects: Vec<_> = names.split_whitespace().map(|name| Subject::new(name, load(name))).collect();

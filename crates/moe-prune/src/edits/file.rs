@@ -152,8 +152,8 @@ impl EditsFile {
                 .remove(&name)
                 .ok_or_else(|| invalid(format!("tensor `{name}` is of no expert or router that the plan keeps")))?;
             // Rows of a router are wider than what experts read where that is a latent of the residual stream.
-            let is_wider = || match (info.shape[..], &shape[..]) {
-                ([rows, width], [experts, hidden]) => rows == *experts && width > *hidden,
+            let is_wider = || match (&info.shape[..], &shape[..]) {
+                ([rows, width], [experts, hidden]) => rows == experts && width > hidden,
                 _ => false,
             };
             let fits = info.shape == shape || (routers.contains(&name) && is_wider());

@@ -208,6 +208,7 @@ pub(super) fn target(
         shared_experts,
         top_k: Some(map.routing.top_k),
         groups: map.routing.groups().map(|groups| (groups.count, groups.top)),
+        ..UniformShape::default()
     };
     let config = uniform_shape_config(from.raw_config(), shape)?;
     Ok(Target { shared_width, notes, ..Target::new(config, layers) })
