@@ -65,7 +65,7 @@ fn every_kind_of_tensor_gives_the_logits_of_peft_and_merged_those_of_peft_merged
     }
 }
 
-/// Experts that have no gate, as PEFT adapts their parameters, with the shared expert, a dense layer and attention: read,
+/// Experts without a gate, as PEFT adapts their parameters, with the shared expert, a dense layer and attention: read,
 /// run, merged, and written under the names and with the shapes that PEFT itself gives such an adapter.
 #[test]
 fn an_adapter_of_experts_without_a_gate_gives_the_logits_of_peft_and_is_written_as_peft_writes_it() {

@@ -218,12 +218,14 @@ fn attention_of_experts_keeps_as_many_of_them_in_a_uniform_export_and_all_in_a_r
         let out = directory.path().join(mode.name());
         let report = write_plan(&plan, &model, &out, &PruneOptions::new(mode)).unwrap();
         let out = Checkpoint::open(out).unwrap();
-        assert_eq!(report.notes.iter().any(|note| note.contains("attention keeps 4 experts")), mode.name() == "uniform");
+        assert_eq!(
+            report.notes.iter().any(|note| note.contains("attention keeps 4 experts")),
+            mode.name() == "uniform"
+        );
         for layer in 0..2 {
-            let [router, queries, outputs] =
-                stacks.map(|role| model.read_f32(Role::Layer(layer, role)).unwrap()).map(|values| {
-                    values.chunks(values.len() / 6).map(<[f32]>::to_vec).collect::<Vec<_>>()
-                });
+            let [router, queries, outputs] = stacks
+                .map(|role| model.read_f32(Role::Layer(layer, role)).unwrap())
+                .map(|values| values.chunks(values.len() / 6).map(<[f32]>::to_vec).collect::<Vec<_>>());
             let square = |values: &[f32]| values.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>();
             let mut order: Vec<usize> = (0..6).collect();
             order.sort_by_key(|e| std::cmp::Reverse((1e9 * square(&queries[*e]) * square(&outputs[*e])) as u64));

@@ -179,7 +179,7 @@ impl ModelConfig {
         self.normed_residual.as_ref().map(|factors| factors.ffn.carry)
     }
 
-    /// Factors of the half of a layer that looks at other tokens: on what it gives, and on the normed input that this is
+    /// Factors of the half of a layer that looks at other tokens: on what it gives, and on the normed input that it is
     /// added to, where it is added to that.
     pub fn mixer_factors(&self, layer: usize) -> (f64, Option<f64>) {
         let linear = self.layers.get(layer).is_some_and(|layer| layer.mixer != Mixer::Attention);

@@ -1,5 +1,5 @@
-//! MiniMax-Text-01 and MiniMax-M1: lightning attention in most layers, softmax attention in the others, halves of layers
-//! that are added to their normed input, softmax routing.
+//! MiniMax-Text-01 and MiniMax-M1: lightning attention in most layers, softmax attention in the others, halves that are
+//! added to their normed input, softmax routing.
 
 use serde_json::Value;
 

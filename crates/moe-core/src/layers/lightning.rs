@@ -2,7 +2,7 @@
 //! residual.
 //!
 //! One projection of the normed input gives queries, keys and values, head by head, which go through SiLU. Per head,
-//! `S_t = e^{-r} S_{t-1} + k_t v_t^T` and `o_t = S_t^T q_t`: the recurrence of a state space layer whose steps are all 1
+//! `S_t = e^{-r} S_{t-1} + k_t v_t^T` and `o_t = S_t^T q_t`: the recurrence of a state space layer with steps of 1
 //! ([`state_space`]). Its output is normed over all heads and multiplied by the sigmoid of a gate.
 
 use std::{ops::Range, sync::Arc};
