@@ -189,6 +189,7 @@ def write_renamed(directory, model_type, seed, config, rename, released):
     tensors = rename({name: value.detach().clone() for name, value in model.state_dict().items()})
     save_file({name: value.contiguous() for name, value in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(released, indent=2, sort_keys=True) + "\n")
+    model.generation_config.save_pretrained(directory)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__, "seed": seed, "computed_by": model_type}
     (directory / "made_with.json").write_text(json.dumps(versions))
     expect(model, directory, seed)
@@ -346,7 +347,7 @@ FIXTURES = {
     "parity/tf5/bailing_moe_v2": lambda d: write_renamed(
         d, "glm4_moe", 35, BAILING | V2 | dict(num_hidden_layers=3, intermediate_size=28, n_routed_experts=6, n_shared_experts=1,
             rms_norm_eps=1e-6, use_qk_norm=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)), bailing,
-        BAILING | V2 | dict(num_hidden_layers=3, model_type="bailing_moe", architectures=["BailingMoeV2ForCausalLM"], num_experts=6,
+        BAILING | V2 | dict(num_hidden_layers=3, model_type="bailing_moe_v2", architectures=["BailingMoeV2ForCausalLM"], num_experts=6,
             num_shared_experts=1, intermediate_size=28, rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None,
             partial_rotary_factor=0.5, use_bias=False, use_qkv_bias=False, use_qk_norm=True, use_rmsnorm=True, hidden_act="silu",
             moe_router_enable_expert_bias=True, moe_shared_expert_intermediate_size=12, score_function="sigmoid",
