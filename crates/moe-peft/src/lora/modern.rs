@@ -54,7 +54,9 @@ fn of_family(model_type: &str) -> Renames {
 /// Prefixes of the text model inside a wrapper.
 fn of_wrapper(model_type: &str) -> Renames {
     match model_type {
-        "kimi_k25" | "mistral3" => &[("language_model.model.", "model.language_model."), ("language_model.", "")],
+        "kimi_k25" | "mistral3" => {
+            &[("language_model.model.", "model.language_model."), ("language_model.lm_head", "lm_head")]
+        }
         "step3p7" | "qwen3_omni_moe_thinker" => &[("model.", "model.language_model.")],
         "qwen3_omni_moe" => &[("thinker.model.", "thinker.model.language_model.")],
         _ => &[],
