@@ -284,6 +284,28 @@ pub fn non_zero(text: &str) -> Result<NonZeroUsize, String> {
     at_least(1)(text).map(|count| NonZeroUsize::new(count).unwrap_or(NonZeroUsize::MIN))
 }
 
+/// Removes a working folder. It loses its name first, so that a run which goes on after a kill finds all of it or none.
+pub(crate) fn remove_work(dir: &Path) -> crate::Result<()> {
+    end_removal(dir)?;
+    if dir.exists() {
+        std::fs::rename(dir, removed(dir)).map_err(crate::Error::io(dir))?;
+    }
+    end_removal(dir)
+}
+
+/// Removes what is left of a working folder that a killed process was removing.
+pub(crate) fn end_removal(dir: &Path) -> crate::Result<()> {
+    let removed = removed(dir);
+    match removed.exists() {
+        true => std::fs::remove_dir_all(&removed).map_err(crate::Error::io(&removed)),
+        false => Ok(()),
+    }
+}
+
+fn removed(dir: &Path) -> PathBuf {
+    dir.with_added_extension("removed")
+}
+
 /// Whether a finished directory holds this very model: what a killed run had named before it was done.
 pub(crate) fn is_written(model: &Checkpoint, to: &Path) -> bool {
     Checkpoint::open(to).is_ok_and(|written| written.is_model(&model.fingerprint()))

@@ -207,6 +207,9 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
         return Err(Error::Invalid(reason));
     }
     let work = arguments.work.clone().unwrap_or_else(|| beside(&arguments.out, ".work"));
+    if arguments.resume && arguments.work.is_none() {
+        cli::end_removal(&work)?;
+    }
     // A run that was killed after the model had its name leaves its work: what comes after the model is made up for.
     let ended = arguments.resume && work.exists();
     for out in [Some(&arguments.out), arguments.dense.as_ref()].into_iter().flatten() {
@@ -254,7 +257,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
 
     let start = Instant::now();
     if arguments.force && arguments.work.is_none() && work.exists() {
-        std::fs::remove_dir_all(&work).map_err(Error::io(&work))?;
+        cli::remove_work(&work)?;
     }
     if let Some(shard) = arguments.share.shard {
         let Some(work) = &arguments.work else {
@@ -316,7 +319,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
     let page = crate::pages::of_merge(&model, &merged, &plan, test, &calibration[..calibration.len().min(1)])?;
     page.write(beside(&arguments.out, ".report.html"))?;
     if arguments.work.is_none() {
-        std::fs::remove_dir_all(&work).map_err(Error::io(&work))?;
+        cli::remove_work(&work)?;
     }
     Ok(Some(Report {
         compact,

@@ -213,6 +213,9 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     let mut store = arguments.out.clone().into_os_string();
     store.push(".work");
     let store = PathBuf::from(store);
+    if arguments.resume {
+        cli::end_removal(&store)?;
+    }
     // A run that was killed after the model had its name leaves its work, which then only has to go.
     let ended = arguments.resume && store.exists() && arguments.out.exists();
     if !ended {
@@ -252,7 +255,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         }
     };
     if arguments.force && store.exists() {
-        std::fs::remove_dir_all(&store).map_err(Error::io(&store))?;
+        cli::remove_work(&store)?;
     }
     let calibrated =
         rows.as_ref().map(|(model, data)| QuantizeRows { model, data, waves: arguments.data.waves(), store: &store });
@@ -278,7 +281,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         write(quantized.model(), &arguments.out, &WriteOptions { progress: Some(&tell), ..options })?;
     }
     if store.exists() {
-        std::fs::remove_dir_all(&store).map_err(Error::io(&store))?;
+        cli::remove_work(&store)?;
     }
     Ok(Report { quantized: quantized.report().clone(), allocation, calibration, out: arguments.out.clone() })
 }

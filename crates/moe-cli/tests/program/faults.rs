@@ -181,6 +181,29 @@ fn a_training_is_gone_on_with_by_one_process_and_by_its_own_recipe_alone() {
     assert_eq!(contents(&method.join("model")), model);
 }
 
+/// A folder of work loses its name before it goes file by file, so that half of one is never gone on from.
+#[test]
+fn what_is_left_of_a_working_folder_that_was_being_removed_goes() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = rows("arithmetic_calibration");
+    for (name, line) in [
+        ("quantize", format!(r#"quantize --format {{"type":"int","bits":4,"group_size":32}} {SMALL}"#)),
+        ("merge", format!("merge --recipe hc-smoe --ratio 0.5 --form grouped {SMALL}")),
+    ] {
+        let out = dir.path().join(name);
+        let files = ["--model", TINY_MOE, "--data", &data, "--out", text(&out)];
+        ok(&words(&line, &files));
+        let (model, half) = (contents(&out), dir.path().join(format!("{name}.work.removed")));
+        fs::create_dir(&half).unwrap();
+        fs::write(half.join("wave-000000.safetensors"), b"what was there").unwrap();
+        let (code, error) = refused(&words(&line, &[&files[..], &["--resume"]].concat()));
+        // Done is done.
+        assert!(code == 1 && error.contains("exists"), "{name}: {error}");
+        assert!(!half.exists() && !dir.path().join(format!("{name}.work")).exists(), "{name}");
+        assert_eq!(contents(&out), model, "{name}");
+    }
+}
+
 /// What a run goes on from is told by digests, not by times: clocks may jump.
 #[test]
 fn files_from_the_past_and_from_the_future_are_gone_on_from_alike() {
