@@ -165,7 +165,9 @@ pub fn export(from: &Arc<Checkpoint>, kind: Kind, to: &Path) -> Result<bool> {
             (plan, plain(PruneForm::Uniform))
         }
         Kind::Pieces | Kind::FineGrained => {
-            if matches!(routing.kind, moe_checkpoint::RoutingKind::Sparsemixer { .. }) {
+            let moe = |layer| from.config().moe(layer);
+            let identities = (0..from.config().layers.len()).filter_map(moe).any(|moe| moe.identities > 0);
+            if identities || matches!(routing.kind, moe_checkpoint::RoutingKind::Sparsemixer { .. }) {
                 return Ok(false);
             }
             // Grouped products of stock loaders need 16 bytes, four numbers of the fixtures' dtype.

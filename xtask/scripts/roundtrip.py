@@ -128,7 +128,8 @@ def check(directory, golden, name):
     config = json.loads((directory / "config.json").read_text())
     config = config.get("text_config", config)
     # Grouped matrix products need rows of a multiple of 16 bytes, pruned or not.
-    aligned = config.get("moe_intermediate_size", config.get("intermediate_size")) % 8 == 0
+    widths = (config.get(key) for key in ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"))
+    aligned = next(width for width in widths if width is not None) % 8 == 0
     for dtype in (torch.float32, torch.bfloat16) if aligned else (torch.float32,):
         try:
             model, wrong = load(directory, dtype)

@@ -260,6 +260,12 @@ pub trait Family: Send + Sync {
         names::expert_tensor_name(layer, tensor)
     }
 
+    /// Whether files may hold gate and up projections under the numbers that follow those of the routed experts, which
+    /// nothing reads: transformers gives them to identity experts when it saves, and asks for them when it loads.
+    fn identity_expert_tensors(&self) -> bool {
+        false
+    }
+
     /// Layouts that routed experts of this family may have on disk.
     fn layouts(&self) -> &'static [ExpertLayout] {
         &[ExpertLayout::PerExpert, ExpertLayout::Fused, ExpertLayout::Transposed, ExpertLayout::Ragged]

@@ -66,6 +66,9 @@ impl LayerDrop {
         if !kept.iter().any(|layer| base.config().moe(*layer).is_some()) {
             return refuse("no layer with routed experts would be left".into());
         }
+        if base.config().has_shortcuts() {
+            return refuse("its experts join the residual stream a layer later, so that layers belong together".into());
+        }
         if base.quantization().is_some() {
             return refuse("the model is quantized, and its config may name layers; dequantize it first".into());
         }

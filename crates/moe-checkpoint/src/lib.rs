@@ -48,6 +48,7 @@ mod header;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod human;
+mod identity_tensors;
 mod index;
 mod json;
 mod layer_drop;

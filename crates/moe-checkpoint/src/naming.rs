@@ -188,6 +188,10 @@ impl Family for Renamed {
         self.spelled(self.family.expert_tensor_name(layer, tensor))
     }
 
+    fn identity_expert_tensors(&self) -> bool {
+        self.family.identity_expert_tensors()
+    }
+
     fn layouts(&self) -> &'static [ExpertLayout] {
         self.family.layouts()
     }

@@ -63,7 +63,7 @@ impl RoutingExport {
         }
         let mut biases = BTreeMap::new();
         for (&layer, bias) in &self.selection_bias {
-            let experts = base.config().moe(layer).map_or(0, |moe| moe.num_experts());
+            let experts = base.config().moe(layer).map_or(0, |moe| moe.router_rows());
             if !base.config().routing.correction_bias() {
                 let model_type = &base.config().model_type;
                 return Err(refuse(format!("`{model_type}` has no tensor for a bias on the selection of experts")));

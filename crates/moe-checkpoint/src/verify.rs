@@ -353,12 +353,12 @@ fn ffn_roles(config: &ModelConfig, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
             gate.into_iter().chain(up_down).collect()
         }
         Ffn::Moe(moe) => {
-            let mut roles = vec![(LayerRole::Router, vec![moe.num_experts(), hidden])];
+            let mut roles = vec![(LayerRole::Router, vec![moe.router_rows(), hidden])];
             if config.routing.bias {
-                roles.push((LayerRole::RouterBias, vec![moe.num_experts()]));
+                roles.push((LayerRole::RouterBias, vec![moe.router_rows()]));
             }
             if config.routing.correction_bias() {
-                roles.push((LayerRole::CorrectionBias, vec![moe.num_experts()]));
+                roles.push((LayerRole::CorrectionBias, vec![moe.router_rows()]));
             }
             if moe.output_bias {
                 roles.push((LayerRole::ExpertsBias, vec![hidden]));
@@ -396,6 +396,17 @@ fn ffn_roles(config: &ModelConfig, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
             roles
         }
     }
+}
+
+/// The tensors that files may hold for the identity experts of a layer, which nothing reads, with the shape of those of
+/// routed experts; see [`Family::identity_expert_tensors`].
+pub(crate) fn identity_tensors(family: &dyn Family, config: &ModelConfig, layer: usize) -> Vec<(String, Vec<usize>)> {
+    let Some(moe) = config.moe(layer).filter(|_| family.identity_expert_tensors()) else { return Vec::new() };
+    let width = moe.widths.iter().copied().max().unwrap_or(0);
+    let named = (moe.num_experts()..moe.router_rows()).flat_map(|row| {
+        [ExpertTensor::Gate(row), ExpertTensor::Up(row)].map(|tensor| family.expert_tensor_name(layer, tensor))
+    });
+    named.map(|name| (name, vec![width, config.hidden_size])).collect()
 }
 
 fn is_quantized(dtype: Dtype) -> bool {
@@ -494,6 +505,12 @@ impl Weights<'_> {
             let name = self.family.expert_tensor_name(layer, tensor.tensor);
             self.check(&name, tensor.shape, &fields)?;
             expected.insert(name);
+        }
+        for (name, shape) in identity_tensors(self.family, self.config, layer) {
+            if self.tensors.contains_key(&name) {
+                self.check(&name, shape, &fields)?;
+                expected.insert(name);
+            }
         }
         Ok(layout)
     }

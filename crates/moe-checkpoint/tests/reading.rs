@@ -58,6 +58,8 @@ fn shape3(tensor: &Tensor) -> [usize; 3] {
 
 /// Gate, up and down of an expert, found by the names and shapes that each family documents.
 fn canonical(model: &Model, layer: usize, expert: usize) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    // Two layers are one of the files.
+    let layer = if model.config["model_type"] == "longcat_flash" { layer / 2 } else { layer };
     let prefixes = ["model", "model.language_model", "language_model.model", "backbone", "thinker.model"];
     let tensor =
         |name: String| prefixes.iter().find_map(|prefix| model.tensors.get(&format!("{prefix}.layers.{layer}.{name}")));

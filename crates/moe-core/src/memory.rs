@@ -355,9 +355,13 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
             experts_kept = f32s(t * k * 2 * moe.widths.iter().sum::<usize>() / experts);
             expert_bytes.extend(moe.stored_widths().iter().map(|w| f32s(matrices * w * e)));
         }
+        if config.has_shortcuts() {
+            // The stream, and what goes beside it to the end of the next layer.
+            work += 2 * hidden;
+        }
         phases.push((format!("the feed-forward part of layer {i}"), work));
         let around = config.expert_latent.filter(|_| moe.is_some()).map_or(0, |latent| 2 * latent);
-        let rows = moe.map_or(0, |m| m.num_experts()) + around;
+        let rows = moe.map_or(0, |m| m.router_rows()) + around;
         layer_weights.push(mixer_weights + dense_weights + f32s(h * rows));
         kept.push([tape, f32s(t * 2 * dense_width), experts_kept]);
     }
@@ -376,7 +380,8 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
     };
     let layers = config.layers.len();
     let sums: usize = (0..layers).map(|layer| config.kept_sums(layer)).sum();
-    let inputs = if size.gradients { (2 * layers + sums) as u64 * hidden } else { 0 };
+    let wide = (0..layers).filter(|layer| config.ends_shortcut(*layer)).count();
+    let inputs = if size.gradients { (2 * (layers + wide) + sums) as u64 * hidden } else { 0 };
     let spill = !take(inputs + size.waiting);
     let stays = !size.decoded_per_use;
     let head = stays && size.head && take(f32s(config.vocab_size * h));

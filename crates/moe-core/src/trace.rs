@@ -140,6 +140,29 @@ pub struct LayerTrace<'a> {
     pub weights: &'a [f32],
     /// Factor that all weights carry (`routed_scaling_factor`); 1 in models without one.
     pub scale: f32,
+    /// Choices `[T, k]` that no expert sees: those of identity experts, in whose place another expert stands without
+    /// weight, and those that an overlay skips. Empty where there are none.
+    pub idle: &'a [bool],
+}
+
+impl LayerTrace<'_> {
+    /// Whether the expert of this choice, counted over tokens and their `k` choices, sees the token.
+    pub fn is_seen(&self, slot: usize) -> bool {
+        !self.idle.get(slot).copied().unwrap_or(false)
+    }
+}
+
+/// Choices of identity experts of one MoE layer for all tokens of a wave.
+#[derive(Debug)]
+pub struct IdentityTrace<'a> {
+    /// Decoder layer index.
+    pub layer: usize,
+    /// Number of identity experts, Z.
+    pub identities: usize,
+    /// Their router logits `[T, Z]`.
+    pub logits: &'a [f32],
+    /// Sum of the routing weights of those that a token goes to `[T]`.
+    pub weights: &'a [f32],
 }
 
 /// The residual stream around the feed-forward half of an MoE layer, for one wave.
@@ -296,6 +319,15 @@ pub trait Observer {
     /// # Errors
     /// Whatever the observer refuses.
     fn layer(&mut self, trace: &LayerTrace<'_>) -> Result<()> {
+        let _ = trace;
+        Ok(())
+    }
+
+    /// Choices of identity experts of an MoE layer that has some ([`Signals::routing`]); after the layer's routing.
+    ///
+    /// # Errors
+    /// Whatever the observer refuses.
+    fn identities(&mut self, trace: &IdentityTrace<'_>) -> Result<()> {
         let _ = trace;
         Ok(())
     }

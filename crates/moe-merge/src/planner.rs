@@ -62,7 +62,8 @@ impl Recipe {
         let counts = self.budget.counts(&shares)?;
         let mut layers = Vec::with_capacity(shares.len());
         for (share, count) in shares.iter().zip(&counts) {
-            let router = checkpoint.read_f32(Role::Layer(share.layer, LayerRole::Router))?;
+            let mut router = checkpoint.read_f32(Role::Layer(share.layer, LayerRole::Router))?;
+            router.truncate(share.importance.len() * checkpoint.config().hidden_size);
             let unknown = LayerEvidence { layer: share.layer, ..LayerEvidence::default() };
             let context = LayerContext {
                 layer: share.layer,

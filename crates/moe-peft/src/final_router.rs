@@ -318,6 +318,7 @@ mod tests {
                 selected: &selected,
                 weights: &weights,
                 scale: 1.0,
+                idle: &[],
             };
             loss.begin_wave(wave);
             loss.routed(&trace);

@@ -262,6 +262,7 @@ mod tests {
                 selected,
                 weights,
                 scale: 1.0,
+                idle: &[],
             };
             bias.layers[&0].routed(&trace);
             bias.step();

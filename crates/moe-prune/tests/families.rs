@@ -192,8 +192,11 @@ fn experts_go_with_their_router_rows_and_biases() {
                 let roles = [LayerRole::Router, LayerRole::RouterBias, LayerRole::CorrectionBias];
                 for role in roles.map(|role| Role::Layer(layer.layer, role)) {
                     let Ok(before) = model.read_f32(role) else { continue };
-                    let row = before.len() / layer.experts.len();
-                    let expected: Vec<f32> = experts.iter().flat_map(|e| before[e * row..][..row].to_vec()).collect();
+                    let rows = model.config().moe(layer.layer).unwrap().router_rows();
+                    let row = before.len() / rows;
+                    // Identity experts come last, and stay.
+                    let left = experts.iter().copied().chain(layer.experts.len()..rows);
+                    let expected: Vec<f32> = left.flat_map(|e| before[e * row..][..row].to_vec()).collect();
                     assert_eq!(out.read_f32(role).unwrap(), expected, "{name}");
                 }
             }
@@ -238,6 +241,56 @@ fn attention_of_experts_keeps_as_many_of_them_in_a_uniform_export_and_all_in_a_r
         }
         assert_eq!(out.raw_config()["num_local_experts"], if mode.name() == "uniform" { 4 } else { 6 });
     }
+}
+
+#[test]
+fn tensors_of_identity_experts_follow_the_routed_ones_where_there_are_some() {
+    let model = Arc::new(Checkpoint::open(parity("tf5/longcat_flash")).unwrap());
+    let is_gate = |name: &str| name.contains(".mlp.experts.") && name.ends_with(".gate_proj.weight");
+    let gates = |model: &Checkpoint| -> Vec<(String, Vec<usize>)> {
+        let found = model.tensors().filter(|info| is_gate(&info.name) && info.name.contains("layers.1."));
+        found.map(|info| (info.name.rsplit('.').nth(2).unwrap().to_string(), info.shape.clone())).collect()
+    };
+    let numbered = |count: usize, width: usize| -> Vec<(String, Vec<usize>)> {
+        (0..count).map(|number| (number.to_string(), vec![width, 16])).collect()
+    };
+    // Six experts, and three identity experts whose tensors nothing reads.
+    assert_eq!(gates(&model), numbered(9, 12));
+    let on = |plan: &PrunePlan, form| {
+        plan.on(&model, &PruneOptions { allow_unaligned: true, ..PruneOptions::new(form) }).unwrap().model().clone()
+    };
+    let (units, experts) = (plan(&model, Scope::Expert, 0.5), expert_plan(&model, 0.3).unwrap());
+    let width = units.kept[0].experts[0].len();
+    let narrow = on(&units, PruneForm::Uniform);
+    assert_eq!(gates(&narrow), numbered(9, narrow.shape().uniform_width().unwrap()));
+    assert!(width < 12 && narrow.shape().uniform_width().unwrap() < 12);
+    let zeros = narrow.tensor_f32("model.layers.1.mlp.experts.8.up_proj.weight").unwrap();
+    assert!(zeros.iter().all(|value| *value == 0.0));
+    let left = experts.kept[1].experts_kept().len();
+    assert!(left < 6);
+    assert_eq!(gates(&on(&experts, PruneForm::Uniform)), numbered(left + 3, 12));
+    assert_eq!(gates(&on(&units, PruneForm::Masked)), numbered(9, 12));
+    assert_eq!(gates(&on(&experts, PruneForm::Ragged))[..], numbered(left + 3, 12)[left..]);
+    // Released files have no such tensors, and exports of them none either.
+    let dir = tempdir().unwrap();
+    let dead = |name: &str| (6..9).any(|number| name.contains(&format!(".experts.{number}.")));
+    let bytes = fs::read(parity("tf5/longcat_flash").join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let kept = file.tensors().into_iter().filter(|(name, _)| !dead(name));
+    fs::write(dir.path().join("model.safetensors"), safetensors::serialize(kept, None).unwrap()).unwrap();
+    fs::copy(parity("tf5/longcat_flash").join("config.json"), dir.path().join("config.json")).unwrap();
+    let released = Arc::new(Checkpoint::open(dir.path()).unwrap());
+    assert_eq!(gates(&released), numbered(6, 12));
+    assert!(difference(&logits(released.dir()), &logits(model.dir())) == 0.0);
+    let plan = expert_plan(&released, 0.3).unwrap();
+    let pruned = plan.on(&released, &PruneOptions::new(PruneForm::Uniform)).unwrap();
+    assert_eq!(gates(pruned.model()), numbered(left, 12));
+    // Pieces would be chosen beside identity experts that are none.
+    let keep = PrunePlan::keep_all(model.shape(), model.fingerprint());
+    let pieces =
+        PruneOptions { allow_unaligned: true, ..PruneOptions::new(PruneForm::FineGrained(FineGrained::new(2))) };
+    let refused = keep.on(&model, &pieces).unwrap_err().to_string();
+    assert!(refused.contains("identity experts"), "{refused}");
 }
 
 #[test]

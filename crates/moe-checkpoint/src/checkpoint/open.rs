@@ -13,6 +13,7 @@ use crate::family::{Family, dense_family_of, family_of};
 use crate::files::Files;
 use crate::formats::{self, Packed, Quantization};
 use crate::grouped::Grouped;
+use crate::identity_tensors;
 use crate::index::read_json;
 use crate::naming;
 use crate::ragged::Ragged;
@@ -105,6 +106,7 @@ impl Checkpoint {
                 return Err(Error::InvalidTensorSpec { tensor: twice.name, reason });
             }
         }
+        let (infos, source) = identity_tensors::adapted(infos, &head.config, &file, source)?;
         Self::verified(head, infos, steps, source)
     }
 

@@ -154,6 +154,8 @@ pub struct LatentAttention {
     pub v_head_dim: usize,
     /// Epsilon of the norms of both latents: transformers leaves it at 1e-6 whatever `rms_norm_eps` says.
     pub norm_eps: f64,
+    /// Factor on the normed latent of keys and values.
+    pub kv_scale: f64,
 }
 
 /// RMSNorm on queries and keys.

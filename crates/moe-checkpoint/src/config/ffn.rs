@@ -74,12 +74,24 @@ pub struct MoeConfig {
     pub limit: Option<f64>,
     /// Whether a bias is added to the sum of what the experts give.
     pub output_bias: bool,
+    /// Identity experts: the last rows of the router, which come after those of the routed experts. A token that goes
+    /// to one gets back what it gave, times the routing weight. They have no weights and are no routed experts: nothing
+    /// counts, prunes or merges them.
+    pub identities: usize,
+    /// Whether what routed and identity experts give joins the residual stream at the end of the next layer instead of
+    /// this one (a shortcut around the next layer), so that this layer gives on what its shared expert gives alone.
+    pub shortcut: bool,
 }
 
 impl MoeConfig {
     /// Number of routed experts, `E`.
     pub fn num_experts(&self) -> usize {
         self.widths.len()
+    }
+
+    /// Rows of the router: one per routed expert, then one per identity expert.
+    pub fn router_rows(&self) -> usize {
+        self.num_experts() + self.identities
     }
 
     /// The stored set of weights of an expert; the expert itself outside grouped checkpoints.

@@ -188,6 +188,22 @@ impl ModelConfig {
         factors.map_or((self.multipliers.residual, None), |factors| (factors.half, Some(factors.carry)))
     }
 
+    /// Whether what the experts of a layer give joins the residual stream at the end of the next layer; see
+    /// [`MoeConfig::shortcut`].
+    pub fn starts_shortcut(&self, layer: usize) -> bool {
+        self.moe(layer).is_some_and(|moe| moe.shortcut)
+    }
+
+    /// Whether what the experts of the layer before give joins the residual stream at the end of this one.
+    pub fn ends_shortcut(&self, layer: usize) -> bool {
+        layer > 0 && self.starts_shortcut(layer - 1)
+    }
+
+    /// Whether any layer starts a shortcut.
+    pub fn has_shortcuts(&self) -> bool {
+        (0..self.layers.len()).any(|layer| self.starts_shortcut(layer))
+    }
+
     /// Activation of the routed experts of a layer.
     pub fn expert_activation(&self, layer: usize) -> Activation {
         self.hidden_act.bounded(self.moe(layer).and_then(|moe| moe.limit))

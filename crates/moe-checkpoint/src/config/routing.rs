@@ -113,10 +113,10 @@ pub enum RoutingKind {
         groups: Groups,
     },
     /// Softmax over all experts; the `top_k` largest of softmax plus correction bias are selected; their softmax values
-    /// are divided by `max(sum, norm_min)`. Ernie 4.5.
+    /// are divided by `max(sum, norm_min)`, if there is a `norm_min`. Ernie 4.5, and LongCat-Flash without.
     SoftmaxCorrected {
-        /// Smallest divisor.
-        norm_min: f64,
+        /// Smallest divisor; `None` where weights are not divided by their sum.
+        norm_min: Option<f64>,
     },
     /// Sigmoid of every logit; selection by sigmoid plus correction bias, if there is one, within the selected groups,
     /// if there are any (experts of other groups are never selected).

@@ -50,7 +50,7 @@ impl Family for Ernie45Moe {
             model_type: self.model_type(),
             attention: plain,
             rope: rope::read(&config, &dialect)?,
-            routing: Routing::new(top_k, RoutingKind::SoftmaxCorrected { norm_min }),
+            routing: Routing::new(top_k, RoutingKind::SoftmaxCorrected { norm_min: Some(norm_min) }),
             layers,
         };
         let tie_word_embeddings = config.bool("tie_word_embeddings")?.unwrap_or(true);

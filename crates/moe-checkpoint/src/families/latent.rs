@@ -17,6 +17,7 @@ pub(super) fn read(config: &Fields<'_>, rope: &RopeConfig) -> Result<AttentionCo
         qk_rope_head_dim: read::size(config, "qk_rope_head_dim")?,
         v_head_dim: read::size(config, "v_head_dim")?,
         norm_eps: 1e-6,
+        kv_scale: 1.0,
     };
     if !latent.qk_rope_head_dim.is_multiple_of(2) {
         return Err(config.invalid("qk_rope_head_dim", "an even number, which the rotary embedding needs"));

@@ -20,6 +20,7 @@ mod kimi_linear;
 mod latent;
 mod lfm2_moe;
 mod llama4;
+mod longcat_flash;
 mod minimax;
 mod minimax_m2;
 mod mistral4;
@@ -71,6 +72,7 @@ pub(crate) static FAMILIES: &[&dyn Family] = &[
     &kimi_linear::KimiLinear { model_type: "kimi_linear", bailing: false },
     &lfm2_moe::Lfm2Moe,
     &llama4::Llama4,
+    &longcat_flash::LongcatFlash,
     &minimax::MiniMax,
     &minimax_m2::MiniMaxM2,
     &mistral4::Mistral4,

@@ -160,6 +160,26 @@ fn token_ids(fields: &Fields<'_>, key: &str) -> Result<Vec<u32>> {
     }
 }
 
+/// Routed experts of these widths and a shared one, without extras.
+pub(super) fn moe(widths: Vec<usize>, shared: Option<SharedExpert>) -> MoeConfig {
+    MoeConfig {
+        widths,
+        biases: ExpertBiases::None,
+        gateless: false,
+        sets: None,
+        shared,
+        limit: None,
+        identities: 0,
+        shortcut: false,
+        output_bias: false,
+    }
+}
+
+/// A layer with attention to all earlier tokens, which rotates.
+pub(super) fn plain_layer(ffn: Ffn) -> LayerConfig {
+    LayerConfig { sliding_window: None, chunk: None, rotary: true, mixer: Mixer::Attention, ffn }
+}
+
 /// Which layers are MoE layers, and what those hold.
 pub(super) struct MoeLayers<'a> {
     /// Config keys of the number of experts.
@@ -201,25 +221,17 @@ impl MoeLayers<'_> {
         let top_k = config.required_integer(self.top_k_key, 1, num_experts)?;
         let widths = vec![size(config, self.width_key)?; num_experts];
         let biases = if self.bias { ExpertBiases::All } else { ExpertBiases::None };
-        let moe = MoeConfig {
-            widths,
-            biases,
-            gateless: false,
-            sets: None,
-            shared: self.shared,
-            limit: None,
-            output_bias: false,
-        };
+        let moe = MoeConfig { biases, ..moe(widths, self.shared) };
         let intermediate_size = match moe_layers == layers {
             true => 0,
             false => size(config, "intermediate_size")?,
         };
         let layer = |(is_moe, window): (bool, &Option<usize>)| LayerConfig {
             sliding_window: *window,
-            chunk: None,
-            rotary: true,
-            mixer: Mixer::Attention,
-            ffn: if is_moe { Ffn::Moe(moe.clone()) } else { Ffn::Dense { intermediate_size, gateless: false } },
+            ..plain_layer(match is_moe {
+                true => Ffn::Moe(moe.clone()),
+                false => Ffn::Dense { intermediate_size, gateless: false },
+            })
         };
         Ok((is_moe.into_iter().zip(self.windows).map(layer).collect(), top_k))
     }

@@ -201,8 +201,8 @@ fn routing(config: &ModelConfig) -> String {
         }
         RoutingKind::TopKSoftmax => "top k, then softmax".to_string(),
         RoutingKind::SoftmaxGroupTopK { groups } => format!("softmax, then top k{}", grouped(groups)),
-        RoutingKind::SoftmaxCorrected { .. } => {
-            "softmax, top k by softmax plus a correction bias, renormalized".to_string()
+        RoutingKind::SoftmaxCorrected { norm_min } => {
+            format!("softmax, top k by softmax plus a correction bias{}", yes(norm_min.is_some(), ", renormalized"))
         }
         RoutingKind::Sigmoid { renormalize, correction_bias, groups } => format!(
             "sigmoid, then top k{}{}{}",

@@ -25,7 +25,7 @@ use crate::{Error, Result, cli};
     after_help = "Examples:\n  moe inspect models/Qwen1.5-MoE-A2.7B\n  moe inspect rows.jsonl --model models/Qwen1.5-MoE-A2.7B --loss answers"
 )]
 pub struct Arguments {
-    /// A model directory, or a file or folder that a verb wrote, or rows of data
+    /// A model directory, or a file or folder that a verb wrote, or rows of data: a file or a folder of them
     pub path: PathBuf,
     /// Tokenizer of this model directory, for rows of data that hold text
     #[arg(long, value_name = "DIR")]
@@ -33,6 +33,9 @@ pub struct Arguments {
     /// Of rows of data, which tokens count in the loss: all of a row, or those of its answer alone
     #[arg(long, value_name = "all|answers", default_value = "all", value_parser = cli::loss)]
     pub loss: LossOver,
+    /// With --loss answers, do not end completions with the end-of-sequence token, as moe tune does not with it either
+    #[arg(long)]
+    pub no_eos: bool,
     /// Rows of data that are shown
     #[arg(long, default_value_t = 3)]
     pub rows: usize,
@@ -96,6 +99,7 @@ impl fmt::Display for Facts {
 pub fn run(arguments: &Arguments) -> Result<Facts> {
     let path = &arguments.path;
     let (facts, text) = match path.is_dir() {
+        true if is_folder_of_data(path)? => rows(arguments)?,
         true => (folder(path)?, String::new()),
         false if is_data(path)? => rows(arguments)?,
         false => (artifacts::file(path)?, String::new()),
@@ -129,13 +133,25 @@ fn folder(path: &Path) -> Result<Value> {
     match tuned {
         Some(saved) if !path.join("config.json").exists() => artifacts::tuned(path, &saved),
         saved => {
-            let mut facts = checkpoint::facts(&Checkpoint::open(path)?)?;
+            let opened = Checkpoint::open(path).map_err(|error| named(path, error))?;
+            let mut facts = checkpoint::facts(&opened)?;
             if let Some(saved) = saved {
                 let kinds: Vec<String> = saved.kinds().iter().map(ToString::to_string).collect();
                 facts["beside the weights"] = json!(kinds.join(", "));
             }
             Ok(facts)
         }
+    }
+}
+
+/// The error of a model that does not open, with what its config says that it is, where the error does not.
+fn named(path: &Path, error: moe_checkpoint::Error) -> Error {
+    let config = std::fs::read(path.join("config.json")).ok();
+    let config: Option<Value> = config.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let model_type = config.as_ref().and_then(|config| config["model_type"].as_str());
+    match model_type.filter(|model_type| !error.to_string().contains(&format!("`{model_type}`"))) {
+        Some(model_type) => Error::Invalid(format!("{error} (the config is of a `{model_type}`)")),
+        None => error.into(),
     }
 }
 
@@ -156,6 +172,24 @@ fn is_data(path: &Path) -> Result<bool> {
     })
 }
 
+/// Whether a folder is one of rows of data: neither a model nor what a verb wrote, and with files that are nothing else.
+fn is_folder_of_data(path: &Path) -> Result<bool> {
+    let artifact = path.join("config.json").exists() || StatisticsStore::exists(path);
+    if artifact || moe_peft::open(path).is_ok() {
+        return Ok(false);
+    }
+    let mut any = false;
+    for entry in std::fs::read_dir(path).map_err(Error::io(path))? {
+        let file = entry.map_err(Error::io(path))?.path();
+        let extension = file.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+        if file.is_dir() || extension == "safetensors" {
+            return Ok(false);
+        }
+        any |= matches!(extension, "gz" | "parquet" | "ndjson" | "jsonl") && is_data(&file)?;
+    }
+    Ok(any)
+}
+
 /// Rows of data, and the first of them as tokens.
 fn rows(arguments: &Arguments) -> Result<(Value, String)> {
     let path = &arguments.path;
@@ -163,6 +197,8 @@ fn rows(arguments: &Arguments) -> Result<(Value, String)> {
     let options = DatasetOptions {
         samples: None,
         loss: arguments.loss,
+        // As they are trained on.
+        end_completions: arguments.loss == LossOver::Completions && !arguments.no_eos,
         reading: arguments.reading.reading(),
         ..DatasetOptions::default()
     };

@@ -196,6 +196,36 @@ fn rows_of_data_are_shown_as_tokens_with_what_counts() {
 }
 
 #[test]
+fn answers_are_shown_with_the_end_that_training_gives_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("rows.jsonl");
+    std::fs::write(&data, "{\"prompt\": \"12+30=\", \"completion\": \"42\"}\n").unwrap();
+    let line = ["inspect", text(&data), "--model", TINY_MOE, "--loss", "answers"];
+    let counted = |more: &[&str]| {
+        let report: Value = serde_json::from_str(&ok(&[&line[..], &["--json"], more].concat())).unwrap();
+        (report["tokens"].as_u64().unwrap(), report["count in the loss"].as_u64().unwrap())
+    };
+    let (tokens, in_the_loss) = counted(&["--no-eos"]);
+    assert_eq!(counted(&[]), (tokens + 1, in_the_loss + 1));
+    assert!(ok(&line).contains("12+30=⟦42<|endoftext|>⟧"), "{}", ok(&line));
+}
+
+#[test]
+fn a_folder_of_rows_is_shown_as_its_files_and_a_folder_of_a_model_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, prompt) in [("b.jsonl", "1+1="), ("a.jsonl", "2+2=")] {
+        let row = serde_json::json!({ "prompt": prompt, "completion": "4" });
+        std::fs::write(dir.path().join(name), format!("{row}\n")).unwrap();
+    }
+    let shown = ok(&["inspect", text(dir.path()), "--model", TINY_MOE, "--loss", "answers"]);
+    let (first, second) = (shown.find("a.jsonl:1").unwrap(), shown.find("b.jsonl:1").unwrap());
+    assert!(first < second && shown.contains("rows               2"), "{shown}");
+    std::fs::write(dir.path().join("config.json"), "{\"model_type\": \"qwen3_moe\"}").unwrap();
+    let (_, error) = refused(&["inspect", text(dir.path())]);
+    assert!(error.contains("`qwen3_moe`"), "{error}");
+}
+
+#[test]
 fn a_plan_of_a_base_goes_to_its_sibling() {
     let dir = tempfile::tempdir().unwrap();
     let tuned = run(dir.path(), "tuned", &json!([{"tune": {"method": "full"}}, {"write": {}}]));

@@ -139,7 +139,9 @@ impl RoutingConfig {
                 let indices = PerLayer::Each((0..bias.len()).collect::<Vec<usize>>());
                 for (layer, _, index) in indices.of(model.config(), "bias")? {
                     let own = model.checkpoint().read_f32(Role::Layer(layer, LayerRole::CorrectionBias))?;
-                    selection_bias.insert(layer, own.iter().zip(&bias[index]).map(|(own, more)| own + more).collect());
+                    // Identity experts keep theirs.
+                    let more = bias[index].iter().copied().chain(std::iter::repeat(0.0));
+                    selection_bias.insert(layer, own.iter().zip(more).map(|(own, more)| own + more).collect());
                 }
                 Some(RoutingExport { selection_bias, ..export })
             }

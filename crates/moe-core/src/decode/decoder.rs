@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 
 use super::cache::{Kept, Mark};
 use crate::{
-    engine::{Engine, EngineOptions, FfnPass, LayerTape},
+    engine::{Engine, EngineOptions, FfnPass, LayerTape, beside_each_other},
     error::Result,
     kernels::{
         attention::{AttentionShape, Selection},
@@ -302,6 +302,13 @@ impl<'m> Decoder<'m> {
 
     /// The half of a layer that looks at other tokens.
     pub(super) fn mix(&mut self, place: usize, layer: usize, x: &Tensor<2>, batch: &Batch<'_>) -> Result<Tensor<2>> {
+        let (x, beside) = self.engine.apart(x);
+        let middle = self.mixed(place, layer, &x, batch)?;
+        Ok(beside_each_other(middle, beside))
+    }
+
+    /// The same of the residual stream alone.
+    fn mixed(&mut self, place: usize, layer: usize, x: &Tensor<2>, batch: &Batch<'_>) -> Result<Tensor<2>> {
         let Batch { active, spans, tables, .. } = *batch;
         let (model, device) = (self.model, self.model.device());
         let cache = &mut self.cache[place];

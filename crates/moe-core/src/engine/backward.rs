@@ -8,14 +8,15 @@ use burn::tensor::Tensor;
 use super::{
     Engine, UnfinishedWave,
     experts::{ExpertBackwardRun, ExpertWanted, lock, segments},
-    forward::LayerTape,
+    forward::{LayerTape, beside_each_other},
     prepare::Prepared,
-    routing::{LayerRouting, visible_logits},
+    routing::{LayerRouting, first_columns, visible_logits},
 };
 use crate::{
     adapters::{Depth, Wanted},
     depth::PathStep,
-    error::Result,
+    error::{Error, Result},
+    experts::row_products,
     host::{self, HostView},
     kernels::rows::RowAccumulator,
     layers::{BlockGradients, RouterLayer, scaled, sum_of},
@@ -52,7 +53,7 @@ pub(super) struct Backward<'a> {
 }
 
 /// `a + b`.
-fn added(a: Tensor<2>, b: &Tensor<2>) -> Tensor<2> {
+pub(super) fn added(a: Tensor<2>, b: &Tensor<2>) -> Tensor<2> {
     let mut sum = RowAccumulator::from_tensor(a);
     sum.add(b);
     sum.into_tensor()
@@ -94,6 +95,8 @@ impl Engine<'_> {
         let PathStep { layer, attention, feed_forward } = self.model.path().steps()[at];
         let mut tape = std::mem::take(&mut sweep.tapes[at]);
         let mixer = tape.mixer.take();
+        // What the experts of the layer before give joins the stream here, and reaches the layer beside it.
+        let beside_layer = self.model.config().ends_shortcut(layer).then(|| dy.clone());
         let read = sweep.store.take(middle_slot(at))?;
         // Side by side, what the feed-forward half reads is the input of the layer.
         let (d_middle, beside) = match feed_forward {
@@ -125,11 +128,13 @@ impl Engine<'_> {
         }
         let x = sweep.store.take(input_slot(at))?;
         if !attention {
-            return Ok(Some(match beside {
+            let dx = match beside {
                 Some(beside) => added(d_middle, &beside),
                 None => d_middle,
-            }));
+            };
+            return Ok(Some(beside_each_other(dx, beside_layer)));
         }
+        let x = self.apart(&x).0;
         let weights = self.model.mixer(layer)?;
         let (table, spans) = (sweep.prepared.tables.of(self.model.config(), layer), &sweep.prepared.spans);
         let tape = match mixer {
@@ -139,10 +144,11 @@ impl Engine<'_> {
         let wanted = Wanted { input: sweep.depth.reaches_below(at), parameters: sweep.needs.parameters };
         let dx = weights.backward(&x, &tape, spans, table, d_middle, wanted);
         self.model.check_reads()?;
-        Ok(match (dx, beside) {
+        let dx = match (dx, beside) {
             (Some(dx), Some(beside)) => Some(added(dx, &beside)),
             (dx, _) => dx,
-        })
+        };
+        Ok(dx.map(|dx| beside_each_other(dx, beside_layer)))
     }
 
     /// The routing of a layer that an earlier run took forward: by the same kernels on the same numbers.
@@ -156,12 +162,13 @@ impl Engine<'_> {
     ) -> Result<LayerRouting> {
         let overlay = self.model.routing_overlay().map(|overlay| &**overlay);
         let logits = HostView::new(&router.linear.forward(read));
-        let (logits, experts) = (logits.as_slice(), router.linear.weight.dims()[0]);
+        let logits = logits.as_slice();
         let tokens = self.router_tokens(layer, router, read, logits, &sweep.prepared.info);
-        let routing = LayerRouting::new(&tokens, router.scales.as_ref(), overlay)?;
+        let routing = LayerRouting::new(&tokens, self.identities(layer), router.scales.as_ref(), overlay)?;
         if sweep.needs.routing {
             let removed = overlay.and_then(|overlay| overlay.removed(layer)).unwrap_or_default();
-            let logits = visible_logits(routing.logits(logits), experts, removed);
+            let experts = routing.applied.experts;
+            let logits = visible_logits(routing.logits(logits), tokens.experts, experts, removed);
             observer.recall(&routing.trace(layer, &sweep.prepared.info, &logits))?;
         }
         Ok(routing)
@@ -181,6 +188,7 @@ impl Engine<'_> {
         let needs = sweep.needs;
         let layer = self.model.path().steps()[at].layer;
         let wave = &sweep.prepared.info;
+        let given = &self.apart(given).0;
         let want_input = sweep.depth.reaches_below_feed_forward(at);
         let parameters = needs.parameters;
         let ffn = self.model.ffn(layer)?;
@@ -206,7 +214,7 @@ impl Engine<'_> {
             let mut d_latent =
                 latent.map(|_| RowAccumulator::zeros(tokens, expert_input.dims()[1], self.model.device()));
             let into = d_latent.as_mut().or(dz.as_mut());
-            let d_weights = match self.modulated(layer, &expert_input, routed, needs)? {
+            let mut d_weights = match self.modulated(layer, &expert_input, routed, needs)? {
                 Some(modulated) => self.modulated_backward(
                     layer,
                     &modulated,
@@ -221,6 +229,14 @@ impl Engine<'_> {
                     self.experts_backward(sweep, layer, &expert_input, &d_blocks, routing, &kept, into, observer)?
                 }
             };
+            let seen_d_weights = routing.identity.as_ref().map(|_| d_weights.clone());
+            if let Some(identity) = &routing.identity {
+                let along = row_products(&d_blocks, &expert_input);
+                routing.identity_slots().for_each(|slot| d_weights[slot] = along[slot / routed.top_k]);
+                if let Some(dz) = &mut dz {
+                    identity.add_outputs(&d_blocks, dz);
+                }
+            }
             if let (Some(dz), Some(d_latent)) = (&mut dz, d_latent) {
                 let wanted = Wanted { input: true, parameters };
                 dz.add(&ffn.latent_gradient(&z, &d_latent.into_tensor(), wanted).expect("wanted"));
@@ -232,18 +248,30 @@ impl Engine<'_> {
                 let read = router.input(given, &z);
                 let logits = HostView::new(&router.linear.forward(&read));
                 let tokens = self.router_tokens(layer, router, &read, logits.as_slice(), wave);
-                let logits = routing.logits(logits.as_slice());
+                let (logits, columns) = (routing.logits(logits.as_slice()), tokens.experts);
                 let removed = overlay.and_then(|overlay| overlay.removed(layer)).unwrap_or_default();
                 let mut gradients = routing.backward(&tokens, &d_weights, overlay, parameters)?;
                 if let Some(adapters) = self.model.adapters().filter(|_| parameters) {
                     if adapters.dense_router(layer) {
+                        if routing.identity.is_some() {
+                            let what = "router gradients from all experts in layer";
+                            return Err(Error::Unsupported(format!("{what} {layer}, which has identity experts")));
+                        }
                         let values = self.expert_values(layer, &expert_input, &d_blocks, routing, &d_weights)?;
                         gradients.logits = self.model.router().dense_backward(logits, routed, &values);
                     }
                     let losses = adapters.router(layer);
-                    let logits = visible_logits(logits, routed.experts, removed);
-                    let trace = routing.trace(layer, wave, &logits);
-                    losses.iter().for_each(|loss| loss.add_gradient(&trace, &mut gradients.logits));
+                    let visible = visible_logits(logits, columns, routed.experts, removed);
+                    let trace = routing.trace(layer, wave, &visible);
+                    if routing.identity.is_none() {
+                        losses.iter().for_each(|loss| loss.add_gradient(&trace, &mut gradients.logits));
+                    } else if !losses.is_empty() {
+                        let mut of_experts = vec![0.0; visible.len()];
+                        losses.iter().for_each(|loss| loss.add_gradient(&trace, &mut of_experts));
+                        let rows = gradients.logits.chunks_exact_mut(columns);
+                        rows.zip(of_experts.chunks_exact(routed.experts.max(1)))
+                            .for_each(|(all, own)| all.iter_mut().zip(own).for_each(|(all, own)| *all += own));
+                    }
                 }
                 if needs.router_gradients {
                     observer.router(&RouterGradients {
@@ -252,16 +280,16 @@ impl Engine<'_> {
                         experts: routed.experts,
                         top_k: routed.top_k,
                         input: &read,
-                        logits: &visible_logits(logits, routed.experts, removed),
+                        logits: &visible_logits(logits, columns, routed.experts, removed),
                         selected: &routed.selected,
                         weights: &routed.weights,
-                        d_weights: &d_weights,
-                        d_logits: &gradients.logits,
+                        d_weights: seen_d_weights.as_deref().unwrap_or(&d_weights),
+                        d_logits: &first_columns(&gradients.logits, columns, routed.experts),
                         d_gains: &gradients.gains,
                     })?;
                 }
                 let below = routing.through_change(&tokens, gradients.logits, parameters)?;
-                let d_logits = host::from_vec(below.logits, [tokens.tokens(), routed.experts], self.model.device());
+                let d_logits = host::from_vec(below.logits, [tokens.tokens(), columns], self.model.device());
                 let wanted = Wanted { input: dz.is_some(), parameters };
                 let through = router.linear.backward(|| read.clone(), &d_logits, wanted);
                 let beside = [gradients.input, below.input].into_iter().filter(|_| dz.is_some());

@@ -130,7 +130,7 @@ impl Engine<'_> {
                 for (at, tape) in tapes.iter_mut().enumerate().take(stop).skip(first) {
                     let PathStep { layer, attention, feed_forward } = steps[at];
                     if needs.hidden {
-                        observer.hidden(layer, &x)?;
+                        observer.hidden(layer, &self.apart(&x).0)?;
                     }
                     let rule = self.model.depth_rule();
                     if let Some(rule) = rule.filter(|_| !needs.backward()) {
@@ -184,7 +184,7 @@ impl Engine<'_> {
                             wave: &prepared.info,
                             input: &self.model.ffn(layer)?.carried(half.stream),
                             read: half.read,
-                            output: &x,
+                            output: &self.joined(layer, &x),
                             residual_factor: config.ffn_factor(layer) as f32,
                         })?;
                     }

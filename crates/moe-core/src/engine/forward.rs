@@ -4,6 +4,7 @@ use burn::tensor::Tensor;
 
 use super::{
     Engine, LayerChange,
+    backward::added,
     experts::{ExpertRun, segments},
     prepare::Prepared,
     routing::{LayerRouting, visible_logits},
@@ -15,7 +16,7 @@ use crate::{
     memory::Keep,
     overlay::{RouterTokens, RoutingOverlay},
     router::Routed,
-    trace::{ExpertTrace, HalfInput, Observer, SequenceInfo, Signals, WaveInfo},
+    trace::{ExpertTrace, HalfInput, IdentityTrace, Observer, SequenceInfo, Signals, WaveInfo},
 };
 
 /// What the forward sweep leaves for the backward sweep of one layer.
@@ -65,6 +66,14 @@ impl<'a> FfnPass<'a> {
     }
 }
 
+/// A tensor and what goes beside it `[T, 2 H]`, where something does.
+pub(crate) fn beside_each_other(x: Tensor<2>, beside: Option<Tensor<2>>) -> Tensor<2> {
+    match beside {
+        Some(beside) => Tensor::cat(vec![x, beside], 1),
+        None => x,
+    }
+}
+
 impl Engine<'_> {
     /// Output of the feed-forward half of decoder layer `layer` on `input`: `stream + ffn(norm(read))`, shown to
     /// `observer` (forward signals only). The T tokens are one sequence of which nothing is predicted.
@@ -104,7 +113,31 @@ impl Engine<'_> {
         let sequences = vec![SequenceInfo { tokens: 0..tokens, loss_tokens: 0 }];
         let wave = WaveInfo { id: 0, tokens, sequences };
         let pass = FfnPass { needs, change: Some(change), ..FfnPass::new(layer, &wave) };
-        self.ffn_forward(pass, input, &mut LayerTape::default(), observer)
+        let output = self.ffn_forward(pass, input, &mut LayerTape::default(), observer)?;
+        Ok(self.joined(layer, &output))
+    }
+
+    /// The residual stream after a layer, and what its experts or those of the layer before give beside it, where that
+    /// joins it later: `[T, 2 H]` taken apart.
+    pub(crate) fn apart(&self, x: &Tensor<2>) -> (Tensor<2>, Option<Tensor<2>>) {
+        let hidden = self.model.config().hidden_size;
+        match x.dims()[1] == 2 * hidden {
+            true => (x.clone().narrow(1, 0, hidden), Some(x.clone().narrow(1, hidden, hidden))),
+            false => (x.clone(), None),
+        }
+    }
+
+    /// The residual stream after layer `layer` as if what its experts give joined it there.
+    pub(crate) fn joined(&self, layer: usize, output: &Tensor<2>) -> Tensor<2> {
+        match (self.model.config().starts_shortcut(layer), self.apart(output)) {
+            (true, (stream, Some(experts))) => added(stream, &experts),
+            _ => output.clone(),
+        }
+    }
+
+    /// Identity experts of a layer.
+    pub(super) fn identities(&self, layer: usize) -> usize {
+        self.model.config().moe(layer).map_or(0, |moe| moe.identities)
     }
 
     /// Routing of tokens with these router logits `[T, E]` in MoE layer `layer`, under `overlay` instead of the model's
@@ -115,9 +148,9 @@ impl Engine<'_> {
     /// fit.
     pub fn route(&self, layer: usize, logits: &[f32], overlay: Option<&dyn RoutingOverlay>) -> Result<Routed> {
         let experts = match self.model.config().moe(layer) {
-            Some(moe) if logits.len().is_multiple_of(moe.num_experts().max(1)) => moe.num_experts(),
+            Some(moe) if logits.len().is_multiple_of(moe.router_rows().max(1)) => moe.router_rows(),
             Some(moe) => {
-                let expected = format!("a multiple of the {} experts of layer {layer}", moe.num_experts());
+                let expected = format!("a multiple of the {} experts of layer {layer}", moe.router_rows());
                 return Err(Error::input("router logits", logits.len(), expected));
             }
             None => return Err(Error::input("layer", layer, "one with routed experts")),
@@ -135,7 +168,7 @@ impl Engine<'_> {
             router: self.model.router(),
             wave: &wave,
         };
-        Ok(LayerRouting::new(&tokens, router.scales.as_ref(), overlay)?.applied)
+        Ok(LayerRouting::new(&tokens, self.identities(layer), router.scales.as_ref(), overlay)?.applied)
     }
 
     /// Where the tokens of a layer go, as the model routes them; `None` in a layer without experts.
@@ -146,7 +179,7 @@ impl Engine<'_> {
         let read = router.input(half.read, &ffn.normed(half.read));
         let logits = HostView::new(&router.linear.forward(&read));
         let tokens = self.router_tokens(layer, router, &read, logits.as_slice(), wave);
-        Ok(Some(LayerRouting::new(&tokens, router.scales.as_ref(), overlay)?.applied))
+        Ok(Some(LayerRouting::new(&tokens, self.identities(layer), router.scales.as_ref(), overlay)?.applied))
     }
 
     /// The tokens of a layer as what routes them sees them.
@@ -183,14 +216,15 @@ impl Engine<'_> {
         keep: bool,
     ) -> Result<Tensor<2>> {
         let mixer = self.model.mixer(layer)?;
+        let (x, beside) = self.apart(x);
         let projected =
-            mixer.project(x, prepared.tables.of(self.model.config(), layer), &prepared.spans, &prepared.chosen)?;
-        let middle = mixer.mix(x, &projected, &prepared.spans);
+            mixer.project(&x, prepared.tables.of(self.model.config(), layer), &prepared.spans, &prepared.chosen)?;
+        let middle = mixer.mix(&x, &projected, &prepared.spans);
         if keep {
             tape.mixer = Some(projected);
         }
         self.model.check_reads()?;
-        Ok(middle)
+        Ok(beside_each_other(middle, beside))
     }
 
     pub(crate) fn ffn_forward(
@@ -200,6 +234,8 @@ impl Engine<'_> {
         tape: &mut LayerTape,
         observer: &mut dyn Observer,
     ) -> Result<Tensor<2>> {
+        let ((stream, beside), given) = (self.apart(stream), self.apart(given).0);
+        let (stream, given) = (&stream, &given);
         let FfnPass { layer, wave, keep, needs, skip_output, change, keep_sums } = pass;
         let routing = change.and_then(|change| change.routing.as_ref()).or(self.model.routing_overlay()).map(|r| &**r);
         let overlay = change.and_then(|change| change.experts.as_deref());
@@ -210,9 +246,8 @@ impl Engine<'_> {
             let read = router.input(given, &z);
             let logits = HostView::new(&router.linear.forward(&read));
             let logits = logits.as_slice();
-            let experts = router.linear.weight.dims()[0];
             let tokens = self.router_tokens(layer, router, &read, logits, wave);
-            let mut routed = LayerRouting::new(&tokens, router.scales.as_ref(), routing)?;
+            let mut routed = LayerRouting::new(&tokens, ffn.identities, router.scales.as_ref(), routing)?;
             if let Some(stream) = self.model.expert_stream() {
                 let skipped = stream.begin_layer(layer, &routed.applied);
                 if let Some(next) = stream.next_layer(layer).filter(|_| stream.options().prefetch) {
@@ -222,23 +257,33 @@ impl Engine<'_> {
                         let read = router.input(given, &z);
                         let logits = HostView::new(&router.linear.forward(&read));
                         let tokens = self.router_tokens(next, router, &read, logits.as_slice(), wave);
-                        stream.prefetch(next, &LayerRouting::new(&tokens, router.scales.as_ref(), None)?.applied);
+                        stream.prefetch(
+                            next,
+                            &LayerRouting::new(&tokens, ahead.identities, router.scales.as_ref(), None)?.applied,
+                        );
                     }
                 }
                 if skipped.contains(&true) {
                     routed = routed.skipping(&skipped);
                 }
             }
+            let experts = routed.applied.experts;
             self.model.count_routed_tokens(tokens.tokens());
             let logits = routed.logits(logits);
             let adapters = self.model.adapters().filter(|_| needs.parameters);
             let watchers = adapters.map(|adapters| adapters.router(layer)).unwrap_or_default();
             if needs.routing || !watchers.is_empty() {
                 let removed = routing.and_then(|routing| routing.removed(layer)).unwrap_or_default();
-                let logits = visible_logits(logits, experts, removed);
-                let trace = routed.trace(layer, wave, &logits);
+                let visible = visible_logits(logits, tokens.experts, experts, removed);
+                let trace = routed.trace(layer, wave, &visible);
                 if needs.routing {
                     observer.layer(&trace)?;
+                    if let Some(identity) = &routed.identity {
+                        let rows = logits.chunks_exact(tokens.experts);
+                        let logits: Vec<f32> = rows.flat_map(|row| &row[experts..]).copied().collect();
+                        let (identities, weights) = (ffn.identities, &*identity.weights);
+                        observer.identities(&IdentityTrace { layer, identities, logits: &logits, weights })?;
+                    }
                 }
                 watchers.iter().for_each(|watcher| watcher.routed(&trace));
             }
@@ -280,6 +325,9 @@ impl Engine<'_> {
                     Ok(())
                 })?;
             }
+            if let Some(identity) = routed.identity.as_ref().filter(|_| !skip_output) {
+                identity.add_outputs(&read, sums.experts());
+            }
             tape.routing = Some(routed);
         }
         if let Some(dense) = ffn.dense.as_ref().filter(|_| !skip_output) {
@@ -295,6 +343,9 @@ impl Engine<'_> {
         if keep_sums {
             tape.sums = kept;
         }
-        Ok(output)
+        Ok(match beside {
+            Some(experts) => added(output, &experts),
+            None => output,
+        })
     }
 }

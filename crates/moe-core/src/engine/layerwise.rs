@@ -162,7 +162,7 @@ impl LayerSweep<'_> {
             visitor.begin_wave(&wave.info)?;
             let x = self.store.take(stream_slot(position))?;
             if needs.hidden {
-                visitor.hidden(layer, &x)?;
+                visitor.hidden(layer, &self.engine.apart(&x).0)?;
             }
             let mut tape = LayerTape::default();
             let input = self.engine.attention_forward(layer, &x, wave, &mut tape, false)?;
@@ -176,7 +176,7 @@ impl LayerSweep<'_> {
                     wave: &wave.info,
                     input: &self.engine.model.ffn(layer)?.carried(half.stream),
                     read: half.read,
-                    output: &output,
+                    output: &self.engine.joined(layer, &output),
                     residual_factor: config.ffn_factor(layer) as f32,
                 })?;
             }
@@ -207,7 +207,8 @@ impl LayerSweep<'_> {
         Ok(Some(layer))
     }
 
-    /// The residual stream `[T, H]` of the wave at this position of the list, where the sweep stands.
+    /// The residual stream `[T, H]` of the wave at this position of the list, where the sweep stands, with what experts
+    /// give that joins it later.
     ///
     /// # Errors
     /// [`Error::Input`] for a position outside the list, [`Error::Spill`].
@@ -215,7 +216,11 @@ impl LayerSweep<'_> {
         if position >= self.waves.len() {
             return Err(Error::input("position of a wave", position, format!("below {}", self.waves.len())));
         }
-        self.store.get(stream_slot(position))
+        let stream = self.store.get(stream_slot(position))?;
+        Ok(match self.next.checked_sub(1) {
+            Some(layer) => self.engine.joined(layer, &stream),
+            None => stream,
+        })
     }
 
     /// Takes the waves through the layers that are left, unchanged, and to the objective, if there is one. Without one,
@@ -263,7 +268,7 @@ impl LayerSweep<'_> {
                 let x = self.store.take(stream_slot(position))?;
                 if needs.hidden {
                     observer.begin_wave(&wave.info)?;
-                    observer.hidden(layer, &x)?;
+                    observer.hidden(layer, &self.engine.apart(&x).0)?;
                     observer.end_wave(&wave.info)?;
                 }
                 let mut tape = LayerTape::default();

@@ -24,7 +24,7 @@ mod unfinished;
 
 use std::path::PathBuf;
 
-pub(crate) use forward::{FfnPass, LayerTape};
+pub(crate) use forward::{FfnPass, LayerTape, beside_each_other};
 pub use layerwise::{LayerChange, LayerSweep, LayerVisitor};
 pub use route_trials::RouteTrial;
 pub use unfinished::UnfinishedWave;

@@ -26,6 +26,11 @@ pub struct FfnLayer {
     pub dense: Option<DenseBlock>,
     /// Router of an MoE layer.
     pub router: Option<RouterLayer>,
+    /// Identity experts, the last rows of the router.
+    pub identities: usize,
+    /// Whether what the experts give goes beside the residual stream to the end of the next layer: the output is then
+    /// `[T, 2 H]`, the stream and what the experts give.
+    pub shortcut: bool,
     /// Factor on the output before it is added to the input.
     pub residual: f32,
     /// Factor on the sum of input and output.
@@ -163,6 +168,10 @@ impl FfnLayer {
     pub(crate) fn sums(&self, x: &Tensor<2>) -> BlockSums {
         let zeros = |width: usize| RowAccumulator::zeros(x.dims()[0], width, &x.device());
         let hidden = x.dims()[1];
+        if self.shortcut {
+            let (experts, dense) = (zeros(hidden), Some(RowAccumulator::from_tensor(x.clone())));
+            return BlockSums { experts, latent: None, dense };
+        }
         BlockSums {
             experts: if self.is_plain() { RowAccumulator::from_tensor(x.clone()) } else { zeros(hidden) },
             latent: self.latent.as_ref().map(|latent| zeros(latent.up.dims()[1])),
@@ -173,6 +182,10 @@ impl FfnLayer {
     /// `x` plus what the blocks give, and the sums that a backward pass through norms after the blocks needs, that of
     /// the latents last.
     pub(crate) fn output(&self, x: &Tensor<2>, mut sums: BlockSums) -> (Tensor<2>, Vec<Tensor<2>>) {
+        if self.shortcut {
+            let stream = sums.dense.take().map_or_else(|| x.clone(), RowAccumulator::into_tensor);
+            return (Tensor::cat(vec![stream, sums.experts.into_tensor()], 1), Vec::new());
+        }
         let latents = sums.latent.take().map(RowAccumulator::into_tensor);
         if let (Some(latent), Some(latents)) = (&self.latent, &latents) {
             sums.experts.add(&latent.up.forward(latents, None));
@@ -209,6 +222,11 @@ impl FfnLayer {
     /// Gradients at the blocks, from that of the layer's output; `sums` as [`output`](Self::output) kept them. With
     /// `parameters`, also those of what is trained of the norms.
     pub(crate) fn block_gradients(&self, dy: Tensor<2>, sums: &[Tensor<2>], parameters: bool) -> BlockGradients {
+        if self.shortcut {
+            let hidden = dy.dims()[1] / 2;
+            let (stream, experts) = (dy.clone().narrow(1, 0, hidden), dy.narrow(1, hidden, hidden));
+            return BlockGradients { experts, dense: stream.clone(), around: stream };
+        }
         let around = scaled(dy, self.scale);
         let half = scaled(around.clone(), self.residual);
         let (sums, latents) = match (&self.latent, sums) {

@@ -9,7 +9,7 @@ use burn::tensor::Tensor;
 use super::{
     Linear, Norm,
     grouped::{for_columns, over_columns},
-    sum_of,
+    scaled, sum_of,
 };
 use crate::{
     adapters::{Tokens, Wanted},
@@ -25,6 +25,8 @@ pub struct LatentProjections {
     pub kv_down: Linear,
     /// Norm of the latent `[R_kv]`.
     pub kv_norm: Norm,
+    /// Factor on the normed latent.
+    pub kv_scale: f32,
     /// From the latent to keys and values `[heads * (nope + value), R_kv]`.
     pub kv_up: Weight,
     /// Sizes of the heads.
@@ -97,6 +99,11 @@ impl LatentProjections {
         self.kv_up.dims()[1]
     }
 
+    /// What keys and values are made of, from the latent before its norm.
+    fn normed_latent(&self, latent: &Tensor<2>) -> Tensor<2> {
+        scaled(self.kv_norm.forward(latent), self.kv_scale)
+    }
+
     /// Queries rotated, with their latent; latent of keys and values before its norm `[n, R_kv]`; rotated key `[n,
     /// rope]`.
     fn down(&self, z: &Tensor<2>, table: &RotaryTable) -> (Tensor<2>, Saved, Tensor<2>) {
@@ -126,7 +133,7 @@ impl LatentProjections {
 
     pub(super) fn project(&self, z: &Tensor<2>, table: &RotaryTable) -> ([Tensor<2>; 3], Saved) {
         let (q, saved, shared) = self.down(z, table);
-        let kv = self.kv_up.forward(&self.kv_norm.forward(&saved.kv), None);
+        let kv = self.kv_up.forward(&self.normed_latent(&saved.kv), None);
         let (k, v) = self.heads.join(&kv, &shared);
         ([q, k, v], saved)
     }
@@ -145,8 +152,8 @@ impl LatentProjections {
         let from_query = self.query.backward(z, saved.query.as_ref(), &dq, wanted);
         let (d_kv, d_shared) = self.heads.join_backward(&dk, &dv);
         let through = Wanted { input: true, ..wanted };
-        let d_normed = self.kv_up.gradient(|| self.kv_norm.forward(&saved.kv), &d_kv, Tokens::WAVE, through)?;
-        let d_latent = self.kv_norm.backward(&saved.kv, &d_normed, wanted.parameters);
+        let d_normed = self.kv_up.gradient(|| self.normed_latent(&saved.kv), &d_kv, Tokens::WAVE, through)?;
+        let d_latent = self.kv_norm.backward(&saved.kv, &scaled(d_normed, self.kv_scale), wanted.parameters);
         let d_both = self.rotate(Tensor::cat(vec![d_latent, d_shared], 1), table, 1, self.rank(), true);
         let from_gate = match (&self.gate, d_gate) {
             (Some(gate), Some(d)) => gate.backward(z, &over_columns(d, self.heads.value), wanted),
@@ -164,7 +171,7 @@ impl LatentProjections {
         let latent = q.clone().narrow(2, 0, nope).matmul(self.up(0, nope)); // [heads, n, R_kv]
         let q = Tensor::cat(vec![latent, q.narrow(2, nope, rope)], 2);
         let q = q.swap_dims(0, 1).reshape([n, heads * (self.rank() + rope)]);
-        (q, Tensor::cat(vec![self.kv_norm.forward(&saved.kv), shared], 1), saved)
+        (q, Tensor::cat(vec![self.normed_latent(&saved.kv), shared], 1), saved)
     }
 
     /// Shape of attention with queries in the latent space: one key head for all, which is the value too.

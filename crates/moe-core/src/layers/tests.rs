@@ -93,6 +93,7 @@ fn latent(low_rank: bool) -> AttentionLayer {
             query,
             kv_down: linear([3 + 2, HIDDEN], 6),
             kv_norm: norm(3, 7, false),
+            kv_scale: 1.5,
             kv_up: weight([2 * (3 + 4), 3], 8),
             heads,
         })),

@@ -195,6 +195,7 @@ impl Model {
                 rank + heads.rope,
             )?,
             kv_norm: self.rms_norm(role(LayerRole::LatentKvNorm), rank, latent.norm_eps)?,
+            kv_scale: latent.kv_scale as f32,
             kv_up: weight(
                 LayerSite::LatentKvUp,
                 LayerRole::LatentKvUp,

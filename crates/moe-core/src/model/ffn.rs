@@ -106,7 +106,7 @@ impl Model {
                     None => None,
                 };
                 let bias = config.routing.bias.then_some(role(LayerRole::RouterBias));
-                let shape = [moe.num_experts(), h];
+                let shape = [moe.router_rows(), h];
                 let linear = self.linear(layer, LayerSite::Router, role(LayerRole::Router), bias, shape)?;
                 let selection_bias = match config.routing.correction_bias() {
                     true => Some(self.checkpoint.read_f32(role(LayerRole::CorrectionBias))?.into()),
@@ -176,7 +176,21 @@ impl Model {
             false => None,
         };
         let carry = config.ffn_carry().map(|carry| carry as f32);
-        let loaded = FfnLayer { norm, output_norm, apart, latent, dense, router, residual, scale, carry, bias };
+        let (shortcut, identities) = (config.starts_shortcut(layer), config.moe(layer).map_or(0, |moe| moe.identities));
+        let loaded = FfnLayer {
+            norm,
+            output_norm,
+            apart,
+            latent,
+            dense,
+            router,
+            identities,
+            shortcut,
+            residual,
+            scale,
+            carry,
+            bias,
+        };
         let mut cache = self.lock();
         if layer < cache.residency.layers {
             cache.ffn[layer] = Some(loaded.clone());

@@ -131,7 +131,7 @@ impl Model {
         };
         let router = Router::new(&config.routing)?;
         for moe in (0..config.layers.len()).filter_map(|layer| config.moe(layer)) {
-            router.check(moe.num_experts())?;
+            router.check(moe.router_rows())?;
         }
         let activations = (0..config.layers.len()).map(|layer| gated_activation(config.expert_activation(layer)));
         let activations = activations.collect::<Result<_>>()?;

@@ -202,12 +202,12 @@ pub(crate) fn check(overlay: &dyn RoutingOverlay, config: &ModelConfig, router: 
         let experts = moe.num_experts();
         check_removed(overlay, layer, experts, router)?;
         check_rule(overlay, layer)?;
-        let hidden = config.hidden_size;
+        let (hidden, rows) = (config.hidden_size, moe.router_rows());
         for (what, found, expected) in [
             ("gains", overlay.gains(layer).map(|gains| gains.len()), experts),
-            ("router weights", overlay.router(layer).map(|weights| weights.len()), experts * hidden),
-            ("router biases", overlay.router_bias(layer).map(|bias| bias.len()), experts),
-            ("selection biases", overlay.selection_bias(layer).map(|bias| bias.len()), experts),
+            ("router weights", overlay.router(layer).map(|weights| weights.len()), rows * hidden),
+            ("router biases", overlay.router_bias(layer).map(|bias| bias.len()), rows),
+            ("selection biases", overlay.selection_bias(layer).map(|bias| bias.len()), rows),
         ] {
             if let Some(found) = found.filter(|found| *found != expected) {
                 return Err(refusal(what, layer, format!("{found} numbers"), format!("{expected} numbers")));

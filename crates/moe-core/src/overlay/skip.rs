@@ -190,6 +190,7 @@ mod tests {
             selected: &selected,
             weights: &weights,
             scale: 1.0,
+            idle: &[],
         };
         calibration.layer(&trace).unwrap();
         calibration

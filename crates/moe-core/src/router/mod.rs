@@ -84,8 +84,8 @@ impl Router {
                 Rule::Scores { score: softmax, renormalize: false, groups: Some(GroupLimit::new(groups)?) }
             }
             RoutingKind::SoftmaxCorrected { norm_min } => {
-                let score = Score::Softmax { floor: *norm_min as f32 };
-                Rule::Scores { score, renormalize: true, groups: None }
+                let score = Score::Softmax { floor: norm_min.unwrap_or(0.0) as f32 };
+                Rule::Scores { score, renormalize: norm_min.is_some(), groups: None }
             }
             RoutingKind::Sigmoid { renormalize, groups, .. } => {
                 let groups = groups.as_ref().map(GroupLimit::new).transpose()?;

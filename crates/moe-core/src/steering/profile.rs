@@ -157,7 +157,17 @@ mod tests {
         let mut found = RoutingProfile::new();
         for layer in 0..layers {
             let (logits, selected, weights) = (&logits, &selected, &vec![1.0; n]);
-            let trace = LayerTrace { layer, wave: &wave, experts: 4, top_k: 1, logits, selected, weights, scale: 1.0 };
+            let trace = LayerTrace {
+                layer,
+                wave: &wave,
+                experts: 4,
+                top_k: 1,
+                logits,
+                selected,
+                weights,
+                scale: 1.0,
+                idle: &[],
+            };
             found.layer(&trace).unwrap();
         }
         found

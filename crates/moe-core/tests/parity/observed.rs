@@ -7,7 +7,7 @@ use moe_core::{
     Engine, EngineOptions, Model, Result,
     data::Wave,
     host::HostView,
-    trace::{ExpertTrace, LayerTrace, Observer, Signals},
+    trace::{ExpertTrace, IdentityTrace, LayerTrace, Observer, Signals},
 };
 
 /// Everything a sweep can show, row-major.
@@ -17,6 +17,8 @@ pub struct Recorder {
     pub router_logits: Vec<Vec<f32>>,
     /// Routing weights `[T, E]`, zero for experts not selected.
     pub routing: Vec<Vec<f32>>,
+    /// Weights of the identity experts of every token together `[T]`, of MoE layers that have some.
+    pub identities: Vec<Vec<f32>>,
     pub logits: Vec<f32>,
     /// (layer, expert) -> gradients of its weights.
     pub gradients: BTreeMap<(usize, usize), Gradients>,
@@ -63,9 +65,21 @@ impl Observer for Recorder {
         self.router_logits.push(trace.logits.to_vec());
         let mut routing = vec![0.0; trace.logits.len()];
         for (slot, (&expert, &weight)) in trace.selected.iter().zip(trace.weights).enumerate() {
-            routing[slot / trace.top_k * trace.experts + expert as usize] = weight;
+            if trace.is_seen(slot) {
+                routing[slot / trace.top_k * trace.experts + expert as usize] = weight;
+            }
         }
         self.routing.push(routing);
+        Ok(())
+    }
+
+    fn identities(&mut self, trace: &IdentityTrace<'_>) -> Result<()> {
+        // Their logits follow those of the routed experts of the layer, which came before.
+        let tokens = trace.weights.len();
+        let own = self.router_logits.pop().expect("the layer was shown");
+        let rows = own.chunks_exact(own.len() / tokens).zip(trace.logits.chunks_exact(trace.identities));
+        self.router_logits.push(rows.flat_map(|(own, identities)| [own, identities].concat()).collect());
+        self.identities.push(trace.weights.to_vec());
         Ok(())
     }
 

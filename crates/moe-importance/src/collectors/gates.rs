@@ -22,7 +22,8 @@ impl LayerGates {
     pub fn new(trace: &LayerTrace<'_>, with_softmax: bool) -> Self {
         let (experts, top_k) = (trace.experts, trace.top_k.max(1));
         let mut starts = vec![0; experts + 1];
-        trace.selected.iter().for_each(|e| starts[*e as usize + 1] += 1);
+        let seen = |slot: &usize| trace.is_seen(*slot);
+        (0..trace.selected.len()).filter(seen).for_each(|slot| starts[trace.selected[slot] as usize + 1] += 1);
         (0..experts).for_each(|e| starts[e + 1] += starts[e]);
         let mut next = starts.clone();
         let mut probabilities = vec![0.0; experts];
@@ -32,12 +33,15 @@ impl LayerGates {
             renormalized: vec![0.0; trace.selected.len()],
         };
         let tokens = trace.selected.chunks_exact(top_k).zip(trace.weights.chunks_exact(top_k));
-        for ((selected, weights), logits) in tokens.zip(trace.logits.chunks_exact(experts.max(1))) {
+        for (t, ((selected, weights), logits)) in tokens.zip(trace.logits.chunks_exact(experts.max(1))).enumerate() {
             if with_softmax {
                 softmax(logits, &mut probabilities);
             }
             let total: f32 = weights.iter().sum();
-            for (expert, weight) in selected.iter().zip(weights) {
+            for (slot, (expert, weight)) in selected.iter().zip(weights).enumerate() {
+                if !trace.is_seen(t * top_k + slot) {
+                    continue;
+                }
                 let expert = *expert as usize;
                 let at = next[expert];
                 next[expert] += 1;
@@ -104,6 +108,7 @@ mod tests {
             selected: &[1, 0, 0, 2],
             weights: &[0.6, 0.2, 0.0, 0.0],
             scale: 1.0,
+            idle: &[],
         };
         let mut gates = Gates::default();
         gates.remember(&trace, true);

@@ -53,8 +53,9 @@ impl Collector for Routing {
 
     fn layer(&mut self, trace: &LayerTrace<'_>, into: &mut Statistics) -> Result<()> {
         let counts = into.expert_mut(ROUTED_TOKENS.as_str(), Fold::Sum, trace.layer)?;
-        for expert in trace.selected {
-            counts[*expert as usize] += 1.0;
+        for (slot, expert) in trace.selected.iter().enumerate() {
+            // A choice that no expert sees is no token of one.
+            counts[*expert as usize] += f64::from(u8::from(trace.is_seen(slot)));
         }
         let sums = into.expert_mut(ROUTING_WEIGHT.as_str(), Fold::Sum, trace.layer)?;
         for (expert, weight) in trace.selected.iter().zip(trace.weights) {

@@ -28,7 +28,12 @@ impl ExpertWeightsSource for Checkpoint {
     }
 
     fn router(&self, layer: usize) -> Result<Vec<f32>> {
-        Ok(self.read_f32(Role::Layer(layer, LayerRole::Router))?)
+        let mut rows = self.read_f32(Role::Layer(layer, LayerRole::Router))?;
+        if let Some(moe) = self.config().moe(layer) {
+            // Those of identity experts come last.
+            rows.truncate(moe.num_experts() * self.config().hidden_size);
+        }
+        Ok(rows)
     }
 }
 

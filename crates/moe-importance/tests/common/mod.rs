@@ -272,6 +272,7 @@ pub fn observe(case: &Case, wave: u64, observer: &mut dyn Observer) -> moe_core:
         selected: &selected,
         weights: &vec![0.5; info.tokens],
         scale: 1.0,
+        idle: &[],
     })?;
     case.show(3, 1, observer)?;
     observer.end_wave(&info)

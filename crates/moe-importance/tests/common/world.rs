@@ -199,6 +199,7 @@ impl World {
                 selected: &selected,
                 weights: &weights,
                 scale: SCALE,
+                idle: &[],
             })?;
             let rows: Vec<usize> = tokens.clone().collect();
             let input = layer.input.select_rows(&rows).tensor();

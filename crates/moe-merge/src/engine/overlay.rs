@@ -72,7 +72,8 @@ fn rows_in_place(
         return Err(Error::numerics(format!("layer {layer}: {role}"), format!("{dtype} cannot be read")));
     }
     let mut rows = checkpoint.read_f32(moe_checkpoint::Role::Layer(layer, role))?;
-    let length = mixed.len() / record.plan.groups.len().max(1);
+    let all = checkpoint.config().moe(layer).map_or(1, |moe| moe.router_rows());
+    let length = rows.len() / all.max(1);
     for (group, row) in record.plan.groups.iter().zip(mixed.chunks_exact(length.max(1))) {
         let start = group.dominant as usize * length;
         rows[start..start + length].copy_from_slice(row);

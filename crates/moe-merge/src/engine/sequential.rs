@@ -171,7 +171,8 @@ impl Sequential<'_> {
                     true => vec![0.0; count],
                     false => self.recipe.importance.of(&evidence, count)?,
                 };
-                let router = checkpoint.read_f32(Role::Layer(layer, LayerRole::Router))?;
+                let mut router = checkpoint.read_f32(Role::Layer(layer, LayerRole::Router))?;
+                router.truncate(count * checkpoint.config().hidden_size);
                 let context = LayerContext {
                     layer,
                     experts: &experts,

@@ -182,7 +182,8 @@ impl MergePlan {
         if !dropped.is_empty() {
             plain.drop_mtp_layers(&mut target.config);
         }
-        let tensors = tensors::Tensors::new(&plain, &target, &dropped)?;
+        let mut tensors = tensors::Tensors::new(&plain, &target, &dropped)?;
+        tensors.specs = plain.following_identities(&target.config, tensors.specs)?;
         let scratch = options.scratch.clone().unwrap_or_else(std::env::temp_dir);
         if options.merged.is_none() {
             check_space(&scratch, self.bytes_merged(&plain, &target)?)?;

@@ -9,7 +9,7 @@ use crate::{Error, Result};
 pub(crate) const ROLES: [LayerRole; 4] =
     [LayerRole::Router, LayerRole::RouterBias, LayerRole::CorrectionBias, LayerRole::ExpertScale];
 
-/// A weight or bias of a router, one row per group of `mix`, in its dtype; `None` where the family has no such tensor.
+/// A weight or bias of a router, one row per group of `mix` and then those of identity experts, in its dtype; `None` where the family has no such tensor.
 /// Rows that are a single old one are copied byte for byte.
 ///
 /// # Errors
@@ -27,9 +27,10 @@ pub(crate) fn mixed(
         old.extend_from_slice(part);
         Ok(())
     })?;
-    let experts = from.config().moe(layer).map_or(1, |moe| moe.num_experts().max(1));
+    let moe = from.config().moe(layer);
+    let rows = moe.map_or(1, |moe| moe.router_rows().max(1));
     let size = dtype.bitsize() / 8;
-    let row_bytes = old.len() / experts;
+    let row_bytes = old.len() / rows;
     let row = |expert: usize| &old[expert * row_bytes..(expert + 1) * row_bytes];
     let values =
         |expert: usize| RawMatrix { bytes: row(expert).into(), dtype, rows: 1, cols: row_bytes / size }.to_f32();
@@ -50,5 +51,7 @@ pub(crate) fn mixed(
             return Err(Error::Incompatible { layer, experts: vec![], reason });
         }
     }
+    // Those of identity experts come last, and stay.
+    out.extend_from_slice(&old[old.len() - moe.map_or(0, |moe| moe.identities) * row_bytes..]);
     Ok(Some((out, dtype)))
 }

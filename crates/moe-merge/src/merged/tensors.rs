@@ -32,7 +32,8 @@ impl Tensors {
             expert_bytes.insert(new.layer, made.iter().map(bytes).sum());
             specs.extend(made);
             if let Some(mix) = &new.mix {
-                rows.insert(new.layer, (old.num_experts(), mix.rows.len()));
+                let identities = from.config().moe(new.layer).map_or(0, |moe| moe.identities);
+                rows.insert(new.layer, (old.num_experts() + identities, mix.rows.len() + identities));
                 for role in router_rows::ROLES {
                     routers.insert(from.family().tensor_name(Role::Layer(new.layer, role)), (new.layer, role));
                 }

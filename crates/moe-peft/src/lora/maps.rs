@@ -130,6 +130,16 @@ impl<'a> Maps<'a> {
         self.checkpoint.config().moe(layer).map_or(0, |moe| moe.num_experts())
     }
 
+    /// Experts that a [fused parameter](Self::fused_parameters) of a layer holds: the routed ones, and where
+    /// transformers gives identity experts gate and up projections, which nothing reads, those after them.
+    pub fn fused_experts(&self, layer: usize, part: ExpertMatrix) -> usize {
+        let moe = self.checkpoint.config().moe(layer);
+        match part != ExpertMatrix::Down && self.checkpoint.family().identity_expert_tensors() {
+            true => moe.map_or(0, |moe| moe.router_rows()),
+            false => self.experts(layer),
+        }
+    }
+
     /// `[out, in]`; `None` for a map that the model does not have.
     pub fn dims(&self, map: MatrixId) -> Option<[usize; 2]> {
         match map {

@@ -390,11 +390,12 @@ impl Reader<'_> {
             let [up, down] = parameters.map(|(_, name)| name);
             let name = if part == ExpertMatrix::Down { down } else { up };
             let parameter = format!("{base}.{name}");
-            let (a, b, rank) = self.pair(&path, &module, experts)?;
+            let stored = self.maps.fused_experts(layer, part);
+            let (a, b, rank) = self.pair(&path, &module, stored)?;
             let (expected, alpha) = share(&parameter);
             self.rank(&path, rank, expected)?;
             let dims = dims(part);
-            let shape = (a.len() / (rank * experts).max(1), b.len() / (rank * experts).max(1));
+            let shape = (a.len() / (rank * stored).max(1), b.len() / (rank * stored).max(1));
             let layout = FusedLayout::find(&format!("tensors of `{path}`"), shape, dims, transposed, version).map_err(
                 |error| match error {
                     Error::Input { what, found, expected } => self.error(what, found, expected),
@@ -404,7 +405,7 @@ impl Reader<'_> {
             if module.magnitude.is_some() || self.config.use_dora.unwrap_or(false) {
                 return Err(self.error(format!("tensors of `{path}`"), "`use_dora`", "none for fused experts"));
             }
-            let fused = FusedExperts { a, b, rank, experts };
+            let fused = FusedExperts { a, b, rank, experts: stored };
             for expert in 0..experts {
                 let (a, mut b) = fused.expert(expert, dims, layout);
                 if part == ExpertMatrix::GateUp && transposed {

@@ -278,7 +278,9 @@ fn fused_parameter(
             "fused adapters of layer {layer}: its experts have different widths; write them one by one"
         )));
     }
-    let (mut fused, scale) = FusedExperts::from_experts(experts, [out, inputs]);
+    let mut experts = experts.to_vec();
+    experts.resize(maps.fused_experts(layer, part), None);
+    let (mut fused, scale) = FusedExperts::from_experts(&experts, [out, inputs]);
     let columns = fused.rank * fused.experts;
     if !down && maps.is_transposed() {
         fused.b = interleave(&fused.b, columns);

@@ -400,7 +400,17 @@ mod tests {
         let weights = vec![1.0; selected.len()];
         let top_k = selected.len() / wave.tokens;
         adapter.report.begin_wave(wave);
-        adapter.routed(&LayerTrace { layer: 3, wave, experts, top_k, logits, selected, weights: &weights, scale: 1.0 });
+        adapter.routed(&LayerTrace {
+            layer: 3,
+            wave,
+            experts,
+            top_k,
+            logits,
+            selected,
+            weights: &weights,
+            scale: 1.0,
+            idle: &[],
+        });
         adapter.report.take()[&3]
     }
 
@@ -454,6 +464,7 @@ mod tests {
                 selected: &selected,
                 weights: &weights,
                 scale: 1.0,
+                idle: &[],
             };
             let mut found = vec![0.25; 12];
             adapter.routed(&trace);
@@ -526,6 +537,7 @@ mod tests {
                     selected,
                     weights,
                     scale: 1.0,
+                    idle: &[],
                 });
             }
             let told = adapter.report.losses();

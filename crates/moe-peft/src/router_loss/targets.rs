@@ -220,7 +220,8 @@ mod tests {
         let run = |logits: &[f32]| {
             let (selected, weights) = (vec![0; 3], vec![1.0; 3]);
             let (selected, weights, wave) = (&selected, &weights, &wave);
-            let trace = LayerTrace { layer: 1, wave, experts: 4, top_k: 1, logits, selected, weights, scale: 1.0 };
+            let trace =
+                LayerTrace { layer: 1, wave, experts: 4, top_k: 1, logits, selected, weights, scale: 1.0, idle: &[] };
             loss.begin_wave(wave);
             loss.routed(&trace);
             let mut d = vec![0.0; 12];

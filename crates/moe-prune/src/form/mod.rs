@@ -217,7 +217,7 @@ impl PrunePlan {
             layer.written = target.rows.len();
         }
         report.notes.append(&mut target.notes);
-        let specs = tensors.specs;
+        let specs = from.following_identities(&target.config, tensors.specs)?;
         let (parameters, bytes) = (tensors::parameters(&from, &specs), specs.iter().map(tensors::bytes).sum());
         (report.parameters.after, report.bytes.after) = (parameters, bytes);
         for (layer, bytes) in report.layers.iter_mut().zip(tensors.expert_bytes) {

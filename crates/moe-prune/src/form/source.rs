@@ -112,9 +112,13 @@ impl PrunedSource {
             None => self.base.bytes(&tensor.name)?,
             Some(values) => Cow::Owned(changed(tensor.dtype, values, 1.0).map_err(refused)?),
         };
-        let row = bytes.len() / layer.widths_before(&self.base).len().max(1);
-        let rows: Vec<u8> =
-            layer.rows.iter().flat_map(|expert| &bytes[expert * row..(expert + 1) * row]).copied().collect();
+        // Edits have rows for routed experts.
+        let (experts, identities) = (layer.widths_before(&self.base).len(), layer.identities(&self.base));
+        let all = self.base.bytes(&tensor.name)?;
+        let row = all.len() / (experts + identities).max(1);
+        // Identity experts come after the others, and all stay.
+        let own = layer.rows.iter().flat_map(|expert| &bytes[expert * row..(expert + 1) * row]);
+        let rows: Vec<u8> = own.chain(&all[experts * row..]).copied().collect();
         let factor = if role == LayerRole::CorrectionBias { layer.correction_factor } else { 1.0 };
         if factor == 1.0 {
             return Ok(rows);

@@ -142,6 +142,12 @@ impl TargetLayer {
         }
     }
 
+    /// Identity experts of the layer, the last rows of its router.
+    pub fn identities(&self, from: &Checkpoint) -> usize {
+        let decoder = self.further.is_none().then_some(self.layer);
+        decoder.and_then(|layer| from.config().moe(layer)).map_or(0, |moe| moe.identities)
+    }
+
     /// Whether router rows are those of the checkpoint, in its order.
     pub fn same_rows(&self, before: usize) -> bool {
         self.rows.len() == before && self.rows.iter().enumerate().all(|(new, old)| new == *old)

@@ -78,7 +78,9 @@ pub(super) fn tensors(
         let mut spec = info.spec();
         if let Some((position, role)) = rows_of.get(&info.name) {
             let layer = &target.layers[*position];
-            spec.shape = kept_shape(info, layer.widths_before(from).len(), layer.rows.len());
+            let identities = layer.identities(from);
+            let before = layer.widths_before(from).len() + identities;
+            spec.shape = kept_shape(info, before, layer.rows.len() + identities);
             out.made.insert(info.name.clone(), Made::Rows(*position, *role));
         } else if let Some(kept) = blocks.get(&info.name) {
             spec.shape[0] = kept.len();

@@ -69,6 +69,12 @@ impl RouterDistillation {
             return Err(Error::InvalidParameter { field: "top", found: "0".into(), expected });
         }
         self.train.validate()?;
+        let moe = |layer| student.config().moe(layer);
+        if (0..student.config().layers.len()).filter_map(moe).any(|moe| moe.identities > 0) {
+            let found = format!("`{}`, whose routers choose identity experts, too", student.config().model_type);
+            let expected = "routers of routed experts alone, which edits have rows for".to_string();
+            return Err(Error::InvalidParameter { field: "student", found, expected });
+        }
         let recorder = Engine::new(teacher, EngineOptions::default());
         let targets = TeacherLogits::record(&recorder, waves.iter().chain(evaluation), self.top)?;
 

@@ -77,6 +77,10 @@ impl FineGrained<'_> {
     /// are selected.
     pub fn map(&self, plan: &PrunePlan, from: &Checkpoint) -> Result<PieceMap> {
         let routing = &from.config().routing;
+        if plan.kept.iter().any(|kept| from.config().moe(kept.layer).is_some_and(|moe| moe.identities > 0)) {
+            let reason = "routers choose identity experts, too, which would have to become as many pieces".into();
+            return Err(refused(reason));
+        }
         let factor = down_factor(&routing.kind, self.pieces)?;
         let width = self.width(from)?;
         let mut layers: Vec<LayerPieces> = Vec::with_capacity(plan.kept.len());
