@@ -9,7 +9,7 @@ use moe_core::Model;
 use moe_core::data::{Sequence, Wave};
 use moe_core::device::device;
 use moe_core::host::HostView;
-use moe_core::trace::{Observer, Signals};
+use moe_core::trace::{LayerOutput, Observer, Signals};
 use moe_core::{Engine, EngineOptions};
 use moe_merge::{
     ClusterBy, Evidence, EvidenceOptions, PartScale, RouterStart, UpcycleInputs, UpcycleMethod, Upcycling,
@@ -112,6 +112,35 @@ fn one_expert_is_the_dense_model_that_transformers_computes() {
     }
 }
 
+/// What the feed-forward half of every layer adds to the stream.
+#[derive(Default)]
+struct Halves(Vec<Vec<f32>>);
+
+impl Observer for Halves {
+    fn needs(&self) -> Signals {
+        Signals::STREAMS
+    }
+
+    fn output(&mut self, output: &LayerOutput<'_>) -> moe_core::Result<()> {
+        let (before, after) = (HostView::new(output.input), HostView::new(output.output));
+        self.0.push(before.as_slice().iter().zip(after.as_slice()).map(|(x, y)| y - x).collect());
+        Ok(())
+    }
+}
+
+/// The largest difference of what any feed-forward half of a model gives from what that of the dense model gives.
+fn halves_differ(model: &Arc<Checkpoint>, base: &Arc<Checkpoint>, name: &str) -> f32 {
+    let halves = |model: Arc<Checkpoint>| {
+        let model = Model::new(model, &device("flex").unwrap(), None).unwrap();
+        let mut halves = Halves::default();
+        Engine::new(&model, EngineOptions::default()).run(&expected(name).0, &mut halves).unwrap();
+        halves.0.concat()
+    };
+    let (found, dense) = (halves(model.clone()), halves(on(&Upcycling::one_expert(), base)));
+    assert!(found.len() == dense.len() && dense.iter().any(|value| value.abs() > 0.1));
+    found.iter().zip(&dense).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
 #[test]
 fn copies_and_all_parts_are_the_dense_model() {
     let copy = |experts| Upcycling::new(UpcycleMethod::Copy { noise: 0.0 }, experts);
@@ -134,6 +163,8 @@ fn copies_and_all_parts_are_the_dense_model() {
             assert!(made.report().exact, "{name}: {recipe:?}");
             let difference = difference(made.model(), name);
             assert!(difference < 1e-4, "{name}, {recipe:?}: {difference}");
+            let halves = halves_differ(made.model(), &base, name);
+            assert!(halves < 1e-5, "{name}, {recipe:?}: {halves}");
         }
     }
 }
@@ -156,6 +187,8 @@ fn a_shared_part_and_the_other_parts_are_the_dense_model() {
             assert_eq!((made.report().width.before, made.report().width.after), (64, 6));
             let difference = difference(made.model(), name);
             assert!(difference < 1e-4, "{name}, {recipe:?}: {difference}");
+            let halves = halves_differ(made.model(), &base, name);
+            assert!(halves < 1e-5, "{name}, {recipe:?}: {halves}");
         }
     }
 }

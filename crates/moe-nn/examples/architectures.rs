@@ -26,6 +26,11 @@ const CONTEXT: RouteContext<'static> = RouteContext { token_ids: None, padding: 
 trait Layer: Module + ModuleDisplay {
     fn run(&self, x: Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>);
 
+    /// The same, for layers that look at the tokens themselves `[batch, length]`.
+    fn run_on(&self, x: Tensor<2>, _ids: Tensor<2, Int>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>) {
+        self.run(x)
+    }
+
     /// The layer at a place of the training, from 0 to 1.
     fn at(self, _progress: f64) -> Self {
         self
@@ -111,6 +116,48 @@ impl Layer for CoarseToFine {
     }
 }
 
+impl Layer for UnionOfExperts {
+    fn run(&self, x: Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>) {
+        let (output, routing) = self.forward(x, &CONTEXT);
+        (output, Some(losses::balance(&routing) * 0.01), Some(routing))
+    }
+}
+
+impl Layer for WideNet {
+    fn run(&self, x: Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>) {
+        let x = x.reshape([BATCH, LENGTH, D]);
+        let (output, loss, mut routings) = self.forward(x.clone());
+        // The model adds what it read by itself.
+        ((output - x).reshape([BATCH * LENGTH, D]), loss, routings.pop())
+    }
+}
+
+impl Layer for ReadMe {
+    fn run(&self, _: Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>) {
+        unreachable!("one router looks at tokens, before all layers")
+    }
+
+    fn run_on(&self, x: Tensor<2>, ids: Tensor<2, Int>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>) {
+        let routing = self.router.route(ids);
+        (self.forward(0, x, &routing), Some(losses::balance(&routing) * 0.01), Some(routing))
+    }
+}
+
+/// A dense network with tiny experts beside it.
+#[derive(Module, Debug)]
+struct Beside {
+    network: FeedForward,
+    experts: Mome,
+}
+
+impl Layer for Beside {
+    fn run(&self, x: Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>) {
+        let (output, routing) = self.experts.forward(x.clone(), &CONTEXT);
+        let loss = losses::balance(&routing) * 0.01;
+        (self.network.forward(x) + output, Some(loss), Some(routing))
+    }
+}
+
 impl Layer for UltraMem {
     fn run(&self, x: Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>) {
         self.update_sides();
@@ -132,6 +179,12 @@ impl Layer for Normed<ProgressiveNorm> {
 
     fn at(self, progress: f64) -> Self {
         Self { norm: self.norm.at(progress), ..self }
+    }
+}
+
+impl Layer for Normed<ScaledNorm> {
+    fn run(&self, x: Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>, Option<Routing>) {
+        (self.network.forward(self.norm.forward(x)), None, None)
     }
 }
 
@@ -170,7 +223,8 @@ impl<L: Layer> Model<L> {
         let x = self.embedding.forward(ids.clone().narrow(1, 0, LENGTH));
         let x = x.clone() + self.attention.forward(self.norms[0].forward(x));
         let x = x.reshape([BATCH * LENGTH, D]);
-        let (output, loss, routing) = self.layer.run(self.norms[1].forward(x.clone()));
+        let normed = self.norms[1].forward(x.clone());
+        let (output, loss, routing) = self.layer.run_on(normed, ids.clone().narrow(1, 0, LENGTH));
         let logits = self.head.forward(self.norms[2].forward(x + output));
         let targets = ids.narrow(1, 1, LENGTH).reshape([BATCH * LENGTH, 1]);
         (-log_softmax(logits, 1).gather(1, targets).mean(), loss, routing)
@@ -273,6 +327,17 @@ fn main() {
     let task = TopKRouterConfig::new(D, 4).with_top_k(1).with_combine(Combine::Raw).init(device);
     train("DMoERM, 2 of 4 tasks", MoeLayer::new(task, capabilities).with_losses(balance), steps, device);
     let network = || FeedForwardConfig::new(D, ACTIVE).init(device);
+    let whole = FeedForwardConfig::new(D, 4 * ACTIVE).init(device);
+    train("Union-of-Experts, 2 of 8", UnionOfExpertsConfig::new(8, 2).init_from(&whole, device), steps, device);
+    let block = MoeConfig::new(D, ACTIVE / 2, 8).with_losses(balance);
+    let wide = WideNetConfig::new(D, 2, AttentionConfig::new(4, 4, D / 4), block);
+    train("WideNet, depth 2", wide.init(device), steps, device);
+    let beside = Beside { network: network(), experts: MomeConfig::new(D, 4, 8).init(device) };
+    train("MoME beside a dense one", beside, steps, device);
+    let pre_gate = PreGateConfig::new(256, 4);
+    train("Read-ME", ReadMeConfig::new(pre_gate, D, 1, ACTIVE / 2, ACTIVE / 2).init(device), steps, device);
+    let norm = ScaledNormConfig::new(D, 2).init(device);
+    train("dense, LayerNorm scaling", Normed { norm, network: network() }, steps, device);
     let norm = ProgressiveNormConfig::new(D).init(device);
     train("dense, SLAB's norm", Normed { norm, network: network() }, steps, device);
     let norm = UnifiedNormConfig::new(D).with_warmup(20).init(device);

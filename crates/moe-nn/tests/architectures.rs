@@ -2,7 +2,8 @@
 
 mod common;
 
-use burn::module::Module;
+use burn::module::{Module, Param};
+use burn::nn::{LayerNormConfig, LinearConfig};
 use burn::tensor::Tensor;
 use common::*;
 use moe_nn::architectures::*;
@@ -131,6 +132,32 @@ fn a_scaled_norm_and_its_fold_agree() {
     let fourth = ScaledNormConfig::new(8, 4).init(&device);
     assert_close(&fourth.forward(x.clone()), &(first.norm.forward(x.clone()) / 2.0), 1e-6);
     assert_close(&fourth.clone().folded().forward(x.clone()), &fourth.forward(x), 1e-6);
+}
+
+#[test]
+fn a_model_with_layer_norms_is_one_with_crms_norms_of_one_coordinate_less() {
+    let device = plain();
+    let linear = |inputs, outputs, bias| LinearConfig::new(inputs, outputs).with_bias(bias).init(&device);
+    let (embed, write, head) = (linear(5, 8, false), linear(6, 8, true), linear(8, 3, true));
+    let read = linear(8, 6, true);
+    let norm = || {
+        let mut norm = LayerNormConfig::new(8).init(&device);
+        norm.gamma = Param::from_tensor(random([8], &device) + 1.0);
+        norm.beta = Some(Param::from_tensor(random([8], &device)));
+        norm
+    };
+    let norms = [norm(), norm()];
+    let x = random([7, 5], &device) * 4.0;
+    // stream, network, stream, head
+    let stream = embed.forward(x.clone());
+    let stream = stream.clone() + write.forward(read.forward(norms[0].forward(stream)).tanh());
+    let expected = head.forward(norms[1].forward(stream));
+    let (crms, first, last) =
+        (CrmsNormConfig::new(8).init(), CrmsNorm::reader(&norms[0], &read), CrmsNorm::reader(&norms[1], &head));
+    let stream = CrmsNorm::writer(&embed).forward(x);
+    assert_eq!(stream.dims(), [7, 7]);
+    let written = CrmsNorm::writer(&write).forward(first.forward(crms.forward(stream.clone())).tanh());
+    assert_close(&last.forward(crms.forward(stream + written)), &expected, 1e-5);
 }
 
 #[test]

@@ -106,6 +106,41 @@ fn every_file_of_rows_is_a_domain() {
 }
 
 #[test]
+fn routers_of_several_models_begin_as_what_layers_read_of_prompts() {
+    let dir = tempfile::tempdir().unwrap();
+    let (dense, prompts) = (dir.path().join("dense"), dir.path().join("prompts.json"));
+    fs::create_dir(&dense).unwrap();
+    for file in fs::read_dir(LLAMA).unwrap().map(|entry| entry.unwrap().path()) {
+        fs::copy(&file, dense.join(file.file_name().unwrap())).unwrap();
+    }
+    let vocab: serde_json::Map<String, Value> = (0..96).map(|id| (format!("w{id}"), json!(id))).collect();
+    let tokenizer = json!({
+        "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "w0"},
+    });
+    fs::write(dense.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let routers = |lists: Value, name: &str| {
+        let out = dir.path().join(name);
+        fs::write(&prompts, lists.to_string()).unwrap();
+        let files = ["--from", text(&dense), "--prompts", text(&prompts), "--method", "models"];
+        let files = [&files[..], &["--model", text(&dense), "--out", text(&out)]].concat();
+        ok(&words("upcycle --experts 2", &files));
+        let written = Checkpoint::open(&out).unwrap();
+        let routers = (0..written.config().layers.len()).map(|layer| Role::Layer(layer, LayerRole::Router));
+        routers.map(|role| written.read_f32(role).unwrap()).collect::<Vec<_>>()
+    };
+    let there = routers(json!([["w1 w2 w3", "w4 w5"], ["w60 w70 w80 w90"]]), "there");
+    let back = routers(json!([["w60 w70 w80 w90"], ["w1 w2 w3", "w4 w5"]]), "back");
+    for (there, back) in there.iter().zip(&back) {
+        let ((first, second), (other, one)) = (there.split_at(there.len() / 2), back.split_at(back.len() / 2));
+        assert!(first == one && second == other && first != second);
+        let length = first.iter().map(|value| value * value).sum::<f32>();
+        assert!((length - 1.0).abs() < 1e-2, "{length}");
+    }
+}
+
+#[test]
 fn models_with_experts_and_prompts_without_a_tokenizer_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (out, prompts) = (dir.path().join("out"), dir.path().join("prompts.json"));

@@ -6,6 +6,7 @@
 mod bam;
 mod chain_of_experts;
 mod composition;
+mod crms_norm;
 mod deepseek_moe;
 mod dmoerm;
 mod duo;
@@ -27,6 +28,7 @@ mod wide_net;
 pub use bam::{AttentionMixture, AttentionMixtureConfig};
 pub use chain_of_experts::{ChainOfExperts, ChainOfExpertsConfig};
 pub use composition::{CategoryTable, Composed, CompositionRouter, CompositionRouterConfig};
+pub use crms_norm::{CrmsNorm, CrmsNormConfig};
 pub use deepseek_moe::DeepSeekMoeConfig;
 pub use dmoerm::{CapabilityExperts, CapabilityExpertsConfig, TwoLevelReward, TwoLevelRewardConfig};
 pub use duo::{DuoLayer, DuoLayerConfig, DuoOutput};
