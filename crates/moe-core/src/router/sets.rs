@@ -82,6 +82,29 @@ impl Router {
         }
     }
 
+    /// Scores of every expert for a token with these logits `[E]`, before anything selects, scales or divides them: their
+    /// softmax, or the sigmoid of each.
+    pub fn scores(&self, logits: &[f32]) -> Vec<f32> {
+        match self.rule {
+            Rule::Scores { score: Score::Sigmoid, .. } => logits.iter().map(|z| math::sigmoid(*z)).collect(),
+            _ => {
+                let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let sum: f32 = logits.iter().map(|z| (z - max).exp()).sum();
+                logits.iter().map(|z| (z - max).exp() / sum).collect()
+            }
+        }
+    }
+
+    /// Logits that have these [scores](Self::scores), of one softmax or of sigmoids.
+    pub fn logits_of(&self, scores: &[f64]) -> Vec<f32> {
+        let sigmoid = matches!(self.rule, Rule::Scores { score: Score::Sigmoid, .. });
+        let logit = |p: &f64| match sigmoid {
+            true => (p.max(1e-30) / (1.0 - p).max(1e-12)).ln() as f32,
+            false => p.max(1e-30).ln() as f32,
+        };
+        scores.iter().map(logit).collect()
+    }
+
     /// Gives the slots `[T, k]` that are `member`s the weights that the rule gives to these experts of a token alone,
     /// and the others 0. Where all are members, that is what [`route`](Self::route) gives, bit for bit.
     pub fn weigh_members(&self, logits: &[f32], routed: &mut Routed, member: impl Fn(usize) -> bool + Sync) {
@@ -158,6 +181,18 @@ mod tests {
 
     fn logits() -> Vec<f32> {
         (0..40).map(|i| ((i * 37 % 23) as f32 - 11.0) * 0.21).collect()
+    }
+
+    #[test]
+    fn logits_of_scores_have_these_scores() {
+        let logits = [1.5f32, -2.0, 0.25, 3.0, 0.0, -0.5];
+        for router in routers() {
+            let scores = router.scores(&logits);
+            let wanted: Vec<f64> = scores.iter().map(|p| f64::from(*p)).collect();
+            let again = router.scores(&router.logits_of(&wanted));
+            let far = again.iter().zip(&scores).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(far < 1e-6, "{again:?} {scores:?}");
+        }
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub struct Reference {
     pub answer: Vec<u32>,
     /// Where it lies among prompts.
     pub embedding: Vec<f32>,
-    /// Shares of the experts in the scores of the last token of the prompt, by decoder layer `[E]`.
+    /// Scores of the experts for the last token of the prompt ([`Router::scores`]), by decoder layer `[E]`.
     pub rows: BTreeMap<usize, Vec<f32>>,
 }
 
@@ -46,11 +46,12 @@ pub struct ReferenceStore {
 ///
 /// The neighbors of a prompt are the `neighbors` references that lie nearest, by a Gaussian kernel of the distance
 /// whose width is the median distance of the neighbors; those more similar than `most_similar` are left out. In the
-/// last `layers` MoE layers, the shares `w` of the experts at the prompt's last token become `a w + (1 - a) w'`, with
-/// `w'` the kernel mean of the neighbors' shares, or are found by descent on the neighbors' loss. Then the model's own
+/// last `layers` MoE layers, the scores `w` of the experts at the prompt's last token become `a w + (1 - a) w'`, with
+/// `w'` the kernel mean of the neighbors' scores, or are found by descent on the neighbors' loss. Then the model's own
 /// rule selects and weighs. Tokens that are generated are routed as always.
 ///
-/// Softmax models alone: the shares are its logits' softmax.
+/// The paper's models have softmax routers, whose scores are shares; where a score is a sigmoid, it is mixed alike.
+/// SparseMixer, which has no scores that logits could be found for, is refused.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Pathways {
@@ -163,12 +164,6 @@ impl Observer for Seen {
     }
 }
 
-fn softmax(logits: &[f32]) -> Vec<f32> {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f32 = logits.iter().map(|z| (z - max).exp()).sum();
-    logits.iter().map(|z| (z - max).exp() / sum).collect()
-}
-
 fn look(model: &Model, prompt: &[u32]) -> Result<Seen> {
     let mut seen = Seen::default();
     let wave = Wave { id: 0, sequences: vec![Sequence::new(prompt.to_vec())] };
@@ -191,8 +186,8 @@ impl ReferenceStore {
             {
                 continue;
             }
-            let seen = look(model, prompt)?;
-            let rows = seen.logits.iter().map(|(layer, logits)| (*layer, softmax(logits))).collect();
+            let (seen, router) = (look(model, prompt)?, model.router());
+            let rows = seen.logits.iter().map(|(layer, logits)| (*layer, router.scores(logits))).collect();
             references.push(Reference { prompt: prompt.clone(), answer: answer.clone(), embedding: seen.mean, rows });
         }
         Ok(Self { version: 1, references })
@@ -256,6 +251,7 @@ impl Pathways {
         store: &ReferenceStore,
     ) -> Result<Remixed> {
         self.validate(store.references.len())?;
+        let router = overridden.router();
         rows.reset();
         let seen = look(overridden, prompt)?;
         let critical: Vec<usize> = seen.logits.keys().rev().take(self.layers).copied().collect();
@@ -277,17 +273,16 @@ impl Pathways {
                 for a in shares.iter().filter(|a| **a < 1.0) {
                     let mut mixed = BTreeMap::new();
                     for (layer, logits) in &own {
-                        let mut w: Vec<f64> = softmax(logits).iter().map(|w| a * f64::from(*w)).collect();
+                        let mut w: Vec<f64> = router.scores(logits).iter().map(|w| a * f64::from(*w)).collect();
                         for (reference, k) in near.iter().zip(&kernel) {
                             let of = reference.rows.get(layer).filter(|row| row.len() == w.len());
                             let missing =
-                                || Error::input(format!("reference's shares of layer {layer}"), "none", w.len());
+                                || Error::input(format!("reference's scores of layer {layer}"), "none", w.len());
                             let of = of.ok_or_else(missing)?;
                             let factor = (1.0 - a) * k / kernel.iter().sum::<f64>();
                             w.iter_mut().zip(of).for_each(|(w, p)| *w += factor * f64::from(*p));
                         }
-                        // logits whose softmax it is
-                        mixed.insert(*layer, w.iter().map(|w| w.max(1e-30).ln() as f32).collect());
+                        mixed.insert(*layer, router.logits_of(&w));
                     }
                     let found = loss(&mixed)?;
                     if found < best.0 {
@@ -395,8 +390,8 @@ impl Pathways {
         mut ended: impl FnMut(&[u32]) -> bool,
     ) -> Result<Vec<(Vec<u32>, Remixed)>> {
         let config = model.config();
-        if !matches!(config.routing.kind, RoutingKind::SoftmaxTopK { .. } | RoutingKind::TopKSoftmax) {
-            return Err(Error::Unsupported("remixed pathways with routing that is no plain softmax".into()));
+        if matches!(config.routing.kind, RoutingKind::Sparsemixer { .. }) {
+            return Err(Error::Unsupported("remixed pathways with SparseMixer".into()));
         }
         let layers: Vec<usize> = (0..config.layers.len()).filter(|layer| config.moe(*layer).is_some()).collect();
         let rows = RowOverride::new();
