@@ -1,10 +1,12 @@
-"""Trains a small DeepSeek-V3 kind of model (latent attention, sigmoid routing with a bias, groups, a dense first layer, a
-shared expert) on the rows of the bundled model, with its tokenizer: another family for `cargo xtask adaptive-study`.
+"""Trains examples/assets/tiny-deepseek: a small DeepSeek-V3 (latent attention, sigmoid routing with a bias and groups, a
+dense first layer, a shared expert) on the three capabilities of tiny-moe, with its tokenizer and its rows.
 
-    python benches/train_family.py OUT [STEPS]
+    python benches/train_tiny_deepseek.py WORDNET OUT
 
-Needs torch, transformers and tokenizers. Facts are recalled, so that their test rows are trained on, as those of the
-bundled model were; sums are made anew; prose is that of the calibration rows alone.
+WORDNET is a folder with the files data.noun, data.verb, data.adj and data.adv of WordNet 3.0 (Debian's wordnet-base:
+/usr/share/wordnet). Needs torch, transformers and tokenizers. Facts are recalled, so that their test rows are trained
+on, as those of tiny-moe were; sums are made anew; glosses are all of WordNet's but those of the test rows. The load of
+the experts is balanced by a bias on their selection, without a loss, as in DeepSeek-V3.
 """
 
 import json
@@ -18,32 +20,69 @@ from tokenizers import Tokenizer
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 TINY = Path(__file__).resolve().parents[1] / "examples/assets/tiny-moe"
-LENGTH, BATCH, RATE = 56, 20, 3e-3
+LENGTH, BATCH, BIAS_RATE = 64, 24, 2e-3
+# Steps, the first rate, and the shares of sums and of facts; the rest are glosses.
+STAGES = [(12000, 4e-3, 0.3, 0.2), (5000, 3e-3, 0.6, 0.1)]
 
 
 def rows(name):
     return [json.loads(line) for line in (TINY / "data" / name).read_text().splitlines() if line.strip()]
 
 
-def words(name):
+def words():
     """Names and things of the rows of sums."""
-    people, things = set(), set()
-    for row in rows(name):
-        parts = row["prompt"].split()
-        people.add(parts[1])
-        things.add(parts[4].rstrip(","))
-    return sorted(people), sorted(things)
+    parts = [row["prompt"].split() for row in rows("arithmetic_calibration.jsonl")]
+    return sorted({part[1] for part in parts}), sorted({part[4].rstrip(",") for part in parts})
+
+
+def glosses(wordnet):
+    """`word: meaning.`, as in the rows of prose; examples in quotes are left out."""
+    tests = {row["text"].strip() for row in rows("prose_test.jsonl")}
+    texts = []
+    for kind in ("noun", "verb", "adj", "adv"):
+        for line in (wordnet / f"data.{kind}").read_text().splitlines():
+            if line.startswith("  ") or " | " not in line:
+                continue
+            head, gloss = line.split(" | ", 1)
+            word = head.split()[4].split("(")[0].replace("_", " ")
+            meaning = gloss.split('; "')[0].strip().rstrip(".;")
+            text = f"{word}: {meaning}."
+            if '"' not in text and text not in tests:
+                texts.append(text + "\n")
+    return texts
+
+
+def balance(model):
+    """Counts what every router chose; the returned function shifts their biases toward equal loads."""
+    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    assert gates, "no layer has routed experts"
+    loads = {}
+
+    def count(gate, _, outputs):
+        loads[gate] = torch.bincount(outputs[2].flatten(), minlength=gate.num_experts).float()
+
+    for gate in gates:
+        gate.register_forward_hook(count)
+
+    def shift():
+        for gate, load in loads.items():
+            gate.e_score_correction_bias += BIAS_RATE * torch.sign(load.mean() - load)
+        return [round((load.max() / load.mean()).item(), 2) for load in loads.values()]
+
+    return shift
 
 
 def main():
-    out, steps = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 2000
+    wordnet, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.manual_seed(0)
     draw = random.Random(0)
     tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
     base = json.loads((TINY / "config.json").read_text())
-    people, things = words("arithmetic_calibration.jsonl")
+    people, things = words()
     facts = [row["prompt"] + row["completion"] for name in ("facts_calibration.jsonl", "facts_test.jsonl") for row in rows(name)]
-    prose = [row["text"] for row in rows("prose_calibration.jsonl")]
+    prose = [tokens.ids for tokens in tokenizer.encode_batch(glosses(wordnet))]
+    facts = [tokens.ids for tokens in tokenizer.encode_batch(facts)]
+    print(len(prose), "glosses of", sum(map(len, prose)), "tokens")
 
     def a_sum():
         a, b = draw.randint(2, 49), draw.randint(2, 49)
@@ -52,48 +91,43 @@ def main():
         return (f"Question: {draw.choice(people)} finds {a} {thing}, then {b} more, and loses {c}. How many {thing} remain?\n"
                 f"Answer: {a} + {b} = {a + b} ; {a + b} - {c} = {a + b - c} #### {a + b - c}\n")
 
+    def sequence(sums, recalled):
+        """Rows of one kind one after the other, from the beginning of a row."""
+        kind, ids = draw.random(), []
+        while len(ids) < LENGTH:
+            ids += tokenizer.encode(a_sum()).ids if kind < sums else draw.choice(facts if kind < sums + recalled else prose)
+        return ids[:LENGTH]
+
     config = DeepseekV3Config(
-        vocab_size=base["vocab_size"], hidden_size=96, intermediate_size=192, moe_intermediate_size=64,
-        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=1,
-        num_experts_per_tok=3, n_group=2, topk_group=2, first_k_dense_replace=1, norm_topk_prob=True,
-        routed_scaling_factor=1.0, kv_lora_rank=32, q_lora_rank=None, qk_nope_head_dim=24, qk_rope_head_dim=8,
-        v_head_dim=32, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=base.get("eos_token_id"),
-        bos_token_id=None, pad_token_id=None)
+        vocab_size=base["vocab_size"], hidden_size=96, intermediate_size=256, moe_intermediate_size=64,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=16, n_shared_experts=1,
+        num_experts_per_tok=3, n_group=4, topk_group=2, first_k_dense_replace=1, norm_topk_prob=True,
+        routed_scaling_factor=1.5, kv_lora_rank=32, q_lora_rank=None, qk_nope_head_dim=24, qk_rope_head_dim=8,
+        v_head_dim=32, max_position_embeddings=512, tie_word_embeddings=False, eos_token_id=base.get("eos_token_id"),
+        bos_token_id=None, pad_token_id=base.get("pad_token_id"))
     model = DeepseekV3ForCausalLM(config)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.04)
     print(sum(p.numel() for p in model.parameters()), "parameters")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 50) * max(0.05, 1 - s / steps))
-    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
-    for step in range(steps):
-        texts = []
-        for _ in range(BATCH):
-            kind = draw.random()
-            text = "".join(a_sum() for _ in range(2)) if kind < 0.4 else \
-                "".join(draw.choices(facts, k=8)) if kind < 0.75 else draw.choice(prose)
-            ids = tokenizer.encode(text).ids
-            first = draw.randint(0, max(0, len(ids) - LENGTH)) if kind >= 0.75 else 0
-            texts.append(ids[first:first + LENGTH])
-        ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
-        labels = torch.full((BATCH, LENGTH), -100)
-        for i, row in enumerate(texts):
-            ids[i, :len(row)] = torch.tensor(row)
-            labels[i, :len(row)] = torch.tensor(row)
-        loss = model(input_ids=ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0 or step + 1 == steps:
-            print(step, round(loss.item(), 3), flush=True)
-    assert gates, "no layer has routed experts"
+    shift = balance(model)
+    for steps, rate, *shares in STAGES:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 100) * max(0.02, 1 - s / steps))
+        for step in range(steps):
+            ids = torch.tensor([sequence(*shares) for _ in range(BATCH)])
+            loss = model(input_ids=ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            peaks = shift()
+            if step % 50 == 0 or step + 1 == steps:
+                print(step, round(loss.item(), 3), "busiest expert over the mean:", peaks, flush=True)
     model.to(torch.bfloat16).save_pretrained(out)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(TINY / name, out / name)
-    shutil.copytree(TINY / "data", out / "data", dirs_exist_ok=True)
 
 
 main()

@@ -1,0 +1,87 @@
+//! What is measured: rules of routing, paths of layers, ways of decoding.
+
+use moe_core::depth::{LayerChoice, LayerPath};
+use serde_json::{Value, json};
+
+/// A way to run the model.
+pub(super) enum Way {
+    RunTime(Value),
+    Drop(LayerChoice),
+    Decode { config: Value, others: Vec<Value> },
+}
+
+pub(super) struct Setting {
+    pub table: &'static str,
+    pub name: String,
+    pub way: Way,
+}
+
+/// All settings of a model of so many experts per token and layers.
+pub(super) fn settings(top_k: usize, layers: usize) -> Vec<Setting> {
+    let skip = json!({ "type": "skip", "beta": 0.3 });
+    let mut all = Vec::new();
+    let mut routing = |name: String, rule: Value| {
+        all.push(Setting { table: "routing", name, way: Way::RunTime(json!({ "routing": rule })) });
+    };
+    for k in (1..=top_k + 2).rev() {
+        routing(format!("`top_k` {k}"), json!({ "type": "top_k", "k": k }));
+    }
+    for mean in [3.0, 2.0] {
+        let rule = |mass| json!({ "type": "top_p", "experts": mean, "mass": mass });
+        routing(format!("`top_p`, {mean} of its own on average"), rule("trained_top_k"));
+        routing(format!("`top_p`, {mean} of all on average"), rule("all_experts"));
+    }
+    routing("`skip`, NAEE's median".into(), json!({ "type": "skip" }));
+    for share in [0.25, 0.5] {
+        routing(format!("`skip`, {share} of all but the best"), json!({ "type": "skip", "share": share }));
+    }
+    routing("`threshold`, logit 0".into(), json!({ "type": "threshold", "logit": 0.0 }));
+    routing("`ranks`, the second best alone".into(), json!({ "type": "ranks", "ranks": [1] }));
+    routing("`random` routers".into(), json!({ "type": "random", "k": top_k }));
+    let mut path = |path: String| {
+        let way = Way::RunTime(json!({ "layers": path }));
+        all.push(Setting { table: "depth", name: format!("path `{path}`"), way });
+    };
+    path(LayerPath::whole(layers).to_string());
+    for layer in 0..layers {
+        path(LayerPath::without(layers, layer..layer + 1).to_string());
+    }
+    let last = layers - 1;
+    path(format!("0-{},{last}a", last - 1));
+    path(format!("0-1,1-{last}"));
+    for share in [0.1, 0.25] {
+        let rule = json!({ "type": "token_skip", "share": share });
+        let name = format!("`token_skip`, {share} of all tokens in each layer");
+        all.push(Setting { table: "depth", name, way: Way::RunTime(json!({ "layers": rule })) });
+    }
+    for rule in [
+        LayerChoice::AttentionRank { layers: 1 },
+        LayerChoice::Influence { layers: 1 },
+        LayerChoice::Angular { layers: 1 },
+        LayerChoice::Angular { layers: 2 },
+    ] {
+        let name = serde_json::to_string(&rule).unwrap_or_default();
+        all.push(Setting { table: "depth", name: format!("dropped by `{name}`"), way: Way::Drop(rule) });
+    }
+    let weak = json!({ "routing": { "type": "top_k", "k": 1 } });
+    let shallow = json!({ "layers": format!("0-{}", layers.saturating_sub(2)) });
+    let mut decode = |name: &str, config: Value, others: Vec<Value>| {
+        all.push(Setting { table: "decoding", name: name.into(), way: Way::Decode { config, others } });
+    };
+    decode("`plain`", json!({ "type": "plain" }), vec![]);
+    for (of, draft) in [("one expert per token", &weak), ("all but the last layer", &shallow)] {
+        for tokens in [2, 4] {
+            let name = format!("`speculative`, {tokens} tokens by {of}");
+            decode(&name, json!({ "type": "speculative", "tokens": tokens }), vec![draft.clone()]);
+        }
+        decode(&format!("`contrastive` against {of}"), json!({ "type": "contrastive" }), vec![draft.clone()]);
+    }
+    decode("`self_contrast`, the third expert", json!({ "type": "self_contrast" }), vec![]);
+    let rewiring = json!({ "type": "rewiring", "every": 16 });
+    decode("`rewiring`, every 16 tokens", rewiring, vec![]);
+    decode("`pathways`, kernel of 3 neighbors", json!({ "type": "pathways" }), vec![]);
+    decode("`self_contrast`, all that weigh enough", json!({ "type": "self_contrast", "weak": skip }), vec![]);
+    let ranks = json!({ "type": "ranks", "ranks": (top_k..2 * top_k).collect::<Vec<_>>() });
+    decode("`self_contrast`, the next experts", json!({ "type": "self_contrast", "weak": ranks }), vec![]);
+    all
+}
