@@ -10,7 +10,7 @@ use moe::jobs::{
     quantize_mixed,
 };
 use moe::recipe::MixedBits;
-use moe::report::{FrontierPoint, frontier_table};
+use moe::report::{FrontierPoint, equal_bytes_table, frontier_table};
 use moe_checkpoint::{
     BasePrecision, Checkpoint, Existing, QuantizeOptions, QuantizeReport, Quantized, QuantizedPart, RouterRounding,
     Smoothing, WeightFormat, WriteOptions, check_output, write,
@@ -155,6 +155,7 @@ pub struct FrontierReport {
 impl fmt::Display for FrontierReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", frontier_table(&self.points).to_text())?;
+        writeln!(f, "{}", equal_bytes_table(&self.points).to_text())?;
         writeln!(f, "{}", self.out.join("report.html").display())
     }
 }

@@ -172,7 +172,8 @@ fn is_data(path: &Path) -> Result<bool> {
     })
 }
 
-/// Whether a folder is one of rows of data: neither a model nor what a verb wrote, and with files that are nothing else.
+/// Whether a folder is one of rows of data: neither a model nor what a verb wrote, and with files that are nothing
+/// else.
 fn is_folder_of_data(path: &Path) -> Result<bool> {
     let artifact = path.join("config.json").exists() || StatisticsStore::exists(path);
     if artifact || moe_peft::open(path).is_ok() {

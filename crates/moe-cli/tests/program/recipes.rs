@@ -221,3 +221,43 @@ fn evidence_is_collected_once_for_every_form() {
     assert_eq!((count("evidence-"), count("merge-")), (1, 2), "{names:?}");
     assert!(contents(&out.join("steps").join(names.iter().find(|n| n.starts_with("evidence")).unwrap())).len() > 1);
 }
+
+#[test]
+fn a_frontier_is_measured_once_shown_in_the_report_and_leaves_the_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let file = dir.path().join("recipe.json");
+    let save = |steps: Value| {
+        let recipe = serde_json::from_value(json!({"model": TINY_MOE, "out": out, "steps": steps})).unwrap();
+        fs::write(&file, serde_json::to_string(&small(recipe, &out)).unwrap()).unwrap();
+    };
+    let frontier = json!({"frontier": {"ratios": [0.5], "formats": ["int4", "int8"], "budgets": 1}});
+    save(json!([frontier, {"write": {}}]));
+    let estimate: Value = serde_json::from_str(&ok(&["run", text(&file), "--check", "--json"])).unwrap();
+    assert!(estimate["steps"][0]["seconds"].as_f64().unwrap() > 0.0, "{estimate}");
+    let report: Value = serde_json::from_str(&ok(&["run", text(&file), "--json"])).unwrap();
+    let summary = report["steps"][0]["summary"].as_str().unwrap();
+    // Three models in BF16, in two formats and by layer within one budget each, and the best within two.
+    assert!(summary.starts_with("14 models from ") && summary.contains("best at their size"), "{summary}");
+    let points: Value = serde_json::from_str(&fs::read_to_string(find(&out, "frontier.json")).unwrap()).unwrap();
+    assert_eq!(points.as_array().unwrap().len(), 14);
+    let page = fs::read_to_string(out.join("report.html")).unwrap();
+    for part in ["Divergence by size", "At equal bytes", "50% of the experts pruned", "33% of the units pruned"] {
+        assert!(page.contains(part), "{part}");
+    }
+    let base = Checkpoint::open(TINY_MOE).unwrap();
+    assert!(Checkpoint::open(out.join("model")).unwrap().is_model(&base.fingerprint()));
+    let again: Value = serde_json::from_str(&ok(&["run", text(&file), "--resume", "--json"])).unwrap();
+    assert_eq!(again["steps"][0]["reused"], true, "{again}");
+    // What could not be measured is said before anything is run.
+    for (steps, part) in [
+        (json!([{"frontier": {"ratios": [1.5]}}]), "found 1.5"),
+        (json!([{"frontier": {"formats": []}}]), "found none"),
+        (json!([{"quantize": {"format": "int8"}}, {"frontier": {}}]), "measure before it"),
+        (json!([{"tune": {"method": "mola"}}, {"frontier": {}}]), "would be lost"),
+    ] {
+        save(steps);
+        let (code, error) = refused(&["run", text(&file), "--resume"]);
+        assert!(code == 2 && error.contains(part) && error.contains("(frontier)"), "{error}");
+    }
+}

@@ -8,6 +8,7 @@ use moe_prune::{
     Budget, EngineProbe, ExpertPruner, MixedPrecision, PrecisionAllocation, ProbeOptions, PruneForm, Scope, UnitPruner,
     best_allocation,
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{prune, score};
@@ -16,13 +17,15 @@ use crate::report::FrontierPoint;
 use crate::{Error, Result};
 
 /// Which models are compared.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
+#[schemars(rename = "Frontier")]
 pub struct FrontierOptions {
     /// Shares of routed experts, or of the units of every expert, that are pruned, in (0, 1); the whole model is always
     /// there.
     pub ratios: Vec<f64>,
-    /// Formats of experts.
+    /// Formats of experts: `int4`, `int6`, `int8`, `fp8`, `mxfp4`, `nvfp4`.
+    #[schemars(with = "Vec<String>")]
     pub formats: Vec<BasePrecision>,
     /// Budgets in bytes between the smallest and the largest format of each model, for which layers get formats of
     /// their own, and between the smallest and the largest of all, for which the best of all is taken.
@@ -67,8 +70,8 @@ impl FrontierOptions {
 /// (`best_allocation`: bits and what is pruned in one knapsack). Every point is measured on the rows: the divergence of
 /// next-token distributions from those of the whole model.
 ///
-/// Where units go, widths are multiples of a group of the formats, so that what is pruned may differ from what was asked
-/// for: names say what it is, and a ratio that leaves a model which is there already is left out with a line.
+/// Where units go, widths are multiples of a group of the formats, so that what is pruned may differ from what was
+/// asked for: names say what it is, and a ratio that leaves a model which is there already is left out with a line.
 ///
 /// # Errors
 /// What [`FrontierOptions::check`] refuses, widths that a format cannot divide; whatever stops a run.
@@ -112,8 +115,8 @@ pub fn frontier(
     for (index, (name, model)) in models.iter().enumerate() {
         let checkpoint = model.checkpoint();
         points.push(FrontierPoint {
-            of: format!("{name}, one format"),
-            what: "BF16".into(),
+            of: FrontierPoint::one_format(name),
+            what: FrontierPoint::PLAIN.into(),
             bytes: checkpoint.bytes_on_disk(),
             divergence: probe.distortion_of(model)?.mean,
         });
@@ -124,19 +127,20 @@ pub fn frontier(
             let Some(allocation) = sensitivities.uniform(Some(format)) else { continue };
             let (bytes, divergence) = measured(model, &allocation, &probe)?;
             sizes.push(bytes);
-            let of = format!("{name}, one format");
+            let of = FrontierPoint::one_format(name);
             points.push(FrontierPoint { of, what: format.to_string(), bytes, divergence });
         }
         for budget in budgets(&sizes, options.budgets) {
             let Ok(allocation) = sensitivities.allocate(budget) else { continue };
             let (bytes, divergence) = measured(model, &allocation, &probe)?;
             let what = format!("{:.2} bits, {:.4} predicted", allocation.bits, allocation.predicted);
-            points.push(FrontierPoint { of: format!("{name}, by layer"), what, bytes, divergence });
+            points.push(FrontierPoint { of: FrontierPoint::by_layer(name), what, bytes, divergence });
         }
         all.push(sensitivities);
         bar.at(index as u64 + 1);
     }
-    let sizes: Vec<u64> = points.iter().filter(|point| point.what != "BF16").map(|point| point.bytes).collect();
+    let sizes: Vec<u64> =
+        points.iter().filter(|point| point.what != FrontierPoint::PLAIN).map(|point| point.bytes).collect();
     for budget in budgets(&sizes, 2 * options.budgets) {
         let Some((index, allocation)) = best_allocation(&all, budget) else { continue };
         let (name, model) = &models[index];

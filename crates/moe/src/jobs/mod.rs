@@ -4,7 +4,8 @@
 //! crate's page shows them together.
 //!
 //! The jobs that verbs of the program and steps of recipes share keep what they find in directories, so that they go on
-//! where they were stopped: [`Merging`], [`train_parts`], [`quantize_calibrated`], [`train`] and [`save`], [`SavedPlan`].
+//! where they were stopped: [`Merging`], [`train_parts`], [`quantize_calibrated`], [`train`] and [`save`],
+//! [`SavedPlan`].
 //!
 //! For progress, shards, protection, repairs and budgets that ask the model, take the types behind these functions
 //! ([`Calibration`], [`PruneRequest`](moe_prune::PruneRequest), …) or a [`Recipe`](crate::recipe::Recipe).

@@ -130,8 +130,8 @@ impl QuantizeWith {
     /// Checks everything that can be told before `base` is run.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a share of balance that is not above 0, for balanced rows that nothing is calibrated on, for
-    /// routers that cannot be looked at, and for factors that no layer takes; other parameters out of their range.
+    /// [`Error::Usage`] for a share of balance that is not above 0, for balanced rows that nothing is calibrated on,
+    /// for routers that cannot be looked at, and for factors that no layer takes; other parameters out of their range.
     pub fn check(&self, base: &Checkpoint) -> Result<()> {
         self.smooth.as_ref().map(Smoothing::check).transpose()?;
         self.routers.as_ref().map(RouterRounding::check).transpose()?;
@@ -279,7 +279,7 @@ fn prepare(
                 calibration.smoothing = found.iter().map(|layer| SmoothingSummary::of(&plain, layer)).collect();
                 found
             }
-            other => return Err(Error::Usage(format!("{other:?} is not known to this job"))),
+            _ => return Err(Error::Usage("smooth: a way of smoothing that quantization does not know".into())),
         };
         base = Smoothed::on(&base, &factors)?.model().clone();
         changed = Some(remade(&base)?);

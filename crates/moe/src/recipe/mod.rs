@@ -34,6 +34,7 @@ pub use score::{Protect, Score};
 pub use sparsify::Sparsify;
 pub use tune::{TrainingChanges, Tune};
 
+use crate::jobs::FrontierOptions;
 use crate::{Error, Result};
 
 /// A whole job: a model, data, and steps that follow each other. [`run`](crate::run::run) carries it out.
@@ -115,6 +116,9 @@ pub enum Step {
     Decompose(Decompose),
     /// Changes how the model as it is now is run: experts per token, layers.
     Adapt(Box<Adapt>),
+    /// Measures what is best at a given size, of fewer bits, experts and units of the model as it is now, on the rows
+    /// of calibration. The model stays as it is; the report has the figure.
+    Frontier(FrontierOptions),
     /// Measures the model as it is now.
     Evaluate(Evaluate),
     /// Writes the model as it is now.
@@ -136,6 +140,7 @@ impl Step {
             Self::Evolve(_) => "evolve",
             Self::Decompose(_) => "decompose",
             Self::Adapt(_) => "adapt",
+            Self::Frontier(_) => "frontier",
             Self::Evaluate(_) => "evaluate",
             Self::Write(_) => "write",
         }

@@ -11,7 +11,7 @@ use moe_checkpoint::{ScoreTable, write_atomic};
 
 pub use routing::routing;
 pub use run::write_run;
-pub use sections::{ByExpert, FrontierPoint, Quality, Size, frontier_table};
+pub use sections::{ByExpert, FrontierPoint, Quality, Size, equal_bytes_table, frontier_table};
 
 use crate::{Result, figures};
 

@@ -11,9 +11,9 @@ use moe_peft::TrainingCost;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{ByExpert, Quality, Report, Size, routing};
+use super::{ByExpert, FrontierPoint, Quality, Report, Size, routing};
 use crate::recipe::{Recipe, Step};
-use crate::run::{Calibration, RunReport, StepReport};
+use crate::run::{Calibration, POINTS, RunReport, StepReport};
 use crate::table::Table;
 use crate::{Error, Result, format};
 
@@ -47,6 +47,11 @@ pub fn write_run(recipe: &Recipe, report: &RunReport) -> Result<()> {
                 }
             }
             "merge" => page.groups(&MergePlan::load(artifact.join("plan.json"))?)?,
+            "frontier" => {
+                if let Some(points) = load::<Vec<FrontierPoint>>(&artifact.join(POINTS))? {
+                    page.frontier(&points)?;
+                }
+            }
             "tune" => {
                 let losses = match load::<TrainingCost>(&artifact.join("training.json"))? {
                     Some(cost) => cost.losses.iter().map(|point| (point.step, point.loss)).collect(),

@@ -21,8 +21,38 @@ pub fn frontier_table(points: &[FrontierPoint]) -> Table {
     all.sort_by_key(|point| point.bytes);
     for point in all {
         let mark = if best.contains(&point) { "yes" } else { "" };
-        let divergence = format!("{:.4}", point.divergence);
+        // That of the whole model from itself may be a rounding below 0.
+        let divergence = format!("{:.4}", point.divergence.max(0.0));
         table.row([point.of.clone(), point.what.clone(), size(point.bytes), divergence, mark.into()]);
+    }
+    table
+}
+
+/// What models reach at equal bytes: for the bytes of every model in one format, the least divergence of each model, in
+/// any format or several, that is no larger; `–` where none is.
+pub fn equal_bytes_table(points: &[FrontierPoint]) -> Table {
+    let mut models: Vec<&str> = Vec::new();
+    for model in points.iter().filter_map(FrontierPoint::model) {
+        if !models.contains(&model) {
+            models.push(model);
+        }
+    }
+    let plain = |point: &&FrontierPoint| {
+        let whole = point.model().is_some() && point.model() == models.first().copied();
+        point.is_one_format() && !(whole && point.what == FrontierPoint::PLAIN)
+    };
+    let mut budgets: Vec<&FrontierPoint> = points.iter().filter(plain).collect();
+    budgets.sort_by_key(|point| point.bytes);
+    let header = ["at the bytes of", "bytes"].into_iter().chain(models.iter().copied());
+    let mut table = Table::new(header, 1);
+    for budget in budgets {
+        let mut row = vec![format!("{}, {}", budget.model().unwrap_or(&budget.of), budget.what), size(budget.bytes)];
+        row.extend(models.iter().map(|model| {
+            let fits = points.iter().filter(|point| point.model() == Some(*model) && point.bytes <= budget.bytes);
+            let least = fits.map(|point| point.divergence).min_by(f64::total_cmp);
+            least.map_or("–".to_string(), |divergence| format!("{:.4}", divergence.max(0.0)))
+        }));
+        table.row(row);
     }
     table
 }
@@ -53,6 +83,30 @@ pub struct FrontierPoint {
 }
 
 impl FrontierPoint {
+    /// What [`what`](Self::what) says of a model that is not rounded.
+    pub const PLAIN: &'static str = "BF16";
+    const ONE_FORMAT: &'static str = ", one format";
+    const BY_LAYER: &'static str = ", by layer";
+
+    /// What stands in [`of`](Self::of) for a model all of whose experts have one format.
+    pub fn one_format(model: &str) -> String {
+        format!("{model}{}", Self::ONE_FORMAT)
+    }
+
+    /// What stands in [`of`](Self::of) for a model whose layers have formats of their own.
+    pub fn by_layer(model: &str) -> String {
+        format!("{model}{}", Self::BY_LAYER)
+    }
+
+    /// The model of the curve, before it was rounded; `None` for a curve of several.
+    pub fn model(&self) -> Option<&str> {
+        self.of.strip_suffix(Self::ONE_FORMAT).or_else(|| self.of.strip_suffix(Self::BY_LAYER))
+    }
+
+    fn is_one_format(&self) -> bool {
+        self.of.ends_with(Self::ONE_FORMAT)
+    }
+
     /// Of some points, those that no other is both smaller and closer than, by bytes.
     pub fn best(points: &[Self]) -> Vec<&Self> {
         let beaten = |point: &Self| {
@@ -120,6 +174,10 @@ impl Report {
                        all tensors. Lower left is better.";
         self.figure(&lines(&figure)?, caption);
         self.table(&frontier_table(points));
+        self.paragraph(
+            "At equal bytes: the least divergence that each model reaches in any format, one for all or by layer.",
+        );
+        self.table(&equal_bytes_table(points));
         Ok(())
     }
 

@@ -268,6 +268,19 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
                 (before.pruned, before.tuned) = (None, true);
                 chain.drop(adapt.drop.as_ref());
             }
+            Step::Frontier(frontier) => {
+                needs_data()?;
+                frontier.check(&chain.model).map_err(named)?;
+                if chain.grouped || recipe.steps[..number].iter().any(|step| matches!(step, Step::Quantize(_))) {
+                    let reason = "an earlier step quantizes the model or lets experts share weights: measure before it";
+                    return Err(named(Error::Usage(reason.into())));
+                }
+                if before.beside || before.adapted {
+                    let reason =
+                        "what an earlier step leaves beside the weights would not be measured: measure before it";
+                    return Err(named(Error::Usage(reason.into())));
+                }
+            }
             Step::Evaluate(evaluate) => {
                 let paths = if evaluate.data.is_empty() { &recipe.data.eval } else { &evaluate.data };
                 if paths.is_empty() {

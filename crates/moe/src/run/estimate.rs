@@ -160,6 +160,13 @@ pub(super) fn of(recipe: &Recipe, run: &Run<'_>) -> Result<Vec<Estimate>> {
                     peak = memory(largest, false)?;
                 }
             }
+            Step::Frontier(step) => {
+                let models = 1 + 2 * step.ratios.len();
+                let each = 1 + step.formats.len() * (shape.layers.len() + 1) + step.budgets as usize;
+                let runs = models * each + 2 * step.budgets as usize;
+                seconds = runs as f64 * forward(tokens) + reading(runs as f64 * waves);
+                peak = memory(largest, true)?;
+            }
             Step::Write(_) => {
                 let after = rounded * whole.1 * (whole.0 - routed * (1.0 - left)) / whole.0;
                 seconds = 2.0 * after / DISK;

@@ -11,6 +11,7 @@ mod decompose;
 mod disk;
 mod estimate;
 mod evolve;
+mod frontier;
 mod merge;
 mod prune;
 mod quantize;
@@ -33,6 +34,7 @@ use moe_prune::{Edits, PrunePlan};
 use serde::{Deserialize, Serialize};
 
 pub use calibration::Calibration;
+pub(crate) use frontier::POINTS;
 
 use crate::progress::Progress;
 use crate::recipe::{Prune, Recipe, Step};
@@ -267,6 +269,7 @@ pub fn run(recipe: &Recipe, options: RunOptions<'_>) -> Result<RunReport> {
             Step::Evolve(step) => run.evolve(step),
             Step::Decompose(step) => run.decompose(step),
             Step::Adapt(step) => run.adapt(step),
+            Step::Frontier(step) => run.frontier(step),
             Step::Evaluate(step) => run.evaluate(step),
             Step::Write(step) => run.write(step),
         }?;
