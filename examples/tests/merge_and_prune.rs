@@ -23,6 +23,10 @@ use tempfile::tempdir;
 fn dominants_alone_are_expert_pruning_to_the_byte() {
     let directory = tempdir().unwrap();
     for (name, model) in checkpoints().into_iter().filter(|(_, model)| model.config().routing.groups().is_none()) {
+        // Its attention has as many experts: a merge of them is refused for stock loaders.
+        if model.config().model_type == "jetmoe" {
+            continue;
+        }
         let mut recipe = plain(0.5);
         if model.shape().layers[0].num_experts() / 2 < model.shape().top_k {
             recipe = plain(0.25);

@@ -26,7 +26,9 @@ pub(super) fn settings(top_k: usize, layers: usize) -> Vec<Setting> {
     for k in (1..=top_k + 2).rev() {
         routing(format!("`top_k` {k}"), json!({ "type": "top_k", "k": k }));
     }
-    for mean in [3.0, 2.0] {
+    // Fewer than the model's own.
+    let means: &[f64] = if top_k > 2 { &[3.0, 2.0] } else { &[1.5] };
+    for mean in means {
         let rule = |mass| json!({ "type": "top_p", "experts": mean, "mass": mass });
         routing(format!("`top_p`, {mean} of its own on average"), rule("trained_top_k"));
         routing(format!("`top_p`, {mean} of all on average"), rule("all_experts"));

@@ -150,6 +150,33 @@ fn remixing_with_the_prompts_own_routing_is_the_model_and_others_do_not_raise_th
     assert!(error.contains("neighbors: found 9, expected 1 to 4"), "{error}");
 }
 
+#[test]
+fn scores_that_are_sigmoids_are_mixed_as_shares_are() {
+    let dir = dir().with_file_name("tiny-deepseek");
+    let model = Model::open(&dir, &Device::flex(), None).unwrap();
+    let tokenizer = Tokenizer::from_dir(&dir).unwrap();
+    let encode = |text: &str| tokenizer.encode(text).unwrap();
+    let lands = ["Aruba", "Kenya", "Peru", "Japan", "Norway"].map(|land| encode(&format!("{land} lies in")));
+    let options = GenerateOptions { max_new_tokens: 3, ..options() };
+    let answers = generate(&model, &lands, &options, |_| false).unwrap();
+    let samples: Vec<_> = lands.iter().cloned().zip(answers).skip(1).collect();
+    let store = ReferenceStore::collect(&model, &samples).unwrap();
+    assert_eq!(store.references.len(), 4);
+    // Sigmoids are no shares: their sum is not 1.
+    let sums = store.references[0].rows.values().map(|row| row.iter().sum::<f32>());
+    assert!(sums.clone().count() == 3 && sums.clone().all(|sum| (sum - 1.0).abs() > 0.1));
+    let expected = generate(&model, &lands[..1], &options, |_| false).unwrap().concat();
+    for own in [vec![1.0], vec![0.0, 0.5, 1.0]] {
+        let neutral = own.len() == 1;
+        let method = PathwaysMethod::Kernel { own };
+        let pathways = Pathways { most_similar: 1.0, layers: 2, method, ..Pathways::default() };
+        let found = pathways.generate(&model, &lands[..1], &store, &options, |_| false).unwrap();
+        let (completion, remixed) = &found[0];
+        assert!(remixed.losses.1 <= remixed.losses.0, "{remixed:?}");
+        assert!(!neutral || *completion == expected);
+    }
+}
+
 /// Logits that tokens were routed by.
 #[derive(Default)]
 struct Logits(Vec<(usize, Vec<f32>)>);

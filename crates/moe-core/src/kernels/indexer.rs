@@ -26,7 +26,7 @@ pub struct IndexerShape {
 /// first among equals. `q [n, heads * D]`, `w [n, heads]`. Each span is rows of these, the last positions of a
 /// sequence, and the keys of the whole sequence `[length, D]`, or nothing for a sequence in which all queries see all.
 ///
-/// Memory is that of [`PRODUCTS`] numbers and of the positions chosen, whatever the length.
+/// Memory is that of four million numbers and of the positions chosen, whatever the length.
 pub fn select(
     q: &Tensor<2>,
     w: &Tensor<2>,

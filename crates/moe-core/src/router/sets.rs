@@ -82,8 +82,8 @@ impl Router {
         }
     }
 
-    /// Scores of every expert for a token with these logits `[E]`, before anything selects, scales or divides them: their
-    /// softmax, or the sigmoid of each.
+    /// Scores of every expert for a token with these logits `[E]`, before anything selects, scales or divides them:
+    /// their softmax, or the sigmoid of each.
     pub fn scores(&self, logits: &[f32]) -> Vec<f32> {
         match self.rule {
             Rule::Scores { score: Score::Sigmoid, .. } => logits.iter().map(|z| math::sigmoid(*z)).collect(),

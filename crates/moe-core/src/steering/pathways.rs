@@ -28,7 +28,8 @@ pub struct Reference {
     pub answer: Vec<u32>,
     /// Where it lies among prompts.
     pub embedding: Vec<f32>,
-    /// Scores of the experts for the last token of the prompt ([`Router::scores`]), by decoder layer `[E]`.
+    /// Scores of the experts for the last token of the prompt ([`Router::scores`](crate::router::Router::scores)), by
+    /// decoder layer `[E]`.
     pub rows: BTreeMap<usize, Vec<f32>>,
 }
 
