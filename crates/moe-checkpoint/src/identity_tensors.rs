@@ -1,7 +1,7 @@
 //! Tensors of identity experts, which nothing reads, kept in step with what a method makes of the routed experts.
 //!
-//! transformers stores a gate and an up projection for every identity expert, numbered after the routed ones and as wide
-//! as they are, and asks for them when it loads such a file. Where a method changes the number or the width of the
+//! transformers stores a gate and an up projection for every identity expert, numbered after the routed ones and as
+//! wide as they are, and asks for them when it loads such a file. Where a method changes the number or the width of the
 //! routed experts, these tensors follow: as many zeros, since nothing reads them.
 
 use std::borrow::Cow;
@@ -27,8 +27,8 @@ struct Adapted {
     zeros: BTreeSet<String>,
 }
 
-/// What becomes of the tensors of identity experts of a model that is made of `base`, layer by layer where anything does:
-/// those of the base that go, and those that come.
+/// What becomes of the tensors of identity experts of a model that is made of `base`, layer by layer where anything
+/// does: those of the base that go, and those that come.
 fn changes<'a>(
     base: &'a Checkpoint,
     config: &'a ModelConfig,
@@ -48,8 +48,8 @@ fn changes<'a>(
 
 impl Checkpoint {
     /// The tensors of a model with this config that is made of this one, with the tensors of identity experts that go
-    /// with it in place of those of this one, where this one has some. [`Checkpoint::from_source`] makes the same of any
-    /// tensors; this says beforehand what they are.
+    /// with it in place of those of this one, where this one has some. [`Checkpoint::from_source`] makes the same of
+    /// any tensors; this says beforehand what they are.
     ///
     /// # Errors
     /// As [`ModelConfig::from_json`].

@@ -40,6 +40,23 @@ fn every_family_that_transformers_knows_is_in_the_list() {
 }
 
 #[test]
+fn the_second_ling_is_told_by_its_config_when_it_has_the_name_of_the_first() {
+    let second: Value = serde_json::from_str(include_str!("fixtures/parity/tf5/bailing_moe_v2/config.json")).unwrap();
+    let mut first = second.clone();
+    first["model_type"] = json!("bailing_moe");
+    let read = |config: &Value| ModelConfig::from_json(config, None).unwrap();
+    let renamed = ModelConfig { model_type: "bailing_moe_v2".into(), ..read(&first) };
+    assert_eq!(renamed, read(&second));
+    assert!(renamed.routing.correction_bias());
+    (first["score_function"], first["scoring_func"]) = (json!("softmax"), json!("sigmoid"));
+    let error = ModelConfig::from_json(&first, None).unwrap_err().to_string();
+    assert!(error.contains("scoring_func") && error.contains("what score_function says"), "{error}");
+    first["scoring_func"] = json!("softmax");
+    let error = ModelConfig::from_json(&first, None).unwrap_err().to_string();
+    assert!(error.contains("moe_router_enable_expert_bias"), "{error}");
+}
+
+#[test]
 fn either_name_of_a_key_is_read_and_the_one_that_is_there_is_written() {
     let own: Value = serde_json::from_str(include_str!("fixtures/parity/tf5/bailing_hybrid/config.json")).unwrap();
     let mut other = own.clone();

@@ -84,11 +84,14 @@ fn canonical(model: &Model, layer: usize, expert: usize) -> (Vec<f32>, Vec<f32>,
     if let (Some(gate), Some(up), Some(down)) = (stack("gate_proj"), stack("up_proj"), stack("down_proj")) {
         return (gate, up, down);
     }
-    if let Some(fused) = tensor("block_sparse_moe.input_linear.weight".into()) {
+    let block = ["block_sparse_moe", "mlp"]
+        .into_iter()
+        .find_map(|block| Some((block, tensor(format!("{block}.input_linear.weight"))?)));
+    if let Some((block, fused)) = block {
         let [_, both, hidden] = fused.shape[..] else { panic!() };
         let values = f32s(fused);
         let ours = &values[expert * both * hidden..][..both * hidden];
-        let down = f32s(tensor("block_sparse_moe.output_linear.weight".into()).unwrap());
+        let down = f32s(tensor(format!("{block}.output_linear.weight")).unwrap());
         let size = both / 2 * hidden;
         return (ours[..size].to_vec(), ours[size..].to_vec(), down[expert * size..][..size].to_vec());
     }

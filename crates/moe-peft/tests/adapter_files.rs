@@ -3,12 +3,13 @@
 mod common;
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use common::{Expected, check_gradients_of, device, distance, fixture, logits, model};
-use moe_checkpoint::{Existing, LayerRole, MatrixId, Role};
+use moe_checkpoint::{Checkpoint, Existing, LayerRole, MatrixId, Role};
 use moe_core::Model;
 use moe_peft::{
     AdapterSet,
@@ -370,4 +371,40 @@ fn what_no_weights_can_hold_is_refused_with_the_way_out() {
     assert_eq!((facts.kinds, facts.fits), (vec!["a mixture of LoRA experts".to_string()], Some(report.applied.len())));
     let wrong = AdapterInput { experts_at: Some(0.5), ..AdapterInput::new(peft("lora_attention")) };
     assert!(wrong.read(&maps).unwrap_err().to_string().contains("weight of the experts"));
+}
+
+/// By fixture: the modules that transformers has, numbers of layers and experts as `N`
+/// (`xtask/scripts/module_names.py`).
+#[test]
+fn modules_are_called_as_transformers_calls_them_in_memory() {
+    let known: BTreeMap<String, BTreeSet<String>> =
+        serde_json::from_str(include_str!("fixtures/modules.json")).unwrap();
+    assert!(known.len() > 70);
+    let number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    let pattern =
+        |path: &str| path.split('.').map(|part| if number(part) { "N" } else { part }).collect::<Vec<_>>().join(".");
+    for (name, modules) in &known {
+        let checkpoint = Checkpoint::open(fixture(name)).unwrap();
+        let maps = Maps::new(&checkpoint);
+        for map in maps.all() {
+            let path = match *map {
+                // JetMoE has a module for either parameter.
+                MatrixId::Expert { .. } if name == "jetmoe" => continue,
+                MatrixId::Expert { layer, .. } => maps.experts_path(layer, Naming::Fused),
+                map => maps.path(map, Naming::Fused),
+            };
+            // transformers takes this matrix of Sarvam apart.
+            if !path.ends_with(".query_key_value") {
+                assert!(modules.contains(&pattern(&path)), "{name}: {path} is none of {modules:?}");
+            }
+            match map {
+                MatrixId::Expert { layer, .. } => assert_eq!(maps.find_experts(&path), Some(*layer), "{name}: {path}"),
+                // A block beside the experts may be called dense and shared.
+                map => {
+                    let found = maps.find(&path).and_then(|found| maps.dims(found));
+                    assert_eq!(found, maps.dims(*map), "{name}: {path}");
+                }
+            }
+        }
+    }
 }

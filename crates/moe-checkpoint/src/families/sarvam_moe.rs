@@ -28,12 +28,16 @@ impl SarvamMoe {
         }
         let mut found = None;
         for key in ["score_function", "scoring_func"] {
-            match config.string(key)? {
-                None => {}
-                Some("sigmoid") => found = Some(true),
-                Some("softmax") => found = Some(false),
+            let sigmoid = match config.string(key)? {
+                None => continue,
+                Some("sigmoid") => true,
+                Some("softmax") => false,
                 Some(_) => return Err(config.invalid(key, "\"sigmoid\" or \"softmax\"")),
+            };
+            if found.is_some_and(|found| found != sigmoid) {
+                return Err(config.invalid(key, "what score_function says"));
             }
+            found = Some(sigmoid);
         }
         let bias = config.bool("moe_router_enable_expert_bias")?;
         if let (Some(sigmoid), Some(bias)) = (found, bias)

@@ -117,7 +117,7 @@ impl Collector for Attribution {
             }
         }
         let (together, inverses, square) = (&together, &inverses, factor * factor);
-        let sum_of = |of: &Shown, value: &(dyn Fn(usize, &[f32], &[f32]) -> f64 + Sync)| -> f64 {
+        let sum_of = |of: &Shown, value: Term<'_>| -> f64 {
             let rows = of.rows.iter().zip(of.added.chunks_exact(hidden));
             rows.map(|(t, row)| value(*t as usize, &together[*t as usize * hidden..][..hidden], row)).sum()
         };
@@ -140,6 +140,9 @@ impl Collector for Attribution {
         Ok(())
     }
 }
+
+/// What a token gives to a sum, of its number, what all of its experts add, and what one of them adds.
+type Term<'a> = &'a (dyn Fn(usize, &[f32], &[f32]) -> f64 + Sync);
 
 /// `sum_h sum_t` of `m_t[h] o_t[h] / (|y_t|^2 + 1e-6)`, every coordinate clipped to the quantile of its sizes.
 fn clipped(of: &Shown, together: &[f32], inverses: &[f64], hidden: usize) -> f64 {

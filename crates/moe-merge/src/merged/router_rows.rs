@@ -9,8 +9,8 @@ use crate::{Error, Result};
 pub(crate) const ROLES: [LayerRole; 4] =
     [LayerRole::Router, LayerRole::RouterBias, LayerRole::CorrectionBias, LayerRole::ExpertScale];
 
-/// A weight or bias of a router, one row per group of `mix` and then those of identity experts, in its dtype; `None` where the family has no such tensor.
-/// Rows that are a single old one are copied byte for byte.
+/// A weight or bias of a router, one row per group of `mix` and then those of identity experts, in its dtype; `None`
+/// where the family has no such tensor. Rows that are a single old one are copied byte for byte.
 ///
 /// # Errors
 /// [`Error::Incompatible`] for mixed rows that the dtype cannot hold; what keeps the tensor from being read.

@@ -56,8 +56,8 @@ impl CrmsNorm {
         }
     }
 
-    /// A map that reads a layer norm, `[D, out]`, as one that reads this norm, `[D - 1, out]`, the norm's weight and bias
-    /// in it.
+    /// A map that reads a layer norm, `[D, out]`, as one that reads this norm, `[D - 1, out]`, the norm's weight and
+    /// bias in it.
     pub fn reader(norm: &LayerNorm, map: &Linear) -> Linear {
         let [d, out] = map.weight.dims();
         let weight = map.weight.val() * norm.gamma.val().reshape([d, 1]);

@@ -268,13 +268,14 @@ impl Pruner for GeneticPruner {
             measured = Some(divergence);
             chosen.extend(combination);
         }
-        let of_layer = |((kept, sets), set): ((LayerKept, &Vec<(f64, Vec<u32>)>), &usize)| LayerAllocation {
+        let losses = found.iter().zip(&chosen).map(|(sets, set)| sets[*set].0);
+        let of_layer = |(kept, loss): (LayerKept, f64)| LayerAllocation {
             layer: kept.layer,
             kept: kept.experts,
             removed: kept.removed,
-            predicted: Some(sets[*set].0),
+            predicted: Some(loss),
         };
-        let layers: Vec<LayerAllocation> = decided.into_iter().zip(&found).zip(&chosen).map(of_layer).collect();
+        let layers: Vec<LayerAllocation> = decided.into_iter().zip(losses).map(of_layer).collect();
         allocation.predicted = layers.iter().map(|layer| layer.predicted).sum();
         allocation.measured = measured;
         allocation.seed = Some(self.seed);

@@ -126,6 +126,12 @@ pub(super) fn inputs_refusal(model: &Checkpoint, layer: usize) -> Option<String>
     if config.expert_latent.is_some() {
         return Some("experts read a latent, and no norm".into());
     }
+    if config.normed_residual.is_some() {
+        return Some("what experts give is added to the norm that they read".into());
+    }
+    if config.moe(layer).is_some_and(|moe| moe.identities > 0) {
+        return Some("identity experts give back what they read, factors and all".into());
+    }
     model.role(Role::Layer(layer, LayerRole::FfnNorm)).err().map(|error| error.to_string())
 }
 
