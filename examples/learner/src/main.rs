@@ -106,8 +106,9 @@ impl LoadMetric {
 impl Metric for LoadMetric {
     type Input = f64;
 
+    // A name of files, too.
     fn name(&self) -> MetricName {
-        Arc::new("Busiest expert / mean".to_string())
+        Arc::new("Busiest expert over mean".to_string())
     }
 
     fn update(&mut self, load: &f64, _: &MetricMetadata) -> Result<SerializedEntry, TensorReadError> {
