@@ -165,16 +165,28 @@ fn scores_that_are_sigmoids_are_mixed_as_shares_are() {
     // Sigmoids are no shares: their sum is not 1.
     let sums = store.references[0].rows.values().map(|row| row.iter().sum::<f32>());
     assert!(sums.clone().count() == 3 && sums.clone().all(|sum| (sum - 1.0).abs() > 0.1));
-    let expected = generate(&model, &lands[..1], &options, |_| false).unwrap().concat();
-    for own in [vec![1.0], vec![0.0, 0.5, 1.0]] {
-        let neutral = own.len() == 1;
-        let method = PathwaysMethod::Kernel { own };
-        let pathways = Pathways { most_similar: 1.0, layers: 2, method, ..Pathways::default() };
-        let found = pathways.generate(&model, &lands[..1], &store, &options, |_| false).unwrap();
-        let (completion, remixed) = &found[0];
-        assert!(remixed.losses.1 <= remixed.losses.0, "{remixed:?}");
-        assert!(!neutral || *completion == expected);
+    // With nothing of a prompt's own routing, its scores are those of the nearest reference, or stay as they are.
+    let nearest = PathwaysMethod::Kernel { own: vec![0.0] };
+    let pathways = Pathways { neighbors: 1, most_similar: 0.9999, layers: 2, method: nearest, ..Pathways::default() };
+    let prompts: Vec<Vec<u32>> = store.references.iter().map(|reference| reference.prompt.clone()).collect();
+    let found = pathways.generate(&model, &prompts, &store, &options, |_| false).unwrap();
+    let mut changed = 0;
+    for ((_, remixed), own) in found.iter().zip(&store.references) {
+        let moved = remixed.losses.1 < remixed.losses.0;
+        changed += usize::from(moved);
+        let wanted = if moved { &store.references[remixed.neighbors[0]].rows } else { &own.rows };
+        for (layer, logits) in &remixed.rows {
+            let scores = model.router().scores(logits);
+            let far = scores.iter().zip(&wanted[layer]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(far < 1e-5, "layer {layer}: {scores:?} {:?}", wanted[layer]);
+        }
     }
+    assert!(changed > 0, "{found:?}");
+    let expected = generate(&model, &lands[..1], &options, |_| false).unwrap().concat();
+    let method = PathwaysMethod::Kernel { own: vec![1.0] };
+    let neutral = Pathways { most_similar: 1.0, layers: 2, method, ..Pathways::default() };
+    let found = neutral.generate(&model, &lands[..1], &store, &options, |_| false).unwrap();
+    assert_eq!(found[0].0, expected);
 }
 
 /// Logits that tokens were routed by.
