@@ -167,7 +167,7 @@ fn scores_that_are_sigmoids_are_mixed_as_shares_are() {
     assert!(sums.clone().count() == 3 && sums.clone().all(|sum| (sum - 1.0).abs() > 0.1));
     // With nothing of a prompt's own routing, its scores are those of the nearest reference, or stay as they are.
     let nearest = PathwaysMethod::Kernel { own: vec![0.0] };
-    let pathways = Pathways { neighbors: 1, most_similar: 0.9999, layers: 2, method: nearest, ..Pathways::default() };
+    let pathways = Pathways { neighbors: 1, most_similar: 0.9999, layers: 2, method: nearest };
     let prompts: Vec<Vec<u32>> = store.references.iter().map(|reference| reference.prompt.clone()).collect();
     let found = pathways.generate(&model, &prompts, &store, &options, |_| false).unwrap();
     let mut changed = 0;
