@@ -36,7 +36,7 @@ const CHECKS: [Check; 4] = [
             "--no-dev-deps",
             "--release",
             "--exclude-features",
-            "cuda,vulkan,wgpu",
+            "cuda,mpi,vulkan,wgpu",
         ],
         version: &["cargo", "hack", "--version"],
         install: "cargo install cargo-hack",

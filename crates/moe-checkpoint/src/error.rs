@@ -580,6 +580,17 @@ pub enum Error {
         /// The directory that it writes to.
         path: PathBuf,
     },
+    /// Another process of the group has failed.
+    #[error("rank {rank}: {message}")]
+    Rank {
+        /// Its place in the group.
+        rank: usize,
+        /// What it says.
+        message: String,
+    },
+    /// The processes of a group, or their launcher, do not go together.
+    #[error("processes that work together: {0}")]
+    Group(String),
     /// The unfinished output was made by another plan.
     #[error("{}: the unfinished output was made from another plan or recipe ({found}); expected {expected}; force to start over", path.display())]
     ResumeMismatch {

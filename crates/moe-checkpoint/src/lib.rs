@@ -10,6 +10,7 @@
 //! - [`ShardedWriter`] and [`OutputDir`] write checkpoints as streams, atomically and resumably.
 //! - Feature `hub` adds `hub::fetch`: a model id in place of a directory.
 //! - [`Statistics`], [`ScoreTable`] and [`MoeShape`] are the artifacts that scoring and pruning exchange.
+//! - [`group`]: processes that do one job together, as MPI starts them with feature `mpi`.
 //! - The words that the other crates share: [`ExpertId`] and [`Site`] address experts and matrices, [`ProtectionMask`]
 //!   says what stays, [`Ratio`], [`BeforeAfter`], [`Mtp`] and [`Progress`] what happens to a checkpoint.
 //!
@@ -43,6 +44,7 @@ mod files;
 mod fingerprint;
 mod flat_ragged;
 mod formats;
+pub mod group;
 mod grouped;
 mod header;
 #[cfg(feature = "hub")]
@@ -77,6 +79,7 @@ mod source;
 mod statistics;
 mod statistics_array;
 mod statistics_part;
+mod statistics_slice;
 mod statistics_store;
 mod stored_expert;
 mod stream_edit;
@@ -129,6 +132,7 @@ pub use site::{ExpertMatrix, ExpertSite, LayerSite, MatrixId, Site};
 pub use source::{ModelDescription, ModelSource, sliced};
 pub use statistics::{Counts, Statistics};
 pub use statistics_array::{ArrayKind, Extent, Fold};
+pub use statistics_slice::StatisticsSlice;
 pub use statistics_store::StatisticsStore;
 pub use stored_expert::StoredExpert;
 pub use stream_edit::StreamEdit;

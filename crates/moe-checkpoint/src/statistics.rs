@@ -41,13 +41,21 @@ impl PartialEq for Array {
 }
 
 impl Array {
-    fn new(kind: ArrayKind, fold: Fold, shape: &MoeShape) -> Self {
+    pub(crate) fn new(kind: ArrayKind, fold: Fold, shape: &MoeShape) -> Self {
         let layers = match (kind, fold) {
             (ArrayKind::Matrix { .. }, Fold::Lowest { .. }) => vec![Vec::new()],
             (ArrayKind::Matrix { rows, columns }, _) => vec![vec![0.0; rows * columns]],
             _ => shape.layers.iter().map(|layer| vec![0.0; kind.len(shape, layer)]).collect(),
         };
+        Self::of_layers(kind, fold, layers)
+    }
+
+    pub(crate) fn of_layers(kind: ArrayKind, fold: Fold, layers: Vec<Vec<f64>>) -> Self {
         Self { kind, fold, layers, touched: false }
+    }
+
+    pub(crate) fn fold(&self) -> Fold {
+        self.fold
     }
 
     fn combine(&mut self, from: &Self, shape: &MoeShape) {
@@ -127,6 +135,13 @@ impl Statistics {
             counts: Counts::default(),
             arrays: BTreeMap::new(),
         }
+    }
+
+    /// The same waves and counts, without arrays.
+    pub(crate) fn empty_copy(&self) -> Self {
+        let mut copy = Self::new(&self.shape, self.provenance.clone());
+        (copy.waves, copy.counts) = (self.waves.clone(), self.counts);
+        copy
     }
 
     /// Names the wave that the following additions belong to.
@@ -447,7 +462,7 @@ impl Statistics {
                     }
                 }
             }
-            statistics.arrays.insert(id, Array { kind, fold, layers, touched: false });
+            statistics.arrays.insert(id, Array::of_layers(kind, fold, layers));
         }
         if tensors.len() != expected {
             return Err(tensors.malformed(format!("{} tensors, expected {expected}", tensors.len())));

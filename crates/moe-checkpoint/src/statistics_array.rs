@@ -121,6 +121,14 @@ impl ArrayKind {
         }
     }
 
+    /// Values that must stay together where the values of a layer are shared out, at least 1.
+    pub(crate) fn atom_len(self, shape: &MoeShape, layer: Option<&MoeLayerShape>) -> usize {
+        match (self, layer) {
+            (Self::Vector(extent), Some(layer)) => extent.len(shape, layer).max(1),
+            _ => 1,
+        }
+    }
+
     /// Whether arrays of this kind can be folded so.
     pub(crate) fn takes(self, fold: Fold) -> bool {
         match (self, fold) {

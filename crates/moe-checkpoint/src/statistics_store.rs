@@ -8,12 +8,14 @@ use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
 use crate::artifact_file::{Kind, TEMPORARY_SUFFIX, parse_versioned, write_atomic};
+use crate::group::Group;
 use crate::output_dir::lock_directory;
 use crate::{Error, MoeShape, Provenance, Result, Statistics};
 
 const STORE: Kind = Kind { name: "statistics store", key: "", version: 1 };
 const STORE_FILE: &str = "store.json";
 const UNFINISHED: &str = "unfinished-";
+const MARK: &str = ".group-";
 
 /// A directory with `store.json` and one file per finished wave, `wave-000003.safetensors`, values rounded to f32.
 ///
@@ -22,7 +24,8 @@ const UNFINISHED: &str = "unfinished-";
 /// resumed after a kill to those of one that ran through. Every file is written atomically; what a killed process left
 /// half written is ignored and removed by the next [`StatisticsStore::create_or_resume`].
 ///
-/// One process writes to a store at a time, for which it is locked; processes that share the work have a store each.
+/// One process writes to a store at a time, for which it is locked, or one [group](StatisticsStore::join) of processes;
+/// others that share the work have a store each.
 /// What a run has left of a wave in progress is in a directory of its own ([`StatisticsStore::unfinished`]), which no
 /// other store takes over.
 ///
@@ -49,8 +52,21 @@ pub struct StatisticsStore {
     shape: MoeShape,
     provenance: Provenance,
     waves: BTreeSet<u64>,
-    /// Holds the lock while it lives; none where the store is only read.
+    /// Holds the lock while it lives; none where the store is only read, or another rank of the group holds it.
     _lock: Option<File>,
+    /// What shows the other ranks of a group that the store is theirs, too.
+    _mark: Option<Mark>,
+}
+
+/// A file that goes when this does.
+#[derive(Debug)]
+struct Mark(PathBuf);
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        // What is left is removed by the next run.
+        fs::remove_file(&self.0).ok();
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -107,7 +123,50 @@ impl StatisticsStore {
             provenance: file.provenance,
             waves: BTreeSet::new(),
             _lock: Some(lock),
+            _mark: None,
         })
+    }
+
+    /// As [`StatisticsStore::create_or_resume`], for all ranks of a group: they call it with the same name, which may be
+    /// one directory that several or all of them see, or one on the disk of each. Of those that see the same one, the
+    /// first holds the lock, and each writes other waves.
+    ///
+    /// # Errors
+    /// Those of [`StatisticsStore::create_or_resume`], and [`Error::Rank`].
+    pub fn join(
+        group: &dyn Group,
+        directory: impl AsRef<Path>,
+        shape: &MoeShape,
+        provenance: &Provenance,
+    ) -> Result<Self> {
+        let directory = directory.as_ref();
+        if group.size() == 1 {
+            return Self::create_or_resume(directory, shape, provenance);
+        }
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let name = format!("{MARK}{}-{}{TEMPORARY_SUFFIX}", std::process::id(), now.as_nanos());
+        let name = String::from_utf8_lossy(&group.broadcast(0, name.into_bytes())?).into_owned();
+        let mark = directory.join(name);
+        let mut store = None;
+        // One after the other: each sees what those before it have made.
+        for turn in 0..group.size() {
+            if turn == group.rank() {
+                store = Some(match mark.exists() {
+                    true => {
+                        let store = Self::open(directory)?;
+                        store.expect(shape, provenance, &directory.display().to_string(), true)?;
+                        store
+                    }
+                    false => {
+                        let store = Self::create_or_resume(directory, shape, provenance)?;
+                        File::create(&mark).map_err(io(&mark))?;
+                        Self { _mark: Some(Mark(mark.clone())), ..store }
+                    }
+                });
+            }
+            group.check(None)?;
+        }
+        store.ok_or_else(|| Error::Group(format!("found rank {}, expected one below {}", group.rank(), group.size())))
     }
 
     /// Whether a directory is a store.
@@ -126,7 +185,7 @@ impl StatisticsStore {
         let StoreFile { shape, provenance, .. } = parse_versioned(&path, STORE, &json)?;
         shape.validate().map_err(|error| Error::malformed(&path, STORE.name, error.to_string()))?;
         let waves = wave_files(directory)?.into_keys().collect();
-        Ok(Self { directory: directory.to_path_buf(), shape, provenance, waves, _lock: None })
+        Ok(Self { directory: directory.to_path_buf(), shape, provenance, waves, _lock: None, _mark: None })
     }
 
     /// The directory.
@@ -288,7 +347,7 @@ fn remove_leftovers(directory: &Path) -> Result<()> {
     for entry in fs::read_dir(directory).map_err(io(directory))? {
         let path = entry.map_err(io(directory))?.path();
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-        let ours = name.starts_with(".wave-") || name.starts_with(&format!(".{STORE_FILE}"));
+        let ours = [".wave-", MARK, &format!(".{STORE_FILE}")].iter().any(|ours| name.starts_with(ours));
         if ours && name.ends_with(TEMPORARY_SUFFIX) {
             fs::remove_file(&path).map_err(io(&path))?;
         }

@@ -3,8 +3,9 @@
 use std::fs;
 use std::path::Path;
 
+use moe_checkpoint::group::{Group, Threads};
 use moe_checkpoint::{
-    ArrayKind, Error, Extent, Fold, MoeLayerShape, MoeShape, Provenance, Statistics, StatisticsStore,
+    ArrayKind, Error, Extent, Fold, MoeLayerShape, MoeShape, Provenance, Statistics, StatisticsSlice, StatisticsStore,
 };
 use proptest::prelude::*;
 use tempfile::tempdir;
@@ -61,6 +62,32 @@ proptest! {
 
     /// Shards of any assignment of waves, written in any order and absorbed in any order, fold to the bits of one
     /// process.
+    #[test]
+    fn slices_of_waves_fold_to_the_bits_of_whole_waves(seed in any::<u64>(), count in 1u64..7, owners in 1usize..7) {
+        let waves: Vec<Statistics> = (0..count).map(|id| {
+            let mut wave = wave(id, seed);
+            wave.round_to_f32();
+            wave
+        }).collect();
+        let mut whole = Statistics::new(&shape(), provenance());
+        waves.iter().for_each(|wave| whole.fold(wave).unwrap());
+        let read = |message: Vec<u8>| StatisticsSlice::from_message(&shape(), provenance(), &message).unwrap();
+        let folded = (0..owners).map(|owner| {
+            let mut slice = StatisticsSlice::new(&shape(), provenance());
+            for wave in &waves {
+                slice.fold(&read(wave.slice(owner, owners).to_message(false).unwrap())).unwrap();
+            }
+            slice
+        });
+        let folded: Vec<StatisticsSlice> = folded.collect();
+        let bytes: usize = folded.iter().map(StatisticsSlice::bytes).sum();
+        let largest = folded.iter().map(StatisticsSlice::bytes).max().unwrap();
+        // every part of an array may be one value or vector longer than its share, and a sample is whole
+        prop_assert!(largest <= bytes / owners + 8 * (8 * 9 + 20), "{largest} of {bytes}");
+        let sent = folded.iter().map(|slice| read(slice.to_message(true).unwrap())).collect();
+        prop_assert_eq!(StatisticsSlice::whole(sent).unwrap(), whole);
+    }
+
     #[test]
     fn shards_fold_to_the_bits_of_one_process(
         owners in prop::collection::vec(0usize..4, 1..14),
@@ -351,4 +378,51 @@ fn a_store_that_is_written_to_is_locked_and_may_be_read() {
     assert_eq!(StatisticsStore::open(&path).unwrap().waves().len(), 1);
     drop(first);
     assert_eq!(store(&path).waves().len(), 1);
+}
+
+#[test]
+fn a_group_has_one_store_or_one_on_every_disk() {
+    let directory = tempdir().unwrap();
+    for (name, disks) in [("shared", 1), ("two", 2), ("own", 3)] {
+        let at = |rank: usize| directory.path().join(format!("{name}-{}", rank % disks));
+        let all = Threads::run(3, |group| {
+            let mut store = StatisticsStore::join(group, at(group.rank()), &shape(), &provenance()).unwrap();
+            store.write(&wave(group.rank() as u64, 7)).unwrap();
+            group.check(None).unwrap();
+            // another run, while this one is at it
+            let busy = StatisticsStore::create_or_resume(at(group.rank()), &shape(), &provenance()).is_err();
+            group.check(None).unwrap();
+            busy
+        });
+        assert_eq!(all, [true; 3], "{name}");
+        let held: Vec<usize> =
+            (0..disks).map(|disk| StatisticsStore::open(at(disk)).unwrap().waves().len()).collect();
+        assert_eq!((held.len(), held.iter().sum::<usize>()), (disks, 3), "{name}: {held:?}");
+        for entry in fs::read_dir(at(0)).unwrap() {
+            let file = entry.unwrap().file_name().into_string().unwrap();
+            assert!(!file.contains("group"), "{file}");
+        }
+    }
+    let other = Provenance::new("model", "other", "{}");
+    let all = Threads::run(2, |group| {
+        let provenance = if group.rank() == 1 { &other } else { &provenance() };
+        let joined = StatisticsStore::join(group, directory.path().join("mixed"), &shape(), provenance);
+        let group: &dyn Group = group;
+        group.agree(joined).unwrap_err().to_string()
+    });
+    assert!(all.iter().all(|error| error.contains("data hash is `data`, expected `other`")), "{all:?}");
+}
+
+#[test]
+fn messages_of_slices_that_are_none_are_refused() {
+    let message = wave(0, 1).slice(0, 2).to_message(false).unwrap();
+    let read = |message: &[u8]| StatisticsSlice::from_message(&shape(), provenance(), message);
+    assert!(read(&message).is_ok());
+    let longer = [message.clone(), vec![0]].concat();
+    for bad in [&message[..message.len() - 1], &message[..20], &[], &longer, &[255; 9]] {
+        let error = read(bad).unwrap_err().to_string();
+        assert!(error.contains("a slice of statistics from another rank"), "{error}");
+    }
+    let different = vec![wave(0, 1).slice(0, 2), wave(1, 1).slice(1, 2)];
+    assert!(StatisticsSlice::whole(different).unwrap_err().to_string().contains("found waves {1}"));
 }

@@ -52,6 +52,7 @@ pub fn run_logging<A: Parser>(verbosity: impl FnOnce(&A) -> u8, main: impl FnOnc
     log.without_time().init();
     match main(arguments).and_then(|text| print(&text)) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error @ Error::Elsewhere) => ExitCode::from(error.exit_code()),
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::from(error.exit_code())

@@ -4,9 +4,10 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use moe::progress::Progress;
+use moe_checkpoint::group::{self, Group};
 
 use crate::{
-    adapt, adapter, apply, cli, compare, convert, delta, eval, finetune, generate, hub, inspect, merge, prune,
+    Error, Result, adapt, adapter, apply, cli, compare, convert, delta, eval, finetune, generate, hub, inspect, merge, prune,
     quantize, run, score, serve, trace, upcycle,
 };
 
@@ -74,36 +75,67 @@ pub fn command() -> clap::Command {
     Program::command()
 }
 
-/// Runs the program on the arguments of the process.
+/// Runs the program on the arguments of the process, alone or as one of those that a launcher of MPI has started.
 pub fn main() -> ExitCode {
     let verbosity = |program: &Program| program.verbose;
-    cli::run_logging(verbosity, |program: Program| match program.verb {
-        Verb::Inspect(arguments) => {
+    let mut joined = None;
+    let code = cli::run_logging(verbosity, |program: Program| {
+        let group = joined.insert(group::start()?);
+        let (rank, size) = (group.rank(), group.size());
+        let result = match size > 1 && !program.verb.is_shared() {
+            true => Err(Error::Usage(format!(
+                "found {size} processes, expected one: of the verbs, score shares its work out over several"
+            ))),
+            false => program.verb.run(&**group),
+        };
+        match group.agree(result) {
+            Ok(text) => Ok(if rank == 0 { text } else { String::new() }),
+            // Whoever failed says why, and so does the first, where people look.
+            Err(_) if rank > 0 && group.failed() != Some(rank) => Err(Error::Elsewhere),
+            Err(error) => Err(error),
+        }
+    });
+    // Here MPI waits for all: nobody is stopped by the launcher before it has said what it has to say.
+    drop(joined);
+    code
+}
+
+impl Verb {
+    /// Whether several processes share the work of this verb.
+    fn is_shared(&self) -> bool {
+        matches!(self, Self::Score(_))
+    }
+
+    /// What it prints.
+    fn run(self, group: &dyn Group) -> Result<String> {
+        let progress = if group.rank() == 0 { Progress::stderr() } else { Progress::hidden() };
+        match self {
+        Self::Inspect(arguments) => {
             let facts = inspect::run(&arguments)?;
             Ok(if arguments.json { format!("{:#}\n", facts.json()) } else { facts.to_string() })
         }
-        Verb::Score(arguments) => {
+        Self::Score(arguments) => {
             cli::allocator(arguments.max_memory);
-            let report = score::run(&arguments, Progress::stderr())?;
+            let report = score::run(&arguments, group, progress)?;
             cli::shown(&report, arguments.json)
         }
-        Verb::Prune(arguments) => prune::run(&arguments, Progress::stderr()),
-        Verb::Apply(arguments) => cli::shown(&apply::run(&arguments, Progress::stderr())?, arguments.json),
-        Verb::Quantize(arguments) if arguments.frontier => {
-            let report = quantize::run_frontier(&arguments, Progress::stderr())?;
+        Self::Prune(arguments) => prune::run(&arguments, progress),
+        Self::Apply(arguments) => cli::shown(&apply::run(&arguments, progress)?, arguments.json),
+        Self::Quantize(arguments) if arguments.frontier => {
+            let report = quantize::run_frontier(&arguments, progress)?;
             cli::shown(&report, arguments.json)
         }
-        Verb::Quantize(arguments) => {
-            let report = quantize::run(&arguments, Progress::stderr())?;
+        Self::Quantize(arguments) => {
+            let report = quantize::run(&arguments, progress)?;
             cli::shown(&report, arguments.json)
         }
-        Verb::Convert(arguments) => cli::shown(&convert::run(&arguments)?, arguments.json),
-        Verb::Pull(arguments) => hub::pull(&arguments, Progress::stderr()),
-        Verb::Push(arguments) => hub::push(&arguments, Progress::stderr()),
-        Verb::Run(arguments) => run::run(&arguments, Progress::stderr()),
-        Verb::Merge(arguments) => {
+        Self::Convert(arguments) => cli::shown(&convert::run(&arguments)?, arguments.json),
+        Self::Pull(arguments) => hub::pull(&arguments, progress),
+        Self::Push(arguments) => hub::push(&arguments, progress),
+        Self::Run(arguments) => run::run(&arguments, progress),
+        Self::Merge(arguments) => {
             cli::allocator(arguments.max_memory);
-            match merge::run(&arguments, Progress::stderr())? {
+            match merge::run(&arguments, progress)? {
                 Some(report) => cli::shown(&report, arguments.json),
                 None if arguments.share.shard.is_some() => {
                     let work = arguments.work.as_deref().unwrap_or(&arguments.out);
@@ -112,54 +144,55 @@ pub fn main() -> ExitCode {
                 None => Ok("checked: nothing was done\n".into()),
             }
         }
-        Verb::Upcycle(arguments) => {
+        Self::Upcycle(arguments) => {
             cli::allocator(arguments.max_memory);
             match upcycle::run(&arguments)? {
                 Some(report) => cli::shown(&report, arguments.json),
                 None => Ok("checked: nothing was done\n".into()),
             }
         }
-        Verb::Tune(arguments) => {
+        Self::Tune(arguments) => {
             cli::allocator(arguments.max_memory);
-            finetune::print(arguments, Progress::stderr())
+            finetune::print(arguments, progress)
         }
-        Verb::Adapt(arguments) => adapt::run(&arguments, Progress::stderr()),
-        Verb::Eval(arguments) => {
+        Self::Adapt(arguments) => adapt::run(&arguments, progress),
+        Self::Eval(arguments) => {
             cli::allocator(arguments.model.max_memory);
-            let report = eval::run(&arguments, Progress::stderr())?;
+            let report = eval::run(&arguments, progress)?;
             cli::shown(&report, arguments.json)
         }
-        Verb::Compare(arguments) => {
+        Self::Compare(arguments) => {
             cli::allocator(arguments.max_memory);
-            let report = compare::run(&arguments, Progress::stderr())?;
+            let report = compare::run(&arguments, progress)?;
             cli::shown(&report, arguments.json)
         }
-        Verb::Generate(arguments) => {
+        Self::Generate(arguments) => {
             cli::allocator(arguments.model.max_memory);
             generate::run(&arguments)
         }
-        Verb::Serve(arguments) => {
+        Self::Serve(arguments) => {
             cli::allocator(arguments.model.max_memory);
-            serve::run(&arguments, Progress::stderr()).map(|()| String::new())
+            serve::run(&arguments, progress).map(|()| String::new())
         }
-        Verb::Trace(arguments) => {
+        Self::Trace(arguments) => {
             cli::allocator(arguments.max_memory);
             cli::shown(&trace::trace(&arguments)?, arguments.json)
         }
-        Verb::Adapter(arguments) => adapter::run(arguments),
-        Verb::Delta(arguments) => {
+        Self::Adapter(arguments) => adapter::run(arguments),
+        Self::Delta(arguments) => {
             let json = arguments.json;
             cli::shown(&delta::run(arguments)?, json)
         }
-        Verb::Completions { shell } => {
+        Self::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Program::command(), "moe", &mut script);
             Ok(String::from_utf8_lossy(&script).into_owned())
         }
-        Verb::Man { out } => {
+        Self::Man { out } => {
             std::fs::create_dir_all(&out).map_err(moe::Error::io(&out))?;
             clap_mangen::generate_to(Program::command(), &out).map_err(moe::Error::io(&out))?;
             Ok(format!("manual pages are in {}\n", out.display()))
         }
-    })
+        }
+    }
 }

@@ -8,6 +8,7 @@ use std::time::Instant;
 use clap::Parser;
 use moe::expert_ranking::{rank_experts, to_json_lines};
 use moe::recipe::Named;
+use moe_checkpoint::group::Group;
 use moe_checkpoint::{Checkpoint, ExpertId, Statistics, StatisticsStore};
 use moe_core::data::Tokenizer;
 use moe_core::memory::process_memory;
@@ -121,11 +122,15 @@ impl fmt::Display for Report {
     }
 }
 
-/// Checks everything, collects and scores.
+/// Checks everything, collects and scores. The ranks of a group share the waves; the first scores and writes.
 ///
 /// # Errors
 /// Whatever is wrong with the arguments or the files they name, and whatever stops the run.
-pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
+pub fn run(arguments: &Arguments, group: &dyn Group, progress: Progress) -> Result<Report> {
+    if group.size() > 1 && arguments.share.shard.is_some() {
+        let found = format!("--shard beside {} processes that share the work", group.size());
+        return Err(Error::Usage(format!("found {found}, expected one or the other")));
+    }
     let device = moe_core::device::device(&arguments.device)?;
     let checkpoint = Arc::new(Checkpoint::open(&arguments.model)?);
     if checkpoint.shape().units() == 0 {
@@ -134,25 +139,30 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     if arguments.out.exists() && !arguments.resume {
         return Err(Error::Invalid(format!("{}: exists; --resume continues in it", arguments.out.display())));
     }
+    // Nobody makes it while others look whether it is there.
+    group.check(None)?;
     let scorers = arguments.scorers.iter().map(ScorerConfig::build).collect::<moe_importance::Result<Vec<_>>>()?;
     let collected = match &arguments.statistics {
         Some(directory) => saved(directory, &checkpoint)?,
         None => {
             let model =
                 Model::new(checkpoint.clone(), &device, arguments.max_memory)?.with_precision(arguments.precision);
-            collect(arguments, &model, &scorers, progress)?
+            collect(arguments, &model, &scorers, group, progress)?
         }
     };
     let Collected { statistics, sequences, tokens, seconds, loss } = collected;
     let (mut scores, mut super_experts, mut rankings) = (Vec::new(), None, Vec::new());
     let (mut protect, mut report) = (None, None);
     let (mut tables, mut named) = (Vec::new(), Vec::new());
-    if arguments.share.shard.is_none() {
+    let scores_here = arguments.share.shard.is_none() && group.rank() == 0;
+    if scores_here {
         for scorer in &scorers {
             tables.push(scorer.score(&statistics, checkpoint.as_ref())?);
         }
     }
-    std::fs::create_dir_all(&arguments.out).map_err(Error::io(&arguments.out))?;
+    if group.rank() == 0 {
+        std::fs::create_dir_all(&arguments.out).map_err(Error::io(&arguments.out))?;
+    }
     for (i, (scorer, table)) in scorers.iter().zip(&tables).enumerate() {
         let repeated = scorers.iter().filter(|other| other.name() == scorer.name()).count() > 1;
         let name = if repeated { format!("{}-{i}", scorer.name()) } else { scorer.name().to_string() };
@@ -162,7 +172,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         scores.push(path);
         named.push((name, table));
     }
-    if let (None, Some(options)) = (&arguments.share.shard, arguments.super_experts) {
+    if let Some(options) = arguments.super_experts.filter(|_| scores_here) {
         let found = SuperExperts::find(&statistics, options)?;
         moe_checkpoint::write_json(&arguments.out.join("super_experts.json"), &serde_json::json!(found))?;
         let path = arguments.out.join("protect.json");
@@ -209,7 +219,13 @@ struct Collected {
 }
 
 /// Runs the model for all that is asked of it.
-fn collect(arguments: &Arguments, model: &Model, scorers: &[Box<dyn Scorer>], progress: Progress) -> Result<Collected> {
+fn collect(
+    arguments: &Arguments,
+    model: &Model,
+    scorers: &[Box<dyn Scorer>],
+    group: &dyn Group,
+    progress: Progress,
+) -> Result<Collected> {
     let tokenizer = match arguments.model.join("tokenizer.json").exists() {
         true => Some(Tokenizer::from_dir(&arguments.model)?),
         false => None,
@@ -220,6 +236,7 @@ fn collect(arguments: &Arguments, model: &Model, scorers: &[Box<dyn Scorer>], pr
     ids.extend(arguments.collect.iter().cloned().map(StatisticId::from));
     let mut calibration = Calibration::new(model, &data, arguments.data.waves())
         .statistics(ids)
+        .group(group)
         .store(arguments.out.join("statistics"))
         .absorb(arguments.share.absorb.iter().map(|other| other.join("statistics")));
     if let Some((index, count)) = arguments.share.shard {

@@ -3,14 +3,17 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use moe_checkpoint::group::{Alone, Group};
 use moe_checkpoint::{Provenance, Statistics, StatisticsStore, check_space};
 use moe_core::data::{Dataset, Sequence, Wave, WaveOptions, shard};
 use moe_core::{Engine, EngineOptions, Model, Precision};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::collect::{Progress, collect_reporting};
+use crate::collect::Collecting;
 use crate::collectors::{Collection, Collector, collectors_for};
+use crate::finished_waves::{fold_stores, held_by};
+use crate::progress::Progress;
 use crate::statistics::{ROUTER_GRADIENT_SQUARES, StatisticId};
 use crate::{Error, Result, Scorer};
 
@@ -47,6 +50,7 @@ pub struct Calibration<'a> {
     store: Option<PathBuf>,
     absorb: Vec<PathBuf>,
     shard: Option<(usize, usize)>,
+    group: &'a dyn Group,
 }
 
 /// What decides the numbers of a wave's file, besides model and data: the recipe of its [`Provenance`].
@@ -114,6 +118,7 @@ impl<'a> Calibration<'a> {
             store: None,
             absorb: Vec::new(),
             shard: None,
+            group: &Alone,
         }
     }
 
@@ -159,6 +164,20 @@ impl<'a> Calibration<'a> {
     #[must_use]
     pub fn shard(mut self, index: usize, count: usize) -> Self {
         self.shard = Some((index, count));
+        self
+    }
+
+    /// Shares the waves with the other ranks of a group, which all run the same calibration: in each round every rank
+    /// runs one of the waves that no rank has in its store. Then each rank adds up its slice of the arrays over all
+    /// waves, in their order, so that the bits are those of one process. [`Calibration::run`] gives all of it to every
+    /// rank.
+    ///
+    /// A store may be one directory that all ranks see, or one on the disk of each. Stores to
+    /// [absorb](Calibration::absorb) are taken over by rank 0. Progress is that of the whole group, and within a round
+    /// that of the rank.
+    #[must_use]
+    pub fn group(mut self, group: &'a dyn Group) -> Self {
+        self.group = group;
         self
     }
 
@@ -221,8 +240,13 @@ impl<'a> Calibration<'a> {
     ///
     /// # Errors
     /// Those of [`Calibration::check`], before the model is run; then whatever stops the model or an observer, and
-    /// files that cannot be written.
-    pub fn run(mut self, progress: &mut dyn FnMut(&Progress)) -> Result<Statistics> {
+    /// files that cannot be written; and what stops another rank of the group, or is not the same there.
+    pub fn run(self, progress: &mut dyn FnMut(&Progress)) -> Result<Statistics> {
+        let group = self.group;
+        group.agree(self.on_this_rank(progress))
+    }
+
+    fn on_this_rank(mut self, progress: &mut dyn FnMut(&Progress)) -> Result<Statistics> {
         self.check()?;
         let mut known = self.registered()?;
         let mut provenance = self.provenance(&known)?;
@@ -233,8 +257,9 @@ impl<'a> Calibration<'a> {
             {
                 provenance = larger;
             }
-            let mut opened = StatisticsStore::create_or_resume(directory, self.shape(), &provenance)?;
-            for other in &self.absorb {
+            self.same_everywhere(&provenance)?;
+            let mut opened = StatisticsStore::join(self.group, directory, self.shape(), &provenance)?;
+            for other in self.absorb.iter().filter(|_| self.group.rank() == 0) {
                 // A run that goes on has taken them over before.
                 if !opened.holds(other)? {
                     opened.absorb(other)?;
@@ -244,13 +269,16 @@ impl<'a> Calibration<'a> {
         } else if let Some(other) = self.absorb.first() {
             let reason = format!("found {}, expected none: there is no store to take it into", other.display());
             return Err(Error::InvalidField { scorer: "calibration".into(), field: "absorb".into(), reason });
+        } else {
+            self.same_everywhere(&provenance)?;
         }
         let waves = self.own_waves()?;
         if let Some(store) = &store {
-            if waves.iter().all(|wave| store.waves().contains(&wave.id)) {
+            let held = held_by(self.group, store)?;
+            if waves.iter().all(|wave| held.contains_key(&wave.id)) {
                 // What was collected may be more than this program knows how to collect.
                 progress(&Progress::resumed(&waves));
-                return Ok(store.fold()?);
+                return fold_stores(self.group, store);
             }
             self.statistics.extend(statistics_of(&provenance).into_iter().map(StatisticId::from));
             known = self.registered()?;
@@ -260,7 +288,22 @@ impl<'a> Calibration<'a> {
         self.collectors.append(&mut known);
         let mut collection = Collection::with_collectors(shape, provenance, self.collectors)?;
         let mut engine = Engine::new(self.model, options);
-        collect_reporting(&mut engine, &mut collection, &waves, store.as_mut(), progress, true)
+        let (runner, collection, group) = (&mut engine, &mut collection, self.group);
+        Collecting { runner, collection, progress, within: true, group }.run(&waves, store.as_mut())
+    }
+
+    /// Whether all ranks of the group have the same to do: another model, data set or cut on one of them would give
+    /// sums of everything and nothing.
+    fn same_everywhere(&self, provenance: &Provenance) -> Result<()> {
+        if self.group.size() == 1 {
+            return Ok(());
+        }
+        let Provenance { model, data, recipe, .. } = provenance;
+        let own = self.own_waves()?;
+        for (what, value) in [("model", model), ("data", data), ("recipe", recipe), ("waves", &waves_hash(&own))] {
+            self.group.same(what, value)?;
+        }
+        Ok(())
     }
 
     fn shape(&self) -> &'a moe_checkpoint::MoeShape {

@@ -99,7 +99,11 @@ pub mod collect;
 pub mod collectors;
 pub mod error;
 #[cfg(feature = "collect")]
+mod finished_waves;
+#[cfg(feature = "collect")]
 mod kernels;
+#[cfg(feature = "collect")]
+mod progress;
 pub mod scorers;
 pub mod statistics;
 pub mod super_experts;
@@ -108,10 +112,12 @@ pub use balance::{BalancedRows, RowUse};
 #[cfg(feature = "collect")]
 pub use calibration::{Calibration, recipe};
 #[cfg(feature = "collect")]
-pub use collect::{Progress, WaveRunner, collect};
+pub use collect::{WaveRunner, collect};
 #[cfg(feature = "collect")]
 pub use collectors::{Collection, Collector, ExpertInputRanges, ExpertInputs, RouterSample};
 pub use error::{Error, Result};
+#[cfg(feature = "collect")]
+pub use progress::Progress;
 pub use scorers::{ExpertWeightsSource, Needs, NoWeights, Scorer, ScorerConfig};
 pub use statistics::{StatisticId, StatisticSpec};
 pub use super_experts::{SuperExpertOptions, SuperExperts};

@@ -15,6 +15,9 @@ pub enum Error {
     /// An input or output that cannot be used.
     #[error("{0}")]
     Invalid(String),
+    /// Another process of the group failed, and says so itself: nothing more is to be said.
+    #[error("another process failed")]
+    Elsewhere,
     /// The operating system refused an operation on a file.
     #[error("{}: {source}", path.display())]
     Io {

@@ -1,0 +1,158 @@
+//! Where finished waves go, and how their sum is formed: by one process, or by the ranks of a group.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use moe_checkpoint::group::{Group, pack, unpack};
+use moe_checkpoint::{MoeShape, Provenance, Statistics, StatisticsSlice, StatisticsStore};
+
+use crate::{Collection, Result};
+
+/// Finished waves: in a store, until all are there, or in their sum at once.
+pub(crate) struct FinishedWaves<'a> {
+    group: &'a dyn Group,
+    to: To<'a>,
+}
+
+enum To<'a> {
+    Store(&'a mut StatisticsStore),
+    /// The sum, and the wave of this rank in the round.
+    Memory(Box<SharedFold<'a>>, Option<Statistics>),
+}
+
+impl<'a> FinishedWaves<'a> {
+    pub fn new(
+        group: &'a dyn Group,
+        collection: &Collection<'_>,
+        store: Option<&'a mut StatisticsStore>,
+    ) -> Result<Self> {
+        let Some(store) = store else {
+            let fold = SharedFold::new(group, collection.shape(), collection.provenance());
+            return Ok(Self { group, to: To::Memory(Box::new(fold), None) });
+        };
+        // A fold finds all of this, but only after hours of running waves. Folding nothing checks provenance and shape;
+        // the first wave shows the arrays.
+        let mut first = match store.waves().first() {
+            Some(wave) => store.load(*wave)?,
+            None => Statistics::new(store.shape(), store.provenance().clone()),
+        };
+        first.fold(&collection.empty()?)?;
+        Ok(Self { group, to: To::Store(store) })
+    }
+
+    /// Where a run that is stopped within a wave leaves what it has.
+    pub fn unfinished(&self, wave: u64) -> Option<PathBuf> {
+        match &self.to {
+            To::Store(store) => Some(store.unfinished(wave)),
+            To::Memory(..) => None,
+        }
+    }
+
+    /// Takes the wave of this rank.
+    pub fn put(&mut self, mut wave: Statistics) -> Result<()> {
+        match &mut self.to {
+            To::Store(store) => store.write(&wave)?,
+            To::Memory(_, own) => {
+                // As a wave's file does, so that a collection without a store has the same bits.
+                wave.round_to_f32();
+                *own = Some(wave);
+            }
+        }
+        Ok(())
+    }
+
+    /// A round of so many waves, one by each of the first ranks, is over.
+    pub fn end_round(&mut self, waves: usize) -> Result<()> {
+        match &mut self.to {
+            To::Store(_) => Ok(()),
+            To::Memory(fold, own) => fold.round(&Vec::from_iter(0..waves), Vec::from_iter(own.take())),
+        }
+    }
+
+    /// The sum of all waves.
+    pub fn fold(self) -> Result<Statistics> {
+        match self.to {
+            To::Store(store) => fold_stores(self.group, store),
+            To::Memory(fold, _) => fold.whole(),
+        }
+    }
+}
+
+/// Who has which waves in its store.
+pub(crate) fn held_by(group: &dyn Group, store: &StatisticsStore) -> Result<BTreeMap<u64, Vec<usize>>> {
+    let own: BTreeSet<u64> = store.waves().clone();
+    let all = group.share(own.iter().flat_map(|wave| wave.to_le_bytes()).collect())?;
+    let mut held: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
+    for (rank, waves) in all.iter().enumerate() {
+        for wave in waves.as_chunks::<8>().0 {
+            held.entry(u64::from_le_bytes(*wave)).or_default().push(rank);
+        }
+    }
+    Ok(held)
+}
+
+/// The sum of all waves that the ranks have in their stores, in ascending id, on every rank.
+pub(crate) fn fold_stores(group: &dyn Group, store: &StatisticsStore) -> Result<Statistics> {
+    if group.size() == 1 {
+        return Ok(store.fold()?);
+    }
+    // Where several ranks have a wave, they take turns.
+    let held = held_by(group, store)?;
+    let providers: Vec<(u64, usize)> =
+        held.iter().enumerate().map(|(turn, (wave, ranks))| (*wave, ranks[turn % ranks.len()])).collect();
+    let mut fold = SharedFold::new(group, store.shape(), store.provenance());
+    for round in providers.chunks(group.size()) {
+        let own = round.iter().filter(|(_, rank)| *rank == group.rank());
+        let own = own.map(|(wave, _)| Ok(store.load(*wave)?)).collect::<Result<Vec<_>>>()?;
+        fold.round(&round.iter().map(|(_, rank)| *rank).collect::<Vec<_>>(), own)?;
+    }
+    fold.whole()
+}
+
+/// The sum of waves that several ranks have: each rank folds its slice of the arrays of all of them.
+struct SharedFold<'g> {
+    group: &'g dyn Group,
+    shape: MoeShape,
+    provenance: Provenance,
+    slice: StatisticsSlice,
+}
+
+impl<'g> SharedFold<'g> {
+    fn new(group: &'g dyn Group, shape: &MoeShape, provenance: &Provenance) -> Self {
+        let slice = StatisticsSlice::new(shape, provenance.clone());
+        Self { group, shape: shape.clone(), provenance: provenance.clone(), slice }
+    }
+
+    /// Folds some waves in order, of which `from` says the rank that has each; `own` are those that this one has.
+    fn round(&mut self, from: &[usize], own: Vec<Statistics>) -> Result<()> {
+        let size = self.group.size();
+        if size == 1 {
+            return Ok(own.into_iter().try_for_each(|wave| self.slice.fold(&wave.into()))?);
+        }
+        let mut to = Vec::with_capacity(size);
+        for owner in 0..size {
+            let slices: Vec<Vec<u8>> =
+                own.iter().map(|wave| wave.slice(owner, size).to_message(false)).collect::<Result<_, _>>()?;
+            to.push(pack(slices.iter().map(Vec::as_slice)));
+        }
+        drop(own);
+        let received = self.group.exchange(to)?;
+        let slices = received.iter().map(|packed| unpack(packed)).collect::<Result<Vec<_>, _>>()?;
+        let mut next: Vec<_> = slices.into_iter().map(Vec::into_iter).collect();
+        for rank in from {
+            let message = next[*rank].next().unwrap_or_default();
+            self.slice.fold(&StatisticsSlice::from_message(&self.shape, self.provenance.clone(), message)?)?;
+        }
+        Ok(())
+    }
+
+    /// All slices together.
+    fn whole(self) -> Result<Statistics> {
+        if self.group.size() == 1 {
+            return Ok(StatisticsSlice::whole(vec![self.slice])?);
+        }
+        let all = self.group.share(self.slice.to_message(true)?)?;
+        let slices = all.iter().map(|m| StatisticsSlice::from_message(&self.shape, self.provenance.clone(), m));
+        Ok(StatisticsSlice::whole(slices.collect::<Result<_, _>>()?)?)
+    }
+}
