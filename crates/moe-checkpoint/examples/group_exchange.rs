@@ -10,7 +10,8 @@ use moe_checkpoint::group::{Group, Threads, pack, start, unpack};
 use moe_checkpoint::{Fold, MoeLayerShape, MoeShape, Provenance, Result, Statistics, StatisticsSlice};
 
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
-    let given: Vec<f64> = std::env::args().skip(1).map(|number| number.parse()).collect::<std::result::Result<_, _>>()?;
+    let given: Vec<f64> =
+        std::env::args().skip(1).map(|number| number.parse()).collect::<std::result::Result<_, _>>()?;
     // Qwen3-30B-A3B, one statistic, and a wave of 16,384 tokens at 100 tokens/s.
     let [layers, experts, width, statistics, seconds, waves] = given[..] else {
         return Err("expected LAYERS EXPERTS WIDTH STATISTICS WAVE_SECONDS WAVES, as in 48 128 768 1 164 16".into());

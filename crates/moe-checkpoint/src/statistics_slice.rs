@@ -51,7 +51,13 @@ impl Statistics {
         let mut slice = self.empty_copy();
         for (place, (id, array)) in self.arrays.iter().enumerate() {
             let of = |(layer, values): (usize, &Vec<f64>)| match (array.kind, array.fold()) {
-                (_, Fold::Lowest { .. }) => if place % owners == owner { values.clone() } else { Vec::new() },
+                (_, Fold::Lowest { .. }) => {
+                    if place % owners == owner {
+                        values.clone()
+                    } else {
+                        Vec::new()
+                    }
+                }
                 (kind, _) => {
                     let whole = kind.atom_len(&self.shape, self.shape.layers.get(layer));
                     let atoms = values.len() / whole;
@@ -114,11 +120,13 @@ impl StatisticsSlice {
     /// # Errors
     /// [`Error::Group`] for what is no JSON.
     pub fn to_message(&self, wide: bool) -> Result<Vec<u8>> {
-        let arrays = self.0.arrays.iter().map(|(id, array)| {
-            (id.clone(), (array.kind, array.fold(), array.layers.iter().map(Vec::len).collect()))
-        });
+        let arrays =
+            self.0.arrays.iter().map(|(id, array)| {
+                (id.clone(), (array.kind, array.fold(), array.layers.iter().map(Vec::len).collect()))
+            });
         let meta = Meta { waves: self.0.waves().clone(), counts: self.0.counts(), arrays: arrays.collect(), wide };
-        let meta = serde_json::to_vec(&meta).map_err(|error| Error::Group(format!("a slice of statistics: {error}")))?;
+        let meta =
+            serde_json::to_vec(&meta).map_err(|error| Error::Group(format!("a slice of statistics: {error}")))?;
         let mut message = Vec::with_capacity(8 + meta.len() + if wide { 8 } else { 4 } * self.values());
         message.extend((meta.len() as u64).to_le_bytes());
         message.extend(meta);

@@ -395,8 +395,7 @@ fn a_group_has_one_store_or_one_on_every_disk() {
             busy
         });
         assert_eq!(all, [true; 3], "{name}");
-        let held: Vec<usize> =
-            (0..disks).map(|disk| StatisticsStore::open(at(disk)).unwrap().waves().len()).collect();
+        let held: Vec<usize> = (0..disks).map(|disk| StatisticsStore::open(at(disk)).unwrap().waves().len()).collect();
         assert_eq!((held.len(), held.iter().sum::<usize>()), (disks, 3), "{name}: {held:?}");
         for entry in fs::read_dir(at(0)).unwrap() {
             let file = entry.unwrap().file_name().into_string().unwrap();

@@ -7,8 +7,8 @@ use moe::progress::Progress;
 use moe_checkpoint::group::{self, Group};
 
 use crate::{
-    Error, Result, adapt, adapter, apply, cli, compare, convert, delta, eval, finetune, generate, hub, inspect, merge, prune,
-    quantize, run, score, serve, trace, upcycle,
+    Error, Result, adapt, adapter, apply, cli, compare, convert, delta, eval, finetune, generate, hub, inspect, merge,
+    prune, quantize, run, score, serve, trace, upcycle,
 };
 
 /// What a person who has a model and some rows would do.
@@ -110,89 +110,89 @@ impl Verb {
     fn run(self, group: &dyn Group) -> Result<String> {
         let progress = if group.rank() == 0 { Progress::stderr() } else { Progress::hidden() };
         match self {
-        Self::Inspect(arguments) => {
-            let facts = inspect::run(&arguments)?;
-            Ok(if arguments.json { format!("{:#}\n", facts.json()) } else { facts.to_string() })
-        }
-        Self::Score(arguments) => {
-            cli::allocator(arguments.max_memory);
-            let report = score::run(&arguments, group, progress)?;
-            cli::shown(&report, arguments.json)
-        }
-        Self::Prune(arguments) => prune::run(&arguments, progress),
-        Self::Apply(arguments) => cli::shown(&apply::run(&arguments, progress)?, arguments.json),
-        Self::Quantize(arguments) if arguments.frontier => {
-            let report = quantize::run_frontier(&arguments, progress)?;
-            cli::shown(&report, arguments.json)
-        }
-        Self::Quantize(arguments) => {
-            let report = quantize::run(&arguments, progress)?;
-            cli::shown(&report, arguments.json)
-        }
-        Self::Convert(arguments) => cli::shown(&convert::run(&arguments)?, arguments.json),
-        Self::Pull(arguments) => hub::pull(&arguments, progress),
-        Self::Push(arguments) => hub::push(&arguments, progress),
-        Self::Run(arguments) => run::run(&arguments, progress),
-        Self::Merge(arguments) => {
-            cli::allocator(arguments.max_memory);
-            match merge::run(&arguments, progress)? {
-                Some(report) => cli::shown(&report, arguments.json),
-                None if arguments.share.shard.is_some() => {
-                    let work = arguments.work.as_deref().unwrap_or(&arguments.out);
-                    Ok(format!("a share of the evidence: {}\n", work.display()))
+            Self::Inspect(arguments) => {
+                let facts = inspect::run(&arguments)?;
+                Ok(if arguments.json { format!("{:#}\n", facts.json()) } else { facts.to_string() })
+            }
+            Self::Score(arguments) => {
+                cli::allocator(arguments.max_memory);
+                let report = score::run(&arguments, group, progress)?;
+                cli::shown(&report, arguments.json)
+            }
+            Self::Prune(arguments) => prune::run(&arguments, progress),
+            Self::Apply(arguments) => cli::shown(&apply::run(&arguments, progress)?, arguments.json),
+            Self::Quantize(arguments) if arguments.frontier => {
+                let report = quantize::run_frontier(&arguments, progress)?;
+                cli::shown(&report, arguments.json)
+            }
+            Self::Quantize(arguments) => {
+                let report = quantize::run(&arguments, progress)?;
+                cli::shown(&report, arguments.json)
+            }
+            Self::Convert(arguments) => cli::shown(&convert::run(&arguments)?, arguments.json),
+            Self::Pull(arguments) => hub::pull(&arguments, progress),
+            Self::Push(arguments) => hub::push(&arguments, progress),
+            Self::Run(arguments) => run::run(&arguments, progress),
+            Self::Merge(arguments) => {
+                cli::allocator(arguments.max_memory);
+                match merge::run(&arguments, progress)? {
+                    Some(report) => cli::shown(&report, arguments.json),
+                    None if arguments.share.shard.is_some() => {
+                        let work = arguments.work.as_deref().unwrap_or(&arguments.out);
+                        Ok(format!("a share of the evidence: {}\n", work.display()))
+                    }
+                    None => Ok("checked: nothing was done\n".into()),
                 }
-                None => Ok("checked: nothing was done\n".into()),
             }
-        }
-        Self::Upcycle(arguments) => {
-            cli::allocator(arguments.max_memory);
-            match upcycle::run(&arguments)? {
-                Some(report) => cli::shown(&report, arguments.json),
-                None => Ok("checked: nothing was done\n".into()),
+            Self::Upcycle(arguments) => {
+                cli::allocator(arguments.max_memory);
+                match upcycle::run(&arguments)? {
+                    Some(report) => cli::shown(&report, arguments.json),
+                    None => Ok("checked: nothing was done\n".into()),
+                }
             }
-        }
-        Self::Tune(arguments) => {
-            cli::allocator(arguments.max_memory);
-            finetune::print(arguments, progress)
-        }
-        Self::Adapt(arguments) => adapt::run(&arguments, progress),
-        Self::Eval(arguments) => {
-            cli::allocator(arguments.model.max_memory);
-            let report = eval::run(&arguments, progress)?;
-            cli::shown(&report, arguments.json)
-        }
-        Self::Compare(arguments) => {
-            cli::allocator(arguments.max_memory);
-            let report = compare::run(&arguments, progress)?;
-            cli::shown(&report, arguments.json)
-        }
-        Self::Generate(arguments) => {
-            cli::allocator(arguments.model.max_memory);
-            generate::run(&arguments)
-        }
-        Self::Serve(arguments) => {
-            cli::allocator(arguments.model.max_memory);
-            serve::run(&arguments, progress).map(|()| String::new())
-        }
-        Self::Trace(arguments) => {
-            cli::allocator(arguments.max_memory);
-            cli::shown(&trace::trace(&arguments)?, arguments.json)
-        }
-        Self::Adapter(arguments) => adapter::run(arguments),
-        Self::Delta(arguments) => {
-            let json = arguments.json;
-            cli::shown(&delta::run(arguments)?, json)
-        }
-        Self::Completions { shell } => {
-            let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Program::command(), "moe", &mut script);
-            Ok(String::from_utf8_lossy(&script).into_owned())
-        }
-        Self::Man { out } => {
-            std::fs::create_dir_all(&out).map_err(moe::Error::io(&out))?;
-            clap_mangen::generate_to(Program::command(), &out).map_err(moe::Error::io(&out))?;
-            Ok(format!("manual pages are in {}\n", out.display()))
-        }
+            Self::Tune(arguments) => {
+                cli::allocator(arguments.max_memory);
+                finetune::print(arguments, progress)
+            }
+            Self::Adapt(arguments) => adapt::run(&arguments, progress),
+            Self::Eval(arguments) => {
+                cli::allocator(arguments.model.max_memory);
+                let report = eval::run(&arguments, progress)?;
+                cli::shown(&report, arguments.json)
+            }
+            Self::Compare(arguments) => {
+                cli::allocator(arguments.max_memory);
+                let report = compare::run(&arguments, progress)?;
+                cli::shown(&report, arguments.json)
+            }
+            Self::Generate(arguments) => {
+                cli::allocator(arguments.model.max_memory);
+                generate::run(&arguments)
+            }
+            Self::Serve(arguments) => {
+                cli::allocator(arguments.model.max_memory);
+                serve::run(&arguments, progress).map(|()| String::new())
+            }
+            Self::Trace(arguments) => {
+                cli::allocator(arguments.max_memory);
+                cli::shown(&trace::trace(&arguments)?, arguments.json)
+            }
+            Self::Adapter(arguments) => adapter::run(arguments),
+            Self::Delta(arguments) => {
+                let json = arguments.json;
+                cli::shown(&delta::run(arguments)?, json)
+            }
+            Self::Completions { shell } => {
+                let mut script = Vec::new();
+                clap_complete::generate(shell, &mut Program::command(), "moe", &mut script);
+                Ok(String::from_utf8_lossy(&script).into_owned())
+            }
+            Self::Man { out } => {
+                std::fs::create_dir_all(&out).map_err(moe::Error::io(&out))?;
+                clap_mangen::generate_to(Program::command(), &out).map_err(moe::Error::io(&out))?;
+                Ok(format!("manual pages are in {}\n", out.display()))
+            }
         }
     }
 }

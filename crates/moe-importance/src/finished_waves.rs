@@ -12,12 +12,13 @@ use crate::{Collection, Result};
 pub(crate) struct FinishedWaves<'a> {
     group: &'a dyn Group,
     to: To<'a>,
+    /// The wave of this rank in the round, if it goes into the sum at once.
+    own: Option<Statistics>,
 }
 
 enum To<'a> {
     Store(&'a mut StatisticsStore),
-    /// The sum, and the wave of this rank in the round.
-    Memory(Box<SharedFold<'a>>, Option<Statistics>),
+    Memory(Box<SharedFold<'a>>),
 }
 
 impl<'a> FinishedWaves<'a> {
@@ -28,7 +29,7 @@ impl<'a> FinishedWaves<'a> {
     ) -> Result<Self> {
         let Some(store) = store else {
             let fold = SharedFold::new(group, collection.shape(), collection.provenance());
-            return Ok(Self { group, to: To::Memory(Box::new(fold), None) });
+            return Ok(Self { group, to: To::Memory(Box::new(fold)), own: None });
         };
         // A fold finds all of this, but only after hours of running waves. Folding nothing checks provenance and shape;
         // the first wave shows the arrays.
@@ -37,14 +38,14 @@ impl<'a> FinishedWaves<'a> {
             None => Statistics::new(store.shape(), store.provenance().clone()),
         };
         first.fold(&collection.empty()?)?;
-        Ok(Self { group, to: To::Store(store) })
+        Ok(Self { group, to: To::Store(store), own: None })
     }
 
     /// Where a run that is stopped within a wave leaves what it has.
     pub fn unfinished(&self, wave: u64) -> Option<PathBuf> {
         match &self.to {
             To::Store(store) => Some(store.unfinished(wave)),
-            To::Memory(..) => None,
+            To::Memory(_) => None,
         }
     }
 
@@ -52,10 +53,10 @@ impl<'a> FinishedWaves<'a> {
     pub fn put(&mut self, mut wave: Statistics) -> Result<()> {
         match &mut self.to {
             To::Store(store) => store.write(&wave)?,
-            To::Memory(_, own) => {
+            To::Memory(_) => {
                 // As a wave's file does, so that a collection without a store has the same bits.
                 wave.round_to_f32();
-                *own = Some(wave);
+                self.own = Some(wave);
             }
         }
         Ok(())
@@ -65,7 +66,7 @@ impl<'a> FinishedWaves<'a> {
     pub fn end_round(&mut self, waves: usize) -> Result<()> {
         match &mut self.to {
             To::Store(_) => Ok(()),
-            To::Memory(fold, own) => fold.round(&Vec::from_iter(0..waves), Vec::from_iter(own.take())),
+            To::Memory(fold) => fold.round(&Vec::from_iter(0..waves), Vec::from_iter(self.own.take())),
         }
     }
 
@@ -73,7 +74,7 @@ impl<'a> FinishedWaves<'a> {
     pub fn fold(self) -> Result<Statistics> {
         match self.to {
             To::Store(store) => fold_stores(self.group, store),
-            To::Memory(fold, _) => fold.whole(),
+            To::Memory(fold) => fold.whole(),
         }
     }
 }

@@ -175,4 +175,3 @@ impl Observer for Within<'_, '_> {
         self.inner.end_wave(wave)
     }
 }
-

@@ -49,7 +49,9 @@ impl Mpi {
         let (universe, threading) = mpi::initialize_with_threading(Threading::Serialized)
             .ok_or_else(|| Error::Group("MPI is initialized already".into()))?;
         if threading < Threading::Serialized {
-            return Err(Error::Group(format!("MPI offers {threading:?}, expected calls from any thread, one at a time")));
+            return Err(Error::Group(format!(
+                "MPI offers {threading:?}, expected calls from any thread, one at a time"
+            )));
         }
         let world = universe.world();
         let (rank, size) = (world.rank() as usize, world.size() as usize);
