@@ -127,9 +127,9 @@ impl StatisticsStore {
         })
     }
 
-    /// As [`StatisticsStore::create_or_resume`], for all ranks of a group: they call it with the same name, which may be
-    /// one directory that several or all of them see, or one on the disk of each. Of those that see the same one, the
-    /// first holds the lock, and each writes other waves.
+    /// As [`StatisticsStore::create_or_resume`], for all ranks of a group: they call it with the same name, which may
+    /// be one directory that several or all of them see, or one on the disk of each. Of those that see the same one,
+    /// the first holds the lock, and each writes other waves.
     ///
     /// # Errors
     /// Those of [`StatisticsStore::create_or_resume`], and [`Error::Rank`].

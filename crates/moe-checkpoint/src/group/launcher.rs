@@ -89,7 +89,7 @@ fn join(launch: Launch) -> Result<Arc<dyn Group>> {
 fn join(launch: Launch) -> Result<Arc<dyn Group>> {
     let Launch { launcher, rank, size } = launch;
     Err(Error::Group(format!(
-        "{launcher} started this as rank {rank} of {size}, but it is built without the feature `mpi`: each would do all \
-         of the work; build it with --features mpi, or set {VARIABLE}=alone to let each work for itself"
+        "{launcher} started this as rank {rank} of {size}, but it is built without the feature `mpi`: each would do \
+         all of the work; build it with --features mpi, or set {VARIABLE}=alone to let each work for itself"
     )))
 }
