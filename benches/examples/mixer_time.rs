@@ -13,7 +13,7 @@ use moe_core::kernels::delta::{DecayPer, DeltaShape};
 use moe_core::kernels::ssd::SsdShape;
 use moe_core::kernels::weight::Weight;
 use moe_core::layers::{
-    ApartProjections, ChosenKeys, DeltaLayer, DeltaProjections, GateActivation, Linear, MambaLayer, MixerLayer, Norm,
+    ApartProjections, DeltaLayer, DeltaProjections, GateActivation, Handover, Linear, MambaLayer, MixerLayer, Norm,
     WideProjection,
 };
 use moe_core::memory::{process_memory, reset_peak};
@@ -168,13 +168,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 let time = 1e6 * seconds / tokens as f64;
                 println!("{name:<29} {tokens:>7} {pass:<9} {time:>12.1} {kib:>14} {mib:>10}");
             };
-            let chosen = ChosenKeys::default();
-            let project = || layer.project(&x, &table, &sequences, &chosen).expect("no layer chooses keys for it");
+            let handover = Handover::default();
+            let project = || layer.project(&x, &table, &sequences, &handover).expect("no layer chooses keys for it");
             print("forward", measured(|| drop(layer.mix(&x, &project(), &sequences))));
             let wanted = Wanted { input: true, parameters: false };
             let backward = || {
                 let tape = project();
-                drop(layer.backward(&x, &tape, &sequences, &table, dy.clone(), wanted));
+                drop(layer.backward(&x, &tape, &sequences, &table, dy.clone(), &handover, wanted));
             };
             print("backward", measured(backward));
         }

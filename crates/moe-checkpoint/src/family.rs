@@ -31,6 +31,12 @@ pub enum Role {
     LmHead,
     /// Bias of the head `[V]`.
     LmHeadBias,
+    /// Rows of the [inputs of layers](crate::LayerInputs) by token `[V_P, layers * P]`.
+    LayerInputEmbedding,
+    /// Projection of the embedding to the inputs of all layers `[layers * P, H]`.
+    LayerInputProjection,
+    /// Norm of what that gives for each layer `[P]`.
+    LayerInputNorm,
     /// A tensor of a decoder layer.
     Layer(usize, LayerRole),
 }
@@ -73,6 +79,12 @@ pub enum LayerRole {
     ExpertsOutputNorm,
     /// Factor on the output of the layer `[1]`.
     LayerScale,
+    /// Gate on the layer's own input `[P, H]`; see [`LayerInputs`](crate::LayerInputs).
+    LayerInputGate,
+    /// Projection of the gated input to the residual stream `[H, P]`.
+    LayerInputOutput,
+    /// Norm of what that gives `[H]`.
+    LayerInputOutputNorm,
     /// Projections of queries, keys and values in one `[(heads + 2 kv_heads) * D, H]`.
     Qkv,
     /// Projection of the gates on the outputs of the heads `[heads * D, H]`; one per head `[heads, H]`.

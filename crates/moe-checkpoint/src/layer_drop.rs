@@ -51,13 +51,30 @@ impl LayerDrop {
         &self.dropped
     }
 
+    /// Whether layers can be taken out of a model, whichever they are.
+    ///
+    /// # Errors
+    /// [`Error::Method`] for a quantized, ragged or grouped model, and one whose layers belong together.
+    pub fn check_model(base: &Checkpoint) -> Result<()> {
+        if let Some(reason) = base.config().inseparable() {
+            return refuse(format!("its layers belong together: it is a model {reason}"));
+        }
+        if base.quantization().is_some() {
+            return refuse("the model is quantized, and its config may name layers; dequantize it first".into());
+        }
+        if Ragged::read(base.raw_config())?.is_some() || base.grouped() {
+            return refuse("a ragged or grouped config says its experts layer by layer; drop layers before".into());
+        }
+        Ok(())
+    }
+
     /// The model without these layers.
     ///
     /// # Errors
-    /// [`Error::Method`] for layers that do not exist, none or no MoE layer left, a quantized, ragged or grouped model,
-    /// and a config that cannot say what is left. Those of [`Checkpoint::from_source`].
+    /// Those of [`check_model`](Self::check_model); [`Error::Method`] for layers that do not exist, none or no MoE
+    /// layer left, and a config that cannot say what is left. Those of [`Checkpoint::from_source`].
     pub fn on(&self, base: &Arc<Checkpoint>) -> Result<Arc<Checkpoint>> {
-        let refuse = |reason: String| Err(Error::method(std::io::Error::other(format!("dropping layers: {reason}"))));
+        Self::check_model(base)?;
         let count = base.config().layers.len();
         if let Some(layer) = self.dropped.last().filter(|layer| **layer >= count) {
             return refuse(format!("layer {layer} of a model with {count} layers"));
@@ -65,15 +82,6 @@ impl LayerDrop {
         let kept: Vec<usize> = (0..count).filter(|layer| self.dropped.binary_search(layer).is_err()).collect();
         if !kept.iter().any(|layer| base.config().moe(*layer).is_some()) {
             return refuse("no layer with routed experts would be left".into());
-        }
-        if base.config().has_shortcuts() {
-            return refuse("its experts join the residual stream a layer later, so that layers belong together".into());
-        }
-        if base.quantization().is_some() {
-            return refuse("the model is quantized, and its config may name layers; dequantize it first".into());
-        }
-        if Ragged::read(base.raw_config())?.is_some() || base.grouped() {
-            return refuse("a ragged or grouped config says its experts layer by layer; drop layers before".into());
         }
         let mut config = base.raw_config().clone();
         rewrite(base.family().text_config_mut(&mut config), &kept, base.config());
@@ -125,6 +133,10 @@ impl LayerDrop {
         let source = Dropped { base: base.clone(), names, layers: kept, step };
         Checkpoint::from_source(description, Arc::new(source)).map(Arc::new)
     }
+}
+
+fn refuse<T>(reason: String) -> Result<T> {
+    Err(Error::method(std::io::Error::other(format!("dropping layers: {reason}"))))
 }
 
 /// What stands before the layer number in names of tensors, in the naming of this checkpoint.

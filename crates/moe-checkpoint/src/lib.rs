@@ -93,9 +93,9 @@ pub use checkpoint::Checkpoint;
 pub use compression::{BeforeAfter, Mtp, Ratio, TopKClamp};
 pub use config::{
     Activation, AttentionConfig, AttentionKind, ChannelDelta, DeltaNet, Ffn, GroupScore, Groups, HalfFactors,
-    HeadMixture, KeySelection, LatentAttention, LayerConfig, LightningAttention, LocalAttention, Mamba, Mixer,
-    ModelConfig, MoeConfig, Multipliers, NormKind, NormPlacement, NormedResidual, OutputGate, QkNorm, QueryGrowth,
-    RopeConfig, RopeScaling, Routing, RoutingKind, SharedExpert,
+    HeadMixture, KeySelection, LatentAttention, LayerConfig, LayerInputs, LightningAttention, LocalAttention, Mamba,
+    Mixer, ModelConfig, MoeConfig, Multipliers, NormKind, NormPlacement, NormedResidual, OutputGate, QkNorm,
+    QueryGrowth, RopeConfig, RopeScaling, Routing, RoutingKind, SharedExpert,
 };
 pub use convert::{decode_f32, encode};
 pub use error::{Error, Result};

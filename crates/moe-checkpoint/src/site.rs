@@ -124,6 +124,10 @@ pub enum LayerSite {
     DenseGateUp,
     /// `[H, I]` of a dense layer.
     DenseDown,
+    /// Gate on the layer's own input `[P, H]`.
+    LayerInputGate,
+    /// From that to the residual stream `[H, P]`.
+    LayerInputOutput,
 }
 
 impl fmt::Display for LayerSite {
@@ -134,7 +138,7 @@ impl fmt::Display for LayerSite {
 
 impl LayerSite {
     /// All of them.
-    pub const ALL: [Self; 38] = [
+    pub const ALL: [Self; 40] = [
         Self::Query,
         Self::Key,
         Self::Value,
@@ -173,6 +177,8 @@ impl LayerSite {
         Self::SharedExpertGate,
         Self::DenseGateUp,
         Self::DenseDown,
+        Self::LayerInputGate,
+        Self::LayerInputOutput,
     ];
 
     /// The tensors it is made of, whose rows follow each other.
@@ -216,6 +222,8 @@ impl LayerSite {
             Self::SharedExpertGate => &[LayerRole::SharedExpertGate],
             Self::DenseGateUp => &[LayerRole::DenseGate, LayerRole::DenseUp],
             Self::DenseDown => &[LayerRole::DenseDown],
+            Self::LayerInputGate => &[LayerRole::LayerInputGate],
+            Self::LayerInputOutput => &[LayerRole::LayerInputOutput],
         }
     }
 
@@ -266,6 +274,8 @@ impl LayerSite {
             Self::SharedExpertGate => "shared_expert_gate",
             Self::DenseGateUp => "dense_gate_up",
             Self::DenseDown => "dense_down",
+            Self::LayerInputGate => "layer_input_gate",
+            Self::LayerInputOutput => "layer_input_output",
         }
     }
 

@@ -6,8 +6,8 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use crate::config::{
-    AttentionKind, ChannelDelta, DeltaNet, Ffn, HeadMixture, LatentAttention, LayerConfig, LightningAttention, Mamba,
-    Mixer, ModelConfig, MoeConfig, NormKind, NormPlacement, OutputGate, QkNorm,
+    AttentionKind, ChannelDelta, DeltaNet, Ffn, HeadMixture, LatentAttention, LayerConfig, LayerInputs,
+    LightningAttention, Mamba, Mixer, ModelConfig, MoeConfig, NormKind, NormPlacement, OutputGate, QkNorm,
 };
 use crate::convert::float_bytes;
 use crate::experts::{ExpertLayout, ExpertTensor};
@@ -31,6 +31,10 @@ pub(crate) struct Weights<'a> {
     /// `model_type` of the whole, where the decoder is a part of a model with other modalities.
     pub wrapper: Option<&'a str>,
 }
+
+/// What makes the keys and values of grouped attention.
+const KEY_ROLES: [LayerRole; 5] =
+    [LayerRole::Key, LayerRole::KeyBias, LayerRole::KeyNorm, LayerRole::Value, LayerRole::ValueBias];
 
 /// What the check found.
 pub(crate) struct Verified {
@@ -91,6 +95,13 @@ fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>, bool)>
     if config.head_bias {
         outer.push((Role::LmHeadBias, vec![vocabulary]));
     }
+    if let Some(LayerInputs { width, vocab_size }) = config.layer_inputs {
+        // A width below 2^28 and at most 2^12 layers.
+        let all = config.layers.len() * width;
+        outer.push((Role::LayerInputEmbedding, vec![vocab_size, all]));
+        outer.push((Role::LayerInputProjection, vec![all, hidden]));
+        outer.push((Role::LayerInputNorm, vec![width]));
+    }
     let layers = config.layers.iter().enumerate().flat_map(move |(layer, layer_config)| {
         let mixing = match &layer_config.mixer {
             Mixer::Attention => {
@@ -113,6 +124,18 @@ fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>, bool)>
         others.map(of_layer(false)).chain(mixing.into_iter().map(of_layer(true)))
     });
     outer.into_iter().map(|(role, shape)| (role, shape, false)).chain(layers)
+}
+
+/// What the layers have besides routed experts, as the config has them.
+pub(crate) fn layer_roles(config: &ModelConfig) -> HashSet<(usize, LayerRole)> {
+    let of_layer = |(role, ..): (Role, Vec<usize>, bool)| match role {
+        Role::Layer(layer, role) => Some((layer, role)),
+        _ => None,
+    };
+    // Files may leave the rates of lightning attention out.
+    let lightning = |(_, layer): &(usize, &LayerConfig)| matches!(layer.mixer, Mixer::Lightning(_));
+    let rates = config.layers.iter().enumerate().filter(lightning).map(|(layer, _)| (layer, LayerRole::LightningRate));
+    roles(config).filter_map(of_layer).chain(rates).collect()
 }
 
 fn norm_roles(config: &ModelConfig, layer: &LayerConfig) -> Vec<(LayerRole, Vec<usize>)> {
@@ -147,6 +170,11 @@ fn norm_roles(config: &ModelConfig, layer: &LayerConfig) -> Vec<(LayerRole, Vec<
     if config.layer_scale {
         roles.push((LayerRole::LayerScale, vec![1]));
     }
+    if let Some(LayerInputs { width, .. }) = config.layer_inputs {
+        roles.push((LayerRole::LayerInputGate, vec![width, config.hidden_size]));
+        roles.push((LayerRole::LayerInputOutput, vec![config.hidden_size, width]));
+        roles.push((LayerRole::LayerInputOutputNorm, vec![config.hidden_size]));
+    }
     roles
 }
 
@@ -156,20 +184,20 @@ fn attention_roles(config: &ModelConfig, layer: usize) -> Vec<(LayerRole, Vec<us
     let queries = attention.num_heads * attention.head_dim;
     let keys = attention.num_kv_heads * attention.head_dim;
     let values = attention.num_heads * attention.value_head_dim();
+    let own_keys = config.layers[layer].keys_of.is_none();
     let mut roles = Vec::new();
     match &attention.kind {
         AttentionKind::Grouped if attention.packed => roles.push((LayerRole::Qkv, vec![queries + 2 * keys, hidden])),
         AttentionKind::Grouped => {
             let with_gates = if attention.gate == OutputGate::Query { 2 * queries } else { queries };
+            let own_values = own_keys && !attention.tied_values;
             roles.push((LayerRole::Query, vec![with_gates, hidden]));
-            roles.push((LayerRole::Key, vec![keys, hidden]));
-            if !attention.tied_values {
-                roles.push((LayerRole::Value, vec![keys, hidden]));
-            }
+            roles.extend(own_keys.then(|| (LayerRole::Key, vec![keys, hidden])));
+            roles.extend(own_values.then(|| (LayerRole::Value, vec![keys, hidden])));
             if attention.qkv_bias {
                 roles.push((LayerRole::QueryBias, vec![with_gates]));
-                roles.push((LayerRole::KeyBias, vec![keys]));
-                roles.push((LayerRole::ValueBias, vec![keys]));
+                roles.extend(own_keys.then(|| (LayerRole::KeyBias, vec![keys])));
+                roles.extend(own_values.then(|| (LayerRole::ValueBias, vec![keys])));
             }
             match attention.gate {
                 OutputGate::Projection => roles.push((LayerRole::AttentionGate, vec![queries, hidden])),
@@ -195,7 +223,7 @@ fn attention_roles(config: &ModelConfig, layer: usize) -> Vec<(LayerRole, Vec<us
     };
     if let Some((query, key)) = norms {
         roles.push((LayerRole::QueryNorm, vec![query]));
-        roles.push((LayerRole::KeyNorm, vec![key]));
+        roles.extend(own_keys.then(|| (LayerRole::KeyNorm, vec![key])));
     }
     if attention.sinks {
         roles.push((LayerRole::Sinks, vec![attention.num_heads]));
@@ -575,6 +603,12 @@ impl Weights<'_> {
         }
         // Layers that take the keys of another layer may have an indexer in the files all the same.
         if self.config.attention.selects.is_some() && info.name.contains(".self_attn.indexer.") {
+            return Ok(());
+        }
+        // Layers that read keys and values of another layer may have the maps that made their own in the files.
+        let reads = self.config.layers.get(layer).is_some_and(|layer| layer.keys_of.is_some());
+        let is = |role| self.family.tensor_name(Role::Layer(layer, role)) == info.name;
+        if reads && KEY_ROLES.into_iter().any(is) {
             return Ok(());
         }
         // A constant that old files store.

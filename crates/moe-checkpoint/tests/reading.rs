@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use common::{Model, Tensor, assert_parts, fixture, fixtures, message};
 use moe_checkpoint::{
-    Checkpoint, Dtype, ExpertLayout, ExpertWeights, Ffn, LayerRole, ModelConfig, QkNorm, Role, RopeScaling,
+    Checkpoint, Dtype, ExpertLayout, ExpertWeights, Ffn, LayerRole, LayerSite, ModelConfig, QkNorm, Role, RopeScaling,
     RoutingKind, ragged_config,
 };
 use serde_json::json;
@@ -382,4 +382,19 @@ fn old_spellings_of_config_fields() {
     let generation = json!({"eos_token_id": [3, 4]});
     let config = Model::load(&fixture("tf4/qwen3_moe")).config;
     assert_eq!(ModelConfig::from_json(&config, Some(&generation)).unwrap().eos_token_ids, [3, 4]);
+}
+
+#[test]
+fn a_tensor_is_one_linear_map_of_its_layer_however_a_family_calls_it() {
+    for dir in fixtures() {
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        for layer in 0..checkpoint.config().layers.len() {
+            let mut seen = BTreeMap::new();
+            for role in LayerSite::ALL.into_iter().flat_map(LayerSite::roles).copied() {
+                let Ok(info) = checkpoint.plain_role(Role::Layer(layer, role)) else { continue };
+                let other = seen.insert(info.name.clone(), role);
+                assert!(other.is_none(), "{}: `{}` is {role:?} and {other:?}", dir.display(), info.name);
+            }
+        }
+    }
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use common::{Model, Tensor, assert_parts, copy_dir, fixture, message};
-use moe_checkpoint::{Checkpoint, Dtype, Error};
+use moe_checkpoint::{Checkpoint, Dtype, Error, LayerRole, Role};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -322,4 +322,44 @@ fn damaged_weight_files() {
     // A truncated shard that the file system pads would be read as zeros; the length check sees the difference.
     let padded: Vec<u8> = whole[..whole.len() / 2].iter().copied().chain(std::iter::repeat_n(0, whole.len())).collect();
     assert!(matches!(open(&padded), Error::TrailingBytes { .. }));
+}
+
+#[test]
+fn keys_of_other_layers_and_inputs_of_layers() {
+    let changed = |key: &str, value: Value| {
+        let mut model = Model::load(&fixture("tf5/gemma4_text_ple"));
+        model.config[key] = value;
+        model.refusal()
+    };
+    let shared = |count: usize| changed("num_kv_shared_layers", json!(count));
+    assert_parts(&shared(4), &["num_kv_shared_layers", "below `num_hidden_layers` = 4"]);
+    assert_parts(&shared(3), &["num_kv_shared_layers", "a layer of every kind in `layer_types` among the first 1"]);
+    let key = "model.layers.1.self_attn.k_proj.weight";
+    let mut without = Model::load(&fixture("tf5/gemma4_text_ple"));
+    without.tensors.remove(key);
+    assert_parts(&without.refusal(), &[key]);
+    let width = changed("hidden_size_per_layer_input", json!(6));
+    assert_parts(&width, &["per_layer", "hidden_size_per_layer_input"]);
+    // What a config does not say is what transformers takes.
+    let mut silent = Model::load(&fixture("tf5/gemma4_text_ple"));
+    silent.config.as_object_mut().unwrap().remove("hidden_size_per_layer_input");
+    assert_parts(&silent.refusal(), &["hidden_size_per_layer_input", "1024"]);
+    let rows = changed("vocab_size_per_layer_input", json!(50));
+    assert_parts(&rows, &["embed_tokens_per_layer", "vocab_size_per_layer_input"]);
+    assert_parts(&changed("use_double_wide_mlp", json!(false)), &["model.layers.2.mlp"]);
+}
+
+#[test]
+fn keys_that_nothing_reads_are_carried_along_and_belong_to_no_role() {
+    let mut model = Model::load(&fixture("tf5/gemma4_text_ple"));
+    let dead = "model.layers.2.self_attn.k_proj.weight";
+    let bytes = vec![0; 4 * 16 * 16];
+    model.tensors.insert(dead.into(), Tensor { dtype: Dtype::F32, shape: vec![16, 16], bytes });
+    let (_dir, checkpoint) = model.open();
+    let checkpoint = checkpoint.unwrap();
+    assert!(checkpoint.tensors().any(|info| info.name == dead));
+    let key = |layer| checkpoint.role(Role::Layer(layer, LayerRole::Key)).is_ok();
+    assert_eq!([0, 1, 2, 3].map(key), [true, true, false, false]);
+    assert!(checkpoint.plain_role(Role::Layer(2, LayerRole::Key)).is_err());
+    assert!(checkpoint.plain_role(Role::Layer(2, LayerRole::Query)).is_ok());
 }

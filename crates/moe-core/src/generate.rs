@@ -173,6 +173,7 @@ fn plan_of(
         head_tokens: rows,
         experts_together: memory::experts_together(model.device()),
         waiting: 0,
+        waiting_keys: 0,
         decoded_per_use: model.decodes_per_use(),
         expert_cache: model.expert_cache_bytes(),
     };

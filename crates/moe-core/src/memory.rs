@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 use moe_checkpoint::{
-    AttentionConfig, AttentionKind, ChannelDelta, DeltaNet, Ffn, HeadMixture, LightningAttention, Mamba, Mixer,
+    AttentionKind, ChannelDelta, DeltaNet, Ffn, HeadMixture, LayerConfig, LightningAttention, Mamba, Mixer,
     ModelConfig, OutputGate, QkNorm,
 };
 
@@ -131,6 +131,8 @@ pub struct WaveSize {
     pub experts_together: usize,
     /// Bytes of other waves that wait for their turn, in memory or in a file.
     pub waiting: u64,
+    /// Bytes of keys and values of other waves that wait in memory for layers that read them.
+    pub waiting_keys: u64,
     /// Whether weights are decoded wherever they are used, so that none of them stays converted.
     pub decoded_per_use: bool,
     /// Bytes of a cache of experts, in whose stead none stays converted; 0 without one.
@@ -163,7 +165,7 @@ impl MixerSize {
             Mixer::Lightning(lightning) => Self::lightning(config.hidden_size, lightning),
             Mixer::HeadMixture(mixture) => Self::head_mixture(config.hidden_size, mixture),
             Mixer::None => Self { weights: 0, tape: 0, work: 0 },
-            _ => Self::attention(config, config.attention_of(layer)).with_indexer(config, layer, tokens),
+            _ => Self::attention(config, layer).with_indexer(config, layer, tokens),
         }
     }
 
@@ -233,8 +235,8 @@ impl MixerSize {
         Self { weights: 5 * h * width, tape: 4 * width, work: 14 * width + states }
     }
 
-    fn attention(config: &ModelConfig, a: &AttentionConfig) -> Self {
-        let h = config.hidden_size;
+    fn attention(config: &ModelConfig, layer: usize) -> Self {
+        let (h, a) = (config.hidden_size, config.attention_of(layer));
         let q = a.num_heads * a.head_dim;
         let values = a.num_heads * a.value_head_dim();
         match &a.kind {
@@ -250,7 +252,9 @@ impl MixerSize {
                 }
             }
             _ => {
-                let kv = a.num_kv_heads * a.head_dim;
+                // Keys and values of another layer are counted as what that hands on.
+                let own = config.layers[layer].keys_of.is_none();
+                let kv = if own { a.num_kv_heads * a.head_dim } else { 0 };
                 let saved = a.qk_norm != QkNorm::None || a.qkv_clip.is_some();
                 let gate = if a.gate == OutputGate::None { 0 } else { q };
                 let values = if a.value_norm { kv } else { 0 };
@@ -274,7 +278,8 @@ pub(crate) fn cached_token_bytes(config: &ModelConfig) -> u64 {
         }
     };
     let has_keys = |mixer: &Mixer| matches!(mixer, Mixer::Attention | Mixer::HeadMixture(_));
-    let growing = (0..config.layers.len()).filter(|layer| has_keys(&config.layers[*layer].mixer));
+    let own_keys = |layer: &LayerConfig| has_keys(&layer.mixer) && layer.keys_of.is_none();
+    let growing = (0..config.layers.len()).filter(|layer| own_keys(&config.layers[*layer]));
     f32s(growing.map(row).sum())
 }
 
@@ -303,6 +308,15 @@ fn shared_keys(config: &ModelConfig, tokens: usize) -> u64 {
     };
     let layers = (0..config.layers.len()).filter(|layer| selection.is_shared(*layer)).count();
     f32s(layers * tokens * selection.keys)
+}
+
+/// Bytes of the keys and values that layers lend to layers after them, in waves of so many tokens.
+pub(crate) fn lent_keys(config: &ModelConfig, tokens: usize) -> u64 {
+    let row = |layer: usize| {
+        let a = config.attention_of(layer);
+        a.num_kv_heads * (a.head_dim + a.value_head_dim())
+    };
+    f32s((0..config.layers.len()).filter(|layer| config.lends_keys(*layer)).map(row).sum::<usize>() * tokens)
 }
 
 /// Plans a wave within `limit` bytes.
@@ -355,6 +369,10 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
             experts_kept = f32s(t * k * 2 * moe.widths.iter().sum::<usize>() / experts);
             expert_bytes.extend(moe.stored_widths().iter().map(|w| f32s(matrices * w * e)));
         }
+        if let Some(inputs) = config.layer_inputs {
+            let weights = f32s(3 * inputs.width * h);
+            phases.push((format!("the input of layer {i}"), weights + f32s(t * 8 * inputs.width) + 6 * hidden));
+        }
         if config.has_shortcuts() {
             // The stream, and what goes beside it to the end of the next layer.
             work += 2 * hidden;
@@ -362,11 +380,13 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
         phases.push((format!("the feed-forward part of layer {i}"), work));
         let around = config.expert_latent.filter(|_| moe.is_some()).map_or(0, |latent| 2 * latent);
         let rows = moe.map_or(0, |m| m.router_rows()) + around;
-        layer_weights.push(mixer_weights + dense_weights + f32s(h * rows));
+        let of_input = config.layer_inputs.map_or(0, |inputs| 3 * inputs.width);
+        layer_weights.push(mixer_weights + dense_weights + f32s(h * (rows + of_input)));
         kept.push([tape, f32s(t * 2 * dense_width), experts_kept]);
     }
     let (what, largest) = phases.into_iter().max_by_key(|(_, bytes)| *bytes).unwrap_or_default();
-    let needed = BASE + largest + hidden + size.expert_cache + shared_keys(config, t);
+    let lent = lent_keys(config, t) * if size.gradients { 2 } else { 1 } + size.waiting_keys;
+    let needed = BASE + largest + hidden + size.expert_cache + shared_keys(config, t) + lent;
     if needed > limit {
         return Err(Error::Memory { limit, needed, what: format!("{what}, with a wave of {t} tokens,") });
     }

@@ -178,7 +178,8 @@ pub struct LayerOutput<'a> {
     pub input: &'a Tensor<2>,
     /// What its norm reads `[T, H]`: the same, or the input of the layer where both halves are side by side.
     pub read: &'a Tensor<2>,
-    /// After it `[T, H]`: `input + residual_factor * (shared + sum of routing weight * expert)`.
+    /// After it `[T, H]`: `input + residual_factor * (shared + sum of routing weight * expert)`, without what a layer
+    /// adds of an [input of its own](moe_checkpoint::LayerInputs).
     pub output: &'a Tensor<2>,
     /// Factor on what the experts add to the stream; 1 in most families.
     pub residual_factor: f32,

@@ -247,7 +247,7 @@ fn noise(len: usize, seed: usize) -> Vec<f32> {
     (0..len).map(|i| (((i * 7919 + seed * 104_729 + 17) % 1009) as f32 / 504.5 - 1.0) * 0.3).collect()
 }
 
-const VECTORS: [LayerRole; 13] = [
+const VECTORS: [LayerRole; 19] = [
     LayerRole::AttentionNorm,
     LayerRole::AttentionNormBias,
     LayerRole::FfnNorm,
@@ -261,6 +261,12 @@ const VECTORS: [LayerRole; 13] = [
     LayerRole::LatentQueryNorm,
     LayerRole::LatentKvNorm,
     LayerRole::DeltaNorm,
+    LayerRole::LayerInputOutputNorm,
+    LayerRole::AttentionOutputNorm,
+    LayerRole::FfnOutputNorm,
+    LayerRole::SharedNorm,
+    LayerRole::SharedOutputNorm,
+    LayerRole::ExpertsOutputNorm,
 ];
 
 impl Everything {
@@ -380,8 +386,9 @@ fn check(model: &Model, all: Arc<Everything>, names: impl Fn(&str) -> bool) -> u
 #[test]
 fn everything_that_is_trained_has_the_gradient_of_a_difference_quotient() {
     // biases and a gated shared expert; latents, groups and a dense layer; norms of heads; gated DeltaNet in both forms
-    // of its files
-    for name in ["qwen2_moe", "deepseek_v2", "qwen3_moe", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text"] {
+    // of its files; keys and values that later layers read, inputs of the layers' own
+    let names = ["qwen2_moe", "deepseek_v2", "qwen3_moe", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text"];
+    for name in names.into_iter().chain(["gemma4_text_ple", "flex_olmo"]) {
         let model = Model::open(fixture(name), &Device::flex(), None).unwrap();
         let all = Arc::new(Everything::own(model.checkpoint()));
         let checked = check(&model, all.clone(), |_| true);

@@ -98,6 +98,8 @@ fn a_draft_changes_no_text_and_the_model_as_its_own_draft_is_always_accepted() {
         (fixture("qwen3_next"), vec![vec![5, 9, 3], vec![7; 6], vec![1]]),
         (fixture("nemotron_h"), vec![vec![5, 9, 3], vec![7; 6], vec![1]]),
         (fixture("lfm2_moe"), vec![vec![5, 9, 3], vec![7; 6], vec![1]]),
+        // keys and values that later layers read
+        (fixture("gemma4_text_ple"), vec![vec![5, 9, 3], vec![7; 6], vec![1]]),
     ] {
         let name = model.checkpoint().dir().display().to_string();
         let options = options(&model);

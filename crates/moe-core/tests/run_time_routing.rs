@@ -16,8 +16,16 @@ use moe_core::{
     trace::{LayerTrace, Nobody, Observer, Signals},
 };
 
-const FAMILIES: [&str; 7] =
-    ["qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "phimoe", "gemma4_text", "granitemoehybrid"];
+const FAMILIES: [&str; 8] = [
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "phimoe",
+    "gemma4_text",
+    "granitemoehybrid",
+    "gemma4_text_ple",
+];
 
 fn fixture(name: &str) -> Model {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../moe-checkpoint/tests/fixtures/parity/tf5").join(name);

@@ -219,6 +219,7 @@ impl Kinds {
                     R::SharedOutputNorm,
                     R::ExpertsOutputNorm,
                     R::LayerScale,
+                    R::LayerInputOutputNorm,
                 ],
             ),
             (
@@ -271,7 +272,7 @@ impl Kinds {
             ),
             (Kind::Router, &[R::Router, R::RouterBias, R::CorrectionBias, R::RouterNorm, R::ExpertScale]),
             (Kind::SharedExperts, &[R::SharedGateUp, R::SharedGate, R::SharedUp, R::SharedDown, R::SharedExpertGate]),
-            (Kind::DenseLayers, &[R::DenseGate, R::DenseUp, R::DenseDown]),
+            (Kind::DenseLayers, &[R::DenseGate, R::DenseUp, R::DenseDown, R::LayerInputGate, R::LayerInputOutput]),
         ];
         let name = |role| base.family().tensor_name(role);
         let mut roles = BTreeMap::from([
@@ -280,6 +281,9 @@ impl Kinds {
             (name(Role::FinalNorm), Kind::Norms),
             (name(Role::FinalNormBias), Kind::Norms),
             (name(Role::Embedding), Kind::Embedding),
+            (name(Role::LayerInputEmbedding), Kind::Embedding),
+            (name(Role::LayerInputProjection), Kind::DenseLayers),
+            (name(Role::LayerInputNorm), Kind::Norms),
         ]);
         let mut experts = std::collections::BTreeSet::new();
         for layer in 0..base.config().layers.len() {

@@ -1,6 +1,6 @@
 //! The linear maps and vectors of a checkpoint that can be trained, and the tensors they are made of.
 
-use moe_checkpoint::{Checkpoint, ExpertPart, ExpertWeights, Ffn, LayerRole, Mixer, NormPlacement, Role};
+use moe_checkpoint::{Checkpoint, ExpertPart, ExpertWeights, LayerRole, Role};
 use moe_core::adapters::{Depth, ExpertSite, LayerSite, Site};
 
 use crate::Result;
@@ -28,7 +28,7 @@ pub struct VectorPlace {
 }
 
 /// Vectors of a layer: which, whether of a norm, whether in the attention half.
-const VECTORS: [(LayerRole, bool, bool); 15] = [
+const VECTORS: [(LayerRole, bool, bool); 21] = [
     (LayerRole::AttentionNorm, true, true),
     (LayerRole::AttentionNormBias, true, true),
     (LayerRole::QueryNorm, true, true),
@@ -44,6 +44,12 @@ const VECTORS: [(LayerRole, bool, bool); 15] = [
     (LayerRole::FfnNorm, true, false),
     (LayerRole::FfnNormBias, true, false),
     (LayerRole::RouterBias, false, false),
+    (LayerRole::AttentionOutputNorm, true, true),
+    (LayerRole::FfnOutputNorm, true, false),
+    (LayerRole::SharedNorm, true, false),
+    (LayerRole::SharedOutputNorm, true, false),
+    (LayerRole::ExpertsOutputNorm, true, false),
+    (LayerRole::LayerInputOutputNorm, true, false),
 ];
 
 /// The tensors of a layer's map, in the order of its rows: up alone of a block without a gate.
@@ -114,17 +120,8 @@ pub fn vectors(checkpoint: &Checkpoint) -> Vec<VectorPlace> {
         }
     };
     let config = checkpoint.config();
-    for (layer, halves) in config.layers.iter().enumerate() {
+    for layer in 0..config.layers.len() {
         for (role, norm, attention) in VECTORS {
-            // Some names are those of another vector in layers that lack a half, or a norm in front of it.
-            let before = matches!(
-                role,
-                LayerRole::AttentionNorm | LayerRole::AttentionNormBias | LayerRole::FfnNorm | LayerRole::FfnNormBias
-            );
-            let half = if attention { halves.mixer != Mixer::None } else { halves.ffn != Ffn::None };
-            if !half || (before && config.placement == NormPlacement::After) {
-                continue;
-            }
             let depth = if attention { Depth::Attention(layer) } else { Depth::FeedForward(layer) };
             add(Role::Layer(layer, role), depth, norm);
         }

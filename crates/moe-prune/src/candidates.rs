@@ -69,6 +69,7 @@ impl Candidate {
         match (self, scores) {
             (Self::Whole, _) => Ok(base.clone()),
             (Self::Layers { choice }, _) => {
+                LayerDrop::check_model(base)?;
                 let seen = choice.measure(model, waves)?;
                 let layers = choice.layers(model.config().layers.len(), seen.as_deref())?;
                 Ok(LayerDrop::new(layers).on(base)?)

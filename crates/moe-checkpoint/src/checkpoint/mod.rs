@@ -5,7 +5,7 @@ mod open;
 mod quantized;
 mod tensors;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::config::{Ffn, ModelConfig};
 use crate::experts::{ExpertBlock, ExpertLayout};
-use crate::family::Family;
+use crate::family::{Family, LayerRole};
 use crate::formats::Packed;
 use crate::record::Step;
 use crate::shape::MoeShape;
@@ -35,6 +35,8 @@ pub struct Checkpoint {
     family: &'static dyn Family,
     ragged: bool,
     shape: MoeShape,
+    /// What the layers have besides routed experts.
+    roles: HashSet<(usize, LayerRole)>,
     source: Arc<dyn ModelSource>,
     tensors: BTreeMap<String, TensorInfo>,
     layouts: BTreeMap<usize, ExpertLayout>,

@@ -155,7 +155,7 @@ impl Checkpoint {
                 made.insert(name, MadeTensor { layer: *layer, blocks: blocks.collect() });
             }
         }
-        let shape = config.moe_shape();
+        let (shape, roles) = (config.moe_shape(), verify::layer_roles(&config));
         Ok(Self {
             dir,
             config,
@@ -164,6 +164,7 @@ impl Checkpoint {
             family,
             ragged,
             shape,
+            roles,
             source,
             tensors,
             layouts,

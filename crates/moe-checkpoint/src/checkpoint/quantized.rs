@@ -6,14 +6,14 @@ use std::ops::Range;
 use safetensors::Dtype;
 
 use super::Checkpoint;
-use crate::Result;
+#[cfg(doc)]
+use crate::ModelSource;
 use crate::family::Role;
 use crate::formats::matrix::{Matrix, Part, Rows};
 use crate::formats::{self, Packed, Quantization};
 use crate::source::sliced;
 use crate::weights::TensorInfo;
-#[cfg(doc)]
-use crate::{Error, ModelSource};
+use crate::{Error, Result};
 
 impl Checkpoint {
     /// Whether the weights are quantized. They are read as BF16 then.
@@ -51,7 +51,11 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::role`].
     pub fn plain_role(&self, role: Role) -> Result<&TensorInfo> {
-        self.plain_info(&self.family.tensor_name(self.untied(role)))
+        let name = self.family.tensor_name(self.untied(role));
+        match self.has_role(role) {
+            true => self.plain_info(&name),
+            false => Err(Error::NoSuchTensor { dir: self.dir.clone(), tensor: name }),
+        }
     }
 
     /// Dtype of a tensor as it is read: BF16 for a quantized one.

@@ -36,7 +36,20 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::NoSuchTensor`] for a role that the model does not have.
     pub fn role(&self, role: Role) -> Result<&TensorInfo> {
-        self.info(&self.family.tensor_name(self.untied(role)))
+        let name = self.family.tensor_name(self.untied(role));
+        match self.has_role(role) {
+            true => self.info(&name),
+            false => Err(Error::NoSuchTensor { dir: self.dir.clone(), tensor: name }),
+        }
+    }
+
+    /// Whether the config of the model has a place for a role. Names do not tell: a family may call the tensors of two
+    /// roles alike of which a layer has one, and files may hold keys and values of layers that read those of others.
+    pub(super) fn has_role(&self, role: Role) -> bool {
+        match role {
+            Role::Layer(layer, of) => layer >= self.config.layers.len() || self.roles.contains(&(layer, of)),
+            _ => true,
+        }
     }
 
     pub(super) fn untied(&self, role: Role) -> Role {
@@ -203,6 +216,23 @@ impl Checkpoint {
         }
         let row: usize = info.shape.iter().skip(1).product();
         self.read_part(info, rows.start * row..rows.end * row)
+    }
+
+    /// Columns of one row of a matrix as f32.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchTensor`], [`Error::OutOfRange`].
+    pub fn read_f32_columns(&self, role: Role, row: usize, columns: Range<usize>) -> Result<Vec<f32>> {
+        let info = self.plain_info(&self.role(role)?.name)?;
+        let (rows, width) = (info.shape.first().copied().unwrap_or(1), info.shape.iter().skip(1).product::<usize>());
+        if row >= rows || columns.start > columns.end || columns.end > width {
+            return Err(Error::OutOfRange {
+                what: format!("row and columns of tensor `{}`", info.name),
+                found: format!("{row} and {columns:?}"),
+                expected: format!("a row below {rows} and columns within 0..{width}"),
+            });
+        }
+        self.read_part(info, row * width + columns.start..row * width + columns.end)
     }
 
     /// Any tensor of F32, F16 or BF16 by its name, as f32.

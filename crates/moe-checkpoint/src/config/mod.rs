@@ -66,6 +66,8 @@ pub struct ModelConfig {
     pub normed_residual: Option<NormedResidual>,
     /// Whether every layer multiplies its whole output by a factor of its own.
     pub layer_scale: bool,
+    /// Where every layer has an input of its own besides the residual stream.
+    pub layer_inputs: Option<LayerInputs>,
     /// Bound `c` of the logits, `c * tanh(logit / c)`.
     pub logit_cap: Option<f64>,
     /// How routed experts are selected and weighted.
@@ -204,6 +206,27 @@ impl ModelConfig {
         (0..self.layers.len()).any(|layer| self.starts_shortcut(layer))
     }
 
+    /// Whether layers read keys and values of layers before them; see [`LayerConfig::keys_of`].
+    pub fn shares_keys(&self) -> bool {
+        self.layers.iter().any(|layer| layer.keys_of.is_some())
+    }
+
+    /// Whether layers after this one read its keys and values.
+    pub fn lends_keys(&self, layer: usize) -> bool {
+        self.layers.iter().any(|other| other.keys_of == Some(layer))
+    }
+
+    /// Why layers can neither be left out nor repeated nor passed by some tokens, where they cannot.
+    pub fn inseparable(&self) -> Option<&'static str> {
+        if self.has_shortcuts() {
+            return Some("whose experts join the residual stream at the end of the next layer");
+        }
+        if self.shares_keys() {
+            return Some("whose last layers read the keys and values of layers before them");
+        }
+        self.layer_inputs.is_some().then_some("whose layers have inputs of their own, in one table for all of them")
+    }
+
     /// Activation of the routed experts of a layer.
     pub fn expert_activation(&self, layer: usize) -> Activation {
         self.hidden_act.bounded(self.moe(layer).and_then(|moe| moe.limit))
@@ -267,6 +290,17 @@ pub struct HalfFactors {
     pub half: f64,
 }
 
+/// Inputs that every layer has besides the residual stream (per-layer embeddings): `P` numbers per token and layer,
+/// `(norm(projection embedding) + row) / sqrt(2)`, where `row` is that of the token in a table of all layers. At its
+/// end a layer adds `norm(output (act(gate x) * input))` to its residual stream `x`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerInputs {
+    /// Width of the input of a layer, `P`.
+    pub width: usize,
+    /// Rows of the table, one per token id.
+    pub vocab_size: usize,
+}
+
 /// Constant factors on the residual stream.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Multipliers {
@@ -295,6 +329,8 @@ pub struct LayerConfig {
     pub rotary: bool,
     /// What looks at other tokens.
     pub mixer: Mixer,
+    /// The layer before this one whose keys and values its attention reads, if it makes none of its own.
+    pub keys_of: Option<usize>,
     /// What follows the attention.
     pub ffn: Ffn,
 }

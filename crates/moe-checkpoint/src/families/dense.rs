@@ -60,6 +60,7 @@ impl Family for Dense {
             chunk: None,
             rotary: true,
             mixer: Mixer::Attention,
+            keys_of: None,
             ffn: Ffn::Dense { intermediate_size: read::size(&config, "intermediate_size")?, gateless: false },
         };
         let model = read::Model {

@@ -1,12 +1,13 @@
 //! Gemma 4 with experts: a dense block beside the routed experts, norms before and after everything, layers with a
-//! window that have heads of their own, a router that reads the residual stream through its own norm.
+//! window that have heads of their own, a router that reads the residual stream through its own norm; inputs of every
+//! layer's own, and last layers that read the keys and values of layers before them.
 
 use serde_json::Value;
 
 use crate::Result;
 use crate::config::{
-    AttentionConfig, LocalAttention, ModelConfig, Multipliers, NormPlacement, QkNorm, RopeConfig, RopeScaling, Routing,
-    RoutingKind, SharedExpert,
+    AttentionConfig, Ffn, LayerConfig, LayerInputs, LocalAttention, ModelConfig, Multipliers, NormPlacement, QkNorm,
+    RopeConfig, RopeScaling, Routing, RoutingKind, SharedExpert,
 };
 use crate::experts::{ExpertLayout, ExpertTensor};
 use crate::family::{CONFIG, Family, LayerRole, Role};
@@ -58,6 +59,37 @@ impl Gemma4 {
         Ok(AttentionConfig { head_dim, rotary_dim: head_dim, num_kv_heads, tied_values, ..plain.clone() })
     }
 
+    /// The last `num_kv_shared_layers` layers read the keys and values of the last layer of their kind before them, and
+    /// may have dense blocks of twice the width.
+    fn share_keys(config: &Fields<'_>, layers: &mut [LayerConfig]) -> Result<()> {
+        let count = layers.len();
+        let shared = config.integer("num_kv_shared_layers", 0, MAX_SIZE)?.unwrap_or(0);
+        let wide = config.bool("use_double_wide_mlp")?.unwrap_or(false);
+        if shared >= count {
+            return Err(config.invalid("num_kv_shared_layers", format!("below `num_hidden_layers` = {count}")));
+        }
+        let (own, readers) = layers.split_at_mut(count - shared);
+        for reader in readers {
+            let alike = |layer: &LayerConfig| layer.sliding_window.is_some() == reader.sliding_window.is_some();
+            let Some(of) = own.iter().rposition(alike) else {
+                let expected = format!("a layer of every kind in `layer_types` among the first {}", own.len());
+                return Err(config.invalid("num_kv_shared_layers", expected));
+            };
+            reader.keys_of = Some(of);
+            if let (true, Ffn::Moe(moe)) = (wide, &mut reader.ffn) {
+                moe.shared.iter_mut().for_each(|dense| dense.intermediate_size *= 2);
+            }
+        }
+        Ok(())
+    }
+
+    /// Inputs of the layers' own, which transformers takes a model to have whose config does not say.
+    fn layer_inputs(config: &Fields<'_>) -> Result<Option<LayerInputs>> {
+        let width = config.integer("hidden_size_per_layer_input", 0, MAX_SIZE)?.unwrap_or(256);
+        let vocab_size = config.integer("vocab_size_per_layer_input", 1, MAX_SIZE)?.unwrap_or(262_144);
+        Ok((width > 0).then_some(LayerInputs { width, vocab_size }))
+    }
+
     /// The rotary embedding of the layers with a window, or of the others.
     fn rope(config: &Fields<'_>, local: bool, head_dim: usize) -> Result<RopeConfig> {
         let (key, kind, theta, share) = match local {
@@ -98,20 +130,6 @@ impl Family for Gemma4 {
             let reason = "field `enable_moe_block` is missing or false: this is a dense Gemma 4".to_string();
             return Err(crate::Error::NotMoe { file: CONFIG.to_string(), reason });
         }
-        for (key, what) in [
-            (
-                "hidden_size_per_layer_input",
-                "inputs for every layer are not supported; 0, as in released models with experts",
-            ),
-            (
-                "num_kv_shared_layers",
-                "layers that share keys and values are not supported; 0, as in released models with experts",
-            ),
-        ] {
-            if config.integer(key, 0, MAX_SIZE)?.is_some_and(|found| found != 0) {
-                return Err(config.invalid(key, what));
-            }
-        }
         if config.string("use_bidirectional_attention")? == Some("all") {
             return Err(config.invalid("use_bidirectional_attention", "null or \"vision\": texts are read forward"));
         }
@@ -138,7 +156,8 @@ impl Family for Gemma4 {
             why: "no expert".to_string(),
             windows: &windows,
         };
-        let (layers, top_k) = moe.read(&config)?;
+        let (mut layers, top_k) = moe.read(&config)?;
+        Self::share_keys(&config, &mut layers)?;
         let bias = config.bool("attention_bias")?.unwrap_or(false);
         let plain = AttentionConfig {
             qkv_bias: bias,
@@ -165,6 +184,7 @@ impl Family for Gemma4 {
             })),
             placement: NormPlacement::Both,
             layer_scale: true,
+            layer_inputs: Self::layer_inputs(&config)?,
             logit_cap: config.positive_float("final_logit_softcapping")?,
             multipliers: Multipliers { embedding: (hidden_size as f64).sqrt(), ..Multipliers::default() },
             tie_word_embeddings: config.bool("tie_word_embeddings")?.unwrap_or(true),

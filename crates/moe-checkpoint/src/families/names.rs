@@ -11,6 +11,9 @@ pub(crate) fn tensor_name(role: Role) -> String {
         Role::FinalNormBias => return "model.norm.bias".to_string(),
         Role::LmHead => return "lm_head.weight".to_string(),
         Role::LmHeadBias => return "lm_head.bias".to_string(),
+        Role::LayerInputEmbedding => return "model.embed_tokens_per_layer.weight".to_string(),
+        Role::LayerInputProjection => return "model.per_layer_model_projection.weight".to_string(),
+        Role::LayerInputNorm => return "model.per_layer_projection_norm.weight".to_string(),
         Role::Layer(layer, role) => (layer, role),
     };
     let name = match role {
@@ -24,6 +27,9 @@ pub(crate) fn tensor_name(role: Role) -> String {
         LayerRole::SharedOutputNorm => "post_feedforward_layernorm_1.weight",
         LayerRole::ExpertsOutputNorm => "post_feedforward_layernorm_2.weight",
         LayerRole::LayerScale => "layer_scalar",
+        LayerRole::LayerInputGate => "per_layer_input_gate.weight",
+        LayerRole::LayerInputOutput => "per_layer_projection.weight",
+        LayerRole::LayerInputOutputNorm => "post_per_layer_input_norm.weight",
         LayerRole::Qkv => "self_attn.query_key_value.weight",
         LayerRole::AttentionGate => "self_attn.gate_proj.weight",
         LayerRole::RouterNorm => "router.scale",
@@ -195,6 +201,13 @@ pub(crate) fn size_keys(role: Role) -> &'static str {
         Role::Embedding | Role::LmHead => return "`vocab_size` and `hidden_size`",
         Role::FinalNorm | Role::FinalNormBias => return "`hidden_size`",
         Role::LmHeadBias => return "`vocab_size`",
+        Role::LayerInputEmbedding => {
+            return "`vocab_size_per_layer_input`, `num_hidden_layers` and `hidden_size_per_layer_input`";
+        }
+        Role::LayerInputProjection => {
+            return "`num_hidden_layers`, `hidden_size_per_layer_input` and `hidden_size`";
+        }
+        Role::LayerInputNorm => return "`hidden_size_per_layer_input`",
         Role::Layer(_, role) => role,
     };
     match role {
@@ -207,12 +220,14 @@ pub(crate) fn size_keys(role: Role) -> &'static str {
         | LayerRole::SharedNorm
         | LayerRole::SharedOutputNorm
         | LayerRole::ExpertsOutputNorm
+        | LayerRole::LayerInputOutputNorm
         | LayerRole::RouterNorm
         | LayerRole::OutputBias
         | LayerRole::HeadBias
         | LayerRole::ExpertsBias
         | LayerRole::SharedExpertGate => "`hidden_size`",
         LayerRole::LayerScale => "nothing: it is one number",
+        LayerRole::LayerInputGate | LayerRole::LayerInputOutput => "`hidden_size_per_layer_input` and `hidden_size`",
         LayerRole::Qkv => "`num_attention_heads`, `num_key_value_heads`, `head_dim` and `hidden_size`",
         LayerRole::Query | LayerRole::Output | LayerRole::AttentionGate => {
             "`num_attention_heads`, the width of a head (`head_dim`, or `v_head_dim` of latent attention) and `hidden_size`"

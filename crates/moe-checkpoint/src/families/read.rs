@@ -177,7 +177,7 @@ pub(super) fn moe(widths: Vec<usize>, shared: Option<SharedExpert>) -> MoeConfig
 
 /// A layer with attention to all earlier tokens, which rotates.
 pub(super) fn plain_layer(ffn: Ffn) -> LayerConfig {
-    LayerConfig { sliding_window: None, chunk: None, rotary: true, mixer: Mixer::Attention, ffn }
+    LayerConfig { sliding_window: None, chunk: None, rotary: true, mixer: Mixer::Attention, keys_of: None, ffn }
 }
 
 /// Which layers are MoE layers, and what those hold.
@@ -517,6 +517,7 @@ impl Model {
             placement: NormPlacement::Before,
             normed_residual: None,
             layer_scale: false,
+            layer_inputs: None,
             logit_cap: None,
             routing: self.routing,
             expert_latent: None,

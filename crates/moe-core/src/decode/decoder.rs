@@ -7,7 +7,7 @@ use burn::tensor::Tensor;
 use super::cache::{Kept, Mark};
 use crate::{
     engine::{Engine, EngineOptions, FfnPass, LayerTape, beside_each_other},
-    error::Result,
+    error::{Error, Result},
     kernels::{
         attention::{AttentionShape, Selection},
         rope::Positions,
@@ -57,6 +57,7 @@ pub(super) struct Fed {
     spans: Vec<Range<usize>>,
     tables: RotaryTables,
     info: WaveInfo,
+    ids: Vec<u32>,
     /// Keys that layers chose.
     chosen: ChosenKeys,
 }
@@ -69,7 +70,7 @@ impl Fed {
 
     /// The same for another model, in which layers choose keys of their own.
     pub(super) fn batch_of<'a>(&'a self, active: &'a [usize], chosen: &'a ChosenKeys) -> Batch<'a> {
-        Batch { active, spans: &self.spans, tables: &self.tables, info: &self.info, chosen }
+        Batch { active, spans: &self.spans, tables: &self.tables, info: &self.info, ids: &self.ids, chosen }
     }
 }
 
@@ -79,6 +80,7 @@ pub(super) struct Batch<'a> {
     spans: &'a [Range<usize>],
     tables: &'a RotaryTables,
     pub(super) info: &'a WaveInfo,
+    ids: &'a [u32],
     pub(super) chosen: &'a ChosenKeys,
 }
 
@@ -191,7 +193,7 @@ impl<'m> Decoder<'m> {
                     false => x.clone(),
                 };
                 x = match step.feed_forward {
-                    true => self.feed_forward(step.layer, self.engine.half(&x, &middle), batch.info)?,
+                    true => self.feed_forward(step.layer, self.engine.half(&x, &middle), &batch)?,
                     false => middle,
                 };
             }
@@ -210,7 +212,8 @@ impl<'m> Decoder<'m> {
         }
         let tables = self.model.rotary_tables(&self.positions(active, &spans));
         let info = info_of(&spans);
-        Ok((Fed { spans, tables, info, chosen: ChosenKeys::default() }, self.model.embed(&ids)?))
+        let embedded = self.model.embed(&ids)?;
+        Ok((Fed { spans, tables, info, ids, chosen: ChosenKeys::default() }, embedded))
     }
 
     /// Logits of what left the last layer; its tokens have been fed.
@@ -296,8 +299,11 @@ impl<'m> Decoder<'m> {
         Ok(x)
     }
 
-    pub(super) fn feed_forward(&self, layer: usize, half: HalfInput<'_>, info: &WaveInfo) -> Result<Tensor<2>> {
-        self.engine.ffn_forward(FfnPass::new(layer, info), half, &mut LayerTape::default(), &mut Nobody)
+    /// The rest of a layer.
+    pub(super) fn feed_forward(&self, layer: usize, half: HalfInput<'_>, batch: &Batch<'_>) -> Result<Tensor<2>> {
+        let pass = FfnPass::new(layer, batch.info);
+        let output = self.engine.ffn_forward(pass, half, &mut LayerTape::default(), &mut Nobody)?;
+        self.engine.with_layer_input(layer, output, batch.ids)
     }
 
     /// The half of a layer that looks at other tokens.
@@ -318,9 +324,9 @@ impl<'m> Decoder<'m> {
                 for (&sequence, span) in active.iter().zip(spans) {
                     let rows = |t: &Tensor<2>| slice_rows(t, span);
                     let v = entry.v.as_ref().map(rows);
-                    if let Kept::Attention(kept) = &mut cache[sequence] {
+                    if let (Kept::Attention(kept), Some(k)) = (&mut cache[sequence], &entry.k) {
                         let length = self.lengths[sequence];
-                        kept.push(rows(&entry.k), v, length, device);
+                        kept.push(rows(k), v, length, device);
                         let may_choose = attention.choice.as_ref().is_some_and(|choice| length > choice.keys());
                         if let Some(indexed) = entry.indexed.as_ref().filter(|_| may_choose) {
                             kept.indexed.push(rows(&indexed.keys), length, device);
@@ -329,6 +335,7 @@ impl<'m> Decoder<'m> {
                 }
                 let selection = self.chosen_keys(place, &attention, &entry, batch)?;
                 let shape = attention.cached_shape();
+                let place = attention.keys_of().map_or(Ok(place), |layer| self.place_of(layer))?;
                 let heads = self.attend(place, &entry.q, active, spans, &shape, selection.as_deref());
                 attention.residual(x, &attention.cached_heads(heads, entry.gate.as_ref()))
             }
@@ -388,6 +395,13 @@ impl<'m> Decoder<'m> {
                 mixture.finish(x, &tape, &self.attend(place, &tape.q, active, spans, &mixture.shape, None))
             }
             MixerLayer::None => x.clone(),
+        })
+    }
+
+    /// The place whose cache has the keys and values of a layer.
+    fn place_of(&self, layer: usize) -> Result<usize> {
+        self.mixers.iter().position(|other| *other == layer).ok_or_else(|| {
+            Error::Unsupported(format!("a path without layer {layer}, whose keys and values a layer after it reads"))
         })
     }
 

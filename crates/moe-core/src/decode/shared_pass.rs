@@ -22,10 +22,12 @@ pub(crate) struct SharedPass {
 }
 
 impl SharedPass {
-    /// For decoders with so many sequences that have been fed nothing; `None` where layers are decided while they run.
+    /// For decoders with so many sequences that have been fed nothing; `None` where layers are decided while they run,
+    /// or read the keys of others, which one of two caches would lack.
     pub fn new(strong: &Decoder<'_>, weak: &Decoder<'_>, sequences: usize) -> Option<Self> {
         let (a, b) = (strong.model(), weak.model());
-        let alike = a.path() == b.path() && a.depth_rule().is_none() && b.depth_rule().is_none();
+        let apart = a.config().shares_keys();
+        let alike = !apart && a.path() == b.path() && a.depth_rule().is_none() && b.depth_rule().is_none();
         alike.then(|| Self { apart: a.path().steps().iter().map(|_| vec![false; sequences]).collect() })
     }
 
@@ -79,7 +81,7 @@ impl SharedPass {
             report.weak_halves += active.len();
             let half = strong.engine().half(&x, &middle);
             let same = other_middle.is_none() && agree(strong, weak, layer, half, batch.info)?;
-            let output = strong.feed_forward(layer, half, batch.info)?;
+            let output = strong.feed_forward(layer, half, &batch)?;
             other = match same {
                 true => {
                     report.shared_halves += active.len();
@@ -87,7 +89,7 @@ impl SharedPass {
                 }
                 false => {
                     let (x, middle) = (other.as_ref().unwrap_or(&x), other_middle.as_ref().unwrap_or(&middle));
-                    Some(weak.feed_forward(layer, weak.engine().half(x, middle), batch.info)?)
+                    Some(weak.feed_forward(layer, weak.engine().half(x, middle), &batch)?)
                 }
             };
             x = output;

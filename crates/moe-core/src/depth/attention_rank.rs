@@ -11,7 +11,7 @@ use crate::{
         attention::{AttentionShape, Selection, attention},
         rope::Positions,
     },
-    layers::{ChosenKeys, MixerLayer, slice_rows},
+    layers::{Handover, MixerLayer, slice_rows},
     trace::{Observer, Signals, WaveInfo},
 };
 
@@ -37,7 +37,7 @@ pub fn attention_ranks(model: &Model, waves: &[Wave]) -> Result<Vec<Option<f64>>
         return Err(Error::input("sequences to measure attention on", 0, "at least one"));
     }
     let engine = Engine::new(model, EngineOptions::default());
-    let mut ranks = Ranks { model, wave: None, chosen: Vec::new(), sums: vec![None; model.config().layers.len()] };
+    let mut ranks = Ranks { model, wave: None, handover: Vec::new(), sums: vec![None; model.config().layers.len()] };
     for (id, sequence) in sequences.into_iter().enumerate() {
         engine.run(&Wave { id: id as u64, sequences: vec![sequence] }, &mut ranks)?;
     }
@@ -48,7 +48,7 @@ struct Ranks<'m> {
     model: &'m Model,
     wave: Option<WaveInfo>,
     /// Keys that layers chose, for every sequence.
-    chosen: Vec<ChosenKeys>,
+    handover: Vec<Handover>,
     /// Sum of the ranks of every layer, and their number.
     sums: Vec<Option<(f64, f64)>>,
 }
@@ -60,19 +60,19 @@ impl Observer for Ranks<'_> {
 
     fn begin_wave(&mut self, wave: &WaveInfo) -> Result<()> {
         self.wave = Some(wave.clone());
-        self.chosen = wave.sequences.iter().map(|_| ChosenKeys::default()).collect();
+        self.handover = wave.sequences.iter().map(|_| Handover::default()).collect();
         Ok(())
     }
 
     fn hidden(&mut self, layer: usize, hidden: &Tensor<2>) -> Result<()> {
         let MixerLayer::Attention(attention) = self.model.mixer(layer)? else { return Ok(()) };
         let Some(wave) = &self.wave else { return Ok(()) };
-        for (sequence, chosen) in wave.sequences.iter().zip(&self.chosen) {
+        for (sequence, handover) in wave.sequences.iter().zip(&self.handover) {
             let tokens = sequence.tokens.len();
             let tables = self.model.rotary_tables(&[Positions { range: 0..tokens, length: tokens }]);
             let x = slice_rows(hidden, &sequence.tokens);
             let table = tables.of(self.model.config(), layer);
-            let tape = attention.project_chosen(&x, table, std::slice::from_ref(&(0..tokens)), chosen)?;
+            let tape = attention.project_chosen(&x, table, std::slice::from_ref(&(0..tokens)), handover)?;
             let (sum, count) = self.sums[layer].get_or_insert((0.0, 0.0));
             for map in maps(&tape.q, &tape.k, &attention.shape, tape.selection.as_deref()) {
                 *sum += rank(&map, tokens)? as f64;

@@ -120,6 +120,7 @@ impl DepthConfig {
         Ok(match self {
             Self::Path(_) => self.clone(),
             Self::TokenSkip(config) => {
+                model.check_separable("a rule that decides about layers")?;
                 let experts = (0..model.config().layers.len()).filter(|layer| model.config().moe(*layer).is_some());
                 let layers: Vec<usize> = match &config.layers {
                     None => experts.collect(),
@@ -133,6 +134,7 @@ impl DepthConfig {
                 Self::TokenSkip(TokenSkipConfig { scores, layers: None, ..config.clone() })
             }
             Self::LayerRouters(config) => {
+                model.check_separable("a rule that decides about layers")?;
                 let (labels, prompts) = config.labels(model, waves)?;
                 let (routers, _, _) = LayerRouters::train(model, &prompts, &labels, &config.training, &mut |_| Ok(()))?;
                 Self::LayerRouters(LayerRoutersConfig { routers: Some(Arc::new(routers)), ..config.clone() })

@@ -1,7 +1,7 @@
 //! The backward sweep: from the loss gradient at the last layer's output down to the first MoE layer, or to what is
 //! trained.
 
-use std::sync::Mutex;
+use std::{cell::RefCell, sync::Mutex};
 
 use burn::tensor::Tensor;
 
@@ -50,6 +50,8 @@ pub(super) struct Backward<'a> {
     pub needs: Signals,
     /// Steps of the model's path that are left.
     pub from: usize,
+    /// The gradient at the embeddings through inputs of the layers' own, where embeddings are trained.
+    pub d_embedded: RefCell<Option<RowAccumulator>>,
 }
 
 /// `a + b`.
@@ -79,6 +81,9 @@ impl Engine<'_> {
                 unfinished.backward_done(at, &dx)?;
             }
             dy = dx;
+        }
+        if let Some(through) = sweep.d_embedded.take() {
+            dy = added(dy, &through.into_tensor());
         }
         self.model.embedding_backward(&sweep.prepared.ids, &dy);
         Ok(())
@@ -139,10 +144,10 @@ impl Engine<'_> {
         let (table, spans) = (sweep.prepared.tables.of(self.model.config(), layer), &sweep.prepared.spans);
         let tape = match mixer {
             Some(tape) => tape,
-            None => weights.project(&x, table, spans, &sweep.prepared.chosen)?,
+            None => weights.project(&x, table, spans, &sweep.prepared.handover)?,
         };
         let wanted = Wanted { input: sweep.depth.reaches_below(at), parameters: sweep.needs.parameters };
-        let dx = weights.backward(&x, &tape, spans, table, d_middle, wanted);
+        let dx = weights.backward(&x, &tape, spans, table, d_middle, &sweep.prepared.handover, wanted);
         self.model.check_reads()?;
         let dx = match (dx, beside) {
             (Some(dx), Some(beside)) => Some(added(dx, &beside)),
@@ -193,6 +198,7 @@ impl Engine<'_> {
         let parameters = needs.parameters;
         let ffn = self.model.ffn(layer)?;
         let z = ffn.normed(given);
+        let dy = self.layer_input_backward(sweep, layer, &ffn, given, &tape.sums, dy)?;
         let BlockGradients { experts: d_blocks, dense: d_dense, around } =
             ffn.block_gradients(dy, &tape.sums, parameters);
         let [tokens, hidden] = z.dims();

@@ -16,7 +16,7 @@ use crate::{
         rope::Positions,
         rows::{RowAccumulator, gather_rows},
     },
-    layers::ChosenKeys,
+    layers::Handover,
     trace::{HalfInput, Nobody, Observer, SequenceInfo, Signals, WaveInfo},
 };
 
@@ -172,7 +172,7 @@ impl Engine<'_> {
             }
             if run.len() == count {
                 let table = prepared.tables.of(self.model.config(), layer);
-                let projected = mixer.project(&x, table, &prepared.spans, &ChosenKeys::default())?;
+                let projected = mixer.project(&x, table, &prepared.spans, &Handover::default())?;
                 let middle = mixer.mix(&x, &projected, &prepared.spans);
                 x = self.decided_feed_forward(layer, self.half(&x, &middle), &prepared.info, rule, observer)?;
                 continue;
@@ -181,7 +181,7 @@ impl Engine<'_> {
             let positions: Vec<_> = spans.iter().map(|s| Positions { range: 0..s.len(), length: s.len() }).collect();
             let tables = self.model.rotary_tables(&positions);
             let table = tables.of(self.model.config(), layer);
-            let projected = mixer.project(&part, table, &spans, &ChosenKeys::default())?;
+            let projected = mixer.project(&part, table, &spans, &Handover::default())?;
             let middle = mixer.mix(&part, &projected, &spans);
             let sequence = |(i, span): (&usize, &std::ops::Range<usize>)| SequenceInfo {
                 tokens: span.clone(),

@@ -1,5 +1,7 @@
 //! One wave through all layers.
 
+use std::cell::RefCell;
+
 use moe_checkpoint::ModelConfig;
 
 use super::{
@@ -202,6 +204,9 @@ impl Engine<'_> {
                             }
                         }
                     }
+                    if !skip_output {
+                        x = self.with_layer_input(layer, x, &prepared.ids)?;
+                    }
                     observer.done(SweepPart::Forward(layer))?;
                     if let Some(unfinished) = unfinished.as_mut().filter(|_| !skip_output) {
                         unfinished.forward_done(layer, &x, depth)?;
@@ -224,7 +229,8 @@ impl Engine<'_> {
             }
         };
         if let Some((from, gradient)) = gradient {
-            let sweep = Backward { prepared: &prepared, store, tapes, depth, needs, from };
+            let sweep =
+                Backward { prepared: &prepared, store, tapes, depth, needs, from, d_embedded: RefCell::default() };
             self.backward(sweep, gradient, observer, unfinished)?;
         }
         observer.end_wave(&prepared.info)?;

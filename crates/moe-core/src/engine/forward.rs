@@ -76,7 +76,8 @@ pub(crate) fn beside_each_other(x: Tensor<2>, beside: Option<Tensor<2>>) -> Tens
 
 impl Engine<'_> {
     /// Output of the feed-forward half of decoder layer `layer` on `input`: `stream + ffn(norm(read))`, shown to
-    /// `observer` (forward signals only). The T tokens are one sequence of which nothing is predicted.
+    /// `observer` (forward signals only). The T tokens are one sequence of which nothing is predicted. What a layer
+    /// adds after that of an [input of its own](moe_checkpoint::LayerInputs) is not in it.
     ///
     /// # Errors
     /// [`Error::Input`] if the observer needs gradients or there is no such layer, and whatever it refuses.
@@ -217,8 +218,8 @@ impl Engine<'_> {
     ) -> Result<Tensor<2>> {
         let mixer = self.model.mixer(layer)?;
         let (x, beside) = self.apart(x);
-        let projected =
-            mixer.project(&x, prepared.tables.of(self.model.config(), layer), &prepared.spans, &prepared.chosen)?;
+        let table = prepared.tables.of(self.model.config(), layer);
+        let projected = mixer.project(&x, table, &prepared.spans, &prepared.handover)?;
         let middle = mixer.mix(&x, &projected, &prepared.spans);
         if keep {
             tape.mixer = Some(projected);

@@ -114,6 +114,7 @@ impl Engine<'_> {
             waiting: if self.model.config().is_parallel() { 3 } else { 2 }
                 * 4
                 * (tokens * self.model.config().hidden_size) as u64,
+            waiting_keys: memory::lent_keys(self.model.config(), tokens - largest),
             decoded_per_use: self.model.decodes_per_use(),
             expert_cache: self.model.expert_cache_bytes(),
         };
@@ -185,6 +186,7 @@ impl LayerSweep<'_> {
             if config.is_parallel() {
                 self.store.put(beside_slot(position), x)?;
             }
+            let output = self.engine.with_layer_input(layer, output, &wave.ids)?;
             self.store.put(middle_slot(position), input)?;
             self.store.put(stream_slot(position), output)?;
         }
@@ -199,6 +201,7 @@ impl LayerSweep<'_> {
                 let pass = FfnPass { change: Some(&change), ..FfnPass::new(layer, &wave.info) };
                 let half = self.engine.half(beside.as_ref().unwrap_or(&input), &input);
                 let output = self.engine.ffn_forward(pass, half, &mut LayerTape::default(), &mut Nobody)?;
+                let output = self.engine.with_layer_input(layer, output, &wave.ids)?;
                 self.store.put(stream_slot(position), output)?;
             }
         }
@@ -275,6 +278,7 @@ impl LayerSweep<'_> {
                 let middle = self.engine.attention_forward(layer, &x, wave, &mut tape, false)?;
                 let (pass, half) = (FfnPass::new(layer, &wave.info), self.engine.half(&x, &middle));
                 let output = self.engine.ffn_forward(pass, half, &mut tape, &mut Nobody)?;
+                let output = self.engine.with_layer_input(layer, output, &wave.ids)?;
                 self.store.put(stream_slot(position), output)?;
             }
         }

@@ -15,6 +15,7 @@ mod driver;
 mod experts;
 mod forward;
 mod head;
+mod layer_input;
 mod layerwise;
 mod modulated;
 mod prepare;
@@ -113,6 +114,7 @@ impl<'m> Engine<'m> {
             head_tokens: self.options.head_tokens,
             experts_together: memory::experts_together(self.model.device()),
             waiting: 0,
+            waiting_keys: 0,
             decoded_per_use: self.model.decodes_per_use(),
             expert_cache: self.model.expert_cache_bytes(),
         };

@@ -6,7 +6,7 @@ use crate::{
     data::Wave,
     error::{Error, Result},
     kernels::rope::Positions,
-    layers::ChosenKeys,
+    layers::Handover,
     model::{Model, RotaryTables},
     trace::{SequenceInfo, WaveInfo},
 };
@@ -19,8 +19,8 @@ pub(super) struct Prepared {
     pub targets: Vec<Option<u32>>,
     pub spans: Vec<Range<usize>>,
     pub tables: RotaryTables,
-    /// Keys that layers chose on the way forward.
-    pub chosen: ChosenKeys,
+    /// What layers hand to layers after them.
+    pub handover: Handover,
 }
 
 impl Prepared {
@@ -45,6 +45,6 @@ impl Prepared {
         info.tokens = ids.len();
         let positions: Vec<_> = spans.iter().map(|s| Positions { range: 0..s.len(), length: s.len() }).collect();
         let tables = model.rotary_tables(&positions);
-        Ok(Self { info, ids, targets, spans, tables, chosen: ChosenKeys::default() })
+        Ok(Self { info, ids, targets, spans, tables, handover: Handover::default() })
     }
 }

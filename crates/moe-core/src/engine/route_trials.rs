@@ -85,6 +85,7 @@ impl Engine<'_> {
             let middle = self.attention_forward(layer, &x, &prepared, &mut tape, false)?;
             let pass = FfnPass::new(layer, &prepared.info);
             x = self.ffn_forward(pass, self.half(&x, &middle), &mut tape, &mut Nobody)?;
+            x = self.with_layer_input(layer, x, &prepared.ids)?;
         }
         let middle = self.attention_forward(last, &x, &prepared, &mut LayerTape::default(), false)?;
         let counted: Vec<usize> =
@@ -95,6 +96,7 @@ impl Engine<'_> {
             let change = Some(change).filter(|change| !change.is_none());
             let pass = FfnPass { needs: sent.needs(), change, ..FfnPass::new(last, &prepared.info) };
             let output = self.ffn_forward(pass, self.half(&x, &middle), &mut LayerTape::default(), &mut sent)?;
+            let output = self.with_layer_input(last, output, &prepared.ids)?;
             let (mut recorder, mut report) = (Recorder::default(), WaveReport::new(&prepared.info));
             self.head(output, &prepared, Signals::NONE, &mut recorder, &mut Nobody, &mut report)?;
             let (top_k, selected, logits) = sent.0.unwrap_or_default();

@@ -172,7 +172,7 @@ impl Engine<'_> {
     /// Opens `directory` for a sweep that may be stopped and gone on with, over `wave` for an observer that needs
     /// `needs`; empty or as an earlier run of the same sweep left it. What another sweep left there is deleted: of
     /// another model, wave or `identity`, which is whatever the observer's results follow from besides. Nothing if the
-    /// file system has no room for it, or layers take the keys that a layer before them chose, which is logged.
+    /// file system has no room for it, or layers take the keys that a layer before them chose or made, which is logged.
     ///
     /// It needs room for two tensors `[T, H]` per layer that the backward sweep passes (one or two more where norms
     /// come after blocks), and two more.
@@ -191,6 +191,14 @@ impl Engine<'_> {
             return Err(Error::input("observer needs", "gradients of parameters", "what can be kept in files"));
         }
         let prepared = Prepared::new(self.model, wave)?;
+        if self.model.config().shares_keys() {
+            tracing::warn!(
+                "wave {}: layers read the keys and values of layers before them; stopped within the wave, a run begins \
+                 it anew",
+                wave.id
+            );
+            return Ok(None);
+        }
         if let Some(keys) = self.shares_keys().filter(|keys| prepared.spans.iter().any(|s| s.len() > *keys)) {
             // What a layer chose is in no file, and a layer that takes the same keys could not go on without it.
             tracing::warn!(

@@ -343,8 +343,9 @@ mod tests {
 
     #[test]
     fn sequences_that_come_and_go_are_continued_as_alone() {
-        // Keys and values; latents; recurrent states and convolutions, whose numbers are given to others.
-        for name in ["tf5/qwen2_moe", "tf5/deepseek_v3_yarn", "tf5/qwen3_next"] {
+        // Keys and values; latents; recurrent states and convolutions, whose numbers are given to others; keys and
+        // values that other layers read.
+        for name in ["tf5/qwen2_moe", "tf5/deepseek_v3_yarn", "tf5/qwen3_next", "tf5/gemma4_text_ple"] {
             let model = fixture(name);
             let options = |max_new_tokens| SequenceOptions { max_new_tokens, ..SequenceOptions::default() };
             let alone = |prompt: &Vec<u32>, max_new_tokens| {

@@ -5,9 +5,9 @@ use std::{ops::Range, sync::Arc};
 use burn::tensor::{Tensor, activation::sigmoid};
 
 use super::{
-    ChosenKeys, GroupedProjections, KeyChoice, LatentProjections, Linear, Norm, grouped,
+    GroupedProjections, Handover, KeyChoice, LatentProjections, Linear, Norm, QueryOnly, grouped,
     indexer::{Indexed, whole_sequences},
-    latent, scaled,
+    latent, scaled, shared_keys,
 };
 use crate::{
     adapters::Wanted,
@@ -34,6 +34,8 @@ pub struct AttentionLayer {
     pub shape: AttentionShape,
     /// How the keys that a query sees are chosen, where they are.
     pub choice: Option<KeyChoice>,
+    /// The layer, if layers after it read its keys and values.
+    pub lent_as: Option<usize>,
     /// Factor on the output before it is added to the input.
     pub residual: f32,
     /// Factor on the normed input, where the output is added to that instead of the input itself.
@@ -47,6 +49,8 @@ pub enum Projections {
     Grouped(Box<GroupedProjections>),
     /// Through low-rank latents.
     Latent(Box<LatentProjections>),
+    /// Of queries alone: keys and values are those of a layer before.
+    QueryOnly(Box<QueryOnly>),
 }
 
 /// What the backward pass of [`AttentionLayer`] needs of the forward pass.
@@ -71,6 +75,7 @@ pub struct AttentionTape {
 enum Saved {
     Grouped(grouped::Saved),
     Latent(latent::Saved),
+    QueryOnly(shared_keys::Saved),
 }
 
 /// What generation keeps of some tokens, and their queries.
@@ -78,9 +83,10 @@ enum Saved {
 pub struct CacheEntry {
     /// Queries `[n, heads * D]` in the form that fits the cached keys.
     pub q: Tensor<2>,
-    /// Keys `[n, kv_heads * D]` to cache.
-    pub k: Tensor<2>,
-    /// Values `[n, kv_heads * D_v]` to cache; `None` where the keys serve as values.
+    /// Keys `[n, kv_heads * D]` to cache; `None` where the layer reads those of [a layer
+    /// before](AttentionLayer::keys_of).
+    pub k: Option<Tensor<2>>,
+    /// Values `[n, kv_heads * D_v]` to cache; `None` without keys, and where these serve as values.
     pub v: Option<Tensor<2>>,
     /// Logits of the gates on the outputs of the heads `[n, heads * D_v]`, where the layer has them.
     pub gate: Option<Tensor<2>>,
@@ -94,10 +100,22 @@ impl AttentionLayer {
         self.norm.as_ref().map_or_else(|| x.clone(), |norm| norm.forward(x))
     }
 
-    /// Queries, keys and values of `x [T, H]`, rotated by `table`.
-    pub fn project(&self, x: &Tensor<2>, table: &RotaryTable) -> AttentionTape {
-        let z = self.normed(x);
+    /// The layer before this one whose keys and values it reads, if it makes none of its own.
+    pub fn keys_of(&self) -> Option<usize> {
         match &self.projections {
+            Projections::QueryOnly(of) => Some(of.keys_of),
+            Projections::Grouped(_) | Projections::Latent(_) => None,
+        }
+    }
+
+    /// Queries, keys and values of `x [T, H]`, rotated by `table`; keys and values that are those of a layer before
+    /// from `handover`.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`](crate::Error::Unsupported) where that layer did not run.
+    pub fn project(&self, x: &Tensor<2>, table: &RotaryTable, handover: &Handover) -> Result<AttentionTape> {
+        let z = self.normed(x);
+        let tape = match &self.projections {
             Projections::Grouped(grouped) => {
                 let ([q, k, v], gate, saved) = grouped.project(&z, table, &self.shape);
                 AttentionTape { q, k, v, gate, selection: None, saved: Saved::Grouped(saved) }
@@ -106,26 +124,35 @@ impl AttentionLayer {
                 let ([q, k, v], saved) = latent.project(&z, table);
                 AttentionTape { q, k, v, gate: latent.gates(&z), selection: None, saved: Saved::Latent(saved) }
             }
+            Projections::QueryOnly(of) => {
+                let [k, v] = handover.keys.get(of.keys_of)?;
+                let (q, saved) = of.project(&z, table, &self.shape);
+                AttentionTape { q, k, v, gate: None, selection: None, saved: Saved::QueryOnly(saved) }
+            }
+        };
+        if let Some(layer) = self.lent_as {
+            handover.keys.put(layer, &tape.k, &tape.v);
         }
+        Ok(tape)
     }
 
     /// The same, with the keys that the queries of `sequences` see.
     ///
     /// # Errors
-    /// [`Error::Unsupported`](crate::Error::Unsupported) where a layer that chooses them did not run.
+    /// [`Error::Unsupported`](crate::Error::Unsupported) where a layer that makes or chooses them did not run.
     pub fn project_chosen(
         &self,
         x: &Tensor<2>,
         table: &RotaryTable,
         sequences: &[Range<usize>],
-        chosen: &ChosenKeys,
+        handover: &Handover,
     ) -> Result<AttentionTape> {
-        let mut tape = self.project(x, table);
+        let mut tape = self.project(x, table, handover)?;
         let longest = sequences.iter().map(Range::len).max().unwrap_or(0);
         if let Some(choice) = self.choice.as_ref().filter(|choice| longest > choice.keys()) {
             let indexed = || self.indexed(&self.normed(x), &tape.saved, table).expect("the layer has an indexer");
             let spans = |indexed: &Indexed| whole_sequences(indexed, sequences, choice.keys());
-            tape.selection = Some(choice.choose(chosen, indexed, spans)?);
+            tape.selection = Some(choice.choose(&handover.chosen, indexed, spans)?);
         }
         Ok(tape)
     }
@@ -162,7 +189,9 @@ impl AttentionLayer {
     }
 
     /// Gradient with respect to `x`, if it is wanted, from the gradient of [`mix`](Self::mix)'s result; and those of
-    /// what is trained.
+    /// what is trained. Gradients at keys and values of a layer before go into `handover`, and come from there to the
+    /// layer that made them.
+    #[allow(clippy::too_many_arguments)]
     pub fn backward(
         &self,
         x: &Tensor<2>,
@@ -170,6 +199,7 @@ impl AttentionLayer {
         sequences: &[Range<usize>],
         table: &RotaryTable,
         dy: Tensor<2>,
+        handover: &Handover,
         wanted: Wanted,
     ) -> Option<Tensor<2>> {
         let selection = tape.selection.as_deref();
@@ -194,6 +224,10 @@ impl AttentionLayer {
         };
         let (dq, dk, dv) = attention_backward(&tape.q, &tape.k, &tape.v, sequences, &self.shape, selection, &d_heads);
         drop(d_heads);
+        let [dk, dv] = match self.lent_as {
+            Some(layer) => handover.keys.with_gradients(layer, [dk, dv]),
+            None => [dk, dv],
+        };
         let z = || self.normed(x);
         // a norm that is trained is behind the projections
         let trained = self.norm.as_ref().is_some_and(Norm::is_trained);
@@ -204,6 +238,10 @@ impl AttentionLayer {
             }
             (Projections::Latent(latent), Saved::Latent(saved)) => {
                 latent.backward(&z, saved, table, [dq, dk, dv], d_gate, wanted_z)
+            }
+            (Projections::QueryOnly(of), Saved::QueryOnly(saved)) => {
+                handover.keys.add_gradients(of.keys_of, [dk, dv]);
+                of.backward(&z, saved, table, &self.shape, dq, wanted_z)
             }
             _ => unreachable!("a tape belongs to the layer that wrote it"),
         }?;
@@ -234,12 +272,16 @@ impl AttentionLayer {
         match &self.projections {
             Projections::Grouped(grouped) => {
                 let ([q, k, v], gate, _) = grouped.project(&z, table, &self.shape);
-                CacheEntry { q, k, v: Some(v), gate, indexed: None }
+                CacheEntry { q, k: Some(k), v: Some(v), gate, indexed: None }
             }
             Projections::Latent(latent) => {
                 let (q, k, saved) = latent.absorbed(&z, table);
                 let indexed = self.indexed(&z, &Saved::Latent(saved), table);
-                CacheEntry { q, k, v: None, gate: latent.gates(&z), indexed }
+                CacheEntry { q, k: Some(k), v: None, gate: latent.gates(&z), indexed }
+            }
+            Projections::QueryOnly(of) => {
+                let (q, _) = of.project(&z, table, &self.shape);
+                CacheEntry { q, k: None, v: None, gate: None, indexed: None }
             }
         }
     }
@@ -247,7 +289,7 @@ impl AttentionLayer {
     /// Shape of attention over cached keys.
     pub fn cached_shape(&self) -> AttentionShape {
         match &self.projections {
-            Projections::Grouped(_) => self.shape.clone(),
+            Projections::Grouped(_) | Projections::QueryOnly(_) => self.shape.clone(),
             Projections::Latent(latent) => latent.absorbed_shape(&self.shape),
         }
     }
@@ -255,7 +297,7 @@ impl AttentionLayer {
     /// Outputs of the heads from those of attention over cached keys, with the gates of the [entry](CacheEntry::gate).
     pub fn cached_heads(&self, heads: Tensor<2>, gate: Option<&Tensor<2>>) -> Tensor<2> {
         match &self.projections {
-            Projections::Grouped(_) => gated(heads, gate),
+            Projections::Grouped(_) | Projections::QueryOnly(_) => gated(heads, gate),
             Projections::Latent(latent) => gated(latent.expand_absorbed(heads), gate),
         }
     }

@@ -195,16 +195,22 @@ impl FfnLayer {
         }
         let kept: Vec<Tensor<2>> =
             std::iter::once(sums.experts).chain(sums.dense).map(RowAccumulator::into_tensor).collect();
-        let total = self.total(&kept);
+        let out = self.output_again(x, &kept);
+        let after = self.output_norm.is_some() || self.apart.is_some();
+        let kept = if after { kept } else { Vec::new() };
+        (out, kept.into_iter().chain(latents).collect())
+    }
+
+    /// The output again from the sums of the blocks, of a half with norms after them.
+    pub(crate) fn output_again(&self, x: &Tensor<2>, sums: &[Tensor<2>]) -> Tensor<2> {
+        let total = self.total(sums);
         let half = match &self.output_norm {
             Some(norm) => norm.forward(&total),
             None => total,
         };
         let mut out = RowAccumulator::from_tensor(scaled(half, self.residual));
         out.add(&self.carried(x));
-        let after = self.output_norm.is_some() || self.apart.is_some();
-        let kept = if after { kept } else { Vec::new() };
-        (scaled(out.into_tensor(), self.scale), kept.into_iter().chain(latents).collect())
+        scaled(out.into_tensor(), self.scale)
     }
 
     /// The sum of the blocks from the sums of each.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use burn::tensor::Tensor;
 
 use super::{
-    AttentionLayer, AttentionTape, ChosenKeys, ConvolutionLayer, ConvolutionTape, DeltaLayer, DeltaTape,
+    AttentionLayer, AttentionTape, ConvolutionLayer, ConvolutionTape, DeltaLayer, DeltaTape, Handover,
     HeadMixtureLayer, HeadMixtureTape, LightningLayer, LightningTape, MambaLayer, MambaTape,
 };
 use crate::{adapters::Wanted, error::Result, kernels::rope::RotaryTable};
@@ -54,16 +54,17 @@ impl MixerLayer {
     /// The projections of `x [T, H]`, rotated by `table` where the layer rotates, and the keys that its queries see.
     ///
     /// # Errors
-    /// [`Error::Unsupported`](crate::Error::Unsupported) where a layer that chooses keys for this one did not run.
+    /// [`Error::Unsupported`](crate::Error::Unsupported) where a layer that makes or chooses keys for this one did not
+    /// run.
     pub fn project(
         &self,
         x: &Tensor<2>,
         table: &RotaryTable,
         sequences: &[Range<usize>],
-        chosen: &ChosenKeys,
+        handover: &Handover,
     ) -> Result<MixerTape> {
         Ok(match self {
-            Self::Attention(layer) => MixerTape::Attention(layer.project_chosen(x, table, sequences, chosen)?),
+            Self::Attention(layer) => MixerTape::Attention(layer.project_chosen(x, table, sequences, handover)?),
             Self::Delta(layer) => MixerTape::Delta(layer.project(x)),
             Self::Convolution(layer) => MixerTape::Convolution(layer.project(x)),
             Self::Mamba(layer) => MixerTape::Mamba(layer.project(x)),
@@ -88,7 +89,8 @@ impl MixerLayer {
     }
 
     /// Gradient with respect to `x`, if it is wanted, from the gradient of [`mix`](Self::mix)'s result; and those of
-    /// what is trained.
+    /// what is trained. Gradients at what other layers made are handed over as in [`AttentionLayer::backward`].
+    #[allow(clippy::too_many_arguments)]
     pub fn backward(
         &self,
         x: &Tensor<2>,
@@ -96,11 +98,12 @@ impl MixerLayer {
         sequences: &[Range<usize>],
         table: &RotaryTable,
         dy: Tensor<2>,
+        handover: &Handover,
         wanted: Wanted,
     ) -> Option<Tensor<2>> {
         match (self, tape) {
             (Self::Attention(layer), MixerTape::Attention(tape)) => {
-                layer.backward(x, tape, sequences, table, dy, wanted)
+                layer.backward(x, tape, sequences, table, dy, handover, wanted)
             }
             (Self::Delta(layer), MixerTape::Delta(tape)) => layer.backward(x, tape, sequences, dy, wanted),
             (Self::Convolution(layer), MixerTape::Convolution(tape)) => layer.backward(x, tape, sequences, dy, wanted),

@@ -12,10 +12,12 @@ mod grouped;
 mod head_mixture;
 mod indexer;
 mod latent;
+mod layer_input;
 mod lightning;
 mod mamba;
 mod mixer;
 mod norm;
+mod shared_keys;
 mod short_convolution;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
@@ -35,10 +37,12 @@ pub use grouped::{GroupedProjections, HeadGate, HeadNorms, QkvProjections};
 pub use head_mixture::{HeadMixtureLayer, HeadMixtureTape};
 pub use indexer::{ChosenKeys, IndexerLayer, KeyChoice};
 pub use latent::{LatentProjections, LowRankQuery, QueryProjection};
+pub use layer_input::LayerInput;
 pub use lightning::{LightningLayer, LightningState, LightningTape};
 pub use mamba::{MambaLayer, MambaState, MambaTape};
 pub use mixer::{MixerLayer, MixerTape};
 pub use norm::Norm;
+pub use shared_keys::{Handover, QueryOnly, SharedKeys};
 pub use short_convolution::{ConvolutionLayer, ConvolutionState, ConvolutionTape};
 
 use crate::{

@@ -15,10 +15,10 @@ use crate::{
     },
 };
 
-const HIDDEN: usize = 6;
-const TOKENS: usize = 5;
+pub(super) const HIDDEN: usize = 6;
+pub(super) const TOKENS: usize = 5;
 
-fn weight(shape: [usize; 2], seed: u32) -> Weight {
+pub(super) fn weight(shape: [usize; 2], seed: u32) -> Weight {
     Weight::dense(pattern(shape, seed))
 }
 
@@ -26,15 +26,15 @@ fn vector(len: usize, seed: u32) -> Tensor<1> {
     pattern([1, len], seed).reshape([len])
 }
 
-fn linear(shape: [usize; 2], seed: u32) -> Linear {
+pub(super) fn linear(shape: [usize; 2], seed: u32) -> Linear {
     Linear::new(weight(shape, seed), Some(vector(shape[0], seed + 100)))
 }
 
-fn norm(len: usize, seed: u32, bias: bool) -> Norm {
+pub(super) fn norm(len: usize, seed: u32, bias: bool) -> Norm {
     Norm::new(vector(len, seed).add_scalar(1.5), bias.then(|| vector(len, seed + 100)), 1e-5)
 }
 
-fn table(rotary_dim: usize, interleaved: bool) -> RotaryTable {
+pub(super) fn table(rotary_dim: usize, interleaved: bool) -> RotaryTable {
     let rope = RopeConfig { theta: 100.0, interleaved, scaling: RopeScaling::Default };
     RotaryEmbedding::new(&rope, rotary_dim).unwrap().table(&[Positions { range: 0..TOKENS, length: TOKENS }])
 }
@@ -43,7 +43,7 @@ fn shape(kv_heads: usize, head_dim: usize, value_dim: usize) -> AttentionShape {
     AttentionShape { heads: 2, kv_heads, head_dim, value_dim, scale: 0.5, window: None, chunk: None, sinks: None }
 }
 
-fn grouped(per_head: bool, clip: Option<f32>) -> AttentionLayer {
+pub(super) fn grouped(per_head: bool, clip: Option<f32>) -> AttentionLayer {
     let norms = HeadNorms {
         query: norm(if per_head { 4 } else { 8 }, 4, false),
         key: norm(4, 5, false),
@@ -71,6 +71,7 @@ fn grouped(per_head: bool, clip: Option<f32>) -> AttentionLayer {
         residual: 0.7,
         carry: None,
         choice: None,
+        lent_as: None,
     }
 }
 
@@ -102,15 +103,26 @@ fn latent(low_rank: bool) -> AttentionLayer {
         residual: 1.0,
         carry: None,
         choice: None,
+        lent_as: None,
     }
 }
 
 fn check_gradient(layer: &AttentionLayer, table: &RotaryTable) {
     let (x, dy) = (pattern([TOKENS, HIDDEN], 20), pattern([TOKENS, HIDDEN], 21));
     let sequences = [0..2, 2..TOKENS];
-    let tape = layer.project(&x, table);
+    let tape = layer.project(&x, table, &Handover::default()).unwrap();
     let found = host::into_vec(
-        layer.backward(&x, &tape, &sequences, table, dy.clone(), Wanted { input: true, parameters: false }).unwrap(),
+        layer
+            .backward(
+                &x,
+                &tape,
+                &sequences,
+                table,
+                dy.clone(),
+                &Handover::default(),
+                Wanted { input: true, parameters: false },
+            )
+            .unwrap(),
     );
     let values = host::into_vec(x);
     for (i, found) in found.into_iter().enumerate() {
@@ -118,7 +130,7 @@ fn check_gradient(layer: &AttentionLayer, table: &RotaryTable) {
             let mut moved = values.clone();
             moved[i] += h;
             let x = host::from_vec(moved, [TOKENS, HIDDEN], &dy.device());
-            let y = layer.mix(&x, &layer.project(&x, table), &sequences);
+            let y = layer.mix(&x, &layer.project(&x, table, &Handover::default()).unwrap(), &sequences);
             host::into_vec(y * dy.clone()).into_iter().map(f64::from).sum()
         };
         let numeric = (at(2e-3) - at(-2e-3)) / 4e-3;
@@ -314,7 +326,7 @@ fn steps_through_a_text_as_it_sweeps(layer: &DeltaLayer) {
 #[test]
 fn clipping_bounds_queries_keys_and_values_and_stops_gradients() {
     let layer = grouped(false, Some(0.9));
-    let tape = layer.project(&pattern([TOKENS, HIDDEN], 20), &table(4, false));
+    let tape = layer.project(&pattern([TOKENS, HIDDEN], 20), &table(4, false), &Handover::default()).unwrap();
     let largest = |x: &Tensor<2>| host::into_vec(x.clone()).into_iter().fold(0.0f32, |m, v| m.max(v.abs()));
     assert_eq!(largest(&tape.v), 0.9); // some values do reach the bound
     assert!(largest(&tape.q) <= 0.9 * 2f32.sqrt() + 1e-6);
@@ -331,16 +343,18 @@ fn absorbed_latent_attention_equals_the_expanded_one() {
     for low_rank in [false, true] {
         let (layer, table) = (latent(low_rank), table(2, true));
         let x = pattern([TOKENS, HIDDEN], 20);
-        let expanded = layer.mix(&x, &layer.project(&x, &table), std::slice::from_ref(&(0..TOKENS)));
+        let tape = layer.project(&x, &table, &Handover::default()).unwrap();
+        let expanded = layer.mix(&x, &tape, std::slice::from_ref(&(0..TOKENS)));
         let entry = layer.cache_entry(&x, &table);
-        assert_eq!((entry.k.dims(), entry.v.is_none()), ([TOKENS, 5], true));
-        let heads = attention_cached(&entry.q, &entry.k, &entry.k, &layer.cached_shape(), None);
+        let keys = entry.k.unwrap();
+        assert_eq!((keys.dims(), entry.v.is_none()), ([TOKENS, 5], true));
+        let heads = attention_cached(&entry.q, &keys, &keys, &layer.cached_shape(), None);
         assert_close(&layer.residual(&x, &layer.cached_heads(heads, None)), &expanded, 1e-5);
     }
 }
 
 /// Checks the gradient of a layer `run` at `x` against difference quotients of `sum(dy * run(x))`.
-fn check_quotients(x: &Tensor<2>, dy: &Tensor<2>, found: Tensor<2>, run: impl Fn(&Tensor<2>) -> Tensor<2>) {
+pub(super) fn check_quotients(x: &Tensor<2>, dy: &Tensor<2>, found: Tensor<2>, run: impl Fn(&Tensor<2>) -> Tensor<2>) {
     let values = host::into_vec(x.clone());
     for (i, found) in host::into_vec(found).into_iter().enumerate() {
         let at = |h: f32| -> f64 {

@@ -10,7 +10,7 @@ use crate::{
     kernels::{attention::AttentionShape, indexer::IndexerShape, latent::LatentHeads},
     layers::{
         AttentionLayer, GroupedProjections, HeadGate, HeadNorms, IndexerLayer, KeyChoice, LatentProjections,
-        LowRankQuery, Norm, Projections, QkvProjections, QueryProjection,
+        LowRankQuery, Norm, Projections, QkvProjections, QueryOnly, QueryProjection,
     },
     precision::Precision,
 };
@@ -34,6 +34,9 @@ impl Model {
             norm,
             output_norm,
             projections: match &a.kind {
+                AttentionKind::Grouped if let Some(of) = config.layers[layer].keys_of => {
+                    Projections::QueryOnly(Box::new(self.query_only(layer, of)?))
+                }
                 AttentionKind::Grouped => Projections::Grouped(Box::new(self.grouped(layer)?)),
                 AttentionKind::Latent(latent) => Projections::Latent(Box::new(self.latent(layer, latent)?)),
                 other => return Err(Error::Unsupported(format!("attention {}", variant(&other)))),
@@ -58,6 +61,34 @@ impl Model {
             residual: config.mixer_factors(layer).0 as f32,
             carry: config.mixer_factors(layer).1.map(|carry| carry as f32),
             choice: self.key_choice(layer, a)?,
+            lent_as: config.lends_keys(layer).then_some(layer),
+        })
+    }
+
+    /// The queries of a layer that reads keys and values of layer `keys_of`.
+    fn query_only(&self, layer: usize, keys_of: usize) -> Result<QueryOnly> {
+        let (config, a) = (self.config(), self.config().attention_of(layer));
+        let plain = a.gate == OutputGate::None && a.growth.is_none() && !a.packed && a.qkv_clip.is_none();
+        if !plain || a.norm_after_rotation || a.selects.is_some() {
+            let what =
+                "attention to keys of a layer before with gates, clipping or growth, or that chooses them, in layer";
+            return Err(Error::Unsupported(format!("{what} {layer}")));
+        }
+        let role = |r| Role::Layer(layer, r);
+        let shape = [a.num_heads * a.head_dim, config.hidden_size];
+        let bias = a.qkv_bias.then_some(role(LayerRole::QueryBias));
+        Ok(QueryOnly {
+            query: self.linear(layer, LayerSite::Query, role(LayerRole::Query), bias, shape)?,
+            norm: match a.qk_norm {
+                QkNorm::None => None,
+                QkNorm::Head => Some(self.rms_norm(role(LayerRole::QueryNorm), a.head_dim, config.norm_eps)?),
+                ref other => {
+                    let what = format!("norm {} of queries for keys of a layer before", variant(other));
+                    return Err(Error::Unsupported(what));
+                }
+            },
+            rotary: config.layers[layer].rotary,
+            keys_of,
         })
     }
 

@@ -59,6 +59,15 @@ impl Model {
         Ok(ffn)
     }
 
+    /// Factor on the output of a layer.
+    pub(super) fn layer_scale(&self, layer: usize) -> Result<f32> {
+        if !self.config().layer_scale {
+            return Ok(1.0);
+        }
+        let scale = self.checkpoint.read_f32(Role::Layer(layer, LayerRole::LayerScale))?;
+        Ok(scale.first().copied().unwrap_or(1.0))
+    }
+
     /// The same as the checkpoint has it.
     fn stored_ffn(&self, layer: usize) -> Result<FfnLayer> {
         if let Some(found) = &self.lock().ffn[layer] {
@@ -166,10 +175,8 @@ impl Model {
             })),
             None => None,
         };
-        let scale = match config.layer_scale {
-            true => self.checkpoint.read_f32(role(LayerRole::LayerScale))?.first().copied().unwrap_or(1.0),
-            false => 1.0,
-        };
+        // A layer with an input of its own is scaled after that.
+        let scale = if config.layer_inputs.is_some() { 1.0 } else { self.layer_scale(layer)? };
         let residual = config.ffn_factor(layer) as f32;
         let bias = match config.moe(layer).is_some_and(|moe| moe.output_bias) {
             true => Some(self.vector(role(LayerRole::ExpertsBias), h)?),

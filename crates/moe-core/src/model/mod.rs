@@ -17,6 +17,7 @@ mod attention;
 mod experts;
 mod ffn;
 mod head;
+mod layer_input;
 mod mixers;
 mod tensors;
 mod views;
@@ -33,7 +34,7 @@ use crate::{
         swiglu::GatedActivation,
         weight::ReadFailure,
     },
-    layers::{FfnLayer, Linear, MixerLayer, Norm},
+    layers::{FfnLayer, LayerInput, Linear, MixerLayer, Norm},
     memory::Residency,
     overlay::{ExpertOverlay, RoutingOverlay},
     precision::Precision,
@@ -87,6 +88,7 @@ struct Cache {
     residency: Residency,
     mixers: Vec<Option<MixerLayer>>,
     ffn: Vec<Option<FfnLayer>>,
+    layer_inputs: Vec<Option<LayerInput>>,
     experts: Vec<Option<ExpertTensors>>,
     head: Option<Vec<Linear>>,
     final_norm: Option<Norm>,
@@ -129,6 +131,10 @@ impl Model {
             Some(local) => Some(RotaryEmbedding::new(&local.rope, local.attention.rotary_dim)?),
             None => None,
         };
+        if config.layer_inputs.is_some() && !config.norms_experts() {
+            let what = "inputs of the layers' own without norms after the halves of layers";
+            return Err(Error::Unsupported(what.into()));
+        }
         let router = Router::new(&config.routing)?;
         for moe in (0..config.layers.len()).filter_map(|layer| config.moe(layer)) {
             router.check(moe.router_rows())?;
@@ -139,6 +145,7 @@ impl Model {
         let cache = Cache {
             mixers: (0..layers).map(|_| None).collect(),
             ffn: (0..layers).map(|_| None).collect(),
+            layer_inputs: (0..layers).map(|_| None).collect(),
             experts: (0..experts).map(|_| None).collect(),
             ..Cache::default()
         };
@@ -280,6 +287,7 @@ impl Model {
         for layer in residency.layers..cache.mixers.len() {
             cache.mixers[layer] = None;
             cache.ffn[layer] = None;
+            cache.layer_inputs[layer] = None;
         }
         for expert in cache.experts.iter_mut().skip(residency.experts) {
             *expert = None;

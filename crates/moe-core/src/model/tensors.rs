@@ -26,6 +26,13 @@ impl Model {
         if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
             return Err(Error::input("token id", id, format!("below the vocabulary size {vocab}")));
         }
+        if let Some(inputs) = self.config().layer_inputs {
+            let rows = inputs.vocab_size;
+            if let Some(id) = ids.iter().find(|&&id| id as usize >= rows) {
+                let expected = format!("below `vocab_size_per_layer_input` = {rows}");
+                return Err(Error::input("token id", id, expected));
+            }
+        }
         let mut values = Vec::with_capacity(ids.len() * h);
         let adapter = self.adapters.as_ref().and_then(|adapters| adapters.embedding());
         if !adapter.as_ref().is_some_and(|adapter| adapter.replaces()) {

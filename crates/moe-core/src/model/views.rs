@@ -94,11 +94,11 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::Input`] for layers that the model does not have; [`Error::Unsupported`] where a rule decides about
-    /// depth already, and where experts join the residual stream a layer later.
+    /// depth already, and where [layers belong together](moe_checkpoint::ModelConfig::inseparable).
     pub fn with_path(&self, path: LayerPath) -> Result<Self> {
         path.check(self.config().layers.len())?;
         if !path.is_whole(self.config().layers.len()) {
-            self.check_shortcuts("a path that leaves layers out, repeats them or changes their order")?;
+            self.check_separable("a path that leaves layers out, repeats them or changes their order")?;
         }
         if self.depth.is_some() {
             return Err(Error::Unsupported("a path of layers beside a rule that decides about them".into()));
@@ -111,25 +111,29 @@ impl Model {
     /// through a layer and which tokens skip its feed-forward half.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for a model under a path that leaves layers out or repeats them, and where experts join
-    /// the residual stream a layer later.
+    /// [`Error::Unsupported`] for a model under a path that leaves layers out or repeats them, and where
+    /// [layers belong together](moe_checkpoint::ModelConfig::inseparable).
     pub fn with_depth_rule(&self, rule: Arc<dyn DepthRule>) -> Result<Self> {
         if !self.path.is_whole(self.config().layers.len()) {
             return Err(Error::Unsupported("a rule that decides about layers beside a path of layers".into()));
         }
-        self.check_shortcuts("a rule that decides about layers")?;
+        self.check_separable("a rule that decides about layers")?;
         let model = self.with_overlays(self.experts.clone(), self.routing.clone())?;
         Ok(Self { adapters: self.adapters.clone(), depth: Some(rule), ..model })
     }
 
-    /// Refuses what cannot be where the experts of a layer join the residual stream a layer later.
-    fn check_shortcuts(&self, what: &str) -> Result<()> {
-        match self.config().has_shortcuts() {
-            true => Err(Error::Unsupported(format!(
-                "{what}, in `{}`, whose experts join the residual stream at the end of the next layer",
-                self.config().model_type
-            ))),
-            false => Ok(()),
+    /// Refuses `what`, which needs layers that can be left out, repeated or passed, in a model whose layers
+    /// [belong together](moe_checkpoint::ModelConfig::inseparable).
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    pub fn check_separable(&self, what: &str) -> Result<()> {
+        match self.config().inseparable() {
+            Some(reason) => {
+                let model = &self.config().model_type;
+                Err(Error::Unsupported(format!("{what}, in a model (`{model}`) {reason}")))
+            }
+            None => Ok(()),
         }
     }
 

@@ -261,6 +261,7 @@ parity! {
     tf5_gemma4_full: "tf5/gemma4_full",
     tf5_gemma4_text: "tf5/gemma4_text",
     tf5_gemma4_text_long: "tf5/gemma4_text_long",
+    tf5_gemma4_text_ple: "tf5/gemma4_text_ple",
     tf5_glm4_moe: "tf5/glm4_moe",
     tf5_glm4_moe_lite: "tf5/glm4_moe_lite",
     tf5_glm4_moe_lite_group: "tf5/glm4_moe_lite_group",

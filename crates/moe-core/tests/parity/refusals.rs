@@ -1,9 +1,13 @@
 //! Models and texts that are not run say so.
 
+use std::sync::Arc;
+
 use burn::tensor::Device;
+use moe_checkpoint::LayerDrop;
 use moe_core::{
     Engine, EngineOptions, Error, Model,
     data::{Sequence, Wave},
+    depth::{DepthConfig, DepthRule, LayerPath},
 };
 
 use crate::{fixtures, observed::Recorder};
@@ -40,4 +44,27 @@ fn layers_that_share_chosen_keys_need_the_layer_that_chooses() {
     run(selection.keys).unwrap();
     let error = run(selection.keys + 1).unwrap_err().to_string();
     assert!(error.contains("layer 0") && error.contains("6 tokens"), "{error}");
+}
+
+/// Layers that read keys of others, and whose inputs are in one table, stay together: said before anything runs.
+#[test]
+fn layers_that_belong_together_are_neither_left_out_nor_decided_about() {
+    let model = Model::open(fixtures().join("tf5/gemma4_text_ple"), &Device::flex(), None).unwrap();
+    let keys: Vec<_> = model.config().layers.iter().map(|layer| layer.keys_of).collect();
+    assert_eq!(keys, [None, None, Some(0), Some(1)]);
+    model.with_path(LayerPath::whole(4)).unwrap();
+    #[derive(Debug)]
+    struct Rule;
+    impl DepthRule for Rule {}
+    let skip: DepthConfig = r#"{"type": "token_skip"}"#.parse().unwrap();
+    let waves = [Wave { id: 0, sequences: vec![Sequence::new(vec![1, 2, 3])] }];
+    for error in [
+        model.with_path("0-2".parse().unwrap()).unwrap_err().to_string(),
+        model.with_depth_rule(Arc::new(Rule)).unwrap_err().to_string(),
+        skip.calibrated(&model, &waves).unwrap_err().to_string(),
+        LayerDrop::new([2]).on(model.checkpoint()).unwrap_err().to_string(),
+        LayerDrop::check_model(model.checkpoint()).unwrap_err().to_string(),
+    ] {
+        assert!(error.contains("whose last layers read the keys and values of layers before them"), "{error}");
+    }
 }

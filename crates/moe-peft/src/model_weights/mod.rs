@@ -57,7 +57,7 @@ pub struct OwnWeights {
     pub shared: bool,
     /// Gates on the output of shared experts.
     pub shared_gate: bool,
-    /// Dense layers.
+    /// Dense layers, and what layers make of inputs of their own.
     pub dense: bool,
     /// Weights and biases of norms.
     pub norms: bool,
@@ -138,7 +138,10 @@ impl OwnWeights {
                 self.experts && self.only.is_none()
             }
             Site::Layer(_, LayerSite::SharedExpertGate) => self.shared_gate,
-            Site::Layer(_, LayerSite::DenseGateUp | LayerSite::DenseDown) => self.dense,
+            Site::Layer(
+                _,
+                LayerSite::DenseGateUp | LayerSite::DenseDown | LayerSite::LayerInputGate | LayerSite::LayerInputOutput,
+            ) => self.dense,
             Site::Layer(_, site) => self.attention && site.is_attention(),
         }
     }

@@ -184,6 +184,11 @@ fn prepare(weights: &LoraWeights, maps: &Maps<'_>, options: &WriteOptions) -> Re
     for ((layer, down), experts) in &fused {
         written.push(fused_parameter(maps, *layer, *down, experts, fused.contains_key(&(*layer, !down)), rslora)?);
     }
+    let mut keys = BTreeSet::new();
+    if let Some(twice) = written.iter().find(|item| !keys.insert(item.key.as_str())) {
+        let expected = "one; combine them first";
+        return Err(Error::input(format!("additions to `{}`", twice.key), "two", expected));
+    }
     if written.is_empty() {
         return Err(Error::input("an adapter to write", "no addition", "at least one"));
     }

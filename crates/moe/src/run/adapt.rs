@@ -27,7 +27,11 @@ pub(super) fn check(step: &Adapt, model: Option<&Model>, has_rows: bool) -> Resu
     }
     let Some(model) = model else { return Ok(()) };
     let count = model.config().layers.len();
+    if run_time.layers.as_ref().is_some_and(|layers| layers.needs_rows()) {
+        model.check_separable("a rule that decides about layers")?;
+    }
     if let Some(choice) = &step.drop {
+        LayerDrop::check_model(model.checkpoint())?;
         if choice.needs_rows() {
             if choice.count() >= count {
                 return Err(Error::Usage(format!("drop: {} layers of a model with {count}", choice.count())));
