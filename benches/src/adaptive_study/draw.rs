@@ -31,6 +31,8 @@ pub(super) struct Draw {
     pub waves: Vec<Wave>,
     /// Rows of facts and sums with their answers, which references are found on.
     pub answers: Vec<Wave>,
+    /// Rows of facts among those that thresholds are found on.
+    pub facts: Vec<Wave>,
     /// Rows that nothing is found or trained on; of facts and sums, answers count.
     pub held_out: Vec<Wave>,
 }
@@ -57,8 +59,10 @@ impl Draw {
             paths.iter().cloned().map(moe::recipe::DataFile::Path).partition(|file| file.path().ends_with(PROSE));
         let mut held_out = load(sums, LossOver::Completions)?.waves;
         held_out.extend(load(prose, LossOver::All)?.waves);
+        let of_facts = rows.iter().filter(|file| file.path().ends_with("facts_calibration.jsonl")).cloned().collect();
+        let facts = load(of_facts, LossOver::All)?.waves;
         let answered = rows.iter().filter(|file| !file.path().ends_with("prose_calibration.jsonl")).cloned().collect();
         let answers = load(answered, LossOver::Completions)?.waves;
-        Ok(Self { files, waves: load(rows, LossOver::All)?.waves, answers, held_out })
+        Ok(Self { files, waves: load(rows, LossOver::All)?.waves, answers, facts, held_out })
     }
 }

@@ -1,18 +1,15 @@
 //! Many or one expert per token and layer, under a budget: what is chosen at random, what is best, and what a router
 //! learns (Duo-LLM, arXiv 2410.10846).
 
-use std::collections::BTreeMap;
-use std::path::Path;
-
 use moe_core::Model;
 use moe_core::adaptive::RunTime;
 use moe_core::data::{Sequence, Wave, WaveOptions};
 use moe_core::evaluate::sequence_losses;
 use moe_peft::duo::DuoTuning;
-use moe_peft::fold::FoldPrecision;
-use moe_peft::{MethodConfig, Recipe, TrainingRun};
+use moe_peft::{MethodConfig, Recipe};
 use serde_json::json;
 
+use super::trained::train;
 use super::{Draw, shown};
 use crate::{Error, Result};
 
@@ -32,18 +29,18 @@ struct Found {
 }
 
 /// The table: nats per predicted token of the held-out rows.
-pub(super) fn table(named: &str, model: &Model, draws: &[Draw], scratch: &Path) -> Result<String> {
+pub(super) fn table(named: &str, model: &Model, draws: &[Draw]) -> Result<String> {
     let config = model.config();
     let layers = (0..config.layers.len()).filter(|layer| config.moe(*layer).is_some()).count();
     let mut found: Vec<[Found; BUDGETS.len()]> = Vec::new();
     let mut whole = Vec::new();
-    for (number, draw) in draws.iter().enumerate() {
+    for draw in draws {
         let patterns = patterns(model, layers, draw)?;
         whole.push(patterns[patterns.len() - 1].mean());
         let mut of_draw: [Found; BUDGETS.len()] = Default::default();
         for (at, budget) in BUDGETS.into_iter().enumerate() {
             let large = (budget * layers as f64).round() as u32;
-            let (learned, share) = learned(model, draw, budget, &scratch.join(format!("duo-{number}-{at}")))?;
+            let (learned, share) = learned(model, draw, budget)?;
             of_draw[at] = Found { learned, share, ..chosen(&patterns, large) };
         }
         found.push(of_draw);
@@ -106,15 +103,10 @@ fn chosen(patterns: &[Pattern], large: u32) -> Found {
 }
 
 /// Loss and share of large choices of a router that is trained on the draw's calibration rows.
-fn learned(model: &Model, draw: &Draw, budget: f64, directory: &Path) -> Result<(f64, f64)> {
-    std::fs::create_dir_all(directory).map_err(Error::io(directory))?;
+fn learned(model: &Model, draw: &Draw, budget: f64) -> Result<(f64, f64)> {
     let mut recipe = Recipe::from(MethodConfig::Duo(DuoTuning { budget, ..DuoTuning::default() }));
     recipe.train.schedule.peak = RATE;
-    let labels = BTreeMap::new();
-    let fold = FoldPrecision::Bf16;
-    let run =
-        TrainingRun { model, waves: &draw.waves, labels: &labels, directory, save_every: 1000, resume: false, fold };
-    let trained = run.train(&recipe, &mut |_| Ok(()))?;
+    let trained = train(model, draw, &recipe)?;
     let missing = || Error::Invalid("the training left no choice of sizes".into());
     let duo = trained.artifacts.duo.as_ref().ok_or_else(missing)?;
     duo.set_temperature(None);

@@ -5,6 +5,7 @@ mod budget;
 mod draw;
 mod duo;
 mod settings;
+mod trained;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -42,9 +43,20 @@ pub struct Arguments {
     /// What the tables of another model are called: `adaptive-NAME-routing` and so on
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
+    /// Tables to make; all, if none is named
+    #[arg(long = "table", value_name = "NAME", value_parser = TABLES)]
+    pub tables: Vec<String>,
 }
 
+/// What can be made.
+const TABLES: [&str; 6] = ["routing", "depth", "trained", "decoding", "duo", "budget"];
+
 impl Arguments {
+    /// Whether a table is made.
+    fn wants(&self, table: &str) -> bool {
+        self.tables.is_empty() || self.tables.iter().any(|name| name == table)
+    }
+
     /// Folder of the rows.
     fn data(&self) -> PathBuf {
         let own = self.model.join("data");
@@ -81,6 +93,9 @@ fn measure(setting: &Setting, model: &Model, tokenizer: &Tokenizer, draw: &Draw)
     let (mut decoding, mut others) = (DecodingConfig::Plain, Vec::new());
     let model = match &setting.way {
         Way::RunTime(options) => under(model, options, &draw.waves)?,
+        Way::Answers(options) => under(model, options, &draw.answers)?,
+        Way::Steer(lambda) => under(model, &trained::steering(model, draw, *lambda)?, &draw.waves)?,
+        Way::Train(method) => trained::by(method, model, draw)?,
         Way::Drop(rule) => {
             let seen = rule.measure(model, &draw.waves)?;
             let layers = rule.layers(model.config().layers.len(), seen.as_deref())?;
@@ -106,8 +121,8 @@ fn measure(setting: &Setting, model: &Model, tokenizer: &Tokenizer, draw: &Draw)
         measured.quality.push(value);
         did.add(&report);
     }
-    measured.experts = model.expert_rows() as f64 / model.routed_tokens().max(1) as f64;
-    measured.layers = model.path().length();
+    let work = model.work();
+    (measured.experts, measured.layers) = (work.experts_per_token(), work.layers_per_token());
     (measured.acceptance, measured.shared) = (did.acceptance(), did.shared());
     Ok(measured)
 }
@@ -138,7 +153,7 @@ pub fn run(arguments: &Arguments) -> Result<String> {
     let all = settings(model.router().top_k(), model.config().layers.len());
     let mut tables = String::new();
     let named = arguments.name.as_ref().map_or(String::new(), |name| format!("{name}-"));
-    for table in ["routing", "depth", "decoding"] {
+    for table in TABLES.into_iter().take(4).filter(|table| arguments.wants(table)) {
         let keys: Vec<String> = draws[0].files.iter().map(EvalFile::key).collect();
         tables += &format!(
             "<!-- study:adaptive-{named}{table} -->\n\n| | {} | experts per token | layers | seconds |",
@@ -149,7 +164,9 @@ pub fn run(arguments: &Arguments) -> Result<String> {
         tables += if table == "decoding" { "--:|--:|\n" } else { "\n" };
         let mut refused = Vec::new();
         for setting in all.iter().filter(|setting| setting.table == table) {
+            let start = Instant::now();
             let found = draws.iter().map(|draw| measure(setting, &model, &tokenizer, draw)).collect::<Result<Vec<_>>>();
+            eprintln!("{table}: {} took {:.1} s", setting.name, start.elapsed().as_secs_f64());
             let found = match found {
                 Err(Error::Run(moe_core::Error::Unsupported(what))) => {
                     refused.push(format!("{} is refused: {what}.", setting.name));
@@ -160,12 +177,12 @@ pub fn run(arguments: &Arguments) -> Result<String> {
             let quality = (0..keys.len()).map(|i| shown(found.iter().map(move |m| m.quality[i])));
             let quality: Vec<String> = quality.collect();
             let experts = found.iter().map(|m| m.experts).sum::<f64>() / found.len() as f64;
+            let layers = found.iter().map(|m| m.layers).sum::<f64>() / found.len() as f64;
             let seconds = found.iter().map(|m| m.seconds).sum::<f64>() / found.len() as f64;
             tables += &format!(
-                "| {} | {} | {experts:.2} | {} | {seconds:.2} |",
+                "| {} | {} | {experts:.2} | {layers:.2} | {seconds:.2} |",
                 setting.name,
                 quality.join(" | "),
-                found[0].layers
             );
             if table == "decoding" {
                 for of in [|m: &Measured| m.acceptance, |m: &Measured| m.shared] {
@@ -179,8 +196,12 @@ pub fn run(arguments: &Arguments) -> Result<String> {
         refused.iter().for_each(|what| tables += &format!("\n{what}\n"));
         tables += &format!("\n<!-- /study:adaptive-{named}{table} -->\n\n");
     }
-    tables += &duo::table(&named, &model, &draws, scratch.path())?;
-    tables += &budget::table(&named, &model, &draws)?;
+    if arguments.wants("duo") {
+        tables += &duo::table(&named, &model, &draws)?;
+    }
+    if arguments.wants("budget") {
+        tables += &budget::table(&named, &model, &draws)?;
+    }
     if let Some(parent) = arguments.out.parent() {
         std::fs::create_dir_all(parent).map_err(Error::io(parent))?;
     }

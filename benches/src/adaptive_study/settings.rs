@@ -6,8 +6,17 @@ use serde_json::{Value, json};
 /// A way to run the model.
 pub(super) enum Way {
     RunTime(Value),
+    /// Found on rows with answers.
+    Answers(Value),
+    /// Toward the experts that facts use more often than all rows do, so strongly.
+    Steer(f64),
+    /// A method of `moe tune`, by its name.
+    Train(&'static str),
     Drop(LayerChoice),
-    Decode { config: Value, others: Vec<Value> },
+    Decode {
+        config: Value,
+        others: Vec<Value>,
+    },
 }
 
 pub(super) struct Setting {
@@ -33,6 +42,12 @@ pub(super) fn settings(top_k: usize, layers: usize) -> Vec<Setting> {
         routing(format!("`top_p`, {mean} of its own on average"), rule("trained_top_k"));
         routing(format!("`top_p`, {mean} of all on average"), rule("all_experts"));
     }
+    for mean in means {
+        let search = |cost| json!({ "type": "top_k_search", "experts": mean, "cost": cost });
+        routing(format!("`top_k_search`, {mean} on average, by divergence"), search("divergence"));
+        routing(format!("`top_k_search`, {mean} on average, by output"), search("output"));
+        routing(format!("`top_k_search`, {mean} on average, by random inputs (LExI)"), search("random"));
+    }
     routing("`skip`, NAEE's median".into(), json!({ "type": "skip" }));
     for share in [0.25, 0.5] {
         routing(format!("`skip`, {share} of all but the best"), json!({ "type": "skip", "share": share }));
@@ -56,6 +71,12 @@ pub(super) fn settings(top_k: usize, layers: usize) -> Vec<Setting> {
         let name = format!("`token_skip`, {share} of all tokens in each layer");
         all.push(Setting { table: "depth", name, way: Way::RunTime(json!({ "layers": rule })) });
     }
+    let least = json!({ "type": "token_skip", "share": 0.25, "layers": { "type": "attention_rank", "layers": 1 } });
+    let name = "`token_skip`, 0.25 of all tokens in the layer of least ARank".into();
+    all.push(Setting { table: "depth", name, way: Way::RunTime(json!({ "layers": least })) });
+    let routers = json!({ "type": "layer_routers", "search": { "simulations": 6 } });
+    let name = "`layer_routers`, 6 trials a row".into();
+    all.push(Setting { table: "depth", name, way: Way::Answers(json!({ "layers": routers })) });
     for rule in [
         LayerChoice::AttentionRank { layers: 1 },
         LayerChoice::Influence { layers: 1 },
@@ -64,6 +85,13 @@ pub(super) fn settings(top_k: usize, layers: usize) -> Vec<Setting> {
     ] {
         let name = serde_json::to_string(&rule).unwrap_or_default();
         all.push(Setting { table: "depth", name: format!("dropped by `{name}`"), way: Way::Drop(rule) });
+    }
+    for method in ["null-experts", "recurrent-router", "gamma-mod", "final-router", "router-targets", "loss-free"] {
+        all.push(Setting { table: "trained", name: format!("`{method}`"), way: Way::Train(method) });
+    }
+    for lambda in [-0.5, 0.0, 0.5, 1.0] {
+        let name = format!("`intervene` toward the experts of facts, `lambda` {lambda}");
+        all.push(Setting { table: "routing", name, way: Way::Steer(lambda) });
     }
     let weak = json!({ "routing": { "type": "top_k", "k": 1 } });
     let shallow = json!({ "layers": format!("0-{}", layers.saturating_sub(2)) });

@@ -295,6 +295,16 @@ pub enum Error {
         /// Its length in bytes.
         found: u64,
     },
+    /// The file has become shorter since it was opened.
+    #[error("{}: shortened while it was open: {found} bytes, expected the {expected} that it was opened with", path.display())]
+    Shortened {
+        /// The file.
+        path: PathBuf,
+        /// Its length now, in bytes.
+        found: u64,
+        /// Its length when it was opened, in bytes.
+        expected: u64,
+    },
     /// The header would end past the end of the file.
     #[error("{}: the header of {claimed} bytes ends past the end of the file; expected at most {available} bytes", path.display())]
     HeaderPastEnd {

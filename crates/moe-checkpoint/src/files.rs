@@ -17,7 +17,7 @@ pub(crate) struct Files {
 impl ModelSource for Files {
     fn bytes(&self, tensor: &TensorInfo, range: Range<usize>) -> Result<Cow<'_, [u8]>> {
         let begin = tensor.begin();
-        Ok(Cow::Borrowed(self.shards[tensor.shard()].bytes(begin + range.start..begin + range.end)))
+        Ok(Cow::Borrowed(self.shards[tensor.shard()].bytes(begin + range.start..begin + range.end)?))
     }
 
     fn grain(&self, _tensor: &TensorInfo) -> usize {

@@ -18,7 +18,11 @@ pub(crate) fn compute(model: &Checkpoint, shards: &[Shard]) -> String {
     for info in model.infos().values() {
         add(format!("{} {:?} {:?}", info.name, info.dtype, info.shape).as_bytes());
         let shard = &shards[info.shard()];
-        let bytes = shard.bytes(info.range());
+        // A file that is no longer whole is another checkpoint; whoever reads it next hears of it.
+        let Ok(bytes) = shard.bytes(info.range()) else {
+            add(b"shortened");
+            continue;
+        };
         let sample = SAMPLE.min(bytes.len());
         for start in [0, (bytes.len() - sample) / 2, bytes.len() - sample] {
             add(&bytes[start..start + sample]);

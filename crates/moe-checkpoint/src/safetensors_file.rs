@@ -53,9 +53,10 @@ impl SafetensorsFile {
     /// The bytes of a tensor, mapped; they stay resident until [`SafetensorsFile::release`].
     ///
     /// # Errors
-    /// [`Error::NoSuchTensor`].
+    /// [`Error::NoSuchTensor`]; [`Error::Shortened`] if the file is no longer whole.
     pub fn bytes(&self, name: &str) -> Result<&[u8]> {
-        self.find(name).map(|(_, range)| self.shard.bytes(range.clone()))
+        let (_, range) = self.find(name)?;
+        self.shard.bytes(range.clone())
     }
 
     /// Gives the pages of all tensors back to the system. Views stay valid.

@@ -16,6 +16,7 @@ const FAULT_AROUND: usize = 2 << 20;
 /// A mapped file whose header has been checked against its length.
 pub(crate) struct Shard {
     path: PathBuf,
+    file: File,
     map: Mmap,
 }
 
@@ -32,18 +33,26 @@ impl Shard {
         if length < header::LENGTH_BYTES as u64 {
             return Err(Error::NoHeader { path: path.to_path_buf(), found: length });
         }
-        // SAFETY: the map is read-only. Like every reader that maps files, this one relies on nobody shortening or
-        // rewriting a checkpoint while it is open; our own writers replace files by rename, which leaves maps valid.
+        // SAFETY: the map is read-only. Our own writers replace files by rename, which leaves maps valid. A file that
+        // somebody else shortens while it is open is found out by `bytes`, unless it happens during a read itself.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
         let tensors = header::parse(path, &map)?;
-        let shard = Self { path: path.to_path_buf(), map };
+        let shard = Self { path: path.to_path_buf(), file, map };
         shard.release_all();
         Ok((shard, tensors))
     }
 
     /// Bytes of the file; the range comes from its header, which was checked.
-    pub fn bytes(&self, range: Range<usize>) -> &[u8] {
-        &self.map[range]
+    ///
+    /// # Errors
+    /// [`Error::Shortened`] if the file has become shorter: reading what is gone would end the process.
+    pub fn bytes(&self, range: Range<usize>) -> Result<&[u8]> {
+        let found = self.file.metadata().map_err(|source| Error::io(&self.path, source))?.len();
+        let expected = self.map.len() as u64;
+        if found < expected {
+            return Err(Error::Shortened { path: self.path.clone(), found, expected });
+        }
+        Ok(&self.map[range])
     }
 
     /// Gives the pages of a range back to the system, so that they no longer count as resident.

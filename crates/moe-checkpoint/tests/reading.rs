@@ -398,3 +398,24 @@ fn a_tensor_is_one_linear_map_of_its_layer_however_a_family_calls_it() {
         }
     }
 }
+
+#[test]
+fn a_file_that_was_shortened_while_it_was_open_is_an_error_and_not_the_end_of_the_process() {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(fixture("tf5/qwen2_moe")).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let (checkpoint, whole) = (Checkpoint::open(dir.path()).unwrap(), Checkpoint::open(dir.path()).unwrap());
+    let fingerprint = whole.fingerprint();
+    let file = dir.path().join("model.safetensors");
+    let length = std::fs::metadata(&file).unwrap().len();
+    std::fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(length / 2).unwrap();
+    let expected = format!("model.safetensors: shortened while it was open: {} bytes, expected the {length}", length / 2);
+    for tensor in checkpoint.tensors() {
+        let error = message(checkpoint.bytes(&tensor.name));
+        assert!(error.contains(&expected), "{error}");
+    }
+    assert!(message(checkpoint.expert(0, 0)).contains(&expected));
+    assert_ne!(checkpoint.fingerprint(), fingerprint);
+}

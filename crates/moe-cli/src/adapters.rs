@@ -87,7 +87,7 @@ impl ModelArguments {
                 let what = "no threshold, score, router or reference is to be found on rows";
                 return Err(Error::Usage(format!("--routing-data: {what}")));
             }
-            false => run_time,
+            false => run_time.calibrated(&model, &[])?,
         };
         let other = asked.filter(|decoding| decoding.other_models() > 0);
         let decoding = other.or(run_time.decoding.clone()).unwrap_or_default();

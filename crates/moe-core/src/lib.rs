@@ -68,7 +68,7 @@ pub use engine::{
     Engine, EngineOptions, LayerChange, LayerSweep, LayerVisitor, RouteTrial, UnfinishedWave, WaveReport,
 };
 pub use error::{Error, Result};
-pub use model::Model;
+pub use model::{Model, Work};
 /// Rows, chat templates, tokenizers, data sets and waves: the crate `moe-data`, which knows nothing of Burn.
 pub use moe_data as data;
 #[cfg(feature = "nn")]

@@ -174,7 +174,9 @@ pub struct LayerOutput<'a> {
     pub position: usize,
     /// The wave.
     pub wave: &'a WaveInfo,
-    /// What it is added to `[T, H]`, not normed.
+    /// The stream that enters it `[T, H]`, not normed.
+    pub stream: &'a Tensor<2>,
+    /// What it is added to `[T, H]`: the stream, in some families normed and with a factor, and any bias.
     pub input: &'a Tensor<2>,
     /// What its norm reads `[T, H]`: the same, or the input of the layer where both halves are side by side.
     pub read: &'a Tensor<2>,
@@ -186,9 +188,9 @@ pub struct LayerOutput<'a> {
 }
 
 impl<'a> LayerOutput<'a> {
-    /// What the half reads and what it is added to.
+    /// What runs the half again.
     pub fn half(&self) -> HalfInput<'a> {
-        HalfInput { stream: self.input, read: self.read }
+        HalfInput { stream: self.stream, read: self.read }
     }
 }
 

@@ -310,8 +310,10 @@ fn tokens_that_a_half_would_change_least_skip_it() {
     let (rows, after) = (model.expert_rows(), loss(&under));
     assert!(rows > 0 && after != before);
     // in layer 2 half of the tokens, elsewhere all
-    let passed = under.routed_tokens() as f64 / waves[0].tokens() as f64;
+    let passed = under.work().routed_tokens as f64 / waves[0].tokens() as f64;
     assert!((passed - 3.5).abs() < 0.1, "{passed}");
+    // The attention half runs for all of them.
+    assert_eq!(under.work().layers_per_token(), 2.0 + passed / 2.0);
     let message = TokenSkip::fit(&model, &[9], &waves, 0.5, 1e-3).unwrap_err().to_string();
     assert!(message.contains("layer to skip in: found 9"), "{message}");
 }

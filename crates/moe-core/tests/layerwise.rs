@@ -213,3 +213,43 @@ fn gradients_and_empty_lists_are_refused() {
     assert!(engine.run_layerwise(&waves(), &mut Gradients).unwrap_err().to_string().contains("gradients"));
     assert!(engine.run_layerwise(&[], &mut Log::default()).unwrap_err().to_string().contains("at least one"));
 }
+
+/// Runs every half again on what it is shown.
+struct Again<'a> {
+    engine: &'a Engine<'a>,
+    halves: usize,
+}
+
+impl Observer for Again<'_> {
+    fn needs(&self) -> Signals {
+        Signals { streams: true, ..Signals::NONE }
+    }
+    fn output(&mut self, output: &LayerOutput<'_>) -> Result<()> {
+        let again = self.engine.feed_forward(output.layer, output.half(), &mut Nobody)?;
+        assert_eq!(tensor_bits(&again), tensor_bits(output.output), "layer {}", output.layer);
+        self.halves += 1;
+        Ok(())
+    }
+}
+
+#[test]
+fn a_half_that_is_run_again_on_what_it_was_given_gives_the_same_bits_in_every_family() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../moe-checkpoint/tests/fixtures/parity/tf5");
+    let mut entries: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    entries.sort();
+    let mut families = 0;
+    for path in entries {
+        let Ok(model) = Model::open(&path, &Device::flex(), None) else { continue };
+        if !(0..model.config().layers.len()).any(|layer| model.config().moe(layer).is_some()) {
+            continue;
+        }
+        let engine = Engine::new(&model, options());
+        let mut again = Again { engine: &engine, halves: 0 };
+        let ids = (0..13).map(|i| (i * i * 7 + i * 3) % model.config().vocab_size.min(90) as u32).collect();
+        let found = engine.run(&Wave { id: 0, sequences: vec![Sequence::new(ids)] }, &mut again);
+        found.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        assert!(again.halves > 0, "{}", path.display());
+        families += 1;
+    }
+    assert!(families > 50, "{families}");
+}

@@ -10,9 +10,10 @@ use burn::tensor::Device;
 use moe_checkpoint::{RoutingKind, WriteOptions, write};
 use moe_core::{
     Engine, EngineOptions, Model, Result,
-    adaptive::{Forced, RoutingConfig, RunTime},
+    adaptive::{Forced, PerLayer, RoutingConfig, RunTime, TopK},
     data::{Sequence, Wave},
     generate::{GenerateOptions, generate},
+    objective::TeacherLogits,
     trace::{LayerTrace, Nobody, Observer, Signals},
 };
 
@@ -258,6 +259,53 @@ fn thresholds_are_calibrated_to_a_number_of_experts() {
     assert!(!skip.needs_rows());
     let error = rule(r#"{"type": "top_p", "experts": 9.0}"#).calibrated(&model, &[wave2()]).unwrap_err().to_string();
     assert!(error.contains("experts: found 9"), "{error}");
+}
+
+#[test]
+fn experts_per_token_are_shared_out_where_they_are_missed_most() {
+    let model = tiny_moe();
+    let rows = [wave(90)];
+    let per_layer = |config: &RoutingConfig| match config {
+        RoutingConfig::TopK(TopK { k: PerLayer::Each(k), .. }) => k.clone(),
+        other => panic!("{other:?}"),
+    };
+    for cost in ["divergence", "output", "random"] {
+        let search = |more: &str| rule(&format!(r#"{{"type": "top_k_search", "cost": "{cost}", {more}}}"#));
+        // All of its own: the model itself.
+        let own = search(r#""experts": 4.0"#).calibrated(&model, &rows).unwrap();
+        assert_eq!(per_layer(&own), [4; 4], "{cost}");
+        assert_eq!(loss(&own.on(&model).unwrap()).to_bits(), loss(&model).to_bits());
+        let asked = search(r#""experts": 2.3"#);
+        assert_eq!(asked.needs_rows(), cost != "random");
+        let k = per_layer(&asked.calibrated(&model, &rows).unwrap());
+        // As many as fit into 2.3 times 4, since none of these layers gains by fewer.
+        assert!(k.iter().sum::<usize>() == 9 && k.iter().all(|k| (1..=4).contains(k)), "{cost}: {k:?}");
+        let more = per_layer(&search(r#""experts": 4.5, "most": 6"#).calibrated(&model, &rows).unwrap());
+        assert!(more.iter().sum::<usize>() <= 18 && more.iter().all(|k| (4..=6).contains(k)), "{cost}: {more:?}");
+        for (fields, expected) in [
+            (r#""experts": 4.5"#, "experts: found 4.5"),
+            (r#""experts": 0.5"#, "experts: found 0.5"),
+            (r#""experts": 2.0, "most": 99"#, "experts per token of layer 0: found 99"),
+        ] {
+            let error = search(fields).calibrated(&model, &rows).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+    let divergence = |config: &RoutingConfig| {
+        let engine = Engine::new(&model, EngineOptions::default());
+        let teacher = TeacherLogits::record(&engine, &rows, 256).unwrap();
+        moe_core::evaluate::divergence(&config.on(&model).unwrap(), &teacher, &rows).unwrap()
+    };
+    // On these rows, what is chosen by divergence is not worse than the same number everywhere.
+    let chosen = rule(r#"{"type": "top_k_search", "experts": 2.0}"#).calibrated(&model, &rows).unwrap();
+    let (chosen, same) = (divergence(&chosen), divergence(&rule(r#"{"type": "top_k", "k": 2}"#)));
+    assert!(chosen <= same, "{chosen} {same}");
+    assert!(rule(r#"{"type": "top_k_search", "experts": 2.0}"#).on(&model).is_err());
+    let random = rule(r#"{"type": "top_k_search", "experts": 2.0, "cost": "random"}"#);
+    assert!(!random.needs_rows() && !random.is_settled());
+    let found = random.calibrated(&model, &[]).unwrap();
+    assert!(found.is_settled());
+    assert_eq!(loss(&random.on(&model).unwrap()).to_bits(), loss(&found.on(&model).unwrap()).to_bits());
 }
 
 fn wave2() -> Wave {

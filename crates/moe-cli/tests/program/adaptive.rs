@@ -21,7 +21,7 @@ fn measured(more: &[&str]) -> Value {
 #[test]
 fn evaluation_takes_rules_paths_and_sources_and_says_the_experts_per_token() {
     let plain = measured(&[]);
-    assert_eq!(plain["experts_per_token"], json!(4.0));
+    assert_eq!((&plain["experts_per_token"], &plain["layers_per_token"]), (&json!(4.0), &json!(4.0)));
     let same = measured(&["--routing", r#"{"type": "top_k", "k": 4}"#, "--layers", "0-3"]);
     assert_eq!((&same["value"], &same["experts_per_token"]), (&plain["value"], &plain["experts_per_token"]));
     let two = measured(&["--routing", r#"{"type": "top_k", "k": 2}"#]);
@@ -136,6 +136,7 @@ fn adapt_writes_what_it_found_on_rows_and_every_verb_follows_it() {
             "layer_routers.safetensors",
         ),
         ("remixed", &["--decoding", r#"{"type": "pathways", "remix": {"neighbors": 2}}"#], "references.json"),
+        ("shared out", &["--routing", r#"{"type": "top_k_search", "experts": 2.5}"#], "run_time.json"),
         ("rewired", &["--decoding", r#"{"type": "rewiring", "steps": 1, "every": 4}"#], "run_time.json"),
         ("shallow", &["--drop", r#"{"type": "attention_rank", "layers": 1}"#], "config.json"),
     ] {

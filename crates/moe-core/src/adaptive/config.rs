@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Capacity, ExpertChoice, Forced, Intervention, PerLayer, RandomRouter, Ranks, RunTimeRouting, SelectionBias, Shift,
-    Skip, Threshold, TopK, TopP,
+    Skip, Threshold, TopK, TopKCost, TopKSearch, TopP,
 };
 use crate::{
     Engine, EngineOptions, Model,
@@ -26,6 +26,8 @@ use crate::{
 pub enum RoutingConfig {
     /// Another number of experts per token.
     TopK(TopK),
+    /// A number of experts per token for every layer.
+    TopKSearch(TopKSearch),
     /// The experts at these places of a token's order.
     Ranks(Ranks),
     /// As few experts as hold a share of the mass.
@@ -56,8 +58,14 @@ impl RoutingConfig {
         match self {
             Self::Skip(skip) => skip.beta.is_none(),
             Self::TopP(top_p) => top_p.experts.is_some(),
+            Self::TopKSearch(search) => search.cost != TopKCost::Random,
             _ => false,
         }
+    }
+
+    /// Whether it says every number itself, so that there is nothing to find.
+    pub fn is_settled(&self) -> bool {
+        !self.needs_rows() && !matches!(self, Self::TopKSearch(_))
     }
 
     /// The same with every number said, found on `waves` where it was not.
@@ -65,10 +73,10 @@ impl RoutingConfig {
     /// # Errors
     /// Numbers out of range, and whatever stops the model.
     pub fn calibrated(&self, model: &Model, waves: &[Wave]) -> Result<Self> {
-        if !self.needs_rows() {
+        if self.is_settled() {
             return Ok(self.clone());
         }
-        if waves.is_empty() {
+        if waves.is_empty() && self.needs_rows() {
             return Err(Error::input("waves to calibrate routing on", 0, "at least one"));
         }
         let engine = Engine::new(model, EngineOptions::default());
@@ -85,6 +93,7 @@ impl RoutingConfig {
                 waves.iter().try_for_each(|wave| engine.run(wave, &mut seen).map(drop))?;
                 Ok(Self::TopP(top_p.calibrated(&seen)?))
             }
+            Self::TopKSearch(search) => Ok(Self::TopK(search.calibrated(model, waves)?)),
             _ => Ok(self.clone()),
         }
     }
@@ -96,6 +105,10 @@ impl RoutingConfig {
     pub fn routing(&self, model: &Model) -> Result<RunTimeRouting> {
         match self {
             Self::TopK(rule) => rule.on(model),
+            Self::TopKSearch(search) if self.needs_rows() => {
+                Err(Error::input("top_k_search", format!("{:?}", search.cost), "numbers that were found on rows"))
+            }
+            Self::TopKSearch(search) => search.calibrated(model, &[])?.on(model),
             Self::Ranks(rule) => rule.on(model),
             Self::TopP(rule) => rule.on(model),
             Self::Skip(rule) => rule.on(model),

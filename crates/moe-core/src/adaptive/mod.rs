@@ -7,6 +7,7 @@
 //! | `type` | what | neutral | from |
 //! |---|---|---|---|
 //! | `top_k` | [`TopK`]: fewer or more experts per token | the model's k | |
+//! | `top_k_search` | [`TopKSearch`]: experts per token layer by layer, found on rows | the model's k on average | LExI, arXiv 2509.02753 |
 //! | `ranks` | [`Ranks`]: the experts at these places of a token's order | the first k places | SCMoE, arXiv 2405.14507 |
 //! | `top_p` | [`TopP`]: as few experts as hold a share of the mass | share 1 of the model's own experts | arXiv 2403.07652 and its code |
 //! | `skip` | [`Skip`]: experts that weigh little beside the best | `beta` 0 | NAEE, arXiv 2402.14800 |
@@ -42,6 +43,7 @@ mod skip;
 mod tests;
 mod threshold;
 mod top_k;
+mod top_k_search;
 mod top_p;
 
 pub use capacity::{Capacity, CapacityFormula, CapacityGroup, DropPolicy};
@@ -60,4 +62,5 @@ pub use shift::{LogitShift, Shift};
 pub use skip::Skip;
 pub use threshold::Threshold;
 pub use top_k::TopK;
+pub use top_k_search::{TopKCost, TopKSearch};
 pub use top_p::{Mass, TopP, TopPCalibration};

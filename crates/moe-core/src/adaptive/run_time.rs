@@ -69,10 +69,10 @@ impl RunTime {
     /// # Errors
     /// As [`RoutingConfig::calibrated`], [`DepthConfig::calibrated`] and [`DecodingConfig::calibrated`].
     pub fn calibrated(&self, model: &Model, waves: &[Wave]) -> Result<Self> {
-        if !self.needs_rows() {
+        if !self.needs_rows() && self.routing.as_ref().is_none_or(RoutingConfig::is_settled) {
             return Ok(self.clone());
         }
-        if waves.is_empty() {
+        if waves.is_empty() && self.needs_rows() {
             return Err(Error::input("waves to calibrate on", 0, "at least one"));
         }
         let mut found = Self { fold_norms: self.fold_norms, ..Self::default() };

@@ -30,6 +30,11 @@ pub(super) struct KRule {
 }
 
 impl TopK {
+    /// The rule of a layer with `k` experts per token.
+    pub(super) fn rule(&self, k: usize) -> KRule {
+        KRule { k, combine: self.combine }
+    }
+
     /// The rules of a model's layers.
     ///
     /// # Errors
@@ -39,7 +44,7 @@ impl TopK {
         model.router().with_combine(self.combine)?;
         RunTimeRouting::by_layer(self.k.of(model.config(), "k")?, |layer, experts, k| {
             check_k(model, layer, experts, k)?;
-            Ok(KRule { k, combine: self.combine })
+            Ok(self.rule(k))
         })
     }
 }

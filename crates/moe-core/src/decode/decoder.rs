@@ -309,6 +309,7 @@ impl<'m> Decoder<'m> {
     /// The half of a layer that looks at other tokens.
     pub(super) fn mix(&mut self, place: usize, layer: usize, x: &Tensor<2>, batch: &Batch<'_>) -> Result<Tensor<2>> {
         let (x, beside) = self.engine.apart(x);
+        self.model.count().pass_half(x.dims()[0]);
         let middle = self.mixed(place, layer, &x, batch)?;
         Ok(beside_each_other(middle, beside))
     }

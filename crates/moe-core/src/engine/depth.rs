@@ -174,6 +174,7 @@ impl Engine<'_> {
                 let table = prepared.tables.of(self.model.config(), layer);
                 let projected = mixer.project(&x, table, &prepared.spans, &Handover::default())?;
                 let middle = mixer.mix(&x, &projected, &prepared.spans);
+                self.model.count().pass_half(x.dims()[0]);
                 x = self.decided_feed_forward(layer, self.half(&x, &middle), &prepared.info, rule, observer)?;
                 continue;
             }
@@ -183,6 +184,7 @@ impl Engine<'_> {
             let table = tables.of(self.model.config(), layer);
             let projected = mixer.project(&part, table, &spans, &Handover::default())?;
             let middle = mixer.mix(&part, &projected, &spans);
+            self.model.count().pass_half(part.dims()[0]);
             let sequence = |(i, span): (&usize, &std::ops::Range<usize>)| SequenceInfo {
                 tokens: span.clone(),
                 loss_tokens: prepared.info.sequences[*i].loss_tokens,

@@ -184,6 +184,7 @@ impl Engine<'_> {
                             layer,
                             position: 0,
                             wave: &prepared.info,
+                            stream: half.stream,
                             input: &self.model.ffn(layer)?.carried(half.stream),
                             read: half.read,
                             output: &self.joined(layer, &x),

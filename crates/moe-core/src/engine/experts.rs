@@ -116,7 +116,7 @@ impl Engine<'_> {
         if weights.is_zero() && !observed {
             return Ok(None);
         }
-        self.model.count_expert_rows(tokens.rows.len());
+        self.model.count().expert(tokens.rows.len());
         let input = self.expert_input(z, tokens);
         let tokens = Tokens::Rows(tokens.rows);
         let gate_up = weights.pre_activations_for(&input, tokens);

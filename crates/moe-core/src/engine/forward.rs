@@ -218,6 +218,7 @@ impl Engine<'_> {
     ) -> Result<Tensor<2>> {
         let mixer = self.model.mixer(layer)?;
         let (x, beside) = self.apart(x);
+        self.model.count().pass_half(x.dims()[0]);
         let table = prepared.tables.of(self.model.config(), layer);
         let projected = mixer.project(&x, table, &prepared.spans, &prepared.handover)?;
         let middle = mixer.mix(&x, &projected, &prepared.spans);
@@ -237,6 +238,7 @@ impl Engine<'_> {
     ) -> Result<Tensor<2>> {
         let ((stream, beside), given) = (self.apart(stream), self.apart(given).0);
         let (stream, given) = (&stream, &given);
+        self.model.count().pass_half(stream.dims()[0]);
         let FfnPass { layer, wave, keep, needs, skip_output, change, keep_sums } = pass;
         let routing = change.and_then(|change| change.routing.as_ref()).or(self.model.routing_overlay()).map(|r| &**r);
         let overlay = change.and_then(|change| change.experts.as_deref());
@@ -269,7 +271,7 @@ impl Engine<'_> {
                 }
             }
             let experts = routed.applied.experts;
-            self.model.count_routed_tokens(tokens.tokens());
+            self.model.count().route(tokens.tokens());
             let logits = routed.logits(logits);
             let adapters = self.model.adapters().filter(|_| needs.parameters);
             let watchers = adapters.map(|adapters| adapters.router(layer)).unwrap_or_default();

@@ -175,6 +175,7 @@ impl LayerSweep<'_> {
                     layer,
                     position,
                     wave: &wave.info,
+                    stream: half.stream,
                     input: &self.engine.model.ffn(layer)?.carried(half.stream),
                     read: half.read,
                     output: &self.engine.joined(layer, &output),

@@ -101,7 +101,7 @@ impl Engine<'_> {
             None => self.model.expert(layer, expert)?,
         };
         modulated.check_width(layer, expert, &weights)?;
-        self.model.count_expert_rows(rows.len());
+        self.model.count().expert(rows.len());
         let input = gather_rows(&modulated.gate, rows);
         let gate_up = modulated.pre_activations(&weights, &input, &gather_rows(&modulated.up, rows), rows);
         let units = weights.units(&gate_up) * gather_rows(&modulated.factors.units, rows);

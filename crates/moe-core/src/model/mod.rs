@@ -2,10 +2,7 @@
 
 use std::{
     path::Path,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex},
 };
 
 use burn::tensor::Device;
@@ -21,6 +18,9 @@ mod layer_input;
 mod mixers;
 mod tensors;
 mod views;
+mod work;
+
+pub use work::Work;
 
 use crate::{
     adapters::Adapters,
@@ -58,8 +58,7 @@ pub struct Model {
     depth: Option<Arc<dyn DepthRule>>,
     /// Whether the residual stream has mean zero, so that LayerNorms are RMSNorms.
     centered: bool,
-    expert_rows: AtomicU64,
-    routed_tokens: AtomicU64,
+    work: work::WorkCounts,
     rope: RotaryEmbedding,
     /// Of layers with a window, where they have their own.
     local_rope: Option<RotaryEmbedding>,
@@ -162,8 +161,7 @@ impl Model {
             path: Arc::new(LayerPath::whole(checkpoint.config().layers.len())),
             depth: None,
             centered: false,
-            expert_rows: AtomicU64::new(0),
-            routed_tokens: AtomicU64::new(0),
+            work: work::WorkCounts::default(),
             rope,
             local_rope,
             router,
@@ -218,23 +216,18 @@ impl Model {
         self.routing.as_ref()
     }
 
-    /// How many (token, routed expert) pairs this model has computed in forward passes so far, generation included.
+    /// What this model has computed in forward passes so far, generation included.
+    pub fn work(&self) -> Work {
+        self.work.get()
+    }
+
+    /// How many pairs of a token and a routed expert this model has computed so far: [`work`](Self::work) has more.
     pub fn expert_rows(&self) -> u64 {
-        self.expert_rows.load(Ordering::Relaxed)
+        self.work().expert_rows
     }
 
-    /// How many (token, MoE layer) pairs this model has passed in forward passes so far, generation included: with
-    /// [`expert_rows`](Self::expert_rows), the experts that a token goes to on average.
-    pub fn routed_tokens(&self) -> u64 {
-        self.routed_tokens.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn count_routed_tokens(&self, tokens: usize) {
-        self.routed_tokens.fetch_add(tokens as u64, Ordering::Relaxed);
-    }
-
-    pub(crate) fn count_expert_rows(&self, rows: usize) {
-        self.expert_rows.fetch_add(rows as u64, Ordering::Relaxed);
+    pub(crate) fn count(&self) -> &work::WorkCounts {
+        &self.work
     }
 
     /// Fails if a weight could not be read since the last time, which some weights are at their first product only.

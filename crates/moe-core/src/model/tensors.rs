@@ -33,6 +33,7 @@ impl Model {
                 return Err(Error::input("token id", id, expected));
             }
         }
+        self.count().enter(ids.len());
         let mut values = Vec::with_capacity(ids.len() * h);
         let adapter = self.adapters.as_ref().and_then(|adapters| adapters.embedding());
         if !adapter.as_ref().is_some_and(|adapter| adapter.replaces()) {

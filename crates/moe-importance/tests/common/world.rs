@@ -207,6 +207,7 @@ impl World {
                 layer: layer.layer,
                 position: 0,
                 wave: &info,
+                stream: &input,
                 input: &input,
                 read: &input,
                 output: &layer.stream().select_rows(&rows).tensor(),

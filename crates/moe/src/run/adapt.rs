@@ -82,7 +82,7 @@ impl Run<'_> {
             let run_time = step.run_time()?;
             let run_time = match run_time.needs_rows() {
                 true => run_time.calibrated(&under, &self.calibration()?.waves)?,
-                false => run_time,
+                false => run_time.calibrated(&under, &[])?,
             };
             run_time.on(&under)?;
             save(&layers_file, &dropped)?;

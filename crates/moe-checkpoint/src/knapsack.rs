@@ -17,11 +17,11 @@ pub struct Choice {
 /// go to the earlier option of the later group.
 ///
 /// ```
-/// use moe_prune::{Choice, knapsack};
+/// use moe_checkpoint::{Choice, knapsack};
 ///
-/// let group = |options: &[(usize, f64)]| options.iter().map(|(cost, distortion)| Choice { cost: *cost, distortion:
-/// *distortion }).collect(); let groups: Vec<Vec<Choice>> = vec![group(&[(2, 0.0), (1, 5.0), (0, 8.0)]), group(&[(2,
-/// 0.0), (1, 1.0), (0, 9.0)])]; assert_eq!(knapsack(&groups, 3), Some(vec![0, 1]));
+/// let option = |(cost, distortion)| Choice { cost, distortion };
+/// let groups = [[(2, 0.0), (1, 5.0), (0, 8.0)], [(2, 0.0), (1, 1.0), (0, 9.0)]].map(|group| group.map(option).to_vec());
+/// assert_eq!(knapsack(&groups, 3), Some(vec![0, 1]));
 /// assert_eq!(knapsack(&groups, 2), Some(vec![1, 1]));
 /// ```
 pub fn knapsack(groups: &[Vec<Choice>], budget: usize) -> Option<Vec<usize>> {
