@@ -23,6 +23,9 @@
 //! let rows = checkpoint.read_f32_rows(Role::LmHead, 0..1024)?; // [1024, H]
 //! # Ok::<(), moe_checkpoint::Error>(())
 //! ```
+//!
+//! # Features
+#![doc = document_features::document_features!()]
 
 #![deny(missing_docs)]
 #![cfg_attr(docsrs, feature(doc_cfg))]

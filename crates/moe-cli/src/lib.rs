@@ -1,4 +1,7 @@
 //! The program `moe`: every verb maps files to one job.
+//!
+//! # Features
+#![doc = document_features::document_features!()]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod adapt;

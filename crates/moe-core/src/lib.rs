@@ -36,6 +36,9 @@
 //! | perplexity, exact answers, choices, divergence from another model | [`evaluate`], [`TeacherLogits`] |
 //! | train it, or something beside its weights | [`train`] with a [`TrainingTask`](train::TrainingTask) |
 //! | know which experts a token goes to, and with which weights | [`router`] |
+//!
+//! # Features
+#![doc = document_features::document_features!()]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod adapters;

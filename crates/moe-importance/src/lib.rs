@@ -78,6 +78,8 @@
 //! the collectors, which watch a model of moe-core; `flex` (the default, on the CPU), `wgpu`, `vulkan` and `cuda` imply
 //! it.
 //!
+#![doc = document_features::document_features!()]
+//!
 //! Statistics kept for merging: `output.moments` (mean output), `routing.logit_gram` (inner products of logit columns),
 //! `output.max` (super experts). Kept for zeros in weights: `input.square_weighted` and `unit.square_weighted`.
 //!

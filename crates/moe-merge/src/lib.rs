@@ -48,6 +48,9 @@
 //! write(merged.model(), "out/merged", &WriteOptions::default())?;
 //! # Ok::<(), moe_merge::Error>(())
 //! ```
+//!
+//! # Features
+#![doc = document_features::document_features!()]
 
 #![deny(missing_docs)]
 #![cfg_attr(docsrs, feature(doc_cfg))]

@@ -24,6 +24,9 @@
 //!
 //! The products of experts are one operation with a derivative of its own ([`grouped_product`]), since cutting tensors
 //! into experts inside Burn's graph costs a copy of the whole tensor per expert in the backward pass.
+//!
+//! # Features
+#![doc = document_features::document_features!()]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod architectures;

@@ -63,6 +63,9 @@
 //! | DenseMixer | beside what trains routers | [`DenseMixer`](dense_mixer::DenseMixer) | | |
 //!
 //! [`MethodConfig`] has the table of what each is trained with by default, [`METHODS`] those that have a name.
+//!
+//! # Features
+#![doc = document_features::document_features!()]
 
 #![deny(missing_docs)]
 #![cfg_attr(docsrs, feature(doc_cfg))]

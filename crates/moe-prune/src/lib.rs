@@ -74,6 +74,9 @@
 //! | [`TwoLevelPruner`] | `two_level` | whole experts, then units of the others | units | | arXiv 2409.06211 |
 //! | [`WideExpertPruner`] | `wide` | units of all but some whole experts per layer | units | | TENP, arXiv 2606.09885 |
 //! | [`Progressive`] | | any of them in rounds, scored anew after each | as its pruner | as its pruner | |
+//!
+//! # Features
+#![doc = document_features::document_features!()]
 
 #![deny(missing_docs)]
 #![cfg_attr(docsrs, feature(doc_cfg))]

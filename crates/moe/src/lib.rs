@@ -21,6 +21,9 @@
 //! | [`report`], [`figures`], [`table`], [`mod@format`] | what is shown to people: one HTML file, SVG, text and Markdown |
 //! | [`out_dir`], [`progress`] | directories of runs; progress on stderr |
 //! | [`checkpoint`], [`core`], [`importance`], [`prune`], [`merge`], [`peft`] | the crates behind it |
+//!
+//! # Features
+#![doc = document_features::document_features!()]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod error;
