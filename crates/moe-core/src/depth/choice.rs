@@ -82,6 +82,19 @@ impl LayerChoice {
     /// # Errors
     /// [`Error::Input`] for more layers than may go, and for a choice without what it needs to have seen.
     pub fn layers(&self, count: usize, seen: Option<&[LayerInfluence]>) -> Result<Vec<usize>> {
+        self.layers_among(count, seen, |_| true)
+    }
+
+    /// The same of the layers that `may` be chosen; those of a list are, whether they may or not.
+    ///
+    /// # Errors
+    /// As [`layers`](Self::layers), and [`Error::Input`] if too few may be chosen.
+    pub fn layers_among(
+        &self,
+        count: usize,
+        seen: Option<&[LayerInfluence]>,
+        may: impl Fn(usize) -> bool,
+    ) -> Result<Vec<usize>> {
         let most = match self {
             Self::Deepest { .. } => count.saturating_sub(2),
             _ => count.saturating_sub(1),
@@ -89,6 +102,10 @@ impl LayerChoice {
         let n = self.count();
         if n > most {
             return Err(Error::input("layers to choose", n, format!("at most {most} of {count}")));
+        }
+        let available = (0..count).filter(|layer| may(*layer)).count();
+        if n > available && !matches!(self, Self::List { .. }) {
+            return Err(Error::input("layers to choose", n, format!("at most the {available} that may be chosen")));
         }
         let seen = || match seen {
             Some(seen) if seen.len() == count => Ok(seen),
@@ -105,10 +122,17 @@ impl LayerChoice {
                 }
                 layers
             }
-            Self::Deepest { .. } => (count - 1 - n..count - 1).collect(),
-            Self::Influence { .. } => least(n, seen()?.iter().map(|found| (found.layer, found.block))),
+            Self::Deepest { .. } => {
+                let mut layers: Vec<usize> = (0..count - 1).rev().filter(|layer| may(*layer)).take(n).collect();
+                layers.reverse();
+                layers
+            }
+            Self::Influence { .. } => {
+                let influences = seen()?.iter().filter(|found| may(found.layer));
+                least(n, influences.map(|found| (found.layer, found.block)))
+            }
             Self::AttentionRank { .. } => {
-                let ranks = seen()?.iter().filter_map(|found| Some((found.layer, found.attention_rank?)));
+                let ranks = seen()?.iter().filter(|found| may(found.layer)).filter_map(|found| Some((found.layer, found.attention_rank?)));
                 let ranks: Vec<(usize, f64)> = ranks.collect();
                 if n > ranks.len() {
                     let expected = format!("at least {n}");
@@ -120,7 +144,10 @@ impl LayerChoice {
             Self::Angular { .. } => {
                 let seen = seen()?;
                 let distance = |start: &usize| seen[*start].spans[n - 1];
-                let start = (0..=count - n).min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap_or(0);
+                let starts = (0..=count - n).filter(|start| (*start..start + n).all(&may));
+                let Some(start) = starts.min_by(|a, b| distance(a).total_cmp(&distance(b))) else {
+                    return Err(Error::input("neighbors to choose", 0, format!("{n} layers that may be chosen")));
+                };
                 (start..start + n).collect()
             }
         })
@@ -175,6 +202,14 @@ mod tests {
         assert_eq!(choose(LayerChoice::List { layers: vec![4, 0, 4] }), [0, 4]);
         assert_eq!(choose(LayerChoice::Angular { layers: 0 }), [0usize; 0]);
         assert_eq!(choose(LayerChoice::AttentionRank { layers: 3 }), [3, 4, 5]);
+        let among = |rule: LayerChoice| rule.layers_among(6, Some(&table), |layer| layer != 3);
+        assert_eq!(among(LayerChoice::Influence { layers: 2 }).unwrap(), [1, 2]);
+        assert_eq!(among(LayerChoice::Angular { layers: 2 }).unwrap(), [1, 2]);
+        assert_eq!(among(LayerChoice::Deepest { layers: 2 }).unwrap(), [2, 4]);
+        assert_eq!(among(LayerChoice::AttentionRank { layers: 3 }).unwrap(), [2, 4, 5]);
+        assert!(among(LayerChoice::Angular { layers: 4 }).unwrap_err().to_string().contains("neighbors to choose"));
+        let none = LayerChoice::Influence { layers: 1 }.layers_among(6, Some(&table), |_| false).unwrap_err();
+        assert!(none.to_string().contains("at most the 0 that may be chosen"), "{none}");
         let error = LayerChoice::Influence { layers: 6 }.layers(6, Some(&table)).unwrap_err().to_string();
         assert!(error.contains("found 6, expected at most 5 of 6"), "{error}");
         let error = LayerChoice::Angular { layers: 1 }.layers(6, None).unwrap_err().to_string();

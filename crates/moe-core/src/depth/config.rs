@@ -126,7 +126,9 @@ impl DepthConfig {
                     None => experts.collect(),
                     Some(choice) => {
                         let seen = choice.measure(model, waves)?;
-                        choice.layers(model.config().layers.len(), seen.as_deref())?
+                        // What is fitted is what experts add to a stream.
+                        let may = |layer| model.config().moe(layer).is_some();
+                        choice.layers_among(model.config().layers.len(), seen.as_deref(), may)?
                     }
                 };
                 let skip = TokenSkip::fit(model, &layers, waves, config.share, config.ridge)?;
