@@ -179,11 +179,8 @@ pub fn run(arguments: &Arguments) -> Result<String> {
             let experts = found.iter().map(|m| m.experts).sum::<f64>() / found.len() as f64;
             let layers = found.iter().map(|m| m.layers).sum::<f64>() / found.len() as f64;
             let seconds = found.iter().map(|m| m.seconds).sum::<f64>() / found.len() as f64;
-            tables += &format!(
-                "| {} | {} | {experts:.2} | {layers:.2} | {seconds:.2} |",
-                setting.name,
-                quality.join(" | "),
-            );
+            tables +=
+                &format!("| {} | {} | {experts:.2} | {layers:.2} | {seconds:.2} |", setting.name, quality.join(" | "),);
             if table == "decoding" {
                 for of in [|m: &Measured| m.acceptance, |m: &Measured| m.shared] {
                     let shares: Vec<f64> = found.iter().filter_map(of).collect();

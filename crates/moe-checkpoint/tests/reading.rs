@@ -411,7 +411,8 @@ fn a_file_that_was_shortened_while_it_was_open_is_an_error_and_not_the_end_of_th
     let file = dir.path().join("model.safetensors");
     let length = std::fs::metadata(&file).unwrap().len();
     std::fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(length / 2).unwrap();
-    let expected = format!("model.safetensors: shortened while it was open: {} bytes, expected the {length}", length / 2);
+    let expected =
+        format!("model.safetensors: shortened while it was open: {} bytes, expected the {length}", length / 2);
     for tensor in checkpoint.tensors() {
         let error = message(checkpoint.bytes(&tensor.name));
         assert!(error.contains(&expected), "{error}");

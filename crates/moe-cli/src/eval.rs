@@ -228,5 +228,14 @@ pub fn measure_with(
     let work = model.work().since(before);
     let (experts_per_token, layers_per_token) = (work.experts_per_token(), work.layers_per_token());
     let decoding = Some(report).filter(|report| file.is_exact() && report.steps > 0 && !decoding.is_plain());
-    Ok(Measured { key: file.key(), what: file.description(), value, tokens, seconds, experts_per_token, layers_per_token, decoding })
+    Ok(Measured {
+        key: file.key(),
+        what: file.description(),
+        value,
+        tokens,
+        seconds,
+        experts_per_token,
+        layers_per_token,
+        decoding,
+    })
 }

@@ -77,7 +77,6 @@
 //!
 //! # Features
 #![doc = document_features::document_features!()]
-
 #![deny(missing_docs)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

@@ -28,8 +28,8 @@ const RANDOM_TOKENS: usize = 512;
 /// experts give them up for those that do. [`calibrated`](Self::calibrated) on rows it is a [`TopK`].
 ///
 /// What every number costs is measured in one layer at a time, all others as they are; the numbers are then those with
-/// the least sum, exactly (a knapsack). That sums add up is an assumption, as in LExI (arXiv 2509.02753), which measures
-/// on random inputs and searches by evolution.
+/// the least sum, exactly (a knapsack). That costs of layers add up is an assumption, as in LExI (arXiv 2509.02753),
+/// which measures on random inputs and searches by evolution.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TopKSearch {
@@ -58,7 +58,7 @@ pub enum TopKCost {
     /// now: one run of the rows, in which each layer is run with every number.
     Output,
     /// LExI's: the Frobenius norm of the change of what the half gives for normal numbers, the same for all layers. It
-    /// needs no rows. The paper gives them to the experts; here they pass the norm before the experts, as a stream does.
+    /// needs no rows. The paper gives them to the experts; here they pass the norm before these, as a stream does.
     Random,
 }
 

@@ -132,7 +132,10 @@ impl LayerChoice {
                 least(n, influences.map(|found| (found.layer, found.block)))
             }
             Self::AttentionRank { .. } => {
-                let ranks = seen()?.iter().filter(|found| may(found.layer)).filter_map(|found| Some((found.layer, found.attention_rank?)));
+                let ranks = seen()?
+                    .iter()
+                    .filter(|found| may(found.layer))
+                    .filter_map(|found| Some((found.layer, found.attention_rank?)));
                 let ranks: Vec<(usize, f64)> = ranks.collect();
                 if n > ranks.len() {
                     let expected = format!("at least {n}");
