@@ -151,7 +151,7 @@ pub fn export(from: &Arc<Checkpoint>, kind: Kind, to: &Path) -> Result<bool> {
         return Ok(false);
     }
     let counts = matches!(kind, Kind::Pieces | Kind::FineGrained | Kind::Merged);
-    if counts && from.family().attention_has_experts() {
+    if counts && (from.family().attention_has_experts() || from.config().routes_by_tables()) {
         return Ok(false);
     }
     let (plan, options) = match kind {

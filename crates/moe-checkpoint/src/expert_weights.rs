@@ -161,6 +161,10 @@ impl Activation {
                 let gate = f64::from(gate);
                 ((gate / (1.0 + (-gate).exp())).min(limit) * f64::from(up).clamp(-limit, limit)) as f32
             }),
+            Self::LimitedSilu { limit } => each(gate, up, |gate, up| {
+                let gate = f64::from(gate).min(limit);
+                (gate / (1.0 + (-gate).exp()) * f64::from(up).clamp(-limit, limit)) as f32
+            }),
             Self::ClampedSwiglu { alpha, limit } => each(gate, up, |gate, up| {
                 let gate = f64::from(gate).min(limit);
                 (gate / (1.0 + (-alpha * gate).exp()) * (f64::from(up).clamp(-limit, limit) + 1.0)) as f32
@@ -244,6 +248,9 @@ mod tests {
         let bounded = Activation::BoundedSilu { limit: 0.7 };
         assert!((bounded.unit(1.0, -2.0) + 0.7 * 0.7).abs() < 1e-6);
         assert!((bounded.unit(-1.0, 0.5) + 0.5 * 0.268_941_4).abs() < 1e-6);
+        let limited = Activation::LimitedSilu { limit: 0.7 };
+        assert!((limited.unit(1.0, -2.0) + 0.7 * 0.7 * 0.668_187_8).abs() < 1e-6);
+        assert!((limited.unit(-1.0, 0.5) + 0.5 * 0.268_941_4).abs() < 1e-6);
         let clamped = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
         assert!((clamped.unit(9.0, -9.0) - -6.0 * 7.0 / (1.0 + (-1.702f32 * 7.0).exp())).abs() < 1e-4);
     }

@@ -37,6 +37,12 @@ pub enum Role {
     LayerInputProjection,
     /// Norm of what that gives for each layer `[P]`.
     LayerInputNorm,
+    /// Map of the weights of several residual streams in what the head reads `[n, n H]`.
+    HeadStreams,
+    /// Its bias `[n]`.
+    HeadStreamsBase,
+    /// Its scale `[1]`.
+    HeadStreamsScale,
     /// A tensor of a decoder layer.
     Layer(usize, LayerRole),
 }
@@ -196,6 +202,40 @@ pub enum LayerRole {
     LatentKvNorm,
     /// Projection from the latent `[heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank]`.
     LatentKvUp,
+    /// Map of several residual streams before the attention `[(2 + n) n, n H]`.
+    AttentionStreams,
+    /// Its bias `[(2 + n) n]`.
+    AttentionStreamsBase,
+    /// Its scales: of the weights, of the multiples and of the mixture `[3]`.
+    AttentionStreamsScale,
+    /// The same map before the FFN `[(2 + n) n, n H]`.
+    FfnStreams,
+    /// Its bias `[(2 + n) n]`.
+    FfnStreamsBase,
+    /// Its scales `[3]`.
+    FfnStreamsScale,
+    /// Projection to the one head of keys that are values, too `[D, H]`.
+    KeyValue,
+    /// Output projections of groups of heads, one below the other `[groups * R, heads * D / groups]`.
+    OutputGroups,
+    /// Projection of what they give `[H, groups * R]`.
+    OutputJoin,
+    /// Projection to the keys that are compressed, one or two per token `[D, H]` or `[2 D, H]`.
+    CompressorKey,
+    /// Projection to the logits of their weights, of the same shape.
+    CompressorGate,
+    /// Bias on those, for each place in a group `[rate, D]` or `[rate, 2 D]`.
+    CompressorBias,
+    /// Norm of compressed keys `[D]`.
+    CompressorNorm,
+    /// Projection to the keys that an indexer compresses `[2 D, H]`, D the width of its heads.
+    IndexerCompressorKey,
+    /// Projection to the logits of their weights `[2 D, H]`.
+    IndexerCompressorGate,
+    /// Bias on those `[rate, 2 D]`.
+    IndexerCompressorBias,
+    /// Norm of the compressed keys of an indexer `[D]`.
+    IndexerCompressorNorm,
     /// Router of a mixture of attention heads `[E, H]`.
     HeadRouter,
     /// Query projections of its experts `[E, kv_heads * D, H]`.
@@ -224,6 +264,8 @@ pub enum LayerRole {
     RouterBias,
     /// Bias on the selection of experts, not on their weights; `E` elements.
     CorrectionBias,
+    /// The experts of every token of the vocabulary, whole numbers `[V, k]`, in layers that route by a table.
+    ExpertTable,
     /// Weight of the norm of what the router reads, less the factor `H^-0.5` `[H]`.
     RouterNorm,
     /// Factors on the weights of the experts `[E]`.
@@ -323,6 +365,12 @@ pub trait Family: Send + Sync {
     /// Other words for parts of the decoder, each a list of the family's words and those in their place: how
     /// transformers 5 calls in memory what a release called otherwise.
     fn other_words(&self) -> &'static [&'static [(&'static str, &'static str)]] {
+        &[]
+    }
+
+    /// The same family by the names that other writers give its tensors, where a prefix or a few words do not say the
+    /// difference.
+    fn dialects(&self) -> &'static [&'static dyn Family] {
         &[]
     }
 

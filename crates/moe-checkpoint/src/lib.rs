@@ -38,6 +38,7 @@ mod dequantized;
 mod error;
 mod expert_bytes;
 mod expert_id;
+mod expert_table;
 mod expert_weights;
 mod experts;
 mod families;
@@ -95,15 +96,17 @@ pub use artifact_file::{AtomicFile, write_atomic, write_renamed};
 pub use checkpoint::Checkpoint;
 pub use compression::{BeforeAfter, Mtp, Ratio, TopKClamp};
 pub use config::{
-    Activation, AttentionConfig, AttentionKind, ChannelDelta, DeltaNet, Ffn, GroupScore, Groups, HalfFactors,
-    HeadMixture, KeySelection, LatentAttention, LayerConfig, LayerInputs, LightningAttention, LocalAttention, Mamba,
-    Mixer, ModelConfig, MoeConfig, Multipliers, NormKind, NormPlacement, NormedResidual, OutputGate, QkNorm,
-    QueryGrowth, RopeConfig, RopeScaling, Routing, RoutingKind, SharedExpert,
+    Activation, AttentionConfig, AttentionKind, ChannelDelta, CompressedAttention, CompressedIndexer, DeltaNet, Ffn,
+    GroupScore, Groups, HalfFactors, HeadMixture, HyperConnections, KeyCompression, KeySelection, LatentAttention,
+    LayerConfig, LayerInputs, LightningAttention, LocalAttention, Mamba, Mixer, ModelConfig, MoeConfig, Multipliers,
+    NormKind, NormPlacement, NormedResidual, OutputGate, QkNorm, QueryGrowth, RopeConfig, RopeScaling, Routing,
+    RoutingKind, SharedExpert,
 };
 pub use convert::{decode_f32, encode};
 pub use error::{Error, Result};
 pub use expert_bytes::{ExpertBytes, RawMatrix};
 pub use expert_id::ExpertId;
+pub use expert_table::ExpertTable;
 pub use expert_weights::ExpertWeights;
 pub use experts::{ExpertBiases, ExpertBlock, ExpertLayout, ExpertPart, ExpertTensor, ExpertTensorLayout, Placement};
 pub use family::{Family, LayerRole, Role, families, family, family_of};

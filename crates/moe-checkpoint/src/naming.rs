@@ -94,6 +94,14 @@ pub(crate) fn of(
     config: &ModelConfig,
     tensors: &BTreeMap<String, TensorInfo>,
 ) -> &'static dyn Family {
+    let moe = config.layers.iter().position(|layer| matches!(layer.ffn, Ffn::Moe(_)));
+    let routes = |family: &dyn Family| {
+        moe.is_some_and(|layer| tensors.contains_key(&family.tensor_name(Role::Layer(layer, LayerRole::Router))))
+    };
+    let family = match routes(family) {
+        true => family,
+        false => family.dialects().iter().copied().find(|dialect| routes(*dialect)).unwrap_or(family),
+    };
     let embedding = family.tensor_name(Role::Embedding);
     let Some(own) = embedding.strip_suffix(EMBEDDING) else { return family };
     let has = |name: &str| tensors.contains_key(name);
@@ -106,7 +114,6 @@ pub(crate) fn of(
     if !config.tie_word_embeddings && !has(&family.tensor_name(Role::LmHead)) {
         spelling.head = HEADS.into_iter().find(|head| has(&format!("{head}weight")));
     }
-    let moe = config.layers.iter().position(|layer| matches!(layer.ffn, Ffn::Moe(_)));
     if let Some(layer) = moe {
         let router = |words| {
             let spelling = Spelling { words, ..spelling.clone() };
@@ -218,6 +225,10 @@ impl Family for Renamed {
 
     fn other_words(&self) -> &'static [&'static [(&'static str, &'static str)]] {
         self.family.other_words()
+    }
+
+    fn dialects(&self) -> &'static [&'static dyn Family] {
+        self.family.dialects()
     }
 
     fn layer_of(&self, name: &str) -> Option<usize> {

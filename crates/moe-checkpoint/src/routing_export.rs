@@ -43,6 +43,12 @@ impl RoutingExport {
         let refuse = |reason: String| Error::method(std::io::Error::other(reason));
         let mut description = ModelDescription::of(base);
         if let Some(top_k) = self.top_k {
+            if base.config().routes_by_tables() && top_k != base.config().routing.top_k {
+                let of = base.config().routing.top_k;
+                return Err(refuse(format!(
+                    "{top_k} experts per token: layers route by tables of {of} for every token"
+                )));
+            }
             if Ragged::read(base.raw_config())?.is_some() || base.grouped() {
                 return Err(refuse(
                     "experts per token in a ragged or grouped checkpoint: keep routing.json beside it".into(),

@@ -104,6 +104,14 @@ pub enum LayerSite {
     LatentKvDown,
     /// From the latent to keys and values `[heads * (nope + value), R_kv]`.
     LatentKvUp,
+    /// To the one head of keys that are values, too `[D, H]`.
+    KeyValue,
+    /// From what groups of heads give `[H, groups * R]`.
+    OutputJoin,
+    /// To the keys that are compressed `[D, H]` or `[2 D, H]`.
+    CompressorKey,
+    /// To the logits of their weights, of the same shape.
+    CompressorGate,
     /// Keys, then values, of a mixture of attention heads `[2 kv_heads * D, H]`.
     HeadKeyValue,
     /// `[E, H]`.
@@ -138,7 +146,7 @@ impl fmt::Display for LayerSite {
 
 impl LayerSite {
     /// All of them.
-    pub const ALL: [Self; 40] = [
+    pub const ALL: [Self; 44] = [
         Self::Query,
         Self::Key,
         Self::Value,
@@ -167,6 +175,10 @@ impl LayerSite {
         Self::LatentQueryUp,
         Self::LatentKvDown,
         Self::LatentKvUp,
+        Self::KeyValue,
+        Self::OutputJoin,
+        Self::CompressorKey,
+        Self::CompressorGate,
         Self::HeadKeyValue,
         Self::Router,
         Self::ExpertLatentDown,
@@ -212,6 +224,10 @@ impl LayerSite {
             Self::LatentQueryUp => &[LayerRole::LatentQueryUp],
             Self::LatentKvDown => &[LayerRole::LatentKvDown],
             Self::LatentKvUp => &[LayerRole::LatentKvUp],
+            Self::KeyValue => &[LayerRole::KeyValue],
+            Self::OutputJoin => &[LayerRole::OutputJoin],
+            Self::CompressorKey => &[LayerRole::CompressorKey],
+            Self::CompressorGate => &[LayerRole::CompressorGate],
             Self::HeadKeyValue => &[LayerRole::HeadKeyValue],
             Self::Router => &[LayerRole::Router],
             Self::ExpertLatentDown => &[LayerRole::ExpertLatentDown],
@@ -264,6 +280,10 @@ impl LayerSite {
             Self::LatentQueryUp => "latent_query_up",
             Self::LatentKvDown => "latent_kv_down",
             Self::LatentKvUp => "latent_kv_up",
+            Self::KeyValue => "key_value",
+            Self::OutputJoin => "output_join",
+            Self::CompressorKey => "compressor_key",
+            Self::CompressorGate => "compressor_gate",
             Self::HeadKeyValue => "head_key_value",
             Self::Router => "router",
             Self::ExpertLatentDown => "expert_latent_down",
@@ -288,9 +308,10 @@ impl LayerSite {
         let latent = matches!(self, LatentQueryDown | LatentQueryUp | LatentKvDown | LatentKvUp);
         let mamba = matches!(self, MambaInput | MambaOutput);
         let lightning = matches!(self, LightningQkv | LightningGate | LightningOutput);
+        let compressed = matches!(self, KeyValue | OutputJoin | CompressorKey | CompressorGate);
         let convolution = matches!(self, ConvolutionInput | ConvolutionOutput);
         let softmax = matches!(self, Query | Key | Value | Qkv | AttentionGate | Output | HeadKeyValue);
-        delta || low_rank || latent || mamba || lightning || convolution || softmax
+        delta || low_rank || latent || mamba || lightning || convolution || compressed || softmax
     }
 }
 

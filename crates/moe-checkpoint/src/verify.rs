@@ -6,8 +6,8 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use crate::config::{
-    AttentionKind, ChannelDelta, DeltaNet, Ffn, HeadMixture, LatentAttention, LayerConfig, LayerInputs,
-    LightningAttention, Mamba, Mixer, ModelConfig, MoeConfig, NormKind, NormPlacement, OutputGate, QkNorm,
+    AttentionKind, ChannelDelta, CompressedAttention, DeltaNet, Ffn, HeadMixture, LatentAttention, LayerConfig,
+    LayerInputs, LightningAttention, Mamba, Mixer, ModelConfig, MoeConfig, NormKind, NormPlacement, OutputGate, QkNorm,
 };
 use crate::convert::float_bytes;
 use crate::experts::{ExpertLayout, ExpertTensor};
@@ -102,6 +102,11 @@ fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>, bool)>
         outer.push((Role::LayerInputProjection, vec![all, hidden]));
         outer.push((Role::LayerInputNorm, vec![width]));
     }
+    if let Some(streams) = &config.streams {
+        outer.push((Role::HeadStreams, vec![streams.count, streams.count * hidden]));
+        outer.push((Role::HeadStreamsBase, vec![streams.count]));
+        outer.push((Role::HeadStreamsScale, vec![1]));
+    }
     let layers = config.layers.iter().enumerate().flat_map(move |(layer, layer_config)| {
         let mixing = match &layer_config.mixer {
             Mixer::Attention => {
@@ -117,9 +122,11 @@ fn roles(config: &ModelConfig) -> impl Iterator<Item = (Role, Vec<usize>, bool)>
             Mixer::Mamba(mamba) => mamba_roles(hidden, mamba),
             Mixer::Lightning(lightning) => lightning_roles(hidden, lightning),
             Mixer::HeadMixture(mixture) => head_mixture_roles(hidden, mixture),
+            Mixer::Compressed(compressed) => compressed_roles(hidden, compressed),
             Mixer::None => Vec::new(),
         };
         let others = norm_roles(config, layer_config).into_iter().chain(ffn_roles(config, &layer_config.ffn));
+        let others = others.chain(stream_roles(config));
         let of_layer = move |mixes| move |(role, shape)| (Role::Layer(layer, role), shape, mixes);
         others.map(of_layer(false)).chain(mixing.into_iter().map(of_layer(true)))
     });
@@ -174,6 +181,56 @@ fn norm_roles(config: &ModelConfig, layer: &LayerConfig) -> Vec<(LayerRole, Vec<
         roles.push((LayerRole::LayerInputGate, vec![width, config.hidden_size]));
         roles.push((LayerRole::LayerInputOutput, vec![config.hidden_size, width]));
         roles.push((LayerRole::LayerInputOutputNorm, vec![config.hidden_size]));
+    }
+    roles
+}
+
+/// The maps of several residual streams.
+fn stream_roles(config: &ModelConfig) -> Vec<(LayerRole, Vec<usize>)> {
+    let Some(streams) = &config.streams else { return Vec::new() };
+    let (rows, width) = (streams.rows(), config.stream_width());
+    vec![
+        (LayerRole::AttentionStreams, vec![rows, width]),
+        (LayerRole::AttentionStreamsBase, vec![rows]),
+        (LayerRole::AttentionStreamsScale, vec![3]),
+        (LayerRole::FfnStreams, vec![rows, width]),
+        (LayerRole::FfnStreamsBase, vec![rows]),
+        (LayerRole::FfnStreamsScale, vec![3]),
+    ]
+}
+
+fn compressed_roles(hidden: usize, attention: &CompressedAttention) -> Vec<(LayerRole, Vec<usize>)> {
+    let CompressedAttention { heads, head_dim, query_rank, output_groups, output_rank, .. } = *attention;
+    let (queries, groups) = (attention.queries(), output_groups * output_rank);
+    let mut roles = vec![
+        (LayerRole::LatentQueryDown, vec![query_rank, hidden]),
+        (LayerRole::LatentQueryNorm, vec![query_rank]),
+        (LayerRole::LatentQueryUp, vec![queries, query_rank]),
+        (LayerRole::KeyValue, vec![head_dim, hidden]),
+        (LayerRole::KeyNorm, vec![head_dim]),
+        (LayerRole::Sinks, vec![heads]),
+        (LayerRole::OutputGroups, vec![groups, queries / output_groups]),
+        (LayerRole::OutputJoin, vec![hidden, groups]),
+    ];
+    if let Some(compression) = &attention.compression {
+        let (rate, columns) = (compression.rate, compression.series() * head_dim);
+        roles.extend([
+            (LayerRole::CompressorKey, vec![columns, hidden]),
+            (LayerRole::CompressorGate, vec![columns, hidden]),
+            (LayerRole::CompressorBias, vec![rate, columns]),
+            (LayerRole::CompressorNorm, vec![head_dim]),
+        ]);
+        if let Some(indexer) = &compression.indexer {
+            let columns = 2 * indexer.head_dim;
+            roles.extend([
+                (LayerRole::IndexerQuery, vec![indexer.heads * indexer.head_dim, query_rank]),
+                (LayerRole::IndexerHeads, vec![indexer.heads, hidden]),
+                (LayerRole::IndexerCompressorKey, vec![columns, hidden]),
+                (LayerRole::IndexerCompressorGate, vec![columns, hidden]),
+                (LayerRole::IndexerCompressorBias, vec![rate, columns]),
+                (LayerRole::IndexerCompressorNorm, vec![indexer.head_dim]),
+            ]);
+        }
     }
     roles
 }
@@ -385,7 +442,9 @@ fn ffn_roles(config: &ModelConfig, ffn: &Ffn) -> Vec<(LayerRole, Vec<usize>)> {
             if config.routing.bias {
                 roles.push((LayerRole::RouterBias, vec![moe.router_rows()]));
             }
-            if config.routing.correction_bias() {
+            if moe.by_table {
+                roles.push((LayerRole::ExpertTable, vec![config.vocab_size, config.routing.top_k]));
+            } else if config.routing.correction_bias() {
                 roles.push((LayerRole::CorrectionBias, vec![moe.router_rows()]));
             }
             if moe.output_bias {
@@ -461,7 +520,10 @@ impl Weights<'_> {
             Role::Layer(_, LayerRole::DeltaRate) if found == 4 => [vec![1, 1], shape, vec![1]].concat(),
             _ => shape,
         };
-        self.check(&name, shape, self.family.size_keys(role))?;
+        match role {
+            Role::Layer(_, LayerRole::ExpertTable) => self.check_integers(&name, shape, self.family.size_keys(role))?,
+            _ => self.check(&name, shape, self.family.size_keys(role))?,
+        }
         Ok(name)
     }
 
@@ -473,12 +535,30 @@ impl Weights<'_> {
         }
     }
 
-    fn check(&self, name: &str, expected: Vec<usize>, fields: &str) -> Result<()> {
-        let Some(info) = self.tensors.get(name) else {
+    /// Checks a tensor of whole numbers, which no quantization changes.
+    fn check_integers(&self, name: &str, expected: Vec<usize>, fields: &str) -> Result<()> {
+        let info = self.found(name, &expected, fields)?;
+        let (file, tensor) = (info.file.to_path_buf(), info.name.clone());
+        if info.shape != expected {
+            let (found, fields) = (info.shape.clone(), fields.into());
+            return Err(Error::UnexpectedShape { file, tensor, found, expected, fields });
+        }
+        match matches!(info.dtype, Dtype::I64 | Dtype::I32) {
+            true => Ok(()),
+            false => Err(Error::UnsupportedDtype { file, tensor, found: info.dtype, expected: "I64 or I32".into() }),
+        }
+    }
+
+    fn found(&self, name: &str, expected: &[usize], fields: &str) -> Result<&TensorInfo> {
+        self.tensors.get(name).ok_or_else(|| {
             let hint = naming::hint(name, self.tensors.keys());
             let reason = format!("{} calls for it, with shape {expected:?} from {fields}{hint}", self.caller());
-            return Err(Error::MissingTensor { dir: self.dir.to_path_buf(), tensor: name.to_string(), reason });
-        };
+            Error::MissingTensor { dir: self.dir.to_path_buf(), tensor: name.to_string(), reason }
+        })
+    }
+
+    fn check(&self, name: &str, expected: Vec<usize>, fields: &str) -> Result<()> {
+        let info = self.found(name, &expected, fields)?;
         // The shape of codes is not that of the weight.
         if is_quantized(info.dtype) || (float_bytes(info.dtype).is_none() && self.config.quantization.is_some()) {
             return Err(self.unread(info));

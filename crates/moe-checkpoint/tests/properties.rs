@@ -121,7 +121,7 @@ fn subjects() -> &'static [Subject] {
                      tf5/gpt_oss tf5/gpt_oss_bf16 tf5/gpt_oss_mxfp4 tf5/granitemoe tf5/kimi_k2 tf5/mixtral_gelu_tanh \
                      tf5/moonlight tf5/olmoe tf5/phimoe_longrope tf5/qwen2_moe_mixed tf5/qwen3_moe_gelu \
                      tf5/dots1 tf5/exaone_moe tf5/glm4_moe_lite_group tf5/glm4v_moe_full tf5/hy_v3 tf5/kimi_k25_full tf5/minimax_m2 tf5/qwen3_next_mixed tf5/deepseek_v32 \
-                     tf5/glm_moe_dsa tf5/mistral4 tf5/lfm2_moe tf5/longcat_flash \
+                     tf5/glm_moe_dsa tf5/mistral4 tf5/lfm2_moe tf5/longcat_flash tf5/deepseek_v4 tf5/deepseek_v4_saved \
                      tf5/afmoe tf5/flex_olmo tf5/gemma4_full tf5/gemma4_text_ple tf5/granitemoehybrid tf5/granitemoeshared \
                      tf5/hunyuan_v1_moe tf5/llama4_full tf5/nemotron_h tf5/nemotron_h_latent tf5/sarvam_moe tf5/cohere2_moe tf5/step3p7_full \
                      tf5/qwen3_omni_moe_thinker tf5/qwen3_vl_moe_full tf5/kimi_linear tf5/bailing_hybrid \

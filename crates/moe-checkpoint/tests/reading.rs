@@ -30,7 +30,8 @@ fn every_fixture_reads_as_the_safetensors_crate_reads_it() {
             let info = checkpoint.info(name).unwrap();
             assert_eq!((info.dtype, &info.shape), (tensor.dtype, &tensor.shape));
             assert_eq!(checkpoint.bytes(name).unwrap(), tensor.bytes);
-            if checkpoint.quantization().is_none() {
+            // Tables of experts hold whole numbers.
+            if checkpoint.quantization().is_none() && tensor.dtype != Dtype::I64 {
                 assert_eq!(checkpoint.tensor_f32(name).unwrap(), f32s(tensor));
             }
         }

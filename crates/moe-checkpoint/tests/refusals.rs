@@ -39,7 +39,7 @@ fn directories() {
 #[test]
 fn families() {
     let known = "qwen2_moe, qwen3_moe";
-    assert_parts(&refused(|c| c["model_type"] = json!("deepseek_v4")), &["config.json", "`deepseek_v4`", known]);
+    assert_parts(&refused(|c| c["model_type"] = json!("dbrx")), &["config.json", "`dbrx`", known]);
     assert_parts(&refused(|c| c["model_type"] = Value::Null), &["`model_type` is missing", known]);
     let llama = ModelConfigOf(json!({"model_type": "llama", "hidden_size": 32}));
     assert_parts(&llama.refusal(), &["not a Mixture-of-Experts model", "`llama`", known]);

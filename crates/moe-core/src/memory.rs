@@ -2,8 +2,8 @@
 
 use burn::tensor::Device;
 use moe_checkpoint::{
-    AttentionKind, ChannelDelta, DeltaNet, Ffn, HeadMixture, LayerConfig, LightningAttention, Mamba, Mixer,
-    ModelConfig, OutputGate, QkNorm,
+    AttentionKind, ChannelDelta, CompressedAttention, DeltaNet, Ffn, HeadMixture, KeyCompression, LayerConfig,
+    LightningAttention, Mamba, Mixer, ModelConfig, OutputGate, QkNorm,
 };
 
 use crate::{
@@ -164,6 +164,7 @@ impl MixerSize {
             Mixer::Mamba(mamba) => Self::mamba(config.hidden_size, mamba),
             Mixer::Lightning(lightning) => Self::lightning(config.hidden_size, lightning),
             Mixer::HeadMixture(mixture) => Self::head_mixture(config.hidden_size, mixture),
+            Mixer::Compressed(compressed) => Self::compressed(config, compressed),
             Mixer::None => Self { weights: 0, tape: 0, work: 0 },
             _ => Self::attention(config, layer).with_indexer(config, layer, tokens),
         }
@@ -228,6 +229,27 @@ impl MixerSize {
         }
     }
 
+    fn compressed(config: &ModelConfig, a: &CompressedAttention) -> Self {
+        let (h, q, d) = (config.hidden_size, a.queries(), a.head_dim);
+        let (groups, streams) = (a.output_groups * a.output_rank, config.stream_width());
+        let columns = a.compression.as_ref().map_or(0, |c| 2 * c.series() * d);
+        let (index_weights, index_work, chosen) = match a.compression.as_ref().and_then(|c| c.indexer.as_ref()) {
+            Some(i) => {
+                let queries = i.heads * i.head_dim;
+                let weights = a.query_rank * queries + h * (4 * i.head_dim + i.heads);
+                (weights, queries + i.heads + 5 * i.head_dim, i.keys)
+            }
+            None => (0, 0, 0),
+        };
+        let mixing = config.streams.as_ref().map_or(0, |s| s.rows());
+        let projections = a.query_rank * (h + q) + h * (d + columns + groups) + a.output_rank * q;
+        Self {
+            weights: projections + index_weights + mixing * streams,
+            tape: h + a.query_rank + q + d + columns + mixing + chosen,
+            work: 4 * q + 4 * d + 2 * columns + 2 * groups + 3 * h + 4 * streams + 2 * mixing + index_work,
+        }
+    }
+
     fn lightning(h: usize, lightning: &LightningAttention) -> Self {
         let width = lightning.width();
         // States at the beginnings of chunks of all heads, as if they were computed at once.
@@ -280,7 +302,13 @@ pub(crate) fn cached_token_bytes(config: &ModelConfig) -> u64 {
     let has_keys = |mixer: &Mixer| matches!(mixer, Mixer::Attention | Mixer::HeadMixture(_));
     let own_keys = |layer: &LayerConfig| has_keys(&layer.mixer) && layer.keys_of.is_none();
     let growing = (0..config.layers.len()).filter(|layer| own_keys(&config.layers[*layer]));
-    f32s(growing.map(row).sum())
+    // Of compressed keys, one for several tokens.
+    let compressed = config.layers.iter().filter_map(|layer| match &layer.mixer {
+        Mixer::Compressed(a) => a.compression.as_ref().map(|c| (c, a.head_dim)),
+        _ => None,
+    });
+    let entries = compressed.map(|(c, d)| (d + c.indexer.as_ref().map_or(0, |i| i.head_dim)).div_ceil(c.rate));
+    f32s(growing.map(row).sum::<usize>() + entries.sum::<usize>())
 }
 
 /// Bytes that generation keeps of one sequence however long it is: the states of linear attention and of short
@@ -296,6 +324,12 @@ pub(crate) fn sequence_state_bytes(config: &ModelConfig) -> u64 {
         Mixer::ShortConvolution { kernel } => kernel.saturating_sub(1) * config.hidden_size,
         Mixer::Lightning(lightning) => lightning.width() * lightning.head_dim,
         Mixer::Mamba(mamba) => mamba.values() * mamba.state + mamba.kernel.saturating_sub(1) * mamba.channels(),
+        Mixer::Compressed(a) => {
+            // Keys and gates of one or two groups of tokens.
+            let of = |c: &KeyCompression, d: usize| 2 * c.series() * c.series() * c.rate * d;
+            let both = |c: &KeyCompression| of(c, a.head_dim) + c.indexer.as_ref().map_or(0, |i| of(c, i.head_dim));
+            a.window * a.head_dim + a.compression.as_ref().map_or(0, both)
+        }
         _ => 0,
     });
     f32s(states.sum())
@@ -325,7 +359,7 @@ pub(crate) fn lent_keys(config: &ModelConfig, tokens: usize) -> u64 {
 /// [`Error::Memory`] if not even the streamed pieces fit.
 pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPlan> {
     let (h, t) = (config.hidden_size, size.tokens);
-    let hidden = f32s(t * h);
+    let hidden = f32s(t * config.stream_width());
     let mut phases: Vec<(String, u64)> = Vec::new();
     if size.head {
         let block = f32s(head_block_rows(h).min(config.vocab_size) * h);
@@ -338,7 +372,8 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
     for (i, layer) in config.layers.iter().enumerate() {
         let mixer = MixerSize::new(config, i, t);
         let (mixer_weights, tape) = (f32s(mixer.weights), f32s(t * mixer.tape));
-        let mixing = mixer_weights + tape + f32s(t * (mixer.work + h)) + if size.gradients { tape + hidden } else { 0 };
+        let mixing =
+            mixer_weights + tape + f32s(t * mixer.work) + hidden + if size.gradients { tape + hidden } else { 0 };
         if phases.iter().all(|(_, bytes)| *bytes < mixing) {
             phases.push(("an attention layer".into(), mixing));
         }
@@ -353,6 +388,7 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
         let rows = t.min(DENSE_ROWS);
         let dense_weights = f32s(if dense_gateless { 2 } else { 3 } * dense_width * h);
         let norms = 4 * config.kept_sums(i) as u64 * hidden;
+        let streams = config.streams.as_ref().map_or(0, |streams| streams.rows() * config.stream_width());
         let mut work = dense_weights + f32s(rows * (2 * h + 6 * dense_width)) + 3 * hidden + norms;
         let mut experts_kept = 0;
         if let Some(moe) = moe {
@@ -381,7 +417,7 @@ pub fn plan(config: &ModelConfig, size: WaveSize, limit: u64) -> Result<MemoryPl
         let around = config.expert_latent.filter(|_| moe.is_some()).map_or(0, |latent| 2 * latent);
         let rows = moe.map_or(0, |m| m.router_rows()) + around;
         let of_input = config.layer_inputs.map_or(0, |inputs| 3 * inputs.width);
-        layer_weights.push(mixer_weights + dense_weights + f32s(h * (rows + of_input)));
+        layer_weights.push(mixer_weights + dense_weights + f32s(h * (rows + of_input) + streams));
         kept.push([tape, f32s(t * 2 * dense_width), experts_kept]);
     }
     let (what, largest) = phases.into_iter().max_by_key(|(_, bytes)| *bytes).unwrap_or_default();

@@ -101,6 +101,8 @@ pub struct WaveInfo {
     pub id: u64,
     /// Tokens in the wave, T.
     pub tokens: usize,
+    /// Their ids `[T]`; empty where they are not known.
+    pub ids: Vec<u32>,
     /// Token range and number of predicted tokens of each sequence, in order.
     pub sequences: Vec<SequenceInfo>,
 }

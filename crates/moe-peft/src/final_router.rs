@@ -182,6 +182,10 @@ impl TuningMethod for FinalRouterTuning {
         if on.model.routing_overlay().is_some() {
             return Err(Error::Unsupported("routes of a model whose routing is changed already".into()));
         }
+        if matches!(on.model.config().routing.kind, RoutingKind::SqrtSoftplus) {
+            let what = "routes of a model whose scores are neither a softmax nor sigmoids";
+            return Err(Error::Unsupported(what.into()));
+        }
         SampledRoutes { temperature: self.temperature, seed: 0 }.on(on.model)?;
         Self::weights(last(on.model)?.0).check(on)
     }
@@ -296,7 +300,12 @@ mod tests {
 
     #[test]
     fn the_gradient_matches_difference_quotients_and_takes_the_place_of_the_objectives() {
-        let wave = WaveInfo { id: 3, tokens: 4, sequences: vec![SequenceInfo { tokens: 0..4, loss_tokens: 3 }] };
+        let wave = WaveInfo {
+            id: 3,
+            tokens: 4,
+            ids: Vec::new(),
+            sequences: vec![SequenceInfo { tokens: 0..4, loss_tokens: 3 }],
+        };
         let row = [0.1, 0.6, 0.3, 0.0, 0.0];
         let targets = Targets { shares: row.repeat(4), weights: vec![2.0, 0.1, 0.0, 1.0] };
         let logits: Vec<f32> = (0..20).map(|i| (i as f32 * 1.3).sin()).collect();

@@ -235,7 +235,7 @@ mod tests {
         let kind = RoutingKind::Sigmoid { renormalize: false, correction_bias: false, groups: None };
         let router = Router::new(&Routing::new(1, kind)).unwrap();
         let bias = layer(2);
-        let wave = WaveInfo { id: 0, tokens: 500, sequences: Vec::new() };
+        let wave = WaveInfo { id: 0, tokens: 500, ids: Vec::new(), sequences: Vec::new() };
         // expert 0 is mostly ahead
         let logits: Vec<f32> =
             (0..500).flat_map(|t| [0.5 + (t as f32 * 1.37).sin(), (t as f32 * 2.11).cos()]).collect();
@@ -246,6 +246,7 @@ mod tests {
             bias: None,
             input: None,
             router: &router,
+            table: None,
             wave: &wave,
         };
         let share = |routed: &Routed| routed.selected.iter().filter(|e| **e == 0).count() as f64 / 500.0;

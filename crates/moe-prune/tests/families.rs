@@ -46,11 +46,13 @@ fn checkpoints() -> Vec<(String, Checkpoint)> {
 
 #[test]
 fn a_width_that_the_shared_expert_would_have_to_follow_is_refused() {
-    for name in ["llama4_text", "hunyuan_v1_moe"] {
+    for name in ["llama4_text", "hunyuan_v1_moe", "deepseek_v4"] {
         let model = Arc::new(Checkpoint::open(parity(&format!("tf5/{name}"))).unwrap());
         let units = plan(&model, Scope::Expert, 0.5);
         let options = |form| PruneOptions { allow_unaligned: true, ..PruneOptions::new(form) };
-        for form in [PruneForm::Uniform, PruneForm::FineGrained(FineGrained::new(2))] {
+        // Pieces of experts that a table names are refused before.
+        let pieces = (!model.config().routes_by_tables()).then_some(PruneForm::FineGrained(FineGrained::new(2)));
+        for form in std::iter::once(PruneForm::Uniform).chain(pieces) {
             let plan = match form {
                 PruneForm::Uniform => units.clone(),
                 _ => PrunePlan::keep_all(model.shape(), model.fingerprint()),
@@ -291,6 +293,74 @@ fn tensors_of_identity_experts_follow_the_routed_ones_where_there_are_some() {
         PruneOptions { allow_unaligned: true, ..PruneOptions::new(PruneForm::FineGrained(FineGrained::new(2))) };
     let refused = keep.on(&model, &pieces).unwrap_err().to_string();
     assert!(refused.contains("identity experts"), "{refused}");
+}
+
+/// Tables `[V, k]` of the layers that have some.
+fn tables(model: &Checkpoint) -> BTreeMap<usize, Vec<Vec<u32>>> {
+    let layers = 0..model.config().layers.len();
+    let found = layers.filter_map(|layer| Some((layer, model.expert_table(layer).unwrap()?)));
+    found.map(|(layer, t)| (layer, (0..t.tokens()).map(|token| t.row(token).to_vec()).collect())).collect()
+}
+
+#[test]
+fn tables_of_layers_that_route_by_them_lose_the_removed_experts_and_no_token_moves_without_need() {
+    let directory = tempdir().unwrap();
+    for name in ["deepseek_v4", "deepseek_v4_saved"] {
+        let model = Checkpoint::open(parity(&format!("tf5/{name}"))).unwrap();
+        let plan = expert_plan(&model, 0.4).unwrap();
+        let gone =
+            plan.kept.iter().fold(RemoveExperts::new(), |gone, kept| gone.remove(kept.layer, kept.removed.clone()));
+        let whole = Model::open(model.dir(), &device("flex").unwrap(), None).unwrap();
+        let expected = logits_of(&whole.with_overlays(None, Some(Arc::new(gone))).unwrap());
+        for form in [PruneForm::Uniform, PruneForm::Ragged] {
+            let out = directory.path().join(format!("{name}-{form}"));
+            write_plan(&plan, &model, &out, &PruneOptions::new(form)).unwrap();
+            let pruned = Checkpoint::open(&out).unwrap();
+            let (before, after) = (tables(&model), tables(&pruned));
+            assert!(!before.is_empty() && before.len() == after.len());
+            for (layer, before) in before {
+                let kept = plan.kept.iter().find(|kept| kept.layer == layer).unwrap();
+                let left: Vec<u32> = kept.experts_kept().iter().map(|expert| *expert as u32).collect();
+                assert!(left.len() < kept.experts.len());
+                let mut moved = 0;
+                for (token, (row, now)) in before.iter().zip(&after[&layer]).enumerate() {
+                    let now: Vec<u32> = now.iter().map(|expert| left[*expert as usize]).collect();
+                    let stay: Vec<u32> = row.iter().copied().filter(|expert| left.contains(expert)).collect();
+                    assert_eq!(now[..stay.len()], stay, "token {token}");
+                    assert!(now.len() == row.len() && (1..now.len()).all(|i| !now[..i].contains(&now[i])));
+                    moved += usize::from(stay.len() < row.len());
+                }
+                assert!(moved > 0 && moved < before.len(), "{moved}");
+            }
+            // What is written is what the overlay showed.
+            assert!(difference(&logits(&out), &expected) < 1e-5, "{name} {form}");
+        }
+        // Fewer experts than a token has: the config and the tables say so.
+        let few = expert_plan(&model, 0.85).unwrap();
+        let clamp = few.top_k_clamp().unwrap();
+        let out = directory.path().join(format!("{name}-few"));
+        write_plan(&few, &model, &out, &PruneOptions::new(PruneForm::Uniform)).unwrap();
+        let few = Checkpoint::open(&out).unwrap();
+        assert!(few.config().routing.top_k < clamp.before);
+        assert!(tables(&few).values().flatten().all(|row| row.len() == few.config().routing.top_k));
+        logits(&out);
+        // A plan that keeps everything leaves the table as it is.
+        let keep = PrunePlan::keep_all(model.shape(), model.fingerprint());
+        let same = directory.path().join(format!("{name}-same"));
+        write_plan(&keep, &model, &same, &PruneOptions::new(PruneForm::Uniform)).unwrap();
+        assert_eq!(contents(&Checkpoint::open(&same).unwrap()), contents(&model), "{name}");
+        let refused = keep
+            .on(
+                &Arc::new(model),
+                &PruneOptions {
+                    allow_unaligned: true,
+                    ..PruneOptions::new(PruneForm::FineGrained(FineGrained::new(2)))
+                },
+            )
+            .unwrap_err()
+            .to_string();
+        assert!(refused.contains("table of the vocabulary"), "{refused}");
+    }
 }
 
 #[test]

@@ -21,6 +21,11 @@ pub enum Activation {
         /// The bound.
         limit: f64,
     },
+    /// `silu(min(g, limit)) * clamp(u, -limit, limit)`, as in DeepSeek-V4.
+    LimitedSilu {
+        /// Bound of gate and up.
+        limit: f64,
+    },
     /// `g' * sigmoid(alpha * g') * (u' + 1)` with `g' = min(g, limit)` and `u' = clamp(u, -limit, limit)`, as in
     /// gpt-oss. A unit whose gate and up are zero still gives zero.
     ClampedSwiglu {
@@ -78,6 +83,11 @@ pub struct MoeConfig {
     /// to one gets back what it gave, times the routing weight. They have no weights and are no routed experts: nothing
     /// counts, prunes or merges them.
     pub identities: usize,
+    /// Whether a table says which experts every token of the vocabulary goes to ([`LayerRole::ExpertTable`]), instead
+    /// of its scores, which give the weights alone.
+    ///
+    /// [`LayerRole::ExpertTable`]: crate::LayerRole::ExpertTable
+    pub by_table: bool,
     /// Whether what routed and identity experts give joins the residual stream at the end of the next layer instead of
     /// this one (a shortcut around the next layer), so that this layer gives on what its shared expert gives alone.
     pub shortcut: bool,

@@ -1,5 +1,7 @@
 //! What looks at other tokens in a decoder layer.
 
+use super::rope::RopeConfig;
+
 /// What looks at other tokens in a decoder layer.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
@@ -21,8 +23,74 @@ pub enum Mixer {
     Lightning(LightningAttention),
     /// Softmax attention whose query heads and output projections are experts of their own.
     HeadMixture(HeadMixture),
+    /// Softmax attention to the last keys and to compressed ones of all before.
+    Compressed(CompressedAttention),
     /// Nothing: the layer is a feed-forward half alone.
     None,
+}
+
+/// Attention of DeepSeek-V4. Queries come from a latent and are divided by their root mean square head by head; one
+/// head of keys, normed, is that of the values, too. A query sees the keys of a window and the compressed keys of the
+/// groups of tokens that are complete, with a sink per head. The last columns of queries and keys rotate, neighboring
+/// ones together, and so do those of the outputs of the heads, the other way round, since values were keys. The output
+/// projection is two: one for every group of heads, then one of what they give.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CompressedAttention {
+    /// Query heads.
+    pub heads: usize,
+    /// Width of a head of queries and of the head of keys.
+    pub head_dim: usize,
+    /// Columns of a head that rotate, the last ones.
+    pub rotary_dim: usize,
+    /// Rank of the latent of queries.
+    pub query_rank: usize,
+    /// Groups of heads, which have an output projection each; divides `heads`.
+    pub output_groups: usize,
+    /// What each of these gives.
+    pub output_rank: usize,
+    /// Tokens that a query sees the keys of, itself included.
+    pub window: usize,
+    /// Rotary position embedding of queries and of all keys.
+    pub rope: RopeConfig,
+    /// How keys are compressed; a layer without sees its window alone.
+    pub compression: Option<KeyCompression>,
+}
+
+/// Compressed keys: every `rate` tokens become one, a mean of theirs that is weighted column by column by the softmax
+/// of a second projection plus a bias for each place, then normed and rotated by the position of its first token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KeyCompression {
+    /// Tokens of a group.
+    pub rate: usize,
+    /// Where a query sees few of the compressed keys, what chooses them. Tokens are projected to two keys then, and a
+    /// compressed one is the mean of the second ones of its group and the first ones of the group before.
+    pub indexer: Option<CompressedIndexer>,
+}
+
+impl KeyCompression {
+    /// Keys that a token is projected to.
+    pub fn series(&self) -> usize {
+        if self.indexer.is_some() { 2 } else { 1 }
+    }
+}
+
+/// An indexer over compressed keys of its own: a query sees the `keys` entries with the largest
+/// `sum over heads of w_h relu(q_h . k)`, the queries made from the latent of queries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CompressedIndexer {
+    /// Most compressed keys that a query sees.
+    pub keys: usize,
+    /// Heads of its queries.
+    pub heads: usize,
+    /// Width of its queries and keys, of which the last columns rotate.
+    pub head_dim: usize,
+}
+
+impl CompressedAttention {
+    /// Columns of all queries.
+    pub fn queries(&self) -> usize {
+        self.heads * self.head_dim
+    }
 }
 
 /// Mixture of attention heads (arXiv 2210.05144): every expert has query heads, as many as there are heads of keys and

@@ -8,6 +8,7 @@ mod ffn;
 mod mixer;
 mod rope;
 mod routing;
+mod streams;
 
 use serde_json::Value;
 
@@ -22,16 +23,20 @@ pub use attention::{
     AttentionConfig, AttentionKind, KeySelection, LatentAttention, LocalAttention, OutputGate, QkNorm, QueryGrowth,
 };
 pub use ffn::{Activation, Ffn, MoeConfig, SharedExpert};
-pub use mixer::{ChannelDelta, DeltaNet, HeadMixture, LightningAttention, Mamba, Mixer};
+pub use mixer::{
+    ChannelDelta, CompressedAttention, CompressedIndexer, DeltaNet, HeadMixture, KeyCompression, LightningAttention,
+    Mamba, Mixer,
+};
 pub use rope::{RopeConfig, RopeScaling};
 pub use routing::{GroupScore, Groups, Routing, RoutingKind};
+pub use streams::HyperConnections;
 
 /// What a decoder model is made of.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
     /// Family, e.g. `qwen2_moe`; that of the original model for a ragged checkpoint.
     pub model_type: String,
-    /// Width of the residual stream, `H`.
+    /// Width of the residual stream, `H`; of each of them where there are [several](Self::streams).
     pub hidden_size: usize,
     /// Rows of the embedding and of the head, `V`.
     pub vocab_size: usize,
@@ -68,6 +73,8 @@ pub struct ModelConfig {
     pub layer_scale: bool,
     /// Where every layer has an input of its own besides the residual stream.
     pub layer_inputs: Option<LayerInputs>,
+    /// Several residual streams and how halves of layers read and write them, in place of one that they are added to.
+    pub streams: Option<HyperConnections>,
     /// Bound `c` of the logits, `c * tanh(logit / c)`.
     pub logit_cap: Option<f64>,
     /// How routed experts are selected and weighted.
@@ -132,6 +139,21 @@ impl ModelConfig {
         self.expert_latent.unwrap_or(self.hidden_size)
     }
 
+    /// Width of what layers give each other: all residual streams beside each other.
+    pub fn stream_width(&self) -> usize {
+        self.hidden_size * self.streams.as_ref().map_or(1, |streams| streams.count)
+    }
+
+    /// Whether any layer routes by a [table](MoeConfig::by_table).
+    pub fn routes_by_tables(&self) -> bool {
+        (0..self.layers.len()).any(|layer| self.moe(layer).is_some_and(|moe| moe.by_table))
+    }
+
+    /// Whether a learnt bias takes part in the selection of the experts of a layer.
+    pub fn corrects_selection(&self, layer: usize) -> bool {
+        self.routing.correction_bias() && self.moe(layer).is_some_and(|moe| !moe.by_table)
+    }
+
     /// Softmax attention of a decoder layer that has it.
     pub fn attention_of(&self, layer: usize) -> &AttentionConfig {
         self.local_of(layer).map_or(&self.attention, |local| &local.attention)
@@ -146,7 +168,9 @@ impl ModelConfig {
     /// Sums of blocks of a layer that a backward pass through norms or a map after them needs.
     pub fn kept_sums(&self, layer: usize) -> usize {
         let latent = usize::from(self.expert_latent.is_some() && self.moe(layer).is_some());
+        let streams = usize::from(self.streams.is_some() && self.moe(layer).is_some());
         latent
+            + streams
             + match self.moe(layer).and_then(|moe| moe.shared.as_ref()).is_some_and(|shared| shared.apart) {
                 true => 2,
                 false => usize::from(self.norms_experts()),

@@ -46,7 +46,7 @@ impl Routing {
     pub fn correction_bias(&self) -> bool {
         match self.kind {
             RoutingKind::Sigmoid { correction_bias, .. } => correction_bias,
-            RoutingKind::SoftmaxCorrected { .. } => true,
+            RoutingKind::SoftmaxCorrected { .. } | RoutingKind::SqrtSoftplus => true,
             _ => false,
         }
     }
@@ -128,6 +128,9 @@ pub enum RoutingKind {
         /// Whether whole groups of experts are selected first.
         groups: Option<Groups>,
     },
+    /// `sqrt(ln(1 + e^z))` of every logit; selection by that plus a correction bias; the selected ones divided by their
+    /// sum plus [`Routing::norm_eps`]. DeepSeek-V4.
+    SqrtSoftplus,
     /// Two experts, one after the other (arXiv 2409.12136, at inference): the expert of the largest logit `m` first,
     /// weighted by the softmax over the experts with `(m - s) / max(|s|, m) <= 2 * jitter_eps`; then the same with that
     /// expert taken out of the maximum and the softmax.

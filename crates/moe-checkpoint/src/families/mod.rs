@@ -4,6 +4,7 @@ mod afmoe;
 mod cohere2_moe;
 mod deepseek_v2;
 mod deepseek_v3;
+mod deepseek_v4;
 mod dense;
 mod dots1;
 mod ernie4_5_moe;
@@ -54,6 +55,7 @@ pub(crate) static FAMILIES: &[&dyn Family] = &[
     &deepseek_v3::DeepseekV3 { model_type: "glm4_moe_lite", dense: 1, indexer: None },
     &deepseek_v3::DeepseekV3 { model_type: "deepseek_v32", dense: 3, indexer: Some(deepseek_v3::Indexer::DEEPSEEK) },
     &deepseek_v3::DeepseekV3 { model_type: "glm_moe_dsa", dense: 3, indexer: Some(deepseek_v3::Indexer::GLM) },
+    &deepseek_v4::DeepseekV4 { dialect: deepseek_v4::Dialect::Released },
     &dots1::Dots1,
     &ernie4_5_moe::Ernie45Moe,
     &exaone_moe::ExaoneMoe,

@@ -14,6 +14,9 @@ pub(crate) fn tensor_name(role: Role) -> String {
         Role::LayerInputEmbedding => return "model.embed_tokens_per_layer.weight".to_string(),
         Role::LayerInputProjection => return "model.per_layer_model_projection.weight".to_string(),
         Role::LayerInputNorm => return "model.per_layer_projection_norm.weight".to_string(),
+        Role::HeadStreams => return "model.hc_head.hc_fn".to_string(),
+        Role::HeadStreamsBase => return "model.hc_head.hc_base".to_string(),
+        Role::HeadStreamsScale => return "model.hc_head.hc_scale".to_string(),
         Role::Layer(layer, role) => (layer, role),
     };
     let name = match role {
@@ -99,6 +102,24 @@ pub(crate) fn tensor_name(role: Role) -> String {
         LayerRole::IndexerKeyNorm => "self_attn.indexer.k_norm.weight",
         LayerRole::IndexerKeyNormBias => "self_attn.indexer.k_norm.bias",
         LayerRole::IndexerHeads => "self_attn.indexer.weights_proj.weight",
+        LayerRole::ExpertTable => "mlp.gate.tid2eid",
+        LayerRole::AttentionStreams => "attn_hc.fn",
+        LayerRole::AttentionStreamsBase => "attn_hc.base",
+        LayerRole::AttentionStreamsScale => "attn_hc.scale",
+        LayerRole::FfnStreams => "ffn_hc.fn",
+        LayerRole::FfnStreamsBase => "ffn_hc.base",
+        LayerRole::FfnStreamsScale => "ffn_hc.scale",
+        LayerRole::KeyValue => "self_attn.kv_proj.weight",
+        LayerRole::OutputGroups => "self_attn.o_a_proj.weight",
+        LayerRole::OutputJoin => "self_attn.o_b_proj.weight",
+        LayerRole::CompressorKey => "self_attn.compressor.kv_proj.weight",
+        LayerRole::CompressorGate => "self_attn.compressor.gate_proj.weight",
+        LayerRole::CompressorBias => "self_attn.compressor.position_bias",
+        LayerRole::CompressorNorm => "self_attn.compressor.kv_norm.weight",
+        LayerRole::IndexerCompressorKey => "self_attn.compressor.indexer.kv_proj.weight",
+        LayerRole::IndexerCompressorGate => "self_attn.compressor.indexer.gate_proj.weight",
+        LayerRole::IndexerCompressorBias => "self_attn.compressor.indexer.position_bias",
+        LayerRole::IndexerCompressorNorm => "self_attn.compressor.indexer.kv_norm.weight",
         LayerRole::Router => "mlp.gate.weight",
         LayerRole::RouterBias => "mlp.gate.bias",
         LayerRole::CorrectionBias => "mlp.gate.e_score_correction_bias",
@@ -208,6 +229,9 @@ pub(crate) fn size_keys(role: Role) -> &'static str {
             return "`num_hidden_layers`, `hidden_size_per_layer_input` and `hidden_size`";
         }
         Role::LayerInputNorm => return "`hidden_size_per_layer_input`",
+        Role::HeadStreams => return "`hc_mult` and `hidden_size`",
+        Role::HeadStreamsBase => return "`hc_mult`",
+        Role::HeadStreamsScale => return "nothing: it is one number",
         Role::Layer(_, role) => role,
     };
     match role {
@@ -293,6 +317,19 @@ pub(crate) fn size_keys(role: Role) -> &'static str {
             "the number of experts (`num_experts`, `num_local_experts` or `n_routed_experts`) and `hidden_size`"
         }
         LayerRole::RouterBias | LayerRole::CorrectionBias | LayerRole::ExpertScale => "the number of experts",
+        LayerRole::ExpertTable => "`vocab_size` and the number of experts per token",
+        LayerRole::AttentionStreams | LayerRole::FfnStreams => "`hc_mult` and `hidden_size`",
+        LayerRole::AttentionStreamsBase | LayerRole::FfnStreamsBase => "`hc_mult`",
+        LayerRole::AttentionStreamsScale | LayerRole::FfnStreamsScale => "nothing: it is three numbers",
+        LayerRole::KeyValue => "`head_dim` and `hidden_size`",
+        LayerRole::OutputGroups => "`o_groups`, `o_lora_rank`, `num_attention_heads` and `head_dim`",
+        LayerRole::OutputJoin => "`o_groups`, `o_lora_rank` and `hidden_size`",
+        LayerRole::CompressorKey | LayerRole::CompressorGate => "`head_dim`, the kind of the layer and `hidden_size`",
+        LayerRole::CompressorBias => "`compress_rates`, `head_dim` and the kind of the layer",
+        LayerRole::CompressorNorm => "`head_dim`",
+        LayerRole::IndexerCompressorKey | LayerRole::IndexerCompressorGate => "`index_head_dim` and `hidden_size`",
+        LayerRole::IndexerCompressorBias => "`compress_rates` and `index_head_dim`",
+        LayerRole::IndexerCompressorNorm => "`index_head_dim`",
         LayerRole::ExpertLatentDown | LayerRole::ExpertLatentUp => "`moe_latent_size` and `hidden_size`",
         LayerRole::SharedGate | LayerRole::SharedUp | LayerRole::SharedDown | LayerRole::SharedGateUp => {
             "the width of the shared experts (`shared_expert_intermediate_size`, or their number times that of a routed one) and `hidden_size`"

@@ -170,6 +170,7 @@ pub(super) fn moe(widths: Vec<usize>, shared: Option<SharedExpert>) -> MoeConfig
         shared,
         limit: None,
         identities: 0,
+        by_table: false,
         shortcut: false,
         output_bias: false,
     }
@@ -518,6 +519,7 @@ impl Model {
             normed_residual: None,
             layer_scale: false,
             layer_inputs: None,
+            streams: None,
             logit_cap: None,
             routing: self.routing,
             expert_latent: None,

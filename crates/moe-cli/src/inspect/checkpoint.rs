@@ -1,6 +1,8 @@
 //! What a checkpoint is.
 
-use moe_checkpoint::{AttentionKind, Checkpoint, ExpertLayout, Ffn, Groups, Mixer, ModelConfig, RoutingKind};
+use moe_checkpoint::{
+    AttentionKind, Checkpoint, CompressedAttention, ExpertLayout, Ffn, Groups, Mixer, ModelConfig, RoutingKind,
+};
 use serde_json::{Value, json};
 
 use crate::Result;
@@ -74,6 +76,7 @@ fn layers(config: &ModelConfig) -> String {
             (Ffn::None, Mixer::Mamba(_)) => "Mamba2 alone",
             (Ffn::None, Mixer::HeadMixture(_)) => "a mixture of attention heads alone",
             (Ffn::None, Mixer::Lightning(_)) => "lightning attention alone",
+            (Ffn::None, Mixer::Compressed(_)) => "attention to compressed keys alone",
             (Ffn::None, _) => "of another kind",
         };
         match counts.iter_mut().find(|(known, _)| *known == kind) {
@@ -106,6 +109,9 @@ fn attention(config: &ModelConfig) -> String {
             mamba.head_dim,
             mamba.state
         );
+    }
+    if let Some(Mixer::Compressed(compressed)) = config.layers.first().map(|layer| &layer.mixer) {
+        return compressed_attention(config, compressed);
     }
     if let Some(Mixer::HeadMixture(mixture)) = config.layers.first().map(|layer| &layer.mixer) {
         return format!(
@@ -152,6 +158,31 @@ fn attention(config: &ModelConfig) -> String {
         delta.value_head_dim,
         delta.key_heads,
         delta.key_head_dim
+    )
+}
+
+/// Attention of layers to a window and to compressed keys, and the streams around it.
+fn compressed_attention(config: &ModelConfig, first: &CompressedAttention) -> String {
+    let mut rates: Vec<(usize, usize)> = Vec::new();
+    for layer in &config.layers {
+        let Mixer::Compressed(CompressedAttention { compression: Some(compression), .. }) = &layer.mixer else {
+            continue;
+        };
+        match rates.iter_mut().find(|(rate, _)| *rate == compression.rate) {
+            Some((_, count)) => *count += 1,
+            None => rates.push((compression.rate, 1)),
+        }
+    }
+    rates.sort_unstable();
+    let rates: Vec<String> =
+        rates.iter().map(|(rate, count)| format!(", one key for {rate} tokens in {count} layers")).collect();
+    let streams = config.streams.as_ref().map_or(1, |streams| streams.count);
+    format!(
+        "{} heads of {}, one for keys that are values, a window of {}{}; {streams} residual streams",
+        first.heads,
+        first.head_dim,
+        first.window,
+        rates.concat()
     )
 }
 
@@ -210,10 +241,15 @@ fn routing(config: &ModelConfig) -> String {
             groups.as_ref().map(grouped).unwrap_or_default(),
             yes(*renormalize, ", renormalized")
         ),
+        RoutingKind::SqrtSoftplus => {
+            "square root of softplus, then top k by that plus a correction bias, renormalized".to_string()
+        }
         RoutingKind::Sparsemixer { .. } => "sparsemixer: two experts, one after the other".to_string(),
         other => words(other),
     };
-    format!("{rule}, scale {}{}", routing.scale, yes(routing.bias, ", router bias"))
+    let tables = (0..config.layers.len()).filter(|layer| config.moe(*layer).is_some_and(|moe| moe.by_table)).count();
+    let tables = yes(tables > 0, &format!("; experts by a table of the vocabulary in {tables} layers"));
+    format!("{rule}, scale {}{}{tables}", routing.scale, yes(routing.bias, ", router bias"))
 }
 
 /// How experts are stored.

@@ -27,7 +27,7 @@ fn wave(sequences: &[usize]) -> WaveInfo {
         infos.push(SequenceInfo { tokens: start..start + n, loss_tokens: n - 1 });
         start += n;
     }
-    WaveInfo { id: 0, tokens: start, sequences: infos }
+    WaveInfo { id: 0, tokens: start, ids: Vec::new(), sequences: infos }
 }
 
 fn logits(tokens: usize) -> Vec<f32> {
@@ -36,7 +36,7 @@ fn logits(tokens: usize) -> Vec<f32> {
 }
 
 fn tokens<'a>(router: &'a Router, logits: &'a [f32], experts: usize, wave: &'a WaveInfo) -> RouterTokens<'a> {
-    RouterTokens { layer: 0, experts, logits, bias: None, input: None, router, wave }
+    RouterTokens { layer: 0, experts, logits, bias: None, input: None, router, table: None, wave }
 }
 
 /// Experts with a weight, by token.

@@ -202,6 +202,9 @@ impl TopP {
         let router = model.router().with_combine(self.combine)?;
         let mut biases = BTreeMap::new();
         for (layer, _) in super::per_layer::moe_layers(model.config())? {
+            if model.config().moe(layer).is_some_and(|moe| moe.by_table) {
+                return Err(Error::Unsupported(crate::overlay::routing::by_table(layer)));
+            }
             let bias = model.ffn(layer)?.router.and_then(|router| router.selection_bias);
             biases.extend(bias.map(|bias| (layer, bias)));
         }
@@ -231,6 +234,7 @@ impl Observer for TopPCalibration {
             bias: self.biases.get(&trace.layer).map(|bias| &**bias),
             input: None,
             router: &self.router,
+            table: None,
             wave: trace.wave,
         };
         let limit = self.rule.limit(&self.router, trace.experts);

@@ -5,7 +5,7 @@ use moe_checkpoint::Mixer;
 
 use crate::{
     host::{self, HostView},
-    layers::{ConvolutionState, DeltaState, LightningState, MambaState},
+    layers::{CompressedState, ConvolutionState, DeltaState, LightningState, MambaState},
 };
 
 /// Keys and values of one sequence in one layer, `[length, kv_heads * D]` each. Values of latent attention are its
@@ -33,6 +33,8 @@ pub(super) enum Kept {
     Mamba(Option<MambaState>),
     /// The state of lightning attention; none before the first token.
     Lightning(Option<LightningState>),
+    /// The last keys and the compressed ones; none before the first token.
+    Compressed(Option<Box<CompressedState>>),
     /// Nothing, of a layer that does not look at other tokens.
     None,
 }
@@ -45,6 +47,7 @@ pub(super) enum Mark {
     Convolution(Option<ConvolutionState>),
     Mamba(Option<MambaState>),
     Lightning(Option<LightningState>),
+    Compressed(Option<Box<CompressedState>>),
     None,
 }
 
@@ -64,6 +67,7 @@ impl Kept {
             Mixer::ShortConvolution { .. } => Self::Convolution(None),
             Mixer::Mamba(_) => Self::Mamba(None),
             Mixer::Lightning(_) => Self::Lightning(None),
+            Mixer::Compressed(_) => Self::Compressed(None),
             Mixer::None => Self::None,
             _ => Self::Attention(KeyValues::default()),
         }
@@ -82,6 +86,7 @@ impl Kept {
             Self::Convolution(state) => Mark::Convolution(state.clone()),
             Self::Mamba(state) => Mark::Mamba(state.clone()),
             Self::Lightning(state) => Mark::Lightning(state.clone()),
+            Self::Compressed(state) => Mark::Compressed(state.clone()),
             Self::None => Mark::None,
         }
     }
@@ -94,6 +99,7 @@ impl Kept {
             (Self::Convolution(state), Mark::Convolution(marked)) => *state = marked,
             (Self::Mamba(state), Mark::Mamba(marked)) => *state = marked,
             (Self::Lightning(state), Mark::Lightning(marked)) => *state = marked,
+            (Self::Compressed(state), Mark::Compressed(marked)) => *state = marked,
             _ => {}
         }
     }

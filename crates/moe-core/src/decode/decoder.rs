@@ -14,8 +14,8 @@ use crate::{
         rows::{RowAccumulator, gather_rows},
     },
     layers::{
-        AttentionLayer, CacheEntry, ChosenKeys, ConvolutionState, DeltaState, LightningState, MambaState, MixerLayer,
-        slice_rows,
+        AttentionLayer, CacheEntry, ChosenKeys, CompressedState, ConvolutionState, DeltaState, LightningState,
+        MambaState, MixerLayer, slice_rows,
     },
     model::{Model, RotaryTables},
     trace::{HalfInput, Nobody, SequenceInfo, WaveInfo},
@@ -211,8 +211,8 @@ impl<'m> Decoder<'m> {
             start += tokens.len();
         }
         let tables = self.model.rotary_tables(&self.positions(active, &spans));
-        let info = info_of(&spans);
-        let embedded = self.model.embed(&ids)?;
+        let info = WaveInfo { ids: ids.clone(), ..info_of(&spans) };
+        let embedded = self.model.embedded_streams(&ids)?;
         Ok((Fed { spans, tables, info, ids, chosen: ChosenKeys::default() }, embedded))
     }
 
@@ -385,6 +385,20 @@ impl<'m> Decoder<'m> {
                 }
                 middle
             }
+            MixerLayer::Compressed(compressed) => {
+                let mut states: Vec<CompressedState> = Vec::with_capacity(active.len());
+                for &sequence in active {
+                    states.push(match &mut cache[sequence] {
+                        Kept::Compressed(state) => state.take().map_or_else(|| compressed.start(), |state| *state),
+                        _ => unreachable!("the cache was made for the kinds of the layers"),
+                    });
+                }
+                let middle = compressed.step(x, spans, &mut states);
+                for (&sequence, state) in active.iter().zip(states) {
+                    cache[sequence] = Kept::Compressed(Some(Box::new(state)));
+                }
+                middle
+            }
             MixerLayer::HeadMixture(mixture) => {
                 let tape = mixture.project(x, tables.of(model.config(), layer));
                 for (&sequence, span) in active.iter().zip(spans) {
@@ -500,7 +514,7 @@ fn with_delta_states(
 fn info_of(spans: &[Range<usize>]) -> WaveInfo {
     let sequence = |span: &Range<usize>| SequenceInfo { tokens: span.clone(), loss_tokens: 0 };
     let tokens = spans.last().map_or(0, |span| span.end);
-    WaveInfo { id: 0, tokens, sequences: spans.iter().map(sequence).collect() }
+    WaveInfo { id: 0, tokens, ids: Vec::new(), sequences: spans.iter().map(sequence).collect() }
 }
 
 /// The rows of some of the spans, which rows they are, and their spans among themselves.

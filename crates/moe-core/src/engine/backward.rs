@@ -82,6 +82,7 @@ impl Engine<'_> {
             }
             dy = dx;
         }
+        let mut dy = self.model.over_streams(&dy);
         if let Some(through) = sweep.d_embedded.take() {
             dy = added(dy, &through.into_tensor());
         }
@@ -193,14 +194,16 @@ impl Engine<'_> {
         let needs = sweep.needs;
         let layer = self.model.path().steps()[at].layer;
         let wave = &sweep.prepared.info;
-        let given = &self.apart(given).0;
+        let stream = &self.apart(given).0;
         let want_input = sweep.depth.reaches_below_feed_forward(at);
         let parameters = needs.parameters;
         let ffn = self.model.ffn(layer)?;
+        let (mixing, given) = ffn.open(stream);
+        let given = &given;
         let z = ffn.normed(given);
         let dy = self.layer_input_backward(sweep, layer, &ffn, given, &tape.sums, dy)?;
         let BlockGradients { experts: d_blocks, dense: d_dense, around } =
-            ffn.block_gradients(dy, &tape.sums, parameters);
+            ffn.block_gradients(dy, mixing.as_ref(), &tape.sums, parameters);
         let [tokens, hidden] = z.dims();
         // a norm that is trained is behind the experts
         let want_dz = want_input || (parameters && (ffn.trains_norms() || ffn.trains_latent()));
@@ -259,6 +262,10 @@ impl Engine<'_> {
                 let mut gradients = routing.backward(&tokens, &d_weights, overlay, parameters)?;
                 if let Some(adapters) = self.model.adapters().filter(|_| parameters) {
                     if adapters.dense_router(layer) {
+                        if router.table.is_some() {
+                            let what = "router gradients from all experts in layer";
+                            return Err(Error::Unsupported(format!("{what} {layer}, which routes by a table")));
+                        }
                         if routing.identity.is_some() {
                             let what = "router gradients from all experts in layer";
                             return Err(Error::Unsupported(format!("{what} {layer}, which has identity experts")));
@@ -328,7 +335,12 @@ impl Engine<'_> {
             None => around,
         };
         let through = ffn.input_gradient(given, dz, [d_dense_input, d_router_input], parameters);
-        Ok(want_input.then_some([through, around]))
+        Ok(want_input.then(|| match (&ffn.streams, &mixing, tape.sums.first()) {
+            (Some(streams), Some(mixing), Some(half)) => {
+                streams.input_gradients(stream, mixing, half, &around, &through)
+            }
+            _ => [through, around],
+        }))
     }
 
     /// Backward of the routed experts of a layer: the gradient of each routing weight `[T, k]`, and that of `z`, added

@@ -47,6 +47,11 @@ pub(super) fn blend(x: &Tensor<2>, y: Tensor<2>, factors: &[f32]) -> Tensor<2> {
     blended.into_tensor()
 }
 
+/// The ids of some rows, where they are known.
+fn ids_of(ids: &[u32], rows: &[u32]) -> Vec<u32> {
+    rows.iter().filter_map(|row| ids.get(*row as usize)).copied().collect()
+}
+
 impl Engine<'_> {
     /// Refuses what a depth rule must not say.
     ///
@@ -88,7 +93,7 @@ impl Engine<'_> {
             sequences.push(SequenceInfo { tokens: start..start + n, loss_tokens: sequence.loss_tokens });
             start += n;
         }
-        let some = WaveInfo { id: wave.id, tokens: rows.len(), sequences };
+        let some = WaveInfo { id: wave.id, tokens: rows.len(), ids: ids_of(&wave.ids, &rows), sequences };
         let (input, read) = (gather_rows(half.stream, &rows), gather_rows(half.read, &rows));
         let some_of = HalfInput { stream: &input, read: &read };
         let mut output = self.ffn_forward(pass(&some), some_of, &mut LayerTape::default(), observer)?;
@@ -190,7 +195,8 @@ impl Engine<'_> {
                 loss_tokens: prepared.info.sequences[*i].loss_tokens,
             };
             let sequences = run.iter().zip(&spans).map(sequence).collect();
-            let some = WaveInfo { id: prepared.info.id, tokens: rows.len(), sequences };
+            let ids = ids_of(&prepared.info.ids, &rows);
+            let some = WaveInfo { id: prepared.info.id, tokens: rows.len(), ids, sequences };
             let part = self.decided_feed_forward(layer, self.half(&part, &middle), &some, rule, observer)?;
             let mut whole = RowAccumulator::from_tensor(x);
             whole.set_rows(&rows, &part);
@@ -206,6 +212,7 @@ impl Engine<'_> {
     /// [`Error::Unsupported`].
     pub(super) fn check_depth(&self, needs: Signals) -> Result<()> {
         let refuse = |what: &str| Err(Error::Unsupported(what.to_string()));
+        self.check_streams(needs)?;
         if let Some(rule) = self.model.depth_rule() {
             if needs.experts() || needs.streams || needs.gradients {
                 return refuse("observed experts while depth is decided as a model runs");
@@ -222,6 +229,22 @@ impl Engine<'_> {
             );
         }
         Ok(())
+    }
+
+    /// Refuses to show the residual stream around the halves of layers where there are several.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    pub(super) fn check_streams(&self, needs: Signals) -> Result<()> {
+        match (&self.model.config().streams, needs.streams) {
+            (Some(streams), true) => Err(Error::Unsupported(format!(
+                "the residual stream before and after the experts of `{}`, which has {} of them that every half of a \
+                 layer mixes anew: refits, measured distortions of layers and what else compares the two",
+                self.model.config().model_type,
+                streams.count
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// Refuses a path of layers and rules of depth where a sweep knows none.

@@ -127,7 +127,7 @@ impl Engine<'_> {
             None => {
                 let mut x = match (&done, &unfinished) {
                     (Some(_), Some(unfinished)) => unfinished.load(Part::Input(first), device)?,
-                    _ => self.model.embed(&prepared.ids)?,
+                    _ => self.model.embedded_streams(&prepared.ids)?,
                 };
                 for (at, tape) in tapes.iter_mut().enumerate().take(stop).skip(first) {
                     let PathStep { layer, attention, feed_forward } = steps[at];

@@ -187,7 +187,12 @@ mod tests {
     #[test]
     fn rows_are_grouped_by_sequence() {
         let sequence = |tokens: Range<usize>| SequenceInfo { loss_tokens: tokens.len() - 1, tokens };
-        let wave = WaveInfo { id: 0, tokens: 12, sequences: vec![sequence(0..4), sequence(4..7), sequence(7..12)] };
+        let wave = WaveInfo {
+            id: 0,
+            tokens: 12,
+            ids: Vec::new(),
+            sequences: vec![sequence(0..4), sequence(4..7), sequence(7..12)],
+        };
         let found = segments(&[0, 3, 7, 8, 11], &wave);
         assert_eq!(
             found,

@@ -112,7 +112,7 @@ impl Engine<'_> {
         let input = input.into();
         let tokens = input.stream.dims()[0];
         let sequences = vec![SequenceInfo { tokens: 0..tokens, loss_tokens: 0 }];
-        let wave = WaveInfo { id: 0, tokens, sequences };
+        let wave = WaveInfo { id: 0, tokens, ids: Vec::new(), sequences };
         let pass = FfnPass { needs, change: Some(change), ..FfnPass::new(layer, &wave) };
         let output = self.ffn_forward(pass, input, &mut LayerTape::default(), observer)?;
         Ok(self.joined(layer, &output))
@@ -122,7 +122,7 @@ impl Engine<'_> {
     /// joins it later: `[T, 2 H]` taken apart.
     pub(crate) fn apart(&self, x: &Tensor<2>) -> (Tensor<2>, Option<Tensor<2>>) {
         let hidden = self.model.config().hidden_size;
-        match x.dims()[1] == 2 * hidden {
+        match x.dims()[1] == 2 * hidden && self.model.config().has_shortcuts() {
             true => (x.clone().narrow(1, 0, hidden), Some(x.clone().narrow(1, hidden, hidden))),
             false => (x.clone(), None),
         }
@@ -159,7 +159,8 @@ impl Engine<'_> {
         let ffn = self.model.ffn(layer)?;
         let Some(router) = &ffn.router else { return Err(Error::input("layer", layer, "one with a router")) };
         let tokens = logits.len() / experts.max(1);
-        let wave = WaveInfo { id: 0, tokens, sequences: vec![SequenceInfo { tokens: 0..tokens, loss_tokens: 0 }] };
+        let ids = Vec::new();
+        let wave = WaveInfo { id: 0, tokens, ids, sequences: vec![SequenceInfo { tokens: 0..tokens, loss_tokens: 0 }] };
         let tokens = RouterTokens {
             layer,
             experts,
@@ -167,6 +168,7 @@ impl Engine<'_> {
             bias: router.selection_bias.as_deref(),
             input: None,
             router: self.model.router(),
+            table: router.table.as_deref(),
             wave: &wave,
         };
         Ok(LayerRouting::new(&tokens, self.identities(layer), router.scales.as_ref(), overlay)?.applied)
@@ -177,7 +179,8 @@ impl Engine<'_> {
         let overlay = self.model.routing_overlay().map(|overlay| &**overlay);
         let ffn = self.model.ffn_routed_by(layer, overlay)?;
         let Some(router) = &ffn.router else { return Ok(None) };
-        let read = router.input(half.read, &ffn.normed(half.read));
+        let half = ffn.open(&self.apart(half.read).0).1;
+        let read = router.input(&half, &ffn.normed(&half));
         let logits = HostView::new(&router.linear.forward(&read));
         let tokens = self.router_tokens(layer, router, &read, logits.as_slice(), wave);
         Ok(Some(LayerRouting::new(&tokens, self.identities(layer), router.scales.as_ref(), overlay)?.applied))
@@ -199,6 +202,7 @@ impl Engine<'_> {
             bias: router.selection_bias.as_deref(),
             input: Some(read),
             router: self.model.router(),
+            table: router.table.as_deref(),
             wave,
         }
     }
@@ -243,6 +247,8 @@ impl Engine<'_> {
         let routing = change.and_then(|change| change.routing.as_ref()).or(self.model.routing_overlay()).map(|r| &**r);
         let overlay = change.and_then(|change| change.experts.as_deref());
         let ffn = self.model.ffn_routed_by(layer, routing)?;
+        let (mixing, given) = ffn.open(given);
+        let given = &given;
         let z = ffn.normed(given);
         let mut sums = ffn.sums(stream);
         if let Some(router) = &ffn.router {
@@ -342,7 +348,7 @@ impl Engine<'_> {
             }
         }
         self.model.check_reads()?;
-        let (output, kept) = ffn.output(stream, sums);
+        let (output, kept) = ffn.output(stream, mixing.as_ref(), sums);
         if keep_sums {
             tape.sums = kept;
         }

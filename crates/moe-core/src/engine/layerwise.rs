@@ -113,7 +113,7 @@ impl Engine<'_> {
             experts_together: memory::experts_together(self.model.device()),
             waiting: if self.model.config().is_parallel() { 3 } else { 2 }
                 * 4
-                * (tokens * self.model.config().hidden_size) as u64,
+                * (tokens * self.model.config().stream_width()) as u64,
             waiting_keys: memory::lent_keys(self.model.config(), tokens - largest),
             decoded_per_use: self.model.decodes_per_use(),
             expert_cache: self.model.expert_cache_bytes(),
@@ -133,7 +133,7 @@ impl Engine<'_> {
         let spill = plan.spill.then_some(self.options.spill_dir.as_path());
         let mut store = HiddenStore::new(3 * waves.len(), spill)?;
         for (position, wave) in waves.iter().enumerate() {
-            store.put(stream_slot(position), self.model.embed(&wave.ids)?)?;
+            store.put(stream_slot(position), self.model.embedded_streams(&wave.ids)?)?;
         }
         Ok(LayerSweep { engine: self, waves, store, next: 0 })
     }
@@ -156,6 +156,7 @@ impl LayerSweep<'_> {
         if needs.backward() {
             return Err(Error::input("visitor needs", "gradients", "forward signals only, layer by layer"));
         }
+        self.engine.check_streams(needs)?;
         let Some(layer) = self.next_moe_layer() else { return Ok(None) };
         self.dense_layers(layer, needs, visitor)?;
         let config = self.engine.model.config();

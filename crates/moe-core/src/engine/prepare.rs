@@ -25,7 +25,7 @@ pub(super) struct Prepared {
 
 impl Prepared {
     pub fn new(model: &Model, wave: &Wave) -> Result<Self> {
-        let mut info = WaveInfo { id: wave.id, tokens: 0, sequences: Vec::new() };
+        let mut info = WaveInfo { id: wave.id, tokens: 0, ids: Vec::new(), sequences: Vec::new() };
         let (mut ids, mut targets, mut spans) = (Vec::new(), Vec::new(), Vec::new());
         for (i, sequence) in wave.sequences.iter().enumerate() {
             if sequence.ids.is_empty() {
@@ -43,6 +43,7 @@ impl Prepared {
             return Err(Error::input(format!("wave {}", wave.id), "no sequences", "at least one"));
         }
         info.tokens = ids.len();
+        info.ids.clone_from(&ids);
         let positions: Vec<_> = spans.iter().map(|s| Positions { range: 0..s.len(), length: s.len() }).collect();
         let tables = model.rotary_tables(&positions);
         Ok(Self { info, ids, targets, spans, tables, handover: Handover::default() })

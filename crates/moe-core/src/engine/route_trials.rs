@@ -79,7 +79,7 @@ impl Engine<'_> {
         let prepared = Prepared::new(self.model, wave)?;
         let plan = self.plan_with(prepared.ids.len(), false, true)?;
         self.model.set_residency(plan.residency);
-        let mut x = self.model.embed(&prepared.ids)?;
+        let mut x = self.model.embedded_streams(&prepared.ids)?;
         for layer in 0..last {
             let mut tape = LayerTape::default();
             let middle = self.attention_forward(layer, &x, &prepared, &mut tape, false)?;

@@ -9,7 +9,7 @@ use crate::{
     kernels::rows::{RowAccumulator, gather_rows},
     overlay::{
         LogitTransform, RouterTokens, RoutingOverlay, RoutingRule, RuleGradients,
-        routing::{check_removed, check_rule, refusal},
+        routing::{by_table, check_removed, check_rule, refusal},
     },
     router::{Dispatch, Routed},
     trace::{LayerTrace, WaveInfo},
@@ -130,7 +130,7 @@ impl LayerRouting {
         scales: Option<&Arc<[f32]>>,
         overlay: Option<&dyn RoutingOverlay>,
     ) -> Result<Self> {
-        let RouterTokens { layer, experts, bias, router, .. } = *tokens;
+        let RouterTokens { layer, experts, router, .. } = *tokens;
         let own = experts - identities;
         let scaled = |rule: Routed| match scales {
             Some(factors) => {
@@ -140,12 +140,15 @@ impl LayerRouting {
             None => (rule, None),
         };
         let Some(overlay) = overlay else {
-            let (applied, scaled) = scaled(router.route(tokens.logits, experts, bias));
+            let (applied, scaled) = scaled(tokens.route(router, &[])?);
             return Ok(Self::of(applied, own, router.scale(), None, scaled));
         };
         if identities > 0 && (overlay.rule(layer).is_some() || overlay.logits(layer).is_some()) {
             let what = "other rules and other logits of the routing of layer";
             return Err(Error::Unsupported(format!("{what} {layer}, which has identity experts")));
+        }
+        if tokens.table.is_some() && overlay.rule(layer).is_some() {
+            return Err(Error::Unsupported(by_table(layer)));
         }
         let router = match overlay.top_k() {
             Some(top_k) => &router.at_most(top_k),
@@ -181,7 +184,7 @@ impl LayerRouting {
             }
             None => {
                 let removed = overlay.removed(layer).unwrap_or_default();
-                scaled(router.route_without(tokens.logits, experts, bias, removed))
+                scaled(tokens.route(router, removed)?)
             }
         };
         let mut seen = rule.clone();

@@ -217,7 +217,7 @@ impl Engine<'_> {
                 half + usize::from(depth.reaches_attention(l))
             })
             .sum();
-        let needed = 4 * (prepared.ids.len() * config.hidden_size * (kept + 2)) as u64;
+        let needed = 4 * (prepared.ids.len() * config.stream_width() * (kept + 2)) as u64;
         let parent = directory.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
         let mut hasher = blake3::Hasher::new();
         let what = json!({

@@ -9,6 +9,7 @@ pub(crate) mod amx;
 pub mod attention;
 #[cfg_attr(not(target_arch = "x86_64"), path = "bf16_dot_absent.rs")]
 pub(crate) mod bf16_dot;
+pub mod compressed;
 pub mod convolution;
 pub mod delta;
 pub mod divergence;

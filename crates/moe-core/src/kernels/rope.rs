@@ -141,6 +141,20 @@ impl RotaryEmbedding {
         Self { growth, ..self }
     }
 
+    /// Table of these positions, whatever sequences they are of, with the frequencies of short ones.
+    pub fn table_at(&self, positions: impl IntoIterator<Item = usize>) -> RotaryTable {
+        let Frequencies { inverse, factor } = &self.frequencies;
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for position in positions {
+            for inverse in inverse {
+                let angle = position as f32 * inverse;
+                cos.push(angle.cos() * factor);
+                sin.push(angle.sin() * factor);
+            }
+        }
+        RotaryTable { half: inverse.len(), interleaved: self.interleaved, cos, sin, growth: None }
+    }
+
     /// Table of the positions of some sequences, one after the other.
     pub fn table(&self, sequences: &[Positions]) -> RotaryTable {
         let half = self.frequencies.inverse.len();
@@ -187,6 +201,11 @@ impl RotaryTable {
         } else {
             self.on_device(x, heads, first, inverse)
         }
+    }
+
+    /// Columns of a head that are rotated.
+    pub fn columns(&self) -> usize {
+        2 * self.half
     }
 
     /// The same with the columns that are turned together neighboring or not.

@@ -27,6 +27,11 @@ pub enum GatedActivation {
     GeluTanh,
     /// `relu(g) * v`.
     Relu,
+    /// `silu(min(g, limit)) * v'` with `v'` clamped to `[-limit, limit]`; gradients of clamped values are zero.
+    LimitedSilu {
+        /// Bound of gate and up.
+        limit: f32,
+    },
     /// `min(silu(g), limit) * v'` with `v'` clamped to `[-limit, limit]`; gradients of clamped values are zero.
     BoundedSilu {
         /// Bound of the activated gate and of up.
@@ -191,6 +196,10 @@ impl GatedActivation {
             Self::Gelu => (gelu::on_device(g), v, None),
             Self::GeluTanh => (gelu::tanh_on_device(g), v, None),
             Self::Relu => ((activation::relu(g.clone()), g.greater_elem(0.0).float()), v, None),
+            Self::LimitedSilu { limit } => {
+                let clamped = (g.clone().greater_elem(limit), v.clone().abs().greater_elem(limit));
+                (silu(g.clamp_max(limit), 1.0), v.clamp(-limit, limit), Some(clamped))
+            }
             Self::BoundedSilu { limit } => {
                 let (h, derivative) = silu(g, 1.0);
                 let clamped = (h.clone().greater_elem(limit), v.clone().abs().greater_elem(limit));
@@ -207,6 +216,7 @@ impl GatedActivation {
             Self::Gelu => gelu::row(g, v, u),
             Self::GeluTanh => gelu::tanh_row(g, v, u),
             Self::Relu => u.iter_mut().zip(g).zip(v).for_each(|((u, g), v)| *u = g.max(0.0) * v),
+            Self::LimitedSilu { limit } => limited_row(g, v, limit, u),
             Self::BoundedSilu { limit } => bounded_row(g, v, limit, u),
         }
     }
@@ -219,6 +229,7 @@ impl GatedActivation {
             Self::Gelu => gelu::row_backward(g, v, du, dg, dv),
             Self::GeluTanh => gelu::tanh_row_backward(g, v, du, dg, dv),
             Self::Relu => relu_row_backward(g, v, du, dg, dv),
+            Self::LimitedSilu { limit } => limited_row_backward(g, v, limit, du, dg, dv),
             Self::BoundedSilu { limit } => bounded_row_backward(g, v, limit, du, dg, dv),
         }
     }
@@ -237,6 +248,23 @@ fn swiglu_row_backward(g: &[f32], v: &[f32], du: &[f32], dg: &mut [f32], dv: &mu
         let s = math::sigmoid(*g);
         *dg = d * v * math::silu_derivative(*g, s);
         *dv = d * g * s;
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
+fn limited_row(g: &[f32], v: &[f32], limit: f32, u: &mut [f32]) {
+    for ((u, g), v) in u.iter_mut().zip(g).zip(v) {
+        *u = math::silu(g.min(limit)) * v.clamp(-limit, limit);
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
+fn limited_row_backward(g: &[f32], v: &[f32], limit: f32, du: &[f32], dg: &mut [f32], dv: &mut [f32]) {
+    for ((((g, v), d), dg), dv) in g.iter().zip(v).zip(du).zip(dg).zip(dv) {
+        let (gate, up) = (g.min(limit), v.clamp(-limit, limit));
+        let s = math::sigmoid(gate);
+        *dg = if *g > limit { 0.0 } else { d * up * math::silu_derivative(gate, s) };
+        *dv = if v.abs() > limit { 0.0 } else { d * gate * s };
     }
 }
 
@@ -290,10 +318,11 @@ mod tests {
     use crate::kernels::testing::{assert_close, device, pattern};
 
     /// The limit is inside the range of the patterns, so that clamping happens.
-    const KINDS: [GatedActivation; 6] = [
+    const KINDS: [GatedActivation; 7] = [
         GatedActivation::Silu,
         GatedActivation::ClampedSilu { alpha: 1.7, limit: 0.6 },
         GatedActivation::BoundedSilu { limit: 0.3 },
+        GatedActivation::LimitedSilu { limit: 0.4 },
         GatedActivation::Gelu,
         GatedActivation::GeluTanh,
         GatedActivation::Relu,

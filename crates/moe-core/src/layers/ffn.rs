@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
+use moe_checkpoint::ExpertTable;
 
-use super::{DenseBlock, Linear, Norm, scaled};
+use super::{DenseBlock, HyperConnection, Linear, Mixing, Norm, scaled};
 use crate::{
     adapters::{Tokens, Wanted},
     kernels::{rows::RowAccumulator, weight::Weight},
@@ -14,6 +15,8 @@ use crate::{
 /// them.
 #[derive(Clone, Debug)]
 pub struct FfnLayer {
+    /// How it reads and writes several residual streams, where there are several: what it is given are all of them.
+    pub streams: Option<Arc<HyperConnection>>,
     /// Input norm, where there is one.
     pub norm: Option<Norm>,
     /// Norm of the sum of the blocks, where there is one.
@@ -70,6 +73,8 @@ pub struct RouterLayer {
     pub norm: Option<Norm>,
     /// Added to the scores for the selection of experts, not for their weights `[E]`.
     pub selection_bias: Option<Arc<[f32]>>,
+    /// The experts of every token of the vocabulary, where scores do not choose them.
+    pub table: Option<Arc<ExpertTable>>,
     /// Factors on the weights of the experts `[E]`.
     pub scales: Option<Arc<[f32]>>,
 }
@@ -99,7 +104,7 @@ pub(crate) struct BlockGradients {
     pub experts: Tensor<2>,
     /// At the output of the dense block `[T, H]`.
     pub dense: Tensor<2>,
-    /// At the input, around the blocks `[T, H]`.
+    /// At the input, around the blocks `[T, H]`; where there are several residual streams, at those after the half.
     pub around: Tensor<2>,
 }
 
@@ -149,7 +154,8 @@ impl FfnLayer {
 
     /// Whether the output is the input plus the sum of the blocks.
     fn is_plain(&self) -> bool {
-        self.output_norm.is_none()
+        self.streams.is_none()
+            && self.output_norm.is_none()
             && self.apart.is_none()
             && self.residual == 1.0
             && self.scale == 1.0
@@ -167,7 +173,7 @@ impl FfnLayer {
     /// What outputs of the blocks on `x` are added to, for [`output`](Self::output).
     pub(crate) fn sums(&self, x: &Tensor<2>) -> BlockSums {
         let zeros = |width: usize| RowAccumulator::zeros(x.dims()[0], width, &x.device());
-        let hidden = x.dims()[1];
+        let hidden = x.dims()[1] / self.streams.as_ref().map_or(1, |streams| streams.count);
         if self.shortcut {
             let (experts, dense) = (zeros(hidden), Some(RowAccumulator::from_tensor(x.clone())));
             return BlockSums { experts, latent: None, dense };
@@ -179,9 +185,29 @@ impl FfnLayer {
         }
     }
 
+    /// What it does with several residual streams `x`, and what its norm reads of them.
+    pub(crate) fn open(&self, x: &Tensor<2>) -> (Option<Mixing>, Tensor<2>) {
+        match &self.streams {
+            Some(streams) => {
+                let (mixing, read) = streams.open(x);
+                (Some(mixing), read)
+            }
+            None => (None, x.clone()),
+        }
+    }
+
     /// `x` plus what the blocks give, and the sums that a backward pass through norms after the blocks needs, that of
-    /// the latents last.
-    pub(crate) fn output(&self, x: &Tensor<2>, mut sums: BlockSums) -> (Tensor<2>, Vec<Tensor<2>>) {
+    /// the latents last. `mixing` as [`open`](Self::open) gave it.
+    pub(crate) fn output(
+        &self,
+        x: &Tensor<2>,
+        mixing: Option<&Mixing>,
+        mut sums: BlockSums,
+    ) -> (Tensor<2>, Vec<Tensor<2>>) {
+        if let (Some(streams), Some(mixing)) = (&self.streams, mixing) {
+            let half = sums.experts.into_tensor();
+            return (streams.close(x, mixing, &half), vec![half]);
+        }
         if self.shortcut {
             let stream = sums.dense.take().map_or_else(|| x.clone(), RowAccumulator::into_tensor);
             return (Tensor::cat(vec![stream, sums.experts.into_tensor()], 1), Vec::new());
@@ -227,7 +253,17 @@ impl FfnLayer {
 
     /// Gradients at the blocks, from that of the layer's output; `sums` as [`output`](Self::output) kept them. With
     /// `parameters`, also those of what is trained of the norms.
-    pub(crate) fn block_gradients(&self, dy: Tensor<2>, sums: &[Tensor<2>], parameters: bool) -> BlockGradients {
+    pub(crate) fn block_gradients(
+        &self,
+        dy: Tensor<2>,
+        mixing: Option<&Mixing>,
+        sums: &[Tensor<2>],
+        parameters: bool,
+    ) -> BlockGradients {
+        if let (Some(streams), Some(mixing)) = (&self.streams, mixing) {
+            let half = streams.half_gradient(mixing, &dy);
+            return BlockGradients { experts: half.clone(), dense: half, around: dy };
+        }
         if self.shortcut {
             let hidden = dy.dims()[1] / 2;
             let (stream, experts) = (dy.clone().narrow(1, 0, hidden), dy.narrow(1, hidden, hidden));

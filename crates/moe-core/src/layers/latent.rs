@@ -65,7 +65,8 @@ pub(super) struct Saved {
 }
 
 impl QueryProjection {
-    fn forward(&self, z: &Tensor<2>) -> (Tensor<2>, Option<Tensor<2>>) {
+    /// Queries of `z`, and their latent before its norm.
+    pub(super) fn forward(&self, z: &Tensor<2>) -> (Tensor<2>, Option<Tensor<2>>) {
         match self {
             Self::Full(weight) => (weight.forward(z, None), None),
             Self::LowRank(query) => {
@@ -75,7 +76,16 @@ impl QueryProjection {
         }
     }
 
-    fn backward(
+    /// The normed latent of queries, where there is one.
+    pub(super) fn normed(&self, latent: &Tensor<2>) -> Option<Tensor<2>> {
+        match self {
+            Self::LowRank(query) => Some(query.norm.forward(latent)),
+            Self::Full(_) => None,
+        }
+    }
+
+    /// Gradient with respect to `z`, if it is wanted.
+    pub(super) fn backward(
         &self,
         z: &dyn Fn() -> Tensor<2>,
         latent: Option<&Tensor<2>>,
@@ -120,10 +130,7 @@ impl LatentProjections {
 
     /// The normed latent of queries `[n, R_q]`, where there is one.
     pub(super) fn query_latent(&self, saved: &Saved) -> Option<Tensor<2>> {
-        match (&self.query, &saved.query) {
-            (QueryProjection::LowRank(query), Some(latent)) => Some(query.norm.forward(latent)),
-            _ => None,
-        }
+        saved.query.as_ref().and_then(|latent| self.query.normed(latent))
     }
 
     /// Logits of the gates on the outputs of the heads, for every column of a head `[n, heads * value]`.

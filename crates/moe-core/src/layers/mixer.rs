@@ -5,8 +5,8 @@ use std::ops::Range;
 use burn::tensor::Tensor;
 
 use super::{
-    AttentionLayer, AttentionTape, ConvolutionLayer, ConvolutionTape, DeltaLayer, DeltaTape, Handover,
-    HeadMixtureLayer, HeadMixtureTape, LightningLayer, LightningTape, MambaLayer, MambaTape,
+    AttentionLayer, AttentionTape, CompressedLayer, CompressedTape, ConvolutionLayer, ConvolutionTape, DeltaLayer,
+    DeltaTape, Handover, HeadMixtureLayer, HeadMixtureTape, LightningLayer, LightningTape, MambaLayer, MambaTape,
 };
 use crate::{adapters::Wanted, error::Result, kernels::rope::RotaryTable};
 
@@ -25,6 +25,8 @@ pub enum MixerLayer {
     Lightning(Box<LightningLayer>),
     /// A mixture of attention heads.
     HeadMixture(Box<HeadMixtureLayer>),
+    /// Attention to the last keys and to compressed ones.
+    Compressed(Box<CompressedLayer>),
     /// Nothing: the layer is a feed-forward half alone.
     None,
 }
@@ -46,6 +48,8 @@ pub enum MixerTape {
     Lightning(LightningTape),
     /// Of a mixture of attention heads.
     HeadMixture(HeadMixtureTape),
+    /// Of attention to compressed keys.
+    Compressed(CompressedTape),
     /// Of nothing.
     None,
 }
@@ -70,6 +74,7 @@ impl MixerLayer {
             Self::Mamba(layer) => MixerTape::Mamba(layer.project(x)),
             Self::Lightning(layer) => MixerTape::Lightning(layer.project(x)),
             Self::HeadMixture(layer) => MixerTape::HeadMixture(layer.project(x, table)),
+            Self::Compressed(layer) => MixerTape::Compressed(layer.project(x, sequences)),
             Self::None => MixerTape::None,
         })
     }
@@ -83,6 +88,7 @@ impl MixerLayer {
             (Self::Mamba(layer), MixerTape::Mamba(tape)) => layer.mix(x, tape, sequences),
             (Self::Lightning(layer), MixerTape::Lightning(tape)) => layer.mix(x, tape, sequences),
             (Self::HeadMixture(layer), MixerTape::HeadMixture(tape)) => layer.mix(x, tape, sequences),
+            (Self::Compressed(layer), MixerTape::Compressed(tape)) => layer.mix(x, tape, sequences),
             (Self::None, MixerTape::None) => x.clone(),
             _ => unreachable!("a tape belongs to the layer that wrote it"),
         }
@@ -112,6 +118,7 @@ impl MixerLayer {
             (Self::HeadMixture(layer), MixerTape::HeadMixture(tape)) => {
                 layer.backward(x, tape, sequences, table, dy, wanted)
             }
+            (Self::Compressed(layer), MixerTape::Compressed(tape)) => layer.backward(x, tape, sequences, dy, wanted),
             (Self::None, MixerTape::None) => wanted.input.then_some(dy),
             _ => unreachable!("a tape belongs to the layer that wrote it"),
         }

@@ -4,6 +4,7 @@
 //! nothing is recorded that is not used, and every temporary has a known size.
 
 mod attention;
+mod compressed;
 mod convolved_heads;
 mod delta;
 mod dense;
@@ -19,6 +20,7 @@ mod mixer;
 mod norm;
 mod shared_keys;
 mod short_convolution;
+mod streams;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
@@ -27,6 +29,7 @@ use std::{ops::Range, sync::Arc};
 use burn::tensor::Tensor;
 
 pub use attention::{AttentionLayer, AttentionTape, CacheEntry, Projections};
+pub use compressed::{CompressedLayer, CompressedState, CompressedTape, Compressor, EntryIndexer};
 pub use delta::{
     ApartProjections, DeltaLayer, DeltaProjections, DeltaState, DeltaTape, GateActivation, WideProjection,
 };
@@ -44,6 +47,7 @@ pub use mixer::{MixerLayer, MixerTape};
 pub use norm::Norm;
 pub use shared_keys::{Handover, QueryOnly, SharedKeys};
 pub use short_convolution::{ConvolutionLayer, ConvolutionState, ConvolutionTape};
+pub use streams::{HeadInput, HyperConnection, Mixing, StreamSum};
 
 use crate::{
     adapters::{Tokens, VectorAdapter, Wanted},

@@ -8,6 +8,7 @@ use crate::{
     host,
     kernels::{
         attention::{AttentionShape, attention_cached},
+        compressed::{CompressedShape, PoolShape},
         delta::{DecayPer, DeltaShape},
         latent::LatentHeads,
         rope::{Positions, RotaryEmbedding, RotaryTable},
@@ -419,4 +420,133 @@ fn a_mixture_of_heads_has_the_gradient_of_a_difference_quotient() {
     let wanted = Wanted { input: true, parameters: false };
     let found = layer.backward(&x, &layer.project(&x, &table), &sequences, &table, dy.clone(), wanted).unwrap();
     check_quotients(&x, &dy, found, |x| layer.mix(x, &layer.project(x, &table), &sequences));
+}
+
+const STREAMS: usize = 3;
+
+fn hyper_connection(seed: u32) -> HyperConnection {
+    let width = STREAMS * HIDDEN;
+    HyperConnection {
+        norm: Norm::new(Tensor::ones([width], &pattern([1, 1], 1).device()), None, 1e-5),
+        map: weight([15, width], seed),
+        base: host::into_vec(pattern([1, 15], seed + 1)).into(),
+        scale: [0.9, 1.3, 1.1],
+        count: STREAMS,
+        iterations: 4,
+        eps: 1e-3,
+    }
+}
+
+#[test]
+fn hyper_connections_have_the_gradient_of_a_difference_quotient() {
+    let streams = hyper_connection(50);
+    let [x, dy] = [20, 21].map(|seed| pattern([TOKENS, STREAMS * HIDDEN], seed));
+    // A half that is a linear map of what it reads.
+    let half = weight([HIDDEN, HIDDEN], 22);
+    let run = |x: &Tensor<2>| {
+        let (mixing, read) = streams.open(x);
+        streams.close(x, &mixing, &half.forward(&read, None))
+    };
+    let (mixing, read) = streams.open(&x);
+    let d_read = half.backward(&streams.half_gradient(&mixing, &dy));
+    let gradients = streams.input_gradients(&x, &mixing, &half.forward(&read, None), &dy, &d_read);
+    check_quotients(&x, &dy, sum_of(gradients.map(Some)).unwrap(), run);
+    // Mixtures are nearly doubly stochastic, so that equal streams stay equal but for the half.
+    let same = pattern([TOKENS, HIDDEN], 23).repeat(&[1, STREAMS]);
+    let (mixing, _) = streams.open(&same);
+    let mixed = streams.close(&same, &mixing, &Tensor::zeros([TOKENS, HIDDEN], &same.device()));
+    assert_close(&mixed, &same, 2e-2);
+}
+
+#[test]
+fn what_the_head_reads_of_streams_has_the_gradient_of_a_difference_quotient() {
+    let width = STREAMS * HIDDEN;
+    let sum = StreamSum {
+        norm: Norm::new(Tensor::ones([width], &pattern([1, 1], 1).device()), None, 1e-5),
+        map: weight([STREAMS, width], 30),
+        base: [0.3, -0.2, 0.1].into(),
+        scale: 1.2,
+        eps: 1e-3,
+    };
+    let input = HeadInput { norm: norm(HIDDEN, 6, false), streams: Some(Box::new(sum)) };
+    let (x, dy) = (pattern([TOKENS, width], 20), pattern([TOKENS, HIDDEN], 21));
+    check_quotients(&x, &dy, input.backward(&x, &dy, false), |x| input.forward(x));
+}
+
+/// Attention with a window of two tokens and one compressed key for `rate` tokens, if any; with an indexer, groups
+/// overlap and a query sees `chosen` keys.
+fn compressed(rate: usize, chosen: Option<usize>) -> CompressedLayer {
+    let series = if chosen.is_some() { 2 } else { 1 };
+    let compressor = |width: usize, seed: u32| Compressor {
+        key: linear([series * width, HIDDEN], seed),
+        gate: linear([series * width, HIDDEN], seed + 1),
+        bias: host::into_vec(pattern([rate, series * width], seed + 2)).into(),
+        norm: norm(width, seed + 3, false),
+        shape: PoolShape { rate, width, overlapping: chosen.is_some() },
+    };
+    let rope = RopeConfig { theta: 100.0, interleaved: true, scaling: RopeScaling::Default };
+    let shape = CompressedShape { heads: 2, head_dim: 4, window: 2, rate, sinks: [0.3, -0.4].into() };
+    CompressedLayer {
+        streams: Arc::new(hyper_connection(60)),
+        norm: norm(HIDDEN, 6, false),
+        query: QueryProjection::LowRank(Box::new(LowRankQuery {
+            down: linear([5, HIDDEN], 1),
+            norm: norm(5, 2, false),
+            up: weight([8, 5], 3),
+        })),
+        query_norm: Norm::new(Tensor::ones([4], &pattern([1, 1], 1).device()), None, 1e-5),
+        key: linear([4, HIDDEN], 4),
+        key_norm: norm(4, 5, false),
+        groups: vec![weight([3, 4], 7), weight([3, 4], 8)],
+        join: linear([HIDDEN, 6], 9),
+        rope: RotaryEmbedding::new(&rope, 2).unwrap(),
+        compressor: (rate > 0).then(|| compressor(4, 70)),
+        indexer: chosen.map(|keys| {
+            Box::new(EntryIndexer {
+                compressor: compressor(4, 80),
+                query: weight([12, 5], 90),
+                heads: weight([3, HIDDEN], 91),
+                shape: CompressedShape { heads: 3, sinks: [].into(), ..shape.clone() },
+                keys,
+            })
+        }),
+        shape,
+    }
+}
+
+#[test]
+fn attention_to_compressed_keys_has_the_gradient_of_a_difference_quotient_and_steps_as_it_sweeps() {
+    for layer in [compressed(0, None), compressed(3, None), compressed(2, Some(4)), compressed(2, Some(2))] {
+        let tokens = 9;
+        let [x, dy] = [20, 21].map(|seed| pattern([tokens, STREAMS * HIDDEN], seed));
+        let sequences = [0..2, 2..tokens];
+        let wanted = Wanted { input: true, parameters: false };
+        let tape = layer.project(&x, &sequences);
+        let found = layer.backward(&x, &tape, &sequences, dy.clone(), wanted).unwrap();
+        // The choice of keys stays: no gradient goes through it.
+        check_quotients(&x, &dy, found, |x| {
+            layer.mix(x, &tape.with_choice_of(layer.project(x, &sequences)), &sequences)
+        });
+        let whole = 0..tokens;
+        let whole = std::slice::from_ref(&whole);
+        let swept = layer.mix(&x, &layer.project(&x, whole), whole);
+        let mut states = [layer.start()];
+        let pieces = [0..1, 1..2, 2..6, 6..7, 7..tokens].map(|rows| {
+            let piece = x.clone().narrow(0, rows.start, rows.len());
+            layer.step(&piece, std::slice::from_ref(&(0..rows.len())), &mut states)
+        });
+        assert_close(&Tensor::cat(pieces.to_vec(), 0), &swept, 1e-5);
+    }
+}
+
+#[test]
+fn compressed_keys_show_no_token_what_comes_after_it() {
+    for layer in [compressed(3, None), compressed(2, Some(2))] {
+        let x = pattern([9, STREAMS * HIDDEN], 20);
+        let (whole, half) = (0..9, 0..5);
+        let (whole, half) = (std::slice::from_ref(&whole), std::slice::from_ref(&half));
+        let all = layer.mix(&x, &layer.project(&x, whole), whole);
+        let first = x.narrow(0, 0, 5);
+        assert_close(&layer.mix(&first, &layer.project(&first, half), half), &all.narrow(0, 0, 5), 1e-6);
+    }
 }

@@ -1,8 +1,10 @@
 //! The feed-forward half of a decoder layer, read from the checkpoint.
 
+use std::sync::Arc;
+
 use moe_checkpoint::{Ffn, LayerRole, Role};
 
-use super::{Model, gated_activation};
+use super::{Model, gated_activation, streams::FFN_STREAMS};
 use crate::{
     adapters::LayerSite,
     error::{Error, Result},
@@ -117,7 +119,8 @@ impl Model {
                 let bias = config.routing.bias.then_some(role(LayerRole::RouterBias));
                 let shape = [moe.router_rows(), h];
                 let linear = self.linear(layer, LayerSite::Router, role(LayerRole::Router), bias, shape)?;
-                let selection_bias = match config.routing.correction_bias() {
+                let table = self.checkpoint.expert_table(layer)?.map(Arc::new);
+                let selection_bias = match config.corrects_selection(layer) {
                     true => Some(self.checkpoint.read_f32(role(LayerRole::CorrectionBias))?.into()),
                     false => None,
                 };
@@ -134,7 +137,7 @@ impl Model {
                     true => Some(self.checkpoint.read_f32(role(LayerRole::ExpertScale))?.into()),
                     false => None,
                 };
-                (shared, Some(RouterLayer { linear, norm, selection_bias, scales }))
+                (shared, Some(RouterLayer { linear, norm, selection_bias, table, scales }))
             }
         };
         let [norm, output_norm] = match &config.layers[layer].ffn {
@@ -184,7 +187,12 @@ impl Model {
         };
         let carry = config.ffn_carry().map(|carry| carry as f32);
         let (shortcut, identities) = (config.starts_shortcut(layer), config.moe(layer).map_or(0, |moe| moe.identities));
+        let streams = match &config.layers[layer].ffn {
+            Ffn::None => None,
+            _ => self.hyper_connection(layer, FFN_STREAMS)?,
+        };
         let loaded = FfnLayer {
+            streams,
             norm,
             output_norm,
             apart,

@@ -42,6 +42,9 @@ impl Model {
             Mixer::Mamba(mamba) => MixerLayer::Mamba(Box::new(self.mamba(layer, mamba)?)),
             Mixer::Lightning(lightning) => MixerLayer::Lightning(Box::new(self.lightning(layer, lightning)?)),
             Mixer::HeadMixture(mixture) => MixerLayer::HeadMixture(Box::new(self.head_mixture(layer, mixture)?)),
+            Mixer::Compressed(compressed) => {
+                MixerLayer::Compressed(Box::new(self.compressed_attention(layer, compressed)?))
+            }
             Mixer::None => MixerLayer::None,
             other => return Err(Error::Unsupported(format!("running {}", variant(&other)))),
         };

@@ -11,11 +11,13 @@ use moe_checkpoint::{Activation, Checkpoint, ModelConfig};
 
 mod adapted;
 mod attention;
+mod compressed;
 mod experts;
 mod ffn;
 mod head;
 mod layer_input;
 mod mixers;
+mod streams;
 mod tensors;
 mod views;
 mod work;
@@ -34,7 +36,7 @@ use crate::{
         swiglu::GatedActivation,
         weight::ReadFailure,
     },
-    layers::{FfnLayer, LayerInput, Linear, MixerLayer, Norm},
+    layers::{FfnLayer, HeadInput, LayerInput, Linear, MixerLayer},
     memory::Residency,
     overlay::{ExpertOverlay, RoutingOverlay},
     precision::Precision,
@@ -90,7 +92,7 @@ struct Cache {
     layer_inputs: Vec<Option<LayerInput>>,
     experts: Vec<Option<ExpertTensors>>,
     head: Option<Vec<Linear>>,
-    final_norm: Option<Norm>,
+    final_norm: Option<HeadInput>,
 }
 
 impl std::fmt::Debug for Model {
@@ -304,6 +306,7 @@ fn gated_activation(activation: Activation) -> Result<GatedActivation> {
         Activation::ClampedSwiglu { alpha, limit } => {
             GatedActivation::ClampedSilu { alpha: alpha as f32, limit: limit as f32 }
         }
+        Activation::LimitedSilu { limit } => GatedActivation::LimitedSilu { limit: limit as f32 },
         Activation::BoundedSilu { limit } => GatedActivation::BoundedSilu { limit: limit as f32 },
         Activation::Gelu => GatedActivation::Gelu,
         Activation::GeluTanh => GatedActivation::GeluTanh,

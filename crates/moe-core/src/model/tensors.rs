@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Result},
     host,
     kernels::weight::{Bf16Source, Weight},
-    layers::{Linear, Norm},
+    layers::{HeadInput, Linear, Norm},
     precision::Precision,
 };
 
@@ -51,8 +51,8 @@ impl Model {
         Ok(host::from_vec(values, [ids.len(), h], &self.device))
     }
 
-    /// The norm before the head.
-    pub(crate) fn final_norm(&self) -> Result<Norm> {
+    /// The norm before the head, and what it reads.
+    pub(crate) fn final_norm(&self) -> Result<HeadInput> {
         if let Some(found) = &self.lock().final_norm {
             return Ok(found.clone());
         }
@@ -60,6 +60,7 @@ impl Model {
         if let Some(eps) = self.config().final_norm_eps {
             loaded.eps = eps as f32;
         }
+        let loaded = self.head_input(loaded)?;
         self.lock().final_norm = Some(loaded.clone());
         Ok(loaded)
     }

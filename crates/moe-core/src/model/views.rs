@@ -111,13 +111,19 @@ impl Model {
     /// through a layer and which tokens skip its feed-forward half.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for a model under a path that leaves layers out or repeats them, and where
-    /// [layers belong together](moe_checkpoint::ModelConfig::inseparable).
+    /// [`Error::Unsupported`] for a model under a path that leaves layers out or repeats them, where
+    /// [layers belong together](moe_checkpoint::ModelConfig::inseparable), and where there are several residual streams.
     pub fn with_depth_rule(&self, rule: Arc<dyn DepthRule>) -> Result<Self> {
         if !self.path.is_whole(self.config().layers.len()) {
             return Err(Error::Unsupported("a rule that decides about layers beside a path of layers".into()));
         }
         self.check_separable("a rule that decides about layers")?;
+        if self.config().streams.is_some() {
+            return Err(Error::Unsupported(format!(
+                "a rule that decides about layers, in `{}`, whose layers read several residual streams",
+                self.config().model_type
+            )));
+        }
         let model = self.with_overlays(self.experts.clone(), self.routing.clone())?;
         Ok(Self { adapters: self.adapters.clone(), depth: Some(rule), ..model })
     }

@@ -128,7 +128,12 @@ mod tests {
     fn distillation_at_a_temperature_beside_a_task_is_what_it_is_by_hand() {
         let (teacher, student) = ([[1.0, 0.0, -1.0], [0.5, 2.0, 0.0]], [[0.0, 1.0, 0.5], [1.0, 1.0, -2.0]]);
         let targets = [Some(2), None];
-        let wave = WaveInfo { id: 7, tokens: 2, sequences: vec![SequenceInfo { tokens: 0..2, loss_tokens: 1 }] };
+        let wave = WaveInfo {
+            id: 7,
+            tokens: 2,
+            ids: Vec::new(),
+            sequences: vec![SequenceInfo { tokens: 0..2, loss_tokens: 1 }],
+        };
         let mut recorder = Tempered::new(TeacherRecorder::new(3, 3).unwrap(), 2.0).unwrap();
         recorder.begin_wave(&wave).unwrap();
         recorder.losses(blocks(teacher), &targets, false).unwrap();

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fmt::Debug, sync::Arc};
 
 use burn::tensor::Tensor;
-use moe_checkpoint::ModelConfig;
+use moe_checkpoint::{ExpertTable, ModelConfig};
 
 use crate::{
     error::{Error, Result},
@@ -101,6 +101,8 @@ pub struct RouterTokens<'a> {
     pub input: Option<&'a Tensor<2>>,
     /// The model's own rule.
     pub router: &'a Router,
+    /// The experts of every token of the vocabulary, in a layer where scores do not choose them.
+    pub table: Option<&'a ExpertTable>,
     /// The wave whose tokens they are, with the rows of every sequence; in generation, the tokens of one step.
     pub wave: &'a WaveInfo,
 }
@@ -119,6 +121,20 @@ impl<'a> RouterTokens<'a> {
         let missing =
             || refusal("input of the router", self.layer, "logits alone", "the tokens as the router reads them");
         self.input.ok_or_else(missing)
+    }
+
+    /// Where the tokens go by this rule without the experts `removed`, or by the table of the layer where it has one.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where the layer has a table and the ids of the tokens are not known.
+    pub(crate) fn route(&self, router: &Router, removed: &[u32]) -> Result<Routed> {
+        let Self { logits, experts, bias, .. } = *self;
+        let Some(table) = self.table else { return Ok(router.route_without(logits, experts, bias, removed)) };
+        if self.wave.ids.len() != self.tokens() {
+            let (what, layer) = ("routing tokens whose ids are not known in layer", self.layer);
+            return Err(Error::Unsupported(format!("{what} {layer}, which routes by a table of the vocabulary")));
+        }
+        Ok(router.route_by(table, &self.wave.ids, logits, experts, removed))
     }
 
     /// The same tokens with other logits `[T, E]`.
@@ -196,12 +212,16 @@ pub trait LogitTransform: Debug + Send + Sync {
 /// Refuses an overlay that does not fit the model.
 ///
 /// # Errors
-/// [`Error::Input`] names the layer, what was found and what was expected.
+/// [`Error::Input`] names the layer, what was found and what was expected; [`Error::Unsupported`] for a rule of a layer
+/// that routes by a table.
 pub(crate) fn check(overlay: &dyn RoutingOverlay, config: &ModelConfig, router: &Router) -> Result<()> {
     for (layer, moe) in (0..config.layers.len()).filter_map(|layer| Some((layer, config.moe(layer)?))) {
         let experts = moe.num_experts();
         check_removed(overlay, layer, experts, router)?;
         check_rule(overlay, layer)?;
+        if moe.by_table && overlay.rule(layer).is_some() {
+            return Err(Error::Unsupported(by_table(layer)));
+        }
         let (hidden, rows) = (config.hidden_size, moe.router_rows());
         for (what, found, expected) in [
             ("gains", overlay.gains(layer).map(|gains| gains.len()), experts),
@@ -234,6 +254,11 @@ pub(crate) fn check_removed(overlay: &dyn RoutingOverlay, layer: usize, experts:
         return refuse("all".into(), "at least one expert left".into());
     }
     router.check_without(experts, removed)
+}
+
+/// Why another rule cannot route a layer that routes by a table.
+pub(crate) fn by_table(layer: usize) -> String {
+    format!("another rule of the routing of layer {layer}, which routes by a table of the vocabulary")
 }
 
 /// Refuses experts removed beside a rule.

@@ -178,7 +178,7 @@ mod tests {
 
     fn seen(tokens: &[[f32; 3]]) -> SkipCalibration {
         let weights: Vec<f32> = tokens.iter().flatten().copied().collect();
-        let wave = WaveInfo { id: 0, tokens: tokens.len(), sequences: Vec::new() };
+        let wave = WaveInfo { id: 0, tokens: tokens.len(), ids: Vec::new(), sequences: Vec::new() };
         let selected: Vec<u32> = (0..weights.len()).map(|i| (i % 3) as u32).collect();
         let mut calibration = SkipCalibration::new();
         let trace = LayerTrace {

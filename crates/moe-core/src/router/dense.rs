@@ -31,8 +31,8 @@ impl Router {
     /// The output `sum over chosen of w_e E_e(x)` is differentiated as if it were `sum over all of u_e E_e(x)` with
     /// `u_e = s p_e / c` and `u_e = s p_e / stop(c)` for experts that were not chosen: `p` the scores, `s` the router's
     /// scale, `c` the sum of the chosen scores where the rule divides by it, and else 1. With `g_e = d loss / d p_e`,
-    /// for a softmax `dz_e = p_e (g_e - sum_i p_i g_i)`, for sigmoids `dz_e = p_e (1 - p_e) g_e`. If all experts are
-    /// chosen, it is [`backward`](Self::backward).
+    /// for a softmax `dz_e = p_e (g_e - sum_i p_i g_i)`, for sigmoids `dz_e = p_e (1 - p_e) g_e`, for other scores of
+    /// one logit each `dz_e = p'_e g_e`. If all experts are chosen, it is [`backward`](Self::backward).
     ///
     /// Source: code of yaof20/DenseMixer, for softmax routing. That sigmoid scores are treated alike, and that experts
     /// outside the selected groups take part, is inferred. 0 for rules that [`check_dense`](Self::check_dense) refuses.
@@ -49,7 +49,7 @@ impl Router {
             |(p, g), (((out, logits), values), selected)| {
                 p.clear();
                 match score {
-                    Score::Sigmoid => p.extend(logits.iter().map(|z| f64::from(math::sigmoid(*z)))),
+                    Score::Sigmoid | Score::SqrtSoftplus => p.extend(logits.iter().map(|z| f64::from(score.of(*z)))),
                     Score::Softmax { .. } => {
                         let max = largest_logit(logits);
                         let sum = f64::from(softmax_sum(logits, max));
@@ -60,7 +60,9 @@ impl Router {
                 // the divisor, and whether it is a constant
                 let (divisor, constant) = match score {
                     _ if !renormalize => (1.0, true),
-                    Score::Sigmoid => (chosen().map(|e| p[e]).sum::<f64>() + f64::from(self.norm_eps), false),
+                    Score::Sigmoid | Score::SqrtSoftplus => {
+                        (chosen().map(|e| p[e]).sum::<f64>() + f64::from(self.norm_eps), false)
+                    }
                     Score::Softmax { floor } if below_floor(logits, selected, floor) => (f64::from(floor), true),
                     Score::Softmax { .. } => (chosen().map(|e| p[e]).sum::<f64>(), false),
                 };
@@ -72,9 +74,10 @@ impl Router {
                     chosen().for_each(|e| g[e] -= scale * inner);
                 }
                 let mean: f64 = p.iter().zip(g.iter()).map(|(p, g)| p * g).sum();
-                for (out, (p, g)) in out.iter_mut().zip(p.iter().zip(g.iter())) {
+                for ((out, z), (p, g)) in out.iter_mut().zip(logits).zip(p.iter().zip(g.iter())) {
                     *out = match score {
                         Score::Sigmoid => p * (1.0 - p) * g,
+                        Score::SqrtSoftplus => p * f64::from(score.log_slope(*z)) * g,
                         Score::Softmax { .. } => p * (g - mean),
                     } as f32;
                 }

@@ -9,6 +9,7 @@ mod removal;
 mod selection;
 mod sets;
 mod sparsemixer;
+mod table;
 
 use moe_checkpoint::human::variant;
 use moe_checkpoint::{GroupScore, Groups, Routing, RoutingKind};
@@ -21,6 +22,7 @@ pub use sets::Combine;
 use crate::{
     error::{Error, Result},
     kernels::math,
+    layers::softplus,
 };
 
 /// The routing rule of a model.
@@ -47,6 +49,8 @@ enum Score {
     Softmax { floor: f32 },
     /// Sigmoid of each logit.
     Sigmoid,
+    /// Square root of the softplus of each logit.
+    SqrtSoftplus,
 }
 
 /// Routing of a number of tokens.
@@ -91,6 +95,7 @@ impl Router {
                 let groups = groups.as_ref().map(GroupLimit::new).transpose()?;
                 Rule::Scores { score: Score::Sigmoid, renormalize: *renormalize, groups }
             }
+            RoutingKind::SqrtSoftplus => Rule::Scores { score: Score::SqrtSoftplus, renormalize: true, groups: None },
             RoutingKind::Sparsemixer { jitter_eps } => Rule::Sparsemixer { jitter: *jitter_eps as f32 },
             other => return Err(Error::Unsupported(format!("routing {}", variant(&other)))),
         };
@@ -178,7 +183,7 @@ impl Router {
         scratch.clear();
         scratch.extend_from_slice(logits);
         if !softmax {
-            scratch.iter_mut().for_each(|z| *z = math::sigmoid(*z));
+            scratch.iter_mut().for_each(|z| *z = score.of(*z));
         } else if bias.is_some() || groups.is_some_and(|g| g.rank == GroupRank::TwoLargest) {
             let max = largest_logit(logits);
             let sum = softmax_sum(logits, max);
@@ -202,9 +207,9 @@ impl Router {
                 sparsemixer::weights(logits, selected, jitter, weights);
                 weights.iter_mut().for_each(|w| *w *= scale);
             }
-            Rule::Scores { score: Score::Sigmoid, renormalize, .. } => {
+            Rule::Scores { score: score @ (Score::Sigmoid | Score::SqrtSoftplus), renormalize, .. } => {
                 for (slot, weight) in weights.iter_mut().enumerate() {
-                    *weight = math::sigmoid(chosen(slot));
+                    *weight = score.of(chosen(slot));
                 }
                 let sum = if renormalize { weights.iter().sum::<f32>() + self.norm_eps } else { 1.0 };
                 weights.iter_mut().for_each(|w| *w = *w / sum * scale);
@@ -254,12 +259,11 @@ impl Router {
                 sparsemixer::backward(logits, selected, jitter, dw, out);
                 out.iter_mut().for_each(|d| *d *= self.scale);
             }
-            Rule::Scores { score: Score::Sigmoid, renormalize, .. } => {
-                // p = s / sum(s), or s; ds = s (1 - s) dz
+            Rule::Scores { score: score @ (Score::Sigmoid | Score::SqrtSoftplus), renormalize, .. } => {
+                // p = s / sum(s), or s; ds = s (s'/s) dz
                 for ((e, w), d) in slots {
-                    let s = math::sigmoid(logits[e]);
                     let d = if renormalize { w * (d - inner / self.scale) } else { w * d };
-                    out[e] = d * (1.0 - s);
+                    out[e] = d * score.log_slope(logits[e]);
                 }
             }
             Rule::Scores { score: Score::Softmax { floor }, renormalize, .. } => {
@@ -280,6 +284,26 @@ impl Router {
                     }
                 }
             }
+        }
+    }
+}
+
+impl Score {
+    /// The score of a logit that is by itself.
+    fn of(self, z: f32) -> f32 {
+        match self {
+            Self::SqrtSoftplus => softplus(z).sqrt(),
+            Self::Sigmoid | Self::Softmax { .. } => math::sigmoid(z),
+        }
+    }
+
+    /// The derivative of its logarithm.
+    fn log_slope(self, z: f32) -> f32 {
+        match self {
+            // sigmoid / (2 softplus), which goes to 1/2 where both vanish
+            Self::SqrtSoftplus if z < -20.0 => 0.5,
+            Self::SqrtSoftplus => math::sigmoid(z) / (2.0 * softplus(z)),
+            Self::Sigmoid | Self::Softmax { .. } => 1.0 - math::sigmoid(z),
         }
     }
 }

@@ -64,13 +64,13 @@ impl Router {
         }
     }
 
-    /// Share of every expert in the scores of a token with these logits `[E]`: their softmax; sigmoids divided by their
-    /// sum.
+    /// Share of every expert in the scores of a token with these logits `[E]`: their softmax; scores of each by itself
+    /// divided by their sum.
     pub fn shares(&self, logits: &[f32], shares: &mut Vec<f64>) {
         shares.clear();
         match self.rule {
-            Rule::Scores { score: Score::Sigmoid, .. } => {
-                shares.extend(logits.iter().map(|z| f64::from(math::sigmoid(*z))));
+            Rule::Scores { score: score @ (Score::Sigmoid | Score::SqrtSoftplus), .. } => {
+                shares.extend(logits.iter().map(|z| f64::from(score.of(*z))));
                 let sum: f64 = shares.iter().sum();
                 shares.iter_mut().for_each(|p| *p /= sum.max(f64::MIN_POSITIVE));
             }
@@ -83,10 +83,12 @@ impl Router {
     }
 
     /// Scores of every expert for a token with these logits `[E]`, before anything selects, scales or divides them:
-    /// their softmax, or the sigmoid of each.
+    /// their softmax, or the score of each by itself.
     pub fn scores(&self, logits: &[f32]) -> Vec<f32> {
         match self.rule {
-            Rule::Scores { score: Score::Sigmoid, .. } => logits.iter().map(|z| math::sigmoid(*z)).collect(),
+            Rule::Scores { score: score @ (Score::Sigmoid | Score::SqrtSoftplus), .. } => {
+                logits.iter().map(|z| score.of(*z)).collect()
+            }
             _ => {
                 let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 let sum: f32 = logits.iter().map(|z| (z - max).exp()).sum();
@@ -95,12 +97,14 @@ impl Router {
         }
     }
 
-    /// Logits that have these [scores](Self::scores), of one softmax or of sigmoids.
+    /// Logits that have these [scores](Self::scores), of one softmax or of each by itself.
     pub fn logits_of(&self, scores: &[f64]) -> Vec<f32> {
-        let sigmoid = matches!(self.rule, Rule::Scores { score: Score::Sigmoid, .. });
-        let logit = |p: &f64| match sigmoid {
-            true => (p.max(1e-30) / (1.0 - p).max(1e-12)).ln() as f32,
-            false => p.max(1e-30).ln() as f32,
+        let logit = |p: &f64| match self.rule {
+            Rule::Scores { score: Score::Sigmoid, .. } => (p.max(1e-30) / (1.0 - p).max(1e-12)).ln() as f32,
+            // z with ln(1 + e^z) = p^2; for large ones nearly p^2 itself
+            Rule::Scores { score: Score::SqrtSoftplus, .. } if *p > 5.0 => (p * p) as f32,
+            Rule::Scores { score: Score::SqrtSoftplus, .. } => (p * p).exp_m1().max(1e-30).ln() as f32,
+            _ => p.max(1e-30).ln() as f32,
         };
         scores.iter().map(logit).collect()
     }
@@ -173,6 +177,7 @@ mod tests {
             RoutingKind::SoftmaxTopK { renormalize: true },
             RoutingKind::TopKSoftmax,
             sigmoid,
+            RoutingKind::SqrtSoftplus,
             RoutingKind::Sparsemixer { jitter_eps: 0.01 },
         ]
         .map(|kind| Router::new(&Routing::new(2, kind)).unwrap())
@@ -224,13 +229,13 @@ mod tests {
         let sums = |router: &Router| -> Vec<f32> {
             router.route(&logits(), 5, None).weights.chunks(2).map(|w| w.iter().sum()).collect()
         };
-        for router in &routers()[..4] {
+        for router in &routers()[..5] {
             let renormalized = sums(&router.with_combine(Combine::Renorm).unwrap());
             assert!(renormalized.iter().all(|sum| (sum - 1.0).abs() < 1e-6), "{renormalized:?}");
         }
         let raw = routers()[1].with_combine(Combine::Raw).unwrap();
         assert_eq!(raw.route(&logits(), 5, None), routers()[0].route(&logits(), 5, None));
-        assert!(routers()[4].with_combine(Combine::Raw).unwrap_err().to_string().contains("SparseMixer"));
+        assert!(routers()[5].with_combine(Combine::Raw).unwrap_err().to_string().contains("SparseMixer"));
         let mut shares = Vec::new();
         routers()[3].shares(&logits()[..5], &mut shares);
         assert!((shares.iter().sum::<f64>() - 1.0).abs() < 1e-12);

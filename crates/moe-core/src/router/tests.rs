@@ -91,6 +91,8 @@ fn backward_matches_a_difference_quotient() {
         (scores(soft(0.0), false, by_largest), None),
         (scores(Score::Sigmoid, false, groups), Some([0.4, 0.0, 0.0, 0.0, -0.3, 0.2])),
         (scores(Score::Sigmoid, true, groups), Some([0.4, 0.0, 0.0, 0.0, -0.3, 0.2])),
+        (scores(Score::SqrtSoftplus, true, None), Some([0.4, 0.0, 0.0, 0.0, -0.3, 0.2])),
+        (scores(Score::SqrtSoftplus, false, None), None),
         (Router { top_k: 2, scale: 1.5, norm_eps: 0.0, rule: Rule::Sparsemixer { jitter: 0.25 } }, None),
     ];
     let logits = [0.3f32, -0.2, 1.1, 0.8, -0.5, 0.7];
@@ -127,6 +129,7 @@ fn removing_experts_is_slicing_the_router() {
         (scores(soft(0.9), true, None), Some(bias)),
         (scores(Score::Sigmoid, true, None), Some(bias)),
         (scores(Score::Sigmoid, false, None), None),
+        (scores(Score::SqrtSoftplus, true, None), Some(bias)),
         (scores(soft(0.0), false, Some(GroupLimit { rank: GroupRank::Largest, ..limit })), None),
         (scores(Score::Sigmoid, true, Some(limit)), Some(bias)),
         (Router { top_k: 2, scale: 1.5, norm_eps: 0.0, rule: Rule::Sparsemixer { jitter: 0.25 } }, None),
@@ -171,13 +174,14 @@ fn dense_weights(router: &Router, logits: &[f32], selected: &[u32], stopped: Opt
     let sum: f64 = z.iter().map(|z| z.exp()).sum();
     let p: Vec<f64> = match score {
         Score::Sigmoid => z.iter().map(|z| 1.0 / (1.0 + (-z).exp())).collect(),
+        Score::SqrtSoftplus => z.iter().map(|z| (1.0 + z.exp()).ln().sqrt()).collect(),
         Score::Softmax { .. } => z.iter().map(|z| z.exp() / sum).collect(),
     };
     let chosen: f64 = selected.iter().map(|&e| p[e as usize]).sum();
     let divisor = match score {
         _ if !renormalize => 1.0,
         Score::Softmax { floor } => chosen.max(f64::from(floor)),
-        Score::Sigmoid => chosen,
+        Score::Sigmoid | Score::SqrtSoftplus => chosen,
     };
     // experts that were not chosen are divided by a constant
     let by = |e: usize| if selected.contains(&(e as u32)) { divisor } else { stopped.unwrap_or(divisor) };
@@ -194,6 +198,8 @@ fn the_dense_gradient_is_that_of_the_mixture_of_all_experts() {
         softmax(true),
         scores(Score::Sigmoid, false, None),
         scores(Score::Sigmoid, true, None),
+        scores(Score::SqrtSoftplus, true, None),
+        scores(Score::SqrtSoftplus, false, None),
         scores(Score::Softmax { floor: 0.9 }, true, None), // above what two experts can have
         scores(Score::Softmax { floor: 0.1 }, true, None),
         scores(Score::Softmax { floor: 0.0 }, false, Some(GroupLimit { count: 3, top: 1, rank: GroupRank::Largest })),
@@ -254,4 +260,29 @@ fn what_is_added_to_the_sum_of_weights_is_that_of_the_model() {
     let numeric = (at(1e-2)[0] - at(-1e-2)[0]) / 2e-2;
     let found = dense.backward(&logits, &routed, &[1.0, 0.0])[0];
     assert!((numeric - found).abs() < 1e-3, "{numeric} {found}");
+}
+
+#[test]
+fn a_table_chooses_and_scores_weigh() {
+    use moe_checkpoint::ExpertTable;
+
+    let table = ExpertTable::new("a table", 2, 4, vec![3, 1, 0, 2, 2, 3]).unwrap();
+    let router = scores(Score::SqrtSoftplus, true, None);
+    let logits = [0.4f32, -1.0, 2.0, 0.7, 0.1, 0.2, -0.3, 0.9];
+    let score = |z: f32| (1.0 + z.exp()).ln().sqrt();
+    let close = |found: &[f32], expected: [f32; 4]| {
+        assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{found:?} {expected:?}");
+    };
+    let shares = |a: f32, b: f32| [1.5 * score(a) / (score(a) + score(b)), 1.5 * score(b) / (score(a) + score(b))];
+    let routed = router.route_by(&table, &[2, 0], &logits, 4, &[]);
+    assert_eq!(routed.selected, [2, 3, 3, 1]);
+    let ([a, b], [c, d]) = (shares(2.0, 0.7), shares(0.9, 0.2));
+    close(&routed.weights, [a, b, c, d]);
+    // Without expert 3, both tokens go to the one of those left that their number points at, or the next.
+    let left = router.route_by(&table, &[2, 0], &logits, 4, &[3]);
+    assert_eq!((left.selected.as_slice(), left.experts), (&[2, 0, 1, 0][..], 4));
+    let ([a, b], [c, d]) = (shares(2.0, 0.4), shares(0.2, 0.1));
+    close(&left.weights, [a, b, c, d]);
+    let one = router.at_most(1).route_by(&table, &[2, 0], &logits, 4, &[]);
+    assert_eq!((one.selected.as_slice(), one.top_k), (&[2, 3][..], 1));
 }

@@ -150,7 +150,12 @@ mod tests {
 
     fn profile(rows: &[[f32; 4]], layers: usize) -> RoutingProfile {
         let n = rows.len();
-        let wave = WaveInfo { id: 0, tokens: n, sequences: vec![SequenceInfo { tokens: 0..n, loss_tokens: 0 }] };
+        let wave = WaveInfo {
+            id: 0,
+            tokens: n,
+            ids: Vec::new(),
+            sequences: vec![SequenceInfo { tokens: 0..n, loss_tokens: 0 }],
+        };
         let logits: Vec<f32> = rows.concat();
         let best = |row: &[f32; 4]| (0..4u32).fold(0, |b, e| if row[e as usize] > row[b as usize] { e } else { b });
         let selected: Vec<u32> = rows.iter().map(best).collect();

@@ -248,6 +248,8 @@ parity! {
     tf5_deepseek_v2_group: "tf5/deepseek_v2_group",
     tf5_deepseek_v2_yarn: "tf5/deepseek_v2_yarn",
     tf5_deepseek_v3: "tf5/deepseek_v3",
+    tf5_deepseek_v4: "tf5/deepseek_v4",
+    tf5_deepseek_v4_saved: "tf5/deepseek_v4_saved",
     tf5_deepseek_v3_bf16: "tf5/deepseek_v3_bf16",
     tf5_deepseek_v3_fp8: "tf5/deepseek_v3_fp8",
     tf5_deepseek_v32: "tf5/deepseek_v32",

@@ -98,7 +98,7 @@ mod tests {
 
     #[test]
     fn gates_follow_the_rows_of_an_expert() {
-        let wave = WaveInfo { id: 0, tokens: 2, sequences: vec![] };
+        let wave = WaveInfo { id: 0, tokens: 2, ids: Vec::new(), sequences: vec![] };
         let trace = LayerTrace {
             layer: 5,
             wave: &wave,

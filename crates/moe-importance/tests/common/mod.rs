@@ -240,7 +240,7 @@ impl Case {
             SequenceInfo { tokens: end - length..end, loss_tokens: s.loss_tokens }
         };
         let sequences: Vec<_> = self.sequences.iter().map(next).collect();
-        WaveInfo { id, tokens: end, sequences }
+        WaveInfo { id, tokens: end, ids: Vec::new(), sequences }
     }
 }
 

@@ -172,7 +172,8 @@ impl World {
             SequenceInfo { tokens: range.start - offset..range.end - offset, loss_tokens: self.sequences[s].1 }
         });
         let sequences: Vec<_> = infos.collect();
-        WaveInfo { id: wave, tokens: sequences.last().map_or(0, |s| s.tokens.end), sequences }
+        let tokens = sequences.last().map_or(0, |s| s.tokens.end);
+        WaveInfo { id: wave, tokens, ids: Vec::new(), sequences }
     }
 
     /// Shows these sequences as one wave: routing first layer first, then experts and routers last layer first.

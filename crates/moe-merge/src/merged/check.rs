@@ -25,6 +25,19 @@ pub(super) fn router(recipe: &Recipe, form: OutputForm) -> Result<()> {
     }
 }
 
+/// Refuses to take rows from the router of a layer that routes by a table: a token whose experts become one would go to
+/// it twice.
+pub(crate) fn table(base: &Checkpoint, layer: usize, form: OutputForm) -> Result<()> {
+    if !base.config().moe(layer).is_some_and(|moe| moe.by_table) {
+        return Ok(());
+    }
+    let reason = format!(
+        "layer {layer} sends every token of the vocabulary to experts that a table names, which has no place for fewer \
+         merged ones; write `grouped` with a recipe that keeps router rows, or exclude the layer"
+    );
+    Err(Error::Output { form: form.name(), reason })
+}
+
 /// Refuses a checkpoint whose experts share weights already.
 pub(crate) fn not_grouped(base: &Checkpoint) -> Result<()> {
     if !base.grouped() {
@@ -121,6 +134,7 @@ impl Recipe {
             if !deleted || *count == experts {
                 continue;
             }
+            table(base, layer.layer, form)?;
             if let Some(groups) = base.config().routing.groups() {
                 if self.router.keeps_rows() {
                     return refuse(format!(

@@ -87,6 +87,10 @@ impl Target {
                 OutputForm::StockCopies => map.iter().flatten().map(|group| *group as usize).collect(),
                 _ => (0..layer.groups.len()).collect(),
             };
+            let mix = if layer.is_identity() { None } else { router.mix(layer) };
+            if mix.is_some() {
+                check::table(from, layer.layer, form)?;
+            }
             let own = from.expert_layout(layer.layer)?;
             let layout = if stock && own == ExpertLayout::Ragged { from.family().stock_layout() } else { own };
             layers.push(TargetLayer {
@@ -96,7 +100,7 @@ impl Target {
                 groups,
                 dominants: layer.groups.iter().map(|group| group.dominant as usize).collect(),
                 group_widths: plan.recipe.combination.widths(layer, &shape.widths),
-                mix: if layer.is_identity() { None } else { router.mix(layer) },
+                mix,
                 copied: layer.is_identity() && layout == own,
             });
         }

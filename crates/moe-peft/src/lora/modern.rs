@@ -2,7 +2,8 @@
 
 use moe_checkpoint::Checkpoint;
 
-/// Texts in names of files, and what stands in their place in memory, in the order in which they are replaced.
+/// Texts in names of files, and what stands in their place in memory, in the order in which they are replaced. One that
+/// begins with `^` is at the beginning of a name.
 type Renames = &'static [(&'static str, &'static str)];
 
 /// The path of a module, or the name of a tensor, in transformers 5, which renames the blocks of some families and the
@@ -10,7 +11,13 @@ type Renames = &'static [(&'static str, &'static str)];
 pub(super) fn modern(path: &str, checkpoint: &Checkpoint) -> String {
     let mut path = path.to_string();
     for (file, memory) in of_family(&checkpoint.config().model_type) {
-        path = path.replace(file, memory);
+        path = match file.strip_prefix('^') {
+            None => path.replace(file, memory),
+            Some(file) => match path.strip_prefix(file) {
+                Some(rest) => format!("{memory}{rest}"),
+                None => path,
+            },
+        };
     }
     let wrapper = checkpoint.raw_config().get("model_type").and_then(|name| name.as_str()).unwrap_or_default();
     for (file, memory) in of_wrapper(wrapper) {
@@ -43,6 +50,26 @@ fn of_family(model_type: &str) -> Renames {
             (".attention.query_layernorm", ".self_attn.q_norm"),
             (".attention.key_layernorm", ".self_attn.k_norm"),
             (".attention.", ".self_attn."),
+        ],
+        "deepseek_v4" => &[
+            ("^layers.", "model.layers."),
+            ("^embed", "model.embed_tokens"),
+            ("^head", "lm_head"),
+            ("^norm", "model.norm"),
+            (".attn_norm", ".input_layernorm"),
+            (".ffn_norm", ".post_attention_layernorm"),
+            (".attn.q_norm", ".attn.q_a_norm"),
+            (".attn.norm", ".attn.kv_norm"),
+            (".attn.wq_a", ".attn.q_a_proj"),
+            (".attn.wq_b", ".attn.q_b_proj"),
+            (".attn.wo_b", ".attn.o_b_proj"),
+            (".wkv", ".kv_proj"),
+            (".wgate", ".gate_proj"),
+            (".attn.", ".self_attn."),
+            (".ffn.", ".mlp."),
+            (".shared_experts.w1", ".shared_experts.gate_proj"),
+            (".shared_experts.w2", ".shared_experts.down_proj"),
+            (".shared_experts.w3", ".shared_experts.up_proj"),
         ],
         "hy_v3" => &[(".mlp.router.gate", ".mlp.gate"), (".mlp.shared_mlp.", ".mlp.shared_experts.")],
         "nemotron_h" => &[("backbone.", "model.")],

@@ -409,7 +409,7 @@ mod tests {
         let running = Arc::new(Running::default());
         running.set_labels([(3, labels)].into());
         let sequence = |tokens: Range<usize>| SequenceInfo { loss_tokens: tokens.len(), tokens };
-        running.begin(&WaveInfo { id: 3, tokens: 2, sequences: vec![sequence(0..1), sequence(1..2)] });
+        running.begin(&WaveInfo { id: 3, tokens: 2, ids: Vec::new(), sequences: vec![sequence(0..1), sequence(1..2)] });
         Group::new(balance, running)
     }
 

@@ -172,7 +172,12 @@ mod tests {
     }
 
     fn wave(tokens: usize) -> WaveInfo {
-        WaveInfo { id: 0, tokens, sequences: vec![SequenceInfo { tokens: 0..tokens, loss_tokens: tokens - 1 }] }
+        WaveInfo {
+            id: 0,
+            tokens,
+            ids: Vec::new(),
+            sequences: vec![SequenceInfo { tokens: 0..tokens, loss_tokens: tokens - 1 }],
+        }
     }
 
     fn input(tokens: usize) -> Vec<f32> {
@@ -187,8 +192,16 @@ mod tests {
         let tokens = logits.len() / N;
         let (router, wave) = (router(), wave(tokens));
         let x: Tensor<2> = host::from_vec(x.to_vec(), [tokens, H], &Device::flex());
-        let at =
-            RouterTokens { layer: 0, experts: N, logits, bias: None, input: Some(&x), router: &router, wave: &wave };
+        let at = RouterTokens {
+            layer: 0,
+            experts: N,
+            logits,
+            bias: None,
+            input: Some(&x),
+            router: &router,
+            table: None,
+            wave: &wave,
+        };
         f(&at)
     }
 

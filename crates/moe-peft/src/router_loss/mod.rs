@@ -383,7 +383,7 @@ mod tests {
     use moe_core::trace::{SequenceInfo, WaveInfo};
 
     fn wave(tokens: usize, loss_tokens: usize) -> WaveInfo {
-        WaveInfo { id: 0, tokens, sequences: vec![SequenceInfo { tokens: 0..tokens, loss_tokens }] }
+        WaveInfo { id: 0, tokens, ids: Vec::new(), sequences: vec![SequenceInfo { tokens: 0..tokens, loss_tokens }] }
     }
 
     fn adapter(losses: RouterLosses, sigmoid: bool) -> LayerLoss {

@@ -212,7 +212,12 @@ mod tests {
 
     #[test]
     fn the_gradient_matches_difference_quotients_and_falls_to_the_targets() {
-        let wave = WaveInfo { id: 5, tokens: 3, sequences: vec![SequenceInfo { tokens: 0..3, loss_tokens: 2 }] };
+        let wave = WaveInfo {
+            id: 5,
+            tokens: 3,
+            ids: Vec::new(),
+            sequences: vec![SequenceInfo { tokens: 0..3, loss_tokens: 2 }],
+        };
         let right: Vec<bool> = (0..12).map(|i| i % 3 == 0).collect();
         let of = RouterTargets { coefficient: 0.8, targets: Arc::new([((5, 1), right.clone())].into()) };
         let loss = TargetLoss { of, last: Mutex::default() };

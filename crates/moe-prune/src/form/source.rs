@@ -128,6 +128,15 @@ impl PrunedSource {
         changed(tensor.dtype, values, factor).map_err(refused)
     }
 
+    /// The table of a layer among the experts that are left.
+    fn table(&self, tensor: &TensorInfo, layer: &TargetLayer, top_k: usize) -> Result<Vec<u8>> {
+        let left: Vec<u32> = layer.rows.iter().map(|expert| *expert as u32).collect();
+        match self.base.expert_table(layer.layer)? {
+            Some(table) => Ok(table.without(&left, top_k).to_bytes(tensor.dtype)),
+            None => Err(self.refused(layer, format!("tensor `{}`", tensor.name), "the layer has no table".into())),
+        }
+    }
+
     /// A range of a matrix of this shape with zeros after its rows or columns.
     fn padded(&self, tensor: &TensorInfo, (rows, cols): (usize, usize), range: Range<usize>) -> Result<Vec<u8>> {
         let size = tensor.dtype.bitsize() / 8;
@@ -198,6 +207,9 @@ impl ModelSource for PrunedSource {
         Ok(match self.made.get(&tensor.name) {
             None => return self.base.tensor_bytes(&tensor.name, range),
             Some(Made::Rows(position, role)) => sliced(Cow::Owned(self.rows(tensor, layer(*position), *role)?), range),
+            Some(Made::Table(position, top_k)) => {
+                sliced(Cow::Owned(self.table(tensor, layer(*position), *top_k)?), range)
+            }
             Some(Made::Pad { rows, cols }) => Cow::Owned(self.padded(tensor, (*rows, *cols), range)?),
             Some(Made::Blocks(kept)) => Cow::Owned(self.picked(tensor, kept, range)?),
             Some(Made::Experts(position, blocks)) => {
@@ -209,7 +221,7 @@ impl ModelSource for PrunedSource {
     fn grain(&self, tensor: &TensorInfo) -> usize {
         match self.made.get(&tensor.name) {
             None => self.base.grain(&tensor.name),
-            Some(Made::Rows(..)) => tensor.bytes as usize,
+            Some(Made::Rows(..) | Made::Table(..)) => tensor.bytes as usize,
             Some(Made::Pad { .. }) => tensor.shape[1] * tensor.dtype.bitsize() / 8,
             Some(Made::Blocks(kept)) => tensor.bytes as usize / kept.len().max(1),
             Some(Made::Experts(_, blocks)) => tensor.bytes as usize / blocks.len().max(1),
@@ -237,7 +249,9 @@ impl ModelSource for PrunedSource {
                 blocks[done].iter().for_each(|(set, _)| layer.release(&self.base, &layer.sets[*set]));
             }
             // A tensor that the base lacks has no pages.
-            Some(Made::Rows(..) | Made::Pad { .. } | Made::Blocks(_)) => drop(self.base.release_tensor(&tensor.name)),
+            Some(Made::Rows(..) | Made::Table(..) | Made::Pad { .. } | Made::Blocks(_)) => {
+                drop(self.base.release_tensor(&tensor.name))
+            }
         }
     }
 

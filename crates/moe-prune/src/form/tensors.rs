@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use moe_checkpoint::{Checkpoint, Dtype, ExpertBiases, ExpertBlock, LayerRole, Role, TensorInfo, TensorSpec};
+use moe_checkpoint::{
+    Checkpoint, Dtype, ExpertBiases, ExpertBlock, LayerRole, ModelConfig, Role, TensorInfo, TensorSpec,
+};
 
 use super::attention;
 use super::target::{Target, TargetLayer};
@@ -26,6 +28,8 @@ pub(super) enum Made {
     Pad { rows: usize, cols: usize },
     /// These blocks along the first dimension of the tensor of the same name.
     Blocks(Vec<usize>),
+    /// The table that a layer of the target routes by, by position, with so many experts per token.
+    Table(usize, usize),
     /// Blocks of sets of weights of a layer of the target that is none of the decoder's, by position, in file order.
     /// All are of one size.
     Experts(usize, Vec<(usize, ExpertBlock)>),
@@ -43,6 +47,7 @@ pub(super) fn tensors(
 ) -> Result<Tensors> {
     let mut layer_of: BTreeSet<String> = BTreeSet::new();
     let mut rows_of: BTreeMap<String, (usize, LayerRole)> = BTreeMap::new();
+    let mut tables: BTreeMap<String, usize> = BTreeMap::new();
     let mut pads: BTreeSet<String> = BTreeSet::new();
     let mut out = Tensors { specs: Vec::new(), made: BTreeMap::new(), expert_bytes: Vec::new() };
     for (position, layer) in target.layers.iter().enumerate() {
@@ -62,6 +67,9 @@ pub(super) fn tensors(
                 rows_of.insert(name(role), (position, role));
             }
         }
+        if moved && layer.further.is_none() && from.config().moe(layer.layer).is_some_and(|moe| moe.by_table) {
+            tables.insert(name(LayerRole::ExpertTable), position);
+        }
         if target.shared_width.is_some() {
             pads.extend([LayerRole::SharedGate, LayerRole::SharedUp, LayerRole::SharedDown].map(name));
         }
@@ -71,6 +79,10 @@ pub(super) fn tensors(
         let name = |role| from.family().tensor_name(Role::Layer(*layer, role));
         blocks.extend(attention::STACKS.map(|role| (name(role), kept)));
     }
+    let top_k = match tables.is_empty() {
+        true => 0,
+        false => ModelConfig::from_json(&target.config, None)?.routing.top_k,
+    };
     for info in from.tensors() {
         if target.dropped.contains(&info.name) || layer_of.contains(&info.name) {
             continue;
@@ -82,6 +94,9 @@ pub(super) fn tensors(
             let before = layer.widths_before(from).len() + identities;
             spec.shape = kept_shape(info, before, layer.rows.len() + identities);
             out.made.insert(info.name.clone(), Made::Rows(*position, *role));
+        } else if let Some(position) = tables.get(&info.name) {
+            spec.shape[1] = top_k;
+            out.made.insert(info.name.clone(), Made::Table(*position, top_k));
         } else if let Some(kept) = blocks.get(&info.name) {
             spec.shape[0] = kept.len();
             out.made.insert(info.name.clone(), Made::Blocks(kept.to_vec()));

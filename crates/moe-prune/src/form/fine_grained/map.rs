@@ -81,6 +81,12 @@ impl FineGrained<'_> {
             let reason = "routers choose identity experts, too, which would have to become as many pieces".into();
             return Err(refused(reason));
         }
+        if let Some(kept) = plan.kept.iter().find(|kept| from.config().moe(kept.layer).is_some_and(|moe| moe.by_table))
+        {
+            let layer = kept.layer;
+            let reason = "routes by a table of the vocabulary, which would have to name the pieces";
+            return Err(refused(format!("layer {layer} {reason}")));
+        }
         let factor = down_factor(&routing.kind, self.pieces)?;
         let width = self.width(from)?;
         let mut layers: Vec<LayerPieces> = Vec::with_capacity(plan.kept.len());
