@@ -220,7 +220,7 @@ impl Job<'_> {
 }
 
 /// Blake3 sums of all files beside and below a path, by what their paths have after it.
-fn sums(out: &Path) -> Result<BTreeMap<String, String>> {
+pub fn sums(out: &Path) -> Result<BTreeMap<String, String>> {
     let mut found = BTreeMap::new();
     let parent = out.parent().unwrap_or(out);
     let mut folders = vec![parent.to_owned()];
@@ -241,7 +241,7 @@ fn sums(out: &Path) -> Result<BTreeMap<String, String>> {
 }
 
 /// Files that only one side has, or that differ.
-fn different(expected: &BTreeMap<String, String>, found: &BTreeMap<String, String>) -> Vec<String> {
+pub fn different(expected: &BTreeMap<String, String>, found: &BTreeMap<String, String>) -> Vec<String> {
     let names: BTreeSet<&String> = expected.keys().chain(found.keys()).collect();
     names.into_iter().filter(|name| expected.get(*name) != found.get(*name)).cloned().collect()
 }

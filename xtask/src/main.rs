@@ -10,6 +10,7 @@ mod fuzz;
 mod goldens;
 mod gpu;
 mod lm_eval;
+mod mpi;
 mod package;
 mod prose;
 mod router_study;
@@ -95,6 +96,9 @@ enum Verb {
     Smollm(smollm::Options),
     /// Kill verbs at random times, let them go on, and compare what they write with an undisturbed run (minutes)
     Crash(crash::Options),
+    /// Run verbs under mpirun: the bytes of one process for any number, after one is killed, and when one fails
+    /// (minutes)
+    Mpi(mpi::Options),
     /// Fuzz everything that is read from files, by libFuzzer on the stable toolchain
     Fuzz(fuzz::Options),
     /// Mean, standard deviation and throughput of the last benchmark runs
@@ -133,6 +137,7 @@ fn main() -> ExitCode {
         Verb::RouterStudy(options) => router_study::run(&options),
         Verb::Smollm(options) => smollm::run(&options),
         Verb::Crash(options) => crash::run(&options),
+        Verb::Mpi(options) => mpi::run(&options),
         Verb::Fuzz(options) => fuzz::run(&options),
         Verb::BenchReport { run, json } => bench_report::run(run, json),
     };

@@ -1,8 +1,9 @@
 //! What sharing the statistics of a wave costs: bytes and seconds of a round, for a model of any shape, and from that
 //! how long a calibration takes on more and more processes.
 //!
-//! `cargo run --release -p moe-checkpoint --example group_exchange -- LAYERS EXPERTS WIDTH STATISTICS SECONDS WAVES`, with
-//! the seconds of a wave, exchanges between four threads; with feature `mpi` under `mpirun`, between its processes.
+//! `cargo run --release -p moe-checkpoint --example group_exchange -- LAYERS EXPERTS WIDTH STATISTICS SECONDS WAVES`,
+//! with the seconds of a wave, exchanges between four threads; with feature `mpi` under `mpirun`, between its
+//! processes.
 
 use std::time::Instant;
 

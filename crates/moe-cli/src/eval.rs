@@ -7,10 +7,11 @@ use std::time::Instant;
 
 use clap::Parser;
 use moe::eval_file::{EvalFile, EvalOptions};
-use moe_core::Model;
+use moe_checkpoint::group::{Alone, Group};
 use moe_core::data::{Tokenizer, WaveOptions};
 use moe_core::decode::{Decoding, DecodingReport};
 use moe_core::memory::process_memory;
+use moe_core::{Model, Work};
 use serde::Serialize;
 
 use crate::cli;
@@ -158,12 +159,17 @@ impl fmt::Display for Report {
     }
 }
 
-/// Checks everything, then measures.
+/// Checks everything, then measures, with the other ranks of a group: likelihoods are shared out by waves, and files
+/// with answers to generate one by one, since what is generated together is computed together.
 ///
 /// # Errors
 /// Whatever is wrong with the arguments or the files they name, and whatever stops the model.
-pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
+pub fn run(arguments: &Arguments, group: &dyn Group, progress: Progress) -> Result<Report> {
     let (model, sources) = arguments.decoding.sources(&arguments.model)?;
+    if group.size() > 1 && sources.is_asked_for() {
+        let found = format!("--decoding in {} processes", group.size());
+        return Err(Error::Usage(format!("found {found}, expected one: it is not shared out")));
+    }
     let directory = &arguments.model.model;
     let tokenizer = match directory.join("tokenizer.json").exists() {
         true => Some(Tokenizer::from_dir(directory)?),
@@ -181,16 +187,28 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
         return Err(Error::Usage(format!("--decoding: {reason}")));
     }
     let bar = progress.bar("measuring", files.len() as u64, Unit::Count("files"));
-    let mut measured = Vec::with_capacity(files.len());
-    for file in &files {
-        let Some(tokenizer) = &tokenizer else {
-            return Err(Error::Invalid(format!("{}: has no tokenizer.json", directory.display())));
-        };
+    let no_tokenizer = || Error::Invalid(format!("{}: has no tokenizer.json", directory.display()));
+    let tokenizer = tokenizer.as_ref().ok_or_else(no_tokenizer)?;
+    let mut measured: Vec<Option<Measured>> = files.iter().map(|_| None).collect();
+    for (file, measured) in files.iter().zip(&mut measured).filter(|(file, _)| !file.is_exact()) {
         bar.label(file.name.clone());
-        measured.push(measure_with(file, &model, tokenizer, waves, &decoding)?);
+        *measured = Some(measure_in_group(group, file, &model, tokenizer, waves, &decoding)?);
         bar.step();
     }
-    if let Some(path) = &arguments.report {
+    let exact: Vec<usize> = (0..files.len()).filter(|index| files[*index].is_exact()).collect();
+    for index in exact.iter().skip(group.rank()).step_by(group.size()) {
+        bar.label(files[*index].name.clone());
+        measured[*index] = Some(measure_with(&files[*index], &model, tokenizer, waves, &decoding)?);
+        bar.step();
+    }
+    if group.size() > 1 {
+        let own = exact.iter().filter_map(|index| measured[*index].as_ref()).map(to_message).collect();
+        for (index, message) in exact.iter().zip(group.share_dealt(own, exact.len())?) {
+            measured[*index] = Some(from_message(&files[*index], &message)?);
+        }
+    }
+    let measured: Vec<Measured> = measured.into_iter().flatten().collect();
+    if let Some(path) = arguments.report.as_ref().filter(|_| group.rank() == 0) {
         crate::pages::of_measurements(&directory.display().to_string(), &model, &measured)?.write(path)?;
     }
     Ok(Report {
@@ -221,11 +239,22 @@ pub fn measure_with(
     waves: WaveOptions,
     decoding: &Decoding<'_>,
 ) -> Result<Measured> {
+    measure_in_group(&Alone, file, model, tokenizer, waves, decoding)
+}
+
+fn measure_in_group(
+    group: &dyn Group,
+    file: &EvalFile,
+    model: &Model,
+    tokenizer: &Tokenizer,
+    waves: WaveOptions,
+    decoding: &Decoding<'_>,
+) -> Result<Measured> {
     let start = Instant::now();
     let before = model.work();
-    let (value, tokens, report) = file.measure_with(model, tokenizer, waves, decoding)?;
+    let (value, tokens, report) = file.measure_in_group(group, model, tokenizer, waves, decoding)?;
     let seconds = start.elapsed().as_secs_f64();
-    let work = model.work().since(before);
+    let work = of_all(group, model.work().since(before))?;
     let (experts_per_token, layers_per_token) = (work.experts_per_token(), work.layers_per_token());
     let decoding = Some(report).filter(|report| file.is_exact() && report.steps > 0 && !decoding.is_plain());
     Ok(Measured {
@@ -238,4 +267,36 @@ pub fn measure_with(
         layers_per_token,
         decoding,
     })
+}
+
+/// The work of all ranks together.
+fn of_all(group: &dyn Group, own: Work) -> Result<Work> {
+    let Work { tokens, halves, routed_tokens, expert_rows } = own;
+    let own = [tokens, halves, routed_tokens, expert_rows].iter().flat_map(|count| count.to_le_bytes()).collect();
+    let mut sums = [0; 4];
+    for message in group.share(own)? {
+        for (sum, count) in sums.iter_mut().zip(message.as_chunks::<8>().0) {
+            *sum += u64::from_le_bytes(*count);
+        }
+    }
+    let [tokens, halves, routed_tokens, expert_rows] = sums;
+    Ok(Work { tokens, halves, routed_tokens, expert_rows })
+}
+
+/// What the other ranks are told of a measurement.
+fn to_message(of: &Measured) -> Vec<u8> {
+    [of.value, of.tokens as f64, of.seconds, of.experts_per_token, of.layers_per_token]
+        .iter()
+        .flat_map(|number| number.to_le_bytes())
+        .collect()
+}
+
+fn from_message(file: &EvalFile, message: &[u8]) -> Result<Measured> {
+    let numbers: Vec<f64> = message.as_chunks::<8>().0.iter().map(|number| f64::from_le_bytes(*number)).collect();
+    let [value, tokens, seconds, experts_per_token, layers_per_token] = numbers[..] else {
+        let reason = format!("found {} bytes from the rank that measured it, expected 40", message.len());
+        return Err(Error::Invalid(format!("{}: {reason}", file.name)));
+    };
+    let (key, what, tokens) = (file.key(), file.description(), tokens as usize);
+    Ok(Measured { key, what, value, tokens, seconds, experts_per_token, layers_per_token, decoding: None })
 }

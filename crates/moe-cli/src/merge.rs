@@ -8,6 +8,7 @@ use std::time::Instant;
 use clap::Parser;
 use moe::jobs::{Merged, Merging, train_parts};
 use moe::recipe::{Merge, Named, TrainingChanges};
+use moe_checkpoint::group::Group;
 use moe_checkpoint::{Checkpoint, Dtype, Existing, Mtp, OutputDir, ProtectionMask, WriteOptions, check_space, write};
 use moe_core::data::{Source, Tokenizer, Wave};
 use moe_core::train::TrainReport;
@@ -186,11 +187,16 @@ impl fmt::Display for Report {
     }
 }
 
-/// Checks everything, collects, plans, measures and writes. `None` if everything was only to be checked.
+/// Checks everything, collects, plans, measures and writes. `None` if everything was only to be checked. The ranks of a
+/// group collect the evidence together; the first does the rest, and the others have nothing to report.
 ///
 /// # Errors
 /// Whatever is wrong with the arguments or the files they name, and whatever stops the run.
-pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> {
+pub fn run(arguments: &Arguments, group: &dyn Group, progress: Progress) -> Result<Option<Report>> {
+    if group.size() > 1 && (arguments.share.shard.is_some() || arguments.train.is_some()) {
+        let option = if arguments.train.is_some() { "--train" } else { "--shard" };
+        return Err(Error::Usage(format!("{option}: found {} processes, expected one", group.size())));
+    }
     let mut recipe = recipe(arguments)?;
     let existing = match (arguments.force, arguments.resume) {
         (true, _) => Existing::Force,
@@ -207,9 +213,10 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
         return Err(Error::Invalid(reason));
     }
     let work = arguments.work.clone().unwrap_or_else(|| beside(&arguments.out, ".work"));
-    if arguments.resume && arguments.work.is_none() {
+    if arguments.resume && arguments.work.is_none() && group.rank() == 0 {
         cli::end_removal(&work)?;
     }
+    group.check(None)?;
     // A run that was killed after the model had its name leaves its work: what comes after the model is made up for.
     let ended = arguments.resume && work.exists();
     for out in [Some(&arguments.out), arguments.dense.as_ref()].into_iter().flatten() {
@@ -247,6 +254,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
         sample: arguments.sample,
         at_once: arguments.at_once,
         absorb: &arguments.share.absorb,
+        group,
     };
     merging.check()?;
     let existing_folder = work.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
@@ -255,10 +263,13 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
         return Ok(None);
     }
 
+    // All have looked at what is there before anything is made or goes.
+    group.check(None)?;
     let start = Instant::now();
-    if arguments.force && arguments.work.is_none() && work.exists() {
+    if arguments.force && arguments.work.is_none() && work.exists() && group.rank() == 0 {
         cli::remove_work(&work)?;
     }
+    group.check(None)?;
     if let Some(shard) = arguments.share.shard {
         let Some(work) = &arguments.work else {
             return Err(Error::Usage("--shard: expected --work, where the share is left".into()));
@@ -270,7 +281,12 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Option<Report>> 
     let evidence = merging.evidence_options().digest(&model, &calibration);
     let of = serde_json::json!([recipe, protect, evidence, arguments.at_once]).to_string();
     let merged_dir = work.join(format!("merged-{}", &blake3::hash(of.as_bytes()).to_hex()[..16]));
+    let collected_together = merging.collect(&work, &merged_dir, progress)?;
+    if group.rank() > 0 {
+        return Ok(None);
+    }
     let Merged { model: merged, weights, collect_seconds } = merging.merge(&work, &merged_dir, progress)?;
+    let collect_seconds = collect_seconds + collected_together;
     let plan = weights.plan().clone();
     plan.save(beside(&arguments.out, ".plan.json"))?;
     let mut shown = merged.model().clone();

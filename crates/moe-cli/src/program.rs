@@ -84,7 +84,7 @@ pub fn main() -> ExitCode {
         let (rank, size) = (group.rank(), group.size());
         let result = match size > 1 && !program.verb.is_shared() {
             true => Err(Error::Usage(format!(
-                "found {size} processes, expected one: of the verbs, score shares its work out over several"
+                "found {size} processes, expected one: score, merge, tune and eval share their work out, this verb does not"
             ))),
             false => program.verb.run(&**group),
         };
@@ -103,7 +103,7 @@ pub fn main() -> ExitCode {
 impl Verb {
     /// Whether several processes share the work of this verb.
     fn is_shared(&self) -> bool {
-        matches!(self, Self::Score(_))
+        matches!(self, Self::Score(_) | Self::Merge(_) | Self::Tune(_) | Self::Eval(_))
     }
 
     /// What it prints.
@@ -135,7 +135,7 @@ impl Verb {
             Self::Run(arguments) => run::run(&arguments, progress),
             Self::Merge(arguments) => {
                 cli::allocator(arguments.max_memory);
-                match merge::run(&arguments, progress)? {
+                match merge::run(&arguments, group, progress)? {
                     Some(report) => cli::shown(&report, arguments.json),
                     None if arguments.share.shard.is_some() => {
                         let work = arguments.work.as_deref().unwrap_or(&arguments.out);
@@ -153,12 +153,12 @@ impl Verb {
             }
             Self::Tune(arguments) => {
                 cli::allocator(arguments.max_memory);
-                finetune::print(arguments, progress)
+                finetune::print_in_group(arguments, group, progress)
             }
             Self::Adapt(arguments) => adapt::run(&arguments, progress),
             Self::Eval(arguments) => {
                 cli::allocator(arguments.model.max_memory);
-                let report = eval::run(&arguments, progress)?;
+                let report = eval::run(&arguments, group, progress)?;
                 cli::shown(&report, arguments.json)
             }
             Self::Compare(arguments) => {

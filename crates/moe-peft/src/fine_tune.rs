@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use moe_checkpoint::group::{Alone, Group};
 use moe_core::{
     CrossEntropy, Distillation, Engine, EngineOptions, Model, Objective, TeacherLogits,
     data::Wave,
@@ -9,7 +10,7 @@ use moe_core::{
     train::{BatchLoss, Parameters, TaskState, TrainingTask},
 };
 
-use crate::{AdapterSet, Result};
+use crate::{AdapterSet, Error, Result};
 
 /// What is minimized.
 #[derive(Clone, Debug, Default)]
@@ -52,6 +53,12 @@ pub trait TrainingHooks: Send {
         Ok(())
     }
 
+    /// Whether the ranks of a group may each run other waves of a step: whether the hooks see nothing of a wave but its
+    /// gradient, and do the same on every rank. By default it is not known.
+    fn is_shareable(&self) -> bool {
+        false
+    }
+
     /// What a saved state has to hold of it.
     ///
     /// # Errors
@@ -83,6 +90,10 @@ impl TrainingHooks for Box<dyn TrainingHooks> {
         (**self).after_step(step, set, parameters)
     }
 
+    fn is_shareable(&self) -> bool {
+        (**self).is_shareable()
+    }
+
     fn state_save(&self) -> Result<TaskState> {
         (**self).state_save()
     }
@@ -96,7 +107,11 @@ impl TrainingHooks for Box<dyn TrainingHooks> {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Plain;
 
-impl TrainingHooks for Plain {}
+impl TrainingHooks for Plain {
+    fn is_shareable(&self) -> bool {
+        true
+    }
+}
 
 /// A model whose adapters are trained on waves, for [`moe_core::train::train`].
 ///
@@ -244,14 +259,21 @@ impl TrainingTask for FineTune {
     }
 
     fn evaluate(&mut self, parameters: &mut Parameters) -> moe_core::Result<f64> {
+        self.evaluate_in(&Alone, parameters)
+    }
+
+    fn evaluate_in(&mut self, group: &dyn Group, parameters: &mut Parameters) -> moe_core::Result<f64> {
         let bank = self.set.bank();
         bank.lend(parameters, false).map_err(into_core)?;
-        let total = self.evaluation.iter().try_fold(BatchLoss::default(), |total, wave| {
-            let BatchLoss { loss, tokens } = self.loss(wave, &mut Nobody)?;
-            Ok(BatchLoss { loss: total.loss + loss, tokens: total.tokens + tokens })
-        });
+        let own = self.evaluation.iter().skip(group.rank()).step_by(group.size());
+        let own = own.map(|wave| self.loss(wave, &mut Nobody)).collect::<moe_core::Result<Vec<_>>>();
         bank.take_back(parameters, false).map_err(into_core)?;
-        total.map(|BatchLoss { loss, tokens }| loss / tokens.max(1) as f64)
+        let total = shared_losses(group, &own?, self.evaluation.len())?;
+        Ok(total.loss / total.tokens.max(1) as f64)
+    }
+
+    fn is_shareable(&self) -> bool {
+        self.hooks.is_shareable()
     }
 
     fn state_save(&self) -> moe_core::Result<TaskState> {
@@ -261,6 +283,20 @@ impl TrainingTask for FineTune {
     fn state_load(&mut self, state: TaskState, parameters: &mut Parameters) -> moe_core::Result<()> {
         self.hooks.state_load(state, &self.set, parameters).map_err(into_core)
     }
+}
+
+/// The sum over waves in their order, of which each rank of a group has every Nth.
+fn shared_losses(group: &dyn Group, own: &[BatchLoss], waves: usize) -> moe_core::Result<BatchLoss> {
+    let message = |of: &BatchLoss| [of.loss.to_le_bytes(), (of.tokens as u64).to_le_bytes()].concat();
+    let all = group.share_dealt(own.iter().map(message).collect(), waves)?;
+    all.iter().try_fold(BatchLoss::default(), |total, message| {
+        let [loss, tokens] = message.as_chunks::<8>().0 else {
+            let found = format!("{} bytes", message.len());
+            return Err(into_core(Error::input("loss from another rank", found, "16 bytes")));
+        };
+        let tokens = u64::from_le_bytes(*tokens) as usize;
+        Ok(BatchLoss { loss: total.loss + f64::from_le_bytes(*loss), tokens: total.tokens + tokens })
+    })
 }
 
 /// An error of this crate inside the training loop.

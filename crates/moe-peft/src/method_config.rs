@@ -147,7 +147,7 @@ impl TuningMethod for Esft {
 
     fn install(&self, on: &Setting<'_>, set: &mut AdapterSet) -> Result<Installed> {
         self.check(on)?;
-        let mut calibration = Calibration::of_waves(on.model, on.waves);
+        let mut calibration = Calibration::of_waves(on.model, on.waves).group(on.group);
         if let Some(directory) = on.directory {
             calibration = calibration.store(directory.join("expert_use"));
         }
@@ -167,6 +167,16 @@ impl TuningMethod for Esft {
 }
 
 impl MethodConfig {
+    /// Whether several processes share the steps of this method: whether all that it makes of a wave is a gradient.
+    pub fn is_shareable(&self) -> bool {
+        match self {
+            Self::Own(_) | Self::Full {} | Self::Esft(_) => true,
+            // Covariances are sums over all rows, which every process would have to run.
+            Self::Lora(config) => !matches!(config.init_lora_weights, Init::Corda(_)),
+            _ => false,
+        }
+    }
+
     /// The method.
     fn method(&self) -> Box<dyn TuningMethod + '_> {
         match self {

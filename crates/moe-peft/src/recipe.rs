@@ -121,6 +121,20 @@ impl Recipe {
         Ok(())
     }
 
+    /// Checks that so many processes can share the steps of this recipe, each running other rows.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for several, and a method or losses that keep more of a wave than a gradient.
+    pub fn check_shareable(&self, processes: usize) -> Result<()> {
+        match processes > 1 && !(self.method.is_shareable() && self.router_losses == RouterLosses::default()) {
+            true => Err(Error::Unsupported(format!(
+                "training by this recipe in {processes} processes: they share the methods own, full, esft and lora \
+                 (without CorDA), without losses on routers"
+            ))),
+            false => Ok(()),
+        }
+    }
+
     /// Makes everything random begin with this seed: the order of rows, new adapters, draws of layers.
     pub fn set_seed(&mut self, seed: u64) {
         self.train.seed = seed;

@@ -5,12 +5,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use moe_checkpoint::group::{Alone, Group};
 use moe_checkpoint::{Existing, WriteOptions, check_output, check_room, write, write_json};
 use moe_core::{
     Model,
     data::Wave,
     memory,
-    train::{JsonLines, Saving, TrainEvent, TrainOptions, train_saved},
+    train::{JsonLines, Saving, TrainEvent, TrainOptions, train_in_group},
 };
 use serde::{Deserialize, Serialize};
 
@@ -174,12 +175,32 @@ impl TrainingRun<'_> {
     /// What is wrong with the recipe for this model and these rows, with the directory, and with what would be written,
     /// before anything runs; then what stops training.
     pub fn train(&self, recipe: &Recipe, tell: OnRunEvent<'_>) -> Result<Trained> {
+        self.train_in_group(&Alone, recipe, tell)
+    }
+
+    /// Trains with the other ranks of a group, which all have the same run and recipe, in a directory that all see: the
+    /// waves of each step are shared out, and each rank takes the steps of its own parameters. The first one saves
+    /// states and metrics, and is told what happens. What comes of it has the same bits on every rank, and for any
+    /// number of them.
+    ///
+    /// # Errors
+    /// Those of [`train`](Self::train); those of [`Recipe::check_shareable`]; what has stopped
+    /// another rank.
+    pub fn train_in_group(&self, group: &dyn Group, recipe: &Recipe, tell: OnRunEvent<'_>) -> Result<Trained> {
+        group.agree(self.train_on_this_rank(group, recipe, tell))
+    }
+
+    fn train_on_this_rank(&self, group: &dyn Group, recipe: &Recipe, tell: OnRunEvent<'_>) -> Result<Trained> {
+        recipe.check_shareable(group.size())?;
         let (remarks, phases) = self.check(recipe)?;
+        // Nobody makes the directory while others look what is in it.
+        group.check(None)?;
+        let mut tell = |event: &RunEvent<'_>| if group.rank() == 0 { tell(event) } else { Ok(()) };
         std::fs::create_dir_all(self.directory).map_err(|source| Error::Io { path: self.directory.into(), source })?;
         let (waves, held_out) = self.waves.split_at(self.waves.len() - self.held_out(recipe));
         let mut cost = TrainingCost::default();
         let (mut tokens, mut seconds) = (0, 0.0);
-        let mut setting = Setting { waves, ..self.setting(recipe) };
+        let mut setting = Setting { waves, group, ..self.setting(recipe) };
         for (number, phase) in phases.iter().enumerate() {
             memory::reset_peak();
             let mut set = AdapterSet::new();
@@ -195,7 +216,8 @@ impl TrainingRun<'_> {
             options.groups.extend(installed.groups);
             let mut parameters = task.set().bank().parameters()?;
             let saving = self.saving(phase);
-            let mut log = JsonLines::create(self.directory.join(format!("{}.jsonl", phase.name)))?;
+            let log = self.directory.join(format!("{}.jsonl", phase.name));
+            let mut log = if group.rank() == 0 { Some(JsonLines::create(log)?) } else { None };
             let before = cost.losses.last().map_or(0, |point| point.step);
             let (mut phase_tokens, mut phase_seconds) = (0, 0.0);
             let mut on_event = |event: &TrainEvent| {
@@ -203,10 +225,10 @@ impl TrainingRun<'_> {
                     cost.losses.push(LossPoint { step: before + step, loss: *loss });
                     (phase_tokens, phase_seconds) = (*tokens_run, *seconds);
                 }
-                log.write(event)?;
+                log.as_mut().map_or(Ok(()), |log| log.write(event))?;
                 tell(&RunEvent::Train { phase, event }).map_err(moe_core::Error::observer)
             };
-            train_saved(&mut task, &mut parameters, waves, &options, Some(&saving), &mut on_event)?;
+            train_in_group(group, &mut task, &mut parameters, waves, &options, Some(&saving), &mut on_event)?;
             (tokens, seconds) = (tokens + phase_tokens, seconds + phase_seconds);
             if let Some(memory) = memory::process_memory() {
                 cost.phases.insert(phase.name.to_owned(), memory.peak);

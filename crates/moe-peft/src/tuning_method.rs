@@ -8,6 +8,7 @@ use std::{
 };
 
 use moe_checkpoint::WeightFormat;
+use moe_checkpoint::group::{Alone, Group};
 use moe_core::{
     Model,
     adaptive::RunTime,
@@ -122,6 +123,8 @@ pub struct Setting<'a> {
     pub phase: usize,
     /// Directory for what a method finds out before it trains, so that an interrupted run need not find it out again.
     pub directory: Option<&'a Path>,
+    /// Who trains together. Every rank installs the same method on the same rows.
+    pub group: &'a dyn Group,
     pub(crate) before: Mutex<Option<PhaseEnd>>,
 }
 
@@ -138,6 +141,7 @@ impl<'a> Setting<'a> {
             waves_per_step: 1,
             phase: 0,
             directory: None,
+            group: &Alone,
             before: Mutex::default(),
         }
     }

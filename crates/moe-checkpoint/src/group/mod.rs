@@ -117,6 +117,34 @@ impl dyn Group + '_ {
         self.exchange(vec![bytes; self.size()])
     }
 
+    /// What each of `items` gave, in their order, at every rank, where rank r did the items r, r + N, … and has what
+    /// these gave in `own`.
+    ///
+    /// # Errors
+    /// As [`Group::exchange`]; [`Error::Group`] for a rank that has done another number of them.
+    pub fn share_dealt(&self, own: Vec<Vec<u8>>, items: usize) -> Result<Vec<Vec<u8>>> {
+        let all = match self.size() {
+            1 => vec![own],
+            _ => {
+                let all = self.share(pack(own.iter().map(Vec::as_slice)))?;
+                let all = all.iter().map(|packed| Ok(unpack(packed)?.into_iter().map(<[u8]>::to_vec).collect()));
+                all.collect::<Result<Vec<Vec<Vec<u8>>>>>()?
+            }
+        };
+        for (rank, done) in all.iter().enumerate() {
+            let expected = items.saturating_sub(rank).div_ceil(self.size());
+            if done.len() != expected {
+                let found = done.len();
+                return Err(Error::Group(format!(
+                    "found {found} of {items} items done by rank {rank}, expected {expected}"
+                )));
+            }
+        }
+        let mut all: Vec<_> = all.into_iter().map(Vec::into_iter).collect();
+        let size = all.len();
+        Ok((0..items).filter_map(|item| all[item % size].next()).collect())
+    }
+
     /// Checks that all ranks have the same of something that has to be one.
     ///
     /// # Errors

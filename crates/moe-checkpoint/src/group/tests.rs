@@ -100,6 +100,22 @@ fn what_has_to_be_the_same_is_named_where_it_is_not() {
 }
 
 #[test]
+fn what_was_dealt_out_comes_back_in_order() {
+    for (size, items) in [(1, 3), (3, 7), (4, 2), (2, 0)] {
+        let all = Threads::run(size, |group| {
+            let group: &dyn Group = group;
+            let own = (0..items as u8).skip(group.rank()).step_by(size).map(|item| vec![item; 3]).collect();
+            let shared = group.share_dealt(own, items).unwrap();
+            let more = group.share_dealt(vec![vec![]; items + 1], items).unwrap_err().to_string();
+            assert!(more.contains("done by rank 0, expected"), "{more}");
+            shared
+        });
+        let expected: Vec<Vec<u8>> = (0..items as u8).map(|item| vec![item; 3]).collect();
+        assert!(all.iter().all(|shared| *shared == expected), "{size} ranks, {items} items");
+    }
+}
+
+#[test]
 fn launchers_are_known_by_what_they_set() {
     let of = |set: &[(&str, &str)]| {
         let set: Vec<(String, String)> = set.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();

@@ -10,10 +10,12 @@ use std::sync::Arc;
 
 use moe::jobs;
 use moe::recipe::{Named, TrainingChanges, Tune};
+use moe_checkpoint::group::{Alone, Group};
 use moe_checkpoint::{Checkpoint, Existing, WriteOptions, write, write_atomic};
 use moe_core::Model;
-use moe_core::data::{Dataset, DatasetOptions, EvalSet, LossOver, Source, Tokenizer, Wave, WaveOptions};
-use moe_core::evaluate::{EvaluateOptions, Evaluation, evaluate};
+use moe_core::data::{Dataset, DatasetOptions, EvalRows, EvalSet, LossOver, Source, Tokenizer, Wave, WaveOptions};
+use moe_core::decode::Decoding;
+use moe_core::evaluate::{EvaluateOptions, Evaluation, evaluate_in_group};
 use moe_importance::{Calibration, Scorer, scorers::Fisher};
 use moe_peft::{METHODS, Recipe, Setting, TrainingCost, TrainingRun, TuningMethod};
 use moe_prune::{Budget, ProtectionMask, PruneForm, PruneOptions, Pruner, Scope, SharedSets, UnitPruner};
@@ -172,12 +174,18 @@ impl Job {
         self.data.labels_of(waves)
     }
 
-    fn measure(&self, model: &Model, label: &str, progress: Progress) -> Result<Vec<Evaluation>> {
+    /// What a model measures. Of a group all ranks share likelihoods out; the first generates answers, and has all.
+    fn measure(&self, model: &Model, label: &str, group: &dyn Group, progress: Progress) -> Result<Vec<Evaluation>> {
         let Some(tokenizer) = &self.tokenizer else { return Ok(Vec::new()) };
         let bar = progress.bar(format!("measuring {label}"), self.evals.len() as u64, Unit::Count("files"));
         let mut evaluations = Vec::new();
         for set in &self.evals {
-            evaluations.push(evaluate(model, tokenizer, set, &EvaluateOptions::default())?);
+            let (how, plain) = (EvaluateOptions::default(), Decoding::default());
+            let generates = matches!(set.rows, EvalRows::Exact(_));
+            if group.rank() == 0 || !generates {
+                let who: &dyn Group = if generates { &Alone } else { group };
+                evaluations.push(evaluate_in_group(who, model, tokenizer, set, &how, &plain)?.0);
+            }
             bar.step();
         }
         Ok(evaluations)
@@ -264,11 +272,19 @@ pub fn list() -> String {
 /// # Errors
 /// Those of [`run`].
 pub fn print(arguments: Arguments, progress: Progress) -> Result<String> {
+    print_in_group(arguments, &Alone, progress)
+}
+
+/// As [`print`], with the other ranks of a group; what the first of them prints.
+///
+/// # Errors
+/// Those of [`run_in_group`].
+pub fn print_in_group(arguments: Arguments, group: &dyn Group, progress: Progress) -> Result<String> {
     if arguments.method.iter().flatten().any(|name| name == "list") {
         return Ok(list());
     }
     let json = arguments.json;
-    let finished = run(arguments, progress)?;
+    let finished = run_in_group(arguments, group, progress)?;
     Ok(if json { format!("{}\n", json!(finished.results)) } else { finished.text })
 }
 
@@ -277,19 +293,38 @@ pub fn print(arguments: Arguments, progress: Progress) -> Result<String> {
 /// # Errors
 /// What is wrong, or what stopped the work; `--resume` goes on from there.
 pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
+    run_in_group(arguments, &Alone, progress)
+}
+
+/// As [`run`], with the other ranks of a group, which all have the same arguments and see the same output directory.
+/// They train and measure together; the first writes.
+///
+/// # Errors
+/// Those of [`run`]; what is [not shared out](Recipe::check_shareable); what has stopped another rank.
+pub fn run_in_group(arguments: Arguments, group: &dyn Group, progress: Progress) -> Result<Finished> {
+    let first = group.rank() == 0;
+    if group.size() > 1 && arguments.recover {
+        return Err(Error::Usage(format!("--recover: found {} processes, expected one", group.size())));
+    }
     let mut job = Job::new(arguments)?;
+    job.recipes.iter().try_for_each(|(_, recipe)| recipe.check_shareable(group.size()))?;
     if job.arguments.recover {
         halving(&job).check(job.model.checkpoint())?;
     }
-    job.out.open(job.existing, &job.recipe())?;
+    // All have looked at what is there before anything is made.
+    group.check(None)?;
+    if first {
+        job.out.open(job.existing, &job.recipe())?;
+    }
+    group.check(None)?;
     if let Some(text) = report::left_out(&job.data, job.arguments.length) {
         progress.say(&text);
     }
-    let mut before = job.measure(&job.model, "the model", progress)?;
+    let mut before = job.measure(&job.model, "the model", group, progress)?;
     let mut whole = None;
     if job.arguments.recover {
         job.model = halved(&job)?;
-        whole = Some(std::mem::replace(&mut before, job.measure(&job.model, "what is left", progress)?));
+        whole = Some(std::mem::replace(&mut before, job.measure(&job.model, "what is left", group, progress)?));
     }
     let waves = job.waves();
     let labels = job.labels(&waves);
@@ -298,7 +333,12 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
         let dir = job.out.root().join(name);
         let done = dir.join("result.json");
         let finished = std::fs::read(&done).ok().and_then(|bytes| serde_json::from_slice::<MethodResult>(&bytes).ok());
-        if let Some(result) = finished {
+        // What the first rank finds counts for all.
+        let skipped = group.broadcast(0, vec![u8::from(finished.is_some())])? == [1];
+        if !first && skipped {
+            continue;
+        }
+        if let Some(result) = finished.filter(|_| skipped) {
             if result.recipe != *recipe {
                 return Err(Error::Invalid(format!(
                     "{}: --resume goes on with the same run, but this was trained by another recipe; repeat its arguments, \
@@ -320,10 +360,13 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
         };
         // Several methods side by side would fill the screen; their tables are in their directories.
         let told = job.recipes.len() == 1;
-        let trained = jobs::train(&training, recipe, name, told, progress)?;
+        let trained = jobs::train(&training, recipe, name, told, group, progress)?;
         // What is measured is what is written, rounded to the dtype of the weights.
         let written = trained.as_written(&job.model, job.arguments.max_memory)?;
-        let evaluations = job.measure(written.as_ref().unwrap_or(trained.task.model()), name, progress)?;
+        let evaluations = job.measure(written.as_ref().unwrap_or(trained.task.model()), name, group, progress)?;
+        if !first {
+            continue;
+        }
         let saved = jobs::save(&training, recipe, &trained)?;
         if let (Some(path), Some(changes)) = (&saved.model, &saved.changes) {
             progress.say(&format!("{}: {changes}", path.display()));
@@ -335,6 +378,9 @@ pub fn run(arguments: Arguments, progress: Progress) -> Result<Finished> {
     let data = [job.data.sequences.len() as u64, job.data.tokens() as u64, job.data.loss_tokens() as u64];
     let left_out = [job.data.dropped as u64, job.data.cut as u64];
     let results = Results { model: job.arguments.model_dir(), data, left_out, before, whole, methods };
+    if !first {
+        return Ok(Finished { results, text: String::new() });
+    }
     report::page(&results)?.write(job.out.report())?;
     job.out.finish(&json!(results))?;
     let markdown = report::table(&results).to_markdown();

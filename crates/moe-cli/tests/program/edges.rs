@@ -224,3 +224,23 @@ fn a_tensor_of_four_gibibytes_is_read_where_it_ends() {
     assert_eq!(last, [0, 0, 0x80, 0x3f]);
     ok(&["inspect", text(&large)]);
 }
+
+/// Not with the feature, whose program joins the group: `cargo xtask mpi` shows that.
+#[cfg(not(feature = "mpi"))]
+#[test]
+fn a_launcher_of_several_processes_is_an_error_where_they_would_not_know_of_each_other() {
+    let launched = |size: &str, alone: bool| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_moe"));
+        command.args(["inspect", moe_cli::TINY_MOE]).env("OMPI_COMM_WORLD_RANK", "2");
+        command.env("OMPI_COMM_WORLD_SIZE", size);
+        if alone {
+            command.env("MOE_GROUP", "alone");
+        }
+        command.output().unwrap()
+    };
+    let refused = launched("4", false);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && refused.stdout.is_empty(), "{said}");
+    assert!(said.contains("Open MPI started this as rank 2 of 4") && said.contains("--features mpi"), "{said}");
+    assert!(launched("1", false).status.success() && launched("4", true).status.success());
+}

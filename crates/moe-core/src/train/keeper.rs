@@ -1,5 +1,6 @@
 //! Figures of evaluations, and the parameters that were best.
 
+use moe_checkpoint::group::Group;
 use serde::{Deserialize, Serialize};
 
 use super::parameters::Snapshot;
@@ -52,12 +53,13 @@ impl Keeper {
     /// what was best before cannot be had any more, and this one is the best.
     pub fn evaluate(
         &mut self,
+        group: &dyn Group,
         task: &mut dyn TrainingTask,
         parameters: &mut Parameters,
         step: usize,
         directory: Option<&StateDir>,
     ) -> Result<(f64, bool)> {
-        let value = task.evaluate(parameters)?;
+        let value = task.evaluate_in(group, parameters)?;
         if !value.is_finite() {
             return Err(Error::input(format!("evaluation after step {step}"), value, "a finite number"));
         }

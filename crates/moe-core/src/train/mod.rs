@@ -3,7 +3,8 @@
 //! A [`TrainingTask`] says how a wave gives gradients and what figure is to fall; [`train`] shuffles, accumulates
 //! micro-batches, clips, steps, evaluates, stops early and keeps the best parameters. It knows nothing of what the
 //! parameters are: whatever can be named, has values and gets gradients. Deterministic: the same waves, options and
-//! task give the same bits, and [`train_saved`] gives them also when it is killed and resumed.
+//! task give the same bits, and [`train_saved`] gives them also when it is killed and resumed, [`train_in_group`] for
+//! any number of processes.
 //!
 //! ```
 //! use moe_core::data::{Sequence, Wave};
@@ -50,6 +51,7 @@ mod schedule;
 mod state;
 mod stored;
 mod task;
+mod together;
 
 pub use events::{JsonLines, OnEvent, Stop, TrainEvent};
 pub use group::{ParameterGroup, Projection};
@@ -57,7 +59,7 @@ pub use keeper::Best;
 pub use optimizer::{AdaGrad, AdamW, Adan, Lamb, Lion, Optimizer, RmsProp, Sgd};
 pub use options::{Explosion, Keep, TrainOptions};
 pub use parameters::{OptimizerState, Parameter, Parameters, StateArray};
-pub use run::{TrainReport, train, train_saved};
+pub use run::{TrainReport, train, train_in_group, train_saved};
 pub use schedule::{Decay, Schedule};
 pub use state::Saving;
 pub use stored::StoredValues;

@@ -1,6 +1,10 @@
 //! What is trained.
 
-use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, btree_map::Entry},
+    sync::Arc,
+};
 
 use rayon::prelude::*;
 
@@ -44,9 +48,9 @@ pub(super) struct Settings {
 
 /// Trainable values with their gradient and what the optimizer remembers.
 ///
-/// Memory is 4 bytes per value, 4 more from its first gradient on, and 8 more from its first step with AdamW on. An
-/// inactive parameter has no gradient, and one whose values are [stored](Parameters::store) elsewhere has no values in
-/// memory either.
+/// Memory is 4 bytes per value, 4 more from its first gradient on, again 4 while the gradients of several waves are
+/// added, and 8 more from its first step with AdamW on. An inactive parameter has no gradient, and one whose values are
+/// [stored](Parameters::store) elsewhere has no values in memory either.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Parameter {
     /// The values, row-major; empty while they are lent or stored elsewhere.
@@ -189,6 +193,20 @@ impl Parameter {
     pub(super) fn restored(values: Vec<f32>, shape: Vec<usize>, groups: usize) -> Result<Self> {
         Self::with_shape(values, shape)?.in_groups(groups)
     }
+}
+
+/// Adds a gradient to sums by the place of the parameter.
+pub(super) fn add_gradient(sums: &mut BTreeMap<usize, Vec<f32>>, index: usize, gradient: Vec<f32>) {
+    match sums.entry(index) {
+        Entry::Vacant(place) => {
+            place.insert(gradient);
+        }
+        Entry::Occupied(mut sum) => add(sum.get_mut(), &gradient),
+    }
+}
+
+fn add(sum: &mut [f32], gradient: &[f32]) {
+    sum.par_iter_mut().with_min_len(1 << 14).zip(gradient).for_each(|(sum, gradient)| *sum += gradient);
 }
 
 /// Values by name, or where they are.
@@ -398,8 +416,56 @@ impl Parameters {
     /// Euclidean norm of all gradients together: squares are summed in f64, in pieces whose order does not depend on
     /// the number of threads.
     pub fn gradient_norm(&self) -> f64 {
-        let squares = |p: &Parameter| -> f64 { piecewise(p.gradient(), square_sum) };
-        self.by_name.values().map(squares).sum::<f64>().sqrt()
+        self.gradient_squares().iter().sum::<f64>().sqrt()
+    }
+
+    /// The sum of the squares of each parameter's gradient, in the order of names; 0 without one.
+    pub(super) fn gradient_squares(&self) -> Vec<f64> {
+        self.by_name.values().map(|p| piecewise(p.gradient(), square_sum)).collect()
+    }
+
+    /// Adds the gradients to sums by the place of the parameter, and leaves zeros that are not to be stepped.
+    pub(super) fn drain_gradients(&mut self, sums: &mut BTreeMap<usize, Vec<f32>>) {
+        let touched = self.by_name.values_mut().enumerate().filter(|(_, parameter)| parameter.touched);
+        for (index, parameter) in touched {
+            match sums.entry(index) {
+                Entry::Vacant(place) => {
+                    place.insert(std::mem::take(&mut parameter.gradient));
+                }
+                Entry::Occupied(mut sum) => {
+                    add(sum.get_mut(), &parameter.gradient);
+                    parameter.gradient.fill(0.0);
+                }
+            }
+            parameter.touched = false;
+        }
+    }
+
+    /// Takes these as the gradients, by the place of the parameter.
+    pub(super) fn set_gradients(&mut self, gradients: BTreeMap<usize, Vec<f32>>) {
+        let mut gradients = gradients.into_iter().peekable();
+        for (index, parameter) in self.by_name.values_mut().enumerate() {
+            if let Some((_, gradient)) = gradients.next_if(|(of, _)| *of == index) {
+                (parameter.gradient, parameter.touched) = (gradient, true);
+            }
+        }
+    }
+
+    /// Takes these as the values, by the place of the parameter.
+    pub(super) fn set_values(&mut self, values: BTreeMap<usize, Vec<f32>>) -> Result<()> {
+        let mut new = values.into_iter().peekable();
+        for (index, (name, parameter)) in self.by_name.iter_mut().enumerate() {
+            if let Some((_, values)) = new.next_if(|(of, _)| *of == index) {
+                if values.len() != parameter.len() {
+                    return Err(Error::input(format!("values of parameter {name}"), values.len(), parameter.len()));
+                }
+                parameter.values = values;
+            }
+        }
+        match new.next() {
+            Some((index, _)) => Err(Error::input("place of a parameter", index, "that of one that there is")),
+            None => Ok(()),
+        }
     }
 
     /// Sets all gradients to zero.

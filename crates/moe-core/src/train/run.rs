@@ -2,11 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use moe_checkpoint::group::{Alone, Group};
 use serde::{Deserialize, Serialize};
 
 use super::keeper::{Best, Keeper};
 use super::order::Order;
 use super::state::{Bits, Progress, Saved, StateDir, signature};
+use super::together;
 use super::{BatchLoss, OnEvent, Parameters, Saving, Stop, TrainEvent, TrainOptions, TrainingTask};
 use crate::data::Wave;
 use crate::error::{Error, Result};
@@ -60,7 +62,42 @@ pub fn train_saved(
     saving: Option<&Saving>,
     on_event: OnEvent<'_>,
 ) -> Result<TrainReport> {
+    train_in_group(&Alone, task, parameters, waves, options, saving, on_event)
+}
+
+/// Trains like [`train_saved`], with the other ranks of a group, which all call it with the same: the waves of a step
+/// are shared out, and so are the parameters with their moments, each to the one rank that takes its steps. Every rank
+/// is left with all values, which have the same bits for any number of ranks; the first one saves the states, in a
+/// directory that all see.
+///
+/// # Errors
+/// Those of [`train_saved`]; [`Error::Input`] for a [task](TrainingTask::is_shareable) that cannot be shared out, and
+/// for states that not all ranks see; what has stopped another rank.
+pub fn train_in_group(
+    group: &dyn Group,
+    task: &mut dyn TrainingTask,
+    parameters: &mut Parameters,
+    waves: &[Wave],
+    options: &TrainOptions,
+    saving: Option<&Saving>,
+    on_event: OnEvent<'_>,
+) -> Result<TrainReport> {
+    group.agree(train_on_this_rank(group, task, parameters, waves, options, saving, on_event))
+}
+
+fn train_on_this_rank(
+    group: &dyn Group,
+    task: &mut dyn TrainingTask,
+    parameters: &mut Parameters,
+    waves: &[Wave],
+    options: &TrainOptions,
+    saving: Option<&Saving>,
+    on_event: OnEvent<'_>,
+) -> Result<TrainReport> {
     options.validate()?;
+    if group.size() > 1 && !task.is_shareable() {
+        return Err(Error::input("processes that train together", group.size(), "one: this is not shared out"));
+    }
     if parameters.is_empty() {
         return Err(Error::input("trainable parameters", 0, "at least one"));
     }
@@ -70,17 +107,32 @@ pub fn train_saved(
     parameters.check_returned()?;
     let names: Vec<&str> = parameters.iter().map(|(name, _)| name).collect();
     options.check_groups(&names)?;
-    let directory = match saving {
-        Some(saving) => Some(StateDir::open(saving, signature(options, waves, parameters)?)?),
-        None => None,
-    };
+    let mut directory = None;
+    if saving.is_some() || group.size() > 1 {
+        let signature = signature(options, waves, parameters)?;
+        if group.size() > 1 {
+            group.same("training", &blake3::hash(signature.to_string().as_bytes()).to_hex())?;
+        }
+        directory = match saving {
+            Some(saving) if group.rank() == 0 => Some(StateDir::open(saving, signature)?),
+            Some(saving) => Some(StateDir::of_first_rank(saving, signature)),
+            None => None,
+        };
+        // Nobody looks for states before the first has opened the directory.
+        group.check(None)?;
+    }
     let every = saving.and_then(|saving| saving.every);
     let saved = directory.as_ref().map(|directory| directory.load(parameters)).transpose()?.flatten();
     parameters.assign(&options.groups);
     parameters.clear_gradients();
     let (progress, task_state) = saved.map(|saved| (saved.progress, saved.task)).unzip();
     let progress = progress.unwrap_or_default();
+    if group.size() > 1 {
+        group.same("step of the last saved state, which all ranks have to see", &progress.step.to_string())?;
+        together::keep_own_states(group, parameters);
+    }
     let mut run = Run {
+        group,
         task,
         waves,
         options,
@@ -115,6 +167,7 @@ fn has_gradient(event: &TrainEvent) -> bool {
 }
 
 struct Run<'a> {
+    group: &'a dyn Group,
     task: &'a mut dyn TrainingTask,
     waves: &'a [Wave],
     options: &'a TrainOptions,
@@ -175,22 +228,21 @@ impl Run<'_> {
     fn step(&mut self, step: usize, parameters: &mut Parameters) -> Result<()> {
         self.task.before_step(step, parameters)?;
         parameters.assign(&self.options.groups);
+        let batch: Vec<&Wave> = self.order.batch(step).iter().map(|index| &self.waves[*index]).collect();
         let mut total = BatchLoss::default();
         let mut run = 0;
-        for index in self.order.batch(step).to_vec() {
-            let wave = &self.waves[index];
-            let BatchLoss { loss, tokens } = self.task.accumulate(wave, parameters)?;
+        let losses = together::accumulate(self.group, self.task, parameters, &batch)?;
+        for (wave, BatchLoss { loss, tokens }) in batch.iter().zip(losses) {
             if !loss.is_finite() {
                 return Err(self.diverged(step, format!("the loss of wave {} is {loss}", wave.id)));
             }
             total = BatchLoss { loss: total.loss + loss, tokens: total.tokens + tokens };
             run += wave.tokens() as u64;
         }
-        parameters.check_returned()?;
         let mean = 1.0 / total.tokens.max(1) as f64;
         self.task.gradients(step, mean, parameters)?;
         let auxiliary = self.task.auxiliary();
-        let (loss, gradient_norm) = (total.loss * mean, parameters.gradient_norm() * mean);
+        let (loss, gradient_norm) = (total.loss * mean, together::gradient_norm(self.group, parameters)? * mean);
         if !gradient_norm.is_finite() {
             return Err(self.diverged(step, format!("the norm of the gradient is {gradient_norm}")));
         }
@@ -208,7 +260,9 @@ impl Run<'_> {
         }
         let clip = self.options.clip.map_or(1.0, |clip| if gradient_norm > clip { clip / gradient_norm } else { 1.0 });
         let learning_rate = self.options.schedule.rate(step, self.steps);
+        let changed = together::about_to_change(self.group, parameters);
         self.options.optimizer.step(parameters, learning_rate, mean * clip)?;
+        together::gather_values(self.group, parameters, &changed)?;
         self.task.after_step(step, parameters)?;
         parameters.check_returned()?;
         self.task.update(parameters)?;
@@ -236,7 +290,7 @@ impl Run<'_> {
 
     fn evaluate(&mut self, parameters: &mut Parameters) -> Result<()> {
         let step = self.progress.step;
-        let (value, best) = self.keeper.evaluate(self.task, parameters, step, self.directory.as_ref())?;
+        let (value, best) = self.keeper.evaluate(self.group, self.task, parameters, step, self.directory.as_ref())?;
         self.tell(TrainEvent::Evaluation { step, value, best })
     }
 
@@ -259,7 +313,9 @@ impl Run<'_> {
             task: self.task.state_save()?,
         };
         if let Some(directory) = &self.directory {
+            together::gather_states(self.group, parameters)?;
             directory.save(&saved, parameters)?;
+            together::keep_own_states(self.group, parameters);
         }
         (self.on_event)(&event)
     }
@@ -279,6 +335,8 @@ impl Run<'_> {
     /// Leaves parameters and task with the values to be kept.
     fn leave_best(&mut self, parameters: &mut Parameters) -> Result<()> {
         parameters.clear_gradients();
+        // The first rank has written what the others may read now.
+        self.group.check(None)?;
         self.keeper.restore(parameters, self.progress.step, self.directory.as_ref())?;
         self.task.update(parameters)
     }

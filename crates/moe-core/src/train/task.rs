@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use moe_checkpoint::group::Group;
 use serde::{Deserialize, Serialize};
 
 use super::{Parameters, StateArray};
@@ -67,6 +68,22 @@ pub trait TrainingTask {
     /// # Errors
     /// Whatever stops the model.
     fn evaluate(&mut self, parameters: &mut Parameters) -> Result<f64>;
+
+    /// The same, where the ranks of a group share the waves that it is measured on: the same bits on each of them as
+    /// [`evaluate`](Self::evaluate) gives. By default every rank measures all.
+    ///
+    /// # Errors
+    /// Whatever stops the model or the group.
+    fn evaluate_in(&mut self, group: &dyn Group, parameters: &mut Parameters) -> Result<f64> {
+        let _ = group;
+        self.evaluate(parameters)
+    }
+
+    /// Whether the ranks of a group may each run other waves of a step: whether nothing but the gradients and the loss
+    /// is left of a wave. By default it is not known, and a group of several is refused.
+    fn is_shareable(&self) -> bool {
+        false
+    }
 
     /// What of the task itself goes into a saved state, so that a resumed run goes on as if nothing had happened:
     /// counters, generators of random numbers, what is selected. Parameters, their activity and their moments are saved

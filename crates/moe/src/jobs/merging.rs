@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use moe_checkpoint::group::Group;
 use moe_checkpoint::{Mtp, ProtectionMask, Statistics, write_atomic};
 use moe_core::data::Wave;
 use moe_core::train::TrainEvent;
@@ -38,6 +39,8 @@ pub struct Merging<'a> {
     pub at_once: bool,
     /// Directories in which other processes left their shares of the evidence, which are taken over.
     pub absorb: &'a [PathBuf],
+    /// Who collects the evidence together; the first rank merges.
+    pub group: &'a dyn Group,
 }
 
 /// A merged model, and how long the model was run for it.
@@ -126,28 +129,82 @@ impl Merging<'_> {
         EvidenceOptions::for_recipe(self.recipe, self.sample)
     }
 
+    /// Collects the evidence with the other ranks of the group, which all call this before the first of them merges. It
+    /// is in `directory`, where a merge finds it; nothing is collected if it, or the merged experts in `merged`, are
+    /// there already. A group of one leaves all of it to [`Merging::merge`]. Gives the seconds that it took.
+    ///
+    /// # Errors
+    /// A recipe that is merged layer by layer; files that cannot be read or written; whatever stops the model on any
+    /// rank.
+    pub fn collect(&self, directory: &Path, merged: &Path, progress: Progress) -> Result<f64> {
+        if self.group.size() == 1 {
+            return Ok(0.0);
+        }
+        self.check_shared("evidence shared by several processes")?;
+        let there = MergedWeights::open(merged).is_ok() || self.stored_evidence(directory)?.is_some();
+        if self.group.broadcast(0, vec![u8::from(there)])? == [1] {
+            return Ok(0.0);
+        }
+        let start = Instant::now();
+        let statistics = self.seen(directory, None, progress)?;
+        let waves = self.waves_in(directory);
+        for turn in 0..self.group.size() {
+            // The first keeps what all have; each of the others clears a disk of its own.
+            if turn == 0 && self.group.rank() == 0 {
+                self.keep_evidence(directory, &statistics)?;
+            } else if turn == self.group.rank() && waves.exists() {
+                std::fs::remove_dir_all(&waves).map_err(Error::io(&waves))?;
+            }
+            self.group.check(None)?;
+        }
+        Ok(start.elapsed().as_secs_f64())
+    }
+
     /// The evidence of this model, these rows and what the recipe reads, in `directory`: loaded if an earlier run left
     /// it there, otherwise collected and left there. A run that was killed goes on with the waves it has.
     ///
     /// # Errors
     /// Files that cannot be read or written; whatever stops the model.
     pub fn evidence(&self, directory: &Path, progress: Progress) -> Result<Evidence> {
-        let (path, asked) = (directory.join("evidence.safetensors"), directory.join("evidence.json"));
-        let options = self.evidence_options();
-        let digest = options.digest(self.model, self.waves);
-        if path.exists() && std::fs::read_to_string(&asked).is_ok_and(|found| found == digest) {
-            return Ok(Evidence::load(path)?);
+        match self.stored_evidence(directory)? {
+            Some(evidence) => Ok(evidence),
+            None => self.keep_evidence(directory, &self.seen(directory, None, progress)?),
         }
-        let evidence = Evidence::from_statistics(&self.seen(directory, None, progress)?)?;
+    }
+
+    fn stored_evidence(&self, directory: &Path) -> Result<Option<Evidence>> {
+        let (path, asked) = evidence_files(directory);
+        let digest = self.evidence_options().digest(self.model, self.waves);
+        match path.exists() && std::fs::read_to_string(&asked).is_ok_and(|found| found == digest) {
+            true => Ok(Some(Evidence::load(path)?)),
+            false => Ok(None),
+        }
+    }
+
+    /// Writes the evidence, in place of the waves that it is made of.
+    fn keep_evidence(&self, directory: &Path, statistics: &Statistics) -> Result<Evidence> {
+        let (path, asked) = evidence_files(directory);
+        let evidence = Evidence::from_statistics(statistics)?;
         evidence.validate(self.model.checkpoint().shape())?;
         evidence.save(&path)?;
         // Last: without it, what stands beside it is not whole.
-        write_atomic(&asked, digest.as_bytes())?;
+        write_atomic(&asked, self.evidence_options().digest(self.model, self.waves).as_bytes())?;
         let waves = self.waves_in(directory);
         if waves.exists() {
             std::fs::remove_dir_all(&waves).map_err(Error::io(&waves))?;
         }
         Ok(evidence)
+    }
+
+    /// Whether the evidence can be shared out.
+    fn check_shared(&self, what: &str) -> Result<()> {
+        match self.layer_by_layer() {
+            true => Err(Error::Usage(format!(
+                "{what} of `{}`: it merges layer by layer, each layer on what the merged ones before it give",
+                self.recipe.name
+            ))),
+            false => Ok(()),
+        }
     }
 
     /// Collects one share of the evidence, `(index, count)`, in `directory`: the waves index, index + count, …
@@ -156,13 +213,7 @@ impl Merging<'_> {
     /// A recipe that is merged layer by layer, where each layer is seen as the layers before it were merged; whatever
     /// stops the model.
     pub fn share(&self, directory: &Path, shard: (usize, usize), progress: Progress) -> Result<()> {
-        if self.layer_by_layer() {
-            let reason = format!(
-                "a share of `{}`: it merges layer by layer, each layer on what the merged ones before it give",
-                self.recipe.name
-            );
-            return Err(Error::Usage(reason));
-        }
+        self.check_shared("a share")?;
         self.seen(directory, Some(shard), progress).map(drop)
     }
 
@@ -173,7 +224,9 @@ impl Merging<'_> {
     }
 
     fn seen(&self, directory: &Path, shard: Option<(usize, usize)>, progress: Progress) -> Result<Statistics> {
-        let others: Vec<PathBuf> = self.absorb.iter().map(|other| self.waves_in(other)).collect();
+        // The first rank takes them over.
+        let absorbed = self.absorb.iter().filter(|_| self.group.rank() == 0);
+        let others: Vec<PathBuf> = absorbed.map(|other| self.waves_in(other)).collect();
         if let Some((other, _)) = self.absorb.iter().zip(&others).find(|(_, waves)| !waves.exists()) {
             let reason = "found no evidence of this model, recipe and data, expected a share of it";
             return Err(Error::Invalid(format!("{}: {reason}", other.display())));
@@ -181,6 +234,7 @@ impl Merging<'_> {
         let mut calibration = self
             .evidence_options()
             .observe(self.model, Calibration::of_waves(self.model, self.waves))
+            .group(self.group)
             .store(self.waves_in(directory))
             .absorb(others);
         if let Some((index, count)) = shard {
@@ -222,4 +276,9 @@ impl Merging<'_> {
         let model = weights.plan().on(base, &options)?;
         Ok(Merged { model, weights, collect_seconds })
     }
+}
+
+/// The evidence, and what was asked for it.
+fn evidence_files(directory: &Path) -> (PathBuf, PathBuf) {
+    (directory.join("evidence.safetensors"), directory.join("evidence.json"))
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use burn::tensor::Device;
+use moe_checkpoint::group::Group;
 use moe_checkpoint::{BasePrecision, Checkpoint, Existing, write_atomic, write_json};
 use moe_core::Model;
 use moe_core::train::TrainEvent;
@@ -31,14 +32,21 @@ pub fn trained_on(
     Ok(if packed { model.with_weights_decoded_per_use() } else { model })
 }
 
-/// Trains by a recipe, called `name`, and shows how far it is. The directory of the run gets `trainable.txt`, a table
-/// of what is trained, which is also shown if `told`; warnings always are.
+/// Trains by a recipe, called `name`, with the other ranks of a group, and shows how far it is. The directory of the
+/// run gets `trainable.txt`, a table of what is trained, which is also shown if `told`; warnings always are.
 ///
 /// # Errors
 /// What is wrong with the recipe for this model and these rows, before anything runs; whatever stops the training.
-pub fn train(run: &TrainingRun<'_>, recipe: &Recipe, name: &str, told: bool, progress: Progress) -> Result<Trained> {
+pub fn train(
+    run: &TrainingRun<'_>,
+    recipe: &Recipe,
+    name: &str,
+    told: bool,
+    group: &dyn Group,
+    progress: Progress,
+) -> Result<Trained> {
     let mut bar = None;
-    let trained = run.train(recipe, &mut |event| {
+    let trained = run.train_in_group(group, recipe, &mut |event| {
         match event {
             RunEvent::Begins { phase, trainable } => {
                 write_atomic(run.directory.join("trainable.txt"), trainable.to_string().as_bytes())?;

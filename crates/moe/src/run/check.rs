@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use moe_checkpoint::group::Alone;
 use moe_checkpoint::{
     Checkpoint, Existing, ExpertBiases, Granularity, ProtectionMask, ScoreTable, WriteOptions, check_output,
 };
@@ -171,6 +172,7 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
                     sample: merge.sample,
                     at_once: false,
                     absorb: &[],
+                    group: &Alone,
                 };
                 if before.unchanged() {
                     merging.check().map_err(named)?;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use moe_checkpoint::Checkpoint;
+use moe_checkpoint::group::Alone;
 use moe_merge::{CompactModel, Compression};
 
 use super::Run;
@@ -30,6 +31,7 @@ impl Run<'_> {
             sample: step.sample,
             at_once: false,
             absorb: &[],
+            group: &Alone,
         };
         let of = [json(step)?, base.fingerprint(), calibration.data.hash.clone(), json(&self.protect)?];
         let (dir, reused) = self.artifacts.begin("merge", &of.each_ref().map(String::as_str))?;

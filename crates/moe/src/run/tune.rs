@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use moe_checkpoint::Checkpoint;
+use moe_checkpoint::group::Alone;
 use moe_core::Model;
 use moe_core::adaptive::RunTime;
 use moe_core::data::{DatasetOptions, Tokenizer, WaveOptions};
@@ -88,7 +89,7 @@ impl Run<'_> {
                 fold: step.fold_precision,
             };
             let name = recipe_name(&recipe)?;
-            let trained = jobs::train(&training, &recipe, &name, false, self.options.progress)?;
+            let trained = jobs::train(&training, &recipe, &name, false, &Alone, self.options.progress)?;
             jobs::save(&training, &recipe, &trained)?;
             Artifacts::finish(&dir)?;
         }

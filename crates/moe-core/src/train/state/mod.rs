@@ -160,12 +160,13 @@ impl StoredValues for InState {
     }
 }
 
-/// A directory of states, locked by this process.
+/// A directory of states, locked by this process or by the first rank of its group.
 pub(super) struct StateDir {
     directory: PathBuf,
     keep: usize,
     signature: Value,
-    _lock: File,
+    /// Only the one that has it writes.
+    lock: Option<File>,
 }
 
 impl StateDir {
@@ -181,7 +182,13 @@ impl StateDir {
         }
         // Again, now that no other process can leave one.
         saving.check()?;
-        Ok(Self { directory, keep: saving.keep, signature, _lock: lock })
+        Ok(Self { directory, keep: saving.keep, signature, lock: Some(lock) })
+    }
+
+    /// The directory of another rank, which has it open: what that one saves can be read here, and saving here does
+    /// nothing.
+    pub fn of_first_rank(saving: &Saving, signature: Value) -> Self {
+        Self { directory: saving.directory.clone(), keep: saving.keep, signature, lock: None }
     }
 
     /// The last state.
@@ -257,6 +264,9 @@ impl StateDir {
 
     /// Saves a state, and removes what is too old.
     pub fn save(&self, saved: &Saved, parameters: &Parameters) -> Result<()> {
+        if self.lock.is_none() {
+            return Ok(());
+        }
         let Saved { progress, position, best, task } = saved;
         let mut tensors = Vec::new();
         let mut records = BTreeMap::new();
@@ -307,6 +317,9 @@ impl StateDir {
 
     /// Writes the values as the best ones.
     pub fn write_best(&self, step: usize, parameters: &Parameters) -> Result<()> {
+        if self.lock.is_none() {
+            return Ok(());
+        }
         let mut tensors = Vec::new();
         for (name, parameter) in parameters.iter() {
             tensors.push((name.to_string(), parameter.shape().to_vec(), Values::Of(parameter)));
