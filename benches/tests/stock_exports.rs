@@ -2,20 +2,28 @@
 //!
 //! `cargo xtask goldens --python PYTHON` makes the numbers anew.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use moe_benches::exports::{Kind, export, models};
+use moe_benches::exports::{Kind, export, lora, models};
 use moe_checkpoint::Checkpoint;
 use moe_core::data::{Sequence, Wave};
 use moe_core::device::device;
 use moe_core::host::HostView;
 use moe_core::trace::{Observer, Signals};
 use moe_core::{Engine, EngineOptions, Model};
+use moe_peft::lora::{Lora, Maps};
+use moe_peft::{AdapterSet, peft_files};
+use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
 
 const TOLERANCE: f32 = 1e-4;
+
+/// Fixtures whose adapters transformers was not asked about.
+const NOT_ASKED: [&str; 1] = ["deepseek_v4"];
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/moe-checkpoint/tests/fixtures")
@@ -36,20 +44,35 @@ impl Observer for Logits {
 }
 
 fn logits(directory: &Path, ids: &[u32]) -> Vec<f32> {
-    let model = Model::open(directory, &device("flex").unwrap(), None).unwrap();
+    logits_of(&Model::open(directory, &device("flex").unwrap(), None).unwrap(), ids)
+}
+
+fn logits_of(model: &Model, ids: &[u32]) -> Vec<f32> {
     let wave = Wave { id: 0, sequences: vec![Sequence::new(ids.to_vec())] };
     let mut logits = Logits::default();
-    Engine::new(&model, EngineOptions::default()).run(&wave, &mut logits).unwrap();
+    Engine::new(model, EngineOptions::default()).run(&wave, &mut logits).unwrap();
     logits.0
+}
+
+fn input_ids(golden: &SafeTensors<'_>) -> Vec<u32> {
+    let ids = golden.tensor("input_ids").unwrap();
+    assert_eq!(ids.dtype(), Dtype::I64);
+    ids.data().as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as u32).collect()
+}
+
+/// Largest difference of numbers from those of a golden, which are of the last positions.
+fn difference(found: &[f32], expected: &TensorView<'_>) -> f32 {
+    let expected: Vec<f32> = expected.data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    let last = &found[found.len() - expected.len()..];
+    let differences = last.iter().zip(expected).map(|(a, b)| (a - b).abs());
+    differences.fold(0f32, |max, d| if d.is_nan() { f32::INFINITY } else { max.max(d) })
 }
 
 #[test]
 fn stock_transformers_computes_the_same() {
     let bytes = fs::read(fixtures().join("stock_exports.safetensors")).unwrap();
     let golden = SafeTensors::deserialize(&bytes).unwrap();
-    let ids = golden.tensor("input_ids").unwrap();
-    assert_eq!(ids.dtype(), Dtype::I64);
-    let ids: Vec<u32> = ids.data().as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as u32).collect();
+    let ids = input_ids(&golden);
     let directory = tempfile::tempdir().unwrap();
     let from = fixtures().join("parity/tf5");
     let (mut compared, mut worst) = (0, 0f32);
@@ -57,6 +80,9 @@ fn stock_transformers_computes_the_same() {
         let checkpoint = Arc::new(Checkpoint::open(from.join(&model)).unwrap());
         let vocabulary = checkpoint.config().vocab_size;
         for kind in Kind::ALL {
+            if kind == Kind::Lora && NOT_ASKED.contains(&model.as_str()) {
+                continue;
+            }
             let out = directory.path().join(&model).join(kind.name());
             let name = format!("{model}/{kind}");
             let Ok(expected) = golden.tensor(&name) else {
@@ -65,12 +91,8 @@ fn stock_transformers_computes_the_same() {
             };
             assert!(export(&checkpoint, kind, &out).unwrap(), "{name} has a golden");
             let found = logits(&out, &ids);
-            // The goldens are of the last positions.
-            let rows = expected.shape()[0];
-            assert_eq!(expected.shape(), [rows, vocabulary], "{name}");
-            let expected = expected.data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b));
-            let differences = found[found.len() - rows * vocabulary..].iter().zip(expected).map(|(a, b)| (a - b).abs());
-            let difference = differences.fold(0f32, |max, d| if d.is_nan() { f32::INFINITY } else { max.max(d) });
+            assert_eq!(expected.shape(), [expected.shape()[0], vocabulary], "{name}");
+            let difference = difference(&found, &expected);
             assert!(difference < TOLERANCE, "{name}: {difference}");
             worst = worst.max(difference);
             compared += 1;
@@ -82,9 +104,70 @@ fn stock_transformers_computes_the_same() {
             }
         }
     }
-    // One tensor is the input.
-    assert_eq!(compared, golden.len() - 1);
+    // One tensor is the input; those of adapters are the other test's.
+    let adapters = golden.names().iter().filter(|name| name.ends_with("/adapter")).count();
+    assert_eq!(compared, golden.len() - 1 - adapters);
     println!("{compared} exports, largest difference {worst:.1e}");
+}
+
+/// What PEFT made of the adapter of a model.
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+enum Loaded {
+    /// What transformers computes with the adapter in the weights, from files with this hash.
+    Digest(String),
+    /// Nothing, for this reason.
+    Refused(String),
+}
+
+#[test]
+fn adapters_are_the_files_that_peft_loads_and_beside_a_model_they_give_what_they_give_in_its_weights() {
+    let bytes = fs::read(fixtures().join("stock_exports.safetensors")).unwrap();
+    let golden = SafeTensors::deserialize(&bytes).unwrap();
+    let ids = input_ids(&golden);
+    let loaded = fs::read(fixtures().join("stock_adapters.json")).unwrap();
+    let mut loaded: BTreeMap<String, Loaded> = serde_json::from_slice(&loaded).unwrap();
+    let guide = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/adapters.md")).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let from = fixtures().join("parity/tf5");
+    let mut worst = 0f32;
+    for name in models(&from, &[]).unwrap() {
+        let model = Model::open(from.join(&name), &device("flex").unwrap(), None).unwrap();
+        let checkpoint = model.checkpoint();
+        if !lora::is_exact(checkpoint) || NOT_ASKED.contains(&name.as_str()) {
+            continue;
+        }
+        let (files, maps) = (directory.path().join(&name), Maps::new(checkpoint));
+        lora::files(checkpoint, &name, &files).unwrap();
+        let read = peft_files::read(&files, &maps, peft_files::ReadOptions::default()).unwrap();
+        let plain = logits_of(&model, &ids);
+        for (kind, weights) in [("lora", lora::everywhere(checkpoint)), ("adapter", read)] {
+            let expected = golden.tensor(&format!("{name}/{kind}")).unwrap();
+            let mut set = AdapterSet::new();
+            Lora::install(&mut set, &maps, &[("default", weights)], model.device()).unwrap();
+            let beside = logits_of(&model.with_adapters(Arc::new(set)).unwrap(), &ids);
+            let found = difference(&beside, &expected);
+            assert!(found < TOLERANCE, "{name} with its {kind} beside it: {found}");
+            assert!(difference(&plain, &expected) > 10.0 * TOLERANCE, "{name}: the {kind} does nothing");
+            worst = worst.max(found);
+        }
+        match loaded.remove(&name) {
+            Some(Loaded::Digest(digest)) => {
+                let written = fs::read_to_string(files.join(lora::DIGEST)).unwrap();
+                assert_eq!(written, digest, "{name}: other files than PEFT loaded; `cargo xtask goldens`");
+            }
+            Some(Loaded::Refused(reason)) => {
+                let family = &checkpoint.config().model_type;
+                assert!(
+                    guide.contains(&format!("`{family}`")),
+                    "{name}: {reason}, which docs/adapters.md does not say"
+                );
+            }
+            None => panic!("{name}: PEFT was not asked"),
+        }
+    }
+    assert!(loaded.is_empty(), "adapters of no model: {:?}", loaded.keys());
+    println!("largest difference {worst:.1e}");
 }
 
 /// Checkpoints under a directory, by the `model_type` of their family.

@@ -2,20 +2,25 @@
 
     cargo run --release --example exports -- --out out/roundtrip
     cargo run --release --example exports -- crates/moe-checkpoint/tests/fixtures/unrun --out out/unrun
-    python xtask/scripts/roundtrip.py out/roundtrip [--golden FILE]
+    python xtask/scripts/roundtrip.py out/roundtrip [--golden FILE] [--adapters FILE]
 
 For every model: each export loads with no weight missing, unexpected or of another shape; a forward pass in float32 and in
 bfloat16 gives finite logits; the structurally pruned model computes what the masked one does. Logits are left beside each
 export in `expected.safetensors` (`input_ids`, `logits`); the ignored test of `crates/moe-core/tests/parity/exports.rs` compares ours with them. --golden writes `input_ids [1, 8]` and the
 float32 logits of the last four positions of every export, as MODEL/EXPORT `[4, V]`: `cargo xtask goldens` calls it so.
 
-`width` stands for a model whose own width keeps stock loaders from running it in bfloat16. Needs torch, transformers and safetensors.
+Where there are the files of an adapter beside the exports, PEFT loads them on the model itself (of the directory --bases), which
+then gives the logits of the model that has the adapter in its weights; of these the golden MODEL/adapter `[1, V]` is the last
+position. --adapters writes the hash of the files, or why PEFT does not load them, as JSON.
+
+`width` stands for a model whose own width keeps stock loaders from running it in bfloat16. Needs torch, transformers, peft and safetensors.
 Exits with 1 if a check fails.
 """
 
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,7 +35,8 @@ from transformers import (
 )
 
 TOLERANCE = 1e-4
-EXPORTS = ("masked", "uniform", "experts", "pieces", "fine_grained", "merged")
+EXPORTS = ("masked", "uniform", "experts", "pieces", "fine_grained", "merged", "lora")
+BASES = Path(__file__).parents[2] / "crates/moe-checkpoint/tests/fixtures/parity/tf5"
 # Below the smallest vocabulary of a fixture, and below what stands for images and sounds in it, which transformers does not embed.
 GOLDEN_IDS = [[5, 17, 30, 33, 3, 31, 21, 36]]
 GOLDEN_POSITIONS = 4
@@ -110,6 +116,8 @@ def load(directory, dtype):
         kind = getattr(transformers, config["architectures"][0])
     model, info = kind.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    # With adapters in the weights, a model keeps what it has beside what transformers knows: layers that predict further tokens.
+    kinds = [kind for kind in kinds if kind != "unexpected_keys" or directory.name not in ("lora", "folded")]
     wrong = {kind: sorted(map(str, info[kind]))[:3] for kind in kinds if info.get(kind)}
     return model.eval(), wrong
 
@@ -148,9 +156,25 @@ def check(directory, golden, name):
     return problems, aligned, found
 
 
-def main(root, golden_path):
+def check_adapter(base, directory, expected):
+    """What PEFT makes of an adapter: nothing where it gives what is expected, else why it does not."""
+    from peft import PeftModel
+
+    try:
+        model, _ = load(base, torch.float32)
+        with warnings.catch_warnings():
+            # Keys that are missing are a warning.
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            model = PeftModel.from_pretrained(model, directory).eval().get_base_model()
+        difference = (logits_of(model, torch.tensor(GOLDEN_IDS))[0] - expected).abs().max().item()
+    except Exception as error:  # whatever a loader raises is a result here
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return None if difference <= TOLERANCE else f"logits differ by {difference:.1e}"
+
+
+def main(root, golden_path, adapters_path, bases):
     transformers.utils.logging.disable_progress_bar()
-    failures, golden = 0, {"input_ids": torch.tensor(GOLDEN_IDS)}
+    failures, golden, adapters = 0, {"input_ids": torch.tensor(GOLDEN_IDS)}, {}
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     print(f"{'model':24} {'export':12} {'f32':>5} {'bf16':>6} {'uniform - masked':>17}")
     for model in sorted(path for path in Path(root).iterdir() if path.is_dir()):
@@ -171,9 +195,20 @@ def main(root, golden_path):
             for dtype, problem in problems:
                 print(f"    {dtype}: {problem}")
             failures += len(problems)
+        adapter = model / "adapter"
+        if adapter.exists():
+            folded, wrong = load(adapter / "folded", torch.float32)
+            expected = logits_of(folded, torch.tensor(GOLDEN_IDS))[0]
+            golden[f"{model.name}/adapter"] = expected[-1:].contiguous()
+            failures += len(wrong)
+            refused = check_adapter(bases / model.name, adapter, expected)
+            adapters[model.name] = {"refused": refused} if refused else {"digest": (adapter / "digest").read_text()}
+            print(f"{model.name:24} {'adapter':12} {refused or 'ok'}")
     if golden_path and not failures:
         save_file(golden, golden_path)
         print(f"{golden_path}: {len(golden) - 1} exports, {Path(golden_path).stat().st_size} bytes")
+    if adapters_path and not failures:
+        Path(adapters_path).write_text(json.dumps(adapters, indent=1, sort_keys=True) + "\n")
     return 1 if failures else 0
 
 
@@ -181,5 +216,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root")
     parser.add_argument("--golden")
+    parser.add_argument("--adapters")
+    parser.add_argument("--bases", type=Path, default=BASES)
     arguments = parser.parse_args()
-    sys.exit(main(arguments.root, arguments.golden))
+    sys.exit(main(arguments.root, arguments.golden, arguments.adapters, arguments.bases))

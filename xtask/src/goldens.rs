@@ -8,9 +8,11 @@ use crate::{Result, at, root};
 
 /// Where the numbers go.
 const GOLDEN: &str = "crates/moe-checkpoint/tests/fixtures/stock_exports.safetensors";
+/// Where what PEFT makes of adapters goes.
+const ADAPTERS: &str = "crates/moe-checkpoint/tests/fixtures/stock_adapters.json";
 
-/// Exports the fixtures, runs them in transformers and writes the numbers. `python` has torch, transformers and
-/// safetensors.
+/// Exports the fixtures, runs them in transformers and writes the numbers. `python` has torch, transformers,
+/// peft and safetensors.
 pub fn run(python: &Path) -> Result<()> {
     let out = root().join("target/goldens");
     if out.exists() {
@@ -22,7 +24,7 @@ pub fn run(python: &Path) -> Result<()> {
     export.args(["run", "--release", "--example", "exports", "--", "--out"]);
     export.arg(&out);
     let mut load = Command::new(python);
-    load.arg("xtask/scripts/roundtrip.py").arg(&out).args(["--golden", GOLDEN]);
+    load.arg("xtask/scripts/roundtrip.py").arg(&out).args(["--golden", GOLDEN, "--adapters", ADAPTERS]);
     for command in [&mut export, &mut load] {
         let status = command.current_dir(root()).status().map_err(at(Path::new(command.get_program())))?;
         if !status.success() {

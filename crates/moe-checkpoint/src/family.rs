@@ -387,6 +387,12 @@ pub trait Family: Send + Sync {
     /// Config keys of the number of routed experts. A config has one of them, or several that agree.
     fn expert_count_keys(&self) -> &'static [&'static str];
 
+    /// Whether transformers has a module for either matrix of the routed experts, whose parameter `weight` it is, in
+    /// place of one module with both.
+    fn expert_matrices_are_modules(&self) -> bool {
+        false
+    }
+
     /// Whether attention has as many experts as the feed-forward halves and takes as many for a token, and a config no
     /// other numbers for them: then an export that changes these changes attention, too, or is refused.
     fn attention_has_experts(&self) -> bool {

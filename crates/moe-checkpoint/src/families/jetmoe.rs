@@ -76,6 +76,10 @@ impl Family for JetMoe {
         ExpertLayout::Fused
     }
 
+    fn expert_matrices_are_modules(&self) -> bool {
+        true
+    }
+
     fn attention_has_experts(&self) -> bool {
         true
     }

@@ -69,7 +69,7 @@ impl<'a> Maps<'a> {
                     maps.by_path.insert(path, map);
                 }
             }
-            if checkpoint.config().moe(layer).is_some() {
+            if checkpoint.config().moe(layer).is_some() && !maps.expert_matrices_are_modules() {
                 for naming in [Naming::PerExpert, Naming::Fused] {
                     maps.experts.insert(maps.experts_path(layer, naming), layer);
                 }
@@ -227,6 +227,34 @@ impl<'a> Maps<'a> {
             false => (ExpertMatrix::GateUp, "gate_up_proj"),
         };
         [first, (ExpertMatrix::Down, "down_proj")]
+    }
+
+    /// Whether either matrix of the experts of a layer is a module of its own in transformers 5.
+    pub fn expert_matrices_are_modules(&self) -> bool {
+        self.checkpoint.family().expert_matrices_are_modules()
+    }
+
+    /// The module that has one of the [parameters](Self::fused_parameters) of a layer in transformers 5, and what the
+    /// parameter is called there.
+    pub fn fused_parameter(&self, layer: usize, part: ExpertMatrix) -> (String, &'static str) {
+        let [first, second] = self.fused_parameters(layer);
+        let (down, name) = (part == ExpertMatrix::Down, if part == ExpertMatrix::Down { second.1 } else { first.1 });
+        if !self.expert_matrices_are_modules() {
+            return (self.experts_path(layer, Naming::Fused), name);
+        }
+        let tensor = if down { ExpertTensor::FusedDown } else { ExpertTensor::FusedGateUp };
+        let path = modern(&self.checkpoint.family().expert_tensor_name(layer, tensor), self.checkpoint);
+        (path.strip_suffix(".weight").map_or(path.clone(), str::to_string), "weight")
+    }
+
+    /// The matrix of the routed experts of a layer that a module is in transformers 5, where it is one.
+    pub fn find_expert_matrix(&self, path: &str) -> Option<(usize, ExpertMatrix)> {
+        if !self.expert_matrices_are_modules() {
+            return None;
+        }
+        let layers = self.checkpoint.shape().layers.iter().map(|layer| layer.layer);
+        let parts = |layer| self.fused_parameters(layer).map(|(part, _)| (layer, part));
+        layers.flat_map(parts).find(|(layer, part)| self.fused_parameter(*layer, *part).0 == path)
     }
 
     /// The map of a module, by any of its names.

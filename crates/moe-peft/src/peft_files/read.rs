@@ -76,7 +76,10 @@ pub fn read(dir: impl AsRef<Path>, maps: &Maps<'_>, options: ReadOptions) -> Res
     }
     let reader = Reader { dir, maps, config: &config, path: dir.join(MODEL_FILE) };
     let Contents { modules, embeddings, whole, tokens } = reader.contents()?;
-    let fused = modules.keys().any(|path| maps.find_experts(path.trim_end_matches(".base_layer")).is_some());
+    let of_experts = |path: &String| {
+        maps.find_expert_matrix(path).is_some() || maps.find_experts(path.trim_end_matches(".base_layer")).is_some()
+    };
+    let fused = modules.keys().any(of_experts);
     let naming = if fused { Naming::Fused } else { Naming::PerExpert };
     let mut found = reader.maps(modules)?;
     reader.embeddings(embeddings, &mut found)?;
@@ -286,6 +289,11 @@ impl Reader<'_> {
                 experts.entry(layer).or_default().insert(depth, (path, module));
                 continue;
             }
+            if let Some((layer, part)) = self.maps.find_expert_matrix(&path) {
+                self.one_width(layer, &path)?;
+                self.fused_part(layer, part, (path, module), &share, &mut found)?;
+                continue;
+            }
             let Some(map) = self.maps.find(&path) else {
                 let expected = "a module of the model; the adapter is of another one";
                 return Err(self.error(format!("tensors of `{path}`"), "no such map in the model", expected));
@@ -340,7 +348,6 @@ impl Reader<'_> {
         found: &mut BTreeMap<MatrixId, LowRank>,
     ) -> Result<()> {
         let dims = |part| self.maps.dims(MatrixId::Expert { layer, expert: 0, part }).unwrap_or_default();
-        let experts = self.maps.experts(layer);
         let base = self.maps.experts_path(layer, Naming::Fused);
         let targets = self.config.target_parameters.clone().unwrap_or_default();
         let parameters = self.maps.fused_parameters(layer);
@@ -350,11 +357,7 @@ impl Reader<'_> {
             .filter(|(_, name)| targets.iter().any(|target| ends_with(&format!("{base}.{name}"), target)))
             .map(|(part, _)| part)
             .collect();
-        let widths = self.maps.checkpoint().config().moe(layer).map(|moe| moe.widths.clone()).unwrap_or_default();
-        if widths.windows(2).any(|pair| pair[0] != pair[1]) {
-            return Err(self.error(format!("tensors of `{base}`"), "fused experts", "one by one: their widths differ"));
-        }
-        let (transposed, version) = (self.maps.is_transposed(), self.config.version());
+        self.one_width(layer, &base)?;
         let fits = |part: ExpertMatrix, module: &Module| {
             let (Some(a), Some(b)) = (&module.a, &module.b) else { return false };
             let [out, inputs] = dims(part);
@@ -386,43 +389,65 @@ impl Reader<'_> {
                 parts.reverse();
             }
         }
-        for (part, (path, module)) in parts.into_iter().zip(nested.into_values()) {
-            let [up, down] = parameters.map(|(_, name)| name);
-            let name = if part == ExpertMatrix::Down { down } else { up };
-            let parameter = format!("{base}.{name}");
-            let stored = self.maps.fused_experts(layer, part);
-            let (a, b, rank) = self.pair(&path, &module, stored)?;
-            let (expected, alpha) = share(&parameter);
-            self.rank(&path, rank, expected)?;
-            let dims = dims(part);
-            let shape = (a.len() / (rank * stored).max(1), b.len() / (rank * stored).max(1));
-            let layout = FusedLayout::find(&format!("tensors of `{path}`"), shape, dims, transposed, version).map_err(
-                |error| match error {
+        for (part, of_part) in parts.into_iter().zip(nested.into_values()) {
+            self.fused_part(layer, part, of_part, share, found)?;
+        }
+        Ok(())
+    }
+
+    /// Fused experts have one width.
+    fn one_width(&self, layer: usize, path: &str) -> Result<()> {
+        let widths = self.maps.checkpoint().config().moe(layer).map(|moe| moe.widths.clone()).unwrap_or_default();
+        match widths.windows(2).any(|pair| pair[0] != pair[1]) {
+            true => Err(self.error(format!("tensors of `{path}`"), "fused experts", "one by one: their widths differ")),
+            false => Ok(()),
+        }
+    }
+
+    /// One parameter of all experts of a layer.
+    fn fused_part(
+        &self,
+        layer: usize,
+        part: ExpertMatrix,
+        (path, module): (String, Module),
+        share: &dyn Fn(&str) -> (usize, f64),
+        found: &mut BTreeMap<MatrixId, LowRank>,
+    ) -> Result<()> {
+        let dims = self.maps.dims(MatrixId::Expert { layer, expert: 0, part }).unwrap_or_default();
+        let (transposed, version) = (self.maps.is_transposed(), self.config.version());
+        let (base, name) = self.maps.fused_parameter(layer, part);
+        let parameter = format!("{base}.{name}");
+        let stored = self.maps.fused_experts(layer, part);
+        let (a, b, rank) = self.pair(&path, &module, stored)?;
+        let (expected, alpha) = share(&parameter);
+        self.rank(&path, rank, expected)?;
+        let shape = (a.len() / (rank * stored).max(1), b.len() / (rank * stored).max(1));
+        let layout =
+            FusedLayout::find(&format!("tensors of `{path}`"), shape, dims, transposed, version).map_err(|error| {
+                match error {
                     Error::Input { what, found, expected } => self.error(what, found, expected),
                     error => error,
-                },
-            )?;
-            if module.magnitude.is_some() || self.config.use_dora.unwrap_or(false) {
-                return Err(self.error(format!("tensors of `{path}`"), "`use_dora`", "none for fused experts"));
-            }
-            let fused = FusedExperts { a, b, rank, experts: stored };
-            for expert in 0..experts {
-                let (a, mut b) = fused.expert(expert, dims, layout);
-                if part == ExpertMatrix::GateUp && transposed {
-                    b = deinterleave(&b, rank);
                 }
-                let low =
-                    LowRank { rslora: self.config.use_rslora.unwrap_or(false), ..LowRank::new(a, b, rank, alpha) };
-                let taken: BTreeSet<ExpertMatrix> = match part {
-                    ExpertMatrix::GateUp => [ExpertMatrix::GateUp, ExpertMatrix::Gate, ExpertMatrix::Up].into(),
-                    part => [part].into(),
-                };
-                if taken.iter().any(|part| found.contains_key(&MatrixId::Expert { layer, expert, part: *part })) {
-                    let what = format!("tensors of `{path}`");
-                    return Err(self.error(what, format!("a second addition to expert {expert}"), "one"));
-                }
-                found.insert(MatrixId::Expert { layer, expert, part }, low);
+            })?;
+        if module.magnitude.is_some() || self.config.use_dora.unwrap_or(false) {
+            return Err(self.error(format!("tensors of `{path}`"), "`use_dora`", "none for fused experts"));
+        }
+        let fused = FusedExperts { a, b, rank, experts: stored };
+        for expert in 0..self.maps.experts(layer) {
+            let (a, mut b) = fused.expert(expert, dims, layout);
+            if part == ExpertMatrix::GateUp && transposed {
+                b = deinterleave(&b, rank);
             }
+            let low = LowRank { rslora: self.config.use_rslora.unwrap_or(false), ..LowRank::new(a, b, rank, alpha) };
+            let taken: BTreeSet<ExpertMatrix> = match part {
+                ExpertMatrix::GateUp => [ExpertMatrix::GateUp, ExpertMatrix::Gate, ExpertMatrix::Up].into(),
+                part => [part].into(),
+            };
+            if taken.iter().any(|part| found.contains_key(&MatrixId::Expert { layer, expert, part: *part })) {
+                let what = format!("tensors of `{path}`");
+                return Err(self.error(what, format!("a second addition to expert {expert}"), "one"));
+            }
+            found.insert(MatrixId::Expert { layer, expert, part }, low);
         }
         Ok(())
     }

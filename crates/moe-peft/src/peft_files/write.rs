@@ -275,7 +275,7 @@ fn fused_parameter(
     rslora: bool,
 ) -> Result<Written> {
     let [first, second] = maps.fused_parameters(layer);
-    let (part, name) = if down { second } else { first };
+    let (part, _) = if down { second } else { first };
     let dims = |expert| maps.dims(MatrixId::Expert { layer, expert, part }).unwrap_or_default();
     let [out, inputs] = dims(0);
     if (0..experts.len()).any(|expert| dims(expert) != [out, inputs]) {
@@ -290,12 +290,13 @@ fn fused_parameter(
     if !down && maps.is_transposed() {
         fused.b = interleave(&fused.b, columns);
     }
-    let base = maps.experts_path(layer, Naming::Fused);
+    let (base, name) = maps.fused_parameter(layer, part);
+    let nested = both && !down && !maps.expert_matrices_are_modules();
     let alpha = scale * if rslora { (fused.rank as f64).sqrt() } else { fused.rank as f64 };
     let low = LowRank { rslora, ..LowRank::new(fused.a, fused.b, fused.rank, alpha) };
     Ok(Written {
         path: format!("{base}.{name}"),
-        key: if both && !down { format!("{base}.base_layer") } else { base },
+        key: if nested { format!("{base}.base_layer") } else { base },
         parameter: true,
         embedding: false,
         low,
@@ -339,13 +340,17 @@ fn config(
         })
         .chain(&[MatrixId::Embedding, MatrixId::Head])
         .map(|map| maps.path(*map, options.naming))
+        .chain(outside(maps))
         .collect();
     let moe_layers = maps.checkpoint().shape().layers.iter().map(|layer| layer.layer);
     let all_parameters: Vec<String> = moe_layers
         .flat_map(|layer| {
-            let base = maps.experts_path(layer, Naming::Fused);
             let router = maps.path(MatrixId::Layer(layer, LayerRole::Router), Naming::Fused);
-            [format!("{base}.gate_up_proj"), format!("{base}.down_proj"), format!("{router}.weight")]
+            let experts = maps.fused_parameters(layer).map(|(part, _)| {
+                let (module, name) = maps.fused_parameter(layer, part);
+                format!("{module}.{name}")
+            });
+            experts.into_iter().chain([format!("{router}.weight")])
         })
         .collect();
     let parameters = shortest(&paths(true), &all_parameters, 3);
@@ -364,6 +369,19 @@ fn config(
         use_dora: Some(dora),
         ..AdapterConfig::default()
     }
+}
+
+/// Paths of the modules outside the decoder, such as those of a vision tower, that files tell of: of every tensor the
+/// module that has it, and the one around that, which PEFT may take for a target.
+fn outside<'a>(maps: &'a Maps<'_>) -> impl Iterator<Item = String> + 'a {
+    let checkpoint = maps.checkpoint();
+    let is_outside = |name: &str| checkpoint.family().layer_of(name).is_none() && !checkpoint.is_mtp(name);
+    let others = checkpoint.tensors().filter(move |info| is_outside(&info.name));
+    others.flat_map(|info| {
+        let module = info.name.rsplit_once('.').map(|(module, _)| module);
+        let around = module.and_then(|module| module.rsplit_once('.')).map(|(around, _)| around);
+        [module, around].into_iter().flatten().map(str::to_string).collect::<Vec<_>>()
+    })
 }
 
 /// A matrix with so many columns, the other way around.

@@ -1,6 +1,8 @@
 //! Every export that stock loaders read, of every checkpoint under a directory: what `xtask/scripts/roundtrip.py` loads
 //! in transformers, and what the test of its results makes again.
 
+pub mod lora;
+
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +21,8 @@ use serde::Serialize;
 
 use crate::{Error, Result};
 
-/// Exports every checkpoint under a directory in every way that stock loaders read, scored by weight magnitude.
+/// Exports every checkpoint under a directory in every way that stock loaders read, scored by weight magnitude, and an
+/// adapter of each.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "exports")]
 pub struct Arguments {
@@ -54,12 +57,14 @@ pub enum Kind {
     FineGrained,
     /// A quarter of the experts merged into those whose router rows are most alike, rows with them.
     Merged,
+    /// An adapter on every linear map of the decoder layers, in the weights.
+    Lora,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Uniform, Self::Masked, Self::Experts, Self::Pieces, Self::FineGrained, Self::Merged];
+    pub const ALL: [Self; 7] =
+        [Self::Uniform, Self::Masked, Self::Experts, Self::Pieces, Self::FineGrained, Self::Merged, Self::Lora];
 
     /// Name of its directory.
     pub fn name(self) -> &'static str {
@@ -70,6 +75,7 @@ impl Kind {
             Self::Pieces => "pieces",
             Self::FineGrained => "fine_grained",
             Self::Merged => "merged",
+            Self::Lora => "lora",
         }
     }
 }
@@ -111,6 +117,11 @@ pub fn run(arguments: &Arguments) -> Result<Report> {
             if export(&checkpoint, kind, &out.join(&name).join(kind.name()))? {
                 exports.push((name.clone(), kind));
             }
+        }
+        if lora::is_exact(&checkpoint) {
+            let files = out.join(&name).join(lora::FILES);
+            lora::files(&checkpoint, &name, &files)?;
+            lora::fold(&checkpoint, &lora::on_attention_and_experts(&checkpoint), &files.join(lora::FOLDED))?;
         }
     }
     Ok(Report { exports, out: out.clone() })
@@ -188,6 +199,7 @@ pub fn export(from: &Arc<Checkpoint>, kind: Kind, to: &Path) -> Result<bool> {
             (plan, plain(PruneForm::FineGrained(how)))
         }
         Kind::Merged => return merge(from, to),
+        Kind::Lora => return lora::fold(from, &lora::everywhere(from), to).map(|()| true),
     };
     write(plan.on(from, &options)?.model(), to, &WriteOptions::default())?;
     Ok(true)
