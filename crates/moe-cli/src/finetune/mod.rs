@@ -275,7 +275,7 @@ pub fn print(arguments: Arguments, progress: Progress) -> Result<String> {
     print_in_group(arguments, &Alone, progress)
 }
 
-/// As [`print`], with the other ranks of a group; what the first of them prints.
+/// As [`print()`], with the other ranks of a group; what the first of them prints.
 ///
 /// # Errors
 /// Those of [`run_in_group`].
