@@ -20,13 +20,14 @@ use moe_peft::{
 };
 
 /// The adapters of peft 0.21.2 and their base models.
-const PARITY: [(&str, &str); 6] = [
+const PARITY: [(&str, &str); 7] = [
     ("lora_attention", "qwen2_moe"),
     ("rslora_attention", "qwen2_moe"),
     ("dora_attention", "qwen2_moe"),
     ("lora_experts", "qwen2_moe"),
     ("lora_down_only", "mixtral"),
     ("lora_longcat", "longcat_flash"),
+    ("lora_deepseek_v4", "deepseek_v4_saved"),
 ];
 
 fn parity(name: &str) -> std::path::PathBuf {
