@@ -148,7 +148,7 @@ def adapter(base, out, seed=51):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    expected |= {"train_losses": torch.stack(losses), "logits_after": logits()}
+    expected |= {"train_losses": torch.stack(losses).double(), "logits_after": logits()}
     save_file({name: value.contiguous() for name, value in expected.items()}, out / "expected.safetensors")
     made = dict(base=base.name, peft=peft.__version__, transformers=transformers.__version__, torch=torch.__version__, seed=seed,
         optimizer="AdamW lr 1e-2 betas .9 .999 eps 1e-8 wd .01, 5 steps on input_ids, adapter parameters only")

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use burn::tensor::Device;
-use moe_checkpoint::LayerDrop;
+use moe_checkpoint::{LayerDrop, RoutingExport};
 use moe_core::{
     Engine, EngineOptions, Error, Model,
+    adaptive::RoutingConfig,
     data::{Sequence, Wave},
     depth::{DepthConfig, DepthRule, LayerPath},
+    trace::{Observer, Signals},
 };
 
 use crate::{fixtures, observed::Recorder};
@@ -67,4 +69,34 @@ fn layers_that_belong_together_are_neither_left_out_nor_decided_about() {
     ] {
         assert!(error.contains("whose last layers read the keys and values of layers before them"), "{error}");
     }
+}
+
+/// What several residual streams and tables of the vocabulary have no place for is said before anything runs.
+#[test]
+fn streams_and_tables_refuse_what_they_have_no_place_for() {
+    struct Streams;
+    impl Observer for Streams {
+        fn needs(&self) -> Signals {
+            Signals::STREAMS
+        }
+    }
+    #[derive(Debug)]
+    struct Rule;
+    impl DepthRule for Rule {}
+    let model = Model::open(fixtures().join("tf5/deepseek_v4"), &Device::flex(), None).unwrap();
+    let engine = Engine::new(&model, EngineOptions::default());
+    let wave = Wave { id: 0, sequences: vec![Sequence::new((3..15).collect())] };
+    let top_k: RoutingConfig = r#"{"type": "top_k", "k": 1}"#.parse().unwrap();
+    let (fewer, logits) = (RoutingExport { top_k: Some(1), ..RoutingExport::default() }, vec![0.5; 12]);
+    for (error, why) in [
+        (engine.run(&wave, &mut Streams).unwrap_err().to_string(), "which has 2 of them"),
+        (model.with_depth_rule(Arc::new(Rule)).unwrap_err().to_string(), "several residual streams"),
+        (top_k.on(&model).unwrap_err().to_string(), "layer 0, which routes by a table"),
+        (engine.route(0, &logits, None).unwrap_err().to_string(), "whose ids are not known in layer 0"),
+        (fewer.on(model.checkpoint()).unwrap_err().to_string(), "tables of 2 for every token"),
+    ] {
+        assert!(error.contains(why), "{error}");
+    }
+    // The other layers choose by their scores.
+    assert_eq!(engine.route(1, &logits, None).unwrap().selected.len(), 4);
 }
