@@ -127,6 +127,18 @@ fn measure(setting: &Setting, model: &Model, tokenizer: &Tokenizer, draw: &Draw)
     Ok(measured)
 }
 
+/// What a model cannot do, where that is the error.
+fn unsupported(error: &Error) -> Option<&str> {
+    match error {
+        Error::Run(moe_core::Error::Unsupported(what)) => Some(what),
+        Error::Peft(error) => match &**error {
+            moe_peft::Error::Unsupported(what) => Some(what),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
 /// Mean and standard deviation.
 fn shown(values: impl Iterator<Item = f64> + Clone) -> String {
     let n = values.clone().count().max(1) as f64;
@@ -167,13 +179,11 @@ pub fn run(arguments: &Arguments) -> Result<String> {
             let start = Instant::now();
             let found = draws.iter().map(|draw| measure(setting, &model, &tokenizer, draw)).collect::<Result<Vec<_>>>();
             eprintln!("{table}: {} took {:.1} s", setting.name, start.elapsed().as_secs_f64());
-            let found = match found {
-                Err(Error::Run(moe_core::Error::Unsupported(what))) => {
-                    refused.push(format!("{} is refused: {what}.", setting.name));
-                    continue;
-                }
-                found => found?,
-            };
+            if let Some(what) = found.as_ref().err().and_then(unsupported) {
+                refused.push(format!("{} is refused: {what}.", setting.name));
+                continue;
+            }
+            let found = found?;
             let quality = (0..keys.len()).map(|i| shown(found.iter().map(move |m| m.quality[i])));
             let quality: Vec<String> = quality.collect();
             let experts = found.iter().map(|m| m.experts).sum::<f64>() / found.len() as f64;
