@@ -46,6 +46,13 @@ pub struct TopKSearch {
     pub combine: Combine,
 }
 
+/// The layers with their experts, the most experts per token of one, and how many are to be shared out.
+struct Options {
+    layers: Vec<(usize, usize)>,
+    most: usize,
+    budget: usize,
+}
+
 /// What another number of experts in a layer costs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -69,11 +76,11 @@ impl TopKSearch {
         RunTimeRouting::by_layer(vec![(layer, experts, k)], |_, _, k| Ok(rule.rule(k)))
     }
 
-    /// The numbers that layers may have, and how many experts are to be shared out.
+    /// What may be chosen in a model.
     ///
     /// # Errors
     /// Names the field that is out of range.
-    fn options(&self, model: &Model) -> Result<(Vec<(usize, usize)>, usize, usize)> {
+    fn options(&self, model: &Model) -> Result<Options> {
         let layers = moe_layers(model.config())?;
         model.router().with_combine(self.combine)?;
         let most = self.most.unwrap_or(model.router().top_k());
@@ -84,7 +91,7 @@ impl TopKSearch {
         if !(self.experts >= 1.0 && self.experts <= most as f64) {
             return Err(Error::input("experts", self.experts, format!("1 to {most}, the most of a layer")));
         }
-        Ok((layers, most, budget as usize))
+        Ok(Options { layers, most, budget: budget as usize })
     }
 
     /// The numbers, found on rows.
@@ -92,7 +99,7 @@ impl TopKSearch {
     /// # Errors
     /// [`Error::Input`] for numbers out of range and no rows, and whatever stops the model.
     pub fn calibrated(&self, model: &Model, waves: &[Wave]) -> Result<TopK> {
-        let (layers, most, budget) = self.options(model)?;
+        let Options { layers, most, budget } = self.options(model)?;
         let costs = match self.cost {
             TopKCost::Divergence => self.divergences(model, waves, &layers, most)?,
             TopKCost::Output => self.output_errors(model, waves, &layers, most)?,
