@@ -111,8 +111,8 @@ impl Model {
     /// through a layer and which tokens skip its feed-forward half.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for a model under a path that leaves layers out or repeats them, where
-    /// [layers belong together](moe_checkpoint::ModelConfig::inseparable), and where there are several residual streams.
+    /// [`Error::Unsupported`] for a model under a path that leaves layers out or repeats them, where [layers belong
+    /// together](moe_checkpoint::ModelConfig::inseparable), and where there are several residual streams.
     pub fn with_depth_rule(&self, rule: Arc<dyn DepthRule>) -> Result<Self> {
         if !self.path.is_whole(self.config().layers.len()) {
             return Err(Error::Unsupported("a rule that decides about layers beside a path of layers".into()));
