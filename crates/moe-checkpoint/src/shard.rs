@@ -1,6 +1,6 @@
 //! One memory-mapped safetensors file.
 
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -16,8 +16,22 @@ const FAULT_AROUND: usize = 2 << 20;
 /// A mapped file whose header has been checked against its length.
 pub(crate) struct Shard {
     path: PathBuf,
-    file: File,
+    /// What the path named when it was mapped.
+    identity: Option<(u64, u64)>,
     map: Mmap,
+}
+
+/// The file that a path names, whatever it holds.
+#[cfg(unix)]
+fn identity(metadata: &Metadata) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+/// Elsewhere a mapped file cannot be shortened.
+#[cfg(not(unix))]
+fn identity(_: &Metadata) -> Option<(u64, u64)> {
+    None
 }
 
 impl Shard {
@@ -37,7 +51,7 @@ impl Shard {
         // somebody else shortens while it is open is found out by `bytes`, unless it happens during a read itself.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
         let tensors = header::parse(path, &map)?;
-        let shard = Self { path: path.to_path_buf(), file, map };
+        let shard = Self { path: path.to_path_buf(), identity: identity(&metadata), map };
         shard.release_all();
         Ok((shard, tensors))
     }
@@ -47,12 +61,15 @@ impl Shard {
     /// # Errors
     /// [`Error::Shortened`] if the file has become shorter: reading what is gone would end the process.
     pub fn bytes(&self, range: Range<usize>) -> Result<&[u8]> {
-        let found = self.file.metadata().map_err(|source| Error::io(&self.path, source))?.len();
+        // The file is asked about by its path, since thousands of shards must not stay open. One that has another file
+        // in its place, or none, is whole as it is mapped.
         let expected = self.map.len() as u64;
-        if found < expected {
-            return Err(Error::Shortened { path: self.path.clone(), found, expected });
+        match fs::metadata(&self.path) {
+            Ok(now) if now.len() < expected && self.identity.is_some() && identity(&now) == self.identity => {
+                Err(Error::Shortened { path: self.path.clone(), found: now.len(), expected })
+            }
+            _ => Ok(&self.map[range]),
         }
-        Ok(&self.map[range])
     }
 
     /// Gives the pages of a range back to the system, so that they no longer count as resident.

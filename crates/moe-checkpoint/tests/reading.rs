@@ -61,13 +61,14 @@ fn shape3(tensor: &Tensor) -> [usize; 3] {
 fn canonical(model: &Model, layer: usize, expert: usize) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     // Two layers are one of the files.
     let layer = if model.config["model_type"] == "longcat_flash" { layer / 2 } else { layer };
-    let prefixes = ["model", "model.language_model", "language_model.model", "backbone", "thinker.model"];
+    let prefixes = ["model.", "model.language_model.", "language_model.model.", "backbone.", "thinker.model.", ""];
     let tensor =
-        |name: String| prefixes.iter().find_map(|prefix| model.tensors.get(&format!("{prefix}.layers.{layer}.{name}")));
+        |name: String| prefixes.iter().find_map(|prefix| model.tensors.get(&format!("{prefix}layers.{layer}.{name}")));
     for (block, [gate, up, down]) in [
         ("mlp", ["gate_proj", "up_proj", "down_proj"]),
         ("block_sparse_moe", ["w1", "w3", "w2"]),
         ("feed_forward", ["w1", "w3", "w2"]),
+        ("ffn", ["w1", "w3", "w2"]),
         // without a gate, the up projection is the gate, too
         ("mixer", ["up_proj", "up_proj", "down_proj"]),
     ] {
@@ -411,6 +412,11 @@ fn a_file_that_was_shortened_while_it_was_open_is_an_error_and_not_the_end_of_th
     let fingerprint = whole.fingerprint();
     let file = dir.path().join("model.safetensors");
     let length = std::fs::metadata(&file).unwrap().len();
+    // Another file in its place leaves the one that is mapped as it was.
+    std::fs::rename(&file, dir.path().join("kept")).unwrap();
+    std::fs::write(&file, "short").unwrap();
+    assert!(checkpoint.expert(0, 0).is_ok());
+    std::fs::rename(dir.path().join("kept"), &file).unwrap();
     std::fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(length / 2).unwrap();
     let expected =
         format!("model.safetensors: shortened while it was open: {} bytes, expected the {length}", length / 2);

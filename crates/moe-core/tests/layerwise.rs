@@ -243,10 +243,16 @@ fn a_half_that_is_run_again_on_what_it_was_given_gives_the_same_bits_in_every_fa
         if !(0..model.config().layers.len()).any(|layer| model.config().moe(layer).is_some()) {
             continue;
         }
+        // Several streams are mixed anew by every half: there is nothing before and after one.
+        let streams = model.config().streams.is_some();
         let engine = Engine::new(&model, options());
         let mut again = Again { engine: &engine, halves: 0 };
         let ids = (0..13).map(|i| (i * i * 7 + i * 3) % model.config().vocab_size.min(90) as u32).collect();
         let found = engine.run(&Wave { id: 0, sequences: vec![Sequence::new(ids)] }, &mut again);
+        if streams {
+            assert!(matches!(found, Err(Error::Unsupported(_))), "{}", path.display());
+            continue;
+        }
         found.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         assert!(again.halves > 0, "{}", path.display());
         families += 1;

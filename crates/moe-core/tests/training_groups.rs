@@ -27,7 +27,7 @@ impl TrainingTask for Pull {
         }
         let names: Vec<String> = parameters.iter().map(|(name, _)| name.to_string()).collect();
         let mut loss = 0.0;
-        for (place, name) in names.iter().enumerate().filter(|(place, _)| *place != 1 || wave.id % 2 == 0) {
+        for (place, name) in names.iter().enumerate().filter(|(place, _)| *place != 1 || wave.id.is_multiple_of(2)) {
             let values = parameters.get(name).unwrap().values.clone();
             let Some(gradient) = parameters.gradient_mut(name) else { continue };
             for (i, (gradient, value)) in gradient.iter_mut().zip(values).enumerate() {

@@ -156,14 +156,16 @@ fn parameter_maps(maps: &Maps<'_>, parameter: &str) -> Vec<(MatrixId, Vec<String
         for naming in [Naming::Fused, Naming::PerExpert] {
             let base = maps.experts_path(layer, naming);
             for (part, name) in maps.fused_parameters(layer) {
+                // One name for every family, beside what transformers calls a module of its own.
+                let common = format!("{base}.{name}");
                 let path = match maps.expert_matrices_are_modules() {
                     true => {
                         let (module, name) = maps.fused_parameter(layer, part);
                         format!("{module}.{name}")
                     }
-                    false => format!("{base}.{name}"),
+                    false => common.clone(),
                 };
-                if ends_with(&path, parameter) {
+                if ends_with(&path, parameter) || ends_with(&common, parameter) {
                     found.extend((0..experts).map(|expert| {
                         let map = MatrixId::Expert { layer, expert, part };
                         (map, vec![format!("{base}.{expert}.{name}"), path.clone()])
