@@ -1,7 +1,7 @@
 //! Filters, tests and functions whose answer differs between Jinja in Python and the template engine.
 
 use minijinja::value::{Kwargs, Rest, Tuple, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, Value};
+use minijinja::{Environment, Error, ErrorKind, State, Value};
 
 use super::source::{CONCAT, GENERATION, PERCENT};
 use super::{json, methods, python, turns};
@@ -10,7 +10,7 @@ use super::{json, methods, python, turns};
 pub(super) fn install(environment: &mut Environment<'static>) {
     environment.set_unknown_method_callback(methods::call);
     environment.add_filter("tojson", json::tojson);
-    environment.add_filter("string", |value: &Value| python::text(value));
+    environment.add_filter("string", python::text);
     environment.add_filter("join", join);
     environment.add_filter("length", length);
     environment.add_filter("count", length);
@@ -19,8 +19,8 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     environment.add_filter("int", int);
     environment
         .add_filter("float", |value: &Value, default: Option<f64>| number(value).unwrap_or(default.unwrap_or(0.0)));
-    environment.add_filter("center", |value: &Value, width: Option<i64>| -> Result<String, Error> {
-        Ok(methods::pad(&python::text(value)?, width.unwrap_or(80), " ", "center"))
+    environment.add_filter("center", |state: &State, value: &Value, width: Option<i64>| {
+        methods::pad(state, &python::text(state, value)?, width.unwrap_or(80), " ", "center")
     });
     environment.add_filter("wordcount", |value: &str| {
         value.split(|c: char| !(c.is_alphanumeric() || c == '_')).filter(|word| !word.is_empty()).count()
@@ -48,14 +48,14 @@ pub(super) fn install(environment: &mut Environment<'static>) {
 }
 
 /// `a ~ b ~ …`.
-fn concat(values: Rest<Value>) -> Result<String, Error> {
-    values.iter().map(python::text).collect()
+fn concat(state: &State, values: Rest<Value>) -> Result<String, Error> {
+    values.iter().map(|value| python::text(state, value)).collect()
 }
 
 /// `a % b`, of numbers or of a string and its arguments.
-fn percent(left: &Value, right: &Value) -> Result<Value, Error> {
+fn percent(state: &State, left: &Value, right: &Value) -> Result<Value, Error> {
     if let Some(pattern) = left.as_str() {
-        return python::printf(pattern, right).map(Value::from);
+        return python::printf(state, pattern, right).map(Value::from);
     }
     let by_zero = || Error::new(ErrorKind::InvalidOperation, "modulo by zero");
     if left.is_integer() && right.is_integer() {
@@ -75,12 +75,12 @@ fn percent(left: &Value, right: &Value) -> Result<Value, Error> {
     Ok(Value::from(if remainder != 0.0 && (remainder < 0.0) != (right < 0.0) { remainder + right } else { remainder }))
 }
 
-fn format(pattern: &str, values: Rest<Value>, named: Kwargs) -> Result<String, Error> {
+fn format(state: &State, pattern: &str, values: Rest<Value>, named: Kwargs) -> Result<String, Error> {
     let named: Vec<(String, Value)> =
         named.args().map(|name| Ok((name.to_owned(), named.get(name)?))).collect::<Result<_, Error>>()?;
     match named.is_empty() {
-        true => python::printf(pattern, &Value::from(Tuple::from(values.0))),
-        false => python::printf(pattern, &Value::from_pairs(named)),
+        true => python::printf(state, pattern, &Value::from(Tuple::from(values.0))),
+        false => python::printf(state, pattern, &Value::from_pairs(named)),
     }
 }
 
@@ -116,10 +116,16 @@ fn int(value: &Value, default: Option<Value>, base: Option<u32>, kwargs: Kwargs)
     Ok(read.or_else(truncated).map_or(default, Value::from))
 }
 
-fn join(items: &Value, separator: Option<&Value>, attribute: Option<&str>, kwargs: Kwargs) -> Result<String, Error> {
+fn join(
+    state: &State,
+    items: &Value,
+    separator: Option<&Value>,
+    attribute: Option<&str>,
+    kwargs: Kwargs,
+) -> Result<String, Error> {
     let separator = match separator {
-        Some(separator) => python::text(separator)?,
-        None => kwargs.get::<Option<&Value>>("d")?.map_or(Ok(String::new()), python::text)?,
+        Some(separator) => python::text(state, separator)?,
+        None => kwargs.get::<Option<&Value>>("d")?.map_or(Ok(String::new()), |value| python::text(state, value))?,
     };
     let attribute = match attribute {
         Some(attribute) => Some(attribute),
@@ -136,7 +142,9 @@ fn join(items: &Value, separator: Option<&Value>, attribute: Option<&str>, kwarg
                 Err(_) => item.get_attr(part)?,
             };
         }
-        python::text(&item)
+        // With what stands behind it.
+        python::pay(state, separator.len())?;
+        python::text(state, &item)
     };
     Ok(items.try_iter()?.map(item_text).collect::<Result<Vec<_>, Error>>()?.join(&separator))
 }
@@ -150,16 +158,15 @@ fn length(value: &Value) -> Result<usize, Error> {
     }
 }
 
-fn replace(value: &Value, old: &str, new: &str, count: Option<i64>) -> Result<String, Error> {
-    let text = python::text(value)?;
-    Ok(match count.and_then(|count| usize::try_from(count).ok()) {
-        Some(count) => text.replacen(old, new, count),
-        None => text.replace(old, new),
-    })
+fn replace(state: &State, value: &Value, old: &str, new: &str, count: Option<i64>) -> Result<String, Error> {
+    let text = python::text(state, value)?;
+    let count = count.and_then(|count| usize::try_from(count).ok()).unwrap_or(usize::MAX);
+    python::pay(state, text.matches(old).take(count).count().saturating_mul(new.len()))?;
+    Ok(text.replacen(old, new, count))
 }
 
-fn escape(value: &Value) -> Result<String, Error> {
-    let text = python::text(value)?;
+fn escape(state: &State, value: &Value) -> Result<String, Error> {
+    let text = python::text(state, value)?;
     Ok(text
         .replace('&', "&amp;")
         .replace('<', "&lt;")

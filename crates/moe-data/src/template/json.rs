@@ -1,7 +1,7 @@
 //! JSON as `json.dumps` writes it, and JSON values for a template.
 
 use minijinja::value::{Kwargs, Rest, ValueKind};
-use minijinja::{Error, ErrorKind, Value};
+use minijinja::{Error, ErrorKind, State, Value};
 
 use super::python;
 
@@ -25,7 +25,7 @@ pub(super) fn from_json(value: &serde_json::Value) -> Value {
 
 /// `tojson(ensure_ascii=False, indent=None, separators=None, sort_keys=False)`: the filter that transformers installs,
 /// which unlike Jinja's own leaves `<`, `>`, `&` and `'` as they are.
-pub(super) fn tojson(value: &Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
+pub(super) fn tojson(state: &State, value: &Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
     let mut given = positional.0.into_iter();
     let mut argument = |name: &str| -> Result<Option<Value>, Error> {
         let value = match given.next() {
@@ -39,7 +39,11 @@ pub(super) fn tojson(value: &Value, positional: Rest<Value>, kwargs: Kwargs) -> 
         None => None,
         Some(indent) => Some(match indent.as_str() {
             Some(text) => text.to_owned(),
-            None => " ".repeat(usize::try_from(indent)?),
+            None => {
+                let width = usize::try_from(indent)?;
+                python::pay(state, width)?;
+                " ".repeat(width)
+            }
         }),
     };
     let (between, after_key) = match argument("separators")? {
@@ -47,7 +51,7 @@ pub(super) fn tojson(value: &Value, positional: Rest<Value>, kwargs: Kwargs) -> 
         Some(pair) => {
             let pair: Vec<Value> = pair.try_iter()?.collect();
             match pair.as_slice() {
-                [between, after_key] => (python::text(between)?, python::text(after_key)?),
+                [between, after_key] => (python::text(state, between)?, python::text(state, after_key)?),
                 _ => return Err(Error::new(ErrorKind::InvalidOperation, "tojson: separators are two strings")),
             }
         }
@@ -58,11 +62,14 @@ pub(super) fn tojson(value: &Value, positional: Rest<Value>, kwargs: Kwargs) -> 
     }
     kwargs.assert_all_used()?;
     let mut out = String::new();
-    Style { ensure_ascii, indent, between, after_key, sort_keys }.write(value, 0, &mut out)?;
+    let pay = |bytes| python::pay(state, bytes);
+    Style { pay: &pay, ensure_ascii, indent, between, after_key, sort_keys }.write(value, 0, &mut out)?;
     Ok(out)
 }
 
-struct Style {
+struct Style<'a> {
+    /// Pays for so many bytes before they are written.
+    pay: &'a dyn Fn(usize) -> Result<(), Error>,
     ensure_ascii: bool,
     /// What a level of nesting is indented by.
     indent: Option<String>,
@@ -71,8 +78,9 @@ struct Style {
     sort_keys: bool,
 }
 
-impl Style {
+impl Style<'_> {
     fn write(&self, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+        (self.pay)(value.as_str().map_or(0, str::len))?;
         match value.kind() {
             ValueKind::String => self.quote(value.as_str().unwrap_or_default(), out),
             ValueKind::Seq | ValueKind::Iterable => {
@@ -113,6 +121,9 @@ impl Style {
                 out.extend(std::iter::repeat_n(indent.as_str(), depth));
             }
         };
+        let indent = self.indent.as_ref().map_or(0, String::len).saturating_mul(depth + 1);
+        let around = indent.saturating_add(self.between.len() + self.after_key.len());
+        (self.pay)(around.saturating_mul(len))?;
         out.push(open);
         for i in 0..len {
             if i > 0 {
@@ -178,8 +189,15 @@ mod tests {
     fn json_is_pythons() {
         let value =
             from_json(&serde_json::json!({"b": [1, 2.5, true, null], "a": "<é'\"\\\n\u{1}>", "c": {}, "d": []}));
+        let environment = minijinja::Environment::new();
         let dump = |kwargs: &[(&str, Value)]| {
-            tojson(&value, Rest(Vec::new()), kwargs.iter().map(|(k, v)| (*k, v.clone())).collect()).unwrap()
+            tojson(
+                &environment.empty_state(),
+                &value,
+                Rest(Vec::new()),
+                kwargs.iter().map(|(k, v)| (*k, v.clone())).collect(),
+            )
+            .unwrap()
         };
         assert_eq!(dump(&[]), r#"{"b": [1, 2.5, true, null], "a": "<é'\"\\\n\u0001>", "c": {}, "d": []}"#);
         assert_eq!(

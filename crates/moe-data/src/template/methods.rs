@@ -3,12 +3,12 @@
 use minijinja::value::{Kwargs, Tuple, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
-use super::python::{is_space, str_format, text};
+use super::python::{is_space, pay, str_format, text};
 
 /// Answers a call of a method of a Python type; what is not here is left to the engine's own set.
 pub(super) fn call(state: &mut State, value: &Value, method: &str, arguments: &[Value]) -> Result<Value, Error> {
     let known = match value.kind() {
-        ValueKind::String => on_string(value.as_str().unwrap_or_default(), method, arguments)?,
+        ValueKind::String => on_string(state, value.as_str().unwrap_or_default(), method, arguments)?,
         ValueKind::Seq | ValueKind::Iterable => on_list(value, method, arguments)?,
         ValueKind::Map if method == "copy" => Some(value.clone()),
         _ => None,
@@ -56,15 +56,19 @@ fn missing(what: &str) -> Error {
     Error::new(ErrorKind::InvalidOperation, format!("{what} not found"))
 }
 
-fn on_string(s: &str, method: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
+fn on_string(state: &State, s: &str, method: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
     let none = || bind(arguments, []).map(|[]| ());
     Ok(Some(match method {
-        "format" => Value::from(str_format(s, arguments)?),
+        "format" => Value::from(str_format(state, s, arguments)?),
         "join" => {
             let [items] = bind(arguments, ["iterable"])?;
             let items = items.ok_or_else(|| Error::from(ErrorKind::MissingArgument))?;
-            let items: Vec<String> = items.try_iter()?.map(|item| text(&item)).collect::<Result<_, _>>()?;
-            Value::from(items.join(s))
+            let item_text = |item| {
+                // With what stands behind it.
+                pay(state, s.len())?;
+                text(state, &item)
+            };
+            Value::from(items.try_iter()?.map(item_text).collect::<Result<Vec<String>, Error>>()?.join(s))
         }
         "strip" | "lstrip" | "rstrip" => {
             let [chars] = bind(arguments, ["chars"])?;
@@ -137,17 +141,19 @@ fn on_string(s: &str, method: &str, arguments: &[Value]) -> Result<Option<Value>
         "center" | "ljust" | "rjust" => {
             let [width, fill] = bind(arguments, ["width", "fillchar"])?;
             let fill = fill.map_or(Ok(" ".to_owned()), |fill| string(Some(fill), "fillchar"))?;
-            Value::from(pad(s, integer(width)?.unwrap_or(0), &fill, method))
+            Value::from(pad(state, s, integer(width)?.unwrap_or(0), &fill, method)?)
         }
         "zfill" => {
             let [width] = bind(arguments, ["width"])?;
             let (sign, digits) = s.split_at(usize::from(s.starts_with(['-', '+'])));
-            let width = integer(width)?.unwrap_or(0) - sign.len() as i64;
-            Value::from(format!("{sign}{}", pad(digits, width, "0", "rjust")))
+            let width = integer(width)?.unwrap_or(0).saturating_sub(sign.len() as i64);
+            Value::from(format!("{sign}{}", pad(state, digits, width, "0", "rjust")?))
         }
         "expandtabs" => {
             let [size] = bind(arguments, ["tabsize"])?;
-            Value::from(expandtabs(s, integer(size)?.unwrap_or(8).max(0) as usize))
+            let size = integer(size)?.unwrap_or(8).max(0) as usize;
+            pay(state, s.matches('\t').count().saturating_mul(size))?;
+            Value::from(expandtabs(s, size))
         }
         "title" => none().map(|()| Value::from(title(s)))?,
         "swapcase" => none().map(|()| {
@@ -253,15 +259,16 @@ fn splitlines(s: &str, keep_ends: bool) -> Vec<&str> {
 }
 
 /// `s` filled up to `width` characters, by the method's name.
-pub(super) fn pad(s: &str, width: i64, fill: &str, method: &str) -> String {
+pub(super) fn pad(state: &State, s: &str, width: i64, fill: &str, method: &str) -> Result<String, Error> {
     let missing = width.saturating_sub(s.chars().count() as i64).max(0);
+    pay(state, (missing as usize).saturating_mul(fill.len()))?;
     // str.center puts the odd character to the left when the width is odd.
     let left = match method {
         "ljust" => 0,
         "rjust" => missing,
         _ => missing / 2 + (missing & width & 1),
     };
-    format!("{}{s}{}", fill.repeat(left as usize), fill.repeat((missing - left) as usize))
+    Ok(format!("{}{s}{}", fill.repeat(left as usize), fill.repeat((missing - left) as usize)))
 }
 
 fn expandtabs(s: &str, size: usize) -> String {

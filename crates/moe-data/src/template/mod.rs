@@ -14,7 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::merge_maps;
-use minijinja::{Environment, Output, State, Value, context};
+use minijinja::{Environment, ErrorKind, Output, State, Value, context};
 use serde_json::Map;
 
 use crate::Error;
@@ -58,6 +58,9 @@ pub struct ChatTemplate {
 }
 
 const NAME: &str = "chat_template";
+/// What a rendering may cost, in instructions and in 64 bytes of text: a second, and a gigabyte. A template comes with
+/// a model, whoever has made it, and may run in circles.
+const FUEL: u64 = 20_000_000;
 
 impl ChatTemplate {
     /// Compiles a template. `special_tokens` are the names it may use beside the messages: `bos_token`, `eos_token`, ….
@@ -70,6 +73,7 @@ impl ChatTemplate {
         environment.set_syntax(syntax);
         // So that an error names the variable that is missing, in release builds too.
         environment.set_debug(true);
+        environment.set_fuel(Some(FUEL));
         environment.set_formatter(format);
         filters::install(&mut environment);
         environment.add_function("strftime_now", |format: String| {
@@ -92,7 +96,8 @@ impl ChatTemplate {
     /// Renders a conversation; `add_generation_prompt` also opens the assistant's next turn.
     ///
     /// # Errors
-    /// [`Error::ChatTemplate`] if the template fails, or refuses the conversation by `raise_exception`.
+    /// [`Error::ChatTemplate`] if the template fails, refuses the conversation by `raise_exception`, or would run for
+    /// long or take gigabytes.
     pub fn render(&self, conversation: Conversation<'_>, add_generation_prompt: bool) -> Result<String, Error> {
         let text = self.render_marked(conversation, add_generation_prompt)?;
         Ok(if self.marks_generation { turns::unmarked(&text).0 } else { text })
@@ -157,12 +162,15 @@ fn parse_arguments(call: &mut serde_json::Value) {
 fn format(out: &mut Output, state: &mut State, value: &Value) -> Result<(), minijinja::Error> {
     match value.as_str() {
         Some(_) => minijinja::escape_formatter(out, state, value),
-        None => out.write_str(&python::text(value)?).map_err(minijinja::Error::from),
+        None => out.write_str(&python::text(state, value)?).map_err(minijinja::Error::from),
     }
 }
 
 fn template_error(error: minijinja::Error) -> Error {
     let line = error.line().map_or(String::new(), |line| format!(" (line {line} of the template)"));
-    let what = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+    let what = match error.kind() {
+        ErrorKind::OutOfFuel => format!("it costs more than {FUEL} instructions, or as many times 64 bytes of text"),
+        kind => error.detail().map_or_else(|| kind.to_string(), str::to_owned),
+    };
     Error::ChatTemplate { message: format!("{what}{line}") }
 }

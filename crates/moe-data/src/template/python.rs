@@ -2,7 +2,7 @@
 
 use minijinja::formatting::{FormatStyle, format};
 use minijinja::value::ValueKind;
-use minijinja::{Error, ErrorKind, Value};
+use minijinja::{Error, ErrorKind, State, Value};
 
 /// `repr` of a float: the shortest digits that read back as the same number, with an exponent below 1e-4 and from 1e16
 /// on.
@@ -30,22 +30,33 @@ pub(super) fn as_float(value: &Value) -> Option<f64> {
     is_float.then(|| f64::try_from(value.clone()).ok()).flatten()
 }
 
+/// Pays for text of so many bytes out of what a rendering may cost, before it is made. The engine by itself charges for
+/// what a filter returns, when the memory is taken.
+pub(super) fn pay(state: &State, bytes: usize) -> Result<(), Error> {
+    state.consume_fuel(1 + bytes as u64 / 64)
+}
+
 /// `str(value)`; nothing for an undefined value, as Jinja has it.
-pub(super) fn text(value: &Value) -> Result<String, Error> {
+pub(super) fn text(state: &State, value: &Value) -> Result<String, Error> {
     match value.as_str() {
-        Some(text) => Ok(text.to_owned()),
-        None => repr(value),
+        Some(text) => {
+            pay(state, text.len())?;
+            Ok(text.to_owned())
+        }
+        None => repr(state, value),
     }
 }
 
 /// `repr(value)`.
-pub(super) fn repr(value: &Value) -> Result<String, Error> {
+pub(super) fn repr(state: &State, value: &Value) -> Result<String, Error> {
     let mut out = String::new();
-    write_repr(value, &mut out)?;
+    write_repr(state, value, &mut out)?;
     Ok(out)
 }
 
-fn write_repr(value: &Value, out: &mut String) -> Result<(), Error> {
+fn write_repr(state: &State, value: &Value, out: &mut String) -> Result<(), Error> {
+    // Every value, since lists that hold one list twice are longer than the memory they take.
+    pay(state, value.as_str().map_or(0, str::len))?;
     match value.kind() {
         ValueKind::None => out.push_str("None"),
         ValueKind::Bool => out.push_str(if value.is_true() { "True" } else { "False" }),
@@ -62,7 +73,7 @@ fn write_repr(value: &Value, out: &mut String) -> Result<(), Error> {
                 if count > 0 {
                     out.push_str(", ");
                 }
-                write_repr(&item, out)?;
+                write_repr(state, &item, out)?;
                 count += 1;
             }
             if value.is_tuple() && count == 1 {
@@ -76,9 +87,9 @@ fn write_repr(value: &Value, out: &mut String) -> Result<(), Error> {
                 if i > 0 {
                     out.push_str(", ");
                 }
-                write_repr(&key, out)?;
+                write_repr(state, &key, out)?;
                 out.push_str(": ");
-                write_repr(&value.get_item(&key)?, out)?;
+                write_repr(state, &value.get_item(&key)?, out)?;
             }
             out.push('}');
         }
@@ -123,7 +134,7 @@ pub(crate) fn is_space(c: char) -> bool {
 }
 
 /// `pattern % values`: each conversion by itself, so that `%s` and `%r` print as Python prints.
-pub(super) fn printf(pattern: &str, values: &Value) -> Result<String, Error> {
+pub(super) fn printf(state: &State, pattern: &str, values: &Value) -> Result<String, Error> {
     let positional: Vec<Value> = match values.is_tuple() {
         true => values.try_iter()?.collect(),
         false => vec![values.clone()],
@@ -162,11 +173,12 @@ pub(super) fn printf(pattern: &str, values: &Value) -> Result<String, Error> {
             None => given.next().ok_or_else(|| wrong("not enough arguments"))?,
         };
         let (conversion, value) = match conversion {
-            "s" => ("s", Value::from(text(&value)?)),
-            "r" | "a" => ("s", Value::from(repr(&value)?)),
+            "s" => ("s", Value::from(text(state, &value)?)),
+            "r" | "a" => ("s", Value::from(repr(state, &value)?)),
             "d" | "i" | "u" => ("d", truncated(value)),
             other => (other, value),
         };
+        pay(state, widest(flags))?;
         out.push_str(&format(FormatStyle::Printf, &format!("%{flags}{conversion}"), &[value])?);
     }
     out.push_str(rest);
@@ -174,6 +186,12 @@ pub(super) fn printf(pattern: &str, values: &Value) -> Result<String, Error> {
         return Err(wrong("not all arguments converted"));
     }
     Ok(out)
+}
+
+/// The largest number in the flags of a conversion: its width or precision.
+fn widest(flags: &str) -> usize {
+    let numbers = flags.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty());
+    numbers.map(|digits| digits.parse().unwrap_or(usize::MAX)).max().unwrap_or(0)
 }
 
 /// `%d` of a float drops what follows the point.
@@ -186,7 +204,7 @@ fn truncated(value: Value) -> Value {
 
 /// `pattern.format(values)`: replacement fields without a format of their own print as Python prints, the others by the
 /// engine.
-pub(super) fn str_format(pattern: &str, values: &[Value]) -> Result<String, Error> {
+pub(super) fn str_format(state: &State, pattern: &str, values: &[Value]) -> Result<String, Error> {
     let (positional, named) = match values.split_last() {
         Some((last, first)) if last.is_kwargs() => (first, Some(last)),
         _ => (values, None),
@@ -229,13 +247,16 @@ pub(super) fn str_format(pattern: &str, values: &[Value]) -> Result<String, Erro
             value
         };
         let value = match conversion {
-            Some("r" | "a") => Value::from(repr(&value)?),
-            Some(_) => Value::from(text(&value)?),
+            Some("r" | "a") => Value::from(repr(state, &value)?),
+            Some(_) => Value::from(text(state, &value)?),
             None => value,
         };
         match spec {
-            None | Some("") => out.push_str(&text(&value)?),
-            Some(spec) => out.push_str(&format(FormatStyle::StrFormat, &format!("{{:{spec}}}"), &[value])?),
+            None | Some("") => out.push_str(&text(state, &value)?),
+            Some(spec) => {
+                pay(state, widest(spec))?;
+                out.push_str(&format(FormatStyle::StrFormat, &format!("{{:{spec}}}"), &[value])?);
+            }
         }
     }
     out.push_str(rest);

@@ -195,3 +195,35 @@ fn the_date_can_be_fixed() {
     assert_eq!(text, "29 Feb 2024");
     assert_eq!(template(source).render(Conversation::new(&[]), false).unwrap().len(), text.len());
 }
+
+/// Whoever made the model wrote the template: none ends the process, or keeps it.
+#[test]
+fn templates_that_run_in_circles_or_print_without_end_are_refused() {
+    let doubled = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}";
+    let nested = "{% set ns = namespace(x=['ab']) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
+    for source in [
+        "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+        doubled,
+        &format!("{nested}{{{{ ns.x }}}}"),
+        &format!("{nested}{{{{ ns.x | tojson }}}}"),
+        "{{ '%99999999999d' | format(1) }}",
+        "{{ '%.99999999999f' % 1.5 }}",
+        "{{ '{:>99999999999}'.format(1) }}",
+        "{{ 'a'.ljust(99999999999) }}",
+        "{{ 'a'.center(9223372036854775807, 'four') }}",
+        "{{ '-1'.zfill(9223372036854775807) }}",
+        "{{ 'a' | center(99999999999) }}",
+        "{{ 'a\tb'.expandtabs(99999999999) }}",
+        "{{ 'a' | indent(99999999999, true) }}",
+        "{{ messages | tojson(indent=99999999999) }}",
+        "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
+        "{{ ('b' * 99999).join(['a'] * 99999) }}",
+        "{{ (['a'] * 99999) | join('b' * 99999) }}",
+    ] {
+        let result = template(source).render(Conversation::new(&[user("a")]), false);
+        let error = result.map(|text| text.len()).unwrap_err().to_string();
+        assert!(error.contains("it costs more than 20000000 instructions"), "{source}: {error}");
+    }
+    let padded = template("{{ '-1'.zfill(-9223372036854775808) }}{{ 'é'.rjust(4, '.') }}");
+    assert_eq!(padded.render(Conversation::new(&[]), false).unwrap(), "-1...é");
+}
