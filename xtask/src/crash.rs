@@ -211,7 +211,10 @@ impl Job<'_> {
             let wrong = self.goes_on(&name, &whole)?;
             if !wrong.is_empty() {
                 outcome.differ += 1;
-                faults.push(format!("{}, killed after {}: {}", self.verb, waited.join(", then "), wrong.join(", ")));
+                let fault = format!("{}, killed after {}: {}", self.verb, waited.join(", then "), wrong.join(", "));
+                // At once, since a run over all verbs takes long.
+                eprintln!("{fault}");
+                faults.push(fault);
             }
             fs::remove_dir_all(self.dir.join(&name)).map_err(at(self.dir))?;
         }

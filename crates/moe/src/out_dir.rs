@@ -49,8 +49,9 @@ impl OutDir {
                 let advice = "choose another --out, --resume to go on with it, or --force to replace it";
                 return Err(Error::Invalid(format!("{path}: the output directory exists already; {advice}")));
             }
-            let empty = fs::read_dir(&root).map_err(Error::io(&root))?.next().is_none();
-            if !empty && !root.join(RECIPE).is_file() {
+            let mut entries = fs::read_dir(&root).map_err(Error::io(&root))?;
+            let begun = |entry: &std::io::Result<fs::DirEntry>| entry.as_ref().is_ok_and(is_unfinished_recipe);
+            if !root.join(RECIPE).is_file() && !entries.all(|entry| begun(&entry)) {
                 let reason = format!("not an output of this program (it has no {RECIPE}), so it is left as it is");
                 return Err(Error::Invalid(format!("{path}: {reason}; choose another --out")));
             }
@@ -175,9 +176,72 @@ impl OutDir {
     }
 }
 
+/// Whether this is what a process leaves that is killed as it writes the recipe, the first thing there is.
+fn is_unfinished_recipe(entry: &fs::DirEntry) -> bool {
+    let name = entry.file_name();
+    let rest = name.to_str().and_then(|name| name.strip_prefix('.')?.strip_prefix(RECIPE));
+    rest.is_some_and(|rest| rest.starts_with('.') && rest.ends_with(".tmp"))
+}
+
+/// Removes an output with its recipe last, so that what is left of it by a process that is killed meanwhile is still
+/// known as one.
 fn remove(path: &Path) -> Result<()> {
-    match path.exists() {
-        true => fs::remove_dir_all(path).map_err(Error::io(path)),
-        false => Ok(()),
+    if !path.exists() {
+        return Ok(());
+    }
+    for entry in fs::read_dir(path).map_err(Error::io(path))? {
+        let entry = entry.map_err(Error::io(path))?;
+        let inside = entry.path();
+        let removed = match entry.file_type().map_err(Error::io(&inside))?.is_dir() {
+            true => fs::remove_dir_all(&inside),
+            false if entry.file_name() == RECIPE => Ok(()),
+            false => fs::remove_file(&inside),
+        };
+        removed.map_err(Error::io(&inside))?;
+    }
+    fs::remove_dir_all(path).map_err(Error::io(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_that_was_killed_as_it_wrote_its_recipe_is_gone_on_with() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("out");
+        fs::create_dir(&root).unwrap();
+        for left in [".recipe.json.tmp", ".recipe.json.412-0.tmp"] {
+            fs::write(root.join(left), b"{").unwrap();
+            for existing in [Existing::Resume, Existing::Replace] {
+                OutDir::check(&root, existing).unwrap();
+            }
+        }
+        OutDir::check(&root, Existing::Refuse).unwrap_err();
+        let out = OutDir::check(&root, Existing::Resume).unwrap();
+        out.open(Existing::Resume, &Value::Null).unwrap();
+        assert!(root.join(RECIPE).is_file());
+        fs::remove_file(root.join(RECIPE)).unwrap();
+        for foreign in ["recipe.json.tmp", ".results.json.tmp", "notes.txt"] {
+            fs::write(root.join(foreign), b"").unwrap();
+            let error = OutDir::check(&root, Existing::Resume).unwrap_err().to_string();
+            assert!(error.contains("not an output of this program"), "{foreign}: {error}");
+            fs::remove_file(root.join(foreign)).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_output_is_replaced_whatever_is_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("out");
+        let out = OutDir::check(&root, Existing::Refuse).unwrap();
+        out.open(Existing::Refuse, &Value::Null).unwrap();
+        fs::create_dir(root.join("model")).unwrap();
+        fs::write(root.join("model/weights"), b"").unwrap();
+        fs::write(root.join("log"), b"").unwrap();
+        out.open(Existing::Replace, &Value::Bool(true)).unwrap();
+        let names: Vec<_> = fs::read_dir(&root).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names, [RECIPE]);
+        assert_eq!(fs::read_to_string(root.join(RECIPE)).unwrap(), "true");
     }
 }
