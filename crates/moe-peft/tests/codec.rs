@@ -211,7 +211,7 @@ fn payloads_that_do_not_fit_their_table_are_refused() {
     scaled(0.5, 1.0).encode(adapter(&from), &to).unwrap();
     let bytes = fs::read(&to).unwrap();
     let table = Delta::open(&to).unwrap().table().clone();
-    let with = |change: &dyn Fn(&mut DeltaTable, &mut Vec<u8>)| {
+    let written = |change: &dyn Fn(&mut DeltaTable, &mut Vec<u8>)| {
         let (mut table, mut payload) = (table.clone(), bytes[32..32 + table.payload_bytes as usize].to_vec());
         change(&mut table, &mut payload);
         table.payload_bytes = payload.len() as u64;
@@ -223,7 +223,10 @@ fn payloads_that_do_not_fit_their_table_are_refused() {
         file.extend(payload);
         file.extend(json);
         fs::write(&to, file).unwrap();
-        let result = Delta::open(&to).and_then(|delta| delta.stream(|_, _| Ok(())));
+        Delta::open(&to)
+    };
+    let with = |change: &dyn Fn(&mut DeltaTable, &mut Vec<u8>)| {
+        let result = written(change).and_then(|delta| delta.stream(|_, _| Ok(())));
         result.map_err(|error| error.to_string())
     };
     assert!(with(&|_, _| ()).is_ok());
@@ -244,6 +247,11 @@ fn payloads_that_do_not_fit_their_table_are_refused() {
     assert!(with(&twice).unwrap_err().contains("order of tensors"));
     let dense = |table: &mut DeltaTable, _: &mut Vec<u8>| table.coding = DeltaCoding::Difference { dtype: Dtype::F32 };
     assert!(with(&dense).unwrap_err().contains("payload"));
+    // A petabyte of zeros, of which the payload says nothing.
+    let zeros = |table: &mut DeltaTable, _: &mut Vec<u8>| table.tensors[0].shape = vec![1 << 50];
+    let out = directory.path().join("out");
+    let error = written(&zeros).unwrap().restore_adapter(&out, Existing::Refuse).unwrap_err().to_string();
+    assert!(error.contains("bytes") && error.contains("free") && !out.exists(), "{error}");
 }
 
 /// A checkpoint of the base's shape with `change` applied to the elements of every tensor, by name.

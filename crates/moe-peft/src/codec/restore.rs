@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use moe_checkpoint::{Existing, OutputDir, encode, write_atomic, write_json};
+use moe_checkpoint::{Existing, OutputDir, check_room, encode, write_atomic, write_json};
 use safetensors::tensor::TensorView;
 
 use super::decode::{Decoder, Piece};
 use super::file::{Delta, DeltaBase, DeltaCoding, DeltaTensor};
-use super::source::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
+use super::source::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, elements};
 use crate::Result;
 
 impl Delta {
@@ -16,13 +16,16 @@ impl Delta {
     /// appears whole or not at all; the file of its weights. Memory is that of the adapter.
     ///
     /// # Errors
-    /// [`Error::File`](crate::Error::File) for a delta of a checkpoint, before anything is written; those of the file
-    /// system.
+    /// [`Error::File`](crate::Error::File) for a delta of a checkpoint, and an adapter that the disk has no room for,
+    /// both before anything is decoded; those of the file system.
     pub fn restore_adapter(&self, to: &Path, existing: Existing) -> Result<PathBuf> {
         let DeltaBase::Adapter { start, config } = &self.table().base else {
             return Err(self.wrong("base", "a checkpoint", "an adapter"));
         };
         OutputDir::check(to, existing)?;
+        // A sparse delta of a few bytes may speak of any number of zeros.
+        let bytes = |tensor: &DeltaTensor| elements(&tensor.spec()) * tensor.dtype.bitsize() as u64 / 8;
+        check_room(to, self.table().tensors.iter().map(bytes).sum())?;
         let mut tensors: Vec<(&DeltaTensor, Vec<u8>)> = Vec::new();
         let mut decoder = Decoder::new(self)?;
         for tensor in &self.table().tensors {
