@@ -162,9 +162,11 @@ fn merge(value: &mut Value, changes: Value) {
 
 impl TuningMethod for Recipe {
     /// # Errors
-    /// Those of the method and of the losses; [`Error::Input`] for `dense_mixer` with a method that trains no router.
+    /// Those of the method and of the losses; [`Error::Input`] for `dense_mixer` with a method that trains no router;
+    /// those of [`Setting::check_memory`].
     fn check(&self, on: &Setting<'_>) -> Result<()> {
         self.train.validate()?;
+        on.check_memory()?;
         self.method.check(on)?;
         if self.router_losses != RouterLosses::default() {
             self.router_losses.check(on)?;

@@ -10,9 +10,10 @@ use std::{
 use moe_checkpoint::WeightFormat;
 use moe_checkpoint::group::{Alone, Group};
 use moe_core::{
-    Model,
+    Engine, EngineOptions, Model,
     adaptive::RunTime,
     data::Wave,
+    trace::Signals,
     train::{ParameterGroup, Parameters},
 };
 
@@ -156,6 +157,17 @@ impl<'a> Setting<'a> {
     #[must_use]
     pub fn after(self, before: PhaseEnd) -> Self {
         Self { phase: self.phase + 1, before: Mutex::new(Some(before)), ..self }
+    }
+
+    /// Checks that the model's `max_memory` holds a step on the largest of the waves, before anything that leads to it.
+    ///
+    /// # Errors
+    /// [`Error::Memory`](moe_core::Error::Memory) with the bytes that it needs.
+    pub fn check_memory(&self) -> Result<()> {
+        let Some(tokens) = self.waves.iter().map(Wave::tokens).max() else { return Ok(()) };
+        let engine = Engine::new(self.model, EngineOptions { loss: true, ..EngineOptions::default() });
+        engine.plan(tokens, Signals::PARAMETERS)?;
+        Ok(())
     }
 
     /// What the phase before ended with; once.

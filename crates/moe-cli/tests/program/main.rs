@@ -6,6 +6,8 @@ mod edges;
 mod faults;
 mod jobs;
 mod looking;
+#[cfg(target_os = "linux")]
+mod memory;
 mod merging;
 mod pruning;
 mod recipes;

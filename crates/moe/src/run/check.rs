@@ -6,8 +6,9 @@ use moe_checkpoint::group::Alone;
 use moe_checkpoint::{
     Checkpoint, Existing, ExpertBiases, Granularity, ProtectionMask, ScoreTable, WriteOptions, check_output,
 };
-use moe_core::Model;
-use moe_core::data::{Tokenizer, WaveOptions};
+use moe_core::data::{Tokenizer, Wave, WaveOptions};
+use moe_core::trace::Signals;
+use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::StatisticId;
 use moe_peft::MethodConfig;
 use moe_prune::repair::RepairRequest;
@@ -82,6 +83,11 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
 
     let engine_of = |model: &Arc<Checkpoint>| -> moe_core::Result<Model> {
         Ok(Model::new(model.clone(), &device, max_memory)?.with_precision(recipe.precision))
+    };
+    // A wave has to be held, whatever is done with it.
+    let holds = |model: &Arc<Checkpoint>, waves: &[Wave]| -> moe_core::Result<()> {
+        let largest = waves.iter().map(Wave::tokens).max().unwrap_or(0);
+        Engine::new(&engine_of(model)?, EngineOptions::default()).plan(largest, Signals::NONE).map(drop)
     };
     let mut chain = Chain::new(model.clone());
     let mut before = Before::default();
@@ -174,8 +180,9 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
                     absorb: &[],
                     group: &Alone,
                 };
-                if before.unchanged() {
-                    merging.check().map_err(named)?;
+                match before.unchanged() {
+                    true => merging.check().map_err(named)?,
+                    false => holds(&chain.model, &data.waves).map_err(|error| named(error.into()))?,
                 }
                 let bytes = merging.check_passes(&recipe.out.join("steps")).map_err(named)?;
                 disk.add(&recipe.out, bytes).map_err(named)?;
@@ -184,7 +191,7 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
             }
             Step::Tune(tune) => {
                 let unchanged = before.unchanged();
-                let engine_model = engine_of(&model)?;
+                let engine_model = engine_of(if unchanged { &model } else { &chain.model })?;
                 super::tune::check(tune, recipe, tokenizer.as_ref(), &engine_model, unchanged && !goes_on)
                     .map_err(named)?;
                 let trained = tune.recipe(recipe.seed)?;
@@ -223,7 +230,7 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
                 let how = quantize.options().map_err(named)?;
                 quantize.with().check(&model).map_err(named)?;
                 if quantize.reads_rows() {
-                    needs_data()?;
+                    holds(&chain.model, &needs_data()?.waves).map_err(|error| named(error.into()))?;
                 }
                 if before.unchanged() {
                     moe_checkpoint::Quantized::on(&model, &how).map_err(|error| named(error.into()))?;
@@ -242,7 +249,7 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
                 chain.quantize();
             }
             Step::Evolve(evolve) => {
-                needs_data()?;
+                holds(&chain.model, &needs_data()?.waves).map_err(|error| named(error.into()))?;
                 let search = evolve.search(recipe.seed);
                 search.check(&chain.model).map_err(|error| named(error.into()))?;
                 chain.evolve(evolve.experts, evolve.mtp).map_err(named)?;
@@ -271,7 +278,7 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
                 chain.drop(adapt.drop.as_ref());
             }
             Step::Frontier(frontier) => {
-                needs_data()?;
+                holds(&chain.model, &needs_data()?.waves).map_err(|error| named(error.into()))?;
                 frontier.check(&chain.model).map_err(named)?;
                 if chain.grouped || recipe.steps[..number].iter().any(|step| matches!(step, Step::Quantize(_))) {
                     let reason = "an earlier step quantizes the model or lets experts share weights: measure before it";

@@ -40,8 +40,8 @@ pub(super) fn rows(step: &Tune, of: &Recipe, tokenizer: Option<&Tokenizer>, voca
     Calibration::load_as(&data, &options, tokenizer, vocab_size)
 }
 
-/// Checks what the recipe and the rows show to be wrong, and the method against the model where that is the one that
-/// will be trained.
+/// Checks what the recipe and the rows show to be wrong and what memory they take, and the method against the model
+/// where that is the one that will be trained.
 pub(super) fn check(
     step: &Tune,
     of: &Recipe,
@@ -51,11 +51,12 @@ pub(super) fn check(
 ) -> Result<()> {
     let recipe = step.recipe(of.seed)?;
     let rows = rows(step, of, tokenizer, model.config().vocab_size)?;
-    if unchanged {
-        let labels = rows.data.labels_of(&rows.waves);
-        let mut setting = Setting::new(model).with_waves(&rows.waves);
-        setting.labels = &labels;
-        recipe.check(&setting)?;
+    let labels = rows.data.labels_of(&rows.waves);
+    let mut setting = Setting::new(model).with_waves(&rows.waves);
+    setting.labels = &labels;
+    match unchanged {
+        true => recipe.check(&setting)?,
+        false => setting.check_memory()?,
     }
     Ok(())
 }
