@@ -3,7 +3,11 @@
 //!
 //! `cargo xtask fuzz` runs them under libFuzzer, with the fixtures of the repository as corpora; the test of this crate
 //! runs them on those files and on some that were changed at random.
+//!
+//! What does not depend on the input is made once, and inputs are files in memory that are written over: a target that
+//! is slow is hardly fuzzed.
 
+mod made;
 mod scratch;
 mod targets;
 

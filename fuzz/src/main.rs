@@ -1,5 +1,5 @@
 //! The fuzzer: gives inputs to the target that `MOE_FUZZ_TARGET` names, after it has written the inputs to begin with
-//! into the folder `MOE_FUZZ_CORPUS`.
+//! into the folder `MOE_FUZZ_CORPUS`, but for those that are longer than `MOE_FUZZ_LONGEST` bytes.
 #![no_main]
 
 use std::path::PathBuf;
@@ -23,7 +23,9 @@ fn stop(reason: &str) -> ! {
 fn begin() {
     let Some(folder) = std::env::var_os("MOE_FUZZ_CORPUS").map(PathBuf::from) else { return };
     let inputs = TARGET.inputs().unwrap_or_else(|error| stop(&error.to_string()));
-    for (number, input) in inputs.iter().enumerate() {
+    let longest = std::env::var("MOE_FUZZ_LONGEST").map_or(Ok(usize::MAX), |longest| longest.parse());
+    let longest = longest.unwrap_or_else(|error| stop(&format!("MOE_FUZZ_LONGEST: {error}")));
+    for (number, input) in inputs.iter().filter(|input| input.len() <= longest).enumerate() {
         let path = folder.join(format!("seed-{number:04}"));
         std::fs::write(&path, input).unwrap_or_else(|error| stop(&format!("{}: {error}", path.display())));
     }

@@ -1,21 +1,16 @@
 //! The targets.
 
-use std::fs;
-use std::path::Path;
 use std::sync::LazyLock;
 
-use moe_checkpoint::{
-    Checkpoint, Denominator, Granularity, LayerScores, ModelConfig, MoeLayerShape, MoeShape, Pool, ProtectionMask,
-    Provenance, Record, SafetensorsFile, ScoreTable, Statistics, WholeScores,
-};
+use moe_checkpoint::{Checkpoint, ModelConfig, ProtectionMask, Record, SafetensorsFile, ScoreTable, Statistics};
 use moe_data::{ChatTemplate, Conversation, Reading, Row, Rows, Tokenizer};
 use moe_importance::ScorerConfig;
-use moe_peft::lora::Maps;
 use moe_peft::{codec, peft_files};
 use moe_prune::{DistortionCurves, Edits, PrunePlan, Pruner, PrunerConfig};
 use serde_json::{Map, Value, json};
 
-use crate::{Target, root, scratch};
+use crate::made::{self, MAPS, PLAN};
+use crate::{Target, scratch};
 
 /// All targets.
 pub const TARGETS: &[Target] = &[
@@ -24,9 +19,15 @@ pub const TARGETS: &[Target] = &[
         run: header,
         corpus: &["adapter_model.safetensors", "/expected.safetensors"],
         seeds: &[],
-        made: nothing,
+        made: made::headers,
     },
-    Target { name: "index", run: index, corpus: &["model.safetensors.index.json"], seeds: &[INDEX], made: nothing },
+    Target {
+        name: "index",
+        run: index,
+        corpus: &["model.safetensors.index.json"],
+        seeds: &[INDEX],
+        made: made::indices,
+    },
     Target {
         name: "config",
         run: config,
@@ -43,10 +44,10 @@ pub const TARGETS: &[Target] = &[
     },
     Target { name: "template", run: template, corpus: &[".jinja"], seeds: TEMPLATES, made: nothing },
     Target { name: "rows", run: rows, corpus: &[".jsonl"], seeds: ROWS, made: nothing },
-    Target { name: "scores", run: scores, corpus: &[], seeds: &[], made: made_scores },
-    Target { name: "statistics", run: statistics, corpus: &[], seeds: &[], made: made_statistics },
+    Target { name: "scores", run: scores, corpus: &[], seeds: &[], made: made::scores },
+    Target { name: "statistics", run: statistics, corpus: &[], seeds: &[], made: made::statistics },
     Target { name: "plans", run: plans, corpus: &["plan.json"], seeds: PLANS, made: nothing },
-    Target { name: "edits", run: edits, corpus: &["edits.safetensors"], seeds: &[], made: nothing },
+    Target { name: "edits", run: edits, corpus: &["edits.safetensors"], seeds: &[], made: made::edits },
     Target { name: "recipes", run: recipes, corpus: &["crates/moe/recipes/"], seeds: RECIPES, made: nothing },
     Target {
         name: "methods",
@@ -61,16 +62,22 @@ pub const TARGETS: &[Target] = &[
         made: nothing,
     },
     Target { name: "adapter_config", run: adapter_config, corpus: &["adapter_config.json"], seeds: &[], made: nothing },
-    Target { name: "adapter", run: adapter, corpus: &["adapter_model.safetensors"], seeds: &[], made: nothing },
-    Target { name: "delta", run: delta, corpus: &[".delta", ".mdelta"], seeds: &[], made: nothing },
+    Target { name: "adapter", run: adapter, corpus: &["adapter_model.safetensors"], seeds: &[], made: made::adapters },
+    Target { name: "delta", run: delta, corpus: &[".delta", ".mdelta"], seeds: &[], made: made::deltas },
     Target {
         name: "record",
         run: record,
         corpus: &["moe_record.json", "protect.json"],
-        seeds: &[r#"[{"layer":1,"expert":68},{"layer":2,"expert":3,"units":[17]}]"#],
+        seeds: &[
+            r#"[{"layer":1,"expert":68},{"layer":2,"expert":3,"units":[17]}]"#,
+            r#"{"version":1,"steps":[{"method":"prune","crate_version":"0.1.0","base":"b","digest":"d","summary":"s","recipe":{}}]}"#,
+        ],
         made: nothing,
     },
 ];
+
+/// Tensors, rows or elements of one input that are read at most.
+const MOST: usize = 1000;
 
 const INDEX: &str = r#"{"metadata": {"total_size": 8}, "weight_map": {"lm_head.weight": "model.safetensors"}}"#;
 
@@ -94,6 +101,7 @@ const ROWS: &[&str] = &[
 
 const PLANS: &[&str] = &[
     r#"{"version":2,"model":"m","shape":{"gateless":false,"hidden_size":4,"top_k":1,"layers":[{"layer":0,"widths":[2,2]}]},"ratio":{"asked":0.5,"achieved":0.5},"recipe":{},"kept":[{"layer":0,"experts":[[0,1],[]],"removed":[1]}]}"#,
+    r#"{"version":1,"model":"m","scorer":"{}","granularity":"unit","within":"compete","start":{"mean":0,"worst":0,"overlap":1},"curves":[{"layer":0,"points":[{"dropped":1,"distortion":{"mean":0.1,"worst":0.2,"overlap":0.9}}]}]}"#,
 ];
 
 const RECIPES: &[&str] = &[
@@ -106,69 +114,17 @@ fn nothing() -> Vec<Vec<u8>> {
     Vec::new()
 }
 
-/// A shape, for files that are made here.
-fn shape() -> MoeShape {
-    let layer = |layer| MoeLayerShape { layer, widths: vec![3, 2] };
-    MoeShape { gateless: false, hidden_size: 4, top_k: 1, layers: vec![layer(0), layer(2)] }
-}
-
-/// What a writer leaves in a file.
-fn written(name: &str, write: impl Fn(&Path) -> moe_checkpoint::Result<()>) -> Vec<u8> {
-    let path = scratch::file(name, &[]);
-    write(&path)
-        .and_then(|()| fs::read(&path).map_err(|source| moe_checkpoint::Error::Io { path: path.clone(), source }))
-        .unwrap_or_else(|error| panic!("{error}"))
-}
-
-fn made_scores() -> Vec<Vec<u8>> {
-    let table = |granularity, whole: bool| {
-        let layers = shape().layers.into_iter().map(|layer| LayerScores {
-            layer: layer.layer,
-            scores: match granularity {
-                Granularity::Unit => layer.widths.iter().map(|width| vec![0.5; *width]).collect(),
-                Granularity::Expert => vec![vec![1.0]; layer.widths.len()],
-            },
-            routed: Some(vec![3, 0]),
-            whole: whole.then(|| WholeScores { layer: 1.0, experts: vec![0.5, -0.5] }),
-        });
-        ScoreTable {
-            scorer: r#"{"type":"reap"}"#.into(),
-            granularity,
-            pool: Pool::Layer,
-            additive: None,
-            denominator: Denominator::AllTokens,
-            layers: layers.collect(),
-            provenance: Provenance::new("model", "data", "{}"),
-        }
-    };
-    [(Granularity::Unit, true), (Granularity::Unit, false), (Granularity::Expert, false)]
-        .map(|(granularity, whole)| written("made", |path| table(granularity, whole).save(path)))
-        .into()
-}
-
-fn made_statistics() -> Vec<Vec<u8>> {
-    vec![written("made", |path| Statistics::new(&shape(), Provenance::new("model", "data", "{}")).save(path))]
-}
-
-/// The bundled model, which adapters and indices are read for.
-static MODEL: LazyLock<Checkpoint> = LazyLock::new(|| {
-    let path = root().join("examples/assets/tiny-moe");
-    Checkpoint::open(&path).unwrap_or_else(|error| panic!("{error}"))
-});
-
 fn header(data: &[u8]) {
-    let path = scratch::file("header.safetensors", data);
-    let Ok(file) = SafetensorsFile::open(path) else { return };
-    for tensor in file.tensors() {
+    let Ok(file) = SafetensorsFile::open(scratch::file("header.safetensors", data)) else { return };
+    for tensor in file.tensors().take(MOST) {
         let bytes = file.bytes(&tensor.name).map(<[u8]>::len);
         assert!(bytes.is_ok(), "a tensor that is listed is there");
     }
 }
 
 fn index(data: &[u8]) {
-    let config = root().join("examples/assets/tiny-moe/config.json");
-    let read = fs::read(&config).unwrap_or_else(|error| panic!("{}: {error}", config.display()));
-    scratch::file("index/config.json", &read);
+    scratch::once("index/config.json", made::model_config);
+    scratch::once("index/model.safetensors", made::model_weights);
     let path = scratch::file("index/model.safetensors.index.json", data);
     let _ = path.parent().map(Checkpoint::open);
 }
@@ -176,13 +132,13 @@ fn index(data: &[u8]) {
 fn config(data: &[u8]) {
     let Ok(value) = serde_json::from_slice::<Value>(data) else { return };
     let _ = ModelConfig::from_json(&value, None);
-    let _ = ModelConfig::from_json(&json!({}), Some(&value));
+    let _ = ModelConfig::from_json(&Value::Object(Map::new()), Some(&value));
 }
 
 fn tokenizer_config(data: &[u8]) {
     /// The smallest tokenizer that has what a config may speak of.
     const TOKENIZER: &str = r#"{"version":"1.0","added_tokens":[{"id":0,"content":"</s>","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}],"normalizer":null,"pre_tokenizer":null,"post_processor":null,"decoder":null,"model":{"type":"WordLevel","vocab":{"</s>":0,"a":1,"<unk>":2},"unk_token":"<unk>"}}"#;
-    scratch::file("tokenizer/tokenizer.json", TOKENIZER.as_bytes());
+    scratch::once("tokenizer/tokenizer.json", || TOKENIZER.into());
     let path = scratch::file("tokenizer/tokenizer_config.json", data);
     let Some(Ok(tokenizer)) = path.parent().map(Tokenizer::from_dir) else { return };
     let messages = [json!({"role": "user", "content": "a"})];
@@ -190,31 +146,48 @@ fn tokenizer_config(data: &[u8]) {
     let _ = tokenizer.encode("a a");
 }
 
-fn template(data: &[u8]) {
-    let Ok(source) = std::str::from_utf8(data) else { return };
-    let tokens = Map::from_iter([("bos_token".to_string(), json!("<s>")), ("eos_token".to_string(), json!("</s>"))]);
-    let Ok(template) = ChatTemplate::new(source.to_string(), tokens) else { return };
+/// What templates render, and the names of tokens that they may use.
+static CHAT: LazyLock<([Value; 3], Map<String, Value>)> = LazyLock::new(|| {
+    let call = json!({"function": {"name": "f", "arguments": {"x": 1.5}}});
     let messages = [
         json!({"role": "system", "content": "Be brief."}),
         json!({"role": "user", "content": "What is 2 + 2?"}),
-        json!({"role": "assistant", "content": "4", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1.5}}}]}),
+        json!({"role": "assistant", "content": "4", "tool_calls": [call]}),
     ];
+    let tokens = [("bos_token", "<s>"), ("eos_token", "</s>")];
+    (messages, tokens.into_iter().map(|(name, token)| (name.to_string(), json!(token))).collect())
+});
+
+fn template(data: &[u8]) {
+    let Ok(source) = std::str::from_utf8(data) else { return };
+    let (messages, tokens) = &*CHAT;
+    let Ok(template) = ChatTemplate::new(source.to_string(), tokens.clone()) else { return };
     let template = template.at_time(1_700_000_000);
-    let _ = template.render(Conversation::new(&messages), true);
-    let _ = template.render_turns(Conversation::new(&messages));
+    // One that refuses the conversation refuses its turns.
+    if template.render(Conversation::new(messages), true).is_ok() {
+        let _ = template.render_turns(Conversation::new(messages));
+    }
 }
 
 fn rows(data: &[u8]) {
     if let Ok(text) = std::str::from_utf8(data) {
         let _ = Row::parse(text);
     }
-    for name in ["rows.jsonl", "rows.json.gz", "rows.txt"] {
-        let path = scratch::file(name, data);
-        for skip_bad_rows in [false, true] {
-            let reading = Reading { skip_bad_rows, ..Reading::default() };
-            if let Ok(rows) = Rows::open(&path, &reading) {
-                rows.take(1000).take_while(|row| skip_bad_rows || row.is_ok()).for_each(drop);
+    // The first bytes of gzip: anything else ends at once.
+    let name = if data.starts_with(&[0x1f, 0x8b]) { "rows.json.gz" } else { "rows.jsonl" };
+    let path = scratch::file(name, data);
+    for skip_bad_rows in [false, true] {
+        let Ok(rows) = Rows::open(&path, &Reading { skip_bad_rows, ..Reading::default() }) else { return };
+        let mut all_read = true;
+        for row in rows.take(MOST) {
+            all_read &= row.is_ok();
+            if !all_read && !skip_bad_rows {
+                break;
             }
+        }
+        // Without a bad row there is none to leave out.
+        if all_read {
+            return;
         }
     }
 }
@@ -223,7 +196,7 @@ fn scores(data: &[u8]) {
     let Ok(table) = ScoreTable::load(scratch::file("scores.safetensors", data)) else { return };
     let _ = table.never_routed();
     let _ = table.to_experts(moe_checkpoint::Reduction::Mean);
-    let again = scratch::file("again.safetensors", &[]);
+    let again = scratch::place("again.safetensors");
     table.save(&again).unwrap_or_else(|error| panic!("what was read can be written: {error}"));
     assert!(ScoreTable::load(&again).is_ok_and(|read| read == table), "what was written is what was read");
 }
@@ -247,8 +220,7 @@ fn plans(data: &[u8]) {
 }
 
 fn edits(data: &[u8]) {
-    let plan = PrunePlan::keep_all(MODEL.shape(), MODEL.fingerprint());
-    let _ = Edits::load(scratch::file("edits.safetensors", data), &plan);
+    let _ = Edits::load(scratch::file("edits.safetensors", data), &PLAN);
 }
 
 fn recipes(data: &[u8]) {
@@ -282,33 +254,48 @@ fn methods(data: &[u8]) {
 
 fn adapter_config(data: &[u8]) {
     let path = scratch::file("peft/adapter_config.json", data);
-    if let Ok(config) = peft_files::AdapterConfig::load(&path) {
-        let _ = config.method();
-    }
-    let weights = first_of("crates/moe-peft/tests/fixtures/peft/lora_experts/adapter_model.safetensors");
-    scratch::file("peft/adapter_model.safetensors", &weights);
-    let _ = path.parent().map(|dir| peft_files::read(dir, &Maps::new(&MODEL), Default::default()));
+    let Ok(config) = peft_files::AdapterConfig::load(&path) else { return };
+    let _ = config.method();
+    scratch::once("peft/adapter_model.safetensors", || made::adapters().swap_remove(0));
+    let _ = path.parent().map(|dir| peft_files::read(dir, &MAPS, Default::default()));
 }
 
 fn adapter(data: &[u8]) {
-    let config = first_of("crates/moe-peft/tests/fixtures/peft/lora_experts/adapter_config.json");
-    scratch::file("adapter/adapter_config.json", &config);
+    scratch::once("adapter/adapter_config.json", made::adapter_config);
     let path = scratch::file("adapter/adapter_model.safetensors", data);
-    let _ = path.parent().map(|dir| peft_files::read(dir, &Maps::new(&MODEL), Default::default()));
+    let _ = path.parent().map(|dir| peft_files::read(dir, &MAPS, Default::default()));
 }
 
 fn delta(data: &[u8]) {
-    let _ = codec::Delta::open(scratch::file("delta", data));
+    let read = |data: &[u8]| {
+        let Ok(delta) = codec::Delta::open(scratch::file("delta", data)) else { return };
+        if delta.table().elements() <= MOST as u64 {
+            let _ = delta.stream(|_, _| Ok(()));
+        }
+    };
+    match with_digest(data) {
+        Some(data) => read(&data),
+        None => read(data),
+    }
+}
+
+/// A delta with the digest of the payload that it has, which no change at random finds.
+fn with_digest(data: &[u8]) -> Option<Vec<u8>> {
+    const PREFIX: usize = 32;
+    let begin = u64::from_le_bytes(*data.get(16..)?.first_chunk()?);
+    let begin = usize::try_from(begin).ok().filter(|begin| *begin >= PREFIX)?;
+    let payload = data.get(PREFIX..begin)?;
+    let mut table: Value = serde_json::from_slice(data.get(begin..)?).ok()?;
+    let table = table.as_object_mut()?;
+    table.insert("payload_bytes".into(), json!(payload.len()));
+    table.insert("payload_digest".into(), json!(blake3::hash(payload).to_hex().to_string()));
+    let table = serde_json::to_vec(table).ok()?;
+    let length = (table.len() as u64).to_le_bytes();
+    Some([&data[..24], &length, payload, &table].concat())
 }
 
 fn record(data: &[u8]) {
     let path = scratch::file("record/moe_record.json", data);
     let _ = path.parent().map(Record::load);
     let _ = serde_json::from_slice::<ProtectionMask>(data);
-}
-
-/// A file of the repository.
-fn first_of(path: &str) -> Vec<u8> {
-    let path: &Path = &root().join(path);
-    fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }

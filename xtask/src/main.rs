@@ -9,11 +9,13 @@ mod fixtures;
 mod fuzz;
 mod goldens;
 mod gpu;
+mod instrument;
 mod lm_eval;
 mod mpi;
 mod package;
 mod prose;
 mod router_study;
+mod sanitize;
 mod sessions;
 mod smollm;
 mod study;
@@ -79,7 +81,8 @@ enum Verb {
         #[arg(long, default_value = "python3")]
         python: PathBuf,
     },
-    /// What a release has to pass beside `ci`, by tools of their own: cargo-deny, cargo-hack, typos, packages
+    /// What a release has to pass beside `ci`, by tools of their own: cargo-deny, cargo-hack, typos, packages,
+    /// AddressSanitizer
     Validate(validate::Options),
     /// Serve the bundled model by `moe serve`, let lm-eval judge it on its own rows, and compare with `moe eval`
     LmEval(lm_eval::Options),
@@ -101,6 +104,8 @@ enum Verb {
     Mpi(mpi::Options),
     /// Fuzz everything that is read from files, by libFuzzer on the stable toolchain
     Fuzz(fuzz::Options),
+    /// Run the tests of the crates with unsafe code under AddressSanitizer, on the stable toolchain
+    Sanitize(sanitize::Options),
     /// Mean, standard deviation and throughput of the last benchmark runs
     BenchReport {
         /// Run the benchmarks first
@@ -113,7 +118,7 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
-    match fuzz::compiler() {
+    match instrument::compiler() {
         None => {}
         Some(Ok(code)) => return ExitCode::from(u8::try_from(code).unwrap_or(1)),
         Some(Err(error)) => {
@@ -139,6 +144,7 @@ fn main() -> ExitCode {
         Verb::Crash(options) => crash::run(&options),
         Verb::Mpi(options) => mpi::run(&options),
         Verb::Fuzz(options) => fuzz::run(&options),
+        Verb::Sanitize(options) => sanitize::run(&options),
         Verb::BenchReport { run, json } => bench_report::run(run, json),
     };
     match outcome {

@@ -1,17 +1,15 @@
 //! The packages as a registry would get them, and how large they are.
 
 use std::fs;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use clap::Parser;
+use serde_json::Value;
 
 use crate::{Result, at, root};
 
 /// Bytes of a package that crates.io takes, at most.
 const LARGEST: u64 = 10 << 20;
-/// Members of the workspace that are not published.
-const UNPUBLISHED: [&str; 3] = ["moe-examples", "moe-benches", "xtask"];
-
 /// How packages are made.
 #[derive(Debug, Parser)]
 pub struct Options {
@@ -34,7 +32,7 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let mut command = Command::new("cargo");
     command.current_dir(root()).args(["package", "--quiet", "--workspace", "--no-verify"]);
-    command.args(UNPUBLISHED.iter().flat_map(|name| ["--exclude", name]));
+    command.args(unpublished()?.iter().flat_map(|name| ["--exclude", name]));
     done(command, options)?;
     let mut too_large = Vec::new();
     for path in packages()? {
@@ -56,6 +54,20 @@ pub fn run(options: &Options) -> Result<()> {
         println!("built from their packages: {}", options.verify.join(", "));
     }
     Ok(())
+}
+
+/// Members of the workspace that say `publish = false`.
+fn unpublished() -> Result<Vec<String>> {
+    let mut command = Command::new("cargo");
+    command.current_dir(root()).args(["metadata", "--no-deps", "--format-version", "1"]);
+    let output = command.stderr(Stdio::inherit()).output()?;
+    if !output.status.success() {
+        return Err("cargo metadata failed".into());
+    }
+    let metadata: Value = serde_json::from_slice(&output.stdout)?;
+    let members = metadata["packages"].as_array().into_iter().flatten();
+    let unpublished = members.filter(|member| member["publish"].as_array().is_some_and(Vec::is_empty));
+    Ok(unpublished.filter_map(|member| Some(member["name"].as_str()?.to_string())).collect())
 }
 
 fn done(mut command: Command, options: &Options) -> Result<()> {
@@ -85,6 +97,13 @@ mod tests {
     /// Keys of a manifest that a registry shows, or that people need who use the crate.
     const KEYS: [&str; 6] =
         ["description", "documentation", "readme", "keywords", "categories", "package.metadata.docs.rs"];
+
+    #[test]
+    fn crates_that_say_so_are_not_packed() {
+        let mut names = unpublished().unwrap();
+        names.sort();
+        assert_eq!(names, ["moe-benches", "moe-examples", "moe-fuzz", "xtask"]);
+    }
 
     #[test]
     fn every_published_crate_has_what_a_registry_shows() {

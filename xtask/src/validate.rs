@@ -1,5 +1,5 @@
 //! Checks with tools of their own, which a release has to pass and every change need not: licenses and advisories of
-//! dependencies, every feature by itself, spelling, packages.
+//! dependencies, every feature by itself, spelling, packages, unsafe code under a sanitizer.
 
 use std::process::{Command, Stdio};
 
@@ -18,7 +18,7 @@ struct Check {
     install: &'static str,
 }
 
-const CHECKS: [Check; 4] = [
+const CHECKS: [Check; 5] = [
     Check {
         name: "deny",
         command: &["cargo", "deny", "--workspace", "check"],
@@ -53,12 +53,18 @@ const CHECKS: [Check; 4] = [
         version: &["cargo", "--version"],
         install: "rustup",
     },
+    Check {
+        name: "sanitize",
+        command: &["cargo", "xtask", "sanitize"],
+        version: &["cargo", "--version"],
+        install: "rustup",
+    },
 ];
 
 /// Which checks are done.
 #[derive(Debug, Parser)]
 pub struct Options {
-    /// Checks to do: deny, hack, typos, package [default: all]
+    /// Checks to do: deny, hack, typos, package, sanitize [default: all]
     checks: Vec<String>,
 }
 
@@ -97,7 +103,7 @@ mod tests {
     #[test]
     fn an_unknown_check_is_refused_with_those_there_are() {
         let error = run(&Options { checks: vec!["semver".into()] }).unwrap_err().to_string();
-        assert!(error.contains("semver") && error.contains("deny, hack, typos, package"), "{error}");
+        assert!(error.contains("semver") && error.contains("deny, hack, typos, package, sanitize"), "{error}");
     }
 
     #[test]
