@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo, TensorView, View};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -168,6 +168,39 @@ pub fn write_renamed(path: impl AsRef<Path>, parts: &[&[u8]]) -> std::io::Result
     fs::rename(&temporary, path)
 }
 
+/// Writes a safetensors file tensor by tensor, with the bytes that [`safetensors::serialize`] gives, and tells how many
+/// they are. `safetensors::serialize_to_file` begins a file under a name drawn at random, which a killed process leaves
+/// behind.
+///
+/// # Errors
+/// What `out` says, and tensors that no header can have.
+pub fn write_safetensors<V: View>(
+    out: impl Write,
+    tensors: impl IntoIterator<Item = (String, V)>,
+    metadata: Option<HashMap<String, String>>,
+) -> std::io::Result<u64> {
+    let mut tensors: Vec<(String, V)> = tensors.into_iter().collect();
+    tensors.sort_by(|(a_name, a), (b_name, b)| b.dtype().cmp(&a.dtype()).then_with(|| a_name.cmp(b_name)));
+    let mut end = 0;
+    let infos = tensors.iter().map(|(name, tensor)| {
+        let begin = end;
+        end += tensor.data_len();
+        let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
+        (name.clone(), TensorInfo { dtype, shape, data_offsets: (begin, end) })
+    });
+    let header = Metadata::new(metadata, infos.collect()).map_err(std::io::Error::other)?;
+    let mut header = serde_json::to_vec(&header)?;
+    header.resize(header.len().next_multiple_of(size_of::<u64>()), b' ');
+    let mut out = BufWriter::new(out);
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    for (_, tensor) in &tensors {
+        out.write_all(&tensor.data())?;
+    }
+    out.flush()?;
+    Ok((size_of::<u64>() + header.len() + end) as u64)
+}
+
 /// Writes tensors and one JSON document under the key of `kind`.
 pub(crate) fn write_tensors<M: Serialize>(path: &Path, kind: Kind, meta: &M, tensors: &[OutTensor]) -> Result<()> {
     write_atomic(path, &tensor_bytes(path, kind, meta, tensors)?)
@@ -302,6 +335,27 @@ mod tests {
         assert_eq!(names(directory.path()), [".a.json.tmp"]);
         write_atomic(&path, b"{}").unwrap();
         assert_eq!((names(directory.path()), fs::read(&path).unwrap()), (vec!["a.json".into()], b"{}".to_vec()));
+    }
+
+    #[test]
+    fn tensors_written_one_by_one_are_the_bytes_of_safetensors() {
+        let bytes: Vec<u8> = (0..48).collect();
+        let view = |dtype, shape: &[usize], bytes| TensorView::new(dtype, shape.to_vec(), bytes).unwrap();
+        let tensors = || {
+            [
+                ("b", view(Dtype::F32, &[2, 3], &bytes[..24])),
+                ("c", view(Dtype::F64, &[2], &bytes[24..40])),
+                ("a", view(Dtype::F32, &[2], &bytes[40..])),
+                ("none", view(Dtype::U8, &[3, 0], &[])),
+            ]
+            .map(|(name, view)| (name.to_string(), view))
+        };
+        for metadata in [None, Some(HashMap::from([("key".to_string(), "{\"é\": 1}".to_string())]))] {
+            let expected = safetensors::serialize(tensors(), metadata.clone()).unwrap();
+            let mut written = Vec::new();
+            let length = write_safetensors(&mut written, tensors(), metadata).unwrap();
+            assert_eq!((length, written), (expected.len() as u64, expected));
+        }
     }
 
     #[test]

@@ -92,7 +92,7 @@ mod weights;
 mod write;
 mod writer;
 
-pub use artifact_file::{AtomicFile, write_atomic, write_renamed};
+pub use artifact_file::{AtomicFile, write_atomic, write_renamed, write_safetensors};
 pub use checkpoint::Checkpoint;
 pub use compression::{BeforeAfter, Mtp, Ratio, TopKClamp};
 pub use config::{

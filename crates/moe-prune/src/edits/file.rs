@@ -7,7 +7,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use moe_checkpoint::AtomicFile;
+use moe_checkpoint::{AtomicFile, write_safetensors};
 use safetensors::tensor::{Dtype, Metadata, View};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -89,11 +89,9 @@ pub(super) fn save(edits: &Edits, path: &Path, plan: &PrunePlan) -> Result<()> {
     let json = serde_json::to_string(&meta).map_err(|error| Error::invalid_edits(error.to_string()))?;
     let metadata = HashMap::from([(KEY.to_string(), json)]);
 
-    let file = AtomicFile::create(path)?;
-    safetensors::serialize_to_file(tensors, Some(metadata), file.temporary()).map_err(|error| match error {
-        safetensors::SafeTensorError::IoError(source) => Error::Io { path: path.to_path_buf(), source },
-        other => Error::invalid_edits(other.to_string()).in_file(path),
-    })?;
+    let mut file = AtomicFile::create(path)?;
+    write_safetensors(&mut file, tensors, Some(metadata))
+        .map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
     Ok(file.finish()?)
 }
 

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::fs::{self, File};
 use std::path::Path;
 
-use moe_checkpoint::SafetensorsFile;
+use moe_checkpoint::{SafetensorsFile, write_safetensors};
 use safetensors::tensor::{Dtype, View};
 
 use crate::error::{Error, Result};
@@ -79,17 +79,15 @@ pub(super) fn write(path: &Path, tensors: &[(String, Vec<usize>, Values<'_>)]) -
             let found = format!("{} bytes", tensor.data_len());
             return Err(Error::state(path, name, found, format!("values of shape {shape:?}")));
         }
-        views.push((name, tensor));
+        views.push((name.clone(), tensor));
     }
-    safetensors::serialize_to_file(views, None, &temporary)
-        .map_err(|error| Error::io(&temporary)(std::io::Error::other(error)))?;
+    let file = File::create(&temporary).map_err(Error::io(&temporary))?;
+    let bytes = write_safetensors(&file, views, None).map_err(Error::io(&temporary))?;
     if let Some(error) = failed.take() {
         return Err(error);
     }
     let sync = || -> std::io::Result<u64> {
-        let file = File::open(&temporary)?;
         file.sync_all()?;
-        let bytes = file.metadata()?.len();
         fs::rename(&temporary, path)?;
         // Not every file system lets a directory be synced.
         path.parent().map(|parent| File::open(parent).and_then(|directory| directory.sync_all()));
