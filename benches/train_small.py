@@ -1,9 +1,10 @@
 """Trains small models of other families on the three capabilities of tiny-moe, with its tokenizer and its rows.
 
-    python benches/train_small.py WORDNET OUT [--family deepseek_v3|gpt_oss]
+    python benches/train_small.py WORDNET OUT [--family deepseek_v3|gpt_oss|qwen3_moe]
 
 deepseek_v3 is examples/assets/tiny-deepseek: latent attention, sigmoid routing with a bias and groups, a dense first
-layer, a shared expert. gpt_oss has windows in every second layer, attention sinks, clamped gates and biases.
+layer, a shared expert. gpt_oss has windows in every second layer, attention sinks, clamped gates and biases. qwen3_moe
+has norms of queries and keys, and 16 experts without a shared one, whose chosen weights sum to one.
 
 WORDNET is a folder with the files data.noun, data.verb, data.adj and data.adv of WordNet 3.0 (Debian's wordnet-base:
 /usr/share/wordnet). Needs torch, transformers and tokenizers. Facts are recalled, so that their test rows are trained
@@ -19,7 +20,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GptOssConfig, GptOssForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 TINY = Path(__file__).resolve().parents[1] / "examples/assets/tiny-moe"
 LENGTH, BATCH, BIAS_RATE = 64, 24, 2e-3
@@ -27,6 +35,7 @@ LENGTH, BATCH, BIAS_RATE = 64, 24, 2e-3
 STAGES = {
     "deepseek_v3": [(12000, 4e-3, 0.3, 0.2), (5000, 3e-3, 0.6, 0.1)],
     "gpt_oss": [(2500, 5e-3, 0.4, 0.2)],
+    "qwen3_moe": [(3500, 5e-3, 0.4, 0.2), (2500, 3e-3, 0.6, 0.1)],
 }
 
 
@@ -77,10 +86,20 @@ def gpt_oss(base):
         eos_token_id=base.get("eos_token_id"), bos_token_id=None, pad_token_id=base.get("pad_token_id")))
 
 
+def qwen3_moe(base):
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        vocab_size=base["vocab_size"], hidden_size=96, intermediate_size=256, moe_intermediate_size=64,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=24, num_experts=16,
+        num_experts_per_tok=4, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
+        max_position_embeddings=512, tie_word_embeddings=False, output_router_logits=True, router_aux_loss_coef=0.01,
+        eos_token_id=base.get("eos_token_id"), bos_token_id=None, pad_token_id=base.get("pad_token_id")))
+
+
 def balance(model):
     """Counts what every router chose; the returned function shifts their biases toward equal loads, and gives the
     largest load of each over the mean."""
     gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    gates = [gate for gate in gates if hasattr(gate, "e_score_correction_bias")]
     loads = {}
 
     def count(gate, _, outputs):
@@ -102,6 +121,7 @@ def main():
     arguments.add_argument("wordnet", type=Path)
     arguments.add_argument("out", type=Path)
     arguments.add_argument("--family", default="deepseek_v3", choices=sorted(STAGES))
+    arguments.add_argument("--start", type=Path, help="what the first stage has left, to go on with the later ones")
     arguments = arguments.parse_args()
     wordnet, out = arguments.wordnet, arguments.out
     torch.manual_seed(0)
@@ -147,13 +167,18 @@ def main():
                 ids += draw.choice(facts if kind < sums + recalled else prose)
         return ids[:LENGTH]
 
-    model = {"deepseek_v3": deepseek_v3, "gpt_oss": gpt_oss}[arguments.family](base)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and "norm" not in name:
-            torch.nn.init.normal_(parameter, std=0.04)
+    model = {"deepseek_v3": deepseek_v3, "gpt_oss": gpt_oss, "qwen3_moe": qwen3_moe}[arguments.family](base)
+    stages = STAGES[arguments.family]
+    if arguments.start:
+        model, stages = type(model).from_pretrained(arguments.start, dtype=torch.float32), stages[1:]
+        draw.seed(1)
+    else:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "norm" not in name:
+                torch.nn.init.normal_(parameter, std=0.04)
     print(sum(p.numel() for p in model.parameters()), "parameters")
     shift = balance(model)
-    for steps, rate, *shares in STAGES[arguments.family]:
+    for number, (steps, rate, *shares) in enumerate(stages):
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
         factor = lambda step: min(1, (step + 1) / 100) * max(0.02, 1 - step / steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -168,6 +193,8 @@ def main():
             peaks = shift()
             if step % 50 == 0 or step + 1 == steps:
                 print(step, round(loss.item(), 3), *peaks, flush=True)
+        if number + 1 < len(stages):
+            model.save_pretrained(out.with_name(f"{out.name}.stage{number + 1}"))
     model.to(torch.bfloat16).save_pretrained(out)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(TINY / name, out / name)

@@ -5,6 +5,7 @@ pub mod adaptive_study;
 pub mod compare;
 pub mod exports;
 pub mod fine_grained;
+pub mod flagship;
 pub mod router_study;
 
 pub(crate) use moe::{Error, Result, figures, format, progress, report, table};

@@ -2,11 +2,12 @@
 
     smollm.py dense GGUF OUT           the weights of a GGUF file of architecture `llama` in bf16, tokenizer, chat template
     smollm.py rows OUT ITEMS           OUT/{train,prose_test,cloze_test}.jsonl of the documentation of this Python
+    smollm.py skills DIR               DIR/skills/{sums,facts,prose}{,_test}.jsonl: sums and facts as items, and DIR/rows
     smollm.py tiny OUT                 a small random GGUF of the same architecture, to try everything
     smollm.py check-dense GGUF DENSE   logits and token ids against those of transformers, which reads the GGUF itself
     smollm.py check-moe DENSE MOE..    logits of Mixtures of Experts against those of the dense model, in transformers
 
-`dense` and `tiny` need numpy and the package gguf, `rows` the standard library alone, the checks torch and transformers.
+`dense` and `tiny` need numpy and the package gguf, `rows` and `skills` the standard library alone, the checks torch and transformers.
 """
 
 import ast
@@ -251,6 +252,60 @@ def rows(out, count):
     (out / "LICENSE.txt").write_text(license + "https://docs.python.org/3/license.html\n")
 
 
+# What is known of countries, and of other things: a prompt with a place for the thing, and the answers by thing.
+CAPITALS = """France Paris, Italy Rome, Spain Madrid, Germany Berlin, Japan Tokyo, China Beijing, Russia Moscow, Egypt Cairo,
+Greece Athens, Portugal Lisbon, Ireland Dublin, Poland Warsaw, Austria Vienna, Hungary Budapest, Norway Oslo, Sweden Stockholm,
+Finland Helsinki, Denmark Copenhagen, Belgium Brussels, Turkey Ankara, Iran Tehran, Iraq Baghdad, Cuba Havana, Peru Lima,
+Chile Santiago, Canada Ottawa, Kenya Nairobi, Thailand Bangkok, Vietnam Hanoi, Australia Canberra, India Delhi, Syria Damascus,
+Lebanon Beirut, Ukraine Kiev, Romania Bucharest, Bulgaria Sofia, Serbia Belgrade, Croatia Zagreb, Nepal Kathmandu,
+Afghanistan Kabul, Pakistan Islamabad, Colombia Bogota, Venezuela Caracas, Indonesia Jakarta, Philippines Manila,
+Switzerland Bern, Iceland Reykjavik, Libya Tripoli, Tunisia Tunis, Ethiopia Addis"""
+OPPOSITES = """hot cold, big small, up down, left right, day night, black white, fast slow, high low, old young, rich poor, hard soft,
+light dark, early late, happy sad, open closed, wet dry, strong weak, true false, first last, win lose, buy sell, love hate,
+north south, east west, inside outside, full empty, good bad, long short, male female, war peace"""
+KINDS = """dog animal, rose flower, oak tree, salmon fish, eagle bird, hammer tool, piano instrument, apple fruit, carrot vegetable,
+iron metal, car vehicle, ant insect, red color, gold metal, cat animal, tulip flower, pine tree, trout fish, sparrow bird,
+saw tool, violin instrument, banana fruit, potato vegetable, copper metal, truck vehicle, bee insect, blue color, shirt garment,
+chair furniture, Mars planet, Monday day, July month, triangle shape, soccer sport, chess game"""
+
+
+def skills(directory):
+    """Items with four choices, and as many rows with the right one as completion, none of which is in both files."""
+    draw = random.Random(0)
+    out = directory / "skills"
+    out.mkdir(parents=True, exist_ok=True)
+    pairs = lambda text: [tuple(pair.split()) for pair in text.replace("\n", " ").split(",")]
+    facts = []
+    for prompt, text in (
+        ("The capital of {} is", CAPITALS),
+        ("The opposite of {} is", OPPOSITES),
+        ("One word says what kind of thing it is. {}:", KINDS),
+    ):
+        answers = sorted({answer for _, answer in pairs(text)})
+        for thing, answer in pairs(text):
+            facts.append((prompt.format(thing), answer, draw.sample([a for a in answers if a != answer], 3)))
+    sums = []
+    for a in range(1, 13):
+        for b in range(1, 13):
+            others = [n for n in range(max(2, a + b - 6), a + b + 7) if n != a + b]
+            sums.append((f"{a} + {b} =", str(a + b), [str(n) for n in draw.sample(others, 3)]))
+    for name, items in (("sums", sums), ("facts", facts)):
+        draw.shuffle(items)
+        held, train = items[: len(items) // 2], items[len(items) // 2 :]
+        lines = [{"prompt": prompt, "completion": f" {answer}\n"} for prompt, answer, _ in train]
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        lines = []
+        for prompt, answer, others in held:
+            choices = [answer, *others]
+            draw.shuffle(choices)
+            choices_of = {"choices": [f" {choice}" for choice in choices], "answer": choices.index(answer)}
+            lines.append({"prompt": prompt, **choices_of})
+        (out / f"{name}_test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        print(f"{out / name}: {len(train)} rows, {len(held)} items")
+    for source, name in (("train", "prose"), ("prose_test", "prose_test")):
+        (out / f"{name}.jsonl").write_text((directory / f"rows/{source}.jsonl").read_text())
+
+
 def byte_letters():
     """The letters that byte-level tokenizers write bytes as."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -382,6 +437,8 @@ if __name__ == "__main__":
         dense(*paths)
     elif verb == "rows" and len(paths) == 2:
         rows(paths[0], int(arguments[1]))
+    elif verb == "skills" and len(paths) == 1:
+        skills(*paths)
     elif verb == "tiny" and len(paths) == 1:
         tiny(*paths)
     elif verb == "check-dense" and len(paths) == 2:

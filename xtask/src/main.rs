@@ -6,6 +6,7 @@ mod book;
 mod ci;
 mod crash;
 mod fixtures;
+mod flagship;
 mod fuzz;
 mod goldens;
 mod gpu;
@@ -91,6 +92,9 @@ enum Verb {
     /// Run the bundled model under rules of routing, paths of layers and ways of decoding (a few minutes on two cores),
     /// and write the tables of docs/adaptive.md
     AdaptiveStudy(adaptive_study::Options),
+    /// Compare stock exports chosen by measuring with published methods on several models (an hour or two on a core),
+    /// and write the tables of docs/flagship.md
+    Flagship(flagship::Options),
     /// Fine-tune the bundled model in ways that change its routing (a few minutes on two cores), and write the tables
     /// of docs/fine-tuning.md
     RouterStudy(router_study::Options),
@@ -139,6 +143,7 @@ fn main() -> ExitCode {
         Verb::Gpu { device } => gpu::run(&device),
         Verb::Study(options) => study::run(&options),
         Verb::AdaptiveStudy(options) => adaptive_study::run(&options),
+        Verb::Flagship(options) => flagship::run(&options),
         Verb::RouterStudy(options) => router_study::run(&options),
         Verb::Smollm(options) => smollm::run(&options),
         Verb::Crash(options) => crash::run(&options),

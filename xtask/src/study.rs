@@ -89,12 +89,18 @@ pub fn tables(example: &str, page: &str, out: &Path, flags: &[(&str, Option<Stri
         return Err("the study failed".into());
     }
     if write {
-        let (path, tables) = (root().join(page), root().join(out));
-        let read = |path: &PathBuf| fs::read_to_string(path).map_err(at(path));
-        let written = replace(&read(&path)?, &read(&tables)?).map_err(at(&path))?;
-        fs::write(&path, written).map_err(at(&path))?;
-        println!("{page}: written");
+        write_tables(page, &root().join(out))?;
     }
+    Ok(())
+}
+
+/// Puts the tables of a file into a page, which has a place for each of them.
+pub(crate) fn write_tables(page: &str, tables: &Path) -> Result<()> {
+    let path = root().join(page);
+    let read = |path: &Path| fs::read_to_string(path).map_err(at(path));
+    let written = replace(&read(&path)?, &read(tables)?).map_err(at(&path))?;
+    fs::write(&path, written).map_err(at(&path))?;
+    println!("{page}: written");
     Ok(())
 }
 

@@ -128,6 +128,9 @@ pub struct Record {
     /// Why there are no figures, where this way to prune refuses these scores or this budget.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
+    /// What was chosen by measuring, where something was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chosen: Option<String>,
     /// Seconds of pruning, repairing and measuring.
     pub seconds: f64,
 }
@@ -143,6 +146,7 @@ impl Record {
             layers: checkpoint.shape().layers.iter().map(|layer| layer.units()).collect(),
             metrics: BTreeMap::new(),
             refused: None,
+            chosen: None,
             seconds: 0.0,
         }
     }
@@ -251,6 +255,7 @@ mod tests {
             layers: vec![1, 2],
             metrics: [(metric.to_string(), rounded(1.0 / 3.0))].into(),
             refused: None,
+            chosen: None,
             seconds: 0.5,
         }
     }

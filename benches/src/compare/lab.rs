@@ -73,32 +73,34 @@ impl Lab {
         if scratch.exists() {
             fs::remove_dir_all(&scratch).map_err(Error::io(&scratch))?;
         }
-        let mut record = Record::nothing_dropped(&job.case, self.bench.model.checkpoint());
-        match self.subject(&job.case, &scratch) {
-            Ok(mut subject) => {
-                let repair = catalog::repair(&job.case.repair)?;
-                let rows = self.repair_rows(&job.case, repair.rows)?;
-                repair.steps.iter().try_for_each(|step| subject.repair(step, &rows))?;
-                let plan = &subject.plan;
-                record.layers = plan.kept.iter().map(|layer| layer.experts.iter().map(Vec::len).sum()).collect();
-                record.units = plan.units_kept();
-                record.routed_parameters = subject.routed_parameters();
-                record.parameters = subject.parameters()?;
-                record.metrics = self.measure(&subject, job)?;
-            }
-            Err(Error::Prune(
-                error @ (moe_prune::Error::PoolTooNarrow { .. }
-                | moe_prune::Error::NotAdditive { .. }
-                | moe_prune::Error::Infeasible { .. }
-                | moe_prune::Error::Export { .. }),
-            )) => record.refused = Some(error.to_string()),
+        let nothing = Record::nothing_dropped(&job.case, self.bench.model.checkpoint());
+        let mut record = match self.measured(job, &scratch, nothing.clone()) {
+            Ok(record) => record,
+            Err(error) if refuses(&error) => Record { refused: Some(error.to_string()), ..nothing },
             Err(error) => return Err(error),
-        }
+        };
         if scratch.exists() {
             fs::remove_dir_all(&scratch).map_err(Error::io(&scratch))?;
         }
         record.seconds = (start.elapsed().as_secs_f64() * 1e3).round() / 1e3;
         Ok(record)
+    }
+
+    fn measured(&self, job: &Job, scratch: &Path, record: Record) -> Result<Record> {
+        let mut subject = self.subject(&job.case, scratch)?;
+        let repair = catalog::repair(&job.case.repair)?;
+        let rows = self.repair_rows(&job.case, repair.rows)?;
+        repair.steps.iter().try_for_each(|step| subject.repair(step, &rows))?;
+        let plan = &subject.plan;
+        Ok(Record {
+            layers: plan.kept.iter().map(|layer| layer.experts.iter().map(Vec::len).sum()).collect(),
+            units: plan.units_kept(),
+            routed_parameters: subject.routed_parameters(),
+            parameters: subject.parameters()?,
+            chosen: subject.chosen.clone(),
+            metrics: self.measure(&subject, job)?,
+            ..record
+        })
     }
 
     fn repair_rows(&self, case: &Case, rows: RepairRows) -> Result<Cow<'_, [Wave]>> {
@@ -132,6 +134,7 @@ impl Lab {
         match method {
             Method::Pruner(pruner) => Subject::pruned(full, &pruner, scores, ratio, &scored.waves),
             Method::Pieces(pieces) => Subject::pieces(full, pieces, scores, ratio, &scored.waves),
+            Method::Stock => Subject::stock(full, scores, ratio, &scored.waves),
             Method::Merge(_) => Err(Error::Invalid(format!("{case}: merges go by `{EVIDENCE}`, not by scores"))),
         }
     }
@@ -146,5 +149,26 @@ impl Lab {
         let metrics = self.bench.measure(&subject.model()?, job.figures)?;
         known().insert(key, metrics.clone());
         Ok(metrics)
+    }
+}
+
+/// Whether an error says that a way to prune or to merge cannot use these scores, or meet this budget on this model.
+fn refuses(error: &Error) -> bool {
+    let broken = |error: &moe_checkpoint::Error| matches!(error, moe_checkpoint::Error::BrokenRouting { .. });
+    match error {
+        Error::Prune(error) => matches!(
+            error,
+            moe_prune::Error::PoolTooNarrow { .. }
+                | moe_prune::Error::NotAdditive { .. }
+                | moe_prune::Error::Infeasible { .. }
+                | moe_prune::Error::InvalidPlan { .. }
+                | moe_prune::Error::Export { .. }
+        ),
+        Error::Merge(moe_merge::Error::Checkpoint(error)) => broken(error),
+        Error::Merge(error) => {
+            matches!(error, moe_merge::Error::Infeasible { .. } | moe_merge::Error::Incompatible { .. })
+        }
+        Error::Checkpoint(error) => broken(error),
+        _ => false,
     }
 }

@@ -17,7 +17,7 @@ use super::subject::{Subject, training_waves};
 use crate::{Error, Result};
 
 /// Tokens of each layer that alignments and fits see.
-pub(super) const SAMPLE: usize = 2048;
+pub(crate) const SAMPLE: usize = 2048;
 
 /// Merges away a fraction of the bytes of the experts; what has to be kept is kept under `scratch`.
 ///
@@ -36,12 +36,13 @@ pub(super) fn subject<'m>(
     let shown = open(merged.model())?;
     let Some(compression) = recipe.compression else { return Ok(Subject::exported(full, shown, plan)) };
     let allowed = (1.0 - ratio) * expert_bytes(full.checkpoint())? as f64;
-    let compression = Compression { rank: rank(merged.model(), &compression, allowed)?, ..compression };
+    let compression = filled(merged.model(), &compression, allowed, &scratch.join("narrower"))?;
     let compact = scratch.join("compact");
     let report = match merge.trained {
         Some(on) => {
             let (training, evaluation) = training_waves(&scored.waves);
-            let how = on.of(compression);
+            let mut how = on.of(compression);
+            how.train.max_steps = merge.steps.or(how.train.max_steps);
             how.fit(full, &shown, &training, &evaluation, &compact, false, &mut |_| Ok(()))?.compact
         }
         None => compression.compress(merged.model(), &compact, None, false)?,
@@ -91,6 +92,30 @@ fn left(plan: &MergePlan) -> Result<PrunePlan> {
 fn expert_bytes(checkpoint: &Checkpoint) -> Result<u64> {
     let layers = checkpoint.shape().layers.iter();
     Ok(layers.map(|layer| checkpoint.expert_bytes_on_disk(layer.layer)).sum::<moe_checkpoint::Result<u64>>()?)
+}
+
+/// The compression of the largest rank whose experts take at most so many bytes: which rows of S stay, and how long they
+/// are, one of a rank that is small enough in any case shows, which is kept in `trial`.
+fn filled(checkpoint: &Checkpoint, compression: &Compression, allowed: f64, trial: &Path) -> Result<Compression> {
+    let safe = Compression { rank: rank(checkpoint, compression, allowed)?, ..*compression };
+    let (mut per_rank, mut parameters) = (0, 0);
+    for layer in &checkpoint.shape().layers {
+        let stored = checkpoint.config().moe(layer.layer).map(|moe| moe.stored_widths()).unwrap_or_default();
+        for width in stored.iter().copied() {
+            per_rank += 3 * (width + checkpoint.shape().hidden_size);
+            parameters += 3 * width * checkpoint.shape().hidden_size;
+        }
+    }
+    let element = expert_bytes(checkpoint)? as f64 / parameters.max(1) as f64;
+    let used = |compression: &Compression, to: &Path| -> Result<f64> {
+        Ok(compression.compress(checkpoint, to, None, false)?.bytes_after as f64)
+    };
+    let more = (allowed - used(&safe, trial)?) / (element * per_rank.max(1) as f64);
+    let wider = Compression { rank: safe.rank + more.max(0.0) as usize, ..safe };
+    if wider.rank == safe.rank || used(&wider, &trial.with_extension("wider"))? > allowed {
+        return Ok(safe);
+    }
+    Ok(wider)
 }
 
 /// The largest rank at which the compressed experts of a checkpoint take at most so many bytes, rows of S and their

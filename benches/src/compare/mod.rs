@@ -31,11 +31,13 @@ pub use lab::{Job, Lab};
 pub use merging::{Form, Merging};
 pub use rows::{Draw, HeldOut, Limits};
 pub use runner::Runner;
-pub use scored::{Scored, Tables};
+pub(crate) use merged::SAMPLE;
+pub use scored::{Scored, Tables, score};
 pub use settings::{CAPABILITIES, KNOCK_OUT, Settings};
 pub use study::{Finished, Study};
 pub use summary::{Spread, Summary};
 pub use tables::Section;
+pub(crate) use tables::{cell, markdown};
 pub use user::{Compared, Comparison};
 
 use crate::Result;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use moe_checkpoint::ModelConfig;
-use moe_core::data::{Dataset, DatasetOptions, EvalRows, EvalSet, LossOver, Sequence, Tokenizer};
+use moe_core::data::{ChoiceQuestion, Dataset, DatasetOptions, EvalRows, EvalSet, LossOver, Sequence, Tokenizer};
 
 use crate::{Error, Result};
 
@@ -60,7 +60,7 @@ pub struct HeldOut {
     pub name: String,
     /// What is predicted: windows of text, or questions with their completions, of which only these count.
     pub sequences: Vec<Sequence>,
-    /// Questions to answer.
+    /// Questions to answer, or to choose an answer of.
     pub questions: Option<EvalSet>,
 }
 
@@ -93,11 +93,13 @@ impl HeldOut {
                 let set = EvalSet { name: name.clone(), rows: EvalRows::Exact(questions) };
                 (data.sequences, generate.then_some(set))
             }
-            EvalRows::Choice(_) => {
-                return Err(Error::Invalid(format!(
-                    "{}: rows with choices, which a study does not measure",
-                    path.display()
-                )));
+            // What is predicted of a choice is the right one.
+            EvalRows::Choice(mut questions) => {
+                let right = |question: &ChoiceQuestion| question.choices[question.right].clone();
+                let sequences = questions.iter().map(right).collect();
+                questions.truncate(limits.answered);
+                let set = EvalSet { name: name.clone(), rows: EvalRows::Choice(questions) };
+                (sequences, generate.then_some(set))
             }
         };
         let mut tokens = 0;
@@ -108,6 +110,13 @@ impl HeldOut {
         let fit = fit.count().max(1);
         sequences.truncate(fit);
         Ok(Self { name, sequences, questions })
+    }
+
+    /// What answers are called in figures: `exact` for those that are generated, `choice` for those that are chosen;
+    /// none for text.
+    pub fn answers(&self) -> Option<&'static str> {
+        let questions = self.questions.as_ref()?;
+        Some(if matches!(questions.rows, EvalRows::Choice(_)) { "choice" } else { "exact" })
     }
 
     /// Predicted tokens.

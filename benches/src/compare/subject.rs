@@ -1,17 +1,23 @@
 //! A pruned model: what a plan makes of the full one, and what repairs changed.
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use moe_checkpoint::{Checkpoint, LayerRole, Mtp, Role, ScoreTable};
 use moe_core::data::{Sequence, Wave, WaveOptions, waves};
 use moe_core::{Engine, EngineOptions, Model};
+use moe_peft::TrainingRun;
+use moe_peft::fold::FoldPrecision;
 use moe_prune::{
     EditSource, Edits, EngineProbe, FineGrained, ModelProbe, NoProbe, ProbeOptions, ProtectionMask, PruneForm,
     PruneOptions, PrunePlan, PruneRequest, Pruner, ScaleCalibration, ScaleFit,
 };
 
-use super::catalog::{Pieces, RepairStep};
+use super::catalog::{Pieces, RepairStep, Tuning};
+use crate::progress::Progress;
 use crate::{Error, Result};
+use moe::jobs::closest_stock_form;
 
 /// Tokens of a step of a search by gradients.
 const SEARCH_TOKENS: usize = 1024;
@@ -31,12 +37,14 @@ pub struct Subject<'m> {
     /// Parameters of routed experts, where they are not those of the plan, and what goes besides of the exported
     /// checkpoint.
     compressed: Option<(u64, u64)>,
+    /// What was chosen by measuring.
+    pub chosen: Option<String>,
 }
 
 impl<'m> Subject<'m> {
     /// By a plan.
     pub fn planned(full: &'m Model, plan: PrunePlan) -> Self {
-        Self { full, exported: None, plan, whole: None, edits: Edits::new(), compressed: None }
+        Self { full, exported: None, plan, whole: None, edits: Edits::new(), compressed: None, chosen: None }
     }
 
     /// By a model of its own, of which everything is kept; `plan` says what is left of the full model.
@@ -110,6 +118,25 @@ impl<'m> Subject<'m> {
         Ok(Self::exported(full, Model::new(pruned.model().clone(), full.device(), full.max_memory())?, plan))
     }
 
+    /// In the form that stock loaders read and that stays closest to the full model.
+    ///
+    /// # Errors
+    /// Scores or a budget that no form can have; whatever stops the model.
+    pub fn stock(full: &'m Model, scores: &ScoreTable, ratio: f64, calibration: &[Wave]) -> Result<Self> {
+        // Layers that predict further tokens are not run.
+        let mtp = Some(Mtp::Drop);
+        let waves = small_waves(calibration, SEARCH_TOKENS);
+        let (plan, form) = closest_stock_form(full, scores, ratio, &waves, mtp, Progress::hidden())?;
+        let pruned = form.on(&plan, full.checkpoint(), mtp, Some(scores), None)?;
+        let width = pruned.model().shape().uniform_width().unwrap_or(0);
+        let chosen = match (form.pieces, form.top_k) {
+            (Some(pieces), Some(top_k)) => format!("{pieces} pieces of {width}, {top_k} per token"),
+            _ => format!("{} of {width}", form.name()),
+        };
+        let subject = Self::exported(full, Model::new(pruned.model().clone(), full.device(), full.max_memory())?, plan);
+        Ok(Self { chosen: Some(chosen), ..subject })
+    }
+
     /// The checkpoint that the model is seen through, and what is kept of it.
     fn base(&self) -> (&Model, &PrunePlan) {
         (self.exported.as_ref().unwrap_or(self.full), self.whole.as_ref().unwrap_or(&self.plan))
@@ -160,6 +187,16 @@ impl<'m> Subject<'m> {
                 let (training, evaluation) = training_waves(rows);
                 distillation.fit(teacher, &student, &training, &evaluation, &mut |_| Ok(()))?.edits.of_plan(plan)?
             }
+            RepairStep::Tune(tuning) => {
+                if self.compressed.is_some() {
+                    let reason = "experts of low rank and sparse rows, which a LoRA that is folded in would fill";
+                    return Err(Error::Invalid(format!("repair tune: {reason}")));
+                }
+                let tuned = tuned(&student, tuning, rows)?;
+                self.whole = Some(PrunePlan::keep_all(tuned.checkpoint().shape(), tuned.checkpoint().fingerprint()));
+                (self.exported, self.edits) = (Some(tuned), Edits::new());
+                return Ok(());
+            }
         };
         self.edits.extend(edits);
         Ok(())
@@ -196,6 +233,23 @@ impl<'m> Subject<'m> {
             self.edits.experts().map(|(_, edit)| edit.down_bias.as_ref().map_or(0, Vec::len) as u64).sum();
         Ok(checkpoint.parameters() - dropped - rows + biases)
     }
+}
+
+/// A model after a fine-tuning on some rows, of which no file is kept.
+fn tuned(model: &Model, tuning: &Tuning, rows: &[Wave]) -> Result<Model> {
+    let directory = tempfile::tempdir().map_err(Error::io(Path::new("a temporary directory")))?;
+    let run = TrainingRun {
+        model,
+        waves: &small_waves(rows, tuning.step_tokens),
+        labels: &BTreeMap::new(),
+        directory: directory.path(),
+        save_every: usize::MAX,
+        resume: false,
+        fold: FoldPrecision::Bf16,
+    };
+    let trained = run.train(&tuning.recipe, &mut |_| Ok(()))?;
+    let stays = || Error::Invalid("a repair whose outcome stays beside the weights".into());
+    trained.as_written(model, model.max_memory())?.ok_or_else(stays)
 }
 
 /// Waves to train on, and every fourth, which says when to stop.

@@ -80,7 +80,7 @@ pub(super) struct Tables<'a> {
 }
 
 /// A figure with its spread over draws.
-pub(super) fn cell(spread: Option<Spread>, figure: &str) -> String {
+pub(crate) fn cell(spread: Option<Spread>, figure: &str) -> String {
     let Some(Spread { mean, deviation, draws, .. }) = spread else { return "–".into() };
     let number = |value: f64| match figure {
         // no minus before a difference that rounds to nothing

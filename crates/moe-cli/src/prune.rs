@@ -30,7 +30,8 @@ pub struct Arguments {
     /// What is scored, repaired, probed and chosen a form on
     #[command(flatten)]
     pub data: cli::DataArguments,
-    /// Scorer, a name, JSON or a JSON file [default: fisher, or reap where whole experts go]
+    /// Scorer, a name, JSON or a JSON file [default: fisher, or reap where whole experts go]; auto: of fisher, taylor,
+    /// coupled and heapr the one whose pruned model stays closest to the full one on held-back rows of --data
     #[arg(long, value_name = "NAME|JSON|FILE", value_parser = Named::parse)]
     pub scorer: Option<Named>,
     /// Fraction of the routed experts' units to drop
@@ -157,17 +158,28 @@ impl Arguments {
         if !self.eval.is_empty() {
             steps.push(Step::Evaluate(Evaluate::default()));
         }
-        let pruner = self.pruner()?;
+        let (pruner, mut scores) = (self.pruner()?, self.scores.clone());
         if self.scores.is_none() && self.keep_list.is_none() {
             let whole = pruner.as_ref().is_some_and(|pruner| WHOLE.contains(&kind(&pruner.object("type"))));
             let default = if whole { "reap" } else { "fisher" };
             let scorer = self.scorer.clone().unwrap_or_else(|| Named::Name(default.into()));
-            steps.push(Step::Score(Score { scorers: vec![scorer], super_experts: None }));
+            let scorers = match (&scorer, whole || self.experts_per_layer.is_some() || self.multiple_of.is_some()) {
+                (Named::Name(name), true) if name == Prune::AUTO => {
+                    let reason = "auto chooses among scorers of units, but whole experts go; name a scorer";
+                    return Err(Error::Usage(format!("--scorer: {reason}")));
+                }
+                (Named::Name(name), false) if name == Prune::AUTO => {
+                    scores = Some(Prune::AUTO.into());
+                    CHOICES.into_iter().map(|name| Named::Name(name.into())).collect()
+                }
+                _ => vec![scorer],
+            };
+            steps.push(Step::Score(Score { scorers, super_experts: None }));
         }
         if let Some(path) = &self.protect {
             steps.push(Step::Protect(recipe::Protect::File(path.clone())));
         }
-        let (scores, keep_list) = (self.scores.clone(), self.keep_list.clone());
+        let keep_list = self.keep_list.clone();
         let (mtp, form, pieces) = (self.mtp, self.form, self.pieces);
         steps.push(Step::Prune(Prune { scores, budget, pruner, keep_list, mtp, form, pieces, ..Prune::default() }));
         for repair in &self.repair {
@@ -249,6 +261,9 @@ impl Arguments {
         Ok(())
     }
 }
+
+/// Scorers that `--scorer auto` chooses from, the default first.
+const CHOICES: [&str; 4] = ["fisher", "taylor", "coupled", "heapr"];
 
 /// Pruners that drop whole experts.
 const WHOLE: [&str; 4] = ["expert", "novice", "subset", "genetic"];

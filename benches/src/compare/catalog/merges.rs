@@ -49,6 +49,9 @@ pub struct Merge {
     /// What the low-rank and sparse parts of a recipe that compresses are trained on, if they are.
     #[serde(default)]
     pub trained: Option<Training>,
+    /// Steps of that training, at most; by default as many as twenty passes take.
+    #[serde(default)]
+    pub steps: Option<usize>,
 }
 
 /// What compressed experts are trained on.

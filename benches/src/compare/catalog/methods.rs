@@ -17,6 +17,9 @@ pub const GLOBAL: &str = "global";
 /// Whole experts go with their rows of the router, as many in each layer.
 pub const EXPERTS: &str = "experts";
 
+/// Whichever form that stock loaders read stays closest to the full model: one width, or pieces.
+pub const STOCK_AUTO: &str = "auto";
+
 /// The ways to prune that every scorer is tried with.
 pub const GRID: [&str; 4] = [UNIFORM, LAYER, GLOBAL, EXPERTS];
 
@@ -47,6 +50,11 @@ pub const METHODS: &[Line] = &[
     line("pieces4_k10", r#"{"type": "pieces", "pieces": 4, "top_k": 10, "scaled": true}"#),
     line("pieces4_unscaled", r#"{"type": "pieces", "pieces": 4}"#),
     line("pieces2", r#"{"type": "pieces", "pieces": 2, "scaled": true}"#),
+    line(STOCK_AUTO, r#"{"type": "stock"}"#),
+    line("mone", r#"{"type": "novice"}"#),
+    line("moe-slimming", r#"{"type": "unit", "allocator": {"type": "coverage", "min_units": 16}}"#),
+    line("reap-sequential", r#"{"type": "merge", "recipe": "reap-sequential"}"#),
+    line("mc-smoe-recovered", r#"{"type": "merge", "recipe": "mc-smoe", "trained": "task_and_teacher", "steps": 30}"#),
 ];
 
 /// Ways to distribute the budget over units, compared with [`UNIFORM`], [`LAYER`] and [`GLOBAL`].
@@ -90,6 +98,8 @@ pub enum Method {
     Pruner(PrunerConfig),
     /// As equal pieces: a checkpoint for stock loaders.
     Pieces(Pieces),
+    /// In the form that stock loaders read and that stays closest to the full model.
+    Stock,
     /// Experts that become one.
     Merge(Merge),
 }
@@ -150,16 +160,22 @@ pub fn method(text: &str) -> Result<Method> {
     })
 }
 
+/// No field.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Empty {}
+
 fn parse(json: &str) -> serde_json::Result<Method> {
     let mut value: Value = serde_json::from_str(json)?;
     let kind = value.get("type").and_then(Value::as_str).unwrap_or_default().to_owned();
-    if !["pieces", "merge"].contains(&kind.as_str()) {
+    if !["pieces", "merge", "stock"].contains(&kind.as_str()) {
         return Ok(Method::Pruner(serde_json::from_value(value)?));
     }
     if let Some(fields) = value.as_object_mut() {
         fields.remove("type");
     }
     Ok(match kind.as_str() {
+        "stock" => serde_json::from_value::<Empty>(value).map(|_| Method::Stock)?,
         "pieces" => Method::Pieces(serde_json::from_value(value)?),
         _ => Method::Merge(serde_json::from_value(value)?),
     })

@@ -1,5 +1,6 @@
 //! Repairs.
 
+use moe_peft::Recipe;
 use moe_prune::repair::{LayerRefit, MeanOutput, Refit, RouterDistillation};
 use serde::Deserialize;
 
@@ -23,6 +24,7 @@ pub const REPAIRS: &[Line] = &[
     line("router_kd", r#"{"steps": [{"type": "router_distillation", "train": {"epochs": 6}}]}"#),
     line("router_kd_all", r#"{"rows": "all", "steps": [{"type": "router_distillation", "train": {"epochs": 6}}]}"#),
     line("refit_router_kd", r#"{"steps": [{"type": "layer_refit"}, {"type": "router_distillation", "train": {"epochs": 6}}]}"#),
+    line("recovery", r#"{"steps": [{"type": "tune", "step_tokens": 512, "recipe": {"method": {"type": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear", "modules_to_save": ["mlp.gate"]}, "train": {"max_steps": 30, "epochs": 30, "evaluate_every": null, "keep": "last", "schedule": {"peak": 0.002, "warmup": 0.1, "decay": "cosine", "final_share": 0.1}}}}]}"#),
     line("router_kd_refit", r#"{"steps": [{"type": "router_distillation", "train": {"epochs": 6}}, {"type": "layer_refit"}]}"#),
 ];
 
@@ -62,13 +64,31 @@ pub enum RepairStep {
     MeanOutput(MeanOutput),
     /// The routers, by gradient descent.
     RouterDistillation(Box<RouterDistillation>),
+    /// What a recipe of fine-tuning trains, on the rows themselves, folded into the weights.
+    Tune(Box<Tuning>),
 }
 
-/// Reads a repair: its name in [`REPAIRS`], or as JSON.
+/// A fine-tuning of what is left.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tuning {
+    /// What is trained, and how.
+    pub recipe: Recipe,
+    /// Tokens of a step.
+    pub step_tokens: usize,
+}
+
+/// Reads a repair: its name in [`REPAIRS`], or as JSON. Names and JSON with `+` between them follow each other, on the
+/// rows of the first.
 ///
 /// # Errors
 /// [`Error::Usage`] that says what there is.
 pub fn repair(text: &str) -> Result<Repair> {
+    if let Some((first, then)) = text.split_once('+').filter(|(first, _)| !first.contains('{')) {
+        let mut whole = repair(first)?;
+        whole.steps.extend(repair(then)?.steps);
+        return Ok(whole);
+    }
     let json = REPAIRS.iter().find(|line| line.name == text).map_or(text, |line| line.json);
     serde_json::from_str(json).map_err(|error| {
         let known = names(REPAIRS.iter().map(|line| line.name));
@@ -83,10 +103,12 @@ mod tests {
     #[test]
     fn every_repair_can_be_read() {
         let steps: Vec<usize> = REPAIRS.iter().map(|line| repair(line.name).unwrap().steps.len()).collect();
-        assert_eq!(steps, [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2]);
+        assert_eq!(steps, [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1, 2]);
         let RepairStep::LayerRefit(refit) = repair("refit_0.01").unwrap().steps[0] else { panic!("another repair") };
         assert_eq!((refit.ridge, refit.sweeps), (0.01, LayerRefit::default().sweeps));
         assert_eq!(repair("refit_mixed").unwrap().rows, RepairRows::Mixed);
+        let steps = repair("mean_output+refit").unwrap().steps;
+        assert!(matches!(steps[..], [RepairStep::MeanOutput(_), RepairStep::LayerRefit(_)]), "{steps:?}");
         assert!(repair("prayer").unwrap_err().to_string().contains("none, mean_output, refit_own"));
     }
 }

@@ -246,6 +246,83 @@ fn the_form_is_the_one_of_the_least_measured_divergence() {
     assert!(tried.iter().any(|tried| divergence(tried) == least && tried["width"] == width), "{width}: {form}");
 }
 
+/// Where groups of experts are ranked by their two best, pieces come in steps of a quarter of this model: three eighths
+/// of it would become a half, which is closer to the full model for its size alone.
+#[test]
+fn a_form_that_keeps_more_than_was_asked_for_is_not_chosen() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, data) = (dir.path().join("out"), rows("arithmetic_calibration"));
+    let model = Path::new(TINY_MOE).with_file_name("tiny-deepseek");
+    let files = ["--model", text(&model), "--data", &data, "--out", text(&out)];
+    ok(&words("prune --scorer activation --ratio 0.625 --samples 12 --length 48", &files));
+    let form: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(find(&dir.path().join("out.steps"), "form.json")).unwrap()).unwrap();
+    assert_eq!(form["form"], "uniform", "{form}");
+    for tried in form["tried"].as_array().unwrap().iter().filter(|tried| tried["form"] != "uniform") {
+        let reason = tried["reason"].as_str().unwrap_or_default();
+        assert!(reason.contains("may keep 1152 units, but it would keep 1536 of 3072"), "{tried}");
+    }
+}
+
+#[test]
+fn the_scorer_that_stays_closest_on_rows_held_back_is_chosen_recorded_and_resumed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, data) = (dir.path().join("out"), rows("arithmetic_calibration"));
+    let line = "prune --scorer auto --ratio 0.5 --form uniform --loss answers --samples 24 --length 64 --json";
+    let files = ["--model", TINY_MOE, "--data", &data, "--out", text(&out)];
+    let summary_of = |more: &[&str]| -> String {
+        let report: serde_json::Value =
+            serde_json::from_str(&ok(&words(line, &[&files[..], more].concat()))).unwrap();
+        report["steps"].as_array().unwrap().iter().find(|step| step["step"] == "prune").unwrap()["summary"]
+            .as_str()
+            .unwrap()
+            .to_string()
+    };
+    let summary = summary_of(&[]);
+    let steps = dir.path().join("out.steps");
+    let choice: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(find(&steps, "scorer.json")).unwrap()).unwrap();
+    let tried = choice["tried"].as_array().unwrap();
+    let divergence = |of: &serde_json::Value| of["divergence"].as_f64().unwrap();
+    let names: Vec<&str> = tried.iter().map(|tried| tried["scorer"].as_str().unwrap()).collect();
+    assert_eq!(names, ["fisher", "taylor", "coupled", "heapr"]);
+    let best = &tried[choice["best"].as_u64().unwrap() as usize];
+    assert_eq!(divergence(best), tried.iter().map(divergence).fold(f64::INFINITY, f64::min), "{choice}");
+    assert!(tried.iter().any(|tried| divergence(tried) > divergence(best)), "{choice}");
+    let scorer = best["scorer"].as_str().unwrap();
+    assert!(summary.starts_with(&format!("scores by {scorer} (chosen by divergence in nats: ")), "{summary}");
+    // The plan is that of the chosen scorer on all rows.
+    let plan = |dir: &Path| -> serde_json::Value {
+        serde_json::from_str(&fs::read_to_string(find(dir, "plan.json")).unwrap()).unwrap()
+    };
+    let named = dir.path().join("named");
+    let line = line.replace("--scorer auto", &format!("--scorer {scorer}"));
+    ok(&words(&line, &["--model", TINY_MOE, "--data", &data, "--out", text(&named)]));
+    assert_eq!(plan(&steps)["kept"], plan(&dir.path().join("named.steps"))["kept"]);
+    assert_eq!(summary_of(&["--resume"]), summary);
+}
+
+#[test]
+fn a_choice_among_scorers_without_scorers_rows_or_units_is_refused_before_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, data) = (dir.path().join("out"), rows("arithmetic_calibration"));
+    let files = ["--model", TINY_MOE, "--data", &data, "--out", text(&out)];
+    let (_, error) = refused(&words("prune --scorer auto --pruner expert --ratio 0.5", &files));
+    assert!(error.contains("auto chooses among scorers of units"), "{error}");
+    let asking = r#"prune --scorer auto --allocator evolution --ratio 0.5 --form ragged"#;
+    let (_, error) = refused(&words(asking, &files));
+    assert!(error.contains("takes one scorer; name it"), "{error}");
+    let recipe = dir.path().join("recipe.json");
+    let value = serde_json::json!({
+        "model": TINY_MOE, "out": out, "data": {"calibration": [data]},
+        "steps": [{"prune": {"scores": "auto", "budget": {"ratio": 0.5}}}]
+    });
+    fs::write(&recipe, value.to_string()).unwrap();
+    let (_, error) = refused(&["run", text(&recipe)]);
+    assert!(error.contains("auto chooses among the scorers of earlier scores"), "{error}");
+    assert!(!out.exists() && !dir.path().join("out.steps").exists());
+}
+
 #[test]
 fn scores_of_experts_where_units_go_are_refused_before_anything_is_scored() {
     let dir = tempfile::tempdir().unwrap();

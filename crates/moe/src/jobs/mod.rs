@@ -14,6 +14,8 @@ mod frontier;
 mod merging;
 mod plans;
 mod quantizing;
+mod scorer_choice;
+pub(crate) mod stock;
 mod tuning;
 
 use std::path::{Path, PathBuf};
@@ -25,6 +27,8 @@ pub use quantizing::{
     QuantizeCalibration, QuantizeRows, QuantizeWith, QuantizedModel, SmoothingSummary, quantize_calibrated,
     quantize_mixed,
 };
+pub use scorer_choice::{ScorerChoice, TriedScorer, choose_scorer};
+pub use stock::{StockForm, TriedForm, closest_stock_form};
 pub use tuning::{save, train, trained_on};
 
 use moe_checkpoint::{Existing, ProtectionMask, ScoreTable};

@@ -1,6 +1,6 @@
 //! The step that drops units or experts, and what a pruned model looks like.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use moe_checkpoint::{Checkpoint, Mtp, Routing};
@@ -16,7 +16,9 @@ use crate::Result;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Prune {
-    /// Name of a scorer of an earlier score, or a score file; by default the first of the last score.
+    /// Name of a scorer of an earlier score, or a score file; by default the first of the last score. `auto`: of all
+    /// scorers of earlier scores of this model, the one whose pruned model stays closest to the full one on rows of
+    /// calibration that are held back from its scores.
     pub scores: Option<PathBuf>,
     /// How much is kept.
     #[schemars(with = "Option<Value>")]
@@ -59,6 +61,27 @@ impl Default for Prune {
 }
 
 impl Prune {
+    /// The name that stands for the scorer that measures best.
+    pub const AUTO: &str = "auto";
+
+    /// Whether the scorer is chosen by measuring.
+    pub fn chooses_scorer(&self) -> bool {
+        self.scores.as_deref().is_some_and(|name| name == Path::new(Self::AUTO))
+    }
+
+    /// The pruner that scorers are compared by: that of the step, or units that compete within their layer where the
+    /// form is chosen by measuring, too, or has pieces, which compete there.
+    ///
+    /// # Errors
+    /// Those of [`Prune::pruner`].
+    pub(crate) fn comparing_pruner(&self, routing: &Routing) -> Result<PrunerConfig> {
+        match (&self.pruner, self.form, self.budget) {
+            (_, _, Some(Budget::ExpertsPerLayer(_))) => self.pruner(routing),
+            (None, Form::Auto, _) | (_, Form::FineGrained, _) => Ok(PrunerConfig::Unit(UnitPruner::new(Scope::Layer))),
+            _ => self.pruner(routing),
+        }
+    }
+
     /// The budget in numbers of `base`, and in bytes of the form.
     ///
     /// # Errors

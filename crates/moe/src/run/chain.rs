@@ -10,9 +10,8 @@ use moe_core::depth::LayerChoice;
 use moe_merge::{ExpertMap, LayerMap, OutputForm};
 use moe_prune::{Budget, ExpertPruner, FineGrained, PrunePlan, Pruner, Questions, Scope, UnitPruner};
 
-use super::stock::{self, Chosen};
 use crate::Result;
-use crate::jobs::prune_plan;
+use crate::jobs::{StockForm, prune_plan, stock};
 use crate::recipe::{Form, Prune};
 
 /// What a scorer's table will be good for.
@@ -125,13 +124,14 @@ impl Chain {
     }
 
     /// A plan by scores that say nothing; none where only the running model decides.
-    fn planned(&self, step: &Prune, scored: &[Scored]) -> Result<Option<(PrunePlan, Chosen)>> {
+    fn planned(&self, step: &Prune, scored: &[Scored]) -> Result<Option<(PrunePlan, StockForm)>> {
         let base = &self.model;
         let Some(budget) = step.budget_on(base)? else { return Ok(None) };
         let table = |granularity, pool, additive, wholes| stand_in_scores(base, granularity, pool, additive, wholes);
         let named = |name: &Path| scored.iter().rev().find(|found| Path::new(&found.name) == name);
         let found = match &step.scores {
             None => scored.first(),
+            Some(_) if step.chooses_scorer() => scored.first(),
             Some(name) => named(name),
         };
         let scores = match (found, &step.scores) {
@@ -146,7 +146,7 @@ impl Chain {
         if let (Form::FineGrained, Budget::Ratio(ratio)) = (step.form, budget) {
             let pieces = FineGrained { top_k: step.pieces_per_token, ..FineGrained::new(step.pieces.unwrap_or(2)) };
             let plan = pieces.prune(&scores, base, ratio)?;
-            return Ok(Some((plan, Chosen::pieces(pieces.pieces, pieces.top_k))));
+            return Ok(Some((plan, StockForm::pieces(pieces.pieces, pieces.top_k))));
         }
         let none = ProtectionMask::none();
         let pruner = step.pruner(&base.config().routing)?;

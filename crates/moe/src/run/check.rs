@@ -369,6 +369,21 @@ pub(super) fn prune_options<'a>(form: PruneForm<'a>, mtp: Option<Mtp>) -> PruneO
     PruneOptions { mtp, ..PruneOptions::new(form) }
 }
 
+/// A choice among scorers, which needs some to choose from and rows to measure on.
+fn check_choice(prune: &Prune, model: &Arc<Checkpoint>, before: &Before, has_data: bool) -> Result<()> {
+    if before.scored.is_empty() {
+        return Err(Error::Usage("scores: auto chooses among the scorers of earlier scores, but there are none".into()));
+    }
+    if !has_data {
+        return Err(Error::Usage("data.calibration names no file, on which scores: auto measures".into()));
+    }
+    if prune.comparing_pruner(&model.config().routing)?.needs().probe != Questions::NONE {
+        let reason = "scores: auto, but the pruner asks the running model, which takes one scorer; name it";
+        return Err(Error::Usage(reason.into()));
+    }
+    Ok(())
+}
+
 fn check_prune(prune: &Prune, model: &Arc<Checkpoint>, before: &Before, has_data: bool) -> Result<()> {
     let form = prune.form.with(moe_prune::FineGrained::new(prune.pieces.unwrap_or(2)));
     prune_options(form, prune.mtp).check(model)?;
@@ -403,6 +418,7 @@ fn check_prune(prune: &Prune, model: &Arc<Checkpoint>, before: &Before, has_data
     }
     match &prune.scores {
         None if before.scored.is_empty() => Err(Error::Usage("no earlier score, and no score file".into())),
+        Some(_) if prune.chooses_scorer() => check_choice(prune, model, before, has_data),
         Some(name) if !before.scored.iter().any(|scored| std::path::Path::new(&scored.name) == name.as_path()) => {
             ScoreTable::load(name)?;
             Ok(())

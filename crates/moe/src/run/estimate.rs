@@ -78,10 +78,15 @@ pub(super) fn of(recipe: &Recipe, run: &Run<'_>) -> Result<Vec<Estimate>> {
                     false => false,
                 };
                 let searches = prune.form == Form::Auto && prune.pruner.is_none() && run.calibration.is_some();
-                if asks || searches {
-                    let trials = if asks { TRIALS } else { 10.0 };
+                let chooses = prune.chooses_scorer();
+                if asks || searches || chooses {
+                    let mut trials = if asks { TRIALS } else { 10.0 * f64::from(u8::from(searches)) };
+                    if chooses {
+                        // Gradients of what is not held back, then as many sweeps as there may be scorers.
+                        trials += 4.0 + BACKWARD;
+                    }
                     seconds = trials * forward(tokens) + reading(trials * waves);
-                    peak = memory(largest, false)?;
+                    peak = memory(largest, chooses)?;
                 }
                 if prune.form != Form::Masked {
                     left *= kept(prune, run)?;

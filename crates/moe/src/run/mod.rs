@@ -18,7 +18,6 @@ mod quantize;
 mod score;
 mod sparsify;
 mod steps;
-mod stock;
 mod tune;
 
 use std::fmt;
@@ -36,6 +35,7 @@ use serde::{Deserialize, Serialize};
 pub use calibration::Calibration;
 pub(crate) use frontier::POINTS;
 
+use crate::jobs::StockForm;
 use crate::progress::Progress;
 use crate::recipe::{Prune, Recipe, Step};
 use crate::table::Table;
@@ -155,7 +155,7 @@ struct PrunedState {
     base: Arc<Checkpoint>,
     plan: PrunePlan,
     step: Prune,
-    chosen: stock::Chosen,
+    chosen: StockForm,
     scores: Option<ScoreTable>,
     edits: Option<Arc<Edits>>,
     /// Whether the pruned model itself was changed since.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use moe_checkpoint::{Checkpoint, Granularity, ScoreTable};
 use moe_core::{Engine, EngineOptions};
+use moe_importance::ScorerConfig;
 use moe_prune::repair::RepairRequest;
 use moe_prune::{
     Budget, EditSource, Edits, EngineProbe, FineGrained, ModelProbe, NoProbe, ProbeOptions, PrunePlan, PruneRequest,
@@ -14,9 +15,8 @@ use moe_prune::{
 use super::artifacts::Artifacts;
 use super::check::mask;
 use super::steps::{Done, json, load, save};
-use super::stock::{self, Chosen};
 use super::{PrunedState, Run};
-use crate::jobs::prune_plan;
+use crate::jobs::{ScorerChoice, StockForm, choose_scorer, closest_stock_form, prune_plan, stock};
 use crate::progress::Unit;
 use crate::recipe::{Form, Prune, Repair};
 use crate::{Error, Result};
@@ -37,32 +37,78 @@ impl Run<'_> {
         }
     }
 
+    /// Every table that was scored on the model as it is now.
+    fn candidates(&self) -> Vec<ScoreTable> {
+        let of_this = |table: &&ScoreTable| self.model.is_model(&table.provenance.model);
+        self.scores.iter().map(|(_, table)| table).filter(of_this).cloned().collect()
+    }
+
+    /// Which of some tables comes from the scorer that leaves the model closest to the full one.
+    fn choose(&self, step: &Prune, base: &Arc<Checkpoint>, candidates: &[ScoreTable]) -> Result<ScorerChoice> {
+        let config = |table: &ScoreTable| -> Result<ScorerConfig> {
+            serde_json::from_str(&table.scorer).map_err(|error| Error::Invalid(format!("{}: {error}", table.scorer)))
+        };
+        let scorers = candidates.iter().map(config).collect::<Result<Vec<_>>>()?;
+        let Some(budget) = step.budget_on(base)? else {
+            return Err(Error::Usage("prune: needs scores and a budget".into()));
+        };
+        let pruner = step.comparing_pruner(&base.config().routing)?;
+        let (model, calibration) = (self.engine_model()?, self.calibration()?);
+        choose_scorer(
+            &model,
+            &scorers,
+            &pruner,
+            budget,
+            &calibration.data,
+            calibration.options,
+            self.options.progress,
+        )
+    }
+
     /// Drops units or experts.
     pub(super) fn prune(&mut self, step: &Prune) -> Result<Done> {
         let base = self.model.clone();
         let given = step.plan.as_ref().or(step.keep_list.as_ref());
-        let scores = match given {
-            None => Some(self.table(step.scores.as_deref())?),
-            Some(_) => None,
+        // What is known before the choice among scorers, if there is one: the table of each of them.
+        let candidates = match (given, step.chooses_scorer()) {
+            (None, true) => self.candidates(),
+            (None, false) => vec![self.table(step.scores.as_deref())?],
+            (Some(_), _) => Vec::new(),
         };
-        let input = match (given, &scores) {
-            (Some(path), _) => std::fs::read_to_string(path).map_err(Error::io(path))?,
-            (None, Some(table)) => format!("{} {}", table.scorer, json(&table.provenance)?),
-            _ => String::new(),
+        let mut input = match given {
+            Some(path) => std::fs::read_to_string(path).map_err(Error::io(path))?,
+            None => String::new(),
         };
+        for table in &candidates {
+            input += &format!("{} {}", table.scorer, json(&table.provenance)?);
+        }
         let data = self.calibration.as_ref().map_or(String::new(), |data| data.data.hash.clone());
         let of = [json(step)?, base.fingerprint(), input, json(&self.protect)?, data];
         let (dir, reused) = self.artifacts.begin("prune", &of.each_ref().map(String::as_str))?;
         if !reused {
-            let (plan, chosen) = self.plan(step, &base, scores.as_ref())?;
+            let best = match step.chooses_scorer() {
+                true => {
+                    let choice = self.choose(step, &base, &candidates)?;
+                    save(&dir.join("scorer.json"), &choice)?;
+                    choice.best
+                }
+                false => 0,
+            };
+            let (plan, chosen) = self.plan(step, &base, candidates.get(best))?;
             plan.save(dir.join("plan.json"))?;
             save(&dir.join("form.json"), &chosen)?;
             Artifacts::finish(&dir)?;
         }
         let plan = PrunePlan::load(dir.join("plan.json"))?;
-        let chosen: Chosen = load(&dir.join("form.json"))?;
+        let chosen: StockForm = load(&dir.join("form.json"))?;
+        let choice: Option<ScorerChoice> = match step.chooses_scorer() {
+            true => Some(load(&dir.join("scorer.json"))?),
+            false => None,
+        };
+        let scores = candidates.into_iter().nth(choice.as_ref().map_or(0, |choice| choice.best));
         let pruned = chosen.on(&plan, &base, step.mtp, scores.as_ref(), None)?;
-        let summary = format!("{}, form {}{}", dropped(&plan), chosen.name(), chosen.why());
+        let by = choice.map_or(String::new(), |choice| format!("{}, ", choice.why()));
+        let summary = format!("{by}{}, form {}{}", dropped(&plan), chosen.name(), chosen.why());
         self.model = pruned.model().clone();
         self.pruned =
             Some(PrunedState { base, plan, step: step.clone(), chosen, scores, edits: None, repaired: false });
@@ -70,7 +116,7 @@ impl Run<'_> {
     }
 
     /// What a pruning keeps, and in which form.
-    fn plan(&self, step: &Prune, base: &Arc<Checkpoint>, scores: Option<&ScoreTable>) -> Result<(PrunePlan, Chosen)> {
+    fn plan(&self, step: &Prune, base: &Arc<Checkpoint>, scores: Option<&ScoreTable>) -> Result<(PrunePlan, StockForm)> {
         if let Some(path) = &step.plan {
             let plan = prune_plan(path, base, step.rebind)?;
             let chosen = stock::settled(step, &plan)?;
@@ -91,7 +137,7 @@ impl Run<'_> {
                 ..FineGrained::new(step.pieces.unwrap_or(2))
             };
             let plan = pieces.prune(scores, base, ratio)?;
-            return Ok((plan, Chosen::pieces(pieces.pieces, pieces.top_k)));
+            return Ok((plan, StockForm::pieces(pieces.pieces, pieces.top_k)));
         }
         if let (Form::Auto, None, Budget::Ratio(ratio), Some(data)) =
             (step.form, &step.pruner, budget, &self.calibration)
@@ -100,7 +146,7 @@ impl Run<'_> {
             && !matches!(step.budget, Some(Budget::ExpertsPerLayer(_)))
         {
             let model = self.engine_model()?;
-            return stock::search(&model, scores, ratio, data, step.mtp, self.options.progress);
+            return closest_stock_form(&model, scores, ratio, &data.waves, step.mtp, self.options.progress);
         }
         let pruner = step.pruner(&base.config().routing)?;
         let request = PruneRequest::new(scores, base.shape(), budget, &self.protect);

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use moe_checkpoint::{Checkpoint, Mtp, ProtectionMask, ScoreTable};
+use moe_core::data::Wave;
 use moe_core::evaluate::divergence;
 use moe_core::{Engine, EngineOptions, Model, TeacherLogits};
 use moe_prune::{
@@ -11,7 +12,6 @@ use moe_prune::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::Calibration;
 use crate::progress::{Progress, Unit};
 use crate::recipe::{Form, Prune};
 use crate::{Error, Result};
@@ -27,52 +27,56 @@ const PER_TOKEN: [f64; 3] = [0.5, 0.75, 1.0];
 /// Likeliest tokens per position that divergences are of.
 const TEACHER_TOKENS: usize = 256;
 
-/// The form a model is pruned in.
+/// The form a model is pruned in, and how it was chosen.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct Chosen {
-    form: Form,
+pub struct StockForm {
+    /// What the model looks like.
+    pub form: Form,
+    /// Pieces of an expert, where experts are in pieces.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pieces: Option<usize>,
+    pub pieces: Option<usize>,
+    /// Pieces per token; none for as many as keep what a token computes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    top_k: Option<usize>,
+    pub top_k: Option<usize>,
+    /// Factors of the experts of each layer, where they were fitted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    scales: Option<Vec<Vec<f32>>>,
+    pub scales: Option<Vec<Vec<f32>>>,
     /// Divergence from the full model, in nats, if it decided.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub divergence: Option<f64>,
     /// Everything that was tried, if divergence decided.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub tried: Vec<Tried>,
+    pub tried: Vec<TriedForm>,
 }
 
 /// A form that was tried.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct Tried {
+pub struct TriedForm {
     /// What it is called.
-    form: String,
+    pub form: String,
     /// Pieces per token, where experts are in pieces.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    top_k: Option<usize>,
+    pub top_k: Option<usize>,
     /// Units that an expert or a piece has.
-    width: usize,
+    pub width: usize,
     /// Divergence from the full model, in nats; none where the form is impossible.
-    divergence: Option<f64>,
+    pub divergence: Option<f64>,
     /// Why it is impossible.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    reason: Option<String>,
+    pub reason: Option<String>,
 }
 
-impl Chosen {
+impl StockForm {
     fn plain(form: Form) -> Self {
         Self { form, pieces: None, top_k: None, scales: None, divergence: None, tried: Vec::new() }
     }
 
-    pub fn pieces(pieces: usize, top_k: Option<usize>) -> Self {
+    pub(crate) fn pieces(pieces: usize, top_k: Option<usize>) -> Self {
         Self { pieces: Some(pieces), top_k, ..Self::plain(Form::FineGrained) }
     }
 
     /// The form of a model that is in this one already, so that only its values change.
-    pub fn as_it_is(&self) -> Self {
+    pub(crate) fn as_it_is(&self) -> Self {
         Self::plain(match self.form {
             Form::Auto | Form::Uniform | Form::FineGrained => Form::Uniform,
             Form::Ragged => Form::Ragged,
@@ -96,7 +100,7 @@ impl Chosen {
         if self.tried.is_empty() {
             return String::new();
         }
-        let mut forms: Vec<&Tried> = self.tried.iter().collect();
+        let mut forms: Vec<&TriedForm> = self.tried.iter().collect();
         forms.sort_by(|a, b| a.divergence.unwrap_or(f64::INFINITY).total_cmp(&b.divergence.unwrap_or(f64::INFINITY)));
         let mut told: Vec<(&str, String)> = Vec::new();
         for tried in forms {
@@ -112,7 +116,10 @@ impl Chosen {
         format!(" (chosen by divergence in nats: {})", told.join(", "))
     }
 
-    /// The model that a plan makes in this form.
+    /// The model that a plan makes in this form; `ranking` orders the units of an expert among its pieces.
+    ///
+    /// # Errors
+    /// Those of [`PrunePlan::on`].
     pub fn on(
         &self,
         plan: &PrunePlan,
@@ -133,9 +140,9 @@ impl Chosen {
 }
 
 /// The form of a plan that is made: the one asked for, or for `auto` the one that stock loaders read.
-pub(super) fn settled(step: &Prune, plan: &PrunePlan) -> Result<Chosen> {
+pub(crate) fn settled(step: &Prune, plan: &PrunePlan) -> Result<StockForm> {
     match step.form {
-        Form::FineGrained => Ok(Chosen::pieces(step.pieces.unwrap_or(2), step.pieces_per_token)),
+        Form::FineGrained => Ok(StockForm::pieces(step.pieces.unwrap_or(2), step.pieces_per_token)),
         Form::Auto => {
             let shape = plan.pruned_shape();
             let mut widths = shape.layers.iter().flat_map(|layer| layer.widths.iter());
@@ -144,7 +151,7 @@ pub(super) fn settled(step: &Prune, plan: &PrunePlan) -> Result<Chosen> {
             let same = widths.all(|width| Some(*width) == first)
                 && counts.clone().all(|count| Some(count) == shape.layers.first().map(|layer| layer.num_experts()));
             match same {
-                true => Ok(Chosen::plain(Form::Uniform)),
+                true => Ok(StockForm::plain(Form::Uniform)),
                 false => Err(Error::Usage(
                     "prune: the plan gives experts different widths or layers different numbers of experts, which no stock loader \
                      reads as they are; form fine_grained (pieces), ragged (these crates) or masked (zeros)"
@@ -152,26 +159,32 @@ pub(super) fn settled(step: &Prune, plan: &PrunePlan) -> Result<Chosen> {
                 )),
             }
         }
-        form => Ok(Chosen::plain(form)),
+        form => Ok(StockForm::plain(form)),
     }
 }
 
 /// Prunes in every form that stock loaders read and takes the one whose model stays closest to the full one: one width
-/// for all experts, and experts in pieces, on a third of the calibration data that scores did not need.
-pub(super) fn search(
+/// for all experts, and experts in pieces. Factors of pieces are fitted on two thirds of the waves, and divergences are
+/// of the others; of a single wave, both. A form that would keep more than was asked for, by more than the rounding of
+/// widths to multiples of 8 or to whole pieces, is impossible.
+///
+/// # Errors
+/// [`Error::Invalid`] where no form is possible, with the reason of each; whatever stops the model.
+pub fn closest_stock_form(
     model: &Model,
     scores: &ScoreTable,
     ratio: f64,
-    data: &Calibration,
+    waves: &[Wave],
     mtp: Option<Mtp>,
     progress: Progress,
-) -> Result<(PrunePlan, Chosen)> {
+) -> Result<(PrunePlan, StockForm)> {
     let base = model.checkpoint();
     // Whole waves, at least one on each side where there are two.
-    let split = (data.waves.len() * 2 / 3).clamp(1, data.waves.len().saturating_sub(1).max(1));
-    let (calibration, comparison) = match data.waves.len() {
-        1 => (&data.waves[..], &data.waves[..]),
-        _ => data.waves.split_at(split),
+    let split = (waves.len() * 2 / 3).clamp(1, waves.len().saturating_sub(1).max(1));
+    let (calibration, comparison) = match waves.len() {
+        0 => return Err(Error::Invalid("no rows to choose a form on".into())),
+        1 => (waves, waves),
+        _ => waves.split_at(split),
     };
     let whole = base.shape().uniform_width().unwrap_or(0);
     let pieces: Vec<usize> = PIECES.into_iter().filter(|pieces| fits(whole, *pieces)).collect();
@@ -181,15 +194,18 @@ pub(super) fn search(
     let engine = Engine::new(model, EngineOptions::default());
     let tokens = TEACHER_TOKENS.min(model.config().vocab_size);
     let teacher = TeacherLogits::record(&engine, comparison, tokens)?;
-    let mut best: Option<(PrunePlan, Chosen)> = None;
-    let mut offer = |plan: &PrunePlan, chosen: Chosen| {
+    let mut best: Option<(PrunePlan, StockForm)> = None;
+    let mut offer = |plan: &PrunePlan, chosen: StockForm| {
         let closer = best.as_ref().is_none_or(|(_, best)| chosen.divergence < best.divergence);
         if closer {
             best = Some((plan.clone(), chosen));
         }
     };
-    let mut all_tried: Vec<Tried> = Vec::new();
-    let impossible = |form: String, width: usize, error: moe_prune::Error| Tried {
+    let mut all_tried: Vec<TriedForm> = Vec::new();
+    let units = base.shape().units();
+    let asked = units - (units as f64 * ratio).round() as usize;
+    let mut most = asked;
+    let impossible = |form: String, width: usize, error: moe_prune::Error| TriedForm {
         form,
         top_k: None,
         width,
@@ -202,7 +218,7 @@ pub(super) fn search(
         .round_to(aligned)
         .prune(scores, base.shape(), Budget::Ratio(ratio), &ProtectionMask::none())
         .and_then(|pruned| {
-            let form = Chosen::plain(Form::Uniform);
+            let form = StockForm::plain(Form::Uniform);
             let on = pruned.plan.on(base, &PruneOptions { mtp, ..PruneOptions::new(PruneForm::Uniform) })?;
             Ok((pruned.plan, form, on))
         });
@@ -210,10 +226,11 @@ pub(super) fn search(
         Ok((plan, form, on)) => {
             let student = model.like(on.model().clone())?;
             let divergence = divergence(&student, &teacher, comparison)?;
+            most = most.max(plan.units_kept());
             let width = plan.pruned_shape().uniform_width().unwrap_or(0);
             let divergence = Some(divergence);
-            all_tried.push(Tried { form: form.name(), top_k: None, width, divergence, reason: None });
-            offer(&plan, Chosen { divergence, ..form });
+            all_tried.push(TriedForm { form: form.name(), top_k: None, width, divergence, reason: None });
+            offer(&plan, StockForm { divergence, ..form });
         }
         Err(error) => all_tried.push(impossible("uniform".into(), 0, error)),
     }
@@ -226,6 +243,14 @@ pub(super) fn search(
         top_k.dedup();
         let smallest = FineGrained { top_k: top_k.iter().min().copied(), ..how };
         let trials = smallest.prune(scores, base, ratio).and_then(|plan| {
+            // A layer may keep a part of a piece more than was asked for; where groups of experts are split, numbers of
+            // pieces go up in larger steps, and a larger model is closer for its size alone.
+            let (kept, most) = (plan.units_kept(), most.max(asked + base.shape().layers.len() * whole / pieces));
+            if kept > most {
+                let what = format!("the model in {pieces} pieces per expert");
+                let reason = format!("it would keep {kept} of {units}");
+                return Err(moe_prune::Error::Infeasible { what, asked, reason });
+            }
             let options =
                 TrialOptions { top_k: &top_k, fit: None, edits: None, calibration, comparison, teacher_tokens: tokens };
             Ok((how.try_top_k(model, &plan, &options)?, plan))
@@ -233,25 +258,25 @@ pub(super) fn search(
         match trials {
             Ok((trials, plan)) => {
                 for trial in trials {
-                    let chosen = Chosen::pieces(pieces, Some(trial.top_k));
-                    all_tried.push(Tried {
+                    let chosen = StockForm::pieces(pieces, Some(trial.top_k));
+                    all_tried.push(TriedForm {
                         form: chosen.name(),
                         top_k: chosen.top_k,
                         width: whole / pieces,
                         divergence: Some(trial.divergence),
                         reason: None,
                     });
-                    offer(&plan, Chosen { scales: Some(trial.scales), divergence: Some(trial.divergence), ..chosen });
+                    offer(&plan, StockForm { scales: Some(trial.scales), divergence: Some(trial.divergence), ..chosen });
                 }
             }
             Err(error) => {
-                all_tried.push(impossible(Chosen::pieces(pieces, None).name(), whole / pieces, error));
+                all_tried.push(impossible(StockForm::pieces(pieces, None).name(), whole / pieces, error));
             }
         }
         bar.step();
     }
     match best {
-        Some((plan, chosen)) => Ok((plan, Chosen { tried: all_tried, ..chosen })),
+        Some((plan, chosen)) => Ok((plan, StockForm { tried: all_tried, ..chosen })),
         None => {
             let reasons: Vec<String> = all_tried.into_iter().filter_map(|tried| tried.reason).collect();
             Err(Error::Invalid(format!(
@@ -285,7 +310,7 @@ mod tests {
 
     #[test]
     fn what_was_tried_is_told_once_per_form_the_least_first() {
-        let tried = |form: &str, divergence: Option<f64>| Tried {
+        let tried = |form: &str, divergence: Option<f64>| TriedForm {
             form: form.into(),
             top_k: None,
             width: 8,
@@ -293,8 +318,8 @@ mod tests {
             reason: None,
         };
         let all = vec![tried("a", Some(0.3)), tried("b", Some(0.25)), tried("a", Some(0.125)), tried("c", None)];
-        let chosen = Chosen { tried: all, ..Chosen::plain(Form::Uniform) };
+        let chosen = StockForm { tried: all, ..StockForm::plain(Form::Uniform) };
         assert_eq!(chosen.why(), " (chosen by divergence in nats: a 0.1250, b 0.2500, c impossible)");
-        assert_eq!(Chosen::plain(Form::Uniform).why(), "");
+        assert_eq!(StockForm::plain(Form::Uniform).why(), "");
     }
 }
