@@ -51,12 +51,7 @@ impl Loaded {
     ///
     /// # Errors
     /// Files that cannot be read as what they are for; two tests of one name.
-    pub fn new(
-        domain: &Domain,
-        arguments: &Arguments,
-        tokenizer: &Tokenizer,
-        checkpoint: &Checkpoint,
-    ) -> Result<Self> {
+    pub fn new(domain: &Domain, arguments: &Arguments, tokenizer: &Tokenizer, checkpoint: &Checkpoint) -> Result<Self> {
         let config = checkpoint.config();
         let limits = Limits {
             rows: usize::MAX,

@@ -16,7 +16,9 @@ use super::Arguments;
 use super::domain::Loaded;
 use super::entries::{CHOICES, CHOSEN, KNOCKED_OUT, SCORERS, knocked_out, scored};
 use crate::compare::catalog::{self, EVIDENCE, GLOBAL, Method, STOCK_AUTO, Scoring};
-use crate::compare::{Amount, Bench, Case, Figures, HeldOut, Job, Journal, Lab, Metrics, Record, Runner, SAMPLE, Spread, score};
+use crate::compare::{
+    Amount, Bench, Case, Figures, HeldOut, Job, Journal, Lab, Metrics, Record, Runner, SAMPLE, Spread, score,
+};
 use crate::progress::Progress;
 use crate::{Error, Result};
 

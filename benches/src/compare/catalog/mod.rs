@@ -7,8 +7,8 @@ mod scorers;
 
 pub use merges::{EVIDENCE, MERGES, Merge, RIVALS, TRAINED, Training};
 pub use methods::{
-    EXPERT_ALLOCATORS, EXPERTS, GLOBAL, GRID, LAYER, METHODS, Method, Pieces, STOCK, STOCK_AUTO, STOCK_OF_SCORERS, STOCK_SCORERS,
-    UNIFORM, UNIT_ALLOCATORS, method,
+    EXPERT_ALLOCATORS, EXPERTS, GLOBAL, GRID, LAYER, METHODS, Method, Pieces, STOCK, STOCK_AUTO, STOCK_OF_SCORERS,
+    STOCK_SCORERS, UNIFORM, UNIT_ALLOCATORS, method,
 };
 pub use repairs::{NO_REPAIR, REPAIRS, Repair, RepairRows, RepairStep, Tuning, repair};
 pub use scorers::{CONTROLS, MAIN_SCORER, SCORERS, ScorerLine, Scoring, scorer};

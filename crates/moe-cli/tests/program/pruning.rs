@@ -271,8 +271,7 @@ fn the_scorer_that_stays_closest_on_rows_held_back_is_chosen_recorded_and_resume
     let line = "prune --scorer auto --ratio 0.5 --form uniform --loss answers --samples 24 --length 64 --json";
     let files = ["--model", TINY_MOE, "--data", &data, "--out", text(&out)];
     let summary_of = |more: &[&str]| -> String {
-        let report: serde_json::Value =
-            serde_json::from_str(&ok(&words(line, &[&files[..], more].concat()))).unwrap();
+        let report: serde_json::Value = serde_json::from_str(&ok(&words(line, &[&files[..], more].concat()))).unwrap();
         report["steps"].as_array().unwrap().iter().find(|step| step["step"] == "prune").unwrap()["summary"]
             .as_str()
             .unwrap()

@@ -266,7 +266,10 @@ pub fn closest_stock_form(
                         divergence: Some(trial.divergence),
                         reason: None,
                     });
-                    offer(&plan, StockForm { scales: Some(trial.scales), divergence: Some(trial.divergence), ..chosen });
+                    offer(
+                        &plan,
+                        StockForm { scales: Some(trial.scales), divergence: Some(trial.divergence), ..chosen },
+                    );
                 }
             }
             Err(error) => {

@@ -372,7 +372,9 @@ pub(super) fn prune_options<'a>(form: PruneForm<'a>, mtp: Option<Mtp>) -> PruneO
 /// A choice among scorers, which needs some to choose from and rows to measure on.
 fn check_choice(prune: &Prune, model: &Arc<Checkpoint>, before: &Before, has_data: bool) -> Result<()> {
     if before.scored.is_empty() {
-        return Err(Error::Usage("scores: auto chooses among the scorers of earlier scores, but there are none".into()));
+        return Err(Error::Usage(
+            "scores: auto chooses among the scorers of earlier scores, but there are none".into(),
+        ));
     }
     if !has_data {
         return Err(Error::Usage("data.calibration names no file, on which scores: auto measures".into()));

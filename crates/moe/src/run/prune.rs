@@ -54,15 +54,7 @@ impl Run<'_> {
         };
         let pruner = step.comparing_pruner(&base.config().routing)?;
         let (model, calibration) = (self.engine_model()?, self.calibration()?);
-        choose_scorer(
-            &model,
-            &scorers,
-            &pruner,
-            budget,
-            &calibration.data,
-            calibration.options,
-            self.options.progress,
-        )
+        choose_scorer(&model, &scorers, &pruner, budget, &calibration.data, calibration.options, self.options.progress)
     }
 
     /// Drops units or experts.
@@ -116,7 +108,12 @@ impl Run<'_> {
     }
 
     /// What a pruning keeps, and in which form.
-    fn plan(&self, step: &Prune, base: &Arc<Checkpoint>, scores: Option<&ScoreTable>) -> Result<(PrunePlan, StockForm)> {
+    fn plan(
+        &self,
+        step: &Prune,
+        base: &Arc<Checkpoint>,
+        scores: Option<&ScoreTable>,
+    ) -> Result<(PrunePlan, StockForm)> {
         if let Some(path) = &step.plan {
             let plan = prune_plan(path, base, step.rebind)?;
             let chosen = stock::settled(step, &plan)?;
