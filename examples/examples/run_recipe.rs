@@ -30,8 +30,7 @@ pub fn chain(model: &str, out: &Path) -> Result<RunReport, Box<dyn std::error::E
             {"write": {}},
         ],
     }))?;
-    let progress = moe::progress::Progress::hidden();
-    Ok(run(&recipe, RunOptions { resume: true, force: false, check: false, progress, shard: None, absorb: &[] })?)
+    Ok(run(&recipe, RunOptions { resume: true, ..RunOptions::new(moe::progress::Progress::hidden()) })?)
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

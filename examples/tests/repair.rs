@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
+use moe_checkpoint::group::{Group, Threads};
 use moe_checkpoint::{WriteOptions, write};
 use moe_core::data::{Dataset, DatasetOptions, Sequence, Tokenizer, Wave, WaveOptions, waves};
 use moe_core::evaluate::divergence;
@@ -253,6 +254,49 @@ fn refits_that_are_shared_out_are_those_of_one_run() {
     expect(&Refit::default(), RepairRequest { absorb: &other, ..kept }, "mean, without layers-");
     expect(&LayerRefit::default(), RepairRequest { shard: Some((0, 2)), ..kept }, "one process");
     expect(&RouterDistillation::default(), RepairRequest { absorb: &other, ..kept }, "one process");
+}
+
+#[test]
+fn repairs_by_several_ranks_are_those_of_one_process() {
+    let full = model();
+    let (plan, waves) = (half(&full), calibration(12, 256));
+    assert!((4..9).contains(&waves.len()), "{} waves, so that ranks have different numbers of them", waves.len());
+    let student = pruned(&full, &plan);
+    let directory = tempfile::tempdir().unwrap();
+    let one = RepairRequest { pruned: Some(&student), ..RepairRequest::new(&full, &plan, &waves) };
+    let train = TrainOptions { waves_per_step: 3, epochs: 1, ..RouterDistillation::default().train };
+    let streams = LayerRefit { target: Target::Layer, ..LayerRefit::default() };
+    let repairs: [(&str, &(dyn Repair + Sync)); 5] = [
+        ("refit", &Refit::default()),
+        ("mean", &MeanOutput::default()),
+        ("layers", &LayerRefit::default()),
+        ("streams", &streams),
+        ("routers", &RouterDistillation { train, ..RouterDistillation::default() }),
+    ];
+    for (name, repair) in repairs {
+        let whole = repair.repair(&one, &mut |_, _| ()).unwrap();
+        // More ranks than waves, too: some have nothing to run.
+        for ranks in [1, 2, 3, 5, waves.len() + 1] {
+            let store = directory.path().join(format!("{name}-{ranks}"));
+            for store in [None, Some(store.as_path()), Some(store.as_path())] {
+                let all = Threads::run(ranks, |group| {
+                    let request = RepairRequest { store, group, ..one };
+                    repair.repair(&request, &mut |_, _| ()).unwrap()
+                });
+                assert!(all.iter().all(|edits| *edits == whole), "{name} by {ranks} ranks, store {store:?}");
+            }
+        }
+    }
+    let both = Threads::run(2, |group| {
+        let request = RepairRequest { store: Some(directory.path()), shard: Some((0, 2)), group, ..one };
+        Refit::default().repair(&request, &mut |_, _| ()).unwrap_err().to_string()
+    });
+    assert!(both.iter().all(|error| error.contains("2 processes")), "{both:?}");
+    let failed = Threads::run(3, |group| {
+        let waves = if group.rank() == 1 { &[][..] } else { &waves[..] };
+        LayerRefit::default().repair(&RepairRequest { waves, group, ..one }, &mut |_, _| ()).unwrap_err().to_string()
+    });
+    assert!(failed[0].contains("rank 1: ") && failed[2] == failed[0], "{failed:?}");
 }
 
 #[test]

@@ -27,7 +27,7 @@ pub struct Options {
 const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Jobs whose output has to be the same for any number of processes.
-const JOBS: [(&str, &str); 5] = [
+const JOBS: [(&str, &str); 7] = [
     ("score", "score --scorer fisher --scorer reap --samples 48 --length 64 --wave-tokens 256"),
     ("merge", "merge --recipe m-smoe --ratio 0.5 --samples 24 --length 48 --wave-tokens 256 --sample 128 --work @work"),
     (
@@ -37,6 +37,15 @@ const JOBS: [(&str, &str); 5] = [
     (
         "tune, full",
         "tune --method full --steps 4 --accumulate 3 --step-tokens 128 --evaluate-every 2 --samples 40 --length 48",
+    ),
+    (
+        "prune, refitted",
+        "prune --scorer fisher --ratio 0.5 --form ragged --repair refit --repair layer_refit --samples 24 --length 48 \
+         --wave-tokens 256",
+    ),
+    (
+        "merge layer by layer",
+        "merge --recipe ream --ratio 0.5 --samples 24 --length 48 --wave-tokens 256 --sample 128 --work @work",
     ),
     ("tune, ESFT", "tune --method esft-token --steps 4 --accumulate 4 --step-tokens 128 --samples 40 --length 48"),
 ];
@@ -277,9 +286,9 @@ impl Site {
         }
         // What is not shared out is refused.
         for (what, command, expected) in [
-            ("a verb that is not shared out", "prune --ratio 0.5", "processes, expected one"),
+            ("a verb that is not shared out", "quantize --format int4", "processes, expected one"),
             ("a method that is not shared out", "tune --method loss-free --steps 2", "they share the methods"),
-            ("a merge layer by layer", "merge --recipe ream --ratio 0.5", "layer by layer"),
+            ("the training of a merge", "merge --recipe mc-smoe --train --ratio 0.5", "--train: found"),
             ("a share of a share", "score --scorer reap --shard 0/2", "--shard"),
         ] {
             let out = self.out(what)?;

@@ -139,6 +139,6 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<String> {
     };
     crate::cli::allocator(recipe.max_memory.as_ref().map(|_| 0));
     let Arguments { check, resume, force, json, .. } = *arguments;
-    let options = RunOptions { resume, force, check, progress, shard: None, absorb: &[] };
+    let options = RunOptions { resume, force, check, ..RunOptions::new(progress) };
     crate::cli::shown(&run_recipe(&recipe, options)?, json)
 }

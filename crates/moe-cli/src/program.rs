@@ -84,7 +84,7 @@ pub fn main() -> ExitCode {
         let (rank, size) = (group.rank(), group.size());
         let result = match size > 1 && !program.verb.is_shared() {
             true => Err(Error::Usage(format!(
-                "found {size} processes, expected one: score, merge, tune and eval share their work out, this verb does not"
+                "found {size} processes, expected one: run, prune, score, merge, tune and eval share their work out, this verb does not"
             ))),
             false => program.verb.run(&**group),
         };
@@ -103,7 +103,7 @@ pub fn main() -> ExitCode {
 impl Verb {
     /// Whether several processes share the work of this verb.
     fn is_shared(&self) -> bool {
-        matches!(self, Self::Score(_) | Self::Merge(_) | Self::Tune(_) | Self::Eval(_))
+        matches!(self, Self::Run(_) | Self::Prune(_) | Self::Score(_) | Self::Merge(_) | Self::Tune(_) | Self::Eval(_))
     }
 
     /// What it prints.
@@ -119,7 +119,7 @@ impl Verb {
                 let report = score::run(&arguments, group, progress)?;
                 cli::shown(&report, arguments.json)
             }
-            Self::Prune(arguments) => prune::run(&arguments, progress),
+            Self::Prune(arguments) => prune::run(&arguments, group, progress),
             Self::Apply(arguments) => cli::shown(&apply::run(&arguments, progress)?, arguments.json),
             Self::Quantize(arguments) if arguments.frontier => {
                 let report = quantize::run_frontier(&arguments, progress)?;
@@ -132,7 +132,7 @@ impl Verb {
             Self::Convert(arguments) => cli::shown(&convert::run(&arguments)?, arguments.json),
             Self::Pull(arguments) => hub::pull(&arguments, progress),
             Self::Push(arguments) => hub::push(&arguments, progress),
-            Self::Run(arguments) => run::run(&arguments, progress),
+            Self::Run(arguments) => run::run(&arguments, group, progress),
             Self::Merge(arguments) => {
                 cli::allocator(arguments.max_memory);
                 match merge::run(&arguments, group, progress)? {

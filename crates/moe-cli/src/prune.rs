@@ -6,6 +6,7 @@ use clap::Parser;
 use moe::recipe::{self, Evaluate, Form, Named, Prune, Recipe, Repair, Score, Step, Write};
 use moe::run::{RunOptions, RunReport, run as run_recipe};
 use moe_checkpoint::Mtp;
+use moe_checkpoint::group::Group;
 use moe_core::Precision;
 use moe_prune::Budget;
 use serde_json::{Map, Value, json};
@@ -284,7 +285,7 @@ fn steps_of(out: &Path) -> PathBuf {
 ///
 /// # Errors
 /// Whatever is wrong with the flags and the files they name, before the first step; whatever stops a step.
-pub fn run(arguments: &Arguments, progress: Progress) -> Result<String> {
+pub fn run(arguments: &Arguments, group: &dyn Group, progress: Progress) -> Result<String> {
     let recipe = arguments.to_recipe()?;
     if arguments.recipe {
         let json = serde_json::to_string_pretty(&recipe);
@@ -296,7 +297,7 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<String> {
     // What another process did is beside its --out.
     let absorb: Vec<PathBuf> = arguments.share.absorb.iter().map(|out| steps_of(out)).collect();
     let (shard, absorb) = (arguments.share.shard, absorb.as_slice());
-    let report: RunReport = run_recipe(&recipe, RunOptions { resume, force, check, progress, shard, absorb })?;
+    let report: RunReport = run_recipe(&recipe, RunOptions { resume, force, check, progress, shard, absorb, group })?;
     let mut text = cli::shown(&report, arguments.json)?;
     if arguments.plan_only && !arguments.json {
         let plans = report.steps.iter().filter(|step| step.step == "prune").filter_map(|step| step.artifact.as_ref());

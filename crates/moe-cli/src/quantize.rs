@@ -11,6 +11,7 @@ use moe::jobs::{
 };
 use moe::recipe::MixedBits;
 use moe::report::{FrontierPoint, equal_bytes_table, frontier_table};
+use moe_checkpoint::group::Alone;
 use moe_checkpoint::{
     BasePrecision, Checkpoint, Existing, QuantizeOptions, QuantizeReport, Quantized, QuantizedPart, RouterRounding,
     Smoothing, WeightFormat, WriteOptions, check_output, write,
@@ -258,8 +259,13 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<Report> {
     if arguments.force && store.exists() {
         cli::remove_work(&store)?;
     }
-    let calibrated =
-        rows.as_ref().map(|(model, data)| QuantizeRows { model, data, waves: arguments.data.waves(), store: &store });
+    let calibrated = rows.as_ref().map(|(model, data)| QuantizeRows {
+        model,
+        data,
+        waves: arguments.data.waves(),
+        store: &store,
+        group: &Alone,
+    });
     let made = match (calibrated, arguments.keep_bytes) {
         (Some(rows), Some(keep_bytes)) if !arguments.mixed.is_empty() => {
             let within = match arguments.within {

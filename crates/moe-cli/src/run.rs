@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Parser;
 use moe::recipe::{Evaluate, Recipe, Step};
 use moe::run::{RunOptions, run as run_recipe};
+use moe_checkpoint::group::Group;
 use moe_core::Precision;
 use moe_core::data::Source;
 
@@ -72,7 +73,7 @@ pub struct Arguments {
 ///
 /// # Errors
 /// Whatever is wrong with it, before the first step; whatever stops a step.
-pub fn run(arguments: &Arguments, progress: Progress) -> Result<String> {
+pub fn run(arguments: &Arguments, group: &dyn Group, progress: Progress) -> Result<String> {
     if arguments.schema {
         return Ok(format!("{:#}\n", Recipe::schema()));
     }
@@ -113,5 +114,5 @@ pub fn run(arguments: &Arguments, progress: Progress) -> Result<String> {
     crate::cli::allocator(recipe.max_memory.as_ref().map(|_| 0));
     let Arguments { check, resume, force, json, .. } = *arguments;
     let (shard, absorb) = (arguments.share.shard, &arguments.share.absorb);
-    crate::cli::shown(&run_recipe(&recipe, RunOptions { resume, force, check, progress, shard, absorb })?, json)
+    crate::cli::shown(&run_recipe(&recipe, RunOptions { resume, force, check, progress, shard, absorb, group })?, json)
 }

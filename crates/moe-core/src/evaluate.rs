@@ -275,12 +275,33 @@ pub fn divergence<'w>(
     teacher: &TeacherLogits,
     waves: impl IntoIterator<Item = &'w Wave>,
 ) -> Result<f64> {
+    divergence_in_group(&Alone, model, teacher, waves)
+}
+
+/// As [`divergence`], with the other ranks of a group, which each run every Nth wave and all get the same bits, whatever
+/// their number.
+///
+/// # Errors
+/// Those of [`divergence`], and what has stopped another rank.
+pub fn divergence_in_group<'w>(
+    group: &dyn Group,
+    model: &Model,
+    teacher: &TeacherLogits,
+    waves: impl IntoIterator<Item = &'w Wave>,
+) -> Result<f64> {
     let engine = Engine::new(model, EngineOptions::default());
-    let (mut sum, mut tokens) = (0.0, 0);
-    for wave in waves {
+    let waves: Vec<&Wave> = waves.into_iter().collect();
+    let run = |wave: &&Wave| -> Result<Vec<u8>> {
         let report = engine.run_with(wave, &mut Distillation::new(teacher), &mut Nobody)?;
-        sum += report.loss.unwrap_or(0.0);
-        tokens += report.loss_tokens;
+        let (loss, tokens) = (report.loss.unwrap_or(0.0), report.loss_tokens);
+        Ok(WaveLoss { loss, tokens, sequences: Vec::new() }.to_message())
+    };
+    let own = waves.iter().skip(group.rank()).step_by(group.size()).map(run).collect::<Result<Vec<_>>>()?;
+    let (mut sum, mut tokens) = (0.0, 0);
+    for message in group.share_dealt(own, waves.len())? {
+        let wave = WaveLoss::from_message(&message)?;
+        sum += wave.loss;
+        tokens += wave.tokens;
     }
     match tokens {
         0 => Err(Error::input("predicted tokens", 0, "at least one")),

@@ -117,6 +117,18 @@ pub struct SequenceInfo {
 }
 
 impl WaveInfo {
+    /// Of the wave itself.
+    pub(crate) fn of(wave: &crate::data::Wave) -> Self {
+        let mut info = Self { id: wave.id, tokens: 0, ids: Vec::new(), sequences: Vec::new() };
+        for sequence in &wave.sequences {
+            let start = info.ids.len();
+            info.ids.extend_from_slice(&sequence.ids);
+            info.sequences.push(SequenceInfo { tokens: start..info.ids.len(), loss_tokens: sequence.loss_tokens() });
+        }
+        info.tokens = info.ids.len();
+        info
+    }
+
     /// Predicted tokens of the whole wave.
     pub fn loss_tokens(&self) -> usize {
         self.sequences.iter().map(|s| s.loss_tokens).sum()

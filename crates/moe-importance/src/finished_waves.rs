@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use moe_checkpoint::group::{Group, pack, unpack};
-use moe_checkpoint::{MoeShape, Provenance, Statistics, StatisticsSlice, StatisticsStore};
+use moe_checkpoint::group::Group;
+use moe_checkpoint::{SharedFold, Statistics, StatisticsStore};
 
 use crate::{Collection, Result};
 
@@ -66,7 +66,7 @@ impl<'a> FinishedWaves<'a> {
     pub fn end_round(&mut self, waves: usize) -> Result<()> {
         match &mut self.to {
             To::Store(_) => Ok(()),
-            To::Memory(fold) => fold.round(&Vec::from_iter(0..waves), Vec::from_iter(self.own.take())),
+            To::Memory(fold) => Ok(fold.round(&Vec::from_iter(0..waves), Vec::from_iter(self.own.take()))?),
         }
     }
 
@@ -74,7 +74,7 @@ impl<'a> FinishedWaves<'a> {
     pub fn fold(self) -> Result<Statistics> {
         match self.to {
             To::Store(store) => fold_stores(self.group, store),
-            To::Memory(fold) => fold.whole(),
+            To::Memory(fold) => Ok(fold.whole()?),
         }
     }
 }
@@ -107,53 +107,5 @@ pub(crate) fn fold_stores(group: &dyn Group, store: &StatisticsStore) -> Result<
         let own = own.map(|(wave, _)| Ok(store.load(*wave)?)).collect::<Result<Vec<_>>>()?;
         fold.round(&round.iter().map(|(_, rank)| *rank).collect::<Vec<_>>(), own)?;
     }
-    fold.whole()
-}
-
-/// The sum of waves that several ranks have: each rank folds its slice of the arrays of all of them.
-struct SharedFold<'g> {
-    group: &'g dyn Group,
-    shape: MoeShape,
-    provenance: Provenance,
-    slice: StatisticsSlice,
-}
-
-impl<'g> SharedFold<'g> {
-    fn new(group: &'g dyn Group, shape: &MoeShape, provenance: &Provenance) -> Self {
-        let slice = StatisticsSlice::new(shape, provenance.clone());
-        Self { group, shape: shape.clone(), provenance: provenance.clone(), slice }
-    }
-
-    /// Folds some waves in order, of which `from` says the rank that has each; `own` are those that this one has.
-    fn round(&mut self, from: &[usize], own: Vec<Statistics>) -> Result<()> {
-        let size = self.group.size();
-        if size == 1 {
-            return Ok(own.into_iter().try_for_each(|wave| self.slice.fold(&wave.into()))?);
-        }
-        let mut to = Vec::with_capacity(size);
-        for owner in 0..size {
-            let slices: Vec<Vec<u8>> =
-                own.iter().map(|wave| wave.slice(owner, size).to_message(false)).collect::<Result<_, _>>()?;
-            to.push(pack(slices.iter().map(Vec::as_slice)));
-        }
-        drop(own);
-        let received = self.group.exchange(to)?;
-        let slices = received.iter().map(|packed| unpack(packed)).collect::<Result<Vec<_>, _>>()?;
-        let mut next: Vec<_> = slices.into_iter().map(Vec::into_iter).collect();
-        for rank in from {
-            let message = next[*rank].next().unwrap_or_default();
-            self.slice.fold(&StatisticsSlice::from_message(&self.shape, self.provenance.clone(), message)?)?;
-        }
-        Ok(())
-    }
-
-    /// All slices together.
-    fn whole(self) -> Result<Statistics> {
-        if self.group.size() == 1 {
-            return Ok(StatisticsSlice::whole(vec![self.slice])?);
-        }
-        let all = self.group.share(self.slice.to_message(true)?)?;
-        let slices = all.iter().map(|m| StatisticsSlice::from_message(&self.shape, self.provenance.clone(), m));
-        Ok(StatisticsSlice::whole(slices.collect::<Result<_, _>>()?)?)
-    }
+    Ok(fold.whole()?)
 }

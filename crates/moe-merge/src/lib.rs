@@ -98,7 +98,7 @@ pub use context::{Gram, LayerContext};
 #[cfg(feature = "engine")]
 pub use engine::{
     Coefficients, CompactTrained, CompactTraining, EvidenceOptions, Evolved, ExpertEvolution, ExpertMerging, Fitness,
-    Granularity, Task, collect_evidence, merge_sequentially,
+    Granularity, Task, collect_evidence, merge_sequentially, merge_sequentially_in_group,
 };
 pub use error::{Error, Result};
 pub use evidence::{Evidence, LayerEvidence, OutputMean, SCORE, TokenSample};

@@ -8,7 +8,7 @@ use crate::{
     kernels::rope::Positions,
     layers::Handover,
     model::{Model, RotaryTables},
-    trace::{SequenceInfo, WaveInfo},
+    trace::WaveInfo,
 };
 
 /// A wave prepared for the model.
@@ -25,7 +25,7 @@ pub(super) struct Prepared {
 
 impl Prepared {
     pub fn new(model: &Model, wave: &Wave) -> Result<Self> {
-        let mut info = WaveInfo { id: wave.id, tokens: 0, ids: Vec::new(), sequences: Vec::new() };
+        let info = WaveInfo::of(wave);
         let (mut ids, mut targets, mut spans) = (Vec::new(), Vec::new(), Vec::new());
         for (i, sequence) in wave.sequences.iter().enumerate() {
             if sequence.ids.is_empty() {
@@ -36,14 +36,11 @@ impl Prepared {
             for t in 1..=sequence.ids.len() {
                 targets.push(sequence.counts(t).then(|| sequence.ids[t]));
             }
-            info.sequences.push(SequenceInfo { tokens: start..ids.len(), loss_tokens: sequence.loss_tokens() });
             spans.push(start..ids.len());
         }
         if ids.is_empty() {
             return Err(Error::input(format!("wave {}", wave.id), "no sequences", "at least one"));
         }
-        info.tokens = ids.len();
-        info.ids.clone_from(&ids);
         let positions: Vec<_> = spans.iter().map(|s| Positions { range: 0..s.len(), length: s.len() }).collect();
         let tables = model.rotary_tables(&positions);
         Ok(Self { info, ids, targets, spans, tables, handover: Handover::default() })

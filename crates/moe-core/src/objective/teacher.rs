@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
+use moe_checkpoint::group::{Group, pack, unpack};
 
 use super::{CrossEntropy, Objective};
 use crate::{
@@ -56,6 +57,36 @@ impl TeacherLogits {
         Ok(recorder.finish())
     }
 
+    /// As [`record`](Self::record), with the other ranks of a group, which each run every Nth wave and are all left with
+    /// the distributions of all.
+    ///
+    /// # Errors
+    /// Those of [`record`](Self::record), and what has stopped another rank.
+    pub fn record_in_group<'w>(
+        group: &dyn Group,
+        engine: &Engine<'_>,
+        waves: impl IntoIterator<Item = &'w Wave>,
+        top: usize,
+    ) -> Result<Self> {
+        let waves: Vec<&Wave> = waves.into_iter().collect();
+        let dealt = waves.iter().skip(group.rank()).step_by(group.size());
+        let mut all = Self::record(engine, dealt.clone().copied(), top)?;
+        if group.size() == 1 {
+            return Ok(all);
+        }
+        let own = dealt.filter_map(|wave| all.waves.get(&wave.id)).map(TeacherWave::to_message).collect();
+        let messages = group.share_dealt(own, waves.len())?;
+        for (wave, message) in waves.iter().zip(&messages) {
+            if !all.waves.contains_key(&wave.id) {
+                all.waves.insert(wave.id, TeacherWave::from_message(WaveInfo::of(wave), message)?);
+            }
+        }
+        match all.waves.len() == waves.len() {
+            true => Ok(all),
+            false => Err(Error::input("waves of a teacher", waves.len(), format!("{} ids", all.waves.len()))),
+        }
+    }
+
     /// Tokens kept per position, the vocabulary size at most.
     pub fn top(&self) -> usize {
         self.top
@@ -83,6 +114,27 @@ impl TeacherLogits {
     pub fn bytes(positions: usize, top: usize, vocab: usize) -> u64 {
         let per_position = if top < vocab { 8 * top + 4 } else { 4 * vocab + 4 };
         positions as u64 * per_position as u64
+    }
+}
+
+impl TeacherWave {
+    /// Its values, for the other ranks of a group.
+    fn to_message(&self) -> Vec<u8> {
+        let parts =
+            [bytemuck::cast_slice(&self.ids), bytemuck::cast_slice(&self.log_probs), bytemuck::cast_slice(&self.rest)];
+        pack(parts.into_iter())
+    }
+
+    fn from_message(info: WaveInfo, message: &[u8]) -> Result<Self> {
+        let [ids, log_probs, rest] = unpack(message)?[..] else {
+            return Err(Error::input("wave of a teacher from another rank", message.len(), "three parts"));
+        };
+        Ok(Self {
+            info,
+            ids: bytemuck::pod_collect_to_vec(ids),
+            log_probs: bytemuck::pod_collect_to_vec(log_probs),
+            rest: bytemuck::pod_collect_to_vec(rest),
+        })
     }
 }
 

@@ -14,4 +14,4 @@ pub use collect::{EvidenceOptions, collect_evidence};
 pub use compact_training::{CompactTrained, CompactTraining};
 pub use evolution::{Evolved, ExpertEvolution, Fitness};
 pub use expert_merging::{Coefficients, ExpertMerging, Granularity, Task};
-pub use sequential::merge_sequentially;
+pub use sequential::{merge_sequentially, merge_sequentially_in_group};

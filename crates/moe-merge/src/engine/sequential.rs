@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use moe_checkpoint::{ExpertId, ProtectionMask, Ratio};
-use moe_checkpoint::{LayerRole, Role, Statistics};
+use moe_checkpoint::group::{Alone, Group};
+use moe_checkpoint::{ExpertId, LayerRole, ProtectionMask, Ratio, Role, SharedFold, Statistics};
 use moe_core::data::Wave;
 use moe_core::trace::{ExpertTrace, LayerTrace, Observer, Signals, SweepPart, WaveInfo};
 use moe_core::{Engine, EngineOptions, LayerChange, LayerVisitor, Model};
@@ -18,7 +18,7 @@ use crate::context::LayerContext;
 use crate::evidence::{Evidence, LayerEvidence};
 use crate::experts::LayerExperts;
 use crate::merged::not_grouped;
-use crate::merged::weights::{MergedWeights, MergedWriter};
+use crate::merged::weights::{LayerRecord, MergedWeights, MergedWriter};
 use crate::plan::{LayerPlan, MERGE_PLAN_VERSION, MergePlan};
 use crate::planner::protected_experts;
 use crate::recipe::Recipe;
@@ -56,6 +56,36 @@ pub fn merge_sequentially(
     options: &EvidenceOptions,
     dir: &Path,
 ) -> Result<MergedWeights> {
+    merge_sequentially_in_group(&Alone, model, waves, recipe, protect, options, dir)
+}
+
+/// As [`merge_sequentially`], with the other ranks of a group, which all call it with the same, in a directory that all
+/// see: each runs every Nth wave through a layer, what all have seen is added in the order of the waves, the first rank
+/// merges the layer, and all go on with what it wrote. The merged experts are those of one process, to the bit.
+///
+/// # Errors
+/// Those of [`merge_sequentially`]; a directory that a rank does not see; what has stopped another rank.
+pub fn merge_sequentially_in_group(
+    group: &dyn Group,
+    model: &Model,
+    waves: &[Wave],
+    recipe: &Recipe,
+    protect: &ProtectionMask,
+    options: &EvidenceOptions,
+    dir: &Path,
+) -> Result<MergedWeights> {
+    group.agree(on_this_rank(group, model, waves, recipe, protect, options, dir))
+}
+
+fn on_this_rank(
+    group: &dyn Group,
+    model: &Model,
+    waves: &[Wave],
+    recipe: &Recipe,
+    protect: &ProtectionMask,
+    options: &EvidenceOptions,
+    dir: &Path,
+) -> Result<MergedWeights> {
     recipe.validate()?;
     if recipe.budget.scope != Scope::Layer {
         let found = moe_checkpoint::human::variant(&recipe.budget.scope);
@@ -67,17 +97,40 @@ pub fn merge_sequentially(
     let data = waves_hash(waves);
     let what = serde_json::json!({"evidence": options.digest(model, waves), "recipe": recipe, "protect": protect});
     let digest = blake3::hash(what.to_string().as_bytes()).to_hex().to_string();
+    group.same("merge", &digest)?;
+    // The first makes the directory, the others find it.
+    let writer = match group.rank() {
+        0 => Some(MergedWriter::create_or_resume(dir, &digest)?),
+        _ => None,
+    };
+    group.check(None)?;
+    let writer = match writer {
+        Some(writer) => writer,
+        None => MergedWriter::of_first_rank(dir, &digest)?,
+    };
+    let own: Vec<Wave> = waves.iter().skip(group.rank()).step_by(group.size()).cloned().collect();
+    let collection = options.collection(model, data)?;
     let mut visitor = Sequential {
+        group,
+        waves: waves.len(),
+        rounds: 0,
+        statistics: SharedFold::new(group, collection.shape(), collection.provenance()),
         model,
         recipe,
         protect,
-        collection: options.collection(model, data)?,
-        statistics: None,
-        writer: MergedWriter::create_or_resume(dir, &digest)?,
+        collection,
+        writer,
         layers: Vec::new(),
         never_used: Vec::new(),
     };
-    Engine::new(model, EngineOptions::default()).run_layerwise(waves, &mut visitor)?;
+    if own.is_empty() && !waves.is_empty() {
+        // Nothing to run, but all ranks go from layer to layer together.
+        for layer in &checkpoint.shape().layers {
+            visitor.end_layer(layer.layer)?;
+        }
+    } else {
+        Engine::new(model, EngineOptions::default()).run_layerwise(&own, &mut visitor)?;
+    }
     let Sequential { writer, layers, never_used, .. } = visitor;
     let shape = checkpoint.shape();
     let experts: usize = shape.layers.iter().map(|layer| layer.num_experts()).sum();
@@ -94,16 +147,25 @@ pub fn merge_sequentially(
         layers,
     };
     plan.validate(shape)?;
-    writer.finish(plan)
+    if group.rank() == 0 {
+        writer.finish(plan)?;
+    }
+    group.check(None)?;
+    MergedWeights::open(dir)
 }
 
 struct Sequential<'a> {
+    group: &'a dyn Group,
+    /// Of all ranks.
+    waves: usize,
+    /// Rounds of waves, one by each rank, that are over in the layer in progress.
+    rounds: usize,
     model: &'a Model,
     recipe: &'a Recipe,
     protect: &'a ProtectionMask,
     collection: Collection<'a>,
     /// Of the layer in progress.
-    statistics: Option<Statistics>,
+    statistics: SharedFold<'a>,
     writer: MergedWriter,
     layers: Vec<LayerPlan>,
     never_used: Vec<ExpertId>,
@@ -132,14 +194,10 @@ impl Observer for Sequential<'_> {
 
     fn end_wave(&mut self, wave: &WaveInfo) -> moe_core::Result<()> {
         self.collection.end_wave(wave)?;
-        let Some(mut seen) = self.collection.take() else { return Ok(()) };
+        let mut seen = self.collection.take();
         // As the file of a wave holds it, so that a sequential run starts from the same numbers as one over all layers.
-        seen.round_to_f32();
-        match &mut self.statistics {
-            None => self.statistics = Some(seen),
-            Some(statistics) => statistics.fold(&seen).map_err(moe_core::Error::observer)?,
-        }
-        Ok(())
+        seen.iter_mut().for_each(Statistics::round_to_f32);
+        self.end_round(Vec::from_iter(seen)).map_err(moe_core::Error::observer)
     }
 }
 
@@ -150,53 +208,39 @@ impl LayerVisitor for Sequential<'_> {
 }
 
 impl Sequential<'_> {
+    /// Adds the waves that the ranks have run; one that had none in this round gives none.
+    fn end_round(&mut self, own: Vec<Statistics>) -> Result<()> {
+        let begun = self.rounds * self.group.size();
+        let ranks = (self.waves - begun).min(self.group.size());
+        self.rounds += 1;
+        Ok(self.statistics.round(&Vec::from_iter(0..ranks), own)?)
+    }
+
+    /// What all ranks have seen of the layer in progress.
+    fn seen(&mut self) -> Result<Statistics> {
+        while self.rounds * self.group.size() < self.waves {
+            self.end_round(Vec::new())?;
+        }
+        self.rounds = 0;
+        let next = SharedFold::new(self.group, self.collection.shape(), self.collection.provenance());
+        Ok(std::mem::replace(&mut self.statistics, next).whole()?)
+    }
+
     fn merge(&mut self, layer: usize) -> Result<LayerChange> {
         let checkpoint = self.model.checkpoint();
-        let statistics = self.statistics.take();
-        let evidence = match statistics {
-            Some(statistics) => Evidence::from_statistics(&statistics)?.layers.into_iter().find(|l| l.layer == layer),
-            None => None,
-        };
+        let statistics = self.seen()?;
+        let evidence = Evidence::from_statistics(&statistics)?.layers.into_iter().find(|l| l.layer == layer);
         let evidence = evidence.unwrap_or(LayerEvidence { layer, ..LayerEvidence::default() });
         let never_used = evidence.never_used().into_iter();
         self.never_used.extend(never_used.map(|expert| ExpertId { layer, expert: expert as usize }));
-        let record = match self.writer.finished(layer)? {
+        let record = match self.group.rank() {
+            0 => Some(self.merged(layer, &evidence)?),
+            _ => None,
+        };
+        self.group.check(None)?;
+        let record = match record {
             Some(record) => record,
-            None => {
-                let experts = LayerExperts { checkpoint, layer };
-                let count = checkpoint.config().moe(layer).map_or(0, |moe| moe.num_experts());
-                let excluded = self.recipe.budget.exclude.contains(&layer);
-                let groups = if excluded { count } else { self.recipe.budget.of_layer(count) };
-                let importance = match excluded {
-                    true => vec![0.0; count],
-                    false => self.recipe.importance.of(&evidence, count)?,
-                };
-                let mut router = checkpoint.read_f32(Role::Layer(layer, LayerRole::Router))?;
-                router.truncate(count * checkpoint.config().hidden_size);
-                let context = LayerContext {
-                    layer,
-                    experts: &experts,
-                    router: Some(&router),
-                    evidence: &evidence,
-                    activation: checkpoint.config().expert_activation(layer),
-                    importance: &importance,
-                    protected: &protected_experts(self.protect, layer, count),
-                    router_groups: self.recipe.router_groups(checkpoint),
-                };
-                let plan = self.recipe.plan_layer(&context, groups)?;
-                self.writer.write(checkpoint, plan, |plan, sink| {
-                    let job = LayerJob {
-                        plan,
-                        experts: &experts,
-                        sample: evidence.sample.as_ref(),
-                        activation: checkpoint.config().expert_activation(layer),
-                        alignment: &self.recipe.alignment,
-                        basis: &OnceLock::new(),
-                        reference: self.recipe.reference,
-                    };
-                    self.recipe.combination.combine(&job, sink)
-                })?
-            }
+            None => self.writer.finished(layer)?.ok_or_else(|| self.writer.unseen())?,
         };
         self.layers.push(record.plan.clone());
         if record.plan.is_identity() {
@@ -204,5 +248,46 @@ impl Sequential<'_> {
         }
         let dir = self.writer.dir().to_path_buf();
         Ok(LayerOverlay::new(dir, checkpoint, record, self.recipe.router)?.change())
+    }
+
+    /// Merges a layer, or takes what an earlier run merged.
+    fn merged(&self, layer: usize, evidence: &LayerEvidence) -> Result<LayerRecord> {
+        if let Some(record) = self.writer.finished(layer)? {
+            return Ok(record);
+        }
+        let checkpoint = self.model.checkpoint();
+        let experts = LayerExperts { checkpoint, layer };
+        let count = checkpoint.config().moe(layer).map_or(0, |moe| moe.num_experts());
+        let excluded = self.recipe.budget.exclude.contains(&layer);
+        let groups = if excluded { count } else { self.recipe.budget.of_layer(count) };
+        let importance = match excluded {
+            true => vec![0.0; count],
+            false => self.recipe.importance.of(evidence, count)?,
+        };
+        let mut router = checkpoint.read_f32(Role::Layer(layer, LayerRole::Router))?;
+        router.truncate(count * checkpoint.config().hidden_size);
+        let context = LayerContext {
+            layer,
+            experts: &experts,
+            router: Some(&router),
+            evidence,
+            activation: checkpoint.config().expert_activation(layer),
+            importance: &importance,
+            protected: &protected_experts(self.protect, layer, count),
+            router_groups: self.recipe.router_groups(checkpoint),
+        };
+        let plan = self.recipe.plan_layer(&context, groups)?;
+        self.writer.write(checkpoint, plan, |plan, sink| {
+            let job = LayerJob {
+                plan,
+                experts: &experts,
+                sample: evidence.sample.as_ref(),
+                activation: checkpoint.config().expert_activation(layer),
+                alignment: &self.recipe.alignment,
+                basis: &OnceLock::new(),
+                reference: self.recipe.reference,
+            };
+            self.recipe.combination.combine(&job, sink)
+        })
     }
 }

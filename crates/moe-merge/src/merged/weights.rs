@@ -71,6 +71,21 @@ impl MergedWriter {
         Ok(Self { dir: dir.to_path_buf(), digest: digest.to_string() })
     }
 
+    /// The directory that the first rank of a group has started, for another rank.
+    pub fn of_first_rank(dir: &Path, digest: &str) -> Result<Self> {
+        let writer = Self { dir: dir.to_path_buf(), digest: digest.to_string() };
+        match dir.join(RUN_FILE).exists() {
+            true => Self::create_or_resume(dir, digest),
+            false => Err(writer.unseen()),
+        }
+    }
+
+    /// What the first rank of a group has written is not there.
+    pub fn unseen(&self) -> Error {
+        let reason = "found nothing of the first process, expected a directory that all processes see";
+        Error::invalid_plan(reason).in_file(&self.dir)
+    }
+
     /// A layer that an earlier run finished.
     pub fn finished(&self, layer: usize) -> Result<Option<LayerRecord>> {
         let path = layer_path(&self.dir, layer);

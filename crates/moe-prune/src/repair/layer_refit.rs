@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use faer::Mat;
 use moe_checkpoint::ExpertWeights;
+use moe_checkpoint::group::{Alone, Group, pack, unpack};
 use moe_core::data::Wave;
 use moe_core::host::{self, HostView};
 use moe_core::trace::{ExpertTrace, Nobody, Observer, Signals, WaveInfo};
@@ -16,6 +17,7 @@ use serde_json::{Value, json};
 
 use super::finished_layers::FinishedLayers;
 use super::linear::{Normal, Rows, add_gram, cross, diagonal, squares, subtract, to_rows};
+use super::messages::of_first;
 use super::ridge::{RidgeScale, check_ridge};
 use super::{OnProgress, Repair, RepairNeeds, RepairRequest, TokenWeight, check_shares, edits_by};
 use crate::{Edits, Error, ExpertEdit, PrunePlan, Result};
@@ -41,7 +43,8 @@ pub enum Target {
 ///
 /// Works after any pruner: the changed model is a view through overlays or a checkpoint of its own. Memory for one
 /// layer, T tokens in all, k experts of K units per token: `4 T (k K + H)` bytes, and `8 E K K` of factors, besides the
-/// streams of both models, `8 T H` each, which go to a file where their `max_memory` is short.
+/// streams of both models, `8 T H` each, which go to a file where their `max_memory` is short. In a group every rank
+/// runs its waves and sends what it has seen of a layer to the first, which fits it, as one process would, for all.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LayerRefit {
@@ -96,13 +99,14 @@ impl LayerRefit {
     /// [`Error::InvalidParameter`] for parameters out of range and models that are not of the same layers; those of
     /// [`Engine::run_layerwise`].
     pub fn fit(&self, teacher: &Model, student: &Model, waves: &[Wave], on_layer: OnProgress<'_>) -> Result<Refitted> {
-        self.fit_in(teacher, student, waves, None, on_layer)
+        self.fit_in(&Alone, teacher, student, waves, None, on_layer)
     }
 
-    /// As [`fit`](Self::fit), with finished layers kept in `store`. Overlays have no name by which a store could know
-    /// them again: models under some keep nothing.
+    /// As [`fit`](Self::fit), with finished layers kept in `store`, by the first rank of a group that runs the waves
+    /// together. Overlays have no name by which a store could know them again: models under some keep nothing.
     fn fit_in(
         &self,
+        group: &dyn Group,
         teacher: &Model,
         student: &Model,
         waves: &[Wave],
@@ -132,21 +136,28 @@ impl LayerRefit {
                 expected: format!("the teacher's {:?}", shape(teacher)),
             });
         }
-        let layers = shape(student).2.len();
+        let (_, _, moe_layers) = shape(student);
         let plain = |model: &Model| model.expert_overlay().is_none() && model.routing_overlay().is_none();
-        let store = store.filter(|_| plain(teacher) && plain(student));
+        let store = store.filter(|_| plain(teacher) && plain(student) && group.rank() == 0);
         let models = [teacher, student].map(Model::identity);
         let all = PrunePlan::keep_all(student.checkpoint().shape(), student.checkpoint().fingerprint());
         let finished = FinishedLayers::open(store, &self.recipe(), &all, &models, waves)?;
         let teacher = Engine::new(teacher, EngineOptions::default());
         let student = Engine::new(student, EngineOptions::default());
-        let mut sweep = student.layer_sweep(waves)?;
+        let own: Vec<Wave> = waves.iter().skip(group.rank()).step_by(group.size()).cloned().collect();
+        let idle = own.is_empty() && !waves.is_empty();
+        let mut sweep = match idle {
+            true => None,
+            false => Some(student.layer_sweep(&own)?),
+        };
         let source = match self.target {
-            Target::Layer => Source::Stream(Box::new(teacher.layer_sweep(waves)?)),
-            Target::Same => Source::Layer(&teacher),
+            Target::Layer if !idle => Source::Stream(Box::new(teacher.layer_sweep(&own)?)),
+            _ => Source::Layer(&teacher),
         };
         let mut visitor = Visitor {
             refit: *self,
+            group,
+            waves: waves.iter().map(Wave::tokens).collect(),
             source,
             finished,
             layer: Layer::default(),
@@ -154,14 +165,16 @@ impl LayerRefit {
             edits: Edits::new(),
             done: None,
         };
-        loop {
+        for layer in &moe_layers {
             if let Source::Stream(teacher) = &mut visitor.source {
                 teacher.step(&mut Unchanged)?;
             }
-            if sweep.step(&mut visitor)?.is_none() {
-                break;
+            match &mut sweep {
+                Some(sweep) => drop(sweep.step(&mut visitor)?),
+                // Nothing to run, but all ranks go from layer to layer together.
+                None => drop(visitor.end_layer(*layer)?),
             }
-            on_layer(visitor.fits.len(), layers);
+            on_layer(visitor.fits.len(), moe_layers.len());
         }
         let mut edits = visitor.edits;
         edits.recipe = self.recipe();
@@ -180,7 +193,9 @@ impl Repair for LayerRefit {
 
     fn repair(&self, request: &RepairRequest<'_>, on_progress: OnProgress<'_>) -> Result<Edits> {
         check_shares(self.needs(), request)?;
-        Ok(self.fit_in(request.model, request.pruned()?, request.waves, request.store, on_progress)?.edits)
+        let RepairRequest { model, waves, store, group, .. } = *request;
+        let fitted = request.pruned().and_then(|pruned| self.fit_in(group, model, pruned, waves, store, on_progress));
+        Ok(group.agree(fitted)?.edits)
     }
 }
 
@@ -203,6 +218,72 @@ struct Layer {
     experts: Vec<Expert>,
 }
 
+impl Layer {
+    /// For the first rank of a group.
+    fn to_message(&self) -> Vec<u8> {
+        let mut parts = vec![self.factor.to_le_bytes().to_vec(), bytemuck::cast_slice(&self.residual).to_vec()];
+        for Expert { expert, rows, units, down, width } in &self.experts {
+            let numbers = [*expert as u64, *width as u64];
+            let of_expert: [&[u8]; 4] = [
+                bytemuck::cast_slice(&numbers),
+                bytemuck::cast_slice(rows),
+                bytemuck::cast_slice(units),
+                bytemuck::cast_slice(down),
+            ];
+            parts.push(pack(of_expert));
+        }
+        pack(parts.iter().map(Vec::as_slice))
+    }
+
+    /// The tokens that the ranks have sent, in the order of all `waves`, whose tokens are counted: of N ranks the first
+    /// has the waves 0, N, 2 N, …
+    fn of_ranks(messages: &[Vec<u8>], waves: &[usize]) -> Result<Self> {
+        let bad = || moe_checkpoint::Error::Group("found tokens of a layer from another rank that are cut off".into());
+        let ranks = messages.len();
+        let tokens: usize = waves.iter().sum();
+        // Of each rank, where its tokens stand among all.
+        let mut places = vec![Vec::new(); ranks];
+        let mut begin = 0;
+        for (wave, tokens) in waves.iter().enumerate() {
+            places[wave % ranks].extend(begin..begin + tokens);
+            begin += tokens;
+        }
+        let mut all = Self { offset: tokens, ..Self::default() };
+        let mut experts: BTreeMap<usize, Expert> = BTreeMap::new();
+        for (message, places) in messages.iter().zip(&places) {
+            let parts = unpack(message)?;
+            let [factor, residual, of_experts @ ..] = &parts[..] else { return Err(bad().into()) };
+            if places.is_empty() {
+                continue;
+            }
+            all.factor = f64::from_le_bytes(factor.as_chunks().0.first().copied().ok_or_else(bad)?);
+            let residual: Vec<f32> = bytemuck::pod_collect_to_vec(residual);
+            let hidden = residual.len() / places.len();
+            all.residual.resize(tokens * hidden, 0.0);
+            for (row, place) in residual.chunks_exact(hidden.max(1)).zip(places) {
+                all.residual[place * hidden..(place + 1) * hidden].copy_from_slice(row);
+            }
+            for part in of_experts {
+                let [numbers, rows, units, down] = unpack(part)?[..] else { return Err(bad().into()) };
+                let [expert, width] = bytemuck::pod_collect_to_vec::<u8, u64>(numbers)[..] else {
+                    return Err(bad().into());
+                };
+                let rows: Vec<u32> = bytemuck::pod_collect_to_vec(rows);
+                let rows = rows.iter().map(|row| places.get(*row as usize).map(|place| *place as u32));
+                let (expert, width) = (expert as usize, width as usize);
+                let into = experts.entry(expert).or_insert_with(|| {
+                    let down = bytemuck::pod_collect_to_vec(down);
+                    Expert { expert, rows: Vec::new(), units: Vec::new(), down, width }
+                });
+                into.rows.extend(rows.collect::<Option<Vec<u32>>>().ok_or_else(bad)?);
+                into.units.extend(bytemuck::pod_collect_to_vec::<u8, f32>(units));
+            }
+        }
+        all.experts = experts.into_values().map(Expert::in_order).collect();
+        Ok(all)
+    }
+}
+
 /// One expert and all its tokens.
 struct Expert {
     expert: usize,
@@ -215,8 +296,22 @@ struct Expert {
     width: usize,
 }
 
+impl Expert {
+    /// With its tokens in ascending order.
+    fn in_order(self) -> Self {
+        let mut order: Vec<usize> = (0..self.rows.len()).collect();
+        order.sort_by_key(|at| self.rows[*at]);
+        let rows = order.iter().map(|at| self.rows[*at]).collect();
+        let units = order.iter().flat_map(|at| &self.units[at * self.width..(at + 1) * self.width]).copied().collect();
+        Self { rows, units, ..self }
+    }
+}
+
 struct Visitor<'a> {
     refit: LayerRefit,
+    group: &'a dyn Group,
+    /// Tokens of every wave, of which this rank runs every Nth.
+    waves: Vec<usize>,
     source: Source<'a>,
     finished: FinishedLayers,
     layer: Layer,
@@ -227,12 +322,51 @@ struct Visitor<'a> {
 }
 
 impl Visitor<'_> {
-    /// Whether an earlier run has done this layer.
+    /// Whether an earlier run has done this layer. The first rank knows; all ranks ask once in a layer.
     fn is_done(&mut self, layer: usize) -> moe_core::Result<bool> {
         if self.done.as_ref().is_none_or(|(at, _)| *at != layer) {
-            self.done = Some((layer, self.finished.load(layer).map_err(moe_core::Error::observer)?));
+            let edits = self.finished.load(layer).and_then(|edits| of_first(self.group, edits));
+            self.done = Some((layer, edits.map_err(moe_core::Error::observer)?));
         }
         Ok(self.done.as_ref().is_some_and(|(_, edits)| edits.is_some()))
+    }
+
+    /// The tokens of all ranks, at the first.
+    fn gathered(&self, own: Layer) -> Result<Layer> {
+        if self.group.size() == 1 {
+            return Ok(own);
+        }
+        let messages = self.group.gather(0, own.to_message())?;
+        match messages.is_empty() {
+            true => Ok(Layer::default()),
+            false => Layer::of_ranks(&messages, &self.waves),
+        }
+    }
+
+    /// Fits a layer to what all its tokens show.
+    fn fitted(&self, layer: usize, seen: Layer) -> Result<Edits> {
+        let Layer { offset, mut residual, factor, experts } = seen;
+        let hidden = residual.len() / offset.max(1);
+        let before = squares(&residual) * factor * factor;
+        let downs = descend(&mut residual, hidden, &experts, self.refit);
+        let after = squares(&residual) * factor * factor;
+        let mut edits = edits_by(json!({ "before": before.to_bits(), "after": after.to_bits() }));
+        for (expert, down) in experts.iter().zip(downs) {
+            let Some(down) = down else { continue };
+            edits.set_expert(layer, expert.expert, ExpertEdit { down: Some(down), down_bias: None });
+        }
+        self.finished.save(layer, &edits)?;
+        Ok(edits)
+    }
+
+    fn fit_layer(&mut self, layer: usize) -> Result<Edits> {
+        let seen = std::mem::take(&mut self.layer);
+        let seen = self.gathered(seen)?;
+        let fitted = match self.group.rank() {
+            0 => Some(self.fitted(layer, seen)?),
+            _ => None,
+        };
+        of_first(self.group, fitted)?.ok_or_else(|| Error::invalid_edits("found none of the first rank"))
     }
 }
 
@@ -299,31 +433,21 @@ impl Observer for Visitor<'_> {
 
 impl LayerVisitor for Visitor<'_> {
     fn end_layer(&mut self, layer: usize) -> moe_core::Result<LayerChange> {
-        if self.is_done(layer)?
-            && let Some((_, Some(edits))) = self.done.take()
-        {
-            self.layer = Layer::default();
-            let bits = |name: &str| f64::from_bits(edits.recipe[name].as_u64().unwrap_or_default());
-            self.fits.push(LayerFit { layer, before: bits("before"), after: bits("after") });
-            let downs = edits.experts().filter_map(|((_, expert), edit)| Some((expert, edit.down.clone()?)));
-            let fitted = Downs(downs.collect());
-            self.edits.extend(edits);
-            return Ok(LayerChange { experts: Some(Arc::new(fitted)), routing: None });
-        }
-        let Layer { offset, mut residual, factor, experts } = std::mem::take(&mut self.layer);
-        let hidden = residual.len() / offset.max(1);
-        let before = squares(&residual) * factor * factor;
-        let downs = descend(&mut residual, hidden, &experts, self.refit);
-        let fit = LayerFit { layer, before, after: squares(&residual) * factor * factor };
-        self.fits.push(fit);
-        let mut fitted = Downs::default();
-        let mut edits = edits_by(json!({ "before": fit.before.to_bits(), "after": fit.after.to_bits() }));
-        for (expert, down) in experts.iter().zip(downs) {
-            let Some(down) = down else { continue };
-            edits.set_expert(layer, expert.expert, ExpertEdit { down: Some(down.clone()), down_bias: None });
-            fitted.0.insert(expert.expert, down);
-        }
-        self.finished.save(layer, &edits).map_err(moe_core::Error::observer)?;
+        let edits = match self.is_done(layer)? {
+            true => {
+                self.layer = Layer::default();
+                self.done.as_mut().and_then(|(_, edits)| edits.take())
+            }
+            false => None,
+        };
+        let edits = match edits {
+            Some(edits) => edits,
+            None => self.fit_layer(layer).map_err(moe_core::Error::observer)?,
+        };
+        let bits = |name: &str| f64::from_bits(edits.recipe[name].as_u64().unwrap_or_default());
+        self.fits.push(LayerFit { layer, before: bits("before"), after: bits("after") });
+        let downs = edits.experts().filter_map(|((_, expert), edit)| Some((expert, edit.down.clone()?)));
+        let fitted = Downs(downs.collect());
         self.edits.extend(edits);
         Ok(LayerChange { experts: Some(Arc::new(fitted)), routing: None })
     }

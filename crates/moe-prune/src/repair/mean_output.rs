@@ -59,6 +59,7 @@ impl MeanOutput {
 
     fn calibration<'a>(&self, request: &RepairRequest<'a>) -> Calibration<'a> {
         let mut calibration = Calibration::of_waves(request.model, request.waves).collector(self.collector());
+        calibration = calibration.group(request.group);
         if let Some((index, count)) = request.shard {
             calibration = calibration.shard(index, count);
         }

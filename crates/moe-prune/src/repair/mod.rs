@@ -17,7 +17,8 @@
 //! what a refit has done of a layer is kept, and a run that was stopped does not do it again. [`RouterDistillation`] is
 //! a training. Processes share [`Refit`] by layers and [`MeanOutput`] by waves ([`RepairRequest::shard`],
 //! [`RepairRequest::absorb`]), to the bits of one process; the other two are one chain of steps, each of which follows
-//! from the one before.
+//! from the one before. The ranks of a group that run at the same time share all four ([`RepairRequest::group`]):
+//! [`LayerRefit`] and [`RouterDistillation`] by the waves of a layer and of a step.
 //!
 //! All of them are deterministic. [`layer_errors`] measures what they achieve in each layer,
 //! [`moe_core::evaluate::divergence`] at the end of the model. [`PrunePlan::on`](crate::PrunePlan::on) gives the
@@ -29,6 +30,7 @@ mod layer_refit;
 mod linear;
 mod mean_output;
 mod measure;
+mod messages;
 mod refit;
 mod ridge;
 mod router_kd;
@@ -37,6 +39,7 @@ mod tokens;
 use std::path::{Path, PathBuf};
 
 use moe_checkpoint::Checkpoint;
+use moe_checkpoint::group::{Alone, Group};
 use moe_core::data::Wave;
 use moe_core::{Engine, EngineOptions, Model};
 use serde_json::Value;
@@ -74,17 +77,21 @@ pub struct RepairRequest<'a> {
     pub shard: Option<(usize, usize)>,
     /// Stores of other parts of the same work, which are taken over.
     pub absorb: &'a [PathBuf],
+    /// The ranks that repair together: all make the same request, and get the same edits, those of one process. What a
+    /// repair does not share out is done by every rank.
+    pub group: &'a dyn Group,
 }
 
 impl<'a> RepairRequest<'a> {
     /// Of a plan for this model: no pruned model, nothing kept.
     pub fn new(model: &'a Model, plan: &'a PrunePlan, waves: &'a [Wave]) -> Self {
-        Self { model, plan, pruned: None, waves, store: None, shard: None, absorb: &[] }
+        Self { model, plan, pruned: None, waves, store: None, shard: None, absorb: &[], group: &Alone }
     }
 
     /// Whether the part at this position is done here.
     fn is_own(&self, position: usize) -> bool {
-        self.shard.is_none_or(|(index, count)| position % count == index)
+        let (index, count) = self.shard.unwrap_or((self.group.rank(), self.group.size()));
+        position % count == index
     }
 
     /// The pruned model, for a repair that needs it.
@@ -204,6 +211,10 @@ fn check_shares(needs: RepairNeeds, request: &RepairRequest<'_>) -> Result<()> {
     match request.shard {
         Some((index, count)) if index >= count => {
             refused("shard", format!("{index}/{count}"), "an index below the count, from 0")
+        }
+        Some(_) if request.group.size() > 1 => {
+            let found = format!("a shard beside {} processes that share the work", request.group.size());
+            refused("shard", found, "one or the other")
         }
         Some(_) if request.store.is_none() => refused("store", "none".into(), "one, which a shard leaves its part in"),
         _ => Ok(()),

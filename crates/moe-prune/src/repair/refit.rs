@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::finished_layers::FinishedLayers;
 use super::linear::{Normal, Rows, add_gram, diagonal, to_rows};
+use super::messages::shared;
 use super::ridge::{RidgeScale, check_ridge};
 use super::{OnProgress, Repair, RepairNeeds, RepairRequest, TokenWeight, check_plan, check_shares, edits_by};
 use crate::plan::LayerKept;
@@ -101,7 +102,7 @@ impl Refit {
             let mut sweep = engine.layer_sweep(waves)?;
             while !visitor.todo.is_empty() && sweep.step(&mut visitor)?.is_some() {}
         }
-        let mut edits = visitor.edits;
+        let mut edits = shared(request.group, visitor.edits)?;
         edits.recipe = self.recipe();
         Ok(edits)
     }
@@ -118,7 +119,7 @@ impl Repair for Refit {
 
     fn repair(&self, request: &RepairRequest<'_>, on_progress: OnProgress<'_>) -> Result<Edits> {
         check_shares(self.needs(), request)?;
-        self.fit_in(request, on_progress)
+        request.group.agree(self.fit_in(request, on_progress))
     }
 }
 

@@ -3,14 +3,15 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use moe_checkpoint::group::{Alone, Group};
 use moe_checkpoint::{LayerRole, Role};
 use moe_core::data::Wave;
-use moe_core::evaluate::divergence;
+use moe_core::evaluate::divergence_in_group;
 use moe_core::host::{self, HostView};
 use moe_core::router::Routed;
 use moe_core::trace::{Observer, RouterGradients, Signals};
 use moe_core::train::{
-    BatchLoss, OnEvent, Parameters, Schedule, TrainEvent, TrainOptions, TrainReport, TrainingTask, train,
+    BatchLoss, OnEvent, Parameters, Schedule, TrainEvent, TrainOptions, TrainReport, TrainingTask, train_in_group,
 };
 use moe_core::{Distillation, Engine, EngineOptions, Model, RoutingOverlay, TeacherLogits};
 use serde::{Deserialize, Serialize};
@@ -55,9 +56,23 @@ impl RouterDistillation {
     /// `waves` themselves if that is empty. The ids of all waves must differ.
     ///
     /// # Errors
-    /// [`Error::InvalidParameter`] for no tokens to keep; those of [`train`] and of the sweeps.
+    /// [`Error::InvalidParameter`] for no tokens to keep; those of [`train`](moe_core::train::train) and of the sweeps.
     pub fn fit(
         &self,
+        teacher: &Model,
+        student: &Model,
+        waves: &[Wave],
+        evaluation: &[Wave],
+        on_event: OnEvent<'_>,
+    ) -> Result<RouterDistilled> {
+        self.fit_in(&Alone, teacher, student, waves, evaluation, on_event)
+    }
+
+    /// The same with the other ranks of a group, each of which runs other waves: of the full model, of a step, and of
+    /// the evaluation.
+    fn fit_in(
+        &self,
+        group: &dyn Group,
         teacher: &Model,
         student: &Model,
         waves: &[Wave],
@@ -76,7 +91,7 @@ impl RouterDistillation {
             return Err(Error::InvalidParameter { field: "student", found, expected });
         }
         let recorder = Engine::new(teacher, EngineOptions::default());
-        let targets = TeacherLogits::record(&recorder, waves.iter().chain(evaluation), self.top)?;
+        let targets = TeacherLogits::record_in_group(group, &recorder, waves.iter().chain(evaluation), self.top)?;
 
         let config = student.config();
         let layers: Vec<usize> = (0..config.layers.len()).filter(|&layer| config.moe(layer).is_some()).collect();
@@ -96,7 +111,7 @@ impl RouterDistillation {
         let model = student.with_overlays(student.expert_overlay().cloned(), Some(routers.clone()))?;
         let evaluation = if evaluation.is_empty() { waves } else { evaluation };
         let mut task = Task { model: &model, routers: &routers, targets: &targets, evaluation };
-        let report = train(&mut task, &mut parameters, waves, &self.train, on_event)?;
+        let report = train_in_group(group, &mut task, &mut parameters, waves, &self.train, None, on_event)?;
 
         let recipe = serde_json::json!({ "repair": "router_distillation", "options": self, "report": report });
         let mut edits = edits_by(recipe);
@@ -125,7 +140,9 @@ impl Repair for RouterDistillation {
             }
             Ok(())
         };
-        Ok(self.fit(request.model, request.pruned()?, request.waves, &[], &mut on_event)?.edits)
+        let RepairRequest { model, waves, group, .. } = *request;
+        let fitted = request.pruned().and_then(|pruned| self.fit_in(group, model, pruned, waves, &[], &mut on_event));
+        Ok(group.agree(fitted)?.edits)
     }
 
     fn check(&self, request: &RepairRequest<'_>) -> Result<()> {
@@ -201,8 +218,16 @@ impl TrainingTask for Task<'_> {
         Ok(())
     }
 
-    fn evaluate(&mut self, _: &mut Parameters) -> moe_core::Result<f64> {
-        divergence(self.model, self.targets, self.evaluation)
+    fn evaluate(&mut self, parameters: &mut Parameters) -> moe_core::Result<f64> {
+        self.evaluate_in(&Alone, parameters)
+    }
+
+    fn evaluate_in(&mut self, group: &dyn Group, _: &mut Parameters) -> moe_core::Result<f64> {
+        divergence_in_group(group, self.model, self.targets, self.evaluation)
+    }
+
+    fn is_shareable(&self) -> bool {
+        true
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use moe_checkpoint::group::Group;
+use moe_checkpoint::group::{Alone, Group};
 use moe_checkpoint::{Mtp, ProtectionMask, Statistics, write_atomic};
 use moe_core::data::Wave;
 use moe_core::train::TrainEvent;
@@ -12,7 +12,7 @@ use moe_core::{Engine, EngineOptions, Model};
 use moe_importance::Calibration;
 use moe_merge::{
     Amount, CompactTrained, CompactTraining, Evidence, EvidenceOptions, MergeOptions, MergedModel, MergedWeights,
-    OutputForm, Recipe, merge_sequentially,
+    OutputForm, Recipe, merge_sequentially_in_group,
 };
 
 use crate::progress::{Progress, Unit};
@@ -131,21 +131,24 @@ impl Merging<'_> {
 
     /// Collects the evidence with the other ranks of the group, which all call this before the first of them merges. It
     /// is in `directory`, where a merge finds it; nothing is collected if it, or the merged experts in `merged`, are
-    /// there already. A group of one leaves all of it to [`Merging::merge`]. Gives the seconds that it took.
+    /// there already. What is merged layer by layer is merged wholly, into `merged`, which all ranks have to see. A group
+    /// of one leaves all of it to [`Merging::merge`]. Gives the seconds that it took.
     ///
     /// # Errors
-    /// A recipe that is merged layer by layer; files that cannot be read or written; whatever stops the model on any
-    /// rank.
+    /// Files that cannot be read or written; whatever stops the model on any rank.
     pub fn collect(&self, directory: &Path, merged: &Path, progress: Progress) -> Result<f64> {
         if self.group.size() == 1 {
             return Ok(0.0);
         }
-        self.check_shared("evidence shared by several processes")?;
         let there = MergedWeights::open(merged).is_ok() || self.stored_evidence(directory)?.is_some();
         if self.group.broadcast(0, vec![u8::from(there)])? == [1] {
             return Ok(0.0);
         }
         let start = Instant::now();
+        if self.layer_by_layer() {
+            self.merge_layers(merged, progress)?;
+            return Ok(start.elapsed().as_secs_f64());
+        }
         let statistics = self.seen(directory, None, progress)?;
         let waves = self.waves_in(directory);
         for turn in 0..self.group.size() {
@@ -196,15 +199,12 @@ impl Merging<'_> {
         Ok(evidence)
     }
 
-    /// Whether the evidence can be shared out.
-    fn check_shared(&self, what: &str) -> Result<()> {
-        match self.layer_by_layer() {
-            true => Err(Error::Usage(format!(
-                "{what} of `{}`: it merges layer by layer, each layer on what the merged ones before it give",
-                self.recipe.name
-            ))),
-            false => Ok(()),
-        }
+    /// Merges layer by layer, with the other ranks of the group.
+    fn merge_layers(&self, merged: &Path, progress: Progress) -> Result<MergedWeights> {
+        let _bar = progress.bar("merging layer by layer", 0, Unit::Count("layers"));
+        let Self { model, waves, recipe, protect, group, .. } = *self;
+        let options = self.evidence_options();
+        Ok(merge_sequentially_in_group(group, model, waves, recipe, protect, &options, merged)?)
     }
 
     /// Collects one share of the evidence, `(index, count)`, in `directory`: the waves index, index + count, …
@@ -213,7 +213,12 @@ impl Merging<'_> {
     /// A recipe that is merged layer by layer, where each layer is seen as the layers before it were merged; whatever
     /// stops the model.
     pub fn share(&self, directory: &Path, shard: (usize, usize), progress: Progress) -> Result<()> {
-        self.check_shared("a share")?;
+        if self.layer_by_layer() {
+            return Err(Error::Usage(format!(
+                "a share of `{}`: it merges layer by layer, each layer on what the merged ones before it give",
+                self.recipe.name
+            )));
+        }
         self.seen(directory, Some(shard), progress).map(drop)
     }
 
@@ -260,11 +265,8 @@ impl Merging<'_> {
         let weights = if let Ok(complete) = MergedWeights::open(merged) {
             complete
         } else if self.layer_by_layer() {
-            let bar = progress.bar("merging layer by layer", 0, Unit::Count("layers"));
-            let options = self.evidence_options();
-            let weights = merge_sequentially(self.model, self.waves, self.recipe, self.protect, &options, merged)?;
-            drop(bar);
-            weights
+            let alone = Self { group: &Alone, ..*self };
+            alone.merge_layers(merged, progress)?
         } else {
             let start = Instant::now();
             let evidence = Arc::new(self.evidence(evidence, progress)?);

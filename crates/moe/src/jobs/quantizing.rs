@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+use moe_checkpoint::group::Group;
 use moe_checkpoint::{
     Checkpoint, InputMoments, InputRanges, LayerSmoothing, QuantizeOptions, Quantized, RoundedRouter, RouterInputs,
     RouterRounding, Smoothed, Smoothing, Statistics,
@@ -29,6 +30,8 @@ pub struct QuantizeRows<'a> {
     pub waves: WaveOptions,
     /// A directory of these passes alone: a run that was killed goes on with the waves it has there.
     pub store: &'a Path,
+    /// Who runs the rows together; every rank gets the same.
+    pub group: &'a dyn Group,
 }
 
 /// What rows of calibration are for. By default nothing.
@@ -247,7 +250,7 @@ fn prepare(
     let data = balanced.as_ref().unwrap_or(rows.data);
     let pass = |model: &Model, what: &str, collector: Box<dyn Collector>| -> Result<Statistics> {
         let bar = progress.bar(format!("calibrating, {what}"), data.tokens() as u64, Unit::Count("tokens"));
-        let calibration = Calibration::new(model, data, rows.waves).collector(collector);
+        let calibration = Calibration::new(model, data, rows.waves).collector(collector).group(rows.group);
         Ok(calibration.store(rows.store.join(what)).run(&mut |at| bar.at(at.tokens_done))?)
     };
     let moments_of = |model: &Model, what: &str| -> Result<InputMoments> {

@@ -1,5 +1,6 @@
 //! Rows to calibrate on, from any number of files.
 
+use moe_checkpoint::group::Group;
 use moe_core::Model;
 use moe_core::data::{Dataset, DatasetOptions, Source, Tokenizer, Wave, WaveOptions};
 use moe_importance::StatisticId;
@@ -91,12 +92,13 @@ impl Calibration {
         Ok(Self { data: data_set, options, waves })
     }
 
-    /// The run of a model over these rows that observes these statistics.
+    /// The run of a model over these rows, by the ranks of a group, that observes these statistics.
     pub(super) fn observing<'m>(
         &self,
         model: &'m Model,
         ids: impl IntoIterator<Item = StatisticId>,
+        group: &'m dyn Group,
     ) -> moe_importance::Calibration<'m> {
-        moe_importance::Calibration::new(model, &self.data, self.options).statistics(ids)
+        moe_importance::Calibration::new(model, &self.data, self.options).statistics(ids).group(group)
     }
 }

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use moe_checkpoint::group::Alone;
 use moe_checkpoint::{
     Checkpoint, Existing, ExpertBiases, Granularity, ProtectionMask, ScoreTable, WriteOptions, check_output,
 };
@@ -141,7 +140,7 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
                 if !ids.is_empty() {
                     let store = recipe.out.join("steps");
                     let engine_model = engine_of(&chain.model)?;
-                    let seen = needs_data()?.observing(&engine_model, ids).store(store.clone());
+                    let seen = needs_data()?.observing(&engine_model, ids, options.group).store(store.clone());
                     seen.check().map_err(|e| named(e.into()))?;
                     disk.add(&store, seen.space().map_err(|e| named(e.into()))?).map_err(named)?;
                 }
@@ -178,7 +177,7 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
                     sample: merge.sample,
                     at_once: false,
                     absorb: &[],
-                    group: &Alone,
+                    group: options.group,
                 };
                 match before.unchanged() {
                     true => merging.check().map_err(named)?,
@@ -242,7 +241,9 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
                 sparsify.sparsity.validate().map_err(|error| named(error.into()))?;
                 let engine_model = engine_of(&chain.model)?;
                 let store = recipe.out.join("steps");
-                let seen = needs_data()?.observing(&engine_model, super::sparsify::SEEN.to_vec()).store(store.clone());
+                let seen = needs_data()?
+                    .observing(&engine_model, super::sparsify::SEEN.to_vec(), options.group)
+                    .store(store.clone());
                 seen.check().map_err(|error| named(error.into()))?;
                 disk.add(&store, seen.space().map_err(|error| named(error.into()))?).map_err(named)?;
                 (before.pruned, before.tuned) = (None, true);
@@ -262,7 +263,7 @@ pub(crate) fn checked<'a>(recipe: &'a Recipe, options: RunOptions<'a>) -> Result
                     let engine_model = engine_of(&chain.model)?;
                     let store = recipe.out.join("steps");
                     let ids = super::decompose::SEEN.to_vec();
-                    let seen = needs_data()?.observing(&engine_model, ids).store(store.clone());
+                    let seen = needs_data()?.observing(&engine_model, ids, options.group).store(store.clone());
                     seen.check().map_err(|error| named(error.into()))?;
                     disk.add(&store, seen.space().map_err(|error| named(error.into()))?).map_err(named)?;
                 }
@@ -340,8 +341,10 @@ fn check_share(recipe: &Recipe, options: RunOptions<'_>) -> Result<()> {
         let path = missing.display();
         return Err(Error::Invalid(format!("{path}: found no steps, expected the output directory of another run")));
     }
-    if options.shard.is_none() {
-        return Ok(());
+    let Some((index, count)) = options.shard else { return Ok(()) };
+    if options.group.size() > 1 {
+        let found = format!("share {index} of {count} beside {} processes that share the work", options.group.size());
+        return Err(Error::Usage(format!("found {found}, expected one or the other")));
     }
     for step in &recipe.steps {
         let shares = match step {

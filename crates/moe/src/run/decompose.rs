@@ -34,15 +34,18 @@ impl Run<'_> {
                     let (model, calibration) = (self.engine_model()?, self.calibration()?);
                     let tokens = calibration.data.tokens() as u64;
                     let bar = self.options.progress.bar("looking at experts", tokens, Unit::Count("tokens"));
-                    let observing = calibration.observing(&model, SEEN.to_vec()).store(dir.join("seen"));
+                    let observing =
+                        calibration.observing(&model, SEEN.to_vec(), self.options.group).store(dir.join("seen"));
                     Some(observing.run(&mut |at| bar.at(at.tokens_done))?)
                 }
             };
             let [id] = SEEN;
             let fisher = statistics.as_ref().map(|found: &Statistics| (found, id.as_str()));
-            let report = compression.compress(&self.model, &to, fisher, true)?;
-            save(&dir.join("report.json"), &report)?;
-            Artifacts::finish(&dir)?;
+            self.on_first(|run| {
+                let report = compression.compress(&run.model, &to, fisher, true)?;
+                save(&dir.join("report.json"), &report)?;
+                Artifacts::finish(&dir)
+            })?;
         }
         let compact = CompactModel::open(&to)?;
         let report = *compact.report();

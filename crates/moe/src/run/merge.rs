@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use moe_checkpoint::Checkpoint;
-use moe_checkpoint::group::Alone;
 use moe_merge::{CompactModel, Compression};
 
 use super::Run;
@@ -31,7 +30,7 @@ impl Run<'_> {
             sample: step.sample,
             at_once: false,
             absorb: &[],
-            group: &Alone,
+            group: self.options.group,
         };
         let of = [json(step)?, base.fingerprint(), calibration.data.hash.clone(), json(&self.protect)?];
         let (dir, reused) = self.artifacts.begin("merge", &of.each_ref().map(String::as_str))?;
@@ -49,10 +48,23 @@ impl Run<'_> {
             merging.share(&evidence, shard, self.options.progress)?;
             return Ok(Done::share(shard, "the evidence", evidence));
         }
-        let merged = merging.merge(&evidence, &dir.join("merged"), self.options.progress)?;
+        let (to, progress) = (dir.join("merged"), self.options.progress);
+        merging.collect(&evidence, &to, progress)?;
+        // The first merges, and the others find what it has merged.
+        let merged = match self.options.group.rank() {
+            0 => Some(merging.merge(&evidence, &to, progress)?),
+            _ => None,
+        };
+        self.options.group.check(None)?;
+        let merged = match merged {
+            Some(merged) => merged,
+            None => merging.merge(&evidence, &to, progress)?,
+        };
         if !reused {
-            merged.weights.plan().save(dir.join("plan.json"))?;
-            Artifacts::finish(&dir)?;
+            self.on_first(|_| {
+                merged.weights.plan().save(dir.join("plan.json"))?;
+                Artifacts::finish(&dir)
+            })?;
         }
         let mut summary = format!("experts merged by `{}`, form {}", recipe.name, step.form);
         self.model = merged.model.model().clone();

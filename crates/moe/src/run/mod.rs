@@ -18,6 +18,7 @@ mod quantize;
 mod score;
 mod sparsify;
 mod steps;
+mod together;
 mod tune;
 
 use std::fmt;
@@ -25,7 +26,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use burn::tensor::Device;
-use moe_checkpoint::{Checkpoint, ProtectionMask, ScoreTable, write_atomic};
+use moe_checkpoint::group::{Alone, Group};
+use moe_checkpoint::{Checkpoint, ProtectionMask, ScoreTable};
 use moe_core::Model;
 use moe_core::adaptive::RunTime;
 use moe_core::data::Tokenizer;
@@ -60,6 +62,17 @@ pub struct RunOptions<'a> {
     pub shard: Option<(usize, usize)>,
     /// Output directories of runs that did other shares, whose parts are taken over.
     pub absorb: &'a [PathBuf],
+    /// Who runs the recipe together: all ranks call [`run`] with the same, in an output directory that all see. They
+    /// share what runs the model over waves (scores, evidence, merges layer by layer, repairs, training by the methods
+    /// that can be shared, likelihoods); the rest is done by the first, while the others wait.
+    pub group: &'a dyn Group,
+}
+
+impl RunOptions<'_> {
+    /// A new run by this process alone.
+    pub fn new(progress: Progress) -> Self {
+        Self { resume: false, force: false, check: false, progress, shard: None, absorb: &[], group: &Alone }
+    }
 }
 
 /// A figure of merit of a model, at a step.
@@ -227,9 +240,13 @@ impl Run<'_> {
 /// first step.
 ///
 /// # Errors
-/// What is wrong, then whatever stops a step; artifacts of finished steps stay, and a later run with
+/// What is wrong, then whatever stops a step, on any rank; artifacts of finished steps stay, and a later run with
 /// [`RunOptions::resume`] goes on from them.
 pub fn run(recipe: &Recipe, options: RunOptions<'_>) -> Result<RunReport> {
+    options.group.agree(on_this_rank(recipe, options))
+}
+
+fn on_this_rank(recipe: &Recipe, options: RunOptions<'_>) -> Result<RunReport> {
     let mut run = check::checked(recipe, options)?;
     let mut steps = Vec::with_capacity(recipe.steps.len());
     if options.check {
@@ -248,31 +265,14 @@ pub fn run(recipe: &Recipe, options: RunOptions<'_>) -> Result<RunReport> {
         }
         return Ok(RunReport { steps, written: vec![], peak_rss_mib: None });
     }
-    run.artifacts.open(options.resume)?;
-    let json = serde_json::to_vec_pretty(recipe).map_err(|error| Error::Invalid(format!("the recipe: {error}")))?;
-    write_atomic(recipe.out.join("recipe.json"), &json)?;
+    run.begin()?;
     let mut shared = false;
     for step in &recipe.steps {
         if options.shard.is_some() && matches!(step, Step::Write(_)) {
             continue;
         }
         let start = std::time::Instant::now();
-        let done = match step {
-            Step::Score(step) => run.score(step),
-            Step::Protect(step) => run.protect(step),
-            Step::Prune(step) => run.prune(step),
-            Step::Merge(step) => run.merge(step),
-            Step::Repair(step) => run.repair(step),
-            Step::Tune(step) => run.tune(step),
-            Step::Quantize(step) => run.quantize(step),
-            Step::Sparsify(step) => run.sparsify(step),
-            Step::Evolve(step) => run.evolve(step),
-            Step::Decompose(step) => run.decompose(step),
-            Step::Adapt(step) => run.adapt(step),
-            Step::Frontier(step) => run.frontier(step),
-            Step::Evaluate(step) => run.evaluate(step),
-            Step::Write(step) => run.write(step),
-        }?;
+        let done = run.take_together(step)?;
         let report = StepReport {
             step: step.name().into(),
             summary: done.summary,
@@ -299,7 +299,7 @@ pub fn run(recipe: &Recipe, options: RunOptions<'_>) -> Result<RunReport> {
     }
     let peak_rss_mib = moe_core::memory::process_memory().map(|memory| memory.peak as f64 / (1 << 20) as f64);
     let report = RunReport { steps, written: run.written, peak_rss_mib };
-    if !shared {
+    if !shared && options.group.rank() == 0 {
         crate::report::write_run(recipe, &report)?;
     }
     Ok(report)

@@ -211,6 +211,7 @@ impl Run<'_> {
                 store: Some(&store),
                 shard: self.options.shard,
                 absorb: &others,
+                group: self.options.group,
                 ..RepairRequest::new(&teacher, plan, &calibration.waves)
             };
             // What is fitted to the pruned model has its indices, what is computed from the full one those of the plan.
@@ -219,8 +220,10 @@ impl Run<'_> {
                 return Ok(Done::share(shard, "the repair", dir));
             }
             let plan = if on_top { &keep_all } else { plan };
-            edits.save(&file, plan)?;
-            Artifacts::finish(&dir)?;
+            self.on_first(|_| {
+                edits.save(&file, plan)?;
+                Artifacts::finish(&dir)
+            })?;
         }
         if on_top {
             let edits: Arc<dyn EditSource> = Arc::new(Edits::load(&file, &keep_all)?);

@@ -29,7 +29,8 @@ impl Run<'_> {
         let rows = match &model {
             Some(model) => {
                 let calibration = self.calibration()?;
-                Some(QuantizeRows { model, data: &calibration.data, waves: calibration.options, store: &store })
+                let (data, waves, group) = (&calibration.data, calibration.options, self.options.group);
+                Some(QuantizeRows { model, data, waves, store: &store, group })
             }
             None => None,
         };
@@ -41,14 +42,16 @@ impl Run<'_> {
         };
         let QuantizedModel { quantized, allocation, calibration } = made;
         if !reused {
-            if let Some(allocation) = &allocation {
-                save(&dir.join("allocation.json"), allocation)?;
-            }
-            if reads {
-                save(&dir.join("calibration.json"), &calibration)?;
-            }
-            save(&dir.join("report.json"), quantized.report())?;
-            Artifacts::finish(&dir)?;
+            self.on_first(|_| {
+                if let Some(allocation) = &allocation {
+                    save(&dir.join("allocation.json"), allocation)?;
+                }
+                if reads {
+                    save(&dir.join("calibration.json"), &calibration)?;
+                }
+                save(&dir.join("report.json"), quantized.report())?;
+                Artifacts::finish(&dir)
+            })?;
         }
         let bytes = quantized.report().bytes;
         let summary = format!(

@@ -44,7 +44,7 @@ impl Run<'_> {
                     let model = self.engine_model()?;
                     let bar = self.options.progress.bar("scoring", tokens as u64, Unit::Count("tokens"));
                     let others = self.artifacts.of_others(&store, self.options.absorb, self.options.progress);
-                    let calibration = data.observing(&model, ids).store(&store).absorb(others);
+                    let calibration = data.observing(&model, ids, self.options.group).store(&store).absorb(others);
                     if let Some((index, count)) = self.options.shard {
                         calibration.shard(index, count).run(&mut |at| bar.at(at.tokens_done))?;
                         return Ok(Done::share((index, count), "what scores are made of", store));
@@ -52,15 +52,17 @@ impl Run<'_> {
                     calibration.run(&mut |at| bar.at(at.tokens_done))?
                 }
             };
-            for scorer in &scorers {
-                scorer.score(&statistics, self.model.as_ref())?.save(score_file(&dir, scorer.as_ref()))?;
-            }
-            if let Some(options) = super_experts {
-                let found = SuperExperts::find(&statistics, options)?;
-                save(&dir.join("super_experts.json"), &found)?;
-                save(&dir.join("protect.json"), &found.protected())?;
-            }
-            Artifacts::finish(&dir)?;
+            self.on_first(|run| {
+                for scorer in &scorers {
+                    scorer.score(&statistics, run.model.as_ref())?.save(score_file(&dir, scorer.as_ref()))?;
+                }
+                if let Some(options) = super_experts {
+                    let found = SuperExperts::find(&statistics, options)?;
+                    save(&dir.join("super_experts.json"), &found)?;
+                    save(&dir.join("protect.json"), &found.protected())?;
+                }
+                Artifacts::finish(&dir)
+            })?;
         }
         for scorer in &scorers {
             let table = ScoreTable::load(score_file(&dir, scorer.as_ref()))?;

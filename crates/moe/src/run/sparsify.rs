@@ -26,14 +26,18 @@ impl Run<'_> {
             let model = self.engine_model()?;
             let bar =
                 self.options.progress.bar("looking at inputs", calibration.data.tokens() as u64, Unit::Count("tokens"));
-            let observing = calibration.observing(&model, SEEN.to_vec()).store(dir.join("seen"));
-            observing.run(&mut |at| bar.at(at.tokens_done))?.save(&file)?;
+            let observing = calibration.observing(&model, SEEN.to_vec(), self.options.group).store(dir.join("seen"));
+            let seen = observing.run(&mut |at| bar.at(at.tokens_done))?;
+            drop(bar);
+            self.on_first(|_| Ok(seen.save(&file)?))?;
         }
         let sparse = step.sparsity.on(&self.model, &Statistics::load(&file)?)?;
         let report = sparse.report();
         if !reused {
-            save(&dir.join("report.json"), &report)?;
-            Artifacts::finish(&dir)?;
+            self.on_first(|_| {
+                save(&dir.join("report.json"), &report)?;
+                Artifacts::finish(&dir)
+            })?;
         }
         let share = 100.0 * report.zeros as f64 / report.weights.max(1) as f64;
         let summary = format!("{} of {} weights of experts are zero ({share:.1}%)", report.zeros, report.weights);

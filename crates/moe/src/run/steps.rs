@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use moe_checkpoint::group::{Alone, Group};
 use moe_checkpoint::{Checkpoint, Existing, WriteOptions, write, write_json};
 use moe_core::data::WaveOptions;
 use moe_core::decode::Decoding;
@@ -69,15 +70,36 @@ impl Run<'_> {
             let decoding = Decoding::new(self.run_time.decoding.clone().unwrap_or_default(), &model, vec![])?;
             let waves = WaveOptions::Tokens(self.recipe.data.wave_tokens);
             let bar = self.options.progress.bar("measuring", files.len() as u64, Unit::Count("files"));
-            let mut measured = Vec::with_capacity(files.len());
-            for file in &files {
+            // Likelihoods are shared out by waves, answers by files.
+            let group: &dyn Group = if decoding.is_plain() { self.options.group } else { &Alone };
+            let mut values = vec![0.0; files.len()];
+            let measure = |group: &dyn Group, file: &EvalFile| -> Result<f64> {
                 bar.label(format!("measuring {}", file.name));
-                let (value, _, _) = file.measure_with(&model, tokenizer, waves, &decoding)?;
-                measured.push(Measurement { key: file.key(), value });
+                let (value, _, _) = file.measure_in_group(group, &model, tokenizer, waves, &decoding)?;
                 bar.step();
+                Ok(value)
+            };
+            let (exact, others): (Vec<usize>, Vec<usize>) = (0..files.len()).partition(|at| files[*at].is_exact());
+            for at in others {
+                values[at] = measure(group, &files[at])?;
             }
-            save(&file, &measured)?;
-            Artifacts::finish(&dir)?;
+            let dealt = exact.iter().skip(group.rank()).step_by(group.size());
+            let own =
+                dealt.map(|at| Ok(measure(&Alone, &files[*at])?.to_le_bytes().to_vec())).collect::<Result<_>>()?;
+            for (at, message) in exact.iter().zip(group.share_dealt(own, exact.len())?) {
+                let value = message.as_slice().try_into().map_err(|_| Error::Invalid("a figure cut off".into()))?;
+                values[*at] = f64::from_le_bytes(value);
+            }
+            let of = |(file, value): (&EvalFile, f64)| Measurement { key: file.key(), value };
+            let measured: Vec<Measurement> = files.iter().zip(values).map(of).collect();
+            let keep = || {
+                save(&file, &measured)?;
+                Artifacts::finish(&dir)
+            };
+            match decoding.is_plain() {
+                true => self.on_first(|_| keep())?,
+                false => keep()?,
+            }
         }
         self.measured = load(&file)?;
         let summary =

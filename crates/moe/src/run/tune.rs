@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use moe_checkpoint::Checkpoint;
-use moe_checkpoint::group::Alone;
+use moe_checkpoint::group::{Alone, Group};
 use moe_core::Model;
 use moe_core::adaptive::RunTime;
 use moe_core::data::{DatasetOptions, Tokenizer, WaveOptions};
@@ -90,9 +90,18 @@ impl Run<'_> {
                 fold: step.fold_precision,
             };
             let name = recipe_name(&recipe)?;
-            let trained = jobs::train(&training, &recipe, &name, false, &Alone, self.options.progress)?;
-            jobs::save(&training, &recipe, &trained)?;
-            Artifacts::finish(&dir)?;
+            // By the first rank alone, if the method cannot be shared out.
+            let shareable = recipe.check_shareable(self.options.group.size()).is_ok();
+            let group: &dyn Group = if shareable { self.options.group } else { &Alone };
+            let trained = jobs::train(&training, &recipe, &name, false, group, self.options.progress)?;
+            let save = || {
+                jobs::save(&training, &recipe, &trained)?;
+                Artifacts::finish(&dir)
+            };
+            match shareable {
+                true => self.on_first(|_| save())?,
+                false => save()?,
+            }
         }
         let (adapter, folded) = (dir.join("adapter"), dir.join("model"));
         let name = recipe_name(&recipe)?;
