@@ -278,8 +278,8 @@ pub fn divergence<'w>(
     divergence_in_group(&Alone, model, teacher, waves)
 }
 
-/// As [`divergence`], with the other ranks of a group, which each run every Nth wave and all get the same bits, whatever
-/// their number.
+/// As [`divergence`], with the other ranks of a group, which each run every Nth wave and all get the same bits,
+/// whatever their number.
 ///
 /// # Errors
 /// Those of [`divergence`], and what has stopped another rank.

@@ -57,8 +57,8 @@ impl TeacherLogits {
         Ok(recorder.finish())
     }
 
-    /// As [`record`](Self::record), with the other ranks of a group, which each run every Nth wave and are all left with
-    /// the distributions of all.
+    /// As [`record`](Self::record), with the other ranks of a group, which each run every Nth wave and are all left
+    /// with the distributions of all.
     ///
     /// # Errors
     /// Those of [`record`](Self::record), and what has stopped another rank.

@@ -131,8 +131,8 @@ impl Merging<'_> {
 
     /// Collects the evidence with the other ranks of the group, which all call this before the first of them merges. It
     /// is in `directory`, where a merge finds it; nothing is collected if it, or the merged experts in `merged`, are
-    /// there already. What is merged layer by layer is merged wholly, into `merged`, which all ranks have to see. A group
-    /// of one leaves all of it to [`Merging::merge`]. Gives the seconds that it took.
+    /// there already. What is merged layer by layer is merged wholly, into `merged`, which all ranks have to see. A
+    /// group of one leaves all of it to [`Merging::merge`]. Gives the seconds that it took.
     ///
     /// # Errors
     /// Files that cannot be read or written; whatever stops the model on any rank.
