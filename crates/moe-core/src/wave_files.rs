@@ -5,10 +5,12 @@ use std::{
     io::{self, Read},
     path::{Path, PathBuf},
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
         mpsc::{self, Receiver, SyncSender},
     },
     thread::JoinHandle,
+    time::{Duration, Instant},
 };
 
 use burn::tensor::{Device, Tensor};
@@ -118,14 +120,65 @@ pub(crate) struct WaveFiles {
     jobs: Option<SyncSender<Job>>,
     thread: Option<JoinHandle<()>>,
     failed: Mutex<Receiver<io::Error>>,
+    unwanted: Arc<AtomicBool>,
 }
 
 enum Job {
     Tensor(PathBuf, Box<Tensor<2>>),
     Bytes(PathBuf, Vec<u8>),
     Delete(PathBuf),
+    /// What comes before then waits for it, and for nothing else.
+    Hold(Instant),
     /// Says that all before it is done.
     Reached(mpsc::Sender<()>),
+}
+
+impl Job {
+    fn run(self) -> io::Result<()> {
+        match self {
+            Self::Tensor(path, tensor) => save(&path, &tensor),
+            Self::Bytes(path, bytes) => write_renamed(path, &[&bytes]),
+            Self::Delete(path) => {
+                // What cannot be deleted is only in the way of other files.
+                let _ = fs::remove_file(path);
+                Ok(())
+            }
+            Self::Hold(_) => Ok(()),
+            Self::Reached(waiting) => {
+                let _ = waiting.send(());
+                Ok(())
+            }
+        }
+    }
+
+    fn makes(&self, file: &Path) -> bool {
+        matches!(self, Self::Tensor(path, _) | Self::Bytes(path, _) if path == file)
+    }
+}
+
+/// Jobs that wait until a time, less the files that are deleted before it.
+struct Held {
+    until: Instant,
+    jobs: Vec<Job>,
+}
+
+impl Held {
+    /// What is to be done now that there is this job, in order.
+    fn add(&mut self, job: Job) -> Vec<Job> {
+        let waits = Instant::now() < self.until;
+        match job {
+            Job::Hold(until) => self.until = until,
+            Job::Delete(file) if waits && self.jobs.iter().any(|job| job.makes(&file)) => {
+                self.jobs.retain(|job| !job.makes(&file));
+            }
+            Job::Reached(_) => {
+                self.jobs.push(job);
+                return std::mem::take(&mut self.jobs);
+            }
+            job => self.jobs.push(job),
+        }
+        if waits { Vec::new() } else { std::mem::take(&mut self.jobs) }
+    }
 }
 
 impl WaveFiles {
@@ -133,30 +186,42 @@ impl WaveFiles {
     pub fn new(dir: PathBuf) -> Self {
         let (jobs, queue) = mpsc::sync_channel(WAITING);
         let (fails, failed) = mpsc::channel();
+        let unwanted = Arc::new(AtomicBool::new(false));
+        let dropped = unwanted.clone();
         let thread = std::thread::spawn(move || {
             let mut broken = false;
-            for job in queue {
-                let outcome = match job {
-                    Job::Reached(waiting) => {
-                        let _ = waiting.send(());
-                        continue;
-                    }
-                    _ if broken => continue,
-                    Job::Tensor(path, tensor) => save(&path, &tensor),
-                    Job::Bytes(path, bytes) => write_renamed(path, &[&bytes]),
-                    Job::Delete(path) => {
-                        // What cannot be deleted is only in the way of other files.
-                        let _ = fs::remove_file(path);
-                        Ok(())
-                    }
-                };
-                if let Err(error) = outcome {
+            let mut run = |job: Job| {
+                if broken && !matches!(job, Job::Reached(_)) {
+                    return;
+                }
+                if let Err(error) = job.run() {
                     broken = true;
                     let _ = fails.send(error);
                 }
+            };
+            let mut held = Held { until: Instant::now(), jobs: Vec::new() };
+            for job in queue {
+                held.add(job).into_iter().for_each(&mut run);
+            }
+            if !dropped.load(Ordering::Relaxed) {
+                held.jobs.into_iter().for_each(run);
             }
         });
-        Self { dir, jobs: Some(jobs), thread: Some(thread), failed: Mutex::new(failed) }
+        Self { dir, jobs: Some(jobs), thread: Some(thread), failed: Mutex::new(failed), unwanted }
+    }
+
+    /// Lets what is asked for wait so long, unless somebody [waits](Self::finish) for it: tensors stay in memory until
+    /// then, and files that are deleted before it are never written.
+    ///
+    /// # Errors
+    /// [`Error::Spill`] for a file asked for earlier.
+    pub fn hold(&self, time: Duration) -> Result<()> {
+        self.ask(Job::Hold(Instant::now() + time))
+    }
+
+    /// Nobody wants what still waits.
+    pub fn forget(&self) {
+        self.unwanted.store(true, Ordering::Relaxed);
     }
 
     /// The directory.
@@ -264,6 +329,41 @@ mod tests {
         assert!(is_whole(&path));
         let error = load(&path, Writer::Earlier, &device).unwrap_err().to_string();
         assert!(error.contains("middle-0003.f32 is not what was written"), "{error}");
+    }
+
+    #[test]
+    fn files_that_wait_are_written_where_they_are_waited_for_and_where_the_work_stops_and_else_not_at_all() {
+        let names = |dir: &Path| -> Vec<String> {
+            let entries = fs::read_dir(dir).unwrap();
+            entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
+        };
+        let held = |dir: &Path| {
+            let files = WaveFiles::new(dir.into());
+            files.hold(Duration::from_secs(3600)).unwrap();
+            for layer in 0..3 {
+                files.save(Part::Gradient(layer), &pattern([3, 2], 0)).unwrap();
+                if layer > 0 {
+                    files.delete(Part::Gradient(layer - 1)).unwrap();
+                }
+            }
+            files
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let files = held(dir.path());
+        files.forget();
+        drop(files);
+        assert!(names(dir.path()).is_empty(), "nobody wants them");
+        drop(held(dir.path()));
+        assert_eq!(names(dir.path()), ["gradient-0002.f32"], "the work has stopped");
+        fs::remove_file(Part::Gradient(2).path(dir.path())).unwrap();
+        let files = held(dir.path());
+        files.finish().unwrap();
+        assert_eq!(names(dir.path()), ["gradient-0002.f32"], "waited for");
+        files.delete(Part::Gradient(2)).unwrap();
+        files.hold(Duration::ZERO).unwrap();
+        files.save(Part::Middle(1), &pattern([3, 2], 0)).unwrap();
+        drop(files);
+        assert_eq!(names(dir.path()), ["middle-0001.f32"], "the time is over, and a file that was there is gone");
     }
 
     #[test]

@@ -83,6 +83,9 @@ impl Engine<'_> {
         let last_moe = (0..layers).rev().find(|&step| runs_experts(config, &steps[step]));
         let to_the_end = objective.is_some() || needs.hidden;
         let stop = if to_the_end { layers } else { last_moe.map_or(0, |l| l + 1) };
+        if let Some(unfinished) = unfinished.as_ref().filter(|_| !plan.spill) {
+            unfinished.hold_files()?;
+        }
         let mut store = match &unfinished {
             Some(unfinished) => HiddenStore::named(SLOTS * layers, unfinished.files().clone(), !plan.spill),
             None => HiddenStore::new(SLOTS * layers, plan.spill.then_some(self.options.spill_dir.as_path()))?,

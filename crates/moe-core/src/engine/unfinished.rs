@@ -4,6 +4,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
+    time::Duration,
 };
 
 use burn::tensor::{Device, Tensor};
@@ -23,15 +24,18 @@ use crate::{
 const MARK: &str = "wave.json";
 const LOSS: &str = "loss.json";
 const VERSION: u64 = 1;
+/// How long a wave runs before it leaves files, where what is in them stays in memory anyway.
+const HELD: Duration = Duration::from_secs(10);
 
 /// A directory with what a sweep over one wave has left so far: the inputs of the layers that the backward sweep comes
 /// back to, and the point the sweep has reached. [`Engine::unfinished`] makes or finds it, [`Engine::go_on`] adds to
 /// it; whoever keeps the results [removes](Self::remove) it.
 ///
 /// Files are written in a thread of their own while the sweep goes on, so that a sweep that is killed may do a part or
-/// two again. Each is written beside its place and renamed; the last one of a part of the sweep says that the part is
-/// done. Files are not synced, which a killed process does not need; what a power cut has left of them is found by
-/// length and checksum.
+/// two again. Where layer inputs stay in memory, none are written in the first ten seconds of a wave: a short wave is
+/// computed again sooner than its files are written. A sweep that stops with an error writes what waits. Each file is
+/// written beside its place and renamed; the last one of a part of the sweep says that the part is done. Files are not
+/// synced, which a killed process does not need; what a power cut has left of them is found by length and checksum.
 #[derive(Debug)]
 pub struct UnfinishedWave {
     dir: PathBuf,
@@ -67,7 +71,7 @@ impl UnfinishedWave {
     /// [`Error::Spill`].
     pub fn restart(&mut self) -> Result<()> {
         self.done = None;
-        self.files = OnceLock::new();
+        self.forget_files();
         if self.dir.exists() {
             fs::remove_dir_all(&self.dir).map_err(self.failed())?;
         }
@@ -80,8 +84,20 @@ impl UnfinishedWave {
     /// # Errors
     /// [`Error::Spill`].
     pub fn remove(mut self) -> Result<()> {
-        drop(self.files.take());
+        self.forget_files();
         fs::remove_dir_all(&self.dir).map_err(self.failed())
+    }
+
+    /// Ends the writing of files that are about to be deleted.
+    fn forget_files(&mut self) {
+        if let Some(files) = self.files.take() {
+            files.forget();
+        }
+    }
+
+    /// Lets files of a wave at its beginning wait for as long as it costs little to compute them again.
+    pub(super) fn hold_files(&self) -> Result<()> {
+        if self.done.is_none() { self.files().hold(HELD) } else { Ok(()) }
     }
 
     fn failed(&self) -> impl Fn(std::io::Error) -> Error + '_ {
