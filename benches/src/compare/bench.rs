@@ -17,8 +17,8 @@ use super::rows::HeldOut;
 use crate::Result;
 
 /// Figures by name, `CAPABILITY_FIGURE`: `ppl`, the perplexity; `kl`, the divergence from the full model in nats per
-/// predicted token; `exact`, the share of questions answered exactly; `choice`, the share of those whose right answer is
-/// the likeliest; `layer`, what single layers get wrong.
+/// predicted token; `exact`, the share of questions answered exactly; `choice`, the share of those whose right answer
+/// is the likeliest; `layer`, what single layers get wrong.
 pub type Metrics = BTreeMap<String, f64>;
 
 /// What is measured on a model.

@@ -94,8 +94,8 @@ fn expert_bytes(checkpoint: &Checkpoint) -> Result<u64> {
     Ok(layers.map(|layer| checkpoint.expert_bytes_on_disk(layer.layer)).sum::<moe_checkpoint::Result<u64>>()?)
 }
 
-/// The compression of the largest rank whose experts take at most so many bytes: which rows of S stay, and how long they
-/// are, one of a rank that is small enough in any case shows, which is kept in `trial`.
+/// The compression of the largest rank whose experts take at most so many bytes: which rows of S stay, and how long
+/// they are, one of a rank that is small enough in any case shows, which is kept in `trial`.
 fn filled(checkpoint: &Checkpoint, compression: &Compression, allowed: f64, trial: &Path) -> Result<Compression> {
     let safe = Compression { rank: rank(checkpoint, compression, allowed)?, ..*compression };
     let (mut per_rank, mut parameters) = (0, 0);

@@ -173,12 +173,15 @@ impl Tables<'_> {
                 for seed in 0..measured.draws.len() as u64 {
                     let record = measured.record(&entry.case(&measured.domain, seed, *ratio));
                     if let Some(form) = record.and_then(|record| record.chosen.as_deref()) {
+                        // Without what the others came to.
+                        let form = form.split_once(" (").map_or(form, |(form, _)| form);
                         *forms.entry(form).or_default() += 1;
                     }
                 }
                 forms.into_iter().map(|(form, draws)| format!("{draws} × {form}")).collect::<Vec<_>>().join("; ")
             };
-            table.row([measured.domain.clone()].into_iter().chain(self.ratios.iter().map(chosen)));
+            let row = format!("{}: {}", measured.domain, entry.title);
+            table.row([row].into_iter().chain(self.ratios.iter().map(chosen)));
         }
         table
     }

@@ -45,8 +45,9 @@ impl Job {
         let memory = memory.map(|bytes| bytes.to_string());
         let mut all = vec![self.verb.to_string()];
         if self.verb == "run" {
+            // Uniform, since widths that scores decide are not known before: no more is what later steps need.
             let steps = json!([
-                {"score": {"scorers": ["fisher"]}}, {"prune": {"budget": {"ratio": 0.5}, "form": "ragged"}},
+                {"score": {"scorers": ["fisher"]}}, {"prune": {"budget": {"ratio": 0.5}, "form": "uniform"}},
                 {"repair": {"type": "layer_refit"}},
                 {"tune": {"method": "lora", "steps": 2, "step_tokens": 1_000_000, "save_every": 1}}, {"write": {}}
             ]);
