@@ -1,6 +1,7 @@
 //! Measuring all configurations of a domain.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -122,11 +123,10 @@ pub(super) fn measure(
                 if runner.journal.records().contains_key(&job) {
                     continue;
                 }
-                if !choices.contains_key(&job.amount) {
-                    let choice = choose(arguments, &lab, data, job.amount)?;
-                    choices.insert(job.amount, choice);
-                }
-                let choice = &choices[&job.amount];
+                let choice = match choices.entry(job.amount) {
+                    Entry::Occupied(found) => found.into_mut(),
+                    Entry::Vacant(missing) => missing.insert(choose(arguments, &lab, data, job.amount)?),
+                };
                 let of = Case { scorer: CHOICES[choice.best].into(), ..job.clone() };
                 runner.run(&format!("{name}, draw {seed}"), vec![Job { case: of.clone(), figures: Figures::All }])?;
                 let missing = || Error::Invalid(format!("{of}: was not measured"));

@@ -1,6 +1,7 @@
 //! Next-token distributions of one model as the target of another.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use burn::tensor::Tensor;
 use moe_checkpoint::group::{Group, pack, unpack};
@@ -77,8 +78,8 @@ impl TeacherLogits {
         let own = dealt.filter_map(|wave| all.waves.get(&wave.id)).map(TeacherWave::to_message).collect();
         let messages = group.share_dealt(own, waves.len())?;
         for (wave, message) in waves.iter().zip(&messages) {
-            if !all.waves.contains_key(&wave.id) {
-                all.waves.insert(wave.id, TeacherWave::from_message(WaveInfo::of(wave), message)?);
+            if let Entry::Vacant(missing) = all.waves.entry(wave.id) {
+                missing.insert(TeacherWave::from_message(WaveInfo::of(wave), message)?);
             }
         }
         match all.waves.len() == waves.len() {
@@ -122,7 +123,7 @@ impl TeacherWave {
     fn to_message(&self) -> Vec<u8> {
         let parts =
             [bytemuck::cast_slice(&self.ids), bytemuck::cast_slice(&self.log_probs), bytemuck::cast_slice(&self.rest)];
-        pack(parts.into_iter())
+        pack(parts)
     }
 
     fn from_message(info: WaveInfo, message: &[u8]) -> Result<Self> {
