@@ -273,17 +273,26 @@ fn repairs_by_several_ranks_are_those_of_one_process() {
         ("streams", &streams),
         ("routers", &RouterDistillation { train, ..RouterDistillation::default() }),
     ];
+    let tokens = || full.work().tokens + student.work().tokens;
     for (name, repair) in repairs {
+        let before = tokens();
         let whole = repair.repair(&one, &mut |_, _| ()).unwrap();
+        let run = tokens() - before;
+        assert!(run > 0, "{name}");
         // More ranks than waves, too: some have nothing to run.
         for ranks in [1, 2, 3, 5, waves.len() + 1] {
             let store = directory.path().join(format!("{name}-{ranks}"));
             for store in [None, Some(store.as_path()), Some(store.as_path())] {
+                let before = tokens();
                 let all = Threads::run(ranks, |group| {
                     let request = RepairRequest { store, group, ..one };
                     repair.repair(&request, &mut |_, _| ()).unwrap()
                 });
                 assert!(all.iter().all(|edits| *edits == whole), "{name} by {ranks} ranks, store {store:?}");
+                // All together run as many tokens as one process does; the refit by layers runs all of them on each.
+                if store.is_none() && name != "refit" {
+                    assert_eq!(tokens() - before, run, "{name} by {ranks} ranks");
+                }
             }
         }
     }

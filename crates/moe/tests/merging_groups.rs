@@ -67,11 +67,12 @@ fn any_number_of_ranks_merges_layer_by_layer_what_one_merges() {
     let at = |name: &str| directory.path().join(name);
     let one = merging(&model, &rows, &recipe, &protect, &Alone);
     one.merge(&at("none"), &at("one"), Progress::hidden()).unwrap();
+    let run = model.work().tokens;
     let whole = files(&at("one"));
     assert!(whole.len() > 20, "{} files", whole.len());
     // The last has more ranks than there are waves.
     for ranks in 2..=6 {
-        let merged = at(&format!("merged-{ranks}"));
+        let (merged, before) = (at(&format!("merged-{ranks}")), model.work().tokens);
         Threads::run(ranks, |group| {
             let merging = merging(&model, &rows, &recipe, &protect, group);
             let seconds = merging.collect(&at("none"), &merged, Progress::hidden()).unwrap();
@@ -80,6 +81,7 @@ fn any_number_of_ranks_merges_layer_by_layer_what_one_merges() {
             merging.merge(&at("none"), &merged, Progress::hidden()).unwrap();
         });
         assert!(files(&merged) == whole, "{ranks} ranks");
+        assert_eq!(model.work().tokens - before, run, "{ranks} ranks run as many tokens as one process");
     }
     // Every rank has to see the directory of the first.
     let apart = Threads::run(2, |group| {
