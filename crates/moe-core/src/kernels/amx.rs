@@ -3,14 +3,15 @@
 //! An f32 number is the sum of three bf16 numbers (8 + 8 + 8 bits of mantissa). Checkpoints store weights as bf16, so
 //! `x w = hi w + mid w + lo w` holds exactly, product by product, and three bf16 tile products with f32 accumulation
 //! replace one f32 product: the result differs from an f32 matrix product only by the order of summation, at several
-//! times its speed. Weights are read from the checkpoint in half the memory, without a conversion.
+//! times its speed. Weights are read from the checkpoint in half the memory, without a conversion. Where activations may
+//! be rounded to bf16 one product is enough.
 //!
 //! Operands are packed into tiles of 1 KiB, 16 rows of 64 bytes, that follow each other in the order in which they are
 //! used:
 //!
 //! | operand | tile row | tile column | order of tiles |
 //! |---|---|---|---|
-//! | activations `[M, K]` | 16 rows of M | 32 of K | `[M / 16][K / 32][hi, mid, lo]` |
+//! | activations `[M, K]` | 16 rows of M | 32 of K | `[M / 16][K / 32][hi, mid, lo]`, or one tile if rounded |
 //! | weights `[K, N]` | 16 pairs of K | 16 of N, each a pair | `[N / 16][K / 32]` |
 //!
 //! Available on Linux where the processor has AMX and the kernel grants its use; `MOE_AMX=0` in the environment turns
@@ -49,23 +50,41 @@ thread_local! {
     static ACTIVATIONS: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Packs `x [m, k]`, k > 0, into tiles, each number in three pieces. Every line of the tiles is written.
-fn pack_activations<'a>(x: &[f32], m: usize, k: usize, buffer: &'a mut Vec<Line>) -> &'a [Line] {
-    let per_block = k.div_ceil(DEPTH) * PIECES * TILE;
+/// Packs `x [m, k]`, k > 0, into tiles, each number in `P` pieces. Every line of the tiles is written.
+fn pack_activations<'a, const P: usize>(x: &[f32], m: usize, k: usize, buffer: &'a mut Vec<Line>) -> &'a [Line] {
+    let per_block = k.div_ceil(DEPTH) * P * TILE;
     let lines = m.div_ceil(TILE) * per_block;
     if buffer.len() < lines {
         buffer.resize(lines, ZERO);
     }
     let tiles = &mut buffer[..lines];
+    let split = if P == PIECES { split_row } else { round_row };
     tiles.par_chunks_mut(per_block).zip(x.par_chunks(TILE * k)).for_each(|(tiles, rows)| {
         for (row, x) in rows.chunks_exact(k).enumerate() {
-            split_row(x, row, tiles);
+            split(x, row, tiles);
         }
         for tile in tiles.chunks_exact_mut(TILE) {
             tile[rows.len() / k..].fill(ZERO);
         }
     });
     tiles
+}
+
+/// Rounds to the nearest bf16, ties to even, into row `row` of tiles.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
+fn round_row(x: &[f32], row: usize, tiles: &mut [Line]) {
+    let (blocks, tail) = x.as_chunks::<DEPTH>();
+    let mut padded = [0.0f32; DEPTH];
+    padded[..tail.len()].copy_from_slice(tail);
+    let last = (!tail.is_empty()).then_some(&padded);
+    for (block, tile) in blocks.iter().chain(last).zip(tiles.chunks_exact_mut(TILE)) {
+        for (rounded, x) in tile[row].0.iter_mut().zip(block) {
+            let bits = x.to_bits();
+            let nearest = bits.wrapping_add(0x7FFF + ((bits >> 16) & 1));
+            // Rounding would make numbers of some that are none.
+            *rounded = ((if x.is_nan() { bits | 0x40_0000 } else { nearest }) >> 16) as u16;
+        }
+    }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
@@ -97,11 +116,23 @@ fn split_row(x: &[f32], row: usize, tiles: &mut [Line]) {
 const TASK_COLUMNS: usize = 256;
 /// Bytes of packed activations that a task goes through for every 32 columns: half of a second-level cache.
 const ACTIVATION_BYTES: usize = 1 << 20;
+/// Tiles of two panels of weights that the first-level cache holds beside the activations that stream through it.
+const CACHED_DEPTH: usize = 16;
 
 /// `x w` for `x [m, k]` row-major and `w [k, n]`: `[m, n]` row-major.
 ///
 /// The sum over k goes in the same order for every row, whatever m is.
 pub fn multiply(x: &[f32], m: usize, w: &PackedWeights) -> Vec<f32> {
+    multiply_in::<PIECES>(x, m, w)
+}
+
+/// `bf16(x) w`, in the same order of sums.
+pub fn multiply_rounded(x: &[f32], m: usize, w: &PackedWeights) -> Vec<f32> {
+    multiply_in::<1>(x, m, w)
+}
+
+/// With activations in `P` pieces.
+fn multiply_in<const P: usize>(x: &[f32], m: usize, w: &PackedWeights) -> Vec<f32> {
     assert_eq!(x.len(), m * w.k, "activations [m, k]");
     assert!(available(), "the processor has matrix units");
     if m == 0 || w.n == 0 || w.k == 0 {
@@ -110,15 +141,15 @@ pub fn multiply(x: &[f32], m: usize, w: &PackedWeights) -> Vec<f32> {
     // Taken out while in use: a nested call on this thread (rayon may steal one) finds an empty buffer, not a borrowed
     // one.
     let mut buffer = ACTIVATIONS.take();
-    let out = multiply_packed(pack_activations(x, m, w.k, &mut buffer), m, w);
+    let out = multiply_packed::<P>(pack_activations::<P>(x, m, w.k, &mut buffer), m, w);
     ACTIVATIONS.set(buffer);
     out
 }
 
-fn multiply_packed(activations: &[Line], m: usize, w: &PackedWeights) -> Vec<f32> {
+fn multiply_packed<const P: usize>(activations: &[Line], m: usize, w: &PackedWeights) -> Vec<f32> {
     let n = w.n;
     let depth = w.k.div_ceil(DEPTH);
-    let per_block = depth * PIECES * TILE;
+    let per_block = depth * P * TILE;
     // an even number of 16-row blocks
     let task_blocks = (ACTIVATION_BYTES / (per_block * 64)).next_multiple_of(2).max(2);
     let row_blocks = m.div_ceil(TILE);
@@ -126,6 +157,8 @@ fn multiply_packed(activations: &[Line], m: usize, w: &PackedWeights) -> Vec<f32
         .step_by(task_blocks)
         .flat_map(|row| (0..n).step_by(TASK_COLUMNS).map(move |column| (row, column)))
         .collect();
+    // Three pieces use a tile of weights three times, one only once: weights stay in the first-level cache for all rows.
+    let step = if P == PIECES { depth } else { CACHED_DEPTH };
     let mut out: Vec<f32> = Vec::with_capacity(m * n);
     let target = Target(out.as_mut_ptr());
     tasks.par_iter().for_each(|&(first_block, first_column)| {
@@ -137,27 +170,35 @@ fn multiply_packed(activations: &[Line], m: usize, w: &PackedWeights) -> Vec<f32
             let left = w.panel(column);
             // a missing second half repeats the first; its result is not copied out
             let right = if columns > TILE { w.panel(column + TILE) } else { left };
-            for block in (first_block..row_blocks.min(first_block + task_blocks)).step_by(2) {
-                let row = block * TILE;
-                let rows = (m - row).min(2 * TILE);
-                let top = &activations[block * per_block..(block + 1) * per_block];
-                let bottom =
-                    if rows > TILE { &activations[(block + 1) * per_block..(block + 2) * per_block] } else { top };
-                // SAFETY: panels hold `depth` tiles and row blocks `3 depth`; `out` has room for m x n, and the 32 x 32
-                // block at (row, column) belongs to this task alone. A block that reaches past the edge goes through
-                // the scratch.
-                unsafe {
-                    let out = target.0.add(row * n + column);
-                    let whole = rows == 2 * TILE && columns == 2 * TILE;
-                    let (to, stride) = if whole { (out, n) } else { (scratch.as_mut_ptr(), 2 * TILE) };
-                    if rows > TILE {
-                        tiles.block(top, bottom, left, right, depth, to, stride);
-                    } else {
-                        tiles.half_block(top, left, right, depth, to, stride);
-                    }
-                    if !whole {
-                        for r in 0..rows {
-                            std::ptr::copy_nonoverlapping(scratch.as_ptr().add(r * 2 * TILE), out.add(r * n), columns);
+            for from in (0..depth).step_by(step) {
+                let to = depth.min(from + step);
+                let (left, right) = (&left[from * TILE..to * TILE], &right[from * TILE..to * TILE]);
+                for block in (first_block..row_blocks.min(first_block + task_blocks)).step_by(2) {
+                    let row = block * TILE;
+                    let rows = (m - row).min(2 * TILE);
+                    let tile = |block: usize| &activations[block * per_block..][from * P * TILE..to * P * TILE];
+                    let top = tile(block);
+                    let bottom = if rows > TILE { tile(block + 1) } else { top };
+                    // SAFETY: panels hold `to - from` tiles and row blocks `P` times as many; `out` has room for m x n,
+                    // and the 32 x 32 block at (row, column) belongs to this task alone. A block that reaches past the
+                    // edge goes through the scratch.
+                    unsafe {
+                        let out = target.0.add(row * n + column);
+                        let whole = rows == 2 * TILE && columns == 2 * TILE;
+                        let scratch = scratch.as_mut_ptr();
+                        let (sums, stride) = if whole { (out, n) } else { (scratch, 2 * TILE) };
+                        let line = |row: usize| (out.add(row * n), scratch.add(row * 2 * TILE));
+                        if !whole && from > 0 {
+                            for (out, scratch) in (0..rows).map(line) {
+                                std::ptr::copy_nonoverlapping(out, scratch, columns);
+                            }
+                        }
+                        let operands = Operands { a: [top, bottom], b: [left, right], depth: to - from };
+                        tiles.block::<P>(rows > TILE, operands, from > 0, sums, stride);
+                        if !whole {
+                            for (out, scratch) in (0..rows).map(line) {
+                                std::ptr::copy_nonoverlapping(scratch, out, columns);
+                            }
                         }
                     }
                 }
@@ -167,6 +208,15 @@ fn multiply_packed(activations: &[Line], m: usize, w: &PackedWeights) -> Vec<f32
     // SAFETY: the tasks cover all rows and columns, so every element has been written.
     unsafe { out.set_len(m * n) };
     out
+}
+
+/// Tiles of a block of the product: two row blocks of activations, two panels of weights.
+#[derive(Clone, Copy)]
+struct Operands<'a> {
+    a: [&'a [Line]; 2],
+    b: [&'a [Line]; 2],
+    /// Tiles of weights in a panel.
+    depth: usize,
 }
 
 /// The tile registers of this thread, configured as eight tiles of 16 rows of 64 bytes until dropped.
@@ -200,21 +250,28 @@ impl Tiles {
         Self
     }
 
-    /// A 32 x 32 block of the product. `stride` is in elements.
+    /// A 32 x 32 block of the product, or the upper half of one, beside what is there already if `add`. `stride` is in
+    /// elements.
     ///
     /// # Safety
-    /// `a*` hold `3 depth` tiles, `b*` hold `depth`, `out` has 32 rows of 32 elements `stride` apart.
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn block(
-        &self,
-        a0: &[Line],
-        a1: &[Line],
-        b0: &[Line],
-        b1: &[Line],
-        depth: usize,
-        out: *mut f32,
-        stride: usize,
-    ) {
+    /// `out` has 32 rows, or 16, of 32 elements `stride` apart; activations have `P` tiles for every tile of weights,
+    /// and those of weights are at least `depth` in each panel.
+    unsafe fn block<const P: usize>(&self, whole: bool, x: Operands<'_>, add: bool, out: *mut f32, stride: usize) {
+        debug_assert!(x.a.iter().all(|a| a.len() == x.depth * P * TILE) && (P == 1 || !add));
+        // SAFETY: as the caller says.
+        unsafe {
+            match (P == PIECES, whole) {
+                (true, true) => self.exact(x, out, stride),
+                (true, false) => self.exact_half(x, out, stride),
+                (false, true) => self.rounded(x, add, out, stride),
+                (false, false) => self.rounded_half(x, add, out, stride),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`block`](Self::block), with three pieces.
+    unsafe fn exact(&self, Operands { a, b, depth }: Operands<'_>, out: *mut f32, stride: usize) {
         unsafe {
             asm!(
                 "tilezero tmm0",
@@ -264,10 +321,10 @@ impl Tiles {
                 "tilestored [{out} + {stride} + 64], tmm1",
                 "tilestored [{lower} + {stride}], tmm2",
                 "tilestored [{lower} + {stride} + 64], tmm3",
-                a0 = inout(reg) a0.as_ptr() => _,
-                a1 = inout(reg) a1.as_ptr() => _,
-                b0 = inout(reg) b0.as_ptr() => _,
-                b1 = inout(reg) b1.as_ptr() => _,
+                a0 = inout(reg) a[0].as_ptr() => _,
+                a1 = inout(reg) a[1].as_ptr() => _,
+                b0 = inout(reg) b[0].as_ptr() => _,
+                b1 = inout(reg) b[1].as_ptr() => _,
                 depth = inout(reg) depth => _,
                 out = in(reg) out,
                 lower = in(reg) out.add(TILE * stride),
@@ -278,11 +335,9 @@ impl Tiles {
         }
     }
 
-    /// The upper 16 x 32 of [`block`](Self::block).
-    ///
     /// # Safety
-    /// As [`block`](Self::block), with 16 rows.
-    unsafe fn half_block(&self, a0: &[Line], b0: &[Line], b1: &[Line], depth: usize, out: *mut f32, stride: usize) {
+    /// As [`block`](Self::block), with three pieces and 16 rows.
+    unsafe fn exact_half(&self, Operands { a, b, depth }: Operands<'_>, out: *mut f32, stride: usize) {
         unsafe {
             asm!(
                 "tilezero tmm0",
@@ -306,10 +361,104 @@ impl Tiles {
                 "jnz 2b",
                 "tilestored [{out} + {stride}], tmm0",
                 "tilestored [{out} + {stride} + 64], tmm1",
-                a0 = inout(reg) a0.as_ptr() => _,
-                b0 = inout(reg) b0.as_ptr() => _,
-                b1 = inout(reg) b1.as_ptr() => _,
+                a0 = inout(reg) a[0].as_ptr() => _,
+                b0 = inout(reg) b[0].as_ptr() => _,
+                b1 = inout(reg) b[1].as_ptr() => _,
                 depth = inout(reg) depth => _,
+                out = in(reg) out,
+                stride = in(reg) 4 * stride,
+                line = in(reg) 64usize,
+                options(nostack),
+            );
+        }
+    }
+
+    /// # Safety
+    /// As [`block`](Self::block), with one piece.
+    unsafe fn rounded(&self, Operands { a, b, depth }: Operands<'_>, add: bool, out: *mut f32, stride: usize) {
+        unsafe {
+            asm!(
+                "test {add}, {add}",
+                "jnz 3f",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "jmp 2f",
+                "3:",
+                "tileloadd tmm0, [{out} + {stride}]",
+                "tileloadd tmm1, [{out} + {stride} + 64]",
+                "tileloadd tmm2, [{lower} + {stride}]",
+                "tileloadd tmm3, [{lower} + {stride} + 64]",
+                "2:",
+                "tileloadd tmm6, [{b0} + {line}]",
+                "tileloadd tmm4, [{a0} + {line}]",
+                "tileloadd tmm7, [{b1} + {line}]",
+                "tileloadd tmm5, [{a1} + {line}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                fetch_ahead!(1024 1088 1152 1216),
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                fetch_ahead!(1280 1344 1408 1472),
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                fetch_ahead!(1536 1600 1664 1728),
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                fetch_ahead!(1792 1856 1920 1984),
+                "add {a0}, 1024",
+                "add {a1}, 1024",
+                "add {b0}, 1024",
+                "add {b1}, 1024",
+                "dec {depth}",
+                "jnz 2b",
+                "tilestored [{out} + {stride}], tmm0",
+                "tilestored [{out} + {stride} + 64], tmm1",
+                "tilestored [{lower} + {stride}], tmm2",
+                "tilestored [{lower} + {stride} + 64], tmm3",
+                a0 = inout(reg) a[0].as_ptr() => _,
+                a1 = inout(reg) a[1].as_ptr() => _,
+                b0 = inout(reg) b[0].as_ptr() => _,
+                b1 = inout(reg) b[1].as_ptr() => _,
+                depth = inout(reg) depth => _,
+                add = in(reg) usize::from(add),
+                out = in(reg) out,
+                lower = in(reg) out.add(TILE * stride),
+                stride = in(reg) 4 * stride,
+                line = in(reg) 64usize,
+                options(nostack),
+            );
+        }
+    }
+
+    /// # Safety
+    /// As [`block`](Self::block), with one piece and 16 rows.
+    unsafe fn rounded_half(&self, Operands { a, b, depth }: Operands<'_>, add: bool, out: *mut f32, stride: usize) {
+        unsafe {
+            asm!(
+                "test {add}, {add}",
+                "jnz 3f",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "jmp 2f",
+                "3:",
+                "tileloadd tmm0, [{out} + {stride}]",
+                "tileloadd tmm1, [{out} + {stride} + 64]",
+                "2:",
+                "tileloadd tmm6, [{b0} + {line}]",
+                "tileloadd tmm4, [{a0} + {line}]",
+                "tileloadd tmm7, [{b1} + {line}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "add {a0}, 1024",
+                "add {b0}, 1024",
+                "add {b1}, 1024",
+                "dec {depth}",
+                "jnz 2b",
+                "tilestored [{out} + {stride}], tmm0",
+                "tilestored [{out} + {stride} + 64], tmm1",
+                a0 = inout(reg) a[0].as_ptr() => _,
+                b0 = inout(reg) b[0].as_ptr() => _,
+                b1 = inout(reg) b[1].as_ptr() => _,
+                depth = inout(reg) depth => _,
+                add = in(reg) usize::from(add),
                 out = in(reg) out,
                 stride = in(reg) 4 * stride,
                 line = in(reg) 64usize,
@@ -329,7 +478,7 @@ impl Drop for Tiles {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::packed::testing::{check_products, check_rows, values};
+    use crate::kernels::packed::testing::{check_products, check_rows, nearest, values};
 
     #[test]
     fn three_pieces_make_up_an_f32_exactly() {
@@ -349,9 +498,30 @@ mod tests {
     }
 
     #[test]
+    fn products_of_rounded_activations_are_summed_in_f32_in_both_orientations_and_at_every_edge() {
+        if available() {
+            check_products(multiply_rounded, nearest);
+        }
+    }
+
+    #[test]
+    fn rounding_is_to_the_nearest_with_ties_to_even_and_keeps_what_is_no_number() {
+        let ties = [0x3F80_8000, 0x3F81_8000, 0x3F80_8001, 0x7F7F_FFFF].map(f32::from_bits);
+        for x in values(1000, 7).into_iter().chain(ties).chain([0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY]) {
+            let mut tile = [ZERO; 16];
+            round_row(&[1.0, x], 3, &mut tile);
+            assert_eq!(u32::from(tile[3].0[1]) << 16, nearest(x).to_bits(), "{x}");
+        }
+        let mut tile = [ZERO; 16];
+        round_row(&[f32::from_bits(0x7FFF_FFFF)], 0, &mut tile);
+        assert!(f32::from_bits(u32::from(tile[0].0[0]) << 16).is_nan());
+    }
+
+    #[test]
     fn a_row_does_not_depend_on_the_others() {
         if available() {
             check_rows(multiply);
+            check_rows(multiply_rounded);
         }
     }
 }

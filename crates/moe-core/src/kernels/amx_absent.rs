@@ -11,3 +11,8 @@ pub fn available() -> bool {
 pub fn multiply(_: &[f32], _: usize, _: &PackedWeights) -> Vec<f32> {
     unreachable!("a product on matrix units that are not there")
 }
+
+/// Only called where they are available.
+pub fn multiply_rounded(_: &[f32], _: usize, _: &PackedWeights) -> Vec<f32> {
+    unreachable!("a product on matrix units that are not there")
+}

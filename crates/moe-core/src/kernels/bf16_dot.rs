@@ -198,13 +198,7 @@ unsafe fn block<const R: usize>(a: &[u32], left: &[Line], right: &[Line], pairs:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::packed::testing::{check_products, check_rows};
-
-    /// To the nearest, ties to even.
-    fn nearest(x: f32) -> f32 {
-        let bits = x.to_bits();
-        f32::from_bits((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF_0000)
-    }
+    use crate::kernels::packed::testing::{check_products, check_rows, nearest};
 
     #[test]
     fn products_of_rounded_activations_are_summed_in_f32_in_both_orientations_and_at_every_edge() {

@@ -106,6 +106,12 @@ pub(super) mod testing {
         values.iter().flat_map(|v| ((v.to_bits() >> 16) as u16).to_le_bytes()).collect()
     }
 
+    /// The nearest bf16, ties to even.
+    pub fn nearest(x: f32) -> f32 {
+        let bits = x.to_bits();
+        f32::from_bits((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF_0000)
+    }
+
     /// Compares products `multiply(x, m, w)` with sums in f64 in both orientations and at every edge; `seen` is what a
     /// product makes of an activation.
     pub fn check_products(multiply: impl Fn(&[f32], usize, &PackedWeights) -> Vec<f32>, seen: impl Fn(f32) -> f32) {
@@ -118,6 +124,7 @@ pub(super) mod testing {
             (128, 257, 65),
             (11, 48, 47),
             (2, 9, 700),
+            (49, 1100, 40),
         ] {
             let x = values(m * k, 1);
             let matrix = bf16(&values(k * n, 2)); // [n, k] for transposed, [k, n] for straight
@@ -142,12 +149,13 @@ pub(super) mod testing {
 
     /// A row of a product is the same whatever rows there are beside it.
     pub fn check_rows(multiply: impl Fn(&[f32], usize, &PackedWeights) -> Vec<f32>) {
-        let (m, k, n) = (50, 96, 48);
-        let (x, matrix) = (values(m * k, 3), bf16(&values(k * n, 4)));
-        let packed = PackedWeights::straight(&matrix.chunks(2 * n).collect::<Vec<_>>(), n);
-        let all = multiply(&x, m, &packed);
-        for t in [0, 17, 49] {
-            assert_eq!(multiply(&x[t * k..(t + 1) * k], 1, &packed), all[t * n..(t + 1) * n]);
+        for (m, k, n) in [(50, 96, 48), (50, 1100, 40)] {
+            let (x, matrix) = (values(m * k, 3), bf16(&values(k * n, 4)));
+            let packed = PackedWeights::straight(&matrix.chunks(2 * n).collect::<Vec<_>>(), n);
+            let all = multiply(&x, m, &packed);
+            for t in [0, 17, 49] {
+                assert_eq!(multiply(&x[t * k..(t + 1) * k], 1, &packed), all[t * n..(t + 1) * n]);
+            }
         }
     }
 }

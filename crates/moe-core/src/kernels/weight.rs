@@ -314,8 +314,11 @@ impl Packed {
     fn multiply(&self, x: &Tensor<2>, columns: usize, weights: &PackedWeights) -> Tensor<2> {
         let n = x.dims()[0];
         let view = HostView::new(x);
-        let rounded = self.precision == Precision::Bf16 && bf16_dot::available();
-        let multiply = if rounded { bf16_dot::multiply } else { amx::multiply };
+        let multiply = match self.precision == Precision::Bf16 && bf16_dot::available() {
+            true if amx::available() => amx::multiply_rounded,
+            true => bf16_dot::multiply,
+            false => amx::multiply,
+        };
         host::from_vec(multiply(view.as_slice(), n, weights), [n, columns], &self.device)
     }
 }
