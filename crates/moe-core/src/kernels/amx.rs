@@ -22,7 +22,7 @@ use std::{arch::asm, cell::RefCell, sync::OnceLock};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::packed::{DEPTH, Line, PackedWeights, TILE, Target, ZERO};
+use super::packed::{DEPTH, Line, PackedWeights, TILE, Target, ZERO, round_row};
 
 /// Pieces of an f32 number.
 const PIECES: usize = 3;
@@ -58,7 +58,10 @@ fn pack_activations<'a, const P: usize>(x: &[f32], m: usize, k: usize, buffer: &
         buffer.resize(lines, ZERO);
     }
     let tiles = &mut buffer[..lines];
-    let split = if P == PIECES { split_row } else { round_row };
+    let split = |x: &[f32], row: usize, tiles: &mut [Line]| match P == PIECES {
+        true => split_row(x, row, tiles),
+        false => round_row(x, &mut tiles[row..], TILE),
+    };
     tiles.par_chunks_mut(per_block).zip(x.par_chunks(TILE * k)).for_each(|(tiles, rows)| {
         for (row, x) in rows.chunks_exact(k).enumerate() {
             split(x, row, tiles);
@@ -68,23 +71,6 @@ fn pack_activations<'a, const P: usize>(x: &[f32], m: usize, k: usize, buffer: &
         }
     });
     tiles
-}
-
-/// Rounds to the nearest bf16, ties to even, into row `row` of tiles.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
-fn round_row(x: &[f32], row: usize, tiles: &mut [Line]) {
-    let (blocks, tail) = x.as_chunks::<DEPTH>();
-    let mut padded = [0.0f32; DEPTH];
-    padded[..tail.len()].copy_from_slice(tail);
-    let last = (!tail.is_empty()).then_some(&padded);
-    for (block, tile) in blocks.iter().chain(last).zip(tiles.chunks_exact_mut(TILE)) {
-        for (rounded, x) in tile[row].0.iter_mut().zip(block) {
-            let bits = x.to_bits();
-            let nearest = bits.wrapping_add(0x7FFF + ((bits >> 16) & 1));
-            // Rounding would make numbers of some that are none.
-            *rounded = ((if x.is_nan() { bits | 0x40_0000 } else { nearest }) >> 16) as u16;
-        }
-    }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
@@ -164,7 +150,7 @@ fn multiply_packed<const P: usize>(activations: &[Line], m: usize, w: &PackedWei
     tasks.par_iter().for_each(|&(first_block, first_column)| {
         let target = &target;
         let tiles = Tiles::configure();
-        let mut scratch = [0.0f32; 4 * TILE * TILE];
+        let mut scratch: Scratch = [0.0; 4 * TILE * TILE];
         for column in (first_column..n.min(first_column + TASK_COLUMNS)).step_by(2 * TILE) {
             let columns = (n - column).min(2 * TILE);
             let left = w.panel(column);
@@ -177,29 +163,13 @@ fn multiply_packed<const P: usize>(activations: &[Line], m: usize, w: &PackedWei
                     let row = block * TILE;
                     let rows = (m - row).min(2 * TILE);
                     let tile = |block: usize| &activations[block * per_block..][from * P * TILE..to * P * TILE];
-                    let top = tile(block);
-                    let bottom = if rows > TILE { tile(block + 1) } else { top };
+                    let bottom = if rows > TILE { tile(block + 1) } else { tile(block) };
+                    let operands = Operands { a: [tile(block), bottom], b: [left, right], depth: to - from };
                     // SAFETY: panels hold `to - from` tiles and row blocks `P` times as many; `out` has room for m x n,
-                    // and the 32 x 32 block at (row, column) belongs to this task alone. A block that reaches past the
-                    // edge goes through the scratch.
+                    // and the block at (row, column) belongs to this task alone.
                     unsafe {
                         let out = target.0.add(row * n + column);
-                        let whole = rows == 2 * TILE && columns == 2 * TILE;
-                        let scratch = scratch.as_mut_ptr();
-                        let (sums, stride) = if whole { (out, n) } else { (scratch, 2 * TILE) };
-                        let line = |row: usize| (out.add(row * n), scratch.add(row * 2 * TILE));
-                        if !whole && from > 0 {
-                            for (out, scratch) in (0..rows).map(line) {
-                                std::ptr::copy_nonoverlapping(out, scratch, columns);
-                            }
-                        }
-                        let operands = Operands { a: [top, bottom], b: [left, right], depth: to - from };
-                        tiles.block::<P>(rows > TILE, operands, from > 0, sums, stride);
-                        if !whole {
-                            for (out, scratch) in (0..rows).map(line) {
-                                std::ptr::copy_nonoverlapping(scratch, out, columns);
-                            }
-                        }
+                        tiles.block::<P>([rows, columns], operands, from > 0, out, n, &mut scratch);
                     }
                 }
             }
@@ -208,6 +178,42 @@ fn multiply_packed<const P: usize>(activations: &[Line], m: usize, w: &PackedWei
     // SAFETY: the tasks cover all rows and columns, so every element has been written.
     unsafe { out.set_len(m * n) };
     out
+}
+
+/// A block of the product.
+type Scratch = [f32; 4 * TILE * TILE];
+
+/// The product of `m` rows in tiles `[m / 16][depth]` with `n` columns of panels that are `panel` lines apart, on this
+/// thread, beside what is there already if `add`. `stride` is in elements.
+///
+/// # Safety
+/// `out` has `m` rows of `n` elements `stride` apart; panels have at least `depth` tiles from `right` on.
+pub(super) unsafe fn multiply_tiles(
+    (left, m): (&[Line], usize),
+    (right, panel, n): (&[Line], usize, usize),
+    depth: usize,
+    add: bool,
+    out: *mut f32,
+    stride: usize,
+) {
+    debug_assert!(available());
+    let tiles = Tiles::configure();
+    let mut scratch: Scratch = [0.0; 4 * TILE * TILE];
+    for column in (0..n).step_by(2 * TILE) {
+        let columns = (n - column).min(2 * TILE);
+        let of = |column: usize| &right[column / TILE * panel..][..depth * TILE];
+        let b = [of(column), of(if columns > TILE { column + TILE } else { column })];
+        for row in (0..m).step_by(2 * TILE) {
+            let rows = (m - row).min(2 * TILE);
+            let of = |row: usize| &left[row * depth..][..depth * TILE];
+            let a = [of(row), of(if rows > TILE { row + TILE } else { row })];
+            // SAFETY: as the caller says.
+            unsafe {
+                let out = out.add(row * stride + column);
+                tiles.block::<1>([rows, columns], Operands { a, b, depth }, add, out, stride, &mut scratch);
+            }
+        }
+    }
 }
 
 /// Tiles of a block of the product: two row blocks of activations, two panels of weights.
@@ -250,21 +256,43 @@ impl Tiles {
         Self
     }
 
-    /// A 32 x 32 block of the product, or the upper half of one, beside what is there already if `add`. `stride` is in
-    /// elements.
+    /// A block of up to 32 x 32 of the product, beside what is there already if `add`. `stride` is in elements. One that
+    /// is not whole goes through the scratch.
     ///
     /// # Safety
-    /// `out` has 32 rows, or 16, of 32 elements `stride` apart; activations have `P` tiles for every tile of weights,
-    /// and those of weights are at least `depth` in each panel.
-    unsafe fn block<const P: usize>(&self, whole: bool, x: Operands<'_>, add: bool, out: *mut f32, stride: usize) {
+    /// `out` has as many rows and columns, `stride` apart; activations have `P` tiles for every tile of weights, and
+    /// those of weights are at least `depth` in each panel.
+    unsafe fn block<const P: usize>(
+        &self,
+        [rows, columns]: [usize; 2],
+        x: Operands<'_>,
+        add: bool,
+        out: *mut f32,
+        stride: usize,
+        scratch: &mut Scratch,
+    ) {
         debug_assert!(x.a.iter().all(|a| a.len() == x.depth * P * TILE) && (P == 1 || !add));
-        // SAFETY: as the caller says.
+        let scratch = scratch.as_mut_ptr();
+        let whole = rows == 2 * TILE && columns == 2 * TILE;
+        let (to, width) = if whole { (out, stride) } else { (scratch, 2 * TILE) };
+        // SAFETY: as the caller says; the scratch is a whole block.
         unsafe {
-            match (P == PIECES, whole) {
-                (true, true) => self.exact(x, out, stride),
-                (true, false) => self.exact_half(x, out, stride),
-                (false, true) => self.rounded(x, add, out, stride),
-                (false, false) => self.rounded_half(x, add, out, stride),
+            let line = |row: usize| (out.add(row * stride), scratch.add(row * 2 * TILE));
+            if !whole && add {
+                for (out, scratch) in (0..rows).map(line) {
+                    std::ptr::copy_nonoverlapping(out, scratch, columns);
+                }
+            }
+            match (P == PIECES, rows > TILE) {
+                (true, true) => self.exact(x, to, width),
+                (true, false) => self.exact_half(x, to, width),
+                (false, true) => self.rounded(x, add, to, width),
+                (false, false) => self.rounded_half(x, add, to, width),
+            }
+            if !whole {
+                for (out, scratch) in (0..rows).map(line) {
+                    std::ptr::copy_nonoverlapping(scratch, out, columns);
+                }
             }
         }
     }
@@ -502,19 +530,6 @@ mod tests {
         if available() {
             check_products(multiply_rounded, nearest);
         }
-    }
-
-    #[test]
-    fn rounding_is_to_the_nearest_with_ties_to_even_and_keeps_what_is_no_number() {
-        let ties = [0x3F80_8000, 0x3F81_8000, 0x3F80_8001, 0x7F7F_FFFF].map(f32::from_bits);
-        for x in values(1000, 7).into_iter().chain(ties).chain([0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY]) {
-            let mut tile = [ZERO; 16];
-            round_row(&[1.0, x], 3, &mut tile);
-            assert_eq!(u32::from(tile[3].0[1]) << 16, nearest(x).to_bits(), "{x}");
-        }
-        let mut tile = [ZERO; 16];
-        round_row(&[f32::from_bits(0x7FFF_FFFF)], 0, &mut tile);
-        assert!(f32::from_bits(u32::from(tile[0].0[0]) << 16).is_nan());
     }
 
     #[test]

@@ -16,7 +16,7 @@ use std::{
 
 use rayon::prelude::*;
 
-use super::packed::{Line, PackedWeights, TILE, Target};
+use super::packed::{Line, PackedWeights, TILE, Target, pairs};
 
 /// Whether the processor has these products; `MOE_BF16=0` in the environment turns them off.
 pub fn available() -> bool {
@@ -142,6 +142,48 @@ fn multiply_rounded(activations: &[u32], m: usize, w: &PackedWeights, many: bool
     // SAFETY: the tasks cover all rows and columns, so every element has been written.
     unsafe { out.set_len(m * n) };
     out
+}
+
+/// The product of `m` rows in lines `[m][depth]` with `n` columns of panels that are `panel` lines apart, on this thread,
+/// beside what is there already if `add`. `stride` is in elements.
+///
+/// # Safety
+/// `out` has `m` rows of `n` elements `stride` apart; panels have at least `depth` times 16 lines from `right` on.
+pub(super) unsafe fn multiply_lines(
+    (left, m): (&[Line], usize),
+    (right, panel, n): (&[Line], usize, usize),
+    depth: usize,
+    add: bool,
+    out: *mut f32,
+    stride: usize,
+) {
+    debug_assert!(available());
+    let lines = depth * TILE;
+    let mut scratch = [0.0f32; ROWS * COLUMNS];
+    for column in (0..n).step_by(COLUMNS) {
+        let columns = (n - column).min(COLUMNS);
+        let of = |column: usize| &right[column / TILE * panel..][..lines];
+        let (first, second) = (of(column), of(if columns > TILE { column + TILE } else { column }));
+        for row in (0..m).step_by(ROWS) {
+            let rows = (m - row).min(ROWS);
+            let a = pairs(&left[row * depth..(row + rows) * depth]);
+            // SAFETY: as the caller says; the scratch is a whole block.
+            unsafe {
+                let out = out.add(row * stride + column);
+                if columns == COLUMNS && !add {
+                    some_rows(rows, a, first, second, lines, out, stride);
+                    continue;
+                }
+                some_rows(rows, a, first, second, lines, scratch.as_mut_ptr(), COLUMNS);
+                for (r, sums) in scratch.chunks_exact(COLUMNS).take(rows).enumerate() {
+                    for (c, sum) in sums[..columns].iter().enumerate() {
+                        let out = out.add(r * stride + c);
+                        *out = if add { *out + sum } else { *sum };
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// # Safety

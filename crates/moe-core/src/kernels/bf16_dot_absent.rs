@@ -1,6 +1,6 @@
 //! Stands in for dot products of bf16 where the processor has none.
 
-use super::packed::PackedWeights;
+use super::packed::{Line, PackedWeights};
 
 /// Always false: there are none here.
 pub fn available() -> bool {
@@ -9,5 +9,20 @@ pub fn available() -> bool {
 
 /// Only called where they are available.
 pub fn multiply(_: &[f32], _: usize, _: &PackedWeights) -> Vec<f32> {
+    unreachable!("a product by instructions that are not there")
+}
+
+/// Only called where they are available.
+///
+/// # Safety
+/// None is needed: it does nothing.
+pub(super) unsafe fn multiply_lines(
+    _: (&[Line], usize),
+    _: (&[Line], usize, usize),
+    _: usize,
+    _: bool,
+    _: *mut f32,
+    _: usize,
+) {
     unreachable!("a product by instructions that are not there")
 }

@@ -14,6 +14,7 @@ use crate::{
         rope::{Positions, RotaryEmbedding, RotaryTable},
         testing::{assert_close, pattern},
     },
+    precision::Precision,
 };
 
 pub(super) const HIDDEN: usize = 6;
@@ -41,7 +42,17 @@ pub(super) fn table(rotary_dim: usize, interleaved: bool) -> RotaryTable {
 }
 
 fn shape(kv_heads: usize, head_dim: usize, value_dim: usize) -> AttentionShape {
-    AttentionShape { heads: 2, kv_heads, head_dim, value_dim, scale: 0.5, window: None, chunk: None, sinks: None }
+    AttentionShape {
+        heads: 2,
+        kv_heads,
+        head_dim,
+        value_dim,
+        scale: 0.5,
+        window: None,
+        chunk: None,
+        sinks: None,
+        precision: Precision::F32,
+    }
 }
 
 pub(super) fn grouped(per_head: bool, clip: Option<f32>) -> AttentionLayer {

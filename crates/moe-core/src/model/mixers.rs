@@ -266,6 +266,7 @@ impl Model {
                 window: None,
                 chunk: None,
                 sinks: None,
+                precision: self.precision,
             },
         })
     }
