@@ -7,8 +7,9 @@
 
 use std::{
     arch::x86_64::{
-        __m256bh, __m256i, __m512bh, _mm256_storeu_si256, _mm512_castsi512_ps, _mm512_cvtneps_pbh, _mm512_dpbf16_ps,
-        _mm512_load_si512, _mm512_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
+        __m512bh, __m512i, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_load_si512,
+        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_maskz_loadu_ps, _mm512_permutexvar_epi16, _mm512_set1_epi32,
+        _mm512_setzero_ps, _mm512_store_si512, _mm512_storeu_ps,
     },
     cell::RefCell,
     sync::OnceLock,
@@ -16,7 +17,7 @@ use std::{
 
 use rayon::prelude::*;
 
-use super::packed::{Line, PackedWeights, TILE, Target, pairs};
+use super::packed::{DEPTH, Line, PackedWeights, TILE, Target, ZERO, pairs};
 
 /// Whether the processor has these products; `MOE_BF16=0` in the environment turns them off.
 pub fn available() -> bool {
@@ -43,7 +44,7 @@ const SHARED: usize = 1 << 20;
 
 thread_local! {
     /// Rounded activations of the calls of one thread: as large as its largest call, kept for the next.
-    static ACTIVATIONS: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
+    static ACTIVATIONS: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
 }
 
 /// `bf16(x) w` for `x [m, k]` row-major and `w [k, n]`: `[m, n]` row-major.
@@ -56,50 +57,72 @@ pub fn multiply(x: &[f32], m: usize, w: &PackedWeights) -> Vec<f32> {
     // Taken out while in use: a nested call on this thread (rayon may steal one) finds an empty buffer, not a borrowed
     // one.
     let mut buffer = ACTIVATIONS.take();
-    let pairs = w.k.div_ceil(2);
-    if buffer.len() < m * pairs {
-        buffer.resize(m * pairs, 0);
+    let depth = w.k.div_ceil(DEPTH);
+    if buffer.len() < m * depth {
+        buffer.resize(m * depth, ZERO);
     }
-    let rounded = &mut buffer[..m * pairs];
+    let rounded = &mut buffer[..m * depth];
     let many = m * w.k * w.n >= SHARED;
-    let round = |(row, x): (&mut [u32], &[f32])| {
-        // SAFETY: the processor has these instructions, as asserted above.
-        unsafe { round_row(x, bytemuck::cast_slice_mut(row)) };
-    };
+    let round = |(lines, x): (&mut [Line], &[f32])| round_row(x, lines, 1);
     match many && m > 64 {
-        true => rounded.par_chunks_exact_mut(pairs).zip(x.par_chunks_exact(w.k)).with_min_len(32).for_each(round),
-        false => rounded.chunks_exact_mut(pairs).zip(x.chunks_exact(w.k)).for_each(round),
+        true => rounded.par_chunks_exact_mut(depth).zip(x.par_chunks_exact(w.k)).with_min_len(32).for_each(round),
+        false => rounded.chunks_exact_mut(depth).zip(x.chunks_exact(w.k)).for_each(round),
     }
-    let out = multiply_rounded(rounded, m, w, many);
+    let out = multiply_rounded(pairs(rounded), m, w, many);
     ACTIVATIONS.set(buffer);
     out
 }
 
-/// Rounds to the nearest bf16, ties to even; an odd last pair is filled up with zero.
-#[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512vl")]
-fn round_row(x: &[f32], out: &mut [u16]) {
-    let (blocks, tail) = x.as_chunks::<TILE>();
-    let (out_blocks, out_tail) = out.split_at_mut(blocks.len() * TILE);
-    let round = |x: &[f32; TILE], out: &mut [u16; TILE]| {
-        // SAFETY: 16 values are read and written, both unaligned.
+/// Rounds a row to the nearest bf16, ties to even, into lines that are `step` apart, of which the last is filled up with
+/// zeros.
+pub(super) fn round_row(x: &[f32], lines: &mut [Line], step: usize) {
+    assert!(available() && x.len().div_ceil(DEPTH) <= lines.len().div_ceil(step), "a line for every 32 numbers");
+    // SAFETY: the processor has these instructions, as asserted.
+    unsafe { round_to_lines(x, lines, step) }
+}
+
+#[target_feature(enable = "avx512bf16,avx512f,avx512bw")]
+fn round_to_lines(x: &[f32], lines: &mut [Line], step: usize) {
+    let (blocks, tail) = x.as_chunks::<DEPTH>();
+    let mut padded = [0.0f32; DEPTH];
+    padded[..tail.len()].copy_from_slice(tail);
+    let last = (!tail.is_empty()).then_some(&padded);
+    for (block, line) in blocks.iter().chain(last).zip(lines.iter_mut().step_by(step)) {
+        // SAFETY: 32 values are read, and a line is 32 of two bytes, aligned to 64.
         unsafe {
-            let rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(x.as_ptr()));
-            _mm256_storeu_si256(out.as_mut_ptr().cast(), std::mem::transmute::<__m256bh, __m256i>(rounded));
+            let [low, high] = [0, TILE].map(|from| _mm512_loadu_ps(block.as_ptr().add(from)));
+            _mm512_store_si512(std::ptr::from_mut(line).cast(), std::mem::transmute(_mm512_cvtne2ps_pbh(high, low)));
         }
-    };
-    for (x, out) in blocks.iter().zip(out_blocks.as_chunks_mut::<TILE>().0) {
-        round(x, out);
     }
-    if !tail.is_empty() {
-        let (mut last, mut rounded) = ([0.0; TILE], [0; TILE]);
-        last[..tail.len()].copy_from_slice(tail);
-        round(&last, &mut rounded);
-        out_tail.copy_from_slice(&rounded[..out_tail.len()]);
+}
+
+/// Rounds two rows to pairs, a line for every 16 columns, `step` lines apart; without an odd row the pairs have zeros.
+pub(super) fn round_pairs(even: &[f32], odd: Option<&[f32]>, lines: &mut [Line], step: usize) {
+    assert!(available() && even.len().div_ceil(TILE) <= lines.len().div_ceil(step), "a line for every 16 columns");
+    assert!(odd.is_none_or(|odd| odd.len() == even.len()), "rows of one length");
+    // SAFETY: the processor has these instructions, as asserted.
+    unsafe { round_to_pairs(even, odd, lines, step) }
+}
+
+#[target_feature(enable = "avx512bf16,avx512f,avx512bw")]
+fn round_to_pairs(even: &[f32], odd: Option<&[f32]>, lines: &mut [Line], step: usize) {
+    let alternating: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * TILE) as u16);
+    for (i, line) in lines.iter_mut().step_by(step).take(even.len().div_ceil(TILE)).enumerate() {
+        let columns = (even.len() - i * TILE).min(TILE);
+        let mask = (0xFFFF_u32 >> (TILE - columns)) as u16;
+        // SAFETY: as many values are read as the rows have left, a line is 32 of two bytes, aligned to 64.
+        unsafe {
+            let load = |row: &[f32]| _mm512_maskz_loadu_ps(mask, row.as_ptr().add(i * TILE));
+            let odd = odd.map_or(_mm512_setzero_ps(), load);
+            let rounded = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(odd, load(even)));
+            let order = _mm512_loadu_si512(alternating.as_ptr().cast());
+            _mm512_store_si512(std::ptr::from_mut(line).cast(), _mm512_permutexvar_epi16(order, rounded));
+        }
     }
 }
 
 fn multiply_rounded(activations: &[u32], m: usize, w: &PackedWeights, many: bool) -> Vec<f32> {
-    let (n, pairs) = (w.n, w.k.div_ceil(2));
+    let (n, pairs) = (w.n, w.k.div_ceil(DEPTH) * TILE);
     let task_rows = (ACTIVATION_BYTES / (4 * pairs)).max(ROWS) / ROWS * ROWS;
     let tasks: Vec<(usize, usize)> = (0..m)
         .step_by(task_rows)
@@ -240,7 +263,10 @@ unsafe fn block<const R: usize>(a: &[u32], left: &[Line], right: &[Line], pairs:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::packed::testing::{check_products, check_rows, nearest};
+    use crate::kernels::packed::{
+        ZERO,
+        testing::{check_products, check_rows, nearest, values},
+    };
 
     #[test]
     fn products_of_rounded_activations_are_summed_in_f32_in_both_orientations_and_at_every_edge() {
@@ -253,6 +279,41 @@ mod tests {
     fn a_row_does_not_depend_on_the_others() {
         if available() {
             check_rows(multiply);
+        }
+    }
+
+    #[test]
+    fn rounding_is_to_the_nearest_with_ties_to_even_and_keeps_what_is_no_number() {
+        if !available() {
+            return;
+        }
+        let ties = [0x3F80_8000, 0x3F81_8000, 0x3F80_8001, 0x7F7F_FFFF].map(f32::from_bits);
+        for x in values(1000, 7).into_iter().chain(ties).chain([0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY]) {
+            let mut tile = [ZERO; 16];
+            round_row(&[1.0, x], &mut tile[3..], 16);
+            assert_eq!(u32::from(tile[3].0[1]) << 16, nearest(x).to_bits(), "{x}");
+        }
+        let mut tile = [ZERO; 16];
+        round_row(&[f32::from_bits(0x7FFF_FFFF)], &mut tile, 16);
+        assert!(f32::from_bits(u32::from(tile[0].0[0]) << 16).is_nan());
+    }
+
+    #[test]
+    fn pairs_of_rows_lie_beside_each_other() {
+        if !available() {
+            return;
+        }
+        let (even, odd) = (values(21, 1), values(21, 2));
+        for with in [true, false] {
+            let mut lines = [Line([7; 32]); 4];
+            round_pairs(&even, with.then_some(odd.as_slice()), &mut lines[1..], 2);
+            for column in 0..32 {
+                let of = |row: &[f32]| row.get(column).map_or(0, |x| (nearest(*x).to_bits() >> 16) as u16);
+                let line = lines[1 + 2 * (column / 16)].0;
+                assert_eq!(line[2 * (column % 16)], of(&even));
+                assert_eq!(line[2 * (column % 16) + 1], if with { of(&odd) } else { 0 });
+            }
+            assert_eq!((lines[0].0, lines[2].0), ([7; 32], [7; 32]));
         }
     }
 }

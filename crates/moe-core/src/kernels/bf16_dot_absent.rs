@@ -26,3 +26,13 @@ pub(super) unsafe fn multiply_lines(
 ) {
     unreachable!("a product by instructions that are not there")
 }
+
+/// Only called where they are available.
+pub(super) fn round_row(_: &[f32], _: &mut [Line], _: usize) {
+    unreachable!("rounding by instructions that are not there")
+}
+
+/// Only called where they are available.
+pub(super) fn round_pairs(_: &[f32], _: Option<&[f32]>, _: &mut [Line], _: usize) {
+    unreachable!("rounding by instructions that are not there")
+}

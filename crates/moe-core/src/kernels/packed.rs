@@ -3,7 +3,6 @@
 //! The matrix units of x86 and its dot products of bf16 both multiply pairs of neighbors in K and add them to f32. So
 //! one order serves both: lines of 64 bytes, each a pair of K for 16 columns of N.
 
-use multiversion::multiversion;
 use rayon::prelude::*;
 
 /// One cache line: a pair of K for 16 columns; one row of a tile.
@@ -12,6 +11,11 @@ use rayon::prelude::*;
 pub struct Line(pub(super) [u16; 32]);
 
 pub(super) const ZERO: Line = Line([0; 32]);
+
+/// Columns of a line; rows of a tile.
+pub(super) const TILE: usize = 16;
+/// Depth of a tile of 16 lines: elements of K.
+pub(super) const DEPTH: usize = 32;
 
 impl Line {
     /// As 16 pairs, the first of each in the lower half.
@@ -26,49 +30,6 @@ pub(super) fn pairs(lines: &[Line]) -> &[u32] {
     // SAFETY: a line is 16 pairs, aligned to 64, and any bits are numbers.
     unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * TILE) }
 }
-
-/// The bits of the nearest bf16, ties to even; of what is no number, those of one that is none either.
-#[inline(always)]
-pub(super) fn round(x: f32) -> u32 {
-    let bits = x.to_bits();
-    let nearest = bits.wrapping_add(0x7FFF + ((bits >> 16) & 1));
-    (if x.is_nan() { bits | 0x40_0000 } else { nearest }) >> 16
-}
-
-/// Rounds a row to lines that are `step` apart, the last of them filled up with zeros.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
-pub(super) fn round_row(x: &[f32], lines: &mut [Line], step: usize) {
-    let (blocks, tail) = x.as_chunks::<DEPTH>();
-    let mut padded = [0.0f32; DEPTH];
-    padded[..tail.len()].copy_from_slice(tail);
-    let last = (!tail.is_empty()).then_some(&padded);
-    for (block, line) in blocks.iter().chain(last).zip(lines.iter_mut().step_by(step)) {
-        for (rounded, x) in line.0.iter_mut().zip(block) {
-            *rounded = round(*x) as u16;
-        }
-    }
-}
-
-/// Rounds two rows to pairs, a line for every 16 columns, `step` lines apart; without an odd row the pairs have zeros.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma", "x86_64+avx2+fma"))]
-pub(super) fn round_pairs(even: &[f32], odd: Option<&[f32]>, lines: &mut [Line], step: usize) {
-    for (i, (line, even)) in lines.iter_mut().step_by(step).zip(even.chunks(TILE)).enumerate() {
-        let pairs = line.pairs_mut();
-        for (pair, x) in pairs.iter_mut().zip(even) {
-            *pair = round(*x);
-        }
-        pairs[even.len()..].fill(0);
-        if let Some(odd) = odd {
-            for (pair, x) in pairs.iter_mut().zip(&odd[i * TILE..][..even.len()]) {
-                *pair |= round(*x) << 16;
-            }
-        }
-    }
-}
-/// Columns of a line; rows of a tile.
-pub(super) const TILE: usize = 16;
-/// Depth of a tile of 16 lines: elements of K.
-pub(super) const DEPTH: usize = 32;
 
 /// A `[K, N]` operand of bf16 weights: `[N / 16][K / 2]` lines, K filled up with zeros to a multiple of 32.
 #[derive(Clone, Debug)]
@@ -210,41 +171,6 @@ pub(super) mod testing {
             for t in [0, 17, 49] {
                 assert_eq!(multiply(&x[t * k..(t + 1) * k], 1, &packed), all[t * n..(t + 1) * n]);
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::testing::{nearest, values};
-    use super::*;
-
-    #[test]
-    fn rounding_is_to_the_nearest_with_ties_to_even_and_keeps_what_is_no_number() {
-        let ties = [0x3F80_8000, 0x3F81_8000, 0x3F80_8001, 0x7F7F_FFFF].map(f32::from_bits);
-        for x in values(1000, 7).into_iter().chain(ties).chain([0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY]) {
-            let mut tile = [ZERO; 16];
-            round_row(&[1.0, x], &mut tile[3..], 16);
-            assert_eq!(u32::from(tile[3].0[1]) << 16, nearest(x).to_bits(), "{x}");
-        }
-        let mut tile = [ZERO; 16];
-        round_row(&[f32::from_bits(0x7FFF_FFFF)], &mut tile, 16);
-        assert!(f32::from_bits(u32::from(tile[0].0[0]) << 16).is_nan());
-    }
-
-    #[test]
-    fn pairs_of_rows_lie_beside_each_other() {
-        let (even, odd) = (values(21, 1), values(21, 2));
-        for with in [true, false] {
-            let mut lines = [Line([7; 32]); 4];
-            round_pairs(&even, with.then_some(odd.as_slice()), &mut lines[1..], 2);
-            for column in 0..32 {
-                let of = |row: &[f32]| row.get(column).map_or(0, |x| (nearest(*x).to_bits() >> 16) as u16);
-                let line = lines[1 + 2 * (column / 16)].0;
-                assert_eq!(line[2 * (column % 16)], of(&even));
-                assert_eq!(line[2 * (column % 16) + 1], if with { of(&odd) } else { 0 });
-            }
-            assert_eq!((lines[0].0, lines[2].0), ([7; 32], [7; 32]));
         }
     }
 }

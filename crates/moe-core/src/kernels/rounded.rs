@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use super::{
     amx, bf16_dot,
-    packed::{DEPTH, Line, TILE, ZERO, round_pairs, round_row},
+    bf16_dot::{round_pairs, round_row},
+    packed::{DEPTH, Line, TILE, ZERO},
 };
 
 /// Whether the processor has such products.

@@ -137,7 +137,6 @@ pub fn backward(
                 let (m, width, first) = (block.queries.len(), block.keys.len(), block.keys.start);
                 let row = start + block.queries.start;
                 let (p, ds) = (&mut p[..m * width], &mut ds[..m * width]);
-                let of = |rows: &Heads<'_>, i: usize| rows.row(row + i, head);
                 // SAFETY: `ds` has a row of keys for every query, the sums a row of keys for every dimension; a task
                 // owns the rows of its sequence in the columns of its heads.
                 unsafe {
@@ -154,7 +153,7 @@ pub fn backward(
                     let (to, stride) = dq.rows_of_head(row, head, d);
                     multiply(rows, key_rows, first, 0..d, false, to, stride);
                     right.take_rows(m, width, |i| &ds[i * width..(i + 1) * width]);
-                    transposed_rows(rows, transposed, m, d, |i| of(&q, i));
+                    transposed_rows(rows, transposed, m, d, |i| q.row(row + i, head));
                     multiply(rows, right, 0, 0..width, true, sum_k.as_mut_ptr().add(first), keys);
                 }
             }
