@@ -33,6 +33,18 @@ impl ModelSource for Files {
         self.shards.iter().for_each(Shard::release_all);
     }
 
+    fn read_ahead(&self, model: &Checkpoint, layer: usize) {
+        let of_layer = model.tensors().filter(|tensor| model.is_of_layer(tensor, layer));
+        let mut places: Vec<(usize, Range<usize>)> =
+            of_layer.map(|tensor| (tensor.shard(), tensor.begin()..tensor.begin() + tensor.bytes as usize)).collect();
+        places.sort_by_key(|(shard, range)| (*shard, range.start));
+        // Neighbors in one go.
+        let neighbors = |a: &(usize, Range<usize>), b: &(usize, Range<usize>)| a.0 == b.0 && a.1.end >= b.1.start;
+        for run in places.chunk_by(neighbors) {
+            self.shards[run[0].0].read_ahead(run[0].1.start..run[run.len() - 1].1.end);
+        }
+    }
+
     fn fingerprint(&self, model: &Checkpoint) -> String {
         self.shards.iter().for_each(|shard| shard.set_random(true));
         let digest = fingerprint::compute(model, &self.shards);

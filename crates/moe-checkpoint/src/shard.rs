@@ -13,6 +13,10 @@ use crate::{Error, Result};
 #[cfg(unix)]
 const FAULT_AROUND: usize = 2 << 20;
 
+/// What Linux reads at least of a range that it is told will be needed; of a longer one it drops the rest.
+#[cfg(unix)]
+const READ_AHEAD: usize = 128 << 10;
+
 /// A mapped file whose header has been checked against its length.
 pub(crate) struct Shard {
     path: PathBuf,
@@ -101,6 +105,23 @@ impl Shard {
     pub fn release_all(&self) {
         self.release(0..self.map.len());
     }
+
+    /// Has a range read into the system's cache of files.
+    #[cfg(unix)]
+    pub fn read_ahead(&self, range: Range<usize>) {
+        for start in range.clone().step_by(READ_AHEAD) {
+            let piece = READ_AHEAD.min(range.end - start);
+            if let Err(error) = self.map.advise_range(memmap2::Advice::WillNeed, start, piece) {
+                // Only speed depends on it.
+                tracing::debug!(path = %self.path.display(), %error, "the file was not read ahead");
+                return;
+            }
+        }
+    }
+
+    /// Elsewhere it is read when it is needed.
+    #[cfg(not(unix))]
+    pub fn read_ahead(&self, _range: Range<usize>) {}
 
     /// Switches read-ahead off (for samples all over the file) or back on.
     pub fn set_random(&self, random: bool) {

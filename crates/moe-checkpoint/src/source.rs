@@ -98,6 +98,15 @@ pub trait ModelSource: Send + Sync {
         }
     }
 
+    /// Has what files hold of a decoder layer read before it is asked for, and may wait for the disk meanwhile. By
+    /// default that of the base.
+    fn read_ahead(&self, model: &Checkpoint, layer: usize) {
+        let _ = model;
+        if let Some(base) = self.base() {
+            base.read_ahead(layer);
+        }
+    }
+
     /// The model that this one is made from; `None` for files.
     fn base(&self) -> Option<&Arc<Checkpoint>> {
         None

@@ -166,6 +166,18 @@ impl Checkpoint {
         self.source.release_all();
     }
 
+    /// Has what files hold of a decoder layer read into the memory of the system, where it costs the process nothing and
+    /// is found when it is read. Waits for the disk as long as the disk lets it: for a thread that has nothing else to
+    /// do. Nothing but speed depends on it.
+    pub fn read_ahead(&self, layer: usize) {
+        self.source.read_ahead(self, layer);
+    }
+
+    /// Whether a tensor belongs to a decoder layer by its name.
+    pub(crate) fn is_of_layer(&self, tensor: &TensorInfo, layer: usize) -> bool {
+        self.family.layer_of(&tensor.name) == Some(layer)
+    }
+
     /// Gives the mapped pages of some bytes of a tensor back to the system. A name that the model does not have holds
     /// no pages.
     pub fn release_range(&self, name: &str, range: Range<usize>) {

@@ -74,6 +74,9 @@ impl Engine<'_> {
             if !sweep.depth.reaches_feed_forward(at) {
                 return Ok(());
             }
+            if let Some(next) = at.checked_sub(1).filter(|next| sweep.depth.reaches_feed_forward(*next)) {
+                self.model.read_ahead(steps[next].layer);
+            }
             let dx = self.step_backward(&mut sweep, at, dy, observer)?;
             observer.done(SweepPart::Backward(steps[at].layer))?;
             let Some(dx) = dx else { return Ok(()) };

@@ -134,6 +134,9 @@ impl Engine<'_> {
                 };
                 for (at, tape) in tapes.iter_mut().enumerate().take(stop).skip(first) {
                     let PathStep { layer, attention, feed_forward } = steps[at];
+                    if let Some(next) = steps[..stop].get(at + 1) {
+                        self.model.read_ahead(next.layer);
+                    }
                     if needs.hidden {
                         observer.hidden(layer, &self.apart(&x).0)?;
                     }

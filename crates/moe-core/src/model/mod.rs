@@ -17,6 +17,7 @@ mod ffn;
 mod head;
 mod layer_input;
 mod mixers;
+mod read_ahead;
 mod streams;
 mod tensors;
 mod views;
@@ -61,6 +62,7 @@ pub struct Model {
     /// Whether the residual stream has mean zero, so that LayerNorms are RMSNorms.
     centered: bool,
     work: work::WorkCounts,
+    ahead: read_ahead::ReadAhead,
     rope: RotaryEmbedding,
     /// Of layers with a window, where they have their own.
     local_rope: Option<RotaryEmbedding>,
@@ -164,6 +166,7 @@ impl Model {
             depth: None,
             centered: false,
             work: work::WorkCounts::default(),
+            ahead: read_ahead::ReadAhead::default(),
             rope,
             local_rope,
             router,
