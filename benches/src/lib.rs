@@ -2,6 +2,8 @@
 //! shape.
 
 pub mod adaptive_study;
+#[cfg(feature = "candle")]
+pub mod candle;
 pub mod compare;
 pub mod exports;
 pub mod fine_grained;

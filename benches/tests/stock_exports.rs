@@ -2,54 +2,26 @@
 //!
 //! `cargo xtask goldens --python PYTHON` makes the numbers anew.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use moe_benches::exports::{Kind, export, lora, models};
 use moe_checkpoint::Checkpoint;
-use moe_core::data::{Sequence, Wave};
+use moe_core::Model;
 use moe_core::device::device;
-use moe_core::host::HostView;
-use moe_core::trace::{Observer, Signals};
-use moe_core::{Engine, EngineOptions, Model};
 use moe_peft::lora::{Lora, Maps};
 use moe_peft::{AdapterSet, peft_files};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
+use common::{fixtures, logits, logits_of};
+
 const TOLERANCE: f32 = 1e-4;
-
-fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/moe-checkpoint/tests/fixtures")
-}
-
-#[derive(Default)]
-struct Logits(Vec<f32>);
-
-impl Observer for Logits {
-    fn needs(&self) -> Signals {
-        Signals { logits: true, ..Signals::NONE }
-    }
-
-    fn logits(&mut self, _: usize, logits: &HostView, _: usize) -> moe_core::Result<()> {
-        self.0.extend_from_slice(logits.as_slice());
-        Ok(())
-    }
-}
-
-fn logits(directory: &Path, ids: &[u32]) -> Vec<f32> {
-    logits_of(&Model::open(directory, &device("flex").unwrap(), None).unwrap(), ids)
-}
-
-fn logits_of(model: &Model, ids: &[u32]) -> Vec<f32> {
-    let wave = Wave { id: 0, sequences: vec![Sequence::new(ids.to_vec())] };
-    let mut logits = Logits::default();
-    Engine::new(model, EngineOptions::default()).run(&wave, &mut logits).unwrap();
-    logits.0
-}
 
 fn input_ids(golden: &SafeTensors<'_>) -> Vec<u32> {
     let ids = golden.tensor("input_ids").unwrap();

@@ -13,13 +13,11 @@ when it is not. Needs torch, safetensors, and transformers with accelerate and c
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "examples/assets/tiny-moe"
+from stock import TINY, TOLERANCE, ours, run, transformers_model, vllm_model
+
 ROWS = TINY / "data/facts_calibration.jsonl"
 IDS = [[5, 17, 40, 33, 3, 41, 21, 28]]
 INT = {"type": "int", "bits": 4, "group_size": 32}
@@ -42,8 +40,6 @@ FORMS = {
     "experts": ["--pruner", "expert", "--ratio", "0.25"],
     "units": ["--pruner", "unit", "--ratio", "0.3334", "--round-to", "32", "--scorer", "fisher"],
 }
-# Differences that are no more than those of arithmetic: float32 on both sides, and BF16 activations in vLLM.
-TOLERANCE = {"transformers": 1e-4, "vllm": 0.15}
 # What engines do wrong or refuse, by format.
 KNOWN = {
     "transformers": {
@@ -68,63 +64,28 @@ def made(moe, out, name, form):
         base = TINY if name == "bf16" else whole
         command = [moe, "prune", "--model", base, "--data", ROWS, "--samples", "8", *FORMS[form], "--form", "uniform", "--out", directory]
     if not directory.exists():
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        run(command)
     return directory
-
-
-def ours(moe, directory, scratch):
-    """Our logits at the last position."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    save_file({"input_ids": torch.tensor(IDS)}, scratch / "tokens.safetensors")
-    command = [moe, "trace", "--model", directory, "--tokens", scratch / "tokens.safetensors", "--out", scratch / "trace.safetensors"]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
-    return load_file(scratch / "trace.safetensors")["logits"][0, -1]
 
 
 def by_transformers(directory):
     import torch
-    import transformers
 
-    entry = json.loads((directory / "config.json").read_text()).get("quantization_config", {})
-    options = {}
-    if entry.get("quant_method") == "compressed-tensors":
-        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    elif entry.get("quant_method") == "fp8":
-        options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.bfloat16, output_loading_info=True, attn_implementation="eager", **options
-    )
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    wrong = {kind: sorted(map(str, info[kind]))[:2] for kind in kinds if info.get(kind)}
-    if wrong:
-        raise ValueError(str(wrong))
     with torch.no_grad():
-        return model.float().eval()(input_ids=torch.tensor(IDS)).logits[0, -1]
+        return transformers_model(directory)(input_ids=torch.tensor(IDS)).logits[0, -1]
 
 
 def by_vllm(directory):
     """Log-probabilities of the likeliest tokens, from a process of its own: an engine cannot be taken down."""
-    done = subprocess.run([sys.executable, __file__, "vllm-one", str(directory), "-"], capture_output=True, text=True)
-    line = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not line:
-        errors = [line for line in (done.stderr + done.stdout).splitlines() if "Error" in line]
-        raise RuntimeError(errors[-1][-300:] if errors else done.stderr[-300:])
-    return {int(token): value for token, value in json.loads(line[0][7:]).items()}
+    lines = run([sys.executable, __file__, "vllm-one", directory, "-"]).splitlines()
+    found = next(line for line in lines if line.startswith("RESULT "))
+    return {int(token): value for token, value in json.loads(found[7:]).items()}
 
 
 def vllm_one(directory):
-    os.environ |= {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-    }
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    model = LLM(
-        model=directory, enforce_eager=True, max_model_len=64, max_num_seqs=2, skip_tokenizer_init=True, dtype="bfloat16", disable_log_stats=True
-    )
+    model = vllm_model(directory, max_model_len=64, skip_tokenizer_init=True, dtype="bfloat16")
     how = SamplingParams(temperature=0, max_tokens=1, logprobs=20, detokenize=False, ignore_eos=True)
     first = model.generate([{"prompt_token_ids": IDS[0]}], how)[0].outputs[0].logprobs[0]
     print("RESULT " + json.dumps({str(token): value.logprob for token, value in first.items()}))
@@ -166,7 +127,7 @@ def main():
                 print(f"{name}, {form}: not written: {error}", flush=True)
                 continue
             try:
-                expected = ours(arguments.moe, directory, arguments.out)
+                expected = ours(arguments.moe, directory, IDS[0], arguments.out)[-1]
                 found = difference(arguments.engine, directory, expected)
                 right = found <= TOLERANCE[arguments.engine]
                 what = f"{found:.1e} from ours"

