@@ -42,7 +42,7 @@ struct Arguments {
     /// Prompts, at most
     #[arg(long, default_value_t = 60)]
     prompts: usize,
-    /// Texts at a time. candle has no mask for texts of other lengths: of more than one, prompts are cut to the shortest
+    /// Texts at a time. candle has no mask for texts of other lengths: of several, prompts are cut to the shortest
     #[arg(long, default_value_t = 1, value_parser = cli::at_least(1))]
     batch: usize,
     /// New tokens of each, whatever they are

@@ -1,8 +1,8 @@
 //! Mixture-of-Experts models of candle-transformers, to compare with: what they compute, and how fast they are.
 //!
-//! candle 0.11.1 has Qwen2-MoE, Qwen3-MoE, Mixtral and DeepSeek-V2. It reads `rope_theta` where transformers 4 wrote it,
-//! experts one by one, and no quantized checkpoint; its Mixtral wants a sliding window. Its masks are causal and nothing
-//! else, so that the texts of a batch have to be of one length.
+//! candle 0.11.1 has Qwen2-MoE, Qwen3-MoE, Mixtral and DeepSeek-V2. It reads `rope_theta` where transformers 4 wrote
+//! it, experts one by one, and no quantized checkpoint; its Mixtral wants a sliding window. Its masks are causal and
+//! nothing else, so that the texts of a batch have to be of one length.
 
 use std::fs;
 use std::path::{Path, PathBuf};

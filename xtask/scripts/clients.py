@@ -6,7 +6,8 @@
 
 JOB is a JSON file: `prompts`, `new_tokens`, `exports` (directories by name), `folder` (for files in between), `llama` (the folder with
 convert_hf_to_gguf.py) and `moe` (the program); for gaps also `parted` (`export`, `prompt`, `ours`, `theirs`). A line of standard output that is
-a JSON object is a result. Answers are greedy, and end before the end of the line.
+a JSON object is a result. Answers are greedy, and end before the end of the line. With them comes how far two logits may be apart that are a tie by
+the arithmetic of the engine: twice what its numbers are off at most.
 """
 
 import json
@@ -21,6 +22,10 @@ PACKAGES = {"transformers": ["transformers", "torch"], "llama.cpp": ["xllamacpp"
 
 def versions(engine):
     return ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES[engine])
+
+
+def is_quantized(directory):
+    return "quantization_config" in json.loads((directory / "config.json").read_text())
 
 
 def by_transformers(job, directory):
@@ -40,7 +45,7 @@ def by_transformers(job, directory):
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=job["new_tokens"], do_sample=False, stopping_criteria=[ended]
             )
         answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-    return {"answers": answers}
+    return {"answers": answers, "tie": 2 * stock.TOLERANCE["transformers"]}
 
 
 def by_llama_cpp(job, directory):
@@ -52,8 +57,10 @@ def by_llama_cpp(job, directory):
 
     llama, file = Path(job["llama"]), Path(job["folder"]) / f"{directory.name}.gguf"
     stock.gguf(llama, directory, file, "f32")
-    quantized = "quantization_config" in json.loads((directory / "config.json").read_text())
-    note = "converted from quantized weights" if quantized else f"{stock.same_tensors(llama, directory, file)} tensors the same"
+    if is_quantized(directory):
+        note, tolerance = "dequantized by the converter", "llama.cpp, dequantized"
+    else:
+        note, tolerance = f"{stock.same_tensors(llama, directory, file)} tensors the same", "llama.cpp"
     options = xllamacpp.CommonParams()
     options.model.path, options.n_ctx, options.n_parallel, options.verbosity = str(file), 512, 1, 0
     options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -71,16 +78,16 @@ def by_llama_cpp(job, directory):
         )
         answers.append(reply["choices"][0]["text"])
     file.unlink()
-    return {"answers": answers, "note": note}
+    return {"answers": answers, "tie": 2 * stock.TOLERANCE[tolerance], "note": note}
 
 
 def by_vllm(job, directory):
     from vllm import SamplingParams
 
-    quantized = "quantization_config" in json.loads((directory / "config.json").read_text())
-    model = stock.vllm_model(directory, max_model_len=512, dtype="bfloat16" if quantized else "float32")
+    model = stock.vllm_model(directory, max_model_len=512, dtype="bfloat16")
     how = SamplingParams(temperature=0, max_tokens=job["new_tokens"], stop=["\n"])
-    return {"answers": [reply.outputs[0].text for reply in model.generate(job["prompts"], how, use_tqdm=False)]}
+    answers = [reply.outputs[0].text for reply in model.generate(job["prompts"], how, use_tqdm=False)]
+    return {"answers": answers, "tie": 2 * stock.TOLERANCE["vllm"]}
 
 
 ENGINES = {"transformers": by_transformers, "llama.cpp": by_llama_cpp, "vllm": by_vllm}

