@@ -16,20 +16,17 @@ use serde_json::{Value, json};
 use crate::{Error, Result};
 
 /// A model of candle with what it has seen of its texts.
-#[derive(Clone, Debug)]
 pub struct Candle {
     model: Kind,
-    /// Without any text: not every model can forget its own.
-    fresh: Kind,
     /// Tokens of each text so far.
     seen: usize,
 }
 
-#[derive(Clone, Debug)]
 enum Kind {
     Qwen2Moe(qwen2_moe::Model),
     Qwen3Moe(qwen3_moe::ModelForCausalLM),
-    Mixtral(mixtral::Model),
+    /// As it is, and as it was before any text, which it cannot forget.
+    Mixtral(Box<[mixtral::Model; 2]>),
     DeepseekV2(deepseek2::DeepSeekV2),
 }
 
@@ -51,17 +48,24 @@ impl Candle {
         let model = match config["model_type"].as_str() {
             Some("qwen2_moe") => qwen2_moe::Model::new(&read(known, &path)?, weights).map(Kind::Qwen2Moe),
             Some("qwen3_moe") => qwen3_moe::ModelForCausalLM::new(&read(known, &path)?, weights).map(Kind::Qwen3Moe),
-            Some("mixtral") => mixtral::Model::new(&read(known, &path)?, weights).map(Kind::Mixtral),
+            Some("mixtral") => mixtral::Model::new(&read(known, &path)?, weights)
+                .map(|model| Kind::Mixtral(Box::new([model.clone(), model]))),
             Some("deepseek_v2") => deepseek2::DeepSeekV2::new(&read(known, &path)?, weights).map(Kind::DeepseekV2),
             other => return Err(invalid(&path, format!("model_type is {other:?}; candle has no such model"))),
         };
         let model = model.map_err(|error| invalid(directory, error))?;
-        Ok(Self { fresh: model.clone(), model, seen: 0 })
+        Ok(Self { model, seen: 0 })
     }
 
     /// Begins new texts.
     pub fn restart(&mut self) {
-        (self.model, self.seen) = (self.fresh.clone(), 0);
+        match &mut self.model {
+            Kind::Qwen2Moe(model) => model.clear_kv_cache(),
+            Kind::Qwen3Moe(model) => model.clear_kv_cache(),
+            Kind::Mixtral(models) => models[0] = models[1].clone(),
+            Kind::DeepseekV2(model) => model.clear_kv_cache(),
+        }
+        self.seen = 0;
     }
 
     /// Logits `[B, V]` after further tokens of each text, as many of each.
@@ -80,7 +84,7 @@ impl Candle {
             let logits = match &mut self.model {
                 Kind::Qwen2Moe(model) => model.forward(&ids, self.seen)?,
                 Kind::Qwen3Moe(model) => model.forward(&ids, self.seen)?,
-                Kind::Mixtral(model) => model.forward(&ids, self.seen)?,
+                Kind::Mixtral(models) => models[0].forward(&ids, self.seen)?,
                 Kind::DeepseekV2(model) => model.forward(&ids, self.seen)?,
             };
             let vocabulary = logits.dim(candle_core::D::Minus1)?;

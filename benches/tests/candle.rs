@@ -91,7 +91,7 @@ fn what_candle_would_leave_aside_is_refused() {
         let mut other = config.clone();
         other[field] = value;
         fs::write(scratch.path().join("config.json"), other.to_string()).unwrap();
-        let error = Candle::open(scratch.path()).unwrap_err().to_string();
+        let error = Candle::open(scratch.path()).err().unwrap().to_string();
         assert!(error.contains(word) && error.contains("config.json"), "{error}");
     }
 }

@@ -84,10 +84,11 @@ def by_llama_cpp(job, directory):
 def by_vllm(job, directory):
     from vllm import SamplingParams
 
-    model = stock.vllm_model(directory, max_model_len=512, dtype="bfloat16")
+    dtype, tolerance = ("bfloat16", "vllm") if is_quantized(directory) else ("float32", "vllm, float32")
+    model = stock.vllm_model(directory, max_model_len=512, dtype=dtype)
     how = SamplingParams(temperature=0, max_tokens=job["new_tokens"], stop=["\n"])
     answers = [reply.outputs[0].text for reply in model.generate(job["prompts"], how, use_tqdm=False)]
-    return {"answers": answers, "tie": 2 * stock.TOLERANCE["vllm"]}
+    return {"answers": answers, "tie": 2 * stock.TOLERANCE[tolerance]}
 
 
 ENGINES = {"transformers": by_transformers, "llama.cpp": by_llama_cpp, "vllm": by_vllm}

@@ -382,7 +382,7 @@ fn environment(folder: &Path) -> Result<(PathBuf, PathBuf)> {
         let to = archives.display().to_string();
         pip(&python, &["download", "--no-deps", "--no-binary", source, "--dest", &to], &[source])?;
         let unpack = "import pathlib, shutil, sys; archive, = pathlib.Path(sys.argv[1]).glob('*.tar.gz'); \
-                      shutil.unpack_archive(archive, sys.argv[1], filter='data'); \
+                      shutil.unpack_archive(archive, sys.argv[1]); \
                       found, = pathlib.Path(sys.argv[1]).glob('*/llama.cpp'); found.rename(sys.argv[2]); \
                       shutil.rmtree(sys.argv[1])";
         output(Command::new(&python).args(["-c", unpack]).arg(&archives).arg(&sources))?;
