@@ -150,7 +150,13 @@ fn readable(config: &Value) -> std::result::Result<Value, String> {
         ));
     }
     known["sliding_window"] = config["max_position_embeddings"].clone();
-    for (field, without) in [("use_flash_attn", json!(false)), ("n_group", json!(1)), ("topk_group", json!(1))] {
+    let absent = [
+        ("use_flash_attn", json!(false)),
+        ("n_group", json!(1)),
+        ("topk_group", json!(1)),
+        ("max_window_layers", json!(0)),
+    ];
+    for (field, without) in absent {
         if known.get(field).is_none_or(Value::is_null) {
             known[field] = without;
         }
