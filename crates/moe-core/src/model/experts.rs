@@ -114,7 +114,7 @@ impl Model {
 
     /// Where an expert is cached: experts that share weights share the place. `None` where an overlay may make such
     /// experts differ.
-    fn expert_index(&self, layer: usize, expert: usize) -> Result<Option<usize>> {
+    pub(super) fn expert_index(&self, layer: usize, expert: usize) -> Result<Option<usize>> {
         let config = self.config();
         let mut index = 0;
         for l in &self.checkpoint.shape().layers {
