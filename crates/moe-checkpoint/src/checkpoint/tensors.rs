@@ -166,8 +166,8 @@ impl Checkpoint {
         self.source.release_all();
     }
 
-    /// Has what files hold of a decoder layer read into the memory of the system, where it costs the process nothing and
-    /// is found when it is read. Waits for the disk as long as the disk lets it: for a thread that has nothing else to
+    /// Has what files hold of a decoder layer read into the memory of the system, where it costs the process nothing
+    /// and is found when it is read. Waits for the disk as long as that takes: for a thread that has nothing else to
     /// do. Nothing but speed depends on it.
     pub fn read_ahead(&self, layer: usize) {
         self.source.read_ahead(self, layer);

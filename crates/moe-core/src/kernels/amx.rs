@@ -3,8 +3,8 @@
 //! An f32 number is the sum of three bf16 numbers (8 + 8 + 8 bits of mantissa). Checkpoints store weights as bf16, so
 //! `x w = hi w + mid w + lo w` holds exactly, product by product, and three bf16 tile products with f32 accumulation
 //! replace one f32 product: the result differs from an f32 matrix product only by the order of summation, at several
-//! times its speed. Weights are read from the checkpoint in half the memory, without a conversion. Where activations may
-//! be rounded to bf16 one product is enough.
+//! times its speed. Weights are read from the checkpoint in half the memory, without a conversion. Where activations
+//! may be rounded to bf16 one product is enough.
 //!
 //! Operands are packed into tiles of 1 KiB, 16 rows of 64 bytes, that follow each other in the order in which they are
 //! used:
@@ -146,7 +146,7 @@ fn multiply_packed<const P: usize>(activations: &[Line], m: usize, w: &PackedWei
         .step_by(task_blocks)
         .flat_map(|row| (0..n).step_by(TASK_COLUMNS).map(move |column| (row, column)))
         .collect();
-    // Three pieces use a tile of weights three times, one only once: weights stay in the first-level cache for all rows.
+    // Three pieces use a tile of weights three times, one only once: weights then stay in the first-level cache.
     let step = if P == PIECES { depth } else { CACHED_DEPTH };
     let mut out: Vec<f32> = Vec::with_capacity(m * n);
     let target = Target(out.as_mut_ptr());
@@ -259,8 +259,8 @@ impl Tiles {
         Self
     }
 
-    /// A block of up to 32 x 32 of the product, beside what is there already if `add`. `stride` is in elements. One that
-    /// is not whole goes through the scratch.
+    /// A block of up to 32 x 32 of the product, beside what is there already if `add`. `stride` is in elements. One
+    /// that is not whole goes through the scratch.
     ///
     /// # Safety
     /// `out` has as many rows and columns, `stride` apart; activations have `P` tiles for every tile of weights, and

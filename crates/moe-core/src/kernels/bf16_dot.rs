@@ -73,8 +73,8 @@ pub fn multiply(x: &[f32], m: usize, w: &PackedWeights) -> Vec<f32> {
     out
 }
 
-/// Rounds a row to the nearest bf16, ties to even, into lines that are `step` apart, of which the last is filled up with
-/// zeros.
+/// Rounds a row to the nearest bf16, ties to even, into lines that are `step` apart, of which the last is filled up
+/// with zeros.
 pub(super) fn round_row(x: &[f32], lines: &mut [Line], step: usize) {
     assert!(available() && x.len().div_ceil(DEPTH) <= lines.len().div_ceil(step), "a line for every 32 numbers");
     // SAFETY: the processor has these instructions, as asserted.
@@ -167,8 +167,8 @@ fn multiply_rounded(activations: &[u32], m: usize, w: &PackedWeights, many: bool
     out
 }
 
-/// The product of `m` rows in lines `[m][depth]` with `n` columns of panels that are `panel` lines apart, on this thread,
-/// beside what is there already if `add`. `stride` is in elements.
+/// The product of `m` rows in lines `[m][depth]` with `n` columns of panels that are `panel` lines apart, on this
+/// thread, beside what is there already if `add`. `stride` is in elements.
 ///
 /// # Safety
 /// `out` has `m` rows of `n` elements `stride` apart; panels have at least `depth` times 16 lines from `right` on.
