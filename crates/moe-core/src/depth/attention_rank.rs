@@ -12,7 +12,6 @@ use crate::{
         rope::Positions,
     },
     layers::{Handover, MixerLayer, slice_rows},
-    precision::Precision,
     trace::{Observer, Signals, WaveInfo},
 };
 
@@ -94,7 +93,7 @@ fn maps(q: &Tensor<2>, k: &Tensor<2>, shape: &AttentionShape, selection: Option<
         }
     }
     let values = host::from_vec(one_hot, [tokens, shape.kv_heads * tokens], &q.device());
-    let shape = AttentionShape { value_dim: tokens, precision: Precision::F32, ..shape.clone() };
+    let shape = AttentionShape { value_dim: tokens, ..shape.clone() };
     let found = HostView::new(&attention(q, k, &values, std::slice::from_ref(&(0..tokens)), &shape, selection));
     let rows = |head: usize| {
         let row = move |t: usize| (t * shape.heads + head) * tokens..(t * shape.heads + head + 1) * tokens;
@@ -133,7 +132,6 @@ mod tests {
                 window: None,
                 chunk: None,
                 sinks: None,
-                precision: Precision::F32,
             },
         );
         let values = |seed: f32, n: usize| (0..n).map(|i| (i as f32 * 1.7 + seed).sin()).collect::<Vec<f32>>();

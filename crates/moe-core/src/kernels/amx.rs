@@ -186,39 +186,6 @@ fn multiply_packed<const P: usize>(activations: &[Line], m: usize, w: &PackedWei
 /// A block of the product.
 type Scratch = [f32; 4 * TILE * TILE];
 
-/// The product of `m` rows in tiles `[m / 16][depth]` with `n` columns of panels that are `panel` lines apart, on this
-/// thread, beside what is there already if `add`. `stride` is in elements.
-///
-/// # Safety
-/// `out` has `m` rows of `n` elements `stride` apart; panels have at least `depth` tiles from `right` on.
-pub(super) unsafe fn multiply_tiles(
-    (left, m): (&[Line], usize),
-    (right, panel, n): (&[Line], usize, usize),
-    depth: usize,
-    add: bool,
-    out: *mut f32,
-    stride: usize,
-) {
-    debug_assert!(available());
-    let tiles = Tiles::configure();
-    let mut scratch: Scratch = [0.0; 4 * TILE * TILE];
-    for column in (0..n).step_by(2 * TILE) {
-        let columns = (n - column).min(2 * TILE);
-        let of = |column: usize| &right[column / TILE * panel..][..depth * TILE];
-        let b = [of(column), of(if columns > TILE { column + TILE } else { column })];
-        for row in (0..m).step_by(2 * TILE) {
-            let rows = (m - row).min(2 * TILE);
-            let of = |row: usize| &left[row * depth..][..depth * TILE];
-            let a = [of(row), of(if rows > TILE { row + TILE } else { row })];
-            // SAFETY: as the caller says.
-            unsafe {
-                let out = out.add(row * stride + column);
-                tiles.block::<1>([rows, columns], Operands { a, b, depth }, add, out, stride, &mut scratch);
-            }
-        }
-    }
-}
-
 /// Tiles of a block of the product: two row blocks of activations, two panels of weights.
 #[derive(Clone, Copy)]
 struct Operands<'a> {

@@ -7,9 +7,8 @@
 
 use std::{
     arch::x86_64::{
-        __m512bh, __m512i, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_load_si512,
-        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_maskz_loadu_ps, _mm512_permutexvar_epi16, _mm512_set1_epi32,
-        _mm512_setzero_ps, _mm512_store_si512, _mm512_storeu_ps,
+        __m512bh, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_load_si512, _mm512_loadu_ps,
+        _mm512_set1_epi32, _mm512_setzero_ps, _mm512_store_si512, _mm512_storeu_ps,
     },
     cell::RefCell,
     sync::OnceLock,
@@ -96,31 +95,6 @@ fn round_to_lines(x: &[f32], lines: &mut [Line], step: usize) {
     }
 }
 
-/// Rounds two rows to pairs, a line for every 16 columns, `step` lines apart; without an odd row the pairs have zeros.
-pub(super) fn round_pairs(even: &[f32], odd: Option<&[f32]>, lines: &mut [Line], step: usize) {
-    assert!(available() && even.len().div_ceil(TILE) <= lines.len().div_ceil(step), "a line for every 16 columns");
-    assert!(odd.is_none_or(|odd| odd.len() == even.len()), "rows of one length");
-    // SAFETY: the processor has these instructions, as asserted.
-    unsafe { round_to_pairs(even, odd, lines, step) }
-}
-
-#[target_feature(enable = "avx512bf16,avx512f,avx512bw")]
-fn round_to_pairs(even: &[f32], odd: Option<&[f32]>, lines: &mut [Line], step: usize) {
-    let alternating: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * TILE) as u16);
-    for (i, line) in lines.iter_mut().step_by(step).take(even.len().div_ceil(TILE)).enumerate() {
-        let columns = (even.len() - i * TILE).min(TILE);
-        let mask = (0xFFFF_u32 >> (TILE - columns)) as u16;
-        // SAFETY: as many values are read as the rows have left, a line is 32 of two bytes, aligned to 64.
-        unsafe {
-            let load = |row: &[f32]| _mm512_maskz_loadu_ps(mask, row.as_ptr().add(i * TILE));
-            let odd = odd.map_or(_mm512_setzero_ps(), load);
-            let rounded = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(odd, load(even)));
-            let order = _mm512_loadu_si512(alternating.as_ptr().cast());
-            _mm512_store_si512(std::ptr::from_mut(line).cast(), _mm512_permutexvar_epi16(order, rounded));
-        }
-    }
-}
-
 fn multiply_rounded(activations: &[u32], m: usize, w: &PackedWeights, many: bool) -> Vec<f32> {
     let (n, pairs) = (w.n, w.k.div_ceil(DEPTH) * TILE);
     let task_rows = (ACTIVATION_BYTES / (4 * pairs)).max(ROWS) / ROWS * ROWS;
@@ -165,48 +139,6 @@ fn multiply_rounded(activations: &[u32], m: usize, w: &PackedWeights, many: bool
     // SAFETY: the tasks cover all rows and columns, so every element has been written.
     unsafe { out.set_len(m * n) };
     out
-}
-
-/// The product of `m` rows in lines `[m][depth]` with `n` columns of panels that are `panel` lines apart, on this
-/// thread, beside what is there already if `add`. `stride` is in elements.
-///
-/// # Safety
-/// `out` has `m` rows of `n` elements `stride` apart; panels have at least `depth` times 16 lines from `right` on.
-pub(super) unsafe fn multiply_lines(
-    (left, m): (&[Line], usize),
-    (right, panel, n): (&[Line], usize, usize),
-    depth: usize,
-    add: bool,
-    out: *mut f32,
-    stride: usize,
-) {
-    debug_assert!(available());
-    let lines = depth * TILE;
-    let mut scratch = [0.0f32; ROWS * COLUMNS];
-    for column in (0..n).step_by(COLUMNS) {
-        let columns = (n - column).min(COLUMNS);
-        let of = |column: usize| &right[column / TILE * panel..][..lines];
-        let (first, second) = (of(column), of(if columns > TILE { column + TILE } else { column }));
-        for row in (0..m).step_by(ROWS) {
-            let rows = (m - row).min(ROWS);
-            let a = pairs(&left[row * depth..(row + rows) * depth]);
-            // SAFETY: as the caller says; the scratch is a whole block.
-            unsafe {
-                let out = out.add(row * stride + column);
-                if columns == COLUMNS && !add {
-                    some_rows(rows, a, first, second, lines, out, stride);
-                    continue;
-                }
-                some_rows(rows, a, first, second, lines, scratch.as_mut_ptr(), COLUMNS);
-                for (r, sums) in scratch.chunks_exact(COLUMNS).take(rows).enumerate() {
-                    for (c, sum) in sums[..columns].iter().enumerate() {
-                        let out = out.add(r * stride + c);
-                        *out = if add { *out + sum } else { *sum };
-                    }
-                }
-            }
-        }
-    }
 }
 
 /// # Safety
@@ -296,24 +228,5 @@ mod tests {
         let mut tile = [ZERO; 16];
         round_row(&[f32::from_bits(0x7FFF_FFFF)], &mut tile, 16);
         assert!(f32::from_bits(u32::from(tile[0].0[0]) << 16).is_nan());
-    }
-
-    #[test]
-    fn pairs_of_rows_lie_beside_each_other() {
-        if !available() {
-            return;
-        }
-        let (even, odd) = (values(21, 1), values(21, 2));
-        for with in [true, false] {
-            let mut lines = [Line([7; 32]); 4];
-            round_pairs(&even, with.then_some(odd.as_slice()), &mut lines[1..], 2);
-            for column in 0..32 {
-                let of = |row: &[f32]| row.get(column).map_or(0, |x| (nearest(*x).to_bits() >> 16) as u16);
-                let line = lines[1 + 2 * (column / 16)].0;
-                assert_eq!(line[2 * (column % 16)], of(&even));
-                assert_eq!(line[2 * (column % 16) + 1], if with { of(&odd) } else { 0 });
-            }
-            assert_eq!((lines[0].0, lines[2].0), ([7; 32], [7; 32]));
-        }
     }
 }

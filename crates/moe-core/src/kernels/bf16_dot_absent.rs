@@ -13,26 +13,6 @@ pub fn multiply(_: &[f32], _: usize, _: &PackedWeights) -> Vec<f32> {
 }
 
 /// Only called where they are available.
-///
-/// # Safety
-/// None is needed: it does nothing.
-pub(super) unsafe fn multiply_lines(
-    _: (&[Line], usize),
-    _: (&[Line], usize, usize),
-    _: usize,
-    _: bool,
-    _: *mut f32,
-    _: usize,
-) {
-    unreachable!("a product by instructions that are not there")
-}
-
-/// Only called where they are available.
 pub(super) fn round_row(_: &[f32], _: &mut [Line], _: usize) {
-    unreachable!("rounding by instructions that are not there")
-}
-
-/// Only called where they are available.
-pub(super) fn round_pairs(_: &[f32], _: Option<&[f32]>, _: &mut [Line], _: usize) {
     unreachable!("rounding by instructions that are not there")
 }

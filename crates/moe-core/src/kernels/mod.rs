@@ -27,7 +27,6 @@ pub mod product;
 mod recurrence;
 pub mod reduce;
 pub mod rope;
-mod rounded;
 pub mod rows;
 mod small_products;
 pub mod ssd;

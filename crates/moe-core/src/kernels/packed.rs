@@ -17,14 +17,6 @@ pub(super) const TILE: usize = 16;
 /// Depth of a tile of 16 lines: elements of K.
 pub(super) const DEPTH: usize = 32;
 
-impl Line {
-    /// As 16 pairs, the first of each in the lower half.
-    pub(super) fn pairs_mut(&mut self) -> &mut [u32; TILE] {
-        // SAFETY: as many bytes, aligned to 64, and any bits are numbers.
-        unsafe { &mut *(&raw mut self.0).cast() }
-    }
-}
-
 /// The pairs of some lines, one after the other.
 pub(super) fn pairs(lines: &[Line]) -> &[u32] {
     // SAFETY: a line is 16 pairs, aligned to 64, and any bits are numbers.

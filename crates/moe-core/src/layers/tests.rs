@@ -14,7 +14,6 @@ use crate::{
         rope::{Positions, RotaryEmbedding, RotaryTable},
         testing::{assert_close, pattern},
     },
-    precision::Precision,
 };
 
 pub(super) const HIDDEN: usize = 6;
@@ -42,17 +41,7 @@ pub(super) fn table(rotary_dim: usize, interleaved: bool) -> RotaryTable {
 }
 
 fn shape(kv_heads: usize, head_dim: usize, value_dim: usize) -> AttentionShape {
-    AttentionShape {
-        heads: 2,
-        kv_heads,
-        head_dim,
-        value_dim,
-        scale: 0.5,
-        window: None,
-        chunk: None,
-        sinks: None,
-        precision: Precision::F32,
-    }
+    AttentionShape { heads: 2, kv_heads, head_dim, value_dim, scale: 0.5, window: None, chunk: None, sinks: None }
 }
 
 pub(super) fn grouped(per_head: bool, clip: Option<f32>) -> AttentionLayer {

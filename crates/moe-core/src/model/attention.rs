@@ -57,7 +57,6 @@ impl Model {
                 window: config.layers[layer].sliding_window,
                 chunk: config.layers[layer].chunk,
                 sinks,
-                precision: self.precision,
             },
             residual: config.mixer_factors(layer).0 as f32,
             carry: config.mixer_factors(layer).1.map(|carry| carry as f32),

@@ -266,7 +266,6 @@ impl Model {
                 window: None,
                 chunk: None,
                 sinks: None,
-                precision: self.precision,
             },
         })
     }

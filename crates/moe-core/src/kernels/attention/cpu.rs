@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{AttentionShape, Selection, rounded};
+use super::{AttentionShape, Selection};
 use crate::{
     host::{self, HostView},
     kernels::{math, zeros},
@@ -30,27 +30,9 @@ fn query_block(keys: usize) -> usize {
     if keys <= 1024 { 128 } else { 64 }
 }
 
-/// Rows of heads, `[n, heads * head_dim]`.
-#[derive(Clone, Copy)]
-pub(super) struct Heads<'a> {
-    data: &'a [f32],
-    columns: usize,
-    head_dim: usize,
-}
-
-impl<'a> Heads<'a> {
-    pub(super) fn new(data: &'a [f32], heads: usize, head_dim: usize) -> Self {
-        Self { data, columns: heads * head_dim, head_dim }
-    }
-
-    pub(super) fn row(&self, row: usize, head: usize) -> &'a [f32] {
-        &self.data[row * self.columns + head * self.head_dim..][..self.head_dim]
-    }
-}
-
 /// A strided matrix in memory that outlives the task.
 #[derive(Clone, Copy)]
-pub(super) struct Matrix {
+struct Matrix {
     data: *mut f32,
     row_stride: isize,
     column_stride: isize,
@@ -73,16 +55,6 @@ impl Matrix {
 
     fn skip_rows(self, rows: usize) -> Self {
         Self { data: self.data.wrapping_offset(rows as isize * self.row_stride), ..self }
-    }
-
-    /// Where row `row` of head `head` begins in rows of heads, and how far apart rows are, in elements.
-    ///
-    /// # Safety
-    /// The row is one of the matrix, and nobody else uses it at the time.
-    pub(super) unsafe fn rows_of_head(self, row: usize, head: usize, head_dim: usize) -> (*mut f32, usize) {
-        let stride = self.row_stride as usize;
-        // SAFETY: as the caller says.
-        (unsafe { self.data.add(row * stride + head * head_dim) }, stride)
     }
 
     fn t(self) -> Self {
@@ -120,12 +92,12 @@ unsafe fn multiply(out: Matrix, a: Matrix, b: Matrix, [m, k, n]: [usize; 3], fac
 }
 
 /// Queries `queries` (absolute positions) against keys `keys`.
-pub(super) struct Block {
-    pub(super) queries: Range<usize>,
-    pub(super) keys: Range<usize>,
+struct Block {
+    queries: Range<usize>,
+    keys: Range<usize>,
 }
 
-pub(super) fn blocks(first_query: usize, keys: usize, shape: &AttentionShape) -> Vec<Block> {
+fn blocks(first_query: usize, keys: usize, shape: &AttentionShape) -> Vec<Block> {
     let step = query_block(keys);
     (first_query..keys)
         .step_by(step)
@@ -138,7 +110,7 @@ pub(super) fn blocks(first_query: usize, keys: usize, shape: &AttentionShape) ->
 
 /// Scores of query head `head` -> attention weights, in place; invisible keys become 0. `first` is the row of the
 /// first query in what the selection is of.
-pub(super) fn softmax_block(
+fn softmax_block(
     scores: &mut [f32],
     block: &Block,
     head: usize,
@@ -201,7 +173,7 @@ fn softmax_row(row: &mut [f32], start: usize, end: usize, sink: Option<f32>) {
 }
 
 /// `dp -> ds = p * (dp - sum(p * dp)) * scale`, row by row.
-pub(super) fn softmax_backward_block(p: &[f32], dp: &mut [f32], width: usize, scale: f32) {
+fn softmax_backward_block(p: &[f32], dp: &mut [f32], width: usize, scale: f32) {
     for (p, dp) in p.chunks_exact(width).zip(dp.chunks_exact_mut(width)) {
         softmax_backward_row(p, dp, scale);
     }
@@ -264,11 +236,8 @@ pub fn forward_spans(
     let mut out = zeros(n * o_columns);
     let target = Matrix::block(&mut out, o_columns);
     let source = Matrix { data: qs.as_ptr().cast_mut(), row_stride: q_columns as isize, column_stride: 1 };
-    let (many, few): (Vec<&Cached<'_>>, Vec<&Cached<'_>>) =
-        spans.iter().partition(|span| rounded::suits(shape, span.queries.len()));
-    rounded::forward(Heads::new(qs, shape.heads, d), &many, shape, selection, target);
-    let tasks: Vec<(&Cached<'_>, Block)> = few
-        .into_iter()
+    let tasks: Vec<(&Cached<'_>, Block)> = spans
+        .iter()
         .flat_map(|span| {
             let keys = span.keys.len() / k_columns;
             blocks(keys - span.queries.len(), keys, shape).into_iter().map(move |block| (span, block))
@@ -317,16 +286,6 @@ pub fn backward(
     let views = [HostView::new(q), HostView::new(k), HostView::new(v), HostView::new(d_out)];
     let [qs, ks, vs, dos] =
         [0, 1, 2, 3].map(|i| Matrix { data: views[i].as_slice().as_ptr().cast_mut(), row_stride: 0, column_stride: 1 });
-    let heads = {
-        let [q, k, v, d_out] = [0, 1, 2, 3].map(|i| views[i].as_slice());
-        let (heads, kv_heads) = (shape.heads, shape.kv_heads);
-        [
-            Heads::new(q, heads, d),
-            Heads::new(k, kv_heads, d),
-            Heads::new(v, kv_heads, d_v),
-            Heads::new(d_out, heads, d_v),
-        ]
-    };
     let (mut dq, mut dk, mut dv) = (zeros(n * q_columns), zeros(n * k_columns), zeros(n * v_columns));
     let (dqs, dks, dvs) =
         (Matrix::block(&mut dq, q_columns), Matrix::block(&mut dk, k_columns), Matrix::block(&mut dv, v_columns));
@@ -335,9 +294,6 @@ pub fn backward(
     tasks.par_iter().for_each(|&(sequence, kv)| {
         let start = sequence.start;
         let ([qs, ks, vs, dos], dqs, dks, dvs) = ([qs, ks, vs, dos], dqs, dks, dvs);
-        if rounded::suits(shape, sequence.len()) {
-            return rounded::backward(heads, sequence, kv, shape, selection, [dqs, dks, dvs]);
-        }
         let (k, v) = (Matrix::head(ks.data, k_columns, start, kv, d), Matrix::head(vs.data, v_columns, start, kv, d_v));
         let (dk, dv) =
             (Matrix::head(dks.data, k_columns, start, kv, d), Matrix::head(dvs.data, v_columns, start, kv, d_v));

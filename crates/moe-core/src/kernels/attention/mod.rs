@@ -10,13 +10,10 @@ use burn::tensor::Tensor;
 
 #[cfg(feature = "flex")]
 use crate::host;
-use crate::precision::Precision;
 
 #[cfg(feature = "flex")]
 pub(crate) mod cpu;
 mod device;
-#[cfg(feature = "flex")]
-mod rounded;
 mod selection;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
@@ -42,8 +39,6 @@ pub struct AttentionShape {
     pub chunk: Option<usize>,
     /// One score per query head that takes part in the softmax without having a value `[heads]`.
     pub sinks: Option<Arc<[f32]>>,
-    /// How scores and sums are multiplied on the CPU backend; the softmax is in f32.
-    pub precision: Precision,
 }
 
 impl AttentionShape {

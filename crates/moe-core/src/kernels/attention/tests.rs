@@ -2,17 +2,7 @@ use super::*;
 use crate::kernels::testing::{assert_close, pattern};
 
 fn shape(heads: usize, kv_heads: usize, head_dim: usize, scale: f32, window: Option<usize>) -> AttentionShape {
-    AttentionShape {
-        heads,
-        kv_heads,
-        head_dim,
-        value_dim: head_dim,
-        scale,
-        window,
-        chunk: None,
-        sinks: None,
-        precision: Precision::F32,
-    }
+    AttentionShape { heads, kv_heads, head_dim, value_dim: head_dim, scale, window, chunk: None, sinks: None }
 }
 
 #[test]
@@ -138,57 +128,5 @@ fn selected_keys_alone_are_seen() {
         };
         let numeric = (moved(1e-1) - moved(-1e-1)) / 2e-1;
         assert!((numeric - f64::from(gradient.as_slice()[i])).abs() < 1e-3, "{i}");
-    }
-}
-
-/// Products that are rounded give nearly what f32 gives, forward and backward, with windows, chunks, sinks, few heads
-/// of keys, selected keys, and widths that fill no tile; short sequences beside long ones are in f32.
-#[test]
-fn rounded_products_give_nearly_what_f32_gives() {
-    let sinks = |with: bool| with.then(|| Arc::from([0.5, -0.7, 3.0, 0.0]));
-    for (window, chunk, lengths, head_dim, value_dim, with_sinks, selected) in [
-        (None, None, vec![5, 1, 300], 6, 6, false, false),
-        (Some(40), None, vec![17, 150], 64, 64, false, false),
-        (None, Some(48), vec![150, 3], 20, 36, true, false),
-        (Some(9), None, vec![1100], 32, 16, true, false),
-        (None, None, vec![150, 40], 16, 16, false, true),
-    ] {
-        let exact = AttentionShape { value_dim, chunk, sinks: sinks(with_sinks), ..shape(4, 2, head_dim, 0.4, window) };
-        let rounded = AttentionShape { precision: Precision::Bf16, ..exact.clone() };
-        let n: usize = lengths.iter().sum();
-        let mut start = 0;
-        let sequences: Vec<_> = lengths
-            .iter()
-            .map(|l| {
-                start += l;
-                start - l..start
-            })
-            .collect();
-        let seen = |position: usize| (0..=position as u32).filter(|key| key % 3 == 0).collect::<Vec<_>>();
-        let selection = selected.then(|| Selection::new(sequences.iter().flat_map(|s| (0..s.len()).map(seen))));
-        let selection = selection.as_ref();
-        let (q, k) = (pattern([n, 4 * head_dim], 1), pattern([n, 2 * head_dim], 2));
-        let (v, d) = (pattern([n, 2 * value_dim], 3), pattern([n, 4 * value_dim], 4));
-        let both = |shape: &AttentionShape| {
-            let (dq, dk, dv) = attention_backward(&q, &k, &v, &sequences, shape, selection, &d);
-            [attention(&q, &k, &v, &sequences, shape, selection), dq, dk, dv]
-        };
-        let (found, expected) = (both(&rounded), both(&exact));
-        for (what, (found, expected)) in ["out", "dq", "dk", "dv"].into_iter().zip(found.iter().zip(&expected)) {
-            let (found, expected) = (host::HostView::new(found), host::HostView::new(expected));
-            let (found, expected) = (found.as_slice(), expected.as_slice());
-            let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>();
-            let error = squares(&mut found.iter().zip(expected).map(|(a, b)| a - b));
-            let share = (error / squares(&mut expected.iter().copied())).sqrt();
-            assert!(share < 0.01, "{what} of {lengths:?}: {share}");
-            // Sequences of fewer than 16 tokens, and all where the processor has no such products, are in f32.
-            let columns = found.len() / n;
-            for sequence in &sequences {
-                let part = |values: &[f32]| values[sequence.start * columns..sequence.end * columns].to_vec();
-                let rounds = super::rounded::suits(&rounded, sequence.len());
-                assert_eq!(rounds, crate::kernels::rounded::available() && sequence.len() >= 16);
-                assert_eq!(part(found) != part(expected), rounds, "{what} of {sequence:?}");
-            }
-        }
     }
 }
