@@ -7,8 +7,8 @@
 
 use std::{
     arch::x86_64::{
-        __m512bh, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_load_si512, _mm512_loadu_ps,
-        _mm512_set1_epi32, _mm512_setzero_ps, _mm512_store_si512, _mm512_storeu_ps,
+        __m512bh, __m512i, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_load_si512,
+        _mm512_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_store_si512, _mm512_storeu_ps,
     },
     cell::RefCell,
     sync::OnceLock,
@@ -90,7 +90,8 @@ fn round_to_lines(x: &[f32], lines: &mut [Line], step: usize) {
         // SAFETY: 32 values are read, and a line is 32 of two bytes, aligned to 64.
         unsafe {
             let [low, high] = [0, TILE].map(|from| _mm512_loadu_ps(block.as_ptr().add(from)));
-            _mm512_store_si512(std::ptr::from_mut(line).cast(), std::mem::transmute(_mm512_cvtne2ps_pbh(high, low)));
+            let rounded = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+            _mm512_store_si512(std::ptr::from_mut(line).cast(), rounded);
         }
     }
 }
@@ -195,10 +196,7 @@ unsafe fn block<const R: usize>(a: &[u32], left: &[Line], right: &[Line], pairs:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::packed::{
-        ZERO,
-        testing::{check_products, check_rows, nearest, values},
-    };
+    use crate::kernels::packed::testing::{check_products, check_rows, nearest, values};
 
     #[test]
     fn products_of_rounded_activations_are_summed_in_f32_in_both_orientations_and_at_every_edge() {
