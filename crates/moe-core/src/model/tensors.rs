@@ -108,16 +108,24 @@ impl Model {
         [outputs, inputs]: [usize; 2],
         precision: Precision,
     ) -> Result<Option<Weight>> {
-        let infos = roles.iter().map(|&role| Ok(self.checkpoint.role(role)?)).collect::<Result<Vec<_>>>()?;
-        if !(Weight::prefers_bf16(&self.device, precision) && infos.iter().all(|info| info.dtype == Dtype::BF16)) {
+        let names =
+            roles.iter().map(|&role| Ok(self.checkpoint.role(role)?.name.clone())).collect::<Result<Vec<String>>>()?;
+        // A quantized weight is read as BF16: it is multiplied as what it is folded or dequantized to.
+        let mut stored_so = Weight::prefers_bf16(&self.device, precision);
+        for name in &names {
+            stored_so = stored_so && self.checkpoint.plain_dtype(name)? == Dtype::BF16;
+        }
+        if !stored_so {
             return Ok(None);
         }
-        let names: Vec<String> = infos.iter().map(|info| info.name.clone()).collect();
         let checkpoint = self.checkpoint.clone();
         let source: Bf16Source = Box::new(move |f| {
-            let read = |name: &String| match &rows {
-                Some(rows) => checkpoint.tensor_bytes(name, 2 * inputs * rows.start..2 * inputs * rows.end),
-                None => checkpoint.bytes(name),
+            let read = |name: &String| {
+                let bytes = match &rows {
+                    Some(rows) => 2 * inputs * rows.start..2 * inputs * rows.end,
+                    None => 0..2 * checkpoint.plain_info(name)?.elements() as usize,
+                };
+                checkpoint.plain_bytes(name, bytes)
             };
             let parts = names.iter().map(read).collect::<moe_checkpoint::Result<Vec<_>>>()?;
             f(&parts.iter().flat_map(|bytes| bytes.chunks_exact(2 * inputs)).collect::<Vec<_>>());
