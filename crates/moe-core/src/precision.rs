@@ -18,7 +18,7 @@ pub enum Precision {
     /// Activations are rounded once per product to bf16, weights stay as they are stored, and sums are in f32, where
     /// the processor multiplies pairs of bf16 (matrix units, or AVX-512-BF16); `docs/precision.md` has what that is
     /// worth. Routers, norms, attention scores, losses and all statistics are in f32, and so are products with weights
-    /// that are not stored as BF16, and with experts that come through a cache of experts.
+    /// that are not read as BF16 (quantized ones are), and with experts that come through a cache of experts.
     Bf16,
 }
 
