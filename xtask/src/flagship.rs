@@ -77,8 +77,7 @@ fn parts(options: &Options) -> Result<Vec<Part>> {
         let skill = |name: &str| format!("{}/{name}", file("skills"));
         let python = format!("python={},{}", file("rows/train.jsonl"), file("rows/prose_test.jsonl"));
         let glosses = format!("glosses={ROWS}/prose_calibration.jsonl,{ROWS}/prose_test.jsonl");
-        let sizes =
-            "--windows 16 --length 256 --test-tokens 2048 --wave-tokens 2048 --teacher-tokens 512 --ratio 0.5,0.75";
+        let sizes = "--windows 16 --length 256 --test-tokens 2048 --wave-tokens 2048 --teacher-tokens 512";
         let mut part = Part::new("smollm", &model, &[python, glosses], sizes);
         part.flags.extend(["--recovery".into(), SHORT_RECOVERY.into()]);
         let once = "--recovered 0.5 --recovered-draws 1 --scored 0.5 --scored-draws 1";
