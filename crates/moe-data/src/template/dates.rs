@@ -1,100 +1,28 @@
 //! Dates as `strftime` writes them.
 
+use jiff::Timestamp;
+use jiff::fmt::strtime::{BrokenDownTime, Config, PosixCustom};
+use jiff::tz::TimeZone;
 use minijinja::{Error, ErrorKind};
 
-const MONTHS: [&str; 12] = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-];
-const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
+/// Directives that jiff has and Python has not, or means otherwise: microseconds, of which we know none.
+const OTHERS: [char; 4] = ['f', 'N', 'Q', 'q'];
 
-/// `datetime.strftime` in the C locale for the directives templates use; an unknown one is an error rather than a wrong
-/// date.
+/// `datetime.strftime` in the C locale of a time in UTC; a directive that Python does not have is an error rather than
+/// a wrong date.
 pub(super) fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    let (year, month, day) = civil(days);
-    let year_start = days_before_year(year);
-    let mut out = String::new();
-    let mut chars = format.chars();
-    while let Some(c) = chars.next() {
-        if c != '%' {
-            out.push(c);
-            continue;
+    let failed = |reason: String| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {reason}"));
+    for directive in format.replace("%%", "").split('%').skip(1) {
+        let letter = directive.trim_start_matches(|c: char| c.is_ascii_digit() || "-_^#:.".contains(c)).chars().next();
+        if let Some(letter) = letter.filter(|letter| OTHERS.contains(letter)) {
+            return Err(failed(format!("unsupported directive %{letter}")));
         }
-        let mut directive = chars.next();
-        // glibc's "no padding".
-        let padded = directive != Some('-');
-        if !padded {
-            directive = chars.next();
-        }
-        let number = |value: u64, width: usize| if padded { format!("{value:0width$}") } else { value.to_string() };
-        let text = match directive {
-            Some('Y') => year.to_string(),
-            Some('y') => number(year % 100, 2),
-            Some('m') => number(month as u64, 2),
-            Some('d') => number(day, 2),
-            Some('H') => number(second / 3600, 2),
-            Some('I') => number((second / 3600 + 11) % 12 + 1, 2),
-            Some('M') => number(second / 60 % 60, 2),
-            Some('S') => number(second % 60, 2),
-            Some('j') => number(days - year_start + 1, 3),
-            Some('p') => (if second < 43_200 { "AM" } else { "PM" }).to_owned(),
-            Some('B') => MONTHS[month - 1].to_owned(),
-            Some('b') => MONTHS[month - 1][..3].to_owned(),
-            Some('A') => DAYS[(days % 7) as usize].to_owned(),
-            Some('a') => DAYS[(days % 7) as usize][..3].to_owned(),
-            Some('F') => format!("{year}-{month:02}-{day:02}"),
-            Some('T') => format!("{:02}:{:02}:{:02}", second / 3600, second / 60 % 60, second % 60),
-            Some('%') => "%".to_owned(),
-            other => {
-                let found = other.map_or("%".to_owned(), |c| format!("%{c}"));
-                return Err(Error::new(
-                    ErrorKind::InvalidOperation,
-                    format!("strftime_now: unsupported directive {found}"),
-                ));
-            }
-        };
-        out.push_str(&text);
     }
-    Ok(out)
-}
-
-fn is_leap(year: u64) -> bool {
-    year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
-}
-
-/// Days from 1970-01-01 to January 1 of `year`.
-fn days_before_year(year: u64) -> u64 {
-    let leap_days = |year: u64| (year - 1) / 4 - (year - 1) / 100 + (year - 1) / 400;
-    (year - 1970) * 365 + leap_days(year) - leap_days(1970)
-}
-
-/// Year, month from 1 and day of the month of a day counted from 1970-01-01, in the Gregorian calendar.
-fn civil(days: u64) -> (u64, usize, u64) {
-    // At least the year before the right one: years have at most 366 days.
-    let mut year = 1970 + days / 366;
-    while days_before_year(year + 1) <= days {
-        year += 1;
-    }
-    let mut rest = days - days_before_year(year);
-    let february = if is_leap(year) { 29 } else { 28 };
-    for (month, length) in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31].into_iter().enumerate() {
-        if rest < length {
-            return (year, month + 1, rest + 1);
-        }
-        rest -= length;
-    }
-    unreachable!("a day of the year is in one of its months")
+    let time = i64::try_from(seconds).ok().and_then(|seconds| Timestamp::from_second(seconds).ok());
+    let time = time.ok_or_else(|| failed(format!("{seconds} seconds after 1970 are no date")))?;
+    let config = Config::new().custom(PosixCustom::new());
+    let time = BrokenDownTime::from(&time.to_zoned(TimeZone::UTC));
+    time.to_string_with_config(&config, format).map_err(|error| failed(error.to_string()))
 }
 
 #[cfg(test)]
@@ -117,6 +45,21 @@ mod tests {
             strftime(format, 4_133_980_799).unwrap(),
             "31 Dec 2100|Friday December 31|23:59:59|11 PM|365|0012|Fri 2100-12-31 23:59:59 %"
         );
-        assert!(strftime("%Q", 0).unwrap_err().to_string().contains("unsupported directive %Q"));
+        let locale = "%c|%x|%X|%D|%e|%k|%l|%r|%R|%s|%u %w|%U %V %W|%G|%C|%Z %z|%h|%^a|%_d";
+        assert_eq!(
+            strftime(locale, 1_735_722_061).unwrap(),
+            "Wed Jan  1 09:01:01 2025|01/01/25|09:01:01|01/01/25| 1| 9| 9|09:01:01 AM|09:01|1735722061|3 3|00 01 00|2025\
+             |20|UTC +0000|Jan|WED| 1"
+        );
+    }
+
+    #[test]
+    fn what_is_no_directive_is_refused() {
+        for (format, named) in [("%Q", "%Q"), ("a %% %06f", "%f"), ("%E", "`E`"), ("%", "end of format")] {
+            let error = strftime(format, 0).unwrap_err().to_string();
+            assert!(error.contains("strftime_now: ") && error.contains(named), "{format}: {error}");
+        }
+        assert_eq!(strftime("%%f 100%%", 0).unwrap(), "%f 100%");
+        assert!(strftime("%Y", u64::MAX).is_err());
     }
 }
