@@ -1,6 +1,7 @@
 //! Nothing that a file can hold makes the reader panic or allocate what the file merely claims, and what it refuses it
 //! names: for one model of every family and of every layout that routed experts have on disk.
 
+#[allow(dead_code)]
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};

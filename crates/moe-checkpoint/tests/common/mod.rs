@@ -1,5 +1,4 @@
 //! Bundled checkpoints, and edited copies of them.
-#![allow(dead_code)]
 
 use std::collections::BTreeMap;
 use std::fs;

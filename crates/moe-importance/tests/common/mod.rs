@@ -1,6 +1,5 @@
 //! One expert with random weights and the tokens of a few sequences, as an engine would show it, and its gradients by
 //! brute force in f64.
-#![allow(dead_code)]
 
 pub mod catalog;
 pub mod world;

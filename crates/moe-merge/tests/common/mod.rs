@@ -1,7 +1,9 @@
 //! Fixtures and helpers of the tests that read and write checkpoints.
 
+#[allow(dead_code)]
 #[path = "../../../moe-checkpoint/tests/common/checkpoints.rs"]
 mod files;
+#[allow(dead_code)]
 #[path = "../../../moe-prune/tests/common/run.rs"]
 pub mod run;
 

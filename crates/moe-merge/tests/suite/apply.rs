@@ -1,6 +1,5 @@
 //! Plans carried out on every family, in every output form.
 
-#[allow(dead_code)]
 use crate::common;
 
 use std::cell::Cell;

@@ -1,6 +1,5 @@
 //! Evidence from runs, merges as overlays, layers merged one after the other.
 
-#[allow(dead_code)]
 use crate::common;
 
 use std::collections::BTreeSet;

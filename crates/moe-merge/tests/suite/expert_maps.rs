@@ -1,6 +1,5 @@
 //! Experts and routers as sums of others, and the search for them.
 
-#[allow(dead_code)]
 use crate::common;
 
 use std::sync::Arc;

@@ -1,6 +1,5 @@
 //! Models in which what should be merged is known, and models that differ in the order of their parts alone.
 
-#[allow(dead_code)]
 use crate::common;
 
 use std::fs;

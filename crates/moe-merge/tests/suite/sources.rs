@@ -1,6 +1,5 @@
 //! Merged models as models: run as they are written, stacked, made once.
 
-#[allow(dead_code)]
 use crate::common;
 
 use std::borrow::Cow;

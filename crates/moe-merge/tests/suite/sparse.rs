@@ -1,6 +1,5 @@
 //! Zeros in the weights of experts, in every layout: where they should be, and nothing else changed.
 
-#[allow(dead_code)]
 use crate::common;
 
 use std::sync::Arc;

@@ -1,6 +1,5 @@
 //! Several checkpoints of one base in one; compressed experts.
 
-#[allow(dead_code)]
 use crate::common;
 
 use std::path::Path;

@@ -1,5 +1,4 @@
 //! What the tests share: devices, closeness, difference quotients.
-#![allow(dead_code)]
 
 use std::cell::RefCell;
 

@@ -3,7 +3,6 @@
 use crate::chain;
 use crate::common;
 use crate::forms;
-use crate::tuning;
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 

@@ -1,6 +1,5 @@
 //! Fine-tuning that the ranks of a group share: the files of one process for any number of them.
 
-use crate::common;
 use crate::tuning;
 
 use std::{

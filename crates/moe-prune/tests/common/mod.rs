@@ -19,7 +19,6 @@ pub fn plan(checkpoint: &Checkpoint, scope: Scope, ratio: f64) -> PrunePlan {
 }
 
 /// Writes what a plan makes of a checkpoint; see [`write_plan_with`].
-#[allow(dead_code)]
 pub fn write_plan(
     plan: &PrunePlan,
     model: &Checkpoint,
@@ -31,7 +30,6 @@ pub fn write_plan(
 
 /// Writes what a plan makes of a checkpoint, which is opened anew for it, and checks that the model reads the same
 /// written and unwritten, and that the report counts what was written.
-#[allow(dead_code)]
 pub fn write_plan_with(
     plan: &PrunePlan,
     model: &Checkpoint,

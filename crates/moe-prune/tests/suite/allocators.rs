@@ -1,6 +1,5 @@
 //! What every allocator promises, over units and over whole experts.
 
-#[allow(dead_code)]
 use crate::synthetic;
 
 use moe_checkpoint::{Granularity, MoeShape, Pool, ScoreTable};

@@ -1,6 +1,5 @@
 //! Budgets are met, on the side that they promise, by every pruner with every allocator.
 
-#[allow(dead_code)]
 use crate::synthetic;
 
 use moe_checkpoint::{Granularity, MoeLayerShape, MoeShape, ScoreTable};

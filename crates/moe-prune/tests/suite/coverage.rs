@@ -1,6 +1,5 @@
 //! Budgets by coverage: what layers and experts keep follows from their own scores and their weights as wholes.
 
-#[allow(dead_code)]
 use crate::synthetic;
 
 use moe_checkpoint::{MoeShape, ScoreTable, WholeScores};

@@ -1,8 +1,6 @@
 //! Edits carried out on checkpoints: what is written computes what a model edited by hand computes.
 
-#[allow(dead_code)]
 use crate::common;
-#[allow(dead_code)]
 use crate::run;
 
 use std::cell::Cell;

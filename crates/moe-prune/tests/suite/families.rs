@@ -1,8 +1,6 @@
 //! Every family and layout: units, whole experts, quantized weights and further layers.
 
-#[allow(dead_code)]
 use crate::common;
-#[allow(dead_code)]
 use crate::run;
 
 use std::collections::BTreeMap;

@@ -1,8 +1,6 @@
 //! Experts as pieces: the same model where nothing is dropped, the right shapes and refusals where something is.
 
-#[allow(dead_code)]
 use crate::common;
-#[allow(dead_code)]
 use crate::run;
 
 use std::path::Path;

@@ -1,9 +1,7 @@
 //! Bits as an allocation.
 #![cfg(feature = "repair")]
 
-#[allow(dead_code)]
 use crate::common;
-#[allow(dead_code)]
 use crate::run;
 
 use std::path::{Path, PathBuf};

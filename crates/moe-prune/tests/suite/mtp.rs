@@ -1,7 +1,6 @@
 //! Layers of multi-token prediction, pruned like the decoder: one that is a copy of a decoder layer becomes what that
 //! becomes under scores of the same kind.
 
-#[allow(dead_code)]
 use crate::common;
 
 use std::collections::BTreeMap;

@@ -1,8 +1,6 @@
 //! What else one may ask of a plan: bytes of the whole checkpoint, multiples, lists of what stays.
 
-#[allow(dead_code)]
 use crate::common;
-#[allow(dead_code)]
 use crate::synthetic;
 
 use std::sync::Arc;

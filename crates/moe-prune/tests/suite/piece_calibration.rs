@@ -1,9 +1,7 @@
 //! Factors and numbers of pieces per token from calibration data.
 #![cfg(feature = "repair")]
 
-#[allow(dead_code)]
 use crate::common;
-#[allow(dead_code)]
 use crate::run;
 
 use std::collections::BTreeMap;

@@ -1,9 +1,7 @@
 //! Plans as overlays, and probes of real models.
 #![cfg(feature = "repair")]
 
-#[allow(dead_code)]
 use crate::common;
-#[allow(dead_code)]
 use crate::run;
 
 use std::sync::Arc;

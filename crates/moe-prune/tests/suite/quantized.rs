@@ -1,6 +1,5 @@
 //! Pruning quantized checkpoints: they stay quantized, and what is kept keeps its codes.
 
-#[allow(dead_code)]
 use crate::common;
 
 use std::collections::BTreeSet;

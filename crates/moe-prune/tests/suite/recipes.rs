@@ -1,6 +1,5 @@
 //! Recipes as JSON, and methods that are not of this crate.
 
-#[allow(dead_code)]
 use crate::synthetic;
 
 use std::path::PathBuf;

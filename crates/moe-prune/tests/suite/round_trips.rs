@@ -1,8 +1,6 @@
 //! What a written checkpoint computes: experts taken out of groups, and experts without units.
 
-#[allow(dead_code)]
 use crate::common;
-#[allow(dead_code)]
 use crate::run;
 
 use std::fs;

@@ -1,6 +1,5 @@
 //! Pruners of several steps: rounds scored anew, two levels, wide experts; plans after plans.
 
-#[allow(dead_code)]
 use crate::synthetic;
 
 use moe_checkpoint::{Granularity, MoeShape, Reduction, ScoreTable};

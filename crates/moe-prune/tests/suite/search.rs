@@ -1,6 +1,5 @@
 //! Allocators and pruners that search, against brute force and planted answers.
 
-#[allow(dead_code)]
 use crate::synthetic;
 
 use moe_checkpoint::Granularity;

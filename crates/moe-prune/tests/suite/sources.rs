@@ -1,9 +1,7 @@
 //! Pruned models before they are written: what is run is what is written, bit for bit, and plans stack.
 #![cfg(feature = "repair")]
 
-#[allow(dead_code)]
 use crate::common;
-#[allow(dead_code)]
 use crate::run;
 
 use std::path::Path;
