@@ -95,8 +95,15 @@ const EXPORTS: [Export; 14] = [
 const OF: [(&str, &str); 1] = [("int4-experts", "int4")];
 
 /// What engines do not read, and why. They must still not, so that this list is looked at when they do.
-const KNOWN: [(&str, &str, &str); 1] =
-    [("llama.cpp", "MXFP4", "its converter knows `mxfp4-pack-quantized` of other models")];
+const KNOWN: [(&str, &str, &str); 6] = [
+    ("llama.cpp", "MXFP4", "its converter knows `mxfp4-pack-quantized` of other models"),
+    ("vllm", "int4", NO_INTEGERS),
+    ("vllm", "int8", NO_INTEGERS),
+    ("vllm", "int4, whole experts", NO_INTEGERS),
+    ("vllm", "FP8 in blocks", "its build for processors has no experts in FP8"),
+    ("vllm", "MXFP4", "it packs such experts by a kernel of GPUs"),
+];
+const NO_INTEGERS: &str = "its build for processors has no experts of integers";
 
 /// Runs it all: some minutes on two cores, and the download before it.
 pub fn run(options: &Options) -> Result<()> {
