@@ -106,7 +106,7 @@ fn config_fields() {
         assert_parts(&text, parts);
         assert_parts(&text, &["config.json"]);
     }
-    // Weights that are plain are read whatever the config remembers: see tests/held.rs.
+    // Weights that are plain are read whatever the config remembers: see held.rs.
     let mut model = qwen2();
     model.config["quantization_config"] = json!({"quant_method": "fp8"});
     let name = "model.layers.0.self_attn.q_proj.weight";
