@@ -33,7 +33,7 @@ pub struct Options {
     /// An interpreter, which makes rows of simple sums and facts for SmolLM
     #[arg(long, default_value = "python3")]
     python: PathBuf,
-    /// Draws of the calibration rows, instead of three, or one of SmolLM
+    /// Draws of the calibration rows, instead of three
     #[arg(long, value_name = "N")]
     draws: Option<u32>,
     /// The program `flagship` if it is built already
@@ -80,11 +80,8 @@ fn parts(options: &Options) -> Result<Vec<Part>> {
         let sizes = "--windows 16 --length 256 --test-tokens 2048 --wave-tokens 2048 --teacher-tokens 512";
         let mut part = Part::new("smollm", &model, &[python, glosses], sizes);
         part.flags.extend(["--recovery".into(), SHORT_RECOVERY.into()]);
-        let once = "--recovered 0.5 --recovered-draws 1 --scored 0.5 --scored-draws 1";
+        let once = "--recovered-draws 1 --scored 0.5 --scored-draws 1";
         part.flags.extend(once.split(' ').map(String::from));
-        if options.draws.is_none() {
-            part.flags.extend(["--draws", "1"].map(String::from));
-        }
         parts.push(part);
         // Every skill is measured without what each of them needs.
         let tests = ["sums", "facts", "prose"].map(|name| skill(&format!("{name}_test.jsonl")));
