@@ -45,11 +45,11 @@ fn wave(id: u64, seed: u64) -> Statistics {
     }
     statistics.matrix_mut("covariance", [3, 2], Fold::Sum).unwrap().fill_with(&mut value);
     for row in 0..id % 4 {
-        let rows = [((id * 7 + row * 5) % 11) as f64, id as f64, row as f64, value()];
+        let rows = [((id % 11 * 7 + row * 5) % 11) as f64, id as f64, row as f64, value()];
         statistics.add_rows("sample", [5, 4], 3, &rows).unwrap();
     }
     statistics.allocate("sample", ArrayKind::Matrix { rows: 5, columns: 4 }, Fold::Lowest { key: 3 }).unwrap();
-    statistics.add_counts(10 + id, 2, 8 + id);
+    statistics.add_counts(id.wrapping_add(10), 2, id.wrapping_add(8));
     statistics
 }
 
