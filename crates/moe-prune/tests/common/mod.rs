@@ -1,5 +1,7 @@
 //! Fixtures and helpers of the tests that read and write checkpoints.
 
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -8,8 +10,11 @@ mod checkpoints;
 
 #[allow(unused_imports)]
 pub use checkpoints::{contents, every_checkpoint, files, fuse, magnitude, parity, tiny_moe, unrun};
-use moe_checkpoint::{Checkpoint, WriteOptions, write};
+use moe_checkpoint::{Checkpoint, Dtype, WriteOptions, write};
 use moe_prune::{Budget, ProtectionMask, PruneOptions, PrunePlan, Pruner, Report, Scope, UnitPruner};
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use serde_json::Value;
 
 /// A magnitude plan.
 pub fn plan(checkpoint: &Checkpoint, scope: Scope, ratio: f64) -> PrunePlan {
@@ -55,4 +60,25 @@ pub fn write_plan_with(
         assert_eq!(layer.bytes.after, reopened.expert_bytes_on_disk(layer.layer)?);
     }
     Ok(report.clone())
+}
+
+/// Tensors of a checkpoint in memory: dtype, shape, bytes.
+pub type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
+/// Config and tensors of a checkpoint of one file.
+pub fn load(dir: &Path) -> (Value, Tensors) {
+    let config = serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap();
+    let bytes = fs::read(dir.join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap().tensors().into_iter();
+    (config, tensors.map(|(n, v)| (n, (v.dtype(), v.shape().to_vec(), v.data().to_vec()))).collect())
+}
+
+/// Writes them as one.
+pub fn save(dir: &Path, config: &Value, tensors: &Tensors) -> Checkpoint {
+    fs::create_dir_all(dir).unwrap();
+    fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let views =
+        tensors.iter().map(|(n, (dtype, shape, bytes))| (n, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+    fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    Checkpoint::open(dir).unwrap()
 }

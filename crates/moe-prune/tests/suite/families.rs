@@ -5,10 +5,9 @@ use crate::run;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 use std::sync::Arc;
 
-use common::{contents, every_checkpoint, magnitude, parity, plan, unrun, write_plan, write_plan_with};
+use common::{contents, every_checkpoint, load, magnitude, parity, plan, save, unrun, write_plan, write_plan_with};
 use moe_checkpoint::{Checkpoint, Dtype, Existing, ExpertWeights, LayerRole, Reduction, Role, WriteOptions};
 use moe_core::device::device;
 use moe_core::{Model, RemoveExperts};
@@ -18,8 +17,7 @@ use moe_prune::{
 };
 use run::{difference, logits, logits_of};
 use safetensors::SafeTensors;
-use safetensors::tensor::TensorView;
-use serde_json::{Value, json};
+use serde_json::json;
 use tempfile::tempdir;
 
 /// One checkpoint of every family, of every way in which experts are on disk without quantization, and of every routing
@@ -408,25 +406,6 @@ fn fewer_experts_than_a_token_gets_are_all_selected() {
     let pruner = ExpertPruner::with_allocator(AllocatorConfig::Global(Global::default()));
     let half = pruner.prune(&scores, model.shape(), Budget::Ratio(0.5), &ProtectionMask::none()).unwrap().plan;
     assert_eq!((half.kept[0].removed.len(), half.top_k_clamp()), (2, None));
-}
-
-/// Tensors of a checkpoint in memory: dtype, shape, bytes.
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
-
-fn load(dir: &Path) -> (Value, Tensors) {
-    let config = serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap();
-    let bytes = fs::read(dir.join("model.safetensors")).unwrap();
-    let tensors = SafeTensors::deserialize(&bytes).unwrap().tensors().into_iter();
-    (config, tensors.map(|(n, v)| (n, (v.dtype(), v.shape().to_vec(), v.data().to_vec()))).collect())
-}
-
-fn save(dir: &Path, config: &Value, tensors: &Tensors) -> Checkpoint {
-    fs::create_dir_all(dir).unwrap();
-    fs::write(dir.join("config.json"), config.to_string()).unwrap();
-    let views =
-        tensors.iter().map(|(n, (dtype, shape, bytes))| (n, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
-    fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
-    Checkpoint::open(dir).unwrap()
 }
 
 /// Bytes without a pattern.

@@ -3,38 +3,16 @@
 
 use crate::common;
 
-use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{contents, parity, write_plan};
-use moe_checkpoint::{Checkpoint, Dtype, Reduction, ScoreTable};
+use common::{contents, load, parity, save, write_plan};
+use moe_checkpoint::{Checkpoint, Reduction, ScoreTable};
 use moe_prune::{
     Budget, ExpertPruner, FineGrained, Mtp, ProtectionMask, PruneForm, PruneOptions, PrunePlan, Pruner, Scope,
     UnitPruner,
 };
-use safetensors::SafeTensors;
-use safetensors::tensor::TensorView;
-use serde_json::{Value, json};
+use serde_json::json;
 use tempfile::tempdir;
-
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
-
-fn load(dir: &Path) -> (Value, Tensors) {
-    let config = serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap();
-    let bytes = fs::read(dir.join("model.safetensors")).unwrap();
-    let tensors = SafeTensors::deserialize(&bytes).unwrap().tensors().into_iter();
-    (config, tensors.map(|(n, v)| (n, (v.dtype(), v.shape().to_vec(), v.data().to_vec()))).collect())
-}
-
-fn save(dir: &Path, config: &Value, tensors: &Tensors) -> Checkpoint {
-    fs::create_dir_all(dir).unwrap();
-    fs::write(dir.join("config.json"), config.to_string()).unwrap();
-    let views =
-        tensors.iter().map(|(n, (dtype, shape, bytes))| (n, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
-    fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
-    Checkpoint::open(dir).unwrap()
-}
 
 /// A model whose further layer is a copy of a decoder layer, and both their prefixes.
 fn with_further_layer(from: &Path, source: &str, prefix: &str, key: &[&str], out: &Path) -> Checkpoint {
