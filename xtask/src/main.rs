@@ -96,8 +96,8 @@ enum Verb {
     /// Run the bundled model under rules of routing, paths of layers and ways of decoding (a few minutes on two cores),
     /// and write the tables of docs/adaptive.md
     AdaptiveStudy(adaptive_study::Options),
-    /// Compare stock exports chosen by measuring with published methods on several models (an hour or two on a core, and
-    /// as much again for SmolLM), and write the tables of docs/flagship.md
+    /// Compare stock exports chosen by measuring with published methods on several models (an hour or two on a core,
+    /// and as much again for SmolLM), and write the tables of docs/flagship.md
     Flagship(flagship::Options),
     /// Fine-tune the bundled model in ways that change its routing (a few minutes on two cores), and write the tables
     /// of docs/fine-tuning.md
